@@ -1,0 +1,60 @@
+"""Images to the exact bits that a pretrained network expects, and back to the exact images.
+
+The public names are resolved when they are first used: importing fastvgg imports neither NumPy nor
+Numba nor anything optional.
+
+>>> import numpy as np
+>>> import fastvgg
+>>> x = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+>>> bool((fastvgg.restore(fastvgg.preprocess(x, "caffe"), "caffe") == x).all())
+True
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastvgg.engine import preprocess as preprocess
+    from fastvgg.engine import restore as restore
+    from fastvgg.errors import FastvggError as FastvggError
+    from fastvgg.stream.prepare import plan as plan
+    from fastvgg.stream.verify import verify as verify
+    from fastvgg.transform import Mode as Mode
+    from fastvgg.transform import Transform as Transform
+
+__version__ = "0.1.0"
+
+_ROOMS = {
+    "FastvggError": "fastvgg.errors",
+    "Mode": "fastvgg.transform",
+    "Transform": "fastvgg.transform",
+    "plan": "fastvgg.stream.prepare",
+    "preprocess": "fastvgg.engine",
+    "restore": "fastvgg.engine",
+    "verify": "fastvgg.stream.verify",
+}
+
+__all__ = [
+    "FastvggError",
+    "Mode",
+    "Transform",
+    "__version__",
+    "plan",
+    "preprocess",
+    "restore",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_ROOMS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,91 @@
+"""Which mode each published model wants.
+
+Source: the `preprocess_input` of every module of `keras.applications` (Keras 3.15), which a test
+runs beside this table. Models whose own first layers scale the pixels want them untouched: their
+mode is `identity`.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from fastvgg.errors import ModeError
+
+__all__ = ["MODES_BY_MODEL", "mode_name"]
+
+MODES_BY_MODEL: Final[dict[str, str]] = {
+    "VGG16": "caffe",
+    "VGG19": "caffe",
+    "ResNet50": "caffe",
+    "ResNet101": "caffe",
+    "ResNet152": "caffe",
+    "ResNet50V2": "tf",
+    "ResNet101V2": "tf",
+    "ResNet152V2": "tf",
+    "InceptionV3": "tf",
+    "InceptionResNetV2": "tf",
+    "Xception": "tf",
+    "MobileNet": "tf",
+    "MobileNetV2": "tf",
+    "NASNetMobile": "tf",
+    "NASNetLarge": "tf",
+    "DenseNet121": "torch",
+    "DenseNet169": "torch",
+    "DenseNet201": "torch",
+    "MobileNetV3Small": "identity",
+    "MobileNetV3Large": "identity",
+    "EfficientNetB0": "identity",
+    "EfficientNetB1": "identity",
+    "EfficientNetB2": "identity",
+    "EfficientNetB3": "identity",
+    "EfficientNetB4": "identity",
+    "EfficientNetB5": "identity",
+    "EfficientNetB6": "identity",
+    "EfficientNetB7": "identity",
+    "EfficientNetV2B0": "identity",
+    "EfficientNetV2B1": "identity",
+    "EfficientNetV2B2": "identity",
+    "EfficientNetV2B3": "identity",
+    "EfficientNetV2S": "identity",
+    "EfficientNetV2M": "identity",
+    "EfficientNetV2L": "identity",
+    "ConvNeXtTiny": "identity",
+    "ConvNeXtSmall": "identity",
+    "ConvNeXtBase": "identity",
+    "ConvNeXtLarge": "identity",
+    "ConvNeXtXLarge": "identity",
+}
+
+
+def _bare(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "").replace(" ", "")
+
+
+_MODES_BY_BARE_NAME: Final = {_bare(model): mode for model, mode in MODES_BY_MODEL.items()}
+
+
+def mode_name(model: str) -> str:
+    """Return the name of the mode that `model` wants.
+
+    Parameters
+    ----------
+    model
+        A name of `keras.applications`; case, dashes and underscores do not matter.
+
+    Raises
+    ------
+    ModeError
+        If no published model has that name.
+
+    Examples
+    --------
+    >>> mode_name("vgg-19"), mode_name("DenseNet121")
+    ('caffe', 'torch')
+    """
+    try:
+        return _MODES_BY_BARE_NAME[_bare(model)]
+    except KeyError:
+        raise ModeError(
+            f"no published model is called {model!r}",
+            "'fastvgg models' lists them; for your own model give a mode instead",
+        ) from None

@@ -1,0 +1,107 @@
+"""The definition of correct: a Transform in plain NumPy, obvious and slow.
+
+Everything that fastvgg computes is held against this file, and this file is held against Keras.
+Every line is one IEEE-754 operation in the compute type, in the order of
+`keras.applications.imagenet_utils.preprocess_input`. It allocates freely: nothing here is meant
+for a batch that does not fit into memory several times.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastvgg.transform import CHANNEL_AXES, Mode, Transform, storage_dtype
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from fastvgg.transform import Rounding
+
+__all__ = ["apply", "forward", "inverse", "saturate", "unrestorable"]
+
+
+def apply(transform: Transform, x: NDArray[Any]) -> NDArray[Any]:
+    """Apply a transform to a batch or an image; the meaning of `engine.apply`.
+
+    Parameters
+    ----------
+    transform
+        What to do.
+    x
+        Rank 3 or 4, in the transform's layout and any storage type. It is not changed.
+
+    Returns
+    -------
+    ndarray
+        A new C-contiguous array.
+
+    Examples
+    --------
+    >>> apply(Transform("caffe"), np.array([[[10, 20, 30]]], np.uint8)).tolist()
+    [[[-73.93900299072266, -96.77899932861328, -113.68000030517578]]]
+    """
+    transform.check_input(x.shape, x.dtype.name)
+    compute = storage_dtype(transform.compute_name(x.dtype.name))
+    target = storage_dtype(transform.output_name(x.dtype.name))
+    # Overflow to infinity and NaN are values that the contract gives a meaning to.
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = np.moveaxis(x, CHANNEL_AXES[transform.layout], -1).astype(compute)
+        if transform.direction == "preprocess":
+            values = forward(values, transform.mode)
+        else:
+            values = saturate(inverse(values, transform.mode), transform.rounding)
+        values = np.moveaxis(values, -1, CHANNEL_AXES[transform.out_layout])
+        return np.ascontiguousarray(values.astype(target))
+
+
+def forward(x: NDArray[Any], mode: Mode) -> NDArray[Any]:
+    """Return y of x: channels last, in the floating type of x, constants rounded to that type."""
+    y = x
+    if mode.divide is not None:
+        y = y / x.dtype.type(mode.divide)
+    if mode.flips:
+        y = y[..., ::-1]
+    if mode.mean is not None:
+        y = y - np.array(mode.mean, x.dtype)
+    if mode.std is not None:
+        y = y / np.array(mode.std, x.dtype)
+    return y
+
+
+def inverse(y: NDArray[Any], mode: Mode) -> NDArray[Any]:
+    """Return x of y, neither clipped nor rounded: the operations of `forward`, last one first."""
+    x = y
+    if mode.std is not None:
+        x = x * np.array(mode.std, y.dtype)
+    if mode.mean is not None:
+        x = x + np.array(mode.mean, y.dtype)
+    if mode.flips:
+        x = x[..., ::-1]
+    if mode.divide is not None:
+        x = x * y.dtype.type(mode.divide)
+    return x
+
+
+def saturate(x: NDArray[Any], rounding: Rounding) -> NDArray[Any]:
+    """Return whole numbers 0..255: NaN and what is below become 0, what is above becomes 255."""
+    clipped = np.where(x > 0, x, np.zeros_like(x))
+    clipped = np.where(clipped < 255, clipped, np.full_like(x, 255))
+    whole = np.rint if rounding == "nearest" else np.trunc
+    return whole(clipped, out=clipped)
+
+
+def unrestorable(mode: Mode, dtype: str) -> int:
+    """Count the values, of 256 in each of 3 channels, that a mode loses in a storage type.
+
+    Examples
+    --------
+    >>> [unrestorable(Mode.TORCH, name) for name in ("float16", "bfloat16", "float32", "float64")]
+    [0, 0, 0, 0]
+    >>> unrestorable(Mode("washed out", divide=1e6, mean=(1.0, 1.0, 1.0)), "float16")
+    762
+    """
+    x = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(16, 16, 3)
+    preprocess = Transform(mode, dtype=dtype)
+    return int((apply(preprocess.inverse(), apply(preprocess, x)) != x).sum())

@@ -1,0 +1,373 @@
+"""Mode and Transform: what happens to pixels.
+
+Both are frozen values: they can be compared, hashed, pickled and written to JSON, and they touch
+no array. `oracle` says what a transform means, `engine` applies it fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeAlias, get_args
+
+import numpy as np
+import xxhash
+
+from fastvgg import models
+from fastvgg.errors import DtypeError, ModeError, ShapeError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import DTypeLike, NDArray
+
+__all__ = [
+    "CHANNEL_AXES",
+    "STORAGE_TYPES",
+    "ChannelOrder",
+    "Direction",
+    "Layout",
+    "Mode",
+    "Rounding",
+    "Transform",
+    "storage_dtype",
+    "storage_name",
+]
+
+Layout: TypeAlias = Literal["NHWC", "NCHW"]
+Direction: TypeAlias = Literal["preprocess", "restore"]
+Rounding: TypeAlias = Literal["nearest", "truncate"]
+ChannelOrder: TypeAlias = Literal["RGB", "BGR"]
+Triple: TypeAlias = tuple[float, float, float]
+
+CHANNELS: Final = 3
+CHANNEL_AXES: Final[dict[Layout, int]] = {"NHWC": -1, "NCHW": -3}
+STORAGE_TYPES: Final = ("uint8", "float16", "bfloat16", "float32", "float64")
+
+
+def storage_dtype(name: str) -> np.dtype[Any]:
+    """Return the NumPy type of a storage type's name.
+
+    Examples
+    --------
+    >>> storage_dtype("bfloat16").itemsize
+    2
+    """
+    if name not in STORAGE_TYPES:
+        raise DtypeError(
+            f"{name!r} is not a storage type", f"give one of {', '.join(STORAGE_TYPES)}"
+        )
+    if name == "bfloat16":
+        import ml_dtypes  # registers the name with NumPy
+
+        name = ml_dtypes.bfloat16.__name__
+    dtype: np.dtype[Any] = np.dtype(name)
+    return dtype
+
+
+def storage_name(dtype: DTypeLike) -> str:
+    """Return the name of the storage type that `dtype` stands for, in any byte order.
+
+    Examples
+    --------
+    >>> storage_name(">f4")
+    'float32'
+    """
+    try:
+        name = str(np.dtype(dtype).name)
+    except TypeError:
+        name = str(dtype)
+    if name not in STORAGE_TYPES:
+        raise DtypeError(
+            f"type {name} is not one that images and network inputs are stored in",
+            f"convert it to one of {', '.join(STORAGE_TYPES)} first",
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class Mode:
+    """The arithmetic between an image x (0..255) and a network input y.
+
+    ``y = (x / divide - mean) / std`` and back ``x = (y * std + mean) * divide``, each operation
+    rounded by itself in the compute type, and skipped where its part is None. The three modes of
+    Keras are ``Mode.CAFFE``, ``Mode.TF`` and ``Mode.TORCH``; they give back every byte from every
+    storage type. A mode of your own gives back what its constants allow: `oracle.unrestorable`
+    counts the values that it loses.
+
+    Parameters
+    ----------
+    name
+        What the mode is called in messages and manifests.
+    divide
+        The divisor of all channels, or None.
+    mean, std
+        Three numbers each, in the channel order of y, or None.
+    order
+        The channel order of y: "RGB" as x has it, or "BGR".
+
+    Raises
+    ------
+    ModeError
+        If a constant is not finite, or a divisor is zero, in float32.
+
+    References
+    ----------
+    `keras.applications.imagenet_utils.preprocess_input`, its NumPy path.
+
+    Examples
+    --------
+    >>> Mode("half", divide=255.0, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)).order
+    'RGB'
+    >>> Mode.for_model("vgg19") is Mode.CAFFE
+    True
+    """
+
+    name: str
+    divide: float | None = None
+    mean: Triple | None = None
+    std: Triple | None = None
+    order: ChannelOrder = "RGB"
+
+    CAFFE: ClassVar[Mode]
+    TF: ClassVar[Mode]
+    TORCH: ClassVar[Mode]
+    IDENTITY: ClassVar[Mode]
+
+    def __post_init__(self) -> None:
+        if self.order not in get_args(ChannelOrder):
+            raise ModeError(f"{self.name}: order {self.order!r}", "give 'RGB' or 'BGR'")
+        for part in ("mean", "std"):
+            values = getattr(self, part)
+            if values is not None:
+                if len(values) != CHANNELS:
+                    raise ModeError(
+                        f"{self.name}: {part} has {len(values)} values", "give one for each channel"
+                    )
+                object.__setattr__(self, part, tuple(float(value) for value in values))
+        if self.divide is not None:
+            object.__setattr__(self, "divide", float(self.divide))
+        self._check_constants()
+
+    def _check_constants(self) -> None:
+        divisors = (() if self.divide is None else (self.divide,)) + (self.std or ())
+        for value in divisors + (self.mean or ()):
+            with np.errstate(over="ignore", under="ignore"):
+                rounded = float(np.float32(value))
+            if not math.isfinite(rounded) or (value in divisors and rounded == 0.0):
+                raise ModeError(
+                    f"{self.name}: the constant {value!r} is {rounded!r} in float32",
+                    "give finite constants, and divisors that are not zero",
+                )
+
+    @staticmethod
+    def named(name: str) -> Mode:
+        """Return the mode called `name`: caffe, tf, torch or identity."""
+        try:
+            return _MODES[name]
+        except KeyError:
+            raise ModeError(
+                f"there is no mode {name!r}",
+                f"give one of {', '.join(_MODES)}, or a fastvgg.Mode of your own",
+            ) from None
+
+    @staticmethod
+    def for_model(model: str) -> Mode:
+        """Return the mode that a published model wants; warn where that is to do nothing.
+
+        Models that scale the pixels in their own first layers (EfficientNet, ConvNeXt,
+        MobileNetV3) want them as they are: `Mode.IDENTITY`, which only converts the type.
+        """
+        mode = Mode.named(models.mode_name(model))
+        if mode is Mode.IDENTITY:
+            warnings.warn(
+                f"{model} scales pixels inside the network: its mode, identity, changes no value",
+                stacklevel=2,
+            )
+        return mode
+
+    @property
+    def flips(self) -> bool:
+        """Whether y has the channels of x in reverse."""
+        return self.order == "BGR"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the mode as JSON types."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Mode:
+        """Return the mode that `to_dict` wrote; a mode of Keras is the same object again."""
+        mode = cls(**record)
+        known = _MODES.get(mode.name)
+        return known if known == mode else mode
+
+
+Mode.CAFFE = Mode("caffe", mean=(103.939, 116.779, 123.68), order="BGR")
+Mode.TF = Mode("tf", divide=127.5, mean=(1.0, 1.0, 1.0))
+Mode.TORCH = Mode("torch", divide=255.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+Mode.IDENTITY = Mode("identity")
+
+_MODES: Final = {m.name: m for m in (Mode.CAFFE, Mode.TF, Mode.TORCH, Mode.IDENTITY)}
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Transform:
+    """Everything that happens to a batch: mode, direction, layouts, types.
+
+    Parameters
+    ----------
+    mode
+        A `Mode`, or the name of one.
+    direction
+        "preprocess" turns images into network inputs, "restore" turns them back.
+    layout, out_layout
+        Where the channels are, "NHWC" or "NCHW", in the input and in the result; `out_layout` is
+        `layout` where it is not given. Without the N they describe one image (rank 3).
+    dtype
+        The storage type of the result. Where it is None, preprocess gives float32 for uint8 and
+        keeps a floating type, and restore gives uint8.
+    rounding
+        How restore makes whole numbers: "nearest" (half to even), or "truncate".
+
+    Examples
+    --------
+    >>> t = Transform("caffe", out_layout="NCHW")
+    >>> t.inverse()
+    Transform('caffe', 'restore', 'NCHW' -> 'NHWC')
+    >>> image = np.zeros((2, 4, 3), np.uint8)
+    >>> t(image).shape, t.inverse()(t(image)).tolist() == image.tolist()
+    ((3, 2, 4), True)
+    """
+
+    mode: Mode
+    direction: Direction
+    layout: Layout
+    out_layout: Layout
+    dtype: str | None
+    rounding: Rounding
+
+    def __init__(
+        self,
+        mode: Mode | str,
+        direction: Direction = "preprocess",
+        layout: Layout = "NHWC",
+        out_layout: Layout | None = None,
+        dtype: DTypeLike | None = None,
+        rounding: Rounding = "nearest",
+    ) -> None:
+        for name, value, allowed in (
+            ("direction", direction, get_args(Direction)),
+            ("layout", layout, get_args(Layout)),
+            ("out_layout", out_layout, (None, *get_args(Layout))),
+            ("rounding", rounding, get_args(Rounding)),
+        ):
+            if value not in allowed:
+                choices = ", ".join(repr(choice) for choice in allowed if choice is not None)
+                raise UsageError(f"{name} is {value!r}", f"give one of {choices}")
+        put = object.__setattr__
+        put(self, "mode", Mode.named(mode) if isinstance(mode, str) else mode)
+        put(self, "direction", direction)
+        put(self, "layout", layout)
+        put(self, "out_layout", out_layout or layout)
+        put(self, "dtype", None if dtype is None else storage_name(dtype))
+        put(self, "rounding", rounding)
+        if direction == "preprocess" and self.dtype == "uint8":
+            raise DtypeError(
+                "a network input cannot be stored as uint8",
+                "give a floating type: " + ", ".join(STORAGE_TYPES[1:]),
+            )
+
+    def __call__(self, x: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Apply the transform to a batch or an image in memory: `engine.apply`."""
+        from fastvgg import engine
+
+        return engine.apply(self, x, out)
+
+    def __repr__(self) -> str:
+        parts = [repr(self.mode.name if self.mode in _MODES.values() else self.mode)]
+        parts += [repr(self.direction), f"{self.layout!r} -> {self.out_layout!r}"]
+        parts += [] if self.dtype is None else [f"dtype={self.dtype!r}"]
+        parts += [] if self.rounding == "nearest" else [f"rounding={self.rounding!r}"]
+        return f"Transform({', '.join(parts)})"
+
+    def inverse(self) -> Transform:
+        """Return the transform that undoes this one, with the layouts changed about."""
+        back: Direction = "restore" if self.direction == "preprocess" else "preprocess"
+        return Transform(self.mode, back, self.out_layout, self.layout)
+
+    def output_name(self, input_name: str) -> str:
+        """Return the storage type of the result for an input of type `input_name`.
+
+        >>> Transform("tf").output_name("uint8"), Transform("tf").output_name("float16")
+        ('float32', 'float16')
+        """
+        if self.dtype is not None:
+            return self.dtype
+        if self.direction == "restore":
+            return "uint8"
+        return "float32" if input_name == "uint8" else input_name
+
+    def compute_name(self, input_name: str) -> str:
+        """Return the compute type: float64 where every floating side is float64, else float32."""
+        sides = {input_name, self.output_name(input_name)} - {"uint8"}
+        return "float64" if sides == {"float64"} else "float32"
+
+    def check_input(self, shape: tuple[int, ...], input_name: str) -> None:
+        """Refuse an input that the contract does not cover.
+
+        Raises
+        ------
+        ShapeError
+            If the rank is neither 3 nor 4, or the channel axis does not hold 3.
+        DtypeError
+            If network inputs are said to be uint8.
+        """
+        if len(shape) not in (3, 4):
+            raise ShapeError(
+                f"shape {shape} has rank {len(shape)}",
+                "give a batch of rank 4 or one image of rank 3",
+            )
+        if shape[CHANNEL_AXES[self.layout]] != CHANNELS:
+            other: Layout = "NCHW" if self.layout == "NHWC" else "NHWC"
+            found = shape[CHANNEL_AXES[self.layout]]
+            described = f"shape {shape} read as {self.layout[4 - len(shape) :]}"
+            remedy = "give RGB images: 3 channels"
+            if shape[CHANNEL_AXES[other]] == CHANNELS:
+                remedy = f"axis {CHANNEL_AXES[other]} holds 3: give layout {other!r}"
+            raise ShapeError(f"{described}: the channel axis holds {found}, not 3", remedy)
+        if self.direction == "restore" and input_name == "uint8":
+            raise DtypeError(
+                "uint8 is the type of images, not of network inputs: there is nothing to restore",
+                "give what preprocess returned, in a floating type",
+            )
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the result for an input of `shape`.
+
+        >>> Transform("torch", out_layout="NCHW").output_shape((8, 5, 7, 3))
+        (8, 3, 5, 7)
+        """
+        if self.layout == self.out_layout:
+            return shape
+        axes = list(shape)
+        channels = axes.pop(CHANNEL_AXES[self.layout])
+        axes.insert(len(shape) + CHANNEL_AXES[self.out_layout], channels)
+        return tuple(axes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the transform as JSON types."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Transform:
+        """Return the transform that `to_dict` wrote."""
+        return cls(**{**record, "mode": Mode.from_dict(record["mode"])})
+
+    def fingerprint(self) -> str:
+        """Return a hash that two transforms share exactly when they do the same."""
+        canonical = json.dumps(self.to_dict(), sort_keys=True)
+        return xxhash.xxh3_128_hexdigest(canonical.encode())
