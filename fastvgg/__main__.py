@@ -1,0 +1,5 @@
+"""`python -m fastvgg` is the command line."""
+
+from fastvgg.cli import main
+
+main()

@@ -1,0 +1,407 @@
+"""Verbs and options -> calls; progress and tables; exit codes.
+
+0 done, 1 finished but some inputs failed, 2 usage, 3 refused before anything was written,
+4 verification found a difference, 5 stopped by an I/O error and resumable, 130 interrupted and
+resumable, 70 a defect of fastvgg itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+import fastvgg
+from fastvgg import models
+from fastvgg.errors import FastvggError, StoppedError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import TracebackType
+
+    from fastvgg.stream.plan import Plan
+    from fastvgg.stream.run import Progress, Report
+    from fastvgg.transform import Mode
+
+__all__ = ["app", "main"]
+
+SOME_FAILED: Final = 1
+INTERRUPTED: Final = 130
+DEFECT: Final = 70
+FAILURES_SHOWN: Final = 10
+SECONDS_BETWEEN_LINES: Final = 5.0
+
+app = typer.Typer(
+    name="fastvgg",
+    help="Images to the exact bits that a pretrained network expects, and back.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Source = Annotated[Path, typer.Argument(metavar="SRC", help="A directory of images, or a .npy.")]
+Target = Annotated[Path, typer.Argument(metavar="DST", help="What to write.")]
+ModeName = Annotated[str | None, typer.Option("--mode", help="caffe, tf, torch or identity.")]
+Model = Annotated[str | None, typer.Option(help="A published model's name instead of a mode.")]
+SourceLayout = Annotated[str | None, typer.Option("--layout", help="Of SRC: NHWC or NCHW.")]
+OutLayout = Annotated[str | None, typer.Option(help="Of DST: NHWC or NCHW.")]
+Dtype = Annotated[str | None, typer.Option(help="Of DST: float16, bfloat16, float32, float64.")]
+Memory = Annotated[str, typer.Option(help="The limit above the idle process.")]
+Threads = Annotated[int | None, typer.Option(help="All usable cores if not given.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable image.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Begin again; replace an existing DST.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
+
+
+@app.command()
+def preprocess(
+    source: Source,
+    target: Target,
+    mode: ModeName = None,
+    model: Model = None,
+    size: Annotated[
+        tuple[int, int] | None,
+        typer.Option(metavar="H W", help="Resize image files to this height and width."),
+    ] = None,
+    interpolation: Annotated[
+        str, typer.Option(help="nearest, bilinear, bicubic, hamming, box or lanczos.")
+    ] = "nearest",
+    layout: SourceLayout = None,
+    out_layout: OutLayout = None,
+    dtype: Dtype = None,
+    memory: Memory = "512MiB",
+    threads: Threads = None,
+    strict: Strict = False,
+    dry_run: DryRun = False,
+    restart: Restart = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    traceback: Traceback = False,
+) -> None:
+    """Turn images into network input.
+
+    Example: fastvgg preprocess photos/ train.npy --model vgg19 --size 224 224
+    """
+    with _exits(traceback):
+        plan = fastvgg.plan(
+            source,
+            target,
+            mode=_mode(mode, model),
+            size=size,
+            interpolation=interpolation,
+            layout=layout,  # type: ignore[arg-type]  # checked by Transform
+            out_layout=out_layout,  # type: ignore[arg-type]
+            dtype=dtype,
+            memory=memory,
+            threads=threads,
+            strict=strict,
+            restart=restart,
+        )
+        _carry_out(plan, dry_run=dry_run, as_json=as_json, quiet=quiet)
+
+
+@app.command()
+def restore(
+    source: Source,
+    target: Target,
+    mode: ModeName = None,
+    model: Model = None,
+    rounding: Annotated[str, typer.Option(help="nearest or truncate.")] = "nearest",
+    layout: SourceLayout = None,
+    out_layout: OutLayout = None,
+    dtype: Annotated[str | None, typer.Option(help="Of DST, if not uint8.")] = None,
+    memory: Memory = "512MiB",
+    threads: Threads = None,
+    strict: Strict = False,
+    dry_run: DryRun = False,
+    restart: Restart = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    traceback: Traceback = False,
+) -> None:
+    """Turn network input back into the exact images: a .npy, or a directory of PNG files.
+
+    Example: fastvgg restore train.npy images/
+    """
+    with _exits(traceback):
+        plan = fastvgg.plan(
+            source,
+            target,
+            mode=_mode(mode, model),
+            direction="restore",
+            rounding=rounding,  # type: ignore[arg-type]  # checked by Transform
+            layout=layout,  # type: ignore[arg-type]
+            out_layout=out_layout,  # type: ignore[arg-type]
+            dtype=dtype,
+            memory=memory,
+            threads=threads,
+            strict=strict,
+            restart=restart,
+        )
+        _carry_out(plan, dry_run=dry_run, as_json=as_json, quiet=quiet)
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A finished dataset.")],
+    full: Annotated[
+        bool, typer.Option("--full", help="Recompute every image, not a sample.")
+    ] = False,
+    as_json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Prove a dataset: the checksum of every chunk, and images computed again by the oracle.
+
+    Example: fastvgg verify train.npy --full
+    """
+    with _exits(traceback):
+        verification = fastvgg.verify(path, full=full)
+        _print_json(dataclasses.asdict(verification)) if as_json else print(verification)
+
+
+@app.command()
+def info(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A dataset, finished or not.")],
+    as_json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Tell what a dataset is: shape, type, mode, where it came from, how far a run is.
+
+    Example: fastvgg info train.npy
+    """
+    with _exits(traceback):
+        from fastvgg.stream.info import info as info_of
+
+        known = info_of(path)
+        if as_json:
+            _print_json(known)
+            return
+        for name, value in known.items():
+            if value not in (None, [], ""):
+                print(f"{name:<17}{_readable(value)}")
+
+
+@app.command("models")
+def models_(as_json: Json = False) -> None:
+    """Tell which mode each published model wants.
+
+    Example: fastvgg models
+    """
+    if as_json:
+        _print_json(models.MODES_BY_MODEL)
+        return
+    for model, mode in models.MODES_BY_MODEL.items():
+        print(f"{model:<20}{mode}")
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new directory.")],
+    traceback: Traceback = False,
+) -> None:
+    """Go the whole way on real photographs, prove equality, and draw it as a contact sheet.
+
+    Example: fastvgg demo demo/
+    """
+    with _exits(traceback):
+        from fastvgg.demo import demonstrate
+
+        shown = demonstrate(directory, say=print)
+        print(
+            f"every byte came back: {shown.images} photographs, {shown.compared_bytes} bytes "
+            f"compared, {shown.differing_bytes} differ"
+        )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fastvgg {fastvgg.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Images to the exact bits that a pretrained network expects, and back."""
+
+
+def _mode(mode: str | None, model: str | None) -> Mode | str | None:
+    if model is None:
+        return mode
+    wanted = fastvgg.Mode.for_model(model)
+    if mode not in (None, wanted.name):
+        raise UsageError(
+            f"--mode {mode} and --model {model} disagree: {model} wants {wanted.name}",
+            "give one of the two",
+        )
+    return wanted
+
+
+def _carry_out(plan: Plan, *, dry_run: bool, as_json: bool, quiet: bool) -> None:
+    """Print or run a plan, and exit with 1 if some inputs failed."""
+    if dry_run:
+        _print_json(_plan_record(plan)) if as_json else print(plan)
+        return
+    for note in plan.notes if not quiet else ():
+        print(f"note: {note}", file=sys.stderr)
+    with _progress(plan, quiet=quiet) as tell:
+        report = plan.run(tell)
+    _print_json(dataclasses.asdict(report)) if as_json else _print_report(report)
+    if report.counts["failed"]:
+        raise typer.Exit(SOME_FAILED)
+
+
+def _plan_record(plan: Plan) -> dict[str, Any]:
+    return {
+        **plan.job(),
+        "images": plan.header.images,
+        "chunks": plan.chunks,
+        "chunk_images": plan.chunk_images,
+        "committed_chunks": plan.committed_chunks,
+        "read_bytes": plan.read_bytes,
+        "write_bytes": plan.write_bytes,
+        "projected_bytes": plan.projected_bytes,
+        "memory_bytes": plan.memory_bytes,
+        "notes": list(plan.notes),
+    }
+
+
+def _print_report(report: Report) -> None:
+    print(report)
+    for failure in report.failures[:FAILURES_SHOWN]:
+        print(f"  failed: row {failure.row}, {failure.path}: {failure.reason}", file=sys.stderr)
+    if len(report.failures) > FAILURES_SHOWN:
+        more = len(report.failures) - FAILURES_SHOWN
+        print(f"  and {more} more, all listed in {report.target}.index.csv", file=sys.stderr)
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def _readable(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {version}" for name, version in value.items())
+    if isinstance(value, list):
+        return " x ".join(str(item) for item in value)
+    return str(value)
+
+
+@contextmanager
+def _progress(plan: Plan, *, quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
+    """Show how far a run is: a bar on a terminal, a line every few seconds elsewhere."""
+    if quiet:
+        yield None
+    elif sys.stderr.isatty():
+        with _bar(plan) as tell:
+            yield tell
+    else:
+        yield _lines()
+
+
+@contextmanager
+def _bar(plan: Plan) -> Iterator[Callable[[Progress], None]]:
+    from rich import progress as rich_progress
+    from rich.console import Console
+
+    columns = (
+        rich_progress.TextColumn(plan.transform.direction),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TextColumn("{task.fields[speed]}"),
+        rich_progress.TimeRemainingColumn(),
+    )
+    with rich_progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=plan.header.images, speed="")
+
+        def tell(at: Progress) -> None:
+            bar.update(task, completed=at.images, speed=_speed(at))
+
+        yield tell
+
+
+def _lines() -> Callable[[Progress], None]:
+    last_told = time.monotonic()
+
+    def tell(at: Progress) -> None:
+        nonlocal last_told
+        if time.monotonic() - last_told < SECONDS_BETWEEN_LINES:
+            return
+        last_told = time.monotonic()
+        left_seconds = at.seconds / at.computed_images * (at.of_images - at.images)
+        print(
+            f"{at.images} of {at.of_images} images, {_speed(at)}, {left_seconds:.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    return tell
+
+
+def _speed(at: Progress) -> str:
+    seconds = max(at.seconds, 1e-9)
+    megabytes = (at.read_bytes + at.written_bytes) / 1e6
+    return f"{at.computed_images / seconds:.0f} images/s, {megabytes / seconds:.0f} MB/s"
+
+
+@contextmanager
+def _exits(traceback: bool) -> Iterator[None]:
+    """Turn errors into what a person reads, and into exit codes."""
+    try:
+        yield
+    except FastvggError as error:
+        _tell(error.problem, error.remedy)
+        if traceback:
+            raise
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        _tell("interrupted", "what was committed is kept: the same command goes on from there")
+        raise typer.Exit(INTERRUPTED) from None
+    except OSError as error:
+        stopped = StoppedError.from_os_error(error, "a system call", str(error.filename), 0)
+        _tell(stopped.problem, stopped.remedy)
+        if traceback:
+            raise
+        raise typer.Exit(stopped.exit_code) from None
+
+
+def _tell(problem: str, remedy: str) -> None:
+    print(f"fastvgg: {problem}\n  {remedy}", file=sys.stderr)
+
+
+def _report_defect(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Say that fastvgg itself is wrong, without a traceback unless one was asked for."""
+    if "--traceback" in sys.argv:
+        sys.__excepthook__(kind, error, trace)
+        code = error.exit_code if isinstance(error, FastvggError) else DEFECT
+        raise SystemExit(code)
+    _tell(
+        f"this is a defect: {kind.__name__}: {error}",
+        "please report it, with what --traceback adds; what was committed is kept",
+    )
+    raise SystemExit(DEFECT)
+
+
+def main() -> None:
+    """Run the command line; SIGTERM ends a run as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names on disk need not be Unicode
+        sys.stdout.reconfigure(errors="backslashreplace")
+    sys.excepthook = _report_defect
+    typer.main.get_command(app)()

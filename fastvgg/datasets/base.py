@@ -1,0 +1,115 @@
+"""The small interface that every format has: Header, Source, Target."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from fastvgg.transform import storage_dtype
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from fastvgg.datasets.index import Record
+    from fastvgg.transform import Layout
+
+__all__ = ["Chunk", "Header", "Source", "Target"]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a dataset holds, known without reading its pixels.
+
+    >>> header = Header((10, 5, 7, 3), "float32", "NHWC")
+    >>> header.images, header.image_bytes, header.nbytes
+    (10, 420, 4200)
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    layout: Layout
+
+    @property
+    def images(self) -> int:
+        """How many images there are."""
+        return self.shape[0]
+
+    @property
+    def image_bytes(self) -> int:
+        """How many bytes one image takes."""
+        return math.prod(self.shape[1:]) * storage_dtype(self.dtype).itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes all images take."""
+        return self.images * self.image_bytes
+
+
+class Chunk(NamedTuple):
+    """Some images of a source, as they were read."""
+
+    batch: NDArray[Any]
+    """Valid until the next read."""
+    records: list[Record]
+    """What is known of each image; empty where the source is an array that never had names."""
+
+
+class Source(Protocol):
+    """A dataset that is read."""
+
+    kind: str
+    path: Path
+    header: Header
+    stored_bytes: int
+    """Bytes on disk."""
+    scratch_bytes: int
+    """Memory that reading needs beside the batch it returns."""
+    settings: dict[str, Any]
+    """What else decides the pixels, as JSON types."""
+    notes: list[str]
+    """What a person should know before the run."""
+    records: list[Record]
+    """What is known of every image without reading it; empty where that is nothing."""
+
+    def fingerprint(self) -> str:
+        """Return a hash that changes when the source does."""
+
+    def read(self, start: int, stop: int) -> Chunk:
+        """Read the images `start` to `stop`."""
+
+    def close(self) -> None:
+        """Let go of files and threads."""
+
+
+class Target(Protocol):
+    """A dataset that is written, under a temporary name until it is published."""
+
+    kind: str
+    path: Path
+    header: Header
+    partial: Path
+    """The name while unfinished."""
+
+    def create(self) -> None:
+        """Start from nothing: make the partial and reserve its space."""
+
+    def reopen(self) -> None:
+        """Go on with the partial that is there, after checking that it can be ours."""
+
+    def write(self, start: int, chunk: Chunk) -> None:
+        """Write images from row `start` on."""
+
+    def sync(self) -> None:
+        """Make everything written so far survive a power cut."""
+
+    def read_back(self, start: int, stop: int) -> NDArray[Any]:
+        """Read images of the published target."""
+
+    def publish(self) -> None:
+        """Give the finished partial its name, at once and durably."""
+
+    def close(self) -> None:
+        """Let go of files."""

@@ -1,0 +1,368 @@
+"""`.npy` arrays: a strict header, reads through bounded memory maps, writes at fixed offsets.
+
+The header is checked before anything else is done with the file. `numpy.load` accepts what fastvgg
+must not: it unpickles, it allocates what a header claims, and with ``mmap_mode="r+"`` it grows a
+truncated file to the size that its header claims, without a word.
+
+Format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
+"""
+
+from __future__ import annotations
+
+import ast
+import errno
+import io
+import math
+import mmap
+import os
+import struct
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
+
+import numpy as np
+import xxhash
+
+from fastvgg.datasets.base import Chunk, Header
+from fastvgg.datasets.index import read_index
+from fastvgg.errors import ResumeError, SourceError, StoppedError
+from fastvgg.transform import storage_dtype
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from fastvgg.stream.storage import Storage, StoredFile
+    from fastvgg.transform import Layout
+
+__all__ = ["NpySource", "NpyTarget"]
+
+MAGIC: Final = b"\x93NUMPY"
+LONGEST_HEADER: Final = 10_000  # numpy's own limit for what it parses without being told to
+LONGEST_AXIS: Final = 2**48
+STORED_TYPES: Final = {
+    "|u1": "uint8",
+    "<f2": "float16",
+    "<f4": "float32",
+    "<f8": "float64",
+    "<V2": "bfloat16",  # what NumPy writes for ml_dtypes.bfloat16; only a manifest can tell
+}
+SAMPLES: Final = 16
+SAMPLE_BYTES: Final = 64 * 1024
+# Populating a mapping before it is read turns a file that shrank into an error that can be caught;
+# without it the first access to a missing page kills the process (SIGBUS). Linux 5.14.
+MADV_POPULATE_READ: Final = 22
+
+
+class ArrayHeader(NamedTuple):
+    """What the header of a .npy file says."""
+
+    descr: str
+    shape: tuple[int, ...]
+    offset: int
+    """Where the data begins."""
+
+
+def read_header(file: BinaryIO, path: Path) -> ArrayHeader:
+    """Read and check the header of an open .npy file.
+
+    Raises
+    ------
+    SourceError
+        If the file is not a .npy file of plain C-ordered little-endian numbers, or its length is
+        not what the header says.
+    """
+    start = file.read(12)
+    if not start.startswith(MAGIC) or len(start) < 12:
+        found = "is empty" if not start else f"begins with {start[:6]!r}"
+        raise SourceError(f"{path} {found}: it is not a .npy file", "check that it is complete")
+    version = (start[6], start[7])
+    if version == (1, 0):
+        length, offset = struct.unpack("<H", start[8:10])[0], 10
+    elif version in ((2, 0), (3, 0)):
+        length, offset = struct.unpack("<I", start[8:12])[0], 12
+    else:
+        raise SourceError(
+            f"{path} has .npy format version {version[0]}.{version[1]}",
+            "versions 1.0, 2.0 and 3.0 can be read: write the file again with numpy.save",
+        )
+    if length > LONGEST_HEADER:
+        raise SourceError(
+            f"{path} claims a header of {length} bytes, of at most {LONGEST_HEADER}",
+            "the file is damaged, or made to do harm",
+        )
+    text = (start[offset:] + file.read(max(0, length - len(start[offset:]))))[:length]
+    if len(text) != length:
+        raise SourceError(
+            f"{path} ends after {offset + len(text)} bytes, inside its header of {length}",
+            "the file is truncated: get it again",
+        )
+    descr, fortran, shape = _parse(text, path)
+    if fortran:
+        raise SourceError(
+            f"{path} is in Fortran order, so that no image lies in one piece",
+            "write it in C order: numpy.save(new, numpy.ascontiguousarray(numpy.load(old)))",
+        )
+    return ArrayHeader(descr, shape, offset + length)
+
+
+def _parse(text: bytes, path: Path) -> tuple[str, bool, tuple[int, ...]]:
+    """Return descr, fortran_order and shape; a literal of Python, and nothing else, is read."""
+    try:
+        fields = ast.literal_eval(text.decode("utf-8").strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError) as error:
+        raise SourceError(
+            f"{path} has a header that cannot be read: {type(error).__name__}",
+            "the file is damaged: get it again",
+        ) from None
+    if not isinstance(fields, dict) or set(fields) != {"descr", "fortran_order", "shape"}:
+        raise SourceError(
+            f"{path} has a header without exactly descr, fortran_order and shape",
+            "the file is damaged: get it again",
+        )
+    descr, fortran, shape = fields["descr"], fields["fortran_order"], fields["shape"]
+    if type(fortran) is not bool or not isinstance(shape, tuple):
+        raise SourceError(f"{path} has a header of wrong types", "the file is damaged")
+    if any(type(axis) is not int or not 0 <= axis <= LONGEST_AXIS for axis in shape):
+        raise SourceError(f"{path} claims the shape {shape}", "the file is damaged")
+    return _checked_descr(descr, path), fortran, shape
+
+
+def _checked_descr(descr: object, path: Path) -> str:
+    if isinstance(descr, str) and descr in STORED_TYPES:
+        return descr
+    plain = ", ".join(name for name in STORED_TYPES.values() if name != "bfloat16")
+    remedy = f"store it as one of {plain}"
+    if isinstance(descr, str) and descr.endswith("O"):
+        problem, remedy = (
+            "holds pickled Python objects, which are never loaded",
+            f"{remedy} instead",
+        )
+    elif isinstance(descr, str) and descr.startswith(">"):
+        problem = f"is big-endian ({descr})"
+        remedy = (
+            "write it in native order: a = numpy.load(old, mmap_mode='r'); "
+            "numpy.save(new, a.astype(a.dtype.newbyteorder('<')))"
+        )
+    else:
+        problem = f"holds numbers of type {str(descr)[:60]}"
+    raise SourceError(f"{path} {problem}", remedy)
+
+
+class NpySource:
+    """A .npy array, read in windows.
+
+    Parameters
+    ----------
+    path
+        The file.
+    layout
+        Which axis of it holds the channels.
+    stored_as
+        "bfloat16" where a manifest says that the two-byte elements are that.
+
+    Raises
+    ------
+    SourceError
+        If the file is not what `read_header` accepts, is not of rank 4, holds no image, or is
+        longer or shorter than its header says.
+    """
+
+    kind = "npy"
+    scratch_bytes = 0
+
+    def __init__(
+        self, path: Path, *, layout: Layout = "NHWC", stored_as: str | None = None
+    ) -> None:
+        self.path = path
+        self.settings: dict[str, Any] = {}
+        self.notes: list[str] = []
+        try:
+            self._file = path.open("rb")
+        except OSError as error:
+            raise SourceError(
+                f"{path} cannot be opened: {error.strerror}", "check its path and permissions"
+            ) from None
+        try:
+            self._check(read_header(self._file, path), layout, stored_as)
+            self.records = read_index(path, self.header.images)
+        except SourceError:
+            self._file.close()
+            raise
+
+    def _check(self, found: ArrayHeader, layout: Layout, stored_as: str | None) -> None:
+        path = self.path
+        dtype = STORED_TYPES[found.descr]
+        if dtype == "bfloat16" and stored_as != "bfloat16":
+            raise SourceError(
+                f"{path} holds two-byte elements that its header does not name",
+                "if they are bfloat16, put the manifest (.fastvgg.json) that was written with them "
+                "beside the file",
+            )
+        if len(found.shape) != 4:
+            raise SourceError(
+                f"{path} has shape {found.shape}, of rank {len(found.shape)}",
+                "a dataset has rank 4, (images, height, width, 3) or (images, 3, height, width): "
+                "for one image write array[numpy.newaxis]",
+            )
+        if math.prod(found.shape) == 0:
+            raise SourceError(f"{path} has shape {found.shape}: no images", "give images")
+        self.header = Header(found.shape, dtype, layout)
+        self._offset = found.offset
+        self.stored_bytes = os.fstat(self._file.fileno()).st_size
+        expected = found.offset + self.header.nbytes
+        if self.stored_bytes != expected:
+            what = "truncated" if self.stored_bytes < expected else "followed by other bytes"
+            raise SourceError(
+                f"{path} is {what}: shape {found.shape} of {dtype} is {expected} bytes with the "
+                f"header, and the file has {self.stored_bytes}",
+                "get the file again, or write it again with numpy.save",
+            )
+
+    def fingerprint(self) -> str:
+        """Return a hash of size, time of change, header, and samples over the whole file."""
+        descriptor = self._file.fileno()
+        status = os.fstat(descriptor)
+        digest = xxhash.xxh3_128(f"{status.st_size} {status.st_mtime_ns}".encode())
+        last = max(0, status.st_size - SAMPLE_BYTES)
+        for step in range(SAMPLES):
+            offset = last * step // (SAMPLES - 1)
+            try:
+                digest.update(os.pread(descriptor, SAMPLE_BYTES, offset))
+            except OSError as error:
+                raise StoppedError.from_os_error(error, "read", str(self.path), offset) from error
+        return digest.hexdigest()
+
+    def read(self, start: int, stop: int) -> Chunk:
+        """Return images as a read-only view of a mapped window of the file.
+
+        Raises
+        ------
+        StoppedError
+            If the file has become shorter since it was opened, or cannot be read.
+        """
+        begin = self._offset + start * self.header.image_bytes
+        nbytes = (stop - start) * self.header.image_bytes
+        shape = (stop - start, *self.header.shape[1:])
+        batch = self._window(begin, nbytes).view(storage_dtype(self.header.dtype)).reshape(shape)
+        return Chunk(batch, self.records[start:stop])
+
+    def _window(self, begin: int, nbytes: int) -> NDArray[np.uint8]:
+        page = begin - begin % mmap.ALLOCATIONGRANULARITY
+        try:
+            self._refuse_shorter(begin + nbytes)
+            window = mmap.mmap(
+                self._file.fileno(), begin - page + nbytes, access=mmap.ACCESS_READ, offset=page
+            )
+            self._populate(window)
+        except OSError as error:
+            raise StoppedError.from_os_error(error, "read", str(self.path), begin) from error
+        return np.frombuffer(window, np.uint8, nbytes, begin - page)
+
+    def _refuse_shorter(self, needed_bytes: int) -> None:
+        if os.fstat(self._file.fileno()).st_size < needed_bytes:
+            raise OSError(errno.ENODATA, "the file has become shorter")
+
+    @staticmethod
+    def _populate(window: mmap.mmap) -> None:
+        try:
+            window.madvise(MADV_POPULATE_READ)
+        except (AttributeError, ValueError):  # no madvise on this system
+            return
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a kernel before 5.14
+                raise
+
+    def close(self) -> None:
+        """Close the file; windows that were returned stay valid."""
+        self._file.close()
+
+
+class NpyTarget:
+    """A .npy array that is written at fixed offsets into space reserved beforehand.
+
+    Parameters
+    ----------
+    path
+        The name that the array gets when it is complete.
+    header
+        What will be in it.
+    storage
+        What carries out the system calls.
+    """
+
+    kind = "npy"
+
+    def __init__(self, path: Path, header: Header, storage: Storage) -> None:
+        self.path = path
+        self.header = header
+        self.partial = path.with_name(path.name + ".partial")
+        self._storage = storage
+        self._file: StoredFile | None = None
+        self._start = _header_bytes(header)
+        self.stored_bytes = len(self._start) + header.nbytes
+
+    def create(self) -> None:
+        """Make the partial, reserve all of its space, and write the header."""
+        self._storage.remove(self.partial)
+        self._file = self._storage.create(self.partial)
+        self._storage.reserve(self._file, self.stored_bytes)
+        self._storage.write(self._file, self._start, 0)
+        self._storage.sync(self._file)
+        self._storage.sync_directory(self.path.parent)
+
+    def reopen(self) -> None:
+        """Go on with the partial; refuse one that cannot be ours."""
+        if not self.partial.exists():
+            raise ResumeError(f"{self.partial} is gone", "start again with --restart")
+        self._file = self._storage.open(self.partial)
+        found_bytes = self._storage.size(self._file)
+        if found_bytes != self.stored_bytes:
+            raise ResumeError(
+                f"{self.partial} has {found_bytes} bytes, and the unfinished run reserved "
+                f"{self.stored_bytes}",
+                "it was changed in between: start again with --restart",
+            )
+
+    def write(self, start: int, chunk: Chunk) -> None:
+        """Write a chunk's rows where they belong."""
+        offset = len(self._start) + start * self.header.image_bytes
+        self._storage.write(self._opened(), chunk.batch.view(np.uint8).reshape(-1).data, offset)
+
+    def sync(self) -> None:
+        """Make the rows written so far survive a power cut."""
+        self._storage.sync(self._opened())
+
+    def read_back(self, start: int, stop: int) -> NDArray[Any]:
+        """Read rows of the published file."""
+        source = NpySource(self.path, layout=self.header.layout, stored_as=self.header.dtype)
+        try:
+            return source.read(start, stop).batch
+        finally:
+            source.close()
+
+    def publish(self) -> None:
+        """Rename the complete partial to its name."""
+        self.close()
+        self._storage.rename(self.partial, self.path)
+        self._storage.sync_directory(self.path.parent)
+
+    def close(self) -> None:
+        """Close the partial."""
+        if self._file is not None:
+            self._storage.close(self._file)
+            self._file = None
+
+    def _opened(self) -> StoredFile:
+        if self._file is None:
+            raise RuntimeError(f"{self.partial} is written before it is created or reopened")
+        return self._file
+
+
+def _header_bytes(header: Header) -> bytes:
+    """Return the first bytes of the file: a version 1.0 header, padded to 64."""
+    descr = next(descr for descr, name in STORED_TYPES.items() if name == header.dtype)
+    text = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        text, {"descr": descr, "fortran_order": False, "shape": header.shape}
+    )
+    return text.getvalue()

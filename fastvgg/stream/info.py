@@ -1,0 +1,87 @@
+"""What a path is: its header, its manifest, and how far an unfinished run is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from fastvgg import datasets
+from fastvgg.stream.journal import journal_path, read_ledger
+from fastvgg.stream.manifest import read_manifest
+
+__all__ = ["info"]
+
+
+def info(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what is known of a dataset, or of the unfinished run that is writing it.
+
+    Parameters
+    ----------
+    path
+        A source, a finished target, or the name that a target will get.
+
+    Returns
+    -------
+    dict
+        JSON types, in the order to show them: path, state ("finished", "unfinished", or "source"
+        for what fastvgg did not write), and what there is of shape, type, layout, mode, counts.
+
+    Raises
+    ------
+    SourceError
+        If there is nothing that fastvgg knows.
+    """
+    dataset = Path(os.path.abspath(os.fspath(path)))
+    ledger = read_ledger(journal_path(dataset))
+    if ledger is not None:
+        result = ledger.job["result"]
+        chunks = -(-result["shape"][0] // ledger.chunk_images)
+        return {
+            "path": str(dataset),
+            "state": "unfinished",
+            "committed_chunks": len(ledger.commits),
+            "chunks": chunks,
+            **_of_job(ledger.job),
+            "next": "run the same command again to go on, or with --restart to begin again",
+        }
+    manifest = read_manifest(dataset)
+    if manifest is not None:
+        return {
+            "path": str(dataset),
+            "state": "finished",
+            **_of_job(manifest.job),
+            **manifest.counts,
+            "chunks": len(manifest.checksums),
+            "created": manifest.created,
+            "packages": manifest.packages,
+        }
+    source = datasets.open_source(dataset)
+    try:
+        header = source.header
+        return {
+            "path": str(dataset),
+            "state": "source",
+            "kind": source.kind,
+            "shape": list(header.shape),
+            "dtype": header.dtype,
+            "bytes": source.stored_bytes,
+            "notes": source.notes,
+        }
+    finally:
+        source.close()
+
+
+def _of_job(job: dict[str, Any]) -> dict[str, Any]:
+    source, transform, result = job["source"], job["transform"], job["result"]
+    return {
+        "kind": result["kind"],
+        "shape": result["shape"],
+        "dtype": result["dtype"],
+        "layout": result["layout"],
+        "direction": transform["direction"],
+        "mode": transform["mode"]["name"],
+        "source": source["path"],
+        "size": source.get("size"),
+        "interpolation": source.get("interpolation"),
+    }

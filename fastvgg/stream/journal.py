@@ -1,0 +1,197 @@
+"""Which chunks are durable: `DST.fastvgg-journal`, one line for each.
+
+The first line names the job; each further line is a commit. A line is the xxh3 of its text, a
+space, the text (JSON) and a line feed, so that a line that a crash cut off is told from a whole
+one: reading ends at the first line that is not whole, and the chunks after it are done again.
+
+The journal is also the lock: the process that holds it writes the target, and no other.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import xxhash
+
+from fastvgg.datasets.index import Record
+from fastvgg.errors import ResumeError, TargetError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fastvgg.stream.storage import Storage, StoredFile
+
+__all__ = ["Commit", "Journal", "Ledger", "journal_path", "read_ledger", "refuse_other_job"]
+
+FORMAT: Final = 1
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A chunk whose bytes are durable."""
+
+    chunk: int
+    checksum: str
+    """xxh3-64 of the chunk's bytes in the target."""
+    records: list[Record]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the commit as JSON types."""
+        return {"chunk": self.chunk, "checksum": self.checksum, "records": self.records}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Commit:
+        """Return the commit that `to_dict` wrote."""
+        records = [Record(*record) for record in fields["records"]]
+        return cls(fields["chunk"], fields["checksum"], records)
+
+
+@dataclass
+class Ledger:
+    """What a journal says."""
+
+    job: dict[str, Any]
+    chunk_images: int
+    replaces: bool
+    """Whether the target's name may be taken from what has it now."""
+    commits: dict[int, Commit] = field(default_factory=dict)
+    whole_bytes: int = 0
+    """The length of the journal's whole lines."""
+
+
+def journal_path(target: Path) -> Path:
+    """Return where the journal of a target is."""
+    return target.with_name(target.name + ".fastvgg-journal")
+
+
+def read_ledger(path: Path) -> Ledger | None:
+    """Read a journal; None where there is none, or none with a whole first line.
+
+    Raises
+    ------
+    ResumeError
+        If the first line is whole and yet not one of ours.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    ledger = None
+    for line in data.splitlines(keepends=True):
+        fields = _whole(line)
+        if fields is None:
+            break
+        if ledger is None:
+            ledger = _opened(path, fields)
+        else:
+            commit = Commit.from_dict(fields)
+            ledger.commits[commit.chunk] = commit
+        ledger.whole_bytes += len(line)
+    return ledger
+
+
+def _whole(line: bytes) -> dict[str, Any] | None:
+    checksum, _, text = line.removesuffix(b"\n").partition(b" ")
+    if not line.endswith(b"\n") or checksum.decode("latin-1") != xxhash.xxh3_64_hexdigest(text):
+        return None
+    fields: dict[str, Any] = json.loads(text)
+    return fields
+
+
+def _line(fields: dict[str, Any]) -> bytes:
+    text = json.dumps(fields).encode()
+    return f"{xxhash.xxh3_64_hexdigest(text)} ".encode() + text + b"\n"
+
+
+def _opened(path: Path, fields: dict[str, Any]) -> Ledger:
+    if fields.get("fastvgg-journal") != FORMAT:
+        raise ResumeError(
+            f"{path} has format {fields.get('fastvgg-journal')!r}, and this version reads {FORMAT}",
+            "finish the run with the version that began it, or give --restart",
+        )
+    return Ledger(fields["job"], fields["chunk_images"], fields["replaces"])
+
+
+def refuse_other_job(found: dict[str, Any], wanted: dict[str, Any], target: str) -> None:
+    """Refuse to go on with a job that was begun with other settings.
+
+    Raises
+    ------
+    ResumeError
+        Naming every setting that differs, and both values.
+    """
+    differences = [
+        f"{part}.{key}: {found[part].get(key)!r} then, {wanted[part].get(key)!r} now"
+        for part in wanted
+        for key in sorted(set(found[part]) | set(wanted[part]))
+        if found[part].get(key) != wanted[part].get(key)
+    ]
+    if differences:
+        raise ResumeError(
+            f"{target} was begun as another job: {'; '.join(differences)}",
+            "give the same settings to go on with it, or --restart to begin again",
+        )
+
+
+class Journal:
+    """The journal of one target, open and locked.
+
+    Parameters
+    ----------
+    target
+        The dataset that is being written.
+    storage
+        What carries out the system calls.
+
+    Raises
+    ------
+    TargetError
+        If another process is writing the same target.
+    """
+
+    def __init__(self, target: Path, storage: Storage) -> None:
+        self.path = journal_path(target)
+        self._storage = storage
+        self._file: StoredFile = storage.open(self.path, create=True)
+        if not storage.lock(self._file):
+            storage.close(self._file)
+            raise TargetError(
+                f"{target} is being written by another process",
+                "wait for it to end; 'fastvgg info' tells how far it is",
+            )
+        self.ledger = read_ledger(self.path)
+        self._end = self.ledger.whole_bytes if self.ledger else 0
+
+    def begin(self, job: dict[str, Any], chunk_images: int, *, replaces: bool) -> None:
+        """Write the first line, in place of whatever was there."""
+        self.ledger = Ledger(job, chunk_images, replaces)
+        self._end = 0
+        header = {"fastvgg-journal": FORMAT, "job": job}
+        self._append({**header, "chunk_images": chunk_images, "replaces": replaces})
+        self._storage.sync_directory(self.path.parent)
+
+    def commit(self, commit: Commit) -> None:
+        """Record, durably, that a chunk's bytes are durable."""
+        self._append(commit.to_dict())
+        if self.ledger is not None:
+            self.ledger.commits[commit.chunk] = commit
+
+    def _append(self, fields: dict[str, Any]) -> None:
+        line = _line(fields)
+        self._storage.truncate(self._file, self._end)
+        self._storage.write(self._file, line, self._end)
+        self._storage.sync(self._file)
+        self._end += len(line)
+
+    def remove(self) -> None:
+        """Remove the journal of a finished run."""
+        self._storage.remove(self.path)
+        self._storage.sync_directory(self.path.parent)
+
+    def close(self) -> None:
+        """Close the journal and let go of the lock; one that says nothing is removed."""
+        if self.ledger is None:
+            self._storage.remove(self.path)
+        self._storage.close(self._file)

@@ -1,0 +1,198 @@
+"""What will be done: pure arithmetic on headers. Nothing here opens, reads or writes a file."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from fastvgg.errors import TargetError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from fastvgg.datasets.base import Header
+    from fastvgg.engine import Backend
+    from fastvgg.stream.run import Progress, Report
+    from fastvgg.transform import Transform
+
+__all__ = ["Plan", "chunk_images", "parse_bytes", "readable_bytes", "result_header"]
+
+# Large enough that a commit (two fsyncs, some milliseconds) is small beside it, small enough that
+# little is lost when a run is killed.
+CHUNK_BYTES: Final = 64 * 1024 * 1024
+UNITS: Final = {"": 1, "B": 1, "K": 2**10, "KIB": 2**10, "M": 2**20, "MIB": 2**20}
+UNITS.update({"G": 2**30, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9})
+
+
+def parse_bytes(text: str | int) -> int:
+    """Return the bytes that a text like 512MiB means.
+
+    >>> parse_bytes("512MiB"), parse_bytes("1.5 GB"), parse_bytes(4096)
+    (536870912, 1500000000, 4096)
+    """
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in UNITS:
+        raise UsageError(f"{text!r} is not an amount of memory", "write it like 512MiB or 2GiB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def readable_bytes(count: float) -> str:
+    """Return a count of bytes for people.
+
+    >>> readable_bytes(999), readable_bytes(602112), readable_bytes(3 * 2**30)
+    ('999 B', '588.0 KiB', '3.0 GiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def result_header(header: Header, transform: Transform) -> Header:
+    """Return the header of what a transform makes of a dataset."""
+    return type(header)(
+        transform.output_shape(header.shape),
+        transform.output_name(header.dtype),
+        transform.out_layout,
+    )
+
+
+def chunk_images(images: int, bytes_per_image: int, scratch_bytes: int, limit_bytes: int) -> int:
+    """Return how many images make a chunk, so that the run stays below a memory limit.
+
+    Parameters
+    ----------
+    images
+        How many there are in all.
+    bytes_per_image
+        What an image takes while it is worked on: as read, and as the result.
+    scratch_bytes
+        What reading needs beside that.
+    limit_bytes
+        The memory limit.
+
+    Raises
+    ------
+    TargetError
+        If not even one image fits.
+
+    Examples
+    --------
+    >>> chunk_images(10**6, 752_640, scratch_bytes=0, limit_bytes=512 * 2**20)
+    89
+    """
+    room_bytes = limit_bytes - scratch_bytes
+    if room_bytes < bytes_per_image:
+        needed = readable_bytes(scratch_bytes + bytes_per_image)
+        raise TargetError(
+            f"one image needs {needed} of memory, and the limit is {readable_bytes(limit_bytes)}",
+            f"give --memory {-(-(scratch_bytes + bytes_per_image) // 2**20)}MiB or more",
+        )
+    return min(images, max(1, min(CHUNK_BYTES, room_bytes) // bytes_per_image))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One dataset into another: what will be read, computed and written, and what it will need.
+
+    Made by `fastvgg.plan`; `run` carries it out, and resumes what an earlier run left unfinished.
+    """
+
+    source: str
+    target: str
+    source_kind: str
+    target_kind: str
+    header: Header
+    """Of the source."""
+    result: Header
+    """Of the target."""
+    transform: Transform
+    settings: dict[str, Any]
+    """What else decides the pixels: how images are resized."""
+    fingerprint: str
+    """Of the source, when the plan was made."""
+    read_bytes: int
+    chunk_images: int
+    scratch_bytes: int
+    memory_bytes: int
+    """The limit."""
+    threads: int
+    backend: Backend
+    strict: bool
+    restart: bool
+    notes: tuple[str, ...]
+    committed_chunks: int
+    """What an unfinished run has done already."""
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks there are."""
+        return -(-self.header.images // self.chunk_images)
+
+    @property
+    def write_bytes(self) -> int:
+        """How many bytes the target's pixels take, before any compression."""
+        return self.result.nbytes
+
+    @property
+    def projected_bytes(self) -> int:
+        """How much memory the run takes at most, above the idle process."""
+        return self.scratch_bytes + self.chunk_images * (
+            self.header.image_bytes + self.result.image_bytes
+        )
+
+    def chunk_rows(self) -> Iterator[tuple[int, int]]:
+        """Return the first row of every chunk, and the row after its last."""
+        for start in range(0, self.header.images, self.chunk_images):
+            yield start, min(start + self.chunk_images, self.header.images)
+
+    def job(self) -> dict[str, Any]:
+        """Return all that decides the result's bytes, as JSON types: two equal jobs are one."""
+        job = {
+            "source": {
+                "path": self.source,
+                "kind": self.source_kind,
+                "fingerprint": self.fingerprint,
+                "shape": list(self.header.shape),
+                "dtype": self.header.dtype,
+                "layout": self.header.layout,
+                **self.settings,
+            },
+            "transform": self.transform.to_dict(),
+            "result": {
+                "kind": self.target_kind,
+                "shape": list(self.result.shape),
+                "dtype": self.result.dtype,
+                "layout": self.result.layout,
+            },
+        }
+        as_read_back: dict[str, Any] = json.loads(json.dumps(job))
+        return as_read_back
+
+    def run(self, progress: Callable[[Progress], None] | None = None) -> Report:
+        """Carry the plan out; see `fastvgg.stream.run.run`."""
+        from fastvgg.stream import run
+
+        return run.run(self, progress)
+
+    def __str__(self) -> str:
+        mode, direction = self.transform.mode.name, self.transform.direction
+        done = f", {self.committed_chunks} done" if self.committed_chunks else ""
+        limit = readable_bytes(self.memory_bytes)
+        lines = [
+            f"{direction} ({mode}): {self.source} -> {self.target}",
+            f"  images   {self.header.images}",
+            f"  from     {self.header.shape[1:]} {self.header.dtype} {self.header.layout}",
+            f"  to       {self.result.shape[1:]} {self.result.dtype} {self.result.layout}",
+            f"  chunks   {self.chunks} of {self.chunk_images} images{done}",
+            f"  reads    {readable_bytes(self.read_bytes)}",
+            f"  writes   {readable_bytes(self.write_bytes)}",
+            f"  memory   {readable_bytes(self.projected_bytes)} of {limit}",
+            f"  threads  {self.threads}",
+        ]
+        return "\n".join(lines + [f"  note     {note}" for note in self.notes])

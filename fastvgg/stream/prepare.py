@@ -1,0 +1,380 @@
+"""Look at a source and a target, refuse what cannot go well, and make the plan.
+
+Headers are read, pixels are not, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+
+from fastvgg import datasets, engine, oracle
+from fastvgg.errors import ArrayError, SourceError, TargetError, UsageError
+from fastvgg.stream.journal import journal_path, read_ledger, refuse_other_job
+from fastvgg.stream.manifest import read_manifest
+from fastvgg.stream.plan import Plan, chunk_images, parse_bytes, readable_bytes, result_header
+from fastvgg.transform import Mode, Transform
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
+
+    from fastvgg.datasets.base import Header, Source
+    from fastvgg.engine import Backend
+    from fastvgg.stream.journal import Ledger
+    from fastvgg.stream.manifest import Manifest
+    from fastvgg.transform import Direction, Layout, Rounding
+
+__all__ = ["State", "changed", "find_state", "plan", "refuse_occupied", "reopen_source", "resumed"]
+
+State: TypeAlias = Literal["fresh", "resumable", "complete"]
+
+IMAGES: Final = ("uint8", "NHWC")  # what image files can hold
+
+
+def plan(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    mode: Mode | str | None = None,
+    direction: Direction = "preprocess",
+    size: tuple[int, int] | None = None,
+    interpolation: str = "nearest",
+    layout: Layout | None = None,
+    out_layout: Layout | None = None,
+    dtype: DTypeLike | None = None,
+    rounding: Rounding = "nearest",
+    memory: str | int = "512MiB",
+    threads: int | None = None,
+    backend: Backend = "auto",
+    strict: bool = False,
+    restart: bool = False,
+) -> Plan:
+    """Plan the way of one dataset into another; headers are read, nothing is written.
+
+    Parameters
+    ----------
+    source
+        A directory of images, or a .npy file.
+    target
+        A name that ends in .npy, or for restored images a directory. While unfinished the data is
+        in ``target.partial``; the name appears when it is complete.
+    mode
+        A `Mode` or the name of one. To restore what fastvgg wrote, it may be left away.
+    direction
+        "preprocess" or "restore".
+    size, interpolation
+        Height and width to resize image files to, and how: exactly Keras'
+        ``load_img(target_size=..., interpolation=...)``.
+    layout, out_layout, dtype, rounding
+        As for `fastvgg.preprocess` and `fastvgg.restore`. What the manifest of the source says
+        need not be said again.
+    memory
+        The limit above the idle process, in bytes or like "512MiB".
+    threads
+        All usable cores if not given.
+    backend
+        "numba", "numpy" or "auto".
+    strict
+        Stop at the first image that cannot be read, where otherwise its row is zeros.
+    restart
+        Begin again where an unfinished run, or a finished target, is in the way.
+
+    Returns
+    -------
+    Plan
+        Print it to see what it will need; ``run()`` carries it out, or resumes it.
+
+    Raises
+    ------
+    UsageError, SourceError, TargetError, ResumeError, ModeError, DtypeError
+        Before anything is written.
+    """
+    source_path, target_path = (Path(os.path.abspath(os.fspath(p))) for p in (source, target))
+    threads = engine.usable_cores() if threads is None else threads
+    if threads < 1:
+        raise UsageError(f"threads is {threads}", "give at least 1")
+    engine.backend_in_use(backend)
+    manifest = read_manifest(source_path)
+    asked = Transform(mode or "identity", direction, layout or "NHWC", out_layout, dtype, rounding)
+    transform = _agreed_transform(source_path, manifest, asked, mode, layout, out_layout)
+    opened = datasets.open_source(
+        source_path,
+        layout=transform.layout,
+        stored_as=None if manifest is None else manifest.header.dtype,
+        size=size,
+        interpolation=interpolation,
+        threads=threads,
+    )
+    try:
+        return _plan(
+            opened, target_path, transform, parse_bytes(memory), threads, backend, strict, restart
+        )
+    finally:
+        opened.close()
+
+
+def _agreed_transform(
+    path: Path,
+    manifest: Manifest | None,
+    asked: Transform,
+    mode: Mode | str | None,
+    layout: Layout | None,
+    out_layout: Layout | None,
+) -> Transform:
+    """Return what is asked for, completed from the source's manifest and checked against it."""
+    if manifest is None:
+        if mode is None:
+            remedy = "give --mode or --model; 'fastvgg models' lists which model wants which"
+            if asked.direction == "restore":
+                remedy = f"there is no manifest beside it that says the mode: {remedy}"
+            raise UsageError(f"{path}: the mode is not given", remedy)
+        return asked
+    done = manifest.transform
+    _refuse_twice(path, done, asked.direction)
+    if mode is not None and asked.mode != done.mode and asked.direction == "restore":
+        raise UsageError(
+            f"{path} was preprocessed in mode {done.mode.name}, and mode {asked.mode.name} is "
+            "asked for",
+            "leave --mode away: the manifest knows it",
+        )
+    if layout is not None and layout != done.out_layout:
+        raise UsageError(
+            f"{path} has layout {done.out_layout}, and {layout} is asked for",
+            "leave --layout away: the manifest knows it",
+        )
+    if asked.direction == "preprocess" and mode is None:
+        raise UsageError(f"{path}: the mode is not given", "give --mode or --model")
+    return Transform(
+        asked.mode if mode is not None else done.mode,
+        asked.direction,
+        done.out_layout,
+        out_layout or (done.layout if asked.direction == "restore" else None),
+        asked.dtype,
+        asked.rounding,
+    )
+
+
+def _refuse_twice(path: Path, done: Transform, direction: Direction) -> None:
+    if done.direction != direction:
+        return
+    if direction == "preprocess":
+        raise SourceError(
+            f"{path} is preprocessed already, in mode {done.mode.name}: doing it twice would "
+            "destroy it",
+            "preprocess the images it was made from, or restore it first",
+        )
+    raise SourceError(
+        f"{path} is restored already: it holds images, not network inputs",
+        "give the dataset that it was restored from",
+    )
+
+
+def _plan(
+    source: Source,
+    target_path: Path,
+    transform: Transform,
+    memory_bytes: int,
+    threads: int,
+    backend: Backend,
+    strict: bool,
+    restart: bool,
+) -> Plan:
+    header = source.header
+    try:
+        transform.check_input(header.shape, header.dtype)
+    except ArrayError as error:
+        raise SourceError(f"{source.path}: {error.problem}", error.remedy) from None
+    result = result_header(header, transform)
+    kind = datasets.target_kind(target_path)
+    _check_target(source, target_path, result)
+    images = chunk_images(
+        header.images, header.image_bytes + result.image_bytes, source.scratch_bytes, memory_bytes
+    )
+    made = Plan(
+        source=str(source.path),
+        target=str(target_path),
+        source_kind=source.kind,
+        target_kind=kind,
+        header=header,
+        result=result,
+        transform=transform,
+        settings=source.settings,
+        fingerprint=source.fingerprint(),
+        read_bytes=source.stored_bytes,
+        chunk_images=images,
+        scratch_bytes=source.scratch_bytes,
+        memory_bytes=memory_bytes,
+        threads=threads,
+        backend=backend,
+        strict=strict,
+        restart=restart,
+        notes=tuple(source.notes + _losses(transform, result)),
+        committed_chunks=0,
+    )
+    ledger = read_ledger(journal_path(target_path))
+    state = find_state(made, ledger)
+    if state == "resumable" and ledger is not None:
+        return resumed(made, ledger)
+    if state == "fresh" and kind == "npy":
+        _check_room(target_path, result.nbytes)
+    return made
+
+
+def _check_target(source: Source, target: Path, result: Header) -> None:
+    """Refuse a target whose place cannot be right."""
+    directory = target.parent
+    if not directory.is_dir():
+        raise TargetError(f"{directory} is not a directory", f"make it: mkdir -p {directory}")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise TargetError(
+            f"{directory} cannot be written to", "check its permissions, or choose another place"
+        )
+    if datasets.target_kind(target) == "images" and (result.dtype, result.layout) != IMAGES:
+        raise TargetError(
+            f"{target}: image files hold {' '.join(IMAGES)}, and the result is {result.dtype} "
+            f"{result.layout}",
+            "give a name that ends in .npy; only restore, in its own layout, writes image files",
+        )
+    inside, around = target.resolve(), source.path.resolve()
+    if inside == around:
+        raise TargetError(f"{target} is the source itself", "give the result another name")
+    if around in inside.parents or inside in around.parents:
+        raise TargetError(
+            f"{target} and the source {source.path} lie one in the other",
+            "give the result a place of its own, beside the source",
+        )
+
+
+def _check_room(target: Path, needed_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(target.parent).free
+    if needed_bytes > free_bytes:
+        raise TargetError(
+            f"{target} needs {readable_bytes(needed_bytes)} ({needed_bytes} bytes), and the disk "
+            f"has {readable_bytes(free_bytes)} ({free_bytes} bytes) free",
+            "free space, choose another disk, or store halves: --dtype float16",
+        )
+
+
+def _losses(transform: Transform, result: Header) -> list[str]:
+    """Say so where a mode of one's own cannot give back every byte."""
+    if transform.direction == "restore":
+        return []
+    lost = oracle.unrestorable(transform.mode, result.dtype)
+    return [f"{lost} of 768 values cannot be restored from {result.dtype}"] if lost else []
+
+
+def find_state(plan: Plan, ledger: Ledger | None) -> State:
+    """Return what there is of a plan's target: nothing, an unfinished run, or all of it.
+
+    Raises
+    ------
+    ResumeError
+        If the unfinished run is another job.
+    TargetError
+        If something that is not this run's has the target's name.
+    """
+    target = Path(plan.target)
+    partial = target.with_name(target.name + ".partial")
+    if plan.restart:
+        _check_replaceable(target)
+        return "fresh"
+    if ledger is not None:
+        refuse_other_job(ledger.job, plan.job(), plan.target)
+        if os.path.lexists(partial):
+            refuse_occupied(plan, ledger)
+        return "resumable"
+    manifest = read_manifest(target)
+    if _occupied(target) and manifest is not None and manifest.job == plan.job():
+        return "complete"
+    refuse_occupied(plan, ledger)
+    if os.path.lexists(partial):
+        raise TargetError(
+            f"{partial} is in the way, and no journal says that it is an unfinished run",
+            "move it away, or give --restart to replace it",
+        )
+    return "fresh"
+
+
+def refuse_occupied(plan: Plan, ledger: Ledger | None) -> None:
+    """Refuse a target whose name something has that the run may not replace.
+
+    Raises
+    ------
+    TargetError
+        Saying what has the name.
+    """
+    target = Path(plan.target)
+    if not _occupied(target) or plan.restart or (ledger is not None and ledger.replaces):
+        return
+    what = "was not made by fastvgg" if read_manifest(target) is None else "is of another job"
+    raise TargetError(
+        f"{target} exists, and {what}", "choose another name, or give --restart to replace it"
+    )
+
+
+def _occupied(target: Path) -> bool:
+    if target.is_dir() and not target.is_symlink():
+        return any(target.iterdir())
+    return os.path.lexists(target)
+
+
+def _check_replaceable(target: Path) -> None:
+    """Refuse to replace a directory that fastvgg did not write: it may hold anything."""
+    if target.is_dir() and _occupied(target) and read_manifest(target) is None:
+        raise TargetError(
+            f"{target} is a directory with files in it that fastvgg did not write",
+            "choose another name, or remove it yourself",
+        )
+
+
+def resumed(plan: Plan, ledger: Ledger) -> Plan:
+    """Return the plan with the chunks that an unfinished run began with.
+
+    Raises
+    ------
+    TargetError
+        If those chunks do not fit into the memory limit of now.
+    """
+    fitted = dataclasses.replace(
+        plan, chunk_images=ledger.chunk_images, committed_chunks=len(ledger.commits)
+    )
+    if fitted.projected_bytes > fitted.memory_bytes:
+        raise TargetError(
+            f"{plan.target} was begun in chunks that need "
+            f"{readable_bytes(fitted.projected_bytes)}, and the memory limit is "
+            f"{readable_bytes(plan.memory_bytes)}",
+            f"give --memory {-(-fitted.projected_bytes // 2**20)}MiB, or --restart",
+        )
+    return fitted
+
+
+def reopen_source(plan: Plan) -> Source:
+    """Open the source of a plan again, and see that it is still the one that was planned.
+
+    Raises
+    ------
+    SourceError
+        If it has changed since.
+    """
+    source = datasets.open_source(
+        Path(plan.source),
+        layout=plan.header.layout,
+        stored_as=plan.header.dtype,
+        size=plan.settings.get("size"),
+        interpolation=plan.settings.get("interpolation", "nearest"),
+        threads=plan.threads,
+    )
+    if changed(plan, source):
+        source.close()
+        raise SourceError(
+            f"{plan.source} has changed since the run was planned", "plan the run again"
+        )
+    return source
+
+
+def changed(plan: Plan, source: Source) -> bool:
+    """Whether a source is no longer the one that was planned."""
+    return source.header != plan.header or source.fingerprint() != plan.fingerprint

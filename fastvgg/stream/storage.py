@@ -1,0 +1,162 @@
+"""Every durable system call goes through here: the one place where faults can be put in.
+
+A call that fails raises a typed error that names the call, the file and the offset. Nothing is
+retried: after a failed fsync the kernel has already forgotten which pages it could not write
+(https://wiki.postgresql.org/wiki/Fsync_Errors).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+from fastvgg.errors import StoppedError, TargetError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+__all__ = ["Storage", "StoredFile"]
+
+
+class StoredFile(NamedTuple):
+    """An open file, and its path for messages."""
+
+    descriptor: int
+    path: Path
+
+
+class Storage:
+    """The system calls that make data last.
+
+    Every method raises `StoppedError` where the system refuses, unless it says otherwise.
+    """
+
+    def create(self, path: Path) -> StoredFile:
+        """Make a new, empty file, or empty the one that is there."""
+        return self._opened(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, "create")
+
+    def open(self, path: Path, *, create: bool = False) -> StoredFile:
+        """Open a file for reading and writing."""
+        return self._opened(path, os.O_RDWR | (os.O_CREAT if create else 0), "open")
+
+    def _opened(self, path: Path, flags: int, call: str) -> StoredFile:
+        with _stopping(call, path):
+            flags |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+            return StoredFile(os.open(path, flags, 0o666), path)
+
+    def close(self, file: StoredFile) -> None:
+        """Close a file; some file systems report a failed write only now."""
+        with _stopping("close", file.path):
+            os.close(file.descriptor)
+
+    def lock(self, file: StoredFile) -> bool:
+        """Take the file for this process alone; False if another one has it.
+
+        The lock goes when the process does, however it ends.
+        """
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system
+            return True
+        try:
+            fcntl.flock(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        with _stopping("lock", file.path):  # the file may have been replaced while we waited
+            return os.path.samestat(os.fstat(file.descriptor), os.stat(file.path))
+
+    def size(self, file: StoredFile) -> int:
+        """Return a file's length in bytes."""
+        with _stopping("fstat", file.path):
+            return os.fstat(file.descriptor).st_size
+
+    def reserve(self, file: StoredFile, nbytes: int) -> None:
+        """Take the disk space for the whole file now.
+
+        Raises
+        ------
+        TargetError
+            If there is no room; the file is removed.
+        """
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.descriptor, 0, nbytes)
+            else:
+                os.truncate(file.descriptor, nbytes)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise StoppedError.from_os_error(error, "reserve", str(file.path), 0) from error
+            self.close(file)
+            self.remove(file.path)
+            raise TargetError(
+                f"{file.path}: no room for {nbytes} bytes: {error.strerror}",
+                "free disk space or choose another disk; nothing was written",
+            ) from error
+
+    def write(self, file: StoredFile, data: bytes | memoryview, offset: int) -> None:
+        """Write all of `data` at `offset`."""
+        remaining = memoryview(data).cast("B")
+        while remaining:
+            with _stopping("write", file.path, offset):
+                written = os.pwrite(file.descriptor, remaining, offset)
+            offset += written
+            remaining = remaining[written:]
+
+    def truncate(self, file: StoredFile, nbytes: int) -> None:
+        """Cut a file to a length."""
+        with _stopping("truncate", file.path, nbytes):
+            os.ftruncate(file.descriptor, nbytes)
+
+    def sync(self, file: StoredFile) -> None:
+        """Make what was written to a file survive a power cut."""
+        with _stopping("fsync", file.path):
+            os.fsync(file.descriptor)
+
+    def sync_directory(self, path: Path) -> None:
+        """Make the names in a directory survive a power cut."""
+        with _stopping("fsync", path):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def make_directory(self, path: Path) -> None:
+        """Make a directory and those above it, where they are missing."""
+        with _stopping("mkdir", path):
+            path.mkdir(parents=True, exist_ok=True)
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Give a file or directory another name, at once."""
+        with _stopping("rename", old):
+            os.replace(old, new)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file, or a directory with all that is in it; missing is fine."""
+        with _stopping("remove", path):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def write_whole(self, path: Path, data: bytes) -> None:
+        """Write a small file so that its name holds the old bytes or the new ones, never a part."""
+        temporary = path.with_name(path.name + ".tmp")
+        file = self.create(temporary)
+        self.write(file, data, 0)
+        self.sync(file)
+        self.close(file)
+        self.rename(temporary, path)
+        self.sync_directory(path.parent)
+
+
+@contextmanager
+def _stopping(call: str, path: Path, offset: int = 0) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoppedError.from_os_error(error, call, str(path), offset) from error

@@ -1,0 +1,153 @@
+"""Prove a finished dataset: every chunk's checksum, and images computed again by the oracle."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from fastvgg import datasets, oracle
+from fastvgg.datasets.index import read_index
+from fastvgg.errors import SourceError, VerificationError
+from fastvgg.stream.manifest import manifest_path, read_manifest
+from fastvgg.stream.run import checksum
+from fastvgg.stream.storage import Storage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fastvgg.datasets.base import Source, Target
+    from fastvgg.datasets.index import Record
+    from fastvgg.stream.manifest import Manifest
+
+__all__ = ["Verification", "verify"]
+
+SAMPLED_IMAGES: Final = 16
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found to be right."""
+
+    path: str
+    images: int
+    chunks: int
+    """Whose checksums are right: all of them."""
+    recomputed_images: int
+    """Whose bytes the oracle made again from the source."""
+    note: str
+    """Why not more were recomputed, if so."""
+
+    def __str__(self) -> str:
+        note = f" ({self.note})" if self.note else ""
+        return (
+            f"{self.path}: {self.chunks} chunks of {self.images} images have the right checksum, "
+            f"{self.recomputed_images} images are equal to the oracle's{note}"
+        )
+
+
+def verify(path: str | os.PathLike[str], *, full: bool = False) -> Verification:
+    """Verify a dataset that fastvgg wrote.
+
+    Parameters
+    ----------
+    path
+        The dataset, with its manifest beside it.
+    full
+        Recompute every image from the source, not a sample of 16.
+
+    Raises
+    ------
+    VerificationError
+        If stored bytes differ from their checksum, or from what the oracle makes of the source.
+    SourceError
+        If there is no manifest, or the dataset cannot be read at all.
+    """
+    dataset = Path(os.path.abspath(os.fspath(path)))
+    manifest = read_manifest(dataset)
+    if manifest is None:
+        raise SourceError(
+            f"{manifest_path(dataset)} does not exist: nothing says what {dataset} should be",
+            "give a dataset that fastvgg has finished; 'fastvgg info' tells what this is",
+        )
+    records = read_index(dataset, manifest.header.images)
+    stored = datasets.open_target(dataset, manifest.header, Storage(), records)
+    _check_checksums(stored, manifest)
+    recomputed, note = _check_against_oracle(stored, manifest, records, full=full)
+    images, chunks = manifest.header.images, len(manifest.checksums)
+    return Verification(str(dataset), images, chunks, recomputed, note)
+
+
+def _check_checksums(stored: Target, manifest: Manifest) -> None:
+    images, together = manifest.header.images, manifest.chunk_images
+    for chunk, expected in enumerate(manifest.checksums):
+        start, stop = chunk * together, min((chunk + 1) * together, images)
+        actual = checksum(stored.read_back(start, stop))
+        if actual != expected:
+            raise VerificationError(
+                f"{stored.path}: images {start} to {stop - 1} have checksum {actual}, and were "
+                f"written with {expected}",
+                "the file was changed or damaged since: make it again from its source",
+            )
+
+
+def _check_against_oracle(
+    stored: Target, manifest: Manifest, records: list[Record], *, full: bool
+) -> tuple[int, str]:
+    """Recompute images from the source; return how many, and why not more."""
+    try:
+        source = _source_of(manifest)
+    except SourceError as error:
+        return 0, f"not compared with the source: {error.problem}"
+    recomputed = 0
+    try:
+        # A copy of the source has another date, and so another fingerprint, and the same pixels:
+        # whoever asks for all of them wants them compared.
+        same = full or source.fingerprint() == manifest.job["source"]["fingerprint"]
+        if source.header != manifest.source_header or not same:
+            return 0, f"not compared with the source: {source.path} has changed"
+        for row in _rows(manifest.header.images, full=full):
+            _check_row(stored, source, manifest, records, row)
+            recomputed += 1
+    finally:
+        source.close()
+    return recomputed, ""
+
+
+def _source_of(manifest: Manifest) -> Source:
+    job = manifest.job["source"]
+    size = job.get("size")
+    return datasets.open_source(
+        Path(job["path"]),
+        layout=job["layout"],
+        stored_as=job["dtype"],
+        size=None if size is None else (size[0], size[1]),
+        interpolation=job.get("interpolation", "nearest"),
+    )
+
+
+def _rows(images: int, *, full: bool) -> Iterator[int]:
+    if full:
+        return iter(range(images))
+    sampled = min(SAMPLED_IMAGES, images)
+    return iter(sorted({image * (images - 1) // max(1, sampled - 1) for image in range(sampled)}))
+
+
+def _check_row(
+    stored: Target, source: Source, manifest: Manifest, records: list[Record], row: int
+) -> None:
+    read = source.read(row, row + 1)
+    expected = oracle.apply(manifest.transform, read.batch)
+    if records and records[row].failed:
+        expected = np.zeros_like(expected)
+    actual = stored.read_back(row, row + 1)
+    differing = int((actual.view(np.uint8) != expected.view(np.uint8)).sum())
+    if differing:
+        raise VerificationError(
+            f"{stored.path}: image {row} differs from what the oracle makes of "
+            f"{source.path} in {differing} bytes of {expected.nbytes}",
+            "the source or the dataset was changed since: make it again from its source",
+        )
