@@ -165,7 +165,7 @@ def apply(
     input_name = _check_input(transform, x)
     threads = _check_threads(threads)
     shape = transform.output_shape(x.shape)
-    dtype = storage_dtype(transform.output_name(input_name))
+    dtype = _result_dtype(transform.output_name(input_name))
     if out is None:
         result = np.empty(shape, dtype)
     else:
@@ -243,7 +243,7 @@ def _check_input(transform: Transform, x: NDArray[Any]) -> str:
         raise DtypeError(f"got {type(x).__name__}, not a NumPy array", "convert it: np.asarray(x)")
     if isinstance(x, np.ma.MaskedArray):
         raise DtypeError("a masked array has no bytes for its masked values", "fill it: x.filled()")
-    name = storage_name(x.dtype)
+    name = _stored_name(x.dtype)
     transform.check_input(x.shape, name)
     return name
 
@@ -278,6 +278,8 @@ def _check_out(
             f"out has strides {out.strides}: it is not contiguous and aligned",
             f"give np.empty({shape}, {dtype.name!r}), or no out",
         )
+    if not np.may_share_memory(out, x):  # a comparison of bounds: the usual case, and cheap
+        return
     in_place = (
         out.ctypes.data == x.ctypes.data
         and out.dtype == x.dtype
@@ -297,6 +299,11 @@ def _overlap(a: NDArray[Any], b: NDArray[Any]) -> bool:
         return np.shares_memory(a, b, max_work=OVERLAP_SEARCH_STEPS)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
+
+
+# Asking NumPy for a type's name takes a microsecond; a thumbnail takes two.
+_stored_name = functools.lru_cache(maxsize=64)(storage_name)
+_result_dtype = functools.lru_cache(maxsize=64)(storage_dtype)
 
 
 class _Piece(NamedTuple):
@@ -348,24 +355,7 @@ def _oracle_job(transform: Transform, source: NDArray[Any], target: NDArray[Any]
 
 
 def _kernel_job(transform: Transform, source: NDArray[Any], target: NDArray[Any]) -> _Job:
-    from fastvgg.kernels import loops
-
-    mode, restores = transform.mode, transform.direction == "restore"
-    compute = transform.compute_name(source.dtype.name)
-    recipe = loops.Recipe(
-        restores=restores,
-        source=source.dtype.name,
-        target=target.dtype.name,
-        compute=compute,
-        planar_source=transform.layout == "NCHW",
-        planar_target=transform.out_layout == "NCHW",
-        flips=mode.flips,
-        divides=mode.divide is not None,
-        scales=mode.std is not None,
-        rounding=transform.rounding if restores else "nearest",
-    )
-    loop = loops.compiled(recipe)
-    constants = _constants(mode, compute, in_order_of_x=restores)
+    loop, constants = _kernel(transform, _stored_name(source.dtype))
     width = source.shape[2 if transform.layout == "NHWC" else 3]
     ready = source.flags.c_contiguous and source.flags.aligned and source.dtype.isnative
     whole_source = _for_kernel(source, transform.layout) if ready else None
@@ -384,7 +374,29 @@ def _kernel_job(transform: Transform, source: NDArray[Any], target: NDArray[Any]
     return _Job(work_on, gathers=whole_source is None)
 
 
-def _constants(mode: Mode, compute: str, *, in_order_of_x: bool) -> tuple[Any, Any, Any]:
+@functools.lru_cache(maxsize=256)
+def _kernel(transform: Transform, input_name: str) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """Return the loop of a transform, and the constants to call it with."""
+    from fastvgg.kernels import loops
+
+    mode, restores = transform.mode, transform.direction == "restore"
+    compute = transform.compute_name(input_name)
+    recipe = loops.Recipe(
+        restores=restores,
+        source=input_name,
+        target=transform.output_name(input_name),
+        compute=compute,
+        planar_source=transform.layout == "NCHW",
+        planar_target=transform.out_layout == "NCHW",
+        flips=mode.flips,
+        divides=mode.divide is not None,
+        scales=mode.std is not None,
+        rounding=transform.rounding if restores else "nearest",
+    )
+    return loops.compiled(recipe), _constants(mode, compute, in_order_of_x=restores)
+
+
+def _constants(mode: Mode, compute: str, *, in_order_of_x: bool) -> tuple[Any, ...]:
     """Return divide, mean and std in the compute type; a missing part changes nothing."""
     scalar = np.dtype(compute).type
     step = -1 if mode.flips and in_order_of_x else 1
@@ -415,6 +427,10 @@ def _pieces(
 
 def _run(job: _Job, pieces: list[_Piece], threads: int) -> None:
     """Work on all pieces, on this thread and `threads` - 1 others."""
+    if threads == 1 or len(pieces) == 1:
+        for piece in pieces:
+            job.work_on(piece)
+        return
     remaining = deque(pieces)
 
     def drain() -> None:

@@ -1,0 +1,120 @@
+"""Every supported combination on the Numba backend, beside the NumPy path, as ratios in one run.
+
+    python benchmarks/against_numpy.py            # all combinations, some minutes
+    python benchmarks/against_numpy.py --quick    # the types that are used most
+
+The NumPy path is the faster of two ways to do the same: the oracle on the whole batch, and the
+NumPy backend, which runs the oracle in pieces on as many threads. Both backends get an `out` that
+was used before; the oracle allocates its result, as NumPy code does. Times are taken in turn and
+the ratio is that of the medians. Compilation is not in them. A combination counts as slower where
+the NumPy path takes less than 0.95 of Numba's time: these ratios repeat within 5 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from machine import machine
+
+from fastvgg import Transform, engine, oracle
+from fastvgg.transform import STORAGE_TYPES, storage_dtype
+
+RESULT = Path(__file__).parent / "results" / "against_numpy.json"
+MODES = ("caffe", "tf", "torch")
+LAYOUTS = ("NHWC", "NCHW")
+FLOATS = STORAGE_TYPES[1:]
+SHAPES = {
+    "a batch": (32, 224, 224, 3),
+    "one image": (1, 224, 224, 3),
+    "a thumbnail": (1, 32, 32, 3),
+}
+ROUNDS = 7
+NOISE = 0.95
+
+
+def combinations(quick):
+    inputs = ("uint8", "float32") if quick else STORAGE_TYPES
+    results = ("float16", "float32") if quick else FLOATS
+    for mode, layout, out_layout in itertools.product(MODES, LAYOUTS, LAYOUTS):
+        for source, result in itertools.product(inputs, results):
+            yield Transform(mode, "preprocess", layout, out_layout, result), source
+        for source, result in itertools.product(results, inputs):
+            yield Transform(mode, "restore", layout, out_layout, result), source
+
+
+def batch(shape, layout, dtype):
+    images, height, width, channels = shape
+    shape = shape if layout == "NHWC" else (images, channels, height, width)
+    values = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    return values.astype(storage_dtype(dtype))
+
+
+def seconds(call, repeats):
+    begun = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - begun) / repeats
+
+
+def measure(transform, x, threads):
+    """Return the median seconds of Numba, of the NumPy backend, and of the oracle."""
+    out = engine.apply(transform, x, threads=threads)
+    calls = (
+        lambda: engine.apply(transform, x, out, threads=threads, backend="numba"),
+        lambda: engine.apply(transform, x, out, threads=threads, backend="numpy"),
+        lambda: oracle.apply(transform, x),
+    )
+    repeats = [max(1, int(2e-3 / max(seconds(call, 1), 1e-9))) for call in calls]
+    taken = [
+        [seconds(call, n) for call, n in zip(calls, repeats, strict=True)] for _ in range(ROUNDS)
+    ]
+    return [statistics.median(column) for column in zip(*taken, strict=True)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--threads", type=int, default=engine.usable_cores())
+    arguments = parser.parse_args()
+    rows = []
+    for transform, source in combinations(arguments.quick):
+        for name, shape in SHAPES.items():
+            x = batch(shape, transform.layout, source)
+            numba, numpy, plain = measure(transform, x, arguments.threads)
+            ratio = min(numpy, plain) / numba
+            rows.append(
+                {
+                    "direction": transform.direction,
+                    "mode": transform.mode.name,
+                    "types": f"{source} -> {transform.output_name(source)}",
+                    "layouts": f"{transform.layout} -> {transform.out_layout}",
+                    "batch": name,
+                    "numba_us": round(numba * 1e6, 1),
+                    "numpy_us": round(min(numpy, plain) * 1e6, 1),
+                    "ratio": round(ratio, 2),
+                }
+            )
+            if ratio < NOISE:
+                print("slower:", rows[-1], flush=True)
+    ratios = sorted(row["ratio"] for row in rows)
+    slower = sum(ratio < NOISE for ratio in ratios)
+    print(
+        f"{len(rows)} combinations on {arguments.threads} threads: {slower} slower than NumPy, "
+        f"ratio least {ratios[0]}, median {statistics.median(ratios)}, most {ratios[-1]}"
+    )
+    if not arguments.quick:
+        RESULT.parent.mkdir(exist_ok=True)
+        record = {"machine": machine(), "threads": arguments.threads, "rows": rows}
+        RESULT.write_text(json.dumps(record, indent=0) + "\n")
+    sys.exit(bool(slower))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The README does what it says: its code runs, its commands exist, its rooms are there."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import skimage
+from typer.testing import CliRunner
+
+from fastvgg.cli import app
+
+TOP = Path(__file__).parent.parent
+README = (TOP / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def photographs(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    for name in ("rocket.jpg", "coffee.png"):
+        content = (Path(skimage.__file__).parent / "data" / name).read_bytes()
+        (tmp_path / "photos" / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_python_example_runs(photographs):
+    (example,) = blocks("python")
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", example], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "224" in ran.stdout
+    assert (photographs / "train.npy.fastvgg.json").exists()
+
+
+def test_python_example_has_ten_lines_of_code():
+    (example,) = blocks("python")
+    lines = [line for line in example.splitlines() if line.strip()]
+    assert len(lines) <= 12
+
+
+def test_commands_run_in_the_order_they_are_listed(photographs):
+    import numpy as np
+
+    np.save("images.npy", np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8))
+    listed = next(block for block in blocks("sh") if "fastvgg preprocess" in block)
+    commands = [shlex.split(line, comments=True) for line in listed.splitlines()]
+    assert {command[1] for command in commands} == {
+        command.name or command.callback.__name__ for command in app.registered_commands
+    }
+    for command in commands:
+        if command[1:3] == ["preprocess", "images.npy"]:
+            command[3] = "from_array.npy"  # the line before wrote train.npy
+        if command[1:] == ["restore", "train.npy", "images.npy"]:
+            command[3] = "images_again.npy"
+        assert command[0] == "fastvgg"
+        actual = CliRunner().invoke(app, command[1:])
+        assert actual.exit_code == 0, (command, actual.output)
+
+
+@pytest.mark.parametrize("name", ["demo", "test"])
+def test_setup_commands_are_single_lines_that_need_only_python(name):
+    (command,) = re.findall(rf"^<!-- {name} command -->\n```sh\n(.*?)\n```$", README, re.MULTILINE)
+    assert command.startswith("python3 -m venv .venv && ")
+
+
+def test_layout_lists_exactly_the_files_there_are():
+    listing = README.split("## How the code is laid out")[1]
+    (tree,) = re.findall(r"^```\n(fastvgg/.*?)^```$", listing, re.MULTILINE | re.DOTALL)
+    expected = {
+        path.name
+        for path in (TOP / "fastvgg").rglob("*.py")
+        if path.name not in ("__init__.py", "__main__.py")
+    }
+    actual = set(re.findall(r"^ +(\w+\.py) ", tree, re.MULTILINE))
+    assert actual == expected
+
+
+def test_exit_codes_are_those_of_the_errors():
+    from fastvgg import cli, errors
+
+    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", README, re.MULTILINE)}
+    raised = {getattr(errors, name).exit_code for name in errors.__all__}
+    assert listed == raised | {0, cli.SOME_FAILED, cli.INTERRUPTED, cli.DEFECT}
