@@ -5,17 +5,18 @@ Headers are read, pixels are not, and nothing is written.
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final
 
 from fastvgg import datasets, engine, oracle
 from fastvgg.errors import ArrayError, SourceError, TargetError, UsageError
-from fastvgg.stream.journal import journal_path, read_ledger, refuse_other_job
-from fastvgg.stream.manifest import read_manifest
+from fastvgg.stream.journal import journal_path, read_ledger
+from fastvgg.stream.manifest import manifest_path, read_manifest
 from fastvgg.stream.plan import Plan, chunk_images, parse_bytes, readable_bytes, result_header
+from fastvgg.stream.state import find_state, resumed
 from fastvgg.transform import Mode, Transform
 
 if TYPE_CHECKING:
@@ -23,13 +24,10 @@ if TYPE_CHECKING:
 
     from fastvgg.datasets.base import Header, Source
     from fastvgg.engine import Backend
-    from fastvgg.stream.journal import Ledger
     from fastvgg.stream.manifest import Manifest
     from fastvgg.transform import Direction, Layout, Rounding
 
-__all__ = ["State", "changed", "find_state", "plan", "refuse_occupied", "reopen_source", "resumed"]
-
-State: TypeAlias = Literal["fresh", "resumable", "complete"]
+__all__ = ["changed", "plan", "reopen_source"]
 
 IMAGES: Final = ("uint8", "NHWC")  # what image files can hold
 
@@ -108,12 +106,29 @@ def plan(
         interpolation=interpolation,
         threads=threads,
     )
-    try:
+    with contextlib.closing(opened):
+        if manifest is not None:
+            _check_manifest(manifest, opened)
         return _plan(
-            opened, target_path, transform, parse_bytes(memory), threads, backend, strict, restart
+            opened,
+            target_path,
+            transform,
+            memory_bytes=parse_bytes(memory),
+            threads=threads,
+            backend=backend,
+            strict=strict,
+            restart=restart,
         )
-    finally:
-        opened.close()
+
+
+def _check_manifest(manifest: Manifest, source: Source) -> None:
+    """Refuse a manifest that is left from other data; a directory's files tell less of it."""
+    if source.kind == "npy" and source.header != manifest.header:
+        raise SourceError(
+            f"{source.path} holds {source.header.shape} of {source.header.dtype}, and its manifest "
+            f"is of {manifest.header.shape} of {manifest.header.dtype}",
+            f"put back what belongs together, or remove {manifest_path(source.path)}",
+        )
 
 
 def _agreed_transform(
@@ -176,6 +191,7 @@ def _plan(
     source: Source,
     target_path: Path,
     transform: Transform,
+    *,
     memory_bytes: int,
     threads: int,
     backend: Backend,
@@ -264,91 +280,6 @@ def _losses(transform: Transform, result: Header) -> list[str]:
         return []
     lost = oracle.unrestorable(transform.mode, result.dtype)
     return [f"{lost} of 768 values cannot be restored from {result.dtype}"] if lost else []
-
-
-def find_state(plan: Plan, ledger: Ledger | None) -> State:
-    """Return what there is of a plan's target: nothing, an unfinished run, or all of it.
-
-    Raises
-    ------
-    ResumeError
-        If the unfinished run is another job.
-    TargetError
-        If something that is not this run's has the target's name.
-    """
-    target = Path(plan.target)
-    partial = target.with_name(target.name + ".partial")
-    if plan.restart:
-        _check_replaceable(target)
-        return "fresh"
-    if ledger is not None:
-        refuse_other_job(ledger.job, plan.job(), plan.target)
-        if os.path.lexists(partial):
-            refuse_occupied(plan, ledger)
-        return "resumable"
-    manifest = read_manifest(target)
-    if _occupied(target) and manifest is not None and manifest.job == plan.job():
-        return "complete"
-    refuse_occupied(plan, ledger)
-    if os.path.lexists(partial):
-        raise TargetError(
-            f"{partial} is in the way, and no journal says that it is an unfinished run",
-            "move it away, or give --restart to replace it",
-        )
-    return "fresh"
-
-
-def refuse_occupied(plan: Plan, ledger: Ledger | None) -> None:
-    """Refuse a target whose name something has that the run may not replace.
-
-    Raises
-    ------
-    TargetError
-        Saying what has the name.
-    """
-    target = Path(plan.target)
-    if not _occupied(target) or plan.restart or (ledger is not None and ledger.replaces):
-        return
-    what = "was not made by fastvgg" if read_manifest(target) is None else "is of another job"
-    raise TargetError(
-        f"{target} exists, and {what}", "choose another name, or give --restart to replace it"
-    )
-
-
-def _occupied(target: Path) -> bool:
-    if target.is_dir() and not target.is_symlink():
-        return any(target.iterdir())
-    return os.path.lexists(target)
-
-
-def _check_replaceable(target: Path) -> None:
-    """Refuse to replace a directory that fastvgg did not write: it may hold anything."""
-    if target.is_dir() and _occupied(target) and read_manifest(target) is None:
-        raise TargetError(
-            f"{target} is a directory with files in it that fastvgg did not write",
-            "choose another name, or remove it yourself",
-        )
-
-
-def resumed(plan: Plan, ledger: Ledger) -> Plan:
-    """Return the plan with the chunks that an unfinished run began with.
-
-    Raises
-    ------
-    TargetError
-        If those chunks do not fit into the memory limit of now.
-    """
-    fitted = dataclasses.replace(
-        plan, chunk_images=ledger.chunk_images, committed_chunks=len(ledger.commits)
-    )
-    if fitted.projected_bytes > fitted.memory_bytes:
-        raise TargetError(
-            f"{plan.target} was begun in chunks that need "
-            f"{readable_bytes(fitted.projected_bytes)}, and the memory limit is "
-            f"{readable_bytes(plan.memory_bytes)}",
-            f"give --memory {-(-fitted.projected_bytes // 2**20)}MiB, or --restart",
-        )
-    return fitted
 
 
 def reopen_source(plan: Plan) -> Source:

@@ -23,13 +23,8 @@ from fastvgg.datasets.index import index_path, index_text, read_index
 from fastvgg.errors import ResumeError, SourceError, StoppedError
 from fastvgg.stream.journal import Commit, Journal, journal_path, read_ledger
 from fastvgg.stream.manifest import Manifest, manifest_path, package_versions, read_manifest
-from fastvgg.stream.prepare import (
-    changed,
-    find_state,
-    refuse_occupied,
-    reopen_source,
-    resumed,
-)
+from fastvgg.stream.prepare import changed, reopen_source
+from fastvgg.stream.state import find_state, refuse_occupied, resumed
 from fastvgg.stream.storage import Storage
 from fastvgg.transform import storage_dtype
 
