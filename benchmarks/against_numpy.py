@@ -107,7 +107,7 @@ def main():
     slower = sum(ratio < NOISE for ratio in ratios)
     print(
         f"{len(rows)} combinations on {arguments.threads} threads: {slower} slower than NumPy, "
-        f"ratio least {ratios[0]}, median {statistics.median(ratios)}, most {ratios[-1]}"
+        f"ratio least {ratios[0]}, median {statistics.median(ratios):.2f}, most {ratios[-1]}"
     )
     if not arguments.quick:
         RESULT.parent.mkdir(exist_ok=True)
