@@ -68,13 +68,6 @@ DECODED_COPIES: Final = 2
 SIZES_SHOWN: Final = 5
 
 
-class _Decoded(NamedTuple):
-    pixels: NDArray[np.uint8] | None
-    width: int
-    height: int
-    reason: str
-
-
 class ImageFolder:
     """The images below a directory, in the order of the bytes of their relative paths.
 
@@ -189,32 +182,26 @@ class ImageFolder:
     def read(self, start: int, stop: int) -> Chunk:
         """Decode images into a new batch; rows that cannot be read are zeros."""
         batch = np.zeros((stop - start, *self.header.shape[1:]), np.uint8)
-        files = self._files[start:stop]
-        records = []
-        for row, (file, image) in enumerate(
-            zip(files, self._pool.map(self._decode, files), strict=True)
-        ):
-            if image.pixels is not None:
-                batch[row] = image.pixels
-            label = PurePosixPath(file.name).parts[0] if "/" in file.name else ""
-            records.append(Record(file.name, label, image.width, image.height, image.reason))
+        records = list(self._pool.map(self._decode, self._files[start:stop], batch))
         return Chunk(batch, records)
 
-    def _decode(self, file: _File) -> _Decoded:
-        height, width = self.header.shape[1:3]
-        found = (0, 0)
+    def _decode(self, file: _File, row: NDArray[np.uint8]) -> Record:
+        """Decode one image into its row; return what is known of it."""
+        width, height, reason = 0, 0, ""
         try:
             with _regular_file(self.path / file.name) as stream:
                 data = io.BytesIO(stream.read())
             with Image.open(data) as image:
-                found = image.size
+                width, height = image.size
                 pixels = self._as_keras_loads(image)
+            if pixels.shape == row.shape:
+                row[...] = pixels
+            else:
+                reason = f"its size is {height}x{width}, not {row.shape[0]}x{row.shape[1]}"
         except DECODING_ERRORS as error:
-            return _Decoded(None, *found, _reason(error))
-        if pixels.shape != (height, width, CHANNELS):
-            reason = f"its size is {pixels.shape[0]}x{pixels.shape[1]}, not {height}x{width}"
-            return _Decoded(None, *found, reason)
-        return _Decoded(pixels, *found, "")
+            reason = _reason(error)
+        label = PurePosixPath(file.name).parts[0] if "/" in file.name else ""
+        return Record(file.name, label, width, height, reason)
 
     def _as_keras_loads(self, image: Image.Image) -> NDArray[np.uint8]:
         rgb = image if image.mode == "RGB" else image.convert("RGB")

@@ -203,7 +203,8 @@ class _Run:
                 "let it be still, and run again with --restart",
             )
         refuse_occupied(self.plan, self.journal.ledger)
-        self.storage.remove(manifest_path(self.target.path))
+        for described in (manifest_path, index_path):  # what is said of the data that is replaced
+            self.storage.remove(described(self.target.path))
         self.target.publish()
 
     def _commits(self) -> dict[int, Commit]:
@@ -242,6 +243,7 @@ class _Run:
             self.journal.commit(Commit(chunk, checksum(out), read.records))
             self.computed_chunks += 1
             self.computed_images += stop - start
+            del read  # before the next window is mapped, or two would be resident
             self._tell_progress()
 
     def _refuse_failed(self, start: int, records: list[Record]) -> None:

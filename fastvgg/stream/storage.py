@@ -66,8 +66,10 @@ class Storage:
             fcntl.flock(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        with _stopping("lock", file.path):  # the file may have been replaced while we waited
+        try:  # the one that had it may have removed the file since it was opened here
             return os.path.samestat(os.fstat(file.descriptor), os.stat(file.path))
+        except FileNotFoundError:
+            return False
 
     def size(self, file: StoredFile) -> int:
         """Return a file's length in bytes."""
