@@ -13,6 +13,7 @@ import json
 import signal
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -383,6 +384,11 @@ def _tell(problem: str, remedy: str) -> None:
     print(f"fastvgg: {problem}\n  {remedy}", file=sys.stderr)
 
 
+def _show_warning(message: Warning | str, *_where: Any, **_stream: Any) -> None:
+    """Print a warning for a person, who did not write the line of code that it came from."""
+    print(f"note: {message}", file=sys.stderr)
+
+
 def _report_defect(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
@@ -400,6 +406,7 @@ def _report_defect(
 
 def main() -> None:
     """Run the command line; SIGTERM ends a run as Ctrl-C does."""
+    warnings.showwarning = _show_warning
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if isinstance(sys.stdout, io.TextIOWrapper):  # names on disk need not be Unicode
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -116,7 +116,7 @@ class ImageFolder:
                 f"images are files that end in {', '.join(sorted(SUFFIXES))}",
             )
         if others:
-            self.notes.append(f"{others} files that are not named like images are left out")
+            self.notes.append(f"left out, because not named like images: {others}")
         self.stored_bytes = sum(file.nbytes for file in self._files)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastvgg-decode")
         try:

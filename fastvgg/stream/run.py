@@ -82,7 +82,8 @@ class Report:
     def __str__(self) -> str:
         images, failed = self.counts["images"], self.counts["failed"]
         computed, chunks = self.counts["computed_chunks"], self.counts["chunks"]
-        earlier = f", {chunks - computed} chunks were there already" if computed < chunks else ""
+        earlier = f", chunks there already: {chunks - computed} of {chunks}"
+        earlier = earlier if computed < chunks else ""
         bad = f", {failed} could not be read" if failed else ""
         return f"{self.target}: {images} images in {self.seconds:.1f} s{earlier}{bad}"
 
