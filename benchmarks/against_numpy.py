@@ -56,6 +56,36 @@ def batch(shape, layout, dtype):
     return values.astype(storage_dtype(dtype))
 
 
+def unaligned(x):
+    memory = np.zeros(x.nbytes + 1, np.uint8)
+    copy = memory[1:].view(x.dtype).reshape(x.shape)
+    copy[...] = x
+    return copy
+
+
+VIEWS = {
+    "contiguous": lambda x: x,
+    "channels reversed": lambda x: x[..., ::-1],
+    "rows reversed": lambda x: x[:, ::-1],
+    "every second pixel": lambda x: x[:, ::2, ::2],
+    "transposed": lambda x: np.moveaxis(np.ascontiguousarray(np.moveaxis(x, -1, 1)), 1, -1),
+    "broadcast": lambda x: np.broadcast_to(x[:1], x.shape),
+    "other byte order": lambda x: x.astype(x.dtype.newbyteorder("S")),
+    "unaligned": unaligned,
+}
+
+
+def cases(quick):
+    """Every combination on contiguous batches, and the usual ones on other views."""
+    for transform, source in combinations(quick):
+        for shape in SHAPES:
+            yield transform, source, shape, "contiguous"
+    for mode, source, shape, view in itertools.product(
+        MODES, ("uint8", "float32"), SHAPES, list(VIEWS)[1:]
+    ):
+        yield Transform(mode, dtype="float32"), source, shape, view
+
+
 def seconds(call, repeats):
     begun = time.perf_counter()
     for _ in range(repeats):
@@ -84,25 +114,25 @@ def main():
     parser.add_argument("--threads", type=int, default=engine.usable_cores())
     arguments = parser.parse_args()
     rows = []
-    for transform, source in combinations(arguments.quick):
-        for name, shape in SHAPES.items():
-            x = batch(shape, transform.layout, source)
-            numba, numpy, plain = measure(transform, x, arguments.threads)
-            ratio = min(numpy, plain) / numba
-            rows.append(
-                {
-                    "direction": transform.direction,
-                    "mode": transform.mode.name,
-                    "types": f"{source} -> {transform.output_name(source)}",
-                    "layouts": f"{transform.layout} -> {transform.out_layout}",
-                    "batch": name,
-                    "numba_us": round(numba * 1e6, 1),
-                    "numpy_us": round(min(numpy, plain) * 1e6, 1),
-                    "ratio": round(ratio, 2),
-                }
-            )
-            if ratio < NOISE:
-                print("slower:", rows[-1], flush=True)
+    for transform, source, shape, view in cases(arguments.quick):
+        x = VIEWS[view](batch(SHAPES[shape], transform.layout, source))
+        numba, numpy, plain = measure(transform, x, arguments.threads)
+        ratio = min(numpy, plain) / numba
+        rows.append(
+            {
+                "direction": transform.direction,
+                "mode": transform.mode.name,
+                "types": f"{source} -> {transform.output_name(source)}",
+                "layouts": f"{transform.layout} -> {transform.out_layout}",
+                "batch": shape,
+                "view": view,
+                "numba_us": round(numba * 1e6, 1),
+                "numpy_us": round(min(numpy, plain) * 1e6, 1),
+                "ratio": round(ratio, 2),
+            }
+        )
+        if ratio < NOISE:
+            print("slower:", rows[-1], flush=True)
     ratios = sorted(row["ratio"] for row in rows)
     slower = sum(ratio < NOISE for ratio in ratios)
     print(

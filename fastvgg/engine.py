@@ -7,7 +7,9 @@ first gathered into a small buffer when it is not, so no temporary has the size 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import importlib
 import importlib.util
 import os
 import warnings
@@ -19,7 +21,7 @@ import numpy as np
 
 from fastvgg import oracle
 from fastvgg.errors import BackendError, DtypeError, OutputError, UsageError
-from fastvgg.transform import Mode, Transform, storage_dtype, storage_name
+from fastvgg.transform import CHANNEL_AXES, Mode, Transform, storage_dtype, storage_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -177,6 +179,8 @@ def apply(
         source, target = _read_only(x), np.asarray(result)
         if x.ndim == 3:
             source, target = source[np.newaxis], target[np.newaxis]
+        if not source.flags.c_contiguous:
+            transform, source = _as_it_lies(transform, source)
         job = make_job(transform, source, target)
         _run(job, _pieces(transform, source, target, job.gathers, threads), threads)
     return result
@@ -237,6 +241,15 @@ def _read_only(x: NDArray[Any]) -> NDArray[Any]:
     view = np.asarray(x).view()
     view.flags.writeable = False
     return view
+
+
+def _as_it_lies(transform: Transform, source: NDArray[Any]) -> tuple[Transform, NDArray[Any]]:
+    """Take a transposed view of a contiguous batch as the batch that it is a view of."""
+    layout: Layout = "NCHW" if transform.layout == "NHWC" else "NHWC"
+    turned = np.moveaxis(source, CHANNEL_AXES[transform.layout], CHANNEL_AXES[layout])
+    if not turned.flags.c_contiguous:
+        return transform, source
+    return dataclasses.replace(transform, layout=layout), turned
 
 
 def _check_input(transform: Transform, x: NDArray[Any]) -> str:
