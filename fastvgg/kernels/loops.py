@@ -1,8 +1,15 @@
 """One pass over memory, made of blocks, for every pair of types and layouts, there and back.
 
-A loop reads and writes each pixel once, needs no more memory than a tile, and may run in place: it
-takes what it is about to overwrite first. Arrays come as (images, pixels, 3), or where a
-side is planar (NCHW) as (images, 3, pixels); `Recipe` says which loop is meant.
+A loop works in tiles of pixels that stay in the first-level cache. It unweaves the channels of a
+tile into planes, goes along one plane after the other, and weaves the results together again; the
+first and last step fall away where a side is planar already. Three simple loops instead of one over
+whole pixels: LLVM vectorises each of them, where the loop over pixels has either strides of three
+or more pointers that might overlap than it tests for. On one 224x224 image from uint8 to float32 in
+torch mode this takes 56 us instead of 190, and 34 instead of 182 from planes to pixels.
+
+A loop may run in place: it takes what it is about to overwrite first. Arrays come as (images,
+pixels, 3), or where a side is planar (NCHW) as (images, 3, pixels); `Recipe` says which loop is
+meant.
 """
 
 from __future__ import annotations
@@ -22,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Recipe", "compiled"]
 
-TILE_PIXELS: Final = 2048  # a tile of three float32 planes, read and written, stays in L1 and L2
+TILE_PIXELS: Final = 512  # measured: 256 to 512 is fastest; three float64 planes take 12 KiB
 
 
 class Recipe(NamedTuple):
@@ -54,58 +61,16 @@ def compiled(recipe: Recipe) -> Callable[..., None]:
     order of the target.
     """
     value = _inverse(recipe) if recipe.restores else _forward(recipe)
-    if recipe.planar_source and recipe.planar_target:
-        return _plane_by_plane(value, recipe.flips)
-    return _pixel_by_pixel(value, recipe)
-
-
-def _pixel_by_pixel(value: Callable[..., Any], recipe: Recipe) -> Callable[..., None]:
-    """Return the loop that takes a pixel's three channels together."""
-    read, _ = _pixel_access(recipe.planar_source)
-    _, write = _pixel_access(recipe.planar_target)
-    first, last = (2, 0) if recipe.flips else (0, 2)
-
-    @loop
-    def pixel_by_pixel(
-        source: Any,
-        target: Any,
-        source_at: Any,
-        target_at: Any,
-        count: Any,
-        divide: Any,
-        mean: Any,
-        std: Any,
-    ) -> None:
-        for image in range(count[0]):
-            i, j = source_at[0] + image, target_at[0] + image
-            for pixel in range(count[1]):
-                p, q = source_at[1] + pixel, target_at[1] + pixel
-                v0 = read(source, i, p, first)
-                v1 = read(source, i, p, 1)
-                v2 = read(source, i, p, last)
-                write(target, j, q, 0, value(v0, divide, mean[0], std[0]))
-                write(target, j, q, 1, value(v1, divide, mean[1], std[1]))
-                write(target, j, q, 2, value(v2, divide, mean[2], std[2]))
-
-    return pixel_by_pixel
-
-
-def _plane_by_plane(value: Callable[..., Any], flips: bool) -> Callable[..., None]:
-    """Return the loop that goes along one plane at a time, in tiles.
-
-    A loop over all three planes at once has twelve pairs of pointers that might overlap. LLVM
-    tests at most eight before it gives up vectorising, which costs a factor of three. In place,
-    two planes change places: the first tile waits in a buffer until its own has been read.
-    """
-    first, last = (2, 0) if flips else (0, 2)
+    planar_source, planar_target = recipe.planar_source, recipe.planar_target
+    flips = recipe.flips
 
     @block
-    def along(source: Any, target: Any, divide: Any, mean: Any, std: Any) -> None:
-        for p in range(source.size):
-            target[p] = value(source[p], divide, mean, std)
+    def along(plane: Any, result: Any, divide: Any, mean: Any, std: Any) -> None:
+        for p in range(plane.size):
+            result[p] = value(plane[p], divide, mean, std)
 
     @loop
-    def plane_by_plane(
+    def tile_by_tile(
         source: Any,
         target: Any,
         source_at: Any,
@@ -115,21 +80,48 @@ def _plane_by_plane(value: Callable[..., Any], flips: bool) -> Callable[..., Non
         mean: Any,
         std: Any,
     ) -> None:
-        waiting = np.empty(TILE_PIXELS, target.dtype)
+        planes = np.empty((3, TILE_PIXELS), source.dtype)
+        results = np.empty((3, TILE_PIXELS), target.dtype)
         for image in range(count[0]):
             i, j = source_at[0] + image, target_at[0] + image
             for start in range(0, count[1], TILE_PIXELS):
                 size = min(TILE_PIXELS, count[1] - start)
                 p, q = source_at[1] + start, target_at[1] + start
-                x0 = source[i, first, p : p + size]
-                x1 = source[i, 1, p : p + size]
-                x2 = source[i, last, p : p + size]
-                along(x0, waiting[:size], divide, mean[0], std[0])
-                along(x1, target[j, 1, q : q + size], divide, mean[1], std[1])
-                along(x2, target[j, 2, q : q + size], divide, mean[2], std[2])
-                target[j, 0, q : q + size] = waiting[:size]
+                if not planar_source:
+                    _unweave(source[i, p : p + size], planes)
+                for channel in range(3):
+                    taken = 2 - channel if flips else channel
+                    plane = (
+                        source[i, taken, p : p + size] if planar_source else planes[taken, :size]
+                    )
+                    # In place, plane 0 may not be written before the last channel has taken it.
+                    straight = planar_target and channel > 0
+                    result = (
+                        target[j, channel, q : q + size] if straight else results[channel, :size]
+                    )
+                    along(plane, result, divide, mean[channel], std[channel])
+                if planar_target:
+                    target[j, 0, q : q + size] = results[0, :size]
+                else:
+                    _weave(results, target[j, q : q + size])
 
-    return plane_by_plane
+    return tile_by_tile
+
+
+@block
+def _unweave(pixels: Any, planes: Any) -> None:
+    for p in range(pixels.shape[0]):
+        planes[0, p] = pixels[p, 0]
+        planes[1, p] = pixels[p, 1]
+        planes[2, p] = pixels[p, 2]
+
+
+@block
+def _weave(planes: Any, pixels: Any) -> None:
+    for p in range(pixels.shape[0]):
+        pixels[p, 0] = planes[0, p]
+        pixels[p, 1] = planes[1, p]
+        pixels[p, 2] = planes[2, p]
 
 
 def _forward(recipe: Recipe) -> Callable[..., Any]:
@@ -165,28 +157,3 @@ def _inverse(recipe: Recipe) -> Callable[..., Any]:
         return store(saturate(x))
 
     return image
-
-
-@functools.cache
-def _pixel_access(planar: bool) -> tuple[Callable[..., Any], Callable[..., None]]:
-    """Return how channel c of pixel p of image i is read and written."""
-    if planar:
-
-        @block
-        def read(array: Any, i: Any, p: Any, c: Any) -> Any:
-            return array[i, c, p]
-
-        @block
-        def write(array: Any, i: Any, p: Any, c: Any, value: Any) -> None:
-            array[i, c, p] = value
-    else:
-
-        @block
-        def read(array: Any, i: Any, p: Any, c: Any) -> Any:
-            return array[i, p, c]
-
-        @block
-        def write(array: Any, i: Any, p: Any, c: Any, value: Any) -> None:
-            array[i, p, c] = value
-
-    return read, write
