@@ -16,6 +16,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import print_exc
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -48,8 +49,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Source = Annotated[Path, typer.Argument(metavar="SRC", help="A directory of images, or a .npy.")]
-Target = Annotated[Path, typer.Argument(metavar="DST", help="What to write.")]
+# Whether a path can be read is for the library to say, in its own words: readable=False.
+Source = Annotated[
+    Path,
+    typer.Argument(metavar="SRC", readable=False, help="A directory of images, or a .npy."),
+]
+Target = Annotated[Path, typer.Argument(metavar="DST", readable=False, help="What to write.")]
 ModeName = Annotated[str | None, typer.Option("--mode", help="caffe, tf, torch or identity.")]
 Model = Annotated[str | None, typer.Option(help="A published model's name instead of a mode.")]
 SourceLayout = Annotated[str | None, typer.Option("--layout", help="Of SRC: NHWC or NCHW.")]
@@ -155,7 +160,9 @@ def restore(
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A finished dataset.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", readable=False, help="A finished dataset.")
+    ],
     full: Annotated[
         bool, typer.Option("--full", help="Recompute every image, not a sample.")
     ] = False,
@@ -173,7 +180,9 @@ def verify(
 
 @app.command()
 def info(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A dataset, finished or not.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", readable=False, help="A dataset, finished or not.")
+    ],
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
@@ -208,7 +217,9 @@ def models_(as_json: Json = False) -> None:
 
 @app.command()
 def demo(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new directory.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", readable=False, help="A new directory.")
+    ],
     traceback: Traceback = False,
 ) -> None:
     """Go the whole way on real photographs, prove equality, and draw it as a contact sheet.
@@ -365,18 +376,18 @@ def _exits(traceback: bool) -> Iterator[None]:
     try:
         yield
     except FastvggError as error:
-        _tell(error.problem, error.remedy)
         if traceback:
-            raise
+            print_exc()
+        _tell(error.problem, error.remedy)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         _tell("interrupted", "what was committed is kept: the same command goes on from there")
         raise typer.Exit(INTERRUPTED) from None
     except OSError as error:
         stopped = StoppedError.from_os_error(error, "a system call", str(error.filename), 0)
-        _tell(stopped.problem, stopped.remedy)
         if traceback:
-            raise
+            print_exc()
+        _tell(stopped.problem, stopped.remedy)
         raise typer.Exit(stopped.exit_code) from None
 
 
@@ -395,8 +406,6 @@ def _report_defect(
     """Say that fastvgg itself is wrong, without a traceback unless one was asked for."""
     if "--traceback" in sys.argv:
         sys.__excepthook__(kind, error, trace)
-        code = error.exit_code if isinstance(error, FastvggError) else DEFECT
-        raise SystemExit(code)
     _tell(
         f"this is a defect: {kind.__name__}: {error}",
         "please report it, with what --traceback adds; what was committed is kept",

@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw
 from fastvgg import datasets
 from fastvgg.datasets.index import read_index
 from fastvgg.errors import BackendError, TargetError, VerificationError
-from fastvgg.stream.prepare import plan
+from fastvgg.stream.manifest import read_manifest
+from fastvgg.stream.prepare import BESIDE, plan
 from fastvgg.stream.verify import verify
 
 if TYPE_CHECKING:
@@ -88,19 +89,26 @@ def demonstrate(directory: Path, say: Callable[[str], None]) -> Demonstration:
 
 
 def _check_directory(directory: Path) -> None:
-    ours = ("photos", "train.npy", "restored", "contact-sheet.png")
+    """Refuse a directory that holds anything but an earlier demo.
+
+    The datasets of an earlier demo are known by their manifests: `plan` replaces no others.
+    """
     if directory.exists() and not directory.is_dir():
         raise TargetError(f"{directory} is a file", "give a new directory: fastvgg demo demo/")
-    others = (
-        [path.name for path in directory.iterdir() if not path.name.startswith(ours)]
-        if directory.is_dir()
-        else []
-    )
-    if others:
-        raise TargetError(
-            f"{directory} holds other things, {others[0]} among them",
-            "give a new directory: fastvgg demo demo/",
-        )
+    of_a_demo = {f"photos/{path}" for path in PHOTOGRAPHS.values()} | {"contact-sheet.png"}
+    for dataset in ("train.npy", "restored"):
+        if (directory / dataset).exists() and read_manifest(directory / dataset) is not None:
+            of_a_demo.add(dataset)
+        of_a_demo.update(dataset + beside for beside in BESIDE)
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory)
+        around = {str(parent) for parent in (name, *name.parents)}
+        folder = any(known.startswith(f"{name}/") for known in of_a_demo)
+        if around.isdisjoint(of_a_demo) and not (folder and path.is_dir()):
+            raise TargetError(
+                f"{directory} holds other things, {name} among them",
+                "give a new directory: fastvgg demo demo/",
+            )
 
 
 def _write_photographs(directory: Path) -> None:

@@ -30,7 +30,15 @@ if TYPE_CHECKING:
 
     from fastvgg.transform import Layout, Rounding
 
-__all__ = ["Backend", "apply", "backend_in_use", "preprocess", "restore", "usable_cores"]
+__all__ = [
+    "Backend",
+    "apply",
+    "backend_in_use",
+    "check_array",
+    "preprocess",
+    "restore",
+    "usable_cores",
+]
 
 Backend: TypeAlias = Literal["auto", "numba", "numpy"]
 
@@ -252,11 +260,22 @@ def _as_it_lies(transform: Transform, source: NDArray[Any]) -> tuple[Transform, 
     return dataclasses.replace(transform, layout=layout), turned
 
 
-def _check_input(transform: Transform, x: NDArray[Any]) -> str:
+def check_array(x: NDArray[Any]) -> None:
+    """Refuse what is not an array, or does not have a value everywhere.
+
+    Raises
+    ------
+    DtypeError
+        Saying how to make an array of it.
+    """
     if not isinstance(x, np.ndarray):
         raise DtypeError(f"got {type(x).__name__}, not a NumPy array", "convert it: np.asarray(x)")
     if isinstance(x, np.ma.MaskedArray):
-        raise DtypeError("a masked array has no bytes for its masked values", "fill it: x.filled()")
+        raise DtypeError("a masked array has no bytes for its masked values", "use x.filled(...)")
+
+
+def _check_input(transform: Transform, x: NDArray[Any]) -> str:
+    check_array(x)
     name = _stored_name(x.dtype)
     transform.check_input(x.shape, name)
     return name

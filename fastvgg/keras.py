@@ -13,7 +13,7 @@ import numpy as np
 
 from fastvgg import engine, oracle
 from fastvgg.errors import DtypeError, ShapeError, UsageError
-from fastvgg.transform import Mode, Transform
+from fastvgg.transform import CHANNEL_AXES, Mode, Transform, storage_dtype, storage_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,9 +72,10 @@ def preprocess_input(
     if mode not in ("caffe", "tf", "torch"):
         raise UsageError(f"mode is {mode!r}", "give 'caffe', 'tf' or 'torch'")
     layout = _layout(_keras_setting("image_data_format", "channels_last"), data_format)
-    if isinstance(x, np.ndarray) and not issubclass(x.dtype.type, np.floating):
-        x = x.astype(_keras_setting("floatx", "float32"))
-    return _apply(Transform(mode, layout=layout), x, oracle.forward)
+    engine.check_array(x)
+    if not issubclass(x.dtype.type, np.floating):
+        x = x.astype(storage_dtype(_keras_setting("floatx", "float32")))
+    return _apply(Transform(mode, layout=layout), x, _channel_by_channel)
 
 
 def restore_original_image_from_array(
@@ -103,7 +104,7 @@ def restore_original_image_from_array(
     [[[10.0, 20.0, 30.0]]]
     """
     transform = Transform(_ADD_MEANS, layout=_layout("channels_first", data_format))
-    return _apply(transform, _floating(x), oracle.forward)
+    return _apply(transform, _floating(x), _channel_by_channel)
 
 
 def deprocess_img(processed_img: NDArray[Any]) -> NDArray[np.uint8]:
@@ -142,9 +143,24 @@ def deprocess_img(processed_img: NDArray[Any]) -> NDArray[np.uint8]:
     return _apply(Transform("caffe", "restore", rounding="truncate"), y, _truncated)
 
 
+def _channel_by_channel(x: NDArray[Any], mode: Mode) -> NDArray[Any]:
+    """Return y of x, channels last, with Keras' own in-place operations.
+
+    In bfloat16 they are not those of the oracle: a constant is not rounded to that type first.
+    """
+    y = x[..., ::-1].copy() if mode.flips else x.copy()
+    if mode.divide is not None:
+        y /= mode.divide
+    for channel in range(3):
+        if mode.mean is not None:
+            y[..., channel] -= mode.mean[channel]
+        if mode.std is not None:
+            y[..., channel] /= mode.std[channel]
+    return y
+
+
 def _truncated(y: NDArray[Any], mode: Mode) -> NDArray[Any]:
-    with np.errstate(over="ignore", invalid="ignore"):
-        return oracle.saturate(oracle.inverse(y, mode), "truncate").astype(np.uint8)
+    return oracle.saturate(oracle.inverse(y, mode), "truncate").astype(np.uint8)
 
 
 def _apply(
@@ -153,17 +169,20 @@ def _apply(
     arithmetic: Callable[[NDArray[Any], Mode], NDArray[Any]],
 ) -> NDArray[Any]:
     """Apply a transform; compute halves as halves, as the originals do and the engine does not."""
-    if not isinstance(x, np.ndarray) or x.dtype != np.float16:
+    name = storage_name(x.dtype)
+    if name not in ("float16", "bfloat16"):
         return engine.apply(transform, x)
-    transform.check_input(x.shape, "float16")
-    axis = -1 if transform.layout == "NHWC" else -3
-    result = arithmetic(np.moveaxis(x, axis, -1).astype(np.float16), transform.mode)
+    transform.check_input(x.shape, name)
+    axis = CHANNEL_AXES[transform.layout]
+    with np.errstate(all="ignore"):
+        result = arithmetic(np.moveaxis(x, axis, -1).astype(storage_dtype(name)), transform.mode)
     return np.ascontiguousarray(np.moveaxis(result, -1, axis))
 
 
 def _floating(x: NDArray[Any]) -> NDArray[Any]:
     """Refuse integers: adding means to them is an error in the originals too."""
-    if isinstance(x, np.ndarray) and not issubclass(x.dtype.type, np.floating):
+    engine.check_array(x)
+    if not issubclass(x.dtype.type, np.floating):
         raise DtypeError(
             f"type {x.dtype} is not what preprocess_input returns",
             "give float16, float32 or float64; fastvgg.restore takes bfloat16 too",

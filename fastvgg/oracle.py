@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastvgg.transform import CHANNEL_AXES, Mode, Transform, storage_dtype
+from fastvgg.transform import CHANNEL_AXES, Mode, Transform, storage_dtype, storage_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -42,11 +42,12 @@ def apply(transform: Transform, x: NDArray[Any]) -> NDArray[Any]:
     >>> apply(Transform("caffe"), np.array([[[10, 20, 30]]], np.uint8)).tolist()
     [[[-73.93900299072266, -96.77899932861328, -113.68000030517578]]]
     """
-    transform.check_input(x.shape, x.dtype.name)
-    compute = storage_dtype(transform.compute_name(x.dtype.name))
-    target = storage_dtype(transform.output_name(x.dtype.name))
-    # Overflow to infinity and NaN are values that the contract gives a meaning to.
-    with np.errstate(over="ignore", invalid="ignore"):
+    input_name = storage_name(x.dtype)
+    transform.check_input(x.shape, input_name)
+    compute = storage_dtype(transform.compute_name(input_name))
+    target = storage_dtype(transform.output_name(input_name))
+    # Infinities, NaN and subnormals are values that the contract gives a meaning to.
+    with np.errstate(all="ignore"):
         values = np.moveaxis(x, CHANNEL_AXES[transform.layout], -1).astype(compute)
         if transform.direction == "preprocess":
             values = forward(values, transform.mode)

@@ -105,7 +105,8 @@ class Mode:
     divide
         The divisor of all channels, or None.
     mean, std
-        Three numbers each, in the channel order of y, or None.
+        Three numbers each, in the channel order of y, or None. Minus zero becomes zero: equal
+        modes compute equal bits.
     order
         The channel order of y: "RGB" as x has it, or "BGR".
 
@@ -147,7 +148,7 @@ class Mode:
                     raise ModeError(
                         f"{self.name}: {part} has {len(values)} values", "give one for each channel"
                     )
-                object.__setattr__(self, part, tuple(float(value) for value in values))
+                object.__setattr__(self, part, tuple(float(value) + 0.0 for value in values))
         if self.divide is not None:
             object.__setattr__(self, "divide", float(self.divide))
         self._check_constants()
@@ -269,7 +270,7 @@ class Transform:
                 choices = ", ".join(repr(choice) for choice in allowed if choice is not None)
                 raise UsageError(f"{name} is {value!r}", f"give one of {choices}")
         put = object.__setattr__
-        put(self, "mode", Mode.named(mode) if isinstance(mode, str) else mode)
+        put(self, "mode", mode if isinstance(mode, Mode) else Mode.named(mode))
         put(self, "direction", direction)
         put(self, "layout", layout)
         put(self, "out_layout", out_layout or layout)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from fastvgg.datasets.images import ImageFolder, ImageFolderTarget
+from fastvgg.datasets.images import INTERPOLATIONS, ImageFolder, ImageFolderTarget
 from fastvgg.datasets.npy import NpySource, NpyTarget
 from fastvgg.errors import SourceError, TargetError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastvgg.stream.storage import Storage
     from fastvgg.transform import Layout
 
-__all__ = ["open_source", "open_target", "target_kind"]
+__all__ = ["INTERPOLATIONS", "open_source", "open_target", "target_kind"]
 
 
 def open_source(
@@ -54,7 +54,7 @@ def open_source(
     SourceError
         If the path is missing, empty, damaged, or of no format that fastvgg reads.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112  # Path.is_dir raises where a name is too long
         if layout != "NHWC":
             raise SourceError(f"{path}: images have no layout {layout}", "leave --layout away")
         return ImageFolder(path, size=size, interpolation=interpolation, threads=threads)

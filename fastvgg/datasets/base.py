@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from fastvgg.errors import SourceError
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
+    import io
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -16,7 +21,44 @@ if TYPE_CHECKING:
     from fastvgg.datasets.index import Record
     from fastvgg.transform import Layout
 
-__all__ = ["Chunk", "Header", "Source", "Target"]
+__all__ = ["Chunk", "Header", "Source", "Target", "open_regular", "read_beside"]
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open a file to read; refuse directories, sockets, and pipes, which would wait for ever.
+
+    Raises
+    ------
+    OSError
+        As the system gives it, or saying what the path is if not a file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise OSError("it is a directory" if stat.S_ISDIR(mode) else "it is not a file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_beside(path: Path) -> bytes | None:
+    """Return what a file beside a dataset holds: its index, manifest or journal; None if missing.
+
+    Raises
+    ------
+    SourceError
+        If it is there and cannot be read.
+    """
+    try:
+        with open_regular(path) as file:
+            return file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return None
+        raise SourceError(
+            f"{path} cannot be read: {error.strerror or error}", "check its permissions"
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 import struct
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import xxhash
 from PIL import Image
 
-from fastvgg.datasets.base import Chunk, Header
+from fastvgg.datasets.base import Chunk, Header, open_regular
 from fastvgg.datasets.index import Record
 from fastvgg.errors import ResumeError, SourceError, UsageError
 
@@ -36,6 +35,8 @@ __all__ = ["INTERPOLATIONS", "ImageFolder", "ImageFolderTarget"]
 
 # What keras.utils.image_dataset_from_directory reads, and what else Pillow reads by default.
 SUFFIXES: Final = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
+
+FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 INTERPOLATIONS: Final = {
     "nearest": Image.Resampling.NEAREST,
@@ -113,7 +114,7 @@ class ImageFolder:
         if not self._files:
             raise SourceError(
                 f"{path} holds no images ({others} other files)",
-                f"images are files that end in {', '.join(sorted(SUFFIXES))}",
+                f"give a directory of files that end in {', '.join(sorted(SUFFIXES))}",
             )
         if others:
             self.notes.append(f"left out, because not named like images: {others}")
@@ -160,7 +161,7 @@ class ImageFolder:
     def _size(self, file: _File) -> tuple[int, int] | str:
         """Return height and width, or why they cannot be read."""
         try:
-            with _regular_file(self.path / file.name) as stream, Image.open(stream) as image:
+            with open_regular(self.path / file.name) as stream, _open_image(stream) as image:
                 return image.height, image.width
         except DECODING_ERRORS as error:
             return _reason(error)
@@ -189,9 +190,9 @@ class ImageFolder:
         """Decode one image into its row; return what is known of it."""
         width, height, reason = 0, 0, ""
         try:
-            with _regular_file(self.path / file.name) as stream:
+            with open_regular(self.path / file.name) as stream:
                 data = io.BytesIO(stream.read())
-            with Image.open(data) as image:
+            with _open_image(data) as image:
                 width, height = image.size
                 pixels = self._as_keras_loads(image)
             if pixels.shape == row.shape:
@@ -258,15 +259,12 @@ def _file(entry: os.DirEntry[str], name: str) -> _File:
     return _File(name, status.st_size, status.st_mtime_ns)
 
 
-def _regular_file(path: Path) -> io.BufferedReader:
-    """Open a file; refuse directories, sockets, and pipes, which would wait for ever."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(descriptor)
-        kind = "a directory" if stat.S_ISDIR(mode) else "not a file"
-        raise OSError(f"it is {kind}, named like an image")
-    return os.fdopen(descriptor, "rb")
+def _open_image(stream: IO[bytes]) -> Image.Image:
+    """Open an image of a known format, by its content.
+
+    Pillow knows many more, and for one of them, EPS, it runs Ghostscript on the file's program.
+    """
+    return Image.open(stream, formats=FORMATS)
 
 
 def _reason(error: BaseException) -> str:
@@ -315,6 +313,7 @@ class ImageFolderTarget:
         self.partial = path.with_name(path.name + ".partial")
         self._storage = storage
         self._names = _file_names(header.images, records)
+        self._left_out = {row for row, record in enumerate(records) if record.failed}
         self._unsynced: set[Path] = set()
 
     def create(self) -> None:
@@ -356,14 +355,14 @@ class ImageFolderTarget:
         self._unsynced.clear()
 
     def read_back(self, start: int, stop: int) -> NDArray[Any]:
-        """Decode rows of the published directory; rows without a file are zeros."""
+        """Decode rows of the published directory; rows that failed have no file, and are zeros."""
         batch = np.zeros((stop - start, *self.header.shape[1:]), np.uint8)
         for row, name in enumerate(self._names[start:stop]):
             path = self.path / name
-            if not path.exists():
+            if start + row in self._left_out:
                 continue
             try:
-                with Image.open(path) as image:
+                with open_regular(path) as stream, _open_image(stream) as image:
                     batch[row] = np.asarray(image)
             except DECODING_ERRORS as error:
                 raise SourceError(
@@ -372,13 +371,9 @@ class ImageFolderTarget:
         return batch
 
     def publish(self) -> None:
-        """Rename the complete directory to its name, over one that the run may replace."""
-        replaced = self.path.with_name(self.path.name + ".replaced")
-        if self.path.exists():
-            self._storage.rename(self.path, replaced)
+        """Rename the complete directory to its name."""
         self._storage.rename(self.partial, self.path)
         self._storage.sync_directory(self.path.parent)
-        self._storage.remove(replaced)
 
     def close(self) -> None:
         """Nothing stays open."""
@@ -387,7 +382,8 @@ class ImageFolderTarget:
 def _file_names(images: int, records: Sequence[Record]) -> list[str]:
     """Name the file of every row: the record's path, ending in .png; else the row's number.
 
-    Where two paths differ only in how they end, all keep their ends.
+    Where two paths differ only in how they end, or a file would take a folder's name, all keep
+    their ends.
 
     >>> _file_names(2, [Record(path, "", 1, 1, "") for path in ("a.jpg", "b.jpg")])
     ['a.png', 'b.png']
@@ -398,12 +394,14 @@ def _file_names(images: int, records: Sequence[Record]) -> list[str]:
     """
     if not records:
         return [f"{row:08d}.png" for row in range(images)]
-    stems = [str(PurePosixPath(record.path).with_suffix("")) for record in records]
-    if len(set(stems)) < len(stems):
-        stems = [record.path for record in records]
-    if len(set(stems)) < len(stems):
-        twice = next(path for path, count in Counter(stems).items() if count > 1)
+    paths = [record.path for record in records]
+    if len(set(paths)) < images:
+        twice = next(path for path, count in Counter(paths).items() if count > 1)
         raise SourceError(
             f"the index names {twice!r} twice", "put back the index as it was written"
         )
-    return [stem + ".png" for stem in stems]
+    names = [str(PurePosixPath(path).with_suffix(".png")) for path in paths]
+    folders = {str(folder) for path in paths for folder in PurePosixPath(path).parents}
+    while len(set(names)) < images or not folders.isdisjoint(names):
+        names = paths = [path + ".png" for path in paths]
+    return names

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from fastvgg.datasets.base import read_beside
 from fastvgg.errors import SourceError
 
 if TYPE_CHECKING:
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Record", "index_path", "index_text", "read_index"]
 
+NUMBER: Final = re.compile("[0-9]{1,15}")
 COLUMNS: Final = ("row", "path", "label", "width", "height", "status", "reason")
 
 
@@ -48,10 +51,10 @@ def index_text(records: Iterable[Record]) -> Iterator[str]:
     0,cat/a.jpg,cat,500,375,ok,
     """
     line = io.StringIO(newline="")
-    writer = csv.writer(line, lineterminator="\n")
+    writer = csv.writer(line)  # its own line end, or a name with a carriage return is not quoted
 
     def flushed() -> str:
-        text = line.getvalue()
+        text = line.getvalue().removesuffix("\r\n") + "\n"
         line.seek(0)
         line.truncate()
         return text
@@ -73,15 +76,16 @@ def read_index(dataset: Path, images: int) -> list[Record]:
         If the index is damaged, does not fit the dataset, or names a path outside of it.
     """
     path = index_path(dataset)
-    try:
-        text = path.read_bytes().decode("utf-8", "surrogateescape")
-    except FileNotFoundError:
+    data = read_beside(path)
+    if data is None:
         return []
-    records = []
-    for line, fields in enumerate(csv.reader(io.StringIO(text, newline="")), start=1):
-        if line == 1 and tuple(fields) == COLUMNS:
-            continue
-        records.append(_record(path, line, fields, expected_row=line - 2))
+    lines = _lines(path, data.decode("utf-8", "surrogateescape"))
+    if tuple(next(lines, COLUMNS)) != COLUMNS:
+        raise SourceError(
+            f"{path} line 1 is not the head of an index: {','.join(COLUMNS)}",
+            "put back the index that was written with the dataset, or remove it",
+        )
+    records = [_record(path, row, fields) for row, fields in enumerate(lines)]
     if len(records) != images:
         raise SourceError(
             f"{path} lists {len(records)} images, and {dataset} has {images}",
@@ -90,17 +94,29 @@ def read_index(dataset: Path, images: int) -> list[Record]:
     return records
 
 
-def _record(path: Path, line: int, fields: list[str], expected_row: int) -> Record:
+def _lines(path: Path, text: str) -> Iterator[list[str]]:
+    reader = csv.reader(io.StringIO(text, newline=""))
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise SourceError(
+            f"{path} line {reader.line_num} cannot be read: {error}",
+            "put back the index that was written with the dataset, or remove it",
+        ) from None
+
+
+def _record(path: Path, expected_row: int, fields: list[str]) -> Record:
+    line = expected_row + 2
     row, name, label, width, height, status, reason = fields if len(fields) == 7 else [""] * 7
-    numbers = row.isdecimal() and width.isdecimal() and height.isdecimal()
+    numbers = all(NUMBER.fullmatch(field) for field in (row, width, height))
     if not numbers or int(row) != expected_row or status != ("failed" if reason else "ok"):
         raise SourceError(
-            f"{path} line {line} is not the index line of row {expected_row}: {fields}",
+            f"{path} line {line} is not the index line of row {expected_row}: {str(fields)[:200]}",
             "put back the index that was written with the dataset, or remove it",
         )
     record = Record(name, label, int(width), int(height), reason)
     parts = PurePosixPath(name).parts
-    if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
+    if not parts or name.startswith("/") or ".." in parts or "\0" in name:
         raise SourceError(
             f"{path} line {line} names {name!r}, which is outside of the dataset",
             "names are relative paths without '..'; do not use an index that you do not trust",

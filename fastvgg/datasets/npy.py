@@ -10,6 +10,7 @@ Format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
 from __future__ import annotations
 
 import ast
+import contextlib
 import errno
 import io
 import math
@@ -21,9 +22,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
 import numpy as np
 import xxhash
 
-from fastvgg.datasets.base import Chunk, Header
+from fastvgg.datasets.base import Chunk, Header, open_regular
 from fastvgg.datasets.index import read_index
-from fastvgg.errors import ResumeError, SourceError, StoppedError
+from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def read_header(file: BinaryIO, path: Path) -> ArrayHeader:
     if length > LONGEST_HEADER:
         raise SourceError(
             f"{path} claims a header of {length} bytes, of at most {LONGEST_HEADER}",
-            "the file is damaged, or made to do harm",
+            "it is damaged, or made to do harm: get it again, or write it again with numpy.save",
         )
     text = (start[offset:] + file.read(max(0, length - len(start[offset:]))))[:length]
     if len(text) != length:
@@ -108,7 +109,7 @@ def read_header(file: BinaryIO, path: Path) -> ArrayHeader:
 def _parse(text: bytes, path: Path) -> tuple[str, bool, tuple[int, ...]]:
     """Return descr, fortran_order and shape; a literal of Python, and nothing else, is read."""
     try:
-        fields = ast.literal_eval(text.decode("utf-8").strip())
+        fields = ast.literal_eval(text.decode("utf-8").rstrip(" \n"))
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError) as error:
         raise SourceError(
             f"{path} has a header that cannot be read: {type(error).__name__}",
@@ -121,9 +122,15 @@ def _parse(text: bytes, path: Path) -> tuple[str, bool, tuple[int, ...]]:
         )
     descr, fortran, shape = fields["descr"], fields["fortran_order"], fields["shape"]
     if type(fortran) is not bool or not isinstance(shape, tuple):
-        raise SourceError(f"{path} has a header of wrong types", "the file is damaged")
+        raise SourceError(
+            f"{path} has a header of wrong types: {_shown(fields)}",
+            "the file is damaged: get it again",
+        )
     if any(type(axis) is not int or not 0 <= axis <= LONGEST_AXIS for axis in shape):
-        raise SourceError(f"{path} claims the shape {shape}", "the file is damaged")
+        raise SourceError(
+            f"{path} claims the shape {_shown(shape)}, and an axis is 0 to {LONGEST_AXIS} long",
+            "the file is damaged: get it again",
+        )
     return _checked_descr(descr, path), fortran, shape
 
 
@@ -144,8 +151,16 @@ def _checked_descr(descr: object, path: Path) -> str:
             "numpy.save(new, a.astype(a.dtype.newbyteorder('<')))"
         )
     else:
-        problem = f"holds numbers of type {str(descr)[:60]}"
+        problem = f"holds numbers of type {_shown(descr)}"
     raise SourceError(f"{path} {problem}", remedy)
+
+
+def _shown(value: object) -> str:
+    """Return what a header says, short enough for a message."""
+    try:
+        return (value if isinstance(value, str) else repr(value))[:100]
+    except ValueError:  # a whole number of more digits than Python prints
+        return "of a number too long to print"
 
 
 class NpySource:
@@ -177,10 +192,11 @@ class NpySource:
         self.settings: dict[str, Any] = {}
         self.notes: list[str] = []
         try:
-            self._file = path.open("rb")
+            self._file = open_regular(path)
         except OSError as error:
             raise SourceError(
-                f"{path} cannot be opened: {error.strerror}", "check its path and permissions"
+                f"{path} cannot be opened: {error.strerror or error}",
+                "check its path and permissions",
             ) from None
         try:
             self._check(read_header(self._file, path), layout, stored_as)
@@ -254,6 +270,9 @@ class NpySource:
                 self._file.fileno(), begin - page + nbytes, access=mmap.ACCESS_READ, offset=page
             )
             self._populate(window)
+        except ValueError:  # mmap looked again, and found what _refuse_shorter did not
+            shorter = OSError(errno.ENODATA, "the file has become shorter")
+            raise StoppedError.from_os_error(shorter, "read", str(self.path), begin) from None
         except OSError as error:
             raise StoppedError.from_os_error(error, "read", str(self.path), begin) from error
         return np.frombuffer(window, np.uint8, nbytes, begin - page)
@@ -305,7 +324,12 @@ class NpyTarget:
         """Make the partial, reserve all of its space, and write the header."""
         self._storage.remove(self.partial)
         self._file = self._storage.create(self.partial)
-        self._storage.reserve(self._file, self.stored_bytes)
+        try:
+            self._storage.reserve(self._file, self.stored_bytes)
+        except TargetError:
+            self.close()
+            self._storage.remove(self.partial)
+            raise
         self._storage.write(self._file, self._start, 0)
         self._storage.sync(self._file)
         self._storage.sync_directory(self.path.parent)
@@ -335,10 +359,14 @@ class NpyTarget:
     def read_back(self, start: int, stop: int) -> NDArray[Any]:
         """Read rows of the published file."""
         source = NpySource(self.path, layout=self.header.layout, stored_as=self.header.dtype)
-        try:
+        with contextlib.closing(source):
+            if source.header != self.header:
+                raise SourceError(
+                    f"{self.path} holds {source.header.shape} of {source.header.dtype}, and was "
+                    f"written as {self.header.shape} of {self.header.dtype}",
+                    "it was changed since: make it again from its source",
+                )
             return source.read(start, stop).batch
-        finally:
-            source.close()
 
     def publish(self) -> None:
         """Rename the complete partial to its name."""

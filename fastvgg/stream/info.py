@@ -35,13 +35,11 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     dataset = Path(os.path.abspath(os.fspath(path)))
     ledger = read_ledger(journal_path(dataset))
     if ledger is not None:
-        result = ledger.job["result"]
-        chunks = -(-result["shape"][0] // ledger.chunk_images)
         return {
             "path": str(dataset),
             "state": "unfinished",
             "committed_chunks": len(ledger.commits),
-            "chunks": chunks,
+            "chunks": ledger.chunks,
             **_of_job(ledger.job),
             "next": "run the same command again to go on, or with --restart to begin again",
         }

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
 
+from fastvgg.datasets.base import read_beside
 from fastvgg.datasets.index import Record
-from fastvgg.errors import ResumeError, TargetError
+from fastvgg.errors import FastvggError, ResumeError, TargetError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,11 +55,21 @@ class Ledger:
 
     job: dict[str, Any]
     chunk_images: int
-    replaces: bool
-    """Whether the target's name may be taken from what has it now."""
+    replaces: str | None
+    """What identifies the thing that the target's name may be taken from."""
     commits: dict[int, Commit] = field(default_factory=dict)
     whole_bytes: int = 0
     """The length of the journal's whole lines."""
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks the job has."""
+        return -(-int(self.job["result"]["shape"][0]) // self.chunk_images)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every chunk is durable."""
+        return len(self.commits) == self.chunks
 
 
 def journal_path(target: Path) -> Path:
@@ -74,9 +85,8 @@ def read_ledger(path: Path) -> Ledger | None:
     ResumeError
         If the first line is whole and yet not one of ours.
     """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+    data = read_beside(path)
+    if data is None:
         return None
     ledger = None
     for line in data.splitlines(keepends=True):
@@ -144,6 +154,8 @@ class Journal:
         The dataset that is being written.
     storage
         What carries out the system calls.
+    restart
+        Begin again, whatever the journal says.
 
     Raises
     ------
@@ -151,20 +163,23 @@ class Journal:
         If another process is writing the same target.
     """
 
-    def __init__(self, target: Path, storage: Storage) -> None:
+    def __init__(self, target: Path, storage: Storage, *, restart: bool) -> None:
         self.path = journal_path(target)
         self._storage = storage
         self._file: StoredFile = storage.open(self.path, create=True)
-        if not storage.lock(self._file):
+        try:
+            if not storage.lock(self._file):
+                raise TargetError(
+                    f"{target} is being written by another process",
+                    "wait for it to end; 'fastvgg info' tells how far it is",
+                )
+            self.ledger = None if restart else read_ledger(self.path)
+        except FastvggError:
             storage.close(self._file)
-            raise TargetError(
-                f"{target} is being written by another process",
-                "wait for it to end; 'fastvgg info' tells how far it is",
-            )
-        self.ledger = read_ledger(self.path)
+            raise
         self._end = self.ledger.whole_bytes if self.ledger else 0
 
-    def begin(self, job: dict[str, Any], chunk_images: int, *, replaces: bool) -> None:
+    def begin(self, job: dict[str, Any], chunk_images: int, *, replaces: str | None) -> None:
         """Write the first line, in place of whatever was there."""
         self.ledger = Ledger(job, chunk_images, replaces)
         self._end = 0

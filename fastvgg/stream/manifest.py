@@ -13,8 +13,10 @@ from importlib import metadata
 from platform import python_version
 from typing import TYPE_CHECKING, Any, Final
 
-from fastvgg.datasets.base import Header
+from fastvgg import datasets
+from fastvgg.datasets.base import Header, read_beside
 from fastvgg.errors import SourceError
+from fastvgg.stream.plan import result_header
 from fastvgg.transform import Transform
 
 if TYPE_CHECKING:
@@ -75,24 +77,62 @@ def read_manifest(dataset: Path) -> Manifest | None:
         If the manifest is damaged, or of a format that this version does not know.
     """
     path = manifest_path(dataset)
+    data = read_beside(path)
+    if data is None:
+        return None
     try:
-        fields = json.loads(path.read_bytes())
+        fields = json.loads(data)
         found = fields.pop("fastvgg-manifest")
         if found != FORMAT:
             raise SourceError(
                 f"{path} has format {found!r}, and this version reads {FORMAT}",
                 "use the version of fastvgg that wrote it, or a newer one",
             )
-        manifest = Manifest(**fields)
-        _ = manifest.transform, manifest.header, manifest.source_header
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return _checked(Manifest(**fields))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(
-            f"{path} is not a manifest: {type(error).__name__}: {error}",
+            f"{path} is not a manifest: {type(error).__name__}: {str(error)[:200]}",
             "put back the manifest that was written with the dataset, or remove it and say what "
             "the dataset is: --mode, --layout",
         ) from None
+
+
+def _checked(manifest: Manifest) -> Manifest:
+    """Return a manifest whose parts are what they should be, and fit together.
+
+    Raises
+    ------
+    ValueError, KeyError, TypeError
+        If they are not.
+    """
+    source = manifest.job["source"]
+    wrong = [
+        name
+        for name, value, kind in (
+            ("the source's path", source["path"], str),
+            ("the source's kind", source["kind"], str),
+            ("the source's fingerprint", source["fingerprint"], str),
+            ("the result's kind", manifest.job["result"]["kind"], str),
+            ("created", manifest.created, str),
+            ("packages", manifest.packages, dict),
+            ("counts", manifest.counts, dict),
+            ("checksums", manifest.checksums, list),
+        )
+        if not isinstance(value, kind)
+    ]
+    header, source_header = manifest.header, manifest.source_header
+    if header != result_header(source_header, manifest.transform):
+        wrong.append("the result's header")
+    sizes = [*header.shape, manifest.chunk_images, *(source.get("size") or ())]
+    sizes += [manifest.counts["images"], manifest.counts["failed"] + 1]
+    if any(type(size) is not int or size < 1 for size in sizes) or len(header.shape) != 4:
+        wrong.append("a size")
+    elif len(manifest.checksums) != -(-header.images // manifest.chunk_images):
+        wrong.append(f"{len(manifest.checksums)} checksums of {header.images} images")
+    if source["kind"] == "images" and source["interpolation"] not in datasets.INTERPOLATIONS:
+        wrong.append("the interpolation")
+    if wrong:
+        raise ValueError(", ".join(wrong))
     return manifest
 
 

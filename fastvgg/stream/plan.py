@@ -23,7 +23,8 @@ __all__ = ["Plan", "chunk_images", "parse_bytes", "readable_bytes", "result_head
 # little is lost when a run is killed.
 CHUNK_BYTES: Final = 64 * 1024 * 1024
 UNITS: Final = {"": 1, "B": 1, "K": 2**10, "KIB": 2**10, "M": 2**20, "MIB": 2**20}
-UNITS.update({"G": 2**30, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9})
+UNITS.update({"G": 2**30, "GIB": 2**30, "T": 2**40, "TIB": 2**40})
+UNITS.update({"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12})
 
 
 def parse_bytes(text: str | int) -> int:

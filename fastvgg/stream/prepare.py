@@ -24,11 +24,20 @@ if TYPE_CHECKING:
 
     from fastvgg.datasets.base import Header, Source
     from fastvgg.engine import Backend
+    from fastvgg.stream.journal import Ledger
     from fastvgg.stream.manifest import Manifest
     from fastvgg.transform import Direction, Layout, Rounding
 
-__all__ = ["changed", "plan", "reopen_source"]
+__all__ = ["BESIDE", "changed", "known_ledger", "plan", "reopen_source"]
 
+# What a run writes beside a target, as ends of its name.
+BESIDE: Final = (
+    ".partial",
+    ".index.csv",
+    ".fastvgg.json",
+    ".fastvgg-journal",
+    ".fastvgg-replaced",
+)
 IMAGES: Final = ("uint8", "NHWC")  # what image files can hold
 
 
@@ -96,7 +105,8 @@ def plan(
         raise UsageError(f"threads is {threads}", "give at least 1")
     engine.backend_in_use(backend)
     manifest = read_manifest(source_path)
-    asked = Transform(mode or "identity", direction, layout or "NHWC", out_layout, dtype, rounding)
+    placeholder = "identity" if mode is None else mode
+    asked = Transform(placeholder, direction, layout or "NHWC", out_layout, dtype, rounding)
     transform = _agreed_transform(source_path, manifest, asked, mode, layout, out_layout)
     opened = datasets.open_source(
         source_path,
@@ -230,7 +240,7 @@ def _plan(
         notes=tuple(source.notes + _losses(transform, result)),
         committed_chunks=0,
     )
-    ledger = read_ledger(journal_path(target_path))
+    ledger = known_ledger(made)
     state = find_state(made, ledger)
     if state == "resumable" and ledger is not None:
         return resumed(made, ledger)
@@ -254,14 +264,22 @@ def _check_target(source: Source, target: Path, result: Header) -> None:
             f"{result.layout}",
             "give a name that ends in .npy; only restore, in its own layout, writes image files",
         )
-    inside, around = target.resolve(), source.path.resolve()
-    if inside == around:
-        raise TargetError(f"{target} is the source itself", "give the result another name")
-    if around in inside.parents or inside in around.parents:
+    if len(os.fsencode(target.name + max(BESIDE, key=len))) > os.pathconf(directory, "PC_NAME_MAX"):
         raise TargetError(
-            f"{target} and the source {source.path} lie one in the other",
-            "give the result a place of its own, beside the source",
+            f"{target}: the name is too long for this disk, with what is written beside it",
+            "choose a shorter name",
         )
+    read = source.path.resolve()
+    if read == target.resolve():
+        raise TargetError(f"{target} is the source itself", "give the result another name")
+    for beside in ("", *BESIDE):
+        written = target.with_name(target.name + beside).resolve()
+        if written == read or read in written.parents or written in read.parents:
+            raise TargetError(
+                f"{target}{beside}, which the run writes, and the source {source.path} lie one in "
+                "the other",
+                "give the result a place of its own, beside the source",
+            )
 
 
 def _check_room(target: Path, needed_bytes: int) -> None:
@@ -280,6 +298,11 @@ def _losses(transform: Transform, result: Header) -> list[str]:
         return []
     lost = oracle.unrestorable(transform.mode, result.dtype)
     return [f"{lost} of 768 values cannot be restored from {result.dtype}"] if lost else []
+
+
+def known_ledger(plan: Plan) -> Ledger | None:
+    """Return what the journal of a plan's target says; nothing, if the plan is to begin again."""
+    return None if plan.restart else read_ledger(journal_path(Path(plan.target)))
 
 
 def reopen_source(plan: Plan) -> Source:

@@ -8,6 +8,7 @@ run that was cut off anywhere is taken up by running it again.
 from __future__ import annotations
 
 import datetime as dt
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -17,14 +18,21 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 import xxhash
 
-from fastvgg import datasets, engine
+from fastvgg import engine
+from fastvgg.datasets import open_target
 from fastvgg.datasets.base import Chunk
 from fastvgg.datasets.index import index_path, index_text, read_index
-from fastvgg.errors import ResumeError, SourceError, StoppedError
-from fastvgg.stream.journal import Commit, Journal, journal_path, read_ledger
+from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError
+from fastvgg.stream.journal import Commit, Journal
 from fastvgg.stream.manifest import Manifest, manifest_path, package_versions, read_manifest
-from fastvgg.stream.prepare import changed, reopen_source
-from fastvgg.stream.state import find_state, refuse_occupied, resumed
+from fastvgg.stream.prepare import changed, known_ledger, reopen_source
+from fastvgg.stream.state import (
+    find_state,
+    refuse_occupied,
+    replaceable,
+    replaced_path,
+    resumed,
+)
 from fastvgg.stream.storage import Storage
 from fastvgg.transform import storage_dtype
 
@@ -126,10 +134,10 @@ def run(
     target_path = Path(plan.target)
     source = reopen_source(plan)
     try:
-        if find_state(plan, read_ledger(journal_path(target_path))) == "complete":
+        if find_state(plan, known_ledger(plan)) == "complete":
             return _report_of_complete(plan, begun)
         _refuse_wrong_values(plan, source)
-        journal = Journal(target_path, storage)
+        journal = Journal(target_path, storage, restart=plan.restart)
         try:
             return _Run(plan, source, journal, storage, progress, begun).finish()
         finally:
@@ -162,7 +170,7 @@ class _Run:
         self.begun = begun
         self.computed_chunks = 0
         self.computed_images = 0
-        self.target = datasets.open_target(Path(plan.target), plan.result, storage, source.records)
+        self.target = open_target(Path(plan.target), plan.result, storage, source.records)
 
     def finish(self) -> Report:
         """Do what is left to do."""
@@ -203,10 +211,19 @@ class _Run:
                 f"{self.plan.source} changed while it was read: the result may be a mixture",
                 "let it be still, and run again with --restart",
             )
-        refuse_occupied(self.plan, self.journal.ledger)
+        refuse_occupied(self.plan, self.journal.ledger.replaces if self.journal.ledger else None)
         for described in (manifest_path, index_path):  # what is said of the data that is replaced
             self.storage.remove(described(self.target.path))
+        self._make_way()
         self.target.publish()
+
+    def _make_way(self) -> None:
+        """Move away a directory that has the name: one cannot be renamed over another."""
+        path, replaced = self.target.path, replaced_path(self.target.path)
+        if self.plan.target_kind == "images" and os.path.lexists(path):
+            self.storage.remove(replaced)
+            self.storage.rename(path, replaced)
+            self.storage.sync_directory(path.parent)
 
     def _commits(self) -> dict[int, Commit]:
         return self.journal.ledger.commits if self.journal.ledger is not None else {}
@@ -214,10 +231,15 @@ class _Run:
     def _open_target(self) -> None:
         if self.state == "resumable" and self._commits():
             self.target.reopen()
-        else:
-            replaces = self.plan.restart
+            return
+        if self.state == "fresh":
+            replaces = replaceable(self.plan) if self.plan.restart else None
             self.journal.begin(self.plan.job(), self.plan.chunk_images, replaces=replaces)
+        try:
             self.target.create()
+        except TargetError:  # no room: as if nothing had been begun
+            self.journal.remove()
+            raise
 
     def _compute(self) -> None:
         """Compute, write and commit every chunk that is not durable yet."""
@@ -225,6 +247,7 @@ class _Run:
         staging = np.empty(shape, storage_dtype(self.plan.result.dtype))
         for chunk, (start, stop) in enumerate(self.plan.chunk_rows()):
             if chunk in self._commits():
+                self._refuse_failed(start, self._commits()[chunk].records)
                 continue
             read = self.source.read(start, stop)
             self._refuse_failed(start, read.records)
@@ -291,6 +314,7 @@ class _Run:
             packages=package_versions(),
         )
         self.storage.write_whole(manifest_path(path), manifest.to_json())
+        self.storage.remove(replaced_path(path))
         self.journal.remove()
         share = self.computed_images / self.plan.header.images
         return Report(
@@ -310,7 +334,15 @@ class _Run:
 
 
 def _report_of_complete(plan: Plan, begun: float) -> Report:
-    """Report a target that this job finished before."""
+    """Report a target that this job finished before, after a look at whether it is whole.
+
+    Raises
+    ------
+    SourceError
+        If its header, or its length, is no longer what was written.
+    """
+    if plan.target_kind == "npy":
+        open_target(Path(plan.target), plan.result, Storage()).read_back(0, 1)
     manifest = read_manifest(Path(plan.target))
     counts = {} if manifest is None else manifest.counts
     records = read_index(Path(plan.target), plan.header.images)
@@ -350,8 +382,8 @@ def _refuse_wrong_values(plan: Plan, source: Source) -> None:
     images, looked_at = plan.header.images, min(IMAGES_LOOKED_AT, plan.header.images)
     rows = sorted({image * images // looked_at for image in range(looked_at)})
     values = [source.read(row, row + 1).batch.astype(np.float64) for row in rows]
-    least = min(float(image.min()) for image in values)
-    most = max(float(image.max()) for image in values)
+    least = float(np.min([image.min() for image in values]))  # NaN wins, unlike with min()
+    most = float(np.max([image.max() for image in values]))
     is_image = least >= 0 and most <= 255  # false for NaN
     found = (
         f"{plan.source}: {len(rows)} images looked at hold values from {least:.6g} to {most:.6g}"

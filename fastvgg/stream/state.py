@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from fastvgg.errors import TargetError
-from fastvgg.stream.journal import refuse_other_job
+from fastvgg.errors import ResumeError, TargetError
+from fastvgg.stream.journal import journal_path, read_ledger, refuse_other_job
 from fastvgg.stream.manifest import read_manifest
 from fastvgg.stream.plan import readable_bytes
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastvgg.stream.journal import Ledger
     from fastvgg.stream.plan import Plan
 
-__all__ = ["State", "find_state", "refuse_occupied", "resumed"]
+__all__ = ["State", "find_state", "refuse_occupied", "replaceable", "replaced_path", "resumed"]
 
 State: TypeAlias = Literal["fresh", "resumable", "complete"]
 
@@ -34,17 +34,17 @@ def find_state(plan: Plan, ledger: Ledger | None) -> State:
     target = Path(plan.target)
     partial = target.with_name(target.name + ".partial")
     if plan.restart:
-        _check_replaceable(target)
+        replaceable(plan)
         return "fresh"
     if ledger is not None:
         refuse_other_job(ledger.job, plan.job(), plan.target)
         if os.path.lexists(partial):
-            refuse_occupied(plan, ledger)
+            refuse_occupied(plan, ledger.replaces)
         return "resumable"
     manifest = read_manifest(target)
-    if _occupied(target) and manifest is not None and manifest.job == plan.job():
+    if _occupied(plan) and manifest is not None and manifest.job == plan.job():
         return "complete"
-    refuse_occupied(plan, ledger)
+    refuse_occupied(plan, None)
     if os.path.lexists(partial):
         raise TargetError(
             f"{partial} is in the way, and no journal says that it is an unfinished run",
@@ -53,8 +53,27 @@ def find_state(plan: Plan, ledger: Ledger | None) -> State:
     return "fresh"
 
 
-def refuse_occupied(plan: Plan, ledger: Ledger | None) -> None:
-    """Refuse a target whose name something has that the run may not replace.
+def replaceable(plan: Plan) -> str | None:
+    """Return what identifies the thing that a restart may replace; None where there is nothing.
+
+    Raises
+    ------
+    TargetError
+        If it is a directory that fastvgg did not write: it may hold anything.
+    """
+    target = Path(plan.target)
+    if not _occupied(plan):
+        return None
+    if target.is_dir() and (plan.target_kind == "npy" or not _written_by_fastvgg(target)):
+        raise TargetError(
+            f"{target} is a directory that fastvgg did not write",
+            "choose another name, or remove it yourself",
+        )
+    return _identity(target)
+
+
+def refuse_occupied(plan: Plan, replaces: str | None) -> None:
+    """Refuse a target whose name something has, unless it is what the run replaces.
 
     Raises
     ------
@@ -62,7 +81,7 @@ def refuse_occupied(plan: Plan, ledger: Ledger | None) -> None:
         Saying what has the name.
     """
     target = Path(plan.target)
-    if not _occupied(target) or plan.restart or (ledger is not None and ledger.replaces):
+    if not _occupied(plan) or _identity(target) == replaces:
         return
     what = "was not made by fastvgg" if read_manifest(target) is None else "is of another job"
     raise TargetError(
@@ -70,19 +89,36 @@ def refuse_occupied(plan: Plan, ledger: Ledger | None) -> None:
     )
 
 
-def _occupied(target: Path) -> bool:
-    if target.is_dir() and not target.is_symlink():
+def replaced_path(target: Path) -> Path:
+    """Return where a directory waits that is being replaced."""
+    return target.with_name(target.name + ".fastvgg-replaced")
+
+
+def _occupied(plan: Plan) -> bool:
+    target = Path(plan.target)
+    if plan.target_kind == "images" and target.is_dir() and not target.is_symlink():
         return any(target.iterdir())
     return os.path.lexists(target)
 
 
-def _check_replaceable(target: Path) -> None:
-    """Refuse to replace a directory that fastvgg did not write: it may hold anything."""
-    if target.is_dir() and _occupied(target) and read_manifest(target) is None:
-        raise TargetError(
-            f"{target} is a directory with files in it that fastvgg did not write",
-            "choose another name, or remove it yourself",
-        )
+def _identity(path: Path) -> str:
+    status = path.lstat()
+    return f"device {status.st_dev}, inode {status.st_ino}"
+
+
+def _written_by_fastvgg(directory: Path) -> bool:
+    """Whether a directory has a manifest, or the journal of a run that was cut off knows it."""
+    if read_manifest(directory) is not None:
+        return True
+    try:
+        ledger = read_ledger(journal_path(directory))
+    except ResumeError:
+        return False
+    if ledger is None:
+        return False
+    partial = directory.with_name(directory.name + ".partial")
+    published = ledger.complete and not os.path.lexists(partial)
+    return published or ledger.replaces == _identity(directory)
 
 
 def resumed(plan: Plan, ledger: Ledger) -> Plan:

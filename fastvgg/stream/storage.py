@@ -66,10 +66,14 @@ class Storage:
             fcntl.flock(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        except OSError as error:
+            raise StoppedError.from_os_error(error, "lock", str(file.path), 0) from error
         try:  # the one that had it may have removed the file since it was opened here
             return os.path.samestat(os.fstat(file.descriptor), os.stat(file.path))
         except FileNotFoundError:
             return False
+        except OSError as error:
+            raise StoppedError.from_os_error(error, "stat", str(file.path), 0) from error
 
     def size(self, file: StoredFile) -> int:
         """Return a file's length in bytes."""
@@ -82,7 +86,7 @@ class Storage:
         Raises
         ------
         TargetError
-            If there is no room; the file is removed.
+            If there is no room.
         """
         try:
             if hasattr(os, "posix_fallocate"):
@@ -92,8 +96,6 @@ class Storage:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise StoppedError.from_os_error(error, "reserve", str(file.path), 0) from error
-            self.close(file)
-            self.remove(file.path)
             raise TargetError(
                 f"{file.path}: no room for {nbytes} bytes: {error.strerror}",
                 "free disk space or choose another disk; nothing was written",
@@ -105,6 +107,8 @@ class Storage:
         while remaining:
             with _stopping("write", file.path, offset):
                 written = os.pwrite(file.descriptor, remaining, offset)
+                if written == 0:
+                    raise OSError(errno.EIO, "nothing was written")
             offset += written
             remaining = remaining[written:]
 

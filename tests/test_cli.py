@@ -1,0 +1,806 @@
+"""The command line: what it prints where, how it exits, and that no error is a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bad_arrays import REFUSED
+from datasets_on_disk import (
+    failing_in_ascii,
+    images_in,
+    names_in,
+    network_inputs,
+    npy_bytes,
+    permissions,
+    pixels,
+    plan_of,
+    printed_by,
+    printed_on_small_disk,
+    python,
+    save_images,
+    save_npy,
+    tree,
+)
+from typer.testing import CliRunner
+
+import fastvgg
+from fastvgg import cli, models
+from fastvgg.datasets.index import index_path
+from fastvgg.stream.manifest import manifest_path
+
+
+@pytest.fixture
+def array(tmp_path):
+    return save_npy(tmp_path / "x.npy", pixels(11))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return save_images(tmp_path / "photos", pixels(11))
+
+
+def invoke(*arguments):
+    """Run a command in this process."""
+    result = CliRunner().invoke(cli.app, [os.fspath(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert "Traceback" not in result.output
+    return result
+
+
+def command(*arguments, **settings):
+    """Run a command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "fastvgg", *map(os.fspath, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **settings,
+    )
+
+
+# The command line as it is where there is no Numba, which takes a second to compile a kernel.
+UNCOMPILED = """
+import sys, warnings
+sys.modules["numba"] = None
+warnings.filterwarnings("ignore", "Numba is not usable")
+from fastvgg.cli import main
+main()
+"""
+
+
+def uncompiled(*arguments, **settings):
+    """Run a command in a process of its own that has no Numba."""
+    return python(UNCOMPILED, *arguments, **settings)
+
+
+def chunks_of(images):
+    """The memory limit that gives the float32 chunks of an array of pixels() that many images."""
+    return ["--memory", str(images * 945), "--threads", "1"]
+
+
+# What the verbs do
+
+
+def test_the_essential_commands_work_from_a_shell(tmp_path, photos):
+    stored, back = tmp_path / "y.npy", tmp_path / "back"
+    done = command("preprocess", photos, stored, "--model", "vgg19")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{stored}: 11 images in ")
+    done = command("verify", stored, "--full")
+    assert done.returncode == 0
+    assert "11 images are equal to the oracle's" in done.stdout
+    done = command("restore", stored, back)
+    assert (done.returncode, done.stderr) == (0, "")
+    for name, expected in images_in(photos).items():
+        assert images_in(back)[name].tobytes() == expected.tobytes()
+
+
+def test_preprocess_hands_every_option_on(tmp_path, photos):
+    target = tmp_path / "y.npy"
+    options = ["--mode", "torch", "--size", "5", "11", "--interpolation", "box"]
+    options += ["--out-layout", "NCHW", "--dtype", "float16", "--memory", "1MiB", "--threads", "2"]
+    assert uncompiled("preprocess", photos, target, *options).returncode == 0
+    job = json.loads(manifest_path(target).read_bytes())["job"]
+    assert job["source"]["size"] == [5, 11]
+    assert job["source"]["interpolation"] == "box"
+    assert job["transform"]["mode"]["name"] == "torch"
+    assert job["result"]["layout"] == "NCHW"
+    assert job["result"]["dtype"] == "float16"
+    assert np.load(target).shape == (11, 3, 5, 11)
+
+
+def test_restore_hands_every_option_on(tmp_path):
+    stored = save_npy(tmp_path / "y.npy", network_inputs(pixels(5), "tf", out_layout="NCHW"))
+    options = ["--mode", "tf", "--layout", "NCHW", "--out-layout", "NHWC", "--rounding", "truncate"]
+    options += ["--dtype", "float32", "--memory", "1MiB", "--threads", "2"]
+    assert uncompiled("restore", stored, tmp_path / "z.npy", *options).returncode == 0
+    job = json.loads(manifest_path(tmp_path / "z.npy").read_bytes())["job"]
+    assert job["transform"]["rounding"] == "truncate"
+    assert job["result"] == {
+        "kind": "npy",
+        "shape": [5, 7, 9, 3],
+        "dtype": "float32",
+        "layout": "NHWC",
+    }
+
+
+def test_a_layout_of_the_source_can_be_given(tmp_path):
+    source = save_npy(tmp_path / "x.npy", np.ascontiguousarray(np.moveaxis(pixels(5), -1, 1)))
+    arguments = ["preprocess", source, tmp_path / "y.npy", "--mode", "caffe"]
+    assert invoke(*arguments).exit_code == 3
+    assert uncompiled(*arguments, "--layout", "NCHW").returncode == 0
+
+
+@pytest.mark.parametrize("model", ["vgg19", "VGG-19", "ResNet50"])
+def test_a_model_stands_for_its_mode(tmp_path, array, model):
+    assert invoke("preprocess", array, tmp_path / "y.npy", "--model", model).exit_code == 0
+    assert json.loads(manifest_path(tmp_path / "y.npy").read_bytes())["job"]["transform"]["mode"][
+        "name"
+    ] == models.mode_name(model)
+    expected = network_inputs(pixels(11), models.mode_name(model))
+    assert (tmp_path / "y.npy").read_bytes() == npy_bytes(expected)
+
+
+def test_a_mode_and_a_model_that_agree_are_fine(tmp_path, array):
+    result = invoke("preprocess", array, tmp_path / "y.npy", "--model", "vgg16", "--mode", "caffe")
+    assert result.exit_code == 0
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("verb", ["preprocess", "restore"])
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, array, verb, as_json):
+    stored = tmp_path / "y.npy"
+    plan_of(array, stored, mode="caffe").run()
+    source, options = (array, ["--mode", "caffe"]) if verb == "preprocess" else (stored, [])
+    before = tree(tmp_path)
+    result = invoke(
+        verb, source, tmp_path / "z.npy", "--dry-run", *options, *(["--json"] if as_json else [])
+    )
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    assert tree(tmp_path) == before
+    if as_json:
+        plan = json.loads(result.stdout)
+        assert (plan["images"], plan["chunks"]) == (11, 1)
+        assert plan["projected_bytes"] <= plan["memory_bytes"]
+        assert plan["write_bytes"] == 11 * 189 * (4 if verb == "preprocess" else 1)
+    else:
+        assert "images   11" in result.stdout
+        assert str(tmp_path / "z.npy") in result.stdout
+
+
+@pytest.mark.parametrize("verb", ["preprocess", "restore", "verify", "info", "models"])
+def test_json_is_alone_on_stdout(tmp_path, array, monkeypatch, verb):
+    monkeypatch.setattr(cli, "SECONDS_BETWEEN_LINES", 0.0)
+    stored = tmp_path / "y.npy"
+    plan_of(array, stored, mode="caffe").run()
+    arguments = {
+        "preprocess": [array, tmp_path / "z.npy", "--mode", "caffe", *chunks_of(4)],
+        "restore": [stored, tmp_path / "z.npy", *chunks_of(4)],
+        "models": [],
+    }.get(verb, [stored])
+    result = invoke(verb, *arguments, "--json")
+    assert result.exit_code == 0
+    answer = json.loads(result.stdout)
+    if verb in ("preprocess", "restore"):
+        assert answer["counts"] == {"images": 11, "failed": 0, "chunks": 3, "computed_chunks": 3}
+        assert answer["target"] == str(tmp_path / "z.npy")
+        assert len(result.stderr.splitlines()) == 3
+    else:
+        assert result.stderr == ""
+
+
+def test_json_of_verify_and_info_and_models_says_what_is_known(tmp_path, array):
+    stored = tmp_path / "y.npy"
+    plan_of(array, stored, mode="caffe", together=4).run()
+    verified = json.loads(invoke("verify", stored, "--json").stdout)
+    assert (verified["images"], verified["chunks"], verified["recomputed_images"]) == (11, 3, 11)
+    known = json.loads(invoke("info", stored, "--json").stdout)
+    assert (known["state"], known["mode"], known["images"]) == ("finished", "caffe", 11)
+    listed = json.loads(invoke("models", "--json").stdout)
+    assert listed == models.MODES_BY_MODEL
+
+
+def test_progress_is_a_line_at_a_time_where_there_is_no_terminal(tmp_path, array, monkeypatch):
+    monkeypatch.setattr(cli, "SECONDS_BETWEEN_LINES", 0.0)
+    result = invoke("preprocess", array, tmp_path / "y.npy", "--mode", "caffe", *chunks_of(4))
+    lines = result.stderr.splitlines()
+    assert [line.split(" images")[0] for line in lines] == ["4 of 11", "8 of 11", "11 of 11"]
+    assert all(re.search(r"\d+ images/s, \d+ MB/s, \d+ s left$", line) for line in lines)
+
+
+def test_a_short_run_prints_no_progress_where_there_is_no_terminal(tmp_path, array):
+    result = invoke("preprocess", array, tmp_path / "y.npy", "--mode", "caffe")
+    assert result.stderr == ""
+
+
+def test_quiet_is_silent(tmp_path, photos, monkeypatch):
+    monkeypatch.setattr(cli, "SECONDS_BETWEEN_LINES", 0.0)
+    (photos / "labels.csv").touch()
+    arguments = ["preprocess", photos, tmp_path / "y.npy", "--mode", "caffe"]
+    loud = invoke(*arguments, "--restart")
+    assert "note: " in loud.stderr
+    result = invoke(*arguments, "--restart", "--quiet")
+    assert result.exit_code == 0
+    assert result.stderr == ""
+
+
+def on_a_terminal(*arguments):
+    """Run a command whose standard error is a terminal; return its end and what it wrote there."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", UNCOMPILED, *map(os.fspath, arguments)],
+        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    written = b""
+    while True:
+        try:
+            some = os.read(ours, 65536)
+        except OSError:  # how Linux says that nobody has the other end any more
+            some = b""
+        if not some:
+            break
+        written += some
+    stdout, _ = process.communicate()
+    os.close(ours)
+    return process.returncode, stdout.decode(), written.decode()
+
+
+def test_a_terminal_shows_a_bar_with_images_per_second(tmp_path, array):
+    code, stdout, shown = on_a_terminal(
+        "preprocess", array, tmp_path / "y.npy", "--mode", "caffe", *chunks_of(2), "--json"
+    )
+    assert code == 0
+    assert json.loads(stdout)["counts"]["images"] == 11
+    assert "━" in shown
+    assert "11/11" in shown
+    assert "images/s" in shown
+    assert "MB/s" in shown
+    assert "preprocess" in shown
+    assert "Traceback" not in shown
+
+
+def test_a_quiet_terminal_shows_nothing(tmp_path, array):
+    target = tmp_path / "y.npy"
+    code, _, shown = on_a_terminal("preprocess", array, target, "--mode", "caffe", "--quiet")
+    assert (code, shown) == (0, "")
+
+
+def test_info_tells_of_a_source_an_unfinished_and_a_finished_run(tmp_path, array):
+    target = tmp_path / "y.npy"
+
+    def stop(progress):
+        raise KeyboardInterrupt
+
+    result = invoke("info", array)
+    assert result.exit_code == 0
+    assert re.search(r"state +source", result.stdout)
+    assert re.search(r"shape +11 x 7 x 9 x 3", result.stdout)
+    with pytest.raises(KeyboardInterrupt):
+        plan_of(array, target, mode="torch", together=4).run(stop)
+    result = invoke("info", target)
+    assert re.search(r"state +unfinished", result.stdout)
+    assert re.search(r"committed_chunks +1", result.stdout)
+    assert re.search(r"chunks +3", result.stdout)
+    assert re.search(r"mode +torch", result.stdout)
+    assert "--restart" in result.stdout
+    plan_of(array, target, mode="torch", together=4).run()
+    result = invoke("info", target)
+    assert re.search(r"state +finished", result.stdout)
+    assert re.search(r"mode +torch", result.stdout)
+    assert f"numpy {np.__version__}" in result.stdout
+    assert str(array) in result.stdout
+    result = invoke("info", tmp_path / "nothing.npy")
+    assert result.exit_code == 3
+    assert str(tmp_path / "nothing.npy") in result.stderr
+
+
+def test_models_lists_every_model_with_its_mode():
+    result = invoke("models")
+    assert dict(line.split() for line in result.stdout.splitlines()) == models.MODES_BY_MODEL
+
+
+def test_demo_goes_the_whole_way(tmp_path):
+    result = invoke("demo", tmp_path / "demo")
+    assert result.exit_code == 0
+    assert "every byte came back" in result.stdout
+    assert "0 differ" in result.stdout
+    assert (tmp_path / "demo" / "contact-sheet.png").exists()
+
+
+def test_the_version_is_that_of_the_package():
+    assert invoke("--version").stdout == f"fastvgg {fastvgg.__version__}\n"
+
+
+@pytest.mark.parametrize("verb", [None, "preprocess", "restore", "verify", "info", "demo"])
+def test_help_is_there_with_an_example(verb):
+    result = invoke(*([verb] if verb else []), "--help")
+    assert result.exit_code == 0
+    assert verb is None or f"Example: fastvgg {verb} " in result.stdout
+
+
+def test_a_command_without_a_verb_lists_the_verbs():
+    result = command()
+    assert result.returncode in (0, 2)
+    for verb in ("preprocess", "restore", "verify", "info", "models", "demo"):
+        assert verb in result.stdout + result.stderr
+
+
+# How it exits
+
+
+def refused(code, *arguments, says=(), told=None):
+    """Check that a command exits so, in words and without a traceback."""
+    result = command(*arguments) if told is None else told
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+    for word in says:
+        assert str(word) in result.stderr
+    problem, _, remedy = result.stderr.partition("\n  ")
+    assert problem.startswith("fastvgg: ")
+    assert remedy.strip()
+    return result.stderr
+
+
+def bad_inputs(place):
+    """What is wrong -> (arguments, exit code, what the message must say)."""
+    array = save_npy(place / "x.npy", pixels(5))
+    photos = save_images(place / "photos", pixels(5))
+    (place / "empty").mkdir()
+    (place / "there.npy").write_text("precious")
+    stored, back = place / "stored.npy", place / "back"
+    plan_of(photos, stored, mode="caffe").run()
+    plan_of(stored, back, direction="restore").run()
+    floats = save_npy(place / "floats.npy", pixels(5).astype(np.float32))
+    negative = save_npy(place / "negative.npy", network_inputs(pixels(5), "caffe"))
+    new, caffe = place / "new.npy", ["--mode", "caffe"]
+    return {
+        "a missing source": (
+            ["preprocess", place / "missing", new, *caffe],
+            3,
+            [place / "missing", "does not exist"],
+        ),
+        "an empty source": (
+            ["preprocess", place / "empty", new, *caffe],
+            3,
+            [place / "empty", "holds no images"],
+        ),
+        "a target that exists": (
+            ["preprocess", array, place / "there.npy", *caffe],
+            3,
+            [place / "there.npy", "exists", "--restart"],
+        ),
+        "a target inside the source": (
+            ["preprocess", photos, photos / "y.npy", *caffe],
+            3,
+            [photos / "y.npy", photos],
+        ),
+        "a missing directory": (
+            ["preprocess", array, place / "missing" / "y.npy", *caffe],
+            3,
+            [place / "missing", "mkdir -p"],
+        ),
+        "no mode": (["preprocess", array, new], 2, ["--mode"]),
+        "an empty mode": (["preprocess", array, new, "--mode", ""], 2, ["''"]),
+        "an unknown mode": (["preprocess", array, new, "--mode", "vgg"], 2, ["'vgg'", "caffe"]),
+        "an unknown model": (
+            ["preprocess", array, new, "--model", "vgg20"],
+            2,
+            ["'vgg20'", "fastvgg models"],
+        ),
+        "a mode and a model that disagree": (
+            ["preprocess", array, new, "--mode", "tf", "--model", "vgg19"],
+            2,
+            ["tf", "vgg19", "caffe"],
+        ),
+        "an unknown type": (
+            ["preprocess", array, new, *caffe, "--dtype", "int8"],
+            3,
+            ["int8", "float16"],
+        ),
+        "an unknown layout": (
+            ["preprocess", array, new, *caffe, "--layout", "HWC"],
+            2,
+            ["'HWC'", "'NHWC'"],
+        ),
+        "an impossible size": (
+            ["preprocess", photos, new, *caffe, "--size", "0", "5"],
+            2,
+            ["(0, 5)", "--size 224 224"],
+        ),
+        "an unknown interpolation": (
+            ["preprocess", photos, new, *caffe, "--interpolation", "cubic"],
+            2,
+            ["'cubic'", "bicubic"],
+        ),
+        "no amount of memory": (
+            ["preprocess", array, new, *caffe, "--memory", "much"],
+            2,
+            ["'much'", "512MiB"],
+        ),
+        "too little memory": (
+            ["preprocess", array, new, *caffe, "--memory", "100"],
+            3,
+            ["945 B", "100 B", "--memory"],
+        ),
+        "no threads": (["preprocess", array, new, *caffe, "--threads", "0"], 2, ["threads is 0"]),
+        "an unknown rounding": (
+            ["restore", stored, new, "--rounding", "up"],
+            2,
+            ["'up'", "'nearest'"],
+        ),
+        "restoring images": (
+            ["restore", array, new, *caffe],
+            3,
+            [array, "nothing to restore"],
+        ),
+        "restoring images that are floats": (
+            ["restore", floats, new, *caffe],
+            3,
+            [floats, "never preprocessed"],
+        ),
+        "restoring twice": (["restore", back, new], 3, [back, "restored already"]),
+        "restoring in another mode": (
+            ["restore", stored, new, "--mode", "tf"],
+            2,
+            [stored, "caffe", "tf"],
+        ),
+        "preprocessing twice": (
+            ["preprocess", stored, new, *caffe],
+            3,
+            [stored, "preprocessed already"],
+        ),
+        "preprocessing twice without a manifest": (
+            ["preprocess", negative, new, *caffe],
+            3,
+            [negative, "perhaps preprocessed already"],
+        ),
+        "verifying what has no manifest": (["verify", array], 3, [array, "fastvgg info"]),
+        "telling of nothing": (["info", place / "missing.npy"], 3, [place / "missing.npy"]),
+        "a demo among other things": (["demo", place], 3, [place, "fastvgg demo"]),
+    }
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    place = tmp_path_factory.mktemp("bad")
+    return place, bad_inputs(place)
+
+
+BAD_INPUTS = [
+    *("a missing source", "an empty source", "a target that exists", "a target inside the source"),
+    *("a missing directory", "no mode", "an empty mode", "an unknown mode", "an unknown model"),
+    *("a mode and a model that disagree", "an unknown type", "an unknown layout"),
+    *("an impossible size", "an unknown interpolation", "no amount of memory"),
+    *("too little memory", "no threads", "an unknown rounding", "restoring images"),
+    *("restoring images that are floats", "restoring twice", "restoring in another mode"),
+    *("preprocessing twice", "preprocessing twice without a manifest"),
+    *("verifying what has no manifest", "telling of nothing", "a demo among other things"),
+]
+
+
+@pytest.mark.parametrize("wrong", BAD_INPUTS)
+def test_bad_input_is_refused_in_words_and_nothing_is_written(inputs, wrong):
+    place, all_inputs = inputs
+    arguments, code, words = all_inputs[wrong]
+    before = tree(place)
+    result = invoke(*arguments)
+    result.returncode = result.exit_code
+    refused(code, says=words, told=result)
+    assert tree(place) == before
+
+
+def test_every_bad_input_is_tried(inputs):
+    assert sorted(inputs[1]) == sorted(BAD_INPUTS)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [("a missing source", 3), ("no mode", 2), ("preprocessing twice", 3)],
+)
+def test_a_shell_sees_the_same_exit_code(inputs, wrong, code):
+    arguments, expected, words = inputs[1][wrong]
+    assert code == expected
+    refused(code, *arguments, says=words)
+
+
+@pytest.mark.parametrize("wrong", REFUSED)
+def test_a_bad_array_is_refused_in_words_and_left_as_it_is(tmp_path, wrong):
+    content, words = REFUSED[wrong]
+    path = tmp_path / "x.npy"
+    path.write_bytes(content)
+    result = invoke("preprocess", path, tmp_path / "y.npy", "--mode", "caffe")
+    result.returncode = result.exit_code
+    refused(3, says=[path, *words], told=result)
+    assert tree(tmp_path) == {b"x.npy": content}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--nonsense"], ["preprocess"], ["preprocess", "a"], ["nonsense"], ["verify", "--full"]],
+)
+def test_a_command_that_makes_no_sense_exits_with_2(arguments):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert "Usage:" in result.stderr
+
+
+@pytest.mark.parametrize("size", [["224"], ["224", "x"], ["2.5", "7"]])
+def test_a_size_that_is_not_two_numbers_exits_with_2(tmp_path, photos, size):
+    result = invoke("preprocess", photos, tmp_path / "y.npy", "--mode", "caffe", "--size", *size)
+    assert result.exit_code == 2
+
+
+@pytest.mark.parametrize("bad", ["truncated", "text", "empty", "directory"])
+def test_an_image_that_cannot_be_read_exits_with_1_and_is_listed(tmp_path, photos, bad):
+    path = photos / "a" / "bad.jpg"
+    if bad == "directory":
+        path.mkdir()
+    else:
+        whole = (photos / "a" / "00.png").read_bytes()
+        path.write_bytes({"truncated": whole[:-50], "text": b"not an image", "empty": b""}[bad])
+    target = tmp_path / "y.npy"
+    result = invoke("preprocess", photos, target, "--mode", "caffe")
+    assert result.exit_code == 1
+    assert "a/bad.jpg" in result.stderr
+    assert "row 6" in result.stderr
+    assert "1 could not be read" in result.stdout
+    assert "a/bad.jpg" in index_path(target).read_text(encoding="utf-8")
+    assert not np.load(target)[6].any()
+    again = invoke("preprocess", photos, target, "--mode", "caffe")
+    assert again.exit_code == 1
+    assert "a/bad.jpg" in again.stderr
+
+
+def test_of_very_many_failures_some_are_listed_and_the_index_is_named(tmp_path, photos):
+    for row in range(17):
+        (photos / f"bad{row:02d}.jpg").touch()
+    result = invoke("preprocess", photos, tmp_path / "y.npy", "--mode", "caffe")
+    assert result.exit_code == 1
+    assert result.stderr.count("failed: row") == cli.FAILURES_SHOWN
+    assert f"and {17 - cli.FAILURES_SHOWN} more" in result.stderr
+    assert str(index_path(tmp_path / "y.npy")) in result.stderr
+
+
+def test_strict_exits_with_5_at_the_first_image_that_cannot_be_read(tmp_path, photos):
+    (photos / "bad.jpg").touch()
+    target = tmp_path / "y.npy"
+    result = invoke("preprocess", photos, target, "--mode", "caffe", "--strict")
+    assert result.exit_code == 5
+    assert str(photos / "bad.jpg") in result.stderr
+    assert not target.exists()
+
+
+def test_another_job_exits_with_3_and_restart_with_0(tmp_path, array):
+    arguments = ["preprocess", array, tmp_path / "y.npy", "--mode"]
+    assert invoke(*arguments, "caffe").exit_code == 0
+    assert invoke(*arguments, "tf").exit_code == 3
+    assert invoke(*arguments, "tf", "--restart").exit_code == 0
+    again = invoke(*arguments, "tf")
+    assert again.exit_code == 0
+    assert "already" in again.stdout
+
+
+def test_a_wrong_byte_exits_with_4(tmp_path, array):
+    target = tmp_path / "y.npy"
+    plan_of(array, target, mode="caffe").run()
+    with target.open("r+b") as file:
+        file.seek(-7, os.SEEK_END)
+        file.write(b"\x77")
+    message = refused(4, "verify", target, says=[target, "images 0 to 10"])
+    assert "checksum" in message
+
+
+def test_a_full_disk_exits_with_3_before_and_with_5_in_the_middle(tmp_path):
+    plan_of(save_npy(tmp_path / "x.npy", pixels(11, 37, 41)), tmp_path / "y.npy", mode="tf").run()
+    (tmp_path / "small").mkdir()
+    actual = printed_on_small_disk(
+        tmp_path / "small",
+        disk_bytes=512 * 1024,
+        source=f"""
+import json, pathlib, subprocess, sys
+small = pathlib.Path({str(tmp_path / "small")!r})
+(small / "other").write_bytes(bytes(490 * 1024))
+told = []
+def fastvgg(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-c", {UNCOMPILED!r}, *map(str, arguments)],
+        capture_output=True, text=True, check=False)
+    told.append((done.returncode, done.stderr))
+fastvgg("preprocess", {str(tmp_path / "x.npy")!r}, small / "z.npy", "--mode", "caffe")
+fastvgg("restore", {str(tmp_path / "y.npy")!r}, small / "out", "--threads", "1")
+(small / "other").unlink()
+fastvgg("restore", {str(tmp_path / "y.npy")!r}, small / "out", "--threads", "1")
+print(json.dumps(told))
+""",
+    )
+    (before, refusal), (middle, stop), (after, silence) = json.loads(actual)
+    assert (before, middle, after) == (3, 5, 0), actual
+    assert "free space" in refusal
+    assert "No space left on device" in stop
+    assert "same command again" in stop
+    assert "Traceback" not in refusal + stop + silence
+
+
+WITHOUT_PRIVILEGES = """
+from datasets_on_disk import obey_permissions
+from fastvgg.cli import main
+obey_permissions()
+main()
+"""
+
+
+@pytest.mark.parametrize("closed", ["source", "its directory", "target directory", "photos"])
+def test_what_is_not_permitted_exits_with_3(tmp_path, photos, closed):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    source = save_npy(tmp_path / "in" / "x.npy", pixels(5))
+    place = {
+        "source": source,
+        "its directory": tmp_path / "in",
+        "target directory": tmp_path / "out",
+        "photos": photos,
+    }[closed]
+    given = photos if closed == "photos" else source
+    arguments = ["preprocess", given, tmp_path / "out" / "y.npy", "--mode", "caffe"]
+    with permissions(place, 0o555 if closed == "target directory" else 0):
+        refused(3, says=[place], told=python(WITHOUT_PRIVILEGES, *arguments))
+    assert names_in(tmp_path / "out") == []
+
+
+# Progress that says so and then waits: a signal can come at no other place.
+WAITING = """
+import contextlib, sys, warnings
+from fastvgg import cli
+sys.modules["numba"] = None
+warnings.simplefilter("ignore")
+@contextlib.contextmanager
+def progress(plan, *, quiet):
+    def tell(at):
+        print("committed", flush=True)
+        sys.stdin.readline()
+    yield tell
+cli._progress = progress
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("commits", [1, 2])
+def test_a_signal_exits_with_130_and_the_same_command_goes_on(tmp_path, array, number, commits):
+    target = tmp_path / "y.npy"
+    arguments = ["preprocess", array, target, "--mode", "caffe", *chunks_of(4)]
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITING, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        for commit in range(commits):
+            assert process.stdout.readline() == "committed\n"
+            if commit + 1 < commits:
+                process.stdin.write("\n")
+                process.stdin.flush()
+        process.send_signal(number)
+        _, stderr = process.communicate()
+    assert process.returncode == 130, stderr
+    assert "interrupted" in stderr
+    assert "same command" in stderr
+    assert "Traceback" not in stderr
+    assert not target.exists()
+    again = invoke(*arguments, "--json")
+    assert again.exit_code == 0
+    assert json.loads(again.stdout)["counts"]["computed_chunks"] == 3 - commits
+    assert target.read_bytes() == npy_bytes(network_inputs(pixels(11), "caffe"))
+
+
+# What goes wrong with fastvgg itself
+
+
+def test_traceback_shows_where_an_error_came_from_and_exits_the_same(tmp_path):
+    arguments = ["preprocess", tmp_path / "missing", tmp_path / "y.npy", "--mode", "caffe"]
+    plain, traced = command(*arguments), command(*arguments, "--traceback")
+    assert "Traceback" not in plain.stderr
+    assert "Traceback (most recent call last)" in traced.stderr
+    assert "SourceError" in traced.stderr
+    assert plain.returncode == traced.returncode == 3
+
+
+DEFECTIVE = """
+import sys
+import fastvgg
+from fastvgg import cli
+def plan(*arguments, **options):
+    raise {error}
+fastvgg.plan = plan
+sys.argv = ["fastvgg", "preprocess", "a", "b.npy", "--mode", "caffe", *sys.argv[1:]]
+cli.main()
+"""
+
+
+def test_a_defect_of_fastvgg_is_one_line_and_exits_with_70():
+    done = python(DEFECTIVE.format(error="ZeroDivisionError('an unforeseen thing')"))
+    assert done.returncode == 70
+    assert "Traceback" not in done.stderr
+    assert "defect" in done.stderr
+    assert "ZeroDivisionError: an unforeseen thing" in done.stderr
+    assert "--traceback" in done.stderr
+    assert len(done.stderr.splitlines()) == 2
+
+
+def test_a_defect_shows_its_traceback_where_it_is_asked_for():
+    done = python(DEFECTIVE.format(error="ZeroDivisionError('an unforeseen thing')"), "--traceback")
+    assert done.returncode == 70
+    assert "Traceback (most recent call last)" in done.stderr
+
+
+@pytest.mark.parametrize("traceback", [[], ["--traceback"]])
+def test_an_error_of_the_system_exits_with_5(traceback):
+    done = python(
+        DEFECTIVE.format(error="OSError(5, 'Input/output error', 'disk.npy')"), *traceback
+    )
+    assert done.returncode == 5
+    assert "disk.npy" in done.stderr
+    assert "EIO" in done.stderr
+    assert ("Traceback" in done.stderr) == bool(traceback)
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastvgg", "models"],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    os.close(writing)
+    assert "Traceback" not in done.stderr
+    assert "defect" not in done.stderr
+
+
+@failing_in_ascii()
+def test_names_that_are_no_text_are_printed_somehow(tmp_path):
+    photos = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    save_images(photos, pixels(5))
+    (photos / "bad.jpg").touch()
+    environment = {"PYTHONIOENCODING": "ascii"}
+    target = photos.with_name(photos.name + ".npy")
+    done = uncompiled("preprocess", photos, target, "--mode", "caffe", env=environment)
+    assert done.returncode == 1, done.stderr
+    assert "bad.jpg" in done.stderr
+    done = uncompiled("info", target, env=environment)
+    assert done.returncode == 0
+    assert "caf" in done.stdout
+    done = uncompiled("verify", target, "--full", "--json", env=environment)
+    assert done.returncode == 0
+
+
+def test_a_warning_is_a_note_and_shows_no_line_of_code(tmp_path, array):
+    done = uncompiled("preprocess", array, tmp_path / "y.npy", "--model", "EfficientNetB0")
+    assert done.returncode == 0
+    assert "identity" in done.stderr
+    assert "warn" not in done.stderr
+    assert ".py" not in done.stderr
+
+
+def test_the_module_and_the_script_are_the_same_program():
+    assert printed_by("import fastvgg.__main__", "--version") == f"fastvgg {fastvgg.__version__}"

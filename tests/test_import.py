@@ -1,0 +1,221 @@
+"""What importing fastvgg brings in, and which room may import which."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+from batches import run_script
+
+import fastvgg
+
+PACKAGE = Path(fastvgg.__file__).parent
+ROOMS = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+HEAVY = {
+    "PIL",
+    "click",
+    "imageio",
+    "keras",
+    "matplotlib",
+    "ml_dtypes",
+    "numba",
+    "numpy",
+    "rich",
+    "skimage",
+    "typer",
+}
+
+
+def test_importing_fastvgg_imports_nothing_heavy():
+    script = "import json, sys, fastvgg; print(json.dumps(sorted(sys.modules)))"
+    loaded = set(json.loads(run_script(script)))
+    assert "fastvgg" in loaded
+    assert not loaded & HEAVY
+    assert not [name for name in loaded if name.startswith("fastvgg.")]
+
+
+def test_catching_an_error_by_its_name_needs_no_numpy():
+    script = "import json, sys, fastvgg.errors; print(json.dumps(sorted(sys.modules)))"
+    assert not set(json.loads(run_script(script))) & HEAVY
+
+
+def test_reading_the_version_and_the_names_imports_nothing_heavy():
+    script = (
+        "import json, sys, fastvgg; fastvgg.__version__; dir(fastvgg); "
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    assert not set(json.loads(run_script(script))) & HEAVY
+
+
+@pytest.mark.parametrize("name", fastvgg.__all__)
+def test_every_public_name_resolves_and_is_the_same_thing_again(name):
+    value = getattr(fastvgg, name)
+    assert value is not None
+    assert getattr(fastvgg, name) is value
+
+
+def test_dir_lists_the_public_names():
+    assert dir(fastvgg) == sorted(fastvgg.__all__)
+    assert {"Mode", "Transform", "plan", "preprocess", "restore", "verify"} <= set(dir(fastvgg))
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match=r"module 'fastvgg' has no attribute 'presto'"):
+        _ = fastvgg.presto
+
+
+def test_a_star_import_brings_the_public_names_and_no_other():
+    script = "from fastvgg import *; print(*sorted(n for n in dir() if not n.startswith('_')))"
+    public = sorted(name for name in fastvgg.__all__ if not name.startswith("_"))
+    assert run_script(script).split() == public
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (PACKAGE / "py.typed").exists()
+
+
+def is_type_checking(node):
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def module_of(name):
+    """The module that a dotted name stands for or lies in: fastvgg.engine.apply is in engine."""
+    parts = name.split(".")
+    while len(parts) > 1 and parts[0] == "fastvgg":
+        path = PACKAGE.joinpath(*parts[1:])
+        if path.is_dir() or path.with_suffix(".py").exists():
+            break
+        parts.pop()
+    return ".".join(parts)
+
+
+def imports_in(source, room, functions=True):
+    """The modules that a room imports when it runs; without those inside of functions, if asked."""
+    package = ["fastvgg", *Path(room).parent.parts]
+    found = set()
+    nodes = [ast.parse(source)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else []
+            origin = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {module_of(f"{origin}.{alias.name}") for alias in node.names}
+        elif is_type_checking(node):
+            nodes += node.orelse
+        elif functions or not isinstance(node, ast.FunctionDef):
+            nodes += ast.iter_child_nodes(node)
+    return found
+
+
+def imports_of(room, functions=True):
+    return imports_in((PACKAGE / room).read_text(), room, functions)
+
+
+def is_in(module, parent):
+    return module == parent or module.startswith(parent + ".")
+
+
+def within(modules, *parents):
+    return {module for module in modules if any(is_in(module, parent) for parent in parents)}
+
+
+def rooms_in(*patterns):
+    """The rooms that exist of those named: files, or folders with all that is in them."""
+    return [room for room in ROOMS if any(room == p or room.startswith(p + "/") for p in patterns)]
+
+
+def test_the_reader_of_imports_sees_every_form_and_leaves_out_what_only_types_need():
+    source = (
+        "import os.path\n"
+        "from typing import TYPE_CHECKING\n"
+        "from fastvgg import engine, oracle as truth\n"
+        "from fastvgg.transform import Mode\n"
+        "from . import engine\n"
+        "from .kernels import loops\n"
+        "from ..errors import FastvggError\n"
+        "if TYPE_CHECKING:\n"
+        "    import rich\n"
+        "else:\n"
+        "    import json\n"
+        "def late():\n"
+        "    import numba as nb\n"
+    )
+    assert imports_in(source, "stream/here.py") == {
+        "os.path",
+        "typing.TYPE_CHECKING",
+        "fastvgg.engine",
+        "fastvgg.oracle",
+        "fastvgg.transform",
+        "fastvgg.stream",
+        "fastvgg.errors",
+        "json",
+        "numba",
+    }
+    assert "numba" not in imports_in(source, "stream/here.py", functions=False)
+    assert within({"fastvgg.kernels.loops", "fastvgg.kernel"}, "fastvgg.kernels") == {
+        "fastvgg.kernels.loops"
+    }
+
+
+@pytest.mark.parametrize(
+    ("room", "allowed"),
+    [
+        ("errors.py", set()),
+        ("models.py", {"fastvgg.errors"}),
+        ("transform.py", {"fastvgg.errors", "fastvgg.models"}),
+        ("oracle.py", {"fastvgg.transform"}),
+    ],
+)
+def test_the_rooms_at_the_bottom_import_only_what_lies_below_them(room, allowed):
+    assert within(imports_of(room, functions=False), "fastvgg") == allowed
+    # A transform that is called hands itself to the engine, and only then needs it.
+    late = {"fastvgg.engine"} if room == "transform.py" else set()
+    assert within(imports_of(room), "fastvgg") == allowed | late
+
+
+@pytest.mark.parametrize("room", rooms_in("kernels"))
+def test_kernels_import_nothing_of_fastvgg_but_kernels(room):
+    modules = within(imports_of(room), "fastvgg")
+    assert modules == within(modules, "fastvgg.kernels")
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if not room.startswith("kernels/")])
+def test_only_kernels_import_numba(room):
+    assert not within(imports_of(room), "numba", "llvmlite")
+
+
+def test_the_kernels_do_import_numba():
+    assert any(within(imports_of(room), "numba") for room in rooms_in("kernels"))
+
+
+@pytest.mark.parametrize("room", rooms_in("datasets"))
+def test_datasets_know_neither_the_engine_nor_the_stream(room):
+    above = ("fastvgg.engine", "fastvgg.oracle", "fastvgg.kernels", "fastvgg.stream")
+    assert not within(imports_of(room), *above)
+
+
+@pytest.mark.parametrize("room", rooms_in("stream/plan.py"))
+def test_planning_is_arithmetic_and_touches_no_file(room):
+    assert not within(imports_of(room), "os", "pathlib", "io", "shutil", "fastvgg.datasets")
+
+
+@pytest.mark.parametrize("room", rooms_in("engine.py"))
+def test_the_engine_knows_nothing_of_disks_and_terminals(room):
+    above = ("fastvgg.stream", "fastvgg.datasets", "fastvgg.cli", "fastvgg.bench", "fastvgg.dask")
+    assert not within(imports_of(room), *above)
+
+
+@pytest.mark.parametrize(
+    "room", [r for r in ROOMS if r not in rooms_in("cli.py", "cli", "__main__.py")]
+)
+def test_only_the_command_line_imports_typer_and_rich(room):
+    assert not within(imports_of(room), "typer", "click", "rich", "fastvgg.cli")
+
+
+def test_no_room_is_called_after_nothing():
+    names = {part for room in ROOMS for part in Path(room).with_suffix("").parts}
+    assert not names & {"common", "helper", "helpers", "misc", "util", "utils"}

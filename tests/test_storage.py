@@ -1,0 +1,274 @@
+"""The durable system calls: typed where they fail, whole where they succeed, locked by one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+from datasets_on_disk import must_say, names_in, printed_by, tree
+from faults import Death, FaultyOs, MortalStorage, system_calls
+
+from fastvgg.errors import StoppedError, TargetError
+from fastvgg.stream.storage import Storage, StoredFile
+
+
+@pytest.fixture
+def storage():
+    return Storage()
+
+
+@pytest.fixture
+def file(tmp_path, storage):
+    opened = storage.create(tmp_path / "file")
+    yield opened
+    storage.close(opened)
+
+
+def test_what_is_written_at_offsets_is_there(file, storage):
+    storage.write(file, b"world", 7)
+    storage.write(file, memoryview(b"hello, "), 0)
+    storage.write(file, b"", 100)
+    storage.sync(file)
+    assert file.path.read_bytes() == b"hello, world"
+    assert storage.size(file) == 12
+    storage.truncate(file, 5)
+    assert file.path.read_bytes() == b"hello"
+
+
+def test_creating_empties_and_opening_does_not(tmp_path, storage):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    storage.close(storage.open(path))
+    storage.close(storage.open(path, create=True))
+    assert path.read_bytes() == b"old"
+    storage.close(storage.create(path))
+    assert path.read_bytes() == b""
+    storage.close(storage.open(tmp_path / "new", create=True))
+    assert (tmp_path / "new").read_bytes() == b""
+
+
+def test_a_file_is_not_passed_on_to_other_programs(file):
+    assert not os.get_inheritable(file.descriptor)
+
+
+def test_reserving_takes_the_space_and_changes_no_byte(file, storage):
+    storage.write(file, b"abc", 0)
+    storage.reserve(file, 1_000_001)
+    assert storage.size(file) == 1_000_001
+    assert os.fstat(file.descriptor).st_blocks * 512 >= 1_000_001
+    assert file.path.read_bytes() == b"abc" + bytes(999_998)
+
+
+def test_names_are_made_changed_and_removed(tmp_path, storage):
+    storage.make_directory(tmp_path / "a" / "b")
+    storage.make_directory(tmp_path / "a" / "b")
+    (tmp_path / "a" / "b" / "file").write_bytes(b"1")
+    (tmp_path / "a" / "other").write_bytes(b"2")
+    storage.rename(tmp_path / "a" / "other", tmp_path / "a" / "b" / "file")
+    assert tree(tmp_path)[b"a/b/file"] == b"2"
+    storage.sync_directory(tmp_path / "a")
+    (tmp_path / "link").symlink_to("a")
+    storage.remove(tmp_path / "link")
+    assert (tmp_path / "a" / "b" / "file").exists()
+    storage.remove(tmp_path / "a")
+    storage.remove(tmp_path / "a")
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("call", ["create", "open"])
+def test_a_link_is_not_followed(tmp_path, storage, call):
+    (tmp_path / "precious").write_bytes(b"precious")
+    (tmp_path / "link").symlink_to("precious")
+    with pytest.raises(StoppedError) as caught:
+        getattr(storage, call)(tmp_path / "link")
+    must_say(caught.value, tmp_path / "link", call, "ELOOP")
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("call", ["create", "open"])
+def test_a_link_to_nowhere_makes_nothing(tmp_path, storage, call):
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(StoppedError):
+        storage.open(tmp_path / "link", create=True) if call == "open" else storage.create(
+            tmp_path / "link"
+        )
+    assert names_in(tmp_path) == ["link"]
+
+
+def closed(tmp_path):
+    """A file whose descriptor no call can use."""
+    storage = Storage()
+    file = storage.create(tmp_path / "closed")
+    storage.close(file)
+    return StoredFile(1_000_000 + file.descriptor, file.path)
+
+
+FAILING = {
+    "create": lambda s, p: s.create(p / "missing" / "file"),
+    "open": lambda s, p: s.open(p / "missing"),
+    "close": lambda s, p: s.close(closed(p)),
+    "lock": lambda s, p: s.lock(closed(p)),
+    "fstat": lambda s, p: s.size(closed(p)),
+    "reserve": lambda s, p: s.reserve(closed(p), 10),
+    "write": lambda s, p: s.write(closed(p), b"abc", 4711),
+    "truncate": lambda s, p: s.truncate(closed(p), 4711),
+    "fsync": lambda s, p: s.sync(closed(p)),
+    "fsync of a directory": lambda s, p: s.sync_directory(p / "missing"),
+    "mkdir": lambda s, p: s.make_directory(p / "file" / "below"),
+    "rename": lambda s, p: s.rename(p / "missing", p / "new"),
+    "remove": lambda s, p: s.remove(p / "file" / "below"),
+}
+
+
+@pytest.mark.parametrize("call", FAILING)
+def test_a_call_that_the_system_refuses_is_named_with_its_file_and_offset(tmp_path, storage, call):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoppedError) as caught:
+        FAILING[call](storage, tmp_path)
+    offset = 4711 if call in ("write", "truncate") else 0
+    must_say(caught.value, tmp_path, call.split()[0], f"offset {offset}")
+    assert isinstance(caught.value.__cause__, OSError)
+    assert errno.errorcode[caught.value.__cause__.errno] in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_write_that_fails_half_way_is_named_with_the_offset_it_came_to(file, storage, number):
+    class Hesitant(FaultyOs):
+        CALLS = ("pwrite",)
+
+        def __getattr__(self, name):
+            call = super().__getattr__(name)
+            return (lambda d, b, o: call(d, b[:10], o)) if name == "pwrite" else call
+
+    with system_calls(Hesitant(3, number)), pytest.raises(StoppedError) as caught:
+        storage.write(file, bytes(100), 1000)
+    must_say(caught.value, file.path, "write at offset 1020", errno.errorcode[number])
+
+
+def test_a_failed_sync_is_not_tried_again(file, storage):
+    class Once(FaultyOs):
+        CALLS = ("fsync",)
+
+    with system_calls(Once(1)) as system, pytest.raises(StoppedError):
+        storage.sync(file)
+    assert system.calls == ["fsync"]
+
+
+def test_no_room_to_reserve_is_a_target_error_and_takes_none(tmp_path, storage):
+    file = storage.create(tmp_path / "file")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(TargetError) as caught:
+            storage.reserve(file, 1001)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    must_say(caught.value, file.path, "1001 bytes", "disk space")
+    storage.close(file)
+    assert file.path.stat().st_size == 0
+
+
+def test_a_write_over_the_limit_of_a_file_is_an_error_and_no_signal(tmp_path, storage):
+    file = storage.create(tmp_path / "file")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(StoppedError) as caught:
+            storage.write(file, bytes(2000), 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        storage.close(file)
+    must_say(caught.value, file.path, "write at offset 1000", "EFBIG")
+
+
+@pytest.mark.parametrize("there", [None, b"old"], ids=["new", "in place of another"])
+def test_a_small_file_is_written_whole_or_not_at_all(tmp_path, there):
+    counting = MortalStorage()
+    counting.write_whole(tmp_path / "counted", b"new" * 1000)
+    counting.bury()
+    (tmp_path / "graveyard").mkdir()
+    for half_done in (False, True):
+        for graveyard in (None, tmp_path / "graveyard"):
+            for number in range(1, len(counting.calls) + 1):
+                path = tmp_path / f"{half_done}-{graveyard is None}-{number}" / "file"
+                path.parent.mkdir()
+                if there is not None:
+                    path.write_bytes(there)
+                storage = MortalStorage(number, half_done=half_done, graveyard=graveyard)
+                with pytest.raises(Death):
+                    storage.write_whole(path, b"new" * 1000)
+                storage.bury()
+                actual = path.read_bytes() if path.exists() else None
+                assert actual in (there, b"new" * 1000)
+                Storage().write_whole(path, b"newer")
+                assert tree(path.parent) == {b"file": b"newer"}
+
+
+def test_a_small_file_that_was_written_whole_outlives_a_power_cut(tmp_path):
+    counting = MortalStorage()
+    counting.write_whole(tmp_path / "counted", b"new")
+    (tmp_path / "graveyard").mkdir()
+    (tmp_path / "here").mkdir()
+    storage = MortalStorage(len(counting.calls) + 1, graveyard=tmp_path / "graveyard")
+    storage.write_whole(tmp_path / "here" / "file", b"new")
+    with pytest.raises(Death):
+        storage.remove(tmp_path / "here" / "nothing")
+    storage.bury()
+    assert tree(tmp_path / "here") == {b"file": b"new"}
+
+
+def test_only_one_has_the_lock(tmp_path, storage):
+    first, second = (storage.open(tmp_path / "file", create=True) for _ in range(2))
+    assert storage.lock(first)
+    assert storage.lock(first)
+    assert not storage.lock(second)
+    storage.close(first)
+    assert storage.lock(second)
+    storage.close(second)
+
+
+LOCKS = """
+import pathlib, sys
+from fastvgg.stream.storage import Storage
+storage = Storage()
+file = storage.open(pathlib.Path(sys.argv[1]), create=True)
+print(storage.lock(file), flush=True)
+if len(sys.argv) > 2:
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("end", ["exit", "kill"])
+def test_another_process_has_the_lock_until_it_ends_however_it_ends(tmp_path, storage, end):
+    path = tmp_path / "file"
+    with subprocess.Popen(
+        [sys.executable, "-c", LOCKS, path, "wait"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout.readline() == "True\n"
+        file = storage.open(path)
+        assert not storage.lock(file)
+        assert printed_by(LOCKS, path) == "False"
+        if end == "kill":
+            other.kill()
+        other.communicate("\n")
+    assert storage.lock(file)
+    storage.close(file)
+
+
+@pytest.mark.parametrize("change", ["removed", "replaced"])
+def test_a_lock_on_a_file_that_no_longer_has_the_name_is_none(tmp_path, storage, change):
+    path = tmp_path / "file"
+    file = storage.open(path, create=True)
+    path.unlink()
+    if change == "replaced":
+        path.write_bytes(b"")
+    assert not storage.lock(file)
+    storage.close(file)
