@@ -7,7 +7,9 @@ The NumPy path is the faster of two ways to do the same: the oracle on the whole
 NumPy backend, which runs the oracle in pieces on as many threads. Both backends get an `out` that
 was used before; the oracle allocates its result, as NumPy code does. Times are taken in turn and
 the ratio is that of the medians. Compilation is not in them. A combination counts as slower where
-the NumPy path takes less than 0.95 of Numba's time: these ratios repeat within 5 %.
+the NumPy path takes less than 0.95 of Numba's time: these ratios repeat within 5 %. One that seems
+slower is measured twice more, and the middle ratio of the three counts, because another process
+may have had the core.
 """
 
 from __future__ import annotations
@@ -94,7 +96,7 @@ def seconds(call, repeats):
 
 
 def measure(transform, x, threads):
-    """Return the median seconds of Numba, of the NumPy backend, and of the oracle."""
+    """Return the median seconds of Numba, and of the faster way on NumPy."""
     out = engine.apply(transform, x, threads=threads)
     calls = (
         lambda: engine.apply(transform, x, out, threads=threads, backend="numba"),
@@ -105,7 +107,8 @@ def measure(transform, x, threads):
     taken = [
         [seconds(call, n) for call, n in zip(calls, repeats, strict=True)] for _ in range(ROUNDS)
     ]
-    return [statistics.median(column) for column in zip(*taken, strict=True)]
+    numba, numpy, plain = (statistics.median(column) for column in zip(*taken, strict=True))
+    return numba, min(numpy, plain)
 
 
 def main():
@@ -116,8 +119,11 @@ def main():
     rows = []
     for transform, source, shape, view in cases(arguments.quick):
         x = VIEWS[view](batch(SHAPES[shape], transform.layout, source))
-        numba, numpy, plain = measure(transform, x, arguments.threads)
-        ratio = min(numpy, plain) / numba
+        numba, numpy = measure(transform, x, arguments.threads)
+        if numpy / numba < NOISE:
+            again = [measure(transform, x, arguments.threads) for _ in range(2)]
+            numba, numpy = sorted([(numba, numpy), *again], key=lambda pair: pair[1] / pair[0])[1]
+        ratio = numpy / numba
         rows.append(
             {
                 "direction": transform.direction,
@@ -127,7 +133,7 @@ def main():
                 "batch": shape,
                 "view": view,
                 "numba_us": round(numba * 1e6, 1),
-                "numpy_us": round(min(numpy, plain) * 1e6, 1),
+                "numpy_us": round(numpy * 1e6, 1),
                 "ratio": round(ratio, 2),
             }
         )

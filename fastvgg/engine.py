@@ -35,6 +35,7 @@ __all__ = [
     "apply",
     "backend_in_use",
     "check_array",
+    "check_threads",
     "preprocess",
     "restore",
     "usable_cores",
@@ -174,7 +175,7 @@ def apply(
     Parameters, result and errors are those of `preprocess` and `restore`.
     """
     input_name = _check_input(transform, x)
-    threads = _check_threads(threads)
+    threads = check_threads(threads)
     shape = transform.output_shape(x.shape)
     dtype = _result_dtype(transform.output_name(input_name))
     if out is None:
@@ -281,11 +282,18 @@ def _check_input(transform: Transform, x: NDArray[Any]) -> str:
     return name
 
 
-def _check_threads(threads: int | None) -> int:
+def check_threads(threads: int | None) -> int:
+    """Return how many threads to use: all usable cores if None.
+
+    Raises
+    ------
+    UsageError
+        If that is not a whole number, or less than 1.
+    """
     if threads is None:
         return usable_cores()
-    if threads < 1:
-        raise UsageError(f"threads is {threads}", "give at least 1")
+    if type(threads) is not int or threads < 1:
+        raise UsageError(f"threads is {threads!r}", "give a whole number, at least 1")
     return threads
 
 
@@ -297,8 +305,8 @@ def _check_out(
     dtype: np.dtype[Any],
 ) -> None:
     """Refuse an `out` that cannot take the result, before anything is written."""
-    if not isinstance(out, np.ndarray):
-        raise OutputError(f"out is {type(out).__name__}", "give a NumPy array")
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        raise OutputError(f"out is {type(out).__name__}", "give a plain NumPy array")
     if out.shape != shape or out.dtype != dtype:
         raise OutputError(
             f"out has shape {out.shape} and type {out.dtype}, the result {shape} and {dtype}",

@@ -141,16 +141,24 @@ class Mode:
     def __post_init__(self) -> None:
         if self.order not in get_args(ChannelOrder):
             raise ModeError(f"{self.name}: order {self.order!r}", "give 'RGB' or 'BGR'")
+        try:
+            for part in ("mean", "std"):
+                if getattr(self, part) is not None:
+                    values = tuple(float(value) + 0.0 for value in getattr(self, part))
+                    object.__setattr__(self, part, values)
+            if self.divide is not None:
+                object.__setattr__(self, "divide", float(self.divide))
+        except (TypeError, ValueError) as error:
+            raise ModeError(
+                f"{self.name}: a constant is no number: {error}",
+                "give a number to divide by, and three each for mean and std, or None",
+            ) from None
         for part in ("mean", "std"):
-            values = getattr(self, part)
-            if values is not None:
-                if len(values) != CHANNELS:
-                    raise ModeError(
-                        f"{self.name}: {part} has {len(values)} values", "give one for each channel"
-                    )
-                object.__setattr__(self, part, tuple(float(value) + 0.0 for value in values))
-        if self.divide is not None:
-            object.__setattr__(self, "divide", float(self.divide))
+            found = getattr(self, part)
+            if found is not None and len(found) != CHANNELS:
+                raise ModeError(
+                    f"{self.name}: {part} has {len(found)} values", "give one for each channel"
+                )
         self._check_constants()
 
     def _check_constants(self) -> None:
@@ -169,7 +177,7 @@ class Mode:
         """Return the mode called `name`: caffe, tf, torch or identity."""
         try:
             return _MODES[name]
-        except KeyError:
+        except (KeyError, TypeError):
             raise ModeError(
                 f"there is no mode {name!r}",
                 f"give one of {', '.join(_MODES)}, or a fastvgg.Mode of your own",

@@ -1039,3 +1039,17 @@ def test_the_callers_floating_point_settings_do_not_matter(backend, direction, d
     with np.errstate(all="raise"):
         actual = direction(x, "torch", dtype=dtype, threads=1, backend=backend)
     assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("threads", [True, 1.5, "2", 0, -1])
+def test_threads_are_a_whole_number(backend, threads):
+    with pytest.raises(UsageError, match="whole number"):
+        fastvgg.preprocess(every_value(), "caffe", threads=threads, backend=backend)
+
+
+def test_a_masked_out_is_refused(backend):
+    x = every_value()
+    out = np.ma.masked_array(np.zeros(x.shape, np.float32))
+    with pytest.raises(OutputError, match="MaskedArray"):
+        fastvgg.preprocess(x, "caffe", out=out, backend=backend)
+    assert not out.data.any()

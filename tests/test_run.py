@@ -6,6 +6,7 @@ import datetime as dt
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -791,6 +792,23 @@ def test_a_directory_that_appears_after_a_run_was_cut_off_is_never_replaced(
     plan_of(array, stored, mode="caffe").run()
     unfinished(stored, back, direction="restore", restart=True)
     back.mkdir()
+    (back / "keep.txt").write_text("precious")
+    with pytest.raises(TargetError):
+        plan_of(stored, back, direction="restore", restart=restart).run()
+    assert (back / "keep.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_directory_made_in_place_of_one_that_was_to_be_replaced_is_never_replaced(
+    tmp_path, array, restart
+):
+    stored, back = tmp_path / "y.npy", tmp_path / "back"
+    plan_of(array, stored, mode="caffe").run()
+    plan_of(stored, back, direction="restore").run()
+    unfinished(stored, back, direction="restore", restart=True)
+    shutil.rmtree(back)
+    manifest_path(back).unlink()
+    back.mkdir()  # which may well get the inode of the one that is gone
     (back / "keep.txt").write_text("precious")
     with pytest.raises(TargetError):
         plan_of(stored, back, direction="restore", restart=restart).run()

@@ -467,3 +467,17 @@ def test_a_batch_with_three_channels_is_accepted(shape):
 def test_there_is_nothing_to_restore_in_uint8():
     with pytest.raises(DtypeError, match="uint8 is the type of images"):
         Transform("tf", "restore").check_input((2, 5, 7, 3), "uint8")
+
+
+@pytest.mark.parametrize(
+    "constants", [{"mean": 5}, {"divide": "x"}, {"std": ("a", "b", "c")}, {"mean": (None, 1, 2)}]
+)
+def test_a_constant_that_is_no_number_is_a_mode_error(constants):
+    with pytest.raises(ModeError, match="no number"):
+        Mode("own", **constants)
+
+
+@pytest.mark.parametrize("name", [["caffe"], None, 7])
+def test_a_mode_that_is_no_name_is_a_mode_error(name):
+    with pytest.raises(ModeError, match="there is no mode"):
+        Transform(name)

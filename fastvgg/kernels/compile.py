@@ -6,7 +6,8 @@
 - `error_model="numpy"`: division follows IEEE-754. Python's model tests every divisor for zero,
   which keeps the loop from being vectorised.
 - No `fastmath`: reassociation, contraction and reciprocals change the bits.
-- No `cache`: a loop compiles in 0.15 s, and a cache of compiled code is one more thing to go stale.
+- No `cache`: a loop compiles in 0.2 to 0.5 s, and a cache of compiled code is one more thing to go
+  stale.
 """
 
 from __future__ import annotations

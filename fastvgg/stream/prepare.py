@@ -100,9 +100,7 @@ def plan(
         Before anything is written.
     """
     source_path, target_path = (Path(os.path.abspath(os.fspath(p))) for p in (source, target))
-    threads = engine.usable_cores() if threads is None else threads
-    if threads < 1:
-        raise UsageError(f"threads is {threads}", "give at least 1")
+    threads = engine.check_threads(threads)
     engine.backend_in_use(backend)
     manifest = read_manifest(source_path)
     placeholder = "identity" if mode is None else mode

@@ -102,8 +102,8 @@ def _occupied(plan: Plan) -> bool:
 
 
 def _identity(path: Path) -> str:
-    status = path.lstat()
-    return f"device {status.st_dev}, inode {status.st_ino}"
+    status = path.lstat()  # an inode alone may come back: a new directory gets that of one removed
+    return f"device {status.st_dev}, inode {status.st_ino}, changed {status.st_mtime_ns}"
 
 
 def _written_by_fastvgg(directory: Path) -> bool:
