@@ -33,7 +33,7 @@ MODES = ("caffe", "tf", "torch")
 LAYOUTS = ("NHWC", "NCHW")
 FLOATS = STORAGE_TYPES[1:]
 SHAPES = {
-    "a batch": (32, 224, 224, 3),
+    "a batch": (16, 224, 224, 3),
     "one image": (1, 224, 224, 3),
     "a thumbnail": (1, 32, 32, 3),
 }

@@ -43,9 +43,9 @@ __all__ = [
 
 Backend: TypeAlias = Literal["auto", "numba", "numpy"]
 
-# A kernel takes 70 us or more for this; to wake a second thread for less costs more (20 to 60 us)
+# A kernel takes 100 us or more for this; to wake a second thread for less costs more (20 to 60 us)
 # than it saves.
-SMALLEST_PIECE_BYTES: Final = 2 * 1024 * 1024
+SMALLEST_PIECE_BYTES: Final = 4 * 1024 * 1024
 # A gathered piece is read twice; 1 MiB stays in the second-level cache between the two.
 GATHERED_PIECE_BYTES: Final = 1024 * 1024
 PIECES_PER_THREAD: Final = 4

@@ -1104,7 +1104,7 @@ def test_a_target_that_is_the_source_is_refused(tmp_path, array, kind):
     for restart in (False, True) if kind != "link" else (False,):
         with pytest.raises(TargetError) as caught:
             plan_of(array, target, mode="caffe", restart=restart)
-        must_say(caught.value)
+        must_say(caught.value, "is the source itself")
     assert tree(tmp_path) == before
 
 
