@@ -11,34 +11,30 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
-import os
 import warnings
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
 from fastvgg import oracle
 from fastvgg.errors import BackendError, DtypeError, OutputError, UsageError
-from fastvgg.transform import CHANNEL_AXES, Mode, Transform, storage_dtype, storage_name
+from fastvgg.threads import check_threads, work_on_all
+from fastvgg.transform import CHANNEL_AXES, Transform, storage_dtype, storage_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from numpy.typing import DTypeLike, NDArray
 
-    from fastvgg.transform import Layout, Rounding
+    from fastvgg.transform import Layout, Mode, Rounding
 
 __all__ = [
     "Backend",
     "apply",
     "backend_in_use",
     "check_array",
-    "check_threads",
     "preprocess",
     "restore",
-    "usable_cores",
 ]
 
 Backend: TypeAlias = Literal["auto", "numba", "numpy"]
@@ -49,6 +45,8 @@ SMALLEST_PIECE_BYTES: Final = 4 * 1024 * 1024
 # A gathered piece is read twice; 1 MiB stays in the second-level cache between the two.
 GATHERED_PIECE_BYTES: Final = 1024 * 1024
 PIECES_PER_THREAD: Final = 4
+LINE_BYTES: Final = 64
+SMALLEST_STREAMED_BYTES: Final = 8 * 1024 * 1024
 OVERLAP_SEARCH_STEPS: Final = 100_000
 
 
@@ -169,10 +167,12 @@ def apply(
     *,
     threads: int | None = None,
     backend: Backend = "auto",
+    read_next: bool = False,
 ) -> NDArray[Any]:
     """Apply a transform to a batch or an image; equal to `oracle.apply`, bit for bit.
 
-    Parameters, result and errors are those of `preprocess` and `restore`.
+    Parameters, result and errors are those of `preprocess` and `restore`. `read_next` says that
+    the result is read at once, and should not be written past the caches.
     """
     input_name = _check_input(transform, x)
     threads = check_threads(threads)
@@ -183,23 +183,17 @@ def apply(
     else:
         _check_out(out, x, transform, shape, dtype)
         result = out
-    make_job = _kernel_job if backend_in_use(backend) == "numba" else _oracle_job
+    numba = backend_in_use(backend) == "numba"
     if x.size:
-        source, target = _read_only(x), np.asarray(result)
+        source, target = np.asarray(x), np.asarray(result)
         if x.ndim == 3:
             source, target = source[np.newaxis], target[np.newaxis]
-        if not source.flags.c_contiguous:
-            transform, source = _as_it_lies(transform, source)
-        job = make_job(transform, source, target)
-        _run(job, _pieces(transform, source, target, job.gathers, threads), threads)
+        if numba:
+            pieces, work_on = _kernel_work(transform, source, target, threads, read_next)
+        else:
+            pieces, work_on = _oracle_work(transform, source, target, threads)
+        work_on_all(pieces, work_on, threads)
     return result
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def backend_in_use(backend: Backend) -> Literal["numba", "numpy"]:
@@ -245,22 +239,6 @@ def _warn_slow(problem: str) -> None:
     )
 
 
-def _read_only(x: NDArray[Any]) -> NDArray[Any]:
-    """Return a view that nothing can write through; it also spares Numba a second compilation."""
-    view = np.asarray(x).view()
-    view.flags.writeable = False
-    return view
-
-
-def _as_it_lies(transform: Transform, source: NDArray[Any]) -> tuple[Transform, NDArray[Any]]:
-    """Take a transposed view of a contiguous batch as the batch that it is a view of."""
-    layout: Layout = "NCHW" if transform.layout == "NHWC" else "NHWC"
-    turned = np.moveaxis(source, CHANNEL_AXES[transform.layout], CHANNEL_AXES[layout])
-    if not turned.flags.c_contiguous:
-        return transform, source
-    return dataclasses.replace(transform, layout=layout), turned
-
-
 def check_array(x: NDArray[Any]) -> None:
     """Refuse what is not an array, or does not have a value everywhere.
 
@@ -280,21 +258,6 @@ def _check_input(transform: Transform, x: NDArray[Any]) -> str:
     name = _stored_name(x.dtype)
     transform.check_input(x.shape, name)
     return name
-
-
-def check_threads(threads: int | None) -> int:
-    """Return how many threads to use: all usable cores if None.
-
-    Raises
-    ------
-    UsageError
-        If that is not a whole number, or less than 1.
-    """
-    if threads is None:
-        return usable_cores()
-    if type(threads) is not int or threads < 1:
-        raise UsageError(f"threads is {threads!r}", "give a whole number, at least 1")
-    return threads
 
 
 def _check_out(
@@ -348,7 +311,7 @@ _result_dtype = functools.lru_cache(maxsize=64)(storage_dtype)
 
 
 class _Piece(NamedTuple):
-    """Some whole images, or some whole rows of one image."""
+    """Some whole images, or some rows of one image; to a kernel, each pixel is a row."""
 
     image: int
     images: int
@@ -362,140 +325,190 @@ class _Piece(NamedTuple):
         return batch[images, rows] if layout == "NHWC" else batch[images, :, rows]
 
 
-def _cut(images: int, rows: int, row_bytes: int, piece_bytes: int) -> Iterator[_Piece]:
-    """Cut a batch into pieces of at most `piece_bytes`, but no less than a row.
+def _cut(
+    images: int, rows: int, row_bytes: int, piece_bytes: int, *, lead: int = 0, multiple: int = 1
+) -> list[_Piece]:
+    """Cut a batch into pieces of about `piece_bytes`, but no less than `multiple` rows.
+
+    An image that is larger is cut `lead` rows past the multiples of `multiple`.
 
     >>> [tuple(piece) for piece in _cut(images=3, rows=4, row_bytes=10, piece_bytes=80)]
     [(0, 2, 0, 4), (2, 1, 0, 4)]
     >>> [tuple(piece) for piece in _cut(images=1, rows=4, row_bytes=10, piece_bytes=30)]
     [(0, 1, 0, 3), (0, 1, 3, 1)]
+    >>> [tuple(piece) for piece in _cut(1, 20, 10, piece_bytes=90, lead=3, multiple=4)]
+    [(0, 1, 0, 11), (0, 1, 11, 8), (0, 1, 19, 1)]
     """
     together = piece_bytes // max(1, rows * row_bytes)
     if together:
-        for image in range(0, images, together):
-            yield _Piece(image, min(together, images - image), 0, rows)
-        return
-    rows_together = max(1, piece_bytes // max(1, row_bytes))
-    for image in range(images):
-        for row in range(0, rows, rows_together):
-            yield _Piece(image, 1, row, min(rows_together, rows - row))
+        return [
+            _Piece(image, min(together, images - image), 0, rows)
+            for image in range(0, images, together)
+        ]
+    step = max(1, piece_bytes // (row_bytes * multiple)) * multiple
+    starts = [0, *range(lead + step, rows, step)]
+    stretches = [*zip(starts, [*starts[1:], rows], strict=True)]
+    return [
+        _Piece(image, 1, start, stop - start)
+        for image in range(images)
+        for start, stop in stretches
+    ]
 
 
-class _Job(NamedTuple):
-    work_on: Callable[[_Piece], None]
-    gathers: bool
-    """Whether a piece passes through memory of its own, which should then stay in the cache."""
+_Work: TypeAlias = "tuple[list[_Piece], Callable[[_Piece], None]]"
 
 
-def _oracle_job(transform: Transform, source: NDArray[Any], target: NDArray[Any]) -> _Job:
+def _oracle_work(
+    transform: Transform, source: NDArray[Any], target: NDArray[Any], threads: int
+) -> _Work:
     def work_on(piece: _Piece) -> None:
         result = oracle.apply(transform, piece.of(source, transform.layout))
         piece.of(target, transform.out_layout)[...] = result
 
-    return _Job(work_on, gathers=True)
+    return _gathered_pieces(transform, source, target, threads), work_on
 
 
-def _kernel_job(transform: Transform, source: NDArray[Any], target: NDArray[Any]) -> _Job:
-    loop, constants = _kernel(transform, _stored_name(source.dtype))
-    width = source.shape[2 if transform.layout == "NHWC" else 3]
-    ready = source.flags.c_contiguous and source.flags.aligned and source.dtype.isnative
-    whole_source = _for_kernel(source, transform.layout) if ready else None
-    whole_target = _for_kernel(target, transform.out_layout)
+class _Memory(NamedTuple):
+    """Where the pixels of a contiguous batch are."""
+
+    address: int
+    image_bytes: int
+    plane_bytes: int
+    pixel_bytes: int
+
+    @classmethod
+    def of(cls, batch: NDArray[Any], layout: Layout) -> _Memory:
+        """Describe the memory of a contiguous batch."""
+        element_bytes = batch.dtype.itemsize
+        image_bytes = batch.nbytes // batch.shape[0]
+        pixel_bytes = element_bytes * 3 if layout == "NHWC" else element_bytes
+        return cls(batch.ctypes.data, image_bytes, image_bytes // 3, pixel_bytes)
+
+    def at(self, image: int, pixel: int) -> int:
+        """Return the address of a pixel; where planes differ, in the first plane."""
+        return self.address + image * self.image_bytes + pixel * self.pixel_bytes
+
+
+def _kernel_work(
+    transform: Transform,
+    source: NDArray[Any],
+    target: NDArray[Any],
+    threads: int,
+    read_next: bool,
+) -> _Work:
+    lying = _as_it_lies(transform.layout, source)
+    if lying is None:
+        return _gathering_work(transform, source, target, threads)
+    layout, reverses, batch = lying
+    if layout != transform.layout:
+        transform = dataclasses.replace(transform, layout=layout)
+    x, y = _Memory.of(batch, layout), _Memory.of(target, transform.out_layout)
+    in_place = x.address == y.address
+    streams = target.nbytes >= SMALLEST_STREAMED_BYTES and not (in_place or read_next)
+    kernel, constants = _kernel(transform, _stored_name(source.dtype), reverses, in_place, streams)
+    images, pixels = batch.shape[0], batch.size // (3 * batch.shape[0])
+    if layout == transform.out_layout == "NHWC":
+        images, pixels = 1, images * pixels
+    steps = (x.image_bytes, x.plane_bytes, y.image_bytes, y.plane_bytes)
 
     def work_on(piece: _Piece) -> None:
-        at = (piece.image, piece.row * width)
-        count = (piece.images, piece.rows * width)
-        if whole_source is not None:
-            loop(whole_source, whole_target, at, at, count, *constants)
-            return
-        part = piece.of(source, transform.layout)
-        gathered = _read_only(np.array(part, source.dtype.newbyteorder("="), order="C"))
-        loop(_for_kernel(gathered, transform.layout), whole_target, (0, 0), at, count, *constants)
+        kernel(
+            x.at(piece.image, piece.row),
+            y.at(piece.image, piece.row),
+            constants.ctypes.data,
+            piece.images,
+            piece.rows,
+            *steps,
+        )
 
-    return _Job(work_on, gathers=whole_source is None)
+    total_bytes = batch.nbytes + target.nbytes
+    pieces = _cut(
+        images,
+        pixels,
+        total_bytes // (images * pixels),
+        _piece_bytes(total_bytes, threads),
+        lead=_pixels_before_a_line(y, transform.out_layout),
+        multiple=LINE_BYTES,
+    )
+    return pieces, work_on
+
+
+def _gathering_work(
+    transform: Transform, source: NDArray[Any], target: NDArray[Any], threads: int
+) -> _Work:
+    """Copy each piece into memory of its own first, where it stays in the cache."""
+    kernel, constants = _kernel(transform, _stored_name(source.dtype), False, False, False)
+    y = _Memory.of(target, transform.out_layout)
+    width = source.shape[2 if transform.layout == "NHWC" else 3]
+    native = source.dtype.newbyteorder("=")
+
+    def work_on(piece: _Piece) -> None:
+        gathered = np.array(piece.of(source, transform.layout), native, order="C")
+        x = _Memory.of(gathered, transform.layout)
+        kernel(
+            x.address,
+            y.at(piece.image, piece.row * width),
+            constants.ctypes.data,
+            piece.images,
+            piece.rows * width,
+            x.image_bytes,
+            x.plane_bytes,
+            y.image_bytes,
+            y.plane_bytes,
+        )
+
+    return _gathered_pieces(transform, source, target, threads), work_on
+
+
+def _as_it_lies(layout: Layout, batch: NDArray[Any]) -> tuple[Layout, bool, NDArray[Any]] | None:
+    """Find the contiguous batch of which this one is a turned or a channel-reversed view.
+
+    Returns its layout, whether its channels are reversed, and itself; or None.
+    """
+    if not batch.dtype.isnative:
+        return None
+    if batch.flags.c_contiguous:
+        return layout, False, batch
+    axis = CHANNEL_AXES[layout]
+    for reverses in (False, True):
+        view = np.flip(batch, axis) if reverses else batch
+        for lying_layout, lying_axis in CHANNEL_AXES.items():
+            turned = np.moveaxis(view, axis, lying_axis)
+            if turned.flags.c_contiguous:
+                return lying_layout, reverses, turned
+    return None
 
 
 @functools.lru_cache(maxsize=256)
-def _kernel(transform: Transform, input_name: str) -> tuple[Callable[..., None], tuple[Any, ...]]:
+def _kernel(
+    transform: Transform, input_name: str, reverses: bool, in_place: bool, streams: bool
+) -> tuple[Callable[..., None], NDArray[Any]]:
     """Return the loop of a transform, and the constants to call it with."""
     from fastvgg.kernels import loops
+    from fastvgg.kernels.recipe import Recipe, constants
 
-    mode, restores = transform.mode, transform.direction == "restore"
-    compute = transform.compute_name(input_name)
-    recipe = loops.Recipe(
-        restores=restores,
-        source=input_name,
-        target=transform.output_name(input_name),
-        compute=compute,
-        planar_source=transform.layout == "NCHW",
-        planar_target=transform.out_layout == "NCHW",
-        flips=mode.flips,
-        divides=mode.divide is not None,
-        scales=mode.std is not None,
-        rounding=transform.rounding if restores else "nearest",
-    )
-    return loops.compiled(recipe), _constants(mode, compute, in_order_of_x=restores)
+    recipe = Recipe.of(transform, input_name, reverses=reverses, in_place=in_place, streams=streams)
+    return loops.compiled(recipe), constants(transform.mode, recipe)
 
 
-def _constants(mode: Mode, compute: str, *, in_order_of_x: bool) -> tuple[Any, ...]:
-    """Return divide, mean and std in the compute type; a missing part changes nothing."""
-    scalar = np.dtype(compute).type
-    step = -1 if mode.flips and in_order_of_x else 1
-    mean = tuple(scalar(value) for value in mode.mean or (0.0, 0.0, 0.0))[::step]
-    std = tuple(scalar(value) for value in mode.std or (1.0, 1.0, 1.0))[::step]
-    return scalar(1.0 if mode.divide is None else mode.divide), mean, std
+def _pixels_before_a_line(memory: _Memory, layout: Layout) -> int:
+    """Return after how many pixels one begins where a cache line does."""
+    channels = 3 if layout == "NHWC" else 1
+    element_bytes = memory.pixel_bytes // channels
+    elements_in_line = LINE_BYTES // element_bytes
+    elements_before = -memory.address // element_bytes
+    return elements_before * pow(channels, -1, elements_in_line) % elements_in_line
 
 
-def _for_kernel(batch: NDArray[Any], layout: Layout) -> NDArray[Any]:
-    """Return a contiguous batch as (images, pixels, 3) or (images, 3, pixels), halves as bits."""
-    images = batch.shape[0]
-    flat = batch.reshape((images, -1, 3) if layout == "NHWC" else (images, 3, -1))
-    return flat.view(np.uint16) if batch.dtype.itemsize == 2 else flat
-
-
-def _pieces(
-    transform: Transform, source: NDArray[Any], target: NDArray[Any], gathers: bool, threads: int
+def _gathered_pieces(
+    transform: Transform, source: NDArray[Any], target: NDArray[Any], threads: int
 ) -> list[_Piece]:
-    """Cut a batch into even shares for the threads, small ones where pieces are gathered."""
     images, rows = source.shape[0], source.shape[1 if transform.layout == "NHWC" else 2]
     total_bytes = source.nbytes + target.nbytes
-    share_bytes = -(-total_bytes // (threads * PIECES_PER_THREAD))
-    piece_bytes = max(SMALLEST_PIECE_BYTES, share_bytes)
-    if gathers:
-        piece_bytes = min(piece_bytes, GATHERED_PIECE_BYTES)
-    return list(_cut(images, rows, total_bytes // (images * rows), piece_bytes))
+    piece_bytes = min(_piece_bytes(total_bytes, threads), GATHERED_PIECE_BYTES)
+    return _cut(images, rows, total_bytes // (images * rows), piece_bytes)
 
 
-def _run(job: _Job, pieces: list[_Piece], threads: int) -> None:
-    """Work on all pieces, on this thread and `threads` - 1 others."""
-    if threads == 1 or len(pieces) == 1:
-        for piece in pieces:
-            job.work_on(piece)
-        return
-    remaining = deque(pieces)
-
-    def drain() -> None:
-        while remaining:
-            try:
-                piece = remaining.popleft()
-            except IndexError:  # another thread took the last one
-                return
-            job.work_on(piece)
-
-    helpers = [_pool().submit(drain) for _ in range(min(threads, len(pieces)) - 1)]
-    try:
-        drain()
-    finally:
-        remaining.clear()
-        for helper in helpers:
-            if not helper.cancel():  # it may never have started: the pool is shared
-                helper.result()
-
-
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=max(32, usable_cores()), thread_name_prefix="fastvgg")
-
-
-if hasattr(os, "register_at_fork"):  # a forked child has none of its parent's threads
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+def _piece_bytes(total_bytes: int, threads: int) -> int:
+    """Return the size of even shares for the threads."""
+    return max(SMALLEST_PIECE_BYTES, -(-total_bytes // (threads * PIECES_PER_THREAD)))

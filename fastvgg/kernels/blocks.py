@@ -1,137 +1,310 @@
-"""What happens to one value: load from a storage type, saturate, store to a storage type.
+"""Vector blocks: each adds the instructions of one idea to a loop, for many values at once.
 
-Half types are handled as their 16 bits (uint16), because Numba has no half arithmetic on the CPU
-(https://github.com/numba/numba/issues/4402). Their bits, from the top:
+A block takes an LLVM builder (`b`) and vectors, and returns a vector. Nothing here names a
+processor: LLVM cuts a vector of 48 lanes into the registers that there are. Some pixels lie in
+memory as
+
+    woven (NHWC)     r g b r g b r g b r g b        one vector
+    planar (NCHW)    r r r r    g g g g    b b b b  three vectors
+
+and keep that order of lanes from where they are read to where they are written. Halves are their
+bits (16-bit integers) until they are widened:
 
     float16    s eeeee mmmmmmmmmm              a float32 is s eeeeeeee mmmmmmmmmmmmmmmmmmmmmmm
     bfloat16   s eeeeeeee mmmmmmm              (its upper half)
 
-A new storage type is one `load` and one `store` more.
+A new storage type is a line in `ELEMENTS` and one in `ELEMENT_BYTES`, and a case of `widen` and of
+`narrow`.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
+from llvmlite import ir
 
-from fastvgg.kernels.compile import block
+from fastvgg.kernels.compile import processor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Sequence
 
     from fastvgg.transform import Rounding
 
-__all__ = ["load", "saturate", "store"]
+__all__ = [
+    "ELEMENT_BYTES",
+    "LINE_BYTES",
+    "divide_by_reciprocal",
+    "fence",
+    "flip",
+    "join",
+    "load",
+    "load_every_third",
+    "load_everywhere",
+    "narrow",
+    "past",
+    "round_to_bytes",
+    "round_to_floats",
+    "saturate",
+    "store",
+    "store_past_caches",
+    "weave",
+    "widen",
+]
 
-F16_SMALLEST_NORMAL: Final = np.uint32(0x38800000)  # 2**-14, as the bits of a float32
-F16_OVERFLOW: Final = np.uint32(0x477FF000)  # 65520: rounds to infinity
-F32_INFINITY: Final = np.uint32(0x7F800000)
-F32_HALF: Final = np.uint32(0x3F000000)  # 0.5
-F16_REBIAS: Final = np.uint32((127 - 15) << 23)  # between the exponents of the two types
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+HALF, FLOAT, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
+ELEMENTS: Final[dict[str, ir.Type]] = {
+    "uint8": I8,
+    "float16": I16,
+    "bfloat16": I16,
+    "float32": FLOAT,
+    "float64": DOUBLE,
+}
+ELEMENT_BYTES: Final = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+LINE_BYTES: Final = 64  # of the caches: what a streaming store should fill as a whole
 
-@block
-def _float_from_bits(bits: Any) -> Any:
-    return np.uint32(bits).view(np.float32)
-
-
-@block
-def _bits_of_float(value: Any) -> Any:
-    return np.float32(value).view(np.uint32)
-
-
-@block
-def _widen_float16(half: Any) -> Any:
-    sign = np.uint32(half & 0x8000) << np.uint32(16)
-    magnitude = np.uint32(half & 0x7FFF)
-    shifted = magnitude << np.uint32(13)
-    if magnitude >= np.uint32(0x7C00):  # infinity, NaN
-        bits = shifted | F32_INFINITY
-    elif magnitude < np.uint32(0x0400):  # subnormal: a multiple of 2**-24
-        bits = _bits_of_float(np.float32(magnitude) * np.float32(2.0**-24))
-    else:
-        bits = shifted + F16_REBIAS
-    return _float_from_bits(sign | bits)
-
-
-@block
-def _narrow_float16(value: Any) -> Any:
-    bits = _bits_of_float(value)
-    sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
-    magnitude = bits & np.uint32(0x7FFFFFFF)
-    if magnitude > F32_INFINITY:  # NaN: made quiet, upper payload kept
-        half = np.uint32(0x7E00) | ((magnitude >> np.uint32(13)) & np.uint32(0x03FF))
-    elif magnitude >= F16_OVERFLOW:
-        half = np.uint32(0x7C00)
-    elif magnitude < F16_SMALLEST_NORMAL:  # next to 0.5 the adder rounds to multiples of 2**-24
-        half = _bits_of_float(_float_from_bits(magnitude) + np.float32(0.5)) - F32_HALF
-    else:  # half to even: up by just under half, and by the last bit that stays
-        odd = (magnitude >> np.uint32(13)) & np.uint32(1)
-        half = (magnitude - F16_REBIAS + np.uint32(0x0FFF) + odd) >> np.uint32(13)
-    return np.uint16(sign | half)
+F32_INFINITY: Final = 0x7F800000  # as bits, like all that follow
+F32_HALF: Final = 0x3F000000  # 0.5
+F32_TO_F16_EXPONENT: Final = (127 - 15) << 23
+F16_INFINITY: Final = 0x7C00
+F16_NAN: Final = 0x7E00
+F16_OVERFLOW: Final = 0x477FF000  # 65520, in float32: rounds to infinity
+F16_SMALLEST_NORMAL: Final = 0x38800000  # 2**-14, in float32
+BF16_NAN: Final = 0x7FC0
+SIGN: Final = 0x8000  # of a half
 
 
-@block
-def _widen_bfloat16(half: Any) -> Any:
-    return _float_from_bits(np.uint32(half) << np.uint32(16))
+# Addresses and memory
 
 
-@block
-def _narrow_bfloat16(value: Any) -> Any:
-    bits = _bits_of_float(value)
-    if (bits & np.uint32(0x7FFFFFFF)) > F32_INFINITY:  # NaN, as ml_dtypes stores it
-        return np.uint16(((bits >> np.uint32(16)) & np.uint32(0x8000)) | np.uint32(0x7FC0))
-    odd = (bits >> np.uint32(16)) & np.uint32(1)
-    return np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+def past(b: Any, address: Any, count: int) -> Any:
+    """Return the address `count` bytes further on."""
+    return b.add(address, ir.Constant(address.type, count)) if count else address
 
 
-def load(storage: str, compute: str) -> Callable[[Any], Any]:
-    """Return the block that turns a stored element into the compute type."""
-    if storage == "float16":
-        return _widen_float16
-    if storage == "bfloat16":
-        return _widen_bfloat16
-    return _cast(compute)
+def load(b: Any, address: Any, storage: str, lanes: int) -> Any:
+    """Read neighbouring elements, wherever they begin."""
+    kind = ir.VectorType(ELEMENTS[storage], lanes)
+    return b.load(b.inttoptr(address, kind.as_pointer()), align=1, typ=kind)
 
 
-def store(storage: str) -> Callable[[Any], Any]:
-    """Return the block that turns a computed value into a stored element.
+def load_everywhere(b: Any, address: Any, storage: str, lanes: int) -> Any:
+    """Read one element into every lane."""
+    return _pick(b, load(b, address, storage, 1), [0] * lanes)
 
-    For uint8 the value is a whole number 0..255 already, which `saturate` sees to: what LLVM does
-    with any other is undefined.
+
+def load_every_third(b: Any, address: Any, storage: str, lanes: int) -> Any:
+    """Read one channel of woven pixels: every third element from `address` on.
+
+    In three pieces, the last of which begins two elements early: the two elements after the last
+    one that is wanted may lie outside of the array. Four pixels, green:
+
+        r[g b r g][b r g b][r g b]x      reads too far
+        r[g b r g][b r[g b]r g]b         does not
     """
+    if lanes == 1:
+        return load(b, address, storage, 1)
+    size = ELEMENT_BYTES[storage]
+    first, second, third = (
+        load(b, past(b, address, start * size), storage, lanes)
+        for start in (0, lanes, 2 * lanes - 2)
+    )
+    wanted = range(0, 3 * lanes, 3)
+    lanes_of_all = [at if at < 2 * lanes else at + 2 for at in wanted]
+    return _pick(b, join(b, [join(b, [first, second]), join(b, [third, third])]), lanes_of_all)
+
+
+def store(b: Any, stored: Any, address: Any) -> None:
+    """Write elements, wherever they begin."""
+    b.store(stored, b.inttoptr(address, stored.type.as_pointer()), align=1)
+
+
+def store_past_caches(b: Any, stored: Any, address: Any) -> None:
+    """Write whole cache lines without reading them first; the address begins a line."""
+    written = b.store(stored, b.inttoptr(address, stored.type.as_pointer()), align=LINE_BYTES)
+    written.set_metadata("nontemporal", b.module.add_metadata([ir.Constant(I32, 1)]))
+
+
+def fence(b: Any) -> None:
+    """Let nobody see what is written next without what was written past the caches.
+
+    On x86 that takes an instruction which LLVM's own fences leave out
+    (https://github.com/llvm/llvm-project/issues/64521).
+    """
+    if processor().is_x86:
+        kind = ir.FunctionType(ir.VoidType(), [])
+        b.call(b.module.declare_intrinsic("llvm.x86.sse.sfence", fnty=kind), [])
+
+
+# The order of lanes
+
+
+def _pick(b: Any, values: Any, lanes: Sequence[int]) -> Any:
+    mask = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
+    return b.shuffle_vector(values, values, mask)
+
+
+def join(b: Any, parts: Sequence[Any]) -> Any:
+    """Put vectors of one length behind one another; their number is a power of two."""
+    while len(parts) > 1:
+        count = 2 * parts[0].type.count
+        mask = ir.Constant(ir.VectorType(I32, count), list(range(count)))
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        parts = [b.shuffle_vector(first, second, mask) for first, second in pairs]
+    return parts[0]
+
+
+def weave(b: Any, planes: Sequence[Any]) -> Any:
+    """Make pixels of three planes:  r r r r, g g g g, b b b b  ->  r g b r g b r g b r g b."""
+    lanes = planes[0].type.count
+    behind_one_another = join(b, [*planes, planes[2]])
+    return _pick(b, behind_one_another, [at % 3 * lanes + at // 3 for at in range(3 * lanes)])
+
+
+def flip(b: Any, pixels: Any) -> Any:
+    """Reverse the channels of woven pixels:  r g b r g b  ->  b g r b g r."""
+    return _pick(b, pixels, [at + 2 - 2 * (at % 3) for at in range(pixels.type.count)])
+
+
+# Types
+
+
+def _like(values: Any, element: ir.Type) -> ir.VectorType:
+    return ir.VectorType(element, values.type.count)
+
+
+def _all(kind: ir.VectorType, number: float) -> ir.Constant:
+    return ir.Constant(kind, [number] * kind.count)
+
+
+def widen(b: Any, stored: Any, storage: str, compute: str) -> Any:
+    """Turn stored elements into values of the compute type."""
+    kind = _like(stored, ELEMENTS[compute])
+    if storage == "uint8":
+        return b.uitofp(stored, kind)
     if storage == "float16":
-        return _narrow_float16
+        return _convert(b, _widen_float16(b, stored), kind)
     if storage == "bfloat16":
-        return _narrow_bfloat16
-    return _cast(storage)
+        return _convert(b, _widen_bfloat16(b, stored), kind)
+    return _convert(b, stored, kind)
 
 
-@functools.cache
-def _cast(name: str) -> Callable[[Any], Any]:
-    scalar = np.dtype(name).type
-
-    @block
-    def cast(value: Any) -> Any:
-        return scalar(value)
-
-    return cast
+def narrow(b: Any, values: Any, storage: str, *, may_be_nan: bool = True) -> Any:
+    """Turn values into elements of a floating storage type, rounded once, half to even."""
+    if storage == "float16":
+        return _narrow_float16(b, _convert(b, values, _like(values, FLOAT)))
+    if storage == "bfloat16":
+        return _narrow_bfloat16(b, _convert(b, values, _like(values, FLOAT)), may_be_nan)
+    return _convert(b, values, _like(values, ELEMENTS[storage]))
 
 
-@functools.cache
-def saturate(compute: str, rounding: Rounding) -> Callable[[Any], Any]:
-    """Return the block that makes a whole number 0..255: NaN and below 0 become 0."""
-    scalar = np.dtype(compute).type
-    zero, most = scalar(0), scalar(255)
-    whole = np.rint if rounding == "nearest" else np.floor
+def _convert(b: Any, values: Any, kind: ir.VectorType) -> Any:
+    if values.type == kind:
+        return values
+    return b.fpext(values, kind) if kind.element == DOUBLE else b.fptrunc(values, kind)
 
-    @block
-    def saturated(value: Any) -> Any:
-        # Not max() and min(), which leave it open what becomes of NaN.
-        value = value if value > zero else zero  # noqa: FURB136
-        value = value if value < most else most  # noqa: FURB136
-        return whole(value)
 
-    return saturated
+def _widen_float16(b: Any, halves: Any) -> Any:
+    floats, words = _like(halves, FLOAT), _like(halves, I32)
+    if processor().converts_halves:
+        return b.fpext(b.bitcast(halves, _like(halves, HALF)), floats)
+    wide = b.zext(halves, words)
+    sign = b.shl(b.and_(wide, _all(words, SIGN)), _all(words, 16))
+    magnitude = b.shl(b.and_(wide, _all(words, 0x7FFF)), _all(words, 13))
+    # The exponent is 112 too small. To multiply mends that, for subnormal halves too.
+    number = b.bitcast(b.fmul(b.bitcast(magnitude, floats), _all(floats, 2.0**112)), words)
+    is_number = b.icmp_unsigned("<", magnitude, _all(words, F16_INFINITY << 13))
+    bits = b.select(is_number, number, b.or_(magnitude, _all(words, F32_INFINITY)))
+    return b.bitcast(b.or_(sign, bits), floats)
+
+
+def _narrow_float16(b: Any, floats: Any) -> Any:
+    if processor().converts_halves:
+        return b.bitcast(b.fptrunc(floats, _like(floats, HALF)), _like(floats, I16))
+    words = _like(floats, I32)
+    bits = b.bitcast(floats, words)
+    sign = b.and_(b.lshr(bits, _all(words, 16)), _all(words, SIGN))
+    magnitude = b.and_(bits, _all(words, 0x7FFFFFFF))
+    # Half to even: up by just under half, and by the last bit that stays.
+    odd = b.and_(b.lshr(magnitude, _all(words, 13)), _all(words, 1))
+    raised = b.add(b.add(magnitude, _all(words, 0x0FFF)), odd)
+    half = b.lshr(b.sub(raised, _all(words, F32_TO_F16_EXPONENT)), _all(words, 13))
+    # Next to 0.5 the adder rounds to multiples of 2**-24, which subnormal halves are.
+    small = b.fadd(b.bitcast(magnitude, floats.type), _all(floats.type, 0.5))
+    subnormal = b.sub(b.bitcast(small, words), _all(words, F32_HALF))
+    is_small = b.icmp_unsigned("<", magnitude, _all(words, F16_SMALLEST_NORMAL))
+    half = b.select(is_small, subnormal, half)
+    overflows = b.icmp_unsigned(">=", magnitude, _all(words, F16_OVERFLOW))
+    half = b.select(overflows, _all(words, F16_INFINITY), half)
+    is_nan = b.icmp_unsigned(">", magnitude, _all(words, F32_INFINITY))
+    half = b.select(is_nan, _all(words, F16_NAN), half)
+    return b.trunc(b.or_(sign, half), _like(floats, I16))
+
+
+def _widen_bfloat16(b: Any, halves: Any) -> Any:
+    words = _like(halves, I32)
+    return b.bitcast(b.shl(b.zext(halves, words), _all(words, 16)), _like(halves, FLOAT))
+
+
+def _narrow_bfloat16(b: Any, floats: Any, may_be_nan: bool) -> Any:
+    words = _like(floats, I32)
+    bits = b.bitcast(floats, words)
+    upper = b.lshr(bits, _all(words, 16))
+    odd = b.and_(upper, _all(words, 1))
+    half = b.lshr(b.add(b.add(bits, _all(words, 0x7FFF)), odd), _all(words, 16))
+    if may_be_nan:  # what rounding would make an infinity of
+        nan = b.or_(b.and_(upper, _all(words, SIGN)), _all(words, BF16_NAN))
+        half = b.select(b.fcmp_ordered("ord", floats, floats), half, nan)
+    return b.trunc(half, _like(floats, I16))
+
+
+# Arithmetic that takes more than one instruction
+
+
+def divide_by_reciprocal(b: Any, x: Any, divisor: Any, reciprocal: Any) -> Any:
+    """Divide in three cheap operations, with the bits of a division.
+
+    The first guess is off by less than a unit in the last place; its residual is exact when fused,
+    and corrects it. `recipe.reciprocal_is_exact` says for which numbers, and why.
+    """
+    bits = {FLOAT: 32, DOUBLE: 64}[x.type.element]
+    kind = ir.FunctionType(x.type, [x.type] * 3)
+    fused = b.module.declare_intrinsic(f"llvm.fma.v{x.type.count}f{bits}", fnty=kind)
+    guess = b.fmul(x, reciprocal)
+    residual = b.call(fused, [b.fneg(guess), divisor, x])
+    return b.call(fused, [residual, reciprocal, guess])
+
+
+def saturate(b: Any, x: Any) -> Any:
+    """Clamp to what rounds to 0..255; NaN is not above the least and becomes it.
+
+    The least is 0.25 and not 0: it rounds to 0 as well, in either way of rounding, and LLVM makes
+    one instruction of this comparison instead of two.
+    """
+    least, most = _all(x.type, 0.25), _all(x.type, 255.0)
+    x = b.select(b.fcmp_ordered(">", x, least), x, least)
+    return b.select(b.fcmp_ordered("<", x, most), x, most)
+
+
+def round_to_bytes(b: Any, x: Any, rounding: Rounding) -> Any:
+    """Make bytes of saturated values.
+
+    To add 2**23 (2**52 in float64) leaves no place for a fraction: the adder rounds half to even,
+    and the whole number stands in the lowest bits.
+    """
+    if rounding == "truncate":
+        return b.fptoui(x, _like(x, I8))
+    integers = _like(x, I32 if x.type.element == FLOAT else I64)
+    return b.trunc(b.bitcast(b.fadd(x, _without_fractions(x)), integers), _like(x, I8))
+
+
+def round_to_floats(b: Any, x: Any, rounding: Rounding) -> Any:
+    """Make whole numbers, in the compute type, of saturated values."""
+    if rounding == "truncate":
+        return b.uitofp(b.fptoui(x, _like(x, I32)), x.type)
+    return b.fsub(b.fadd(x, _without_fractions(x)), _without_fractions(x))
+
+
+def _without_fractions(x: Any) -> ir.Constant:
+    return _all(x.type, 2.0**23 if x.type.element == FLOAT else 2.0**52)

@@ -17,6 +17,7 @@ from fastvgg.stream.journal import journal_path, read_ledger
 from fastvgg.stream.manifest import manifest_path, read_manifest
 from fastvgg.stream.plan import Plan, chunk_images, parse_bytes, readable_bytes, result_header
 from fastvgg.stream.state import find_state, resumed
+from fastvgg.threads import check_threads
 from fastvgg.transform import Mode, Transform
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def plan(
         Before anything is written.
     """
     source_path, target_path = (Path(os.path.abspath(os.fspath(p))) for p in (source, target))
-    threads = engine.check_threads(threads)
+    threads = check_threads(threads)
     engine.backend_in_use(backend)
     manifest = read_manifest(source_path)
     placeholder = "identity" if mode is None else mode

@@ -258,6 +258,7 @@ class _Run:
                 out,
                 threads=self.plan.threads,
                 backend=self.plan.backend,
+                read_next=True,
             )
             for row, record in enumerate(read.records):
                 if record.failed:
