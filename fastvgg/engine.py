@@ -396,26 +396,28 @@ def _kernel_work(
     threads: int,
     read_next: bool,
 ) -> _Work:
+    streams = target.nbytes >= SMALLEST_STREAMED_BYTES and not read_next
     lying = _as_it_lies(transform.layout, source)
     if lying is None:
-        return _gathering_work(transform, source, target, threads)
+        return _gathering_work(transform, source, target, threads, streams)
     layout, reverses, batch = lying
     if layout != transform.layout:
         transform = dataclasses.replace(transform, layout=layout)
     x, y = _Memory.of(batch, layout), _Memory.of(target, transform.out_layout)
     in_place = x.address == y.address
-    streams = target.nbytes >= SMALLEST_STREAMED_BYTES and not (in_place or read_next)
-    kernel, constants = _kernel(transform, _stored_name(source.dtype), reverses, in_place, streams)
+    kernel = _kernel(
+        transform, _stored_name(source.dtype), reverses, in_place, streams and not in_place
+    )
     images, pixels = batch.shape[0], batch.size // (3 * batch.shape[0])
     if layout == transform.out_layout == "NHWC":
         images, pixels = 1, images * pixels
     steps = (x.image_bytes, x.plane_bytes, y.image_bytes, y.plane_bytes)
 
     def work_on(piece: _Piece) -> None:
-        kernel(
+        kernel.loop(
             x.at(piece.image, piece.row),
             y.at(piece.image, piece.row),
-            constants.ctypes.data,
+            kernel.constants_address,
             piece.images,
             piece.rows,
             *steps,
@@ -434,10 +436,14 @@ def _kernel_work(
 
 
 def _gathering_work(
-    transform: Transform, source: NDArray[Any], target: NDArray[Any], threads: int
+    transform: Transform,
+    source: NDArray[Any],
+    target: NDArray[Any],
+    threads: int,
+    streams: bool,
 ) -> _Work:
     """Copy each piece into memory of its own first, where it stays in the cache."""
-    kernel, constants = _kernel(transform, _stored_name(source.dtype), False, False, False)
+    kernel = _kernel(transform, _stored_name(source.dtype), False, False, streams)
     y = _Memory.of(target, transform.out_layout)
     width = source.shape[2 if transform.layout == "NHWC" else 3]
     native = source.dtype.newbyteorder("=")
@@ -445,10 +451,10 @@ def _gathering_work(
     def work_on(piece: _Piece) -> None:
         gathered = np.array(piece.of(source, transform.layout), native, order="C")
         x = _Memory.of(gathered, transform.layout)
-        kernel(
+        kernel.loop(
             x.address,
             y.at(piece.image, piece.row * width),
-            constants.ctypes.data,
+            kernel.constants_address,
             piece.images,
             piece.rows * width,
             x.image_bytes,
@@ -479,16 +485,24 @@ def _as_it_lies(layout: Layout, batch: NDArray[Any]) -> tuple[Layout, bool, NDAr
     return None
 
 
+class _Kernel(NamedTuple):
+    """A compiled loop, and the constants that it reads."""
+
+    loop: Callable[..., None]
+    constants: NDArray[Any]
+    constants_address: int
+
+
 @functools.lru_cache(maxsize=256)
 def _kernel(
     transform: Transform, input_name: str, reverses: bool, in_place: bool, streams: bool
-) -> tuple[Callable[..., None], NDArray[Any]]:
-    """Return the loop of a transform, and the constants to call it with."""
+) -> _Kernel:
     from fastvgg.kernels import loops
     from fastvgg.kernels.recipe import Recipe, constants
 
     recipe = Recipe.of(transform, input_name, reverses=reverses, in_place=in_place, streams=streams)
-    return loops.compiled(recipe), constants(transform.mode, recipe)
+    numbers = constants(transform.mode, recipe)
+    return _Kernel(loops.compiled(recipe), numbers, numbers.ctypes.data)
 
 
 def _pixels_before_a_line(memory: _Memory, layout: Layout) -> int:

@@ -43,6 +43,9 @@ Rounding: TypeAlias = Literal["nearest", "truncate"]
 ChannelOrder: TypeAlias = Literal["RGB", "BGR"]
 Triple: TypeAlias = tuple[float, float, float]
 
+LAYOUTS: Final[tuple[Layout, ...]] = get_args(Layout)
+DIRECTIONS: Final[tuple[Direction, ...]] = get_args(Direction)
+ROUNDINGS: Final[tuple[Rounding, ...]] = get_args(Rounding)
 CHANNELS: Final = 3
 CHANNEL_AXES: Final[dict[Layout, int]] = {"NHWC": -1, "NCHW": -3}
 STORAGE_TYPES: Final = ("uint8", "float16", "bfloat16", "float32", "float64")
@@ -269,10 +272,10 @@ class Transform:
         rounding: Rounding = "nearest",
     ) -> None:
         for name, value, allowed in (
-            ("direction", direction, get_args(Direction)),
-            ("layout", layout, get_args(Layout)),
-            ("out_layout", out_layout, (None, *get_args(Layout))),
-            ("rounding", rounding, get_args(Rounding)),
+            ("direction", direction, DIRECTIONS),
+            ("layout", layout, LAYOUTS),
+            ("out_layout", out_layout, (None, *LAYOUTS)),
+            ("rounding", rounding, ROUNDINGS),
         ):
             if value not in allowed:
                 choices = ", ".join(repr(choice) for choice in allowed if choice is not None)

@@ -51,6 +51,7 @@ def compiled(recipe: Recipe) -> Callable[..., None]:
     compute_bytes = ELEMENT_BYTES[recipe.compute]
     planar_source, flips, streams = recipe.planar_source, recipe.flips, recipe.streams
     finish = block(lambda b, *_: blocks.fence(b))
+    in_line = LINE_BYTES - 1
 
     @loop
     def pass_over(
@@ -69,28 +70,25 @@ def compiled(recipe: Recipe) -> Callable[..., None]:
         for image in range(images):
             for start in range(0, pixels, tile):
                 for plane in range(planes):
-                    taken = planes - 1 - plane if flips else plane
-                    x = source + image * source_image + taken * channel_step
+                    x = source + image * source_image
+                    x += (planes - 1 - plane if flips else plane) * channel_step
                     y = target + image * target_image + plane * target_plane
                     # A tile begins and ends where a line of this plane does.
-                    shift = (-y & (LINE_BYTES - 1)) // target_step if streams and by_plane else 0
-                    first = min(start + shift, pixels) if start else 0
-                    last = y + min(start + tile + shift, pixels) * target_step
-                    x += first * source_step
-                    y += first * target_step
+                    shift = (-y & in_line) // target_step if by_plane and streams else 0
+                    at = start + shift if start else 0
+                    end = start + tile + shift
+                    if end > pixels:  # min() would be one more function to compile
+                        end = pixels
                     here = constants + plane * compute_bytes
-                    while streams and y < last and y & (LINE_BYTES - 1):
-                        one(x, y, here, source_plane)
-                        x += source_step
-                        y += target_step
-                    while y + count * target_step <= last:
-                        many(x, y, here, source_plane)
-                        x += count * source_step
-                        y += count * target_step
-                    while y < last:
-                        one(x, y, here, source_plane)
-                        x += source_step
-                        y += target_step
+                    while streams and at < end and y + at * target_step & in_line:
+                        one(x + at * source_step, y + at * target_step, here, source_plane)
+                        at += 1
+                    while at + count <= end:
+                        many(x + at * source_step, y + at * target_step, here, source_plane)
+                        at += count
+                    while at < end:
+                        one(x + at * source_step, y + at * target_step, here, source_plane)
+                        at += 1
         if streams:
             finish(0, 0, 0, 0)
 

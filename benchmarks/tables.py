@@ -1,0 +1,66 @@
+"""Write the README's tables of figures, from what the benchmarks left in results/.
+
+python benchmarks/tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
+
+
+def place(record):
+    """Return where and with what a result was measured, in a line."""
+    machine = record["machine"]
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    return (
+        f"{machine['processor']}, {record['threads']} threads, {machine['system']}, "
+        f"{packages}, {machine['date']}."
+    )
+
+
+def kernels(record):
+    """Return the table of shares of the memory's limit."""
+    lines = [
+        "| path | images/s | GB/s | of the limit | middle half of the rounds |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in record["rows"]:
+        low, high = row["spread"]
+        lines.append(
+            f"| {row['path']} | {row['images_per_second']:,} "
+            f"| {row.get('gigabytes_per_second', '')} | {row['share']:.2f} "
+            f"| {low:.2f} to {high:.2f} |"
+        )
+    lines += [
+        "",
+        f"A call takes {record['call_overhead_us']:.0f} microseconds above its kernel. The first "
+        f"one in a process takes {record['first_call_seconds']:.2f} s above `import numba`, which "
+        "compiles the kernel.",
+        "",
+        place(record),
+    ]
+    return lines
+
+
+TABLES = {"kernels": kernels}
+
+
+def written_into(readme):
+    """Return the README's text with every table made anew."""
+    for name, table in TABLES.items():
+        record = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end of table -->)", re.DOTALL)
+        text = "\n".join(table(record)) + "\n"
+        readme, count = marked.subn(lambda found, t=text: found[1] + t + found[2], readme)
+        if count != 1:
+            raise SystemExit(f"README.md has {count} places for the table {name!r}, not one")
+    return readme
+
+
+if __name__ == "__main__":
+    README.write_text(written_into(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,57 @@
+"""Restore every float32 there is to uint8, in each mode, and compare with the oracle.
+
+    python tests/every_float32.py           # all 2**32 bit patterns in each of three channels
+    python tests/every_float32.py --every 4099
+
+Prints how many were compared; the exit code is 1 if any differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+import numpy as np
+from batches import KERAS_MODES
+
+from fastvgg import Transform, engine, oracle
+from fastvgg.threads import usable_cores, work_on_all
+
+PATTERNS = 2**32
+PIECE = 2**18
+
+
+def differing(mode, first, step):
+    """How many bytes of one piece, which begins at pattern `first`, the engine has otherwise."""
+    patterns = np.arange(first, min(first + PIECE * step, PATTERNS), step, dtype=np.uint64)
+    floats = patterns.astype(np.uint32).view(np.float32)
+    y = np.repeat(floats, 3).reshape(1, -1, 3)
+    y.flags.writeable = False
+    restore = Transform(mode, "restore")
+    actual = engine.apply(restore, y, threads=1, backend="numba")
+    return len(floats), int((actual != oracle.apply(restore, y)).sum())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--every", type=int, default=1, help="only every so many-th pattern")
+    step = parser.parse_args().every
+    wrong = 0
+    for mode in KERAS_MODES:
+        begun = time.perf_counter()
+        results = []
+        work_on_all(
+            range(0, PATTERNS, PIECE * step),
+            lambda first, mode=mode, into=results: into.append(differing(mode, first, step)),
+            usable_cores(),
+        )
+        count, differ = (sum(column) for column in zip(*results, strict=True))
+        wrong += differ
+        seconds = time.perf_counter() - begun
+        print(f"{mode}: {count} patterns in 3 channels, {differ} bytes differ, {seconds:.0f} s")
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
