@@ -36,15 +36,12 @@ def kernels(record):
             f"| {row.get('gigabytes_per_second', '')} | {row['share']:.2f} "
             f"| {low:.2f} to {high:.2f} |"
         )
-    lines += [
-        "",
+    latency = (
         f"A call takes {record['call_overhead_us']:.0f} microseconds above its kernel. The first "
-        f"one in a process takes {record['first_call_seconds']:.2f} s above `import numba`, which "
-        "compiles the kernel.",
-        "",
-        place(record),
-    ]
-    return lines
+        f"one in a process takes {record['first_call_seconds']:.2f} s above `import numba`: it "
+        "compiles the kernel."
+    )
+    return [*lines, "", latency, "", place(record)]
 
 
 TABLES = {"kernels": kernels}
