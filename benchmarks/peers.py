@@ -58,7 +58,8 @@ from rich.console import Console
 from rich.table import Table
 
 import fastvgg
-from fastvgg import Mode, engine
+from fastvgg import Mode
+from fastvgg.threads import usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -822,7 +823,7 @@ def options():
     given = parser.parse_args()
     given.images = given.images or (QUICK_IMAGES if given.quick else IMAGES)
     given.rounds = given.rounds or (QUICK_ROUNDS if given.quick else ROUNDS)
-    cores = engine.usable_cores()
+    cores = usable_cores()
     if not 1 <= given.threads <= cores:
         parser.error(f"--threads is {given.threads}, and this process may use {cores} cores")
     return given
