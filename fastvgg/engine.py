@@ -46,7 +46,10 @@ SMALLEST_PIECE_BYTES: Final = 4 * 1024 * 1024
 GATHERED_PIECE_BYTES: Final = 1024 * 1024
 PIECES_PER_THREAD: Final = 4
 LINE_BYTES: Final = 64
-SMALLEST_STREAMED_BYTES: Final = 8 * 1024 * 1024
+# About a last-level cache. Of results that were used before, those of 24 MiB took 0.55 of the time
+# when written through the caches, 32 MiB 0.8, 48 MiB 1.1, 64 MiB 1.4. New memory has just been
+# zeroed by the system, and is in the caches already.
+SMALLEST_STREAMED_BYTES: Final = 32 * 1024 * 1024
 OVERLAP_SEARCH_STEPS: Final = 100_000
 
 
@@ -189,7 +192,8 @@ def apply(
         if x.ndim == 3:
             source, target = source[np.newaxis], target[np.newaxis]
         if numba:
-            pieces, work_on = _kernel_work(transform, source, target, threads, read_next)
+            streams = target.nbytes >= SMALLEST_STREAMED_BYTES and out is not None and not read_next
+            pieces, work_on = _kernel_work(transform, source, target, threads, streams)
         else:
             pieces, work_on = _oracle_work(transform, source, target, threads)
         work_on_all(pieces, work_on, threads)
@@ -394,9 +398,8 @@ def _kernel_work(
     source: NDArray[Any],
     target: NDArray[Any],
     threads: int,
-    read_next: bool,
+    streams: bool,
 ) -> _Work:
-    streams = target.nbytes >= SMALLEST_STREAMED_BYTES and not read_next
     lying = _as_it_lies(transform.layout, source)
     if lying is None:
         return _gathering_work(transform, source, target, threads, streams)
