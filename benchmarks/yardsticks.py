@@ -21,11 +21,12 @@ HUGE_PAGE_BYTES = 2 * 1024 * 1024
 
 
 @functools.cache
-def streaming_copy(read_bytes, written_bytes):
+def streaming_copy(read_bytes, written_bytes, *, fetches):
     """Return a loop that reads and writes so many bytes a pixel, past the caches.
 
     Every byte is read: where more is read than written the parts are laid over one another, where
-    less is, what was read is repeated.
+    less is, what was read is repeated. Whether it pays to ask for memory ahead depends on the ratio
+    of the two: the faster of both is the limit.
     """
     taken = STEP_BYTES * read_bytes // written_bytes
     parts = max(1, taken // STEP_BYTES)
@@ -37,6 +38,8 @@ def streaming_copy(read_bytes, written_bytes):
             for part in range(parts)
         ]
         moved = functools.reduce(b.xor, read)
+        if fetches:
+            blocks.fetch_ahead(b, source, taken)
         if size < STEP_BYTES:
             moved = blocks.join(b, [moved] * (STEP_BYTES // size))
         blocks.store_past_caches(b, moved, target)
@@ -55,10 +58,12 @@ def streaming_copy(read_bytes, written_bytes):
 
 
 @functools.cache
-def scale_in_place():
+def scale_in_place(*, fetches):
     """Return a loop that multiplies float32 numbers where they are."""
 
     def emit(b, target, _1, _2, _3):
+        if fetches:
+            blocks.fetch_ahead(b, target, STEP_BYTES)
         values = blocks.load(b, target, "float32", STEP_BYTES // 4)
         factor = ir.Constant(values.type, [1.0000001] * values.type.count)
         blocks.store(b, b.fmul(values, factor), target)
@@ -81,9 +86,10 @@ def on_threads(steps, threads, work_on):
     work_on_all(pieces, lambda piece: work_on(*piece), threads)
 
 
-def copy_on_threads(x, out, threads):
+def copy_on_threads(x, out, threads, *, fetches):
     """Move the bytes of one array into another, with no arithmetic."""
-    copy = streaming_copy(x.nbytes // (x.size // 3), out.nbytes // (out.size // 3))
+    pixels = x.size // 3
+    copy = streaming_copy(x.nbytes // pixels, out.nbytes // pixels, fetches=fetches)
     source, target = x.ctypes.data, out.ctypes.data
     lead = -target % blocks.LINE_BYTES
     steps = (out.nbytes - lead) // STEP_BYTES
@@ -95,9 +101,9 @@ def copy_on_threads(x, out, threads):
     on_threads(steps, threads, work_on)
 
 
-def scale_on_threads(y, threads):
+def scale_on_threads(y, threads, *, fetches):
     """Multiply an array of float32 numbers in place."""
-    scale = scale_in_place()
+    scale = scale_in_place(fetches=fetches)
     target = y.ctypes.data
 
     def work_on(first, count):

@@ -115,6 +115,8 @@ def _pixels(recipe: Recipe, count: int) -> Callable[..., None]:
                 stored = blocks.load(b, address, recipe.source, 3 * together)
                 if recipe.flips and not recipe.flips_late:
                     stored = blocks.flip(b, stored)
+            if count > 1:
+                _fetch_ahead(b, recipe, address, plane_bytes, together)
             result = _computed(b, recipe, stored, constant)
             results.append(blocks.flip(b, result) if recipe.flips_late else result)
         _write(b, recipe, blocks.join(b, results), target, whole_lines=count > 1)
@@ -135,7 +137,10 @@ def _plane(recipe: Recipe, count: int) -> Callable[..., None]:
 
         results = []
         for start in range(0, count, together):
-            stored = load(b, blocks.past(b, source, start * step), recipe.source, together)
+            address = blocks.past(b, source, start * step)
+            stored = load(b, address, recipe.source, together)
+            if recipe.planar_source and count > 1:
+                blocks.fetch_ahead(b, address, together * step)
             results.append(_computed(b, recipe, stored, constant))
         _write(b, recipe, blocks.join(b, results), target, whole_lines=count > 1)
 
@@ -147,6 +152,8 @@ def _planes(recipe: Recipe, count: int) -> Callable[..., None]:
 
     def emit(b: Any, source: Any, target: Any, constants: Any, plane_bytes: Any) -> None:
         stored = _three_planes(b, recipe, source, plane_bytes, count)
+        if count > 1:
+            _fetch_ahead(b, recipe, source, plane_bytes, count)
         for channel in range(3):
 
             def constant(row: str, channel: int = channel) -> Any:
@@ -168,6 +175,17 @@ def _three_planes(b: Any, recipe: Recipe, address: Any, plane_bytes: Any, count:
         planes.append(blocks.load(b, address, recipe.source, count))
         address = b.add(address, plane_bytes)
     return planes[::-1] if recipe.flips else planes
+
+
+def _fetch_ahead(b: Any, recipe: Recipe, source: Any, plane_bytes: Any, count: int) -> None:
+    """Ask for what a later block reads where this one reads `count` pixels."""
+    row_bytes = count * ELEMENT_BYTES[recipe.source]
+    if not recipe.planar_source:
+        blocks.fetch_ahead(b, source, 3 * row_bytes)
+        return
+    for _ in range(3):
+        blocks.fetch_ahead(b, source, row_bytes)
+        source = b.add(source, plane_bytes)
 
 
 def _row_start(recipe: Recipe, row: str) -> int:
