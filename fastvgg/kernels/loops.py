@@ -66,7 +66,7 @@ def compiled(recipe: Recipe) -> Callable[..., None]:
         target_plane: Any,
     ) -> None:
         channel_step = source_plane if planar_source else source_bytes
-        tile = TILE_PIXELS if by_plane else pixels
+        tile = TILE_PIXELS if by_plane else pixels or 1
         for image in range(images):
             for start in range(0, pixels, tile):
                 for plane in range(planes):
