@@ -92,6 +92,7 @@ class Recipe(NamedTuple):
         return self.flips and woven and ELEMENT_BYTES[self.source] > ELEMENT_BYTES[self.target]
 
 
+@np.errstate(all="ignore")
 def constants(mode: Mode, recipe: Recipe) -> NDArray[Any]:
     """Return a row of 48 lanes for each of `ROWS`, in the compute type.
 
@@ -104,11 +105,11 @@ def constants(mode: Mode, recipe: Recipe) -> NDArray[Any]:
     divide = np.full(3, 1.0 if mode.divide is None else mode.divide, scalar)
     mean = np.array(mode.mean or (0.0, 0.0, 0.0), scalar)[::step]
     std = np.array(mode.std or (1.0, 1.0, 1.0), scalar)[::step]
-    with np.errstate(over="ignore"):  # a reciprocal that is infinite is not used
-        rows = (divide, 1 / divide, mean, std, 1 / std)
+    rows = (divide, 1 / divide, mean, std, 1 / std)  # an infinite reciprocal is not used
     return np.stack([np.tile(row, ROW_LANES // len(row)) for row in rows])
 
 
+@np.errstate(all="ignore")
 def _divisions(mode: Mode, *, bytes_only: bool) -> tuple[Division, Division]:
     """Return how a mode divides by its divisor and by its std.
 
