@@ -22,11 +22,16 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "compiled: looks at what is compiled, and so needs Numba")
     if not config.getoption("--without-numba"):
         return
     sys.modules["numba"] = None  # the import system's own way to say that there is no such module
     config.addinivalue_line("filterwarnings", "ignore:Numba is not usable:UserWarning")
-    needs_numba = ("fastvgg/kernels", "tests/test_kernels.py", "tests/test_without_numba.py")
+    about_kernels = ("by_hand", "test_blocks", "test_compile", "test_loops", "test_recipe")
+    needs_numba = (
+        *("fastvgg/kernels", "tests/test_without_numba.py"),
+        *(f"tests/{name}.py" for name in about_kernels),
+    )
     config.option.ignore = [
         *(config.option.ignore or ()),
         *(str(config.rootpath / path) for path in needs_numba),
@@ -39,6 +44,8 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend", ["numpy"] if without else ["numba", "numpy"])
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Start the longest test first, so that all workers end together."""
+    if config.getoption("--without-numba"):
+        items[:] = [item for item in items if not item.get_closest_marker("compiled")]
     items.sort(key=lambda item: item.path.name != "test_without_numba.py")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from batches import run_script
-
 from llvmlite import binding
 
 from fastvgg.kernels.compile import processor

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import threading
+import sys
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from batches import (
+    CHANNEL_AXIS,
     FLOATS,
     KERAS_MODES,
     LAYOUT_PAIRS,
@@ -43,6 +45,7 @@ from fastvgg.errors import (
     ShapeError,
     UsageError,
 )
+from fastvgg.threads import usable_cores, work_on_all
 from fastvgg.transform import Mode, Transform
 
 MODES = (*KERAS_MODES, "identity")
@@ -98,6 +101,12 @@ def pixels_seen_as_planes(batch):
     return np.moveaxis(np.moveaxis(batch, -3, -1).copy(), -1, -3)
 
 
+def channels_reversed(batch):
+    """A view that turns the channels of a contiguous batch round."""
+    axis = -1 if batch.shape[-1] == 3 else -3
+    return np.flip(np.flip(batch, axis).copy(), axis)
+
+
 VIEWS = {
     "contiguous": np.array,
     "in Fortran order": np.asfortranarray,
@@ -108,6 +117,9 @@ VIEWS = {
     "rows and columns exchanged": lambda batch: batch.swapaxes(-2, -3).copy().swapaxes(-2, -3),
     "planes seen as pixels": planes_seen_as_pixels,
     "pixels seen as planes": pixels_seen_as_planes,
+    "channels reversed": channels_reversed,
+    "planes seen as pixels, reversed": lambda x: planes_seen_as_pixels(x[..., ::-1])[..., ::-1],
+    "pixels seen as planes, reversed": lambda x: np.flip(pixels_seen_as_planes(np.flip(x, -3)), -3),
     "unaligned": unaligned,
     "byte-swapped": byte_swapped,
     "planes seen as pixels and byte-swapped": lambda x: planes_seen_as_pixels(byte_swapped(x)),
@@ -351,6 +363,31 @@ def test_any_bits_are_narrowed_as_the_oracle_narrows_them(backend, source, targe
     x = frozen(drawn(seed | 1, (2, 5, 7), source, "NHWC"))
     actual = fastvgg.preprocess(x, "identity", dtype=target, backend=backend)
     assert_same(actual, oracle.apply(Transform("identity", dtype=target), x))
+
+
+def boundaries(mode, places):
+    """Every float32 next to what restores to one of `places`, in any of the three channels."""
+    inputs = oracle.forward(np.stack([places] * 3, axis=-1), Mode.named(mode)).astype(np.float32)
+    beside = np.arange(-64, 65)
+    patterns = inputs.ravel().view(np.uint32).astype(np.int64)[:, np.newaxis] + beside
+    return (patterns % 2**32).astype(np.uint32).ravel()
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "truncate"])
+@pytest.mark.parametrize("mode", KERAS_MODES)
+def test_a_sample_of_every_float_is_restored_as_by_the_oracle(backend, mode, rounding):
+    """One in 4,099 of all bit patterns, and all near a place where the result is another."""
+    step = 4099 if rounding == "nearest" else 65537
+    places = np.arange(257) - 0.5 if rounding == "nearest" else np.arange(257.0)
+    every = np.arange(0, 2**32, step, dtype=np.int64).astype(np.uint32)
+    patterns = np.concatenate([every, boundaries(mode, places)])
+    y = filled_with(patterns.view(np.float32))
+    transform = Transform(mode, "restore", rounding=rounding)
+    with unchanged(y):
+        actual = engine.apply(transform, y, backend=backend)
+    expected = oracle.apply(transform, y)
+    assert len(np.unique(expected)) == 256
+    assert np.array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("case", CASES[::8], ids=str)
@@ -780,17 +817,33 @@ def tiny_pieces(monkeypatch):
     monkeypatch.setattr(engine, "GATHERED_PIECE_BYTES", 500)
 
 
-def pieces_of(transform, x, gathers, threads):
+@pytest.fixture
+def streaming(monkeypatch):
+    """Every result is written as a huge one would be."""
+    monkeypatch.setattr(engine, "SMALLEST_STREAMED_BYTES", 1)
+
+
+def pieces_of(backend, transform, x, threads):
+    """The pieces that a batch, or one image, is cut into."""
     source = x if x.ndim == 4 else x[np.newaxis]
     target = np.empty(
         transform.output_shape(source.shape), dtype_of(transform.output_name(x.dtype.name))
     )
-    return engine._pieces(transform, source, target, gathers, threads)
+    if backend == "numba":
+        return engine._kernel_work(transform, source, target, threads, False)[0]
+    return engine._oracle_work(transform, source, target, threads)[0]
 
 
 @pytest.mark.parametrize(
     "view",
-    ["contiguous", "stepped", "byte-swapped", "planes seen as pixels", "pixels seen as planes"],
+    [
+        "contiguous",
+        "channels reversed",
+        "stepped",
+        "byte-swapped",
+        "planes seen as pixels",
+        "pixels seen as planes",
+    ],
 )
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 @pytest.mark.parametrize(("layout", "out_layout"), LAYOUT_PAIRS)
@@ -798,14 +851,31 @@ def test_any_number_of_threads_gives_the_same_bytes(
     backend, tiny_pieces, layout, out_layout, threads, view
 ):
     forth = Transform("caffe", "preprocess", layout, out_layout, "float16")
-    batch = in_layout(drawn(1, (11, 13, 17), "uint8", "NHWC"), layout)
-    assert len(pieces_of(forth, batch, view != "contiguous", threads)) > 2 * threads
+    batch = drawn(1, (11, 13, 17), "uint8", layout)
     x = frozen(VIEWS[view](batch))
+    assert len(pieces_of(backend, forth, x, threads)) > 2 * threads
     with unchanged(x):
         y = engine.apply(forth, x, threads=threads, backend=backend)
     assert_same(y, oracle.apply(forth, batch))
     back = engine.apply(forth.inverse(), y, threads=threads, backend=backend)
     assert_same(back, batch)
+
+
+@pytest.mark.parametrize("case", CASES[::3], ids=str)
+def test_any_number_of_threads_may_write_past_the_caches(backend, tiny_pieces, streaming, case):
+    transform = case.transform
+    for threads, shape in ((1, (11, 13, 17)), (2, (1, 61, 43)), (3, (3, 23, 29)), (7, (131, 97))):
+        x = frozen(drawn(2 * threads, shape, case.source, transform.layout))
+        expected = oracle.apply(transform, x)
+        for start in range(0, 64, 8):  # the first line begins at any pixel
+            memory = np.full(start + expected.nbytes + 64, 0xAA, np.uint8)
+            out = memory[start : start + expected.nbytes].view(expected.dtype)
+            out = out.reshape(expected.shape)
+            with unchanged(x):
+                engine.apply(transform, x, out, threads=threads, backend=backend)
+            assert_same(out, expected)
+            assert (memory[:start] == 0xAA).all()
+            assert (memory[start + expected.nbytes :] == 0xAA).all()
 
 
 @pytest.mark.parametrize("view", ["contiguous", "reversed", "unaligned and byte-swapped"])
@@ -817,34 +887,48 @@ def test_an_image_that_is_larger_than_a_piece_is_cut_within(
     transform = Transform("torch", "restore", layout, out_layout)
     shape = (2, 23, 19) if rank == 4 else (23, 19)
     batch = drawn(2, shape, "float32", layout)
-    pieces = pieces_of(transform, batch, view != "contiguous", 2)
-    assert any(piece.row > 0 for piece in pieces)
-    actual = engine.apply(transform, VIEWS[view](batch), threads=2, backend=backend)
+    x = VIEWS[view](batch)
+    assert any(piece.row > 0 for piece in pieces_of(backend, transform, x, 2))
+    actual = engine.apply(transform, x, threads=2, backend=backend)
     assert_same(actual, oracle.apply(transform, batch))
 
 
-def test_by_default_all_usable_cores_share_the_work(backend, tiny_pieces):
+def test_by_default_all_usable_cores_share_the_work(backend, tiny_pieces, monkeypatch):
+    asked = []
+
+    def recording(pieces, work_on, threads):
+        asked.append(threads)
+        work_on_all(pieces, work_on, threads)
+
+    monkeypatch.setattr(engine, "work_on_all", recording)
     x = drawn(1, (11, 13, 17), "uint8", "NHWC")
-    assert engine.usable_cores() >= 1
     actual = fastvgg.preprocess(x, "caffe", threads=None, backend=backend)
     assert_same(actual, oracle.apply(Transform("caffe"), x))
+    assert asked == [usable_cores()]
 
 
 @given(
     images=st.integers(1, 40),
-    rows=st.integers(1, 40),
-    row_bytes=st.integers(0, 500),
+    rows=st.integers(1, 400),
+    row_bytes=st.integers(1, 500),
     piece_bytes=st.integers(1, 20_000),
+    multiple=st.integers(1, 64),
+    lead=st.integers(0, 63),
 )
-@settings(max_examples=300)
-def test_the_pieces_hold_every_row_of_every_image_once(images, rows, row_bytes, piece_bytes):
+@settings(max_examples=500)
+def test_the_pieces_hold_every_row_of_every_image_once(
+    images, rows, row_bytes, piece_bytes, multiple, lead
+):
+    lead %= multiple
     seen = np.zeros((images, rows), int)
-    for piece in engine._cut(images, rows, row_bytes, piece_bytes):
+    for piece in engine._cut(images, rows, row_bytes, piece_bytes, lead=lead, multiple=multiple):
         assert piece.images > 0
         assert piece.rows > 0
         assert piece.images == 1 or piece.rows == rows
+        assert piece.row == 0 or piece.row % multiple == lead
         rows_held = piece.images * piece.rows
-        assert rows_held == 1 or rows_held * row_bytes <= piece_bytes
+        most = max(multiple * row_bytes, piece_bytes) + (lead * row_bytes if not piece.row else 0)
+        assert rows_held * row_bytes <= most
         assert piece.image + piece.images <= images
         assert piece.row + piece.rows <= rows
         seen[piece.image : piece.image + piece.images, piece.row : piece.row + piece.rows] += 1
@@ -863,46 +947,245 @@ def test_a_piece_is_a_view_of_its_images_and_rows(layout):
 
 def test_gathered_pieces_stay_small_however_large_the_batch_is():
     batch = np.broadcast_to(np.uint8(0), (500, 224, 224, 3))
-    for piece in engine._pieces(Transform("caffe"), batch, batch, gathers=True, threads=1):
-        assert piece.images * piece.rows * 224 * 3 * 2 <= engine.GATHERED_PIECE_BYTES
+    target = np.broadcast_to(np.float32(0), batch.shape)
+    pieces = engine._gathered_pieces(Transform("caffe"), batch, target, threads=1)
+    assert len(pieces) > 300
+    for piece in pieces:
+        bytes_held = piece.images * piece.rows * 224 * 3 * (1 + 4)
+        assert bytes_held <= engine.GATHERED_PIECE_BYTES
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_every_piece_is_worked_on_once(threads):
-    pieces = list(engine._cut(images=7, rows=11, row_bytes=10, piece_bytes=20))
-    done = []
-    engine._run(engine._Job(done.append, gathers=False), pieces, threads)
-    assert sorted(done) == pieces
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["uint8", *FLOATS])
+def test_as_many_pixels_as_said_lie_before_a_line_begins(dtype, layout):
+    size = dtype_of(dtype).itemsize
+    pixel_bytes = size * (3 if layout == "NHWC" else 1)
+    for address in range(2**40, 2**40 + 256, size):
+        memory = engine._Memory(address, 12 * 99 * size, 4 * 99 * size, pixel_bytes)
+        starts = [pixel for pixel in range(64) if memory.at(0, pixel) % 64 == 0]
+        assert engine._pixels_before_a_line(memory, layout) == starts[0]
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_an_error_in_a_piece_reaches_the_caller_and_the_next_call_works(threads):
-    pieces = list(engine._cut(images=7, rows=11, row_bytes=10, piece_bytes=20))
+class Call(NamedTuple):
+    """One call of a loop: which, and with what."""
 
-    def fail_in_the_middle(piece):
-        if piece.image == 3:
-            raise MemoryError("no memory to gather this piece in")
-
-    with pytest.raises(MemoryError, match="gather this piece"):
-        engine._run(engine._Job(fail_in_the_middle, gathers=True), pieces, threads)
-    done = []
-    engine._run(engine._Job(done.append, gathers=False), pieces, threads)
-    assert sorted(done) == pieces
+    layout: str
+    reverses: bool
+    in_place: bool
+    streams: bool
+    source: int
+    target: int
+    images: int
+    pixels: int
 
 
-def test_an_error_on_another_thread_reaches_the_caller():
-    pieces = list(engine._cut(images=7, rows=11, row_bytes=10, piece_bytes=20))
-    caller, failed = threading.current_thread(), threading.Event()
+@pytest.fixture
+def calls(monkeypatch):
+    """The loops that the engine calls, all on this thread, while they do their work."""
+    made = []
+    kernel_of = engine._kernel
 
-    def fail_elsewhere(piece):
-        if threading.current_thread() is caller:
-            assert failed.wait(60)  # the other thread has a piece, and needs the time to fail
-        else:
-            failed.set()
-            raise MemoryError("no memory to gather this piece in")
+    def recording(transform, input_name, reverses, in_place, streams):
+        kernel = kernel_of(transform, input_name, reverses, in_place, streams)
 
-    with pytest.raises(MemoryError, match="gather this piece"):
-        engine._run(engine._Job(fail_elsewhere, gathers=True), pieces, threads=2)
+        def loop(source, target, constants, images, pixels, *steps):
+            which = (transform.layout, reverses, in_place, streams)
+            made.append(Call(*which, source, target, images, pixels))
+            kernel.loop(source, target, constants, images, pixels, *steps)
+
+        return kernel._replace(loop=loop)
+
+    monkeypatch.setattr(engine, "_kernel", recording)
+    return made
+
+
+LYING = {
+    # A view, and whether its memory has the other layout, and its channels reversed.
+    "contiguous": (False, False),
+    "unaligned": (False, False),
+    "channels reversed": (False, True),
+    "turned": (True, False),
+    "turned, reversed": (True, True),
+}
+
+
+def in_memory(batch, layout, turned, reverses, start):
+    """A view that shows a batch of memory which holds it otherwise, and this memory.
+
+    The memory begins `start` bytes after where its type wants to begin.
+    """
+    axis = CHANNEL_AXIS[layout]
+    x = np.flip(batch, axis) if reverses else batch
+    x = np.moveaxis(x, axis, -4 - axis) if turned else x
+    held = np.zeros(start + x.nbytes, np.uint8)[start:].view(x.dtype).reshape(x.shape)
+    held[...] = x
+    view = np.moveaxis(held, -4 - axis, axis) if turned else held
+    return (np.flip(view, axis) if reverses else view), held
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("lying", LYING)
+@pytest.mark.parametrize(("layout", "out_layout"), LAYOUT_PAIRS)
+def test_turned_and_reversed_views_are_read_where_they_lie(calls, layout, out_layout, lying):
+    turned, reverses = LYING[lying]
+    for number, (direction, source) in enumerate(
+        (("preprocess", "uint8"), ("preprocess", "float16"), ("restore", "float32"))
+    ):
+        transform = Transform("caffe", direction, layout, out_layout)
+        for start in range(1 if lying == "unaligned" else 0, 8):
+            batch = drawn(number, (3, 5, 7), source, layout)
+            x, held = in_memory(batch, layout, turned, reverses, start)
+            assert np.array_equal(bits(x), bits(batch))
+            assert x.flags.c_contiguous == (not turned and not reverses)
+            with unchanged(frozen(x)):
+                actual = engine.apply(transform, x, threads=1, backend="numba")
+            assert_same(actual, oracle.apply(transform, batch))
+            (call,) = calls
+            assert call.source == held.ctypes.data
+            assert call.layout == (layout if not turned else LAYOUTS[layout == "NHWC"])
+            assert call.reverses == reverses
+            calls.clear()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("lying", LYING)
+def test_a_view_is_found_to_lie_as_it_does_whatever_its_extents(layout, lying):
+    turned, reverses = LYING[lying]
+    for shape in itertools.product((1, 2), (1, 3, 5), (1, 3, 7)):
+        batch = drawn(1, shape, "float32", layout)
+        x, held = in_memory(batch, layout, turned, reverses, 0)
+        found_layout, found_reverses, found = engine._as_it_lies(layout, x)
+        assert found.ctypes.data == held.ctypes.data
+        assert found.flags.c_contiguous
+        channels_last = np.moveaxis(found, -1 if found_layout == "NHWC" else -3, -1)
+        expected = np.moveaxis(batch, -1 if layout == "NHWC" else -3, -1)
+        assert np.array_equal(
+            bits(channels_last[..., :: -1 if found_reverses else 1]), bits(expected)
+        )
+
+
+SCATTERED = (
+    *("in Fortran order", "reversed", "mirrored", "stepped", "a window"),
+    *("rows and columns exchanged", "byte-swapped", "planes seen as pixels and byte-swapped"),
+)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("view", SCATTERED)
+def test_other_views_are_gathered_in_pieces_of_a_bounded_size(calls, monkeypatch, view, layout):
+    piece_bytes = 32 * 1024
+    monkeypatch.setattr(engine, "GATHERED_PIECE_BYTES", piece_bytes)
+    batch = drawn(0, (7, 64, 48), "float32", layout)
+    x = frozen(VIEWS[view](batch))
+    assert engine._as_it_lies(layout, x) is None
+    transform = Transform("caffe", layout=layout)
+    out = np.empty(batch.shape, np.float32)
+    engine.apply(transform, x, out, threads=1, backend="numba")
+    assert_same(out, oracle.apply(transform, batch))
+    assert len(calls) >= 2 * batch.nbytes / piece_bytes
+    assert max(call.images * call.pixels * 24 for call in calls) <= piece_bytes
+    begin, end = np.lib.array_utils.byte_bounds(x)
+    assert not any(begin <= call.source < end for call in calls)
+    tracemalloc.start()
+    engine.apply(transform, x, out, threads=1, backend="numba")
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 2 * piece_bytes
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("out_layout", LAYOUTS)
+@pytest.mark.parametrize("target", FLOATS)
+def test_one_large_image_is_cut_where_lines_of_the_result_begin(
+    calls, tiny_pieces, streaming, target, out_layout
+):
+    transform = Transform("torch", out_layout=out_layout, dtype=target)
+    x = frozen(drawn(1, (61, 43), "uint8", "NHWC"))
+    expected = oracle.apply(transform, x)
+    pixel_bytes = expected.itemsize * (3 if out_layout == "NHWC" else 1)
+    for start in range(0, 64, expected.itemsize):
+        memory = np.zeros(expected.nbytes + 128, np.uint8)
+        start += -memory.ctypes.data % 64
+        out = memory[start : start + expected.nbytes].view(expected.dtype).reshape(expected.shape)
+        engine.apply(transform, x, out, threads=1, backend="numba")
+        assert_same(out, expected)
+        assert len(calls) > 3
+        assert calls[0].target == out.ctypes.data
+        assert not [call for call in calls[1:] if call.target % 64]
+        at = [(call.target - out.ctypes.data) // pixel_bytes for call in calls]
+        assert at == [sum(call.pixels for call in calls[:number]) for number in range(len(calls))]
+        assert sum(call.pixels for call in calls) == 61 * 43
+        calls.clear()
+
+
+def streamed(calls):
+    """Whether loops streamed; all of them did or none."""
+    (found,) = {call.streams for call in calls}
+    calls.clear()
+    return found
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("view", ["contiguous", "planes seen as pixels", "stepped"])
+def test_large_results_are_written_past_the_caches_unless_read_next(calls, monkeypatch, view):
+    transform = Transform("caffe", dtype="float32")
+    batch = drawn(2, (3, 5, 7), "float32", "NHWC")
+    x, expected = VIEWS[view](batch), oracle.apply(transform, batch)
+    for smallest, large in ((batch.nbytes, True), (batch.nbytes + 1, False)):
+        monkeypatch.setattr(engine, "SMALLEST_STREAMED_BYTES", smallest)
+        assert_same(engine.apply(transform, x, backend="numba"), expected)
+        assert streamed(calls) == large
+        assert_same(engine.apply(transform, x, backend="numba", read_next=True), expected)
+        assert not streamed(calls)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_written_in_place_is_not_written_past_the_caches(calls, streaming, layout):
+    transform = Transform("caffe", layout=layout)
+    x = drawn(2, (3, 5, 7), "float32", layout)
+    expected = oracle.apply(transform, x)
+    engine.apply(transform, x, x, backend="numba")
+    assert_same(x, expected)
+    assert [call.in_place for call in calls] == [True]
+    assert not streamed(calls)
+    engine.apply(transform, x, x.copy(), backend="numba")
+    assert [call.in_place for call in calls] == [False]
+    assert streamed(calls)
+
+
+def test_only_results_that_do_not_fit_beside_others_in_the_caches_are_written_past_them():
+    assert 2**20 <= engine.SMALLEST_STREAMED_BYTES <= 2**26
+
+
+FAULTS = """
+import mmap, resource
+import numpy as np
+from fastvgg import Transform, engine
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+for layouts in (("NHWC", "NHWC"), ("NHWC", "NCHW"), ("NCHW", "NCHW")):
+    transform = Transform("caffe", "preprocess", *layouts)
+    x = np.ones((37, 3, 388, 388) if layouts[0] == "NCHW" else (37, 388, 388, 3), np.uint8)
+    out = np.zeros(transform.output_shape(x.shape), np.float32)
+    out[...] = 1  # its pages are there now
+    assert out.nbytes >= 2**26 - 2**20
+    engine.apply(transform, x, out, backend="numba")
+    for repeat in range(3):
+        before = faults()
+        engine.apply(transform, x, out, backend="numba")
+        taken = faults() - before
+        assert taken < out.nbytes // mmap.PAGESIZE // 100, (layouts, taken)
+"""
+
+
+@pytest.mark.compiled
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts faults as Linux does")
+def test_a_result_into_memory_that_is_there_brings_no_other_memory_in():
+    run_script(FAULTS)
 
 
 def test_many_threads_may_call_at_once(backend, tiny_pieces):
@@ -938,7 +1221,7 @@ def test_many_threads_may_make_the_first_call_at_once():
 
 
 FORK = """
-import os, signal, sys
+import os, signal
 import numpy as np
 import fastvgg
 from fastvgg import engine, oracle
@@ -947,7 +1230,6 @@ from fastvgg.transform import Transform
 engine.SMALLEST_PIECE_BYTES = 300
 x = np.random.default_rng(0).integers(0, 256, (11, 13, 17, 3), dtype=np.uint8)
 expected = oracle.apply(Transform("torch"), x)
-parents = engine._pool()
 assert (fastvgg.preprocess(x, "torch", threads=4) == expected).all()
 
 child = os.fork()
@@ -956,16 +1238,15 @@ if child == 0:
     code = 1
     try:
         right = (fastvgg.preprocess(x, "torch", threads=4) == expected).all()
-        code = 0 if right and engine._pool() is not parents else 2
+        code = 0 if right else 2
     finally:
         os._exit(code)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert (fastvgg.preprocess(x, "torch", threads=4) == expected).all()
-assert engine._pool() is parents
 """
 
 
-def test_a_forked_child_has_threads_of_its_own_and_the_right_result():
+def test_a_forked_child_gets_the_right_result():
     run_script(FORK)
 
 
@@ -1023,6 +1304,39 @@ def test_without_numba_asking_for_it_by_name_is_refused():
     )
 
 
+DISABLED = """
+import warnings
+import numpy as np
+import fastvgg
+from fastvgg import oracle
+from fastvgg.errors import BackendError
+from fastvgg.transform import Transform
+
+x = np.arange(2 * 5 * 7 * 3, dtype=np.uint8).reshape(2, 5, 7, 3)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    y = fastvgg.preprocess(x, "caffe")
+    back = fastvgg.restore(y, "caffe", backend="auto")
+assert [warning.category for warning in caught] == [UserWarning], caught
+assert "NUMBA_DISABLE_JIT" in str(caught[0].message)
+assert (y == oracle.apply(Transform("caffe"), x)).all()
+assert (back == x).all()
+out = np.full(x.shape, 7, np.float32)
+try:
+    fastvgg.preprocess(x, "caffe", backend="numba", out=out)
+except BackendError as error:
+    assert "NUMBA_DISABLE_JIT" in error.problem
+else:
+    raise AssertionError("nothing was refused")
+assert (out == 7).all()
+"""
+
+
+@pytest.mark.compiled
+def test_with_compilation_disabled_auto_warns_once_and_numba_is_refused():
+    run_script(DISABLED, NUMBA_DISABLE_JIT="1")
+
+
 def test_the_backend_in_use_is_the_one_asked_for(backend):
     assert engine.backend_in_use(backend) == backend
 
@@ -1039,6 +1353,19 @@ def test_the_callers_floating_point_settings_do_not_matter(backend, direction, d
     with np.errstate(all="raise"):
         actual = direction(x, "torch", dtype=dtype, threads=1, backend=backend)
     assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_mode_of_tiny_numbers_does_not_meet_the_callers_settings(backend, dtype):
+    tiny = Mode("tiny", divide=1e-39, mean=(1e-40, 0.0, 1e-45), std=(1e3, 1e-39, 7.0), order="BGR")
+    x = every_value()
+    forth, back = Transform(tiny, dtype=dtype), Transform(tiny, "restore")
+    expected = oracle.apply(forth, x)
+    with np.errstate(all="raise"):
+        y = engine.apply(forth, x, threads=1, backend=backend)
+        image = engine.apply(back, y, threads=1, backend=backend)
+    assert_same(y, expected)
+    assert_same(image, oracle.apply(back, expected))
 
 
 @pytest.mark.parametrize("threads", [True, 1.5, "2", 0, -1])

@@ -168,6 +168,7 @@ def test_the_reader_of_imports_sees_every_form_and_leaves_out_what_only_types_ne
         ("models.py", {"fastvgg.errors"}),
         ("transform.py", {"fastvgg.errors", "fastvgg.models"}),
         ("oracle.py", {"fastvgg.transform"}),
+        ("threads.py", {"fastvgg.errors"}),
     ],
 )
 def test_the_rooms_at_the_bottom_import_only_what_lies_below_them(room, allowed):
