@@ -1159,10 +1159,6 @@ def test_what_is_written_in_place_is_not_written_past_the_caches(calls, streamin
     assert streamed(calls)
 
 
-def test_only_results_that_do_not_fit_beside_others_in_the_caches_are_written_past_them():
-    assert 2**20 <= engine.SMALLEST_STREAMED_BYTES <= 2**26
-
-
 FAULTS = """
 import mmap, resource
 import numpy as np

@@ -6,6 +6,7 @@ import itertools
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from batches import FLOATS, LAYOUT_PAIRS, LAYOUTS, run_script
 from by_hand import (
@@ -13,7 +14,10 @@ from by_hand import (
     MODES,
     OWN,
     TYPE_PAIRS,
+    Steps,
     Task,
+    at_a_line,
+    call,
     check,
     rotating_tasks,
 )
@@ -157,6 +161,33 @@ def test_the_guards_stop_whoever_touches_them(at):
 def test_a_loop_over_nothing_writes_nothing(layouts, images, count):
     task = Task(Transform("caffe", "preprocess", *layouts), "uint8", streams=True)
     check(task, images, [count], [0, 4])
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("layouts", [("NHWC", "NHWC"), ("NCHW", "NCHW")], ids="-".join)
+def test_all_but_the_ends_goes_in_blocks_of_whole_lines(layouts, streams):
+    """Each pixel is written where the next is read: what a block reads at once arrives, no more."""
+    task = Task(Transform("identity", "preprocess", *layouts), "float32", streams=streams)
+    count, block, dtype = 2 * TILE + 37, LINE // 4, np.dtype(np.float32)
+    steps = Steps.with_gaps(dtype, layouts[0], count, gap=7)
+    memory = at_a_line(steps.image + 3 * LINE)
+    for start in range(0, LINE, 4):
+        x, y = (memory.room(start + at * steps.pixel, dtype, steps, 1, count) for at in (0, 1))
+        both = memory.room(start, dtype, steps, 1, count + 1).pixels[0]
+        both[...] = np.arange(both.size).reshape(both.shape)
+        expected = both.copy()
+        for channel in range(3):
+            begins = y.address + (channel * steps.channel if layouts[1] == "NCHW" else 0)
+            at_lines = (at for at in range(LINE) if (begins + at * steps.pixel) % LINE == 0)
+            first = next(at_lines) if streams else 0
+            last = first + (count - first) // block * block
+            widths = [1] * first + [block] * ((last - first) // block) + [1] * (count - last)
+            at = 0
+            for width in widths:
+                expected[at + 1 : at + 1 + width, channel] = expected[at : at + width, channel]
+                at += width
+        call(task, x, y)
+        assert np.array_equal(both, expected), f"{task}: {start} bytes past a line"
 
 
 def test_one_recipe_is_one_loop_and_another_recipe_is_another():
