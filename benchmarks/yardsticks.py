@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import mmap
 
+import numpy as np
 from llvmlite import ir
 
 from fastvgg.kernels import blocks
@@ -112,17 +113,34 @@ def scale_on_threads(y, threads, *, fetches):
     on_threads(y.nbytes // STEP_BYTES, threads, work_on)
 
 
+@functools.cache
+def touch():
+    """Return a loop that writes one byte of every so many."""
+
+    def emit(b, target, _1, _2, _3):
+        blocks.store(b, ir.Constant(ir.VectorType(ir.IntType(8), 1), [1]), target)
+
+    step = block(emit)
+
+    @loop
+    def touched(target, count, step_bytes):
+        for _ in range(count):
+            step(target, 0, 0, 0)
+            target += step_bytes
+
+    return touched
+
+
 def zeroed_by_the_system(size, threads, *, huge=True):
-    """Ask for fresh memory and have every page of it zeroed; give it back."""
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """Ask for new memory, have every page of it zeroed, and give it back."""
+    memory = mmap.mmap(-1, size + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
     page = HUGE_PAGE_BYTES if huge else mmap.PAGESIZE
-
-    def touch(first, count):
-        for at in range(
-            first * HUGE_PAGE_BYTES, min(size, (first + count) * HUGE_PAGE_BYTES), page
-        ):
-            memory[at] = 1
-
-    on_threads(-(-size // HUGE_PAGE_BYTES), threads, touch)
+    array = np.frombuffer(memory, np.uint8)
+    start = array.ctypes.data + -array.ctypes.data % HUGE_PAGE_BYTES
+    loop_over = touch()
+    on_threads(
+        -(-size // page), threads, lambda first, count: loop_over(start + first * page, count, page)
+    )
+    del array
     memory.close()

@@ -256,10 +256,8 @@ def rounded(values, compute, rounding, target, lanes=16):
     """What saturating and rounding make of values of the compute type."""
 
     def make(b, vector):
-        x = blocks.saturate(b, vector)
-        if target == "uint8":
-            return blocks.round_to_bytes(b, x, rounding)
-        return blocks.round_to_floats(b, x, rounding)
+        round_to = blocks.round_to_bytes if target == "uint8" else blocks.round_to_floats
+        return round_to(b, vector, rounding)
 
     return each(make, values, compute, target, lanes)
 

@@ -224,7 +224,6 @@ def _image(b: Any, recipe: Recipe, y: Any, constant: Callable[[str], Any]) -> An
     x = b.fadd(y, constant("mean"))
     if recipe.divides != "none":
         x = b.fmul(x, constant("divide"))
-    x = blocks.saturate(b, x)
     if recipe.target == "uint8":
         return blocks.round_to_bytes(b, x, recipe.rounding)
     whole = blocks.round_to_floats(b, x, recipe.rounding)
