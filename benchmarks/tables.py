@@ -38,8 +38,9 @@ def kernels(record):
         )
     latency = (
         f"A call takes {record['call_overhead_us']:.0f} microseconds above its kernel. The first "
-        f"one in a process takes {record['first_call_seconds']:.2f} s above `import numba`: it "
-        "compiles the kernel."
+        f"one in a process compiles the kernel: {record['first_call_after_scipy_seconds']:.2f} s "
+        f"above `import numba`, or {record['first_call_seconds']:.2f} s where SciPy is installed, "
+        "which Numba then imports."
     )
     return [*lines, "", latency, "", place(record)]
 

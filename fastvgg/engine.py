@@ -386,7 +386,8 @@ class _Memory(NamedTuple):
         element_bytes = batch.dtype.itemsize
         image_bytes = batch.nbytes // batch.shape[0]
         pixel_bytes = element_bytes * 3 if layout == "NHWC" else element_bytes
-        return cls(batch.ctypes.data, image_bytes, image_bytes // 3, pixel_bytes)
+        address = batch.__array_interface__["data"][0]  # half the time of batch.ctypes.data
+        return cls(address, image_bytes, image_bytes // 3, pixel_bytes)
 
     def at(self, image: int, pixel: int) -> int:
         """Return the address of a pixel; where planes differ, in the first plane."""
@@ -427,14 +428,12 @@ def _kernel_work(
         )
 
     total_bytes = batch.nbytes + target.nbytes
-    pieces = _cut(
-        images,
-        pixels,
-        total_bytes // (images * pixels),
-        _piece_bytes(total_bytes, threads),
-        lead=_pixels_before_a_line(y, transform.out_layout),
-        multiple=LINE_BYTES,
-    )
+    piece_bytes = _piece_bytes(total_bytes, threads)
+    if total_bytes <= piece_bytes:
+        return [_Piece(0, images, 0, pixels)], work_on
+    lead = _pixels_before_a_line(y, transform.out_layout)
+    pixel_bytes = total_bytes // (images * pixels)
+    pieces = _cut(images, pixels, pixel_bytes, piece_bytes, lead=lead, multiple=LINE_BYTES)
     return pieces, work_on
 
 
