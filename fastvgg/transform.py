@@ -226,6 +226,18 @@ Mode.IDENTITY = Mode("identity")
 _MODES: Final = {m.name: m for m in (Mode.CAFFE, Mode.TF, Mode.TORCH, Mode.IDENTITY)}
 
 
+def _refuse_choice(direction: object, layout: object, out_layout: object, rounding: object) -> None:
+    for name, value, allowed in (
+        ("direction", direction, DIRECTIONS),
+        ("layout", layout, LAYOUTS),
+        ("out_layout", out_layout, (None, *LAYOUTS)),
+        ("rounding", rounding, ROUNDINGS),
+    ):
+        if value not in allowed:
+            choices = ", ".join(repr(choice) for choice in allowed if choice is not None)
+            raise UsageError(f"{name} is {value!r}", f"give one of {choices}")
+
+
 @dataclass(frozen=True, init=False, repr=False)
 class Transform:
     """Everything that happens to a batch: mode, direction, layouts, types.
@@ -271,15 +283,13 @@ class Transform:
         dtype: DTypeLike | None = None,
         rounding: Rounding = "nearest",
     ) -> None:
-        for name, value, allowed in (
-            ("direction", direction, DIRECTIONS),
-            ("layout", layout, LAYOUTS),
-            ("out_layout", out_layout, (None, *LAYOUTS)),
-            ("rounding", rounding, ROUNDINGS),
+        if (
+            direction not in DIRECTIONS
+            or layout not in LAYOUTS
+            or not (out_layout is None or out_layout in LAYOUTS)
+            or rounding not in ROUNDINGS
         ):
-            if value not in allowed:
-                choices = ", ".join(repr(choice) for choice in allowed if choice is not None)
-                raise UsageError(f"{name} is {value!r}", f"give one of {choices}")
+            _refuse_choice(direction, layout, out_layout, rounding)
         put = object.__setattr__
         put(self, "mode", mode if isinstance(mode, Mode) else Mode.named(mode))
         put(self, "direction", direction)

@@ -80,15 +80,14 @@ def compiled(recipe: Recipe) -> Callable[..., None]:
                     if end > pixels:  # min() would be one more function to compile
                         end = pixels
                     here = constants + plane * compute_bytes
-                    while streams and at < end and y + at * target_step & in_line:
-                        one(x + at * source_step, y + at * target_step, here, source_plane)
-                        at += 1
-                    while at + count <= end:
-                        many(x + at * source_step, y + at * target_step, here, source_plane)
-                        at += count
                     while at < end:
-                        one(x + at * source_step, y + at * target_step, here, source_plane)
-                        at += 1
+                        p, q = x + at * source_step, y + at * target_step
+                        if at + count <= end and not (streams and q & in_line):
+                            many(p, q, here, source_plane)
+                            at += count
+                        else:
+                            one(p, q, here, source_plane)
+                            at += 1
         if streams:
             finish(0, 0, 0, 0)
 
