@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -63,7 +64,7 @@ def test_an_error_on_another_thread_reaches_the_caller():
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-def test_so_many_threads_work_at_the_same_time_and_no_more(threads):
+def test_as_many_threads_as_asked_for_work_at_the_same_time(threads):
     met, workers = threading.Barrier(threads), set()
 
     def wait_for_the_others(_piece):
@@ -73,9 +74,20 @@ def test_so_many_threads_work_at_the_same_time_and_no_more(threads):
     work_on_all(range(threads), wait_for_the_others, threads)
     assert len(workers) == threads
     assert threading.current_thread() in workers
-    workers.clear()
-    work_on_all(range(200), lambda _: workers.add(threading.current_thread()), threads)
-    assert 1 <= len(workers) <= threads
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_no_more_threads_work_than_were_asked_for(threads):
+    at_work, most = set(), []
+
+    def stay_a_while(_piece):
+        at_work.add(threading.current_thread())
+        most.append(len(at_work))
+        time.sleep(0.005)  # for a thread too many to come in
+        at_work.remove(threading.current_thread())
+
+    work_on_all(PIECES, stay_a_while, threads)
+    assert max(most) <= threads
 
 
 def test_one_piece_or_one_thread_stays_with_the_caller():
