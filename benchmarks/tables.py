@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+ELEMENTS_OF_AN_IMAGE = 224 * 224 * 3
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -45,7 +46,41 @@ def kernels(record):
     return [*lines, "", latency, "", place(record)]
 
 
-TABLES = {"kernels": kernels}
+def peers(record):
+    """Return a table for each task: the faster style of each peer, in used and in new memory."""
+    rows = [row for row in record["rows"] if row["best"]]
+    elements = record["images"] * ELEMENTS_OF_AN_IMAGE
+    lines = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        by_name = {}
+        for row in rows:
+            if row["task"] == task:
+                by_name.setdefault(row["contender"], {})[row["memory"]] = row
+        lines += [
+            f"| {task} | images/s in memory used before | in new memory | numbers that differ |",
+            "|---|---:|---:|---:|",
+        ]
+        ranked = sorted(by_name.items(), key=lambda item: -fastest(item[1]))
+        for name, found in ranked:
+            figures = [
+                f"{found[memory]['images_per_second']:,}" if memory in found else ""
+                for memory in ("reused", "new")
+            ]
+            share = max(row["differing"] for row in found.values()) / elements
+            lines.append(f"| {name} | {figures[0]} | {figures[1]} | {share:.0%} |")
+        lines.append("")
+    lines += [f"- {name}: {note}." for name, note in record["notes"].items()]
+    versions = ", ".join(f"{name} {version}" for name, version in record["peers"].items())
+    missing = "".join(f" Not measured: {name}." for name in record["not_measured"])
+    return [*lines, "", f"{place(record)} {versions}.{missing}"]
+
+
+def fastest(found):
+    """Return the images a second of a contender's better kind of memory."""
+    return max(row["images_per_second"] for row in found.values())
+
+
+TABLES = {"kernels": kernels, "peers": peers}
 
 
 def written_into(readme):

@@ -217,28 +217,30 @@ def backend_in_use(backend: Backend) -> Literal["numba", "numpy"]:
     problem = _numba_problem()
     if problem is None:
         return "numba"
+    reason, remedy = problem
     if backend == "numba":
-        raise BackendError(f"Numba is not usable: {problem}", "pip install numba")
-    _warn_slow(problem)
+        raise BackendError(f"Numba is not usable: {reason}", remedy)
+    _warn_slow(reason, remedy)
     return "numpy"
 
 
 @functools.cache
-def _numba_problem() -> str | None:
+def _numba_problem() -> tuple[str, str] | None:
+    """Return why Numba is not usable, and the way out."""
     if importlib.util.find_spec("numba") is None:
-        return "it is not installed"
+        return "it is not installed", "pip install numba"
     try:
         importlib.import_module("fastvgg.kernels.loops")
-    except ImportError as error:  # a Numba that refuses this NumPy, say
-        return str(error)
+    except ImportError as error:  # a Numba that refuses this NumPy, or is told not to compile
+        return str(error), "mend that, or 'pip install --upgrade numba'"
     return None
 
 
 @functools.cache
-def _warn_slow(problem: str) -> None:
+def _warn_slow(reason: str, remedy: str) -> None:
     warnings.warn(
-        f"Numba is not usable ({problem}): working on the NumPy backend, with the same results, "
-        "slower. 'pip install numba' gets it.",
+        f"Numba is not usable ({reason}): working on the NumPy backend, with the same results, "
+        f"slower. To change that: {remedy}",
         stacklevel=2,
     )
 

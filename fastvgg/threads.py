@@ -58,13 +58,16 @@ def work_on_all(pieces: Sequence[Piece], work_on: Callable[[Piece], object], thr
                 piece = remaining.popleft()
             except IndexError:  # another thread took the last one
                 return
-            work_on(piece)
+            try:
+                work_on(piece)
+            except BaseException:
+                remaining.clear()
+                raise
 
     helpers = [_pool().submit(drain) for _ in range(min(threads, len(pieces)) - 1)]
     try:
         drain()
     finally:
-        remaining.clear()
         for helper in helpers:
             if not helper.cancel():  # it may never have started: the pool is shared
                 helper.result()

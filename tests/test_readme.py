@@ -1,6 +1,7 @@
 """The README does what it says: its code runs, its commands exist, its rooms are there."""
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -69,6 +70,11 @@ def test_commands_run_in_the_order_they_are_listed(photographs):
 def test_setup_commands_are_single_lines_that_need_only_python(name):
     (command,) = re.findall(rf"^<!-- {name} command -->\n```sh\n(.*?)\n```$", README, re.MULTILINE)
     assert command.startswith("python3 -m venv .venv && ")
+
+
+def test_tables_are_what_the_results_say():
+    tables = runpy.run_path(str(TOP / "benchmarks" / "tables.py"))
+    assert tables["written_into"](README) == README
 
 
 def test_layout_lists_exactly_the_files_there_are():

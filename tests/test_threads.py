@@ -63,6 +63,23 @@ def test_an_error_on_another_thread_reaches_the_caller():
         work_on_all(PIECES, fail_elsewhere, threads=2)
 
 
+def test_an_error_on_another_thread_ends_the_work_of_the_caller():
+    caller, failed, done = threading.current_thread(), threading.Event(), []
+
+    def fail_elsewhere(piece):
+        if threading.current_thread() is caller:
+            assert failed.wait(60)
+            done.append(piece)
+        else:
+            failed.set()
+            raise MemoryError("no memory to gather this piece in")
+
+    many = range(1_000_000)  # more than the caller can do before the other thread has failed
+    with pytest.raises(MemoryError, match="gather this piece"):
+        work_on_all(many, fail_elsewhere, threads=2)
+    assert len(done) < len(many) // 2
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_as_many_threads_as_asked_for_work_at_the_same_time(threads):
     met, workers = threading.Barrier(threads), set()
