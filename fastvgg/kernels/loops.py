@@ -7,8 +7,8 @@ fewer lanes.
 
 A woven (NHWC) target is written in one stretch. A planar (NCHW) one is written plane by plane, a
 tile of pixels at a time, so that each plane can be aligned by itself; the source of a tile is read
-again for each plane, from the caches. In place, plane by plane would overwrite what
-another plane still needs where channels are flipped: there the three planes go together.
+again for each plane, from the caches. In place, plane by plane would overwrite what another plane
+still needs where channels are flipped: there the three planes go together.
 """
 
 from __future__ import annotations
