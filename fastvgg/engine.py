@@ -406,15 +406,15 @@ def _kernel_work(
     lying = _as_it_lies(transform.layout, source)
     if lying is None:
         return _gathering_work(transform, source, target, threads, streams)
-    layout, reverses, batch = lying
+    layout, reverses, x = lying
     if layout != transform.layout:
         transform = dataclasses.replace(transform, layout=layout)
-    x, y = _Memory.of(batch, layout), _Memory.of(target, transform.out_layout)
+    y = _Memory.of(target, transform.out_layout)
     in_place = x.address == y.address
     kernel = _kernel(
         transform, _stored_name(source.dtype), reverses, in_place, streams and not in_place
     )
-    images, pixels = batch.shape[0], batch.size // (3 * batch.shape[0])
+    images, pixels = source.shape[0], source.size // (3 * source.shape[0])
     if layout == transform.out_layout == "NHWC":
         images, pixels = 1, images * pixels
     steps = (x.image_bytes, x.plane_bytes, y.image_bytes, y.plane_bytes)
@@ -429,7 +429,7 @@ def _kernel_work(
             *steps,
         )
 
-    total_bytes = batch.nbytes + target.nbytes
+    total_bytes = source.nbytes + target.nbytes
     piece_bytes = _piece_bytes(total_bytes, threads)
     if total_bytes <= piece_bytes:
         return [_Piece(0, images, 0, pixels)], work_on
@@ -470,22 +470,39 @@ def _gathering_work(
     return _gathered_pieces(transform, source, target, threads), work_on
 
 
-def _as_it_lies(layout: Layout, batch: NDArray[Any]) -> tuple[Layout, bool, NDArray[Any]] | None:
-    """Find the contiguous batch of which this one is a turned or a channel-reversed view.
+class _Lying(NamedTuple):
+    """A contiguous batch, of which the one that was given may be a view."""
 
-    Returns its layout, whether its channels are reversed, and itself; or None.
-    """
+    layout: Layout
+    reverses: bool
+    """Whether its channels are in the reverse of the order that the view shows."""
+    memory: _Memory
+
+
+def _as_it_lies(layout: Layout, batch: NDArray[Any]) -> _Lying | None:
+    """Find the contiguous batch of which this one is a turned or a channel-reversed view."""
     if not batch.dtype.isnative:
         return None
     if batch.flags.c_contiguous:
-        return layout, False, batch
-    axis = CHANNEL_AXES[layout]
-    for reverses in (False, True):
-        view = np.flip(batch, axis) if reverses else batch
-        for lying_layout, lying_axis in CHANNEL_AXES.items():
-            turned = np.moveaxis(view, axis, lying_axis)
-            if turned.flags.c_contiguous:
-                return lying_layout, reverses, turned
+        return _Lying(layout, False, _Memory.of(batch, layout))
+    element, last = batch.dtype.itemsize, CHANNEL_AXES[layout] % 4
+    channel = batch.strides[last]
+    images, rows, columns = (size for axis, size in enumerate(batch.shape) if axis != last)
+    strides = [stride for axis, stride in enumerate(batch.strides) if axis != last]
+    plane = rows * columns * element
+    kinds: tuple[tuple[Layout, int, int], ...] = (
+        ("NHWC", 3 * element, element),
+        ("NCHW", element, plane),
+    )
+    for lying, pixel, between in kinds:
+        wanted = (3 * plane, columns * pixel, pixel)
+        sizes = (images, rows, columns)
+        if abs(channel) == between and all(
+            size == 1 or stride == step
+            for size, stride, step in zip(sizes, strides, wanted, strict=True)
+        ):
+            first = batch.__array_interface__["data"][0] + min(0, 2 * channel)
+            return _Lying(lying, channel < 0, _Memory(first, 3 * plane, plane, pixel))
     return None
 
 
