@@ -408,7 +408,7 @@ def _kernel_work(
         return _gathering_work(transform, source, target, threads, streams)
     layout, reverses, x = lying
     if layout != transform.layout:
-        transform = dataclasses.replace(transform, layout=layout)
+        transform = _with_layout(transform, layout)
     y = _Memory.of(target, transform.out_layout)
     in_place = x.address == y.address
     kernel = _kernel(
@@ -504,6 +504,11 @@ def _as_it_lies(layout: Layout, batch: NDArray[Any]) -> _Lying | None:
             first = batch.__array_interface__["data"][0] + min(0, 2 * channel)
             return _Lying(lying, channel < 0, _Memory(first, 3 * plane, plane, pixel))
     return None
+
+
+@functools.lru_cache(maxsize=64)
+def _with_layout(transform: Transform, layout: Layout) -> Transform:
+    return dataclasses.replace(transform, layout=layout)
 
 
 class _Kernel(NamedTuple):
