@@ -295,8 +295,9 @@ NO_FRACTIONS: Final = {FLOAT: 2.0**23, DOUBLE: 2.0**52}
 def divide_by_reciprocal(b: Any, x: Any, divisor: Any, reciprocal: Any) -> Any:
     """Divide in three cheap operations, with the bits of a division.
 
-    The first guess is off by less than a unit in the last place; its residual is exact when fused,
-    and corrects it. `recipe.reciprocal_is_exact` says for which numbers, and why.
+    The residual of the first guess is computed with one rounding, and corrects it
+    (P. W. Markstein, IBM J. Res. Dev. 34, 1990). `recipe.reciprocal_is_exact` finds out for which
+    numbers that gives the quotient.
     """
     bits = {FLOAT: 32, DOUBLE: 64}[x.type.element]
     kind = ir.FunctionType(x.type, [x.type] * 3)
