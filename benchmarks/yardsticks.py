@@ -32,7 +32,7 @@ def streaming_copy(read_bytes, written_bytes, *, fetches):
     taken = STEP_BYTES * read_bytes // written_bytes
     parts = max(1, taken // STEP_BYTES)
 
-    def emit(b, source, target, _1, _2):
+    def emit(b, source, target, _1, _2, _3):
         size = taken // parts
         read = [
             blocks.load(b, blocks.past(b, source, part * size), "uint8", size)
@@ -50,10 +50,10 @@ def streaming_copy(read_bytes, written_bytes, *, fetches):
     @loop
     def copy(source, target, steps):
         for _ in range(steps):
-            step(source, target, 0, 0)
+            step(source, target, 0, 0, 0)
             source += taken
             target += STEP_BYTES
-        done(0, 0, 0, 0)
+        done(0, 0, 0, 0, 0)
 
     return copy
 
@@ -62,7 +62,7 @@ def streaming_copy(read_bytes, written_bytes, *, fetches):
 def scale_in_place(*, fetches):
     """Return a loop that multiplies float32 numbers where they are."""
 
-    def emit(b, target, _1, _2, _3):
+    def emit(b, target, _1, _2, _3, _4):
         if fetches:
             blocks.fetch_ahead(b, target, STEP_BYTES)
         values = blocks.load(b, target, "float32", STEP_BYTES // 4)
@@ -74,7 +74,7 @@ def scale_in_place(*, fetches):
     @loop
     def scale(target, steps):
         for _ in range(steps):
-            step(target, 0, 0, 0)
+            step(target, 0, 0, 0, 0)
             target += STEP_BYTES
 
     return scale
@@ -117,7 +117,7 @@ def scale_on_threads(y, threads, *, fetches):
 def touch():
     """Return a loop that writes one byte of every so many."""
 
-    def emit(b, target, _1, _2, _3):
+    def emit(b, target, _1, _2, _3, _4):
         blocks.store(b, ir.Constant(ir.VectorType(ir.IntType(8), 1), [1]), target)
 
     step = block(emit)
@@ -125,7 +125,7 @@ def touch():
     @loop
     def touched(target, count, step_bytes):
         for _ in range(count):
-            step(target, 0, 0, 0)
+            step(target, 0, 0, 0, 0)
             target += step_bytes
 
     return touched

@@ -28,14 +28,14 @@ def halves(request, monkeypatch):
 def through(emit, source, result, *, steps=1, source_bytes=0, result_bytes=0):
     """Fill an array with what a block makes of another, so many bytes further with each step.
 
-    `emit` takes a builder and the addresses of what is read, of what is written, and two times 0.
+    `emit` takes a builder and the addresses of what is read, of what is written, and three times 0.
     """
     step = block(emit)
 
     @loop
     def over(source, result, steps):
         for number in range(steps):
-            step(source + number * source_bytes, result + number * result_bytes, 0, 0)
+            step(source + number * source_bytes, result + number * result_bytes, 0, 0, 0)
 
     over(source.ctypes.data, result.ctypes.data, steps)
     return result

@@ -63,15 +63,15 @@ def loop(function: Callable[..., None]) -> Callable[..., None]:
 def block(emit: Callable[..., None]) -> Callable[..., None]:
     """Make a function of a loop out of one that adds instructions to an LLVM builder.
 
-    `emit` takes the builder and four addresses or sizes, as LLVM values.
+    `emit` takes the builder and five addresses or sizes, as LLVM values.
     """
 
-    def typed(_typing_context: Any, _1: Any, _2: Any, _3: Any, _4: Any) -> Any:
+    def typed(_types: Any, _1: Any, _2: Any, _3: Any, _4: Any, _5: Any) -> Any:
         def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
             emit(builder, *arguments)
             return context.get_dummy_value()
 
-        return numba.types.void(*[numba.types.intp] * 4), generate
+        return numba.types.void(*[numba.types.intp] * 5), generate
 
     called: Callable[..., None] = intrinsic(typed)
     return called

@@ -13,8 +13,12 @@ still needs where channels are flipped: there the three planes go together.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import TYPE_CHECKING, Any, Final
+
+from llvmlite import ir
+from numba.core.cgutils import for_range
 
 from fastvgg.kernels import blocks
 from fastvgg.kernels.blocks import ELEMENT_BYTES, LINE_BYTES
@@ -22,7 +26,7 @@ from fastvgg.kernels.compile import block, loop
 from fastvgg.kernels.recipe import ROW_LANES, ROWS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from fastvgg.kernels.recipe import Division, Recipe
 
@@ -46,8 +50,8 @@ def compiled(recipe: Recipe) -> Callable[..., None]:
     make = _plane if by_plane else _planes if recipe.planar_target else _pixels
     count = LINE_BYTES // target_bytes
     many, one = block(make(recipe, count)), block(make(recipe, 1))
-    source_step = source_bytes if recipe.planar_source else 3 * source_bytes
-    target_step = target_bytes if recipe.planar_target else 3 * target_bytes
+    source_step = _pixel_bytes(recipe.source, recipe.planar_source)
+    target_step = _pixel_bytes(recipe.target, recipe.planar_target)
     compute_bytes = ELEMENT_BYTES[recipe.compute]
     planar_source, flips, streams = recipe.planar_source, recipe.flips, recipe.streams
     finish = block(lambda b, *_: blocks.fence(b))
@@ -83,88 +87,124 @@ def compiled(recipe: Recipe) -> Callable[..., None]:
                     while at < end:
                         p, q = x + at * source_step, y + at * target_step
                         if at + count <= end and not (streams and q & in_line):
-                            many(p, q, here, source_plane)
-                            at += count
+                            times = (end - at) // count
+                            many(p, q, here, source_plane, times)
+                            at += times * count
                         else:
-                            one(p, q, here, source_plane)
+                            one(p, q, here, source_plane, 1)
                             at += 1
         if streams:
-            finish(0, 0, 0, 0)
+            finish(0, 0, 0, 0, 0)
 
     return pass_over
 
 
 def _pixels(recipe: Recipe, count: int) -> Callable[..., None]:
-    """Return what emits a block from any layout to `count` woven pixels."""
+    """Return what emits blocks from any layout to `count` woven pixels."""
     together = min(count, TOGETHER)
 
-    def emit(b: Any, source: Any, target: Any, constants: Any, plane_bytes: Any) -> None:
-        def constant(row: str) -> Any:
-            address = blocks.past(b, constants, _row_start(recipe, row))
-            return blocks.load(b, address, recipe.compute, 3 * together)
-
-        results = []
-        for start in range(0, count, together):
-            if recipe.planar_source:
-                address = blocks.past(b, source, start * ELEMENT_BYTES[recipe.source])
-                planes = _three_planes(b, recipe, address, plane_bytes, together)
-                stored = blocks.weave(b, planes)
-            else:
-                address = blocks.past(b, source, start * 3 * ELEMENT_BYTES[recipe.source])
-                stored = blocks.load(b, address, recipe.source, 3 * together)
-                if recipe.flips and not recipe.flips_late:
-                    stored = blocks.flip(b, stored)
-            if count > 1:
-                _fetch_ahead(b, recipe, address, plane_bytes, together)
-            result = _computed(b, recipe, stored, constant)
-            results.append(blocks.flip(b, result) if recipe.flips_late else result)
-        _write(b, recipe, blocks.join(b, results), target, whole_lines=count > 1)
+    def emit(
+        b: Any, source: Any, target: Any, constants: Any, plane_bytes: Any, times: Any
+    ) -> None:
+        rows = _rows(b, recipe, blocks.load, constants, 3 * together)
+        with _each_block(b, recipe, count, source, target, times) as (x, y):
+            results = []
+            for start in range(0, count, together):
+                blocks.keep_order(b)
+                if recipe.planar_source:
+                    address = blocks.past(b, x, start * ELEMENT_BYTES[recipe.source])
+                    planes = _three_planes(b, recipe, address, plane_bytes, together)
+                    stored = blocks.weave(b, planes)
+                else:
+                    address = blocks.past(b, x, start * 3 * ELEMENT_BYTES[recipe.source])
+                    stored = blocks.load(b, address, recipe.source, 3 * together)
+                    if recipe.flips and not recipe.flips_late:
+                        stored = blocks.flip(b, stored)
+                if count > 1:
+                    _fetch_ahead(b, recipe, address, plane_bytes, together)
+                result = _computed(b, recipe, stored, rows)
+                results.append(blocks.flip(b, result) if recipe.flips_late else result)
+            _write(b, recipe, blocks.join(b, results), y, whole_lines=count > 1)
 
     return emit
 
 
 def _plane(recipe: Recipe, count: int) -> Callable[..., None]:
-    """Return what emits a block from any layout to `count` pixels of one plane."""
+    """Return what emits blocks from any layout to `count` pixels of one plane."""
     together = min(count, TOGETHER)
     load = blocks.load if recipe.planar_source else blocks.load_every_third
-    step = ELEMENT_BYTES[recipe.source] * (1 if recipe.planar_source else 3)
+    step = _pixel_bytes(recipe.source, recipe.planar_source)
 
-    def emit(b: Any, source: Any, target: Any, constants: Any, _plane_bytes: Any) -> None:
-        def constant(row: str) -> Any:
-            address = blocks.past(b, constants, _row_start(recipe, row))
-            return blocks.load_everywhere(b, address, recipe.compute, together)
-
-        results = []
-        for start in range(0, count, together):
-            address = blocks.past(b, source, start * step)
-            stored = load(b, address, recipe.source, together)
-            if count > 1:
-                blocks.fetch_ahead(b, address, together * step)
-            results.append(_computed(b, recipe, stored, constant))
-        _write(b, recipe, blocks.join(b, results), target, whole_lines=count > 1)
+    def emit(
+        b: Any, source: Any, target: Any, constants: Any, _plane_bytes: Any, times: Any
+    ) -> None:
+        rows = _rows(b, recipe, blocks.load_everywhere, constants, together)
+        with _each_block(b, recipe, count, source, target, times) as (x, y):
+            results = []
+            for start in range(0, count, together):
+                blocks.keep_order(b)
+                address = blocks.past(b, x, start * step)
+                stored = load(b, address, recipe.source, together)
+                if count > 1:
+                    blocks.fetch_ahead(b, address, together * step)
+                results.append(_computed(b, recipe, stored, rows))
+            _write(b, recipe, blocks.join(b, results), y, whole_lines=count > 1)
 
     return emit
 
 
 def _planes(recipe: Recipe, count: int) -> Callable[..., None]:
-    """Return what emits a block that works on `count` pixels of three planes in place."""
+    """Return what emits blocks that work on `count` pixels of three planes in place."""
 
-    def emit(b: Any, source: Any, target: Any, constants: Any, plane_bytes: Any) -> None:
-        stored = _three_planes(b, recipe, source, plane_bytes, count)
-        if count > 1:
-            _fetch_ahead(b, recipe, source, plane_bytes, count)
+    def emit(
+        b: Any, source: Any, target: Any, constants: Any, plane_bytes: Any, times: Any
+    ) -> None:
+        rows_of_channels = []
         for channel in range(3):
-
-            def constant(row: str, channel: int = channel) -> Any:
-                start = _row_start(recipe, row) + channel * ELEMENT_BYTES[recipe.compute]
-                address = blocks.past(b, constants, start)
-                return blocks.load_everywhere(b, address, recipe.compute, count)
-
-            result = _computed(b, recipe, stored[channel], constant)
-            blocks.store(b, result, target)
-            target = b.add(target, plane_bytes)
+            address = blocks.past(b, constants, channel * ELEMENT_BYTES[recipe.compute])
+            rows_of_channels.append(_rows(b, recipe, blocks.load_everywhere, address, count))
+        with _each_block(b, recipe, count, source, target, times) as (x, y):
+            planes = _three_planes(b, recipe, x, plane_bytes, count)
+            if count > 1:
+                _fetch_ahead(b, recipe, x, plane_bytes, count)
+            for stored, rows in zip(planes, rows_of_channels, strict=True):
+                blocks.store(b, _computed(b, recipe, stored, rows), y)
+                y = b.add(y, plane_bytes)
 
     return emit
+
+
+def _rows(
+    b: Any, recipe: Recipe, load: Callable[..., Any], constants: Any, lanes: int
+) -> dict[str, Any]:
+    """Read the constants, once for all blocks of a stretch."""
+    row_bytes = ROW_LANES * ELEMENT_BYTES[recipe.compute]
+    return {
+        row: load(b, blocks.past(b, constants, number * row_bytes), recipe.compute, lanes)
+        for number, row in enumerate(ROWS)
+    }
+
+
+@contextlib.contextmanager
+def _each_block(
+    b: Any, recipe: Recipe, count: int, source: Any, target: Any, times: Any
+) -> Iterator[tuple[Any, Any]]:
+    """Emit a loop over neighbouring blocks, and yield the addresses of one."""
+    with for_range(b, times) as block_loop:
+
+        def here(start: Any, pixel_bytes: int) -> Any:
+            step = ir.Constant(start.type, count * pixel_bytes)
+            return b.add(start, b.mul(block_loop.index, step))
+
+        yield (
+            here(source, _pixel_bytes(recipe.source, recipe.planar_source)),
+            here(target, _pixel_bytes(recipe.target, recipe.planar_target)),
+        )
+
+
+def _pixel_bytes(storage: str, planar: bool) -> int:
+    """Return the bytes from one pixel to the next."""
+    return ELEMENT_BYTES[storage] * (1 if planar else 3)
 
 
 def _three_planes(b: Any, recipe: Recipe, address: Any, plane_bytes: Any, count: int) -> list[Any]:
@@ -187,10 +227,6 @@ def _fetch_ahead(b: Any, recipe: Recipe, source: Any, plane_bytes: Any, count: i
         source = b.add(source, plane_bytes)
 
 
-def _row_start(recipe: Recipe, row: str) -> int:
-    return ROWS.index(row) * ROW_LANES * ELEMENT_BYTES[recipe.compute]
-
-
 def _write(b: Any, recipe: Recipe, result: Any, target: Any, *, whole_lines: bool) -> None:
     if recipe.streams and whole_lines:
         blocks.store_past_caches(b, result, target)
@@ -198,31 +234,31 @@ def _write(b: Any, recipe: Recipe, result: Any, target: Any, *, whole_lines: boo
         blocks.store(b, result, target)
 
 
-def _computed(b: Any, recipe: Recipe, stored: Any, constant: Callable[[str], Any]) -> Any:
+def _computed(b: Any, recipe: Recipe, stored: Any, rows: dict[str, Any]) -> Any:
     """Turn source elements into target elements, with the operations of the oracle."""
     values = blocks.widen(b, stored, recipe.source, recipe.compute)
     if recipe.restores:
-        return _image(b, recipe, values, constant)
-    y = _divided(b, values, recipe.divides, constant, "divide")
-    y = b.fsub(y, constant("mean"))
-    y = _divided(b, y, recipe.scales, constant, "std")
+        return _image(b, recipe, values, rows)
+    y = _divided(b, values, recipe.divides, rows, "divide")
+    y = b.fsub(y, rows["mean"])
+    y = _divided(b, y, recipe.scales, rows, "std")
     return blocks.narrow(b, y, recipe.target, may_be_nan=recipe.source != "uint8")
 
 
-def _divided(b: Any, x: Any, division: Division, constant: Callable[[str], Any], row: str) -> Any:
+def _divided(b: Any, x: Any, division: Division, rows: dict[str, Any], row: str) -> Any:
     if division == "none":
         return x
     if division == "division":
-        return b.fdiv(x, constant(row))
-    return blocks.divide_by_reciprocal(b, x, constant(row), constant(f"1 / {row}"))
+        return b.fdiv(x, rows[row])
+    return blocks.divide_by_reciprocal(b, x, rows[row], rows[f"1 / {row}"])
 
 
-def _image(b: Any, recipe: Recipe, y: Any, constant: Callable[[str], Any]) -> Any:
+def _image(b: Any, recipe: Recipe, y: Any, rows: dict[str, Any]) -> Any:
     if recipe.scales != "none":
-        y = b.fmul(y, constant("std"))
-    x = b.fadd(y, constant("mean"))
+        y = b.fmul(y, rows["std"])
+    x = b.fadd(y, rows["mean"])
     if recipe.divides != "none":
-        x = b.fmul(x, constant("divide"))
+        x = b.fmul(x, rows["divide"])
     if recipe.target == "uint8":
         return blocks.round_to_bytes(b, x, recipe.rounding)
     whole = blocks.round_to_floats(b, x, recipe.rounding)
