@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from batches import FLOATS, KERAS_MODES, LAYOUT_PAIRS, LAYOUTS, bits
+from batches import FLOATS, KERAS_MODES, LAYOUT_PAIRS, LAYOUTS, assert_same, bits
 from by_hand import MODES, OWN, SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,15 +45,26 @@ def fused_exactly(a, b, c):
     return nearest_float32(product + Fraction(float(c)), zero)
 
 
-def divided_by_reciprocal(x, divisor):
-    """The three operations on one number; None where one of them leaves the finite numbers."""
+def reciprocal_of(divisor):
+    """The reciprocal and what rounding took from it; None where that is infinite."""
     with np.errstate(all="ignore"):
         reciprocal = np.float32(1) / divisor
-        guess = x * reciprocal
-        if not np.isfinite(guess):
-            return None
-        residual = fused_exactly(-guess, divisor, x)
-        return fused_exactly(residual, reciprocal, guess)
+    if not np.isfinite(reciprocal):
+        return None
+    rest = 1 / Fraction(float(divisor)) - Fraction(float(reciprocal))
+    return reciprocal, nearest_float32(rest, math.copysign(0.0, divisor))
+
+
+def divided_by_reciprocal(x, divisor):
+    """The two operations on one number; None where the reciprocal is infinite."""
+    if reciprocal_of(divisor) is None:
+        return None
+    reciprocal, rest = reciprocal_of(divisor)
+    with np.errstate(all="ignore"):
+        correction = x * rest
+    if np.isinf(correction):
+        return correction
+    return fused_exactly(x, reciprocal, correction)
 
 
 def test_the_exact_rounding_is_that_of_numpy():
@@ -150,10 +161,10 @@ def test_a_reciprocal_is_exact_for_any_numbers_where_exact_arithmetic_says_so(di
 @pytest.mark.parametrize(
     ("x", "divisor"),
     [
-        ([0.0, 255.0], 1e-38),  # the quotient is too large, the residual no number
-        ([1.0], 2e-39),  # so is the reciprocal
-        ([8.824e-41], 0.037884474),  # too few places for the residual
+        ([1.0], 2e-39),  # the reciprocal is infinite
+        (BYTES, 3e38),  # what rounding took from the reciprocal has too few places
         ([-0.0], 3.0),  # comes out as +0.0
+        ([0.0], -3.0),  # so does this
     ],
 )
 def test_a_reciprocal_is_not_exact_where_a_step_leaves_the_numbers_with_all_places(x, divisor):
@@ -202,21 +213,23 @@ def test_floats_and_doubles_are_divided(direction, source, target):
 def test_one_std_without_an_exact_reciprocal_is_enough_to_divide_all():
     for at in range(3):
         std = [0.5, 0.3, 0.7]
-        std[at] = 1e-38
+        std[at] = 1e-39
         found = Recipe.of(Transform(Mode("own", std=tuple(std))), "uint8")
         assert (found.divides, found.scales) == ("none", "division")
 
 
 @fuses
 def test_what_a_std_divides_is_what_the_divisor_and_the_mean_have_left():
-    # 255 / 1e-36 overflows where std is small, unless the divisor has made it less.
-    std = (1e-37,) * 3
-    assert Recipe.of(Transform(Mode("a", std=std)), "uint8").scales == "division"
-    assert Recipe.of(Transform(Mode("b", divide=255.0, std=std)), "uint8").scales == "reciprocal"
-    away = (1e5,) * 3
-    assert Recipe.of(Transform(Mode("c", divide=255.0, mean=away, std=std)), "uint8").scales == (
-        "division"
-    )
+    # Of whole numbers 0 alone is divided wrongly by a negative number: it comes out as +0.0.
+    std = (-3.0,) * 3
+    means = {"a": (0.0, 255.0, 17.0), "b": (0.5, -1.0, 256.0)}
+    found = {
+        name: Recipe.of(Transform(Mode(name, mean=mean, std=std)), "uint8").scales
+        for name, mean in means.items()
+    }
+    assert found == {"a": "division", "b": "reciprocal"}
+    halves = Mode("c", divide=2.0, mean=means["b"], std=std)
+    assert Recipe.of(Transform(halves), "uint8").scales == "division"
 
 
 def test_a_recipe_says_what_a_transform_does():
@@ -307,10 +320,14 @@ def test_the_rows_of_constants_are_in_the_order_that_the_loop_computes_in(
         with np.errstate(all="ignore"):
             expected = np.array(values, scalar)[:: -1 if reversed_ else 1]
             reciprocals = scalar(1) / expected
-        assert np.array_equal(table[ROWS.index(name)].reshape(-1, 3), [expected] * 16)
+        rows = {name: expected}
         if name != "mean":
-            row = table[ROWS.index(f"1 / {name}")]
-            assert np.array_equal(row.reshape(-1, 3), [reciprocals] * 16)
+            rows[f"1 / {name}"] = reciprocals
+        if name != "mean" and scalar is np.float32 and np.isfinite(reciprocals).all():
+            rests = [reciprocal_of(number)[1] for number in expected]
+            rows[f"rest of 1 / {name}"] = np.array(rests)
+        for row, numbers in rows.items():
+            assert_same(table[ROWS.index(row)].reshape(-1, 3), np.tile(numbers, (16, 1)))
 
 
 def test_a_mode_of_tiny_numbers_does_not_raise_the_callers_errors():

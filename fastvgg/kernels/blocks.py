@@ -303,19 +303,18 @@ def _narrow_bfloat16(b: Any, floats: Any, may_be_nan: bool) -> Any:
 NO_FRACTIONS: Final = {FLOAT: 2.0**23, DOUBLE: 2.0**52}
 
 
-def divide_by_reciprocal(b: Any, x: Any, divisor: Any, reciprocal: Any) -> Any:
-    """Divide in three cheap operations, with the bits of a division.
+def divide_by_reciprocal(b: Any, x: Any, reciprocal: Any, rest: Any) -> Any:
+    """Divide in two cheap operations, with the bits of a division.
 
-    The residual of the first guess is computed with one rounding, and corrects it
-    (P. W. Markstein, IBM J. Res. Dev. 34, 1990). `recipe.reciprocal_is_exact` finds out for which
-    numbers that gives the quotient.
+    The reciprocal and what rounding took from it are together one of twice the places; their
+    products with x are added with one rounding (N. Brisebarre, J.-M. Muller, "Correctly rounded
+    multiplication by arbitrary precision constants", IEEE Trans. Computers 57, 2008).
+    `recipe.reciprocal_is_exact` finds out for which numbers that gives the quotient.
     """
     bits = {FLOAT: 32, DOUBLE: 64}[x.type.element]
     kind = ir.FunctionType(x.type, [x.type] * 3)
     fused = b.module.declare_intrinsic(f"llvm.fma.v{x.type.count}f{bits}", fnty=kind)
-    guess = b.fmul(x, reciprocal)
-    residual = b.call(fused, [b.fneg(guess), divisor, x])
-    return b.call(fused, [residual, reciprocal, guess])
+    return b.call(fused, [x, reciprocal, b.fmul(x, rest)])
 
 
 def round_to_bytes(b: Any, x: Any, rounding: Rounding) -> Any:

@@ -250,7 +250,7 @@ def _divided(b: Any, x: Any, division: Division, rows: dict[str, Any], row: str)
         return x
     if division == "division":
         return b.fdiv(x, rows[row])
-    return blocks.divide_by_reciprocal(b, x, rows[row], rows[f"1 / {row}"])
+    return blocks.divide_by_reciprocal(b, x, rows[f"1 / {row}"], rows[f"rest of 1 / {row}"])
 
 
 def _image(b: Any, recipe: Recipe, y: Any, rows: dict[str, Any]) -> Any:

@@ -18,7 +18,11 @@ __all__ = ["ROWS", "ROW_LANES", "Division", "Recipe", "constants", "reciprocal_i
 
 Division: TypeAlias = Literal["none", "division", "reciprocal"]
 
-ROWS: Final = ("divide", "1 / divide", "mean", "std", "1 / std")
+ROWS: Final = (
+    *("divide", "1 / divide", "rest of 1 / divide"),
+    "mean",
+    *("std", "1 / std", "rest of 1 / std"),
+)
 ROW_LANES: Final = 48  # sixteen pixels
 
 
@@ -105,7 +109,7 @@ def constants(mode: Mode, recipe: Recipe) -> NDArray[Any]:
     divide = np.full(3, 1.0 if mode.divide is None else mode.divide, scalar)
     mean = np.array(mode.mean or (0.0, 0.0, 0.0), scalar)[::step]
     std = np.array(mode.std or (1.0, 1.0, 1.0), scalar)[::step]
-    rows = (divide, 1 / divide, mean, std, 1 / std)  # an infinite reciprocal is not used
+    rows = (divide, *_reciprocal(divide), mean, std, *_reciprocal(std))
     return np.stack([np.tile(row, ROW_LANES // len(row)) for row in rows])
 
 
@@ -135,23 +139,28 @@ def _divisions(mode: Mode, *, bytes_only: bool) -> tuple[Division, Division]:
 def reciprocal_is_exact(x: NDArray[np.float32], divisor: np.float32) -> bool:
     """Return whether `blocks.divide_by_reciprocal` has the bits of a division, for every x.
 
-    Its three operations are carried out on each, and compared with the quotient.
+    Its two operations are carried out on each, and compared with the quotient.
 
     Examples
     --------
     >>> reciprocal_is_exact(np.arange(256, dtype=np.float32), np.float32(127.5))
     True
-    >>> reciprocal_is_exact(np.arange(256, dtype=np.float32), np.float32(1e-38))
+    >>> reciprocal_is_exact(np.arange(256, dtype=np.float32), np.float32(3e38))
     False
     """
     if not processor().fuses:
         return False
     with np.errstate(all="ignore"):
-        reciprocal = np.float32(1) / divisor
-        guess = x * reciprocal
-        residual = _fused(-guess, divisor, x)
-        quotient = _fused(residual, reciprocal, guess)
+        reciprocal, rest = _reciprocal(divisor)
+        quotient = _fused(x, reciprocal, x * rest)
         return quotient.tobytes() == (x / divisor).tobytes()
+
+
+def _reciprocal(divisor: Any) -> tuple[Any, Any]:
+    """Return 1 / divisor, and what rounding took from it, which is infinite where it is."""
+    reciprocal = 1 / divisor
+    residual = 1 - np.multiply(reciprocal, divisor, dtype=np.float64)
+    return reciprocal, (residual / divisor).astype(divisor.dtype)
 
 
 def _fused(a: NDArray[np.float32], b: np.float32, c: NDArray[np.float32]) -> NDArray[np.float32]:
