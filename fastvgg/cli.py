@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import signal
 import sys
 import time
@@ -27,10 +28,10 @@ from fastvgg.errors import FastvggError, StoppedError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from types import TracebackType
+    from types import FrameType, TracebackType
 
     from fastvgg.stream.plan import Plan
-    from fastvgg.stream.run import Progress, Report
+    from fastvgg.stream.report import Progress, Report
     from fastvgg.transform import Mode
 
 __all__ = ["app", "main"]
@@ -54,7 +55,9 @@ Source = Annotated[
     Path,
     typer.Argument(metavar="SRC", readable=False, help="A directory of images, or a .npy."),
 ]
-Target = Annotated[Path, typer.Argument(metavar="DST", readable=False, help="What to write.")]
+Target = Annotated[
+    Path | None, typer.Argument(metavar="[DST]", readable=False, help="What to write.")
+]
 ModeName = Annotated[str | None, typer.Option("--mode", help="caffe, tf, torch or identity.")]
 Model = Annotated[str | None, typer.Option(help="A published model's name instead of a mode.")]
 SourceLayout = Annotated[str | None, typer.Option("--layout", help="Of SRC: NHWC or NCHW.")]
@@ -63,17 +66,21 @@ Dtype = Annotated[str | None, typer.Option(help="Of DST: float16, bfloat16, floa
 Memory = Annotated[str, typer.Option(help="The limit above the idle process.")]
 Threads = Annotated[int | None, typer.Option(help="All usable cores if not given.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable image.")]
+InPlace = Annotated[bool, typer.Option("--in-place", help="Make a .npy its own result: no DST.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Begin again; replace an existing DST.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+Durability = Annotated[
+    str, typer.Option(help="What a committed chunk survives: a power cut, or the process' end.")
+]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
 
 
 @app.command()
 def preprocess(
     source: Source,
-    target: Target,
+    target: Target = None,
     mode: ModeName = None,
     model: Model = None,
     size: Annotated[
@@ -88,9 +95,11 @@ def preprocess(
     dtype: Dtype = None,
     memory: Memory = "512MiB",
     threads: Threads = None,
+    in_place: InPlace = False,
     strict: Strict = False,
     dry_run: DryRun = False,
     restart: Restart = False,
+    durability: Durability = "power",
     as_json: Json = False,
     quiet: Quiet = False,
     traceback: Traceback = False,
@@ -103,6 +112,7 @@ def preprocess(
         plan = fastvgg.plan(
             source,
             target,
+            in_place=in_place,
             mode=_mode(mode, model),
             size=size,
             interpolation=interpolation,
@@ -113,6 +123,7 @@ def preprocess(
             threads=threads,
             strict=strict,
             restart=restart,
+            durability=durability,  # type: ignore[arg-type]  # checked by the plan
         )
         _carry_out(plan, dry_run=dry_run, as_json=as_json, quiet=quiet)
 
@@ -120,7 +131,7 @@ def preprocess(
 @app.command()
 def restore(
     source: Source,
-    target: Target,
+    target: Target = None,
     mode: ModeName = None,
     model: Model = None,
     rounding: Annotated[str, typer.Option(help="nearest or truncate.")] = "nearest",
@@ -129,9 +140,11 @@ def restore(
     dtype: Annotated[str | None, typer.Option(help="Of DST, if not uint8.")] = None,
     memory: Memory = "512MiB",
     threads: Threads = None,
+    in_place: InPlace = False,
     strict: Strict = False,
     dry_run: DryRun = False,
     restart: Restart = False,
+    durability: Durability = "power",
     as_json: Json = False,
     quiet: Quiet = False,
     traceback: Traceback = False,
@@ -144,6 +157,7 @@ def restore(
         plan = fastvgg.plan(
             source,
             target,
+            in_place=in_place,
             mode=_mode(mode, model),
             direction="restore",
             rounding=rounding,  # type: ignore[arg-type]  # checked by Transform
@@ -154,6 +168,7 @@ def restore(
             threads=threads,
             strict=strict,
             restart=restart,
+            durability=durability,  # type: ignore[arg-type]  # checked by the plan
         )
         _carry_out(plan, dry_run=dry_run, as_json=as_json, quiet=quiet)
 
@@ -413,10 +428,18 @@ def _report_defect(
     raise SystemExit(DEFECT)
 
 
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    """End a run after the chunk that is being written; a second signal does not wait for that."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda _signal, _frame: os._exit(INTERRUPTED))
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Run the command line; SIGTERM ends a run as Ctrl-C does."""
     warnings.showwarning = _show_warning
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):  # names on disk need not be Unicode
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.excepthook = _report_defect

@@ -88,9 +88,15 @@ def plan_of(source, target, *, together=None, **settings):
     plan = fastvgg.plan(source, target, **settings)
     if together is None:
         return plan
-    image_bytes = plan.header.image_bytes + plan.result.image_bytes
+    # Images that are read, computed, and written at the same time.
+    image_bytes = plan.header.image_bytes + 2 * plan.result.image_bytes
     limit_bytes = plan.scratch_bytes + together * image_bytes
     return fastvgg.plan(source, target, **settings, memory=limit_bytes)
+
+
+def commits_in(target):
+    """How many chunks the journal of an unfinished run says are done: its whole lines but one."""
+    return Path(f"{target}.fastvgg-journal").read_bytes().count(b"\n") - 1
 
 
 def tree(directory):

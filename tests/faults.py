@@ -37,9 +37,12 @@ class MortalStorage(Storage):
     graveyard
         A directory on the same file system, to lose power at the death: all that was not synced
         is then undone, names and bytes apart. Without it the system outlives the process.
+    durability
+        What the storage does at a sync.
     """
 
-    def __init__(self, dies_at=0, *, half_done=False, graveyard=None):
+    def __init__(self, dies_at=0, *, half_done=False, graveyard=None, durability="power"):
+        super().__init__(durability)
         self.calls = []
         self._dies_at = dies_at
         self._half_done = half_done
@@ -236,12 +239,15 @@ class FaultyOs:
         Fail at every call after it too, as a disk that is gone does.
     """
 
-    CALLS = ("open", "close", "fstat", "posix_fallocate", "pwrite", "ftruncate", "fsync", "replace")
+    CALLS = (
+        *("open", "close", "fstat", "posix_fallocate", "pread", "pwrite", "ftruncate", "fsync"),
+        "replace",
+    )
 
     def __init__(self, fails_at=0, number=errno.EIO, *, for_ever=False):
         self.calls = []
         self._fails_at = fails_at
-        self._number = number
+        self.number = number
         self._for_ever = for_ever
 
     def __getattr__(self, name):
@@ -259,7 +265,34 @@ class FaultyOs:
                 return real(*arguments, **options)
             if name == "close":  # a descriptor is gone even where closing it fails
                 real(*arguments, **options)
-            raise OSError(self._number, os.strerror(self._number))
+            raise OSError(self.number, os.strerror(self.number))
+
+        return call
+
+
+class HalvingOs(FaultyOs):
+    """The os module as storage sees it, in which a read or a write does half of what it is told.
+
+    Parameters
+    ----------
+    halves_at
+        The number of the call that does, from 1; 0 for every one.
+    """
+
+    def __init__(self, halves_at):
+        super().__init__()
+        self._halves_at = halves_at
+
+    def __getattr__(self, name):
+        real = super().__getattr__(name)
+        if name not in ("pread", "pwrite"):
+            return real
+
+        def call(descriptor, what, offset):
+            if self._halves_at in (0, len(self.calls) + 1):
+                half = what // 2 if name == "pread" else what[: len(what) // 2]
+                what = half or what
+            return real(descriptor, what, offset)
 
         return call
 
@@ -268,6 +301,7 @@ class RefusingStorage(Storage):
     """Real storage whose n-th call of one of its methods is refused by the system."""
 
     def __init__(self, name, fails_at):
+        super().__init__()
         self.calls = 0
         self._name = name
         self._fails_at = fails_at
@@ -291,6 +325,35 @@ class RefusingStorage(Storage):
     def remove(self, path):
         self._fails("remove", path)
         super().remove(path)
+
+
+class CuttingStorage(Storage):
+    """Real storage whose process dies, or ends otherwise, right after a sync of its journal.
+
+    No more chunks are committed than were then, however far the rest of the run had come.
+
+    Parameters
+    ----------
+    commits
+        How many chunks of the run are committed when it ends.
+    in_place
+        Whether it runs in place, where the journal's first line is synced under another name.
+    end
+        What ends it; a death, if not given.
+    """
+
+    def __init__(self, commits, *, in_place=False, end=None):
+        super().__init__()
+        self._left = commits + (not in_place)
+        self._end = end
+
+    def sync(self, file):
+        super().sync(file)
+        self._left -= file.path.name.endswith(".fastvgg-journal")
+        if self._left == 0:
+            if self._end is not None:
+                self._end()
+            raise Death
 
 
 @contextlib.contextmanager

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
 import re
+import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +18,7 @@ import numpy as np
 import pytest
 from bad_arrays import REFUSED
 from datasets_on_disk import (
+    commits_in,
     failing_in_ascii,
     images_in,
     names_in,
@@ -30,12 +34,15 @@ from datasets_on_disk import (
     save_npy,
     tree,
 )
+from faults import CuttingStorage, Death, FaultyOs, system_calls
 from typer.testing import CliRunner
 
 import fastvgg
-from fastvgg import cli, models
+from fastvgg import cli, models, oracle
 from fastvgg.datasets.index import index_path
 from fastvgg.stream.manifest import manifest_path
+from fastvgg.stream.run import run
+from fastvgg.transform import Transform
 
 
 @pytest.fixture
@@ -84,9 +91,13 @@ def uncompiled(*arguments, **settings):
     return python(UNCOMPILED, *arguments, **settings)
 
 
-def chunks_of(images):
-    """The memory limit that gives the float32 chunks of an array of pixels() that many images."""
-    return ["--memory", str(images * 945), "--threads", "1"]
+def chunks_of(images, verb="preprocess"):
+    """The memory limit for chunks of that many images, of pixels() as uint8 and as float32.
+
+    An image is read, while the result of it and that of another are in memory.
+    """
+    image_bytes = {"preprocess": 189 + 2 * 756, "restore": 756 + 2 * 189, "in place": 3 * 756}
+    return ["--memory", str(images * image_bytes[verb]), "--threads", "1"]
 
 
 # What the verbs do
@@ -132,6 +143,7 @@ def test_restore_hands_every_option_on(tmp_path):
         "shape": [5, 7, 9, 3],
         "dtype": "float32",
         "layout": "NHWC",
+        "in_place": False,
     }
 
 
@@ -187,7 +199,7 @@ def test_json_is_alone_on_stdout(tmp_path, array, monkeypatch, verb):
     plan_of(array, stored, mode="caffe").run()
     arguments = {
         "preprocess": [array, tmp_path / "z.npy", "--mode", "caffe", *chunks_of(4)],
-        "restore": [stored, tmp_path / "z.npy", *chunks_of(4)],
+        "restore": [stored, tmp_path / "z.npy", *chunks_of(4, "restore")],
         "models": [],
     }.get(verb, [stored])
     result = invoke(verb, *arguments, "--json")
@@ -283,16 +295,12 @@ def test_a_quiet_terminal_shows_nothing(tmp_path, array):
 
 def test_info_tells_of_a_source_an_unfinished_and_a_finished_run(tmp_path, array):
     target = tmp_path / "y.npy"
-
-    def stop(progress):
-        raise KeyboardInterrupt
-
     result = invoke("info", array)
     assert result.exit_code == 0
     assert re.search(r"state +source", result.stdout)
     assert re.search(r"shape +11 x 7 x 9 x 3", result.stdout)
-    with pytest.raises(KeyboardInterrupt):
-        plan_of(array, target, mode="torch", together=4).run(stop)
+    with pytest.raises(Death):
+        run(plan_of(array, target, mode="torch", together=4), storage=CuttingStorage(1))
     result = invoke("info", target)
     assert re.search(r"state +unfinished", result.stdout)
     assert re.search(r"committed_chunks +1", result.stdout)
@@ -339,6 +347,157 @@ def test_a_command_without_a_verb_lists_the_verbs():
     assert result.returncode in (0, 2)
     for verb in ("preprocess", "restore", "verify", "info", "models", "demo"):
         assert verb in result.stdout + result.stderr
+
+
+# In place
+
+
+def floats_of(batch):
+    """The same images as they lie in a file that can be changed in place."""
+    return batch.astype(np.float32)
+
+
+@pytest.fixture
+def floats(tmp_path):
+    return save_npy(tmp_path / "floats.npy", floats_of(pixels(11)))
+
+
+def in_place(transform):
+    """What the definition of correct makes of the floats, as a file."""
+    return npy_bytes(oracle.apply(transform, floats_of(pixels(11))))
+
+
+@pytest.mark.parametrize("mode", ["caffe", "tf", "torch"])
+def test_a_file_is_preprocessed_in_place_and_restored_in_place(floats, mode):
+    before = floats.read_bytes()
+    options = ["--in-place", "--json", *chunks_of(4, "in place")]
+    changed = invoke("preprocess", floats, "--mode", mode, *options)
+    assert changed.exit_code == 0
+    answer = json.loads(changed.stdout)
+    assert answer["counts"] == {"images": 11, "failed": 0, "chunks": 3, "computed_chunks": 3}
+    assert answer["target"] == str(floats)
+    assert floats.read_bytes() == in_place(Transform(mode))
+    assert names_in(floats.parent) == ["floats.npy", "floats.npy.fastvgg.json"]
+    manifest = json.loads(manifest_path(floats).read_bytes())
+    assert manifest["job"]["result"]["in_place"] is True
+    verified = invoke("verify", floats)
+    assert verified.exit_code == 0
+    assert "3 chunks of 11 images have the right checksum" in verified.stdout
+    assert "changed in place" in verified.stdout
+    restored = invoke("restore", floats, *options)  # the manifest knows the mode
+    assert restored.exit_code == 0
+    assert json.loads(restored.stdout)["counts"] == answer["counts"]
+    assert floats.read_bytes() == before
+    assert names_in(floats.parent) == ["floats.npy", "floats.npy.fastvgg.json"]
+
+
+def test_a_file_that_was_never_ours_is_restored_in_place_in_the_mode_that_is_given(tmp_path):
+    values = np.random.default_rng(1).normal(0, 200, (5, 7, 9, 3)).astype(np.float32)
+    path = save_npy(tmp_path / "y.npy", values)
+    options = ["--mode", "torch", "--rounding", "truncate", "--in-place"]
+    assert invoke("restore", path, *options).exit_code == 0
+    transform = Transform("torch", "restore", dtype="float32", rounding="truncate")
+    assert path.read_bytes() == npy_bytes(oracle.apply(transform, values))
+
+
+def test_a_shell_preprocesses_in_place(floats):
+    done = command("preprocess", floats, "--in-place", "--model", "vgg19")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{floats}: 11 images in ")
+    assert floats.read_bytes() == in_place(Transform("caffe"))
+
+
+@pytest.mark.parametrize("verb", ["preprocess", "restore"])
+def test_in_place_a_second_time_exits_with_3_and_changes_no_byte(floats, verb):
+    assert invoke("preprocess", floats, "--mode", "caffe", "--in-place").exit_code == 0
+    if verb == "restore":
+        assert invoke("restore", floats, "--in-place").exit_code == 0
+    before, said = tree(floats.parent), {"preprocess": "preprocessed", "restore": "restored"}[verb]
+    # Neither in the same mode nor in another, and whatever is left away.
+    for options in ([], ["--mode", "caffe"], ["--mode", "tf"], ["--restart"]):
+        result = invoke(verb, floats, "--in-place", *options)
+        result.returncode = result.exit_code
+        refused(3, says=[floats, f"{said} already"], told=result)
+        assert tree(floats.parent) == before
+
+
+@pytest.mark.parametrize("verb", ["preprocess", "restore"])
+def test_a_dry_run_in_place_writes_nothing(floats, verb):
+    if verb == "restore":
+        assert invoke("preprocess", floats, "--mode", "caffe", "--in-place").exit_code == 0
+    before, times = tree(floats.parent), floats.stat().st_mtime_ns
+    options = ["--mode", "caffe", "--in-place", "--dry-run"]
+    result = invoke(verb, floats, *options)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert f"{floats} -> {floats}" in result.stdout
+    assert "twice, in place" in result.stdout
+    plan = json.loads(invoke(verb, floats, *options, "--json").stdout)
+    assert (plan["images"], plan["result"]["in_place"]) == (11, True)
+    assert plan["projected_bytes"] == 11 * 3 * 756
+    assert (tree(floats.parent), floats.stat().st_mtime_ns) == (before, times)
+
+
+@pytest.mark.parametrize(
+    ("verb", "rounding"),
+    [("preprocess", "nearest"), ("restore", "nearest"), ("restore", "truncate")],
+)
+def test_info_tells_of_an_unfinished_run_in_place_and_the_command_that_finishes_it(
+    tmp_path, verb, rounding
+):
+    path = tmp_path / "some floats.npy"  # a name that a shell must be told in quotes
+    values = pixels(11).astype(np.float32) - (40 if verb == "restore" else 0)
+    save_npy(path, values)
+    transform = Transform("torch", verb, dtype="float32", rounding=rounding)
+    settings = {"mode": "torch", "direction": verb, "rounding": rounding, "in_place": True}
+    with pytest.raises(Death):
+        run(plan_of(path, None, together=4, **settings), storage=CuttingStorage(2, in_place=True))
+    before = tree(tmp_path)
+    told = invoke("info", path)
+    assert told.exit_code == 0
+    assert re.search(r"state +unfinished in place\n", told.stdout)
+    assert re.search(r"committed_chunks +2\n", told.stdout)
+    assert re.search(r"chunks +3\n", told.stdout)
+    assert re.search(r"mode +torch\n", told.stdout)
+    known = json.loads(invoke("info", path, "--json").stdout)
+    assert (known["state"], known["committed_chunks"]) == ("unfinished in place", 2)
+    # Until then it is neither source nor result.
+    for arguments in (["verify", path], ["restore", path, tmp_path / "z.npy", "--mode", "tf"]):
+        result = invoke(*arguments)
+        result.returncode = result.exit_code
+        refused(3, says=[path, "in place", "finish that"], told=result)
+    assert tree(tmp_path) == before
+    name, *arguments = shlex.split(known["next"].partition("before: ")[2])
+    assert name == "fastvgg"
+    finished = invoke(*arguments, "--json")
+    assert json.loads(finished.stdout)["counts"]["computed_chunks"] == 1
+    assert path.read_bytes() == npy_bytes(oracle.apply(transform, values))
+    assert "finished" in invoke("info", path).stdout
+
+
+# What a commit survives
+
+
+@pytest.mark.parametrize("kind", ["preprocess", "restore", "in place"])
+@pytest.mark.parametrize("durability", [None, "power", "process"])
+def test_for_the_process_alone_nothing_is_synced(tmp_path, array, floats, durability, kind):
+    stored = tmp_path / "y.npy"
+    plan_of(array, stored, mode="caffe").run()
+    arguments = {
+        "preprocess": ["preprocess", array, tmp_path / "z.npy", "--mode", "caffe"],
+        "restore": ["restore", stored, tmp_path / "z.npy"],
+        "in place": ["preprocess", floats, "--in-place", "--mode", "caffe"],
+    }[kind]
+    options = [] if durability is None else ["--durability", durability]
+    with system_calls(FaultyOs()) as system:
+        assert invoke(*arguments, *options).exit_code == 0
+    assert "pwrite" in system.calls
+    assert ("fsync" in system.calls) == (durability != "process")
+    expected = {
+        "preprocess": npy_bytes(network_inputs(pixels(11), "caffe")),
+        "restore": array.read_bytes(),
+        "in place": in_place(Transform("caffe")),
+    }
+    assert (floats if kind == "in place" else tmp_path / "z.npy").read_bytes() == expected[kind]
 
 
 # How it exits
@@ -436,7 +595,7 @@ def bad_inputs(place):
         "too little memory": (
             ["preprocess", array, new, *caffe, "--memory", "100"],
             3,
-            ["945 B", "100 B", "--memory"],
+            ["1.7 KiB", "100 B", "--memory"],
         ),
         "no threads": (["preprocess", array, new, *caffe, "--threads", "0"], 2, ["threads is 0"]),
         "an unknown rounding": (
@@ -455,6 +614,68 @@ def bad_inputs(place):
             [floats, "never preprocessed"],
         ),
         "restoring twice": (["restore", back, new], 3, [back, "restored already"]),
+        "no target": (["preprocess", array, *caffe], 2, ["no target", "--in-place"]),
+        "no target to restore to": (["restore", stored], 2, ["no target", "--in-place"]),
+        "a target in place": (
+            ["preprocess", floats, new, "--in-place", *caffe],
+            2,
+            ["a target is given", "in place"],
+        ),
+        "a target to restore to in place": (
+            ["restore", stored, new, "--in-place"],
+            2,
+            ["a target is given", "in place"],
+        ),
+        "a folder in place": (
+            ["preprocess", photos, "--in-place", *caffe],
+            2,
+            [photos, "not a .npy file"],
+        ),
+        "bytes in place": (
+            ["preprocess", array, "--in-place", *caffe],
+            2,
+            [array, "uint8", "float32", "DST"],
+        ),
+        "another type in place": (
+            ["preprocess", floats, "--in-place", "--dtype", "float16", *caffe],
+            2,
+            [floats, "float32", "float16", "DST"],
+        ),
+        "another layout in place": (
+            ["preprocess", floats, "--in-place", "--out-layout", "NCHW", *caffe],
+            2,
+            [floats, "DST"],
+        ),
+        "preprocessing twice in place": (
+            ["preprocess", stored, "--in-place", *caffe],
+            3,
+            [stored, "preprocessed already"],
+        ),
+        "preprocessing twice in place without a manifest": (
+            ["preprocess", negative, "--in-place", *caffe],
+            3,
+            [negative, "perhaps preprocessed already"],
+        ),
+        "restoring images in place": (
+            ["restore", floats, "--in-place", *caffe],
+            3,
+            [floats, "never preprocessed"],
+        ),
+        "an unknown durability": (
+            ["preprocess", array, new, *caffe, "--durability", "disk"],
+            2,
+            ["'disk'", "'power'", "'process'"],
+        ),
+        "an unknown durability to restore with": (
+            ["restore", stored, new, "--durability", ""],
+            2,
+            ["''", "'power'", "'process'"],
+        ),
+        "an unknown durability in place": (
+            ["preprocess", floats, "--in-place", *caffe, "--durability", "disk"],
+            2,
+            ["'disk'", "'power'", "'process'"],
+        ),
         "restoring in another mode": (
             ["restore", stored, new, "--mode", "tf"],
             2,
@@ -490,7 +711,13 @@ BAD_INPUTS = [
     *("too little memory", "no threads", "an unknown rounding", "restoring images"),
     *("restoring images that are floats", "restoring twice", "restoring in another mode"),
     *("preprocessing twice", "preprocessing twice without a manifest"),
-    *("verifying what has no manifest", "telling of nothing", "a demo among other things"),
+    *("no target", "no target to restore to", "a target in place"),
+    *("a target to restore to in place", "a folder in place", "bytes in place"),
+    *("another type in place", "another layout in place", "preprocessing twice in place"),
+    *("preprocessing twice in place without a manifest", "restoring images in place"),
+    *("an unknown durability", "an unknown durability to restore with"),
+    *("an unknown durability in place", "verifying what has no manifest", "telling of nothing"),
+    "a demo among other things",
 ]
 
 
@@ -532,7 +759,7 @@ def test_a_bad_array_is_refused_in_words_and_left_as_it_is(tmp_path, wrong):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--nonsense"], ["preprocess"], ["preprocess", "a"], ["nonsense"], ["verify", "--full"]],
+    [["--nonsense"], ["preprocess"], ["restore"], ["nonsense"], ["verify", "--full"]],
 )
 def test_a_command_that_makes_no_sense_exits_with_2(arguments):
     result = invoke(*arguments)
@@ -663,7 +890,7 @@ def test_what_is_not_permitted_exits_with_3(tmp_path, photos, closed):
     assert names_in(tmp_path / "out") == []
 
 
-# Progress that says so and then waits: a signal can come at no other place.
+# Progress that says so and then waits, while the next chunk may be written.
 WAITING = """
 import contextlib, sys, warnings
 from fastvgg import cli
@@ -704,10 +931,145 @@ def test_a_signal_exits_with_130_and_the_same_command_goes_on(tmp_path, array, n
     assert "same command" in stderr
     assert "Traceback" not in stderr
     assert not target.exists()
+    committed = commits_in(target)
+    assert committed in (commits, commits + 1)
     again = invoke(*arguments, "--json")
     assert again.exit_code == 0
-    assert json.loads(again.stdout)["counts"]["computed_chunks"] == 3 - commits
+    assert json.loads(again.stdout)["counts"]["computed_chunks"] == 3 - committed
     assert target.read_bytes() == npy_bytes(network_inputs(pixels(11), "caffe"))
+
+
+# A disk that says so and then waits, where the second of three chunks is being written.
+WRITING = """
+import os, signal, sys, warnings
+sys.modules["numba"] = None
+warnings.simplefilter("ignore")
+from fastvgg import cli
+from fastvgg.stream import inplace, run
+from fastvgg.stream.storage import Storage
+first_written = ".fastvgg-journal" if "--in-place" in sys.argv else ".partial"
+syncs = 0
+class Waiting(Storage):
+    def sync(self, file):
+        global syncs
+        written = file.path.name.endswith(first_written)
+        syncs += written
+        if written and syncs == 2:
+            os.write(1, b"writing\\n")
+            sys.stdin.readline()
+        super().sync(file)
+run.Storage = inplace.Storage = Waiting
+interrupt = cli._interrupt
+def told(*arguments):
+    try:
+        interrupt(*arguments)
+    finally:
+        os.write(1, b"interrupted\\n")
+cli._interrupt = told
+signal.signal(signal.SIGWINCH, lambda *_: None)
+cli.main()
+"""
+
+
+def noticed(process, number, happens):
+    """Send a signal to a process, and wait for what happens then."""
+    process.send_signal(number)
+    for _ in range(600):
+        if happens(0.1):
+            return
+        # A signal that comes just before the main thread blocks is noticed at the next one.
+        process.send_signal(signal.SIGWINCH)
+    raise AssertionError(f"nothing happens at signal {number}")
+
+
+@contextlib.contextmanager
+def interrupted(arguments, number):
+    """Run a command that has had a signal while it was writing its second chunk."""
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITING, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "writing\n"
+        noticed(process, number, lambda limit: select.select([process.stdout], [], [], limit)[0])
+        assert process.stdout.readline() == "interrupted\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def of_three_chunks(kind, tmp_path):
+    """A command, the file that it makes, and what must be in that."""
+    if kind == "in place":
+        path = save_npy(tmp_path / "x.npy", floats_of(pixels(11)))
+        options = ["--mode", "caffe", "--in-place", *chunks_of(4, kind)]
+        return ["preprocess", path, *options], path, in_place(Transform("caffe"))
+    path = tmp_path / "y.npy"
+    source = save_npy(tmp_path / "x.npy", pixels(11))
+    expected = npy_bytes(network_inputs(pixels(11), "caffe"))
+    return ["preprocess", source, path, "--mode", "caffe", *chunks_of(4)], path, expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kind", ["array", "in place"])
+def test_a_signal_while_a_chunk_is_written_exits_with_130_when_that_is_committed(
+    tmp_path, kind, number
+):
+    arguments, target, expected = of_three_chunks(kind, tmp_path)
+    with interrupted(arguments, number) as process:
+        assert process.poll() is None
+        stdout, stderr = process.communicate("\n", timeout=60)
+    assert process.returncode == 130, stderr
+    assert stdout == ""
+    assert "interrupted" in stderr
+    assert "same command" in stderr
+    assert "Traceback" not in stderr
+    assert json.loads(invoke("info", target, "--json").stdout)["committed_chunks"] == 2
+    written = target if kind == "in place" else tmp_path / "y.npy.partial"
+    of_two_chunks = 128 + 2 * 4 * 756
+    assert written.read_bytes()[:of_two_chunks] == expected[:of_two_chunks]
+    again = invoke(*arguments, "--json")
+    assert again.exit_code == 0
+    assert json.loads(again.stdout)["counts"]["computed_chunks"] == 1
+    assert target.read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (signal.SIGINT, signal.SIGINT),
+        (signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGINT, signal.SIGTERM),
+        (signal.SIGTERM, signal.SIGINT),
+    ],
+)
+@pytest.mark.parametrize("kind", ["array", "in place"])
+def test_a_second_signal_exits_with_130_at_once_and_the_same_command_goes_on(
+    tmp_path, kind, first, second
+):
+    arguments, target, expected = of_three_chunks(kind, tmp_path)
+
+    def ends(limit):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=limit)
+        return process.returncode is not None
+
+    with interrupted(arguments, first) as process:
+        noticed(process, second, ends)  # and the chunk is still waiting for its disk
+        assert process.returncode == 130
+        stdout, stderr = process.communicate()
+    assert (stdout, stderr) == ("", "")
+    assert (kind == "in place") == target.exists()
+    assert not manifest_path(target).exists()
+    again = invoke(*arguments, "--json")
+    assert again.exit_code == 0
+    # In place the new bytes are committed before they are written, and else when they are.
+    left = {"array": 2, "in place": 1}[kind]
+    assert json.loads(again.stdout)["counts"]["computed_chunks"] == left
+    assert target.read_bytes() == expected
 
 
 # What goes wrong with fastvgg itself

@@ -17,8 +17,18 @@ from pathlib import Path
 
 import pytest
 import xxhash
-from datasets_on_disk import data_tree, must_say, pixels, plan_of, save_images, save_npy, tree
+from datasets_on_disk import (
+    commits_in,
+    data_tree,
+    must_say,
+    pixels,
+    plan_of,
+    save_images,
+    save_npy,
+    tree,
+)
 from faults import (
+    CuttingStorage,
     Death,
     FaultyOs,
     MortalStorage,
@@ -183,15 +193,19 @@ def every_death(scenario):
 
 
 @pytest.mark.parametrize("half_done", [False, True], ids=["before", "half way through"])
-@pytest.mark.parametrize("power", ["power stays", "power is cut"])
-def test_dying_at_any_storage_call_loses_nothing(scenario, half_done, power):
-    graveyard = scenario.place / "graveyard" if power == "power is cut" else None
+@pytest.mark.parametrize(
+    ("power", "durability"),
+    [("stays", "power"), ("stays", "process"), ("is cut", "power")],
+    ids=["power stays", "power stays and nothing is synced", "power is cut"],
+)
+def test_dying_at_any_storage_call_loses_nothing(scenario, half_done, power, durability):
+    graveyard = scenario.place / "graveyard" if power == "is cut" else None
+    settings = {"half_done": half_done, "graveyard": graveyard, "durability": durability}
     # A run that was begun with --restart may be taken up with or without it.
     ways_on = ("resume", "begin") if scenario.restarts else ("resume",)
     for number, way_on in itertools.product(every_death(scenario), ways_on):
         with scenario.directory() as directory:
-            storage = MortalStorage(number, half_done=half_done, graveyard=graveyard)
-            assert dies(scenario, directory, storage)
+            assert dies(scenario, directory, MortalStorage(number, **settings))
             scenario.check_in_between(directory)
             getattr(scenario, way_on)(directory)
             scenario.check_at_the_end(directory)
@@ -292,17 +306,11 @@ def test_any_change_of_a_name_that_fails_stops_the_run_and_it_can_be_resumed(sce
 def cut_off(scenario):
     """A directory in which a run died after two commits, and its journal."""
     with scenario.directory() as directory:
-        commits = 0
-
-        def progress(_):
-            nonlocal commits
-            commits += 1
-            if commits == 2:
-                raise Death
-
         with pytest.raises(Death):
-            run(scenario.plan(directory, restart=scenario.restarts), progress)
-        yield directory, journal_path(directory / scenario.target_name)
+            scenario.begin(directory, CuttingStorage(2))
+        target = directory / scenario.target_name
+        assert commits_in(target) == 2
+        yield directory, journal_path(target)
 
 
 def check_right_or_refused(scenario, directory):

@@ -199,6 +199,59 @@ def test_datasets_know_neither_the_engine_nor_the_stream(room):
     assert not within(imports_of(room), *above)
 
 
+# From the bottom to the top.
+STREAM = [
+    *("__init__", "behind", "report", "storage", "plan", "job", "journal", "manifest", "ring"),
+    *("state", "values", "prepare", "inplace", "run", "info", "verify"),
+]
+
+
+def test_every_room_of_the_stream_has_its_place():
+    assert sorted(rooms_in("stream")) == sorted(f"stream/{name}.py" for name in STREAM)
+
+
+@pytest.mark.parametrize("name", STREAM)
+def test_a_room_of_the_stream_imports_only_rooms_below_it(name):
+    below = {f"fastvgg.stream.{lower}" for lower in STREAM[: STREAM.index(name)]}
+    assert within(imports_of(f"stream/{name}.py", functions=False), "fastvgg.stream") <= below
+    # A plan that is run hands itself to the runner, and only then needs it.
+    late = {"fastvgg.stream.run"} if name == "plan" else set()
+    assert within(imports_of(f"stream/{name}.py"), "fastvgg.stream") <= below | late
+
+
+@pytest.mark.parametrize(
+    ("room", "allowed"),
+    [
+        ("behind", set()),
+        ("report", set()),
+        ("storage", {"errors"}),
+        ("plan", {"errors"}),
+        ("journal", {"datasets.base", "datasets.index", "errors", "stream.job"}),
+        (
+            "ring",
+            {
+                "datasets.base",
+                "errors",
+                "stream.job",
+                "stream.journal",
+                "stream.storage",
+                "transform",
+            },
+        ),
+        ("values", {"errors", "stream.manifest"}),
+    ],
+)
+def test_what_does_one_thing_knows_only_what_that_needs(room, allowed):
+    actual = within(imports_of(f"stream/{room}.py", functions=False), "fastvgg")
+    assert actual == {f"fastvgg.{name}" for name in allowed}
+
+
+@pytest.mark.parametrize("room", rooms_in("stream/ring.py", "stream/behind.py"))
+def test_what_makes_changes_last_knows_nothing_of_pixels(room):
+    pixels = ("numpy", "PIL", "fastvgg.engine", "fastvgg.oracle", "fastvgg.kernels")
+    assert not within(imports_of(room), *pixels, "fastvgg.datasets.npy", "fastvgg.datasets.images")
+
+
 @pytest.mark.parametrize("room", rooms_in("stream/plan.py"))
 def test_planning_is_arithmetic_and_touches_no_file(room):
     assert not within(imports_of(room), "os", "pathlib", "io", "shutil", "fastvgg.datasets")

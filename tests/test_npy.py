@@ -331,6 +331,40 @@ def test_another_failure_to_populate_is_not_taken_for_a_missing_call():
         NpySource._populate(Window())
 
 
+def test_a_read_asks_the_system_to_read_as_much_again_ahead(tmp_path, monkeypatch):
+    expected, advised = values("float32", (66, 37, 41, 3)), []
+    advise = os.posix_fadvise
+
+    def noted(file, begin, length, advice):
+        advised.append((begin, length, advice))
+        advise(file, begin, length, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", noted)
+    with closing(NpySource(save_npy(tmp_path / "x.npy", expected))) as source:
+        for start, stop in ((0, 29), (29, 58), (58, 66)):
+            assert source.read(start, stop).batch.tobytes() == expected[start:stop].tobytes()
+    image, will_need = 37 * 41 * 3 * 4, os.POSIX_FADV_WILLNEED
+    assert advised == [
+        (128 + 29 * image, 29 * image, will_need),
+        (128 + 58 * image, 29 * image, will_need),
+        (128 + 66 * image, 8 * image, will_need),  # past the end, where there is nothing
+    ]
+
+
+@pytest.mark.parametrize("reason", ["no such call in Python", "no such call in the kernel"])
+def test_a_system_that_takes_no_advice_reads_the_same(tmp_path, monkeypatch, reason):
+    def unknown(*arguments):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    if reason == "no such call in Python":
+        monkeypatch.delattr(os, "posix_fadvise")
+    else:
+        monkeypatch.setattr(os, "posix_fadvise", unknown)
+    expected = values("uint8")
+    with closing(NpySource(save_npy(tmp_path / "x.npy", expected))) as source:
+        assert source.read(1, 4).batch.tobytes() == expected[1:4].tobytes()
+
+
 def fingerprint(path):
     with closing(NpySource(path)) as source:
         return source.fingerprint()

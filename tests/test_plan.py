@@ -15,6 +15,7 @@ from datasets_on_disk import (
     save_npy,
     tree,
 )
+from faults import CuttingStorage, Death
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,6 +30,7 @@ from fastvgg.stream.plan import (
     readable_bytes,
     result_header,
 )
+from fastvgg.stream.run import run
 from fastvgg.transform import Transform
 
 
@@ -133,6 +135,7 @@ def a_plan(images, together, limit=10**12, scratch=0):
         backend="numpy",
         strict=False,
         restart=False,
+        durability="power",
         notes=(),
         committed_chunks=0,
     )
@@ -151,35 +154,39 @@ def test_the_chunks_are_a_partition_of_all_rows(images, together):
 
 @given(st.integers(1, 10**7), st.integers(0, 10**6), st.integers(10**4, 10**9))
 def test_what_a_plan_projects_is_within_its_limit(images, scratch, limit):
-    image_bytes = 7 * 9 * 3 * (1 + 4)
+    image_bytes = 7 * 9 * 3 * (1 + 2 * 4)
     try:
         together = chunk_images(images, image_bytes, scratch, limit)
     except TargetError:
         return
     plan = a_plan(images, together, limit, scratch)
-    assert 0 < plan.projected_bytes <= limit
+    assert plan.projected_bytes == scratch + together * image_bytes
+    assert plan.projected_bytes <= limit
     assert plan.write_bytes == images * 7 * 9 * 3 * 4
 
 
-@pytest.mark.parametrize("memory", [945, 946, 2 * 945 - 1, 2 * 945, 5000, "512MiB"])
+@pytest.mark.parametrize("memory", [1701, 1702, 2 * 1701 - 1, 2 * 1701, 9000, "512MiB"])
 def test_a_real_plan_is_within_the_limit_that_it_was_given(tmp_path, array, memory):
     plan = fastvgg.plan(array, tmp_path / "y.npy", mode="caffe", memory=memory)
     assert plan.memory_bytes == parse_bytes(memory)
     assert plan.projected_bytes <= plan.memory_bytes
-    assert plan.chunk_images == min(11, plan.memory_bytes // 945)
+    assert plan.chunk_images == min(11, plan.memory_bytes // (189 + 2 * 756))
 
 
 def test_a_plan_of_a_folder_counts_what_decoding_needs(tmp_path):
     save_images(tmp_path / "photos", pixels(5, height=47, width=61))
     plan = fastvgg.plan(tmp_path / "photos", tmp_path / "y.npy", mode="tf", size=(11, 23))
     assert plan.scratch_bytes >= plan.threads * 47 * 61 * 3
-    assert plan.projected_bytes >= plan.scratch_bytes + 5 * 11 * 23 * 3 * (1 + 4)
+    assert plan.projected_bytes >= plan.scratch_bytes + 5 * 11 * 23 * 3 * (1 + 2 * 4)
 
 
-def test_too_little_memory_is_refused_with_both_numbers_and_what_to_give(tmp_path, array):
+@pytest.mark.parametrize(("memory", "limit"), [(944, "944 B"), (1700, "1.7 KiB")])
+def test_too_little_memory_is_refused_with_both_numbers_and_what_to_give(
+    tmp_path, array, memory, limit
+):
     with pytest.raises(TargetError) as caught:
-        fastvgg.plan(array, tmp_path / "y.npy", mode="caffe", memory=944)
-    must_say(caught.value, "945 B", "944 B", "--memory 1MiB")
+        fastvgg.plan(array, tmp_path / "y.npy", mode="caffe", memory=memory)
+    must_say(caught.value, "needs 1.7 KiB", f"the limit is {limit}", "--memory 1MiB")
     assert names_in(tmp_path) == ["x.npy"]
 
 
@@ -240,7 +247,7 @@ def test_a_plan_says_its_numbers(tmp_path, array):
         "chunks   6 of 2 images",
         readable_bytes(array.stat().st_size),
         readable_bytes(11 * 7 * 9 * 3 * 2),
-        f"{readable_bytes(2 * 189 * 3)} of {readable_bytes(2 * 189 * 3)}",
+        f"{readable_bytes(2 * 189 * 5)} of {readable_bytes(2 * 189 * 5)}",
         "threads  1",
     ):
         assert expected in text
@@ -263,23 +270,20 @@ def test_a_plan_says_how_many_values_a_mode_of_ones_own_loses(tmp_path, array):
 
 def test_a_plan_says_which_chunks_are_done(tmp_path, array):
     plan = plan_of(array, tmp_path / "y.npy", mode="caffe", together=2)
-
-    def stop(progress):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        plan.run(stop)
+    with pytest.raises(Death):
+        run(plan, storage=CuttingStorage(1))
     again = plan_of(array, tmp_path / "y.npy", mode="caffe", together=2)
     assert again.committed_chunks == 1
     assert "chunks   6 of 2 images, 1 done" in str(again)
 
 
-def test_a_job_is_the_same_for_any_memory_threads_and_backend(tmp_path, array):
+def test_a_job_is_the_same_for_any_memory_threads_backend_and_durability(tmp_path, array):
     target = tmp_path / "y.npy"
     expected = plan_of(array, target, mode="caffe").job()
     assert plan_of(array, target, mode="caffe", together=2, threads=2).job() == expected
     assert plan_of(array, target, mode="caffe", strict=True, restart=True).job() == expected
     assert plan_of(array, target, mode="caffe", backend="auto").job() == expected
+    assert plan_of(array, target, mode="caffe", durability="process").job() == expected
 
 
 @pytest.mark.parametrize(
@@ -324,6 +328,16 @@ REFUSED = {
     "no threads": ({"mode": "tf", "threads": 0}, UsageError, ["threads is 0"]),
     "a size for an array": ({"mode": "tf", "size": (7, 9)}, SourceError, ["x.npy", "--size"]),
     "no amount": ({"mode": "tf", "memory": "lots"}, UsageError, ["'lots'"]),
+    "an unknown durability": (
+        {"mode": "tf", "durability": "disk"},
+        UsageError,
+        ["'disk'", "'power'", "'process'"],
+    ),
+    "a durability in capitals": (
+        {"mode": "tf", "durability": "POWER"},
+        UsageError,
+        ["'POWER'", "'power'"],
+    ),
     "images to restore": ({"mode": "tf", "direction": "restore"}, SourceError, ["x.npy", "uint8"]),
 }
 

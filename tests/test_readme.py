@@ -50,7 +50,9 @@ def test_python_example_has_ten_lines_of_code():
 def test_commands_run_in_the_order_they_are_listed(photographs):
     import numpy as np
 
-    np.save("images.npy", np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8))
+    images = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)
+    np.save("images.npy", images)
+    np.save("floats.npy", images.astype(np.float32))
     listed = next(block for block in blocks("sh") if "fastvgg preprocess" in block)
     commands = [shlex.split(line, comments=True) for line in listed.splitlines()]
     assert {command[1] for command in commands} == {

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import datetime as dt
 import errno
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from importlib import metadata
 from platform import python_version
 
@@ -18,6 +20,7 @@ import pytest
 import xxhash
 from batches import FLOATS, KERAS_MODES, every_value, in_layout
 from datasets_on_disk import (
+    commits_in,
     data_tree,
     failing_in_ascii,
     images_in,
@@ -37,14 +40,17 @@ from datasets_on_disk import (
     save_npy,
     tree,
 )
-from faults import FaultyOs, system_calls
+from faults import CuttingStorage, Death, FaultyOs, system_calls
 
 import fastvgg
-from fastvgg import oracle
+from fastvgg import engine, oracle
 from fastvgg.datasets.index import Record, index_path, index_text, read_index
 from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError, UsageError
+from fastvgg.stream.behind import Behind
 from fastvgg.stream.journal import journal_path
 from fastvgg.stream.manifest import manifest_path, read_manifest
+from fastvgg.stream.run import run
+from fastvgg.stream.storage import Storage
 from fastvgg.transform import Mode, Transform
 
 
@@ -165,6 +171,19 @@ def test_progress_is_told_after_every_commit(tmp_path, array):
     assert [at.written_bytes for at in told] == [n * 756 for n in (4, 8, 11)]
 
 
+def test_progress_is_told_of_what_is_committed_on_the_thread_of_the_caller(tmp_path, array):
+    committed, threads = [], set()
+
+    def progress(at):
+        committed.append((at.images, commits_in(tmp_path / "y.npy")))
+        threads.add(threading.get_ident())
+
+    plan_of(array, tmp_path / "y.npy", mode="caffe", together=2).run(progress)
+    assert len(committed) == 6
+    assert all(images <= 2 * commits for images, commits in committed)
+    assert threads == {threading.get_ident()}
+
+
 def test_a_report_says_what_was_done(tmp_path, array):
     report = plan_of(array, tmp_path / "y.npy", mode="caffe", together=4).run()
     assert report.read_bytes == array.stat().st_size
@@ -181,6 +200,143 @@ def test_a_source_is_never_changed(tmp_path, array, photos):
     plan_of(photos, tmp_path / "z.npy", mode="caffe", together=4).run()
     assert array.read_bytes() == content
     assert before == {path: (path.stat().st_mtime_ns, tree(photos)) for path in (array, photos)}
+
+
+# One chunk is written while the next is computed
+
+
+class Computed:
+    """The engine, and storage whose writes wait until it has come so far."""
+
+    def __init__(self, monkeypatch, chunks, until):
+        self.chunks = [threading.Event() for _ in range(chunks)]
+        self._begun = itertools.count()
+        self._until = until
+        self._apply = engine.apply
+        monkeypatch.setattr(engine, "apply", self._computing)
+
+    def _computing(self, *arguments, **settings):
+        self._apply(*arguments, **settings)
+        self.chunks[next(self._begun)].set()
+
+    def storage(self):
+        """Return storage that writes a chunk when `until` comes back."""
+        written, until = itertools.count(), self._until
+
+        class Waiting(Storage):
+            def write(self, file, data, offset):
+                if file.path.name.endswith(".partial") and offset > 0:
+                    until(next(written))
+                super().write(file, data, offset)
+
+        return Waiting()
+
+
+def test_a_chunk_is_computed_while_the_one_before_it_is_written(tmp_path, array, monkeypatch):
+    def until(chunk):
+        if chunk < 5:
+            assert computed.chunks[chunk + 1].wait(60), "the next chunk is not computed"
+
+    computed = Computed(monkeypatch, 6, until)
+    plan = plan_of(array, tmp_path / "y.npy", mode="caffe", together=2)
+    report = run(plan, storage=computed.storage())
+    assert report.counts["computed_chunks"] == 6
+    assert (tmp_path / "y.npy").read_bytes() == npy_bytes(network_inputs(pixels(11), "caffe"))
+
+
+def main_waits():
+    """Whether the main thread waits for something that is done behind it."""
+    codes, frame = set(), sys._current_frames()[threading.main_thread().ident]
+    while frame is not None:
+        codes.add(frame.f_code)
+        frame = frame.f_back
+    return {Behind.wait_for_all_but.__code__, threading.Condition.wait.__code__} <= codes
+
+
+def test_no_chunk_is_computed_into_memory_that_is_still_to_be_written(tmp_path, array, monkeypatch):
+    def until(chunk):
+        # As far as the engine comes without what is being written.
+        while not (main_waits() or computed.chunks[-1].is_set()):
+            pass
+
+    computed = Computed(monkeypatch, 6, until)
+    run(plan_of(array, tmp_path / "y.npy", mode="tf", together=2), storage=computed.storage())
+    assert (tmp_path / "y.npy").read_bytes() == npy_bytes(network_inputs(pixels(11), "tf"))
+    fastvgg.verify(tmp_path / "y.npy", full=True)
+
+
+# What a commit survives
+
+
+DATASETS = {  # source, target, settings, the least that power asks for
+    "array": ("x.npy", "y.npy", {"mode": "caffe"}, 3 * 2),
+    "folder": ("photos", "y.npy", {"mode": "caffe"}, 3 * 2),
+    "files": ("stored.npy", "out", {"direction": "restore"}, 11 + 3 * 2),
+    "in place": ("place/floats.npy", None, {"mode": "caffe", "in_place": True}, 3 + 2),
+}
+
+
+@pytest.mark.parametrize("kind", DATASETS)
+def test_for_the_process_alone_nothing_is_synced_and_the_files_are_the_same(tmp_path, kind):
+    source, target, settings, least = DATASETS[kind]
+    save_npy(tmp_path / "x.npy", pixels(11))
+    save_images(tmp_path / "photos", pixels(11))
+    plan_of(tmp_path / "x.npy", tmp_path / "stored.npy", mode="caffe").run()
+    place = tmp_path / "place"
+    syncs, files = {}, {}
+    for durability in ("power", "process"):
+        place.mkdir()
+        if target is None:
+            save_npy(tmp_path / source, pixels(11).astype(np.float32))
+            os.utime(tmp_path / source, ns=(0, 1))
+        plan = plan_of(
+            tmp_path / source,
+            None if target is None else place / target,
+            together=4,
+            durability=durability,
+            **settings,
+        )
+        with system_calls(FaultyOs()) as system:
+            assert plan.run().counts["computed_chunks"] == 3
+        syncs[durability] = system.calls.count("fsync")
+        files[durability] = data_tree(place)
+        shutil.rmtree(place)
+    assert syncs["process"] == 0
+    assert syncs["power"] >= least
+    assert files["process"] == files["power"]
+
+
+def test_a_run_for_power_syncs_each_chunk_and_then_its_commit(tmp_path, array):
+    synced = []
+
+    class Listing(Storage):
+        def sync(self, file):
+            super().sync(file)
+            synced.append(file.path.name)
+
+        def sync_directory(self, path):
+            super().sync_directory(path)
+            synced.append(path.name)
+
+    run(plan_of(array, tmp_path / "y.npy", mode="caffe", together=4), storage=Listing())
+    partial, journal, here = "y.npy.partial", "y.npy.fastvgg-journal", tmp_path.name
+    assert synced == [
+        *(journal, here),  # the run is begun
+        here,  # the partial has its name
+        *(partial, journal) * 3,
+        here,  # the data has its name
+        *("y.npy.fastvgg.json.tmp", here),
+        here,  # the journal is gone
+    ]
+
+
+@pytest.mark.parametrize("then", ["power", "process"])
+def test_a_run_may_go_on_with_another_durability(tmp_path, array, then):
+    first = {"power": "process", "process": "power"}[then]
+    target = unfinished(array, tmp_path / "y.npy", mode="caffe", durability=first)
+    report = plan_of(array, target, mode="caffe", durability=then).run()
+    assert report.counts["computed_chunks"] == 5
+    assert target.read_bytes() == npy_bytes(network_inputs(pixels(11), "caffe"))
 
 
 # Restoring
@@ -382,19 +538,31 @@ def test_a_failed_image_stays_failed_when_the_rest_is_restored(tmp_path):
             assert images_in(files)[name].tobytes() == batch[row].tobytes()
 
 
-def test_strict_stops_at_the_first_image_that_cannot_be_read(tmp_path):
+@pytest.mark.parametrize("first", ["1-torn.png", "3-text.jpg"])
+def test_strict_stops_at_the_first_image_that_cannot_be_read(tmp_path, first):
     names, _ = folder_with_failures(tmp_path / "some")
+    if first == "3-text.jpg":
+        (tmp_path / "some" / "1-torn.png").unlink()
+        names.remove("1-torn.png")
     target = tmp_path / "y.npy"
     told = []
     with pytest.raises(StoppedError) as caught:
         plan_of(tmp_path / "some", target, mode="caffe", together=1, strict=True).run(told.append)
-    row = names.index("1-torn.png")
-    must_say(caught.value, tmp_path / "some" / "1-torn.png", f"row {row}")
-    assert len(told) == row
+    row = names.index(first)
+    must_say(caught.value, tmp_path / "some" / first, f"row {row}")
+    # The image before it was still to be written when this one was read.
+    assert [at.images for at in told] == list(range(1, row))
+    committed = commits_in(target)
+    assert committed in (row - 1, row)
     assert not target.exists()
     assert not manifest_path(target).exists()
     report = plan_of(tmp_path / "some", target, mode="caffe", together=1).run()
-    assert report.counts == {"images": 7, "failed": 2, "chunks": 7, "computed_chunks": 7 - row}
+    assert report.counts == {
+        "images": len(names),
+        "failed": sum("-" in name for name in names),
+        "chunks": len(names),
+        "computed_chunks": len(names) - committed,
+    }
 
 
 def test_strict_accepts_a_folder_without_failures(tmp_path, photos):
@@ -422,15 +590,14 @@ def test_strict_stops_at_what_an_earlier_run_let_pass(tmp_path):
 KILLED = """
 import os, signal, sys
 from datasets_on_disk import plan_of
+from faults import CuttingStorage
+from fastvgg.stream.run import run
 source, target, direction, commits = sys.argv[1:]
-done = 0
-def progress(at):
-    global done
-    done += 1
-    if done == int(commits):
-        os.kill(os.getpid(), signal.SIGKILL)
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
 mode = "caffe" if direction == "preprocess" else None
-plan_of(source, target, mode=mode, direction=direction, together=2, threads=2).run(progress)
+plan = plan_of(source, target, mode=mode, direction=direction, together=2, threads=2)
+run(plan, storage=CuttingStorage(int(commits), end=kill))
 """
 
 
@@ -470,11 +637,15 @@ def test_a_run_that_raised_in_its_progress_goes_on_where_it_was(tmp_path, array)
     def fail(progress):
         raise RuntimeError("a defect of the caller")
 
-    for committed in range(6):
+    committed = 0
+    while committed < 6:
         plan = plan_of(array, target, mode="caffe", together=2)
         assert plan.committed_chunks == committed
         with pytest.raises(RuntimeError, match="a defect of the caller"):
             plan.run(fail)
+        # The chunk that was told of, and maybe the one that was being written.
+        assert commits_in(target) - committed in (1, 2)
+        committed = commits_in(target)
     report = plan_of(array, target, mode="caffe", together=2).run()
     assert report.counts["computed_chunks"] == 0
     assert target.read_bytes() == npy_bytes(network_inputs(pixels(11), "caffe"))
@@ -495,12 +666,8 @@ def test_a_resumed_run_keeps_the_chunks_it_began_with(tmp_path, array):
 
 def unfinished(source, target, **settings):
     """Leave a run behind that stopped after its first commit."""
-
-    def stop(progress):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        plan_of(source, target, together=2, **settings).run(stop)
+    with pytest.raises(Death):
+        run(plan_of(source, target, together=2, **settings), storage=CuttingStorage(1))
     return target
 
 
@@ -872,8 +1039,10 @@ def test_the_next_run_goes_on_when_the_first_is_killed(tmp_path, array):
     with holding(array, target) as first:
         first.kill()
         first.communicate()
+    committed = commits_in(target)
+    assert committed in (1, 2)  # it was told of one, and may have written another since
     report = plan_of(array, target, mode="caffe", together=2).run()
-    assert report.counts["computed_chunks"] == 5
+    assert report.counts["computed_chunks"] == 6 - committed
     assert target.read_bytes() == npy_bytes(network_inputs(pixels(11), "caffe"))
 
 
@@ -1321,3 +1490,12 @@ def test_a_system_with_nothing_but_the_plain_calls_writes_the_same(tmp_path, arr
     with system_calls(Plain()):
         plan_of(array, tmp_path / "y.npy", mode="caffe", together=4).run()
     assert (tmp_path / "y.npy").read_bytes() == npy_bytes(network_inputs(pixels(11), "caffe"))
+
+
+def test_a_journal_that_says_nothing_beside_a_complete_target_goes(array, tmp_path):
+    plan_of(array, tmp_path / "y.npy", mode="caffe").run()
+    finished = tree(tmp_path)
+    journal_path(tmp_path / "y.npy").write_bytes(b"")
+    report = plan_of(array, tmp_path / "y.npy", mode="caffe").run()
+    assert report.counts["computed_chunks"] == 0
+    assert tree(tmp_path) == finished

@@ -12,8 +12,8 @@ import pytest
 from datasets_on_disk import must_say, names_in, printed_by, tree
 from faults import Death, FaultyOs, MortalStorage, system_calls
 
-from fastvgg.errors import StoppedError, TargetError
-from fastvgg.stream.storage import Storage, StoredFile
+from fastvgg.errors import StoppedError, TargetError, UsageError
+from fastvgg.stream.storage import Storage, StoredFile, check_durability
 
 
 @pytest.fixture
@@ -37,6 +37,58 @@ def test_what_is_written_at_offsets_is_there(file, storage):
     assert storage.size(file) == 12
     storage.truncate(file, 5)
     assert file.path.read_bytes() == b"hello"
+
+
+@pytest.mark.parametrize("part_bytes", [1, 3, 5, 100])
+def test_what_is_read_is_all_that_was_asked_for(file, storage, part_bytes):
+    class Hesitant(FaultyOs):
+        def __getattr__(self, name):
+            if name != "pread":
+                return getattr(os, name)
+            return lambda file, count, offset: os.pread(file, min(count, part_bytes), offset)
+
+    storage.write(file, b"hello, world", 0)
+    with system_calls(Hesitant()):
+        assert storage.read(file, 0, 12) == b"hello, world"
+        assert storage.read(file, 7, 5) == b"world"
+        assert storage.read(file, 12, 0) == b""
+
+
+def test_reading_past_the_end_is_an_error_that_names_the_offset_it_came_to(file, storage):
+    storage.write(file, b"hello", 0)
+    with pytest.raises(StoppedError) as caught:
+        storage.read(file, 2, 4)
+    must_say(caught.value, file.path, "read at offset 5", "shorter")
+
+
+def test_only_for_power_a_sync_asks_the_system_for_one(tmp_path):
+    for storage, expected in (
+        (Storage(), ["fsync"]),
+        (Storage("power"), ["fsync"]),
+        (Storage("process"), []),
+    ):
+        file = storage.create(tmp_path / "file")
+        storage.write(file, b"abc", 0)
+        with system_calls(FaultyOs()) as system:
+            storage.sync(file)
+            assert system.calls == expected
+            storage.sync_directory(tmp_path)
+            assert system.calls.count("fsync") == 2 * len(expected)
+        storage.close(file)
+        assert file.path.read_bytes() == b"abc"
+
+
+def test_for_the_process_alone_nothing_is_tried_that_a_sync_could_fail_at(tmp_path):
+    storage = Storage("process")
+    storage.sync(closed(tmp_path))
+    storage.sync_directory(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("durability", ["", "disk", "Power", "none"])
+def test_what_is_no_durability_is_refused_with_those_that_are(durability):
+    with pytest.raises(UsageError) as caught:
+        check_durability(durability)
+    must_say(caught.value, repr(durability), "'power'", "'process'")
 
 
 def test_creating_empties_and_opening_does_not(tmp_path, storage):
@@ -115,6 +167,7 @@ FAILING = {
     "fstat": lambda s, p: s.size(closed(p)),
     "reserve": lambda s, p: s.reserve(closed(p), 10),
     "write": lambda s, p: s.write(closed(p), b"abc", 4711),
+    "read": lambda s, p: s.read(closed(p), 4711, 3),
     "truncate": lambda s, p: s.truncate(closed(p), 4711),
     "fsync": lambda s, p: s.sync(closed(p)),
     "fsync of a directory": lambda s, p: s.sync_directory(p / "missing"),
@@ -129,7 +182,7 @@ def test_a_call_that_the_system_refuses_is_named_with_its_file_and_offset(tmp_pa
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StoppedError) as caught:
         FAILING[call](storage, tmp_path)
-    offset = 4711 if call in ("write", "truncate") else 0
+    offset = 4711 if call in ("write", "read", "truncate") else 0
     must_say(caught.value, tmp_path, call.split()[0], f"offset {offset}")
     assert isinstance(caught.value.__cause__, OSError)
     assert errno.errorcode[caught.value.__cause__.errno] in str(caught.value)
@@ -272,3 +325,14 @@ def test_a_lock_on_a_file_that_no_longer_has_the_name_is_none(tmp_path, storage,
         path.write_bytes(b"")
     assert not storage.lock(file)
     storage.close(file)
+
+
+def test_a_small_file_that_cannot_be_written_is_not_left_open(tmp_path, storage):
+    def opened():
+        return len(os.listdir("/proc/self/fd"))
+
+    before = opened()
+    for number in range(2, 5):
+        with system_calls(FaultyOs(number)), pytest.raises(StoppedError):
+            storage.write_whole(tmp_path / "file", b"new")
+    assert opened() == before

@@ -40,8 +40,10 @@ def open_regular(path: Path) -> io.BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
-def read_beside(path: Path) -> bytes | None:
+def read_beside(path: Path, at_most: int = -1) -> bytes | None:
     """Return what a file beside a dataset holds: its index, manifest or journal; None if missing.
+
+    Of a long one no more than the first `at_most` bytes.
 
     Raises
     ------
@@ -50,7 +52,8 @@ def read_beside(path: Path) -> bytes | None:
     """
     try:
         with open_regular(path) as file:
-            return file.read()
+            # Memory is taken for all that is asked for, however short the file is.
+            return file.read(min(at_most, os.fstat(file.fileno()).st_size))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

@@ -9,6 +9,7 @@ from typing import Any
 from fastvgg import datasets
 from fastvgg.stream.journal import journal_path, read_ledger
 from fastvgg.stream.manifest import read_manifest
+from fastvgg.stream.ring import committed_chunks, read_ring_header
 
 __all__ = ["info"]
 
@@ -24,8 +25,9 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     Returns
     -------
     dict
-        JSON types, in the order to show them: path, state ("finished", "unfinished", or "source"
-        for what fastvgg did not write), and what there is of shape, type, layout, mode, counts.
+        JSON types, in the order to show them: path, state ("finished", "unfinished",
+        "unfinished in place", or "source" for what fastvgg did not write), and what there is of
+        shape, type, layout, mode, counts.
 
     Raises
     ------
@@ -33,6 +35,16 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
         If there is nothing that fastvgg knows.
     """
     dataset = Path(os.path.abspath(os.fspath(path)))
+    ring = read_ring_header(dataset)
+    if ring is not None:
+        return {
+            "path": str(dataset),
+            "state": "unfinished in place",
+            "committed_chunks": committed_chunks(ring, dataset),
+            "chunks": ring.places.chunks,
+            **_of_job(ring.job),
+            "next": f"finish it, which nothing else may use before: {ring.command(dataset)}",
+        }
     ledger = read_ledger(journal_path(dataset))
     if ledger is not None:
         return {

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
@@ -18,15 +19,34 @@ import xxhash
 from fastvgg.datasets.base import read_beside
 from fastvgg.datasets.index import Record
 from fastvgg.errors import FastvggError, ResumeError, TargetError
+from fastvgg.stream.job import check_fields, check_job, check_sizes
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from fastvgg.stream.job import Kinds
     from fastvgg.stream.storage import Storage, StoredFile
 
-__all__ = ["Commit", "Journal", "Ledger", "journal_path", "read_ledger", "refuse_other_job"]
+__all__ = [
+    "Commit",
+    "Journal",
+    "Ledger",
+    "journal_path",
+    "read_ledger",
+    "refuse_other_job",
+    "seal",
+    "unseal",
+]
 
 FORMAT: Final = 1
+FIRST_LINE: Final[Kinds] = {
+    "fastvgg-journal": int,
+    "job": dict,
+    "chunk_images": int,
+    "replaces": (str, NoneType),
+}
+COMMIT: Final[Kinds] = {"chunk": int, "checksum": str, "records": list}
+OF_IMAGE: Final = [str, str, int, int, str]
 
 
 @dataclass(frozen=True)
@@ -44,7 +64,18 @@ class Commit:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Commit:
-        """Return the commit that `to_dict` wrote."""
+        """Return the commit that `to_dict` wrote.
+
+        Raises
+        ------
+        ValueError
+            If it wrote no such thing.
+        """
+        check_fields(fields, COMMIT)
+        for record in fields["records"]:
+            if not isinstance(record, list) or [type(value) for value in record] != OF_IMAGE:
+                raise ValueError("what it says of an image is of other types")
+            check_sizes(record[2:4], least=0)
         records = [Record(*record) for record in fields["records"]]
         return cls(fields["chunk"], fields["checksum"], records)
 
@@ -62,9 +93,14 @@ class Ledger:
     """The length of the journal's whole lines."""
 
     @property
+    def images(self) -> int:
+        """How many images the job has."""
+        return int(self.job["result"]["shape"][0])
+
+    @property
     def chunks(self) -> int:
         """How many chunks the job has."""
-        return -(-int(self.job["result"]["shape"][0]) // self.chunk_images)
+        return -(-self.images // self.chunk_images)
 
     @property
     def complete(self) -> bool:
@@ -83,45 +119,84 @@ def read_ledger(path: Path) -> Ledger | None:
     Raises
     ------
     ResumeError
-        If the first line is whole and yet not one of ours.
+        If a line is whole and yet not one of ours.
     """
     data = read_beside(path)
     if data is None:
         return None
     ledger = None
-    for line in data.splitlines(keepends=True):
-        fields = _whole(line)
-        if fields is None:
-            break
-        if ledger is None:
-            ledger = _opened(path, fields)
-        else:
-            commit = Commit.from_dict(fields)
-            ledger.commits[commit.chunk] = commit
+    for number, line in enumerate(data.splitlines(keepends=True), 1):
+        try:
+            fields = unseal(line)
+            if fields is None:
+                break
+            if ledger is None:
+                ledger = _opened(path, fields)
+            else:
+                _add(ledger, Commit.from_dict(fields))
+        except ValueError as error:
+            raise ResumeError(
+                f"{path} is damaged: line {number} has the right checksum, and is no line of a "
+                f"journal: {str(error)[:200]}",
+                "put it back as the run left it, or give --restart to begin again",
+            ) from None
         ledger.whole_bytes += len(line)
     return ledger
 
 
-def _whole(line: bytes) -> dict[str, Any] | None:
+def unseal(line: bytes) -> dict[str, Any] | None:
+    """Return the fields of a line that `seal` made; None if it is not whole.
+
+    Raises
+    ------
+    ValueError
+        If it is whole, and yet `seal` did not make it.
+    """
     checksum, _, text = line.removesuffix(b"\n").partition(b" ")
     if not line.endswith(b"\n") or checksum.decode("latin-1") != xxhash.xxh3_64_hexdigest(text):
         return None
-    fields: dict[str, Any] = json.loads(text)
+    try:
+        fields = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"it holds no fields, but {type(fields).__name__}")  # noqa: TRY004
     return fields
 
 
-def _line(fields: dict[str, Any]) -> bytes:
+def seal(fields: dict[str, Any]) -> bytes:
+    """Return JSON types as a line that begins with the checksum of the rest."""
     text = json.dumps(fields).encode()
     return f"{xxhash.xxh3_64_hexdigest(text)} ".encode() + text + b"\n"
 
 
 def _opened(path: Path, fields: dict[str, Any]) -> Ledger:
-    if fields.get("fastvgg-journal") != FORMAT:
+    if "fastvgg-journal" not in fields:
         raise ResumeError(
-            f"{path} has format {fields.get('fastvgg-journal')!r}, and this version reads {FORMAT}",
+            f"{path} is of another kind of run",
+            "finish that first: 'fastvgg info' tells how; or give --restart",
+        )
+    found = fields["fastvgg-journal"]
+    if type(found) is int and found != FORMAT:
+        raise ResumeError(
+            f"{path} has format {str(found)[:20]}, and this version reads {FORMAT}",
             "finish the run with the version that began it, or give --restart",
         )
-    return Ledger(fields["job"], fields["chunk_images"], fields["replaces"])
+    check_fields(fields, FIRST_LINE)
+    check_job(fields["job"])
+    ledger = Ledger(fields["job"], fields["chunk_images"], fields["replaces"])
+    check_sizes([ledger.chunk_images])
+    return ledger
+
+
+def _add(ledger: Ledger, commit: Commit) -> None:
+    """Count a commit; one that the job cannot have is a ValueError."""
+    chunk, together = commit.chunk, ledger.chunk_images
+    check_sizes([chunk], least=0, most=ledger.chunks - 1)
+    images = min(together, ledger.images - chunk * together)
+    if len(commit.records) not in (0, images):
+        raise ValueError(f"{len(commit.records)} images in a chunk of {images}")
+    ledger.commits[chunk] = commit
 
 
 def refuse_other_job(found: dict[str, Any], wanted: dict[str, Any], target: str) -> None:
@@ -194,7 +269,7 @@ class Journal:
             self.ledger.commits[commit.chunk] = commit
 
     def _append(self, fields: dict[str, Any]) -> None:
-        line = _line(fields)
+        line = seal(fields)
         self._storage.truncate(self._file, self._end)
         self._storage.write(self._file, line, self._end)
         self._storage.sync(self._file)

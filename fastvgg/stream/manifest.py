@@ -7,24 +7,41 @@ one that was never preprocessed.
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import json
 from dataclasses import dataclass
 from importlib import metadata
 from platform import python_version
 from typing import TYPE_CHECKING, Any, Final
 
-from fastvgg import datasets
+import numpy as np
+import xxhash
+
 from fastvgg.datasets.base import Header, read_beside
 from fastvgg.errors import SourceError
-from fastvgg.stream.plan import result_header
+from fastvgg.stream.job import check_fields, check_job, check_sizes
 from fastvgg.transform import Transform
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Manifest", "manifest_path", "package_versions", "read_manifest"]
+    from numpy.typing import NDArray
+
+    from fastvgg.stream.job import Kinds
+
+__all__ = ["Manifest", "checksum", "manifest_path", "package_versions", "read_manifest"]
 
 FORMAT: Final = 1
+FIELDS: Final[Kinds] = {
+    "fastvgg-manifest": int,
+    "job": dict,
+    "chunk_images": int,
+    "checksums": list,
+    "counts": dict,
+    "created": str,
+    "packages": dict,
+}
+COUNTS: Final[Kinds] = {"images": int, "failed": int}
 
 
 @dataclass(frozen=True)
@@ -39,6 +56,18 @@ class Manifest:
     counts: dict[str, int]
     created: str
     packages: dict[str, str]
+
+    @classmethod
+    def of_now(
+        cls,
+        job: dict[str, Any],
+        chunk_images: int,
+        checksums: list[str],
+        counts: dict[str, int],
+    ) -> Manifest:
+        """Return the manifest of a dataset that was finished now, by these packages."""
+        created = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+        return cls(job, chunk_images, checksums, counts, created, package_versions())
 
     @property
     def transform(self) -> Transform:
@@ -82,14 +111,9 @@ def read_manifest(dataset: Path) -> Manifest | None:
         return None
     try:
         fields = json.loads(data)
-        found = fields.pop("fastvgg-manifest")
-        if found != FORMAT:
-            raise SourceError(
-                f"{path} has format {found!r}, and this version reads {FORMAT}",
-                "use the version of fastvgg that wrote it, or a newer one",
-            )
-        return _checked(Manifest(**fields))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        _refuse_other_format(path, fields)
+        return _checked(fields)
+    except (ValueError, RecursionError) as error:
         raise SourceError(
             f"{path} is not a manifest: {type(error).__name__}: {str(error)[:200]}",
             "put back the manifest that was written with the dataset, or remove it and say what "
@@ -97,42 +121,36 @@ def read_manifest(dataset: Path) -> Manifest | None:
         ) from None
 
 
-def _checked(manifest: Manifest) -> Manifest:
+def _refuse_other_format(path: Path, fields: object) -> None:
+    found = fields.get("fastvgg-manifest") if isinstance(fields, dict) else None
+    if type(found) is int and found != FORMAT:
+        raise SourceError(
+            f"{path} has format {str(found)[:20]}, and this version reads {FORMAT}",
+            "use the version of fastvgg that wrote it, or a newer one",
+        )
+
+
+def _checked(fields: dict[str, Any]) -> Manifest:
     """Return a manifest whose parts are what they should be, and fit together.
 
     Raises
     ------
-    ValueError, KeyError, TypeError
+    ValueError
         If they are not.
     """
-    source = manifest.job["source"]
-    wrong = [
-        name
-        for name, value, kind in (
-            ("the source's path", source["path"], str),
-            ("the source's kind", source["kind"], str),
-            ("the source's fingerprint", source["fingerprint"], str),
-            ("the result's kind", manifest.job["result"]["kind"], str),
-            ("created", manifest.created, str),
-            ("packages", manifest.packages, dict),
-            ("counts", manifest.counts, dict),
-            ("checksums", manifest.checksums, list),
-        )
-        if not isinstance(value, kind)
-    ]
-    header, source_header = manifest.header, manifest.source_header
-    if header != result_header(source_header, manifest.transform):
-        wrong.append("the result's header")
-    sizes = [*header.shape, manifest.chunk_images, *(source.get("size") or ())]
-    sizes += [manifest.counts["images"], manifest.counts["failed"] + 1]
-    if any(type(size) is not int or size < 1 for size in sizes) or len(header.shape) != 4:
-        wrong.append("a size")
-    elif len(manifest.checksums) != -(-header.images // manifest.chunk_images):
-        wrong.append(f"{len(manifest.checksums)} checksums of {header.images} images")
-    if source["kind"] == "images" and source["interpolation"] not in datasets.INTERPOLATIONS:
-        wrong.append("the interpolation")
-    if wrong:
-        raise ValueError(", ".join(wrong))
+    check_fields(fields, FIELDS)
+    check_job(fields["job"])
+    check_fields(fields["counts"], COUNTS)
+    manifest = Manifest(**{name: fields[name] for name in FIELDS if name != "fastvgg-manifest"})
+    images, counts = manifest.header.images, manifest.counts
+    check_sizes([manifest.chunk_images])
+    check_sizes([counts["images"]], least=images, most=images)
+    check_sizes([counts["failed"]], least=0, most=images)
+    if len(manifest.checksums) != -(-images // manifest.chunk_images):
+        raise ValueError(f"{len(manifest.checksums)} checksums of {images} images")
+    texts = [*manifest.checksums, *manifest.packages.values()]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a checksum or a version is no text")
     return manifest
 
 
@@ -145,3 +163,8 @@ def package_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
     return versions
+
+
+def checksum(batch: NDArray[Any]) -> str:
+    """Return the xxh3-64 of a contiguous batch's bytes."""
+    return xxhash.xxh3_64_hexdigest(batch.view(np.uint8).reshape(-1).data)

@@ -14,10 +14,18 @@ if TYPE_CHECKING:
 
     from fastvgg.datasets.base import Header
     from fastvgg.engine import Backend
-    from fastvgg.stream.run import Progress, Report
+    from fastvgg.stream.report import Progress, Report
+    from fastvgg.stream.storage import Durability
     from fastvgg.transform import Transform
 
-__all__ = ["Plan", "chunk_images", "parse_bytes", "readable_bytes", "result_header"]
+__all__ = [
+    "Plan",
+    "bytes_worked_on",
+    "chunk_images",
+    "parse_bytes",
+    "readable_bytes",
+    "result_header",
+]
 
 # Large enough that a commit (two fsyncs, some milliseconds) is small beside it, small enough that
 # little is lost when a run is killed.
@@ -63,6 +71,11 @@ def result_header(header: Header, transform: Transform) -> Header:
     )
 
 
+def bytes_worked_on(image_bytes: int, result_bytes: int) -> int:
+    """Return what an image takes: as read, as the result, and as one that is being written."""
+    return image_bytes + 2 * result_bytes
+
+
 def chunk_images(images: int, bytes_per_image: int, scratch_bytes: int, limit_bytes: int) -> int:
     """Return how many images make a chunk, so that the run stays below a memory limit.
 
@@ -71,7 +84,7 @@ def chunk_images(images: int, bytes_per_image: int, scratch_bytes: int, limit_by
     images
         How many there are in all.
     bytes_per_image
-        What an image takes while it is worked on: as read, and as the result.
+        What an image takes while it is worked on.
     scratch_bytes
         What reading needs beside that.
     limit_bytes
@@ -126,6 +139,8 @@ class Plan:
     backend: Backend
     strict: bool
     restart: bool
+    durability: Durability
+    """What a commit survives."""
     notes: tuple[str, ...]
     committed_chunks: int
     """What an unfinished run has done already."""
@@ -136,6 +151,11 @@ class Plan:
         return -(-self.header.images // self.chunk_images)
 
     @property
+    def in_place(self) -> bool:
+        """Whether the source becomes the result."""
+        return self.source == self.target
+
+    @property
     def write_bytes(self) -> int:
         """How many bytes the target's pixels take, before any compression."""
         return self.result.nbytes
@@ -143,9 +163,8 @@ class Plan:
     @property
     def projected_bytes(self) -> int:
         """How much memory the run takes at most, above the idle process."""
-        return self.scratch_bytes + self.chunk_images * (
-            self.header.image_bytes + self.result.image_bytes
-        )
+        worked_on = bytes_worked_on(self.header.image_bytes, self.result.image_bytes)
+        return self.scratch_bytes + self.chunk_images * worked_on
 
     def chunk_rows(self) -> Iterator[tuple[int, int]]:
         """Return the first row of every chunk, and the row after its last."""
@@ -170,6 +189,7 @@ class Plan:
                 "shape": list(self.result.shape),
                 "dtype": self.result.dtype,
                 "layout": self.result.layout,
+                "in_place": self.in_place,
             },
         }
         as_read_back: dict[str, Any] = json.loads(json.dumps(job))
@@ -192,7 +212,7 @@ class Plan:
             f"  to       {self.result.shape[1:]} {self.result.dtype} {self.result.layout}",
             f"  chunks   {self.chunks} of {self.chunk_images} images{done}",
             f"  reads    {readable_bytes(self.read_bytes)}",
-            f"  writes   {readable_bytes(self.write_bytes)}",
+            f"  writes   {readable_bytes(self.write_bytes)}{' twice, in place' * self.in_place}",
             f"  memory   {readable_bytes(self.projected_bytes)} of {limit}",
             f"  threads  {self.threads}",
         ]

@@ -6,17 +6,36 @@ Headers are read, pixels are not, and nothing is written.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypedDict
 
 from fastvgg import datasets, engine, oracle
 from fastvgg.errors import ArrayError, SourceError, TargetError, UsageError
-from fastvgg.stream.journal import journal_path, read_ledger
+from fastvgg.stream.journal import journal_path, read_ledger, refuse_other_job
 from fastvgg.stream.manifest import manifest_path, read_manifest
-from fastvgg.stream.plan import Plan, chunk_images, parse_bytes, readable_bytes, result_header
+from fastvgg.stream.plan import (
+    Plan,
+    bytes_worked_on,
+    chunk_images,
+    parse_bytes,
+    readable_bytes,
+    result_header,
+)
+from fastvgg.stream.ring import (
+    RingHeader,
+    committed_chunks,
+    read_ring_header,
+    refuse_other_file,
+    refuse_restart,
+    refuse_unfit,
+    unfinished,
+)
 from fastvgg.stream.state import find_state, resumed
+from fastvgg.stream.storage import check_durability
+from fastvgg.stream.values import refuse_twice
 from fastvgg.threads import check_threads
 from fastvgg.transform import Mode, Transform
 
@@ -27,6 +46,7 @@ if TYPE_CHECKING:
     from fastvgg.engine import Backend
     from fastvgg.stream.journal import Ledger
     from fastvgg.stream.manifest import Manifest
+    from fastvgg.stream.storage import Durability
     from fastvgg.transform import Direction, Layout, Rounding
 
 __all__ = ["BESIDE", "changed", "known_ledger", "plan", "reopen_source"]
@@ -44,8 +64,9 @@ IMAGES: Final = ("uint8", "NHWC")  # what image files can hold
 
 def plan(
     source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
+    target: str | os.PathLike[str] | None = None,
     *,
+    in_place: bool = False,
     mode: Mode | str | None = None,
     direction: Direction = "preprocess",
     size: tuple[int, int] | None = None,
@@ -59,6 +80,7 @@ def plan(
     backend: Backend = "auto",
     strict: bool = False,
     restart: bool = False,
+    durability: Durability = "power",
 ) -> Plan:
     """Plan the way of one dataset into another; headers are read, nothing is written.
 
@@ -69,6 +91,9 @@ def plan(
     target
         A name that ends in .npy, or for restored images a directory. While unfinished the data is
         in ``target.partial``; the name appears when it is complete.
+    in_place
+        Without a target: make a .npy file of floats its own result, in a tenth of the disk space.
+        What a crash leaves is finished by the same command, and is not to be used before.
     mode
         A `Mode` or the name of one. To restore what fastvgg wrote, it may be left away.
     direction
@@ -89,6 +114,9 @@ def plan(
         Stop at the first image that cannot be read, where otherwise its row is zeros.
     restart
         Begin again where an unfinished run, or a finished target, is in the way.
+    durability
+        What a committed chunk survives: a "power" cut, or the end of the "process" alone, which
+        saves the waiting for the disk.
 
     Returns
     -------
@@ -100,17 +128,45 @@ def plan(
     UsageError, SourceError, TargetError, ResumeError, ModeError, DtypeError
         Before anything is written.
     """
-    source_path, target_path = (Path(os.path.abspath(os.fspath(p))) for p in (source, target))
+    if in_place != (target is None):
+        raise UsageError(
+            "a target is given, and in place is asked for" if in_place else "no target is given",
+            "give a target, or --in-place without one",
+        )
+    source_path = Path(os.path.abspath(os.fspath(source)))
+    target_path = source_path if target is None else Path(os.path.abspath(os.fspath(target)))
     threads = check_threads(threads)
     engine.backend_in_use(backend)
+    check_durability(durability)
+    options = _Options(
+        memory_bytes=parse_bytes(memory),
+        threads=threads,
+        backend=backend,
+        strict=strict,
+        restart=restart,
+        durability=durability,
+    )
     manifest = read_manifest(source_path)
-    placeholder = "identity" if mode is None else mode
-    asked = Transform(placeholder, direction, layout or "NHWC", out_layout, dtype, rounding)
-    transform = _agreed_transform(source_path, manifest, asked, mode, layout, out_layout)
+    ring = read_ring_header(source_path)
+    if ring is not None and restart and in_place:
+        refuse_restart(ring, source_path)
+        ring = None
+    if ring is not None and not in_place:
+        raise unfinished(ring, source_path)
+    if ring is None:
+        placeholder = "identity" if mode is None else mode
+        asked = Transform(placeholder, direction, layout or "NHWC", out_layout, dtype, rounding)
+        transform = _agreed_transform(source_path, manifest, asked, mode, layout, out_layout)
+        stored_as = None if manifest is None else manifest.header.dtype
+    else:
+        begun = Transform.from_dict(ring.job["transform"])
+        layouts = layout or begun.layout, out_layout or begun.out_layout
+        transform = Transform(mode or begun.mode, direction, *layouts, dtype, rounding)
+        stored_as = ring.job["source"]["dtype"]
     opened = datasets.open_source(
         source_path,
         layout=transform.layout,
-        stored_as=None if manifest is None else manifest.header.dtype,
+        stored_as=stored_as,
         size=size,
         interpolation=interpolation,
         threads=threads,
@@ -118,16 +174,20 @@ def plan(
     with contextlib.closing(opened):
         if manifest is not None:
             _check_manifest(manifest, opened)
-        return _plan(
-            opened,
-            target_path,
-            transform,
-            memory_bytes=parse_bytes(memory),
-            threads=threads,
-            backend=backend,
-            strict=strict,
-            restart=restart,
-        )
+        if in_place:
+            return _plan_in_place(opened, transform, ring, options)
+        return _plan(opened, target_path, transform, options)
+
+
+class _Options(TypedDict):
+    """What is asked of a run beside its result."""
+
+    memory_bytes: int
+    threads: int
+    backend: Backend
+    strict: bool
+    restart: bool
+    durability: Durability
 
 
 def _check_manifest(manifest: Manifest, source: Source) -> None:
@@ -157,7 +217,7 @@ def _agreed_transform(
             raise UsageError(f"{path}: the mode is not given", remedy)
         return asked
     done = manifest.transform
-    _refuse_twice(path, done, asked.direction)
+    refuse_twice(path, done, asked.direction)
     if mode is not None and asked.mode != done.mode and asked.direction == "restore":
         raise UsageError(
             f"{path} was preprocessed in mode {done.mode.name}, and mode {asked.mode.name} is "
@@ -181,92 +241,96 @@ def _agreed_transform(
     )
 
 
-def _refuse_twice(path: Path, done: Transform, direction: Direction) -> None:
-    if done.direction != direction:
-        return
-    if direction == "preprocess":
-        raise SourceError(
-            f"{path} is preprocessed already, in mode {done.mode.name}: doing it twice would "
-            "destroy it",
-            "preprocess the images it was made from, or restore it first",
-        )
-    raise SourceError(
-        f"{path} is restored already: it holds images, not network inputs",
-        "give the dataset that it was restored from",
-    )
+def _plan(source: Source, target_path: Path, transform: Transform, options: _Options) -> Plan:
+    result = _checked_result(source, transform)
+    _check_target(source, target_path, result)
+    made = _planned(source, target_path, transform, result, source.fingerprint(), options)
+    ledger = known_ledger(made)
+    state = find_state(made, ledger)
+    if state == "resumable" and ledger is not None:
+        return resumed(made, ledger.chunk_images, len(ledger.commits))
+    if state == "fresh" and made.target_kind == "npy":
+        _check_room(target_path, result.nbytes, "store halves: --dtype float16")
+    return made
 
 
-def _plan(
-    source: Source,
-    target_path: Path,
-    transform: Transform,
-    *,
-    memory_bytes: int,
-    threads: int,
-    backend: Backend,
-    strict: bool,
-    restart: bool,
+def _plan_in_place(
+    source: Source, transform: Transform, ring: RingHeader | None, options: _Options
 ) -> Plan:
+    path, held = source.path, source.header
+    if source.kind != "npy":
+        raise UsageError(f"{path} is not a .npy file", "what is not one cannot be done in place")
+    if held.dtype != "uint8":
+        transform = dataclasses.replace(transform, dtype=transform.dtype or held.dtype)
+    result = _checked_result(source, transform)
+    if result != held:
+        raise UsageError(
+            f"{path} holds {held.shape} of {held.dtype}, and would hold {result.shape} of "
+            f"{result.dtype}",
+            "in place type and layout stay as they are: give a DST instead",
+        )
+    refuse_unfit(path)
+    _check_directory(path)
+    if ring is None:
+        made = _planned(source, path, transform, result, source.fingerprint(), options)
+        header = RingHeader.drawn(made.job(), made.chunk_images, path.stat())
+        _check_room(path, header.places.journal_bytes, "give less --memory")
+        return made
+    refuse_other_file(ring, path)
+    fingerprint = ring.job["source"]["fingerprint"]
+    made = _planned(source, path, transform, result, fingerprint, options)
+    refuse_other_job(ring.job, made.job(), made.target)
+    return resumed(made, ring.chunk_images, committed_chunks(ring, path))
+
+
+def _checked_result(source: Source, transform: Transform) -> Header:
     header = source.header
     try:
         transform.check_input(header.shape, header.dtype)
     except ArrayError as error:
         raise SourceError(f"{source.path}: {error.problem}", error.remedy) from None
-    result = result_header(header, transform)
-    kind = datasets.target_kind(target_path)
-    _check_target(source, target_path, result)
-    images = chunk_images(
-        header.images, header.image_bytes + result.image_bytes, source.scratch_bytes, memory_bytes
-    )
-    made = Plan(
+    return result_header(header, transform)
+
+
+def _planned(
+    source: Source,
+    target_path: Path,
+    transform: Transform,
+    result: Header,
+    fingerprint: str,
+    options: _Options,
+) -> Plan:
+    header = source.header
+    worked_on = bytes_worked_on(header.image_bytes, result.image_bytes)
+    return Plan(
         source=str(source.path),
         target=str(target_path),
         source_kind=source.kind,
-        target_kind=kind,
+        target_kind=datasets.target_kind(target_path),
         header=header,
         result=result,
         transform=transform,
         settings=source.settings,
-        fingerprint=source.fingerprint(),
+        fingerprint=fingerprint,
         read_bytes=source.stored_bytes,
-        chunk_images=images,
+        chunk_images=chunk_images(
+            header.images, worked_on, source.scratch_bytes, options["memory_bytes"]
+        ),
         scratch_bytes=source.scratch_bytes,
-        memory_bytes=memory_bytes,
-        threads=threads,
-        backend=backend,
-        strict=strict,
-        restart=restart,
         notes=tuple(source.notes + _losses(transform, result)),
         committed_chunks=0,
+        **options,
     )
-    ledger = known_ledger(made)
-    state = find_state(made, ledger)
-    if state == "resumable" and ledger is not None:
-        return resumed(made, ledger)
-    if state == "fresh" and kind == "npy":
-        _check_room(target_path, result.nbytes)
-    return made
 
 
 def _check_target(source: Source, target: Path, result: Header) -> None:
     """Refuse a target whose place cannot be right."""
-    directory = target.parent
-    if not directory.is_dir():
-        raise TargetError(f"{directory} is not a directory", f"make it: mkdir -p {directory}")
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise TargetError(
-            f"{directory} cannot be written to", "check its permissions, or choose another place"
-        )
+    _check_directory(target)
     if datasets.target_kind(target) == "images" and (result.dtype, result.layout) != IMAGES:
         raise TargetError(
             f"{target}: image files hold {' '.join(IMAGES)}, and the result is {result.dtype} "
             f"{result.layout}",
             "give a name that ends in .npy; only restore, in its own layout, writes image files",
-        )
-    if len(os.fsencode(target.name + max(BESIDE, key=len))) > os.pathconf(directory, "PC_NAME_MAX"):
-        raise TargetError(
-            f"{target}: the name is too long for this disk, with what is written beside it",
-            "choose a shorter name",
         )
     read = source.path.resolve()
     if read == target.resolve():
@@ -281,13 +345,29 @@ def _check_target(source: Source, target: Path, result: Header) -> None:
             )
 
 
-def _check_room(target: Path, needed_bytes: int) -> None:
+def _check_directory(target: Path) -> None:
+    """Refuse a name beside which nothing can be written."""
+    directory = target.parent
+    if not directory.is_dir():
+        raise TargetError(f"{directory} is not a directory", f"make it: mkdir -p {directory}")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise TargetError(
+            f"{directory} cannot be written to", "check its permissions, or choose another place"
+        )
+    if len(os.fsencode(target.name + max(BESIDE, key=len))) > os.pathconf(directory, "PC_NAME_MAX"):
+        raise TargetError(
+            f"{target}: the name is too long for this disk, with what is written beside it",
+            "choose a shorter name",
+        )
+
+
+def _check_room(target: Path, needed_bytes: int, less: str) -> None:
     free_bytes = shutil.disk_usage(target.parent).free
     if needed_bytes > free_bytes:
         raise TargetError(
             f"{target} needs {readable_bytes(needed_bytes)} ({needed_bytes} bytes), and the disk "
             f"has {readable_bytes(free_bytes)} ({free_bytes} bytes) free",
-            "free space, choose another disk, or store halves: --dtype float16",
+            f"free space, choose another disk, or {less}",
         )
 
 
@@ -322,10 +402,13 @@ def reopen_source(plan: Plan) -> Source:
     )
     if changed(plan, source):
         source.close()
-        raise SourceError(
-            f"{plan.source} has changed since the run was planned", "plan the run again"
-        )
+        raise changed_since(source.path)
     return source
+
+
+def changed_since(path: Path) -> SourceError:
+    """Return the error that says so of a source."""
+    return SourceError(f"{path} has changed since the run was planned", "plan the run again")
 
 
 def changed(plan: Plan, source: Source) -> bool:

@@ -121,7 +121,7 @@ def _written_by_fastvgg(directory: Path) -> bool:
     return published or ledger.replaces == _identity(directory)
 
 
-def resumed(plan: Plan, ledger: Ledger) -> Plan:
+def resumed(plan: Plan, chunk_images: int, committed_chunks: int) -> Plan:
     """Return the plan with the chunks that an unfinished run began with.
 
     Raises
@@ -129,9 +129,7 @@ def resumed(plan: Plan, ledger: Ledger) -> Plan:
     TargetError
         If those chunks do not fit into the memory limit of now.
     """
-    fitted = dataclasses.replace(
-        plan, chunk_images=ledger.chunk_images, committed_chunks=len(ledger.commits)
-    )
+    fitted = dataclasses.replace(plan, chunk_images=chunk_images, committed_chunks=committed_chunks)
     if fitted.projected_bytes > fitted.memory_bytes:
         raise TargetError(
             f"{plan.target} was begun in chunks that need "

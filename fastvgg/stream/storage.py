@@ -11,15 +11,62 @@ import errno
 import os
 import shutil
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias, get_args
 
-from fastvgg.errors import StoppedError, TargetError
+from fastvgg.errors import StoppedError, TargetError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["Storage", "StoredFile"]
+__all__ = [
+    "Durability",
+    "Storage",
+    "StoredFile",
+    "check_durability",
+    "file_system",
+    "is_networked",
+]
+
+Durability: TypeAlias = Literal["power", "process"]
+"""What a commit survives: a power cut, or the end of the process alone."""
+
+NETWORKED: Final = (
+    *("9p", "afs", "ceph", "cifs", "coda", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4"),
+    *("ocfs2", "smb2", "smb3", "smbfs", "virtiofs"),
+)
+
+
+def file_system(path: Path) -> str:
+    """Return the kind of file system that a path is on; "" where the system does not tell."""
+    device = path.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+            for mount in mounts:
+                fields, _, kind = mount.partition(" - ")
+                if fields.split(" ")[2] == number:
+                    return kind.split(" ")[0]
+    except FileNotFoundError:  # not Linux
+        pass
+    return ""
+
+
+def is_networked(system: str) -> bool:
+    """Whether another machine may write there, or a lock or a sync may mean nothing."""
+    return system in NETWORKED or system.startswith("fuse.")
+
+
+def check_durability(durability: str) -> None:
+    """Refuse what is no durability.
+
+    Raises
+    ------
+    UsageError
+        Naming those that there are.
+    """
+    if durability not in get_args(Durability):
+        raise UsageError(f"durability is {durability!r}", "give 'power' or 'process'")
 
 
 class StoredFile(NamedTuple):
@@ -33,7 +80,16 @@ class Storage:
     """The system calls that make data last.
 
     Every method raises `StoppedError` where the system refuses, unless it says otherwise.
+
+    Parameters
+    ----------
+    durability
+        "power": a sync waits until the data is on the disk. "process": a sync does nothing, for
+        what a process has written outlives it without.
     """
+
+    def __init__(self, durability: Durability = "power") -> None:
+        self._syncs = durability == "power"
 
     def create(self, path: Path) -> StoredFile:
         """Make a new, empty file, or empty the one that is there."""
@@ -117,13 +173,30 @@ class Storage:
         with _stopping("truncate", file.path, nbytes):
             os.ftruncate(file.descriptor, nbytes)
 
+    def read(self, file: StoredFile, offset: int, nbytes: int) -> bytes:
+        """Return all of the `nbytes` at `offset`."""
+        parts = []
+        while nbytes:
+            with _stopping("read", file.path, offset):
+                part = os.pread(file.descriptor, nbytes, offset)
+                if not part:
+                    raise OSError(errno.ENODATA, "the file has become shorter")
+            parts.append(part)
+            offset += len(part)
+            nbytes -= len(part)
+        return b"".join(parts)
+
     def sync(self, file: StoredFile) -> None:
         """Make what was written to a file survive a power cut."""
+        if not self._syncs:
+            return
         with _stopping("fsync", file.path):
             os.fsync(file.descriptor)
 
     def sync_directory(self, path: Path) -> None:
         """Make the names in a directory survive a power cut."""
+        if not self._syncs:
+            return
         with _stopping("fsync", path):
             descriptor = os.open(path, os.O_RDONLY)
             try:
@@ -153,9 +226,11 @@ class Storage:
         """Write a small file so that its name holds the old bytes or the new ones, never a part."""
         temporary = path.with_name(path.name + ".tmp")
         file = self.create(temporary)
-        self.write(file, data, 0)
-        self.sync(file)
-        self.close(file)
+        try:
+            self.write(file, data, 0)
+            self.sync(file)
+        finally:
+            self.close(file)
         self.rename(temporary, path)
         self.sync_directory(path.parent)
 

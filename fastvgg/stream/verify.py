@@ -12,8 +12,8 @@ import numpy as np
 from fastvgg import datasets, oracle
 from fastvgg.datasets.index import read_index
 from fastvgg.errors import SourceError, VerificationError
-from fastvgg.stream.manifest import manifest_path, read_manifest
-from fastvgg.stream.run import checksum
+from fastvgg.stream.manifest import checksum, manifest_path, read_manifest
+from fastvgg.stream.ring import read_ring_header, unfinished
 from fastvgg.stream.storage import Storage
 
 if TYPE_CHECKING:
@@ -67,6 +67,9 @@ def verify(path: str | os.PathLike[str], *, full: bool = False) -> Verification:
         If there is no manifest, or the dataset cannot be read at all.
     """
     dataset = Path(os.path.abspath(os.fspath(path)))
+    ring = read_ring_header(dataset)
+    if ring is not None:
+        raise unfinished(ring, dataset)
     manifest = read_manifest(dataset)
     if manifest is None:
         raise SourceError(
@@ -98,6 +101,8 @@ def _check_against_oracle(
     stored: Target, manifest: Manifest, records: list[Record], *, full: bool
 ) -> tuple[int, str]:
     """Recompute images from the source; return how many, and why not more."""
+    if manifest.job["result"]["in_place"]:
+        return 0, "not compared with the source: it was changed in place, and is no more"
     try:
         source = _source_of(manifest)
     except SourceError as error:

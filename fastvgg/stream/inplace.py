@@ -1,0 +1,207 @@
+"""Carry out a plan in place: a .npy file becomes its own result.
+
+What can go wrong is refused first; the pixels of each chunk are computed in memory of our own, and
+the ring writes them. The manifest is written when all of the file is durable, and the journal goes
+last: while it is there, the file is neither the source nor the result.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from fastvgg import engine
+from fastvgg.datasets.npy import NpySource
+from fastvgg.errors import TargetError
+from fastvgg.stream.behind import Behind
+from fastvgg.stream.journal import refuse_other_job
+from fastvgg.stream.manifest import Manifest, checksum, manifest_path
+from fastvgg.stream.prepare import changed, changed_since
+from fastvgg.stream.report import Tally
+from fastvgg.stream.ring import (
+    Ring,
+    read_ring_header,
+    refuse_other_file,
+    refuse_restart,
+    refuse_unfit,
+)
+from fastvgg.stream.storage import Storage
+from fastvgg.stream.values import refuse_wrong_values
+from fastvgg.transform import storage_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from fastvgg.datasets.base import Header
+    from fastvgg.stream.plan import Plan
+    from fastvgg.stream.report import Progress, Report
+    from fastvgg.stream.ring import Places, RingHeader
+    from fastvgg.stream.storage import StoredFile
+
+__all__ = ["run"]
+
+LINE_BYTES: Final = 64
+
+
+def run(
+    plan: Plan,
+    progress: Callable[[Progress], None] | None = None,
+    storage: Storage | None = None,
+) -> Report:
+    """Carry a plan out in place, or take it up where an earlier run was cut off.
+
+    Parameters, result and errors are those of `stream.run.run`.
+    """
+    storage = storage or Storage(plan.durability)
+    begun = time.monotonic()
+    path = Path(plan.target)
+    refuse_unfit(path)
+    data = storage.open(path)
+    try:
+        if not storage.lock(data):
+            raise TargetError(
+                f"{path} is being changed by another process",
+                "wait for it to end; 'fastvgg info' tells how far it is",
+            )
+        source = NpySource(path, layout=plan.header.layout, stored_as=plan.header.dtype)
+        try:
+            return _InPlace(plan, source, data, storage, progress, begun).finish()
+        finally:
+            source.close()
+    finally:
+        storage.close(data)
+
+
+class _InPlace:
+    """One run in place, holding the file's lock."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        source: NpySource,
+        data: StoredFile,
+        storage: Storage,
+        progress: Callable[[Progress], None] | None,
+        begun: float,
+    ) -> None:
+        self.plan = plan
+        self.source = source
+        self.data = data
+        self.storage = storage
+        self.progress = progress
+        self.begun = begun
+
+    def finish(self) -> Report:
+        """Do what is left to do."""
+        header = read_ring_header(self.data.path)
+        if header is not None and self.plan.restart:
+            refuse_restart(header, self.data.path)
+            header = None
+        ring = self._begin() if header is None else self._reopen(header)
+        try:
+            done = 0 if header is None else ring.recover()
+            tally = Tally(self.plan, range(done), self.progress, self.begun)
+            self._compute(ring, done, tally)
+            manifest = Manifest.of_now(
+                self.plan.job(),
+                self.plan.chunk_images,
+                checksums=ring.finish(),
+                counts={"images": self.plan.header.images, "failed": 0},
+            )
+            self.storage.write_whole(manifest_path(self.data.path), manifest.to_json())
+            ring.remove()
+        finally:
+            ring.close()
+        return tally.report(manifest.counts, failures=[])
+
+    def _begin(self) -> Ring:
+        if self.plan.committed_chunks or changed(self.plan, self.source):
+            raise changed_since(self.data.path)
+        refuse_wrong_values(self.plan, self.source)
+        return Ring.begin(self.storage, self.data, self.plan.job(), self.plan.chunk_images)
+
+    def _reopen(self, header: RingHeader) -> Ring:
+        refuse_other_file(header, self.data.path)
+        refuse_other_job(header.job, self.plan.job(), self.plan.target)
+        if header.chunk_images != self.plan.chunk_images:
+            raise changed_since(self.data.path)
+        return Ring.reopen(self.storage, self.data, header)
+
+    def _compute(self, ring: Ring, done: int, tally: Tally) -> None:
+        """Compute the chunks that are not done, and put each into the ring and then the file."""
+        pages = [_Pages(ring.places) for _ in range(2)]
+        rows = list(self.plan.chunk_rows())
+        before = None
+        with Behind[int]() as behind:
+            for chunk in range(done, len(rows)):
+                tally.count(behind.wait_for_all_but(1))  # one of the two is free then
+                new = pages[chunk % 2]
+                new.move_to(chunk, self.storage, self.data, before)
+                start, stop = rows[chunk]
+                old = self._transform(start, stop, new.images(self.plan.result))
+                behind.give(functools.partial(self._put, ring, chunk, new, old, stop - start))
+                before = new
+            tally.count(behind.wait_for_all_but(0))
+
+    def _transform(self, start: int, stop: int, out: NDArray[Any]) -> str:
+        batch = self.source.read(start, stop).batch
+        plan = self.plan
+        engine.apply(
+            plan.transform, batch, out, threads=plan.threads, backend=plan.backend, read_next=True
+        )
+        return checksum(batch)
+
+    def _put(self, ring: Ring, chunk: int, new: _Pages, old: str, images: int) -> int:
+        ring.put(chunk, new.bytes.data, old=old, new=checksum(new.image_bytes))
+        return images
+
+
+class _Pages:
+    """Memory for the pages of a chunk, its images where the kernels want them."""
+
+    def __init__(self, places: Places) -> None:
+        self._places = places
+        self._memory = np.empty(places.slot_bytes + LINE_BYTES, np.uint8)
+        self.begin = 0
+        self.bytes = self._memory[:0]
+        self.image_bytes = self._memory[:0]
+
+    def move_to(
+        self, chunk: int, storage: Storage, data: StoredFile, before: _Pages | None
+    ) -> None:
+        """Take the place of a chunk, with what its first and last page hold beside its images.
+
+        Parameters
+        ----------
+        chunk
+            Which.
+        storage, data
+            Where the bytes after the images are read, which are not done yet.
+        before
+            The chunk before it, if its new bytes may not be in the file yet.
+        """
+        self.begin, end = self._places.of_pages(chunk)
+        first, last = self._places.of_images(chunk)
+        head, tail = first - self.begin, end - last
+        shift = -(self._memory.ctypes.data + head) % LINE_BYTES
+        self.bytes = self._memory[shift : shift + end - self.begin]
+        self.image_bytes = self.bytes[head : len(self.bytes) - tail]
+        if before is None:
+            self.bytes[:head] = np.frombuffer(storage.read(data, self.begin, head), np.uint8)
+        else:
+            start = self.begin - before.begin
+            self.bytes[:head] = before.bytes[start : start + head]
+        self.bytes[len(self.bytes) - tail :] = np.frombuffer(
+            storage.read(data, last, tail), np.uint8
+        )
+
+    def images(self, header: Header) -> NDArray[Any]:
+        """Return the images as a batch."""
+        batch: NDArray[Any] = self.image_bytes.view(storage_dtype(header.dtype))
+        return batch.reshape(-1, *header.shape[1:])

@@ -1,0 +1,124 @@
+"""What journals and manifests say of a run: its job, as `Plan.job` gives it, when it is read back.
+
+Any of it may have been damaged, or written by someone else, with a checksum that is right. It is
+believed when every part is there, is of its type, and fits the others.
+"""
+
+from __future__ import annotations
+
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from fastvgg import datasets
+from fastvgg.datasets.base import Header
+from fastvgg.errors import FastvggError
+from fastvgg.stream.plan import result_header
+from fastvgg.transform import STORAGE_TYPES, Transform
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+__all__ = ["Kinds", "check_fields", "check_job", "check_sizes"]
+
+Kinds: TypeAlias = "Mapping[str, type | tuple[type, ...]]"
+"""The fields of an object, and of which type, or which types, each may be."""
+
+JOB: Final[Kinds] = {"source": dict, "transform": dict, "result": dict}
+HEADER: Final[Kinds] = {"kind": str, "shape": list, "dtype": str, "layout": str}
+SOURCE: Final[Kinds] = {"path": str, "fingerprint": str, **HEADER}
+OF_IMAGES: Final[Kinds] = {"size": (list, NoneType), "interpolation": str}
+RESULT: Final[Kinds] = {"in_place": bool, **HEADER}
+TRANSFORM: Final[Kinds] = {
+    "mode": dict,
+    "direction": str,
+    "layout": str,
+    "out_layout": str,
+    "dtype": (str, NoneType),
+    "rounding": str,
+}
+MODE: Final[Kinds] = {
+    "name": str,
+    "divide": (float, NoneType),
+    "mean": (list, NoneType),
+    "std": (list, NoneType),
+    "order": str,
+}
+LARGEST_SIZE: Final = 2**48  # of anything that is counted
+
+
+def check_fields(fields: object, kinds: Kinds) -> None:
+    """Refuse what is not an object of exactly these fields, each of its type: a bool is no number.
+
+    Raises
+    ------
+    ValueError
+        Saying which is wrong.
+    """
+    if not isinstance(fields, dict) or fields.keys() != kinds.keys():
+        raise ValueError(f"no object of {', '.join(kinds)}")
+    for name, kind in kinds.items():
+        if type(fields[name]) not in (kind if isinstance(kind, tuple) else (kind,)):
+            raise ValueError(f"{name} is of type {type(fields[name]).__name__}")
+
+
+def check_sizes(sizes: Iterable[object], *, least: int = 1, most: int = LARGEST_SIZE) -> None:
+    """Refuse what counts nothing that there can be.
+
+    Raises
+    ------
+    ValueError
+        If there is such a one.
+    """
+    if any(type(size) is not int or not least <= size <= most for size in sizes):
+        raise ValueError(f"a size is not a whole number from {least} to {most}")
+
+
+def check_job(job: dict[str, Any]) -> None:
+    """Refuse a job that no run has.
+
+    Raises
+    ------
+    ValueError
+        Saying what is wrong with it.
+    """
+    check_fields(job, JOB)
+    source, result = job["source"], job["result"]
+    of_images = source.get("kind") == "images"
+    check_fields(source, {**SOURCE, **OF_IMAGES} if of_images else SOURCE)
+    check_fields(result, RESULT)
+    if of_images:
+        _check_resizing(source["size"], source["interpolation"])
+    header = _checked_header(source)
+    try:
+        transform = _checked_transform(job["transform"])
+        transform.check_input(header.shape, header.dtype)
+    except FastvggError as error:
+        raise ValueError(ascii(error.problem)) from None
+    if transform.layout != header.layout:
+        raise ValueError("the transform reads another layout than the source has")
+    if result_header(header, transform) != _checked_header(result):
+        raise ValueError("the result is not what the transform makes of the source")
+
+
+def _checked_transform(fields: dict[str, Any]) -> Transform:
+    check_fields(fields, TRANSFORM)
+    check_fields(fields["mode"], MODE)
+    numbers = (fields["mode"]["mean"] or []) + (fields["mode"]["std"] or [])
+    if any(type(number) is not float for number in numbers):
+        raise ValueError("mean and std are not of numbers")
+    if fields["dtype"] not in (None, *STORAGE_TYPES):
+        raise ValueError("the transform's dtype is not a storage type")
+    return Transform.from_dict(fields)
+
+
+def _checked_header(fields: dict[str, Any]) -> Header:
+    check_sizes(fields["shape"])
+    if len(fields["shape"]) != 4 or fields["dtype"] not in STORAGE_TYPES:
+        raise ValueError("a header is not of rank 4 and a storage type")
+    return Header(tuple(fields["shape"]), fields["dtype"], fields["layout"])
+
+
+def _check_resizing(size: list[object] | None, interpolation: str) -> None:
+    check_sizes(size or [])
+    if (size is not None and len(size) != 2) or interpolation not in datasets.INTERPOLATIONS:
+        raise ValueError("images are resized to height and width, by a known interpolation")

@@ -1,0 +1,591 @@
+"""The redo ring: how a file is changed where it lies, so that a crash anywhere loses nothing.
+
+The new bytes of each chunk are durable in a ring of slots beside the file before the old bytes are
+overwritten, and a slot is used again only when what it held is durable in the file. Here nothing
+is known of pixels. The journal, `SRC.fastvgg-journal`, in whole pages:
+
+    header            which file, which job; written once, before the journal gets its name
+    checkpoint        twice: how many chunks are durable in the file itself
+    records           512 bytes for each chunk: the checksums of its old and its new bytes
+    slots             for each of the last chunks a record, and its new bytes in whole pages
+
+Whole pages of the file are written, so that a write that is cut off damages nothing that is not in
+its slot. All but the new bytes is JSON, each line with its checksum.
+
+The order of operations, and why each sync is needed, was checked by enumerating the states that a
+crash can leave: tests/crash_states.py.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import shlex
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import xxhash
+
+from fastvgg.datasets.base import read_beside
+from fastvgg.errors import ResumeError, SourceError, TargetError
+from fastvgg.stream.job import check_fields, check_job, check_sizes
+from fastvgg.stream.journal import journal_path, seal, unseal
+from fastvgg.stream.storage import StoredFile, file_system, is_networked
+from fastvgg.transform import storage_dtype
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fastvgg.stream.job import Kinds
+    from fastvgg.stream.storage import Storage
+
+__all__ = [
+    "Places",
+    "Record",
+    "Ring",
+    "RingHeader",
+    "committed_chunks",
+    "read_ring_header",
+    "refuse_other_file",
+    "refuse_restart",
+    "refuse_unfit",
+    "unfinished",
+]
+
+FORMAT: Final = 1
+MARK: Final = "fastvgg-in-place"  # the first field of a header
+HEADER: Final[Kinds] = {
+    MARK: int,
+    "job": dict,
+    "chunk_images": int,
+    "run": str,
+    "device": int,
+    "inode": int,
+    "file_bytes": int,
+}
+CHECKPOINT: Final[Kinds] = {"run": str, "generation": int, "chunks": int}
+RECORD: Final[Kinds] = {"chunk": int, "run": str, "old": str, "new": str, "pages": str}
+PAGE_BYTES: Final = 4096
+RECORD_BYTES: Final = 512  # a sector: one that is torn damages no other
+SLOTS: Final = 4
+LONGEST_HEADER: Final = 1024 * 1024
+LONGEST_NAME: Final = 40  # of the first field of a line, and the checksum before it
+
+
+def _pages(nbytes: int) -> int:
+    """Return a length, rounded up to whole pages."""
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+
+
+class Places(NamedTuple):
+    """Where everything is: in the file, and in the journal."""
+
+    file_bytes: int
+    data_offset: int
+    image_bytes: int
+    images: int
+    chunk_images: int
+    header_bytes: int
+    """Of the journal."""
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks there are."""
+        return -(-self.images // self.chunk_images)
+
+    def of_images(self, chunk: int) -> tuple[int, int]:
+        """Return where in the file a chunk's images begin and end."""
+        first, last = chunk * self.chunk_images, min((chunk + 1) * self.chunk_images, self.images)
+        return (
+            self.data_offset + first * self.image_bytes,
+            self.data_offset + last * self.image_bytes,
+        )
+
+    def of_pages(self, chunk: int) -> tuple[int, int]:
+        """Return where the whole pages begin and end that hold a chunk's images."""
+        begin, end = self.of_images(chunk)
+        return begin - begin % PAGE_BYTES, min(_pages(end), self.file_bytes)
+
+    def checkpoint(self, copy: int) -> int:
+        """Return where in the journal a copy of the checkpoint is."""
+        return self.header_bytes + copy * PAGE_BYTES
+
+    def record(self, chunk: int) -> int:
+        """Return where in the journal a chunk's record is."""
+        return self.checkpoint(2) + chunk * RECORD_BYTES
+
+    def slot(self, chunk: int) -> int:
+        """Return where in the journal a chunk's slot is: a page with its record, and its pages."""
+        first = self.checkpoint(2) + _pages(self.chunks * RECORD_BYTES)
+        return first + chunk % SLOTS * (PAGE_BYTES + self.slot_bytes)
+
+    @property
+    def slot_bytes(self) -> int:
+        """How many bytes the pages of a chunk take at most."""
+        return _pages(self.chunk_images * self.image_bytes) + PAGE_BYTES
+
+    @property
+    def journal_bytes(self) -> int:
+        """How long the journal is."""
+        return self.slot(0) + SLOTS * (PAGE_BYTES + self.slot_bytes)
+
+
+class RingHeader(NamedTuple):
+    """What a journal says of the run that began it."""
+
+    job: dict[str, Any]
+    chunk_images: int
+    run: str
+    """Drawn at random, in every record, so that no other run's is taken for one of this."""
+    device: int
+    inode: int
+    file_bytes: int
+
+    @classmethod
+    def drawn(cls, job: dict[str, Any], chunk_images: int, status: os.stat_result) -> RingHeader:
+        """Return the header of a new run."""
+        run = secrets.token_hex(8)
+        return cls(job, chunk_images, run, status.st_dev, status.st_ino, status.st_size)
+
+    @property
+    def places(self) -> Places:
+        """Where everything is."""
+        result = self.job["result"]
+        images, *image = result["shape"]
+        image_bytes = math.prod(image) * storage_dtype(result["dtype"]).itemsize
+        return Places(
+            self.file_bytes,
+            self.file_bytes - images * image_bytes,
+            image_bytes,
+            images,
+            self.chunk_images,
+            _pages(len(self.to_bytes())),
+        )
+
+    def command(self, path: Path) -> str:
+        """Return the command that finishes the run."""
+        transform = self.job["transform"]
+        rounding = transform["rounding"]
+        other = "" if rounding == "nearest" else f" --rounding {rounding}"
+        return f"fastvgg {transform['direction']} {shlex.quote(str(path))} --in-place{other}"
+
+    def to_bytes(self) -> bytes:
+        """Return the first line of the journal."""
+        return seal({MARK: FORMAT, **self._asdict()})
+
+
+class Record(NamedTuple):
+    """The checksums of a chunk, all xxh3-64."""
+
+    chunk: int
+    run: str
+    old: str
+    """Of its images before."""
+    new: str
+    """Of its images afterwards."""
+    pages: str
+    """Of what its slot holds."""
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Record | None:
+        """Return the record that was written at the start of `data`; None if it is not whole.
+
+        Raises
+        ------
+        ValueError
+            If it is whole, and yet no record.
+        """
+        fields = unseal(_first_line(data))
+        if fields is None:
+            return None
+        check_fields(fields, RECORD)
+        return cls(**fields)
+
+
+def read_ring_header(file_path: Path) -> RingHeader | None:
+    """Read the header of a file's journal; None where there is none, or not of a ring.
+
+    Raises
+    ------
+    ResumeError
+        If it is damaged, or of a format that this version does not know.
+    """
+    path = journal_path(file_path)
+    start = read_beside(path, at_most=LONGEST_HEADER)
+    if start is None or not _is_of_ring(start):
+        return None
+    try:
+        return _header_of(path, _first_line(start))
+    except ValueError as error:
+        raise _damaged(path, file_path, f"its header ({str(error)[:200]})") from None
+
+
+def _is_of_ring(start: bytes) -> bool:
+    """Whether a journal is of a run in place: by its first field, or if that is damaged by zeros.
+
+    A ring is filled up with them to whole pages. The journal of a run into a new file has none,
+    unless a crash left them after lines that are whole, and then its own first field can be read.
+    """
+    line, _, rest = start.partition(b"\n")
+    name = line[:LONGEST_NAME]
+    return MARK.encode() in name or (b"\0" in rest and b"fastvgg-journal" not in name)
+
+
+def _header_of(path: Path, line: bytes) -> RingHeader:
+    fields = unseal(line) or {}
+    found = fields.get(MARK)
+    if type(found) is int and found != FORMAT:
+        raise ResumeError(
+            f"{path} has format {str(found)[:20]}, and this version reads {FORMAT}",
+            "finish the run with the version that began it",
+        )
+    check_fields(fields, HEADER)
+    header = RingHeader(**{name: fields[name] for name in RingHeader._fields})
+    check_job(header.job)
+    check_sizes([header.chunk_images, header.file_bytes])
+    if line != header.to_bytes() or header.places.data_offset < 0:
+        raise ValueError("its parts do not fit together")
+    return header
+
+
+def _first_line(data: bytes) -> bytes:
+    line, end, _ = data.partition(b"\n")
+    return line + end
+
+
+def _damaged(journal: Path, file: Path, what: str) -> ResumeError:
+    return ResumeError(
+        f"{journal} is damaged in {what}: nothing tells which bytes of {file} are old and which "
+        "are new",
+        "put back both from a copy of one time; or make the file again from its source, and "
+        "remove the journal",
+    )
+
+
+def refuse_unfit(path: Path) -> None:
+    """Refuse a file that cannot be changed where it lies without a danger to someone.
+
+    Raises
+    ------
+    TargetError
+        Saying what it is.
+    """
+    status, system = path.lstat(), file_system(path)
+    if path.is_symlink():
+        problem, remedy = "is a symbolic link", f"give the file itself: {path.resolve()}"
+    elif status.st_nlink > 1:
+        problem = f"has {status.st_nlink} names (hard links), and would change under all of them"
+        remedy = "copy it, or remove the other names"
+    elif status.st_blocks * 512 < status.st_size:
+        problem = f"has {status.st_size} bytes, and {status.st_blocks * 512} on the disk: holes"
+        remedy = "make a copy without: cp --sparse=never"
+    elif is_networked(system):
+        problem = f"lies on {system}, where another machine may write it at the same time"
+        remedy = "write a new file: give a DST"
+    elif not os.access(path, os.R_OK | os.W_OK):
+        problem, remedy = "cannot be written to", "check its permissions"
+    else:
+        return
+    raise TargetError(f"{path} {problem}", remedy)
+
+
+def refuse_other_file(header: RingHeader, path: Path) -> None:
+    """Refuse a file that is not the one that a run in place began with.
+
+    Raises
+    ------
+    ResumeError
+        Saying what to do with the journal.
+    """
+    status = path.stat()
+    found = (status.st_dev, status.st_ino, status.st_size)
+    if found != (header.device, header.inode, header.file_bytes):
+        raise ResumeError(
+            f"{path} is not the file that the unfinished run in place was changing: "
+            f"{journal_path(path)} is of another",
+            "put back that file; or, if this one is whole as it was before, give --restart",
+        )
+
+
+def refuse_restart(header: RingHeader, path: Path) -> None:
+    """Refuse to begin again with a file of which a part is new already.
+
+    Raises
+    ------
+    ResumeError
+        If it is the one that the unfinished run was changing.
+    """
+    status = path.stat()
+    if (status.st_dev, status.st_ino) == (header.device, header.inode):
+        raise ResumeError(
+            f"{path} is partly old and partly new, and cannot be begun again",
+            f"finish it: {header.command(path)}",
+        )
+
+
+def unfinished(header: RingHeader, path: Path) -> SourceError:
+    """Return the error of who would read a file that is neither old nor new."""
+    return SourceError(
+        f"{path} is being changed in place: a part of it is old, and a part new",
+        f"finish that: {header.command(path)}",
+    )
+
+
+def _padded(fields: dict[str, Any] | Record, nbytes: int) -> bytes:
+    """Return fields as a sealed line, followed by zeros."""
+    line = seal(fields._asdict() if isinstance(fields, Record) else fields)
+    if len(line) > nbytes:
+        raise ValueError(f"{len(line)} bytes do not fit into {nbytes}")
+    return line.ljust(nbytes, b"\0")
+
+
+def _checksum(data: bytes | memoryview) -> str:
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+class Ring:
+    """The ring of one file, whose lock is held.
+
+    Parameters
+    ----------
+    storage
+        What carries out the system calls.
+    data
+        The file that is changed.
+    journal
+        The open journal.
+    places
+        Where everything is.
+    run
+        The run that began it.
+    """
+
+    def __init__(
+        self, storage: Storage, data: StoredFile, journal: StoredFile, places: Places, run: str
+    ) -> None:
+        self.places = places
+        self._storage = storage
+        self._data = data
+        self._journal = journal
+        self._run = run
+        # Chunks of the file that a checkpoint counts: one that is durable, and one that will be
+        # with the next sync of the journal.
+        self._durable = 0
+        self._checkpointed = 0
+        self._generation = 0
+        self._next_copy = 0
+
+    @classmethod
+    def begin(
+        cls, storage: Storage, data: StoredFile, job: dict[str, Any], chunk_images: int
+    ) -> Ring:
+        """Make the journal of a file that is as it was.
+
+        Raises
+        ------
+        TargetError
+            If there is no room for it.
+        """
+        header = RingHeader.drawn(job, chunk_images, os.fstat(data.descriptor))
+        places = header.places
+        storage.sync(data)  # or a power cut may take what the next chunks are computed from
+        path = journal_path(data.path)
+        temporary = path.with_name(path.name + ".tmp")
+        file = storage.create(temporary)
+        try:
+            storage.reserve(file, places.journal_bytes)
+            ring = cls(storage, data, StoredFile(file.descriptor, path), places, header.run)
+            storage.write(file, header.to_bytes().ljust(places.header_bytes, b"\0"), 0)
+            ring._write_checkpoint(0)
+            storage.sync(file)
+            storage.rename(temporary, path)
+            storage.sync_directory(path.parent)
+        except BaseException as error:
+            storage.close(file)
+            if isinstance(error, TargetError):  # no room: as if nothing had been begun
+                storage.remove(temporary)
+            raise
+        return ring
+
+    @classmethod
+    def reopen(cls, storage: Storage, data: StoredFile, header: RingHeader) -> Ring:
+        """Open the journal that an earlier run left.
+
+        Raises
+        ------
+        ResumeError
+            If it is not as long as it was made.
+        """
+        journal = storage.open(journal_path(data.path))
+        found_bytes = storage.size(journal)
+        if found_bytes != header.places.journal_bytes:
+            storage.close(journal)
+            raise ResumeError(
+                f"{journal.path} has {found_bytes} bytes, and was made with "
+                f"{header.places.journal_bytes}",
+                "put it back as the run left it",
+            )
+        return cls(storage, data, journal, header.places, header.run)
+
+    def recover(self) -> int:
+        """Write again what the ring holds and the file may not; return how many chunks are done.
+
+        Raises
+        ------
+        ResumeError
+            If the journal is damaged where nothing else tells what the file holds.
+        """
+        self._read_checkpoints()
+        ahead = self._ahead()
+        for record, pages in ahead:
+            if pages is not None:
+                self._storage.write(self._data, pages, self.places.of_pages(record.chunk)[0])
+        done = self._durable + len(ahead)
+        if ahead:
+            self._storage.sync(self._data)
+            self._write_checkpoint(done)
+            self._storage.sync(self._journal)
+            self._durable = done
+        return done
+
+    def _read_checkpoints(self) -> None:
+        found = []
+        for copy in range(2):
+            fields = self._checkpoint(copy)
+            if fields is not None and fields["run"] == self._run:
+                found.append((fields["generation"], fields["chunks"], copy))
+        if not found:
+            raise self._damaged("both copies of its checkpoint")
+        self._generation, self._durable, newest = max(found)
+        self._checkpointed = self._durable
+        self._next_copy = 1 - newest
+
+    def _checkpoint(self, copy: int) -> dict[str, Any] | None:
+        page = self._storage.read(self._journal, self.places.checkpoint(copy), PAGE_BYTES)
+        try:
+            fields = unseal(_first_line(page))
+            if fields is not None:
+                check_fields(fields, CHECKPOINT)
+                check_sizes([fields["generation"]])
+                check_sizes([fields["chunks"]], least=0, most=self.places.chunks)
+        except ValueError:
+            raise self._damaged(f"copy {copy} of its checkpoint") from None
+        return fields
+
+    def _ahead(self) -> list[tuple[Record, bytes | None]]:
+        """Return what was committed after the checkpoint, with the pages that are to be written.
+
+        Of pages that are not whole the write was cut off, before anything of the chunk was written
+        to the file; or the file has them, and the slot was used again. Its bytes tell.
+        """
+        ahead: list[tuple[Record, bytes | None]] = []
+        for chunk in range(self._durable, self.places.chunks):
+            record = self.record(chunk)
+            if record is None:
+                break
+            begin, end = self.places.of_pages(chunk)
+            pages = self._storage.read(
+                self._journal, self.places.slot(chunk) + PAGE_BYTES, end - begin
+            )
+            if _checksum(pages) == record.pages:
+                ahead.append((record, pages))
+                continue
+            found = self.checksum_in_file(chunk)
+            if found == record.old:
+                break
+            # What is written again before it would put old bytes into the page that both share.
+            if found != record.new or any(earlier for _, earlier in ahead):
+                raise self._damaged(f"what it holds of chunk {chunk}")
+            ahead.append((record, None))
+        return ahead
+
+    def _damaged(self, what: str) -> ResumeError:
+        return _damaged(self._journal.path, self._data.path, what)
+
+    def record(self, chunk: int) -> Record | None:
+        """Return a chunk's record, or the copy of it that its slot has; None if it has none."""
+        for offset in (self.places.record(chunk), self.places.slot(chunk)):
+            data = self._storage.read(self._journal, offset, RECORD_BYTES)
+            try:
+                record = Record.from_bytes(data)
+            except ValueError:
+                raise self._damaged(f"a record of chunk {chunk}") from None
+            if record is not None and (record.chunk, record.run) == (chunk, self._run):
+                return record
+        return None
+
+    def checksum_in_file(self, chunk: int) -> str:
+        """Return the checksum of a chunk's images as the file has them."""
+        begin, end = self.places.of_images(chunk)
+        return _checksum(self._storage.read(self._data, begin, end - begin))
+
+    def put(self, chunk: int, pages: memoryview, *, old: str, new: str) -> None:
+        """Make a chunk's new pages durable, then write them to the file.
+
+        Chunks come in order. `old` and `new` are the checksums of its images.
+        """
+        self._make_way(chunk)
+        record = Record(chunk, self._run, old, new, _checksum(pages))
+        slot = self.places.slot(chunk)
+        self._storage.write(self._journal, _padded(record, PAGE_BYTES), slot)
+        self._storage.write(self._journal, pages, slot + PAGE_BYTES)
+        self._storage.write(self._journal, _padded(record, RECORD_BYTES), self.places.record(chunk))
+        self._storage.sync(self._journal)  # the commit, also of the checkpoint
+        self._durable = self._checkpointed
+        self._storage.write(self._data, pages, self.places.of_pages(chunk)[0])
+
+    def _make_way(self, chunk: int) -> None:
+        """Checkpoint as often as the next chunk's slot needs it."""
+        if self._durable < chunk - SLOTS + 1:
+            raise RuntimeError(f"chunk {chunk} would take a slot that is still needed")
+        if self._checkpointed < chunk - SLOTS + 2:
+            self._storage.sync(self._data)
+            self._write_checkpoint(chunk)
+
+    def _write_checkpoint(self, chunks: int) -> None:
+        """Write the older copy of the checkpoint, which a write that is cut off may destroy."""
+        self._generation += 1
+        fields = {"run": self._run, "generation": self._generation, "chunks": chunks}
+        place = self.places.checkpoint(self._next_copy)
+        self._storage.write(self._journal, _padded(fields, PAGE_BYTES), place)
+        self._next_copy = 1 - self._next_copy
+        self._checkpointed = chunks
+
+    def finish(self) -> list[str]:
+        """Make all of the file durable; return the checksums of its chunks."""
+        self._storage.sync(self._data)
+        records = (self.record(chunk) for chunk in range(self.places.chunks))
+        return [
+            self.checksum_in_file(chunk) if record is None else record.new
+            for chunk, record in enumerate(records)
+        ]
+
+    def remove(self) -> None:
+        """Remove the journal of a file that is finished and described."""
+        self._storage.remove(self._journal.path)
+        self._storage.sync_directory(self._journal.path.parent)
+
+    def close(self) -> None:
+        """Close the journal."""
+        self._storage.close(self._journal)
+
+
+def committed_chunks(header: RingHeader, file_path: Path) -> int:
+    """Return how many chunks a run in place had committed, as far as its records tell.
+
+    Raises
+    ------
+    ResumeError
+        If one of them is damaged.
+    """
+    places, path = header.places, journal_path(file_path)
+    journal = read_beside(path, at_most=places.slot(0)) or b""
+    for chunk in range(places.chunks):
+        begin = places.record(chunk)
+        try:
+            record = Record.from_bytes(journal[begin : begin + RECORD_BYTES])
+        except ValueError:
+            raise _damaged(path, file_path, f"the record of chunk {chunk}") from None
+        if record is None or (record.chunk, record.run) != (chunk, header.run):
+            return chunk
+    return places.chunks

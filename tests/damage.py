@@ -1,0 +1,224 @@
+"""Damage to files, drawn at random: to their bytes, and to the fields of what is JSON in them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import xxhash
+
+RUN = "0" * 16
+
+# Damage to bytes
+
+
+def cut(random, content):
+    del content[random.randrange(len(content)) :]
+
+
+def flip(random, content):
+    content[random.randrange(len(content))] ^= 1 << random.randrange(8)
+
+
+def put(random, content):
+    content[random.randrange(len(content))] = random.randrange(256)
+
+
+def insert(random, content):
+    at = random.randrange(len(content))
+    content[at:at] = random.choice(TOKENS)
+
+
+def overwrite(random, content):
+    at, token = random.randrange(len(content)), random.choice(TOKENS)
+    content[at : at + len(token)] = token
+
+
+def delete(random, content):
+    at = random.randrange(len(content))
+    del content[at : at + random.randint(1, 9)]
+
+
+def repeat(random, content):
+    begin, at = random.randrange(len(content)), random.randrange(len(content))
+    content[at:at] = content[begin : begin + random.randint(1, 99)]
+
+
+def digit(random, content):
+    """Change the next digit after some place."""
+    start = random.randrange(len(content))
+    for at in range(start, min(len(content), start + 200)):
+        if 48 <= content[at] < 58:
+            content[at] = random.choice(b"0123456789-.e")
+            return
+
+
+def append(random, content):
+    content += random.choice(TOKENS)
+
+
+EDITS = (cut, flip, flip, put, insert, insert, overwrite, delete, repeat, digit, digit, append)
+TOKENS = [
+    *(b"\0", b"\0" * 64, b"\xff", b"\xc3(", b"\xed\xa0\x80", "\u0663".encode(), b"\xef\xbb\xbf"),
+    *(b"\n", b"\r", b"\r\n", b"\t", b"\x0c", b"\x1b[2J", b" ", b" " * 64, b"#", b"\\", b"\\d"),
+    *(b"-", b"+", b"--", b"0", b"1", b"9" * 30, b"9" * 5000, b"0x", b"0xf" + b"f" * 999, b"L"),
+    *(b"1e999", b"-1e999", b".", b"e", b"j", b"+1j", b"1" + b"0" * 400 + b"+1j", b"_", b"1or 2"),
+    *(b"NaN", b"Infinity", b"-Infinity", b"true", b"True", b"null", b"None", b"False", b"false"),
+    *(b"(", b")", b"[", b"]", b"{", b"}", b"[" * 90, b"(" * 300, b"{1:" * 99, b"[" * 5000),
+    *(b"1," * 3000, b"[]," * 2000, b"-" * 3000, b"{1:{}}," * 999, b"'a' " * 999, b"1+1j," * 999),
+    *(b"'", b'"', b",", b":", b"{}", b"[]", b"()", b"'''", b'""', b"*", b"**", b"if ", b"lambda:"),
+    *(b'"chunk": -1, ', b'"chunk": 1, ', b"'descr': '|O', ", b"'shape': (1, 1, 1, 3), "),
+]
+
+
+def damaged(random, whole):
+    """Some bytes after one to four edits."""
+    content = bytearray(whole)
+    for _ in range(random.randint(1, 4)):
+        if content:
+            random.choice(EDITS)(random, content)
+    return bytes(content)
+
+
+def cut_and_flipped(random, wholes):
+    """Each of some files cut off at each byte, and with each bit flipped, in any order."""
+    places = [
+        (whole, at, bit)
+        for whole in wholes
+        for at in range(len(whole))
+        for bit in (None, *range(8))
+    ]
+    random.shuffle(places)
+    for whole, at, bit in places:
+        if bit is None:
+            yield whole[:at]
+        else:
+            yield whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :]
+
+
+def by_turns(random, plain, invented):
+    """All of some inputs that come to an end, each after as many others as luck will have."""
+    for content in plain:
+        while random.random() < 0.5:
+            yield invented()
+        yield content
+    while True:
+        yield invented()
+
+
+# Damage to fields
+
+HUGE, DEEP = "<huge>", "<deep>"
+NAMES = [
+    *("NHWC", "NCHW", "uint8", "float16", "bfloat16", "float32", "float64", "<f4", "|O", "f4,f4"),
+    *("preprocess", "restore", "nearest", "truncate", "box"),
+    *("RGB", "BGR", "caffe", "npy", "images"),
+]
+VALUES = [
+    *(None, True, False, 0, 1, -1, 2, 3, 4, 5, 2**31, 2**48, 2**48 + 1, 2**63 - 1, 2**63, 2**64),
+    *(-(2**63), 10**400, HUGE, 0.0, -0.0, 0.5, 1.0, 5.0, 1e-46, 1e39, 1e308, math.inf, -math.inf),
+    *(math.nan, "", "x", "1", "\0", "\n", "\x1b[2J", "\ud800", "\u0663", "a" * 5000, RUN),
+    *([], [1], [0, 0, 0, 0], [5, 7, 9, 3], [True, 7, 9, 3], [5, 7, 9], [1.0] * 3, ["1"] * 3, [[]]),
+    *({}, {"a": 1}, {"chunk": 0}, [{}], DEEP, [DEEP]),
+]
+
+
+def other(random, value):
+    """Something to put in place of a value: like it, or not."""
+    if random.random() < 0.4:
+        return copy.deepcopy(random.choice(VALUES))
+    if isinstance(value, bool):
+        return random.choice([not value, int(value), str(value)])
+    if isinstance(value, int):
+        near = [value + 1, value - 1, -value - 1, value * 2, value + 2**40, value * 2**70]
+        return random.choice([*near, random.choice([bool(value), str(value), [value]])])
+    if isinstance(value, float):
+        return random.choice([-value, 2 * value, str(value), True, [value], math.nan])
+    if isinstance(value, str):
+        return random.choice([value[:-1], value + "0", value.upper(), [value], *NAMES])
+    if isinstance(value, list):
+        return random.choice(
+            [value[:-1], value[::-1], [*value, 0], value * 2, [value], [*value, []]]
+        )
+    return random.choice([0, "", {}, [], False, list(value or ())])
+
+
+def place_in(random, fields):
+    """Some object or list in the fields, and some key of it."""
+    while True:
+        key = random.choice(list(fields) if isinstance(fields, dict) else range(len(fields)))
+        if not isinstance(fields[key], dict | list) or not fields[key] or random.random() < 0.15:
+            return fields, key
+        fields = fields[key]
+
+
+def numbers_in(fields):
+    """The places of all whole numbers, as an object or list and a key."""
+    for key, value in fields.items() if isinstance(fields, dict) else enumerate(fields):
+        if isinstance(value, dict | list):
+            yield from numbers_in(value)
+        elif isinstance(value, int):
+            yield fields, key
+
+
+def liken(random, fields):
+    """Make a whole number something that is equal to it, and is none."""
+    places = list(numbers_in(fields))
+    if places:
+        inside, key = random.choice(places)
+        value = inside[key]
+        inside[key] = bool(value) if value in (0, 1) else float(value) if value < 2**53 else 1.0
+
+
+def twist(random, fields):
+    """Change something in the fields, which are not empty."""
+    if random.random() < 0.15:
+        liken(random, fields)
+        return
+    inside, key = place_in(random, fields)
+    what = random.random()
+    if what < 0.75:
+        inside[key] = other(random, inside[key])
+    elif what < 0.85:
+        del inside[key]
+    elif isinstance(inside, dict):
+        inside[random.choice([*inside, "x", "fastvgg-journal", "size"])] = inside[key]
+    else:
+        inside.insert(key, other(random, inside[key]))
+
+
+def twisted(random, text):
+    """JSON whose fields were changed in one to three places, or that says something twice."""
+    fields = json.loads(text)
+    for _ in range(random.choice([1, 1, 1, 2, 3])):
+        if fields:
+            twist(random, fields)
+    changed = json.dumps(fields, indent=random.choice([None, None, None, 1]))
+    if HUGE in changed:
+        changed = changed.replace(f'"{HUGE}"', "9" * 5000)
+    if DEEP in changed:
+        depth = random.choice([50, 400, 900, 980, 5000, 50_000])
+        changed = changed.replace(f'"{DEEP}"', "[" * depth + "]" * depth)
+    what = random.random()
+    if what < 0.05:
+        twice = random.choice(['"chunk": -1', '"job": {}', '"chunk_images": 0', '"chunks": 99'])
+        changed = changed.replace("{", "{" + twice + ", ", 1)
+    if what > 0.98:
+        return changed.encode("utf-16")
+    return damaged(random, changed.encode()) if 0.1 < what < 0.2 else changed.encode()
+
+
+def resealed(text):
+    """A line with the right checksum."""
+    return xxhash.xxh3_64_hexdigest(text).encode() + b" " + text + b"\n"
+
+
+def whole_bytes(content):
+    """How long the whole lines are with which a journal begins."""
+    length = 0
+    for line in content.splitlines(keepends=True):
+        if not line.endswith(b"\n") or line != resealed(line[17:-1]):
+            break
+        length += len(line)
+    return length

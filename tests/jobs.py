@@ -1,0 +1,110 @@
+"""Small jobs whose command can be given again and again, as after a crash."""
+
+from __future__ import annotations
+
+import numpy as np
+from datasets_on_disk import pixels
+
+import fastvgg
+from fastvgg import oracle
+from fastvgg.errors import SourceError
+from fastvgg.stream.run import run
+
+__all__ = ["DATA", "Job", "Wrong", "jobs"]
+
+DATA = "x.npy"  # what is changed in place
+# Chunks of one and of two images, which share sectors and pages; and images of several pages.
+SETTINGS = (
+    {"in_place": True, "images": 6, "together": 1, "width": 11},
+    {"in_place": True, "images": 7, "together": 2, "width": 17},
+    {"in_place": False, "images": 5, "together": 2, "width": 11},
+)
+LARGER = (
+    {"in_place": True, "images": 9, "together": 1, "width": 577},
+    {"in_place": False, "images": 5, "together": 1, "width": 577},
+)
+
+
+class Wrong(AssertionError):  # noqa: N818  # what it says
+    """Bytes, names or words that are not what they should be."""
+
+
+class Job:
+    """A command that can be given again and again in one directory.
+
+    Parameters
+    ----------
+    directory
+        An empty one. What is in it besides the source is what the command left.
+    in_place, images, together, width
+        What it does, to how many images, how many in a chunk, and how wide they are.
+    """
+
+    def __init__(self, directory, *, in_place, images, together, width):
+        batch = pixels(images, height=1, width=width, seed=7).astype(np.float32)
+        self.directory = directory
+        self.in_place = in_place
+        self.target = directory / (DATA if in_place else "y.npy")
+        self.source = directory / DATA if in_place else directory.with_suffix(".npy")
+        np.save(self.source, batch)
+        stored = self.source.read_bytes()
+        image_bytes = batch.nbytes // images
+        self.settings = {"mode": "caffe", "threads": 1, "backend": "numpy", "in_place": in_place}
+        self.settings["memory"] = 3 * image_bytes * together
+        self.original = stored
+        self.before = stored if in_place else None
+        computed = oracle.apply(fastvgg.Transform("caffe"), batch)
+        self.expected = stored[: -batch.nbytes] + computed.tobytes()
+
+    def reset(self):
+        """Make the directory what it was before any command."""
+        for path in list(self.directory.iterdir()):
+            path.unlink()
+        if self.in_place:
+            self.source.write_bytes(self.original)
+
+    def command(self, storage=None):
+        """Give the command; what was done in place is refused, and must then be right as it is."""
+        target = None if self.in_place else self.target
+        try:
+            run(fastvgg.plan(self.source, target, **self.settings), storage=storage)
+        except SourceError as error:
+            if not (self.in_place and "is preprocessed already" in error.problem):
+                raise
+
+    def contents(self):
+        """What the directory holds, by name."""
+        return {path.name: path.read_bytes() for path in self.directory.iterdir()}
+
+    def check_in_between(self, contents):
+        """Check what anyone may find at any time: all of it, or nothing, or a journal."""
+        target = self.target.name
+        whole = [self.expected, self.before]
+        if f"{target}.fastvgg.json" in contents:
+            whole.remove(self.before)
+        if not self.in_place or f"{target}.fastvgg-journal" not in contents:
+            self.expect(contents.get(target) in whole, f"{target} is not whole, and none says so")
+
+    def check_end(self):
+        """Check what is there when the command has come to its end."""
+        self.expect(self.target.read_bytes() == self.expected, "wrong bytes")
+        self.expect(self.source.read_bytes() in (self.original, self.expected), "changed source")
+        names = {path.name for path in self.directory.iterdir()}
+        expected = {self.target.name, f"{self.target.name}.fastvgg.json"}
+        self.expect(names == expected, f"{names} are left")
+        fastvgg.verify(self.target)
+
+    def expect(self, right, problem):
+        """Raise if something is not right."""
+        if not right:
+            raise Wrong(f"{problem}: {self.target}")
+
+
+def jobs(place, kind=Job, settings=SETTINGS):
+    """Make jobs, each in a directory of its own."""
+    made = []
+    for number, of_job in enumerate(settings):
+        directory = place / str(number)
+        directory.mkdir()
+        made.append(kind(directory, **of_job))
+    return made

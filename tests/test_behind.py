@@ -1,0 +1,321 @@
+"""One thing after another on a thread of its own: in order, none after an error, none left over.
+
+Where a piece of work must still be under way, it waits for an event, or until signals find the main
+thread waiting for it; nothing here waits for time to pass.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from fastvgg.stream.behind import Behind
+
+LIMIT_SECONDS = 60  # for a test that would never end, and not for one that is slow
+
+
+def come(event):
+    """Wait until something has happened."""
+    assert event.wait(LIMIT_SECONDS), "what a piece of work waits for does not happen"
+
+
+class Main:
+    """The main thread, as a piece of work sees it that sends it signals."""
+
+    def __init__(self):
+        self.has_left = threading.Event()
+        self._handled = threading.Semaphore(0)
+        self._codes = set()
+
+    def handle(self, number, frame):
+        """Look at what the main thread is doing, and interrupt that where it is asked for."""
+        if number == signal.SIGUSR2:
+            return
+        self._codes = set()
+        while frame is not None:
+            self._codes.add(frame.f_code)
+            frame = frame.f_back
+        self._handled.release()
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if number == signal.SIGTERM:
+            raise SystemExit(7)
+
+    def is_in(self, function, number=signal.SIGUSR1):
+        """Whether a signal finds the main thread inside of a function."""
+        signal.pthread_kill(threading.main_thread().ident, number)
+        # A signal that comes just before the main thread blocks is noticed at the next one.
+        while not self._handled.acquire(timeout=0.01):
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR2)
+        return function.__code__ in self._codes
+
+    def stays_in(self, function):
+        """Come back when the main thread does not get any further than a function.
+
+        That is when signals find it there again and again, each of which has let it go on.
+        """
+        found = 0
+        while found < 5:
+            assert not self.has_left.is_set(), "the block was left under work"
+            found = found + 1 if self.is_in(function) else 0
+
+
+@pytest.fixture
+def main():
+    main = Main()
+    before = {
+        number: signal.signal(number, main.handle)
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
+    }
+    yield main
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class Witness:
+    """A piece of work that ends when the main thread waits for that in leaving the block."""
+
+    def __init__(self, main, *before):
+        self._main = main
+        self._before = before
+        self.begun = threading.Event()
+        self.ended = threading.Event()
+        self.is_gone = threading.Event()
+
+    def __call__(self):
+        self.begun.set()
+        try:
+            for step in self._before:
+                step()
+            self._main.stays_in(Behind.__exit__)
+            self.ended.set()
+        finally:
+            self.is_gone.set()
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if "fastvgg-behind" in thread.name]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    assert threads() == []
+    yield
+    assert threads() == []
+
+
+# In order
+
+
+def test_results_come_in_the_order_in_which_the_work_was_given():
+    with Behind() as working:
+        for number in range(67):
+            working.give(lambda number=number: number * number)
+        assert list(working.wait_for_all_but(0)) == [number * number for number in range(67)]
+        assert list(working.wait_for_all_but(0)) == []
+
+
+def test_a_piece_is_begun_when_the_one_before_it_has_ended():
+    told, go = [], threading.Event()
+
+    def piece(name):
+        told.append(f"{name} begins")
+        come(go)
+        told.append(f"{name} ends")
+
+    with Behind() as working:
+        for name in "abc":
+            working.give(lambda name=name: piece(name))
+        go.set()
+        assert list(working.wait_for_all_but(0)) == [None, None, None]
+    assert told == [f"{name} {what}" for name in "abc" for what in ("begins", "ends")]
+
+
+def test_all_is_done_on_one_thread_that_is_not_the_callers():
+    with Behind() as working:
+        for _ in range(5):
+            working.give(threading.get_ident)
+        found = set(working.wait_for_all_but(0))
+    assert len(found) == 1
+    assert threading.get_ident() not in found
+
+
+def test_giving_does_not_wait():
+    go = threading.Event()
+    with Behind() as working:
+        working.give(lambda: come(go))
+        working.give(go.is_set)
+        assert not go.is_set()
+        go.set()
+        assert list(working.wait_for_all_but(0)) == [None, True]
+
+
+def test_no_more_is_waited_for_than_is_asked_for():
+    go = threading.Event()
+    with Behind() as working:
+        working.give(lambda: "first")
+        working.give(lambda: "second")
+        working.give(lambda: come(go))
+        assert list(working.wait_for_all_but(3)) == []
+        assert list(working.wait_for_all_but(1)) == ["first", "second"]
+        go.set()
+        assert list(working.wait_for_all_but(0)) == [None]
+
+
+def test_nothing_is_waited_for_before_the_next_result_is_asked_for():
+    go = threading.Event()
+    with Behind() as working:
+        working.give(lambda: come(go))
+        results = working.wait_for_all_but(0)
+        go.set()
+        assert list(results) == [None]
+
+
+def test_a_result_is_handed_over_while_the_next_piece_is_under_way():
+    go = threading.Event()
+    with Behind() as working:
+        working.give(lambda: "first")
+        working.give(lambda: come(go))
+        results = working.wait_for_all_but(0)
+        assert next(results) == "first"
+        go.set()
+        assert list(results) == [None]
+
+
+# After an error
+
+
+class Torn(BaseException):
+    """An error that no Exception is."""
+
+
+ERRORS = [OSError(5, "torn"), ValueError("wrong"), Torn("torn"), KeyboardInterrupt(), SystemExit(7)]
+
+
+def failing(error):
+    def fail():
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_an_error_is_raised_at_the_next_wait_and_nothing_given_later_is_begun(error):
+    begun, go = [], threading.Event()
+
+    def fail():
+        come(go)
+        raise error
+
+    with Behind() as working:
+        working.give(lambda: "before")
+        working.give(fail)
+        working.give(lambda: begun.append("while it was under way"))
+        go.set()
+        results = working.wait_for_all_but(0)
+        assert next(results) == "before"
+        with pytest.raises(type(error)) as caught:
+            next(results)
+        assert caught.value is error
+        working.give(lambda: begun.append("after it was known"))
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="given earlier has failed"):
+                next(working.wait_for_all_but(0))
+        assert list(working.wait_for_all_but(0)) == []
+    assert begun == []
+
+
+def test_an_error_of_the_work_ends_the_block_that_waits_for_it():
+    begun = []
+
+    def run():
+        with Behind() as working:
+            working.give(failing(OSError(5, "torn")))
+            working.give(lambda: begun.append("later"))
+            begun.extend(working.wait_for_all_but(0))
+
+    with pytest.raises(OSError, match="torn"):
+        run()
+    assert begun == []
+
+
+# Leaving
+
+
+def leave(main, witness, error=None, wait=False):
+    """Leave a block in which a piece of work is under way, and see that it is the last."""
+    begun = []
+    try:
+        with Behind() as working:
+            working.give(witness)
+            working.give(lambda: begun.append("later"))
+            come(witness.begun)
+            if wait:
+                begun += working.wait_for_all_but(0)
+            if error is not None:
+                raise error
+    finally:
+        ended = witness.ended.is_set()
+        main.has_left.set()
+        come(witness.is_gone)  # before its signals have nobody who handles them
+        assert ended, "the block was left under work"
+        assert begun == []
+
+
+def test_leaving_waits_for_the_piece_under_way_and_begins_no_other(main):
+    leave(main, Witness(main))
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_leaving_by_an_error_waits_for_the_piece_under_way_and_begins_no_other(main, error):
+    with pytest.raises(type(error)) as caught:
+        leave(main, Witness(main), error)
+    assert caught.value is error
+
+
+ENDS = [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+
+
+@pytest.mark.parametrize(("number", "kind"), ENDS, ids=["interrupt", "exit"])
+def test_a_signal_while_a_result_is_waited_for_leaves_when_the_piece_under_way_has_ended(
+    main, number, kind
+):
+    def interrupt():
+        main.stays_in(Behind.wait_for_all_but)
+        assert main.is_in(Behind.wait_for_all_but, number)
+
+    with pytest.raises(kind):
+        leave(main, Witness(main, interrupt), wait=True)
+
+
+@pytest.mark.parametrize("error", [None, ValueError("wrong")], ids=["well", "by an error"])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("number", "kind"), ENDS, ids=["interrupt", "exit"])
+def test_a_signal_while_the_block_is_left_is_raised_when_the_piece_under_way_has_ended(
+    main, number, kind, count, error
+):
+    def interrupt():
+        main.stays_in(Behind.__exit__)
+        assert main.is_in(Behind.__exit__, number)
+
+    with pytest.raises(kind) as caught:
+        leave(main, Witness(main, *[interrupt] * count), error)
+    # Whoever looks at the signal still finds the error.
+    found = caught.value
+    while found is not None and found is not error:
+        found = found.__context__
+    assert found is error
+
+
+def test_results_that_nobody_waited_for_do_not_keep_the_block():
+    with Behind() as working:
+        for number in range(5):
+            working.give(lambda number=number: number)
+
+
+def test_without_work_there_is_no_thread():
+    with Behind() as working:
+        assert list(working.wait_for_all_but(0)) == []
+        assert threads() == []

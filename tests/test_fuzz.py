@@ -1,0 +1,196 @@
+"""The campaign of damaged files in short, and that it goes red where reading them is broken."""
+
+from __future__ import annotations
+
+import os
+import re
+from types import SimpleNamespace
+
+import fuzz
+import pytest
+import xxhash
+
+from fastvgg.datasets import npy
+from fastvgg.errors import SourceError
+from fastvgg.stream import job, journal, manifest, ring
+
+SIZE = 20_000
+
+
+def test_whatever_is_on_the_disk_is_read_as_what_it_is_or_refused_in_words():
+    counts = fuzz.campaign(seed=5, size=SIZE)
+    assert counts["inputs"] == SIZE
+    assert counts["wrong"] == 0
+    assert counts["accepted"] > SIZE // 10
+    assert counts["refused"] > SIZE // 2
+
+
+def test_the_same_seed_reads_the_same_inputs():
+    first, second = (fuzz.campaign(seed=3, size=1000) for _ in range(2))
+    measured = {"slowest_us": 0, "largest_kib": 0}
+    assert {**first, **measured} == {**second, **measured}
+
+
+class EqualToAll(str):
+    """A checksum that is right for every line."""
+
+    __slots__ = ()
+    __hash__ = str.__hash__
+
+    def __eq__(self, other):
+        return True
+
+    def __ne__(self, other):
+        return False
+
+
+def no_checksums(patch):
+    def checksum(text):
+        return EqualToAll(xxhash.xxh3_64_hexdigest(text))
+
+    patch.setattr(journal, "xxhash", SimpleNamespace(xxh3_64_hexdigest=checksum))
+
+
+def headers_of_any_length(patch):
+    patch.setattr(npy, "LONGEST_HEADER", 2**32)
+
+
+def fortran_order(patch):
+    parse = npy._parse
+
+    def parsed(text, path):
+        descr, _, shape = parse(text, path)
+        return descr, False, shape
+
+    patch.setattr(npy, "_parse", parsed)
+
+
+def big_endian(patch):
+    patch.setattr(npy, "STORED_TYPES", {**npy.STORED_TYPES, ">f4": "float32"})
+
+
+def numbers_that_overflow(patch):
+    errors = tuple(error for error in npy.LITERAL_ERRORS if error is not OverflowError)
+    patch.setattr(npy, "LITERAL_ERRORS", errors)
+
+
+def warnings_of_the_parser(patch):
+    patch.setattr(npy, "WARNED_OF", re.compile(b"nothing that there is"))
+
+
+def files_of_any_length(patch):
+    check = npy.NpySource._check
+
+    def checked(source, *arguments):
+        try:
+            check(source, *arguments)
+        except SourceError as error:
+            if "followed by other bytes" not in str(error):
+                raise
+
+    patch.setattr(npy.NpySource, "_check", checked)
+
+
+def files_that_grow(patch):
+    opened = npy.open_regular
+
+    def grown(path):
+        os.truncate(path, path.stat().st_size + 1)
+        return opened(path)
+
+    patch.setattr(npy, "open_regular", grown)
+
+
+def fields_of_any_type(patch):
+    for room in (job, journal, manifest, ring):
+        patch.setattr(room, "check_fields", lambda fields, kinds: None)
+
+
+def sizes_that_are_true(patch):
+    def check_sizes(sizes, *, least=1, most=job.LARGEST_SIZE):
+        if any(not isinstance(size, int) or not least <= size <= most for size in sizes):
+            raise ValueError(sizes)
+
+    for room in (job, journal, manifest, ring):
+        patch.setattr(room, "check_sizes", check_sizes)
+
+
+def sizes_of_any_value(patch):
+    for room in (job, journal, manifest, ring):
+        patch.setattr(room, "check_sizes", lambda sizes, **limits: None)
+
+
+def any_job(patch):
+    for room in (journal, manifest, ring):
+        patch.setattr(room, "check_job", lambda job: None)
+
+
+def headers_of_rings_that_are_passed_over(patch):
+    patch.setattr(ring, "_is_of_ring", lambda start: b'{"fastvgg-in-place"' in start[:40])
+
+
+def rings_of_any_length(patch):
+    def reopen(storage, data, header):
+        opened = storage.open(ring.journal_path(data.path))
+        return ring.Ring(storage, data, opened, header.places, header.run)
+
+    patch.setattr(ring.Ring, "reopen", reopen)
+
+
+def records_that_are_torn(patch):
+    def from_bytes(data):
+        fields = journal.json.loads(data.partition(b"\n")[0][17:] or "{}")
+        return ring.Record(**fields) if fields else None
+
+    patch.setattr(ring.Record, "from_bytes", from_bytes)
+
+
+def memory_for_all_that_is_claimed(patch):
+    read = ring.read_beside
+
+    def read_beside(path, at_most=-1):
+        if read(path) is None:
+            return None
+        with path.open("rb") as file:
+            return file.read(at_most)
+
+    patch.setattr(ring, "read_beside", read_beside)
+
+
+@pytest.mark.parametrize(
+    ("kind", "broken"),
+    [
+        (fuzz.NpyHeaders, headers_of_any_length),
+        (fuzz.NpyHeaders, fortran_order),
+        (fuzz.NpyHeaders, numbers_that_overflow),
+        (fuzz.NpyHeaders, warnings_of_the_parser),
+        (fuzz.NpyFiles, fortran_order),
+        (fuzz.NpyFiles, big_endian),
+        (fuzz.NpyFiles, files_of_any_length),
+        (fuzz.NpyFiles, files_that_grow),
+        (fuzz.Sealed, no_checksums),
+        (fuzz.Ledgers, no_checksums),
+        (fuzz.Ledgers, fields_of_any_type),
+        (fuzz.Ledgers, sizes_that_are_true),
+        (fuzz.Ledgers, sizes_of_any_value),
+        (fuzz.Ledgers, any_job),
+        (fuzz.Manifests, fields_of_any_type),
+        (fuzz.Manifests, sizes_that_are_true),
+        (fuzz.Manifests, any_job),
+        (fuzz.RingHeaders, fields_of_any_type),
+        (fuzz.RingHeaders, sizes_of_any_value),
+        (fuzz.RingHeaders, any_job),
+        (fuzz.RingHeaders, headers_of_rings_that_are_passed_over),
+        (fuzz.RingHeaders, memory_for_all_that_is_claimed),
+        (fuzz.Rings, no_checksums),
+        (fuzz.Rings, fields_of_any_type),
+        (fuzz.Rings, sizes_of_any_value),
+        (fuzz.Rings, rings_of_any_length),
+        (fuzz.Rings, records_that_are_torn),
+    ],
+)
+def test_the_campaign_sees_what_is_broken(monkeypatch, kind, broken):
+    monkeypatch.setattr(fuzz, "KINDS", (kind,))
+    broken(monkeypatch)
+    with pytest.raises(fuzz.WrongError, match=f"{kind.name}, input "):
+        fuzz.campaign(seed=5, size=SIZE)
