@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from datasets_on_disk import must_say, names_in, printed_by, tree
@@ -329,7 +330,7 @@ def test_a_lock_on_a_file_that_no_longer_has_the_name_is_none(tmp_path, storage,
 
 def test_a_small_file_that_cannot_be_written_is_not_left_open(tmp_path, storage):
     def opened():
-        return len(os.listdir("/proc/self/fd"))
+        return len(list(Path("/proc/self/fd").iterdir()))
 
     before = opened()
     for number in range(2, 5):

@@ -216,7 +216,8 @@ def refuse_other_job(found: dict[str, Any], wanted: dict[str, Any], target: str)
     if differences:
         raise ResumeError(
             f"{target} was begun as another job: {'; '.join(differences)}",
-            "give the same settings to go on with it, or --restart to begin again",
+            "give the same settings to go on with it"
+            + (", or --restart to begin again" if not found["result"]["in_place"] else ""),
         )
 
 

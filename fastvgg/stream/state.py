@@ -135,6 +135,7 @@ def resumed(plan: Plan, chunk_images: int, committed_chunks: int) -> Plan:
             f"{plan.target} was begun in chunks that need "
             f"{readable_bytes(fitted.projected_bytes)}, and the memory limit is "
             f"{readable_bytes(plan.memory_bytes)}",
-            f"give --memory {-(-fitted.projected_bytes // 2**20)}MiB, or --restart",
+            f"give --memory {-(-fitted.projected_bytes // 2**20)}MiB"
+            + ("" if plan.in_place else ", or --restart"),
         )
     return fitted

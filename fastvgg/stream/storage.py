@@ -89,6 +89,7 @@ class Storage:
     """
 
     def __init__(self, durability: Durability = "power") -> None:
+        check_durability(durability)
         self._syncs = durability == "power"
 
     def create(self, path: Path) -> StoredFile:
