@@ -22,7 +22,7 @@ import math
 import os
 import secrets
 import shlex
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import xxhash
 
@@ -437,9 +437,10 @@ class Ring:
         """
         self._read_checkpoints()
         ahead = self._ahead()
-        for record, pages in ahead:
-            if pages is not None:
-                self._storage.write(self._data, pages, self.places.of_pages(record.chunk)[0])
+        for chunk in ahead:
+            if ahead[chunk] == "in its slot":
+                begin, _ = self.places.of_pages(chunk)
+                self._storage.write(self._data, self._pages(chunk), begin)
         done = self._durable + len(ahead)
         if ahead:
             self._storage.sync(self._data)
@@ -472,32 +473,34 @@ class Ring:
             raise self._damaged(f"copy {copy} of its checkpoint") from None
         return fields
 
-    def _ahead(self) -> list[tuple[Record, bytes | None]]:
-        """Return what was committed after the checkpoint, with the pages that are to be written.
+    def _ahead(self) -> dict[int, Literal["in its slot", "in the file"]]:
+        """Return the chunks that were committed after the checkpoint, and where each is whole.
 
-        Of pages that are not whole the write was cut off, before anything of the chunk was written
-        to the file; or the file has them, and the slot was used again. Its bytes tell.
+        Of a slot that is not whole the write was cut off, before anything of the chunk was written
+        to the file; or the file has the chunk, and the slot was used again. Its bytes tell.
         """
-        ahead: list[tuple[Record, bytes | None]] = []
+        ahead: dict[int, Literal["in its slot", "in the file"]] = {}
         for chunk in range(self._durable, self.places.chunks):
             record = self.record(chunk)
             if record is None:
                 break
-            begin, end = self.places.of_pages(chunk)
-            pages = self._storage.read(
-                self._journal, self.places.slot(chunk) + PAGE_BYTES, end - begin
-            )
-            if _checksum(pages) == record.pages:
-                ahead.append((record, pages))
+            if _checksum(self._pages(chunk)) == record.pages:
+                ahead[chunk] = "in its slot"
                 continue
             found = self.checksum_in_file(chunk)
             if found == record.old:
                 break
             # What is written again before it would put old bytes into the page that both share.
-            if found != record.new or any(earlier for _, earlier in ahead):
+            if found != record.new or "in its slot" in ahead.values():
                 raise self._damaged(f"what it holds of chunk {chunk}")
-            ahead.append((record, None))
+            ahead[chunk] = "in the file"
         return ahead
+
+    def _pages(self, chunk: int) -> bytes:
+        """Return what a chunk's slot holds."""
+        begin, end = self.places.of_pages(chunk)
+        place = self.places.slot(chunk) + PAGE_BYTES
+        return self._storage.read(self._journal, place, end - begin)
 
     def _damaged(self, what: str) -> ResumeError:
         return _damaged(self._journal.path, self._data.path, what)
