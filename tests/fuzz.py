@@ -584,7 +584,7 @@ class RingFiles:
         finally:
             ring_module.secrets = drawn
         self.places = ring.places
-        self.header = read_ring_header(self.path)._replace(device=1, inode=2)
+        self.header = read_ring_header(self.path)._replace(inode=2)
         first = self.header.to_bytes().ljust(self.places.header_bytes, b"\0")
         journal = ring_module.journal_path(self.path)
         self.states = []

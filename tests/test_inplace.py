@@ -301,6 +301,22 @@ def test_the_journal_of_another_file_is_not_applied(unfinished):
     assert names_in(unfinished.parent) == ["x.npy", "x.npy.fastvgg.json"]
 
 
+def test_a_copy_of_an_unfinished_file_is_not_begun_again(unfinished):
+    copy = unfinished.with_name("copy.npy")
+    copy.write_bytes(unfinished.read_bytes())
+    copy.rename(unfinished)  # as a backup is put back: the same bytes, another inode
+    before = tree(unfinished.parent)
+    with pytest.raises(ResumeError) as caught:
+        change(unfinished, mode="caffe", restart=True)
+    must_say(caught.value, unfinished, "cannot be begun again")
+    assert tree(unfinished.parent) == before
+
+
+def test_the_journal_says_nothing_of_the_device_whose_number_a_reboot_may_change(unfinished):
+    kept = {"job", "chunk_images", "run", "inode", "file_bytes"}
+    assert set(read_ring_header(unfinished)._fields) == kept
+
+
 def test_an_unfinished_file_needs_the_memory_that_it_was_begun_with(unfinished):
     plan = plan_of(unfinished, None, in_place=True, mode="caffe")
     with pytest.raises(TargetError) as caught:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import xxhash
 
-from fastvgg.datasets.base import read_beside
+from fastvgg.datasets.base import open_regular, read_beside
 from fastvgg.errors import ResumeError, SourceError, TargetError
 from fastvgg.stream.job import check_fields, check_job, check_sizes
 from fastvgg.stream.journal import journal_path, seal, unseal
@@ -34,6 +34,7 @@ from fastvgg.stream.storage import StoredFile, file_system, is_networked
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from fastvgg.stream.job import Kinds
@@ -59,7 +60,6 @@ HEADER: Final[Kinds] = {
     "job": dict,
     "chunk_images": int,
     "run": str,
-    "device": int,
     "inode": int,
     "file_bytes": int,
 }
@@ -137,15 +137,15 @@ class RingHeader(NamedTuple):
     chunk_images: int
     run: str
     """Drawn at random, in every record, so that no other run's is taken for one of this."""
-    device: int
     inode: int
+    """What tells the file from another of its name; a device's number changes with a reboot."""
     file_bytes: int
 
     @classmethod
     def drawn(cls, job: dict[str, Any], chunk_images: int, status: os.stat_result) -> RingHeader:
         """Return the header of a new run."""
         run = secrets.token_hex(8)
-        return cls(job, chunk_images, run, status.st_dev, status.st_ino, status.st_size)
+        return cls(job, chunk_images, run, status.st_ino, status.st_size)
 
     @property
     def places(self) -> Places:
@@ -298,8 +298,7 @@ def refuse_other_file(header: RingHeader, path: Path) -> None:
         Saying what to do with the journal.
     """
     status = path.stat()
-    found = (status.st_dev, status.st_ino, status.st_size)
-    if found != (header.device, header.inode, header.file_bytes):
+    if (status.st_ino, status.st_size) != (header.inode, header.file_bytes):
         raise ResumeError(
             f"{path} is not the file that the unfinished run in place was changing: "
             f"{journal_path(path)} is of another",
@@ -313,10 +312,9 @@ def refuse_restart(header: RingHeader, path: Path) -> None:
     Raises
     ------
     ResumeError
-        If it is the one that the unfinished run was changing.
+        If it is the one that the unfinished run was changing, or begins as that does.
     """
-    status = path.stat()
-    if (status.st_dev, status.st_ino) == (header.device, header.inode):
+    if path.stat().st_ino == header.inode or _begins_new(header, path):
         raise ResumeError(
             f"{path} is partly old and partly new, and cannot be begun again",
             f"finish it: {header.command(path)}",
@@ -581,6 +579,10 @@ def committed_chunks(header: RingHeader, file_path: Path) -> int:
     ResumeError
         If one of them is damaged.
     """
+    return sum(1 for _ in _records(header, file_path))
+
+
+def _records(header: RingHeader, file_path: Path) -> Iterator[Record]:
     places, path = header.places, journal_path(file_path)
     journal = read_beside(path, at_most=places.slot(0)) or b""
     for chunk in range(places.chunks):
@@ -590,5 +592,16 @@ def committed_chunks(header: RingHeader, file_path: Path) -> int:
         except ValueError:
             raise _damaged(path, file_path, f"the record of chunk {chunk}") from None
         if record is None or (record.chunk, record.run) != (chunk, header.run):
-            return chunk
-    return places.chunks
+            return
+        yield record
+
+
+def _begins_new(header: RingHeader, path: Path) -> bool:
+    """Whether the first chunk of a file, which may be a copy, is what a run in place made of it."""
+    first = next(_records(header, path), None)
+    if first is None or first.new == first.old:
+        return False
+    begin, end = header.places.of_images(0)
+    with open_regular(path) as file:
+        file.seek(begin)
+        return _checksum(file.read(end - begin)) == first.new
