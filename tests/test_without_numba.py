@@ -10,8 +10,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# Rooms that never touch a pixel; what happens to their files takes minutes to try.
-SAME_ON_ANY_BACKEND = ("crash", "images", "index", "npy", "storage")
+# What happens to files, for which pixels are computed without Numba anyway; it takes minutes to try.
+SAME_ON_ANY_BACKEND = (
+    *("behind", "campaigns", "crash", "crash_states", "fuzz", "images", "index", "inplace", "npy"),
+    "storage",
+)
 
 
 def test_the_suite_passes_as_if_numba_were_not_installed():
