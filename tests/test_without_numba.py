@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# What happens to files, for which pixels are computed without Numba anyway; it takes minutes to try.
+# What happens to files, whose pixels are computed without Numba anyway; it takes minutes to try.
 SAME_ON_ANY_BACKEND = (
     *("behind", "campaigns", "crash", "crash_states", "fuzz", "images", "index", "inplace", "npy"),
     "storage",
