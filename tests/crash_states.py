@@ -12,8 +12,10 @@ them may keep or lose anything that was not synced:
 - of the changes of names any, in their order, where a rename is one change.
 
 Only the moments before a sync and after the last call are looked at: what can be lost at any other
-is a part of what can be lost then. Each state is made for real, in memory, and the same command is
-run on it, and recorded in turn: crashes while recovering from a crash are covered to any depth.
+is a part of what can be lost then. A process that is killed, between any two calls, leaves all it
+did, and the next power cut may still lose what it did not sync. Each state is made for real, in
+memory, and the same command is run on it, and recorded in turn: crashes while recovering from a
+crash are covered to any depth.
 Writes that are lost in part are run once for all ways of losing a part: every line of a journal and
 every slot of a ring has a checksum.
 
@@ -67,6 +69,12 @@ class Sync(NamedTuple):
 
     file: int | None
 
+    def makes_lasting(self, event):
+        """Whether what happened before lasts from now on."""
+        if isinstance(event, Name):
+            return self.file is None
+        return event.file == self.file
+
 
 class Place(NamedTuple):
     """Where in the code a sync is called."""
@@ -87,10 +95,11 @@ class RecordingStorage(Storage):
         Where a sync is called that does nothing, to see what it is for.
     """
 
-    def __init__(self, names, forgets=None):
-        super().__init__()
+    def __init__(self, names, forgets=None, durability="power"):
+        super().__init__(durability)
         self.log = []
         self.places = set()
+        self.has_done = False  # what it was made for
         self._names = dict(names)
         self._files = {}
         self._next = itertools.count(max(names.values(), default=0) + 1)
@@ -124,7 +133,7 @@ class RecordingStorage(Storage):
         function = f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}"
         place = Place(function, frame.f_lineno - frame.f_code.co_firstlineno)
         self.places.add(place)
-        return place != self._forgets
+        return self._syncs and place != self._forgets
 
     def sync(self, file):
         if self._syncs_here():
@@ -133,6 +142,10 @@ class RecordingStorage(Storage):
     def sync_directory(self, path):
         if self._syncs_here():
             self.log.append(Sync(None))
+
+    def sync_disk(self, directory):
+        if self._syncs_here():
+            self.log += [Sync(file) for file in (*sorted(set(self._names.values())), None)]
 
     def rename(self, old, new):
         super().rename(old, new)
@@ -151,6 +164,35 @@ class State(NamedTuple):
 
     names: tuple[tuple[str, int], ...]
     contents: tuple[tuple[int, bytes], ...]
+
+    def digest(self):
+        """Return what tells it from others."""
+        digest = xxhash.xxh3_128(repr(self.names).encode())
+        for _, content in self.contents:
+            digest.update(xxhash.xxh3_64_digest(content))
+        return digest.digest()
+
+
+class Left(NamedTuple):
+    """What a crash left: a state that lasts, and what only the system remembers."""
+
+    lasting: State
+    unsynced: tuple[Write | Name, ...] = ()
+    durability: str = "power"
+    """What the commits in it survive, before all of it is synced."""
+
+    def digest(self):
+        """Return what tells it from others."""
+        return self.lasting.digest() + xxhash.xxh3_128_digest(repr(self.unsynced).encode())
+
+    def visible(self):
+        """Return the state that the next command finds."""
+        disk = Disk(self.lasting, 0, 0)
+        for event in self.unsynced:
+            disk.happens(event)
+        for file in [*disk.writes, None]:
+            disk.sync(file)
+        return disk.state(disk.names, disk.contents)
 
 
 def written(content, write):
@@ -200,6 +242,15 @@ class Disk:
         self.names = self._named(self.changes)
         self.changes = []
 
+    def lasting(self):
+        """Return what no power cut can change any more, also of files whose names it can."""
+        return State(tuple(sorted(self.names.items())), tuple(sorted(self.contents.items())))
+
+    def state(self, names, contents):
+        """Return a state of these names, and no bytes of files that have none."""
+        names = tuple(sorted(names.items()))
+        return State(names, tuple(sorted((file, contents.get(file, b"")) for _, file in names)))
+
     def _named(self, changes):
         names = dict(self.names)
         for change in changes:
@@ -224,7 +275,7 @@ class Disk:
             ways = self._most_at_once
             draw = random.Random(self._seed)  # noqa: S311  # not for secrets
             choices = [[draw.randrange(len(axis)) for axis in axes] for _ in range(ways)]
-        every_named = {tuple(sorted(self._named(some).items())) for some in _subsets(self.changes)}
+        every_named = [self._named(some) for some in _subsets(self.changes)]
         states = set()
         for choice in choices:
             chosen = iter([axis[index] for axis, index in zip(axes, choice, strict=True)])
@@ -232,9 +283,7 @@ class Disk:
             for file, (make, found, _) in files.items():
                 content = make(file, [next(chosen) for _ in found])
                 contents[file] = self._kept.setdefault(content, content)
-            for named in every_named:
-                left = tuple(sorted((file, contents.get(file, b"")) for _, file in named))
-                states.add(State(named, left))
+            states |= {self.state(named, contents) for named in every_named}
         return states, ways
 
     def _lost_writes(self, file):
@@ -289,13 +338,6 @@ def _by_name(state):
     return {name: contents[file] for name, file in state.names}
 
 
-def _digest(state):
-    digest = xxhash.xxh3_128(repr(state.names).encode())
-    for _, content in state.contents:
-        digest.update(xxhash.xxh3_64_digest(content))
-    return digest.digest()
-
-
 class Explored(Job):
     """A job of which every state of its directory can be made for real."""
 
@@ -329,49 +371,99 @@ class Explored(Job):
         self.check_in_between({name: contents[file] for name, file in names.items()})
 
 
-def explore(job, seed, *, most_runs, most_at_once=20_000, forgets=None):
-    """Run a job on every state that crashes of it can leave; return counts and sync places."""
-    counts = {"states": 0, "runs": 0}
-    draw = random.Random(seed)  # noqa: S311  # not for secrets
-    seen = {_digest(job.start)}
-    waiting = [job.start]
-    places = set()
-    while waiting and counts["runs"] < most_runs:
-        at = draw.randrange(len(waiting))
-        waiting[at], waiting[-1] = waiting[-1], waiting[at]
-        state = waiting.pop()
-        storage = _run_on(job, state, forgets)
-        counts["runs"] += 1
-        places |= storage.places
-        disk = Disk(state, seed, most_at_once)
-        for event in [*storage.log, None]:
-            if isinstance(event, Sync) or event is None:
-                left, ways = disk.crashes()
-                counts["states"] += ways
-                new = {_digest(state): state for state in left}
-                for digest in sorted(new.keys() - seen):
-                    job.check_left(new[digest])
-                    waiting.append(new[digest])
-                seen |= new.keys()
-            if event is None:  # the command has said that it is done
-                done = _by_name(job.found())
-                for last in left:
-                    job.expect(_by_name(last) == done, "what is done can be undone")
-            elif isinstance(event, Sync):
+class Exploration:
+    """The crashes of a job, and of what comes after them.
+
+    Parameters
+    ----------
+    job
+        What is run.
+    seed
+        Chooses among what is left by crashes.
+    most_at_once, forgets
+        As for `Disk` and `RecordingStorage`.
+    """
+
+    def __init__(self, job, seed, *, most_at_once=20_000, forgets=None):
+        self.states = self.runs = 0
+        self.places = set()
+        self._job = job
+        self._seed = seed
+        self._draw = random.Random(seed)  # noqa: S311  # not for secrets
+        self._most_at_once = most_at_once
+        self._forgets = forgets
+        self._seen = set()
+        self._cut, self._killed = [], []
+
+    def run(self, most_runs):
+        """Run the job on what it begins with, and then on what crashes leave; return counts."""
+        self._crash_in(Left(self._job.start))
+        self._crash_in(Left(self._job.start, durability="process"), "process")
+        while self.runs < most_runs and self.left:
+            waiting = self._draw.choice([some for some in (self._cut, self._killed) if some])
+            at = self._draw.randrange(len(waiting))
+            waiting[at], waiting[-1] = waiting[-1], waiting[at]
+            self._crash_in(waiting.pop())
+        return {"states": self.states, "runs": self.runs, "left": self.left}
+
+    @property
+    def left(self):
+        """How many states no command was run on."""
+        return len(self._cut) + len(self._killed)
+
+    def _crash_in(self, left, durability="power"):
+        storage = run_on(self._job, left, forgets=self._forgets, durability=durability)
+        self.runs += 1
+        self.places |= storage.places
+        disk = Disk(left.lasting, self._seed, self._most_at_once)
+        for event in left.unsynced:
+            disk.happens(event)
+        unsynced, survives = list(left.unsynced), left.durability
+        for event in storage.log:
+            if isinstance(event, Sync):
+                if survives == "power":
+                    self._cut_power(disk)
                 disk.sync(event.file)
+                unsynced = [of for of in unsynced if not event.makes_lasting(of)]
+                survives = survives if unsynced else "power"
             else:
                 disk.happens(event)
-    return {**counts, "left": len(waiting)}, places
+                unsynced.append(event)
+            self._meet(
+                self._killed if unsynced else self._cut,
+                Left(disk.lasting(), tuple(unsynced), survives),
+            )
+        if storage.has_done and durability == "power":
+            done = _by_name(self._job.found())
+            for state in self._cut_power(disk):  # the command has said that it is done
+                self._job.expect(_by_name(state) == done, "what is done can be undone")
+
+    def _cut_power(self, disk):
+        states, ways = disk.crashes()
+        self.states += ways
+        for state in sorted(states, key=State.digest):
+            self._meet(self._cut, Left(state))
+        return states
+
+    def _meet(self, waiting, left):
+        """Look at what is left by a crash, and have the command run on it some time."""
+        digest = left.digest()
+        if digest not in self._seen:
+            self._seen.add(digest)
+            self._job.check_left(left.visible())
+            waiting.append(left)
 
 
-def _run_on(job, state, forgets):
+def run_on(job, left, forgets=None, durability="power"):
+    """Run a job on what a crash left, and see that it ends with the right bytes."""
+    state = left.visible()
     job.put(state)
-    storage = RecordingStorage(dict(state.names), forgets)
+    storage = RecordingStorage(dict(state.names), forgets, durability)
     try:
-        job.command(storage)
+        storage.has_done = job.command(storage)
         job.check_end()
     except (FastvggError, Wrong) as error:
-        raise Wrong(f"{error}; from {str(state)[:2000]}") from error
+        raise Wrong(f"{error}; from {str(left)[:2000]}") from error
     return storage
 
 
@@ -395,7 +487,7 @@ def campaign(seed, size):
     total = {"states": 0, "runs": 0, "left": 0}
     try:
         for job in explored(place):
-            counts, _ = explore(job, seed, most_runs=size)
+            counts = Exploration(job, seed).run(size)
             total = {name: total[name] + count for name, count in counts.items()}
     finally:
         shutil.rmtree(place)

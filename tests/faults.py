@@ -12,11 +12,6 @@ from fastvgg.errors import StoppedError
 from fastvgg.stream import storage as storage_module
 from fastvgg.stream.storage import Storage
 
-CALLS = (
-    *("create", "open", "close", "lock", "size", "reserve", "write", "truncate"),
-    *("sync", "sync_directory", "make_directory", "rename", "remove"),
-)
-
 
 class Death(BaseException):
     """The end of the process; nothing may catch it, as nothing catches SIGKILL."""
@@ -191,6 +186,13 @@ class MortalStorage(Storage):
             self._synced(("names", path))
 
         return self._call("sync_directory", do)
+
+    def sync_disk(self, directory):
+        def do():
+            super(MortalStorage, self).sync_disk(directory)
+            self._undo.clear()
+
+        return self._call("sync_disk", do)
 
     def make_directory(self, path):
         def do():

@@ -64,13 +64,18 @@ class Job:
             self.source.write_bytes(self.original)
 
     def command(self, storage=None):
-        """Give the command; what was done in place is refused, and must then be right as it is."""
+        """Give the command, and return whether it did its work, or had before.
+
+        What was done in place is refused, and must then be right as it is.
+        """
         target = None if self.in_place else self.target
         try:
             run(fastvgg.plan(self.source, target, **self.settings), storage=storage)
         except SourceError as error:
             if not (self.in_place and "is preprocessed already" in error.problem):
                 raise
+            return False
+        return True
 
     def contents(self):
         """What the directory holds, by name."""

@@ -7,8 +7,9 @@ The file system lies on a loop device. A cut is its ioctl to shut down at once: 
 lost, and of the names what its journal has not committed; or, one time in three, names are kept
 whose data was never written. Before it, and at any call, ranges of files are written out, as the
 system does when it likes. Then it is mounted again, and the same command is given; one time in
-three the power fails in that too, up to three deep. After a command that has said that it is done
-the power fails as well, and all of it must be there.
+three the power fails in that too, up to three deep. One time in four the first is no power cut: the
+process is killed, and what it did not sync is there until the power fails. After a command that has
+said that it is done the power fails as well, and all of it must be there.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ COMMITTING, AT_ONCE = 1, 2  # whether its journal is committed first
 WRITE_OUT = 1 | 2 | 4  # of sync_file_range: wait, begin, and wait until it is done
 MODES = ("errors=remount-ro,data=ordered", "errors=remount-ro,data=writeback,noauto_da_alloc")
 DEEPEST = 3
-SYNCS = ("ring.put", "ring._make_way", "ring.finish", "npy.sync", "storage.write_whole")
+SYNCS = (
+    *("ring.put", "ring._make_way", "ring.finish", "ring.reopen"),
+    *("npy.sync", "storage.write_whole"),
+)
 
 
 class Disk:
@@ -165,36 +169,42 @@ class PoweredStorage(MortalStorage):
         if self._syncs_here():
             super().sync_directory(path)
 
+    def sync_disk(self, directory):
+        if self._syncs_here():
+            super().sync_disk(directory)
+
 
 def outcome(disk, job, first, draw, forgets=None):
     """Cut the power at a call, and perhaps in what comes after; return how many cuts there were."""
     job.reset()
     disk.sync()
     numbers = [first]
-    while len(numbers) < DEEPEST and draw.random() < 1 / 3:
+    killed = draw.random() < 1 / 4
+    while len(numbers) < DEEPEST and draw.random() < (1 if killed and len(numbers) == 1 else 1 / 3):
         numbers.append(draw.randrange(1, numbers[-1] + 10))
-    for number in numbers:
+    for depth, number in enumerate(numbers):
         storage = PoweredStorage(number, job.directory, draw, forgets=forgets)
-        ended = ends_before(disk, job, storage)
-        disk.mount_again()
+        is_cut = depth > 0 or not killed
+        ended = ends_before(disk, job, storage, is_cut=is_cut)
+        if is_cut:
+            disk.mount_again()
         job.check_in_between(job.contents())
         if ended:
             job.check_end()
     job.command()
     job.check_end()
-    return len(numbers)
+    return len(numbers) - killed
 
 
-def ends_before(disk, job, storage):
-    """Whether a command comes to its end before it dies; the power fails in any case."""
+def ends_before(disk, job, storage, *, is_cut):
+    """Whether a command does its work before it dies; the power fails in any case, or in none."""
     try:
-        job.command(storage)
+        return job.command(storage)
     except Death:
         return False
-    else:
-        return True
     finally:
-        disk.cut()
+        if is_cut:
+            disk.cut()
         storage.bury()
 
 

@@ -14,6 +14,7 @@ from datasets_on_disk import must_say, names_in, printed_by, tree
 from faults import Death, FaultyOs, MortalStorage, system_calls
 
 from fastvgg.errors import StoppedError, TargetError, UsageError
+from fastvgg.stream import storage as storage_module
 from fastvgg.stream.storage import Storage, StoredFile, check_durability
 
 
@@ -75,6 +76,9 @@ def test_only_for_power_a_sync_asks_the_system_for_one(tmp_path):
             assert system.calls == expected
             storage.sync_directory(tmp_path)
             assert system.calls.count("fsync") == 2 * len(expected)
+            opened = system.calls.count("open")
+            storage.sync_disk(tmp_path)
+            assert system.calls.count("open") == opened + len(expected)
         storage.close(file)
         assert file.path.read_bytes() == b"abc"
 
@@ -83,6 +87,7 @@ def test_for_the_process_alone_nothing_is_tried_that_a_sync_could_fail_at(tmp_pa
     storage = Storage("process")
     storage.sync(closed(tmp_path))
     storage.sync_directory(tmp_path / "missing")
+    storage.sync_disk(tmp_path / "missing")
 
 
 @pytest.mark.parametrize("durability", ["", "disk", "Power", "none"])
@@ -90,6 +95,12 @@ def test_what_is_no_durability_is_refused_with_those_that_are(durability):
     with pytest.raises(UsageError) as caught:
         check_durability(durability)
     must_say(caught.value, repr(durability), "'power'", "'process'")
+
+
+def test_a_sync_of_a_disk_that_the_system_refuses_is_an_error():
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)) as caught:
+        storage_module._sync_file_system(-1)
+    assert caught.value.errno == errno.EBADF
 
 
 def test_creating_empties_and_opening_does_not(tmp_path, storage):
@@ -172,6 +183,7 @@ FAILING = {
     "truncate": lambda s, p: s.truncate(closed(p), 4711),
     "fsync": lambda s, p: s.sync(closed(p)),
     "fsync of a directory": lambda s, p: s.sync_directory(p / "missing"),
+    "syncfs": lambda s, p: s.sync_disk(p / "missing"),
     "mkdir": lambda s, p: s.make_directory(p / "file" / "below"),
     "rename": lambda s, p: s.rename(p / "missing", p / "new"),
     "remove": lambda s, p: s.remove(p / "file" / "below"),

@@ -407,7 +407,9 @@ class Ring:
 
     @classmethod
     def reopen(cls, storage: Storage, data: StoredFile, header: RingHeader) -> Ring:
-        """Open the journal that an earlier run left.
+        """Open the journal that an earlier run left, and make durable what both files hold.
+
+        Or a power cut may take a slot of which that run, or this one, had begun to write the file.
 
         Raises
         ------
@@ -423,6 +425,8 @@ class Ring:
                 f"{header.places.journal_bytes}",
                 "put it back as the run left it",
             )
+        storage.sync(data)  # which may lie on another disk, where it is mounted by itself
+        storage.sync_disk(journal.path.parent)
         return cls(storage, data, journal, header.places, header.run)
 
     def recover(self) -> int:

@@ -93,6 +93,7 @@ def run(
         complete = find_state(plan, known_ledger(plan)) == "complete"
         # One that was killed while it had a look leaves a journal, which says nothing and goes.
         if complete and not os.path.lexists(journal_path(target_path)):
+            storage.sync_disk(target_path.parent)
             return _report_of_complete(plan, begun)
         refuse_wrong_values(plan, source)
         journal = Journal(target_path, storage, restart=plan.restart)
@@ -130,6 +131,8 @@ class _Run:
 
     def finish(self) -> Report:
         """Do what is left to do."""
+        if self.state != "fresh":  # a run that was killed may have synced no part of it
+            self.storage.sync_disk(self.target.path.parent)
         if self.state == "complete":
             return _report_of_complete(self.plan, self.begun)
         if self._published():

@@ -7,6 +7,7 @@ retried: after a failed fsync the kernel has already forgotten which pages it co
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
@@ -205,6 +206,20 @@ class Storage:
             finally:
                 os.close(descriptor)
 
+    def sync_disk(self, directory: Path) -> None:
+        """Make all that anyone wrote to the disk of a directory survive a power cut.
+
+        What a killed process wrote is there for all to see, and yet may not be on the disk.
+        """
+        if not self._syncs:
+            return
+        with _stopping("syncfs", directory):
+            descriptor = os.open(directory, os.O_RDONLY)
+            try:
+                _sync_file_system(descriptor)
+            finally:
+                os.close(descriptor)
+
     def make_directory(self, path: Path) -> None:
         """Make a directory and those above it, where they are missing."""
         with _stopping("mkdir", path):
@@ -234,6 +249,15 @@ class Storage:
             self.close(file)
         self.rename(temporary, path)
         self.sync_directory(path.parent)
+
+
+def _sync_file_system(descriptor: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "syncfs"):  # not Linux
+        os.sync()
+    elif libc.syncfs(descriptor):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 @contextmanager
