@@ -8,14 +8,16 @@ them may keep or lose anything that was not synced:
 
 - of each sector of 512 bytes of the data that is changed in place any version since the last sync,
   or one half of a version and the other half of the one before;
-- of each other write all, nothing, its first or its second half, or garbage;
+- of each other write all, nothing, its first or its second half, all but its middle, or garbage;
 - of the changes of names any, in their order, where a rename is one change.
 
-Only the moments before a sync and after the last call are looked at: what can be lost at any other
-is a part of what can be lost then. A process that is killed, between any two calls, leaves all it
-did, and the next power cut may still lose what it did not sync. Each state is made for real, in
-memory, and the same command is run on it, and recorded in turn: crashes while recovering from a
-crash are covered to any depth.
+What the threads of a run do is recorded one piece after another, and then looked at in orders drawn
+from those that there can be. Only the moments before a sync and after the last call are looked at:
+what can be lost at any other is a part of what can be lost then. A process that is killed, between
+any two calls, leaves all it did, and the next power cut may still lose what it did not sync. Each
+state is made for real, in memory, and the same command is run on it, and recorded in turn: crashes
+while recovering from a crash are covered to any depth.
+
 Writes that are lost in part are run once for all ways of losing a part: every line of a journal and
 every slot of a ring has a checksum.
 
@@ -31,6 +33,7 @@ import random
 import shutil
 import sys
 import tempfile
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -38,14 +41,16 @@ from typing import NamedTuple
 import xxhash
 from campaigning import main
 from faults import quick_directory
-from jobs import DATA, Job, Wrong, jobs
+from jobs import DATA, LARGER, SETTINGS, Job, Wrong, jobs
 
 from fastvgg.errors import FastvggError
-from fastvgg.stream import manifest, ring
+from fastvgg.stream import inplace, manifest, ring, run
 from fastvgg.stream.storage import Storage
 
 SECTOR_BYTES = 512
+PAGE_BYTES = 4096
 GARBAGE = 0xEE
+MOST_WAITING = 1000  # states of one kind that a command may be run on yet
 
 
 class Write(NamedTuple):
@@ -84,8 +89,71 @@ class Place(NamedTuple):
     """Counted from where the function begins."""
 
 
+class Turn(NamedTuple):
+    """On which of two threads something is done, and of which piece."""
+
+    is_commit: bool
+    piece: int
+    after: int
+    """How many pieces are committed when it is given."""
+
+
+class OneByOne:
+    """`Behind` on the thread that gives the work, so that every recording is the same."""
+
+    turn = None
+
+    def __class_getitem__(cls, _):
+        return cls
+
+    def __init__(self):
+        self._given = 0
+        self._waited_for = 0
+        self._results = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        OneByOne.turn = None
+
+    def give(self, write, commit):
+        """Write a piece, and commit it."""
+        OneByOne.turn = Turn(False, self._given, self._waited_for)
+        write()
+        OneByOne.turn = Turn(True, self._given, self._waited_for)
+        self._results.append(commit())
+        OneByOne.turn = None
+        self._given += 1
+
+    def wait_for_all_but(self, count):
+        """Return what was committed, as far as it would be waited for."""
+        while len(self._results) > count:
+            self._waited_for += 1
+            yield self._results.pop(0)
+
+
+def interleaved(log, draw):
+    """Return the events of a log in an order that two threads may take.
+
+    A piece is written when the one before it is, and as many are committed as were waited for; it
+    is committed when it is written, and the one before it is committed.
+    """
+    writes = deque((turn, event) for turn, event in log if turn and not turn.is_commit)
+    commits = deque((turn, event) for turn, event in log if turn and turn.is_commit)
+    first = next((at for at, (turn, _) in enumerate(log) if turn), len(log))
+    merged = [event for _, event in log[:first]]
+    likes_writing = draw.choice((0, 0.5, 1))
+    while writes or commits:
+        may_write = writes and (not commits or commits[0][0].piece >= writes[0][0].after)
+        may_commit = commits and (not writes or writes[0][0].piece > commits[0][0].piece)
+        write = may_write and (not may_commit or draw.random() < likes_writing)
+        merged.append((writes if write else commits).popleft()[1])
+    return merged + [event for turn, event in log[first:] if not turn]
+
+
 class RecordingStorage(Storage):
-    """Real storage that records what changes the disk.
+    """Real storage that records what changes the disk, and whose turn it is.
 
     Parameters
     ----------
@@ -105,27 +173,30 @@ class RecordingStorage(Storage):
         self._next = itertools.count(max(names.values(), default=0) + 1)
         self._forgets = forgets
 
+    def _record(self, event):
+        self.log.append((OneByOne.turn, event))
+
     def _opened(self, path, flags, call):
         if path.name not in self._names:
             self._names[path.name] = next(self._next)
-            self.log.append(Name(path.name, self._names[path.name]))
+            self._record(Name(path.name, self._names[path.name]))
         elif flags & os.O_TRUNC:
-            self.log.append(Write(self._names[path.name], 0, None))
+            self._record(Write(self._names[path.name], 0, None))
         file = super()._opened(path, flags, call)
         self._files[file.descriptor] = self._names[path.name]
         return file
 
     def reserve(self, file, nbytes):
         super().reserve(file, nbytes)
-        self.log.append(Write(self._files[file.descriptor], nbytes, None))
+        self._record(Write(self._files[file.descriptor], nbytes, None))
 
     def write(self, file, data, offset):
         super().write(file, data, offset)
-        self.log.append(Write(self._files[file.descriptor], offset, bytes(data)))
+        self._record(Write(self._files[file.descriptor], offset, bytes(data)))
 
     def truncate(self, file, nbytes):
         super().truncate(file, nbytes)
-        self.log.append(Write(self._files[file.descriptor], nbytes, None))
+        self._record(Write(self._files[file.descriptor], nbytes, None))
 
     def _syncs_here(self):
         """Whether the call is not one to be forgotten."""
@@ -137,26 +208,27 @@ class RecordingStorage(Storage):
 
     def sync(self, file):
         if self._syncs_here():
-            self.log.append(Sync(self._files[file.descriptor]))
+            self._record(Sync(self._files[file.descriptor]))
 
     def sync_directory(self, path):
         if self._syncs_here():
-            self.log.append(Sync(None))
+            self._record(Sync(None))
 
     def sync_disk(self, directory):
         if self._syncs_here():
-            self.log += [Sync(file) for file in (*sorted(set(self._names.values())), None)]
+            for file in (*sorted(set(self._names.values())), None):
+                self._record(Sync(file))
 
     def rename(self, old, new):
         super().rename(old, new)
         file = self._names.pop(old.name)
         self._names[new.name] = file
-        self.log.append(Name(new.name, file, old.name))
+        self._record(Name(new.name, file, old.name))
 
     def remove(self, path):
         super().remove(path)
         if self._names.pop(path.name, None) is not None:
-            self.log.append(Name(path.name, None))
+            self._record(Name(path.name, None))
 
 
 class State(NamedTuple):
@@ -213,7 +285,8 @@ class Disk:
     seed
         Chooses how a write that is lost in part is lost.
     most_at_once
-        How many ways of losing something are looked at in one moment; of more, so many are drawn.
+        How many ways of losing something are looked at in one moment, where files are of a page or
+        less, and fewer where they are longer; of more, so many are drawn.
     """
 
     def __init__(self, state, seed, most_at_once):
@@ -223,7 +296,6 @@ class Disk:
         self.changes = []
         self._seed = seed
         self._most_at_once = most_at_once
-        self._kept = {}  # one copy of bytes that many states have
         self.data = self.names.get(DATA)
 
     def happens(self, event):
@@ -271,25 +343,27 @@ class Disk:
         axes = [axis for _, found, _ in files.values() for axis in found]
         ways = math.prod(count for _, _, count in files.values()) * 2 ** len(self.changes)
         choices = itertools.product(*map(range, map(len, axes)))
-        if math.prod(map(len, axes)) > self._most_at_once:
-            ways = self._most_at_once
+        longest = max(map(len, self.contents.values()), default=0)
+        most_at_once = max(100, self._most_at_once * PAGE_BYTES // max(PAGE_BYTES, longest))
+        if math.prod(map(len, axes)) > most_at_once:
+            ways = most_at_once
             draw = random.Random(self._seed)  # noqa: S311  # not for secrets
             choices = [[draw.randrange(len(axis)) for axis in axes] for _ in range(ways)]
         every_named = [self._named(some) for some in _subsets(self.changes)]
-        states = set()
+        states, kept = set(), {}  # one copy of bytes that many states have
         for choice in choices:
             chosen = iter([axis[index] for axis, index in zip(axes, choice, strict=True)])
             contents = dict(self.contents)
             for file, (make, found, _) in files.items():
                 content = make(file, [next(chosen) for _ in found])
-                contents[file] = self._kept.setdefault(content, content)
+                contents[file] = kept.setdefault(content, content)
             states |= {self.state(named, contents) for named in every_named}
         return states, ways
 
     def _lost_writes(self, file):
         """How to make a file of its writes, each of which may be lost, or lost in part."""
         axes = [self._parts(write) for write in self.writes[file]]
-        ways = math.prod(2 if write.data is None else 5 for write in self.writes[file])
+        ways = math.prod(2 if write.data is None else 6 for write in self.writes[file])
         return self._with, axes, ways
 
     def _with(self, file, writes):
@@ -301,10 +375,11 @@ class Disk:
     def _parts(self, write):
         if write.data is None:
             return [None, write]
-        half = len(write.data) // 2
+        half, quarter = len(write.data) // 2, len(write.data) // 4
         broken = [
             write._replace(data=write.data[:half]),
             write._replace(data=bytes(half) + write.data[half:]),
+            write._replace(data=write.data[:quarter] + bytes(half) + write.data[quarter + half :]),
             write._replace(data=bytes([GARBAGE]) * len(write.data)),
         ]
         which = xxhash.xxh3_64_intdigest(write.data, self._seed) % len(broken)
@@ -393,14 +468,18 @@ class Exploration:
         self._most_at_once = most_at_once
         self._forgets = forgets
         self._seen = set()
-        self._cut, self._killed = [], []
+        self._waiting = {}  # for each cause and names that are left, what a command may be run on
+        self._dropped = 0
 
     def run(self, most_runs):
         """Run the job on what it begins with, and then on what crashes leave; return counts."""
         self._crash_in(Left(self._job.start))
         self._crash_in(Left(self._job.start, durability="process"), "process")
-        while self.runs < most_runs and self.left:
-            waiting = self._draw.choice([some for some in (self._cut, self._killed) if some])
+        while self.runs < most_runs and any(self._waiting.values()):
+            # Where names are lost there is little else to lose, and little of it would be drawn.
+            kinds = [some for some in self._waiting.values() if some]
+            weights = [len(some) for some in kinds] if self._draw.random() < 0.5 else None
+            (waiting,) = self._draw.choices(kinds, weights)
             at = self._draw.randrange(len(waiting))
             waiting[at], waiting[-1] = waiting[-1], waiting[at]
             self._crash_in(waiting.pop())
@@ -409,7 +488,7 @@ class Exploration:
     @property
     def left(self):
         """How many states no command was run on."""
-        return len(self._cut) + len(self._killed)
+        return sum(map(len, self._waiting.values())) + self._dropped
 
     def _crash_in(self, left, durability="power"):
         storage = run_on(self._job, left, forgets=self._forgets, durability=durability)
@@ -419,7 +498,7 @@ class Exploration:
         for event in left.unsynced:
             disk.happens(event)
         unsynced, survives = list(left.unsynced), left.durability
-        for event in storage.log:
+        for event in interleaved(storage.log, self._draw):
             if isinstance(event, Sync):
                 if survives == "power":
                     self._cut_power(disk)
@@ -429,10 +508,7 @@ class Exploration:
             else:
                 disk.happens(event)
                 unsynced.append(event)
-            self._meet(
-                self._killed if unsynced else self._cut,
-                Left(disk.lasting(), tuple(unsynced), survives),
-            )
+            self._meet(Left(disk.lasting(), tuple(unsynced), survives))
         if storage.has_done and durability == "power":
             done = _by_name(self._job.found())
             for state in self._cut_power(disk):  # the command has said that it is done
@@ -442,16 +518,24 @@ class Exploration:
         states, ways = disk.crashes()
         self.states += ways
         for state in sorted(states, key=State.digest):
-            self._meet(self._cut, Left(state))
+            self._meet(Left(state))
         return states
 
-    def _meet(self, waiting, left):
+    def _meet(self, left):
         """Look at what is left by a crash, and have the command run on it some time."""
         digest = left.digest()
-        if digest not in self._seen:
-            self._seen.add(digest)
-            self._job.check_left(left.visible())
+        if digest in self._seen:
+            return
+        self._seen.add(digest)
+        visible = left.visible()
+        self._job.check_left(visible)
+        names = tuple(name for name, _ in visible.names)
+        waiting = self._waiting.setdefault((bool(left.unsynced), names), [])
+        if len(waiting) < MOST_WAITING:
             waiting.append(left)
+        else:
+            waiting[self._draw.randrange(MOST_WAITING)] = left
+            self._dropped += 1
 
 
 def run_on(job, left, forgets=None, durability="power"):
@@ -468,7 +552,8 @@ def run_on(job, left, forgets=None, durability="power"):
 
 
 def freeze():
-    """Have every run write the same bytes: no random numbers, no date, no versions."""
+    """Have every run do the same: no threads, no random numbers, no date, no versions."""
+    run.Behind = inplace.Behind = OneByOne
     ring.secrets = SimpleNamespace(token_hex=lambda count: "0" * 2 * count)
     moment = SimpleNamespace(isoformat=lambda timespec: "then")
     manifest.dt = SimpleNamespace(UTC=None, datetime=SimpleNamespace(now=lambda zone: moment))
@@ -476,8 +561,8 @@ def freeze():
 
 
 def explored(place):
-    """The jobs that are explored: chunks of one and two images, that share sectors and pages."""
-    return jobs(place, Explored)
+    """The jobs that are explored."""
+    return jobs(place, Explored, SETTINGS + LARGER[:1])
 
 
 def campaign(seed, size):

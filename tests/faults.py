@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import threading
 from pathlib import Path
 
 from fastvgg.errors import StoppedError
@@ -46,6 +47,7 @@ class MortalStorage(Storage):
         self._open = set()
         self._undo = []  # (what a sync makes lasting, how to undo it)
         self._kept = {}  # inode -> a descriptor that outlives names and the run's own
+        self._one_at_a_time = threading.RLock()
 
     def bury(self):
         for descriptor in self._open:
@@ -59,15 +61,16 @@ class MortalStorage(Storage):
         self._kept.clear()
 
     def _call(self, name, do, half=None):
-        if self._dead:
-            return None
-        self.calls.append(name)
-        if len(self.calls) == self._dies_at:
-            if self._half_done and half is not None:
-                half()
-            self._dead = True
-            raise Death
-        return do()
+        with self._one_at_a_time:
+            if self._dead:
+                return None
+            self.calls.append(name)
+            if len(self.calls) == self._dies_at:
+                if self._half_done and half is not None:
+                    half()
+                self._dead = True
+                raise Death
+            return do()
 
     def _unsynced(self, what, undo):
         if self._graveyard is not None:
@@ -251,6 +254,12 @@ class FaultyOs:
         self._fails_at = fails_at
         self.number = number
         self._for_ever = for_ever
+        self._counting = threading.Lock()
+
+    def _count(self, name):
+        with self._counting:
+            self.calls.append(name)
+            return len(self.calls)
 
     def __getattr__(self, name):
         real = getattr(os, name)
@@ -258,8 +267,7 @@ class FaultyOs:
             return real
 
         def call(*arguments, **options):
-            self.calls.append(name)
-            count = len(self.calls)
+            count = self._count(name)
             fails = self._fails_at and (
                 count >= self._fails_at if self._for_ever else count == self._fails_at
             )
@@ -286,15 +294,14 @@ class HalvingOs(FaultyOs):
         self._halves_at = halves_at
 
     def __getattr__(self, name):
-        real = super().__getattr__(name)
         if name not in ("pread", "pwrite"):
-            return real
+            return super().__getattr__(name)
 
         def call(descriptor, what, offset):
-            if self._halves_at in (0, len(self.calls) + 1):
+            if self._halves_at in (0, self._count(name)):
                 half = what // 2 if name == "pread" else what[: len(what) // 2]
                 what = half or what
-            return real(descriptor, what, offset)
+            return getattr(os, name)(descriptor, what, offset)
 
         return call
 

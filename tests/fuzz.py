@@ -592,7 +592,7 @@ class RingFiles:
             content = first + self.split(journal.read_bytes())[1]
             if chunk in (0, 1, 3, 6, self.places.chunks):
                 self.states.append((content, self.with_new(chunk), chunk))
-            if chunk in (1, 3, 6):  # committed, and not in the file yet
+            if chunk in (1, 2, 5):  # committed, and not in the file yet: no checkpoint counts it
                 self.states.append((content, self.with_new(chunk - 1), chunk))
             if chunk < self.places.chunks:
                 self._put(ring, chunk)
@@ -613,7 +613,9 @@ class RingFiles:
             name: xxhash.xxh3_64_hexdigest(content[first:last])
             for name, content in (("old", before), ("new", after))
         }
-        ring.put(chunk, memoryview(after[begin:end]), **sums)
+        pages = memoryview(after[begin:end])
+        ring.put(chunk, pages)
+        ring.commit(ring.record_of(chunk, pages, **sums), pages)
 
     def close(self):
         self.storage.close(self.data)

@@ -13,10 +13,11 @@ from fastvgg.stream.run import run
 __all__ = ["DATA", "Job", "Wrong", "jobs"]
 
 DATA = "x.npy"  # what is changed in place
-# Chunks of one and of two images, which share sectors and pages; and images of several pages.
+# Chunks of one and of two images, which share sectors and pages, and more of them than a ring has
+# slots; and images of several pages.
 SETTINGS = (
-    {"in_place": True, "images": 6, "together": 1, "width": 11},
-    {"in_place": True, "images": 7, "together": 2, "width": 17},
+    {"in_place": True, "images": 8, "together": 1, "width": 11},
+    {"in_place": True, "images": 13, "together": 2, "width": 17},
     {"in_place": False, "images": 5, "together": 2, "width": 11},
 )
 LARGER = (

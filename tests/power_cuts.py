@@ -44,7 +44,7 @@ WRITE_OUT = 1 | 2 | 4  # of sync_file_range: wait, begin, and wait until it is d
 MODES = ("errors=remount-ro,data=ordered", "errors=remount-ro,data=writeback,noauto_da_alloc")
 DEEPEST = 3
 SYNCS = (
-    *("ring.put", "ring._make_way", "ring.finish", "ring.reopen"),
+    *("ring.commit", "ring.finish", "ring.reopen"),
     *("npy.sync", "storage.write_whole"),
 )
 
@@ -142,9 +142,10 @@ class PoweredStorage(MortalStorage):
         self._write_out_at = (draw.randrange(1, dies_at + 1), draw.choice((0, dies_at)))
 
     def _call(self, name, do, half=None):
-        if len(self.calls) + 1 in self._write_out_at and not self._dead:
-            self._write_out()
-        return super()._call(name, do, half)
+        with self._one_at_a_time:
+            if len(self.calls) + 1 in self._write_out_at and not self._dead:
+                self._write_out()
+            return super()._call(name, do, half)
 
     def _write_out(self):
         for path in sorted(self._directory.iterdir()):

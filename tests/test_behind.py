@@ -1,4 +1,4 @@
-"""One thing after another on a thread of its own: in order, none after an error, none left over.
+"""Written and committed on threads of their own: in order, none after an error, none left over.
 
 Where a piece of work must still be under way, it waits for an event, or until signals find the main
 thread waiting for it; nothing here waits for time to pass.
@@ -6,6 +6,7 @@ thread waiting for it; nothing here waits for time to pass.
 
 from __future__ import annotations
 
+import functools
 import signal
 import threading
 
@@ -96,7 +97,8 @@ class Witness:
 
 
 def threads():
-    return [thread for thread in threading.enumerate() if "fastvgg-behind" in thread.name]
+    names = ("fastvgg-writer", "fastvgg-committer")
+    return [thread for thread in threading.enumerate() if thread.name.startswith(names)]
 
 
 @pytest.fixture(autouse=True)
@@ -106,18 +108,61 @@ def nothing_is_left_running():
     assert threads() == []
 
 
+def nothing():
+    return None
+
+
+STAGES = ("write", "commit")
+
+
+def give(working, stage, work):
+    """Give a piece that does something when it is written, or when it is committed."""
+    if stage == "write":
+        done = []
+        working.give(lambda: done.append(work()), lambda: done[0])
+    else:
+        working.give(nothing, work)
+
+
 # In order
 
 
-def test_results_come_in_the_order_in_which_the_work_was_given():
+@pytest.mark.parametrize("stage", STAGES)
+def test_results_come_in_the_order_in_which_the_work_was_given(stage):
     with Behind() as working:
         for number in range(67):
-            working.give(lambda number=number: number * number)
+            give(working, stage, lambda number=number: number * number)
         assert list(working.wait_for_all_but(0)) == [number * number for number in range(67)]
         assert list(working.wait_for_all_but(0)) == []
 
 
-def test_a_piece_is_begun_when_the_one_before_it_has_ended():
+def test_a_piece_is_committed_when_it_is_written_and_when_the_one_before_it_is_committed():
+    told = []
+    with Behind() as working:
+        for name in "abcdefg":
+            working.give(
+                lambda name=name: told.append((name, "written")),
+                lambda name=name: told.append((name, "committed")),
+            )
+        list(working.wait_for_all_but(0))
+    for stage in ("written", "committed"):
+        assert [name for name, what in told if what == stage] == list("abcdefg")
+    for name in "abcdefg":
+        assert told.index((name, "written")) < told.index((name, "committed"))
+
+
+def test_a_piece_is_written_while_those_before_it_wait_to_be_committed():
+    go = threading.Event()
+    written = []
+    with Behind() as working:
+        working.give(nothing, lambda: come(go))
+        working.give(nothing, go.is_set)
+        working.give(lambda: written.append(go.is_set()), lambda: go.set() or written)
+        working.give(lambda: go.set(), nothing)
+        assert list(working.wait_for_all_but(0)) == [None, True, [False], None]
+
+
+def test_a_commit_is_begun_when_the_one_before_it_has_ended():
     told, go = [], threading.Event()
 
     def piece(name):
@@ -127,57 +172,74 @@ def test_a_piece_is_begun_when_the_one_before_it_has_ended():
 
     with Behind() as working:
         for name in "abc":
-            working.give(lambda name=name: piece(name))
+            working.give(nothing, lambda name=name: piece(name))
         go.set()
         assert list(working.wait_for_all_but(0)) == [None, None, None]
     assert told == [f"{name} {what}" for name in "abc" for what in ("begins", "ends")]
 
 
-def test_all_is_done_on_one_thread_that_is_not_the_callers():
+def test_each_stage_is_on_one_thread_that_is_not_the_callers():
     with Behind() as working:
-        for _ in range(5):
-            working.give(threading.get_ident)
-        found = set(working.wait_for_all_but(0))
-    assert len(found) == 1
-    assert threading.get_ident() not in found
+        for stage in STAGES * 5:
+            give(working, stage, threading.get_ident)
+        found = list(working.wait_for_all_but(0))
+    assert set(found[::2]) == {found[0]}
+    assert set(found[1::2]) == {found[1]}
+    assert len({found[0], found[1], threading.get_ident()}) == 3
 
 
-def test_giving_does_not_wait():
+def test_giving_waits_until_what_was_given_before_is_written(main):
+    written = []
+
+    def write():
+        main.stays_in(Behind.give)
+        written.append("first")
+
+    with Behind() as working:
+        working.give(write, nothing)
+        working.give(nothing, nothing)
+        main.has_left.set()
+        assert written == ["first"]
+        list(working.wait_for_all_but(0))
+
+
+def test_giving_does_not_wait_until_anything_is_committed():
     go = threading.Event()
     with Behind() as working:
-        working.give(lambda: come(go))
-        working.give(go.is_set)
-        assert not go.is_set()
+        for _ in range(5):
+            working.give(nothing, lambda: come(go))
         go.set()
-        assert list(working.wait_for_all_but(0)) == [None, True]
+        assert list(working.wait_for_all_but(0)) == [None] * 5
 
 
 def test_no_more_is_waited_for_than_is_asked_for():
     go = threading.Event()
     with Behind() as working:
-        working.give(lambda: "first")
-        working.give(lambda: "second")
-        working.give(lambda: come(go))
+        working.give(nothing, lambda: "first")
+        working.give(nothing, lambda: "second")
+        working.give(nothing, lambda: come(go))
         assert list(working.wait_for_all_but(3)) == []
         assert list(working.wait_for_all_but(1)) == ["first", "second"]
         go.set()
         assert list(working.wait_for_all_but(0)) == [None]
 
 
-def test_nothing_is_waited_for_before_the_next_result_is_asked_for():
+@pytest.mark.parametrize("stage", STAGES)
+def test_nothing_is_waited_for_before_the_next_result_is_asked_for(stage):
     go = threading.Event()
     with Behind() as working:
-        working.give(lambda: come(go))
+        give(working, stage, lambda: come(go))
         results = working.wait_for_all_but(0)
         go.set()
         assert list(results) == [None]
 
 
-def test_a_result_is_handed_over_while_the_next_piece_is_under_way():
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_result_is_handed_over_while_the_next_piece_is_under_way(stage):
     go = threading.Event()
     with Behind() as working:
-        working.give(lambda: "first")
-        working.give(lambda: come(go))
+        working.give(nothing, lambda: "first")
+        give(working, stage, lambda: come(go))
         results = working.wait_for_all_but(0)
         assert next(results) == "first"
         go.set()
@@ -201,8 +263,9 @@ def failing(error):
     return fail
 
 
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_an_error_is_raised_at_the_next_wait_and_nothing_given_later_is_begun(error):
+def test_an_error_is_raised_at_the_next_wait_and_nothing_given_later_is_begun(error, stage):
     begun, go = [], threading.Event()
 
     def fail():
@@ -210,30 +273,35 @@ def test_an_error_is_raised_at_the_next_wait_and_nothing_given_later_is_begun(er
         raise error
 
     with Behind() as working:
-        working.give(lambda: "before")
-        working.give(fail)
-        working.give(lambda: begun.append("while it was under way"))
+        working.give(nothing, lambda: "before")
+        give(working, stage, fail)
+        if stage == "write":  # `give` would wait for it
+            go.set()
+        give(working, stage, lambda: begun.append("while it was under way"))
         go.set()
         results = working.wait_for_all_but(0)
         assert next(results) == "before"
         with pytest.raises(type(error)) as caught:
             next(results)
         assert caught.value is error
-        working.give(lambda: begun.append("after it was known"))
-        for _ in range(2):
-            with pytest.raises(RuntimeError, match="given earlier has failed"):
+        for later in STAGES:
+            give(working, later, lambda: begun.append("after it was known"))
+        for _ in range(3):
+            with pytest.raises(type(error)) as caught:
                 next(working.wait_for_all_but(0))
+            assert caught.value is error
         assert list(working.wait_for_all_but(0)) == []
     assert begun == []
 
 
-def test_an_error_of_the_work_ends_the_block_that_waits_for_it():
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_error_of_the_work_ends_the_block_that_waits_for_it(stage):
     begun = []
 
     def run():
         with Behind() as working:
-            working.give(failing(OSError(5, "torn")))
-            working.give(lambda: begun.append("later"))
+            give(working, stage, failing(OSError(5, "torn")))
+            give(working, stage, lambda: begun.append("later"))
             begun.extend(working.wait_for_all_but(0))
 
     with pytest.raises(OSError, match="torn"):
@@ -241,17 +309,47 @@ def test_an_error_of_the_work_ends_the_block_that_waits_for_it():
     assert begun == []
 
 
+def test_what_is_not_written_is_not_committed():
+    begun = []
+    with Behind() as working:
+        working.give(failing(ValueError("wrong")), lambda: begun.append("committed"))
+        with pytest.raises(ValueError, match="wrong"):
+            next(working.wait_for_all_but(0))
+    assert begun == []
+
+
+def test_an_error_of_a_write_is_raised_where_an_earlier_commit_was_not_begun_for_it():
+    go = threading.Event()
+
+    def fail():
+        go.set()
+        raise OSError(5, "torn")
+
+    with Behind() as working:
+        working.give(nothing, lambda: come(go))
+        working.give(nothing, nothing)
+        working.give(fail, nothing)
+        with pytest.raises(OSError, match="torn"):
+            list(working.wait_for_all_but(0))
+
+
 # Leaving
 
 
-def leave(main, witness, error=None, wait=False):
+def leave(main, witness, stage, error=None, wait=False, give_more=False):
     """Leave a block in which a piece of work is under way, and see that it is the last."""
     begun = []
     try:
         with Behind() as working:
-            working.give(witness)
-            working.give(lambda: begun.append("later"))
+            later = functools.partial(begun.append, "later")
+            if stage == "write":  # its own commit comes later
+                working.give(witness, later)
+            else:
+                working.give(nothing, witness)
+                working.give(nothing, later)
             come(witness.begun)
+            if give_more:
+                working.give(later, later)
             if wait:
                 begun += working.wait_for_all_but(0)
             if error is not None:
@@ -264,44 +362,77 @@ def leave(main, witness, error=None, wait=False):
         assert begun == []
 
 
-def test_leaving_waits_for_the_piece_under_way_and_begins_no_other(main):
-    leave(main, Witness(main))
+@pytest.mark.parametrize("stage", STAGES)
+def test_leaving_waits_for_the_piece_under_way_and_begins_no_other(main, stage):
+    leave(main, Witness(main), stage)
 
 
+def test_leaving_waits_for_both_threads(main):
+    writing = Witness(main)
+    committing = Witness(main, lambda: come(writing.is_gone))
+    try:
+        with Behind() as working:
+            working.give(nothing, committing)
+            working.give(writing, nothing)
+            come(writing.begun)
+            come(committing.begun)
+    finally:
+        ended = writing.ended.is_set() and committing.ended.is_set()
+        main.has_left.set()
+        come(writing.is_gone)
+        come(committing.is_gone)
+        assert ended, "the block was left under work"
+
+
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_leaving_by_an_error_waits_for_the_piece_under_way_and_begins_no_other(main, error):
+def test_leaving_by_an_error_waits_for_the_piece_under_way_and_begins_no_other(main, error, stage):
     with pytest.raises(type(error)) as caught:
-        leave(main, Witness(main), error)
+        leave(main, Witness(main), stage, error)
     assert caught.value is error
 
 
 ENDS = [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 
 
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("number", "kind"), ENDS, ids=["interrupt", "exit"])
 def test_a_signal_while_a_result_is_waited_for_leaves_when_the_piece_under_way_has_ended(
-    main, number, kind
+    main, number, kind, stage
 ):
     def interrupt():
         main.stays_in(Behind.wait_for_all_but)
         assert main.is_in(Behind.wait_for_all_but, number)
 
     with pytest.raises(kind):
-        leave(main, Witness(main, interrupt), wait=True)
+        leave(main, Witness(main, interrupt), stage, wait=True)
 
 
+@pytest.mark.parametrize(("number", "kind"), ENDS, ids=["interrupt", "exit"])
+def test_a_signal_while_a_piece_is_given_leaves_when_the_one_under_way_has_ended(
+    main, number, kind
+):
+    def interrupt():
+        main.stays_in(Behind.give)
+        assert main.is_in(Behind.give, number)
+
+    with pytest.raises(kind):
+        leave(main, Witness(main, interrupt), "write", give_more=True)
+
+
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("error", [None, ValueError("wrong")], ids=["well", "by an error"])
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize(("number", "kind"), ENDS, ids=["interrupt", "exit"])
 def test_a_signal_while_the_block_is_left_is_raised_when_the_piece_under_way_has_ended(
-    main, number, kind, count, error
+    main, number, kind, count, error, stage
 ):
     def interrupt():
         main.stays_in(Behind.__exit__)
         assert main.is_in(Behind.__exit__, number)
 
     with pytest.raises(kind) as caught:
-        leave(main, Witness(main, *[interrupt] * count), error)
+        leave(main, Witness(main, *[interrupt] * count), stage, error)
     # Whoever looks at the signal still finds the error.
     found = caught.value
     while found is not None and found is not error:
@@ -309,10 +440,11 @@ def test_a_signal_while_the_block_is_left_is_raised_when_the_piece_under_way_has
     assert found is error
 
 
-def test_results_that_nobody_waited_for_do_not_keep_the_block():
+@pytest.mark.parametrize("stage", STAGES)
+def test_results_that_nobody_waited_for_do_not_keep_the_block(stage):
     with Behind() as working:
         for number in range(5):
-            working.give(lambda number=number: number)
+            give(working, stage, lambda number=number: number)
 
 
 def test_without_work_there_is_no_thread():

@@ -148,7 +148,7 @@ class Target(Protocol):
         """Write images from row `start` on."""
 
     def sync(self) -> None:
-        """Make everything written so far survive a power cut."""
+        """Make everything that is written survive a power cut, while more may be being written."""
 
     def read_back(self, start: int, stop: int) -> NDArray[Any]:
         """Read images of the published target."""

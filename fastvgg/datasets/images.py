@@ -11,7 +11,7 @@ import io
 import os
 import struct
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
@@ -314,7 +314,7 @@ class ImageFolderTarget:
         self._storage = storage
         self._names = _file_names(header.images, records)
         self._left_out = {row for row, record in enumerate(records) if record.failed}
-        self._unsynced: set[Path] = set()
+        self._unsynced: deque[set[Path]] = deque()  # directories, of each write
 
     def create(self) -> None:
         """Make the empty directory."""
@@ -329,6 +329,7 @@ class ImageFolderTarget:
 
     def write(self, start: int, chunk: Chunk) -> None:
         """Encode a chunk's rows as PNG files."""
+        directories: set[Path] = set()
         for row, image in enumerate(chunk.batch):
             if chunk.records and chunk.records[row].failed:
                 continue
@@ -340,7 +341,8 @@ class ImageFolderTarget:
             self._storage.write(file, encoded.getbuffer(), 0)
             self._storage.sync(file)
             self._storage.close(file)
-            self._unsynced.update(self._directories_of(path))
+            directories.update(self._directories_of(path))
+        self._unsynced.append(directories)
 
     def _directories_of(self, path: Path) -> Iterator[Path]:
         for directory in path.parents:
@@ -350,9 +352,9 @@ class ImageFolderTarget:
 
     def sync(self) -> None:
         """Make the names of the files written so far survive a power cut."""
-        for directory in sorted(self._unsynced):
-            self._storage.sync_directory(directory)
-        self._unsynced.clear()
+        while self._unsynced:
+            for directory in sorted(self._unsynced.popleft()):
+                self._storage.sync_directory(directory)
 
     def read_back(self, start: int, stop: int) -> NDArray[Any]:
         """Decode rows of the published directory; rows that failed have no file, and are zeros."""

@@ -1,7 +1,8 @@
-"""One chunk is written and committed while the next is read and computed."""
+"""One chunk is written, and the one before it committed, while the next is read and computed."""
 
 from __future__ import annotations
 
+import concurrent.futures
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
@@ -13,49 +14,70 @@ if TYPE_CHECKING:
 
 __all__ = ["Behind"]
 
+Done = TypeVar("Done")
 Result = TypeVar("Result")
 
 
 class Behind(Generic[Result]):
-    """A thread that does what it is given, one piece after another, in that order.
+    """Two threads: one writes, piece after piece, and the other commits what is written.
 
-    After an error nothing that was given later is begun. Leaving the block waits for the piece
-    under way, whatever happens, so that no file is closed under a thread that writes it.
+    Copying to the system and waiting for the disk take about as long as each other, and neither
+    needs what the other does.
+
+    After an error nothing else is begun, and every wait ends with that error. Leaving the block
+    waits for what is under way, whatever happens, so that no file is closed under a thread that
+    writes it.
 
     Examples
     --------
     >>> with Behind() as behind:
-    ...     behind.give(lambda: "first")
-    ...     behind.give(lambda: "second")
+    ...     behind.give(lambda: print("written"), lambda: "committed")
     ...     print(*behind.wait_for_all_but(0))
-    first second
+    written
+    committed
     """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastvgg-behind")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="fastvgg-writer")
+        self._committer = ThreadPoolExecutor(1, thread_name_prefix="fastvgg-committer")
+        self._writing, self._committing = Lock(), Lock()
+        self._last_written: Future[None] | None = None
         self._given: deque[Future[Result]] = deque()
-        self._at_work = Lock()
-        self._ended = False  # by an error, or because the block is left
+        self._error: BaseException | None = None
+        self._is_left = False
 
     def __enter__(self) -> Behind[Result]:
         return self
 
-    def give(self, work: Callable[[], Result]) -> None:
-        """Have something done after all that was given before."""
-        self._given.append(self._thread.submit(self._do, work))
+    def give(self, write: Callable[[], None], commit: Callable[[], Result]) -> None:
+        """Have a piece written, and then committed, after all that was given before.
 
-    def _do(self, work: Callable[[], Result]) -> Result:
-        with self._at_work:
-            if self._ended:
-                raise RuntimeError("not begun: something that was given earlier has failed")
+        Returns when what was given before is written, or has failed.
+        """
+        if self._last_written is not None:
+            concurrent.futures.wait([self._last_written])
+        written = self._writer.submit(self._do, self._writing, write)
+        self._given.append(self._committer.submit(self._commit, written, commit))
+        self._last_written = written
+
+    def _commit(self, written: Future[None], commit: Callable[[], Result]) -> Result:
+        written.result()
+        return self._do(self._committing, commit)
+
+    def _do(self, under_way: Lock, work: Callable[[], Done]) -> Done:
+        with under_way:
+            if self._is_left:
+                raise concurrent.futures.CancelledError
+            if self._error is not None:
+                raise self._error
             try:
                 return work()
-            except BaseException:
-                self._ended = True
+            except BaseException as error:
+                self._error = error
                 raise
 
     def wait_for_all_but(self, count: int) -> Iterator[Result]:
-        """Return results in order, until no more than `count` pieces are left; or raise the error.
+        """Return what was committed, until no more than `count` pieces are left; or raise an error.
 
         As an iterator: nothing is waited for before its next is asked for.
         """
@@ -68,16 +90,24 @@ class Behind(Generic[Result]):
         _error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
-        self._ended = True
-        interruption = None
-        while True:
-            # Joining the thread would not do: a join that is interrupted takes it for ended, up to
-            # Python 3.12 (https://github.com/python/cpython/issues/90882).
-            try:
-                with self._at_work:
-                    break
-            except BaseException as error:  # noqa: BLE001  # of a signal: not to go yet
-                interruption = error
-        self._thread.shutdown(cancel_futures=True)
-        if interruption is not None:
-            raise interruption
+        self._is_left = True
+        interruptions = [*_wait_for(self._writing), *_wait_for(self._committing)]
+        self._writer.shutdown(cancel_futures=True)
+        self._committer.shutdown(cancel_futures=True)
+        if interruptions:
+            raise interruptions[-1]
+
+
+def _wait_for(under_way: Lock) -> list[BaseException]:
+    """Wait for what is under way, and return what signals had to say meanwhile.
+
+    Joining the thread would not do: a join that is interrupted takes it for ended, up to Python
+    3.12 (https://github.com/python/cpython/issues/90882).
+    """
+    interruptions: list[BaseException] = []
+    while True:
+        try:
+            with under_way:
+                return interruptions
+        except BaseException as error:  # noqa: BLE001  # of a signal: not to go yet
+            interruptions.append(error)

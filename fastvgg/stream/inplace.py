@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from fastvgg.datasets.base import Header
     from fastvgg.stream.plan import Plan
     from fastvgg.stream.report import Progress, Report
-    from fastvgg.stream.ring import Places, RingHeader
+    from fastvgg.stream.ring import Places, Record, RingHeader
     from fastvgg.stream.storage import StoredFile
 
 __all__ = ["run"]
@@ -144,22 +144,27 @@ class _InPlace:
                 new = pages[chunk % 2]
                 new.move_to(chunk, self.storage, self.data, before)
                 start, stop = rows[chunk]
-                old = self._transform(start, stop, new.images(self.plan.result))
-                behind.give(functools.partial(self._put, ring, chunk, new, old, stop - start))
+                old_sum, new_sum = self._transform(start, stop, new.images(self.plan.result))
+                record = ring.record_of(chunk, new.bytes.data, old=old_sum, new=new_sum)
+                behind.give(
+                    functools.partial(ring.put, chunk, new.bytes.data),
+                    functools.partial(self._commit, ring, record, new.bytes.data, stop - start),
+                )
                 before = new
             tally.count(behind.wait_for_all_but(0))
 
-    def _transform(self, start: int, stop: int, out: NDArray[Any]) -> str:
+    def _commit(self, ring: Ring, record: Record, pages: memoryview, images: int) -> int:
+        ring.commit(record, pages)
+        return images
+
+    def _transform(self, start: int, stop: int, out: NDArray[Any]) -> tuple[str, str]:
+        """Transform images into `out`; return the checksums of both."""
         batch = self.source.read(start, stop).batch
         plan = self.plan
         engine.apply(
             plan.transform, batch, out, threads=plan.threads, backend=plan.backend, read_next=True
         )
-        return checksum(batch)
-
-    def _put(self, ring: Ring, chunk: int, new: _Pages, old: str, images: int) -> int:
-        ring.put(chunk, new.bytes.data, old=old, new=checksum(new.image_bytes))
-        return images
+        return checksum(batch), checksum(out)
 
 
 class _Pages:

@@ -64,10 +64,13 @@ HEADER: Final[Kinds] = {
     "file_bytes": int,
 }
 CHECKPOINT: Final[Kinds] = {"run": str, "generation": int, "chunks": int}
-RECORD: Final[Kinds] = {"chunk": int, "run": str, "old": str, "new": str, "pages": str}
+RECORD: Final[Kinds] = {"chunk": int, "run": str, "old": str, "new": str, "edges": str}
 PAGE_BYTES: Final = 4096
 RECORD_BYTES: Final = 512  # a sector: one that is torn damages no other
-SLOTS: Final = 4
+SYNCED_TOGETHER: Final = 3  # chunks of the file, with one checkpoint
+# What a checkpoint counts is durable with the next commit, and while that is under way the slot of
+# the chunk after it is written.
+SLOTS: Final = SYNCED_TOGETHER + 2
 LONGEST_HEADER: Final = 1024 * 1024
 LONGEST_NAME: Final = 40  # of the first field of a line, and the checksum before it
 
@@ -183,8 +186,8 @@ class Record(NamedTuple):
     """Of its images before."""
     new: str
     """Of its images afterwards."""
-    pages: str
-    """Of what its slot holds."""
+    edges: str
+    """Of what its slot holds beside its images: the rest of their first and last page."""
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Record | None:
@@ -486,7 +489,7 @@ class Ring:
             record = self.record(chunk)
             if record is None:
                 break
-            if _checksum(self._pages(chunk)) == record.pages:
+            if self._is_in_its_slot(record):
                 ahead[chunk] = "in its slot"
                 continue
             found = self.checksum_in_file(chunk)
@@ -497,6 +500,16 @@ class Ring:
                 raise self._damaged(f"what it holds of chunk {chunk}")
             ahead[chunk] = "in the file"
         return ahead
+
+    def _is_in_its_slot(self, record: Record) -> bool:
+        images, edges = self._parted(record.chunk, memoryview(self._pages(record.chunk)))
+        return _checksum(images) == record.new and _checksum(edges) == record.edges
+
+    def _parted(self, chunk: int, pages: memoryview) -> tuple[memoryview, bytes]:
+        """Return the images in a chunk's pages, and what is around them."""
+        (begin, _), (first, last) = self.places.of_pages(chunk), self.places.of_images(chunk)
+        images = slice(first - begin, last - begin)
+        return pages[images], bytes(pages[: images.start]) + bytes(pages[images.stop :])
 
     def _pages(self, chunk: int) -> bytes:
         """Return what a chunk's slot holds."""
@@ -524,28 +537,32 @@ class Ring:
         begin, end = self.places.of_images(chunk)
         return _checksum(self._storage.read(self._data, begin, end - begin))
 
-    def put(self, chunk: int, pages: memoryview, *, old: str, new: str) -> None:
-        """Make a chunk's new pages durable, then write them to the file.
+    def record_of(self, chunk: int, pages: memoryview, *, old: str, new: str) -> Record:
+        """Return the record of a chunk; `old` and `new` are the checksums of its images."""
+        _, edges = self._parted(chunk, pages)
+        return Record(chunk, self._run, old, new, _checksum(edges))
 
-        Chunks come in order. `old` and `new` are the checksums of its images.
-        """
-        self._make_way(chunk)
-        record = Record(chunk, self._run, old, new, _checksum(pages))
-        slot = self.places.slot(chunk)
-        self._storage.write(self._journal, _padded(record, PAGE_BYTES), slot)
-        self._storage.write(self._journal, pages, slot + PAGE_BYTES)
-        self._storage.write(self._journal, _padded(record, RECORD_BYTES), self.places.record(chunk))
-        self._storage.sync(self._journal)  # the commit, also of the checkpoint
-        self._durable = self._checkpointed
-        self._storage.write(self._data, pages, self.places.of_pages(chunk)[0])
-
-    def _make_way(self, chunk: int) -> None:
-        """Checkpoint as often as the next chunk's slot needs it."""
+    def put(self, chunk: int, pages: memoryview) -> None:
+        """Write a chunk's new pages into its slot, when all but the last chunk are committed."""
         if self._durable < chunk - SLOTS + 1:
             raise RuntimeError(f"chunk {chunk} would take a slot that is still needed")
-        if self._checkpointed < chunk - SLOTS + 2:
+        self._storage.write(self._journal, pages, self.places.slot(chunk) + PAGE_BYTES)
+
+    def commit(self, record: Record, pages: memoryview) -> None:
+        """Make a chunk's new pages durable in its slot, then write them to the file.
+
+        Chunks come in order.
+        """
+        checkpointed, chunk = self._checkpointed, record.chunk
+        slot, begin = self.places.slot(chunk), self.places.of_pages(chunk)[0]
+        self._storage.write(self._journal, _padded(record, PAGE_BYTES), slot)
+        self._storage.write(self._journal, _padded(record, RECORD_BYTES), self.places.record(chunk))
+        self._storage.sync(self._journal)  # the commit, also of the checkpoint
+        self._durable = checkpointed
+        self._storage.write(self._data, pages, begin)
+        if chunk + 1 - checkpointed == SYNCED_TOGETHER:
             self._storage.sync(self._data)
-            self._write_checkpoint(chunk)
+            self._write_checkpoint(chunk + 1)
 
     def _write_checkpoint(self, chunks: int) -> None:
         """Write the older copy of the checkpoint, which a write that is cut off may destroy."""

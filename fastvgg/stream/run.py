@@ -8,6 +8,7 @@ run that was cut off anywhere is taken up by running it again.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import time
 from pathlib import Path
@@ -203,18 +204,22 @@ class _Run:
     def _compute(self) -> None:
         """Compute, write and commit every chunk that is not durable yet."""
         shape = (self.plan.chunk_images, *self.plan.result.shape[1:])
-        stagings = [np.empty(shape, storage_dtype(self.plan.result.dtype)) for _ in range(2)]
-        given = 0
+        stagings = itertools.cycle(
+            [np.empty(shape, storage_dtype(self.plan.result.dtype)) for _ in range(2)]
+        )
         with Behind[int]() as behind:
             for chunk, (start, stop) in enumerate(self.plan.chunk_rows()):
                 if chunk in self._commits():
                     self._refuse_failed(start, self._commits()[chunk].records)
                     continue
-                self.tally.count(behind.wait_for_all_but(1))  # one staging is free then
-                out = stagings[given % 2][: stop - start]
-                records = self._apply(start, stop, out)
-                behind.give(functools.partial(self._commit, chunk, start, Chunk(out, records)))
-                given += 1
+                self.tally.count(behind.wait_for_all_but(2))
+                out = next(stagings)[: stop - start]  # written, or `give` would not have returned
+                computed = Chunk(out, self._apply(start, stop, out))
+                commit = Commit(chunk, checksum(out), computed.records)
+                behind.give(
+                    functools.partial(self.target.write, start, computed),
+                    functools.partial(self._commit, commit, stop - start),
+                )
             self.tally.count(behind.wait_for_all_but(0))
 
     def _apply(self, start: int, stop: int, out: NDArray[Any]) -> list[Record]:
@@ -234,12 +239,11 @@ class _Run:
                 out[row] = 0
         return read.records
 
-    def _commit(self, chunk: int, start: int, computed: Chunk) -> int:
-        """Make a chunk durable, and return its images."""
-        self.target.write(start, computed)
+    def _commit(self, commit: Commit, images: int) -> int:
+        """Make a chunk that is written durable, and return its images."""
         self.target.sync()
-        self.journal.commit(Commit(chunk, checksum(computed.batch), computed.records))
-        return len(computed.batch)
+        self.journal.commit(commit)
+        return images
 
     def _refuse_failed(self, start: int, records: list[Record]) -> None:
         for row, record in enumerate(records, start):
