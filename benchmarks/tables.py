@@ -80,7 +80,32 @@ def fastest(found):
     return max(row["images_per_second"] for row in found.values())
 
 
-TABLES = {"kernels": kernels, "peers": peers}
+def streams(record):
+    """Return a table of shares of the disk's limit, and one of memory."""
+    lines = [
+        "| path | GB/s | of the limit | middle half of the rounds |",
+        "|---|---:|---:|---:|",
+    ]
+    for row in record["rows"]:
+        low, high = row["spread"]
+        lines.append(
+            f"| {row['path']} | {row['gigabytes_per_second']:.2f} | {row['share']:.2f} "
+            f"| {low:.2f} to {high:.2f} |"
+        )
+    lines += [
+        "",
+        "| memory | planned, MiB | used at most, MiB | page tables at most, MiB |",
+        "|---|---:|---:|---:|",
+    ]
+    for row in record["memory"]:
+        lines.append(
+            f"| {row['path']} | {row['planned_mib']:.0f} | {row['peak_mib']:.0f} "
+            f"| {row['page_tables_mib']:.1f} |"
+        )
+    return [*lines, "", place(record)]
+
+
+TABLES = {"kernels": kernels, "peers": peers, "streams": streams}
 
 
 def written_into(readme):

@@ -429,7 +429,7 @@ def _report_defect(
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    """End a run after the chunk that is being written; a second signal does not wait for that."""
+    """End a run after the call that writes or syncs; a second signal does not wait for that."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda _signal, _frame: os._exit(INTERRUPTED))
     raise KeyboardInterrupt

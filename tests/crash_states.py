@@ -102,6 +102,8 @@ class OneByOne:
     """`Behind` on the thread that gives the work, so that every recording is the same."""
 
     turn = None
+    is_late = False
+    """Whether a piece is committed when it is waited for, and not when it is given."""
 
     def __class_getitem__(cls, _):
         return cls
@@ -109,7 +111,8 @@ class OneByOne:
     def __init__(self):
         self._given = 0
         self._waited_for = 0
-        self._results = []
+        self._to_commit = deque()
+        self._results = deque()
 
     def __enter__(self):
         return self
@@ -118,19 +121,29 @@ class OneByOne:
         OneByOne.turn = None
 
     def give(self, write, commit):
-        """Write a piece, and commit it."""
-        OneByOne.turn = Turn(False, self._given, self._waited_for)
-        write()
-        OneByOne.turn = Turn(True, self._given, self._waited_for)
-        self._results.append(commit())
-        OneByOne.turn = None
+        """Write a piece, and commit it now or later."""
+        self._do(Turn(False, self._given, self._waited_for), write)
+        self._to_commit.append((Turn(True, self._given, self._waited_for), commit))
         self._given += 1
+        if not OneByOne.is_late:
+            self._commit()
+
+    def _do(self, turn, work):
+        OneByOne.turn = turn
+        result = work()
+        OneByOne.turn = None
+        return result
+
+    def _commit(self):
+        self._results.append(self._do(*self._to_commit.popleft()))
 
     def wait_for_all_but(self, count):
         """Return what was committed, as far as it would be waited for."""
-        while len(self._results) > count:
+        while len(self._to_commit) + len(self._results) > count:
+            if not self._results:
+                self._commit()
             self._waited_for += 1
-            yield self._results.pop(0)
+            yield self._results.popleft()
 
 
 def interleaved(log, draw):
@@ -473,8 +486,8 @@ class Exploration:
 
     def run(self, most_runs):
         """Run the job on what it begins with, and then on what crashes leave; return counts."""
-        self._crash_in(Left(self._job.start))
-        self._crash_in(Left(self._job.start, durability="process"), "process")
+        for durability in ("power", "power", "power", "process"):  # in different orders
+            self._crash_in(Left(self._job.start, durability=durability), durability)
         while self.runs < most_runs and any(self._waiting.values()):
             # Where names are lost there is little else to lose, and little of it would be drawn.
             kinds = [some for some in self._waiting.values() if some]
@@ -491,6 +504,7 @@ class Exploration:
         return sum(map(len, self._waiting.values())) + self._dropped
 
     def _crash_in(self, left, durability="power"):
+        OneByOne.is_late = self._draw.random() < 0.5
         storage = run_on(self._job, left, forgets=self._forgets, durability=durability)
         self.runs += 1
         self.places |= storage.places
@@ -580,4 +594,4 @@ def campaign(seed, size):
 
 
 if __name__ == "__main__":
-    main(campaign, __doc__, size=20_000)
+    main(campaign, __doc__, size=1_000)

@@ -246,7 +246,7 @@ class FaultyOs:
 
     CALLS = (
         *("open", "close", "fstat", "posix_fallocate", "pread", "pwrite", "ftruncate", "fsync"),
-        "replace",
+        *("replace", "posix_fadvise"),
     )
 
     def __init__(self, fails_at=0, number=errno.EIO, *, for_ever=False):

@@ -83,4 +83,4 @@ def kill(job, deaths, draw):
 
 
 if __name__ == "__main__":
-    main(campaign, __doc__, size=24_000)
+    main(campaign, __doc__, size=40_000)

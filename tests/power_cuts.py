@@ -43,10 +43,7 @@ COMMITTING, AT_ONCE = 1, 2  # whether its journal is committed first
 WRITE_OUT = 1 | 2 | 4  # of sync_file_range: wait, begin, and wait until it is done
 MODES = ("errors=remount-ro,data=ordered", "errors=remount-ro,data=writeback,noauto_da_alloc")
 DEEPEST = 3
-SYNCS = (
-    *("ring.commit", "ring.finish", "ring.reopen"),
-    *("npy.sync", "storage.write_whole"),
-)
+SYNCS = ("ring.commit", "ring.finish", "npy.sync", "storage.write_whole")
 
 
 class Disk:

@@ -265,7 +265,31 @@ def failing(error):
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_an_error_is_raised_at_the_next_wait_and_nothing_given_later_is_begun(error, stage):
+def test_an_error_is_raised_by_whatever_comes_next_and_nothing_else_is_begun(error, stage):
+    begun = []
+
+    def fail():
+        raise error
+
+    def raised_by(call, *arguments):
+        with pytest.raises(type(error)) as caught:
+            call(*arguments)
+        assert caught.value is error
+
+    with Behind() as working:
+        working.give(nothing, lambda: "before")
+        give(working, stage, fail)
+        results = working.wait_for_all_but(0)
+        assert next(results) == "before"
+        raised_by(next, results)
+        for later in STAGES:
+            raised_by(give, working, later, lambda: begun.append("after it was known"))
+        assert list(working.wait_for_all_but(0)) == []
+    assert begun == []
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_after_an_error_what_was_given_meanwhile_is_not_committed(error):
     begun, go = [], threading.Event()
 
     def fail():
@@ -273,25 +297,22 @@ def test_an_error_is_raised_at_the_next_wait_and_nothing_given_later_is_begun(er
         raise error
 
     with Behind() as working:
-        working.give(nothing, lambda: "before")
-        give(working, stage, fail)
-        if stage == "write":  # `give` would wait for it
-            go.set()
-        give(working, stage, lambda: begun.append("while it was under way"))
+        working.give(nothing, fail)
+        for _ in range(2):
+            working.give(nothing, lambda: begun.append("while it was under way"))
         go.set()
-        results = working.wait_for_all_but(0)
-        assert next(results) == "before"
-        with pytest.raises(type(error)) as caught:
-            next(results)
-        assert caught.value is error
-        for later in STAGES:
-            give(working, later, lambda: begun.append("after it was known"))
         for _ in range(3):
             with pytest.raises(type(error)) as caught:
                 next(working.wait_for_all_but(0))
             assert caught.value is error
-        assert list(working.wait_for_all_but(0)) == []
     assert begun == []
+
+
+def test_giving_raises_the_error_of_what_was_given_before():
+    with Behind() as working:
+        working.give(failing(OSError(5, "torn")), nothing)
+        with pytest.raises(OSError, match="torn"):
+            working.give(nothing, nothing)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -301,7 +322,6 @@ def test_an_error_of_the_work_ends_the_block_that_waits_for_it(stage):
     def run():
         with Behind() as working:
             give(working, stage, failing(OSError(5, "torn")))
-            give(working, stage, lambda: begun.append("later"))
             begun.extend(working.wait_for_all_but(0))
 
     with pytest.raises(OSError, match="torn"):

@@ -1027,7 +1027,8 @@ def test_a_signal_while_a_chunk_is_written_exits_with_130_when_that_is_committed
     assert "interrupted" in stderr
     assert "same command" in stderr
     assert "Traceback" not in stderr
-    assert json.loads(invoke("info", target, "--json").stdout)["committed_chunks"] == 2
+    # The third may be committed before the main thread comes to leave.
+    assert json.loads(invoke("info", target, "--json").stdout)["committed_chunks"] in (2, 3)
     written = target if kind == "in place" else tmp_path / "y.npy.partial"
     of_two_chunks = 128 + 2 * 4 * 756
     assert written.read_bytes()[:of_two_chunks] == expected[:of_two_chunks]

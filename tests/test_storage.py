@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 import resource
 import subprocess
@@ -15,7 +17,7 @@ from faults import Death, FaultyOs, MortalStorage, system_calls
 
 from fastvgg.errors import StoppedError, TargetError, UsageError
 from fastvgg.stream import storage as storage_module
-from fastvgg.stream.storage import Storage, StoredFile, check_durability
+from fastvgg.stream.storage import Storage, StoredFile, check_durability, file_system
 
 
 @pytest.fixture
@@ -103,6 +105,28 @@ def test_a_sync_of_a_disk_that_the_system_refuses_is_an_error():
     assert caught.value.errno == errno.EBADF
 
 
+def test_what_is_forgotten_is_read_from_the_disk_again(file, storage):
+    if file_system(file.path) == "tmpfs":
+        pytest.skip("a file in memory is nowhere else")
+    storage.write(file, bytes(1_000_000), 0)
+    storage.sync(file)
+    assert pages_in_memory(file)
+    storage.forget(file)
+    assert not pages_in_memory(file)
+    assert storage.read(file, 0, 1_000_000) == bytes(1_000_000)
+
+
+def pages_in_memory(file):
+    """How many pages of a file the system holds."""
+    with mmap.mmap(file.descriptor, 0) as mapped:
+        pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        window = (ctypes.c_char * len(mapped)).from_buffer(mapped)
+        address, nbytes = ctypes.c_void_p(ctypes.addressof(window)), ctypes.c_size_t(len(mapped))
+        assert ctypes.CDLL(None).mincore(address, nbytes, pages) == 0
+        del window
+    return sum(page & 1 for page in pages)
+
+
 def test_creating_empties_and_opening_does_not(tmp_path, storage):
     path = tmp_path / "file"
     path.write_bytes(b"old")
@@ -183,6 +207,7 @@ FAILING = {
     "truncate": lambda s, p: s.truncate(closed(p), 4711),
     "fsync": lambda s, p: s.sync(closed(p)),
     "fsync of a directory": lambda s, p: s.sync_directory(p / "missing"),
+    "fadvise": lambda s, p: s.forget(closed(p)),
     "syncfs": lambda s, p: s.sync_disk(p / "missing"),
     "mkdir": lambda s, p: s.make_directory(p / "file" / "below"),
     "rename": lambda s, p: s.rename(p / "missing", p / "new"),

@@ -52,10 +52,12 @@ class Behind(Generic[Result]):
     def give(self, write: Callable[[], None], commit: Callable[[], Result]) -> None:
         """Have a piece written, and then committed, after all that was given before.
 
-        Returns when what was given before is written, or has failed.
+        Returns when what was given before is written, or raises the error that kept it from that.
         """
         if self._last_written is not None:
             concurrent.futures.wait([self._last_written])
+        if self._error is not None:
+            raise self._error
         written = self._writer.submit(self._do, self._writing, write)
         self._given.append(self._committer.submit(self._commit, written, commit))
         self._last_written = written
@@ -73,7 +75,7 @@ class Behind(Generic[Result]):
             try:
                 return work()
             except BaseException as error:
-                self._error = error
+                self._error = self._error or error
                 raise
 
     def wait_for_all_but(self, count: int) -> Iterator[Result]:
@@ -90,24 +92,17 @@ class Behind(Generic[Result]):
         _error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
-        self._is_left = True
-        interruptions = [*_wait_for(self._writing), *_wait_for(self._committing)]
+        interruption = None
+        while True:
+            # Joining the threads would not do: a join that is interrupted takes its thread for
+            # ended, up to Python 3.12 (https://github.com/python/cpython/issues/90882).
+            try:
+                self._is_left = True
+                with self._writing, self._committing:
+                    break
+            except BaseException as error:  # noqa: BLE001  # of a signal: not to go yet
+                interruption = error
         self._writer.shutdown(cancel_futures=True)
         self._committer.shutdown(cancel_futures=True)
-        if interruptions:
-            raise interruptions[-1]
-
-
-def _wait_for(under_way: Lock) -> list[BaseException]:
-    """Wait for what is under way, and return what signals had to say meanwhile.
-
-    Joining the thread would not do: a join that is interrupted takes it for ended, up to Python
-    3.12 (https://github.com/python/cpython/issues/90882).
-    """
-    interruptions: list[BaseException] = []
-    while True:
-        try:
-            with under_way:
-                return interruptions
-        except BaseException as error:  # noqa: BLE001  # of a signal: not to go yet
-            interruptions.append(error)
+        if interruption is not None:
+            raise interruption

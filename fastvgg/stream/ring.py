@@ -344,6 +344,14 @@ def _checksum(data: bytes | memoryview) -> str:
     return xxhash.xxh3_64_hexdigest(data)
 
 
+def _refuse_other_length(journal: Path, found_bytes: int, header: RingHeader) -> None:
+    if found_bytes != header.places.journal_bytes:
+        raise ResumeError(
+            f"{journal} has {found_bytes} bytes, and was made with {header.places.journal_bytes}",
+            "put it back as the run left it",
+        )
+
+
 class Ring:
     """The ring of one file, whose lock is held.
 
@@ -410,9 +418,11 @@ class Ring:
 
     @classmethod
     def reopen(cls, storage: Storage, data: StoredFile, header: RingHeader) -> Ring:
-        """Open the journal that an earlier run left, and make durable what both files hold.
+        """Open the journal that an earlier run left; both files are then what the disk has.
 
-        Or a power cut may take a slot of which that run, or this one, had begun to write the file.
+        A killed run may have synced no part of it: a power cut could take the slot of which this
+        run, or that one, had begun to write the file. And where a sync failed, the slot that can be
+        read may be nowhere but in memory.
 
         Raises
         ------
@@ -420,16 +430,15 @@ class Ring:
             If it is not as long as it was made.
         """
         journal = storage.open(journal_path(data.path))
-        found_bytes = storage.size(journal)
-        if found_bytes != header.places.journal_bytes:
+        try:
+            _refuse_other_length(journal.path, storage.size(journal), header)
+            storage.sync_disk(journal.path.parent)  # its name among it
+            for file in (data, journal):
+                storage.sync(file)  # what that did not tell; the file may lie on another disk
+                storage.forget(file)
+        except BaseException:
             storage.close(journal)
-            raise ResumeError(
-                f"{journal.path} has {found_bytes} bytes, and was made with "
-                f"{header.places.journal_bytes}",
-                "put it back as the run left it",
-            )
-        storage.sync(data)  # which may lie on another disk, where it is mounted by itself
-        storage.sync_disk(journal.path.parent)
+            raise
         return cls(storage, data, journal, header.places, header.run)
 
     def recover(self) -> int:
@@ -543,7 +552,7 @@ class Ring:
         return Record(chunk, self._run, old, new, _checksum(edges))
 
     def put(self, chunk: int, pages: memoryview) -> None:
-        """Write a chunk's new pages into its slot, when all but the last chunk are committed."""
+        """Write a chunk's new pages into its slot, while the one before may be being committed."""
         if self._durable < chunk - SLOTS + 1:
             raise RuntimeError(f"chunk {chunk} would take a slot that is still needed")
         self._storage.write(self._journal, pages, self.places.slot(chunk) + PAGE_BYTES)

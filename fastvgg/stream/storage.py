@@ -220,6 +220,15 @@ class Storage:
             finally:
                 os.close(descriptor)
 
+    def forget(self, file: StoredFile) -> None:
+        """Have a file read from the disk again.
+
+        After a write that failed, the system's memory holds what the disk does not.
+        """
+        if hasattr(os, "posix_fadvise"):
+            with _stopping("fadvise", file.path):
+                os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def make_directory(self, path: Path) -> None:
         """Make a directory and those above it, where they are missing."""
         with _stopping("mkdir", path):
