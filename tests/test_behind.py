@@ -6,6 +6,7 @@ thread waiting for it; nothing here waits for time to pass.
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import signal
 import threading
@@ -433,7 +434,7 @@ def test_a_signal_while_a_piece_is_given_leaves_when_the_one_under_way_has_ended
     main, number, kind
 ):
     def interrupt():
-        main.stays_in(Behind.give)
+        main.stays_in(concurrent.futures.wait)  # and not in starting a thread
         assert main.is_in(Behind.give, number)
 
     with pytest.raises(kind):

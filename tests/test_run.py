@@ -554,7 +554,7 @@ def test_strict_stops_at_the_first_image_that_cannot_be_read(tmp_path, first):
     # Of the two before it one was still to be written, and one to be committed.
     assert [at.images for at in told] == list(range(1, row - 1))
     committed = commits_in(target)
-    assert committed in (row - 1, row)
+    assert row - 2 <= committed <= row
     assert not target.exists()
     assert not manifest_path(target).exists()
     report = plan_of(tmp_path / "some", target, mode="caffe", together=1).run()
@@ -644,8 +644,8 @@ def test_a_run_that_raised_in_its_progress_goes_on_where_it_was(tmp_path, array)
         assert plan.committed_chunks == committed
         with pytest.raises(RuntimeError, match="a defect of the caller"):
             plan.run(fail)
-        # The chunk that was told of, and maybe the one that was being written.
-        assert commits_in(target) - committed in (1, 2)
+        # The chunk that was told of, and maybe the two that were being committed and written.
+        assert 1 <= commits_in(target) - committed <= 3
         committed = commits_in(target)
     report = plan_of(array, target, mode="caffe", together=2).run()
     assert report.counts["computed_chunks"] == 0
@@ -1041,7 +1041,7 @@ def test_the_next_run_goes_on_when_the_first_is_killed(tmp_path, array):
         first.kill()
         first.communicate()
     committed = commits_in(target)
-    assert committed in (1, 2)  # it was told of one, and may have written another since
+    assert 1 <= committed <= 3  # it was told of one, and may have committed the two given since
     report = plan_of(array, target, mode="caffe", together=2).run()
     assert report.counts["computed_chunks"] == 6 - committed
     assert target.read_bytes() == npy_bytes(network_inputs(pixels(11), "caffe"))
@@ -1395,7 +1395,7 @@ import pathlib
 from datasets_on_disk import images_in, pixels, plan_of
 from fastvgg.errors import FastvggError
 small = pathlib.Path({str(tmp_path / "small")!r})
-(small / "other").write_bytes(bytes(480 * 1024))
+(small / "other").write_bytes(bytes(450 * 1024))
 settings = dict(direction="restore", together=2)
 try:
     plan_of({str(tmp_path / "y.npy")!r}, small / "out", **settings).run()
