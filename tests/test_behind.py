@@ -339,26 +339,11 @@ def test_what_is_not_written_is_not_committed():
     assert begun == []
 
 
-def test_an_error_of_a_write_is_raised_where_an_earlier_commit_was_not_begun_for_it():
-    go = threading.Event()
-
-    def fail():
-        go.set()
-        raise OSError(5, "torn")
-
-    with Behind() as working:
-        working.give(nothing, lambda: come(go))
-        working.give(nothing, nothing)
-        working.give(fail, nothing)
-        with pytest.raises(OSError, match="torn"):
-            list(working.wait_for_all_but(0))
-
-
 # Leaving
 
 
-def leave(main, witness, stage, error=None, wait=False, give_more=False):
-    """Leave a block in which a piece of work is under way, and see that it is the last."""
+def leave(main, witness, stage, error=None, wait=False, give_more=False, finishes=False):
+    """Leave a block in which a piece of work is under way, and see whether it is the last."""
     begun = []
     try:
         with Behind() as working:
@@ -380,12 +365,12 @@ def leave(main, witness, stage, error=None, wait=False, give_more=False):
         main.has_left.set()
         come(witness.is_gone)  # before its signals have nobody who handles them
         assert ended, "the block was left under work"
-        assert begun == []
+        assert begun == ["later"] * finishes
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_leaving_waits_for_the_piece_under_way_and_begins_no_other(main, stage):
-    leave(main, Witness(main), stage)
+def test_leaving_finishes_what_was_given(main, stage):
+    leave(main, Witness(main), stage, finishes=True)
 
 
 def test_leaving_waits_for_both_threads(main):
@@ -407,10 +392,42 @@ def test_leaving_waits_for_both_threads(main):
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_leaving_by_an_error_waits_for_the_piece_under_way_and_begins_no_other(main, error, stage):
+def test_leaving_by_an_error_finishes_what_was_given_and_by_an_interruption_what_is_under_way(
+    main, error, stage
+):
     with pytest.raises(type(error)) as caught:
-        leave(main, Witness(main), stage, error)
+        leave(main, Witness(main), stage, error, finishes=isinstance(error, Exception))
     assert caught.value is error
+
+
+def test_what_was_written_before_a_write_that_fails_is_committed():
+    go, committed = threading.Event(), []
+
+    def fail():
+        go.set()
+        raise OSError(28, "no room")
+
+    def run():
+        with Behind() as working:
+            working.give(nothing, lambda: come(go))
+            working.give(nothing, lambda: committed.append("before"))
+            working.give(fail, lambda: committed.append("that"))
+            working.give(nothing, lambda: committed.append("later"))
+
+    with pytest.raises(OSError, match="no room"):
+        run()
+    assert committed == ["before"]
+
+
+def test_a_disk_that_fails_is_told_of_before_what_the_main_thread_fails_at_later():
+    def run():
+        with Behind() as working:
+            working.give(nothing, failing(OSError(5, "torn")))
+            raise ValueError("wrong")
+
+    with pytest.raises(OSError, match="torn") as caught:
+        run()
+    assert isinstance(caught.value.__context__, ValueError)
 
 
 ENDS = [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]

@@ -6,10 +6,10 @@ import concurrent.futures
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
 __all__ = ["Behind"]
@@ -24,9 +24,10 @@ class Behind(Generic[Result]):
     Copying to the system and waiting for the disk take about as long as each other, and neither
     needs what the other does.
 
-    After an error nothing else is begun, and every wait ends with that error. Leaving the block
-    waits for what is under way, whatever happens, so that no file is closed under a thread that
-    writes it.
+    After an error nothing that was given later is begun. Leaving the block finishes what was given
+    before the error, so that it need not be computed again; an interruption waits for what is under
+    way alone. Nothing is under way afterwards, so that no file is closed under a thread that writes
+    it.
 
     Examples
     --------
@@ -41,7 +42,8 @@ class Behind(Generic[Result]):
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="fastvgg-writer")
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="fastvgg-committer")
         self._writing, self._committing = Lock(), Lock()
-        self._last_written: Future[None] | None = None
+        self._written: Future[None] | None = None
+        self._committed: Future[Result] | None = None
         self._given: deque[Future[Result]] = deque()
         self._error: BaseException | None = None
         self._is_left = False
@@ -54,24 +56,26 @@ class Behind(Generic[Result]):
 
         Returns when what was given before is written, or raises the error that kept it from that.
         """
-        if self._last_written is not None:
-            concurrent.futures.wait([self._last_written])
+        if self._written is not None:
+            concurrent.futures.wait([self._written])
         if self._error is not None:
             raise self._error
-        written = self._writer.submit(self._do, self._writing, write)
-        self._given.append(self._committer.submit(self._commit, written, commit))
-        self._last_written = written
+        self._written = self._writer.submit(self._do, self._writing, write)
+        self._committed = self._committer.submit(
+            self._do, self._committing, commit, after=(self._written, self._committed)
+        )
+        self._given.append(self._committed)
 
-    def _commit(self, written: Future[None], commit: Callable[[], Result]) -> Result:
-        written.result()
-        return self._do(self._committing, commit)
-
-    def _do(self, under_way: Lock, work: Callable[[], Done]) -> Done:
+    def _do(
+        self, under_way: Lock, work: Callable[[], Done], after: Iterable[Future[Any] | None] = ()
+    ) -> Done:
+        """Do a piece of work, unless something that comes before it has failed."""
+        for earlier in after:
+            if earlier is not None:
+                earlier.result()
         with under_way:
             if self._is_left:
                 raise concurrent.futures.CancelledError
-            if self._error is not None:
-                raise self._error
             try:
                 return work()
             except BaseException as error:
@@ -89,20 +93,25 @@ class Behind(Generic[Result]):
     def __exit__(
         self,
         _kind: type[BaseException] | None,
-        _error: BaseException | None,
+        error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
+        finishes = error is None or isinstance(error, Exception)
         interruption = None
         while True:
             # Joining the threads would not do: a join that is interrupted takes its thread for
             # ended, up to Python 3.12 (https://github.com/python/cpython/issues/90882).
             try:
+                if finishes and interruption is None:
+                    concurrent.futures.wait(self._given)
                 self._is_left = True
                 with self._writing, self._committing:
                     break
-            except BaseException as error:  # noqa: BLE001  # of a signal: not to go yet
-                interruption = error
+            except BaseException as signalled:  # noqa: BLE001  # not to go yet
+                interruption = signalled
         self._writer.shutdown(cancel_futures=True)
         self._committer.shutdown(cancel_futures=True)
         if interruption is not None:
             raise interruption
+        if isinstance(error, Exception) and self._error not in (None, error):
+            raise self._error  # a disk that failed, and not what came of it or after it
