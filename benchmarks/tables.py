@@ -24,19 +24,23 @@ def place(record):
     )
 
 
+def share(row):
+    """Return two columns: the share of the limit, and its spread."""
+    low, high = row["spread"]
+    return f"{row['share']:.2f} | {low:.2f} to {high:.2f}"
+
+
 def kernels(record):
     """Return the table of shares of the memory's limit."""
     lines = [
         "| path | images/s | GB/s | of the limit | middle half of the rounds |",
         "|---|---:|---:|---:|---:|",
     ]
-    for row in record["rows"]:
-        low, high = row["spread"]
-        lines.append(
-            f"| {row['path']} | {row['images_per_second']:,} "
-            f"| {row.get('gigabytes_per_second', '')} | {row['share']:.2f} "
-            f"| {low:.2f} to {high:.2f} |"
-        )
+    lines += [
+        f"| {row['path']} | {row['images_per_second']:,} "
+        f"| {row.get('gigabytes_per_second', '')} | {share(row)} |"
+        for row in record["rows"]
+    ]
     latency = (
         f"A call takes {record['call_overhead_us']:.0f} microseconds above its kernel. The first "
         f"one in a process compiles the kernel: {record['first_call_after_scipy_seconds']:.2f} s "
@@ -86,22 +90,20 @@ def streams(record):
         "| path | GB/s | of the limit | middle half of the rounds |",
         "|---|---:|---:|---:|",
     ]
-    for row in record["rows"]:
-        low, high = row["spread"]
-        lines.append(
-            f"| {row['path']} | {row['gigabytes_per_second']:.2f} | {row['share']:.2f} "
-            f"| {low:.2f} to {high:.2f} |"
-        )
+    lines += [
+        f"| {row['path']} | {row['gigabytes_per_second']:.2f} | {share(row)} |"
+        for row in record["rows"]
+    ]
     lines += [
         "",
         "| memory | planned, MiB | used at most, MiB | page tables at most, MiB |",
         "|---|---:|---:|---:|",
     ]
-    for row in record["memory"]:
-        lines.append(
-            f"| {row['path']} | {row['planned_mib']:.0f} | {row['peak_mib']:.0f} "
-            f"| {row['page_tables_mib']:.1f} |"
-        )
+    lines += [
+        f"| {row['path']} | {row['planned_mib']:.0f} | {row['peak_mib']:.0f} "
+        f"| {row['page_tables_mib']:.1f} |"
+        for row in record["memory"]
+    ]
     return [*lines, "", place(record)]
 
 
