@@ -107,13 +107,89 @@ def streams(record):
     return [*lines, "", place(record)]
 
 
-TABLES = {"kernels": kernels, "peers": peers, "streams": streams}
+def images(record):
+    """Return a table of shares of the limit, and one of how many times as fast it is."""
+    lines = [
+        "| path | images/s | limit, images/s | of the limit | middle half of the rounds |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {row['path']} | {row['images_per_second']:,} | {row['limit_images_per_second']:,} "
+        f"| {share(row)} |"
+        for row in record["rows"]
+    ]
+    lines += [
+        "",
+        "| beside | images/s | its images/s | times as fast | middle half of the rounds |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in record["times"]:
+        low, high = row["spread"]
+        lines.append(
+            f"| {row['path']} | {row['images_per_second']:,} | {row['other_images_per_second']:,} "
+            f"| {row['times']:.2f} | {low:.2f} to {high:.2f} |"
+        )
+    versions = "".join(f", {name} {version}" for name, version in record["peers"].items())
+    missing = "".join(f" Not measured: {name}: {why}." for name, why in missing_of(record))
+    what = (
+        f"{record['images']:,} photographs of {record['kilobytes_of_a_file']:.0f} kB in the mean; "
+        f"for fast_jpeg {record['large_images']:,}."
+    )
+    return [*lines, "", f"{what} {place(record).removesuffix('.')}{versions}.{missing}"]
+
+
+def missing_of(record):
+    """Return the peers that were not measured, and why."""
+    return [(name, why.rstrip(".")) for name, why in record["not_measured"].items()]
+
+
+def images_million(record):
+    """Return a table of speed and memory of a million images, beside ten thousand."""
+    lines = [
+        "| path | images | images/s | time of an image, against few | memory at most, MiB |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in record["rows"]:
+        for count, rate, time, memory in (
+            (row["few_images"], row["few_images_per_second"], 1, row["few_peak_mib"]),
+            (row["images"], row["images_per_second"], row["time_of_an_image"], row["peak_mib"]),
+        ):
+            lines.append(f"| {row['path']} | {count:,} | {rate:,} | {time:.2f} | {memory:.0f} |")
+    return [*lines, "", place(record)]
+
+
+def images_planning(record):
+    """Return a table of what planning takes."""
+    lines = [
+        "| planning | files | seconds | least to most | memory at most, MiB |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in record["rows"]:
+        least, most = row["least_and_most_seconds"]
+        lines.append(
+            f"| {row['path']} | {row['files']:,} | {row['seconds']:.1f} "
+            f"| {least:.1f} to {most:.1f} | {row['peak_mib']:.0f} |"
+        )
+    return [*lines, "", place(record)]
+
+
+TABLES = {
+    "kernels": kernels,
+    "peers": peers,
+    "streams": streams,
+    "images": images,
+    "images_million": images_million,
+    "images_planning": images_planning,
+}
 
 
 def written_into(readme):
-    """Return the README's text with every table made anew."""
+    """Return the README's text with every table made anew of which there are figures."""
     for name, table in TABLES.items():
-        record = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            continue
+        record = json.loads(path.read_text(encoding="utf-8"))
         marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end of table -->)", re.DOTALL)
         text = "\n".join(table(record)) + "\n"
         readme, count = marked.subn(lambda found, t=text: found[1] + t + found[2], readme)

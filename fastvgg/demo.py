@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from fastvgg import datasets
+from fastvgg.datasets.decode import Decoding
 from fastvgg.datasets.index import read_index
 from fastvgg.errors import BackendError, TargetError, VerificationError
 from fastvgg.stream.manifest import read_manifest
@@ -130,7 +131,7 @@ def _write_photographs(directory: Path) -> None:
 
 
 def _images(directory: Path) -> NDArray[np.uint8]:
-    source = datasets.open_source(directory, size=SIZE)
+    source = datasets.open_source(directory, decoding=Decoding(SIZE))
     try:
         return source.read(0, source.header.images).batch
     finally:

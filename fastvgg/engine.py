@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from fastvgg import oracle
+from fastvgg import nearest, oracle
 from fastvgg.errors import BackendError, DtypeError, OutputError, UsageError
 from fastvgg.threads import check_threads, work_on_all
 from fastvgg.transform import CHANNEL_AXES, Transform, storage_dtype, storage_name
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import DTypeLike, NDArray
 
+    from fastvgg.nearest import Picks
     from fastvgg.transform import Layout, Mode, Rounding
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "apply",
     "backend_in_use",
     "check_array",
+    "pick",
     "preprocess",
     "restore",
 ]
@@ -186,7 +188,7 @@ def apply(
     else:
         _check_out(out, x, transform, shape, dtype)
         result = out
-    numba = backend_in_use(backend) == "numba"
+    numba = backend_in_use(backend) == "numba" and transform.direction != "pack"
     if x.size:
         source, target = np.asarray(x), np.asarray(result)
         if x.ndim == 3:
@@ -198,6 +200,24 @@ def apply(
             pieces, work_on = _oracle_work(transform, source, target, threads)
         work_on_all(pieces, work_on, threads)
     return result
+
+
+def pick(pixels: NDArray[Any], picked: Picks, out: NDArray[Any], backend: Backend) -> None:
+    """Pick the pixels of an image that nearest neighbour resizing keeps; equal to `nearest.pick`.
+
+    `pixels` and `out` are contiguous, woven uint8 images.
+    """
+    if backend_in_use(backend) == "numpy":
+        nearest.pick(pixels, picked, out)
+        return
+    from fastvgg.kernels import picking
+
+    source, target, offsets = (
+        array.__array_interface__["data"][0] for array in (pixels, out, picked.offsets)
+    )
+    picking.pick()(source, target, offsets, picked.inner_rows, len(picked.columns))
+    for row in range(picked.inner_rows, len(picked.rows)):
+        out[row] = pixels[picked.rows[row]].take(picked.columns, axis=0)
 
 
 def backend_in_use(backend: Backend) -> Literal["numba", "numpy"]:

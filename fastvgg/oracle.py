@@ -51,7 +51,7 @@ def apply(transform: Transform, x: NDArray[Any]) -> NDArray[Any]:
         values = np.moveaxis(x, CHANNEL_AXES[transform.layout], -1).astype(compute)
         if transform.direction == "preprocess":
             values = forward(values, transform.mode)
-        else:
+        elif transform.direction == "restore":
             values = saturate(inverse(values, transform.mode), transform.rounding)
         values = np.moveaxis(values, -1, CHANNEL_AXES[transform.out_layout])
         return np.ascontiguousarray(values.astype(target))

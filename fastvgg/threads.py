@@ -6,14 +6,15 @@ import functools
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from fastvgg.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+    from concurrent.futures import Future
 
-__all__ = ["check_threads", "usable_cores", "work_on_all"]
+__all__ = ["Lot", "Lots", "check_threads", "usable_cores", "work_on_all"]
 
 Piece = TypeVar("Piece")
 
@@ -51,26 +52,96 @@ def work_on_all(pieces: Sequence[Piece], work_on: Callable[[Piece], object], thr
             work_on(piece)
         return
     remaining = deque(pieces)
-
-    def drain() -> None:
-        while remaining:
-            try:
-                piece = remaining.popleft()
-            except IndexError:  # another thread took the last one
-                return
-            try:
-                work_on(piece)
-            except BaseException:
-                remaining.clear()
-                raise
-
-    helpers = [_pool().submit(drain) for _ in range(min(threads, len(pieces)) - 1)]
+    helpers = [
+        _pool().submit(_drain, remaining, work_on) for _ in range(min(threads, len(pieces)) - 1)
+    ]
     try:
-        drain()
+        _drain(remaining, work_on)
     finally:
         for helper in helpers:
             if not helper.cancel():  # it may never have started: the pool is shared
                 helper.result()
+
+
+def _drain(remaining: deque[Piece], work_on: Callable[[Piece], object]) -> None:
+    while remaining:
+        try:
+            piece = remaining.popleft()
+        except IndexError:  # another thread took the last one
+            return
+        try:
+            work_on(piece)
+        except BaseException:
+            remaining.clear()
+            raise
+
+
+class Lot:
+    """Pieces of work that are under way."""
+
+    def __init__(self, remaining: deque[Any], workers: list[Future[None]]) -> None:
+        self._remaining = remaining
+        self._workers = workers
+
+    def wait(self) -> None:
+        """Wait until all pieces are done, or raise the error that ended them."""
+        for worker in self._workers:
+            worker.result()
+
+    def is_done(self) -> bool:
+        """Whether no piece is under way any more."""
+        return all(worker.done() for worker in self._workers)
+
+    def abandon(self) -> None:
+        """Begin no more pieces."""
+        self._remaining.clear()
+
+
+class Lots:
+    """Threads that work on one lot of pieces after another.
+
+    No thread waits for the slowest piece of a lot: when none is left to begin, it goes on with the
+    next lot. Leaving the block ends the work after the pieces that are under way.
+
+    Parameters
+    ----------
+    threads
+        How many there are.
+
+    Examples
+    --------
+    >>> doubled = {}
+    >>> with Lots(2) as lots:
+    ...     first = lots.begin(range(3), lambda piece: doubled.update({piece: 2 * piece}))
+    ...     second = lots.begin(range(3, 5), lambda piece: doubled.update({piece: 2 * piece}))
+    ...     first.wait()
+    ...     second.wait()
+    >>> sorted(doubled.items())
+    [(0, 0), (1, 2), (2, 4), (3, 6), (4, 8)]
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastvgg-lots")
+        self._lots: list[Lot] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def begin(self, pieces: Iterable[Piece], work_on: Callable[[Piece], object]) -> Lot:
+        """Have all pieces worked on, after those of earlier lots."""
+        remaining = deque(pieces)
+        workers = min(self._threads, len(remaining))
+        lot = Lot(
+            remaining, [self._pool.submit(_drain, remaining, work_on) for _ in range(workers)]
+        )
+        self._lots = [*(lot for lot in self._lots if not lot.is_done()), lot]
+        return lot
+
+    def __exit__(self, *_error: object) -> None:
+        for lot in self._lots:
+            lot.abandon()
+        self._pool.shutdown(cancel_futures=True)
 
 
 @functools.cache

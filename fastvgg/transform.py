@@ -38,11 +38,16 @@ __all__ = [
 ]
 
 Layout: TypeAlias = Literal["NHWC", "NCHW"]
-Direction: TypeAlias = Literal["preprocess", "restore"]
+Direction: TypeAlias = Literal["preprocess", "restore", "pack"]
 Rounding: TypeAlias = Literal["nearest", "truncate"]
 ChannelOrder: TypeAlias = Literal["RGB", "BGR"]
 Triple: TypeAlias = tuple[float, float, float]
 
+INVERSES: Final[dict[Direction, Direction]] = {
+    "preprocess": "restore",
+    "restore": "preprocess",
+    "pack": "pack",
+}
 LAYOUTS: Final[tuple[Layout, ...]] = get_args(Layout)
 DIRECTIONS: Final[tuple[Direction, ...]] = get_args(Direction)
 ROUNDINGS: Final[tuple[Rounding, ...]] = get_args(Rounding)
@@ -247,7 +252,8 @@ class Transform:
     mode
         A `Mode`, or the name of one.
     direction
-        "preprocess" turns images into network inputs, "restore" turns them back.
+        "preprocess" turns images into network inputs, "restore" turns them back, "pack" leaves
+        images as they are, to be preprocessed later.
     layout, out_layout
         Where the channels are, "NHWC" or "NCHW", in the input and in the result; `out_layout` is
         `layout` where it is not given. Without the N they describe one image (rank 3).
@@ -297,6 +303,12 @@ class Transform:
         put(self, "out_layout", out_layout or layout)
         put(self, "dtype", None if dtype is None else storage_name(dtype))
         put(self, "rounding", rounding)
+        keeps = self.mode.name == "identity" and self.dtype in (None, "uint8")
+        if direction == "pack" and not keeps:
+            raise UsageError(
+                f"pack is asked for with mode {self.mode.name} and type {self.dtype or 'uint8'}",
+                "it keeps images as they are: give mode 'identity', and no type",
+            )
         if direction == "preprocess" and self.dtype == "uint8":
             raise DtypeError(
                 "a network input cannot be stored as uint8",
@@ -318,8 +330,7 @@ class Transform:
 
     def inverse(self) -> Transform:
         """Return the transform that undoes this one, with the layouts changed about."""
-        back: Direction = "restore" if self.direction == "preprocess" else "preprocess"
-        return Transform(self.mode, back, self.out_layout, self.layout)
+        return Transform(self.mode, INVERSES[self.direction], self.out_layout, self.layout)
 
     def output_name(self, input_name: str) -> str:
         """Return the storage type of the result for an input of type `input_name`.
@@ -329,7 +340,7 @@ class Transform:
         """
         if self.dtype is not None:
             return self.dtype
-        if self.direction == "restore":
+        if self.direction != "preprocess":
             return "uint8"
         return "float32" if input_name == "uint8" else input_name
 
@@ -346,7 +357,7 @@ class Transform:
         ShapeError
             If the rank is neither 3 nor 4, or the channel axis does not hold 3.
         DtypeError
-            If network inputs are said to be uint8.
+            If network inputs are said to be uint8, or images to be packed are not.
         """
         if len(shape) not in (3, 4):
             raise ShapeError(
@@ -365,6 +376,11 @@ class Transform:
             raise DtypeError(
                 "uint8 is the type of images, not of network inputs: there is nothing to restore",
                 "give what preprocess returned, in a floating type",
+            )
+        if self.direction == "pack" and input_name != "uint8":
+            raise DtypeError(
+                f"{input_name} is not the type of images: only uint8 is packed",
+                "give images, or convert their type",
             )
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 
@@ -217,7 +218,7 @@ def resealed(text):
 def whole_bytes(content):
     """How long the whole lines are with which a journal begins."""
     length = 0
-    for line in content.splitlines(keepends=True):
+    for line in io.BytesIO(content):
         if not line.endswith(b"\n") or line != resealed(line[17:-1]):
             break
         length += len(line)

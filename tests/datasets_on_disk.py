@@ -21,6 +21,7 @@ from PIL import Image
 
 import fastvgg
 from fastvgg import oracle
+from fastvgg.stream.plan import DECODED
 from fastvgg.transform import Transform
 
 # The files of scikit-image that its wheel holds: nothing is fetched.
@@ -88,9 +89,10 @@ def plan_of(source, target, *, together=None, **settings):
     plan = fastvgg.plan(source, target, **settings)
     if together is None:
         return plan
-    # Images that are read, computed, and written at the same time.
-    image_bytes = plan.header.image_bytes + 2 * plan.result.image_bytes
-    limit_bytes = plan.scratch_bytes + together * image_bytes
+    chunk_bytes = together * plan.image_memory_bytes
+    limit_bytes = chunk_bytes + plan.least_scratch_bytes
+    if plan.source_kind in DECODED:  # a half of the limit is for decoding
+        limit_bytes = max(limit_bytes, 2 * chunk_bytes)
     return fastvgg.plan(source, target, **settings, memory=limit_bytes)
 
 

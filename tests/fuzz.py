@@ -359,10 +359,11 @@ class Ledgers(Kind):
         self.path = place / "y.npy.fastvgg-journal"
         self._file = self.reused(self.path)
         self.wholes = []
-        for plan, records in zip(self._plans, ([], RECORDS), strict=True):
-            first = {"fastvgg-journal": 1, "job": plan.job(), "chunk_images": 2, "replaces": None}
+        for plan, records in zip(self._plans, ([], RECORDS, RECORDS), strict=True):
+            first = {"fastvgg-journal": 1, "job": plan.job(), "chunk_images": 2}
+            first |= {"replaces": None, "retries": bool(records)}
             commits = [
-                Commit(chunk, f"{chunk:016x}", records[2 * chunk : 2 * chunk + 2])
+                Commit(chunk, *[f"{chunk:016x}"] * 2, records[2 * chunk : 2 * chunk + 2])
                 for chunk in range(plan.chunks)
             ]
             self.wholes.append(seal(first) + b"".join(seal(each.to_dict()) for each in commits))
@@ -416,16 +417,19 @@ class Ledgers(Kind):
         for chunk, commit in found.commits.items():
             assert type(chunk) is int
             assert 0 <= chunk < chunks
-            assert type(commit.checksum) is str
+            assert {type(commit.checksum), type(commit.source_checksum)} == {str}
             of_chunk = min(images, (chunk + 1) * found.chunk_images) - chunk * found.chunk_images
-            assert len(commit.records) in (0, of_chunk)
+            whole = found.commit(chunk)
+            assert (whole.chunk, whole.checksum) == (chunk, commit.checksum)
+            assert len(whole.records) in (0, of_chunk)
+            assert commit.failed == whole.failed
 
 
-RECORDS = [Record(f"a/{row}.png", "a", 9, 7, "torn" * (row == 3)) for row in range(5)]
+RECORDS = [Record(f"a/{row}.png", "a", 9, 7, row == 3, "torn" * (row == 3)) for row in range(5)]
 
 
 def plans(place):
-    """Two plans of which nothing depends on where and when they were made but the target."""
+    """Plans of which nothing depends on where and when they were made but the target."""
     batch = pixels(5, height=1)  # true is 1
     arrays, photos = save_npy(place / "a.npy", batch), save_images(place / "photos", batch)
     target = place / "y.npy"
@@ -433,6 +437,7 @@ def plans(place):
     made = (
         plan_of(arrays, target, mode=own, dtype="float16", together=2),
         plan_of(photos, target, mode="torch", out_layout="NCHW", size=(1, 6), together=2),
+        plan_of(photos, target, direction="pack", sixteen_bit="scale", exif=True, together=2),
     )
     return [
         dataclasses.replace(
@@ -493,6 +498,8 @@ def forged(random, text):
     else:
         source["size"] = random.choice([[1], [1, 6, 3], [True, 6], [0, 6], [], "ab"])
         source["interpolation"] = random.choice(["nearest", "NEAREST", ""])
+        source["sixteen_bit"] = random.choice(["scale", "refuse", "clip"])
+        source["max_pixels"] = random.choice([1, 0, -1, True, 2**70])
     return json.dumps(fields).encode()
 
 
@@ -511,6 +518,7 @@ class Manifests(Kind):
                 job=plan.job(),
                 chunk_images=2,
                 checksums=[f"{chunk:016x}" for chunk in range(plan.chunks)],
+                source_checksums=[""] * plan.chunks,
                 counts={"images": 5, "failed": failed},
                 created="2026-01-01T00:00:00+00:00",
                 packages={"python": "3.11.7", "fastvgg": "0.1.0"},
@@ -540,8 +548,10 @@ class Manifests(Kind):
         images = check_job_of(found.job)
         check_counts(found.chunk_images, found.counts["images"], found.counts["failed"] + 1)
         assert found.counts["images"] == images >= found.counts["failed"]
-        assert len(found.checksums) == -(-images // found.chunk_images)
-        assert {type(text) for text in [*found.checksums, *found.packages.values()]} <= {str}
+        chunks = -(-images // found.chunk_images)
+        assert len(found.checksums) == len(found.source_checksums) == chunks
+        texts = [*found.checksums, *found.source_checksums, *found.packages.values()]
+        assert {type(text) for text in texts} <= {str}
         assert found.header.shape == tuple(found.transform.output_shape(found.source_header.shape))
 
 

@@ -120,11 +120,18 @@ def test_the_essential_commands_work_from_a_shell(tmp_path, photos):
 def test_preprocess_hands_every_option_on(tmp_path, photos):
     target = tmp_path / "y.npy"
     options = ["--mode", "torch", "--size", "5", "11", "--interpolation", "box"]
-    options += ["--out-layout", "NCHW", "--dtype", "float16", "--memory", "1MiB", "--threads", "2"]
+    options += ["--out-layout", "NCHW", "--dtype", "float16", "--memory", "32MiB", "--threads", "2"]
+    options += ["--keep-aspect-ratio", "--fast-jpeg", "--exif", "--sixteen-bit", "scale"]
+    options += ["--max-pixels", "12345"]
     assert uncompiled("preprocess", photos, target, *options).returncode == 0
     job = json.loads(manifest_path(target).read_bytes())["job"]
     assert job["source"]["size"] == [5, 11]
     assert job["source"]["interpolation"] == "box"
+    assert job["source"]["keep_aspect_ratio"] is True
+    assert job["source"]["fast_jpeg"] is True
+    assert job["source"]["exif"] is True
+    assert job["source"]["sixteen_bit"] == "scale"
+    assert job["source"]["max_pixels"] == 12345
     assert job["transform"]["mode"]["name"] == "torch"
     assert job["result"]["layout"] == "NCHW"
     assert job["result"]["dtype"] == "float16"

@@ -114,13 +114,13 @@ def test_the_memory_that_a_refusal_names_is_enough(image, scratch):
     assert chunk_images(5, image, scratch, parse_bytes(wanted)) >= 1
 
 
-def a_plan(images, together, limit=10**12, scratch=0):
+def a_plan(images, together, limit=10**12, source_kind="npy"):
     header = Header((images, 7, 9, 3), "uint8", "NHWC")
     transform = Transform("caffe")
     return Plan(
         source="/x.npy",
         target="/y.npy",
-        source_kind="npy",
+        source_kind=source_kind,
         target_kind="npy",
         header=header,
         result=result_header(header, transform),
@@ -129,7 +129,6 @@ def a_plan(images, together, limit=10**12, scratch=0):
         fingerprint="",
         read_bytes=header.nbytes,
         chunk_images=together,
-        scratch_bytes=scratch,
         memory_bytes=limit,
         threads=1,
         backend="numpy",
@@ -138,6 +137,8 @@ def a_plan(images, together, limit=10**12, scratch=0):
         durability="power",
         notes=(),
         committed_chunks=0,
+        file_format="png",
+        retry_failed=False,
     )
 
 
@@ -152,15 +153,16 @@ def test_the_chunks_are_a_partition_of_all_rows(images, together):
     assert 1 <= chunks[-1][1] - chunks[-1][0] <= together
 
 
-@given(st.integers(1, 10**7), st.integers(0, 10**6), st.integers(10**4, 10**9))
-def test_what_a_plan_projects_is_within_its_limit(images, scratch, limit):
+@given(st.integers(1, 10**7), st.integers(10**4, 10**9))
+def test_what_a_plan_projects_is_within_its_limit(images, limit):
     image_bytes = 7 * 9 * 3 * (1 + 2 * 4)
     try:
-        together = chunk_images(images, image_bytes, scratch, limit)
+        together = chunk_images(images, image_bytes, 0, limit)
     except TargetError:
         return
-    plan = a_plan(images, together, limit, scratch)
-    assert plan.projected_bytes == scratch + together * image_bytes
+    plan = a_plan(images, together, limit)
+    assert plan.image_memory_bytes == image_bytes
+    assert plan.projected_bytes == together * image_bytes
     assert plan.projected_bytes <= limit
     assert plan.write_bytes == images * 7 * 9 * 3 * 4
 
@@ -175,9 +177,32 @@ def test_a_real_plan_is_within_the_limit_that_it_was_given(tmp_path, array, memo
 
 def test_a_plan_of_a_folder_counts_what_decoding_needs(tmp_path):
     save_images(tmp_path / "photos", pixels(5, height=47, width=61))
-    plan = fastvgg.plan(tmp_path / "photos", tmp_path / "y.npy", mode="tf", size=(11, 23))
-    assert plan.scratch_bytes >= plan.threads * 47 * 61 * 3
-    assert plan.projected_bytes >= plan.scratch_bytes + 5 * 11 * 23 * 3 * (1 + 2 * 4)
+    row_bytes, memory = 11 * 23 * 3, 2**26
+    plan = fastvgg.plan(
+        tmp_path / "photos", tmp_path / "y.npy", mode="tf", size=(11, 23), memory=memory
+    )
+    # Two chunks are computed while a third is written; a thread decodes into a row of its own.
+    assert plan.image_memory_bytes == 3 * 4 * row_bytes
+    assert plan.projected_bytes == memory
+    rest = memory - 5 * plan.image_memory_bytes - plan.threads * row_bytes
+    assert plan.decoding_bytes == rest
+
+
+def test_chunks_leave_half_of_the_memory_to_decoding(tmp_path):
+    save_images(tmp_path / "photos", pixels(50, height=47, width=61))
+    memory = 2**24 + 2 * 7 * 3 * 101 * 203 * 3 * 4
+    plan = fastvgg.plan(
+        tmp_path / "photos", tmp_path / "y.npy", mode="tf", size=(101, 203), memory=memory
+    )
+    assert plan.chunk_images * plan.image_memory_bytes <= memory // 2
+    assert (plan.chunk_images + 1) * plan.image_memory_bytes > memory // 2
+
+
+def test_a_folder_is_refused_where_no_image_could_be_decoded(tmp_path):
+    save_images(tmp_path / "photos", pixels(5, height=47, width=61))
+    with pytest.raises(TargetError) as caught:
+        fastvgg.plan(tmp_path / "photos", tmp_path / "y.npy", mode="tf", threads=2, memory="8MiB")
+    must_say(caught.value, "one image needs 8.1 MiB", "--memory 9MiB")
 
 
 @pytest.mark.parametrize(("memory", "limit"), [(944, "944 B"), (1700, "1.7 KiB")])

@@ -272,7 +272,7 @@ def test_no_chunk_is_computed_into_memory_that_is_still_to_be_written(tmp_path, 
 DATASETS = {  # source, target, settings, the least that power asks for
     "array": ("x.npy", "y.npy", {"mode": "caffe"}, 3 * 2),
     "folder": ("photos", "y.npy", {"mode": "caffe"}, 3 * 2),
-    "files": ("stored.npy", "out", {"direction": "restore"}, 11 + 3 * 2),
+    "files": ("stored.npy", "out", {"direction": "restore"}, 3 + 2),
     "in place": ("place/floats.npy", None, {"mode": "caffe", "in_place": True}, 3 + 2),
 }
 
@@ -329,6 +329,55 @@ def test_a_run_for_power_syncs_each_chunk_and_then_its_commit(tmp_path, array):
         *("y.npy.fastvgg.json.tmp", here),
         here,  # the journal is gone
     ]
+
+
+def test_a_run_for_power_syncs_the_files_of_each_chunk_together_and_then_its_commit(
+    tmp_path, array
+):
+    plan_of(array, tmp_path / "stored.npy", mode="caffe").run()
+    synced = []
+
+    class Listing(Storage):
+        def write(self, file, data, offset):
+            super().write(file, data, offset)
+            if file.path.suffix == ".png":
+                synced.append("image")
+
+        def sync(self, file):
+            super().sync(file)
+            synced.append(file.path.name)
+
+        def sync_disk(self, directory):
+            super().sync_disk(directory)
+            synced.append(directory.name)
+
+    plan = plan_of(tmp_path / "stored.npy", tmp_path / "out", direction="restore", together=11)
+    run(plan, storage=Listing())
+    assert synced == [
+        "out.fastvgg-journal",
+        *(["image"] * 11),
+        *("out.partial", "out.fastvgg-journal", "out.fastvgg.json.tmp"),
+    ]
+
+
+def test_files_are_synced_one_by_one_where_the_disk_as_a_whole_may_not_be(tmp_path, array):
+    plan_of(array, tmp_path / "stored.npy", mode="caffe").run()
+    synced = []
+
+    class Networked(Storage):
+        def syncs_disk(self, directory):
+            assert directory == tmp_path / "out.partial"
+            return False
+
+        def sync(self, file):
+            super().sync(file)
+            synced.append(file.path.name)
+
+    run(
+        plan_of(tmp_path / "stored.npy", tmp_path / "out", direction="restore"),
+        storage=Networked(),
+    )
+    assert [name for name in synced if name.endswith(".png")] == names_in(tmp_path / "out")
 
 
 @pytest.mark.parametrize("then", ["power", "process"])
@@ -405,6 +454,9 @@ def test_an_array_that_was_never_ours_is_restored_in_the_mode_that_is_given(tmp_
 # What lies beside the data
 
 
+NAMED_PACKAGES = ("fastvgg", "numpy", "numba", "pillow", "simplejpeg")
+
+
 def test_the_manifest_holds_all_that_it_should(tmp_path, photos):
     names, _ = folder_with_failures(tmp_path / "some")
     target = tmp_path / "y.npy"
@@ -429,7 +481,7 @@ def test_the_manifest_holds_all_that_it_should(tmp_path, photos):
     assert dt.datetime.fromisoformat(manifest.created).tzinfo == dt.UTC
     assert manifest.packages == {
         "python": python_version(),
-        **{name: metadata.version(name) for name in ("fastvgg", "numpy", "numba", "pillow")},
+        **{name: metadata.version(name) for name in NAMED_PACKAGES},
     }
 
 
@@ -988,7 +1040,7 @@ def test_what_an_index_names_outside_of_the_directory_is_never_written(tmp_path,
     outside = tmp_path / "outside.png"
     names = [f"{row}.png" for row in range(10)]
     for evil in (str(outside), f"/{outside}", "../outside.png", "x/../../outside.png"):
-        records = [Record(name, "", 9, 7, "") for name in [*names, evil]]
+        records = [Record(name, "", 9, 7, False, "") for name in [*names, evil]]
         index_path(stored).write_text("".join(index_text(records)), encoding="utf-8")
         with pytest.raises(SourceError):
             plan_of(stored, tmp_path / "back", direction="restore").run()

@@ -279,7 +279,7 @@ def test_a_write_over_the_limit_of_a_file_is_an_error_and_no_signal(tmp_path, st
 @pytest.mark.parametrize("there", [None, b"old"], ids=["new", "in place of another"])
 def test_a_small_file_is_written_whole_or_not_at_all(tmp_path, there):
     counting = MortalStorage()
-    counting.write_whole(tmp_path / "counted", b"new" * 1000)
+    counting.write_whole(tmp_path / "counted", [b"new" * 1000])
     counting.bury()
     (tmp_path / "graveyard").mkdir()
     for half_done in (False, True):
@@ -291,21 +291,21 @@ def test_a_small_file_is_written_whole_or_not_at_all(tmp_path, there):
                     path.write_bytes(there)
                 storage = MortalStorage(number, half_done=half_done, graveyard=graveyard)
                 with pytest.raises(Death):
-                    storage.write_whole(path, b"new" * 1000)
+                    storage.write_whole(path, [b"new" * 1000])
                 storage.bury()
                 actual = path.read_bytes() if path.exists() else None
                 assert actual in (there, b"new" * 1000)
-                Storage().write_whole(path, b"newer")
+                Storage().write_whole(path, [b"newer"])
                 assert tree(path.parent) == {b"file": b"newer"}
 
 
 def test_a_small_file_that_was_written_whole_outlives_a_power_cut(tmp_path):
     counting = MortalStorage()
-    counting.write_whole(tmp_path / "counted", b"new")
+    counting.write_whole(tmp_path / "counted", [b"new"])
     (tmp_path / "graveyard").mkdir()
     (tmp_path / "here").mkdir()
     storage = MortalStorage(len(counting.calls) + 1, graveyard=tmp_path / "graveyard")
-    storage.write_whole(tmp_path / "here" / "file", b"new")
+    storage.write_whole(tmp_path / "here" / "file", [b"new"])
     with pytest.raises(Death):
         storage.remove(tmp_path / "here" / "nothing")
     storage.bury()
@@ -372,5 +372,5 @@ def test_a_small_file_that_cannot_be_written_is_not_left_open(tmp_path, storage)
     before = opened()
     for number in range(2, 5):
         with system_calls(FaultyOs(number)), pytest.raises(StoppedError):
-            storage.write_whole(tmp_path / "file", b"new")
+            storage.write_whole(tmp_path / "file", [b"new"])
     assert opened() == before

@@ -1,28 +1,46 @@
 """What lies on disk: a file for each format, none of which knows what is done to the pixels.
 
 `open_source` and `open_target` choose the format by what a path is: a directory holds images, a
-name that ends in .npy is an array.
+name that ends in .tar, or a range of such names, is tar shards of them, and one that ends in .npy
+is an array.
 """
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
-from fastvgg.datasets.images import INTERPOLATIONS, ImageFolder, ImageFolderTarget
+from fastvgg import nearest
+from fastvgg.datasets.decode import INTERPOLATIONS, Decoder, Decoding
+from fastvgg.datasets.files import FileFormat, ImageFiles
+from fastvgg.datasets.images import FolderListing, ImageFolder
 from fastvgg.datasets.npy import NpySource, NpyTarget
+from fastvgg.datasets.tar import TarListing, TarShards, names_tar
 from fastvgg.errors import SourceError, TargetError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from fastvgg.datasets.base import Header, Source, Target
+    from fastvgg.datasets.images import Listing
     from fastvgg.datasets.index import Record
+    from fastvgg.nearest import Picks
     from fastvgg.stream.storage import Storage
     from fastvgg.transform import Layout
 
-__all__ = ["INTERPOLATIONS", "open_source", "open_target", "target_kind"]
+__all__ = [
+    "INTERPOLATIONS",
+    "Decoding",
+    "FileFormat",
+    "open_source",
+    "open_target",
+    "target_kind",
+]
+
+DECODING_BYTES: Final = 512 * 2**20
 
 
 def open_source(
@@ -30,45 +48,60 @@ def open_source(
     *,
     layout: Layout = "NHWC",
     stored_as: str | None = None,
-    size: tuple[int, int] | None = None,
-    interpolation: str = "nearest",
+    decoding: Decoding | None = None,
+    decoding_bytes: int = DECODING_BYTES,
     threads: int = 1,
+    pick: Callable[[NDArray[Any], Picks, NDArray[Any]], None] = nearest.pick,
+    listing: Listing | None = None,
 ) -> Source:
     """Open a dataset for reading; headers are read, pixels are not.
 
     Parameters
     ----------
     path
-        A directory of images, or a .npy file.
+        A directory of images, tar shards of them, or a .npy file.
     layout
         The layout of an array; images are NHWC.
     stored_as
         The storage type of an array whose own header cannot name it (bfloat16), from its manifest.
-    size, interpolation
-        Height and width to resize images to, and how, as Keras' `load_img` does.
+    decoding
+        How images are read; nothing may be said of that for an array.
+    decoding_bytes
+        How much memory may be taken for it.
     threads
         How many threads decode.
+    pick
+        What picks pixels when images are resized to the nearest ones.
+    listing
+        Which images there are, where that is known from before.
 
     Raises
     ------
     SourceError
         If the path is missing, empty, damaged, or of no format that fastvgg reads.
     """
-    if os.path.isdir(path):  # noqa: PTH112  # Path.is_dir raises where a name is too long
+    is_directory = os.path.isdir(path)  # noqa: PTH112  # Path.is_dir raises where a name is too long
+    if is_directory or names_tar(path):
         if layout != "NHWC":
             raise SourceError(f"{path}: images have no layout {layout}", "leave --layout away")
-        return ImageFolder(path, size=size, interpolation=interpolation, threads=threads)
+        decoding = decoding or Decoding()
+        decoder = Decoder(decoding, memory_bytes=decoding_bytes, threads=threads, pick=pick)
+        if is_directory:
+            found = listing if isinstance(listing, FolderListing) else None
+            return ImageFolder(path, decoding, decoder, threads=threads, listing=found)
+        members = listing if isinstance(listing, TarListing) else None
+        return TarShards(path, decoding, decoder, threads=threads, listing=members)
     if not os.path.lexists(path):
         raise SourceError(f"{path} does not exist", "check the path; nothing was written")
     if path.suffix.lower() == ".npy":
-        if size is not None:
+        if decoding not in (None, Decoding()):
             raise SourceError(
-                f"{path}: --size resizes image files, and this is an array",
-                "leave --size away, or give the directory of images",
+                f"{path}: --size and its like are for image files, and this is an array",
+                "leave them away, or give the directory of images",
             )
         return NpySource(path, layout=layout, stored_as=stored_as)
     raise SourceError(
-        f"{path} is neither a directory of images nor a .npy file",
+        f"{path} is neither a directory of images nor a .npy file, nor tar shards",
         "for a single image give the directory that it is in",
     )
 
@@ -86,12 +119,17 @@ def target_kind(path: Path) -> str:
 
 
 def open_target(
-    path: Path, header: Header, storage: Storage, records: Sequence[Record] = ()
+    path: Path,
+    header: Header,
+    storage: Storage,
+    records: Sequence[Record] = (),
+    file_format: FileFormat = "png",
 ) -> Target:
     """Return the target of a name; nothing is written before its `create`.
 
-    `records` names the image files, one for each row, where they are known.
+    `records` names the image files, one for each row, where they are known; `file_format` is
+    theirs.
     """
     if target_kind(path) == "npy":
         return NpyTarget(path, header, storage)
-    return ImageFolderTarget(path, header, storage, records)
+    return ImageFiles(path, header, storage, records, file_format)

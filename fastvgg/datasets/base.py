@@ -7,13 +7,16 @@ import math
 import os
 import stat
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
 
 from fastvgg.errors import SourceError
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
     import io
+    from collections.abc import Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -21,7 +24,17 @@ if TYPE_CHECKING:
     from fastvgg.datasets.index import Record
     from fastvgg.transform import Layout
 
-__all__ = ["Chunk", "Header", "Source", "Target", "open_regular", "read_beside"]
+__all__ = [
+    "Chunk",
+    "Header",
+    "Source",
+    "Stored",
+    "Target",
+    "bytes_of",
+    "open_regular",
+    "read_beside",
+    "read_regular",
+]
 
 
 def open_regular(path: Path) -> io.BufferedReader:
@@ -33,11 +46,50 @@ def open_regular(path: Path) -> io.BufferedReader:
         As the system gives it, or saying what the path is if not a file.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
+    try:
+        _refuse_irregular(os.fstat(descriptor))
+    except OSError:
         os.close(descriptor)
-        raise OSError("it is a directory" if stat.S_ISDIR(mode) else "it is not a file")
+        raise
     return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: bytes, most_bytes: int) -> tuple[bytes, os.stat_result]:
+    """Read a whole file; refuse links, and what `open_regular` refuses.
+
+    Returns
+    -------
+    tuple
+        What it holds, and its status before it was read.
+
+    Raises
+    ------
+    OSError
+        As the system gives it, with ELOOP for a link; or saying what the path is if not a file, and
+        how long a file is that is longer than `most_bytes`.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
+    descriptor = os.open(path, flags)
+    try:
+        status = os.fstat(descriptor)
+        _refuse_irregular(status)
+        if status.st_size > most_bytes:
+            raise OSError(f"it has {status.st_size} bytes, and an image at most {most_bytes}")
+        data = os.read(descriptor, status.st_size)
+        while 0 < len(data) < status.st_size:
+            more = os.read(descriptor, status.st_size - len(data))
+            if not more:
+                break
+            data += more
+    finally:
+        os.close(descriptor)
+    return data, status
+
+
+def _refuse_irregular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        is_directory = stat.S_ISDIR(status.st_mode)
+        raise OSError("it is a directory" if is_directory else "it is not a file")
 
 
 def read_beside(path: Path, at_most: int = -1) -> bytes | None:
@@ -62,6 +114,11 @@ def read_beside(path: Path, at_most: int = -1) -> bytes | None:
         raise SourceError(
             f"{path} cannot be read: {error.strerror or error}", "check its permissions"
         ) from None
+
+
+def bytes_of(batch: NDArray[Any]) -> memoryview:
+    """Return the bytes of a contiguous batch, of any type, where they lie."""
+    return batch.view(np.uint8).reshape(-1).data
 
 
 @dataclass(frozen=True)
@@ -102,6 +159,10 @@ class Chunk(NamedTuple):
     """What is known of each image; empty where the source is an array that never had names."""
 
 
+Stored: TypeAlias = "Sequence[bytes | memoryview]"
+"""What is written of some images: the bytes of a batch, or a file for each image."""
+
+
 class Source(Protocol):
     """A dataset that is read."""
 
@@ -110,17 +171,15 @@ class Source(Protocol):
     header: Header
     stored_bytes: int
     """Bytes on disk."""
-    scratch_bytes: int
-    """Memory that reading needs beside the batch it returns."""
     settings: dict[str, Any]
     """What else decides the pixels, as JSON types."""
     notes: list[str]
     """What a person should know before the run."""
-    records: list[Record]
+    records: Sequence[Record]
     """What is known of every image without reading it; empty where that is nothing."""
 
     def fingerprint(self) -> str:
-        """Return a hash that changes when the source does."""
+        """Return a hash that changes when the source does, as it is now."""
 
     def read(self, start: int, stop: int) -> Chunk:
         """Read the images `start` to `stop`."""
@@ -144,11 +203,14 @@ class Target(Protocol):
     def reopen(self) -> None:
         """Go on with the partial that is there, after checking that it can be ours."""
 
-    def write(self, start: int, chunk: Chunk) -> None:
-        """Write images from row `start` on."""
+    def write(self, start: int, stored: Stored) -> None:
+        """Write what is stored of the images from row `start` on."""
 
     def sync(self) -> None:
         """Make everything that is written survive a power cut, while more may be being written."""
+
+    def read_stored(self, start: int, stop: int) -> Stored:
+        """Read what is stored of some images of the published target."""
 
     def read_back(self, start: int, stop: int) -> NDArray[Any]:
         """Read images of the published target."""

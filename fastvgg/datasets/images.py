@@ -1,98 +1,385 @@
-"""Directories of image files: read as Keras' `load_img` reads them, written as PNG.
+"""Images that are read one by one into rows: what a directory and tar shards have in common.
 
-Pillow decodes, converts and resizes, because Keras' `load_img` is these three calls: with the same
-Pillow the bytes are the same (https://keras.io/api/data_loading/image/). As there, alpha is
-dropped, 16-bit greys are clipped, and an EXIF orientation is not applied.
+And the directory: every file whose name ends like an image's, in the order of the bytes of the
+paths below it.
 """
 
 from __future__ import annotations
 
-import io
+import errno
 import os
-import struct
-import zlib
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
+from array import array
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import xxhash
-from PIL import Image
 
-from fastvgg.datasets.base import Chunk, Header, open_regular
+from fastvgg.datasets.base import Chunk, Header, read_regular
+from fastvgg.datasets.decode import SUFFIXES, Decoder, Decoding, reason_of
 from fastvgg.datasets.index import Record
-from fastvgg.errors import ResumeError, SourceError, UsageError
+from fastvgg.datasets.names import Names
+from fastvgg.errors import SourceError, StoppedError
+from fastvgg.threads import work_on_all
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from fastvgg.stream.storage import Storage
-
-__all__ = ["INTERPOLATIONS", "ImageFolder", "ImageFolderTarget"]
-
-# What keras.utils.image_dataset_from_directory reads, and what else Pillow reads by default.
-SUFFIXES: Final = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
-
-FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-
-INTERPOLATIONS: Final = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "hamming": Image.Resampling.HAMMING,
-    "box": Image.Resampling.BOX,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-
-# What Pillow's decoders raise on damaged files: its plugins parse with struct and indexing, and
-# Image.open itself catches these around each of them.
-DECODING_ERRORS: Final = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    IndexError,
-    KeyError,
-    EOFError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+__all__ = ["FolderListing", "ImageFolder", "Images", "Listing", "is_image_name"]
 
 CHANNELS: Final = 3
-# Decoding keeps the file, the image as it is, and the image as RGB.
-DECODED_COPIES: Final = 2
 SIZES_SHOWN: Final = 5
+LOOKED_AT_TOGETHER: Final = 64
 
 
-class ImageFolder:
-    """The images below a directory, in the order of the bytes of their relative paths.
+def is_image_name(name: bytes) -> bool:
+    """Whether a file's name ends like an image's.
 
-    A file, or anything else, whose name ends like an image's is a row; one that cannot be read
-    becomes a row of zeros, and its record says why. Directories are walked; links to directories
-    are not.
+    >>> is_image_name(b"cat/a.JPG"), is_image_name(b".jpg"), is_image_name(b"a.jpg.txt")
+    (True, False, False)
+    """
+    stem, dot, suffix = name.rpartition(b".")
+    is_named = bool(dot) and not stem.endswith(b"/") and stem != b""
+    return is_named and f".{suffix.decode('latin-1').lower()}" in SUFFIXES
+
+
+class Listing(Protocol):
+    """Which images there are, found once without reading them; some 50 bytes for each."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """How many bytes all images take."""
+
+    @property
+    def others(self) -> int:
+        """How many files were left out because they are not named like images."""
+
+    def fingerprint(self) -> str:
+        """Return a hash that changes when the images do, of what is there now."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, row: int) -> bytes:
+        """Return an image's path: relative, with forward slashes."""
+
+    def label(self, row: int) -> bytes:
+        """Return what kind of image it is said to be."""
+
+    def identity(self, row: int) -> bytes:
+        """Return what changes when an image does: its name, its size, the time of its change."""
+
+    def read(self, row: int, most_bytes: int) -> bytes:
+        """Read an encoded image.
+
+        Raises
+        ------
+        OSError
+            If it cannot be read, or is longer than `most_bytes`.
+        StoppedError
+            If it has changed since it was listed.
+        """
+
+
+class Images:
+    """A source of encoded images: each is a row, and one that cannot be read is a row of zeros.
+
+    Parameters
+    ----------
+    path
+        What they are in.
+    listing
+        Which there are.
+    decoding
+        How they are read.
+    decoder
+        What decodes them.
+    threads
+        How many look at the images' sizes, where no size is given.
+
+    Raises
+    ------
+    SourceError
+        If there is no image, or sizes differ and none was given.
+    """
+
+    kind: str
+
+    def __init__(
+        self, path: Path, listing: Listing, decoding: Decoding, decoder: Decoder, threads: int
+    ) -> None:
+        self.path = path
+        self.listing = listing
+        self.decoding = decoding
+        self._decoder = decoder
+        self.settings: dict[str, Any] = decoding.to_dict()
+        self.stored_bytes = listing.stored_bytes
+        self.records: Sequence[Record] = ()
+        self.notes: list[str] = []
+        if not len(listing):
+            raise SourceError(
+                f"{path} holds no images ({listing.others} other files)",
+                f"give files that end in {', '.join(sorted(SUFFIXES))}",
+            )
+        if listing.others:
+            self.notes.append(f"left out, because not named like images: {listing.others}")
+        height, width = decoding.size or self._only_size(threads)
+        self.header = Header((len(listing), height, width, CHANNELS), "uint8", "NHWC")
+
+    def fingerprint(self) -> str:
+        """Return a hash of all names, sizes and times of change, as they are now.
+
+        Of a file that changed after it was listed only reading it tells.
+        """
+        return self.listing.fingerprint()
+
+    def checksum_of(self, rows: Iterable[int]) -> str:
+        """Return the xxh3-64 of what identifies some images."""
+        digest = xxhash.xxh3_64()
+        for row in rows:
+            digest.update(self.listing.identity(row))
+        return digest.hexdigest()
+
+    def decode(self, row: int, out: NDArray[np.uint8]) -> Record:
+        """Decode one image into a contiguous `out`, zeros if it fails; many threads may.
+
+        Raises
+        ------
+        StoppedError
+            If it has changed since it was listed.
+        """
+        name, label = self.listing.name(row), self.listing.label(row)
+        width = height = 0
+        try:
+            data = self.listing.read(row, self.decoding.most_bytes)
+        except OSError as error:
+            failed, reason = True, reason_of(error)
+        else:
+            width, height, failed, reason = self._decoder.decode(data, out)
+        if failed:
+            out[...] = 0
+        return Record(os.fsdecode(name), os.fsdecode(label), width, height, failed, reason)
+
+    def read(self, start: int, stop: int) -> Chunk:
+        """Decode images into a new batch; rows that cannot be read are zeros."""
+        batch = np.empty((stop - start, *self.header.shape[1:]), np.uint8)
+        return Chunk(batch, [self.decode(row, batch[row - start]) for row in range(start, stop)])
+
+    def close(self) -> None:
+        """Nothing stays open."""
+
+    def _only_size(self, threads: int) -> tuple[int, int]:
+        """Return the height and width that all readable images have."""
+        examples: dict[tuple[int, int], int] = {}
+        counts: Counter[tuple[int, int]] = Counter()
+        reasons: dict[int, str] = {}
+
+        def look_at(rows: range) -> None:
+            for row in rows:
+                size = self._size(row)
+                if isinstance(size, str):
+                    reasons[row] = size
+                else:
+                    counts[size] += 1
+                    examples[size] = min(row, examples.get(size, row))
+
+        images, together = len(self.listing), LOOKED_AT_TOGETHER
+        starts = range(0, images, together)
+        pieces = [range(start, min(start + together, images)) for start in starts]
+        work_on_all(pieces, look_at, threads)
+        if not counts:
+            first = min(reasons)
+            raise SourceError(
+                f"none of the {images} images in {self.path} can be read, the first: "
+                f"{self._shown(first)}: {reasons[first]}",
+                "check that the files are images",
+            )
+        if len(counts) > 1:
+            raise self._different_sizes(counts, examples)
+        return next(iter(counts))
+
+    def _different_sizes(
+        self, counts: Counter[tuple[int, int]], examples: dict[tuple[int, int], int]
+    ) -> SourceError:
+        shown = sorted(counts, key=lambda size: (-counts[size], examples[size]))[:SIZES_SHOWN]
+        sizes = ", ".join(
+            f"{size[0]}x{size[1]} ({counts[size]}, as {self._shown(examples[size])})"
+            for size in shown
+        )
+        more = f" and {len(counts) - len(shown)} more" if len(counts) > len(shown) else ""
+        return SourceError(
+            f"{self.path} holds images of {len(counts)} sizes (height x width): {sizes}{more}",
+            "choose one size for all: --size 224 224",
+        )
+
+    def _size(self, row: int) -> tuple[int, int] | str:
+        """Return height and width, or why they cannot be read."""
+        try:
+            return self._decoder.size(self.listing.read(row, self.decoding.most_bytes))
+        except OSError as error:
+            return reason_of(error)
+
+    def _shown(self, row: int) -> str:
+        return os.fsdecode(self.listing.name(row))
+
+
+@dataclass
+class FolderListing:
+    """The images below a directory, in the order of the bytes of their paths.
+
+    A file, or anything else, whose name ends like an image's is listed. Directories are walked;
+    links to directories are not.
+
+    Raises
+    ------
+    SourceError
+        If a directory cannot be listed.
+    """
+
+    directory: Path
+    names: Names = field(default_factory=Names)
+    sizes: array[int] = field(default_factory=lambda: array("q"))
+    changed_ns: array[int] = field(default_factory=lambda: array("q"))
+    folders: dict[bytes, int] = field(default_factory=dict)
+    """Every directory, and when a name in it was last changed."""
+    others: int = 0
+
+    def __post_init__(self) -> None:
+        self._root = os.fsencode(self.directory) + b"/"
+        digest = xxhash.xxh3_128()
+        for row, name in enumerate(self._walk()):
+            size, changed_ns = _size_and_change(self._root + name)
+            self.names.append(name)
+            self.sizes.append(size)
+            self.changed_ns.append(changed_ns)
+            digest.update(self.identity(row))
+        self._fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def stored_bytes(self) -> int:
+        """How many bytes all images take."""
+        return sum(self.sizes)
+
+    def name(self, row: int) -> bytes:
+        """Return an image's path below the directory."""
+        return self.names[row]
+
+    def label(self, row: int) -> bytes:
+        """Return the first folder of an image's path."""
+        folder, slash, _ = self.names[row].partition(b"/")
+        return folder if slash else b""
+
+    def identity(self, row: int) -> bytes:
+        """Return an image's name, size and time of change."""
+        return b"%d %d %b\0" % (self.sizes[row], self.changed_ns[row], self.names[row])
+
+    def read(self, row: int, most_bytes: int) -> bytes:
+        """Read an image's file; one that is a link has to lead to a file below the directory."""
+        path = self._root + self.names[row]
+        try:
+            data, status = read_regular(path, most_bytes)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            data, status = read_regular(self._target_below(path), most_bytes)
+        if (len(data), status.st_mtime_ns) != (self.sizes[row], self.changed_ns[row]):
+            raise StoppedError(
+                f"{os.fsdecode(path)} changed after the run was planned: the result may be a "
+                "mixture",
+                "let it be still, and run again with --restart",
+            )
+        return data
+
+    def fingerprint(self) -> str:
+        """Return a hash of all identities; where a name came or went since, looked for again."""
+        for folder, changed_ns in self.folders.items():
+            if _size_and_change(self._root + folder)[1] != changed_ns:
+                return FolderListing(self.directory).fingerprint()
+        return self._fingerprint
+
+    def _target_below(self, path: bytes) -> bytes:
+        target, root = os.path.realpath(path), os.path.realpath(self._root)
+        if not target.startswith(root + b"/"):
+            raise OSError("a link that leads out of the directory")
+        return target
+
+    def _walk(self) -> Iterator[bytes]:
+        """Return the paths of what is named like an image, and count the rest.
+
+        A directory takes its place among the names as if it ended in a slash, as all paths below it
+        go on with one: so no more than the names of one directory are sorted at a time.
+        """
+        ahead = [iter([b""])]
+        while ahead:
+            path = next(ahead[-1], None)
+            if path is None:
+                ahead.pop()
+            elif path == b"" or path.endswith(b"/"):
+                ahead.append(iter(self._listed(path)))
+            elif is_image_name(path):
+                yield path
+            else:
+                self.others += 1
+
+    def _listed(self, folder: bytes) -> list[bytes]:
+        """Return the sorted paths in a directory; those of directories end in a slash.
+
+        One that is named like an image is there both ways.
+        """
+        found = []
+        try:
+            self.folders[folder] = os.stat(self._root + folder).st_mtime_ns
+            with os.scandir(self._root + folder) as entries:
+                for entry in entries:
+                    path = folder + entry.name
+                    is_folder = entry.is_dir(follow_symlinks=False)
+                    if is_folder:
+                        found.append(path + b"/")
+                    if not is_folder or is_image_name(path):
+                        found.append(path)
+        except OSError as error:
+            raise SourceError(
+                f"{os.fsdecode(self._root + folder)} cannot be listed: {error.strerror}",
+                "check its permissions",
+            ) from None
+        found.sort()
+        return found
+
+
+def _size_and_change(path: bytes) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except OSError:  # a link to nothing: a row that fails, with its reason, when it is read
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+class ImageFolder(Images):
+    """The images below a directory.
 
     Parameters
     ----------
     path
         The directory.
-    size
-        Height and width to resize to; if None, all images must have one size.
-    interpolation
-        A name that Keras' `load_img` knows.
+    decoding
+        How they are read.
+    decoder
+        What decodes them.
     threads
-        How many threads decode.
+        How many look at the images' sizes, where no size is given.
+    listing
+        What was found in it before, not to be looked for again.
 
     Raises
     ------
     SourceError
         If there is no image, a directory cannot be listed, or sizes differ and none was given.
-    UsageError
-        If size or interpolation make no sense.
     """
 
     kind = "images"
@@ -100,310 +387,10 @@ class ImageFolder:
     def __init__(
         self,
         path: Path,
+        decoding: Decoding,
+        decoder: Decoder,
         *,
-        size: tuple[int, int] | None = None,
-        interpolation: str = "nearest",
         threads: int = 1,
+        listing: FolderListing | None = None,
     ) -> None:
-        _check_resizing(size, interpolation)
-        self.path = path
-        self.settings: dict[str, Any] = {"size": size, "interpolation": interpolation}
-        self.notes: list[str] = []
-        self.records: list[Record] = []
-        self._files, others = _list_images(path)
-        if not self._files:
-            raise SourceError(
-                f"{path} holds no images ({others} other files)",
-                f"give a directory of files that end in {', '.join(sorted(SUFFIXES))}",
-            )
-        if others:
-            self.notes.append(f"left out, because not named like images: {others}")
-        self.stored_bytes = sum(file.nbytes for file in self._files)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastvgg-decode")
-        try:
-            height, width = size or self._only_size()
-        except SourceError:
-            self.close()
-            raise
-        self.header = Header((len(self._files), height, width, CHANNELS), "uint8", "NHWC")
-        self.scratch_bytes = threads * self._largest_decoded_bytes()
-
-    def _only_size(self) -> tuple[int, int]:
-        """Return the height and width that all readable images have."""
-        found: dict[tuple[int, int], str] = {}
-        counts: Counter[tuple[int, int]] = Counter()
-        reason = ""
-        for file, header in zip(self._files, self._pool.map(self._size, self._files), strict=True):
-            if isinstance(header, str):
-                reason = reason or f"{file.name}: {header}"
-                continue
-            counts[header] += 1
-            found.setdefault(header, file.name)
-        if not counts:
-            raise SourceError(
-                f"none of the {len(self._files)} images in {self.path} can be read, the first: "
-                f"{reason}",
-                "check that the files are images",
-            )
-        if len(counts) > 1:
-            shown = counts.most_common(SIZES_SHOWN)
-            sizes = ", ".join(
-                f"{height}x{width} ({count}, as {found[height, width]})"
-                for (height, width), count in shown
-            )
-            more = f" and {len(counts) - len(shown)} more" if len(counts) > len(shown) else ""
-            raise SourceError(
-                f"{self.path} holds images of {len(counts)} sizes (height x width): {sizes}{more}",
-                "choose one size for all: --size 224 224",
-            )
-        return next(iter(counts))
-
-    def _size(self, file: _File) -> tuple[int, int] | str:
-        """Return height and width, or why they cannot be read."""
-        try:
-            with open_regular(self.path / file.name) as stream, _open_image(stream) as image:
-                return image.height, image.width
-        except DECODING_ERRORS as error:
-            return _reason(error)
-
-    def _largest_decoded_bytes(self) -> int:
-        """Return what decoding takes on one thread, judged by the largest file."""
-        largest = self._size(max(self._files, key=lambda file: file.nbytes))
-        height, width = self.header.shape[1:3] if isinstance(largest, str) else largest
-        return DECODED_COPIES * height * width * CHANNELS
-
-    def fingerprint(self) -> str:
-        """Return a hash of every path, size and time of change."""
-        digest = xxhash.xxh3_128()
-        for file in _list_images(self.path)[0]:
-            digest.update(f"{file.nbytes} {file.changed_ns} ".encode())
-            digest.update(os.fsencode(file.name) + b"\0")
-        return digest.hexdigest()
-
-    def read(self, start: int, stop: int) -> Chunk:
-        """Decode images into a new batch; rows that cannot be read are zeros."""
-        batch = np.zeros((stop - start, *self.header.shape[1:]), np.uint8)
-        records = list(self._pool.map(self._decode, self._files[start:stop], batch))
-        return Chunk(batch, records)
-
-    def _decode(self, file: _File, row: NDArray[np.uint8]) -> Record:
-        """Decode one image into its row; return what is known of it."""
-        width, height, reason = 0, 0, ""
-        try:
-            with open_regular(self.path / file.name) as stream:
-                data = io.BytesIO(stream.read())
-            with _open_image(data) as image:
-                width, height = image.size
-                pixels = self._as_keras_loads(image)
-            if pixels.shape == row.shape:
-                row[...] = pixels
-            else:
-                reason = f"its size is {height}x{width}, not {row.shape[0]}x{row.shape[1]}"
-        except DECODING_ERRORS as error:
-            reason = _reason(error)
-        label = PurePosixPath(file.name).parts[0] if "/" in file.name else ""
-        return Record(file.name, label, width, height, reason)
-
-    def _as_keras_loads(self, image: Image.Image) -> NDArray[np.uint8]:
-        rgb = image if image.mode == "RGB" else image.convert("RGB")
-        if self.settings["size"] is not None:
-            height, width = self.settings["size"]
-            if rgb.size != (width, height):
-                resample = INTERPOLATIONS[self.settings["interpolation"]]
-                rgb = rgb.resize((width, height), resample)
-        return np.asarray(rgb)
-
-    def close(self) -> None:
-        """End the decoding threads."""
-        self._pool.shutdown()
-
-
-class _File(NamedTuple):
-    name: str
-    """Relative to the directory, with forward slashes."""
-    nbytes: int
-    changed_ns: int
-
-
-def _list_images(directory: Path) -> tuple[list[_File], int]:
-    """Return what is named like an image, in the order of the names' bytes, and count the rest."""
-    files = []
-    others = 0
-    remaining = [""]
-    while remaining:
-        below = remaining.pop()
-        try:
-            with os.scandir(directory / below) as entries:
-                for entry in entries:
-                    name = below + entry.name
-                    is_directory = entry.is_dir(follow_symlinks=False)
-                    if is_directory:
-                        remaining.append(name + "/")
-                    if Path(entry.name).suffix.lower() in SUFFIXES:
-                        files.append(_file(entry, name))
-                    elif not is_directory:
-                        others += 1
-        except OSError as error:
-            raise SourceError(
-                f"{directory / below} cannot be listed: {error.strerror}", "check its permissions"
-            ) from None
-    files.sort(key=lambda file: os.fsencode(file.name))
-    return files, others
-
-
-def _file(entry: os.DirEntry[str], name: str) -> _File:
-    try:
-        status = entry.stat()
-    except OSError:  # a link to nothing: a row that fails, with its reason, when it is read
-        return _File(name, 0, 0)
-    return _File(name, status.st_size, status.st_mtime_ns)
-
-
-def _open_image(stream: IO[bytes]) -> Image.Image:
-    """Open an image of a known format, by its content.
-
-    Pillow knows many more, and for one of them, EPS, it runs Ghostscript on the file's program.
-    """
-    return Image.open(stream, formats=FORMATS)
-
-
-def _reason(error: BaseException) -> str:
-    """Say in one line why an image could not be read."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if "cannot identify image file" in str(error):
-        return "not an image that Pillow knows"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _check_resizing(size: tuple[int, int] | None, interpolation: str) -> None:
-    if interpolation not in INTERPOLATIONS:
-        raise UsageError(
-            f"interpolation is {interpolation!r}", f"give one of {', '.join(INTERPOLATIONS)}"
-        )
-    if size is not None and (len(size) != 2 or min(size) < 1):
-        raise UsageError(f"size is {size}", "give height and width in pixels: --size 224 224")
-
-
-class ImageFolderTarget:
-    """A directory of PNG files, one for each row, named by the records where there are any.
-
-    PNG is lossless: what is read back is what was written. A row that failed in the source has no
-    file. While unfinished, the directory has another name.
-
-    Parameters
-    ----------
-    path
-        The directory that the images get when they are complete.
-    header
-        What will be in it: uint8 images, NHWC.
-    storage
-        What carries out the system calls.
-    records
-        One for each row, or none: then files are named by row.
-    """
-
-    kind = "images"
-
-    def __init__(
-        self, path: Path, header: Header, storage: Storage, records: Sequence[Record] = ()
-    ) -> None:
-        self.path = path
-        self.header = header
-        self.partial = path.with_name(path.name + ".partial")
-        self._storage = storage
-        self._names = _file_names(header.images, records)
-        self._left_out = {row for row, record in enumerate(records) if record.failed}
-        self._unsynced: deque[set[Path]] = deque()  # directories, of each write
-
-    def create(self) -> None:
-        """Make the empty directory."""
-        self._storage.remove(self.partial)
-        self._storage.make_directory(self.partial)
-        self._storage.sync_directory(self.path.parent)
-
-    def reopen(self) -> None:
-        """Go on with the directory that is there."""
-        if not self.partial.is_dir():
-            raise ResumeError(f"{self.partial} is gone", "start again with --restart")
-
-    def write(self, start: int, chunk: Chunk) -> None:
-        """Encode a chunk's rows as PNG files."""
-        directories: set[Path] = set()
-        for row, image in enumerate(chunk.batch):
-            if chunk.records and chunk.records[row].failed:
-                continue
-            path = self.partial / self._names[start + row]
-            encoded = io.BytesIO()
-            Image.fromarray(image).save(encoded, "png")
-            self._storage.make_directory(path.parent)
-            file = self._storage.create(path)
-            self._storage.write(file, encoded.getbuffer(), 0)
-            self._storage.sync(file)
-            self._storage.close(file)
-            directories.update(self._directories_of(path))
-        self._unsynced.append(directories)
-
-    def _directories_of(self, path: Path) -> Iterator[Path]:
-        for directory in path.parents:
-            yield directory
-            if directory == self.partial:
-                return
-
-    def sync(self) -> None:
-        """Make the names of the files written so far survive a power cut."""
-        while self._unsynced:
-            for directory in sorted(self._unsynced.popleft()):
-                self._storage.sync_directory(directory)
-
-    def read_back(self, start: int, stop: int) -> NDArray[Any]:
-        """Decode rows of the published directory; rows that failed have no file, and are zeros."""
-        batch = np.zeros((stop - start, *self.header.shape[1:]), np.uint8)
-        for row, name in enumerate(self._names[start:stop]):
-            path = self.path / name
-            if start + row in self._left_out:
-                continue
-            try:
-                with open_regular(path) as stream, _open_image(stream) as image:
-                    batch[row] = np.asarray(image)
-            except DECODING_ERRORS as error:
-                raise SourceError(
-                    f"{path} cannot be read: {_reason(error)}", "restore the dataset again"
-                ) from None
-        return batch
-
-    def publish(self) -> None:
-        """Rename the complete directory to its name."""
-        self._storage.rename(self.partial, self.path)
-        self._storage.sync_directory(self.path.parent)
-
-    def close(self) -> None:
-        """Nothing stays open."""
-
-
-def _file_names(images: int, records: Sequence[Record]) -> list[str]:
-    """Name the file of every row: the record's path, ending in .png; else the row's number.
-
-    Where two paths differ only in how they end, or a file would take a folder's name, all keep
-    their ends.
-
-    >>> _file_names(2, [Record(path, "", 1, 1, "") for path in ("a.jpg", "b.jpg")])
-    ['a.png', 'b.png']
-    >>> _file_names(2, [Record(path, "", 1, 1, "") for path in ("a.jpg", "a.bmp")])
-    ['a.jpg.png', 'a.bmp.png']
-    >>> _file_names(2, [])
-    ['00000000.png', '00000001.png']
-    """
-    if not records:
-        return [f"{row:08d}.png" for row in range(images)]
-    paths = [record.path for record in records]
-    if len(set(paths)) < images:
-        twice = next(path for path, count in Counter(paths).items() if count > 1)
-        raise SourceError(
-            f"the index names {twice!r} twice", "put back the index as it was written"
-        )
-    names = [str(PurePosixPath(path).with_suffix(".png")) for path in paths]
-    folders = {str(folder) for path in paths for folder in PurePosixPath(path).parents}
-    while len(set(names)) < images or not folders.isdisjoint(names):
-        names = paths = [path + ".png" for path in paths]
-    return names
+        super().__init__(path, listing or FolderListing(path), decoding, decoder, threads)

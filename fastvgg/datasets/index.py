@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import re
+from array import array
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, overload
 
-from fastvgg.datasets.base import read_beside
+from fastvgg.datasets.base import open_regular
 from fastvgg.errors import SourceError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from typing import BinaryIO
 
-__all__ = ["Record", "index_path", "index_text", "read_index"]
+__all__ = ["Index", "Record", "index_path", "index_text", "read_index"]
 
 NUMBER: Final = re.compile("[0-9]{1,15}")
 COLUMNS: Final = ("row", "path", "label", "width", "height", "status", "reason")
+REMEDY: Final = "put back the index that was written with the dataset, or remove it"
 
 
 class Record(NamedTuple):
@@ -26,16 +31,13 @@ class Record(NamedTuple):
     path: str
     """Relative to the source, with forward slashes."""
     label: str
-    """The first folder of the path."""
+    """The first folder of the path, or what a tar's .cls file says."""
     width: int
     height: int
+    failed: bool
+    """Whether the image could not be read, so that its row is zeros."""
     reason: str
-    """Why the image could not be read; empty if it could."""
-
-    @property
-    def failed(self) -> bool:
-        """Whether the image could not be read, so that its row is zeros."""
-        return bool(self.reason)
+    """Why; or what a decoder warned of, and read it all the same."""
 
 
 def index_path(dataset: Path) -> Path:
@@ -46,7 +48,7 @@ def index_path(dataset: Path) -> Path:
 def index_text(records: Iterable[Record]) -> Iterator[str]:
     """Return the lines of an index.
 
-    >>> print(*index_text([Record("cat/a.jpg", "cat", 500, 375, "")]), sep="", end="")
+    >>> print(*index_text([Record("cat/a.jpg", "cat", 500, 375, False, "")]), sep="", end="")
     row,path,label,width,height,status,reason
     0,cat/a.jpg,cat,500,375,ok,
     """
@@ -67,58 +69,135 @@ def index_text(records: Iterable[Record]) -> Iterator[str]:
         yield flushed()
 
 
-def read_index(dataset: Path, images: int) -> list[Record]:
-    """Read the index of a dataset of `images` rows; an empty list where it has none.
+class Index(Sequence[Record]):
+    """The records of an index, read from its file when they are asked for.
+
+    Of each no more is kept than where its line begins: 8 bytes.
+
+    Parameters
+    ----------
+    path
+        The index.
 
     Raises
     ------
     SourceError
-        If the index is damaged, does not fit the dataset, or names a path outside of it.
+        If it is damaged, or names a path outside of the dataset.
+    OSError
+        If it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._begins = array("Q")
+        with open_regular(path) as file:
+            lines = _Lines(path, file)
+            if tuple(next(lines, COLUMNS)) != COLUMNS:
+                raise SourceError(
+                    f"{path} line 1 is not the head of an index: {','.join(COLUMNS)}", REMEDY
+                )
+            self._begins.append(lines.end)
+            for row, fields in enumerate(lines):
+                _record(path, row, fields)
+                self._begins.append(lines.end)
+
+    def __len__(self) -> int:
+        return len(self._begins) - 1
+
+    @overload
+    def __getitem__(self, at: int) -> Record: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Record]: ...
+    def __getitem__(self, at: int | slice) -> Record | list[Record]:
+        if isinstance(at, int):
+            row = range(len(self))[at]
+            return self._between(row, row + 1)[0]
+        start, stop, step = at.indices(len(self))
+        return self._between(start, max(start, stop))[::step] if step > 0 else [*self][at]
+
+    def __iter__(self) -> Iterator[Record]:
+        with open_regular(self.path) as file:
+            file.seek(self._begins[0])
+            for row, fields in enumerate(_Lines(self.path, file)):
+                yield _record(self.path, row, fields)
+
+    def _between(self, start: int, stop: int) -> list[Record]:
+        with open_regular(self.path) as file:
+            file.seek(self._begins[start])
+            data = file.read(self._begins[stop] - self._begins[start])
+        lines = _Lines(self.path, io.BytesIO(data))
+        return [_record(self.path, row, fields) for row, fields in enumerate(lines, start)]
+
+
+def read_index(dataset: Path, images: int) -> Sequence[Record]:
+    """Read the index of a dataset of `images` rows; nothing where it has none.
+
+    Raises
+    ------
+    SourceError
+        If the index cannot be read, is damaged, does not fit the dataset, or names a path outside
+        of it.
     """
     path = index_path(dataset)
-    data = read_beside(path)
-    if data is None:
-        return []
-    lines = _lines(path, data.decode("utf-8", "surrogateescape"))
-    if tuple(next(lines, COLUMNS)) != COLUMNS:
-        raise SourceError(
-            f"{path} line 1 is not the head of an index: {','.join(COLUMNS)}",
-            "put back the index that was written with the dataset, or remove it",
-        )
-    records = [_record(path, row, fields) for row, fields in enumerate(lines)]
-    if len(records) != images:
-        raise SourceError(
-            f"{path} lists {len(records)} images, and {dataset} has {images}",
-            "put back the index that was written with the dataset, or remove it",
-        )
-    return records
-
-
-def _lines(path: Path, text: str) -> Iterator[list[str]]:
-    reader = csv.reader(io.StringIO(text, newline=""))
     try:
-        yield from reader
-    except csv.Error as error:
+        index = Index(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return ()
         raise SourceError(
-            f"{path} line {reader.line_num} cannot be read: {error}",
-            "put back the index that was written with the dataset, or remove it",
+            f"{path} cannot be read: {error.strerror or error}", "check its permissions"
         ) from None
+    if len(index) != images:
+        raise SourceError(f"{path} lists {len(index)} images, and {dataset} has {images}", REMEDY)
+    return index
+
+
+class _Lines:
+    """The fields of each line of CSV, which may hold line feeds, and where it ends."""
+
+    def __init__(self, path: Path, file: BinaryIO | io.BytesIO) -> None:
+        self.end = 0
+        self._path = path
+        self._reader = csv.reader(self._counted(file))
+
+    def _counted(self, file: BinaryIO | io.BytesIO) -> Iterator[str]:
+        for line in file:
+            self.end += len(line)
+            yield line.decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[list[str]]:
+        return self
+
+    def __next__(self) -> list[str]:
+        try:
+            return next(self._reader)
+        except csv.Error as error:
+            raise SourceError(
+                f"{self._path} line {self._reader.line_num} cannot be read: {error}", REMEDY
+            ) from None
 
 
 def _record(path: Path, expected_row: int, fields: list[str]) -> Record:
     line = expected_row + 2
     row, name, label, width, height, status, reason = fields if len(fields) == 7 else [""] * 7
     numbers = all(NUMBER.fullmatch(field) for field in (row, width, height))
-    if not numbers or int(row) != expected_row or status != ("failed" if reason else "ok"):
+    failed = status == "failed"
+    if (
+        not numbers
+        or int(row) != expected_row
+        or status not in ("ok", "failed")
+        or (failed and not reason)
+    ):
         raise SourceError(
             f"{path} line {line} is not the index line of row {expected_row}: {str(fields)[:200]}",
-            "put back the index that was written with the dataset, or remove it",
+            REMEDY,
         )
-    record = Record(name, label, int(width), int(height), reason)
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\0" in name:
         raise SourceError(
             f"{path} line {line} names {name!r}, which is outside of the dataset",
             "names are relative paths without '..'; do not use an index that you do not trust",
         )
-    return record
+    return Record(name, label, int(width), int(height), failed, reason)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
 import numpy as np
 import xxhash
 
-from fastvgg.datasets.base import Chunk, Header, open_regular
+from fastvgg.datasets.base import Chunk, Header, bytes_of, open_regular
 from fastvgg.datasets.index import read_index
 from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError
 from fastvgg.transform import storage_dtype
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from fastvgg.datasets.base import Stored
     from fastvgg.stream.storage import Storage, StoredFile
     from fastvgg.transform import Layout
 
@@ -199,7 +200,6 @@ class NpySource:
     """
 
     kind = "npy"
-    scratch_bytes = 0
 
     def __init__(
         self, path: Path, *, layout: Layout = "NHWC", stored_as: str | None = None
@@ -251,7 +251,7 @@ class NpySource:
             )
 
     def fingerprint(self) -> str:
-        """Return a hash of size, time of change, header, and samples over the whole file."""
+        """Return a hash of size, time of change, header, and samples, as the file is now."""
         descriptor = self._file.fileno()
         status = os.fstat(descriptor)
         digest = xxhash.xxh3_128(f"{status.st_size} {status.st_mtime_ns}".encode())
@@ -277,7 +277,7 @@ class NpySource:
         shape = (stop - start, *self.header.shape[1:])
         batch = self._window(begin, nbytes).view(storage_dtype(self.header.dtype)).reshape(shape)
         self._expect(begin + nbytes, nbytes)
-        return Chunk(batch, self.records[start:stop])
+        return Chunk(batch, [*self.records[start:stop]])
 
     def _window(self, begin: int, nbytes: int) -> NDArray[np.uint8]:
         page = begin - begin % mmap.ALLOCATIONGRANULARITY
@@ -369,14 +369,28 @@ class NpyTarget:
                 "it was changed in between: start again with --restart",
             )
 
-    def write(self, start: int, chunk: Chunk) -> None:
-        """Write a chunk's rows where they belong."""
+    def write(self, start: int, stored: Stored) -> None:
+        """Write rows where they belong."""
         offset = len(self._start) + start * self.header.image_bytes
-        self._storage.write(self._opened(), chunk.batch.view(np.uint8).reshape(-1).data, offset)
+        for data in stored:
+            self._storage.write(self._opened(), data, offset)
+            offset += len(data)
+
+    def read_partial(self, start: int, out: NDArray[Any]) -> None:
+        """Read rows of the partial into `out`, from row `start` on."""
+        offset = len(self._start) + start * self.header.image_bytes
+        for image in out:
+            data = self._storage.read(self._opened(), offset, self.header.image_bytes)
+            image[...] = np.frombuffer(data, out.dtype).reshape(image.shape)
+            offset += len(data)
 
     def sync(self) -> None:
         """Make the rows written so far survive a power cut."""
         self._storage.sync(self._opened())
+
+    def read_stored(self, start: int, stop: int) -> Stored:
+        """Read rows of the published file."""
+        return [bytes_of(self.read_back(start, stop))]
 
     def read_back(self, start: int, stop: int) -> NDArray[Any]:
         """Read rows of the published file."""

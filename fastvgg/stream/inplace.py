@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from fastvgg import engine
+from fastvgg.datasets.base import bytes_of
 from fastvgg.datasets.npy import NpySource
 from fastvgg.errors import TargetError
 from fastvgg.stream.behind import Behind
@@ -114,7 +115,7 @@ class _InPlace:
                 checksums=ring.finish(),
                 counts={"images": self.plan.header.images, "failed": 0},
             )
-            self.storage.write_whole(manifest_path(self.data.path), manifest.to_json())
+            self.storage.write_whole(manifest_path(self.data.path), [manifest.to_json()])
             ring.remove()
         finally:
             ring.close()
@@ -164,7 +165,7 @@ class _InPlace:
         engine.apply(
             plan.transform, batch, out, threads=plan.threads, backend=plan.backend, read_next=True
         )
-        return checksum(batch), checksum(out)
+        return checksum([bytes_of(batch)]), checksum([bytes_of(out)])
 
 
 class _Pages:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from fastvgg import datasets
 from fastvgg.datasets.base import Header
+from fastvgg.datasets.decode import Decoding
+from fastvgg.datasets.files import check_format
 from fastvgg.errors import FastvggError
 from fastvgg.stream.plan import result_header
 from fastvgg.transform import STORAGE_TYPES, Transform
@@ -26,8 +27,17 @@ Kinds: TypeAlias = "Mapping[str, type | tuple[type, ...]]"
 JOB: Final[Kinds] = {"source": dict, "transform": dict, "result": dict}
 HEADER: Final[Kinds] = {"kind": str, "shape": list, "dtype": str, "layout": str}
 SOURCE: Final[Kinds] = {"path": str, "fingerprint": str, **HEADER}
-OF_IMAGES: Final[Kinds] = {"size": (list, NoneType), "interpolation": str}
+OF_IMAGES: Final[Kinds] = {
+    "size": (list, NoneType),
+    "interpolation": str,
+    "keep_aspect_ratio": bool,
+    "fast_jpeg": bool,
+    "exif": bool,
+    "sixteen_bit": str,
+    "max_pixels": int,
+}
 RESULT: Final[Kinds] = {"in_place": bool, **HEADER}
+OF_FILES: Final[Kinds] = {"format": str}
 TRANSFORM: Final[Kinds] = {
     "mode": dict,
     "direction": str,
@@ -83,13 +93,17 @@ def check_job(job: dict[str, Any]) -> None:
     """
     check_fields(job, JOB)
     source, result = job["source"], job["result"]
-    of_images = source.get("kind") == "images"
+    of_images = source.get("kind") in ("images", "tar")
     check_fields(source, {**SOURCE, **OF_IMAGES} if of_images else SOURCE)
-    check_fields(result, RESULT)
-    if of_images:
-        _check_resizing(source["size"], source["interpolation"])
+    of_files = result.get("kind") == "images"
+    check_fields(result, {**RESULT, **OF_FILES} if of_files else RESULT)
     header = _checked_header(source)
     try:
+        if of_images:
+            check_sizes(source["size"] or [])
+            Decoding.from_dict(source)
+        if of_files:
+            check_format(result["format"], *header.shape[1:3])
         transform = _checked_transform(job["transform"])
         transform.check_input(header.shape, header.dtype)
     except FastvggError as error:
@@ -116,9 +130,3 @@ def _checked_header(fields: dict[str, Any]) -> Header:
     if len(fields["shape"]) != 4 or fields["dtype"] not in STORAGE_TYPES:
         raise ValueError("a header is not of rank 4 and a storage type")
     return Header(tuple(fields["shape"]), fields["dtype"], fields["layout"])
-
-
-def _check_resizing(size: list[object] | None, interpolation: str) -> None:
-    check_sizes(size or [])
-    if (size is not None and len(size) != 2) or interpolation not in datasets.INTERPOLATIONS:
-        raise ValueError("images are resized to height and width, by a known interpolation")

@@ -1,27 +1,30 @@
 """Which chunks are durable: `DST.fastvgg-journal`, one line for each.
 
-The first line names the job; each further line is a commit. A line is the xxh3 of its text, a
-space, the text (JSON) and a line feed, so that a line that a crash cut off is told from a whole
-one: reading ends at the first line that is not whole, and the chunks after it are done again.
+The first line names the job; each further line is a commit, with what is known of the chunk's
+images, which is read again when the index is written. A line is the xxh3 of its text, a space, the
+text (JSON) and a line feed, so that a line that a crash cut off is told from a whole one: reading
+ends at the first line that is not whole, and the chunks after it are done again.
 
 The journal is also the lock: the process that holds it writes the target, and no other.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import dataclass, field
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import xxhash
 
-from fastvgg.datasets.base import read_beside
+from fastvgg.datasets.base import open_regular
 from fastvgg.datasets.index import Record
-from fastvgg.errors import FastvggError, ResumeError, TargetError
+from fastvgg.errors import FastvggError, ResumeError, SourceError, TargetError
 from fastvgg.stream.job import check_fields, check_job, check_sizes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from fastvgg.stream.job import Kinds
@@ -31,6 +34,7 @@ __all__ = [
     "Commit",
     "Journal",
     "Ledger",
+    "Mark",
     "journal_path",
     "read_ledger",
     "refuse_other_job",
@@ -39,14 +43,16 @@ __all__ = [
 ]
 
 FORMAT: Final = 1
+VERSION: Final = "fastvgg-journal"
 FIRST_LINE: Final[Kinds] = {
-    "fastvgg-journal": int,
+    VERSION: int,
     "job": dict,
     "chunk_images": int,
     "replaces": (str, NoneType),
+    "retries": bool,
 }
-COMMIT: Final[Kinds] = {"chunk": int, "checksum": str, "records": list}
-OF_IMAGE: Final = [str, str, int, int, str]
+COMMIT: Final[Kinds] = {"chunk": int, "checksum": str, "source_checksum": str, "records": list}
+OF_IMAGE: Final = [str, str, int, int, bool, str]
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,18 @@ class Commit:
     chunk: int
     checksum: str
     """xxh3-64 of the chunk's bytes in the target."""
+    source_checksum: str
+    """xxh3-64 of what identifies the images that were read; empty where the source is an array."""
     records: list[Record]
+
+    @property
+    def failed(self) -> int:
+        """How many of its images could not be read."""
+        return sum(record.failed for record in self.records)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the commit as JSON types."""
-        return {"chunk": self.chunk, "checksum": self.checksum, "records": self.records}
+        return {name: getattr(self, name) for name in COMMIT}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Commit:
@@ -77,18 +90,36 @@ class Commit:
                 raise ValueError("what it says of an image is of other types")
             check_sizes(record[2:4], least=0)
         records = [Record(*record) for record in fields["records"]]
-        return cls(fields["chunk"], fields["checksum"], records)
+        return cls(fields["chunk"], fields["checksum"], fields["source_checksum"], records)
+
+
+class Mark(NamedTuple):
+    """A commit, without what it says of each image: that stays in the journal."""
+
+    checksum: str
+    source_checksum: str
+    failed: int
+    offset: int
+    """Where its line begins."""
+
+    @classmethod
+    def of(cls, commit: Commit, offset: int) -> Mark:
+        """Return the mark of a commit whose line begins at an offset."""
+        return cls(commit.checksum, commit.source_checksum, commit.failed, offset)
 
 
 @dataclass
 class Ledger:
     """What a journal says."""
 
+    path: Path
     job: dict[str, Any]
     chunk_images: int
     replaces: str | None
     """What identifies the thing that the target's name may be taken from."""
-    commits: dict[int, Commit] = field(default_factory=dict)
+    retries: bool
+    """Whether a finished target is taken up again for what failed in it."""
+    commits: dict[int, Mark] = field(default_factory=dict)
     whole_bytes: int = 0
     """The length of the journal's whole lines."""
 
@@ -107,6 +138,29 @@ class Ledger:
         """Whether every chunk is durable."""
         return len(self.commits) == self.chunks
 
+    def records(self) -> Iterator[Record]:
+        """Read what is known of every image of the chunks that are durable, in their order."""
+        for chunk in sorted(self.commits):
+            yield from self.commit(chunk).records
+
+    def commit(self, chunk: int) -> Commit:
+        """Read all that a chunk's line says.
+
+        Raises
+        ------
+        ResumeError
+            If it is no longer there.
+        """
+        with open_regular(self.path) as file:
+            file.seek(self.commits[chunk].offset)
+            fields = unseal(file.readline())
+        if fields is None:
+            raise ResumeError(
+                f"{self.path} was changed by something else while the run held it",
+                "put it back as the run left it, or give --restart to begin again",
+            )
+        return Commit.from_dict(fields)
+
 
 def journal_path(target: Path) -> Path:
     """Return where the journal of a target is."""
@@ -121,11 +175,22 @@ def read_ledger(path: Path) -> Ledger | None:
     ResumeError
         If a line is whole and yet not one of ours.
     """
-    data = read_beside(path)
-    if data is None:
+    try:
+        with open_regular(path) as file:
+            return _read(path, file)
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return None
+        raise SourceError(
+            f"{path} cannot be read: {error.strerror or error}", "check its permissions"
+        ) from None
+
+
+def _read(path: Path, lines: Iterable[bytes]) -> Ledger | None:
     ledger = None
-    for number, line in enumerate(data.splitlines(keepends=True), 1):
+    for number, line in enumerate(lines, 1):
         try:
             fields = unseal(line)
             if fields is None:
@@ -171,12 +236,12 @@ def seal(fields: dict[str, Any]) -> bytes:
 
 
 def _opened(path: Path, fields: dict[str, Any]) -> Ledger:
-    if "fastvgg-journal" not in fields:
+    if VERSION not in fields:
         raise ResumeError(
             f"{path} is of another kind of run",
             "finish that first: 'fastvgg info' tells how; or give --restart",
         )
-    found = fields["fastvgg-journal"]
+    found = fields[VERSION]
     if type(found) is int and found != FORMAT:
         raise ResumeError(
             f"{path} has format {str(found)[:20]}, and this version reads {FORMAT}",
@@ -184,7 +249,9 @@ def _opened(path: Path, fields: dict[str, Any]) -> Ledger:
         )
     check_fields(fields, FIRST_LINE)
     check_job(fields["job"])
-    ledger = Ledger(fields["job"], fields["chunk_images"], fields["replaces"])
+    ledger = Ledger(
+        path, fields["job"], fields["chunk_images"], fields["replaces"], fields["retries"]
+    )
     check_sizes([ledger.chunk_images])
     return ledger
 
@@ -196,7 +263,7 @@ def _add(ledger: Ledger, commit: Commit) -> None:
     images = min(together, ledger.images - chunk * together)
     if len(commit.records) not in (0, images):
         raise ValueError(f"{len(commit.records)} images in a chunk of {images}")
-    ledger.commits[chunk] = commit
+    ledger.commits[chunk] = Mark.of(commit, ledger.whole_bytes)
 
 
 def refuse_other_job(found: dict[str, Any], wanted: dict[str, Any], target: str) -> None:
@@ -255,26 +322,51 @@ class Journal:
             raise
         self._end = self.ledger.whole_bytes if self.ledger else 0
 
-    def begin(self, job: dict[str, Any], chunk_images: int, *, replaces: str | None) -> None:
-        """Write the first line, in place of whatever was there."""
-        self.ledger = Ledger(job, chunk_images, replaces)
+    def begin(
+        self,
+        job: dict[str, Any],
+        chunk_images: int,
+        *,
+        replaces: str | None = None,
+        done: Iterable[Commit] | None = None,
+    ) -> None:
+        """Write the first line, in place of whatever was there.
+
+        Parameters
+        ----------
+        job, chunk_images
+            What is begun.
+        replaces
+            What identifies the thing that the target's name may be taken from.
+        done
+            The chunks of a finished target, taken up again, that stay as they are.
+        """
+        self.ledger = Ledger(self.path, job, chunk_images, replaces, retries=done is not None)
         self._end = 0
-        header = {"fastvgg-journal": FORMAT, "job": job}
-        self._append({**header, "chunk_images": chunk_images, "replaces": replaces})
+        said = {name: getattr(self.ledger, name) for name in FIRST_LINE if name != VERSION}
+        self._append(seal({VERSION: FORMAT, **said}))
+        for commit in done or ():
+            self.ledger.commits[commit.chunk] = self._appended(commit)
+        self._storage.sync(self._file)
         self._storage.sync_directory(self.path.parent)
 
     def commit(self, commit: Commit) -> None:
         """Record, durably, that a chunk's bytes are durable."""
-        self._append(commit.to_dict())
-        if self.ledger is not None:
-            self.ledger.commits[commit.chunk] = commit
-
-    def _append(self, fields: dict[str, Any]) -> None:
-        line = seal(fields)
-        self._storage.truncate(self._file, self._end)
-        self._storage.write(self._file, line, self._end)
+        mark = self._appended(commit)
         self._storage.sync(self._file)
+        if self.ledger is not None:
+            self.ledger.commits[commit.chunk] = mark
+
+    def _appended(self, commit: Commit) -> Mark:
+        return Mark.of(commit, self._append(seal(commit.to_dict())))
+
+    def _append(self, line: bytes) -> int:
+        """Write a line after those that are whole; return where it begins."""
+        offset = self._end
+        self._storage.truncate(self._file, offset)
+        self._storage.write(self._file, line, offset)
         self._end += len(line)
+        return offset
 
     def remove(self) -> None:
         """Remove the journal of a finished run."""

@@ -14,7 +14,6 @@ from importlib import metadata
 from platform import python_version
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
 import xxhash
 
 from fastvgg.datasets.base import Header, read_beside
@@ -25,8 +24,7 @@ from fastvgg.transform import Transform
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from numpy.typing import NDArray
-
+    from fastvgg.datasets.base import Stored
     from fastvgg.stream.job import Kinds
 
 __all__ = ["Manifest", "checksum", "manifest_path", "package_versions", "read_manifest"]
@@ -37,6 +35,7 @@ FIELDS: Final[Kinds] = {
     "job": dict,
     "chunk_images": int,
     "checksums": list,
+    "source_checksums": list,
     "counts": dict,
     "created": str,
     "packages": dict,
@@ -53,6 +52,8 @@ class Manifest:
     chunk_images: int
     checksums: list[str]
     """xxh3-64 of every chunk's bytes."""
+    source_checksums: list[str]
+    """Of what identifies the images of each chunk that could be read; empty for an array's."""
     counts: dict[str, int]
     created: str
     packages: dict[str, str]
@@ -64,10 +65,12 @@ class Manifest:
         chunk_images: int,
         checksums: list[str],
         counts: dict[str, int],
+        source_checksums: list[str] | None = None,
     ) -> Manifest:
         """Return the manifest of a dataset that was finished now, by these packages."""
         created = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-        return cls(job, chunk_images, checksums, counts, created, package_versions())
+        sources = source_checksums or [""] * len(checksums)
+        return cls(job, chunk_images, checksums, sources, counts, created, package_versions())
 
     @property
     def transform(self) -> Transform:
@@ -146,9 +149,10 @@ def _checked(fields: dict[str, Any]) -> Manifest:
     check_sizes([manifest.chunk_images])
     check_sizes([counts["images"]], least=images, most=images)
     check_sizes([counts["failed"]], least=0, most=images)
-    if len(manifest.checksums) != -(-images // manifest.chunk_images):
+    sums = manifest.checksums, manifest.source_checksums
+    if any(len(of_chunks) != -(-images // manifest.chunk_images) for of_chunks in sums):
         raise ValueError(f"{len(manifest.checksums)} checksums of {images} images")
-    texts = [*manifest.checksums, *manifest.packages.values()]
+    texts = [*manifest.checksums, *manifest.source_checksums, *manifest.packages.values()]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a checksum or a version is no text")
     return manifest
@@ -157,7 +161,7 @@ def _checked(fields: dict[str, Any]) -> Manifest:
 def package_versions() -> dict[str, str]:
     """Return the versions that a result may depend on."""
     versions = {"python": python_version()}
-    for name in ("fastvgg", "numpy", "numba", "pillow"):
+    for name in ("fastvgg", "numpy", "numba", "pillow", "simplejpeg"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -165,6 +169,9 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def checksum(batch: NDArray[Any]) -> str:
-    """Return the xxh3-64 of a contiguous batch's bytes."""
-    return xxhash.xxh3_64_hexdigest(batch.view(np.uint8).reshape(-1).data)
+def checksum(stored: Stored) -> str:
+    """Return the xxh3-64 of what is stored of some images."""
+    digest = xxhash.xxh3_64()
+    for piece in stored:
+        digest.update(piece)
+    return digest.hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from fastvgg.errors import TargetError, UsageError
@@ -13,15 +13,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from fastvgg.datasets.base import Header
+    from fastvgg.datasets.files import FileFormat
+    from fastvgg.datasets.images import Listing
     from fastvgg.engine import Backend
     from fastvgg.stream.report import Progress, Report
     from fastvgg.stream.storage import Durability
     from fastvgg.transform import Transform
 
 __all__ = [
+    "DECODED",
     "Plan",
     "bytes_worked_on",
     "chunk_images",
+    "least_scratch_bytes",
     "parse_bytes",
     "readable_bytes",
     "result_header",
@@ -30,6 +34,9 @@ __all__ = [
 # Large enough that a commit (two fsyncs, some milliseconds) is small beside it, small enough that
 # little is lost when a run is killed.
 CHUNK_BYTES: Final = 64 * 1024 * 1024
+# For each thread: no less than an image of common size takes.
+LEAST_DECODING_BYTES: Final = 4 * 1024 * 1024
+DECODED: Final = ("images", "tar")
 UNITS: Final = {"": 1, "B": 1, "K": 2**10, "KIB": 2**10, "M": 2**20, "MIB": 2**20}
 UNITS.update({"G": 2**30, "GIB": 2**30, "T": 2**40, "TIB": 2**40})
 UNITS.update({"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12})
@@ -71,9 +78,28 @@ def result_header(header: Header, transform: Transform) -> Header:
     )
 
 
-def bytes_worked_on(image_bytes: int, result_bytes: int) -> int:
-    """Return what an image takes: as read, as the result, and as one that is being written."""
+def bytes_worked_on(source_kind: str, target_kind: str, image_bytes: int, result_bytes: int) -> int:
+    """Return what an image takes while its chunk is worked on, as read and as the result.
+
+    Chunks that are computed row by row are two at a time, and a third is being written.
+    """
+    if source_kind in DECODED:
+        return 3 * result_bytes
+    if target_kind == "images":
+        return 2 * image_bytes + 3 * result_bytes
     return image_bytes + 2 * result_bytes
+
+
+def least_scratch_bytes(
+    source_kind: str, target_kind: str, threads: int, image_bytes: int, result_bytes: int
+) -> int:
+    """Return what threads that compute row by row take at least beside the chunks.
+
+    To decode, each needs memory for its row, and something to decode in.
+    """
+    if source_kind in DECODED:
+        return threads * (image_bytes + LEAST_DECODING_BYTES)
+    return threads * result_bytes if target_kind == "images" else 0
 
 
 def chunk_images(images: int, bytes_per_image: int, scratch_bytes: int, limit_bytes: int) -> int:
@@ -132,7 +158,6 @@ class Plan:
     """Of the source, when the plan was made."""
     read_bytes: int
     chunk_images: int
-    scratch_bytes: int
     memory_bytes: int
     """The limit."""
     threads: int
@@ -144,6 +169,12 @@ class Plan:
     notes: tuple[str, ...]
     committed_chunks: int
     """What an unfinished run has done already."""
+    file_format: FileFormat
+    """Of image files that are written."""
+    retry_failed: bool
+    """Whether a finished target is taken up again, for what failed in it."""
+    listing: Listing | None = field(default=None, compare=False, repr=False)
+    """Which images there are, not to be looked for again."""
 
     @property
     def chunks(self) -> int:
@@ -161,10 +192,33 @@ class Plan:
         return self.result.nbytes
 
     @property
+    def image_memory_bytes(self) -> int:
+        """How much memory an image takes while its chunk is worked on."""
+        return bytes_worked_on(self.source_kind, self.target_kind, *self._image_bytes)
+
+    @property
+    def least_scratch_bytes(self) -> int:
+        """How much memory is needed at least beside the chunks."""
+        kinds = self.source_kind, self.target_kind
+        return least_scratch_bytes(*kinds, self.threads, *self._image_bytes)
+
+    @property
+    def decoding_bytes(self) -> int:
+        """How much memory decoding may take: all that chunks and rows leave."""
+        if self.source_kind not in DECODED:
+            return 0
+        rows_bytes = self.threads * self.header.image_bytes
+        return self.projected_bytes - self.chunk_images * self.image_memory_bytes - rows_bytes
+
+    @property
     def projected_bytes(self) -> int:
         """How much memory the run takes at most, above the idle process."""
-        worked_on = bytes_worked_on(self.header.image_bytes, self.result.image_bytes)
-        return self.scratch_bytes + self.chunk_images * worked_on
+        least = self.least_scratch_bytes + self.chunk_images * self.image_memory_bytes
+        return max(least, self.memory_bytes) if self.source_kind in DECODED else least
+
+    @property
+    def _image_bytes(self) -> tuple[int, int]:
+        return self.header.image_bytes, self.result.image_bytes
 
     def chunk_rows(self) -> Iterator[tuple[int, int]]:
         """Return the first row of every chunk, and the row after its last."""
@@ -190,6 +244,7 @@ class Plan:
                 "dtype": self.result.dtype,
                 "layout": self.result.layout,
                 "in_place": self.in_place,
+                **({"format": self.file_format} if self.target_kind == "images" else {}),
             },
         }
         as_read_back: dict[str, Any] = json.loads(json.dumps(job))

@@ -7,23 +7,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypedDict
 
 from fastvgg import datasets, engine, oracle
+from fastvgg.datasets.decode import MOST_PIXELS, Decoding
+from fastvgg.datasets.files import check_format, is_lossy
+from fastvgg.datasets.images import Images
 from fastvgg.errors import ArrayError, SourceError, TargetError, UsageError
 from fastvgg.stream.journal import journal_path, read_ledger, refuse_other_job
 from fastvgg.stream.manifest import manifest_path, read_manifest
 from fastvgg.stream.plan import (
+    DECODED,
     Plan,
     bytes_worked_on,
     chunk_images,
+    least_scratch_bytes,
     parse_bytes,
     readable_bytes,
     result_header,
 )
+from fastvgg.stream.retry import planned_again
 from fastvgg.stream.ring import (
     RingHeader,
     committed_chunks,
@@ -43,6 +50,8 @@ if TYPE_CHECKING:
     from numpy.typing import DTypeLike
 
     from fastvgg.datasets.base import Header, Source
+    from fastvgg.datasets.decode import SixteenBit
+    from fastvgg.datasets.files import FileFormat
     from fastvgg.engine import Backend
     from fastvgg.stream.journal import Ledger
     from fastvgg.stream.manifest import Manifest
@@ -71,15 +80,22 @@ def plan(
     direction: Direction = "preprocess",
     size: tuple[int, int] | None = None,
     interpolation: str = "nearest",
+    keep_aspect_ratio: bool = False,
+    fast_jpeg: bool = False,
+    exif: bool = False,
+    sixteen_bit: SixteenBit = "refuse",
+    max_pixels: int | None = None,
     layout: Layout | None = None,
     out_layout: Layout | None = None,
     dtype: DTypeLike | None = None,
     rounding: Rounding = "nearest",
+    format: FileFormat = "png",  # noqa: A002  # as the command line calls it
     memory: str | int = "512MiB",
     threads: int | None = None,
     backend: Backend = "auto",
     strict: bool = False,
     restart: bool = False,
+    retry_failed: bool = False,
     durability: Durability = "power",
 ) -> Plan:
     """Plan the way of one dataset into another; headers are read, nothing is written.
@@ -87,7 +103,8 @@ def plan(
     Parameters
     ----------
     source
-        A directory of images, or a .npy file.
+        A directory of images, tar shards (one, or a range like ``{0000..0099}.tar``), or a .npy
+        file.
     target
         A name that ends in .npy, or for restored images a directory. While unfinished the data is
         in ``target.partial``; the name appears when it is complete.
@@ -97,13 +114,23 @@ def plan(
     mode
         A `Mode` or the name of one. To restore what fastvgg wrote, it may be left away.
     direction
-        "preprocess" or "restore".
-    size, interpolation
-        Height and width to resize image files to, and how: exactly Keras'
-        ``load_img(target_size=..., interpolation=...)``.
+        "preprocess", "restore", or "pack": images as they are, to be preprocessed later.
+    size, interpolation, keep_aspect_ratio
+        Height and width to resize images to, and how: exactly Keras'
+        ``load_img(target_size=..., interpolation=..., keep_aspect_ratio=...)``.
+    fast_jpeg
+        Decode large JPEGs at a part of their size; the pixels are others than Keras'.
+    exif
+        Turn images as their EXIF orientation says, which Keras does not.
+    sixteen_bit
+        "refuse" greys of 16 bits, which Keras clips to white, or "scale" them.
+    max_pixels
+        Refuse larger images before they are decoded; 89,478,485 if not given.
     layout, out_layout, dtype, rounding
         As for `fastvgg.preprocess` and `fastvgg.restore`. What the manifest of the source says
         need not be said again.
+    format
+        Of restored image files: "png", "webp" (without loss), or "jpeg", which is not exact.
     memory
         The limit above the idle process, in bytes or like "512MiB".
     threads
@@ -114,6 +141,8 @@ def plan(
         Stop at the first image that cannot be read, where otherwise its row is zeros.
     restart
         Begin again where an unfinished run, or a finished target, is in the way.
+    retry_failed
+        Take a finished target up again, for the images that could not be read then.
     durability
         What a committed chunk survives: a "power" cut, or the end of the "process" alone, which
         saves the waiting for the disk.
@@ -135,6 +164,15 @@ def plan(
         )
     source_path = Path(os.path.abspath(os.fspath(source)))
     target_path = source_path if target is None else Path(os.path.abspath(os.fspath(target)))
+    decoding = Decoding(
+        size,
+        interpolation,
+        keep_aspect_ratio,
+        fast_jpeg,
+        exif,
+        sixteen_bit,
+        MOST_PIXELS if max_pixels is None else max_pixels,
+    )
     threads = check_threads(threads)
     engine.backend_in_use(backend)
     check_durability(durability)
@@ -144,7 +182,9 @@ def plan(
         backend=backend,
         strict=strict,
         restart=restart,
+        retry_failed=retry_failed,
         durability=durability,
+        file_format=format,
     )
     manifest = read_manifest(source_path)
     ring = read_ring_header(source_path)
@@ -167,8 +207,8 @@ def plan(
         source_path,
         layout=transform.layout,
         stored_as=stored_as,
-        size=size,
-        interpolation=interpolation,
+        decoding=decoding,
+        decoding_bytes=options["memory_bytes"],
         threads=threads,
     )
     with contextlib.closing(opened):
@@ -187,7 +227,9 @@ class _Options(TypedDict):
     backend: Backend
     strict: bool
     restart: bool
+    retry_failed: bool
     durability: Durability
+    file_format: FileFormat
 
 
 def _check_manifest(manifest: Manifest, source: Source) -> None:
@@ -210,7 +252,7 @@ def _agreed_transform(
 ) -> Transform:
     """Return what is asked for, completed from the source's manifest and checked against it."""
     if manifest is None:
-        if mode is None:
+        if mode is None and asked.direction != "pack":
             remedy = "give --mode or --model; 'fastvgg models' lists which model wants which"
             if asked.direction == "restore":
                 remedy = f"there is no manifest beside it that says the mode: {remedy}"
@@ -244,11 +286,14 @@ def _agreed_transform(
 def _plan(source: Source, target_path: Path, transform: Transform, options: _Options) -> Plan:
     result = _checked_result(source, transform)
     _check_target(source, target_path, result)
+    _check_choices(source, target_path, transform, result, options)
     made = _planned(source, target_path, transform, result, source.fingerprint(), options)
     ledger = known_ledger(made)
     state = find_state(made, ledger)
     if state == "resumable" and ledger is not None:
         return resumed(made, ledger.chunk_images, len(ledger.commits))
+    if state == "failed" and isinstance(source, Images):
+        return planned_again(made, source)
     if state == "fresh" and made.target_kind == "npy":
         _check_room(target_path, result.nbytes, "store halves: --dtype float16")
     return made
@@ -301,24 +346,28 @@ def _planned(
     options: _Options,
 ) -> Plan:
     header = source.header
-    worked_on = bytes_worked_on(header.image_bytes, result.image_bytes)
+    kinds = source.kind, datasets.target_kind(target_path)
+    worked_on = bytes_worked_on(*kinds, header.image_bytes, result.image_bytes)
+    scratch_bytes = least_scratch_bytes(
+        *kinds, options["threads"], header.image_bytes, result.image_bytes
+    )
+    if source.kind in DECODED:  # and as much again for large images
+        scratch_bytes = max(scratch_bytes, options["memory_bytes"] // 2)
     return Plan(
         source=str(source.path),
         target=str(target_path),
         source_kind=source.kind,
-        target_kind=datasets.target_kind(target_path),
+        target_kind=kinds[1],
         header=header,
         result=result,
         transform=transform,
         settings=source.settings,
         fingerprint=fingerprint,
         read_bytes=source.stored_bytes,
-        chunk_images=chunk_images(
-            header.images, worked_on, source.scratch_bytes, options["memory_bytes"]
-        ),
-        scratch_bytes=source.scratch_bytes,
-        notes=tuple(source.notes + _losses(transform, result)),
+        chunk_images=chunk_images(header.images, worked_on, scratch_bytes, options["memory_bytes"]),
+        notes=tuple(source.notes + _losses(transform, result, kinds[1], options["file_format"])),
         committed_chunks=0,
+        listing=source.listing if isinstance(source, Images) else None,
         **options,
     )
 
@@ -343,6 +392,31 @@ def _check_target(source: Source, target: Path, result: Header) -> None:
                 "the other",
                 "give the result a place of its own, beside the source",
             )
+
+
+def _check_choices(
+    source: Source, target: Path, transform: Transform, result: Header, options: _Options
+) -> None:
+    """Refuse what is asked for and cannot be done with such a source and target."""
+    kind = datasets.target_kind(target)
+    if transform.direction == "pack" and source.kind not in DECODED:
+        raise UsageError(
+            f"{source.path} is an array already: image files are packed",
+            "preprocess it, or give a directory of images",
+        )
+    if kind == "images":
+        check_format(options["file_format"], *result.shape[1:3])
+    elif options["file_format"] != "png":
+        raise UsageError(
+            f"{target} is no directory, and a format of image files is given",
+            "leave --format away, or give a directory",
+        )
+    if options["retry_failed"] and (options["restart"] or source.kind not in DECODED):
+        raise UsageError(
+            "--retry-failed takes a finished result of images up again",
+            "give it without --restart, with the source and the result of the run that had "
+            "failures",
+        )
 
 
 def _check_directory(target: Path) -> None:
@@ -371,9 +445,13 @@ def _check_room(target: Path, needed_bytes: int, less: str) -> None:
         )
 
 
-def _losses(transform: Transform, result: Header) -> list[str]:
-    """Say so where a mode of one's own cannot give back every byte."""
-    if transform.direction == "restore":
+def _losses(
+    transform: Transform, result: Header, target_kind: str, file_format: FileFormat
+) -> list[str]:
+    """Say so where what is written cannot give back every byte."""
+    if target_kind == "images" and is_lossy(file_format):
+        return [f"{file_format} is lossy: the files are not the exact images; png and webp are"]
+    if transform.direction != "preprocess":
         return []
     lost = oracle.unrestorable(transform.mode, result.dtype)
     return [f"{lost} of 768 values cannot be restored from {result.dtype}"] if lost else []
@@ -396,9 +474,11 @@ def reopen_source(plan: Plan) -> Source:
         Path(plan.source),
         layout=plan.header.layout,
         stored_as=plan.header.dtype,
-        size=plan.settings.get("size"),
-        interpolation=plan.settings.get("interpolation", "nearest"),
+        decoding=Decoding.from_dict(plan.settings) if plan.settings else None,
+        decoding_bytes=plan.decoding_bytes,
         threads=plan.threads,
+        pick=functools.partial(engine.pick, backend=plan.backend),
+        listing=plan.listing,
     )
     if changed(plan, source):
         source.close()

@@ -5,14 +5,17 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
+    from fastvgg.datasets.index import Record
     from fastvgg.stream.plan import Plan
 
-__all__ = ["Failure", "Progress", "Report", "Tally"]
+__all__ = ["Failure", "Failures", "Progress", "Report", "Tally"]
+
+FAILURES_KEPT: Final = 1000
 
 
 class Progress(NamedTuple):
@@ -37,6 +40,20 @@ class Failure:
     reason: str
 
 
+class Failures:
+    """The first failures of very many records: the index has them all."""
+
+    def __init__(self) -> None:
+        self.first: list[Failure] = []
+
+    def seen(self, records: Iterable[Record]) -> Iterator[Record]:
+        """Return the records, and keep the failures among them."""
+        for row, record in enumerate(records):
+            if record.failed and len(self.first) < FAILURES_KEPT:
+                self.first.append(Failure(row, record.path, record.reason))
+            yield record
+
+
 @dataclass(frozen=True)
 class Report:
     """What a run did."""
@@ -45,6 +62,7 @@ class Report:
     counts: dict[str, int]
     """images, failed, chunks, computed_chunks: this run's; the rest was there before."""
     failures: list[Failure]
+    """The first thousand: the index has them all."""
     seconds: float
     read_bytes: int
     written_bytes: int

@@ -12,17 +12,16 @@ import itertools
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from fastvgg import engine
 from fastvgg.datasets import open_target
-from fastvgg.datasets.base import Chunk
+from fastvgg.datasets.images import Images
 from fastvgg.datasets.index import index_path, index_text, read_index
+from fastvgg.datasets.npy import NpyTarget
 from fastvgg.errors import ResumeError, StoppedError, TargetError
 from fastvgg.stream import inplace
 from fastvgg.stream.behind import Behind
+from fastvgg.stream.compute import Work, compute
 from fastvgg.stream.journal import Commit, Journal, journal_path
 from fastvgg.stream.manifest import (
     Manifest,
@@ -31,7 +30,8 @@ from fastvgg.stream.manifest import (
     read_manifest,
 )
 from fastvgg.stream.prepare import changed, known_ledger, reopen_source
-from fastvgg.stream.report import Failure, Tally
+from fastvgg.stream.report import Failures, Tally
+from fastvgg.stream.retry import Again
 from fastvgg.stream.state import (
     find_state,
     refuse_occupied,
@@ -41,17 +41,16 @@ from fastvgg.stream.state import (
 )
 from fastvgg.stream.storage import Storage
 from fastvgg.stream.values import refuse_wrong_values
-from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from numpy.typing import NDArray
+    from collections.abc import Callable, Iterator
 
     from fastvgg.datasets.base import Source
     from fastvgg.datasets.index import Record
+    from fastvgg.stream.compute import Computed
+    from fastvgg.stream.journal import Mark
     from fastvgg.stream.plan import Plan
-    from fastvgg.stream.report import Progress, Report
+    from fastvgg.stream.report import Failure, Progress, Report
 
 __all__ = ["run"]
 
@@ -128,7 +127,21 @@ class _Run:
         self.storage = storage
         self.begun = begun
         self.tally = Tally(self.plan, self._commits(), progress, begun)
-        self.target = open_target(Path(plan.target), plan.result, storage, source.records)
+        self.again = self._again()
+        self.target = open_target(
+            Path(plan.target), plan.result, storage, source.records, plan.file_format
+        )
+
+    def _again(self) -> Again | None:
+        """Return what is known of a finished target that is taken up again for its failures."""
+        ledger = self.journal.ledger
+        retries = self.state == "failed" or (ledger is not None and ledger.retries)
+        # Once all is done again, what was said of the target may be gone.
+        if not retries or (ledger is not None and ledger.complete):
+            return None
+        if not isinstance(self.source, Images):
+            raise TypeError(f"{self.source.path} holds no images that can be read again")
+        return Again(self.plan, self.source)
 
     def finish(self) -> Report:
         """Do what is left to do."""
@@ -158,7 +171,8 @@ class _Run:
 
     def _refuse_wrong_checksums(self) -> None:
         for chunk, (start, stop) in enumerate(self.plan.chunk_rows()):
-            if checksum(self.target.read_back(start, stop)) != self._commits()[chunk].checksum:
+            stored = self.target.read_stored(start, stop)
+            if checksum(stored) != self._commits()[chunk].checksum:
                 raise ResumeError(
                     f"{self.plan.target} is not what the unfinished run wrote: images {start} to "
                     f"{stop - 1} differ",
@@ -185,11 +199,13 @@ class _Run:
             self.storage.rename(path, replaced)
             self.storage.sync_directory(path.parent)
 
-    def _commits(self) -> dict[int, Commit]:
+    def _commits(self) -> dict[int, Mark]:
         return self.journal.ledger.commits if self.journal.ledger is not None else {}
 
     def _open_target(self) -> None:
-        if self.state == "resumable" and self._commits():
+        if self.again is not None:
+            self._unpublish(self.again)
+        if self.again is not None or (self.state == "resumable" and self._commits()):
             self.target.reopen()
             return
         if self.state == "fresh":
@@ -201,43 +217,47 @@ class _Run:
             self.journal.remove()
             raise
 
+    def _unpublish(self, again: Again) -> None:
+        """Make a finished target an unfinished one, of which the good chunks are done."""
+        if self.state == "failed":
+            self.journal.begin(self.plan.job(), self.plan.chunk_images, done=again.done())
+        if not self.target.partial.exists():
+            self.storage.rename(self.target.path, self.target.partial)
+            self.storage.sync_directory(self.target.path.parent)
+
     def _compute(self) -> None:
         """Compute, write and commit every chunk that is not durable yet."""
-        shape = (self.plan.chunk_images, *self.plan.result.shape[1:])
-        stagings = itertools.cycle(
-            [np.empty(shape, storage_dtype(self.plan.result.dtype)) for _ in range(2)]
-        )
         with Behind[int]() as behind:
-            for chunk, (start, stop) in enumerate(self.plan.chunk_rows()):
-                if chunk in self._commits():
-                    self._refuse_failed(start, self._commits()[chunk].records)
-                    continue
+            for computed in compute(self.plan, self.source, self.target, self._work()):
                 self.tally.count(behind.wait_for_all_but(2))
-                out = next(stagings)[: stop - start]  # written, or `give` would not have returned
-                computed = Chunk(out, self._apply(start, stop, out))
-                commit = Commit(chunk, checksum(out), computed.records)
+                self._refuse_failed(computed.start, computed.records)
                 behind.give(
-                    functools.partial(self.target.write, start, computed),
-                    functools.partial(self._commit, commit, stop - start),
+                    functools.partial(self.target.write, computed.start, computed.stored),
+                    functools.partial(
+                        self._commit, self._commit_of(computed), computed.stop - computed.start
+                    ),
                 )
             self.tally.count(behind.wait_for_all_but(0))
 
-    def _apply(self, start: int, stop: int, out: NDArray[Any]) -> list[Record]:
-        """Read images and transform them; what cannot be read becomes zeros."""
-        read = self.source.read(start, stop)
-        self._refuse_failed(start, read.records)
-        engine.apply(
-            self.plan.transform,
-            read.batch,
-            out,
-            threads=self.plan.threads,
-            backend=self.plan.backend,
-            read_next=True,
-        )
-        for row, record in enumerate(read.records):
-            if record.failed:
-                out[row] = 0
-        return read.records
+    def _work(self) -> Iterator[Work]:
+        """Return every chunk that is not durable yet."""
+        for chunk, (start, stop) in enumerate(self.plan.chunk_rows()):
+            mark = self._commits().get(chunk)
+            if mark is None and self.again is not None and isinstance(self.target, NpyTarget):
+                yield self.again.work(chunk, start, stop, self.target)
+            elif mark is None:
+                yield Work(chunk, start, stop)
+            elif mark.failed and self.plan.strict and self.journal.ledger is not None:
+                self._refuse_failed(start, self.journal.ledger.commit(chunk).records)
+
+    def _commit_of(self, computed: Computed) -> Commit:
+        source_checksum = ""
+        if isinstance(self.source, Images):
+            rows = enumerate(computed.records, computed.start)
+            source_checksum = self.source.checksum_of(
+                row for row, record in rows if not record.failed
+            )
+        return Commit(computed.chunk, checksum(computed.stored), source_checksum, computed.records)
 
     def _commit(self, commit: Commit, images: int) -> int:
         """Make a chunk that is written durable, and return its images."""
@@ -255,25 +275,39 @@ class _Run:
 
     def _describe(self) -> Report:
         """Write index and manifest beside the published data, and forget the journal."""
-        commits = [self._commits()[chunk] for chunk in range(self.plan.chunks)]
-        records = [record for commit in commits for record in commit.records]
-        failures = _failures(records)
+        marks = [self._commits()[chunk] for chunk in range(self.plan.chunks)]
         path = self.target.path
-        if records:
-            text = "".join(index_text(records))
-            self.storage.write_whole(index_path(path), text.encode("utf-8", "surrogateescape"))
-        else:
-            self.storage.remove(index_path(path))
+        failures = self._write_index()
         manifest = Manifest.of_now(
             self.plan.job(),
             self.plan.chunk_images,
-            checksums=[commit.checksum for commit in commits],
-            counts={"images": self.plan.header.images, "failed": len(failures)},
+            checksums=[mark.checksum for mark in marks],
+            counts={
+                "images": self.plan.header.images,
+                "failed": sum(mark.failed for mark in marks),
+            },
+            source_checksums=[mark.source_checksum for mark in marks],
         )
-        self.storage.write_whole(manifest_path(path), manifest.to_json())
+        self.storage.write_whole(manifest_path(path), [manifest.to_json()])
         self.storage.remove(replaced_path(path))
         self.journal.remove()
         return self.tally.report(manifest.counts, failures)
+
+    def _write_index(self) -> list[Failure]:
+        """Write the index, if there is anything to say; return the first failures."""
+        path, failures = index_path(self.target.path), Failures()
+        records = self.journal.ledger.records() if self.journal.ledger is not None else iter(())
+        first = next(records, None)
+        if first is None:
+            self.storage.remove(path)
+            return []
+        lines = index_text(failures.seen(itertools.chain([first], records)))
+        self.storage.write_whole(path, (_encoded(line) for line in lines))
+        return failures.first
+
+
+def _encoded(line: str) -> bytes:
+    return line.encode("utf-8", "surrogateescape")
 
 
 def _report_of_complete(plan: Plan, begun: float) -> Report:
@@ -288,13 +322,7 @@ def _report_of_complete(plan: Plan, begun: float) -> Report:
         open_target(Path(plan.target), plan.result, Storage()).read_back(0, 1)
     manifest = read_manifest(Path(plan.target))
     counts = {} if manifest is None else manifest.counts
-    records = read_index(Path(plan.target), plan.header.images)
-    return Tally(plan, (), None, begun).report(counts, _failures(records))
-
-
-def _failures(records: list[Record]) -> list[Failure]:
-    return [
-        Failure(row, record.path, record.reason)
-        for row, record in enumerate(records)
-        if record.failed
-    ]
+    failures = Failures()
+    for _ in failures.seen(read_index(Path(plan.target), plan.header.images)):
+        pass
+    return Tally(plan, (), None, begun).report(counts, failures.first)

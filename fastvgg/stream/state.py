@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
 __all__ = ["State", "find_state", "refuse_occupied", "replaceable", "replaced_path", "resumed"]
 
-State: TypeAlias = Literal["fresh", "resumable", "complete"]
+State: TypeAlias = Literal["fresh", "resumable", "complete", "failed"]
 
 
 def find_state(plan: Plan, ledger: Ledger | None) -> State:
     """Return what there is of a plan's target: nothing, an unfinished run, or all of it.
+
+    "failed" is all of it, to be taken up again for what failed.
 
     Raises
     ------
@@ -42,8 +44,12 @@ def find_state(plan: Plan, ledger: Ledger | None) -> State:
             refuse_occupied(plan, ledger.replaces)
         return "resumable"
     manifest = read_manifest(target)
-    if _occupied(plan) and manifest is not None and manifest.job == plan.job():
-        return "complete"
+    if _occupied(plan) and manifest is not None:
+        has_failures = manifest.job != plan.job() or manifest.counts["failed"] > 0
+        if plan.retry_failed and has_failures:
+            return "failed"
+        if manifest.job == plan.job():
+            return "complete"
     refuse_occupied(plan, None)
     if os.path.lexists(partial):
         raise TargetError(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias, get_arg
 from fastvgg.errors import StoppedError, TargetError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 __all__ = [
@@ -36,6 +36,8 @@ NETWORKED: Final = (
     *("9p", "afs", "ceph", "cifs", "coda", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4"),
     *("ocfs2", "smb2", "smb3", "smbfs", "virtiofs"),
 )
+
+GATHERED_BYTES: Final = 2**20
 
 
 def file_system(path: Path) -> str:
@@ -220,6 +222,11 @@ class Storage:
             finally:
                 os.close(descriptor)
 
+    def syncs_disk(self, directory: Path) -> bool:
+        """Whether `sync_disk` can be relied on there: elsewhere files are synced one by one."""
+        with _stopping("stat", directory):
+            return not is_networked(file_system(directory))
+
     def forget(self, file: StoredFile) -> None:
         """Have a file read from the disk again.
 
@@ -247,17 +254,31 @@ class Storage:
             else:
                 path.unlink(missing_ok=True)
 
-    def write_whole(self, path: Path, data: bytes) -> None:
-        """Write a small file so that its name holds the old bytes or the new ones, never a part."""
+    def write_whole(self, path: Path, pieces: Iterable[bytes]) -> None:
+        """Write a file so that its name holds the old bytes or the new ones, never a part."""
         temporary = path.with_name(path.name + ".tmp")
         file = self.create(temporary)
         try:
-            self.write(file, data, 0)
+            offset = 0
+            for data in _gathered(pieces):
+                self.write(file, data, offset)
+                offset += len(data)
             self.sync(file)
         finally:
             self.close(file)
         self.rename(temporary, path)
         self.sync_directory(path.parent)
+
+
+def _gathered(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Return the same bytes in larger pieces."""
+    gathered = bytearray()
+    for piece in pieces:
+        gathered += piece
+        if len(gathered) >= GATHERED_BYTES:
+            yield bytes(gathered)
+            gathered.clear()
+    yield bytes(gathered)
 
 
 def _sync_file_system(descriptor: int) -> None:

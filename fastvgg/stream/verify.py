@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from fastvgg import datasets, oracle
+from fastvgg.datasets.decode import Decoding
+from fastvgg.datasets.files import is_lossy
 from fastvgg.datasets.index import read_index
 from fastvgg.errors import SourceError, VerificationError
 from fastvgg.stream.manifest import checksum, manifest_path, read_manifest
+from fastvgg.stream.plan import DECODED
 from fastvgg.stream.ring import read_ring_header, unfinished
 from fastvgg.stream.storage import Storage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from fastvgg.datasets.base import Source, Target
     from fastvgg.datasets.index import Record
@@ -77,7 +80,8 @@ def verify(path: str | os.PathLike[str], *, full: bool = False) -> Verification:
             "give a dataset that fastvgg has finished; 'fastvgg info' tells what this is",
         )
     records = read_index(dataset, manifest.header.images)
-    stored = datasets.open_target(dataset, manifest.header, Storage(), records)
+    file_format = manifest.job["result"].get("format", "png")
+    stored = datasets.open_target(dataset, manifest.header, Storage(), records, file_format)
     _check_checksums(stored, manifest)
     recomputed, note = _check_against_oracle(stored, manifest, records, full=full)
     images, chunks = manifest.header.images, len(manifest.checksums)
@@ -88,7 +92,7 @@ def _check_checksums(stored: Target, manifest: Manifest) -> None:
     images, together = manifest.header.images, manifest.chunk_images
     for chunk, expected in enumerate(manifest.checksums):
         start, stop = chunk * together, min((chunk + 1) * together, images)
-        actual = checksum(stored.read_back(start, stop))
+        actual = checksum(stored.read_stored(start, stop))
         if actual != expected:
             raise VerificationError(
                 f"{stored.path}: images {start} to {stop - 1} have checksum {actual}, and were "
@@ -98,11 +102,13 @@ def _check_checksums(stored: Target, manifest: Manifest) -> None:
 
 
 def _check_against_oracle(
-    stored: Target, manifest: Manifest, records: list[Record], *, full: bool
+    stored: Target, manifest: Manifest, records: Sequence[Record], *, full: bool
 ) -> tuple[int, str]:
     """Recompute images from the source; return how many, and why not more."""
     if manifest.job["result"]["in_place"]:
         return 0, "not compared with the source: it was changed in place, and is no more"
+    if is_lossy(manifest.job["result"].get("format", "png")):
+        return 0, "not compared with the source: JPEG is lossy"
     try:
         source = _source_of(manifest)
     except SourceError as error:
@@ -124,13 +130,11 @@ def _check_against_oracle(
 
 def _source_of(manifest: Manifest) -> Source:
     job = manifest.job["source"]
-    size = job.get("size")
     return datasets.open_source(
         Path(job["path"]),
         layout=job["layout"],
         stored_as=job["dtype"],
-        size=None if size is None else (size[0], size[1]),
-        interpolation=job.get("interpolation", "nearest"),
+        decoding=Decoding.from_dict(job) if job["kind"] in DECODED else None,
     )
 
 
@@ -142,7 +146,7 @@ def _rows(images: int, *, full: bool) -> Iterator[int]:
 
 
 def _check_row(
-    stored: Target, source: Source, manifest: Manifest, records: list[Record], row: int
+    stored: Target, source: Source, manifest: Manifest, records: Sequence[Record], row: int
 ) -> None:
     read = source.read(row, row + 1)
     expected = oracle.apply(manifest.transform, read.batch)

@@ -1,0 +1,199 @@
+"""The peers of images.py, each in a process of its own: what it imports need not fit the others.
+
+    python benchmarks/image_peers.py torch photos/ scratch/ 2    # and a line for each epoch
+
+It says in a line of JSON which versions it has, or why it cannot be imported, and does one epoch
+over the directory of photographs for every line that it reads, answering with how many images that
+were, and once more when it is idle. Nothing of fastvgg is imported: an interpreter that has the peer, NumPy and Pillow is enough.
+
+    python -m pip install torch pillow               # torch
+    python -m pip install tensorflow-cpu pillow      # tf, keras
+    apt-get install libopencv-dev libturbojpeg0-dev pkg-config
+    python -m pip install torch numba opencv-python-headless pillow setuptools
+    python -m pip install assertpy fastargs pandas psutil pytorch-pfn-extras terminaltables tqdm
+    python -m pip install --no-deps --no-build-isolation ffcv    # ffcv
+
+What they are asked for is what fastvgg writes: batches of float32, 224x224, in torch mode (PyTorch,
+FFCV) or in caffe mode (the others). They produce them in memory and let them go, which spares them
+the writing; start, compilation and one epoch to warm up are not timed. Each works as its
+documentation shows it, on as many cores as fastvgg has threads.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SIZE = (224, 224)
+BATCH = 64
+JPEG_QUALITY = 90  # of what FFCV encodes, as of the photographs
+CAFFE_MEAN = np.array((103.939, 116.779, 123.68), np.float32)
+TORCH_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
+TORCH_STD = np.array((0.229, 0.224, 0.225), np.float32)
+ENVIRONMENT = {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
+
+
+def files_of(photographs):
+    return [str(path) for path in sorted(photographs.rglob("*.jpg"))]
+
+
+def counted(batches):
+    """Take all batches; return how many images they hold, and the iterator, to be let go of.
+
+    Letting go is not timed: tf.data waits with it for the next time at which it would have tuned
+    itself, up to as long again as the epoch took.
+    """
+    iterator = iter(batches)
+    return sum(int(batch.shape[0]) for batch in iterator), iterator
+
+
+def torch_epochs(photographs, _scratch, threads):
+    """Have workers decode with Pillow and do what torchvision's Resize, ToTensor, Normalize do.
+
+    The package itself does not import beside every build of PyTorch.
+    """
+    import torch
+    from torch.utils.data import DataLoader, Dataset
+
+    height, width = SIZE
+    paths = files_of(photographs)
+
+    def as_tensor(image):
+        x = torch.from_numpy(np.array(image, np.uint8, copy=True))
+        return x.permute((2, 0, 1)).contiguous().to(torch.float32).div(255)
+
+    def normalised(x):
+        x = x.clone()
+        mean, std = (torch.as_tensor(each)[:, None, None] for each in (TORCH_MEAN, TORCH_STD))
+        return x.sub_(mean).div_(std)
+
+    class Photographs(Dataset):
+        def __len__(self):
+            return len(paths)
+
+        def __getitem__(self, index):
+            with Image.open(paths[index]) as image:
+                x = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+            return normalised(as_tensor(x))
+
+    loader = DataLoader(Photographs(), BATCH, num_workers=threads, persistent_workers=True)
+    return {"torch": torch.__version__}, lambda: counted(loader)
+
+
+def tf_epochs(photographs, _scratch, _threads):
+    """Flip the channels with `tf.reverse`, twice as fast as with a slice."""
+    import tensorflow as tf
+
+    def read(path):
+        image = tf.io.decode_jpeg(tf.io.read_file(path), channels=3)
+        x = tf.cast(tf.image.resize(image, SIZE, method="nearest"), tf.float32)
+        return tf.reverse(x, [-1]) - CAFFE_MEAN
+
+    dataset = tf.data.Dataset.from_tensor_slices(files_of(photographs))
+    dataset = dataset.map(read, num_parallel_calls=tf.data.AUTOTUNE)
+    dataset = dataset.batch(BATCH).prefetch(tf.data.AUTOTUNE)
+    return {"tensorflow": tf.__version__}, lambda: counted(dataset)
+
+
+def keras_epochs(photographs, _scratch, _threads):
+    """Use what Keras has for it.
+
+    What was resized by its nearest pixels is uint8, in which `preprocess_input` would overflow.
+    """
+    import keras
+    import tensorflow as tf
+
+    def preprocess(images):
+        return keras.applications.vgg19.preprocess_input(tf.cast(images, tf.float32))
+
+    dataset = keras.utils.image_dataset_from_directory(
+        photographs,
+        labels=None,
+        batch_size=BATCH,
+        image_size=SIZE,
+        interpolation="nearest",
+        shuffle=False,
+        verbose=False,
+    )
+    dataset = dataset.map(preprocess, num_parallel_calls=tf.data.AUTOTUNE)
+    dataset = dataset.prefetch(tf.data.AUTOTUNE)
+    versions = {"keras": keras.__version__, "tensorflow": tf.__version__}
+    return versions, lambda: counted(dataset)
+
+
+def ffcv_epochs(photographs, scratch, threads):
+    """Write FFCV's own file, of JPEGs, and have it read that.
+
+    Its decoders resize a crop, by areas: here the crop is the whole photograph.
+    """
+    from ffcv.fields import RGBImageField
+    from ffcv.fields.decoders import CenterCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import NormalizeImage, ToTensor
+    from ffcv.writer import DatasetWriter
+
+    class WholeDecoder(CenterCropRGBImageDecoder):
+        @property
+        def get_crop_generator(self):
+            def whole(height, width, _scale, _ratio):
+                return 0, 0, height, width
+
+            return whole
+
+    class Photographs:
+        paths = files_of(photographs)
+
+        def __len__(self):
+            return len(self.paths)
+
+        def __getitem__(self, index):
+            with Image.open(self.paths[index]) as image:
+                return (np.array(image.convert("RGB")),)
+
+    path = str(scratch / "photographs.beton")
+    field = RGBImageField(write_mode="jpg", jpeg_quality=JPEG_QUALITY)
+    DatasetWriter(path, {"image": field}, num_workers=threads).from_indexed_dataset(Photographs())
+    normalise = NormalizeImage(TORCH_MEAN * 255, TORCH_STD * 255, np.float32)
+    loader = Loader(
+        path,
+        BATCH,
+        num_workers=threads,
+        os_cache=True,
+        order=OrderOption.SEQUENTIAL,
+        drop_last=False,
+        pipelines={"image": [WholeDecoder(SIZE, ratio=1), normalise, ToTensor()]},
+    )
+    versions = {"ffcv": importlib.metadata.version("ffcv")}
+    return versions, lambda: counted(image for (image,) in loader)
+
+
+PEERS = {"torch": torch_epochs, "tf": tf_epochs, "keras": keras_epochs, "ffcv": ffcv_epochs}
+
+
+def main():
+    name, photographs, scratch, threads = sys.argv[1:]
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever else a library prints
+    os.environ.update(ENVIRONMENT)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(threads)])
+    try:
+        versions, epoch = PEERS[name](Path(photographs), Path(scratch), int(threads))
+    except ImportError as error:
+        print(json.dumps({"missing": str(error)}), file=answers)
+        return
+    print(json.dumps({"versions": versions}), file=answers)
+    for _ in sys.stdin:
+        images, iterator = epoch()
+        print(json.dumps({"images": images}), file=answers)
+        del iterator
+        print(json.dumps({"idle": True}), file=answers)
+
+
+if __name__ == "__main__":
+    main()

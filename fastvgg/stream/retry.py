@@ -1,0 +1,153 @@
+"""Take a finished array of images up again, for those that could not be read.
+
+It becomes an unfinished run: the journal says that its good chunks are done, then it loses its
+name, and from there on all is as after a crash. Of a chunk with failures the good rows are kept, if
+the images that they were made of are still the same, and a checksum proves what is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from fastvgg.datasets.base import bytes_of
+from fastvgg.datasets.index import index_path, read_index
+from fastvgg.errors import ResumeError, TargetError
+from fastvgg.stream.compute import Work
+from fastvgg.stream.journal import Commit, refuse_other_job
+from fastvgg.stream.manifest import checksum, read_manifest
+from fastvgg.stream.state import resumed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from fastvgg.datasets.images import Images
+    from fastvgg.datasets.index import Record
+    from fastvgg.datasets.npy import NpyTarget
+    from fastvgg.stream.manifest import Manifest
+    from fastvgg.stream.plan import Plan
+
+__all__ = ["Again", "planned_again"]
+
+# What may differ from the run that had failures: the images that are mended, and what is refused.
+MAY_DIFFER: Final = ("fingerprint", "sixteen_bit", "max_pixels")
+
+
+def planned_again(plan: Plan, source: Images) -> Plan:
+    """Return the plan with the chunks of the finished target; refuse what does not fit it.
+
+    Raises
+    ------
+    ResumeError
+        If it is of another job, or the source's names are others.
+    """
+    again = Again(plan, source)
+    again.refuse_other_names()
+    failed = again.manifest.counts["failed"]
+    noted = dataclasses.replace(
+        plan, notes=(*plan.notes, f"images that failed and are tried again: {failed}")
+    )
+    return resumed(noted, again.manifest.chunk_images, sum(1 for _ in again.done()))
+
+
+class Again:
+    """What is known of a finished target that is taken up again.
+
+    Raises
+    ------
+    TargetError
+        If it is not there.
+    ResumeError
+        If it is of another job.
+    """
+
+    def __init__(self, plan: Plan, source: Images) -> None:
+        self.target = Path(plan.target)
+        self.plan = plan
+        self.source = source
+        self.manifest = self._manifest()
+        self.records = read_index(self.target, plan.header.images)
+
+    def _manifest(self) -> Manifest:
+        manifest = read_manifest(self.target)
+        if manifest is None:
+            raise TargetError(
+                f"{self.target} is not finished, or was not made by fastvgg: nothing failed in it",
+                "run the command without --retry-failed",
+            )
+        found, wanted = manifest.job, self.plan.job()
+        same = {name: wanted["source"][name] for name in MAY_DIFFER}
+        refuse_other_job({**found, "source": {**found["source"], **same}}, wanted, self.plan.target)
+        return manifest
+
+    def refuse_other_names(self) -> None:
+        """Refuse a source whose images have other names than the rows have.
+
+        Raises
+        ------
+        ResumeError
+            Naming the first.
+        """
+        for row, record in enumerate(self.records):
+            name = os.fsdecode(self.source.listing.name(row))
+            if name != record.path:
+                raise ResumeError(
+                    f"{self.source.path} has {name!r} where {index_path(self.target)} has "
+                    f"{record.path!r} (row {row})",
+                    "put back what was renamed or removed, or give --restart",
+                )
+
+    def done(self) -> Iterator[Commit]:
+        """Return the chunks that stay as they are."""
+        for chunk, records in self._chunks():
+            if not any(record.failed for record in records) and self._same(chunk, records):
+                sums = self.manifest.checksums[chunk], self.manifest.source_checksums[chunk]
+                yield Commit(chunk, *sums, records)
+
+    def work(self, chunk: int, start: int, stop: int, target: NpyTarget) -> Work:
+        """Return what is to be done again of a chunk."""
+        records = [*self.records[start:stop]]
+        if not self._same(chunk, records):
+            return Work(chunk, start, stop)
+        return Work(
+            chunk, start, stop, functools.partial(self._keep, chunk, start, target, records)
+        )
+
+    def _keep(
+        self, chunk: int, start: int, target: NpyTarget, records: list[Record], out: NDArray[Any]
+    ) -> list[Record]:
+        """Read what a chunk's good rows hold.
+
+        Raises
+        ------
+        ResumeError
+            If it is not what was written.
+        """
+        target.read_partial(start, out)
+        for at, record in enumerate(records):
+            if record.failed:  # or an attempt that was cut off may have written into it
+                out[at] = 0
+        if checksum([bytes_of(out)]) != self.manifest.checksums[chunk]:
+            raise ResumeError(
+                f"{target.partial}: images {start} to {start + len(out) - 1} are not what was "
+                "written",
+                "the file was changed or damaged since: give --restart",
+            )
+        return records
+
+    def _same(self, chunk: int, records: list[Record]) -> bool:
+        """Whether the images that the good rows of a chunk were made of are still the same."""
+        first = chunk * self.manifest.chunk_images
+        good = (row for row, record in enumerate(records, first) if not record.failed)
+        return self.source.checksum_of(good) == self.manifest.source_checksums[chunk]
+
+    def _chunks(self) -> Iterator[tuple[int, list[Record]]]:
+        records = iter(self.records)
+        for chunk in range(len(self.manifest.checksums)):
+            yield chunk, list(itertools.islice(records, self.manifest.chunk_images))
