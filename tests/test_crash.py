@@ -12,6 +12,7 @@ import errno
 import itertools
 import json
 import shutil
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -62,6 +63,11 @@ class Scenario:
         if name == "folder":
             self.source = save_images(place / "photos", batch)
             (self.source / "a" / "torn.png").write_bytes(b"not an image")
+        if name == "tar":
+            save_images(place / "photos", batch)
+            self.source = place / "shard.tar"
+            with tarfile.open(self.source, "w") as shard:
+                shard.add(place / "photos", ".")
         if name.endswith("images"):
             self.source, self.target_name = place / "inputs.npy", "out"
             self.settings = {"direction": "restore", "together": 2}
@@ -70,6 +76,8 @@ class Scenario:
         self._older = None
         if self.restarts:
             self._make_older()
+        if name == "failed":
+            self._make_failed(batch)
         self.expected = self._uninterrupted()
 
     def _make_older(self):
@@ -83,6 +91,20 @@ class Scenario:
         else:
             plan_of(older, target, mode="tf").run()
         self._older = self._of_target(self.place / "template")
+
+    def _make_failed(self, batch):
+        """Put a finished result with failures in the way, and mend its source."""
+        self.source = save_images(self.place / "photos", batch)
+        torn = [self.source / name for name in ("a/02.png", "b/03.png")]
+        whole = [path.read_bytes() for path in torn]
+        for path in torn:
+            path.write_bytes(b"not an image")
+        report = self.begin(self.place / "template")
+        assert report.counts["failed"] == 2
+        for path, content in zip(torn, whole, strict=True):
+            path.write_bytes(content)
+        self._older = self._of_target(self.place / "template")
+        self.settings = {**self.settings, "retry_failed": True}
 
     def _uninterrupted(self):
         with self.directory() as directory:
@@ -101,8 +123,11 @@ class Scenario:
         finally:
             shutil.rmtree(directory)
 
-    def plan(self, directory, **settings):
-        return plan_of(self.source, directory / self.target_name, **self.settings, **settings)
+    def plan(self, directory, *, restart=False):
+        settings = {**self.settings, "restart": restart}
+        if restart:
+            settings.pop("retry_failed", None)
+        return plan_of(self.source, directory / self.target_name, **settings)
 
     def begin(self, directory, storage=None):
         return run(self.plan(directory, restart=self.restarts), storage=storage)
@@ -141,12 +166,15 @@ class Scenario:
         complete = self._expected_target()
         if self._older is None:
             assert actual in (None, complete)
+        elif self.name == "failed":
+            assert actual in (self._older, None, complete)
         elif self.target_name.endswith(".npy"):
             assert actual in (self._older, complete)
         else:  # a directory cannot take the name of another at once
             assert actual in (None, self._older, complete)
         manifest = read_manifest(directory / self.target_name)
-        if manifest is not None:
+        taken_up_again = self.name == "failed" and actual is None
+        if manifest is not None and not taken_up_again:
             assert actual is not None
             fastvgg.verify(directory / self.target_name)
 
@@ -156,7 +184,10 @@ class Scenario:
         assert actual == self.expected
 
 
-SCENARIOS = ("array", "folder", "images", "replacing an array", "replacing images")
+SCENARIOS = (
+    *("array", "folder", "tar", "failed"),
+    *("images", "replacing an array", "replacing images"),
+)
 
 
 @pytest.fixture(scope="module", params=SCENARIOS)
@@ -304,10 +335,10 @@ def test_any_change_of_a_name_that_fails_stops_the_run_and_it_can_be_resumed(sce
 
 @contextlib.contextmanager
 def cut_off(scenario):
-    """A directory in which a run died after two commits, and its journal."""
+    """A directory in which a run died with two chunks committed, and its journal."""
     with scenario.directory() as directory:
-        with pytest.raises(Death):
-            scenario.begin(directory, CuttingStorage(2))
+        with pytest.raises(Death):  # of what is taken up again one chunk had no failure
+            scenario.begin(directory, CuttingStorage(1 if scenario.name == "failed" else 2))
         target = directory / scenario.target_name
         assert commits_in(target) == 2
         yield directory, journal_path(target)

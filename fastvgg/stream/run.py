@@ -221,7 +221,7 @@ class _Run:
         """Make a finished target an unfinished one, of which the good chunks are done."""
         if self.state == "failed":
             self.journal.begin(self.plan.job(), self.plan.chunk_images, done=again.done())
-        if not self.target.partial.exists():
+        if self.target.path.exists() and not self.target.partial.exists():
             self.storage.rename(self.target.path, self.target.partial)
             self.storage.sync_directory(self.target.path.parent)
 
