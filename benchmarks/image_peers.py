@@ -4,7 +4,8 @@
 
 It says in a line of JSON which versions it has, or why it cannot be imported, and does one epoch
 over the directory of photographs for every line that it reads, answering with how many images that
-were, and once more when it is idle. Nothing of fastvgg is imported: an interpreter that has the peer, NumPy and Pillow is enough.
+were, and once more when it is idle. Nothing of fastvgg is imported: an interpreter that has the
+peer, NumPy and Pillow is enough.
 
     python -m pip install torch pillow               # torch
     python -m pip install tensorflow-cpu pillow      # tf, keras

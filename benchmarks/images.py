@@ -13,10 +13,10 @@ as JPEG of quality 90 in class folders or tar shards. Their files are in memory 
 The limit of a result is the same files read and decoded by simplejpeg, into memory used before, on
 the same threads; nothing is done with the pixels. Beside that as many bytes of one buffer are
 written with the calls of a run, and its overlap: the space reserved, each chunk written and synced
-on threads of their own, the name given at the end. An array of uint8 is held against decoding
-alone as well. A shard's members are read at offsets that are known
-beforehand. The limit of restored files is encoding alone, of images in memory, with the same
-encoder on the same threads. Nothing small that a run writes beside the data is in any limit.
+on threads of their own, the name given at the end. An array of uint8 is held against decoding alone
+as well. A shard's members are read at offsets that are known beforehand. The limit of restored
+files is encoding alone, of images in memory, with the same encoder on the same threads. Nothing
+small that a run writes beside the data is in any limit.
 
 Path and limit run in turn, in the opposite order each time, into files that are new each time; a
 share is the median of (seconds of the limit / seconds of the path) over the rounds, and the spread
@@ -467,7 +467,8 @@ class Bench:
     def in_turn(self, photographs, nbytes, transform, *calls, wait=lambda: None):
         """Time calls that write so many bytes of what is read of files in memory.
 
-        What is to be waited for before each is not timed. Each result that has the name is checked, and all are removed before the next call.
+        What is to be waited for before each is not timed. Each result that has the name is checked,
+        and all are removed before the next call.
         """
 
         def check_and_remove():

@@ -34,9 +34,10 @@ __all__ = [
     "apply",
     "backend_in_use",
     "check_array",
-    "pick",
+    "picker",
     "preprocess",
     "restore",
+    "row_by_row",
 ]
 
 Backend: TypeAlias = Literal["auto", "numba", "numpy"]
@@ -202,22 +203,90 @@ def apply(
     return result
 
 
-def pick(pixels: NDArray[Any], picked: Picks, out: NDArray[Any], backend: Backend) -> None:
-    """Pick the pixels of an image that nearest neighbour resizing keeps; equal to `nearest.pick`.
+def picker(backend: Backend = "auto") -> Callable[[NDArray[Any], Picks, NDArray[Any]], None]:
+    """Return what picks the pixels of an image that nearest neighbour resizing keeps.
 
-    `pixels` and `out` are contiguous, woven uint8 images.
+    It is equal to `nearest.pick`, for contiguous, woven uint8 images.
     """
     if backend_in_use(backend) == "numpy":
-        nearest.pick(pixels, picked, out)
-        return
+        return nearest.pick
     from fastvgg.kernels import picking
 
-    source, target, offsets = (
-        array.__array_interface__["data"][0] for array in (pixels, out, picked.offsets)
-    )
-    picking.pick()(source, target, offsets, picked.inner_rows, len(picked.columns))
-    for row in range(picked.inner_rows, len(picked.rows)):
-        out[row] = pixels[picked.rows[row]].take(picked.columns, axis=0)
+    loop = picking.pick()
+
+    def pick(pixels: NDArray[Any], picked: Picks, out: NDArray[Any]) -> None:
+        loop(_address(pixels), _address(out), picked.address, picked.inner_rows, out.shape[1])
+        for row in range(picked.inner_rows, out.shape[0]):
+            out[row] = pixels[picked.rows[row]].take(picked.columns, axis=0)
+
+    return pick
+
+
+def row_by_row(
+    transform: Transform, x: NDArray[Any], out: NDArray[Any], *, backend: Backend = "auto"
+) -> Callable[[int, int], None]:
+    """Return what transforms one image of `x` into one of `out`, on the thread that calls.
+
+    ``row_by_row(transform, x, out)(i, j)`` is ``apply(transform, x[i], out[j])``, checked once for
+    all rows: that takes 10 us a call, and an image of 224x224 takes 25. Rows may be read and
+    written by many threads at once.
+
+    Parameters
+    ----------
+    transform
+        What to do.
+    x, out
+        Contiguous batches, whose images the transform fits.
+
+    Raises
+    ------
+    ShapeError, DtypeError, OutputError, BackendError, UsageError
+        Before a byte is written.
+
+    Examples
+    --------
+    >>> x, out = np.full((2, 1, 1, 3), 9, np.uint8), np.zeros((4, 1, 1, 3), np.float32)
+    >>> row_by_row(Transform("tf"), x, out)(1, 3)
+    >>> out[:, 0, 0, 0].round(3).tolist()
+    [0.0, 0.0, 0.0, -0.929]
+    """
+    input_name = _check_input(transform, x)
+    shape = (len(out), *transform.output_shape(x.shape)[1:])
+    _check_out(out, x, transform, shape, _result_dtype(transform.output_name(input_name)))
+    if not (x.flags.c_contiguous and x.dtype.isnative):
+        raise UsageError("the rows of x do not lie one after the other", "use fastvgg.preprocess")
+    if backend_in_use(backend) == "numpy" or transform.direction == "pack":
+
+        def apply_oracle(row: int, out_row: int) -> None:
+            out[out_row] = oracle.apply(transform, x[row])
+
+        return apply_oracle
+    kernel = _kernel(transform, input_name, False, False, out.nbytes >= SMALLEST_STREAMED_BYTES)
+    return _KernelOnRows(kernel, transform, x, out)
+
+
+class _KernelOnRows:
+    """A kernel on one row at a time. It holds the batches: the loop knows addresses alone."""
+
+    def __init__(
+        self, kernel: _Kernel, transform: Transform, x: NDArray[Any], out: NDArray[Any]
+    ) -> None:
+        self._held = kernel, x, out
+        self._loop = kernel.loop
+        source, target = _Memory.of(x, transform.layout), _Memory.of(out, transform.out_layout)
+        self._source, self._target = source, target
+        self._rest = (
+            *(kernel.constants_address, 1, x[0].size // 3),
+            *(source.image_bytes, source.plane_bytes, target.image_bytes, target.plane_bytes),
+        )
+
+    def __call__(self, row: int, out_row: int) -> None:
+        self._loop(self._source.at(row, 0), self._target.at(out_row, 0), *self._rest)
+
+
+def _address(array: NDArray[Any]) -> int:
+    address: int = array.__array_interface__["data"][0]  # half the time of array.ctypes.data
+    return address
 
 
 def backend_in_use(backend: Backend) -> Literal["numba", "numpy"]:
@@ -408,8 +477,7 @@ class _Memory(NamedTuple):
         element_bytes = batch.dtype.itemsize
         image_bytes = batch.nbytes // batch.shape[0]
         pixel_bytes = element_bytes * 3 if layout == "NHWC" else element_bytes
-        address = batch.__array_interface__["data"][0]  # half the time of batch.ctypes.data
-        return cls(address, image_bytes, image_bytes // 3, pixel_bytes)
+        return cls(_address(batch), image_bytes, image_bytes // 3, pixel_bytes)
 
     def at(self, image: int, pixel: int) -> int:
         """Return the address of a pixel; where planes differ, in the first plane."""
@@ -521,7 +589,7 @@ def _as_it_lies(layout: Layout, batch: NDArray[Any]) -> _Lying | None:
             size == 1 or stride == step
             for size, stride, step in zip(sizes, strides, wanted, strict=True)
         ):
-            first = batch.__array_interface__["data"][0] + min(0, 2 * channel)
+            first = _address(batch) + min(0, 2 * channel)
             return _Lying(lying, channel < 0, _Memory(first, 3 * plane, plane, pixel))
     return None
 

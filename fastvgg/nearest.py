@@ -6,7 +6,6 @@ nearly the same picks another pixel here and there.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,11 +27,12 @@ class Picks:
     columns: NDArray[np.int64]
     offsets: NDArray[np.int64]
     """In bytes: of the inner rows in the image, then of the columns in a row."""
+    address: int
+    """Of the offsets."""
     inner_rows: int
     """How many rows, from the first on, are the last neither of the image nor of the result."""
 
 
-@functools.lru_cache(maxsize=1024)
 def picks(
     height: int, width: int, box: tuple[int, int, int, int], wanted: tuple[int, int]
 ) -> Picks:
@@ -59,7 +59,7 @@ def picks(
     inner_rows = int(np.count_nonzero(rows[:-1] < height - 1))
     row_bytes = width * PIXEL_BYTES
     offsets = np.concatenate([rows[:inner_rows] * row_bytes, columns * PIXEL_BYTES])
-    return Picks(rows, columns, offsets, inner_rows)
+    return Picks(rows, columns, offsets, offsets.ctypes.data, inner_rows)
 
 
 def _positions(length: int, begin: int, end: int, wanted: int) -> NDArray[np.int64]:

@@ -113,7 +113,7 @@ class Lots:
     >>> doubled = {}
     >>> with Lots(2) as lots:
     ...     first = lots.begin(range(3), lambda piece: doubled.update({piece: 2 * piece}))
-    ...     second = lots.begin(range(3, 5), lambda piece: doubled.update({piece: 2 * piece}))
+    ...     second = lots.begin([3, 4], lambda piece: doubled.update({piece: 2 * piece}))
     ...     first.wait()
     ...     second.wait()
     >>> sorted(doubled.items())

@@ -63,7 +63,7 @@ from faults import quick_directory
 
 import fastvgg
 from fastvgg.datasets import INTERPOLATIONS
-from fastvgg.datasets.index import Record
+from fastvgg.datasets.index import Record, index_records, index_text
 from fastvgg.datasets.npy import NpySource, read_header
 from fastvgg.errors import FastvggError, ResumeError, SourceError
 from fastvgg.stream import ring as ring_module
@@ -316,7 +316,7 @@ class Sealed(Kind):
     def __init__(self, place, random):
         super().__init__(place, random)
         self._texts = [
-            json.dumps({"chunk": 1, "checksum": "1" * 16, "records": []}).encode(),
+            json.dumps({"chunk": 1, "checksum": "1" * 16, "index": "7,a.png,,9,7,ok,\n"}).encode(),
             json.dumps({"run": RUN, "generation": 7, "chunks": 6}).encode(),
             json.dumps({"a": [1, 2.5, None, {"b": "\u00e9"}], "c": True}).encode(),
         ]
@@ -363,8 +363,7 @@ class Ledgers(Kind):
             first = {"fastvgg-journal": 1, "job": plan.job(), "chunk_images": 2}
             first |= {"replaces": None, "retries": bool(records)}
             commits = [
-                Commit(chunk, *[f"{chunk:016x}"] * 2, records[2 * chunk : 2 * chunk + 2])
-                for chunk in range(plan.chunks)
+                commit_of(chunk, records[2 * chunk : 2 * chunk + 2]) for chunk in range(plan.chunks)
             ]
             self.wholes.append(seal(first) + b"".join(seal(each.to_dict()) for each in commits))
 
@@ -421,11 +420,17 @@ class Ledgers(Kind):
             of_chunk = min(images, (chunk + 1) * found.chunk_images) - chunk * found.chunk_images
             whole = found.commit(chunk)
             assert (whole.chunk, whole.checksum) == (chunk, commit.checksum)
-            assert len(whole.records) in (0, of_chunk)
-            assert commit.failed == whole.failed
+            records = index_records(whole.index, chunk * found.chunk_images)
+            assert len(records) in (0, of_chunk)
+            assert commit.failed == whole.failed == len(found.failures(chunk))
 
 
 RECORDS = [Record(f"a/{row}.png", "a", 9, 7, row == 3, "torn" * (row == 3)) for row in range(5)]
+
+
+def commit_of(chunk, records):
+    failed = sum(record.failed for record in records)
+    return Commit(chunk, *[f"{chunk:016x}"] * 2, index_text(records, 2 * chunk), failed)
 
 
 def plans(place):

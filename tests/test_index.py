@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import csv
+import itertools
+import tracemalloc
 
 import pytest
 from datasets_on_disk import failing_in_ascii, must_say, names_in, npy_bytes, pixels
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastvgg.datasets.index import Record, index_path, index_text, read_index
+from fastvgg.datasets import index as index_module
+from fastvgg.datasets.index import (
+    INDEX_HEAD,
+    Index,
+    Record,
+    index_path,
+    index_records,
+    index_text,
+    read_index,
+)
 from fastvgg.datasets.npy import NpySource
 from fastvgg.errors import SourceError
 
@@ -17,8 +28,12 @@ HEADER = "row,path,label,width,height,status,reason"
 
 
 def write_index(dataset, records):
-    text = "".join(index_text(records))
+    text = INDEX_HEAD + index_text(records)
     index_path(dataset).write_bytes(text.encode("utf-8", "surrogateescape"))
+
+
+def record(path, label="", reason="", *, failed=False, width=9, height=7):
+    return Record(path, label, width, height, failed, reason)
 
 
 def write_lines(dataset, *lines):
@@ -35,7 +50,7 @@ def test_the_index_lies_beside_the_dataset(dataset):
 
 
 def test_a_dataset_without_an_index_has_no_records(dataset):
-    assert read_index(dataset, 5) == []
+    assert len(read_index(dataset, 5)) == 0
 
 
 NAMES = [
@@ -48,13 +63,17 @@ NAMES = [
 @failing_in_ascii()
 def test_every_name_and_reason_comes_back_as_it_was(dataset):
     expected = [
-        Record(name, name.partition("/")[0], row, 7, name if row % 2 else "")
-        for row, name in enumerate(NAMES)
+        Record(name, name.partition("/")[0], row, 7, row % 2 == 1, name if row % 3 else "?" * row)
+        for row, name in enumerate(NAMES, 1)
     ]
     write_index(dataset, expected)
     actual = read_index(dataset, len(expected))
-    assert actual == expected
-    assert [record.failed for record in actual] == [row % 2 == 1 for row in range(len(NAMES))]
+    assert [*actual] == expected
+    assert [actual[row] for row in range(len(NAMES))] == expected
+    assert actual[:] == expected
+    assert index_records(index_text(expected)) == expected
+    parts = INDEX_HEAD + index_text(expected[:7]) + index_text(expected[7:], 7)
+    assert index_path(dataset).read_bytes() == parts.encode("utf-8", "surrogateescape")
 
 
 names = st.text(
@@ -68,13 +87,98 @@ names = st.text(
 @given(st.lists(st.tuples(st.lists(names, min_size=1, max_size=3), st.booleans()), max_size=7))
 def test_any_path_that_a_file_system_can_hold_comes_back(tmp_path_factory, entries):
     dataset = tmp_path_factory.getbasetemp() / "any.npy"
-    expected = [Record("/".join(parts), parts[0], 9, 7, "torn" * bad) for parts, bad in entries]
+    expected = [
+        record("/".join(parts), parts[0], "torn" * bad, failed=bad) for parts, bad in entries
+    ]
     write_index(dataset, expected)
-    assert read_index(dataset, len(expected)) == expected
+    actual = read_index(dataset, len(expected))
+    assert [*actual] == actual[:] == expected
+    assert index_records(index_text(expected, 3), 3) == expected
+    assert [actual[row] for row in range(-len(expected), 0)] == expected
+
+
+def some_index(dataset, rows=11):
+    """An index some of whose names have line feeds, and its records."""
+    expected = [
+        record(f"{row}\n,'\"\r\n.jpg" if row % 3 else f"{row}.jpg", reason="warned" * (row % 2))
+        for row in range(rows)
+    ]
+    write_index(dataset, expected)
+    return Index(index_path(dataset)), expected
+
+
+def test_any_slice_of_an_index_is_a_list_of_its_records(dataset):
+    index, expected = some_index(dataset)
+    bounds = (None, 0, 1, 5, 10, 11, 12, -1, -4, -11, -12)
+    for start, stop, step in itertools.product(bounds, bounds, (None, 1, 2, 5, -1, -3)):
+        actual = index[start:stop:step]
+        assert type(actual) is list
+        assert actual == expected[start:stop:step], (start, stop, step)
+
+
+def test_an_index_can_be_read_again_and_from_its_end(dataset):
+    index, expected = some_index(dataset)
+    assert len(index) == 11
+    assert [*index] == [*index] == expected
+    assert [*reversed(index)] == expected[::-1]
+    two = iter(index)
+    assert [next(two), next(two)] == expected[:2]
+    assert index[3] == expected[3]
+    assert next(two) == expected[2]
+    assert index.index(expected[7]) == 7
+    assert expected[9] in index
+
+
+@pytest.mark.parametrize("row", [11, -12, 10**9])
+def test_an_index_has_no_row_outside(dataset, row):
+    index, _ = some_index(dataset)
+    with pytest.raises(IndexError):
+        index[row]
+
+
+def test_an_index_of_many_rows_takes_a_few_bytes_for_each(dataset):
+    expected = [record(f"class {row % 77}/{row:07d}.jpg", reason="w" * 40) for row in range(20_000)]
+    write_index(dataset, expected)
+    # Of the index's own: pathlib keeps its parts in a table of Python's.
+    own = tracemalloc.Filter(True, index_module.__file__)
+    tracemalloc.start()
+    try:
+        index = read_index(dataset, 20_000)
+        read = index[19_999], index[10_000:10_003], sum(found.width for found in index)
+        taken = tracemalloc.take_snapshot().filter_traces([own])
+    finally:
+        tracemalloc.stop()
+    assert sum(trace.size for trace in taken.traces) < 20_000 * 20
+    assert read == (expected[-1], expected[10_000:10_003], 20_000 * 9)
+
+
+def test_an_index_that_is_damaged_after_it_was_opened_is_refused_when_it_is_read(dataset):
+    index, expected = some_index(dataset)
+    text = index_path(dataset).read_bytes()
+    index_path(dataset).write_bytes(text.replace(b"\n9.jpg", b"\n9,jpg").replace(b"\n9,", b"\nx,"))
+    assert index[0] == expected[0]
+    for read in (lambda: index[9], lambda: index[8:10], lambda: [*index]):
+        with pytest.raises(SourceError) as caught:
+            read()
+        must_say(caught.value, index_path(dataset), "row 9")
+
+
+def test_an_image_that_was_read_may_have_a_reason_and_a_failed_one_must_have_one(dataset):
+    expected = [
+        record("a.jpg", reason="Corrupt JPEG data"),
+        record("b.jpg", reason="?", failed=True),
+    ]
+    write_index(dataset, expected)
+    lines = index_path(dataset).read_text().splitlines()
+    assert lines[1:] == ["0,a.jpg,,9,7,ok,Corrupt JPEG data", "1,b.jpg,,9,7,failed,?"]
+    assert read_index(dataset, 2)[:] == expected
 
 
 def test_another_program_reads_the_index_as_csv(dataset):
-    records = [Record('a,"b"\n.jpg', "", 9, 7, ""), Record("cat/c.jpg", "cat", 0, 0, "it is torn")]
+    records = [
+        record('a,"b"\n.jpg'),
+        record("cat/c.jpg", "cat", "it is torn", failed=True, width=0, height=0),
+    ]
     write_index(dataset, records)
     with index_path(dataset).open(newline="", encoding="utf-8") as file:
         actual = list(csv.DictReader(file))
@@ -105,7 +209,6 @@ REFUSED = {
     "too many columns": ([HEADER, "0,a.jpg,,9,7,ok,,", *GOOD[1:]], ["line 2"]),
     "an empty line": ([HEADER, "", *GOOD], ["line 2"]),
     "another status": ([HEADER, "0,a.jpg,,9,7,fine,", *GOOD[1:]], ["line 2", "fine"]),
-    "ok with a reason": ([HEADER, "0,a.jpg,,9,7,ok,torn", *GOOD[1:]], ["line 2", "torn"]),
     "failed without a reason": ([HEADER, "0,a.jpg,,9,7,failed,", *GOOD[1:]], ["line 2", "failed"]),
     "an absolute path": ([HEADER, "0,/etc/a.jpg,,9,7,ok,", *GOOD[1:]], ["/etc/a.jpg", "outside"]),
     "two slashes": ([HEADER, "0,//etc/a.jpg,,9,7,ok,", *GOOD[1:]], ["etc/a.jpg", "outside"]),
@@ -137,7 +240,8 @@ def test_an_index_that_does_not_fit_is_refused_and_left_as_it_is(dataset, wrong)
 
 def test_the_index_that_the_refused_ones_were_made_from_is_read(dataset):
     write_lines(dataset, HEADER, *GOOD)
-    assert [record.path for record in read_index(dataset, 3)] == ["a.jpg", "b.jpg", "c.jpg"]
+    expected = [record("a.jpg"), record("b.jpg", reason="torn", failed=True), record("c.jpg")]
+    assert [*read_index(dataset, 3)] == expected
 
 
 def test_an_index_that_cannot_be_read_is_refused(dataset):
@@ -149,17 +253,17 @@ def test_an_index_that_cannot_be_read_is_refused(dataset):
 
 def test_an_array_brings_the_records_of_its_index(dataset):
     dataset.write_bytes(npy_bytes(pixels(5)))
-    expected = [Record(f"{row}.jpg", "", 9, 7, "") for row in range(5)]
+    expected = [record(f"{row}.jpg") for row in range(5)]
     write_index(dataset, expected)
     source = NpySource(dataset)
-    assert source.records == expected
+    assert [*source.records] == expected
     assert source.read(1, 4).records == expected[1:4]
     source.close()
 
 
 def test_an_array_with_an_index_of_another_is_refused(dataset):
     dataset.write_bytes(npy_bytes(pixels(5)))
-    write_index(dataset, [Record("a.jpg", "", 9, 7, "")])
+    write_index(dataset, [record("a.jpg")])
     with pytest.raises(SourceError) as caught:
         NpySource(dataset)
     must_say(caught.value, index_path(dataset), "lists 1 images", "has 5")

@@ -44,7 +44,7 @@ from faults import CuttingStorage, Death, FaultyOs, system_calls
 
 import fastvgg
 from fastvgg import engine, oracle
-from fastvgg.datasets.index import Record, index_path, index_text, read_index
+from fastvgg.datasets.index import INDEX_HEAD, Record, index_path, index_text, read_index
 from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError, UsageError
 from fastvgg.stream.behind import Behind
 from fastvgg.stream.journal import journal_path
@@ -1041,7 +1041,7 @@ def test_what_an_index_names_outside_of_the_directory_is_never_written(tmp_path,
     names = [f"{row}.png" for row in range(10)]
     for evil in (str(outside), f"/{outside}", "../outside.png", "x/../../outside.png"):
         records = [Record(name, "", 9, 7, False, "") for name in [*names, evil]]
-        index_path(stored).write_text("".join(index_text(records)), encoding="utf-8")
+        index_path(stored).write_text(INDEX_HEAD + index_text(records), encoding="utf-8")
         with pytest.raises(SourceError):
             plan_of(stored, tmp_path / "back", direction="restore").run()
         assert not outside.exists()

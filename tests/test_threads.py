@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +13,7 @@ from batches import run_script
 
 import fastvgg.threads
 from fastvgg.errors import UsageError
-from fastvgg.threads import check_threads, usable_cores, work_on_all
+from fastvgg.threads import Lots, check_threads, usable_cores, work_on_all
 
 PIECES = [f"piece {number}" for number in range(37)]
 
@@ -191,3 +193,170 @@ def test_threads_are_a_whole_number_of_at_least_one(threads):
     with pytest.raises(UsageError, match="whole number") as caught:
         check_threads(threads)
     assert repr(threads) in caught.value.problem
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7, 40])
+def test_every_piece_of_every_lot_is_worked_on_once(threads):
+    done = []
+    with Lots(threads) as lots:
+        sizes = [1, 37, 0, 2, 19, 5]
+        begun = [
+            lots.begin([(lot, piece) for piece in range(size)], done.append)
+            for lot, size in enumerate(sizes)
+        ]
+        for lot in begun:
+            lot.wait()
+            assert lot.is_done()
+        expected = [(lot, piece) for lot, size in enumerate(sizes) for piece in range(size)]
+        assert sorted(done) == expected
+
+
+def test_pieces_are_begun_in_their_order_and_lots_in_theirs():
+    order = []
+    with Lots(1) as lots:
+        begun = [lots.begin(range(10 * lot, 10 * lot + 7), order.append) for lot in range(5)]
+        begun[-1].wait()  # and with it all before
+    assert order == [10 * lot + piece for lot in range(5) for piece in range(7)]
+
+
+def test_a_piece_of_a_later_lot_is_begun_when_those_of_earlier_ones_are():
+    begun, counted = [], itertools.count()
+
+    def take(piece):
+        begun.append((next(counted), piece))
+
+    with Lots(3) as lots:
+        made = [lots.begin([lot] * 50, take) for lot in range(4)]
+        for lot in made:
+            lot.wait()
+    # Each thread takes a piece and then notes it: at most the others' pieces come in between.
+    late = [piece for _, piece in sorted(begun)]
+    for lot in range(4):
+        assert late.index(lot) >= 50 * lot - 3
+
+
+def test_no_thread_waits_for_the_slowest_piece_of_a_lot():
+    reached, order = threading.Event(), []
+
+    def slow(piece):
+        if piece == 0:
+            assert reached.wait(60)  # until the other thread is in the next lot
+        order.append(piece)
+
+    def of_the_next(piece):
+        order.append(piece)
+        reached.set()
+
+    with Lots(2) as lots:
+        first, second = lots.begin(range(3), slow), lots.begin([10], of_the_next)
+        second.wait()
+        first.wait()
+    assert order.index(10) < order.index(0)
+    assert sorted(order) == [0, 1, 2, 10]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_as_many_threads_as_there_are_work_on_a_lot(threads):
+    met, workers = threading.Barrier(threads), set()
+
+    def meet(_piece):
+        workers.add(threading.current_thread())
+        met.wait(60)
+
+    with Lots(threads) as lots:
+        lots.begin(range(threads), meet).wait()
+        lots.begin(range(threads), meet).wait()
+    assert len(workers) == threads
+    assert threading.current_thread() not in workers
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_no_more_threads_work_on_lots_than_there_are(threads):
+    workers = set()
+    with Lots(threads) as lots:
+        begun = [
+            lots.begin(range(20), lambda _: workers.add(threading.current_thread()))
+            for _ in range(20)
+        ]
+        for lot in begun:
+            lot.wait()
+    assert 1 <= len(workers) <= threads
+
+
+def test_an_error_in_a_lot_ends_its_work_and_is_raised_by_waiting_for_it():
+    done = []
+
+    def fail_in_the_middle(piece):
+        if piece == PIECES[20]:
+            raise MemoryError("no memory to decode this image in")
+        done.append(piece)
+
+    with Lots(1) as lots:
+        first = lots.begin(PIECES, fail_in_the_middle)
+        second = lots.begin(range(5), done.append)
+        for _ in range(2):
+            with pytest.raises(MemoryError, match="decode this image"):
+                first.wait()
+        assert first.is_done()
+        second.wait()
+    assert done == [*PIECES[:20], *range(5)]
+
+
+def test_an_error_on_any_thread_ends_the_lot_for_all():
+    failed, done = threading.Event(), []
+    many = range(1_000_000)  # more than one thread can do before the other one has failed
+
+    def fail_at_first(piece):
+        if piece == 0:
+            failed.set()
+            raise MemoryError("no memory to decode this image in")
+        assert failed.wait(60)
+        done.append(piece)
+
+    with Lots(2) as lots, pytest.raises(MemoryError, match="decode this image"):
+        lots.begin(many, fail_at_first).wait()
+    assert len(done) < len(many) // 2
+
+
+class LeftError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [None, LeftError], ids=["at its end", "by an error"])
+def test_leaving_the_block_begins_no_more_pieces_and_waits_for_those_under_way(error):
+    begun, ended = [], []
+    under_way = threading.Barrier(3)
+
+    def take(piece):
+        begun.append(piece)
+        under_way.wait(60)
+        for _ in range(1_000_000):
+            if not lot._remaining:  # the work is given up
+                break
+            os.sched_yield()
+        ended.append(piece)
+
+    left = pytest.raises(LeftError) if error else contextlib.nullcontext()
+    with left, Lots(2) as lots:
+        lot = lots.begin(range(100), take)
+        later = lots.begin(range(100, 200), begun.append)
+        under_way.wait(60)
+        if error:
+            raise error
+    assert sorted(begun) == sorted(ended) == [0, 1]
+    assert not later._remaining
+
+
+def test_what_was_waited_for_is_forgotten():
+    with Lots(2) as lots:
+        for _ in range(50):
+            lots.begin(range(3), str).wait()
+            lots.begin([], str).wait()
+        assert len(lots._lots) <= 3
+
+
+def test_nothing_can_be_begun_when_the_block_is_left():
+    with Lots(2) as lots:
+        pass
+    with pytest.raises(RuntimeError):
+        lots.begin([1], str)

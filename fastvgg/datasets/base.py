@@ -7,7 +7,7 @@ import math
 import os
 import stat
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
     import io
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Chunk",
     "Header",
+    "See",
     "Source",
     "Stored",
     "Target",
@@ -34,7 +35,12 @@ __all__ = [
     "open_regular",
     "read_beside",
     "read_regular",
+    "unseen",
 ]
+
+
+READ_FLAGS: Final = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
+NO_LINKS: Final = getattr(os, "O_NOFOLLOW", 0)
 
 
 def open_regular(path: Path) -> io.BufferedReader:
@@ -45,7 +51,7 @@ def open_regular(path: Path) -> io.BufferedReader:
     OSError
         As the system gives it, or saying what the path is if not a file.
     """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    descriptor = os.open(path, READ_FLAGS)
     try:
         _refuse_irregular(os.fstat(descriptor))
     except OSError:
@@ -68,8 +74,7 @@ def read_regular(path: bytes, most_bytes: int) -> tuple[bytes, os.stat_result]:
         As the system gives it, with ELOOP for a link; or saying what the path is if not a file, and
         how long a file is that is longer than `most_bytes`.
     """
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
-    descriptor = os.open(path, flags)
+    descriptor = os.open(path, READ_FLAGS | NO_LINKS)
     try:
         status = os.fstat(descriptor)
         _refuse_irregular(status)
@@ -154,13 +159,20 @@ class Chunk(NamedTuple):
     """Some images of a source, as they were read."""
 
     batch: NDArray[Any]
-    """Valid until the next read."""
+    """Memory of its own, which stays valid while it is held."""
     records: list[Record]
     """What is known of each image; empty where the source is an array that never had names."""
 
 
 Stored: TypeAlias = "Sequence[bytes | memoryview]"
 """What is written of some images: the bytes of a batch, or a file for each image."""
+
+
+See: TypeAlias = "Callable[[bytes | memoryview], None]"
+
+
+def unseen(_piece: bytes | memoryview) -> None:
+    """Look at no piece of what is written."""
 
 
 class Source(Protocol):
@@ -203,8 +215,11 @@ class Target(Protocol):
     def reopen(self) -> None:
         """Go on with the partial that is there, after checking that it can be ours."""
 
-    def write(self, start: int, stored: Stored) -> None:
-        """Write what is stored of the images from row `start` on."""
+    def write(self, start: int, stored: Stored, see: See = unseen) -> None:
+        """Write what is stored of the images from row `start` on.
+
+        `see` is called with every piece before it is written.
+        """
 
     def sync(self) -> None:
         """Make everything that is written survive a power cut, while more may be being written."""

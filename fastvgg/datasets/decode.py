@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import struct
 import threading
@@ -100,6 +101,7 @@ JPEG_PIXEL_BYTES: Final = 3
 COEFFICIENTS_BYTES: Final = 6
 RESIZED_PIXEL_BYTES: Final = 4
 PILLOW_PIXEL_BYTES: Final = 12
+SMALL_PIXEL_BYTES: Final = 14  # and a compressed byte a pixel
 # Of a file: no image of so many pixels is larger uncompressed, with 16 bits for each of 4 channels.
 FILE_PIXEL_BYTES: Final = 8
 FILE_HEAD_BYTES: Final = 2**20
@@ -238,12 +240,17 @@ class Decoder:
         self._large_bytes = memory_bytes // 2
         self._share_bytes = (memory_bytes - self._large_bytes) // threads
         self._one_large = threading.Lock()
+        # Of these nothing has to be reckoned.
+        self._small_pixels = min(decoding.max_pixels, self._share_bytes // SMALL_PIXEL_BYTES)
+        self._picks = functools.lru_cache(maxsize=1024)(self._picks_of)
 
     def size(self, data: bytes) -> tuple[int, int] | str:
         """Return an image's height and width as it would be read, or why that cannot be told."""
         try:
             with open_image(io.BytesIO(data)) as image:
-                turns = self._decoding.exif and _orientation(data) in SIDEWAYS
+                # Pillow turns a TIFF itself, and tells the size that it has then.
+                exif = self._decoding.exif and image.format != "TIFF"
+                turns = exif and _orientation(data) in SIDEWAYS
                 return (image.width, image.height) if turns else (image.height, image.width)
         except DECODING_ERRORS as error:
             return reason_of(error)
@@ -282,9 +289,12 @@ class Decoder:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if colours not in USUAL_COLOURS or (decoding.exif and _orientation(data) != UPRIGHT):
             return None
+        smaller = self._smaller(height, width) if decoding.fast_jpeg else {}
         try:
+            if height * width <= self._small_pixels and len(data) <= self._small_pixels:
+                self._place(simplejpeg.decode_jpeg(data, **smaller), out)
+                return Decoded(width, height, False, "")
             self._refuse_many(height * width)
-            smaller = self._smaller(height, width) if decoding.fast_jpeg else {}
             with self._memory(self._jpeg_bytes(data, height * width)):
                 self._place(simplejpeg.decode_jpeg(data, **smaller), out)
         except _RefusedError as error:
@@ -296,9 +306,7 @@ class Decoder:
         needed_bytes = len(data) + JPEG_PIXEL_BYTES * pixels
         if self._decoding.interpolation != "nearest":
             needed_bytes += RESIZED_PIXEL_BYTES * pixels
-        with_coefficients = needed_bytes + COEFFICIENTS_BYTES * pixels
-        is_progressive = with_coefficients > self._share_bytes and PROGRESSIVE in data
-        return with_coefficients if is_progressive else needed_bytes
+        return needed_bytes + COEFFICIENTS_BYTES * pixels * (PROGRESSIVE in data)
 
     def _smaller(self, height: int, width: int) -> dict[str, Any]:
         """Return how to decode a JPEG no smaller than is wanted, where that saves a half."""
@@ -317,12 +325,14 @@ class Decoder:
         if pixels.shape == out.shape:
             out[...] = pixels
             return
-        height, width = pixels.shape[:2]
-        size, box = self._decoding.size, self._decoding.crop(height, width)
-        if size is None or self._decoding.interpolation != "nearest":
+        if self._decoding.size is None or self._decoding.interpolation != "nearest":
             self._place_image(Image.fromarray(pixels), out)
         else:
-            self._pick(pixels, nearest.picks(height, width, box, size), out)
+            self._pick(pixels, self._picks(*pixels.shape[:2], *out.shape[:2]), out)
+
+    def _picks_of(self, height: int, width: int, wanted_height: int, wanted_width: int) -> Picks:
+        box = self._decoding.crop(height, width)
+        return nearest.picks(height, width, box, (wanted_height, wanted_width))
 
     def _decode_image(self, image: Image.Image, data_bytes: int, out: NDArray[np.uint8]) -> None:
         """Decode with Pillow an image that it has opened."""

@@ -24,7 +24,7 @@ from fastvgg.errors import SourceError, StoppedError
 from fastvgg.threads import work_on_all
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -34,6 +34,7 @@ __all__ = ["FolderListing", "ImageFolder", "Images", "Listing", "is_image_name"]
 CHANNELS: Final = 3
 SIZES_SHOWN: Final = 5
 LOOKED_AT_TOGETHER: Final = 64
+ENDINGS: Final = frozenset(suffix.encode() for suffix in SUFFIXES)
 
 
 def is_image_name(name: bytes) -> bool:
@@ -42,9 +43,8 @@ def is_image_name(name: bytes) -> bool:
     >>> is_image_name(b"cat/a.JPG"), is_image_name(b".jpg"), is_image_name(b"a.jpg.txt")
     (True, False, False)
     """
-    stem, dot, suffix = name.rpartition(b".")
-    is_named = bool(dot) and not stem.endswith(b"/") and stem != b""
-    return is_named and f".{suffix.decode('latin-1').lower()}" in SUFFIXES
+    at = name.rfind(b".")
+    return name[at:].lower() in ENDINGS and at > 0 and name[at - 1 : at] != b"/"
 
 
 class Listing(Protocol):
@@ -136,11 +136,12 @@ class Images:
         """
         return self.listing.fingerprint()
 
-    def checksum_of(self, rows: Iterable[int]) -> str:
-        """Return the xxh3-64 of what identifies some images."""
+    def checksum_of(self, start: int, stop: int, failed: Collection[int]) -> str:
+        """Return the xxh3-64 of what identifies some images, without those that failed."""
         digest = xxhash.xxh3_64()
-        for row in rows:
-            digest.update(self.listing.identity(row))
+        for row in range(start, stop):
+            if row not in failed:
+                digest.update(self.listing.identity(row))
         return digest.hexdigest()
 
     def decode(self, row: int, out: NDArray[np.uint8]) -> Record:
@@ -250,12 +251,12 @@ class FolderListing:
     def __post_init__(self) -> None:
         self._root = os.fsencode(self.directory) + b"/"
         digest = xxhash.xxh3_128()
-        for row, name in enumerate(self._walk()):
+        for name in self._walk():
             size, changed_ns = _size_and_change(self._root + name)
             self.names.append(name)
             self.sizes.append(size)
             self.changed_ns.append(changed_ns)
-            digest.update(self.identity(row))
+            digest.update(b"%d %d %b\0" % (size, changed_ns, name))
         self._fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:

@@ -18,10 +18,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from typing import BinaryIO
 
-__all__ = ["Index", "Record", "index_path", "index_text", "read_index"]
+__all__ = [
+    "INDEX_HEAD",
+    "Index",
+    "Record",
+    "index_path",
+    "index_records",
+    "index_text",
+    "read_index",
+]
 
 NUMBER: Final = re.compile("[0-9]{1,15}")
 COLUMNS: Final = ("row", "path", "label", "width", "height", "status", "reason")
+INDEX_HEAD: Final = ",".join(COLUMNS) + "\n"
+STATUS: Final = ("ok", "failed")
+IN_MEMORY: Final = Path("the index's lines")
 REMEDY: Final = "put back the index that was written with the dataset, or remove it"
 
 
@@ -45,28 +56,39 @@ def index_path(dataset: Path) -> Path:
     return dataset.with_name(dataset.name + ".index.csv")
 
 
-def index_text(records: Iterable[Record]) -> Iterator[str]:
-    """Return the lines of an index.
+def index_text(records: Iterable[Record], start: int = 0) -> str:
+    """Return the lines of an index, from row `start` on; `INDEX_HEAD` stands before them all.
 
-    >>> print(*index_text([Record("cat/a.jpg", "cat", 500, 375, False, "")]), sep="", end="")
-    row,path,label,width,height,status,reason
-    0,cat/a.jpg,cat,500,375,ok,
+    >>> print(index_text([Record("cat/a.jpg", "cat", 500, 375, False, "")], 7), end="")
+    7,cat/a.jpg,cat,500,375,ok,
     """
-    line = io.StringIO(newline="")
-    writer = csv.writer(line)  # its own line end, or a name with a carriage return is not quoted
-
-    def flushed() -> str:
-        text = line.getvalue().removesuffix("\r\n") + "\n"
-        line.seek(0)
-        line.truncate()
+    rows = [
+        (row, path, label, width, height, STATUS[failed], reason)
+        for row, (path, label, width, height, failed, reason) in enumerate(records, start)
+    ]
+    text = _csv(rows, "\n")
+    if "\r" not in text:
         return text
+    # The writer quotes a carriage return only where one is in its line end.
+    return "".join(_csv([row], "\r\n").removesuffix("\r\n") + "\n" for row in rows)
 
-    writer.writerow(COLUMNS)
-    yield flushed()
-    for row, record in enumerate(records):
-        status = "failed" if record.failed else "ok"
-        writer.writerow([row, *record[:4], status, record.reason])
-        yield flushed()
+
+def _csv(rows: Iterable[Iterable[object]], line_end: str) -> str:
+    lines = io.StringIO(newline="")
+    csv.writer(lines, lineterminator=line_end).writerows(rows)
+    return lines.getvalue()
+
+
+def index_records(text: str, start: int = 0) -> list[Record]:
+    """Return the records that `index_text` made lines of.
+
+    Raises
+    ------
+    SourceError
+        If it did not make them.
+    """
+    lines = _Lines(IN_MEMORY, io.BytesIO(text.encode("utf-8", "surrogateescape")))
+    return [_record(IN_MEMORY, row, fields) for row, fields in enumerate(lines, start)]
 
 
 class Index(Sequence[Record]):

@@ -116,7 +116,6 @@ def _row_by_row(
         lot.wait()
         return computed
 
-    _compile(plan)
     with Lots(plan.threads) as lots:
         for part in work:
             computed, rows, work_on = begun(part)
@@ -127,24 +126,6 @@ def _row_by_row(
             yield finished()
 
 
-def _compile(plan: Plan) -> None:
-    """Have the kernel compiled before threads need it: each of them would."""
-    if plan.transform.direction != "pack":
-        _apply(plan, np.zeros((3, 3, 3), storage_dtype(plan.header.dtype)), None)
-
-
-def _apply(plan: Plan, image: NDArray[Any], out: NDArray[Any] | None) -> None:
-    """Transform one image on the thread that calls."""
-    engine.apply(plan.transform, image, out, threads=1, backend=plan.backend, read_next=True)
-
-
-class _Scratch(threading.local):
-    """Memory for an image, of each thread its own."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.image = np.empty(shape, np.uint8)
-
-
 class _Decoding:
     """Images into rows of an array."""
 
@@ -152,8 +133,7 @@ class _Decoding:
         self._plan = plan
         self._source = source
         self._stagings = itertools.cycle([_staging(plan) for _ in range(STAGINGS)])
-        self._scratch = _Scratch(source.header.shape[1:])
-        self._packs = plan.transform.direction == "pack"
+        self._images = _Images(plan.threads, source.header.shape[1:])
 
     def begun(self, part: Work) -> _Begun:
         images = part.stop - part.start
@@ -161,25 +141,36 @@ class _Decoding:
         records = [UNREAD] * images
         rows: Sequence[int] = range(images)
         if part.keep is not None:
-            kept = part.keep(out)
-            records[:] = kept
-            rows = [at for at, record in enumerate(kept) if record.failed]
+            records = part.keep(out)
+            rows = [at for at, record in enumerate(records) if record.failed]
+        pack = self._plan.transform.direction == "pack"
+        work_on = self._packing if pack else self._preprocessing
+        computed = Computed(*part[:3], [bytes_of(out)], records)
+        return _Begun(computed, rows, work_on(part.start, out, records))
+
+    def _packing(
+        self, start: int, out: NDArray[Any], records: list[Record]
+    ) -> Callable[[int], None]:
+        def work_on(at: int) -> None:
+            records[at] = self._source.decode(start + at, out[at])
+
+        return work_on
+
+    def _preprocessing(
+        self, start: int, out: NDArray[Any], records: list[Record]
+    ) -> Callable[[int], None]:
+        plan, images, own_slot = self._plan, self._images.batch, self._images.slot
+        transform = engine.row_by_row(plan.transform, images, out, backend=plan.backend)
 
         def work_on(at: int) -> None:
-            records[at] = self._decoded(part.start + at, out[at])
+            slot = own_slot()
+            records[at] = self._source.decode(start + at, images[slot])
+            if records[at].failed:
+                out[at] = 0
+            else:
+                transform(slot, at)
 
-        return _Begun(Computed(*part[:3], [bytes_of(out)], records), rows, work_on)
-
-    def _decoded(self, row: int, out: NDArray[Any]) -> Record:
-        if self._packs:
-            return self._source.decode(row, out)
-        image = self._scratch.image
-        record = self._source.decode(row, image)
-        if record.failed:
-            out[...] = 0
-        else:
-            _apply(self._plan, image, out)
-        return record
+        return work_on
 
 
 class _Encoding:
@@ -189,15 +180,35 @@ class _Encoding:
         self._plan = plan
         self._source = source
         self._target = target
-        self._scratch = _Scratch(plan.result.shape[1:])
+        self._images = _Images(plan.threads, plan.result.shape[1:])
 
     def begun(self, part: Work) -> _Begun:
         batch, records = self._source.read(part.start, part.stop)
         stored = [b""] * len(batch)
         rows = [at for at in range(len(batch)) if not (records and records[at].failed)]
+        plan, images, own_slot = self._plan, self._images.batch, self._images.slot
+        transform = engine.row_by_row(plan.transform, batch, images, backend=plan.backend)
 
         def work_on(at: int) -> None:
-            _apply(self._plan, batch[at], self._scratch.image)
-            stored[at] = self._target.encode(self._scratch.image)
+            slot = own_slot()
+            transform(at, slot)
+            stored[at] = self._target.encode(images[slot])
 
         return _Begun(Computed(*part[:3], stored, records), rows, work_on)
+
+
+class _Images:
+    """Memory for one image of each thread."""
+
+    def __init__(self, threads: int, shape: tuple[int, ...]) -> None:
+        self.batch = np.empty((threads, *shape), np.uint8)
+        self._taken = itertools.count()
+        self._own = threading.local()
+
+    def slot(self) -> int:
+        """Return which image is that of the thread that calls."""
+        try:
+            slot: int = self._own.slot
+        except AttributeError:
+            slot = self._own.slot = next(self._taken)
+        return slot

@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import xxhash
 
 from fastvgg.datasets.base import open_regular
-from fastvgg.datasets.index import Record
+from fastvgg.datasets.index import index_records
 from fastvgg.errors import FastvggError, ResumeError, SourceError, TargetError
 from fastvgg.stream.job import check_fields, check_job, check_sizes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
     from pathlib import Path
 
+    from fastvgg.datasets.index import Record
     from fastvgg.stream.job import Kinds
     from fastvgg.stream.storage import Storage, StoredFile
 
@@ -51,8 +52,13 @@ FIRST_LINE: Final[Kinds] = {
     "replaces": (str, NoneType),
     "retries": bool,
 }
-COMMIT: Final[Kinds] = {"chunk": int, "checksum": str, "source_checksum": str, "records": list}
-OF_IMAGE: Final = [str, str, int, int, bool, str]
+COMMIT: Final[Kinds] = {
+    "chunk": int,
+    "checksum": str,
+    "source_checksum": str,
+    "index": str,
+    "failed": int,
+}
 
 
 @dataclass(frozen=True)
@@ -64,33 +70,14 @@ class Commit:
     """xxh3-64 of the chunk's bytes in the target."""
     source_checksum: str
     """xxh3-64 of what identifies the images that were read; empty where the source is an array."""
-    records: list[Record]
-
-    @property
-    def failed(self) -> int:
-        """How many of its images could not be read."""
-        return sum(record.failed for record in self.records)
+    index: str
+    """The chunk's lines of the index; empty where nothing is known of the images."""
+    failed: int
+    """How many of the images could not be read."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the commit as JSON types."""
         return {name: getattr(self, name) for name in COMMIT}
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Commit:
-        """Return the commit that `to_dict` wrote.
-
-        Raises
-        ------
-        ValueError
-            If it wrote no such thing.
-        """
-        check_fields(fields, COMMIT)
-        for record in fields["records"]:
-            if not isinstance(record, list) or [type(value) for value in record] != OF_IMAGE:
-                raise ValueError("what it says of an image is of other types")
-            check_sizes(record[2:4], least=0)
-        records = [Record(*record) for record in fields["records"]]
-        return cls(fields["chunk"], fields["checksum"], fields["source_checksum"], records)
 
 
 class Mark(NamedTuple):
@@ -138,10 +125,13 @@ class Ledger:
         """Whether every chunk is durable."""
         return len(self.commits) == self.chunks
 
-    def records(self) -> Iterator[Record]:
-        """Read what is known of every image of the chunks that are durable, in their order."""
-        for chunk in sorted(self.commits):
-            yield from self.commit(chunk).records
+    def failures(self, chunk: int) -> list[tuple[int, Record]]:
+        """Read which rows of a chunk failed, and what is known of them."""
+        if not self.commits[chunk].failed:
+            return []
+        start = chunk * self.chunk_images
+        records = index_records(self.commit(chunk).index, start)
+        return [(row, record) for row, record in enumerate(records, start) if record.failed]
 
     def commit(self, chunk: int) -> Commit:
         """Read all that a chunk's line says.
@@ -159,7 +149,7 @@ class Ledger:
                 f"{self.path} was changed by something else while the run held it",
                 "put it back as the run left it, or give --restart to begin again",
             )
-        return Commit.from_dict(fields)
+        return Commit(**fields)
 
 
 def journal_path(target: Path) -> Path:
@@ -198,7 +188,7 @@ def _read(path: Path, lines: Iterable[bytes]) -> Ledger | None:
             if ledger is None:
                 ledger = _opened(path, fields)
             else:
-                _add(ledger, Commit.from_dict(fields))
+                _add(ledger, fields)
         except ValueError as error:
             raise ResumeError(
                 f"{path} is damaged: line {number} has the right checksum, and is no line of a "
@@ -256,14 +246,22 @@ def _opened(path: Path, fields: dict[str, Any]) -> Ledger:
     return ledger
 
 
-def _add(ledger: Ledger, commit: Commit) -> None:
+def _add(ledger: Ledger, fields: dict[str, Any]) -> None:
     """Count a commit; one that the job cannot have is a ValueError."""
-    chunk, together = commit.chunk, ledger.chunk_images
-    check_sizes([chunk], least=0, most=ledger.chunks - 1)
-    images = min(together, ledger.images - chunk * together)
-    if len(commit.records) not in (0, images):
-        raise ValueError(f"{len(commit.records)} images in a chunk of {images}")
-    ledger.commits[chunk] = Mark.of(commit, ledger.whole_bytes)
+    check_fields(fields, COMMIT)
+    commit = Commit(**fields)
+    check_sizes([commit.chunk], least=0, most=ledger.chunks - 1)
+    start = commit.chunk * ledger.chunk_images
+    images = min(ledger.chunk_images, ledger.images - start)
+    try:
+        records = index_records(commit.index, start)
+    except SourceError as error:
+        raise ValueError(ascii(error.problem)) from None
+    if len(records) not in (0, images):
+        raise ValueError(f"{len(records)} images in a chunk of {images}")
+    if commit.failed != sum(record.failed for record in records):
+        raise ValueError(f"{commit.failed} images are said to have failed, and others have")
+    ledger.commits[commit.chunk] = Mark.of(commit, ledger.whole_bytes)
 
 
 def refuse_other_job(found: dict[str, Any], wanted: dict[str, Any], target: str) -> None:

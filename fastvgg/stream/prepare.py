@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 import shutil
 from pathlib import Path
@@ -21,7 +20,9 @@ from fastvgg.errors import ArrayError, SourceError, TargetError, UsageError
 from fastvgg.stream.journal import journal_path, read_ledger, refuse_other_job
 from fastvgg.stream.manifest import manifest_path, read_manifest
 from fastvgg.stream.plan import (
+    CHUNK_BYTES,
     DECODED,
+    DECODED_CHUNK_BYTES,
     Plan,
     bytes_worked_on,
     chunk_images,
@@ -351,8 +352,10 @@ def _planned(
     scratch_bytes = least_scratch_bytes(
         *kinds, options["threads"], header.image_bytes, result.image_bytes
     )
-    if source.kind in DECODED:  # and as much again for large images
-        scratch_bytes = max(scratch_bytes, options["memory_bytes"] // 2)
+    chunk_bytes = CHUNK_BYTES
+    if source.kind in DECODED:
+        chunk_bytes = DECODED_CHUNK_BYTES
+        scratch_bytes = max(scratch_bytes, options["memory_bytes"] // 2)  # for large images
     return Plan(
         source=str(source.path),
         target=str(target_path),
@@ -364,7 +367,9 @@ def _planned(
         settings=source.settings,
         fingerprint=fingerprint,
         read_bytes=source.stored_bytes,
-        chunk_images=chunk_images(header.images, worked_on, scratch_bytes, options["memory_bytes"]),
+        chunk_images=chunk_images(
+            header.images, worked_on, scratch_bytes, options["memory_bytes"], chunk_bytes
+        ),
         notes=tuple(source.notes + _losses(transform, result, kinds[1], options["file_format"])),
         committed_chunks=0,
         listing=source.listing if isinstance(source, Images) else None,
@@ -477,7 +482,7 @@ def reopen_source(plan: Plan) -> Source:
         decoding=Decoding.from_dict(plan.settings) if plan.settings else None,
         decoding_bytes=plan.decoding_bytes,
         threads=plan.threads,
-        pick=functools.partial(engine.pick, backend=plan.backend),
+        pick=engine.picker(plan.backend),
         listing=plan.listing,
     )
     if changed(plan, source):

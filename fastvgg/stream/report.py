@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable
 
-    from fastvgg.datasets.index import Record
     from fastvgg.stream.plan import Plan
 
-__all__ = ["Failure", "Failures", "Progress", "Report", "Tally"]
+__all__ = ["FAILURES_KEPT", "Failure", "Progress", "Report", "Tally"]
 
 FAILURES_KEPT: Final = 1000
 
@@ -38,20 +37,6 @@ class Failure:
     row: int
     path: str
     reason: str
-
-
-class Failures:
-    """The first failures of very many records: the index has them all."""
-
-    def __init__(self) -> None:
-        self.first: list[Failure] = []
-
-    def seen(self, records: Iterable[Record]) -> Iterator[Record]:
-        """Return the records, and keep the failures among them."""
-        for row, record in enumerate(records):
-            if record.failed and len(self.first) < FAILURES_KEPT:
-                self.first.append(Failure(row, record.path, record.reason))
-            yield record
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fastvgg.datasets.base import bytes_of
-from fastvgg.datasets.index import index_path, read_index
+from fastvgg.datasets.index import index_path, index_text, read_index
 from fastvgg.errors import ResumeError, TargetError
 from fastvgg.stream.compute import Work
 from fastvgg.stream.journal import Commit, refuse_other_job
@@ -108,7 +108,8 @@ class Again:
         for chunk, records in self._chunks():
             if not any(record.failed for record in records) and self._same(chunk, records):
                 sums = self.manifest.checksums[chunk], self.manifest.source_checksums[chunk]
-                yield Commit(chunk, *sums, records)
+                first = chunk * self.manifest.chunk_images
+                yield Commit(chunk, *sums, index_text(records, first), failed=0)
 
     def work(self, chunk: int, start: int, stop: int, target: NpyTarget) -> Work:
         """Return what is to be done again of a chunk."""
@@ -144,8 +145,9 @@ class Again:
     def _same(self, chunk: int, records: list[Record]) -> bool:
         """Whether the images that the good rows of a chunk were made of are still the same."""
         first = chunk * self.manifest.chunk_images
-        good = (row for row, record in enumerate(records, first) if not record.failed)
-        return self.source.checksum_of(good) == self.manifest.source_checksums[chunk]
+        failed = {row for row, record in enumerate(records, first) if record.failed}
+        found = self.source.checksum_of(first, first + len(records), failed)
+        return found == self.manifest.source_checksums[chunk]
 
     def _chunks(self) -> Iterator[tuple[int, list[Record]]]:
         records = iter(self.records)

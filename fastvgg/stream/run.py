@@ -14,9 +14,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import xxhash
+
 from fastvgg.datasets import open_target
 from fastvgg.datasets.images import Images
-from fastvgg.datasets.index import index_path, index_text, read_index
+from fastvgg.datasets.index import INDEX_HEAD, index_path, index_text, read_index
 from fastvgg.datasets.npy import NpyTarget
 from fastvgg.errors import ResumeError, StoppedError, TargetError
 from fastvgg.stream import inplace
@@ -30,7 +32,7 @@ from fastvgg.stream.manifest import (
     read_manifest,
 )
 from fastvgg.stream.prepare import changed, known_ledger, reopen_source
-from fastvgg.stream.report import Failures, Tally
+from fastvgg.stream.report import FAILURES_KEPT, Failure, Tally
 from fastvgg.stream.retry import Again
 from fastvgg.stream.state import (
     find_state,
@@ -43,14 +45,14 @@ from fastvgg.stream.storage import Storage
 from fastvgg.stream.values import refuse_wrong_values
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from fastvgg.datasets.base import Source
     from fastvgg.datasets.index import Record
     from fastvgg.stream.compute import Computed
-    from fastvgg.stream.journal import Mark
+    from fastvgg.stream.journal import Ledger, Mark
     from fastvgg.stream.plan import Plan
-    from fastvgg.stream.report import Failure, Progress, Report
+    from fastvgg.stream.report import Progress, Report
 
 __all__ = ["run"]
 
@@ -202,6 +204,12 @@ class _Run:
     def _commits(self) -> dict[int, Mark]:
         return self.journal.ledger.commits if self.journal.ledger is not None else {}
 
+    @property
+    def _ledger(self) -> Ledger:
+        if self.journal.ledger is None:
+            raise RuntimeError(f"{self.journal.path} is read before it is begun")
+        return self.journal.ledger
+
     def _open_target(self) -> None:
         if self.again is not None:
             self._unpublish(self.again)
@@ -230,12 +238,15 @@ class _Run:
         with Behind[int]() as behind:
             for computed in compute(self.plan, self.source, self.target, self._work()):
                 self.tally.count(behind.wait_for_all_but(2))
-                self._refuse_failed(computed.start, computed.records)
+                rows = enumerate(computed.records, computed.start)
+                failures = [(row, record) for row, record in rows if record.failed]
+                self._refuse_failed(failures)
+                digest = xxhash.xxh3_64()
                 behind.give(
-                    functools.partial(self.target.write, computed.start, computed.stored),
                     functools.partial(
-                        self._commit, self._commit_of(computed), computed.stop - computed.start
+                        self.target.write, computed.start, computed.stored, digest.update
                     ),
+                    functools.partial(self._commit, computed, failures, digest),
                 )
             self.tally.count(behind.wait_for_all_but(0))
 
@@ -247,27 +258,27 @@ class _Run:
                 yield self.again.work(chunk, start, stop, self.target)
             elif mark is None:
                 yield Work(chunk, start, stop)
-            elif mark.failed and self.plan.strict and self.journal.ledger is not None:
-                self._refuse_failed(start, self.journal.ledger.commit(chunk).records)
+            elif mark.failed and self.plan.strict:
+                self._refuse_failed(self._ledger.failures(chunk))
 
-    def _commit_of(self, computed: Computed) -> Commit:
-        source_checksum = ""
-        if isinstance(self.source, Images):
-            rows = enumerate(computed.records, computed.start)
-            source_checksum = self.source.checksum_of(
-                row for row, record in rows if not record.failed
-            )
-        return Commit(computed.chunk, checksum(computed.stored), source_checksum, computed.records)
-
-    def _commit(self, commit: Commit, images: int) -> int:
+    def _commit(
+        self, computed: Computed, failures: list[tuple[int, Record]], digest: xxhash.xxh3_64
+    ) -> int:
         """Make a chunk that is written durable, and return its images."""
+        chunk, start, stop, _, records = computed
+        identity = ""
+        if isinstance(self.source, Images):
+            identity = self.source.checksum_of(start, stop, {row for row, _ in failures})
+        commit = Commit(
+            chunk, digest.hexdigest(), identity, index_text(records, start), len(failures)
+        )
         self.target.sync()
         self.journal.commit(commit)
-        return images
+        return stop - start
 
-    def _refuse_failed(self, start: int, records: list[Record]) -> None:
-        for row, record in enumerate(records, start):
-            if record.failed and self.plan.strict:
+    def _refuse_failed(self, failures: list[tuple[int, Record]]) -> None:
+        for row, record in failures:
+            if self.plan.strict:
                 raise StoppedError(
                     f"{self.plan.source}/{record.path} (row {row}) cannot be read: {record.reason}",
                     "repair or remove it and give --restart, or go on without --strict",
@@ -277,7 +288,8 @@ class _Run:
         """Write index and manifest beside the published data, and forget the journal."""
         marks = [self._commits()[chunk] for chunk in range(self.plan.chunks)]
         path = self.target.path
-        failures = self._write_index()
+        self._write_index()
+        failures = self._failures()
         manifest = Manifest.of_now(
             self.plan.job(),
             self.plan.chunk_images,
@@ -293,21 +305,26 @@ class _Run:
         self.journal.remove()
         return self.tally.report(manifest.counts, failures)
 
-    def _write_index(self) -> list[Failure]:
-        """Write the index, if there is anything to say; return the first failures."""
-        path, failures = index_path(self.target.path), Failures()
-        records = self.journal.ledger.records() if self.journal.ledger is not None else iter(())
-        first = next(records, None)
-        if first is None:
+    def _write_index(self) -> None:
+        """Write the index, if there is anything to say."""
+        path, ledger = index_path(self.target.path), self._ledger
+        lines = (ledger.commit(chunk).index for chunk in range(self.plan.chunks))
+        first = next(lines)
+        if not first:
             self.storage.remove(path)
-            return []
-        lines = index_text(failures.seen(itertools.chain([first], records)))
-        self.storage.write_whole(path, (_encoded(line) for line in lines))
-        return failures.first
+            return
+        texts = itertools.chain([INDEX_HEAD, first], lines)
+        self.storage.write_whole(path, (text.encode("utf-8", "surrogateescape") for text in texts))
+
+    def _failures(self) -> list[Failure]:
+        """Return the first images that could not be read."""
+        rows = (row for chunk in range(self.plan.chunks) for row in self._ledger.failures(chunk))
+        return _first_failures(rows)
 
 
-def _encoded(line: str) -> bytes:
-    return line.encode("utf-8", "surrogateescape")
+def _first_failures(rows: Iterable[tuple[int, Record]]) -> list[Failure]:
+    failures = (Failure(row, record.path, record.reason) for row, record in rows if record.failed)
+    return list(itertools.islice(failures, FAILURES_KEPT))
 
 
 def _report_of_complete(plan: Plan, begun: float) -> Report:
@@ -322,7 +339,5 @@ def _report_of_complete(plan: Plan, begun: float) -> Report:
         open_target(Path(plan.target), plan.result, Storage()).read_back(0, 1)
     manifest = read_manifest(Path(plan.target))
     counts = {} if manifest is None else manifest.counts
-    failures = Failures()
-    for _ in failures.seen(read_index(Path(plan.target), plan.header.images)):
-        pass
-    return Tally(plan, (), None, begun).report(counts, failures.first)
+    failures = _first_failures(enumerate(read_index(Path(plan.target), plan.header.images)))
+    return Tally(plan, (), None, begun).report(counts, failures)
