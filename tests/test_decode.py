@@ -8,6 +8,7 @@ import io
 import json
 import queue
 import re
+import struct
 import threading
 import warnings
 import zlib
@@ -1149,8 +1150,14 @@ def test_a_warning_is_a_failure_where_warnings_are_errors_and_nothing_elsewhere(
 
 
 def test_what_pillow_may_raise_is_caught():
-    assert issubclass(Image.UnidentifiedImageError, decode.DECODING_ERRORS)
-    assert issubclass(Image.DecompressionBombError, decode.DECODING_ERRORS)
+    for error in (
+        *(Image.UnidentifiedImageError, Image.DecompressionBombError, struct.error, zlib.error),
+        *(OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError),
+        *(OverflowError, UserWarning, Image.DecompressionBombWarning),
+    ):
+        assert issubclass(error, decode.DECODING_ERRORS)
+    assert not issubclass(MemoryError, decode.DECODING_ERRORS)
+    assert not issubclass(KeyboardInterrupt, decode.DECODING_ERRORS)
 
 
 @pytest.mark.parametrize(
@@ -1213,7 +1220,7 @@ def test_settings_that_make_no_sense_are_refused(settings, words):
 
 
 def test_no_image_of_as_many_pixels_as_are_allowed_has_a_file_that_is_too_long():
-    for height, width in ((7, 9), (100, 100), (1, 300)):
+    for height, width in ((7, 9), (1, 300), (800, 801)):
         data = png(RGBA, 16, height, width)  # noise, which no compression makes shorter
         assert len(data) > 8 * height * width
         assert len(data) <= Decoding(max_pixels=height * width).most_bytes

@@ -58,7 +58,7 @@ LITERAL_ERRORS: Final = (
 # set for that: while one thread has it, another that saves and restores the filters would keep it.
 WARNED_OF: Final = re.compile(rb"\\|\b[0-9][0-9A-Za-z_]*?\.?(?:and|else|for|if|in|is|not|or)")
 # What is looked at is in the cache when it is written: twice as fast as from the memory.
-WRITTEN_TOGETHER_BYTES: Final = 512 * 1024
+WRITTEN_TOGETHER_BYTES: Final = 128 * 1024
 SAMPLES: Final = 16
 SAMPLE_BYTES: Final = 64 * 1024
 # Populating a mapping before it is read turns a file that shrank into an error that can be caught;
