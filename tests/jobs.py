@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import tarfile
+
 import numpy as np
-from datasets_on_disk import pixels
+from datasets_on_disk import npy_bytes, pixels, save_images
 
 import fastvgg
 from fastvgg import oracle
+from fastvgg.datasets.index import INDEX_HEAD
 from fastvgg.errors import SourceError
 from fastvgg.stream.run import run
 
-__all__ = ["DATA", "Job", "Wrong", "jobs"]
+__all__ = ["DATA", "OF_IMAGES", "ImageJob", "Job", "Wrong", "jobs"]
 
 DATA = "x.npy"  # what is changed in place
+TORN_REASON = "image file is truncated"
 # Chunks of one and of two images, which share sectors and pages, and more of them than a ring has
 # slots; and images of several pages.
 SETTINGS = (
@@ -106,11 +110,96 @@ class Job:
             raise Wrong(f"{problem}: {self.target}")
 
 
+class ImageJob(Job):
+    """Images, one of them torn, from a folder or a tar into an array and its index.
+
+    Parameters
+    ----------
+    directory
+        An empty one.
+    kind
+        "folder", or "tar", or "failed": a finished array with failures, whose images were mended.
+    images, together
+        How many, and how many in a chunk.
+    """
+
+    def __init__(self, directory, *, kind, images, together):
+        self.directory = directory
+        self.in_place = False
+        self.target = directory / "y.npy"
+        self.source = directory.with_suffix(".photos")
+        batch = pixels(images, height=3, width=5, seed=7)
+        names = [f"{'ab'[2 * row // images]}/{row:03d}.png" for row in range(images)]
+        save_images(self.source, batch, names)
+        torn = self.source / names[1]
+        whole = torn.read_bytes()
+        torn.write_bytes(whole[:50])
+        self.settings = {"mode": "torch", "size": (3, 5), "threads": 2, "backend": "numpy"}
+        if kind == "tar":
+            self.source = self._packed(directory.with_suffix(".tar"), names)
+        self.settings["memory"] = self._memory(together)
+        self._begun_with = {}
+        if kind == "failed":
+            self.command()
+            self._begun_with = self.contents()
+            self.settings["retry_failed"] = True
+            torn.write_bytes(whole)
+        else:
+            batch[1] = 0
+        rows = oracle.apply(fastvgg.Transform("torch"), batch)
+        lines = [f"{row},{name},{name[0]},5,3,ok,\n" for row, name in enumerate(names)]
+        if kind != "failed":
+            rows[1] = 0
+            lines[1] = f"1,{names[1]},a,5,3,failed,{TORN_REASON}\n"
+        self.expected = npy_bytes(rows)
+        self.expected_index = (INDEX_HEAD + "".join(lines)).encode()
+        self.before = self._begun_with.get("y.npy")
+
+    def _packed(self, path, names):
+        with tarfile.open(path, "w") as shard:
+            for name in names:
+                shard.add(self.source / name, name)
+        return path
+
+    def _memory(self, together):
+        plan = fastvgg.plan(self.source, self.target, **self.settings)
+        chunk_bytes = together * plan.image_memory_bytes
+        return max(2 * chunk_bytes, chunk_bytes + plan.least_scratch_bytes)
+
+    def reset(self):
+        """Make the directory what it was before any command."""
+        for path in list(self.directory.iterdir()):
+            path.unlink()
+        for name, content in self._begun_with.items():
+            (self.directory / name).write_bytes(content)
+
+    def check_in_between(self, contents):
+        """Check what anyone may find at any time."""
+        found = contents.get("y.npy")
+        self.expect(found in (None, self.before, self.expected), "y.npy is not whole")
+
+    def check_end(self):
+        """Check what is there when the command has come to its end."""
+        contents = self.contents()
+        names = {"y.npy", "y.npy.fastvgg.json", "y.npy.index.csv"}
+        self.expect(contents.keys() == names, f"{contents.keys()} are left")
+        self.expect(contents["y.npy"] == self.expected, "wrong bytes")
+        self.expect(contents["y.npy.index.csv"] == self.expected_index, "wrong index")
+        fastvgg.verify(self.target)
+
+
+OF_IMAGES = (
+    {"kind": "folder", "images": 9, "together": 2},
+    {"kind": "tar", "images": 5, "together": 2},
+    {"kind": "failed", "images": 7, "together": 2},
+)
+
+
 def jobs(place, kind=Job, settings=SETTINGS):
     """Make jobs, each in a directory of its own."""
     made = []
     for number, of_job in enumerate(settings):
         directory = place / str(number)
         directory.mkdir()
-        made.append(kind(directory, **of_job))
+        made.append((ImageJob if "kind" in of_job else kind)(directory, **of_job))
     return made

@@ -31,6 +31,9 @@ from fastvgg.errors import ResumeError, SourceError, TargetError
 SETTINGS = (
     {"in_place": True, "images": 120, "together": 1, "width": 577},
     {"in_place": False, "images": 120, "together": 1, "width": 577},
+    {"kind": "folder", "images": 120, "together": 1},
+    {"kind": "tar", "images": 120, "together": 1},
+    {"kind": "failed", "images": 120, "together": 120},
 )
 TOGETHER = 4
 LONGER = 1.2  # than an uninterrupted run: how long a process may live
