@@ -16,7 +16,7 @@ from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
     import io
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Chunk",
     "Header",
-    "See",
     "Source",
     "Stored",
     "Target",
@@ -35,7 +34,6 @@ __all__ = [
     "open_regular",
     "read_beside",
     "read_regular",
-    "unseen",
 ]
 
 
@@ -168,13 +166,6 @@ Stored: TypeAlias = "Sequence[bytes | memoryview]"
 """What is written of some images: the bytes of a batch, or a file for each image."""
 
 
-See: TypeAlias = "Callable[[bytes | memoryview], None]"
-
-
-def unseen(_piece: bytes | memoryview) -> None:
-    """Look at no piece of what is written."""
-
-
 class Source(Protocol):
     """A dataset that is read."""
 
@@ -215,11 +206,8 @@ class Target(Protocol):
     def reopen(self) -> None:
         """Go on with the partial that is there, after checking that it can be ours."""
 
-    def write(self, start: int, stored: Stored, see: See = unseen) -> None:
-        """Write what is stored of the images from row `start` on.
-
-        `see` is called with every piece before it is written.
-        """
+    def write(self, start: int, stored: Stored) -> None:
+        """Write what is stored of the images from row `start` on."""
 
     def sync(self) -> None:
         """Make everything that is written survive a power cut, while more may be being written."""

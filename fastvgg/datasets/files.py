@@ -12,7 +12,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from fastvgg.datasets.base import open_regular, unseen
+from fastvgg.datasets.base import open_regular
 from fastvgg.datasets.decode import DECODING_ERRORS, open_image, reason_of
 from fastvgg.datasets.names import first_repeated, hashes_of
 from fastvgg.errors import ResumeError, SourceError, TargetError, UsageError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from fastvgg.datasets.base import Header, See, Stored
+    from fastvgg.datasets.base import Header, Stored
     from fastvgg.datasets.index import Record
     from fastvgg.stream.storage import Storage
 
@@ -130,10 +130,9 @@ class ImageFiles:
         Image.fromarray(image).save(written, self._format, **options)
         return written.getvalue()
 
-    def write(self, start: int, stored: Stored, see: See = unseen) -> None:
+    def write(self, start: int, stored: Stored) -> None:
         """Write the files of some rows, of which those that failed are empty and have none."""
         for name, data in zip(self._names(start, start + len(stored)), stored, strict=True):
-            see(data)
             if not len(data):
                 continue
             path = self.partial / name

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
 import numpy as np
 import xxhash
 
-from fastvgg.datasets.base import Chunk, Header, bytes_of, open_regular, unseen
+from fastvgg.datasets.base import Chunk, Header, bytes_of, open_regular
 from fastvgg.datasets.index import read_index
 from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError
 from fastvgg.transform import storage_dtype
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from fastvgg.datasets.base import See, Stored
+    from fastvgg.datasets.base import Stored
     from fastvgg.stream.storage import Storage, StoredFile
     from fastvgg.transform import Layout
 
@@ -57,8 +57,6 @@ LITERAL_ERRORS: Final = (
 # What it reads with a warning: an escape that there is not, and "1or 2". No filter of warnings is
 # set for that: while one thread has it, another that saves and restores the filters would keep it.
 WARNED_OF: Final = re.compile(rb"\\|\b[0-9][0-9A-Za-z_]*?\.?(?:and|else|for|if|in|is|not|or)")
-# What is looked at is in the cache when it is written: twice as fast as from the memory.
-WRITTEN_TOGETHER_BYTES: Final = 128 * 1024
 SAMPLES: Final = 16
 SAMPLE_BYTES: Final = 64 * 1024
 # Populating a mapping before it is read turns a file that shrank into an error that can be caught;
@@ -371,14 +369,11 @@ class NpyTarget:
                 "it was changed in between: start again with --restart",
             )
 
-    def write(self, start: int, stored: Stored, see: See = unseen) -> None:
+    def write(self, start: int, stored: Stored) -> None:
         """Write rows where they belong."""
         offset = len(self._start) + start * self.header.image_bytes
         for data in stored:
-            for begin in range(0, len(data), WRITTEN_TOGETHER_BYTES):
-                piece = data[begin : begin + WRITTEN_TOGETHER_BYTES]
-                see(piece)
-                self._storage.write(self._opened(), piece, offset + begin)
+            self._storage.write(self._opened(), data, offset)
             offset += len(data)
 
     def read_partial(self, start: int, out: NDArray[Any]) -> None:

@@ -130,47 +130,39 @@ class _Decoding:
     """Images into rows of an array."""
 
     def __init__(self, plan: Plan, source: Images) -> None:
-        self._plan = plan
         self._source = source
-        self._stagings = itertools.cycle([_staging(plan) for _ in range(STAGINGS)])
         self._images = _Images(plan.threads, source.header.shape[1:])
+        stagings = [_staging(plan) for _ in range(STAGINGS)]
+        images = self._images.batch
+        self._stagings = itertools.cycle(
+            (out, engine.row_by_row(plan.transform, images, out, backend=plan.backend))
+            for out in stagings
+        )
+        self._packs = plan.transform.direction == "pack"
 
     def begun(self, part: Work) -> _Begun:
         images = part.stop - part.start
-        out = next(self._stagings)[:images]
+        staging, transform = next(self._stagings)
+        out = staging[:images]
         records = [UNREAD] * images
         rows: Sequence[int] = range(images)
         if part.keep is not None:
             records = part.keep(out)
             rows = [at for at, record in enumerate(records) if record.failed]
-        pack = self._plan.transform.direction == "pack"
-        work_on = self._packing if pack else self._preprocessing
-        computed = Computed(*part[:3], [bytes_of(out)], records)
-        return _Begun(computed, rows, work_on(part.start, out, records))
 
-    def _packing(
-        self, start: int, out: NDArray[Any], records: list[Record]
-    ) -> Callable[[int], None]:
-        def work_on(at: int) -> None:
-            records[at] = self._source.decode(start + at, out[at])
+        def pack(at: int) -> None:
+            records[at] = self._source.decode(part.start + at, out[at])
 
-        return work_on
-
-    def _preprocessing(
-        self, start: int, out: NDArray[Any], records: list[Record]
-    ) -> Callable[[int], None]:
-        plan, images, own_slot = self._plan, self._images.batch, self._images.slot
-        transform = engine.row_by_row(plan.transform, images, out, backend=plan.backend)
-
-        def work_on(at: int) -> None:
-            slot = own_slot()
-            records[at] = self._source.decode(start + at, images[slot])
+        def preprocess(at: int) -> None:
+            slot = self._images.slot()
+            records[at] = self._source.decode(part.start + at, self._images.batch[slot])
             if records[at].failed:
                 out[at] = 0
             else:
                 transform(slot, at)
 
-        return work_on
+        computed = Computed(*part[:3], [bytes_of(out)], records)
+        return _Begun(computed, rows, pack if self._packs else preprocess)
 
 
 class _Encoding:

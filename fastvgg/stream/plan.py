@@ -36,9 +36,9 @@ __all__ = [
 # Large enough that a commit (two fsyncs, some milliseconds) is small beside it, small enough that
 # little is lost when a run is killed.
 CHUNK_BYTES: Final = 64 * 1024 * 1024
-# Of decoded images, which come ten times slower than an array's: three chunks of 64 MiB. The fewer
-# commits, the less is waited for the disk; and what is larger than the caches is written past them.
-DECODED_CHUNK_BYTES: Final = 3 * CHUNK_BYTES
+# Of decoded images, which come ten times slower than an array's: three chunks of 48 MiB, so that
+# commits are few, and results are larger than the caches and written past them.
+DECODED_CHUNK_BYTES: Final = 3 * 48 * 1024 * 1024
 # For each thread: no less than an image of common size takes.
 LEAST_DECODING_BYTES: Final = 4 * 1024 * 1024
 DECODED: Final = ("images", "tar")

@@ -14,8 +14,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import xxhash
-
 from fastvgg.datasets import open_target
 from fastvgg.datasets.images import Images
 from fastvgg.datasets.index import INDEX_HEAD, index_path, index_text, read_index
@@ -241,12 +239,10 @@ class _Run:
                 rows = enumerate(computed.records, computed.start)
                 failures = [(row, record) for row, record in rows if record.failed]
                 self._refuse_failed(failures)
-                digest = xxhash.xxh3_64()
+                commit = self._commit_of(computed, failures)
                 behind.give(
-                    functools.partial(
-                        self.target.write, computed.start, computed.stored, digest.update
-                    ),
-                    functools.partial(self._commit, computed, failures, digest),
+                    functools.partial(self.target.write, computed.start, computed.stored),
+                    functools.partial(self._commit, commit, computed.stop - computed.start),
                 )
             self.tally.count(behind.wait_for_all_but(0))
 
@@ -261,20 +257,18 @@ class _Run:
             elif mark.failed and self.plan.strict:
                 self._refuse_failed(self._ledger.failures(chunk))
 
-    def _commit(
-        self, computed: Computed, failures: list[tuple[int, Record]], digest: xxhash.xxh3_64
-    ) -> int:
-        """Make a chunk that is written durable, and return its images."""
-        chunk, start, stop, _, records = computed
+    def _commit_of(self, computed: Computed, failures: list[tuple[int, Record]]) -> Commit:
+        chunk, start, stop, stored, records = computed
         identity = ""
         if isinstance(self.source, Images):
             identity = self.source.checksum_of(start, stop, {row for row, _ in failures})
-        commit = Commit(
-            chunk, digest.hexdigest(), identity, index_text(records, start), len(failures)
-        )
+        return Commit(chunk, checksum(stored), identity, index_text(records, start), len(failures))
+
+    def _commit(self, commit: Commit, images: int) -> int:
+        """Make a chunk that is written durable, and return its images."""
         self.target.sync()
         self.journal.commit(commit)
-        return stop - start
+        return images
 
     def _refuse_failed(self, failures: list[tuple[int, Record]]) -> None:
         for row, record in failures:
