@@ -785,7 +785,6 @@ def test_fast_jpeg_never_decodes_to_less_than_is_wanted(keep_aspect_ratio):
     assert smaller > 20
 
 
-@pytest.mark.xfail(reason="the fast DCT and upsampling are used at full size too")
 def test_fast_jpeg_changes_nothing_where_an_image_is_not_shrunk_to_a_half():
     for make in (USUAL["420"], USUAL["444"]):
         data = make(photograph(60, 80))
@@ -1024,9 +1023,6 @@ def large_file(kind):
     return encoded(image, "jpeg", progressive=kind == "progressive JPEG")
 
 
-TOO_LITTLE = pytest.mark.xfail(reason="more memory is used than is counted")
-
-
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak")
 @pytest.mark.parametrize(
     ("kind", "how"),
@@ -1036,8 +1032,8 @@ TOO_LITTLE = pytest.mark.xfail(reason="more memory is used than is counted")
         ("progressive JPEG", "nearest"),
         ("PNG with alpha", "bilinear"),
         ("PNG", "as it is"),
-        pytest.param("PNG with alpha", "as it is", marks=TOO_LITTLE),
-        pytest.param("WebP", "nearest", marks=TOO_LITTLE),
+        ("PNG with alpha", "as it is"),
+        ("WebP", "nearest"),
     ],
 )
 def test_an_image_takes_no_more_memory_than_it_is_counted_with(tmp_path, kind, how):

@@ -95,12 +95,16 @@ UPRIGHT: Final = 1  # of EXIF's orientations
 SIDEWAYS: Final = (5, 6, 7, 8)
 # Where Pillow begins to warn; it refuses twice as many.
 MOST_PIXELS: Final = 89_478_485
-# Of memory, for each pixel: a JPEG's pixels and, if it is progressive, coefficients; Pillow's four
-# bytes, for the image as it is and as RGB, and the pixels of a result of the same size.
+# Of memory, for each pixel, as measured: a JPEG's pixels, and coefficients if it is progressive;
+# Pillow's RGB, what is converted to it, and what is turned; what WebP's decoder takes beside.
 JPEG_PIXEL_BYTES: Final = 3
 COEFFICIENTS_BYTES: Final = 6
-RESIZED_PIXEL_BYTES: Final = 4
-PILLOW_PIXEL_BYTES: Final = 12
+RGB_PIXEL_BYTES: Final = 4
+CONVERTED_PIXEL_BYTES: Final = 5
+TURNED_PIXEL_BYTES: Final = 4
+SCALED_PIXEL_BYTES: Final = 12
+WEBP_PIXEL_BYTES: Final = 18
+NOT_RESIZED_PIXEL_BYTES: Final = 6
 SMALL_PIXEL_BYTES: Final = 14  # and a compressed byte a pixel
 # Of a file: no image of so many pixels is larger uncompressed, with 16 bits for each of 4 channels.
 FILE_PIXEL_BYTES: Final = 8
@@ -248,11 +252,17 @@ class Decoder:
         """Return an image's height and width as it would be read, or why that cannot be told."""
         try:
             with open_image(io.BytesIO(data)) as image:
+                height, width = image.height, image.width
                 # Pillow turns a TIFF itself, and tells the size that it has then.
-                exif = self._decoding.exif and image.format != "TIFF"
-                turns = exif and _orientation(data) in SIDEWAYS
-                return (image.width, image.height) if turns else (image.height, image.width)
-        except DECODING_ERRORS as error:
+                if not self._decoding.exif or image.format == "TIFF":
+                    return height, width
+                # To look for an orientation Pillow may have to decode the image.
+                self._refuse_many(height * width)
+                needed_bytes = self._pillow_pixel_bytes(image, data) * height * width
+                with self._memory(len(data) + needed_bytes):
+                    turns = _orientation(data) in SIDEWAYS
+                return (width, height) if turns else (height, width)
+        except (*DECODING_ERRORS, _RefusedError) as error:
             return reason_of(error)
 
     def decode(self, data: bytes, out: NDArray[np.uint8]) -> Decoded:
@@ -278,7 +288,7 @@ class Decoder:
         try:
             with open_image(io.BytesIO(data)) as image:
                 width, height = image.size
-                self._decode_image(image, len(data), out)
+                self._decode_image(image, data, out)
         except (*DECODING_ERRORS, _RefusedError) as error:
             return Decoded(width, height, True, reason_of(error))
         return Decoded(width, height, False, warned)
@@ -289,7 +299,7 @@ class Decoder:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if colours not in USUAL_COLOURS or (decoding.exif and _orientation(data) != UPRIGHT):
             return None
-        smaller = self._smaller(height, width) if decoding.fast_jpeg else {}
+        smaller = self._smaller(data, height, width) if decoding.fast_jpeg else {}
         try:
             if height * width <= self._small_pixels and len(data) <= self._small_pixels:
                 self._place(simplejpeg.decode_jpeg(data, **smaller), out)
@@ -305,20 +315,21 @@ class Decoder:
         """Return the memory that a JPEG takes."""
         needed_bytes = len(data) + JPEG_PIXEL_BYTES * pixels
         if self._decoding.interpolation != "nearest":
-            needed_bytes += RESIZED_PIXEL_BYTES * pixels
+            needed_bytes += RGB_PIXEL_BYTES * pixels
         return needed_bytes + COEFFICIENTS_BYTES * pixels * (PROGRESSIVE in data)
 
-    def _smaller(self, height: int, width: int) -> dict[str, Any]:
+    def _smaller(self, data: bytes, height: int, width: int) -> dict[str, Any]:
         """Return how to decode a JPEG no smaller than is wanted, where that saves a half."""
         wanted_height, wanted_width = self._decoding.size or (height, width)
         left, upper, right, lower = self._decoding.crop(height, width)
-        return {
+        least = {
             "min_height": -(-wanted_height * height // max(1, lower - upper)),
             "min_width": -(-wanted_width * width // max(1, right - left)),
             "min_factor": FAST_JPEG_FACTOR,
-            "fastdct": True,
-            "fastupsample": True,
         }
+        if simplejpeg.decode_jpeg_header(data, **least)[:2] == (height, width):
+            return {}
+        return {**least, "fastdct": True, "fastupsample": True}
 
     def _place(self, pixels: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
         """Write decoded pixels where they belong, resized where that is asked for."""
@@ -334,16 +345,28 @@ class Decoder:
         box = self._decoding.crop(height, width)
         return nearest.picks(height, width, box, (wanted_height, wanted_width))
 
-    def _decode_image(self, image: Image.Image, data_bytes: int, out: NDArray[np.uint8]) -> None:
+    def _decode_image(self, image: Image.Image, data: bytes, out: NDArray[np.uint8]) -> None:
         """Decode with Pillow an image that it has opened."""
         pixels = image.width * image.height
         self._refuse_many(pixels)
-        with self._memory(data_bytes + PILLOW_PIXEL_BYTES * pixels):
+        with self._memory(len(data) + self._pillow_pixel_bytes(image, data) * pixels):
             if self._decoding.exif:
                 image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
                 image = self._eight_bit(image)
             self._place_image(image if image.mode == "RGB" else image.convert("RGB"), out)
+
+    def _pillow_pixel_bytes(self, image: Image.Image, data: bytes) -> int:
+        """Return what Pillow takes for each pixel of an image."""
+        return (
+            RGB_PIXEL_BYTES
+            + CONVERTED_PIXEL_BYTES * (image.mode != "RGB")
+            + TURNED_PIXEL_BYTES * self._decoding.exif
+            + SCALED_PIXEL_BYTES * image.mode.startswith("I")
+            + WEBP_PIXEL_BYTES * (image.format == "WEBP")
+            + COEFFICIENTS_BYTES * (image.format in ("JPEG", "MPO") and PROGRESSIVE in data)
+            + NOT_RESIZED_PIXEL_BYTES * (self._decoding.size in (None, (image.height, image.width)))
+        )
 
     def _eight_bit(self, image: Image.Image) -> Image.Image:
         """Return a grey of 16 bits as one of 8, if that is asked for."""

@@ -32,6 +32,7 @@ FileFormat: TypeAlias = Literal["png", "jpeg", "webp"]
 
 ENDINGS: Final[dict[str, str]] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 LONGEST_SIDES: Final = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}
+LONGEST_NAME: Final = 255
 JPEG_QUALITY: Final = 95
 
 
@@ -80,6 +81,8 @@ class ImageFiles:
     ------
     SourceError
         If the records name a file twice.
+    TargetError
+        If a file's name would be too long.
     """
 
     kind = "images"
@@ -153,10 +156,20 @@ class ImageFiles:
 
     def read_stored(self, start: int, stop: int) -> Stored:
         """Read the files of some rows; a row that failed has none."""
-        return [
-            b"" if record is not None and record.failed else self._content(name)
-            for name, record in self._rows(start, stop)
-        ]
+        return [b"" if name is None else self._content(name) for name in self._files(start, stop)]
+
+    def read_back(self, start: int, stop: int) -> NDArray[Any]:
+        """Decode rows of the published directory; a row that failed is zeros."""
+        batch = np.zeros((stop - start, *self.header.shape[1:]), np.uint8)
+        for image, name in zip(batch, self._files(start, stop), strict=True):
+            if name is None:
+                continue
+            try:
+                with open_image(io.BytesIO(self._content(name))) as decoded:
+                    image[...] = np.asarray(decoded)
+            except DECODING_ERRORS as error:
+                raise self._unreadable(name, error) from None
+        return batch
 
     def _content(self, name: str) -> bytes:
         try:
@@ -164,20 +177,6 @@ class ImageFiles:
                 return file.read()
         except OSError as error:
             raise self._unreadable(name, error) from None
-
-    def read_back(self, start: int, stop: int) -> NDArray[Any]:
-        """Decode rows of the published directory; a row that failed is zeros."""
-        batch = np.zeros((stop - start, *self.header.shape[1:]), np.uint8)
-        names = self._names(start, stop)
-        for image, name, data in zip(batch, names, self.read_stored(start, stop), strict=True):
-            if not len(data):
-                continue
-            try:
-                with open_image(io.BytesIO(data)) as decoded:
-                    image[...] = np.asarray(decoded)
-            except DECODING_ERRORS as error:
-                raise self._unreadable(name, error) from None
-        return batch
 
     def _unreadable(self, name: str, error: BaseException) -> SourceError:
         return SourceError(
@@ -192,9 +191,15 @@ class ImageFiles:
     def close(self) -> None:
         """Nothing stays open."""
 
-    def _rows(self, start: int, stop: int) -> Iterator[tuple[str, Record | None]]:
-        records: Sequence[Record | None] = self._records[start:stop] or [None] * (stop - start)
-        return zip(self._names(start, stop), records, strict=True)
+    def _files(self, start: int, stop: int) -> Iterator[str | None]:
+        """Return the name of each row's file; None where the row failed."""
+        names = self._names(start, stop)
+        if not self._records:
+            return names
+        records = self._records[start:stop]
+        return (
+            None if record.failed else name for name, record in zip(names, records, strict=True)
+        )
 
     def _names(self, start: int, stop: int) -> Iterator[str]:
         ending = ENDINGS[self._format]
@@ -219,6 +224,17 @@ def file_names(paths: Sequence[str], ending: str) -> list[str]:
     return [_named(path, ending, times) for path in paths]
 
 
+def _checked(name: str) -> bytes:
+    """Return the bytes of a file's name; refuse one that is too long for a disk."""
+    encoded = os.fsencode(name)
+    if len(encoded) > LONGEST_NAME and max(map(len, encoded.split(b"/"))) > LONGEST_NAME:
+        raise TargetError(
+            f"the file {name!r} would have a name of more than {LONGEST_NAME} bytes",
+            "leave the index away, so that files are named by their rows",
+        )
+    return encoded
+
+
 def _named(path: str, ending: str, times: int) -> str:
     """Return a path with its end replaced, or with the ending so many times behind it."""
     if times:
@@ -241,7 +257,7 @@ def _times_ended(paths: Callable[[], Iterable[str]], ending: str) -> int:
     )
     times = 0
     while True:
-        names = hashes_of(os.fsencode(_named(path, ending, times)) for path in paths())
+        names = hashes_of(_checked(_named(path, ending, times)) for path in paths())
         if len(np.unique(names)) == len(names) and not np.isin(names, folders).any():
             return times
         times += 1

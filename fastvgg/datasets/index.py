@@ -217,9 +217,9 @@ def _record(path: Path, expected_row: int, fields: list[str]) -> Record:
             REMEDY,
         )
     parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or "\0" in name:
+    if not parts or ".." in parts or "\0" in name or name != "/".join(parts):
         raise SourceError(
-            f"{path} line {line} names {name!r}, which is outside of the dataset",
+            f"{path} line {line} names {name!r}, which is outside of the dataset, or no plain path",
             "names are relative paths without '..'; do not use an index that you do not trust",
         )
     return Record(name, label, int(width), int(height), failed, reason)
