@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 
 from fastvgg import datasets
 from fastvgg.datasets import npy
-from fastvgg.datasets.base import Chunk, Header
+from fastvgg.datasets.base import Header, bytes_of
 from fastvgg.datasets.npy import NpySource, NpyTarget
 from fastvgg.errors import SourceError, StoppedError
 from fastvgg.stream.storage import Storage
@@ -70,7 +70,7 @@ def test_a_target_is_byte_for_byte_the_file_that_numpy_saves(tmp_path, name):
     target = NpyTarget(tmp_path / "y.npy", Header(SHAPE, name, "NHWC"), Storage())
     target.create()
     for start, stop in ((4, 5), (0, 2), (2, 4)):  # in any order
-        target.write(start, Chunk(expected[start:stop], []))
+        target.write(start, [bytes_of(expected[start:stop])])
         target.sync()
     assert not target.path.exists()
     target.publish()
@@ -432,7 +432,7 @@ def test_what_a_target_wrote_is_a_source(tmp_path, name):
     expected = values(name)
     target = NpyTarget(tmp_path / "y.npy", Header(SHAPE, name, "NHWC"), Storage())
     target.create()
-    target.write(0, Chunk(expected, []))
+    target.write(0, [bytes_of(expected)])
     target.publish()
     source = NpySource(target.path, stored_as=name)
     assert source.read(0, 5).batch.tobytes() == expected.tobytes()
@@ -442,7 +442,7 @@ def test_what_a_target_wrote_is_a_source(tmp_path, name):
 def test_a_target_that_was_not_created_says_so(tmp_path):
     target = NpyTarget(tmp_path / "y.npy", Header(SHAPE, "uint8", "NHWC"), Storage())
     with pytest.raises(RuntimeError, match="before it is created"):
-        target.write(0, Chunk(values("uint8"), []))
+        target.write(0, [bytes_of(values("uint8"))])
     target.close()
     assert names_in(tmp_path) == []
 

@@ -73,6 +73,7 @@ def test_many_threads_may_write_rows_at_once(monkeypatch, streams):
     assert_same(out[::-1].copy(), oracle.apply(transform, x))
 
 
+@pytest.mark.compiled
 def test_rows_that_fit_the_caches_are_not_written_past_them(monkeypatch):
     streamed = []
     kernel_of = engine._kernel

@@ -24,6 +24,7 @@ __all__ = [
     "CHUNK_BYTES",
     "DECODED",
     "DECODED_CHUNK_BYTES",
+    "FILES_CHUNK_BYTES",
     "Plan",
     "bytes_worked_on",
     "chunk_images",
@@ -39,6 +40,8 @@ CHUNK_BYTES: Final = 64 * 1024 * 1024
 # Of decoded images, which come ten times slower than an array's: three chunks of 48 MiB, so that
 # commits are few, and results are larger than the caches and written past them.
 DECODED_CHUNK_BYTES: Final = 3 * 48 * 1024 * 1024
+# Of image files: each commit syncs the whole disk, and takes 20 ms for 40 new files.
+FILES_CHUNK_BYTES: Final = 256 * 1024 * 1024
 # For each thread: no less than an image of common size takes.
 LEAST_DECODING_BYTES: Final = 4 * 1024 * 1024
 DECODED: Final = ("images", "tar")

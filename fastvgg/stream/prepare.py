@@ -23,6 +23,7 @@ from fastvgg.stream.plan import (
     CHUNK_BYTES,
     DECODED,
     DECODED_CHUNK_BYTES,
+    FILES_CHUNK_BYTES,
     Plan,
     bytes_worked_on,
     chunk_images,
@@ -352,7 +353,7 @@ def _planned(
     scratch_bytes = least_scratch_bytes(
         *kinds, options["threads"], header.image_bytes, result.image_bytes
     )
-    chunk_bytes = CHUNK_BYTES
+    chunk_bytes = FILES_CHUNK_BYTES if kinds[1] == "images" else CHUNK_BYTES
     if source.kind in DECODED:
         chunk_bytes = DECODED_CHUNK_BYTES
         scratch_bytes = max(scratch_bytes, options["memory_bytes"] // 2)  # for large images
