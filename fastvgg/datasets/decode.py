@@ -124,8 +124,8 @@ class Decoding:
     keep_aspect_ratio
         Cut a part of the wanted shape out of the middle before resizing, as Keras does.
     fast_jpeg
-        Decode JPEGs at a half, a quarter or an eighth of their size where that is not smaller than
-        what is wanted. The pixels are others than Keras'.
+        Decode JPEGs at a half of their size or less where that is not smaller than what is wanted.
+        The pixels are others than Keras'.
     exif
         Turn images as their EXIF orientation says.
     sixteen_bit
