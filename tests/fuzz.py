@@ -868,11 +868,13 @@ def read_all(kind, share):
     reader = Reader(kind)
     with contextlib.closing(kind):
         names = names_in(kind.place)
-        for number, content in enumerate(islice(kind.inputs(), share)):
-            if number % 1000 == 0:
-                faulthandler.dump_traceback_later(HANG_S, exit=True, file=sys.__stderr__)
-            reader.read(content)
-        faulthandler.cancel_dump_traceback_later()
+        try:
+            for number, content in enumerate(islice(kind.inputs(), share)):
+                if number % 1000 == 0:
+                    faulthandler.dump_traceback_later(HANG_S, exit=True, file=sys.__stderr__)
+                reader.read(content)
+        finally:  # or what calls this is ended after a reading that went wrong
+            faulthandler.cancel_dump_traceback_later()
         assert names_in(kind.place) == names
     return reader
 

@@ -31,6 +31,29 @@ def test_the_same_seed_reads_the_same_inputs():
     assert {**first, **measured} == {**second, **measured}
 
 
+class Watch:
+    """The watchdog that ends the process of a campaign that hangs, as the campaign sees it."""
+
+    is_on = False
+
+    def dump_traceback_later(self, seconds, **settings):
+        assert seconds > 0
+        self.is_on = True
+
+    def cancel_dump_traceback_later(self):
+        self.is_on = False
+
+
+def test_a_campaign_that_ended_by_what_it_saw_is_watched_no_longer(monkeypatch):
+    watch = Watch()
+    monkeypatch.setattr(fuzz, "faulthandler", watch)
+    monkeypatch.setattr(fuzz, "KINDS", (fuzz.NpyHeaders,))
+    fortran_order(monkeypatch)
+    with pytest.raises(fuzz.WrongError):
+        fuzz.campaign(seed=5, size=SIZE)
+    assert not watch.is_on
+
+
 class EqualToAll(str):
     """A checksum that is right for every line."""
 
