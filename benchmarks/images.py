@@ -56,7 +56,7 @@ import skimage
 from kernels import compared, row
 from machine import machine
 from PIL import Image
-from streams import READ_BYTES, Files, Part, chunk_of, fetch, in_turn, pieces, write
+from streams import READ_BYTES, Files, Part, chunk_of, fetch, in_turn, pieces, published, write
 
 import fastvgg
 from fastvgg import Transform, oracle
@@ -330,28 +330,17 @@ def decode(photographs, threads):
 
 def decode_and_write(photographs, path, plan, buffer):
     """Read and decode all photographs while a new file of one buffer is written, as a run does."""
-    nbytes, partial = plan.write_bytes, path.with_name(f"{path.name}.partial")
-    file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-    try:
-        os.posix_fallocate(file, 0, nbytes)
-        chunks = decoded(photographs, plan.threads, plan.chunk_images)
-        with Behind() as behind:
-            for (offset, data), _ in zip(pieces(nbytes, buffer), chunks, strict=True):
-                for _ in behind.wait_for_all_but(WRITTEN_BEHIND):
-                    pass
-                behind.give(
-                    functools.partial(write, file, data, offset), functools.partial(os.fsync, file)
-                )
-            for _ in behind.wait_for_all_but(0):
+    nbytes = plan.write_bytes
+    chunks = decoded(photographs, plan.threads, plan.chunk_images)
+    with published(path, nbytes) as file, Behind() as behind:
+        for (offset, data), _ in zip(pieces(nbytes, buffer), chunks, strict=True):
+            for _ in behind.wait_for_all_but(WRITTEN_BEHIND):
                 pass
-    finally:
-        os.close(file)
-    partial.rename(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+            behind.give(
+                functools.partial(write, file, data, offset), functools.partial(os.fsync, file)
+            )
+        for _ in behind.wait_for_all_but(0):
+            pass
 
 
 def encode(pixels, image_format):

@@ -23,6 +23,7 @@ the most that is resident, above what was resident then.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -205,15 +206,14 @@ def pieces(nbytes, buffer):
         yield offset, buffer[: nbytes - offset]
 
 
-def write_new(path, nbytes, buffer):
-    """Write a new file of one buffer, chunk by chunk, as durably as a run does."""
+@contextlib.contextmanager
+def published(path, nbytes):
+    """Open a new file of reserved space, which gets its name at the end, durably as by a run."""
     partial = path.with_name(f"{path.name}.partial")
     file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         os.posix_fallocate(file, 0, nbytes)
-        for offset, data in pieces(nbytes, buffer):
-            write(file, data, offset)
-            os.fsync(file)
+        yield file
     finally:
         os.close(file)
     partial.rename(path)
@@ -222,6 +222,14 @@ def write_new(path, nbytes, buffer):
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def write_new(path, nbytes, buffer):
+    """Write a new file of one buffer, chunk by chunk."""
+    with published(path, nbytes) as file:
+        for offset, data in pieces(nbytes, buffer):
+            write(file, data, offset)
+            os.fsync(file)
 
 
 def write_twice(path, scratch_path, nbytes, buffer):

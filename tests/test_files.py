@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -17,8 +17,8 @@ from PIL import Image
 
 from fastvgg.datasets import open_target, target_kind
 from fastvgg.datasets.base import Header
-from fastvgg.datasets.files import ENDINGS, ImageFiles, check_format, file_names, is_lossy
-from fastvgg.datasets.index import INDEX_HEAD, Index, Record, index_path, index_text
+from fastvgg.datasets.files import ENDINGS, ImageFiles, check_format, is_lossy
+from fastvgg.datasets.index import INDEX_HEAD, Record, index_path, index_text, read_index
 from fastvgg.errors import ResumeError, SourceError, TargetError, UsageError
 from fastvgg.stream.storage import Storage
 
@@ -178,7 +178,9 @@ short = st.lists(st.sampled_from(["a", "b", "a.png", "a.jpg", "b.png.png"]), min
 
 @given(st.lists(short.map("/".join), unique=True, min_size=1, max_size=9))
 def test_any_paths_get_names_that_can_lie_side_by_side(paths):
-    names = file_names(paths, ".png")
+    header = Header((len(paths), 7, 9, 3), "uint8", "NHWC")
+    target = ImageFiles(Path("out"), header, Storage(), [record(path) for path in paths])
+    names = list(target._names(0, len(paths)))
     assert len(set(names)) == len(paths)
     folders = {str(folder) for name in names for folder in PurePosixPath(name).parents}
     assert folders.isdisjoint(names)
@@ -237,7 +239,7 @@ def test_an_index_of_a_dataset_names_its_files(tmp_path):
     records = [record("cat/é\n.jpg"), torn("cat/b.jpg"), record("dog/a.jpg", "warned")]
     text = INDEX_HEAD + index_text(records)
     index_path(tmp_path / "train.npy").write_text(text, encoding="utf-8")
-    index = Index(index_path(tmp_path / "train.npy"))
+    index = read_index(tmp_path / "train.npy", 3)
     expected[1] = 0
     header = Header(expected.shape, "uint8", "NHWC")
     target = open_target(tmp_path / "out", header, Storage(), index, "webp")

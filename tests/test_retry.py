@@ -151,6 +151,28 @@ def test_what_was_refused_is_read_where_it_is_allowed_then(tmp_path, option, wid
     assert read_manifest(target).job == read_manifest(tmp_path / "fresh.npy").job
 
 
+@pytest.mark.parametrize(
+    ("wide", "narrow"), [({"sixteen_bit": "scale"}, {}), ({}, {"max_pixels": 100})], ids=str
+)
+def test_what_could_be_read_then_is_not_refused_now(tmp_path, photos, wide, narrow):
+    folder, mend = photos
+    target = first_run(folder, tmp_path / "y.npy", mode="caffe", **wide)
+    mend()
+    with pytest.raises(ResumeError) as caught:
+        again(folder, target, mode="caffe", **narrow)
+    must_say(caught.value, target, *(wide or narrow), "--restart")
+
+
+def test_a_plan_that_finds_failures_of_a_run_made_since_goes_on_in_its_chunks(tmp_path, photos):
+    folder, _ = photos
+    plan = again(folder, tmp_path / "y.npy", mode="caffe")
+    first_run(folder, tmp_path / "y.npy", mode="caffe")
+    before = data_tree(tmp_path)
+    assert plan.chunk_images != 3
+    assert plan.run().counts == {"images": 11, "failed": 3, "chunks": 4, "computed_chunks": 3}
+    assert data_tree(tmp_path) == before
+
+
 @pytest.mark.parametrize("change", ["renamed", "removed", "new"])
 def test_other_names_are_refused_with_the_first(tmp_path, photos, change):
     folder, mend = photos

@@ -637,6 +637,18 @@ def test_strict_stops_at_what_an_earlier_run_let_pass(tmp_path):
     assert not target.exists()
 
 
+def test_no_thread_decodes_on_after_a_run_that_ended_by_an_error(tmp_path):
+    names, _ = folder_with_failures(tmp_path / "some")
+    plan = plan_of(
+        tmp_path / "some", tmp_path / "y.npy", mode="caffe", together=1, strict=True, size=(7, 9)
+    )
+    with pytest.raises(StoppedError) as caught:
+        plan.run()
+    assert any(name in caught.value.problem for name in names)
+    left = [thread.name for thread in threading.enumerate() if "fastvgg-lots" in thread.name]
+    assert left == []
+
+
 # Killed, and run again
 
 KILLED = """

@@ -19,7 +19,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastvgg.datasets import tar as tar_module
 from fastvgg.datasets.decode import Decoder, Decoding
 from fastvgg.datasets.images import ImageFolder, is_image_name
 from fastvgg.datasets.tar import TarListing, TarShards, names_tar
@@ -183,7 +182,7 @@ def test_the_pixels_are_those_of_the_same_images_in_a_folder(tmp_path, kind):
 def test_a_listing_that_is_known_is_not_made_again(tmp_path, monkeypatch):
     path = save_tar(tmp_path / "a.tar", [("a.png", png(pixels(1)[0]))])
     listing = TarListing(path)
-    monkeypatch.setattr(tar_module, "TarListing", None)
+    monkeypatch.setattr(TarShards, "lists", None)
     assert open_shards(path, listing=listing).listing is listing
 
 

@@ -6,17 +6,18 @@ import errno
 import math
 import os
 import stat
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from fastvgg.errors import SourceError
+from fastvgg.errors import SourceError, StoppedError
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
     import io
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -25,13 +26,17 @@ if TYPE_CHECKING:
     from fastvgg.transform import Layout
 
 __all__ = [
+    "READ_FLAGS",
     "Chunk",
     "Header",
     "Source",
     "Stored",
     "Target",
+    "beside",
     "bytes_of",
+    "changed_since_planned",
     "open_regular",
+    "read_at",
     "read_beside",
     "read_regular",
 ]
@@ -78,15 +83,20 @@ def read_regular(path: bytes, most_bytes: int) -> tuple[bytes, os.stat_result]:
         _refuse_irregular(status)
         if status.st_size > most_bytes:
             raise OSError(f"it has {status.st_size} bytes, and an image at most {most_bytes}")
-        data = os.read(descriptor, status.st_size)
-        while 0 < len(data) < status.st_size:
-            more = os.read(descriptor, status.st_size - len(data))
-            if not more:
-                break
-            data += more
+        return read_at(descriptor, status.st_size, 0), status
     finally:
         os.close(descriptor)
-    return data, status
+
+
+def read_at(descriptor: int, count: int, at: int) -> bytes:
+    """Read so many bytes, fewer only at the end of the file."""
+    data = os.pread(descriptor, count, at)
+    while 0 < len(data) < count:
+        more = os.pread(descriptor, count - len(data), at + len(data))
+        if not more:
+            break
+        data += more
+    return data
 
 
 def _refuse_irregular(status: os.stat_result) -> None:
@@ -95,8 +105,39 @@ def _refuse_irregular(status: os.stat_result) -> None:
         raise OSError("it is a directory" if is_directory else "it is not a file")
 
 
+@contextmanager
+def beside(path: Path) -> Iterator[io.BufferedReader | None]:
+    """Open what lies beside a dataset: its index, manifest or journal; None if it is missing.
+
+    Raises
+    ------
+    SourceError
+        If it is there and cannot be read.
+    """
+    try:
+        file = open_regular(path)
+    except (FileNotFoundError, NotADirectoryError):
+        file = None
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise _unreadable(path, error) from None
+        file = None
+    if file is None:
+        yield None
+        return
+    with file:
+        try:
+            yield file
+        except OSError as error:
+            raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> SourceError:
+    return SourceError(f"{path} cannot be read: {error.strerror or error}", "check its permissions")
+
+
 def read_beside(path: Path, at_most: int = -1) -> bytes | None:
-    """Return what a file beside a dataset holds: its index, manifest or journal; None if missing.
+    """Return what a file beside a dataset holds; None if it is missing.
 
     Of a long one no more than the first `at_most` bytes.
 
@@ -105,18 +146,19 @@ def read_beside(path: Path, at_most: int = -1) -> bytes | None:
     SourceError
         If it is there and cannot be read.
     """
-    try:
-        with open_regular(path) as file:
-            # Memory is taken for all that is asked for, however short the file is.
-            return file.read(min(at_most, os.fstat(file.fileno()).st_size))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
+    with beside(path) as file:
+        # Memory is taken for all that is asked for, however short the file is.
+        if file is None:
             return None
-        raise SourceError(
-            f"{path} cannot be read: {error.strerror or error}", "check its permissions"
-        ) from None
+        return file.read(min(at_most, os.fstat(file.fileno()).st_size))
+
+
+def changed_since_planned(path: str) -> StoppedError:
+    """Return the error that says so of an image, or a shard, that is read."""
+    return StoppedError(
+        f"{path} changed after the run was planned: the result may be a mixture",
+        "let it be still, and run again with --restart",
+    )
 
 
 def bytes_of(batch: NDArray[Any]) -> memoryview:

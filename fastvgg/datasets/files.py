@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fastvgg.datasets.index import Record
     from fastvgg.stream.storage import Storage
 
-__all__ = ["FileFormat", "ImageFiles", "check_format", "file_names", "is_lossy"]
+__all__ = ["FileFormat", "ImageFiles", "check_format", "is_lossy"]
 
 FileFormat: TypeAlias = Literal["png", "jpeg", "webp"]
 
@@ -209,21 +209,6 @@ class ImageFiles:
         return (_named(path, ending, self._times) for path in paths)
 
 
-def file_names(paths: Sequence[str], ending: str) -> list[str]:
-    """Name the file of every path: with another end.
-
-    Where two paths differ only in how they end, or a file would take a folder's name, all keep
-    their ends.
-
-    >>> file_names(["cat/a.jpg", "cat/b.jpg"], ".png")
-    ['cat/a.png', 'cat/b.png']
-    >>> file_names(["a.jpg", "a.bmp"], ".png")
-    ['a.jpg.png', 'a.bmp.png']
-    """
-    times = _times_ended(lambda: paths, ending)
-    return [_named(path, ending, times) for path in paths]
-
-
 def _checked(name: str) -> bytes:
     """Return the bytes of a file's name; refuse one that is too long for a disk."""
     encoded = os.fsencode(name)
@@ -245,7 +230,15 @@ def _named(path: str, ending: str, times: int) -> str:
 
 
 def _times_ended(paths: Callable[[], Iterable[str]], ending: str) -> int:
-    """Return how many endings are put behind all paths; 0 where theirs can be replaced."""
+    """Return how many endings are put behind all paths; 0 where theirs can be replaced.
+
+    They cannot where two paths differ only in how they end, or a file would take a folder's name.
+
+    >>> _times_ended(lambda: ["cat/a.jpg", "cat/b.jpg"], ".png")
+    0
+    >>> _times_ended(lambda: ["a.jpg", "a.bmp"], ".png")
+    1
+    """
     repeated = first_repeated(os.fsencode(path) for path in paths())
     if repeated is not None:
         path = next(itertools.islice(paths(), repeated[0], None))

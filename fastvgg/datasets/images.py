@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import numpy as np
 import xxhash
 
-from fastvgg.datasets.base import Chunk, Header, read_regular
+from fastvgg.datasets.base import Chunk, Header, changed_since_planned, read_regular
 from fastvgg.datasets.decode import SUFFIXES, Decoder, Decoding, reason_of
 from fastvgg.datasets.index import Record
 from fastvgg.datasets.names import Names
-from fastvgg.errors import SourceError, StoppedError
+from fastvgg.errors import SourceError
 from fastvgg.threads import work_on_all
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-__all__ = ["FolderListing", "ImageFolder", "Images", "Listing", "is_image_name"]
+__all__ = ["FolderListing", "ImageFolder", "Images", "Listing", "is_image_name", "left_out"]
 
 CHANNELS: Final = 3
 SIZES_SHOWN: Final = 5
@@ -47,6 +47,11 @@ def is_image_name(name: bytes) -> bool:
     return name[at:].lower() in ENDINGS and at > 0 and name[at - 1 : at] != b"/"
 
 
+def left_out(others: int) -> list[str]:
+    """Return a note of how many files are no images; none if there are none."""
+    return [f"left out, because not named like images: {others}"] if others else []
+
+
 class Listing(Protocol):
     """Which images there are, found once without reading them; some 50 bytes for each."""
 
@@ -57,6 +62,10 @@ class Listing(Protocol):
     @property
     def others(self) -> int:
         """How many files were left out because they are not named like images."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know before the run."""
 
     def fingerprint(self) -> str:
         """Return a hash that changes when the images do, of what is there now."""
@@ -91,41 +100,47 @@ class Images:
     ----------
     path
         What they are in.
-    listing
-        Which there are.
     decoding
         How they are read.
     decoder
         What decodes them.
     threads
         How many look at the images' sizes, where no size is given.
+    listing
+        Which there are, where that was found before.
 
     Raises
     ------
     SourceError
-        If there is no image, or sizes differ and none was given.
+        If there is no image, they cannot be listed, or sizes differ and none was given.
     """
 
     kind: str
+    lists: Callable[[Path], Listing]
+    """What finds the images."""
 
     def __init__(
-        self, path: Path, listing: Listing, decoding: Decoding, decoder: Decoder, threads: int
+        self,
+        path: Path,
+        decoding: Decoding,
+        decoder: Decoder,
+        *,
+        threads: int = 1,
+        listing: Listing | None = None,
     ) -> None:
         self.path = path
-        self.listing = listing
+        self.listing = listing = type(self).lists(path) if listing is None else listing
         self.decoding = decoding
         self._decoder = decoder
         self.settings: dict[str, Any] = decoding.to_dict()
         self.stored_bytes = listing.stored_bytes
         self.records: Sequence[Record] = ()
-        self.notes: list[str] = []
+        self.notes = listing.notes
         if not len(listing):
             raise SourceError(
                 f"{path} holds no images ({listing.others} other files)",
                 f"give files that end in {', '.join(sorted(SUFFIXES))}",
             )
-        if listing.others:
-            self.notes.append(f"left out, because not named like images: {listing.others}")
         height, width = decoding.size or self._only_size(threads)
         self.header = Header((len(listing), height, width, CHANNELS), "uint8", "NHWC")
 
@@ -267,6 +282,11 @@ class FolderListing:
         """How many bytes all images take."""
         return sum(self.sizes)
 
+    @property
+    def notes(self) -> list[str]:
+        """How many files were left out, if some were."""
+        return left_out(self.others)
+
     def name(self, row: int) -> bytes:
         """Return an image's path below the directory."""
         return self.names[row]
@@ -290,11 +310,7 @@ class FolderListing:
                 raise
             data, status = read_regular(self._target_below(path), most_bytes)
         if (len(data), status.st_mtime_ns) != (self.sizes[row], self.changed_ns[row]):
-            raise StoppedError(
-                f"{os.fsdecode(path)} changed after the run was planned: the result may be a "
-                "mixture",
-                "let it be still, and run again with --restart",
-            )
+            raise changed_since_planned(os.fsdecode(path))
         return data
 
     def fingerprint(self) -> str:
@@ -362,36 +378,7 @@ def _size_and_change(path: bytes) -> tuple[int, int]:
 
 
 class ImageFolder(Images):
-    """The images below a directory.
-
-    Parameters
-    ----------
-    path
-        The directory.
-    decoding
-        How they are read.
-    decoder
-        What decodes them.
-    threads
-        How many look at the images' sizes, where no size is given.
-    listing
-        What was found in it before, not to be looked for again.
-
-    Raises
-    ------
-    SourceError
-        If there is no image, a directory cannot be listed, or sizes differ and none was given.
-    """
+    """The images below a directory."""
 
     kind = "images"
-
-    def __init__(
-        self,
-        path: Path,
-        decoding: Decoding,
-        decoder: Decoder,
-        *,
-        threads: int = 1,
-        listing: FolderListing | None = None,
-    ) -> None:
-        super().__init__(path, listing or FolderListing(path), decoding, decoder, threads)
+    lists = FolderListing

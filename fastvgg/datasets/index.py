@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import errno
 import io
 import re
 from array import array
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final, NamedTuple, overload
 
-from fastvgg.datasets.base import open_regular
+from fastvgg.datasets.base import beside, open_regular
 from fastvgg.errors import SourceError
 
 if TYPE_CHECKING:
@@ -100,28 +99,27 @@ class Index(Sequence[Record]):
     ----------
     path
         The index.
+    file
+        The same, open at its beginning.
 
     Raises
     ------
     SourceError
         If it is damaged, or names a path outside of the dataset.
-    OSError
-        If it cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
         self._begins = array("Q")
-        with open_regular(path) as file:
-            lines = _Lines(path, file)
-            if tuple(next(lines, COLUMNS)) != COLUMNS:
-                raise SourceError(
-                    f"{path} line 1 is not the head of an index: {','.join(COLUMNS)}", REMEDY
-                )
+        lines = _Lines(path, file)
+        if tuple(next(lines, COLUMNS)) != COLUMNS:
+            raise SourceError(
+                f"{path} line 1 is not the head of an index: {','.join(COLUMNS)}", REMEDY
+            )
+        self._begins.append(lines.end)
+        for row, fields in enumerate(lines):
+            _record(path, row, fields)
             self._begins.append(lines.end)
-            for row, fields in enumerate(lines):
-                _record(path, row, fields)
-                self._begins.append(lines.end)
 
     def __len__(self) -> int:
         return len(self._begins) - 1
@@ -161,16 +159,10 @@ def read_index(dataset: Path, images: int) -> Sequence[Record]:
         of it.
     """
     path = index_path(dataset)
-    try:
-        index = Index(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return ()
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
+    with beside(path) as file:
+        if file is None:
             return ()
-        raise SourceError(
-            f"{path} cannot be read: {error.strerror or error}", "check its permissions"
-        ) from None
+        index = Index(path, file)
     if len(index) != images:
         raise SourceError(f"{path} lists {len(index)} images, and {dataset} has {images}", REMEDY)
     return index

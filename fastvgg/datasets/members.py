@@ -14,6 +14,7 @@ import tarfile
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 from zlib import adler32
 
+from fastvgg.datasets.base import read_at
 from fastvgg.errors import SourceError
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ __all__ = [
     "WHOLE",
     "Member",
     "Members",
-    "read_at",
 ]
 
 Member: TypeAlias = tuple[bytes, int, int, int]
@@ -324,14 +324,3 @@ def _plain_size(block: bytes, size_text: bytes, sum_text: bytes) -> int | None:
 
 def _padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
-
-
-def read_at(descriptor: int, count: int, at: int) -> bytes:
-    """Read so many bytes, fewer only at the end of the file."""
-    data = os.pread(descriptor, count, at)
-    while 0 < len(data) < count:
-        more = os.pread(descriptor, count - len(data), at + len(data))
-        if not more:
-            break
-        data += more
-    return data

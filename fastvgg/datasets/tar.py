@@ -23,17 +23,16 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 import xxhash
 
-from fastvgg.datasets.base import open_regular
-from fastvgg.datasets.images import Images, is_image_name
-from fastvgg.datasets.members import CUT, DEVICE, LINK, SPARSE, UNKNOWN, WHOLE, Members, read_at
+from fastvgg.datasets.base import READ_FLAGS, changed_since_planned, open_regular, read_at
+from fastvgg.datasets.images import Images, is_image_name, left_out
+from fastvgg.datasets.members import CUT, DEVICE, LINK, SPARSE, UNKNOWN, WHOLE, Members
 from fastvgg.datasets.names import Names, hashes_of
 from fastvgg.datasets.shards import names_tar, shard_paths
-from fastvgg.errors import SourceError, StoppedError
+from fastvgg.errors import SourceError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from fastvgg.datasets.decode import Decoder, Decoding
 
 __all__ = ["TarListing", "TarShards", "names_tar"]
 
@@ -64,12 +63,6 @@ class _Shard(NamedTuple):
     def is_like(self, status: os.stat_result) -> bool:
         """Whether a file is still the one that was listed."""
         return (status.st_size, status.st_mtime_ns) == (self.size, self.changed_ns)
-
-    def changed(self) -> StoppedError:
-        return StoppedError(
-            f"{self.path} changed after the run was planned: the result may be a mixture",
-            "let it be still, and run again with --restart",
-        )
 
 
 class TarListing:
@@ -121,6 +114,15 @@ class TarListing:
         """How many bytes all images take."""
         return sum(self._sizes)
 
+    @property
+    def notes(self) -> list[str]:
+        """How many files were left out, and which shards may be cut short, if some are."""
+        cut = len(self.unended)
+        about = (
+            f"shards without the zeros that end a tar, so perhaps cut short: {cut}, the first is"
+        )
+        return [*left_out(self.others), *(f"{about} {shard}" for shard in self.unended[:1])]
+
     def name(self, row: int) -> bytes:
         """Return the path of an image in its tar; of several shards, below the shard's name."""
         return self._names[row]
@@ -152,12 +154,12 @@ class TarListing:
         """
         shard, size = self._shard(row), self._sizes[row]
         try:
-            descriptor = os.open(shard.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+            descriptor = os.open(shard.path, READ_FLAGS)
         except (FileNotFoundError, NotADirectoryError):
-            raise shard.changed() from None
+            raise changed_since_planned(shard.path) from None
         try:
             if not shard.is_like(os.fstat(descriptor)):
-                raise shard.changed()
+                raise changed_since_planned(shard.path)
             if self._states[row] != WHOLE:
                 raise OSError(self._reason(row))
             if size > most_bytes:
@@ -166,7 +168,7 @@ class TarListing:
         finally:
             os.close(descriptor)
         if len(data) != size:
-            raise shard.changed()
+            raise changed_since_planned(shard.path)
         return data
 
     def fingerprint(self) -> str:
@@ -252,45 +254,10 @@ class TarListing:
 
 
 class TarShards(Images):
-    """The images in tar shards.
-
-    Parameters
-    ----------
-    path
-        A tar, or a range of them.
-    decoding
-        How they are read.
-    decoder
-        What decodes them.
-    threads
-        How many look at the images' sizes, where no size is given.
-    listing
-        What was found in it before, not to be looked for again.
-
-    Raises
-    ------
-    SourceError
-        If there is no image, shards cannot be listed, or sizes differ and none was given.
-    """
+    """The images in tar shards."""
 
     kind = "tar"
-
-    def __init__(
-        self,
-        path: Path,
-        decoding: Decoding,
-        decoder: Decoder,
-        *,
-        threads: int = 1,
-        listing: TarListing | None = None,
-    ) -> None:
-        listing = TarListing(path) if listing is None else listing
-        super().__init__(path, listing, decoding, decoder, threads)
-        if listing.unended:
-            self.notes.append(
-                "shards without the zeros that end a tar, so perhaps cut short: "
-                f"{len(listing.unended)}, the first is {listing.unended[0]}"
-            )
+    lists = TarListing
 
 
 @dataclass

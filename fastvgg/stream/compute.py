@@ -24,7 +24,7 @@ from fastvgg.threads import Lots
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -59,7 +59,9 @@ class Computed(NamedTuple):
     records: list[Record]
 
 
-def compute(plan: Plan, source: Source, target: Target, work: Iterable[Work]) -> Iterator[Computed]:
+def compute(
+    plan: Plan, source: Source, target: Target, work: Iterable[Work]
+) -> Generator[Computed, None, None]:
     """Compute chunks in the order of the work.
 
     An image that cannot be read has a row of zeros, or no file.
@@ -71,7 +73,7 @@ def compute(plan: Plan, source: Source, target: Target, work: Iterable[Work]) ->
     return _together(plan, source, work)
 
 
-def _together(plan: Plan, source: Source, work: Iterable[Work]) -> Iterator[Computed]:
+def _together(plan: Plan, source: Source, work: Iterable[Work]) -> Generator[Computed, None, None]:
     """Compute an array from an array."""
     stagings = itertools.cycle([_staging(plan) for _ in range(2)])
     for chunk, start, stop, _ in work:
@@ -107,7 +109,7 @@ class _Begun(NamedTuple):
 
 def _row_by_row(
     plan: Plan, work: Iterable[Work], begun: Callable[[Work], _Begun]
-) -> Iterator[Computed]:
+) -> Generator[Computed, None, None]:
     """Compute each row by itself, on all threads."""
     under_way: deque[tuple[Computed, Lot]] = deque()
 

@@ -10,7 +10,6 @@ The journal is also the lock: the process that holds it writes the target, and n
 
 from __future__ import annotations
 
-import errno
 import json
 from dataclasses import dataclass, field
 from types import NoneType
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import xxhash
 
-from fastvgg.datasets.base import open_regular
+from fastvgg.datasets.base import beside, open_regular
 from fastvgg.datasets.index import index_records
 from fastvgg.errors import FastvggError, ResumeError, SourceError, TargetError
 from fastvgg.stream.job import check_fields, check_job, check_sizes
@@ -165,17 +164,8 @@ def read_ledger(path: Path) -> Ledger | None:
     ResumeError
         If a line is whole and yet not one of ours.
     """
-    try:
-        with open_regular(path) as file:
-            return _read(path, file)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            return None
-        raise SourceError(
-            f"{path} cannot be read: {error.strerror or error}", "check its permissions"
-        ) from None
+    with beside(path) as lines:
+        return None if lines is None else _read(path, lines)
 
 
 def _read(path: Path, lines: Iterable[bytes]) -> Ledger | None:

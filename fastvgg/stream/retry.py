@@ -12,7 +12,7 @@ import functools
 import itertools
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from fastvgg.datasets.base import bytes_of
 from fastvgg.datasets.index import index_path, index_text, read_index
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from fastvgg.stream.plan import Plan
 
 __all__ = ["Again", "planned_again"]
-
-# What may differ from the run that had failures: the images that are mended, and what is refused.
-MAY_DIFFER: Final = ("fingerprint", "sixteen_bit", "max_pixels")
 
 
 def planned_again(plan: Plan, source: Images) -> Plan:
@@ -75,6 +72,7 @@ class Again:
         self.records = read_index(self.target, plan.header.images)
 
     def _manifest(self) -> Manifest:
+        """Return the target's manifest; other images may be refused now, but no more of them."""
         manifest = read_manifest(self.target)
         if manifest is None:
             raise TargetError(
@@ -82,8 +80,12 @@ class Again:
                 "run the command without --retry-failed",
             )
         found, wanted = manifest.job, self.plan.job()
-        same = {name: wanted["source"][name] for name in MAY_DIFFER}
-        refuse_other_job({**found, "source": {**found["source"], **same}}, wanted, self.plan.target)
+        source = {**found["source"], "fingerprint": wanted["source"]["fingerprint"]}
+        if found["source"].get("sixteen_bit") == "refuse":
+            source["sixteen_bit"] = wanted["source"]["sixteen_bit"]
+        if found["source"].get("max_pixels", 0) < wanted["source"]["max_pixels"]:
+            source["max_pixels"] = wanted["source"]["max_pixels"]
+        refuse_other_job({**found, "source": source}, wanted, self.plan.target)
         return manifest
 
     def refuse_other_names(self) -> None:

@@ -7,6 +7,7 @@ run that was cut off anywhere is taken up by running it again.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -126,8 +127,10 @@ class _Run:
         self.journal = journal
         self.storage = storage
         self.begun = begun
-        self.tally = Tally(self.plan, self._commits(), progress, begun)
         self.again = self._again()
+        if self.state == "failed" and self.again is not None:
+            self.plan = resumed(plan, self.again.manifest.chunk_images, 0)
+        self.tally = Tally(self.plan, self._commits(), progress, begun)
         self.target = open_target(
             Path(plan.target), plan.result, storage, source.records, plan.file_format
         )
@@ -233,8 +236,10 @@ class _Run:
 
     def _compute(self) -> None:
         """Compute, write and commit every chunk that is not durable yet."""
-        with Behind[int]() as behind:
-            for computed in compute(self.plan, self.source, self.target, self._work()):
+        # Closed by itself, so that no thread computes on while the target is closed after an error.
+        chunks = compute(self.plan, self.source, self.target, self._work())
+        with contextlib.closing(chunks), Behind[int]() as behind:
+            for computed in chunks:
                 self.tally.count(behind.wait_for_all_but(2))
                 rows = enumerate(computed.records, computed.start)
                 failures = [(row, record) for row, record in rows if record.failed]
