@@ -12,17 +12,17 @@ as JPEG of quality 90 in class folders or tar shards. Their files are in memory 
 
 The limit of a result is the same files read and decoded by simplejpeg, into memory used before, on
 the same threads; nothing is done with the pixels. Beside that as many bytes of one buffer are
-written with the calls of a run, and its overlap: the space reserved, each chunk written and synced
-on threads of their own, the name given at the end. An array of uint8 is held against decoding alone
-as well. A shard's members are read at offsets that are known beforehand. The limit of restored
-files is encoding alone, of images in memory, with the same encoder on the same threads. Nothing
-small that a run writes beside the data is in any limit.
+written with the calls of a run, and its overlap: the space reserved, each chunk written past the
+system's cache and synced on threads of their own, the name given at the end. An array of uint8 is
+held against decoding alone as well. A shard's members are read at offsets that are known
+beforehand. The limit of restored files is encoding alone, of images in memory, with the same
+encoder on the same threads. Nothing small that a run writes beside the data is in any limit.
 
 Path and limit run in turn, in the opposite order each time, into files that are new each time; a
 share is the median of (seconds of the limit / seconds of the path) over the rounds, and the spread
-is the middle half of them. Peers, in processes of their own, are timed in the same way beside
-whole runs of fastvgg to a float32 file, although they write nothing: see image_peers.py. One that
-its interpreter cannot import is not measured.
+is the middle half of them; see streams.py for what is done against disturbance. Peers, in processes
+of their own, are timed in the same way beside whole runs of fastvgg to a float32 file, although
+they write nothing: see image_peers.py. One that its interpreter cannot import is not measured.
 
 Rows of every result are compared with what Pillow decodes and resizes, as Keras does, and with the
 oracle. A million images and their planning are measured in processes of their own, whose peak of
@@ -36,6 +36,7 @@ import contextlib
 import functools
 import io
 import json
+import mmap
 import os
 import shutil
 import signal
@@ -56,7 +57,7 @@ import skimage
 from kernels import compared, row
 from machine import machine
 from PIL import Image
-from streams import READ_BYTES, Files, Part, chunk_of, fetch, in_turn, pieces, published, write
+from streams import READ_BYTES, Files, Part, chunk_of, fetch, in_turn, published, write
 
 import fastvgg
 from fastvgg import Transform, oracle
@@ -330,10 +331,12 @@ def decode(photographs, threads):
 
 def decode_and_write(photographs, path, plan, buffer):
     """Read and decode all photographs while a new file of one buffer is written, as a run does."""
-    nbytes = plan.write_bytes
+    nbytes = plan.write_bytes - plan.write_bytes % mmap.PAGESIZE
     chunks = decoded(photographs, plan.threads, plan.chunk_images)
     with published(path, nbytes) as file, Behind() as behind:
-        for (offset, data), _ in zip(pieces(nbytes, buffer), chunks, strict=True):
+        for number, _ in enumerate(chunks):
+            offset = number * len(buffer)
+            data = buffer[: nbytes - offset]
             for _ in behind.wait_for_all_but(WRITTEN_BEHIND):
                 pass
             behind.give(

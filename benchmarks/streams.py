@@ -8,13 +8,15 @@ space reserved, each chunk written and synced, the name given at the end. Where 
 come from the disk, it is that or reading it alone, whichever takes longer. The limit of work in
 place is a loop that writes every chunk twice, to a scratch file and to the data, synced as often.
 The limit of a verification is reading the file alone. Nothing small that a run writes beside the
-data is in any limit, nor its checksums.
+data is in any limit, nor its checksums. New files are written past the system's cache, as by a run;
+what they are short of whole pages, less than 4 kB, is left out.
 
 Path and limit run in turn, in the opposite order each time, into files that are new each time; a
 share is the median of (seconds of the limit / seconds of the path) over the rounds, and the spread
 is the middle half of them. Before each, the disk settles and as much memory as the files take is
 used and given back: what the owner of a virtual machine took back in the meantime would else be
-fetched, four times slower than the disk writes, by whichever comes first.
+fetched, four times slower than the disk writes, by whichever comes first. After that the machine
+rests, and a call during which its owner took processors away is made again.
 
 Memory is measured in a process of its own, of which a small run of the same kind is done before:
 the most that is resident, above what was resident then.
@@ -27,6 +29,7 @@ import contextlib
 import functools
 import itertools
 import json
+import mmap
 import os
 import shutil
 import signal
@@ -56,6 +59,9 @@ READ_BYTES = 8 * 2**20
 SLOTS = 4  # of the scratch file
 SYNCED_TOGETHER = 3  # chunks of a file that is changed in place
 WANTED = 0.90
+REST_SECONDS = 1
+MOST_STOLEN = 0.02
+MOST_TRIES = 4
 MEMORY = "256MiB"
 WANTED_PEAK_MIB = 256
 WANTED_PAGE_TABLES_MIB = 4
@@ -113,6 +119,24 @@ class Part(NamedTuple):
     prepare: Callable[[], object]
     call: Callable[[], object]
 
+    def seconds(self):
+        """Return what a call takes that is not disturbed, or the last of some that all were."""
+        for _ in range(MOST_TRIES):
+            self.prepare()
+            time.sleep(REST_SECONDS)
+            stolen, begun = stolen_seconds(), time.perf_counter()
+            self.call()
+            seconds = time.perf_counter() - begun
+            if stolen_seconds() - stolen <= MOST_STOLEN * seconds * os.cpu_count():
+                break
+        return seconds
+
+
+def stolen_seconds():
+    """Return for how long in all processors had work here and were given to others."""
+    fields = Path("/proc/stat").read_text().split(maxsplit=9)
+    return int(fields[8]) / os.sysconf("SC_CLK_TCK")
+
 
 def in_turn(parts, rounds):
     """Return the seconds of every part in every round; the first of each is not counted."""
@@ -120,10 +144,7 @@ def in_turn(parts, rounds):
     for turn in range(rounds + 1):
         order = list(zip(parts, seconds, strict=True))
         for part, taken in order if turn % 2 else reversed(order):
-            part.prepare()
-            begun = time.perf_counter()
-            part.call()
-            taken.append(time.perf_counter() - begun)
+            taken.append(part.seconds())
     return [taken[1:] for taken in seconds]
 
 
@@ -201,16 +222,20 @@ def write(file, data, offset):
 
 
 def pieces(nbytes, buffer):
-    """Return where each chunk begins, and as much of the buffer as it takes."""
+    """Return where each chunk begins, and as much of the buffer as it takes, in whole pages."""
+    nbytes -= nbytes % mmap.PAGESIZE
     for offset in range(0, nbytes, len(buffer)):
         yield offset, buffer[: nbytes - offset]
 
 
 @contextlib.contextmanager
 def published(path, nbytes):
-    """Open a new file of reserved space, which gets its name at the end, durably as by a run."""
+    """Open a new file of reserved space, which gets its name at the end, durably as by a run.
+
+    It is written past the system's cache: in whole pages, from where pages begin.
+    """
     partial = path.with_name(f"{path.name}.partial")
-    file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+    file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_DIRECT, 0o666)
     try:
         os.posix_fallocate(file, 0, nbytes)
         yield file
@@ -249,9 +274,11 @@ def write_twice(path, scratch_path, nbytes, buffer):
 
 
 def chunk_of(plan):
-    """Return a buffer of the bytes that a plan writes at a time."""
+    """Return a buffer of the bytes that a plan writes at a time, in whole pages."""
     nbytes = plan.chunk_images * plan.result.image_bytes
-    return np.random.default_rng(1).integers(0, 256, nbytes, dtype=np.uint8).data
+    memory = mmap.mmap(-1, nbytes - nbytes % mmap.PAGESIZE)
+    memory.write(np.random.default_rng(1).bytes(len(memory)))
+    return memoryview(memory)
 
 
 def throughput(nbytes, seconds, **limits):

@@ -54,6 +54,7 @@ LINE_BYTES: Final = 64
 # zeroed by the system, and is in the caches already.
 SMALLEST_STREAMED_BYTES: Final = 32 * 1024 * 1024
 OVERLAP_SEARCH_STEPS: Final = 100_000
+TABLES_KEPT: Final = 1024
 
 
 def preprocess(
@@ -212,12 +213,14 @@ def picker(backend: Backend = "auto") -> Callable[[NDArray[Any], Picks, NDArray[
         return nearest.pick
     from fastvgg.kernels import picking
 
-    loop = picking.pick()
+    register_bytes = picking.groups_of_bytes()
+    loop = picking.pick(register_bytes)
+    table = functools.lru_cache(maxsize=TABLES_KEPT)(picking.table)
 
     def pick(pixels: NDArray[Any], picked: Picks, out: NDArray[Any]) -> None:
-        loop(_address(pixels), _address(out), picked.address, picked.inner_rows, out.shape[1])
-        for row in range(picked.inner_rows, out.shape[0]):
-            out[row] = pixels[picked.rows[row]].take(picked.columns, axis=0)
+        height, width = pixels.shape[:2]
+        held = table(picked, height, width, register_bytes)  # the loop knows addresses alone
+        loop(_address(pixels), _address(out), held.address, out.shape[0], out.shape[1])
 
     return pick
 

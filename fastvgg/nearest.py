@@ -7,7 +7,7 @@ nearly the same picks another pixel here and there.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Picks", "pick", "picks"]
 
-PIXEL_BYTES: Final = 3
-
 
 @dataclass(frozen=True, eq=False)
 class Picks:
@@ -25,12 +23,6 @@ class Picks:
 
     rows: NDArray[np.int64]
     columns: NDArray[np.int64]
-    offsets: NDArray[np.int64]
-    """In bytes: of the inner rows in the image, then of the columns in a row."""
-    address: int
-    """Of the offsets."""
-    inner_rows: int
-    """How many rows, from the first on, are the last neither of the image nor of the result."""
 
 
 def picks(
@@ -54,12 +46,9 @@ def picks(
     ([1, 3], [1, 3, 5])
     """
     left, upper, right, lower = box
-    rows = _positions(height, upper, lower, wanted[0])
-    columns = _positions(width, left, right, wanted[1])
-    inner_rows = int(np.count_nonzero(rows[:-1] < height - 1))
-    row_bytes = width * PIXEL_BYTES
-    offsets = np.concatenate([rows[:inner_rows] * row_bytes, columns * PIXEL_BYTES])
-    return Picks(rows, columns, offsets, offsets.ctypes.data, inner_rows)
+    return Picks(
+        _positions(height, upper, lower, wanted[0]), _positions(width, left, right, wanted[1])
+    )
 
 
 def _positions(length: int, begin: int, end: int, wanted: int) -> NDArray[np.int64]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import mmap
 import os
 import re
 import shutil
@@ -220,3 +221,14 @@ def must_say(error, *words):
     missing = [word for word in map(str, words) if word not in str(error)]
     assert not missing, f"{missing} not in: {error}"
     assert WAYS_OUT.search(error.remedy), f"nothing to do: {error.remedy!r}"
+
+
+def pages_in_memory(descriptor):
+    """How many pages of a file, open for writing too, the system holds."""
+    with mmap.mmap(descriptor, 0) as mapped:
+        pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        window = (ctypes.c_char * len(mapped)).from_buffer(mapped)
+        address, nbytes = ctypes.c_void_p(ctypes.addressof(window)), ctypes.c_size_t(len(mapped))
+        assert ctypes.CDLL(None).mincore(address, nbytes, pages) == 0
+        del window
+    return sum(page & 1 for page in pages)

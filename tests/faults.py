@@ -140,9 +140,18 @@ class MortalStorage(Storage):
     def open(self, path, *, create=False):
         return self._call("open", lambda: super(MortalStorage, self).open(path, create=create))
 
+    def direct(self, file):
+        def do():
+            opened = super(MortalStorage, self).direct(file)
+            if opened.direct is not None:
+                self._open.add(opened.direct)
+            return opened
+
+        return self._call("direct", do)
+
     def close(self, file):
         def do():
-            self._open.discard(file.descriptor)
+            self._open -= {file.descriptor, file.direct}
             super(MortalStorage, self).close(file)
 
         return self._call("close", do)

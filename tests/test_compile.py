@@ -32,7 +32,7 @@ from fastvgg.kernels.compile import processor
 from fastvgg.kernels.recipe import reciprocal_is_exact
 from fastvgg.transform import Mode, Transform
 
-assert processor() == (True, False, False), processor()
+assert processor()[:3] == (True, False, False), processor()
 assert not reciprocal_is_exact(np.arange(256, dtype=np.float32), np.float32(127.5))
 for number in range(0, len(TYPE_PAIRS), {step}):
     task = list(rotating_tasks(number))[(number + number // 4) % 4]

@@ -82,27 +82,6 @@ def test_positions_of_more_than_a_byte_or_two_are_exact():
         assert picks(length, 3, (0, 1, 3, length), (length - 1, 3)).rows[-1] == length - 1
 
 
-def test_offsets_are_those_of_the_inner_rows_and_of_the_columns_in_bytes():
-    for height, width, box, wanted in cases(100, 25, seed=5):
-        picked = picks(height, width, box, wanted)
-        inner = picked.rows[: picked.inner_rows]
-        assert (inner < height - 1).all()
-        assert picked.inner_rows < len(picked.rows)
-        # No other row would do: it is the result's last one, or it is the image's.
-        assert (picked.rows[picked.inner_rows : -1] == height - 1).all()
-        pixels = noise(height, width).reshape(-1)
-        for number, row in enumerate(inner):
-            assert picked.offsets[number] == row * width * 3
-        starts = picked.offsets[picked.inner_rows :]
-        assert starts.tolist() == [3 * column for column in picked.columns]
-        assert picked.offsets.dtype == np.int64
-        assert picked.offsets.flags.c_contiguous
-        if picked.inner_rows:
-            at = picked.offsets[0] + starts[-1]
-            expected = noise(height, width)[picked.rows[0], picked.columns[-1]]
-            assert pixels[at : at + 3].tobytes() == expected.tobytes()
-
-
 def test_a_part_without_width_or_height_is_what_pillow_makes_of_it():
     """Keras cuts such parts out of lines, and Pillow repeats one pixel."""
     for box in ((3, 0, 3, 7), (0, 2, 9, 2), (4, 3, 4, 3)):

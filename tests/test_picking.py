@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from batches import frozen, run_script, unchanged
@@ -28,45 +30,61 @@ def placed(pixels, start):
     return frozen(part)
 
 
-def check(pixels, picked, start, backend):
+@pytest.fixture(
+    params=["numpy", *(pytest.param(n, marks=pytest.mark.compiled) for n in (4, 16, 64))]
+)
+def pick(request, monkeypatch):
+    """What picks: in plain NumPy, or with groups of so many bytes."""
+    if request.param == "numpy":
+        return engine.picker("numpy")
+    from fastvgg.kernels import picking
+    from fastvgg.kernels.compile import processor
+
+    if request.param > max(picking.ONE_PIXEL, processor().moves_bytes):
+        pytest.skip("the processor has no such instruction")
+    monkeypatch.setattr(picking, "groups_of_bytes", lambda: request.param)
+    return engine.picker("numba")
+
+
+def check(pixels, picked, start, pick):
     shape = (len(picked.rows), len(picked.columns), 3)
     length = 3 * shape[0] * shape[1]
     memory = np.full(length + 3 * LINE, CANARY, np.uint8)
     begin = -memory.ctypes.data % LINE + start
     out = memory[begin : begin + length].reshape(shape)
     with unchanged(pixels):
-        engine.picker(backend)(pixels, picked, out)
+        pick(pixels, picked, out)
     assert out.tobytes() == expected_of(pixels, picked).tobytes()
     assert (memory[:begin] == CANARY).all()
     assert (memory[begin + length :] == CANARY).all()
 
 
-def test_what_is_picked_is_what_numpy_picks(backend):
+def test_what_is_picked_is_what_numpy_picks(pick):
     for case in cases(200, 60, seed=3):
-        check(noise(*case[:2]), nearest.picks(*case), 0, backend)
+        check(noise(*case[:2]), nearest.picks(*case), 0, pick)
 
 
-def test_every_alignment_of_image_and_result_gives_the_same(backend):
+def test_every_alignment_of_image_and_result_gives_the_same(pick):
     pixels = noise(13, 17)
     for start in range(LINE):
         for box, wanted in (((0, 0, 17, 13), (6, 11)), ((3, 2, 16, 13), (5, 7))):
             picked = nearest.picks(13, 17, box, wanted)
-            check(placed(pixels, start), picked, (7 * start + 3) % LINE, backend)
-            check(placed(pixels, (5 * start) % LINE), picked, start, backend)
+            check(placed(pixels, start), picked, (7 * start + 3) % LINE, pick)
+            check(placed(pixels, (5 * start) % LINE), picked, start, pick)
 
 
 @pytest.mark.parametrize("wanted", [(1, 1), (1, 7), (7, 1), (9, 11)])
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1), (2, 2), (3, 4)])
-def test_the_smallest_images_and_results_are_picked_too(backend, size, wanted):
+def test_the_smallest_images_and_results_are_picked_too(pick, size, wanted):
     picked = nearest.picks(*size, (0, 0, size[1], size[0]), wanted)
     for start in (0, 1, 2, 3):
-        check(placed(noise(*size), start), picked, start, backend)
+        check(placed(noise(*size), start), picked, start, pick)
 
 
-def test_a_photograph_is_picked_as_pillow_resizes_it(backend):
+def test_a_photograph_is_picked_as_pillow_resizes_it(pick):
     pixels = noise(375, 500)
     for wanted in ((224, 224), (375, 499), (700, 300)):
-        check(pixels, nearest.picks(375, 500, (0, 0, 500, 375), wanted), 1, backend)
+        check(pixels, nearest.picks(375, 500, (0, 0, 500, 375), wanted), 1, pick)
 
 
 def test_an_unknown_backend_is_refused():
@@ -74,17 +92,77 @@ def test_an_unknown_backend_is_refused():
         engine.picker("cuda")
 
 
+@pytest.mark.compiled
+@pytest.mark.parametrize("register_bytes", [4, 16, 64])
+def test_a_row_is_cut_into_groups_that_each_fit_into_a_register(register_bytes):
+    from fastvgg.kernels.picking import ONE_PIXEL, table
+
+    for height, width, box, wanted in cases(200, 80, seed=register_bytes):
+        picked = nearest.picks(height, width, box, wanted)
+        found = table(picked, height, width, register_bytes)
+        whole, groups, moves_address = found.numbers[:3].tolist()
+        rows, columns, reads, stores = np.split(
+            found.numbers[3:], np.cumsum([wanted[0], wanted[1], groups])
+        )
+        assert rows.tolist() == (picked.rows * 3 * width).tolist()
+        assert columns.tolist() == (picked.columns * 3).tolist()
+        assert (moves_address, found.address) == (
+            found.moves.ctypes.data,
+            found.numbers.ctypes.data,
+        )
+        ends = [*stores[1:], 3 * wanted[1]]
+        for read, begin, end, moves in zip(reads, stores, ends, found.moves, strict=True):
+            assert 0 < end - begin <= register_bytes
+            span = columns[end // 3 - 1] + 3 - read
+            # A group ends where the next pixel would not fit, or where the row does.
+            further = columns[end // 3] + 3 - read if end < 3 * wanted[1] else np.inf
+            assert span <= register_bytes
+            is_full = end - begin + 3 > register_bytes or further > register_bytes
+            assert register_bytes == ONE_PIXEL or end == 3 * wanted[1] or is_full
+            if register_bytes > ONE_PIXEL:
+                expected = np.add.outer(columns[begin // 3 : end // 3] - read, np.arange(3))
+                assert moves[: end - begin].tolist() == expected.ravel().tolist()
+        for row in range(whole):
+            assert rows[row] + reads[-1] + register_bytes <= 3 * height * width
+            assert row * 3 * wanted[1] + stores[-1] + register_bytes <= 3 * wanted[0] * wanted[1]
+        if whole < wanted[0]:
+            assert (
+                rows[whole] + reads[-1] + register_bytes > 3 * height * width
+                or whole * 3 * wanted[1] + stores[-1] + register_bytes > 3 * wanted[0] * wanted[1]
+            )
+
+
+@pytest.mark.compiled
+def test_a_table_stays_while_it_is_read_however_many_sizes_there_are(monkeypatch):
+    monkeypatch.setattr(engine, "TABLES_KEPT", 1)
+    pick = engine.picker("numba")
+    photographs = [noise(height, 131, seed=height) for height in range(90, 122)]
+    sizes = [
+        (pixels, nearest.picks(*pixels.shape[:2], (0, 0, 131, len(pixels)), (101, 89)))
+        for pixels in photographs
+    ]
+
+    def pick_all(_):
+        for pixels, picked in sizes:
+            check(pixels, picked, 0, pick)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(pick_all, range(20)))
+
+
 BETWEEN_GUARDS = """
 import sys
 sys.path.insert(0, {tests!r})
-import dataclasses, mmap
+import mmap
 import numpy as np
 from by_hand import between_guards, protect
 from test_nearest import cases
-from fastvgg import engine, nearest
+from fastvgg import nearest
+from fastvgg.kernels import picking
+from fastvgg.kernels.compile import processor
 
-pick, run = engine.picker("numba"), 2 * mmap.PAGESIZE
-taken, given, told = (between_guards(1, run) for _ in range(3))
+run = 2 * mmap.PAGESIZE
+taken, given, told, moved = (between_guards(1, run) for _ in range(4))
 random = np.random.default_rng(1)
 noise = random.integers(0, 256, run, np.uint8)
 taken.bytes[mmap.PAGESIZE : mmap.PAGESIZE + run] = noise
@@ -103,12 +181,19 @@ for height, width, box, wanted in [*fixed, *cases(300, 50, seed=9)]:
     for ends in (True, False):
         pixels = room(taken, (height, width, 3), ends)
         out = room(given, (*wanted, 3), ends)
-        offsets = room(told, (picked.offsets.nbytes,), ends).view(np.int64)
-        offsets[...] = picked.offsets
-        moved = dataclasses.replace(picked, offsets=offsets, address=offsets.ctypes.data)
-        print(height, width, box, wanted, ends, flush=True)
-        pick(pixels, moved, out)
-        assert out.tobytes() == pixels[picked.rows][:, picked.columns].tobytes()
+        for register_bytes in (4, 16, 64):
+            if register_bytes > max(4, processor().moves_bytes):
+                continue
+            table = picking.table(picked, height, width, register_bytes)
+            numbers = room(told, (table.numbers.nbytes,), ends).view(np.int64)
+            moves = room(moved, table.moves.shape, ends)
+            numbers[...], moves[...] = table.numbers, table.moves
+            numbers[2] = moves.ctypes.data
+            out[...] = 255
+            print(height, width, box, wanted, ends, register_bytes, flush=True)
+            addresses = (part.ctypes.data for part in (pixels, out, numbers))
+            picking.pick(register_bytes)(*addresses, *wanted)
+            assert out.tobytes() == pixels[picked.rows][:, picked.columns].tobytes()
 print("done")
 """
 

@@ -29,6 +29,7 @@ from datasets_on_disk import (
     names_in,
     network_inputs,
     npy_bytes,
+    pages_in_memory,
     permissions,
     pixels,
     plan_of,
@@ -50,7 +51,7 @@ from fastvgg.stream.behind import Behind
 from fastvgg.stream.journal import journal_path
 from fastvgg.stream.manifest import manifest_path, read_manifest
 from fastvgg.stream.run import run
-from fastvgg.stream.storage import Storage
+from fastvgg.stream.storage import Storage, file_system
 from fastvgg.transform import Mode, Transform
 
 
@@ -1546,7 +1547,7 @@ def test_a_disk_that_takes_nothing_is_an_error_and_no_endless_loop(tmp_path, arr
 def test_a_system_with_nothing_but_the_plain_calls_writes_the_same(tmp_path, array, monkeypatch):
     class Plain(FaultyOs):
         def __getattr__(self, name):
-            if name in ("posix_fallocate", "O_NOFOLLOW", "O_CLOEXEC"):
+            if name in ("posix_fallocate", "O_NOFOLLOW", "O_CLOEXEC", "O_DIRECT"):
                 raise AttributeError(name)
             return getattr(os, name)
 
@@ -1554,6 +1555,39 @@ def test_a_system_with_nothing_but_the_plain_calls_writes_the_same(tmp_path, arr
     with system_calls(Plain()):
         plan_of(array, tmp_path / "y.npy", mode="caffe", together=4).run()
     assert (tmp_path / "y.npy").read_bytes() == npy_bytes(network_inputs(pixels(11), "caffe"))
+
+
+def test_a_run_that_goes_on_writes_past_the_systems_cache_too(tmp_path):
+    if file_system(tmp_path) == "tmpfs":
+        pytest.skip("a file in memory is nowhere else")
+    batch = pixels(12, 67, 71)
+    plan = plan_of(save_npy(tmp_path / "x.npy", batch), tmp_path / "y.npy", mode="tf", together=3)
+    with pytest.raises(Death):
+        run(plan, storage=CuttingStorage(1))
+    plan.run()
+    with (tmp_path / "y.npy").open("r+b") as file:
+        assert pages_in_memory(file.fileno()) <= 1 + plan.chunks
+    assert (tmp_path / "y.npy").read_bytes() == npy_bytes(network_inputs(batch, "tf"))
+
+
+@pytest.mark.parametrize("kind", ["array", "folder"])
+def test_whole_pages_of_every_chunk_are_written_past_the_systems_cache(tmp_path, kind):
+    if file_system(tmp_path) == "tmpfs":
+        pytest.skip("a file in memory is nowhere else")
+    batch = pixels(11, 67, 71)
+    source = tmp_path / ("photos" if kind == "folder" else "x.npy")
+    if kind == "folder":
+        save_images(source, batch)
+        batch = rows_by_name(source, batch)
+    else:
+        save_npy(source, batch)
+    for together in (2, 4, 11):  # no chunk begins or ends with a page
+        target = tmp_path / f"{together}.npy"
+        plan_of(source, target, mode="caffe", together=together).run()
+        with target.open("r+b") as file:
+            held = pages_in_memory(file.fileno())
+        assert held <= 1 + -(-11 // together)
+        assert target.read_bytes() == npy_bytes(network_inputs(batch, "caffe"))
 
 
 def test_a_journal_that_says_nothing_beside_a_complete_target_goes(array, tmp_path):

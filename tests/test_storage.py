@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
@@ -11,13 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from datasets_on_disk import must_say, names_in, printed_by, tree
-from faults import Death, FaultyOs, MortalStorage, system_calls
+from datasets_on_disk import must_say, names_in, pages_in_memory, printed_by, tree
+from faults import Death, FaultyOs, HalvingOs, MortalStorage, system_calls
 
 from fastvgg.errors import StoppedError, TargetError, UsageError
 from fastvgg.stream import storage as storage_module
 from fastvgg.stream.storage import Storage, StoredFile, check_durability, file_system
+
+PAGE = mmap.PAGESIZE
 
 
 @pytest.fixture
@@ -110,21 +112,125 @@ def test_what_is_forgotten_is_read_from_the_disk_again(file, storage):
         pytest.skip("a file in memory is nowhere else")
     storage.write(file, bytes(1_000_000), 0)
     storage.sync(file)
-    assert pages_in_memory(file)
+    assert pages_in_memory(file.descriptor)
     storage.forget(file)
-    assert not pages_in_memory(file)
+    assert not pages_in_memory(file.descriptor)
     assert storage.read(file, 0, 1_000_000) == bytes(1_000_000)
 
 
-def pages_in_memory(file):
-    """How many pages of a file the system holds."""
-    with mmap.mmap(file.descriptor, 0) as mapped:
-        pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
-        window = (ctypes.c_char * len(mapped)).from_buffer(mapped)
-        address, nbytes = ctypes.c_void_p(ctypes.addressof(window)), ctypes.c_size_t(len(mapped))
-        assert ctypes.CDLL(None).mincore(address, nbytes, pages) == 0
-        del window
-    return sum(page & 1 for page in pages)
+def bytes_at(offset, nbytes, *, amiss=0):
+    """Read-only bytes that lie within a page as they will at an offset of a file, or not quite."""
+    memory = np.empty(nbytes + 2 * PAGE, np.uint8)
+    begin = (offset - memory.ctypes.data) % PAGE + amiss
+    lying = memory[begin : begin + nbytes]
+    lying[...] = np.random.default_rng(offset + nbytes).integers(0, 256, nbytes)
+    lying.flags.writeable = False
+    return lying.data
+
+
+@pytest.fixture
+def direct(file, storage):
+    """The same file, with a way past the system's cache."""
+    opened = storage.direct(file)
+    if opened.direct is None:
+        pytest.skip("the file system has no way past its cache")
+    yield opened
+    os.close(opened.direct)
+
+
+PIECES = [
+    *((0, PAGE), (0, 3 * PAGE), (PAGE, 2 * PAGE), (0, 1), (0, PAGE - 1), (5, PAGE - 6)),
+    *((128, 3 * PAGE), (PAGE - 1, 2), (PAGE - 1, PAGE + 2), (2 * PAGE + 77, 5 * PAGE + 1000)),
+]
+
+
+@pytest.mark.parametrize("amiss", [0, 1, 512])
+@pytest.mark.parametrize("halves_at", [None, 1, 2, 3, 0])
+def test_what_is_written_directly_is_what_is_written(direct, storage, amiss, halves_at):
+    expected = bytearray(9 * PAGE)
+    storage.write(direct, expected, 0)
+    for offset, nbytes in PIECES:
+        data = bytes_at(offset, nbytes, amiss=amiss)
+        with system_calls(FaultyOs() if halves_at is None else HalvingOs(halves_at)):
+            storage.write(direct, data, offset)
+        expected[offset : offset + nbytes] = data
+        assert direct.path.read_bytes() == expected
+        assert storage.read(direct, offset, nbytes) == bytes(data)
+
+
+@pytest.mark.parametrize(("offset", "nbytes"), PIECES)
+def test_whole_pages_that_lie_right_are_written_past_the_systems_cache(
+    direct, storage, offset, nbytes
+):
+    if file_system(direct.path) == "tmpfs":
+        pytest.skip("a file in memory is nowhere else")
+    storage.reserve(direct, 9 * PAGE)
+    storage.write(direct, bytes_at(offset, nbytes), offset)
+    first, last = -(-offset // PAGE), (offset + nbytes) // PAGE
+    touched = -(-(offset + nbytes) // PAGE) - offset // PAGE
+    assert pages_in_memory(direct.descriptor) == touched - max(0, last - first)
+
+
+def test_memory_that_lies_amiss_is_written_through_the_cache(direct, storage):
+    data = bytes_at(0, 2 * PAGE, amiss=1)
+    with system_calls(FaultyOs()) as system:
+        storage.write(direct, data, 0)
+    assert system.calls == ["pwrite"]
+    assert pages_in_memory(direct.descriptor) == 2
+
+
+def test_only_for_power_a_file_is_written_directly(tmp_path, monkeypatch):
+    storage = Storage("process")
+    file = storage.create(tmp_path / "file")
+    assert storage.direct(file) == file
+    monkeypatch.setattr(storage_module, "file_system", lambda path: "nfs4")
+    assert Storage().direct(file) == file
+    storage.close(file)
+
+
+def test_where_there_is_no_way_past_the_cache_a_file_is_written_through_it(file, storage):
+    with system_calls(FaultyOs(1, errno.EINVAL)) as system:
+        assert storage.direct(file) == file
+    assert system.calls == ["open"]
+
+
+def test_another_error_than_that_is_one(file, storage):
+    with system_calls(FaultyOs(1, errno.EMFILE)), pytest.raises(StoppedError) as caught:
+        storage.direct(file)
+    must_say(caught.value, file.path, "open", "EMFILE")
+
+
+def test_a_disk_that_wants_more_than_pages_is_written_through_the_cache(direct, storage):
+    data = bytes_at(0, 2 * PAGE)
+    with system_calls(FaultyOs(1, errno.EINVAL)) as system:
+        storage.write(direct, data, 0)
+    assert system.calls == ["pwrite", "pwrite"]
+    assert direct.path.read_bytes() == data
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_direct_write_that_fails_is_not_tried_again(direct, storage, number):
+    data = bytes_at(PAGE - 10, PAGE + 20)
+    with system_calls(FaultyOs(2, number)) as system, pytest.raises(StoppedError) as caught:
+        storage.write(direct, data, PAGE - 10)
+    must_say(caught.value, direct.path, f"write at offset {PAGE}", errno.errorcode[number])
+    assert system.calls == ["pwrite", "pwrite"]
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 2])
+def test_closing_closes_both_ways_into_a_file(tmp_path, storage, fails_at):
+    file = storage.direct(storage.create(tmp_path / "file"))
+    if file.direct is None:
+        pytest.skip("the file system has no way past its cache")
+    with system_calls(FaultyOs(fails_at)):
+        if fails_at:
+            with pytest.raises(StoppedError):
+                storage.close(file)
+        else:
+            storage.close(file)
+    for descriptor in (file.descriptor, file.direct):
+        with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+            os.fstat(descriptor)
 
 
 def test_creating_empties_and_opening_does_not(tmp_path, storage):

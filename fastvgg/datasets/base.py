@@ -248,6 +248,12 @@ class Target(Protocol):
     def reopen(self) -> None:
         """Go on with the partial that is there, after checking that it can be ours."""
 
+    def offset(self, start: int) -> int:
+        """Return where in its file a row begins; 0 where rows have files of their own.
+
+        Memory that lies so within a page is written without a copy.
+        """
+
     def write(self, start: int, stored: Stored) -> None:
         """Write what is stored of the images from row `start` on."""
 

@@ -347,6 +347,7 @@ class NpyTarget:
         """Make the partial, reserve all of its space, and write the header."""
         self._storage.remove(self.partial)
         self._file = self._storage.create(self.partial)
+        self._file = self._storage.direct(self._file)
         try:
             self._storage.reserve(self._file, self.stored_bytes)
         except TargetError:
@@ -361,6 +362,7 @@ class NpyTarget:
         if not self.partial.exists():
             raise ResumeError(f"{self.partial} is gone", "start again with --restart")
         self._file = self._storage.open(self.partial)
+        self._file = self._storage.direct(self._file)
         found_bytes = self._storage.size(self._file)
         if found_bytes != self.stored_bytes:
             raise ResumeError(
@@ -369,16 +371,20 @@ class NpyTarget:
                 "it was changed in between: start again with --restart",
             )
 
+    def offset(self, start: int) -> int:
+        """Return where in the file a row begins."""
+        return len(self._start) + start * self.header.image_bytes
+
     def write(self, start: int, stored: Stored) -> None:
         """Write rows where they belong."""
-        offset = len(self._start) + start * self.header.image_bytes
+        offset = self.offset(start)
         for data in stored:
             self._storage.write(self._opened(), data, offset)
             offset += len(data)
 
     def read_partial(self, start: int, out: NDArray[Any]) -> None:
         """Read rows of the partial into `out`, from row `start` on."""
-        offset = len(self._start) + start * self.header.image_bytes
+        offset = self.offset(start)
         for image in out:
             data = self._storage.read(self._opened(), offset, self.header.image_bytes)
             image[...] = np.frombuffer(data, out.dtype).reshape(image.shape)

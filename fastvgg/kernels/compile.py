@@ -36,6 +36,8 @@ class Processor(NamedTuple):
     """Whether it has instructions from float16 to float32 and back."""
     fuses: bool
     """Whether it has an instruction for a * b + c that rounds once."""
+    moves_bytes: int
+    """Among how many bytes an instruction moves each to any place; 0 if there is none."""
 
 
 @functools.cache
@@ -48,6 +50,7 @@ def processor() -> Processor:
         is_x86=triple.startswith("x86_64"),
         converts_halves=is_arm or "+f16c" in named,
         fuses=is_arm or "+fma" in named,
+        moves_bytes=64 if "+avx512vbmi" in named else 16 if "+ssse3" in named else 0,
     )
 
 

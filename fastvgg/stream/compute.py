@@ -9,6 +9,7 @@ take one in twenty from the throughput of two threads.
 from __future__ import annotations
 
 import itertools
+import mmap
 import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -67,17 +68,19 @@ def compute(
     An image that cannot be read has a row of zeros, or no file.
     """
     if isinstance(source, Images):
-        return _row_by_row(plan, work, _Decoding(plan, source).begun)
+        return _row_by_row(plan, work, _Decoding(plan, source, target).begun)
     if isinstance(target, ImageFiles):
         return _row_by_row(plan, work, _Encoding(plan, source, target).begun)
-    return _together(plan, source, work)
+    return _together(plan, source, target, work)
 
 
-def _together(plan: Plan, source: Source, work: Iterable[Work]) -> Generator[Computed, None, None]:
+def _together(
+    plan: Plan, source: Source, target: Target, work: Iterable[Work]
+) -> Generator[Computed, None, None]:
     """Compute an array from an array."""
-    stagings = itertools.cycle([_staging(plan) for _ in range(2)])
+    stagings = itertools.cycle([_Staging(plan) for _ in range(2)])
     for chunk, start, stop, _ in work:
-        out = next(stagings)[: stop - start]
+        out = next(stagings).rows(target.offset(start))[: stop - start]
         read = source.read(start, stop)
         engine.apply(
             plan.transform,
@@ -93,9 +96,20 @@ def _together(plan: Plan, source: Source, work: Iterable[Work]) -> Generator[Com
         yield Computed(chunk, start, stop, [bytes_of(out)], read.records)
 
 
-def _staging(plan: Plan) -> NDArray[Any]:
-    shape = (plan.chunk_images, *plan.result.shape[1:])
-    return np.empty(shape, storage_dtype(plan.result.dtype))
+class _Staging:
+    """Memory for the rows of a chunk."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._shape = (plan.chunk_images, *plan.result.shape[1:])
+        self._dtype = storage_dtype(plan.result.dtype)
+        self._nbytes = plan.chunk_images * plan.result.image_bytes
+        self._memory = np.empty(self._nbytes + mmap.PAGESIZE, np.uint8)
+
+    def rows(self, offset: int) -> NDArray[Any]:
+        """Return rows that lie within a page as they will at an offset of a file."""
+        skipped = (offset - self._memory.ctypes.data) % mmap.PAGESIZE
+        lying = self._memory[skipped : skipped + self._nbytes]
+        return lying.view(self._dtype).reshape(self._shape)
 
 
 class _Begun(NamedTuple):
@@ -131,20 +145,20 @@ def _row_by_row(
 class _Decoding:
     """Images into rows of an array."""
 
-    def __init__(self, plan: Plan, source: Images) -> None:
+    def __init__(self, plan: Plan, source: Images, target: Target) -> None:
+        self._plan = plan
         self._source = source
+        self._target = target
         self._images = _Images(plan.threads, source.header.shape[1:])
-        stagings = [_staging(plan) for _ in range(STAGINGS)]
-        images = self._images.batch
-        self._stagings = itertools.cycle(
-            (out, engine.row_by_row(plan.transform, images, out, backend=plan.backend))
-            for out in stagings
-        )
+        self._stagings = itertools.cycle([_Staging(plan) for _ in range(STAGINGS)])
         self._packs = plan.transform.direction == "pack"
 
     def begun(self, part: Work) -> _Begun:
         images = part.stop - part.start
-        staging, transform = next(self._stagings)
+        staging = next(self._stagings).rows(self._target.offset(part.start))
+        transform = engine.row_by_row(
+            self._plan.transform, self._images.batch, staging, backend=self._plan.backend
+        )
         out = staging[:images]
         records = [UNREAD] * images
         rows: Sequence[int] = range(images)

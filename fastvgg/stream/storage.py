@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import shutil
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias, get_args
+
+import numpy as np
 
 from fastvgg.errors import StoppedError, TargetError, UsageError
 
@@ -77,6 +80,8 @@ class StoredFile(NamedTuple):
 
     descriptor: int
     path: Path
+    direct: int | None = None
+    """A descriptor for writes past the system's cache, if there is one."""
 
 
 class Storage:
@@ -105,13 +110,36 @@ class Storage:
 
     def _opened(self, path: Path, flags: int, call: str) -> StoredFile:
         with _stopping(call, path):
-            flags |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
-            return StoredFile(os.open(path, flags, 0o666), path)
+            return StoredFile(os.open(path, flags | _always(), 0o666), path)
+
+    def direct(self, file: StoredFile) -> StoredFile:
+        """Return a file so that whole pages are written to it past the system's cache.
+
+        What has to be on the disk anyway needs no copy there: that takes 0.05 s of a processor for
+        a GiB, and 0.2 to 2.4 s with the copy, the more the newer the system's memory is.
+        Memory from which it is written lies within a page as it will in the file.
+        """
+        if not (self._syncs and hasattr(os, "O_DIRECT")):
+            return file
+        with _stopping("open", file.path):
+            if is_networked(file_system(file.path)):
+                return file
+            try:
+                direct = os.open(file.path, os.O_WRONLY | os.O_DIRECT | _always())
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # a file system that has no such way
+                    raise
+                return file
+            return file._replace(direct=direct)
 
     def close(self, file: StoredFile) -> None:
         """Close a file; some file systems report a failed write only now."""
         with _stopping("close", file.path):
-            os.close(file.descriptor)
+            try:
+                if file.direct is not None:
+                    os.close(file.direct)
+            finally:
+                os.close(file.descriptor)
 
     def lock(self, file: StoredFile) -> bool:
         """Take the file for this process alone; False if another one has it.
@@ -166,7 +194,7 @@ class Storage:
         remaining = memoryview(data).cast("B")
         while remaining:
             with _stopping("write", file.path, offset):
-                written = os.pwrite(file.descriptor, remaining, offset)
+                written = _write_some(file, remaining, offset)
                 if written == 0:
                     raise OSError(errno.EIO, "nothing was written")
             offset += written
@@ -268,6 +296,38 @@ class Storage:
             self.close(file)
         self.rename(temporary, path)
         self.sync_directory(path.parent)
+
+
+def _always() -> int:
+    """Return the flags that every file is opened with, where the system has them."""
+    return getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+
+
+def _write_some(file: StoredFile, data: memoryview, offset: int) -> int:
+    """Write the beginning of the data in one call, and return how much that was.
+
+    Whole pages that lie right are written directly, and what is before and after them is not.
+    """
+    if file.direct is None:
+        return os.pwrite(file.descriptor, data, offset)
+    before = -offset % mmap.PAGESIZE
+    pages = (len(data) - before) // mmap.PAGESIZE * mmap.PAGESIZE
+    lies_right = (_address(data) - offset) % mmap.PAGESIZE == 0
+    if pages <= 0 or not lies_right:
+        return os.pwrite(file.descriptor, data, offset)
+    if before:
+        return os.pwrite(file.descriptor, data[:before], offset)
+    try:
+        return os.pwrite(file.direct, data[:pages], offset)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a disk that wants more than pages
+            raise
+        return os.pwrite(file.descriptor, data[:pages], offset)
+
+
+def _address(data: memoryview) -> int:
+    address: int = np.frombuffer(data, np.uint8).__array_interface__["data"][0]
+    return address
 
 
 def _gathered(pieces: Iterable[bytes]) -> Iterator[bytes]:
