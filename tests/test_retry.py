@@ -100,12 +100,13 @@ def test_what_is_still_torn_stays_a_failure_and_the_rest_is_mended(tmp_path, pho
     assert again(folder, target, mode="caffe").run().counts["failed"] == 0
 
 
-def test_a_chunk_of_which_another_image_changed_is_read_again_as_a_whole(tmp_path, photos):
+@pytest.mark.parametrize("name", ["b/01.png", "a/08.png"], ids=["beside a torn one", "elsewhere"])
+def test_a_chunk_of_which_another_image_changed_is_read_again_as_a_whole(tmp_path, photos, name):
     folder, mend = photos
     target = first_run(folder, tmp_path / "y.npy", mode="caffe")
     mend()
     changed = pixels(1, seed=9)[0]
-    Image.fromarray(changed).save(folder / "b" / "01.png")
+    Image.fromarray(changed).save(folder / name)
     again(folder, target, mode="caffe").run()
     plan_of(folder, tmp_path / "fresh.npy", mode="caffe").run()
     assert target.read_bytes() == (tmp_path / "fresh.npy").read_bytes()
