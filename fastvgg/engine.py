@@ -54,7 +54,7 @@ LINE_BYTES: Final = 64
 # zeroed by the system, and is in the caches already.
 SMALLEST_STREAMED_BYTES: Final = 32 * 1024 * 1024
 OVERLAP_SEARCH_STEPS: Final = 100_000
-TABLES_KEPT: Final = 1024
+TABLES_KEPT: Final = 256  # each of 6 kB, for results of 224x224
 
 
 def preprocess(
@@ -213,13 +213,13 @@ def picker(backend: Backend = "auto") -> Callable[[NDArray[Any], Picks, NDArray[
         return nearest.pick
     from fastvgg.kernels import picking
 
-    register_bytes = picking.groups_of_bytes()
-    loop = picking.pick(register_bytes)
+    group_bytes = picking.common_group_bytes()
+    loop = picking.pick(group_bytes)
     table = functools.lru_cache(maxsize=TABLES_KEPT)(picking.table)
 
     def pick(pixels: NDArray[Any], picked: Picks, out: NDArray[Any]) -> None:
         height, width = pixels.shape[:2]
-        held = table(picked, height, width, register_bytes)  # the loop knows addresses alone
+        held = table(picked, height, width, group_bytes)  # the loop knows addresses alone
         loop(_address(pixels), _address(out), held.address, out.shape[0], out.shape[1])
 
     return pick

@@ -42,7 +42,7 @@ def pick(request, monkeypatch):
 
     if request.param > max(picking.ONE_PIXEL, processor().moves_bytes):
         pytest.skip("the processor has no such instruction")
-    monkeypatch.setattr(picking, "groups_of_bytes", lambda: request.param)
+    monkeypatch.setattr(picking, "common_group_bytes", lambda: request.param)
     return engine.picker("numba")
 
 
@@ -93,13 +93,13 @@ def test_an_unknown_backend_is_refused():
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("register_bytes", [4, 16, 64])
-def test_a_row_is_cut_into_groups_that_each_fit_into_a_register(register_bytes):
+@pytest.mark.parametrize("group_bytes", [4, 16, 64])
+def test_a_row_is_cut_into_groups_that_each_fit_into_a_register(group_bytes):
     from fastvgg.kernels.picking import ONE_PIXEL, table
 
-    for height, width, box, wanted in cases(200, 80, seed=register_bytes):
+    for height, width, box, wanted in cases(200, 80, seed=group_bytes):
         picked = nearest.picks(height, width, box, wanted)
-        found = table(picked, height, width, register_bytes)
+        found = table(picked, height, width, group_bytes)
         whole, groups, moves_address = found.numbers[:3].tolist()
         rows, columns, reads, stores = np.split(
             found.numbers[3:], np.cumsum([wanted[0], wanted[1], groups])
@@ -112,23 +112,23 @@ def test_a_row_is_cut_into_groups_that_each_fit_into_a_register(register_bytes):
         )
         ends = [*stores[1:], 3 * wanted[1]]
         for read, begin, end, moves in zip(reads, stores, ends, found.moves, strict=True):
-            assert 0 < end - begin <= register_bytes
+            assert 0 < end - begin <= group_bytes
             span = columns[end // 3 - 1] + 3 - read
             # A group ends where the next pixel would not fit, or where the row does.
             further = columns[end // 3] + 3 - read if end < 3 * wanted[1] else np.inf
-            assert span <= register_bytes
-            is_full = end - begin + 3 > register_bytes or further > register_bytes
-            assert register_bytes == ONE_PIXEL or end == 3 * wanted[1] or is_full
-            if register_bytes > ONE_PIXEL:
+            assert span <= group_bytes
+            is_full = end - begin + 3 > group_bytes or further > group_bytes
+            assert group_bytes == ONE_PIXEL or end == 3 * wanted[1] or is_full
+            if group_bytes > ONE_PIXEL:
                 expected = np.add.outer(columns[begin // 3 : end // 3] - read, np.arange(3))
                 assert moves[: end - begin].tolist() == expected.ravel().tolist()
         for row in range(whole):
-            assert rows[row] + reads[-1] + register_bytes <= 3 * height * width
-            assert row * 3 * wanted[1] + stores[-1] + register_bytes <= 3 * wanted[0] * wanted[1]
+            assert rows[row] + reads[-1] + group_bytes <= 3 * height * width
+            assert row * 3 * wanted[1] + stores[-1] + group_bytes <= 3 * wanted[0] * wanted[1]
         if whole < wanted[0]:
             assert (
-                rows[whole] + reads[-1] + register_bytes > 3 * height * width
-                or whole * 3 * wanted[1] + stores[-1] + register_bytes > 3 * wanted[0] * wanted[1]
+                rows[whole] + reads[-1] + group_bytes > 3 * height * width
+                or whole * 3 * wanted[1] + stores[-1] + group_bytes > 3 * wanted[0] * wanted[1]
             )
 
 
@@ -181,18 +181,18 @@ for height, width, box, wanted in [*fixed, *cases(300, 50, seed=9)]:
     for ends in (True, False):
         pixels = room(taken, (height, width, 3), ends)
         out = room(given, (*wanted, 3), ends)
-        for register_bytes in (4, 16, 64):
-            if register_bytes > max(4, processor().moves_bytes):
+        for group_bytes in (4, 16, 64):
+            if group_bytes > max(4, processor().moves_bytes):
                 continue
-            table = picking.table(picked, height, width, register_bytes)
+            table = picking.table(picked, height, width, group_bytes)
             numbers = room(told, (table.numbers.nbytes,), ends).view(np.int64)
             moves = room(moved, table.moves.shape, ends)
             numbers[...], moves[...] = table.numbers, table.moves
             numbers[2] = moves.ctypes.data
             out[...] = 255
-            print(height, width, box, wanted, ends, register_bytes, flush=True)
+            print(height, width, box, wanted, ends, group_bytes, flush=True)
             addresses = (part.ctypes.data for part in (pixels, out, numbers))
-            picking.pick(register_bytes)(*addresses, *wanted)
+            picking.pick(group_bytes)(*addresses, *wanted)
             assert out.tobytes() == pixels[picked.rows][:, picked.columns].tobytes()
 print("done")
 """

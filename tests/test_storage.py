@@ -188,10 +188,23 @@ def test_only_for_power_a_file_is_written_directly(tmp_path, monkeypatch):
     storage.close(file)
 
 
-def test_where_there_is_no_way_past_the_cache_a_file_is_written_through_it(file, storage):
-    with system_calls(FaultyOs(1, errno.EINVAL)) as system:
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM])
+def test_where_there_is_no_way_past_the_cache_a_file_is_written_through_it(file, storage, number):
+    with system_calls(FaultyOs(1, number)) as system:
         assert storage.direct(file) == file
     assert system.calls == ["open"]
+
+
+def test_another_file_of_its_name_is_never_written(tmp_path, storage):
+    file = storage.create(tmp_path / "file")
+    file.path.rename(tmp_path / "moved")
+    file.path.write_bytes(b"another")
+    before = len(names_in(Path("/proc/self/fd")))
+    with pytest.raises(StoppedError) as caught:
+        storage.direct(file)
+    must_say(caught.value, file.path, "another file", "ESTALE")
+    assert len(names_in(Path("/proc/self/fd"))) == before
+    storage.close(file)
 
 
 def test_another_error_than_that_is_one(file, storage):

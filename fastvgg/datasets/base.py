@@ -251,7 +251,7 @@ class Target(Protocol):
     def offset(self, start: int) -> int:
         """Return where in its file a row begins; 0 where rows have files of their own.
 
-        Memory that lies so within a page is written without a copy.
+        Memory that lies so within a page may be written without a copy.
         """
 
     def write(self, start: int, stored: Stored) -> None:

@@ -246,7 +246,7 @@ class Decoder:
         self._one_large = threading.Lock()
         # Of these nothing has to be reckoned.
         self._small_pixels = min(decoding.max_pixels, self._share_bytes // SMALL_PIXEL_BYTES)
-        self._picks = functools.lru_cache(maxsize=1024)(self._picks_of)
+        self._picks = functools.lru_cache(maxsize=256)(self._picks_of)
 
     def size(self, data: bytes) -> tuple[int, int] | str:
         """Return an image's height and width as it would be read, or why that cannot be told."""

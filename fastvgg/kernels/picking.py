@@ -1,11 +1,12 @@
 """Pixels picked one by one: nearest neighbour resizing, for which an index is all that there is.
 
 Pixels of a row that lie close together are picked in groups: one load, one instruction that moves
-bytes within a register, one store. What is stored beyond a group is overwritten by the next one.
-The last rows, where that would be beyond the image, are copied pixel by pixel.
+bytes within a register, one store. What is stored beyond a group is overwritten by the next one, or
+by the next row. The last rows, where that would be beyond the image, are copied pixel by pixel.
 
-From 500x375 to 224x224 that takes 8 us with registers of 64 bytes, 13 with 16, and 22 where no
-instruction moves bytes and each pixel is a group; beside 550 for decoding.
+From 500x375 to 224x224 that takes 11 us with groups of 64 bytes, 16 with 16, and 20 where no
+instruction moves bytes and each pixel is a group; beside 550 for decoding. A table takes 13 us,
+where one for the same columns was made before, and else 50.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ if TYPE_CHECKING:
 
     from fastvgg.nearest import Picks
 
-__all__ = ["Table", "groups_of_bytes", "pick", "table"]
+__all__ = ["Table", "common_group_bytes", "pick", "table"]
 
 PIXEL_BYTES: Final = 3
 ONE_PIXEL: Final = 4  # bytes, of a group that is no more than a pixel
+GROUPS_KEPT: Final = 256
 MOVES: Final = {
     16: "llvm.x86.ssse3.pshuf.b.128",
     64: "llvm.x86.avx512.permvar.qi.512",
@@ -50,39 +52,57 @@ class Table(NamedTuple):
     """Of the numbers."""
 
 
-def table(picked: Picks, height: int, width: int, register_bytes: int) -> Table:
+def table(picked: Picks, height: int, width: int, group_bytes: int) -> Table:
     """Return the table for an image of a size.
 
     Parameters
     ----------
     picked
-        What is picked.
+        What is picked: rows and columns from top to bottom and from left to right, as Pillow does.
     height, width
         Of the image.
-    register_bytes
-        How many are loaded and stored for a group; see `groups_of_bytes`.
+    group_bytes
+        How many are loaded and stored for a group; see `common_group_bytes`.
     """
     rows, columns = picked.rows * (width * PIXEL_BYTES), picked.columns * PIXEL_BYTES
-    firsts = _firsts(picked.columns, register_bytes)
-    stored = firsts * PIXEL_BYTES
-    reads = rows + columns[firsts[-1]] + register_bytes
-    writes = np.arange(len(rows)) * (len(columns) * PIXEL_BYTES) + stored[-1] + register_bytes
+    stored, read, moves = _groups(picked.columns.tobytes(), group_bytes)
+    reads = rows + read[-1] + group_bytes
+    writes = np.arange(len(rows)) * (len(columns) * PIXEL_BYTES) + stored[-1] + group_bytes
     whole = (reads <= height * width * PIXEL_BYTES) & (
         writes <= len(rows) * len(columns) * PIXEL_BYTES
     )
-    moves = np.zeros((len(firsts), register_bytes), np.uint8)
+    counts = [np.count_nonzero(whole), len(read), moves.ctypes.data]
+    numbers = np.concatenate([counts, rows, columns, read, stored]).astype(np.int64)
+    return Table(numbers, moves, numbers.ctypes.data)
+
+
+class _Groups(NamedTuple):
+    """The groups of a row."""
+
+    stored: NDArray[np.int64]
+    """Where each begins in the result's row, in bytes."""
+    read: NDArray[np.int64]
+    """Where in the image's."""
+    moves: NDArray[np.uint8]
+
+
+@functools.lru_cache(maxsize=GROUPS_KEPT)
+def _groups(picked_columns: bytes, group_bytes: int) -> _Groups:
+    """Return the groups of some columns, given as the bytes of their numbers."""
+    found = np.frombuffer(picked_columns, np.int64)
+    firsts = _firsts(found, group_bytes)
+    columns, stored = found * PIXEL_BYTES, firsts * PIXEL_BYTES
+    moves = np.zeros((len(firsts), group_bytes), np.uint8)
     group = np.searchsorted(firsts, np.arange(len(columns)), side="right") - 1
     for channel in range(PIXEL_BYTES):
         into = np.arange(len(columns)) * PIXEL_BYTES - stored[group] + channel
         moves[group, into] = columns - columns[firsts[group]] + channel
-    counts = [np.count_nonzero(whole), len(firsts), moves.ctypes.data]
-    numbers = np.concatenate([counts, rows, columns, columns[firsts], stored]).astype(np.int64)
-    return Table(numbers, moves, numbers.ctypes.data)
+    return _Groups(stored, columns[firsts], moves)
 
 
-def _firsts(columns: NDArray[np.int64], register_bytes: int) -> NDArray[np.int64]:
+def _firsts(columns: NDArray[np.int64], group_bytes: int) -> NDArray[np.int64]:
     """Return the first column of every group, each as long as it can be."""
-    pixels = register_bytes // PIXEL_BYTES
+    pixels = group_bytes // PIXEL_BYTES
     ends = np.searchsorted(columns, columns + pixels)
     ends = np.minimum(ends, np.arange(len(columns)) + pixels).tolist()
     firsts = [0]
@@ -91,13 +111,13 @@ def _firsts(columns: NDArray[np.int64], register_bytes: int) -> NDArray[np.int64
     return np.array(firsts)
 
 
-def groups_of_bytes() -> int:
+def common_group_bytes() -> int:
     """Return how many bytes a group is loaded and stored as on this processor."""
     return processor().moves_bytes or ONE_PIXEL
 
 
 @functools.cache
-def pick(register_bytes: int) -> Callable[..., None]:
+def pick(group_bytes: int) -> Callable[..., None]:
     """Return the loop that picks woven uint8 pixels.
 
     It is called with three addresses: of the source, of the target, and of a table's numbers; then
@@ -123,9 +143,9 @@ def pick(register_bytes: int) -> Callable[..., None]:
 
         def move_group(x: Any, y: Any, group: Any) -> None:
             begin = b.add(x, number(b.add(of_groups, group)))
-            taken = blocks.load(b, begin, "uint8", register_bytes)
-            where = b.add(moves, times(group, register_bytes))
-            told = blocks.load(b, where, "uint8", register_bytes)
+            taken = blocks.load(b, begin, "uint8", group_bytes)
+            where = b.add(moves, times(group, group_bytes))
+            told = blocks.load(b, where, "uint8", group_bytes)
             blocks.store(b, _moved(b, taken, told), b.add(y, number(b.add(of_stores, group))))
 
         def copy_pixel(x: Any, y: Any, column: Any, nbytes: int = PIXEL_BYTES) -> None:
@@ -133,7 +153,7 @@ def pick(register_bytes: int) -> Callable[..., None]:
             blocks.store(b, pixel, b.add(y, times(column, PIXEL_BYTES)))
 
         copy_with_next = functools.partial(copy_pixel, nbytes=ONE_PIXEL)
-        copy_group = move_group if register_bytes in MOVES else copy_with_next
+        copy_group = move_group if group_bytes in MOVES else copy_with_next
         for first, last, copy, count in (
             (ir.Constant(size, 0), whole, copy_group, groups),
             (whole, rows, copy_pixel, columns),

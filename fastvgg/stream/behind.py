@@ -21,8 +21,7 @@ Result = TypeVar("Result")
 class Behind(Generic[Result]):
     """Two threads: one writes, piece after piece, and the other commits what is written.
 
-    Copying to the system and waiting for the disk take about as long as each other, and neither
-    needs what the other does.
+    Handing bytes to the system and waiting for the disk need nothing of each other.
 
     After an error nothing that was given later is begun. Leaving the block finishes what was given
     before the error, so that it need not be computed again; an interruption waits for what is under

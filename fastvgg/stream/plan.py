@@ -38,8 +38,7 @@ __all__ = [
 # little is lost when a run is killed.
 CHUNK_BYTES: Final = 64 * 1024 * 1024
 # Of decoded images, which come ten times slower than an array's: three chunks of 24 MiB. Smaller
-# ones are more commits than the threads that decode can be kept from noticing; larger ones are more
-# new memory, and longer to wait for the last.
+# ones spend more of the time on commits, larger ones on new memory and on waiting for the last.
 DECODED_CHUNK_BYTES: Final = 3 * 24 * 1024 * 1024
 # Of image files: each commit syncs the whole disk, and takes 20 ms for 40 new files.
 FILES_CHUNK_BYTES: Final = 256 * 1024 * 1024

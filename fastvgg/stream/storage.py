@@ -40,6 +40,8 @@ NETWORKED: Final = (
     *("ocfs2", "smb2", "smb3", "smbfs", "virtiofs"),
 )
 
+# What opening a file past the cache, or writing so, fails with where it is not possible.
+NO_WAY_PAST: Final = (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM)
 GATHERED_BYTES: Final = 2**20
 
 
@@ -53,7 +55,7 @@ def file_system(path: Path) -> str:
                 fields, _, kind = mount.partition(" - ")
                 if fields.split(" ")[2] == number:
                     return kind.split(" ")[0]
-    except FileNotFoundError:  # not Linux
+    except (FileNotFoundError, PermissionError):  # not Linux, or in a sandbox
         pass
     return ""
 
@@ -116,8 +118,9 @@ class Storage:
         """Return a file so that whole pages are written to it past the system's cache.
 
         What has to be on the disk anyway needs no copy there: that takes 0.05 s of a processor for
-        a GiB, and 0.2 to 2.4 s with the copy, the more the newer the system's memory is.
-        Memory from which it is written lies within a page as it will in the file.
+        a GiB, and 0.2 to 2.4 s with the copy, the more the newer the system's memory is. Pages are
+        whole where memory lies within a page as it will in the file; the rest takes the usual way,
+        as all does where there is no other.
         """
         if not (self._syncs and hasattr(os, "O_DIRECT")):
             return file
@@ -127,9 +130,12 @@ class Storage:
             try:
                 direct = os.open(file.path, os.O_WRONLY | os.O_DIRECT | _always())
             except OSError as error:
-                if error.errno != errno.EINVAL:  # a file system that has no such way
+                if error.errno not in NO_WAY_PAST:
                     raise
                 return file
+            if not os.path.samestat(os.fstat(direct), os.fstat(file.descriptor)):
+                os.close(direct)
+                raise OSError(errno.ESTALE, "another file has its name")
             return file._replace(direct=direct)
 
     def close(self, file: StoredFile) -> None:
@@ -320,7 +326,7 @@ def _write_some(file: StoredFile, data: memoryview, offset: int) -> int:
     try:
         return os.pwrite(file.direct, data[:pages], offset)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a disk that wants more than pages
+        if error.errno not in NO_WAY_PAST:  # of a disk that wants more than pages
             raise
         return os.pwrite(file.descriptor, data[:pages], offset)
 
