@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from importlib import metadata
 from platform import python_version
 
@@ -46,6 +47,7 @@ from faults import CuttingStorage, Death, FaultyOs, system_calls
 import fastvgg
 from fastvgg import engine, oracle
 from fastvgg.datasets.index import INDEX_HEAD, Record, index_path, index_text, read_index
+from fastvgg.datasets.npy import NpySource
 from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError, UsageError
 from fastvgg.stream.behind import Behind
 from fastvgg.stream.journal import journal_path
@@ -1597,3 +1599,24 @@ def test_a_journal_that_says_nothing_beside_a_complete_target_goes(array, tmp_pa
     report = plan_of(array, tmp_path / "y.npy", mode="caffe").run()
     assert report.counts["computed_chunks"] == 0
     assert tree(tmp_path) == finished
+
+
+@pytest.mark.parametrize(("target", "most"), [("y.npy", 1), ("images", 2)])
+def test_no_more_windows_of_the_source_are_held_than_are_reckoned(
+    tmp_path, monkeypatch, target, most
+):
+    y = save_npy(tmp_path / "x.npy", network_inputs(pixels(12), "caffe"))
+    windows, held = [], []
+    read = NpySource.read
+
+    def noted(source, start, stop):
+        chunk = read(source, start, stop)
+        windows.append(weakref.ref(chunk.batch))
+        held.append(sum(window() is not None for window in windows))
+        return chunk
+
+    monkeypatch.setattr(NpySource, "read", noted)
+    plan = plan_of(y, tmp_path / target, together=2, direction="restore", mode="caffe")
+    plan.run()
+    assert len(windows) >= plan.chunks == 6
+    assert max(held) == most

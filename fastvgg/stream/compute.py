@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from fastvgg.datasets.base import Source, Stored, Target
+    from fastvgg.datasets.base import Chunk, Source, Stored, Target
     from fastvgg.stream.plan import Plan
     from fastvgg.threads import Lot
 
@@ -81,19 +81,18 @@ def _together(
     stagings = itertools.cycle([_Staging(plan) for _ in range(2)])
     for chunk, start, stop, _ in work:
         out = next(stagings).rows(target.offset(start))[: stop - start]
-        read = source.read(start, stop)
-        engine.apply(
-            plan.transform,
-            read.batch,
-            out,
-            threads=plan.threads,
-            backend=plan.backend,
-            read_next=True,
-        )
-        for at, record in enumerate(read.records):
-            if record.failed:
-                out[at] = 0
-        yield Computed(chunk, start, stop, [bytes_of(out)], read.records)
+        records = _computed(plan, source.read(start, stop), out)
+        yield Computed(chunk, start, stop, [bytes_of(out)], records)
+
+
+def _computed(plan: Plan, read: Chunk, out: NDArray[Any]) -> list[Record]:
+    """Compute a chunk, and let go of what was read before the next is; return its records."""
+    threads, backend = plan.threads, plan.backend
+    engine.apply(plan.transform, read.batch, out, threads=threads, backend=backend, read_next=True)
+    for at, record in enumerate(read.records):
+        if record.failed:
+            out[at] = 0
+    return read.records
 
 
 class _Staging:
