@@ -54,7 +54,9 @@ app = typer.Typer(
 Source = Annotated[
     Path,
     typer.Argument(
-        metavar="SRC", readable=False, help="A directory or tar shards of images, or a .npy."
+        metavar="SRC",
+        readable=False,
+        help="A directory or tar shards of images; a .npy, or a directory of part-*.npy.",
     ),
 ]
 Target = Annotated[

@@ -1,8 +1,8 @@
 """What lies on disk: a file for each format, none of which knows what is done to the pixels.
 
-`open_source` and `open_target` choose the format by what a path is: a directory holds images, a
-name that ends in .tar, or a range of such names, is tar shards of them, and one that ends in .npy
-is an array.
+`open_source` and `open_target` choose the format by what a path is: a directory holds images, or
+an array in parts, a name that ends in .tar, or a range of such names, is tar shards of images, and
+one that ends in .npy is an array.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from fastvgg.datasets.decode import INTERPOLATIONS, Decoder, Decoding
 from fastvgg.datasets.files import FileFormat, ImageFiles
 from fastvgg.datasets.images import FolderListing, ImageFolder
 from fastvgg.datasets.npy import NpySource, NpyTarget
+from fastvgg.datasets.parts import NpyParts, part_names
 from fastvgg.datasets.tar import TarListing, TarShards, names_tar
 from fastvgg.errors import SourceError, TargetError
 
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from fastvgg.datasets.base import Header, Source, Target
-    from fastvgg.datasets.images import Listing
+    from fastvgg.datasets.base import ArraySource, Header, Target
+    from fastvgg.datasets.images import Images, Listing
     from fastvgg.datasets.index import Record
     from fastvgg.nearest import Picks
     from fastvgg.stream.storage import Storage
@@ -53,13 +54,13 @@ def open_source(
     threads: int = 1,
     pick: Callable[[NDArray[Any], Picks, NDArray[Any]], None] = nearest.pick,
     listing: Listing | None = None,
-) -> Source:
+) -> Images | ArraySource:
     """Open a dataset for reading; headers are read, pixels are not.
 
     Parameters
     ----------
     path
-        A directory of images, tar shards of them, or a .npy file.
+        A directory of images, tar shards of them, a .npy file, or a directory of part-*.npy.
     layout
         The layout of an array; images are NHWC.
     stored_as
@@ -81,7 +82,8 @@ def open_source(
         If the path is missing, empty, damaged, or of no format that fastvgg reads.
     """
     is_directory = os.path.isdir(path)  # noqa: PTH112  # Path.is_dir raises where a name is too long
-    if is_directory or names_tar(path):
+    parts = part_names(path) if is_directory else []
+    if not parts and (is_directory or names_tar(path)):
         if layout != "NHWC":
             raise SourceError(f"{path}: images have no layout {layout}", "leave --layout away")
         decoding = decoding or Decoding()
@@ -93,12 +95,14 @@ def open_source(
         return TarShards(path, decoding, decoder, threads=threads, listing=members)
     if not os.path.lexists(path):
         raise SourceError(f"{path} does not exist", "check the path; nothing was written")
-    if path.suffix.lower() == ".npy":
+    if parts or path.suffix.lower() == ".npy":
         if decoding not in (None, Decoding()):
             raise SourceError(
                 f"{path}: --size and its like are for image files, and this is an array",
                 "leave them away, or give the directory of images",
             )
+        if parts:
+            return NpyParts(path, parts, layout=layout, stored_as=stored_as)
         return NpySource(path, layout=layout, stored_as=stored_as)
     raise SourceError(
         f"{path} is neither a directory of images nor a .npy file, nor tar shards",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "READ_FLAGS",
+    "ArraySource",
     "Chunk",
     "Header",
     "Source",
@@ -231,6 +232,13 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Let go of files and threads."""
+
+
+class ArraySource(Source, Protocol):
+    """An array that is read."""
+
+    def read_into(self, start: int, out: NDArray[Any]) -> None:
+        """Read as many images as `out` has, from row `start` on; many threads may."""
 
 
 class Target(Protocol):

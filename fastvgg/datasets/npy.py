@@ -11,22 +11,19 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import errno
 import io
 import math
-import mmap
 import os
 import re
 import struct
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
-import xxhash
 
 from fastvgg.datasets.base import Chunk, Header, bytes_of, open_regular
 from fastvgg.datasets.index import read_index
-from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError
-from fastvgg.transform import storage_dtype
+from fastvgg.datasets.mapped import MappedArray
+from fastvgg.errors import ResumeError, SourceError, TargetError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,11 +54,6 @@ LITERAL_ERRORS: Final = (
 # What it reads with a warning: an escape that there is not, and "1or 2". No filter of warnings is
 # set for that: while one thread has it, another that saves and restores the filters would keep it.
 WARNED_OF: Final = re.compile(rb"\\|\b[0-9][0-9A-Za-z_]*?\.?(?:and|else|for|if|in|is|not|or)")
-SAMPLES: Final = 16
-SAMPLE_BYTES: Final = 64 * 1024
-# Populating a mapping before it is read turns a file that shrank into an error that can be caught;
-# without it the first access to a missing page kills the process (SIGBUS). Linux 5.14.
-MADV_POPULATE_READ: Final = 22
 
 
 class ArrayHeader(NamedTuple):
@@ -239,7 +231,6 @@ class NpySource:
         if math.prod(found.shape) == 0:
             raise SourceError(f"{path} has shape {found.shape}: no images", "give images")
         self.header = Header(found.shape, dtype, layout)
-        self.data_offset = found.offset
         self.stored_bytes = os.fstat(self._file.fileno()).st_size
         expected = found.offset + self.header.nbytes
         if self.stored_bytes != expected:
@@ -249,20 +240,11 @@ class NpySource:
                 f"header, and the file has {self.stored_bytes}",
                 "get the file again, or write it again with numpy.save",
             )
+        self._mapped = MappedArray(self._file, path, self.header, found.offset)
 
     def fingerprint(self) -> str:
         """Return a hash of size, time of change, header, and samples, as the file is now."""
-        descriptor = self._file.fileno()
-        status = os.fstat(descriptor)
-        digest = xxhash.xxh3_128(f"{status.st_size} {status.st_mtime_ns}".encode())
-        last = max(0, status.st_size - SAMPLE_BYTES)
-        for step in range(SAMPLES):
-            offset = last * step // (SAMPLES - 1)
-            try:
-                digest.update(os.pread(descriptor, SAMPLE_BYTES, offset))
-            except OSError as error:
-                raise StoppedError.from_os_error(error, "read", str(self.path), offset) from error
-        return digest.hexdigest()
+        return self._mapped.fingerprint()
 
     def read(self, start: int, stop: int) -> Chunk:
         """Return images as a read-only view of a mapped window of the file.
@@ -272,47 +254,17 @@ class NpySource:
         StoppedError
             If the file has become shorter since it was opened, or cannot be read.
         """
-        begin = self.data_offset + start * self.header.image_bytes
-        nbytes = (stop - start) * self.header.image_bytes
-        shape = (stop - start, *self.header.shape[1:])
-        batch = self._window(begin, nbytes).view(storage_dtype(self.header.dtype)).reshape(shape)
-        self._expect(begin + nbytes, nbytes)
-        return Chunk(batch, [*self.records[start:stop]])
+        return Chunk(self._mapped.read(start, stop), [*self.records[start:stop]])
 
-    def _window(self, begin: int, nbytes: int) -> NDArray[np.uint8]:
-        page = begin - begin % mmap.ALLOCATIONGRANULARITY
-        try:
-            self._refuse_shorter(begin + nbytes)
-            window = mmap.mmap(
-                self._file.fileno(), begin - page + nbytes, access=mmap.ACCESS_READ, offset=page
-            )
-            self._populate(window)
-        except ValueError:  # mmap looked again, and found what _refuse_shorter did not
-            shorter = OSError(errno.ENODATA, "the file has become shorter")
-            raise StoppedError.from_os_error(shorter, "read", str(self.path), begin) from None
-        except OSError as error:
-            raise StoppedError.from_os_error(error, "read", str(self.path), begin) from error
-        return np.frombuffer(window, np.uint8, nbytes, begin - page)
+    def read_into(self, start: int, out: NDArray[Any]) -> None:
+        """Read as many images as `out` has, from row `start` on; many threads may.
 
-    def _expect(self, begin: int, nbytes: int) -> None:
-        """Have the system read what comes next while this is worked on."""
-        if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError):  # a kernel may be built without it
-                os.posix_fadvise(self._file.fileno(), begin, nbytes, os.POSIX_FADV_WILLNEED)
-
-    def _refuse_shorter(self, needed_bytes: int) -> None:
-        if os.fstat(self._file.fileno()).st_size < needed_bytes:
-            raise OSError(errno.ENODATA, "the file has become shorter")
-
-    @staticmethod
-    def _populate(window: mmap.mmap) -> None:
-        try:
-            window.madvise(MADV_POPULATE_READ)
-        except (AttributeError, ValueError):  # no madvise on this system
-            return
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # a kernel before 5.14
-                raise
+        Raises
+        ------
+        StoppedError
+            If the file has become shorter since it was opened, or cannot be read.
+        """
+        self._mapped.read_into(start, out)
 
     def close(self) -> None:
         """Close the file; windows that were returned stay valid."""

@@ -105,8 +105,8 @@ def plan(
     Parameters
     ----------
     source
-        A directory of images, tar shards (one, or a range like ``{0000..0099}.tar``), or a .npy
-        file.
+        A directory of images, tar shards (one, or a range like ``{0000..0099}.tar``), a .npy file,
+        or a directory of part-*.npy.
     target
         A name that ends in .npy, or for restored images a directory. While unfinished the data is
         in ``target.partial``; the name appears when it is complete.
