@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from fastvgg import nearest, oracle
+from fastvgg.arrays import as_numpy, as_torch, is_torch
 from fastvgg.errors import BackendError, DtypeError, OutputError, UsageError
 from fastvgg.threads import check_threads, work_on_all
 from fastvgg.transform import CHANNEL_AXES, Transform, storage_dtype, storage_name
@@ -33,7 +34,6 @@ __all__ = [
     "Backend",
     "apply",
     "backend_in_use",
-    "check_array",
     "picker",
     "preprocess",
     "restore",
@@ -58,16 +58,16 @@ TABLES_KEPT: Final = 256  # each of 6 kB, for results of 224x224
 
 
 def preprocess(
-    x: NDArray[Any],
+    x: Any,  # noqa: ANN401  # whatever is an array, and as such comes back
     mode: Mode | str,
     *,
     layout: Layout = "NHWC",
     out_layout: Layout | None = None,
     dtype: DTypeLike | None = None,
-    out: NDArray[Any] | None = None,
+    out: Any = None,  # noqa: ANN401
     threads: int | None = None,
     backend: Backend = "auto",
-) -> NDArray[Any]:
+) -> Any:  # noqa: ANN401
     """Turn images into network input, bit-equal to Keras' `preprocess_input`.
 
     Parameters
@@ -75,7 +75,9 @@ def preprocess(
     x
         Images with values 0..255 in RGB order: uint8 or any floating storage type, shape
         (N, H, W, 3) or (H, W, 3), or channels first where `layout` is "NCHW". Any strides, byte
-        order and alignment. Not changed, unless it is also `out`.
+        order and alignment. Not changed, unless it is also `out`. NumPy arrays, and what offers the
+        array interface or DLPack on the CPU: PyTorch, JAX and TensorFlow tensors, Pillow's images;
+        or a list of images of one size.
     mode
         "caffe", "tf", "torch", "identity", or a `Mode`.
     layout, out_layout
@@ -83,7 +85,8 @@ def preprocess(
     dtype
         float16, bfloat16, float32 or float64. If not given: float32 for uint8, else the type of x.
     out
-        Where to write: C-contiguous, of the result's shape and type. ``out=x`` works in place.
+        Where to write: a NumPy array or PyTorch tensor, C-contiguous, of the result's shape and
+        type. ``out=x`` works in place.
     threads
         How many to use; all usable cores if not given.
     backend
@@ -91,8 +94,8 @@ def preprocess(
 
     Returns
     -------
-    ndarray
-        `out`, or a new C-contiguous array.
+    ndarray or torch.Tensor
+        `out`, or a new C-contiguous array; a PyTorch tensor for one, or for a list of them.
 
     Raises
     ------
@@ -110,17 +113,17 @@ def preprocess(
 
 
 def restore(
-    y: NDArray[Any],
+    y: Any,  # noqa: ANN401
     mode: Mode | str,
     *,
     layout: Layout = "NHWC",
     out_layout: Layout | None = None,
     dtype: DTypeLike | None = None,
-    out: NDArray[Any] | None = None,
+    out: Any = None,  # noqa: ANN401
     rounding: Rounding = "nearest",
     threads: int | None = None,
     backend: Backend = "auto",
-) -> NDArray[Any]:
+) -> Any:  # noqa: ANN401
     """Turn network input back into images: ``restore(preprocess(x)) == x``, every byte.
 
     Any float is allowed, as optimised images hold them: NaN and what is below 0 become 0, what is
@@ -130,7 +133,8 @@ def restore(
     ----------
     y
         Network inputs of a floating storage type, shape (N, H, W, 3) or (H, W, 3), or channels
-        first where `layout` is "NCHW". Not changed, unless it is also `out`.
+        first where `layout` is "NCHW". Not changed, unless it is also `out`. Arrays of whatever
+        kind `preprocess` takes.
     mode
         The mode that made `y`.
     layout, out_layout
@@ -138,8 +142,8 @@ def restore(
     dtype
         uint8 if not given; a floating type holds the same whole numbers 0..255.
     out
-        Where to write: C-contiguous, of the result's shape and type. ``out=y``, with the type of
-        y for `dtype`, works in place.
+        Where to write: a NumPy array or PyTorch tensor, C-contiguous, of the result's shape and
+        type. ``out=y``, with the type of y for `dtype`, works in place.
     rounding
         "nearest", or "truncate" as the widely copied `deprocess_img` does, which loses values.
     threads, backend
@@ -147,8 +151,8 @@ def restore(
 
     Returns
     -------
-    ndarray
-        `out`, or a new C-contiguous array.
+    ndarray or torch.Tensor
+        `out`, or a new C-contiguous array; a PyTorch tensor for one, or for a list of them.
 
     Raises
     ------
@@ -162,46 +166,74 @@ def restore(
     [[[10, 20, 30]]]
     """
     if dtype is None and out is y:
-        dtype = y.dtype
+        dtype = as_numpy(y).dtype
     transform = Transform(mode, "restore", layout, out_layout, dtype, rounding)
     return apply(transform, y, out, threads=threads, backend=backend)
 
 
 def apply(
     transform: Transform,
-    x: NDArray[Any],
-    out: NDArray[Any] | None = None,
+    x: Any,  # noqa: ANN401
+    out: Any = None,  # noqa: ANN401
     *,
     threads: int | None = None,
     backend: Backend = "auto",
     read_next: bool = False,
-) -> NDArray[Any]:
+) -> Any:  # noqa: ANN401
     """Apply a transform to a batch or an image; equal to `oracle.apply`, bit for bit.
 
     Parameters, result and errors are those of `preprocess` and `restore`. `read_next` says that
     the result is read at once, and should not be written past the caches.
     """
-    input_name = _check_input(transform, x)
+    batch = as_numpy(x)
+    input_name = _check_input(transform, batch)
     threads = check_threads(threads)
-    shape = transform.output_shape(x.shape)
+    shape = transform.output_shape(batch.shape)
     dtype = _result_dtype(transform.output_name(input_name))
-    if out is None:
-        result = np.empty(shape, dtype)
+    result = np.empty(shape, dtype) if out is None else _writable(out)
+    if out is not None:
+        _check_out(result, batch, transform, shape, dtype)
+    compiled = backend_in_use(backend) == "numba" and transform.direction != "pack"
+    if batch.size:
+        streams = out is not None and not read_next and result.nbytes >= SMALLEST_STREAMED_BYTES
+        _apply(transform, batch, result, threads, compiled=compiled, streams=streams)
+    if out is not None:
+        return out
+    return as_torch(result) if is_torch(x[0] if isinstance(x, list | tuple) else x) else result
+
+
+def _writable(out: Any) -> NDArray[Any]:  # noqa: ANN401
+    """Return what a result may be written into as an array."""
+    if isinstance(out, np.ndarray) and not isinstance(out, np.ma.MaskedArray):
+        return out
+    if not is_torch(out):
+        raise OutputError(
+            f"out is {type(out).__name__}", "give a plain NumPy array or a PyTorch tensor"
+        )
+    try:
+        return as_numpy(out)
+    except DtypeError as error:
+        raise OutputError(f"out cannot be written: {error.problem}", error.remedy) from error
+
+
+def _apply(
+    transform: Transform,
+    x: NDArray[Any],
+    out: NDArray[Any],
+    threads: int,
+    *,
+    compiled: bool,
+    streams: bool,
+) -> None:
+    """Carry a transform out that was checked."""
+    source, target = np.asarray(x), np.asarray(out)
+    if x.ndim == 3:
+        source, target = source[np.newaxis], target[np.newaxis]
+    if compiled:
+        pieces, work_on = _kernel_work(transform, source, target, threads, streams)
     else:
-        _check_out(out, x, transform, shape, dtype)
-        result = out
-    numba = backend_in_use(backend) == "numba" and transform.direction != "pack"
-    if x.size:
-        source, target = np.asarray(x), np.asarray(result)
-        if x.ndim == 3:
-            source, target = source[np.newaxis], target[np.newaxis]
-        if numba:
-            streams = target.nbytes >= SMALLEST_STREAMED_BYTES and out is not None and not read_next
-            pieces, work_on = _kernel_work(transform, source, target, threads, streams)
-        else:
-            pieces, work_on = _oracle_work(transform, source, target, threads)
-        work_on_all(pieces, work_on, threads)
-    return result
+        pieces, work_on = _oracle_work(transform, source, target, threads)
+    work_on_all(pieces, work_on, threads)
 
 
 def picker(backend: Backend = "auto") -> Callable[[NDArray[Any], Picks, NDArray[Any]], None]:
@@ -227,12 +259,12 @@ def picker(backend: Backend = "auto") -> Callable[[NDArray[Any], Picks, NDArray[
 
 def row_by_row(
     transform: Transform, x: NDArray[Any], out: NDArray[Any], *, backend: Backend = "auto"
-) -> Callable[[int, int], None]:
-    """Return what transforms one image of `x` into one of `out`, on the thread that calls.
+) -> Callable[..., None]:
+    """Return what transforms images of `x` into images of `out`, on the thread that calls.
 
     ``row_by_row(transform, x, out)(i, j)`` is ``apply(transform, x[i], out[j])``, checked once for
-    all rows: that takes 10 us a call, and an image of 224x224 takes 25. Rows may be read and
-    written by many threads at once.
+    all rows: that takes 10 us a call, and an image of 224x224 takes 25. A third argument is how
+    many rows, from there on. Rows may be read and written by many threads at once.
 
     Parameters
     ----------
@@ -260,8 +292,8 @@ def row_by_row(
         raise UsageError("the rows of x do not lie one after the other", "use fastvgg.preprocess")
     if backend_in_use(backend) == "numpy" or transform.direction == "pack":
 
-        def apply_oracle(row: int, out_row: int) -> None:
-            out[out_row] = oracle.apply(transform, x[row])
+        def apply_oracle(row: int, out_row: int, count: int = 1) -> None:
+            out[out_row : out_row + count] = oracle.apply(transform, x[row : row + count])
 
         return apply_oracle
     kernel = _kernel(transform, input_name, False, False, out.nbytes >= SMALLEST_STREAMED_BYTES)
@@ -269,22 +301,24 @@ def row_by_row(
 
 
 class _KernelOnRows:
-    """A kernel on one row at a time. It holds the batches: the loop knows addresses alone."""
+    """A kernel on rows. It holds the batches: the loop knows addresses alone."""
 
     def __init__(
         self, kernel: _Kernel, transform: Transform, x: NDArray[Any], out: NDArray[Any]
     ) -> None:
         self._held = kernel, x, out
         self._loop = kernel.loop
+        self._constants_address = kernel.constants_address
         source, target = _Memory.of(x, transform.layout), _Memory.of(out, transform.out_layout)
         self._source, self._target = source, target
         self._rest = (
-            *(kernel.constants_address, 1, x[0].size // 3),
+            x[0].size // 3,
             *(source.image_bytes, source.plane_bytes, target.image_bytes, target.plane_bytes),
         )
 
-    def __call__(self, row: int, out_row: int) -> None:
-        self._loop(self._source.at(row, 0), self._target.at(out_row, 0), *self._rest)
+    def __call__(self, row: int, out_row: int, count: int = 1) -> None:
+        first, out_first = self._source.at(row, 0), self._target.at(out_row, 0)
+        self._loop(first, out_first, self._constants_address, count, *self._rest)
 
 
 def _address(array: NDArray[Any]) -> int:
@@ -337,22 +371,7 @@ def _warn_slow(reason: str, remedy: str) -> None:
     )
 
 
-def check_array(x: NDArray[Any]) -> None:
-    """Refuse what is not an array, or does not have a value everywhere.
-
-    Raises
-    ------
-    DtypeError
-        Saying how to make an array of it.
-    """
-    if not isinstance(x, np.ndarray):
-        raise DtypeError(f"got {type(x).__name__}, not a NumPy array", "convert it: np.asarray(x)")
-    if isinstance(x, np.ma.MaskedArray):
-        raise DtypeError("a masked array has no bytes for its masked values", "use x.filled(...)")
-
-
 def _check_input(transform: Transform, x: NDArray[Any]) -> str:
-    check_array(x)
     name = _stored_name(x.dtype)
     transform.check_input(x.shape, name)
     return name
@@ -366,8 +385,6 @@ def _check_out(
     dtype: np.dtype[Any],
 ) -> None:
     """Refuse an `out` that cannot take the result, before anything is written."""
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
-        raise OutputError(f"out is {type(out).__name__}", "give a plain NumPy array")
     if out.shape != shape or out.dtype != dtype:
         raise OutputError(
             f"out has shape {out.shape} and type {out.dtype}, the result {shape} and {dtype}",

@@ -72,7 +72,7 @@ def preprocess_input(
     if mode not in ("caffe", "tf", "torch"):
         raise UsageError(f"mode is {mode!r}", "give 'caffe', 'tf' or 'torch'")
     layout = _layout(_keras_setting("image_data_format", "channels_last"), data_format)
-    engine.check_array(x)
+    _refuse_others(x)
     if not issubclass(x.dtype.type, np.floating):
         x = x.astype(storage_dtype(_keras_setting("floatx", "float32")))
     return _apply(Transform(mode, layout=layout), x, _channel_by_channel)
@@ -171,7 +171,8 @@ def _apply(
     """Apply a transform; compute halves as halves, as the originals do and the engine does not."""
     name = storage_name(x.dtype)
     if name not in ("float16", "bfloat16"):
-        return engine.apply(transform, x)
+        applied: NDArray[Any] = engine.apply(transform, x)
+        return applied
     transform.check_input(x.shape, name)
     axis = CHANNEL_AXES[transform.layout]
     with np.errstate(all="ignore"):
@@ -179,9 +180,17 @@ def _apply(
     return np.ascontiguousarray(np.moveaxis(result, -1, axis))
 
 
+def _refuse_others(x: NDArray[Any]) -> None:
+    """Refuse what is not a NumPy array, or does not have a value everywhere."""
+    if not isinstance(x, np.ndarray):
+        raise DtypeError(f"got {type(x).__name__}, not a NumPy array", "convert it: np.asarray(x)")
+    if isinstance(x, np.ma.MaskedArray):
+        raise DtypeError("a masked array has no bytes for its masked values", "use x.filled(...)")
+
+
 def _floating(x: NDArray[Any]) -> NDArray[Any]:
     """Refuse integers: adding means to them is an error in the originals too."""
-    engine.check_array(x)
+    _refuse_others(x)
     if not issubclass(x.dtype.type, np.floating):
         raise DtypeError(
             f"type {x.dtype} is not what preprocess_input returns",

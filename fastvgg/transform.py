@@ -22,7 +22,7 @@ from fastvgg.errors import DtypeError, ModeError, ShapeError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from numpy.typing import DTypeLike, NDArray
+    from numpy.typing import DTypeLike
 
 __all__ = [
     "CHANNEL_AXES",
@@ -315,7 +315,7 @@ class Transform:
                 "give a floating type: " + ", ".join(STORAGE_TYPES[1:]),
             )
 
-    def __call__(self, x: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:
+    def __call__(self, x: Any, out: Any = None) -> Any:  # noqa: ANN401  # see engine.preprocess
         """Apply the transform to a batch or an image in memory: `engine.apply`."""
         from fastvgg import engine
 

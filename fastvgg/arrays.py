@@ -1,0 +1,159 @@
+"""Arrays of others, in the memory that they have: a NumPy view of what is on the CPU.
+
+Whatever offers the array interface, or DLPack, is an array: PyTorch, JAX and TensorFlow tensors,
+Pillow's images. No framework is imported: a PyTorch tensor can only be one where PyTorch is.
+
+The array interface: https://numpy.org/doc/stable/reference/arrays.interface.html
+DLPack: https://dmlc.github.io/dlpack/latest/python_spec.html
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, Final
+
+import ml_dtypes
+import numpy as np
+
+from fastvgg.errors import DtypeError, ShapeError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["as_numpy", "as_torch", "is_torch"]
+
+# DLPack's numbers of the devices whose memory the CPU reads: its own, pinned and managed memory.
+READ_BY_THE_CPU: Final = frozenset({1, 3, 11, 13})
+MOVES: Final = {"cupy": "cupy.asnumpy(x)", "jaxlib": "jax.device_get(x)", "tensorflow": "x.cpu()"}
+# What arrays raise that cannot show their memory: of symbols, sparse ones, those with a gradient.
+EXPORT_ERRORS: Final = (BufferError, RuntimeError, TypeError, ValueError)
+
+
+def as_numpy(x: Any) -> NDArray[Any]:  # noqa: ANN401  # that is the question
+    """Return an array of any kind as a NumPy array, which shares its memory where that can be.
+
+    Parameters
+    ----------
+    x
+        A NumPy array, which is returned as it is; what offers `__array_interface__`, `__array__` or
+        DLPack; or a list or tuple of images, arrays of one shape and type, which are copied.
+
+    Returns
+    -------
+    ndarray
+        Writable only if `x` is a NumPy array or a PyTorch tensor.
+
+    Raises
+    ------
+    DtypeError
+        If `x` is nothing of that, is masked, is on a GPU, or does not show its memory.
+    ShapeError
+        If images of a list have different sizes.
+
+    Examples
+    --------
+    >>> from PIL import Image
+    >>> as_numpy([Image.new("RGB", (5, 7)), Image.new("RGB", (5, 7))]).shape
+    (2, 7, 5, 3)
+    """
+    if isinstance(x, np.ma.MaskedArray):
+        raise DtypeError("a masked array has no bytes for its masked values", "use x.filled(...)")
+    if isinstance(x, np.ndarray):
+        return x
+    if isinstance(x, list | tuple):
+        return _stacked(x)
+    if is_torch(x):
+        return _of_torch(x)
+    _refuse_elsewhere(x)
+    try:
+        if hasattr(x, "__array_interface__") or hasattr(x, "__array__"):
+            return np.asarray(x)
+        if hasattr(x, "__dlpack__"):
+            return np.from_dlpack(x)
+    except EXPORT_ERRORS as error:
+        raise _not_shown(x, error, "make a NumPy array of it") from error
+    raise DtypeError(f"got {type(x).__name__}, which is no array", "convert it: np.asarray(x)")
+
+
+def is_torch(x: object) -> bool:
+    """Whether something is a PyTorch tensor."""
+    tensor = getattr(sys.modules.get("torch"), "Tensor", None)
+    return tensor is not None and isinstance(x, tensor)
+
+
+def as_torch(array: NDArray[Any]) -> Any:  # noqa: ANN401  # PyTorch's types are not at hand
+    """Return a writable NumPy array as a PyTorch tensor, which shares its memory."""
+    torch = sys.modules["torch"]
+    if array.dtype == ml_dtypes.bfloat16:  # which PyTorch does not take from NumPy
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _of_torch(x: Any) -> NDArray[Any]:  # noqa: ANN401
+    if x.device.type != "cpu":
+        raise _elsewhere(x, f"on {x.device}", "x.cpu()")
+    if x.requires_grad:
+        raise DtypeError("a tensor that requires a gradient would lose it", "give x.detach()")
+    torch = sys.modules["torch"]
+    try:
+        if x.dtype == torch.bfloat16:
+            halves: NDArray[Any] = x.view(torch.int16).numpy()
+            return halves.view(ml_dtypes.bfloat16)
+        array: NDArray[Any] = x.numpy()
+    except EXPORT_ERRORS as error:
+        raise _not_shown(x, error, "give a dense one: x.to_dense(), x.resolve_conj()") from error
+    return array
+
+
+def _stacked(images: list[Any] | tuple[Any, ...]) -> NDArray[Any]:
+    """Return images of one size as a batch."""
+    if not images:
+        raise ShapeError("an empty list has no images", "give images")
+    kinds = {type(image) for image in images} & {list, tuple, int, float}
+    if kinds:
+        raise DtypeError(
+            f"got a {type(images).__name__} of {kinds.pop().__name__}, which is no array",
+            "convert it: np.asarray(x)",
+        )
+    arrays = [as_numpy(image) for image in images]
+    first = arrays[0]
+    for at, array in enumerate(arrays):
+        if array.ndim != 3:
+            raise ShapeError(
+                f"of a list, number {at} has shape {array.shape}, of rank {array.ndim}",
+                "a list holds images, of rank 3: for batches use numpy.concatenate",
+            )
+        if array.shape != first.shape:
+            raise ShapeError(
+                f"of a list, number 0 has shape {first.shape} and number {at} {array.shape}",
+                "give images of one size",
+            )
+        if array.dtype != first.dtype:
+            raise DtypeError(
+                f"of a list, number 0 has type {first.dtype} and number {at} {array.dtype}",
+                "give images of one type",
+            )
+    return np.stack(arrays)
+
+
+def _refuse_elsewhere(x: Any) -> None:  # noqa: ANN401
+    """Refuse an array in memory that the CPU does not read."""
+    move = MOVES.get(type(x).__module__.partition(".")[0], "what its framework has for that")
+    if hasattr(x, "__dlpack_device__"):
+        kind, number = x.__dlpack_device__()
+        if int(kind) not in READ_BY_THE_CPU:
+            raise _elsewhere(x, f"on device {number} of DLPack's kind {int(kind)}", move)
+    device = getattr(x, "device", "")
+    if isinstance(device, str) and "GPU" in device:  # TensorFlow copies it without a word
+        raise _elsewhere(x, f"on {device}", move)
+
+
+def _elsewhere(x: object, where: str, move: str) -> DtypeError:
+    return DtypeError(
+        f"got {type(x).__name__} {where}, and fastvgg works on the CPU", f"move it there: {move}"
+    )
+
+
+def _not_shown(x: object, error: BaseException, remedy: str) -> DtypeError:
+    said = " ".join(str(error).split())[:200]
+    return DtypeError(f"got {type(x).__name__}, which does not show its memory: {said}", remedy)
