@@ -118,17 +118,7 @@ def images(record):
         f"| {share(row)} |"
         for row in record["rows"]
     ]
-    lines += [
-        "",
-        "| beside | images/s | its images/s | times as fast | middle half of the rounds |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for row in record["times"]:
-        low, high = row["spread"]
-        lines.append(
-            f"| {row['path']} | {row['images_per_second']:,} | {row['other_images_per_second']:,} "
-            f"| {row['times']:.2f} | {low:.2f} to {high:.2f} |"
-        )
+    lines += ["", *times_table(record["times"])]
     versions = "".join(f", {name} {version}" for name, version in record["peers"].items())
     missing = "".join(f" Not measured: {name}: {why}." for name, why in missing_of(record))
     what = (
@@ -136,6 +126,21 @@ def images(record):
         f"for fast_jpeg {record['large_images']:,}."
     )
     return [*lines, "", f"{what} {place(record).removesuffix('.')}{versions}.{missing}"]
+
+
+def times_table(rows):
+    """Return a table of how many times as fast as others something is."""
+    lines = [
+        "| beside | images/s | its images/s | times as fast | middle half of the rounds |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        low, high = row["spread"]
+        lines.append(
+            f"| {row['path']} | {row['images_per_second']:,} | {row['other_images_per_second']:,} "
+            f"| {row['times']:.2f} | {low:.2f} to {high:.2f} |"
+        )
+    return lines
 
 
 def missing_of(record):
@@ -173,6 +178,23 @@ def images_planning(record):
     return [*lines, "", place(record)]
 
 
+def loading(record):
+    """Return a table of batches beside the kernel alone, and one of how many times as fast."""
+    lines = [
+        "| path | images/s | limit, images/s | of the limit | middle half of the rounds |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {row['path']} | {row['images_per_second']:,} | {row['limit_images_per_second']:,} "
+        f"| {share(row)} |"
+        for row in record["rows"]
+    ]
+    lines += ["", *times_table(record["times"])]
+    versions = "".join(f", {name} {version}" for name, version in record["peers"].items())
+    what = f"{record['images']:,} images in batches of {record['batch']}."
+    return [*lines, "", f"{what} {place(record).removesuffix('.')}{versions}."]
+
+
 TABLES = {
     "kernels": kernels,
     "peers": peers,
@@ -180,6 +202,7 @@ TABLES = {
     "images": images,
     "images_million": images_million,
     "images_planning": images_planning,
+    "loading": loading,
 }
 
 

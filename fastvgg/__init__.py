@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastvgg.engine import preprocess as preprocess
     from fastvgg.engine import restore as restore
     from fastvgg.errors import FastvggError as FastvggError
+    from fastvgg.loader import batches as batches
     from fastvgg.stream.prepare import plan as plan
     from fastvgg.stream.verify import verify as verify
     from fastvgg.transform import Mode as Mode
@@ -30,6 +31,7 @@ _ROOMS = {
     "FastvggError": "fastvgg.errors",
     "Mode": "fastvgg.transform",
     "Transform": "fastvgg.transform",
+    "batches": "fastvgg.loader",
     "plan": "fastvgg.stream.prepare",
     "preprocess": "fastvgg.engine",
     "restore": "fastvgg.engine",
@@ -41,6 +43,7 @@ __all__ = [
     "Mode",
     "Transform",
     "__version__",
+    "batches",
     "plan",
     "preprocess",
     "restore",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from concurrent.futures import Future
 
-__all__ = ["Lot", "Lots", "check_threads", "usable_cores", "work_on_all"]
+__all__ = ["Lot", "Lots", "ThreadNumber", "check_threads", "usable_cores", "work_on_all"]
 
 Piece = TypeVar("Piece")
 
@@ -74,6 +76,27 @@ def _drain(remaining: deque[Piece], work_on: Callable[[Piece], object]) -> None:
         except BaseException:
             remaining.clear()
             raise
+
+
+class ThreadNumber:
+    """A number for each thread that asks, counted from 0; the same one when it asks again.
+
+    >>> number = ThreadNumber()
+    >>> number(), number()
+    (0, 0)
+    """
+
+    def __init__(self) -> None:
+        self._taken = itertools.count()
+        self._own = threading.local()
+
+    def __call__(self) -> int:
+        """Return the number of the thread that calls."""
+        try:
+            number: int = self._own.number
+        except AttributeError:
+            number = self._own.number = next(self._taken)
+        return number
 
 
 class Lot:

@@ -58,7 +58,8 @@ def test_every_public_name_resolves_and_is_the_same_thing_again(name):
 
 def test_dir_lists_the_public_names():
     assert dir(fastvgg) == sorted(fastvgg.__all__)
-    assert {"Mode", "Transform", "plan", "preprocess", "restore", "verify"} <= set(dir(fastvgg))
+    expected = {"Mode", "Transform", "batches", "plan", "preprocess", "restore", "verify"}
+    assert expected <= set(dir(fastvgg))
 
 
 def test_an_unknown_name_is_an_attribute_error():
@@ -169,6 +170,7 @@ def test_the_reader_of_imports_sees_every_form_and_leaves_out_what_only_types_ne
         ("transform.py", {"fastvgg.errors", "fastvgg.models"}),
         ("oracle.py", {"fastvgg.transform"}),
         ("threads.py", {"fastvgg.errors"}),
+        ("arrays.py", {"fastvgg.errors"}),
     ],
 )
 def test_the_rooms_at_the_bottom_import_only_what_lies_below_them(room, allowed):
@@ -182,6 +184,11 @@ def test_the_rooms_at_the_bottom_import_only_what_lies_below_them(room, allowed)
 def test_kernels_import_nothing_of_fastvgg_but_kernels(room):
     modules = within(imports_of(room), "fastvgg")
     assert modules == within(modules, "fastvgg.kernels")
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if room != "torch.py"])
+def test_only_what_is_for_pytorch_imports_it(room):
+    assert not within(imports_of(room), "torch", "fastvgg.torch")
 
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if not room.startswith("kernels/")])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import mmap
-import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -21,7 +20,7 @@ from fastvgg.datasets.base import bytes_of
 from fastvgg.datasets.files import ImageFiles
 from fastvgg.datasets.images import Images
 from fastvgg.datasets.index import Record
-from fastvgg.threads import Lots
+from fastvgg.threads import Lots, ThreadNumber
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
@@ -148,7 +147,8 @@ class _Decoding:
         self._plan = plan
         self._source = source
         self._target = target
-        self._images = _Images(plan.threads, source.header.shape[1:])
+        self._images = np.empty((plan.threads, *source.header.shape[1:]), np.uint8)
+        self._thread_number = ThreadNumber()
         self._stagings = itertools.cycle([_Staging(plan) for _ in range(STAGINGS)])
         self._packs = plan.transform.direction == "pack"
 
@@ -156,7 +156,7 @@ class _Decoding:
         images = part.stop - part.start
         staging = next(self._stagings).rows(self._target.offset(part.start))
         transform = engine.row_by_row(
-            self._plan.transform, self._images.batch, staging, backend=self._plan.backend
+            self._plan.transform, self._images, staging, backend=self._plan.backend
         )
         out = staging[:images]
         records = [UNREAD] * images
@@ -169,8 +169,8 @@ class _Decoding:
             records[at] = self._source.decode(part.start + at, out[at])
 
         def preprocess(at: int) -> None:
-            slot = self._images.slot()
-            records[at] = self._source.decode(part.start + at, self._images.batch[slot])
+            slot = self._thread_number()
+            records[at] = self._source.decode(part.start + at, self._images[slot])
             if records[at].failed:
                 out[at] = 0
             else:
@@ -187,35 +187,19 @@ class _Encoding:
         self._plan = plan
         self._source = source
         self._target = target
-        self._images = _Images(plan.threads, plan.result.shape[1:])
+        self._images = np.empty((plan.threads, *plan.result.shape[1:]), np.uint8)
+        self._thread_number = ThreadNumber()
 
     def begun(self, part: Work) -> _Begun:
         batch, records = self._source.read(part.start, part.stop)
         stored = [b""] * len(batch)
         rows = [at for at in range(len(batch)) if not (records and records[at].failed)]
-        plan, images, own_slot = self._plan, self._images.batch, self._images.slot
+        plan, images = self._plan, self._images
         transform = engine.row_by_row(plan.transform, batch, images, backend=plan.backend)
 
         def work_on(at: int) -> None:
-            slot = own_slot()
+            slot = self._thread_number()
             transform(at, slot)
             stored[at] = self._target.encode(images[slot])
 
         return _Begun(Computed(*part[:3], stored, records), rows, work_on)
-
-
-class _Images:
-    """Memory for one image of each thread."""
-
-    def __init__(self, threads: int, shape: tuple[int, ...]) -> None:
-        self.batch = np.empty((threads, *shape), np.uint8)
-        self._taken = itertools.count()
-        self._own = threading.local()
-
-    def slot(self) -> int:
-        """Return which image is that of the thread that calls."""
-        try:
-            slot: int = self._own.slot
-        except AttributeError:
-            slot = self._own.slot = next(self._taken)
-        return slot

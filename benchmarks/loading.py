@@ -1,0 +1,200 @@
+"""Batches for training beside the kernel alone, and beside PyTorch's DataLoader.
+
+    python benchmarks/loading.py            # some minutes, 2 GB of disk; writes a result
+    python benchmarks/loading.py --quick    # a few batches; writes nothing
+
+Stored uint8 images of 224x224, in the system's memory, become float32 NCHW in torch mode, in
+batches that are let go of: one epoch is timed, of those after the first. The limit is the kernel
+alone: as many batches of an array in memory, into as many buffers that were used before, on the
+same threads.
+
+The DataLoader has two workers that do the same arithmetic on a map of the file. It is measured as
+its documentation shows it, image by image, and with a dataset that gives whole batches; the faster
+one is what is compared. It is left out where PyTorch cannot be imported.
+
+Rows of a batch are compared with the oracle. See streams.py for how parts are timed in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import signal
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from kernels import HEIGHT, WIDTH, compared, row
+from machine import machine
+from streams import READ_BYTES, Files, Part, fetch, in_turn
+
+import fastvgg
+from fastvgg import Transform, engine, oracle
+from fastvgg.threads import usable_cores
+
+RESULT = Path(__file__).parent / "results" / "loading.json"
+IMAGES, QUICK_IMAGES = 8192, 1024
+BATCH = 256
+RING = 3
+RING_BYTES = RING * BATCH * HEIGHT * WIDTH * 3 * np.dtype(np.float32).itemsize
+WORKERS = 2
+TRANSFORM = Transform("torch", out_layout="NCHW")
+MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+WANTED = 0.9
+WANTED_OF_A_LOADER = 4.0
+
+
+def made(path, threads, *, shuffle=False):
+    """Return batches, which keep their memory from one epoch to the next."""
+    return fastvgg.batches(path, BATCH, transform=TRANSFORM, shuffle=shuffle, threads=threads)
+
+
+def drain(batches):
+    """Take all batches of an epoch."""
+    for _ in batches:
+        pass
+
+
+def kernel_alone(x, ring, threads):
+    """Transform an array in memory, batch by batch, into buffers that are used again."""
+    outs = itertools.cycle(ring)
+    for start in range(0, len(x), BATCH):
+        engine.apply(TRANSFORM, x[start : start + BATCH], next(outs), threads=threads)
+
+
+def check(path):
+    """Refuse batches of which a row has other bits than the oracle's."""
+    x = np.load(path, mmap_mode="r")
+    for shuffle in (False, True):
+        for images, rows in fastvgg.batches(path, BATCH, transform=TRANSFORM, shuffle=shuffle):
+            for at in (0, len(rows) // 2, len(rows) - 1):
+                expected = oracle.apply(TRANSFORM, x[rows[at]])
+                if images[at].tobytes() != expected.tobytes():
+                    raise RuntimeError(f"row {rows[at]} is not what the oracle gives")
+
+
+def data_loaders(path, workers):
+    """Return PyTorch's loaders of the same batches, by how they are made."""
+    import torch
+    from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+    mean, std = (torch.from_numpy(each)[:, None, None] for each in (MEAN, STD))
+
+    def arithmetic(x):
+        return x.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+    class Images(Dataset):
+        """One image at a time."""
+
+        def __init__(self):
+            self.x = np.load(path, mmap_mode="r")
+
+        def __len__(self):
+            return len(self.x)
+
+        def __getitem__(self, index):
+            return arithmetic(torch.from_numpy(np.array(self.x[index])).permute(2, 0, 1))
+
+    class WholeBatches(IterableDataset):
+        """A batch at a time, by every worker another."""
+
+        def __iter__(self):
+            torch.set_num_threads(1)
+            x, worker = np.load(path, mmap_mode="r"), get_worker_info()
+            for start in range(worker.id * BATCH, len(x), worker.num_workers * BATCH):
+                images = torch.from_numpy(np.array(x[start : start + BATCH]))
+                yield arithmetic(images.permute(0, 3, 1, 2)).contiguous()
+
+    return {
+        "image by image": DataLoader(Images(), batch_size=BATCH, num_workers=workers),
+        "whole batches": DataLoader(WholeBatches(), batch_size=None, num_workers=workers),
+    }
+
+
+def measured_shares(files, arguments, path, x):
+    """Measure batches in order, and shuffled, beside the kernel alone."""
+    memory = bytearray(READ_BYTES)
+    ring = [np.zeros((BATCH, 3, HEIGHT, WIDTH), np.float32) for _ in range(RING)]
+    threads = arguments.threads
+
+    def before():
+        files.settle(RING_BYTES)
+        fetch(path, "in memory", memory)
+
+    calls = (
+        functools.partial(drain, made(path, threads)),
+        functools.partial(drain, made(path, threads, shuffle=True)),
+        functools.partial(kernel_alone, x, ring, threads),
+    )
+    *ours, limit = in_turn([Part(before, call) for call in calls], arguments.rounds)
+    for name, seconds in zip(("in order", "shuffled"), ours, strict=True):
+        share, spread, taken = compared(seconds, limit)
+        figures = {
+            "images_per_second": round(len(x) / taken),
+            "limit_images_per_second": round(len(x) / statistics.median(limit)),
+        }
+        wanted = WANTED if name == "in order" else None
+        yield row(f"batches of uint8 to float32 NCHW, {name}", wanted, share, spread, **figures)
+
+
+def measured_loaders(files, arguments, path, images):
+    """Measure batches beside PyTorch's loaders."""
+    memory = bytearray(READ_BYTES)
+
+    def before():
+        files.settle(RING_BYTES)
+        fetch(path, "in memory", memory)
+
+    loaders = data_loaders(path, WORKERS)
+    calls = [functools.partial(drain, loader) for loader in loaders.values()]
+    calls.append(functools.partial(drain, made(path, arguments.threads)))
+    *theirs, ours = in_turn([Part(before, call) for call in calls], arguments.rounds)
+    for name, seconds in zip(loaders, theirs, strict=True):
+        times, spread, taken = compared(ours, seconds)
+        line = {
+            "path": f"PyTorch DataLoader, {name}",
+            "wanted": WANTED_OF_A_LOADER,
+            "times": times,
+            "spread": spread,
+            "images_per_second": round(images / taken),
+            "other_images_per_second": round(images / statistics.median(seconds)),
+        }
+        print(f"{line['path']:44s} {times:6.2f} times as fast ({spread[0]}..{spread[1]})", line)
+        yield line
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--directory", type=Path, default=Path(), help="where the file lies")
+    arguments = parser.parse_args()
+    count = QUICK_IMAGES if arguments.quick else IMAGES
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # files are removed
+    with tempfile.TemporaryDirectory(prefix="loading-", dir=arguments.directory) as directory:
+        files = Files(Path(directory).absolute(), arguments.threads)
+        path = files.array("images.npy", count, "uint8")
+        x = np.load(path)
+        check(path)
+        rows = list(measured_shares(files, arguments, path, x))
+        times, versions = [], {}
+        try:
+            import torch
+        except ImportError as error:
+            print(f"PyTorch is not measured: {error}")
+        else:
+            versions["torch"] = torch.__version__
+            times = list(measured_loaders(files, arguments, path, count))
+    if not arguments.quick:
+        record = {"machine": machine(), "threads": arguments.threads, "rounds": arguments.rounds}
+        record |= {"images": count, "batch": BATCH, "peers": versions}
+        RESULT.write_text(json.dumps(record | {"rows": rows, "times": times}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
