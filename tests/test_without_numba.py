@@ -34,4 +34,5 @@ def test_the_suite_passes_as_if_numba_were_not_installed():
     )
     assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 1000
-    assert "skipped" not in done.stdout
+    skipped = re.findall(r"^SKIPPED .*", done.stdout, re.MULTILINE)
+    assert not [line for line in skipped if "PyTorch is not installed" not in line]
