@@ -189,6 +189,7 @@ def test_memory_is_used_again_by_the_next_epoch_in_its_turn(path, given_up_after
 
 def test_two_iterations_at_a_time_do_not_share_memory(path):
     batches = fastvgg.batches(path, 2, shuffle=True)
+    all_of(batches)  # leaves memory, which but one of them can take
     for one, other in zip(batches, batches, strict=True):
         for images, rows in (one, other):
             assert images.tobytes() == x_of()[rows].tobytes()
@@ -309,6 +310,12 @@ def test_stored_network_inputs_are_given_as_they_are(path, tmp_path, dtype):
     for images, rows in fastvgg.batches(tmp_path / "y.npy", 4):
         assert images.dtype == expected.dtype
         assert images.tobytes() == expected[rows].tobytes()
+
+
+def test_the_layout_of_a_stored_dataset_is_that_of_its_manifest(path, tmp_path):
+    fastvgg.plan(path, tmp_path / "y.npy", mode="caffe", out_layout="NCHW").run()
+    assert fastvgg.batches(tmp_path / "y.npy", 4).header.layout == "NCHW"
+    assert fastvgg.batches(path, 4).header.layout == "NHWC"
 
 
 def test_stored_network_inputs_are_not_preprocessed_again(path, tmp_path):
