@@ -9,8 +9,8 @@ alone: as many batches of an array in memory, into as many buffers that were use
 same threads.
 
 The DataLoader has two workers that do the same arithmetic on a map of the file. It is measured as
-its documentation shows it, image by image, and with a dataset that gives whole batches; the faster
-one is what is compared. It is left out where PyTorch cannot be imported.
+its documentation shows it, image by image, and with a dataset that gives whole batches. It is left
+out where PyTorch cannot be imported. What the loaders give is not compared.
 
 Rows of a batch are compared with the oracle. See streams.py for how parts are timed in turn.
 """

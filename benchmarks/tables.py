@@ -109,16 +109,7 @@ def streams(record):
 
 def images(record):
     """Return a table of shares of the limit, and one of how many times as fast it is."""
-    lines = [
-        "| path | images/s | limit, images/s | of the limit | middle half of the rounds |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    lines += [
-        f"| {row['path']} | {row['images_per_second']:,} | {row['limit_images_per_second']:,} "
-        f"| {share(row)} |"
-        for row in record["rows"]
-    ]
-    lines += ["", *times_table(record["times"])]
+    lines = [*shares_table(record["rows"]), "", *times_table(record["times"])]
     versions = "".join(f", {name} {version}" for name, version in record["peers"].items())
     missing = "".join(f" Not measured: {name}: {why}." for name, why in missing_of(record))
     what = (
@@ -126,6 +117,20 @@ def images(record):
         f"for fast_jpeg {record['large_images']:,}."
     )
     return [*lines, "", f"{what} {place(record).removesuffix('.')}{versions}.{missing}"]
+
+
+def shares_table(rows):
+    """Return a table of images a second beside a limit."""
+    lines = [
+        "| path | images/s | limit, images/s | of the limit | middle half of the rounds |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {row['path']} | {row['images_per_second']:,} | {row['limit_images_per_second']:,} "
+        f"| {share(row)} |"
+        for row in rows
+    ]
+    return lines
 
 
 def times_table(rows):
@@ -180,16 +185,7 @@ def images_planning(record):
 
 def loading(record):
     """Return a table of batches beside the kernel alone, and one of how many times as fast."""
-    lines = [
-        "| path | images/s | limit, images/s | of the limit | middle half of the rounds |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    lines += [
-        f"| {row['path']} | {row['images_per_second']:,} | {row['limit_images_per_second']:,} "
-        f"| {share(row)} |"
-        for row in record["rows"]
-    ]
-    lines += ["", *times_table(record["times"])]
+    lines = [*shares_table(record["rows"]), "", *times_table(record["times"])]
     versions = "".join(f", {name} {version}" for name, version in record["peers"].items())
     what = f"{record['images']:,} images in batches of {record['batch']}."
     return [*lines, "", f"{what} {place(record).removesuffix('.')}{versions}."]

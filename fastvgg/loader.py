@@ -15,9 +15,9 @@ import numpy as np
 
 from fastvgg import datasets, engine
 from fastvgg.datasets.images import Images
-from fastvgg.errors import ArrayError, SourceError, UsageError
+from fastvgg.errors import SourceError, UsageError
 from fastvgg.stream.manifest import read_manifest
-from fastvgg.stream.plan import result_header
+from fastvgg.stream.prepare import checked_result
 from fastvgg.stream.ring import read_ring_header, unfinished
 from fastvgg.stream.values import refuse_twice
 from fastvgg.threads import Lots, ThreadNumber, check_threads
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from fastvgg.datasets.base import ArraySource, Header
+    from fastvgg.datasets.base import ArraySource
     from fastvgg.threads import Lot
     from fastvgg.transform import Layout, Transform
 
@@ -50,19 +50,10 @@ class Batch(NamedTuple):
     rows: NDArray[np.int64]
 
 
-def batches(
-    path: str | os.PathLike[str],
-    size: int,
-    *,
-    transform: Transform | None = None,
-    shuffle: bool = False,
-    seed: int = 0,
-    shard: tuple[int, int] = (0, 1),
-    drop_last: bool = False,
-    threads: int | None = None,
-    copy: bool = False,
-) -> Batches:
-    """Iterate over a stored dataset in batches, and which rows they are; again for every epoch.
+class Batches:
+    """The batches of a stored dataset, and which rows they are; each iteration is an epoch.
+
+    Files are open while one iterates.
 
     Parameters
     ----------
@@ -88,11 +79,6 @@ def batches(
         Give each batch memory of its own. Else the memory of a batch is used again: it is valid
         until the next but one is asked for.
 
-    Returns
-    -------
-    Batches
-        Each iteration over it is an epoch.
-
     Raises
     ------
     SourceError, ShapeError, DtypeError
@@ -112,21 +98,6 @@ def batches(
     (2, 4, 4, 3) [2 3] True
     (1, 4, 4, 3) [4] True
     """
-    return Batches(
-        path,
-        size,
-        transform=transform,
-        shuffle=shuffle,
-        seed=seed,
-        shard=shard,
-        drop_last=drop_last,
-        threads=threads,
-        copy=copy,
-    )
-
-
-class Batches:
-    """The batches of a dataset; see `batches`. Files are open while one iterates."""
 
     def __init__(
         self,
@@ -159,7 +130,7 @@ class Batches:
         self._memory: _Memory | None = None
         with contextlib.closing(self._opened()) as source:
             self.header = source.header
-            self.result = source.header if transform is None else _result_of(source, transform)
+            self.result = source.header if transform is None else checked_result(source, transform)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled: all but the memory."""
@@ -287,6 +258,9 @@ class Batches:
                 yield batch
 
 
+batches = Batches
+
+
 class _Memory:
     """A ring of memory for batches, or new memory for each."""
 
@@ -353,15 +327,6 @@ class _Making:
     def _gather(self, rows: NDArray[np.int64], into: NDArray[Any]) -> None:
         for at, row in enumerate(rows.tolist()):
             self._source.read_into(row, into[at : at + 1])
-
-
-def _result_of(source: ArraySource, transform: Transform) -> Header:
-    """Return the header of what a transform makes of a source that it fits."""
-    try:
-        transform.check_input(source.header.shape, source.header.dtype)
-    except ArrayError as error:
-        raise SourceError(f"{source.path}: {error.problem}", error.remedy) from None
-    return result_header(source.header, transform)
 
 
 def _check_whole(name: str, value: object, *, least: int = 0, most: int = MOST) -> int:

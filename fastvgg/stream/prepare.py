@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from fastvgg.stream.storage import Durability
     from fastvgg.transform import Direction, Layout, Rounding
 
-__all__ = ["BESIDE", "changed", "known_ledger", "plan", "reopen_source"]
+__all__ = ["BESIDE", "changed", "checked_result", "known_ledger", "plan", "reopen_source"]
 
 # What a run writes beside a target, as ends of its name.
 BESIDE: Final = (
@@ -286,7 +286,7 @@ def _agreed_transform(
 
 
 def _plan(source: Source, target_path: Path, transform: Transform, options: _Options) -> Plan:
-    result = _checked_result(source, transform)
+    result = checked_result(source, transform)
     _check_target(source, target_path, result)
     _check_choices(source, target_path, transform, result, options)
     made = _planned(source, target_path, transform, result, source.fingerprint(), options)
@@ -309,7 +309,7 @@ def _plan_in_place(
         raise UsageError(f"{path} is not a .npy file", "what is not one cannot be done in place")
     if held.dtype != "uint8":
         transform = dataclasses.replace(transform, dtype=transform.dtype or held.dtype)
-    result = _checked_result(source, transform)
+    result = checked_result(source, transform)
     if result != held:
         raise UsageError(
             f"{path} holds {held.shape} of {held.dtype}, and would hold {result.shape} of "
@@ -330,7 +330,8 @@ def _plan_in_place(
     return resumed(made, ring.chunk_images, committed_chunks(ring, path))
 
 
-def _checked_result(source: Source, transform: Transform) -> Header:
+def checked_result(source: Source, transform: Transform) -> Header:
+    """Return the header of what a transform makes of a source; refuse one that it does not fit."""
     header = source.header
     try:
         transform.check_input(header.shape, header.dtype)
