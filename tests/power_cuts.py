@@ -43,7 +43,7 @@ COMMITTING, AT_ONCE = 1, 2  # whether its journal is committed first
 WRITE_OUT = 1 | 2 | 4  # of sync_file_range: wait, begin, and wait until it is done
 MODES = ("errors=remount-ro,data=ordered", "errors=remount-ro,data=writeback,noauto_da_alloc")
 DEEPEST = 3
-SYNCS = ("ring.commit", "ring.finish", "npy.sync", "storage.write_whole")
+SYNCS = ("ring.commit", "ring.finish", "reserved.sync", "storage.write_whole")
 
 
 class Disk:
@@ -251,7 +251,7 @@ def teeth(seed, size, enough=1_000_000):
     with powered_jobs(draw) as (disk, made):
         every = moments(made)
         for forgets in SYNCS:
-            of_these = [moment for moment in every if moment[0].in_place or "npy" in forgets]
+            of_these = [moment for moment in every if moment[0].in_place or "reserved" in forgets]
             for job, number in draw.choices(of_these, k=size):
                 wrong[forgets] += goes_wrong(disk, job, number, draw, forgets)
                 if wrong[forgets] == enough:

@@ -41,11 +41,13 @@ def place(monkeypatch, tmp_path):
     shutil.rmtree(directory)
 
 
-def seen_without(job, place):
-    try:
-        Exploration(job, 1, most_at_once=300, forgets=place).run(700)
-    except Wrong:
-        return True
+def seen_without(job, name, place):
+    # Which states are drawn hangs on the length of paths and inodes, so one draw may miss a sync.
+    for seed in (1,) if name in SPARE else (1, 2, 3, 4):
+        try:
+            Exploration(job, seed, most_at_once=300, forgets=place).run(700)
+        except Wrong:
+            return True
     return False
 
 
@@ -75,7 +77,8 @@ def test_without_any_one_sync_some_crash_leads_to_wrong_bytes(place):
         exploration.run(60)
         syncs = numbered(exploration.places)
         found |= set(syncs)
-        seen |= {name for name in syncs if name not in seen and seen_without(job, syncs[name])}
+        unseen = {name: place for name, place in syncs.items() if name not in seen}
+        seen |= {name for name, place in unseen.items() if seen_without(job, name, place)}
     assert len(found) > 15
     assert found - seen == SPARE
 

@@ -242,7 +242,8 @@ def test_an_index_of_a_dataset_names_its_files(tmp_path):
     index = read_index(tmp_path / "train.npy", 3)
     expected[1] = 0
     header = Header(expected.shape, "uint8", "NHWC")
-    target = open_target(tmp_path / "out", header, Storage(), index, "webp")
+    named = {"records": index, "file_format": "webp"}
+    target = open_target(tmp_path / "out", header, Storage(), chunk_images=1, **named)
     target.create()
     target.write(0, encoded(target, expected, records))
     target.publish()

@@ -233,7 +233,16 @@ def test_a_room_of_the_stream_imports_only_rooms_below_it(name):
         ("report", set()),
         ("storage", {"errors"}),
         ("plan", {"errors"}),
-        ("journal", {"datasets.base", "datasets.index", "errors", "stream.job"}),
+        (
+            "journal",
+            {
+                "datasets.base",
+                "datasets.index",
+                "datasets.locations",
+                "errors",
+                "stream.job",
+            },
+        ),
         (
             "ring",
             {

@@ -87,31 +87,37 @@ def test_every_unit_that_is_printed_is_also_read(unit):
 counts = st.integers(1, 10**9)
 
 
-@given(counts, st.integers(1, 10**9), st.integers(0, 10**9), st.integers(0, 10**11))
-def test_a_chunk_fits_into_the_limit_and_is_no_more_than_all(images, image, scratch, limit):
+@given(
+    counts,
+    st.integers(1, 10**9),
+    st.integers(0, 10**9),
+    st.integers(0, 10**11),
+    st.one_of(st.just(1), st.integers(2, 10**4)),
+)
+def test_a_chunk_fits_into_the_limit_and_is_no_more_than_all(images, image, scratch, limit, stored):
+    piece = image * min(stored, images)
     try:
-        actual = chunk_images(images, image, scratch, limit)
+        actual = chunk_images(images, image, scratch, limit, together=stored)
     except TargetError as error:
-        assert scratch + image > limit
-        must_say(error, readable_bytes(scratch + image), readable_bytes(limit), "--memory")
+        assert scratch + piece > limit
+        must_say(error, readable_bytes(scratch + piece), readable_bytes(limit), "--memory")
         return
-    assert scratch + image <= limit
+    assert scratch + piece <= limit
     assert 1 <= actual <= images
     assert scratch + actual * image <= limit
-    # No smaller than it may be: one more image would be too much of something.
-    assert (
-        actual == images
-        or scratch + (actual + 1) * image > limit
-        or (actual + 1) * image > CHUNK_BYTES
-    )
+    # What is stored together is never parted.
+    assert actual == images or actual % stored == 0
+    # No smaller than it may be: one more piece would be too much of something.
+    more = actual * image + piece
+    assert actual == images or scratch + more > limit or more > CHUNK_BYTES
 
 
-@given(st.integers(1, 10**8), st.integers(0, 10**8))
-def test_the_memory_that_a_refusal_names_is_enough(image, scratch):
+@given(st.integers(1, 10**8), st.integers(0, 10**8), st.integers(1, 5))
+def test_the_memory_that_a_refusal_names_is_enough(image, scratch, stored):
     with pytest.raises(TargetError) as caught:
-        chunk_images(5, image, scratch, scratch + image - 1)
+        chunk_images(5, image, scratch, scratch + stored * image - 1, together=stored)
     wanted = caught.value.remedy.split("--memory ")[1].split()[0]
-    assert chunk_images(5, image, scratch, parse_bytes(wanted)) >= 1
+    assert chunk_images(5, image, scratch, parse_bytes(wanted), together=stored) >= stored
 
 
 def a_plan(images, together, limit=10**12, source_kind="npy"):
@@ -120,6 +126,7 @@ def a_plan(images, together, limit=10**12, source_kind="npy"):
     return Plan(
         source="/x.npy",
         target="/y.npy",
+        dataset="",
         source_kind=source_kind,
         target_kind="npy",
         header=header,

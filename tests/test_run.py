@@ -457,7 +457,7 @@ def test_an_array_that_was_never_ours_is_restored_in_the_mode_that_is_given(tmp_
 # What lies beside the data
 
 
-NAMED_PACKAGES = ("fastvgg", "numpy", "numba", "pillow", "simplejpeg")
+NAMED_PACKAGES = ("fastvgg", "numpy", "numba", "pillow", "simplejpeg", "h5py", "zarr")
 
 
 def test_the_manifest_holds_all_that_it_should(tmp_path, photos):

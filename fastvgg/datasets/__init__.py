@@ -2,7 +2,7 @@
 
 `open_source` and `open_target` choose the format by what a path is: a directory holds images, or
 an array in parts, a name that ends in .tar, or a range of such names, is tar shards of images, and
-one that ends in .npy is an array.
+one that ends in .npy or .zarr is an array, as is FILE.h5::/NAME.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Final
 from fastvgg import nearest
 from fastvgg.datasets.decode import INTERPOLATIONS, Decoder, Decoding
 from fastvgg.datasets.files import FileFormat, ImageFiles
+from fastvgg.datasets.hdf5 import Hdf5Source, Hdf5Target
 from fastvgg.datasets.images import FolderListing, ImageFolder
+from fastvgg.datasets.locations import file_of
 from fastvgg.datasets.npy import NpySource, NpyTarget
 from fastvgg.datasets.parts import NpyParts, part_names
 from fastvgg.datasets.tar import TarListing, TarShards, names_tar
@@ -42,6 +44,7 @@ __all__ = [
 ]
 
 DECODING_BYTES: Final = 512 * 2**20
+KINDS_OF_ARRAYS: Final = {".npy": "npy", ".h5": "hdf5", ".hdf5": "hdf5"}
 
 
 def open_source(
@@ -60,7 +63,8 @@ def open_source(
     Parameters
     ----------
     path
-        A directory of images, tar shards of them, a .npy file, or a directory of part-*.npy.
+        A directory of images, tar shards of them, a .npy file, a directory of part-*.npy, or a
+        dataset in an HDF5 file.
     layout
         The layout of an array; images are NHWC.
     stored_as
@@ -93,47 +97,61 @@ def open_source(
             return ImageFolder(path, decoding, decoder, threads=threads, listing=found)
         members = listing if isinstance(listing, TarListing) else None
         return TarShards(path, decoding, decoder, threads=threads, listing=members)
-    if not os.path.lexists(path):
+    if not os.path.lexists(file_of(path)):
         raise SourceError(f"{path} does not exist", "check the path; nothing was written")
-    if parts or path.suffix.lower() == ".npy":
-        if decoding not in (None, Decoding()):
-            raise SourceError(
-                f"{path}: --size and its like are for image files, and this is an array",
-                "leave them away, or give the directory of images",
-            )
-        if parts:
-            return NpyParts(path, parts, layout=layout, stored_as=stored_as)
-        return NpySource(path, layout=layout, stored_as=stored_as)
-    raise SourceError(
-        f"{path} is neither a directory of images nor a .npy file, nor tar shards",
-        "for a single image give the directory that it is in",
-    )
+    kind = "parts" if parts else _kind_of_array(path)
+    if kind is None:
+        raise SourceError(
+            f"{path} is neither a directory of images nor a .npy or HDF5 file, nor tar shards",
+            "for a single image give the directory that it is in",
+        )
+    if decoding not in (None, Decoding()):
+        raise SourceError(
+            f"{path}: --size and its like are for image files, and this is an array",
+            "leave them away, or give the directory of images",
+        )
+    if kind == "parts":
+        return NpyParts(path, parts, layout=layout, stored_as=stored_as)
+    if kind == "hdf5":
+        return Hdf5Source(path, layout=layout)
+    return NpySource(path, layout=layout, stored_as=stored_as)
 
 
 def target_kind(path: Path) -> str:
-    """Return the format that a target's name asks for: "npy" or "images"."""
-    if path.suffix.lower() == ".npy":
-        return "npy"
+    """Return the format that a target's name asks for: "npy", "hdf5" or "images"."""
+    kind = _kind_of_array(path)
+    if kind is not None:
+        return kind
     if path.suffix == "" or path.is_dir():
         return "images"
     raise TargetError(
         f"{path}: no format is known that ends in {path.suffix!r}",
-        "give a name that ends in .npy, or a directory to restore image files into",
+        "give a name that ends in .npy, or FILE.h5::/NAME, or a directory to restore image files "
+        "into",
     )
+
+
+def _kind_of_array(path: Path) -> str | None:
+    return KINDS_OF_ARRAYS.get(file_of(path).suffix.lower())
 
 
 def open_target(
     path: Path,
     header: Header,
     storage: Storage,
+    *,
+    chunk_images: int,  # noqa: ARG001
     records: Sequence[Record] = (),
     file_format: FileFormat = "png",
 ) -> Target:
     """Return the target of a name; nothing is written before its `create`.
 
-    `records` names the image files, one for each row, where they are known; `file_format` is
-    theirs.
+    `chunk_images` is how many are written together; `records` names the image files, one for each
+    row, where they are known, and `file_format` is theirs.
     """
-    if target_kind(path) == "npy":
+    kind = target_kind(path)
+    if kind == "npy":
         return NpyTarget(path, header, storage)
+    if kind == "hdf5":
+        return Hdf5Target(path, header, storage)
     return ImageFiles(path, header, storage, records, file_format)

@@ -36,6 +36,7 @@ __all__ = [
     "beside",
     "bytes_of",
     "changed_since_planned",
+    "check_array",
     "open_regular",
     "read_at",
     "read_beside",
@@ -162,6 +163,24 @@ def changed_since_planned(path: str) -> StoppedError:
     )
 
 
+def check_array(path: Path, shape: tuple[int, ...]) -> None:
+    """Refuse an array whose shape is not that of images.
+
+    Raises
+    ------
+    SourceError
+        With the shape, and that of a dataset.
+    """
+    if len(shape) != 4:
+        raise SourceError(
+            f"{path} has shape {shape}, of rank {len(shape)}",
+            "a dataset has rank 4, (images, height, width, 3) or (images, 3, height, width): "
+            "for one image write array[numpy.newaxis]",
+        )
+    if math.prod(shape) == 0:
+        raise SourceError(f"{path} has shape {shape}: no images", "give images")
+
+
 def bytes_of(batch: NDArray[Any]) -> memoryview:
     """Return the bytes of a contiguous batch, of any type, where they lie."""
     return batch.view(np.uint8).reshape(-1).data
@@ -221,6 +240,8 @@ class Source(Protocol):
     """What else decides the pixels, as JSON types."""
     notes: list[str]
     """What a person should know before the run."""
+    stored_together: int
+    """How many images are stored as one piece, to be read once and whole."""
     records: Sequence[Record]
     """What is known of every image without reading it; empty where that is nothing."""
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from fastvgg.datasets.base import open_regular
 from fastvgg.datasets.decode import DECODING_ERRORS, open_image, reason_of
+from fastvgg.datasets.locations import beside_path
 from fastvgg.datasets.names import first_repeated, hashes_of
 from fastvgg.errors import ResumeError, SourceError, TargetError, UsageError
 
@@ -97,7 +98,7 @@ class ImageFiles:
     ) -> None:
         self.path = path
         self.header = header
-        self.partial = path.with_name(path.name + ".partial")
+        self.partial = beside_path(path, ".partial")
         self._storage = storage
         self._records = records
         self._format = file_format

@@ -116,6 +116,7 @@ class Images:
     """
 
     kind: str
+    stored_together = 1
     lists: Callable[[Path], Listing]
     """What finds the images."""
 

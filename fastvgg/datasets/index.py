@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final, NamedTuple, overload
 
 from fastvgg.datasets.base import beside, open_regular
+from fastvgg.datasets.locations import beside_path
 from fastvgg.errors import SourceError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Record(NamedTuple):
 
 def index_path(dataset: Path) -> Path:
     """Return where the index of a dataset is."""
-    return dataset.with_name(dataset.name + ".index.csv")
+    return beside_path(dataset, ".index.csv")
 
 
 def index_text(records: Iterable[Record], start: int = 0) -> str:

@@ -10,9 +10,7 @@ Format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
 from __future__ import annotations
 
 import ast
-import contextlib
 import io
-import math
 import os
 import re
 import struct
@@ -20,18 +18,18 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
 
-from fastvgg.datasets.base import Chunk, Header, bytes_of, open_regular
+from fastvgg.datasets.base import Chunk, Header, check_array, open_regular
 from fastvgg.datasets.index import read_index
 from fastvgg.datasets.mapped import MappedArray
-from fastvgg.errors import ResumeError, SourceError, TargetError
+from fastvgg.datasets.reserved import ReservedArray
+from fastvgg.errors import SourceError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from fastvgg.datasets.base import Stored
-    from fastvgg.stream.storage import Storage, StoredFile
+    from fastvgg.stream.storage import Storage
     from fastvgg.transform import Layout
 
 __all__ = ["NpySource", "NpyTarget"]
@@ -192,6 +190,7 @@ class NpySource:
     """
 
     kind = "npy"
+    stored_together = 1
 
     def __init__(
         self, path: Path, *, layout: Layout = "NHWC", stored_as: str | None = None
@@ -222,14 +221,7 @@ class NpySource:
                 "if they are bfloat16, put the manifest (.fastvgg.json) that was written with them "
                 "beside the file",
             )
-        if len(found.shape) != 4:
-            raise SourceError(
-                f"{path} has shape {found.shape}, of rank {len(found.shape)}",
-                "a dataset has rank 4, (images, height, width, 3) or (images, 3, height, width): "
-                "for one image write array[numpy.newaxis]",
-            )
-        if math.prod(found.shape) == 0:
-            raise SourceError(f"{path} has shape {found.shape}: no images", "give images")
+        check_array(path, found.shape)
         self.header = Header(found.shape, dtype, layout)
         self.stored_bytes = os.fstat(self._file.fileno()).st_size
         expected = found.offset + self.header.nbytes
@@ -271,8 +263,8 @@ class NpySource:
         self._file.close()
 
 
-class NpyTarget:
-    """A .npy array that is written at fixed offsets into space reserved beforehand.
+class NpyTarget(ReservedArray):
+    """A .npy array that is written.
 
     Parameters
     ----------
@@ -287,97 +279,11 @@ class NpyTarget:
     kind = "npy"
 
     def __init__(self, path: Path, header: Header, storage: Storage) -> None:
-        self.path = path
-        self.header = header
-        self.partial = path.with_name(path.name + ".partial")
-        self._storage = storage
-        self._file: StoredFile | None = None
-        self._start = _header_bytes(header)
-        self.stored_bytes = len(self._start) + header.nbytes
+        super().__init__(path, header, storage, _header_bytes(header))
 
-    def create(self) -> None:
-        """Make the partial, reserve all of its space, and write the header."""
-        self._storage.remove(self.partial)
-        self._file = self._storage.create(self.partial)
-        self._file = self._storage.direct(self._file)
-        try:
-            self._storage.reserve(self._file, self.stored_bytes)
-        except TargetError:
-            self.close()
-            self._storage.remove(self.partial)
-            raise
-        self._storage.write(self._file, self._start, 0)
-        self._storage.sync_directory(self.path.parent)
-
-    def reopen(self) -> None:
-        """Go on with the partial; refuse one that cannot be ours."""
-        if not self.partial.exists():
-            raise ResumeError(f"{self.partial} is gone", "start again with --restart")
-        self._file = self._storage.open(self.partial)
-        self._file = self._storage.direct(self._file)
-        found_bytes = self._storage.size(self._file)
-        if found_bytes != self.stored_bytes:
-            raise ResumeError(
-                f"{self.partial} has {found_bytes} bytes, and the unfinished run reserved "
-                f"{self.stored_bytes}",
-                "it was changed in between: start again with --restart",
-            )
-
-    def offset(self, start: int) -> int:
-        """Return where in the file a row begins."""
-        return len(self._start) + start * self.header.image_bytes
-
-    def write(self, start: int, stored: Stored) -> None:
-        """Write rows where they belong."""
-        offset = self.offset(start)
-        for data in stored:
-            self._storage.write(self._opened(), data, offset)
-            offset += len(data)
-
-    def read_partial(self, start: int, out: NDArray[Any]) -> None:
-        """Read rows of the partial into `out`, from row `start` on."""
-        offset = self.offset(start)
-        for image in out:
-            data = self._storage.read(self._opened(), offset, self.header.image_bytes)
-            image[...] = np.frombuffer(data, out.dtype).reshape(image.shape)
-            offset += len(data)
-
-    def sync(self) -> None:
-        """Make the rows written so far survive a power cut."""
-        self._storage.sync(self._opened())
-
-    def read_stored(self, start: int, stop: int) -> Stored:
-        """Read rows of the published file."""
-        return [bytes_of(self.read_back(start, stop))]
-
-    def read_back(self, start: int, stop: int) -> NDArray[Any]:
-        """Read rows of the published file."""
-        source = NpySource(self.path, layout=self.header.layout, stored_as=self.header.dtype)
-        with contextlib.closing(source):
-            if source.header != self.header:
-                raise SourceError(
-                    f"{self.path} holds {source.header.shape} of {source.header.dtype}, and was "
-                    f"written as {self.header.shape} of {self.header.dtype}",
-                    "it was changed since: make it again from its source",
-                )
-            return source.read(start, stop).batch
-
-    def publish(self) -> None:
-        """Rename the complete partial to its name."""
-        self.close()
-        self._storage.rename(self.partial, self.path)
-        self._storage.sync_directory(self.path.parent)
-
-    def close(self) -> None:
-        """Close the partial."""
-        if self._file is not None:
-            self._storage.close(self._file)
-            self._file = None
-
-    def _opened(self) -> StoredFile:
-        if self._file is None:
-            raise RuntimeError(f"{self.partial} is written before it is created or reopened")
-        return self._file
+    def published(self) -> NpySource:
+        """Open the published file."""
+        return NpySource(self.path, layout=self.header.layout, stored_as=self.header.dtype)
 
 
 def _header_bytes(header: Header) -> bytes:

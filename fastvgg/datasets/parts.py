@@ -78,6 +78,7 @@ class NpyParts:
     """
 
     kind = "parts"
+    stored_together = 1
 
     def __init__(
         self,

@@ -86,6 +86,7 @@ def _of_job(job: dict[str, Any]) -> dict[str, Any]:
     source, transform, result = job["source"], job["transform"], job["result"]
     return {
         "kind": result["kind"],
+        **({"dataset": result["dataset"]} if "dataset" in result else {}),
         "shape": result["shape"],
         "dtype": result["dtype"],
         "layout": result["layout"],

@@ -37,7 +37,7 @@ OF_IMAGES: Final[Kinds] = {
     "max_pixels": int,
 }
 RESULT: Final[Kinds] = {"in_place": bool, **HEADER}
-OF_FILES: Final[Kinds] = {"format": str}
+OF_RESULTS: Final[dict[str, Kinds]] = {"images": {"format": str}, "hdf5": {"dataset": str}}
 TRANSFORM: Final[Kinds] = {
     "mode": dict,
     "direction": str,
@@ -96,7 +96,7 @@ def check_job(job: dict[str, Any]) -> None:
     of_images = source.get("kind") in ("images", "tar")
     check_fields(source, {**SOURCE, **OF_IMAGES} if of_images else SOURCE)
     of_files = result.get("kind") == "images"
-    check_fields(result, {**RESULT, **OF_FILES} if of_files else RESULT)
+    check_fields(result, {**RESULT, **OF_RESULTS.get(str(result.get("kind")), {})})
     header = _checked_header(source)
     try:
         if of_images:

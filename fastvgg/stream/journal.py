@@ -19,6 +19,7 @@ import xxhash
 
 from fastvgg.datasets.base import beside, open_regular
 from fastvgg.datasets.index import index_records
+from fastvgg.datasets.locations import beside_path
 from fastvgg.errors import FastvggError, ResumeError, SourceError, TargetError
 from fastvgg.stream.job import check_fields, check_job, check_sizes
 
@@ -153,7 +154,7 @@ class Ledger:
 
 def journal_path(target: Path) -> Path:
     """Return where the journal of a target is."""
-    return target.with_name(target.name + ".fastvgg-journal")
+    return beside_path(target, ".fastvgg-journal")
 
 
 def read_ledger(path: Path) -> Ledger | None:

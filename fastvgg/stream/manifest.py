@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import xxhash
 
 from fastvgg.datasets.base import Header, read_beside
+from fastvgg.datasets.locations import beside_path, dataset_of
 from fastvgg.errors import SourceError
 from fastvgg.stream.job import check_fields, check_job, check_sizes
 from fastvgg.transform import Transform
@@ -97,11 +98,13 @@ class Manifest:
 
 def manifest_path(dataset: Path) -> Path:
     """Return where the manifest of a dataset is."""
-    return dataset.with_name(dataset.name + ".fastvgg.json")
+    return beside_path(dataset, ".fastvgg.json")
 
 
 def read_manifest(dataset: Path) -> Manifest | None:
     """Read the manifest of a dataset; None where it has none.
+
+    Of a file of several datasets it describes the one that was written with it.
 
     Raises
     ------
@@ -115,13 +118,15 @@ def read_manifest(dataset: Path) -> Manifest | None:
     try:
         fields = json.loads(data)
         _refuse_other_format(path, fields)
-        return _checked(fields)
+        manifest = _checked(fields)
     except (ValueError, RecursionError) as error:
         raise SourceError(
             f"{path} is not a manifest: {type(error).__name__}: {str(error)[:200]}",
             "put back the manifest that was written with the dataset, or remove it and say what "
             "the dataset is: --mode, --layout",
         ) from None
+    described, asked = manifest.job["result"].get("dataset"), dataset_of(dataset)
+    return manifest if described in (None, asked) or not asked else None
 
 
 def _refuse_other_format(path: Path, fields: object) -> None:
@@ -161,7 +166,7 @@ def _checked(fields: dict[str, Any]) -> Manifest:
 def package_versions() -> dict[str, str]:
     """Return the versions that a result may depend on."""
     versions = {"python": python_version()}
-    for name in ("fastvgg", "numpy", "numba", "pillow", "simplejpeg"):
+    for name in ("fastvgg", "numpy", "numba", "pillow", "simplejpeg", "h5py", "zarr"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

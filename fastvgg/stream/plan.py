@@ -116,6 +116,7 @@ def chunk_images(
     scratch_bytes: int,
     limit_bytes: int,
     chunk_bytes: int = CHUNK_BYTES,
+    together: int = 1,
 ) -> int:
     """Return how many images make a chunk, so that the run stays below a memory limit.
 
@@ -130,26 +131,33 @@ def chunk_images(
     limit_bytes
         The memory limit.
     chunk_bytes
-        What a chunk's images take at most while they are worked on.
+        What a chunk's images take at most while they are worked on; more where it must be.
+    together
+        How many images the source stores as one piece, which is read once and whole.
 
     Raises
     ------
     TargetError
-        If not even one image fits.
+        If not even one image, or one such piece, fits.
 
     Examples
     --------
     >>> chunk_images(10**6, 752_640, scratch_bytes=0, limit_bytes=512 * 2**20)
     89
+    >>> chunk_images(10**6, 752_640, scratch_bytes=0, limit_bytes=512 * 2**20, together=32)
+    64
     """
-    room_bytes = limit_bytes - scratch_bytes
-    if room_bytes < bytes_per_image:
-        needed = readable_bytes(scratch_bytes + bytes_per_image)
+    together = min(together, images)
+    room_bytes, least_bytes = limit_bytes - scratch_bytes, together * bytes_per_image
+    if room_bytes < least_bytes:
+        what = "one image needs" if together == 1 else f"{together} images, stored together, need"
+        needed = readable_bytes(scratch_bytes + least_bytes)
         raise TargetError(
-            f"one image needs {needed} of memory, and the limit is {readable_bytes(limit_bytes)}",
-            f"give --memory {-(-(scratch_bytes + bytes_per_image) // 2**20)}MiB or more",
+            f"{what} {needed} of memory, and the limit is {readable_bytes(limit_bytes)}",
+            f"give --memory {-(-(scratch_bytes + least_bytes) // 2**20)}MiB or more",
         )
-    return min(images, max(1, min(chunk_bytes, room_bytes) // bytes_per_image))
+    pieces = max(1, min(chunk_bytes, room_bytes) // least_bytes)
+    return min(images, pieces * together)
 
 
 @dataclass(frozen=True)
@@ -161,6 +169,8 @@ class Plan:
 
     source: str
     target: str
+    dataset: str
+    """What the target is called within its file; empty where it is a file itself."""
     source_kind: str
     target_kind: str
     header: Header
@@ -261,6 +271,7 @@ class Plan:
                 "layout": self.result.layout,
                 "in_place": self.in_place,
                 **({"format": self.file_format} if self.target_kind == "images" else {}),
+                **({"dataset": self.dataset} if self.dataset else {}),
             },
         }
         as_read_back: dict[str, Any] = json.loads(json.dumps(job))

@@ -16,6 +16,7 @@ from fastvgg import datasets, engine, oracle
 from fastvgg.datasets.decode import MOST_PIXELS, Decoding
 from fastvgg.datasets.files import check_format, is_lossy
 from fastvgg.datasets.images import Images
+from fastvgg.datasets.locations import beside_path, dataset_of, file_of
 from fastvgg.errors import ArrayError, SourceError, TargetError, UsageError
 from fastvgg.stream.journal import journal_path, read_ledger, refuse_other_job
 from fastvgg.stream.manifest import manifest_path, read_manifest
@@ -235,8 +236,8 @@ class _Options(TypedDict):
 
 
 def _check_manifest(manifest: Manifest, source: Source) -> None:
-    """Refuse a manifest that is left from other data; a directory's files tell less of it."""
-    if source.kind == "npy" and source.header != manifest.header:
+    """Refuse a manifest that is left from other data; image files tell less of it."""
+    if source.kind not in DECODED and source.header != manifest.header:
         raise SourceError(
             f"{source.path} holds {source.header.shape} of {source.header.dtype}, and its manifest "
             f"is of {manifest.header.shape} of {manifest.header.dtype}",
@@ -296,8 +297,8 @@ def _plan(source: Source, target_path: Path, transform: Transform, options: _Opt
         return resumed(made, ledger.chunk_images, len(ledger.commits))
     if state == "failed" and isinstance(source, Images):
         return planned_again(made, source)
-    if state == "fresh" and made.target_kind == "npy":
-        _check_room(target_path, result.nbytes, "store halves: --dtype float16")
+    if state == "fresh" and made.target_kind != "images":
+        _check_room(file_of(target_path), result.nbytes, "store halves: --dtype float16")
     return made
 
 
@@ -361,6 +362,7 @@ def _planned(
     return Plan(
         source=str(source.path),
         target=str(target_path),
+        dataset=dataset_of(target_path),
         source_kind=source.kind,
         target_kind=kinds[1],
         header=header,
@@ -370,7 +372,12 @@ def _planned(
         fingerprint=fingerprint,
         read_bytes=source.stored_bytes,
         chunk_images=chunk_images(
-            header.images, worked_on, scratch_bytes, options["memory_bytes"], chunk_bytes
+            header.images,
+            worked_on,
+            scratch_bytes,
+            options["memory_bytes"],
+            chunk_bytes,
+            source.stored_together,
         ),
         notes=tuple(source.notes + _losses(transform, result, kinds[1], options["file_format"])),
         committed_chunks=0,
@@ -381,21 +388,22 @@ def _planned(
 
 def _check_target(source: Source, target: Path, result: Header) -> None:
     """Refuse a target whose place cannot be right."""
-    _check_directory(target)
+    file = file_of(target)
+    _check_directory(file)
     if datasets.target_kind(target) == "images" and (result.dtype, result.layout) != IMAGES:
         raise TargetError(
             f"{target}: image files hold {' '.join(IMAGES)}, and the result is {result.dtype} "
             f"{result.layout}",
             "give a name that ends in .npy; only restore, in its own layout, writes image files",
         )
-    read = source.path.resolve()
-    if read == target.resolve():
-        raise TargetError(f"{target} is the source itself", "give the result another name")
-    for beside in ("", *BESIDE):
-        written = target.with_name(target.name + beside).resolve()
+    read = file_of(source.path).resolve()
+    if read == file.resolve():
+        raise TargetError(f"{file} is the source itself", "give the result another name")
+    for ending in ("", *BESIDE):
+        written = beside_path(file, ending).resolve()
         if written == read or read in written.parents or written in read.parents:
             raise TargetError(
-                f"{target}{beside}, which the run writes, and the source {source.path} lie one in "
+                f"{file}{ending}, which the run writes, and the source {source.path} lie one in "
                 "the other",
                 "give the result a place of its own, beside the source",
             )

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import itertools
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvgg.datasets.base import bytes_of
@@ -20,7 +19,7 @@ from fastvgg.errors import ResumeError, TargetError
 from fastvgg.stream.compute import Work
 from fastvgg.stream.journal import Commit, refuse_other_job
 from fastvgg.stream.manifest import checksum, read_manifest
-from fastvgg.stream.state import resumed
+from fastvgg.stream.state import resumed, target_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
     from fastvgg.datasets.images import Images
     from fastvgg.datasets.index import Record
-    from fastvgg.datasets.npy import NpyTarget
+    from fastvgg.datasets.reserved import ReservedArray
     from fastvgg.stream.manifest import Manifest
     from fastvgg.stream.plan import Plan
 
@@ -65,7 +64,7 @@ class Again:
     """
 
     def __init__(self, plan: Plan, source: Images) -> None:
-        self.target = Path(plan.target)
+        self.target = target_path(plan)
         self.plan = plan
         self.source = source
         self.manifest = self._manifest()
@@ -113,7 +112,7 @@ class Again:
                 first = chunk * self.manifest.chunk_images
                 yield Commit(chunk, *sums, index_text(records, first), failed=0)
 
-    def work(self, chunk: int, start: int, stop: int, target: NpyTarget) -> Work:
+    def work(self, chunk: int, start: int, stop: int, target: ReservedArray) -> Work:
         """Return what is to be done again of a chunk."""
         records = [*self.records[start:stop]]
         if not self._same(chunk, records):
@@ -123,7 +122,12 @@ class Again:
         )
 
     def _keep(
-        self, chunk: int, start: int, target: NpyTarget, records: list[Record], out: NDArray[Any]
+        self,
+        chunk: int,
+        start: int,
+        target: ReservedArray,
+        records: list[Record],
+        out: NDArray[Any],
     ) -> list[Record]:
         """Read what a chunk's good rows hold.
 

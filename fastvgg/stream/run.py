@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from fastvgg.datasets import open_target
 from fastvgg.datasets.images import Images
 from fastvgg.datasets.index import INDEX_HEAD, index_path, index_text, read_index
-from fastvgg.datasets.npy import NpyTarget
+from fastvgg.datasets.reserved import ReservedArray
 from fastvgg.errors import ResumeError, StoppedError, TargetError
 from fastvgg.stream import inplace
 from fastvgg.stream.behind import Behind
@@ -39,6 +39,7 @@ from fastvgg.stream.state import (
     replaceable,
     replaced_path,
     resumed,
+    target_path,
 )
 from fastvgg.stream.storage import Storage
 from fastvgg.stream.values import refuse_wrong_values
@@ -88,16 +89,15 @@ def run(
         return inplace.run(plan, progress, storage)
     storage = storage or Storage(plan.durability)
     begun = time.monotonic()
-    target_path = Path(plan.target)
     source = reopen_source(plan)
     try:
         complete = find_state(plan, known_ledger(plan)) == "complete"
         # One that was killed while it had a look leaves a journal, which says nothing and goes.
-        if complete and not os.path.lexists(journal_path(target_path)):
-            storage.sync_disk(target_path.parent)
+        if complete and not os.path.lexists(journal_path(Path(plan.target))):
+            storage.sync_disk(target_path(plan).parent)
             return _report_of_complete(plan, begun)
         refuse_wrong_values(plan, source)
-        journal = Journal(target_path, storage, restart=plan.restart)
+        journal = Journal(target_path(plan), storage, restart=plan.restart)
         try:
             return _Run(plan, source, journal, storage, progress, begun).finish()
         finally:
@@ -132,7 +132,12 @@ class _Run:
             self.plan = resumed(plan, self.again.manifest.chunk_images, 0)
         self.tally = Tally(self.plan, self._commits(), progress, begun)
         self.target = open_target(
-            Path(plan.target), plan.result, storage, source.records, plan.file_format
+            Path(plan.target),
+            plan.result,
+            storage,
+            chunk_images=self.plan.chunk_images,
+            records=source.records,
+            file_format=plan.file_format,
         )
 
     def _again(self) -> Again | None:
@@ -255,7 +260,7 @@ class _Run:
         """Return every chunk that is not durable yet."""
         for chunk, (start, stop) in enumerate(self.plan.chunk_rows()):
             mark = self._commits().get(chunk)
-            if mark is None and self.again is not None and isinstance(self.target, NpyTarget):
+            if mark is None and self.again is not None and isinstance(self.target, ReservedArray):
                 yield self.again.work(chunk, start, stop, self.target)
             elif mark is None:
                 yield Work(chunk, start, stop)
@@ -334,9 +339,12 @@ def _report_of_complete(plan: Plan, begun: float) -> Report:
     SourceError
         If its header, or its length, is no longer what was written.
     """
-    if plan.target_kind == "npy":
-        open_target(Path(plan.target), plan.result, Storage()).read_back(0, 1)
     manifest = read_manifest(Path(plan.target))
-    counts = {} if manifest is None else manifest.counts
+    if manifest is None:
+        raise RuntimeError(f"{plan.target} is complete, and has no manifest")
+    if plan.target_kind != "images":
+        together = manifest.chunk_images
+        target = open_target(Path(plan.target), plan.result, Storage(), chunk_images=together)
+        target.read_back(0, 1)
     failures = _first_failures(enumerate(read_index(Path(plan.target), plan.header.images)))
-    return Tally(plan, (), None, begun).report(counts, failures)
+    return Tally(plan, (), None, begun).report(manifest.counts, failures)

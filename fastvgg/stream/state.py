@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
+from fastvgg.datasets.locations import beside_path, file_of
 from fastvgg.errors import ResumeError, TargetError
 from fastvgg.stream.journal import journal_path, read_ledger, refuse_other_job
 from fastvgg.stream.manifest import read_manifest
@@ -16,9 +17,24 @@ if TYPE_CHECKING:
     from fastvgg.stream.journal import Ledger
     from fastvgg.stream.plan import Plan
 
-__all__ = ["State", "find_state", "refuse_occupied", "replaceable", "replaced_path", "resumed"]
+__all__ = [
+    "State",
+    "find_state",
+    "refuse_occupied",
+    "replaceable",
+    "replaced_path",
+    "resumed",
+    "target_path",
+]
+
+FILES: Final = ("npy", "hdf5")  # what a target is that is no directory
 
 State: TypeAlias = Literal["fresh", "resumable", "complete", "failed"]
+
+
+def target_path(plan: Plan) -> Path:
+    """Return the file or directory that a plan writes."""
+    return file_of(Path(plan.target))
 
 
 def find_state(plan: Plan, ledger: Ledger | None) -> State:
@@ -33,8 +49,8 @@ def find_state(plan: Plan, ledger: Ledger | None) -> State:
     TargetError
         If something that is not this run's has the target's name.
     """
-    target = Path(plan.target)
-    partial = target.with_name(target.name + ".partial")
+    target = target_path(plan)
+    partial = beside_path(target, ".partial")
     if plan.restart:
         replaceable(plan)
         return "fresh"
@@ -65,14 +81,18 @@ def replaceable(plan: Plan) -> str | None:
     Raises
     ------
     TargetError
-        If it is a directory that fastvgg did not write: it may hold anything.
+        If it is a directory, or an HDF5 file, that fastvgg did not write: it may hold anything.
     """
-    target = Path(plan.target)
+    target = target_path(plan)
     if not _occupied(plan):
         return None
-    if target.is_dir() and (plan.target_kind == "npy" or not _written_by_fastvgg(target)):
+    is_directory = target.is_dir()
+    holds_much = is_directory or plan.target_kind == "hdf5"
+    is_ours = is_directory != (plan.target_kind in FILES) and _written_by_fastvgg(target)
+    if holds_much and not is_ours:
         raise TargetError(
-            f"{target} is a directory that fastvgg did not write",
+            f"{target} is {'a directory' if is_directory else 'an HDF5 file'} that fastvgg did not "
+            "write",
             "choose another name, or remove it yourself",
         )
     return _identity(target)
@@ -86,7 +106,7 @@ def refuse_occupied(plan: Plan, replaces: str | None) -> None:
     TargetError
         Saying what has the name.
     """
-    target = Path(plan.target)
+    target = target_path(plan)
     if not _occupied(plan) or _identity(target) == replaces:
         return
     what = "was not made by fastvgg" if read_manifest(target) is None else "is of another job"
@@ -97,11 +117,11 @@ def refuse_occupied(plan: Plan, replaces: str | None) -> None:
 
 def replaced_path(target: Path) -> Path:
     """Return where a directory waits that is being replaced."""
-    return target.with_name(target.name + ".fastvgg-replaced")
+    return beside_path(target, ".fastvgg-replaced")
 
 
 def _occupied(plan: Plan) -> bool:
-    target = Path(plan.target)
+    target = target_path(plan)
     if plan.target_kind == "images" and target.is_dir() and not target.is_symlink():
         return any(target.iterdir())
     return os.path.lexists(target)
@@ -122,7 +142,7 @@ def _written_by_fastvgg(directory: Path) -> bool:
         return False
     if ledger is None:
         return False
-    partial = directory.with_name(directory.name + ".partial")
+    partial = beside_path(directory, ".partial")
     published = ledger.complete and not os.path.lexists(partial)
     return published or ledger.replaces == _identity(directory)
 

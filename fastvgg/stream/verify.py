@@ -81,7 +81,14 @@ def verify(path: str | os.PathLike[str], *, full: bool = False) -> Verification:
         )
     records = read_index(dataset, manifest.header.images)
     file_format = manifest.job["result"].get("format", "png")
-    stored = datasets.open_target(dataset, manifest.header, Storage(), records, file_format)
+    stored = datasets.open_target(
+        dataset,
+        manifest.header,
+        Storage(),
+        chunk_images=manifest.chunk_images,
+        records=records,
+        file_format=file_format,
+    )
     _check_checksums(stored, manifest)
     recomputed, note = _check_against_oracle(stored, manifest, records, full=full)
     images, chunks = manifest.header.images, len(manifest.checksums)

@@ -1,0 +1,138 @@
+"""An array that is written into one piece of a file, at fixed offsets into reserved space."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastvgg.datasets.base import bytes_of
+from fastvgg.datasets.locations import beside_path
+from fastvgg.errors import ResumeError, SourceError, TargetError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from fastvgg.datasets.base import ArraySource, Header, Stored
+    from fastvgg.stream.storage import Storage, StoredFile
+
+__all__ = ["ReservedArray"]
+
+
+class ReservedArray(ABC):
+    """A file of some first bytes and, after them, an array.
+
+    Parameters
+    ----------
+    path
+        The name that the file gets when it is complete.
+    header
+        What the array will hold.
+    storage
+        What carries out the system calls.
+    start
+        The first bytes, which say what the array is.
+    """
+
+    kind: str
+
+    def __init__(self, path: Path, header: Header, storage: Storage, start: bytes) -> None:
+        self.path = path
+        self.header = header
+        self.partial = beside_path(path, ".partial")
+        self._storage = storage
+        self._file: StoredFile | None = None
+        self._start = start
+        self.stored_bytes = len(start) + header.nbytes
+
+    @abstractmethod
+    def published(self) -> ArraySource:
+        """Open the published file."""
+
+    def create(self) -> None:
+        """Make the partial, reserve all of its space, and write its first bytes."""
+        self._storage.remove(self.partial)
+        self._file = self._storage.create(self.partial)
+        self._file = self._storage.direct(self._file)
+        try:
+            self._storage.reserve(self._file, self.stored_bytes)
+        except TargetError:
+            self.close()
+            self._storage.remove(self.partial)
+            raise
+        self._storage.write(self._file, self._start, 0)
+        self._storage.sync_directory(self.path.parent)
+
+    def reopen(self) -> None:
+        """Go on with the partial; refuse one that cannot be ours."""
+        if not self.partial.exists():
+            raise ResumeError(f"{self.partial} is gone", "start again with --restart")
+        self._file = self._storage.open(self.partial)
+        self._file = self._storage.direct(self._file)
+        found_bytes = self._storage.size(self._file)
+        if found_bytes != self.stored_bytes:
+            raise ResumeError(
+                f"{self.partial} has {found_bytes} bytes, and the unfinished run reserved "
+                f"{self.stored_bytes}",
+                "it was changed in between: start again with --restart",
+            )
+
+    def offset(self, start: int) -> int:
+        """Return where in the file a row begins."""
+        return len(self._start) + start * self.header.image_bytes
+
+    def write(self, start: int, stored: Stored) -> None:
+        """Write rows where they belong."""
+        offset = self.offset(start)
+        for data in stored:
+            self._storage.write(self._opened(), data, offset)
+            offset += len(data)
+
+    def read_partial(self, start: int, out: NDArray[Any]) -> None:
+        """Read rows of the partial into `out`, from row `start` on."""
+        offset = self.offset(start)
+        for image in out:
+            data = self._storage.read(self._opened(), offset, self.header.image_bytes)
+            image[...] = np.frombuffer(data, out.dtype).reshape(image.shape)
+            offset += len(data)
+
+    def sync(self) -> None:
+        """Make the rows written so far survive a power cut."""
+        self._storage.sync(self._opened())
+
+    def read_stored(self, start: int, stop: int) -> Stored:
+        """Read rows of the published file."""
+        return [bytes_of(self.read_back(start, stop))]
+
+    def read_back(self, start: int, stop: int) -> NDArray[Any]:
+        """Read rows of the published file."""
+        source = self.published()
+        with contextlib.closing(source):
+            if source.header != self.header:
+                raise SourceError(
+                    f"{self.path} holds {source.header.shape} of {source.header.dtype}, and was "
+                    f"written as {self.header.shape} of {self.header.dtype}",
+                    "it was changed since: make it again from its source",
+                )
+            return source.read(start, stop).batch
+
+    def publish(self) -> None:
+        """Rename the complete partial to its name."""
+        self.close()
+        self._storage.rename(self.partial, self.path)
+        self._storage.sync_directory(self.path.parent)
+
+    def close(self) -> None:
+        """Close the partial."""
+        if self._file is not None:
+            self._storage.close(self._file)
+            self._file = None
+
+    def _opened(self) -> StoredFile:
+        if self._file is None:
+            raise RuntimeError(f"{self.partial} is written before it is created or reopened")
+        return self._file
