@@ -16,7 +16,7 @@ import numpy as np
 from fastvgg import datasets, engine
 from fastvgg.datasets.images import Images
 from fastvgg.errors import SourceError, UsageError
-from fastvgg.stream.manifest import read_manifest
+from fastvgg.stream.manifest import read_manifest, transform_of
 from fastvgg.stream.prepare import checked_result
 from fastvgg.stream.ring import read_ring_header, unfinished
 from fastvgg.stream.values import refuse_twice
@@ -206,13 +206,11 @@ class Batches:
         ring = read_ring_header(self.path)
         if ring is not None:
             raise unfinished(ring, self.path)
-        manifest = read_manifest(self.path)
-        layout: Layout = "NHWC"
-        if manifest is not None:
-            layout = manifest.header.layout
+        manifest, done = read_manifest(self.path), transform_of(self.path)
+        layout: Layout = "NHWC" if done is None else done.out_layout
         if self.transform is not None:
-            if manifest is not None:
-                refuse_twice(self.path, manifest.transform, self.transform.direction)
+            if done is not None:
+                refuse_twice(self.path, done, self.transform.direction)
             layout = self.transform.layout
         stored_as = None if manifest is None else manifest.header.dtype
         source = datasets.open_source(self.path, layout=layout, stored_as=stored_as)

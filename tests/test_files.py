@@ -365,8 +365,8 @@ def test_an_existing_directory_is_one_whatever_its_name_ends_in(tmp_path):
 
 def test_a_target_of_no_known_format_is_refused(tmp_path):
     with pytest.raises(TargetError) as caught:
-        target_kind(tmp_path / "out.zarr")
-    must_say(caught.value, tmp_path / "out.zarr", "'.zarr'", ".npy")
+        target_kind(tmp_path / "out.zip")
+    must_say(caught.value, tmp_path / "out.zip", "'.zip'", ".npy")
 
 
 def test_what_is_stored_is_a_whole_file_for_each_row(tmp_path):

@@ -409,8 +409,8 @@ def test_a_missing_directory_is_refused_with_the_command_that_makes_it(tmp_path,
 
 def test_a_name_of_no_known_format_is_refused(tmp_path, array):
     with pytest.raises(TargetError) as caught:
-        fastvgg.plan(array, tmp_path / "y.zarr", mode="caffe")
-    must_say(caught.value, tmp_path / "y.zarr", ".npy")
+        fastvgg.plan(array, tmp_path / "y.zip", mode="caffe")
+    must_say(caught.value, tmp_path / "y.zip", ".npy")
 
 
 def test_network_inputs_are_not_written_as_image_files(tmp_path, array):

@@ -7,6 +7,7 @@ one that ends in .npy or .zarr is an array, as is FILE.h5::/NAME.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,7 +23,7 @@ from fastvgg.datasets.tar import TarListing, TarShards, names_tar
 from fastvgg.errors import SourceError, TargetError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from fastvgg.datasets.index import Record
     from fastvgg.nearest import Picks
     from fastvgg.stream.storage import Storage
-    from fastvgg.transform import Layout
+    from fastvgg.transform import Layout, Transform
 
 __all__ = [
     "INTERPOLATIONS",
@@ -40,11 +41,13 @@ __all__ = [
     "FileFormat",
     "open_source",
     "open_target",
+    "stated_transform",
     "target_kind",
 ]
 
 DECODING_BYTES: Final = 512 * 2**20
-KINDS_OF_ARRAYS: Final = {".npy": "npy", ".h5": "hdf5", ".hdf5": "hdf5"}
+KINDS_OF_ARRAYS: Final = {".npy": "npy", ".h5": "hdf5", ".hdf5": "hdf5", ".zarr": "zarr"}
+ZARR_METADATA: Final = ("zarr.json", ".zarray", ".zgroup")
 
 
 def open_source(
@@ -63,8 +66,8 @@ def open_source(
     Parameters
     ----------
     path
-        A directory of images, tar shards of them, a .npy file, a directory of part-*.npy, or a
-        dataset in an HDF5 file.
+        A directory of images, tar shards of them, a .npy file, a directory of part-*.npy, a Zarr
+        array, or a dataset in an HDF5 file.
     layout
         The layout of an array; images are NHWC.
     stored_as
@@ -85,7 +88,9 @@ def open_source(
     SourceError
         If the path is missing, empty, damaged, or of no format that fastvgg reads.
     """
-    is_directory = os.path.isdir(path)  # noqa: PTH112  # Path.is_dir raises where a name is too long
+    is_directory = _is_directory(path)
+    if _is_zarr(path):
+        return _array(path, "zarr", layout, stored_as, decoding)
     parts = part_names(path) if is_directory else []
     if not parts and (is_directory or names_tar(path)):
         if layout != "NHWC":
@@ -102,23 +107,73 @@ def open_source(
     kind = "parts" if parts else _kind_of_array(path)
     if kind is None:
         raise SourceError(
-            f"{path} is neither a directory of images nor a .npy or HDF5 file, nor tar shards",
+            f"{path} is neither a directory of images or of a Zarr array, nor a .npy or HDF5 file, "
+            "nor tar shards",
             "for a single image give the directory that it is in",
         )
+    return _array(path, kind, layout, stored_as, decoding)
+
+
+def _array(
+    path: Path, kind: str, layout: Layout, stored_as: str | None, decoding: Decoding | None
+) -> ArraySource:
     if decoding not in (None, Decoding()):
         raise SourceError(
             f"{path}: --size and its like are for image files, and this is an array",
             "leave them away, or give the directory of images",
         )
     if kind == "parts":
-        return NpyParts(path, parts, layout=layout, stored_as=stored_as)
+        return NpyParts(path, part_names(path), layout=layout, stored_as=stored_as)
     if kind == "hdf5":
         return Hdf5Source(path, layout=layout)
+    if kind == "zarr":
+        with _installed("zarr", path):
+            from fastvgg.datasets.zarr import ZarrSource
+        return ZarrSource(path, layout=layout)
     return NpySource(path, layout=layout, stored_as=stored_as)
 
 
+def stated_transform(path: Path) -> Any:  # noqa: ANN401  # whatever is said
+    """Return what an array itself says was done to it, as JSON types; None where it says nothing.
+
+    Raises
+    ------
+    SourceError
+        If the array cannot be opened.
+    """
+    if not _is_zarr(path):
+        return None
+    with _installed("zarr", path):
+        from fastvgg.datasets.zarr import ZarrArray
+    return ZarrArray(path).transform
+
+
+@contextlib.contextmanager
+def _installed(extra: str, path: Path) -> Iterator[None]:
+    """Say what is to be installed where a package that a format needs cannot be imported."""
+    try:
+        yield
+    except ImportError as error:
+        raise SourceError(
+            f"{path} needs a package that cannot be imported: {error}",
+            f"install it: pip install 'fastvgg[{extra}]'",
+        ) from None
+
+
+def _is_directory(path: Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112  # Path.is_dir raises where a name is too long
+
+
+def _is_zarr(path: Path) -> bool:
+    """Whether a path is a directory that is an array or a group of Zarr."""
+    if not _is_directory(path):
+        return False
+    names = [os.path.join(path, name) for name in ZARR_METADATA]  # noqa: PTH118
+    return path.suffix.lower() == ".zarr" or any(map(os.path.exists, names))
+
+
 def target_kind(path: Path) -> str:
-    """Return the format that a target's name asks for: "npy", "hdf5" or "images"."""
+    """Return the format that a target's name asks for: "npy", "hdf5", "zarr" or "images"."""
     kind = _kind_of_array(path)
     if kind is not None:
         return kind
@@ -126,8 +181,8 @@ def target_kind(path: Path) -> str:
         return "images"
     raise TargetError(
         f"{path}: no format is known that ends in {path.suffix!r}",
-        "give a name that ends in .npy, or FILE.h5::/NAME, or a directory to restore image files "
-        "into",
+        "give a name that ends in .npy or .zarr, or FILE.h5::/NAME, or a directory to restore "
+        "image files into",
     )
 
 
@@ -140,18 +195,24 @@ def open_target(
     header: Header,
     storage: Storage,
     *,
-    chunk_images: int,  # noqa: ARG001
+    chunk_images: int,
+    transform: Transform | None = None,
     records: Sequence[Record] = (),
     file_format: FileFormat = "png",
 ) -> Target:
     """Return the target of a name; nothing is written before its `create`.
 
-    `chunk_images` is how many are written together; `records` names the image files, one for each
-    row, where they are known, and `file_format` is theirs.
+    `chunk_images` is how many are written together; `transform` is what was done to them, where the
+    format can say it; `records` names the image files, one for each row, where they are known, and
+    `file_format` is theirs.
     """
     kind = target_kind(path)
     if kind == "npy":
         return NpyTarget(path, header, storage)
     if kind == "hdf5":
         return Hdf5Target(path, header, storage)
+    if kind == "zarr":
+        with _installed("zarr", path):
+            from fastvgg.datasets.zarr import ZarrTarget
+        return ZarrTarget(path, header, storage, chunk_images=chunk_images, transform=transform)
     return ImageFiles(path, header, storage, records, file_format)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastvgg import datasets
 from fastvgg.stream.journal import journal_path, read_ledger
-from fastvgg.stream.manifest import read_manifest
+from fastvgg.stream.manifest import read_manifest, transform_of
 from fastvgg.stream.ring import committed_chunks, read_ring_header
+
+if TYPE_CHECKING:
+    from fastvgg.transform import Transform
 
 __all__ = ["info"]
 
@@ -76,10 +79,18 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
             "shape": list(header.shape),
             "dtype": header.dtype,
             "bytes": source.stored_bytes,
+            **_of_transform(transform_of(dataset)),
             "notes": source.notes,
         }
     finally:
         source.close()
+
+
+def _of_transform(done: Transform | None) -> dict[str, Any]:
+    """Return what an array that has no manifest says of itself."""
+    if done is None:
+        return {}
+    return {"layout": done.out_layout, "direction": done.direction, "mode": done.mode.name}
 
 
 def _of_job(job: dict[str, Any]) -> dict[str, Any]:

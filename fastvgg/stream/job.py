@@ -19,7 +19,7 @@ from fastvgg.transform import STORAGE_TYPES, Transform
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["Kinds", "check_fields", "check_job", "check_sizes"]
+__all__ = ["Kinds", "check_fields", "check_job", "check_sizes", "checked_transform"]
 
 Kinds: TypeAlias = "Mapping[str, type | tuple[type, ...]]"
 """The fields of an object, and of which type, or which types, each may be."""
@@ -104,7 +104,7 @@ def check_job(job: dict[str, Any]) -> None:
             Decoding.from_dict(source)
         if of_files:
             check_format(result["format"], *header.shape[1:3])
-        transform = _checked_transform(job["transform"])
+        transform = checked_transform(job["transform"])
         transform.check_input(header.shape, header.dtype)
     except FastvggError as error:
         raise ValueError(ascii(error.problem)) from None
@@ -114,7 +114,16 @@ def check_job(job: dict[str, Any]) -> None:
         raise ValueError("the result is not what the transform makes of the source")
 
 
-def _checked_transform(fields: dict[str, Any]) -> Transform:
+def checked_transform(fields: dict[str, Any]) -> Transform:
+    """Return the transform of JSON types.
+
+    Raises
+    ------
+    ValueError
+        Saying what is wrong with them.
+    FastvggError
+        If they are of the right types, and no transform has such values.
+    """
     check_fields(fields, TRANSFORM)
     check_fields(fields["mode"], MODE)
     numbers = (fields["mode"]["mean"] or []) + (fields["mode"]["std"] or [])

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
 
+from fastvgg.datasets import stated_transform
 from fastvgg.datasets.base import Header, read_beside
 from fastvgg.datasets.locations import beside_path, dataset_of
 from fastvgg.errors import SourceError
-from fastvgg.stream.job import check_fields, check_job, check_sizes
+from fastvgg.stream.job import check_fields, check_job, check_sizes, checked_transform
 from fastvgg.transform import Transform
 
 if TYPE_CHECKING:
@@ -28,7 +29,14 @@ if TYPE_CHECKING:
     from fastvgg.datasets.base import Stored
     from fastvgg.stream.job import Kinds
 
-__all__ = ["Manifest", "checksum", "manifest_path", "package_versions", "read_manifest"]
+__all__ = [
+    "Manifest",
+    "checksum",
+    "manifest_path",
+    "package_versions",
+    "read_manifest",
+    "transform_of",
+]
 
 FORMAT: Final = 1
 FIELDS: Final[Kinds] = {
@@ -127,6 +135,31 @@ def read_manifest(dataset: Path) -> Manifest | None:
         ) from None
     described, asked = manifest.job["result"].get("dataset"), dataset_of(dataset)
     return manifest if described in (None, asked) or not asked else None
+
+
+def transform_of(dataset: Path) -> Transform | None:
+    """Return what was done to a dataset, by its manifest or its own attributes; None if unknown.
+
+    Raises
+    ------
+    SourceError
+        If what says so is damaged.
+    """
+    manifest = read_manifest(dataset)
+    if manifest is not None:
+        return manifest.transform
+    said = stated_transform(dataset)
+    if said is None:
+        return None
+    try:
+        check_fields({"transform": said}, {"transform": dict})
+        return checked_transform(said)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(
+            f"{dataset} says of itself what is no transform: {str(error)[:200]}",
+            "put back what was written, or remove the attribute 'fastvgg' and say what the dataset "
+            "is: --mode, --layout",
+        ) from None
 
 
 def _refuse_other_format(path: Path, fields: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -25,6 +26,7 @@ __all__ = [
     "DECODED",
     "DECODED_CHUNK_BYTES",
     "FILES_CHUNK_BYTES",
+    "SHARDS_CHUNK_BYTES",
     "Plan",
     "bytes_worked_on",
     "chunk_images",
@@ -45,6 +47,13 @@ FILES_CHUNK_BYTES: Final = 256 * 1024 * 1024
 # For each thread: no less than an image of common size takes.
 LEAST_DECODING_BYTES: Final = 4 * 1024 * 1024
 DECODED: Final = ("images", "tar")
+# How often a library holds a chunk beside it to read it, as it is stored.
+READ: Final = {"hdf5": 1, "zarr": 2}
+# And to write it: three shards as they are stored, the pieces of one three times while it is
+# encoded, and as much as two more that the allocator does not give back at once.
+ENCODED: Final = {"zarr": 8}
+# For that, shards of some 20 MiB.
+SHARDS_CHUNK_BYTES: Final = 256 * 1024 * 1024
 UNITS: Final = {"": 1, "B": 1, "K": 2**10, "KIB": 2**10, "M": 2**20, "MIB": 2**20}
 UNITS.update({"G": 2**30, "GIB": 2**30, "T": 2**40, "TIB": 2**40})
 UNITS.update({"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12})
@@ -91,11 +100,13 @@ def bytes_worked_on(source_kind: str, target_kind: str, image_bytes: int, result
 
     Chunks that are computed row by row are two at a time, and a third is being written.
     """
+    encoded_bytes = ENCODED.get(target_kind, 0) * result_bytes
     if source_kind in DECODED:
-        return 3 * result_bytes
+        return 3 * result_bytes + encoded_bytes
     if target_kind == "images":
         return 2 * image_bytes + 3 * result_bytes
-    return image_bytes + 2 * result_bytes
+    read_bytes = (1 + READ.get(source_kind, 0)) * image_bytes
+    return read_bytes + 2 * result_bytes + encoded_bytes
 
 
 def least_scratch_bytes(
@@ -117,6 +128,7 @@ def chunk_images(
     limit_bytes: int,
     chunk_bytes: int = CHUNK_BYTES,
     together: int = 1,
+    rounded: int = 1,
 ) -> int:
     """Return how many images make a chunk, so that the run stays below a memory limit.
 
@@ -134,6 +146,8 @@ def chunk_images(
         What a chunk's images take at most while they are worked on; more where it must be.
     together
         How many images the source stores as one piece, which is read once and whole.
+    rounded
+        How many the target would best store as one piece.
 
     Raises
     ------
@@ -156,8 +170,8 @@ def chunk_images(
             f"{what} {needed} of memory, and the limit is {readable_bytes(limit_bytes)}",
             f"give --memory {-(-(scratch_bytes + least_bytes) // 2**20)}MiB or more",
         )
-    pieces = max(1, min(chunk_bytes, room_bytes) // least_bytes)
-    return min(images, pieces * together)
+    most = max(1, min(chunk_bytes, room_bytes) // least_bytes) * together
+    return min(images, most - most % math.lcm(together, rounded) or most)
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypedDict
 
 from fastvgg import datasets, engine, oracle
+from fastvgg.datasets.base import piece_images
 from fastvgg.datasets.decode import MOST_PIXELS, Decoding
 from fastvgg.datasets.files import check_format, is_lossy
 from fastvgg.datasets.images import Images
 from fastvgg.datasets.locations import beside_path, dataset_of, file_of
 from fastvgg.errors import ArrayError, SourceError, TargetError, UsageError
 from fastvgg.stream.journal import journal_path, read_ledger, refuse_other_job
-from fastvgg.stream.manifest import manifest_path, read_manifest
+from fastvgg.stream.manifest import manifest_path, read_manifest, transform_of
 from fastvgg.stream.plan import (
     CHUNK_BYTES,
     DECODED,
     DECODED_CHUNK_BYTES,
     FILES_CHUNK_BYTES,
+    SHARDS_CHUNK_BYTES,
     Plan,
     bytes_worked_on,
     chunk_images,
@@ -71,6 +73,7 @@ BESIDE: Final = (
     ".fastvgg-journal",
     ".fastvgg-replaced",
 )
+CHUNKS_BYTES: Final = {"images": FILES_CHUNK_BYTES, "zarr": SHARDS_CHUNK_BYTES}
 IMAGES: Final = ("uint8", "NHWC")  # what image files can hold
 
 
@@ -199,7 +202,8 @@ def plan(
     if ring is None:
         placeholder = "identity" if mode is None else mode
         asked = Transform(placeholder, direction, layout or "NHWC", out_layout, dtype, rounding)
-        transform = _agreed_transform(source_path, manifest, asked, mode, layout, out_layout)
+        done = transform_of(source_path)
+        transform = _agreed_transform(source_path, done, asked, mode, layout, out_layout)
         stored_as = None if manifest is None else manifest.header.dtype
     else:
         begun = Transform.from_dict(ring.job["transform"])
@@ -247,21 +251,20 @@ def _check_manifest(manifest: Manifest, source: Source) -> None:
 
 def _agreed_transform(
     path: Path,
-    manifest: Manifest | None,
+    done: Transform | None,
     asked: Transform,
     mode: Mode | str | None,
     layout: Layout | None,
     out_layout: Layout | None,
 ) -> Transform:
-    """Return what is asked for, completed from the source's manifest and checked against it."""
-    if manifest is None:
+    """Return what is asked for, completed by and checked against what was done to the source."""
+    if done is None:
         if mode is None and asked.direction != "pack":
             remedy = "give --mode or --model; 'fastvgg models' lists which model wants which"
             if asked.direction == "restore":
                 remedy = f"there is no manifest beside it that says the mode: {remedy}"
             raise UsageError(f"{path}: the mode is not given", remedy)
         return asked
-    done = manifest.transform
     refuse_twice(path, done, asked.direction)
     if mode is not None and asked.mode != done.mode and asked.direction == "restore":
         raise UsageError(
@@ -355,9 +358,9 @@ def _planned(
     scratch_bytes = least_scratch_bytes(
         *kinds, options["threads"], header.image_bytes, result.image_bytes
     )
-    chunk_bytes = FILES_CHUNK_BYTES if kinds[1] == "images" else CHUNK_BYTES
+    chunk_bytes = CHUNKS_BYTES.get(kinds[1], CHUNK_BYTES)
     if source.kind in DECODED:
-        chunk_bytes = DECODED_CHUNK_BYTES
+        chunk_bytes = max(chunk_bytes, DECODED_CHUNK_BYTES)
         scratch_bytes = max(scratch_bytes, options["memory_bytes"] // 2)  # for large images
     return Plan(
         source=str(source.path),
@@ -378,6 +381,7 @@ def _planned(
             options["memory_bytes"],
             chunk_bytes,
             source.stored_together,
+            piece_images(result.image_bytes) if kinds[1] == "zarr" else 1,
         ),
         notes=tuple(source.notes + _losses(transform, result, kinds[1], options["file_format"])),
         committed_chunks=0,
@@ -395,6 +399,11 @@ def _check_target(source: Source, target: Path, result: Header) -> None:
             f"{target}: image files hold {' '.join(IMAGES)}, and the result is {result.dtype} "
             f"{result.layout}",
             "give a name that ends in .npy; only restore, in its own layout, writes image files",
+        )
+    if datasets.target_kind(target) == "zarr" and result.dtype == "bfloat16":
+        raise TargetError(
+            f"{target}: Zarr has no type bfloat16",
+            "store float16 or float32, or give a name that ends in .npy, or FILE.h5::/NAME",
         )
     read = file_of(source.path).resolve()
     if read == file.resolve():

@@ -34,6 +34,7 @@ from fastvgg.stream.prepare import changed, known_ledger, reopen_source
 from fastvgg.stream.report import FAILURES_KEPT, Failure, Tally
 from fastvgg.stream.retry import Again
 from fastvgg.stream.state import (
+    FILES,
     find_state,
     refuse_occupied,
     replaceable,
@@ -130,12 +131,14 @@ class _Run:
         self.again = self._again()
         if self.state == "failed" and self.again is not None:
             self.plan = resumed(plan, self.again.manifest.chunk_images, 0)
+        self.progress = progress
         self.tally = Tally(self.plan, self._commits(), progress, begun)
         self.target = open_target(
             Path(plan.target),
             plan.result,
             storage,
             chunk_images=self.plan.chunk_images,
+            transform=plan.transform,
             records=source.records,
             file_format=plan.file_format,
         )
@@ -202,7 +205,7 @@ class _Run:
     def _make_way(self) -> None:
         """Move away a directory that has the name: one cannot be renamed over another."""
         path, replaced = self.target.path, replaced_path(self.target.path)
-        if self.plan.target_kind == "images" and os.path.lexists(path):
+        if self.plan.target_kind not in FILES and os.path.lexists(path):
             self.storage.remove(replaced)
             self.storage.rename(path, replaced)
             self.storage.sync_directory(path.parent)
@@ -221,6 +224,7 @@ class _Run:
             self._unpublish(self.again)
         if self.again is not None or (self.state == "resumable" and self._commits()):
             self.target.reopen()
+            self._forget_torn()
             return
         if self.state == "fresh":
             replaces = replaceable(self.plan) if self.plan.restart else None
@@ -230,6 +234,16 @@ class _Run:
         except TargetError:  # no room: as if nothing had been begun
             self.journal.remove()
             raise
+
+    def _forget_torn(self) -> None:
+        """Do those chunks again whose bytes, where looked at, are not what was committed."""
+        for chunk, (start, stop) in enumerate(self.plan.chunk_rows()):
+            if chunk not in self._commits():
+                continue
+            stored = self.target.read_unfinished(start, stop)
+            if stored is not None and checksum(stored) != self._commits()[chunk].checksum:
+                del self._commits()[chunk]
+        self.tally = Tally(self.plan, self._commits(), self.progress, self.begun)
 
     def _unpublish(self, again: Again) -> None:
         """Make a finished target an unfinished one, of which the good chunks are done."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastvgg.stream.plan import Plan
 
 __all__ = [
+    "FILES",
     "State",
     "find_state",
     "refuse_occupied",
@@ -122,7 +123,7 @@ def replaced_path(target: Path) -> Path:
 
 def _occupied(plan: Plan) -> bool:
     target = target_path(plan)
-    if plan.target_kind == "images" and target.is_dir() and not target.is_symlink():
+    if plan.target_kind not in FILES and target.is_dir() and not target.is_symlink():
         return any(target.iterdir())
     return os.path.lexists(target)
 

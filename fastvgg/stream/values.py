@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from fastvgg.errors import SourceError
-from fastvgg.stream.manifest import read_manifest
+from fastvgg.stream.manifest import transform_of
 
 if TYPE_CHECKING:
     from fastvgg.datasets.base import Source
@@ -55,9 +55,9 @@ def refuse_wrong_values(plan: Plan, source: Source) -> None:
     """
     if plan.header.dtype == "uint8":
         return  # which tells
-    manifest = read_manifest(Path(plan.source))
-    if manifest is not None:  # which tells, and which another process may have just written
-        refuse_twice(Path(plan.source), manifest.transform, plan.transform.direction)
+    done = transform_of(Path(plan.source))
+    if done is not None:  # which tells, and which another process may have just written
+        refuse_twice(Path(plan.source), done, plan.transform.direction)
         return
     images, looked_at = plan.header.images, min(IMAGES_LOOKED_AT, plan.header.images)
     rows = sorted({image * images // looked_at for image in range(looked_at)})

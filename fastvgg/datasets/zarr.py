@@ -1,0 +1,528 @@
+"""Zarr arrays, read and written by zarr-python: https://zarr-specs.readthedocs.io.
+
+A new array is sharded: a shard is a chunk of the run, a file of its own, and holds pieces of a few
+MiB that can be read alone. Each piece has its crc32c, and so has the index of a shard.
+
+Zarr reads a chunk that is missing as if it had been written, full of the fill value. Here that is
+an error, and so every chunk is written, also one that is full of the fill value.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import mmap
+import os
+import zlib
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import xxhash
+import zarr
+from zarr.abc.store import Store
+from zarr.buffer import default_buffer_prototype
+from zarr.buffer.cpu import NDBuffer
+from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
+from zarr.storage import LocalStore, MemoryStore, WrapperStore
+
+from fastvgg.datasets.base import Chunk, Header, bytes_of, check_array, piece_images
+from fastvgg.datasets.index import read_index
+from fastvgg.datasets.locations import beside_path
+from fastvgg.errors import ResumeError, SourceError, StoppedError, VerificationError
+from fastvgg.transform import storage_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from zarr.abc.store import ByteRequest
+    from zarr.core.buffer import Buffer, BufferPrototype
+
+    from fastvgg.datasets.base import Stored
+    from fastvgg.stream.storage import Storage
+    from fastvgg.transform import Layout, Transform
+
+__all__ = ["ZarrArray", "ZarrSource", "ZarrTarget"]
+
+METADATA: Final = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
+PLAIN: Final = ("uint8", "float16", "float32", "float64")
+AXES: Final = {
+    "NHWC": ("image", "height", "width", "channel"),
+    "NCHW": ("image", "channel", "height", "width"),
+}
+SAID: Final = "fastvgg"
+"""The attribute that says what was done to the images."""
+WAITING: Final = 3  # shards: one is on its way to the disk, one waits, and one is encoded
+NAMES_SHOWN: Final = 10
+# What zarr-python raises on metadata that it does not understand, and on chunks that are damaged.
+METADATA_ERRORS: Final = (ValueError, TypeError, KeyError, AttributeError, NotImplementedError)
+CHUNK_ERRORS: Final = (ValueError, TypeError, RuntimeError, OSError, EOFError, zlib.error)
+
+
+class MissingChunkError(Exception):
+    """A chunk that is not there, by its key."""
+
+
+class DamagedChunkError(StoppedError):
+    """A chunk that is missing, or cannot be decoded."""
+
+
+class _Whole(WrapperStore[Store]):
+    """A store in which no chunk may be missing."""
+
+    async def get(
+        self,
+        key: str,
+        prototype: BufferPrototype | None = None,
+        byte_range: ByteRequest | None = None,
+    ) -> Buffer | None:
+        wanted = prototype or default_buffer_prototype()
+        found: Buffer | None = await self._store.get(key, wanted, byte_range)
+        if found is None and not key.endswith(METADATA):
+            raise MissingChunkError(key)
+        return found
+
+
+class ZarrArray:
+    """An array in a directory, whose chunks are read.
+
+    Parameters
+    ----------
+    path
+        The directory.
+    layout
+        Which axis holds the channels.
+
+    Raises
+    ------
+    SourceError
+        If its metadata are not those of an array of images, or cannot be read.
+    """
+
+    def __init__(self, path: Path, *, layout: Layout = "NHWC") -> None:
+        self.path = path
+        try:
+            store = _Whole(LocalStore(path, read_only=True))
+            found = zarr.open(store, mode="r")
+        except (*METADATA_ERRORS, OSError) as error:
+            raise SourceError(
+                f"{path} cannot be opened as Zarr: {type(error).__name__}: {str(error)[:200]}",
+                "check that it is complete: it was written with a zarr.json, or .zarray, in it",
+            ) from None
+        if isinstance(found, zarr.Group):
+            names = itertools.islice(found.array_keys(), NAMES_SHOWN)
+            raise SourceError(
+                f"{path} is a group of arrays; there are: {', '.join(names) or 'none'}",
+                f"give one of them: {path}/NAME",
+            )
+        self._array = found
+        check_array(path, found.shape)
+        self.header = Header(found.shape, self._type_name(), layout)
+        self._refuse_unsafe()
+        stored: tuple[int, ...] = found.shards or found.chunks
+        self._outer_images = stored[0]
+        counts = (-(-a // b) for a, b in zip(found.shape, stored, strict=True))
+        self._counts = tuple(counts)
+        self.stored_together = min(found.chunks[0], found.shape[0])
+
+    def _type_name(self) -> str:
+        """Return the storage type; numbers of another byte order are converted when read."""
+        name = self._array.dtype.newbyteorder("=").name
+        if name not in PLAIN:
+            raise SourceError(
+                f"{self.path} holds numbers of type {self._array.dtype}",
+                f"store it as one of {', '.join(PLAIN)}",
+            )
+        return str(name)
+
+    def _refuse_unsafe(self) -> None:
+        """Refuse to unpickle what comes from a file: that would run any code in it."""
+        if "pickle" in str(self._array.metadata.to_dict()).lower():
+            raise SourceError(
+                f"{self.path} is stored by way of Python's pickle, which is never loaded",
+                "store it with another codec",
+            )
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks, or shards, there are."""
+        return math.prod(self._counts)
+
+    @property
+    def transform(self) -> object:
+        """What the array's attributes say was done to the images; None where they say nothing."""
+        said = self._array.attrs.get(SAID)
+        return said.get("transform", said) if isinstance(said, dict) else said
+
+    def keys(self, start: int, stop: int) -> Iterator[str]:
+        """Return the names of the chunks, or shards, that hold some images."""
+        first, last = start // self._outer_images, -(-stop // self._outer_images)
+        others = itertools.product(*map(range, self._counts[1:]))
+        for number, other in itertools.product(range(first, last), [*others]):
+            yield self._array.metadata.encode_chunk_key((number, *other))
+
+    def read_into(self, start: int, out: NDArray[Any]) -> None:
+        """Read as many images as `out` has, from row `start` on; many threads may.
+
+        Raises
+        ------
+        StoppedError
+            Naming the chunk that is missing or damaged.
+        """
+        try:
+            self._read_into(start, out)
+        except MissingChunkError as error:
+            raise self._damaged(str(error), "it is missing") from None
+        except OSError as error:
+            raise StoppedError.from_os_error(error, "read", str(self.path), start) from error
+        except CHUNK_ERRORS as error:
+            self._blame(start, out)
+            raise self._damaged(next(self.keys(start, start + 1)), str(error)) from None
+
+    def _read_into(self, start: int, out: NDArray[Any]) -> None:
+        rows = slice(start, start + len(out))
+        self._array.get_basic_selection((rows,), out=NDBuffer.from_numpy_array(out))
+
+    def _blame(self, start: int, out: NDArray[Any]) -> None:
+        """Read the chunks one after the other, and raise an error that names the damaged one."""
+        row, end = start, start + len(out)
+        while row < end:
+            stop = min(end, row - row % self._outer_images + self._outer_images)
+            try:
+                self._read_into(row, out[row - start : stop - start])
+            except CHUNK_ERRORS as error:
+                raise self._damaged(", ".join(self.keys(row, stop)), str(error)) from None
+            row = stop
+
+    def _damaged(self, key: str, why: str) -> DamagedChunkError:
+        return DamagedChunkError(
+            f"{self.path}: chunk {key} is damaged: {why[:200]}",
+            "get the array again, or make it again from its source; then run again with --restart",
+        )
+
+
+class ZarrSource:
+    """A Zarr array, all of whose chunks are there.
+
+    Parameters
+    ----------
+    path
+        The directory.
+    layout
+        Which axis holds the channels.
+
+    Raises
+    ------
+    SourceError
+        If it is no `ZarrArray`, or chunks of it are missing.
+    """
+
+    kind = "zarr"
+
+    def __init__(self, path: Path, *, layout: Layout = "NHWC") -> None:
+        self.path = path
+        self.settings: dict[str, Any] = {}
+        self.notes: list[str] = []
+        self._array = ZarrArray(path, layout=layout)
+        self.header = self._array.header
+        self.stored_together = self._array.stored_together
+        files = _files(path)
+        self._refuse_missing(files)
+        self.stored_bytes = sum(size for size, _ in files.values())
+        self.records = read_index(path, self.header.images)
+
+    def _refuse_missing(self, files: Mapping[str, tuple[int, str]]) -> None:
+        expected = self._array.chunks
+        found = sum(not key.endswith(METADATA) for key in files)
+        missing = max(0, expected - found)
+        if not missing:
+            keys = self._array.keys(0, self.header.images)
+            absent = [key for key in keys if key not in files]
+            missing, shown = len(absent), ", ".join(absent[:NAMES_SHOWN])
+        else:
+            keys = self._array.keys(0, self.header.images)
+            shown = next(key for key in keys if key not in files)
+        if missing:
+            raise SourceError(
+                f"{self.path}: {missing} of {expected} chunks are missing, as {shown}: they would "
+                "be read as if they had been written",
+                "finish writing it, or get it again; zarr leaves chunks away that are full of the "
+                "fill value, unless zarr.config.set({'array.write_empty_chunks': True})",
+            )
+
+    def fingerprint(self) -> str:
+        """Return a hash of the names, sizes and times of change of all files, as they are now."""
+        digest = xxhash.xxh3_128()
+        for key, (size, changed) in sorted(_files(self.path).items()):
+            digest.update(f"{size} {changed} {key}\0".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    def read(self, start: int, stop: int) -> Chunk:
+        """Return images.
+
+        Raises
+        ------
+        StoppedError
+            Naming the chunk that is missing or damaged.
+        """
+        shape = (stop - start, *self.header.shape[1:])
+        batch = np.empty(shape, storage_dtype(self.header.dtype))
+        self.read_into(start, batch)
+        return Chunk(batch, [*self.records[start:stop]])
+
+    def read_into(self, start: int, out: NDArray[Any]) -> None:
+        """Read as many images as `out` has, from row `start` on; many threads may.
+
+        Raises
+        ------
+        StoppedError
+            Naming the chunk that is missing or damaged.
+        """
+        self._array.read_into(start, out)
+
+    def close(self) -> None:
+        """Nothing stays open."""
+
+
+class ShardEncoder:
+    """What the files of a new array hold: each is made in memory.
+
+    Parameters
+    ----------
+    header
+        What will be in it.
+    chunk_images
+        How many images make a shard.
+    transform
+        What was done to the images, which the array's attributes say.
+    """
+
+    def __init__(self, header: Header, chunk_images: int, transform: Transform | None) -> None:
+        self._stored: dict[str, Buffer] = {}
+        image = header.shape[1:]
+        pieces = _piece_images(header, chunk_images)
+        codecs = BytesCodec(endian="little"), Crc32cCodec()
+        self._array = zarr.create_array(
+            MemoryStore(self._stored),
+            shape=header.shape,
+            chunks=(chunk_images, *image),
+            dtype=header.dtype,
+            serializer=ShardingCodec(
+                chunk_shape=(pieces, *image), codecs=codecs, index_codecs=codecs
+            ),
+            filters=None,
+            compressors=None,
+            fill_value=0,
+            chunk_key_encoding={"name": "default", "separator": "."},
+            dimension_names=AXES[header.layout],
+            attributes={SAID: {"transform": transform.to_dict()}} if transform else {},
+            config={"write_empty_chunks": True},
+        )
+        self._shape = chunk_images, *image
+        self._spec = self._array.metadata.get_chunk_spec(
+            (0, 0, 0, 0), self._array.async_array.config, default_buffer_prototype()
+        )
+        self.metadata = {name: data.to_bytes() for name, data in self._stored.items()}
+        self._stored.clear()
+
+    def key(self, start: int) -> str:
+        """Return the name of the shard that begins with a row."""
+        number = start // self._shape[0]
+        key: str = self._array.metadata.encode_chunk_key((number, 0, 0, 0))
+        return key
+
+    def shard(self, batch: NDArray[Any]) -> memoryview:
+        """Return the content of the shard of a batch; the last one's is as long as the others.
+
+        Here, and not on zarr's own thread, which is one for all that is read and written, twice as
+        much is encoded in a second.
+        """
+        if len(batch) < self._shape[0]:
+            whole = np.zeros(self._shape, batch.dtype)
+            whole[: len(batch)] = batch
+            batch = whole
+        pieces = [(NDBuffer.from_numpy_array(batch), self._spec)]
+        (encoded,) = asyncio.run(self._array.async_array.codec_pipeline.encode(pieces))
+        if encoded is None:
+            raise RuntimeError("zarr leaves a chunk away, and was told not to")
+        content: NDArray[np.uint8] = encoded.as_numpy_array()
+        return content.data
+
+
+def _piece_images(header: Header, chunk_images: int) -> int:
+    """Return how many images of a shard make a piece that is read alone: a part without rest."""
+    most = min(chunk_images, piece_images(header.image_bytes))
+    return next(images for images in range(most, 0, -1) if chunk_images % images == 0)
+
+
+class ZarrTarget:
+    """A directory with a file for each shard; while unfinished, it has another name.
+
+    Parameters
+    ----------
+    path
+        The directory that the array gets when it is complete.
+    header
+        What will be in it.
+    storage
+        What carries out the system calls.
+    chunk_images
+        How many images make a shard.
+    transform
+        What was done to the images.
+    """
+
+    kind = "zarr"
+
+    def __init__(
+        self,
+        path: Path,
+        header: Header,
+        storage: Storage,
+        *,
+        chunk_images: int,
+        transform: Transform | None,
+    ) -> None:
+        self.path = path
+        self.header = header
+        self.partial = beside_path(path, ".partial")
+        self._storage = storage
+        self._encoder = ShardEncoder(header, chunk_images, transform)
+        self._encoded: deque[tuple[str, memoryview]] = deque()
+        self._memory: Iterator[NDArray[np.uint8]] | None = None
+        self._published: ZarrArray | None = None
+
+    def create(self) -> None:
+        """Make the directory, and the array's metadata in it."""
+        self._storage.remove(self.partial)
+        self._storage.make_directory(self.partial)
+        self._encoded.extend(
+            (name, memoryview(data)) for name, data in self._encoder.metadata.items()
+        )
+        self.sync()
+        self._storage.sync_directory(self.path.parent)
+
+    def reopen(self) -> None:
+        """Go on with the directory that is there."""
+        for name, expected in self._encoder.metadata.items():
+            try:
+                found = (self.partial / name).read_bytes()
+            except OSError as error:
+                raise ResumeError(
+                    f"{self.partial / name} is gone: {error.strerror}", "start again with --restart"
+                ) from None
+            if found != expected:
+                raise ResumeError(
+                    f"{self.partial / name} is not what the unfinished run wrote",
+                    "it was changed in between: start again with --restart",
+                )
+
+    def offset(self, start: int) -> int:  # noqa: ARG002  # a shard's file begins with it
+        """Return 0."""
+        return 0
+
+    def write(self, start: int, stored: Stored) -> None:
+        """Encode the shard of some rows, for `sync` to write it.
+
+        So that one is encoded while the one before it is on its way to the disk.
+        """
+        (data,) = stored
+        rows = np.frombuffer(data, storage_dtype(self.header.dtype))
+        shard = self._encoder.shard(rows.reshape(-1, *self.header.shape[1:]))
+        self._encoded.append((self._encoder.key(start), self._kept(shard)))
+
+    def _kept(self, shard: memoryview) -> memoryview:
+        """Return the same bytes at the beginning of a page, which the disk takes from there."""
+        if self._memory is None:
+            nbytes = len(shard) + mmap.PAGESIZE
+            self._memory = itertools.cycle([np.empty(nbytes, np.uint8) for _ in range(WAITING)])
+        memory = next(self._memory)
+        lying = memory[-memory.ctypes.data % mmap.PAGESIZE :][: len(shard)]
+        lying[:] = np.frombuffer(shard, np.uint8)
+        return lying.data
+
+    def sync(self) -> None:
+        """Write what is encoded, and make it survive a power cut, and its names."""
+        while self._encoded:
+            name, data = self._encoded.popleft()
+            file = self._storage.create(self.partial / name)
+            file = self._storage.direct(file)
+            try:
+                self._storage.write(file, data, 0)
+                self._storage.sync(file)
+            finally:
+                self._storage.close(file)
+        self._storage.sync_directory(self.partial)
+
+    def read_unfinished(self, start: int, stop: int) -> Stored:
+        """Read rows of the partial; nothing where their shard is missing or damaged."""
+        partial = ZarrArray(self.partial, layout=self.header.layout)
+        try:
+            return [bytes_of(self._rows(partial, start, stop))]
+        except DamagedChunkError:
+            return []
+
+    def read_stored(self, start: int, stop: int) -> Stored:
+        """Read rows of the published array."""
+        return [bytes_of(self.read_back(start, stop))]
+
+    def read_back(self, start: int, stop: int) -> NDArray[Any]:
+        """Read rows of the published array."""
+        if self._published is None:
+            self._published = ZarrArray(self.path, layout=self.header.layout)
+        if self._published.header != self.header:
+            found = self._published.header
+            raise SourceError(
+                f"{self.path} holds {found.shape} of {found.dtype}, and was written as "
+                f"{self.header.shape} of {self.header.dtype}",
+                "it was changed since: make it again from its source",
+            )
+        try:
+            return self._rows(self._published, start, stop)
+        except DamagedChunkError as error:
+            raise VerificationError(error.problem, "make it again from its source") from None
+
+    def _rows(self, array: ZarrArray, start: int, stop: int) -> NDArray[Any]:
+        batch = np.empty((stop - start, *self.header.shape[1:]), storage_dtype(self.header.dtype))
+        array.read_into(start, batch)
+        return batch
+
+    def publish(self) -> None:
+        """Rename the complete directory to its name."""
+        self._storage.rename(self.partial, self.path)
+        self._storage.sync_directory(self.path.parent)
+
+    def close(self) -> None:
+        """Nothing stays open."""
+
+
+def _files(path: Path) -> dict[str, tuple[int, str]]:
+    """Return the size and the time of change of every file of an array, by its key.
+
+    Raises
+    ------
+    SourceError
+        If they cannot be listed, or one is no file.
+    """
+    found: dict[str, tuple[int, str]] = {}
+    folders = [""]
+    try:
+        while folders:
+            folder = folders.pop()
+            for entry in os.scandir(path / folder):
+                key = folder + entry.name
+                if entry.is_dir():
+                    folders.append(f"{key}/")
+                elif entry.is_file():
+                    status = entry.stat()
+                    found[key] = status.st_size, str(status.st_mtime_ns)
+                else:
+                    raise SourceError(f"{path / key} is no file", "get the array again")
+    except OSError as error:
+        raise SourceError(
+            f"{error.filename} cannot be read: {error.strerror}", "check its permissions"
+        ) from None
+    return found
