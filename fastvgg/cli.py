@@ -16,7 +16,6 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
-from pathlib import Path
 from traceback import print_exc
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -50,17 +49,20 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-# Whether a path can be read is for the library to say, in its own words: readable=False.
+# As texts, for a Path would make one slash of the two of a URL.
 Source = Annotated[
-    Path,
+    str,
     typer.Argument(
         metavar="SRC",
-        readable=False,
-        help="A directory or tar shards of images; a .npy, or a directory of part-*.npy.",
+        help="A directory or tar shards of images; a .npy, a .zarr (also s3://), FILE.h5::/NAME, "
+        "or a directory of part-*.npy.",
     ),
 ]
 Target = Annotated[
-    Path | None, typer.Argument(metavar="[DST]", readable=False, help="What to write.")
+    str | None,
+    typer.Argument(
+        metavar="[DST]", help="What to write: a .npy, a .zarr (also s3://), FILE.h5::/NAME."
+    ),
 ]
 Size = Annotated[
     tuple[int, int] | None,
@@ -166,10 +168,11 @@ def preprocess(
 @app.command()
 def pack(
     source: Annotated[
-        Path,
-        typer.Argument(metavar="SRC", readable=False, help="A directory or tar shards of images."),
+        str, typer.Argument(metavar="SRC", help="A directory or tar shards of images.")
     ],
-    target: Annotated[Path, typer.Argument(metavar="DST", readable=False, help="A .npy.")],
+    target: Annotated[
+        str, typer.Argument(metavar="DST", help="A .npy, a .zarr (also s3://), FILE.h5::/NAME.")
+    ],
     size: Size = None,
     interpolation: Interpolation = "nearest",
     keep_aspect_ratio: KeepAspectRatio = False,
@@ -263,9 +266,7 @@ def restore(
 
 @app.command()
 def verify(
-    path: Annotated[
-        Path, typer.Argument(metavar="PATH", readable=False, help="A finished dataset.")
-    ],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A finished dataset.")],
     full: Annotated[
         bool, typer.Option("--full", help="Recompute every image, not a sample.")
     ] = False,
@@ -283,9 +284,7 @@ def verify(
 
 @app.command()
 def info(
-    path: Annotated[
-        Path, typer.Argument(metavar="PATH", readable=False, help="A dataset, finished or not.")
-    ],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A dataset, finished or not.")],
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
@@ -320,9 +319,7 @@ def models_(as_json: Json = False) -> None:
 
 @app.command()
 def demo(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", readable=False, help="A new directory.")
-    ],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A new directory.")],
     traceback: Traceback = False,
 ) -> None:
     """Go the whole way on real photographs, prove equality, and draw it as a contact sheet.
@@ -330,9 +327,11 @@ def demo(
     Example: fastvgg demo demo/
     """
     with _exits(traceback):
+        from pathlib import Path
+
         from fastvgg.demo import demonstrate
 
-        shown = demonstrate(directory, say=print)
+        shown = demonstrate(Path(directory), say=print)
         print(
             f"every byte came back: {shown.images} photographs, {shown.compared_bytes} bytes "
             f"compared, {shown.differing_bytes} differ"

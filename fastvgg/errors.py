@@ -127,7 +127,7 @@ class StoppedError(FastvggError):
         """Name the call, the file and the offset of a failed system call."""
         code = errno.errorcode.get(error.errno or 0, "unknown error")
         return cls(
-            f"{path}: {call} at offset {offset} failed: {error.strerror} ({code})",
+            f"{path}: {call} at offset {offset} failed: {error.strerror or error} ({code})",
             "mend the cause, then run the same command again: it resumes after the last "
             "committed chunk",
         )

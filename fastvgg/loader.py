@@ -6,15 +6,14 @@ Threads read and transform pieces of a batch; while one batch is used the next i
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import deque
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
 from fastvgg import datasets, engine
 from fastvgg.datasets.images import Images
+from fastvgg.datasets.locations import located
 from fastvgg.errors import SourceError, UsageError
 from fastvgg.stream.manifest import read_manifest, transform_of
 from fastvgg.stream.prepare import checked_result
@@ -24,6 +23,7 @@ from fastvgg.threads import Lots, ThreadNumber, check_threads
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterator, Mapping
 
     from numpy.typing import NDArray
@@ -115,7 +115,7 @@ class Batches:
         _check_whole("size", size, least=1)
         _check_whole("seed", seed)
         _check_shard(shard)
-        self.path = Path(os.path.abspath(os.fspath(path)))
+        self.path = located(path)
         self.size = size
         self.transform = transform
         self.shuffle = shuffle

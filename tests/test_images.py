@@ -783,7 +783,7 @@ def test_what_is_neither_a_folder_nor_an_array_is_refused(tmp_path, name):
     save_as(tmp_path / name, "jpeg")
     with pytest.raises(SourceError) as caught:
         open_source(tmp_path / name)
-    must_say(caught.value, tmp_path / name, "neither a directory of images nor a .npy")
+    must_say(caught.value, tmp_path / name, "neither a directory of images nor a .npy", "HDF5")
 
 
 def test_how_images_are_read_is_not_said_of_an_array(tmp_path):

@@ -15,7 +15,10 @@ PACKAGE = Path(fastvgg.__file__).parent
 ROOMS = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 HEAVY = {
     "PIL",
+    "botocore",
     "click",
+    "fsspec",
+    "h5py",
     "imageio",
     "keras",
     "matplotlib",
@@ -23,8 +26,12 @@ HEAVY = {
     "numba",
     "numpy",
     "rich",
+    "s3fs",
     "skimage",
+    "torch",
     "typer",
+    "upath",
+    "zarr",
 }
 
 
@@ -209,7 +216,8 @@ def test_datasets_know_neither_the_engine_nor_the_stream(room):
 # From the bottom to the top.
 STREAM = [
     *("__init__", "behind", "report", "storage", "plan", "job", "journal", "manifest", "ring"),
-    *("state", "values", "compute", "retry", "prepare", "inplace", "run", "info", "verify"),
+    *("state", "values", "compute", "retry", "prepare", "inplace", "remote", "run", "info"),
+    "verify",
 ]
 
 
@@ -239,6 +247,7 @@ def test_a_room_of_the_stream_imports_only_rooms_below_it(name):
                 "datasets.base",
                 "datasets.index",
                 "datasets.locations",
+                "datasets.remote",
                 "errors",
                 "stream.job",
             },
@@ -247,6 +256,7 @@ def test_a_room_of_the_stream_imports_only_rooms_below_it(name):
             "ring",
             {
                 "datasets.base",
+                "datasets.locations",
                 "errors",
                 "stream.job",
                 "stream.journal",
@@ -254,7 +264,11 @@ def test_a_room_of_the_stream_imports_only_rooms_below_it(name):
                 "transform",
             },
         ),
-        ("values", {"errors", "stream.manifest"}),
+        ("values", {"datasets.locations", "errors", "stream.manifest"}),
+        (
+            "remote",
+            {"datasets.remote", "errors", "stream.journal", "stream.storage"},
+        ),
     ],
 )
 def test_what_does_one_thing_knows_only_what_that_needs(room, allowed):

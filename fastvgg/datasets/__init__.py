@@ -16,7 +16,7 @@ from fastvgg.datasets.decode import INTERPOLATIONS, Decoder, Decoding
 from fastvgg.datasets.files import FileFormat, ImageFiles
 from fastvgg.datasets.hdf5 import Hdf5Source, Hdf5Target
 from fastvgg.datasets.images import FolderListing, ImageFolder
-from fastvgg.datasets.locations import file_of
+from fastvgg.datasets.locations import file_of, is_remote
 from fastvgg.datasets.npy import NpySource, NpyTarget
 from fastvgg.datasets.parts import NpyParts, part_names
 from fastvgg.datasets.tar import TarListing, TarShards, names_tar
@@ -88,6 +88,12 @@ def open_source(
     SourceError
         If the path is missing, empty, damaged, or of no format that fastvgg reads.
     """
+    if is_remote(path):
+        if _kind_of_array(path) not in (None, "zarr"):
+            raise SourceError(
+                f"{path}: of a store, Zarr arrays alone are read", "fetch it, and give the file"
+            )
+        return _array(path, "zarr", layout, stored_as, decoding)
     is_directory = _is_directory(path)
     if _is_zarr(path):
         return _array(path, "zarr", layout, stored_as, decoding)
@@ -107,7 +113,7 @@ def open_source(
     kind = "parts" if parts else _kind_of_array(path)
     if kind is None:
         raise SourceError(
-            f"{path} is neither a directory of images or of a Zarr array, nor a .npy or HDF5 file, "
+            f"{path} is neither a directory of images nor a .npy, .zarr or HDF5 file, "
             "nor tar shards",
             "for a single image give the directory that it is in",
         )
@@ -141,7 +147,7 @@ def stated_transform(path: Path) -> Any:  # noqa: ANN401  # whatever is said
     SourceError
         If the array cannot be opened.
     """
-    if not _is_zarr(path):
+    if not (is_remote(path) or _is_zarr(path)):
         return None
     with _installed("zarr", path):
         from fastvgg.datasets.zarr import ZarrArray
@@ -213,6 +219,14 @@ def open_target(
         return Hdf5Target(path, header, storage)
     if kind == "zarr":
         with _installed("zarr", path):
-            from fastvgg.datasets.zarr import ZarrTarget
+            from fastvgg.datasets.zarr import StoreZarrTarget, ZarrTarget
+        if is_remote(path):
+            return StoreZarrTarget(
+                path,
+                header,
+                storage,  # type: ignore[arg-type]  # a store's, which is the stream's
+                chunk_images=chunk_images,
+                transform=transform,
+            )
         return ZarrTarget(path, header, storage, chunk_images=chunk_images, transform=transform)
     return ImageFiles(path, header, storage, records, file_format)

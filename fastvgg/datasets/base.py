@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
+from fastvgg.datasets import remote
+from fastvgg.datasets.locations import is_remote
 from fastvgg.errors import SourceError, StoppedError
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
-    import io
     from collections.abc import Iterator, Sequence
     from pathlib import Path
+    from typing import BinaryIO
 
     from numpy.typing import NDArray
 
@@ -51,14 +53,18 @@ READ_FLAGS: Final = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
 NO_LINKS: Final = getattr(os, "O_NOFOLLOW", 0)
 
 
-def open_regular(path: Path) -> io.BufferedReader:
+def open_regular(path: Path) -> BinaryIO:
     """Open a file to read; refuse directories, sockets, and pipes, which would wait for ever.
+
+    Or an object of a store.
 
     Raises
     ------
     OSError
         As the system gives it, or saying what the path is if not a file.
     """
+    if is_remote(path):
+        return remote.opened(path)
     descriptor = os.open(path, READ_FLAGS)
     try:
         _refuse_irregular(os.fstat(descriptor))
@@ -111,7 +117,7 @@ def _refuse_irregular(status: os.stat_result) -> None:
 
 
 @contextmanager
-def beside(path: Path) -> Iterator[io.BufferedReader | None]:
+def beside(path: Path) -> Iterator[BinaryIO | None]:
     """Open what lies beside a dataset: its index, manifest or journal; None if it is missing.
 
     Raises
@@ -132,7 +138,8 @@ def beside(path: Path) -> Iterator[io.BufferedReader | None]:
         return
     with file:
         try:
-            yield file
+            with remote.as_os_error():
+                yield file
         except OSError as error:
             raise _unreadable(path, error) from None
 
@@ -155,7 +162,9 @@ def read_beside(path: Path, at_most: int = -1) -> bytes | None:
         # Memory is taken for all that is asked for, however short the file is.
         if file is None:
             return None
-        return file.read(min(at_most, os.fstat(file.fileno()).st_size))
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        return file.read(min(at_most, size))
 
 
 def changed_since_planned(path: str) -> StoppedError:

@@ -1,16 +1,64 @@
-"""Where a dataset is: a file or directory, or a dataset within a file (``FILE.h5::/images``)."""
+"""Where a dataset is: a path, a dataset within a file (``FILE.h5::/images``), or a URL."""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
-__all__ = ["WITHIN", "beside_path", "dataset_of", "file_of"]
+from fastvgg.errors import UsageError
+
+__all__ = ["WITHIN", "beside_path", "dataset_of", "file_of", "is_remote", "located"]
 
 WITHIN: Final = "::"
 """Between the name of an HDF5 file and that of a dataset within it."""
 FILE_ENDINGS: Final = (".h5", ".hdf5")
+URL: Final = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+HERE: Final = "file://"
+
+
+def located(text: str | os.PathLike[str]) -> Path:
+    """Return where a dataset is: an absolute path, or that of an object in a store.
+
+    The latter, a `upath.UPath`, is asked for names as a Path is, and for nothing else.
+
+    Raises
+    ------
+    UsageError
+        If it is a URL of a store that cannot be reached from here.
+
+    Examples
+    --------
+    >>> located("/data/../x.npy"), located("file:///x.npy")
+    (PosixPath('/x.npy'), PosixPath('/x.npy'))
+    >>> str(located("memory://bucket/x.zarr"))
+    'memory://bucket/x.zarr'
+    """
+    path = str(text).removeprefix(HERE)
+    if not URL.match(path):
+        return Path(os.path.abspath(path))
+    try:
+        from upath import UPath
+
+        location = UPath(path)
+        _ = location.fs
+    except (ImportError, ValueError) as error:  # of the package for its protocol, or no protocol
+        raise UsageError(
+            f"{path} cannot be reached: {error}",
+            "install what reads such URLs: pip install 'fastvgg[zarr]', and s3fs for s3://, or "
+            "gcsfs for gs://",
+        ) from None
+    return cast("Path", location)
+
+
+def is_remote(path: Path) -> bool:
+    """Whether a dataset is in a store, where there is no file to open.
+
+    >>> is_remote(located("memory://bucket/x.zarr")), is_remote(Path("x.zarr"))
+    (True, False)
+    """
+    return not isinstance(path, Path)
 
 
 def file_of(path: Path) -> Path:
@@ -19,7 +67,7 @@ def file_of(path: Path) -> Path:
     >>> file_of(Path("/data/x.h5::/group/images")), file_of(Path("/data/x.npy"))
     (PosixPath('/data/x.h5'), PosixPath('/data/x.npy'))
     """
-    return Path(_parted(path)[0])
+    return path if is_remote(path) else Path(_parted(path)[0])
 
 
 def beside_path(path: Path, ending: str) -> Path:
@@ -38,7 +86,7 @@ def dataset_of(path: Path) -> str:
     >>> dataset_of(Path("/data/x.h5::group/images")), dataset_of(Path("/data/x.h5"))
     ('/group/images', '')
     """
-    name = _parted(path)[1].strip("/")
+    name = "" if is_remote(path) else _parted(path)[1].strip("/")
     return f"/{name}" if name else ""
 
 

@@ -16,6 +16,7 @@ import mmap
 import os
 import zlib
 from collections import deque
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -25,11 +26,12 @@ from zarr.abc.store import Store
 from zarr.buffer import default_buffer_prototype
 from zarr.buffer.cpu import NDBuffer
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
-from zarr.storage import LocalStore, MemoryStore, WrapperStore
+from zarr.storage import FsspecStore, LocalStore, MemoryStore, WrapperStore
 
+from fastvgg.datasets import remote
 from fastvgg.datasets.base import Chunk, Header, bytes_of, check_array, piece_images
 from fastvgg.datasets.index import read_index
-from fastvgg.datasets.locations import beside_path
+from fastvgg.datasets.locations import beside_path, is_remote
 from fastvgg.errors import ResumeError, SourceError, StoppedError, VerificationError
 from fastvgg.transform import storage_dtype
 
@@ -42,10 +44,11 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer, BufferPrototype
 
     from fastvgg.datasets.base import Stored
+    from fastvgg.stream.remote import StoreStorage
     from fastvgg.stream.storage import Storage
     from fastvgg.transform import Layout, Transform
 
-__all__ = ["ZarrArray", "ZarrSource", "ZarrTarget"]
+__all__ = ["StoreZarrTarget", "ZarrArray", "ZarrSource", "ZarrTarget"]
 
 METADATA: Final = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
 PLAIN: Final = ("uint8", "float16", "float32", "float64")
@@ -71,7 +74,14 @@ class DamagedChunkError(StoppedError):
 
 
 class _Whole(WrapperStore[Store]):
-    """A store in which no chunk may be missing."""
+    """A store in which no chunk may be missing, and whose metadata may not be written yet."""
+
+    def __init__(self, store: Store, metadata: Mapping[str, bytes]) -> None:
+        super().__init__(store)
+        self._metadata = metadata
+
+    def _with_store(self, store: Store) -> _Whole:
+        return _Whole(store, self._metadata)
 
     async def get(
         self,
@@ -80,6 +90,8 @@ class _Whole(WrapperStore[Store]):
         byte_range: ByteRequest | None = None,
     ) -> Buffer | None:
         wanted = prototype or default_buffer_prototype()
+        if key in self._metadata:
+            return wanted.buffer.from_bytes(self._metadata[key])
         found: Buffer | None = await self._store.get(key, wanted, byte_range)
         if found is None and not key.endswith(METADATA):
             raise MissingChunkError(key)
@@ -92,9 +104,11 @@ class ZarrArray:
     Parameters
     ----------
     path
-        The directory.
+        The directory, or the name of it in a store.
     layout
         Which axis holds the channels.
+    metadata
+        What of it is not written yet.
 
     Raises
     ------
@@ -102,15 +116,26 @@ class ZarrArray:
         If its metadata are not those of an array of images, or cannot be read.
     """
 
-    def __init__(self, path: Path, *, layout: Layout = "NHWC") -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        layout: Layout = "NHWC",
+        metadata: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> None:
         self.path = path
         try:
-            store = _Whole(LocalStore(path, read_only=True))
-            found = zarr.open(store, mode="r")
+            with remote.as_os_error():
+                found = zarr.open(_Whole(_opened(path), metadata), mode="r")
+        except FileNotFoundError:
+            raise SourceError(
+                f"{path} holds no Zarr array: there is no zarr.json, and no .zarray",
+                "check the name, and that the array is complete",
+            ) from None
         except (*METADATA_ERRORS, OSError) as error:
             raise SourceError(
                 f"{path} cannot be opened as Zarr: {type(error).__name__}: {str(error)[:200]}",
-                "check that it is complete: it was written with a zarr.json, or .zarray, in it",
+                "check the connection, or get the array again",
             ) from None
         if isinstance(found, zarr.Group):
             names = itertools.islice(found.array_keys(), NAMES_SHOWN)
@@ -184,7 +209,8 @@ class ZarrArray:
 
     def _read_into(self, start: int, out: NDArray[Any]) -> None:
         rows = slice(start, start + len(out))
-        self._array.get_basic_selection((rows,), out=NDBuffer.from_numpy_array(out))
+        with remote.as_os_error():
+            self._array.get_basic_selection((rows,), out=NDBuffer.from_numpy_array(out))
 
     def _blame(self, start: int, out: NDArray[Any]) -> None:
         """Read the chunks one after the other, and raise an error that names the damaged one."""
@@ -459,7 +485,8 @@ class ZarrTarget:
 
     def read_unfinished(self, start: int, stop: int) -> Stored:
         """Read rows of the partial; nothing where their shard is missing or damaged."""
-        partial = ZarrArray(self.partial, layout=self.header.layout)
+        written = self._encoder.metadata
+        partial = ZarrArray(self.partial, layout=self.header.layout, metadata=written)
         try:
             return [bytes_of(self._rows(partial, start, stop))]
         except DamagedChunkError:
@@ -499,30 +526,82 @@ class ZarrTarget:
         """Nothing stays open."""
 
 
+class StoreZarrTarget(ZarrTarget):
+    """The same in a store, where shards have their names at once, and the metadata come last."""
+
+    _storage: StoreStorage
+
+    def __init__(
+        self,
+        path: Path,
+        header: Header,
+        storage: StoreStorage,
+        *,
+        chunk_images: int,
+        transform: Transform | None,
+    ) -> None:
+        super().__init__(path, header, storage, chunk_images=chunk_images, transform=transform)
+        self.partial = path
+
+    def create(self) -> None:
+        """Remove what has the name; first what makes it an array."""
+        for name in self._encoder.metadata:
+            self._storage.remove(self.path / name)
+        self._storage.remove(self.path)
+
+    def reopen(self) -> None:
+        """Go on with the shards that are there; a finished array is one no longer."""
+        for name in self._encoder.metadata:
+            self._storage.remove(self.path / name)
+
+    def sync(self) -> None:
+        """Put what is encoded."""
+        while self._encoded:
+            name, data = self._encoded.popleft()
+            self._storage.put(self.path / name, data)
+
+    def publish(self) -> None:
+        """Put the metadata."""
+        for name, data in self._encoder.metadata.items():
+            self._storage.put(self.path / name, data)
+
+
+def _opened(path: Path) -> Store:
+    """Return where zarr-python reads, and does not write."""
+    if is_remote(path):
+        return FsspecStore.from_url(str(path), read_only=True)
+    return LocalStore(path, read_only=True)
+
+
 def _files(path: Path) -> dict[str, tuple[int, str]]:
-    """Return the size and the time of change of every file of an array, by its key.
+    """Return the size of every file of an array, and what tells when it changes, by its key.
 
     Raises
     ------
     SourceError
         If they cannot be listed, or one is no file.
     """
-    found: dict[str, tuple[int, str]] = {}
-    folders = [""]
     try:
-        while folders:
-            folder = folders.pop()
-            for entry in os.scandir(path / folder):
-                key = folder + entry.name
-                if entry.is_dir():
-                    folders.append(f"{key}/")
-                elif entry.is_file():
-                    status = entry.stat()
-                    found[key] = status.st_size, str(status.st_mtime_ns)
-                else:
-                    raise SourceError(f"{path / key} is no file", "get the array again")
+        return remote.listing(path) if is_remote(path) else _listed(path)
     except OSError as error:
         raise SourceError(
-            f"{error.filename} cannot be read: {error.strerror}", "check its permissions"
+            f"{error.filename or path} cannot be read: {error.strerror or error}",
+            "check its permissions",
         ) from None
+
+
+def _listed(path: Path) -> dict[str, tuple[int, str]]:
+    found: dict[str, tuple[int, str]] = {}
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        for entry in os.scandir(path / folder):
+            key = folder + entry.name
+            if entry.is_dir():
+                folders.append(f"{key}/")
+            elif entry.is_file():
+                status = entry.stat()
+                found[key] = status.st_size, str(status.st_mtime_ns)
+            else:
+                raise SourceError(f"{path / key} is no file", "get the array again")
     return found

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvgg import datasets
+from fastvgg.datasets.locations import located
 from fastvgg.stream.journal import journal_path, read_ledger
 from fastvgg.stream.manifest import read_manifest, transform_of
 from fastvgg.stream.ring import committed_chunks, read_ring_header
 
 if TYPE_CHECKING:
+    import os
+
     from fastvgg.transform import Transform
 
 __all__ = ["info"]
@@ -37,7 +38,7 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     SourceError
         If there is nothing that fastvgg knows.
     """
-    dataset = Path(os.path.abspath(os.fspath(path)))
+    dataset = located(path)
     ring = read_ring_header(dataset)
     if ring is not None:
         return {

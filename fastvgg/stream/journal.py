@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import xxhash
 
+from fastvgg.datasets import remote
 from fastvgg.datasets.base import beside, open_regular
 from fastvgg.datasets.index import index_records
-from fastvgg.datasets.locations import beside_path
+from fastvgg.datasets.locations import beside_path, is_remote
 from fastvgg.errors import FastvggError, ResumeError, SourceError, TargetError
 from fastvgg.stream.job import check_fields, check_job, check_sizes
 
@@ -32,11 +33,14 @@ if TYPE_CHECKING:
     from fastvgg.stream.storage import Storage, StoredFile
 
 __all__ = [
+    "FIRST_NAME",
     "Commit",
     "Journal",
     "Ledger",
     "Mark",
+    "StoreLedger",
     "journal_path",
+    "line_name",
     "read_ledger",
     "refuse_other_job",
     "seal",
@@ -45,6 +49,8 @@ __all__ = [
 
 FORMAT: Final = 1
 VERSION: Final = "fastvgg-journal"
+FIRST_NAME: Final = "job"
+"""Of the first line, where each is an object."""
 FIRST_LINE: Final[Kinds] = {
     VERSION: int,
     "job": dict,
@@ -145,16 +151,51 @@ class Ledger:
             file.seek(self.commits[chunk].offset)
             fields = unseal(file.readline())
         if fields is None:
-            raise ResumeError(
-                f"{self.path} was changed by something else while the run held it",
-                "put it back as the run left it, or give --restart to begin again",
-            )
+            raise self.changed()
         return Commit(**fields)
+
+    def changed(self) -> ResumeError:
+        """Return the error that says so of the journal."""
+        return ResumeError(
+            f"{self.path} was changed by something else while the run held it",
+            "put it back as the run left it, or give --restart to begin again",
+        )
+
+    def said(self) -> dict[str, Any]:
+        """Return the fields of the first line."""
+        said = {name: getattr(self, name) for name in FIRST_LINE if name != VERSION}
+        return {VERSION: FORMAT, **said}
 
 
 def journal_path(target: Path) -> Path:
     """Return where the journal of a target is."""
     return beside_path(target, ".fastvgg-journal")
+
+
+class StoreLedger(Ledger):
+    """What a journal in a store says, each line of which is an object."""
+
+    def commit(self, chunk: int) -> Commit:
+        """Read all that a chunk's object says.
+
+        Raises
+        ------
+        ResumeError
+            If it is no longer there.
+        """
+        fields = unseal(remote.read(self.path / line_name(chunk)) or b"")
+        if fields is None:
+            raise self.changed()
+        return Commit(**fields)
+
+
+def line_name(chunk: int) -> str:
+    """Return the name of the object in a store that is a chunk's line of the journal.
+
+    >>> line_name(12)
+    '000000012'
+    """
+    return f"{chunk:09d}"
 
 
 def read_ledger(path: Path) -> Ledger | None:
@@ -164,12 +205,30 @@ def read_ledger(path: Path) -> Ledger | None:
     ------
     ResumeError
         If a line is whole and yet not one of ours.
+    SourceError
+        If it cannot be read.
     """
+    if is_remote(path):
+        return _read_store(path)
     with beside(path) as lines:
-        return None if lines is None else _read(path, lines)
+        return None if lines is None else _read(path, Ledger, lines)
 
 
-def _read(path: Path, lines: Iterable[bytes]) -> Ledger | None:
+def _read_store(path: Path) -> Ledger | None:
+    try:
+        lines = remote.read_all(path)
+    except OSError as error:
+        raise SourceError(
+            f"{path} cannot be read: {error.strerror or error}",
+            "check the connection and its permissions",
+        ) from None
+    first = lines.pop(FIRST_NAME, None)
+    # A line that is not whole is that of a chunk to be done again; those after it stay.
+    whole = [lines[name] for name in sorted(lines) if unseal(lines[name]) is not None]
+    return None if first is None else _read(path, StoreLedger, [first, *whole])
+
+
+def _read(path: Path, kind: type[Ledger], lines: Iterable[bytes]) -> Ledger | None:
     ledger = None
     for number, line in enumerate(lines, 1):
         try:
@@ -177,7 +236,7 @@ def _read(path: Path, lines: Iterable[bytes]) -> Ledger | None:
             if fields is None:
                 break
             if ledger is None:
-                ledger = _opened(path, fields)
+                ledger = _opened(path, kind, fields)
             else:
                 _add(ledger, fields)
         except ValueError as error:
@@ -216,7 +275,7 @@ def seal(fields: dict[str, Any]) -> bytes:
     return f"{xxhash.xxh3_64_hexdigest(text)} ".encode() + text + b"\n"
 
 
-def _opened(path: Path, fields: dict[str, Any]) -> Ledger:
+def _opened(path: Path, kind: type[Ledger], fields: dict[str, Any]) -> Ledger:
     if VERSION not in fields:
         raise ResumeError(
             f"{path} is of another kind of run",
@@ -230,7 +289,7 @@ def _opened(path: Path, fields: dict[str, Any]) -> Ledger:
         )
     check_fields(fields, FIRST_LINE)
     check_job(fields["job"])
-    ledger = Ledger(
+    ledger = kind(
         path, fields["job"], fields["chunk_images"], fields["replaces"], fields["retries"]
     )
     check_sizes([ledger.chunk_images])
@@ -332,8 +391,7 @@ class Journal:
         """
         self.ledger = Ledger(self.path, job, chunk_images, replaces, retries=done is not None)
         self._end = 0
-        said = {name: getattr(self.ledger, name) for name in FIRST_LINE if name != VERSION}
-        self._append(seal({VERSION: FORMAT, **said}))
+        self._append(seal(self.ledger.said()))
         for commit in done or ():
             self.ledger.commits[commit.chunk] = self._appended(commit)
         self._storage.sync(self._file)

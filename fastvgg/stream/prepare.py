@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypedDict
 
 from fastvgg import datasets, engine, oracle
@@ -17,7 +16,7 @@ from fastvgg.datasets.base import piece_images
 from fastvgg.datasets.decode import MOST_PIXELS, Decoding
 from fastvgg.datasets.files import check_format, is_lossy
 from fastvgg.datasets.images import Images
-from fastvgg.datasets.locations import beside_path, dataset_of, file_of
+from fastvgg.datasets.locations import beside_path, dataset_of, file_of, is_remote, located
 from fastvgg.errors import ArrayError, SourceError, TargetError, UsageError
 from fastvgg.stream.journal import journal_path, read_ledger, refuse_other_job
 from fastvgg.stream.manifest import manifest_path, read_manifest, transform_of
@@ -52,6 +51,8 @@ from fastvgg.threads import check_threads
 from fastvgg.transform import Mode, Transform
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import DTypeLike
 
     from fastvgg.datasets.base import Header, Source
@@ -168,8 +169,8 @@ def plan(
             "a target is given, and in place is asked for" if in_place else "no target is given",
             "give a target, or --in-place without one",
         )
-    source_path = Path(os.path.abspath(os.fspath(source)))
-    target_path = source_path if target is None else Path(os.path.abspath(os.fspath(target)))
+    source_path = located(source)
+    target_path = source_path if target is None else located(target)
     decoding = Decoding(
         size,
         interpolation,
@@ -300,7 +301,7 @@ def _plan(source: Source, target_path: Path, transform: Transform, options: _Opt
         return resumed(made, ledger.chunk_images, len(ledger.commits))
     if state == "failed" and isinstance(source, Images):
         return planned_again(made, source)
-    if state == "fresh" and made.target_kind != "images":
+    if state == "fresh" and made.target_kind != "images" and not is_remote(target_path):
         _check_room(file_of(target_path), result.nbytes, "store halves: --dtype float16")
     return made
 
@@ -392,6 +393,9 @@ def _planned(
 
 def _check_target(source: Source, target: Path, result: Header) -> None:
     """Refuse a target whose place cannot be right."""
+    if is_remote(target):
+        _check_store(source, target)
+        return
     file = file_of(target)
     _check_directory(file)
     if datasets.target_kind(target) == "images" and (result.dtype, result.layout) != IMAGES:
@@ -399,11 +403,6 @@ def _check_target(source: Source, target: Path, result: Header) -> None:
             f"{target}: image files hold {' '.join(IMAGES)}, and the result is {result.dtype} "
             f"{result.layout}",
             "give a name that ends in .npy; only restore, in its own layout, writes image files",
-        )
-    if datasets.target_kind(target) == "zarr" and result.dtype == "bfloat16":
-        raise TargetError(
-            f"{target}: Zarr has no type bfloat16",
-            "store float16 or float32, or give a name that ends in .npy, or FILE.h5::/NAME",
         )
     read = file_of(source.path).resolve()
     if read == file.resolve():
@@ -418,6 +417,20 @@ def _check_target(source: Source, target: Path, result: Header) -> None:
             )
 
 
+def _check_store(source: Source, target: Path) -> None:
+    """Refuse a name in a store that cannot be right."""
+    if datasets.target_kind(target) != "zarr":
+        raise TargetError(
+            f"{target}: to a store, Zarr arrays alone are written", "give a name that ends in .zarr"
+        )
+    read, written = f"{source.path}/", f"{target}/"
+    if is_remote(source.path) and (read.startswith(written) or written.startswith(read)):
+        raise TargetError(
+            f"{target} and the source {source.path} lie one in the other",
+            "give the result a place of its own, beside the source",
+        )
+
+
 def _check_choices(
     source: Source, target: Path, transform: Transform, result: Header, options: _Options
 ) -> None:
@@ -427,6 +440,11 @@ def _check_choices(
         raise UsageError(
             f"{source.path} is an array already: image files are packed",
             "preprocess it, or give a directory of images",
+        )
+    if kind == "zarr" and result.dtype == "bfloat16":
+        raise TargetError(
+            f"{target}: Zarr has no type bfloat16",
+            "store float16 or float32, or give a name that ends in .npy, or FILE.h5::/NAME",
         )
     if kind == "images":
         check_format(options["file_format"], *result.shape[1:3])
@@ -483,7 +501,7 @@ def _losses(
 
 def known_ledger(plan: Plan) -> Ledger | None:
     """Return what the journal of a plan's target says; nothing, if the plan is to begin again."""
-    return None if plan.restart else read_ledger(journal_path(Path(plan.target)))
+    return None if plan.restart else read_ledger(journal_path(located(plan.target)))
 
 
 def reopen_source(plan: Plan) -> Source:
@@ -495,7 +513,7 @@ def reopen_source(plan: Plan) -> Source:
         If it has changed since.
     """
     source = datasets.open_source(
-        Path(plan.source),
+        located(plan.source),
         layout=plan.header.layout,
         stored_as=plan.header.dtype,
         decoding=Decoding.from_dict(plan.settings) if plan.settings else None,

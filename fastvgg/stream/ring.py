@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 import xxhash
 
 from fastvgg.datasets.base import open_regular, read_beside
+from fastvgg.datasets.locations import is_remote
 from fastvgg.errors import ResumeError, SourceError, TargetError
 from fastvgg.stream.job import check_fields, check_job, check_sizes
 from fastvgg.stream.journal import journal_path, seal, unseal
@@ -213,6 +214,8 @@ def read_ring_header(file_path: Path) -> RingHeader | None:
     ResumeError
         If it is damaged, or of a format that this version does not know.
     """
+    if is_remote(file_path):  # where nothing is changed in place
+        return None
     path = journal_path(file_path)
     start = read_beside(path, at_most=LONGEST_HEADER)
     if start is None or not _is_of_ring(start):

@@ -12,12 +12,12 @@ import functools
 import itertools
 import os
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastvgg.datasets import open_target
 from fastvgg.datasets.images import Images
 from fastvgg.datasets.index import INDEX_HEAD, index_path, index_text, read_index
+from fastvgg.datasets.locations import is_remote, located
 from fastvgg.datasets.reserved import ReservedArray
 from fastvgg.errors import ResumeError, StoppedError, TargetError
 from fastvgg.stream import inplace
@@ -31,11 +31,14 @@ from fastvgg.stream.manifest import (
     read_manifest,
 )
 from fastvgg.stream.prepare import changed, known_ledger, reopen_source
+from fastvgg.stream.remote import StoreJournal, StoreStorage
 from fastvgg.stream.report import FAILURES_KEPT, Failure, Tally
 from fastvgg.stream.retry import Again
 from fastvgg.stream.state import (
     FILES,
+    exists,
     find_state,
+    is_published,
     refuse_occupied,
     replaceable,
     replaced_path,
@@ -88,17 +91,23 @@ def run(
     """
     if plan.in_place:
         return inplace.run(plan, progress, storage)
-    storage = storage or Storage(plan.durability)
+    target = target_path(plan)
+    is_store = is_remote(target)
+    storage = storage or (StoreStorage if is_store else Storage)(plan.durability)
     begun = time.monotonic()
     source = reopen_source(plan)
     try:
         complete = find_state(plan, known_ledger(plan)) == "complete"
         # One that was killed while it had a look leaves a journal, which says nothing and goes.
-        if complete and not os.path.lexists(journal_path(Path(plan.target))):
-            storage.sync_disk(target_path(plan).parent)
+        if complete and not exists(journal_path(target)):
+            storage.sync_disk(target.parent)
             return _report_of_complete(plan, begun)
         refuse_wrong_values(plan, source)
-        journal = Journal(target_path(plan), storage, restart=plan.restart)
+        journal = (
+            StoreJournal(target, storage, restart=plan.restart)
+            if isinstance(storage, StoreStorage)
+            else Journal(target, storage, restart=plan.restart)
+        )
         try:
             return _Run(plan, source, journal, storage, progress, begun).finish()
         finally:
@@ -114,7 +123,7 @@ class _Run:
         self,
         plan: Plan,
         source: Source,
-        journal: Journal,
+        journal: Journal | StoreJournal,
         storage: Storage,
         progress: Callable[[Progress], None] | None,
         begun: float,
@@ -134,7 +143,7 @@ class _Run:
         self.progress = progress
         self.tally = Tally(self.plan, self._commits(), progress, begun)
         self.target = open_target(
-            Path(plan.target),
+            located(plan.target),
             plan.result,
             storage,
             chunk_images=self.plan.chunk_images,
@@ -175,8 +184,7 @@ class _Run:
         """Whether an earlier run gave the data its name, and was cut off before the manifest."""
         return (
             self.state == "resumable"
-            and not self.target.partial.exists()
-            and self.target.path.exists()
+            and is_published(self.target.path)
             and len(self._commits()) == self.plan.chunks
         )
 
@@ -205,7 +213,8 @@ class _Run:
     def _make_way(self) -> None:
         """Move away a directory that has the name: one cannot be renamed over another."""
         path, replaced = self.target.path, replaced_path(self.target.path)
-        if self.plan.target_kind not in FILES and os.path.lexists(path):
+        is_directory = self.plan.target_kind not in FILES and not is_remote(path)
+        if is_directory and os.path.lexists(path):
             self.storage.remove(replaced)
             self.storage.rename(path, replaced)
             self.storage.sync_directory(path.parent)
@@ -249,7 +258,7 @@ class _Run:
         """Make a finished target an unfinished one, of which the good chunks are done."""
         if self.state == "failed":
             self.journal.begin(self.plan.job(), self.plan.chunk_images, done=again.done())
-        if self.target.path.exists() and not self.target.partial.exists():
+        if not is_remote(self.target.path) and is_published(self.target.path):
             self.storage.rename(self.target.path, self.target.partial)
             self.storage.sync_directory(self.target.path.parent)
 
@@ -353,12 +362,12 @@ def _report_of_complete(plan: Plan, begun: float) -> Report:
     SourceError
         If its header, or its length, is no longer what was written.
     """
-    manifest = read_manifest(Path(plan.target))
+    manifest = read_manifest(located(plan.target))
     if manifest is None:
         raise RuntimeError(f"{plan.target} is complete, and has no manifest")
     if plan.target_kind != "images":
         together = manifest.chunk_images
-        target = open_target(Path(plan.target), plan.result, Storage(), chunk_images=together)
+        target = open_target(located(plan.target), plan.result, Storage(), chunk_images=together)
         target.read_back(0, 1)
-    failures = _first_failures(enumerate(read_index(Path(plan.target), plan.header.images)))
+    failures = _first_failures(enumerate(read_index(located(plan.target), plan.header.images)))
     return Tally(plan, (), None, begun).report(manifest.counts, failures)

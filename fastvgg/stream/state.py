@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
-from fastvgg.datasets.locations import beside_path, file_of
+import xxhash
+
+from fastvgg.datasets import remote
+from fastvgg.datasets.base import read_beside
+from fastvgg.datasets.locations import beside_path, file_of, is_remote, located
 from fastvgg.errors import ResumeError, TargetError
 from fastvgg.stream.journal import journal_path, read_ledger, refuse_other_job
 from fastvgg.stream.manifest import read_manifest
 from fastvgg.stream.plan import readable_bytes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fastvgg.stream.journal import Ledger
     from fastvgg.stream.plan import Plan
 
 __all__ = [
     "FILES",
     "State",
+    "exists",
     "find_state",
+    "is_published",
     "refuse_occupied",
     "replaceable",
     "replaced_path",
@@ -28,6 +35,7 @@ __all__ = [
     "target_path",
 ]
 
+ARRAY: Final = "zarr.json"  # what makes objects of a store an array
 FILES: Final = ("npy", "hdf5")  # what a target is that is no directory
 
 State: TypeAlias = Literal["fresh", "resumable", "complete", "failed"]
@@ -35,7 +43,7 @@ State: TypeAlias = Literal["fresh", "resumable", "complete", "failed"]
 
 def target_path(plan: Plan) -> Path:
     """Return the file or directory that a plan writes."""
-    return file_of(Path(plan.target))
+    return file_of(located(plan.target))
 
 
 def find_state(plan: Plan, ledger: Ledger | None) -> State:
@@ -51,13 +59,12 @@ def find_state(plan: Plan, ledger: Ledger | None) -> State:
         If something that is not this run's has the target's name.
     """
     target = target_path(plan)
-    partial = beside_path(target, ".partial")
     if plan.restart:
         replaceable(plan)
         return "fresh"
     if ledger is not None:
         refuse_other_job(ledger.job, plan.job(), plan.target)
-        if os.path.lexists(partial):
+        if _is_unpublished(target, ledger):
             refuse_occupied(plan, ledger.replaces)
         return "resumable"
     manifest = read_manifest(target)
@@ -68,7 +75,8 @@ def find_state(plan: Plan, ledger: Ledger | None) -> State:
         if manifest.job == plan.job():
             return "complete"
     refuse_occupied(plan, None)
-    if os.path.lexists(partial):
+    partial = target if is_remote(target) else beside_path(target, ".partial")
+    if exists(partial):
         raise TargetError(
             f"{partial} is in the way, and no journal says that it is an unfinished run",
             "move it away, or give --restart to replace it",
@@ -85,9 +93,9 @@ def replaceable(plan: Plan) -> str | None:
         If it is a directory, or an HDF5 file, that fastvgg did not write: it may hold anything.
     """
     target = target_path(plan)
-    if not _occupied(plan):
+    if not (_occupied(plan) or (is_remote(target) and exists(target))):
         return None
-    is_directory = target.is_dir()
+    is_directory = is_remote(target) or target.is_dir()
     holds_much = is_directory or plan.target_kind == "hdf5"
     is_ours = is_directory != (plan.target_kind in FILES) and _written_by_fastvgg(target)
     if holds_much and not is_ours:
@@ -116,6 +124,20 @@ def refuse_occupied(plan: Plan, replaces: str | None) -> None:
     )
 
 
+def is_published(target: Path) -> bool:
+    """Whether a run that began under a target's name gave it that name."""
+    if is_remote(target):
+        return exists(target / ARRAY)
+    return not exists(beside_path(target, ".partial")) and exists(target)
+
+
+def _is_unpublished(target: Path, ledger: Ledger) -> bool:
+    """Whether what has a target's name cannot be what the unfinished run made."""
+    if is_remote(target):
+        return not (ledger.complete or ledger.retries)
+    return os.path.lexists(beside_path(target, ".partial"))
+
+
 def replaced_path(target: Path) -> Path:
     """Return where a directory waits that is being replaced."""
     return beside_path(target, ".fastvgg-replaced")
@@ -123,12 +145,35 @@ def replaced_path(target: Path) -> Path:
 
 def _occupied(plan: Plan) -> bool:
     target = target_path(plan)
+    if is_remote(target):
+        return exists(target / ARRAY)
     if plan.target_kind not in FILES and target.is_dir() and not target.is_symlink():
         return any(target.iterdir())
     return os.path.lexists(target)
 
 
+def exists(path: Path) -> bool:
+    """Whether something has a name.
+
+    Raises
+    ------
+    TargetError
+        If it is in a store that does not answer.
+    """
+    if not is_remote(path):
+        return os.path.lexists(path)
+    try:
+        return remote.exists(path)
+    except OSError as error:
+        raise TargetError(
+            f"{path} cannot be reached: {error.strerror or error}",
+            "check the URL, the connection, and the permission to read there",
+        ) from None
+
+
 def _identity(path: Path) -> str:
+    if is_remote(path):
+        return f"metadata {xxhash.xxh3_128_hexdigest(read_beside(path / ARRAY) or b'')}"
     status = path.lstat()  # an inode alone may come back: a new directory gets that of one removed
     return f"device {status.st_dev}, inode {status.st_ino}, changed {status.st_mtime_ns}"
 
@@ -143,6 +188,8 @@ def _written_by_fastvgg(directory: Path) -> bool:
         return False
     if ledger is None:
         return False
+    if is_remote(directory):  # whose name is the run's from its first line on
+        return True
     partial = beside_path(directory, ".partial")
     published = ledger.complete and not os.path.lexists(partial)
     return published or ledger.replaces == _identity(directory)

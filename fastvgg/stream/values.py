@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from fastvgg.datasets.locations import located
 from fastvgg.errors import SourceError
 from fastvgg.stream.manifest import transform_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fastvgg.datasets.base import Source
     from fastvgg.stream.plan import Plan
     from fastvgg.transform import Direction, Transform
@@ -55,9 +57,9 @@ def refuse_wrong_values(plan: Plan, source: Source) -> None:
     """
     if plan.header.dtype == "uint8":
         return  # which tells
-    done = transform_of(Path(plan.source))
+    done = transform_of(located(plan.source))
     if done is not None:  # which tells, and which another process may have just written
-        refuse_twice(Path(plan.source), done, plan.transform.direction)
+        refuse_twice(located(plan.source), done, plan.transform.direction)
         return
     images, looked_at = plan.header.images, min(IMAGES_LOOKED_AT, plan.header.images)
     rows = sorted({image * images // looked_at for image in range(looked_at)})

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -13,6 +11,7 @@ from fastvgg import datasets, oracle
 from fastvgg.datasets.decode import Decoding
 from fastvgg.datasets.files import is_lossy
 from fastvgg.datasets.index import read_index
+from fastvgg.datasets.locations import located
 from fastvgg.errors import SourceError, VerificationError
 from fastvgg.stream.manifest import checksum, manifest_path, read_manifest
 from fastvgg.stream.plan import DECODED
@@ -20,6 +19,7 @@ from fastvgg.stream.ring import read_ring_header, unfinished
 from fastvgg.stream.storage import Storage
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterator, Sequence
 
     from fastvgg.datasets.base import Source, Target
@@ -69,7 +69,7 @@ def verify(path: str | os.PathLike[str], *, full: bool = False) -> Verification:
     SourceError
         If there is no manifest, or the dataset cannot be read at all.
     """
-    dataset = Path(os.path.abspath(os.fspath(path)))
+    dataset = located(path)
     ring = read_ring_header(dataset)
     if ring is not None:
         raise unfinished(ring, dataset)
@@ -138,7 +138,7 @@ def _check_against_oracle(
 def _source_of(manifest: Manifest) -> Source:
     job = manifest.job["source"]
     return datasets.open_source(
-        Path(job["path"]),
+        located(job["path"]),
         layout=job["layout"],
         stored_as=job["dtype"],
         decoding=Decoding.from_dict(job) if job["kind"] in DECODED else None,
