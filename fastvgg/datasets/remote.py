@@ -87,7 +87,7 @@ def listing(path: Path) -> dict[str, tuple[int, str]]:
     return {
         key.rpartition(name + "/")[2]: (int(status["size"]), _changed(status))
         for key, status in found.items()
-        if key.rstrip("/") != name.rstrip("/")
+        if key != name
     }
 
 
@@ -116,7 +116,7 @@ def _fresh(path: Path) -> Any:  # noqa: ANN401  # fsspec has no types
 
 def _name(path: Path) -> str:
     name: str = path.path  # type: ignore[attr-defined]
-    return name
+    return name.rstrip("/")  # a bucket's has one
 
 
 def _changed(status: dict[str, Any]) -> str:

@@ -472,7 +472,7 @@ class ZarrTarget:
 
     def sync(self) -> None:
         """Write what is encoded, and make it survive a power cut, and its names."""
-        while self._encoded:
+        for _ in range(len(self._encoded)):  # of now: the next one is its own commit's
             name, data = self._encoded.popleft()
             file = self._storage.create(self.partial / name)
             file = self._storage.direct(file)
@@ -556,7 +556,7 @@ class StoreZarrTarget(ZarrTarget):
 
     def sync(self) -> None:
         """Put what is encoded."""
-        while self._encoded:
+        for _ in range(len(self._encoded)):
             name, data = self._encoded.popleft()
             self._storage.put(self.path / name, data)
 

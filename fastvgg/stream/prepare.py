@@ -311,7 +311,9 @@ def _plan_in_place(
 ) -> Plan:
     path, held = source.path, source.header
     if source.kind != "npy":
-        raise UsageError(f"{path} is not a .npy file", "what is not one cannot be done in place")
+        raise UsageError(
+            f"{path} is not a .npy file: what is not one cannot be done in place", "give a DST"
+        )
     if held.dtype != "uint8":
         transform = dataclasses.replace(transform, dtype=transform.dtype or held.dtype)
     result = checked_result(source, transform)

@@ -1,0 +1,101 @@
+"""A real S3 API to test with, that fails when it is told to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+
+import boto3
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+
+__all__ = ["BUCKET", "ENVIRONMENT", "S3", "serving_s3"]
+
+BUCKET = "bucket"
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "none",
+    "AWS_SECRET_ACCESS_KEY": "none",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_MAX_ATTEMPTS": "2",  # of a call, beside what fsspec tries again
+}
+
+
+class S3:
+    """An S3 API on a port of this machine.
+
+    Requests whose method and path match `failing` get the answer `status`: as many as `times`, or
+    all where that is None. Those whose path matches `counted` are counted by method.
+    """
+
+    def __init__(self):
+        self._application = DomainDispatcherApplication(create_backend_app)
+        self._server = make_server("127.0.0.1", 0, self._serve, threaded=True)
+        self.url = f"http://127.0.0.1:{self._server.port}"
+        self.requests = []
+        self._lock = threading.Lock()
+        self.work()
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    def work(self):
+        """Answer everything from now on."""
+        self.fail("never", "never", 503, 0)
+
+    def fail(self, method, path, status, times=None):
+        """Fail from now on: requests whose method is one and whose path holds an expression."""
+        self._failing = re.compile(method), re.compile(path)
+        self._status, self._times = status, times
+
+    def _fails(self, method, path):
+        with self._lock:
+            self.requests.append((method, path))
+            matches = self._failing[0].fullmatch(method) and self._failing[1].search(path)
+            if not matches or self._times == 0:
+                return False
+            self._times = None if self._times is None else self._times - 1
+            return True
+
+    def _serve(self, environ, start_response):
+        if not self._fails(environ["REQUEST_METHOD"], environ["PATH_INFO"]):
+            return self._application(environ, start_response)
+        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        code = {403: "AccessDenied", 503: "SlowDown"}[self._status]
+        start_response(f"{self._status} {code}", [("Content-Type", "application/xml")])
+        return [f"<Error><Code>{code}</Code><Message>told to</Message></Error>".encode()]
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def client(self):
+        return boto3.client("s3", endpoint_url=self.url)
+
+    def objects(self):
+        """Every object in the bucket: its content by its key."""
+        client = self.client()
+        listed = client.list_objects_v2(Bucket=BUCKET).get("Contents", [])
+        return {
+            found["Key"]: client.get_object(Bucket=BUCKET, Key=found["Key"])["Body"].read()
+            for found in listed
+        }
+
+
+@contextlib.contextmanager
+def serving_s3():
+    """Serve S3 to this process and those that it starts."""
+    before = dict(os.environ)
+    os.environ.update(ENVIRONMENT)
+    try:
+        with S3() as served:
+            os.environ["AWS_ENDPOINT_URL"] = served.url
+            served.client().create_bucket(Bucket=BUCKET)
+            yield served
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
