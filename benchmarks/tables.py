@@ -195,6 +195,7 @@ TABLES = {
     "kernels": kernels,
     "peers": peers,
     "streams": streams,
+    "formats": streams,
     "images": images,
     "images_million": images_million,
     "images_planning": images_planning,

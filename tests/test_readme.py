@@ -59,7 +59,7 @@ def test_commands_run_in_the_order_they_are_listed(photographs):
         command.name or command.callback.__name__ for command in app.registered_commands
     }
     for command in commands:
-        if command[1:3] == ["preprocess", "images.npy"]:
+        if command[1:4] == ["preprocess", "images.npy", "train.npy"]:
             command[3] = "from_array.npy"  # the line before wrote train.npy
         if command[1:] == ["restore", "train.npy", "images.npy"]:
             command[3] = "images_again.npy"

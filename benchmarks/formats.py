@@ -1,0 +1,241 @@
+"""Zarr and HDF5 beside what their own packages, or the disk, allow; and their memory.
+
+    python benchmarks/formats.py            # some minutes, 12 GB of disk; writes a result
+    python benchmarks/formats.py --quick    # 256 MiB, which fits into caches; writes nothing
+
+For Zarr the limit is zarr-python alone: as many threads read the same shards of uint8 and write the
+same shards of float32, from one buffer, with no arithmetic. It is measured twice: with each shard
+synced once it is written, as a run's are, and with all of them left to the system, which is less
+than a run promises. For HDF5 to .npy the limit is reading all of the array's bytes, or writing a
+new file of the result's as a run does, whichever takes longer.
+
+How path and limit take turns, and how memory is measured, benchmarks/streams.py tells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import h5py
+import numpy as np
+import zarr
+from kernels import HEIGHT, WIDTH, batch, compared, row
+from machine import machine
+from streams import (
+    FILE_BYTES,
+    QUICK_BYTES,
+    READ_BYTES,
+    SMALL_IMAGES,
+    Files,
+    Part,
+    bytes_of_image,
+    chunk_of,
+    fetch,
+    in_turn,
+    peak,
+    read_whole,
+    throughput,
+    write_new,
+)
+
+import fastvgg
+from fastvgg.threads import usable_cores
+
+RESULT = Path(__file__).parent / "results" / "formats.json"
+WANTED_OF_ZARR, WANTED_OF_HDF5 = 0.90, 0.85
+IMAGE = (HEIGHT, WIDTH, 3)
+SHARD_IMAGES, PIECE_IMAGES = 39, 13  # as a run of these images has them
+
+
+def remove(files, name):
+    """Remove a dataset and all that lies beside it."""
+    for path in files.directory.glob(f"{name}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def sharded(path, images, dtype, together, piece):
+    """Make an array of shards as a run makes them."""
+    return zarr.create_array(
+        path,
+        shape=(images, *IMAGE),
+        chunks=(piece, *IMAGE),
+        shards=(together, *IMAGE),
+        dtype=dtype,
+        compressors=zarr.codecs.Crc32cCodec(),
+        fill_value=0,
+        chunk_key_encoding={"name": "default", "separator": "."},
+        config={"write_empty_chunks": True},
+    )
+
+
+def rows_of(array):
+    """Return where each shard begins, and where it ends."""
+    images, together = array.shape[0], array.shards[0]
+    return [(start, min(start + together, images)) for start in range(0, images, together)]
+
+
+def write_alone(source_path, path, like, values, *, threads, syncs):
+    """Read and write all shards by zarr-python alone."""
+    source = zarr.open_array(source_path, mode="r")
+    target = sharded(path, source.shape[0], "float32", like.shards[0], like.chunks[0])
+
+    def work_on(rows):
+        start, stop = rows
+        source[start:stop]
+        target[start:stop] = values[: stop - start]
+        if syncs:
+            key = target.metadata.encode_chunk_key((start // target.shards[0], 0, 0, 0))
+            file = os.open(path / key, os.O_RDONLY)
+            os.fsync(file)
+            os.close(file)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work_on, rows_of(target)))
+
+
+def zarr_of(files, images):
+    """Make a Zarr array of uint8 images."""
+    source = files.array("packed.npy", images, "uint8")
+    path = files.path("source.zarr")
+    packed = np.load(source, mmap_mode="r")
+    made = sharded(path, images, "uint8", SHARD_IMAGES, PIECE_IMAGES)
+    for start, stop in rows_of(made):
+        made[start:stop] = packed[start:stop]
+    files.remove("packed.npy")
+    return path
+
+
+def measured_zarr(files, arguments):
+    """Measure a Zarr array of float32, from one of uint8 in memory."""
+    images, threads = arguments.bytes // bytes_of_image("float32"), arguments.threads
+    source = zarr_of(files, images)
+    planned = functools.partial(
+        fastvgg.plan, source, files.path("ours.zarr"), mode="caffe", threads=threads
+    )
+    plan = planned()
+    plan.run()
+    like, memory = zarr.open_array(plan.target, mode="r"), bytearray(READ_BYTES)
+    values = batch(plan.chunk_images, "NHWC", "float32")
+    alone = functools.partial(
+        write_alone, source, files.path("alone.zarr"), like, values, threads=threads
+    )
+
+    def before():
+        for name in ("ours.zarr", "alone.zarr"):
+            remove(files, name)
+        files.settle(plan.write_bytes * 3 // 2)
+        for path in source.iterdir():
+            fetch(path, "in memory", memory)
+
+    calls = (
+        lambda: planned().run(),
+        functools.partial(alone, syncs=True),
+        functools.partial(alone, syncs=False),
+    )
+    taken, *limits = in_turn([Part(before, call) for call in calls], arguments.rounds)
+    for name, limit in zip(("which syncs as well", "which syncs nothing"), limits, strict=True):
+        share, spread, seconds = compared(taken, limit)
+        figures = throughput(plan.write_bytes, seconds, zarr=(plan.write_bytes, limit))
+        path = f"Zarr uint8 to Zarr float32, zarr-python {name}"
+        yield row(path, WANTED_OF_ZARR, share, spread, **figures)
+    for name in ("ours.zarr", "alone.zarr", "source.zarr"):
+        remove(files, name)
+
+
+def hdf5_of(files, name, images):
+    """Make a contiguous dataset of float32 images."""
+    together = fastvgg.preprocess(batch(SMALL_IMAGES, "NHWC", "uint8"), "caffe")
+    path = files.path(name)
+    with h5py.File(path, "w") as file:
+        made = file.create_dataset("images", (images, *IMAGE), "float32")
+        for start in range(0, images, SMALL_IMAGES):
+            made[start : start + SMALL_IMAGES] = together[: images - start]
+    return path
+
+
+def measured_hdf5(files, arguments):
+    """Measure a new .npy of uint8 from a contiguous dataset of float32."""
+    images = arguments.bytes // bytes_of_image("float32")
+    source = hdf5_of(files, "source.h5", images)
+    settings = {"mode": "caffe", "direction": "restore", "threads": arguments.threads}
+    planned = functools.partial(
+        fastvgg.plan, f"{source}::/images", files.path("ours.npy"), **settings
+    )
+    plan = planned()
+    nbytes, buffer, memory = plan.write_bytes, chunk_of(plan), bytearray(READ_BYTES)
+
+    def prepare(place):
+        files.remove("ours.npy")
+        files.remove("plain.npy")
+        files.settle(source.stat().st_size)
+        fetch(source, place, memory)
+
+    for place in ("in memory", "on disk"):
+        before = functools.partial(prepare, place)
+        calls = (
+            lambda: planned().run(),
+            lambda: write_new(files.path("plain.npy"), nbytes, buffer),
+            lambda: read_whole(source, memory),
+        )
+        ours, written, read = in_turn([Part(before, call) for call in calls], arguments.rounds)
+        limit = [max(pair) for pair in zip(written, read, strict=True)]
+        share, spread, seconds = compared(ours, limit)
+        limits = {"writing": (nbytes, written), "reading": (source.stat().st_size, read)}
+        figures = throughput(source.stat().st_size, seconds, **limits)
+        path = f"HDF5 float32 {place} to .npy uint8"
+        yield row(path, WANTED_OF_HDF5, share, spread, **figures)
+    for name in ("source.h5", "ours.npy", "plain.npy"):
+        files.remove(name)
+
+
+def measured_memory(files, arguments):
+    """Measure the memory of runs from and to both."""
+    images = arguments.bytes // bytes_of_image("float32")
+    options = {"memory": "512MiB", "threads": arguments.threads}
+    large, small = zarr_of(files, images), files.path("small.zarr")
+    zarr.save_array(small, batch(SMALL_IMAGES, "NHWC", "uint8"))
+    targets = [files.path("small_y.zarr"), files.path("large_y.zarr")]
+    pairs = zip((small, large), targets, strict=True)
+    yield peak("Zarr uint8 to Zarr float32", *pairs, mode="caffe", **options)
+    for name in ("small", "large", "source"):
+        remove(files, name)
+    sources = [hdf5_of(files, "small.h5", SMALL_IMAGES), hdf5_of(files, "large.h5", images)]
+    names = [f"{path}::/images" for path in sources]
+    pairs = zip(names, [files.path("small.npy"), files.path("large.npy")], strict=True)
+    yield peak("HDF5 float32 to .npy uint8", *pairs, mode="caffe", direction="restore", **options)
+    for name in ("small", "large"):
+        remove(files, name)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--directory", type=Path, default=Path(), help="on the disk to measure")
+    arguments = parser.parse_args()
+    arguments.bytes = QUICK_BYTES if arguments.quick else FILE_BYTES
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # files are removed
+    with tempfile.TemporaryDirectory(prefix="formats-", dir=arguments.directory) as directory:
+        files = Files(Path(directory).absolute(), arguments.threads)
+        measurements = (measured_zarr, measured_hdf5)
+        rows = [line for measured in measurements for line in measured(files, arguments)]
+        memory = list(measured_memory(files, arguments))
+    missed = [line["path"] for line in rows if line["share"] < line["wanted"]]
+    print("below what is wanted:", ", ".join(missed) or "none")
+    if not arguments.quick:
+        record = {"machine": machine(), "threads": arguments.threads, "rounds": arguments.rounds}
+        RESULT.write_text(json.dumps(record | {"rows": rows, "memory": memory}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
