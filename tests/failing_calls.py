@@ -18,7 +18,7 @@ from pathlib import Path
 
 from campaigning import main
 from faults import FaultyOs, HalvingOs, quick_directory, system_calls
-from jobs import LARGER, OF_IMAGES, SETTINGS, Wrong, jobs
+from jobs import LARGER, OF_FORMATS, OF_IMAGES, SETTINGS, Wrong, jobs
 
 from fastvgg.errors import FastvggError, StoppedError, TargetError
 
@@ -65,7 +65,7 @@ def campaign(seed, size):
     place = Path(tempfile.mkdtemp(prefix="fastvgg-errors-", dir=quick_directory()))
     try:
         every = []
-        for job in jobs(place, settings=SETTINGS + LARGER + OF_IMAGES):
+        for job in jobs(place, settings=SETTINGS + LARGER + OF_IMAGES + OF_FORMATS):
             numbers = range(1, calls_of(job) + 1)
             every += [
                 (job, FaultyOs(number, error, for_ever=for_ever))

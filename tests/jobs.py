@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import tarfile
 
+import h5py
 import numpy as np
+import zarr
 from datasets_on_disk import npy_bytes, pixels, save_images
 
 import fastvgg
@@ -13,7 +16,7 @@ from fastvgg.datasets.index import INDEX_HEAD
 from fastvgg.errors import SourceError
 from fastvgg.stream.run import run
 
-__all__ = ["DATA", "OF_IMAGES", "ImageJob", "Job", "Wrong", "jobs"]
+__all__ = ["DATA", "OF_FORMATS", "OF_IMAGES", "FormatJob", "ImageJob", "Job", "Wrong", "jobs"]
 
 DATA = "x.npy"  # what is changed in place
 TORN_REASON = "image file is truncated"
@@ -188,11 +191,101 @@ class ImageJob(Job):
         fastvgg.verify(self.target)
 
 
+class FormatJob(Job):
+    """An array into another format than .npy.
+
+    Parameters
+    ----------
+    directory
+        An empty one.
+    form
+        "zarr" or "hdf5".
+    images, together
+        How many, and how many in a chunk.
+    """
+
+    def __init__(self, directory, *, form, images, together):
+        self.directory = directory
+        self.in_place = False
+        self.form = form
+        self.before = None
+        self.source = directory.with_suffix(".npy")
+        batch = pixels(images, height=1, width=11, seed=7).astype(np.float32)
+        np.save(self.source, batch)
+        self.original = self.source.read_bytes()
+        self.target = directory / {"zarr": "y.zarr", "hdf5": "y.h5"}[form]
+        self.name = f"{self.target}::/x" if form == "hdf5" else self.target
+        self.settings = {"mode": "caffe", "threads": 1, "backend": "numpy"}
+        plan = fastvgg.plan(self.source, self.name, **self.settings)
+        self.settings["memory"] = together * plan.image_memory_bytes
+        self.command()
+        self._check_bits(oracle.apply(fastvgg.Transform("caffe"), batch))
+        self.expected = self._of_target(self.contents())
+        self.reset()
+
+    def _check_bits(self, expected):
+        """Check what the packages of the format read."""
+        if self.form == "zarr":
+            actual = zarr.open_array(self.target, mode="r")[:]
+        else:
+            with h5py.File(self.target) as file:
+                actual = file["x"][:]
+        self.expect(actual.tobytes() == expected.tobytes(), "wrong bits")
+
+    def reset(self):
+        """Make the directory what it was before any command."""
+        shutil.rmtree(self.directory)
+        self.directory.mkdir()
+
+    def command(self, storage=None):
+        """Give the command."""
+        run(fastvgg.plan(self.source, self.name, **self.settings), storage=storage)
+        return True
+
+    def contents(self):
+        """What the directory holds, by name."""
+        paths = [path for path in self.directory.rglob("*") if path.is_file()]
+        return {str(path.relative_to(self.directory)): path.read_bytes() for path in paths}
+
+    def _of_target(self, contents):
+        """What has the target's name, or names within it."""
+        target = self.target.name
+        return {
+            name: content
+            for name, content in contents.items()
+            if name == target or name.startswith(f"{target}/")
+        }
+
+    def check_in_between(self, contents):
+        """Check what anyone may find at any time."""
+        found = self._of_target(contents)
+        self.expect(found in ({}, self.expected), f"{self.target.name} is not whole")
+
+    def check_end(self):
+        """Check what is there when the command has come to its end."""
+        contents = self.contents()
+        names = {*self.expected, f"{self.target.name}.fastvgg.json"}
+        self.expect(contents.keys() == names, f"{contents.keys()} are left")
+        self.expect(self._of_target(contents) == self.expected, "wrong bytes")
+        fastvgg.verify(self.name)
+
+
+OF_FORMATS = (
+    {"form": "zarr", "images": 7, "together": 2},
+    {"form": "hdf5", "images": 5, "together": 2},
+)
 OF_IMAGES = (
     {"kind": "folder", "images": 9, "together": 2},
     {"kind": "tar", "images": 5, "together": 2},
     {"kind": "failed", "images": 7, "together": 2},
 )
+
+
+def kind_of(of_job, otherwise):
+    """The class of a job, by its settings."""
+    if "form" in of_job:
+        return FormatJob
+    return ImageJob if "kind" in of_job else otherwise
 
 
 def jobs(place, kind=Job, settings=SETTINGS):
@@ -201,5 +294,5 @@ def jobs(place, kind=Job, settings=SETTINGS):
     for number, of_job in enumerate(settings):
         directory = place / str(number)
         directory.mkdir()
-        made.append((ImageJob if "kind" in of_job else kind)(directory, **of_job))
+        made.append(kind_of(of_job, kind)(directory, **of_job))
     return made

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from campaigning import main
 from faults import Death, MortalStorage, quick_directory
-from jobs import LARGER, OF_IMAGES, SETTINGS, jobs
+from jobs import LARGER, OF_FORMATS, OF_IMAGES, SETTINGS, jobs
 
 
 def dies(job, number, *, half_done, durability):
@@ -49,7 +49,7 @@ def campaign(seed, size):
     draw = random.Random(seed)  # noqa: S311  # not for secrets
     place = Path(tempfile.mkdtemp(prefix="fastvgg-kills-", dir=quick_directory()))
     try:
-        made = jobs(place, settings=SETTINGS + LARGER + OF_IMAGES)
+        made = jobs(place, settings=SETTINGS + LARGER + OF_IMAGES + OF_FORMATS)
         pairs = [
             (job, first, second)
             for job in made

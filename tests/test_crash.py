@@ -39,7 +39,14 @@ from faults import (
 )
 
 import fastvgg
-from fastvgg.errors import FastvggError, ResumeError, SourceError, StoppedError, TargetError
+from fastvgg.errors import (
+    FastvggError,
+    ResumeError,
+    SourceError,
+    StoppedError,
+    TargetError,
+    VerificationError,
+)
 from fastvgg.stream.journal import journal_path, read_ledger
 from fastvgg.stream.manifest import manifest_path, read_manifest
 from fastvgg.stream.run import run
@@ -60,6 +67,11 @@ class Scenario:
         self.settings = {"mode": "caffe", "together": 2}
         batch = pixels(5, seed=4)
         self.source, self.target_name = save_npy(place / "x.npy", batch), "y.npy"
+        self.within = ""
+        if name == "zarr":
+            self.target_name = "y.zarr"
+        if name == "hdf5":
+            self.target_name, self.within = "y.h5", "::/x"
         if name == "folder":
             self.source = save_images(place / "photos", batch)
             (self.source / "a" / "torn.png").write_bytes(b"not an image")
@@ -127,7 +139,7 @@ class Scenario:
         settings = {**self.settings, "restart": restart}
         if restart:
             settings.pop("retry_failed", None)
-        return plan_of(self.source, directory / self.target_name, **settings)
+        return plan_of(self.source, f"{directory / self.target_name}{self.within}", **settings)
 
     def begin(self, directory, storage=None):
         return run(self.plan(directory, restart=self.restarts), storage=storage)
@@ -148,7 +160,7 @@ class Scenario:
         return target.read_bytes() if target.exists() else None
 
     def _expected_target(self):
-        if self.target_name.endswith(".npy"):
+        if self.target_name.endswith((".npy", ".h5")):
             return self.expected[self.target_name.encode()]
         start = self.target_name.encode() + b"/"
         return {
@@ -176,7 +188,7 @@ class Scenario:
         taken_up_again = self.name == "failed" and actual is None
         if manifest is not None and not taken_up_again:
             assert actual is not None
-            fastvgg.verify(directory / self.target_name)
+            fastvgg.verify(f"{directory / self.target_name}{self.within}")
 
     def check_at_the_end(self, directory):
         actual = data_tree(directory)
@@ -186,7 +198,7 @@ class Scenario:
 
 SCENARIOS = (
     *("array", "folder", "tar", "failed"),
-    *("images", "replacing an array", "replacing images"),
+    *("images", "replacing an array", "replacing images", "zarr", "hdf5"),
 )
 
 
@@ -283,12 +295,12 @@ def test_a_result_that_was_changed_between_name_and_manifest_is_not_described(sc
             if manifest_path(target).exists() or not scenario.is_complete(directory):
                 continue
             changed += 1
-            data = max(target.rglob("*.png")) if target.is_dir() else target
+            data = max(target.rglob("[0-9c]*.*")) if target.is_dir() else target
             content = bytearray(data.read_bytes())
             content[-20] ^= 1
             data.write_bytes(content)
             before = tree(directory)
-            with pytest.raises((ResumeError, SourceError)) as caught:
+            with pytest.raises((ResumeError, SourceError, VerificationError)) as caught:
                 scenario.resume(directory)
             must_say(caught.value, target)
             assert tree(directory) == before
@@ -444,6 +456,7 @@ def test_a_run_that_was_cut_off_goes_on_with_less_memory_only_if_its_chunks_fit(
             )
         must_say(caught.value, plan.target, "--memory", "--restart")
         settings = {**scenario.settings, "together": 3}
-        report = run(plan_of(scenario.source, directory / scenario.target_name, **settings))
+        target = f"{directory / scenario.target_name}{scenario.within}"
+        report = run(plan_of(scenario.source, target, **settings))
         assert report.counts["computed_chunks"] == report.counts["chunks"] - 2
         scenario.check_at_the_end(directory)

@@ -10,6 +10,7 @@ an error, and so every chunk is written, also one that is full of the fill value
 from __future__ import annotations
 
 import asyncio
+import gzip
 import itertools
 import math
 import mmap
@@ -36,7 +37,7 @@ from fastvgg.errors import ResumeError, SourceError, StoppedError, VerificationE
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
 __all__ = ["StoreZarrTarget", "ZarrArray", "ZarrSource", "ZarrTarget"]
 
+ARRAY_METADATA: Final = ("/zarr.json", "/.zarray")
 METADATA: Final = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
 PLAIN: Final = ("uint8", "float16", "float32", "float64")
 AXES: Final = {
@@ -62,7 +64,10 @@ WAITING: Final = 3  # shards: one is on its way to the disk, one waits, and one 
 NAMES_SHOWN: Final = 10
 # What zarr-python raises on metadata that it does not understand, and on chunks that are damaged.
 METADATA_ERRORS: Final = (ValueError, TypeError, KeyError, AttributeError, NotImplementedError)
-CHUNK_ERRORS: Final = (ValueError, TypeError, RuntimeError, OSError, EOFError, zlib.error)
+CHUNK_ERRORS: Final = (
+    *(ValueError, TypeError, RuntimeError),
+    *(EOFError, zlib.error, gzip.BadGzipFile),
+)
 
 
 class MissingChunkError(Exception):
@@ -93,7 +98,8 @@ class _Whole(WrapperStore[Store]):
         if key in self._metadata:
             return wanted.buffer.from_bytes(self._metadata[key])
         found: Buffer | None = await self._store.get(key, wanted, byte_range)
-        if found is None and not key.endswith(METADATA):
+        # An empty shard, too, would be read as if it had been written.
+        if (found is None or not len(found)) and not key.endswith(METADATA):
             raise MissingChunkError(key)
         return found
 
@@ -138,9 +144,8 @@ class ZarrArray:
                 "check the connection, or get the array again",
             ) from None
         if isinstance(found, zarr.Group):
-            names = itertools.islice(found.array_keys(), NAMES_SHOWN)
             raise SourceError(
-                f"{path} is a group of arrays; there are: {', '.join(names) or 'none'}",
+                f"{path} is a group of arrays; there are: {', '.join(_arrays(path)) or 'none'}",
                 f"give one of them: {path}/NAME",
             )
         self._array = found
@@ -149,8 +154,9 @@ class ZarrArray:
         self._refuse_unsafe()
         stored: tuple[int, ...] = found.shards or found.chunks
         self._outer_images = stored[0]
-        counts = (-(-a // b) for a, b in zip(found.shape, stored, strict=True))
-        self._counts = tuple(counts)
+        if not all(stored):
+            raise SourceError(f"{path} has chunks of {stored}: of nothing", "get the array again")
+        self._counts = tuple(-(-a // b) for a, b in zip(found.shape, stored, strict=True))
         self.stored_together = min(found.chunks[0], found.shape[0])
 
     def _type_name(self) -> str:
@@ -184,10 +190,9 @@ class ZarrArray:
 
     def keys(self, start: int, stop: int) -> Iterator[str]:
         """Return the names of the chunks, or shards, that hold some images."""
-        first, last = start // self._outer_images, -(-stop // self._outer_images)
-        others = itertools.product(*map(range, self._counts[1:]))
-        for number, other in itertools.product(range(first, last), [*others]):
-            yield self._array.metadata.encode_chunk_key((number, *other))
+        for number in range(start // self._outer_images, -(-stop // self._outer_images)):
+            for others in _coordinates(self._counts[1:]):
+                yield self._array.metadata.encode_chunk_key((number, *others))
 
     def read_into(self, start: int, out: NDArray[Any]) -> None:
         """Read as many images as `out` has, from row `start` on; many threads may.
@@ -200,12 +205,12 @@ class ZarrArray:
         try:
             self._read_into(start, out)
         except MissingChunkError as error:
-            raise self._damaged(str(error), "it is missing") from None
-        except OSError as error:
-            raise StoppedError.from_os_error(error, "read", str(self.path), start) from error
+            raise self._damaged(str(error), "it is missing, or empty") from None
         except CHUNK_ERRORS as error:
             self._blame(start, out)
             raise self._damaged(next(self.keys(start, start + 1)), str(error)) from None
+        except OSError as error:
+            raise StoppedError.from_os_error(error, "read", str(self.path), start) from error
 
     def _read_into(self, start: int, out: NDArray[Any]) -> None:
         rows = slice(start, start + len(out))
@@ -261,20 +266,14 @@ class ZarrSource:
         self.records = read_index(path, self.header.images)
 
     def _refuse_missing(self, files: Mapping[str, tuple[int, str]]) -> None:
-        expected = self._array.chunks
-        found = sum(not key.endswith(METADATA) for key in files)
-        missing = max(0, expected - found)
-        if not missing:
-            keys = self._array.keys(0, self.header.images)
-            absent = [key for key in keys if key not in files]
-            missing, shown = len(absent), ", ".join(absent[:NAMES_SHOWN])
-        else:
-            keys = self._array.keys(0, self.header.images)
-            shown = next(key for key in keys if key not in files)
-        if missing:
+        keys = self._array.keys(0, self.header.images)
+        absent = [*itertools.islice((key for key in keys if key not in files), NAMES_SHOWN)]
+        if absent:
+            expected, shown = self._array.chunks, ", ".join(absent)
+            missing = max(expected - sum(not key.endswith(METADATA) for key in files), len(absent))
             raise SourceError(
-                f"{self.path}: {missing} of {expected} chunks are missing, as {shown}: they would "
-                "be read as if they had been written",
+                f"{self.path}: at least {missing} of {expected} chunks are missing ({shown}), and "
+                "would be read as if they had been written",
                 "finish writing it, or get it again; zarr leaves chunks away that are full of the "
                 "fill value, unless zarr.config.set({'array.write_empty_chunks': True})",
             )
@@ -566,6 +565,20 @@ class StoreZarrTarget(ZarrTarget):
             self._storage.put(self.path / name, data)
 
 
+def _coordinates(counts: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Return the places in a grid, one after the other, however many are claimed.
+
+    >>> [*_coordinates((1, 2))]
+    [(0, 0), (0, 1)]
+    """
+    if not counts:
+        yield ()
+        return
+    for first in range(counts[0]):
+        for others in _coordinates(counts[1:]):
+            yield first, *others
+
+
 def _opened(path: Path) -> Store:
     """Return where zarr-python reads, and does not write."""
     if is_remote(path):
@@ -595,13 +608,20 @@ def _listed(path: Path) -> dict[str, tuple[int, str]]:
     folders = [""]
     while folders:
         folder = folders.pop()
-        for entry in os.scandir(path / folder):
-            key = folder + entry.name
-            if entry.is_dir():
-                folders.append(f"{key}/")
-            elif entry.is_file():
-                status = entry.stat()
-                found[key] = status.st_size, str(status.st_mtime_ns)
-            else:
-                raise SourceError(f"{path / key} is no file", "get the array again")
+        with os.scandir(path / folder) as entries:
+            for entry in entries:
+                key = folder + entry.name
+                if entry.is_dir():
+                    folders.append(f"{key}/")
+                elif entry.is_file():
+                    status = entry.stat()
+                    found[key] = status.st_size, str(status.st_mtime_ns)
+                else:
+                    raise SourceError(f"{path / key} is no file", "get the array again")
     return found
+
+
+def _arrays(path: Path) -> list[str]:
+    """Return the names of the first arrays in a group."""
+    arrays = sorted(key for key in _files(path) if key.endswith(ARRAY_METADATA))
+    return [key.rpartition("/")[0] for key in arrays[:NAMES_SHOWN]]
