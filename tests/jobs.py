@@ -217,7 +217,7 @@ class FormatJob(Job):
         self.name = f"{self.target}::/x" if form == "hdf5" else self.target
         self.settings = {"mode": "caffe", "threads": 1, "backend": "numpy"}
         plan = fastvgg.plan(self.source, self.name, **self.settings)
-        self.settings["memory"] = together * plan.image_memory_bytes
+        self.settings["memory"] = plan.least_scratch_bytes + together * plan.image_memory_bytes
         self.command()
         self._check_bits(oracle.apply(fastvgg.Transform("caffe"), batch))
         self.expected = self._of_target(self.contents())

@@ -52,6 +52,8 @@ READ: Final = {"hdf5": 1, "zarr": 2}
 # And to write it: three shards as they are stored, the pieces of one three times while it is
 # encoded, and as much as two more that the allocator does not give back at once.
 ENCODED: Final = {"zarr": 8}
+# What its threads keep of the memory that they had.
+KEPT_BYTES: Final = {"zarr": 32 * 1024 * 1024}
 # For that, shards of some 20 MiB.
 SHARDS_CHUNK_BYTES: Final = 256 * 1024 * 1024
 UNITS: Final = {"": 1, "B": 1, "K": 2**10, "KIB": 2**10, "M": 2**20, "MIB": 2**20}
@@ -116,9 +118,15 @@ def least_scratch_bytes(
 
     To decode, each needs memory for its row, and something to decode in.
     """
+    kept = kept_bytes(source_kind, target_kind)
     if source_kind in DECODED:
-        return threads * (image_bytes + LEAST_DECODING_BYTES)
-    return threads * result_bytes if target_kind == "images" else 0
+        return kept + threads * (image_bytes + LEAST_DECODING_BYTES)
+    return kept + (threads * result_bytes if target_kind == "images" else 0)
+
+
+def kept_bytes(source_kind: str, target_kind: str) -> int:
+    """Return what the library of a format keeps, however large the chunks are."""
+    return max(KEPT_BYTES.get(kind, 0) for kind in (source_kind, target_kind))
 
 
 def chunk_images(
@@ -247,8 +255,10 @@ class Plan:
         """How much memory decoding may take: all that chunks and rows leave."""
         if self.source_kind not in DECODED:
             return 0
+        chunks_bytes = self.chunk_images * self.image_memory_bytes
         rows_bytes = self.threads * self.header.image_bytes
-        return self.projected_bytes - self.chunk_images * self.image_memory_bytes - rows_bytes
+        kept = kept_bytes(self.source_kind, self.target_kind)
+        return self.projected_bytes - chunks_bytes - rows_bytes - kept
 
     @property
     def projected_bytes(self) -> int:
