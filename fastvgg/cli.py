@@ -239,7 +239,7 @@ def restore(
     quiet: Quiet = False,
     traceback: Traceback = False,
 ) -> None:
-    """Turn network input back into the exact images: a .npy, or a directory of image files.
+    """Turn network input back into the exact images: an array, or a directory of image files.
 
     Example: fastvgg restore train.npy images/
     """

@@ -58,7 +58,7 @@ class Batches:
     Parameters
     ----------
     path
-        An array: a .npy file, or a directory of part-*.npy.
+        An array: a .npy file, a directory of part-*.npy, a Zarr array, or FILE.h5::/NAME.
     size
         How many images make a batch.
     transform

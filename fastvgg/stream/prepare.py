@@ -111,10 +111,13 @@ def plan(
     ----------
     source
         A directory of images, tar shards (one, or a range like ``{0000..0099}.tar``), a .npy file,
-        or a directory of part-*.npy.
+        a directory of part-*.npy, a Zarr array, also by a URL like ``s3://bucket/x.zarr``, or a
+        dataset in an HDF5 file, ``FILE.h5::/NAME``.
     target
-        A name that ends in .npy, or for restored images a directory. While unfinished the data is
-        in ``target.partial``; the name appears when it is complete.
+        A name that ends in .npy or .zarr, also of a URL, or ``FILE.h5::/NAME``, or for restored
+        images a directory. While unfinished the data is in ``target.partial``; the name appears
+        when it is complete. In a store, where nothing can be renamed, the array can be opened from
+        then on.
     in_place
         Without a target: make a .npy file of floats its own result, in a tenth of the disk space.
         What a crash leaves is finished by the same command, and is not to be used before.
