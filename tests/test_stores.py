@@ -25,6 +25,7 @@ from fastvgg.errors import (
     VerificationError,
 )
 from fastvgg.stream.info import info
+from fastvgg.stream.journal import seal
 from fastvgg.stream.remote import StoreStorage
 from fastvgg.stream.run import run
 
@@ -99,23 +100,25 @@ class Counting(StoreStorage):
     ----------
     dies_at
         The number of the call, from 1; 0 for never.
-    is_late
-        Die when the call is done, and not before it.
+    when
+        Die "before" the call, "after" it, or "half way" through where it removes many objects.
     """
 
-    def __init__(self, dies_at=0, *, is_late=False):
+    def __init__(self, dies_at=0, *, when="before"):
         super().__init__()
         self.calls = []
         self._dies_at = dies_at
-        self._is_late = is_late
+        self._when = when
         self._is_dead = False
 
-    def _call(self, name, path, do):
+    def _call(self, name, path, do, half=lambda: None):
         if self._is_dead:
             return
         self.calls.append((name, str(path).rpartition("y.zarr")[2]))
         dies = len(self.calls) == self._dies_at
-        if not dies or self._is_late:
+        if dies and self._when == "half way":
+            half()
+        elif not dies or self._when == "after":
             do()
         if dies:
             self._is_dead = True
@@ -125,7 +128,12 @@ class Counting(StoreStorage):
         self._call("put", path, lambda: super(Counting, self).put(path, data))
 
     def remove(self, path):
-        self._call("remove", path, lambda: super(Counting, self).remove(path))
+        def half():
+            keys = sorted(remote.listing(path))
+            for key in keys[: len(keys) // 2 + 1]:
+                remote.remove(path / key)
+
+        self._call("remove", path, lambda: super(Counting, self).remove(path), half)
 
 
 def puts_of_shards(storage):
@@ -236,15 +244,18 @@ def nobody_can_open(store):
     return False
 
 
-@pytest.mark.parametrize("is_late", [False, True])
-def test_a_run_that_is_killed_at_any_call_is_finished_by_the_next(array, is_late):
+WHEN = ("before", "half way", "after")
+
+
+@pytest.mark.parametrize("when", WHEN)
+def test_a_run_that_is_killed_at_any_call_is_finished_by_the_next(array, when):
     calls = Counting()
     run(planned(array, Store(f"memory://{uuid.uuid4()}")), storage=calls)
     assert len(calls.calls) > 2 * SHARDS
     for dies_at in range(1, len(calls.calls) + 1):
         store = Store(f"memory://{uuid.uuid4()}")
         with pytest.raises(Death):
-            run(planned(array, store), storage=Counting(dies_at, is_late=is_late))
+            run(planned(array, store), storage=Counting(dies_at, when=when))
         if not nobody_can_open(store):
             assert store.array().tobytes() == EXPECTED.tobytes()
         committed = sum("journal/0" in name for name in store.names())
@@ -258,8 +269,8 @@ def test_a_run_that_is_killed_at_any_call_is_finished_by_the_next(array, is_late
         fastvgg.verify(f"{store.url}/y.zarr")
 
 
-@pytest.mark.parametrize("is_late", [False, True])
-def test_a_restart_that_is_killed_at_any_call_is_finished_by_the_next(array, is_late):
+@pytest.mark.parametrize("when", WHEN)
+def test_a_restart_that_is_killed_at_any_call_is_finished_by_the_next(array, when):
     def begun():
         store = Store(f"memory://{uuid.uuid4()}")
         planned(array, store, mode="tf").run()
@@ -270,7 +281,7 @@ def test_a_restart_that_is_killed_at_any_call_is_finished_by_the_next(array, is_
     for dies_at in range(1, len(calls.calls) + 1):
         store = begun()
         with pytest.raises(Death):
-            run(planned(array, store, restart=True), storage=Counting(dies_at, is_late=is_late))
+            run(planned(array, store, restart=True), storage=Counting(dies_at, when=when))
         run(planned(array, store, restart=True))
         assert store.names() == FILES
         assert store.array().tobytes() == EXPECTED.tobytes()
@@ -364,6 +375,27 @@ def test_a_line_of_the_journal_that_is_not_whole_is_of_a_chunk_to_be_done_again(
     storage = Counting()
     run(planned(array, in_memory), storage=storage)
     assert puts_of_shards(storage) == ["/c.1.0.0.0", "/c.4.0.0.0", "/c.5.0.0.0"]
+    assert in_memory.array().tobytes() == EXPECTED.tobytes()
+
+
+def test_a_restart_forgets_what_an_unfinished_run_committed(in_memory, array):
+    with pytest.raises(Death):
+        run(planned(array, in_memory, together=1), storage=Counting(2 * IMAGES))
+    assert any(name.endswith("journal/000000007") for name in in_memory.names())
+    with pytest.raises(Death):
+        run(planned(array, in_memory, together=4, restart=True), storage=Counting(6))
+    planned(array, in_memory, together=4).run()
+    assert in_memory.array().tobytes() == EXPECTED.tobytes()
+
+
+def test_a_journal_of_something_else_is_replaced_by_a_restart_alone(in_memory, array):
+    cut_off(array, in_memory)
+    remote.put(in_memory / "y.zarr.fastvgg-journal" / "job", seal({"fastvgg-journal": 99}))
+    with pytest.raises(ResumeError) as caught:
+        planned(array, in_memory)
+    must_say(caught.value, "y.zarr.fastvgg-journal", "99", "--restart")
+    planned(array, in_memory, restart=True).run()
+    assert in_memory.names() == FILES
     assert in_memory.array().tobytes() == EXPECTED.tobytes()
 
 

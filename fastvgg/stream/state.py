@@ -185,10 +185,10 @@ def _written_by_fastvgg(directory: Path) -> bool:
     try:
         ledger = read_ledger(journal_path(directory))
     except ResumeError:
-        return False
+        return is_remote(directory)
     if ledger is None:
         return False
-    if is_remote(directory):  # whose name is the run's from its first line on
+    if is_remote(directory):  # whose name is the run's from the journal's first line on
         return True
     partial = beside_path(directory, ".partial")
     published = ledger.complete and not os.path.lexists(partial)
