@@ -287,6 +287,33 @@ def test_a_restart_that_is_killed_at_any_call_is_finished_by_the_next(array, whe
         assert store.array().tobytes() == EXPECTED.tobytes()
 
 
+@pytest.mark.parametrize("when", WHEN)
+def test_a_retry_that_is_killed_at_any_call_is_finished_by_the_next(tmp_path, when):
+    photos = save_images(tmp_path / "photos", BATCH, [f"{row:02d}.png" for row in range(IMAGES)])
+    whole = (photos / "03.png").read_bytes()
+
+    def begun():
+        (photos / "03.png").write_bytes(b"torn")
+        store = Store(f"memory://{uuid.uuid4()}")
+        planned(photos, store).run()
+        (photos / "03.png").write_bytes(whole)
+        return store
+
+    def again(store, storage=None):
+        return run(planned(photos, store, retry_failed=True), storage=storage)
+
+    calls = Counting()
+    again(begun(), calls)
+    assert puts_of_shards(calls) == ["/c.1.0.0.0"]
+    for dies_at in range(1, len(calls.calls) + 1):
+        store = begun()
+        with pytest.raises(Death):
+            again(store, Counting(dies_at, when=when))
+        again(store)
+        assert store.names() == sorted([*FILES, "y.zarr.index.csv"])
+        assert store.array().tobytes() == EXPECTED.tobytes()
+
+
 def test_a_run_that_was_restarted_and_killed_goes_on_without_another_restart(in_memory, array):
     planned(array, in_memory, mode="tf").run()
     with pytest.raises(Death):
