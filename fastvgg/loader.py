@@ -6,17 +6,16 @@ Threads read and transform pieces of a batch; while one batch is used the next i
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import deque
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
 from fastvgg import datasets, engine
 from fastvgg.datasets.images import Images
+from fastvgg.datasets.locations import absolute_path
 from fastvgg.errors import SourceError, UsageError
-from fastvgg.stream.manifest import read_manifest
+from fastvgg.stream.manifest import describes_another, read_manifest
 from fastvgg.stream.prepare import checked_result
 from fastvgg.stream.ring import read_ring_header, unfinished
 from fastvgg.stream.values import refuse_twice
@@ -24,6 +23,7 @@ from fastvgg.threads import Lots, ThreadNumber, check_threads
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterator, Mapping
 
     from numpy.typing import NDArray
@@ -115,7 +115,7 @@ class Batches:
         _check_whole("size", size, least=1)
         _check_whole("seed", seed)
         _check_shard(shard)
-        self.path = Path(os.path.abspath(os.fspath(path)))
+        self.path = absolute_path(path)
         self.size = size
         self.transform = transform
         self.shuffle = shuffle
@@ -215,7 +215,10 @@ class Batches:
                 refuse_twice(self.path, manifest.transform, self.transform.direction)
             layout = self.transform.layout
         stored_as = None if manifest is None else manifest.header.dtype
-        source = datasets.open_source(self.path, layout=layout, stored_as=stored_as)
+        indexed = not describes_another(self.path)
+        source = datasets.open_source(
+            self.path, layout=layout, stored_as=stored_as, indexed=indexed
+        )
         if isinstance(source, Images):
             source.close()
             raise SourceError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from fastvgg import nearest
 from fastvgg.datasets.decode import INTERPOLATIONS, Decoder, Decoding
 from fastvgg.datasets.files import FileFormat, ImageFiles
-from fastvgg.datasets.hdf5 import Hdf5Source, Hdf5Target
+from fastvgg.datasets.hdf5 import Hdf5Source, Hdf5Target, check_name
 from fastvgg.datasets.images import FolderListing, ImageFolder
 from fastvgg.datasets.locations import file_of
 from fastvgg.datasets.npy import NpySource, NpyTarget
@@ -57,6 +57,7 @@ def open_source(
     threads: int = 1,
     pick: Callable[[NDArray[Any], Picks, NDArray[Any]], None] = nearest.pick,
     listing: Listing | None = None,
+    indexed: bool = True,
 ) -> Images | ArraySource:
     """Open a dataset for reading; headers are read, pixels are not.
 
@@ -79,6 +80,8 @@ def open_source(
         What picks pixels when images are resized to the nearest ones.
     listing
         Which images there are, where that is known from before.
+    indexed
+        Whether the index beside an HDF5 file is of this dataset in it.
 
     Raises
     ------
@@ -87,7 +90,7 @@ def open_source(
     """
     is_directory = os.path.isdir(path)  # noqa: PTH112  # Path.is_dir raises where a name is too long
     parts = part_names(path) if is_directory else []
-    if not parts and (is_directory or names_tar(path)):
+    if not parts and (is_directory or names_tar(file_of(path))):
         if layout != "NHWC":
             raise SourceError(f"{path}: images have no layout {layout}", "leave --layout away")
         decoding = decoding or Decoding()
@@ -113,13 +116,15 @@ def open_source(
     if kind == "parts":
         return NpyParts(path, parts, layout=layout, stored_as=stored_as)
     if kind == "hdf5":
-        return Hdf5Source(path, layout=layout)
+        return Hdf5Source(path, layout=layout, indexed=indexed)
     return NpySource(path, layout=layout, stored_as=stored_as)
 
 
 def target_kind(path: Path) -> str:
     """Return the format that a target's name asks for: "npy", "hdf5" or "images"."""
     kind = _kind_of_array(path)
+    if kind == "hdf5":
+        check_name(path)
     if kind is not None:
         return kind
     if path.suffix == "" or path.is_dir():

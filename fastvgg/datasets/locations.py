@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Final
 
-__all__ = ["WITHIN", "beside_path", "dataset_of", "file_of"]
+__all__ = ["absolute_path", "beside_path", "dataset_of", "file_of", "path_within"]
 
-WITHIN: Final = "::"
-"""Between the name of an HDF5 file and that of a dataset within it."""
-FILE_ENDINGS: Final = (".h5", ".hdf5")
+# The name of an HDF5 file, and that of a dataset within it.
+IN_FILE: Final = re.compile(r"(.*?\.(?:h5|hdf5))(?:::(.*))?", re.DOTALL | re.IGNORECASE)
 
 
 def file_of(path: Path) -> Path:
@@ -42,7 +42,26 @@ def dataset_of(path: Path) -> str:
     return f"/{name}" if name else ""
 
 
+def path_within(file: Path, dataset: str) -> Path:
+    """Return where a dataset is; the file, where that has but one and its name is empty.
+
+    >>> path_within(Path("/data/x.h5"), "/images"), path_within(Path("/data/x.npy"), "")
+    (PosixPath('/data/x.h5::/images'), PosixPath('/data/x.npy'))
+    """
+    return Path(f"{file}::{dataset}") if dataset else file
+
+
+def absolute_path(path: str | os.PathLike[str]) -> Path:
+    """Return the one name that a dataset has from anywhere.
+
+    >>> absolute_path("/data/../x.h5::images/"), absolute_path("/data/x.npy")
+    (PosixPath('/x.h5::/images'), PosixPath('/data/x.npy'))
+    """
+    path = Path(path)
+    return path_within(Path(os.path.abspath(file_of(path))), dataset_of(path))
+
+
 def _parted(path: Path) -> tuple[str, str]:
     text = os.fspath(path)
-    file, _, name = text.partition(WITHIN)
-    return (file, name) if file.lower().endswith(FILE_ENDINGS) else (text, "")
+    found = IN_FILE.fullmatch(text)
+    return (found[1], found[2] or "") if found else (text, "")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastvgg import datasets
+from fastvgg.datasets.locations import absolute_path
 from fastvgg.stream.journal import journal_path, read_ledger
-from fastvgg.stream.manifest import read_manifest
+from fastvgg.stream.manifest import describes_another, read_manifest
 from fastvgg.stream.ring import committed_chunks, read_ring_header
+
+if TYPE_CHECKING:
+    import os
 
 __all__ = ["info"]
 
@@ -34,7 +36,7 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     SourceError
         If there is nothing that fastvgg knows.
     """
-    dataset = Path(os.path.abspath(os.fspath(path)))
+    dataset = absolute_path(path)
     ring = read_ring_header(dataset)
     if ring is not None:
         return {
@@ -66,7 +68,7 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
             "created": manifest.created,
             "packages": manifest.packages,
         }
-    source = datasets.open_source(dataset)
+    source = datasets.open_source(dataset, indexed=not describes_another(dataset))
     try:
         header = source.header
         return {

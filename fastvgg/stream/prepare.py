@@ -16,10 +16,10 @@ from fastvgg import datasets, engine, oracle
 from fastvgg.datasets.decode import MOST_PIXELS, Decoding
 from fastvgg.datasets.files import check_format, is_lossy
 from fastvgg.datasets.images import Images
-from fastvgg.datasets.locations import beside_path, dataset_of, file_of
+from fastvgg.datasets.locations import absolute_path, beside_path, dataset_of, file_of
 from fastvgg.errors import ArrayError, SourceError, TargetError, UsageError
 from fastvgg.stream.journal import journal_path, read_ledger, refuse_other_job
-from fastvgg.stream.manifest import manifest_path, read_manifest
+from fastvgg.stream.manifest import describes_another, manifest_path, read_manifest
 from fastvgg.stream.plan import (
     CHUNK_BYTES,
     DECODED,
@@ -165,8 +165,8 @@ def plan(
             "a target is given, and in place is asked for" if in_place else "no target is given",
             "give a target, or --in-place without one",
         )
-    source_path = Path(os.path.abspath(os.fspath(source)))
-    target_path = source_path if target is None else Path(os.path.abspath(os.fspath(target)))
+    source_path = absolute_path(source)
+    target_path = source_path if target is None else absolute_path(target)
     decoding = Decoding(
         size,
         interpolation,
@@ -213,6 +213,7 @@ def plan(
         decoding=decoding,
         decoding_bytes=options["memory_bytes"],
         threads=threads,
+        indexed=not describes_another(source_path),
     )
     with contextlib.closing(opened):
         if manifest is not None:
@@ -485,8 +486,9 @@ def reopen_source(plan: Plan) -> Source:
     SourceError
         If it has changed since.
     """
+    path = Path(plan.source)
     source = datasets.open_source(
-        Path(plan.source),
+        path,
         layout=plan.header.layout,
         stored_as=plan.header.dtype,
         decoding=Decoding.from_dict(plan.settings) if plan.settings else None,
@@ -494,6 +496,7 @@ def reopen_source(plan: Plan) -> Source:
         threads=plan.threads,
         pick=engine.picker(plan.backend),
         listing=plan.listing,
+        indexed=not describes_another(path),
     )
     if changed(plan, source):
         source.close()
