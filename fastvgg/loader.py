@@ -15,7 +15,7 @@ from fastvgg import datasets, engine
 from fastvgg.datasets.images import Images
 from fastvgg.datasets.locations import located
 from fastvgg.errors import SourceError, UsageError
-from fastvgg.stream.manifest import read_manifest, transform_of
+from fastvgg.stream.manifest import describes_another, read_manifest, transform_of
 from fastvgg.stream.prepare import checked_result
 from fastvgg.stream.ring import read_ring_header, unfinished
 from fastvgg.stream.values import refuse_twice
@@ -213,7 +213,10 @@ class Batches:
                 refuse_twice(self.path, done, self.transform.direction)
             layout = self.transform.layout
         stored_as = None if manifest is None else manifest.header.dtype
-        source = datasets.open_source(self.path, layout=layout, stored_as=stored_as)
+        indexed = not describes_another(self.path)
+        source = datasets.open_source(
+            self.path, layout=layout, stored_as=stored_as, indexed=indexed
+        )
         if isinstance(source, Images):
             source.close()
             raise SourceError(

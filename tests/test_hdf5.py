@@ -1,37 +1,50 @@
-"""Datasets in HDF5 files: which are read, what leaves a file, and what is written."""
+"""Datasets in HDF5 files: read as h5py reads them, never out of their file, written as .npy are."""
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
-import itertools
+import json
 import os
+import shutil
+import signal
+import struct
 import subprocess
 import sys
+import threading
+from contextlib import closing
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 from batches import KERAS_MODES, dtype_of, in_layout
 from datasets_on_disk import (
+    commits_in,
+    data_tree,
+    images_in,
+    load,
     must_say,
     names_in,
+    network_inputs,
     pixels,
     plan_of,
+    printed_by,
     printed_on_small_disk,
     python,
+    rows_by_name,
     save_images,
     save_npy,
     tree,
 )
-from h5py import h5d, h5p, h5s, h5t
+from faults import CuttingStorage, Death
 
 import fastvgg
-from fastvgg import datasets, oracle
-from fastvgg.datasets.base import Header
+from fastvgg import datasets
+from fastvgg.datasets.base import Header, bytes_of
 from fastvgg.datasets.hdf5 import Hdf5Source
+from fastvgg.datasets.index import index_path, read_index
 from fastvgg.errors import (
     FastvggError,
+    ResumeError,
     SourceError,
     StoppedError,
     TargetError,
@@ -39,599 +52,1209 @@ from fastvgg.errors import (
     VerificationError,
 )
 from fastvgg.stream.info import info
+from fastvgg.stream.manifest import describes_another, manifest_path, read_manifest
+from fastvgg.stream.run import run
+from fastvgg.stream.storage import Storage
 from fastvgg.transform import STORAGE_TYPES
 
-IMAGES = 11
-BATCH = pixels(IMAGES, height=5, width=7)
-PLAIN = [name for name in STORAGE_TYPES if name != "bfloat16"]
+SHAPE = (5, 7, 9, 3)
+CHUNKS = (2, 3, 4, 3)  # no axis but the last is a whole number of them
 
 
-def of_type(name):
-    return BATCH.astype(dtype_of(name))
+def of_type(name, shape=SHAPE):
+    return pixels(*shape[:3]).astype(dtype_of(name))
+
+
+def hdf5_type(name):
+    """A type as whoever knows the format would make it, without looking at ours."""
+    if name != "bfloat16":
+        return h5py.h5t.py_create(np.dtype(name).newbyteorder("<"))
+    made = h5py.h5t.IEEE_F32LE.copy()
+    made.set_fields(15, 7, 8, 0, 7)
+    made.set_precision(16)
+    made.set_size(2)
+    made.set_ebias(127)
+    return made
+
+
+def save_of_type(path, batch, stored_type, *, chunks=None, layout=None):
+    """Write a dataset of a type that h5py has no NumPy type for; its bytes are given."""
+    made = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    if chunks:
+        made.set_chunk(chunks)
+    if layout is not None:
+        made.set_layout(layout)
+    with h5py.File(path, "w") as file:
+        space = h5py.h5s.create_simple(batch.shape)
+        dataset = h5py.h5d.create(file.id, b"images", stored_type, space, made)
+        dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, batch, stored_type)
+    return within(path)
+
+
+def save_h5(path, batch, name="/images", *, file=(), **settings):
+    """Write one dataset with h5py alone."""
+    with h5py.File(path, "w", **dict(file)) as opened:
+        opened.create_dataset(name, data=batch, **settings)
+    return within(path, name)
+
+
+def within(path, name="/images"):
+    return Path(f"{path}::{name}")
+
+
+def as_h5py_reads(location):
+    file, _, name = str(location).partition("::")
+    with h5py.File(file, "r") as opened:
+        return opened[name][...]
+
+
+def bits_in(location):
+    """The array that h5py finds, whose two-byte elements it takes for something else."""
+    file, _, name = str(location).partition("::")
+    with h5py.File(file, "r") as opened:
+        found = opened[name]
+        out = np.empty(found.shape, "u2")
+        found.id.read(h5py.h5s.ALL, h5py.h5s.ALL, out, found.id.get_type())
+        return out
+
+
+def check_read(location, expected, **settings):
+    """Check every way to read from every row to every row; return whether maps were used."""
+    with closing(datasets.open_source(location, **settings)) as source:
+        assert isinstance(source, Hdf5Source)
+        assert source.kind == "hdf5"
+        name = str(expected.dtype)
+        layout = settings.get("layout", "NHWC")
+        assert source.header == Header(expected.shape, name, layout)
+        for start in range(len(expected)):
+            for stop in range(start + 1, len(expected) + 1):
+                read = source.read(start, stop)
+                assert read.records == []
+                assert read.batch.dtype == expected.dtype
+                assert read.batch.shape == expected[start:stop].shape
+                assert read.batch.tobytes() == expected[start:stop].tobytes()
+                out = np.zeros_like(expected[start:stop])
+                source.read_into(start, out)
+                assert out.tobytes() == expected[start:stop].tobytes()
+        return not source.read(0, 1).batch.flags.owndata
+
+
+@pytest.mark.parametrize("name", [*STORAGE_TYPES])
+@pytest.mark.parametrize("chunks", [None, CHUNKS], ids=["contiguous", "chunked"])
+def test_every_type_is_read_as_it_is_stored(tmp_path, name, chunks):
+    expected = of_type(name)
+    location = save_of_type(tmp_path / "x.h5", expected, hdf5_type(name), chunks=chunks)
+    assert check_read(location, expected) == (chunks is None)
+    if name != "bfloat16":
+        assert np.array_equal(as_h5py_reads(location), expected)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"chunks": CHUNKS},
+        {"chunks": (1, 7, 9, 3)},
+        {"chunks": (5, 7, 9, 3)},
+        {"chunks": (8, 8, 16, 4), "maxshape": (None, None, None, None)},
+        {"chunks": CHUNKS, "compression": "gzip"},
+        {"chunks": CHUNKS, "compression": "lzf", "shuffle": True},
+        {"chunks": CHUNKS, "compression": "gzip", "shuffle": True, "fletcher32": True},
+        {"chunks": CHUNKS, "file": {"libver": "latest"}},
+        {"file": {"libver": "latest"}},
+        {"maxshape": SHAPE},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_every_way_to_store_a_dataset_is_read(tmp_path, settings, dtype):
+    expected = of_type(dtype)
+    location = save_h5(tmp_path / "x.h5", expected, **settings)
+    check_read(location, expected)
+    assert np.array_equal(as_h5py_reads(location), expected)
+
+
+def test_a_compact_dataset_is_read(tmp_path):
+    expected = of_type("uint8")
+    compact = h5py.h5d.COMPACT
+    location = save_of_type(tmp_path / "x.h5", expected, hdf5_type("uint8"), layout=compact)
+    check_read(location, expected)
+
+
+@pytest.mark.parametrize("name", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("chunks", [None, CHUNKS], ids=["contiguous", "chunked"])
+def test_another_byte_order_is_converted(tmp_path, name, chunks):
+    expected = of_type(name)
+    big = expected.astype(expected.dtype.newbyteorder(">"))
+    location = save_h5(tmp_path / "x.h5", big, chunks=chunks)
+    assert not check_read(location, expected)
+
+
+def test_a_float_that_numpy_does_not_have_is_converted_to_the_next_that_holds_it(tmp_path):
+    of_three_bytes = h5py.h5t.IEEE_F32LE.copy()
+    of_three_bytes.set_fields(23, 15, 8, 0, 15)
+    of_three_bytes.set_size(3)
+    of_three_bytes.set_ebias(127)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        space = h5py.h5s.create_simple(SHAPE)
+        dataset = h5py.h5d.create(file.id, b"images", of_three_bytes, space)
+        dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, of_type("float32"))
+    assert not check_read(within(tmp_path / "x.h5"), of_type("float32"))
+
+
+def test_integers_with_names_are_read_as_integers(tmp_path):
+    named = h5py.h5t.enum_create(h5py.h5t.STD_U8LE)
+    for value, name in enumerate((b"dark", b"bright")):
+        named.enum_insert(name, value)
+    assert not check_read(save_of_type(tmp_path / "x.h5", of_type("uint8"), named), pixels())
+
+
+def test_a_dataset_after_a_block_of_the_user_is_read(tmp_path):
+    expected = of_type("float32")
+    location = save_h5(tmp_path / "x.h5", expected, file={"userblock_size": 1024})
+    with (tmp_path / "x.h5").open("r+b") as file:
+        file.write(b"\xff" * 1024)
+    assert check_read(location, expected)
+
+
+def test_channels_may_be_first(tmp_path):
+    expected = in_layout(of_type("float32"), "NCHW")
+    location = save_h5(tmp_path / "x.h5", expected, chunks=(2, 3, 4, 5))
+    check_read(location, expected, layout="NCHW")
+    layouts = {"layout": "NCHW", "out_layout": "NHWC"}
+    plan_of(location, tmp_path / "y.npy", mode="tf", together=2, **layouts).run()
+    assert np.array_equal(np.load(tmp_path / "y.npy"), network_inputs(of_type("float32"), "tf"))
+
+
+def test_several_datasets_of_a_file_are_told_apart_by_their_names(tmp_path):
+    names = ("/a/b/images", "/a/images", "/images", "/a.tar", "/\u00e4\u00f6", "/x.npy", "/a::b")
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        for seed, name in enumerate(names):
+            file[name] = pixels(seed=seed)
+    for seed, name in enumerate(names):
+        check_read(within(tmp_path / "x.h5", name), pixels(seed=seed))
+        check_read(within(tmp_path / "x.h5", name.removeprefix("/") + "/"), pixels(seed=seed))
 
 
 @pytest.fixture
-def path(tmp_path):
+def linked(tmp_path):
+    """A file of links of every kind."""
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["data/real"] = pixels()
+        file["data/deep/other"] = pixels(seed=2)
+        file["hard"] = file["data/real"]
+        file["soft"] = h5py.SoftLink("/data/real")
+        file["to group"] = h5py.SoftLink("data")
+        file["data/relative"] = h5py.SoftLink("deep/../other")
+        file["data/beside"] = h5py.SoftLink("./real")
+        file["chain"] = h5py.SoftLink("to group/beside")
+        file["loop"] = h5py.SoftLink("/loop")
+        file["ping"] = h5py.SoftLink("/pong")
+        file["pong"] = h5py.SoftLink("/ping")
+        file["growing"] = h5py.SoftLink("growing/x")
+        file["dangling"] = h5py.SoftLink("/nothing")
+        file["data/deep/up"] = file["data"]
     return tmp_path / "x.h5"
 
 
-def written(path, name="x", data=BATCH, **settings):
-    """Write a dataset by h5py, and return what fastvgg calls it."""
-    with h5py.File(path, "a") as file:
-        file.create_dataset(name, data=data, **settings)
-    return datasets_name(path, name)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("/hard", "/soft", "/to group/real", "/data/beside", "/chain", "/to group/beside"),
+        *("/data/deep/up/real", "/data/deep/up/deep/up/beside"),
+    ],
+)
+def test_links_within_the_file_are_followed(linked, name):
+    check_read(within(linked, name), pixels())
 
 
-def datasets_name(path, name="x"):
-    return path.with_name(f"{path.name}::") / name
+@pytest.mark.parametrize(
+    "name", ["/loop", "/ping", "/growing", "/dangling", "/data/relative", "/soft/real", "/data"]
+)
+def test_a_link_that_leads_nowhere_is_refused(linked, name):
+    with pytest.raises(SourceError) as caught:
+        datasets.open_source(within(linked, name))
+    must_say(caught.value, linked, repr(name), "'/data/real'", "'/data/deep/other'")
 
 
-def check_reads(name, expected, dtype, layout="NHWC"):
-    """Check that a dataset is read as it is, from any row to any."""
-    source = datasets.open_source(name, layout=layout)
-    assert isinstance(source, Hdf5Source)
-    assert source.header == Header(expected.shape, dtype, layout)
-    for start, stop in itertools.combinations(range(len(expected) + 1), 2):
-        batch, records = source.read(start, stop)
-        assert batch.dtype == dtype_of(dtype)
-        assert batch.tobytes() == expected[start:stop].tobytes()
-        assert records == []
-        out = np.zeros_like(batch)
-        source.read_into(start, out)
-        assert out.tobytes() == batch.tobytes()
+def test_as_many_links_are_followed_as_are_allowed(tmp_path):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["0"] = pixels()
+        for number in range(1, 100):
+            file[f"{number}"] = h5py.SoftLink(f"/{number - 1}")
+    check_read(within(tmp_path / "x.h5", "/64"), pixels())
+    with pytest.raises(SourceError, match="has no dataset '/65'"):
+        datasets.open_source(within(tmp_path / "x.h5", "/65"))
+
+
+@pytest.mark.parametrize("name", ["", "/", "/nothing", "/images/x", "/images\0", "/group", "/type"])
+def test_what_names_no_dataset_is_refused_with_the_names_that_there_are(tmp_path, name):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["images"] = pixels()
+        file["group/more"] = pixels()
+        file["type"] = np.dtype("u1")
+    with pytest.raises(SourceError) as caught:
+        datasets.open_source(within(tmp_path / "x.h5", name))
+    must_say(caught.value, tmp_path / "x.h5", "There are: '/group/more', '/images'\n", "::/NAME")
+    asked = name.rstrip("/")
+    assert (repr(asked) if asked else "which dataset?") in str(caught.value)
+
+
+def test_a_file_without_a_name_in_it_is_refused_with_those_that_it_holds(tmp_path):
+    save_h5(tmp_path / "x.h5", pixels(), "/a\x1b[2J")
+    with pytest.raises(SourceError) as caught:
+        datasets.open_source(tmp_path / "x.h5")
+    must_say(caught.value, "which dataset?", r"'/a\x1b[2J'")
+
+
+def test_no_more_names_are_given_than_can_be_read(tmp_path):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        for number in range(100):
+            file[f"{number:02d}"] = number
+    with pytest.raises(SourceError) as caught:
+        datasets.open_source(within(tmp_path / "x.h5", "/x"))
+    must_say(caught.value, "'/00', '/01'", "'/09'")
+    assert "'/10'" not in str(caught.value)
+
+
+def test_a_file_of_nothing_says_so(tmp_path):
+    h5py.File(tmp_path / "x.h5", "w").close()
+    with pytest.raises(SourceError, match="There are: none"):
+        datasets.open_source(within(tmp_path / "x.h5"))
+
+
+def test_a_window_cannot_be_written_and_outlives_the_source(tmp_path):
+    expected = of_type("float32")
+    source = datasets.open_source(save_h5(tmp_path / "x.h5", expected))
+    batch = source.read(1, 3).batch
     source.close()
+    with pytest.raises(ValueError, match="read-only"):
+        batch[0] = 0
+    assert batch.tobytes() == expected[1:3].tobytes()
 
 
-LAYOUTS_ON_DISK = {
-    "contiguous": {},
-    "chunks of an image": {"chunks": (1, 5, 7, 3)},
-    "chunks that divide nothing": {"chunks": (4, 2, 3, 2)},
-    "compressed": {"chunks": (3, 5, 7, 3), "compression": "gzip", "shuffle": True},
-    "with checksums": {"chunks": (3, 5, 7, 3), "fletcher32": True},
-    "chunks larger than the array": {"chunks": (64, 5, 7, 3), "maxshape": (None, 5, 7, 3)},
-}
-
-
-@pytest.mark.parametrize("stored", LAYOUTS_ON_DISK)
-@pytest.mark.parametrize("dtype", PLAIN)
-def test_a_dataset_is_read_as_it_is_stored(path, dtype, stored):
-    expected = of_type(dtype)
-    check_reads(written(path, data=expected, **LAYOUTS_ON_DISK[stored]), expected, dtype)
-
-
-def compact(path, data):
-    made = h5p.create(h5p.DATASET_CREATE)
-    made.set_layout(h5d.COMPACT)
-    with h5py.File(path, "w") as file:
-        kind, space = h5t.py_create(data.dtype), h5s.create_simple(data.shape)
-        h5d.create(file.id, b"x", kind, space, made).write(h5s.ALL, h5s.ALL, data)
-
-
-def test_a_dataset_within_its_header_is_read(path):
-    compact(path, BATCH)
-    check_reads(datasets_name(path), BATCH, "uint8")
-
-
-def test_a_dataset_after_a_block_of_others_is_read(path):
-    with h5py.File(path, "w", userblock_size=1024) as file:
-        file["x"] = BATCH
-    with path.open("r+b") as file:
-        file.write(b"something else" * 70)
-    check_reads(datasets_name(path), BATCH, "uint8")
-
-
-@pytest.mark.parametrize("stored", ["contiguous", "with checksums"])
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_numbers_of_the_other_byte_order_are_turned_round(path, dtype, stored):
-    expected = of_type(dtype)
-    data = expected.astype(expected.dtype.newbyteorder(">"))
-    check_reads(written(path, data=data, **LAYOUTS_ON_DISK[stored]), expected, dtype)
-
-
-def bfloat16():
-    kind = h5t.IEEE_F16LE.copy()
-    kind.set_fields(15, 7, 8, 0, 7)
-    kind.set_ebias(127)
-    return kind
-
-
-@pytest.mark.parametrize("chunks", [None, (3, 5, 7, 3)])
-def test_halves_of_bfloat16_are_known_by_their_fields(path, chunks):
-    expected = of_type("bfloat16")
-    made = h5p.create(h5p.DATASET_CREATE)
-    if chunks:
-        made.set_chunk(chunks)
-    with h5py.File(path, "w") as file:
-        space = h5s.create_simple(expected.shape)
-        dataset = h5d.create(file.id, b"x", bfloat16(), space, made)
-        dataset.write(h5s.ALL, h5s.ALL, expected.view(np.uint16), bfloat16())
-    check_reads(datasets_name(path), expected, "bfloat16")
-
-
-def test_floats_of_fewer_bits_are_what_h5py_makes_of_them(path):
-    kind = h5t.IEEE_F32LE.copy()
-    kind.set_fields(23, 15, 8, 0, 15)  # 24 of 32 bits
-    kind.set_precision(24)
-    kind.set_ebias(127)
-    values = of_type("float32")
-    with h5py.File(path, "w") as file:
-        dataset = h5d.create(file.id, b"x", kind, h5s.create_simple(values.shape))
-        dataset.write(h5s.ALL, h5s.ALL, values)
-        expected = file["x"][:]
-    check_reads(datasets_name(path), expected, str(expected.dtype))
-
-
-def test_channels_may_come_first(path):
-    expected = in_layout(BATCH, "NCHW")
-    check_reads(written(path, data=expected), expected, "uint8", layout="NCHW")
-
-
-def test_a_dataset_is_found_by_groups_and_links_within_the_file(path):
-    written(path, "a/b/x")
-    with h5py.File(path, "a") as file:
-        file["a/hard"] = file["a/b/x"]
-        file["absolute"] = h5py.SoftLink("/a/b/x")
-        file["a/relative"] = h5py.SoftLink("b/x")
-        file["group"] = h5py.SoftLink("a/./b")
-    for name in ("a/b/x", "a/hard", "absolute", "a/relative", "group/x"):
-        check_reads(datasets_name(path, name), BATCH, "uint8")
-
-
-def test_windows_stay_valid_and_cannot_be_written(path):
-    source = datasets.open_source(written(path))
-    window = source.read(2, 7).batch
+def test_what_was_read_of_a_chunked_dataset_outlives_the_source(tmp_path):
+    expected = of_type("float32")
+    source = datasets.open_source(save_h5(tmp_path / "x.h5", expected, chunks=CHUNKS))
+    batch = source.read(1, 3).batch
     source.close()
-    assert not window.flags.writeable
-    assert window.tobytes() == BATCH[2:7].tobytes()
+    assert batch.tobytes() == expected[1:3].tobytes()
 
 
-@pytest.mark.parametrize("stored", ["contiguous", "compressed"])
-def test_many_threads_read_at_once(path, stored):
-    source = datasets.open_source(written(path, **LAYOUTS_ON_DISK[stored]))
+@pytest.mark.parametrize("chunks", [None, (3, 5, 5, 3)], ids=["contiguous", "chunked"])
+def test_many_threads_read_one_source(tmp_path, chunks):
+    expected = pixels(37)
+    location = save_h5(tmp_path / "x.h5", expected, chunks=chunks)
+    wrong = []
+    with closing(datasets.open_source(location)) as source:
 
-    def read(start):
-        out = np.zeros_like(BATCH[start : start + 3])
-        source.read_into(start, out)
-        return out.tobytes() == BATCH[start : start + 3].tobytes()
+        def read(seed):
+            for row in map(int, np.random.default_rng(seed).permutation(35)):
+                out = np.zeros((2, 7, 9, 3), np.uint8)
+                source.read_into(row, out)
+                window = source.read(row, row + 2).batch
+                if not (out.tobytes() == window.tobytes() == expected[row : row + 2].tobytes()):
+                    wrong.append(row)
 
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(read, [number % IMAGES for number in range(200)]))
-    source.close()
+        threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
 
 
-def test_chunks_of_a_run_hold_whole_chunks_of_the_dataset(path, tmp_path):
-    name = written(path, chunks=(4, 5, 7, 3))
-    image_bytes = fastvgg.plan(name, tmp_path / "y.npy", mode="tf").image_memory_bytes
-    plan = fastvgg.plan(name, tmp_path / "y.npy", mode="tf", memory=9 * image_bytes)
-    assert plan.chunk_images == 8
+def test_a_closed_source_leaves_the_file_to_a_writer(tmp_path):
+    location = save_h5(tmp_path / "x.h5", pixels())
+    datasets.open_source(location).close()
+    with pytest.raises(SourceError):
+        datasets.open_source(within(tmp_path / "x.h5", "/nothing"))
+    with h5py.File(tmp_path / "x.h5", "a") as file:
+        file["more"] = 1
+
+
+def test_what_is_stored_is_measured_and_read_in_whole_chunks(tmp_path):
+    def of(name, **settings):
+        with closing(datasets.open_source(save_h5(tmp_path / f"{name}.h5", **settings))) as source:
+            return source.stored_together, source.stored_bytes
+
+    zeros = np.zeros(SHAPE, np.uint8)
+    assert of("contiguous", batch=zeros) == (1, zeros.nbytes)
+    assert of("pieces", batch=zeros, chunks=CHUNKS) == (2, 3 * 3 * 3 * 2 * 3 * 4 * 3)
+    together, stored_bytes = of("larger", batch=zeros, chunks=(8, 7, 9, 3), maxshape=(9, 7, 9, 3))
+    assert (together, stored_bytes) == (5, 8 * 7 * 9 * 3)
+    assert of("packed", batch=zeros, chunks=(5, 7, 9, 3), compression="gzip")[1] < 50
+
+
+def test_a_run_reads_whole_chunks_or_says_how_much_memory_they_take(tmp_path):
+    location = save_h5(tmp_path / "x.h5", pixels(11), chunks=(4, 7, 9, 3))
+    plan = plan_of(location, tmp_path / "y.npy", mode="caffe", together=5)
+    assert (plan.chunk_images, plan.chunks) == (4, 3)
     with pytest.raises(TargetError) as caught:
-        fastvgg.plan(name, tmp_path / "y.npy", mode="tf", memory=4 * image_bytes - 1)
+        plan_of(location, tmp_path / "y.npy", mode="caffe", together=3)
     must_say(caught.value, "4 images, stored together", "--memory")
 
 
-def virtual(path, *sources, name="virtual"):
-    """Make a virtual dataset of some files' datasets, or of this file's own."""
-    layout = h5py.VirtualLayout(shape=BATCH.shape, dtype=BATCH.dtype)
-    for number, (file, source) in enumerate(sources):
-        part = slice(number * IMAGES // len(sources), (number + 1) * IMAGES // len(sources))
-        layout[part] = h5py.VirtualSource(file, source, shape=BATCH.shape)[part]
-    with h5py.File(path, "a") as file:
-        file.create_virtual_dataset(name, layout)
-    return datasets_name(path, name)
+@pytest.mark.parametrize("chunks", [None, CHUNKS], ids=["contiguous", "chunked"])
+def test_a_fingerprint_changes_with_the_file(tmp_path, chunks):
+    location = save_h5(tmp_path / "x.h5", pixels(), chunks=chunks)
+    with closing(datasets.open_source(location)) as source:
+        before = source.fingerprint()
+        assert source.fingerprint() == before
+    status = (tmp_path / "x.h5").stat()
+    save_h5(tmp_path / "x.h5", pixels(seed=2), chunks=chunks)
+    os.utime(tmp_path / "x.h5", ns=(status.st_atime_ns, status.st_mtime_ns))
+    with closing(datasets.open_source(location)) as source:
+        assert source.fingerprint() != before
 
 
-def test_a_virtual_dataset_of_the_same_file_is_read(path):
-    written(path)
-    written(path, "z")
-    check_reads(virtual(path, (".", "x"), (".", "z")), BATCH, "uint8")
+# Out of the file
 
 
-def outside(path, name):
-    """Make a dataset that leaves its file in one way or another."""
-    other = path.with_name("other.h5")
-    written(other)
-    written(path)
-    if name == "external storage":
-        return written(path, "raw", external=[(path.with_name("raw"), 0, h5py.h5f.UNLIMITED)])
-    with h5py.File(path, "a") as file:
-        file["out"] = h5py.ExternalLink("other.h5", "/x")
-        file["to_out"] = h5py.SoftLink("/out")
-        file["group_out"] = h5py.ExternalLink("other.h5", "/")
-    if name == "virtual":
-        return virtual(path, (".", "x"), ("other.h5", "x"))
-    if name == "virtual of a link":
-        return virtual(path, (".", "x"), (".", "out"))
-    if name == "virtual of a virtual":
-        virtual(path, ("other.h5", "x"), name="inner")
-        return virtual(path, (".", "inner"))
-    named = {"link": "out", "link to a link": "to_out", "link to a group": "group_out/x"}
-    return datasets_name(path, named[name])
+def check_leaves(location, *words):
+    before = tree(location.parent)
+    with pytest.raises(SourceError) as caught:
+        datasets.open_source(location)
+    must_say(caught.value, location, "leaves its file", *words)
+    assert tree(location.parent) == before
 
 
-WAYS_OUT_OF_A_FILE = (
-    *("link", "link to a link", "link to a group", "external storage", "virtual"),
-    *("virtual of a link", "virtual of a virtual"),
+@pytest.fixture
+def other(tmp_path):
+    """Another file of images, which nobody asks for."""
+    save_h5(tmp_path / "other.h5", pixels(seed=3))
+    return tmp_path / "other.h5"
+
+
+def test_an_external_link_is_refused(tmp_path, other):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["images"] = h5py.ExternalLink(str(other), "/images")
+        file["group"] = h5py.ExternalLink(str(other), "/")
+        file["through"] = h5py.SoftLink("/images")
+        file["gone"] = h5py.ExternalLink("nowhere.h5", "/images")
+    check_leaves(within(tmp_path / "x.h5", "/images"), "'images' is a link")
+    check_leaves(within(tmp_path / "x.h5", "/group/images"), "'group' is a link")
+    check_leaves(within(tmp_path / "x.h5", "/through"), "'images' is a link")
+    check_leaves(within(tmp_path / "x.h5", "/gone"), "'gone' is a link")
+
+
+def test_external_storage_is_refused(tmp_path):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        where = str(tmp_path / "raw.bin")
+        stored = file.create_dataset("images", SHAPE, "u1", external=[(where, 0, 945)])
+        stored[...] = pixels()
+    check_leaves(within(tmp_path / "x.h5"), "its bytes are in", "raw.bin")
+
+
+def virtual(file, name, *mappings, **settings):
+    """A virtual dataset, of (rows, where they are): from its first row on."""
+    layout = h5py.VirtualLayout(SHAPE, "u1", **settings)
+    for rows, source in mappings:
+        layout[rows] = source
+    file.create_virtual_dataset(name, layout)
+
+
+ALL = slice(None)
+
+
+def source_in(file_name, name="/stored", shape=SHAPE, **settings):
+    return h5py.VirtualSource(file_name, name, shape, **settings)
+
+
+def test_a_virtual_dataset_of_another_file_is_refused(tmp_path, other):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        virtual(file, "images", (ALL, source_in(str(other), "/images")))
+        file["stored"] = pixels()
+        of_both = [(slice(0, 2), source_in(".")[:2]), (slice(2, 5), source_in("other.h5")[:3])]
+        virtual(file, "mixed", *of_both)
+    check_leaves(within(tmp_path / "x.h5"), "it is virtual, of", "other.h5")
+    check_leaves(within(tmp_path / "x.h5", "/mixed"), "it is virtual, of 'other.h5'")
+
+
+def test_a_virtual_dataset_of_what_leaves_the_file_is_refused(tmp_path, other):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        raw = [(str(tmp_path / "raw.bin"), 0, 945)]
+        file.create_dataset("stored", SHAPE, "u1", external=raw)[...] = pixels()
+        file["linked"] = h5py.ExternalLink(str(other), "/images")
+        virtual(file, "images", (ALL, source_in(".")))
+        virtual(file, "more", (ALL, source_in(".", "/linked")))
+    check_leaves(within(tmp_path / "x.h5"), "raw.bin")
+    check_leaves(within(tmp_path / "x.h5", "/more"), "'linked' is a link")
+
+
+def test_a_virtual_dataset_within_the_file_is_read(tmp_path):
+    expected = pixels()
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file.create_dataset("stored", data=expected[3:], chunks=(1, 7, 9, 3))
+        file["group/more"] = expected[:3]
+        file["linked"] = h5py.SoftLink("group/more")
+        parts = [
+            (slice(3, 5), source_in(".", shape=(2, 7, 9, 3))),
+            (slice(0, 2), source_in(".", "linked", (3, 7, 9, 3))[:2]),
+            (slice(2, 3), source_in(".", "/group/more", (3, 7, 9, 3))[2:]),
+        ]
+        virtual(file, "images", *parts)
+    assert not check_read(within(tmp_path / "x.h5"), expected)
+    with closing(datasets.open_source(within(tmp_path / "x.h5"))) as source:
+        assert source.stored_bytes == (2 + 3 + 3) * 7 * 9 * 3
+        assert source.stored_together == 1
+
+
+def test_a_virtual_dataset_of_virtual_ones_is_refused_for_it_may_be_of_itself(tmp_path):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["stored"] = pixels()
+        virtual(file, "itself", (ALL, source_in(".", "/itself")))
+        virtual(file, "ping", (ALL, source_in(".", "/pong")))
+        virtual(file, "pong", (ALL, source_in(".", "/ping")))
+        virtual(file, "once", (ALL, source_in(".")))
+        virtual(file, "twice", (ALL, source_in(".", "/once")))
+    for name, of in (("itself", "itself"), ("ping", "pong"), ("twice", "once")):
+        with pytest.raises(SourceError) as caught:
+            datasets.open_source(within(tmp_path / "x.h5", f"/{name}"))
+        must_say(caught.value, f"/{name} is virtual, of '/{of}', which is virtual too", "h5repack")
+    check_read(within(tmp_path / "x.h5", "/once"), pixels())
+
+
+def test_a_virtual_dataset_with_gaps_is_refused(tmp_path):
+    unlimited = h5py.h5s.UNLIMITED
+    growing = {"maxshape": (None, 7, 9, 3)}
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file.create_dataset("stored", data=pixels(), chunks=(2, 7, 9, 3), **growing)
+        file.create_dataset("hollow", SHAPE, "u1", chunks=CHUNKS)
+        file["short"] = pixels(3)
+        virtual(file, "part", (slice(1, 5), source_in(".")[1:]))
+        virtual(file, "past", (ALL, source_in(".", shape=(9, 7, 9, 3))[4:]))
+        virtual(file, "nothing", (ALL, source_in(".", "/absent")))
+        virtual(file, "unwritten", (ALL, source_in(".", "/hollow")))
+        virtual(file, "longer", (ALL, source_in(".", "/short")))
+        endless = source_in(".", **growing)[0:unlimited]
+        virtual(file, "endless", (slice(0, unlimited), endless), **growing)
+        virtual(file, "none")
+    for name, words in {
+        "part": ("756 of its 945 elements", "read as 0"),
+        "past": ("more of '/stored' than there is",),
+        "nothing": ("no dataset '/absent'",),
+        "unwritten": ("27 of 27 chunks were never written",),
+        "longer": ("more of '/short' than there is",),
+        "endless": ("more of '/stored' than there is",),
+        "none": ("0 of its 945 elements",),
+    }.items():
+        with pytest.raises(SourceError) as caught:
+            datasets.open_source(within(tmp_path / "x.h5", f"/{name}"))
+        must_say(caught.value, *words)
+
+
+# The alarm ends a process that waits: it is the end of the test, not a measurement.
+OPENING = """
+import pathlib, signal, sys, fastvgg.datasets as d, fastvgg.errors as e
+for path in sys.argv[1:]:
+    signal.alarm(5)
+    try:
+        d.open_source(pathlib.Path(path))
+    except e.SourceError as error:
+        print(str(error).splitlines()[0])
+"""
+
+
+def told_of(*locations):
+    """What is said of each of these, which may be ways to wait for ever."""
+    done = python(OPENING, *locations)
+    assert done.returncode != -signal.SIGALRM, "waited for someone to write into the pipe"
+    return done.stdout.splitlines()
+
+
+def test_nothing_out_of_the_file_is_looked_at_not_even_to_say_what_there_is(tmp_path):
+    growing = {"maxshape": (None, 7, 9, 3)}
+    unlimited = h5py.h5s.UNLIMITED
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["link"] = h5py.ExternalLink("pipe", "/images")
+        endless = source_in("pipe", **growing)[0:unlimited]
+        virtual(file, "endless", (slice(0, unlimited), endless), **growing)
+    os.mkfifo(tmp_path / "pipe")
+    names = ("/link", "/link/more", "/endless", "/nothing")
+    lines = told_of(*(within(tmp_path / "x.h5", name) for name in names))
+    assert ["leaves its file" in line for line in lines] == [True, True, True, False]
+    assert lines[3].endswith("There are: '/endless'")
+
+
+# What is refused
+
+
+def check_refused(location, *words):
+    """Check that a source is refused in words and stays as it is."""
+    before = tree(location.parent)
+    with pytest.raises(SourceError) as caught:
+        datasets.open_source(location)
+    must_say(caught.value, *words)
+    assert caught.value.exit_code == 3
+    assert str(caught.value).replace("\n", "").isprintable()
+    assert tree(location.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (pixels()[0], ("(7, 9, 3)", "of rank 3", "numpy.newaxis")),
+        (pixels()[None], ("(1, 5, 7, 9, 3)", "of rank 5")),
+        (np.uint8(3), ("()", "of rank 0")),
+        (h5py.Empty("u1"), ("()", "of rank 0")),
+        (np.zeros((0, 7, 9, 3), np.uint8), ("(0, 7, 9, 3)", "no images")),
+        (of_type("int32"), ("int32", "uint8, float16, float32, float64")),
+        (of_type("int8"), ("int8",)),
+        (of_type("uint16"), ("uint16",)),
+        (of_type("complex64"), ("complex64",)),
+        (of_type("bool"), ("bool",)),
+        (of_type("S4"), ("S4",)),
+        (np.zeros(SHAPE, [("r", "u1"), ("g", "u1")]), ("[('r', 'u1'), ('g', 'u1')]",)),
+    ],
+    ids=str,
 )
+def test_an_array_that_is_none_of_images_is_refused(tmp_path, data, words):
+    location = save_h5(tmp_path / "x.h5", data)
+    check_refused(location, location, *words)
 
 
-@pytest.mark.parametrize("way", WAYS_OUT_OF_A_FILE)
-def test_what_leaves_the_file_is_refused(path, way):
-    name = outside(path, way)
-    with h5py.File(path) as file:
-        assert file[str(name).partition("::")[2]].shape == BATCH.shape
-    with pytest.raises(SourceError) as caught:
-        datasets.open_source(name)
-    must_say(caught.value, name, "leaves its file", "raw" if "storage" in way else "other.h5")
+@pytest.mark.parametrize("dtype", [h5py.string_dtype(), h5py.vlen_dtype("u1"), h5py.ref_dtype])
+def test_elements_of_any_length_are_refused(tmp_path, dtype):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file.create_dataset("images", SHAPE, dtype)
+    check_refused(within(tmp_path / "x.h5"), "type object")
 
 
-@pytest.mark.parametrize("links", [{"x": "/x"}, {"x": "y", "y": "x"}, {"x": "x/x"}])
-def test_links_in_a_circle_are_refused(path, links):
-    with h5py.File(path, "w") as file:
-        for name, to in links.items():
-            file[name] = h5py.SoftLink(to)
-    with pytest.raises(SourceError) as caught:
-        datasets.open_source(datasets_name(path))
-    must_say(caught.value, path, "/x")
+def test_a_type_that_numpy_does_not_have_is_refused(tmp_path):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        space = h5py.h5s.create_simple(SHAPE)
+        h5py.h5d.create(file.id, b"time", h5py.h5t.UNIX_D32LE, space)
+        too_wide = h5py.h5t.IEEE_F64LE.copy()
+        too_wide.set_size(32)
+        too_wide.set_precision(256)
+        too_wide.set_fields(255, 236, 19, 0, 236)
+        h5py.h5d.create(file.id, b"wide", too_wide, space)
+    check_refused(within(tmp_path / "x.h5", "/time"), "numbers of type", "TypeTimeID")
+    check_refused(within(tmp_path / "x.h5", "/wide"), "numbers of type", "precision")
 
 
-def test_virtual_datasets_in_a_circle_are_refused(path):
-    virtual(path, (".", "b"), name="a")
-    virtual(path, (".", "a"), name="b")
-    with pytest.raises(SourceError) as caught:
-        datasets.open_source(datasets_name(path, "a"))
-    must_say(caught.value, path, "no end")
+def test_what_was_never_written_is_refused(tmp_path):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file.create_dataset("contiguous", SHAPE, "u1", fillvalue=7)
+        file.create_dataset("chunked", SHAPE, "f4", chunks=CHUNKS)
+        file.create_dataset("begun", SHAPE, "u1", chunks=CHUNKS)[1, 2, 3] = 1
+        nearly = file.create_dataset("nearly", SHAPE, "u1", chunks=CHUNKS)
+        nearly[:, :6] = 1
+        nearly[:4, 6, :8] = 1
+        grown = file.create_dataset("grown", data=pixels(), maxshape=(None, 7, 9, 3), chunks=CHUNKS)
+        grown.resize(7, axis=0)
+    for name, words in {
+        "contiguous": ("1 of 1 chunks were never written", "read as 7"),
+        "chunked": ("27 of 27 chunks were never written", "read as 0.0"),
+        "begun": ("26 of 27 chunks",),
+        "nearly": ("5 of 27 chunks",),
+        "grown": ("9 of 36 chunks",),
+    }.items():
+        check_refused(within(tmp_path / "x.h5", f"/{name}"), f"x.h5::/{name}", *words)
 
 
-@pytest.mark.parametrize("name", ["", "nothing", "a", "a/nothing", "x/below", "dangling"])
-def test_what_is_no_dataset_is_refused_with_those_that_there_are(path, name):
-    written(path)
-    written(path, "a/other", data=np.zeros((2, 3), np.int16))
-    with h5py.File(path, "a") as file:
-        file["dangling"] = h5py.SoftLink("/gone")
-    with pytest.raises(SourceError) as caught:
-        datasets.open_source(datasets_name(path, name) if name else path)
-    must_say(caught.value, path, f"/{name}", f"/x {BATCH.shape} uint8", "/a/other (2, 3) int16")
+@pytest.mark.parametrize("chunks", [None, CHUNKS], ids=["contiguous", "chunked"])
+@pytest.mark.parametrize("libver", ["earliest", "latest"])
+def test_a_truncated_file_is_refused(tmp_path, chunks, libver):
+    location = save_h5(tmp_path / "x.h5", pixels(), chunks=chunks, file={"libver": libver})
+    whole = (tmp_path / "x.h5").read_bytes()
+    for nbytes in (len(whole) - 1, len(whole) // 2, 100, 8, 0):
+        (tmp_path / "x.h5").write_bytes(whole[:nbytes])
+        check_refused(location, tmp_path / "x.h5", "cannot be opened", "get the file again")
 
 
-def test_of_very_many_datasets_some_are_named(path):
-    with h5py.File(path, "w") as file:
-        for number in range(30):
-            file[f"{number:02d}"] = 0
-    with pytest.raises(SourceError) as caught:
-        datasets.open_source(path)
-    assert caught.value.problem.count("int64") == 10
+@pytest.mark.parametrize("content", [b"not HDF5 at all" * 100, b"\x93NUMPY", b"\x89HDF\r\n\x1a\n"])
+def test_what_is_no_hdf5_file_is_refused(tmp_path, content):
+    (tmp_path / "x.h5").write_bytes(content)
+    check_refused(within(tmp_path / "x.h5"), tmp_path / "x.h5", "cannot be opened")
 
 
-TYPES_OF_OTHERS = {
-    "int32": np.int32,
-    "signed bytes": np.int8,
-    "complex": np.complex64,
-    "strings": "S3",
-    "booleans": np.bool_,
-    "a structure": [("r", "f4"), ("g", "f4")],
-    "long doubles": np.longdouble,
-    "texts": h5py.string_dtype(),
-}
+@pytest.mark.parametrize("kind", ["directory", "nothing", "dangling link"])
+def test_what_is_no_file_is_refused(tmp_path, kind):
+    if kind == "directory":
+        (tmp_path / "x.h5").mkdir()
+    elif kind == "dangling link":
+        (tmp_path / "x.h5").symlink_to("nowhere.h5")
+    check_refused(within(tmp_path / "x.h5"), tmp_path / "x.h5")
 
 
-@pytest.mark.parametrize("kind", TYPES_OF_OTHERS)
-def test_other_types_are_refused(path, kind):
-    with h5py.File(path, "w") as file:
-        file.create_dataset("x", BATCH.shape, TYPES_OF_OTHERS[kind])
-    with pytest.raises(SourceError) as caught:
-        datasets.open_source(datasets_name(path))
-    must_say(caught.value, datasets_name(path), "float32")
+def test_a_link_to_a_file_is_read_as_the_file(tmp_path):
+    save_h5(tmp_path / "real.h5", pixels())
+    (tmp_path / "x.h5").symlink_to("real.h5")
+    check_read(within(tmp_path / "x.h5"), pixels())
 
 
-@pytest.mark.parametrize("shape", [(), (5,), (5, 7, 3), (2, 2, 5, 7, 3), (0, 5, 7, 3)])
-def test_other_shapes_are_refused(path, shape):
-    name = written(path, data=np.zeros(shape, np.uint8))
-    with pytest.raises(SourceError) as caught:
-        datasets.open_source(name)
-    must_say(caught.value, name, shape)
-
-
-def test_a_dataset_without_a_shape_is_refused(path):
-    name = written(path, data=h5py.Empty("f4"))
-    with pytest.raises(SourceError):
-        datasets.open_source(name)
-
-
-@pytest.mark.parametrize("chunks", [None, (2, 5, 7, 3)])
-def test_a_dataset_that_was_never_written_is_refused(path, chunks):
-    with h5py.File(path, "w") as file:
-        dataset = file.create_dataset("x", BATCH.shape, "uint8", chunks=chunks, fillvalue=9)
-        if chunks:
-            dataset[2:6] = BATCH[2:6]
-    with pytest.raises(SourceError) as caught:
-        datasets.open_source(datasets_name(path))
-    counts = "4 of 6" if chunks else "1 of 1"
-    must_say(caught.value, datasets_name(path), counts, "never written", "9")
-
-
-def test_a_truncated_file_is_refused_at_any_length(path):
-    name = written(path)
-    content = path.read_bytes()
-    for length in range(0, len(content), 37):
-        path.write_bytes(content[:length])
-        with pytest.raises(SourceError) as caught:
-            datasets.open_source(name)
-        must_say(caught.value, path)
-
-
-@pytest.mark.parametrize("content", [b"", b"text", b"\x93NUMPY" + b"\0" * 999])
-def test_what_is_no_hdf5_is_refused(path, content):
-    path.write_bytes(content)
-    with pytest.raises(SourceError) as caught:
-        datasets.open_source(datasets_name(path))
-    must_say(caught.value, path)
-
-
-def test_what_is_no_file_is_refused(tmp_path):
-    os.mkfifo(tmp_path / "fifo.h5")
-    (tmp_path / "directory.h5").mkdir()
-    for name in ("fifo.h5", "directory.h5", "missing.h5"):
-        with pytest.raises(SourceError) as caught:
-            datasets.open_source(datasets_name(tmp_path / name))
-        must_say(caught.value, tmp_path / name)
+def test_a_pipe_that_is_named_like_a_file_does_not_wait_for_ever(tmp_path):
+    os.mkfifo(tmp_path / "x.h5")
+    assert str(tmp_path / "x.h5") in told_of(within(tmp_path / "x.h5"))[0]
 
 
 WRITER = """
 import sys, h5py
-file = h5py.File(sys.argv[1], "a")
-print("open", flush=True)
-sys.stdin.readline()
+with h5py.File(sys.argv[1], "a"):
+    print("open", flush=True)
+    sys.stdin.read()
 """
 
 
-def test_a_file_that_another_process_writes_is_refused(path):
-    name = written(path)
-    writer = subprocess.Popen(
-        [sys.executable, "-c", WRITER, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    with writer:
+def test_a_file_that_another_process_writes_is_refused_until_it_is_done(tmp_path):
+    location = save_h5(tmp_path / "x.h5", pixels())
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, tmp_path / "x.h5"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as writer:
         assert writer.stdout.readline() == b"open\n"
         with pytest.raises(SourceError) as caught:
-            datasets.open_source(name)
-        must_say(caught.value, path, "lock", "wait")
-        writer.communicate(b"\n")
-    check_reads(name, BATCH, "uint8")
+            datasets.open_source(location)
+        must_say(caught.value, tmp_path / "x.h5", "lock", "another process writes it, wait")
+        writer.stdin.close()
+        assert writer.wait() == 0
+    check_read(location, pixels())
 
 
-def test_a_filter_that_is_not_installed_is_named(path):
-    name = written(path, chunks=(3, 5, 7, 3), compression="gzip")
+def filtered(path, batch, code, name=b""):
+    """A dataset of a filter that nobody has; the chunks do without it."""
+    made = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    made.set_chunk(CHUNKS)
+    made.set_deflate(1)
+    with h5py.File(path, "w") as file:
+        space = h5py.h5s.create_simple(batch.shape)
+        kind = h5py.h5t.py_create(batch.dtype)
+        h5py.h5d.create(file.id, b"images", kind, space, made).write(
+            h5py.h5s.ALL, h5py.h5s.ALL, batch
+        )
     content = path.read_bytes()
-    assert content.count(b"deflate") == 1
-    at = content.index(b"deflate") - 8
-    path.write_bytes(content[:at] + (32015).to_bytes(2, "little") + content[at + 2 :])
-    with pytest.raises(SourceError) as caught:
-        datasets.open_source(name)
-    must_say(caught.value, name, "32015", "hdf5plugin")
+    # In the message of version 1: the number, the length of the name, flags, and how many values.
+    gzip = struct.pack("<HHHH", h5py.h5z.FILTER_DEFLATE, 8, 1, 1) + b"deflate\0"
+    assert content.count(gzip) == 1
+    other = struct.pack("<HHHH", code, 8, 1, 1) + name.ljust(8, b"\0")
+    path.write_bytes(content.replace(gzip, other))
+    return within(path)
 
 
-def flip(path, data, bit=3):
-    """Flip a bit within some bytes of a file."""
-    content = bytearray(path.read_bytes())
-    content[content.index(data) + len(data) // 2] ^= 1 << bit
-    path.write_bytes(content)
+def test_a_filter_that_is_not_here_is_refused_with_its_name_and_how_to_get_it(tmp_path):
+    location = filtered(tmp_path / "x.h5", pixels(), 32015, b"zstd\x1b\xff")
+    words = (location, "filter 32015", r"'zstd\x1b\\xff'", "pip install hdf5plugin")
+    check_refused(location, *words, "HDF5_PLUGIN_PATH")
 
 
-def test_a_damaged_chunk_stops_the_run(path, tmp_path):
-    name = written(path, chunks=(2, 5, 7, 3), fletcher32=True)
-    plan = plan_of(name, tmp_path / "y.npy", mode="caffe", together=2)
-    before = path.stat()
+def test_a_virtual_dataset_of_a_filter_that_is_not_here_is_refused(tmp_path):
+    filtered(tmp_path / "x.h5", pixels(), 32015, b"zstd")
+    with h5py.File(tmp_path / "x.h5", "a") as file:
+        virtual(file, "virtual", (ALL, source_in(".", "/images")))
+    check_refused(within(tmp_path / "x.h5", "/virtual"), "filter 32015")
+
+
+def test_an_array_that_is_not_all_in_the_file_is_refused(tmp_path):
+    location = save_h5(tmp_path / "x.h5", pixels())
+    whole = (tmp_path / "x.h5").read_bytes()
+    with h5py.File(tmp_path / "x.h5") as file:
+        offset = file["images"].id.get_offset()
+    place = struct.pack("<QQ", offset, 945)  # of the message that says where the array is
+    assert whole.count(place) == 1
+    for wrong in ((offset + 1, 945), (2**40, 945), (offset, 944), (offset, 946)):
+        (tmp_path / "x.h5").write_bytes(whole.replace(place, struct.pack("<QQ", *wrong)))
+        check_refused(location, location, "damaged", "get the file again")
+
+
+def broken_chunk(path, batch, row=-1):
+    """A dataset of which the chunk of a row has a flipped bit; and what it was."""
+    location = save_h5(path, batch, chunks=(2, *batch.shape[1:]), fletcher32=True)
     whole = path.read_bytes()
-    flip(path, BATCH[6:8].tobytes())
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    with pytest.raises(FastvggError):
-        plan.run()
-    path.write_bytes(whole)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    source = datasets.open_source(name)
-    flip(path, BATCH[6:8].tobytes())
-    assert source.read(0, 6).batch.tobytes() == BATCH[:6].tobytes()
-    with pytest.raises(StoppedError) as caught:
-        source.read(5, 9)
-    must_say(caught.value, name, "images 5 to 8")
-    assert caught.value.exit_code == 5
-    source.close()
+    at = whole.index(batch[row].tobytes())
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+    return location, whole
 
 
-def test_options_for_image_files_are_refused(path, tmp_path):
-    name = written(path)
-    with pytest.raises(SourceError) as caught:
-        fastvgg.plan(name, tmp_path / "y.npy", mode="tf", size=(3, 3))
-    must_say(caught.value, name, "--size")
-    with pytest.raises(UsageError):
-        fastvgg.plan(name, tmp_path / "y.npy", direction="pack")
+def test_a_damaged_chunk_is_an_error_where_it_is_read(tmp_path):
+    location, _ = broken_chunk(tmp_path / "x.h5", pixels())
+    with closing(datasets.open_source(location)) as source:
+        assert np.array_equal(source.read(0, 4).batch, pixels()[:4])
+        with pytest.raises(StoppedError) as caught:
+            source.read(3, 5)
+        must_say(caught.value, location, "images 3 to 4 ", "run the same command again")
+        assert caught.value.exit_code == 5
+        assert np.array_equal(source.read(2, 4).batch, pixels()[2:4])
 
 
-def test_nothing_is_done_in_place(path):
-    with pytest.raises(UsageError) as caught:
-        fastvgg.plan(written(path, data=of_type("float32")), in_place=True, mode="caffe")
-    must_say(caught.value, "in place")
+def stopped_by_a_damaged_chunk(tmp_path):
+    """The plan of a run that stopped, and the file as it was, to be put back as if never damaged.
+
+    The file is so large that a fingerprint is of samples, none of which is where the damage is.
+    """
+    batch = pixels(15, 211, 223)
+    location, whole = broken_chunk(tmp_path / "x.h5", batch, row=8)
+
+    def plan(**settings):
+        target = within(tmp_path / "y.h5")
+        return plan_of(location, target, mode="tf", dtype="float16", together=4, **settings)
+
+    with pytest.raises(StoppedError, match="images 8 to 11 ") as caught:
+        plan().run()
+    must_say(caught.value, "run the same command again", "--restart")
+    assert commits_in(tmp_path / "y.h5") == 2
+    return plan, batch, whole
 
 
-def test_the_package_that_is_missing_is_named(path):
-    name = written(path)
-    done = python(
-        """
+def test_a_run_that_a_disk_stopped_goes_on_when_that_was_mended(tmp_path):
+    plan, batch, whole = stopped_by_a_damaged_chunk(tmp_path)
+    status = (tmp_path / "x.h5").stat()
+    (tmp_path / "x.h5").write_bytes(whole)
+    os.utime(tmp_path / "x.h5", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert plan().run().counts["computed_chunks"] == 2
+    expected = network_inputs(batch, "tf", dtype="float16")
+    assert np.array_equal(as_h5py_reads(within(tmp_path / "y.h5")), expected)
+
+
+def test_a_run_that_a_damaged_file_stopped_begins_again_with_another(tmp_path):
+    plan, batch, whole = stopped_by_a_damaged_chunk(tmp_path)
+    (tmp_path / "x.h5").write_bytes(whole)
+    os.utime(tmp_path / "x.h5", ns=(0, 1))
+    with pytest.raises(ResumeError, match="--restart"):
+        plan()
+    assert plan(restart=True).run().counts["computed_chunks"] == 4
+    expected = network_inputs(batch, "tf", dtype="float16")
+    assert np.array_equal(as_h5py_reads(within(tmp_path / "y.h5")), expected)
+
+
+def test_a_file_that_shrinks_while_it_is_read_stops_the_run(tmp_path):
+    location = save_h5(tmp_path / "x.h5", pixels(37, 41, 43))
+    with closing(datasets.open_source(location)) as source:
+        source.read(0, 2)
+        os.truncate(tmp_path / "x.h5", 5000)
+        with pytest.raises(StoppedError, match="has become shorter"):
+            source.read(30, 37)
+
+
+def test_a_dataset_is_not_resized_nor_done_in_place(tmp_path):
+    location = save_h5(tmp_path / "x.h5", of_type("float32"))
+    with pytest.raises(SourceError, match="--size and its like are for image files"):
+        fastvgg.plan(location, tmp_path / "y.npy", mode="caffe", size=(5, 7))
+    with pytest.raises(UsageError, match=r"is not a .npy file"):
+        fastvgg.plan(location, in_place=True, mode="caffe")
+
+
+WITHOUT_H5PY = """
 import sys
 sys.modules["h5py"] = None
+from datasets_on_disk import plan_of
 import fastvgg
-for paths in ((sys.argv[1], "y.npy"), (sys.argv[2], "y.h5::/x")):
+for source, target in ((sys.argv[1], sys.argv[2]), (sys.argv[3], sys.argv[4])):
     try:
-        fastvgg.plan(*paths, mode="tf").run()
-    except fastvgg.errors.FastvggError as error:
-        print(error.exit_code, error.remedy)
-""",
-        name,
-        save_npy(path.with_name("x.npy"), BATCH),
-    )
-    assert done.stdout.count("3 install it: pip install 'fastvgg[hdf5]'") == 2, done.stderr
+        plan_of(source, target, mode="caffe")
+    except fastvgg.FastvggError as error:
+        print(type(error).__name__, error)
+print(plan_of(sys.argv[3], sys.argv[2], mode="caffe").run().counts["images"])
+"""
 
 
-@pytest.fixture
-def array(tmp_path):
-    return save_npy(tmp_path / "x.npy", BATCH)
+def test_without_h5py_it_is_said_how_to_install_it_and_all_else_works(tmp_path):
+    location = save_h5(tmp_path / "x.h5", pixels())
+    source = save_npy(tmp_path / "x.npy", pixels())
+    arguments = (location, tmp_path / "y.npy", source, within(tmp_path / "y.h5"))
+    lines = printed_by(WITHOUT_H5PY, *arguments).splitlines()
+    assert lines[0].startswith(f"SourceError {location} ")
+    assert lines[2].startswith(f"SourceError {tmp_path}/y.h5::/images ")
+    assert lines[1] == lines[3] == "install it: pip install 'fastvgg[hdf5]'"
+    assert lines[4] == "5"
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("mode", KERAS_MODES)
-def test_a_result_is_the_same_bits_as_in_a_npy_and_comes_back(array, tmp_path, mode, dtype):
-    name, plain = tmp_path / "y.h5::" / "a" / "y", tmp_path / "y.npy"
-    for target in (name, plain):
-        plan_of(array, target, mode=mode, dtype=dtype, together=3).run()
-    expected = oracle.apply(fastvgg.Transform(mode, dtype=dtype), BATCH)
-    check_reads(name, expected, dtype)
-    assert plain.read_bytes().endswith(expected.tobytes())
-    assert (tmp_path / "y.h5").read_bytes().endswith(expected.tobytes())
+# Targets
+
+
+def created(tmp_path, name, shape=SHAPE, place="/images"):
+    header = Header(shape, name, "NHWC")
+    location = within(tmp_path / "y.h5", place)
+    return datasets.open_target(location, header, Storage(), chunk_images=1)
+
+
+@pytest.mark.parametrize("name", STORAGE_TYPES)
+def test_a_target_is_a_file_that_h5py_reads(tmp_path, name):
+    expected = of_type(name)
+    target = created(tmp_path, name, place="/some/deep/images")
+    assert target.kind == "hdf5"
+    target.create()
+    assert names_in(tmp_path) == ["y.h5.partial"]
+    for start, stop in ((4, 5), (0, 2), (2, 4)):  # in any order
+        target.write(start, [bytes_of(expected[start:stop])])
+        target.sync()
+    target.publish()
+    assert names_in(tmp_path) == ["y.h5"]
+    assert target.stored_bytes == target.path.stat().st_size
     with h5py.File(tmp_path / "y.h5") as file:
-        dataset = file["a/y"]
-        assert list(file) == ["a"]
-        assert dataset.shape == BATCH.shape
-        assert dataset.chunks is None
-        assert dataset.id.get_offset() % 64 == 0
-        read = expected.astype(np.float32) if dtype == "bfloat16" else expected
-        assert dataset.dtype == read.dtype
-        assert dataset[:].tobytes() == read.tobytes()
-    plan_of(name, tmp_path / "back.h5::" / "x", direction="restore", together=4).run()
-    check_reads(tmp_path / "back.h5::" / "x", BATCH, "uint8")
+        assert [*file] == ["some"]
+        stored = file["some/deep/images"]
+        assert stored.shape == SHAPE
+        assert stored.chunks is None
+        assert stored.id.get_offset() % 64 == 0
+        if name == "bfloat16":
+            assert stored.id.get_type().equal(hdf5_type(name))
+            assert stored.dtype == np.float32  # the next that holds it
+            assert np.array_equal(stored[...], expected.astype(np.float32))
+        else:
+            assert stored.dtype == dtype_of(name).newbyteorder("<")
+            assert np.array_equal(stored[...], expected)
+    check_read(within(tmp_path / "y.h5", "/some/deep/images"), expected)
+    assert target.read_back(1, 4).tobytes() == expected[1:4].tobytes()
+    assert [*target.read_stored(1, 4)] == [expected[1:4].tobytes()]
 
 
-def test_the_file_is_the_same_in_any_chunks_and_at_any_time(array, tmp_path):
-    for number, together in enumerate((1, 4, 11)):
-        plan_of(array, tmp_path / f"{number}.h5::" / "x", mode="tf", together=together).run()
-    first, *others = [(tmp_path / f"{number}.h5").read_bytes() for number in range(3)]
-    assert others == [first, first]
+def test_a_target_of_a_terabyte_takes_no_memory_to_begin(tmp_path):
+    target = created(tmp_path, "float64", (10**6, 224, 224, 3))
+    assert target.stored_bytes - 10**6 * 224 * 224 * 3 * 8 < 4096
 
 
-def test_what_lies_beside_is_named_by_the_file(array, tmp_path):
-    plan_of(array, tmp_path / "y.h5::" / "a" / "x", mode="tf").run()
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a", "/a/b/c", "a b", "\u00e4\u00f6/\u65e5\u672c", "a::b", "a.npy", "x.h5", "n" * 128),
+        *("n" * 128 + "/" + "m" * 128, "\u65e5" * 42, "/".join("a" * 64), "..a", "{0..3}.tar"),
+    ],
+)
+def test_a_dataset_can_have_any_name(tmp_path, name):
+    source = save_npy(tmp_path / "x.npy", pixels())
+    location = Path(f"{tmp_path}/y.h5::{name}")
+    plan_of(source, location, mode="caffe", together=2).run()
+    assert np.array_equal(as_h5py_reads(location), network_inputs(pixels(), "caffe"))
+    group, _, last = ("/" + name.strip("/")).rpartition("/")
+    with h5py.File(tmp_path / "y.h5") as file:
+        parent = file[group or "/"]
+        link = parent.id.links.get_info(last.encode())
+        assert link.cset == h5py.h5t.CSET_UTF8
+    assert fastvgg.verify(location, full=True).recomputed_images == 5
+    assert info(location)["dataset"] == "/" + name.strip("/")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("", "has no name"),
+        ("::", "has no name"),
+        ("::/", "has no name"),
+        ("::a\0b", r"cannot be called '/a\x00b'"),
+        ("::a\nb", r"cannot be called '/a\nb'"),
+        ("::a\udcff", r"cannot be called '/a\udcff'"),
+        ("::" + "n" * 129, "more than 128 bytes"),
+        ("::a/" + "\u65e5" * 43 + "/b", "more than 128 bytes"),
+        ("::" + "/".join("a" * 65), "more than 63 groups"),
+    ],
+)
+def test_a_name_that_a_dataset_cannot_have_is_refused_before_anything_is_written(
+    tmp_path, name, words
+):
+    source = save_npy(tmp_path / "x.npy", pixels())
+    with pytest.raises(TargetError) as caught:
+        plan_of(source, f"{tmp_path}/y.h5{name}", mode="caffe")
+    must_say(caught.value, words, f"{tmp_path}/y.h5::/images")
+    assert names_in(tmp_path) == ["x.npy"]
+
+
+# From disk to disk
+
+
+@pytest.mark.parametrize("mode", KERAS_MODES)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_there_and_back_is_what_it_is_for_a_npy(tmp_path, mode, dtype):
+    batch = pixels(11)
+    settings = {"mode": mode, "dtype": dtype, "together": 4}
+    stored = save_h5(tmp_path / "x.h5", batch, "/deep/photos", chunks=(3, 4, 5, 2))
+    plan_of(stored, within(tmp_path / "y.h5"), **settings).run()
+    expected = network_inputs(batch, mode, dtype=dtype)
+    plan_of(save_npy(tmp_path / "x.npy", batch), tmp_path / "y.npy", **settings).run()
+    assert load(tmp_path / "y.npy", dtype).tobytes() == expected.tobytes()
+    found = bits_in(within(tmp_path / "y.h5")) if dtype == "bfloat16" else None
+    found = as_h5py_reads(within(tmp_path / "y.h5")) if found is None else found
+    assert found.tobytes() == expected.tobytes()
+    assert found.shape == expected.shape
+    check_read(within(tmp_path / "y.h5"), expected)
+    plan_of(within(tmp_path / "y.h5"), within(tmp_path / "z.h5"), direction="restore").run()
+    assert np.array_equal(as_h5py_reads(within(tmp_path / "z.h5")), batch)
+    for name in ("y.h5", "z.h5"):
+        assert fastvgg.verify(within(tmp_path / name), full=True).recomputed_images == 11
+
+
+def test_a_file_does_not_depend_on_chunks_threads_or_the_time(tmp_path):
+    source = save_npy(tmp_path / "x.npy", pixels(11))
+    found = []
+    for together, threads in ((1, 1), (2, 3), (4, 2), (None, 1)):
+        directory = tmp_path / f"{together}"
+        directory.mkdir()
+        location = within(directory / "y.h5", "/a/b")
+        plan_of(source, location, mode="caffe", together=together, threads=threads).run()
+        assert names_in(directory) == ["y.h5", "y.h5.fastvgg.json"]
+        found.append((directory / "y.h5").read_bytes())
+    assert len(set(found)) == 1
+
+
+def test_a_run_that_was_cut_off_has_named_nothing_and_goes_on(tmp_path):
+    source = save_npy(tmp_path / "x.npy", pixels(11))
+    location = within(tmp_path / "y.h5")
+
+    def plan(**settings):
+        return plan_of(source, location, mode="caffe", together=4, **settings)
+
+    with pytest.raises(Death):
+        run(plan(), storage=CuttingStorage(2))
+    assert names_in(tmp_path) == ["x.npy", "y.h5.fastvgg-journal", "y.h5.partial"]
+    assert info(location)["state"] == info(tmp_path / "y.h5")["state"] == "unfinished"
+    assert info(location)["dataset"] == "/images"
+    with pytest.raises(FastvggError) as caught:
+        plan_of(source, within(tmp_path / "y.h5", "/other"), mode="caffe", together=4)
+    must_say(caught.value, "/other", "--restart")
+    assert plan().run().counts["computed_chunks"] == 1
+    assert np.array_equal(as_h5py_reads(location), network_inputs(pixels(11), "caffe"))
+    assert plan().run().counts["computed_chunks"] == 0
     assert names_in(tmp_path) == ["x.npy", "y.h5", "y.h5.fastvgg.json"]
 
 
-def test_images_are_packed_with_their_index_and_tried_again(tmp_path):
-    photos = save_images(tmp_path / "photos", BATCH, [f"{row:02d}.png" for row in range(IMAGES)])
-    whole = (photos / "03.png").read_bytes()
-    (photos / "03.png").write_bytes(whole[:50])
-    name = tmp_path / "y.h5::" / "x"
-    assert plan_of(photos, name, direction="pack", together=2).run().counts["failed"] == 1
-    expected = BATCH.copy()
-    expected[3] = 0
-    with h5py.File(tmp_path / "y.h5") as file:
-        assert file["x"][:].tobytes() == expected.tobytes()
-    with contextlib.closing(datasets.open_source(name)) as source:
-        assert [record.path for record in source.records[:2]] == ["00.png", "01.png"]
-    (photos / "03.png").write_bytes(whole)
-    plan_of(photos, name, direction="pack", retry_failed=True, together=2).run()
-    with h5py.File(tmp_path / "y.h5") as file:
-        assert file["x"][:].tobytes() == BATCH.tobytes()
-    fastvgg.verify(name, full=True)
+def test_a_job_is_the_same_however_its_datasets_are_written(tmp_path, monkeypatch):
+    save_h5(tmp_path / "x.h5", pixels(), "/a/b")
+    plan_of(tmp_path / "x.h5::/a/b", tmp_path / "y.h5::/c/d", mode="caffe").run()
+    monkeypatch.chdir(tmp_path)
+    again = plan_of("x.h5::a/b/", "./y.h5::c//d", mode="caffe").run()
+    assert again.counts["computed_chunks"] == 0
 
 
-def test_a_target_has_a_name_within_its_file(array, tmp_path):
+def folder_with_a_torn_image(directory):
+    """Six images, one of them torn; the rows that are expected, and what mends it."""
+    folder = save_images(directory, pixels(6))
+    torn = folder / "b" / "03.png"
+    whole = torn.read_bytes()
+    torn.write_bytes(whole[:50])
+    rows = rows_by_name(folder, pixels(6)).copy()
+    rows[4] = 0
+    return folder, rows, lambda: torn.write_bytes(whole)
+
+
+def test_images_are_packed_into_a_file_with_an_index_and_come_back_under_their_names(tmp_path):
+    folder, rows, _ = folder_with_a_torn_image(tmp_path / "photos")
+    report = plan_of(folder, within(tmp_path / "p.h5"), direction="pack", together=2).run()
+    assert report.counts["failed"] == 1
+    beside = [f"p.h5{ending}" for ending in ("", ".fastvgg.json", ".index.csv")]
+    assert names_in(tmp_path) == [*beside, "photos"]
+    assert np.array_equal(as_h5py_reads(within(tmp_path / "p.h5")), rows)
+    index = read_index(within(tmp_path / "p.h5"), 6)
+    assert [record.failed for record in index] == [False] * 4 + [True, False]
+    plan_of(within(tmp_path / "p.h5"), within(tmp_path / "y.h5"), mode="torch", together=4).run()
+    assert [*read_index(within(tmp_path / "y.h5"), 6)] == [*index]
+    plan_of(within(tmp_path / "y.h5"), tmp_path / "out", direction="restore").run()
+    found = images_in(tmp_path / "out")
+    assert [*found] == ["a/00.png", "a/02.png", "a/04.png", "b/01.png", "b/05.png"]
+    assert np.array_equal(np.stack([*found.values()]), rows[[0, 1, 2, 3, 5]])
+    for name in ("p.h5", "y.h5"):
+        fastvgg.verify(within(tmp_path / name), full=True)
+
+
+def test_what_failed_is_tried_again(tmp_path):
+    folder, _, mend = folder_with_a_torn_image(tmp_path / "photos")
+    (tmp_path / "retried").mkdir()
+    (tmp_path / "fresh").mkdir()
+    settings = {"mode": "caffe", "together": 2}
+    plan_of(folder, within(tmp_path / "retried" / "y.h5"), **settings).run()
+    mend()
+    again = plan_of(folder, within(tmp_path / "retried" / "y.h5"), retry_failed=True, **settings)
+    assert again.run().counts == {"images": 6, "failed": 0, "chunks": 3, "computed_chunks": 1}
+    plan_of(folder, within(tmp_path / "fresh" / "y.h5"), **settings).run()
+    assert sorted(data_tree(tmp_path / "retried")) == sorted(data_tree(tmp_path / "fresh"))
+    for name in ("y.h5", "y.h5.index.csv"):
+        expected = (tmp_path / "fresh" / name).read_bytes()
+        assert (tmp_path / "retried" / name).read_bytes() == expected
+
+
+@pytest.fixture
+def packed(tmp_path):
+    """A file that was written, and to which datasets that were not were added."""
+    folder, _, _ = folder_with_a_torn_image(tmp_path / "photos")
+    plan_of(folder, within(tmp_path / "p.h5"), direction="pack", together=2).run()
+    with h5py.File(tmp_path / "p.h5", "a") as file:
+        file["six"] = pixels(6)
+        file["eleven"] = pixels(11)
+    return tmp_path / "p.h5"
+
+
+def test_what_lies_beside_a_file_is_of_the_dataset_that_was_written_alone(tmp_path, packed):
+    assert read_manifest(within(packed)) == read_manifest(packed) != None  # noqa: E711
+    assert not describes_another(within(packed))
+    assert not describes_another(packed)
+    for name, images in (("/six", 6), ("/eleven", 11)):
+        location = within(packed, name)
+        assert read_manifest(location) is None
+        assert describes_another(location)
+        assert info(location)["state"] == "source"
+        assert info(location)["shape"] == [images, 7, 9, 3]
+        plan_of(location, tmp_path / f"y{name[1:]}.npy", mode="caffe", together=2).run()
+        assert not index_path(tmp_path / f"y{name[1:]}.npy").exists()
+        assert fastvgg.verify(tmp_path / f"y{name[1:]}.npy").recomputed_images == images
+        with pytest.raises(SourceError, match="nothing says what"):
+            fastvgg.verify(location)
+        batches = [batch.copy() for batch, _ in fastvgg.batches(location, 4, threads=1)]
+        assert np.array_equal(np.concatenate(batches), pixels(images))
+    plan_of(within(packed), tmp_path / "y.npy", mode="caffe", together=2).run()
+    assert read_index(tmp_path / "y.npy", 6)[4].failed
+
+
+def test_what_was_added_to_a_file_is_not_lost_to_a_restart(tmp_path, packed):
+    before = tree(tmp_path)
+    plan = {"direction": "pack", "together": 3}
     with pytest.raises(TargetError) as caught:
-        plan_of(array, tmp_path / "y.h5", mode="tf").run()
-    must_say(caught.value, tmp_path / "y.h5", "no name", "::/images")
+        plan_of(tmp_path / "photos", within(packed), restart=True, **plan)
+    must_say(caught.value, packed, "changed since", "remove it yourself")
+    assert tree(tmp_path) == before
 
 
-def test_a_file_that_is_there_is_not_replaced_unless_fastvgg_wrote_it(array, tmp_path):
-    written(tmp_path / "y.h5", "mine")
-    name, before = tmp_path / "y.h5::" / "x", (tmp_path / "y.h5").read_bytes()
-    for restart in (False, True):
-        with pytest.raises(TargetError) as caught:
-            plan_of(array, name, mode="tf", restart=restart)
-        must_say(caught.value, tmp_path / "y.h5")
-    assert (tmp_path / "y.h5").read_bytes() == before
-    (tmp_path / "y.h5").unlink()
-    plan_of(array, name, mode="tf").run()
+def test_a_file_that_has_the_name_already_is_refused(tmp_path):
+    source = save_npy(tmp_path / "x.npy", pixels())
+    save_h5(tmp_path / "y.h5", pixels(seed=2), "/other")
+    before = tree(tmp_path)
     with pytest.raises(TargetError) as caught:
-        plan_of(array, name, mode="caffe")
-    must_say(caught.value, "another job", "--restart")
-    plan_of(array, tmp_path / "y.h5::" / "z", mode="caffe", restart=True).run()
-    with h5py.File(tmp_path / "y.h5") as file:
-        assert list(file) == ["z"]
+        plan_of(source, within(tmp_path / "y.h5"), mode="caffe")
+    must_say(caught.value, tmp_path / "y.h5", "exists, and was not made by fastvgg")
+    with pytest.raises(TargetError) as caught:
+        plan_of(source, within(tmp_path / "y.h5"), mode="caffe", restart=True)
+    must_say(caught.value, tmp_path / "y.h5", "an HDF5 file that fastvgg did not write")
+    assert tree(tmp_path) == before
 
 
-def test_a_manifest_is_believed_of_the_dataset_that_it_was_written_with(array, tmp_path):
-    name = tmp_path / "y.h5::" / "x"
-    plan_of(array, name, mode="caffe").run()
-    written(tmp_path / "y.h5", "other", data=of_type("float32") - 100)
-    assert info(name)["mode"] == "caffe"
-    assert info(tmp_path / "y.h5::" / "other")["state"] == "source"
-    with pytest.raises(UsageError) as caught:
-        plan_of(tmp_path / "y.h5::" / "other", tmp_path / "z.npy", direction="restore")
-    must_say(caught.value, "mode")
-    with pytest.raises(SourceError) as caught:
-        plan_of(name, tmp_path / "z.npy", mode="caffe")
-    must_say(caught.value, "preprocessed already")
+def test_a_file_that_was_written_is_replaced_by_a_restart_alone(tmp_path):
+    source = save_npy(tmp_path / "x.npy", pixels())
+    plan_of(source, within(tmp_path / "y.h5"), mode="caffe").run()
+    for name in ("/images", "/other"):
+        with pytest.raises(TargetError, match="is of another job"):
+            plan_of(source, within(tmp_path / "y.h5", name), mode="tf")
+        plan_of(source, within(tmp_path / "y.h5", name), mode="tf", restart=True).run()
+        found = as_h5py_reads(within(tmp_path / "y.h5", name))
+        assert np.array_equal(found, network_inputs(pixels(), "tf"))
+        assert read_manifest(tmp_path / "y.h5").dataset == name
+        plan_of(source, within(tmp_path / "y.h5"), mode="caffe", restart=True).run()
 
 
-def test_it_is_described_and_verified(array, tmp_path):
-    name = tmp_path / "y.h5::" / "x"
-    plan_of(array, name, mode="torch").run()
-    for path in (name, tmp_path / "y.h5"):
-        known = info(path)
-        assert (known["state"], known["kind"], known["dataset"]) == ("finished", "hdf5", "/x")
-    assert fastvgg.verify(name, full=True).recomputed_images == IMAGES
-    flip(tmp_path / "y.h5", oracle.apply(fastvgg.Transform("torch"), BATCH)[5].tobytes())
-    with pytest.raises(VerificationError) as caught:
-        fastvgg.verify(name)
-    must_say(caught.value, tmp_path / "y.h5")
+@pytest.mark.parametrize("kind", ["npy", "images"])
+def test_a_directory_is_not_replaced_by_a_file(tmp_path, kind):
+    source = save_npy(tmp_path / "x.npy", of_type("float32"))
+    (tmp_path / "y.h5").mkdir()
+    if kind == "images":
+        save_images(tmp_path / "y.h5", pixels())
+    with pytest.raises(TargetError, match="is a directory that fastvgg did not write"):
+        plan_of(source, within(tmp_path / "y.h5"), mode="caffe", restart=True)
 
 
-def test_a_source_is_described(path):
-    known = info(written(path, data=of_type("float16")))
-    assert (known["state"], known["kind"]) == ("source", "hdf5")
-    assert (known["shape"], known["dtype"]) == ([*BATCH.shape], "float16")
-    with pytest.raises(SourceError) as caught:
-        info(path)
-    must_say(caught.value, "/x")
+def test_a_file_is_not_written_into_itself_nor_over_what_lies_beside(tmp_path):
+    location = save_h5(tmp_path / "x.h5", pixels())
+    with pytest.raises(TargetError) as caught:
+        plan_of(location, within(tmp_path / "x.h5", "/more"), mode="caffe")
+    must_say(caught.value, tmp_path / "x.h5", "is the source itself")
+    location = save_h5(tmp_path / "y.npy.h5", pixels())
+    shutil.move(tmp_path / "y.npy.h5", tmp_path / "y.h5.partial.h5")
+    (tmp_path / "link.h5").symlink_to("y.h5")
+    save_h5(tmp_path / "y.h5", pixels())
+    with pytest.raises(TargetError, match="is the source itself"):
+        plan_of(within(tmp_path / "link.h5"), within(tmp_path / "y.h5"), mode="caffe")
 
 
-def test_it_gives_batches(path):
-    for settings in ({}, {"chunks": (4, 5, 7, 3)}):
-        path.unlink(missing_ok=True)
-        for images, rows in fastvgg.batches(written(path, **settings), 4, threads=2, shuffle=True):
-            assert images.tobytes() == BATCH[rows].tobytes()
+def test_a_manifest_of_other_data_is_refused(tmp_path):
+    source = save_npy(tmp_path / "x.npy", pixels())
+    plan_of(source, within(tmp_path / "y.h5"), mode="caffe").run()
+    save_h5(tmp_path / "y.h5", pixels())
+    with pytest.raises(SourceError, match="its manifest is of"):
+        plan_of(within(tmp_path / "y.h5"), tmp_path / "z.npy", direction="restore")
 
 
-def test_a_dataset_that_changes_under_a_run_is_seen(path, tmp_path):
-    name = written(path)
-    plan = plan_of(name, tmp_path / "y.npy", mode="tf")
-    with h5py.File(path, "a") as file:
-        file["x"][3] = 0
-    with pytest.raises(SourceError) as caught:
-        plan.run()
-    must_say(caught.value, "has changed")
-    assert not (tmp_path / "y.npy").exists()
+def test_a_finished_file_is_known_with_and_without_its_datasets_name(tmp_path):
+    source = save_npy(tmp_path / "x.npy", pixels(11))
+    location = within(tmp_path / "y.h5", "/deep/images")
+    plan_of(source, location, mode="caffe", together=4).run()
+    told = info(location)
+    assert told["path"] == str(location)
+    assert (told["kind"], told["dataset"], told["state"]) == ("hdf5", "/deep/images", "finished")
+    assert {**info(tmp_path / "y.h5"), "path": ""} == {**told, "path": ""}
+    for path in (location, tmp_path / "y.h5"):
+        verified = fastvgg.verify(path, full=True)
+        assert (verified.images, verified.chunks, verified.recomputed_images) == (11, 3, 11)
+        assert verified.path == str(location)
 
 
-def test_the_source_itself_is_not_written(path):
-    name = written(path)
-    before = tree(path.parent)
-    for target in (name, datasets_name(path, "y")):
-        with pytest.raises(TargetError) as caught:
-            plan_of(name, target, mode="tf")
-        must_say(caught.value, path)
-    assert tree(path.parent) == before
+@pytest.mark.parametrize("named", [True, False])
+def test_a_flipped_bit_anywhere_in_the_data_is_found_and_its_chunk_named(tmp_path, named):
+    source = save_npy(tmp_path / "x.npy", pixels(11))
+    location = within(tmp_path / "y.h5")
+    plan_of(source, location, mode="caffe", together=4, dtype="float16").run()
+    whole = (tmp_path / "y.h5").read_bytes()
+    begin = len(whole) - 11 * 378
+    for at in (begin, *range(begin + 5, len(whole), 397), len(whole) - 1):
+        (tmp_path / "y.h5").write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
+        with pytest.raises(VerificationError) as caught:
+            fastvgg.verify(location if named else tmp_path / "y.h5")
+        first = (at - begin) // (4 * 378) * 4
+        must_say(caught.value, tmp_path / "y.h5", f"images {first} to {min(first + 3, 10)} ")
 
 
-def test_without_room_nothing_is_written(tmp_path):
-    printed = printed_on_small_disk(
-        tmp_path,
-        300_000,
-        f"""
-from pathlib import Path
-from datasets_on_disk import *
+def test_no_flipped_bit_before_the_data_is_passed_over(tmp_path):
+    source = save_npy(tmp_path / "x.npy", pixels())
+    location = within(tmp_path / "y.h5")
+    plan_of(source, location, mode="caffe").run()
+    expected = (tmp_path / "y.h5").read_bytes()
+    for bit in range(0, 8 * (len(expected) - 5 * 756), 31):
+        content = bytearray(expected)
+        content[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "y.h5").write_bytes(content)
+        try:
+            fastvgg.verify(location)
+        except FastvggError as error:
+            must_say(error, tmp_path / "y.h5")
+        else:  # a byte that nothing is read of
+            assert np.array_equal(as_h5py_reads(location), network_inputs(pixels(), "caffe"))
+
+
+@pytest.mark.parametrize(
+    "other", [of_type("float64"), of_type("float32")[:4], of_type("float32").reshape(5, 9, 7, 3)]
+)
+def test_another_array_under_the_name_is_not_the_same_dataset(tmp_path, other):
+    source = save_npy(tmp_path / "x.npy", pixels())
+    plan_of(source, within(tmp_path / "y.h5"), mode="caffe").run()
+    save_h5(tmp_path / "y.h5", other)
+    for action in (
+        lambda: fastvgg.verify(tmp_path / "y.h5"),
+        lambda: plan_of(source, within(tmp_path / "y.h5"), mode="caffe").run(),
+    ):
+        with pytest.raises(SourceError) as caught:
+            action()
+        must_say(caught.value, tmp_path / "y.h5", str(other.shape), str(SHAPE), "float32")
+
+
+def test_a_disk_without_room_is_refused_and_left_as_it_is(tmp_path):
+    save_npy(tmp_path / "x.npy", pixels(67, 37, 41))
+    (tmp_path / "small").mkdir()
+    actual = printed_on_small_disk(
+        tmp_path / "small",
+        disk_bytes=256 * 1024,
+        source=f"""
+from datasets_on_disk import names_in, plan_of
 from fastvgg.errors import TargetError
-small = Path({str(tmp_path)!r})
-save_npy(small / "x.npy", pixels(11, 47, 61))
 try:
-    plan_of(small / "x.npy", small / "y.h5::" / "x", mode="tf").run()
+    plan_of({str(tmp_path / "x.npy")!r}, {str(tmp_path / "small" / "y.h5::/a")!r}, mode="caffe")
 except TargetError as error:
-    print(names_in(small), "free" in error.problem)
+    print(error)
+print(names_in({str(tmp_path / "small")!r}))
 """,
     )
-    assert printed == "['x.npy'] True"
+    assert f"({67 * 37 * 41 * 3 * 4} bytes)" in actual
+    assert f"({256 * 1024} bytes) free" in actual
+    assert actual.endswith("[]")
+
+
+def test_the_journal_and_the_manifest_say_which_dataset_they_are_of(tmp_path):
+    source = save_h5(tmp_path / "x.h5", pixels(), "/a")
+    plan_of(source, within(tmp_path / "y.h5", "/b"), mode="caffe").run()
+    job = json.loads(manifest_path(tmp_path / "y.h5").read_bytes())["job"]
+    assert job["source"]["path"] == str(source)
+    assert job["source"]["kind"] == job["result"]["kind"] == "hdf5"
+    assert job["result"]["dataset"] == "/b"
+    assert "h5py" in read_manifest(tmp_path / "y.h5").packages
+
+
+def test_batches_of_a_dataset_are_its_rows(tmp_path):
+    expected = pixels(11)
+    location = save_h5(tmp_path / "x.h5", expected, chunks=(4, 3, 9, 3))
+    found = [(batch.copy(), rows.copy()) for batch, rows in fastvgg.batches(location, 3, threads=2)]
+    assert np.array_equal(np.concatenate([batch for batch, _ in found]), expected)

@@ -1,4 +1,4 @@
-"""Where a dataset is: paths, names within files, URLs."""
+"""Where a dataset is: its file, its name within, and what lies beside them."""
 
 from __future__ import annotations
 
@@ -6,30 +6,70 @@ from pathlib import Path
 
 import pytest
 
-from fastvgg.datasets.locations import beside_path, dataset_of, file_of, is_remote, located
-
-PARTS = {
-    "/a/x.npy": ("/a/x.npy", ""),
-    "/a/x.h5": ("/a/x.h5", ""),
-    "/a/x.h5::": ("/a/x.h5", ""),
-    "/a/x.h5::/": ("/a/x.h5", ""),
-    "/a/x.h5::x": ("/a/x.h5", "/x"),
-    "/a/x.h5::/x": ("/a/x.h5", "/x"),
-    "/a/x.h5::/b/c": ("/a/x.h5", "/b/c"),
-    "/a/X.HDF5::/b": ("/a/X.HDF5", "/b"),
-    "/a/x.h5::/b::c": ("/a/x.h5", "/b::c"),
-    "/a/we::ird.npy": ("/a/we::ird.npy", ""),
-    "/a::b/x.npy": ("/a::b/x.npy", ""),
-    "/a/x.h5x::/b": ("/a/x.h5x::/b", ""),
-}
+from fastvgg.datasets.locations import (
+    beside_path,
+    dataset_of,
+    file_of,
+    is_remote,
+    located,
+    path_within,
+)
 
 
-@pytest.mark.parametrize("text", PARTS)
-def test_a_path_is_parted_into_a_file_and_a_name_within_it(text):
-    file, name = PARTS[text]
-    assert file_of(located(text)) == Path(file)
-    assert dataset_of(located(text)) == name
-    assert beside_path(located(text), ".partial") == Path(f"{file}.partial")
+@pytest.mark.parametrize(
+    ("path", "file", "dataset"),
+    [
+        ("x.h5::/images", "x.h5", "/images"),
+        ("x.h5::images", "x.h5", "/images"),
+        ("x.h5::/a/b", "x.h5", "/a/b"),
+        ("x.h5::/a/b/", "x.h5", "/a/b"),
+        ("x.h5::a//b", "x.h5", "/a/b"),
+        ("x.hdf5::/a", "x.hdf5", "/a"),
+        ("X.H5::/A", "X.H5", "/A"),
+        ("x.h5", "x.h5", ""),
+        ("x.h5::", "x.h5", ""),
+        ("x.h5::/", "x.h5", ""),
+        ("x.h5::/a::b", "x.h5", "/a::b"),
+        ("x.h5::/y.h5::/b", "x.h5", "/y.h5::/b"),
+        ("x.h5::/two words\n", "x.h5", "/two words\n"),
+        ("x.h5.d/y.h5::/a", "x.h5.d/y.h5", "/a"),
+        ("a::b/x.h5::/a", "a::b/x.h5", "/a"),
+        ("a::b/x.h5", "a::b/x.h5", ""),
+        # What is no HDF5 file is all name of a file.
+        ("x.npy", "x.npy", ""),
+        ("x.npy::/a", "x.npy::/a", ""),
+        ("x.h5.npy", "x.h5.npy", ""),
+        ("x.h5/y.npy", "x.h5/y.npy", ""),
+        ("xh5::/a", "xh5::/a", ""),
+        ("photos", "photos", ""),
+    ],
+)
+def test_a_path_is_that_of_a_file_and_of_a_dataset_in_it(path, file, dataset):
+    assert (file_of(Path(path)), dataset_of(Path(path))) == (Path(file), dataset)
+
+
+@pytest.mark.parametrize("path", ["/d/x.h5::/a/b", "/d/x.h5"])
+def test_what_lies_beside_is_named_after_the_file(path):
+    assert beside_path(Path(path), ".index.csv") == Path("/d/x.h5.index.csv")
+
+
+@pytest.mark.parametrize(
+    "path", ["x.h5::/a/b", "./x.h5::a/b", "no/../x.h5::/a/b/", "x.h5::a//b", "x.h5::/./a/./b"]
+)
+def test_a_dataset_has_one_name_however_it_is_written(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    assert located(path) == tmp_path / "x.h5::/a/b"
+    assert str(located(path)) == f"{tmp_path}/x.h5::/a/b"
+
+
+def test_a_step_up_within_a_file_does_not_lead_out_of_it(tmp_path):
+    assert file_of(located(tmp_path / "x.h5::/../y")) == tmp_path / "x.h5"
+    assert file_of(located(f"{tmp_path}/x.h5::/..")) == tmp_path / "x.h5"
+
+
+@pytest.mark.parametrize("path", ["/d/x.npy", "/d/x.h5", "/d/x.h5::/a"])
+def test_a_path_can_be_put_together_again(path):
+    assert path_within(file_of(Path(path)), dataset_of(Path(path))) == Path(path)
 
 
 def test_a_path_is_made_absolute_and_keeps_its_links(tmp_path, monkeypatch):

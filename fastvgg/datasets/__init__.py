@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from fastvgg import nearest
 from fastvgg.datasets.decode import INTERPOLATIONS, Decoder, Decoding
 from fastvgg.datasets.files import FileFormat, ImageFiles
-from fastvgg.datasets.hdf5 import Hdf5Source, Hdf5Target
+from fastvgg.datasets.hdf5 import Hdf5Source, Hdf5Target, check_name
 from fastvgg.datasets.images import FolderListing, ImageFolder
 from fastvgg.datasets.locations import file_of, is_remote
 from fastvgg.datasets.npy import NpySource, NpyTarget
@@ -60,6 +60,7 @@ def open_source(
     threads: int = 1,
     pick: Callable[[NDArray[Any], Picks, NDArray[Any]], None] = nearest.pick,
     listing: Listing | None = None,
+    indexed: bool = True,
 ) -> Images | ArraySource:
     """Open a dataset for reading; headers are read, pixels are not.
 
@@ -82,6 +83,8 @@ def open_source(
         What picks pixels when images are resized to the nearest ones.
     listing
         Which images there are, where that is known from before.
+    indexed
+        Whether the index beside an HDF5 file is of this dataset in it.
 
     Raises
     ------
@@ -98,7 +101,7 @@ def open_source(
     if _is_zarr(path):
         return _array(path, "zarr", layout, stored_as, decoding)
     parts = part_names(path) if is_directory else []
-    if not parts and (is_directory or names_tar(path)):
+    if not parts and (is_directory or names_tar(file_of(path))):
         if layout != "NHWC":
             raise SourceError(f"{path}: images have no layout {layout}", "leave --layout away")
         decoding = decoding or Decoding()
@@ -117,11 +120,17 @@ def open_source(
             "nor tar shards",
             "for a single image give the directory that it is in",
         )
-    return _array(path, kind, layout, stored_as, decoding)
+    return _array(path, kind, layout, stored_as, decoding, indexed=indexed)
 
 
 def _array(
-    path: Path, kind: str, layout: Layout, stored_as: str | None, decoding: Decoding | None
+    path: Path,
+    kind: str,
+    layout: Layout,
+    stored_as: str | None,
+    decoding: Decoding | None,
+    *,
+    indexed: bool = True,
 ) -> ArraySource:
     if decoding not in (None, Decoding()):
         raise SourceError(
@@ -131,7 +140,7 @@ def _array(
     if kind == "parts":
         return NpyParts(path, part_names(path), layout=layout, stored_as=stored_as)
     if kind == "hdf5":
-        return Hdf5Source(path, layout=layout)
+        return Hdf5Source(path, layout=layout, indexed=indexed)
     if kind == "zarr":
         with _installed("zarr", path):
             from fastvgg.datasets.zarr import ZarrSource
@@ -181,6 +190,8 @@ def _is_zarr(path: Path) -> bool:
 def target_kind(path: Path) -> str:
     """Return the format that a target's name asks for: "npy", "hdf5", "zarr" or "images"."""
     kind = _kind_of_array(path)
+    if kind == "hdf5":
+        check_name(path)
     if kind is not None:
         return kind
     if path.suffix == "" or path.is_dir():

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
+import os
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -24,6 +26,7 @@ from fastvgg.errors import SourceError, StoppedError, TargetError
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
     from types import ModuleType
     from typing import BinaryIO
@@ -34,11 +37,16 @@ if TYPE_CHECKING:
     from fastvgg.stream.storage import Storage
     from fastvgg.transform import Layout
 
-__all__ = ["Hdf5Source", "Hdf5Target"]
+__all__ = ["Hdf5Source", "Hdf5Target", "check_name"]
 
 PLAIN: Final = ("uint8", "float16", "float32", "float64")
 MOST_LINKS: Final = 64
+# A longer name takes more than a new group has room for, and that would come after the array.
+LONGEST_NAME: Final = 128
+MOST_GROUPS: Final = 64
 NAMES_SHOWN: Final = 10
+# What h5py makes of the errors of HDF5, which takes a damaged file for what it says that it is.
+DAMAGED: Final = (KeyError, OSError, RuntimeError, ValueError)
 # Where the array begins in a new file: kernels and the disk like it better than any byte.
 ALIGNMENT: Final = 64
 
@@ -64,6 +72,8 @@ class Hdf5Source:
         The file, ``::``, and the dataset's name.
     layout
         Which axis of it holds the channels.
+    indexed
+        Whether the index beside the file is of this dataset.
 
     Raises
     ------
@@ -74,7 +84,7 @@ class Hdf5Source:
 
     kind = "hdf5"
 
-    def __init__(self, path: Path, *, layout: Layout = "NHWC") -> None:
+    def __init__(self, path: Path, *, layout: Layout = "NHWC", indexed: bool = True) -> None:
         self.path = path
         self.settings: dict[str, Any] = {}
         self.notes: list[str] = []
@@ -82,9 +92,10 @@ class Hdf5Source:
         with contextlib.ExitStack() as opened:
             self._file: BinaryIO = opened.enter_context(_opened(path))
             self._hdf5 = opened.enter_context(self._opened_by_h5py())
-            self._dataset = self._found(dataset_of(path))
-            self._check(layout)
-            self.records = read_index(path, self.header.images)
+            with self._damage_told():
+                self._dataset = self._found(_name_of(path))
+                self._check(layout)
+            self.records = read_index(path, self.header.images) if indexed else ()
             self._opened = opened.pop_all()
 
     def _opened_by_h5py(self) -> h5py.File:
@@ -98,8 +109,17 @@ class Hdf5Source:
             ) from None
         return file
 
-    def _found(self, name: str) -> h5py.Dataset:
-        """Return a dataset, by links that stay within the file.
+    @contextlib.contextmanager
+    def _damage_told(self) -> Iterator[None]:
+        try:
+            yield
+        except DAMAGED as error:
+            raise SourceError(
+                f"{self.path} is damaged: HDF5 says {str(error)!r}", "get the file again"
+            ) from None
+
+    def _found(self, name: bytes) -> h5py.Dataset:
+        """Return a dataset, by links that stay within the file; no other is even looked at.
 
         Raises
         ------
@@ -107,22 +127,28 @@ class Hdf5Source:
             If there is none of that name.
         """
         found: object = self._hdf5
-        parts = [part for part in name.split("/") if part not in ("", ".")]
+        parts = _parts_of(name)
         for _ in range(MOST_LINKS + len(parts)):
             if not parts:
                 break
             part = parts.pop(0)
-            link = found.get(part, getlink=True) if isinstance(found, self._h5py.Group) else None
-            if isinstance(link, self._h5py.ExternalLink):
-                raise self._leaves(f"{part!r} is a link into {link.filename!r}")
-            if isinstance(link, self._h5py.SoftLink):
-                parts[:0] = [step for step in link.path.split("/") if step not in ("", ".")]
-                found = self._hdf5 if link.path.startswith("/") else found
+            if not isinstance(found, self._h5py.Group) or not _has_link(found, part):
+                found = None
+                break
+            kind, value = found.id.links.get_info(part).type, self._h5py.h5l
+            if kind == value.TYPE_HARD:
+                found = found[part]
+            elif kind == value.TYPE_SOFT:
+                linked = found.id.links.get_val(part)
+                parts[:0] = _parts_of(linked)
+                found = self._hdf5 if linked.startswith(b"/") else found
             else:
-                found = None if link is None else found[part]  # type: ignore[index]
+                raise self._leaves(f"{_shown(part)} is a link that leads out of it")
         if parts or not isinstance(found, self._h5py.Dataset):
             file, names = file_of(self.path), ", ".join(self._names()) or "none"
-            problem = f"{file} has no dataset {name!r}." if name else f"{file}: which dataset?"
+            problem = (
+                f"{file} has no dataset {_shown(name)}." if name else f"{file}: which dataset?"
+            )
             raise SourceError(f"{problem} There are: {names}", f"give one of them: {file}::/NAME")
         return found
 
@@ -130,12 +156,12 @@ class Hdf5Source:
         """Return the names of the first datasets that there are."""
         names: list[str] = []
 
-        def visit(name: str, found: object) -> bool | None:
-            if isinstance(found, self._h5py.Dataset):
-                names.append(f"/{name} {found.shape} {found.dtype}")
+        def visit(name: bytes) -> bool | None:
+            if self._h5py.h5o.get_info(self._hdf5.id, name).type == self._h5py.h5o.TYPE_DATASET:
+                names.append(_shown(b"/" + name))
             return len(names) == NAMES_SHOWN or None
 
-        self._hdf5.visititems(visit)
+        self._h5py.h5o.visit(self._hdf5.id, visit)
         return names
 
     def _leaves(self, how: str) -> SourceError:
@@ -147,25 +173,42 @@ class Hdf5Source:
 
     def _check(self, layout: Layout) -> None:
         dataset, path = self._dataset, self.path
+        pieces = self._pieces(dataset)  # first: HDF5 looks into other files to tell a shape
         check_array(path, dataset.shape or ())
         self.header = Header(dataset.shape, self._type_name(), layout)
-        self._refuse_outside(dataset, MOST_LINKS)
-        self._refuse_unreadable()
-        self._refuse_holes()
-        self.stored_bytes = dataset.id.get_storage_size()
+        for piece in pieces:
+            self._refuse_unreadable(piece)
+            self._refuse_holes(piece)
+        self.stored_bytes = sum(piece.id.get_storage_size() for piece in pieces)
         self.stored_together = min(dataset.chunks[0], dataset.shape[0]) if dataset.chunks else 1
         offset = dataset.id.get_offset()
         self._mapped = MappedArray(self._file, path, self.header, offset or 0)
         self._is_mapped = offset is not None and self._is_plain()
+        if self._is_mapped:
+            self._refuse_short(offset)
+
+    def _refuse_short(self, offset: int) -> None:
+        """Refuse an array that does not lie in the file as a whole."""
+        end, file_bytes = offset + self.header.nbytes, os.fstat(self._file.fileno()).st_size
+        if self.stored_bytes != self.header.nbytes or end > file_bytes:
+            raise SourceError(
+                f"{self.path} is damaged: its array of {self.header.nbytes} bytes is said to be "
+                f"the {self.stored_bytes} from byte {offset} of {file_bytes}",
+                "get the file again",
+            )
 
     def _type_name(self) -> str:
         """Return the storage type; numbers of another byte order are converted when read."""
         if self._is_bfloat16():
             return "bfloat16"
-        name = self._dataset.dtype.newbyteorder("=").name
+        try:
+            dtype: object = self._dataset.dtype
+            name = self._dataset.dtype.newbyteorder("=").name
+        except (TypeError, ValueError) as error:  # NumPy has none like it
+            dtype, name = error, ""
         if name not in PLAIN:
             raise SourceError(
-                f"{self.path} holds numbers of type {self._dataset.dtype}",
+                f"{self.path} holds numbers of type {dtype}",
                 f"store it as one of {', '.join(PLAIN)}",
             )
         return str(name)
@@ -177,46 +220,90 @@ class Hdf5Source:
         """Whether the stored bytes are those of the array in memory."""
         return bool(self._dataset.id.get_type().equal(_hdf5_type(self.header.dtype)))
 
-    def _refuse_outside(self, dataset: h5py.Dataset, depth: int) -> None:
-        """Refuse a dataset whose bytes are in other files, or in datasets whose bytes are."""
+    def _pieces(self, dataset: h5py.Dataset) -> list[h5py.Dataset]:
+        """Return the datasets that hold the bytes of one: itself, or what a virtual one is of.
+
+        Raises
+        ------
+        SourceError
+            If any of the bytes are in another file, or if some of them are nowhere.
+        """
         made = dataset.id.get_create_plist()
         if made.get_external_count():
-            name = made.get_external(0)[0].decode(errors="replace")
-            raise self._leaves(f"its bytes are in {name!r}")
-        if not dataset.is_virtual:
-            return
-        if not depth:
-            raise self._leaves("virtual datasets of virtual datasets have no end")
-        for source in dataset.virtual_sources():
-            if source.file_name != ".":
-                raise self._leaves(f"it is virtual, of {source.file_name!r}")
-            self._refuse_outside(self._found(source.dset_name), depth - 1)
+            raise self._leaves(f"its bytes are in {_shown(made.get_external(0)[0])}")
+        if made.get_layout() != self._h5py.h5d.VIRTUAL:
+            return [dataset]
+        pieces: dict[bytes, h5py.Dataset] = {}
+        mapped = 0
+        for number in range(made.get_virtual_count()):
+            file_name = made.get_virtual_filename(number)
+            if file_name != ".":
+                raise self._leaves(f"it is virtual, of {file_name!r}")
+            name = made.get_virtual_dsetname(number).encode(errors="surrogateescape")
+            if name not in pieces:
+                pieces[name] = self._piece(name)
+            if not self._holds(pieces[name], made, number):
+                raise self._gaps(f"more of {_shown(name)} than there is")
+            mapped += made.get_virtual_vspace(number).get_select_npoints()
+        if mapped < math.prod(dataset.shape):
+            raise self._gaps(f"{mapped} of its {math.prod(dataset.shape)} elements")
+        return [*pieces.values()]
 
-    def _refuse_unreadable(self) -> None:
+    def _piece(self, name: bytes) -> h5py.Dataset:
+        """Return a dataset that a virtual one is of; one of these that is virtual may be a loop."""
+        piece = self._found(name)
+        if piece.is_virtual:
+            raise SourceError(
+                f"{self.path} is virtual, of {_shown(name)}, which is virtual too",
+                "store one of them: h5repack -l CONTI",
+            )
+        return self._pieces(piece)[0]
+
+    def _holds(self, piece: h5py.Dataset, made: h5py.h5p.PropDCID, number: int) -> bool:
+        """Whether a dataset has all that is mapped of it, which may be without end."""
+        spaces, of = self._h5py.h5s, made.get_virtual_srcspace(number)
+        if of.get_select_type() == spaces.SEL_ALL:
+            chosen: int = made.get_virtual_vspace(number).get_select_npoints()
+            return bool(chosen == piece.size)
+        is_slab = of.get_select_type() == spaces.SEL_HYPERSLABS and of.is_regular_hyperslab()
+        if is_slab and spaces.UNLIMITED in sum(of.get_regular_hyperslab(), ()):
+            return False
+        _, last = of.get_select_bounds()
+        return len(last) == len(piece.shape) and all(
+            index < length for index, length in zip(last, piece.shape, strict=True)
+        )
+
+    def _gaps(self, what: str) -> SourceError:
+        return SourceError(
+            f"{self.path} is virtual, of {what}: the rest would be read as "
+            f"{self._dataset.fillvalue}",
+            "store the whole of it: h5repack -l CONTI",
+        )
+
+    def _refuse_unreadable(self, piece: h5py.Dataset) -> None:
         """Refuse chunks that are compressed in a way that HDF5 does not know here."""
-        made = self._dataset.id.get_create_plist()
+        made = piece.id.get_create_plist()
         for code, _, _, name in map(made.get_filter, range(made.get_nfilters())):
             if not self._h5py.h5z.filter_avail(code):
                 raise SourceError(
-                    f"{self.path} is compressed by filter {code} ({name.decode()}), which HDF5 "
-                    "does not have here",
+                    f"{self.path} is compressed by filter {code}, {_shown(name)}, which HDF5 does "
+                    "not have here",
                     "install it, as by pip install hdf5plugin, and let HDF5_PLUGIN_PATH be "
                     "hdf5plugin.PLUGIN_PATH; or store the dataset without it",
                 )
 
-    def _refuse_holes(self) -> None:
+    def _refuse_holes(self, piece: h5py.Dataset) -> None:
         """Refuse what was never written, which HDF5 reads as if it had been."""
-        dataset = self._dataset
         wanted, written = 1, 1
-        if dataset.chunks:
-            counts = (-(-a // b) for a, b in zip(dataset.shape, dataset.chunks, strict=True))
-            wanted, written = int(np.prod([*counts])), dataset.id.get_num_chunks()
-        elif not dataset.is_virtual:
-            written = int(dataset.id.get_storage_size() > 0)
+        if piece.chunks:
+            counts = (-(-a // b) for a, b in zip(piece.shape, piece.chunks, strict=True))
+            wanted, written = math.prod(counts), piece.id.get_num_chunks()
+        else:
+            written = int(piece.id.get_storage_size() > 0)
         if written < wanted:
             raise SourceError(
                 f"{self.path}: {wanted - written} of {wanted} chunks were never written, and would "
-                f"be read as {dataset.fillvalue}",
+                f"be read as {piece.fillvalue}",
                 "finish writing it; where that is what it should hold, write it",
             )
 
@@ -261,7 +348,8 @@ class Hdf5Source:
         except OSError as error:
             raise StoppedError(
                 f"{self.path}: images {start} to {start + len(out) - 1} cannot be read: {error}",
-                "a chunk of them is damaged: get the file again, and run the same command again",
+                "mend the cause, then run the same command again; where a chunk is damaged, get "
+                "the file again and give --restart",
             ) from None
 
     def close(self) -> None:
@@ -281,22 +369,13 @@ class Hdf5Target(ReservedArray):
     storage
         What carries out the system calls.
 
-    Raises
-    ------
-    TargetError
-        If no name is given to the dataset.
     """
 
     kind = "hdf5"
 
     def __init__(self, path: Path, header: Header, storage: Storage) -> None:
         self._dataset_path = path
-        name = dataset_of(path)
-        if not name:
-            raise TargetError(
-                f"{path}: the dataset in the file has no name", f"give it one: {path}::/images"
-            )
-        super().__init__(file_of(path), header, storage, _start_bytes(path, header, name))
+        super().__init__(file_of(path), header, storage, _start_bytes(path, header))
 
     def published(self) -> Hdf5Source:
         """Open the published file."""
@@ -313,6 +392,30 @@ def _opened(path: Path) -> BinaryIO:
         ) from None
 
 
+def check_name(path: Path) -> None:
+    """Refuse a name that a new dataset cannot have, and any where there is no h5py.
+
+    Raises
+    ------
+    SourceError, TargetError
+        Saying which it is.
+    """
+    _h5py(path)
+    name = dataset_of(path)
+    if not name:
+        problem = "the dataset in the file has no name"
+    elif "\0" in name or not name.isprintable():
+        problem = f"a dataset cannot be called {name!r}"
+    elif max(len(part.encode()) for part in name.split("/")) > LONGEST_NAME:
+        problem = f"a part of the dataset's name has more than {LONGEST_NAME} bytes"
+    elif name.count("/") > MOST_GROUPS:
+        problem = f"the dataset is within more than {MOST_GROUPS - 1} groups"
+    else:
+        return
+    file = file_of(path)
+    raise TargetError(f"{file}: {problem}", f"give it another: {file}::/images")
+
+
 def _hdf5_type(name: str) -> h5py.h5t.TypeID:
     from h5py import h5t
 
@@ -325,7 +428,25 @@ def _hdf5_type(name: str) -> h5py.h5t.TypeID:
     return bfloat16
 
 
-def _start_bytes(path: Path, header: Header, name: str) -> bytes:
+def _name_of(path: Path) -> bytes:
+    """Return the name within a file as HDF5 has it: bytes, mostly UTF-8."""
+    return dataset_of(path).encode(errors="surrogateescape")
+
+
+def _parts_of(name: bytes) -> list[bytes]:
+    return [part for part in name.split(b"/") if part not in (b"", b".")]
+
+
+def _has_link(group: h5py.Group, name: bytes) -> bool:
+    return b"\0" not in name and bool(group.id.links.exists(name))
+
+
+def _shown(name: bytes) -> str:
+    """Return a name to be printed, whatever is in it."""
+    return repr(name.decode(errors="backslashreplace"))
+
+
+def _start_bytes(path: Path, header: Header) -> bytes:
     """Return what HDF5 writes before the array of a file that holds nothing else.
 
     It reserves the array's place, and never writes into it.
@@ -340,10 +461,10 @@ def _start_bytes(path: Path, header: Header, name: str) -> bytes:
         made.set_obj_track_times(False)  # the same bytes at any time
         linked = h5py.h5p.create(h5py.h5p.LINK_CREATE)
         linked.set_create_intermediate_group(True)
+        linked.set_char_encoding(h5py.h5t.CSET_UTF8)
+        name = dataset_of(path).encode()
         space = h5py.h5s.create_simple(header.shape)
-        dataset = h5py.h5d.create(
-            file.id, name.encode(), _hdf5_type(header.dtype), space, made, linked
-        )
+        dataset = h5py.h5d.create(file.id, name, _hdf5_type(header.dtype), space, made, linked)
         offset = int(dataset.get_offset())
     start = written.getvalue()
     if len(start) > offset:

@@ -9,17 +9,16 @@ from typing import Final, cast
 
 from fastvgg.errors import UsageError
 
-__all__ = ["WITHIN", "beside_path", "dataset_of", "file_of", "is_remote", "located"]
+__all__ = ["beside_path", "dataset_of", "file_of", "is_remote", "located", "path_within"]
 
-WITHIN: Final = "::"
-"""Between the name of an HDF5 file and that of a dataset within it."""
-FILE_ENDINGS: Final = (".h5", ".hdf5")
+# The name of an HDF5 file, and that of a dataset within it.
+IN_FILE: Final = re.compile(r"(.*?\.(?:h5|hdf5))(?:::(.*))?", re.DOTALL | re.IGNORECASE)
 URL: Final = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 HERE: Final = "file://"
 
 
 def located(text: str | os.PathLike[str]) -> Path:
-    """Return where a dataset is: an absolute path, or that of an object in a store.
+    """Return the one name that a dataset has from anywhere: a path, or that of objects in a store.
 
     The latter, a `upath.UPath`, is asked for names as a Path is, and for nothing else.
 
@@ -30,14 +29,15 @@ def located(text: str | os.PathLike[str]) -> Path:
 
     Examples
     --------
-    >>> located("/data/../x.npy"), located("file:///x.npy")
-    (PosixPath('/x.npy'), PosixPath('/x.npy'))
+    >>> located("/data/../x.h5::images/"), located("file:///x.npy")
+    (PosixPath('/x.h5::/images'), PosixPath('/x.npy'))
     >>> str(located("memory://bucket/x.zarr"))
     'memory://bucket/x.zarr'
     """
     path = str(text).removeprefix(HERE)
     if not URL.match(path):
-        return Path(os.path.abspath(path))
+        given = Path(path)
+        return path_within(Path(os.path.abspath(file_of(given))), dataset_of(given))
     try:
         from upath import UPath
 
@@ -90,7 +90,16 @@ def dataset_of(path: Path) -> str:
     return f"/{name}" if name else ""
 
 
+def path_within(file: Path, dataset: str) -> Path:
+    """Return where a dataset is; the file, where that has but one and its name is empty.
+
+    >>> path_within(Path("/data/x.h5"), "/images"), path_within(Path("/data/x.npy"), "")
+    (PosixPath('/data/x.h5::/images'), PosixPath('/data/x.npy'))
+    """
+    return Path(f"{file}::{dataset}") if dataset else file
+
+
 def _parted(path: Path) -> tuple[str, str]:
     text = os.fspath(path)
-    file, _, name = text.partition(WITHIN)
-    return (file, name) if file.lower().endswith(FILE_ENDINGS) else (text, "")
+    found = IN_FILE.fullmatch(text)
+    return (found[1], found[2] or "") if found else (text, "")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fastvgg import datasets
 from fastvgg.datasets.locations import located
 from fastvgg.stream.journal import journal_path, read_ledger
-from fastvgg.stream.manifest import read_manifest, transform_of
+from fastvgg.stream.manifest import describes_another, read_manifest, transform_of
 from fastvgg.stream.ring import committed_chunks, read_ring_header
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
             "created": manifest.created,
             "packages": manifest.packages,
         }
-    source = datasets.open_source(dataset)
+    source = datasets.open_source(dataset, indexed=not describes_another(dataset))
     try:
         header = source.header
         return {

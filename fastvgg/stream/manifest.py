@@ -18,7 +18,7 @@ import xxhash
 
 from fastvgg.datasets import stated_transform
 from fastvgg.datasets.base import Header, read_beside
-from fastvgg.datasets.locations import beside_path, dataset_of
+from fastvgg.datasets.locations import beside_path, dataset_of, file_of
 from fastvgg.errors import SourceError
 from fastvgg.stream.job import check_fields, check_job, check_sizes, checked_transform
 from fastvgg.transform import Transform
@@ -82,6 +82,11 @@ class Manifest:
         return cls(job, chunk_images, checksums, sources, counts, created, package_versions())
 
     @property
+    def dataset(self) -> str:
+        """What it is called within its file; empty where it is a file itself."""
+        return str(self.job["result"].get("dataset", ""))
+
+    @property
     def transform(self) -> Transform:
         """What was done to the source."""
         return Transform.from_dict(self.job["transform"])
@@ -133,8 +138,21 @@ def read_manifest(dataset: Path) -> Manifest | None:
             "put back the manifest that was written with the dataset, or remove it and say what "
             "the dataset is: --mode, --layout",
         ) from None
-    described, asked = manifest.job["result"].get("dataset"), dataset_of(dataset)
-    return manifest if described in (None, asked) or not asked else None
+    asked = dataset_of(dataset)
+    return manifest if asked in ("", manifest.dataset) or not manifest.dataset else None
+
+
+def describes_another(dataset: Path) -> bool:
+    """Whether what lies beside an HDF5 file is of another dataset in it.
+
+    Raises
+    ------
+    SourceError
+        If the manifest is damaged.
+    """
+    if not dataset_of(dataset):
+        return False
+    return read_manifest(dataset) is None and read_manifest(file_of(dataset)) is not None
 
 
 def transform_of(dataset: Path) -> Transform | None:

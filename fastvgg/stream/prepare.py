@@ -19,7 +19,7 @@ from fastvgg.datasets.images import Images
 from fastvgg.datasets.locations import beside_path, dataset_of, file_of, is_remote, located
 from fastvgg.errors import ArrayError, SourceError, TargetError, UsageError
 from fastvgg.stream.journal import journal_path, read_ledger, refuse_other_job
-from fastvgg.stream.manifest import manifest_path, read_manifest, transform_of
+from fastvgg.stream.manifest import describes_another, manifest_path, read_manifest, transform_of
 from fastvgg.stream.plan import (
     CHUNK_BYTES,
     DECODED,
@@ -221,6 +221,7 @@ def plan(
         decoding=decoding,
         decoding_bytes=options["memory_bytes"],
         threads=threads,
+        indexed=not describes_another(source_path),
     )
     with contextlib.closing(opened):
         if manifest is not None:
@@ -517,8 +518,9 @@ def reopen_source(plan: Plan) -> Source:
     SourceError
         If it has changed since.
     """
+    path = located(plan.source)
     source = datasets.open_source(
-        located(plan.source),
+        path,
         layout=plan.header.layout,
         stored_as=plan.header.dtype,
         decoding=Decoding.from_dict(plan.settings) if plan.settings else None,
@@ -526,6 +528,7 @@ def reopen_source(plan: Plan) -> Source:
         threads=plan.threads,
         pick=engine.picker(plan.backend),
         listing=plan.listing,
+        indexed=not describes_another(path),
     )
     if changed(plan, source):
         source.close()

@@ -13,7 +13,7 @@ from fastvgg.datasets.base import read_beside
 from fastvgg.datasets.locations import beside_path, file_of, is_remote, located
 from fastvgg.errors import ResumeError, TargetError
 from fastvgg.stream.journal import journal_path, read_ledger, refuse_other_job
-from fastvgg.stream.manifest import read_manifest
+from fastvgg.stream.manifest import manifest_path, read_manifest
 from fastvgg.stream.plan import readable_bytes
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ def replaceable(plan: Plan) -> str | None:
     Raises
     ------
     TargetError
-        If it is a directory, or an HDF5 file, that fastvgg did not write: it may hold anything.
+        If it is a directory, or an HDF5 file, that fastvgg did not write, or not alone: it may hold
+        anything.
     """
     target = target_path(plan)
     if not (_occupied(plan) or (is_remote(target) and exists(target))):
@@ -101,7 +102,7 @@ def replaceable(plan: Plan) -> str | None:
     if holds_much and not is_ours:
         raise TargetError(
             f"{target} is {'a directory' if is_directory else 'an HDF5 file'} that fastvgg did not "
-            "write",
+            f"write{'' if is_directory else ', or that was changed since'}",
             "choose another name, or remove it yourself",
         )
     return _identity(target)
@@ -178,21 +179,25 @@ def _identity(path: Path) -> str:
     return f"device {status.st_dev}, inode {status.st_ino}, changed {status.st_mtime_ns}"
 
 
-def _written_by_fastvgg(directory: Path) -> bool:
-    """Whether a directory has a manifest, or the journal of a run that was cut off knows it."""
-    if read_manifest(directory) is not None:
-        return True
+def _written_by_fastvgg(path: Path) -> bool:
+    """Whether something has a manifest, or the journal of a run that was cut off knows it."""
+    if read_manifest(path) is not None:
+        return is_remote(path) or path.is_dir() or not _is_newer(path, manifest_path(path))
     try:
-        ledger = read_ledger(journal_path(directory))
+        ledger = read_ledger(journal_path(path))
     except ResumeError:
-        return is_remote(directory)
+        return is_remote(path)
     if ledger is None:
         return False
-    if is_remote(directory):  # whose name is the run's from the journal's first line on
+    if is_remote(path):  # whose name is the run's from the journal's first line on
         return True
-    partial = beside_path(directory, ".partial")
+    partial = beside_path(path, ".partial")
     published = ledger.complete and not os.path.lexists(partial)
-    return published or ledger.replaces == _identity(directory)
+    return published or ledger.replaces == _identity(path)
+
+
+def _is_newer(path: Path, other: Path) -> bool:
+    return path.lstat().st_mtime_ns > other.lstat().st_mtime_ns
 
 
 def resumed(plan: Plan, chunk_images: int, committed_chunks: int) -> Plan:

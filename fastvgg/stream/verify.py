@@ -11,9 +11,9 @@ from fastvgg import datasets, oracle
 from fastvgg.datasets.decode import Decoding
 from fastvgg.datasets.files import is_lossy
 from fastvgg.datasets.index import read_index
-from fastvgg.datasets.locations import located
+from fastvgg.datasets.locations import file_of, located, path_within
 from fastvgg.errors import SourceError, VerificationError
-from fastvgg.stream.manifest import checksum, manifest_path, read_manifest
+from fastvgg.stream.manifest import checksum, describes_another, manifest_path, read_manifest
 from fastvgg.stream.plan import DECODED
 from fastvgg.stream.ring import read_ring_header, unfinished
 from fastvgg.stream.storage import Storage
@@ -79,6 +79,7 @@ def verify(path: str | os.PathLike[str], *, full: bool = False) -> Verification:
             f"{manifest_path(dataset)} does not exist: nothing says what {dataset} should be",
             "give a dataset that fastvgg has finished; 'fastvgg info' tells what this is",
         )
+    dataset = path_within(file_of(dataset), manifest.dataset)
     records = read_index(dataset, manifest.header.images)
     file_format = manifest.job["result"].get("format", "png")
     stored = datasets.open_target(
@@ -137,11 +138,13 @@ def _check_against_oracle(
 
 def _source_of(manifest: Manifest) -> Source:
     job = manifest.job["source"]
+    path = located(job["path"])
     return datasets.open_source(
-        located(job["path"]),
+        path,
         layout=job["layout"],
         stored_as=job["dtype"],
         decoding=Decoding.from_dict(job) if job["kind"] in DECODED else None,
+        indexed=not describes_another(path),
     )
 
 
