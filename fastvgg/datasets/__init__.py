@@ -41,6 +41,7 @@ __all__ = [
     "FileFormat",
     "open_source",
     "open_target",
+    "refuse_uninstalled",
     "stated_transform",
     "target_kind",
 ]
@@ -146,6 +147,19 @@ def stated_transform(path: Path) -> Any:  # noqa: ANN401  # whatever is said
     with _installed("zarr", path):
         from fastvgg.datasets.zarr import ZarrArray
     return ZarrArray(path).transform
+
+
+def refuse_uninstalled(path: Path) -> None:
+    """Refuse a target whose format needs a package that is not installed.
+
+    Raises
+    ------
+    SourceError
+        Saying which.
+    """
+    if target_kind(path) == "zarr":
+        with _installed("zarr", path):
+            import zarr  # noqa: F401
 
 
 @contextlib.contextmanager

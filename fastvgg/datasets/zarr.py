@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import lzma
 import math
 import mmap
 import os
+import warnings
 import zlib
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
@@ -34,7 +36,7 @@ from fastvgg.errors import ResumeError, SourceError, StoppedError, VerificationE
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -57,13 +59,19 @@ SAID: Final = "fastvgg"
 """The attribute that says what was done to the images."""
 WAITING: Final = 3  # shards: one is on its way to the disk, one waits, and one is encoded
 NAMES_SHOWN: Final = 10
-# What zarr-python raises on metadata that it does not understand, and on chunks that are damaged.
-METADATA_ERRORS: Final = (ValueError, TypeError, KeyError, AttributeError, NotImplementedError)
-CHUNK_ERRORS: Final = (ValueError, TypeError, RuntimeError, OSError, EOFError, zlib.error)
+# What zarr-python, and what it calls, raise on metadata and on chunks that are damaged.
+METADATA_ERRORS: Final = (
+    *(ValueError, TypeError, KeyError, AttributeError, NotImplementedError),
+    *(OverflowError, RecursionError, OSError),
+)
+CHUNK_ERRORS: Final = (
+    *(ValueError, TypeError, RuntimeError, OverflowError, SystemError, MemoryError),
+    *(OSError, EOFError, zlib.error, lzma.LZMAError),
+)
 
 
 class MissingChunkError(Exception):
-    """A chunk that is not there, by its key."""
+    """A chunk that is not there, or empty, by its key."""
 
 
 class DamagedChunkError(StoppedError):
@@ -81,7 +89,7 @@ class _Whole(WrapperStore[Store]):
     ) -> Buffer | None:
         wanted = prototype or default_buffer_prototype()
         found: Buffer | None = await self._store.get(key, wanted, byte_range)
-        if found is None and not key.endswith(METADATA):
+        if not found and not key.endswith(METADATA):  # an empty shard is a missing one to zarr
             raise MissingChunkError(key)
         return found
 
@@ -104,43 +112,51 @@ class ZarrArray:
 
     def __init__(self, path: Path, *, layout: Layout = "NHWC") -> None:
         self.path = path
+        _refuse_irregular(path)
         try:
             store = _Whole(LocalStore(path, read_only=True))
-            found = zarr.open(store, mode="r")
-        except (*METADATA_ERRORS, OSError) as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what is not right, and is read all the same
+                found = zarr.open(store, mode="r")
+                names = sorted(found.array_keys()) if isinstance(found, zarr.Group) else []
+        except METADATA_ERRORS as error:
             raise SourceError(
-                f"{path} cannot be opened as Zarr: {type(error).__name__}: {str(error)[:200]}",
+                f"{path} cannot be opened as Zarr: {type(error).__name__}: {_shown(error)}",
                 "check that it is complete: it was written with a zarr.json, or .zarray, in it",
             ) from None
         if isinstance(found, zarr.Group):
-            names = itertools.islice(found.array_keys(), NAMES_SHOWN)
+            shown = ", ".join(names[:NAMES_SHOWN]) or "none"
             raise SourceError(
-                f"{path} is a group of arrays; there are: {', '.join(names) or 'none'}",
+                f"{path} is a group of arrays; there are: {shown}",
                 f"give one of them: {path}/NAME",
             )
         self._array = found
         check_array(path, found.shape)
         self.header = Header(found.shape, self._type_name(), layout)
         self._refuse_unsafe()
-        stored: tuple[int, ...] = found.shards or found.chunks
-        self._outer_images = stored[0]
-        counts = (-(-a // b) for a, b in zip(found.shape, stored, strict=True))
+        self._stored: tuple[int, ...] = found.shards or found.chunks
+        if min(self._stored) < 1:
+            raise SourceError(f"{path} has chunks of {self._stored}", "get the array again")
+        counts = (-(-a // b) for a, b in zip(found.shape, self._stored, strict=True))
         self._counts = tuple(counts)
         self.stored_together = min(found.chunks[0], found.shape[0])
 
     def _type_name(self) -> str:
         """Return the storage type; numbers of another byte order are converted when read."""
-        name = self._array.dtype.newbyteorder("=").name
+        found = self._array.dtype
+        name = found.newbyteorder("=").name if found.kind in "uf" else ""
         if name not in PLAIN:
             raise SourceError(
-                f"{self.path} holds numbers of type {self._array.dtype}",
+                f"{self.path} holds numbers of type {found}",
                 f"store it as one of {', '.join(PLAIN)}",
             )
         return str(name)
 
     def _refuse_unsafe(self) -> None:
         """Refuse to unpickle what comes from a file: that would run any code in it."""
-        if "pickle" in str(self._array.metadata.to_dict()).lower():
+        fields = self._array.metadata.to_dict()
+        codecs = [fields.get(name) for name in ("codecs", "filters", "compressor")]
+        if "pickle" in str(codecs).lower():
             raise SourceError(
                 f"{self.path} is stored by way of Python's pickle, which is never loaded",
                 "store it with another codec",
@@ -159,10 +175,12 @@ class ZarrArray:
 
     def keys(self, start: int, stop: int) -> Iterator[str]:
         """Return the names of the chunks, or shards, that hold some images."""
-        first, last = start // self._outer_images, -(-stop // self._outer_images)
-        others = itertools.product(*map(range, self._counts[1:]))
-        for number, other in itertools.product(range(first, last), [*others]):
-            yield self._array.metadata.encode_chunk_key((number, *other))
+        for numbers in self._numbers(start, stop):
+            yield self._array.metadata.encode_chunk_key(numbers)
+
+    def _numbers(self, start: int, stop: int) -> Iterator[tuple[int, ...]]:
+        first, last = start // self._stored[0], -(-stop // self._stored[0])
+        return _combined([range(first, last), *map(range, self._counts[1:])])
 
     def read_into(self, start: int, out: NDArray[Any]) -> None:
         """Read as many images as `out` has, from row `start` on; many threads may.
@@ -175,31 +193,37 @@ class ZarrArray:
         try:
             self._read_into(start, out)
         except MissingChunkError as error:
-            raise self._damaged(str(error), "it is missing") from None
-        except OSError as error:
-            raise StoppedError.from_os_error(error, "read", str(self.path), start) from error
+            raise self._damaged(str(error), "it is missing, or empty") from None
         except CHUNK_ERRORS as error:
-            self._blame(start, out)
-            raise self._damaged(next(self.keys(start, start + 1)), str(error)) from None
+            if (
+                isinstance(error, OSError) and error.errno is not None
+            ):  # the system's, and no codec's
+                where = str(error.filename or self.path)
+                raise StoppedError.from_os_error(error, "read", where, start) from error
+            self._blame(start, start + len(out))
+            raise self._damaged(next(self.keys(start, start + 1)), _shown(error)) from None
 
     def _read_into(self, start: int, out: NDArray[Any]) -> None:
         rows = slice(start, start + len(out))
         self._array.get_basic_selection((rows,), out=NDBuffer.from_numpy_array(out))
 
-    def _blame(self, start: int, out: NDArray[Any]) -> None:
+    def _blame(self, start: int, stop: int) -> None:
         """Read the chunks one after the other, and raise an error that names the damaged one."""
-        row, end = start, start + len(out)
-        while row < end:
-            stop = min(end, row - row % self._outer_images + self._outer_images)
+        for numbers in self._numbers(start, stop):
+            begins = [number * size for number, size in zip(numbers, self._stored, strict=True)]
+            ends = [begin + size for begin, size in zip(begins, self._stored, strict=True)]
+            begins[0], ends[0] = max(begins[0], start), min(ends[0], stop)
+            key = self._array.metadata.encode_chunk_key(numbers)
             try:
-                self._read_into(row, out[row - start : stop - start])
+                self._array.get_basic_selection(tuple(map(slice, begins, ends)))
+            except MissingChunkError as error:
+                raise self._damaged(str(error), "it is missing, or empty") from None
             except CHUNK_ERRORS as error:
-                raise self._damaged(", ".join(self.keys(row, stop)), str(error)) from None
-            row = stop
+                raise self._damaged(key, _shown(error)) from None
 
     def _damaged(self, key: str, why: str) -> DamagedChunkError:
         return DamagedChunkError(
-            f"{self.path}: chunk {key} is damaged: {why[:200]}",
+            f"{self.path}: chunk {key} is damaged: {why}",
             "get the array again, or make it again from its source; then run again with --restart",
         )
 
@@ -499,6 +523,29 @@ class ZarrTarget:
         """Nothing stays open."""
 
 
+def _combined(ranges: Sequence[range]) -> Iterator[tuple[int, ...]]:
+    """Return a number of each range in all combinations, of which there may be any number."""
+    if not ranges:
+        yield ()
+        return
+    for number in ranges[0]:
+        for others in _combined(ranges[1:]):
+            yield number, *others
+
+
+def _shown(error: Exception) -> str:
+    """Return what an error says, as a terminal shows it: it may quote anything from a file."""
+    return ascii(str(error)[:200])[1:-1]
+
+
+def _refuse_irregular(path: Path) -> None:
+    """Refuse metadata that are in no file: a pipe would be waited for, for ever."""
+    for name in METADATA:
+        file = path / name
+        if os.path.exists(file) and not os.path.isfile(file):  # noqa: PTH110, PTH113  # may raise
+            raise SourceError(f"{file} is no file", "get the array again")
+
+
 def _files(path: Path) -> dict[str, tuple[int, str]]:
     """Return the size and the time of change of every file of an array, by its key.
 
@@ -512,15 +559,16 @@ def _files(path: Path) -> dict[str, tuple[int, str]]:
     try:
         while folders:
             folder = folders.pop()
-            for entry in os.scandir(path / folder):
-                key = folder + entry.name
-                if entry.is_dir():
-                    folders.append(f"{key}/")
-                elif entry.is_file():
-                    status = entry.stat()
-                    found[key] = status.st_size, str(status.st_mtime_ns)
-                else:
-                    raise SourceError(f"{path / key} is no file", "get the array again")
+            with os.scandir(path / folder) as entries:
+                for entry in entries:
+                    key = folder + entry.name
+                    if entry.is_dir():
+                        folders.append(f"{key}/")
+                    elif entry.is_file():
+                        status = entry.stat()
+                        found[key] = status.st_size, str(status.st_mtime_ns)
+                    else:
+                        raise SourceError(f"{path / key} is no file", "get the array again")
     except OSError as error:
         raise SourceError(
             f"{error.filename} cannot be read: {error.strerror}", "check its permissions"
