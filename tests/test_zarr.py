@@ -1,36 +1,54 @@
-"""Zarr arrays in directories: which are read, which are damaged, and what is written."""
+"""Zarr: what zarr-python wrote is read as it reads it, and what is written here it reads too."""
 
 from __future__ import annotations
 
-import concurrent.futures
-import itertools
+import contextlib
 import json
+import math
 import os
 import shutil
+import tarfile
+import threading
 
+import google_crc32c
+import numcodecs
 import numpy as np
 import pytest
 import zarr
-from batches import KERAS_MODES, dtype_of, in_layout
+from batches import KERAS_MODES, assert_same, every_value, in_layout
 from datasets_on_disk import (
+    commits_in,
     must_say,
     names_in,
-    permissions,
+    network_inputs,
     pixels,
     plan_of,
     printed_by,
-    python,
+    rows_by_name,
     save_images,
     save_npy,
     tree,
 )
 from faults import CuttingStorage, Death
+from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, TransposeCodec, ZstdCodec
+from zarr_on_disk import (
+    change_metadata,
+    chunk_files,
+    flip,
+    key_of,
+    load_zarr,
+    metadata_of,
+    save_zarr,
+)
 
 import fastvgg
-from fastvgg import datasets, oracle
-from fastvgg.datasets.base import Header, piece_images
-from fastvgg.datasets.zarr import ZarrSource
+from fastvgg import datasets
+from fastvgg.datasets import base
+from fastvgg.datasets.base import Header
+from fastvgg.datasets.index import read_index
+from fastvgg.datasets.zarr import ShardEncoder, ZarrSource
 from fastvgg.errors import (
+    FastvggError,
     ResumeError,
     SourceError,
     StoppedError,
@@ -39,435 +57,571 @@ from fastvgg.errors import (
     VerificationError,
 )
 from fastvgg.stream.info import info
+from fastvgg.stream.manifest import manifest_path, transform_of
 from fastvgg.stream.run import run
 from fastvgg.stream.storage import Storage
 
-IMAGES, TOGETHER = 11, 2
-SHARDS = -(-IMAGES // TOGETHER)
-BATCH = pixels(IMAGES, height=5, width=7)
-EXPECTED = oracle.apply(fastvgg.Transform("caffe"), BATCH)
-PLAIN = ("uint8", "float16", "float32", "float64")
-
-
-def written(path, data=BATCH, **settings):
-    """Write an array by zarr-python, all of it."""
-    settings = {"chunks": (3, 5, 7, 3), "config": {"write_empty_chunks": True}, **settings}
-    zarr.create_array(path, data=data, **settings)
-    return path
-
-
-def check_reads(path, expected, dtype, layout="NHWC"):
-    """Check that an array is read as it is, from any row to any."""
-    source = datasets.open_source(path, layout=layout)
-    assert isinstance(source, ZarrSource)
-    assert source.header == Header(expected.shape, dtype, layout)
-    for start, stop in itertools.combinations(range(0, len(expected) + 1, 2), 2):
-        batch, records = source.read(start, stop)
-        assert batch.dtype == dtype_of(dtype)
-        assert batch.tobytes() == expected[start:stop].tobytes()
-        assert records == []
-        out = np.zeros_like(batch)
-        source.read_into(start, out)
-        assert out.tobytes() == batch.tobytes()
-    source.close()
-
-
-WAYS_TO_STORE = {
-    "chunks of an image": {"chunks": (1, 5, 7, 3), "compressors": None},
-    "chunks that divide nothing": {"chunks": (4, 2, 3, 2)},
-    "shards": {"chunks": (2, 5, 7, 3), "shards": (4, 5, 7, 3), "compressors": None},
-    "compressed shards": {"chunks": (1, 5, 4, 3), "shards": (3, 5, 8, 3)},
-    "checksums": {"compressors": zarr.codecs.Crc32cCodec()},
-    "gzip": {"compressors": zarr.codecs.GzipCodec()},
-    "blosc": {"compressors": zarr.codecs.BloscCodec()},
-    "dots": {"chunk_key_encoding": {"name": "default", "separator": "."}},
-    "version 2": {"zarr_format": 2},
-    "version 2 in folders": {
-        "zarr_format": 2,
+# Of ten images, 7 high and 9 wide.
+V2 = {"zarr_format": 2}
+SLASHES = {"name": "default", "separator": "/"}
+DOTS = {"name": "default", "separator": "."}
+STORED = {
+    "plain": {},
+    "one chunk": {"chunks": (10, 7, 9, 3)},
+    "larger chunks than the array": {"chunks": (16, 8, 16, 4)},
+    "chunks that divide no axis": {"chunks": (3, 4, 5, 2)},
+    "a chunk for each row and channel": {"chunks": (4, 1, 9, 1)},
+    "dots in the keys": {"chunks": (3, 4, 5, 2), "chunk_key_encoding": DOTS},
+    "keys of the second version": {"chunk_key_encoding": {"name": "v2", "separator": "."}},
+    "shards": {"chunks": (2, 7, 9, 3), "shards": (4, 7, 9, 3)},
+    "shards that divide no axis": {"chunks": (2, 2, 3, 1), "shards": (4, 4, 6, 2)},
+    "compressed shards": {"shards": (6, 7, 9, 3), "compressors": ZstdCodec()},
+    "zstd": {"compressors": ZstdCodec(checksum=True)},
+    "blosc": {"compressors": BloscCodec()},
+    "gzip": {"compressors": GzipCodec()},
+    "a checksum": {"compressors": Crc32cCodec()},
+    "transposed": {"filters": TransposeCodec(order=(0, 3, 1, 2))},
+    "v2": V2,
+    "v2, slashes": {
+        **V2,
+        "chunks": (3, 4, 5, 2),
         "chunk_key_encoding": {"name": "v2", "separator": "/"},
-        "compressors": None,
     },
+    "v2, blosc": {**V2, "compressors": numcodecs.Blosc()},
+    "v2, zlib": {**V2, "compressors": numcodecs.Zlib()},
+    "v2, in Fortran's order": {**V2, "order": "F"},
 }
-
-
-@pytest.mark.parametrize("stored", WAYS_TO_STORE)
-def test_an_array_is_read_however_it_is_stored(tmp_path, stored):
-    check_reads(written(tmp_path / "x.zarr", **WAYS_TO_STORE[stored]), BATCH, "uint8")
-
-
-@pytest.mark.parametrize("dtype", PLAIN)
-@pytest.mark.parametrize("order", ["<", ">"])
-def test_every_type_is_read_in_either_byte_order(tmp_path, dtype, order):
-    expected = BATCH.astype(dtype)
-    data = expected.astype(expected.dtype.newbyteorder(order))
-    serializer = zarr.codecs.BytesCodec(endian={"<": "little", ">": "big"}[order])
-    path = written(tmp_path / "3.zarr", expected, serializer=serializer)
-    check_reads(path, expected, dtype)
-    check_reads(written(tmp_path / "2.zarr", data, zarr_format=2), expected, dtype)
-
-
-def test_channels_may_come_first(tmp_path):
-    expected = in_layout(BATCH, "NCHW")
-    path = written(tmp_path / "x.zarr", expected, chunks=(4, 3, 5, 7))
-    check_reads(path, expected, "uint8", layout="NCHW")
-
-
-@pytest.mark.parametrize("zarr_format", [2, 3])
-def test_an_array_within_a_group_is_read(tmp_path, zarr_format):
-    group = zarr.create_group(tmp_path / "g.zarr", zarr_format=zarr_format)
-    group.create_array("images", data=BATCH, chunks=(3, 5, 7, 3))
-    group.create_array("labels", data=np.arange(IMAGES))
-    check_reads(tmp_path / "g.zarr" / "images", BATCH, "uint8")
-    with pytest.raises(SourceError) as caught:
-        datasets.open_source(tmp_path / "g.zarr")
-    must_say(caught.value, tmp_path / "g.zarr", "images", "labels", f"{tmp_path}/g.zarr/NAME")
-    with pytest.raises(SourceError) as caught:
-        datasets.open_source(tmp_path / "g.zarr" / "labels")
-    must_say(caught.value, tmp_path / "g.zarr" / "labels", (IMAGES,))
-
-
-def test_a_directory_of_another_name_is_an_array_by_what_is_in_it(tmp_path):
-    for number, zarr_format in enumerate((2, 3)):
-        path = written(tmp_path / f"array{number}", zarr_format=zarr_format)
-        check_reads(path, BATCH, "uint8")
-
-
-@pytest.mark.parametrize("stored", ["shards", "gzip"])
-def test_many_threads_read_at_once(tmp_path, stored):
-    source = datasets.open_source(written(tmp_path / "x.zarr", **WAYS_TO_STORE[stored]))
-
-    def read(start):
-        out = np.zeros_like(BATCH[start : start + 3])
-        source.read_into(start, out)
-        return out.tobytes() == BATCH[start : start + 3].tobytes()
-
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(read, [number % IMAGES for number in range(100)]))
-
-
-def test_chunks_of_a_run_hold_whole_chunks_of_the_array(tmp_path):
-    for name, settings in {
-        "chunked": {"chunks": (4, 5, 7, 3)},
-        "sharded": {"chunks": (4, 5, 7, 3), "shards": (8, 5, 7, 3)},
-    }.items():
-        path = written(tmp_path / f"{name}.zarr", **settings)
-        plan = fastvgg.plan(path, tmp_path / "y.npy", mode="tf")
-        image_bytes, least = plan.image_memory_bytes, plan.least_scratch_bytes
-        plan = fastvgg.plan(path, tmp_path / "y.npy", mode="tf", memory=least + 9 * image_bytes)
-        assert plan.chunk_images == 8
-        too_little = least + 4 * image_bytes - 1
-        with pytest.raises(TargetError) as caught:
-            fastvgg.plan(path, tmp_path / "y.npy", mode="tf", memory=too_little)
-        must_say(caught.value, "4 images, stored together", "--memory")
-
-
-def metadata_of(path):
-    return json.loads((path / "zarr.json").read_text())
-
-
-def edited(path, **fields):
-    """Write other metadata."""
-    (path / "zarr.json").write_text(json.dumps({**metadata_of(path), **fields}))
-    return path
-
-
-EDITS = {
-    "no json": "{",
-    "no object": "[]",
-    "nothing": "{}",
-    "another version": {"zarr_format": 9},
-    "an unknown codec": {"codecs": [{"name": "made-up"}]},
-    "no codec": {"codecs": []},
-    "an unknown type": {"data_type": "made-up"},
-    "no type": {"data_type": None},
-    "a negative shape": {"shape": [-1, 5, 7, 3]},
-    "a shape of texts": {"shape": ["a", 5, 7, 3]},
-    "no shape": {"shape": None},
-    "chunks of nothing": {
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [0, 5, 7, 3]}}
-    },
-    "chunks of another rank": {
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [3, 5, 7]}}
-    },
-    "an unknown grid": {"chunk_grid": {"name": "made-up", "configuration": {}}},
-    "unknown keys": {"chunk_key_encoding": {"name": "made-up", "configuration": {}}},
-    "a transformer": {"storage_transformers": [{"name": "made-up"}]},
-    "an unknown node": {"node_type": "made-up"},
-    "a fill value of another type": {"fill_value": "x"},
+NOTICED = {  # by a checksum, or by a compressor
+    "shards": {"shards": (4, 7, 9, 3), "compressors": Crc32cCodec()},
+    "zstd": {"compressors": ZstdCodec(checksum=True)},
+    "gzip": {"compressors": GzipCodec()},
+    "a checksum": {"compressors": Crc32cCodec()},
+    "v2, zlib": {**V2, "compressors": numcodecs.Zlib()},
+    "v2, lzma": {**V2, "compressors": numcodecs.LZMA()},
+    "v2, bz2": {**V2, "compressors": numcodecs.BZ2()},
 }
-
-
-@pytest.mark.parametrize("edit", EDITS)
-def test_damaged_metadata_are_refused(tmp_path, edit):
-    path = written(tmp_path / "x.zarr")
-    if isinstance(EDITS[edit], str):
-        (path / "zarr.json").write_text(EDITS[edit])
-    else:
-        edited(path, **EDITS[edit])
-    before = tree(path)
-    with pytest.raises(SourceError) as caught:
-        datasets.open_source(path)
-    must_say(caught.value, path)
-    assert tree(path) == before
-
-
-def test_a_shape_that_claims_more_than_there_is_is_refused_at_once(tmp_path):
-    path = edited(written(tmp_path / "x.zarr"), shape=[2**40, 5, 7, 3])
-    with pytest.raises(SourceError) as caught:
-        datasets.open_source(path)
-    must_say(caught.value, path, "are missing", "c/4/0/0/0")
-
-
-@pytest.mark.parametrize(
-    ("data", "words"),
-    [
-        (BATCH.astype(np.int32), ["int32", "float32"]),
-        (BATCH.astype(np.complex64), ["complex64"]),
-        (BATCH.astype(np.bool_), ["bool"]),
-        (BATCH[0], [(5, 7, 3), "numpy.newaxis"]),
-        (np.zeros((0, 5, 7, 3), np.uint8), [(0, 5, 7, 3), "no images"]),
-    ],
-)
-def test_other_types_and_shapes_are_refused(tmp_path, data, words):
-    path = written(tmp_path / "x.zarr", data, chunks=data.shape if data.size else (1, 5, 7, 3))
-    with pytest.raises(SourceError) as caught:
-        datasets.open_source(path)
-    must_say(caught.value, path, *words)
-
-
-def test_what_would_be_unpickled_is_refused(tmp_path):
-    path = written(tmp_path / "x.zarr", zarr_format=2, compressors=None)
-    fields = json.loads((path / ".zarray").read_text())
-    fields["filters"] = [{"id": "pickle", "protocol": 5}]
-    (path / ".zarray").write_text(json.dumps(fields))
-    with pytest.raises(SourceError) as caught:
-        datasets.open_source(path)
-    must_say(caught.value, path, "pickle")
-
-
-def test_chunks_that_are_missing_are_refused(tmp_path):
-    path = written(tmp_path / "x.zarr")
-    for name in ("1", "2"):
-        shutil.rmtree(path / "c" / name)
-    with pytest.raises(SourceError) as caught:
-        datasets.open_source(path)
-    must_say(caught.value, path, "2 of 4 chunks are missing", "c/1/0/0/0", "write_empty_chunks")
-    (path / "c" / "others").write_bytes(b"")
-    (path / "c" / "more").write_bytes(b"")
-    with pytest.raises(SourceError) as caught:
-        datasets.open_source(path)
-    must_say(caught.value, "2 of 4 chunks are missing", "c/1/0/0/0, c/2/0/0/0")
-
-
-def test_chunks_of_the_fill_value_that_zarr_left_away_are_refused(tmp_path):
-    zarr.create_array(tmp_path / "x.zarr", data=np.zeros_like(BATCH), chunks=(3, 5, 7, 3))
-    with pytest.raises(SourceError) as caught:
-        datasets.open_source(tmp_path / "x.zarr")
-    must_say(caught.value, "4 of 4 chunks are missing")
-
-
-def test_what_is_no_file_among_the_chunks_is_refused(tmp_path):
-    path = written(tmp_path / "x.zarr")
-    (path / "c/1/0/0/0").unlink()
-    os.mkfifo(path / "c/1/0/0/0")
-    with pytest.raises(SourceError) as caught:
-        datasets.open_source(path)
-    must_say(caught.value, path / "c/1/0/0/0", "no file")
-    (path / "c/1/0/0/0").unlink()
-    (path / "c/1/0/0/0").mkdir()
-    with pytest.raises(SourceError) as caught:
-        datasets.open_source(path)
-    must_say(caught.value, "1 of 4 chunks are missing")
-
-
-def test_what_may_not_be_read_is_refused(tmp_path):
-    path = written(tmp_path / "x.zarr")
-    script = """
-import sys
-from datasets_on_disk import obey_permissions
-from fastvgg import datasets, errors
-from pathlib import Path
-obey_permissions()
-try:
-    datasets.open_source(Path(sys.argv[1]))
-except errors.SourceError as error:
-    print(error)
-"""
-    for name in ("c", "zarr.json", "."):
-        with permissions(path / name, 0):
-            assert str(path) in printed_by(script, path)
-
-
-def test_a_name_without_an_array_is_refused(tmp_path):
-    (tmp_path / "empty.zarr").mkdir()
-    (tmp_path / "file.zarr").write_bytes(b"a file")
-    for name, word in (("missing", "exist"), ("empty", "no Zarr array"), ("file", "Zarr")):
-        with pytest.raises(SourceError) as caught:
-            datasets.open_source(tmp_path / f"{name}.zarr")
-        must_say(caught.value, tmp_path / f"{name}.zarr", word)
-
-
-def test_options_for_image_files_and_work_in_place_are_refused(tmp_path):
-    path = written(tmp_path / "x.zarr")
-    with pytest.raises(SourceError) as caught:
-        fastvgg.plan(path, tmp_path / "y.npy", mode="tf", size=(3, 3))
-    must_say(caught.value, path, "--size")
-    with pytest.raises(UsageError) as caught:
-        fastvgg.plan(path, in_place=True, mode="tf")
-    must_say(caught.value, "in place")
-
-
-def test_the_package_that_is_missing_is_named(tmp_path):
-    script = """
-import sys
-sys.modules["zarr"] = None
-import fastvgg
-for paths in ((sys.argv[1], "y.npy"), (sys.argv[2], "y.zarr")):
-    try:
-        fastvgg.plan(*paths, mode="tf").run()
-    except fastvgg.errors.FastvggError as error:
-        print(error.exit_code, error.remedy)
-"""
-    paths = written(tmp_path / "x.zarr"), save_npy(tmp_path / "x.npy", BATCH)
-    done = python(script, *paths, cwd=tmp_path)
-    assert done.stdout.count("3 install it: pip install 'fastvgg[zarr]'") == 2, done.stderr
-
-
-CHECKED = ("checksums", "shards with checksums", "gzip")
-
-
-def damaged_while_open(tmp_path, damage, stored):
-    """An open source, and the key of its chunk that was damaged after it was opened."""
-    settings = {
-        "checksums": WAYS_TO_STORE["checksums"],
-        "gzip": WAYS_TO_STORE["gzip"],
-        "shards with checksums": {
-            "chunks": (1, 5, 7, 3),
-            "shards": (3, 5, 7, 3),
-            "compressors": zarr.codecs.Crc32cCodec(),
-        },
-    }[stored]
-    path = written(tmp_path / "x.zarr", **settings)
-    source = datasets.open_source(path)
-    chunk = path / "c/1/0/0/0"
-    content = bytearray(chunk.read_bytes())
-    if damage == "gone":
-        chunk.unlink()
-    elif damage == "flipped":
-        content[len(content) // 3] ^= 1
-        chunk.write_bytes(content)
-    else:
-        chunk.write_bytes(content[: {"empty": 0, "short": 60, "a byte short": -1}[damage]])
-    return source
-
-
-@pytest.mark.parametrize("stored", CHECKED)
-@pytest.mark.parametrize("damage", ["gone", "flipped", "empty", "short", "a byte short"])
-def test_a_damaged_chunk_is_named_and_the_others_are_read(tmp_path, damage, stored):
-    source = damaged_while_open(tmp_path, damage, stored)
-    assert source.read(0, 3).batch.tobytes() == BATCH[:3].tobytes()
-    assert source.read(6, 11).batch.tobytes() == BATCH[6:].tobytes()
-    for start, stop in ((3, 6), (0, 11), (2, 7)):
-        with pytest.raises(StoppedError) as caught:
-            source.read(start, stop)
-        must_say(caught.value, tmp_path / "x.zarr", "c/1/0/0/0")
-        assert caught.value.exit_code == 5
-
-
-def test_a_chunk_that_is_short_is_noticed_without_a_checksum(tmp_path):
-    path = written(tmp_path / "x.zarr", compressors=None)
-    source = datasets.open_source(path)
-    content = (path / "c/1/0/0/0").read_bytes()
-    for length in (0, 1, len(content) // 2, len(content) - 1, len(content) + 1):
-        (path / "c/1/0/0/0").write_bytes((content + b"\0")[:length])
-        with pytest.raises(StoppedError) as caught:
-            source.read(0, 11)
-        must_say(caught.value, "c/1/0/0/0")
-
-
-def test_a_source_that_changes_under_a_run_is_seen(tmp_path):
-    path = written(tmp_path / "x.zarr")
-    plan = plan_of(path, tmp_path / "y.npy", mode="tf")
-    zarr.open_array(path, mode="r+")[3] = 0
-    with pytest.raises(SourceError) as caught:
-        plan.run()
-    must_say(caught.value, "has changed")
 
 
 @pytest.fixture
-def array(tmp_path):
-    return save_npy(tmp_path / "x.npy", BATCH)
+def stored(tmp_path):
+    """Ten images, in chunks of two."""
+    return save_zarr(tmp_path / "x.zarr", pixels(10))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-@pytest.mark.parametrize("mode", KERAS_MODES)
-def test_a_result_is_the_same_bits_as_in_a_npy_and_comes_back(array, tmp_path, mode, dtype):
-    path = tmp_path / "y.zarr"
-    plan_of(array, path, mode=mode, dtype=dtype, together=TOGETHER).run()
-    expected = oracle.apply(fastvgg.Transform(mode, dtype=dtype), BATCH)
-    check_reads(path, expected, dtype)
-    read = zarr.open_array(path, mode="r")[:]
-    assert read.dtype == np.dtype(dtype)
-    assert read.tobytes() == expected.tobytes()
-    plan_of(path, tmp_path / "back.zarr", direction="restore", together=3).run()
-    check_reads(tmp_path / "back.zarr", BATCH, "uint8")
+def opened(path, **settings):
+    source = datasets.open_source(path, **settings)
+    assert isinstance(source, ZarrSource)
+    return source
 
 
-def test_a_shard_is_a_chunk_of_the_run_with_checksums_and_names(array, tmp_path):
-    path = tmp_path / "y.zarr"
-    plan = plan_of(array, path, mode="caffe", together=TOGETHER)
+# Sources
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_all_rows_are_there_from_any_to_any(tmp_path, name):
+    batch = pixels(10)
+    path = save_zarr(tmp_path / "x.zarr", batch, **STORED[name])
+    source = opened(path)
+    assert source.kind == "zarr"
+    assert source.header == Header(batch.shape, "uint8", "NHWC")
+    assert source.stored_bytes == sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    assert (source.settings, source.notes) == ({}, [])
+    assert len(source.records) == 0
+    assert np.array_equal(load_zarr(path), batch)
+    for start, stop in [(0, 10), (0, 1), (9, 10), (1, 4), (3, 8), (5, 6)]:
+        read = source.read(start, stop)
+        assert_same(read.batch, batch[start:stop])
+        assert read.records == []
+        out = np.zeros_like(batch[start:stop])
+        source.read_into(start, out)
+        assert_same(out, batch[start:stop])
+    source.close()
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("dtype", ["uint8", "float16", "float32", "float64"])
+def test_numbers_of_every_type_and_byte_order_are_read(tmp_path, dtype, order, version):
+    batch = network_inputs(pixels(5), "torch", dtype="float64").astype(dtype)
+    swapped = batch.astype(batch.dtype.newbyteorder(order))
+    path = save_zarr(tmp_path / "x.zarr", swapped, zarr_format=version)
+    source = opened(path)
+    assert source.header.dtype == dtype
+    assert_same(source.read(0, 5).batch, batch)
+    plan_of(
+        path,
+        tmp_path / "y.npy",
+        mode="tf",
+        direction="preprocess" if dtype == "uint8" else "restore",
+    ).run()
+    save_npy(tmp_path / "x.npy", batch)
+    plan_of(
+        tmp_path / "x.npy",
+        tmp_path / "z.npy",
+        mode="tf",
+        direction="preprocess" if dtype == "uint8" else "restore",
+    ).run()
+    assert (tmp_path / "y.npy").read_bytes() == (tmp_path / "z.npy").read_bytes()
+
+
+def test_the_layout_is_the_one_that_is_given(tmp_path):
+    batch = pixels(5)
+    path = save_zarr(tmp_path / "x.zarr", in_layout(batch, "NCHW"))
+    assert opened(path, layout="NCHW").header == Header((5, 3, 7, 9), "uint8", "NCHW")
+    plan_of(path, tmp_path / "y.npy", mode="caffe", layout="NCHW", out_layout="NHWC").run()
+    assert_same(np.load(tmp_path / "y.npy"), network_inputs(batch, "caffe"))
+    with pytest.raises(SourceError, match="NCHW"):
+        plan_of(path, tmp_path / "z.npy", mode="caffe")
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_an_array_in_a_group_is_read_and_the_group_says_which_there_are(tmp_path, version):
+    group = zarr.create_group(tmp_path / "x.zarr", zarr_format=version)
+    group.create_group("more")
+    for name in ("labels", "images"):
+        save_zarr(tmp_path / "x.zarr" / name, pixels(3), zarr_format=version)
+    assert_same(opened(tmp_path / "x.zarr" / "images").read(0, 3).batch, pixels(3))
+    with pytest.raises(SourceError) as caught:
+        opened(tmp_path / "x.zarr")
+    must_say(caught.value, tmp_path / "x.zarr", "group", "images, labels", "x.zarr/NAME")
+    with pytest.raises(SourceError) as caught:
+        opened(tmp_path / "x.zarr" / "more")
+    must_say(caught.value, tmp_path / "x.zarr" / "more", "none")
+
+
+def test_an_array_needs_no_ending_to_be_one(tmp_path):
+    path = save_zarr(tmp_path / "images", pixels(3))
+    assert opened(path).header.images == 3
+
+
+def test_many_threads_read_at_once(tmp_path):
+    batch = pixels(40)
+    source = opened(save_zarr(tmp_path / "x.zarr", batch, **STORED["shards that divide no axis"]))
+    wrong = []
+
+    def read(seed):
+        for row in np.random.default_rng(seed).permutation(36)[:12]:
+            out = np.zeros_like(batch[:4])
+            source.read_into(int(row), out)
+            if not np.array_equal(out, batch[row : row + 4]):
+                wrong.append(row)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "together"),
+    [
+        ({}, 2),
+        ({"chunks": (3, 4, 5, 2)}, 3),
+        ({"chunks": (64, 7, 9, 3)}, 40),
+        ({"chunks": (4, 7, 9, 3), "shards": (12, 7, 9, 3)}, 4),
+    ],
+    ids=["chunks", "in pieces", "larger than the array", "shards"],
+)
+def test_a_run_reads_whole_chunks(tmp_path, settings, together):
+    batch = pixels(40)
+    path = save_zarr(tmp_path / "x.zarr", batch, **settings)
+    assert opened(path).stored_together == together
+    plan = plan_of(path, tmp_path / "y.npy", mode="caffe", together=together)
+    assert plan.chunk_images == together
+    assert plan.chunks == -(-40 // together)
+    if together < 40:
+        more = plan_of(path, tmp_path / "y.npy", mode="caffe", together=2 * together + 1)
+        assert more.chunk_images == 2 * together
     plan.run()
-    assert names_in(path) == [*[f"c.{number}.0.0.0" for number in range(SHARDS)], "zarr.json"]
-    stored = zarr.open_array(path, mode="r")
-    assert stored.shards == (TOGETHER, 5, 7, 3)
-    fields = metadata_of(path)
-    (sharding,) = fields["codecs"]
-    for codecs in ("codecs", "index_codecs"):
-        assert [codec["name"] for codec in sharding["configuration"][codecs]] == ["bytes", "crc32c"]
-    assert fields["dimension_names"] == ["image", "height", "width", "channel"]
-    said = json.loads(json.dumps(plan.transform.to_dict()))
-    assert fields["attributes"] == {"fastvgg": {"transform": said}}
-    assert names_in(tmp_path) == ["x.npy", "y.zarr", "y.zarr.fastvgg.json"]
+    assert_same(np.load(tmp_path / "y.npy"), network_inputs(batch, "caffe"))
 
 
-def test_dimensions_are_named_by_the_layout(array, tmp_path):
-    plan_of(array, tmp_path / "y.zarr", mode="caffe", out_layout="NCHW").run()
-    names = metadata_of(tmp_path / "y.zarr")["dimension_names"]
-    assert names == ["image", "channel", "height", "width"]
+def test_a_memory_limit_that_no_chunk_fits_into_is_refused_with_the_one_that_does(tmp_path):
+    path = save_zarr(tmp_path / "x.zarr", pixels(3000, 9, 19), chunks=(2500, 9, 19, 3))
+    with pytest.raises(TargetError) as caught:
+        plan_of(path, tmp_path / "y.npy", mode="caffe", memory="5MiB")
+    must_say(caught.value, "2500 images, stored together", "5 MiB", "give --memory ")
+    enough = caught.value.remedy.split()[2]
+    plan = plan_of(path, tmp_path / "y.npy", mode="caffe", memory=enough)
+    assert plan.chunk_images == 2500
 
 
-def test_large_shards_hold_pieces_that_are_read_alone():
-    together = piece_images(602_112)
-    assert 4 < together < 20
-    assert piece_images(10**9) == 1
+def test_what_a_plan_says_of_memory_counts_the_chunks_that_zarr_holds(tmp_path):
+    save_npy(tmp_path / "x.npy", pixels(10))
+    path = save_zarr(tmp_path / "x.zarr", pixels(10))
+    image, result = 7 * 9 * 3, 7 * 9 * 3 * 4
+    needs = {
+        (source.suffix, target): plan_of(
+            source, tmp_path / f"y{target}", mode="tf"
+        ).image_memory_bytes
+        for source in (path, tmp_path / "x.npy")
+        for target in (".npy", ".zarr")
+    }
+    assert needs == {
+        (".npy", ".npy"): image + 2 * result,
+        (".npy", ".zarr"): image + 10 * result,
+        (".zarr", ".npy"): 3 * image + 2 * result,
+        (".zarr", ".zarr"): 3 * image + 10 * result,
+    }
 
 
-@pytest.mark.parametrize(("images", "pieces"), [(60, 5), (47, 1), (12, 6)])
-def test_a_piece_is_a_part_of_a_shard_without_rest(tmp_path, images, pieces, monkeypatch):
-    monkeypatch.setattr(datasets.base, "PIECE_BYTES", 6 * 5 * 7 * 3 * 4)
-    array = save_npy(tmp_path / "x.npy", pixels(images, height=5, width=7))
-    plan = plan_of(array, tmp_path / "y.zarr", mode="caffe", memory="1GiB")
-    plan.run()
-    stored = zarr.open_array(tmp_path / "y.zarr", mode="r")
-    assert stored.shards[0] == images
-    expected = max(count for count in range(1, 7) if images % count == 0)
-    assert stored.chunks[0] == expected
-    assert pieces in (expected, 5)
-    fastvgg.verify(tmp_path / "y.zarr", full=True)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: flip(chunk_files(path)[2], 5),
+        lambda path: os.utime(chunk_files(path)[2], ns=(0, 1)),
+        lambda path: os.truncate(chunk_files(path)[2], 7),
+        lambda path: chunk_files(path)[2].rename(path / "c" / "x"),
+        lambda path: (path / "c" / "9").mkdir() or (path / "c" / "9" / "0").write_bytes(b""),
+        lambda path: change_metadata(path, attributes={"a": 1}),
+    ],
+    ids=["another byte", "another date", "shorter", "another name", "one more", "metadata"],
+)
+def test_the_fingerprint_changes_when_a_file_does(stored, change):
+    source = opened(stored)
+    before = source.fingerprint()
+    assert source.fingerprint() == opened(stored).fingerprint() == before
+    change(stored)
+    assert source.fingerprint() != before
 
 
-def test_shards_that_are_full_of_the_fill_value_are_written_too(tmp_path):
-    array = save_npy(tmp_path / "x.npy", np.zeros((7, 5, 7, 3), np.float32))
-    plan_of(array, tmp_path / "y.zarr", mode="identity", together=2).run()
-    assert len(names_in(tmp_path / "y.zarr")) == 5
-    check_reads(tmp_path / "y.zarr", np.zeros((7, 5, 7, 3), np.float32), "float32")
+def test_a_source_that_changed_since_it_was_planned_is_refused(tmp_path, stored):
+    plan = plan_of(stored, tmp_path / "y.npy", mode="caffe")
+    flip(chunk_files(stored)[2], 5)
+    with pytest.raises(SourceError) as caught:
+        plan.run()
+    must_say(caught.value, stored, "changed")
+    assert names_in(tmp_path) == ["x.zarr"]
+
+
+def test_info_says_what_a_source_is(stored):
+    told = info(stored)
+    assert told == {
+        "path": str(stored),
+        "state": "source",
+        "kind": "zarr",
+        "shape": [10, 7, 9, 3],
+        "dtype": "uint8",
+        "bytes": opened(stored).stored_bytes,
+        "notes": [],
+    }
+
+
+def test_batches_are_read(stored):
+    batches = [(images.copy(), [*rows]) for images, rows in fastvgg.batches(stored, 4)]
+    assert np.array_equal(np.concatenate([images for images, _ in batches]), pixels(10))
+    assert [row for _, rows in batches for row in rows] == list(range(10))
+    shuffled = fastvgg.batches(stored, 3, shuffle=True, seed=3)
+    for images, rows in shuffled:
+        assert_same(images.copy(), pixels(10)[list(rows)])
+
+
+# What is refused
+
+
+def refused(path, *words, error=SourceError, **settings):
+    """Check that an array is refused, wherever it is given, in these words."""
+    with pytest.raises(error) as caught:
+        datasets.open_source(path, **settings)
+    must_say(caught.value, path, *words)
+    assert caught.value.exit_code == 3
+    assert str(caught.value).replace("\n", "").isprintable()
+    assert len(str(caught.value)) < 1000
+    with pytest.raises(FastvggError):
+        plan_of(path, path.parent / "y.npy", mode="caffe")
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.zeros((7, 9, 3), np.uint8), ("(7, 9, 3)", "rank 3")),
+        (np.zeros((2, 2, 7, 9, 3), np.uint8), ("rank 5",)),
+        (np.zeros((0, 7, 9, 3), np.uint8), ("no images",)),
+        (np.zeros((2, 7, 9, 3), np.int32), ("int32", "uint8, float16, float32, float64")),
+        (np.zeros((2, 7, 9, 3), np.complex64), ("complex64",)),
+        (np.zeros((2, 7, 9, 3), bool), ("bool",)),
+        (np.zeros((2, 7, 9, 3), "datetime64[s]"), ("datetime64",)),
+    ],
+    ids=lambda value: str(value.dtype) if isinstance(value, np.ndarray) else "",
+)
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.filterwarnings("ignore::zarr.errors.UnstableSpecificationWarning")
+def test_what_is_no_array_of_images_is_refused(tmp_path, array, words, version):
+    path = tmp_path / "x.zarr"
+    zarr.create_array(path, shape=array.shape, dtype=array.dtype, zarr_format=version)
+    refused(path, *words)
+
+
+@pytest.mark.parametrize("dtype", ["U3", "S3", [("a", "f4"), ("b", "u1")], str])
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.filterwarnings("ignore::zarr.errors.UnstableSpecificationWarning")
+def test_texts_and_records_are_refused(tmp_path, dtype, version):
+    path = tmp_path / "x.zarr"
+    zarr.create_array(path, shape=(2, 7, 9, 3), dtype=dtype, zarr_format=version)
+    refused(path, "numbers of type")
+
+
+def test_pickles_are_never_loaded(tmp_path):
+    path = save_zarr(tmp_path / "x.zarr", pixels(3), **V2)
+    change_metadata(path, filters=[{"id": "pickle", "protocol": 5}])
+    refused(path, "pickle")
+    change_metadata(path, filters=None, compressor={"id": "pickle", "protocol": 5})
+    refused(path, "pickle")
+    change_metadata(path, filters=[{"id": "pickle"}], compressor=None, dtype="|O", fill_value=None)
+    refused(path)
+
+
+def test_what_is_said_of_pickles_is_no_pickle(tmp_path):
+    path = save_zarr(tmp_path / "x.zarr", pixels(3), attributes={"shown": "Pickles, in a jar"})
+    assert_same(opened(path).read(0, 3).batch, pixels(3))
+
+
+def in_v3(**fields):
+    return lambda path: change_metadata(path, **fields)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: metadata_of(path).unlink(),
+        lambda path: metadata_of(path).write_bytes(b""),
+        lambda path: metadata_of(path).write_bytes(b"\0\xff"),
+        lambda path: metadata_of(path).write_text("[" * 100_000),
+        lambda path: metadata_of(path).write_text("[]"),
+        lambda path: metadata_of(path).write_text("null"),
+        lambda path: metadata_of(path).write_text("{}"),
+        lambda path: (metadata_of(path).unlink(), os.mkfifo(path / "zarr.json")),
+        lambda path: (metadata_of(path).unlink(), (path / "zarr.json").mkdir()),
+        in_v3(zarr_format=4),
+        in_v3(shape="many"),
+        in_v3(shape=[-1, 7, 9, 3]),
+        in_v3(data_type="uint7"),
+        in_v3(data_type={"name": "\x1b[2J"}),
+        in_v3(codecs=[{"name": "\x1b[2J", "configuration": {}}]),
+        in_v3(codecs=[{"name": "bytes"}, {"name": "zpaq", "configuration": {}}]),
+        in_v3(codecs=[]),
+        in_v3(codecs=7),
+        in_v3(fill_value=2**70),
+        in_v3(fill_value="x"),
+        in_v3(chunk_grid={"name": "regular", "configuration": {"chunk_shape": [0, 7, 9, 3]}}),
+        in_v3(chunk_grid={"name": "regular", "configuration": {"chunk_shape": [2, 7, 9]}}),
+        in_v3(chunk_grid={"name": "irregular"}),
+        in_v3(storage_transformers=["\x1b[2J"]),
+        in_v3(node_type="grope"),
+        in_v3(something={"must_understand": True}),
+    ],
+)
+def test_damaged_metadata_are_refused(stored, damage):
+    damage(stored)
+    refused(stored)
+
+
+def test_metadata_cut_off_anywhere_are_refused(stored):
+    whole = metadata_of(stored).read_bytes()
+    for length in range(0, len(whole), 7):
+        metadata_of(stored).write_bytes(whole[:length])
+        with pytest.raises(SourceError) as caught:
+            opened(stored)
+        must_say(caught.value, stored)
+
+
+@pytest.mark.parametrize(
+    "shape", [[10**12, 7, 9, 3], [10, 10**6, 10**6, 3], [10**18, 10**18, 9, 3]]
+)
+@pytest.mark.parametrize("chunks", [[1, 1, 1, 1], [2, 7, 9, 3]])
+def test_more_chunks_than_there_can_be_are_missing_at_once(stored, shape, chunks):
+    grid = {"name": "regular", "configuration": {"chunk_shape": chunks}}
+    change_metadata(stored, shape=shape, chunk_grid=grid)
+    expected = math.prod(-(-a // b) for a, b in zip(shape, chunks, strict=True))
+    refused(stored, f"of {expected} chunks are missing")
+
+
+def test_missing_chunks_are_counted_and_the_first_is_named(tmp_path, stored):
+    for number in (1, 3):
+        shutil.rmtree(stored / "c" / str(number))
+    refused(stored, "2 of 5 chunks", "c/1/0/0/0", "write_empty_chunks")
+    for number in range(20):  # and what is no chunk is not taken for one
+        (stored / f"c.{number}").write_bytes(b"")
+    refused(stored, "2 of 5 chunks", "c/1/0/0/0, c/3/0/0/0")
+
+
+def test_chunks_that_zarr_leaves_away_are_missing(tmp_path):
+    batch = pixels(10)
+    batch[4:6] = 0
+    made = zarr.create_array(
+        tmp_path / "x.zarr", shape=batch.shape, dtype="uint8", chunks=(2, 7, 9, 3)
+    )
+    made[...] = batch
+    refused(tmp_path / "x.zarr", "1 of 5 chunks", "c/2/0/0/0", "zarr.config.set")
+    with zarr.config.set({"array.write_empty_chunks": True}):  # as the message says
+        zarr.open_array(tmp_path / "x.zarr")[...] = batch
+    assert_same(opened(tmp_path / "x.zarr").read(0, 10).batch, batch)
+
+
+def test_what_is_no_file_in_the_place_of_a_chunk_is_refused(stored):
+    chunk = chunk_files(stored)[2]
+    chunk.unlink()
+    chunk.mkdir()
+    refused(stored, "c/2/0/0/0")
+    chunk.rmdir()
+    os.mkfifo(chunk)
+    refused(stored, "c/2/0/0/0", "no file")
+    chunk.unlink()
+    chunk.symlink_to("nowhere")
+    refused(stored, "c/2/0/0/0")
+
+
+def test_what_cannot_be_read_is_refused(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from datasets_on_disk import *; obey_permissions()\n"
+        "from zarr_on_disk import *; from fastvgg import datasets; from fastvgg.errors import *\n"
+        "place = Path(sys.argv[1])\n"
+        "path = save_zarr(place / 'x.zarr', pixels(10))\n"
+        "def refused(what, *words):\n"
+        "    with permissions(what, 0):\n"
+        "        try: datasets.open_source(path).read(0, 10)\n"
+        "        except FastvggError as error: must_say(error, *words); print(error.exit_code)\n"
+        "refused(path, path, 'Permission')\n"
+        "refused(path / 'zarr.json', path, 'Permission')\n"
+        "refused(path / 'c', path / 'c', 'permissions')\n"
+        "refused(path / 'c' / '3' / '0', path / 'c' / '3' / '0', 'permissions')\n"
+        "refused(path / 'c' / '3' / '0' / '0' / '0', 'c/3/0/0/0', 'EACCES')\n"
+    )
+    assert printed_by(script, tmp_path).split() == ["3", "3", "3", "3", "5"]
+
+
+def test_a_file_and_nothing_at_all_are_refused(tmp_path):
+    refused(tmp_path / "x.zarr")
+    (tmp_path / "x.zarr").write_bytes(b"PK")
+    refused(tmp_path / "x.zarr")
+    (tmp_path / "y.zarr").mkdir()
+    refused(tmp_path / "y.zarr", "zarr.json")
+
+
+def test_what_is_for_images_alone_is_refused(tmp_path, stored):
+    with pytest.raises(SourceError, match="--size and its like are for image files"):
+        plan_of(stored, tmp_path / "y.npy", mode="caffe", size=(5, 7))
+    with pytest.raises(UsageError, match=r"is not a .npy file"):
+        fastvgg.plan(stored, in_place=True, mode="caffe")
+    with pytest.raises(UsageError, match="an array already"):
+        plan_of(stored, tmp_path / "y.npy", direction="pack")
+
+
+def test_bfloat16_is_refused(tmp_path, stored):
+    with pytest.raises(TargetError) as caught:
+        plan_of(stored, tmp_path / "y.zarr", mode="caffe", dtype="bfloat16")
+    must_say(caught.value, tmp_path / "y.zarr", "bfloat16", ".npy")
+
+
+def test_without_zarr_it_is_said_how_to_install_it_and_nothing_is_written(tmp_path, stored):
+    save_npy(tmp_path / "x.npy", pixels(3))
+    script = (
+        "import sys; sys.modules['zarr'] = None\n"
+        "import fastvgg\n"
+        "from fastvgg.stream.info import info\n"
+        "from fastvgg.errors import FastvggError\n"
+        "stored, array, target = sys.argv[1:]\n"
+        "for attempt in (\n"
+        "    lambda: fastvgg.plan(stored, 'y.npy', mode='caffe'),\n"
+        "    lambda: fastvgg.plan(array, target, mode='caffe'),\n"
+        "    lambda: fastvgg.batches(stored, 2),\n"
+        "    lambda: info(stored),\n"
+        "):\n"
+        "    try: attempt()\n"
+        "    except FastvggError as error: print(error.exit_code, error.remedy)\n"
+    )
+    printed = printed_by(script, stored, tmp_path / "x.npy", tmp_path / "y.zarr")
+    assert printed.splitlines() == ["3 install it: pip install 'fastvgg[zarr]'"] * 4
+    assert names_in(tmp_path) == ["x.npy", "x.zarr"]
+
+
+# Chunks that are damaged later
+
+
+def stops(source, *words):
+    with pytest.raises(StoppedError) as caught:
+        source.read(0, 10)
+    must_say(caught.value, *words, "--restart")
+    assert caught.value.exit_code == 5
+    assert str(caught.value).replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("name", NOTICED)
+def test_a_chunk_with_any_bit_flipped_or_cut_off_anywhere_stops_the_run(tmp_path, name):
+    path = save_zarr(tmp_path / "x.zarr", pixels(10), **NOTICED[name])
+    source = opened(path)
+    for file in chunk_files(path)[1::3]:
+        whole = file.read_bytes()
+        for at in range(0, len(whole), 1 + len(whole) // 23):
+            file.write_bytes(whole[:at])
+            stops(source, path, f"chunk {key_of(path, file)} is damaged")
+            file.write_bytes(whole)
+            flip(file, 8 * at + at % 8)
+            if name == "gzip" and at < 10:  # which says nothing of the numbers: a date, a system
+                with contextlib.suppress(StoppedError):
+                    assert_same(source.read(0, 10).batch, pixels(10))
+            else:
+                stops(source, path, f"chunk {key_of(path, file)} is damaged")
+            file.write_bytes(whole)
+    assert_same(source.read(0, 10).batch, pixels(10))
+
+
+@pytest.mark.parametrize("length", [0, 1, 377, 379, 756])
+@pytest.mark.parametrize("settings", [{}, V2], ids=["v3", "v2"])
+def test_a_chunk_of_another_length_stops_the_run(tmp_path, settings, length):
+    path = save_zarr(tmp_path / "x.zarr", pixels(10), **settings)
+    source = opened(path)
+    file = chunk_files(path)[3]
+    os.truncate(file, length)
+    stops(source, path, f"chunk {key_of(path, file)} is damaged")
+
+
+def test_the_damaged_one_of_many_chunks_is_named(tmp_path):
+    settings = {"chunks": (3, 4, 5, 2), "compressors": Crc32cCodec()}
+    path = save_zarr(tmp_path / "x.zarr", pixels(10), **settings)
+    source = opened(path)
+    for file in chunk_files(path):
+        flip(file, 77)
+        stops(source, path, f"chunk {key_of(path, file)} is damaged: Stored and computed")
+        flip(file, 77)
+    flip(path / "c" / "3" / "1" / "1" / "1", 9)
+    assert_same(source.read(0, 9).batch, pixels(10)[:9])  # which needs none of it
+
+
+def test_a_chunk_that_disappears_never_becomes_the_fill_value(tmp_path):
+    path = save_zarr(tmp_path / "x.zarr", pixels(10), chunks=(3, 4, 5, 2))
+    source = opened(path)
+    for file in chunk_files(path):
+        moved = file.rename(tmp_path / "moved")
+        stops(source, path, f"chunk {key_of(path, file)} is damaged: it is missing, or empty")
+        moved.rename(file)
+
+
+@pytest.mark.parametrize("row", [0, 1, 9])
+def test_a_chunk_that_is_deleted_during_a_run_stops_it(tmp_path, stored, row):
+    plan = plan_of(stored, tmp_path / "y.npy", mode="caffe", together=2)
+    file = chunk_files(stored)[row // 2]
+
+    def delete(progress):
+        file.unlink(missing_ok=True)
+
+    with pytest.raises(StoppedError) as caught:
+        run(plan, delete)
+    assert caught.value.exit_code == 5
+    must_say(caught.value, stored, "--restart")
+    assert not (tmp_path / "y.npy").exists()
+
+
+# Targets
 
 
 class CreatingStorage(Storage):
-    """Storage that keeps the name of every file that it makes."""
+    """Storage that keeps a list of the files it makes."""
 
     def __init__(self):
-        super().__init__()
+        super().__init__("process")
         self.created = []
 
     def create(self, path):
@@ -475,188 +629,493 @@ class CreatingStorage(Storage):
         return super().create(path)
 
 
-def test_no_file_is_written_twice(array, tmp_path):
+@pytest.mark.parametrize("out_layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("mode", KERAS_MODES)
+def test_every_value_comes_back_and_zarr_reads_what_numpy_reads(tmp_path, mode, dtype, out_layout):
+    batch = every_value()
+    source = save_npy(tmp_path / "x.npy", batch)
+    settings = {"mode": mode, "dtype": dtype, "out_layout": out_layout, "durability": "process"}
+    plan_of(source, tmp_path / "y.npy", together=1, **settings).run()
+    plan_of(source, tmp_path / "y.zarr", together=1, **settings).run()
+    assert_same(load_zarr(tmp_path / "y.zarr"), np.load(tmp_path / "y.npy"))
+    for target in ("back.npy", "back.zarr"):
+        plan_of(tmp_path / "y.zarr", tmp_path / target, direction="restore", together=1).run()
+    assert_same(np.load(tmp_path / "back.npy"), batch)
+    assert_same(load_zarr(tmp_path / "back.zarr"), batch)
+    assert fastvgg.verify(tmp_path / "y.zarr", full=True).recomputed_images == 2
+
+
+def in_pieces(monkeypatch, nbytes):
+    """Let pieces be smaller, so that a small shard has several."""
+    monkeypatch.setattr(base, "PIECE_BYTES", nbytes)
+
+
+def written(directory, images=10, together=4, **settings):
+    """What a run writes of some images into y.zarr."""
+    source = save_npy(directory / "x.npy", pixels(images))
+    settings = {"mode": "caffe", "durability": "process", **settings}
+    plan_of(source, directory / "y.zarr", together=together, **settings).run()
+    return directory / "y.zarr"
+
+
+def test_what_is_written_is_sharded_with_checksums_and_says_what_it_is(tmp_path, monkeypatch):
+    in_pieces(monkeypatch, 2 * 756)
+    path = written(tmp_path, out_layout="NCHW")
+    assert sorted(names_in(path)) == ["c.0.0.0.0", "c.1.0.0.0", "c.2.0.0.0", "zarr.json"]
+    array = zarr.open_array(path, mode="r")
+    assert array.shape == (10, 3, 7, 9)
+    assert array.shards == (4, 3, 7, 9)
+    assert array.chunks == (2, 3, 7, 9)
+    assert array.dtype == np.float32
+    assert array.fill_value == 0
+    assert array.metadata.dimension_names == ("image", "channel", "height", "width")
+    (shards,) = json.loads((path / "zarr.json").read_bytes())["codecs"]
+    assert shards["name"] == "sharding_indexed"
+    for codecs in (shards["configuration"]["codecs"], shards["configuration"]["index_codecs"]):
+        assert [codec["name"] for codec in codecs] == ["bytes", "crc32c"]
+        assert codecs[0]["configuration"] == {"endian": "little"}
+    said = array.attrs["fastvgg"]
+    expected = fastvgg.Transform("caffe", out_layout="NCHW")
+    assert said == {"transform": json.loads(json.dumps(expected.to_dict()))}
+    assert transform_of(path) == expected
+
+
+def test_pieces_are_whole_parts_of_a_shard_and_lie_one_after_the_other(tmp_path, monkeypatch):
+    in_pieces(monkeypatch, 4 * 756)
+    batch = network_inputs(pixels(14), "caffe")
+    encoder = ShardEncoder(Header(batch.shape, "float32", "NHWC"), 6, None)
+    shards = [bytes(encoder.shard(batch[start : start + 6])) for start in (0, 6, 12)]
+    assert [encoder.key(start) for start in (0, 6, 12)] == [f"c.{n}.0.0.0" for n in range(3)]
+    piece_bytes = 3 * 756 + 4
+    assert [len(shard) for shard in shards] == [2 * piece_bytes + 2 * 16 + 4] * 3
+    last = np.zeros((6, 7, 9, 3), np.float32)
+    last[:2] = batch[12:]
+    for shard, images in zip(shards, (batch[:6], batch[6:12], last), strict=True):
+        assert crc_is_right(shard[-36:])
+        index = np.frombuffer(shard[-36:-4], "<u8").reshape(2, 2)
+        assert index.tolist() == [[0, piece_bytes], [piece_bytes, piece_bytes]]
+        for number, (offset, nbytes) in enumerate(index.tolist()):
+            piece = shard[offset : offset + nbytes]
+            assert crc_is_right(piece)
+            assert piece[:-4] == images[3 * number : 3 * number + 3].tobytes()
+
+
+def crc_is_right(content):
+    return google_crc32c.value(content[:-4]) == int.from_bytes(content[-4:], "little")
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_the_axes_have_names(layout):
+    shape = (5, 7, 9, 3) if layout == "NHWC" else (5, 3, 7, 9)
+    encoder = ShardEncoder(Header(shape, "uint8", layout), 2, None)
+    metadata = json.loads(encoder.metadata["zarr.json"])
+    axes = {"NHWC": ["image", "height", "width", "channel"]}
+    axes["NCHW"] = ["image", "channel", "height", "width"]
+    assert metadata["dimension_names"] == axes[layout]
+    assert metadata["attributes"] == {}
+
+
+def test_a_plan_for_shards_rounds_to_whole_pieces(tmp_path, monkeypatch):
+    in_pieces(monkeypatch, 4 * 756)
+    source = save_npy(tmp_path / "x.npy", pixels(40))
+    plans = [plan_of(source, tmp_path / "y.zarr", mode="tf", together=n) for n in (3, 7, 8, 11)]
+    assert [plan.chunk_images for plan in plans] == [3, 4, 8, 8]
+    stored = save_zarr(tmp_path / "x.zarr", pixels(40), chunks=(3, 7, 9, 3))
+    plans = [plan_of(stored, tmp_path / "y.zarr", mode="tf", together=n) for n in (6, 14, 39)]
+    assert [plan.chunk_images for plan in plans] == [6, 12, 36]
+
+
+def test_images_that_are_full_of_the_fill_value_are_written_too(tmp_path, monkeypatch):
+    in_pieces(monkeypatch, 756)
+    source = save_npy(tmp_path / "x.npy", np.zeros((10, 7, 9, 3), np.float32))
+    plan_of(source, tmp_path / "y.zarr", mode="identity", direction="restore", together=4).run()
+    path = tmp_path / "y.zarr"
+    assert len(chunk_files(path)) == 3
+    assert len({file.stat().st_size for file in chunk_files(path)}) == 1
+    assert min(file.stat().st_size for file in chunk_files(path)) > 4 * 189
+    assert_same(opened(path).read(0, 10).batch, np.zeros((10, 7, 9, 3), np.uint8))
+    fastvgg.verify(path)
+    chunk_files(path)[1].unlink()
+    with pytest.raises(VerificationError):
+        fastvgg.verify(path)
+
+
+@pytest.mark.parametrize("images", [1, 8, 9, 11])
+@pytest.mark.parametrize("together", [1, 4, 100])
+def test_every_file_is_written_once_and_is_a_chunk_of_the_plan(tmp_path, images, together):
+    source = save_npy(tmp_path / "x.npy", pixels(images))
+    plan = plan_of(source, tmp_path / "y.zarr", mode="torch", together=together)
     storage = CreatingStorage()
-    run(plan_of(array, tmp_path / "y.zarr", mode="tf", together=TOGETHER), storage=storage)
-    assert len(storage.created) == len(set(storage.created)) == SHARDS + 2
+    run(plan, storage=storage)
+    made = [name for name in storage.created if name.startswith(("c.", "zarr"))]
+    assert made == ["zarr.json", *(f"c.{number}.0.0.0" for number in range(plan.chunks))]
+    assert sorted(made) == names_in(tmp_path / "y.zarr")
+    assert zarr.open_array(tmp_path / "y.zarr", mode="r").shards[0] == plan.chunk_images
+    assert_same(load_zarr(tmp_path / "y.zarr"), network_inputs(pixels(images), "torch"))
 
 
-def test_halves_of_bfloat16_are_refused(array, tmp_path):
-    with pytest.raises(TargetError) as caught:
-        plan_of(array, tmp_path / "y.zarr", mode="tf", dtype="bfloat16")
-    must_say(caught.value, tmp_path / "y.zarr", "bfloat16", "float16")
-
-
-@pytest.fixture
-def stored(array, tmp_path):
-    """A finished array without a manifest."""
-    plan_of(array, tmp_path / "y.zarr", mode="torch", out_layout="NCHW", together=3).run()
-    (tmp_path / "y.zarr.fastvgg.json").unlink()
-    return tmp_path / "y.zarr"
-
-
-def test_what_was_done_is_known_without_a_manifest(stored, tmp_path):
-    known = info(stored)
-    assert (known["state"], known["mode"], known["layout"]) == ("source", "torch", "NCHW")
-    plan_of(stored, tmp_path / "back.npy", direction="restore").run()
-    assert np.load(tmp_path / "back.npy").tobytes() == BATCH.tobytes()
-    with pytest.raises(SourceError) as caught:
-        plan_of(stored, tmp_path / "z.npy", mode="torch")
-    must_say(caught.value, stored, "preprocessed already")
-    with pytest.raises(UsageError) as caught:
-        plan_of(stored, tmp_path / "z.npy", mode="tf", direction="restore")
-    must_say(caught.value, "torch", "tf")
-    with pytest.raises(SourceError):
-        list(fastvgg.batches(stored, 4, transform=fastvgg.Transform("tf")))
-    for images, rows in fastvgg.batches(stored, 4, threads=1):
-        expected = oracle.apply(fastvgg.Transform("torch", out_layout="NCHW"), BATCH[rows])
-        assert images.tobytes() == expected.tobytes()
-
-
-@pytest.mark.parametrize("said", [7, {}, "torch", {"transform": {}}, {"transform": [1]}])
-def test_attributes_that_are_damaged_are_refused(stored, tmp_path, said):
-    edited(stored, attributes={"fastvgg": said})
-    with pytest.raises(SourceError) as caught:
-        plan_of(stored, tmp_path / "z.npy", direction="restore")
-    must_say(caught.value, stored, "no transform", "--mode")
-
-
-def test_attributes_of_others_say_nothing(stored, tmp_path):
-    edited(stored, attributes={"others": 3})
-    with pytest.raises(UsageError) as caught:
-        plan_of(stored, tmp_path / "z.npy", direction="restore")
-    must_say(caught.value, "mode")
-
-
-def test_a_directory_that_is_there_is_not_replaced_unless_fastvgg_wrote_it(array, tmp_path):
-    path = written(tmp_path / "y.zarr")
-    before = tree(path)
-    for restart in (False, True):
-        with pytest.raises(TargetError) as caught:
-            plan_of(array, path, mode="tf", restart=restart)
-        must_say(caught.value, path)
-    assert tree(path) == before
-    shutil.rmtree(path)
-    plan_of(array, path, mode="tf").run()
-    with pytest.raises(TargetError) as caught:
-        plan_of(array, path, mode="caffe")
-    must_say(caught.value, "another job", "--restart")
-    plan_of(array, path, mode="caffe", restart=True, together=TOGETHER).run()
-    check_reads(path, EXPECTED, "float32")
+def test_what_a_run_leaves_is_the_array_and_its_manifest(tmp_path):
+    written(tmp_path)
     assert names_in(tmp_path) == ["x.npy", "y.zarr", "y.zarr.fastvgg.json"]
 
 
-def test_images_are_packed_with_their_index_and_tried_again(tmp_path):
-    photos = save_images(tmp_path / "photos", BATCH, [f"{row:02d}.png" for row in range(IMAGES)])
-    whole = (photos / "03.png").read_bytes()
-    (photos / "03.png").write_bytes(whole[:50])
-    path = tmp_path / "y.zarr"
-    assert plan_of(photos, path, direction="pack", together=2).run().counts["failed"] == 1
-    expected = BATCH.copy()
-    expected[3] = 0
-    assert zarr.open_array(path, mode="r")[:].tobytes() == expected.tobytes()
-    assert [record.failed for record in datasets.open_source(path).records][2:5] == [0, 1, 0]
-    fastvgg.verify(path, full=True)
-    before = tree(path)
-    (photos / "03.png").write_bytes(whole)
-    plan_of(photos, path, direction="pack", retry_failed=True, together=2).run()
-    check_reads_images(path)
-    after = tree(path)
-    assert [name for name in after if after[name] != before[name]] == [b"c.1.0.0.0"]
-    fastvgg.verify(path, full=True)
+def test_the_same_run_again_does_nothing_but_look(tmp_path):
+    path = written(tmp_path)
+    before = tree(tmp_path)
+    report = plan_of(tmp_path / "x.npy", path, mode="caffe", together=4).run()
+    assert report.counts["computed_chunks"] == 0
+    assert tree(tmp_path) == before
+    chunk_files(path)[0].unlink()
+    with pytest.raises(VerificationError, match=r"c\.0\.0\.0\.0"):
+        plan_of(tmp_path / "x.npy", path, mode="caffe", together=4).run()
 
 
-def check_reads_images(path):
-    assert zarr.open_array(path, mode="r")[:].tobytes() == BATCH.tobytes()
-
-
-@pytest.mark.parametrize("damage", ["a flipped bit", "a flipped bit of the index", "gone", "empty"])
-def test_damage_is_found_by_verifying(array, tmp_path, damage):
-    path = tmp_path / "y.zarr"
-    plan_of(array, path, mode="caffe", together=TOGETHER).run()
-    assert fastvgg.verify(path, full=True).recomputed_images == IMAGES
-    shard = path / "c.2.0.0.0"
-    content = bytearray(shard.read_bytes())
-    content[-3 if "index" in damage else 5] ^= 2
-    shard.write_bytes(b"" if damage == "empty" else content)
-    if damage == "gone":
-        shard.unlink()
-    with pytest.raises(VerificationError) as caught:
-        fastvgg.verify(path)
-    must_say(caught.value, path, "c.2.0.0.0")
-    assert caught.value.exit_code == 4
-
-
-def test_shards_that_took_each_others_place_are_found_by_verifying(array, tmp_path):
-    path = tmp_path / "y.zarr"
-    plan_of(array, path, mode="caffe", together=TOGETHER).run()
-    shutil.copy(path / "c.1.0.0.0", path / "c.2.0.0.0")
-    with pytest.raises(VerificationError) as caught:
-        fastvgg.verify(path)
-    must_say(caught.value, path, "images 4 to 5")
-
-
-def test_other_metadata_are_found_by_verifying(array, tmp_path):
-    path = tmp_path / "y.zarr"
-    plan_of(array, path, mode="caffe", together=TOGETHER).run()
-    edited(path, shape=[IMAGES - 1, 5, 7, 3])
-    with pytest.raises(SourceError) as caught:
-        fastvgg.verify(path)
-    must_say(caught.value, path, (IMAGES - 1, 5, 7, 3), (IMAGES, 5, 7, 3))
+# What an array says of itself
 
 
 @pytest.fixture
-def cut_off(array, tmp_path):
-    """The directory of a run that died with four chunks committed."""
+def alone(tmp_path):
+    """A preprocessed array without its manifest."""
+    path = written(tmp_path, out_layout="NCHW")
+    manifest_path(path).unlink()
+    return path
+
+
+def test_what_an_array_says_of_itself_is_enough_to_restore_it(tmp_path, alone):
+    plan = plan_of(alone, tmp_path / "back.npy", direction="restore")
+    assert plan.transform.mode.name == "caffe"
+    assert plan.transform.layout == "NCHW"
+    plan.run()
+    assert_same(np.load(tmp_path / "back.npy"), pixels(10))
+    with pytest.raises(UsageError, match="was preprocessed in mode caffe"):
+        plan_of(alone, tmp_path / "z.npy", direction="restore", mode="tf")
+    with pytest.raises(UsageError, match="has layout NCHW"):
+        plan_of(alone, tmp_path / "z.npy", direction="restore", layout="NHWC")
+
+
+def test_nothing_is_done_twice_by_what_an_array_says_of_itself(tmp_path, alone):
+    with pytest.raises(SourceError) as caught:
+        plan_of(alone, tmp_path / "z.npy", mode="caffe")
+    must_say(caught.value, alone)
+    plan_of(alone, tmp_path / "back.zarr", direction="restore").run()
+    manifest_path(tmp_path / "back.zarr").unlink()
+    with pytest.raises(SourceError) as caught:
+        plan_of(tmp_path / "back.zarr", tmp_path / "z.npy", direction="restore", mode="caffe")
+    must_say(caught.value, tmp_path / "back.zarr")
+    with pytest.raises(SourceError):
+        fastvgg.batches(alone, 2, transform=fastvgg.Transform("caffe"))
+
+
+def test_what_an_array_says_of_itself_is_told(alone):
+    told = info(alone)
+    assert told["state"] == "source"
+    assert (told["layout"], told["direction"], told["mode"]) == ("NCHW", "preprocess", "caffe")
+
+
+def test_batches_are_in_the_layout_that_an_array_says(alone):
+    batches = fastvgg.batches(alone, 4)
+    expected = network_inputs(pixels(10), "caffe", out_layout="NCHW")
+    actual = np.concatenate([images.copy() for images, _ in batches])
+    assert_same(actual, expected)
+
+
+def test_a_manifest_goes_before_what_an_array_says_of_itself(tmp_path):
+    path = written(tmp_path)
+    change_metadata(path, attributes={"fastvgg": {"transform": "nonsense"}})
+    assert transform_of(path) == fastvgg.Transform("caffe")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda said: said.update(mode="caffe"),
+        lambda said: said.pop("mode"),
+        lambda said: said.update(more=1),
+        lambda said: said.update(direction="sideways"),
+        lambda said: said.update(out_layout="CHWN"),
+        lambda said: said.update(dtype="float8"),
+        lambda said: said["mode"].update(mean=["x"]),
+        lambda said: said["mode"].update(mean=[1.0]),
+        lambda said: said["mode"].update(divide=0.0),
+        lambda said: said["mode"].update(channel_order="\x1b[2J"),
+        lambda said: said.clear(),
+        None,
+        7,
+        "caffe",
+        [],
+    ],
+)
+def test_an_array_that_says_of_itself_what_cannot_be_is_refused(tmp_path, alone, change):
+    said = transform_of(alone).to_dict()
+    if callable(change):
+        change(said)
+    attributes = {"fastvgg": {"transform": said} if callable(change) else change}
+    change_metadata(alone, attributes=attributes)
+    if change is None:  # which says nothing
+        assert transform_of(alone) is None
+        return
+    for attempt in (
+        lambda: plan_of(alone, tmp_path / "z.npy", direction="restore", mode="caffe"),
+        lambda: info(alone),
+        lambda: fastvgg.batches(alone, 2),
+    ):
+        with pytest.raises(SourceError) as caught:
+            attempt()
+        must_say(caught.value, alone, "'fastvgg'", "--mode")
+        assert str(caught.value).replace("\n", "").isprintable()
+
+
+# What is in the way
+
+
+def test_an_array_that_is_there_is_refused_and_replaced_only_if_fastvgg_wrote_it(tmp_path):
+    path = written(tmp_path)
+    save_npy(tmp_path / "x.npy", pixels(7, seed=3))
+    with pytest.raises(TargetError) as caught:
+        plan_of(tmp_path / "x.npy", path, mode="tf")
+    must_say(caught.value, path, "exists", "--restart")
+    plan_of(tmp_path / "x.npy", path, mode="tf", restart=True).run()
+    assert_same(load_zarr(path), network_inputs(pixels(7, seed=3), "tf"))
+    assert names_in(tmp_path) == ["x.npy", "y.zarr", "y.zarr.fastvgg.json"]
+    manifest_path(path).unlink()
+    for restart in (False, True):
+        with pytest.raises(TargetError) as caught:
+            plan_of(tmp_path / "x.npy", path, mode="tf", restart=restart)
+        must_say(caught.value, path)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_what_others_wrote_is_never_replaced(tmp_path, stored, restart):
+    source = save_npy(tmp_path / "x.npy", pixels(3))
+    before = tree(stored)
+    with pytest.raises(TargetError) as caught:
+        plan_of(source, stored, mode="caffe", restart=restart)
+    must_say(caught.value, stored, "another name")
+    assert tree(stored) == before
+
+
+def test_an_empty_directory_is_replaced(tmp_path):
+    (tmp_path / "y.zarr").mkdir()
+    assert_same(load_zarr(written(tmp_path)), network_inputs(pixels(10), "caffe"))
+
+
+def test_a_target_inside_of_the_source_is_refused(tmp_path, stored):
+    for target in (stored, stored / "y.zarr"):
+        with pytest.raises(TargetError):
+            plan_of(stored, target, mode="caffe")
+
+
+# Images
+
+
+@pytest.fixture(params=["folder", "tar"])
+def photos(request, tmp_path):
+    """Eleven images, one of them torn, and what mends it."""
+    folder = save_images(tmp_path / "photos", pixels(11))
+    torn = folder / "a" / "04.png"
+    whole = torn.read_bytes()
+    torn.write_bytes(whole[:60])
+    if request.param == "folder":
+        return folder, lambda: torn.write_bytes(whole)
+    packed = tmp_path / "photos.tar"
+
+    def pack():
+        torn.write_bytes(whole)
+        write()
+
+    def write():
+        with tarfile.open(packed, "w") as shard:
+            for path in sorted(folder.rglob("*.png")):
+                shard.add(path, path.relative_to(folder).as_posix())
+
+    write()
+    return packed, pack
+
+
+def test_images_are_packed_with_their_index_and_what_failed_is_tried_again(tmp_path, photos):
+    source, mend = photos
+    path = tmp_path / "packed.zarr"
+    report = plan_of(source, path, direction="pack", together=3).run()
+    assert report.counts["failed"] == 1
+    expected = rows_by_name(tmp_path / "photos", pixels(11))
+    records = read_index(path, 11)
+    (row,) = [row for row, record in enumerate(records) if record.failed]
+    assert records[row].path == "a/04.png"
+    torn = expected.copy()
+    torn[row] = 0
+    assert_same(load_zarr(path), torn)
+    fastvgg.verify(path, full=True)
+    before = {file.name: file.stat().st_ino for file in chunk_files(path)}
+    mend()
+    report = plan_of(source, path, direction="pack", retry_failed=True).run()
+    chunks = 1 if source.is_dir() else 4  # of a tar no image is known to be the same
+    assert (report.counts["failed"], report.counts["computed_chunks"]) == (0, chunks)
+    assert_same(load_zarr(path), expected)
+    assert not any(record.failed for record in read_index(path, 11))
+    assert {file.name: file.stat().st_ino for file in chunk_files(path)} == before
+    fastvgg.verify(path, full=True)
+    plan_of(path, tmp_path / "y.zarr", mode="tf", together=5).run()
+    assert_same(load_zarr(tmp_path / "y.zarr"), network_inputs(expected, "tf"))
+    assert [record.path for record in read_index(tmp_path / "y.zarr", 11)][row] == "a/04.png"
+
+
+def test_a_shard_that_was_damaged_is_done_again_with_what_failed(tmp_path, photos):
+    source, mend = photos
+    path = tmp_path / "packed.zarr"
+    plan_of(source, path, direction="pack", together=3).run()
+    flip(chunk_files(path)[3], 99)
+    mend()
+    report = plan_of(source, path, direction="pack", retry_failed=True).run()
+    assert report.counts["computed_chunks"] == (2 if source.is_dir() else 4)
+    assert_same(load_zarr(path), rows_by_name(tmp_path / "photos", pixels(11)))
+
+
+# Verifying
+
+
+def test_a_bit_flipped_anywhere_in_a_shard_is_found_and_its_chunk_named(tmp_path, monkeypatch):
+    in_pieces(monkeypatch, 2 * 756)
+    path = written(tmp_path, images=12)
+    for file in chunk_files(path):
+        length = file.stat().st_size
+        for at in [*range(0, length, 211), *range(length - 36, length, 5), length - 1]:
+            flip(file, 8 * at + at % 8)
+            with pytest.raises(VerificationError) as caught:
+                fastvgg.verify(path)
+            must_say(caught.value, path, file.name)
+            assert caught.value.exit_code == 4
+            flip(file, 8 * at + at % 8)
+    fastvgg.verify(path, full=True)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.unlink(),
+        lambda file: os.truncate(file, 0),
+        lambda file: os.truncate(file, file.stat().st_size - 1),
+        lambda file: file.write_bytes(file.read_bytes() + b"\0"),
+        lambda file: shutil.copy(file.with_name("c.0.0.0.0"), file),
+    ],
+    ids=["missing", "empty", "shorter", "longer", "another's"],
+)
+def test_a_shard_that_is_not_what_was_written_is_found(tmp_path, damage):
+    path = written(tmp_path)
+    damage(path / "c.1.0.0.0")
+    with pytest.raises(VerificationError) as caught:
+        fastvgg.verify(path)
+    must_say(caught.value, path)
+    assert "c.1.0.0.0" in str(caught.value) or "images 4 to 7 " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"shape": [9, 7, 9, 3]},
+        {"shape": [10, 9, 7, 3]},
+        {"data_type": "float16"},
+        {"data_type": "int32"},
+        {"zarr_format": 9},
+    ],
+)
+def test_metadata_that_were_changed_are_found(tmp_path, fields):
+    path = written(tmp_path)
+    change_metadata(path, **fields)
+    with pytest.raises(FastvggError) as caught:
+        fastvgg.verify(path)
+    must_say(caught.value, path)
+    with pytest.raises(FastvggError):
+        plan_of(tmp_path / "x.npy", path, mode="caffe", together=4).run()
+
+
+# Unfinished runs
+
+
+def cut_off(directory, commits=2, **settings):
+    """Let a run of five chunks die with some of them committed; return how to plan it again."""
+    source = save_npy(directory / "x.npy", pixels(10))
+    settings = {"mode": "caffe", "together": 2, **settings}
+
+    def planned(**more):
+        return plan_of(source, directory / "y.zarr", **settings, **more)
+
     with pytest.raises(Death):
-        run(
-            plan_of(array, tmp_path / "y.zarr", mode="caffe", together=2), storage=CuttingStorage(4)
-        )
-    assert info(tmp_path / "y.zarr")["committed_chunks"] == 4
-    assert not (tmp_path / "y.zarr").exists()
-    return tmp_path / "y.zarr.partial"
+        run(planned(), storage=CuttingStorage(commits))
+    assert commits_in(directory / "y.zarr") == commits
+    return planned
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "another", "empty"])
-def test_a_shard_that_is_not_what_was_committed_is_done_again(cut_off, array, tmp_path, damage):
-    shard = cut_off / "c.2.0.0.0"
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 4
-    if damage == "gone":
-        shard.unlink()
-    else:
-        others = (cut_off / "c.1.0.0.0").read_bytes()
-        shard.write_bytes(
-            {"cut": content[:-7], "flipped": content, "another": others}.get(damage, b"")
-        )
-    report = plan_of(array, tmp_path / "y.zarr", mode="caffe").run()
-    assert report.counts["computed_chunks"] == SHARDS - 3
-    check_reads(tmp_path / "y.zarr", EXPECTED, "float32")
+def test_an_unfinished_run_is_told_and_goes_on(tmp_path):
+    planned = cut_off(tmp_path)
+    told = info(tmp_path / "y.zarr")
+    assert (told["state"], told["committed_chunks"], told["chunks"]) == ("unfinished", 2, 5)
+    storage = CreatingStorage()
+    report = run(planned(), storage=storage)
+    assert report.counts["computed_chunks"] == 3
+    made = [name for name in storage.created if name.startswith(("c.", "zarr"))]
+    assert made == [f"c.{number}.0.0.0" for number in (2, 3, 4)]
+    assert_same(load_zarr(tmp_path / "y.zarr"), network_inputs(pixels(10), "caffe"))
+    assert info(tmp_path / "y.zarr")["state"] == "finished"
+    assert info(tmp_path / "y.zarr")["kind"] == "zarr"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.unlink(),
+        lambda file: os.truncate(file, 0),
+        lambda file: os.truncate(file, 300),
+        lambda file: flip(file, 2222),
+        lambda file: flip(file, 8 * file.stat().st_size - 1),
+        lambda file: file.write_bytes(bytes(file.stat().st_size)),
+        lambda file: shutil.copy(file.with_name("c.0.0.0.0"), file),
+        lambda file: (file.unlink(), file.mkdir()) and file.rmdir(),
+    ],
+    ids=["deleted", "empty", "cut", "a bit", "its last bit", "zeros", "another's", "gone"],
+)
+def test_a_shard_that_was_damaged_after_its_commit_is_done_again(tmp_path, damage):
+    planned = cut_off(tmp_path, commits=3)
+    damage(tmp_path / "y.zarr.partial" / "c.1.0.0.0")
+    storage, seen = CreatingStorage(), []
+    report = run(planned(), seen.append, storage)
+    assert [name for name in storage.created if name.startswith("c.")] == [
+        f"c.{number}.0.0.0" for number in (1, 3, 4)
+    ]
+    assert report.counts["computed_chunks"] == 3
+    assert_same(load_zarr(tmp_path / "y.zarr"), network_inputs(pixels(10), "caffe"))
     fastvgg.verify(tmp_path / "y.zarr", full=True)
 
 
-def test_an_unfinished_run_goes_on_with_what_it_has(cut_off, array, tmp_path):
-    report = plan_of(array, tmp_path / "y.zarr", mode="caffe").run()
-    assert report.counts["computed_chunks"] == SHARDS - 4
-    check_reads(tmp_path / "y.zarr", EXPECTED, "float32")
-    assert not cut_off.exists()
+def test_shards_that_changed_places_are_both_done_again(tmp_path):
+    planned = cut_off(tmp_path, commits=3)
+    first, other = (tmp_path / "y.zarr.partial" / f"c.{number}.0.0.0" for number in (0, 2))
+    first.rename(tmp_path / "x")
+    other.rename(first)
+    (tmp_path / "x").rename(other)
+    assert run(planned()).counts["computed_chunks"] == 4
+    assert_same(load_zarr(tmp_path / "y.zarr"), network_inputs(pixels(10), "caffe"))
 
 
-@pytest.mark.parametrize("damage", ["gone", "changed"])
-def test_metadata_that_are_not_what_was_written_are_refused(cut_off, array, tmp_path, damage):
-    if damage == "gone":
-        (cut_off / "zarr.json").unlink()
-    else:
-        edited(cut_off, fill_value=1.0)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda file: file.unlink(),
+        lambda file: file.write_bytes(file.read_bytes() + b" "),
+        lambda file: flip(file, 99),
+        lambda file: shutil.rmtree(file.parent),
+    ],
+    ids=["missing", "longer", "a bit", "all of it"],
+)
+def test_an_unfinished_array_with_other_metadata_is_refused(tmp_path, change):
+    planned = cut_off(tmp_path)
+    metadata = tmp_path / "y.zarr.partial" / "zarr.json"
+    change(metadata)
+    before = tree(tmp_path)
     with pytest.raises(ResumeError) as caught:
-        plan_of(array, tmp_path / "y.zarr", mode="caffe").run()
-    must_say(caught.value, cut_off / "zarr.json", "--restart")
-    plan_of(array, tmp_path / "y.zarr", mode="caffe", restart=True).run()
-    check_reads(tmp_path / "y.zarr", EXPECTED, "float32")
-
-
-def test_shards_are_rounded_to_pieces(tmp_path):
-    array = save_npy(tmp_path / "x.npy", np.zeros((100, 224, 224, 3), np.uint8))
-    plan = fastvgg.plan(array, tmp_path / "y.zarr", mode="tf", memory="512MiB")
-    assert plan.chunk_images % piece_images(224 * 224 * 3 * 4) == 0
-    assert plan.projected_bytes <= plan.memory_bytes
+        run(planned())
+    must_say(caught.value, metadata, "--restart")
+    assert caught.value.exit_code == 3
+    assert tree(tmp_path) == before
+    run(planned(restart=True))
+    assert_same(load_zarr(tmp_path / "y.zarr"), network_inputs(pixels(10), "caffe"))

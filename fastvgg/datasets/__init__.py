@@ -41,6 +41,7 @@ __all__ = [
     "FileFormat",
     "open_source",
     "open_target",
+    "refuse_uninstalled",
     "stated_transform",
     "target_kind",
 ]
@@ -163,6 +164,19 @@ def stated_transform(path: Path) -> Any:  # noqa: ANN401  # whatever is said
     return ZarrArray(path).transform
 
 
+def refuse_uninstalled(path: Path) -> None:
+    """Refuse a target whose format needs a package that is not installed.
+
+    Raises
+    ------
+    SourceError
+        Saying which.
+    """
+    if target_kind(path) == "zarr":
+        with _installed("zarr", path):
+            import zarr  # noqa: F401
+
+
 @contextlib.contextmanager
 def _installed(extra: str, path: Path) -> Iterator[None]:
     """Say what is to be installed where a package that a format needs cannot be imported."""
@@ -190,7 +204,7 @@ def _is_zarr(path: Path) -> bool:
 def target_kind(path: Path) -> str:
     """Return the format that a target's name asks for: "npy", "hdf5", "zarr" or "images"."""
     kind = _kind_of_array(path)
-    if kind == "hdf5":
+    if kind == "hdf5" and not is_remote(path):
         check_name(path)
     if kind is not None:
         return kind

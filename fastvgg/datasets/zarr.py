@@ -10,15 +10,16 @@ an error, and so every chunk is written, also one that is full of the fill value
 from __future__ import annotations
 
 import asyncio
-import gzip
 import itertools
+import lzma
 import math
 import mmap
 import os
+import warnings
 import zlib
 from collections import deque
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 import numpy as np
 import xxhash
@@ -62,16 +63,19 @@ SAID: Final = "fastvgg"
 """The attribute that says what was done to the images."""
 WAITING: Final = 3  # shards: one is on its way to the disk, one waits, and one is encoded
 NAMES_SHOWN: Final = 10
-# What zarr-python raises on metadata that it does not understand, and on chunks that are damaged.
-METADATA_ERRORS: Final = (ValueError, TypeError, KeyError, AttributeError, NotImplementedError)
+# What zarr-python, and what it calls, raise on metadata and on chunks that are damaged.
+METADATA_ERRORS: Final = (
+    *(ValueError, TypeError, KeyError, AttributeError, NotImplementedError),
+    *(OverflowError, RecursionError, OSError),
+)
 CHUNK_ERRORS: Final = (
-    *(ValueError, TypeError, RuntimeError),
-    *(EOFError, zlib.error, gzip.BadGzipFile),
+    *(ValueError, TypeError, RuntimeError, OverflowError, SystemError, MemoryError),
+    *(OSError, EOFError, zlib.error, lzma.LZMAError),
 )
 
 
 class MissingChunkError(Exception):
-    """A chunk that is not there, by its key."""
+    """A chunk that is not there, or empty, by its key."""
 
 
 class DamagedChunkError(StoppedError):
@@ -98,8 +102,8 @@ class _Whole(WrapperStore[Store]):
         if key in self._metadata:
             return wanted.buffer.from_bytes(self._metadata[key])
         found: Buffer | None = await self._store.get(key, wanted, byte_range)
-        # An empty shard, too, would be read as if it had been written.
-        if (found is None or not len(found)) and not key.endswith(METADATA):
+        # An empty shard, too, is one that was never written to zarr.
+        if not found and not key.endswith(METADATA):
             raise MissingChunkError(key)
         return found
 
@@ -130,17 +134,19 @@ class ZarrArray:
         metadata: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
         self.path = path
+        _refuse_irregular(path)
         try:
-            with remote.as_os_error():
+            with remote.as_os_error(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what is not right, and is read all the same
                 found = zarr.open(_Whole(_opened(path), metadata), mode="r")
         except FileNotFoundError:
             raise SourceError(
                 f"{path} holds no Zarr array: there is no zarr.json, and no .zarray",
                 "check the name, and that the array is complete",
             ) from None
-        except (*METADATA_ERRORS, OSError) as error:
+        except METADATA_ERRORS as error:
             raise SourceError(
-                f"{path} cannot be opened as Zarr: {type(error).__name__}: {str(error)[:200]}",
+                f"{path} cannot be opened as Zarr: {type(error).__name__}: {_shown(error)}",
                 "check the connection, or get the array again",
             ) from None
         if isinstance(found, zarr.Group):
@@ -152,26 +158,29 @@ class ZarrArray:
         check_array(path, found.shape)
         self.header = Header(found.shape, self._type_name(), layout)
         self._refuse_unsafe()
-        stored: tuple[int, ...] = found.shards or found.chunks
-        self._outer_images = stored[0]
-        if not all(stored):
-            raise SourceError(f"{path} has chunks of {stored}: of nothing", "get the array again")
-        self._counts = tuple(-(-a // b) for a, b in zip(found.shape, stored, strict=True))
+        self._stored: tuple[int, ...] = found.shards or found.chunks
+        if min(self._stored) < 1:
+            raise SourceError(f"{path} has chunks of {self._stored}", "get the array again")
+        counts = (-(-a // b) for a, b in zip(found.shape, self._stored, strict=True))
+        self._counts = tuple(counts)
         self.stored_together = min(found.chunks[0], found.shape[0])
 
     def _type_name(self) -> str:
         """Return the storage type; numbers of another byte order are converted when read."""
-        name = self._array.dtype.newbyteorder("=").name
+        found = self._array.dtype
+        name = found.newbyteorder("=").name if found.kind in "uf" else ""
         if name not in PLAIN:
             raise SourceError(
-                f"{self.path} holds numbers of type {self._array.dtype}",
+                f"{self.path} holds numbers of type {found}",
                 f"store it as one of {', '.join(PLAIN)}",
             )
         return str(name)
 
     def _refuse_unsafe(self) -> None:
         """Refuse to unpickle what comes from a file: that would run any code in it."""
-        if "pickle" in str(self._array.metadata.to_dict()).lower():
+        fields = self._array.metadata.to_dict()
+        codecs = [fields.get(name) for name in ("codecs", "filters", "compressor")]
+        if "pickle" in str(codecs).lower():
             raise SourceError(
                 f"{self.path} is stored by way of Python's pickle, which is never loaded",
                 "store it with another codec",
@@ -190,9 +199,12 @@ class ZarrArray:
 
     def keys(self, start: int, stop: int) -> Iterator[str]:
         """Return the names of the chunks, or shards, that hold some images."""
-        for number in range(start // self._outer_images, -(-stop // self._outer_images)):
-            for others in _coordinates(self._counts[1:]):
-                yield self._array.metadata.encode_chunk_key((number, *others))
+        for numbers in self._numbers(start, stop):
+            yield self._array.metadata.encode_chunk_key(numbers)
+
+    def _numbers(self, start: int, stop: int) -> Iterator[tuple[int, ...]]:
+        first, last = start // self._stored[0], -(-stop // self._stored[0])
+        return _combined([range(first, last), *map(range, self._counts[1:])])
 
     def read_into(self, start: int, out: NDArray[Any]) -> None:
         """Read as many images as `out` has, from row `start` on; many threads may.
@@ -207,30 +219,34 @@ class ZarrArray:
         except MissingChunkError as error:
             raise self._damaged(str(error), "it is missing, or empty") from None
         except CHUNK_ERRORS as error:
-            self._blame(start, out)
-            raise self._damaged(next(self.keys(start, start + 1)), str(error)) from None
-        except OSError as error:
-            raise StoppedError.from_os_error(error, "read", str(self.path), start) from error
+            if _is_of_the_system(error):
+                where = str(error.filename or self.path)
+                raise StoppedError.from_os_error(error, "read", where, start) from error
+            self._blame(start, start + len(out))
+            raise self._damaged(next(self.keys(start, start + 1)), _shown(error)) from None
 
     def _read_into(self, start: int, out: NDArray[Any]) -> None:
         rows = slice(start, start + len(out))
         with remote.as_os_error():
             self._array.get_basic_selection((rows,), out=NDBuffer.from_numpy_array(out))
 
-    def _blame(self, start: int, out: NDArray[Any]) -> None:
+    def _blame(self, start: int, stop: int) -> None:
         """Read the chunks one after the other, and raise an error that names the damaged one."""
-        row, end = start, start + len(out)
-        while row < end:
-            stop = min(end, row - row % self._outer_images + self._outer_images)
+        for numbers in self._numbers(start, stop):
+            begins = [number * size for number, size in zip(numbers, self._stored, strict=True)]
+            ends = [begin + size for begin, size in zip(begins, self._stored, strict=True)]
+            begins[0], ends[0] = max(begins[0], start), min(ends[0], stop)
+            key = self._array.metadata.encode_chunk_key(numbers)
             try:
-                self._read_into(row, out[row - start : stop - start])
+                self._array.get_basic_selection(tuple(map(slice, begins, ends)))
+            except MissingChunkError as error:
+                raise self._damaged(str(error), "it is missing, or empty") from None
             except CHUNK_ERRORS as error:
-                raise self._damaged(", ".join(self.keys(row, stop)), str(error)) from None
-            row = stop
+                raise self._damaged(key, _shown(error)) from None
 
     def _damaged(self, key: str, why: str) -> DamagedChunkError:
         return DamagedChunkError(
-            f"{self.path}: chunk {key} is damaged: {why[:200]}",
+            f"{self.path}: chunk {key} is damaged: {why}",
             "get the array again, or make it again from its source; then run again with --restart",
         )
 
@@ -565,25 +581,42 @@ class StoreZarrTarget(ZarrTarget):
             self._storage.put(self.path / name, data)
 
 
-def _coordinates(counts: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Return the places in a grid, one after the other, however many are claimed.
-
-    >>> [*_coordinates((1, 2))]
-    [(0, 0), (0, 1)]
-    """
-    if not counts:
-        yield ()
-        return
-    for first in range(counts[0]):
-        for others in _coordinates(counts[1:]):
-            yield first, *others
-
-
 def _opened(path: Path) -> Store:
     """Return where zarr-python reads, and does not write."""
     if is_remote(path):
         return FsspecStore.from_url(str(path), read_only=True)
     return LocalStore(path, read_only=True)
+
+
+def _combined(ranges: Sequence[range]) -> Iterator[tuple[int, ...]]:
+    """Return a number of each range in all combinations, of which there may be any number."""
+    if not ranges:
+        yield ()
+        return
+    for number in ranges[0]:
+        for others in _combined(ranges[1:]):
+            yield number, *others
+
+
+def _is_of_the_system(error: BaseException) -> TypeGuard[OSError]:
+    """Whether an error is of a disk or a connection, and not of a codec: those have no number."""
+    lost = isinstance(error, PermissionError | ConnectionError | TimeoutError)
+    return lost or (isinstance(error, OSError) and error.errno is not None)
+
+
+def _shown(error: Exception) -> str:
+    """Return what an error says, as a terminal shows it: it may quote anything from a file."""
+    return ascii(str(error)[:200])[1:-1]
+
+
+def _refuse_irregular(path: Path) -> None:
+    """Refuse metadata that are in no file: a pipe would be waited for, for ever."""
+    if is_remote(path):
+        return
+    for name in METADATA:
+        file = path / name
+        if os.path.exists(file) and not os.path.isfile(file):  # noqa: PTH110, PTH113  # may raise
+            raise SourceError(f"{file} is no file", "get the array again")
 
 
 def _files(path: Path) -> dict[str, tuple[int, str]]:

@@ -404,6 +404,7 @@ def _check_target(source: Source, target: Path, result: Header) -> None:
         return
     file = file_of(target)
     _check_directory(file)
+    datasets.refuse_uninstalled(target)
     if datasets.target_kind(target) == "images" and (result.dtype, result.layout) != IMAGES:
         raise TargetError(
             f"{target}: image files hold {' '.join(IMAGES)}, and the result is {result.dtype} "
