@@ -415,6 +415,23 @@ def test_a_restart_forgets_what_an_unfinished_run_committed(in_memory, array):
     assert in_memory.array().tobytes() == EXPECTED.tobytes()
 
 
+def test_a_restart_replaces_what_was_there_when_it_began_and_nothing_else(in_memory, array):
+    planned(array, in_memory, mode="tf").run()
+    begun = Counting()
+    run(planned(array, in_memory, mode="torch", restart=True), storage=begun)
+    first = begun.calls.index(("put", ".fastvgg-journal/job")) + 1
+    with pytest.raises(Death):
+        run(planned(array, in_memory, restart=True), storage=Counting(first, when="after"))
+    metadata = remote.read(in_memory / "y.zarr" / "zarr.json")
+    remote.put(in_memory / "y.zarr" / "zarr.json", metadata + b" ")
+    with pytest.raises(TargetError) as caught:
+        planned(array, in_memory)
+    must_say(caught.value, f"{in_memory.url}/y.zarr", "exists")
+    remote.put(in_memory / "y.zarr" / "zarr.json", metadata)
+    planned(array, in_memory).run()
+    assert in_memory.array().tobytes() == EXPECTED.tobytes()
+
+
 def test_a_journal_of_something_else_is_replaced_by_a_restart_alone(in_memory, array):
     cut_off(array, in_memory)
     remote.put(in_memory / "y.zarr.fastvgg-journal" / "job", seal({"fastvgg-journal": 99}))
