@@ -3,14 +3,17 @@
     python tests/fuzz.py --seed 1           # a million inputs, some minutes; prints its counts
     python tests/fuzz.py --size 20000       # so many inputs in all
 
-What is read: headers and files of .npy arrays, journals of runs into a new file, journals (rings)
-of runs in place, manifests. An input is a whole one that was cut at some byte, or of which some
-bit was flipped; or that was edited in several places; or whose fields were exchanged for others and
-sealed again, with the right checksum, as someone does who means harm. Of each input is asked:
+What is read: headers and files of .npy arrays, files of Zarr arrays, journals of runs into a new
+file, journals (rings) of runs in place, manifests. An input is a whole one that was cut at some
+byte, or of which some bit was flipped; or that was edited in several places; or whose fields were
+exchanged for others and sealed again, with the right checksum, as someone does who means harm. Of
+each input is asked:
 
 - it is accepted, or refused with an error of fastvgg that names the file and says what to do, on
   lines that a terminal shows as they are; nothing else is raised, and nothing is warned of;
 - what numpy refuses in a .npy file is refused, and what both accept is the same to both;
+- what zarr-python reads of an array is what is read of it, and no damage that a checksum or a
+  compressor notices is passed over;
 - of a journal all lines before the first one that is not whole are believed, and no others;
 - the numbers that are believed are whole numbers in their range, not true or 1.0;
 - a ring of which one bit is wrong is refused, or brings the file to what it should be;
@@ -42,6 +45,7 @@ from pathlib import Path, PosixPath
 from random import Random
 from types import SimpleNamespace
 
+import numcodecs
 import numpy as np
 import xxhash
 from bad_arrays import LONGEST_HEADER, header_text, npy_of
@@ -60,11 +64,14 @@ from damage import (
 )
 from datasets_on_disk import must_say, names_in, npy_bytes, pixels, plan_of, save_images, save_npy
 from faults import quick_directory
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+from zarr_on_disk import chunk_files, load_zarr, metadata_of, save_zarr
 
 import fastvgg
 from fastvgg.datasets import INTERPOLATIONS
 from fastvgg.datasets.index import Record, index_records, index_text
 from fastvgg.datasets.npy import NpySource, read_header
+from fastvgg.datasets.zarr import METADATA, ZarrSource
 from fastvgg.errors import FastvggError, ResumeError, SourceError
 from fastvgg.stream import ring as ring_module
 from fastvgg.stream.info import info
@@ -143,7 +150,7 @@ class Kind:
 class NpyHeaders(Kind):
     """The first bytes of .npy files, in memory."""
 
-    name, share = "npy headers", 0.48
+    name, share = "npy headers", 0.46
     refusal = SourceError
     path = Path("x.npy")
 
@@ -294,6 +301,78 @@ class NpyFiles(Kind):
             expected = expected.view(dtype_of("bfloat16"))
         assert batch.dtype == expected.dtype == dtype_of(header.dtype)
         assert batch.tobytes() == expected.tobytes() == content[len(content) - batch.nbytes :]
+
+
+class ZarrArrays(Kind):
+    """Arrays of Zarr, opened as sources and read; of each one file was damaged."""
+
+    name, share = "zarr arrays", 0.02
+    path = Path("x.zarr")
+
+    NOTICED = ("shards", "zstd", "v2 zlib")
+    LARGEST_BYTES = 2**16  # to be read: what metadata claim may be more than there is
+
+    def __init__(self, place, random):
+        super().__init__(place, random)
+        batch = pixels(3, 2, 3)
+        settings = {
+            "shards": {"shards": (2, 2, 4, 3), "compressors": Crc32cCodec()},
+            "zstd": {"compressors": ZstdCodec(checksum=True)},
+            "blosc": {"compressors": BloscCodec()},
+            "v2 zlib": {"compressors": numcodecs.Zlib(), "zarr_format": 2},
+            "v2 lzma": {"compressors": numcodecs.LZMA(), "zarr_format": 2},
+        }
+        self._batch = batch
+        self._files = []
+        for name, stored in settings.items():
+            path = save_zarr(place / name / self.path, batch, chunks=(1, 2, 2, 3), **stored)
+            files = [metadata_of(path)] * 6 + chunk_files(path)
+            self._files += [(name, path, file, file.read_bytes()) for file in files]
+
+    def inputs(self):
+        """Which array, which file of it, and what the file holds instead."""
+        while True:
+            name, path, file, whole = self.random.choice(self._files)
+            content = self._changed(whole, is_text=file.name in METADATA)
+            yield name, path, file, whole, content
+
+    def _changed(self, whole, *, is_text):
+        random = self.random
+        what = random.random()
+        if what < 0.05:
+            return whole
+        if what < 0.15:
+            return whole[: random.choice([0, random.randrange(len(whole))])]
+        if what < 0.25:
+            begin = random.randrange(len(whole))
+            end = min(len(whole), begin + random.randint(1, 40))
+            return whole[:begin] + bytes(end - begin) + whole[end:]
+        return twisted(random, whole) if is_text and what < 0.8 else damaged(random, whole)
+
+    def read(self, case):
+        _, path, file, whole, content = case
+        file.write_bytes(content)
+        try:
+            with contextlib.closing(ZarrSource(path)) as source:
+                if source.header.nbytes > self.LARGEST_BYTES:
+                    return (None, None)
+                batch = source.read(0, source.header.images).batch
+                return batch, load_zarr(path)
+        finally:
+            file.write_bytes(whole)
+
+    def check(self, case, found, error):
+        name, _, file, whole, content = case
+        if content == whole:
+            assert found is not None
+        if found is None or found[0] is None:
+            return
+        batch, expected = found
+        assert batch.shape == expected.shape
+        assert batch.dtype == expected.dtype.newbyteorder("=")
+        assert np.array_equal(batch, expected, equal_nan=batch.dtype.kind == "f")
+        if content == whole or (name in self.NOTICED and file.name not in METADATA):
+            assert np.array_equal(batch, self._batch)
 
 
 def check_info(path, *, expected):
@@ -791,7 +870,7 @@ class Rings(Kind):
             assert checksums[:done] == [xxhash.xxh3_64_hexdigest(after[span]) for span in spans]
 
 
-KINDS = (NpyHeaders, NpyFiles, Sealed, Ledgers, Manifests, RingHeaders, Rings)
+KINDS = (NpyHeaders, NpyFiles, ZarrArrays, Sealed, Ledgers, Manifests, RingHeaders, Rings)
 
 
 # The campaign

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import fuzz
 import pytest
 import xxhash
+from zarr.storage import WrapperStore
 
-from fastvgg.datasets import npy
+from fastvgg.datasets import npy, zarr
 from fastvgg.errors import SourceError
 from fastvgg.stream import job, journal, manifest, ring
 
@@ -124,6 +125,24 @@ def files_that_grow(patch):
     patch.setattr(npy, "open_regular", grown)
 
 
+def chunks_that_may_be_missing(patch):
+    patch.setattr(zarr._Whole, "get", WrapperStore.get)
+
+
+def metadata_of_any_kind(patch):
+    errors = tuple(error for error in zarr.METADATA_ERRORS if error is not TypeError)
+    patch.setattr(zarr, "METADATA_ERRORS", errors)
+
+
+def chunks_of_any_kind(patch):
+    errors = tuple(error for error in zarr.CHUNK_ERRORS if error is not RuntimeError)
+    patch.setattr(zarr, "CHUNK_ERRORS", errors)
+
+
+def errors_as_they_are(patch):
+    patch.setattr(zarr, "_shown", str)
+
+
 def fields_of_any_type(patch):
     for room in (job, journal, manifest, ring):
         patch.setattr(room, "check_fields", lambda fields, kinds: None)
@@ -191,6 +210,10 @@ def memory_for_all_that_is_claimed(patch):
         (fuzz.NpyFiles, big_endian),
         (fuzz.NpyFiles, files_of_any_length),
         (fuzz.NpyFiles, files_that_grow),
+        (fuzz.ZarrArrays, chunks_that_may_be_missing),
+        (fuzz.ZarrArrays, metadata_of_any_kind),
+        (fuzz.ZarrArrays, chunks_of_any_kind),
+        (fuzz.ZarrArrays, errors_as_they_are),
         (fuzz.Sealed, no_checksums),
         (fuzz.Ledgers, no_checksums),
         (fuzz.Ledgers, fields_of_any_type),

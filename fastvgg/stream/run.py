@@ -19,7 +19,7 @@ from fastvgg.datasets.images import Images
 from fastvgg.datasets.index import INDEX_HEAD, index_path, index_text, read_index
 from fastvgg.datasets.locations import is_remote, located
 from fastvgg.datasets.reserved import ReservedArray
-from fastvgg.errors import ResumeError, StoppedError, TargetError
+from fastvgg.errors import ResumeError, StoppedError, TargetError, VerificationError
 from fastvgg.stream import inplace
 from fastvgg.stream.behind import Behind
 from fastvgg.stream.compute import Work, compute
@@ -190,11 +190,14 @@ class _Run:
 
     def _refuse_wrong_checksums(self) -> None:
         for chunk, (start, stop) in enumerate(self.plan.chunk_rows()):
-            stored = self.target.read_stored(start, stop)
+            why = f"images {start} to {stop - 1} differ"
+            try:
+                stored = self.target.read_stored(start, stop)
+            except VerificationError as error:  # of what has checksums of its own
+                stored, why = [], error.problem
             if checksum(stored) != self._commits()[chunk].checksum:
                 raise ResumeError(
-                    f"{self.plan.target} is not what the unfinished run wrote: images {start} to "
-                    f"{stop - 1} differ",
+                    f"{self.plan.target} is not what the unfinished run wrote: {why}",
                     "give --restart to replace it, or another name",
                 )
 
