@@ -414,6 +414,7 @@ def test_a_restart_forgets_what_an_unfinished_run_committed(in_memory, array):
     with pytest.raises(Death):
         run(planned(array, in_memory, together=4, restart=True), storage=Counting(6))
     planned(array, in_memory, together=4).run()
+    assert [name for name in in_memory.names() if "/c." in name] == FILES[1:4]
     assert in_memory.array().tobytes() == EXPECTED.tobytes()
 
 
@@ -715,6 +716,7 @@ def test_objects_are_read_written_listed_and_removed(store):
     }
     assert remote.read_all(store / "a") == {"1": b"one", "b/2": b"two"}
     assert remote.read_all(store / "b") == {}
+    assert remote.listing(store / "ab") == {}
     with remote.opened(store / "ab") as file:
         file.seek(2)
         assert file.read() == b"ree"
