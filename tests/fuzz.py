@@ -150,7 +150,7 @@ class Kind:
 class NpyHeaders(Kind):
     """The first bytes of .npy files, in memory."""
 
-    name, share = "npy headers", 0.46
+    name, share = "npy headers", 0.47
     refusal = SourceError
     path = Path("x.npy")
 
@@ -306,7 +306,7 @@ class NpyFiles(Kind):
 class ZarrArrays(Kind):
     """Arrays of Zarr, opened as sources and read; of each one file was damaged."""
 
-    name, share = "zarr arrays", 0.02
+    name, share = "zarr arrays", 0.01
     path = Path("x.zarr")
 
     NOTICED = ("shards", "zstd", "v2 zlib")
