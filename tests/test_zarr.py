@@ -568,14 +568,29 @@ def test_a_chunk_with_any_bit_flipped_or_cut_off_anywhere_stops_the_run(tmp_path
     assert_same(source.read(0, 10).batch, pixels(10))
 
 
-@pytest.mark.parametrize("length", [0, 1, 377, 379, 756])
-@pytest.mark.parametrize("settings", [{}, V2], ids=["v3", "v2"])
-def test_a_chunk_of_another_length_stops_the_run(tmp_path, settings, length):
-    path = save_zarr(tmp_path / "x.zarr", pixels(10), **settings)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        V2,
+        {"compressors": BloscCodec()},
+        {**V2, "compressors": numcodecs.Blosc()},
+        {"compressors": [Crc32cCodec(), BloscCodec(cname="zstd", shuffle="bitshuffle")]},
+        {"compressors": [BloscCodec(), Crc32cCodec()]},
+    ],
+    ids=["v3", "v2", "blosc", "v2, blosc", "blosc of a checksum", "a checksum of blosc"],
+)
+def test_a_chunk_of_another_length_stops_the_run(tmp_path, settings):
+    batch = pixels(10) // 64
+    path = save_zarr(tmp_path / "x.zarr", batch, **settings)
     source = opened(path)
     file = chunk_files(path)[3]
-    os.truncate(file, length)
-    stops(source, path, f"chunk {key_of(path, file)} is damaged")
+    whole = file.read_bytes()
+    for length in [*range(0, len(whole), 19), 1, 15, 16, len(whole) - 1, len(whole) + 1]:
+        file.write_bytes((whole + b"\0")[:length])
+        stops(source, path, f"chunk {key_of(path, file)} is damaged")
+    file.write_bytes(whole)
+    assert_same(source.read(0, 10).batch, batch)
 
 
 def test_the_damaged_one_of_many_chunks_is_named(tmp_path):
