@@ -382,6 +382,14 @@ def in_v3(**fields):
     return lambda path: change_metadata(path, **fields)
 
 
+def damage_shards(path, **fields):
+    """Make an array one of shards, with other fields among what their codec is told."""
+    save_zarr(path, pixels(10), shards=(4, 7, 9, 3), overwrite=True)
+    (codec,) = json.loads(metadata_of(path).read_bytes())["codecs"]
+    codec["configuration"].update(fields)
+    change_metadata(path, codecs=[codec])
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -408,6 +416,8 @@ def in_v3(**fields):
         in_v3(chunk_grid={"name": "regular", "configuration": {"chunk_shape": [0, 7, 9, 3]}}),
         in_v3(chunk_grid={"name": "regular", "configuration": {"chunk_shape": [2, 7, 9]}}),
         in_v3(chunk_grid={"name": "irregular"}),
+        lambda path: damage_shards(path, chunk_shape=[0, 7, 9, 3]),
+        lambda path: damage_shards(path, chunk_shape=[-2, 7, 9, 3]),
         in_v3(storage_transformers=["\x1b[2J"]),
         in_v3(node_type="grope"),
         in_v3(something={"must_understand": True}),

@@ -62,7 +62,7 @@ NAMES_SHOWN: Final = 10
 # What zarr-python, and what it calls, raise on metadata and on chunks that are damaged.
 METADATA_ERRORS: Final = (
     *(ValueError, TypeError, KeyError, AttributeError, NotImplementedError),
-    *(OverflowError, RecursionError, OSError),
+    *(ArithmeticError, RecursionError, OSError),
 )
 CHUNK_ERRORS: Final = (
     *(ValueError, TypeError, RuntimeError, OverflowError, SystemError, MemoryError),
