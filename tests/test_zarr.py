@@ -452,6 +452,8 @@ def test_missing_chunks_are_counted_and_the_first_is_named(tmp_path, stored):
     for number in (1, 3):
         shutil.rmtree(stored / "c" / str(number))
     refused(stored, "2 of 5 chunks", "c/1/0/0/0", "write_empty_chunks")
+    (stored / "notes.txt").write_text("of no chunk")
+    refused(stored, "2 of 5 chunks", "c/1/0/0/0, c/3/0/0/0")
     for number in range(20):  # and what is no chunk is not taken for one
         (stored / f"c.{number}").write_bytes(b"")
     refused(stored, "2 of 5 chunks", "c/1/0/0/0, c/3/0/0/0")

@@ -59,6 +59,7 @@ SAID: Final = "fastvgg"
 """The attribute that says what was done to the images."""
 WAITING: Final = 3  # shards: one is on its way to the disk, one waits, and one is encoded
 NAMES_SHOWN: Final = 10
+COUNTED: Final = 10**6  # chunks, as metadata may claim any number
 # What zarr-python, and what it calls, raise on metadata and on chunks that are damaged.
 METADATA_ERRORS: Final = (
     *(ValueError, TypeError, KeyError, AttributeError, NotImplementedError),
@@ -204,9 +205,7 @@ class ZarrArray:
         except MissingChunkError as error:
             raise self._damaged(str(error), "it is missing, or empty") from None
         except CHUNK_ERRORS as error:
-            if (
-                isinstance(error, OSError) and error.errno is not None
-            ):  # the system's, and no codec's
+            if isinstance(error, OSError) and error.errno is not None:  # and so no codec's
                 where = str(error.filename or self.path)
                 raise StoppedError.from_os_error(error, "read", where, start) from error
             self._blame(start, start + len(out))
@@ -269,16 +268,14 @@ class ZarrSource:
 
     def _refuse_missing(self, files: Mapping[str, tuple[int, str]]) -> None:
         expected = self._array.chunks
-        found = sum(not key.endswith(METADATA) for key in files)
-        missing = max(0, expected - found)
-        if not missing:
-            keys = self._array.keys(0, self.header.images)
-            absent = [key for key in keys if key not in files]
-            missing, shown = len(absent), ", ".join(absent[:NAMES_SHOWN])
-        else:
-            keys = self._array.keys(0, self.header.images)
-            shown = next(key for key in keys if key not in files)
+        missing = expected - sum(not key.endswith(METADATA) for key in files)
+        keys = self._array.keys(0, self.header.images)
+        absent = (key for key in keys if key not in files)
+        first = list(itertools.islice(absent, NAMES_SHOWN))
+        if missing < COUNTED:  # other files may be among those that are there
+            missing = len(first) + sum(1 for _ in absent)
         if missing:
+            shown = ", ".join(first)
             raise SourceError(
                 f"{self.path}: {missing} of {expected} chunks are missing, as {shown}: they would "
                 "be read as if they had been written",
