@@ -139,10 +139,6 @@ def chunks_of_any_kind(patch):
     patch.setattr(zarr, "CHUNK_ERRORS", errors)
 
 
-def errors_as_they_are(patch):
-    patch.setattr(zarr, "_shown", str)
-
-
 def fields_of_any_type(patch):
     for room in (job, journal, manifest, ring):
         patch.setattr(room, "check_fields", lambda fields, kinds: None)
@@ -213,7 +209,6 @@ def memory_for_all_that_is_claimed(patch):
         (fuzz.ZarrArrays, chunks_that_may_be_missing),
         (fuzz.ZarrArrays, metadata_of_any_kind),
         (fuzz.ZarrArrays, chunks_of_any_kind),
-        (fuzz.ZarrArrays, errors_as_they_are),
         (fuzz.Sealed, no_checksums),
         (fuzz.Ledgers, no_checksums),
         (fuzz.Ledgers, fields_of_any_type),

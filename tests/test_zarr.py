@@ -382,6 +382,14 @@ def in_v3(**fields):
     return lambda path: change_metadata(path, **fields)
 
 
+def damage_shards(path, **fields):
+    """Make an array one of shards, with other fields among what their codec is told."""
+    save_zarr(path, pixels(10), shards=(4, 7, 9, 3), overwrite=True)
+    (codec,) = json.loads(metadata_of(path).read_bytes())["codecs"]
+    codec["configuration"].update(fields)
+    change_metadata(path, codecs=[codec])
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -408,6 +416,8 @@ def in_v3(**fields):
         in_v3(chunk_grid={"name": "regular", "configuration": {"chunk_shape": [0, 7, 9, 3]}}),
         in_v3(chunk_grid={"name": "regular", "configuration": {"chunk_shape": [2, 7, 9]}}),
         in_v3(chunk_grid={"name": "irregular"}),
+        lambda path: damage_shards(path, chunk_shape=[0, 7, 9, 3]),
+        lambda path: damage_shards(path, chunk_shape=[-2, 7, 9, 3]),
         in_v3(storage_transformers=["\x1b[2J"]),
         in_v3(node_type="grope"),
         in_v3(something={"must_understand": True}),
@@ -442,6 +452,8 @@ def test_missing_chunks_are_counted_and_the_first_is_named(tmp_path, stored):
     for number in (1, 3):
         shutil.rmtree(stored / "c" / str(number))
     refused(stored, "2 of 5 chunks", "c/1/0/0/0", "write_empty_chunks")
+    (stored / "notes.txt").write_text("of no chunk")
+    refused(stored, "2 of 5 chunks", "c/1/0/0/0, c/3/0/0/0")
     for number in range(20):  # and what is no chunk is not taken for one
         (stored / f"c.{number}").write_bytes(b"")
     refused(stored, "2 of 5 chunks", "c/1/0/0/0, c/3/0/0/0")

@@ -63,6 +63,7 @@ SAID: Final = "fastvgg"
 """The attribute that says what was done to the images."""
 WAITING: Final = 3  # shards: one is on its way to the disk, one waits, and one is encoded
 NAMES_SHOWN: Final = 10
+COUNTED: Final = 10**6  # chunks, as metadata may claim any number
 # What zarr-python, and what it calls, raise on metadata and on chunks that are damaged.
 METADATA_ERRORS: Final = (
     *(ValueError, TypeError, KeyError, AttributeError, NotImplementedError),
@@ -292,14 +293,18 @@ class ZarrSource:
         self.records = read_index(path, self.header.images)
 
     def _refuse_missing(self, files: Mapping[str, tuple[int, str]]) -> None:
+        expected = self._array.chunks
+        missing = expected - sum(not key.endswith(METADATA) for key in files)
         keys = self._array.keys(0, self.header.images)
-        absent = [*itertools.islice((key for key in keys if key not in files), NAMES_SHOWN)]
-        if absent:
-            expected, shown = self._array.chunks, ", ".join(absent)
-            missing = max(expected - sum(not key.endswith(METADATA) for key in files), len(absent))
+        absent = (key for key in keys if key not in files)
+        first = list(itertools.islice(absent, NAMES_SHOWN))
+        if missing < COUNTED:  # other files may be among those that are there
+            missing = len(first) + sum(1 for _ in absent)
+        if missing:
+            shown = ", ".join(first)
             raise SourceError(
-                f"{self.path}: at least {missing} of {expected} chunks are missing ({shown}), and "
-                "would be read as if they had been written",
+                f"{self.path}: {missing} of {expected} chunks are missing, as {shown}: they would "
+                "be read as if they had been written",
                 "finish writing it, or get it again; zarr leaves chunks away that are full of the "
                 "fill value, unless zarr.config.set({'array.write_empty_chunks': True})",
             )
