@@ -44,6 +44,8 @@ from fastvgg.stream.journal import journal_path, read_ledger
 from fastvgg.stream.manifest import manifest_path, read_manifest
 from fastvgg.stream.run import run
 
+FILES = (".npy", ".h5")
+
 
 class Scenario:
     """A run that can be made again and again, each time into a new directory.
@@ -60,6 +62,9 @@ class Scenario:
         self.settings = {"mode": "caffe", "together": 2}
         batch = pixels(5, seed=4)
         self.source, self.target_name = save_npy(place / "x.npy", batch), "y.npy"
+        self.dataset = ""
+        if name == "hdf5":
+            self.target_name, self.dataset = "y.h5", "::/images"
         if name == "folder":
             self.source = save_images(place / "photos", batch)
             (self.source / "a" / "torn.png").write_bytes(b"not an image")
@@ -127,7 +132,10 @@ class Scenario:
         settings = {**self.settings, "restart": restart}
         if restart:
             settings.pop("retry_failed", None)
-        return plan_of(self.source, directory / self.target_name, **settings)
+        return plan_of(self.source, self.location(directory), **settings)
+
+    def location(self, directory):
+        return directory / (self.target_name + self.dataset)
 
     def begin(self, directory, storage=None):
         return run(self.plan(directory, restart=self.restarts), storage=storage)
@@ -148,7 +156,7 @@ class Scenario:
         return target.read_bytes() if target.exists() else None
 
     def _expected_target(self):
-        if self.target_name.endswith(".npy"):
+        if self.target_name.endswith(FILES):
             return self.expected[self.target_name.encode()]
         start = self.target_name.encode() + b"/"
         return {
@@ -168,7 +176,7 @@ class Scenario:
             assert actual in (None, complete)
         elif self.name == "failed":
             assert actual in (self._older, None, complete)
-        elif self.target_name.endswith(".npy"):
+        elif self.target_name.endswith(FILES):
             assert actual in (self._older, complete)
         else:  # a directory cannot take the name of another at once
             assert actual in (None, self._older, complete)
@@ -185,7 +193,7 @@ class Scenario:
 
 
 SCENARIOS = (
-    *("array", "folder", "tar", "failed"),
+    *("array", "folder", "tar", "failed", "hdf5"),
     *("images", "replacing an array", "replacing images"),
 )
 
@@ -444,6 +452,6 @@ def test_a_run_that_was_cut_off_goes_on_with_less_memory_only_if_its_chunks_fit(
             )
         must_say(caught.value, plan.target, "--memory", "--restart")
         settings = {**scenario.settings, "together": 3}
-        report = run(plan_of(scenario.source, directory / scenario.target_name, **settings))
+        report = run(plan_of(scenario.source, scenario.location(directory), **settings))
         assert report.counts["computed_chunks"] == report.counts["chunks"] - 2
         scenario.check_at_the_end(directory)
