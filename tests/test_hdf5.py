@@ -235,6 +235,18 @@ def test_several_datasets_of_a_file_are_told_apart_by_their_names(tmp_path):
         check_read(within(tmp_path / "x.h5", name.removeprefix("/") + "/"), pixels(seed=seed))
 
 
+def test_a_name_that_is_no_utf8_is_read_and_shown(tmp_path):
+    name = "/a\u00e4"
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file[name.encode("latin-1")] = pixels()
+    with pytest.raises(SourceError) as caught:
+        datasets.open_source(within(tmp_path / "x.h5", name))
+    must_say(caught.value, r"There are: '/a\\xe4'")
+    latin = os.fsdecode(name.encode("latin-1"))
+    with closing(datasets.open_source(within(tmp_path / "x.h5", latin))) as source:
+        assert np.array_equal(source.read(0, 5).batch, pixels())
+
+
 @pytest.fixture
 def linked(tmp_path):
     """A file of links of every kind."""
@@ -758,6 +770,37 @@ def test_an_array_that_is_not_all_in_the_file_is_refused(tmp_path):
         check_refused(location, location, "damaged", "get the file again")
 
 
+@pytest.mark.parametrize("filters", [{}, {"compression": "gzip"}], ids=["plain", "filtered"])
+def test_a_damaged_index_of_chunks_is_refused(tmp_path, filters):
+    location = save_h5(tmp_path / "x.h5", pixels() % 2, chunks=(2, 7, 9, 3), **filters)
+    whole = (tmp_path / "x.h5").read_bytes()
+    with h5py.File(tmp_path / "x.h5") as file:
+        nbytes = file["images"].id.get_chunk_info(1).size
+
+    def entry(nbytes, row, mask=0):
+        """What the index has of a chunk: length, filters that were left out, where it begins."""
+        return struct.pack("<IIQQQQQ", nbytes, mask, row, 0, 0, 0, 0)
+
+    assert whole.count(entry(nbytes, 2)) == 1
+    wrong = [entry(0, 2), entry(nbytes, 0), entry(nbytes, 6), entry(nbytes, 2**40)]
+    wrong.append(entry(nbytes, 2, mask=1) if filters else entry(nbytes - 1, 2))
+    for other in wrong:
+        (tmp_path / "x.h5").write_bytes(whole.replace(entry(nbytes, 2), other))
+        check_refused(location, location, "damaged: 1 of 3 chunks are nowhere")
+    (tmp_path / "x.h5").write_bytes(whole.replace(entry(nbytes, 2), entry(10**6, 2)))
+    check_refused(location, location, "damaged: 3 chunks are said to be")
+
+
+def test_a_chunk_that_was_stored_without_its_filter_is_read(tmp_path):
+    location = save_h5(tmp_path / "x.h5", pixels(), chunks=(2, 7, 9, 3), compression="gzip")
+    with h5py.File(tmp_path / "x.h5", "a") as file:
+        bare = pixels(seed=2)[2:4].tobytes()
+        file["images"].id.write_direct_chunk((2, 0, 0, 0), bare, filter_mask=1)
+    expected = pixels()
+    expected[2:4] = pixels(seed=2)[2:4]
+    check_read(location, expected)
+
+
 def broken_chunk(path, batch, row=-1):
     """A dataset of which the chunk of a row has a flipped bit; and what it was."""
     location = save_h5(path, batch, chunks=(2, *batch.shape[1:]), fletcher32=True)
@@ -1258,3 +1301,36 @@ def test_batches_of_a_dataset_are_its_rows(tmp_path):
     location = save_h5(tmp_path / "x.h5", expected, chunks=(4, 3, 9, 3))
     found = [(batch.copy(), rows.copy()) for batch, rows in fastvgg.batches(location, 3, threads=2)]
     assert np.array_equal(np.concatenate([batch for batch, _ in found]), expected)
+
+
+# Damage
+
+CAMPAIGN = """
+import json, sys
+import fuzz_hdf5
+from fastvgg.datasets import hdf5
+exec(sys.argv[1])
+try:
+    print(json.dumps(fuzz_hdf5.campaign(seed=5, size=1000)))
+except AssertionError as error:
+    print(json.dumps({"wrong": str(error)}))
+"""
+
+
+def test_whatever_lies_in_a_file_is_read_as_h5py_reads_it_or_refused_in_words():
+    counts = json.loads(printed_by(CAMPAIGN, ""))
+    assert counts["accepted"] > 200
+    assert counts["refused"] > 200
+    assert counts["ended by HDF5"] < 5
+    assert counts["inputs"] == sum(counts.values()) - counts["inputs"]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "hdf5.DAMAGED = (KeyError, OSError, ValueError)",
+        "hdf5.DAMAGED = (OSError, RuntimeError, ValueError)",
+    ],
+)
+def test_the_campaign_sees_what_is_broken(broken):
+    assert "input " in json.loads(printed_by(CAMPAIGN, broken)).get("wrong", "")

@@ -114,9 +114,7 @@ class Hdf5Source:
         try:
             yield
         except DAMAGED as error:
-            raise SourceError(
-                f"{self.path} is damaged: HDF5 says {str(error)!r}", "get the file again"
-            ) from None
+            raise self._damaged(f"HDF5 says {str(error)!r}") from None
 
     def _found(self, name: bytes) -> h5py.Dataset:
         """Return a dataset, by links that stay within the file; no other is even looked at.
@@ -189,12 +187,11 @@ class Hdf5Source:
 
     def _refuse_short(self, offset: int) -> None:
         """Refuse an array that does not lie in the file as a whole."""
-        end, file_bytes = offset + self.header.nbytes, os.fstat(self._file.fileno()).st_size
+        end, file_bytes = offset + self.header.nbytes, self._file_bytes()
         if self.stored_bytes != self.header.nbytes or end > file_bytes:
-            raise SourceError(
-                f"{self.path} is damaged: its array of {self.header.nbytes} bytes is said to be "
-                f"the {self.stored_bytes} from byte {offset} of {file_bytes}",
-                "get the file again",
+            raise self._damaged(
+                f"its array of {self.header.nbytes} bytes is said to be the {self.stored_bytes} "
+                f"from byte {offset} of {file_bytes}"
             )
 
     def _type_name(self) -> str:
@@ -294,18 +291,55 @@ class Hdf5Source:
 
     def _refuse_holes(self, piece: h5py.Dataset) -> None:
         """Refuse what was never written, which HDF5 reads as if it had been."""
-        wanted, written = 1, 1
+        wanted, written = 1, int(piece.id.get_storage_size() > 0)
         if piece.chunks:
-            counts = (-(-a // b) for a, b in zip(piece.shape, piece.chunks, strict=True))
-            wanted, written = math.prod(counts), piece.id.get_num_chunks()
-        else:
-            written = int(piece.id.get_storage_size() > 0)
+            wanted, written = self._chunks(piece)
         if written < wanted:
             raise SourceError(
                 f"{self.path}: {wanted - written} of {wanted} chunks were never written, and would "
                 f"be read as {piece.fillvalue}",
                 "finish writing it; where that is what it should hold, write it",
             )
+
+    def _chunks(self, piece: h5py.Dataset) -> tuple[int, int]:
+        """Return how many chunks there should be, and how many there are."""
+        counts = [-(-a // b) for a, b in zip(piece.shape, piece.chunks, strict=True)]
+        wanted, written = math.prod(counts), piece.id.get_num_chunks()
+        if written < wanted:
+            return wanted, written
+        file_bytes, said_bytes = self._file_bytes(), piece.id.get_storage_size()
+        if max(wanted, said_bytes) > file_bytes:
+            raise self._damaged(
+                f"{wanted} chunks are said to be {said_bytes} of {file_bytes} bytes"
+            )
+        # A damaged index may have one chunk twice and another not at all. Of one without bytes HDF5
+        # reads what happens to be in memory, or ends the process.
+        is_there = bytearray(wanted)
+        whole = math.prod(piece.chunks) * piece.id.get_type().get_size()
+        lengths = tuple(zip(piece.chunks, counts, strict=True))
+        unfiltered = (1 << piece.id.get_create_plist().get_nfilters()) - 1
+
+        def visit(chunk: h5py.h5d.StoreInfo) -> None:
+            least = whole if chunk.filter_mask & unfiltered == unfiltered else 1
+            if chunk.byte_offset is None or chunk.size < least:
+                return
+            number = 0
+            for start, (length, count) in zip(chunk.chunk_offset, lengths, strict=True):
+                if start >= length * count:
+                    return
+                number = number * count + start // length
+            is_there[number] = 1
+
+        piece.id.chunk_iter(visit)
+        if not all(is_there):
+            raise self._damaged(f"{is_there.count(0)} of {wanted} chunks are nowhere")
+        return wanted, written
+
+    def _file_bytes(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
+    def _damaged(self, how: str) -> SourceError:
+        return SourceError(f"{self.path} is damaged: {how}", "get the file again")
 
     def fingerprint(self) -> str:
         """Return a hash of size, time of change, and samples of the file, as it is now."""
