@@ -198,6 +198,19 @@ def test_only_what_is_for_pytorch_imports_it(room):
     assert not within(imports_of(room), "torch", "fastvgg.torch")
 
 
+@pytest.mark.parametrize("package", ["h5py", "zarr"])
+def test_only_what_is_for_a_format_imports_its_package(package):
+    rooms = {"h5py": "datasets/hdf5.py", "zarr": "datasets/zarr.py"}
+    importing = [room for room in ROOMS if within(imports_of(room, functions=False), package)]
+    assert importing == [rooms[package]]
+    loaded = [
+        room
+        for room in ROOMS
+        if f"fastvgg.{rooms[package]}"[:-3].replace("/", ".") in (imports_of(room, functions=False))
+    ]
+    assert loaded == []
+
+
 @pytest.mark.parametrize("room", [room for room in ROOMS if not room.startswith("kernels/")])
 def test_only_kernels_import_numba(room):
     assert not within(imports_of(room), "numba", "llvmlite")

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Final
 from fastvgg import nearest
 from fastvgg.datasets.decode import INTERPOLATIONS, Decoder, Decoding
 from fastvgg.datasets.files import FileFormat, ImageFiles
-from fastvgg.datasets.hdf5 import Hdf5Source, Hdf5Target, check_name
 from fastvgg.datasets.images import FolderListing, ImageFolder
 from fastvgg.datasets.locations import file_of, is_remote
 from fastvgg.datasets.npy import NpySource, NpyTarget
@@ -39,9 +38,9 @@ __all__ = [
     "INTERPOLATIONS",
     "Decoding",
     "FileFormat",
+    "check_target",
     "open_source",
     "open_target",
-    "refuse_uninstalled",
     "stated_transform",
     "target_kind",
 ]
@@ -141,6 +140,8 @@ def _array(
     if kind == "parts":
         return NpyParts(path, part_names(path), layout=layout, stored_as=stored_as)
     if kind == "hdf5":
+        with _installed("hdf5", path):
+            from fastvgg.datasets.hdf5 import Hdf5Source
         return Hdf5Source(path, layout=layout, indexed=indexed)
     if kind == "zarr":
         with _installed("zarr", path):
@@ -164,17 +165,22 @@ def stated_transform(path: Path) -> Any:  # noqa: ANN401  # whatever is said
     return ZarrArray(path).transform
 
 
-def refuse_uninstalled(path: Path) -> None:
-    """Refuse a target whose format needs a package that is not installed.
+def check_target(path: Path) -> None:
+    """Refuse a target whose package is not installed, or whose name its format does not allow.
 
     Raises
     ------
-    SourceError
-        Saying which.
+    SourceError, TargetError
+        Saying which it is.
     """
-    if target_kind(path) == "zarr":
+    kind = target_kind(path)
+    if kind == "zarr":
         with _installed("zarr", path):
             import zarr  # noqa: F401
+    if kind == "hdf5":
+        with _installed("hdf5", path):
+            from fastvgg.datasets.hdf5 import check_name
+        check_name(path)
 
 
 @contextlib.contextmanager
@@ -204,8 +210,6 @@ def _is_zarr(path: Path) -> bool:
 def target_kind(path: Path) -> str:
     """Return the format that a target's name asks for: "npy", "hdf5", "zarr" or "images"."""
     kind = _kind_of_array(path)
-    if kind == "hdf5" and not is_remote(path):
-        check_name(path)
     if kind is not None:
         return kind
     if path.suffix == "" or path.is_dir():
@@ -241,6 +245,8 @@ def open_target(
     if kind == "npy":
         return NpyTarget(path, header, storage)
     if kind == "hdf5":
+        with _installed("hdf5", path):
+            from fastvgg.datasets.hdf5 import Hdf5Target
         return Hdf5Target(path, header, storage)
     if kind == "zarr":
         with _installed("zarr", path):

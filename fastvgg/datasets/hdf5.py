@@ -15,6 +15,7 @@ import math
 import os
 from typing import TYPE_CHECKING, Any, Final
 
+import h5py
 import numpy as np
 
 from fastvgg.datasets.base import Chunk, Header, check_array, open_regular
@@ -28,10 +29,8 @@ from fastvgg.transform import storage_dtype
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-    from types import ModuleType
     from typing import BinaryIO
 
-    import h5py
     from numpy.typing import NDArray
 
     from fastvgg.stream.storage import Storage
@@ -49,18 +48,6 @@ NAMES_SHOWN: Final = 10
 DAMAGED: Final = (KeyError, OSError, RuntimeError, ValueError)
 # Where the array begins in a new file: kernels and the disk like it better than any byte.
 ALIGNMENT: Final = 64
-
-
-def _h5py(path: Path) -> ModuleType:
-    try:
-        import h5py
-    except ImportError:
-        raise SourceError(
-            f"{path} is in an HDF5 file, and h5py, which reads and writes them, is not installed",
-            "install it: pip install 'fastvgg[hdf5]'",
-        ) from None
-    module: ModuleType = h5py
-    return module
 
 
 class Hdf5Source:
@@ -88,7 +75,6 @@ class Hdf5Source:
         self.path = path
         self.settings: dict[str, Any] = {}
         self.notes: list[str] = []
-        self._h5py = _h5py(path)
         with contextlib.ExitStack() as opened:
             self._file: BinaryIO = opened.enter_context(_opened(path))
             self._hdf5 = opened.enter_context(self._opened_by_h5py())
@@ -101,7 +87,7 @@ class Hdf5Source:
     def _opened_by_h5py(self) -> h5py.File:
         """Open the file once more; HDF5 locks it against writers."""
         try:
-            file: h5py.File = self._h5py.File(file_of(self.path), "r")
+            file: h5py.File = h5py.File(file_of(self.path), "r")
         except OSError as error:
             raise SourceError(
                 f"{file_of(self.path)} cannot be opened: {error}",
@@ -130,10 +116,10 @@ class Hdf5Source:
             if not parts:
                 break
             part = parts.pop(0)
-            if not isinstance(found, self._h5py.Group) or not _has_link(found, part):
+            if not isinstance(found, h5py.Group) or not _has_link(found, part):
                 found = None
                 break
-            kind, value = found.id.links.get_info(part).type, self._h5py.h5l
+            kind, value = found.id.links.get_info(part).type, h5py.h5l
             if kind == value.TYPE_HARD:
                 found = found[part]
             elif kind == value.TYPE_SOFT:
@@ -142,7 +128,7 @@ class Hdf5Source:
                 found = self._hdf5 if linked.startswith(b"/") else found
             else:
                 raise self._leaves(f"{_shown(part)} is a link that leads out of it")
-        if parts or not isinstance(found, self._h5py.Dataset):
+        if parts or not isinstance(found, h5py.Dataset):
             file, names = file_of(self.path), ", ".join(self._names()) or "none"
             problem = (
                 f"{file} has no dataset {_shown(name)}." if name else f"{file}: which dataset?"
@@ -155,11 +141,11 @@ class Hdf5Source:
         names: list[str] = []
 
         def visit(name: bytes) -> bool | None:
-            if self._h5py.h5o.get_info(self._hdf5.id, name).type == self._h5py.h5o.TYPE_DATASET:
+            if h5py.h5o.get_info(self._hdf5.id, name).type == h5py.h5o.TYPE_DATASET:
                 names.append(_shown(b"/" + name))
             return len(names) == NAMES_SHOWN or None
 
-        self._h5py.h5o.visit(self._hdf5.id, visit)
+        h5py.h5o.visit(self._hdf5.id, visit)
         return names
 
     def _leaves(self, how: str) -> SourceError:
@@ -228,7 +214,7 @@ class Hdf5Source:
         made = dataset.id.get_create_plist()
         if made.get_external_count():
             raise self._leaves(f"its bytes are in {_shown(made.get_external(0)[0])}")
-        if made.get_layout() != self._h5py.h5d.VIRTUAL:
+        if made.get_layout() != h5py.h5d.VIRTUAL:
             return [dataset]
         pieces: dict[bytes, h5py.Dataset] = {}
         mapped = 0
@@ -258,7 +244,7 @@ class Hdf5Source:
 
     def _holds(self, piece: h5py.Dataset, made: h5py.h5p.PropDCID, number: int) -> bool:
         """Whether a dataset has all that is mapped of it, which may be without end."""
-        spaces, of = self._h5py.h5s, made.get_virtual_srcspace(number)
+        spaces, of = h5py.h5s, made.get_virtual_srcspace(number)
         if of.get_select_type() == spaces.SEL_ALL:
             chosen: int = made.get_virtual_vspace(number).get_select_npoints()
             return bool(chosen == piece.size)
@@ -281,7 +267,7 @@ class Hdf5Source:
         """Refuse chunks that are compressed in a way that HDF5 does not know here."""
         made = piece.id.get_create_plist()
         for code, _, _, name in map(made.get_filter, range(made.get_nfilters())):
-            if not self._h5py.h5z.filter_avail(code):
+            if not h5py.h5z.filter_avail(code):
                 raise SourceError(
                     f"{self.path} is compressed by filter {code}, {_shown(name)}, which HDF5 does "
                     "not have here",
@@ -373,7 +359,7 @@ class Hdf5Source:
             return
         chosen = self._dataset.id.get_space()
         chosen.select_hyperslab((start, 0, 0, 0), out.shape)
-        memory = self._h5py.h5s.create_simple(out.shape)
+        memory = h5py.h5s.create_simple(out.shape)
         bits, bits_type = out, None
         if self.header.dtype == "bfloat16":  # which h5py has no NumPy type for
             bits, bits_type = out.view(np.uint16), self._dataset.id.get_type()
@@ -427,14 +413,13 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def check_name(path: Path) -> None:
-    """Refuse a name that a new dataset cannot have, and any where there is no h5py.
+    """Refuse a name that a new dataset cannot have.
 
     Raises
     ------
-    SourceError, TargetError
-        Saying which it is.
+    TargetError
+        Saying why.
     """
-    _h5py(path)
     name = dataset_of(path)
     if not name:
         problem = "the dataset in the file has no name"
@@ -451,11 +436,9 @@ def check_name(path: Path) -> None:
 
 
 def _hdf5_type(name: str) -> h5py.h5t.TypeID:
-    from h5py import h5t
-
     if name != "bfloat16":
-        return h5t.py_create(storage_dtype(name).newbyteorder("<"))
-    bfloat16 = h5t.IEEE_F16LE.copy()
+        return h5py.h5t.py_create(storage_dtype(name).newbyteorder("<"))
+    bfloat16 = h5py.h5t.IEEE_F16LE.copy()
     sign, exponent, exponent_bits, mantissa, mantissa_bits = 15, 7, 8, 0, 7
     bfloat16.set_fields(sign, exponent, exponent_bits, mantissa, mantissa_bits)
     bfloat16.set_ebias(127)
@@ -485,7 +468,6 @@ def _start_bytes(path: Path, header: Header) -> bytes:
 
     It reserves the array's place, and never writes into it.
     """
-    h5py = _h5py(path)
     written = io.BytesIO()
     aligned = {"alignment_threshold": 1, "alignment_interval": ALIGNMENT}
     with h5py.File(written, "w", libver=("v108", "v108"), **aligned) as file:

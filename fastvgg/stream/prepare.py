@@ -403,8 +403,8 @@ def _check_target(source: Source, target: Path, result: Header) -> None:
         _check_store(source, target)
         return
     file = file_of(target)
+    datasets.check_target(target)
     _check_directory(file)
-    datasets.refuse_uninstalled(target)
     if datasets.target_kind(target) == "images" and (result.dtype, result.layout) != IMAGES:
         raise TargetError(
             f"{target}: image files hold {' '.join(IMAGES)}, and the result is {result.dtype} "
@@ -430,6 +430,7 @@ def _check_store(source: Source, target: Path) -> None:
         raise TargetError(
             f"{target}: to a store, Zarr arrays alone are written", "give a name that ends in .zarr"
         )
+    datasets.check_target(target)
     read, written = f"{source.path}/", f"{target}/"
     if is_remote(source.path) and (read.startswith(written) or written.startswith(read)):
         raise TargetError(
