@@ -76,6 +76,7 @@ STORED = {
     "shards": {"chunks": (2, 7, 9, 3), "shards": (4, 7, 9, 3)},
     "shards that divide no axis": {"chunks": (2, 2, 3, 1), "shards": (4, 4, 6, 2)},
     "compressed shards": {"shards": (6, 7, 9, 3), "compressors": ZstdCodec()},
+    "shards of blosc": {"shards": (6, 7, 9, 3), "compressors": BloscCodec()},
     "zstd": {"compressors": ZstdCodec(checksum=True)},
     "blosc": {"compressors": BloscCodec()},
     "gzip": {"compressors": GzipCodec()},
