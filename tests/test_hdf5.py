@@ -294,8 +294,9 @@ def test_as_many_links_are_followed_as_are_allowed(tmp_path):
         for number in range(1, 100):
             file[f"{number}"] = h5py.SoftLink(f"/{number - 1}")
     check_read(within(tmp_path / "x.h5", "/64"), pixels())
-    with pytest.raises(SourceError, match="has no dataset '/65'"):
-        datasets.open_source(within(tmp_path / "x.h5", "/65"))
+    for name in ("/65", "/65/x"):
+        with pytest.raises(SourceError, match=f"has no dataset '{name}'"):
+            datasets.open_source(within(tmp_path / "x.h5", name))
 
 
 @pytest.mark.parametrize("name", ["", "/", "/nothing", "/images/x", "/images\0", "/group", "/type"])
@@ -535,6 +536,7 @@ def test_a_virtual_dataset_with_gaps_is_refused(tmp_path):
         file["short"] = pixels(3)
         virtual(file, "part", (slice(1, 5), source_in(".")[1:]))
         virtual(file, "past", (ALL, source_in(".", shape=(9, 7, 9, 3))[4:]))
+        virtual(file, "next", (ALL, source_in(".", shape=(6, 7, 9, 3))[1:]))
         virtual(file, "nothing", (ALL, source_in(".", "/absent")))
         virtual(file, "unwritten", (ALL, source_in(".", "/hollow")))
         virtual(file, "longer", (ALL, source_in(".", "/short")))
@@ -544,6 +546,7 @@ def test_a_virtual_dataset_with_gaps_is_refused(tmp_path):
     for name, words in {
         "part": ("756 of its 945 elements", "read as 0"),
         "past": ("more of '/stored' than there is",),
+        "next": ("more of '/stored' than there is",),
         "nothing": ("no dataset '/absent'",),
         "unwritten": ("27 of 27 chunks were never written",),
         "longer": ("more of '/short' than there is",),
@@ -1137,12 +1140,19 @@ def test_what_lies_beside_a_file_is_of_the_dataset_that_was_written_alone(tmp_pa
     assert read_index(tmp_path / "y.npy", 6)[4].failed
 
 
-def test_what_was_added_to_a_file_is_not_lost_to_a_restart(tmp_path, packed):
+@pytest.mark.parametrize("added", [np.uint8(1), np.zeros(SHAPE), {}], ids=["one", "many", "group"])
+def test_what_was_added_to_a_file_is_not_lost_to_a_restart(tmp_path, added):
+    source = save_npy(tmp_path / "x.npy", pixels())
+    plan_of(source, within(tmp_path / "y.h5"), mode="caffe").run()
+    with h5py.File(tmp_path / "y.h5", "a") as file:
+        if isinstance(added, dict):
+            file.create_group("mine")
+        else:
+            file["mine"] = added
     before = tree(tmp_path)
-    plan = {"direction": "pack", "together": 3}
     with pytest.raises(TargetError) as caught:
-        plan_of(tmp_path / "photos", within(packed), restart=True, **plan)
-    must_say(caught.value, packed, "changed since", "remove it yourself")
+        plan_of(source, within(tmp_path / "y.h5"), mode="tf", restart=True)
+    must_say(caught.value, tmp_path / "y.h5", "changed since", "remove it yourself")
     assert tree(tmp_path) == before
 
 

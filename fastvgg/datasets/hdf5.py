@@ -374,11 +374,10 @@ class Hdf5Source:
         chosen = self._dataset.id.get_space()
         chosen.select_hyperslab((start, 0, 0, 0), out.shape)
         memory = self._h5py.h5s.create_simple(out.shape)
-        bits, bits_type = out, None
-        if self.header.dtype == "bfloat16":  # which h5py has no NumPy type for
-            bits, bits_type = out.view(np.uint16), self._dataset.id.get_type()
+        # h5py knows no type for bfloat16 in memory: that in the file is the same.
+        in_memory = self._dataset.id.get_type() if self.header.dtype == "bfloat16" else None
         try:
-            self._dataset.id.read(memory, chosen, bits, bits_type)
+            self._dataset.id.read(memory, chosen, out, in_memory)
         except OSError as error:
             raise StoppedError(
                 f"{self.path}: images {start} to {start + len(out) - 1} cannot be read: {error}",
