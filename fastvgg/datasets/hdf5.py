@@ -182,17 +182,8 @@ class Hdf5Source:
         offset = dataset.id.get_offset()
         self._mapped = MappedArray(self._file, path, self.header, offset or 0)
         self._is_mapped = offset is not None and self._is_plain()
-        if self._is_mapped:
-            self._refuse_short(offset)
-
-    def _refuse_short(self, offset: int) -> None:
-        """Refuse an array that does not lie in the file as a whole."""
-        end, file_bytes = offset + self.header.nbytes, self._file_bytes()
-        if self.stored_bytes != self.header.nbytes or end > file_bytes:
-            raise self._damaged(
-                f"its array of {self.header.nbytes} bytes is said to be the {self.stored_bytes} "
-                f"from byte {offset} of {file_bytes}"
-            )
+        if self._is_mapped and self.stored_bytes != self.header.nbytes:
+            raise self._damaged(f"{self.header.nbytes} bytes are said to be {self.stored_bytes}")
 
     def _type_name(self) -> str:
         """Return the storage type; numbers of another byte order are converted when read."""
@@ -200,7 +191,7 @@ class Hdf5Source:
             return "bfloat16"
         try:
             dtype: object = self._dataset.dtype
-            name = self._dataset.dtype.newbyteorder("=").name
+            name = self._dataset.dtype.name
         except (TypeError, ValueError) as error:  # NumPy has none like it
             dtype, name = error, ""
         if name not in PLAIN:
