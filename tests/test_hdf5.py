@@ -42,6 +42,7 @@ from fastvgg import datasets
 from fastvgg.datasets.base import Header, bytes_of
 from fastvgg.datasets.hdf5 import Hdf5Source
 from fastvgg.datasets.index import index_path, read_index
+from fastvgg.datasets.locations import dataset_of, file_of
 from fastvgg.errors import (
     FastvggError,
     ResumeError,
@@ -103,16 +104,14 @@ def within(path, name="/images"):
 
 
 def as_h5py_reads(location):
-    file, _, name = str(location).partition("::")
-    with h5py.File(file, "r") as opened:
-        return opened[name][...]
+    with h5py.File(file_of(location), "r") as opened:
+        return opened[dataset_of(location)][...]
 
 
 def bits_in(location):
     """The array that h5py finds, whose two-byte elements it takes for something else."""
-    file, _, name = str(location).partition("::")
-    with h5py.File(file, "r") as opened:
-        found = opened[name]
+    with h5py.File(file_of(location), "r") as opened:
+        found = opened[dataset_of(location)]
         out = np.empty(found.shape, "u2")
         found.id.read(h5py.h5s.ALL, h5py.h5s.ALL, out, found.id.get_type())
         return out
@@ -171,6 +170,16 @@ def test_every_way_to_store_a_dataset_is_read(tmp_path, settings, dtype):
     location = save_h5(tmp_path / "x.h5", expected, **settings)
     check_read(location, expected)
     assert np.array_equal(as_h5py_reads(location), expected)
+
+
+@pytest.mark.parametrize("name", ["x.hdf5", "X.H5", "d.h5.d/x.h5", "a::b/x.h5"])
+def test_a_file_may_have_another_name(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    location = save_h5(tmp_path / name, pixels(), chunks=CHUNKS)
+    assert not check_read(location, pixels())
+    target = within(tmp_path / name.replace("x.", "y.").replace("X.", "Y."))
+    plan_of(location, target, mode="caffe", together=2).run()
+    assert np.array_equal(as_h5py_reads(target), network_inputs(pixels(), "caffe"))
 
 
 def test_a_compact_dataset_is_read(tmp_path):
@@ -1180,6 +1189,23 @@ def test_a_file_that_was_written_is_replaced_by_a_restart_alone(tmp_path):
         assert np.array_equal(found, network_inputs(pixels(), "tf"))
         assert read_manifest(tmp_path / "y.h5").dataset == name
         plan_of(source, within(tmp_path / "y.h5"), mode="caffe", restart=True).run()
+
+
+@pytest.mark.parametrize("kind", ["a manifest of a .npy", "a dangling link"])
+def test_what_has_a_manifest_that_is_not_its_own_is_not_replaced(tmp_path, kind):
+    source = save_npy(tmp_path / "x.npy", pixels())
+    if kind == "a dangling link":
+        plan_of(source, within(tmp_path / "y.h5"), mode="caffe").run()
+        (tmp_path / "y.h5").rename(tmp_path / "z.h5")
+        (tmp_path / "y.h5").symlink_to("nowhere.h5")
+    else:
+        plan_of(source, tmp_path / "y.npy", mode="caffe").run()
+        manifest_path(tmp_path / "y.npy").rename(manifest_path(tmp_path / "y.h5"))
+        save_h5(tmp_path / "y.h5", pixels())
+    before = tree(tmp_path)
+    with pytest.raises(TargetError, match="an HDF5 file that fastvgg did not write"):
+        plan_of(source, within(tmp_path / "y.h5"), mode="tf", restart=True)
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("kind", ["npy", "images"])
