@@ -42,6 +42,7 @@ from fastvgg import datasets
 from fastvgg.datasets.base import Header, bytes_of
 from fastvgg.datasets.hdf5 import Hdf5Source
 from fastvgg.datasets.index import index_path, read_index
+from fastvgg.datasets.locations import dataset_of, file_of
 from fastvgg.errors import (
     FastvggError,
     ResumeError,
@@ -103,16 +104,14 @@ def within(path, name="/images"):
 
 
 def as_h5py_reads(location):
-    file, _, name = str(location).partition("::")
-    with h5py.File(file, "r") as opened:
-        return opened[name][...]
+    with h5py.File(file_of(location), "r") as opened:
+        return opened[dataset_of(location)][...]
 
 
 def bits_in(location):
     """The array that h5py finds, whose two-byte elements it takes for something else."""
-    file, _, name = str(location).partition("::")
-    with h5py.File(file, "r") as opened:
-        found = opened[name]
+    with h5py.File(file_of(location), "r") as opened:
+        found = opened[dataset_of(location)]
         out = np.empty(found.shape, "u2")
         found.id.read(h5py.h5s.ALL, h5py.h5s.ALL, out, found.id.get_type())
         return out
@@ -171,6 +170,16 @@ def test_every_way_to_store_a_dataset_is_read(tmp_path, settings, dtype):
     location = save_h5(tmp_path / "x.h5", expected, **settings)
     check_read(location, expected)
     assert np.array_equal(as_h5py_reads(location), expected)
+
+
+@pytest.mark.parametrize("name", ["x.hdf5", "X.H5", "d.h5.d/x.h5", "a::b/x.h5"])
+def test_a_file_may_have_another_name(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    location = save_h5(tmp_path / name, pixels(), chunks=CHUNKS)
+    assert not check_read(location, pixels())
+    target = within(tmp_path / name.replace("x.", "y.").replace("X.", "Y."))
+    plan_of(location, target, mode="caffe", together=2).run()
+    assert np.array_equal(as_h5py_reads(target), network_inputs(pixels(), "caffe"))
 
 
 def test_a_compact_dataset_is_read(tmp_path):
@@ -294,8 +303,9 @@ def test_as_many_links_are_followed_as_are_allowed(tmp_path):
         for number in range(1, 100):
             file[f"{number}"] = h5py.SoftLink(f"/{number - 1}")
     check_read(within(tmp_path / "x.h5", "/64"), pixels())
-    with pytest.raises(SourceError, match="has no dataset '/65'"):
-        datasets.open_source(within(tmp_path / "x.h5", "/65"))
+    for name in ("/65", "/65/x"):
+        with pytest.raises(SourceError, match=f"has no dataset '{name}'"):
+            datasets.open_source(within(tmp_path / "x.h5", name))
 
 
 @pytest.mark.parametrize("name", ["", "/", "/nothing", "/images/x", "/images\0", "/group", "/type"])
@@ -535,6 +545,7 @@ def test_a_virtual_dataset_with_gaps_is_refused(tmp_path):
         file["short"] = pixels(3)
         virtual(file, "part", (slice(1, 5), source_in(".")[1:]))
         virtual(file, "past", (ALL, source_in(".", shape=(9, 7, 9, 3))[4:]))
+        virtual(file, "next", (ALL, source_in(".", shape=(6, 7, 9, 3))[1:]))
         virtual(file, "nothing", (ALL, source_in(".", "/absent")))
         virtual(file, "unwritten", (ALL, source_in(".", "/hollow")))
         virtual(file, "longer", (ALL, source_in(".", "/short")))
@@ -544,6 +555,7 @@ def test_a_virtual_dataset_with_gaps_is_refused(tmp_path):
     for name, words in {
         "part": ("756 of its 945 elements", "read as 0"),
         "past": ("more of '/stored' than there is",),
+        "next": ("more of '/stored' than there is",),
         "nothing": ("no dataset '/absent'",),
         "unwritten": ("27 of 27 chunks were never written",),
         "longer": ("more of '/short' than there is",),
@@ -1137,12 +1149,19 @@ def test_what_lies_beside_a_file_is_of_the_dataset_that_was_written_alone(tmp_pa
     assert read_index(tmp_path / "y.npy", 6)[4].failed
 
 
-def test_what_was_added_to_a_file_is_not_lost_to_a_restart(tmp_path, packed):
+@pytest.mark.parametrize("added", [np.uint8(1), np.zeros(SHAPE), {}], ids=["one", "many", "group"])
+def test_what_was_added_to_a_file_is_not_lost_to_a_restart(tmp_path, added):
+    source = save_npy(tmp_path / "x.npy", pixels())
+    plan_of(source, within(tmp_path / "y.h5"), mode="caffe").run()
+    with h5py.File(tmp_path / "y.h5", "a") as file:
+        if isinstance(added, dict):
+            file.create_group("mine")
+        else:
+            file["mine"] = added
     before = tree(tmp_path)
-    plan = {"direction": "pack", "together": 3}
     with pytest.raises(TargetError) as caught:
-        plan_of(tmp_path / "photos", within(packed), restart=True, **plan)
-    must_say(caught.value, packed, "changed since", "remove it yourself")
+        plan_of(source, within(tmp_path / "y.h5"), mode="tf", restart=True)
+    must_say(caught.value, tmp_path / "y.h5", "changed since", "remove it yourself")
     assert tree(tmp_path) == before
 
 
@@ -1170,6 +1189,23 @@ def test_a_file_that_was_written_is_replaced_by_a_restart_alone(tmp_path):
         assert np.array_equal(found, network_inputs(pixels(), "tf"))
         assert read_manifest(tmp_path / "y.h5").dataset == name
         plan_of(source, within(tmp_path / "y.h5"), mode="caffe", restart=True).run()
+
+
+@pytest.mark.parametrize("kind", ["a manifest of a .npy", "a dangling link"])
+def test_what_has_a_manifest_that_is_not_its_own_is_not_replaced(tmp_path, kind):
+    source = save_npy(tmp_path / "x.npy", pixels())
+    if kind == "a dangling link":
+        plan_of(source, within(tmp_path / "y.h5"), mode="caffe").run()
+        (tmp_path / "y.h5").rename(tmp_path / "z.h5")
+        (tmp_path / "y.h5").symlink_to("nowhere.h5")
+    else:
+        plan_of(source, tmp_path / "y.npy", mode="caffe").run()
+        manifest_path(tmp_path / "y.npy").rename(manifest_path(tmp_path / "y.h5"))
+        save_h5(tmp_path / "y.h5", pixels())
+    before = tree(tmp_path)
+    with pytest.raises(TargetError, match="an HDF5 file that fastvgg did not write"):
+        plan_of(source, within(tmp_path / "y.h5"), mode="tf", restart=True)
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("kind", ["npy", "images"])

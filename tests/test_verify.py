@@ -184,6 +184,11 @@ def test_a_source_that_is_gone_is_said_not_to_be_compared(tmp_path, stored, full
     assert str(tmp_path / "x.npy") in actual.note
 
 
+def test_what_lies_beside_the_source_is_not_asked(tmp_path, stored):
+    manifest_path(tmp_path / "x.npy").write_bytes(b"not a manifest")
+    assert fastvgg.verify(stored).recomputed_images == 11
+
+
 def test_a_source_of_another_shape_is_said_not_to_be_compared(tmp_path, stored):
     save_npy(tmp_path / "x.npy", pixels(5))
     assert "has changed" in fastvgg.verify(stored, full=True).note

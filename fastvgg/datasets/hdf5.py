@@ -168,17 +168,8 @@ class Hdf5Source:
         offset = dataset.id.get_offset()
         self._mapped = MappedArray(self._file, path, self.header, offset or 0)
         self._is_mapped = offset is not None and self._is_plain()
-        if self._is_mapped:
-            self._refuse_short(offset)
-
-    def _refuse_short(self, offset: int) -> None:
-        """Refuse an array that does not lie in the file as a whole."""
-        end, file_bytes = offset + self.header.nbytes, self._file_bytes()
-        if self.stored_bytes != self.header.nbytes or end > file_bytes:
-            raise self._damaged(
-                f"its array of {self.header.nbytes} bytes is said to be the {self.stored_bytes} "
-                f"from byte {offset} of {file_bytes}"
-            )
+        if self._is_mapped and self.stored_bytes != self.header.nbytes:
+            raise self._damaged(f"{self.header.nbytes} bytes are said to be {self.stored_bytes}")
 
     def _type_name(self) -> str:
         """Return the storage type; numbers of another byte order are converted when read."""
@@ -186,7 +177,7 @@ class Hdf5Source:
             return "bfloat16"
         try:
             dtype: object = self._dataset.dtype
-            name = self._dataset.dtype.newbyteorder("=").name
+            name = self._dataset.dtype.name
         except (TypeError, ValueError) as error:  # NumPy has none like it
             dtype, name = error, ""
         if name not in PLAIN:
@@ -360,11 +351,10 @@ class Hdf5Source:
         chosen = self._dataset.id.get_space()
         chosen.select_hyperslab((start, 0, 0, 0), out.shape)
         memory = h5py.h5s.create_simple(out.shape)
-        bits, bits_type = out, None
-        if self.header.dtype == "bfloat16":  # which h5py has no NumPy type for
-            bits, bits_type = out.view(np.uint16), self._dataset.id.get_type()
+        # h5py knows no type for bfloat16 in memory: that in the file is the same.
+        in_memory = self._dataset.id.get_type() if self.header.dtype == "bfloat16" else None
         try:
-            self._dataset.id.read(memory, chosen, bits, bits_type)
+            self._dataset.id.read(memory, chosen, out, in_memory)
         except OSError as error:
             raise StoppedError(
                 f"{self.path}: images {start} to {start + len(out) - 1} cannot be read: {error}",

@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 import xxhash
 
-from fastvgg.datasets import remote
+from fastvgg.datasets import open_target, remote
 from fastvgg.datasets.base import read_beside
-from fastvgg.datasets.locations import beside_path, file_of, is_remote, located
+from fastvgg.datasets.locations import beside_path, file_of, is_remote, located, path_within
+from fastvgg.datasets.reserved import ReservedArray
 from fastvgg.errors import ResumeError, TargetError
 from fastvgg.stream.journal import journal_path, read_ledger, refuse_other_job
-from fastvgg.stream.manifest import manifest_path, read_manifest
+from fastvgg.stream.manifest import read_manifest
 from fastvgg.stream.plan import readable_bytes
+from fastvgg.stream.storage import Storage
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from fastvgg.stream.journal import Ledger
+    from fastvgg.stream.manifest import Manifest
     from fastvgg.stream.plan import Plan
 
 __all__ = [
@@ -181,8 +184,9 @@ def _identity(path: Path) -> str:
 
 def _written_by_fastvgg(path: Path) -> bool:
     """Whether something has a manifest, or the journal of a run that was cut off knows it."""
-    if read_manifest(path) is not None:
-        return is_remote(path) or path.is_dir() or not _is_newer(path, manifest_path(path))
+    manifest = read_manifest(path)
+    if manifest is not None:
+        return is_remote(path) or path.is_dir() or _is_as_written(path, manifest)
     try:
         ledger = read_ledger(journal_path(path))
     except ResumeError:
@@ -196,8 +200,14 @@ def _written_by_fastvgg(path: Path) -> bool:
     return published or ledger.replaces == _identity(path)
 
 
-def _is_newer(path: Path, other: Path) -> bool:
-    return path.lstat().st_mtime_ns > other.lstat().st_mtime_ns
+def _is_as_written(path: Path, manifest: Manifest) -> bool:
+    """Whether an HDF5 file has the length that it was written with: what is added takes more."""
+    if not manifest.dataset or not path.is_file():
+        return False
+    together = manifest.chunk_images
+    location = path_within(path, manifest.dataset)
+    written = open_target(location, manifest.header, Storage(), chunk_images=together)
+    return isinstance(written, ReservedArray) and path.stat().st_size == written.stored_bytes
 
 
 def resumed(plan: Plan, chunk_images: int, committed_chunks: int) -> Plan:
