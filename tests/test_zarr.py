@@ -268,12 +268,18 @@ def test_what_a_plan_says_of_memory_counts_the_chunks_that_zarr_holds(tmp_path):
     }
 
 
+def shorten(file):
+    """Cut a file off, and let its date be what it was."""
+    os.truncate(file, 7)
+    os.utime(file, ns=(0, 0))
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda path: flip(chunk_files(path)[2], 5),
         lambda path: os.utime(chunk_files(path)[2], ns=(0, 1)),
-        lambda path: os.truncate(chunk_files(path)[2], 7),
+        lambda path: shorten(chunk_files(path)[2]),
         lambda path: chunk_files(path)[2].rename(path / "c" / "x"),
         lambda path: (path / "c" / "9").mkdir() or (path / "c" / "9" / "0").write_bytes(b""),
         lambda path: change_metadata(path, attributes={"a": 1}),
@@ -281,6 +287,8 @@ def test_what_a_plan_says_of_memory_counts_the_chunks_that_zarr_holds(tmp_path):
     ids=["another byte", "another date", "shorter", "another name", "one more", "metadata"],
 )
 def test_the_fingerprint_changes_when_a_file_does(stored, change):
+    for file in stored.rglob("*"):
+        os.utime(file, ns=(0, 0))
     source = opened(stored)
     before = source.fingerprint()
     assert source.fingerprint() == opened(stored).fingerprint() == before
