@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import mmap
 import os
 import shutil
 import tarfile
@@ -56,6 +57,7 @@ from fastvgg.errors import (
     UsageError,
     VerificationError,
 )
+from fastvgg.stream import prepare
 from fastvgg.stream.info import info
 from fastvgg.stream.manifest import manifest_path, transform_of
 from fastvgg.stream.run import run
@@ -268,12 +270,18 @@ def test_what_a_plan_says_of_memory_counts_the_chunks_that_zarr_holds(tmp_path):
     }
 
 
+def shorten(file):
+    """Cut a file off, and let its date be what it was."""
+    os.truncate(file, 7)
+    os.utime(file, ns=(0, 0))
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda path: flip(chunk_files(path)[2], 5),
         lambda path: os.utime(chunk_files(path)[2], ns=(0, 1)),
-        lambda path: os.truncate(chunk_files(path)[2], 7),
+        lambda path: shorten(chunk_files(path)[2]),
         lambda path: chunk_files(path)[2].rename(path / "c" / "x"),
         lambda path: (path / "c" / "9").mkdir() or (path / "c" / "9" / "0").write_bytes(b""),
         lambda path: change_metadata(path, attributes={"a": 1}),
@@ -281,6 +289,8 @@ def test_what_a_plan_says_of_memory_counts_the_chunks_that_zarr_holds(tmp_path):
     ids=["another byte", "another date", "shorter", "another name", "one more", "metadata"],
 )
 def test_the_fingerprint_changes_when_a_file_does(stored, change):
+    for file in stored.rglob("*"):
+        os.utime(file, ns=(0, 0))
     source = opened(stored)
     before = source.fingerprint()
     assert source.fingerprint() == opened(stored).fingerprint() == before
@@ -419,7 +429,8 @@ def damage_shards(path, **fields):
         in_v3(chunk_grid={"name": "irregular"}),
         lambda path: damage_shards(path, chunk_shape=[0, 7, 9, 3]),
         lambda path: damage_shards(path, chunk_shape=[-2, 7, 9, 3]),
-        in_v3(storage_transformers=["\x1b[2J"]),
+        in_v3(storage_transformers="\x1b[2J"),
+        in_v3(storage_transformers="x" * 5000),
         in_v3(node_type="grope"),
         in_v3(something={"must_understand": True}),
     ],
@@ -646,15 +657,26 @@ def test_a_chunk_that_is_deleted_during_a_run_stops_it(tmp_path, stored, row):
 
 
 class CreatingStorage(Storage):
-    """Storage that keeps a list of the files it makes."""
+    """Storage that keeps a list of the files it makes, and of what it may write directly."""
 
     def __init__(self):
         super().__init__("process")
         self.created = []
+        self.direct_files = []
+        self.places = {}
 
     def create(self, path):
         self.created.append(path.name)
         return super().create(path)
+
+    def direct(self, file):
+        self.direct_files.append(file.path.name)
+        return super().direct(file)
+
+    def write(self, file, data, offset):
+        address = np.frombuffer(data, np.uint8).ctypes.data
+        self.places[file.path.name] = (address - offset) % mmap.PAGESIZE
+        super().write(file, data, offset)
 
 
 @pytest.mark.parametrize("out_layout", ["NHWC", "NCHW"])
@@ -783,6 +805,34 @@ def test_every_file_is_written_once_and_is_a_chunk_of_the_plan(tmp_path, images,
     assert_same(load_zarr(tmp_path / "y.zarr"), network_inputs(pixels(images), "torch"))
 
 
+def test_shards_can_be_written_past_the_systems_cache(tmp_path):
+    source = save_npy(tmp_path / "x.npy", pixels(10))
+    storage = CreatingStorage()
+    run(plan_of(source, tmp_path / "y.zarr", mode="torch", together=2), storage=storage)
+    shards = [f"c.{number}.0.0.0" for number in range(5)]
+    assert storage.direct_files == ["zarr.json", *shards]
+    assert [storage.places[name] for name in shards] == [0] * 5
+
+
+def test_an_image_that_is_larger_than_a_piece_is_one(tmp_path, monkeypatch):
+    in_pieces(monkeypatch, 755)
+    path = written(tmp_path)
+    assert zarr.open_array(path, mode="r").chunks == (1, 7, 9, 3)
+    assert_same(load_zarr(path), network_inputs(pixels(10), "caffe"))
+
+
+def test_a_shard_takes_no_more_than_its_part_of_the_memory(tmp_path, monkeypatch):
+    large = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.uint8, (20_000, 31, 33, 3))
+    del large  # of which nothing is on the disk
+    plan = plan_of(tmp_path / "x.npy", tmp_path / "y.zarr", mode="tf", memory="4GiB")
+    assert 128 * 2**20 < plan.chunk_images * plan.image_memory_bytes <= 256 * 2**20
+    photos = save_images(tmp_path / "photos", pixels(5))
+    monkeypatch.setattr(prepare, "DECODED_CHUNK_BYTES", 1)
+    plan = plan_of(photos, tmp_path / "y.zarr", mode="tf")
+    assert plan.image_memory_bytes == (3 + 8) * 756
+    assert plan.chunk_images == 5
+
+
 def test_what_a_run_leaves_is_the_array_and_its_manifest(tmp_path):
     written(tmp_path)
     assert names_in(tmp_path) == ["x.npy", "y.zarr", "y.zarr.fastvgg.json"]
@@ -831,8 +881,17 @@ def test_nothing_is_done_twice_by_what_an_array_says_of_itself(tmp_path, alone):
     with pytest.raises(SourceError) as caught:
         plan_of(tmp_path / "back.zarr", tmp_path / "z.npy", direction="restore", mode="caffe")
     must_say(caught.value, tmp_path / "back.zarr")
-    with pytest.raises(SourceError):
-        fastvgg.batches(alone, 2, transform=fastvgg.Transform("caffe"))
+    transform = fastvgg.Transform("caffe", layout="NCHW")
+    with pytest.raises(SourceError, match="preprocessed already"):
+        fastvgg.batches(alone, 2, transform=transform)
+    assert len([*fastvgg.batches(alone, 2, transform=transform.inverse())]) == 5
+
+
+def test_inputs_that_look_like_images_are_restored_by_what_an_array_says_of_itself(tmp_path):
+    path = written(tmp_path, mode=fastvgg.Mode("mine"))
+    manifest_path(path).unlink()
+    plan_of(path, tmp_path / "back.npy", direction="restore").run()
+    assert_same(np.load(tmp_path / "back.npy"), pixels(10))
 
 
 def test_what_an_array_says_of_itself_is_told(alone):
@@ -1111,6 +1170,7 @@ def test_a_shard_that_was_damaged_after_its_commit_is_done_again(tmp_path, damag
         f"c.{number}.0.0.0" for number in (1, 3, 4)
     ]
     assert report.counts["computed_chunks"] == 3
+    assert [progress.images for progress in seen] == [6, 8, 10]
     assert_same(load_zarr(tmp_path / "y.zarr"), network_inputs(pixels(10), "caffe"))
     fastvgg.verify(tmp_path / "y.zarr", full=True)
 
@@ -1139,6 +1199,8 @@ def test_an_unfinished_array_with_other_metadata_is_refused(tmp_path, change):
     planned = cut_off(tmp_path)
     metadata = tmp_path / "y.zarr.partial" / "zarr.json"
     change(metadata)
+    if metadata.parent.exists():
+        (metadata.parent / "c.7.0.0.0").write_bytes(b"of something else")
     before = tree(tmp_path)
     with pytest.raises(ResumeError) as caught:
         run(planned())
@@ -1146,4 +1208,6 @@ def test_an_unfinished_array_with_other_metadata_is_refused(tmp_path, change):
     assert caught.value.exit_code == 3
     assert tree(tmp_path) == before
     run(planned(restart=True))
+    shards = [f"c.{number}.0.0.0" for number in range(5)]
+    assert names_in(tmp_path / "y.zarr") == [*shards, "zarr.json"]
     assert_same(load_zarr(tmp_path / "y.zarr"), network_inputs(pixels(10), "caffe"))

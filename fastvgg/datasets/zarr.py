@@ -179,7 +179,7 @@ class ZarrArray:
     def _type_name(self) -> str:
         """Return the storage type; numbers of another byte order are converted when read."""
         found = self._array.dtype
-        name = found.newbyteorder("=").name if found.kind in "uf" else ""
+        name = found.name if found.kind in "uf" else ""
         if name not in PLAIN:
             raise SourceError(
                 f"{self.path} holds numbers of type {found}",

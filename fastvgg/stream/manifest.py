@@ -170,7 +170,6 @@ def transform_of(dataset: Path) -> Transform | None:
     if said is None:
         return None
     try:
-        check_fields({"transform": said}, {"transform": dict})
         return checked_transform(said)
     except (ValueError, RecursionError) as error:
         raise SourceError(
