@@ -1218,6 +1218,20 @@ def test_a_directory_is_not_replaced_by_a_file(tmp_path, kind):
         plan_of(source, within(tmp_path / "y.h5"), mode="caffe", restart=True)
 
 
+@pytest.mark.parametrize("name", ["y.npy", "y.h5::/images"])
+def test_a_directory_of_images_that_was_written_is_not_replaced_by_an_array(tmp_path, name):
+    source = save_npy(tmp_path / "x.npy", network_inputs(pixels(), "tf"))
+    images = save_npy(tmp_path / "images.npy", pixels())
+    file = file_of(tmp_path / name)
+    plan_of(source, tmp_path / "out", direction="restore", mode="tf").run()
+    (tmp_path / "out").rename(file)
+    manifest_path(tmp_path / "out").rename(manifest_path(file))
+    before = tree(tmp_path)
+    with pytest.raises(TargetError, match="is a directory that fastvgg did not write"):
+        plan_of(images, tmp_path / name, mode="caffe", restart=True)
+    assert tree(tmp_path) == before
+
+
 def test_a_file_is_not_written_into_itself_nor_over_what_lies_beside(tmp_path):
     location = save_h5(tmp_path / "x.h5", pixels())
     with pytest.raises(TargetError) as caught:
