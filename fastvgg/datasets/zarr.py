@@ -66,7 +66,7 @@ NAMES_SHOWN: Final = 10
 COUNTED: Final = 10**6  # chunks, as metadata may claim any number
 # What zarr-python, and what it calls, raise on metadata and on chunks that are damaged.
 METADATA_ERRORS: Final = (
-    *(ValueError, TypeError, KeyError, AttributeError, NotImplementedError),
+    *(ValueError, TypeError, KeyError, AttributeError),
     *(ArithmeticError, RecursionError, OSError),
 )
 CHUNK_ERRORS: Final = (
