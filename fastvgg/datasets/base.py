@@ -39,6 +39,7 @@ __all__ = [
     "bytes_of",
     "changed_since_planned",
     "check_array",
+    "copied",
     "open_regular",
     "piece_images",
     "read_at",
@@ -283,6 +284,14 @@ class ArraySource(Source, Protocol):
         """Read as many images as `out` has, from row `start` on; many threads may."""
 
 
+def copied(source: ArraySource, start: int, stop: int) -> Chunk:
+    """Return images of an array in memory of their own."""
+    shape = (stop - start, *source.header.shape[1:])
+    batch = np.empty(shape, storage_dtype(source.header.dtype))
+    source.read_into(start, batch)
+    return Chunk(batch, [*source.records[start:stop]])
+
+
 class Target(Protocol):
     """A dataset that is written, under a temporary name until it is published."""
 
@@ -313,7 +322,7 @@ class Target(Protocol):
     def read_unfinished(self, start: int, stop: int) -> Stored | None:
         """Read what is stored of some images that an unfinished run committed.
 
-        None where the journal is enough, as files that are written in one piece may be torn.
+        None where the journal is believed without a look.
         """
 
     def read_stored(self, start: int, stop: int) -> Stored:

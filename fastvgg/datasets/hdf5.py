@@ -16,9 +16,8 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 import h5py
-import numpy as np
 
-from fastvgg.datasets.base import Chunk, Header, check_array, open_regular
+from fastvgg.datasets.base import Chunk, Header, check_array, copied, open_regular
 from fastvgg.datasets.index import read_index
 from fastvgg.datasets.locations import dataset_of, file_of
 from fastvgg.datasets.mapped import MappedArray
@@ -332,10 +331,7 @@ class Hdf5Source:
         """
         if self._is_mapped:
             return Chunk(self._mapped.read(start, stop), [*self.records[start:stop]])
-        shape = (stop - start, *self.header.shape[1:])
-        batch = np.empty(shape, storage_dtype(self.header.dtype))
-        self.read_into(start, batch)
-        return Chunk(batch, [*self.records[start:stop]])
+        return copied(self, start, stop)
 
     def read_into(self, start: int, out: NDArray[Any]) -> None:
         """Read as many images as `out` has, from row `start` on; many threads may.

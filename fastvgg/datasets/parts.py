@@ -9,14 +9,12 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
 import xxhash
 
-from fastvgg.datasets.base import Chunk, Header, changed_since_planned
+from fastvgg.datasets.base import Chunk, Header, changed_since_planned, copied
 from fastvgg.datasets.images import is_image_name
 from fastvgg.datasets.npy import NpySource
 from fastvgg.errors import SourceError
-from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -142,10 +140,7 @@ class NpyParts:
             with self._borrowed(number) as part:
                 first = self._starts[number]
                 return part.read(start - first, stop - first)
-        shape = (stop - start, *self.header.shape[1:])
-        batch = np.empty(shape, storage_dtype(self.header.dtype))
-        self.read_into(start, batch)
-        return Chunk(batch, [])
+        return copied(self, start, stop)
 
     def read_into(self, start: int, out: NDArray[Any]) -> None:
         """Read as many images as `out` has, from row `start` on; many threads may.

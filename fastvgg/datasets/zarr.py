@@ -31,7 +31,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.storage import FsspecStore, LocalStore, MemoryStore, WrapperStore
 
 from fastvgg.datasets import remote
-from fastvgg.datasets.base import Chunk, Header, bytes_of, check_array, piece_images
+from fastvgg.datasets.base import Header, bytes_of, check_array, copied, piece_images
 from fastvgg.datasets.index import read_index
 from fastvgg.datasets.locations import beside_path, is_remote
 from fastvgg.errors import ResumeError, SourceError, StoppedError, VerificationError
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
-    from fastvgg.datasets.base import Stored
+    from fastvgg.datasets.base import Chunk, Stored
     from fastvgg.stream.remote import StoreStorage
     from fastvgg.stream.storage import Storage
     from fastvgg.transform import Layout, Transform
@@ -89,12 +89,11 @@ class _Whole(WrapperStore[Store]):
     def __init__(self, store: Store, metadata: Mapping[str, bytes]) -> None:
         super().__init__(store)
         self._metadata = metadata
+        # Whether a chunk says how long it is. Blosc believes that, and reads on beyond its end.
+        self.holds_blosc = False
 
     def _with_store(self, store: Store) -> _Whole:
         return _Whole(store, self._metadata)
-
-    holds_blosc = False
-    """Whether a chunk says how long it is. Blosc believes that, and reads on beyond its end."""
 
     async def get(
         self,
@@ -249,7 +248,8 @@ class ZarrArray:
             begins[0], ends[0] = max(begins[0], start), min(ends[0], stop)
             key = self._array.metadata.encode_chunk_key(numbers)
             try:
-                self._array.get_basic_selection(tuple(map(slice, begins, ends)))
+                with remote.as_os_error():
+                    self._array.get_basic_selection(tuple(map(slice, begins, ends)))
             except MissingChunkError as error:
                 raise self._damaged(str(error), "it is missing, or empty") from None
             except CHUNK_ERRORS as error:
@@ -324,10 +324,7 @@ class ZarrSource:
         StoppedError
             Naming the chunk that is missing or damaged.
         """
-        shape = (stop - start, *self.header.shape[1:])
-        batch = np.empty(shape, storage_dtype(self.header.dtype))
-        self.read_into(start, batch)
-        return Chunk(batch, [*self.records[start:stop]])
+        return copied(self, start, stop)
 
     def read_into(self, start: int, out: NDArray[Any]) -> None:
         """Read as many images as `out` has, from row `start` on; many threads may.
@@ -449,6 +446,7 @@ class ZarrTarget:
         self._encoder = ShardEncoder(header, chunk_images, transform)
         self._encoded: deque[tuple[str, memoryview]] = deque()
         self._memory: Iterator[NDArray[np.uint8]] | None = None
+        self._unfinished: ZarrArray | None = None
         self._published: ZarrArray | None = None
 
     def create(self) -> None:
@@ -515,10 +513,11 @@ class ZarrTarget:
 
     def read_unfinished(self, start: int, stop: int) -> Stored:
         """Read rows of the partial; nothing where their shard is missing or damaged."""
-        written = self._encoder.metadata
-        partial = ZarrArray(self.partial, layout=self.header.layout, metadata=written)
+        if self._unfinished is None:
+            written = self._encoder.metadata
+            self._unfinished = ZarrArray(self.partial, layout=self.header.layout, metadata=written)
         try:
-            return [bytes_of(self._rows(partial, start, stop))]
+            return [bytes_of(self._rows(self._unfinished, start, stop))]
         except DamagedChunkError:
             return []
 
