@@ -47,7 +47,8 @@ from fastvgg import datasets
 from fastvgg.datasets import base
 from fastvgg.datasets.base import Header
 from fastvgg.datasets.index import read_index
-from fastvgg.datasets.zarr import ShardEncoder, ZarrSource
+from fastvgg.datasets.zarr import ZarrSource
+from fastvgg.datasets.zarr_target import ShardEncoder
 from fastvgg.errors import (
     FastvggError,
     ResumeError,

@@ -250,7 +250,7 @@ def open_target(
         return Hdf5Target(path, header, storage)
     if kind == "zarr":
         with _installed("zarr", path):
-            from fastvgg.datasets.zarr import StoreZarrTarget, ZarrTarget
+            from fastvgg.datasets.zarr_target import StoreZarrTarget, ZarrTarget
         if is_remote(path):
             return StoreZarrTarget(
                 path,
