@@ -25,6 +25,7 @@ from fastvgg.errors import DtypeError, ModeError, SourceError, TargetError, Usag
 from fastvgg.stream.plan import (
     CHUNK_BYTES,
     Plan,
+    chunk_bytes,
     chunk_images,
     parse_bytes,
     readable_bytes,
@@ -110,6 +111,33 @@ def test_a_chunk_fits_into_the_limit_and_is_no_more_than_all(images, image, scra
     # No smaller than it may be: one more piece would be too much of something.
     more = actual * image + piece
     assert actual == images or scratch + more > limit or more > CHUNK_BYTES
+
+
+@pytest.mark.parametrize(
+    ("kinds", "in_place", "mib"),
+    [
+        # Of 1 GiB, 4 GiB and 1 TiB.
+        (("npy", "npy"), False, (64, 128, 256)),
+        (("zarr", "hdf5"), False, (64, 128, 256)),
+        (("npy", "npy"), True, (64, 64, 64)),
+        (("images", "npy"), False, (72, 72, 72)),
+        (("tar", "hdf5"), False, (72, 72, 72)),
+        (("images", "zarr"), False, (256, 256, 256)),
+        (("npy", "zarr"), False, (256, 256, 256)),
+        (("npy", "images"), False, (256, 256, 256)),
+    ],
+)
+def test_a_large_array_is_done_in_larger_chunks(kinds, in_place, mib):
+    actual = [chunk_bytes(*kinds, gib * 2**30, in_place=in_place) for gib in (1, 4, 1024)]
+    assert actual == [size * 2**20 for size in mib]
+
+
+def test_work_in_place_keeps_its_chunks_small(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastvgg.stream.plan.CHUNK_BYTES", 1)
+    array = save_npy(tmp_path / "x.npy", pixels(96).astype(np.float32))
+    settings = {"direction": "restore", "mode": "tf"}
+    assert fastvgg.plan(array, tmp_path / "y.npy", **settings).chunk_images == 3
+    assert fastvgg.plan(array, in_place=True, **settings).chunk_images == 1
 
 
 @given(st.integers(1, 10**8), st.integers(0, 10**8), st.integers(1, 5))

@@ -24,11 +24,9 @@ if TYPE_CHECKING:
 __all__ = [
     "CHUNK_BYTES",
     "DECODED",
-    "DECODED_CHUNK_BYTES",
-    "FILES_CHUNK_BYTES",
-    "SHARDS_CHUNK_BYTES",
     "Plan",
     "bytes_worked_on",
+    "chunk_bytes",
     "chunk_images",
     "least_scratch_bytes",
     "parse_bytes",
@@ -39,11 +37,18 @@ __all__ = [
 # Large enough that a commit (two fsyncs, some milliseconds) is small beside it, small enough that
 # little is lost when a run is killed.
 CHUNK_BYTES: Final = 64 * 1024 * 1024
+# Of arrays that are larger than a few chunks: a chunk's commit waits for the write beside it, and
+# each is handed from thread to thread. 4 GiB of float32 to uint8 in memory: 0.58 s in chunks of
+# 64 MiB, 0.49 s of 128, 0.43 s of 256. But while the first is computed nothing is written, and
+# while the last is written nothing is computed, so that there are to be many.
+LARGEST_CHUNK_BYTES: Final = 256 * 1024 * 1024
+MANY_CHUNKS: Final = 32
 # Of decoded images, which come ten times slower than an array's: three chunks of 24 MiB. Smaller
 # ones spend more of the time on commits, larger ones on new memory and on waiting for the last.
 DECODED_CHUNK_BYTES: Final = 3 * 24 * 1024 * 1024
-# Of image files: each commit syncs the whole disk, and takes 20 ms for 40 new files.
-FILES_CHUNK_BYTES: Final = 256 * 1024 * 1024
+# Of image files: each commit syncs the whole disk, and takes 20 ms for 40 new files. Of shards:
+# some 20 MiB each, with what encoding them takes.
+CHUNKS_BYTES: Final = {"images": 256 * 1024 * 1024, "zarr": 256 * 1024 * 1024}
 # For each thread: no less than an image of common size takes.
 LEAST_DECODING_BYTES: Final = 4 * 1024 * 1024
 DECODED: Final = ("images", "tar")
@@ -54,8 +59,6 @@ READ: Final = {"hdf5": 1, "zarr": 2}
 ENCODED: Final = {"zarr": 8}
 # What its threads keep of the memory that they had.
 KEPT_BYTES: Final = {"zarr": 32 * 1024 * 1024}
-# For that, shards of some 20 MiB.
-SHARDS_CHUNK_BYTES: Final = 256 * 1024 * 1024
 UNITS: Final = {"": 1, "B": 1, "K": 2**10, "KIB": 2**10, "M": 2**20, "MIB": 2**20}
 UNITS.update({"G": 2**30, "GIB": 2**30, "T": 2**40, "TIB": 2**40})
 UNITS.update({"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12})
@@ -129,12 +132,29 @@ def kept_bytes(source_kind: str, target_kind: str) -> int:
     return max(KEPT_BYTES.get(kind, 0) for kind in (source_kind, target_kind))
 
 
+def chunk_bytes(
+    source_kind: str, target_kind: str, worked_on_bytes: int, *, in_place: bool = False
+) -> int:
+    """Return what a chunk takes at most while it is worked on, of images that take so much in all.
+
+    >>> [chunk_bytes("npy", "npy", gib * 2**30) // 2**20 for gib in (1, 4, 100)]
+    [64, 128, 256]
+    """
+    if target_kind in CHUNKS_BYTES:
+        return CHUNKS_BYTES[target_kind]
+    if source_kind in DECODED:
+        return DECODED_CHUNK_BYTES
+    if in_place:
+        return CHUNK_BYTES
+    return min(max(CHUNK_BYTES, worked_on_bytes // MANY_CHUNKS), LARGEST_CHUNK_BYTES)
+
+
 def chunk_images(
     images: int,
     bytes_per_image: int,
     scratch_bytes: int,
     limit_bytes: int,
-    chunk_bytes: int = CHUNK_BYTES,
+    most_bytes: int = CHUNK_BYTES,
     together: int = 1,
     rounded: int = 1,
 ) -> int:
@@ -150,7 +170,7 @@ def chunk_images(
         What reading needs beside that.
     limit_bytes
         The memory limit.
-    chunk_bytes
+    most_bytes
         What a chunk's images take at most while they are worked on; more where it must be.
     together
         How many images the source stores as one piece, which is read once and whole.
@@ -178,7 +198,7 @@ def chunk_images(
             f"{what} {needed} of memory, and the limit is {readable_bytes(limit_bytes)}",
             f"give --memory {-(-(scratch_bytes + least_bytes) // 2**20)}MiB or more",
         )
-    most = max(1, min(chunk_bytes, room_bytes) // least_bytes) * together
+    most = max(1, min(most_bytes, room_bytes) // least_bytes) * together
     return min(images, most - most % math.lcm(together, rounded) or most)
 
 

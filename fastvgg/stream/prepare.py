@@ -21,13 +21,10 @@ from fastvgg.errors import ArrayError, SourceError, TargetError, UsageError
 from fastvgg.stream.journal import journal_path, read_ledger, refuse_other_job
 from fastvgg.stream.manifest import describes_another, manifest_path, read_manifest, transform_of
 from fastvgg.stream.plan import (
-    CHUNK_BYTES,
     DECODED,
-    DECODED_CHUNK_BYTES,
-    FILES_CHUNK_BYTES,
-    SHARDS_CHUNK_BYTES,
     Plan,
     bytes_worked_on,
+    chunk_bytes,
     chunk_images,
     least_scratch_bytes,
     parse_bytes,
@@ -74,7 +71,6 @@ BESIDE: Final = (
     ".fastvgg-journal",
     ".fastvgg-replaced",
 )
-CHUNKS_BYTES: Final = {"images": FILES_CHUNK_BYTES, "zarr": SHARDS_CHUNK_BYTES}
 IMAGES: Final = ("uint8", "NHWC")  # what image files can hold
 
 
@@ -365,9 +361,8 @@ def _planned(
     scratch_bytes = least_scratch_bytes(
         *kinds, options["threads"], header.image_bytes, result.image_bytes
     )
-    chunk_bytes = CHUNKS_BYTES.get(kinds[1], CHUNK_BYTES)
+    most_bytes = chunk_bytes(*kinds, header.images * worked_on, in_place=target_path == source.path)
     if source.kind in DECODED:
-        chunk_bytes = max(chunk_bytes, DECODED_CHUNK_BYTES)
         scratch_bytes = max(scratch_bytes, options["memory_bytes"] // 2)  # for large images
     return Plan(
         source=str(source.path),
@@ -386,7 +381,7 @@ def _planned(
             worked_on,
             scratch_bytes,
             options["memory_bytes"],
-            chunk_bytes,
+            most_bytes,
             source.stored_together,
             piece_images(result.image_bytes) if kinds[1] == "zarr" else 1,
         ),
