@@ -952,7 +952,7 @@ import os, signal, sys, threading, warnings
 sys.modules["numba"] = None
 warnings.simplefilter("ignore")
 from fastvgg import cli
-from fastvgg.stream import inplace, run
+from fastvgg.stream import destination, inplace
 from fastvgg.stream.behind import Behind
 from fastvgg.stream.storage import Storage
 first_written = ".fastvgg-journal" if "--in-place" in sys.argv else ".partial"
@@ -973,7 +973,7 @@ def main_leaves():
     while frame is not None and frame.f_code is not Behind.__exit__.__code__:
         frame = frame.f_back
     return frame is not None and frame.f_locals["self"]._is_left
-run.Storage = inplace.Storage = Waiting
+destination.Storage = inplace.Storage = Waiting
 interrupt = cli._interrupt
 def told(*arguments):
     try:

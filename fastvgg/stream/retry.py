@@ -17,9 +17,10 @@ from fastvgg.datasets.base import bytes_of
 from fastvgg.datasets.index import index_path, index_text, read_index
 from fastvgg.errors import ResumeError, TargetError
 from fastvgg.stream.compute import Work
+from fastvgg.stream.destination import destination_of
 from fastvgg.stream.journal import Commit, refuse_other_job
 from fastvgg.stream.manifest import checksum, read_manifest
-from fastvgg.stream.state import resumed, target_path
+from fastvgg.stream.state import resumed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,7 +65,7 @@ class Again:
     """
 
     def __init__(self, plan: Plan, source: Images) -> None:
-        self.target = target_path(plan)
+        self.target = destination_of(plan).path
         self.plan = plan
         self.source = source
         self.manifest = self._manifest()

@@ -10,20 +10,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import os
 import time
 from typing import TYPE_CHECKING
 
 from fastvgg.datasets import open_target
 from fastvgg.datasets.images import Images
 from fastvgg.datasets.index import INDEX_HEAD, index_path, index_text, read_index
-from fastvgg.datasets.locations import is_remote, located
+from fastvgg.datasets.locations import located
 from fastvgg.datasets.reserved import ReservedArray
 from fastvgg.errors import ResumeError, StoppedError, TargetError, VerificationError
 from fastvgg.stream import inplace
 from fastvgg.stream.behind import Behind
 from fastvgg.stream.compute import Work, compute
-from fastvgg.stream.journal import Commit, Journal, journal_path
+from fastvgg.stream.destination import destination_of, open_journal
+from fastvgg.stream.journal import Commit, journal_path
 from fastvgg.stream.manifest import (
     Manifest,
     checksum,
@@ -31,20 +31,9 @@ from fastvgg.stream.manifest import (
     read_manifest,
 )
 from fastvgg.stream.prepare import changed, known_ledger, reopen_source
-from fastvgg.stream.remote import StoreJournal, StoreStorage
 from fastvgg.stream.report import FAILURES_KEPT, Failure, Tally
 from fastvgg.stream.retry import Again
-from fastvgg.stream.state import (
-    FILES,
-    exists,
-    find_state,
-    is_published,
-    refuse_occupied,
-    replaceable,
-    replaced_path,
-    resumed,
-    target_path,
-)
+from fastvgg.stream.state import find_state, refuse_occupied, resumed
 from fastvgg.stream.storage import Storage
 from fastvgg.stream.values import refuse_wrong_values
 
@@ -54,8 +43,9 @@ if TYPE_CHECKING:
     from fastvgg.datasets.base import Source
     from fastvgg.datasets.index import Record
     from fastvgg.stream.compute import Computed
-    from fastvgg.stream.journal import Ledger, Mark
+    from fastvgg.stream.journal import Journal, Ledger, Mark
     from fastvgg.stream.plan import Plan
+    from fastvgg.stream.remote import StoreJournal
     from fastvgg.stream.report import Progress, Report
 
 __all__ = ["run"]
@@ -91,23 +81,18 @@ def run(
     """
     if plan.in_place:
         return inplace.run(plan, progress, storage)
-    target = target_path(plan)
-    is_store = is_remote(target)
-    storage = storage or (StoreStorage if is_store else Storage)(plan.durability)
+    destination = destination_of(plan)
+    storage = storage or destination.storage(plan.durability)
     begun = time.monotonic()
     source = reopen_source(plan)
     try:
         complete = find_state(plan, known_ledger(plan)) == "complete"
         # One that was killed while it had a look leaves a journal, which says nothing and goes.
-        if complete and not exists(journal_path(target)):
-            storage.sync_disk(target.parent)
+        if complete and not destination.exists(journal_path(destination.path)):
+            storage.sync_disk(destination.path.parent)
             return _report_of_complete(plan, begun)
         refuse_wrong_values(plan, source)
-        journal = (
-            StoreJournal(target, storage, restart=plan.restart)
-            if isinstance(storage, StoreStorage)
-            else Journal(target, storage, restart=plan.restart)
-        )
+        journal = open_journal(destination.path, storage, restart=plan.restart)
         try:
             return _Run(plan, source, journal, storage, progress, begun).finish()
         finally:
@@ -134,6 +119,7 @@ class _Run:
         if self.state == "resumable" and journal.ledger is not None:
             self.plan = resumed(plan, journal.ledger.chunk_images, len(journal.ledger.commits))
         self.source = source
+        self.destination = destination_of(plan)
         self.journal = journal
         self.storage = storage
         self.begun = begun
@@ -184,7 +170,7 @@ class _Run:
         """Whether an earlier run gave the data its name, and was cut off before the manifest."""
         return (
             self.state == "resumable"
-            and is_published(self.target.path)
+            and self.destination.is_published()
             and len(self._commits()) == self.plan.chunks
         )
 
@@ -210,17 +196,8 @@ class _Run:
         refuse_occupied(self.plan, self.journal.ledger.replaces if self.journal.ledger else None)
         for described in (manifest_path, index_path):  # what is said of the data that is replaced
             self.storage.remove(described(self.target.path))
-        self._make_way()
+        self.destination.make_way(self.storage)
         self.target.publish()
-
-    def _make_way(self) -> None:
-        """Move away a directory that has the name: one cannot be renamed over another."""
-        path, replaced = self.target.path, replaced_path(self.target.path)
-        is_directory = self.plan.target_kind not in FILES and not is_remote(path)
-        if is_directory and os.path.lexists(path):
-            self.storage.remove(replaced)
-            self.storage.rename(path, replaced)
-            self.storage.sync_directory(path.parent)
 
     def _commits(self) -> dict[int, Mark]:
         return self.journal.ledger.commits if self.journal.ledger is not None else {}
@@ -239,7 +216,7 @@ class _Run:
             self._forget_torn()
             return
         if self.state == "fresh":
-            replaces = replaceable(self.plan) if self.plan.restart else None
+            replaces = self.destination.replaceable() if self.plan.restart else None
             self.journal.begin(self.plan.job(), self.plan.chunk_images, replaces=replaces)
         try:
             self.target.create()
@@ -261,9 +238,7 @@ class _Run:
         """Make a finished target an unfinished one, of which the good chunks are done."""
         if self.state == "failed":
             self.journal.begin(self.plan.job(), self.plan.chunk_images, done=again.done())
-        if not is_remote(self.target.path) and is_published(self.target.path):
-            self.storage.rename(self.target.path, self.target.partial)
-            self.storage.sync_directory(self.target.path.parent)
+        self.destination.unpublish(self.storage)
 
     def _compute(self) -> None:
         """Compute, write and commit every chunk that is not durable yet."""
@@ -331,7 +306,7 @@ class _Run:
             source_checksums=[mark.source_checksum for mark in marks],
         )
         self.storage.write_whole(manifest_path(path), [manifest.to_json()])
-        self.storage.remove(replaced_path(path))
+        self.storage.remove(self.destination.replaced)
         self.journal.remove()
         return self.tally.report(manifest.counts, failures)
 
