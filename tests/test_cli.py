@@ -41,6 +41,7 @@ import fastvgg
 from fastvgg import cli, models, oracle
 from fastvgg.datasets.index import index_path
 from fastvgg.stream.manifest import manifest_path
+from fastvgg.stream.plan import RUN_BYTES
 from fastvgg.stream.run import run
 from fastvgg.transform import Transform
 
@@ -97,7 +98,7 @@ def chunks_of(images, verb="preprocess"):
     An image is read, while the result of it and that of another are in memory.
     """
     image_bytes = {"preprocess": 189 + 2 * 756, "restore": 756 + 2 * 189, "in place": 3 * 756}
-    return ["--memory", str(images * image_bytes[verb]), "--threads", "1"]
+    return ["--memory", str(RUN_BYTES + images * image_bytes[verb]), "--threads", "1"]
 
 
 # What the verbs do
@@ -141,7 +142,7 @@ def test_preprocess_hands_every_option_on(tmp_path, photos):
 def test_restore_hands_every_option_on(tmp_path):
     stored = save_npy(tmp_path / "y.npy", network_inputs(pixels(5), "tf", out_layout="NCHW"))
     options = ["--mode", "tf", "--layout", "NCHW", "--out-layout", "NHWC", "--rounding", "truncate"]
-    options += ["--dtype", "float32", "--memory", "1MiB", "--threads", "2"]
+    options += ["--dtype", "float32", "--memory", "3MiB", "--threads", "2"]
     assert uncompiled("restore", stored, tmp_path / "z.npy", *options).returncode == 0
     job = json.loads(manifest_path(tmp_path / "z.npy").read_bytes())["job"]
     assert job["transform"]["rounding"] == "truncate"
@@ -440,7 +441,7 @@ def test_a_dry_run_in_place_writes_nothing(floats, verb):
     assert "twice, in place" in result.stdout
     plan = json.loads(invoke(verb, floats, *options, "--json").stdout)
     assert (plan["images"], plan["result"]["in_place"]) == (11, True)
-    assert plan["projected_bytes"] == 11 * 3 * 756
+    assert plan["projected_bytes"] == RUN_BYTES + 11 * 3 * 756
     assert (tree(floats.parent), floats.stat().st_mtime_ns) == (before, times)
 
 
@@ -602,7 +603,7 @@ def bad_inputs(place):
         "too little memory": (
             ["preprocess", array, new, *caffe, "--memory", "100"],
             3,
-            ["1.7 KiB", "100 B", "--memory"],
+            ["2.0 MiB", "100 B", "--memory"],
         ),
         "no threads": (["preprocess", array, new, *caffe, "--threads", "0"], 2, ["threads is 0"]),
         "an unknown rounding": (

@@ -29,6 +29,7 @@ from fastvgg.stream import prepare, ring
 from fastvgg.stream.info import info
 from fastvgg.stream.journal import journal_path
 from fastvgg.stream.manifest import manifest_path, read_manifest
+from fastvgg.stream.plan import RUN_BYTES
 from fastvgg.stream.ring import read_ring_header
 from fastvgg.stream.run import run
 from fastvgg.stream.storage import Storage, file_system, is_networked
@@ -406,7 +407,7 @@ def test_an_index_stays_with_its_rows(tmp_path):
 def test_memory_and_room_are_known_before(file, monkeypatch):
     plan = plan_of(file, None, in_place=True, mode="caffe", together=2)
     image_bytes = plan.header.image_bytes
-    assert plan.projected_bytes == 2 * 3 * image_bytes
+    assert plan.projected_bytes == RUN_BYTES + 2 * 3 * image_bytes
     assert "twice, in place" in str(plan)
     usage = shutil.disk_usage(file.parent)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

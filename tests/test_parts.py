@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 from batches import dtype_of, every_value
+from datasets_on_disk import plan_of
 from numpy.lib.format import open_memmap
 
 import fastvgg
@@ -189,7 +190,7 @@ def test_a_run_gives_the_bytes_that_one_array_gives(tmp_path, mode):
     np.save(tmp_path / "whole.npy", batch)
     written(tmp_path / "parts", batch, sizes=[7, 20, 1, 22])
     for name in ("whole.npy", "parts"):
-        plan = fastvgg.plan(tmp_path / name, tmp_path / f"{name}-y.npy", mode=mode, memory="4KB")
+        plan = plan_of(tmp_path / name, tmp_path / f"{name}-y.npy", mode=mode, together=4)
         assert plan.chunks > 10
         plan.run()
     assert (tmp_path / "parts-y.npy").read_bytes() == (tmp_path / "whole.npy-y.npy").read_bytes()

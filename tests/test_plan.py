@@ -24,6 +24,7 @@ from fastvgg.datasets.base import Header
 from fastvgg.errors import DtypeError, ModeError, SourceError, TargetError, UsageError
 from fastvgg.stream.plan import (
     CHUNK_BYTES,
+    RUN_BYTES,
     Plan,
     chunk_bytes,
     chunk_images,
@@ -192,22 +193,23 @@ def test_the_chunks_are_a_partition_of_all_rows(images, together):
 def test_what_a_plan_projects_is_within_its_limit(images, limit):
     image_bytes = 7 * 9 * 3 * (1 + 2 * 4)
     try:
-        together = chunk_images(images, image_bytes, 0, limit)
+        together = chunk_images(images, image_bytes, RUN_BYTES, limit)
     except TargetError:
         return
     plan = a_plan(images, together, limit)
     assert plan.image_memory_bytes == image_bytes
-    assert plan.projected_bytes == together * image_bytes
+    assert plan.projected_bytes == RUN_BYTES + together * image_bytes
     assert plan.projected_bytes <= limit
     assert plan.write_bytes == images * 7 * 9 * 3 * 4
 
 
-@pytest.mark.parametrize("memory", [1701, 1702, 2 * 1701 - 1, 2 * 1701, 9000, "512MiB"])
-def test_a_real_plan_is_within_the_limit_that_it_was_given(tmp_path, array, memory):
+@pytest.mark.parametrize("room", [1701, 1702, 2 * 1701 - 1, 2 * 1701, 9000, 2**29])
+def test_a_real_plan_is_within_the_limit_that_it_was_given(tmp_path, array, room):
+    memory = RUN_BYTES + room
     plan = fastvgg.plan(array, tmp_path / "y.npy", mode="caffe", memory=memory)
-    assert plan.memory_bytes == parse_bytes(memory)
+    assert plan.memory_bytes == memory
     assert plan.projected_bytes <= plan.memory_bytes
-    assert plan.chunk_images == min(11, plan.memory_bytes // (189 + 2 * 756))
+    assert plan.chunk_images == min(11, room // (189 + 2 * 756))
 
 
 def test_a_plan_of_a_folder_counts_what_decoding_needs(tmp_path):
@@ -219,7 +221,7 @@ def test_a_plan_of_a_folder_counts_what_decoding_needs(tmp_path):
     # Two chunks are computed while a third is written; a thread decodes into a row of its own.
     assert plan.image_memory_bytes == 3 * 4 * row_bytes
     assert plan.projected_bytes == memory
-    rest = memory - 5 * plan.image_memory_bytes - plan.threads * row_bytes
+    rest = memory - RUN_BYTES - 5 * plan.image_memory_bytes - plan.threads * row_bytes
     assert plan.decoding_bytes == rest
 
 
@@ -236,17 +238,19 @@ def test_chunks_leave_half_of_the_memory_to_decoding(tmp_path):
 def test_a_folder_is_refused_where_no_image_could_be_decoded(tmp_path):
     save_images(tmp_path / "photos", pixels(5, height=47, width=61))
     with pytest.raises(TargetError) as caught:
-        fastvgg.plan(tmp_path / "photos", tmp_path / "y.npy", mode="tf", threads=2, memory="8MiB")
-    must_say(caught.value, "one image needs 8.1 MiB", "--memory 9MiB")
+        fastvgg.plan(tmp_path / "photos", tmp_path / "y.npy", mode="tf", threads=2, memory="10MiB")
+    must_say(caught.value, "one image needs 10.1 MiB", "--memory 11MiB")
 
 
-@pytest.mark.parametrize(("memory", "limit"), [(944, "944 B"), (1700, "1.7 KiB")])
+@pytest.mark.parametrize(
+    ("memory", "limit"), [(944, "944 B"), (RUN_BYTES + 1700, "2.0 MiB"), (1700, "1.7 KiB")]
+)
 def test_too_little_memory_is_refused_with_both_numbers_and_what_to_give(
     tmp_path, array, memory, limit
 ):
     with pytest.raises(TargetError) as caught:
         fastvgg.plan(array, tmp_path / "y.npy", mode="caffe", memory=memory)
-    must_say(caught.value, "needs 1.7 KiB", f"the limit is {limit}", "--memory 1MiB")
+    must_say(caught.value, "needs 2.0 MiB", f"the limit is {limit}", "--memory 3MiB")
     assert names_in(tmp_path) == ["x.npy"]
 
 
@@ -307,7 +311,7 @@ def test_a_plan_says_its_numbers(tmp_path, array):
         "chunks   6 of 2 images",
         readable_bytes(array.stat().st_size),
         readable_bytes(11 * 7 * 9 * 3 * 2),
-        f"{readable_bytes(2 * 189 * 5)} of {readable_bytes(2 * 189 * 5)}",
+        f"{readable_bytes(RUN_BYTES + 2 * 189 * 5)} of {readable_bytes(RUN_BYTES + 2 * 189 * 5)}",
         "threads  1",
     ):
         assert expected in text

@@ -50,6 +50,8 @@ __all__ = [
 
 # 4 MiB are encoded at two thirds of the speed of 8, and more at hardly any more.
 PIECE_BYTES: Final = 8 * 1024 * 1024
+MOST_ELEMENTS: Final = 2**63 - 1
+SHOWN_CHARACTERS: Final = 100  # of a shape, which may be anything
 READ_FLAGS: Final = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
 NO_LINKS: Final = getattr(os, "O_NOFOLLOW", 0)
 
@@ -193,14 +195,20 @@ def check_array(path: Path, shape: tuple[int, ...]) -> None:
     SourceError
         With the shape, and that of a dataset.
     """
+    shown = str(shape)[:SHOWN_CHARACTERS]
     if len(shape) != 4:
         raise SourceError(
-            f"{path} has shape {shape}, of rank {len(shape)}",
+            f"{path} has shape {shown}, of rank {len(shape)}",
             "a dataset has rank 4, (images, height, width, 3) or (images, 3, height, width): "
             "for one image write array[numpy.newaxis]",
         )
     if math.prod(shape) == 0:
-        raise SourceError(f"{path} has shape {shape}: no images", "give images")
+        raise SourceError(f"{path} has shape {shown}: no images", "give images")
+    if math.prod(shape) > MOST_ELEMENTS:
+        raise SourceError(
+            f"{path} has shape {shown}, of more numbers than there can be in an array",
+            "it is damaged: get it again",
+        )
 
 
 def bytes_of(batch: NDArray[Any]) -> memoryview:
