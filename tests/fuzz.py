@@ -309,7 +309,7 @@ class ZarrArrays(Kind):
     name, share = "zarr arrays", 0.02
     path = Path("x.zarr")
 
-    NOTICED = ("shards", "zstd", "v2 zlib")
+    NOTICED = ("shards", "zstd")  # zlib's Adler-32 of a few bytes is met by some two bits
     LARGEST_BYTES = 2**16  # to be read: what metadata claim may be more than there is
 
     def __init__(self, place, random):
@@ -353,12 +353,14 @@ class ZarrArrays(Kind):
         _, path, file, whole, content = case
         file.write_bytes(content)
         try:
-            with contextlib.closing(ZarrSource(path)) as source:
+            # Where metadata say that a shard's index has no checksum, zarr adds what is in it.
+            with warnings.catch_warnings(), contextlib.closing(ZarrSource(path)) as source:
+                warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)
                 if source.header.nbytes > self.LARGEST_BYTES:
                     return (None, None)
                 batch = source.read(0, source.header.images).batch
-                with warnings.catch_warnings(action="ignore"):
-                    return batch, load_zarr(path)
+                warnings.simplefilter("ignore")
+                return batch, load_zarr(path)
         finally:
             file.write_bytes(whole)
 

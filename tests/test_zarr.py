@@ -464,6 +464,14 @@ def test_more_numbers_than_there_can_be_are_refused_in_few_words(stored, images)
     refused(stored, f"has shape ({images}"[:100], "of more numbers than there can be")
 
 
+@pytest.mark.parametrize("size", [2**63, 10**400])
+def test_chunks_of_more_than_there_can_be_are_refused(stored, size):
+    for chunks in ([size, 7, 9, 3], [2**21, 2**21, 2**21, 3], [1, 7, 9, size]):
+        grid = {"name": "regular", "configuration": {"chunk_shape": chunks}}
+        change_metadata(stored, chunk_grid=grid)
+        refused(stored, f"has chunks of ({chunks[0]}"[:100])
+
+
 def test_missing_chunks_are_counted_and_the_first_is_named(tmp_path, stored):
     for number in (1, 3):
         shutil.rmtree(stored / "c" / str(number))

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from fastvgg.transform import Layout
 
 __all__ = [
+    "MOST_ELEMENTS",
     "READ_FLAGS",
+    "SHOWN_CHARACTERS",
     "ArraySource",
     "Chunk",
     "Header",

@@ -23,7 +23,13 @@ from zarr.buffer.cpu import NDBuffer
 from zarr.storage import FsspecStore, LocalStore, WrapperStore
 
 from fastvgg.datasets import remote
-from fastvgg.datasets.base import Header, check_array, copied
+from fastvgg.datasets.base import (
+    MOST_ELEMENTS,
+    SHOWN_CHARACTERS,
+    Header,
+    check_array,
+    copied,
+)
 from fastvgg.datasets.index import read_index
 from fastvgg.datasets.locations import is_remote
 from fastvgg.errors import SourceError, StoppedError
@@ -153,8 +159,10 @@ class ZarrArray:
         self.header = Header(found.shape, self._type_name(), layout)
         self._refuse_unsafe()
         self._stored: tuple[int, ...] = found.shards or found.chunks
-        if min(self._stored) < 1:
-            raise SourceError(f"{path} has chunks of {self._stored}", "get the array again")
+        # Of chunks larger than memory can be, zarr reads what happens to be in it.
+        if min(self._stored) < 1 or math.prod(self._stored) > MOST_ELEMENTS:
+            shown = str(self._stored)[:SHOWN_CHARACTERS]
+            raise SourceError(f"{path} has chunks of {shown}", "get the array again")
         counts = (-(-a // b) for a, b in zip(found.shape, self._stored, strict=True))
         self._counts = tuple(counts)
         self.stored_together = min(found.chunks[0], found.shape[0])
