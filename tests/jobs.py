@@ -14,6 +14,7 @@ import fastvgg
 from fastvgg import oracle
 from fastvgg.datasets.index import INDEX_HEAD
 from fastvgg.errors import SourceError
+from fastvgg.stream.plan import RUN_BYTES
 from fastvgg.stream.run import run
 
 __all__ = ["DATA", "OF_FORMATS", "OF_IMAGES", "FormatJob", "ImageJob", "Job", "Wrong", "jobs"]
@@ -58,7 +59,7 @@ class Job:
         stored = self.source.read_bytes()
         image_bytes = batch.nbytes // images
         self.settings = {"mode": "caffe", "threads": 1, "backend": "numpy", "in_place": in_place}
-        self.settings["memory"] = 3 * image_bytes * together
+        self.settings["memory"] = RUN_BYTES + 3 * image_bytes * together
         self.original = stored
         self.before = stored if in_place else None
         computed = oracle.apply(fastvgg.Transform("caffe"), batch)
