@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType, TracebackType
 
+    from distributed import Client
+
     from fastvgg.stream.plan import Plan
     from fastvgg.stream.report import Progress, Report
     from fastvgg.transform import Mode
@@ -104,6 +106,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 Durability = Annotated[
     str, typer.Option(help="What a committed chunk survives: a power cut, or the process' end.")
 ]
+Dask = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Of a Dask scheduler whose workers do it, or local."),
+]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
 
 
@@ -131,6 +137,7 @@ def preprocess(
     restart: Restart = False,
     retry_failed: RetryFailed = False,
     durability: Durability = "power",
+    dask: Dask = None,
     as_json: Json = False,
     quiet: Quiet = False,
     traceback: Traceback = False,
@@ -162,7 +169,7 @@ def preprocess(
             retry_failed=retry_failed,
             durability=durability,  # type: ignore[arg-type]  # checked by the plan
         )
-        _carry_out(plan, dry_run=dry_run, as_json=as_json, quiet=quiet)
+        _carry_out(plan, dask, dry_run=dry_run, as_json=as_json, quiet=quiet)
 
 
 @app.command()
@@ -187,6 +194,7 @@ def pack(
     restart: Restart = False,
     retry_failed: RetryFailed = False,
     durability: Durability = "power",
+    dask: Dask = None,
     as_json: Json = False,
     quiet: Quiet = False,
     traceback: Traceback = False,
@@ -214,7 +222,7 @@ def pack(
             retry_failed=retry_failed,
             durability=durability,  # type: ignore[arg-type]  # checked by the plan
         )
-        _carry_out(plan, dry_run=dry_run, as_json=as_json, quiet=quiet)
+        _carry_out(plan, dask, dry_run=dry_run, as_json=as_json, quiet=quiet)
 
 
 @app.command()
@@ -235,6 +243,7 @@ def restore(
     dry_run: DryRun = False,
     restart: Restart = False,
     durability: Durability = "power",
+    dask: Dask = None,
     as_json: Json = False,
     quiet: Quiet = False,
     traceback: Traceback = False,
@@ -261,7 +270,7 @@ def restore(
             restart=restart,
             durability=durability,  # type: ignore[arg-type]  # checked by the plan
         )
-        _carry_out(plan, dry_run=dry_run, as_json=as_json, quiet=quiet)
+        _carry_out(plan, dask, dry_run=dry_run, as_json=as_json, quiet=quiet)
 
 
 @app.command()
@@ -365,18 +374,34 @@ def _mode(mode: str | None, model: str | None) -> Mode | str | None:
     return wanted
 
 
-def _carry_out(plan: Plan, *, dry_run: bool, as_json: bool, quiet: bool) -> None:
+def _carry_out(plan: Plan, dask: str | None, *, dry_run: bool, as_json: bool, quiet: bool) -> None:
     """Print or run a plan, and exit with 1 if some inputs failed."""
     if dry_run:
         _print_json(_plan_record(plan)) if as_json else print(plan)
         return
     for note in plan.notes if not quiet else ():
         print(f"note: {note}", file=sys.stderr)
-    with _progress(plan, quiet=quiet) as tell:
-        report = plan.run(tell)
+    with _connected(dask) as client, _progress(plan, quiet=quiet) as tell:
+        report = plan.run(tell, client=client)
     _print_json(dataclasses.asdict(report)) if as_json else _print_report(report)
     if report.counts["failed"]:
         raise typer.Exit(SOME_FAILED)
+
+
+@contextmanager
+def _connected(dask: str | None) -> Iterator[Client | None]:
+    if dask is None:
+        yield None
+        return
+    try:
+        from fastvgg import cluster
+    except ImportError as error:
+        raise UsageError(
+            f"--dask needs a package that is not installed: {error.name}",
+            "install it: pip install 'fastvgg[dask]'",
+        ) from None
+    with cluster.connected(dask) as client:
+        yield client
 
 
 def _plan_record(plan: Plan) -> dict[str, Any]:

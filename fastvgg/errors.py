@@ -111,6 +111,10 @@ class ResumeError(FastvggError):
     """An unfinished run that does not fit the command that was given."""
 
 
+class ClusterError(FastvggError):
+    """A cluster that does not answer, or whose workers could not do the work."""
+
+
 class VerificationError(FastvggError):
     """Stored bytes are not what the manifest, or the oracle, says."""
 

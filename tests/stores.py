@@ -9,6 +9,7 @@ import threading
 
 import boto3
 from moto.server import DomainDispatcherApplication, create_backend_app
+from s3fs import S3FileSystem
 from werkzeug.serving import make_server
 
 __all__ = ["BUCKET", "ENVIRONMENT", "S3", "serving_s3"]
@@ -94,6 +95,7 @@ def serving_s3():
     try:
         with S3() as served:
             os.environ["AWS_ENDPOINT_URL"] = served.url
+            S3FileSystem.clear_instance_cache()  # of one that was served before
             served.client().create_bucket(Bucket=BUCKET)
             yield served
     finally:

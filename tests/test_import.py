@@ -226,8 +226,8 @@ def test_datasets_know_neither_the_engine_nor_the_stream(room):
 # From the bottom to the top.
 STREAM = [
     *("__init__", "behind", "report", "storage", "plan", "job", "journal", "manifest", "ring"),
-    *("remote", "destination", "state", "values", "compute", "retry", "prepare", "inplace", "run"),
-    *("info", "verify"),
+    *("remote", "destination", "state", "values", "compute", "retry", "prepare", "inplace", "task"),
+    *("run", "info", "verify"),
 ]
 
 

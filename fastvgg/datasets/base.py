@@ -8,7 +8,15 @@ import os
 import stat
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeAlias
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Final,
+    NamedTuple,
+    Protocol,
+    TypeAlias,
+    runtime_checkable,
+)
 
 import numpy as np
 
@@ -33,7 +41,9 @@ __all__ = [
     "SHOWN_CHARACTERS",
     "ArraySource",
     "Chunk",
+    "Edges",
     "Header",
+    "SharedTarget",
     "Source",
     "Stored",
     "Target",
@@ -260,6 +270,10 @@ Stored: TypeAlias = "Sequence[bytes | memoryview]"
 """What is written of some images: the bytes of a batch, or a file for each image."""
 
 
+Edges: TypeAlias = "list[tuple[int, bytes]]"
+"""Bytes, and where in its file each piece of them belongs."""
+
+
 class Source(Protocol):
     """A dataset that is read."""
 
@@ -346,3 +360,21 @@ class Target(Protocol):
 
     def close(self) -> None:
         """Let go of files."""
+
+
+@runtime_checkable
+class SharedTarget(Target, Protocol):
+    """A target that many processes write at once, each a part."""
+
+    def join(self) -> None:
+        """Write some of what another process has begun, after checking that it can be that."""
+
+    def write_own(self, start: int, stored: Stored) -> Edges:
+        """Write the same where others write, on other machines as well; return what is left.
+
+        That shares a page with what others write, and one process writes all of it: by
+        `write_edges`.
+        """
+
+    def write_edges(self, edges: Edges) -> None:
+        """Write what `write_own` left, of any rows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from fastvgg.datasets.base import ArraySource, Header, Stored
+    from fastvgg.datasets.base import ArraySource, Edges, Header, Stored
     from fastvgg.stream.storage import Storage, StoredFile
 
 __all__ = ["ReservedArray"]
@@ -81,6 +82,10 @@ class ReservedArray(ABC):
                 "it was changed in between: start again with --restart",
             )
 
+    def join(self) -> None:
+        """Open the partial that another process has made."""
+        self.reopen()
+
     def offset(self, start: int) -> int:
         """Return where in the file a row begins."""
         return len(self._start) + start * self.header.image_bytes
@@ -91,6 +96,25 @@ class ReservedArray(ABC):
         for data in stored:
             self._storage.write(self._opened(), data, offset)
             offset += len(data)
+
+    def write_own(self, start: int, stored: Stored) -> Edges:
+        """Write the whole pages of some rows where they belong; return what lies before and after.
+
+        Two machines that write parts of one page may each write what they know of the other's.
+        """
+        (data,) = stored
+        begin = self.offset(start)
+        pages = slice(-begin % mmap.PAGESIZE, len(data) - (begin + len(data)) % mmap.PAGESIZE)
+        if pages.start >= pages.stop:
+            return [(begin, bytes(data))]
+        self._storage.write(self._opened(), memoryview(data)[pages], begin + pages.start)
+        edges = (begin, data[: pages.start]), (begin + pages.stop, data[pages.stop :])
+        return [(offset, bytes(edge)) for offset, edge in edges if len(edge)]
+
+    def write_edges(self, edges: Edges) -> None:
+        """Write what `write_own` left."""
+        for offset, data in edges:
+            self._storage.write(self._opened(), data, offset)
 
     def read_partial(self, start: int, out: NDArray[Any]) -> None:
         """Read rows of the partial into `out`, from row `start` on."""

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from zarr.core.buffer import Buffer
 
-    from fastvgg.datasets.base import Stored
+    from fastvgg.datasets.base import Edges, Stored
     from fastvgg.stream.remote import StoreStorage
     from fastvgg.stream.storage import Storage
     from fastvgg.transform import Transform
@@ -181,6 +181,10 @@ class ZarrTarget:
                     "it was changed in between: start again with --restart",
                 )
 
+    def join(self) -> None:
+        """Go on with the directory that another process has made."""
+        self.reopen()
+
     def offset(self, start: int) -> int:  # noqa: ARG002  # a shard's file begins with it
         """Return 0."""
         return 0
@@ -194,6 +198,14 @@ class ZarrTarget:
         rows = np.frombuffer(data, storage_dtype(self.header.dtype))
         shard = self._encoder.shard(rows.reshape(-1, *self.header.shape[1:]))
         self._encoded.append((self._encoder.key(start), self._kept(shard)))
+
+    def write_own(self, start: int, stored: Stored) -> Edges:
+        """Encode the shard of some rows; no other has a part of it."""
+        self.write(start, stored)
+        return []
+
+    def write_edges(self, edges: Edges) -> None:
+        """Write nothing: there are no edges."""
 
     def _kept(self, shard: memoryview) -> memoryview:
         """Return the same bytes at the beginning of a page, which the disk takes from there."""
@@ -289,6 +301,9 @@ class StoreZarrTarget(ZarrTarget):
         """Go on with the shards that are there; a finished array is one no longer."""
         for name in self._encoder.metadata:
             self._storage.remove(self.path / name)
+
+    def join(self) -> None:
+        """Do nothing: there is nothing but shards before the end."""
 
     def sync(self) -> None:
         """Put what is encoded."""

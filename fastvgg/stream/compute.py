@@ -19,7 +19,10 @@ from fastvgg import engine
 from fastvgg.datasets.base import bytes_of
 from fastvgg.datasets.files import ImageFiles
 from fastvgg.datasets.images import Images
-from fastvgg.datasets.index import Record
+from fastvgg.datasets.index import Record, index_text
+from fastvgg.errors import StoppedError
+from fastvgg.stream.journal import Commit
+from fastvgg.stream.manifest import checksum
 from fastvgg.threads import Lots, ThreadNumber
 from fastvgg.transform import storage_dtype
 
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
     from fastvgg.stream.plan import Plan
     from fastvgg.threads import Lot
 
-__all__ = ["Computed", "Work", "compute"]
+__all__ = ["Computed", "Work", "commit_of", "compute", "refuse_failed"]
 
 AHEAD: Final = 2  # chunks that are computed at a time, row by row
 UNREAD: Final = Record("", "", 0, 0, True, "not read yet")
@@ -71,6 +74,33 @@ def compute(
     if isinstance(target, ImageFiles):
         return _row_by_row(plan, work, _Encoding(plan, source, target).begun)
     return _together(plan, source, target, work)
+
+
+def commit_of(plan: Plan, source: Source, computed: Computed) -> Commit:
+    """Return what the journal is to say of a chunk; refuse what failed, where the plan is strict.
+
+    Raises
+    ------
+    StoppedError
+        Naming the first image that could not be read.
+    """
+    chunk, start, stop, stored, records = computed
+    failures = [(row, record) for row, record in enumerate(records, start) if record.failed]
+    refuse_failed(plan, failures)
+    identity = ""
+    if isinstance(source, Images):
+        identity = source.checksum_of(start, stop, {row for row, _ in failures})
+    return Commit(chunk, checksum(stored), identity, index_text(records, start), len(failures))
+
+
+def refuse_failed(plan: Plan, failures: list[tuple[int, Record]]) -> None:
+    """Stop at an image that could not be read, where the plan is strict."""
+    for row, record in failures:
+        if plan.strict:
+            raise StoppedError(
+                f"{plan.source}/{record.path} (row {row}) cannot be read: {record.reason}",
+                "repair or remove it and give --restart, or go on without --strict",
+            )
 
 
 def _together(

@@ -15,7 +15,7 @@ from fastvgg.errors import ResumeError, TargetError
 from fastvgg.stream.journal import Journal, journal_path, read_ledger
 from fastvgg.stream.manifest import read_manifest
 from fastvgg.stream.remote import StoreJournal, StoreStorage
-from fastvgg.stream.storage import Storage
+from fastvgg.stream.storage import SharedStorage, Storage
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,6 +55,8 @@ class Destination:
         Of the target.
     """
 
+    is_remote = False
+
     def __init__(self, path: Path, kind: str) -> None:
         self.path = path
         self.kind = kind
@@ -72,6 +74,11 @@ class Destination:
     def storage(self, durability: Durability) -> Storage:
         """Return what carries out the calls that make data last there."""
         return Storage(durability)
+
+    def shared_storage(self, durability: Durability) -> Storage:
+        """Return what carries out the calls of one that others began, and write as well."""
+        within = self.path.parent if self.kind in FILES else self.partial
+        return SharedStorage(within, durability)
 
     def exists(self, path: Path) -> bool:
         """Whether something there has a name.
@@ -153,6 +160,8 @@ class StoreDestination(Destination):
     Others can open the array from when its metadata is put, as the last of its objects.
     """
 
+    is_remote = True
+
     @property
     def partial(self) -> Path:
         """What has the bytes of an unfinished run."""
@@ -161,6 +170,10 @@ class StoreDestination(Destination):
     def storage(self, durability: Durability) -> StoreStorage:
         """Return what carries out the calls that make data last there."""
         return StoreStorage(durability)
+
+    def shared_storage(self, durability: Durability) -> StoreStorage:
+        """Return what carries out the calls of any."""
+        return self.storage(durability)
 
     def exists(self, path: Path) -> bool:
         """Whether there is an object of a name, or one below it; see `Destination.exists`."""

@@ -10,6 +10,7 @@ The journal is also the lock: the process that holds it writes the target, and n
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass, field
 from types import NoneType
@@ -41,6 +42,7 @@ __all__ = [
     "StoreLedger",
     "journal_path",
     "line_name",
+    "read_begun",
     "read_ledger",
     "refuse_other_job",
     "seal",
@@ -212,6 +214,15 @@ def read_ledger(path: Path) -> Ledger | None:
         return _read_store(path)
     with beside(path) as lines:
         return None if lines is None else _read(path, Ledger, lines)
+
+
+def read_begun(path: Path) -> Ledger | None:
+    """Read the first line of a journal, which says what was begun; see `read_ledger`."""
+    if is_remote(path):
+        first = remote.read(path / FIRST_NAME)
+        return None if first is None else _read(path, StoreLedger, [first])
+    with beside(path) as lines:
+        return None if lines is None else _read(path, Ledger, itertools.islice(lines, 1))
 
 
 def _read_store(path: Path) -> Ledger | None:
@@ -397,12 +408,12 @@ class Journal:
         self._storage.sync(self._file)
         self._storage.sync_directory(self.path.parent)
 
-    def commit(self, commit: Commit) -> None:
-        """Record, durably, that a chunk's bytes are durable."""
-        mark = self._appended(commit)
+    def commit(self, *commits: Commit) -> None:
+        """Record, durably, that the bytes of some chunks are durable."""
+        marks = {commit.chunk: self._appended(commit) for commit in commits}
         self._storage.sync(self._file)
         if self.ledger is not None:
-            self.ledger.commits[commit.chunk] = mark
+            self.ledger.commits.update(marks)
 
     def _appended(self, commit: Commit) -> Mark:
         return Mark.of(commit, self._append(seal(commit.to_dict())))

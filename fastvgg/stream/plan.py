@@ -13,6 +13,8 @@ from fastvgg.errors import TargetError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from distributed import Client
+
     from fastvgg.datasets.base import Header
     from fastvgg.datasets.files import FileFormat
     from fastvgg.datasets.images import Listing
@@ -323,8 +325,17 @@ class Plan:
         as_read_back: dict[str, Any] = json.loads(json.dumps(job))
         return as_read_back
 
-    def run(self, progress: Callable[[Progress], None] | None = None) -> Report:
-        """Carry the plan out; see `fastvgg.stream.run.run`."""
+    def run(
+        self, progress: Callable[[Progress], None] | None = None, *, client: Client | None = None
+    ) -> Report:
+        """Carry the plan out; see `fastvgg.stream.run.run`.
+
+        With a client of Dask on its cluster; see `fastvgg.cluster.run`.
+        """
+        if client is not None:
+            from fastvgg import cluster
+
+            return cluster.run(self, client, progress)
         from fastvgg.stream import run
 
         return run.run(self, progress)

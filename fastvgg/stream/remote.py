@@ -109,11 +109,12 @@ class StoreJournal:
         for commit in done or ():
             self.commit(commit)
 
-    def commit(self, commit: Commit) -> None:
-        """Record that a chunk's bytes are durable."""
-        self._storage.put(self.path / line_name(commit.chunk), seal(commit.to_dict()))
-        if self.ledger is not None:
-            self.ledger.commits[commit.chunk] = Mark.of(commit, 0)
+    def commit(self, *commits: Commit) -> None:
+        """Record that the bytes of some chunks are durable."""
+        for commit in commits:
+            self._storage.put(self.path / line_name(commit.chunk), seal(commit.to_dict()))
+            if self.ledger is not None:
+                self.ledger.commits[commit.chunk] = Mark.of(commit, 0)
 
     def remove(self) -> None:
         """Remove the journal, of which nothing is left without its first line."""

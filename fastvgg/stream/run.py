@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 
 from fastvgg.datasets import open_target
 from fastvgg.datasets.images import Images
-from fastvgg.datasets.index import INDEX_HEAD, index_path, index_text, read_index
+from fastvgg.datasets.index import INDEX_HEAD, index_path, read_index
 from fastvgg.datasets.locations import located
 from fastvgg.datasets.reserved import ReservedArray
 from fastvgg.errors import ResumeError, StoppedError, TargetError, VerificationError
 from fastvgg.stream import inplace
 from fastvgg.stream.behind import Behind
-from fastvgg.stream.compute import Work, compute
+from fastvgg.stream.compute import Work, commit_of, compute, refuse_failed
 from fastvgg.stream.destination import destination_of, open_journal
-from fastvgg.stream.journal import Commit, journal_path
+from fastvgg.stream.journal import journal_path
 from fastvgg.stream.manifest import (
     Manifest,
     checksum,
@@ -42,19 +42,19 @@ if TYPE_CHECKING:
 
     from fastvgg.datasets.base import Source
     from fastvgg.datasets.index import Record
-    from fastvgg.stream.compute import Computed
-    from fastvgg.stream.journal import Journal, Ledger, Mark
+    from fastvgg.stream.journal import Commit, Journal, Ledger, Mark
     from fastvgg.stream.plan import Plan
     from fastvgg.stream.remote import StoreJournal
     from fastvgg.stream.report import Progress, Report
 
-__all__ = ["run"]
+__all__ = ["Run", "run"]
 
 
 def run(
     plan: Plan,
     progress: Callable[[Progress], None] | None = None,
     storage: Storage | None = None,
+    begin: Callable[..., Run] | None = None,
 ) -> Report:
     """Carry a plan out, or take it up where an earlier run was cut off.
 
@@ -66,6 +66,8 @@ def run(
         Called after every chunk that was committed.
     storage
         What carries out the system calls that make data last.
+    begin
+        What takes the arguments of a `Run` and makes it, where that is not done in this process.
 
     Returns
     -------
@@ -94,15 +96,27 @@ def run(
         refuse_wrong_values(plan, source)
         journal = open_journal(destination.path, storage, restart=plan.restart)
         try:
-            return _Run(plan, source, journal, storage, progress, begun).finish()
+            return (begin or Run)(plan, source, journal, storage, progress, begun).finish()
         finally:
             journal.close()
     finally:
         source.close()
 
 
-class _Run:
-    """One run of a plan, holding the journal's lock."""
+class Run:
+    """One run of a plan, holding the journal's lock; its chunks are computed in this process.
+
+    Parameters
+    ----------
+    plan, progress, storage
+        As for `run`.
+    source
+        Open, and still the one that was planned.
+    journal
+        Open.
+    begun
+        When the run began, on the monotonic clock.
+    """
 
     def __init__(
         self,
@@ -160,7 +174,7 @@ class _Run:
         else:
             try:
                 self._open_target()
-                self._compute()
+                self.compute(self._work())
             finally:
                 self.target.close()
             self._publish()
@@ -226,13 +240,21 @@ class _Run:
 
     def _forget_torn(self) -> None:
         """Do those chunks again whose bytes, where looked at, are not what was committed."""
-        for chunk, (start, stop) in enumerate(self.plan.chunk_rows()):
-            if chunk not in self._commits():
-                continue
-            stored = self.target.read_unfinished(start, stop)
-            if stored is not None and checksum(stored) != self._commits()[chunk].checksum:
+        rows = enumerate(self.plan.chunk_rows())
+        committed = [Work(chunk, *span) for chunk, span in rows if chunk in self._commits()]
+        for chunk, found in self.stored_checksums(committed):
+            if found is not None and found != self._commits()[chunk].checksum:
                 del self._commits()[chunk]
         self.tally = Tally(self.plan, self._commits(), self.progress, self.begun)
+
+    def stored_checksums(self, work: Iterable[Work]) -> Iterator[tuple[int, str | None]]:
+        """Read what is stored of chunks that an unfinished run committed.
+
+        None where the journal is believed without a look.
+        """
+        for chunk, start, stop, _ in work:
+            stored = self.target.read_unfinished(start, stop)
+            yield chunk, None if stored is None else checksum(stored)
 
     def _unpublish(self, again: Again) -> None:
         """Make a finished target an unfinished one, of which the good chunks are done."""
@@ -240,17 +262,14 @@ class _Run:
             self.journal.begin(self.plan.job(), self.plan.chunk_images, done=again.done())
         self.destination.unpublish(self.storage)
 
-    def _compute(self) -> None:
+    def compute(self, work: Iterable[Work]) -> None:
         """Compute, write and commit every chunk that is not durable yet."""
         # Closed by itself, so that no thread computes on while the target is closed after an error.
-        chunks = compute(self.plan, self.source, self.target, self._work())
+        chunks = compute(self.plan, self.source, self.target, work)
         with contextlib.closing(chunks), Behind[int]() as behind:
             for computed in chunks:
                 self.tally.count(behind.wait_for_all_but(2))
-                rows = enumerate(computed.records, computed.start)
-                failures = [(row, record) for row, record in rows if record.failed]
-                self._refuse_failed(failures)
-                commit = self._commit_of(computed, failures)
+                commit = commit_of(self.plan, self.source, computed)
                 behind.give(
                     functools.partial(self.target.write, computed.start, computed.stored),
                     functools.partial(self._commit, commit, computed.stop - computed.start),
@@ -266,28 +285,13 @@ class _Run:
             elif mark is None:
                 yield Work(chunk, start, stop)
             elif mark.failed and self.plan.strict:
-                self._refuse_failed(self._ledger.failures(chunk))
-
-    def _commit_of(self, computed: Computed, failures: list[tuple[int, Record]]) -> Commit:
-        chunk, start, stop, stored, records = computed
-        identity = ""
-        if isinstance(self.source, Images):
-            identity = self.source.checksum_of(start, stop, {row for row, _ in failures})
-        return Commit(chunk, checksum(stored), identity, index_text(records, start), len(failures))
+                refuse_failed(self.plan, self._ledger.failures(chunk))
 
     def _commit(self, commit: Commit, images: int) -> int:
         """Make a chunk that is written durable, and return its images."""
         self.target.sync()
         self.journal.commit(commit)
         return images
-
-    def _refuse_failed(self, failures: list[tuple[int, Record]]) -> None:
-        for row, record in failures:
-            if self.plan.strict:
-                raise StoppedError(
-                    f"{self.plan.source}/{record.path} (row {row}) cannot be read: {record.reason}",
-                    "repair or remove it and give --restart, or go on without --strict",
-                )
 
     def _describe(self) -> Report:
         """Write index and manifest beside the published data, and forget the journal."""

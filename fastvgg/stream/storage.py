@@ -12,6 +12,7 @@ import errno
 import mmap
 import os
 import shutil
+import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias, get_args
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Durability",
+    "SharedStorage",
     "Storage",
     "StoredFile",
     "check_durability",
@@ -112,7 +114,10 @@ class Storage:
 
     def _opened(self, path: Path, flags: int, call: str) -> StoredFile:
         with _stopping(call, path):
-            return StoredFile(os.open(path, flags | _always(), 0o666), path)
+            return StoredFile(self._descriptor(path, flags), path)
+
+    def _descriptor(self, path: Path, flags: int) -> int:
+        return os.open(path, flags | _always(), 0o666)
 
     def direct(self, file: StoredFile) -> StoredFile:
         """Return a file so that whole pages are written to it past the system's cache.
@@ -128,7 +133,7 @@ class Storage:
             if is_networked(file_system(file.path)):
                 return file
             try:
-                direct = os.open(file.path, os.O_WRONLY | os.O_DIRECT | _always())
+                direct = self._descriptor(file.path, os.O_WRONLY | os.O_DIRECT)
             except OSError as error:
                 if error.errno not in NO_WAY_PAST:
                     raise
@@ -302,6 +307,40 @@ class Storage:
             self.close(file)
         self.rename(temporary, path)
         self.sync_directory(path.parent)
+
+
+class SharedStorage(Storage):
+    """Calls in one directory, in which others write the same bytes at the same time.
+
+    The directory stays the one that it was, whatever gets its name later; and no file is emptied,
+    for what another has written there may be committed.
+
+    Parameters
+    ----------
+    directory
+        Where all of the files are.
+    durability
+        As for `Storage`.
+    """
+
+    def __init__(self, directory: Path, durability: Durability = "power") -> None:
+        super().__init__(durability)
+        with _stopping("open", directory):
+            self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | _always())
+        weakref.finalize(self, os.close, self._directory)
+
+    def create(self, path: Path) -> StoredFile:
+        """Make a new file, or open the one that is there."""
+        return self.open(path, create=True)
+
+    def _descriptor(self, path: Path, flags: int) -> int:
+        return os.open(path.name, flags | _always(), 0o666, dir_fd=self._directory)
+
+    def sync_directory(self, path: Path) -> None:
+        """Make the names in the directory survive a power cut."""
+        if self._syncs:
+            with _stopping("fsync", path):
+                os.fsync(self._directory)
 
 
 def _always() -> int:

@@ -1,0 +1,269 @@
+"""The same plan on a Dask cluster: every chunk is a task, and this process commits what is done.
+
+Dask may have a task done twice, or again, by workers that die or come back: `fastvgg.stream.task`
+says why that is harmless. What is committed, and published at the end, is decided here alone, so
+that a run that is cut off goes on wherever the same command is given, with a cluster or without.
+
+Needs ``pip install 'fastvgg[dask]'``, here and on every worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import pickle
+import secrets
+from typing import TYPE_CHECKING, Any, Final
+
+from distributed import Client, KilledWorker, LocalCluster, as_completed
+from distributed.comm import CommClosedError
+
+from fastvgg.datasets.base import SharedTarget
+from fastvgg.datasets.reserved import ReservedArray
+from fastvgg.errors import ClusterError, FastvggError, StoppedError, UsageError
+from fastvgg.stream import run as here
+from fastvgg.stream.manifest import package_versions
+from fastvgg.stream.plan import readable_bytes
+from fastvgg.stream.prepare import reopen_source
+from fastvgg.stream.task import Task, stored_checksum, work_on
+from fastvgg.threads import usable_cores
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Iterator
+
+    from distributed import Worker
+
+    from fastvgg.stream.compute import Work
+    from fastvgg.stream.plan import Plan
+    from fastvgg.stream.report import Progress, Report
+    from fastvgg.stream.storage import Storage
+    from fastvgg.stream.task import Done
+
+__all__ = ["connected", "run"]
+
+LOCAL: Final = "local"
+ANSWER_SECONDS: Final = 10
+JOIN_SECONDS: Final = 60
+LEAST_UNDER_WAY: Final = 1024  # tasks, which take some kB each
+UNDER_WAY_FOR_A_THREAD: Final = 8
+
+
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[Client]:
+    """Connect to a scheduler; "local" starts a worker for each core of this machine.
+
+    Raises
+    ------
+    ClusterError
+        If nothing answers there.
+    """
+    with contextlib.ExitStack() as opened:
+        if address == LOCAL:
+            workers = {"n_workers": usable_cores(), "threads_per_worker": 1}
+            address = opened.enter_context(LocalCluster(**workers)).scheduler_address
+        try:
+            client = opened.enter_context(Client(address, timeout=ANSWER_SECONDS))
+        except (OSError, ValueError) as error:
+            raise ClusterError(
+                f"no scheduler answers at {address}: {error}",
+                "start one with 'dask scheduler', and give the address that it prints; or give "
+                "--dask local",
+            ) from None
+        yield client
+
+
+def run(
+    plan: Plan,
+    client: Client,
+    progress: Callable[[Progress], None] | None = None,
+    storage: Storage | None = None,
+) -> Report:
+    """Carry a plan out on a cluster, or take it up where an earlier run was cut off.
+
+    Each task has one thread, and as much memory as the plan has in all.
+
+    Parameters
+    ----------
+    plan
+        From `fastvgg.plan`. Every worker has to reach its source and its target by the same paths.
+    client
+        Connected to the cluster.
+    progress, storage
+        As for `fastvgg.stream.run.run`.
+
+    Raises
+    ------
+    UsageError, ClusterError, SourceError, TargetError, ResumeError
+        Before anything is written.
+    StoppedError
+        If a task fails later on; what is committed is kept.
+    """
+    _refuse_not_shared(plan)
+    plan = dataclasses.replace(plan, threads=1)
+    _check_workers(plan, client)
+    return here.run(plan, progress, storage, functools.partial(_ClusterRun, client))
+
+
+def _refuse_not_shared(plan: Plan) -> None:
+    """Refuse what a task that runs twice would do wrong."""
+    if plan.in_place:
+        problem = "a task may run twice, and would change what is changed already"
+        remedy = "leave --dask away, or give a DST"
+    elif plan.target_kind == "images":
+        problem = "image files that two workers encode need not be the same bytes"
+        remedy = "leave --dask away, or restore into an array"
+    elif plan.retry_failed:
+        problem = "the images that failed are tried again where their target is"
+        remedy = "leave --dask away"
+    else:
+        return
+    raise UsageError(f"{plan.target}: {problem}", remedy)
+
+
+class _ClusterRun(here.Run):
+    """A run whose chunks are computed by workers."""
+
+    def __init__(self, client: Client, *arguments: Any) -> None:  # of a `Run`
+        super().__init__(*arguments)
+        self._client = client
+        shared = secrets.token_hex(8), dataclasses.replace(self.plan, listing=None)
+        self._shared_plan = pickle.dumps(shared)
+        self._name = f"{self.plan.transform.direction}-{shared[0]}"
+
+    def compute(self, work: Iterable[Work]) -> None:
+        """Have every chunk computed and written that is not durable yet, and commit it."""
+        if not isinstance(self.target, SharedTarget):
+            raise TypeError(f"{self.target.kind} is not written by tasks")
+        results: Generator[list[Done], None, None] = self._results(work_on, self._name, work)
+        with contextlib.closing(results):
+            for together in results:
+                edges = [edge for done in together for edge in done.edges]
+                if edges:
+                    self.target.write_edges(edges)
+                    self.target.sync()
+                self.journal.commit(*(done.commit for done in together))
+                self.tally.count(done.images for done in together)
+
+    def stored_checksums(self, work: Iterable[Work]) -> Iterator[tuple[int, str | None]]:
+        """Have workers read what an unfinished run committed, where that is looked at."""
+        if isinstance(self.target, ReservedArray):
+            yield from super().stored_checksums(work)
+            return
+        results = self._results(stored_checksum, f"check-{self._name}", work)
+        with contextlib.closing(results):
+            yield from itertools.chain.from_iterable(results)
+
+    def _results(
+        self, call: Callable[[Task], Any], name: str, work: Iterable[Work]
+    ) -> Generator[list[Any], None, None]:
+        """Have tasks done, as many at a time as keep the workers busy; yield results in lots."""
+        tasks = (Task(self._shared_plan, part.chunk, part.start, part.stop) for part in work)
+        threads = sum(self._client.nthreads().values())
+        most = max(LEAST_UNDER_WAY, UNDER_WAY_FOR_A_THREAD * threads)
+        under_way: dict[str, Any] = {}
+        completed = as_completed(with_results=True, raise_errors=False)
+
+        def submit() -> None:
+            if len(under_way) > most // 2:
+                return
+            more = list(itertools.islice(tasks, most - len(under_way)))
+            keys = [f"{name}-{task.chunk:09d}" for task in more]
+            futures = self._client.map(call, more, key=keys) if more else []
+            under_way.update(zip(keys, futures, strict=True))
+            completed.update(futures)
+
+        try:
+            submit()
+            for together in completed.batches():
+                for future, result in together:
+                    del under_way[future.key]
+                    error = _error_in(result)
+                    if error is not None:
+                        raise _told(future.key, error)
+                yield [result for _, result in together]
+                submit()
+        finally:
+            self._client.cancel(list(under_way.values()))
+
+
+def _error_in(result: Any) -> BaseException | None:  # noqa: ANN401  # of any task
+    """Return the error that came in place of a result.
+
+    The future cannot be asked: where the worker has died since, it waits for the task once more.
+    """
+    if isinstance(result, tuple) and len(result) == 3:  # type, error, traceback
+        result = result[1]
+    return result if isinstance(result, BaseException) else None
+
+
+def _told(key: str, error: BaseException) -> BaseException:
+    """Return the error that ends a run for a task that was not done."""
+    if isinstance(error, StoppedError):
+        return error
+    if isinstance(error, FastvggError):
+        return StoppedError(error.problem, error.remedy)
+    if isinstance(error, KilledWorker):
+        return StoppedError(
+            f"the workers that had the task {key} died, one after the other: {error}",
+            "look into their logs; where they had too little memory, give less --memory and "
+            "--restart, and else run the same command again",
+        )
+    if isinstance(error, Exception):
+        return error
+    return StoppedError(
+        f"the task {key} is lost: the scheduler has gone, or began anew",
+        "run the same command again: it resumes after the last committed chunk",
+    )
+
+
+def _check_workers(plan: Plan, client: Client) -> None:
+    """Refuse workers that could not do what they would be given.
+
+    Those that join later find out by themselves.
+    """
+    try:
+        client.wait_for_workers(1, timeout=JOIN_SECONDS)
+    except TimeoutError:
+        raise ClusterError(
+            f"{client.scheduler.address} has no workers, and none joined in {JOIN_SECONDS} s",
+            "start some with 'dask worker', or let the cluster have at least one",
+        ) from None
+    shared = pickle.dumps(dataclasses.replace(plan, listing=None))
+    found = client.run(_look, shared, package_versions(), on_error="return")
+    for address, problem in sorted(found.items()):
+        if isinstance(problem, CommClosedError):  # it died meanwhile, and takes no part
+            continue
+        if isinstance(problem, Exception):
+            problem = f"{type(problem).__name__}: {problem}"
+        if problem:
+            raise ClusterError(
+                f"the worker {address} cannot take part: {problem}",
+                "mend that, or retire the worker; nothing was written",
+            )
+
+
+def _look(shared: bytes, packages: dict[str, str], dask_worker: Worker) -> str:
+    """Return what keeps a worker from carrying tasks of a plan out; "" where nothing does."""
+    mine = package_versions()
+    others = [
+        f"{name} {mine.get(name, 'none')} instead of {version}"
+        for name, version in packages.items()
+        if name != "python" and mine.get(name) != version
+    ]
+    if others:
+        return f"it has {', '.join(others)}"
+    plan: Plan = pickle.loads(shared)  # noqa: S301  # from the client
+    limit, threads = dask_worker.memory_manager.memory_limit, dask_worker.state.nthreads
+    needed = threads * plan.projected_bytes
+    if limit and needed > limit:
+        return (
+            f"its {threads} threads need {readable_bytes(needed)} of memory, and it has "
+            f"{readable_bytes(limit)}: give less --memory, or let it have fewer threads"
+        )
+    try:
+        reopen_source(plan).close()
+    except FastvggError as error:
+        return error.problem
+    return ""
