@@ -64,7 +64,9 @@ def connected(address: str) -> Iterator[Client]:
             workers = {"n_workers": usable_cores(), "threads_per_worker": 1}
             address = opened.enter_context(LocalCluster(**workers)).scheduler_address
         try:
-            client = opened.enter_context(Client(address, timeout=ANSWER_SECONDS))
+            client = opened.enter_context(
+                Client(address, timeout=ANSWER_SECONDS, set_as_default=False)
+            )
         except (OSError, ValueError) as error:
             raise ClusterError(
                 f"no scheduler answers at {address}: {error}",
@@ -163,7 +165,7 @@ class _ClusterRun(here.Run):
         threads = sum(self._client.nthreads().values())
         most = max(LEAST_UNDER_WAY, UNDER_WAY_FOR_A_THREAD * threads)
         under_way: dict[str, Any] = {}
-        completed = as_completed(with_results=True, raise_errors=False)
+        completed = as_completed(loop=self._client.loop, with_results=True, raise_errors=False)
 
         def submit() -> None:
             if len(under_way) > most // 2:

@@ -55,7 +55,7 @@ def workers():
 
 @pytest.fixture
 def client(workers):
-    with Client(workers) as connected:
+    with Client(workers, set_as_default=False) as connected:
         connected.wait_for_workers(2, timeout=60)
         yield connected
 
@@ -378,7 +378,7 @@ def test_workers_that_could_not_do_it_are_refused_before_anything_is_written(
 
 def test_a_worker_that_cannot_see_the_source_is_refused(tmp_path, array, workers):
     hidden = python_without(tmp_path, workers)
-    with hidden, Client(workers) as client:
+    with hidden, Client(workers, set_as_default=False) as client:
         client.wait_for_workers(3, timeout=60)
         with pytest.raises(ClusterError) as caught:
             plan_of(array, tmp_path / "y.npy", mode="caffe").run(client=client)
@@ -444,7 +444,7 @@ def test_an_address_that_does_not_answer_is_refused(tmp_path, array, address, mo
 def test_a_cluster_without_workers_is_refused(tmp_path, array, monkeypatch):
     monkeypatch.setattr(cluster, "JOIN_SECONDS", 1)
     options = {"n_workers": 0, "dashboard_address": ":0", "silence_logs": 50}
-    with LocalCluster(**options) as empty, Client(empty) as client:
+    with LocalCluster(**options) as empty, Client(empty, set_as_default=False) as client:
         with pytest.raises(ClusterError) as caught:
             plan_of(array, tmp_path / "y.npy", mode="caffe").run(client=client)
         must_say(caught.value, empty.scheduler_address, "no workers", "dask worker")

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # What happens to files, whose pixels are computed without Numba anyway; it takes minutes to try.
 SAME_ON_ANY_BACKEND = (
     *("behind", "campaigns", "crash", "crash_states", "fuzz", "hdf5", "images", "index", "inplace"),
-    *("npy", "storage"),
+    *("cluster", "npy", "storage"),
 )
 
 
