@@ -15,9 +15,17 @@ import functools
 import itertools
 import pickle
 import secrets
+import threading
 from typing import TYPE_CHECKING, Any, Final
 
-from distributed import Client, KilledWorker, LocalCluster, as_completed
+from distributed import (
+    Client,
+    KilledWorker,
+    LocalCluster,
+    as_completed,
+    get_worker,
+    secede,
+)
 from distributed.comm import CommClosedError
 
 from fastvgg.datasets.base import SharedTarget
@@ -27,7 +35,7 @@ from fastvgg.stream import run as here
 from fastvgg.stream.manifest import package_versions
 from fastvgg.stream.plan import readable_bytes
 from fastvgg.stream.prepare import reopen_source
-from fastvgg.stream.task import Task, stored_checksum, work_on
+from fastvgg.stream.task import Task, join, leave, stored_checksum, work_on
 from fastvgg.threads import usable_cores
 
 if TYPE_CHECKING:
@@ -134,11 +142,33 @@ class _ClusterRun(here.Run):
         self._shared_plan = pickle.dumps(shared)
         self._name = f"{self.plan.transform.direction}-{shared[0]}"
 
+    def finish(self) -> Report:
+        """Do what is left to do, after which no worker holds anything of it."""
+        report = super().finish()
+        self._client.run(leave, self._shared_plan, on_error="ignore")
+        return report
+
+    def open_target(self) -> None:
+        """Begin the target, or reopen it; as if nothing had been begun where a worker cannot."""
+        super().open_target()
+        try:
+            self._have_joined()
+        except ClusterError:
+            if self.state == "fresh":
+                self.target.close()
+                self.storage.remove(self.target.partial)
+                self.journal.remove()
+            raise
+
+    def _have_joined(self) -> None:
+        """Have every worker open what its tasks need."""
+        _refuse_problems(self._client.run(_join, self._shared_plan, on_error="return"))
+
     def compute(self, work: Iterable[Work]) -> None:
         """Have every chunk computed and written that is not durable yet, and commit it."""
         if not isinstance(self.target, SharedTarget):
             raise TypeError(f"{self.target.kind} is not written by tasks")
-        results: Generator[list[Done], None, None] = self._results(work_on, self._name, work)
+        results: Generator[list[Done], None, None] = self._results(_work_on, self._name, work)
         with contextlib.closing(results):
             for together in results:
                 edges = [edge for done in together for edge in done.edges]
@@ -153,6 +183,7 @@ class _ClusterRun(here.Run):
         if isinstance(self.target, ReservedArray):
             yield from super().stored_checksums(work)
             return
+        self._have_joined()
         results = self._results(stored_checksum, f"check-{self._name}", work)
         with contextlib.closing(results):
             yield from itertools.chain.from_iterable(results)
@@ -188,6 +219,24 @@ class _ClusterRun(here.Run):
                 submit()
         finally:
             self._client.cancel(list(under_way.values()))
+
+
+def _work_on(task: Task) -> Done:
+    """Carry a task out on a worker, where a thread computes the next while it is written."""
+    return work_on(task, _beside_the_next)
+
+
+@contextlib.contextmanager
+def _beside_the_next(written_at_once: int) -> Iterator[None]:
+    """Let the thread begin another task, once few enough of this worker are being written."""
+    with _writing(written_at_once * get_worker().state.nthreads):
+        secede()
+        yield
+
+
+@functools.cache
+def _writing(at_once: int) -> threading.Semaphore:
+    return threading.Semaphore(at_once)
 
 
 def _error_in(result: Any) -> BaseException | None:  # noqa: ANN401  # of any task
@@ -233,10 +282,16 @@ def _check_workers(plan: Plan, client: Client) -> None:
             "start some with 'dask worker', or let the cluster have at least one",
         ) from None
     shared = pickle.dumps(dataclasses.replace(plan, listing=None))
-    found = client.run(_look, shared, package_versions(), on_error="return")
+    _refuse_problems(client.run(_look, shared, package_versions(), on_error="return"))
+
+
+def _refuse_problems(found: dict[str, str | BaseException]) -> None:
+    """Refuse workers of which one says what keeps it from taking part."""
     for address, problem in sorted(found.items()):
         if isinstance(problem, CommClosedError):  # it died meanwhile, and takes no part
             continue
+        if isinstance(problem, FastvggError):
+            problem = problem.problem
         if isinstance(problem, Exception):
             problem = f"{type(problem).__name__}: {problem}"
         if problem:
@@ -264,8 +319,11 @@ def _look(shared: bytes, packages: dict[str, str], dask_worker: Worker) -> str:
             f"its {threads} threads need {readable_bytes(needed)} of memory, and it has "
             f"{readable_bytes(limit)}: give less --memory, or let it have fewer threads"
         )
-    try:
-        reopen_source(plan).close()
-    except FastvggError as error:
-        return error.problem
+    reopen_source(plan).close()
+    return ""
+
+
+def _join(shared: bytes) -> str:
+    """Open what tasks need, on a worker."""
+    join(shared)
     return ""

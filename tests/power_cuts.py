@@ -43,7 +43,7 @@ COMMITTING, AT_ONCE = 1, 2  # whether its journal is committed first
 WRITE_OUT = 1 | 2 | 4  # of sync_file_range: wait, begin, and wait until it is done
 MODES = ("errors=remount-ro,data=ordered", "errors=remount-ro,data=writeback,noauto_da_alloc")
 DEEPEST = 3
-SYNCS = ("ring.commit", "ring.finish", "reserved.sync", "zarr_target.sync", "storage.write_whole")
+SYNCS = ("ring.commit", "ring.finish", "reserved.sync", "zarr_target._store", "storage.write_whole")
 
 
 class Disk:
@@ -246,7 +246,7 @@ def campaign(seed, size):
 def needs(job, forgets):
     """Whether a job does what a function is for whose syncs are left out."""
     is_zarr = isinstance(job, FormatJob) and job.form == "zarr"
-    if forgets == "zarr_target.sync":
+    if forgets == "zarr_target._store":
         return is_zarr
     return not is_zarr if forgets == "reserved.sync" else job.in_place
 

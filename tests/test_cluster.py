@@ -390,6 +390,31 @@ def test_a_worker_that_cannot_see_the_source_is_refused(tmp_path, array, workers
         assert names_in(tmp_path) == ["x.npy"]
 
 
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_worker_that_cannot_see_the_target_is_refused_as_if_nothing_had_begun(
+    tmp_path, array, workers, name
+):
+    (tmp_path / "out").mkdir()
+    plan = plan_of(array, tmp_path / "out" / name, mode="caffe", together=2)
+
+    def refused():
+        hidden = python_without(tmp_path / "out", workers)
+        with hidden, Client(workers, set_as_default=False) as client:
+            client.wait_for_workers(3, timeout=60)
+            with pytest.raises(ClusterError) as caught:
+                plan.run(client=client)
+            must_say(caught.value, "the worker tcp://", "out/y", "retire the worker")
+
+    refused()
+    assert names_in(tmp_path / "out") == []
+    with pytest.raises(Death):  # what has begun is left as it is
+        run(plan, storage=CuttingStorage(10))
+    before = tree(tmp_path / "out")
+    assert commits_in(file_of(located(plan.target))) > 0
+    refused()
+    assert tree(tmp_path / "out") == before
+
+
 HIDING = """
 import sys
 from private_disks import NotAllowed, mount, private_mounts

@@ -35,11 +35,10 @@ if TYPE_CHECKING:
     from fastvgg.stream.plan import Plan
     from fastvgg.threads import Lot
 
-__all__ = ["Computed", "Work", "commit_of", "compute", "refuse_failed"]
+__all__ = ["Computed", "Stagings", "Work", "commit_of", "compute", "refuse_failed"]
 
 AHEAD: Final = 2  # chunks that are computed at a time, row by row
 UNREAD: Final = Record("", "", 0, 0, True, "not read yet")
-STAGINGS: Final = AHEAD + 1  # the one more is being written
 
 
 class Work(NamedTuple):
@@ -62,18 +61,49 @@ class Computed(NamedTuple):
     records: list[Record]
 
 
+class Stagings:
+    """Memory for the rows of chunks, which take turns in it; new memory is slow.
+
+    Parameters
+    ----------
+    plan
+        Whose chunks.
+    count
+        How many of them are computed or written at a time.
+    """
+
+    def __init__(self, plan: Plan, count: int) -> None:
+        self._shape = (plan.chunk_images, *plan.result.shape[1:])
+        self._dtype = storage_dtype(plan.result.dtype)
+        self._nbytes = plan.chunk_images * plan.result.image_bytes
+        nbytes = self._nbytes + mmap.PAGESIZE
+        self._memory = itertools.cycle([np.empty(nbytes, np.uint8) for _ in range(count)])
+
+    def rows(self, offset: int) -> NDArray[Any]:
+        """Return rows that lie within a page as they will at an offset of a file."""
+        memory = next(self._memory)
+        skipped = (offset - memory.ctypes.data) % mmap.PAGESIZE
+        lying = memory[skipped : skipped + self._nbytes]
+        return lying.view(self._dtype).reshape(self._shape)
+
+
 def compute(
-    plan: Plan, source: Source, target: Target, work: Iterable[Work]
+    plan: Plan,
+    source: Source,
+    target: Target,
+    work: Iterable[Work],
+    stagings: Stagings | None = None,
 ) -> Generator[Computed, None, None]:
-    """Compute chunks in the order of the work.
+    """Compute chunks in the order of the work, in memory of its own where none is given.
 
     An image that cannot be read has a row of zeros, or no file.
     """
-    if isinstance(source, Images):
-        return _row_by_row(plan, work, _Decoding(plan, source, target).begun)
     if isinstance(target, ImageFiles):
         return _row_by_row(plan, work, _Encoding(plan, source, target).begun)
-    return _together(plan, source, target, work)
+    if isinstance(source, Images):
+        stagings = stagings or Stagings(plan, AHEAD + 1)  # the one more is being written
+        return _row_by_row(plan, work, _Decoding(plan, source, target, stagings).begun)
+    return _together(plan, source, target, work, stagings or Stagings(plan, 2))
 
 
 def commit_of(plan: Plan, source: Source, computed: Computed) -> Commit:
@@ -104,12 +134,11 @@ def refuse_failed(plan: Plan, failures: list[tuple[int, Record]]) -> None:
 
 
 def _together(
-    plan: Plan, source: Source, target: Target, work: Iterable[Work]
+    plan: Plan, source: Source, target: Target, work: Iterable[Work], stagings: Stagings
 ) -> Generator[Computed, None, None]:
     """Compute an array from an array."""
-    stagings = itertools.cycle([_Staging(plan) for _ in range(2)])
     for chunk, start, stop, _ in work:
-        out = next(stagings).rows(target.offset(start))[: stop - start]
+        out = stagings.rows(target.offset(start))[: stop - start]
         records = _computed(plan, source.read(start, stop), out)
         yield Computed(chunk, start, stop, [bytes_of(out)], records)
 
@@ -122,22 +151,6 @@ def _computed(plan: Plan, read: Chunk, out: NDArray[Any]) -> list[Record]:
         if record.failed:
             out[at] = 0
     return read.records
-
-
-class _Staging:
-    """Memory for the rows of a chunk."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._shape = (plan.chunk_images, *plan.result.shape[1:])
-        self._dtype = storage_dtype(plan.result.dtype)
-        self._nbytes = plan.chunk_images * plan.result.image_bytes
-        self._memory = np.empty(self._nbytes + mmap.PAGESIZE, np.uint8)
-
-    def rows(self, offset: int) -> NDArray[Any]:
-        """Return rows that lie within a page as they will at an offset of a file."""
-        skipped = (offset - self._memory.ctypes.data) % mmap.PAGESIZE
-        lying = self._memory[skipped : skipped + self._nbytes]
-        return lying.view(self._dtype).reshape(self._shape)
 
 
 class _Begun(NamedTuple):
@@ -173,18 +186,18 @@ def _row_by_row(
 class _Decoding:
     """Images into rows of an array."""
 
-    def __init__(self, plan: Plan, source: Images, target: Target) -> None:
+    def __init__(self, plan: Plan, source: Images, target: Target, stagings: Stagings) -> None:
         self._plan = plan
         self._source = source
         self._target = target
         self._images = np.empty((plan.threads, *source.header.shape[1:]), np.uint8)
         self._thread_number = ThreadNumber()
-        self._stagings = itertools.cycle([_Staging(plan) for _ in range(STAGINGS)])
+        self._stagings = stagings
         self._packs = plan.transform.direction == "pack"
 
     def begun(self, part: Work) -> _Begun:
         images = part.stop - part.start
-        staging = next(self._stagings).rows(self._target.offset(part.start))
+        staging = self._stagings.rows(self._target.offset(part.start))
         transform = engine.row_by_row(
             self._plan.transform, self._images, staging, backend=self._plan.backend
         )

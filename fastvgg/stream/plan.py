@@ -50,15 +50,14 @@ MANY_CHUNKS: Final = 32
 DECODED_CHUNK_BYTES: Final = 3 * 24 * 1024 * 1024
 # Of image files: each commit syncs the whole disk, and takes 20 ms for 40 new files. Of shards:
 # some 20 MiB each, with what encoding them takes.
-CHUNKS_BYTES: Final = {"images": 256 * 1024 * 1024, "zarr": 256 * 1024 * 1024}
+CHUNKS_BYTES: Final = {"images": 256 * 1024 * 1024, "zarr": 128 * 1024 * 1024}
 # For each thread: no less than an image of common size takes.
 LEAST_DECODING_BYTES: Final = 4 * 1024 * 1024
 DECODED: Final = ("images", "tar")
 # How often a library holds a chunk beside it to read it, as it is stored.
 READ: Final = {"hdf5": 1, "zarr": 2}
-# And to write it: three shards as they are stored, the pieces of one three times while it is
-# encoded, and as much as two more that the allocator does not give back at once.
-ENCODED: Final = {"zarr": 8}
+# And to write it: one shard is encoded, one waits, and one is on its way to the disk.
+ENCODED: Final = {"zarr": 3}
 # What its threads keep of the memory that they had.
 KEPT_BYTES: Final = {"zarr": 32 * 1024 * 1024}
 # What a run takes for itself: threads, the journal's marks; 1.4 MiB were seen.
@@ -267,6 +266,14 @@ class Plan:
     def image_memory_bytes(self) -> int:
         """How much memory an image takes while its chunk is worked on."""
         return bytes_worked_on(self.source_kind, self.target_kind, *self._image_bytes)
+
+    @property
+    def written_at_once(self) -> int:
+        """How many chunks can be written, in this memory, while another one is computed.
+
+        Each in the memory that it was computed in, and where it is encoded in as much again.
+        """
+        return 2 if self.target_kind in ENCODED else 1
 
     @property
     def least_scratch_bytes(self) -> int:

@@ -173,7 +173,7 @@ class Run:
             self._refuse_wrong_checksums()
         else:
             try:
-                self._open_target()
+                self.open_target()
                 self.compute(self._work())
             finally:
                 self.target.close()
@@ -222,7 +222,8 @@ class Run:
             raise RuntimeError(f"{self.journal.path} is read before it is begun")
         return self.journal.ledger
 
-    def _open_target(self) -> None:
+    def open_target(self) -> None:
+        """Begin the target, or reopen it."""
         if self.again is not None:
             self._unpublish(self.again)
         if self.again is not None or (self.state == "resumable" and self._commits()):

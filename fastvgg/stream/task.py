@@ -10,10 +10,11 @@ process to write all of them.
 
 from __future__ import annotations
 
-import functools
 import pickle
 import threading
 import weakref
+from collections import OrderedDict
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -21,18 +22,21 @@ from fastvgg.datasets import open_target
 from fastvgg.datasets.base import SharedTarget
 from fastvgg.datasets.locations import located
 from fastvgg.errors import StoppedError
-from fastvgg.stream.compute import Work, commit_of, compute
+from fastvgg.stream.compute import Stagings, Work, commit_of, compute
 from fastvgg.stream.destination import destination_of
 from fastvgg.stream.journal import journal_path, read_begun
 from fastvgg.stream.manifest import checksum
 from fastvgg.stream.prepare import reopen_source
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
     from fastvgg.datasets.base import Edges
     from fastvgg.stream.journal import Commit
     from fastvgg.stream.plan import Plan
 
-__all__ = ["Done", "Task", "stored_checksum", "work_on"]
+__all__ = ["Done", "Task", "join", "leave", "stored_checksum", "work_on"]
 
 RUNS_KEPT: Final = 2  # that a process has tasks of
 
@@ -57,8 +61,18 @@ class Done:
     edges: Edges
 
 
-def work_on(task: Task) -> Done:
+def work_on(
+    task: Task, writing: Callable[[int], AbstractContextManager[object]] = nullcontext
+) -> Done:
     """Compute a chunk, write it, and make it durable.
+
+    Parameters
+    ----------
+    task
+        Which chunk of which run.
+    writing
+        Entered while the chunk is written, and told how many may be, for each thread, while
+        another is computed: so many are within the plan's memory.
 
     Raises
     ------
@@ -67,7 +81,7 @@ def work_on(task: Task) -> Done:
     ResumeError, StoppedError
         If the run's unfinished target is not here, or no longer, or a system call fails.
     """
-    return _joined(task.plan).work_on(task)
+    return _joined(task.plan).work_on(task, writing)
 
 
 def stored_checksum(task: Task) -> tuple[int, str | None]:
@@ -85,15 +99,8 @@ class _Joined:
         weakref.finalize(self, self._source.close)
         self._destination = destination_of(plan)
         self._storage = self._destination.shared_storage(plan.durability)
-        self._targets = threading.local()
-
-    @property
-    def target(self) -> SharedTarget:
-        """Return the target of this thread: one encodes a chunk while another writes one."""
-        if not hasattr(self._targets, "open"):
-            self._targets.open = self._opened()
-        target: SharedTarget = self._targets.open
-        return target
+        self._stagings: list[Stagings] = []
+        self.target = self._opened()
 
     def _opened(self) -> SharedTarget:
         plan = self._plan
@@ -122,26 +129,54 @@ class _Joined:
                 "run the same command again, where every worker can reach the target's directory",
             )
 
-    def work_on(self, task: Task) -> Done:
+    def work_on(self, task: Task, writing: Callable[[int], AbstractContextManager[object]]) -> Done:
         work = [Work(task.chunk, task.start, task.stop)]
-        target = self.target
-        (computed,) = compute(self._plan, self._source, target, work)
-        commit = commit_of(self._plan, self._source, computed)
-        if self._destination.is_remote:  # nothing that is open there stays what it was
-            self._refuse_other_run()
-        edges = target.write_own(task.start, computed.stored)
-        target.sync()
+        with self._staging() as staging:
+            (computed,) = compute(self._plan, self._source, self.target, work, staging)
+            commit = commit_of(self._plan, self._source, computed)
+            if self._destination.is_remote:  # nothing that is open there stays what it was
+                self._refuse_other_run()
+            with writing(self._plan.written_at_once):
+                edges = self.target.write_own(task.start, computed.stored)
         return Done(commit, task.stop - task.start, edges)
+
+    @contextmanager
+    def _staging(self) -> Iterator[Stagings]:
+        """Lend memory for a chunk, which is kept for the next."""
+        try:
+            staging = self._stagings.pop()
+        except IndexError:
+            staging = Stagings(self._plan, 1)
+        yield staging
+        self._stagings.append(staging)
 
 
 _lock = threading.Lock()
-
-
-@functools.lru_cache(maxsize=RUNS_KEPT)
-def _cached(plan: bytes) -> _Joined:
-    return _Joined(pickle.loads(plan)[1])  # noqa: S301  # from whom the task came
+_runs: OrderedDict[bytes, _Joined] = OrderedDict()
 
 
 def _joined(plan: bytes) -> _Joined:
     with _lock:
-        return _cached(plan)
+        if plan not in _runs:
+            _runs[plan] = _Joined(pickle.loads(plan)[1])  # noqa: S301  # from whom the task came
+        _runs.move_to_end(plan)
+        while len(_runs) > RUNS_KEPT:
+            _runs.popitem(last=False)
+        return _runs[plan]
+
+
+def join(plan: bytes) -> None:
+    """Open the files of a run, before its first task is done.
+
+    Raises
+    ------
+    SourceError, ResumeError, StoppedError
+        As for `work_on`.
+    """
+    _joined(plan)
+
+
+def leave(plan: bytes) -> None:
+    """Let go of the files and the memory of a run, once its last task is done."""
+    with _lock:
+        _runs.pop(plan, None)
