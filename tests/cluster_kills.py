@@ -10,8 +10,8 @@ done beside the run that wants the same tasks. Each run is compared with what on
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import logging
 import os
 import pickle
 import random
@@ -25,18 +25,18 @@ import threading
 import time
 from pathlib import Path
 
-import dask
 from campaigning import main
 from datasets_on_disk import commits_in, pixels, plan_of, save_npy
-from distributed import Client, LocalCluster, wait
+from distributed import Client
 from faults import quick_directory
 
 from fastvgg.datasets.locations import file_of
 from fastvgg.stream.task import Task, work_on
 
+WORKERS = 2
 CHUNKS = 60
 NAMES = ("y.npy", "y.zarr", "y.h5::/images")
-SECONDS = 0.1  # between kills, at most: a run takes 0.15 s
+SECONDS = 0.5  # between kills, at most: a worker begins to work two seconds after it is started
 PATIENCE = 60
 COORDINATE = """
 import sys
@@ -48,11 +48,54 @@ with Client(address) as client:
 """
 
 
+class Workers:
+    """A scheduler, and workers that are processes of their own, with nobody who minds their death.
+
+    Parameters
+    ----------
+    directory
+        Where the scheduler says its address.
+    """
+
+    def __init__(self, directory):
+        self._file = directory / "scheduler.json"
+        self._scheduler = self._started("scheduler", "--port", "0")
+        self._workers = [self._worker() for _ in range(WORKERS)]
+
+    def _worker(self):
+        return self._started("worker", "--nthreads", "1", "--no-nanny")
+
+    def _started(self, kind, *options):
+        module = f"distributed.cli.dask_{kind}"
+        command = [sys.executable, "-m", module, "--scheduler-file", self._file, *options]
+        environment = {**os.environ, "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "1000000"}
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen([*command, "--no-dashboard"], env=environment, **silent)
+
+    def connect(self):
+        return Client(scheduler_file=self._file, timeout=PATIENCE, set_as_default=False)
+
+    def kill(self, pid):
+        """Kill a worker, and start another; return how many were killed."""
+        for number, process in enumerate(self._workers):
+            if process.pid == pid and process.poll() is None:
+                process.kill()
+                process.wait()
+                self._workers[number] = self._worker()
+                return 1
+        return 0
+
+    def end(self):
+        for process in (*self._workers, self._scheduler):
+            process.kill()
+            process.wait()
+
+
 class Runs:
     """Runs of one plan into one of three formats, each of which is to end alike."""
 
-    def __init__(self, place, cluster, client, draw):
-        self._cluster = cluster
+    def __init__(self, place, workers, client, draw):
+        self._workers = workers
         self._client = client
         self._draw = draw
         self._place = place
@@ -102,12 +145,9 @@ class Runs:
 
         def kill():
             while not ended.wait(self._draw.uniform(0, SECONDS)):
-                nanny = self._draw.choice([*self._cluster.workers.values(), None])
-                # One that dies before it has joined is given up by its nanny.
-                if nanny and nanny.worker_address in self._cluster.scheduler.workers:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(nanny.pid, signal.SIGKILL)
-                        killed.append(nanny.pid)
+                at_work = self._client.run(os.getpid, on_error="ignore")
+                if at_work:
+                    killed.append(self._workers.kill(self._draw.choice([*at_work.values()])))
 
         killer = threading.Thread(target=kill)
         killer.start()
@@ -117,12 +157,12 @@ class Runs:
             ended.set()
             killer.join()
         self._check(report, None)
-        return len({*killed})
+        return sum(killed)
 
     def kill_coordinator(self):
         """Kill a coordinator at work, and have another go on; return how many were killed."""
         wanted = self._draw.randrange(1, CHUNKS)
-        arguments = [self._cluster.scheduler_address, str(self._source), str(self._target)]
+        arguments = [self._client.scheduler.address, str(self._source), str(self._target)]
         command = [sys.executable, "-c", COORDINATE, *arguments]
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
         with subprocess.Popen(command, env=environment) as process:
@@ -164,40 +204,36 @@ class Runs:
             )
 
         report = plan.run(again, client=self._client)
-        wait(futures)
-        done = sum(future.status == "finished" for future in futures)
+        done = self._client.gather(futures, errors="skip")  # some come too late
         self._check(report, CHUNKS)
-        return done // 2
+        return len(done) // 2
 
 
 def campaign(seed, size):
     """Kill `size` workers, a quarter as many coordinators, and run as many tasks twice."""
     draw = random.Random(seed)  # noqa: S311  # not for secrets
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # it warns of each death
     counts = {"workers killed": 0, "coordinators killed": 0, "tasks run twice": 0, "runs": 0}
     place = Path(tempfile.mkdtemp(prefix="fastvgg-cluster-", dir=quick_directory()))
-    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": ":0"}
-    many = {"distributed.scheduler.allowed-failures": 10**6}
     wanted = {
         "workers killed": size,
         "coordinators killed": size // 4,
         "tasks run twice": size,
     }
+    workers = Workers(place)
     try:
-        with (
-            dask.config.set(many),
-            LocalCluster(**options, silence_logs=100) as cluster,
-            Client(cluster) as client,
-        ):
-            cluster.adapt(minimum=2, maximum=2)  # in place of one that was given up
-            runs = Runs(place, cluster, client, draw)
+        with workers.connect() as client:
+            client.wait_for_workers(WORKERS, timeout=PATIENCE)
+            runs = Runs(place, workers, client, draw)
             ways = (runs.kill_workers, runs.kill_coordinator, runs.run_twice)
             for (name, least), way in zip(wanted.items(), ways, strict=True):
                 while counts[name] < least:
                     runs.begin()
                     counts[name] += way()
                     counts["runs"] += 1
-                    client.wait_for_workers(2, timeout=PATIENCE)
+                    client.wait_for_workers(WORKERS, timeout=PATIENCE)
     finally:
+        workers.end()
         shutil.rmtree(place)
     return {**counts, "wrong": 0}
 

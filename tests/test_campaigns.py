@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import cluster_kills
 import failing_calls
 import kills
 import pytest
@@ -51,3 +52,10 @@ def test_processes_killed_at_any_time_lose_nothing_alone_or_beside_each_other():
     counts = found("random_kills.campaign(seed=5, size=50)")
     assert counts["kills"] >= 50
     assert counts["runs left unfinished"] > 5
+
+
+def test_workers_and_coordinators_of_a_cluster_that_are_killed_lose_nothing():
+    counts = cluster_kills.campaign(seed=5, size=8)
+    assert counts["workers killed"] >= 8
+    assert counts["coordinators killed"] >= 2
+    assert counts["tasks run twice"] >= 8

@@ -1,0 +1,299 @@
+"""A plan on a Dask cluster of this machine, beside the same plan in one process.
+
+    python benchmarks/cluster.py            # an hour, 50 GB of disk; writes a result
+    python benchmarks/cluster.py --quick    # 256 MiB and 20,000 chunks; writes nothing
+
+**Two workers** of one thread each do what one process does with two threads, in turn, as
+benchmarks/streams.py tells; the source is in memory. Their memory is that of the worker that took
+most, above what it had before the run.
+
+**Sizes** from 1 to 16 GiB: the source is on the disk. A line is laid through the seconds of all
+sizes, so that none is further from it, in parts of itself, than must be; how far each is from it is
+the figure.
+
+**Chunks** that take no work: the workers report them done at once, and all else is as ever, a
+million tasks, results, marks of the journal, and the manifest at the end. Scheduler, workers and
+this run's own process are processes of their own here, on the cores of one machine. With few
+threads each waits for messages most of the time; with many the scheduler is the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from distributed import Client, LocalCluster
+from kernels import compared, row
+from machine import machine
+from streams import (
+    FILE_BYTES,
+    QUICK_BYTES,
+    READ_BYTES,
+    Files,
+    Part,
+    bytes_of_image,
+    fetch,
+    in_turn,
+    throughput,
+)
+
+import fastvgg
+
+RESULT = Path(__file__).parent / "results" / "cluster.json"
+WORKERS = 2
+WANTED = 0.85
+WANTED_CHUNK_MS, WANTED_MIB = 1, 1024
+WANTED_DEVIATION = 0.05
+SIZES = (1, 2, 4, 8, 16)
+CHUNKS, QUICK_CHUNKS = 10**6, 20_000
+THREADS = (1, 8)  # of a worker that reports empty work
+
+COORDINATE = """
+import dataclasses
+import json
+import resource
+import sys
+import time
+import fastvgg
+from distributed import Client
+from fastvgg import cluster
+from fastvgg.stream.journal import Commit
+from fastvgg.stream.task import Done
+
+
+def nothing(task):
+    return Done(Commit(task.chunk, "0" * 32, "", "", 0), task.stop - task.start, [])
+
+
+cluster.work_on = nothing
+address, source, target = sys.argv[1:]
+plan = dataclasses.replace(fastvgg.plan(source, target, mode="caffe"), chunk_images=1)
+with Client(address) as client:
+    begun, processor = time.perf_counter(), time.process_time()
+    plan.run(client=client)
+    seconds, processor = time.perf_counter() - begun, time.process_time() - processor
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(json.dumps({"seconds": seconds, "processor_seconds": processor, "peak_mib": peak}))
+"""
+
+
+def remove(files, name):
+    """Remove a dataset and all that lies beside it."""
+    for path in files.directory.glob(f"{name}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def packed(files, name, images):
+    """Make a file of images."""
+    return files.array(name, images, "uint8")
+
+
+def network_inputs(files, name, images):
+    """Make a file of what a network expects of them."""
+    source = packed(files, "packed.npy", images)
+    fastvgg.plan(source, files.path(name), mode="caffe").run()
+    files.remove("packed.npy")
+    return files.path(name)
+
+
+SOURCES = {"uint8": packed, "float32": network_inputs}
+
+
+def mib(field, process="self"):
+    """Return what the system says of the memory of a process."""
+    text = Path(f"/proc/{process}/status").read_text()
+    return int(text.partition(f"{field}:")[2].split()[0]) / 1024
+
+
+def idle():
+    """Forget how much this process had at most, and return what it has."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return mib("VmRSS")
+
+
+def measured_workers(files, client, arguments):
+    """Measure two workers beside two threads, there and back."""
+    for name, dtype, direction in (
+        ("uint8 to Zarr float32", "uint8", "preprocess"),
+        ("float32 to Zarr uint8", "float32", "restore"),
+    ):
+        images = arguments.bytes // bytes_of_image(dtype)
+        memory = bytearray(READ_BYTES)
+        source = SOURCES[dtype](files, "source.npy", images)
+        planned = functools.partial(
+            fastvgg.plan,
+            source,
+            files.path("ours.zarr"),
+            mode="caffe",
+            direction=direction,
+            threads=WORKERS,
+        )
+        plan = planned()
+
+        def prepare(source=source, memory=memory, plan=plan):
+            remove(files, "ours.zarr")
+            files.settle(plan.write_bytes * 3 // 2)
+            fetch(source, "in memory", memory)
+
+        calls = (lambda p=planned: p().run(client=client), lambda p=planned: p().run())
+        ours, alone = in_turn([Part(prepare, call) for call in calls], arguments.rounds)
+        share, spread, seconds = compared(ours, alone)
+        figures = throughput(plan.read_bytes, seconds, alone=(plan.read_bytes, alone))
+        prepare()
+        before = client.run(idle)
+        calls[0]()
+        after = client.run(functools.partial(mib, "VmHWM"))
+        figures["planned_mib"] = round(plan.projected_bytes / 2**20, 1)
+        figures["peak_mib"] = round(max(after[worker] - before[worker] for worker in after), 1)
+        yield row(f"two workers, {name}", WANTED, share, spread, **figures)
+        remove(files, "ours.zarr")
+        remove(files, "source.npy")
+
+
+def measured_sizes(files, client, arguments):
+    """Measure sources on the disk, each twice as large as the one before."""
+    unit = arguments.bytes // 4
+    memory, parts = bytearray(READ_BYTES), []
+    for size in SIZES:
+        images = size * unit // bytes_of_image("float32")
+        source = network_inputs(files, f"{size}.npy", images)
+        target = files.path("ours.zarr")
+
+        def prepare(source=source):
+            remove(files, "ours.zarr")
+            files.settle(2 * arguments.bytes)
+            fetch(source, "on disk", memory)
+
+        def call(source=source, target=target):
+            plan = fastvgg.plan(source, target, mode="caffe", direction="restore")
+            plan.run(client=client)
+
+        parts.append(Part(prepare, call))
+    taken = in_turn(parts, arguments.rounds)
+    gib = [size * unit / 2**30 for size in SIZES]
+    seconds = [statistics.median(each) for each in taken]
+    start, slope = line_through(gib, seconds)
+    for size, median, each in zip(gib, seconds, taken, strict=True):
+        expected = start + slope * size
+        low, _, high = statistics.quantiles(each, n=4)
+        yield {
+            "gib": size,
+            "seconds": round(median, 3),
+            "middle_half": [round(low, 3), round(high, 3)],
+            "on_the_line": round(expected, 3),
+            "deviation": round(median / expected - 1, 3),
+            "wanted": WANTED_DEVIATION,
+        }
+    remove(files, "ours.zarr")
+    for size in SIZES:
+        files.remove(f"{size}.npy")
+
+
+def line_through(sizes, seconds):
+    """Return where a line begins, and its slope, of which no point is further away than must be."""
+    weights = 1 / np.array(seconds)
+    points = np.stack([np.ones(len(sizes)), np.array(sizes)], axis=1) * weights[:, None]
+    (start, slope), *_ = np.linalg.lstsq(points, np.ones(len(sizes)), rcond=None)
+    return float(start), float(slope)
+
+
+@contextlib.contextmanager
+def processes(threads, directory):
+    """Start a scheduler and workers, each a process of its own; yield an address and them."""
+    file, started = directory / "scheduler.json", []
+
+    def start(kind, *options):
+        command = [sys.executable, "-m", f"distributed.cli.dask_{kind}", "--scheduler-file", file]
+        command += [*options, "--no-dashboard"]
+        started.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+
+    try:
+        start("scheduler", "--port", "0")
+        for _ in range(WORKERS):
+            start("worker", "--nthreads", str(threads), "--no-nanny")
+        with Client(scheduler_file=file, timeout=60) as client:
+            client.wait_for_workers(WORKERS, timeout=60)
+            address = client.scheduler.address
+        yield address, started
+    finally:
+        for process in reversed(started):
+            process.kill()
+            process.wait()
+        file.unlink(missing_ok=True)
+
+
+def processor_seconds(process):
+    """Return for how long processors worked for a process."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def measured_chunks(files, arguments):
+    """Measure what a chunk costs that takes no work."""
+    for threads in THREADS:
+        chunks = arguments.chunks if threads == max(THREADS) else arguments.chunks // 10
+        images = files.path("tiny.npy")
+        header = {"descr": "|u1", "fortran_order": False, "shape": (chunks, 5, 7, 3)}
+        with images.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            file.truncate(file.tell() + chunks * 5 * 7 * 3)
+        with processes(threads, files.directory) as (address, (scheduler, *workers)):
+            command = [sys.executable, "-c", COORDINATE, address, images, files.path("tiny.zarr")]
+            ran = subprocess.run(command, capture_output=True, text=True, check=False)
+            if ran.returncode:
+                raise RuntimeError(ran.stderr)
+            found = json.loads(ran.stdout)
+            line = {
+                "threads": WORKERS * threads,
+                "chunks": chunks,
+                "ms": round(found["seconds"] / chunks * 1e3, 3),
+                "wanted_ms": WANTED_CHUNK_MS,
+                "coordinator_ms": round(found["processor_seconds"] / chunks * 1e3, 3),
+                "scheduler_ms": round(processor_seconds(scheduler) / chunks * 1e3, 3),
+                "worker_ms": round(sum(map(processor_seconds, workers)) / chunks * 1e3, 3),
+                "coordinator_mib": round(found["peak_mib"]),
+                "scheduler_mib": round(mib("VmHWM", scheduler.pid)),
+                "wanted_mib": WANTED_MIB,
+            }
+        print(f"{chunks:,} chunks", line, flush=True)
+        yield line
+        remove(files, "tiny")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--directory", type=Path, default=Path(), help="on the disk to measure")
+    arguments = parser.parse_args()
+    arguments.bytes = QUICK_BYTES if arguments.quick else FILE_BYTES
+    arguments.chunks = QUICK_CHUNKS if arguments.quick else CHUNKS
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # files are removed
+    with tempfile.TemporaryDirectory(prefix="cluster-", dir=arguments.directory) as directory:
+        files = Files(Path(directory).absolute(), WORKERS)
+        options = {"n_workers": WORKERS, "threads_per_worker": 1, "dashboard_address": ":0"}
+        with LocalCluster(**options) as started, Client(started) as client:
+            rows = list(measured_workers(files, client, arguments))
+            sizes = list(measured_sizes(files, client, arguments))
+        for line in sizes:
+            print(line, flush=True)
+        chunks = list(measured_chunks(files, arguments))
+    if not arguments.quick:
+        record = {"machine": machine(), "threads": WORKERS, "rounds": arguments.rounds}
+        record |= {"rows": rows, "sizes": sizes, "chunks": chunks}
+        RESULT.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
