@@ -72,8 +72,9 @@ class Workers:
         silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         return subprocess.Popen([*command, "--no-dashboard"], env=environment, **silent)
 
-    def connect(self):
-        return Client(scheduler_file=self._file, timeout=PATIENCE, set_as_default=False)
+    def connect(self, timeout=PATIENCE):
+        """Connect to the scheduler, and to it again, for so many seconds, should it go."""
+        return Client(scheduler_file=self._file, timeout=timeout, set_as_default=False)
 
     def kill(self, pid):
         """Kill a worker, and start another; return how many were killed."""
@@ -85,7 +86,8 @@ class Workers:
                 return 1
         return 0
 
-    def end(self):
+    def close(self):
+        """Kill all of them."""
         for process in (*self._workers, self._scheduler):
             process.kill()
             process.wait()
@@ -233,7 +235,7 @@ def campaign(seed, size):
                     counts["runs"] += 1
                     client.wait_for_workers(WORKERS, timeout=PATIENCE)
     finally:
-        workers.end()
+        workers.close()
         shutil.rmtree(place)
     return {**counts, "wrong": 0}
 

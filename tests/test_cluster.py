@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cluster_kills
 import pytest
 from datasets_on_disk import (
     commits_in,
@@ -58,6 +59,14 @@ def client(workers):
     with Client(workers, set_as_default=False) as connected:
         connected.wait_for_workers(2, timeout=60)
         yield connected
+
+
+@pytest.fixture
+def few_at_a_time(monkeypatch):
+    """Two tasks under way, of which each is committed when it is done."""
+    monkeypatch.setattr(cluster, "LEAST_UNDER_WAY", 2)
+    monkeypatch.setattr(cluster, "UNDER_WAY_FOR_A_THREAD", 1)
+    monkeypatch.setattr(cluster, "GATHERING_SECONDS", 0)
 
 
 @pytest.fixture
@@ -160,7 +169,7 @@ def test_a_store_is_written_by_all_workers(client, workers, tmp_path, array):
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_workers_that_die_cost_nothing(client, tmp_path, array, name):
+def test_workers_that_die_cost_nothing(client, few_at_a_time, tmp_path, array, name):
     plan = plan_of(array, tmp_path / name, mode="caffe", together=1)
     pids = [*client.run(os.getpid).values()]
 
@@ -174,9 +183,58 @@ def test_workers_that_die_cost_nothing(client, tmp_path, array, name):
     check(plan, tmp_path)
 
 
+def test_a_task_whose_workers_all_die_stops_the_run_in_words(
+    client, few_at_a_time, workers, tmp_path, array, monkeypatch
+):
+    monkeypatch.setattr(workers.scheduler, "allowed_failures", 0)
+    plan = plan_of(array, tmp_path / "y.npy", mode="caffe", together=1)
+
+    def kill(progress):
+        for pid in client.run(os.getpid).values():
+            os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises(StoppedError) as caught:
+        plan.run(kill, client=client)
+    must_say(caught.value, "the task preprocess-", "died, one after another", "--memory")
+    client.wait_for_workers(2, timeout=60)
+    plan.run(client=client)
+    check(plan, tmp_path)
+
+
+def test_a_scheduler_that_goes_stops_the_run_which_another_goes_on_with(
+    client, few_at_a_time, tmp_path, array
+):
+    plan = plan_of(array, tmp_path / "y.zarr", mode="caffe", together=1)
+    alone = cluster_kills.Workers(tmp_path)
+    with contextlib.closing(alone):
+        alone.connect().close()  # once it has begun
+        with alone.connect(timeout=2) as its_client, pytest.raises(StoppedError) as caught:
+            plan.run(lambda _: alone.close(), client=its_client)
+    must_say(caught.value, "the scheduler tcp://", "has gone", "run the same command again")
+    done = commits_in(tmp_path / "y.zarr")
+    assert plan.run(client=client).counts["computed_chunks"] == IMAGES - done < IMAGES
+    check(plan, tmp_path)
+
+
+def test_workers_hold_nothing_of_a_run_that_has_ended(client, tmp_path, array):
+    def held():
+        return [os.path.realpath(file) for file in Path("/proc/self/fd").iterdir()]
+
+    def kept():
+        from fastvgg.stream import task
+
+        return sum(str(tmp_path).encode() in plan for plan in task._runs)
+
+    for name in TARGETS:
+        plan_of(array, tmp_path / name, mode="caffe", together=3).run(client=client)
+        assert {*client.run(kept).values()} == {0}
+        for files in client.run(held).values():
+            assert not [file for file in files if str(tmp_path) in file]
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_run_that_was_cut_off_goes_on_with_a_cluster_and_one_of_a_cluster_without(
-    client, tmp_path, array, name
+    client, few_at_a_time, tmp_path, array, name
 ):
     plan = plan_of(array, tmp_path / name, mode="caffe", together=2)
 
