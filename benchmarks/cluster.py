@@ -11,7 +11,7 @@ most, above what it had before the run.
 sizes, so that none is further from it, in parts of itself, than must be; how far each is from it is
 the figure.
 
-**Chunks** that take no work: the workers report them done at once, and all else is as ever, a
+**Chunks** that take no work: the workers report them done at once, and all else is as ever: a
 million tasks, results, marks of the journal, and the manifest at the end. Scheduler, workers and
 this run's own process are processes of their own here, on the cores of one machine. With few
 threads each waits for messages most of the time; with many the scheduler is the limit.
@@ -62,28 +62,30 @@ THREADS = (1, 8)  # of a worker that reports empty work
 COORDINATE = """
 import dataclasses
 import json
-import resource
 import sys
 import time
+from pathlib import Path
 import fastvgg
-from distributed import Client
+from distributed import Client, secede
 from fastvgg import cluster
 from fastvgg.stream.journal import Commit
 from fastvgg.stream.task import Done
 
 
 def nothing(task):
+    secede()
     return Done(Commit(task.chunk, "0" * 32, "", "", 0), task.stop - task.start, [])
 
 
-cluster.work_on = nothing
+cluster._work_on = nothing
 address, source, target = sys.argv[1:]
 plan = dataclasses.replace(fastvgg.plan(source, target, mode="caffe"), chunk_images=1)
 with Client(address) as client:
     begun, processor = time.perf_counter(), time.process_time()
     plan.run(client=client)
     seconds, processor = time.perf_counter() - begun, time.process_time() - processor
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+status = Path("/proc/self/status").read_text()
+peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
 print(json.dumps({"seconds": seconds, "processor_seconds": processor, "peak_mib": peak}))
 """
 
