@@ -191,6 +191,78 @@ def loading(record):
     return [*lines, "", f"{what} {place(record).removesuffix('.')}{versions}."]
 
 
+def cluster(record):
+    """Return tables of two workers, of sizes, and of chunks that take no work."""
+    lines = [
+        "| two workers, from a `.npy` | GB/s read | in one process | as a share | middle half | "
+        + "memory of a worker, planned, MiB | used at most, MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in record["rows"]:
+        path = row["path"].removeprefix("two workers, ")
+        lines.append(
+            f"| {path} | {row['gigabytes_per_second']:.2f} "
+            f"| {row['alone_gigabytes_per_second']:.2f} | {share(row)} "
+            f"| {row['planned_mib']:.0f} | {row['peak_mib']:.0f} |"
+        )
+    lines += [
+        "",
+        "| `.npy` of float32 on disk, GiB | seconds | middle half | from the line |",
+        "|---:|---:|---:|---:|",
+    ]
+    for row in record["sizes"]:
+        low, high = row["middle_half"]
+        lines.append(
+            f"| {row['gib']:g} | {row['seconds']:.2f} | {low:.2f} to {high:.2f} "
+            f"| {row['deviation']:+.1%} |"
+        )
+    lines += [
+        "",
+        "| empty chunks | threads of two workers | ms a chunk | of the scheduler's processor, ms | "
+        + "scheduler at most, MiB | coordinator at most, MiB |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {row['chunks']:,} | {row['threads']} | {row['ms']:.2f} | {row['scheduler_ms']:.2f} "
+        f"| {row['scheduler_mib']:,} | {row['coordinator_mib']:,} |"
+        for row in record["chunks"]
+    ]
+    return [*lines, "", place(record)]
+
+
+def billion(record):
+    """Return a table with a column for each plan."""
+    rows = record["rows"]
+    names = {
+        "chunks": "shards, each a task",
+        "terabytes_read": "TB read",
+        "terabytes_written": "TB written",
+        "requests": "requests",
+        "machine_hours": "hours of a machine, all of its bandwidth",
+        "machines_that_one_scheduler_feeds": "machines that one scheduler feeds",
+        "hours_of_the_scheduler": "hours of the scheduler",
+        "coordinator_mib": "memory of the coordinator, MiB",
+        "chunks_that_fit_into_1_gib": "shards of a plan whose coordinator has 1 GiB",
+        "dollars_a_million_of_machines": "machines, $ a million images",
+        "dollars_a_million_of_requests": "requests, $ a million images",
+        "dollars_a_million_of_a_month": "to keep the result a month, $ a million images",
+    }
+    lines = [
+        f"| a billion images | {' | '.join(row['path'] for row in rows)} |",
+        f"|---|{'---:|' * len(rows)}",
+    ]
+    for key, name in names.items():
+        lines.append(f"| {name} | {' | '.join(readable(row[key]) for row in rows)} |")
+    return lines
+
+
+def readable(figure):
+    """Return a figure, or several by name."""
+    if isinstance(figure, dict):
+        return ", ".join(f"{count / 1e6:,.0f} million {name}" for name, count in figure.items())
+    return f"{figure:,.2f}" if isinstance(figure, float) else f"{figure:,}"
+
+
 TABLES = {
     "kernels": kernels,
     "peers": peers,
@@ -200,6 +272,8 @@ TABLES = {
     "images_million": images_million,
     "images_planning": images_planning,
     "loading": loading,
+    "cluster": cluster,
+    "billion": billion,
 }
 
 

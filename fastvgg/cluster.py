@@ -1,4 +1,4 @@
-"""The same plan on a Dask cluster: every chunk is a task, and this process commits what is done.
+"""The same plan on a Dask cluster: some chunks are a task, and this process commits what is done.
 
 Dask may have a task done twice, or again, by workers that die or come back: `fastvgg.stream.task`
 says why that is harmless. What is committed, and published at the end, is decided here alone, so
@@ -15,18 +15,10 @@ import functools
 import itertools
 import pickle
 import secrets
-import threading
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from distributed import (
-    Client,
-    KilledWorker,
-    LocalCluster,
-    as_completed,
-    get_worker,
-    secede,
-)
+from distributed import Client, KilledWorker, LocalCluster, as_completed
 from distributed.comm import CommClosedError
 
 from fastvgg.datasets.base import SharedTarget
@@ -36,7 +28,7 @@ from fastvgg.stream import run as here
 from fastvgg.stream.manifest import package_versions
 from fastvgg.stream.plan import readable_bytes
 from fastvgg.stream.prepare import reopen_source
-from fastvgg.stream.task import Task, join, leave, stored_checksum, work_on
+from fastvgg.stream.task import Task, join, leave, stored_checksums, work_on
 from fastvgg.threads import usable_cores
 
 if TYPE_CHECKING:
@@ -60,6 +52,10 @@ JOIN_SECONDS: Final = 60
 GATHERING_SECONDS: Final = 0.05
 LEAST_UNDER_WAY: Final = 1024  # tasks, which take some kB each
 UNDER_WAY_FOR_A_THREAD: Final = 8
+# Chunks of a task, where there are many: each is written while the next is computed, and what Dask
+# takes for a task is shared by all.
+MOST_TOGETHER: Final = 8
+TASKS_FOR_A_THREAD: Final = 16  # at least, so that the last ones are soon done
 
 
 @contextlib.contextmanager
@@ -152,7 +148,8 @@ class _ClusterRun(here.Run):
             return super().finish()
         finally:
             with contextlib.suppress(OSError):  # nobody is there to hold anything
-                self._client.run(leave, self._shared_plan, on_error="ignore")
+                if self._client.status == "running":
+                    self._client.run(leave, self._shared_plan, on_error="ignore")
 
     def open_target(self) -> None:
         """Begin the target, or reopen it; as if nothing had been begun where a worker cannot."""
@@ -177,7 +174,9 @@ class _ClusterRun(here.Run):
         """Stop the run where the scheduler goes."""
         try:
             yield
-        except OSError as error:  # of Dask's connections: those of files are ours by now
+        except (OSError, RuntimeError) as error:  # of Dask's connections: a file's are ours by now
+            if isinstance(error, RuntimeError) and self._client.status == "running":
+                raise
             raise self._lost(str(error)) from error
 
     def _lost(self, why: str) -> StoppedError:
@@ -190,7 +189,7 @@ class _ClusterRun(here.Run):
         """Have every chunk computed and written that is not durable yet, and commit it."""
         if not isinstance(self.target, SharedTarget):
             raise TypeError(f"{self.target.kind} is not written by tasks")
-        results: Generator[list[Done], None, None] = self._results(_work_on, self._name, work)
+        results: Generator[list[Done], None, None] = self._results(work_on, self._name, work)
         with contextlib.closing(results), self._connected():
             for together in results:
                 edges = [edge for done in together for edge in done.edges]
@@ -206,17 +205,25 @@ class _ClusterRun(here.Run):
             yield from super().stored_checksums(work)
             return
         self._have_joined()
-        results = self._results(stored_checksum, f"check-{self._name}", work)
+        results = self._results(stored_checksums, f"check-{self._name}", work)
         with contextlib.closing(results), self._connected():
             yield from itertools.chain.from_iterable(results)
 
+    def _tasks(self, work: Iterable[Work], threads: int) -> Iterator[Task]:
+        """Return tasks of some chunks each, of which every thread is to have many."""
+        for_each = self.plan.chunks // (TASKS_FOR_A_THREAD * max(1, threads))
+        together = min(max(1, for_each), MOST_TOGETHER)
+        left = iter(work)
+        while some := tuple(itertools.islice(left, together)):
+            yield Task(self._shared_plan, some)
+
     def _results(
-        self, call: Callable[[Task], Any], name: str, work: Iterable[Work]
+        self, call: Callable[[Task], list[Any]], name: str, work: Iterable[Work]
     ) -> Generator[list[Any], None, None]:
-        """Have tasks done, as many at a time as keep the workers busy; yield results in lots."""
-        tasks = (Task(self._shared_plan, part.chunk, part.start, part.stop) for part in work)
+        """Have tasks done, as many at a time as keep the workers busy; yield what they return."""
         threads = sum(self._client.nthreads().values())
         most = max(LEAST_UNDER_WAY, UNDER_WAY_FOR_A_THREAD * threads)
+        tasks = self._tasks(work, threads)
         under_way: dict[str, Any] = {}
         completed = as_completed(loop=self._client.loop)
 
@@ -224,7 +231,7 @@ class _ClusterRun(here.Run):
             if len(under_way) > most // 2:
                 return
             more = list(itertools.islice(tasks, most - len(under_way)))
-            keys = [f"{name}-{task.chunk:09d}" for task in more]
+            keys = [f"{name}-{task.work[0].chunk:09d}" for task in more]
             futures = self._client.map(call, more, key=keys) if more else []
             under_way.update(zip(keys, futures, strict=True))
             completed.update(futures)
@@ -234,16 +241,17 @@ class _ClusterRun(here.Run):
             for together in completed.batches():
                 time.sleep(GATHERING_SECONDS)
                 together += completed.next_batch(block=False)
-                results = self._client.gather(together, errors="skip")
-                yield results
-                if len(results) < len(together):
+                several = self._client.gather(together, errors="skip")
+                yield list(itertools.chain.from_iterable(several))
+                if len(several) < len(together):
                     raise self._failed(together)
                 for future in together:
                     del under_way[future.key]
                 submit()
         finally:
             with contextlib.suppress(OSError):  # which is not why it ends
-                self._client.cancel(list(under_way.values()))
+                if self._client.status == "running":
+                    self._client.cancel(list(under_way.values()))
 
     def _failed(self, futures: list[Future]) -> BaseException:
         """Return the error that ends a run for tasks of which one was not done."""
@@ -260,24 +268,6 @@ class _ClusterRun(here.Run):
                 "--restart, and else run the same command again",
             )
         return error
-
-
-def _work_on(task: Task) -> Done:
-    """Carry a task out on a worker, where a thread computes the next while it is written."""
-    return work_on(task, _beside_the_next)
-
-
-@contextlib.contextmanager
-def _beside_the_next(written_at_once: int) -> Iterator[None]:
-    """Let the thread begin another task, once few enough of this worker are being written."""
-    with _writing(written_at_once * get_worker().state.nthreads):
-        secede()
-        yield
-
-
-@functools.cache
-def _writing(at_once: int) -> threading.Semaphore:
-    return threading.Semaphore(at_once)
 
 
 def _check_workers(plan: Plan, client: Client) -> None:

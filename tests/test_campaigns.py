@@ -58,4 +58,4 @@ def test_workers_and_coordinators_of_a_cluster_that_are_killed_lose_nothing():
     counts = cluster_kills.campaign(seed=5, size=8)
     assert counts["workers killed"] >= 8
     assert counts["coordinators killed"] >= 2
-    assert counts["tasks run twice"] >= 8
+    assert counts["chunks computed twice"] >= 8

@@ -36,6 +36,7 @@ from fastvgg import cli, cluster
 from fastvgg.datasets import remote
 from fastvgg.datasets.locations import file_of, located
 from fastvgg.errors import ClusterError, ResumeError, StoppedError, UsageError
+from fastvgg.stream.compute import Work
 from fastvgg.stream.manifest import read_manifest
 from fastvgg.stream.remote import StoreStorage
 from fastvgg.stream.run import run
@@ -67,6 +68,7 @@ def few_at_a_time(monkeypatch):
     monkeypatch.setattr(cluster, "LEAST_UNDER_WAY", 2)
     monkeypatch.setattr(cluster, "UNDER_WAY_FOR_A_THREAD", 1)
     monkeypatch.setattr(cluster, "GATHERING_SECONDS", 0)
+    monkeypatch.setattr(cluster, "MOST_TOGETHER", 1)
 
 
 @pytest.fixture
@@ -113,6 +115,23 @@ def test_a_cluster_makes_the_bytes_of_one_machine(client, tmp_path, array, name)
     check(plan, tmp_path)
     again = plan_of(array, tmp_path / name, mode="caffe", together=3).run(client=client)
     assert again.counts["computed_chunks"] == 0
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_tasks_of_many_chunks_make_the_bytes_of_one_machine(client, tmp_path, name, monkeypatch):
+    monkeypatch.setattr(cluster, "TASKS_FOR_A_THREAD", 2)
+    keys = []
+    monkeypatch.setattr(
+        client,
+        "map",
+        lambda *a, key: [*map(keys.extend, [key])] and Client.map(client, *a, key=key),
+    )
+    source = save_npy(tmp_path / "x.npy", pixels(29, height=61, width=65))
+    plan = plan_of(source, tmp_path / name, mode="caffe", together=1)
+    plan.run(client=client)
+    firsts = [int(key.rpartition("-")[2]) for key in keys]
+    assert firsts == [0, 7, 14, 21, 28]
+    check(plan, tmp_path)
 
 
 def test_chunks_that_share_pages_or_fill_many_are_whole(client, tmp_path):
@@ -283,7 +302,8 @@ def begun(plan):
         run(plan, storage=CuttingStorage(1))
     assert commits_in(file_of(located(plan.target))) == 1
     shared = pickle.dumps((secrets.token_hex(8), dataclasses.replace(plan, threads=1)))
-    return [Task(shared, chunk, *rows) for chunk, rows in enumerate(plan.chunk_rows())]
+    rows = [*enumerate(plan.chunk_rows())]
+    return [Task(shared, (Work(chunk, *span),)) for chunk, span in rows]
 
 
 def as_written(plan, dones):
@@ -311,7 +331,7 @@ def test_a_task_that_two_workers_do_at_once_gives_the_same_bytes(client, tmp_pat
             for task in tasks
             for address in addresses
         ]
-        dones = client.gather(twice)
+        dones = [done for (done,) in client.gather(twice)]
         assert dones[::2] == dones[1::2]
         left = sum(len(data) for done in dones[::2] for _, data in done.edges)
         assert left < 3 * 2 * 4096
@@ -370,14 +390,14 @@ def test_a_task_for_a_store_whose_run_was_replaced_changes_nothing(array):
     with contextlib.suppress(Death):
         run(plan, storage=MortalStore(3))
     shared = pickle.dumps((secrets.token_hex(8), plan))
-    work_on(Task(shared, 0, 0, 2))
+    work_on(Task(shared, (Work(0, 0, 2),)))
     other = plan_of(array, f"{store}/y.zarr", mode="tf", together=2, restart=True)
     with contextlib.suppress(Death):
         run(other, storage=MortalStore(9))
     before = remote.read_all(located(store))
     assert len(before) > 3
     with pytest.raises(StoppedError, match="of another run"):
-        work_on(Task(shared, 1, 2, 4))
+        work_on(Task(shared, (Work(1, 2, 4), Work(2, 4, 6))))
     assert remote.read_all(located(store)) == before
 
 

@@ -6,11 +6,14 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import skimage
+import zarr
 from typer.testing import CliRunner
 
+import fastvgg
 from fastvgg.cli import app
 
 TOP = Path(__file__).parent.parent
@@ -45,6 +48,30 @@ def test_python_example_has_ten_lines_of_code():
     (example,) = blocks("python")
     lines = [line for line in example.splitlines() if line.strip()]
     assert len(lines) <= 12
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_cluster_is_three_lines_away(number, tmp_path, monkeypatch):
+    import numpy as np
+    from distributed import LocalCluster
+
+    def cluster(*_, **__):
+        return LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0")
+
+    jobqueue, kubernetes = ModuleType("dask_jobqueue"), ModuleType("dask_kubernetes.operator")
+    jobqueue.SLURMCluster = kubernetes.KubeCluster = cluster
+    monkeypatch.setattr("dask.distributed.SSHCluster", cluster)
+    for module in (jobqueue, kubernetes):  # which need a SLURM, and a Kubernetes
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    images = np.random.default_rng(0).integers(0, 256, (5, 5, 7, 3), np.uint8)
+    example = re.sub(r"/shared|/scratch|s3://bucket", str(tmp_path), blocks("py")[number])
+    np.save(tmp_path / "x.npy", images)
+    zarr.save_array(tmp_path / "x.zarr", images)
+    found = {"fastvgg": fastvgg}
+    exec(example, found)  # noqa: S102  # our own
+    with found["cluster"]:
+        made = zarr.open_array(tmp_path / "y.zarr", mode="r")[:]
+    assert np.array_equal(made, fastvgg.preprocess(images, "caffe"))
 
 
 def test_commands_run_in_the_order_they_are_listed(photographs):

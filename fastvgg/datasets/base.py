@@ -370,9 +370,9 @@ class SharedTarget(Target, Protocol):
         """Write some of what another process has begun, after checking that it can be that."""
 
     def write_own(self, start: int, stored: Stored) -> Edges:
-        """Make the same durable where others write, on other machines as well; any thread may.
+        """Write the same where others write, on other machines as well; return what is left.
 
-        What shares a page with what others write is returned: one process writes all of that, by
+        That shares a page with what others write, and one process writes all of it: by
         `write_edges`.
         """
 

@@ -91,10 +91,10 @@ def listing(path: Path) -> dict[str, tuple[int, str]]:
     }
 
 
-def put(path: Path, data: bytes | memoryview) -> None:
+def put(path: Path, data: bytes | bytearray) -> None:
     """Write an object, at once."""
     with as_os_error():
-        _fresh(path).pipe_file(_name(path), bytes(data))
+        _fresh(path).pipe_file(_name(path), data)
 
 
 def remove(path: Path) -> None:

@@ -98,7 +98,7 @@ class ReservedArray(ABC):
             offset += len(data)
 
     def write_own(self, start: int, stored: Stored) -> Edges:
-        """Make the whole pages of some rows durable; return what lies before and after them.
+        """Write the whole pages of some rows where they belong; return what lies before and after.
 
         Two machines that write parts of one page may each write what they know of the other's.
         """
@@ -108,7 +108,6 @@ class ReservedArray(ABC):
         if pages.start >= pages.stop:
             return [(begin, bytes(data))]
         self._storage.write(self._opened(), memoryview(data)[pages], begin + pages.start)
-        self.sync()
         edges = (begin, data[: pages.start]), (begin + pages.stop, data[pages.stop :])
         return [(offset, bytes(edge)) for offset, edge in edges if len(edge)]
 

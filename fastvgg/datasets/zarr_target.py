@@ -133,8 +133,8 @@ def _piece_images(header: Header, chunk_images: int) -> int:
 class _Shard(NamedTuple):
     """A shard that is encoded, and the memory that it is in."""
 
-    memory: NDArray[np.uint8]
-    content: memoryview
+    memory: bytearray
+    content: NDArray[np.uint8]
 
 
 class ZarrTarget:
@@ -155,6 +155,7 @@ class ZarrTarget:
     """
 
     kind = "zarr"
+    _aligned_bytes = mmap.PAGESIZE  # where a shard begins, for the disk to take it from there
 
     def __init__(
         self,
@@ -171,7 +172,7 @@ class ZarrTarget:
         self._storage = storage
         self._encoder = ShardEncoder(header, chunk_images, transform)
         self._encoded: deque[tuple[str, _Shard]] = deque()
-        self._memory: list[NDArray[np.uint8]] = []
+        self._memory: list[bytearray] = []
         self._unfinished: ZarrArray | None = None
         self._published: ZarrArray | None = None
 
@@ -215,34 +216,31 @@ class ZarrTarget:
         self._encoded.append((self._encoder.key(start), self._shard(stored)))
 
     def write_own(self, start: int, stored: Stored) -> Edges:
-        """Make the shard of some rows durable; no other has a part of it."""
-        self._store_shard(self._encoder.key(start), self._shard(stored))
-        self._storage.sync_directory(self.partial)
+        """Encode the shard of some rows; no other has a part of it."""
+        self.write(start, stored)
         return []
 
     def write_edges(self, edges: Edges) -> None:
         """Write nothing: there are no edges."""
 
     def _shard(self, stored: Stored) -> _Shard:
-        """Return the shard of some rows, in memory that goes back once it is stored.
-
-        It begins with a page: the disk takes it from there.
-        """
+        """Return the shard of some rows, in memory that goes back once it is stored."""
+        nbytes = self._encoder.shard_bytes
         try:
             memory = self._memory.pop()
         except IndexError:
-            memory = np.empty(self._encoder.shard_bytes + mmap.PAGESIZE, np.uint8)
-        content = memory[-memory.ctypes.data % mmap.PAGESIZE :][: self._encoder.shard_bytes]
+            memory = bytearray(nbytes + self._aligned_bytes - 1)
+        whole = np.frombuffer(memory, np.uint8)
+        content = whole[-whole.ctypes.data % self._aligned_bytes :][:nbytes]
         (data,) = stored
         self._encoder.encode(data, content)
-        return _Shard(memory, content.data)
+        return _Shard(memory, content)
 
     def _store_shard(self, name: str, shard: _Shard) -> None:
-        self._store(name, shard.content)
+        self._store(name, shard.content.data)
         self._memory.append(shard.memory)
 
     def _store(self, name: str, data: memoryview) -> None:
-        """Write a file of the array."""
         file = self._storage.create(self.partial / name)
         file = self._storage.direct(file)
         try:
@@ -305,6 +303,7 @@ class StoreZarrTarget(ZarrTarget):
     """The same in a store, where shards have their names at once, and the metadata come last."""
 
     _storage: StoreStorage
+    _aligned_bytes = 1
 
     def __init__(
         self,
@@ -332,9 +331,9 @@ class StoreZarrTarget(ZarrTarget):
     def join(self) -> None:
         """Do nothing: there is nothing but shards before the end."""
 
-    def _store(self, name: str, data: memoryview) -> None:
-        """Put an object of the array."""
-        self._storage.put(self.path / name, data)
+    def _store_shard(self, name: str, shard: _Shard) -> None:
+        self._storage.put(self.path / name, shard.memory)
+        self._memory.append(shard.memory)
 
     def publish(self) -> None:
         """Put the metadata."""

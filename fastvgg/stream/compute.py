@@ -79,6 +79,11 @@ class Stagings:
         nbytes = self._nbytes + mmap.PAGESIZE
         self._memory = itertools.cycle([np.empty(nbytes, np.uint8) for _ in range(count)])
 
+    @classmethod
+    def of(cls, plan: Plan, source: Source) -> Stagings:
+        """Return as many as a run has under way at a time."""
+        return cls(plan, AHEAD + 1 if isinstance(source, Images) else 2)
+
     def rows(self, offset: int) -> NDArray[Any]:
         """Return rows that lie within a page as they will at an offset of a file."""
         memory = next(self._memory)
@@ -100,10 +105,10 @@ def compute(
     """
     if isinstance(target, ImageFiles):
         return _row_by_row(plan, work, _Encoding(plan, source, target).begun)
+    stagings = stagings or Stagings.of(plan, source)
     if isinstance(source, Images):
-        stagings = stagings or Stagings(plan, AHEAD + 1)  # the one more is being written
         return _row_by_row(plan, work, _Decoding(plan, source, target, stagings).begun)
-    return _together(plan, source, target, work, stagings or Stagings(plan, 2))
+    return _together(plan, source, target, work, stagings)
 
 
 def commit_of(plan: Plan, source: Source, computed: Computed) -> Commit:

@@ -268,14 +268,6 @@ class Plan:
         return bytes_worked_on(self.source_kind, self.target_kind, *self._image_bytes)
 
     @property
-    def written_at_once(self) -> int:
-        """How many chunks can be written, in this memory, while another one is computed.
-
-        Each in the memory that it was computed in, and where it is encoded in as much again.
-        """
-        return 2 if self.target_kind in ENCODED else 1
-
-    @property
     def least_scratch_bytes(self) -> int:
         """How much memory is needed at least beside the chunks."""
         kinds = self.source_kind, self.target_kind

@@ -38,7 +38,7 @@ class StoreStorage(Storage):
     Every method raises `StoppedError` where the store refuses.
     """
 
-    def put(self, path: Path, data: bytes | memoryview) -> None:
+    def put(self, path: Path, data: bytes | bytearray) -> None:
         """Write an object, at once."""
         try:
             remote.put(path, data)

@@ -1,0 +1,85 @@
+"""A billion images on paper: what a plan that large asks for, from the figures measured here.
+
+    python benchmarks/billion.py     # a moment; writes a result
+
+It needs those of benchmarks/cluster.py and benchmarks/store_requests.py. The machine is as many
+c5.4xlarge as one likes, of 16 processors, at the on-demand price and the lasting bandwidth of
+us-east-1, and the store is S3 in the same region, where only requests and what is kept are paid:
+
+- https://docs.aws.amazon.com/autoscaling/ec2/userguide/weights-spot-price-per-unit-hour-example.html
+- https://docs.aws.amazon.com/ec2/latest/instancetypes/co.html
+- https://aws.amazon.com/s3/pricing/
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from streams import bytes_of_image
+
+RESULTS = Path(__file__).parent / "results"
+IMAGES = 10**9
+MACHINE = "c5.4xlarge"
+PROCESSORS, DOLLARS_AN_HOUR, BYTES_A_SECOND = 16, 0.68, 5e9 / 8
+DOLLARS_A_REQUEST = {"PUT": 5e-6, "POST": 5e-6, "LIST": 5e-6, "GET": 4e-7, "HEAD": 4e-7}
+DOLLARS_A_GIGABYTE_MONTH = 0.023
+MOST_MIB = 1024  # that a coordinator is to take
+
+
+def read(name):
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def line(cluster, asked):
+    """Return what a billion images take, as one plan."""
+    (fewer, more) = sorted(cluster["chunks"], key=lambda row: row["chunks"])
+    chunks = -(-IMAGES // asked["chunk_images"])
+    mib_a_chunk = (more["coordinator_mib"] - fewer["coordinator_mib"]) / (
+        more["chunks"] - fewer["chunks"]
+    )
+    idle_mib = more["coordinator_mib"] - mib_a_chunk * more["chunks"]
+    requests = {kind: round(count * chunks) for kind, count in asked["requests"].items() if count}
+    read_bytes = IMAGES * bytes_of_image("uint8")
+    written_bytes = chunks * asked["chunk_bytes"]
+    # What two workers did beside one disk is the least that their processors can do.
+    a_second = min(
+        BYTES_A_SECOND / ((read_bytes + written_bytes) / IMAGES),
+        PROCESSORS * cluster["rows"][0]["gigabytes_per_second"] * 1e9 / 2 / bytes_of_image("uint8"),
+    )
+    hours = IMAGES / a_second / 3600
+    millions = IMAGES / 1e6
+    dollars = sum(DOLLARS_A_REQUEST.get(kind, 0) * count for kind, count in requests.items())
+    return {
+        "path": asked["path"],
+        "images": IMAGES,
+        "chunks": chunks,
+        "terabytes_read": round(read_bytes / 1e12),
+        "terabytes_written": round(written_bytes / 1e12),
+        "requests": requests,
+        "machine_hours": round(hours),
+        "machines_that_one_scheduler_feeds": int(
+            1e3 / more["ms"] * asked["chunk_images"] / a_second
+        ),
+        "hours_of_the_scheduler": round(chunks * more["ms"] / 3.6e6, 1),
+        "coordinator_mib": round(idle_mib + mib_a_chunk * chunks),
+        "chunks_that_fit_into_1_gib": round((MOST_MIB - idle_mib) / mib_a_chunk),
+        "dollars_a_million_of_machines": round(hours * DOLLARS_AN_HOUR / millions, 2),
+        "dollars_a_million_of_requests": round(dollars / millions, 2),
+        "dollars_a_million_of_a_month": round(
+            written_bytes / 1e9 * DOLLARS_A_GIGABYTE_MONTH / millions, 2
+        ),
+    }
+
+
+def main():
+    cluster, requests = read("cluster"), read("store_requests")
+    rows = [line(cluster, asked) for asked in requests["rows"]]
+    for row in rows:
+        print(row)
+    record = {"machine": cluster["machine"], "threads": cluster["threads"], "rows": rows}
+    (RESULTS / "billion.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
