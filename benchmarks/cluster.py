@@ -8,8 +8,8 @@ benchmarks/streams.py tells; the source is in memory. Their memory is that of th
 most, above what it had before the run.
 
 **Sizes** from 1 to 16 GiB: the source is on the disk. A line is laid through the seconds of all
-sizes, by least squares of what they are off by in parts of themselves, and how far each is from it is
-the figure. A disk differs from call to call: there are thrice as many rounds.
+sizes, by least squares of what they are off by in parts of themselves, and how far each is from it
+is the figure. A disk differs from call to call: there are thrice as many rounds.
 
 **Chunks** that take no work: the workers report them done at once, and all else is as ever: a
 million tasks, results, marks of the journal, and the manifest at the end. Scheduler, workers and

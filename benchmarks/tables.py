@@ -194,8 +194,7 @@ def loading(record):
 def cluster(record):
     """Return tables of two workers, of sizes, and of chunks that take no work."""
     lines = [
-        "| two workers, from a `.npy` | GB/s read | in one process | as a share | middle half | "
-        + "memory of a worker, planned, MiB | used at most, MiB |",
+        "| two workers | GB/s read | in one process | share | middle half | MiB planned | used |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in record["rows"]:
@@ -218,8 +217,7 @@ def cluster(record):
         )
     lines += [
         "",
-        "| empty chunks | threads of two workers | ms a chunk | of the scheduler's processor, ms | "
-        + "scheduler at most, MiB | coordinator at most, MiB |",
+        "| empty chunks | threads | ms a chunk | scheduler, ms | its MiB | coordinator, MiB |",
         "|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [
