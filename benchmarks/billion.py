@@ -9,6 +9,7 @@ us-east-1, and the store is S3 in the same region, where only requests and what 
 - https://docs.aws.amazon.com/autoscaling/ec2/userguide/weights-spot-price-per-unit-hour-example.html
 - https://docs.aws.amazon.com/ec2/latest/instancetypes/co.html
 - https://aws.amazon.com/s3/pricing/
+- https://docs.aws.amazon.com/AmazonS3/latest/userguide/optimizing-performance.html
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from pathlib import Path
 
 from streams import bytes_of_image
 
+from fastvgg.cluster import MOST_TOGETHER
+
 RESULTS = Path(__file__).parent / "results"
 IMAGES = 10**9
 MACHINE = "c5.4xlarge"
 PROCESSORS, DOLLARS_AN_HOUR, BYTES_A_SECOND = 16, 0.68, 5e9 / 8
 DOLLARS_A_REQUEST = {"PUT": 5e-6, "POST": 5e-6, "LIST": 5e-6, "GET": 4e-7, "HEAD": 4e-7}
 DOLLARS_A_GIGABYTE_MONTH = 0.023
+PUTS_A_SECOND = 3500  # of names that begin alike
 MOST_MIB = 1024  # that a coordinator is to take
 
 
@@ -58,9 +62,9 @@ def line(cluster, asked):
         "terabytes_written": round(written_bytes / 1e12),
         "requests": requests,
         "machine_hours": round(hours),
-        "machines_that_one_scheduler_feeds": int(
-            1e3 / more["ms"] * asked["chunk_images"] / a_second
-        ),
+        "tasks": -(-chunks // MOST_TOGETHER),
+        "machines_that_a_scheduler_feeds": int(1e3 / more["ms"] * asked["chunk_images"] / a_second),
+        "machines_that_a_prefix_takes": int(PUTS_A_SECOND * asked["chunk_images"] / a_second),
         "hours_of_the_scheduler": round(chunks * more["ms"] / 3.6e6, 1),
         "coordinator_mib": round(idle_mib + mib_a_chunk * chunks),
         "chunks_that_fit_into_1_gib": round((MOST_MIB - idle_mib) / mib_a_chunk),

@@ -39,12 +39,12 @@ def kind_of(method, path):
 
 def requests_of(s3, client, chunks, dtype):
     """Return how many requests of each method a run of so many chunks makes, and its plan."""
-    source, target = f"s3://{BUCKET}/source.zarr", f"s3://{BUCKET}/{dtype}-{chunks}.zarr"
+    source, target = (f"s3://{BUCKET}/{chunks}-{name}.zarr" for name in (f"to-{dtype}", dtype))
     images = chunks * SHARD_IMAGES
     together = batch(SHARD_IMAGES, "NHWC", "uint8")
-    made = sharded(source, images, "uint8", SHARD_IMAGES, PIECE_IMAGES)
+    packed = sharded(source, images, "uint8", SHARD_IMAGES, PIECE_IMAGES)
     for start in range(0, images, SHARD_IMAGES):
-        made[start : start + SHARD_IMAGES] = together
+        packed[start : start + SHARD_IMAGES] = together
     plan = fastvgg.plan(source, target, mode="caffe", dtype=dtype)
     begun = len(s3.requests)
     plan.run(client=client)

@@ -206,13 +206,13 @@ def cluster(record):
         )
     lines += [
         "",
-        "| `.npy` of float32 on disk, GiB | seconds | middle half | from the line |",
+        "| `.npy` of float32 on disk | seconds | middle half | from the line |",
         "|---:|---:|---:|---:|",
     ]
     for row in record["sizes"]:
         low, high = row["middle_half"]
         lines.append(
-            f"| {row['gib']:g} | {row['seconds']:.2f} | {low:.2f} to {high:.2f} "
+            f"| {row['gib']:g} GiB | {row['seconds']:.2f} | {low:.2f} to {high:.2f} "
             f"| {row['deviation']:+.1%} |"
         )
     lines += [
@@ -232,12 +232,14 @@ def billion(record):
     """Return a table with a column for each plan."""
     rows = record["rows"]
     names = {
-        "chunks": "shards, each a task",
+        "chunks": "shards",
+        "tasks": "tasks",
         "terabytes_read": "TB read",
         "terabytes_written": "TB written",
         "requests": "requests",
         "machine_hours": "hours of a machine, all of its bandwidth",
-        "machines_that_one_scheduler_feeds": "machines that one scheduler feeds",
+        "machines_that_a_scheduler_feeds": "machines that one scheduler feeds",
+        "machines_that_a_prefix_takes": "machines that S3 takes the shards of one array from",
         "hours_of_the_scheduler": "hours of the scheduler",
         "coordinator_mib": "memory of the coordinator, MiB",
         "chunks_that_fit_into_1_gib": "shards of a plan whose coordinator has 1 GiB",

@@ -123,8 +123,8 @@ def test_a_chunk_fits_into_the_limit_and_is_no_more_than_all(images, image, scra
         (("npy", "npy"), True, (64, 64, 64)),
         (("images", "npy"), False, (72, 72, 72)),
         (("tar", "hdf5"), False, (72, 72, 72)),
-        (("images", "zarr"), False, (128, 128, 128)),
-        (("npy", "zarr"), False, (128, 128, 128)),
+        (("images", "zarr"), False, (144, 144, 144)),
+        (("npy", "zarr"), False, (144, 144, 144)),
         (("npy", "images"), False, (256, 256, 256)),
     ],
 )

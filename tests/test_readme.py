@@ -53,14 +53,18 @@ def test_python_example_has_ten_lines_of_code():
 @pytest.mark.parametrize("number", range(3))
 def test_a_cluster_is_three_lines_away(number, tmp_path, monkeypatch):
     import numpy as np
-    from distributed import LocalCluster
+    from distributed import LocalCluster, default_client
 
-    def cluster(*_, **__):
-        return LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0")
+    class Cluster(LocalCluster):
+        def __init__(self, *_, **__):
+            super().__init__(n_workers=1, threads_per_worker=1, dashboard_address=":0")
+
+        def scale(self, n=0, *, jobs=0):
+            super().scale(n or min(1, jobs))
 
     jobqueue, kubernetes = ModuleType("dask_jobqueue"), ModuleType("dask_kubernetes.operator")
-    jobqueue.SLURMCluster = kubernetes.KubeCluster = cluster
-    monkeypatch.setattr("dask.distributed.SSHCluster", cluster)
+    jobqueue.SLURMCluster = kubernetes.KubeCluster = Cluster
+    monkeypatch.setattr("dask.distributed.SSHCluster", Cluster)
     for module in (jobqueue, kubernetes):  # which need a SLURM, and a Kubernetes
         monkeypatch.setitem(sys.modules, module.__name__, module)
     images = np.random.default_rng(0).integers(0, 256, (5, 5, 7, 3), np.uint8)
@@ -69,7 +73,7 @@ def test_a_cluster_is_three_lines_away(number, tmp_path, monkeypatch):
     zarr.save_array(tmp_path / "x.zarr", images)
     found = {"fastvgg": fastvgg}
     exec(example, found)  # noqa: S102  # our own
-    with found["cluster"]:
+    with found["cluster"], default_client():
         made = zarr.open_array(tmp_path / "y.zarr", mode="r")[:]
     assert np.array_equal(made, fastvgg.preprocess(images, "caffe"))
 

@@ -864,7 +864,7 @@ def test_a_shard_takes_no_more_than_its_part_of_the_memory(tmp_path):
     large = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.uint8, (20_000, 31, 33, 3))
     del large  # of which nothing is on the disk
     plan = plan_of(tmp_path / "x.npy", tmp_path / "y.zarr", mode="tf", memory="4GiB")
-    assert 64 * 2**20 < plan.chunk_images * plan.image_memory_bytes <= 128 * 2**20
+    assert 72 * 2**20 < plan.chunk_images * plan.image_memory_bytes <= 144 * 2**20
     photos = save_images(tmp_path / "photos", pixels(5))
     plan = plan_of(photos, tmp_path / "y.zarr", mode="tf")
     assert plan.image_memory_bytes == (3 + 3) * 756

@@ -50,7 +50,7 @@ MANY_CHUNKS: Final = 32
 DECODED_CHUNK_BYTES: Final = 3 * 24 * 1024 * 1024
 # Of image files: each commit syncs the whole disk, and takes 20 ms for 40 new files. Of shards:
 # some 20 MiB each, with what encoding them takes.
-CHUNKS_BYTES: Final = {"images": 256 * 1024 * 1024, "zarr": 128 * 1024 * 1024}
+CHUNKS_BYTES: Final = {"images": 256 * 1024 * 1024, "zarr": 144 * 1024 * 1024}
 # For each thread: no less than an image of common size takes.
 LEAST_DECODING_BYTES: Final = 4 * 1024 * 1024
 DECODED: Final = ("images", "tar")
