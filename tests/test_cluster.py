@@ -346,6 +346,27 @@ def test_a_task_that_two_workers_do_at_once_gives_the_same_bytes(client, tmp_pat
 
 
 @pytest.mark.parametrize("name", TARGETS)
+def test_a_task_that_fails_leaves_nothing_to_the_next_of_its_process(tmp_path, name):
+    folder = save_images(tmp_path / "photos", pixels(9))
+    (folder / "a" / "04.png").write_bytes(b"no image")
+    tasks = begun(plan_of(folder, tmp_path / name, mode="tf", together=1, strict=True))
+    fails = [number for number, task in enumerate(tasks) if refuses(task)]
+    assert len(fails) == 1
+    both = Task(tasks[0].plan, tasks[0].work + tasks[fails[0]].work)
+    assert refuses(both)
+    assert [done.commit.chunk for done in work_on(tasks[1])] == [1]
+
+
+def refuses(task):
+    try:
+        work_on(task)
+    except StoppedError as error:
+        must_say(error, "a/04.png", "--strict")
+        return True
+    return False
+
+
+@pytest.mark.parametrize("name", TARGETS)
 def test_a_task_of_a_run_that_was_replaced_changes_nothing(tmp_path, array, name):
     tasks = begun(plan_of(array, tmp_path / name, mode="caffe", together=2))
     work_on(tasks[0])  # and so this process has its directory, or its file, open
