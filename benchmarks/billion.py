@@ -23,7 +23,6 @@ from fastvgg.cluster import MOST_TOGETHER
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = 10**9
-MACHINE = "c5.4xlarge"
 PROCESSORS, DOLLARS_AN_HOUR, BYTES_A_SECOND = 16, 0.68, 5e9 / 8
 DOLLARS_A_REQUEST = {"PUT": 5e-6, "POST": 5e-6, "LIST": 5e-6, "GET": 4e-7, "HEAD": 4e-7}
 DOLLARS_A_GIGABYTE_MONTH = 0.023
@@ -53,7 +52,7 @@ def line(cluster, asked):
     )
     hours = IMAGES / a_second / 3600
     millions = IMAGES / 1e6
-    dollars = sum(DOLLARS_A_REQUEST.get(kind, 0) * count for kind, count in requests.items())
+    dollars = sum(DOLLARS_A_REQUEST[kind] * count for kind, count in requests.items())
     return {
         "path": asked["path"],
         "images": IMAGES,

@@ -24,7 +24,6 @@ import contextlib
 import functools
 import json
 import os
-import shutil
 import signal
 import statistics
 import subprocess
@@ -34,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 from distributed import Client, LocalCluster
+from formats import remove
 from kernels import compared, row
 from machine import machine
 from streams import (
@@ -87,12 +87,6 @@ status = Path("/proc/self/status").read_text()
 peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
 print(json.dumps({"seconds": seconds, "processor_seconds": processor, "peak_mib": peak}))
 """
-
-
-def remove(files, name):
-    """Remove a dataset and all that lies beside it."""
-    for path in files.directory.glob(f"{name}*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def packed(files, name, images):
