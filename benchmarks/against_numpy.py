@@ -23,9 +23,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-from machine import machine
 
 from fastvgg import Transform, engine, oracle
+from fastvgg.bench.machine import machine
 from fastvgg.threads import usable_cores
 from fastvgg.transform import STORAGE_TYPES, storage_dtype
 

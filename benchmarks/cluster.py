@@ -34,8 +34,7 @@ from pathlib import Path
 import numpy as np
 from distributed import Client, LocalCluster
 from formats import remove
-from kernels import compared, row
-from machine import machine
+from rows import row
 from streams import (
     FILE_BYTES,
     QUICK_BYTES,
@@ -49,6 +48,8 @@ from streams import (
 )
 
 import fastvgg
+from fastvgg.bench.machine import machine
+from fastvgg.bench.rounds import compared
 
 RESULT = Path(__file__).parent / "results" / "cluster.json"
 WORKERS = 2

@@ -29,8 +29,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 import zarr
-from kernels import HEIGHT, WIDTH, batch, compared, row
-from machine import machine
+from arrays import batch
+from rows import row
 from streams import (
     FILE_BYTES,
     QUICK_BYTES,
@@ -49,6 +49,9 @@ from streams import (
 )
 
 import fastvgg
+from fastvgg.bench.kernels import HEIGHT, WIDTH
+from fastvgg.bench.machine import machine
+from fastvgg.bench.rounds import compared
 from fastvgg.threads import usable_cores
 
 RESULT = Path(__file__).parent / "results" / "formats.json"

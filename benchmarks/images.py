@@ -55,13 +55,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import simplejpeg
 import skimage
-from kernels import compared, row
-from machine import machine
 from PIL import Image
+from rows import row
 from streams import READ_BYTES, Files, Part, chunk_of, fetch, in_turn, published, write
 
 import fastvgg
 from fastvgg import Transform, oracle
+from fastvgg.bench.machine import machine
+from fastvgg.bench.rounds import compared
 from fastvgg.stream.behind import Behind
 from fastvgg.threads import usable_cores
 

@@ -28,12 +28,14 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from kernels import HEIGHT, WIDTH, compared, row
-from machine import machine
+from rows import row
 from streams import READ_BYTES, Files, Part, fetch, in_turn
 
 import fastvgg
 from fastvgg import Transform, engine, oracle
+from fastvgg.bench.kernels import HEIGHT, WIDTH
+from fastvgg.bench.machine import machine
+from fastvgg.bench.rounds import compared
 from fastvgg.threads import usable_cores
 
 RESULT = Path(__file__).parent / "results" / "loading.json"

@@ -53,12 +53,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from machine import machine
 from rich.console import Console
 from rich.table import Table
 
 import fastvgg
 from fastvgg import Mode
+from fastvgg.bench.machine import machine
 from fastvgg.threads import usable_cores
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ import json
 import sys
 from pathlib import Path
 
+from arrays import batch
 from distributed import Client, LocalCluster
 from formats import PIECE_IMAGES, SHARD_IMAGES, sharded
-from kernels import batch
-from machine import machine
 
 import fastvgg
+from fastvgg.bench.machine import machine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

@@ -42,11 +42,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import yardsticks
-from kernels import HEIGHT, WIDTH, batch, compared, row
-from machine import machine
+from arrays import batch
+from rows import row
 
 import fastvgg
+from fastvgg.bench.disk import read_whole
+from fastvgg.bench.kernels import HEIGHT, WIDTH
+from fastvgg.bench.machine import machine
+from fastvgg.bench.memory import zeroed_by_the_system
+from fastvgg.bench.rounds import compared
 from fastvgg.threads import usable_cores
 
 if TYPE_CHECKING:
@@ -159,7 +163,7 @@ class Files:
         """Let the disk finish, and have so much free memory that the machine does hold."""
         os.sync()
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        yardsticks.zeroed_by_the_system(min(nbytes, free * 3 // 4), self.threads)
+        zeroed_by_the_system(min(nbytes, free * 3 // 4), self.threads)
 
     def path(self, name):
         return self.directory / name
@@ -186,17 +190,6 @@ class Files:
 
 def bytes_of_image(dtype):
     return HEIGHT * WIDTH * 3 * np.dtype(dtype).itemsize
-
-
-def read_whole(path, memory):
-    """Read a file from its beginning to its end, into the same memory."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        offset = 0
-        while count := os.preadv(file, [memory], offset):
-            offset += count
-    finally:
-        os.close(file)
 
 
 def fetch(path, place, memory):

@@ -30,23 +30,21 @@ def share(row):
     return f"{row['share']:.2f} | {low:.2f} to {high:.2f}"
 
 
-def kernels(record):
-    """Return the table of shares of the memory's limit."""
-    lines = [
-        "| path | images/s | GB/s | of the limit | middle half of the rounds |",
-        "|---|---:|---:|---:|---:|",
+def bench(record):
+    """Return a table of the memory, and one of every kernel beside it."""
+    lines = ["| memory | GB/s |", "|---|---:|"]
+    lines += [f"| {row['loop']} | {row['gigabytes_per_second']} |" for row in record["memory"]]
+    lines += [
+        "",
+        "| kernel | images/s | GB/s | of the limit | middle half | NumPy, images/s |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     lines += [
-        f"| {row['path']} | {row['images_per_second']:,} "
-        f"| {row.get('gigabytes_per_second', '')} | {share(row)} |"
-        for row in record["rows"]
+        f"| {row['path']} | {row['images_per_second']:,} | {row['gigabytes_per_second']} "
+        f"| {share(row)} | {row['numpy_images_per_second']:,} |"
+        for row in record["kernels"]
     ]
-    latency = (
-        f"A call takes {record['call_overhead_us']:.0f} microseconds above its kernel. The first "
-        f"one in a process compiles the kernel: {record['first_call_after_scipy_seconds']:.2f} s "
-        f"above `import numba`, or {record['first_call_seconds']:.2f} s where SciPy is installed, "
-        "which Numba then imports."
-    )
+    latency = f"A call takes {record['call_overhead_us']:.0f} microseconds above its kernel."
     return [*lines, "", latency, "", place(record)]
 
 
@@ -264,7 +262,7 @@ def readable(figure):
 
 
 TABLES = {
-    "kernels": kernels,
+    "bench": bench,
     "peers": peers,
     "streams": streams,
     "formats": streams,

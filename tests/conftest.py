@@ -27,10 +27,10 @@ def pytest_configure(config):
         return
     sys.modules["numba"] = None  # the import system's own way to say that there is no such module
     config.addinivalue_line("filterwarnings", "ignore:Numba is not usable:UserWarning")
-    about_kernels = ("by_hand", "test_blocks", "test_compile", "test_loops", "test_recipe")
+    about_kernels = ("bench", "blocks", "compile", "loops", "recipe")
     needs_numba = (
-        *("fastvgg/kernels", "tests/test_without_numba.py"),
-        *(f"tests/{name}.py" for name in about_kernels),
+        *("fastvgg/bench", "fastvgg/kernels", "tests/by_hand.py", "tests/test_without_numba.py"),
+        *(f"tests/test_{name}.py" for name in about_kernels),
     )
     config.option.ignore = [
         *(config.option.ignore or ()),

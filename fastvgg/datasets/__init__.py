@@ -134,7 +134,7 @@ def _array(
 ) -> ArraySource:
     if decoding not in (None, Decoding()):
         raise SourceError(
-            f"{path}: --size and its like are for image files, and this is an array",
+            f"{path} is an array, and --size and its like are for image files",
             "leave them away, or give the directory of images",
         )
     if kind == "parts":

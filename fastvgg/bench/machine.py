@@ -1,4 +1,4 @@
-"""Where a result was measured: what every file in results/ begins with."""
+"""Where something was measured: processor, cores, memory, system, versions and date."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import platform
 from pathlib import Path
 
 from fastvgg.stream.manifest import package_versions
+from fastvgg.threads import usable_cores
+
+__all__ = ["machine"]
 
 
 def machine() -> dict[str, object]:
-    """Return processor, cores, memory, system, versions and date."""
+    """Return where this process runs, as JSON can hold it."""
     pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     return {
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "memory_gib": round(pages * page_bytes / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
         "packages": package_versions(),
@@ -24,8 +27,11 @@ def machine() -> dict[str, object]:
 
 
 def _processor() -> str:
+    listed = Path("/proc/cpuinfo")
+    if not listed.exists():  # Linux alone has it
+        return platform.processor() or platform.machine()
     fields = dict.fromkeys(("model name", "cpu family", "model"), "")
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    for line in listed.read_text(encoding="utf-8").splitlines():
         name, _, value = line.partition(":")
         if name.strip() in fields:
             fields[name.strip()] = value.strip()

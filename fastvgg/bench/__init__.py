@@ -1,0 +1,95 @@
+"""What this machine reaches: its memory, every kernel beside it, the oracle, decoding and a disk.
+
+Correctness is checked in the same run: what is fast and wrong is an error.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from fastvgg.engine import backend_in_use
+from fastvgg.threads import check_threads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+__all__ = ["FULL", "QUICK", "Extent", "measure"]
+
+
+class Extent(NamedTuple):
+    """How much is measured."""
+
+    working_set_bytes: int
+    """Of a batch and its result together: no cache holds them."""
+    rounds: int
+    images: int
+    """Decoded at most."""
+    file_bytes: int
+
+
+FULL: Final = Extent(1100 * 2**20, 11, 2000, 2**30)
+QUICK: Final = Extent(192 * 2**20, 3, 100, 256 * 2**20)
+
+
+def measure(
+    extent: Extent = FULL,
+    *,
+    images: Path | None = None,
+    disk: Path | None = None,
+    threads: int | None = None,
+    tell: Callable[[str, dict[str, Any]], None] = lambda _part, _row: None,
+) -> dict[str, Any]:
+    """Measure this machine.
+
+    Parameters
+    ----------
+    extent
+        `FULL`, a minute or two, or `QUICK`, ten seconds.
+    images
+        A directory or tar shards of images, if decoding is to be measured as well.
+    disk
+        A directory, if its disk is to be measured: a file is written there, and removed.
+    threads
+        All usable cores if not given.
+    tell
+        Called with "memory", "kernels", "decoding" or "disk" and each figure when it is known.
+
+    Returns
+    -------
+    dict
+        machine, threads, rounds; memory and kernels, lists of a row for each loop and path;
+        call_overhead_us; decoding and disk, if they were asked for.
+
+    Raises
+    ------
+    BackendError
+        If Numba is not usable: there are no kernels to measure then.
+    SourceError, UsageError, TargetError
+        If there are no images, or the disk cannot be written to.
+    VerificationError
+        If a result is wrong.
+    """
+    backend_in_use("numba")
+    from fastvgg.bench import decoding, kernels, memory
+    from fastvgg.bench import disk as disks
+    from fastvgg.bench.machine import machine
+
+    threads = check_threads(threads)
+    record: dict[str, Any] = {"machine": machine(), "threads": threads, "rounds": extent.rounds}
+
+    def found(part: str, row: dict[str, Any]) -> dict[str, Any]:
+        tell(part, row)
+        return row
+
+    if disk is not None:
+        record["disk"] = found("disk", disks.measured(disk, extent.file_bytes, extent.rounds))
+    if images is not None:
+        decoded = decoding.measured(images, extent.images, extent.rounds, threads)
+        record["decoding"] = found("decoding", decoded)
+    arena = memory.Arena(extent.working_set_bytes)
+    limits = memory.measured(arena, extent.rounds, threads)
+    record["memory"] = [found("memory", row) for row in limits]
+    paths = kernels.measured(arena, extent.rounds, threads)
+    record["kernels"] = [found("kernels", row) for row in paths]
+    return {**record, "call_overhead_us": kernels.call_overhead_us(extent.rounds)}

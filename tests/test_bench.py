@@ -1,0 +1,210 @@
+"""What is measured is right, and what is fast and wrong is an error."""
+
+import json
+import sys
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import pytest
+from datasets_on_disk import PHOTOGRAPHS, printed_on_small_disk
+
+from fastvgg import bench
+from fastvgg.bench import decoding, disk, kernels, memory, roofline, table
+from fastvgg.bench.memory import Arena
+from fastvgg.errors import SourceError, TargetError, UsageError, VerificationError
+from fastvgg.kernels import yardsticks
+
+TINY = bench.Extent(8 * 2**20, 2, 4, 2**20 + 4097)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The record of a run with everything, and what it told meanwhile."""
+    photos = tmp_path_factory.mktemp("photos")
+    for name in ("rocket.jpg", "coffee.png", "camera.png"):
+        (photos / name).write_bytes((PHOTOGRAPHS / name).read_bytes())
+    (photos / "bad.jpg").write_bytes(b"\xff\xd8 no more than that")
+    there = tmp_path_factory.mktemp("disk")
+    told = []
+    record = bench.measure(
+        TINY, images=photos, disk=there, threads=2, tell=lambda part, row: told.append((part, row))
+    )
+    assert not list(there.iterdir())
+    return record, told
+
+
+def test_a_record_has_every_path_and_is_json(measured):
+    record, told = measured
+    assert [row["path"] for row in record["kernels"]] == [path.name for path in kernels.PATHS]
+    assert all(row["images_per_second"] > 0 < row["share"] for row in record["kernels"])
+    assert all(row["numpy_images_per_second"] > 0 for row in record["kernels"])
+    assert {row["loop"] for row in record["memory"]} >= {"copy", "in place", "fill"}
+    assert (record["threads"], record["rounds"]) == (2, 2)
+    assert json.loads(json.dumps(record))["call_overhead_us"] == record["call_overhead_us"]
+    expected = [("disk", record["disk"]), ("decoding", record["decoding"])]
+    expected += [("memory", row) for row in record["memory"]]
+    expected += [("kernels", row) for row in record["kernels"]]
+    assert told == expected
+
+
+def test_images_that_cannot_be_read_are_counted(measured):
+    decoded = measured[0]["decoding"]
+    assert (decoded["images"], decoded["failed"]) == (4, 1)
+    assert decoded["images_per_second"] > 0
+
+
+def test_every_line_fits_into_80_columns(measured):
+    lines = [*table.HEADINGS.values(), *(table.line(part, row) for part, row in measured[1])]
+    assert max(len(line) for text in lines for line in text.splitlines()) <= 80
+    figures = measured[0]["kernels"][0]
+    assert f"{figures['images_per_second']:,}" in table.line("kernels", figures)
+
+
+@pytest.mark.parametrize("name", ["uint8 to float16, caffe", "restore float32, tf"])
+def test_one_wrong_bit_in_the_last_image_is_an_error(name, monkeypatch):
+    (path,) = (path for path in kernels.PATHS if path.name == name)
+    right = kernels.engine.apply
+
+    def wrong(transform, x, out=None, **options):
+        result = right(transform, x, out, **options)
+        result[-1].view(np.uint8)[-1, -1, -1] ^= 1
+        return result
+
+    monkeypatch.setattr(kernels.engine, "apply", wrong)
+    with pytest.raises(VerificationError, match=r"image \d+ of \d+ is not what the oracle"):
+        list(kernels.measured(Arena(TINY.working_set_bytes), 2, 2, [path]))
+
+
+@pytest.mark.parametrize("path", kernels.PATHS, ids=lambda path: path.name)
+def test_what_a_path_is_checked_against_comes_from_the_image_alone(path):
+    one, expected = kernels.example(path.transform, path.dtype)
+    image = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    assert one.dtype.name == path.dtype
+    if path.transform.direction == "restore":
+        channels = 0 if path.transform.out_layout == "NCHW" else -1
+        assert np.array_equal(np.moveaxis(expected, channels, -1), image)
+    else:
+        channels = 0 if path.transform.layout == "NCHW" else -1
+        assert np.array_equal(np.moveaxis(one, channels, -1).astype(np.uint8), image)
+
+
+@pytest.mark.parametrize("fetches", [False, True])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_copy_moves_every_byte_and_no_other(fetches, threads):
+    rng = np.random.default_rng(0)
+    room = rng.integers(0, 256, 3 * yardsticks.STEP_BYTES * 41 + 128, dtype=np.uint8)
+    before = room.copy()
+    x = rng.integers(0, 256, 3 * yardsticks.STEP_BYTES * 41, dtype=np.uint8)
+    start = -room.ctypes.data % 64 + 64
+    out = room[start : start + x.size]
+    memory.copy(x, out, threads, fetches=fetches)
+    assert np.array_equal(out, x)
+    assert np.array_equal(room[:start], before[:start])
+    assert np.array_equal(room[start + x.size :], before[start + x.size :])
+
+
+def test_a_fill_writes_every_byte_and_no_other():
+    room = np.zeros(yardsticks.STEP_BYTES * 7 + 128, np.uint8)
+    start = -room.ctypes.data % 64 + 64
+    memory.fill(room[start : start + yardsticks.STEP_BYTES * 7 - 64], 2)
+    wanted = np.zeros_like(room)
+    wanted[start : start + yardsticks.STEP_BYTES * 6] = 1
+    assert np.array_equal(room, wanted)
+
+
+def test_scaling_in_place_scales_every_number():
+    y = np.full(yardsticks.STEP_BYTES * 5, 3, np.float32)
+    memory.scale(y, 2, fetches=True)
+    assert np.array_equal(y, np.full_like(y, np.float32(3) * np.float32(1.0000001)))
+
+
+def test_an_arena_gives_batches_that_do_not_overlap():
+    arena = Arena(10_000)
+    one, result = np.arange(3, dtype=np.uint8), np.arange(3, dtype=np.float64)
+    x, out = arena.pair(10_000 // 27, one, result)
+    out[:] = np.inf
+    assert np.array_equal(x, np.tile(one, (len(x), 1)))
+    assert not np.shares_memory(x, out)
+    assert out.ctypes.data % memory.PAGE_BYTES == 0
+
+
+def test_an_array_needs_no_decoding(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((1, 5, 7, 3), np.uint8))
+    with pytest.raises(SourceError, match="is an array"):
+        decoding.measured(tmp_path / "x.npy", 4, 2, 1)
+
+
+def test_images_that_are_not_there_are_refused_before_anything_is_measured(tmp_path):
+    with pytest.raises(SourceError, match="does not exist"):
+        bench.measure(TINY, images=tmp_path / "no", tell=lambda *_: pytest.fail("measured"))
+
+
+def test_pixels_that_are_not_pillows_are_an_error(tmp_path, monkeypatch):
+    (tmp_path / "rocket.jpg").write_bytes((PHOTOGRAPHS / "rocket.jpg").read_bytes())
+    monkeypatch.setattr(decoding, "Decoding", lambda size: decoding_that_crops(size))
+    with pytest.raises(VerificationError, match=r"rocket\.jpg"):
+        decoding.measured(tmp_path, 4, 2, 1)
+
+
+def decoding_that_crops(size):
+    from fastvgg.datasets.decode import Decoding
+
+    return Decoding(size=size, keep_aspect_ratio=True)
+
+
+def test_a_disk_that_is_missing_is_refused(tmp_path):
+    with pytest.raises(TargetError, match="cannot be measured"):
+        disk.measured(tmp_path / "no", 4096, 2)
+
+
+def test_a_disk_without_room_is_refused_before_a_byte_is_written(tmp_path):
+    source = f"""
+from pathlib import Path
+from fastvgg.bench import disk
+from fastvgg.errors import TargetError
+there = Path({str(tmp_path)!r})
+try:
+    disk.measured(there, 2**20, 2)
+except TargetError as error:
+    print(error.problem, list(there.iterdir()))
+"""
+    actual = printed_on_small_disk(tmp_path, 2**20, source)
+    assert actual.endswith("has room for 1048576 bytes, and 2097152 are wanted []")
+
+
+def test_a_disk_is_written_and_read_whole(tmp_path):
+    actual = disk.measured(tmp_path, 2**20 + 5, 2)
+    assert actual["bytes"] == 2**20 + 5
+    assert actual["write_gigabytes_per_second"] >= 0 <= actual["read_gigabytes_per_second"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ending", ["svg", "png"])
+def test_the_same_record_is_the_same_picture(measured, tmp_path, ending):
+    for name in ("one", "other"):
+        roofline.draw(measured[0], tmp_path / f"{name}.{ending}")
+    assert (tmp_path / f"one.{ending}").read_bytes() == (tmp_path / f"other.{ending}").read_bytes()
+
+
+def test_a_picture_has_every_path_and_its_figure(measured, tmp_path):
+    roofline.draw(measured[0], tmp_path / "roofline.svg")
+    root = ET.parse(tmp_path / "roofline.svg").getroot()  # noqa: S314  # our own
+    texts = [text.strip() for text in root.itertext()]
+    for row in measured[0]["kernels"]:
+        assert row["path"] in texts
+        assert f"{row['images_per_second']:,} images/s" in texts
+
+
+@pytest.mark.parametrize(
+    ("path", "says"), [("x.txt", "ends in none of"), ("no/x.svg", "no is no directory")]
+)
+def test_a_picture_that_cannot_be_drawn_is_refused_before(path, says):
+    with pytest.raises(UsageError, match=says):
+        roofline.check(Path(path))
+
+
+def test_without_matplotlib_a_picture_is_refused_with_the_way_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UsageError, match=r"fastvgg\[plot\]"):
+        roofline.check(Path("x.svg"))
