@@ -1,4 +1,4 @@
-"""Write the README's tables of figures, from what the benchmarks left in results/.
+"""Write the tables of figures in README.md and benchmarks/README.md, from results/.
 
 python benchmarks/tables.py
 """
@@ -11,17 +11,15 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 ELEMENTS_OF_AN_IMAGE = 224 * 224 * 3
-README = Path(__file__).parents[1] / "README.md"
+DOCUMENTS = (Path(__file__).parents[1] / "README.md", Path(__file__).with_name("README.md"))
 
 
 def place(record):
     """Return where and with what a result was measured, in a line."""
     machine = record["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
-    return (
-        f"{machine['processor']}, {record['threads']} threads, {machine['system']}, "
-        f"{packages}, {machine['date']}."
-    )
+    threads = f" {record['threads']} threads," if "threads" in record else ""
+    return f"{machine['processor']},{threads} {machine['system']}, {packages}, {machine['date']}."
 
 
 def share(row):
@@ -261,34 +259,82 @@ def readable(figure):
     return f"{figure:,.2f}" if isinstance(figure, float) else f"{figure:,}"
 
 
+def inverses(record):
+    """Return a table of how many values inverses get wrong."""
+    types = list(record["rows"][0]["wrong"])
+    lines = [
+        f"| mode | wrong of {record['values']} values, stored as | {' | '.join(types)} |",
+        f"|---|---|{'---:|' * len(types)}",
+    ]
+    for row in record["rows"]:
+        counts = " | ".join(str(row["wrong"][name]) for name in types)
+        lines.append(f"| {row['mode']} | {row['inverse']} | {counts} |")
+    return [*lines, "", place(record)]
+
+
+def campaigns(*records):
+    """Return a table with a row for each campaign."""
+    lines = ["| command | what it does | in the last long run | on |", "|---|---|---|---|"]
+    for (name, what), record in zip(CAMPAIGNS.items(), records, strict=True):
+        counts = ", ".join(f"{count:,} {each}" for each, count in record["counts"].items())
+        date = record["machine"]["date"]
+        lines.append(f"| `python tests/{name}.py` | {what} | {counts} | {date} |")
+    return [*lines, "", f"The last of them: {place(records[-1])}"]
+
+
+CAMPAIGNS = {
+    "crash_states": "enumerates the states that a kill or a power cut can leave, torn sectors and "
+    "crashes while recovering among them, and runs fastvgg on each",
+    "kills": "kills at every call that changes the disk, three deep",
+    "random_kills": "SIGKILL at random times, one process and four at once",
+    "power_cuts": "cuts the power of a real ext4, also after a kill and while recovering",
+    "cluster_kills": "kills workers and coordinators of a Dask cluster, and runs tasks twice at "
+    "once",
+    "failing_calls": "lets every system call fail, or do half of its work",
+    "full_disks": "runs on disks of every size around the need",
+    "fuzz": "damages headers, journals and manifests",
+    "fuzz_hdf5": "damages HDF5 files",
+}
+
+# What writes a table, and the results that it is written from.
 TABLES = {
-    "bench": bench,
-    "peers": peers,
-    "streams": streams,
-    "formats": streams,
-    "images": images,
-    "images_million": images_million,
-    "images_planning": images_planning,
-    "loading": loading,
-    "cluster": cluster,
-    "billion": billion,
+    "bench": (bench, ["bench"]),
+    "peers": (peers, ["peers"]),
+    "inverses": (inverses, ["inverses"]),
+    "campaigns": (campaigns, list(CAMPAIGNS)),
+    "streams": (streams, ["streams"]),
+    "formats": (streams, ["formats"]),
+    "images": (images, ["images"]),
+    "images_million": (images_million, ["images_million"]),
+    "images_planning": (images_planning, ["images_planning"]),
+    "loading": (loading, ["loading"]),
+    "cluster": (cluster, ["cluster"]),
+    "billion": (billion, ["billion"]),
 }
 
 
-def written_into(readme):
-    """Return the README's text with every table made anew of which there are figures."""
-    for name, table in TABLES.items():
-        path = RESULTS / f"{name}.json"
-        if not path.exists():
-            continue
-        record = json.loads(path.read_text(encoding="utf-8"))
+def record_of(name):
+    """Return what a benchmark left."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def written_into(documents):
+    """Return the texts of documents with every table made anew; each is in one of them, once."""
+    for name, (table, results) in TABLES.items():
+        text = "\n".join(table(*map(record_of, results))) + "\n"
         marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end of table -->)", re.DOTALL)
-        text = "\n".join(table(record)) + "\n"
-        readme, count = marked.subn(lambda found, t=text: found[1] + t + found[2], readme)
-        if count != 1:
-            raise SystemExit(f"README.md has {count} places for the table {name!r}, not one")
-    return readme
+        found = [marked.subn(lambda at, t=text: at[1] + t + at[2], each) for each in documents]
+        if (count := sum(count for _, count in found)) != 1:
+            raise SystemExit(f"there are {count} places for the table {name!r}, not one")
+        documents = [written for written, _ in found]
+    return documents
+
+
+def main():
+    texts = [document.read_text(encoding="utf-8") for document in DOCUMENTS]
+    for document, text in zip(DOCUMENTS, written_into(texts), strict=True):
+        document.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    README.write_text(written_into(README.read_text(encoding="utf-8")), encoding="utf-8")
+    main()

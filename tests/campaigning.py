@@ -14,14 +14,13 @@ import sys
 import time
 from pathlib import Path
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from fastvgg.bench.machine import machine
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 def main(campaign, description, *, size):
     """Run a campaign from the command line, print its counts, and keep them."""
-    sys.path.insert(0, str(BENCHMARKS))
-    from machine import machine
-
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--size", type=int, default=size, help="how much; see the module")
@@ -33,7 +32,7 @@ def main(campaign, description, *, size):
     print(f"{name}: {told(counts)}, {seconds} s")
     record = {"machine": machine(), "seed": arguments.seed, "size": arguments.size}
     record |= {"counts": counts, "seconds": seconds}
-    path = BENCHMARKS / "results" / f"{name}.json"
+    path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -1,0 +1,99 @@
+"""Inverses as people write them: how many of all values they get wrong.
+
+    python benchmarks/inverses.py    # some seconds; writes results/inverses.json
+
+An image has 256 values in each of three channels, so there are 768 to try. Each is preprocessed by
+Keras, stored, and inverted with NumPy; what is not the byte that it was is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+import fastvgg
+from fastvgg import Mode
+from fastvgg.bench.machine import machine
+from fastvgg.transform import storage_dtype
+
+RESULT = Path(__file__).parent / "results" / "inverses.json"
+STORED_AS = ("float32", "float16", "bfloat16")
+VALUES = np.arange(256, dtype=np.uint8)
+X = np.stack((VALUES, VALUES + np.uint8(85), VALUES + np.uint8(170)), axis=-1).reshape(
+    1, 16, 16, 3
+)  # no greys
+CAFFE_MEAN = np.array(Mode.CAFFE.mean)
+TORCH_MEAN, TORCH_STD = np.array(Mode.TORCH.mean), np.array(Mode.TORCH.std)
+
+
+def single(constant):
+    return np.asarray(constant, np.float32)
+
+
+def truncated(x):
+    return np.clip(x, 0, 255).astype(np.uint8)
+
+
+def normalised_backwards(y):
+    """Do what Normalize(-mean / std, 1 / std) does, a trick that is often recommended."""
+    return (y - single(-TORCH_MEAN / TORCH_STD)) / single(1 / TORCH_STD)
+
+
+# The mode, what is done, and a function of y in float32.
+INVERSES = (
+    ("caffe", "add the means, flip, clip, `astype('uint8')`",
+     lambda y: truncated((y + single(CAFFE_MEAN))[..., ::-1])),
+    ("caffe", "the same, the means a plain NumPy array: float64",
+     lambda y: truncated((y + CAFFE_MEAN)[..., ::-1])),
+    ("caffe", "the same, rounded, without the flip",
+     lambda y: truncated(np.rint(y + single(CAFFE_MEAN)))),
+    ("tf", "`((y + 1) * 127.5).astype('uint8')`",
+     lambda y: truncated((y + single(1)) * single(127.5))),
+    ("torch", "`((y * std + mean) * 255).astype('uint8')`",
+     lambda y: truncated((y * single(TORCH_STD) + single(TORCH_MEAN)) * single(255))),
+    ("torch", "`Normalize(-mean / std, 1 / std)`, then `to_pil_image`",
+     lambda y: truncated(normalised_backwards(y) * single(255))),
+)  # fmt: skip
+
+
+def stored(mode, dtype):
+    """Return what Keras computes in float32, rounded once to what it is stored as."""
+    from keras.applications.imagenet_utils import preprocess_input
+
+    return preprocess_input(X, mode=mode).astype(storage_dtype(dtype))
+
+
+def wrong(inverse, mode):
+    """Return for each type how many of the 768 values come back as others."""
+    return {dtype: int(np.count_nonzero(inverse(stored(mode, dtype)) != X)) for dtype in STORED_AS}
+
+
+def main():
+    os.environ["KERAS_BACKEND"] = "numpy"
+    rows = [
+        {
+            "mode": mode,
+            "inverse": name,
+            "wrong": wrong(lambda y, i=inverse: i(y.astype(np.float32)), mode),
+        }
+        for mode, name, inverse in INVERSES
+    ]
+    rows += [
+        {
+            "mode": mode,
+            "inverse": "`fastvgg.restore`",
+            "wrong": wrong(lambda y, m=mode: fastvgg.restore(y, m), mode),
+        }
+        for mode in ("caffe", "tf", "torch")
+    ]
+    for row in rows:
+        print(f"{row['mode']:6s} {row['inverse']:60s}", row["wrong"])
+    record = {"machine": machine(), "values": X.size, "rows": rows}
+    RESULT.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
