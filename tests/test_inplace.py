@@ -426,3 +426,20 @@ def test_what_another_process_has_come_to_the_end_of_meanwhile_is_not_done_twice
         change(file, mode="caffe")
     must_say(caught.value, file, "preprocessed already")
     assert np.load(file).tobytes() == expected_of(file).tobytes()
+
+
+def test_what_another_process_has_begun_meanwhile_is_planned_again(file, monkeypatch):
+    def read_before_another_begins(path):
+        found = read_ring_header(path)
+        monkeypatch.setattr(prepare, "read_ring_header", read_ring_header)
+        with pytest.raises(Death):
+            change(file, mode="caffe", together=2, storage=CuttingStorage(2, in_place=True))
+        return found
+
+    os.utime(file, ns=(1, 1))  # so that writing to it changes that
+    monkeypatch.setattr(prepare, "read_ring_header", read_before_another_begins)
+    late = plan_of(file, None, in_place=True, mode="caffe")
+    with pytest.raises(SourceError, match="has changed since"):
+        run(late)
+    change(file, mode="caffe", together=2)
+    assert np.load(file).tobytes() == expected_of(file).tobytes()

@@ -129,6 +129,8 @@ class _InPlace:
 
     def _reopen(self, header: RingHeader) -> Ring:
         refuse_other_file(header, self.data.path)
+        if header.job["source"]["fingerprint"] != self.plan.fingerprint:
+            raise changed_since(self.data.path)  # another run began while this one was planned
         refuse_other_job(header.job, self.plan.job(), self.plan.target)
         if header.chunk_images != self.plan.chunk_images:
             raise changed_since(self.data.path)
