@@ -1,28 +1,40 @@
-"""Every Numba option, and why; and what the processor that Numba compiles for can do.
+"""What compiles loops, and what the processor that they are compiled for can do.
 
-- `nogil`: loops are serial and run on the engine's own threads. Not `parallel`: the only
-  threading layer that pip's Numba brings aborts the process when two threads enter it
-  (https://github.com/numba/numba/issues/8563).
+Loops are written in LLVM's language, through llvmlite, and Numba's code generator makes machine
+code of them: with its optimisations, for this processor. They enter Python through ctypes, which
+gives the interpreter lock away for as long as one runs, so they work on the engine's own threads.
+
+Numba's own compiler, for loops written in Python, comes to the same machine code. It takes 0.3 s
+more before the first one: most of it goes into learning every type and function that Numba knows.
+`loop` and `block` are for it.
+
+- `nogil`: as above. Not `parallel`: the only threading layer that pip's Numba brings aborts the
+  process when two threads enter it (https://github.com/numba/numba/issues/8563).
 - `error_model="numpy"`: Python's model would test every divisor for zero.
 - `no_cfunc_wrapper`: no C code calls a loop, and to compile that way in takes 0.02 s.
 - No `fastmath`: reassociation, contraction and reciprocals change the bits.
-- No `cache`: a loop compiles in 0.1 to 0.2 s, and a cache of compiled code is one more thing to go
-  stale.
+- No `cache`: a cache of compiled code is one more thing to go stale.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numba
+from llvmlite import ir
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Processor", "block", "loop", "processor"]
+__all__ = ["Processor", "block", "loop", "machine_code", "processor"]
+
+_numbers = itertools.count()
 
 if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]  # read from the environment
     raise ImportError("NUMBA_DISABLE_JIT is set")
@@ -52,6 +64,30 @@ def processor() -> Processor:
         fuses=is_arm or "+fma" in named,
         moves_bytes=64 if "+avx512vbmi" in named else 16 if "+ssse3" in named else 0,
     )
+
+
+def machine_code(emit: Callable[..., None], arguments: int) -> Callable[..., None]:
+    """Compile a pass over memory, whose arguments are all addresses or sizes.
+
+    `emit` writes it: it is called with an LLVM builder and with the arguments, as LLVM values.
+    """
+    name = f"fastvgg.{next(_numbers)}"
+    # Outside of the compiler's lock, which is taken while the context's own lock is held.
+    code_generator = cpu_target.target_context.codegen()
+    with global_compiler_lock:
+        library = code_generator.create_library(name)
+        module = library.create_ir_module(name)
+        signature = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * arguments)
+        function = ir.Function(module, signature, name)
+        builder = ir.IRBuilder(function.append_basic_block())
+        emit(builder, *function.args)
+        builder.ret_void()
+        library.add_ir_module(module)
+        library.finalize()
+        address = library.get_pointer_to_function(name)
+    called = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arguments)(address)
+    called.library = library  # type: ignore[attr-defined]  # whose end is that of the code
+    return called
 
 
 def loop(function: Callable[..., None]) -> Callable[..., None]:

@@ -22,7 +22,7 @@ from numba.core.cgutils import for_range
 
 from fastvgg.kernels import blocks
 from fastvgg.kernels.blocks import ELEMENT_BYTES, LINE_BYTES
-from fastvgg.kernels.compile import block, loop
+from fastvgg.kernels.compile import machine_code
 from fastvgg.kernels.recipe import ROW_LANES, ROWS
 
 if TYPE_CHECKING:
@@ -44,59 +44,99 @@ def compiled(recipe: Recipe) -> Callable[..., None]:
     and how many pixels of each; then the bytes from one image to the next and from one plane to the
     next, of the source and of the target. Planes mean nothing where a side is woven.
     """
-    source_bytes, target_bytes = ELEMENT_BYTES[recipe.source], ELEMENT_BYTES[recipe.target]
+    return machine_code(functools.partial(_pass_over, recipe), 9)
+
+
+def _pass_over(
+    recipe: Recipe,
+    b: Any,
+    source: Any,
+    target: Any,
+    constants: Any,
+    images: Any,
+    pixels: Any,
+    source_image: Any,
+    source_plane: Any,
+    target_image: Any,
+    target_plane: Any,
+) -> None:
+    """Emit what goes over images, tiles of them, and planes of a tile."""
+    number = functools.partial(ir.Constant, pixels.type)
     by_plane = recipe.planar_target and not recipe.in_place
-    planes = 3 if by_plane else 1
+    tiles = b.sdiv(b.add(pixels, number(TILE_PIXELS - 1)), number(TILE_PIXELS))
+    source_bytes = number(ELEMENT_BYTES[recipe.source])
+    channel_step = source_plane if recipe.planar_source else source_bytes
+    compute_bytes = number(ELEMENT_BYTES[recipe.compute])
+    with (
+        for_range(b, images) as image,
+        for_range(b, tiles if by_plane else number(1)) as tile,
+        for_range(b, number(3 if by_plane else 1)) as plane,
+    ):
+        channel = plane.index
+        if recipe.flips and by_plane:
+            channel = b.sub(number(2), channel)
+        x = b.add(source, b.mul(image.index, source_image))
+        x = b.add(x, b.mul(channel, channel_step))
+        y = b.add(target, b.mul(image.index, target_image))
+        y = b.add(y, b.mul(plane.index, target_plane))
+        here = b.add(constants, b.mul(plane.index, compute_bytes))
+        at, end = number(0), pixels
+        if by_plane:
+            at, end = _tile(b, recipe, tile.index, y, pixels)
+        _stretch(b, recipe, (x, y, here, source_plane), at, end)
+    if recipe.streams:
+        blocks.fence(b)
+
+
+def _tile(b: Any, recipe: Recipe, tile: Any, y: Any, pixels: Any) -> tuple[Any, Any]:
+    """Return where a tile begins and ends: where a line of this plane does, if that matters."""
+    number = functools.partial(ir.Constant, pixels.type)
+    start = at = b.mul(tile, number(TILE_PIXELS))
+    if recipe.streams:
+        before_a_line = b.and_(b.neg(y), number(LINE_BYTES - 1))
+        shift = b.udiv(before_a_line, number(ELEMENT_BYTES[recipe.target]))
+        at = b.add(start, shift)
+    end = b.add(at, number(TILE_PIXELS))
+    is_first = b.icmp_signed("==", tile, number(0))
+    is_last = b.icmp_signed(">", end, pixels)
+    return b.select(is_first, start, at), b.select(is_last, pixels, end)
+
+
+def _stretch(b: Any, recipe: Recipe, where: tuple[Any, ...], begin: Any, end: Any) -> None:
+    """Emit what goes over the pixels of a stretch: in blocks where it can, else one by one."""
+    x, y, constants, source_plane = where
+    number = functools.partial(ir.Constant, begin.type)
+    count = LINE_BYTES // ELEMENT_BYTES[recipe.target]
+    by_plane = recipe.planar_target and not recipe.in_place
     make = _plane if by_plane else _planes if recipe.planar_target else _pixels
-    count = LINE_BYTES // target_bytes
-    many, one = block(make(recipe, count)), block(make(recipe, 1))
-    source_step = _pixel_bytes(recipe.source, recipe.planar_source)
-    target_step = _pixel_bytes(recipe.target, recipe.planar_target)
-    compute_bytes = ELEMENT_BYTES[recipe.compute]
-    planar_source, flips, streams = recipe.planar_source, recipe.flips, recipe.streams
-    finish = block(lambda b, *_: blocks.fence(b))
-    in_line = LINE_BYTES - 1
-
-    @loop
-    def pass_over(
-        source: Any,
-        target: Any,
-        constants: Any,
-        images: Any,
-        pixels: Any,
-        source_image: Any,
-        source_plane: Any,
-        target_image: Any,
-        target_plane: Any,
-    ) -> None:
-        channel_step = source_plane if planar_source else source_bytes
-        tile = TILE_PIXELS if by_plane else pixels or 1
-        for image in range(images):
-            for start in range(0, pixels, tile):
-                for plane in range(planes):
-                    x = source + image * source_image
-                    x += (planes - 1 - plane if flips else plane) * channel_step
-                    y = target + image * target_image + plane * target_plane
-                    # A tile begins and ends where a line of this plane does.
-                    shift = (-y & in_line) // target_step if by_plane and streams else 0
-                    at = start + shift if start else 0
-                    end = start + tile + shift
-                    if end > pixels:  # min() would be one more function to compile
-                        end = pixels
-                    here = constants + plane * compute_bytes
-                    while at < end:
-                        p, q = x + at * source_step, y + at * target_step
-                        if at + count <= end and not (streams and q & in_line):
-                            times = (end - at) // count
-                            many(p, q, here, source_plane, times)
-                            at += times * count
-                        else:
-                            one(p, q, here, source_plane, 1)
-                            at += 1
-        if streams:
-            finish(0, 0, 0, 0, 0)
-
-    return pass_over
+    before = b.block
+    check, body, done = (b.append_basic_block() for _ in range(3))
+    b.branch(check)
+    b.position_at_end(check)
+    at = b.phi(begin.type)
+    at.add_incoming(begin, before)
+    b.cbranch(b.icmp_signed("<", at, end), body, done)
+    b.position_at_end(body)
+    p = b.add(x, b.mul(at, number(_pixel_bytes(recipe.source, recipe.planar_source))))
+    q = b.add(y, b.mul(at, number(_pixel_bytes(recipe.target, recipe.planar_target))))
+    fits = b.icmp_signed("<=", b.add(at, number(count)), end)
+    if recipe.streams:
+        in_line = b.and_(q, number(LINE_BYTES - 1))
+        fits = b.and_(fits, b.icmp_signed("==", in_line, number(0)))
+    with b.if_else(fits) as (many, one):
+        with many:
+            times = b.udiv(b.sub(end, at), number(count))
+            make(recipe, count)(b, p, q, constants, source_plane, times)
+            after_many, many_done = b.add(at, b.mul(times, number(count))), b.block
+        with one:
+            make(recipe, 1)(b, p, q, constants, source_plane, number(1))
+            after_one, one_done = b.add(at, number(1)), b.block
+    following = b.phi(begin.type)
+    following.add_incoming(after_many, many_done)
+    following.add_incoming(after_one, one_done)
+    b.branch(check)
+    at.add_incoming(following, b.block)
+    b.position_at_end(done)
 
 
 def _pixels(recipe: Recipe, count: int) -> Callable[..., None]:
@@ -189,17 +229,28 @@ def _rows(
 def _each_block(
     b: Any, recipe: Recipe, count: int, source: Any, target: Any, times: Any
 ) -> Iterator[tuple[Any, Any]]:
-    """Emit a loop over neighbouring blocks, and yield the addresses of one."""
-    with for_range(b, times) as block_loop:
+    """Emit a loop over neighbouring blocks, at least one, and yield the addresses of one.
 
-        def here(start: Any, pixel_bytes: int) -> Any:
-            step = ir.Constant(start.type, count * pixel_bytes)
-            return b.add(start, b.mul(block_loop.index, step))
+    Nothing is asked before the first one: LLVM then keeps the constants in registers. Else it takes
+    them together anew for each block, with up to 170 more instructions.
+    """
+    before, again, done = b.block, b.append_basic_block(), b.append_basic_block()
+    b.branch(again)
+    b.position_at_end(again)
+    block = b.phi(times.type)
+    block.add_incoming(ir.Constant(times.type, 0), before)
 
-        yield (
-            here(source, _pixel_bytes(recipe.source, recipe.planar_source)),
-            here(target, _pixel_bytes(recipe.target, recipe.planar_target)),
-        )
+    def here(start: Any, pixel_bytes: int) -> Any:
+        return b.add(start, b.mul(block, ir.Constant(start.type, count * pixel_bytes)))
+
+    yield (
+        here(source, _pixel_bytes(recipe.source, recipe.planar_source)),
+        here(target, _pixel_bytes(recipe.target, recipe.planar_target)),
+    )
+    following = b.add(block, ir.Constant(times.type, 1))
+    block.add_incoming(following, b.block)
+    b.cbranch(b.icmp_signed("<", following, times), again, done)
+    b.position_at_end(done)
 
 
 def _pixel_bytes(storage: str, planar: bool) -> int:

@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba.core.cgutils import for_range
 
 from fastvgg.kernels import blocks
-from fastvgg.kernels.compile import block, loop, processor
+from fastvgg.kernels.compile import machine_code, processor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -165,13 +165,7 @@ def pick(group_bytes: int) -> Callable[..., None]:
                 with for_range(b, count) as at:
                     copy(x, y, at.index)
 
-    picked = block(emit)
-
-    @loop
-    def pick_rows(source: Any, target: Any, numbers: Any, rows: Any, columns: Any) -> None:
-        picked(source, target, numbers, rows, columns)
-
-    return pick_rows
+    return machine_code(emit, 5)
 
 
 def _moved(b: Any, taken: Any, moves: Any) -> Any:
