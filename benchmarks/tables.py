@@ -46,6 +46,21 @@ def bench(record):
     return [*lines, "", latency, "", place(record)]
 
 
+def startup(record):
+    """Return a table of what it takes to begin."""
+    lines = ["| what | median | middle half of the rounds |", "|---|---:|---:|"]
+    for rows, unit in ((record["seconds"], " s"), (record["ratios"], "")):
+        for row in rows:
+            low, high = row["middle_half"]
+            lines.append(
+                f"| {row['what']} | {row['median']:.2f}{unit} | {low:.2f} to {high:.2f}{unit} |"
+            )
+    installed = (
+        f"The core install is {record['packages']} packages, {record['bytes'] / 2**20:.0f} MiB."
+    )
+    return [*lines, "", f"{installed} Python {record['python']}, {place(record)}"]
+
+
 def peers(record):
     """Return a table for each task: the faster style of each peer, in used and in new memory."""
     rows = [row for row in record["rows"] if row["best"]]

@@ -12,7 +12,7 @@ import functools
 import importlib
 import importlib.util
 import warnings
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, overload
 
 import numpy as np
 
@@ -57,17 +57,45 @@ OVERLAP_SEARCH_STEPS: Final = 100_000
 TABLES_KEPT: Final = 256  # each of 6 kB, for results of 224x224
 
 
+@overload
 def preprocess(
-    x: Any,  # noqa: ANN401  # whatever is an array, and as such comes back
+    x: NDArray[Any],
+    mode: Mode | str,
+    *,
+    layout: Layout = ...,
+    out_layout: Layout | None = ...,
+    dtype: DTypeLike | None = ...,
+    out: None = ...,
+    threads: int | None = ...,
+    backend: Backend = ...,
+) -> NDArray[Any]: ...
+
+
+@overload
+def preprocess(
+    x: Any,  # noqa: ANN401
+    mode: Mode | str,
+    *,
+    layout: Layout = ...,
+    out_layout: Layout | None = ...,
+    dtype: DTypeLike | None = ...,
+    out: Any = ...,  # noqa: ANN401
+    threads: int | None = ...,
+    backend: Backend = ...,
+) -> Any: ...  # noqa: ANN401
+
+
+def preprocess(
+    x: Any,  # whatever is an array, and as such comes back
     mode: Mode | str,
     *,
     layout: Layout = "NHWC",
     out_layout: Layout | None = None,
     dtype: DTypeLike | None = None,
-    out: Any = None,  # noqa: ANN401
+    out: Any = None,
     threads: int | None = None,
     backend: Backend = "auto",
-) -> Any:  # noqa: ANN401
+) -> Any:
     """Turn images into network input, bit-equal to Keras' `preprocess_input`.
 
     Parameters
@@ -112,18 +140,48 @@ def preprocess(
     return apply(transform, x, out, threads=threads, backend=backend)
 
 
+@overload
+def restore(
+    y: NDArray[Any],
+    mode: Mode | str,
+    *,
+    layout: Layout = ...,
+    out_layout: Layout | None = ...,
+    dtype: None = ...,
+    out: None = ...,
+    rounding: Rounding = ...,
+    threads: int | None = ...,
+    backend: Backend = ...,
+) -> NDArray[np.uint8]: ...
+
+
+@overload
 def restore(
     y: Any,  # noqa: ANN401
+    mode: Mode | str,
+    *,
+    layout: Layout = ...,
+    out_layout: Layout | None = ...,
+    dtype: DTypeLike | None = ...,
+    out: Any = ...,  # noqa: ANN401
+    rounding: Rounding = ...,
+    threads: int | None = ...,
+    backend: Backend = ...,
+) -> Any: ...  # noqa: ANN401
+
+
+def restore(
+    y: Any,
     mode: Mode | str,
     *,
     layout: Layout = "NHWC",
     out_layout: Layout | None = None,
     dtype: DTypeLike | None = None,
-    out: Any = None,  # noqa: ANN401
+    out: Any = None,
     rounding: Rounding = "nearest",
     threads: int | None = None,
     backend: Backend = "auto",
-) -> Any:  # noqa: ANN401
+) -> Any:
     """Turn network input back into images: ``restore(preprocess(x)) == x``, every byte.
 
     Any float is allowed, as optimised images hold them: NaN and what is below 0 become 0, what is

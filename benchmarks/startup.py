@@ -1,0 +1,144 @@
+"""What it takes to begin: imports, the command line, the first call; and what is installed.
+
+    python benchmarks/startup.py            # a minute; writes results/startup.json
+    python benchmarks/startup.py --quick    # few rounds; writes nothing
+
+In an environment of its own with the core install alone, made with pip: no SciPy, which Numba
+imports where it is installed. Every program runs in a new process, all of them in turn; the figures
+are medians over the rounds and the middle half of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from pathlib import Path
+
+from fastvgg.bench.machine import machine
+from fastvgg.threads import usable_cores
+
+CHECKOUT = Path(__file__).parents[1]
+RESULT = Path(__file__).parent / "results" / "startup.json"
+
+# Each prints the seconds of what it is named for; without a print, the whole process is meant.
+FIRST_CALL = """
+import time
+import numba
+import numpy as np
+x = np.zeros((1, 224, 224, 3), np.uint8)
+begun = time.perf_counter()
+import fastvgg
+fastvgg.preprocess(x, "caffe")
+print(time.perf_counter() - begun)
+"""
+IMPORT = """
+import time
+begun = time.perf_counter()
+import {name}
+print(time.perf_counter() - begun)
+"""
+PROGRAMS = {
+    "python -c pass": ["-c", "pass"],
+    "fastvgg --help": ["-m", "fastvgg", "--help"],
+    "process that imports numpy": ["-c", "import numpy"],
+    "process that imports fastvgg": ["-c", "import fastvgg"],
+    "import typer": ["-c", IMPORT.format(name="typer")],
+    "import numpy": ["-c", IMPORT.format(name="numpy")],
+    "import fastvgg": ["-c", IMPORT.format(name="fastvgg")],
+    "import numba": ["-c", IMPORT.format(name="numba")],
+    "first call above import numba": ["-c", FIRST_CALL],
+}
+RATIOS = (
+    ("import fastvgg", "import numpy", 1.15),
+    ("process that imports fastvgg", "process that imports numpy", 1.15),
+)
+MOST_SECONDS = {"fastvgg --help": 0.35, "first call above import numba": 0.3}
+MOST_PACKAGES = 18
+
+
+def installed(place):
+    """Install fastvgg and what it needs; return Python, how many packages, and their bytes."""
+    venv.create(place, with_pip=True)
+    python = place / "bin" / "python"
+    pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    before = size_of(place)
+    subprocess.run([*pip, "install", str(CHECKOUT)], check=True)
+    listed = subprocess.run([*pip, "freeze"], capture_output=True, text=True, check=True).stdout
+    return python, len(listed.splitlines()), size_of(place) - before
+
+
+def size_of(place):
+    """Return the bytes of all files of packages."""
+    files = (path for path in place.rglob("site-packages/**/*") if path.is_file())
+    return sum(path.stat().st_size for path in files)
+
+
+def seconds_of(python, program):
+    """Return the seconds that a program prints, else those of its process."""
+    begun = time.perf_counter()
+    done = subprocess.run(
+        [str(python), *program], cwd=python.parent, capture_output=True, text=True, check=True
+    )
+    whole = time.perf_counter() - begun
+    return float(done.stdout) if "print" in program[-1] else whole
+
+
+def in_turn(python, rounds):
+    """Return the seconds of every program in every round; the first of each is not counted."""
+    taken = {name: [] for name in PROGRAMS}
+    for number in range(rounds + 1):
+        for name, program in PROGRAMS.items():
+            seconds = seconds_of(python, program)
+            if number:
+                taken[name].append(seconds)
+    return taken
+
+
+def row(name, values, wanted):
+    """Return a line of the result, printed as well."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    line = {"what": name, "median": round(middle, 4), "wanted": wanted}
+    line["middle_half"] = [round(low, 4), round(high, 4)]
+    print(f"{name:60s} {middle:7.3f} ({low:.3f} to {high:.3f})", flush=True)
+    return line
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rounds", type=int, default=21)
+    arguments = parser.parse_args()
+    rounds = 5 if arguments.quick else arguments.rounds
+    with tempfile.TemporaryDirectory(prefix="fastvgg-startup-") as place:
+        python, packages, size = installed(Path(place))
+        taken = in_turn(python, rounds)
+    seconds = [row(name, taken[name], MOST_SECONDS.get(name)) for name in PROGRAMS]
+    ratios = [
+        row(
+            f"{ours} / {theirs}",
+            [a / b for a, b in zip(taken[ours], taken[theirs], strict=True)],
+            wanted,
+        )
+        for ours, theirs, wanted in RATIOS
+    ]
+    print(f"{packages} packages, {size / 2**20:.0f} MiB")
+    rows = [line for line in seconds + ratios if line["wanted"]]
+    missed = [line["what"] for line in rows if line["median"] > line["wanted"]]
+    missed += ["packages"] if packages > MOST_PACKAGES else []
+    print("above what is wanted:", ", ".join(missed) or "none")
+    if not arguments.quick:
+        record = {"machine": machine(), "threads": usable_cores(), "rounds": rounds}
+        record |= {"python": sys.version.split()[0], "packages": packages, "bytes": size}
+        RESULT.write_text(
+            json.dumps(record | {"seconds": seconds, "ratios": ratios}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

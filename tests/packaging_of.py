@@ -1,0 +1,35 @@
+"""The wheel and the source archive of a checkout."""
+
+from __future__ import annotations
+
+import subprocess
+import tarfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BUILD = """
+import sys
+from hatchling import build
+print(build.build_wheel(sys.argv[1]))
+print(build.build_sdist(sys.argv[1]))
+"""
+
+
+def built(python, place, source=ROOT):
+    """Build both with the hatchling that a Python has; return where they are, by name."""
+    place.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+        [python, "-c", BUILD, str(place)], cwd=source, capture_output=True, text=True, check=True
+    )
+    wheel, sdist = done.stdout.split()
+    return {"wheel": place / wheel, "sdist": place / sdist}
+
+
+def names_in(archive):
+    """The names of the files in a wheel or a source archive."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            return wheel.namelist()
+    with tarfile.open(archive) as sdist:
+        return sdist.getnames()

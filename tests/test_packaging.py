@@ -1,0 +1,99 @@
+"""What is installed: the package alone, few packages with it, types that hold outside."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from importlib.metadata import requires
+from pathlib import Path
+
+import packaging.requirements
+import packaging.utils
+import pytest
+from packaging_of import built, names_in
+
+import fastvgg
+
+ROOT = Path(__file__).parents[1]
+MOST_PACKAGES = 18
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory):
+    return built(sys.executable, tmp_path_factory.mktemp("archives"))
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(archives):
+    names = names_in(archives["wheel"])
+    rooms = {f"fastvgg/{path.relative_to(ROOT / 'fastvgg')}" for path in rooms_of(ROOT / "fastvgg")}
+    described = {name for name in names if name.startswith("fastvgg-") and ".dist-info/" in name}
+    assert set(names) - described == rooms
+    assert {name.split(".dist-info/")[1] for name in described} == {
+        *("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"),
+    }
+
+
+def rooms_of(package):
+    return [path for path in package.rglob("*") if path.suffix == ".py" or path.name == "py.typed"]
+
+
+def test_the_source_archive_makes_the_same_wheel(archives, tmp_path):
+    names = {name.split("/", 1)[1] for name in names_in(archives["sdist"])}
+    assert {"CHANGELOG.md", "LICENSE", "README.md", "fastvgg/py.typed", "pyproject.toml"} <= names
+    assert {"tests/test_packaging.py", "benchmarks/startup.py", "conftest.py"} <= names
+    shutil.unpack_archive(archives["sdist"], tmp_path, filter="data")
+    (unpacked,) = tmp_path.iterdir()
+    again = built(sys.executable, tmp_path / "again", unpacked)
+    assert again["wheel"].read_bytes() == archives["wheel"].read_bytes()
+
+
+def test_the_core_install_is_few_packages():
+    found, following = set(), ["fastvgg"]
+    while following:
+        name = packaging.utils.canonicalize_name(following.pop())
+        if name in found:
+            continue
+        found.add(name)
+        needed = map(packaging.requirements.Requirement, requires(name) or [])
+        following += [r.name for r in needed if not r.marker or r.marker.evaluate({"extra": ""})]
+    assert "llvmlite" in found
+    allowed_here = MOST_PACKAGES + 4 * ("pydantic" in found)  # of a Typer newer than is allowed
+    assert len(found) <= allowed_here, sorted(found)
+
+
+def test_a_typed_program_outside_of_the_checkout_is_checked_against_the_installed_package(
+    archives, tmp_path
+):
+    venv.create(tmp_path / "venv", symlinks=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    shutil.unpack_archive(archives["wheel"], site, "zip")
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    program = shutil.copy(Path(__file__).with_name("typed_program.py"), tmp_path)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "mypy", "--strict", "--python-executable", str(python)),
+            *("--cache-dir", str(tmp_path / "cache"), program),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_command_says_its_version():
+    done = subprocess.run(
+        [sys.executable, "-m", "fastvgg", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"fastvgg {fastvgg.__version__}\n"
+
+
+def test_the_changelog_has_an_entry_for_this_version():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## \[{re.escape(fastvgg.__version__)}\]", text, re.MULTILINE)
