@@ -1,0 +1,42 @@
+"""Keras, on NumPy arrays and on the tensors of its backends."""
+
+from __future__ import annotations
+
+from contenders.task import Peer
+
+
+def keras_preprocess(task):
+    from keras.applications.imagenet_utils import preprocess_input
+
+    def in_place(images, y):
+        y[...] = images
+        return preprocess_input(y, mode=task.mode.name)
+
+    return Peer(
+        whole=lambda: preprocess_input(task.x, mode=task.mode.name),
+        whole_into=lambda: in_place(task.x, task.out),
+        image=in_place,
+        seen=lambda y: y[..., ::-1] if task.mode.flips else y,
+    )
+
+
+def keras_tensor_preprocess(task):
+    """Give Keras a tensor of its backend, of floats, as in uint8 its arithmetic overflows."""
+    import keras
+    from keras.applications.imagenet_utils import preprocess_input
+
+    def preprocess(x):
+        y = preprocess_input(keras.ops.cast(x, "float32"), mode=task.mode.name)
+        return y.block_until_ready() if keras.backend.backend() == "jax" else y
+
+    def image(x, row):
+        row[...] = preprocess(keras.ops.convert_to_tensor(x))
+
+    def set_threads(threads):
+        if keras.backend.backend() == "torch":
+            import torch
+
+            torch.set_num_threads(threads)
+
+    x = keras.ops.convert_to_tensor(task.x)
+    return Peer(whole=lambda: preprocess(x), image=image, set_threads=set_threads)

@@ -1,0 +1,85 @@
+"""OpenCV, and Albumentations, which works with it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from contenders.task import Peer, torch_constants
+
+
+def opencv_blob(layout):
+    def build(task):
+        import cv2
+
+        parameters = cv2.dnn.Image2BlobParams()
+        parameters.datalayout = getattr(cv2, f"DNN_LAYOUT_{layout}")
+        parameters.swapRB = task.mode.flips
+        if task.mode.flips:
+            parameters.mean = task.mode.mean
+        else:
+            parameters.mean = tuple(task.mode.divide * mean for mean in task.mode.mean)
+            parameters.scalefactor = tuple(1 / (task.mode.divide * std) for std in task.mode.std)
+
+        def seen(y):
+            images, height, width, channels = y.shape
+            return y.reshape(images, channels, height, width) if layout == "NCHW" else y
+
+        def image(x, row):
+            cv2.dnn.blobFromImageWithParams(x, seen(row[np.newaxis]), parameters)
+
+        images, out = list(task.x), seen(task.out)
+        return Peer(
+            whole=lambda: cv2.dnn.blobFromImagesWithParams(images, param=parameters),
+            whole_into=lambda: cv2.dnn.blobFromImagesWithParams(images, out, parameters),
+            image=image,
+            seen=seen,
+            set_threads=cv2.setNumThreads,
+        )
+
+    return build
+
+
+def opencv_preprocess(task):
+    import cv2
+
+    mean = (*task.mode.mean, 0.0)
+
+    def subtract(x, row):
+        flipped = cv2.cvtColor(x, cv2.COLOR_RGB2BGR)
+        cv2.subtract(flipped, mean, row, dtype=cv2.CV_32F)
+
+    if task.mode.flips:
+        return Peer(image=subtract, set_threads=cv2.setNumThreads)
+    divide, mean, std = torch_constants(task.mode)
+    table = (np.arange(256, dtype=np.float32)[None, :, None] / divide - mean) / std
+    return Peer(image=lambda x, row: cv2.LUT(x, table, row), set_threads=cv2.setNumThreads)
+
+
+def opencv_restore(task):
+    import cv2
+
+    mean = (*task.mode.mean, 0.0)
+
+    def image(y, row):
+        cv2.cvtColor(cv2.add(y, mean, dtype=cv2.CV_8U), cv2.COLOR_BGR2RGB, row)
+
+    return Peer(image=image, set_threads=cv2.setNumThreads)
+
+
+def albumentations_preprocess(task):
+    import albumentations
+    import cv2
+
+    if task.mode.flips:
+        normalize = albumentations.Normalize(task.mode.mean, (1, 1, 1), max_pixel_value=1.0)
+    else:
+        normalize = albumentations.Normalize(task.mode.mean, task.mode.std, task.mode.divide)
+
+    def image(x, row):
+        ordered = cv2.cvtColor(x, cv2.COLOR_RGB2BGR) if task.mode.flips else x
+        row[...] = normalize(image=ordered)["image"]
+
+    def whole():
+        return normalize(images=task.x[..., ::-1] if task.mode.flips else task.x)["images"]
+
+    return Peer(whole=whole, image=image, set_threads=cv2.setNumThreads)

@@ -1,0 +1,107 @@
+"""PyTorch, torchvision and torch.compile."""
+
+from __future__ import annotations
+
+from contenders.task import Peer, means
+
+
+def torchvision_preprocess(task):
+    """Call v2's functions on the batch as channels-last memory, where they are fastest."""
+    import torch
+    from torchvision.transforms.v2 import functional
+
+    mean, std = list(task.mode.mean), list(task.mode.std or (1.0, 1.0, 1.0))
+    scale = task.mode.divide is not None
+
+    def normalized(x):
+        y = x.movedim(-1, -3)
+        y = functional.to_dtype(y.flip(-3) if task.mode.flips else y, torch.float32, scale=scale)
+        return functional.normalize(y, mean, std, inplace=True).movedim(-3, -1)
+
+    x = torch.from_numpy(task.x)
+    return Peer(
+        whole=lambda: normalized(x),
+        image=lambda image, row: torch.from_numpy(row).copy_(normalized(torch.from_numpy(image))),
+        set_threads=torch.set_num_threads,
+    )
+
+
+def torch_preprocess(task):
+    """Do the operations of torchvision's v2, in their order, in the memory of the result."""
+    import torch
+
+    mean = torch.from_numpy(means(task.mode))
+    std = torch.tensor(task.mode.std or (1.0, 1.0, 1.0))
+
+    def normalized(y):
+        if task.mode.divide is not None:
+            y.mul_(1 / task.mode.divide)
+        return y.sub_(mean).div_(std)
+
+    def ordered(x):
+        return x.flip(-1) if task.mode.flips else x
+
+    def into(x, out):
+        return normalized(out.copy_(ordered(x)))
+
+    x, out = torch.from_numpy(task.x), torch.from_numpy(task.out)
+    return Peer(
+        whole=lambda: normalized(ordered(x).to(torch.float32)),
+        whole_into=lambda: into(x, out),
+        image=lambda image, row: into(torch.from_numpy(image), torch.from_numpy(row)),
+        set_threads=torch.set_num_threads,
+    )
+
+
+def torch_restore(task):
+    import torch
+
+    mean = torch.from_numpy(means(task.mode))
+
+    def rounded(y):
+        return y.add(mean).round_().clamp_(0, 255)
+
+    def into(y, out):
+        return out.copy_(rounded(y).flip(-1))
+
+    y, out = torch.from_numpy(task.x), torch.from_numpy(task.out)
+    return Peer(
+        whole=lambda: rounded(y).to(torch.uint8).flip(-1),
+        whole_into=lambda: into(y, out),
+        image=lambda image, row: into(torch.from_numpy(image), torch.from_numpy(row)),
+        set_threads=torch.set_num_threads,
+    )
+
+
+def compiled_by_torch(task, formula):
+    import torch
+
+    def into(x, out):
+        return out.copy_(formula(x))
+
+    torch.set_num_threads(task.threads)  # the number becomes part of the compiled code
+    fresh = torch.compile(formula, dynamic=False)
+    reused = torch.compile(into, dynamic=False)
+    x, out = torch.from_numpy(task.x), torch.from_numpy(task.out)
+    return Peer(
+        whole=lambda: fresh(x), whole_into=lambda: reused(x, out), set_threads=torch.set_num_threads
+    )
+
+
+def torch_compile_preprocess(task):
+    import torch
+
+    mean = torch.from_numpy(means(task.mode))
+    if task.mode.flips:
+        return compiled_by_torch(task, lambda x: x.flip(-1).to(torch.float32) - mean)
+    std = torch.tensor(task.mode.std)
+    return compiled_by_torch(task, lambda x: (x.to(torch.float32) / task.mode.divide - mean) / std)
+
+
+def torch_compile_restore(task):
+    import torch
+
+    mean = torch.from_numpy(means(task.mode))
+    return compiled_by_torch(
+        task, lambda y: (y + mean).round().clamp(0, 255).to(torch.uint8).flip(-1)
+    )

@@ -1,0 +1,139 @@
+"""What is asked of every contender, and what a contender can offer for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fastvgg import Mode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
+
+IMAGE = (224, 224, 3)
+COMPARED_TOGETHER = 64
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "NO_ALBUMENTATIONS_UPDATE": "1",  # else importing it asks the network for its newest version
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+"""To be set before any of the libraries is imported, as KERAS_BACKEND is."""
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    mode: Mode
+    restores: bool
+    x: NDArray[Any]
+    expected: NDArray[Any]
+    out: NDArray[Any]
+    """Used before, and shared by all who can be told where to write."""
+    threads: int
+
+    @property
+    def useful_bytes(self) -> int:
+        return self.x.nbytes + self.expected.nbytes
+
+
+def no_threads_of_its_own(_threads: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What a library can do for a task; a missing part is what its API does not offer."""
+
+    whole: Callable[[], Any] | None = None
+    """Return the result of the batch in new memory."""
+    whole_into: Callable[[], Any] | None = None
+    """Return it in memory that was used before."""
+    image: Callable[[NDArray[Any], NDArray[Any]], object] | None = None
+    """Write the result of one image into its row."""
+    seen: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray
+    """Return the view of all rows that is the result."""
+    set_threads: Callable[[int], object] = no_threads_of_its_own
+
+
+class Contender(NamedTuple):
+    name: str
+    module: str
+    preprocess: Callable[[Task], Peer] | None
+    restore: Callable[[Task], Peer] | None
+    note: str = ""
+    backend: str = "numpy"
+    """That of Keras in the process, which is read once."""
+
+    def enters(self, task: Task) -> Peer | None:
+        """Return what it offers for a task, if anything."""
+        build = self.restore if task.restores else self.preprocess
+        return build(task) if build is not None else None
+
+
+def means(mode: Mode, *, backwards: bool = False) -> NDArray[np.float32]:
+    """Return the means in float32, in the order of y, or of x."""
+    return np.array(mode.mean, np.float32)[:: -1 if backwards and mode.flips else 1]
+
+
+def torch_constants(mode: Mode) -> tuple[np.float32, NDArray[np.float32], NDArray[np.float32]]:
+    """Return the divisor, the means and the deviations in float32."""
+    return np.float32(mode.divide), means(mode), np.array(mode.std, np.float32)
+
+
+def preprocessed(x: NDArray[Any], mode: Mode) -> NDArray[Any]:
+    """Return what Keras makes of NumPy arrays, whichever its backend is."""
+    from keras.applications.imagenet_utils import preprocess_input
+
+    return np.ascontiguousarray(preprocess_input(x, mode=mode.name))
+
+
+def preprocessing(mode: Mode, name: str, x: NDArray[Any], threads: int) -> Task:
+    y = preprocessed(x, mode)
+    return Task(name, mode, False, x, y, np.empty_like(y), threads)
+
+
+def restoring(stored: type[np.floating], name: str, x: NDArray[Any], threads: int) -> Task:
+    """Have float32 restored that was stored in some type."""
+    y = preprocessed(x, Mode.CAFFE).astype(stored).astype(np.float32)
+    return Task(name, Mode.CAFFE, True, y, x, np.empty_like(x), threads)
+
+
+TASKS: dict[str, Callable[[str, NDArray[Any], int], Task]] = {
+    "preprocess, caffe": partial(preprocessing, Mode.CAFFE),
+    "preprocess, torch": partial(preprocessing, Mode.TORCH),
+    "restore, caffe": partial(restoring, np.float32),
+    "restore, caffe, stored in float16": partial(restoring, np.float16),
+}
+
+
+def images(count: int) -> NDArray[np.uint8]:
+    """Return images of noise, the same in every process."""
+    return np.random.default_rng(0).integers(0, 256, (count, *IMAGE), dtype=np.uint8)
+
+
+def tasks(count: int, threads: int) -> Iterator[Task]:
+    """Yield one task after the other, so that no two lie in memory together."""
+    x = images(count)
+    for name, make in TASKS.items():
+        yield make(name, x, threads)
+
+
+def difference(result: Any, expected: NDArray[Any]) -> tuple[int, float]:
+    """Count the elements of other bits, and return the largest distance."""
+    result = np.asarray(result)
+    if result.shape != expected.shape:
+        result = np.moveaxis(result, 1, -1)
+    assert (result.shape, result.dtype) == (expected.shape, expected.dtype)
+    bits = np.dtype(f"u{expected.itemsize}")
+    differing, largest = 0, 0.0
+    for first in range(0, len(expected), COMPARED_TOGETHER):
+        rows = slice(first, first + COMPARED_TOGETHER)
+        one, other = np.ascontiguousarray(result[rows]), expected[rows]
+        differing += int(np.count_nonzero(one.view(bits) != other.view(bits)))
+        largest = max(largest, float(np.abs(np.subtract(one, other, dtype=np.float32)).max()))
+    return differing, largest

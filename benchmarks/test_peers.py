@@ -1,0 +1,64 @@
+"""Every contender of peers.py by itself, to be compared between two states of the code.
+
+    python -m pytest benchmarks --benchmark-only -k caffe --benchmark-autosave
+    python -m pytest benchmarks --benchmark-only -k caffe --benchmark-compare
+
+Ratios between contenders are those of peers.py, which calls them in turn: here one follows the
+other, and what disturbs the machine disturbs one of them. `KERAS_BACKEND=torch` in the environment
+brings in what Keras does with tensors of that backend.
+"""
+
+import functools
+import os
+
+import pytest
+from contenders import CONTENDERS, importable
+from contenders.task import TASKS, difference, images
+from contenders.ways import MEMORIES, STYLES, ways
+
+pytestmark = pytest.mark.filterwarnings("default")  # other libraries' own
+
+
+@pytest.fixture(scope="module", params=TASKS, ids=lambda name: name.replace(", ", "-"))
+def task(request):
+    option = request.config.getoption
+    return TASKS[request.param](request.param, images(option("--images")), option("--threads"))
+
+
+@functools.cache
+def found_here():
+    return importable(os.environ["KERAS_BACKEND"])
+
+
+@pytest.fixture(scope="module", params=CONTENDERS, ids=lambda contender: contender.name)
+def offered(request, task):
+    """Return what a contender offers for a task: its ways, by style and memory."""
+    contender = request.param
+    present, _, missing = found_here()
+    if contender.name in missing:
+        pytest.skip(f"cannot be imported: {missing[contender.name]}")
+    if contender not in present:
+        pytest.skip(f"wants KERAS_BACKEND={contender.backend}")
+    peer = contender.enters(task)
+    if peer is None:
+        pytest.skip("does not enter for this task")
+    return {(way.style, way.memory): way for way in ways(contender.name, peer, task)}
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("style", STYLES)
+def test_peer(benchmark, task, offered, style, memory):
+    way = offered.get((style, memory))
+    if way is None:
+        pytest.skip("its API does not offer this")
+    way.prepare()
+    task.out.fill(0)
+    differing, _ = difference(way.call(), task.expected)
+    benchmark.group = task.name
+    benchmark.extra_info |= {
+        "images": len(task.x),
+        "useful_bytes": task.useful_bytes,
+        "differing": differing,
+    }
+    benchmark(way.call)
+    assert differing == 0 or way.contender != "fastvgg"
