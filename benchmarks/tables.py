@@ -13,6 +13,51 @@ RESULTS = Path(__file__).parent / "results"
 ELEMENTS_OF_AN_IMAGE = 224 * 224 * 3
 DOCUMENTS = (Path(__file__).parents[1] / "README.md", Path(__file__).with_name("README.md"))
 
+DIFFER = (
+    "Numbers differ whose bits are not those of Keras' NumPy path, or, in restoring, of the "
+    "original image."
+)
+OVERVIEW = (
+    "Of each library the fastest way for each task, in new or in used memory, and the worst share "
+    "that differs among them, also where float16 is restored. A blank says nothing."
+)
+OVERVIEW_TASKS = ("preprocess, caffe", "preprocess, torch", "restore, caffe")
+OVERVIEW_FACTS = (
+    "numbers that differ",
+    "has the inverse",
+    "writes where it is told",
+    "datasets on disk",
+)
+
+# The contenders of a library, and by its documentation: whether it has the inverse, whether it can
+# be told where to write, and what it does with a dataset on the disk.
+LIBRARIES = {
+    "fastvgg": (("fastvgg",), "yes", "yes", "disk to disk, goes on after a crash"),
+    "Keras": (
+        ("Keras", "Keras on PyTorch", "Keras on JAX", "Keras on TensorFlow"),
+        "no",
+        "no; floats in place",
+        "reads",
+    ),
+    "OpenCV": (
+        ("OpenCV blobFromImages, NCHW", "OpenCV blobFromImages, NHWC", "OpenCV arithmetic"),
+        *("", "yes", ""),
+    ),
+    "Albumentations": (("Albumentations Normalize",), "no", "no", ""),
+    "torchvision v2": (("torchvision v2",), "no", "no; floats in place", "reads"),
+    "PyTorch": (("PyTorch", "torch.compile"), "", "yes", "reads"),
+    "JAX": (("JAX jit",), "", "no", ""),
+    "DALI": (("DALI",), "", "", "reads"),
+    "numexpr": (("numexpr",), "", "yes", ""),
+    "Dask array": (("Dask array",), "", "yes", "disk to disk"),
+    "Numba": (("Numba, plain prange loop",), "", "yes", ""),
+    "NumPy": (("NumPy",), "", "yes", ""),
+    "StackOverflow": (
+        ("deprocess_img (StackOverflow)", "restore_original_image_from_array (StackOverflow)"),
+        *("alone", "no", ""),
+    ),
+}
+
 
 def place(record):
     """Return where and with what a result was measured, in a line."""
@@ -81,9 +126,10 @@ def peers(record):
                 f"{found[memory]['images_per_second']:,}" if memory in found else ""
                 for memory in ("reused", "new")
             ]
-            share = max(row["differing"] for row in found.values()) / elements
-            lines.append(f"| {name} | {figures[0]} | {figures[1]} | {share:.0%} |")
+            differing = max(row["differing"] for row in found.values()) / elements
+            lines.append(f"| {name} | {figures[0]} | {figures[1]} | {percent(differing)} |")
         lines.append("")
+    lines.append(f"{DIFFER}\n")
     lines += [f"- {name}: {note}." for name, note in record["notes"].items()]
     versions = ", ".join(f"{name} {version}" for name, version in record["peers"].items())
     missing = "".join(f" Not measured: {name}." for name in record["not_measured"])
@@ -92,7 +138,46 @@ def peers(record):
 
 def fastest(found):
     """Return the images a second of a contender's better kind of memory."""
-    return max(row["images_per_second"] for row in found.values())
+    return max(rate(row) for row in found.values())
+
+
+def percent(share):
+    """Return a share in percent, which is 0 where it is none at all, and 100 where it is all."""
+    if share == 0:
+        return "0"
+    if share < 0.001:
+        return "<0.1%"
+    if 0.999 < share < 1:
+        return ">99.9%"
+    return f"{share:.1%}" if share < 0.1 or 0.99 < share < 1 else f"{share:.0%}"
+
+
+def overview(record):
+    """Return a line for each library: its fastest ways, and by how much they differ at worst."""
+    fastest_ways = {}
+    for row in record["rows"]:
+        way = row["contender"], row["task"]
+        fastest_ways[way] = max(fastest_ways.get(way, row), row, key=rate)
+    lines = [
+        f"| images/s | {' | '.join((*OVERVIEW_TASKS, *OVERVIEW_FACTS))} |",
+        f"|---|{'---:|' * (len(OVERVIEW_TASKS) + 1)}{'---|' * (len(OVERVIEW_FACTS) - 1)}",
+    ]
+    for library, (contenders, *facts) in LIBRARIES.items():
+        found = {}
+        for (contender, task), row in fastest_ways.items():
+            if contender in contenders:
+                found[task] = max(found.get(task, row), row, key=rate)
+        if found:
+            rates = [f"{rate(found[task]):,}" if task in found else "" for task in OVERVIEW_TASKS]
+            differing = max(row["differing"] for row in found.values())
+            share = percent(differing / (record["images"] * ELEMENTS_OF_AN_IMAGE))
+            lines.append(f"| {' | '.join((library, *rates, share, *facts))} |")
+    return [*lines, "", f"{OVERVIEW} {DIFFER}"]
+
+
+def rate(row):
+    """Return the images a second of a way."""
+    return row["images_per_second"]
 
 
 def streams(record):
@@ -319,6 +404,7 @@ CAMPAIGNS = {
 # What writes a table, and the results that it is written from.
 TABLES = {
     "bench": (bench, ["bench"]),
+    "overview": (overview, ["peers"]),
     "peers": (peers, ["peers"]),
     "inverses": (inverses, ["inverses"]),
     "campaigns": (campaigns, list(CAMPAIGNS)),
@@ -345,7 +431,10 @@ def written_into(documents):
         marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end of table -->)", re.DOTALL)
         found = [marked.subn(lambda at, t=text: at[1] + t + at[2], each) for each in documents]
         if (count := sum(count for _, count in found)) != 1:
-            raise SystemExit(f"there are {count} places for the table {name!r}, not one")
+            raise SystemExit(
+                f"there are {count} places for the table {name!r}, not one: each is between "
+                f"the lines <!-- table: {name} --> and <!-- end of table -->"
+            )
         documents = [written for written, _ in found]
     return documents
 
