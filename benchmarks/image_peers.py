@@ -8,22 +8,25 @@ were, and once more when it is idle. Nothing of fastvgg is imported: an interpre
 peer, NumPy and Pillow is enough.
 
     python -m pip install torch pillow               # torch
-    python -m pip install tensorflow-cpu pillow      # tf, keras
+    python -m pip install torch webdataset pillow    # webdataset
+    python -m pip install tensorflow-cpu pillow      # tf, keras, loop
     apt-get install libopencv-dev libturbojpeg0-dev pkg-config
     python -m pip install torch numba opencv-python-headless pillow setuptools
     python -m pip install assertpy fastargs pandas psutil pytorch-pfn-extras terminaltables tqdm
     python -m pip install --no-deps --no-build-isolation ffcv    # ffcv
 
 What they are asked for is what fastvgg writes: batches of float32, 224x224, in torch mode (PyTorch,
-FFCV) or in caffe mode (the others). They produce them in memory and let them go, which spares them
-the writing; start, compilation and one epoch to warm up are not timed. Each works as its
-documentation shows it, on as many cores as fastvgg has threads.
+WebDataset, FFCV) or in caffe mode (the others). They produce them in memory and let them go, which
+spares them the writing; start, compilation, writing shards or a file of their own, and one epoch to
+warm up are not timed. Each works as its documentation shows it, on as many cores as fastvgg has
+threads.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -33,6 +36,7 @@ from PIL import Image
 
 SIZE = (224, 224)
 BATCH = 64
+SHARDS_OF_A_WORKER = 2  # a worker takes whole shards
 JPEG_QUALITY = 90  # of what FFCV encodes, as of the photographs
 CAFFE_MEAN = np.array((103.939, 116.779, 123.68), np.float32)
 TORCH_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
@@ -54,25 +58,27 @@ def counted(batches):
     return sum(int(batch.shape[0]) for batch in iterator), iterator
 
 
-def torch_epochs(photographs, _scratch, threads):
-    """Have workers decode with Pillow and do what torchvision's Resize, ToTensor, Normalize do.
+def torch_input(image):
+    """Do to an image of Pillow's what torchvision's Resize, ToTensor, Normalize do.
 
     The package itself does not import beside every build of PyTorch.
     """
     import torch
-    from torch.utils.data import DataLoader, Dataset
 
     height, width = SIZE
+    resized = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+    x = torch.from_numpy(np.array(resized, np.uint8, copy=True))
+    x = x.permute((2, 0, 1)).contiguous().to(torch.float32).div(255)
+    mean, std = (torch.as_tensor(each)[:, None, None] for each in (TORCH_MEAN, TORCH_STD))
+    return x.clone().sub_(mean).div_(std)
+
+
+def torch_epochs(photographs, _scratch, threads):
+    """Have workers decode with Pillow."""
+    import torch
+    from torch.utils.data import DataLoader, Dataset
+
     paths = files_of(photographs)
-
-    def as_tensor(image):
-        x = torch.from_numpy(np.array(image, np.uint8, copy=True))
-        return x.permute((2, 0, 1)).contiguous().to(torch.float32).div(255)
-
-    def normalised(x):
-        x = x.clone()
-        mean, std = (torch.as_tensor(each)[:, None, None] for each in (TORCH_MEAN, TORCH_STD))
-        return x.sub_(mean).div_(std)
 
     class Photographs(Dataset):
         def __len__(self):
@@ -80,11 +86,32 @@ def torch_epochs(photographs, _scratch, threads):
 
         def __getitem__(self, index):
             with Image.open(paths[index]) as image:
-                x = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
-            return normalised(as_tensor(x))
+                return torch_input(image)
 
     loader = DataLoader(Photographs(), BATCH, num_workers=threads, persistent_workers=True)
     return {"torch": torch.__version__}, lambda: counted(loader)
+
+
+def webdataset_epochs(photographs, scratch, threads):
+    """Write the same files into tar shards, and have workers read those, each its own."""
+    import torch
+    import webdataset
+
+    paths = files_of(photographs)
+    shards = SHARDS_OF_A_WORKER * threads
+    in_a_shard = math.ceil(len(paths) / shards)
+    with webdataset.ShardWriter(f"{scratch}/%04d.tar", maxcount=in_a_shard, verbose=0) as writer:
+        for row, path in enumerate(paths):
+            writer.write({"__key__": f"{row:07d}", "jpg": Path(path).read_bytes()})
+    dataset = webdataset.WebDataset(
+        [str(path) for path in sorted(scratch.glob("*.tar"))], shardshuffle=False
+    )
+    dataset = dataset.decode("pil").to_tuple("jpg").map_tuple(torch_input).batched(BATCH)
+    loader = webdataset.WebLoader(
+        dataset, batch_size=None, num_workers=threads, persistent_workers=True
+    )
+    versions = {"torch": torch.__version__, "webdataset": webdataset.__version__}
+    return versions, lambda: counted(images for (images,) in loader)
 
 
 def tf_epochs(photographs, _scratch, _threads):
@@ -126,6 +153,19 @@ def keras_epochs(photographs, _scratch, _threads):
     dataset = dataset.prefetch(tf.data.AUTOTUNE)
     versions = {"keras": keras.__version__, "tensorflow": tf.__version__}
     return versions, lambda: counted(dataset)
+
+
+def loop_epochs(photographs, _scratch, _threads):
+    """Take one image after the other, in one process, as scripts do."""
+    import keras
+    from keras.applications.vgg19 import preprocess_input
+
+    def load(path):
+        image = keras.utils.load_img(path, target_size=SIZE)
+        return preprocess_input(np.expand_dims(keras.utils.img_to_array(image), axis=0))
+
+    paths = files_of(photographs)
+    return {"keras": keras.__version__}, lambda: counted(load(path) for path in paths)
 
 
 def ffcv_epochs(photographs, scratch, threads):
@@ -174,7 +214,14 @@ def ffcv_epochs(photographs, scratch, threads):
     return versions, lambda: counted(image for (image,) in loader)
 
 
-PEERS = {"torch": torch_epochs, "tf": tf_epochs, "keras": keras_epochs, "ffcv": ffcv_epochs}
+PEERS = {
+    "torch": torch_epochs,
+    "webdataset": webdataset_epochs,
+    "tf": tf_epochs,
+    "keras": keras_epochs,
+    "loop": loop_epochs,
+    "ffcv": ffcv_epochs,
+}
 
 
 def main():

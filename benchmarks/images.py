@@ -98,8 +98,10 @@ ENCODERS = {"png": ".png", "jpeg": ".jpg"}
 # The name in image_peers.py and in the results, the mode that is asked for, how many times as fast.
 PEERS = (
     ("torch", "PyTorch DataLoader", "torch", 3.5),
+    ("webdataset", "WebDataset", "torch", None),
     ("tf", "tf.data", "caffe", 3.5),
     ("keras", "Keras image_dataset_from_directory", "caffe", 3.5),
+    ("loop", "Pillow and Keras in a loop", "caffe", None),
     ("ffcv", "FFCV, its own file of JPEGs", "torch", 2.5),
 )
 
