@@ -1,0 +1,63 @@
+"""Whether results made of photographs are right, seen in some of their rows."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from image_limits import ENCODERS, encode
+from photographs import SIZE
+from PIL import Image
+
+import fastvgg
+from fastvgg import oracle
+
+CHECKED_ROWS = 8
+
+
+def as_keras_loads(data, size):
+    """Return a photograph as Keras' load_img does, decoded and resized by Pillow."""
+    height, width = size
+    with Image.open(io.BytesIO(data)) as image:
+        resized = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+    return np.asarray(resized)
+
+
+def some_rows(count):
+    return np.linspace(0, count - 1, CHECKED_ROWS).astype(int).tolist()
+
+
+def check_rows(path, reads, size, transform=None):
+    """Refuse an array of which a row has other bits than Keras' pixels, transformed by the oracle.
+
+    There may be more rows than photographs, which then begin again.
+    """
+    result = np.load(path, mmap_mode="r")
+    for index in some_rows(len(result)):
+        pixels = as_keras_loads(reads[index % len(reads)](), size)
+        expected = pixels if transform is None else oracle.apply(transform, pixels)
+        if result[index].tobytes() != expected.tobytes():
+            raise RuntimeError(f"{path}: row {index} is not what Keras' would be")
+
+
+def mean_difference(path, reads):
+    """Return by how many of 256 levels an array in caffe mode is off Keras' pixels, in the mean."""
+    result = np.load(path, mmap_mode="r")
+    distances = [
+        np.abs(
+            fastvgg.restore(result[index], "caffe").astype(int)
+            - as_keras_loads(reads[index](), SIZE)
+        ).mean()
+        for index in some_rows(len(result))
+    ]
+    return round(float(np.mean(distances)), 2)
+
+
+def check_files(path, images, image_format):
+    """Refuse restored files of which one is not its image, encoded."""
+    files = sorted(path.rglob(f"*{ENCODERS[image_format]}"))
+    if len(files) != len(images):
+        raise RuntimeError(f"{path} has {len(files)} files of {len(images)} images")
+    for index in some_rows(len(images)):
+        if files[index].read_bytes() != encode(images[index], image_format):
+            raise RuntimeError(f"{files[index]} is not what its image is encoded as")

@@ -1,0 +1,117 @@
+"""What bounds datasets of images: decoding or encoding alone, and with a file written beside it."""
+
+from __future__ import annotations
+
+import functools
+import io
+import mmap
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import simplejpeg
+from PIL import Image
+from streams import published, write
+
+from fastvgg.stream.behind import Behind
+
+TAKEN_TOGETHER = 8  # images that a thread takes at a time
+WRITTEN_BEHIND = 2  # chunks
+ENCODERS = {"png": ".png", "jpeg": ".jpg"}
+
+
+def on_threads(work, items, threads, together):
+    """Work on all items on threads; yield whenever the next `together` of them are done.
+
+    No thread waits for another, nor for what is done with what it yields.
+    """
+
+    def take(first, stop):
+        for index in range(first, stop):
+            work(items[index])
+
+    count = len(items)
+    with ThreadPoolExecutor(threads) as pool:
+        chunks = [
+            [
+                pool.submit(take, first, min(first + TAKEN_TOGETHER, stop))
+                for first in range(start, stop, TAKEN_TOGETHER)
+            ]
+            for start in range(0, count, together)
+            for stop in [min(start + together, count)]
+        ]
+        for chunk in chunks:
+            for taken in chunk:
+                taken.result()
+            yield
+
+
+def decoded(photographs, threads, together):
+    """Read and decode all photographs, into memory that each thread uses again."""
+    memory = threading.local()
+    nbytes = photographs.shape[0] * photographs.shape[1] * 3
+
+    def decode(read):
+        if not hasattr(memory, "pixels"):
+            memory.pixels = bytearray(nbytes)
+        simplejpeg.decode_jpeg(read(), "RGB", buffer=memory.pixels)
+
+    return on_threads(decode, photographs.reads, threads, together)
+
+
+def decode(photographs, threads):
+    """Read and decode all photographs, and do nothing with them."""
+    for _ in decoded(photographs, threads, len(photographs.reads)):
+        pass
+
+
+def decode_and_write(photographs, path, plan, buffer):
+    """Read and decode all photographs while a new file of one buffer is written, as a run does."""
+    nbytes = plan.write_bytes - plan.write_bytes % mmap.PAGESIZE
+    chunks = decoded(photographs, plan.threads, plan.chunk_images)
+    with published(path, nbytes) as file, Behind() as behind:
+        for number, _ in enumerate(chunks):
+            offset = number * len(buffer)
+            data = buffer[: nbytes - offset]
+            for _ in behind.wait_for_all_but(WRITTEN_BEHIND):
+                pass
+            behind.give(
+                functools.partial(write, file, data, offset), functools.partial(os.fsync, file)
+            )
+        for _ in behind.wait_for_all_but(0):
+            pass
+
+
+def encode(pixels, image_format):
+    """Return an image as the file that restoring writes of it."""
+    if image_format == "jpeg":
+        return simplejpeg.encode_jpeg(pixels, quality=95, colorsubsampling="444")
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "png")
+    return data.getvalue()
+
+
+def encode_all(images, image_format, threads):
+    """Encode images, and let go of what they become."""
+    for _ in on_threads(
+        functools.partial(encode, image_format=image_format), images, threads, len(images)
+    ):
+        pass
+
+
+def encode_and_write(images, image_format, threads, path):
+    """Encode images on threads, of which each writes its files, and sync the disk at the end."""
+    path.mkdir()
+    ending = ENCODERS[image_format]
+
+    def encode_into_file(row):
+        data = encode(images[row], image_format)
+        file = os.open(f"{path}/{row:08d}{ending}", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            write(file, data, 0)
+        finally:
+            os.close(file)
+
+    for _ in on_threads(encode_into_file, range(len(images)), threads, len(images)):
+        pass
+    os.sync()

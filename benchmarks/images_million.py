@@ -1,0 +1,188 @@
+"""A million images, end to end or planned, each in a process of its own: see images.py."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+
+from image_checks import check_rows
+from photographs import SMALL, ImageFiles, jpegs, shards_of, write_shard
+
+from fastvgg import Transform
+from fastvgg.threads import usable_cores
+
+MILLION, QUICK_MILLION = 1_000_000, 20_000
+FEW, QUICK_FEW = 10_000, 2_000
+DIFFERENT, QUICK_DIFFERENT = 20_000, 2_000
+IN_A_SHARD, QUICK_IN_A_SHARD = 10_000, 2_000
+WARMING_IMAGES = 16
+FEW_ROUNDS = 3  # before the million, and as many after it
+WANTED_PEAK_MIB = 512
+WANTED_TIME = 1.05
+WANTED_PLANNING_SECONDS = 10
+WANTED_PLANNING_PEAK_MIB = 300
+PLANNING_DIRECTORIES = (1, 100)
+PLANNED = {"mode": "caffe", "dtype": "float16", "size": SMALL}
+
+IN_A_PROCESS = """
+import json
+import sys
+import time
+from pathlib import Path
+import fastvgg
+
+*runs, options, is_run = json.loads(sys.argv[1])
+options["size"] = tuple(options["size"])
+for source, target in runs:
+    begun = time.perf_counter()
+    plan = fastvgg.plan(source, target, **options)
+    planning_seconds = time.perf_counter() - begun
+    if is_run:
+        plan.run()
+    seconds = time.perf_counter() - begun
+status = Path("/proc/self/status").read_text()
+figures = {
+    "images": plan.header.images,
+    "seconds": round(seconds, 3),
+    "planning_seconds": round(planning_seconds, 3),
+    "peak_mib": round(int(status.partition("VmHWM:")[2].split()[0]) / 1024, 1),
+}
+print(json.dumps(figures))
+"""
+
+
+def in_a_process(*runs, options, is_run):
+    """Plan, and perhaps run, in a new process; return what the last of it took."""
+    arguments = json.dumps((*runs, options, is_run), default=str)
+    command = [sys.executable, "-c", IN_A_PROCESS, arguments]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise RuntimeError(f"{runs}: {ran.stderr}")
+    return json.loads(ran.stdout)
+
+
+def million_shards(directory, count, different, in_a_shard):
+    """Write shards of so many JPEGs, of which some are different; return those."""
+    found = list(jpegs(different, SMALL))
+    directory.mkdir()
+    write_shard(directory / "warming.tar", enumerate(found[:WARMING_IMAGES]))
+    for shard in range(count // in_a_shard):
+        rows = range(shard * in_a_shard, (shard + 1) * in_a_shard)
+        members = ((row, found[row % different]) for row in rows)
+        write_shard(directory / f"{shard:04d}.tar", members)
+    return found
+
+
+def million(directory, arguments):
+    """Measure a million images, end to end, beside ten thousand of them."""
+    quick = arguments.quick
+    count, few = (QUICK_MILLION, QUICK_FEW) if quick else (MILLION, FEW)
+    different = QUICK_DIFFERENT if quick else DIFFERENT
+    in_a_shard = QUICK_IN_A_SHARD if quick else IN_A_SHARD
+    files, shards = ImageFiles(directory, arguments.threads), directory / "shards"
+    found = million_shards(shards, count, different, in_a_shard)
+    reads = [functools.partial(bytes, data) for data in found]
+
+    def ran(shard_count, name, options):
+        for left in ("ours", "warmed"):
+            files.remove(left)
+        os.sync()
+        return in_a_process(
+            (shards / "warming.tar", directory / "warmed.npy"),
+            (shards_of(shards, shard_count), directory / name),
+            options={**options, "size": SMALL, "threads": arguments.threads},
+            is_run=True,
+        )
+
+    rows = []
+    for called, options, transform in (
+        ("uint8", {"direction": "pack"}, None),
+        ("float16", {"mode": "caffe", "dtype": "float16"}, Transform("caffe", dtype="float16")),
+    ):
+        short = [ran(few // in_a_shard, "ours.npy", options) for _ in range(FEW_ROUNDS)]
+        long = ran(count // in_a_shard, "ours.npy", options)
+        check_rows(directory / "ours.npy", reads, SMALL, transform)
+        short += [ran(few // in_a_shard, "ours.npy", options) for _ in range(FEW_ROUNDS)]
+        rows.append(million_row(called, long, short))
+    return {
+        "threads": arguments.threads,
+        "images": count,
+        "different": different,
+        "kilobytes_of_a_file": round(sum(map(len, found)) / different / 1e3, 2),
+        "rows": rows,
+    }
+
+
+def million_row(called, long, short):
+    """Return a line of what many images take, beside few, printed as well."""
+    each = statistics.median(one["seconds"] / one["images"] for one in short)
+    line = {
+        "path": f"shards of {SMALL[1]}x{SMALL[0]} JPEGs to {called}",
+        "wanted_peak_mib": WANTED_PEAK_MIB,
+        "wanted_time": WANTED_TIME,
+        **long,
+        "images_per_second": round(long["images"] / long["seconds"]),
+        "few_images": short[0]["images"],
+        "few_images_per_second": round(1 / each),
+        "few_peak_mib": max(one["peak_mib"] for one in short),
+        "time_of_an_image": round(long["seconds"] / long["images"] / each, 3),
+    }
+    print(line, flush=True)
+    missed = line["peak_mib"] > WANTED_PEAK_MIB or line["time_of_an_image"] > WANTED_TIME
+    print(f"{line['path']}: {'not ' if missed else ''}as is wanted")
+    return line
+
+
+def many_files(directory, count, directories):
+    """Make a folder of files that have a length and nothing in them, but for one JPEG.
+
+    The JPEG is the longest, which is the one that planning looks into.
+    """
+    (data,) = jpegs(1, SMALL)
+    for below in range(directories):
+        (directory / f"class_{below:02d}").mkdir(parents=True)
+    for index in range(count):
+        path = directory / f"class_{index % directories:02d}" / f"{index:07d}.jpg"
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        if index:
+            os.ftruncate(file, 1 + index % (len(data) - 1))
+        else:
+            os.write(file, data)
+        os.close(file)
+
+
+def planning(directory, arguments):
+    """Measure planning alone, in folders of a million files whose inodes are in memory."""
+    count = QUICK_MILLION if arguments.quick else MILLION
+    rows = []
+    for directories in PLANNING_DIRECTORIES:
+        source = directory / f"photos_{directories}"
+        many_files(source, count, directories)
+        os.sync()
+        taken = [
+            in_a_process((source, directory / "ours.npy"), options=PLANNED, is_run=False)
+            for _ in range(arguments.rounds + 1)
+        ][1:]
+        shutil.rmtree(source)
+        seconds = sorted(one["planning_seconds"] for one in taken)
+        line = {
+            "path": f"folder, directories: {directories}",
+            "files": count,
+            "wanted_seconds": WANTED_PLANNING_SECONDS,
+            "wanted_peak_mib": WANTED_PLANNING_PEAK_MIB,
+            "seconds": round(statistics.median(seconds), 2),
+            "least_and_most_seconds": (round(seconds[0], 2), round(seconds[-1], 2)),
+            "peak_mib": max(one["peak_mib"] for one in taken),
+        }
+        print(line, flush=True)
+        missed = (
+            line["seconds"] > WANTED_PLANNING_SECONDS or line["peak_mib"] > WANTED_PLANNING_PEAK_MIB
+        )
+        print(f"{line['path']}: {'not ' if missed else ''}as is wanted")
+        rows.append(line)
+    return {"threads": usable_cores(), "rounds": arguments.rounds, "rows": rows}

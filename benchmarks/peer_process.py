@@ -1,0 +1,71 @@
+"""A peer of images.py, in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+from pathlib import Path
+
+PEER_PROGRAM = Path(__file__).with_name("image_peers.py")
+
+
+class PeerError(Exception):
+    """A peer cannot be measured."""
+
+
+class Peer:
+    """A peer in a process of its own, which does an epoch when it is told to."""
+
+    def __init__(self, name, python, photographs, scratch, threads):
+        self.images = len(photographs.reads)
+        self._busy = False
+        self._log = (scratch / "log").open("w+", encoding="utf-8")
+        self._process = subprocess.Popen(
+            [python, PEER_PROGRAM, name, photographs.source, scratch, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            bufsize=1,
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and its answer will say so
+            self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+        self._log.close()
+
+    def begun(self):
+        """Return the versions of what the peer consists of, when it can begin."""
+        answer = self._answer()
+        if "missing" in answer:
+            raise PeerError(answer["missing"])
+        return answer["versions"]
+
+    def epoch(self):
+        """Have the peer produce all of its batches."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write("\n")
+        images = self._answer()["images"]
+        self._busy = True
+        if images != self.images:
+            raise PeerError(f"it produced {images} images of {self.images}")
+
+    def wait(self):
+        """Wait until the peer has let go of what an epoch left."""
+        if self._busy:
+            self._answer()
+        self._busy = False
+
+    def _answer(self):
+        line = self._process.stdout.readline()
+        if line:
+            return json.loads(line)
+        self._log.seek(0)
+        said = self._log.read().strip().splitlines()
+        raise PeerError(said[-1] if said else "it ended without a word")
