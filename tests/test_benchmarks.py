@@ -85,3 +85,11 @@ def test_peers_that_differ_a_little_are_not_shown_as_exact(tables):
 def test_missing_place_for_a_table_is_named(tables):
     with pytest.raises(SystemExit, match=r"0 places .*'bench'.*<!-- table: bench -->"):
         tables["written_into"](["no table"])
+
+
+def test_backend_that_is_missing_is_missing_for_keras_alone(monkeypatch):
+    monkeypatch.syspath_prepend(TOP / "benchmarks")
+    monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
+    present, _, missing = importlib.import_module("contenders").importable("torch")
+    assert [contender.name for contender in present] == ["fastvgg"]
+    assert list(missing) == ["Keras on PyTorch"]

@@ -162,7 +162,7 @@ def importable(backend="numpy"):
     for contender in CONTENDERS:
         if contender.backend != backend and contender.name != "fastvgg":
             continue
-        modules = [contender.module] if backend == "numpy" else [contender.module, backend]
+        modules = dict.fromkeys((contender.module, contender.backend))
         try:
             found = {name: importlib.import_module(name) for name in modules}
         except (ImportError, RuntimeError) as error:  # torchvision, beside another PyTorch
