@@ -7,10 +7,12 @@ import math
 import numpy as np
 import pytest
 from batches import assert_same, cast, dtype_of, frozen
+from llvmlite import ir
+from numba.core.cgutils import for_range
 
 from fastvgg import oracle
 from fastvgg.kernels import blocks
-from fastvgg.kernels.compile import block, loop, processor
+from fastvgg.kernels.compile import machine_code, processor
 
 CANARY = 0xA5
 HALVES = frozen(np.arange(65536, dtype=np.uint16))
@@ -28,16 +30,16 @@ def halves(request, monkeypatch):
 def through(emit, source, result, *, steps=1, source_bytes=0, result_bytes=0):
     """Fill an array with what a block makes of another, so many bytes further with each step.
 
-    `emit` takes a builder and the addresses of what is read, of what is written, and three times 0.
+    `emit` takes a builder and the addresses of what is read and of what is written.
     """
-    step = block(emit)
 
-    @loop
-    def over(source, result, steps):
-        for number in range(steps):
-            step(source + number * source_bytes, result + number * result_bytes, 0, 0, 0)
+    def over(b, x, y, steps):
+        with for_range(b, steps) as step:
+            here = b.add(x, b.mul(step.index, ir.Constant(x.type, source_bytes)))
+            there = b.add(y, b.mul(step.index, ir.Constant(y.type, result_bytes)))
+            emit(b, here, there)
 
-    over(source.ctypes.data, result.ctypes.data, steps)
+    machine_code(over, 3)(source.ctypes.data, result.ctypes.data, steps)
     return result
 
 
@@ -51,7 +53,7 @@ def each(make, values, source, target, lanes):
     values = padded(values, lanes)
     result = np.zeros(len(values), dtype_of(target))
 
-    def emit(b, source_address, result_address, *_):
+    def emit(b, source_address, result_address):
         vector = blocks.load(b, source_address, source, lanes)
         blocks.store(b, make(b, vector), result_address)
 
@@ -69,7 +71,7 @@ def test_what_is_loaded_is_stored_wherever_either_begins(storage, lanes):
     source = np.arange(64 + width, dtype=np.uint8)
     result = np.full((64, width + 1), CANARY, np.uint8)
 
-    def emit(b, source_address, result_address, *_):
+    def emit(b, source_address, result_address):
         blocks.store(b, blocks.load(b, source_address, storage, lanes), result_address)
 
     through(emit, source, result, steps=64, source_bytes=1, result_bytes=width + 1)
@@ -88,7 +90,7 @@ def test_one_element_is_loaded_into_every_lane(storage, lanes):
     source = cast(np.array([77, 99]), storage)
     result = np.zeros(lanes, source.dtype)
 
-    def emit(b, source_address, result_address, *_):
+    def emit(b, source_address, result_address):
         second = blocks.past(b, source_address, blocks.ELEMENT_BYTES[storage])
         blocks.store(b, blocks.load_everywhere(b, second, storage, lanes), result_address)
 
@@ -103,7 +105,7 @@ def test_every_third_element_is_one_channel(storage, pixels):
     result = np.zeros((3, pixels), source.dtype)
     size = blocks.ELEMENT_BYTES[storage]
 
-    def emit(b, source_address, result_address, *_):
+    def emit(b, source_address, result_address):
         for channel in range(3):
             start = blocks.past(b, source_address, channel * size)
             vector = blocks.load_every_third(b, start, storage, pixels)
@@ -118,12 +120,12 @@ def test_three_planes_are_woven_into_pixels_and_pixels_are_flipped(pixels):
     planes = np.arange(1, 1 + 3 * pixels, dtype=np.uint8)
     woven, flipped = np.zeros_like(planes), np.zeros_like(planes)
 
-    def weave(b, source_address, result_address, *_):
+    def weave(b, source_address, result_address):
         starts = [blocks.past(b, source_address, channel * pixels) for channel in range(3)]
         vectors = [blocks.load(b, start, "uint8", pixels) for start in starts]
         blocks.store(b, blocks.weave(b, vectors), result_address)
 
-    def flip(b, source_address, result_address, *_):
+    def flip(b, source_address, result_address):
         vector = blocks.load(b, source_address, "uint8", 3 * pixels)
         blocks.store(b, blocks.flip(b, vector), result_address)
 
@@ -139,7 +141,7 @@ def test_vectors_are_joined_one_behind_the_other(parts):
     source = np.arange(5 * parts, dtype=np.uint8)
     result = np.zeros_like(source)
 
-    def emit(b, source_address, result_address, *_):
+    def emit(b, source_address, result_address):
         starts = [blocks.past(b, source_address, 5 * part) for part in range(parts)]
         vectors = [blocks.load(b, start, "uint8", 5) for start in starts]
         blocks.store(b, blocks.join(b, vectors), result_address)

@@ -1,6 +1,6 @@
 """Compiled loops: the only folder that imports Numba.
 
-`compile` holds every Numba option, `blocks` what happens to some values at once, `recipe` which
+`compile` says what compiles them, `blocks` what happens to some values at once, `recipe` which
 loop is meant, `loops` the passes over memory that are made of blocks. Nothing here checks, cuts or
 allocates: `engine` does.
 """
