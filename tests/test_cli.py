@@ -39,6 +39,8 @@ from typer.testing import CliRunner
 
 import fastvgg
 from fastvgg import cli, models, oracle
+from fastvgg.cli import progress
+from fastvgg.cli.answers import FAILURES_SHOWN
 from fastvgg.datasets.index import index_path
 from fastvgg.stream.manifest import manifest_path
 from fastvgg.stream.plan import RUN_BYTES
@@ -202,7 +204,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, array, verb, as_
 
 @pytest.mark.parametrize("verb", ["preprocess", "restore", "verify", "info", "models"])
 def test_json_is_alone_on_stdout(tmp_path, array, monkeypatch, verb):
-    monkeypatch.setattr(cli, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     stored = tmp_path / "y.npy"
     plan_of(array, stored, mode="caffe").run()
     arguments = {
@@ -233,7 +235,7 @@ def test_json_of_verify_and_info_and_models_says_what_is_known(tmp_path, array):
 
 
 def test_progress_is_a_line_at_a_time_where_there_is_no_terminal(tmp_path, array, monkeypatch):
-    monkeypatch.setattr(cli, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     result = invoke("preprocess", array, tmp_path / "y.npy", "--mode", "caffe", *chunks_of(4))
     lines = result.stderr.splitlines()
     assert [line.split(" images")[0] for line in lines] == ["4 of 11", "8 of 11", "11 of 11"]
@@ -246,7 +248,7 @@ def test_a_short_run_prints_no_progress_where_there_is_no_terminal(tmp_path, arr
 
 
 def test_quiet_is_silent(tmp_path, photos, monkeypatch):
-    monkeypatch.setattr(cli, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     (photos / "labels.csv").touch()
     arguments = ["preprocess", photos, tmp_path / "y.npy", "--mode", "caffe"]
     loud = invoke(*arguments, "--restart")
@@ -807,8 +809,8 @@ def test_of_very_many_failures_some_are_listed_and_the_index_is_named(tmp_path, 
         (photos / f"bad{row:02d}.jpg").touch()
     result = invoke("preprocess", photos, tmp_path / "y.npy", "--mode", "caffe")
     assert result.exit_code == 1
-    assert result.stderr.count("failed: row") == cli.FAILURES_SHOWN
-    assert f"and {17 - cli.FAILURES_SHOWN} more" in result.stderr
+    assert result.stderr.count("failed: row") == FAILURES_SHOWN
+    assert f"and {17 - FAILURES_SHOWN} more" in result.stderr
     assert str(index_path(tmp_path / "y.npy")) in result.stderr
 
 
@@ -902,15 +904,16 @@ def test_what_is_not_permitted_exits_with_3(tmp_path, photos, closed):
 WAITING = """
 import contextlib, sys, warnings
 from fastvgg import cli
+from fastvgg.cli import progress
 sys.modules["numba"] = None
 warnings.simplefilter("ignore")
 @contextlib.contextmanager
-def progress(plan, *, quiet):
+def shown(plan, *, quiet):
     def tell(at):
         print("committed", flush=True)
         sys.stdin.readline()
     yield tell
-cli._progress = progress
+progress.shown = shown
 cli.main()
 """
 
@@ -953,6 +956,7 @@ import os, signal, sys, threading, warnings
 sys.modules["numba"] = None
 warnings.simplefilter("ignore")
 from fastvgg import cli
+from fastvgg.cli import exits
 from fastvgg.stream import destination, inplace
 from fastvgg.stream.behind import Behind
 from fastvgg.stream.storage import Storage
@@ -975,13 +979,13 @@ def main_leaves():
         frame = frame.f_back
     return frame is not None and frame.f_locals["self"]._is_left
 destination.Storage = inplace.Storage = Waiting
-interrupt = cli._interrupt
+interrupt = exits.interrupt
 def told(*arguments):
     try:
         interrupt(*arguments)
     finally:
         os.write(1, b"interrupted\\n")
-cli._interrupt = told
+exits.interrupt = told
 signal.signal(signal.SIGWINCH, lambda *_: None)
 cli.main()
 """

@@ -124,8 +124,9 @@ def test_layout_lists_exactly_the_files_there_are():
 
 
 def test_exit_codes_are_those_of_the_errors():
-    from fastvgg import cli, errors
+    from fastvgg import errors
+    from fastvgg.cli import exits
 
     listed = {int(code) for code in re.findall(r"^\| (\d+) \|", README, re.MULTILINE)}
     raised = {getattr(errors, name).exit_code for name in errors.__all__}
-    assert listed == raised | {0, cli.SOME_FAILED, cli.INTERRUPTED, cli.DEFECT}
+    assert listed == raised | {0, exits.SOME_FAILED, exits.INTERRUPTED, exits.DEFECT}
