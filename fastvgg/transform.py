@@ -18,6 +18,7 @@ import xxhash
 
 from fastvgg import models
 from fastvgg.errors import DtypeError, ModeError, ShapeError, UsageError
+from fastvgg.notebook import table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -231,6 +232,26 @@ Mode.IDENTITY = Mode("identity")
 _MODES: Final = {m.name: m for m in (Mode.CAFFE, Mode.TF, Mode.TORCH, Mode.IDENTITY)}
 
 
+def _formula(mode: Mode, direction: Direction) -> str:
+    """Return the arithmetic of a mode for people.
+
+    >>> _formula(Mode.TF, "preprocess"), _formula(Mode.TF, "restore")
+    ('y = x / 127.5 - (1.0, 1.0, 1.0)', 'x = (y + (1.0, 1.0, 1.0)) * 127.5')
+    """
+    there, back = "x", "y"
+    if mode.divide is not None:
+        there = f"{there} / {mode.divide}"
+    if mode.mean is not None:
+        there = f"{there} - {mode.mean}"
+    if mode.std is not None:
+        there, back = f"({there}) / {mode.std}", f"{back} * {mode.std}"
+    if mode.mean is not None:
+        back = f"{back} + {mode.mean}"
+    if mode.divide is not None:
+        back = f"({back}) * {mode.divide}"
+    return f"x = {back}" if direction == "restore" else f"y = {there}"
+
+
 def _refuse_choice(direction: object, layout: object, out_layout: object, rounding: object) -> None:
     for name, value, allowed in (
         ("direction", direction, DIRECTIONS),
@@ -327,6 +348,21 @@ class Transform:
         parts += [] if self.dtype is None else [f"dtype={self.dtype!r}"]
         parts += [] if self.rounding == "nearest" else [f"rounding={self.rounding!r}"]
         return f"Transform({', '.join(parts)})"
+
+    def _facts(self) -> list[tuple[str, str]]:
+        """Return what people are told of it, by name."""
+        natural = {"preprocess": "float32 for uint8, else as it is", "restore": "uint8"}
+        return [
+            ("mode", self.mode.name),
+            ("formula", _formula(self.mode, self.direction)),
+            ("channels of y", self.mode.order),
+            ("layout", f"{self.layout} -> {self.out_layout}"),
+            ("type", self.dtype or natural.get(self.direction, "uint8")),
+            *([("rounding", self.rounding)] if self.direction == "restore" else []),
+        ]
+
+    def _repr_html_(self) -> str:
+        return table(self.direction, self._facts())
 
     def inverse(self) -> Transform:
         """Return the transform that undoes this one, with the layouts changed about."""

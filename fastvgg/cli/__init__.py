@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from fastvgg.cli.exits import catch_signals, report_defect
+from fastvgg.cli.lines import say
 from fastvgg.cli.verbs import app
 
 __all__ = ["app", "main"]
@@ -20,9 +21,9 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # names on disk need not be Unicode
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.excepthook = report_defect
-    typer.main.get_command(app)()
+    typer.main.get_command(app)(prog_name="fastvgg")
 
 
 def _show_warning(message: Warning | str, *_where: Any, **_stream: Any) -> None:
     """Print a warning for a person, who did not write the line of code that it came from."""
-    print(f"note: {message}", file=sys.stderr)
+    say(f"note: {message}", sys.stderr)

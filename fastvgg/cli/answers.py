@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
+
+from fastvgg.cli.lines import say
+from fastvgg.stream.plan import readable_bytes
+from fastvgg.stream.report import FAILURES_SHOWN
 
 if TYPE_CHECKING:
     from fastvgg.stream.plan import Plan
     from fastvgg.stream.report import Report
 
-__all__ = ["FAILURES_SHOWN", "plan_record", "print_json", "print_known", "print_report"]
-
-FAILURES_SHOWN: Final = 10
+__all__ = ["plan_record", "print_json", "print_known", "print_report"]
 
 
 def plan_record(plan: Plan) -> dict[str, Any]:
@@ -33,12 +35,12 @@ def plan_record(plan: Plan) -> dict[str, Any]:
 
 def print_report(report: Report) -> None:
     """Print what a run did, and the first of what failed."""
-    print(report)
+    say(str(report), sys.stdout)
     for failure in report.failures[:FAILURES_SHOWN]:
-        print(f"  failed: row {failure.row}, {failure.path}: {failure.reason}", file=sys.stderr)
+        say(f"  failed: row {failure.row}, {failure.path}: {failure.reason}", sys.stderr)
     if len(report.failures) > FAILURES_SHOWN:
         more = len(report.failures) - FAILURES_SHOWN
-        print(f"  and {more} more, all listed in {report.target}.index.csv", file=sys.stderr)
+        say(f"  and {more} more, all listed in {report.target}.index.csv", sys.stderr)
 
 
 def print_json(value: object) -> None:
@@ -49,13 +51,21 @@ def print_json(value: object) -> None:
 def print_known(known: dict[str, Any]) -> None:
     """Print what is known of a dataset, a line for each thing."""
     for name, value in known.items():
-        if value not in (None, [], ""):
-            print(f"{name:<17}{_readable(value)}")
+        if value in (None, [], ""):
+            continue
+        first, *more = _readable(name, value)
+        print(f"{name:<17}{first}")
+        for line in more:
+            print(f"{'':<17}{line}")
 
 
-def _readable(value: object) -> str:
+def _readable(name: str, value: object) -> list[str]:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {version}" for name, version in value.items())
+        return [f"{package} {version}" for package, version in value.items()]
+    if name == "notes" and isinstance(value, list):
+        return value
     if isinstance(value, list):
-        return " x ".join(str(item) for item in value)
-    return str(value)
+        return [" x ".join(str(item) for item in value)]
+    if name == "bytes" and isinstance(value, int):
+        return [f"{value} ({readable_bytes(value)})"]
+    return [str(value)]

@@ -12,6 +12,7 @@ import typer
 from fastvgg.cli import progress
 from fastvgg.cli.answers import plan_record, print_json, print_report
 from fastvgg.cli.exits import SOME_FAILED
+from fastvgg.cli.lines import say
 from fastvgg.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def carry_out(plan: Plan, dask: str | None, *, dry_run: bool, as_json: bool, qui
         print_json(plan_record(plan)) if as_json else print(plan)
         return
     for note in plan.notes if not quiet else ():
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}", sys.stderr)
     with _connected(dask) as client, progress.shown(plan, quiet=quiet) as tell:
         report = plan.run(tell, client=client)
     print_json(dataclasses.asdict(report)) if as_json else print_report(report)

@@ -1,9 +1,4 @@
-"""Errors and signals -> what a person reads, and exit codes.
-
-0 done, 1 finished but some inputs failed, 2 usage, 3 refused before anything was written,
-4 verification found a difference, 5 stopped by an I/O error and resumable, 130 interrupted and
-resumable, 70 a defect of fastvgg itself.
-"""
+"""Errors and signals -> what a person reads, and exit codes."""
 
 from __future__ import annotations
 
@@ -12,21 +7,57 @@ import signal
 import sys
 from contextlib import contextmanager
 from traceback import print_exc
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import typer
+from typer.core import TyperCommand
 
+from fastvgg.cli.lines import say
 from fastvgg.errors import FastvggError, StoppedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType, TracebackType
 
-__all__ = ["DEFECT", "INTERRUPTED", "SOME_FAILED", "catch_signals", "exits", "report_defect"]
+__all__ = [
+    "CODES",
+    "DEFECT",
+    "INTERRUPTED",
+    "SOME_FAILED",
+    "Verb",
+    "catch_signals",
+    "exits",
+    "report_defect",
+]
 
 SOME_FAILED: Final = 1
 INTERRUPTED: Final = 130
 DEFECT: Final = 70
+
+_USAGE_ERROR: Final[Any] = typer.BadParameter.__mro__[1]  # Typer exports only what is made of it
+
+CODES: Final = """\b
+Exit codes:
+  0    done
+  1    finished, but some inputs failed: they are listed
+  2    the command contradicts itself
+  3    refused before anything was written
+  4    verification found a difference
+  5    stopped by an I/O error: the same command goes on
+  70   a defect of fastvgg
+  130  interrupted: the same command goes on"""
+
+
+class Verb(TyperCommand):
+    """A verb that says where its help is at every usage error."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401  # click's or Typer's
+        """Read the arguments; the parser alone forgets of which command it reads them."""
+        try:
+            return super().parse_args(ctx, args)
+        except _USAGE_ERROR as error:
+            error.ctx, error.cmd = ctx, self
+            raise
 
 
 @contextmanager
@@ -51,7 +82,8 @@ def exits(traceback: bool) -> Iterator[None]:
 
 
 def _tell(problem: str, remedy: str) -> None:
-    print(f"fastvgg: {problem}\n  {remedy}", file=sys.stderr)
+    say(f"fastvgg: {problem}", sys.stderr)
+    say(f"  {remedy}", sys.stderr)
 
 
 def report_defect(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -16,37 +18,47 @@ if TYPE_CHECKING:
 __all__ = ["SECONDS_BETWEEN_LINES", "shown"]
 
 SECONDS_BETWEEN_LINES: Final = 5.0
+# The figures of a million images, and some of the bar.
+COLUMNS_FOR_SPEED: Final = 80
 
 
 @contextmanager
 def shown(plan: Plan, *, quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
-    """Show how far a run is: a bar on a terminal, a line every few seconds elsewhere."""
+    """Show how far a run is, unless it is to be quiet."""
     if quiet:
         yield None
-    elif sys.stderr.isatty():
-        with _bar(plan) as tell:
+    elif sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        with _bar(plan.transform.direction, plan.header.images) as tell:
             yield tell
     else:
         yield _lines()
 
 
 @contextmanager
-def _bar(plan: Plan) -> Iterator[Callable[[Progress], None]]:
+def _bar(verb: str, images: int) -> Iterator[Callable[[Progress], None]]:
     from rich import progress as rich_progress
     from rich.console import Console
+    from rich.table import Column
 
-    columns = (
-        rich_progress.TextColumn(plan.transform.direction),
+    def text(shown: str) -> rich_progress.TextColumn:
+        # Where it does not fit it is cropped: an ellipsis is no ASCII.
+        return rich_progress.TextColumn(
+            shown, markup=False, table_column=Column(no_wrap=True, overflow="crop")
+        )
+
+    console = Console(stderr=True)
+    columns = [
+        text(verb),
         rich_progress.BarColumn(),
-        rich_progress.MofNCompleteColumn(),
-        rich_progress.TextColumn("{task.fields[speed]}"),
-        rich_progress.TimeRemainingColumn(),
-    )
-    with rich_progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=plan.header.images, speed="")
+        text("{task.completed:,}/{task.total:,}"),
+        text("{task.fields[left]}"),
+        *([text("{task.fields[speed]}")] if console.width >= COLUMNS_FOR_SPEED else []),
+    ]
+    with rich_progress.Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=images, left="", speed="")
 
         def tell(at: Progress) -> None:
-            bar.update(task, completed=at.images, speed=_speed(at))
+            bar.update(task, completed=at.images, left=_left(at), speed=_speed(at))
 
         yield tell
 
@@ -59,9 +71,8 @@ def _lines() -> Callable[[Progress], None]:
         if time.monotonic() - last_told < SECONDS_BETWEEN_LINES:
             return
         last_told = time.monotonic()
-        left_seconds = at.seconds / at.computed_images * (at.of_images - at.images)
         print(
-            f"{at.images} of {at.of_images} images, {_speed(at)}, {left_seconds:.0f} s left",
+            f"{at.images:,} of {at.of_images:,} images, {_speed(at)}, {_left(at)}",
             file=sys.stderr,
             flush=True,
         )
@@ -69,7 +80,12 @@ def _lines() -> Callable[[Progress], None]:
     return tell
 
 
+def _left(at: Progress) -> str:
+    seconds = at.seconds / at.computed_images * (at.of_images - at.images)
+    return f"{timedelta(seconds=round(seconds))} left"
+
+
 def _speed(at: Progress) -> str:
     seconds = max(at.seconds, 1e-9)
     megabytes = (at.read_bytes + at.written_bytes) / 1e6
-    return f"{at.computed_images / seconds:.0f} images/s, {megabytes / seconds:.0f} MB/s"
+    return f"{at.computed_images / seconds:,.0f} images/s, {megabytes / seconds:,.0f} MB/s"

@@ -1,7 +1,8 @@
 """The verbs: each is one call of the library."""
 
 import dataclasses
-from typing import Annotated
+import sys
+from typing import Annotated, Final
 
 import typer
 
@@ -9,7 +10,9 @@ import fastvgg
 from fastvgg import models
 from fastvgg.cli.answers import print_json, print_known
 from fastvgg.cli.carry import carry_out
-from fastvgg.cli.exits import exits
+from fastvgg.cli.exits import CODES, Verb, exits
+from fastvgg.cli.guide import GUIDE
+from fastvgg.cli.lines import say
 from fastvgg.cli.options import (
     Dask,
     DryRun,
@@ -29,11 +32,15 @@ from fastvgg.cli.options import (
     OutLayout,
     Quiet,
     Restart,
+    RestoredDtype,
+    RestoredTarget,
     RetryFailed,
+    Rounding,
     SixteenBit,
     Size,
     Source,
     SourceLayout,
+    StoredSource,
     Strict,
     Target,
     Threads,
@@ -43,45 +50,48 @@ from fastvgg.errors import UsageError
 
 __all__ = ["app"]
 
+SEE_CODES: Final = "Exit codes: 'fastvgg --help' lists them."
+
 app = typer.Typer(
     name="fastvgg",
-    help="Images to the exact bits that a pretrained network expects, and back.",
-    no_args_is_help=True,
+    epilog=CODES,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
 
-@app.command()
+@app.command(cls=Verb, epilog=SEE_CODES)
 def preprocess(
     source: Source,
     target: Target = None,
     mode: ModeName = None,
     model: Model = None,
     size: Size = None,
+    dtype: Dtype = None,
+    layout: SourceLayout = None,
+    out_layout: OutLayout = None,
+    dry_run: DryRun = False,
+    restart: Restart = False,
+    retry_failed: RetryFailed = False,
+    in_place: InPlace = False,
     interpolation: Interpolation = "nearest",
     keep_aspect_ratio: KeepAspectRatio = False,
     fast_jpeg: FastJpeg = False,
     exif: Exif = False,
     sixteen_bit: SixteenBit = "refuse",
     max_pixels: MaxPixels = None,
-    layout: SourceLayout = None,
-    out_layout: OutLayout = None,
-    dtype: Dtype = None,
+    strict: Strict = False,
     memory: Memory = "512MiB",
     threads: Threads = None,
-    in_place: InPlace = False,
-    strict: Strict = False,
-    dry_run: DryRun = False,
-    restart: Restart = False,
-    retry_failed: RetryFailed = False,
     durability: Durability = "power",
     dask: Dask = None,
-    as_json: Json = False,
     quiet: Quiet = False,
+    as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
     """Turn images into network input.
+
+    A run that was cut off goes on when the same command is given again.
 
     Example: fastvgg preprocess photos/ train.npy --model vgg19 --size 224 224
     """
@@ -111,7 +121,7 @@ def preprocess(
         carry_out(plan, dask, dry_run=dry_run, as_json=as_json, quiet=quiet)
 
 
-@app.command()
+@app.command(cls=Verb, epilog=SEE_CODES)
 def pack(
     source: Annotated[
         str, typer.Argument(metavar="SRC", help="A directory or tar shards of images.")
@@ -120,25 +130,27 @@ def pack(
         str, typer.Argument(metavar="DST", help="A .npy, a .zarr (also s3://), FILE.h5::/NAME.")
     ],
     size: Size = None,
+    dry_run: DryRun = False,
+    restart: Restart = False,
+    retry_failed: RetryFailed = False,
     interpolation: Interpolation = "nearest",
     keep_aspect_ratio: KeepAspectRatio = False,
     fast_jpeg: FastJpeg = False,
     exif: Exif = False,
     sixteen_bit: SixteenBit = "refuse",
     max_pixels: MaxPixels = None,
+    strict: Strict = False,
     memory: Memory = "512MiB",
     threads: Threads = None,
-    strict: Strict = False,
-    dry_run: DryRun = False,
-    restart: Restart = False,
-    retry_failed: RetryFailed = False,
     durability: Durability = "power",
     dask: Dask = None,
-    as_json: Json = False,
     quiet: Quiet = False,
+    as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Store images as they are, as uint8, to be preprocessed later: a quarter of the disk.
+    """Store images as uint8, for later.
+
+    It takes a quarter of the disk that network input in float32 does.
 
     Example: fastvgg pack photos/ packed.npy --size 224 224
     """
@@ -164,30 +176,32 @@ def pack(
         carry_out(plan, dask, dry_run=dry_run, as_json=as_json, quiet=quiet)
 
 
-@app.command()
+@app.command(cls=Verb, epilog=SEE_CODES)
 def restore(
-    source: Source,
-    target: Target = None,
+    source: StoredSource,
+    target: RestoredTarget = None,
     mode: ModeName = None,
     model: Model = None,
-    rounding: Annotated[str, typer.Option(help="nearest or truncate.")] = "nearest",
+    rounding: Rounding = "nearest",
     file_format: Format = "png",
+    dtype: RestoredDtype = None,
     layout: SourceLayout = None,
     out_layout: OutLayout = None,
-    dtype: Annotated[str | None, typer.Option(help="Of DST, if not uint8.")] = None,
-    memory: Memory = "512MiB",
-    threads: Threads = None,
-    in_place: InPlace = False,
-    strict: Strict = False,
     dry_run: DryRun = False,
     restart: Restart = False,
+    in_place: InPlace = False,
+    strict: Strict = False,
+    memory: Memory = "512MiB",
+    threads: Threads = None,
     durability: Durability = "power",
     dask: Dask = None,
-    as_json: Json = False,
     quiet: Quiet = False,
+    as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Turn network input back into the exact images: an array, or a directory of image files.
+    """Turn network input back into exact images.
+
+    Into an array, or a directory of image files.
 
     Example: fastvgg restore train.npy images/
     """
@@ -212,7 +226,7 @@ def restore(
         carry_out(plan, dask, dry_run=dry_run, as_json=as_json, quiet=quiet)
 
 
-@app.command()
+@app.command(cls=Verb, epilog=SEE_CODES)
 def verify(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A finished dataset.")],
     full: Annotated[
@@ -221,22 +235,29 @@ def verify(
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Prove a dataset: the checksum of every chunk, and images computed again by the oracle.
+    """Prove that a dataset is what was written.
+
+    By the checksum of every chunk, and by images that are computed again in plain NumPy.
 
     Example: fastvgg verify train.npy --full
     """
     with exits(traceback):
         verification = fastvgg.verify(path, full=full)
-        print_json(dataclasses.asdict(verification)) if as_json else print(verification)
+        if as_json:
+            print_json(dataclasses.asdict(verification))
+        else:
+            say(str(verification), sys.stdout)
 
 
-@app.command()
+@app.command(cls=Verb, epilog=SEE_CODES)
 def info(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A dataset, finished or not.")],
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Tell what a dataset is: shape, type, mode, where it came from, how far a run is.
+    """Tell what a dataset or unfinished run is.
+
+    Its shape, type and mode, where it came from, and what to do next.
 
     Example: fastvgg info train.npy
     """
@@ -250,9 +271,9 @@ def info(
         print_known(known)
 
 
-@app.command("models")
+@app.command("models", cls=Verb, epilog=SEE_CODES)
 def models_(as_json: Json = False) -> None:
-    """Tell which mode each published model wants.
+    """List which mode each model wants.
 
     Example: fastvgg models
     """
@@ -263,12 +284,14 @@ def models_(as_json: Json = False) -> None:
         print(f"{model:<20}{mode}")
 
 
-@app.command()
+@app.command(cls=Verb, epilog=SEE_CODES)
 def demo(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A new directory.")],
     traceback: Traceback = False,
 ) -> None:
-    """Go the whole way on real photographs, prove equality, and draw it as a contact sheet.
+    """Go the whole way on real photographs.
+
+    There and back, with proof that every byte is equal, and a contact sheet to look at.
 
     Example: fastvgg demo demo/
     """
@@ -278,9 +301,10 @@ def demo(
         from fastvgg.demo import demonstrate
 
         shown = demonstrate(Path(directory), say=print)
-        print(
+        say(
             f"every byte came back: {shown.images} photographs, {shown.compared_bytes} bytes "
-            f"compared, {shown.differing_bytes} differ"
+            f"compared, {shown.differing_bytes} differ",
+            sys.stdout,
         )
 
 
@@ -290,13 +314,19 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True)
+@app.callback(invoke_without_command=True)
+def _guide(
+    context: typer.Context,
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print it, and exit."
+        ),
     ] = False,
 ) -> None:
-    """Images to the exact bits that a pretrained network expects, and back."""
+    """Turn images into the exact bits that a pretrained network expects, and back."""
+    if context.invoked_subcommand is None:
+        print(GUIDE)
 
 
 def _mode(mode: str | None, model: str | None) -> "fastvgg.Mode | str | None":

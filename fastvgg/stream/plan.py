@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from fastvgg.errors import TargetError, UsageError
+from fastvgg.notebook import table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -339,19 +340,30 @@ class Plan:
 
         return run.run(self, progress)
 
-    def __str__(self) -> str:
-        mode, direction = self.transform.mode.name, self.transform.direction
-        done = f", {self.committed_chunks} done" if self.committed_chunks else ""
+    def _caption(self) -> str:
+        verb, mode = self.transform.direction, self.transform.mode.name
+        return f"{verb} ({mode}): {self.source} -> {self.target}"
+
+    def _facts(self) -> list[tuple[str, str]]:
+        """Return what people are told of it, by name."""
+        done = f", {self.committed_chunks:,} done" if self.committed_chunks else ""
         limit = readable_bytes(self.memory_bytes)
-        lines = [
-            f"{direction} ({mode}): {self.source} -> {self.target}",
-            f"  images   {self.header.images}",
-            f"  from     {self.header.shape[1:]} {self.header.dtype} {self.header.layout}",
-            f"  to       {self.result.shape[1:]} {self.result.dtype} {self.result.layout}",
-            f"  chunks   {self.chunks} of {self.chunk_images} images{done}",
-            f"  reads    {readable_bytes(self.read_bytes)}",
-            f"  writes   {readable_bytes(self.write_bytes)}{' twice, in place' * self.in_place}",
-            f"  memory   {readable_bytes(self.projected_bytes)} of {limit}",
-            f"  threads  {self.threads}",
+        twice = " twice, in place" if self.in_place else ""
+        return [
+            ("images", f"{self.header.images:,}"),
+            ("from", f"{self.header.shape[1:]} {self.header.dtype} {self.header.layout}"),
+            ("to", f"{self.result.shape[1:]} {self.result.dtype} {self.result.layout}"),
+            ("chunks", f"{self.chunks:,} of {self.chunk_images:,} images{done}"),
+            ("reads", readable_bytes(self.read_bytes)),
+            ("writes", readable_bytes(self.write_bytes) + twice),
+            ("memory", f"{readable_bytes(self.projected_bytes)} of {limit}"),
+            ("threads", str(self.threads)),
+            *(("note", note) for note in self.notes),
         ]
-        return "\n".join(lines + [f"  note     {note}" for note in self.notes])
+
+    def __str__(self) -> str:
+        facts = (f"  {name:<9}{value}" for name, value in self._facts())
+        return "\n".join([self._caption(), *facts])
+
+    def _repr_html_(self) -> str:
+        return table(self._caption(), self._facts())

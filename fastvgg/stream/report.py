@@ -7,14 +7,17 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from fastvgg.notebook import table
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
     from fastvgg.stream.plan import Plan
 
-__all__ = ["FAILURES_KEPT", "Failure", "Progress", "Report", "Tally"]
+__all__ = ["FAILURES_KEPT", "FAILURES_SHOWN", "Failure", "Progress", "Report", "Tally"]
 
 FAILURES_KEPT: Final = 1000
+FAILURES_SHOWN: Final = 10
 
 
 class Progress(NamedTuple):
@@ -55,13 +58,26 @@ class Report:
     """The most memory that the process has had resident."""
     notes: list[str] = field(default_factory=list)
 
-    def __str__(self) -> str:
-        images, failed = self.counts["images"], self.counts["failed"]
+    def _facts(self) -> list[tuple[str, str]]:
+        """Return what people are told of it, by name."""
         computed, chunks = self.counts["computed_chunks"], self.counts["chunks"]
-        earlier = f", chunks there already: {chunks - computed} of {chunks}"
-        earlier = earlier if computed < chunks else ""
-        bad = f", {failed} could not be read" if failed else ""
-        return f"{self.target}: {images} images in {self.seconds:.1f} s{earlier}{bad}"
+        facts = [("done", f"{self.counts['images']:,} images in {self.seconds:.1f} s")]
+        if computed < chunks:
+            facts.append(("before", f"chunks there already: {chunks - computed:,} of {chunks:,}"))
+        if self.counts["failed"]:
+            facts.append(("failed", f"{self.counts['failed']:,} could not be read"))
+        return facts
+
+    def __str__(self) -> str:
+        return f"{self.target}: {', '.join(value for _, value in self._facts())}"
+
+    def _repr_html_(self) -> str:
+        shown = self.failures[:FAILURES_SHOWN]
+        failures = [(f"row {at.row}", f"{at.path}: {at.reason}") for at in shown]
+        if self.counts["failed"] > len(shown):
+            more = self.counts["failed"] - len(shown)
+            failures.append(("and", f"{more:,} more, all listed in {self.target}.index.csv"))
+        return table(self.target, self._facts() + failures)
 
 
 class Tally:
