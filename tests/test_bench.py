@@ -8,10 +8,12 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pytest
 from datasets_on_disk import PHOTOGRAPHS, printed_on_small_disk
+from typer.testing import CliRunner
 
 from fastvgg import bench
 from fastvgg.bench import decoding, disk, kernels, memory, roofline, table
 from fastvgg.bench.memory import Arena
+from fastvgg.cli import app
 from fastvgg.errors import SourceError, TargetError, UsageError, VerificationError
 from fastvgg.kernels import yardsticks
 
@@ -208,3 +210,44 @@ def test_without_matplotlib_a_picture_is_refused_with_the_way_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UsageError, match=r"fastvgg\[plot\]"):
         roofline.check(Path("x.svg"))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(bench, "QUICK", TINY)
+
+
+def test_the_command_prints_every_figure_and_that_all_are_right(tiny, tmp_path):
+    result = CliRunner().invoke(app, ["bench", "--quick", "--disk", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    for part in ("disk", "memory", "kernels"):
+        assert result.stdout.count(table.HEADINGS[part]) == 1
+    assert all(f"\n{path.name} " in result.stdout for path in kernels.PATHS)
+    assert "every result is the oracle's, bit for bit" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_json_of_the_command_is_alone_and_the_picture_is_drawn(tiny, tmp_path):
+    picture = tmp_path / "roofline.svg"
+    result = CliRunner().invoke(app, ["bench", "--quick", "--json", "--plot", str(picture)])
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert [row["path"] for row in record["kernels"]] == [path.name for path in kernels.PATHS]
+    assert f"{record['kernels'][0]['images_per_second']:,} images/s" in picture.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        (["--plot", "x.txt"], 2),
+        (["--images", "no"], 3),
+        (["--disk", "no"], 3),
+        (["--threads", "0"], 2),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before(options, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["bench", *options])
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) >= 2

@@ -345,7 +345,7 @@ def test_the_version_is_that_of_the_package():
     assert invoke("--version").stdout == f"fastvgg {fastvgg.__version__}\n"
 
 
-@pytest.mark.parametrize("verb", [None, "preprocess", "restore", "verify", "info", "demo"])
+@pytest.mark.parametrize("verb", [None, "preprocess", "restore", "verify", "info", "bench", "demo"])
 def test_help_is_there_with_an_example(verb):
     result = invoke(*([verb] if verb else []), "--help")
     assert result.exit_code == 0

@@ -163,7 +163,9 @@ def test_failures_notes_and_errors_are_broken_between_words(place, kind, columns
 
 
 @pytest.mark.parametrize("columns", [80, 60])
-@pytest.mark.parametrize("verb", ["", "preprocess", "pack", "restore", "verify", "info", "demo"])
+@pytest.mark.parametrize(
+    "verb", ["", "preprocess", "pack", "restore", "verify", "info", "bench", "demo"]
+)
 def test_help_fits(verb, columns):
     shown = fastvgg(*([verb] if verb else []), "--help", columns=columns)
     check_screen(shown, columns)

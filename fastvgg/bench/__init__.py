@@ -38,7 +38,7 @@ def measure(
     images: Path | None = None,
     disk: Path | None = None,
     threads: int | None = None,
-    tell: Callable[[str, dict[str, Any]], None] = lambda _part, _row: None,
+    tell: Callable[[str, dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Measure this machine.
 
@@ -79,7 +79,8 @@ def measure(
     record: dict[str, Any] = {"machine": machine(), "threads": threads, "rounds": extent.rounds}
 
     def found(part: str, row: dict[str, Any]) -> dict[str, Any]:
-        tell(part, row)
+        if tell is not None:
+            tell(part, row)
         return row
 
     if disk is not None:

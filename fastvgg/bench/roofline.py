@@ -44,7 +44,9 @@ def check(path: Path) -> None:
             f"--plot {path} ends in none of {', '.join(endings)}", "give it the ending .png or .svg"
         )
     if not path.parent.is_dir():
-        raise UsageError(f"--plot {path}: {path.parent} is no directory", f"mkdir {path.parent}")
+        raise UsageError(
+            f"--plot {path}: {path.parent} is no directory", f"make it: mkdir {path.parent}"
+        )
 
 
 def draw(record: dict[str, Any], path: Path) -> None:

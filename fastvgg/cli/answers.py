@@ -11,10 +11,12 @@ from fastvgg.stream.plan import readable_bytes
 from fastvgg.stream.report import FAILURES_SHOWN
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fastvgg.stream.plan import Plan
     from fastvgg.stream.report import Report
 
-__all__ = ["plan_record", "print_json", "print_known", "print_report"]
+__all__ = ["plan_record", "print_json", "print_known", "print_measured", "print_report"]
 
 
 def plan_record(plan: Plan) -> dict[str, Any]:
@@ -57,6 +59,22 @@ def print_known(known: dict[str, Any]) -> None:
         print(f"{name:<17}{first}")
         for line in more:
             print(f"{'':<17}{line}")
+
+
+def print_measured() -> Callable[[str, dict[str, Any]], None]:
+    """Return what prints each figure of this machine, the parts below headings."""
+    from fastvgg.bench.table import HEADINGS, line
+
+    told = ""
+
+    def tell(part: str, row: dict[str, Any]) -> None:
+        nonlocal told
+        if part != told:
+            print(f"{HEADINGS[part]}\n{'-' * len(HEADINGS[part])}")
+            told = part
+        print(line(part, row), flush=True)
+
+    return tell
 
 
 def _readable(name: str, value: object) -> list[str]:

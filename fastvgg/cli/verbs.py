@@ -8,7 +8,7 @@ import typer
 
 import fastvgg
 from fastvgg import models
-from fastvgg.cli.answers import print_json, print_known
+from fastvgg.cli.answers import print_json, print_known, print_measured
 from fastvgg.cli.carry import carry_out
 from fastvgg.cli.exits import CODES, Verb, exits
 from fastvgg.cli.guide import GUIDE
@@ -282,6 +282,57 @@ def models_(as_json: Json = False) -> None:
         return
     for model, mode in models.MODES_BY_MODEL.items():
         print(f"{model:<20}{mode}")
+
+
+@app.command(cls=Verb, epilog=SEE_CODES)
+def bench(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Ten seconds instead of a minute.")
+    ] = False,
+    images: Annotated[
+        str | None,
+        typer.Option(metavar="SRC", help="Decode these, too: a directory or tar shards."),
+    ] = None,
+    disk: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Write a file there, too, read it, and remove it."),
+    ] = None,
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Draw the figures: a .svg or .png.")
+    ] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    traceback: Traceback = False,
+) -> None:
+    """Measure this machine, and every kernel.
+
+    The memory and each kernel as a share of it, the oracle beside it, decoding and a disk where
+    they are given. Every result is compared with the oracle's.
+
+    Example: fastvgg bench --quick --plot roofline.svg
+    """
+    with exits(traceback):
+        from pathlib import Path
+
+        from fastvgg.bench import FULL, QUICK, measure, roofline
+        from fastvgg.datasets.locations import located
+
+        if plot is not None:
+            roofline.check(Path(plot))
+        record = measure(
+            QUICK if quick else FULL,
+            images=None if images is None else located(images),
+            disk=None if disk is None else Path(disk),
+            threads=threads,
+            tell=None if as_json else print_measured(),
+        )
+        if plot is not None:
+            roofline.draw(record, Path(plot))
+        if as_json:
+            print_json(record)
+            return
+        print("every result is the oracle's, bit for bit")
+        print(f"a call takes {record['call_overhead_us']:.0f} microseconds above its kernel")
 
 
 @app.command(cls=Verb, epilog=SEE_CODES)
