@@ -279,7 +279,10 @@ def _agreed_transform(
             "leave --layout away: the manifest knows it",
         )
     if asked.direction == "preprocess" and mode is None:
-        raise UsageError(f"{path}: the mode is not given", "give --mode or --model")
+        raise UsageError(
+            f"{path}: the mode is not given",
+            "give --mode or --model; 'fastvgg models' lists which mode each model wants",
+        )
     return Transform(
         asked.mode if mode is not None else done.mode,
         asked.direction,
@@ -535,7 +538,10 @@ def reopen_source(plan: Plan) -> Source:
 
 def changed_since(path: Path) -> SourceError:
     """Return the error that says so of a source."""
-    return SourceError(f"{path} has changed since the run was planned", "plan the run again")
+    return SourceError(
+        f"{path} has changed since the run was planned",
+        "give the same command again, or plan the run again",
+    )
 
 
 def changed(plan: Plan, source: Source) -> bool:
