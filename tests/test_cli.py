@@ -795,6 +795,10 @@ def test_an_image_that_cannot_be_read_exits_with_1_and_is_listed(tmp_path, photo
     again = invoke("preprocess", photos, target, "--mode", "caffe")
     assert again.exit_code == 1
     assert "a/bad.jpg" in again.stderr
+    assert again.stderr.endswith("give the same command with --retry-failed\n")
+    back = invoke("restore", target, tmp_path / "back")
+    assert back.exit_code == 1
+    assert "--retry-failed" not in back.stderr
 
 
 def test_of_very_many_failures_some_are_listed_and_the_index_is_named(tmp_path, photos):

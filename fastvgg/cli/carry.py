@@ -36,6 +36,8 @@ def carry_out(plan: Plan, dask: str | None, *, dry_run: bool, as_json: bool, qui
         report = plan.run(tell, client=client)
     print_json(dataclasses.asdict(report)) if as_json else print_report(report)
     if report.counts["failed"]:
+        if plan.transform.direction != "restore":
+            say("  when they are mended, give the same command with --retry-failed", sys.stderr)
         raise typer.Exit(SOME_FAILED)
 
 
