@@ -399,6 +399,8 @@ CAMPAIGNS = {
     "full_disks": "runs on disks of every size around the need",
     "fuzz": "damages headers, journals and manifests",
     "fuzz_hdf5": "damages HDF5 files",
+    "installs": "builds the wheel and the source archive, and installs them on every Python there "
+    "is, with the lowest and the newest of each dependency",
 }
 
 # What writes a table, and the results that it is written from.

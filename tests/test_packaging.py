@@ -61,8 +61,7 @@ def test_the_core_install_is_few_packages():
         needed = map(packaging.requirements.Requirement, requires(name) or [])
         following += [r.name for r in needed if not r.marker or r.marker.evaluate({"extra": ""})]
     assert "llvmlite" in found
-    allowed_here = MOST_PACKAGES + 4 * ("pydantic" in found)  # of a Typer newer than is allowed
-    assert len(found) <= allowed_here, sorted(found)
+    assert len(found) <= MOST_PACKAGES, sorted(found)
 
 
 def test_a_typed_program_outside_of_the_checkout_is_checked_against_the_installed_package(
