@@ -11,6 +11,9 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 ELEMENTS_OF_AN_IMAGE = 224 * 224 * 3
+SHARE = "of the limit | middle half of the rounds"
+MEASURED = f"{SHARE} | MiB planned | used at most"
+MEASURED_RULE = "---:|---:|---:|---:|"
 DOCUMENTS = (Path(__file__).parents[1] / "README.md", Path(__file__).with_name("README.md"))
 
 DIFFER = (
@@ -322,6 +325,66 @@ def cluster(record):
         for row in record["chunks"]
     ]
     return [*lines, "", place(record)]
+
+
+def growth(record):
+    """Return four tables, of images, their size, threads and chunks."""
+    sweeps, line = record["sweeps"], record["line"]
+    side = sweeps["images"][0]["side"]
+    lines = [
+        f"| images of {side}x{side} | seconds | us an image | from the line | {MEASURED} |",
+        f"|---:|---:|---:|---:|{MEASURED_RULE}",
+    ]
+    lines += [
+        f"| {row['images']:,} | {row['seconds']:.3f} | {row['seconds'] / row['images'] * 1e6:.1f} "
+        f"| {row['deviation']:+.1%} | {share_and_memory(row)} |"
+        for row in sweeps["images"]
+    ]
+    lines += [
+        "",
+        f"Line: {line['start_ms']:.0f} ms and {line['microseconds_an_image']:.1f} us an image.",
+        "",
+        f"| images | of the size | GB/s written | {MEASURED} |",
+        f"|---:|---:|---:|{MEASURED_RULE}",
+    ]
+    lines += [
+        f"| {row['images']:,} | {row['side']}x{row['side']} | {written_rate(row):.2f} "
+        f"| {share_and_memory(row)} |"
+        for row in sweeps["side"]
+    ]
+    lines += [
+        "",
+        f"| threads | in memory, GB/s | {SHARE} | to the disk, GB/s | {MEASURED} |",
+        f"|---:|---:|---:|---:|---:|{MEASURED_RULE}",
+    ]
+    lines += [
+        f"| {row['threads']} | {written_rate(in_memory):.2f} | {share(in_memory)} "
+        f"| {written_rate(row):.2f} | {share_and_memory(row)} |"
+        for row, in_memory in zip(sweeps["threads"], record["in_memory"], strict=True)
+    ]
+    lines += [
+        "",
+        f"| memory limit, MiB | images of a chunk | MiB written at once | GB/s | {MEASURED} |",
+        f"|---:|---:|---:|---:|{MEASURED_RULE}",
+    ]
+    lines += [
+        f"| {row['memory_limit_mib']:.0f} | {row['chunk_images']} | {row['chunk_mib']:.0f} "
+        f"| {written_rate(row):.2f} | {share_and_memory(row)} |"
+        for row in sweeps["chunk"]
+    ]
+    idle_mib = max(row["idle_mib"] for rows in sweeps.values() for row in rows)
+    return [*lines, "", f"An idle process takes {idle_mib:.0f} MiB. {place(record)}"]
+
+
+def written_rate(row):
+    """Return the gigabytes of a result a second."""
+    return row["written_bytes"] / row["seconds"] / 1e9
+
+
+def share_and_memory(row):
+    """Return four columns: the share of the limit, its spread, memory as planned and as used."""
+    above = ", above the plan" if row["peak_mib"] > row["planned_mib"] else ""
+    return f"{share(row)} | {row['planned_mib']:.0f} | {row['peak_mib']:.0f}{above}"
 
 
 def billion(record):

@@ -1,0 +1,83 @@
+"""Every benchmark, one after the other, and the tables and figures from what they leave.
+
+    python benchmarks/everything.py                       # hours, 40 GB of disk
+    python benchmarks/everything.py --only streams growth
+    python benchmarks/everything.py --quick               # of those that have a quick form
+
+One that fails, or needs what is not installed, is named at the end with the last line that it said,
+as is every part that a benchmark left out; the others run all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+BENCHMARKS = {
+    "bench": ("bench.py",),
+    "against_numpy": ("against_numpy.py",),
+    "peers": ("peers.py",),
+    "startup": ("startup.py",),
+    "streams": ("streams.py",),
+    "formats": ("formats.py",),
+    "images": ("images.py",),
+    "images_million": ("images.py", "--million"),
+    "images_planning": ("images.py", "--planning"),
+    "loading": ("loading.py",),
+    "cluster": ("cluster.py",),
+    "growth": ("growth.py",),
+    "store_requests": ("store_requests.py",),
+    "billion": ("billion.py",),
+    "inverses": ("inverses.py",),
+}
+WITHOUT_A_QUICK_FORM = ("store_requests", "billion", "inverses")
+FROM_RESULTS = {"tables": ("tables.py",), "plots": ("plots.py",)}
+LEFT_OUT = "not measured"
+
+
+def shortcomings(name, script, *options):
+    """Run a program, pass on what it says, and return a line for all that it did not do."""
+    command = [sys.executable, Path(__file__).parent / script, *options]
+    said, found = "it said nothing", []
+    begun = time.perf_counter()
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    ) as ran:
+        for line in ran.stdout:
+            print(line, end="", flush=True)
+            said = line.strip() or said
+            if LEFT_OUT in line:
+                found.append(f"{name}: {said}")
+    print(f"{name}: {time.perf_counter() - begun:.0f} s", flush=True)
+    if ran.returncode:
+        found.append(f"{name}: failed with exit code {ran.returncode}: {said}")
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=[*BENCHMARKS])
+    parser.add_argument("--quick", action="store_true", help="is handed on")
+    arguments = parser.parse_args()
+    found = []
+    for name in arguments.only:
+        if arguments.quick and name in WITHOUT_A_QUICK_FORM:
+            found.append(f"{name}: not run, it has no quick form")
+            continue
+        found += shortcomings(name, *BENCHMARKS[name], *["--quick"] * arguments.quick)
+    for name, command in FROM_RESULTS.items():
+        found += shortcomings(name, *command)
+    print("not done:", *(found or ["nothing"]), sep="\n  ")
+    sys.exit(bool(found))
+
+
+if __name__ == "__main__":
+    main()
