@@ -1,6 +1,6 @@
 """How seconds and memory grow with the number of images, their size, threads and chunks.
 
-    python benchmarks/growth.py            # a quarter of an hour, 30 GB of disk; writes a result
+    python benchmarks/growth.py            # a quarter of an hour, 17 GB of disk; writes a result
     python benchmarks/growth.py --quick    # 32 MiB at most, less than a minute; writes nothing
 
 Each run plans uint8 `.npy` to float32 `.npy` on the disk, and carries the plan out, in a process of
