@@ -470,9 +470,11 @@ CAMPAIGNS = {
 TABLES = {
     "bench": (bench, ["bench"]),
     "overview": (overview, ["peers"]),
+    "startup": (startup, ["startup"]),
     "peers": (peers, ["peers"]),
     "inverses": (inverses, ["inverses"]),
     "campaigns": (campaigns, list(CAMPAIGNS)),
+    "growth": (growth, ["growth"]),
     "streams": (streams, ["streams"]),
     "formats": (streams, ["formats"]),
     "images": (images, ["images"]),

@@ -1,5 +1,6 @@
 """The README does what it says: its code runs, its commands exist, its rooms are there."""
 
+import json
 import re
 import runpy
 import shlex
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree as ET
 
 import pytest
 import skimage
@@ -19,6 +21,7 @@ from fastvgg.cli import app
 
 TOP = Path(__file__).parent.parent
 README = (TOP / "README.md").read_text(encoding="utf-8")
+BENCHMARKS = (TOP / "benchmarks" / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language):
@@ -112,6 +115,24 @@ def test_tables_are_what_the_results_say():
     tables = runpy.run_path(str(TOP / "benchmarks" / "tables.py"))
     texts = [document.read_text(encoding="utf-8") for document in tables["DOCUMENTS"]]
     assert tables["written_into"](texts) == texts
+    marked = re.findall(r"<!-- table: (\w+) -->", "".join(texts))
+    assert sorted(marked) == sorted(tables["TABLES"])
+
+
+def test_pictures_are_what_the_results_say(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(TOP / "benchmarks")
+    plots = runpy.run_path(str(TOP / "benchmarks" / "plots.py"))
+    shown = re.findall(r"\]\((?:benchmarks/)?results/(\w+)\.svg\)", README + BENCHMARKS)
+    assert set(shown) == set(plots["PLOTS"])
+    for name, draw in plots["PLOTS"].items():
+        kept = TOP / "benchmarks" / "results" / f"{name}.svg"
+        draw(json.loads(kept.with_suffix(".json").read_text("utf-8")), tmp_path / kept.name)
+        assert texts_of(tmp_path / kept.name) == texts_of(kept)  # curves vary with the version
+
+
+def texts_of(picture):
+    root = ET.parse(picture).getroot()  # noqa: S314  # our own
+    return [text.strip() for text in root.itertext() if text.strip()]
 
 
 def test_layout_lists_exactly_the_files_there_are():
