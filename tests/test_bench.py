@@ -106,6 +106,16 @@ def test_a_copy_moves_every_byte_and_no_other(fetches, threads):
     assert np.array_equal(room[start + x.size :], before[start + x.size :])
 
 
+def test_of_what_is_read_every_byte_counts():
+    parts = np.random.default_rng(0).integers(0, 256, (7, 4, yardsticks.STEP_BYTES), np.uint8)
+    x = parts.reshape(-1).view(np.float32)
+    room = np.zeros(parts[:, 0].size + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    out = room[start : start + parts[:, 0].size]
+    memory.copy(x, out, 2, fetches=False)
+    assert np.array_equal(out, np.bitwise_xor.reduce(parts, axis=1).reshape(-1))
+
+
 def test_a_fill_writes_every_byte_and_no_other():
     room = np.zeros(yardsticks.STEP_BYTES * 7 + 128, np.uint8)
     start = -room.ctypes.data % 64 + 64

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["check", "draw"]
+__all__ = ["check", "draw", "limit"]
 
 # Of Okabe and Ito, told apart by colour-blind eyes: https://jfly.uni-koeln.de/color/
 BLUE: Final = "#0072B2"
@@ -81,7 +81,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
 def _draw_bars(axes: Any, rows: Sequence[dict[str, Any]]) -> None:  # noqa: ANN401  # untyped
     places = range(len(rows))
     speeds = [row["gigabytes_per_second"] for row in rows]
-    limits = [row["gigabytes_per_second"] / row["share"] for row in rows]
+    limits = [limit(row) for row in rows]
     numpy = [
         row["gigabytes_per_second"] * row["numpy_images_per_second"] / row["images_per_second"]
         for row in rows
@@ -90,8 +90,8 @@ def _draw_bars(axes: Any, rows: Sequence[dict[str, Any]]) -> None:  # noqa: ANN4
     axes.barh(places, numpy, BAR, color=ORANGE, label="NumPy, on as many threads")
     ends = ([place - BAR / 2 for place in places], [place + BAR / 2 for place in places])
     axes.vlines(limits, *ends, color=BLACK, linewidth=2.5, label="what the memory allows")
-    for place, row, limit in zip(places, rows, limits, strict=True):
-        end = max(limit, row["gigabytes_per_second"])
+    for place, row, most in zip(places, rows, limits, strict=True):
+        end = max(most, row["gigabytes_per_second"])
         text = f"  {row['images_per_second']:,} images/s"
         axes.text(end, place, text, va="center", size="small")
     axes.set_yticks(places, [row["path"] for row in rows])
@@ -101,6 +101,17 @@ def _draw_bars(axes: Any, rows: Sequence[dict[str, Any]]) -> None:  # noqa: ANN4
     axes.set_xlabel("GB/s, read and written")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1), ncols=3, frameon=False)
+
+
+def limit(row: dict[str, Any]) -> float:
+    """Return the gigabytes a second that the memory allows a kernel.
+
+    Examples
+    --------
+    >>> limit({"gigabytes_per_second": 40.0, "share": 0.8})
+    50.0
+    """
+    return float(row["gigabytes_per_second"] / row["share"])
 
 
 def _place(record: dict[str, Any]) -> str:
