@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -137,6 +138,13 @@ def test_info_puts_each_thing_on_a_line_that_fits(place, columns):
 
 def first_package(shown):
     return next(line for line in shown.lines if line.startswith("packages"))
+
+
+def test_a_path_that_is_longer_than_a_line_is_not_broken(place):
+    path = place / "-".join(["photos"] * 20)
+    shown = fastvgg("info", str(path), columns=60)
+    assert shown.returncode == 3
+    assert os.fsencode(path) in shown.written
 
 
 @pytest.mark.parametrize("columns", [80, 60])
