@@ -26,7 +26,8 @@ from fastvgg.threads import usable_cores
 CHECKOUT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "startup.json"
 
-# Each prints the seconds of what it is named for; without a print, the whole process is meant.
+# Programs of the environment. One that prints says the seconds of what it is named for; of the
+# others the whole process is meant.
 FIRST_CALL = """
 import time
 import numba
@@ -44,15 +45,15 @@ import {name}
 print(time.perf_counter() - begun)
 """
 PROGRAMS = {
-    "python -c pass": ["-c", "pass"],
-    "fastvgg --help": ["-m", "fastvgg", "--help"],
-    "process that imports numpy": ["-c", "import numpy"],
-    "process that imports fastvgg": ["-c", "import fastvgg"],
-    "import typer": ["-c", IMPORT.format(name="typer")],
-    "import numpy": ["-c", IMPORT.format(name="numpy")],
-    "import fastvgg": ["-c", IMPORT.format(name="fastvgg")],
-    "import numba": ["-c", IMPORT.format(name="numba")],
-    "first call above import numba": ["-c", FIRST_CALL],
+    "python -c pass": ["python", "-c", "pass"],
+    "fastvgg --help": ["fastvgg", "--help"],
+    "process that imports numpy": ["python", "-c", "import numpy"],
+    "process that imports fastvgg": ["python", "-c", "import fastvgg"],
+    "import typer": ["python", "-c", IMPORT.format(name="typer")],
+    "import numpy": ["python", "-c", IMPORT.format(name="numpy")],
+    "import fastvgg": ["python", "-c", IMPORT.format(name="fastvgg")],
+    "import numba": ["python", "-c", IMPORT.format(name="numba")],
+    "first call above import numba": ["python", "-c", FIRST_CALL],
 }
 RATIOS = (
     ("import fastvgg", "import numpy", 1.15),
@@ -63,14 +64,14 @@ MOST_PACKAGES = 18
 
 
 def installed(place):
-    """Install fastvgg and what it needs; return Python, how many packages, and their bytes."""
+    """Install fastvgg and what it needs; return the programs' place, packages, and their bytes."""
     venv.create(place, with_pip=True)
-    python = place / "bin" / "python"
-    pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    programs = place / "bin"
+    pip = [str(programs / "python"), "-m", "pip", "--quiet", "--disable-pip-version-check"]
     before = size_of(place)
     subprocess.run([*pip, "install", str(CHECKOUT)], check=True)
     listed = subprocess.run([*pip, "freeze"], capture_output=True, text=True, check=True).stdout
-    return python, len(listed.splitlines()), size_of(place) - before
+    return programs, len(listed.splitlines()), size_of(place) - before
 
 
 def size_of(place):
@@ -79,22 +80,23 @@ def size_of(place):
     return sum(path.stat().st_size for path in files)
 
 
-def seconds_of(python, program):
+def seconds_of(programs, command):
     """Return the seconds that a program prints, else those of its process."""
+    name, *arguments = command
     begun = time.perf_counter()
     done = subprocess.run(
-        [str(python), *program], cwd=python.parent, capture_output=True, text=True, check=True
+        [programs / name, *arguments], cwd=programs, capture_output=True, text=True, check=True
     )
     whole = time.perf_counter() - begun
-    return float(done.stdout) if "print" in program[-1] else whole
+    return float(done.stdout) if "print" in arguments[-1] else whole
 
 
-def in_turn(python, rounds):
+def in_turn(programs, rounds):
     """Return the seconds of every program in every round; the first of each is not counted."""
     taken = {name: [] for name in PROGRAMS}
     for number in range(rounds + 1):
-        for name, program in PROGRAMS.items():
-            seconds = seconds_of(python, program)
+        for name, command in PROGRAMS.items():
+            seconds = seconds_of(programs, command)
             if number:
                 taken[name].append(seconds)
     return taken
@@ -116,8 +118,8 @@ def main():
     arguments = parser.parse_args()
     rounds = 5 if arguments.quick else arguments.rounds
     with tempfile.TemporaryDirectory(prefix="fastvgg-startup-") as place:
-        python, packages, size = installed(Path(place))
-        taken = in_turn(python, rounds)
+        programs, packages, size = installed(Path(place))
+        taken = in_turn(programs, rounds)
     seconds = [row(name, taken[name], MOST_SECONDS.get(name)) for name in PROGRAMS]
     ratios = [
         row(

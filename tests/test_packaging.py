@@ -14,12 +14,11 @@ from pathlib import Path
 import packaging.requirements
 import packaging.utils
 import pytest
-from packaging_of import built, names_in
+from packaging_of import MOST_PACKAGES, built, names_in
 
 import fastvgg
 
 ROOT = Path(__file__).parents[1]
-MOST_PACKAGES = 18
 
 
 @pytest.fixture(scope="module")
