@@ -15,12 +15,10 @@ import shutil
 import subprocess
 import tempfile
 import venv
-from email.parser import Parser
 from pathlib import Path
-from zipfile import ZipFile
 
 from campaigning import main
-from packaging_of import MOST_PACKAGES, built, names_in
+from packaging_of import MOST_PACKAGES, built, names_in, requirements_of
 
 TESTS = Path(__file__).parent
 PYTHONS = ("python3.11", "python3.12", "python3.13", "python3.14")
@@ -64,16 +62,6 @@ def ran(*command, cwd):
     if done.returncode:
         raise SystemExit(f"{command}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
     return done.stdout
-
-
-def requirements_of(wheel, extra=None):
-    """What the metadata of a wheel asks for, and for an extra."""
-    with ZipFile(wheel) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
-        metadata = Parser().parsestr(archive.read(name).decode())
-    lines = [line.replace("'", '"') for line in metadata.get_all("Requires-Dist")]
-    wanted = [line for line in lines if "extra ==" not in line]
-    return wanted + [line.split(";")[0] for line in lines if extra and f'== "{extra}"' in line]
 
 
 def check_archives(place, tool):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import tarfile
 import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -34,3 +35,13 @@ def names_in(archive):
             return wheel.namelist()
     with tarfile.open(archive) as sdist:
         return sdist.getnames()
+
+
+def requirements_of(wheel, extra=None):
+    """What the metadata of a wheel asks for, and for an extra."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        metadata = Parser().parsestr(archive.read(name).decode())
+    lines = [line.replace("'", '"') for line in metadata.get_all("Requires-Dist")]
+    wanted = [line for line in lines if "extra ==" not in line]
+    return wanted + [line.split(";")[0] for line in lines if extra and f'== "{extra}"' in line]
