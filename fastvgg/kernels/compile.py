@@ -18,7 +18,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numba
 from llvmlite import ir
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["Processor", "machine_code", "processor"]
+
+STACK_ALIGNMENT: Final = 64
+"""Bytes. A spilled register that crosses a page waits behind non-temporal stores: on Zen 3 that
+takes 200 ns in every block. An aligned one never crosses a page."""
 
 _numbers = itertools.count()
 
@@ -75,6 +79,8 @@ def machine_code(emit: Callable[..., None], arguments: int) -> Callable[..., Non
         module = library.create_ir_module(name)
         signature = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * arguments)
         function = ir.Function(module, signature, name)
+        function.attributes.add("nounwind")  # llvmlite omits alignstack from an empty set
+        function.attributes.alignstack = STACK_ALIGNMENT
         builder = ir.IRBuilder(function.append_basic_block())
         emit(builder, *function.args)
         builder.ret_void()
