@@ -1,7 +1,7 @@
 """What `fastvgg bench` measures, kept for the table and the picture of it.
 
-python benchmarks/bench.py            # a minute; writes results/bench.json
-python benchmarks/bench.py --quick    # ten seconds; writes nothing
+python benchmarks/bench.py            # minutes; writes results/bench-<instruction set>.json
+python benchmarks/bench.py --quick    # 15 seconds; writes nothing
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from fastvgg.bench import FULL, QUICK, measure
 from fastvgg.cli.answers import print_measured
 
-RESULT = Path(__file__).parent / "results" / "bench.json"
+RESULTS = Path(__file__).parent / "results"
 
 
 def main():
@@ -22,7 +22,8 @@ def main():
     arguments = parser.parse_args()
     record = measure(QUICK if arguments.quick else FULL, tell=print_measured())
     if not arguments.quick:
-        RESULT.write_text(json.dumps(record, indent=1) + "\n")
+        name = f"bench-{record['instruction_set'].lower()}.json"
+        (RESULTS / name).write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def draw_memory(ax, positions, rows):
     ax.set_ylabel("peak memory above idle, MiB")
 
 
-PLOTS = {"bench": roofline.draw, "growth": growth}
+PLOTS = {path.stem: roofline.draw for path in RESULTS.glob("bench-*.json")} | {"growth": growth}
 
 
 def main():

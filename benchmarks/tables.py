@@ -76,22 +76,38 @@ def share(row):
     return f"{row['share']:.2f} | {low:.2f} to {high:.2f}"
 
 
-def bench(record):
-    """Return a table of the memory, and one of every kernel beside it."""
-    lines = ["| memory | GB/s |", "|---|---:|"]
-    lines += [f"| {row['loop']} | {row['gigabytes_per_second']} |" for row in record["memory"]]
-    lines += [
-        "",
-        "| kernel | images/s | GB/s | of the limit | middle half | NumPy, images/s |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    lines += [
-        f"| {row['path']} | {row['images_per_second']:,} | {row['gigabytes_per_second']} "
-        f"| {share(row)} | {row['numpy_images_per_second']:,} |"
-        for row in record["kernels"]
-    ]
-    latency = f"A call takes {record['call_overhead_us']:.0f} microseconds above its kernel."
-    return [*lines, "", latency, "", place(record)]
+def bench(*records):
+    """Return a table of each instruction set: the shares of the limit, by kernel and layouts."""
+    lines = []
+    for record in records:
+        lines += ["", f"{record['instruction_set']}: {place(record)}", ""]
+        lines += ["| memory | GB/s |", "|---|---:|"]
+        lines += [f"| {row['loop']} | {row['gigabytes_per_second']} |" for row in record["memory"]]
+        lines += ["", *shares_by_layout(record["kernels"]), ""]
+        lines.append(
+            f"A call takes {record['call_overhead_us']:.0f} microseconds above its kernel."
+        )
+    return lines[1:]
+
+
+LAYOUTS = ("NHWC", "NHWC-NCHW", "NCHW-NHWC", "NCHW")
+
+
+def shares_by_layout(rows):
+    """Return a table of the share of the limit: a row for types and mode, a column for layouts."""
+    shares, images = {}, {}
+    for row in rows:
+        types, mode, layouts = row["path"].split(" ", 2)
+        layout, _, where = layouts.partition(" ")
+        layout = layout.removesuffix(",")
+        name = f"{types}, {mode}" + (f", {where}" if where else "")
+        shares.setdefault(name, {})[layout] = f"{row['share']:.2f}"
+        images.setdefault(name, {})[layout] = f"{row['images_per_second']:,}"
+    lines = [f"| of the limit | {' | '.join(LAYOUTS)} | images/s, NHWC |", "|---|" + "---:|" * 5]
+    for name, found in shares.items():
+        cells = [found.get(layout, "") for layout in LAYOUTS]
+        lines.append(f"| {name} | {' | '.join(cells)} | {images[name].get('NHWC', '')} |")
+    return lines
 
 
 def startup(record):
@@ -468,7 +484,7 @@ CAMPAIGNS = {
 
 # What writes a table, and the results that it is written from.
 TABLES = {
-    "bench": (bench, ["bench"]),
+    "bench": (bench, sorted(path.stem for path in RESULTS.glob("bench-*.json"))),
     "overview": (overview, ["peers"]),
     "startup": (startup, ["startup"]),
     "peers": (peers, ["peers"]),

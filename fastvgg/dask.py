@@ -22,13 +22,14 @@ import numpy as np
 from dask.tokenize import tokenize
 
 from fastvgg import engine
+from fastvgg.backend import check_backend
 from fastvgg.errors import ShapeError, UsageError
 from fastvgg.transform import CHANNEL_AXES, Mode, Transform, storage_dtype, storage_name
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
-    from fastvgg.engine import Backend
+    from fastvgg.backend import Backend
     from fastvgg.transform import Layout, Rounding
 
 __all__ = ["preprocess", "restore"]
@@ -86,7 +87,7 @@ def _mapped(transform: Transform, x: da.Array, backend: Backend) -> da.Array:
             f"the array is {type(x).__name__}, and no Dask array",
             "give one in memory to the function of this name in fastvgg, or dask.array.from_array",
         )
-    engine.backend_in_use(backend)
+    check_backend(backend)
     input_name = storage_name(x.dtype)
     # A length that is not known yet is that of images, rows or columns, of which any is right.
     transform.check_input(tuple(1 if math.isnan(n) else n for n in x.shape), input_name)

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
-import importlib.util
-import warnings
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, overload
 
 import numpy as np
 
+from fastvgg import backend as backends
 from fastvgg import nearest, oracle
 from fastvgg.arrays import as_numpy, as_torch, is_torch
-from fastvgg.errors import BackendError, DtypeError, OutputError, UsageError
+from fastvgg.errors import DtypeError, OutputError, UsageError
 from fastvgg.threads import check_threads, work_on_all
 from fastvgg.transform import CHANNEL_AXES, Transform, storage_dtype, storage_name
 
@@ -27,20 +25,17 @@ if TYPE_CHECKING:
 
     from numpy.typing import DTypeLike, NDArray
 
+    from fastvgg.backend import Backend, Chosen
     from fastvgg.nearest import Picks
     from fastvgg.transform import Layout, Mode, Rounding
 
 __all__ = [
-    "Backend",
     "apply",
-    "backend_in_use",
     "picker",
     "preprocess",
     "restore",
     "row_by_row",
 ]
-
-Backend: TypeAlias = Literal["auto", "numba", "numpy"]
 
 # A kernel takes 100 us or more for this; to wake a second thread for less costs more (20 to 60 us)
 # than it saves.
@@ -54,7 +49,6 @@ LINE_BYTES: Final = 64
 # zeroed by the system, and is in the caches already.
 SMALLEST_STREAMED_BYTES: Final = 32 * 1024 * 1024
 OVERLAP_SEARCH_STEPS: Final = 100_000
-TABLES_KEPT: Final = 256  # each of 6 kB, for results of 224x224
 
 
 @overload
@@ -251,10 +245,16 @@ def apply(
     result = np.empty(shape, dtype) if out is None else _writable(out)
     if out is not None:
         _check_out(result, batch, transform, shape, dtype)
-    compiled = backend_in_use(backend) == "numba" and transform.direction != "pack"
+    nbytes = batch.nbytes + result.nbytes
+    work = (transform, input_name)
+    chosen = backends.choose(backend, work, nbytes, threads)
     if batch.size:
         streams = out is not None and not read_next and result.nbytes >= SMALLEST_STREAMED_BYTES
-        _apply(transform, batch, result, threads, compiled=compiled, streams=streams)
+        if chosen == "numba" and transform.direction != "pack":
+            _apply(transform, batch, result, threads, compiled=True, streams=streams)
+        else:
+            with backends.on_oracle(work, nbytes):
+                _apply(transform, batch, result, threads, compiled=False, streams=streams)
     if out is not None:
         return out
     return as_torch(result) if is_torch(x[0] if isinstance(x, list | tuple) else x) else result
@@ -294,25 +294,29 @@ def _apply(
     work_on_all(pieces, work_on, threads)
 
 
-def picker(backend: Backend = "auto") -> Callable[[NDArray[Any], Picks, NDArray[Any]], None]:
+def picker(backend: Chosen) -> Callable[[NDArray[Any], Picks, NDArray[Any]], None]:
     """Return what picks the pixels of an image that nearest neighbour resizing keeps.
 
-    It is equal to `nearest.pick`, for contiguous, woven uint8 images.
+    It is equal to `nearest.pick`, for contiguous, interleaved uint8 images.
     """
-    if backend_in_use(backend) == "numpy":
+    backends.check_backend(backend)
+    if backend == "numpy":
         return nearest.pick
-    from fastvgg.kernels import picking
+    with backends.compiling:
+        from fastvgg.kernels import resample
 
-    group_bytes = picking.common_group_bytes()
-    loop = picking.pick(group_bytes)
-    table = functools.lru_cache(maxsize=TABLES_KEPT)(picking.table)
+        kernel = resample.gather()
 
-    def pick(pixels: NDArray[Any], picked: Picks, out: NDArray[Any]) -> None:
-        height, width = pixels.shape[:2]
-        held = table(picked, height, width, group_bytes)  # the loop knows addresses alone
-        loop(_address(pixels), _address(out), held.address, out.shape[0], out.shape[1])
+    def gather(pixels: NDArray[Any], picked: Picks, out: NDArray[Any]) -> None:
+        width, columns = pixels.shape[1], len(picked.columns)
+        # All columns before the last one of the source, and of the result: both are in order.
+        wide = min(int(picked.columns.searchsorted(width - 1)), columns - 1)
+        kernel(
+            *(_address(pixels), _address(out), _address(picked.rows), _address(picked.columns)),
+            *(len(picked.rows), columns, width, wide),
+        )
 
-    return pick
+    return gather
 
 
 def row_by_row(
@@ -348,13 +352,21 @@ def row_by_row(
     _check_out(out, x, transform, shape, _result_dtype(transform.output_name(input_name)))
     if not (x.flags.c_contiguous and x.dtype.isnative):
         raise UsageError("the rows of x do not lie one after the other", "use fastvgg.preprocess")
-    if backend_in_use(backend) == "numpy" or transform.direction == "pack":
+    work = (transform, input_name)
+    chosen = backends.choose(backend, work, x.nbytes + out.nbytes, 1)
+    if chosen == "numpy" or transform.direction == "pack":
 
         def apply_oracle(row: int, out_row: int, count: int = 1) -> None:
-            out[out_row : out_row + count] = oracle.apply(transform, x[row : row + count])
+            with backends.on_oracle(work, count * (x[0].nbytes + out[0].nbytes)):
+                out[out_row : out_row + count] = oracle.apply(transform, x[row : row + count])
 
         return apply_oracle
-    kernel = _kernel(transform, input_name, False, False, out.nbytes >= SMALLEST_STREAMED_BYTES)
+    kernel = _kernel(
+        transform,
+        input_name,
+        streams=out.nbytes >= SMALLEST_STREAMED_BYTES,
+        aligned_planes=_Memory.of(out, transform.out_layout).has_aligned_planes,
+    )
     return _KernelOnRows(kernel, transform, x, out)
 
 
@@ -382,51 +394,6 @@ class _KernelOnRows:
 def _address(array: NDArray[Any]) -> int:
     address: int = array.__array_interface__["data"][0]  # half the time of array.ctypes.data
     return address
-
-
-def backend_in_use(backend: Backend) -> Literal["numba", "numpy"]:
-    """Return the backend that `backend` means on this machine.
-
-    Raises
-    ------
-    BackendError
-        If Numba is asked for by name and cannot be imported.
-    UsageError
-        If there is no such backend.
-    """
-    if backend == "numpy":
-        return "numpy"
-    if backend not in ("auto", "numba"):
-        raise UsageError(f"backend is {backend!r}", "give 'auto', 'numba' or 'numpy'")
-    problem = _numba_problem()
-    if problem is None:
-        return "numba"
-    reason, remedy = problem
-    if backend == "numba":
-        raise BackendError(f"Numba is not usable: {reason}", remedy)
-    _warn_slow(reason, remedy)
-    return "numpy"
-
-
-@functools.cache
-def _numba_problem() -> tuple[str, str] | None:
-    """Return why Numba is not usable, and the way out."""
-    if importlib.util.find_spec("numba") is None:
-        return "it is not installed", "pip install numba"
-    try:
-        importlib.import_module("fastvgg.kernels.loops")
-    except ImportError as error:  # a Numba that refuses this NumPy, or is told not to compile
-        return str(error), "mend that, or 'pip install --upgrade numba'"
-    return None
-
-
-@functools.cache
-def _warn_slow(reason: str, remedy: str) -> None:
-    warnings.warn(
-        f"Numba is not usable ({reason}): working on the NumPy backend, with the same results, "
-        f"slower. To change that: {remedy}",
-        stacklevel=2,
-    )
 
 
 def _check_input(transform: Transform, x: NDArray[Any]) -> str:
@@ -557,6 +524,11 @@ class _Memory(NamedTuple):
         pixel_bytes = element_bytes * 3 if layout == "NHWC" else element_bytes
         return cls(_address(batch), image_bytes, image_bytes // 3, pixel_bytes)
 
+    @property
+    def has_aligned_planes(self) -> bool:
+        """Whether all planes begin at the same place of a cache line."""
+        return self.plane_bytes % LINE_BYTES == 0
+
     def at(self, image: int, pixel: int) -> int:
         """Return the address of a pixel; where planes differ, in the first plane."""
         return self.address + image * self.image_bytes + pixel * self.pixel_bytes
@@ -578,7 +550,12 @@ def _kernel_work(
     y = _Memory.of(target, transform.out_layout)
     in_place = x.address == y.address
     kernel = _kernel(
-        transform, _stored_name(source.dtype), reverses, in_place, streams and not in_place
+        transform,
+        _stored_name(source.dtype),
+        reverses=reverses,
+        in_place=in_place,
+        streams=streams and not in_place,
+        aligned_planes=y.has_aligned_planes,
     )
     images, pixels = source.shape[0], source.size // (3 * source.shape[0])
     if layout == transform.out_layout == "NHWC":
@@ -613,8 +590,13 @@ def _gathering_work(
     streams: bool,
 ) -> _Work:
     """Copy each piece into memory of its own first, where it stays in the cache."""
-    kernel = _kernel(transform, _stored_name(source.dtype), False, False, streams)
     y = _Memory.of(target, transform.out_layout)
+    kernel = _kernel(
+        transform,
+        _stored_name(source.dtype),
+        streams=streams,
+        aligned_planes=y.has_aligned_planes,
+    )
     width = source.shape[2 if transform.layout == "NHWC" else 3]
     native = source.dtype.newbyteorder("=")
 
@@ -687,14 +669,28 @@ class _Kernel(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def _kernel(
-    transform: Transform, input_name: str, reverses: bool, in_place: bool, streams: bool
+    transform: Transform,
+    input_name: str,
+    *,
+    reverses: bool = False,
+    in_place: bool = False,
+    streams: bool,
+    aligned_planes: bool,
 ) -> _Kernel:
-    from fastvgg.kernels import loops
-    from fastvgg.kernels.recipe import Recipe, constants
+    with backends.compiling:
+        from fastvgg.kernels import convert
+        from fastvgg.kernels.spec import KernelSpec, constant_table
 
-    recipe = Recipe.of(transform, input_name, reverses=reverses, in_place=in_place, streams=streams)
-    numbers = constants(transform.mode, recipe)
-    return _Kernel(loops.compiled(recipe), numbers, numbers.ctypes.data)
+        spec = KernelSpec.of(
+            transform,
+            input_name,
+            reversed_input=reverses,
+            in_place=in_place,
+            nontemporal=streams,
+            aligned_planes=aligned_planes,
+        )
+        table = constant_table(transform.mode, spec)
+        return _Kernel(convert.compiled(spec), table, table.ctypes.data)
 
 
 def _pixels_before_a_line(memory: _Memory, layout: Layout) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 
 from fastvgg import datasets, engine
+from fastvgg.backend import known_work
 from fastvgg.datasets.images import Images
 from fastvgg.datasets.locations import located
 from fastvgg.errors import SourceError, UsageError
@@ -291,6 +292,8 @@ class _Making:
         self._transform = wanted.transform
         self._consecutive = not wanted.shuffle
         held = source.header
+        # Of an epoch: more than that, a loop over batches rarely knows.
+        self._backend = known_work("auto", 2 * held.nbytes, wanted.threads)
         fair_share = -(-wanted.size // wanted.threads)
         self._together = max(1, min(fair_share, PIECE_BYTES // held.image_bytes))
         slots = wanted.threads * self._together if self._transform and wanted.shuffle else 0
@@ -314,7 +317,7 @@ class _Making:
             self._source.read_into(first, images[at : at + count])
             return
         read = self._source.read(first, first + count).batch
-        engine.row_by_row(self._transform, read, images)(0, at, count)
+        engine.row_by_row(self._transform, read, images, backend=self._backend)(0, at, count)
 
     def _make_scattered(self, rows: NDArray[np.int64], images: NDArray[Any], at: int) -> None:
         """Make a piece of rows from here and there, gathered in memory of the thread."""
@@ -323,7 +326,8 @@ class _Making:
             return
         slot = self._thread_number() * self._together
         self._gather(rows, self._slots[slot : slot + len(rows)])
-        engine.row_by_row(self._transform, self._slots, images)(slot, at, len(rows))
+        transform = engine.row_by_row(self._transform, self._slots, images, backend=self._backend)
+        transform(slot, at, len(rows))
 
     def _gather(self, rows: NDArray[np.int64], into: NDArray[Any]) -> None:
         for at, row in enumerate(rows.tolist()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -54,9 +55,12 @@ def work_on_all(pieces: Sequence[Piece], work_on: Callable[[Piece], object], thr
             work_on(piece)
         return
     remaining = deque(pieces)
-    helpers = [
-        _pool().submit(_drain, remaining, work_on) for _ in range(min(threads, len(pieces)) - 1)
-    ]
+    helpers: list[Future[None]] = []
+    # No thread can be started while the interpreter shuts down, nor beyond the system's limit.
+    with contextlib.suppress(RuntimeError):
+        helpers.extend(
+            _pool().submit(_drain, remaining, work_on) for _ in range(min(threads, len(pieces)) - 1)
+        )
     try:
         _drain(remaining, work_on)
     finally:

@@ -13,8 +13,8 @@ import numpy as np
 from batches import FLOATS, LAYOUT_PAIRS, cast, dtype_of, every_pattern, frozen
 
 from fastvgg import oracle
-from fastvgg.kernels import loops
-from fastvgg.kernels.recipe import Recipe, constants
+from fastvgg.kernels import convert
+from fastvgg.kernels.spec import KernelSpec, constant_table
 from fastvgg.transform import Mode, Transform
 
 CANARY = 0xA5
@@ -33,29 +33,33 @@ class Task(NamedTuple):
 
     transform: Transform
     source: str
-    reverses: bool = False
+    reversed_input: bool = False
     in_place: bool = False
-    streams: bool = False
+    nontemporal: bool = False
 
     def __str__(self):
         t = self.transform
         words = [t.direction, t.mode.name, self.source, self.target, t.layout, t.out_layout]
         words += [t.rounding] * (t.rounding == "truncate")
-        words += ["reversed"] * self.reverses + ["in place"] * self.in_place
-        return "-".join(words + ["streaming"] * self.streams)
+        words += ["reversed"] * self.reversed_input + ["in place"] * self.in_place
+        return "-".join(words + ["streaming"] * self.nontemporal)
 
     @property
     def target(self):
         return self.transform.output_name(self.source)
 
     @property
-    def recipe(self):
-        return Recipe.of(
+    def spec(self):
+        return self.spec_for(aligned_planes=False)
+
+    def spec_for(self, *, aligned_planes):
+        return KernelSpec.of(
             self.transform,
             self.source,
-            reverses=self.reverses,
+            reversed_input=self.reversed_input,
             in_place=self.in_place,
-            streams=self.streams,
+            nontemporal=self.nontemporal,
+            aligned_planes=aligned_planes,
         )
 
 
@@ -71,8 +75,8 @@ def rotating_tasks(number):
         mode = MODES[(number + row + at) % len(MODES)]
         rounding = "truncate" if direction == "restore" and (row + at) % 3 == 0 else "nearest"
         transform = Transform(mode, direction, *layouts, target, rounding)
-        reverses, streams = (number + row + at // 2) % 3 == 0, (row + at) % 2 == 0
-        yield Task(transform, source, reverses=reverses, streams=streams)
+        reversed_input, nontemporal = (number + row + at // 2) % 3 == 0, (row + at) % 2 == 0
+        yield Task(transform, source, reversed_input=reversed_input, nontemporal=nontemporal)
 
 
 @functools.cache
@@ -82,7 +86,7 @@ def pixels_of(direction, mode, source):
     All values there are of uint8, and of other types what images and network inputs hold, ties,
     infinities, subnormal numbers, both zeros. NaN only where it becomes a number.
     """
-    count = 3 * loops.TILE_PIXELS
+    count = 3 * convert.TILE_PIXELS
     if source == "uint8":
         return frozen(every_pattern(256, (count,)).astype(np.uint8))
     random = np.random.default_rng(len(source))
@@ -182,7 +186,7 @@ def between_guards(runs, run_bytes):
 
 def call(task, x, y, numbers=None):
     """Call the loop of a task on two rooms; the constants lie where they are, or somewhere else."""
-    loop, own_numbers = loop_of(task)
+    loop, own_numbers = loop_of(task, aligned_planes=y.steps.channel % LINE == 0)
     images, count, _ = y.pixels.shape
     loop(
         *(x.address, y.address, own_numbers.ctypes.data if numbers is None else numbers),
@@ -192,9 +196,10 @@ def call(task, x, y, numbers=None):
 
 
 @functools.cache
-def loop_of(task):
-    """The loop of a task and its constants."""
-    return loops.compiled(task.recipe), constants(task.transform.mode, task.recipe)
+def loop_of(task, *, aligned_planes):
+    """The kernel of a task and its constants."""
+    spec = task.spec_for(aligned_planes=aligned_planes)
+    return convert.compiled(spec), constant_table(task.transform.mode, spec)
 
 
 def check(task, images, counts, offsets):
@@ -208,13 +213,15 @@ def check(task, images, counts, offsets):
     have = pixels_of(t.direction, t.mode, task.source)
     want = results_of(t, task.source)
     gap = 5
-    largest = images * 3 * (max(counts) + gap) * max(source.itemsize, target.itemsize) + 3 * LINE
+    largest = images * 3 * (max(counts) + LINE) * max(source.itemsize, target.itemsize) + 3 * LINE
     taken, given, expected = at_a_line(largest), at_a_line(largest), at_a_line(largest)
     for number, (count, offset) in enumerate(itertools.product(counts, offsets)):
         # Other pixels for each image and each count.
         starts = [(13 * count + 71 * image) % (len(have) - count) for image in range(images)]
         x_steps = Steps.with_gaps(source, t.layout, count, gap)
-        y_steps = Steps.with_gaps(target, t.out_layout, count, gap)
+        # Planes that begin at the same place of a line, and others.
+        y_gap = -count % LINE if number % 2 else gap
+        y_steps = Steps.with_gaps(target, t.out_layout, count, y_gap)
         end = LINE + offset + images * y_steps.image + LINE
         given.bytes[:end] = expected.bytes[:end] = CANARY
         y = given.room(LINE + offset, target, y_steps, images, count)
@@ -223,7 +230,7 @@ def check(task, images, counts, offsets):
         wanted = expected.room(LINE + offset, target, y_steps, images, count)
         for image, start in enumerate(starts):
             pixels = have[start : start + count]
-            x.pixels[image] = pixels[:, ::-1] if task.reverses else pixels
+            x.pixels[image] = pixels[:, ::-1] if task.reversed_input else pixels
             wanted.pixels[image] = want[start : start + count]
         before = taken.bytes.tobytes()
         call(task, x, y)
@@ -253,12 +260,14 @@ def _check_at_pages(task, counts, ends):
 
     have = pixels_of(t.direction, t.mode, task.source)[: images * most].reshape(images, most, 3)
     want = results_of(t, task.source)[: images * most].reshape(images, most, 3)
-    room(taken, source, x_steps, most).pixels[...] = have[..., ::-1] if task.reverses else have
+    room(taken, source, x_steps, most).pixels[...] = (
+        have[..., ::-1] if task.reversed_input else have
+    )
     if not task.in_place:
         for run in range(3 * images):
             begins = taken.address + mmap.PAGESIZE + run * run_step
             protect(begins, run_bytes, mmap.PROT_READ)
-    numbers = loop_of(task)[1]
+    numbers = loop_of(task, aligned_planes=y_steps.channel % LINE == 0)[1]
     constant_bytes = -(-numbers.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
     rows = between_guards(1, constant_bytes)
     start = mmap.PAGESIZE + (constant_bytes - numbers.nbytes if ends else 0)

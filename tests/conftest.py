@@ -27,7 +27,7 @@ def pytest_configure(config):
         return
     sys.modules["numba"] = None  # the import system's own way to say that there is no such module
     config.addinivalue_line("filterwarnings", "ignore:Numba is not usable:UserWarning")
-    about_kernels = ("bench", "blocks", "compile", "loops", "recipe")
+    about_kernels = ("assembly", "bench", "convert", "jit", "spec", "vector")
     needs_numba = (
         *("fastvgg/bench", "fastvgg/kernels", "tests/by_hand.py", "tests/test_without_numba.py"),
         *(f"tests/test_{name}.py" for name in about_kernels),

@@ -1,5 +1,6 @@
 """What is measured is right, and what is fast and wrong is an error."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
+from batches import FLOATS, KERAS_MODES, LAYOUT_PAIRS
 from datasets_on_disk import PHOTOGRAPHS, printed_on_small_disk
 from typer.testing import CliRunner
 
@@ -15,9 +17,10 @@ from fastvgg.bench import decoding, disk, kernels, memory, roofline, table
 from fastvgg.bench.memory import Arena
 from fastvgg.cli import app
 from fastvgg.errors import SourceError, TargetError, UsageError, VerificationError
-from fastvgg.kernels import yardsticks
+from fastvgg.kernels import bandwidth
+from fastvgg.kernels.jit import processor
 
-TINY = bench.Extent(8 * 2**20, 2, 4, 2**20 + 4097)
+TINY = bench.Extent(8 * 2**20, 2, 4, 2**20 + 4097, every_path=False)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,9 @@ def measured(tmp_path_factory):
 
 def test_a_record_has_every_path_and_is_json(measured):
     record, told = measured
-    assert [row["path"] for row in record["kernels"]] == [path.name for path in kernels.PATHS]
+    assert [row["path"] for row in record["kernels"]] == [
+        path.name for path in kernels.COMMON_PATHS
+    ]
     assert all(row["images_per_second"] > 0 < row["share"] for row in record["kernels"])
     assert all(row["numpy_images_per_second"] > 0 for row in record["kernels"])
     assert {row["loop"] for row in record["memory"]} >= {"copy", "in place", "fill"}
@@ -63,7 +68,7 @@ def test_every_line_fits_into_80_columns(measured):
     assert f"{figures['images_per_second']:,}" in table.line("kernels", figures)
 
 
-@pytest.mark.parametrize("name", ["uint8 to float16, caffe", "restore float32, tf"])
+@pytest.mark.parametrize("name", ["uint8-float16 caffe NHWC", "float32-uint8 tf NHWC-NCHW"])
 def test_one_wrong_bit_in_the_last_image_is_an_error(name, monkeypatch):
     (path,) = (path for path in kernels.PATHS if path.name == name)
     right = kernels.engine.apply
@@ -78,7 +83,31 @@ def test_one_wrong_bit_in_the_last_image_is_an_error(name, monkeypatch):
         list(kernels.measured(Arena(TINY.working_set_bytes), 2, 2, [path]))
 
 
-@pytest.mark.parametrize("path", kernels.PATHS, ids=lambda path: path.name)
+def test_every_mode_type_and_pair_of_layouts_is_measured_there_and_back():
+    names = [path.name for path in kernels.PATHS]
+    assert len(set(names)) == len(names)
+    for mode, float_, (layout, out_layout) in itertools.product(
+        (*KERAS_MODES, "identity"), FLOATS, LAYOUT_PAIRS
+    ):
+        layouts = layout if layout == out_layout else f"{layout}-{out_layout}"
+        assert f"uint8-{float_} {mode} {layouts}" in names
+        assert f"{float_}-uint8 {mode} {layouts}" in names
+    assert set(kernels.COMMON_PATHS) < set(kernels.PATHS)
+
+
+def test_kernels_below_the_limit_are_marked_and_named():
+    row = {"path": "uint8-float32 tf NHWC", "images_per_second": 10, "gigabytes_per_second": 1.0}
+    row |= {"numpy_images_per_second": 1}
+    shares = {0.89: True, 0.9: False, 1.02: False}
+    for share, is_low in shares.items():
+        assert table.line("kernels", {**row, "share": share}).endswith(" <") == is_low
+        record = {"kernels": [{**row, "share": share}]}
+        assert table.low_paths(record) == [row["path"]] * is_low
+    new = {**row, "path": "uint8-float32 tf NHWC, new memory", "share": 0.5}
+    assert table.low_paths({"kernels": [new]}) == []
+
+
+@pytest.mark.parametrize("path", kernels.COMMON_PATHS, ids=lambda path: path.name)
 def test_what_a_path_is_checked_against_comes_from_the_image_alone(path):
     one, expected = kernels.example(path.transform, path.dtype)
     image = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
@@ -95,9 +124,9 @@ def test_what_a_path_is_checked_against_comes_from_the_image_alone(path):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_copy_moves_every_byte_and_no_other(fetches, threads):
     rng = np.random.default_rng(0)
-    room = rng.integers(0, 256, 3 * yardsticks.STEP_BYTES * 41 + 128, dtype=np.uint8)
+    room = rng.integers(0, 256, 3 * bandwidth.STEP_BYTES * 41 + 128, dtype=np.uint8)
     before = room.copy()
-    x = rng.integers(0, 256, 3 * yardsticks.STEP_BYTES * 41, dtype=np.uint8)
+    x = rng.integers(0, 256, 3 * bandwidth.STEP_BYTES * 41, dtype=np.uint8)
     start = -room.ctypes.data % 64 + 64
     out = room[start : start + x.size]
     memory.copy(x, out, threads, fetches=fetches)
@@ -107,7 +136,7 @@ def test_a_copy_moves_every_byte_and_no_other(fetches, threads):
 
 
 def test_of_what_is_read_every_byte_counts():
-    parts = np.random.default_rng(0).integers(0, 256, (7, 4, yardsticks.STEP_BYTES), np.uint8)
+    parts = np.random.default_rng(0).integers(0, 256, (7 * 3, 4, 64), np.uint8)  # of cache lines
     x = parts.reshape(-1).view(np.float32)
     room = np.zeros(parts[:, 0].size + 64, np.uint8)
     start = -room.ctypes.data % 64
@@ -117,16 +146,16 @@ def test_of_what_is_read_every_byte_counts():
 
 
 def test_a_fill_writes_every_byte_and_no_other():
-    room = np.zeros(yardsticks.STEP_BYTES * 7 + 128, np.uint8)
+    room = np.zeros(bandwidth.STEP_BYTES * 7 + 128, np.uint8)
     start = -room.ctypes.data % 64 + 64
-    memory.fill(room[start : start + yardsticks.STEP_BYTES * 7 - 64], 2)
+    memory.fill(room[start : start + bandwidth.STEP_BYTES * 7 - 64], 2)
     wanted = np.zeros_like(room)
-    wanted[start : start + yardsticks.STEP_BYTES * 6] = 1
+    wanted[start : start + bandwidth.STEP_BYTES * 6] = 1
     assert np.array_equal(room, wanted)
 
 
 def test_scaling_in_place_scales_every_number():
-    y = np.full(yardsticks.STEP_BYTES * 5, 3, np.float32)
+    y = np.full(bandwidth.STEP_BYTES * 5, 3, np.float32)
     memory.scale(y, 2, fetches=True)
     assert np.array_equal(y, np.full_like(y, np.float32(3) * np.float32(1.0000001)))
 
@@ -204,8 +233,9 @@ def test_a_picture_has_every_path_and_its_figure(measured, tmp_path):
     root = ET.parse(tmp_path / "roofline.svg").getroot()  # noqa: S314  # our own
     texts = [text.strip() for text in root.itertext()]
     for row in measured[0]["kernels"]:
-        assert row["path"] in texts
-        assert f"{row['images_per_second']:,} images/s" in texts
+        is_shown = "NCHW" not in row["path"]
+        assert (row["path"] in texts) == is_shown
+        assert (f"{row['images_per_second']:,} images/s" in texts) >= is_shown
 
 
 @pytest.mark.parametrize(
@@ -232,8 +262,9 @@ def test_the_command_prints_every_figure_and_that_all_are_right(tiny, tmp_path):
     assert result.exit_code == 0, result.output
     for part in ("disk", "memory", "kernels"):
         assert result.stdout.count(table.HEADINGS[part]) == 1
-    assert all(f"\n{path.name} " in result.stdout for path in kernels.PATHS)
+    assert all(f"\n{path.name} " in result.stdout for path in kernels.COMMON_PATHS)
     assert "every result is the oracle's, bit for bit" in result.stdout
+    assert f"compiled for {processor().name}" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
@@ -242,7 +273,9 @@ def test_json_of_the_command_is_alone_and_the_picture_is_drawn(tiny, tmp_path):
     result = CliRunner().invoke(app, ["bench", "--quick", "--json", "--plot", str(picture)])
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
-    assert [row["path"] for row in record["kernels"]] == [path.name for path in kernels.PATHS]
+    assert [row["path"] for row in record["kernels"]] == [
+        path.name for path in kernels.COMMON_PATHS
+    ]
     assert f"{record['kernels'][0]['images_per_second']:,} images/s" in picture.read_text()
 
 

@@ -985,12 +985,12 @@ def calls(monkeypatch):
     made = []
     kernel_of = engine._kernel
 
-    def recording(transform, input_name, reverses, in_place, streams):
-        kernel = kernel_of(transform, input_name, reverses, in_place, streams)
+    def recording(transform, input_name, **how):
+        kernel = kernel_of(transform, input_name, **how)
 
         def loop(source, target, constants, images, pixels, *steps):
-            which = (transform.layout, reverses, in_place, streams)
-            made.append(Call(*which, source, target, images, pixels))
+            which = (how.get("reverses", False), how.get("in_place", False), how["streams"])
+            made.append(Call(transform.layout, *which, source, target, images, pixels))
             kernel.loop(source, target, constants, images, pixels, *steps)
 
         return kernel._replace(loop=loop)

@@ -143,7 +143,7 @@ def test_the_reader_of_imports_sees_every_form_and_leaves_out_what_only_types_ne
         "from fastvgg import engine, oracle as truth\n"
         "from fastvgg.transform import Mode\n"
         "from . import engine\n"
-        "from .kernels import loops\n"
+        "from .kernels import convert\n"
         "from ..errors import FastvggError\n"
         "if TYPE_CHECKING:\n"
         "    import rich\n"
@@ -164,8 +164,8 @@ def test_the_reader_of_imports_sees_every_form_and_leaves_out_what_only_types_ne
         "numba",
     }
     assert "numba" not in imports_in(source, "stream/here.py", functions=False)
-    assert within({"fastvgg.kernels.loops", "fastvgg.kernel"}, "fastvgg.kernels") == {
-        "fastvgg.kernels.loops"
+    assert within({"fastvgg.kernels.convert", "fastvgg.kernel"}, "fastvgg.kernels") == {
+        "fastvgg.kernels.convert"
     }
 
 
@@ -179,6 +179,7 @@ def test_the_reader_of_imports_sees_every_form_and_leaves_out_what_only_types_ne
         ("oracle.py", {"fastvgg.transform"}),
         ("threads.py", {"fastvgg.errors"}),
         ("arrays.py", {"fastvgg.errors"}),
+        ("backend.py", {"fastvgg.errors"}),
     ],
 )
 def test_the_rooms_at_the_bottom_import_only_what_lies_below_them(room, allowed):
@@ -189,9 +190,27 @@ def test_the_rooms_at_the_bottom_import_only_what_lies_below_them(room, allowed)
 
 
 @pytest.mark.parametrize("room", rooms_in("kernels"))
-def test_kernels_import_nothing_of_fastvgg_but_kernels(room):
+def test_kernels_import_nothing_of_fastvgg_but_kernels_and_the_oracle(room):
     modules = within(imports_of(room), "fastvgg")
-    assert modules == within(modules, "fastvgg.kernels")
+    assert modules == within(modules, "fastvgg.kernels", "fastvgg.oracle")
+
+
+@pytest.mark.parametrize("room", rooms_in("kernels"))
+def test_kernels_use_what_numba_and_llvmlite_make_public(room):
+    modules = within(imports_of(room), "numba", "llvmlite")
+    public = {"numba", "numba.types", "numba.extending", "llvmlite.ir", "llvmlite.binding"}
+    assert (
+        not {module for module in modules if module not in public}
+        - {
+            f"{package}.{name}"
+            for package in ("numba", "numba.extending", "llvmlite")
+            for name in ("types", "ir", "binding", "intrinsic", "lower_builtin", "models")
+        }
+        - {"numba.extending.register_model", "numba.extending.type_callable"}
+    )
+    text = (PACKAGE / room).read_text()
+    assert "numba.core" not in text
+    assert "llvmlite.llvmpy" not in text
 
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if room != "torch.py"])
@@ -251,7 +270,7 @@ def test_a_room_of_the_stream_imports_only_rooms_below_it(name):
         ("behind", set()),
         ("report", {"notebook"}),
         ("storage", {"errors"}),
-        ("plan", {"errors", "notebook"}),
+        ("plan", {"backend", "errors", "notebook"}),
         (
             "journal",
             {

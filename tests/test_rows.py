@@ -78,14 +78,15 @@ def test_rows_that_fit_the_caches_are_not_written_past_them(monkeypatch):
     streamed = []
     kernel_of = engine._kernel
 
-    def watched(*settings):
-        streamed.append(settings[-1])
-        return kernel_of(*settings)
+    def watched(*of, **how):
+        streamed.append(how["streams"])
+        return kernel_of(*of, **how)
 
     monkeypatch.setattr(engine, "_kernel", watched)
     monkeypatch.setattr(engine, "SMALLEST_STREAMED_BYTES", 5 * 7 * 11 * 3 * 4)
     for count in (4, 5):
-        row_by_row(Transform("caffe"), images(), empty_rows(Transform("caffe"), images(), count))
+        x, transform = images(), Transform("caffe")
+        row_by_row(transform, x, empty_rows(transform, x, count), backend="numba")
     assert streamed == [False, True]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from fastvgg.engine import backend_in_use
+from fastvgg.backend import check_backend
 from fastvgg.threads import check_threads
 
 if TYPE_CHECKING:
@@ -26,10 +26,12 @@ class Extent(NamedTuple):
     images: int
     """Decoded at most."""
     file_bytes: int
+    every_path: bool
+    """Whether every mode, storage type and pair of layouts is measured, or the common ones."""
 
 
-FULL: Final = Extent(1100 * 2**20, 11, 2000, 2**30)
-QUICK: Final = Extent(192 * 2**20, 3, 100, 256 * 2**20)
+FULL: Final = Extent(400 * 2**20, 11, 2000, 2**30, every_path=True)
+QUICK: Final = Extent(192 * 2**20, 3, 100, 256 * 2**20, every_path=False)
 
 
 def measure(
@@ -45,7 +47,7 @@ def measure(
     Parameters
     ----------
     extent
-        `FULL`, a minute or two, or `QUICK`, ten seconds.
+        `FULL`, a few minutes, or `QUICK`, a quarter of one.
     images
         A directory or tar shards of images, if decoding is to be measured as well.
     disk
@@ -58,8 +60,8 @@ def measure(
     Returns
     -------
     dict
-        machine, threads, rounds; memory and kernels, lists of a row for each loop and path;
-        call_overhead_us; decoding and disk, if they were asked for.
+        machine, instruction_set, threads, rounds; memory and kernels, lists of a row for each loop
+        and path; call_overhead_us; decoding and disk, if they were asked for.
 
     Raises
     ------
@@ -70,13 +72,15 @@ def measure(
     VerificationError
         If a result is wrong.
     """
-    backend_in_use("numba")
+    check_backend("numba")
     from fastvgg.bench import decoding, kernels, memory
     from fastvgg.bench import disk as disks
     from fastvgg.bench.machine import machine
+    from fastvgg.kernels.jit import processor
 
     threads = check_threads(threads)
-    record: dict[str, Any] = {"machine": machine(), "threads": threads, "rounds": extent.rounds}
+    record: dict[str, Any] = {"machine": machine(), "instruction_set": processor().name}
+    record |= {"threads": threads, "rounds": extent.rounds}
 
     def found(part: str, row: dict[str, Any]) -> dict[str, Any]:
         if tell is not None:
@@ -91,6 +95,7 @@ def measure(
     arena = memory.Arena(extent.working_set_bytes)
     limits = memory.measured(arena, extent.rounds, threads)
     record["memory"] = [found("memory", row) for row in limits]
-    paths = kernels.measured(arena, extent.rounds, threads)
+    wanted = kernels.PATHS if extent.every_path else kernels.COMMON_PATHS
+    paths = kernels.measured(arena, extent.rounds, threads, wanted)
     record["kernels"] = [found("kernels", row) for row in paths]
     return {**record, "call_overhead_us": kernels.call_overhead_us(extent.rounds)}

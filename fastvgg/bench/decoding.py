@@ -41,7 +41,7 @@ def measured(source_path: Path, most_images: int, rounds: int, threads: int) -> 
         If pixels differ from Pillow's.
     """
     opened = datasets.open_source(
-        source_path, decoding=Decoding(size=SIZE), threads=threads, pick=engine.picker()
+        source_path, decoding=Decoding(size=SIZE), threads=threads, pick=engine.picker("numba")
     )
     images = cast("Images", opened)  # an array would have been refused: it has no decoding
     try:

@@ -4,7 +4,7 @@ The limit of a path is the faster of two loops that read and write the same byte
 with no arithmetic, one of which asks for memory ahead; of work in place, the same with a
 multiplication; of a result in new memory, the system that zeroes as many bytes. Path and limit run
 in turn on the same memory with the same threads. NumPy runs the oracle in pieces on those threads,
-on fewer images.
+on fewer images and in fewer rounds.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from fastvgg import engine, oracle
 from fastvgg.bench import memory
 from fastvgg.bench.rounds import compared, in_turn
 from fastvgg.errors import VerificationError
-from fastvgg.kernels import loops
-from fastvgg.kernels import recipe as recipes
-from fastvgg.kernels.recipe import Recipe
-from fastvgg.transform import CHANNEL_AXES, Mode, Transform, storage_dtype
+from fastvgg.kernels import convert
+from fastvgg.kernels.spec import KernelSpec, constant_table
+from fastvgg.transform import CHANNEL_AXES, Transform, storage_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -30,60 +29,78 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fastvgg.bench.memory import Arena
+    from fastvgg.transform import Layout
 
-__all__ = ["HEIGHT", "PATHS", "WIDTH", "KernelPath", "call_overhead_us", "example", "measured"]
+__all__ = [
+    "COMMON_PATHS",
+    "HEIGHT",
+    "PATHS",
+    "WIDTH",
+    "KernelPath",
+    "call_overhead_us",
+    "example",
+    "measured",
+]
 
 HEIGHT: Final = 224
 WIDTH: Final = 224
 ORACLE_IMAGES: Final = 32
 CALLS_TOGETHER: Final = 200
-PLAIN_CAFFE: Final = Mode("caffe without the flip", mean=Mode.CAFFE.mean)
+NUMPY_ROUNDS: Final = 3
+MODES: Final = ("caffe", "tf", "torch", "identity")
+FLOATS: Final = ("float32", "float16", "bfloat16", "float64")
+LAYOUTS: Final[tuple[tuple[Layout, Layout], ...]] = (
+    *(("NHWC", "NHWC"), ("NHWC", "NCHW"), ("NCHW", "NHWC"), ("NCHW", "NCHW")),
+)
 
 
 class KernelPath(NamedTuple):
     """What is measured: a transform, and the memory that its result goes to."""
 
-    name: str
     transform: Transform
     dtype: str
     """Of the input."""
     out: str = "used"
     """Memory that was used before, "new" memory, or "in place"."""
 
+    @property
+    def name(self) -> str:
+        """Types, mode and layouts.
 
-PATHS: Final = (
-    KernelPath("uint8 to float32, caffe", Transform("caffe"), "uint8"),
-    KernelPath("uint8 to float32, tf", Transform("tf"), "uint8"),
-    KernelPath("uint8 to float32, torch", Transform("torch"), "uint8"),
-    KernelPath("the same as caffe, without the flip", Transform(PLAIN_CAFFE), "uint8"),
-    KernelPath("uint8 to float32, caffe, to NCHW", Transform("caffe", out_layout="NCHW"), "uint8"),
-    KernelPath("uint8 to float32, torch, to NCHW", Transform("torch", out_layout="NCHW"), "uint8"),
-    KernelPath(
-        "uint8 NCHW to float32 NHWC, caffe",
-        Transform("caffe", layout="NCHW", out_layout="NHWC"),
-        "uint8",
-    ),
-    KernelPath("uint8 NCHW to float32, caffe", Transform("caffe", layout="NCHW"), "uint8"),
-    KernelPath("uint8 to float16, caffe", Transform("caffe", dtype="float16"), "uint8"),
-    KernelPath("uint8 to bfloat16, caffe", Transform("caffe", dtype="bfloat16"), "uint8"),
-    KernelPath("uint8 to float64, caffe", Transform("caffe", dtype="float64"), "uint8"),
-    KernelPath("float32 to float32, caffe", Transform("caffe"), "float32"),
-    KernelPath("restore float32, caffe", Transform("caffe", "restore"), "float32"),
-    KernelPath("restore float32, tf", Transform("tf", "restore"), "float32"),
-    KernelPath("restore float32, torch", Transform("torch", "restore"), "float32"),
-    KernelPath(
-        "restore float32 NCHW to NHWC, caffe",
-        Transform("caffe", "restore", "NCHW", "NHWC"),
-        "float32",
-    ),
-    KernelPath("restore float32 NCHW, caffe", Transform("caffe", "restore", "NCHW"), "float32"),
-    KernelPath("restore float16, caffe", Transform("caffe", "restore"), "float16"),
-    KernelPath("restore bfloat16, caffe", Transform("caffe", "restore"), "bfloat16"),
-    KernelPath("float32 in place, caffe", Transform("caffe"), "float32", "in place"),
-    KernelPath(
-        "float32 NCHW in place, caffe", Transform("caffe", layout="NCHW"), "float32", "in place"
-    ),
-    KernelPath("uint8 to new float32, caffe", Transform("caffe"), "uint8", "new"),
+        >>> KernelPath(Transform("tf", "restore", "NCHW", "NHWC"), "float16").name
+        'float16-uint8 tf NCHW-NHWC'
+        """
+        t = self.transform
+        layouts = t.layout if t.layout == t.out_layout else f"{t.layout}-{t.out_layout}"
+        where = {"used": "", "new": ", new memory", "in place": " in place"}[self.out]
+        return f"{self.dtype}-{t.output_name(self.dtype)} {t.mode.name} {layouts}{where}"
+
+
+def _paths() -> Iterator[KernelPath]:
+    """Yield every mode, storage type and pair of layouts, there and back."""
+    for layouts in LAYOUTS:
+        for mode in MODES:
+            for dtype in FLOATS:
+                yield KernelPath(Transform(mode, "preprocess", *layouts, dtype), "uint8")
+            for dtype in FLOATS:
+                yield KernelPath(Transform(mode, "restore", *layouts), dtype)
+    for layout in ("NHWC", "NCHW"):
+        for dtype in ("float32", "float64"):
+            yield KernelPath(Transform("caffe", layout=layout), dtype, "in place")
+    yield KernelPath(Transform("caffe"), "float32")
+    yield KernelPath(Transform("caffe"), "uint8", "new")
+
+
+PATHS: Final = tuple(_paths())
+COMMON_PATHS: Final = tuple(
+    path
+    for path in PATHS
+    if path.out != "used"
+    or (
+        (path.transform.layout, path.transform.out_layout) == ("NHWC", "NHWC")
+        and path.transform.mode.name in ("caffe", "torch")
+        and "float64" not in (path.dtype, path.transform.dtype)
+    )
 )
 
 
@@ -108,14 +125,12 @@ def _measured(path: KernelPath, arena: Arena, rounds: int, threads: int) -> dict
     transform, few = path.transform, slice(min(images, ORACLE_IMAGES))
     numpy_out = np.empty_like(out[few])
     _check(path, _called(path, x, out, threads)(), expected)
-    ours, numpy, *limits = in_turn(
-        (
-            _called(path, x, out, threads),
-            partial(engine.apply, transform, x[few], numpy_out, threads=threads, backend="numpy"),
-            *_limits(path, x, out, threads),
-        ),
-        rounds,
+    oracle_call = partial(
+        engine.apply, transform, x[few], numpy_out, threads=threads, backend="numpy"
     )
+    (numpy,) = in_turn((oracle_call,), min(rounds, NUMPY_ROUNDS))
+    calls = (_called(path, x, out, threads), *_limits(path, x, out, threads))
+    ours, *limits = in_turn(calls, rounds)
     share, spread, seconds = compared(ours, min(limits, key=statistics.median))
     moved_bytes = images * (one.nbytes + expected.nbytes)
     return {
@@ -177,8 +192,8 @@ def call_overhead_us(rounds: int) -> float:
     transform = Transform("caffe")
     x = np.zeros((1, HEIGHT, WIDTH, 3), np.uint8)
     out = np.empty(x.shape, np.float32)
-    recipe = Recipe.of(transform, "uint8")
-    kernel, constants = loops.compiled(recipe), recipes.constants(transform.mode, recipe)
+    spec = KernelSpec.of(transform, "uint8")
+    kernel, constants = convert.compiled(spec), constant_table(transform.mode, spec)
     addresses = (x.ctypes.data, out.ctypes.data, constants.ctypes.data)
 
     def whole() -> None:

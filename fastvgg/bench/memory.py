@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from fastvgg.bench.rounds import in_turn
-from fastvgg.kernels import blocks, yardsticks
+from fastvgg.kernels import bandwidth
+from fastvgg.kernels.vector import CACHE_LINE_BYTES
 from fastvgg.threads import work_on_all
 
 if TYPE_CHECKING:
@@ -75,32 +76,34 @@ def measured(arena: Arena, rounds: int, threads: int) -> list[dict[str, Any]]:
 def copy(x: NDArray[Any], out: NDArray[Any], threads: int, *, fetches: bool) -> None:
     """Move the bytes of a batch into those of another, past the caches."""
     pixels = x.size // 3
-    loop = yardsticks.streaming_copy(x.nbytes // pixels, out.nbytes // pixels, fetches=fetches)
+    loop = bandwidth.streaming_copy(x.nbytes // pixels, out.nbytes // pixels, prefetches=fetches)
     source, (target, steps) = x.ctypes.data, _whole_lines(out)
-    taken = yardsticks.STEP_BYTES * x.nbytes // out.nbytes
+    taken = bandwidth.STEP_BYTES * x.nbytes // out.nbytes
 
     def work_on(first: int, count: int) -> None:
-        loop(source + first * taken, target + first * yardsticks.STEP_BYTES, count)
+        loop(source + first * taken, target + first * bandwidth.STEP_BYTES, count)
 
     _on_threads(steps, threads, work_on)
 
 
 def scale(y: NDArray[Any], threads: int, *, fetches: bool) -> None:
     """Multiply a batch of float32 numbers where it is."""
-    loop, target = yardsticks.scale_in_place(fetches=fetches), y.ctypes.data
+    loop, target = bandwidth.scale_in_place(prefetches=fetches), y.ctypes.data
+    factors = np.full(CACHE_LINE_BYTES // 4, 1.0000001, np.float32)
 
     def work_on(first: int, count: int) -> None:
-        loop(target + first * yardsticks.STEP_BYTES, count)
+        loop(target + first * bandwidth.STEP_BYTES, factors.ctypes.data, count)
 
-    _on_threads(y.nbytes // yardsticks.STEP_BYTES, threads, work_on)
+    _on_threads(y.nbytes // bandwidth.STEP_BYTES, threads, work_on)
 
 
 def fill(out: NDArray[Any], threads: int) -> None:
     """Write a batch full, past the caches."""
-    loop, (target, steps) = yardsticks.fill(), _whole_lines(out)
+    loop, (target, steps) = bandwidth.fill(), _whole_lines(out)
+    line = np.ones(CACHE_LINE_BYTES, np.uint8)
 
     def work_on(first: int, count: int) -> None:
-        loop(target + first * yardsticks.STEP_BYTES, count)
+        loop(line.ctypes.data, target + first * bandwidth.STEP_BYTES, count)
 
     _on_threads(steps, threads, work_on)
 
@@ -113,10 +116,10 @@ def zeroed_by_the_system(nbytes: int, threads: int, *, huge: bool = True) -> Non
     page_bytes = HUGE_PAGE_BYTES if huge else mmap.PAGESIZE
     array = np.frombuffer(memory, np.uint8)
     start = array.ctypes.data + -array.ctypes.data % HUGE_PAGE_BYTES
-    loop = yardsticks.touch()
+    loop, byte = bandwidth.touch(), np.ones(1, np.uint8)
 
     def work_on(first: int, count: int) -> None:
-        loop(start + first * page_bytes, count, page_bytes)
+        loop(byte.ctypes.data, start + first * page_bytes, count, page_bytes)
 
     _on_threads(-(-nbytes // page_bytes), threads, work_on)
     del array
@@ -125,8 +128,8 @@ def zeroed_by_the_system(nbytes: int, threads: int, *, huge: bool = True) -> Non
 
 def _whole_lines(out: NDArray[Any]) -> tuple[int, int]:
     """Return where the first whole cache line of a batch is, and how many steps follow."""
-    lead = -out.ctypes.data % blocks.LINE_BYTES
-    return out.ctypes.data + lead, (out.nbytes - lead) // yardsticks.STEP_BYTES
+    lead = -out.ctypes.data % CACHE_LINE_BYTES
+    return out.ctypes.data + lead, (out.nbytes - lead) // bandwidth.STEP_BYTES
 
 
 def _on_threads(steps: int, threads: int, work_on: Callable[[int, int], None]) -> None:

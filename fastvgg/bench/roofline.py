@@ -52,7 +52,7 @@ def check(path: Path) -> None:
 def draw(record: dict[str, Any], path: Path) -> None:
     """Draw what `measure` returned, as a picture of the kind that the path ends in.
 
-    The same record gives the same bytes.
+    Kernels that read or write NCHW are omitted. The same record gives the same bytes.
 
     Raises
     ------
@@ -62,7 +62,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    rows = record["kernels"]
+    rows = [row for row in record["kernels"] if "NCHW" not in row["path"]]
     with mpl.rc_context(STYLE):
         figure = Figure(
             (WIDTH_INCHES, MARGIN_INCHES + ROW_INCHES * len(rows)), layout="constrained"
@@ -117,5 +117,6 @@ def limit(row: dict[str, Any]) -> float:
 def _place(record: dict[str, Any]) -> str:
     machine = record["machine"]
     return (
-        f"{machine['processor']}, {record['threads']} threads, images of 224x224, {machine['date']}"
+        f"{machine['processor']}, {record['instruction_set']}, {record['threads']} threads, "
+        f"images of 224x224, {machine['date']}"
     )

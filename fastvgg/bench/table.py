@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-__all__ = ["HEADINGS", "line"]
+__all__ = ["HEADINGS", "LOW_SHARE", "line", "low_paths"]
+
+LOW_SHARE: Final = 0.9
 
 HEADINGS: Final = {
     "memory": f"{'memory':<36} {'GB/s':>6}",
@@ -12,6 +14,18 @@ HEADINGS: Final = {
     "decoding": f"{'images':<36} {'images/s':>9} {'failed':>6}",
     "disk": f"{'disk':<36} {'GB/s':>6}",
 }
+
+
+def low_paths(record: dict[str, Any]) -> list[str]:
+    """Return the kernels that stay below `LOW_SHARE` of their limit.
+
+    New memory is left to the system, which zeroes it.
+    """
+    return [
+        row["path"]
+        for row in record["kernels"]
+        if row["share"] < LOW_SHARE and not row["path"].endswith("new memory")
+    ]
 
 
 def line(part: str, row: dict[str, Any]) -> str:
@@ -25,10 +39,11 @@ def line(part: str, row: dict[str, Any]) -> str:
     if part == "memory":
         return f"{row['loop']:<36} {row['gigabytes_per_second']:>6.1f}"
     if part == "kernels":
+        mark = " <" if row["share"] < LOW_SHARE and not row["path"].endswith("new memory") else ""
         return (
             f"{row['path']:<36} {row['images_per_second']:>9,} "
             f"{row['gigabytes_per_second']:>6.1f} {row['share']:>9.0%} "
-            f"{row['numpy_images_per_second']:>8,}"
+            f"{row['numpy_images_per_second']:>8,}{mark}"
         )
     if part == "decoding":
         count = f"{row['images']:,} decoded to 224x224"

@@ -287,7 +287,7 @@ def models_(as_json: Json = False) -> None:
 @app.command(cls=Verb, epilog=SEE_CODES)
 def bench(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Ten seconds instead of a minute.")
+        bool, typer.Option("--quick", help="The common kernels alone: 15 seconds.")
     ] = False,
     images: Annotated[
         str | None,
@@ -315,6 +315,7 @@ def bench(
         from pathlib import Path
 
         from fastvgg.bench import FULL, QUICK, measure, roofline
+        from fastvgg.bench.table import LOW_SHARE, low_paths
         from fastvgg.datasets.locations import located
 
         if plot is not None:
@@ -333,6 +334,10 @@ def bench(
             return
         print("every result is the oracle's, bit for bit")
         print(f"a call takes {record['call_overhead_us']:.0f} microseconds above its kernel")
+        print(f"the kernels are compiled for {record['instruction_set']}")
+        if low := low_paths(record):
+            print(f"below {LOW_SHARE:.0%} of the limit (<): {len(low)}. If that repeats on an idle")
+            print("machine, please report it with the output of: fastvgg bench --json")
 
 
 @app.command(cls=Verb, epilog=SEE_CODES)

@@ -1,6 +1,6 @@
 """Compiled loops: the only folder that imports Numba.
 
-`compile` says what compiles them, `blocks` what happens to some values at once, `recipe` which
-loop is meant, `loops` the passes over memory that are made of blocks. Nothing here checks, cuts or
-allocates: `engine` does.
+`jit` says how kernels are compiled, `vector` has the operations on blocks of pixels, `spec` says
+which kernel is meant, `convert` has the kernels of transforms, `resample` that of resizing, and
+`bandwidth` what both are compared with. Nothing here checks, splits or allocates: `engine` does.
 """

@@ -150,7 +150,7 @@ def _together(
 
 def _computed(plan: Plan, read: Chunk, out: NDArray[Any]) -> list[Record]:
     """Compute a chunk, and let go of what was read before the next is; return its records."""
-    threads, backend = plan.threads, plan.backend
+    threads, backend = plan.threads, plan.choose_backend()
     engine.apply(plan.transform, read.batch, out, threads=threads, backend=backend, read_next=True)
     for at, record in enumerate(read.records):
         if record.failed:
@@ -204,7 +204,7 @@ class _Decoding:
         images = part.stop - part.start
         staging = self._stagings.rows(self._target.offset(part.start))
         transform = engine.row_by_row(
-            self._plan.transform, self._images, staging, backend=self._plan.backend
+            self._plan.transform, self._images, staging, backend=self._plan.choose_backend()
         )
         out = staging[:images]
         records = [UNREAD] * images
@@ -243,7 +243,7 @@ class _Encoding:
         stored = [b""] * len(batch)
         rows = [at for at in range(len(batch)) if not (records and records[at].failed)]
         plan, images = self._plan, self._images
-        transform = engine.row_by_row(plan.transform, batch, images, backend=plan.backend)
+        transform = engine.row_by_row(plan.transform, batch, images, backend=plan.choose_backend())
 
         def work_on(at: int) -> None:
             slot = self._thread_number()

@@ -165,7 +165,12 @@ class _InPlace:
         batch = self.source.read(start, stop).batch
         plan = self.plan
         engine.apply(
-            plan.transform, batch, out, threads=plan.threads, backend=plan.backend, read_next=True
+            plan.transform,
+            batch,
+            out,
+            threads=plan.threads,
+            backend=plan.choose_backend(),
+            read_next=True,
         )
         return checksum([bytes_of(batch)]), checksum([bytes_of(out)])
 

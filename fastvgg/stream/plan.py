@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from fastvgg.backend import known_work
 from fastvgg.errors import TargetError, UsageError
 from fastvgg.notebook import table
 
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
 
     from distributed import Client
 
+    from fastvgg.backend import Backend, Chosen
     from fastvgg.datasets.base import Header
     from fastvgg.datasets.files import FileFormat
     from fastvgg.datasets.images import Listing
-    from fastvgg.engine import Backend
     from fastvgg.stream.report import Progress, Report
     from fastvgg.stream.storage import Durability
     from fastvgg.transform import Transform
@@ -252,6 +253,10 @@ class Plan:
     def chunks(self) -> int:
         """How many chunks there are."""
         return -(-self.header.images // self.chunk_images)
+
+    def choose_backend(self) -> Chosen:
+        """Return the backend of a run: Numba where there is enough to do, otherwise NumPy."""
+        return known_work(self.backend, self.header.nbytes + self.result.nbytes, self.threads)
 
     @property
     def in_place(self) -> bool:

@@ -12,6 +12,7 @@ import shutil
 from typing import TYPE_CHECKING, Final, TypedDict
 
 from fastvgg import datasets, engine, oracle
+from fastvgg.backend import check_backend
 from fastvgg.datasets.base import piece_images
 from fastvgg.datasets.decode import MOST_PIXELS, Decoding
 from fastvgg.datasets.files import check_format, is_lossy
@@ -52,10 +53,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import DTypeLike
 
+    from fastvgg.backend import Backend
     from fastvgg.datasets.base import Header, Source
     from fastvgg.datasets.decode import SixteenBit
     from fastvgg.datasets.files import FileFormat
-    from fastvgg.engine import Backend
     from fastvgg.stream.journal import Ledger
     from fastvgg.stream.manifest import Manifest
     from fastvgg.stream.storage import Durability
@@ -180,7 +181,7 @@ def plan(
         MOST_PIXELS if max_pixels is None else max_pixels,
     )
     threads = check_threads(threads)
-    engine.backend_in_use(backend)
+    check_backend(backend)
     check_durability(durability)
     options = _Options(
         memory_bytes=parse_bytes(memory),
@@ -526,7 +527,7 @@ def reopen_source(plan: Plan) -> Source:
         decoding=Decoding.from_dict(plan.settings) if plan.settings else None,
         decoding_bytes=plan.decoding_bytes,
         threads=plan.threads,
-        pick=engine.picker(plan.backend),
+        pick=engine.picker(plan.choose_backend()),
         listing=plan.listing,
         indexed=not describes_another(path),
     )

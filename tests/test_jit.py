@@ -8,7 +8,7 @@ import pytest
 from batches import run_script
 from llvmlite import binding
 
-from fastvgg.kernels.compile import processor
+from fastvgg.kernels.jit import processor
 
 TESTS = str(Path(__file__).parent)
 needs_x86 = pytest.mark.skipif(
@@ -26,10 +26,10 @@ import numpy as np
 from batches import assert_same, every_half
 from by_hand import LINE, TYPE_PAIRS, check, rotating_tasks
 from fastvgg import engine, oracle
-from fastvgg.kernels import loops
-from fastvgg.kernels.blocks import ELEMENT_BYTES
-from fastvgg.kernels.compile import processor
-from fastvgg.kernels.recipe import reciprocal_is_exact
+from fastvgg.kernels import convert
+from fastvgg.kernels.vector import ELEMENT_BYTES
+from fastvgg.kernels.jit import processor
+from fastvgg.kernels.spec import reciprocal_is_exact
 from fastvgg.transform import Mode, Transform
 
 assert processor()[:3] == (True, False, False), processor()
@@ -37,11 +37,11 @@ assert not reciprocal_is_exact(np.arange(256, dtype=np.float32), np.float32(127.
 for number in range(0, len(TYPE_PAIRS), {step}):
     task = list(rotating_tasks(number))[(number + number // 4) % 4]
     size = ELEMENT_BYTES[task.target]
-    assert "reciprocal" not in (task.recipe.divides, task.recipe.scales)
+    assert "reciprocal" not in (task.spec.divide, task.spec.scale)
     check(task, 2, range(0, LINE + LINE // size, 3), range(0, LINE, max(8, size)))
-    check(task, 1, [loops.TILE_PIXELS + 37], [0, size])
+    check(task, 1, [convert.TILE_PIXELS + 37], [0, size])
     check(task, 256, [1], [0])
-    assembly = loops.compiled(task.recipe).library.get_asm_str()
+    (assembly,) = convert.compiled(task.spec).inspect_asm().values()
     assert not re.search({forbidden!r}, assembly), task
     assert re.search({expected!r}, assembly), task
 for half in ("float16", "bfloat16"):

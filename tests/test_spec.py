@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 
 import numpy as np
 import pytest
-from batches import FLOATS, KERAS_MODES, LAYOUT_PAIRS, LAYOUTS, assert_same, bits
+from batches import FLOATS, KERAS_MODES, LAYOUT_PAIRS, LAYOUTS, assert_same, bits, dtype_of
 from by_hand import MODES, OWN, SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvgg.kernels import recipe
-from fastvgg.kernels.compile import processor
-from fastvgg.kernels.recipe import ROW_LANES, ROWS, Recipe, constants, reciprocal_is_exact
+from fastvgg import oracle
+from fastvgg.kernels import spec
+from fastvgg.kernels.jit import processor
+from fastvgg.kernels.spec import (
+    KernelSpec,
+    affine_constants,
+    constant_table,
+    reciprocal_is_exact,
+)
+from fastvgg.kernels.vector import TABLE_COLUMNS, Constants
 from fastvgg.transform import Mode, Transform
 
 fuses = pytest.mark.skipif(
-    not processor().fuses, reason="the processor has no fused multiply-add, and divides"
+    not processor().has_fma, reason="the processor has no fused multiply-add, and divides"
 )
 BYTES = np.arange(256, dtype=np.float32)
 
@@ -100,7 +108,7 @@ def test_the_fused_operation_rounds_once_where_nearly_everything_cancels(a, b, s
 
 def check_fused(a, b, c):
     with np.errstate(all="ignore"):
-        actual = recipe._fused(np.array([a]), b, np.array([c]))
+        actual = spec._fused(np.array([a]), b, np.array([c]))
     assert bits(actual) == bits(fused_exactly(a, b, c).reshape(1)), (a, b, c)
 
 
@@ -118,7 +126,7 @@ def test_the_fused_operation_rounds_once_where_twice_is_not_the_same():
 
 
 def agrees_with_exact_arithmetic(x, divisor):
-    """Whether the recipe's answer for some numbers is that of exact arithmetic; and that answer."""
+    """Whether the spec's answer for some numbers is that of exact arithmetic; and that answer."""
     with np.errstate(all="ignore"):
         quotients = x / divisor
     expected = [divided_by_reciprocal(number, divisor) for number in x]
@@ -158,6 +166,40 @@ def test_a_reciprocal_is_exact_for_any_numbers_where_exact_arithmetic_says_so(di
 
 
 @fuses
+@pytest.mark.parametrize("divisor", [127.5, 255.0, 0.229, 3.0, -7.0, 1e300, 5e-324, 1.7e308])
+def test_a_reciprocal_is_exact_in_float64_where_exact_arithmetic_says_so(divisor):
+    x, number = np.arange(256, dtype=np.float64), np.float64(divisor)
+    with np.errstate(all="ignore"):
+        reciprocal = 1 / number
+    expected = False
+    if np.isfinite(reciprocal):
+        remainder = float(1 / Fraction(divisor) - Fraction(float(reciprocal)))
+        products = [n * remainder for n in x.tolist()]
+        fused = [
+            float(Fraction(n) * Fraction(float(reciprocal)) + Fraction(product))
+            if n
+            else n * divisor
+            for n, product in zip(x.tolist(), products, strict=True)
+        ]
+        signs = [math.copysign(1, value) for value in fused]
+        with np.errstate(all="ignore"):
+            quotients = (x / number).tolist()
+        same_signs = signs == [math.copysign(1, value) for value in quotients]
+        # Of the two products with zero, that with the remainder may have the other sign.
+        zero = 0.0 * float(reciprocal) + 0.0 * remainder
+        expected = fused == quotients and same_signs
+        expected &= math.copysign(1, zero) == math.copysign(1, quotients[0])
+    assert reciprocal_is_exact(x, number) == expected
+
+
+@fuses
+def test_bytes_are_divided_by_reciprocals_in_float64():
+    for mode, expected in ((Mode.TF, ("reciprocal", "none")), (Mode.TORCH, ("reciprocal",) * 2)):
+        found = KernelSpec.of(Transform(mode, dtype="float64"), "uint8")
+        assert (found.divide, found.scale) == expected
+
+
+@fuses
 @pytest.mark.parametrize(
     ("x", "divisor"),
     [
@@ -172,21 +214,22 @@ def test_a_reciprocal_is_not_exact_where_a_step_leaves_the_numbers_with_all_plac
 
 
 def test_without_a_fused_operation_no_reciprocal_is_taken(monkeypatch):
-    lesser = processor()._replace(fuses=False)
-    monkeypatch.setattr(recipe, "processor", lambda: lesser)
+    lesser = processor()._replace(has_fma=False)
+    monkeypatch.setattr(spec, "processor", lambda: lesser)
     assert not reciprocal_is_exact(BYTES, np.float32(127.5))
     for mode in KERAS_MODES:
-        assert "reciprocal" not in Recipe.of(Transform(mode), "uint8")
+        assert "reciprocal" not in KernelSpec.of(Transform(mode), "uint8")
 
 
 @fuses
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_bytes_are_divided_by_reciprocals_where_those_are_exact(dtype):
     divisions = {
-        mode: Recipe.of(Transform(mode, dtype=dtype), "uint8")[7:9]
+        mode: (found.divide, found.scale)
         for mode in (Mode.IDENTITY, *MODES)
+        if not (found := KernelSpec.of(Transform(mode, dtype=dtype), "uint8")).affine
     }
-    assert divisions == {
+    expected = {
         Mode.IDENTITY: ("none", "none"),
         Mode.CAFFE: ("none", "none"),
         Mode.TF: ("reciprocal", "none"),
@@ -194,19 +237,72 @@ def test_bytes_are_divided_by_reciprocals_where_those_are_exact(dtype):
         OWN: ("reciprocal", "reciprocal"),
         SMALL: ("division", "division"),
     }
+    assert divisions == {mode: expected[mode] for mode in divisions}
+    affine = {
+        "float16": {Mode.TF, Mode.TORCH, OWN, SMALL},
+        "bfloat16": {Mode.TF, Mode.TORCH, OWN},
+        "float32": set(),
+    }[dtype]
+    assert set(divisions) == set(expected) - affine
+
+
+MEANS, STDS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP = Mode("clip", divide=255.0, mean=MEANS, std=STDS)
+
+
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+@pytest.mark.parametrize("mode", [Mode.TF, Mode.TORCH, CLIP], ids=lambda mode: mode.name)
+def test_one_multiplication_and_addition_has_the_results_of_the_oracle_for_every_input(mode, half):
+    x = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(1, 256, 3)
+    y = np.repeat(np.arange(65536, dtype=np.uint16), 3).view(dtype_of(half)).reshape(1, 65536, 3)
+    for restores, values in ((False, x), (True, y)):
+        transform = Transform(
+            mode, "restore" if restores else "preprocess", dtype=None if restores else half
+        )
+        assert KernelSpec.of(transform, values.dtype.name).affine
+        slope, intercept = affine_constants(mode, half, restores=restores)
+        with np.errstate(all="ignore"):
+            wide = values.astype(np.float32)
+            if processor().has_fma:
+                result = spec._fused(wide, slope, intercept)
+            else:
+                result = wide * slope + intercept
+            if restores:
+                result = oracle.saturate(result, "nearest").astype(np.uint8)
+            else:
+                result = result.astype(dtype_of(half))
+        assert_same(np.ascontiguousarray(result), oracle.apply(transform, values))
+
+
+def test_no_affine_formula_is_taken_where_it_has_other_results():
+    assert affine_constants(OWN, "float16", restores=True) is None
+    assert affine_constants(SMALL, "bfloat16", restores=False) is None
+    assert not KernelSpec.of(Transform(OWN, "restore"), "float16").affine
+    assert not KernelSpec.of(Transform(SMALL, dtype="bfloat16"), "uint8").affine
+    for transform, source in (
+        (Transform(Mode.TORCH, dtype="float16"), "float32"),
+        (Transform(Mode.TORCH), "uint8"),
+        (Transform(Mode.TORCH, "restore", rounding="truncate"), "float16"),
+        (Transform(Mode.TORCH, "restore", dtype="float32"), "float16"),
+        (Transform(Mode.TORCH, "restore"), "float32"),
+    ):
+        assert not KernelSpec.of(transform, source).affine
+
+
+def test_ties_are_expected_where_a_byte_becomes_one():
+    tying = Mode("tying", mean=(-256.0, 0.0, 0.0))  # 256 + 1 lies halfway between two of bfloat16
+    assert KernelSpec.of(Transform(tying, dtype="bfloat16"), "uint8").may_tie
+    assert not KernelSpec.of(Transform(Mode.CAFFE, dtype="bfloat16"), "uint8").may_tie
+    assert KernelSpec.of(Transform(Mode.CAFFE, dtype="bfloat16"), "float32").may_tie
 
 
 @pytest.mark.parametrize("direction", ["preprocess", "restore"])
-@pytest.mark.parametrize(
-    ("source", "target"),
-    [("uint8", "float64"), *((source, target) for source in FLOATS for target in FLOATS)],
-)
-def test_floats_and_doubles_are_divided(direction, source, target):
-    if direction == "restore" and source == "uint8":
-        return
+@pytest.mark.parametrize("source", FLOATS)
+@pytest.mark.parametrize("target", FLOATS)
+def test_floats_are_divided(direction, source, target):
     for mode, expected in ((Mode.TF, ("division", "none")), (Mode.TORCH, ("division",) * 2)):
-        found = Recipe.of(Transform(mode, direction, dtype=target), source)
-        assert (found.divides, found.scales) == expected
+        found = KernelSpec.of(Transform(mode, direction, dtype=target), source)
+        assert (found.divide, found.scale) == expected
 
 
 @fuses
@@ -214,8 +310,8 @@ def test_one_std_without_an_exact_reciprocal_is_enough_to_divide_all():
     for at in range(3):
         std = [0.5, 0.3, 0.7]
         std[at] = 1e-39
-        found = Recipe.of(Transform(Mode("own", std=tuple(std))), "uint8")
-        assert (found.divides, found.scales) == ("none", "division")
+        found = KernelSpec.of(Transform(Mode("own", std=tuple(std))), "uint8")
+        assert (found.divide, found.scale) == ("none", "division")
 
 
 @fuses
@@ -224,49 +320,52 @@ def test_what_a_std_divides_is_what_the_divisor_and_the_mean_have_left():
     std = (-3.0,) * 3
     means = {"a": (0.0, 255.0, 17.0), "b": (0.5, -1.0, 256.0)}
     found = {
-        name: Recipe.of(Transform(Mode(name, mean=mean, std=std)), "uint8").scales
+        name: KernelSpec.of(Transform(Mode(name, mean=mean, std=std)), "uint8").scale
         for name, mean in means.items()
     }
     assert found == {"a": "division", "b": "reciprocal"}
     halves = Mode("c", divide=2.0, mean=means["b"], std=std)
-    assert Recipe.of(Transform(halves), "uint8").scales == "division"
+    assert KernelSpec.of(Transform(halves), "uint8").scale == "division"
 
 
-def test_a_recipe_says_what_a_transform_does():
+def test_a_spec_says_what_a_transform_does():
     transform = Transform("caffe", "restore", "NCHW", "NHWC", "float16", "truncate")
-    assert Recipe.of(transform, "float64", streams=True) == Recipe(
+    assert KernelSpec.of(transform, "float64", nontemporal=True) == KernelSpec(
         restores=True,
         source="float64",
         target="float16",
         compute="float32",
         planar_source=True,
         planar_target=False,
-        flips=True,
-        divides="none",
-        scales="none",
+        reverses_channels=True,
+        affine=False,
+        divide="none",
+        scale="none",
+        may_tie=False,
         rounding="truncate",
         in_place=False,
-        streams=True,
+        nontemporal=True,
+        plane_by_plane=False,
     )
 
 
-def test_transforms_that_differ_in_numbers_alone_have_one_recipe():
+def test_transforms_that_differ_in_numbers_alone_have_one_spec():
     other = Mode("other means", mean=(1.0, 2.0, 3.0), order="BGR")
-    assert Recipe.of(Transform(other), "uint8") == Recipe.of(Transform("caffe"), "uint8")
+    assert KernelSpec.of(Transform(other), "uint8") == KernelSpec.of(Transform("caffe"), "uint8")
     truncating = Transform("caffe", rounding="truncate")  # nothing is rounded forwards
-    assert Recipe.of(truncating, "uint8") == Recipe.of(Transform("caffe"), "uint8")
+    assert KernelSpec.of(truncating, "uint8") == KernelSpec.of(Transform("caffe"), "uint8")
 
 
 @pytest.mark.parametrize("mode", ["caffe", "torch"])
 @pytest.mark.parametrize("direction", ["preprocess", "restore"])
-def test_channels_that_lie_reversed_are_flipped_where_others_are_not(direction, mode):
+def test_channels_stored_in_reverse_are_reversed_where_others_are_not(direction, mode):
     for layouts in LAYOUT_PAIRS:
         transform = Transform(mode, direction, *layouts, "float32")
-        plain = Recipe.of(transform, "float32")
-        reversed_ = Recipe.of(transform, "float32", reverses=True)
-        assert plain.flips == (mode == "caffe")
-        assert reversed_.flips != plain.flips
-        assert reversed_._replace(flips=plain.flips) == plain
+        plain = KernelSpec.of(transform, "float32")
+        reversed_ = KernelSpec.of(transform, "float32", reversed_input=True)
+        assert plain.reverses_channels == (mode == "caffe")
+        assert reversed_.reverses_channels != plain.reverses_channels
+        assert reversed_._replace(reverses_channels=plain.reverses_channels) == plain
 
 
 @pytest.mark.parametrize(
@@ -280,11 +379,31 @@ def test_channels_that_lie_reversed_are_flipped_where_others_are_not(direction, 
         ("float16", "float32", False),
     ],
 )
-def test_woven_pixels_are_flipped_where_their_elements_are_smaller(source, target, late):
-    for layouts in LAYOUT_PAIRS:
-        transform = Transform("caffe", "restore", *layouts, target)
-        assert Recipe.of(transform, source).flips_late == (late and "NCHW" not in layouts)
-        assert not Recipe.of(transform, source, reverses=True).flips_late
+def test_lanes_are_shuffled_where_their_elements_are_smaller(source, target, late):
+    for layout, out_layout in LAYOUT_PAIRS:
+        transform = Transform("caffe", "restore", layout, out_layout, target)
+        found = KernelSpec.of(transform, source)
+        plane_by_plane = (layout, out_layout) == ("NCHW", "NCHW")
+        assert found.plane_by_plane == plane_by_plane
+        assert found.shuffles_results == (late and not plane_by_plane)
+        assert found.computes_planes == ((layout if late else out_layout) == "NCHW")
+
+
+@pytest.mark.parametrize("layouts", LAYOUT_PAIRS, ids="-".join)
+@pytest.mark.parametrize(
+    ("source", "target", "together"), [("float32", "uint8", True), ("uint8", "float32", False)]
+)
+def test_planes_are_aligned_by_themselves_where_non_temporal_stores_need_it(
+    layouts, source, target, together
+):
+    direction = "restore" if target == "uint8" else "preprocess"
+    transform = Transform("tf", direction, *layouts, target)
+    for nontemporal, aligned in itertools.product([True, False], repeat=2):
+        found = KernelSpec.of(transform, source, nontemporal=nontemporal, aligned_planes=aligned)
+        needed = layouts[0] == "NCHW" or (nontemporal and not (aligned and together))
+        assert found.plane_by_plane == (layouts[1] == "NCHW" and needed)
+    in_place = KernelSpec.of(Transform("tf", layout="NCHW"), "float32", in_place=True)
+    assert not in_place.plane_by_plane
 
 
 # What each row holds of a mode, in the channel order of y.
@@ -296,7 +415,7 @@ def rows_of(mode):
 
 @pytest.mark.parametrize("mode", [Mode.IDENTITY, *MODES], ids=lambda mode: mode.name)
 @pytest.mark.parametrize(
-    ("direction", "source", "target", "reverses"),
+    ("direction", "source", "target", "reversed_input"),
     [
         ("preprocess", "uint8", "float32", False),
         ("preprocess", "float64", "float64", True),
@@ -306,15 +425,18 @@ def rows_of(mode):
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_rows_of_constants_are_in_the_order_that_the_loop_computes_in(
-    mode, direction, source, target, reverses, layout
+    mode, direction, source, target, reversed_input, layout
 ):
-    found = Recipe.of(Transform(mode, direction, layout, layout, target), source, reverses=reverses)
-    table = constants(mode, found)
+    found = KernelSpec.of(
+        Transform(mode, direction, layout, layout, target), source, reversed_input=reversed_input
+    )
+    table = constant_table(mode, found)
     assert table.dtype == found.compute
-    assert table.shape == (len(ROWS), ROW_LANES)
+    assert table.shape == (len(Constants._fields), TABLE_COLUMNS)
     assert table.flags.c_contiguous
-    # y has the order of the mode, x the order RGB; and what is flipped late is computed before.
-    reversed_ = (direction == "restore" and mode.flips) != found.flips_late
+    # y has the order of the mode, x the order RGB; and what is reversed later is computed before.
+    late = found.reverses_channels and found.shuffles_results
+    reversed_ = (direction == "restore" and mode.flips) != late
     scalar = np.dtype(found.compute).type
     for name, values in rows_of(mode).items():
         with np.errstate(all="ignore"):
@@ -322,17 +444,20 @@ def test_the_rows_of_constants_are_in_the_order_that_the_loop_computes_in(
             reciprocals = scalar(1) / expected
         rows = {name: expected}
         if name != "mean":
-            rows[f"1 / {name}"] = reciprocals
+            rows[f"{name}_reciprocal"] = reciprocals
         if name != "mean" and scalar is np.float32 and np.isfinite(reciprocals).all():
             rests = [reciprocal_of(number)[1] for number in expected]
-            rows[f"rest of 1 / {name}"] = np.array(rests)
+            rows[f"{name}_remainder"] = np.array(rests)
         for row, numbers in rows.items():
-            assert_same(table[ROWS.index(row)].reshape(-1, 3), np.tile(numbers, (16, 1)))
+            assert_same(
+                table[Constants._fields.index(row)].reshape(-1, 3),
+                np.tile(numbers, (TABLE_COLUMNS // 3, 1)),
+            )
 
 
 def test_a_mode_of_tiny_numbers_does_not_raise_the_callers_errors():
     tiny = Mode("tiny", divide=1e-39, mean=(1e-40, 0.0, 1e-45), std=(1e3, 1e-39, 7.0))
     for source, dtype in (("uint8", "float32"), ("float64", "float64")):
         with np.errstate(all="raise"):
-            found = Recipe.of(Transform(tiny, dtype=dtype), source)
-            assert np.isinf(constants(tiny, found)[1]).all() == (dtype == "float32")
+            found = KernelSpec.of(Transform(tiny, dtype=dtype), source)
+            assert np.isinf(constant_table(tiny, found)[1]).all() == (dtype == "float32")

@@ -1,0 +1,166 @@
+"""The backend of a piece of work: NumPy until a kernel pays off, then Numba.
+
+Both have the same bits. Numba's import and start take about a second, and each kernel a quarter of
+one, while the oracle preprocesses a 224x224 image in half a millisecond. So "auto" works on NumPy,
+without importing Numba, until the work of this process would have paid for a kernel; from then on
+the total is at most twice that of the better choice. Work of a known size compiles at once.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures.thread
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+import threading
+import time
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+
+from fastvgg.errors import BackendError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterator
+
+__all__ = ["Backend", "Chosen", "check_backend", "choose", "compiling", "known_work", "on_oracle"]
+
+Backend: TypeAlias = Literal["auto", "numba", "numpy"]
+Chosen: TypeAlias = Literal["numba", "numpy"]
+
+# Of a 2-core AMD EPYC (Zen 3): 0.4 s to import Numba, 0.7 s until it compiles its first function.
+START_SECONDS: Final = 1.0
+KERNEL_SECONDS: Final = 0.25
+# Read and written, on one thread: from 0.4 (uint8 to float32) to 4 (halves). Used until measured.
+ORACLE_SECONDS_PER_BYTE: Final = 1e-9
+KERNELS: Final = "fastvgg.kernels.convert"
+
+compiling: Final = threading.RLock()
+"""Held while Numba is imported and while a kernel is compiled. A fork waits for it: a child that
+inherits a lock in the hands of a thread that it does not have could never compile."""
+
+# A fork calls the hook that was registered last first. It has to be this one: a compilation may
+# need the locks of these modules, which their hooks take and keep.
+HOOKS_BEFORE_OURS: Final = (logging, concurrent.futures.thread)
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=compiling.acquire,
+        after_in_parent=compiling.release,
+        after_in_child=compiling.release,
+    )
+
+_seconds: dict[Hashable, float] = {}
+_nbytes: dict[Hashable, int] = {}
+
+
+def check_backend(backend: Backend) -> None:
+    """Check that a backend exists and is installed.
+
+    Raises
+    ------
+    BackendError
+        If Numba is asked for by name and is not usable.
+    UsageError
+        If there is no such backend.
+    """
+    if backend not in ("auto", "numba", "numpy"):
+        raise UsageError(f"backend is {backend!r}", "give 'auto', 'numba' or 'numpy'")
+    if backend == "numba" and (problem := _problem_of_numba()):
+        reason, remedy = problem
+        raise BackendError(f"Numba is not usable: {reason}", remedy)
+
+
+def choose(backend: Backend, work: Hashable, nbytes: int, threads: int) -> Chosen:
+    """Return the backend for a call.
+
+    Parameters
+    ----------
+    backend
+        As the caller gave it.
+    work
+        What distinguishes this work from work that another kernel does.
+    nbytes
+        What the call reads and writes.
+    threads
+        How many threads it uses.
+
+    Raises
+    ------
+    BackendError, UsageError
+        As `check_backend`.
+    """
+    check_backend(backend)
+    if backend != "auto":
+        return backend
+    expected = _expected_seconds(work, nbytes, threads)
+    own, all_work = (seconds + expected for seconds in (_seconds.get(work, 0.0), _total()))
+    pays = own >= KERNEL_SECONDS and (_has_started() or all_work >= START_SECONDS + KERNEL_SECONDS)
+    return _numba_if(pays)
+
+
+def known_work(backend: Backend, nbytes: int, threads: int) -> Chosen:
+    """Return the backend for work whose whole size is known; see `choose`."""
+    check_backend(backend)
+    if backend != "auto":
+        return backend
+    cost = KERNEL_SECONDS + (0.0 if _has_started() else START_SECONDS)
+    return _numba_if(nbytes * ORACLE_SECONDS_PER_BYTE / threads >= cost)
+
+
+@contextmanager
+def on_oracle(work: Hashable, nbytes: int) -> Iterator[None]:
+    """Record how long the oracle takes for some work."""
+    begun = time.perf_counter()
+    yield
+    _seconds[work] = _seconds.get(work, 0.0) + time.perf_counter() - begun
+    _nbytes[work] = _nbytes.get(work, 0) + nbytes
+
+
+def _expected_seconds(work: Hashable, nbytes: int, threads: int) -> float:
+    if work in _nbytes:
+        return _seconds[work] / max(1, _nbytes[work]) * nbytes
+    return ORACLE_SECONDS_PER_BYTE * nbytes / threads
+
+
+def _total() -> float:
+    return sum(list(_seconds.values()))  # a copy: other threads add to it
+
+
+def _has_started() -> bool:
+    return KERNELS in sys.modules
+
+
+def _numba_if(pays: bool) -> Chosen:
+    """Return Numba where it pays off and is usable; where it is not usable, warn once."""
+    if not pays and importlib.util.find_spec("numba") is not None:
+        return "numpy"  # without importing it
+    problem = _problem_of_numba()
+    if problem is not None:
+        _warn_slow(*problem)
+    return "numba" if pays and problem is None else "numpy"
+
+
+@functools.cache
+def _problem_of_numba() -> tuple[str, str] | None:
+    """Import Numba; return why it is not usable and the remedy, or None."""
+    with compiling:
+        if importlib.util.find_spec("numba") is None:
+            return "it is not installed", "pip install numba"
+        try:
+            importlib.import_module(KERNELS)
+        except ImportError as error:  # a Numba that refuses this NumPy, or must not compile
+            return str(error), "fix the cause, or 'pip install --upgrade numba'"
+        return None
+
+
+@functools.cache
+def _warn_slow(reason: str, remedy: str) -> None:
+    warnings.warn(
+        f"Numba is not usable ({reason}): working on the NumPy backend, with the same results, "
+        f"slower. To change that: {remedy}",
+        stacklevel=2,
+    )

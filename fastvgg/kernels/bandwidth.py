@@ -1,0 +1,104 @@
+"""Loops that move bytes and compute nothing: the memory bandwidth to compare kernels with."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Final
+
+from fastvgg.kernels import vector
+from fastvgg.kernels.jit import kernel
+from fastvgg.kernels.vector import CACHE_LINE_BYTES, align_stack, store_fence
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["STEP_BYTES", "fill", "scale_in_place", "streaming_copy", "touch"]
+
+LINES: Final = 3
+STEP_BYTES: Final = LINES * CACHE_LINE_BYTES  # written at a time: sixteen pixels of float32
+
+
+@functools.cache
+def streaming_copy(read_bytes: int, written_bytes: int, *, prefetches: bool) -> Callable[..., None]:
+    """Return a loop that reads and writes so many bytes a pixel, with non-temporal stores.
+
+    It takes the addresses of source and target, and a number of steps. Every byte is read: where
+    more bytes are read than written they are combined, where fewer are read they are repeated.
+    Whether prefetching pays off depends on the ratio; the faster of the two loops is the limit.
+    """
+    taken = STEP_BYTES * read_bytes // written_bytes
+    load, prefetch = vector.load_lines(LINES, taken // LINES), vector.prefetch(taken, 1)
+    store = vector.store(nontemporal=True)
+
+    @kernel(3)
+    def copy(source, target, steps):
+        align_stack()
+        for _ in range(steps):
+            if prefetches:
+                prefetch(source, 0)
+            store(target, CACHE_LINE_BYTES, load(source))
+            source += taken
+            target += STEP_BYTES
+        store_fence()
+
+    return copy
+
+
+@functools.cache
+def scale_in_place(*, prefetches: bool) -> Callable[..., None]:
+    """Return a loop that multiplies float32 values in place.
+
+    It takes the addresses of the values and of one cache line of factors, and a number of steps.
+    """
+    load, prefetch = vector.load("float32", 16, LINES), vector.prefetch(STEP_BYTES, 1)
+    store = vector.store(nontemporal=False)
+
+    @kernel(3)
+    def scale(target, factors, steps):
+        align_stack()
+        factor = load(factors, 0)
+        for _ in range(steps):
+            if prefetches:
+                prefetch(target, 0)
+            store(target, CACHE_LINE_BYTES, load(target, CACHE_LINE_BYTES) * factor)
+            target += STEP_BYTES
+
+    return scale
+
+
+@functools.cache
+def fill() -> Callable[..., None]:
+    """Return a loop that writes one cache line repeatedly, with non-temporal stores.
+
+    It takes the addresses of the line and of the target, and a number of steps.
+    """
+    load, store = vector.load("uint8", CACHE_LINE_BYTES, LINES), vector.store(nontemporal=True)
+
+    @kernel(3)
+    def fill_lines(line, target, steps):
+        align_stack()
+        lines = load(line, 0)
+        for _ in range(steps):
+            store(target, CACHE_LINE_BYTES, lines)
+            target += STEP_BYTES
+        store_fence()
+
+    return fill_lines
+
+
+@functools.cache
+def touch() -> Callable[..., None]:
+    """Return a loop that writes single bytes.
+
+    It takes the addresses of a byte and of the target, how many bytes to write, and how far apart.
+    """
+    load, store = vector.load("uint8", 1, 1), vector.store(nontemporal=False)
+
+    @kernel(4)
+    def touch_bytes(byte, target, count, step_bytes):
+        one = load(byte, 0)
+        for _ in range(count):
+            store(target, 0, one)
+            target += step_bytes
+
+    return touch_bytes

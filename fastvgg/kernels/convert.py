@@ -1,0 +1,288 @@
+"""The kernels: preprocess and restore in one pass over memory, for all types and layouts.
+
+A kernel reads each pixel, computes in registers and writes each pixel once. Most pixels are
+converted in blocks. Non-temporal stores need blocks that begin at a cache line, so the pixels
+before the first such block, and those after the last block, are converted one at a time.
+
+All arguments are addresses and sizes in bytes. Nothing is checked here: `engine` does.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, Final
+
+from fastvgg.kernels import vector
+from fastvgg.kernels.jit import inlined, kernel
+from fastvgg.kernels.vector import (
+    CACHE_LINE_BYTES,
+    ELEMENT_BYTES,
+    align_stack,
+    compiler_barrier,
+    store_fence,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fastvgg.kernels.spec import KernelSpec
+
+__all__ = ["TILE_PIXELS", "compiled"]
+
+TILE_PIXELS: Final = 1024
+ARGUMENTS: Final = 9
+
+
+@functools.cache
+def compiled(spec: KernelSpec) -> Callable[..., None]:
+    """Return the kernel of a spec.
+
+    It takes the addresses of source, target and constant table; the number of images, and of pixels
+    in each; then the bytes from one image to the next and from one plane to the next, of the source
+    and of the target. The plane sizes of an interleaved side are not used.
+    """
+    return _plane_by_plane(spec) if spec.plane_by_plane else _pixel_by_pixel(spec)
+
+
+def _pixel_by_pixel(spec: KernelSpec) -> Callable[..., None]:
+    """Return the kernel that writes the three channels of its pixels together."""
+    lanes, nontemporal = spec.lanes, spec.nontemporal
+    convert_block, convert_pixel = _converter(spec, lanes), _converter(spec, 1)
+    load_block_constants = (
+        vector.load_channel_constants(spec.compute, lanes, 3)
+        if spec.computes_planes
+        else vector.load_interleaved_constants(spec.compute, lanes)
+    )
+    load_pixel_constants = vector.load_channel_constants(spec.compute, 1, 3)
+    planar_source, planar_target = spec.planar_source, spec.planar_target
+    source_element, element = ELEMENT_BYTES[spec.source], ELEMENT_BYTES[spec.target]
+    source_pixel = source_element * (1 if planar_source else 3)
+    pixel = element * (1 if planar_target else 3)
+
+    @kernel(ARGUMENTS)
+    def convert_pixels(
+        source, target, table, images, pixels, source_image, source_plane, image_bytes, plane_bytes
+    ):
+        align_stack()
+        for image in range(images):
+            x = source + image * source_image
+            y = target + image * image_bytes
+            end = y + pixels * pixel
+            while y < end:
+                if not nontemporal or y % CACHE_LINE_BYTES == 0:
+                    constants = load_block_constants(table)
+                    source_step = source_plane if planar_source else lanes * source_element
+                    step = plane_bytes if planar_target else lanes * element
+                    for _ in range((end - y) // (lanes * pixel)):
+                        convert_block(x, source_step, y, step, constants)
+                        x += lanes * source_pixel
+                        y += lanes * pixel
+                if y < end:
+                    source_step = source_plane if planar_source else source_element
+                    step = plane_bytes if planar_target else element
+                    convert_pixel(x, source_step, y, step, load_pixel_constants(table))
+                    x += source_pixel
+                    y += pixel
+        if nontemporal:
+            store_fence()
+
+    return convert_pixels
+
+
+def _plane_by_plane(spec: KernelSpec) -> Callable[..., None]:
+    """Return the kernel that writes planes one after the other, so that each is aligned by itself.
+
+    Interleaved images are cut into tiles that stay in the cache until all three planes are written.
+    """
+    lanes, nontemporal, planar_source = spec.lanes, spec.nontemporal, spec.planar_source
+    convert_block, convert_value = _channel_converter(spec, lanes), _channel_converter(spec, 1)
+    load_block_constants = vector.load_channel_constants(spec.compute, lanes, 1)
+    load_value_constants = vector.load_channel_constants(spec.compute, 1, 1)
+    reverses_channels, constant = spec.reverses_channels, ELEMENT_BYTES[spec.compute]
+    source_element, element = ELEMENT_BYTES[spec.source], ELEMENT_BYTES[spec.target]
+    source_pixel = source_element * (1 if planar_source else 3)
+
+    @kernel(ARGUMENTS)
+    def convert_planes(
+        source, target, table, images, pixels, source_image, source_plane, image_bytes, plane_bytes
+    ):
+        align_stack()
+        channel_bytes = source_plane if planar_source else source_element
+        tile_pixels = max(1, pixels) if planar_source else TILE_PIXELS
+        for image in range(images):
+            for tile in range(0, pixels, tile_pixels):
+                for plane in range(3):
+                    channel = 2 - plane if reverses_channels else plane
+                    x = source + image * source_image + channel * channel_bytes
+                    y = target + image * image_bytes + plane * plane_bytes
+                    row = table + plane * constant
+                    # All tiles but the first begin at a cache line of their plane.
+                    shift = -y % CACHE_LINE_BYTES // element if nontemporal else 0
+                    end = y + min(tile + tile_pixels + shift, pixels) * element
+                    begin = tile + shift if tile else 0
+                    x += begin * source_pixel
+                    y += begin * element
+                    while y < end:
+                        if not nontemporal or y % CACHE_LINE_BYTES == 0:
+                            constants = load_block_constants(row)
+                            for _ in range((end - y) // (lanes * element)):
+                                convert_block(x, y, constants)
+                                x += lanes * source_pixel
+                                y += lanes * element
+                        if y < end:
+                            convert_value(x, y, load_value_constants(row))
+                            x += source_pixel
+                            y += element
+        if nontemporal:
+            store_fence()
+
+    return convert_planes
+
+
+def _converter(spec: KernelSpec, lanes: int) -> Any:
+    """Return the part of a kernel that converts `lanes` pixels.
+
+    It takes the address of the source and the bytes between its three vectors, the same of the
+    target, and the constants. Everything is loaded before anything is stored.
+    """
+    read, arithmetic = _reader(spec, lanes), _arithmetic(spec)
+    shuffle, shuffles_results = _shuffle(spec), spec.shuffles_results
+    store = vector.store(nontemporal=spec.nontemporal and lanes > 1)
+
+    @inlined
+    def convert(x, source_step, y, step, constants):
+        result = arithmetic(read(x, source_step), constants)
+        store(y, step, shuffle(result) if shuffles_results else result)
+
+    return convert
+
+
+def _reader(spec: KernelSpec, lanes: int) -> Any:
+    """Return the function that reads `lanes` pixels into the type, and the order, to compute in."""
+    load, widen = vector.load(spec.source, lanes, 3), vector.widen(spec.source, spec.compute)
+    planar_source, shuffles_results, shuffle = (
+        spec.planar_source, spec.shuffles_results, _shuffle(spec),
+    )  # fmt: skip
+    nbytes = lanes * ELEMENT_BYTES[spec.source] * (1 if planar_source else 3) if lanes > 1 else 0
+    prefetch = vector.prefetch(nbytes, 3 if planar_source else 1)
+
+    @inlined
+    def read(x, step):
+        compiler_barrier()
+        prefetch(x, step)
+        block = load(x, step)
+        return widen(block if shuffles_results else shuffle(block))
+
+    if spec.source != "uint8" or planar_source or lanes == 1:
+        return read
+    load_bytes = vector.load_bytes(_byte_offsets(spec, lanes), lanes, 3 * lanes, spec.compute)
+
+    @inlined
+    def read_bytes(x, step):
+        compiler_barrier()
+        prefetch(x, step)
+        return load_bytes(x)
+
+    return read_bytes
+
+
+def _byte_offsets(spec: KernelSpec, lanes: int) -> tuple[int, ...]:
+    """Return where each value of a block comes from in interleaved bytes.
+
+    In the order of the result: planar or interleaved, reversed or not.
+    """
+    pixels = range(lanes)
+    channels = (2, 1, 0) if spec.reverses_channels else (0, 1, 2)
+    if spec.planar_target:
+        return tuple(3 * pixel + channel for channel in channels for pixel in pixels)
+    return tuple(3 * pixel + channel for pixel in pixels for channel in channels)
+
+
+def _shuffle(spec: KernelSpec) -> Any:
+    """Return the function from the order of the source to that of the target."""
+    reverse_planes, reverse_channels = vector.reverse_planes, vector.reverse_channels
+    interleave, deinterleave = vector.interleave, vector.deinterleave
+    planar_source, reverses = spec.planar_source, spec.reverses_channels
+    interleaves = planar_source and not spec.planar_target
+    deinterleaves = spec.planar_target and not planar_source
+    reverses_planes = reverses and (planar_source or deinterleaves)
+
+    @inlined
+    def shuffle(block):
+        if deinterleaves:
+            block = deinterleave(block)
+        if reverses_planes:
+            block = reverse_planes(block)
+        elif reverses:
+            block = reverse_channels(block)
+        return interleave(block) if interleaves else block
+
+    return shuffle
+
+
+def _channel_converter(spec: KernelSpec, lanes: int) -> Any:
+    """Return the part of a kernel that converts one channel of `lanes` pixels."""
+    interleaved_source = not spec.planar_source and lanes > 1
+    load, load_channel = vector.load(spec.source, lanes, 1), vector.load_channel(spec.source, lanes)
+    offsets = tuple(range(0, 3 * lanes, 3))
+    load_bytes = vector.load_bytes(offsets, lanes, 3 * lanes - 2, spec.compute)
+    reads_bytes = interleaved_source and spec.source == "uint8"
+    nbytes = (
+        lanes * ELEMENT_BYTES[spec.source] * (3 if interleaved_source else 1) if lanes > 1 else 0
+    )
+    prefetch, widen = vector.prefetch(nbytes, 1), vector.widen(spec.source, spec.compute)
+    arithmetic, store = _arithmetic(spec), vector.store(nontemporal=spec.nontemporal and lanes > 1)
+
+    @inlined
+    def convert(x, y, constants):
+        compiler_barrier()
+        prefetch(x, 0)
+        if reads_bytes:
+            values = load_bytes(x)
+        elif interleaved_source:
+            values = widen(load_channel(x))
+        else:
+            values = widen(load(x, 0))
+        store(y, 0, arithmetic(values, constants))
+
+    return convert
+
+
+def _arithmetic(spec: KernelSpec) -> Any:
+    """Return the function from values of the compute type to results."""
+    divide, scale = vector.divide(spec.divide), vector.divide(spec.scale)
+    divides, scales, may_be_nan = (
+        spec.divide != "none",
+        spec.scale != "none",
+        spec.source != "uint8",
+    )
+    narrow, canonical_nan = vector.narrow(spec.target, may_tie=spec.may_tie), vector.canonical_nan
+    round_to_uint8 = vector.round_to_uint8(spec.rounding)
+    round_to_float = vector.round_to_float(spec.rounding)
+    to_uint8 = spec.target == "uint8"
+    multiply_add: Any = vector.multiply_add
+
+    @inlined
+    def preprocess(x, c):
+        y = divide(x, c.divide, c.divide_reciprocal, c.divide_remainder) - c.mean
+        y = scale(y, c.std, c.std_reciprocal, c.std_remainder)
+        return narrow(canonical_nan(y) if may_be_nan else y)
+
+    @inlined
+    def preprocess_affine(x, c):
+        return narrow(multiply_add(x, c.slope, c.intercept))
+
+    @inlined
+    def restore(y, c):
+        x = (y * c.std if scales else y) + c.mean
+        if divides:
+            x = x * c.divide
+        return round_to_uint8(x) if to_uint8 else narrow(round_to_float(x))
+
+    @inlined
+    def restore_affine(y, c):
+        return round_to_uint8(multiply_add(y, c.slope, c.intercept))
+
+    if spec.restores:
+        return restore_affine if spec.affine else restore
+    return preprocess_affine if spec.affine else preprocess

@@ -1,0 +1,98 @@
+"""Every Numba option and why, and the features of the processor that kernels are compiled for.
+
+- `nogil`: kernels run on the engine's own threads, and hold no interpreter lock.
+- Not `parallel`: the only threading layer in pip's Numba aborts the process when two threads enter
+  it (https://github.com/numba/numba/issues/8563).
+- Not `fastmath`: reassociation, contraction and reciprocals change the bits.
+- Not `cache`: loading from a cache takes as long as compiling, because most of the first call is
+  Numba's own start, and a cache on disk can go stale.
+- `error_model="numpy"`: a division never raises, so no kernel has an error path.
+- A signature: a kernel is compiled where it is built, never inside a call.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import numba
+from llvmlite import binding
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Processor", "inlined", "kernel", "processor"]
+
+if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]  # read from the environment
+    raise ImportError("NUMBA_DISABLE_JIT is set")
+
+inlined: Final[Any] = numba.njit(inline="always")
+"""Decorate a part of a kernel: its body is compiled into each kernel that calls it."""
+
+
+class Processor(NamedTuple):
+    """The features that vector blocks depend on."""
+
+    is_x86: bool
+    has_f16c: bool
+    """Whether instructions convert between float16 and float32."""
+    has_fma: bool
+    """Whether an instruction computes a * b + c with one rounding."""
+    vector_bytes: int
+    """The size of the widest vector register: 16, 32 or 64."""
+
+    @property
+    def store_bytes(self) -> int:
+        """The size of a non-temporal store: Arm's STNP stores two registers."""
+        return self.vector_bytes if self.is_x86 else 2 * self.vector_bytes
+
+    @property
+    def name(self) -> str:
+        """What the instruction set is commonly called.
+
+        >>> Processor(is_x86=True, has_f16c=True, has_fma=True, vector_bytes=32).name
+        'AVX2'
+        """
+        if not self.is_x86:
+            return "NEON"
+        return {16: "SSE", 32: "AVX2", 64: "AVX-512"}[self.vector_bytes]
+
+
+@functools.cache
+def processor() -> Processor:
+    """Return the features of this processor, or those in NUMBA_CPU_FEATURES."""
+    features = _features()
+    triple = binding.get_process_triple()
+    is_arm = triple.startswith(("aarch64", "arm64"))
+    return Processor(
+        is_x86=triple.startswith("x86_64"),
+        has_f16c=is_arm or "f16c" in features,
+        has_fma=is_arm or "fma" in features,
+        vector_bytes=64 if "avx512f" in features else 32 if "avx2" in features else 16,
+    )
+
+
+def _features() -> frozenset[str]:
+    """Return the names of the features that Numba compiles for."""
+    listed = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
+    if listed is not None:
+        names = listed.split(",")
+        return frozenset(name[1:] for name in names if name.startswith("+"))
+    host = binding.get_host_cpu_features()
+    with_avx = numba.config.ENABLE_AVX  # type: ignore[attr-defined]
+    return frozenset(
+        name for name, is_there in host.items() if is_there and (with_avx or "avx" not in name)
+    )
+
+
+def kernel(arguments: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Compile a function of `arguments` addresses and sizes, which returns nothing."""
+    signature = numba.void(*[numba.int64] * arguments)
+
+    def compile_now(function: Callable[..., None]) -> Callable[..., None]:
+        compiled: Callable[..., None] = numba.njit(signature, nogil=True, error_model="numpy")(
+            function
+        )
+        return compiled
+
+    return compile_now

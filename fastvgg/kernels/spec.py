@@ -1,0 +1,365 @@
+"""Which kernel is meant, and the constants that it reads."""
+
+from __future__ import annotations
+
+import functools
+import math
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
+
+import ml_dtypes
+import numpy as np
+
+from fastvgg import oracle
+from fastvgg.kernels.jit import processor
+from fastvgg.kernels.vector import ELEMENT_BYTES, MIN_LANES, TABLE_COLUMNS, Constants
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from fastvgg.transform import Mode, Rounding, Transform
+
+__all__ = ["Division", "KernelSpec", "affine_constants", "constant_table", "reciprocal_is_exact"]
+
+Division: TypeAlias = Literal["none", "division", "reciprocal"]
+
+
+class KernelSpec(NamedTuple):
+    """What distinguishes one kernel from another."""
+
+    restores: bool
+    source: str
+    """The storage type that is read."""
+    target: str
+    """The storage type that is written."""
+    compute: str
+    planar_source: bool
+    planar_target: bool
+    reverses_channels: bool
+    affine: bool
+    """Whether the arithmetic is one multiplication and one addition: proven for all inputs."""
+    divide: Division
+    """How preprocessing divides by the divisor of all channels."""
+    scale: Division
+    """How preprocessing divides by the std of each channel."""
+    may_tie: bool
+    """Whether a result can lie halfway between two values of bfloat16."""
+    rounding: Rounding
+    in_place: bool
+    nontemporal: bool
+    """Whether results bypass the caches."""
+    plane_by_plane: bool
+    """Whether the planes of a result are written one after the other, each aligned by itself."""
+
+    @classmethod
+    def of(
+        cls,
+        transform: Transform,
+        input_name: str,
+        *,
+        reversed_input: bool = False,
+        in_place: bool = False,
+        nontemporal: bool = False,
+        aligned_planes: bool = False,
+    ) -> KernelSpec:
+        """Return the spec of a transform for one input type.
+
+        Parameters
+        ----------
+        transform, input_name
+            What to compute, and the storage type of the input.
+        reversed_input
+            Whether the channels of the input are stored in reverse of the order that the transform
+            assumes.
+        in_place, nontemporal
+            How the result is written.
+        aligned_planes
+            Whether the distance between two planes of the result is a multiple of a cache line.
+        """
+        mode, restores = transform.mode, transform.direction == "restore"
+        compute, target = transform.compute_name(input_name), transform.output_name(input_name)
+        bytes_only = input_name == "uint8" and compute == "float32"
+        affine = _affine_between(transform, input_name, target) is not None
+        divide, scale = _divisions(mode, compute, bytes_only=input_name == "uint8")
+        planar_source, planar_target = transform.layout == "NCHW", transform.out_layout == "NCHW"
+        shrinks = ELEMENT_BYTES[target] < ELEMENT_BYTES[input_name]
+        return cls(
+            restores=restores,
+            source=input_name,
+            target=target,
+            compute=compute,
+            planar_source=planar_source,
+            planar_target=planar_target,
+            reverses_channels=mode.flips != reversed_input,
+            affine=affine,
+            divide="none" if affine else divide,
+            scale="none" if affine else scale,
+            may_tie=target == "bfloat16" and (not bytes_only or _has_ties(mode, affine=affine)),
+            rounding=transform.rounding if restores else "nearest",
+            in_place=in_place,
+            nontemporal=nontemporal,
+            plane_by_plane=planar_target
+            and not in_place
+            and (planar_source or (nontemporal and not (aligned_planes and shrinks))),
+        )
+
+    @property
+    def lanes(self) -> int:
+        """The lanes of a vector: results fill at least one store."""
+        return max(MIN_LANES, processor().store_bytes // ELEMENT_BYTES[self.target])
+
+    @property
+    def shuffles_results(self) -> bool:
+        """Whether lanes are shuffled after the arithmetic, because results are smaller."""
+        return ELEMENT_BYTES[self.target] < ELEMENT_BYTES[self.source] and not self.plane_by_plane
+
+    @property
+    def computes_planes(self) -> bool:
+        """Whether the arithmetic is applied to planes."""
+        return self.planar_source if self.shuffles_results else self.planar_target
+
+
+def _affine_between(transform: Transform, source: str, target: str) -> object:
+    """Return the affine constants of a transform between bytes and a half, if there are any."""
+    if transform.direction == "restore":
+        if target == "uint8" and ELEMENT_BYTES[source] == 2 and transform.rounding == "nearest":
+            return affine_constants(transform.mode, source, restores=True)
+    elif source == "uint8" and ELEMENT_BYTES[target] == 2:
+        return affine_constants(transform.mode, target, restores=False)
+    return None
+
+
+@np.errstate(all="ignore")
+def constant_table(mode: Mode, spec: KernelSpec) -> NDArray[Any]:
+    """Return a row for each of `vector.Constants`: the values of three channels, repeated.
+
+    Channels are in the order that the kernel computes in. A constant that the mode does not have
+    gets the value that changes nothing.
+    """
+    scalar = np.dtype(spec.compute).type
+    reverses_results = spec.reverses_channels and spec.shuffles_results
+    is_reversed = (mode.flips and spec.restores) != reverses_results
+    step = -1 if is_reversed else 1
+    divide = np.full(3, 1.0 if mode.divide is None else mode.divide, scalar)
+    mean = np.array(mode.mean or (0.0, 0.0, 0.0), scalar)[::step]
+    std = np.array(mode.std or (1.0, 1.0, 1.0), scalar)[::step]
+    slope, intercept = np.ones(3, scalar), np.zeros(3, scalar)
+    if spec.affine:
+        half = spec.source if spec.restores else spec.target
+        found = affine_constants(mode, half, restores=spec.restores)
+        slope, intercept = found or (slope, intercept)
+    rows = Constants(
+        *(divide, *_reciprocal(divide), mean, std, *_reciprocal(std)),
+        slope[::step],
+        intercept[::step],
+    )
+    return np.stack([np.tile(row, TABLE_COLUMNS // len(row)) for row in rows])
+
+
+NEIGHBOURS: Final = range(-3, 4)
+
+
+@functools.lru_cache(maxsize=64)
+@np.errstate(all="ignore")
+def affine_constants(
+    mode: Mode, half: str, *, restores: bool
+) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+    """Return the slope and intercept of a mode between bytes and a half type.
+
+    One multiplication and addition differ from the operations of a mode in the last bits of
+    float32, which rounding to a half, or to a byte, nearly always removes. All 256 bytes, or all
+    65,536 halves, are tried, with the constants and their neighbours. The result is None if some
+    input differs with all of them, or if the mode takes a single operation anyway.
+
+    Examples
+    --------
+    >>> from fastvgg.transform import Mode
+    >>> slope, intercept = affine_constants(Mode.TORCH, "float16", restores=False)
+    >>> [f"{a:.4f} x {b:+.4f}" for a, b in zip(slope, intercept)]
+    ['0.0171 x -2.1179', '0.0175 x -2.0357', '0.0174 x -1.8044']
+    """
+    if mode.divide is None and mode.std is None:
+        return None
+    divide = float(np.float32(1.0 if mode.divide is None else mode.divide))
+    mean = np.array(mode.mean or (0.0, 0.0, 0.0), np.float32).astype(np.float64)
+    std = np.array(mode.std or (1.0, 1.0, 1.0), np.float32).astype(np.float64)
+    slopes, intercepts = (
+        (std * divide, mean * divide) if restores else (1 / (divide * std), -mean / std)
+    )
+    x = _every_half(half) if restores else _every_byte()
+    y = _restored(x, mode) if restores else _preprocessed(x, mode)
+    round_to_result = _as_byte if restores else functools.partial(_as_half, half=half)
+    found = [
+        _affine_channel(
+            x, round_to_result(column), round_to_result, np.float32(slope), np.float32(intercept)
+        )
+        for column, slope, intercept in zip(y.T, slopes, intercepts, strict=True)
+    ]
+    if None in found:
+        return None
+    slope, intercept = np.array(found, np.float32).T
+    return slope, intercept
+
+
+def _affine_channel(
+    x: NDArray[np.float32],
+    expected: NDArray[Any],
+    round_to_result: Callable[[NDArray[np.float32]], NDArray[Any]],
+    slope: np.float32,
+    intercept: np.float32,
+) -> tuple[np.float32, np.float32] | None:
+    """Return the slope and intercept nearest to the given ones that give the expected results."""
+    neighbours = [(abs(i) + abs(j), i, j) for i in NEIGHBOURS for j in NEIGHBOURS]
+    for _, i, j in sorted(neighbours):
+        a, b = _step(slope, i), _step(intercept, j)
+        if (round_to_result(_affine(x, a, b)) == expected).all():
+            return a, b
+    return None
+
+
+def _affine(x: NDArray[np.float32], slope: Any, intercept: Any) -> NDArray[np.float32]:
+    """Return what `vector.multiply_add` computes."""
+    return _fused(x, slope, intercept) if processor().has_fma else x * slope + intercept
+
+
+def _step(number: np.float32, steps: int) -> np.float32:
+    """Return the float32 some steps from a number, towards larger magnitudes if positive."""
+    stepped: np.float32 = (number.view(np.int32) + np.int32(steps)).view(np.float32)
+    return stepped
+
+
+def _every_byte() -> NDArray[np.float32]:
+    return np.arange(256, dtype=np.float32)
+
+
+def _every_half(half: str) -> NDArray[np.float32]:
+    return np.arange(65536, dtype=np.uint16).view(_half_dtype(half)).astype(np.float32)
+
+
+def _as_half(y: NDArray[np.float32], half: str) -> NDArray[np.uint16]:
+    """Return the bits of a half type."""
+    return y.astype(_half_dtype(half)).view(np.uint16)
+
+
+def _half_dtype(half: str) -> np.dtype[Any]:
+    return np.dtype(ml_dtypes.bfloat16 if half == "bfloat16" else half)
+
+
+def _as_byte(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    return oracle.saturate(x, "nearest")
+
+
+def _preprocessed(x: NDArray[np.float32], mode: Mode) -> NDArray[np.float32]:
+    """Return what a mode makes of numbers: a column for each channel of y."""
+    return oracle.forward(np.repeat(x[:, np.newaxis], 3, axis=1), mode)
+
+
+def _restored(y: NDArray[np.float32], mode: Mode) -> NDArray[np.float32]:
+    """Return what the inverse of a mode makes of numbers: a column for each channel of y."""
+    x: NDArray[np.float32] = oracle.inverse(np.repeat(y[:, np.newaxis], 3, axis=1), mode)
+    return x[:, ::-1] if mode.flips else x
+
+
+@functools.lru_cache(maxsize=64)
+@np.errstate(all="ignore")
+def _has_ties(mode: Mode, *, affine: bool) -> bool:
+    """Return whether some byte becomes a float32 halfway between two bfloat16 values."""
+    constants = affine_constants(mode, "bfloat16", restores=False) if affine else None
+    x = _every_byte()
+    y = _preprocessed(x, mode) if constants is None else _affine(x[:, np.newaxis], *constants)
+    return bool((y.view(np.uint32) & 0xFFFF == 0x8000).any())
+
+
+@np.errstate(all="ignore")
+def _divisions(mode: Mode, compute: str, *, bytes_only: bool) -> tuple[Division, Division]:
+    """Return how to divide by the divisor of a mode and by its std.
+
+    With `bytes_only`, x is one of 256 integers, and all of them are tried.
+    """
+    scalar = np.dtype(compute).type
+    x = np.arange(256, dtype=compute)
+    divide: Division = "none"
+    scale: Division = "none"
+    if mode.divide is not None:
+        divisor = scalar(mode.divide)
+        divide = "reciprocal" if bytes_only and reciprocal_is_exact(x, divisor) else "division"
+        x = x / divisor
+    if mode.std is not None:
+        means = mode.mean or (0.0, 0.0, 0.0)
+        channels = [(x - scalar(m), scalar(s)) for m, s in zip(means, mode.std, strict=True)]
+        proven = bytes_only and all(reciprocal_is_exact(y, divisor) for y, divisor in channels)
+        scale = "reciprocal" if proven else "division"
+    return divide, scale
+
+
+def reciprocal_is_exact(x: NDArray[Any], divisor: Any) -> bool:
+    """Return whether the two operations of `vector.divide` give the quotient, for every x.
+
+    Both are float32 or both float64.
+
+    Examples
+    --------
+    >>> reciprocal_is_exact(np.arange(256, dtype=np.float32), np.float32(127.5))
+    True
+    >>> reciprocal_is_exact(np.arange(256, dtype=np.float32), np.float32(3e38))
+    False
+    """
+    if not processor().has_fma:
+        return False
+    with np.errstate(all="ignore"):
+        reciprocal, remainder = _reciprocal(divisor)
+        if not np.isfinite(remainder):
+            return False
+        quotient = _fused(x, reciprocal, x * remainder)
+        expected: bytes = (x / divisor).tobytes()
+        return quotient.tobytes() == expected
+
+
+def _reciprocal(divisor: Any) -> tuple[Any, Any]:
+    """Return 1 / divisor and its rounding error, which is infinite where the reciprocal is."""
+    reciprocal = 1 / divisor
+    if divisor.dtype == np.float64:
+        return reciprocal, _remainder(divisor, reciprocal)
+    residual = 1 - np.multiply(reciprocal, divisor, dtype=np.float64)
+    return reciprocal, (residual / divisor).astype(divisor.dtype)
+
+
+def _exact_remainder(divisor: float, reciprocal: float) -> float:
+    if not (math.isfinite(divisor) and math.isfinite(reciprocal)):
+        return math.inf
+    return float(1 / Fraction(divisor) - Fraction(reciprocal))
+
+
+_remainder = np.vectorize(_exact_remainder, otypes=[np.float64])
+
+
+def _fused(a: NDArray[Any], b: Any, c: Any) -> NDArray[Any]:
+    """Return a * b + c, rounded once.
+
+    For float32 the product is exact in float64. The sum is rounded to odd, from where rounding to
+    float32 is as good as from the exact sum (S. Boldo, G. Melquiond, "Emulation of FMA and
+    correctly rounded sums: proved algorithms using rounding to odd", IEEE Trans. Computers 57,
+    2008). For float64 all is computed in fractions.
+    """
+    if a.dtype == np.float64:
+        exact: NDArray[np.float64] = _fused_in_fractions(a, b, c)
+        return exact
+    product = a.astype(np.float64) * np.asarray(b, np.float64)
+    total = product + c
+    of_c = total - product
+    lost = (product - (total - of_c)) + (c - of_c)
+    is_even = total.view(np.int64) & 1 == 0
+    other = np.nextafter(total, np.copysign(np.inf, lost))
+    odd: NDArray[np.float64] = np.where((lost != 0) & is_even, other, total)
+    return odd.astype(np.float32)
+
+
+def _exact_fused(a: float, b: float, c: float) -> float:
+    if not all(map(math.isfinite, (a, b, c))) or a == 0:
+        return a * b + c  # exact, with the sign of a zero
+    return float(Fraction(a) * Fraction(b) + Fraction(c))
+
+
+_fused_in_fractions = np.vectorize(_exact_fused, otypes=[np.float64])

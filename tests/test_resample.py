@@ -1,0 +1,123 @@
+"""Picking pixels on each backend: NumPy's bytes, and nothing touched beside them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from batches import frozen, run_script, unchanged
+from test_nearest import cases, noise
+
+from fastvgg import engine, nearest
+from fastvgg.errors import UsageError
+
+TESTS = __file__.rpartition("/")[0]
+CANARY = 77
+LINE = 64
+
+
+def expected_of(pixels, picked):
+    return pixels[picked.rows][:, picked.columns]
+
+
+def placed(pixels, start):
+    """A read-only copy of pixels that begins so many bytes into a cache line."""
+    memory = np.full(pixels.nbytes + 2 * LINE, CANARY, np.uint8)
+    begin = -memory.ctypes.data % LINE + start
+    part = memory[begin : begin + pixels.nbytes].reshape(pixels.shape)
+    part[...] = pixels
+    return frozen(part)
+
+
+@pytest.fixture(params=["numpy", pytest.param("numba", marks=pytest.mark.compiled)])
+def pick(request):
+    """What gathers pixels on each backend."""
+    return engine.picker(request.param)
+
+
+def check(pixels, picked, start, pick):
+    shape = (len(picked.rows), len(picked.columns), 3)
+    length = 3 * shape[0] * shape[1]
+    memory = np.full(length + 3 * LINE, CANARY, np.uint8)
+    begin = -memory.ctypes.data % LINE + start
+    out = memory[begin : begin + length].reshape(shape)
+    with unchanged(pixels):
+        pick(pixels, picked, out)
+    assert out.tobytes() == expected_of(pixels, picked).tobytes()
+    assert (memory[:begin] == CANARY).all()
+    assert (memory[begin + length :] == CANARY).all()
+
+
+def test_what_is_picked_is_what_numpy_picks(pick):
+    for case in cases(200, 60, seed=3):
+        check(noise(*case[:2]), nearest.picks(*case), 0, pick)
+
+
+def test_every_alignment_of_image_and_result_gives_the_same(pick):
+    pixels = noise(13, 17)
+    for start in range(LINE):
+        for box, wanted in (((0, 0, 17, 13), (6, 11)), ((3, 2, 16, 13), (5, 7))):
+            picked = nearest.picks(13, 17, box, wanted)
+            check(placed(pixels, start), picked, (7 * start + 3) % LINE, pick)
+            check(placed(pixels, (5 * start) % LINE), picked, start, pick)
+
+
+@pytest.mark.parametrize("wanted", [(1, 1), (1, 7), (7, 1), (9, 11)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1), (2, 2), (3, 4)])
+def test_the_smallest_images_and_results_are_picked_too(pick, size, wanted):
+    picked = nearest.picks(*size, (0, 0, size[1], size[0]), wanted)
+    for start in (0, 1, 2, 3):
+        check(placed(noise(*size), start), picked, start, pick)
+
+
+def test_a_photograph_is_picked_as_pillow_resizes_it(pick):
+    pixels = noise(375, 500)
+    for wanted in ((224, 224), (375, 499), (700, 300)):
+        check(pixels, nearest.picks(375, 500, (0, 0, 500, 375), wanted), 1, pick)
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(UsageError, match="backend is 'cuda'"):
+        engine.picker("cuda")
+
+
+BETWEEN_GUARDS = """
+import sys
+sys.path.insert(0, {tests!r})
+import mmap
+import numpy as np
+from by_hand import between_guards, protect
+from test_nearest import cases
+from fastvgg import engine, nearest
+
+run = 2 * mmap.PAGESIZE
+taken, given = (between_guards(1, run) for _ in range(2))
+random = np.random.default_rng(1)
+noise = random.integers(0, 256, run, np.uint8)
+taken.bytes[mmap.PAGESIZE : mmap.PAGESIZE + run] = noise
+protect(taken.address + mmap.PAGESIZE, run, mmap.PROT_READ)
+
+def room(memory, shape, ends):
+    length = int(np.prod(shape))
+    start = mmap.PAGESIZE + (run - length if ends else 0)
+    return memory.bytes[start : start + length].reshape(shape)
+
+gather = engine.picker("numba")
+fixed = [(1, 1, (0, 0, 1, 1), (1, 1)), (1, 9, (0, 0, 9, 1), (1, 4)), (9, 1, (0, 0, 1, 9), (4, 1)),
+         (2, 2, (0, 0, 2, 2), (2, 2)), (52, 52, (0, 0, 52, 52), (52, 52)),
+         (3, 2, (0, 0, 2, 3), (5, 9))]
+for height, width, box, wanted in [*fixed, *cases(300, 50, seed=9)]:
+    picked = nearest.picks(height, width, box, wanted)
+    for ends in (True, False):
+        pixels = room(taken, (height, width, 3), ends)
+        out = room(given, (*wanted, 3), ends)
+        out[...] = 255
+        print(height, width, box, wanted, ends, flush=True)
+        gather(pixels, picked, out)
+        assert out.tobytes() == pixels[picked.rows][:, picked.columns].tobytes()
+print("done")
+"""
+
+
+@pytest.mark.compiled
+def test_the_kernel_touches_nothing_before_and_after_what_it_is_given():
+    assert run_script(BETWEEN_GUARDS.format(tests=TESTS)).endswith("done\n")
