@@ -19,6 +19,8 @@ from pathlib import Path
 
 BENCHMARKS = {
     "bench": ("bench.py",),
+    "c_roofline": ("c_roofline.py",),
+    "stack": ("stack.py",),
     "against_numpy": ("against_numpy.py",),
     "peers": ("peers.py",),
     "startup": ("startup.py",),

@@ -26,7 +26,16 @@ from fastvgg.errors import BackendError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
 
-__all__ = ["Backend", "Chosen", "check_backend", "choose", "compiling", "known_work", "on_oracle"]
+__all__ = [
+    "Backend",
+    "Chosen",
+    "check_backend",
+    "choose",
+    "compiling",
+    "has_kernel",
+    "known_work",
+    "on_oracle",
+]
 
 Backend: TypeAlias = Literal["auto", "numba", "numpy"]
 Chosen: TypeAlias = Literal["numba", "numpy"]
@@ -55,6 +64,7 @@ if hasattr(os, "register_at_fork"):
 
 _seconds: dict[Hashable, float] = {}
 _nbytes: dict[Hashable, int] = {}
+_compiled: set[Hashable] = set()
 
 
 def check_backend(backend: Backend) -> None:
@@ -93,6 +103,8 @@ def choose(backend: Backend, work: Hashable, nbytes: int, threads: int) -> Chose
     BackendError, UsageError
         As `check_backend`.
     """
+    if backend == "auto" and work in _compiled:
+        return "numba"
     check_backend(backend)
     if backend != "auto":
         return backend
@@ -109,6 +121,11 @@ def known_work(backend: Backend, nbytes: int, threads: int) -> Chosen:
         return backend
     cost = KERNEL_SECONDS + (0.0 if _has_started() else START_SECONDS)
     return _numba_if(nbytes * ORACLE_SECONDS_PER_BYTE / threads >= cost)
+
+
+def has_kernel(work: Hashable) -> None:
+    """Record that the kernel of some work is compiled: from now on, it pays off."""
+    _compiled.add(work)
 
 
 @contextmanager
@@ -136,7 +153,7 @@ def _has_started() -> bool:
 
 def _numba_if(pays: bool) -> Chosen:
     """Return Numba where it pays off and is usable; where it is not usable, warn once."""
-    if not pays and importlib.util.find_spec("numba") is not None:
+    if not pays and _is_installed():
         return "numpy"  # without importing it
     problem = _problem_of_numba()
     if problem is not None:
@@ -145,10 +162,15 @@ def _numba_if(pays: bool) -> Chosen:
 
 
 @functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("numba") is not None
+
+
+@functools.cache
 def _problem_of_numba() -> tuple[str, str] | None:
     """Import Numba; return why it is not usable and the remedy, or None."""
     with compiling:
-        if importlib.util.find_spec("numba") is None:
+        if not _is_installed():
             return "it is not installed", "pip install numba"
         try:
             importlib.import_module(KERNELS)

@@ -690,7 +690,9 @@ def _kernel(
             aligned_planes=aligned_planes,
         )
         table = constant_table(transform.mode, spec)
-        return _Kernel(convert.compiled(spec), table, table.ctypes.data)
+        kernel = _Kernel(convert.compiled(spec), table, table.ctypes.data)
+    backends.has_kernel((transform, input_name))
+    return kernel
 
 
 def _pixels_before_a_line(memory: _Memory, layout: Layout) -> int:

@@ -74,6 +74,17 @@ def test_the_start_of_numba_has_to_be_paid_for_by_all_work_and_a_kernel_by_its_o
 
 
 @pytest.mark.compiled
+def test_a_kernel_that_is_compiled_is_used_for_the_smallest_call():
+    run_script(
+        BEGIN
+        + "check(backend='numba')\n"
+        + "work = Transform('caffe'), 'uint8'\n"
+        + "assert backend.choose('auto', work, 1, 1) == 'numba'\n"
+        + "assert backend.choose('auto', (Transform('tf'), 'uint8'), 1, 1) == 'numpy'\n"
+    )
+
+
+@pytest.mark.compiled
 def test_a_large_call_compiles_at_once():
     run_script(
         BEGIN

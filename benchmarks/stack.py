@@ -1,0 +1,101 @@
+"""The same call at 256 places of the stack: a kernel must not depend on how deep its caller is.
+
+    python benchmarks/stack.py            # some minutes; writes results/stack.json
+    python benchmarks/stack.py --quick    # fewer places and kernels; writes nothing
+
+Where a spilled register crossed a page, it used to wait behind non-temporal stores, and one call in
+ten or twenty took up to 60 times as long. A compiled caller reserves so many bytes of stack before
+it calls the kernel; the places are 16 bytes apart and cover a page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic
+
+from fastvgg.bench.kernels import COMMON_PATHS, example
+from fastvgg.bench.machine import machine
+from fastvgg.kernels import convert
+from fastvgg.kernels.jit import processor
+from fastvgg.kernels.spec import KernelSpec, constant_table
+
+RESULT = Path(__file__).parent / "results" / "stack.json"
+PLACES, STEP_BYTES = 256, 16
+IMAGES, ROUNDS = 8, 5  # of 224x224: larger than the second-level cache
+WANTED = 1.3
+
+
+@intrinsic
+def reserve(_context, _nbytes):
+    """Reserve bytes of the stack until the function returns."""
+
+    def emit(_, b, __, arguments):
+        place = b.alloca(ir.IntType(8), size=arguments[0])
+        kind = ir.FunctionType(ir.VoidType(), [ir.PointerType()])
+        b.asm(kind, "", "r,~{memory}", [place], side_effect=True)
+
+    return numba.void(numba.int64), emit
+
+
+def caller_of(kernel):
+    """Return a function that reserves bytes of the stack and then calls a kernel."""
+    signature = numba.void(*[numba.int64] * (1 + convert.ARGUMENTS))
+
+    @numba.njit(signature, nogil=True)
+    def call(nbytes, x, y, table, images, pixels, a, b, c, d):
+        reserve(nbytes)
+        kernel(x, y, table, images, pixels, a, b, c, d)
+
+    return call
+
+
+def measured(path, places):
+    """Return the seconds of a kernel at each place, the median of some rounds."""
+    one, result = example(path.transform, path.dtype)
+    x = np.stack([one] * IMAGES)
+    memory = np.zeros(IMAGES * result.nbytes + 64, np.uint8)
+    start = memory.ctypes.data + -memory.ctypes.data % 64
+    spec = KernelSpec.of(path.transform, path.dtype, nontemporal=True, aligned_planes=True)
+    table = constant_table(path.transform.mode, spec)
+    call = caller_of(convert.compiled(spec))
+    pixels = one.size // 3
+    sizes = (one.nbytes, one.nbytes // 3, result.nbytes, result.nbytes // 3)
+    seconds = [[] for _ in places]
+    for _ in range(ROUNDS):
+        for place, taken in zip(places, seconds, strict=True):
+            begun = time.perf_counter()
+            call(place, x.ctypes.data, start, table.ctypes.data, IMAGES, pixels, *sizes)
+            taken.append(time.perf_counter() - begun)
+    return [min(taken) for taken in seconds]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args().quick
+    places = [STEP_BYTES * number for number in range(PLACES)][:: 8 if quick else 1]
+    paths = [path for path in COMMON_PATHS if path.out == "used"][:: 3 if quick else 1]
+    rows = []
+    for path in paths:
+        seconds = measured(path, places)
+        ratio = max(seconds) / statistics.median(seconds)
+        print(f"{path.name:36s} slowest of {len(places)} places / median: {ratio:.2f}", flush=True)
+        rows.append({"path": path.name, "slowest_of_median": round(ratio, 3)})
+    slow = [row["path"] for row in rows if row["slowest_of_median"] > WANTED]
+    print(f"above {WANTED}:", ", ".join(slow) or "none")
+    if not quick:
+        record = {"machine": machine(), "instruction_set": processor().name}
+        record |= {"places": PLACES, "step_bytes": STEP_BYTES, "rows": rows}
+        RESULT.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
