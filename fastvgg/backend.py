@@ -46,10 +46,12 @@ KERNEL_SECONDS: Final = 0.25
 # Read and written, on one thread: from 0.4 (uint8 to float32) to 4 (halves). Used until measured.
 ORACLE_SECONDS_PER_BYTE: Final = 1e-9
 KERNELS: Final = "fastvgg.kernels.convert"
+# A Numba that refuses this NumPy or must not compile, an LLVM that cannot be loaded or is too old.
+BROKEN_IMPORT: Final = (ImportError, OSError, AttributeError)
 
 compiling: Final = threading.RLock()
-"""Held while Numba is imported and while a kernel is compiled. A fork waits for it: a child that
-inherits a lock in the hands of a thread that it does not have could never compile."""
+"""Held while Numba is imported and while a kernel is compiled. A fork waits for it, up to a second
+or two: a child that inherits a lock held by a thread that it does not have could never compile."""
 
 # A fork calls the hook that was registered last first. It has to be this one: a compilation may
 # need the locks of these modules, which their hooks take and keep.
@@ -115,12 +117,15 @@ def choose(backend: Backend, work: Hashable, nbytes: int, threads: int) -> Chose
 
 
 def known_work(backend: Backend, nbytes: int, threads: int) -> Chosen:
-    """Return the backend for work whose whole size is known; see `choose`."""
+    """Return the backend for work whose whole size is known; see `choose`.
+
+    What NumPy has done before counts too, so that many epochs of a small dataset pay for a kernel.
+    """
     check_backend(backend)
     if backend != "auto":
         return backend
     cost = KERNEL_SECONDS + (0.0 if _has_started() else START_SECONDS)
-    return _numba_if(nbytes * ORACLE_SECONDS_PER_BYTE / threads >= cost)
+    return _numba_if(_total() + nbytes * ORACLE_SECONDS_PER_BYTE / threads >= cost)
 
 
 def has_kernel(work: Hashable) -> None:
@@ -174,7 +179,7 @@ def _problem_of_numba() -> tuple[str, str] | None:
             return "it is not installed", "pip install numba"
         try:
             importlib.import_module(KERNELS)
-        except ImportError as error:  # a Numba that refuses this NumPy, or must not compile
+        except BROKEN_IMPORT as error:
             return str(error), "fix the cause, or 'pip install --upgrade numba'"
         return None
 

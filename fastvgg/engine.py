@@ -112,7 +112,7 @@ def preprocess(
     threads
         How many to use; all usable cores if not given.
     backend
-        "numba", "numpy", or "auto": Numba where it is installed.
+        "numba", "numpy", or "auto": NumPy until a kernel pays off, then Numba.
 
     Returns
     -------
@@ -247,10 +247,11 @@ def apply(
         _check_out(result, batch, transform, shape, dtype)
     nbytes = batch.nbytes + result.nbytes
     work = (transform, input_name)
-    chosen = backends.choose(backend, work, nbytes, threads)
+    packs = transform.direction == "pack"  # no arithmetic, and so no kernel
+    chosen = backends.choose("numpy" if packs else backend, work, nbytes, threads)
     if batch.size:
         streams = out is not None and not read_next and result.nbytes >= SMALLEST_STREAMED_BYTES
-        if chosen == "numba" and transform.direction != "pack":
+        if chosen == "numba":
             _apply(transform, batch, result, threads, compiled=True, streams=streams)
         else:
             with backends.on_oracle(work, nbytes):
@@ -353,8 +354,9 @@ def row_by_row(
     if not (x.flags.c_contiguous and x.dtype.isnative):
         raise UsageError("the rows of x do not lie one after the other", "use fastvgg.preprocess")
     work = (transform, input_name)
-    chosen = backends.choose(backend, work, x.nbytes + out.nbytes, 1)
-    if chosen == "numpy" or transform.direction == "pack":
+    packs = transform.direction == "pack"
+    chosen = backends.choose("numpy" if packs else backend, work, x.nbytes + out.nbytes, 1)
+    if chosen == "numpy":
 
         def apply_oracle(row: int, out_row: int, count: int = 1) -> None:
             with backends.on_oracle(work, count * (x[0].nbytes + out[0].nbytes)):

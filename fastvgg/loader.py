@@ -292,8 +292,8 @@ class _Making:
         self._transform = wanted.transform
         self._consecutive = not wanted.shuffle
         held = source.header
-        # Of an epoch: more than that, a loop over batches rarely knows.
-        self._backend = known_work("auto", 2 * held.nbytes, wanted.threads)
+        epoch_bytes = 2 * held.nbytes if wanted.transform else 0
+        self._backend = known_work("auto", epoch_bytes, wanted.threads)
         fair_share = -(-wanted.size // wanted.threads)
         self._together = max(1, min(fair_share, PIECE_BYTES // held.image_bytes))
         slots = wanted.threads * self._together if self._transform and wanted.shuffle else 0

@@ -56,7 +56,7 @@ def apply(transform: Transform, x: NDArray[Any]) -> NDArray[Any]:
         values = np.moveaxis(values, -1, CHANNEL_AXES[transform.out_layout])
         result = np.ascontiguousarray(values.astype(target))
         if transform.direction == "preprocess":
-            result[np.isnan(result)] = np.nan  # which of the many is left to the processor
+            result[np.isnan(result)] = np.nan  # the canonical one, whichever the processor made
         return result
 
 

@@ -343,7 +343,6 @@ def test_a_spec_says_what_a_transform_does():
         scale="none",
         may_tie=False,
         rounding="truncate",
-        in_place=False,
         nontemporal=True,
         plane_by_plane=False,
     )

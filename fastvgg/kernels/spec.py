@@ -47,7 +47,6 @@ class KernelSpec(NamedTuple):
     may_tie: bool
     """Whether a result can lie halfway between two values of bfloat16."""
     rounding: Rounding
-    in_place: bool
     nontemporal: bool
     """Whether results bypass the caches."""
     plane_by_plane: bool
@@ -98,7 +97,6 @@ class KernelSpec(NamedTuple):
             scale="none" if affine else scale,
             may_tie=target == "bfloat16" and (not bytes_only or _has_ties(mode, affine=affine)),
             rounding=transform.rounding if restores else "nearest",
-            in_place=in_place,
             nontemporal=nontemporal,
             plane_by_plane=planar_target
             and not in_place

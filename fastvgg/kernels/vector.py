@@ -67,9 +67,8 @@ __all__ = [
 ]
 
 MIN_LANES: Final = 16
-TABLE_COLUMNS: Final = (
-    18  # of a constant table: a register of sixteen lanes from the third value on
-)
+TABLE_COLUMNS: Final = 18
+"""Of a constant table: sixteen lanes that start at column 0, 1 or 2."""
 CACHE_LINE_BYTES: Final = 64
 PREFETCH_DISTANCE_BYTES: Final = 3072
 STACK_ALIGNMENT_BYTES: Final = 64
@@ -228,7 +227,7 @@ def load_bytes(offsets: tuple[int, ...], lanes: int, block_bytes: int, compute: 
     Four neighbouring lanes come from one window of sixteen bytes, by one byte shuffle that also
     extends them to 32 bits. No window reaches beyond `block_bytes` from the address.
     """
-    kinds = ir.VectorType(I32, lanes), ir.VectorType(ELEMENTS[compute], lanes)
+    words, values = ir.VectorType(I32, lanes), ir.VectorType(ELEMENTS[compute], lanes)
 
     def load_four(b: Any, address: Any, first: int) -> Any:
         start = min(_window_start(offsets, first), block_bytes - WINDOW_BYTES)
@@ -240,7 +239,7 @@ def load_bytes(offsets: tuple[int, ...], lanes: int, block_bytes: int, compute: 
 
     def load_vector(b: Any, address: Any, first: int) -> Any:
         fours = [load_four(b, address, at) for at in range(first, first + lanes, 4)]
-        return b.sitofp(b.bitcast(_concat(b, fours), kinds[0]), kinds[1])
+        return b.sitofp(b.bitcast(_concat(b, fours), words), values)
 
     def emit(b: Any, address: Any) -> Any:
         return _pack(b, [load_vector(b, address, at) for at in range(0, len(offsets), lanes)])
@@ -491,20 +490,23 @@ def _concat(b: Any, parts: Sequence[Any]) -> Any:
 
 
 def _permute(b: Any, vectors: Sequence[Any], origins: Sequence[int]) -> Any:
-    """Return a vector of lanes taken from three vectors, numbered one after the other."""
+    """Return a vector of lanes taken from three vectors, whose lanes are numbered consecutively.
+
+    LLVM shuffles two vectors at a time, so vectors are added one after the other. A lane that a
+    later vector supplies holds any value until then.
+    """
     lanes = vectors[0].type.count
     used = sorted({origin // lanes for origin in origins})
-    result, place = vectors[used[0]], {used[0] * lanes + lane: lane for lane in range(lanes)}
+    result = vectors[used[0]]
+    lane_of = {used[0] * lanes + lane: lane for lane in range(lanes)}
+    if len(used) == 1:
+        return _shuffle(b, result, None, [lane_of[origin] for origin in origins])
     for number in used[1:]:
-        place |= {number * lanes + lane: lanes + lane for lane in range(lanes)}
-        is_last = number == used[-1]
-        # Lanes that a later vector supplies keep any value until then.
-        chosen = [place.get(origin, lane) for lane, origin in enumerate(origins)]
-        result = _shuffle(b, result, vectors[number], chosen)
-        place = {origin: lane for lane, origin in enumerate(origins) if origin in place}
-        if is_last:
-            return result
-    return _shuffle(b, result, None, [place[origin] for origin in origins])
+        lane_of |= {number * lanes + lane: lanes + lane for lane in range(lanes)}
+        mask = [lane_of.get(origin, lane) for lane, origin in enumerate(origins)]
+        result = _shuffle(b, result, vectors[number], mask)
+        lane_of = {origin: lane for lane, origin in enumerate(origins) if origin in lane_of}
+    return result
 
 
 def _permutation(origin: Callable[[int, int], int]) -> Any:
@@ -712,22 +714,22 @@ def round_to_uint8(rounding: Rounding) -> Any:
     def emit(b: Any, x: Any) -> Any:
         if rounding == "truncate":
             return b.fptoui(_clamp(b, x, 0.25, 255.0), _like(x, I8))
-        # Above 255, infinity included, 255; the conversion rounds half to even, and makes of NaN
-        # and of what is out of range the smallest integer (x86), or saturates it and makes of NaN
-        # zero (ARM). Clamped to 0..255 both are what is wanted, and on x86 the clamp is part of the
-        # instructions that pack.
+        # The minimum turns infinity into 255 and keeps NaN. The conversion rounds half to even. x86
+        # converts NaN and values out of range to the smallest integer; Arm saturates and converts
+        # NaN to zero. Clamping either result to 0..255 gives the byte of the contract, and on x86
+        # the clamp is part of the instructions that pack.
         integer, bits = (I32, 32) if x.type.element == FLOAT or processor().is_x86 else (I64, 64)
-        whole, most = _like(x, integer), _splat(x.type, 255.0)
-        x = b.select(b.fcmp_ordered("<", most, x), most, x)
+        integers, maximum = _like(x, integer), _splat(x.type, 255.0)
+        x = b.select(b.fcmp_ordered("<", maximum, x), maximum, x)
         real = {FLOAT: "f32", DOUBLE: "f64"}[x.type.element]
         lanes = x.type.count
         name = f"llvm.lrint.v{lanes}i{bits}.v{lanes}{real}"
-        convert = b.module.declare_intrinsic(name, fnty=ir.FunctionType(whole, [x.type]))
-        number = b.call(convert, [x])
-        zero, most = _splat(whole, 0), _splat(whole, 255)
-        number = b.select(b.icmp_signed(">", number, zero), number, zero)
-        number = b.select(b.icmp_signed("<", number, most), number, most)
-        return b.trunc(number, _like(x, I8))
+        convert = b.module.declare_intrinsic(name, fnty=ir.FunctionType(integers, [x.type]))
+        rounded = b.call(convert, [x])
+        zero, maximum = _splat(integers, 0), _splat(integers, 255)
+        rounded = b.select(b.icmp_signed(">", rounded, zero), rounded, zero)
+        rounded = b.select(b.icmp_signed("<", rounded, maximum), rounded, maximum)
+        return b.trunc(rounded, _like(x, I8))
 
     return _on_each_vector(lambda block: block.of("uint8"), emit)
 

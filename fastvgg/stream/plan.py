@@ -256,7 +256,9 @@ class Plan:
 
     def choose_backend(self) -> Chosen:
         """Return the backend of a run: Numba where there is enough to do, otherwise NumPy."""
-        return known_work(self.backend, self.header.nbytes + self.result.nbytes, self.threads)
+        packs = self.transform.direction == "pack"
+        nbytes = 0 if packs else self.header.nbytes + self.result.nbytes
+        return known_work(self.backend, nbytes, self.threads)
 
     @property
     def in_place(self) -> bool:
