@@ -249,13 +249,12 @@ def apply(
     work = (transform, input_name)
     packs = transform.direction == "pack"  # no arithmetic, and so no kernel
     chosen = backends.choose("numpy" if packs else backend, work, nbytes, threads)
-    if batch.size:
+    if batch.size and chosen == "numba":
         streams = out is not None and not read_next and result.nbytes >= SMALLEST_STREAMED_BYTES
-        if chosen == "numba":
-            _apply(transform, batch, result, threads, compiled=True, streams=streams)
-        else:
-            with backends.on_oracle(work, nbytes):
-                _apply(transform, batch, result, threads, compiled=False, streams=streams)
+        _apply(transform, batch, result, threads, compiled=True, streams=streams)
+    elif batch.size:
+        with backends.on_oracle(work, nbytes):
+            _apply(transform, batch, result, threads, compiled=False, streams=False)
     if out is not None:
         return out
     return as_torch(result) if is_torch(x[0] if isinstance(x, list | tuple) else x) else result

@@ -54,7 +54,7 @@ def apply(transform: Transform, x: NDArray[Any]) -> NDArray[Any]:
         elif transform.direction == "restore":
             values = saturate(inverse(values, transform.mode), transform.rounding)
         values = np.moveaxis(values, -1, CHANNEL_AXES[transform.out_layout])
-        result = np.ascontiguousarray(values.astype(target))
+        result = np.ascontiguousarray(values.astype(target, copy=False))
         if transform.direction == "preprocess":
             result[np.isnan(result)] = np.nan  # the canonical one, whichever the processor made
         return result
@@ -62,34 +62,35 @@ def apply(transform: Transform, x: NDArray[Any]) -> NDArray[Any]:
 
 def forward(x: NDArray[Any], mode: Mode) -> NDArray[Any]:
     """Return y of x: channels last, in the floating type of x, constants rounded to that type."""
-    y = x
+    y = _with_reversed_channels(x) if mode.flips else x.copy()
     if mode.divide is not None:
-        y = y / x.dtype.type(mode.divide)
-    if mode.flips:
-        y = _with_reversed_channels(y)
+        y /= x.dtype.type(mode.divide)
     if mode.mean is not None:
-        y = y - _row_of(mode.mean, y)
+        y -= _row_of(mode.mean, y)
     if mode.std is not None:
-        y = y / _row_of(mode.std, y)
+        y /= _row_of(mode.std, y)
     return y
 
 
 def inverse(y: NDArray[Any], mode: Mode) -> NDArray[Any]:
     """Return x of y, neither clipped nor rounded: the operations of `forward`, last one first."""
-    x = y
+    x = y.copy()
     if mode.std is not None:
-        x = x * _row_of(mode.std, y)
+        x *= _row_of(mode.std, y)
     if mode.mean is not None:
-        x = x + _row_of(mode.mean, y)
+        x += _row_of(mode.mean, y)
     if mode.flips:
         x = _with_reversed_channels(x)
     if mode.divide is not None:
-        x = x * y.dtype.type(mode.divide)
+        x *= y.dtype.type(mode.divide)
     return x
 
 
 def _with_reversed_channels(pixels: NDArray[Any]) -> NDArray[Any]:
-    return np.stack([pixels[..., 2], pixels[..., 1], pixels[..., 0]], axis=-1)
+    result = np.empty(pixels.shape, pixels.dtype)
+    for channel in range(3):
+        result[..., channel] = pixels[..., 2 - channel]
+    return result
 
 
 def _row_of(values: tuple[float, float, float], pixels: NDArray[Any]) -> NDArray[Any]:
