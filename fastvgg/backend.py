@@ -1,9 +1,9 @@
 """The backend of a piece of work: NumPy until a kernel pays off, then Numba.
 
 Both have the same bits. Numba's import and start take about a second, and each kernel a quarter of
-one, while the oracle preprocesses a 224x224 image in half a millisecond. So "auto" works on NumPy,
+one, while the oracle preprocesses a 224x224 image in about a millisecond. So "auto" works on NumPy,
 without importing Numba, until the work of this process would have paid for a kernel; from then on
-the total is at most twice that of the better choice. Work of a known size compiles at once.
+the total is about twice that of the better choice at most. Work of a known size compiles at once.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ first gathered into a small buffer when it is not, so no temporary has the size 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, overload
@@ -253,7 +254,7 @@ def apply(
         streams = out is not None and not read_next and result.nbytes >= SMALLEST_STREAMED_BYTES
         _apply(transform, batch, result, threads, compiled=True, streams=streams)
     elif batch.size:
-        with backends.on_oracle(work, nbytes):
+        with contextlib.nullcontext() if packs else backends.on_oracle(work, nbytes):
             _apply(transform, batch, result, threads, compiled=False, streams=False)
     if out is not None:
         return out

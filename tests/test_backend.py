@@ -74,6 +74,19 @@ def test_the_start_of_numba_has_to_be_paid_for_by_all_work_and_a_kernel_by_its_o
 
 
 @pytest.mark.compiled
+def test_packing_neither_uses_a_kernel_nor_pays_for_one():
+    run_script(
+        BEGIN
+        + "large = np.repeat(image, 100, axis=0)\n"
+        + "pack = Transform('identity', 'pack')\n"
+        + "assert (pack(large) == large).all()\n"
+        + "backend.START_SECONDS, backend.KERNEL_SECONDS = 1e-5, 0.0\n"
+        + "assert backend.known_work('auto', 0, 1) == 'numpy'\n"
+        + "assert not has_started()\n"
+    )
+
+
+@pytest.mark.compiled
 def test_a_kernel_that_is_compiled_is_used_for_the_smallest_call():
     run_script(
         BEGIN

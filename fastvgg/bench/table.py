@@ -21,11 +21,11 @@ def low_paths(record: dict[str, Any]) -> list[str]:
 
     New memory is left to the system, which zeroes it.
     """
-    return [
-        row["path"]
-        for row in record["kernels"]
-        if row["share"] < LOW_SHARE and not row["path"].endswith("new memory")
-    ]
+    return [row["path"] for row in record["kernels"] if _is_low(row)]
+
+
+def _is_low(row: dict[str, Any]) -> bool:
+    return bool(row["share"] < LOW_SHARE and not row["path"].endswith("new memory"))
 
 
 def line(part: str, row: dict[str, Any]) -> str:
@@ -39,7 +39,7 @@ def line(part: str, row: dict[str, Any]) -> str:
     if part == "memory":
         return f"{row['loop']:<36} {row['gigabytes_per_second']:>6.1f}"
     if part == "kernels":
-        mark = " <" if row["share"] < LOW_SHARE and not row["path"].endswith("new memory") else ""
+        mark = " <" if _is_low(row) else ""
         return (
             f"{row['path']:<36} {row['images_per_second']:>9,} "
             f"{row['gigabytes_per_second']:>6.1f} {row['share']:>9.0%} "

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TILE_PIXELS", "compiled"]
 
-TILE_PIXELS: Final = 1024
+TILE_PIXELS: Final = 1024  # of uint8: 3 KiB, of float32: 12 KiB
 ARGUMENTS: Final = 9
 
 
@@ -160,9 +160,8 @@ def _converter(spec: KernelSpec, lanes: int) -> Any:
 def _reader(spec: KernelSpec, lanes: int) -> Any:
     """Return the function that reads `lanes` pixels into the type, and the order, to compute in."""
     load, widen = vector.load(spec.source, lanes, 3), vector.widen(spec.source, spec.compute)
-    planar_source, shuffles_results, shuffle = (
-        spec.planar_source, spec.shuffles_results, _shuffle(spec),
-    )  # fmt: skip
+    shuffle, shuffles_results = _shuffle(spec), spec.shuffles_results
+    planar_source = spec.planar_source
     nbytes = lanes * ELEMENT_BYTES[spec.source] * (1 if planar_source else 3) if lanes > 1 else 0
     prefetch = vector.prefetch(nbytes, 3 if planar_source else 1)
 

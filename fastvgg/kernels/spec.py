@@ -7,12 +7,12 @@ import math
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 
-import ml_dtypes
 import numpy as np
 
 from fastvgg import oracle
 from fastvgg.kernels.jit import processor
 from fastvgg.kernels.vector import ELEMENT_BYTES, MIN_LANES, TABLE_COLUMNS, Constants
+from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,7 +80,7 @@ class KernelSpec(NamedTuple):
         mode, restores = transform.mode, transform.direction == "restore"
         compute, target = transform.compute_name(input_name), transform.output_name(input_name)
         bytes_only = input_name == "uint8" and compute == "float32"
-        affine = _affine_between(transform, input_name, target) is not None
+        affine = _is_affine(transform, input_name, target)
         divide, scale = _divisions(mode, compute, bytes_only=input_name == "uint8")
         planar_source, planar_target = transform.layout == "NCHW", transform.out_layout == "NCHW"
         shrinks = ELEMENT_BYTES[target] < ELEMENT_BYTES[input_name]
@@ -119,14 +119,15 @@ class KernelSpec(NamedTuple):
         return self.planar_source if self.shuffles_results else self.planar_target
 
 
-def _affine_between(transform: Transform, source: str, target: str) -> object:
-    """Return the affine constants of a transform between bytes and a half, if there are any."""
-    if transform.direction == "restore":
-        if target == "uint8" and ELEMENT_BYTES[source] == 2 and transform.rounding == "nearest":
-            return affine_constants(transform.mode, source, restores=True)
-    elif source == "uint8" and ELEMENT_BYTES[target] == 2:
-        return affine_constants(transform.mode, target, restores=False)
-    return None
+def _is_affine(transform: Transform, source: str, target: str) -> bool:
+    """Return whether a transform is affine between bytes and a half type."""
+    mode, restores = transform.mode, transform.direction == "restore"
+    image, half = (target, source) if restores else (source, target)
+    if image != "uint8" or ELEMENT_BYTES[half] != 2:
+        return False
+    if restores and transform.rounding != "nearest":
+        return False
+    return affine_constants(mode, half, restores=restores) is not None
 
 
 @np.errstate(all="ignore")
@@ -143,11 +144,9 @@ def constant_table(mode: Mode, spec: KernelSpec) -> NDArray[Any]:
     divide = np.full(3, 1.0 if mode.divide is None else mode.divide, scalar)
     mean = np.array(mode.mean or (0.0, 0.0, 0.0), scalar)[::step]
     std = np.array(mode.std or (1.0, 1.0, 1.0), scalar)[::step]
-    slope, intercept = np.ones(3, scalar), np.zeros(3, scalar)
-    if spec.affine:
-        half = spec.source if spec.restores else spec.target
-        found = affine_constants(mode, half, restores=spec.restores)
-        slope, intercept = found or (slope, intercept)
+    half = spec.source if spec.restores else spec.target
+    found = affine_constants(mode, half, restores=spec.restores) if spec.affine else None
+    slope, intercept = found or (np.ones(3, scalar), np.zeros(3, scalar))
     rows = Constants(
         *(divide, *_reciprocal(divide), mean, std, *_reciprocal(std)),
         slope[::step],
@@ -233,16 +232,12 @@ def _every_byte() -> NDArray[np.float32]:
 
 
 def _every_half(half: str) -> NDArray[np.float32]:
-    return np.arange(65536, dtype=np.uint16).view(_half_dtype(half)).astype(np.float32)
+    return np.arange(65536, dtype=np.uint16).view(storage_dtype(half)).astype(np.float32)
 
 
 def _as_half(y: NDArray[np.float32], half: str) -> NDArray[np.uint16]:
     """Return the bits of a half type."""
-    return y.astype(_half_dtype(half)).view(np.uint16)
-
-
-def _half_dtype(half: str) -> np.dtype[Any]:
-    return np.dtype(ml_dtypes.bfloat16 if half == "bfloat16" else half)
+    return y.astype(storage_dtype(half)).view(np.uint16)
 
 
 def _as_byte(x: NDArray[np.float32]) -> NDArray[np.float32]:
