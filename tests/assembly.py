@@ -150,10 +150,12 @@ def compiled_for_arm(cpu, every, first):
     """What kernels compile to for an Arm processor."""
     from llvmlite import binding
 
-    from fastvgg.kernels import convert, jit, spec, vector
+    from fastvgg.kernels import convert, jit
 
-    arm = jit.Processor(is_x86=False, has_f16c=True, has_fma=True, vector_bytes=16)
-    spec.processor = vector.processor = lambda: arm
+    arm = jit.Processor(
+        is_x86=False, has_f16c=True, has_fma=True, vector_bytes=16, permuted_bytes=1
+    )
+    jit.processor = lambda: arm
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
     target = binding.Target.from_triple(ARM_TRIPLE).create_target_machine(cpu=cpu, opt=3)

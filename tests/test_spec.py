@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvgg import oracle
-from fastvgg.kernels import spec
+from fastvgg.kernels import jit, spec
 from fastvgg.kernels.jit import processor
+from fastvgg.kernels.memory import TABLE_COLUMNS, Constants
 from fastvgg.kernels.spec import (
     KernelSpec,
     affine_constants,
     constant_table,
     reciprocal_is_exact,
 )
-from fastvgg.kernels.vector import TABLE_COLUMNS, Constants
 from fastvgg.transform import Mode, Transform
 
 fuses = pytest.mark.skipif(
@@ -215,7 +215,7 @@ def test_a_reciprocal_is_not_exact_where_a_step_leaves_the_numbers_with_all_plac
 
 def test_without_a_fused_operation_no_reciprocal_is_taken(monkeypatch):
     lesser = processor()._replace(has_fma=False)
-    monkeypatch.setattr(spec, "processor", lambda: lesser)
+    monkeypatch.setattr(jit, "processor", lambda: lesser)
     assert not reciprocal_is_exact(BYTES, np.float32(127.5))
     for mode in KERAS_MODES:
         assert "reciprocal" not in KernelSpec.of(Transform(mode), "uint8")
@@ -386,6 +386,26 @@ def test_lanes_are_shuffled_where_their_elements_are_smaller(source, target, lat
         assert found.plane_by_plane == plane_by_plane
         assert found.shuffles_results == (late and not plane_by_plane)
         assert found.computes_planes == ((layout if late else out_layout) == "NCHW")
+
+
+@pytest.mark.parametrize("layouts", LAYOUT_PAIRS, ids="-".join)
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+def test_halves_are_shuffled_rather_than_planes_of_bytes(layouts, half):
+    found = KernelSpec.of(Transform("caffe", "preprocess", *layouts, half), "uint8")
+    assert found.shuffles_results == (layouts == ("NCHW", "NHWC"))
+
+
+@pytest.mark.parametrize("layouts", LAYOUT_PAIRS, ids="-".join)
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+@pytest.mark.parametrize("permuted_bytes", [1, 2, 16])
+def test_blocks_are_split_between_bytes_and_bfloat16(monkeypatch, layouts, half, permuted_bytes):
+    changed = processor()._replace(permuted_bytes=permuted_bytes)
+    monkeypatch.setattr(jit, "processor", lambda: changed)
+    bytes_to_half = KernelSpec.of(Transform("caffe", "preprocess", *layouts, half), "uint8")
+    half_to_bytes = KernelSpec.of(Transform("caffe", "restore", *layouts), half)
+    splits = half == "bfloat16" and permuted_bytes == 16
+    assert half_to_bytes.splits == splits
+    assert bytes_to_half.splits == (splits and layouts != ("NHWC", "NCHW"))
 
 
 @pytest.mark.parametrize("layouts", LAYOUT_PAIRS, ids="-".join)

@@ -9,9 +9,10 @@ import pytest
 from batches import assert_same, cast, dtype_of, frozen, with_canonical_nan
 
 from fastvgg import oracle
-from fastvgg.kernels import vector
+from fastvgg.kernels import arithmetic, jit, memory, order, vector
 from fastvgg.kernels.jit import inlined, kernel, processor
-from fastvgg.kernels.vector import ELEMENT_BYTES, TABLE_COLUMNS
+from fastvgg.kernels.memory import TABLE_COLUMNS
+from fastvgg.kernels.vector import ELEMENT_BYTES
 
 CANARY = 0xA5
 HALVES = frozen(np.arange(65536, dtype=np.uint16))
@@ -23,11 +24,11 @@ def halves(request, monkeypatch):
     """Blocks for this processor, and for one that has no instructions for halves."""
     if request.param == "none":
         lesser = processor()._replace(has_f16c=False)
-        monkeypatch.setattr(vector, "processor", lambda: lesser)
-    for made in (vector.widen, vector.narrow):
+        monkeypatch.setattr(jit, "processor", lambda: lesser)
+    for made in (arithmetic.widen, arithmetic.narrow):
         made.cache_clear()
     yield
-    for made in (vector.widen, vector.narrow):
+    for made in (arithmetic.widen, arithmetic.narrow):
         made.cache_clear()
 
 
@@ -40,7 +41,7 @@ def each(operation, values, source, target, lanes, vectors=1):
     """What an operation on blocks makes of values of a storage type, block after block."""
     values = padded(values, lanes * vectors)
     result = np.zeros(len(values), dtype_of(target))
-    load, store = vector.load(source, lanes, vectors), vector.store(nontemporal=False)
+    load, store = memory.load(source, lanes, vectors), memory.store(nontemporal=False)
     source_step, step = lanes * ELEMENT_BYTES[source], lanes * ELEMENT_BYTES[target]
 
     @kernel(3)
@@ -57,7 +58,7 @@ def each(operation, values, source, target, lanes, vectors=1):
 def loaded(load, storage, lanes, vectors, address):
     """What an intrinsic loads from an address, as an array of its vectors."""
     result = np.zeros((vectors, lanes), dtype_of(storage))
-    store, step = vector.store(nontemporal=False), lanes * ELEMENT_BYTES[storage]
+    store, step = memory.store(nontemporal=False), lanes * ELEMENT_BYTES[storage]
 
     @kernel(2)
     def once(x, y):
@@ -65,6 +66,12 @@ def loaded(load, storage, lanes, vectors, address):
 
     once(address, result.ctypes.data)
     return result
+
+
+def split(values, lanes):
+    """The values of vectors, the even ones of each before the odd ones."""
+    vectors = values.reshape(-1, lanes)
+    return np.concatenate([vectors[:, ::2], vectors[:, 1::2]], axis=1).ravel()
 
 
 # Memory and the order of lanes
@@ -75,7 +82,7 @@ def loaded(load, storage, lanes, vectors, address):
 def test_vectors_are_loaded_and_stored_wherever_they_begin(storage, lanes, vectors):
     width = lanes * ELEMENT_BYTES[storage]
     source = np.arange(64 + 2 * vectors * width + 7, dtype=np.uint8)
-    load, store = vector.load(storage, lanes, vectors), vector.store(nontemporal=False)
+    load, store = memory.load(storage, lanes, vectors), memory.store(nontemporal=False)
 
     @kernel(4)
     def move(x, source_step, y, step):
@@ -97,7 +104,7 @@ def test_the_sizes_of_elements_are_those_of_numpy():
 @pytest.mark.parametrize("nbytes", [8, 16, 64, 256])
 def test_cache_lines_are_repeated_or_combined(nbytes):
     source = np.random.default_rng(0).integers(0, 256, 2 * nbytes, np.uint8)
-    actual = loaded(vector.load_lines(2, nbytes), "uint8", 64, 2, source.ctypes.data)
+    actual = loaded(memory.load_lines(2, nbytes), "uint8", 64, 2, source.ctypes.data)
     for line, part in zip(actual, source.reshape(2, nbytes), strict=True):
         if nbytes < 64:
             assert line.tolist() == np.tile(part, 64 // nbytes).tolist()
@@ -111,7 +118,7 @@ def test_one_channel_of_interleaved_pixels_is_loaded(storage, lanes):
     source = cast(np.arange(100, 100 + 3 * lanes), storage)
     for channel in range(3):
         start = source.ctypes.data + channel * source.itemsize
-        actual = loaded(vector.load_channel(storage, lanes), storage, lanes, 1, start)
+        actual = loaded(memory.load_channel(storage, lanes), storage, lanes, 1, start)
         assert_same(actual[0], np.ascontiguousarray(source[channel::3]))
 
 
@@ -120,11 +127,28 @@ def test_one_channel_of_interleaved_pixels_is_loaded(storage, lanes):
 def test_bytes_are_loaded_in_any_order_of_channels(compute, lanes):
     source = np.random.default_rng(0).permutation(256).astype(np.uint8)[: 3 * lanes]
     numbers = np.arange(3 * lanes).reshape(lanes, 3)
-    for order in (numbers, numbers[:, ::-1], numbers.T, numbers.T[::-1]):
-        offsets = tuple(order.ravel().tolist())
-        load = vector.load_bytes(offsets, lanes, 3 * lanes, compute)
+    both = numbers.ravel(), numbers[:, ::-1].ravel()
+    planes = numbers.T.ravel(), numbers.T[::-1].ravel()
+    for offsets in (*both, *planes, *(split(values, lanes) for values in both)):
+        load_bytes = memory.load_bytes(tuple(offsets.tolist()), lanes, 3 * lanes, compute)
+        load = inlined(lambda x, load_bytes=load_bytes: load_bytes(x, 0))
         actual = loaded(load, compute, lanes, 3, source.ctypes.data)
-        assert_same(actual.ravel(), source[list(offsets)].astype(compute))
+        assert_same(actual.ravel(), source[offsets].astype(compute))
+
+
+def test_bytes_that_are_too_far_apart_for_a_shuffle_are_refused():
+    with pytest.raises(ValueError, match=r"16 bytes .* offsets 0, 6, 12, 18$"):
+        memory.load_bytes(tuple(range(0, 96, 6)), 16, 96, "float32")
+
+
+@pytest.mark.parametrize("lanes", [16, 32])
+def test_bytes_are_loaded_from_three_places(lanes):
+    source = np.random.default_rng(0).permutation(256).astype(np.uint8)[: 3 * 35]
+    offsets = split(np.arange(lanes), lanes)
+    load_bytes = memory.load_bytes(tuple(offsets.tolist()), lanes, lanes, "float32", places=3)
+    load = inlined(lambda x: load_bytes(x, 35))
+    actual = loaded(load, "float32", lanes, 3, source.ctypes.data)
+    assert_same(actual, source.reshape(3, 35)[:, offsets].astype(np.float32))
 
 
 @pytest.mark.parametrize("compute", ["float32", "float64"])
@@ -132,11 +156,12 @@ def test_constants_are_loaded_for_interleaved_pixels_and_for_channels(compute):
     table = np.arange(9 * 3, dtype=compute).reshape(9, 3)
     rows = np.ascontiguousarray(np.tile(table, TABLE_COLUMNS // 3))
     one, step = rows.itemsize, 16 * rows.itemsize
-    load_interleaved = vector.load_interleaved_constants(compute, 16)
-    load_channels = vector.load_channel_constants(compute, 16, 3)
-    load_channel = vector.load_channel_constants(compute, 1, 1)
-    store = vector.store(nontemporal=False)
-    interleaved, channels, last = (np.zeros((9, 3, 16), compute) for _ in range(3))
+    load_interleaved = memory.load_interleaved_constants(compute, 16)
+    load_split = memory.load_interleaved_constants(compute, 16, split=True)
+    load_channels = memory.load_channel_constants(compute, 16, 3)
+    load_channel = memory.load_channel_constants(compute, 1, 1)
+    store = memory.store(nontemporal=False)
+    interleaved, halved, channels, last = (np.zeros((9, 3, 16), compute) for _ in range(4))
 
     @inlined
     def store_all(y, step, c):
@@ -150,42 +175,70 @@ def test_constants_are_loaded_for_interleaved_pixels_and_for_channels(compute):
         store(y + 21 * step, step, c.slope)
         store(y + 24 * step, step, c.intercept)
 
-    @kernel(4)
-    def store_tables(table, a, b, c):
+    @kernel(5)
+    def store_tables(table, a, b, c, d):
         store_all(a, step, load_interleaved(table))
-        store_all(b, step, load_channels(table))
-        store_all(c, step, load_channel(table + 2 * one))
+        store_all(b, step, load_split(table))
+        store_all(c, step, load_channels(table))
+        store_all(d, step, load_channel(table + 2 * one))
 
-    store_tables(*(part.ctypes.data for part in (rows, interleaved, channels, last)))
+    store_tables(*(part.ctypes.data for part in (rows, interleaved, halved, channels, last)))
     assert_same(interleaved.reshape(9, 48), np.tile(table, 16))
+    assert_same(halved.ravel(), split(np.tile(table, 16), 16))
     assert_same(channels, np.repeat(table[:, :, np.newaxis], 16, axis=2))
     assert_same(np.ascontiguousarray(last[:, 0, 0]), np.ascontiguousarray(table[:, 2]))
 
 
 @pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("lanes", [*LANES, 32, 64])
-def test_channels_are_reversed_and_planes_interleaved(storage, lanes):
+@pytest.mark.parametrize("permuted_bytes", [1, 16])
+def test_channels_are_reversed_and_planes_interleaved(monkeypatch, storage, lanes, permuted_bytes):
+    changed = processor()._replace(permuted_bytes=permuted_bytes)
+    monkeypatch.setattr(jit, "processor", lambda: changed)
     values = cast(np.arange(1, 1 + 3 * lanes), storage)
     pixels = values.reshape(lanes, 3)
     planes = values.reshape(3, lanes)
     for operation, expected in (
-        (vector.reverse_channels, pixels[:, ::-1]),
-        (vector.reverse_planes, planes[::-1]),
-        (vector.interleave, planes.T),
-        (vector.deinterleave, pixels.T),
+        (order.reverse_channels, pixels[:, ::-1]),
+        (order.reverse_planes, planes[::-1]),
+        (order.interleave, planes.T),
+        (order.deinterleave, pixels.T),
     ):
         _, actual = each(operation, values, storage, storage, lanes, vectors=3)
         assert_same(actual, np.ascontiguousarray(expected).ravel())
 
 
+@pytest.mark.parametrize("lanes", [16, 32, 64])
+def test_split_vectors_are_merged(lanes):
+    values = np.arange(3 * lanes, dtype=np.uint8)
+    _, actual = each(order.merge, split(values, lanes), "uint8", "uint8", lanes, vectors=3)
+    assert_same(actual, values)
+
+
 # Types
+
+
+@pytest.mark.parametrize("lanes", [16, 32])
+def test_every_bfloat16_becomes_split_vectors_and_returns(lanes):
+    widen = arithmetic.widen("bfloat16", "float32", split=True)
+    values, actual = each(
+        inlined(lambda block: arithmetic.canonical_nan(widen(block))),
+        HALVES.view(dtype_of("bfloat16")),
+        "bfloat16",
+        "float32",
+        lanes,
+    )
+    assert_same(actual, split(cast(values, "float32"), lanes))
+    narrow = arithmetic.narrow("bfloat16", split=True)
+    _, narrowed = each(narrow, actual, "float32", "bfloat16", lanes)
+    assert_same(narrowed, with_canonical_nan(values))
 
 
 @pytest.mark.parametrize("compute", ["float32", "float64"])
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
 @pytest.mark.parametrize("lanes", LANES)
 def test_every_half_is_widened_as_numpy_widens_it(halves, lanes, half, compute):
-    widen, canonical_nan = vector.widen(half, compute), vector.canonical_nan
+    widen, canonical_nan = arithmetic.widen(half, compute), arithmetic.canonical_nan
 
     @inlined
     def operation(block):
@@ -203,7 +256,7 @@ def test_every_half_is_widened_as_numpy_widens_it(halves, lanes, half, compute):
 
 def narrowed(values, half, lanes=16, compute="float32"):
     """Values of the compute type, and what narrowing makes of them."""
-    narrow, canonical_nan = vector.narrow(half), vector.canonical_nan
+    narrow, canonical_nan = arithmetic.narrow(half), arithmetic.canonical_nan
 
     @inlined
     def operation(block):
@@ -265,7 +318,7 @@ def test_without_ties_floats_are_narrowed_to_the_nearest_bfloat16():
     values = values.view(np.float32)
     values = values[np.isfinite(values)]
     values, actual = each(
-        vector.narrow("bfloat16", may_tie=False), values, "float32", "bfloat16", 16
+        arithmetic.narrow("bfloat16", may_tie=False), values, "float32", "bfloat16", 16
     )
     assert_same(actual, cast(values, "bfloat16"))
 
@@ -279,10 +332,10 @@ def test_other_types_are_converted_as_numpy_converts_them(source, target, lanes)
     if source != "uint8":
         values[256:] = random.uniform(-300, 300, 512)
         values[256:264] = [np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-40, np.nan, 1e30]
-    values, actual = each(vector.widen(source, target), values, source, target, lanes)
+    values, actual = each(arithmetic.widen(source, target), values, source, target, lanes)
     assert_same(actual, cast(values, target))
     if source != "uint8":
-        values, actual = each(vector.narrow(target), values, source, target, lanes)
+        values, actual = each(arithmetic.narrow(target), values, source, target, lanes)
         assert_same(actual, cast(values, target))
 
 
@@ -293,8 +346,8 @@ def rounded(values, compute, rounding, target, lanes=16):
     """What saturating and rounding make of values of the compute type."""
 
     if target == "uint8":
-        return each(vector.round_to_uint8(rounding), values, compute, target, lanes)
-    return each(vector.round_to_float(rounding), values, compute, target, lanes)
+        return each(arithmetic.round_to_uint8(rounding), values, compute, target, lanes)
+    return each(arithmetic.round_to_float(rounding), values, compute, target, lanes)
 
 
 TABLE = [  # a value, what it is rounded to, and what it is truncated to
@@ -383,8 +436,8 @@ def test_a_product_and_a_sum_are_rounded_once_or_twice(lesser, monkeypatch):
     x = np.arange(256, dtype=np.float32)
     slope, intercept = np.float32(1 / 255 / 0.229), np.float32(-0.485 / 0.229)
     if lesser:
-        monkeypatch.setattr(vector, "processor", lambda: processor()._replace(has_fma=False))
-    multiply_add = vector.multiply_add
+        monkeypatch.setattr(jit, "processor", lambda: processor()._replace(has_fma=False))
+    multiply_add = arithmetic.multiply_add
     actual = with_rows(lambda x, a, b, _: multiply_add(x, a, b), x, (slope, intercept, slope))
     once = (x.astype(np.float64) * slope + intercept).astype(np.float32)
     twice = x * slope + intercept
@@ -394,7 +447,7 @@ def test_a_product_and_a_sum_are_rounded_once_or_twice(lesser, monkeypatch):
 
 def divided(division, x, divisor, reciprocal, remainder):
     """What `divide` makes of numbers and of the three numbers that it is given."""
-    divide = vector.divide(division)
+    divide = arithmetic.divide(division)
     return with_rows(lambda x, a, b, c: divide(x, a, b, c), x, (divisor, reciprocal, remainder))
 
 
@@ -402,8 +455,8 @@ def with_rows(operation, x, numbers):
     """What an operation makes of an array and three numbers."""
     operation, compute = inlined(operation), x.dtype.name
     load, store, step = (
-        vector.load(compute, 16, 1),
-        vector.store(nontemporal=False),
+        memory.load(compute, 16, 1),
+        memory.store(nontemporal=False),
         16 * x.itemsize,
     )
     rows = np.repeat(numbers, 16).astype(compute)
@@ -426,8 +479,8 @@ def test_the_operators_of_python_are_those_of_numpy(compute):
     random = np.random.default_rng(0)
     x, y = (random.uniform(-1e3, 1e3, 48).astype(compute) for _ in range(2))
     load, store, step = (
-        vector.load(compute, 16, 3),
-        vector.store(nontemporal=False),
+        memory.load(compute, 16, 3),
+        memory.store(nontemporal=False),
         x.itemsize * 16,
     )
     result = np.zeros((4, 48), compute)
@@ -455,7 +508,7 @@ def test_every_nan_becomes_the_canonical_one_and_no_number_changes(compute, quie
     patterns[:quarter] |= infinity  # NaN, quiet and signalling, of both signs
     patterns[0:2] = infinity, infinity | 1 << digits - 1
     x = patterns.view(compute)
-    x, actual = each(vector.canonical_nan, x, compute, compute, 16)
+    x, actual = each(arithmetic.canonical_nan, x, compute, compute, 16)
     expected = np.where(np.isnan(x), quiet, patterns).astype(bits)
     assert (actual.view(bits) == expected).all()
     assert np.isnan(x).sum() > quarter - 10

@@ -11,7 +11,7 @@ import numpy as np
 
 from fastvgg.bench.rounds import in_turn
 from fastvgg.kernels import bandwidth
-from fastvgg.kernels.vector import CACHE_LINE_BYTES
+from fastvgg.kernels.memory import CACHE_LINE_BYTES
 from fastvgg.threads import work_on_all
 
 if TYPE_CHECKING:

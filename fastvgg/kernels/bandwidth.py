@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Final
 
-from fastvgg.kernels import vector
+from fastvgg.kernels import memory
 from fastvgg.kernels.jit import kernel
-from fastvgg.kernels.vector import CACHE_LINE_BYTES, align_stack, store_fence
+from fastvgg.kernels.memory import CACHE_LINE_BYTES, align_stack, store_fence
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,8 +27,8 @@ def streaming_copy(read_bytes: int, written_bytes: int, *, prefetches: bool) -> 
     Whether prefetching pays off depends on the ratio; the faster of the two loops is the limit.
     """
     taken = STEP_BYTES * read_bytes // written_bytes
-    load, prefetch = vector.load_lines(LINES, taken // LINES), vector.prefetch(taken, 1)
-    store = vector.store(nontemporal=True)
+    load, prefetch = memory.load_lines(LINES, taken // LINES), memory.prefetch(taken, 1)
+    store = memory.store(nontemporal=True)
 
     @kernel(3)
     def copy(source, target, steps):
@@ -50,8 +50,8 @@ def scale_in_place(*, prefetches: bool) -> Callable[..., None]:
 
     It takes the addresses of the values and of one cache line of factors, and a number of steps.
     """
-    load, prefetch = vector.load("float32", 16, LINES), vector.prefetch(STEP_BYTES, 1)
-    store = vector.store(nontemporal=False)
+    load, prefetch = memory.load("float32", 16, LINES), memory.prefetch(STEP_BYTES, 1)
+    store = memory.store(nontemporal=False)
 
     @kernel(3)
     def scale(target, factors, steps):
@@ -72,7 +72,7 @@ def fill() -> Callable[..., None]:
 
     It takes the addresses of the line and of the target, and a number of steps.
     """
-    load, store = vector.load("uint8", CACHE_LINE_BYTES, LINES), vector.store(nontemporal=True)
+    load, store = memory.load("uint8", CACHE_LINE_BYTES, LINES), memory.store(nontemporal=True)
 
     @kernel(3)
     def fill_lines(line, target, steps):
@@ -92,7 +92,7 @@ def touch() -> Callable[..., None]:
 
     It takes the addresses of a byte and of the target, how many bytes to write, and how far apart.
     """
-    load, store = vector.load("uint8", 1, 1), vector.store(nontemporal=False)
+    load, store = memory.load("uint8", 1, 1), memory.store(nontemporal=False)
 
     @kernel(4)
     def touch_bytes(byte, target, count, step_bytes):

@@ -12,15 +12,15 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any, Final
 
-from fastvgg.kernels import vector
+from fastvgg.kernels import arithmetic, memory, order
 from fastvgg.kernels.jit import inlined, kernel
-from fastvgg.kernels.vector import (
+from fastvgg.kernels.memory import (
     CACHE_LINE_BYTES,
-    ELEMENT_BYTES,
     align_stack,
     compiler_barrier,
     store_fence,
 )
+from fastvgg.kernels.vector import ELEMENT_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,11 +49,11 @@ def _pixel_by_pixel(spec: KernelSpec) -> Callable[..., None]:
     lanes, nontemporal = spec.lanes, spec.nontemporal
     convert_block, convert_pixel = _converter(spec, lanes), _converter(spec, 1)
     load_block_constants = (
-        vector.load_channel_constants(spec.compute, lanes, 3)
+        memory.load_channel_constants(spec.compute, lanes, 3)
         if spec.computes_planes
-        else vector.load_interleaved_constants(spec.compute, lanes)
+        else memory.load_interleaved_constants(spec.compute, lanes, split=spec.splits)
     )
-    load_pixel_constants = vector.load_channel_constants(spec.compute, 1, 3)
+    load_pixel_constants = memory.load_channel_constants(spec.compute, 1, 3)
     planar_source, planar_target = spec.planar_source, spec.planar_target
     source_element, element = ELEMENT_BYTES[spec.source], ELEMENT_BYTES[spec.target]
     source_pixel = source_element * (1 if planar_source else 3)
@@ -96,8 +96,8 @@ def _plane_by_plane(spec: KernelSpec) -> Callable[..., None]:
     """
     lanes, nontemporal, planar_source = spec.lanes, spec.nontemporal, spec.planar_source
     convert_block, convert_value = _channel_converter(spec, lanes), _channel_converter(spec, 1)
-    load_block_constants = vector.load_channel_constants(spec.compute, lanes, 1)
-    load_value_constants = vector.load_channel_constants(spec.compute, 1, 1)
+    load_block_constants = memory.load_channel_constants(spec.compute, lanes, 1)
+    load_value_constants = memory.load_channel_constants(spec.compute, 1, 1)
     reverses_channels, constant = spec.reverses_channels, ELEMENT_BYTES[spec.compute]
     source_element, element = ELEMENT_BYTES[spec.source], ELEMENT_BYTES[spec.target]
     source_pixel = source_element * (1 if planar_source else 3)
@@ -145,13 +145,13 @@ def _converter(spec: KernelSpec, lanes: int) -> Any:
     It takes the address of the source and the bytes between its three vectors, the same of the
     target, and the constants. Everything is loaded before anything is stored.
     """
-    read, arithmetic = _reader(spec, lanes), _arithmetic(spec)
+    read, calculate = _reader(spec, lanes), _calculation(spec, split=spec.splits and lanes > 1)
     shuffle, shuffles_results = _shuffle(spec), spec.shuffles_results
-    store = vector.store(nontemporal=spec.nontemporal and lanes > 1)
+    store = memory.store(nontemporal=spec.nontemporal and lanes > 1)
 
     @inlined
     def convert(x, source_step, y, step, constants):
-        result = arithmetic(read(x, source_step), constants)
+        result = calculate(read(x, source_step), constants)
         store(y, step, shuffle(result) if shuffles_results else result)
 
     return convert
@@ -159,11 +159,13 @@ def _converter(spec: KernelSpec, lanes: int) -> Any:
 
 def _reader(spec: KernelSpec, lanes: int) -> Any:
     """Return the function that reads `lanes` pixels into the type, and the order, to compute in."""
-    load, widen = vector.load(spec.source, lanes, 3), vector.widen(spec.source, spec.compute)
+    split = spec.splits and lanes > 1
+    load = memory.load(spec.source, lanes, 3)
+    widen = arithmetic.widen(spec.source, spec.compute, split=split)
     shuffle, shuffles_results = _shuffle(spec), spec.shuffles_results
     planar_source = spec.planar_source
     nbytes = lanes * ELEMENT_BYTES[spec.source] * (1 if planar_source else 3) if lanes > 1 else 0
-    prefetch = vector.prefetch(nbytes, 3 if planar_source else 1)
+    prefetch = memory.prefetch(nbytes, 3 if planar_source else 1)
 
     @inlined
     def read(x, step):
@@ -172,35 +174,41 @@ def _reader(spec: KernelSpec, lanes: int) -> Any:
         block = load(x, step)
         return widen(block if shuffles_results else shuffle(block))
 
-    if spec.source != "uint8" or planar_source or lanes == 1:
+    if spec.source != "uint8" or lanes == 1 or (planar_source and not split):
         return read
-    load_bytes = vector.load_bytes(_byte_offsets(spec, lanes), lanes, 3 * lanes, spec.compute)
+    load_bytes = memory.load_bytes(
+        _byte_offsets(spec, lanes),
+        lanes,
+        lanes * (1 if planar_source else 3),
+        spec.compute,
+        places=3 if planar_source else 1,
+    )
 
     @inlined
     def read_bytes(x, step):
         compiler_barrier()
         prefetch(x, step)
-        return load_bytes(x)
+        return load_bytes(x, step)
 
     return read_bytes
 
 
 def _byte_offsets(spec: KernelSpec, lanes: int) -> tuple[int, ...]:
-    """Return where each value of a block comes from in interleaved bytes.
-
-    In the order of the result: planar or interleaved, reversed or not.
-    """
-    pixels = range(lanes)
+    """Return where each value of a block comes from, in the order to compute in."""
+    values = order.split_order(lanes) if spec.splits else tuple(range(lanes))
+    if spec.planar_source:
+        return values
     channels = (2, 1, 0) if spec.reverses_channels else (0, 1, 2)
     if spec.planar_target:
-        return tuple(3 * pixel + channel for channel in channels for pixel in pixels)
-    return tuple(3 * pixel + channel for pixel in pixels for channel in channels)
+        return tuple(3 * pixel + channel for channel in channels for pixel in range(lanes))
+    values = tuple(lanes * number + value for number in range(3) for value in values)
+    return tuple(value // 3 * 3 + channels[value % 3] for value in values)
 
 
 def _shuffle(spec: KernelSpec) -> Any:
     """Return the function from the order of the source to that of the target."""
-    reverse_planes, reverse_channels = vector.reverse_planes, vector.reverse_channels
-    interleave, deinterleave = vector.interleave, vector.deinterleave
+    reverse_planes, reverse_channels = order.reverse_planes, order.reverse_channels
+    interleave, deinterleave = order.interleave, order.deinterleave
     planar_source, reverses = spec.planar_source, spec.reverses_channels
     interleaves = planar_source and not spec.planar_target
     deinterleaves = spec.planar_target and not planar_source
@@ -222,44 +230,49 @@ def _shuffle(spec: KernelSpec) -> Any:
 def _channel_converter(spec: KernelSpec, lanes: int) -> Any:
     """Return the part of a kernel that converts one channel of `lanes` pixels."""
     interleaved_source = not spec.planar_source and lanes > 1
-    load, load_channel = vector.load(spec.source, lanes, 1), vector.load_channel(spec.source, lanes)
-    offsets = tuple(range(0, 3 * lanes, 3))
-    load_bytes = vector.load_bytes(offsets, lanes, 3 * lanes - 2, spec.compute)
-    reads_bytes = interleaved_source and spec.source == "uint8"
+    load, load_channel = memory.load(spec.source, lanes, 1), memory.load_channel(spec.source, lanes)
+    split = spec.splits and lanes > 1
+    offsets = tuple(range(0, 3 * lanes, 3)) if interleaved_source else order.split_order(lanes)
+    block_bytes = 3 * lanes - 2 if interleaved_source else lanes
+    load_bytes = memory.load_bytes(offsets, lanes, block_bytes, spec.compute)
+    reads_bytes = spec.source == "uint8" and (interleaved_source or split)
     nbytes = (
         lanes * ELEMENT_BYTES[spec.source] * (3 if interleaved_source else 1) if lanes > 1 else 0
     )
-    prefetch, widen = vector.prefetch(nbytes, 1), vector.widen(spec.source, spec.compute)
-    arithmetic, store = _arithmetic(spec), vector.store(nontemporal=spec.nontemporal and lanes > 1)
+    prefetch = memory.prefetch(nbytes, 1)
+    widen = arithmetic.widen(spec.source, spec.compute, split=split)
+    calculate = _calculation(spec, split=split)
+    store = memory.store(nontemporal=spec.nontemporal and lanes > 1)
 
     @inlined
     def convert(x, y, constants):
         compiler_barrier()
         prefetch(x, 0)
         if reads_bytes:
-            values = load_bytes(x)
+            values = load_bytes(x, 0)
         elif interleaved_source:
             values = widen(load_channel(x))
         else:
             values = widen(load(x, 0))
-        store(y, 0, arithmetic(values, constants))
+        store(y, 0, calculate(values, constants))
 
     return convert
 
 
-def _arithmetic(spec: KernelSpec) -> Any:
+def _calculation(spec: KernelSpec, *, split: bool) -> Any:
     """Return the function from values of the compute type to results."""
-    divide, scale = vector.divide(spec.divide), vector.divide(spec.scale)
+    divide, scale = arithmetic.divide(spec.divide), arithmetic.divide(spec.scale)
     divides, scales, may_be_nan = (
         spec.divide != "none",
         spec.scale != "none",
         spec.source != "uint8",
     )
-    narrow, canonical_nan = vector.narrow(spec.target, may_tie=spec.may_tie), vector.canonical_nan
-    round_to_uint8 = vector.round_to_uint8(spec.rounding)
-    round_to_float = vector.round_to_float(spec.rounding)
     to_uint8 = spec.target == "uint8"
-    multiply_add: Any = vector.multiply_add
+    narrow = arithmetic.narrow(spec.target, may_tie=spec.may_tie, split=split)
+    canonical_nan, merge = arithmetic.canonical_nan, order.merge
+    round_to_uint8 = arithmetic.round_to_uint8(spec.rounding)
+    round_to_float = arithmetic.round_to_float(spec.rounding)
+    multiply_add: Any = arithmetic.multiply_add
 
     @inlined
     def preprocess(x, c):
@@ -276,11 +289,14 @@ def _arithmetic(spec: KernelSpec) -> Any:
         x = (y * c.std if scales else y) + c.mean
         if divides:
             x = x * c.divide
-        return round_to_uint8(x) if to_uint8 else narrow(round_to_float(x))
+        if not to_uint8:
+            return narrow(round_to_float(x))
+        return merge(round_to_uint8(x)) if split else round_to_uint8(x)
 
     @inlined
     def restore_affine(y, c):
-        return round_to_uint8(multiply_add(y, c.slope, c.intercept))
+        x = round_to_uint8(multiply_add(y, c.slope, c.intercept))
+        return merge(x) if split else x
 
     if spec.restores:
         return restore_affine if spec.affine else restore

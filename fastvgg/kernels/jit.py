@@ -40,6 +40,11 @@ class Processor(NamedTuple):
     """Whether an instruction computes a * b + c with one rounding."""
     vector_bytes: int
     """The size of the widest vector register: 16, 32 or 64."""
+    permuted_bytes: int
+    """The size of the smallest elements that one instruction takes from anywhere in two vectors.
+
+    16 if there is none.
+    """
 
     @property
     def store_bytes(self) -> int:
@@ -50,7 +55,8 @@ class Processor(NamedTuple):
     def name(self) -> str:
         """What the instruction set is commonly called.
 
-        >>> Processor(is_x86=True, has_f16c=True, has_fma=True, vector_bytes=32).name
+        >>> avx2 = Processor(True, has_f16c=True, has_fma=True, vector_bytes=32, permuted_bytes=16)
+        >>> avx2.name
         'AVX2'
         """
         if not self.is_x86:
@@ -69,7 +75,14 @@ def processor() -> Processor:
         has_f16c=is_arm or "f16c" in features,
         has_fma=is_arm or "fma" in features,
         vector_bytes=64 if "avx512f" in features else 32 if "avx2" in features else 16,
+        permuted_bytes=_permuted_bytes(features, is_arm=is_arm),
     )
+
+
+def _permuted_bytes(features: frozenset[str], *, is_arm: bool) -> int:
+    if is_arm or "avx512vbmi" in features:
+        return 1  # tbl, vpermi2b
+    return 2 if "avx512bw" in features else 16  # vpermi2w
 
 
 def _features() -> frozenset[str]:

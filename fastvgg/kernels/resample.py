@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Final
 
-from fastvgg.kernels import vector
+from fastvgg.kernels import memory
 from fastvgg.kernels.jit import kernel
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ def gather() -> Callable[..., None]:
     and how many columns may be copied with the byte after the pixel, because neither that byte nor
     the one that it overwrites lies outside of an image.
     """
-    load_number = vector.load_int64
-    load_four, load_pixel = vector.load("uint8", 4, 1), vector.load("uint8", PIXEL_BYTES, 1)
-    store = vector.store(nontemporal=False)
+    load_number = memory.load_int64
+    load_four, load_pixel = memory.load("uint8", 4, 1), memory.load("uint8", PIXEL_BYTES, 1)
+    store = memory.store(nontemporal=False)
 
     @kernel(8)
     def gather_pixels(source, target, rows, columns, row_count, column_count, width, wide_columns):

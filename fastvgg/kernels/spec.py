@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from fastvgg import oracle
-from fastvgg.kernels.jit import processor
-from fastvgg.kernels.vector import ELEMENT_BYTES, MIN_LANES, TABLE_COLUMNS, Constants
+from fastvgg.kernels import jit
+from fastvgg.kernels.memory import TABLE_COLUMNS, Constants
+from fastvgg.kernels.vector import ELEMENT_BYTES
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["Division", "KernelSpec", "affine_constants", "constant_table", "reciprocal_is_exact"]
 
 Division: TypeAlias = Literal["none", "division", "reciprocal"]
+
+MIN_LANES: Final = 16
 
 
 class KernelSpec(NamedTuple):
@@ -106,12 +109,33 @@ class KernelSpec(NamedTuple):
     @property
     def lanes(self) -> int:
         """The lanes of a vector: results fill at least one store."""
-        return max(MIN_LANES, processor().store_bytes // ELEMENT_BYTES[self.target])
+        return max(MIN_LANES, jit.processor().store_bytes // ELEMENT_BYTES[self.target])
 
     @property
     def shuffles_results(self) -> bool:
-        """Whether lanes are shuffled after the arithmetic, because results are smaller."""
-        return ELEMENT_BYTES[self.target] < ELEMENT_BYTES[self.source] and not self.plane_by_plane
+        """Whether lanes are shuffled after the arithmetic rather than before.
+
+        That pays if results are smaller. Halves are interleaved in half as many registers as the
+        numbers that they come from, and planes of bytes are widened where they are loaded.
+        """
+        if self.plane_by_plane:
+            return False
+        interleaves = self.planar_source and not self.planar_target
+        size, source_size = ELEMENT_BYTES[self.target], ELEMENT_BYTES[self.source]
+        return size < source_size or (interleaves and (source_size, size) == (1, 2))
+
+    @property
+    def splits(self) -> bool:
+        """Whether blocks are split into even and odd values: see `order`.
+
+        That does not pay where an instruction permutes the elements of whole vectors. Bytes of a
+        channel are too far apart for it in interleaved pixels.
+        """
+        if jit.processor().permuted_bytes <= 2:
+            return False
+        if (self.source, self.target) == ("uint8", "bfloat16"):
+            return self.planar_source or not self.planar_target
+        return (self.source, self.target) == ("bfloat16", "uint8")
 
     @property
     def computes_planes(self) -> bool:
@@ -132,7 +156,7 @@ def _is_affine(transform: Transform, source: str, target: str) -> bool:
 
 @np.errstate(all="ignore")
 def constant_table(mode: Mode, spec: KernelSpec) -> NDArray[Any]:
-    """Return a row for each of `vector.Constants`: the values of three channels, repeated.
+    """Return a row for each of `memory.Constants`: the values of three channels, repeated.
 
     Channels are in the order that the kernel computes in. A constant that the mode does not have
     gets the value that changes nothing.
@@ -217,8 +241,8 @@ def _affine_channel(
 
 
 def _affine(x: NDArray[np.float32], slope: Any, intercept: Any) -> NDArray[np.float32]:
-    """Return what `vector.multiply_add` computes."""
-    return _fused(x, slope, intercept) if processor().has_fma else x * slope + intercept
+    """Return what `arithmetic.multiply_add` computes."""
+    return _fused(x, slope, intercept) if jit.processor().has_fma else x * slope + intercept
 
 
 def _step(number: np.float32, steps: int) -> np.float32:
@@ -288,7 +312,7 @@ def _divisions(mode: Mode, compute: str, *, bytes_only: bool) -> tuple[Division,
 
 
 def reciprocal_is_exact(x: NDArray[Any], divisor: Any) -> bool:
-    """Return whether the two operations of `vector.divide` give the quotient, for every x.
+    """Return whether the two operations of `arithmetic.divide` give the quotient, for every x.
 
     Both are float32 or both float64.
 
@@ -299,7 +323,7 @@ def reciprocal_is_exact(x: NDArray[Any], divisor: Any) -> bool:
     >>> reciprocal_is_exact(np.arange(256, dtype=np.float32), np.float32(3e38))
     False
     """
-    if not processor().has_fma:
+    if not jit.processor().has_fma:
         return False
     with np.errstate(all="ignore"):
         reciprocal, remainder = _reciprocal(divisor)

@@ -1,0 +1,371 @@
+"""Loads, stores and prefetches of blocks, and the order of stores."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from fastvgg.kernels import jit
+from fastvgg.kernels.order import split_order
+from fastvgg.kernels.vector import (
+    ELEMENT_BYTES,
+    ELEMENTS,
+    I32,
+    I64,
+    SHUFFLE_BYTES,
+    Block,
+    concat,
+    pack,
+    permute,
+    shuffle,
+    unpack,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = [
+    "CACHE_LINE_BYTES",
+    "TABLE_COLUMNS",
+    "Constants",
+    "align_stack",
+    "compiler_barrier",
+    "load",
+    "load_bytes",
+    "load_channel",
+    "load_channel_constants",
+    "load_int64",
+    "load_interleaved_constants",
+    "load_lines",
+    "prefetch",
+    "store",
+    "store_fence",
+]
+
+CACHE_LINE_BYTES: Final = 64
+PREFETCH_DISTANCE_BYTES: Final = 3072
+STACK_ALIGNMENT_BYTES: Final = 64
+TABLE_COLUMNS: Final = 18
+"""Of a constant table: sixteen lanes that start at column 0, 1 or 2."""
+
+
+def _past(b: Any, address: Any, count: int) -> Any:
+    return b.add(address, ir.Constant(I64, count)) if count else address
+
+
+def _addresses(b: Any, first_and_step: Sequence[Any], count: int) -> list[Any]:
+    """Return addresses that are some bytes apart."""
+    address, step = first_and_step
+    addresses = [address]
+    for _ in range(count - 1):
+        addresses.append(b.add(addresses[-1], step))
+    return addresses
+
+
+def _load(b: Any, address: Any, storage: str, lanes: int) -> Any:
+    pointer = b.inttoptr(address, ir.PointerType())
+    return b.load(pointer, align=1, typ=ir.VectorType(ELEMENTS[storage], lanes))
+
+
+@functools.cache
+def load(storage: str, lanes: int, vectors: int) -> Any:
+    """Load vectors that are `step` bytes apart: intrinsic(address, step). Any alignment will do."""
+    kind = Block(storage, lanes, vectors)
+
+    @intrinsic
+    def load_block(_context: Any, _address: Any, _step: Any) -> Any:
+        def emit(_: Any, b: Any, __: Any, arguments: Any) -> Any:
+            addresses = _addresses(b, arguments, vectors)
+            return pack(b, [_load(b, address, storage, lanes) for address in addresses])
+
+        return kind(types.int64, types.int64), emit
+
+    return load_block
+
+
+def _loader(kind: Any, emit: Callable[[Any, Any], Any]) -> Any:
+    """Return an intrinsic from an address to `kind`."""
+
+    @intrinsic
+    def load_block(_context: Any, _address: Any) -> Any:
+        return kind(types.int64), lambda _, b, __, arguments: emit(b, arguments[0])
+
+    return load_block
+
+
+@functools.cache
+def load_bytes(
+    offsets: tuple[int, ...], lanes: int, block_bytes: int, compute: str, places: int = 1
+) -> Any:
+    """Load bytes at given offsets, and convert them to the compute type.
+
+    The intrinsic(address, step) does so in each of `places` places `step` bytes apart. Four
+    neighbouring lanes come from one window of sixteen bytes, by one byte shuffle that also extends
+    them to 32 bits. No window reaches beyond `block_bytes` from the address.
+    """
+    for first in range(0, len(offsets), 4):
+        four = offsets[first : first + 4]
+        if max(four) >= min(four) // 3 * 3 + SHUFFLE_BYTES:
+            raise ValueError(
+                f"four lanes come from {SHUFFLE_BYTES} bytes that begin at a pixel, "
+                f"not from offsets {', '.join(map(str, four))}"
+            )
+    kind = Block(compute, lanes, places * len(offsets) // lanes)
+    words, values = ir.VectorType(I32, lanes), ir.VectorType(ELEMENTS[compute], lanes)
+
+    def load_four(b: Any, address: Any, first: int) -> Any:
+        start = min(_window_start(offsets, first), block_bytes - SHUFFLE_BYTES)
+        window = _load(b, _past(b, address, start), "uint8", SHUFFLE_BYTES)
+        zeros, zero = ir.Constant(window.type, None), SHUFFLE_BYTES  # the first lane of `zeros`
+        four = offsets[first : first + 4]
+        origins = [lane for offset in four for lane in (offset - start, zero, zero, zero)]
+        return shuffle(b, window, zeros, origins)
+
+    def load_vector(b: Any, address: Any, first: int) -> Any:
+        fours = [load_four(b, address, at) for at in range(first, first + lanes, 4)]
+        return b.sitofp(b.bitcast(concat(b, fours), words), values)
+
+    @intrinsic
+    def load_block(_context: Any, _address: Any, _step: Any) -> Any:
+        def emit(_: Any, b: Any, __: Any, arguments: Any) -> Any:
+            starts, firsts = _addresses(b, arguments, places), range(0, len(offsets), lanes)
+            return pack(b, [load_vector(b, start, at) for start in starts for at in firsts])
+
+        return kind(types.int64, types.int64), emit
+
+    return load_block
+
+
+def _window_start(offsets: Sequence[int], first: int) -> int:
+    """Return where the window of four lanes starts: at a pixel, so that channels share windows.
+
+    Eight lanes share one where it reaches all of them: AVX2 then loads it into both halves.
+
+    >>> [_window_start((2, 1, 0, 5, 4, 3, 8, 7), first) for first in (0, 4)]
+    [0, 0]
+    >>> [_window_start((1, 4, 7, 10, 13, 16, 19, 22), first) for first in (0, 4)]
+    [0, 12]
+    """
+    eight = offsets[first // 8 * 8 : first // 8 * 8 + 8]
+    start = min(eight) // 3 * 3
+    if max(eight) - start < SHUFFLE_BYTES:
+        return start
+    return min(offsets[first : first + 4]) // 3 * 3
+
+
+@functools.cache
+def load_channel(storage: str, lanes: int) -> Any:
+    """Load one channel of interleaved pixels: every third element from the address on.
+
+    The last of three loads starts two elements early, because the two elements after the last one
+    wanted may lie outside of the array.
+    """
+    size = ELEMENT_BYTES[storage]
+
+    def emit(b: Any, address: Any) -> Any:
+        starts = (0, lanes, 2 * lanes - 2)
+        vectors = [_load(b, _past(b, address, start * size), storage, lanes) for start in starts]
+        wanted = range(0, 3 * lanes, 3)
+        return pack(b, [permute(b, vectors, [at if at < 2 * lanes else at + 2 for at in wanted])])
+
+    return _loader(Block(storage, lanes, 1), emit)
+
+
+@functools.cache
+def load_lines(lines: int, line_bytes: int) -> Any:
+    """Load cache lines, each from `line_bytes`: fewer are repeated, more are combined."""
+
+    def load_line(b: Any, address: Any) -> Any:
+        if line_bytes < CACHE_LINE_BYTES:
+            part = _load(b, address, "uint8", line_bytes)
+            return concat(b, [part] * (CACHE_LINE_BYTES // line_bytes))
+        starts = range(0, line_bytes, CACHE_LINE_BYTES)
+        parts = [_load(b, _past(b, address, at), "uint8", CACHE_LINE_BYTES) for at in starts]
+        return functools.reduce(b.xor, parts)
+
+    def emit(b: Any, address: Any) -> Any:
+        return pack(b, [load_line(b, _past(b, address, n * line_bytes)) for n in range(lines)])
+
+    return _loader(Block("uint8", CACHE_LINE_BYTES, lines), emit)
+
+
+def _emit_load_int64(b: Any, address: Any) -> Any:
+    return b.load(b.inttoptr(address, ir.PointerType()), align=8, typ=I64)
+
+
+load_int64: Final = _loader(types.int64, _emit_load_int64)
+"""Load an aligned 64-bit integer."""
+
+
+class Constants(NamedTuple):
+    """The constants of a mode, each as a block."""
+
+    divide: Any
+    divide_reciprocal: Any
+    divide_remainder: Any
+    mean: Any
+    std: Any
+    std_reciprocal: Any
+    std_remainder: Any
+    slope: Any
+    intercept: Any
+
+
+def _constants_loader(kind: Block, load_one: Callable[[Any, Any], Any]) -> Any:
+    """Return an intrinsic from the address of a constant table to `Constants`."""
+    count = len(Constants._fields)
+    row_bytes = TABLE_COLUMNS * ELEMENT_BYTES[kind.storage]
+
+    @intrinsic
+    def load_constants(_context: Any, _table: Any) -> Any:
+        def emit(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+            rows = [_past(b, arguments[0], row * row_bytes) for row in range(count)]
+            blocks = [load_one(b, address) for address in rows]
+            return context.make_tuple(b, signature.return_type, blocks)
+
+        return types.NamedUniTuple(kind, count, Constants)(types.int64), emit
+
+    return load_constants
+
+
+@functools.cache
+def load_interleaved_constants(compute: str, lanes: int, *, split: bool = False) -> Any:
+    """Load the constants of interleaved pixels from a table, for blocks that are split or not.
+
+    Each row holds three values that repeat: a b c a b c ... A register starts with a, b or c, so
+    three registers hold those of a whole block. LLVM would spill nine or more. Every second of the
+    values is the same in reverse: a c b a c b ...
+    """
+    size = ELEMENT_BYTES[compute]
+    width = min(lanes, jit.processor().vector_bytes // size)
+    each = lanes // width
+    values = split_order(lanes) if split else range(lanes)
+    starts = [lanes * number + values[at] for number in range(3) for at in range(0, lanes, width)]
+
+    def load_one(b: Any, address: Any) -> Any:
+        phases = [_load(b, _past(b, address, phase * size), compute, width) for phase in range(3)]
+        if split:
+            backwards = [shuffle(b, phase, None, range(width)[::-1]) for phase in phases]
+            phases = [backwards[(phase + 1 - width) % 3] for phase in range(3)]
+        registers = [phases[start % 3] for start in starts]
+        firsts = range(0, len(registers), each)
+        return pack(b, [concat(b, registers[first : first + each]) for first in firsts])
+
+    return _constants_loader(Block(compute, lanes, 3), load_one)
+
+
+@functools.cache
+def load_channel_constants(compute: str, lanes: int, vectors: int) -> Any:
+    """Load the constants of neighbouring channels from a table, each into all lanes of a vector."""
+    size = ELEMENT_BYTES[compute]
+
+    def load_one(b: Any, address: Any) -> Any:
+        values = [_load(b, _past(b, address, at * size), compute, 1) for at in range(vectors)]
+        return pack(b, [shuffle(b, value, None, [0] * lanes) for value in values])
+
+    return _constants_loader(Block(compute, lanes, vectors), load_one)
+
+
+@functools.cache
+def store(*, nontemporal: bool) -> Any:
+    """Store the vectors of a block `step` bytes apart: intrinsic(address, step, block).
+
+    With `nontemporal`, avoid read-for-ownership; each address must then be a multiple of the size
+    of a vector, or of a cache line if that is smaller. Otherwise any alignment will do.
+    """
+
+    @intrinsic
+    def store_block(_context: Any, _address: Any, _step: Any, block: Any) -> Any:
+        nbytes = ELEMENT_BYTES[block.storage] * block.lanes
+        align = min(nbytes, CACHE_LINE_BYTES) if nontemporal else 1
+
+        def emit(_: Any, b: Any, __: Any, arguments: Any) -> None:
+            *place, value = arguments
+            addresses = _addresses(b, place, block.vectors)
+            for address, vector in zip(addresses, unpack(b, value), strict=True):
+                written = b.store(vector, b.inttoptr(address, ir.PointerType()), align=align)
+                if nontemporal:
+                    one = b.module.add_metadata([ir.Constant(I32, 1)])
+                    written.set_metadata("nontemporal", one)
+
+        return types.void(types.int64, types.int64, block), emit
+
+    return store_block
+
+
+@functools.cache
+def prefetch(nbytes: int, count: int) -> Any:
+    """Prefetch `nbytes` in each of `count` places `step` bytes apart: intrinsic(address, step).
+
+    What is prefetched lies `PREFETCH_DISTANCE_BYTES` ahead, and may lie outside of the array.
+    Instructions between two loads reduce the loads in flight, and the hardware prefetcher falls
+    behind: float32 to uint8 ran at 0.61 to 0.90 of the memory bandwidth without prefetching, at
+    0.92 to 0.99 with it. Distances from 2 to 6 KiB are equally good.
+    """
+    kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), I32, I32, I32])
+    read, streaming, data = (ir.Constant(I32, number) for number in (0, 0, 1))
+    end = PREFETCH_DISTANCE_BYTES + nbytes
+
+    @intrinsic
+    def prefetch_bytes(_context: Any, _address: Any, _step: Any) -> Any:
+        def emit(_: Any, b: Any, __: Any, arguments: Any) -> None:
+            declared = b.module.declare_intrinsic("llvm.prefetch.p0", fnty=kind)
+            for address in _addresses(b, arguments, count):
+                for distance in range(PREFETCH_DISTANCE_BYTES, end, CACHE_LINE_BYTES):
+                    pointer = b.inttoptr(_past(b, address, distance), ir.PointerType())
+                    b.call(declared, [pointer, read, streaming, data])
+
+        return types.void(types.int64, types.int64), emit
+
+    return prefetch_bytes
+
+
+def _effect(emit: Callable[[Any], None]) -> Any:
+    """Return an intrinsic without arguments or result."""
+
+    @intrinsic
+    def effect(_context: Any) -> Any:
+        def emit_effect(_: Any, b: Any, __: Any, ___: Any) -> None:
+            emit(b)
+
+        return types.void(), emit_effect
+
+    return effect
+
+
+def _emit_compiler_barrier(b: Any) -> None:
+    b.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
+
+
+def _emit_store_fence(b: Any) -> None:
+    if jit.processor().is_x86:
+        kind = ir.FunctionType(ir.VoidType(), [])
+        b.call(b.module.declare_intrinsic("llvm.x86.sse.sfence", fnty=kind), [])
+
+
+def _emit_align_stack(b: Any) -> None:
+    b.function.attributes.add("nounwind")  # llvmlite omits alignstack from an empty set
+    b.function.attributes.alignstack = STACK_ALIGNMENT_BYTES
+
+
+compiler_barrier: Final = _effect(_emit_compiler_barrier)
+"""Compiler-only memory barrier; emits no instruction.
+
+LLVM otherwise moves the loads and prefetches of a block to its beginning, which costs up to 0.1 of
+the throughput, and needs registers for all of them at once.
+"""
+
+store_fence: Final = _effect(_emit_store_fence)
+"""Order non-temporal stores before later stores. On x86 that takes an `sfence`, which LLVM's own
+fences omit (https://github.com/llvm/llvm-project/issues/64521)."""
+
+align_stack: Final = _effect(_emit_align_stack)
+"""Align the stack of the calling kernel to 64 bytes.
+
+A spilled register that crosses a page waits behind non-temporal stores, which takes 200 ns a block
+on Zen 3. An aligned one never crosses a page.
+"""
