@@ -262,8 +262,10 @@ def round_to_uint8(rounding: Rounding) -> Any:
 
 def _saturate(b: Any, integers: Any) -> Any:
     """Return bytes: integers clamped to 0..255."""
-    if integers.type.count == 32 and jit.processor().name == "AVX2":
-        return _pack_saturated(b, integers)
+    count = integers.type.count
+    if count % 32 == 0 and jit.processor().name == "AVX2":
+        parts = [shuffle(b, integers, None, range(at, at + 32)) for at in range(0, count, 32)]
+        return concat(b, [_pack_saturated(b, part) for part in parts])
     zero, maximum = splat(integers.type, 0), splat(integers.type, 255)
     integers = b.select(b.icmp_signed(">", integers, zero), integers, zero)
     integers = b.select(b.icmp_signed("<", integers, maximum), integers, maximum)

@@ -11,7 +11,7 @@ import numpy as np
 
 from fastvgg import oracle
 from fastvgg.kernels import jit
-from fastvgg.kernels.memory import TABLE_COLUMNS, Constants
+from fastvgg.kernels.memory import CACHE_LINE_BYTES, TABLE_COLUMNS, Constants
 from fastvgg.kernels.vector import ELEMENT_BYTES
 from fastvgg.transform import storage_dtype
 
@@ -108,8 +108,14 @@ class KernelSpec(NamedTuple):
 
     @property
     def lanes(self) -> int:
-        """The lanes of a vector: results fill at least one store."""
-        return max(MIN_LANES, jit.processor().store_bytes // ELEMENT_BYTES[self.target])
+        """The lanes of a vector: results fill at least one store, or one cache line of a plane.
+
+        Registers of sixteen bytes are too small for whole lines: LLVM would spill.
+        """
+        filled = jit.processor().store_bytes
+        if self.plane_by_plane and jit.processor().vector_bytes > 16:
+            filled = CACHE_LINE_BYTES
+        return max(MIN_LANES, filled // ELEMENT_BYTES[self.target])
 
     @property
     def shuffles_results(self) -> bool:
