@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, overload
 
 import numpy as np
@@ -131,7 +132,7 @@ def preprocess(
     >>> preprocess(x, "caffe").tolist()
     [[[-73.93900299072266, -96.77899932861328, -113.68000030517578]]]
     """
-    transform = Transform(mode, "preprocess", layout, out_layout, dtype)
+    transform = _transform(mode, "preprocess", layout, out_layout, dtype)
     return apply(transform, x, out, threads=threads, backend=backend)
 
 
@@ -220,8 +221,19 @@ def restore(
     """
     if dtype is None and out is y:
         dtype = as_numpy(y).dtype
-    transform = Transform(mode, "restore", layout, out_layout, dtype, rounding)
+    transform = _transform(mode, "restore", layout, out_layout, dtype, rounding)
     return apply(transform, y, out, threads=threads, backend=backend)
+
+
+_kept_transform = functools.lru_cache(maxsize=64)(Transform)
+
+
+def _transform(*arguments: Any) -> Transform:  # those of Transform
+    """Return a transform; one of the same arguments is kept, as making it takes 2 us."""
+    try:
+        return _kept_transform(*arguments)
+    except TypeError:  # some argument cannot be hashed
+        return Transform(*arguments)
 
 
 def apply(
@@ -239,14 +251,14 @@ def apply(
     the result is read at once, and should not be written past the caches.
     """
     batch = as_numpy(x)
-    input_name = _check_input(transform, batch)
-    threads = check_threads(threads)
-    shape = transform.output_shape(batch.shape)
-    dtype = _result_dtype(transform.output_name(input_name))
+    input_name, shape, dtype = _result_of(transform, batch.shape, batch.dtype)
     result = np.empty(shape, dtype) if out is None else _writable(out)
     if out is not None:
         _check_out(result, batch, transform, shape, dtype)
     nbytes = batch.nbytes + result.nbytes
+    # The system is asked for the cores, which takes 1 us, only if there is more than one piece.
+    is_one_piece = threads is None and nbytes <= GATHERED_PIECE_BYTES
+    threads = 1 if is_one_piece else check_threads(threads)
     work = (transform, input_name)
     packs = transform.direction == "pack"  # no arithmetic, and so no kernel
     chosen = backends.choose("numpy" if packs else backend, work, nbytes, threads)
@@ -348,9 +360,8 @@ def row_by_row(
     >>> (out == apply(Transform("tf"), x[1])).all(axis=(1, 2, 3)).tolist()
     [False, False, False, True]
     """
-    input_name = _check_input(transform, x)
-    shape = (len(out), *transform.output_shape(x.shape)[1:])
-    _check_out(out, x, transform, shape, _result_dtype(transform.output_name(input_name)))
+    input_name, shape, dtype = _result_of(transform, x.shape, x.dtype)
+    _check_out(out, x, transform, (len(out), *shape[1:]), dtype)
     if not (x.flags.c_contiguous and x.dtype.isnative):
         raise UsageError("the rows of x do not lie one after the other", "use fastvgg.preprocess")
     work = (transform, input_name)
@@ -398,10 +409,14 @@ def _address(array: NDArray[Any]) -> int:
     return address
 
 
-def _check_input(transform: Transform, x: NDArray[Any]) -> str:
-    name = _stored_name(x.dtype)
-    transform.check_input(x.shape, name)
-    return name
+@functools.lru_cache(maxsize=256)
+def _result_of(
+    transform: Transform, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> tuple[str, tuple[int, ...], np.dtype[Any]]:
+    """Check an input; return its storage type, and the shape and type of its result."""
+    name = storage_name(dtype)
+    transform.check_input(shape, name)
+    return name, transform.output_shape(shape), storage_dtype(transform.output_name(name))
 
 
 def _check_out(
@@ -449,7 +464,6 @@ def _overlap(a: NDArray[Any], b: NDArray[Any]) -> bool:
 
 # Asking NumPy for a type's name takes a microsecond; a thumbnail takes two.
 _stored_name = functools.lru_cache(maxsize=64)(storage_name)
-_result_dtype = functools.lru_cache(maxsize=64)(storage_dtype)
 
 
 class _Piece(NamedTuple):
@@ -521,10 +535,7 @@ class _Memory(NamedTuple):
     @classmethod
     def of(cls, batch: NDArray[Any], layout: Layout) -> _Memory:
         """Describe the memory of a contiguous batch."""
-        element_bytes = batch.dtype.itemsize
-        image_bytes = batch.nbytes // batch.shape[0]
-        pixel_bytes = element_bytes * 3 if layout == "NHWC" else element_bytes
-        return cls(_address(batch), image_bytes, image_bytes // 3, pixel_bytes)
+        return cls(_address(batch), *_steps(batch.shape, batch.dtype.itemsize, layout))
 
     @property
     def has_aligned_planes(self) -> bool:
@@ -534,6 +545,13 @@ class _Memory(NamedTuple):
     def at(self, image: int, pixel: int) -> int:
         """Return the address of a pixel; where planes differ, in the first plane."""
         return self.address + image * self.image_bytes + pixel * self.pixel_bytes
+
+
+@functools.lru_cache(maxsize=256)
+def _steps(shape: tuple[int, ...], element_bytes: int, layout: Layout) -> tuple[int, int, int]:
+    """Return the bytes from image to image, plane to plane and pixel to pixel."""
+    image_bytes = math.prod(shape[1:]) * element_bytes
+    return image_bytes, image_bytes // 3, element_bytes * (3 if layout == "NHWC" else 1)
 
 
 def _kernel_work(
@@ -631,28 +649,35 @@ class _Lying(NamedTuple):
 
 def _as_it_lies(layout: Layout, batch: NDArray[Any]) -> _Lying | None:
     """Find the contiguous batch of which this one is a turned or a channel-reversed view."""
-    if not batch.dtype.isnative:
+    found = _lying(layout, batch.dtype, batch.shape, batch.strides)
+    if found is None:
         return None
-    if batch.flags.c_contiguous:
-        return _Lying(layout, False, _Memory.of(batch, layout))
-    element, last = batch.dtype.itemsize, CHANNEL_AXES[layout] % 4
-    channel = batch.strides[last]
-    images, rows, columns = (size for axis, size in enumerate(batch.shape) if axis != last)
-    strides = [stride for axis, stride in enumerate(batch.strides) if axis != last]
+    lying, reverses, offset, steps = found
+    return _Lying(lying, reverses, _Memory(_address(batch) + offset, *steps))
+
+
+@functools.lru_cache(maxsize=256)
+def _lying(
+    layout: Layout, dtype: np.dtype[Any], shape: tuple[int, ...], strides: tuple[int, ...]
+) -> tuple[Layout, bool, int, tuple[int, int, int]] | None:
+    """Return the layout, whether channels are reversed, where it begins, and its `_steps`."""
+    if not dtype.isnative:
+        return None
+    element, last = dtype.itemsize, CHANNEL_AXES[layout] % 4
+    channel = strides[last]
+    images, rows, columns = (size for axis, size in enumerate(shape) if axis != last)
+    others = [stride for axis, stride in enumerate(strides) if axis != last]
     plane = rows * columns * element
-    kinds: tuple[tuple[Layout, int, int], ...] = (
-        ("NHWC", 3 * element, element),
-        ("NCHW", element, plane),
-    )
-    for lying, pixel, between in kinds:
+    turned: Layout = "NCHW" if layout == "NHWC" else "NHWC"
+    for lying in (layout, turned):
+        pixel, between = (3 * element, element) if lying == "NHWC" else (element, plane)
         wanted = (3 * plane, columns * pixel, pixel)
         sizes = (images, rows, columns)
         if abs(channel) == between and all(
             size == 1 or stride == step
-            for size, stride, step in zip(sizes, strides, wanted, strict=True)
+            for size, stride, step in zip(sizes, others, wanted, strict=True)
         ):
-            first = _address(batch) + min(0, 2 * channel)
-            return _Lying(lying, channel < 0, _Memory(first, 3 * plane, plane, pixel))
+            return lying, channel < 0, min(0, 2 * channel), (3 * plane, plane, pixel)
     return None
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# What happens to files, whose pixels are computed without Numba anyway; it takes minutes to try.
+# What happens to files, stores and installations, with whatever computes the pixels; it takes
+# minutes to try.
 SAME_ON_ANY_BACKEND = (
-    *("behind", "campaigns", "crash", "crash_states", "fuzz", "hdf5", "images", "index", "inplace"),
-    *("cluster", "npy", "storage"),
+    *("behind", "benchmarks", "campaigns", "cluster", "crash", "crash_states", "fuzz", "hdf5"),
+    *("images", "index", "inplace", "npy", "packaging", "readme", "screen", "storage", "stores"),
+    *("tar", "zarr"),
 )
 
 
