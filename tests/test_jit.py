@@ -29,15 +29,12 @@ from fastvgg import engine, oracle
 from fastvgg.kernels import convert
 from fastvgg.kernels.vector import ELEMENT_BYTES
 from fastvgg.kernels.jit import processor
-from fastvgg.kernels.spec import reciprocal_is_exact
 from fastvgg.transform import Mode, Transform
 
 assert processor()[:3] == (True, False, False), processor()
-assert not reciprocal_is_exact(np.arange(256, dtype=np.float32), np.float32(127.5))
 for number in range(0, len(TYPE_PAIRS), {step}):
     task = list(rotating_tasks(number))[(number + number // 4) % 4]
     size = ELEMENT_BYTES[task.target]
-    assert "reciprocal" not in (task.spec.divide, task.spec.scale)
     check(task, 2, range(0, LINE + LINE // size, 3), range(0, LINE, max(8, size)))
     check(task, 1, [convert.TILE_PIXELS + 37], [0, size])
     check(task, 256, [1], [0])

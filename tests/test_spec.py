@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from batches import FLOATS, KERAS_MODES, LAYOUT_PAIRS, LAYOUTS, assert_same, bits, dtype_of
+from batches import FLOATS, LAYOUT_PAIRS, LAYOUTS, assert_same, bits, dtype_of
 from by_hand import MODES, OWN, SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -213,12 +213,38 @@ def test_a_reciprocal_is_not_exact_where_a_step_leaves_the_numbers_with_all_plac
     assert not agrees_with_exact_arithmetic(np.array(x, np.float32), np.float32(divisor))
 
 
-def test_without_a_fused_operation_no_reciprocal_is_taken(monkeypatch):
+def divided_without_fma(x, divisor):
+    """What two products and their sum make of bytes, each rounded by itself."""
+    with np.errstate(all="ignore"):
+        reciprocal = np.float32(1) / divisor
+        if not np.isfinite(reciprocal):
+            return None
+        shortened = (reciprocal.view(np.int32) // 256 * 256).view(np.float32)
+        rest = 1 / Fraction(float(divisor)) - Fraction(float(shortened))
+        rest = nearest_float32(rest, math.copysign(0.0, divisor))
+        return x * shortened + x * rest
+
+
+@pytest.mark.parametrize("divisor", ADVERSARIAL, ids=str)
+def test_without_a_fused_operation_a_reciprocal_is_exact_where_three_others_are(
+    monkeypatch, divisor
+):
     lesser = processor()._replace(has_fma=False)
     monkeypatch.setattr(jit, "processor", lambda: lesser)
-    assert not reciprocal_is_exact(BYTES, np.float32(127.5))
-    for mode in KERAS_MODES:
-        assert "reciprocal" not in KernelSpec.of(Transform(mode), "uint8")
+    found = divided_without_fma(BYTES, np.float32(divisor))
+    with np.errstate(all="ignore"):
+        exact = found is not None and found.tobytes() == (BYTES / np.float32(divisor)).tobytes()
+    assert reciprocal_is_exact(BYTES, np.float32(divisor)) == exact
+    assert exact or divisor not in (127.5, 255.0, 0.229, 0.224, 0.225)
+
+
+def test_without_a_fused_operation_only_bytes_are_divided_by_reciprocals(monkeypatch):
+    lesser = processor()._replace(has_fma=False)
+    monkeypatch.setattr(jit, "processor", lambda: lesser)
+    for dtype in ("float32", "float64"):
+        for mode, scale in ((Mode.TF, "none"), (Mode.TORCH, "division")):
+            found = KernelSpec.of(Transform(mode, dtype=dtype), "uint8")
+            assert (found.divide, found.scale) == ("reciprocal", scale)
 
 
 @fuses

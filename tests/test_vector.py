@@ -154,6 +154,7 @@ def test_bytes_are_loaded_from_three_places(lanes):
 @pytest.mark.parametrize("compute", ["float32", "float64"])
 def test_constants_are_loaded_for_interleaved_pixels_and_for_channels(compute):
     table = np.arange(9 * 3, dtype=compute).reshape(9, 3)
+    table[:3] = table[:3, :1]  # the same for all channels
     rows = np.ascontiguousarray(np.tile(table, TABLE_COLUMNS // 3))
     one, step = rows.itemsize, 16 * rows.itemsize
     load_interleaved = memory.load_interleaved_constants(compute, 16)
@@ -410,6 +411,15 @@ def test_every_value_beside_a_boundary_is_saturated_and_rounded_as_by_the_oracle
 
 
 DIVISORS = (127.5, 255.0, 0.229, 0.224, 0.225, 3.0, 1.9999999, 1e30, 1e-30)
+
+
+@pytest.mark.parametrize("compute", ["float32", "float64"])
+def test_without_a_fused_operation_a_reciprocal_and_its_rest_are_two_products(compute, monkeypatch):
+    lesser = processor()._replace(has_fma=False)
+    monkeypatch.setattr(jit, "processor", lambda: lesser)
+    x = np.random.default_rng(0).uniform(-1e3, 1e3, 256).astype(compute)
+    number, rest = x.dtype.type(1 / 0.229), x.dtype.type(1e-4)
+    assert_same(divided("reciprocal", x, x[0], number, rest), x * number + x * rest)
 
 
 @pytest.mark.skipif(not processor().has_fma, reason="the processor has no fused multiply-add")

@@ -184,7 +184,8 @@ def divide(division: str) -> Any:
     "division" divides; "none" returns x. "reciprocal" takes two cheap operations instead: the
     reciprocal and its rounding error together have twice the precision, and the products of both
     with x are added with one rounding (N. Brisebarre, J.-M. Muller, "Correctly rounded
-    multiplication by arbitrary precision constants", IEEE Trans. Computers 57, 2008).
+    multiplication by arbitrary precision constants", IEEE Trans. Computers 57, 2008). Without FMA
+    the reciprocal has eight places less, so that its product with a byte is exact.
     `spec.reciprocal_is_exact` decides for which numbers that is the quotient.
     """
 
@@ -193,7 +194,7 @@ def divide(division: str) -> Any:
             return x
         if division == "division":
             return b.fdiv(x, divisor)
-        return _fma(b, x, reciprocal, b.fmul(x, remainder))
+        return _emit_multiply_add(b, x, reciprocal, b.fmul(x, remainder))
 
     @intrinsic
     def divide_block(_context: Any, x: Any, divisor: Any, reciprocal: Any, remainder: Any) -> Any:

@@ -215,6 +215,15 @@ class Constants(NamedTuple):
     intercept: Any
 
 
+SHARED_ROWS: Final = 3
+"""What divides all channels: the first constants. One register holds each of them."""
+
+
+def _load_shared(b: Any, address: Any, kind: Block) -> Any:
+    value = _load(b, address, kind.storage, 1)
+    return pack(b, [shuffle(b, value, None, [0] * kind.lanes)] * kind.vectors)
+
+
 def _constants_loader(kind: Block, load_one: Callable[[Any, Any], Any]) -> Any:
     """Return an intrinsic from the address of a constant table to `Constants`."""
     count = len(Constants._fields)
@@ -224,7 +233,8 @@ def _constants_loader(kind: Block, load_one: Callable[[Any, Any], Any]) -> Any:
     def load_constants(_context: Any, _table: Any) -> Any:
         def emit(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
             rows = [_past(b, arguments[0], row * row_bytes) for row in range(count)]
-            blocks = [load_one(b, address) for address in rows]
+            shared = [_load_shared(b, address, kind) for address in rows[:SHARED_ROWS]]
+            blocks = [*shared, *(load_one(b, address) for address in rows[SHARED_ROWS:])]
             return context.make_tuple(b, signature.return_type, blocks)
 
         return types.NamedUniTuple(kind, count, Constants)(types.int64), emit

@@ -246,7 +246,7 @@ def _affine_channel(
     return None
 
 
-def _affine(x: NDArray[np.float32], slope: Any, intercept: Any) -> NDArray[np.float32]:
+def _affine(x: NDArray[Any], slope: Any, intercept: Any) -> NDArray[Any]:
     """Return what `arithmetic.multiply_add` computes."""
     return _fused(x, slope, intercept) if jit.processor().has_fma else x * slope + intercept
 
@@ -329,20 +329,24 @@ def reciprocal_is_exact(x: NDArray[Any], divisor: Any) -> bool:
     >>> reciprocal_is_exact(np.arange(256, dtype=np.float32), np.float32(3e38))
     False
     """
-    if not jit.processor().has_fma:
-        return False
     with np.errstate(all="ignore"):
         reciprocal, remainder = _reciprocal(divisor)
         if not np.isfinite(remainder):
             return False
-        quotient = _fused(x, reciprocal, x * remainder)
+        quotient = _affine(x, reciprocal, x * remainder)
         expected: bytes = (x / divisor).tobytes()
         return quotient.tobytes() == expected
 
 
 def _reciprocal(divisor: Any) -> tuple[Any, Any]:
-    """Return 1 / divisor and its rounding error, which is infinite where the reciprocal is."""
+    """Return 1 / divisor and its rounding error, which is infinite where the reciprocal is.
+
+    Without FMA, the products of bytes with the reciprocal must be exact: it has eight places less.
+    """
     reciprocal = 1 / divisor
+    if not jit.processor().has_fma:
+        bits = np.int64 if divisor.dtype == np.float64 else np.int32
+        reciprocal = (reciprocal.view(bits) & ~bits(0xFF)).view(divisor.dtype)
     if divisor.dtype == np.float64:
         return reciprocal, _remainder(divisor, reciprocal)
     residual = 1 - np.multiply(reciprocal, divisor, dtype=np.float64)
