@@ -1,5 +1,12 @@
 """The order of the values of a block.
 
+Three interleaved groups of lanes become planes by one blend and one shuffle for each channel, as
+the number of lanes is no multiple of three. For groups of four lanes:
+
+    r0 g0 b0 r1   g1 b1 r2 g2   b2 r3 g3 b3
+    r0 r3 r2 r1   g1 g0 g3 g2   b2 b1 b0 b3     each channel blended
+    r0 r1 r2 r3   g0 g1 g2 g3   b0 b1 b2 b3     each shuffled
+
 Besides interleaved and planar, vectors of a block can be *split*: the even values, then the odd
 ones. A word that holds two bfloat16 then becomes two float32 without moving them to other words.
 """
@@ -36,7 +43,6 @@ __all__ = [
 
 Place: TypeAlias = tuple[int, int, int]
 """A lane of a block: the vector, the group in that, and the lane in the group."""
-
 
 Step: TypeAlias = "Callable[[int, int, int, int, int], Place]"
 """Where a lane comes from: a function of its place and of the numbers of groups and lanes."""
