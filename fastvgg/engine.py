@@ -229,11 +229,10 @@ _kept_transform = functools.lru_cache(maxsize=64)(Transform)
 
 
 def _transform(*arguments: Any) -> Transform:  # those of Transform
-    """Return a transform; one of the same arguments is kept, as making it takes 2 us."""
-    try:
+    """Return a transform, kept from an earlier call: making one takes 2 us."""
+    with contextlib.suppress(TypeError):  # an argument without a hash, or refused: again below
         return _kept_transform(*arguments)
-    except TypeError:  # some argument cannot be hashed
-        return Transform(*arguments)
+    return Transform(*arguments)
 
 
 def apply(
@@ -252,13 +251,14 @@ def apply(
     """
     batch = as_numpy(x)
     input_name, shape, dtype = _result_of(transform, batch.shape, batch.dtype)
+    if threads is not None:
+        threads = check_threads(threads)
     result = np.empty(shape, dtype) if out is None else _writable(out)
     if out is not None:
         _check_out(result, batch, transform, shape, dtype)
     nbytes = batch.nbytes + result.nbytes
-    # The system is asked for the cores, which takes 1 us, only if there is more than one piece.
-    is_one_piece = threads is None and nbytes <= GATHERED_PIECE_BYTES
-    threads = 1 if is_one_piece else check_threads(threads)
+    if threads is None:  # to ask the system for the cores takes 1 us
+        threads = 1 if nbytes <= GATHERED_PIECE_BYTES else check_threads(None)
     work = (transform, input_name)
     packs = transform.direction == "pack"  # no arithmetic, and so no kernel
     chosen = backends.choose("numpy" if packs else backend, work, nbytes, threads)
@@ -660,7 +660,11 @@ def _as_it_lies(layout: Layout, batch: NDArray[Any]) -> _Lying | None:
 def _lying(
     layout: Layout, dtype: np.dtype[Any], shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> tuple[Layout, bool, int, tuple[int, int, int]] | None:
-    """Return the layout, whether channels are reversed, where it begins, and its `_steps`."""
+    """Return how the batch lies of which one with these strides is a view; None if it is scattered.
+
+    That is its layout, whether its channels are reversed, the offset of its first byte from that of
+    the view, and its `_steps`.
+    """
     if not dtype.isnative:
         return None
     element, last = dtype.itemsize, CHANNEL_AXES[layout] % 4

@@ -1379,3 +1379,10 @@ def test_a_masked_out_is_refused(backend):
     with pytest.raises(OutputError, match="MaskedArray"):
         fastvgg.preprocess(x, "caffe", out=out, backend=backend)
     assert not out.data.any()
+
+
+@pytest.mark.parametrize("arguments", [{"dtype": "int32"}, {"dtype": ["f4"]}, {"layout": ["NHWC"]}])
+def test_what_is_refused_is_refused_once(arguments):
+    with pytest.raises((DtypeError, UsageError)) as refused:
+        fastvgg.preprocess(np.zeros((2, 3, 3), np.uint8), "tf", **arguments)
+    assert refused.value.__context__ is None or refused.value.__suppress_context__

@@ -29,6 +29,7 @@ from fastvgg import engine, oracle
 from fastvgg.kernels import convert
 from fastvgg.kernels.vector import ELEMENT_BYTES
 from fastvgg.kernels.jit import processor
+from fastvgg.kernels.spec import KernelSpec
 from fastvgg.transform import Mode, Transform
 
 assert processor()[:3] == (True, False, False), processor()
@@ -41,6 +42,12 @@ for number in range(0, len(TYPE_PAIRS), {step}):
     (assembly,) = convert.compiled(task.spec).inspect_asm().values()
     assert not re.search({forbidden!r}, assembly), task
     assert re.search({expected!r}, assembly), task
+x = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(1, 256, 3)
+for mode in ("tf", "torch"):
+    for dtype in ("float32", "float64"):
+        transform = Transform(mode, dtype=dtype)
+        assert KernelSpec.of(transform, "uint8").divide == "reciprocal"
+        assert_same(engine.apply(transform, x, backend="numba"), oracle.apply(transform, x))
 for half in ("float16", "bfloat16"):
     y = every_half(half)
     for mode in ("caffe", "torch"):

@@ -112,10 +112,10 @@ def test_cache_lines_are_repeated_or_combined(nbytes):
             assert line.tolist() == np.bitwise_xor.reduce(part.reshape(-1, 64)).tolist()
 
 
-@pytest.mark.parametrize("lanes", [16, 32])
+@pytest.mark.parametrize("lanes", [16, 32, 64])
 @pytest.mark.parametrize("storage", ["bfloat16", "float32", "float64"])
 def test_one_channel_of_interleaved_pixels_is_loaded(storage, lanes):
-    source = cast(np.arange(100, 100 + 3 * lanes), storage)
+    source = cast(np.arange(1, 1 + 3 * lanes), storage)
     for channel in range(3):
         start = source.ctypes.data + channel * source.itemsize
         actual = loaded(memory.load_channel(storage, lanes), storage, lanes, 1, start)
@@ -136,7 +136,9 @@ def test_bytes_are_loaded_in_any_order_of_channels(compute, lanes):
         assert_same(actual.ravel(), source[offsets].astype(compute))
 
 
-def test_bytes_that_are_too_far_apart_for_a_shuffle_are_refused():
+def test_bytes_that_are_too_far_apart_or_too_few_for_a_shuffle_are_refused():
+    with pytest.raises(ValueError, match="15 bytes are less than a window of 16"):
+        memory.load_bytes((0, 1, 2, 3), 4, 15, "float32")
     with pytest.raises(ValueError, match=r"16 bytes .* offsets 0, 6, 12, 18$"):
         memory.load_bytes(tuple(range(0, 96, 6)), 16, 96, "float32")
 
@@ -151,18 +153,19 @@ def test_bytes_are_loaded_from_three_places(lanes):
     assert_same(actual, source.reshape(3, 35)[:, offsets].astype(np.float32))
 
 
+@pytest.mark.parametrize("lanes", [16, 32, 64])
 @pytest.mark.parametrize("compute", ["float32", "float64"])
-def test_constants_are_loaded_for_interleaved_pixels_and_for_channels(compute):
+def test_constants_are_loaded_for_interleaved_pixels_and_for_channels(compute, lanes):
     table = np.arange(9 * 3, dtype=compute).reshape(9, 3)
     table[:3] = table[:3, :1]  # the same for all channels
     rows = np.ascontiguousarray(np.tile(table, TABLE_COLUMNS // 3))
-    one, step = rows.itemsize, 16 * rows.itemsize
-    load_interleaved = memory.load_interleaved_constants(compute, 16)
-    load_split = memory.load_interleaved_constants(compute, 16, split=True)
-    load_channels = memory.load_channel_constants(compute, 16, 3)
+    one, step = rows.itemsize, lanes * rows.itemsize
+    load_interleaved = memory.load_interleaved_constants(compute, lanes)
+    load_split = memory.load_interleaved_constants(compute, lanes, split=True)
+    load_channels = memory.load_channel_constants(compute, lanes, 3)
     load_channel = memory.load_channel_constants(compute, 1, 1)
     store = memory.store(nontemporal=False)
-    interleaved, halved, channels, last = (np.zeros((9, 3, 16), compute) for _ in range(4))
+    interleaved, halved, channels, last = (np.zeros((9, 3, lanes), compute) for _ in range(4))
 
     @inlined
     def store_all(y, step, c):
@@ -184,9 +187,9 @@ def test_constants_are_loaded_for_interleaved_pixels_and_for_channels(compute):
         store_all(d, step, load_channel(table + 2 * one))
 
     store_tables(*(part.ctypes.data for part in (rows, interleaved, halved, channels, last)))
-    assert_same(interleaved.reshape(9, 48), np.tile(table, 16))
-    assert_same(halved.ravel(), split(np.tile(table, 16), 16))
-    assert_same(channels, np.repeat(table[:, :, np.newaxis], 16, axis=2))
+    assert_same(interleaved.reshape(9, 3 * lanes), np.tile(table, lanes))
+    assert_same(halved.ravel(), split(np.tile(table, lanes), lanes))
+    assert_same(channels, np.repeat(table[:, :, np.newaxis], lanes, axis=2))
     assert_same(np.ascontiguousarray(last[:, 0, 0]), np.ascontiguousarray(table[:, 2]))
 
 
@@ -373,7 +376,7 @@ TABLE = [  # a value, what it is rounded to, and what it is truncated to
 ]
 
 
-@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("lanes", [*LANES, 32, 64])
 @pytest.mark.parametrize("compute", ["float32", "float64"])
 def test_the_blocks_that_saturate_and_round_follow_the_table(compute, lanes):
     values, nearest, truncated = np.array(TABLE).T
@@ -385,7 +388,10 @@ def test_the_blocks_that_saturate_and_round_follow_the_table(compute, lanes):
 
 @pytest.mark.parametrize("rounding", ["nearest", "truncate"])
 @pytest.mark.parametrize("compute", ["float32", "float64"])
-def test_every_value_beside_a_boundary_is_saturated_and_rounded_as_by_the_oracle(compute, rounding):
+@pytest.mark.parametrize("lanes", [16, 32, 64])
+def test_every_value_beside_a_boundary_is_saturated_and_rounded_as_by_the_oracle(
+    compute, rounding, lanes
+):
     scalar = np.dtype(compute).type
     places = np.arange(-4, 262, 0.25, dtype=compute)
     near = [places, np.nextafter(places, scalar(np.inf)), np.nextafter(places, scalar(-np.inf))]
@@ -406,7 +412,7 @@ def test_every_value_beside_a_boundary_is_saturated_and_rounded_as_by_the_oracle
     ]
     values = np.concatenate([*near, np.array(ends, compute)])
     for target in ("uint8", compute):
-        values, actual = rounded(values, compute, rounding, target)
+        values, actual = rounded(values, compute, rounding, target, lanes)
         assert_same(actual, oracle.saturate(values, rounding).astype(target))
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# What happens to files, stores and installations, with whatever computes the pixels; it takes
-# minutes to try.
+# What happens to files, stores, screens and installations, with whatever computes the pixels; it
+# takes minutes to try.
 SAME_ON_ANY_BACKEND = (
     *("behind", "benchmarks", "campaigns", "cluster", "crash", "crash_states", "fuzz", "hdf5"),
-    *("images", "index", "inplace", "npy", "packaging", "readme", "screen", "storage", "stores"),
+    *("images", "index", "inplace", "npy", "packaging", "screen", "storage", "stores"),
     *("tar", "zarr"),
 )
 

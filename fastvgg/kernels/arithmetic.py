@@ -155,7 +155,7 @@ def _split_bfloat16(b: Any, halves: Any) -> Any:
 
 
 def _round_to_bfloat16(b: Any, floats: Any, may_tie: bool) -> Any:
-    """Return words whose upper halves are floats as bfloat16."""
+    """Return words whose upper halves hold the floats, rounded to bfloat16."""
     words = like(floats, I32)
     bits = b.bitcast(floats, words)
     if not may_tie:
@@ -181,11 +181,11 @@ def _merge_bfloat16(b: Any, words: Any) -> Any:
 def divide(division: str) -> Any:
     """Divide by a constant: intrinsic(x, divisor, reciprocal, remainder).
 
-    "division" divides; "none" returns x. "reciprocal" takes two cheap operations instead: the
+    "division" divides; "none" returns x. "reciprocal" takes cheap operations instead: the
     reciprocal and its rounding error together have twice the precision, and the products of both
     with x are added with one rounding (N. Brisebarre, J.-M. Muller, "Correctly rounded
     multiplication by arbitrary precision constants", IEEE Trans. Computers 57, 2008). Without FMA
-    the reciprocal has eight places less, so that its product with a byte is exact.
+    the reciprocal has eight bits fewer, so that its product with a byte is exact.
     `spec.reciprocal_is_exact` decides for which numbers that is the quotient.
     """
 

@@ -230,33 +230,36 @@ def _shuffle(spec: KernelSpec) -> Any:
 def _channel_converter(spec: KernelSpec, lanes: int) -> Any:
     """Return the part of a kernel that converts one channel of `lanes` pixels."""
     interleaved_source = not spec.planar_source and lanes > 1
-    load, load_channel = memory.load(spec.source, lanes, 1), memory.load_channel(spec.source, lanes)
     split = spec.splits and lanes > 1
-    offsets = tuple(range(0, 3 * lanes, 3)) if interleaved_source else order.split_order(lanes)
-    block_bytes = 3 * lanes - 2 if interleaved_source else lanes
-    load_bytes = memory.load_bytes(offsets, lanes, block_bytes, spec.compute)
-    reads_bytes = spec.source == "uint8" and (interleaved_source or split)
+    read = _channel_reader(spec, lanes, interleaved_source, split)
     nbytes = (
         lanes * ELEMENT_BYTES[spec.source] * (3 if interleaved_source else 1) if lanes > 1 else 0
     )
-    prefetch = memory.prefetch(nbytes, 1)
-    widen = arithmetic.widen(spec.source, spec.compute, split=split)
-    calculate = _calculation(spec, split=split)
+    prefetch, calculate = memory.prefetch(nbytes, 1), _calculation(spec, split=split)
     store = memory.store(nontemporal=spec.nontemporal and lanes > 1)
 
     @inlined
     def convert(x, y, constants):
         compiler_barrier()
         prefetch(x, 0)
-        if reads_bytes:
-            values = load_bytes(x, 0)
-        elif interleaved_source:
-            values = widen(load_channel(x))
-        else:
-            values = widen(load(x, 0))
-        store(y, 0, calculate(values, constants))
+        store(y, 0, calculate(read(x), constants))
 
     return convert
+
+
+def _channel_reader(spec: KernelSpec, lanes: int, interleaved: bool, split: bool) -> Any:
+    """Return the function that reads one channel of `lanes` pixels into the compute type."""
+    if spec.source == "uint8" and (interleaved or split):
+        offsets = tuple(range(0, 3 * lanes, 3)) if interleaved else order.split_order(lanes)
+        block_bytes = 3 * lanes - 2 if interleaved else lanes
+        load_bytes = memory.load_bytes(offsets, lanes, block_bytes, spec.compute)
+        return inlined(lambda x: load_bytes(x, 0))
+    widen = arithmetic.widen(spec.source, spec.compute, split=split)
+    if interleaved:
+        load_channel = memory.load_channel(spec.source, lanes)
+        return inlined(lambda x: widen(load_channel(x)))
+    load = memory.load(spec.source, lanes, 1)
+    return inlined(lambda x: widen(load(x, 0)))
 
 
 def _calculation(spec: KernelSpec, *, split: bool) -> Any:

@@ -43,7 +43,7 @@ class Processor(NamedTuple):
     permuted_bytes: int
     """The size of the smallest elements that one instruction takes from anywhere in two vectors.
 
-    16 if there is none.
+    16 if there is none for one or two bytes.
     """
 
     @property

@@ -105,8 +105,10 @@ def load_bytes(
 
     The intrinsic(address, step) does so in each of `places` places `step` bytes apart. Four
     neighbouring lanes come from one window of sixteen bytes, by one byte shuffle that also extends
-    them to 32 bits. No window reaches beyond `block_bytes` from the address.
+    them to 32 bits. No window reaches beyond `block_bytes` from the address, at least sixteen.
     """
+    if block_bytes < SHUFFLE_BYTES:
+        raise ValueError(f"{block_bytes} bytes are less than a window of {SHUFFLE_BYTES}")
     for first in range(0, len(offsets), 4):
         four = offsets[first : first + 4]
         if max(four) >= min(four) // 3 * 3 + SHUFFLE_BYTES:
@@ -216,7 +218,7 @@ class Constants(NamedTuple):
 
 
 SHARED_ROWS: Final = 3
-"""What divides all channels: the first constants. One register holds each of them."""
+"""The first constants divide all channels alike: one register holds each of them."""
 
 
 def _load_shared(b: Any, address: Any, kind: Block) -> Any:

@@ -51,8 +51,8 @@ Step: TypeAlias = "Callable[[int, int, int, int, int], Place]"
 def _reordering(*steps: Step) -> Any:
     """Return an intrinsic that reorders the lanes of three vectors.
 
-    A vector consists of groups of sixteen bytes, which most byte shuffles do not cross. Each step
-    takes one such shuffle, a blend, or an exchange of whole groups. The steps are taken in turn, or
+    A vector consists of groups of sixteen bytes, which most byte shuffles do not cross. A step
+    consists of such shuffles and blends, or exchanges whole groups. The steps are taken in turn, or
     at once where the processor permutes whole vectors.
     """
 

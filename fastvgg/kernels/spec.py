@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from fastvgg.transform import Mode, Rounding, Transform
 
-__all__ = ["Division", "KernelSpec", "affine_constants", "constant_table", "reciprocal_is_exact"]
+__all__ = ["KernelSpec", "affine_constants", "constant_table", "reciprocal_is_exact"]
 
 Division: TypeAlias = Literal["none", "division", "reciprocal"]
 
@@ -140,7 +140,7 @@ class KernelSpec(NamedTuple):
         if jit.processor().permuted_bytes <= 2:
             return False
         if (self.source, self.target) == ("uint8", "bfloat16"):
-            return self.planar_source or not self.planar_target
+            return not self.planar_target or (self.planar_source and self.plane_by_plane)
         return (self.source, self.target) == ("bfloat16", "uint8")
 
     @property
@@ -318,7 +318,7 @@ def _divisions(mode: Mode, compute: str, *, bytes_only: bool) -> tuple[Division,
 
 
 def reciprocal_is_exact(x: NDArray[Any], divisor: Any) -> bool:
-    """Return whether the two operations of `arithmetic.divide` give the quotient, for every x.
+    """Return whether the operations of `arithmetic.divide` give the quotient, for every x.
 
     Both are float32 or both float64.
 
@@ -341,7 +341,7 @@ def reciprocal_is_exact(x: NDArray[Any], divisor: Any) -> bool:
 def _reciprocal(divisor: Any) -> tuple[Any, Any]:
     """Return 1 / divisor and its rounding error, which is infinite where the reciprocal is.
 
-    Without FMA, the products of bytes with the reciprocal must be exact: it has eight places less.
+    Without FMA, the products of bytes with the reciprocal must be exact: it has eight bits fewer.
     """
     reciprocal = 1 / divisor
     if not jit.processor().has_fma:

@@ -8,8 +8,8 @@ A block is, for example, sixteen pixels, 48 values, in three vectors of sixteen 
 LLVM splits vectors evenly into registers of 4 (SSE, NEON), 8 (AVX) or 16 (AVX-512) float32 values.
 The number of lanes is a power of two: LLVM 22 shuffles and spills vectors of 48 lanes badly.
 
-What kernels do with blocks is in `memory`, `order` and `arithmetic`: functions that return an
-intrinsic for given types. Sums, products and quotients are written with Python's operators.
+What kernels do with blocks is in `memory`, `order` and `arithmetic`: intrinsics, and functions that
+return one for given types. Sums, products and quotients are written with Python's operators.
 
 A new storage type is an entry of `ELEMENTS` and `ELEMENT_BYTES`, and a case of `arithmetic.widen`
 and `arithmetic.narrow`.
@@ -142,7 +142,7 @@ def on_each_vector(result: Callable[[Block], Block], emit: Callable[[Any, Any], 
 
 
 def like(vector: Any, element: ir.Type) -> ir.VectorType:
-    """Return the type of a vector with as many lanes."""
+    """Return the type of a vector of `element`, with as many lanes as another."""
     return ir.VectorType(element, vector.type.count)
 
 
