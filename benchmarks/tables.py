@@ -480,6 +480,7 @@ CAMPAIGNS = {
     "fuzz_hdf5": "damages HDF5 files",
     "installs": "builds the wheel and the source archive, and installs them on every Python there "
     "is, with the lowest and the newest of each dependency",
+    "arm": "runs kernels on an emulated Arm processor and compares their bits with the oracle",
 }
 
 # What writes a table, and the results that it is written from.
