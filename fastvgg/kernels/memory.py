@@ -221,9 +221,8 @@ SHARED_ROWS: Final = 3
 """The first constants divide all channels alike: one register holds each of them."""
 
 
-def _load_shared(b: Any, address: Any, kind: Block) -> Any:
-    value = _load(b, address, kind.storage, 1)
-    return pack(b, [shuffle(b, value, None, [0] * kind.lanes)] * kind.vectors)
+def _load_into_all_lanes(b: Any, address: Any, kind: Block) -> Any:
+    return shuffle(b, _load(b, address, kind.storage, 1), None, [0] * kind.lanes)
 
 
 def _constants_loader(kind: Block, load_one: Callable[[Any, Any], Any]) -> Any:
@@ -235,8 +234,9 @@ def _constants_loader(kind: Block, load_one: Callable[[Any, Any], Any]) -> Any:
     def load_constants(_context: Any, _table: Any) -> Any:
         def emit(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
             rows = [_past(b, arguments[0], row * row_bytes) for row in range(count)]
-            shared = [_load_shared(b, address, kind) for address in rows[:SHARED_ROWS]]
-            blocks = [*shared, *(load_one(b, address) for address in rows[SHARED_ROWS:])]
+            shared = [_load_into_all_lanes(b, address, kind) for address in rows[:SHARED_ROWS]]
+            blocks = [pack(b, [vector] * kind.vectors) for vector in shared]
+            blocks += [load_one(b, address) for address in rows[SHARED_ROWS:]]
             return context.make_tuple(b, signature.return_type, blocks)
 
         return types.NamedUniTuple(kind, count, Constants)(types.int64), emit
@@ -273,13 +273,13 @@ def load_interleaved_constants(compute: str, lanes: int, *, split: bool = False)
 @functools.cache
 def load_channel_constants(compute: str, lanes: int, vectors: int) -> Any:
     """Load the constants of neighbouring channels from a table, each into all lanes of a vector."""
-    size = ELEMENT_BYTES[compute]
+    kind, size = Block(compute, lanes, vectors), ELEMENT_BYTES[compute]
 
     def load_one(b: Any, address: Any) -> Any:
-        values = [_load(b, _past(b, address, at * size), compute, 1) for at in range(vectors)]
-        return pack(b, [shuffle(b, value, None, [0] * lanes) for value in values])
+        addresses = [_past(b, address, at * size) for at in range(vectors)]
+        return pack(b, [_load_into_all_lanes(b, channel, kind) for channel in addresses])
 
-    return _constants_loader(Block(compute, lanes, vectors), load_one)
+    return _constants_loader(kind, load_one)
 
 
 @functools.cache
