@@ -9,6 +9,7 @@ DLPack: https://dmlc.github.io/dlpack/latest/python_spec.html
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,13 +21,42 @@ from fastvgg.errors import DtypeError, ShapeError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["as_numpy", "as_torch", "is_torch"]
+__all__ = ["address_of", "as_numpy", "as_torch", "is_torch"]
 
 # DLPack's numbers of the devices whose memory the CPU reads: its own, pinned and managed memory.
 READ_BY_THE_CPU: Final = frozenset({1, 3, 11, 13})
 MOVES: Final = {"cupy": "cupy.asnumpy(x)", "jaxlib": "jax.device_get(x)", "tensorflow": "x.cpu()"}
 # What arrays raise that cannot show their memory: of symbols, sparse ones, those with a gradient.
 EXPORT_ERRORS: Final = (BufferError, RuntimeError, TypeError, ValueError)
+
+
+class _ArrayStruct(ctypes.Structure):
+    """What `__array_struct__` points to, `PyArrayInterface`, as far as its data."""
+
+    _fields_ = (
+        *(("two", ctypes.c_int), ("nd", ctypes.c_int), ("typekind", ctypes.c_char)),
+        *(("itemsize", ctypes.c_int), ("flags", ctypes.c_int)),
+        *(("shape", ctypes.c_void_p), ("strides", ctypes.c_void_p), ("data", ctypes.c_void_p)),
+    )
+
+
+_DATA_OFFSET: Final = _ArrayStruct.data.offset
+_pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+
+
+def address_of(array: NDArray[Any]) -> int:
+    """Return the address of an array's first element.
+
+    >>> x = np.zeros(3)
+    >>> address_of(x[1:]) - address_of(x) == x.itemsize
+    True
+    """
+    # 0.9 us, where `array.ctypes.data` and `array.__array_interface__` take 2.
+    capsule = array.__array_struct__  # owns what its pointer points to
+    data = ctypes.c_void_p.from_address(_pointer_of(capsule, None) + _DATA_OFFSET)
+    return data.value or 0
 
 
 def as_numpy(x: Any) -> NDArray[Any]:  # noqa: ANN401  # that is the question

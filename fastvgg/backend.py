@@ -19,6 +19,7 @@ import threading
 import time
 import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from fastvgg.errors import BackendError, UsageError
@@ -29,12 +30,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Backend",
     "Chosen",
+    "Work",
     "check_backend",
     "choose",
     "compiling",
-    "has_kernel",
     "known_work",
-    "on_oracle",
+    "work_of",
 ]
 
 Backend: TypeAlias = Literal["auto", "numba", "numpy"]
@@ -64,9 +65,36 @@ if hasattr(os, "register_at_fork"):
         after_in_child=compiling.release,
     )
 
-_seconds: dict[Hashable, float] = {}
-_nbytes: dict[Hashable, int] = {}
-_compiled: set[Hashable] = set()
+
+@dataclass(eq=False, slots=True)
+class Work:
+    """Work that one kernel does: what it has cost on NumPy, and whether its kernel is compiled."""
+
+    seconds: float = 0.0
+    nbytes: int = 0
+    is_compiled: bool = False
+
+    def expected_seconds(self, nbytes: int, threads: int) -> float:
+        """Return how long NumPy takes for more of this work."""
+        if self.nbytes:
+            return self.seconds / self.nbytes * nbytes
+        return ORACLE_SECONDS_PER_BYTE * nbytes / threads
+
+    @contextmanager
+    def on_numpy(self, nbytes: int) -> Iterator[None]:
+        """Record how long NumPy takes for some of this work."""
+        begun = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - begun
+        self.nbytes += nbytes
+
+
+_works: dict[Hashable, Work] = {}
+
+
+def work_of(*key: Hashable) -> Work:
+    """Return the work that a key stands for: what distinguishes it from that of other kernels."""
+    return _works.setdefault(key, Work())
 
 
 def check_backend(backend: Backend) -> None:
@@ -86,7 +114,7 @@ def check_backend(backend: Backend) -> None:
         raise BackendError(f"Numba is not usable: {reason}", remedy)
 
 
-def choose(backend: Backend, work: Hashable, nbytes: int, threads: int) -> Chosen:
+def choose(backend: Backend, work: Work, nbytes: int, threads: int) -> Chosen:
     """Return the backend for a call.
 
     Parameters
@@ -94,7 +122,7 @@ def choose(backend: Backend, work: Hashable, nbytes: int, threads: int) -> Chose
     backend
         As the caller gave it.
     work
-        What distinguishes this work from work that another kernel does.
+        What the call does.
     nbytes
         What the call reads and writes.
     threads
@@ -105,13 +133,13 @@ def choose(backend: Backend, work: Hashable, nbytes: int, threads: int) -> Chose
     BackendError, UsageError
         As `check_backend`.
     """
-    if backend == "auto" and work in _compiled:
+    if backend == "auto" and work.is_compiled:
         return "numba"
     check_backend(backend)
     if backend != "auto":
         return backend
-    expected = _expected_seconds(work, nbytes, threads)
-    own, all_work = (seconds + expected for seconds in (_seconds.get(work, 0.0), _total()))
+    expected = work.expected_seconds(nbytes, threads)
+    own, all_work = (seconds + expected for seconds in (work.seconds, _total()))
     pays = own >= KERNEL_SECONDS and (_has_started() or all_work >= START_SECONDS + KERNEL_SECONDS)
     return _numba_if(pays)
 
@@ -128,28 +156,8 @@ def known_work(backend: Backend, nbytes: int, threads: int) -> Chosen:
     return _numba_if(_total() + nbytes * ORACLE_SECONDS_PER_BYTE / threads >= cost)
 
 
-def has_kernel(work: Hashable) -> None:
-    """Record that the kernel of some work is compiled: from now on, it pays off."""
-    _compiled.add(work)
-
-
-@contextmanager
-def on_oracle(work: Hashable, nbytes: int) -> Iterator[None]:
-    """Record how long the oracle takes for some work."""
-    begun = time.perf_counter()
-    yield
-    _seconds[work] = _seconds.get(work, 0.0) + time.perf_counter() - begun
-    _nbytes[work] = _nbytes.get(work, 0) + nbytes
-
-
-def _expected_seconds(work: Hashable, nbytes: int, threads: int) -> float:
-    if work in _nbytes:
-        return _seconds[work] / max(1, _nbytes[work]) * nbytes
-    return ORACLE_SECONDS_PER_BYTE * nbytes / threads
-
-
 def _total() -> float:
-    return sum(list(_seconds.values()))  # a copy: other threads add to it
+    return sum(work.seconds for work in list(_works.values()))  # a copy: other threads add to it
 
 
 def _has_started() -> bool:

@@ -1,8 +1,8 @@
 """A Transform on a batch in memory: checks once, picks a kernel or the oracle, splits over threads.
 
-The batch is cut into pieces, whole images or whole rows of one image. The same bits come out for
-any cut, thread count and backend. A piece is worked on where it lies when it is contiguous, and is
-first gathered into a small buffer when it is not, so no temporary has the size of the batch.
+The batch is cut into tiles, whole images or whole rows of one image. The same bits come out for any
+cut, thread count and backend. A tile is worked on where it lies when it is contiguous, and is first
+copied into a small buffer when it is not, so no temporary has the size of the batch.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ import contextlib
 import dataclasses
 import functools
 import math
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, overload
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, overload
 
 import numpy as np
 
 from fastvgg import backend as backends
 from fastvgg import nearest, oracle
-from fastvgg.arrays import as_numpy, as_torch, is_torch
+from fastvgg.arrays import address_of, as_numpy, as_torch, is_torch
 from fastvgg.errors import DtypeError, OutputError, UsageError
 from fastvgg.threads import check_threads, work_on_all
-from fastvgg.transform import CHANNEL_AXES, Transform, storage_dtype, storage_name
+from fastvgg.tiling import LINE_BYTES, Steps, Tile, base_of, cut, pixels_before_a_line
+from fastvgg.transform import Transform, storage_dtype, storage_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
     from fastvgg.backend import Backend, Chosen
     from fastvgg.nearest import Picks
+    from fastvgg.tiling import Base
     from fastvgg.transform import Layout, Mode, Rounding
 
 __all__ = [
@@ -41,11 +44,10 @@ __all__ = [
 
 # A kernel takes 100 us or more for this; to wake a second thread for less costs more (20 to 60 us)
 # than it saves.
-SMALLEST_PIECE_BYTES: Final = 4 * 1024 * 1024
-# A gathered piece is read twice; 1 MiB stays in the second-level cache between the two.
-GATHERED_PIECE_BYTES: Final = 1024 * 1024
-PIECES_PER_THREAD: Final = 4
-LINE_BYTES: Final = 64
+SMALLEST_TILE_BYTES: Final = 4 * 1024 * 1024
+# A tile that is copied is read twice; 1 MiB stays in the second-level cache between the two.
+COPIED_TILE_BYTES: Final = 1024 * 1024
+TILES_PER_THREAD: Final = 4
 # About a last-level cache. Of results that were used before, those of 24 MiB took 0.55 of the time
 # when written through the caches, 32 MiB 0.8, 48 MiB 1.1, 64 MiB 1.4. New memory has just been
 # zeroed by the system, and is in the caches already.
@@ -250,24 +252,23 @@ def apply(
     the result is read at once, and should not be written past the caches.
     """
     batch = as_numpy(x)
-    input_name, shape, dtype = _result_of(transform, batch.shape, batch.dtype)
+    plan = _plan_call(transform, batch.dtype, batch.shape, batch.strides)
     if threads is not None:
         threads = check_threads(threads)
-    result = np.empty(shape, dtype) if out is None else _writable(out)
-    if out is not None:
-        _check_out(result, batch, transform, shape, dtype)
-    nbytes = batch.nbytes + result.nbytes
+    if out is None:
+        result = np.empty(plan.shape, plan.dtype)
+    else:
+        result = _writable(out)
+        _check_out(result, batch, transform, plan.shape, plan.dtype)
     if threads is None:  # to ask the system for the cores takes 1 us
-        threads = 1 if nbytes <= GATHERED_PIECE_BYTES else check_threads(None)
-    work = (transform, input_name)
-    packs = transform.direction == "pack"  # no arithmetic, and so no kernel
-    chosen = backends.choose("numpy" if packs else backend, work, nbytes, threads)
-    if batch.size and chosen == "numba":
+        threads = 1 if plan.nbytes <= COPIED_TILE_BYTES else check_threads(None)
+    chosen = backends.choose(plan.backend or backend, plan.work, plan.nbytes, threads)
+    if plan.nbytes and chosen == "numba":
         streams = out is not None and not read_next and result.nbytes >= SMALLEST_STREAMED_BYTES
-        _apply(transform, batch, result, threads, compiled=True, streams=streams)
-    elif batch.size:
-        with contextlib.nullcontext() if packs else backends.on_oracle(work, nbytes):
-            _apply(transform, batch, result, threads, compiled=False, streams=False)
+        _apply_kernel(plan, batch, result, threads, streams)
+    elif plan.nbytes:
+        with plan.work.on_numpy(plan.nbytes):
+            _apply_oracle(plan, batch, result, threads)
     if out is not None:
         return out
     return as_torch(result) if is_torch(x[0] if isinstance(x, list | tuple) else x) else result
@@ -285,26 +286,6 @@ def _writable(out: Any) -> NDArray[Any]:  # noqa: ANN401
         return as_numpy(out)
     except DtypeError as error:
         raise OutputError(f"out cannot be written: {error.problem}", error.remedy) from error
-
-
-def _apply(
-    transform: Transform,
-    x: NDArray[Any],
-    out: NDArray[Any],
-    threads: int,
-    *,
-    compiled: bool,
-    streams: bool,
-) -> None:
-    """Carry a transform out that was checked."""
-    source, target = np.asarray(x), np.asarray(out)
-    if x.ndim == 3:
-        source, target = source[np.newaxis], target[np.newaxis]
-    if compiled:
-        pieces, work_on = _kernel_work(transform, source, target, threads, streams)
-    else:
-        pieces, work_on = _oracle_work(transform, source, target, threads)
-    work_on_all(pieces, work_on, threads)
 
 
 def picker(backend: Chosen) -> Callable[[NDArray[Any], Picks, NDArray[Any]], None]:
@@ -325,7 +306,12 @@ def picker(backend: Chosen) -> Callable[[NDArray[Any], Picks, NDArray[Any]], Non
         # All columns before the last one of the source, and of the result: both are in order.
         wide = min(int(picked.columns.searchsorted(width - 1)), columns - 1)
         kernel(
-            *(_address(pixels), _address(out), _address(picked.rows), _address(picked.columns)),
+            *(
+                address_of(pixels),
+                address_of(out),
+                address_of(picked.rows),
+                address_of(picked.columns),
+            ),
             *(len(picked.rows), columns, width, wide),
         )
 
@@ -360,63 +346,89 @@ def row_by_row(
     >>> (out == apply(Transform("tf"), x[1])).all(axis=(1, 2, 3)).tolist()
     [False, False, False, True]
     """
-    input_name, shape, dtype = _result_of(transform, x.shape, x.dtype)
-    _check_out(out, x, transform, (len(out), *shape[1:]), dtype)
+    plan = _plan_call(transform, x.dtype, x.shape, x.strides)
+    _check_out(out, x, transform, (len(out), *plan.shape[1:]), plan.dtype)
     if not (x.flags.c_contiguous and x.dtype.isnative):
         raise UsageError("the rows of x do not lie one after the other", "use fastvgg.preprocess")
-    work = (transform, input_name)
-    packs = transform.direction == "pack"
-    chosen = backends.choose("numpy" if packs else backend, work, x.nbytes + out.nbytes, 1)
+    chosen = backends.choose(plan.backend or backend, plan.work, x.nbytes + out.nbytes, 1)
     if chosen == "numpy":
 
         def apply_oracle(row: int, out_row: int, count: int = 1) -> None:
-            with backends.on_oracle(work, count * (x[0].nbytes + out[0].nbytes)):
+            with plan.work.on_numpy(count * (x[0].nbytes + out[0].nbytes)):
                 out[out_row : out_row + count] = oracle.apply(transform, x[row : row + count])
 
         return apply_oracle
-    kernel = _kernel(
-        transform,
-        input_name,
-        streams=out.nbytes >= SMALLEST_STREAMED_BYTES,
-        aligned_planes=_Memory.of(out, transform.out_layout).has_aligned_planes,
-    )
-    return _KernelOnRows(kernel, transform, x, out)
+    kernel = _kernel(plan, False, out.nbytes >= SMALLEST_STREAMED_BYTES)
+    return _KernelOnRows(kernel, plan, x, out)
 
 
 class _KernelOnRows:
     """A kernel on rows. It holds the batches: the loop knows addresses alone."""
 
     def __init__(
-        self, kernel: _Kernel, transform: Transform, x: NDArray[Any], out: NDArray[Any]
+        self, kernel: _Kernel, plan: _CallPlan, x: NDArray[Any], out: NDArray[Any]
     ) -> None:
         self._held = kernel, x, out
         self._loop = kernel.loop
         self._constants_address = kernel.constants_address
-        source, target = _Memory.of(x, transform.layout), _Memory.of(out, transform.out_layout)
-        self._source, self._target = source, target
-        self._rest = (
-            x[0].size // 3,
-            *(source.image_bytes, source.plane_bytes, target.image_bytes, target.plane_bytes),
-        )
+        self._first, self._out_first = address_of(x), address_of(out)
+        steps, out_steps = Steps.of(x.shape, x.itemsize, plan.transform.layout), plan.out_steps
+        self._image_bytes, self._out_image_bytes = steps.image, out_steps.image
+        self._rest = plan.image_pixels, *steps[:2], *out_steps[:2]
 
     def __call__(self, row: int, out_row: int, count: int = 1) -> None:
-        first, out_first = self._source.at(row, 0), self._target.at(out_row, 0)
-        self._loop(first, out_first, self._constants_address, count, *self._rest)
+        self._loop(
+            self._first + row * self._image_bytes,
+            self._out_first + out_row * self._out_image_bytes,
+            self._constants_address,
+            count,
+            *self._rest,
+        )
 
 
-def _address(array: NDArray[Any]) -> int:
-    address: int = array.__array_interface__["data"][0]  # half the time of array.ctypes.data
-    return address
+@dataclass(frozen=True, eq=False, slots=True)  # without eq its hash is its identity: 0.1 us
+class _CallPlan:
+    """What all calls share that apply one transform to batches of one type, shape and strides."""
+
+    transform: Transform
+    input_name: str
+    shape: tuple[int, ...]
+    """Of the result."""
+    dtype: np.dtype[Any]
+    nbytes: int
+    """Of the input and the result."""
+    images: int
+    image_pixels: int
+    base: Base | None
+    out_steps: Steps
+    work: backends.Work
+    backend: Backend | None
+    """The only backend that there is for it, if there is only one."""
 
 
 @functools.lru_cache(maxsize=256)
-def _result_of(
-    transform: Transform, shape: tuple[int, ...], dtype: np.dtype[Any]
-) -> tuple[str, tuple[int, ...], np.dtype[Any]]:
-    """Check an input; return its storage type, and the shape and type of its result."""
-    name = storage_name(dtype)
-    transform.check_input(shape, name)
-    return name, transform.output_shape(shape), storage_dtype(transform.output_name(name))
+def _plan_call(
+    transform: Transform, dtype: np.dtype[Any], shape: tuple[int, ...], strides: tuple[int, ...]
+) -> _CallPlan:
+    """Check an input, and plan the calls for inputs like it."""
+    input_name = storage_name(dtype)
+    transform.check_input(shape, input_name)
+    out_shape = transform.output_shape(shape)
+    out_dtype = storage_dtype(transform.output_name(input_name))
+    packs = transform.direction == "pack"  # no arithmetic, and so no kernel
+    return _CallPlan(
+        transform=transform,
+        input_name=input_name,
+        shape=out_shape,
+        dtype=out_dtype,
+        nbytes=math.prod(shape) * (dtype.itemsize + out_dtype.itemsize),
+        images=shape[0] if len(shape) == 4 else 1,
+        image_pixels=math.prod(shape[-3:]) // 3,
+        base=base_of(transform.layout, dtype, shape, strides),
+        out_steps=Steps.of(out_shape, out_dtype.itemsize, transform.out_layout),
+        work=backends.Work() if packs else backends.work_of(transform, input_name),
+        backend="numpy" if packs else None,
+    )
 
 
 def _check_out(
@@ -432,9 +444,10 @@ def _check_out(
             f"out has shape {out.shape} and type {out.dtype}, the result {shape} and {dtype}",
             f"give np.empty({shape}, {dtype.name!r}), or no out",
         )
-    if not out.flags.writeable:
+    flags = out.flags
+    if not flags.writeable:
         raise OutputError("out is read-only", "give a writable array")
-    if not (out.flags.c_contiguous and out.flags.aligned):
+    if not flags.carray:
         raise OutputError(
             f"out has strides {out.strides}: it is not contiguous and aligned",
             f"give np.empty({shape}, {dtype.name!r}), or no out",
@@ -462,234 +475,6 @@ def _overlap(a: NDArray[Any], b: NDArray[Any]) -> bool:
         return True
 
 
-# Asking NumPy for a type's name takes a microsecond; a thumbnail takes two.
-_stored_name = functools.lru_cache(maxsize=64)(storage_name)
-
-
-class _Piece(NamedTuple):
-    """Some whole images, or some rows of one image; to a kernel, each pixel is a row."""
-
-    image: int
-    images: int
-    row: int
-    rows: int
-
-    def of(self, batch: NDArray[Any], layout: Layout) -> NDArray[Any]:
-        """Return the piece's view of a batch."""
-        images = slice(self.image, self.image + self.images)
-        rows = slice(self.row, self.row + self.rows)
-        return batch[images, rows] if layout == "NHWC" else batch[images, :, rows]
-
-
-def _cut(
-    images: int, rows: int, row_bytes: int, piece_bytes: int, *, lead: int = 0, multiple: int = 1
-) -> list[_Piece]:
-    """Cut a batch into pieces of about `piece_bytes`, but no less than `multiple` rows.
-
-    An image that is larger is cut `lead` rows past the multiples of `multiple`.
-
-    >>> [tuple(piece) for piece in _cut(images=3, rows=4, row_bytes=10, piece_bytes=80)]
-    [(0, 2, 0, 4), (2, 1, 0, 4)]
-    >>> [tuple(piece) for piece in _cut(images=1, rows=4, row_bytes=10, piece_bytes=30)]
-    [(0, 1, 0, 3), (0, 1, 3, 1)]
-    >>> [tuple(piece) for piece in _cut(1, 20, 10, piece_bytes=90, lead=3, multiple=4)]
-    [(0, 1, 0, 11), (0, 1, 11, 8), (0, 1, 19, 1)]
-    """
-    together = piece_bytes // max(1, rows * row_bytes)
-    if together:
-        return [
-            _Piece(image, min(together, images - image), 0, rows)
-            for image in range(0, images, together)
-        ]
-    step = max(1, piece_bytes // (row_bytes * multiple)) * multiple
-    starts = [0, *range(lead + step, rows, step)]
-    stretches = [*zip(starts, [*starts[1:], rows], strict=True)]
-    return [
-        _Piece(image, 1, start, stop - start)
-        for image in range(images)
-        for start, stop in stretches
-    ]
-
-
-_Work: TypeAlias = "tuple[list[_Piece], Callable[[_Piece], None]]"
-
-
-def _oracle_work(
-    transform: Transform, source: NDArray[Any], target: NDArray[Any], threads: int
-) -> _Work:
-    def work_on(piece: _Piece) -> None:
-        result = oracle.apply(transform, piece.of(source, transform.layout))
-        piece.of(target, transform.out_layout)[...] = result
-
-    return _gathered_pieces(transform, source, target, threads), work_on
-
-
-class _Memory(NamedTuple):
-    """Where the pixels of a contiguous batch are."""
-
-    address: int
-    image_bytes: int
-    plane_bytes: int
-    pixel_bytes: int
-
-    @classmethod
-    def of(cls, batch: NDArray[Any], layout: Layout) -> _Memory:
-        """Describe the memory of a contiguous batch."""
-        return cls(_address(batch), *_steps(batch.shape, batch.dtype.itemsize, layout))
-
-    @property
-    def has_aligned_planes(self) -> bool:
-        """Whether all planes begin at the same place of a cache line."""
-        return self.plane_bytes % LINE_BYTES == 0
-
-    def at(self, image: int, pixel: int) -> int:
-        """Return the address of a pixel; where planes differ, in the first plane."""
-        return self.address + image * self.image_bytes + pixel * self.pixel_bytes
-
-
-@functools.lru_cache(maxsize=256)
-def _steps(shape: tuple[int, ...], element_bytes: int, layout: Layout) -> tuple[int, int, int]:
-    """Return the bytes from image to image, plane to plane and pixel to pixel."""
-    image_bytes = math.prod(shape[1:]) * element_bytes
-    return image_bytes, image_bytes // 3, element_bytes * (3 if layout == "NHWC" else 1)
-
-
-def _kernel_work(
-    transform: Transform,
-    source: NDArray[Any],
-    target: NDArray[Any],
-    threads: int,
-    streams: bool,
-) -> _Work:
-    lying = _as_it_lies(transform.layout, source)
-    if lying is None:
-        return _gathering_work(transform, source, target, threads, streams)
-    layout, reverses, x = lying
-    if layout != transform.layout:
-        transform = _with_layout(transform, layout)
-    y = _Memory.of(target, transform.out_layout)
-    in_place = x.address == y.address
-    kernel = _kernel(
-        transform,
-        _stored_name(source.dtype),
-        reverses=reverses,
-        in_place=in_place,
-        streams=streams and not in_place,
-        aligned_planes=y.has_aligned_planes,
-    )
-    images, pixels = source.shape[0], source.size // (3 * source.shape[0])
-    if layout == transform.out_layout == "NHWC":
-        images, pixels = 1, images * pixels
-    steps = (x.image_bytes, x.plane_bytes, y.image_bytes, y.plane_bytes)
-
-    def work_on(piece: _Piece) -> None:
-        kernel.loop(
-            x.at(piece.image, piece.row),
-            y.at(piece.image, piece.row),
-            kernel.constants_address,
-            piece.images,
-            piece.rows,
-            *steps,
-        )
-
-    total_bytes = source.nbytes + target.nbytes
-    piece_bytes = _piece_bytes(total_bytes, threads)
-    if total_bytes <= piece_bytes:
-        return [_Piece(0, images, 0, pixels)], work_on
-    lead = _pixels_before_a_line(y, transform.out_layout)
-    pixel_bytes = total_bytes // (images * pixels)
-    pieces = _cut(images, pixels, pixel_bytes, piece_bytes, lead=lead, multiple=LINE_BYTES)
-    return pieces, work_on
-
-
-def _gathering_work(
-    transform: Transform,
-    source: NDArray[Any],
-    target: NDArray[Any],
-    threads: int,
-    streams: bool,
-) -> _Work:
-    """Copy each piece into memory of its own first, where it stays in the cache."""
-    y = _Memory.of(target, transform.out_layout)
-    kernel = _kernel(
-        transform,
-        _stored_name(source.dtype),
-        streams=streams,
-        aligned_planes=y.has_aligned_planes,
-    )
-    width = source.shape[2 if transform.layout == "NHWC" else 3]
-    native = source.dtype.newbyteorder("=")
-
-    def work_on(piece: _Piece) -> None:
-        gathered = np.array(piece.of(source, transform.layout), native, order="C")
-        x = _Memory.of(gathered, transform.layout)
-        kernel.loop(
-            x.address,
-            y.at(piece.image, piece.row * width),
-            kernel.constants_address,
-            piece.images,
-            piece.rows * width,
-            x.image_bytes,
-            x.plane_bytes,
-            y.image_bytes,
-            y.plane_bytes,
-        )
-
-    return _gathered_pieces(transform, source, target, threads), work_on
-
-
-class _Lying(NamedTuple):
-    """A contiguous batch, of which the one that was given may be a view."""
-
-    layout: Layout
-    reverses: bool
-    """Whether its channels are in the reverse of the order that the view shows."""
-    memory: _Memory
-
-
-def _as_it_lies(layout: Layout, batch: NDArray[Any]) -> _Lying | None:
-    """Find the contiguous batch of which this one is a turned or a channel-reversed view."""
-    found = _lying(layout, batch.dtype, batch.shape, batch.strides)
-    if found is None:
-        return None
-    lying, reverses, offset, steps = found
-    return _Lying(lying, reverses, _Memory(_address(batch) + offset, *steps))
-
-
-@functools.lru_cache(maxsize=256)
-def _lying(
-    layout: Layout, dtype: np.dtype[Any], shape: tuple[int, ...], strides: tuple[int, ...]
-) -> tuple[Layout, bool, int, tuple[int, int, int]] | None:
-    """Return how the batch lies of which one with these strides is a view; None if it is scattered.
-
-    That is its layout, whether its channels are reversed, the offset of its first byte from that of
-    the view, and its `_steps`.
-    """
-    if not dtype.isnative:
-        return None
-    element, last = dtype.itemsize, CHANNEL_AXES[layout] % 4
-    channel = strides[last]
-    images, rows, columns = (size for axis, size in enumerate(shape) if axis != last)
-    others = [stride for axis, stride in enumerate(strides) if axis != last]
-    plane = rows * columns * element
-    turned: Layout = "NCHW" if layout == "NHWC" else "NHWC"
-    for lying in (layout, turned):
-        pixel, between = (3 * element, element) if lying == "NHWC" else (element, plane)
-        wanted = (3 * plane, columns * pixel, pixel)
-        sizes = (images, rows, columns)
-        if abs(channel) == between and all(
-            size == 1 or stride == step
-            for size, stride, step in zip(sizes, others, wanted, strict=True)
-        ):
-            return lying, channel < 0, min(0, 2 * channel), (3 * plane, plane, pixel)
-    return None
-
-
-@functools.lru_cache(maxsize=64)
-def _with_layout(transform: Transform, layout: Layout) -> Transform:
-    return dataclasses.replace(transform, layout=layout)
-
-
 class _Kernel(NamedTuple):
     """A compiled loop, and the constants that it reads."""
 
@@ -699,13 +484,25 @@ class _Kernel(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _kernel(
+def _kernel(plan: _CallPlan, in_place: bool, streams: bool) -> _Kernel:
+    """Return the kernel for the base of a plan's batches; for copied tiles if it has none."""
+    transform, reverses = plan.transform, False
+    if plan.base is not None:
+        transform = dataclasses.replace(transform, layout=plan.base.layout)
+        reverses = plan.base.reverses
+    aligned_planes = plan.out_steps.plane % LINE_BYTES == 0
+    kernel = _compiled(transform, plan.input_name, reverses, in_place, streams, aligned_planes)
+    plan.work.is_compiled = True
+    return kernel
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(
     transform: Transform,
     input_name: str,
-    *,
-    reverses: bool = False,
-    in_place: bool = False,
-    streams: bool,
+    reversed_input: bool,
+    in_place: bool,
+    nontemporal: bool,
     aligned_planes: bool,
 ) -> _Kernel:
     with backends.compiling:
@@ -715,35 +512,98 @@ def _kernel(
         spec = KernelSpec.of(
             transform,
             input_name,
-            reversed_input=reverses,
+            reversed_input=reversed_input,
             in_place=in_place,
-            nontemporal=streams,
+            nontemporal=nontemporal,
             aligned_planes=aligned_planes,
         )
         table = constant_table(transform.mode, spec)
-        kernel = _Kernel(convert.compiled(spec), table, table.ctypes.data)
-    backends.has_kernel((transform, input_name))
-    return kernel
+        return _Kernel(convert.compiled(spec), table, table.ctypes.data)
 
 
-def _pixels_before_a_line(memory: _Memory, layout: Layout) -> int:
-    """Return after how many pixels one begins where a cache line does."""
-    channels = 3 if layout == "NHWC" else 1
-    element_bytes = memory.pixel_bytes // channels
-    elements_in_line = LINE_BYTES // element_bytes
-    elements_before = -memory.address // element_bytes
-    return elements_before * pow(channels, -1, elements_in_line) % elements_in_line
+def _apply_kernel(
+    plan: _CallPlan, x: NDArray[Any], out: NDArray[Any], threads: int, streams: bool
+) -> None:
+    """Work on the base of x where it lies, or on copies of its tiles if it has none."""
+    base, out_steps = plan.base, plan.out_steps
+    if base is None:
+        _apply_kernel_to_copies(plan, x, out, threads, streams)
+        return
+    first, out_first = address_of(x) + base.offset, address_of(out)
+    in_place = first == out_first
+    kernel = _kernel(plan, in_place, streams and not in_place)
+    steps = (*base.steps[:2], *out_steps[:2])
+    images, pixels = plan.images, plan.image_pixels
+    if base.layout == plan.transform.out_layout == "NHWC":
+        images, pixels = 1, images * pixels
+    tile_bytes = _tile_bytes(plan.nbytes, threads)
+    if plan.nbytes <= tile_bytes:
+        kernel.loop(first, out_first, kernel.constants_address, images, pixels, *steps)
+        return
+
+    def work_on(tile: Tile) -> None:
+        kernel.loop(
+            first + base.steps.to(tile.image, tile.row),
+            out_first + out_steps.to(tile.image, tile.row),
+            kernel.constants_address,
+            tile.images,
+            tile.rows,
+            *steps,
+        )
+
+    lead = pixels_before_a_line(out_first, out_steps.pixel, plan.transform.out_layout)
+    pixel_bytes = plan.nbytes // (images * pixels)
+    tiles = cut(images, pixels, pixel_bytes, tile_bytes, lead=lead, multiple=LINE_BYTES)
+    work_on_all(tiles, work_on, threads)
 
 
-def _gathered_pieces(
-    transform: Transform, source: NDArray[Any], target: NDArray[Any], threads: int
-) -> list[_Piece]:
-    images, rows = source.shape[0], source.shape[1 if transform.layout == "NHWC" else 2]
-    total_bytes = source.nbytes + target.nbytes
-    piece_bytes = min(_piece_bytes(total_bytes, threads), GATHERED_PIECE_BYTES)
-    return _cut(images, rows, total_bytes // (images * rows), piece_bytes)
+def _apply_kernel_to_copies(
+    plan: _CallPlan, x: NDArray[Any], out: NDArray[Any], threads: int, streams: bool
+) -> None:
+    """Copy each tile into memory of its own first, where it stays in the cache."""
+    kernel = _kernel(plan, False, streams)
+    source, out_first = _batch(x), address_of(out)
+    layout, out_steps = plan.transform.layout, plan.out_steps
+    width = source.shape[2 if layout == "NHWC" else 3]
+    native = source.dtype.newbyteorder("=")
+
+    def work_on(tile: Tile) -> None:
+        copy = np.array(tile.of(source, layout), native, order="C")
+        steps = Steps.of(copy.shape, copy.itemsize, layout)
+        kernel.loop(
+            address_of(copy),
+            out_first + out_steps.to(tile.image, tile.row * width),
+            kernel.constants_address,
+            tile.images,
+            tile.rows * width,
+            *(*steps[:2], *out_steps[:2]),
+        )
+
+    work_on_all(_copied_tiles(plan, threads), work_on, threads)
 
 
-def _piece_bytes(total_bytes: int, threads: int) -> int:
+def _apply_oracle(plan: _CallPlan, x: NDArray[Any], out: NDArray[Any], threads: int) -> None:
+    transform, source, target = plan.transform, _batch(x), _batch(out)
+
+    def work_on(tile: Tile) -> None:
+        result = oracle.apply(transform, tile.of(source, transform.layout))
+        tile.of(target, transform.out_layout)[...] = result
+
+    work_on_all(_copied_tiles(plan, threads), work_on, threads)
+
+
+def _batch(x: NDArray[Any]) -> NDArray[Any]:
+    """Return a batch or an image as a batch, and a plain array."""
+    plain = np.asarray(x)
+    return plain if plain.ndim == 4 else plain[np.newaxis]
+
+
+def _copied_tiles(plan: _CallPlan, threads: int) -> list[Tile]:
+    rows = plan.shape[-3 if plan.transform.out_layout == "NHWC" else -2]
+    tile_bytes = min(_tile_bytes(plan.nbytes, threads), COPIED_TILE_BYTES)
+    return cut(plan.images, rows, plan.nbytes // (plan.images * rows), tile_bytes)
+
+
+def _tile_bytes(nbytes: int, threads: int) -> int:
     """Return the size of even shares for the threads."""
-    return max(SMALLEST_PIECE_BYTES, -(-total_bytes // (threads * PIECES_PER_THREAD)))
+    return max(SMALLEST_TILE_BYTES, -(-nbytes // (threads * TILES_PER_THREAD)))

@@ -33,6 +33,20 @@ def in_layout(batch, layout):
     return np.ascontiguousarray(np.moveaxis(batch, -1, CHANNEL_AXIS[layout]))
 
 
+def in_memory(batch, layout, turned, reverses, start):
+    """A view that shows a batch of memory which holds it otherwise, and this memory.
+
+    The memory begins `start` bytes after where its type wants to begin.
+    """
+    axis = CHANNEL_AXIS[layout]
+    x = np.flip(batch, axis) if reverses else batch
+    x = np.moveaxis(x, axis, -4 - axis) if turned else x
+    held = np.zeros(start + x.nbytes, np.uint8)[start:].view(x.dtype).reshape(x.shape)
+    held[...] = x
+    view = np.moveaxis(held, -4 - axis, axis) if turned else held
+    return (np.flip(view, axis) if reverses else view), held
+
+
 def every_pattern(count, shape):
     """The whole numbers below `count`, a power of two, in each of three channels (last axis).
 

@@ -91,9 +91,9 @@ def test_a_kernel_that_is_compiled_is_used_for_the_smallest_call():
     run_script(
         BEGIN
         + "check(backend='numba')\n"
-        + "work = Transform('caffe'), 'uint8'\n"
+        + "work, other = (backend.work_of(Transform(m), 'uint8') for m in ('caffe', 'tf'))\n"
         + "assert backend.choose('auto', work, 1, 1) == 'numba'\n"
-        + "assert backend.choose('auto', (Transform('tf'), 'uint8'), 1, 1) == 'numpy'\n"
+        + "assert backend.choose('auto', other, 1, 1) == 'numpy'\n"
     )
 
 
@@ -143,9 +143,10 @@ def test_a_plan_of_little_work_runs_on_numpy_and_a_large_one_on_a_kernel(tmp_pat
 def test_an_unknown_backend_is_refused():
     with pytest.raises(UsageError, match="backend is 'cuda'"):
         backend.check_backend("cuda")
-    for choose in (backend.choose, backend.known_work):
-        with pytest.raises(UsageError, match="backend is 'cuda'"):
-            choose("cuda", *([()] if choose is backend.choose else []), 0, 1)
+    with pytest.raises(UsageError, match="backend is 'cuda'"):
+        backend.choose("cuda", backend.Work(), 0, 1)
+    with pytest.raises(UsageError, match="backend is 'cuda'"):
+        backend.known_work("cuda", 0, 1)
 
 
 # A child has none of the other threads: what they hold while it is born, nobody ever releases.

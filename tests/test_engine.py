@@ -12,7 +12,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from batches import (
-    CHANNEL_AXIS,
     FLOATS,
     KERAS_MODES,
     LAYOUT_PAIRS,
@@ -27,6 +26,7 @@ from batches import (
     filled_with,
     frozen,
     in_layout,
+    in_memory,
     run_script,
     unaligned,
     unchanged,
@@ -441,10 +441,10 @@ def test_images_of_any_size_are_preprocessed_and_restored(backend, mode, layout,
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_there_and_back_in_place_is_where_it_began_in_any_number_of_pieces(
+def test_there_and_back_in_place_is_where_it_began_in_any_number_of_tiles(
     backend, monkeypatch, layout
 ):
-    monkeypatch.setattr(engine, "SMALLEST_PIECE_BYTES", 64)
+    monkeypatch.setattr(engine, "SMALLEST_TILE_BYTES", 64)
     expected = every_value(layout).astype(np.float32)
     batch = expected.copy()
     fastvgg.preprocess(batch, "caffe", layout=layout, out=batch, threads=3, backend=backend)
@@ -811,10 +811,10 @@ def test_a_result_is_a_plain_array_of_its_own_whatever_the_input_was(backend, tm
 
 
 @pytest.fixture
-def tiny_pieces(monkeypatch):
+def tiny_tiles(monkeypatch):
     """Pieces of a row or two, so that a small batch is cut as a huge one would be."""
-    monkeypatch.setattr(engine, "SMALLEST_PIECE_BYTES", 300)
-    monkeypatch.setattr(engine, "GATHERED_PIECE_BYTES", 500)
+    monkeypatch.setattr(engine, "SMALLEST_TILE_BYTES", 300)
+    monkeypatch.setattr(engine, "COPIED_TILE_BYTES", 500)
 
 
 @pytest.fixture
@@ -823,15 +823,17 @@ def streaming(monkeypatch):
     monkeypatch.setattr(engine, "SMALLEST_STREAMED_BYTES", 1)
 
 
-def pieces_of(backend, transform, x, threads):
-    """The pieces that a batch, or one image, is cut into."""
-    source = x if x.ndim == 4 else x[np.newaxis]
-    target = np.empty(
-        transform.output_shape(source.shape), dtype_of(transform.output_name(x.dtype.name))
-    )
-    if backend == "numba":
-        return engine._kernel_work(transform, source, target, threads, False)[0]
-    return engine._oracle_work(transform, source, target, threads)[0]
+@pytest.fixture
+def shared(monkeypatch):
+    """The tiles of each batch, and the threads that share them."""
+    seen = []
+
+    def recording(tiles, work_on, threads):
+        seen.append((tiles, threads))
+        work_on_all(tiles, work_on, threads)
+
+    monkeypatch.setattr(engine, "work_on_all", recording)
+    return seen
 
 
 @pytest.mark.parametrize(
@@ -848,21 +850,23 @@ def pieces_of(backend, transform, x, threads):
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 @pytest.mark.parametrize(("layout", "out_layout"), LAYOUT_PAIRS)
 def test_any_number_of_threads_gives_the_same_bytes(
-    backend, tiny_pieces, layout, out_layout, threads, view
+    backend, tiny_tiles, shared, layout, out_layout, threads, view
 ):
     forth = Transform("caffe", "preprocess", layout, out_layout, "float16")
     batch = drawn(1, (11, 13, 17), "uint8", layout)
     x = frozen(VIEWS[view](batch))
-    assert len(pieces_of(backend, forth, x, threads)) > 2 * threads
     with unchanged(x):
         y = engine.apply(forth, x, threads=threads, backend=backend)
+    ((tiles, sharing),) = shared
+    assert len(tiles) > 2 * threads
+    assert sharing == threads
     assert_same(y, oracle.apply(forth, batch))
     back = engine.apply(forth.inverse(), y, threads=threads, backend=backend)
     assert_same(back, batch)
 
 
 @pytest.mark.parametrize("case", CASES[::3], ids=str)
-def test_any_number_of_threads_may_write_past_the_caches(backend, tiny_pieces, streaming, case):
+def test_any_number_of_threads_may_write_past_the_caches(backend, tiny_tiles, streaming, case):
     transform = case.transform
     for threads, shape in ((1, (11, 13, 17)), (2, (1, 61, 43)), (3, (3, 23, 29)), (7, (131, 97))):
         x = frozen(drawn(2 * threads, shape, case.source, transform.layout))
@@ -881,89 +885,35 @@ def test_any_number_of_threads_may_write_past_the_caches(backend, tiny_pieces, s
 @pytest.mark.parametrize("view", ["contiguous", "reversed", "unaligned and byte-swapped"])
 @pytest.mark.parametrize(("layout", "out_layout"), LAYOUT_PAIRS)
 @pytest.mark.parametrize("rank", [3, 4])
-def test_an_image_that_is_larger_than_a_piece_is_cut_within(
-    backend, tiny_pieces, layout, out_layout, view, rank
+def test_an_image_that_is_larger_than_a_tile_is_cut_within(
+    backend, tiny_tiles, shared, layout, out_layout, view, rank
 ):
     transform = Transform("torch", "restore", layout, out_layout)
     shape = (2, 23, 19) if rank == 4 else (23, 19)
     batch = drawn(2, shape, "float32", layout)
     x = VIEWS[view](batch)
-    assert any(piece.row > 0 for piece in pieces_of(backend, transform, x, 2))
     actual = engine.apply(transform, x, threads=2, backend=backend)
+    ((tiles, _),) = shared
+    assert any(tile.row > 0 for tile in tiles)
     assert_same(actual, oracle.apply(transform, batch))
 
 
-def test_by_default_all_usable_cores_share_the_work(backend, tiny_pieces, monkeypatch):
-    asked = []
-
-    def recording(pieces, work_on, threads):
-        asked.append(threads)
-        work_on_all(pieces, work_on, threads)
-
-    monkeypatch.setattr(engine, "work_on_all", recording)
+def test_by_default_all_usable_cores_share_the_work(backend, tiny_tiles, shared):
     x = drawn(1, (11, 13, 17), "uint8", "NHWC")
     actual = fastvgg.preprocess(x, "caffe", threads=None, backend=backend)
     assert_same(actual, oracle.apply(Transform("caffe"), x))
-    assert asked == [usable_cores()]
+    ((_, threads),) = shared
+    assert threads == usable_cores()
 
 
-@given(
-    images=st.integers(1, 40),
-    rows=st.integers(1, 400),
-    row_bytes=st.integers(1, 500),
-    piece_bytes=st.integers(1, 20_000),
-    multiple=st.integers(1, 64),
-    lead=st.integers(0, 63),
-)
-@settings(max_examples=500)
-def test_the_pieces_hold_every_row_of_every_image_once(
-    images, rows, row_bytes, piece_bytes, multiple, lead
-):
-    lead %= multiple
-    seen = np.zeros((images, rows), int)
-    for piece in engine._cut(images, rows, row_bytes, piece_bytes, lead=lead, multiple=multiple):
-        assert piece.images > 0
-        assert piece.rows > 0
-        assert piece.images == 1 or piece.rows == rows
-        assert piece.row == 0 or piece.row % multiple == lead
-        rows_held = piece.images * piece.rows
-        most = max(multiple * row_bytes, piece_bytes) + (lead * row_bytes if not piece.row else 0)
-        assert rows_held * row_bytes <= most
-        assert piece.image + piece.images <= images
-        assert piece.row + piece.rows <= rows
-        seen[piece.image : piece.image + piece.images, piece.row : piece.row + piece.rows] += 1
-    assert (seen == 1).all()
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_piece_is_a_view_of_its_images_and_rows(layout):
-    batch = in_layout(np.arange(4 * 5 * 7 * 3).reshape(4, 5, 7, 3), layout)
-    part = engine._Piece(image=1, images=2, row=3, rows=2).of(batch, layout)
-    assert np.shares_memory(part, batch)
-    channels_last = np.moveaxis(batch, -1 if layout == "NHWC" else 1, -1)
-    part_channels_last = np.moveaxis(part, -1 if layout == "NHWC" else 1, -1)
-    assert np.array_equal(part_channels_last, channels_last[1:3, 3:5])
-
-
-def test_gathered_pieces_stay_small_however_large_the_batch_is():
-    batch = np.broadcast_to(np.uint8(0), (500, 224, 224, 3))
-    target = np.broadcast_to(np.float32(0), batch.shape)
-    pieces = engine._gathered_pieces(Transform("caffe"), batch, target, threads=1)
-    assert len(pieces) > 300
-    for piece in pieces:
-        bytes_held = piece.images * piece.rows * 224 * 3 * (1 + 4)
-        assert bytes_held <= engine.GATHERED_PIECE_BYTES
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", ["uint8", *FLOATS])
-def test_as_many_pixels_as_said_lie_before_a_line_begins(dtype, layout):
-    size = dtype_of(dtype).itemsize
-    pixel_bytes = size * (3 if layout == "NHWC" else 1)
-    for address in range(2**40, 2**40 + 256, size):
-        memory = engine._Memory(address, 12 * 99 * size, 4 * 99 * size, pixel_bytes)
-        starts = [pixel for pixel in range(64) if memory.at(0, pixel) % 64 == 0]
-        assert engine._pixels_before_a_line(memory, layout) == starts[0]
+def test_tiles_that_are_copied_stay_small_however_large_the_batch_is(backend, shared):
+    shape = (128, 224, 224, 3)
+    x, out = np.broadcast_to(np.uint8(7), shape), np.empty(shape, np.float16)
+    engine.apply(Transform("identity", dtype="float16"), x, out, threads=2, backend=backend)
+    ((tiles, _),) = shared
+    assert sum(tile.images for tile in tiles) == len(x)
+    assert max(tile.images for tile in tiles) * (x[0].nbytes + out[0].nbytes) <= 2**20
+    assert (out == 7).all()
 
 
 class Call(NamedTuple):
@@ -985,12 +935,12 @@ def calls(monkeypatch):
     made = []
     kernel_of = engine._kernel
 
-    def recording(transform, input_name, **how):
-        kernel = kernel_of(transform, input_name, **how)
+    def recording(plan, in_place, streams):
+        kernel = kernel_of(plan, in_place, streams)
+        layout, reverses = plan.base[:2] if plan.base else (plan.transform.layout, False)
 
         def loop(source, target, constants, images, pixels, *steps):
-            which = (how.get("reverses", False), how.get("in_place", False), how["streams"])
-            made.append(Call(transform.layout, *which, source, target, images, pixels))
+            made.append(Call(layout, reverses, in_place, streams, source, target, images, pixels))
             kernel.loop(source, target, constants, images, pixels, *steps)
 
         return kernel._replace(loop=loop)
@@ -1007,20 +957,6 @@ LYING = {
     "turned": (True, False),
     "turned, reversed": (True, True),
 }
-
-
-def in_memory(batch, layout, turned, reverses, start):
-    """A view that shows a batch of memory which holds it otherwise, and this memory.
-
-    The memory begins `start` bytes after where its type wants to begin.
-    """
-    axis = CHANNEL_AXIS[layout]
-    x = np.flip(batch, axis) if reverses else batch
-    x = np.moveaxis(x, axis, -4 - axis) if turned else x
-    held = np.zeros(start + x.nbytes, np.uint8)[start:].view(x.dtype).reshape(x.shape)
-    held[...] = x
-    view = np.moveaxis(held, -4 - axis, axis) if turned else held
-    return (np.flip(view, axis) if reverses else view), held
 
 
 @pytest.mark.compiled
@@ -1047,25 +983,6 @@ def test_turned_and_reversed_views_are_read_where_they_lie(calls, layout, out_la
             calls.clear()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("lying", LYING)
-def test_a_view_is_found_to_lie_as_it_does_whatever_its_extents(layout, lying):
-    turned, reverses = LYING[lying]
-    for shape in itertools.product((1, 2), (1, 3, 5), (1, 3, 7)):
-        batch = drawn(1, shape, "float32", layout)
-        x, held = in_memory(batch, layout, turned, reverses, 0)
-        found_layout, found_reverses, memory = engine._as_it_lies(layout, x)
-        assert memory == engine._Memory.of(held, found_layout)
-        images, height, width = shape
-        extents = (height, width, 3) if found_layout == "NHWC" else (3, height, width)
-        found = held.reshape(images, *extents)
-        channels_last = np.moveaxis(found, -1 if found_layout == "NHWC" else -3, -1)
-        expected = np.moveaxis(batch, -1 if layout == "NHWC" else -3, -1)
-        assert np.array_equal(
-            bits(channels_last[..., :: -1 if found_reverses else 1]), bits(expected)
-        )
-
-
 SCATTERED = (
     *("in Fortran order", "reversed", "mirrored", "stepped", "a window"),
     *("rows and columns exchanged", "byte-swapped", "planes seen as pixels and byte-swapped"),
@@ -1075,32 +992,31 @@ SCATTERED = (
 @pytest.mark.compiled
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("view", SCATTERED)
-def test_other_views_are_gathered_in_pieces_of_a_bounded_size(calls, monkeypatch, view, layout):
-    piece_bytes = 32 * 1024
-    monkeypatch.setattr(engine, "GATHERED_PIECE_BYTES", piece_bytes)
+def test_other_views_are_gathered_in_tiles_of_a_bounded_size(calls, monkeypatch, view, layout):
+    tile_bytes = 32 * 1024
+    monkeypatch.setattr(engine, "COPIED_TILE_BYTES", tile_bytes)
     batch = drawn(0, (7, 64, 48), "float32", layout)
     x = frozen(VIEWS[view](batch))
-    assert engine._as_it_lies(layout, x) is None
     transform = Transform("caffe", layout=layout)
     out = np.empty(batch.shape, np.float32)
     engine.apply(transform, x, out, threads=1, backend="numba")
     assert_same(out, oracle.apply(transform, batch))
-    assert len(calls) >= 2 * batch.nbytes / piece_bytes
-    assert max(call.images * call.pixels * 24 for call in calls) <= piece_bytes
+    assert len(calls) >= 2 * batch.nbytes / tile_bytes
+    assert max(call.images * call.pixels * 24 for call in calls) <= tile_bytes
     begin, end = np.lib.array_utils.byte_bounds(x)
     assert not any(begin <= call.source < end for call in calls)
     tracemalloc.start()
     engine.apply(transform, x, out, threads=1, backend="numba")
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak_bytes < 2 * piece_bytes
+    assert peak_bytes < 2 * tile_bytes
 
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("out_layout", LAYOUTS)
 @pytest.mark.parametrize("target", FLOATS)
 def test_one_large_image_is_cut_where_lines_of_the_result_begin(
-    calls, tiny_pieces, streaming, target, out_layout
+    calls, tiny_tiles, streaming, target, out_layout
 ):
     transform = Transform("torch", out_layout=out_layout, dtype=target)
     x = frozen(drawn(1, (61, 43), "uint8", "NHWC"))
@@ -1190,7 +1106,7 @@ def test_a_result_into_memory_that_is_there_brings_no_other_memory_in():
     run_script(FAULTS)
 
 
-def test_many_threads_may_call_at_once(backend, tiny_pieces):
+def test_many_threads_may_call_at_once(backend, tiny_tiles):
     batches = [drawn(seed, (2 + seed % 3, 11, 13), "uint8", "NHWC") for seed in range(16)]
     expected = [oracle.apply(Transform("caffe"), batch) for batch in batches]
 
@@ -1229,7 +1145,7 @@ import fastvgg
 from fastvgg import engine, oracle
 from fastvgg.transform import Transform
 
-engine.SMALLEST_PIECE_BYTES = 300
+engine.SMALLEST_TILE_BYTES = 300
 x = np.random.default_rng(0).integers(0, 256, (11, 13, 17, 3), dtype=np.uint8)
 expected = oracle.apply(Transform("torch"), x)
 assert (fastvgg.preprocess(x, "torch", threads=4) == expected).all()

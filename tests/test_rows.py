@@ -78,9 +78,9 @@ def test_rows_that_fit_the_caches_are_not_written_past_them(monkeypatch):
     streamed = []
     kernel_of = engine._kernel
 
-    def watched(*of, **how):
-        streamed.append(how["streams"])
-        return kernel_of(*of, **how)
+    def watched(plan, in_place, streams):
+        streamed.append(streams)
+        return kernel_of(plan, in_place, streams)
 
     monkeypatch.setattr(engine, "_kernel", watched)
     monkeypatch.setattr(engine, "SMALLEST_STREAMED_BYTES", 5 * 7 * 11 * 3 * 4)
