@@ -96,9 +96,9 @@ def look(spec, text):
 
     lines = text[: text.index(".Lfunc_end0")].splitlines()
     loops = innermost_loops(lines)
-    hot = max(loops, key=stored_bytes)
+    most = max(map(stored_bytes, loops))
     faults = []
-    if not stored_bytes(hot):
+    if not most:
         return {"instructions": None, "faults": ["no non-temporal store in any loop"]}
     is_x86 = "%rsp" in text or "%rdi" in text
     if is_x86 and returns_unfenced(lines):
@@ -107,8 +107,9 @@ def look(spec, text):
         faults += [f"legacy SSE: {line.strip()}" for line in lines if is_legacy(line)]
     faults += [f"unaligned: {line.strip()}" for line in lines if UNALIGNED_SLOT.match(line)]
     channels = 1 if spec.plane_by_plane else 3
-    pixels = stored_bytes(hot) / (channels * ELEMENT_BYTES[spec.target])
-    count = sum(bool(INSTRUCTION.match(line)) for line in hot)
+    pixels = most / (channels * ELEMENT_BYTES[spec.target])
+    hot = (loop for loop in loops if stored_bytes(loop) == most)
+    count = max(sum(bool(INSTRUCTION.match(line)) for line in loop) for loop in hot)
     return {"instructions": round(count / pixels, 2), "faults": faults}
 
 

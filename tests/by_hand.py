@@ -214,6 +214,8 @@ def check(task, images, counts, offsets):
     source, target = dtype_of(task.source), dtype_of(task.target)
     have = pixels_of(t.direction, t.mode, task.source)
     want = results_of(t, task.source)
+    if len(have) <= max(counts):
+        have, want = (np.resize(pixels, (2 * max(counts), 3)) for pixels in (have, want))
     gap = 5
     largest = images * 3 * (max(counts) + LINE) * max(source.itemsize, target.itemsize) + 3 * LINE
     taken, given, expected = at_a_line(largest), at_a_line(largest), at_a_line(largest)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fastvgg import oracle
 from fastvgg.kernels import jit, spec
-from fastvgg.kernels.jit import processor
+from fastvgg.kernels.jit import Processor, processor
 from fastvgg.kernels.memory import TABLE_COLUMNS, Constants
 from fastvgg.kernels.spec import (
     KernelSpec,
@@ -412,6 +412,51 @@ def test_lanes_are_shuffled_where_their_elements_are_smaller(source, target, lat
         assert found.plane_by_plane == plane_by_plane
         assert found.shuffles_results == (late and not plane_by_plane)
         assert found.computes_planes == ((layout if late else out_layout) == "NCHW")
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "reads_most"),
+    [
+        ("float64", "uint8", True),
+        ("float16", "uint8", True),
+        ("float64", "float32", True),
+        ("bfloat16", "float16", False),
+        ("uint8", "float32", False),
+    ],
+)
+def test_interleaved_pixels_are_taken_from_two_places_where_most_traffic_is_reads(
+    source, target, reads_most
+):
+    for layouts in LAYOUT_PAIRS:
+        direction = "restore" if target == "uint8" else "preprocess"
+        found = KernelSpec.of(Transform("caffe", direction, *layouts, target), source)
+        assert found.two_streams == (reads_most and layouts == ("NHWC", "NHWC"))
+
+
+SSE = Processor(True, has_f16c=False, has_fma=False, vector_bytes=16, permuted_bytes=16)
+AVX2 = Processor(True, has_f16c=True, has_fma=True, vector_bytes=32, permuted_bytes=16)
+AVX512 = Processor(True, has_f16c=True, has_fma=True, vector_bytes=64, permuted_bytes=2)
+NEON = Processor(False, has_f16c=True, has_fma=True, vector_bytes=16, permuted_bytes=1)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "lanes"),
+    [
+        # On SSE, AVX2, AVX-512 and NEON.
+        ("uint8", "float32", (16, 16, 16, 16)),
+        ("uint8", "float16", (16, 16, 32, 16)),
+        ("float32", "uint8", (16, 32, 64, 32)),
+        ("float64", "uint8", (16, 16, 64, 32)),
+    ],
+)
+def test_results_fill_a_store_and_three_vectors_fit_into_registers(
+    monkeypatch, source, target, lanes
+):
+    direction = "restore" if target == "uint8" else "preprocess"
+    spec = KernelSpec.of(Transform("caffe", direction, dtype=target), source)
+    for one, expected in zip((SSE, AVX2, AVX512, NEON), lanes, strict=True):
+        monkeypatch.setattr(jit, "processor", lambda one=one: one)
+        assert spec.lanes == expected
 
 
 @pytest.mark.parametrize("layouts", LAYOUT_PAIRS, ids="-".join)

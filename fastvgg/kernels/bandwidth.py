@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Final
 
 from fastvgg.kernels import memory
 from fastvgg.kernels.jit import kernel
-from fastvgg.kernels.memory import CACHE_LINE_BYTES, align_stack, store_fence
+from fastvgg.kernels.memory import (
+    CACHE_LINE_BYTES,
+    align_stack,
+    prefetch_distance,
+    store_fence,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,7 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["STEP_BYTES", "fill", "scale_in_place", "streaming_copy", "touch"]
 
 LINES: Final = 3
-STEP_BYTES: Final = LINES * CACHE_LINE_BYTES  # written at a time: sixteen pixels of float32
+STEP_BYTES: Final = LINES * CACHE_LINE_BYTES
+"""What a step writes: sixteen pixels of float32."""
 
 
 @functools.cache
@@ -25,20 +31,23 @@ def streaming_copy(read_bytes: int, written_bytes: int, *, prefetches: bool) -> 
     It takes the addresses of source and target, and a number of steps. Every byte is read: where
     more bytes are read than written they are combined, where fewer are read they are repeated.
     Whether prefetching pays off depends on the ratio; the faster of the two loops is the limit.
+
+    A line at a time, because the loads are then in order: three lines at a time took 8 to 13 %
+    longer where more is read than written.
     """
-    taken = STEP_BYTES * read_bytes // written_bytes
-    load, prefetch = memory.load_lines(LINES, taken // LINES), memory.prefetch(taken, 1)
-    store = memory.store(nontemporal=True)
+    taken = CACHE_LINE_BYTES * read_bytes // written_bytes
+    prefetch = memory.prefetch(taken, 1, prefetch_distance(read_bytes, written_bytes))
+    load, store = memory.load_line(taken), memory.store(nontemporal=True)
 
     @kernel(3)
     def copy(source, target, steps):
         align_stack()
-        for _ in range(steps):
+        for _ in range(LINES * steps):
             if prefetches:
                 prefetch(source, 0)
-            store(target, CACHE_LINE_BYTES, load(source))
+            store(target, 0, load(source))
             source += taken
-            target += STEP_BYTES
+            target += CACHE_LINE_BYTES
         store_fence()
 
     return copy
@@ -50,7 +59,8 @@ def scale_in_place(*, prefetches: bool) -> Callable[..., None]:
 
     It takes the addresses of the values and of one cache line of factors, and a number of steps.
     """
-    load, prefetch = memory.load("float32", 16, LINES), memory.prefetch(STEP_BYTES, 1)
+    prefetch = memory.prefetch(STEP_BYTES, 1, prefetch_distance(1, 1))
+    load = memory.load("float32", 16, LINES)
     store = memory.store(nontemporal=False)
 
     @kernel(3)

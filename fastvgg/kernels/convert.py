@@ -31,6 +31,9 @@ __all__ = ["TILE_PIXELS", "compiled"]
 
 TILE_PIXELS: Final = 1024  # of uint8: 3 KiB, of float32: 12 KiB
 ARGUMENTS: Final = 9
+TWO_STREAMS_BYTES: Final = 6144
+"""Two streams are an odd multiple of this apart: whole blocks, but half a page, so that no load has
+the offset within its page of a load or store of the other stream."""
 
 
 @functools.cache
@@ -47,7 +50,7 @@ def compiled(spec: KernelSpec) -> Callable[..., None]:
 def _pixel_by_pixel(spec: KernelSpec) -> Callable[..., None]:
     """Return the kernel that writes the three channels of its pixels together."""
     lanes, nontemporal = spec.lanes, spec.nontemporal
-    convert_block, convert_pixel = _converter(spec, lanes), _converter(spec, 1)
+    convert_blocks, convert_pixel = _blocks_converter(spec), _converter(spec, 1)
     load_block_constants = (
         memory.load_channel_constants(spec.compute, lanes, 3)
         if spec.computes_planes
@@ -73,10 +76,8 @@ def _pixel_by_pixel(spec: KernelSpec) -> Callable[..., None]:
                     constants = load_block_constants(table)
                     source_step = source_plane if planar_source else lanes * source_element
                     step = plane_bytes if planar_target else lanes * element
-                    for _ in range((end - y) // (lanes * pixel)):
-                        convert_block(x, source_step, y, step, constants)
-                        x += lanes * source_pixel
-                        y += lanes * pixel
+                    blocks = (end - y) // (lanes * pixel)
+                    x, y = convert_blocks(x, source_step, y, step, constants, blocks)
                 if y < end:
                     source_step = source_plane if planar_source else source_element
                     step = plane_bytes if planar_target else element
@@ -139,6 +140,41 @@ def _plane_by_plane(spec: KernelSpec) -> Callable[..., None]:
     return convert_planes
 
 
+def _blocks_converter(spec: KernelSpec) -> Any:
+    """Return the part of a kernel that converts many blocks.
+
+    It takes what `_converter` takes, and the number of blocks; it returns the addresses after them.
+    """
+    convert_block = _converter(spec, spec.lanes)
+    source_block = spec.lanes * ELEMENT_BYTES[spec.source] * (1 if spec.planar_source else 3)
+    block = spec.lanes * ELEMENT_BYTES[spec.target] * (1 if spec.planar_target else 3)
+    apart = TWO_STREAMS_BYTES // source_block
+
+    @inlined
+    def convert_stream(x, source_step, y, step, constants, blocks):
+        for _ in range(blocks):
+            convert_block(x, source_step, y, step, constants)
+            x += source_block
+            y += block
+        return x, y
+
+    @inlined
+    def convert_two_streams(x, source_step, y, step, constants, blocks):
+        odd = (blocks // (2 * apart) - 1) | 1
+        pairs = max(0, odd * apart)
+        hop, target_hop = pairs * source_block, pairs * block
+        for _ in range(2 * pairs):
+            convert_block(x, source_step, y, step, constants)
+            x += hop
+            y += target_hop
+            hop, target_hop = source_block - hop, block - target_hop
+        x += pairs * source_block
+        y += pairs * block
+        return convert_stream(x, source_step, y, step, constants, blocks - 2 * pairs)
+
+    return convert_two_streams if spec.two_streams else convert_stream
+
+
 def _converter(spec: KernelSpec, lanes: int) -> Any:
     """Return the part of a kernel that converts `lanes` pixels.
 
@@ -165,7 +201,7 @@ def _reader(spec: KernelSpec, lanes: int) -> Any:
     shuffle, shuffles_results = _shuffle(spec), spec.shuffles_results
     planar_source = spec.planar_source
     nbytes = lanes * ELEMENT_BYTES[spec.source] * (1 if planar_source else 3) if lanes > 1 else 0
-    prefetch = memory.prefetch(nbytes, 3 if planar_source else 1)
+    prefetch = memory.prefetch(nbytes, 3 if planar_source else 1, spec.prefetch_distance)
 
     @inlined
     def read(x, step):
@@ -235,7 +271,8 @@ def _channel_converter(spec: KernelSpec, lanes: int) -> Any:
     nbytes = (
         lanes * ELEMENT_BYTES[spec.source] * (3 if interleaved_source else 1) if lanes > 1 else 0
     )
-    prefetch, calculate = memory.prefetch(nbytes, 1), _calculation(spec, split=split)
+    prefetch = memory.prefetch(nbytes, 1, spec.prefetch_distance)
+    calculate = _calculation(spec, split=split)
     store = memory.store(nontemporal=spec.nontemporal and lanes > 1)
 
     @inlined

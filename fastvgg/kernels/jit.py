@@ -52,6 +52,12 @@ class Processor(NamedTuple):
         return self.vector_bytes if self.is_x86 else 2 * self.vector_bytes
 
     @property
+    def block_bytes(self) -> int:
+        """How much a block may hold: three quarters of the vector registers."""
+        registers = 32 if self.vector_bytes == 64 or not self.is_x86 else 16
+        return registers * 3 // 4 * self.vector_bytes
+
+    @property
     def name(self) -> str:
         """What the instruction set is commonly called.
 
