@@ -204,11 +204,11 @@ def loop_of(task, *, aligned_planes):
     return convert.compiled(spec), constant_table(task.transform.mode, spec)
 
 
-def check(task, images, counts, offsets):
-    """Call the loop of a task on every count of pixels at every offset of the target from a line.
+def check(task, images, counts, offsets, every=1):
+    """Call the loop of a task on counts of pixels at offsets of the target from a line.
 
-    The source begins at every byte of a line in turn. Neither its bytes change, nor those of the
-    target that are beside the pixels.
+    Of all pairs of a count and an offset, one in `every`. The source begins at every byte of a line
+    in turn. Neither its bytes change, nor those of the target that are beside the pixels.
     """
     t = task.transform
     source, target = dtype_of(task.source), dtype_of(task.target)
@@ -219,7 +219,8 @@ def check(task, images, counts, offsets):
     gap = 5
     largest = images * 3 * (max(counts) + LINE) * max(source.itemsize, target.itemsize) + 3 * LINE
     taken, given, expected = at_a_line(largest), at_a_line(largest), at_a_line(largest)
-    for number, (count, offset) in enumerate(itertools.product(counts, offsets)):
+    pairs = itertools.islice(enumerate(itertools.product(counts, offsets)), 0, None, every)
+    for number, (count, offset) in pairs:
         # Other pixels for each image and each count.
         starts = [(13 * count + 71 * image) % (len(have) - count) for image in range(images)]
         x_steps = Steps.with_gaps(source, t.layout, count, gap)

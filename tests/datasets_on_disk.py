@@ -87,14 +87,21 @@ def images_in(directory):
 def plan_of(source, target, *, together=None, **settings):
     """A plan on the NumPy backend, which needs no compilation, in chunks of `together` images."""
     settings = {"backend": "numpy", "threads": 1, **settings}
-    plan = fastvgg.plan(source, target, **settings)
     if together is None:
-        return plan
+        return fastvgg.plan(source, target, **settings)
+    return fastvgg.plan(
+        source, target, **settings, memory=memory_for(together, source, target, **settings)
+    )
+
+
+def memory_for(together, source, target, **settings):
+    """The limit of memory that gives `plan_of` chunks of `together` images."""
+    plan = plan_of(source, target, **settings)
     chunk_bytes = together * plan.image_memory_bytes
     limit_bytes = chunk_bytes + plan.least_scratch_bytes
     if plan.source_kind in DECODED:  # a half of the limit is for decoding
         limit_bytes = max(limit_bytes, 2 * chunk_bytes)
-    return fastvgg.plan(source, target, **settings, memory=limit_bytes)
+    return limit_bytes
 
 
 def commits_in(target):

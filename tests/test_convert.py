@@ -29,9 +29,13 @@ AROUND_TILES = (TILE - 1, TILE, TILE + 1, TILE + 37, 2 * TILE - 30, 2 * TILE, 2 
 
 
 def check_everywhere(task):
-    """Every length of what comes before, in and after whole blocks, at every place in a line."""
+    """Every length of what comes before, in and after whole blocks, at every place in a line.
+
+    Of the pairs of a length and a place every third: the places are a power of two, so that each of
+    them meets every third length.
+    """
     size = ELEMENT_BYTES[task.target]
-    check(task, 1, range(LINE + 2 * task.spec.lanes), range(0, LINE, size))
+    check(task, 1, range(LINE + 3 * task.spec.lanes), range(0, LINE, size), every=3)
     check(task, 3, range(0, LINE + task.spec.lanes, 5), range(0, LINE, max(8, size)))
     check(task, 1, AROUND_TILES, (0, size, 32, LINE - size))
     if task.spec.two_streams:

@@ -21,6 +21,7 @@ import xxhash
 from datasets_on_disk import (
     commits_in,
     data_tree,
+    memory_for,
     must_say,
     pixels,
     plan_of,
@@ -56,6 +57,7 @@ class Scenario:
         self.place = place
         (place / "template").mkdir()
         (place / "graveyard").mkdir()
+        self._memory = None
         self.restarts = name.startswith("replacing")
         self.settings = {"mode": "caffe", "together": 2}
         batch = pixels(5, seed=4)
@@ -129,10 +131,14 @@ class Scenario:
             shutil.rmtree(directory)
 
     def plan(self, directory, *, restart=False):
+        target = f"{directory / self.target_name}{self.within}"
         settings = {**self.settings, "restart": restart}
         if restart:
             settings.pop("retry_failed", None)
-        return plan_of(self.source, f"{directory / self.target_name}{self.within}", **settings)
+        together = settings.pop("together")
+        if self._memory is None:  # the same for all runs
+            self._memory = memory_for(together, self.source, target, **settings)
+        return plan_of(self.source, target, memory=self._memory, **settings)
 
     def begin(self, directory, storage=None):
         return run(self.plan(directory, restart=self.restarts), storage=storage)

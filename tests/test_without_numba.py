@@ -13,9 +13,10 @@ ROOT = Path(__file__).parents[1]
 # What happens to files, stores, screens and installations, with whatever computes the pixels; it
 # takes minutes to try.
 SAME_ON_ANY_BACKEND = (
-    *("behind", "benchmarks", "campaigns", "cluster", "crash", "crash_states", "fuzz", "hdf5"),
-    *("images", "index", "inplace", "npy", "packaging", "screen", "storage", "stores"),
-    *("tar", "zarr"),
+    *("bad_files", "behind", "benchmarks", "campaigns", "cluster", "crash", "crash_states"),
+    *("decode", "files", "formats", "fuzz", "hdf5", "images", "index", "inplace", "npy"),
+    *("packaging", "parts", "readme", "retry", "run", "screen", "storage", "stores", "tar"),
+    *("tiling", "verify", "zarr"),
 )
 
 

@@ -32,8 +32,8 @@ __all__ = ["TILE_PIXELS", "compiled"]
 TILE_PIXELS: Final = 1024  # of uint8: 3 KiB, of float32: 12 KiB
 ARGUMENTS: Final = 9
 TWO_STREAMS_BYTES: Final = 6144
-"""Two streams are an odd multiple of this apart: whole blocks, but half a page, so that no load has
-the offset within its page of a load or store of the other stream."""
+"""Two streams are an odd multiple of this apart, which is whole blocks and a page and a half: loads
+at one offset of two pages would compete for the same lines of the cache (0.89 of the limit, not 1)."""
 
 
 @functools.cache
@@ -162,6 +162,7 @@ def _blocks_converter(spec: KernelSpec) -> Any:
     def convert_two_streams(x, source_step, y, step, constants, blocks):
         odd = (blocks // (2 * apart) - 1) | 1
         pairs = max(0, odd * apart)
+        # To the other stream, then back to the next block of this one.
         hop, target_hop = pairs * source_block, pairs * block
         for _ in range(2 * pairs):
             convert_block(x, source_step, y, step, constants)

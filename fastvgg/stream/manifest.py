@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import functools
 import json
 from dataclasses import dataclass
 from importlib import metadata
@@ -215,13 +216,16 @@ def _checked(fields: dict[str, Any]) -> Manifest:
 
 def package_versions() -> dict[str, str]:
     """Return the versions that a result may depend on."""
-    versions = {"python": python_version()}
-    for name in ("fastvgg", "numpy", "numba", "pillow", "simplejpeg", "h5py", "zarr"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
+    names = ("fastvgg", "numpy", "numba", "pillow", "simplejpeg", "h5py", "zarr")
+    return {"python": python_version(), **{name: _version_of(name) for name in names}}
+
+
+@functools.cache  # to read what is installed takes a millisecond a package
+def _version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def checksum(stored: Stored) -> str:
