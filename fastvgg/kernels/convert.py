@@ -32,8 +32,9 @@ __all__ = ["TILE_PIXELS", "compiled"]
 TILE_PIXELS: Final = 1024  # of uint8: 3 KiB, of float32: 12 KiB
 ARGUMENTS: Final = 9
 TWO_STREAMS_BYTES: Final = 6144
-"""Two streams are an odd multiple of this apart: whole blocks, and a page and a half. Where loads are
-at the same offset of two pages they compete for lines of the cache: 0.89 of the limit, and not 1."""
+"""Two streams are an odd multiple of this apart: whole blocks, and a page and a half. Loads from
+the same offset in two pages compete for lines of the cache: 0.89 of the limit, where this reaches
+1."""
 
 
 @functools.cache
