@@ -86,6 +86,8 @@ def as_numpy(x: Any) -> NDArray[Any]:  # noqa: ANN401  # that is the question
     >>> as_numpy([Image.new("RGB", (5, 7)), Image.new("RGB", (5, 7))]).shape
     (2, 7, 5, 3)
     """
+    if type(x) is np.ndarray:  # the usual case, and fast
+        return x
     if isinstance(x, np.ma.MaskedArray):
         raise DtypeError("a masked array has no bytes for its masked values", "use x.filled(...)")
     if isinstance(x, np.ndarray):
