@@ -47,14 +47,14 @@ _pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char
 
 
 def address_of(array: NDArray[Any]) -> int:
-    """Return the address of an array's first element.
+    """Return the address of an array's first element, whatever a subclass says of it.
 
     >>> x = np.zeros(3)
     >>> address_of(x[1:]) - address_of(x) == x.itemsize
     True
     """
     # 0.9 us, where `array.ctypes.data` and `array.__array_interface__` take 2.
-    capsule = array.__array_struct__  # owns what its pointer points to
+    capsule = np.asarray(array).__array_struct__  # owns what its pointer points to
     data = ctypes.c_void_p.from_address(_pointer_of(capsule, None) + _DATA_OFFSET)
     return data.value or 0
 
@@ -104,7 +104,10 @@ def as_numpy(x: Any) -> NDArray[Any]:  # noqa: ANN401  # that is the question
             return np.from_dlpack(x)
     except EXPORT_ERRORS as error:
         raise _not_shown(x, error, "make a NumPy array of it") from error
-    raise DtypeError(f"got {type(x).__name__}, which is no array", "convert it: np.asarray(x)")
+    raise DtypeError(
+        f"got {type(x).__name__}, which is no array",
+        "give an array, a tensor or a Pillow image; fastvgg.plan reads files",
+    )
 
 
 def is_torch(x: object) -> bool:

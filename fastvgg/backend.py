@@ -70,6 +70,8 @@ if hasattr(os, "register_at_fork"):
 class Work:
     """Work that one kernel does: what it has cost on NumPy, and whether its kernel is compiled."""
 
+    has_kernel: bool = True
+    """Whether there is a kernel for it at all."""
     seconds: float = 0.0
     nbytes: int = 0
     is_compiled: bool = False
@@ -136,6 +138,8 @@ def choose(backend: Backend, work: Work, nbytes: int, threads: int) -> Chosen:
     if backend == "auto" and work.is_compiled:
         return "numba"
     check_backend(backend)
+    if not work.has_kernel:
+        return "numpy"
     if backend != "auto":
         return backend
     expected = work.expected_seconds(nbytes, threads)

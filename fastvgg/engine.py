@@ -263,7 +263,7 @@ def apply(
         _check_out(result, batch, transform, plan.shape, plan.dtype)
     if threads is None:  # to ask the system for the cores takes 1 us
         threads = 1 if plan.nbytes <= COPIED_TILE_BYTES else check_threads(None)
-    chosen = backends.choose(plan.backend or backend, plan.work, plan.nbytes, threads)
+    chosen = backends.choose(backend, plan.work, plan.nbytes, threads)
     if plan.nbytes and chosen == "numba":
         streams = out is not None and not read_next and result.nbytes >= SMALLEST_STREAMED_BYTES
         _apply_kernel(plan, batch, result, threads, streams)
@@ -353,7 +353,7 @@ def row_by_row(
     _check_out(out, x, transform, (len(out), *plan.shape[1:]), plan.dtype)
     if not (x.flags.c_contiguous and x.dtype.isnative):
         raise UsageError("the rows of x do not lie one after the other", "use fastvgg.preprocess")
-    chosen = backends.choose(plan.backend or backend, plan.work, x.nbytes + out.nbytes, 1)
+    chosen = backends.choose(backend, plan.work, x.nbytes + out.nbytes, 1)
     if chosen == "numpy":
 
         def apply_oracle(row: int, out_row: int, count: int = 1) -> None:
@@ -405,8 +405,6 @@ class _CallPlan:
     base: Base | None
     out_steps: Steps
     work: backends.Work
-    backend: Backend | None
-    """The only backend that there is for it, if there is only one."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -429,8 +427,7 @@ def _plan_call(
         image_pixels=math.prod(shape[-3:]) // 3,
         base=base_of(transform.layout, dtype, shape, strides),
         out_steps=Steps.of(out_shape, out_dtype.itemsize, transform.out_layout),
-        work=backends.Work() if packs else backends.work_of(transform, input_name),
-        backend="numpy" if packs else None,
+        work=backends.Work(has_kernel=False) if packs else backends.work_of(transform, input_name),
     )
 
 
@@ -451,8 +448,9 @@ def _check_out(
     if not flags.writeable:
         raise OutputError("out is read-only", "give a writable array")
     if not flags.carray:
+        lacks = "aligned" if flags.c_contiguous else f"contiguous: its strides are {out.strides}"
         raise OutputError(
-            f"out has strides {out.strides}: it is not contiguous and aligned",
+            f"out is not {lacks}",
             f"give np.empty({shape}, {dtype.name!r}), or no out",
         )
     if not np.may_share_memory(out, x):  # a comparison of bounds: the usual case, and cheap

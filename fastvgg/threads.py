@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import operator
 import os
 import threading
 from collections import deque
@@ -39,9 +40,9 @@ def check_threads(threads: int | None) -> int:
     """
     if threads is None:
         return usable_cores()
-    if type(threads) is not int or threads < 1:
+    if isinstance(threads, bool) or not hasattr(threads, "__index__") or threads < 1:
         raise UsageError(f"threads is {threads!r}", "give a whole number, at least 1")
-    return threads
+    return operator.index(threads)
 
 
 def work_on_all(pieces: Sequence[Piece], work_on: Callable[[Piece], object], threads: int) -> None:

@@ -148,6 +148,8 @@ class Mode:
     IDENTITY: ClassVar[Mode]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ModeError(f"a mode is called {self.name!r}", "give it a name, a string")
         if self.order not in get_args(ChannelOrder):
             raise ModeError(f"{self.name}: order {self.order!r}", "give 'RGB' or 'BGR'")
         try:
@@ -157,7 +159,7 @@ class Mode:
                     object.__setattr__(self, part, values)
             if self.divide is not None:
                 object.__setattr__(self, "divide", float(self.divide))
-        except (TypeError, ValueError) as error:
+        except (OverflowError, TypeError, ValueError) as error:
             raise ModeError(
                 f"{self.name}: a constant is no number: {error}",
                 "give a number to divide by, and three each for mean and std, or None",
@@ -252,6 +254,10 @@ def _formula(mode: Mode, direction: Direction) -> str:
     return f"x = {back}" if direction == "restore" else f"y = {there}"
 
 
+def _is_one_of(allowed: tuple[object, ...], value: object) -> bool:
+    return (value is None or isinstance(value, str)) and value in allowed
+
+
 def _refuse_choice(direction: object, layout: object, out_layout: object, rounding: object) -> None:
     for name, value, allowed in (
         ("direction", direction, DIRECTIONS),
@@ -259,7 +265,7 @@ def _refuse_choice(direction: object, layout: object, out_layout: object, roundi
         ("out_layout", out_layout, (None, *LAYOUTS)),
         ("rounding", rounding, ROUNDINGS),
     ):
-        if value not in allowed:
+        if not _is_one_of(allowed, value):
             choices = ", ".join(repr(choice) for choice in allowed if choice is not None)
             raise UsageError(f"{name} is {value!r}", f"give one of {choices}")
 
@@ -311,10 +317,10 @@ class Transform:
         rounding: Rounding = "nearest",
     ) -> None:
         if (
-            direction not in DIRECTIONS
-            or layout not in LAYOUTS
-            or not (out_layout is None or out_layout in LAYOUTS)
-            or rounding not in ROUNDINGS
+            not _is_one_of(DIRECTIONS, direction)
+            or not _is_one_of(LAYOUTS, layout)
+            or not _is_one_of((None, *LAYOUTS), out_layout)
+            or not _is_one_of(ROUNDINGS, rounding)
         ):
             _refuse_choice(direction, layout, out_layout, rounding)
         put = object.__setattr__

@@ -124,8 +124,8 @@ for source in ("float16", "float32", "float64"):
         by_hand.check_between_guards(task, {counts!r})
 """
 
-# Every remainder before and after a block, and where tiles end.
-COUNTS = (*range(2 * LINE + LINE), TILE, TILE + 1, TILE + 63)
+# Every remainder before and after a block, where tiles end, and where two streams begin.
+COUNTS = (*range(2 * LINE + LINE), TILE, TILE + 1, TILE + 63, 2 * TILE, 2 * TILE + 65)
 
 
 @pytest.mark.parametrize("layouts", LAYOUT_PAIRS, ids="-".join)

@@ -614,7 +614,7 @@ UNFIT = {
     not_contiguous: "not contiguous",
     in_fortran_order: "not contiguous",
     reversed_in_memory: "not contiguous",
-    not_aligned: "aligned",
+    not_aligned: "out is not aligned",
 }
 
 
@@ -1281,6 +1281,39 @@ def test_a_mode_of_tiny_numbers_does_not_meet_the_callers_settings(backend, dtyp
         image = engine.apply(back, y, threads=1, backend=backend)
     assert_same(y, expected)
     assert_same(image, oracle.apply(back, expected))
+
+
+def test_any_whole_number_is_a_number_of_threads(backend):
+    x = every_value()
+    actual = fastvgg.preprocess(x, "caffe", threads=np.int64(2), backend=backend)
+    assert_same(actual, oracle.apply(Transform("caffe"), x))
+
+
+class Liar(np.ndarray):
+    """An array that shows other memory than its own."""
+
+    elsewhere = np.zeros(10_000, np.float32)
+    __array_struct__ = property(lambda self: self.elsewhere.__array_struct__)
+
+
+def test_what_a_subclass_says_of_its_memory_is_not_believed(backend):
+    x = every_value()
+    expected = oracle.apply(Transform("caffe"), x)
+    out = np.zeros(x.shape, np.float32)
+    fastvgg.preprocess(x.view(Liar), "caffe", out=out.view(Liar), backend=backend)
+    assert_same(out, expected)
+    assert not Liar.elsewhere.any()
+
+
+def test_packing_refuses_an_unknown_backend_too():
+    with pytest.raises(UsageError, match="backend is 'cuda'"):
+        engine.apply(Transform("identity", "pack"), every_value(), backend="cuda")
+
+
+@pytest.mark.parametrize("layout", [np.array(["NHWC", "NCHW"]), ["NHWC"], 4])
+def test_a_layout_that_is_no_name_is_refused(layout):
+    with pytest.raises(UsageError, match="layout is"):
+        fastvgg.preprocess(every_value(), "caffe", layout=layout)
 
 
 @pytest.mark.parametrize("threads", [True, 1.5, "2", 0, -1])

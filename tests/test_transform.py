@@ -477,6 +477,17 @@ def test_a_constant_that_is_no_number_is_a_mode_error(constants):
         Mode("own", **constants)
 
 
+@pytest.mark.parametrize("name", [["x"], None, 7])
+def test_the_name_of_a_mode_is_a_string(name):
+    with pytest.raises(ModeError, match="a mode is called"):
+        Mode(name, divide=2.0)
+
+
+def test_a_number_that_no_float_holds_is_a_mode_error():
+    with pytest.raises(ModeError, match="big: a constant is no number"):
+        Mode("big", divide=10**400)
+
+
 @pytest.mark.parametrize("name", [["caffe"], None, 7])
 def test_a_mode_that_is_no_name_is_a_mode_error(name):
     with pytest.raises(ModeError, match="there is no mode"):
