@@ -88,7 +88,7 @@ def pixels_of(direction, mode, source):
     All values there are of uint8, and of other types what images and network inputs hold, ties,
     infinities, subnormal numbers, both zeros. NaN only where it becomes a number.
     """
-    count = 3 * convert.TILE_PIXELS
+    count = 5 * convert.TILE_PIXELS
     if source == "uint8":
         return frozen(every_pattern(256, (count,)).astype(np.uint8))
     random = np.random.default_rng(len(source))
