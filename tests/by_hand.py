@@ -24,9 +24,8 @@ TYPE_PAIRS = (
     *(("restore", *pair) for pair in itertools.product(FLOATS, ("uint8", *FLOATS))),
 )
 OWN = Mode("own", divide=2.5, mean=(10.25, -3.7, 48.1), std=(0.7, -13.0, 5.3), order="BGR")
-SMALL = Mode(
-    "small", divide=1e-39, std=(1e3, 1e-3, 7.0), order="BGR"
-)  # with FMA, no reciprocal is exact
+# With FMA, no reciprocal is exact.
+SMALL = Mode("small", divide=1e-39, std=(1e3, 1e-3, 7.0), order="BGR")
 MODES = (Mode.CAFFE, Mode.TF, Mode.TORCH, OWN, SMALL)
 
 

@@ -50,6 +50,13 @@ def test_a_loop_has_the_bits_of_the_oracle_for_any_length_and_any_address(number
         check_everywhere(task)
 
 
+def test_two_streams_are_an_odd_multiple_apart_and_hold_all_blocks_but_a_few():
+    for blocks, apart in itertools.product(range(200), (4, 16)):
+        each = convert.stream_blocks.py_func(blocks, apart)
+        assert each % (2 * apart) == (apart if blocks >= 2 * apart else 0)
+        assert 0 <= blocks - 2 * each < 4 * apart
+
+
 def test_the_tasks_meet_every_mode_layout_and_way_of_writing():
     tasks = [task for number in range(len(TYPE_PAIRS)) for task in rotating_tasks(number)]
     for direction in ("preprocess", "restore"):

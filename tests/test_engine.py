@@ -812,7 +812,7 @@ def test_a_result_is_a_plain_array_of_its_own_whatever_the_input_was(backend, tm
 
 @pytest.fixture
 def tiny_tiles(monkeypatch):
-    """Pieces of a row or two, so that a small batch is cut as a huge one would be."""
+    """Tiles of a row or two, so that a small batch is cut as a huge one would be."""
     monkeypatch.setattr(engine, "SMALLEST_TILE_BYTES", 300)
     monkeypatch.setattr(engine, "COPIED_TILE_BYTES", 500)
 

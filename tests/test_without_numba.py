@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 SAME_ON_ANY_BACKEND = (
     *("bad_files", "behind", "benchmarks", "campaigns", "cluster", "crash", "crash_states"),
     *("decode", "files", "formats", "fuzz", "hdf5", "images", "index", "inplace", "npy"),
-    *("packaging", "parts", "readme", "retry", "run", "screen", "storage", "stores", "tar"),
+    *("packaging", "parts", "readme", "retry", "screen", "storage", "stores", "tar"),
     *("tiling", "verify", "zarr"),
 )
 

@@ -141,6 +141,12 @@ def _plane_by_plane(spec: KernelSpec) -> Callable[..., None]:
     return convert_planes
 
 
+@inlined
+def stream_blocks(blocks, apart):
+    """Return how many of `blocks` are in each of two streams: an odd multiple of `apart`, or 0."""
+    return max(0, (blocks // (2 * apart) - 1) | 1) * apart
+
+
 def _blocks_converter(spec: KernelSpec) -> Any:
     """Return the part of a kernel that converts many blocks.
 
@@ -161,8 +167,7 @@ def _blocks_converter(spec: KernelSpec) -> Any:
 
     @inlined
     def convert_two_streams(x, source_step, y, step, constants, blocks):
-        odd = (blocks // (2 * apart) - 1) | 1
-        pairs = max(0, odd * apart)
+        pairs = stream_blocks(blocks, apart)
         # To the other stream, then back to the next block of this one.
         hop, target_hop = pairs * source_block, pairs * block
         for _ in range(2 * pairs):

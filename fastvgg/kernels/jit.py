@@ -53,9 +53,8 @@ class Processor(NamedTuple):
 
     @property
     def block_bytes(self) -> int:
-        """How much a block may hold: three quarters of the vector registers."""
-        registers = 32 if self.vector_bytes == 64 or not self.is_x86 else 16
-        return registers * 3 // 4 * self.vector_bytes
+        """How much a block may hold on x86: three quarters of the vector registers."""
+        return (24 if self.vector_bytes == 64 else 12) * self.vector_bytes
 
     @property
     def name(self) -> str:
