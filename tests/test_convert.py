@@ -38,7 +38,7 @@ def check_everywhere(task):
     check(task, 1, range(LINE + 3 * task.spec.lanes), range(0, LINE, size), every=3)
     check(task, 3, range(0, LINE + task.spec.lanes, 5), range(0, LINE, max(8, size)))
     check(task, 1, AROUND_TILES, (0, size, 32, LINE - size))
-    if task.spec.two_streams:
+    if task.spec_for(aligned_planes=True).two_streams:
         apart = convert.TWO_STREAMS_BYTES // (3 * ELEMENT_BYTES[task.source])
         check(task, 1, (2 * apart - 1, 4 * apart + 70, 6 * apart, 7 * apart + 30), (0, size))
     check(task, 256, [1], [0])  # where no block is long enough, every value too

@@ -415,22 +415,29 @@ def test_lanes_are_shuffled_where_their_elements_are_smaller(source, target, lat
 
 
 @pytest.mark.parametrize(
-    ("source", "target", "reads_most"),
+    ("source", "target", "out_layouts"),
     [
-        ("float64", "uint8", True),
-        ("float16", "uint8", True),
-        ("float64", "float32", True),
-        ("bfloat16", "float16", False),
-        ("uint8", "float32", False),
+        ("float64", "uint8", ("NHWC", "NCHW")),
+        ("float32", "uint8", ("NHWC", "NCHW")),
+        ("float16", "uint8", ("NHWC",)),
+        ("float64", "float32", ("NHWC",)),
+        ("bfloat16", "float16", ()),
+        ("uint8", "float32", ()),
     ],
 )
 def test_interleaved_pixels_are_taken_from_two_places_where_most_traffic_is_reads(
-    source, target, reads_most
+    source, target, out_layouts
 ):
-    for layouts in LAYOUT_PAIRS:
+    for layout, out_layout in LAYOUT_PAIRS:
         direction = "restore" if target == "uint8" else "preprocess"
-        found = KernelSpec.of(Transform("caffe", direction, *layouts, target), source)
-        assert found.two_streams == (reads_most and layouts == ("NHWC", "NHWC"))
+        transform = Transform("caffe", direction, layout, out_layout, target)
+        found = KernelSpec.of(transform, source)
+        assert found.two_streams == (layout == "NHWC" and out_layout in out_layouts)
+    plane_by_plane = KernelSpec.of(
+        Transform("caffe", "restore", "NHWC", "NCHW"), "float32", nontemporal=True
+    )
+    assert plane_by_plane.plane_by_plane
+    assert not plane_by_plane.two_streams
 
 
 SSE = Processor(True, has_f16c=False, has_fma=False, vector_bytes=16, permuted_bytes=16)
@@ -490,7 +497,7 @@ def test_planes_are_aligned_by_themselves_where_non_temporal_stores_need_it(
     transform = Transform("tf", direction, *layouts, target)
     for nontemporal, aligned in itertools.product([True, False], repeat=2):
         found = KernelSpec.of(transform, source, nontemporal=nontemporal, aligned_planes=aligned)
-        needed = layouts[0] == "NCHW" or (nontemporal and not (aligned and together))
+        needed = not (aligned and together) and (layouts[0] == "NCHW" or nontemporal)
         assert found.plane_by_plane == (layouts[1] == "NCHW" and needed)
     in_place = KernelSpec.of(Transform("tf", layout="NCHW"), "float32", in_place=True)
     assert not in_place.plane_by_plane
