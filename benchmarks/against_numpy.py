@@ -26,7 +26,7 @@ import numpy as np
 
 from fastvgg import Transform, engine, oracle
 from fastvgg.bench.machine import machine
-from fastvgg.threads import usable_cores
+from fastvgg.parallel import available_cpus
 from fastvgg.transform import STORAGE_TYPES, storage_dtype
 
 RESULT = Path(__file__).parent / "results" / "against_numpy.json"
@@ -115,7 +115,7 @@ def measure(transform, x, threads):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--threads", type=int, default=available_cpus())
     arguments = parser.parse_args()
     rows = []
     for transform, source, shape, view in cases(arguments.quick):

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from fastvgg.bench import FULL, QUICK, measure
-from fastvgg.cli.answers import print_measured
+from fastvgg.cli.output import print_benchmark
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -20,7 +20,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    record = measure(QUICK if arguments.quick else FULL, tell=print_measured())
+    record = measure(QUICK if arguments.quick else FULL, tell=print_benchmark())
     if not arguments.quick:
         name = f"bench-{record['instruction_set'].lower()}.json"
         (RESULTS / name).write_text(json.dumps(record, indent=1) + "\n")

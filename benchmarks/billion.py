@@ -19,7 +19,7 @@ from pathlib import Path
 
 from streams import bytes_of_image
 
-from fastvgg.cluster import MOST_TOGETHER
+from fastvgg.cluster import MAX_CHUNKS_PER_TASK
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = 10**9
@@ -27,7 +27,7 @@ PROCESSORS, DOLLARS_AN_HOUR, BYTES_A_SECOND = 16, 0.68, 5e9 / 8
 DOLLARS_A_REQUEST = {"PUT": 5e-6, "POST": 5e-6, "LIST": 5e-6, "GET": 4e-7, "HEAD": 4e-7}
 DOLLARS_A_GIGABYTE_MONTH = 0.023
 PUTS_A_SECOND = 3500  # of names that begin alike
-MOST_MIB = 1024  # that a coordinator is to take
+MAX_MIB = 1024  # that a coordinator is to take
 
 
 def read(name):
@@ -61,12 +61,12 @@ def line(cluster, asked):
         "terabytes_written": round(written_bytes / 1e12),
         "requests": requests,
         "machine_hours": round(hours),
-        "tasks": -(-chunks // MOST_TOGETHER),
+        "tasks": -(-chunks // MAX_CHUNKS_PER_TASK),
         "machines_that_a_scheduler_feeds": int(1e3 / more["ms"] * asked["chunk_images"] / a_second),
         "machines_that_a_prefix_takes": int(PUTS_A_SECOND * asked["chunk_images"] / a_second),
         "hours_of_the_scheduler": round(chunks * more["ms"] / 3.6e6, 1),
         "coordinator_mib": round(idle_mib + mib_a_chunk * chunks),
-        "chunks_that_fit_into_1_gib": round((MOST_MIB - idle_mib) / mib_a_chunk),
+        "chunks_that_fit_into_1_gib": round((MAX_MIB - idle_mib) / mib_a_chunk),
         "dollars_a_million_of_machines": round(hours * DOLLARS_AN_HOUR / millions, 2),
         "dollars_a_million_of_requests": round(dollars / millions, 2),
         "dollars_a_million_of_a_month": round(

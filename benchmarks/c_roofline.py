@@ -24,9 +24,9 @@ import numpy as np
 
 from fastvgg.bench import memory
 from fastvgg.bench.machine import machine
-from fastvgg.bench.rounds import in_turn
+from fastvgg.bench.timing import time_interleaved
 from fastvgg.kernels.jit import processor
-from fastvgg.threads import usable_cores, work_on_all
+from fastvgg.parallel import available_cpus, parallel_for
 
 RESULT = Path(__file__).parent / "results" / "c_roofline.json"
 WANTED = 1.03
@@ -102,7 +102,7 @@ def copy(loop, x, out, threads, *, prefetches):
         source, target = x.ctypes.data + first * read, out.ctypes.data + first * LINE_BYTES
         loop(source, target, count, read, prefetches)
 
-    work_on_all(range(0, lines, size), work_on, threads)
+    parallel_for(range(0, lines, size), work_on, threads)
 
 
 def measured(loop, arena, ratio, rounds, threads):
@@ -119,7 +119,7 @@ def measured(loop, arena, ratio, rounds, threads):
             lambda prefetch: copy(loop, x, out, threads, prefetches=prefetch),
         )
     ]
-    seconds = in_turn(calls, rounds)
+    seconds = time_interleaved(calls, rounds)
     ours = min(seconds[0::2], key=statistics.median)
     theirs = min(seconds[1::2], key=statistics.median)
     ratios = sorted(mine / other for mine, other in zip(ours, theirs, strict=True))
@@ -137,7 +137,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    rounds, threads = 5 if arguments.quick else 31, usable_cores()
+    rounds, threads = 5 if arguments.quick else 31, available_cpus()
     arena = memory.Arena(400 * 2**20)
     with tempfile.TemporaryDirectory() as place:
         loop = compiled(Path(place))

@@ -43,13 +43,13 @@ from streams import (
     Part,
     bytes_of_image,
     fetch,
-    in_turn,
     throughput,
+    time_interleaved,
 )
 
 import fastvgg
 from fastvgg.bench.machine import machine
-from fastvgg.bench.rounds import compared
+from fastvgg.bench.timing import compare
 
 RESULT = Path(__file__).parent / "results" / "cluster.json"
 WORKERS = 2
@@ -70,7 +70,7 @@ import fastvgg
 from distributed import Client
 from fastvgg import cluster
 from fastvgg.stream.journal import Commit
-from fastvgg.stream.task import Done
+from fastvgg.stream.worker import Done
 
 
 def nothing(task):
@@ -143,8 +143,8 @@ def measured_workers(files, client, arguments):
             fetch(source, "in memory", memory)
 
         calls = (lambda p=planned: p().run(client=client), lambda p=planned: p().run())
-        ours, alone = in_turn([Part(prepare, call) for call in calls], arguments.rounds)
-        share, spread, seconds = compared(ours, alone)
+        ours, alone = time_interleaved([Part(prepare, call) for call in calls], arguments.rounds)
+        share, spread, seconds = compare(ours, alone)
         figures = throughput(plan.read_bytes, seconds, alone=(plan.read_bytes, alone))
         prepare()
         before = client.run(idle)
@@ -176,7 +176,7 @@ def measured_sizes(files, client, arguments):
             plan.run(client=client)
 
         parts.append(Part(prepare, call))
-    taken = in_turn(parts, 3 * arguments.rounds)
+    taken = time_interleaved(parts, 3 * arguments.rounds)
     gib = [size * unit / 2**30 for size in SIZES]
     seconds = [statistics.median(each) for each in taken]
     start, slope = line_through(gib, seconds)

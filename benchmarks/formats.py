@@ -41,18 +41,18 @@ from streams import (
     bytes_of_image,
     chunk_of,
     fetch,
-    in_turn,
     peak,
     read_whole,
     throughput,
+    time_interleaved,
     write_new,
 )
 
 import fastvgg
 from fastvgg.bench.kernels import HEIGHT, WIDTH
 from fastvgg.bench.machine import machine
-from fastvgg.bench.rounds import compared
-from fastvgg.threads import usable_cores
+from fastvgg.bench.timing import compare
+from fastvgg.parallel import available_cpus
 
 RESULT = Path(__file__).parent / "results" / "formats.json"
 WANTED_OF_ZARR, WANTED_OF_HDF5 = 0.90, 0.85
@@ -145,9 +145,9 @@ def measured_zarr(files, arguments):
         functools.partial(alone, syncs=True),
         functools.partial(alone, syncs=False),
     )
-    taken, *limits = in_turn([Part(before, call) for call in calls], arguments.rounds)
+    taken, *limits = time_interleaved([Part(before, call) for call in calls], arguments.rounds)
     for name, limit in zip(("which syncs as well", "which syncs nothing"), limits, strict=True):
-        share, spread, seconds = compared(taken, limit)
+        share, spread, seconds = compare(taken, limit)
         figures = throughput(plan.write_bytes, seconds, zarr=(plan.write_bytes, limit))
         path = f"Zarr uint8 to Zarr float32, zarr-python {name}"
         yield row(path, WANTED_OF_ZARR, share, spread, **figures)
@@ -196,12 +196,12 @@ def measured_hdf5(files, arguments):
         read = functools.partial(read_whole, source, memory)
         calls = (lambda: planned().run(), write, read, functools.partial(at_once, write, read))
         parts = [Part(before, call) for call in calls]
-        ours, written, read_in, both = in_turn(parts, arguments.rounds)
+        ours, written, read_in, both = time_interleaved(parts, arguments.rounds)
         longer = [max(pair) for pair in zip(written, read_in, strict=True)]
         source_bytes = source.stat().st_size
         limits = {"writing": (nbytes, written), "reading": (source_bytes, read_in)}
         for name, limit in (("reading and writing at once", both), ("the longer of both", longer)):
-            share, spread, seconds = compared(ours, limit)
+            share, spread, seconds = compare(ours, limit)
             figures = throughput(source_bytes, seconds, **limits)
             path = f"HDF5 float32 {place} to .npy uint8, {name}"
             yield row(path, WANTED_OF_HDF5, share, spread, **figures)
@@ -231,7 +231,7 @@ def measured_memory(files, arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--directory", type=Path, default=Path(), help="on the disk to measure")
     arguments = parser.parse_args()

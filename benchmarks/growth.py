@@ -46,8 +46,8 @@ import fastvgg
 from fastvgg.bench import FULL, memory
 from fastvgg.bench.kernels import HEIGHT, WIDTH
 from fastvgg.bench.machine import machine
-from fastvgg.bench.rounds import compared, in_turn
-from fastvgg.threads import usable_cores
+from fastvgg.bench.timing import compare, time_interleaved
+from fastvgg.parallel import available_cpus
 
 RESULT = Path(__file__).parent / "results" / "growth.json"
 MEMORY_ROUNDS = 11
@@ -180,7 +180,7 @@ class Run:
 
     def line(self, ours, limit):
         """Return a line of the result, of the seconds of all rounds, printed as well."""
-        share, spread, seconds = compared(ours, limit)
+        share, spread, seconds = compare(ours, limit)
         low, _, high = statistics.quantiles(ours, n=4)
         plan = self.plan
         line = {
@@ -207,7 +207,7 @@ class Run:
 def measured(runs, rounds):
     """Return a line of every run of a sweep."""
     parts = [part for run in runs for part in (run, run.limit())]
-    taken = iter(streams.in_turn(parts, rounds))
+    taken = iter(streams.time_interleaved(parts, rounds))
     return [run.line(ours, limit) for run, ours, limit in zip(runs, taken, taken, strict=True)]
 
 
@@ -229,10 +229,12 @@ def measured_in_memory(lengths, rounds):
         for fetches in (False, True):
             yield functools.partial(memory.copy, x, out, threads, fetches=fetches)
 
-    taken = iter(in_turn([c for threads in lengths.threads for c in calls(threads)], rounds))
+    taken = iter(
+        time_interleaved([c for threads in lengths.threads for c in calls(threads)], rounds)
+    )
     for threads, ours, *limits in zip(lengths.threads, taken, taken, taken, strict=True):
         limit = min(limits, key=statistics.median)
-        share, spread, seconds = compared(ours, limit)
+        share, spread, seconds = compare(ours, limit)
         low, _, high = statistics.quantiles(ours, n=4)
         line = {
             "threads": threads,
@@ -272,12 +274,12 @@ def measured_sweeps(files, lengths, threads, rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--directory", type=Path, default=Path(), help="on the disk to measure")
     arguments = parser.parse_args()
     rounds = arguments.rounds or (2 if arguments.quick else 3)
-    far = (quick_lengths if arguments.quick else lengths)(usable_cores())
+    far = (quick_lengths if arguments.quick else lengths)(available_cpus())
     if arguments.quick:
         streams.REST_SECONDS = 0  # half of a minute in all
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # files are removed

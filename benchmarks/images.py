@@ -48,15 +48,15 @@ from image_checks import check_files, check_rows, mean_difference
 from image_limits import ENCODERS, decode, decode_and_write, encode_all, encode_and_write
 from images_million import million, planning
 from peer_process import Peer, PeerError
-from photographs import LARGE, PHOTOGRAPH, SIZE, ImageFiles, folder, sharded
+from photographs import LARGE, PHOTOGRAPH, SIZE, ImageFolderTarget, folder, sharded
 from rows import row
-from streams import READ_BYTES, Part, chunk_of, fetch, in_turn
+from streams import READ_BYTES, Part, chunk_of, fetch, time_interleaved
 
 import fastvgg
 from fastvgg import Transform
 from fastvgg.bench.machine import machine
-from fastvgg.bench.rounds import compared
-from fastvgg.threads import usable_cores
+from fastvgg.bench.timing import compare
+from fastvgg.parallel import available_cpus
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES, QUICK_IMAGES = 4000, 240
@@ -116,7 +116,7 @@ class Bench:
             **options,
         )
 
-    def in_turn(self, photographs, nbytes, transform, *calls, wait=lambda: None):
+    def time_interleaved(self, photographs, nbytes, transform, *calls, wait=lambda: None):
         """Time calls that write so many bytes of what is read of files in memory.
 
         What is to be waited for before each is not timed. Each result that has the name is checked,
@@ -136,7 +136,7 @@ class Bench:
             self.files.settle(nbytes * 3 // 2)
             photographs.fetch()
 
-        seconds = in_turn([Part(prepare, call) for call in calls], self.arguments.rounds)
+        seconds = time_interleaved([Part(prepare, call) for call in calls], self.arguments.rounds)
         check_and_remove()
         return seconds
 
@@ -147,19 +147,19 @@ def measured_arrays(bench, photographs, called):
     plain = bench.files.path("plain.npy")
 
     plan = bench.planned(photographs, mode="caffe")
-    ours, limit = bench.in_turn(
+    ours, limit = bench.time_interleaved(
         photographs,
         plan.write_bytes,
         Transform("caffe"),
         lambda: bench.planned(photographs, mode="caffe").run(),
         functools.partial(decode_and_write, photographs, plain, plan, chunk_of(plan)),
     )
-    share, spread, seconds = compared(ours, limit)
+    share, spread, seconds = compare(ours, limit)
     figures = per_second(images, seconds, limit=limit)
     yield row(f"{called} to float32", WANTED, share, spread, **figures)
 
     plan = bench.planned(photographs, direction="pack")
-    ours, alone, written = bench.in_turn(
+    ours, alone, written = bench.time_interleaved(
         photographs,
         plan.write_bytes,
         None,
@@ -171,7 +171,7 @@ def measured_arrays(bench, photographs, called):
         ("decoding", alone, WANTED),
         ("decoding, writing", written, None),
     ):
-        share, spread, seconds = compared(ours, limit)
+        share, spread, seconds = compare(ours, limit)
         figures = per_second(images, seconds, limit=limit)
         yield row(f"{called} to uint8, against {against}", wanted, share, spread, **figures)
 
@@ -217,7 +217,7 @@ def measured_restoring(bench):
             functools.partial(encode_all, *encoding),
             functools.partial(encode_and_write, *encoding, plain),
         )
-        ours, alone, written = in_turn(
+        ours, alone, written = time_interleaved(
             [Part(before, call) for call in calls], bench.arguments.rounds
         )
         check_and_remove(image_format)
@@ -225,7 +225,7 @@ def measured_restoring(bench):
             ("encoding", alone, WANTED),
             ("encoding, writing", written, None),
         ):
-            share, spread, seconds = compared(ours, limit)
+            share, spread, seconds = compare(ours, limit)
             figures = per_second(images, seconds, limit=limit)
             name = f"float32 to {image_format.upper()} files, against {against}"
             yield row(name, wanted, share, spread, **figures)
@@ -236,7 +236,7 @@ def measured_threads(bench):
     """Measure what a second thread gains, and what it gains where there is nothing but decoding."""
     photographs = bench.photographs
     images = len(photographs.reads)
-    two, one, two_decoding, one_decoding = bench.in_turn(
+    two, one, two_decoding, one_decoding = bench.time_interleaved(
         photographs,
         bench.planned(photographs, mode="caffe").write_bytes,
         Transform("caffe"),
@@ -249,7 +249,7 @@ def measured_threads(bench):
         ("folder to float32", WANTED_OF_TWO_THREADS, two, one),
         ("decoding alone", None, two_decoding, one_decoding),
     ):
-        times, spread, seconds = compared(ours, other)
+        times, spread, seconds = compare(ours, other)
         figures = per_second(images, seconds, other=other)
         yield times_row(f"{name}, two threads against one", wanted, times, spread, **figures)
 
@@ -263,14 +263,14 @@ def measured_fast_jpeg(bench):
     def fast_run():
         planned(target="fast.npy", fast_jpeg=True).run()
 
-    fast, whole = bench.in_turn(
+    fast, whole = bench.time_interleaved(
         photographs,
         planned().write_bytes,
         Transform("caffe"),
         fast_run,
         lambda: planned().run(),
     )
-    times, spread, seconds = compared(fast, whole)
+    times, spread, seconds = compare(fast, whole)
     figures = per_second(len(photographs.reads), seconds, other=whole)
     fast_run()
     figures["mean_difference"] = mean_difference(bench.files.path("fast.npy"), photographs.reads)
@@ -288,7 +288,7 @@ def measured_peer(bench, name, called, mode, wanted):
     try:
         with Peer(name, python, photographs, scratch, arguments.threads) as peer:
             versions = peer.begun()
-            ours, theirs = bench.in_turn(
+            ours, theirs = bench.time_interleaved(
                 photographs,
                 bench.planned(photographs, mode=mode).write_bytes,
                 Transform(mode),
@@ -303,7 +303,7 @@ def measured_peer(bench, name, called, mode, wanted):
     finally:
         bench.files.remove("scratch")
     bench.versions |= versions
-    times, spread, seconds = compared(ours, theirs)
+    times, spread, seconds = compare(ours, theirs)
     figures = per_second(arguments.images, seconds, other=theirs)
     yield times_row(f"{called}, {mode} mode", wanted, times, spread, **figures)
 
@@ -319,7 +319,7 @@ TIMES = {"threads": measured_threads, "fast_jpeg": measured_fast_jpeg, "peers": 
 
 def measured(directory, arguments):
     """Measure all that is compared in turn, and return the record of it."""
-    bench = Bench(ImageFiles(directory, arguments.threads), arguments)
+    bench = Bench(ImageFolderTarget(directory, arguments.threads), arguments)
     nbytes = bench.photographs.fetch()
     lines = {
         kind: [
@@ -354,7 +354,7 @@ def options():
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--million", action="store_true")
     parser.add_argument("--planning", action="store_true")
-    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int)
     parser.add_argument("--directory", type=Path, default=Path(), help="on the disk to measure")

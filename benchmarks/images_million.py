@@ -11,10 +11,10 @@ import subprocess
 import sys
 
 from image_checks import check_rows
-from photographs import SMALL, ImageFiles, jpegs, shards_of, write_shard
+from photographs import SMALL, ImageFolderTarget, jpegs, shards_of, write_shard
 
 from fastvgg import Transform
-from fastvgg.threads import usable_cores
+from fastvgg.parallel import available_cpus
 
 MILLION, QUICK_MILLION = 1_000_000, 20_000
 FEW, QUICK_FEW = 10_000, 2_000
@@ -84,7 +84,7 @@ def million(directory, arguments):
     count, few = (QUICK_MILLION, QUICK_FEW) if quick else (MILLION, FEW)
     different = QUICK_DIFFERENT if quick else DIFFERENT
     in_a_shard = QUICK_IN_A_SHARD if quick else IN_A_SHARD
-    files, shards = ImageFiles(directory, arguments.threads), directory / "shards"
+    files, shards = ImageFolderTarget(directory, arguments.threads), directory / "shards"
     found = million_shards(shards, count, different, in_a_shard)
     reads = [functools.partial(bytes, data) for data in found]
 
@@ -185,4 +185,4 @@ def planning(directory, arguments):
         )
         print(f"{line['path']}: {'not ' if missed else ''}as is wanted")
         rows.append(line)
-    return {"threads": usable_cores(), "rounds": arguments.rounds, "rows": rows}
+    return {"threads": available_cpus(), "rounds": arguments.rounds, "rows": rows}

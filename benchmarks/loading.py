@@ -29,14 +29,14 @@ from pathlib import Path
 
 import numpy as np
 from rows import row
-from streams import READ_BYTES, Files, Part, fetch, in_turn
+from streams import READ_BYTES, Files, Part, fetch, time_interleaved
 
 import fastvgg
 from fastvgg import Transform, engine, oracle
 from fastvgg.bench.kernels import HEIGHT, WIDTH
 from fastvgg.bench.machine import machine
-from fastvgg.bench.rounds import compared
-from fastvgg.threads import usable_cores
+from fastvgg.bench.timing import compare
+from fastvgg.parallel import available_cpus
 
 RESULT = Path(__file__).parent / "results" / "loading.json"
 IMAGES, QUICK_IMAGES = 8192, 1024
@@ -132,9 +132,9 @@ def measured_shares(files, arguments, path, x):
         functools.partial(drain, made(path, threads, shuffle=True)),
         functools.partial(kernel_alone, x, ring, threads),
     )
-    *ours, limit = in_turn([Part(before, call) for call in calls], arguments.rounds)
+    *ours, limit = time_interleaved([Part(before, call) for call in calls], arguments.rounds)
     for name, seconds in zip(("in order", "shuffled"), ours, strict=True):
-        share, spread, taken = compared(seconds, limit)
+        share, spread, taken = compare(seconds, limit)
         figures = {
             "images_per_second": round(len(x) / taken),
             "limit_images_per_second": round(len(x) / statistics.median(limit)),
@@ -154,9 +154,9 @@ def measured_loaders(files, arguments, path, images):
     loaders = data_loaders(path, WORKERS)
     calls = [functools.partial(drain, loader) for loader in loaders.values()]
     calls.append(functools.partial(drain, made(path, arguments.threads)))
-    *theirs, ours = in_turn([Part(before, call) for call in calls], arguments.rounds)
+    *theirs, ours = time_interleaved([Part(before, call) for call in calls], arguments.rounds)
     for name, seconds in zip(loaders, theirs, strict=True):
-        times, spread, taken = compared(ours, seconds)
+        times, spread, taken = compare(ours, seconds)
         line = {
             "path": f"PyTorch DataLoader, {name}",
             "wanted": WANTED_OF_A_LOADER,
@@ -172,7 +172,7 @@ def measured_loaders(files, arguments, path, images):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--directory", type=Path, default=Path(), help="where the file lies")
     arguments = parser.parse_args()

@@ -60,7 +60,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastvgg.bench.machine import machine
-from fastvgg.threads import usable_cores
+from fastvgg.parallel import available_cpus
 
 RESULT = Path(__file__).parent / "results" / "peers.json"
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -171,7 +171,7 @@ def options():
     given = parser.parse_args()
     given.images = given.images or (QUICK_IMAGES if given.quick else IMAGES)
     given.rounds = given.rounds or (QUICK_ROUNDS if given.quick else ROUNDS)
-    cores = usable_cores()
+    cores = available_cpus()
     if not 1 <= given.threads <= cores:
         parser.error(f"--threads is {given.threads}, and this process may use {cores} cores")
     return given

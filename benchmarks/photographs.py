@@ -17,7 +17,7 @@ import skimage
 from PIL import Image
 from streams import Files
 
-from fastvgg.threads import usable_cores
+from fastvgg.parallel import available_cpus
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,7 +93,7 @@ def jpegs(count, shape):
     def one(index):
         return encoded(tiled(found, index) if shape == LARGE else cropped(found, index, shape))
 
-    with ThreadPoolExecutor(usable_cores()) as pool:
+    with ThreadPoolExecutor(available_cpus()) as pool:
         yield from pool.map(one, range(count))
 
 
@@ -162,7 +162,7 @@ def sharded(path, photographs):
             os.close(file)
 
 
-class ImageFiles(Files):
+class ImageFolderTarget(Files):
     """The files of a measurement, some of which are directories."""
 
     def remove(self, name):

@@ -21,7 +21,7 @@ import venv
 from pathlib import Path
 
 from fastvgg.bench.machine import machine
-from fastvgg.threads import usable_cores
+from fastvgg.parallel import available_cpus
 
 CHECKOUT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "startup.json"
@@ -79,12 +79,12 @@ RATIOS = (
     ("process that imports fastvgg", ("process that imports numpy",), 1.15),
     (f"{THOUSAND}auto", (f"{THOUSAND}numpy", f"{THOUSAND}numba"), 1.5),
 )
-MOST_SECONDS = {
+MAX_SECONDS = {
     "fastvgg --help": 0.35,
     "first compiled call above import numba": 0.9,
     "one image above import numpy": 0.06,
 }
-MOST_PACKAGES = 18
+MAX_PACKAGES = 18
 
 
 def installed(place):
@@ -115,7 +115,7 @@ def seconds_of(programs, command):
     return float(done.stdout) if "print" in arguments[-1] else whole
 
 
-def in_turn(programs, rounds):
+def time_interleaved(programs, rounds):
     """Return the seconds of every program in every round; the first of each is not counted."""
     taken = {name: [] for name in PROGRAMS}
     for number in range(rounds + 1):
@@ -143,8 +143,8 @@ def main():
     rounds = 5 if arguments.quick else arguments.rounds
     with tempfile.TemporaryDirectory(prefix="fastvgg-startup-") as place:
         programs, packages, size = installed(Path(place))
-        taken = in_turn(programs, rounds)
-    seconds = [row(name, taken[name], MOST_SECONDS.get(name)) for name in PROGRAMS]
+        taken = time_interleaved(programs, rounds)
+    seconds = [row(name, taken[name], MAX_SECONDS.get(name)) for name in PROGRAMS]
     ratios = [
         row(
             f"{ours} / {' or '.join(theirs)}",
@@ -156,10 +156,10 @@ def main():
     print(f"{packages} packages, {size / 2**20:.0f} MiB")
     rows = [line for line in seconds + ratios if line["wanted"]]
     missed = [line["what"] for line in rows if line["median"] > line["wanted"]]
-    missed += ["packages"] if packages > MOST_PACKAGES else []
+    missed += ["packages"] if packages > MAX_PACKAGES else []
     print("above what is wanted:", ", ".join(missed) or "none")
     if not arguments.quick:
-        record = {"machine": machine(), "threads": usable_cores(), "rounds": rounds}
+        record = {"machine": machine(), "threads": available_cpus(), "rounds": rounds}
         record |= {"python": sys.version.split()[0], "packages": packages, "bytes": size}
         RESULT.write_text(
             json.dumps(record | {"seconds": seconds, "ratios": ratios}, indent=1) + "\n"

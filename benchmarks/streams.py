@@ -50,8 +50,8 @@ from fastvgg.bench.disk import read_whole
 from fastvgg.bench.kernels import HEIGHT, WIDTH
 from fastvgg.bench.machine import machine
 from fastvgg.bench.memory import zeroed_by_the_system
-from fastvgg.bench.rounds import compared
-from fastvgg.threads import usable_cores
+from fastvgg.bench.timing import compare
+from fastvgg.parallel import available_cpus
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,11 +61,11 @@ FILE_BYTES = 4 * 2**30
 QUICK_BYTES = 256 * 2**20
 READ_BYTES = 8 * 2**20
 SLOTS = 4  # of the scratch file
-SYNCED_TOGETHER = 3  # chunks of a file that is changed in place
+CHUNKS_PER_CHECKPOINT = 3  # chunks of a file that is changed in place
 WANTED = 0.90
 REST_SECONDS = 1
-MOST_STOLEN = 0.02
-MOST_TRIES = 4
+MAX_STOLEN = 0.02
+MAX_TRIES = 4
 MEMORY = "256MiB"
 WANTED_PEAK_MIB = 256
 WANTED_PAGE_TABLES_MIB = 4
@@ -125,13 +125,13 @@ class Part(NamedTuple):
 
     def seconds(self):
         """Return what a call takes that is not disturbed, or the last of some that all were."""
-        for _ in range(MOST_TRIES):
+        for _ in range(MAX_TRIES):
             self.prepare()
             time.sleep(REST_SECONDS)
             stolen, begun = stolen_seconds(), time.perf_counter()
             self.call()
             seconds = time.perf_counter() - begun
-            if stolen_seconds() - stolen <= MOST_STOLEN * seconds * os.cpu_count():
+            if stolen_seconds() - stolen <= MAX_STOLEN * seconds * os.cpu_count():
                 break
         return seconds
 
@@ -142,7 +142,7 @@ def stolen_seconds():
     return int(fields[8]) / os.sysconf("SC_CLK_TCK")
 
 
-def in_turn(parts, rounds):
+def time_interleaved(parts, rounds):
     """Return the seconds of every part in every round; the first of each is not counted."""
     seconds = [[] for _ in parts]
     for turn in range(rounds + 1):
@@ -258,7 +258,7 @@ def write_twice(path, scratch_path, nbytes, buffer):
             write(scratch, data, chunk % SLOTS * len(buffer))
             os.fsync(scratch)
             write(file, data, offset)
-            if chunk % SYNCED_TOGETHER == SYNCED_TOGETHER - 1:
+            if chunk % CHUNKS_PER_CHECKPOINT == CHUNKS_PER_CHECKPOINT - 1:
                 os.fsync(file)
         os.fsync(file)
     finally:
@@ -308,15 +308,15 @@ def measured_new(files, arguments):
             lambda: write_new(files.path("plain.npy"), nbytes, buffer),
             *others,
         )
-        return in_turn([Part(before, call) for call in calls], arguments.rounds)
+        return time_interleaved([Part(before, call) for call in calls], arguments.rounds)
 
     ours, written = in_turn_with("in memory")
-    share, spread, seconds = compared(ours, written)
+    share, spread, seconds = compare(ours, written)
     figures = throughput(nbytes, seconds, writing=(nbytes, written))
     yield row("uint8 to float32, source in memory", WANTED, share, spread, **figures)
 
     ours, written, read = in_turn_with("on disk", lambda: read_whole(source, memory))
-    share, spread, seconds = compared(ours, [max(pair) for pair in zip(written, read, strict=True)])
+    share, spread, seconds = compare(ours, [max(pair) for pair in zip(written, read, strict=True)])
     limits = {"writing": (nbytes, written), "reading": (source.stat().st_size, read)}
     figures = throughput(nbytes, seconds, **limits)
     yield row("uint8 to float32, source on disk", WANTED, share, spread, **figures)
@@ -345,7 +345,7 @@ def measured_in_place(files, arguments):
         fetch(path, "in memory", memory)
 
     directions = itertools.cycle(("preprocess", "restore"))
-    ours, twice = in_turn(
+    ours, twice = time_interleaved(
         (
             Part(lambda: prepare(ours_path), lambda: planned(direction=next(directions)).run()),
             Part(
@@ -355,7 +355,7 @@ def measured_in_place(files, arguments):
         ),
         2 * arguments.rounds,
     )
-    share, spread, seconds = compared(ours, twice)
+    share, spread, seconds = compare(ours, twice)
     figures = throughput(nbytes, seconds, writing_twice=(nbytes, twice))
     yield row("float32 in place, there and back", WANTED, share, spread, **figures)
     files.remove("plain.npy")
@@ -374,14 +374,14 @@ def measured_verification(files, arguments, path):
 
     for file_is in ("in memory", "on disk"):
         before = functools.partial(prepare, file_is)
-        ours, read = in_turn(
+        ours, read = time_interleaved(
             (
                 Part(before, lambda: fastvgg.verify(path)),
                 Part(before, lambda: read_whole(path, memory)),
             ),
             arguments.rounds,
         )
-        share, spread, seconds = compared(ours, read)
+        share, spread, seconds = compare(ours, read)
         figures = throughput(nbytes, seconds, reading=(nbytes, read))
         yield row(f"verify float32, {file_is}", None, share, spread, **figures)
 
@@ -435,7 +435,7 @@ def measured_memory(files, arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--directory", type=Path, default=Path(), help="on the disk to measure")
     arguments = parser.parse_args()

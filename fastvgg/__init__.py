@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from fastvgg.engine import restore as restore
     from fastvgg.errors import FastvggError as FastvggError
     from fastvgg.loader import batches as batches
-    from fastvgg.stream.prepare import plan as plan
+    from fastvgg.stream.planner import plan as plan
     from fastvgg.stream.verify import verify as verify
     from fastvgg.transform import Mode as Mode
     from fastvgg.transform import Transform as Transform
 
 __version__ = "0.1.0"
 
-_ROOMS = {
+_LAZY = {
     "FastvggError": "fastvgg.errors",
     "Mode": "fastvgg.transform",
     "Transform": "fastvgg.transform",
     "batches": "fastvgg.loader",
-    "plan": "fastvgg.stream.prepare",
+    "plan": "fastvgg.stream.planner",
     "preprocess": "fastvgg.engine",
     "restore": "fastvgg.engine",
     "verify": "fastvgg.stream.verify",
@@ -54,9 +54,9 @@ __all__ = [
 if not TYPE_CHECKING:  # or a checker would take any name for a public one
 
     def __getattr__(name: str) -> object:
-        if name not in _ROOMS:
+        if name not in _LAZY:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(_ROOMS[name]), name)
+        value = getattr(importlib.import_module(_LAZY[name]), name)
         globals()[name] = value
         return value
 

@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Backend",
     "Chosen",
-    "Work",
+    "Workload",
     "check_backend",
     "choose",
-    "compiling",
-    "known_work",
-    "work_of",
+    "choose_for",
+    "compile_lock",
+    "workload",
 ]
 
 Backend: TypeAlias = Literal["auto", "numba", "numpy"]
@@ -50,7 +50,7 @@ KERNELS: Final = "fastvgg.kernels.convert"
 # A Numba that refuses this NumPy or must not compile, an LLVM that cannot be loaded or is too old.
 BROKEN_IMPORT: Final = (ImportError, OSError, AttributeError)
 
-compiling: Final = threading.RLock()
+compile_lock: Final = threading.RLock()
 """Held while Numba is imported and while a kernel is compiled. A fork waits for it, up to a second
 or two: a child that inherits a lock held by a thread that it does not have could never compile."""
 
@@ -60,14 +60,14 @@ HOOKS_BEFORE_OURS: Final = (logging, concurrent.futures.thread)
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=compiling.acquire,
-        after_in_parent=compiling.release,
-        after_in_child=compiling.release,
+        before=compile_lock.acquire,
+        after_in_parent=compile_lock.release,
+        after_in_child=compile_lock.release,
     )
 
 
 @dataclass(eq=False, slots=True)
-class Work:
+class Workload:
     """Work that one kernel does: what it has cost on NumPy, and whether its kernel is compiled."""
 
     has_kernel: bool = True
@@ -91,12 +91,12 @@ class Work:
         self.nbytes += nbytes
 
 
-_works: dict[Hashable, Work] = {}
+_works: dict[Hashable, Workload] = {}
 
 
-def work_of(*key: Hashable) -> Work:
+def workload(*key: Hashable) -> Workload:
     """Return the work that a key stands for: what distinguishes it from that of other kernels."""
-    return _works.setdefault(key, Work())
+    return _works.setdefault(key, Workload())
 
 
 def check_backend(backend: Backend) -> None:
@@ -116,7 +116,7 @@ def check_backend(backend: Backend) -> None:
         raise BackendError(f"Numba is not usable: {reason}", remedy)
 
 
-def choose(backend: Backend, work: Work, nbytes: int, threads: int) -> Chosen:
+def choose(backend: Backend, work: Workload, nbytes: int, threads: int) -> Chosen:
     """Return the backend for a call.
 
     Parameters
@@ -148,7 +148,7 @@ def choose(backend: Backend, work: Work, nbytes: int, threads: int) -> Chosen:
     return _numba_if(pays)
 
 
-def known_work(backend: Backend, nbytes: int, threads: int) -> Chosen:
+def choose_for(backend: Backend, nbytes: int, threads: int) -> Chosen:
     """Return the backend for work whose whole size is known; see `choose`.
 
     What NumPy has done before counts too, so that many epochs of a small dataset pay for a kernel.
@@ -174,7 +174,7 @@ def _numba_if(pays: bool) -> Chosen:
         return "numpy"  # without importing it
     problem = _problem_of_numba()
     if problem is not None:
-        _warn_slow(*problem)
+        _warn_numpy_fallback(*problem)
     return "numba" if pays and problem is None else "numpy"
 
 
@@ -186,7 +186,7 @@ def _is_installed() -> bool:
 @functools.cache
 def _problem_of_numba() -> tuple[str, str] | None:
     """Import Numba; return why it is not usable and the remedy, or None."""
-    with compiling:
+    with compile_lock:
         if not _is_installed():
             return "it is not installed", "pip install numba"
         try:
@@ -197,7 +197,7 @@ def _problem_of_numba() -> tuple[str, str] | None:
 
 
 @functools.cache
-def _warn_slow(reason: str, remedy: str) -> None:
+def _warn_numpy_fallback(reason: str, remedy: str) -> None:
     warnings.warn(
         f"Numba is not usable ({reason}): working on the NumPy backend, with the same results, "
         f"slower. To change that: {remedy}",

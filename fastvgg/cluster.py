@@ -1,6 +1,6 @@
 """The same plan on a Dask cluster: some chunks are a task, and this process commits what is done.
 
-Dask may have a task done twice, or again, by workers that die or come back: `fastvgg.stream.task`
+Dask may have a task done twice, or again, by workers that die or come back: `fastvgg.stream.worker`
 says why that is harmless. What is committed, and published at the end, is decided here alone, so
 that a run that is cut off goes on wherever the same command is given, with a cluster or without.
 
@@ -22,27 +22,27 @@ from distributed import Client, KilledWorker, LocalCluster, as_completed
 from distributed.comm import CommClosedError
 
 from fastvgg.datasets.base import SharedTarget
-from fastvgg.datasets.reserved import ReservedArray
+from fastvgg.datasets.contiguous import ContiguousTarget
 from fastvgg.errors import ClusterError, FastvggError, StoppedError, UsageError
+from fastvgg.parallel import available_cpus
 from fastvgg.stream import run as here
 from fastvgg.stream.manifest import package_versions
-from fastvgg.stream.plan import readable_bytes
-from fastvgg.stream.prepare import reopen_source
-from fastvgg.stream.task import Task, join, leave, stored_checksums, work_on
-from fastvgg.threads import usable_cores
+from fastvgg.stream.plan import format_bytes
+from fastvgg.stream.planner import reopen_source
+from fastvgg.stream.worker import Task, close_run, join, run_task, stored_checksums
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
     from distributed import Future, Worker
 
+    from fastvgg.storage.local import Storage
     from fastvgg.stream.compute import Work
     from fastvgg.stream.plan import Plan
     from fastvgg.stream.report import Progress, Report
-    from fastvgg.stream.storage import Storage
-    from fastvgg.stream.task import Done
+    from fastvgg.stream.worker import ChunkCommit
 
-__all__ = ["connected", "run"]
+__all__ = ["connect", "run"]
 
 LOCAL: Final = "local"
 ANSWER_SECONDS: Final = 10
@@ -50,16 +50,16 @@ JOIN_SECONDS: Final = 60
 # Results that come within so short a time are fetched and committed together: one by one they take
 # a third more of the scheduler's time.
 GATHERING_SECONDS: Final = 0.05
-LEAST_UNDER_WAY: Final = 1024  # tasks, which take some kB each
-UNDER_WAY_FOR_A_THREAD: Final = 8
+MIN_IN_FLIGHT: Final = 1024  # tasks, which take some kB each
+IN_FLIGHT_PER_THREAD: Final = 8
 # Chunks of a task, where there are many: each is written while the next is computed, and what Dask
 # takes for a task is shared by all.
-MOST_TOGETHER: Final = 8
-TASKS_FOR_A_THREAD: Final = 16  # at least, so that the last ones are soon done
+MAX_CHUNKS_PER_TASK: Final = 8
+TASKS_PER_THREAD: Final = 16  # at least, so that the last ones are soon done
 
 
 @contextlib.contextmanager
-def connected(address: str) -> Iterator[Client]:
+def connect(address: str) -> Iterator[Client]:
     """Connect to a scheduler; "local" starts a worker for each core of this machine.
 
     Raises
@@ -69,7 +69,7 @@ def connected(address: str) -> Iterator[Client]:
     """
     with contextlib.ExitStack() as opened:
         if address == LOCAL:
-            workers = {"n_workers": usable_cores(), "threads_per_worker": 1}
+            workers = {"n_workers": available_cpus(), "threads_per_worker": 1}
             address = opened.enter_context(LocalCluster(**workers)).scheduler_address
         try:
             client = opened.enter_context(
@@ -110,18 +110,18 @@ def run(
     StoppedError
         If a task fails later on; what is committed is kept.
     """
-    _refuse_not_shared(plan)
+    _check_shareable(plan)
     plan = dataclasses.replace(plan, threads=1)
     _check_workers(plan, client)
     return here.run(plan, progress, storage, functools.partial(_ClusterRun, client))
 
 
-def _refuse_not_shared(plan: Plan) -> None:
+def _check_shareable(plan: Plan) -> None:
     """Refuse what a task that runs twice would do wrong."""
     if plan.in_place:
         problem = "a task may run twice, and would change what is changed already"
         remedy = "leave --dask away, or give a DST"
-    elif plan.target_kind == "images":
+    elif plan.target_format == "images":
         problem = "image files that two workers encode need not be the same bytes"
         remedy = "leave --dask away, or restore into an array"
     elif plan.retry_failed:
@@ -149,7 +149,7 @@ class _ClusterRun(here.Run):
         finally:
             with contextlib.suppress(OSError):  # nobody is there to hold anything
                 if self._client.status == "running":
-                    self._client.run(leave, self._shared_plan, on_error="ignore")
+                    self._client.run(close_run, self._shared_plan, on_error="ignore")
 
     def open_target(self) -> None:
         """Begin the target, or reopen it; as if nothing had been begun where a worker cannot."""
@@ -167,7 +167,7 @@ class _ClusterRun(here.Run):
         """Have every worker open what its tasks need."""
         with self._connected():
             found = self._client.run(_join, self._shared_plan, on_error="return")
-        _refuse_problems(found)
+        _check_no_problems(found)
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[None]:
@@ -189,19 +189,21 @@ class _ClusterRun(here.Run):
         """Have every chunk computed and written that is not durable yet, and commit it."""
         if not isinstance(self.target, SharedTarget):
             raise TypeError(f"{self.target.kind} is not written by tasks")
-        results: Generator[list[Done], None, None] = self._results(work_on, self._name, work)
+        results: Generator[list[ChunkCommit], None, None] = self._results(
+            run_task, self._name, work
+        )
         with contextlib.closing(results), self._connected():
             for together in results:
                 edges = [edge for done in together for edge in done.edges]
                 if edges:
-                    self.target.write_edges(edges)
+                    self.target.write_unaligned(edges)
                     self.target.sync()
                 self.journal.commit(*(done.commit for done in together))
                 self.tally.count(done.images for done in together)
 
     def stored_checksums(self, work: Iterable[Work]) -> Iterator[tuple[int, str | None]]:
         """Have workers read what an unfinished run committed, where that is looked at."""
-        if isinstance(self.target, ReservedArray):
+        if isinstance(self.target, ContiguousTarget):
             yield from super().stored_checksums(work)
             return
         self._have_joined()
@@ -211,8 +213,8 @@ class _ClusterRun(here.Run):
 
     def _tasks(self, work: Iterable[Work], threads: int) -> Iterator[Task]:
         """Return tasks of some chunks each, of which every thread is to have many."""
-        for_each = self.plan.chunks // (TASKS_FOR_A_THREAD * max(1, threads))
-        together = min(max(1, for_each), MOST_TOGETHER)
+        for_each = self.plan.chunks // (TASKS_PER_THREAD * max(1, threads))
+        together = min(max(1, for_each), MAX_CHUNKS_PER_TASK)
         left = iter(work)
         while some := tuple(itertools.islice(left, together)):
             yield Task(self._shared_plan, some)
@@ -222,7 +224,7 @@ class _ClusterRun(here.Run):
     ) -> Generator[list[Any], None, None]:
         """Have tasks done, as many at a time as keep the workers busy; yield what they return."""
         threads = sum(self._client.nthreads().values())
-        most = max(LEAST_UNDER_WAY, UNDER_WAY_FOR_A_THREAD * threads)
+        most = max(MIN_IN_FLIGHT, IN_FLIGHT_PER_THREAD * threads)
         tasks = self._tasks(work, threads)
         under_way: dict[str, Any] = {}
         completed = as_completed(loop=self._client.loop)
@@ -283,10 +285,10 @@ def _check_workers(plan: Plan, client: Client) -> None:
             "start some with 'dask worker', or let the cluster have at least one",
         ) from None
     shared = pickle.dumps(dataclasses.replace(plan, listing=None))
-    _refuse_problems(client.run(_look, shared, package_versions(), on_error="return"))
+    _check_no_problems(client.run(_probe_worker, shared, package_versions(), on_error="return"))
 
 
-def _refuse_problems(found: dict[str, str | BaseException]) -> None:
+def _check_no_problems(found: dict[str, str | BaseException]) -> None:
     """Refuse workers of which one says what keeps it from taking part."""
     for address, problem in sorted(found.items()):
         if isinstance(problem, CommClosedError):  # it died meanwhile, and takes no part
@@ -302,7 +304,7 @@ def _refuse_problems(found: dict[str, str | BaseException]) -> None:
             )
 
 
-def _look(shared: bytes, packages: dict[str, str], dask_worker: Worker) -> str:
+def _probe_worker(shared: bytes, packages: dict[str, str], dask_worker: Worker) -> str:
     """Return what keeps a worker from carrying tasks of a plan out; "" where nothing does."""
     mine = package_versions()
     others = [
@@ -317,8 +319,8 @@ def _look(shared: bytes, packages: dict[str, str], dask_worker: Worker) -> str:
     needed = threads * plan.projected_bytes
     if limit and needed > limit:
         return (
-            f"its {threads} threads need {readable_bytes(needed)} of memory, and it has "
-            f"{readable_bytes(limit)}: give less --memory, or let it have fewer threads"
+            f"its {threads} threads need {format_bytes(needed)} of memory, and it has "
+            f"{format_bytes(limit)}: give less --memory, or let it have fewer threads"
         )
     reopen_source(plan).close()
     return ""

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from fastvgg import datasets
-from fastvgg.datasets.decode import Decoding
 from fastvgg.datasets.index import read_index
+from fastvgg.datasets.open import open_source
 from fastvgg.errors import BackendError, TargetError, VerificationError
+from fastvgg.imaging.decode import DecodeOptions
 from fastvgg.stream.manifest import read_manifest
-from fastvgg.stream.prepare import BESIDE, plan
+from fastvgg.stream.planner import SIDECARS, plan
 from fastvgg.stream.verify import verify
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _check_directory(directory: Path) -> None:
     for dataset in ("train.npy", "restored"):
         if (directory / dataset).exists() and read_manifest(directory / dataset) is not None:
             of_a_demo.add(dataset)
-        of_a_demo.update(dataset + beside for beside in BESIDE)
+        of_a_demo.update(dataset + beside for beside in SIDECARS)
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory)
         around = {str(parent) for parent in (name, *name.parents)}
@@ -131,7 +131,7 @@ def _write_photographs(directory: Path) -> None:
 
 
 def _images(directory: Path) -> NDArray[np.uint8]:
-    source = datasets.open_source(directory, decoding=Decoding(SIZE))
+    source = open_source(directory, decoding=DecodeOptions(SIZE))
     try:
         return source.read(0, source.header.images).batch
     finally:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, overload
 import numpy as np
 
 from fastvgg import backend as backends
-from fastvgg import nearest, oracle
-from fastvgg.arrays import address_of, as_numpy, as_torch, is_torch
+from fastvgg import oracle
 from fastvgg.errors import DtypeError, OutputError, UsageError
-from fastvgg.threads import check_threads, work_on_all
+from fastvgg.interop import address_of, as_numpy, as_torch, is_torch
+from fastvgg.parallel import check_threads, parallel_for
 from fastvgg.tiling import LINE_BYTES, Steps, Tile, base_of, cut, pixels_before_a_line
 from fastvgg.transform import Transform, storage_dtype, storage_name
 
@@ -28,29 +28,27 @@ if TYPE_CHECKING:
 
     from numpy.typing import DTypeLike, NDArray
 
-    from fastvgg.backend import Backend, Chosen
-    from fastvgg.nearest import Picks
+    from fastvgg.backend import Backend
     from fastvgg.tiling import Base
     from fastvgg.transform import Layout, Mode, Rounding
 
 __all__ = [
     "apply",
-    "picker",
+    "bind_rows",
     "preprocess",
     "restore",
-    "row_by_row",
 ]
 
 # A kernel takes 100 us or more for this; to wake a second thread for less costs more (20 to 60 us)
 # than it saves.
-SMALLEST_TILE_BYTES: Final = 4 * 1024 * 1024
+MIN_TILE_BYTES: Final = 4 * 1024 * 1024
 # A tile that is copied is read twice; 1 MiB stays in the second-level cache between the two.
 COPIED_TILE_BYTES: Final = 1024 * 1024
 TILES_PER_THREAD: Final = 4
 # About a last-level cache. Of results that were used before, those of 24 MiB took 0.55 of the time
 # when written through the caches, 32 MiB 0.8, 48 MiB 1.1, 64 MiB 1.4. New memory has just been
 # zeroed by the system, and is in the caches already.
-SMALLEST_STREAMED_BYTES: Final = 32 * 1024 * 1024
+MIN_NONTEMPORAL_BYTES: Final = 32 * 1024 * 1024
 OVERLAP_SEARCH_STEPS: Final = 100_000
 
 
@@ -245,11 +243,11 @@ def apply(
     *,
     threads: int | None = None,
     backend: Backend = "auto",
-    read_next: bool = False,
+    cached_output: bool = False,
 ) -> Any:  # noqa: ANN401
     """Apply a transform to a batch or an image; equal to `oracle.apply`, bit for bit.
 
-    Parameters, result and errors are those of `preprocess` and `restore`. `read_next` says that
+    Parameters, result and errors are those of `preprocess` and `restore`. `cached_output` says that
     the result is read at once, and should not be written past the caches.
     """
     batch = as_numpy(x)
@@ -265,7 +263,7 @@ def apply(
         threads = 1 if plan.nbytes <= COPIED_TILE_BYTES else check_threads(None)
     chosen = backends.choose(backend, plan.work, plan.nbytes, threads)
     if plan.nbytes and chosen == "numba":
-        streams = out is not None and not read_next and result.nbytes >= SMALLEST_STREAMED_BYTES
+        streams = out is not None and not cached_output and result.nbytes >= MIN_NONTEMPORAL_BYTES
         _apply_kernel(plan, batch, result, threads, streams)
     elif plan.nbytes:
         with plan.work.on_numpy(plan.nbytes):
@@ -291,42 +289,12 @@ def _writable(out: Any) -> NDArray[Any]:  # noqa: ANN401
         raise OutputError(f"out cannot be written: {error.problem}", error.remedy) from error
 
 
-def picker(backend: Chosen) -> Callable[[NDArray[Any], Picks, NDArray[Any]], None]:
-    """Return what picks the pixels of an image that nearest neighbour resizing keeps.
-
-    It is equal to `nearest.pick`, for contiguous, interleaved uint8 images.
-    """
-    backends.check_backend(backend)
-    if backend == "numpy":
-        return nearest.pick
-    with backends.compiling:
-        from fastvgg.kernels import resample
-
-        kernel = resample.gather()
-
-    def gather(pixels: NDArray[Any], picked: Picks, out: NDArray[Any]) -> None:
-        width, columns = pixels.shape[1], len(picked.columns)
-        # All columns before the last one of the source, and of the result: both are in order.
-        wide = min(int(picked.columns.searchsorted(width - 1)), columns - 1)
-        kernel(
-            *(
-                address_of(pixels),
-                address_of(out),
-                address_of(picked.rows),
-                address_of(picked.columns),
-            ),
-            *(len(picked.rows), columns, width, wide),
-        )
-
-    return gather
-
-
-def row_by_row(
+def bind_rows(
     transform: Transform, x: NDArray[Any], out: NDArray[Any], *, backend: Backend = "auto"
 ) -> Callable[..., None]:
     """Return what transforms images of `x` into images of `out`, on the thread that calls.
 
-    ``row_by_row(transform, x, out)(i, j)`` is ``apply(transform, x[i], out[j])``, checked once for
+    ``bind_rows(transform, x, out)(i, j)`` is ``apply(transform, x[i], out[j])``, checked once for
     all rows: that takes 10 us a call, and an image of 224x224 takes 25. A third argument is how
     many rows, from there on. Rows may be read and written by many threads at once.
 
@@ -345,7 +313,7 @@ def row_by_row(
     Examples
     --------
     >>> x, out = np.full((2, 1, 1, 3), 9, np.uint8), np.zeros((4, 1, 1, 3), np.float32)
-    >>> row_by_row(Transform("tf"), x, out)(1, 3)
+    >>> bind_rows(Transform("tf"), x, out)(1, 3)
     >>> (out == apply(Transform("tf"), x[1])).all(axis=(1, 2, 3)).tolist()
     [False, False, False, True]
     """
@@ -361,11 +329,11 @@ def row_by_row(
                 out[out_row : out_row + count] = oracle.apply(transform, x[row : row + count])
 
         return apply_oracle
-    kernel = _kernel(plan, False, out.nbytes >= SMALLEST_STREAMED_BYTES)
-    return _KernelOnRows(kernel, plan, x, out)
+    kernel = _kernel(plan, False, out.nbytes >= MIN_NONTEMPORAL_BYTES)
+    return _RowKernel(kernel, plan, x, out)
 
 
-class _KernelOnRows:
+class _RowKernel:
     """A kernel on rows. It holds the batches: the loop knows addresses alone."""
 
     def __init__(
@@ -404,7 +372,7 @@ class _CallPlan:
     image_pixels: int
     base: Base | None
     out_steps: Steps
-    work: backends.Work
+    work: backends.Workload
 
 
 @functools.lru_cache(maxsize=256)
@@ -427,7 +395,9 @@ def _plan_call(
         image_pixels=math.prod(shape[-3:]) // 3,
         base=base_of(transform.layout, dtype, shape, strides),
         out_steps=Steps.of(out_shape, out_dtype.itemsize, transform.out_layout),
-        work=backends.Work(has_kernel=False) if packs else backends.work_of(transform, input_name),
+        work=backends.Workload(has_kernel=False)
+        if packs
+        else backends.workload(transform, input_name),
     )
 
 
@@ -506,7 +476,7 @@ def _compiled(
     nontemporal: bool,
     aligned_planes: bool,
 ) -> _Kernel:
-    with backends.compiling:
+    with backends.compile_lock:
         from fastvgg.kernels import convert
         from fastvgg.kernels.spec import KernelSpec, constant_table
 
@@ -555,7 +525,7 @@ def _apply_kernel(
     lead = pixels_before_a_line(out_first, out_steps.pixel, plan.transform.out_layout)
     pixel_bytes = plan.nbytes // (images * pixels)
     tiles = cut(images, pixels, pixel_bytes, tile_bytes, lead=lead, multiple=LINE_BYTES)
-    work_on_all(tiles, work_on, threads)
+    parallel_for(tiles, work_on, threads)
 
 
 def _apply_kernel_to_copies(
@@ -580,7 +550,7 @@ def _apply_kernel_to_copies(
             *(*steps[:2], *out_steps[:2]),
         )
 
-    work_on_all(_copied_tiles(plan, threads), work_on, threads)
+    parallel_for(_copied_tiles(plan, threads), work_on, threads)
 
 
 def _apply_oracle(plan: _CallPlan, x: NDArray[Any], out: NDArray[Any], threads: int) -> None:
@@ -590,7 +560,7 @@ def _apply_oracle(plan: _CallPlan, x: NDArray[Any], out: NDArray[Any], threads: 
         result = oracle.apply(transform, tile.of(source, transform.layout))
         tile.of(target, transform.out_layout)[...] = result
 
-    work_on_all(_copied_tiles(plan, threads), work_on, threads)
+    parallel_for(_copied_tiles(plan, threads), work_on, threads)
 
 
 def _batch(x: NDArray[Any]) -> NDArray[Any]:
@@ -607,4 +577,4 @@ def _copied_tiles(plan: _CallPlan, threads: int) -> list[Tile]:
 
 def _tile_bytes(nbytes: int, threads: int) -> int:
     """Return the size of even shares for the threads."""
-    return max(SMALLEST_TILE_BYTES, -(-nbytes // (threads * TILES_PER_THREAD)))
+    return max(MIN_TILE_BYTES, -(-nbytes // (threads * TILES_PER_THREAD)))

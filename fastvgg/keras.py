@@ -72,7 +72,7 @@ def preprocess_input(
     if mode not in ("caffe", "tf", "torch"):
         raise UsageError(f"mode is {mode!r}", "give 'caffe', 'tf' or 'torch'")
     layout = _layout(_keras_setting("image_data_format", "channels_last"), data_format)
-    _refuse_others(x)
+    _check_no_others(x)
     if not issubclass(x.dtype.type, np.floating):
         x = x.astype(storage_dtype(_keras_setting("floatx", "float32")))
     return _apply(Transform(mode, layout=layout), x, _channel_by_channel)
@@ -180,7 +180,7 @@ def _apply(
     return np.ascontiguousarray(np.moveaxis(result, -1, axis))
 
 
-def _refuse_others(x: NDArray[Any]) -> None:
+def _check_no_others(x: NDArray[Any]) -> None:
     """Refuse what is not a NumPy array, or does not have a value everywhere."""
     if not isinstance(x, np.ndarray):
         raise DtypeError(f"got {type(x).__name__}, not a NumPy array", "convert it: np.asarray(x)")
@@ -190,7 +190,7 @@ def _refuse_others(x: NDArray[Any]) -> None:
 
 def _floating(x: NDArray[Any]) -> NDArray[Any]:
     """Refuse integers: adding means to them is an error in the originals too."""
-    _refuse_others(x)
+    _check_no_others(x)
     if not issubclass(x.dtype.type, np.floating):
         raise DtypeError(
             f"type {x.dtype} is not what preprocess_input returns",

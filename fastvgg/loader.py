@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
-from fastvgg import datasets, engine
-from fastvgg.backend import known_work
-from fastvgg.datasets.images import Images
-from fastvgg.datasets.locations import located
+from fastvgg import engine
+from fastvgg.backend import choose_for
+from fastvgg.datasets.images import ImageSource
+from fastvgg.datasets.open import open_source
 from fastvgg.errors import SourceError, UsageError
-from fastvgg.stream.manifest import describes_another, read_manifest, transform_of
-from fastvgg.stream.prepare import checked_result
-from fastvgg.stream.ring import read_ring_header, unfinished
-from fastvgg.stream.values import refuse_twice
-from fastvgg.threads import Lots, ThreadNumber, check_threads
+from fastvgg.parallel import TaskQueue, ThreadSlot, check_threads
+from fastvgg.storage.location import parse_location
+from fastvgg.stream.manifest import describes_other_dataset, read_manifest, read_transform
+from fastvgg.stream.planner import plan_result
+from fastvgg.stream.redo_log import read_redo_log_header, unfinished_error
+from fastvgg.stream.values import check_not_already_done
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
@@ -30,18 +31,18 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fastvgg.datasets.base import ArraySource
-    from fastvgg.threads import Lot
+    from fastvgg.parallel import TaskGroup
     from fastvgg.transform import Layout, Transform
 
 __all__ = ["Batch", "Batches", "batches"]
 
 # What a thread reads at a time. Taking turns with another thread costs 30 us a piece: of the kernel
 # alone 8 MiB reach 0.99, 4 MiB 0.87, 1 MiB 0.82.
-PIECE_BYTES: Final = 8 * 1024 * 1024
+READ_BYTES: Final = 8 * 1024 * 1024
 # Batches that are made at a time: the one that is asked for, and the next. The memory of one more
 # holds the batch that was given last.
-AHEAD: Final = 2
-MOST: Final = 2**63 - 1
+MAX_IN_FLIGHT: Final = 2
+MAX_INT64: Final = 2**63 - 1
 
 
 class Batch(NamedTuple):
@@ -116,7 +117,7 @@ class Batches:
         _check_whole("size", size, least=1)
         _check_whole("seed", seed)
         _check_shard(shard)
-        self.path = located(path)
+        self.path = parse_location(path)
         self.size = size
         self.transform = transform
         self.shuffle = shuffle
@@ -128,10 +129,10 @@ class Batches:
         self._epoch = -1
         self._given = 0
         self._continues = False
-        self._memory: _Memory | None = None
-        with contextlib.closing(self._opened()) as source:
+        self._memory: _BufferRing | None = None
+        with contextlib.closing(self._open()) as source:
             self.header = source.header
-            self.result = source.header if transform is None else checked_result(source, transform)
+            self.result = source.header if transform is None else plan_result(source, transform)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled: all but the memory."""
@@ -202,23 +203,21 @@ class Batches:
             order = np.random.default_rng((self.seed, epoch)).permutation(images)
         return order[self._first_row() : self._last_row()].astype(np.int64)
 
-    def _opened(self) -> ArraySource:
+    def _open(self) -> ArraySource:
         """Open the dataset, in the layout that the transform reads."""
-        ring = read_ring_header(self.path)
+        ring = read_redo_log_header(self.path)
         if ring is not None:
-            raise unfinished(ring, self.path)
-        manifest, done = read_manifest(self.path), transform_of(self.path)
+            raise unfinished_error(ring, self.path)
+        manifest, done = read_manifest(self.path), read_transform(self.path)
         layout: Layout = "NHWC" if done is None else done.out_layout
         if self.transform is not None:
             if done is not None:
-                refuse_twice(self.path, done, self.transform.direction)
+                check_not_already_done(self.path, done, self.transform.direction)
             layout = self.transform.layout
-        stored_as = None if manifest is None else manifest.header.dtype
-        indexed = not describes_another(self.path)
-        source = datasets.open_source(
-            self.path, layout=layout, stored_as=stored_as, indexed=indexed
-        )
-        if isinstance(source, Images):
+        dtype_hint = None if manifest is None else manifest.header.dtype
+        use_index = not describes_other_dataset(self.path)
+        source = open_source(self.path, layout=layout, dtype_hint=dtype_hint, use_index=use_index)
+        if isinstance(source, ImageSource):
             source.close()
             raise SourceError(
                 f"{self.path} holds image files, which are decoded slower than networks learn",
@@ -227,12 +226,12 @@ class Batches:
         return source
 
     @contextlib.contextmanager
-    def _borrowed_memory(self) -> Iterator[_Memory]:
+    def _borrowed_buffers(self) -> Iterator[_BufferRing]:
         """Return the memory of an earlier iteration, if no other has it."""
         memory, self._memory = self._memory, None
         if memory is None:
             shape = (self.size, *self.result.shape[1:])
-            memory = _Memory(shape, storage_dtype(self.result.dtype), is_new=self.copy)
+            memory = _BufferRing(shape, storage_dtype(self.result.dtype), is_new=self.copy)
         try:
             yield memory
         finally:
@@ -241,21 +240,21 @@ class Batches:
     def _epoch_from(self, epoch: int, given: int) -> Iterator[Batch]:
         order, count, size = self._order(epoch), len(self), self.size
         with (
-            contextlib.closing(self._opened()) as source,
-            self._borrowed_memory() as memory,
-            Lots(self.threads) as lots,
+            contextlib.closing(self._open()) as source,
+            self._borrowed_buffers() as memory,
+            TaskQueue(self.threads) as tasks,
         ):
             if source.header != self.header:
                 raise SourceError(f"{self.path} is another than it was", "make the batches again")
-            making = _Making(self, source, lots)
-            under_way: deque[tuple[Batch, Lot]] = deque()
+            making = _BatchBuilder(self, source, tasks)
+            under_way: deque[tuple[Batch, TaskGroup]] = deque()
             for number in range(given, count):
-                for ahead in range(number + len(under_way), min(number + AHEAD, count)):
+                for ahead in range(number + len(under_way), min(number + MAX_IN_FLIGHT, count)):
                     rows = order[ahead * size : (ahead + 1) * size]
-                    under_way.append(making.begin(rows, memory.ahead(ahead - number)))
-                batch, lot = under_way.popleft()
-                lot.wait()
-                memory.give()
+                    under_way.append(making.submit(rows, memory.ahead(ahead - number)))
+                batch, group = under_way.popleft()
+                group.wait()
+                memory.advance()
                 self._epoch, self._given = epoch, number + 1
                 yield batch
 
@@ -263,13 +262,13 @@ class Batches:
 batches = Batches
 
 
-class _Memory:
+class _BufferRing:
     """A ring of memory for batches, or new memory for each."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], *, is_new: bool) -> None:
         self._shape = shape
         self._dtype = dtype
-        self._ring = [] if is_new else [np.empty(shape, dtype) for _ in range(AHEAD + 1)]
+        self._ring = [] if is_new else [np.empty(shape, dtype) for _ in range(MAX_IN_FLIGHT + 1)]
         self._given = 0
 
     def ahead(self, count: int) -> NDArray[Any]:
@@ -278,35 +277,35 @@ class _Memory:
             return np.empty(self._shape, self._dtype)
         return self._ring[(self._given + count) % len(self._ring)]
 
-    def give(self) -> None:
+    def advance(self) -> None:
         """Go on by one, as a batch was given; the one before it stays valid."""
         self._given += 1
 
 
-class _Making:
+class _BatchBuilder:
     """What makes batches."""
 
-    def __init__(self, wanted: Batches, source: ArraySource, lots: Lots) -> None:
+    def __init__(self, wanted: Batches, source: ArraySource, tasks: TaskQueue) -> None:
         self._source = source
-        self._lots = lots
+        self._tasks = tasks
         self._transform = wanted.transform
         self._consecutive = not wanted.shuffle
         held = source.header
         epoch_bytes = 2 * held.nbytes if wanted.transform else 0
-        self._backend = known_work("auto", epoch_bytes, wanted.threads)
+        self._backend = choose_for("auto", epoch_bytes, wanted.threads)
         fair_share = -(-wanted.size // wanted.threads)
-        self._together = max(1, min(fair_share, PIECE_BYTES // held.image_bytes))
+        self._together = max(1, min(fair_share, READ_BYTES // held.image_bytes))
         slots = wanted.threads * self._together if self._transform and wanted.shuffle else 0
         self._slots = np.empty((slots, *held.shape[1:]), storage_dtype(held.dtype))
-        self._thread_number = ThreadNumber()
+        self._thread_slot = ThreadSlot()
 
-    def begin(self, rows: NDArray[np.int64], memory: NDArray[Any]) -> tuple[Batch, Lot]:
+    def submit(self, rows: NDArray[np.int64], memory: NDArray[Any]) -> tuple[Batch, TaskGroup]:
         """Begin to make the batch of some rows."""
         images = memory[: len(rows)]
         make = self._make_consecutive if self._consecutive else self._make_scattered
         starts = range(0, len(rows), self._together)
         pieces = [slice(start, min(start + self._together, len(rows))) for start in starts]
-        return Batch(images, rows), self._lots.begin(
+        return Batch(images, rows), self._tasks.submit(
             pieces, lambda piece: make(rows[piece], images, piece.start)
         )
 
@@ -317,16 +316,16 @@ class _Making:
             self._source.read_into(first, images[at : at + count])
             return
         read = self._source.read(first, first + count).batch
-        engine.row_by_row(self._transform, read, images, backend=self._backend)(0, at, count)
+        engine.bind_rows(self._transform, read, images, backend=self._backend)(0, at, count)
 
     def _make_scattered(self, rows: NDArray[np.int64], images: NDArray[Any], at: int) -> None:
         """Make a piece of rows from here and there, gathered in memory of the thread."""
         if self._transform is None:
             self._gather(rows, images[at : at + len(rows)])
             return
-        slot = self._thread_number() * self._together
+        slot = self._thread_slot() * self._together
         self._gather(rows, self._slots[slot : slot + len(rows)])
-        transform = engine.row_by_row(self._transform, self._slots, images, backend=self._backend)
+        transform = engine.bind_rows(self._transform, self._slots, images, backend=self._backend)
         transform(slot, at, len(rows))
 
     def _gather(self, rows: NDArray[np.int64], into: NDArray[Any]) -> None:
@@ -334,7 +333,7 @@ class _Making:
             self._source.read_into(row, into[at : at + 1])
 
 
-def _check_whole(name: str, value: object, *, least: int = 0, most: int = MOST) -> int:
+def _check_whole(name: str, value: object, *, least: int = 0, most: int = MAX_INT64) -> int:
     if type(value) is not int or not least <= value <= most:
         raise UsageError(f"{name} is {value!r}", f"give a whole number from {least} to {most}")
     return value

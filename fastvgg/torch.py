@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from fastvgg.arrays import as_torch
+from fastvgg.interop import as_torch
 from fastvgg.loader import Batches
 
 if TYPE_CHECKING:

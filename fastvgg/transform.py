@@ -18,7 +18,7 @@ import xxhash
 
 from fastvgg import models
 from fastvgg.errors import DtypeError, ModeError, ShapeError, UsageError
-from fastvgg.notebook import table
+from fastvgg.formatting import html_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -258,7 +258,7 @@ def _is_one_of(allowed: tuple[object, ...], value: object) -> bool:
     return (value is None or isinstance(value, str)) and value in allowed
 
 
-def _refuse_choice(direction: object, layout: object, out_layout: object, rounding: object) -> None:
+def _check_choices(direction: object, layout: object, out_layout: object, rounding: object) -> None:
     for name, value, allowed in (
         ("direction", direction, DIRECTIONS),
         ("layout", layout, LAYOUTS),
@@ -322,7 +322,7 @@ class Transform:
             or not _is_one_of((None, *LAYOUTS), out_layout)
             or not _is_one_of(ROUNDINGS, rounding)
         ):
-            _refuse_choice(direction, layout, out_layout, rounding)
+            _check_choices(direction, layout, out_layout, rounding)
         put = object.__setattr__
         put(self, "mode", mode if isinstance(mode, Mode) else Mode.named(mode))
         put(self, "direction", direction)
@@ -355,7 +355,7 @@ class Transform:
         parts += [] if self.rounding == "nearest" else [f"rounding={self.rounding!r}"]
         return f"Transform({', '.join(parts)})"
 
-    def _facts(self) -> list[tuple[str, str]]:
+    def _summary_rows(self) -> list[tuple[str, str]]:
         """Return what people are told of it, by name."""
         natural = {"preprocess": "float32 for uint8, else as it is", "restore": "uint8"}
         return [
@@ -368,7 +368,7 @@ class Transform:
         ]
 
     def _repr_html_(self) -> str:
-        return table(self.direction, self._facts())
+        return html_table(self.direction, self._summary_rows())
 
     def inverse(self) -> Transform:
         """Return the transform that undoes this one, with the layouts changed about."""

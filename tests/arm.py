@@ -61,7 +61,7 @@ from private_disks import mount, private_mounts
 
 import fastvgg
 from fastvgg.bench.machine import machine
-from fastvgg.threads import usable_cores
+from fastvgg.parallel import available_cpus
 
 CHECKOUT = Path(__file__).parents[1]
 
@@ -466,7 +466,7 @@ def campaign(emulated, numbers):
     differing, aborts, ran = {}, {}, 0
     starts = range(0, len(numbers), CASES_OF_A_WORKER)
     shares = [numbers[start : start + CASES_OF_A_WORKER] for start in starts]
-    with ThreadPoolExecutor(usable_cores()) as workers:
+    with ThreadPoolExecutor(available_cpus()) as workers:
         for share, found in zip(
             shares, workers.map(partial(run_cases, emulated), shares), strict=True
         ):

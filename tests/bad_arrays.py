@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 SHAPE = (5, 7, 9, 3)
-LONGEST_HEADER = 10_000
+MAX_HEADER_BYTES = 10_000
 
 
 def header_text(descr="'<f4'", fortran="False", shape="(5, 7, 9, 3)", extra=""):
@@ -84,11 +84,11 @@ REFUSED = {
     "65 axes": (npy_of(header_text(shape=str((1,) * 65))), ["rank 65"]),
     "a header of 4 GiB": (
         b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**32 - 16) + b"{}",
-        [2**32 - 16, LONGEST_HEADER],
+        [2**32 - 16, MAX_HEADER_BYTES],
     ),
     "a header just too long": (
-        npy_of(header_text(extra=" " * (LONGEST_HEADER + 1))),
-        ["claims a header of", LONGEST_HEADER],
+        npy_of(header_text(extra=" " * (MAX_HEADER_BYTES + 1))),
+        ["claims a header of", MAX_HEADER_BYTES],
     ),
     "nested parentheses": (npy_of("(" * 3000 + ")" * 3000), ["cannot be read"]),
     "nested lists": (npy_of("[" * 90 + "]" * 90), ["exactly descr, fortran_order and shape"]),

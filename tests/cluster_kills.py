@@ -30,9 +30,9 @@ from datasets_on_disk import commits_in, pixels, plan_of, save_npy
 from distributed import Client
 from faults import quick_directory
 
-from fastvgg.datasets.locations import file_of
+from fastvgg.storage.location import container_of
 from fastvgg.stream.compute import Work
-from fastvgg.stream.task import Task, work_on
+from fastvgg.stream.worker import Task, work_on
 
 WORKERS = 2
 CHUNKS = 100  # three of them a task
@@ -120,13 +120,13 @@ class Runs:
         return plan_of(self._source, self._target, mode="caffe", together=2)
 
     def _contents(self):
-        path = file_of(self._target)
+        path = container_of(self._target)
         if path.is_dir():
             return {file.name: file.read_bytes() for file in path.iterdir()}
         return path.read_bytes()
 
     def _remove(self):
-        for path in self._place.glob(f"{file_of(self._target).name}*"):
+        for path in self._place.glob(f"{container_of(self._target).name}*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def finish(self, computed=None):
@@ -138,8 +138,11 @@ class Runs:
         assert report.counts["images"] == 2 * CHUNKS - 1
         assert computed is None or report.counts["computed_chunks"] == computed, report.counts
         assert self._contents() == self._expected[self._name], self._name
-        left = {path.name for path in self._place.glob(f"{file_of(self._target).name}*")}
-        assert left == {file_of(self._target).name, f"{file_of(self._target).name}.fastvgg.json"}
+        left = {path.name for path in self._place.glob(f"{container_of(self._target).name}*")}
+        assert left == {
+            container_of(self._target).name,
+            f"{container_of(self._target).name}.fastvgg.json",
+        }
         self._remove()
 
     def kill_workers(self):
@@ -181,11 +184,11 @@ class Runs:
         return int(killed)
 
     def _begun(self):
-        return Path(f"{file_of(self._target)}.fastvgg-journal").exists()
+        return Path(f"{container_of(self._target)}.fastvgg-journal").exists()
 
     def _committed(self):
         try:
-            return max(0, commits_in(file_of(self._target)))
+            return max(0, commits_in(container_of(self._target)))
         except FileNotFoundError:
             return 0
 

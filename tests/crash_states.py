@@ -44,13 +44,13 @@ from faults import quick_directory
 from jobs import DATA, LARGER, SETTINGS, Job, Wrong, jobs
 
 from fastvgg.errors import FastvggError
-from fastvgg.stream import inplace, manifest, ring, run
-from fastvgg.stream.storage import Storage
+from fastvgg.storage.local import Storage
+from fastvgg.stream import in_place, manifest, redo_log, run
 
 SECTOR_BYTES = 512
 PAGE_BYTES = 4096
 GARBAGE = 0xEE
-MOST_WAITING = 1000  # states of one kind that a command may be run on yet
+MAX_WAITING = 1000  # states of one kind that a command may be run on yet
 
 
 class Write(NamedTuple):
@@ -99,7 +99,7 @@ class Turn(NamedTuple):
 
 
 class OneByOne:
-    """`Behind` on the thread that gives the work, so that every recording is the same."""
+    """`CommitPipeline` on the thread that gives the work, so that every recording is the same."""
 
     turn = None
     is_late = False
@@ -120,7 +120,7 @@ class OneByOne:
     def __exit__(self, *_):
         OneByOne.turn = None
 
-    def give(self, write, commit):
+    def submit(self, write, commit):
         """Write a piece, and commit it now or later."""
         self._do(Turn(False, self._given, self._waited_for), write)
         self._to_commit.append((Turn(True, self._given, self._waited_for), commit))
@@ -137,7 +137,7 @@ class OneByOne:
     def _commit(self):
         self._results.append(self._do(*self._to_commit.popleft()))
 
-    def wait_for_all_but(self, count):
+    def drain(self, count):
         """Return what was committed, as far as it would be waited for."""
         while len(self._to_commit) + len(self._results) > count:
             if not self._results:
@@ -227,7 +227,7 @@ class RecordingStorage(Storage):
         if self._syncs_here():
             self._record(Sync(None))
 
-    def sync_disk(self, directory):
+    def syncfs(self, directory):
         if self._syncs_here():
             for file in (*sorted(set(self._names.values())), None):
                 self._record(Sync(file))
@@ -297,18 +297,18 @@ class Disk:
         What is durable at first.
     seed
         Chooses how a write that is lost in part is lost.
-    most_at_once
+    max_at_once
         How many ways of losing something are looked at in one moment, where files are of a page or
         less, and fewer where they are longer; of more, so many are drawn.
     """
 
-    def __init__(self, state, seed, most_at_once):
+    def __init__(self, state, seed, max_at_once):
         self.names = dict(state.names)
         self.contents = dict(state.contents)
         self.writes = {}
         self.changes = []
         self._seed = seed
-        self._most_at_once = most_at_once
+        self._max_at_once = max_at_once
         self.data = self.names.get(DATA)
 
     def happens(self, event):
@@ -357,9 +357,9 @@ class Disk:
         ways = math.prod(count for _, _, count in files.values()) * 2 ** len(self.changes)
         choices = itertools.product(*map(range, map(len, axes)))
         longest = max(map(len, self.contents.values()), default=0)
-        most_at_once = max(100, self._most_at_once * PAGE_BYTES // max(PAGE_BYTES, longest))
-        if math.prod(map(len, axes)) > most_at_once:
-            ways = most_at_once
+        max_at_once = max(100, self._max_at_once * PAGE_BYTES // max(PAGE_BYTES, longest))
+        if math.prod(map(len, axes)) > max_at_once:
+            ways = max_at_once
             draw = random.Random(self._seed)  # noqa: S311  # not for secrets
             choices = [[draw.randrange(len(axis)) for axis in axes] for _ in range(ways)]
         every_named = [self._named(some) for some in _subsets(self.changes)]
@@ -468,27 +468,27 @@ class Exploration:
         What is run.
     seed
         Chooses among what is left by crashes.
-    most_at_once, forgets
+    max_at_once, forgets
         As for `Disk` and `RecordingStorage`.
     """
 
-    def __init__(self, job, seed, *, most_at_once=20_000, forgets=None):
+    def __init__(self, job, seed, *, max_at_once=20_000, forgets=None):
         self.states = self.runs = 0
         self.places = set()
         self._job = job
         self._seed = seed
         self._draw = random.Random(seed)  # noqa: S311  # not for secrets
-        self._most_at_once = most_at_once
+        self._max_at_once = max_at_once
         self._forgets = forgets
         self._seen = set()
         self._waiting = {}  # for each cause and names that are left, what a command may be run on
         self._dropped = 0
 
-    def run(self, most_runs):
+    def run(self, max_runs):
         """Run the job on what it begins with, and then on what crashes leave; return counts."""
         for durability in ("power", "power", "power", "process"):  # in different orders
             self._crash_in(Left(self._job.start, durability=durability), durability)
-        while self.runs < most_runs and any(self._waiting.values()):
+        while self.runs < max_runs and any(self._waiting.values()):
             # Where names are lost there is little else to lose, and little of it would be drawn.
             kinds = [some for some in self._waiting.values() if some]
             weights = [len(some) for some in kinds] if self._draw.random() < 0.5 else None
@@ -508,7 +508,7 @@ class Exploration:
         storage = run_on(self._job, left, forgets=self._forgets, durability=durability)
         self.runs += 1
         self.places |= storage.places
-        disk = Disk(left.lasting, self._seed, self._most_at_once)
+        disk = Disk(left.lasting, self._seed, self._max_at_once)
         for event in left.unsynced:
             disk.happens(event)
         unsynced, survives = list(left.unsynced), left.durability
@@ -545,10 +545,10 @@ class Exploration:
         self._job.check_left(visible)
         names = tuple(name for name, _ in visible.names)
         waiting = self._waiting.setdefault((bool(left.unsynced), names), [])
-        if len(waiting) < MOST_WAITING:
+        if len(waiting) < MAX_WAITING:
             waiting.append(left)
         else:
-            waiting[self._draw.randrange(MOST_WAITING)] = left
+            waiting[self._draw.randrange(MAX_WAITING)] = left
             self._dropped += 1
 
 
@@ -567,8 +567,8 @@ def run_on(job, left, forgets=None, durability="power"):
 
 def freeze():
     """Have every run do the same: no threads, no random numbers, no date, no versions."""
-    run.Behind = inplace.Behind = OneByOne
-    ring.secrets = SimpleNamespace(token_hex=lambda count: "0" * 2 * count)
+    run.CommitPipeline = in_place.CommitPipeline = OneByOne
+    redo_log.secrets = SimpleNamespace(token_hex=lambda count: "0" * 2 * count)
     moment = SimpleNamespace(isoformat=lambda timespec: "then")
     manifest.dt = SimpleNamespace(UTC=None, datetime=SimpleNamespace(now=lambda zone: moment))
     manifest.package_versions = dict

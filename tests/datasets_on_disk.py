@@ -98,7 +98,7 @@ def memory_for(together, source, target, **settings):
     """The limit of memory that gives `plan_of` chunks of `together` images."""
     plan = plan_of(source, target, **settings)
     chunk_bytes = together * plan.image_memory_bytes
-    limit_bytes = chunk_bytes + plan.least_scratch_bytes
+    limit_bytes = chunk_bytes + plan.min_scratch_bytes
     if plan.source_kind in DECODED:  # a half of the limit is for decoding
         limit_bytes = max(limit_bytes, 2 * chunk_bytes)
     return limit_bytes

@@ -16,7 +16,7 @@ import numpy as np
 from batches import KERAS_MODES
 
 from fastvgg import Transform, engine, oracle
-from fastvgg.threads import usable_cores, work_on_all
+from fastvgg.parallel import available_cpus, parallel_for
 
 PATTERNS = 2**32
 PIECE = 2**15  # with what the oracle makes of it, it stays in the second-level cache
@@ -41,10 +41,10 @@ def main():
     for mode in (*KERAS_MODES, "identity"):
         begun = time.perf_counter()
         results = []
-        work_on_all(
+        parallel_for(
             range(0, PATTERNS, PIECE * step),
             lambda first, mode=mode, into=results: into.append(differing(mode, first, step)),
-            usable_cores(),
+            available_cpus(),
         )
         count, differ = (sum(column) for column in zip(*results, strict=True))
         wrong += differ

@@ -10,8 +10,8 @@ import threading
 from pathlib import Path
 
 from fastvgg.errors import StoppedError
-from fastvgg.stream import storage as storage_module
-from fastvgg.stream.storage import Storage
+from fastvgg.storage import local as storage_module
+from fastvgg.storage.local import Storage
 
 
 class Death(BaseException):
@@ -119,13 +119,13 @@ class MortalStorage(Storage):
 
         self._unsynced(("names", path.parent), undo)
 
-    def _opened(self, path, flags, call):
+    def _open(self, path, flags, call):
         if not path.exists():
             self._keep_name(path)
         elif flags & os.O_TRUNC and self._graveyard is not None:
             with path.open("rb") as there:
                 self._keep_bytes_of(there, path)
-        file = super()._opened(path, flags, call)
+        file = super()._open(path, flags, call)
         self._open.add(file.descriptor)
         return file
 
@@ -199,12 +199,12 @@ class MortalStorage(Storage):
 
         return self._call("sync_directory", do)
 
-    def sync_disk(self, directory):
+    def syncfs(self, directory):
         def do():
-            super(MortalStorage, self).sync_disk(directory)
+            super(MortalStorage, self).syncfs(directory)
             self._undo.clear()
 
-        return self._call("sync_disk", do)
+        return self._call("syncfs", do)
 
     def make_directory(self, path):
         def do():

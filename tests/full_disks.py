@@ -27,7 +27,7 @@ from jobs import LARGER, SETTINGS, Job, jobs
 from private_disks import REMOUNT, mount, private_mounts, unmount
 
 from fastvgg.errors import StoppedError, TargetError
-from fastvgg.stream.storage import Storage
+from fastvgg.storage.local import Storage
 
 PAGE_BYTES = 4096
 PLENTY_BYTES = 64 * 1024 * 1024
@@ -47,7 +47,7 @@ class OnSmallDisk(Job):
     def __init__(self, directory, **settings):
         mount("none", directory, "tmpfs", options=f"size={PLENTY_BYTES}")
         super().__init__(directory, **settings)
-        self.least_bytes = self.used_bytes()
+        self.min_bytes = self.used_bytes()
 
     def resize(self, nbytes=PLENTY_BYTES):
         """Let the disk have another size."""
@@ -56,7 +56,7 @@ class OnSmallDisk(Job):
     def reset(self):
         self.resize()
         super().reset()
-        self.expect(self.used_bytes() == self.least_bytes, "what was removed is still open")
+        self.expect(self.used_bytes() == self.min_bytes, "what was removed is still open")
 
     def used_bytes(self):
         """How much of the disk is taken."""
@@ -69,16 +69,16 @@ class WatchingStorage(Storage):
 
     def __init__(self, job):
         super().__init__()
-        self.most_bytes = 0
+        self.max_bytes = 0
         self._job = job
 
     def reserve(self, file, nbytes):
         super().reserve(file, nbytes)
-        self.most_bytes = max(self.most_bytes, self._job.used_bytes())
+        self.max_bytes = max(self.max_bytes, self._job.used_bytes())
 
     def write(self, file, data, offset):
         super().write(file, data, offset)
-        self.most_bytes = max(self.most_bytes, self._job.used_bytes())
+        self.max_bytes = max(self.max_bytes, self._job.used_bytes())
 
 
 def sizes_for(job):
@@ -86,8 +86,8 @@ def sizes_for(job):
     job.reset()
     storage = WatchingStorage(job)
     job.command(storage)
-    least_bytes = max(PAGE_BYTES, job.least_bytes)  # 0 would mean that there is no limit
-    return range(least_bytes, storage.most_bytes + (BEYOND + 1) * PAGE_BYTES, PAGE_BYTES)
+    min_bytes = max(PAGE_BYTES, job.min_bytes)  # 0 would mean that there is no limit
+    return range(min_bytes, storage.max_bytes + (BEYOND + 1) * PAGE_BYTES, PAGE_BYTES)
 
 
 def outcome(job, disk_bytes):

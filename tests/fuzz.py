@@ -48,7 +48,7 @@ from types import SimpleNamespace
 import numcodecs
 import numpy as np
 import xxhash
-from bad_arrays import LONGEST_HEADER, header_text, npy_of
+from bad_arrays import MAX_HEADER_BYTES, header_text, npy_of
 from batches import dtype_of
 from campaigning import main
 from damage import (
@@ -68,23 +68,24 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr_on_disk import chunk_files, load_zarr, metadata_of, save_zarr
 
 import fastvgg
-from fastvgg.datasets import INTERPOLATIONS
-from fastvgg.datasets.index import Record, index_records, index_text
+from fastvgg.datasets.base import ImageRecord
+from fastvgg.datasets.index import index_records, index_text
 from fastvgg.datasets.npy import NpySource, read_header
+from fastvgg.datasets.open import INTERPOLATIONS
 from fastvgg.datasets.zarr import METADATA, ZarrSource
 from fastvgg.errors import FastvggError, ResumeError, SourceError
-from fastvgg.stream import ring as ring_module
+from fastvgg.storage.local import Storage
+from fastvgg.stream import redo_log as ring_module
 from fastvgg.stream.info import info
-from fastvgg.stream.journal import Commit, read_ledger, refuse_other_job, seal, unseal
+from fastvgg.stream.journal import Commit, check_same_job, decode_line, encode_line, read_journal
 from fastvgg.stream.manifest import Manifest, read_manifest
-from fastvgg.stream.ring import (
-    Ring,
+from fastvgg.stream.redo_log import (
+    RedoLog,
+    check_same_file,
     committed_chunks,
-    read_ring_header,
-    refuse_other_file,
+    read_redo_log_header,
 )
-from fastvgg.stream.state import find_state, resumed
-from fastvgg.stream.storage import Storage
+from fastvgg.stream.state import inspect_target, with_committed
 
 SIZE = 1_000_000
 SAMPLED = 64
@@ -92,7 +93,7 @@ MEMORY_BYTES = 8 * 2**20  # at most, for any input; the longest has some tens of
 ROOM_BYTES = 2**30  # for all that is allocated in the campaign
 SLOWEST_S = 1.0  # of one core's time, at most
 HANG_S = 120
-LONGEST_MESSAGE = 1000
+MAX_MESSAGE = 1000
 FINGERPRINT = "f" * 32
 
 
@@ -238,12 +239,12 @@ def header_as_numpy_reads_it(stream):
     """Shape, order and type; numpy raises where it refuses."""
     version = np.lib.format.read_magic(stream)
     if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(stream, max_header_size=LONGEST_HEADER)
+        return np.lib.format.read_array_header_1_0(stream, max_header_size=MAX_HEADER_BYTES)
     if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(stream, max_header_size=LONGEST_HEADER)
+        return np.lib.format.read_array_header_2_0(stream, max_header_size=MAX_HEADER_BYTES)
     # numpy names no public reader of the third version, which its two others share.
     shared = np.lib.format.read_array_header_1_0.__globals__["_read_array_header"]
-    return shared(stream, version, max_header_size=LONGEST_HEADER)
+    return shared(stream, version, max_header_size=MAX_HEADER_BYTES)
 
 
 class NpyFiles(Kind):
@@ -284,7 +285,7 @@ class NpyFiles(Kind):
     def read(self, content):
         self._file.put(content)
         self._stored_as = "bfloat16" if content[-1:] == b"\0" else None
-        with contextlib.closing(NpySource(self.path, stored_as=self._stored_as)) as source:
+        with contextlib.closing(NpySource(self.path, dtype_hint=self._stored_as)) as source:
             batch = source.read(0, source.header.images).batch
             return source.header, batch
 
@@ -310,7 +311,7 @@ class ZarrArrays(Kind):
     path = Path("x.zarr")
 
     NOTICED = ("shards", "zstd")  # zlib's Adler-32 of a few bytes is met by some two bits
-    LARGEST_BYTES = 2**16  # to be read: what metadata claim may be more than there is
+    MAX_BYTES = 2**16  # to be read: what metadata claim may be more than there is
 
     def __init__(self, place, random):
         super().__init__(place, random)
@@ -356,7 +357,7 @@ class ZarrArrays(Kind):
             # Where metadata say that a shard's index has no checksum, zarr adds what is in it.
             with warnings.catch_warnings(), contextlib.closing(ZarrSource(path)) as source:
                 warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)
-                if source.header.nbytes > self.LARGEST_BYTES:
+                if source.header.nbytes > self.MAX_BYTES:
                     return (None, None)
                 batch = source.read(0, source.header.images).batch
                 warnings.simplefilter("ignore")
@@ -403,7 +404,7 @@ class Sealed(Kind):
             json.dumps({"a": [1, 2.5, None, {"b": "\u00e9"}], "c": True}).encode(),
         ]
         for text in self._texts:
-            assert seal(json.loads(text)) == resealed(text)
+            assert encode_line(json.loads(text)) == resealed(text)
         self.wholes = [resealed(text) for text in self._texts]
 
     def invented(self):
@@ -418,7 +419,7 @@ class Sealed(Kind):
 
     def read(self, content):
         try:
-            return unseal(content)
+            return decode_line(content)
         except ValueError as error:  # its readers make their own of it
             raise FastvggError(str(self.path), "make it again") from error
 
@@ -445,9 +446,12 @@ class Ledgers(Kind):
             first = {"fastvgg-journal": 1, "job": plan.job(), "chunk_images": 2}
             first |= {"replaces": None, "retries": bool(records)}
             commits = [
-                commit_of(chunk, records[2 * chunk : 2 * chunk + 2]) for chunk in range(plan.chunks)
+                make_commit(chunk, records[2 * chunk : 2 * chunk + 2])
+                for chunk in range(plan.chunks)
             ]
-            self.wholes.append(seal(first) + b"".join(seal(each.to_dict()) for each in commits))
+            self.wholes.append(
+                encode_line(first) + b"".join(encode_line(each.to_dict()) for each in commits)
+            )
 
     def invented(self):
         random = self.random
@@ -471,14 +475,14 @@ class Ledgers(Kind):
 
     def read(self, content):
         self._file.put(content)
-        ledger = read_ledger(self.path)
-        if ledger is not None:
+        journal_state = read_journal(self.path)
+        if journal_state is not None:
             for plan in self._plans:
                 with contextlib.suppress(FastvggError):
-                    assert find_state(plan, ledger) == "resumable"
+                    assert inspect_target(plan, journal_state) == "resumable"
                 with contextlib.suppress(FastvggError):
-                    resumed(plan, ledger.chunk_images, len(ledger.commits))
-        return ledger
+                    with_committed(plan, journal_state.chunk_images, len(journal_state.commits))
+        return journal_state
 
     def check(self, content, found, error):
         assert self._file.get() == content
@@ -507,10 +511,12 @@ class Ledgers(Kind):
             assert commit.failed == whole.failed == len(found.failures(chunk))
 
 
-RECORDS = [Record(f"a/{row}.png", "a", 9, 7, row == 3, "torn" * (row == 3)) for row in range(5)]
+RECORDS = [
+    ImageRecord(f"a/{row}.png", "a", 9, 7, row == 3, "torn" * (row == 3)) for row in range(5)
+]
 
 
-def commit_of(chunk, records):
+def make_commit(chunk, records):
     failed = sum(record.failed for record in records)
     return Commit(chunk, *[f"{chunk:016x}"] * 2, index_text(records, 2 * chunk), failed)
 
@@ -677,11 +683,11 @@ class RingFiles:
         drawn = ring_module.secrets
         ring_module.secrets = SimpleNamespace(token_hex=lambda count: RUN)
         try:
-            ring = Ring.begin(self.storage, self.data, self.job, self.TOGETHER)
+            ring = RedoLog.begin(self.storage, self.data, self.job, self.TOGETHER)
         finally:
             ring_module.secrets = drawn
         self.places = ring.places
-        self.header = read_ring_header(self.path)._replace(inode=2)
+        self.header = read_redo_log_header(self.path)._replace(inode=2)
         first = self.header.to_bytes().ljust(self.places.header_bytes, b"\0")
         journal = ring_module.journal_path(self.path)
         self.states = []
@@ -704,7 +710,7 @@ class RingFiles:
 
     def _put(self, ring, chunk):
         before, after = self.with_new(chunk), self.with_new(chunk + 1)
-        begin, end = self.places.of_pages(chunk)
+        begin, end = self.places.page_span(chunk)
         first, last = self.places.of_images(chunk)
         sums = {
             name: xxhash.xxh3_64_hexdigest(content[first:last])
@@ -751,14 +757,14 @@ class RingHeaders(Kind):
 
     def read(self, content):
         self._files.journal.put(content + self._rest)
-        header = read_ring_header(self.path)
+        header = read_redo_log_header(self.path)
         if header is not None:
             assert committed_chunks(header, self.path) <= header.places.chunks
             assert str(self.path) in header.command(self.path)
             with contextlib.suppress(FastvggError):
-                refuse_other_job(header.job, self._files.job, str(self.path))
+                check_same_job(header.job, self._files.job, str(self.path))
             with contextlib.suppress(FastvggError):
-                refuse_other_file(header, self.path)
+                check_same_file(header, self.path)
         return header
 
     def check(self, content, found, error):
@@ -837,14 +843,14 @@ class Rings(Kind):
         _, content, data, _ = case
         self._files.journal.put(content)
         os.pwrite(self._files.data.descriptor, data, 0)
-        header = read_ring_header(self.path)
+        header = read_redo_log_header(self.path)
         if header is None:
             return None
-        refuse_other_file(header, self.path)
-        refuse_other_job(header.job, self._files.job, str(self.path))
+        check_same_file(header, self.path)
+        check_same_job(header.job, self._files.job, str(self.path))
         with contextlib.suppress(ResumeError):
             assert committed_chunks(header, self.path) <= header.places.chunks
-        ring = Ring.reopen(self._files.storage, self._files.data, header)
+        ring = RedoLog.reopen(self._files.storage, self._files.data, header)
         try:
             return ring.recover(), ring.finish()
         finally:
@@ -937,7 +943,7 @@ class Reader:
         if error is not None:
             must_say(error, self._kind.path.name)
             said = str(error)
-            assert len(said) < LONGEST_MESSAGE
+            assert len(said) < MAX_MESSAGE
             assert said.replace("\n", "").isprintable(), ascii(said)
 
 

@@ -33,10 +33,10 @@ from campaigning import main
 from datasets_on_disk import must_say, pixels
 from faults import quick_directory
 
-from fastvgg import datasets
 from fastvgg.datasets.base import Header, bytes_of
+from fastvgg.datasets.open import open_source, open_target
 from fastvgg.errors import FastvggError
-from fastvgg.stream.storage import Storage
+from fastvgg.storage.local import Storage
 
 SIZE = 100_000
 NAME = "/deep/images"
@@ -59,9 +59,7 @@ def ours():
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "y.h5"
         header = Header(BATCH.shape, str(BATCH.dtype), "NHWC")
-        target = datasets.open_target(
-            Path(f"{path}::{NAME}"), header, Storage("process"), chunk_images=1
-        )
+        target = open_target(Path(f"{path}::{NAME}"), header, Storage("process"), chunk_images=1)
         target.create()
         target.write(0, [bytes_of(BATCH)])
         target.publish()
@@ -101,7 +99,7 @@ def check(path, whole, content):
     path.write_bytes(content)
     refusal = None
     try:
-        with contextlib.closing(datasets.open_source(Path(f"{path}::{NAME}"))) as source:
+        with contextlib.closing(open_source(Path(f"{path}::{NAME}"))) as source:
             header = source.header
             batch = source.read(0, header.images).batch
             again = np.empty_like(batch)

@@ -168,7 +168,7 @@ class ImageJob(Job):
     def _memory(self, together):
         plan = fastvgg.plan(self.source, self.target, **self.settings)
         chunk_bytes = together * plan.image_memory_bytes
-        return max(2 * chunk_bytes, chunk_bytes + plan.least_scratch_bytes)
+        return max(2 * chunk_bytes, chunk_bytes + plan.min_scratch_bytes)
 
     def reset(self):
         """Make the directory what it was before any command."""
@@ -218,7 +218,7 @@ class FormatJob(Job):
         self.name = f"{self.target}::/x" if form == "hdf5" else self.target
         self.settings = {"mode": "caffe", "threads": 1, "backend": "numpy"}
         plan = fastvgg.plan(self.source, self.name, **self.settings)
-        self.settings["memory"] = plan.least_scratch_bytes + together * plan.image_memory_bytes
+        self.settings["memory"] = plan.min_scratch_bytes + together * plan.image_memory_bytes
         self.command()
         self._check_bits(oracle.apply(fastvgg.Transform("caffe"), batch))
         self.expected = self._of_target(self.contents())

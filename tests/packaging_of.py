@@ -9,7 +9,7 @@ from email.parser import Parser
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MOST_PACKAGES = 18  # of the core install, with all that it brings along
+MAX_PACKAGES = 18  # of the core install, with all that it brings along
 BUILD = """
 import sys
 from hatchling import build

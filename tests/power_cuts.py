@@ -43,7 +43,13 @@ COMMITTING, AT_ONCE = 1, 2  # whether its journal is committed first
 WRITE_OUT = 1 | 2 | 4  # of sync_file_range: wait, begin, and wait until it is done
 MODES = ("errors=remount-ro,data=ordered", "errors=remount-ro,data=writeback,noauto_da_alloc")
 DEEPEST = 3
-SYNCS = ("ring.commit", "ring.finish", "reserved.sync", "zarr_target._store", "storage.write_whole")
+SYNCS = (
+    "redo_log.commit",
+    "redo_log.finish",
+    "contiguous.sync",
+    "zarr_writer._store",
+    "local.write_atomic",
+)
 
 
 class Disk:
@@ -169,9 +175,9 @@ class PoweredStorage(MortalStorage):
         if self._syncs_here():
             super().sync_directory(path)
 
-    def sync_disk(self, directory):
+    def syncfs(self, directory):
         if self._syncs_here():
-            super().sync_disk(directory)
+            super().syncfs(directory)
 
 
 def outcome(disk, job, first, draw, forgets=None):
@@ -246,9 +252,9 @@ def campaign(seed, size):
 def needs(job, forgets):
     """Whether a job does what a function is for whose syncs are left out."""
     is_zarr = isinstance(job, FormatJob) and job.form == "zarr"
-    if forgets == "zarr_target._store":
+    if forgets == "zarr_writer._store":
         return is_zarr
-    return not is_zarr if forgets == "reserved.sync" else job.in_place
+    return not is_zarr if forgets == "contiguous.sync" else job.in_place
 
 
 def teeth(seed, size, enough=1_000_000):

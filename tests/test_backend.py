@@ -81,7 +81,7 @@ def test_packing_neither_uses_a_kernel_nor_pays_for_one():
         + "pack = Transform('identity', 'pack')\n"
         + "assert (pack(large) == large).all()\n"
         + "backend.START_SECONDS, backend.KERNEL_SECONDS = 1e-5, 0.0\n"
-        + "assert backend.known_work('auto', 0, 1) == 'numpy'\n"
+        + "assert backend.choose_for('auto', 0, 1) == 'numpy'\n"
         + "assert not has_started()\n"
     )
 
@@ -91,7 +91,7 @@ def test_a_kernel_that_is_compiled_is_used_for_the_smallest_call():
     run_script(
         BEGIN
         + "check(backend='numba')\n"
-        + "work, other = (backend.work_of(Transform(m), 'uint8') for m in ('caffe', 'tf'))\n"
+        + "work, other = (backend.workload(Transform(m), 'uint8') for m in ('caffe', 'tf'))\n"
         + "assert backend.choose('auto', work, 1, 1) == 'numba'\n"
         + "assert backend.choose('auto', other, 1, 1) == 'numpy'\n"
     )
@@ -112,15 +112,15 @@ def test_a_large_call_compiles_at_once():
 def test_work_of_a_known_size_is_judged_as_a_whole():
     run_script(
         BEGIN
-        + "assert backend.known_work('auto', 10**6, 1) == 'numpy'\n"
+        + "assert backend.choose_for('auto', 10**6, 1) == 'numpy'\n"
         + "assert not has_started()\n"
-        + "assert backend.known_work('auto', 10**10, 1) == 'numba'\n"
+        + "assert backend.choose_for('auto', 10**10, 1) == 'numba'\n"
         + "assert has_started()\n"
-        + "assert backend.known_work('numpy', 10**10, 1) == 'numpy'\n"
-        + "assert backend.known_work('numba', 0, 1) == 'numba'\n"
+        + "assert backend.choose_for('numpy', 10**10, 1) == 'numpy'\n"
+        + "assert backend.choose_for('numba', 0, 1) == 'numba'\n"
         + "cheaper = int(2 * backend.KERNEL_SECONDS / backend.ORACLE_SECONDS_PER_BYTE)\n"
-        + "assert backend.known_work('auto', cheaper, 1) == 'numba'\n"
-        + "assert backend.known_work('auto', cheaper, 4) == 'numpy'\n"
+        + "assert backend.choose_for('auto', cheaper, 1) == 'numba'\n"
+        + "assert backend.choose_for('auto', cheaper, 4) == 'numpy'\n"
     )
 
 
@@ -144,9 +144,9 @@ def test_an_unknown_backend_is_refused():
     with pytest.raises(UsageError, match="backend is 'cuda'"):
         backend.check_backend("cuda")
     with pytest.raises(UsageError, match="backend is 'cuda'"):
-        backend.choose("cuda", backend.Work(), 0, 1)
+        backend.choose("cuda", backend.Workload(), 0, 1)
     with pytest.raises(UsageError, match="backend is 'cuda'"):
-        backend.known_work("cuda", 0, 1)
+        backend.choose_for("cuda", 0, 1)
 
 
 # A child has none of the other threads: what they hold while it is born, nobody ever releases.

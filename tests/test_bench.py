@@ -13,14 +13,14 @@ from datasets_on_disk import PHOTOGRAPHS, printed_on_small_disk
 from typer.testing import CliRunner
 
 from fastvgg import bench
-from fastvgg.bench import decoding, disk, kernels, memory, roofline, table
+from fastvgg.bench import decoding, disk, kernels, memory, report, roofline
 from fastvgg.bench.memory import Arena
 from fastvgg.cli import app
 from fastvgg.errors import SourceError, TargetError, UsageError, VerificationError
 from fastvgg.kernels import bandwidth
 from fastvgg.kernels.jit import processor
 
-TINY = bench.Extent(8 * 2**20, 2, 4, 2**20 + 4097, every_path=False)
+TINY = bench.BenchConfig(8 * 2**20, 2, 4, 2**20 + 4097, every_path=False)
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +62,10 @@ def test_images_that_cannot_be_read_are_counted(measured):
 
 
 def test_every_line_fits_into_80_columns(measured):
-    lines = [*table.HEADINGS.values(), *(table.line(part, row) for part, row in measured[1])]
+    lines = [*report.HEADINGS.values(), *(report.line(part, row) for part, row in measured[1])]
     assert max(len(line) for text in lines for line in text.splitlines()) <= 80
     figures = measured[0]["kernels"][0]
-    assert f"{figures['images_per_second']:,}" in table.line("kernels", figures)
+    assert f"{figures['images_per_second']:,}" in report.line("kernels", figures)
 
 
 @pytest.mark.parametrize("name", ["uint8-float16 caffe NHWC", "float32-uint8 tf NHWC-NCHW"])
@@ -100,11 +100,11 @@ def test_kernels_below_the_limit_are_marked_and_named():
     row |= {"numpy_images_per_second": 1}
     shares = {0.89: True, 0.9: False, 1.02: False}
     for share, is_low in shares.items():
-        assert table.line("kernels", {**row, "share": share}).endswith(" <") == is_low
+        assert report.line("kernels", {**row, "share": share}).endswith(" <") == is_low
         record = {"kernels": [{**row, "share": share}]}
-        assert table.low_paths(record) == [row["path"]] * is_low
+        assert report.low_paths(record) == [row["path"]] * is_low
     new = {**row, "path": "uint8-float32 tf NHWC, new memory", "share": 0.5}
-    assert table.low_paths({"kernels": [new]}) == []
+    assert report.low_paths({"kernels": [new]}) == []
 
 
 @pytest.mark.parametrize("path", kernels.COMMON_PATHS, ids=lambda path: path.name)
@@ -183,15 +183,15 @@ def test_images_that_are_not_there_are_refused_before_anything_is_measured(tmp_p
 
 def test_pixels_that_are_not_pillows_are_an_error(tmp_path, monkeypatch):
     (tmp_path / "rocket.jpg").write_bytes((PHOTOGRAPHS / "rocket.jpg").read_bytes())
-    monkeypatch.setattr(decoding, "Decoding", lambda size: decoding_that_crops(size))
+    monkeypatch.setattr(decoding, "DecodeOptions", lambda size: decoding_that_crops(size))
     with pytest.raises(VerificationError, match=r"rocket\.jpg"):
         decoding.measured(tmp_path, 4, 2, 1)
 
 
 def decoding_that_crops(size):
-    from fastvgg.datasets.decode import Decoding
+    from fastvgg.imaging.decode import DecodeOptions
 
-    return Decoding(size=size, keep_aspect_ratio=True)
+    return DecodeOptions(size=size, keep_aspect_ratio=True)
 
 
 def test_a_disk_that_is_missing_is_refused(tmp_path):
@@ -261,7 +261,7 @@ def test_the_command_prints_every_figure_and_that_all_are_right(tiny, tmp_path):
     result = CliRunner().invoke(app, ["bench", "--quick", "--disk", str(tmp_path)])
     assert result.exit_code == 0, result.output
     for part in ("disk", "memory", "kernels"):
-        assert result.stdout.count(table.HEADINGS[part]) == 1
+        assert result.stdout.count(report.HEADINGS[part]) == 1
     assert all(f"\n{path.name} " in result.stdout for path in kernels.COMMON_PATHS)
     assert "every result is the oracle's, bit for bit" in result.stdout
     assert f"compiled for {processor().name}" in result.stdout

@@ -38,7 +38,12 @@ def test_real_power_cuts_lose_nothing():
 
 def test_real_power_cuts_are_seen_where_a_sync_is_left_out():
     wrong = found("power_cuts.teeth(seed=5, size=300, enough=1)")
-    assert wrong.keys() >= {"ring.commit", "ring.finish", "reserved.sync", "zarr_target._store"}
+    assert wrong.keys() >= {
+        "redo_log.commit",
+        "redo_log.finish",
+        "contiguous.sync",
+        "zarr_writer._store",
+    }
     assert all(wrong.values()), wrong
 
 

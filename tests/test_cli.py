@@ -953,10 +953,11 @@ import os, signal, sys, threading, warnings
 sys.modules["numba"] = None
 warnings.simplefilter("ignore")
 from fastvgg import cli
-from fastvgg.cli import exits
-from fastvgg.stream import destination, inplace
-from fastvgg.stream.behind import Behind
-from fastvgg.stream.storage import Storage
+from fastvgg.cli import errors
+from fastvgg.stream import target
+from fastvgg.stream import in_place
+from fastvgg.stream.commit_pipeline import Behind
+from fastvgg.storage.local import Storage
 first_written = ".fastvgg-journal" if "--in-place" in sys.argv else ".partial"
 syncs = 0
 class Waiting(Storage):
@@ -975,14 +976,14 @@ def main_leaves():
     while frame is not None and frame.f_code is not Behind.__exit__.__code__:
         frame = frame.f_back
     return frame is not None and frame.f_locals["self"]._is_left
-destination.Storage = inplace.Storage = Waiting
-interrupt = exits.interrupt
+target.Storage = in_place.Storage = Waiting
+interrupt = errors.interrupt
 def told(*arguments):
     try:
         interrupt(*arguments)
     finally:
         os.write(1, b"interrupted\\n")
-exits.interrupt = told
+errors.interrupt = told
 signal.signal(signal.SIGWINCH, lambda *_: None)
 cli.main()
 """

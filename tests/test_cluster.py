@@ -33,14 +33,14 @@ from typer.testing import CliRunner
 
 import fastvgg
 from fastvgg import cli, cluster
-from fastvgg.datasets import remote
-from fastvgg.datasets.locations import file_of, located
 from fastvgg.errors import ClusterError, ResumeError, StoppedError, UsageError
+from fastvgg.storage import objects
+from fastvgg.storage.location import container_of, parse_location
+from fastvgg.storage.objects import StoreStorage
 from fastvgg.stream.compute import Work
 from fastvgg.stream.manifest import read_manifest
-from fastvgg.stream.remote import StoreStorage
 from fastvgg.stream.run import run
-from fastvgg.stream.task import Task, work_on
+from fastvgg.stream.worker import Task, work_on
 
 IMAGES = 40
 TARGETS = ("y.npy", "y.zarr", "y.h5::/images")
@@ -57,18 +57,18 @@ def workers():
 
 @pytest.fixture
 def client(workers):
-    with Client(workers, set_as_default=False) as connected:
-        connected.wait_for_workers(2, timeout=60)
-        yield connected
+    with Client(workers, set_as_default=False) as connect:
+        connect.wait_for_workers(2, timeout=60)
+        yield connect
 
 
 @pytest.fixture
 def few_at_a_time(monkeypatch):
     """Two tasks under way, of which each is committed when it is done."""
-    monkeypatch.setattr(cluster, "LEAST_UNDER_WAY", 2)
-    monkeypatch.setattr(cluster, "UNDER_WAY_FOR_A_THREAD", 1)
+    monkeypatch.setattr(cluster, "MIN_IN_FLIGHT", 2)
+    monkeypatch.setattr(cluster, "IN_FLIGHT_PER_THREAD", 1)
     monkeypatch.setattr(cluster, "GATHERING_SECONDS", 0)
-    monkeypatch.setattr(cluster, "MOST_TOGETHER", 1)
+    monkeypatch.setattr(cluster, "MAX_CHUNKS_PER_TASK", 1)
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def array(tmp_path):
 
 def contents(target):
     """The bytes of a finished target: a file's, or those of all files below a directory."""
-    path = file_of(target)
+    path = container_of(target)
     if path.is_dir():
         return {file.name: file.read_bytes() for file in path.iterdir()}
     return path.read_bytes()
@@ -88,18 +88,18 @@ def as_on_one_machine(plan, tmp_path):
     """The bytes that the same plan gives without a cluster."""
     directory = tmp_path / "alone"
     directory.mkdir()
-    target = located(plan.target.replace(str(tmp_path), str(directory), 1))
+    target = parse_location(plan.target.replace(str(tmp_path), str(directory), 1))
     dataclasses.replace(plan, target=str(target)).run()
-    assert read_manifest(target).checksums == read_manifest(located(plan.target)).checksums
+    assert read_manifest(target).checksums == read_manifest(parse_location(plan.target)).checksums
     return contents(target)
 
 
 def check(plan, tmp_path):
     """Whether a finished target is what one machine makes, and nothing else is left."""
-    assert contents(located(plan.target)) == as_on_one_machine(plan, tmp_path)
+    assert contents(parse_location(plan.target)) == as_on_one_machine(plan, tmp_path)
     verified = fastvgg.verify(plan.target, full=True)
     assert (verified.chunks, verified.recomputed_images) == (plan.chunks, plan.header.images)
-    name = file_of(located(plan.target)).name
+    name = container_of(parse_location(plan.target)).name
     left = {found for found in names_in(tmp_path) if found.startswith(name)}
     assert left <= {name, f"{name}.fastvgg.json", f"{name}.index.csv"}
 
@@ -119,7 +119,7 @@ def test_a_cluster_makes_the_bytes_of_one_machine(client, tmp_path, array, name)
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_tasks_of_many_chunks_make_the_bytes_of_one_machine(client, tmp_path, name, monkeypatch):
-    monkeypatch.setattr(cluster, "TASKS_FOR_A_THREAD", 2)
+    monkeypatch.setattr(cluster, "TASKS_PER_THREAD", 2)
     keys = []
     monkeypatch.setattr(
         client,
@@ -240,9 +240,9 @@ def test_workers_hold_nothing_of_a_run_that_has_ended(client, tmp_path, array):
         return [os.path.realpath(file) for file in Path("/proc/self/fd").iterdir()]
 
     def kept():
-        from fastvgg.stream import task
+        from fastvgg.stream import worker
 
-        return sum(str(tmp_path).encode() in plan for plan in task._runs)
+        return sum(str(tmp_path).encode() in plan for plan in worker._runs)
 
     for name in TARGETS:
         plan_of(array, tmp_path / name, mode="caffe", together=3).run(client=client)
@@ -266,13 +266,13 @@ def test_a_run_that_was_cut_off_goes_on_with_a_cluster_and_one_of_a_cluster_with
 
     with pytest.raises(Stopped):
         plan.run(stop, client=client)
-    done = commits_in(file_of(located(tmp_path / name)))
+    done = commits_in(container_of(parse_location(tmp_path / name)))
     assert 5 <= done < 20
     with pytest.raises(Stopped):  # a few more, on one machine
         plan_of(array, tmp_path / name, mode="caffe", together=2).run(
             lambda progress: stop(progress._replace(images=progress.computed_images + 6))
         )
-    more = commits_in(file_of(located(tmp_path / name)))
+    more = commits_in(container_of(parse_location(tmp_path / name)))
     assert done < more < 20
     report = plan_of(array, tmp_path / name, mode="caffe", together=2).run(client=client)
     assert report.counts["computed_chunks"] == 20 - more
@@ -300,7 +300,7 @@ def begun(plan):
     """Begin a run, which commits one chunk, and return the tasks of it."""
     with pytest.raises(Death):
         run(plan, storage=CuttingStorage(1))
-    assert commits_in(file_of(located(plan.target))) == 1
+    assert commits_in(container_of(parse_location(plan.target))) == 1
     shared = pickle.dumps((secrets.token_hex(8), dataclasses.replace(plan, threads=1)))
     rows = [*enumerate(plan.chunk_rows())]
     return [Task(shared, (Work(chunk, *span),)) for chunk, span in rows]
@@ -308,7 +308,7 @@ def begun(plan):
 
 def as_written(plan, dones):
     """What tasks have written, after what they left to one process was."""
-    partial = file_of(located(f"{file_of(located(plan.target))}.partial"))
+    partial = container_of(parse_location(f"{container_of(parse_location(plan.target))}.partial"))
     if partial.is_dir():
         assert not any(done.edges for done in dones)
         return {file.name: file.read_bytes() for file in partial.iterdir()}
@@ -415,11 +415,11 @@ def test_a_task_for_a_store_whose_run_was_replaced_changes_nothing(array):
     other = plan_of(array, f"{store}/y.zarr", mode="tf", together=2, restart=True)
     with contextlib.suppress(Death):
         run(other, storage=MortalStore(9))
-    before = remote.read_all(located(store))
+    before = objects.read_all(parse_location(store))
     assert len(before) > 3
     with pytest.raises(StoppedError, match="of another run"):
         work_on(Task(shared, (Work(1, 2, 4), Work(2, 4, 6))))
-    assert remote.read_all(located(store)) == before
+    assert objects.read_all(parse_location(store)) == before
 
 
 class MortalStore(StoreStorage):
@@ -509,7 +509,7 @@ def test_a_worker_that_cannot_see_the_target_is_refused_as_if_nothing_had_begun(
     with pytest.raises(Death):  # what has begun is left as it is
         run(plan, storage=CuttingStorage(10))
     before = tree(tmp_path / "out")
-    assert commits_in(file_of(located(plan.target))) > 0
+    assert commits_in(container_of(parse_location(plan.target))) > 0
     refused()
     assert tree(tmp_path / "out") == before
 

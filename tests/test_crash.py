@@ -41,7 +41,7 @@ from faults import (
 
 import fastvgg
 from fastvgg.errors import FastvggError, ResumeError, SourceError, StoppedError, TargetError
-from fastvgg.stream.journal import journal_path, read_ledger
+from fastvgg.stream.journal import journal_path, read_journal
 from fastvgg.stream.manifest import manifest_path, read_manifest
 from fastvgg.stream.run import run
 
@@ -276,10 +276,10 @@ def test_a_crash_between_name_and_manifest_is_finished_without_computing(scenari
         with scenario.directory() as directory:
             storage = MortalStorage(number)
             assert dies(scenario, directory, storage)
-            ledger = read_ledger(journal_path(directory / scenario.target_name))
-            committed = len(ledger.commits) if ledger is not None else 0
+            journal_state = read_journal(journal_path(directory / scenario.target_name))
+            committed = len(journal_state.commits) if journal_state is not None else 0
             report = scenario.resume(directory)
-            if ledger is None:
+            if journal_state is None:
                 continue
             assert report.counts["computed_chunks"] == report.counts["chunks"] - committed
             assert report.counts["images"] in (5, 6)

@@ -12,27 +12,27 @@ from crash_states import Exploration, Left, Sync, Write, explored, run_on
 from faults import CuttingStorage, Death, quick_directory
 from jobs import DATA, Wrong
 
-from fastvgg.stream import inplace, manifest, ring, run
-from fastvgg.stream.ring import Ring, read_ring_header
+from fastvgg.stream import in_place, manifest, redo_log, run
+from fastvgg.stream.redo_log import RedoLog, read_redo_log_header
 
 JOURNAL = f"{DATA}.fastvgg-journal"
 
 # What the model cannot see to be needed, and why it is there.
 SPARE = {
     # What was durable before the command was given; of the rest see the test below.
-    ("ring.begin", 0),
+    ("redo_log.begin", 0),
     # Where the file lies on another disk than the names beside it, or a write failed before: the
     # model has neither.
-    ("ring.reopen", 1),
+    ("redo_log.reopen", 1),
     # Two crashes in a row must lose the checkpoint, and little else, to need it: see below.
-    ("ring.recover", 1),
+    ("redo_log.recover", 1),
 }
 
 
 @pytest.fixture
 def place(monkeypatch, tmp_path):
-    frozen = [(ring, "secrets"), (manifest, "dt"), (manifest, "package_versions")]
-    frozen += [(run, "Behind"), (inplace, "Behind")]
+    frozen = [(redo_log, "secrets"), (manifest, "dt"), (manifest, "package_versions")]
+    frozen += [(run, "Behind"), (in_place, "Behind")]
     for module, name in frozen:
         monkeypatch.setattr(module, name, getattr(module, name))  # to be put back at the end
     crash_states.freeze()
@@ -44,7 +44,7 @@ def place(monkeypatch, tmp_path):
 def seen_without(job, place, seeds=(1,)):
     for seed in seeds:
         try:
-            Exploration(job, seed, most_at_once=300, forgets=place).run(700)
+            Exploration(job, seed, max_at_once=300, forgets=place).run(700)
         except Wrong:
             return True
     return False
@@ -64,7 +64,7 @@ def numbered(places):
 
 def test_no_state_that_a_crash_leaves_leads_to_wrong_bytes(place):
     for job in explored(place):
-        counts = Exploration(job, 1, most_at_once=1000).run(150)
+        counts = Exploration(job, 1, max_at_once=1000).run(150)
         assert counts["runs"] == 150
         assert counts["states"] > 5000
 
@@ -72,7 +72,7 @@ def test_no_state_that_a_crash_leaves_leads_to_wrong_bytes(place):
 def test_without_any_one_sync_some_crash_leads_to_wrong_bytes(place):
     found, seen = set(), set()
     for job in explored(place)[1:3]:
-        exploration = Exploration(job, 1, most_at_once=300)
+        exploration = Exploration(job, 1, max_at_once=300)
         exploration.run(60)
         syncs = numbered(exploration.places)
         found |= set(syncs)
@@ -100,9 +100,9 @@ def test_a_slot_of_which_a_part_is_lost_is_not_used(place, part):
     job = explored(place)[1]
     with pytest.raises(Death):
         job.command(CuttingStorage(2, in_place=True))
-    places = read_ring_header(job.source).places
-    begin, (first, last) = places.of_pages(1)[0], places.of_images(1)
-    at = places.slot(1) + ring.PAGE_BYTES + (first if part == "images" else last) - begin
+    places = read_redo_log_header(job.source).places
+    begin, (first, last) = places.page_span(1)[0], places.of_images(1)
+    at = places.slot(1) + redo_log.PAGE_BYTES + (first if part == "images" else last) - begin
     with (job.directory / JOURNAL).open("r+b") as journal:
         journal.seek(at)
         (byte,) = journal.read(1)
@@ -115,13 +115,13 @@ def test_a_slot_of_which_a_part_is_lost_is_not_used(place, part):
 @pytest.fixture
 def no_checksum_helps(monkeypatch):
     """Have what is in the file taken for old bytes, whatever it is."""
-    real = Ring.checksum_in_file
+    real = RedoLog.checksum_in_file
 
     def as_if_old(self, chunk):
         record = self.record(chunk)
         return real(self, chunk) if record is None else record.old
 
-    monkeypatch.setattr(Ring, "checksum_in_file", as_if_old)
+    monkeypatch.setattr(RedoLog, "checksum_in_file", as_if_old)
 
 
 @pytest.mark.usefixtures("no_checksum_helps")
@@ -130,7 +130,7 @@ def test_a_ring_has_slots_enough_where_no_checksum_helps(place):
 
 
 def test_a_ring_of_one_slot_less_is_noticed(place, monkeypatch):
-    monkeypatch.setattr(ring, "SLOTS", ring.SLOTS - 1)
+    monkeypatch.setattr(redo_log, "SLOTS", redo_log.SLOTS - 1)
     with pytest.raises(RuntimeError, match="slot that is still needed"):
         seen_without(explored(place)[0], None)
 

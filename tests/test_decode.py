@@ -25,10 +25,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from fastvgg import engine, nearest
-from fastvgg.datasets import decode
-from fastvgg.datasets.decode import INTERPOLATIONS, Decoded, Decoder, Decoding, reason_of
 from fastvgg.errors import UsageError
+from fastvgg.imaging import decode, resize
+from fastvgg.imaging.decode import INTERPOLATIONS, Decoded, DecodeOptions, Decoder, describe_error
 
 # Pillow says so of each, and reads it; so does Keras.
 pytestmark = pytest.mark.filterwarnings("ignore:Palette images with Transparency:UserWarning")
@@ -42,7 +41,7 @@ SIZES = (None, SIZE, (301, 263), (301, 20), (20, 301), (1, 1))
 
 def as_keras_loads(data, decoding=None):
     """The oracle: Keras itself, on the same file."""
-    decoding = decoding or Decoding()
+    decoding = decoding or DecodeOptions()
     image = keras.utils.load_img(
         io.BytesIO(data),
         target_size=decoding.size,
@@ -55,7 +54,7 @@ def as_keras_loads(data, decoding=None):
 def decoded(data, shape, decoding=None, *, memory_bytes=PLENTY, **settings):
     """What a decoder makes of an image, in memory of which nothing else may be touched."""
     memory = np.full((shape[0] + 2, *shape[1:]), CANARY, np.uint8)
-    decoder = Decoder(decoding or Decoding(), memory_bytes=memory_bytes, **settings)
+    decoder = Decoder(decoding or DecodeOptions(), memory_bytes=memory_bytes, **settings)
     result = decoder.decode(data, memory[1:-1])
     assert (memory[0] == CANARY).all()
     assert (memory[-1] == CANARY).all()
@@ -206,7 +205,7 @@ def test_a_usual_jpeg_is_decoded_by_simplejpeg_to_keras_pixels(monkeypatch, kind
     for height, width in JPEG_SIZES:
         data = USUAL[kind](photograph(height, width))
         for size in (None, SIZE):
-            decoding = Decoding(size)
+            decoding = DecodeOptions(size)
             expected = as_keras_loads(data, decoding)
             with monkeypatch.context() as patch:
                 patch.setattr(decode, "open_image", refused)
@@ -221,7 +220,7 @@ def test_an_unusual_jpeg_is_decoded_by_pillow_to_keras_pixels(monkeypatch, kind)
     for height, width in JPEG_SIZES:
         data = UNUSUAL[kind](photograph(height, width))
         for size in (None, SIZE):
-            check(data, Decoding(size))
+            check(data, DecodeOptions(size))
 
 
 def test_the_kinds_of_jpeg_are_what_they_are_called():
@@ -256,10 +255,14 @@ def test_every_quality_of_a_jpeg_has_keras_pixels(kind):
 @pytest.mark.parametrize("name", ["rocket.jpg", "hubble_deep_field.jpg", "retina.jpg"])
 def test_photographs_from_cameras_and_programs_have_keras_pixels(monkeypatch, name):
     data = (PHOTOGRAPHS / name).read_bytes()
-    for decoding in (Decoding(), Decoding((224, 224)), Decoding((97, 300), "bilinear")):
+    for decoding in (
+        DecodeOptions(),
+        DecodeOptions((224, 224)),
+        DecodeOptions((97, 300), "bilinear"),
+    ):
         check(data, decoding)
     monkeypatch.setattr(decode, "open_image", refused)
-    assert not decoded(data, (224, 224, 3), Decoding((224, 224)))[0].failed
+    assert not decoded(data, (224, 224, 3), DecodeOptions((224, 224)))[0].failed
 
 
 # ---------------------------------------------------------------------------- other formats
@@ -385,7 +388,7 @@ OTHERS = {
 def test_every_other_format_has_keras_pixels(kind):
     for height, width in ((47, 61), (1, 9), (7, 1), (1, 1)):
         data = OTHERS[kind](photograph(height, width))
-        for decoding in (Decoding(), Decoding(SIZE), Decoding((20, 301), "bicubic")):
+        for decoding in (DecodeOptions(), DecodeOptions(SIZE), DecodeOptions((20, 301), "bicubic")):
             check(data, decoding)
 
 
@@ -397,7 +400,7 @@ def test_every_kind_of_png_has_keras_pixels(colours, depth, interlaced):
     for height, width in ((21, 19), (1, 1), (2, 5)):
         check(png(colours, depth, height, width, interlaced=interlaced))
     seen = {GREY: b"\0\1", RGB: b"\0\1\0\2\0\3", PALETTE: b"\0\x80"}.get(colours, b"")
-    check(png(colours, depth, interlaced=interlaced, transparency=seen), Decoding(SIZE))
+    check(png(colours, depth, interlaced=interlaced, transparency=seen), DecodeOptions(SIZE))
 
 
 def test_interlaced_pixels_are_those_of_the_plain_image():
@@ -420,8 +423,8 @@ def test_other_formats_are_not_read_whatever_pillow_knows():
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 7\n%%EndComments\n(%stderr) print\n"
     others = [encoded(photograph(), kind) for kind in ("ppm", "tga", "pcx", "ico", "eps")]
     for data in (script, *others, b"", b"\xff", b"\xff\xd8\xff", b"this is not an image"):
-        assert failure(data, Decoding(SIZE)) == "not an image that Pillow knows"
-        assert Decoder(Decoding(), memory_bytes=PLENTY).size(data) == (
+        assert failure(data, DecodeOptions(SIZE)) == "not an image that Pillow knows"
+        assert Decoder(DecodeOptions(), memory_bytes=PLENTY).size(data) == (
             "not an image that Pillow knows"
         )
 
@@ -448,16 +451,16 @@ def resized_files():
 @pytest.mark.parametrize("keep_aspect_ratio", [False, True])
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 def test_every_way_to_resize_has_keras_pixels(backend, interpolation, keep_aspect_ratio):
-    pick = engine.picker(backend)
+    gather = resize.gather_function(backend)
     for data in resized_files():
         for size in SIZES[1:]:
-            decoding = Decoding(size, interpolation, keep_aspect_ratio)
+            decoding = DecodeOptions(size, interpolation, keep_aspect_ratio)
             try:
                 as_keras_loads(data, decoding)
             except ValueError:  # nothing is left of a line that is cut to such a shape
-                assert "empty" in failure(data, decoding, pick=pick)
+                assert "empty" in failure(data, decoding, gather=gather)
             else:
-                check(data, decoding, pick=pick)
+                check(data, decoding, gather=gather)
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
@@ -465,7 +468,7 @@ def test_whole_photographs_have_keras_pixels_in_every_interpolation(interpolatio
     for name in ("astronaut.png", "chelsea.png", "rocket.jpg", "camera.png"):
         data = (PHOTOGRAPHS / name).read_bytes()
         for size in ((225, 223), (701, 11)):
-            check(data, Decoding(size, interpolation))
+            check(data, DecodeOptions(size, interpolation))
 
 
 sides = st.integers(1, 60)
@@ -473,7 +476,7 @@ sides = st.integers(1, 60)
 
 @given(sides, sides, st.tuples(sides, sides), st.sampled_from([*INTERPOLATIONS]), st.booleans())
 def test_any_size_is_cut_and_resized_to_any_size_as_in_keras(height, width, size, how, keep):
-    decoding = Decoding(size, how, keep)
+    decoding = DecodeOptions(size, how, keep)
     for make in (USUAL["444"], OTHERS["PNG"]):
         data = make(photograph(height, width))
         try:
@@ -492,8 +495,8 @@ def test_the_interpolations_are_those_that_keras_names():
 
 
 def unchecked(**settings):
-    """Settings that `Decoding` would refuse."""
-    decoding = Decoding()
+    """Settings that `DecodeOptions` would refuse."""
+    decoding = DecodeOptions()
     for name, value in settings.items():
         object.__setattr__(decoding, name, value)
     return decoding
@@ -506,13 +509,13 @@ def test_an_image_of_another_size_than_all_others_fails(make):
 
 
 def test_size_is_height_and_width_of_every_format():
-    decoder = Decoder(Decoding(), memory_bytes=PLENTY)
+    decoder = Decoder(DecodeOptions(), memory_bytes=PLENTY)
     for make in (*JPEGS.values(), *OTHERS.values()):
         assert decoder.size(make(photograph(7, 13))) == (7, 13)
 
 
 def test_many_threads_decode_at_once_as_one_does():
-    decoding = Decoding(SIZE)
+    decoding = DecodeOptions(SIZE)
     kinds = [*USUAL.values(), *UNUSUAL.values(), *OTHERS.values()] * 3
     files = [make(photograph()) for make in kinds]
     expected = [as_keras_loads(data, decoding).tobytes() for data in files]
@@ -568,8 +571,8 @@ def test_orientations_are_ignored_as_keras_does_unless_they_are_asked_for(kind):
     for orientation in range(1, 9) if "tiff" in kind else ORIENTATIONS:
         data = turned(kind, orientation)
         for decoding in (
-            *(Decoding(), Decoding(SIZE), Decoding((11, 29), "bilinear")),
-            Decoding((31, 17), keep_aspect_ratio=True),
+            *(DecodeOptions(), DecodeOptions(SIZE), DecodeOptions((11, 29), "bilinear")),
+            DecodeOptions((31, 17), keep_aspect_ratio=True),
         ):
             check(data, decoding)
             asked = dataclasses.replace(decoding, exif=True)
@@ -589,7 +592,7 @@ def test_the_size_that_is_told_is_that_of_what_is_read(kind):
     for orientation in range(1, 9):
         data = turned(kind, orientation)
         for exif in (False, True):
-            decoding = Decoding(exif=exif)
+            decoding = DecodeOptions(exif=exif)
             load = as_a_viewer_loads if exif else as_keras_loads
             size = Decoder(decoding, memory_bytes=PLENTY).size(data)
             assert size == load(data, decoding).shape[:2], (orientation, exif)
@@ -609,14 +612,14 @@ def test_each_orientation_is_what_exif_says_it_is():
     }
     for orientation, upright in expected.items():
         data = turned("png", orientation, photograph(5, 8))
-        result, actual = decoded(data, upright.shape, Decoding(exif=True))
+        result, actual = decoded(data, upright.shape, DecodeOptions(exif=True))
         assert result == Decoded(8, 5, False, "")
         assert (actual == upright).all()
 
 
 def test_an_upright_jpeg_is_decoded_by_simplejpeg_where_orientations_count(monkeypatch):
     monkeypatch.setattr(simplejpeg, "decode_jpeg", refused)
-    decoding = Decoding(SIZE, exif=True)
+    decoding = DecodeOptions(SIZE, exif=True)
     for data in (turned("jpeg", 1), USUAL["444"](photograph())):
         with pytest.raises(RuntimeError, match="the other decoder"):
             decoded(data, (*SIZE, 3), decoding)
@@ -625,7 +628,7 @@ def test_an_upright_jpeg_is_decoded_by_simplejpeg_where_orientations_count(monke
 
 def test_damaged_exif_is_read_as_a_viewer_reads_it_or_is_a_failure():
     random = np.random.default_rng(1)
-    decoding = Decoding(SIZE, exif=True)
+    decoding = DecodeOptions(SIZE, exif=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of some of it, and goes on
         for number in range(120):
@@ -641,7 +644,7 @@ def test_damaged_exif_is_read_as_a_viewer_reads_it_or_is_a_failure():
                 data[at + 4 + length : at + 8 + length] = zlib.crc32(
                     data[at : at + 4 + length]
                 ).to_bytes(4)
-            check(bytes(data), Decoding(SIZE))
+            check(bytes(data), DecodeOptions(SIZE))
             try:
                 expected = as_a_viewer_loads(bytes(data), decoding)
             except decode.DECODING_ERRORS:
@@ -670,11 +673,11 @@ SIXTEEN = {
 @pytest.mark.parametrize("kind", SIXTEEN)
 def test_a_grey_of_16_bits_is_refused_or_scaled_in_every_value(kind):
     for size in (None, (256, 256), SIZE):
-        result, _ = decoded(SIXTEEN[kind], (*(size or (256, 256)), 3), Decoding(size))
+        result, _ = decoded(SIXTEEN[kind], (*(size or (256, 256)), 3), DecodeOptions(size))
         assert result == Decoded(256, 256, True, REFUSED_16)
     # 65535 is 257 times 255: no value lies in the middle between two.
     expected = np.rint(EVERY_16_BITS * 255.0 / 65535.0)
-    result, actual = decoded(SIXTEEN[kind], (256, 256, 3), Decoding(sixteen_bit="scale"))
+    result, actual = decoded(SIXTEEN[kind], (256, 256, 3), DecodeOptions(sixteen_bit="scale"))
     assert result == Decoded(256, 256, False, "")
     assert (actual == expected[:, :, np.newaxis]).all()
 
@@ -694,9 +697,9 @@ def test_a_scaled_grey_is_resized_and_turned_like_any_other():
     data = encoded(Image.fromarray(samples), "png", exif=exif)
     eight = np.rint(samples / 257).astype(np.uint8)
     for decoding, pixels in (
-        (Decoding(SIZE, "bicubic", sixteen_bit="scale"), eight),
-        (Decoding(SIZE, keep_aspect_ratio=True, sixteen_bit="scale"), eight),
-        (Decoding(SIZE, exif=True, sixteen_bit="scale"), np.rot90(eight, -1)),
+        (DecodeOptions(SIZE, "bicubic", sixteen_bit="scale"), eight),
+        (DecodeOptions(SIZE, keep_aspect_ratio=True, sixteen_bit="scale"), eight),
+        (DecodeOptions(SIZE, exif=True, sixteen_bit="scale"), np.rot90(eight, -1)),
     ):
         expected = as_keras_loads(encoded(Image.fromarray(pixels.copy()), "png"), decoding)
         result, actual = decoded(data, (*SIZE, 3), decoding)
@@ -707,14 +710,14 @@ def test_a_scaled_grey_is_resized_and_turned_like_any_other():
 @pytest.mark.parametrize("sixteen_bit", ["refuse", "scale"])
 def test_a_grey_of_32_bits_is_refused(sixteen_bit):
     data = encoded(Image.fromarray(np.arange(63, dtype=np.int32).reshape(7, 9) * 77_777), "tiff")
-    reason = failure(data, Decoding(sixteen_bit=sixteen_bit))
+    reason = failure(data, DecodeOptions(sixteen_bit=sixteen_bit))
     assert reason == "a grey of 32 bits, which Keras clips to white"
 
 
 def test_colours_of_16_bits_are_what_keras_makes_of_them():
     for data in (png(RGB, 16), png(GREY_ALPHA, 16), png(RGBA, 16)):
         for sixteen_bit in ("refuse", "scale"):
-            check(data, Decoding(SIZE, sixteen_bit=sixteen_bit))
+            check(data, DecodeOptions(SIZE, sixteen_bit=sixteen_bit))
 
 
 # -------------------------------------------------------------------------------- fast JPEG
@@ -724,11 +727,11 @@ def reduced(data, decoding):
     """The size to which a JPEG is decoded before its pixels are picked."""
     shapes = []
 
-    def pick(pixels, picked, out):
+    def gather(pixels, picked, out):
         shapes.append(pixels.shape)
-        nearest.pick(pixels, picked, out)
+        resize.gather(pixels, picked, out)
 
-    result, _ = decoded(data, (*decoding.size, 3), decoding, pick=pick)
+    result, _ = decoded(data, (*decoding.size, 3), decoding, gather=gather)
     assert not result.failed
     return shapes[0][:2] if shapes else decoding.size  # that is what it was decoded to
 
@@ -739,7 +742,7 @@ def test_fast_jpeg_gives_nearly_the_same_image_of_large_photographs(name):
     for size in ((96, 128), (31, 53)):
         for interpolation, most in (("bilinear", 2), ("nearest", 12)):
             usual, fast = (
-                decoded(data, (*size, 3), Decoding(size, interpolation, fast_jpeg=fast))
+                decoded(data, (*size, 3), DecodeOptions(size, interpolation, fast_jpeg=fast))
                 for fast in (False, True)
             )
             assert usual[0] == fast[0]
@@ -753,7 +756,7 @@ def test_fast_jpeg_halves_as_often_as_it_can():
     sizes = [(321, 483), (161, 242), (121, 182), (81, 121), (41, 61)]
     for wanted in (*((161, 242), (160, 200), (100, 242), (121, 182), (81, 122)), (81, 121), (9, 7)):
         fitting = [size for size in sizes if size[0] >= wanted[0] and size[1] >= wanted[1]]
-        assert reduced(data, Decoding(wanted, fast_jpeg=True)) == fitting[-1]
+        assert reduced(data, DecodeOptions(wanted, fast_jpeg=True)) == fitting[-1]
 
 
 @pytest.mark.parametrize("keep_aspect_ratio", [False, True])
@@ -765,7 +768,7 @@ def test_fast_jpeg_never_decodes_to_less_than_is_wanted(keep_aspect_ratio):
             int(side) for side in random.integers((60, 60, 1, 1), (140, 140, 80, 80))
         )
         data = sampled("420")(photograph(height, width))
-        decoding = Decoding(tuple(size), "nearest", keep_aspect_ratio, True)
+        decoding = DecodeOptions(tuple(size), "nearest", keep_aspect_ratio, True)
         if tuple(size) == (height, width):
             continue
         high, wide = reduced(data, decoding)
@@ -789,12 +792,12 @@ def test_fast_jpeg_changes_nothing_where_an_image_is_not_shrunk_to_a_half():
     for make in (USUAL["420"], USUAL["444"]):
         data = make(photograph(60, 80))
         for size in ((60, 80), (31, 40), (30, 41), (99, 99)):
-            check(data, Decoding(size, fast_jpeg=True))
+            check(data, DecodeOptions(size, fast_jpeg=True))
 
 
 def test_fast_jpeg_leaves_other_formats_and_unusual_jpegs_alone():
     for make in (*UNUSUAL.values(), OTHERS["PNG"], OTHERS["lossy WebP"], OTHERS["JPEG TIFF"]):
-        check(make(photograph(90, 120)), Decoding((9, 7), fast_jpeg=True))
+        check(make(photograph(90, 120)), DecodeOptions((9, 7), fast_jpeg=True))
 
 
 # ----------------------------------------------------------------------------------- limits
@@ -819,8 +822,8 @@ LIMITED = {
 @pytest.mark.parametrize("kind", LIMITED)
 def test_an_image_of_more_pixels_than_the_limit_is_refused(kind):
     data = LIMITED[kind](photograph(7, 9))
-    check(data, Decoding(SIZE, max_pixels=63))
-    result, _ = decoded(data, (*SIZE, 3), Decoding(SIZE, max_pixels=62))
+    check(data, DecodeOptions(SIZE, max_pixels=63))
+    result, _ = decoded(data, (*SIZE, 3), DecodeOptions(SIZE, max_pixels=62))
     assert result == Decoded(9, 7, True, "it has 63 pixels, and --max-pixels is 62")
 
 
@@ -829,14 +832,14 @@ def test_an_image_of_very_many_pixels_is_refused_before_it_is_decoded(monkeypatc
     monkeypatch.setattr(simplejpeg, "decode_jpeg", refused)
     monkeypatch.setattr(Image.Image, "convert", refused)
     for jpeg in jpegs:
-        result, _ = decoded(claiming(jpeg, 65_000, 65_001), (*SIZE, 3), Decoding(SIZE))
+        result, _ = decoded(claiming(jpeg, 65_000, 65_001), (*SIZE, 3), DecodeOptions(SIZE))
         assert result.failed
         assert result.reason == "it has 4225065000 pixels, and --max-pixels is 89478485"
     zeros = chunk(b"IDAT", zlib.compress(bytes(2**20)))
     for height, width in ((40_001, 30_001), (9_000, 8_999)):
         head = width.to_bytes(4) + height.to_bytes(4) + bytes([1, GREY, 0, 0, 0])
         bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + zeros + chunk(b"IEND", b"")
-        reason = failure(bomb, Decoding(SIZE, max_pixels=10_000_000))
+        reason = failure(bomb, DecodeOptions(SIZE, max_pixels=10_000_000))
         assert "pixels" in reason
 
 
@@ -845,7 +848,7 @@ import io, resource, sys, zlib
 import numpy as np
 from datasets_on_disk import PHOTOGRAPHS
 from PIL import Image
-from fastvgg.datasets.decode import Decoder, Decoding
+from fastvgg.imaging.decode import Decoder, Decoding
 
 def decoded(data, **settings):
     decoder = Decoder(Decoding((31, 53), **settings), memory_bytes=40 * 2**20, threads=2)
@@ -886,7 +889,7 @@ def memory_needed(data, decoding, memory_bytes=2):
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
 @pytest.mark.parametrize("kind", LIMITED)
 def test_an_image_that_takes_more_than_half_of_the_memory_is_refused(kind, interpolation):
-    decoding = Decoding(SIZE, interpolation)
+    decoding = DecodeOptions(SIZE, interpolation)
     data = LIMITED[kind](photograph())
     needed = memory_needed(data, decoding)
     assert needed >= len(data) + 47 * 61 * 3
@@ -896,7 +899,7 @@ def test_an_image_that_takes_more_than_half_of_the_memory_is_refused(kind, inter
 
 
 def test_a_progressive_jpeg_takes_the_memory_of_its_coefficients():
-    decoding = Decoding(SIZE)
+    decoding = DecodeOptions(SIZE)
     baseline, progressive = (
         memory_needed(data, decoding) - len(data)
         for data in (USUAL["420"](photograph()), USUAL["progressive"](photograph()))
@@ -928,7 +931,7 @@ def watched(decoding, **settings):
 
 @pytest.mark.parametrize("kind", LIMITED)
 def test_an_image_that_does_not_fit_into_a_thread_s_share_is_a_large_one(kind):
-    decoding = Decoding(SIZE, "bilinear")
+    decoding = DecodeOptions(SIZE, "bilinear")
     data = LIMITED[kind](photograph())
     needed = memory_needed(data, decoding)
     for threads in (1, 2, 7):
@@ -953,17 +956,19 @@ def test_large_images_are_decoded_one_at_a_time():
     def decode_it(data):
         return decoder.decode(data, np.empty((*SIZE, 3), np.uint8)).reason
 
-    def pick(pixels, picked, out):
+    def gather(pixels, picked, out):
         if len(pixels) == 227:
             seen.put("picks")
             if not others:
                 assert decode_it(small) == ""  # a small one does not wait for it
                 others.append(pool.submit(decode_it, large))
                 order.extend(seen.get(timeout=20) for _ in range(3))
-        nearest.pick(pixels, picked, out)
+        resize.gather(pixels, picked, out)
 
-    memory_bytes = 2 * memory_needed(large, Decoding(SIZE))
-    decoder, seen = watched(Decoding(SIZE), memory_bytes=memory_bytes, threads=4, pick=pick)
+    memory_bytes = 2 * memory_needed(large, DecodeOptions(SIZE))
+    decoder, seen = watched(
+        DecodeOptions(SIZE), memory_bytes=memory_bytes, threads=4, gather=gather
+    )
     with ThreadPoolExecutor(1) as pool:
         assert decode_it(large) == ""
         assert others[0].result() == ""
@@ -975,8 +980,8 @@ def test_large_images_are_decoded_one_at_a_time():
 @pytest.mark.parametrize("kind", LIMITED)
 def test_a_large_image_that_fails_lets_the_next_one_in(kind):
     data = LIMITED[kind](photograph())
-    needed = memory_needed(data, Decoding(SIZE))
-    decoder = Decoder(Decoding(SIZE), memory_bytes=2 * needed, threads=3)
+    needed = memory_needed(data, DecodeOptions(SIZE))
+    decoder = Decoder(DecodeOptions(SIZE), memory_bytes=2 * needed, threads=3)
     out = np.empty((*SIZE, 3), np.uint8)
     for damaged in (data[: len(data) // 2], data):
         result = decoder.decode(damaged, out)
@@ -987,7 +992,7 @@ PEAK = """
 import io, pathlib, re, sys
 import numpy as np
 from PIL import Image
-from fastvgg.datasets.decode import Decoder, Decoding
+from fastvgg.imaging.decode import Decoder, Decoding
 
 def field(name):
     with open("/proc/self/status") as lines:
@@ -1086,7 +1091,7 @@ def test_a_file_that_was_cut_off_fails_exactly_where_keras_fails(kind):
         *(int(length) for length in random.integers(0, len(data), 20)),
         *range(len(data) - 12, len(data)),
     }
-    outcomes = {check_damaged(data[:length], Decoding(SIZE)) for length in lengths}
+    outcomes = {check_damaged(data[:length], DecodeOptions(SIZE)) for length in lengths}
     assert outcomes == {True, False}
 
 
@@ -1102,9 +1107,9 @@ def test_any_damage_is_a_failure_with_a_reason_or_gives_keras_pixels(kind):
             damaged[int(len(data) * random.random() ** (1 + number % 4))] = random.integers(256)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            size = Decoder(Decoding(), memory_bytes=PLENTY).size(bytes(damaged))
+            size = Decoder(DecodeOptions(), memory_bytes=PLENTY).size(bytes(damaged))
         if isinstance(size, str) or size[0] * size[1] < 10**6:
-            outcomes.add(check_damaged(bytes(damaged), Decoding(SIZE)))
+            outcomes.add(check_damaged(bytes(damaged), DecodeOptions(SIZE)))
     assert False in outcomes
 
 
@@ -1128,7 +1133,11 @@ def after(jpeg, marker, junk):
 def test_what_libjpeg_warns_of_is_read_as_keras_reads_it_and_told(kind):
     damage, warning = JUNK[kind]
     data = damage(USUAL["restart blocks"](photograph()))
-    for decoding in (Decoding(), Decoding(SIZE), Decoding(SIZE, "bilinear", fast_jpeg=True)):
+    for decoding in (
+        DecodeOptions(),
+        DecodeOptions(SIZE),
+        DecodeOptions(SIZE, "bilinear", fast_jpeg=True),
+    ):
         expected = as_keras_loads(data, dataclasses.replace(decoding, fast_jpeg=False))
         result, actual = decoded(data, expected.shape, decoding)
         assert not result.failed
@@ -1140,9 +1149,9 @@ def test_a_warning_is_a_failure_where_warnings_are_errors_and_nothing_elsewhere(
     data = OTHERS["palette PNG with alpha"](photograph())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert "Transparency" in failure(data, Decoding(SIZE))
+        assert "Transparency" in failure(data, DecodeOptions(SIZE))
     with pytest.warns(UserWarning, match="Transparency"):
-        assert not decoded(data, (*SIZE, 3), Decoding(SIZE))[0].failed
+        assert not decoded(data, (*SIZE, 3), DecodeOptions(SIZE))[0].failed
 
 
 def test_what_pillow_may_raise_is_caught():
@@ -1168,24 +1177,24 @@ def test_what_pillow_may_raise_is_caught():
     ],
 )
 def test_a_reason_is_one_line_that_says_something(error, reason):
-    assert reason_of(error).startswith(reason)
-    assert "\n" not in reason_of(error)
+    assert describe_error(error).startswith(reason)
+    assert "\n" not in describe_error(error)
 
 
 # --------------------------------------------------------------------------------- settings
 
-GIVEN = Decoding((37, 53), "bicubic", True, True, True, "scale", 12_345)
+GIVEN = DecodeOptions((37, 53), "bicubic", True, True, True, "scale", 12_345)
 
 
 def test_settings_come_back_from_json_whatever_stands_beside_them():
-    for decoding in (Decoding(), GIVEN):
+    for decoding in (DecodeOptions(), GIVEN):
         fields = json.loads(json.dumps({"path": "photos", **decoding.to_dict(), "kind": "images"}))
-        assert Decoding.from_dict(fields) == decoding
-    assert Decoding.from_dict(json.loads(json.dumps(GIVEN.to_dict()))).size == (37, 53)
+        assert DecodeOptions.from_dict(fields) == decoding
+    assert DecodeOptions.from_dict(json.loads(json.dumps(GIVEN.to_dict()))).size == (37, 53)
 
 
 def test_every_setting_is_told():
-    usual, given_ = Decoding().to_dict(), GIVEN.to_dict()
+    usual, given_ = DecodeOptions().to_dict(), GIVEN.to_dict()
     assert {name for name in usual if usual[name] != given_[name]} == {
         *("size", "interpolation", "keep_aspect_ratio", "fast_jpeg", "exif", "sixteen_bit"),
         "max_pixels",
@@ -1211,7 +1220,7 @@ def test_every_setting_is_told():
 )
 def test_settings_that_make_no_sense_are_refused(settings, words):
     with pytest.raises(UsageError) as caught:
-        Decoding(**settings)
+        DecodeOptions(**settings)
     must_say(caught.value, *words)
 
 
@@ -1219,5 +1228,5 @@ def test_no_image_of_as_many_pixels_as_are_allowed_has_a_file_that_is_too_long()
     for height, width in ((7, 9), (1, 300), (800, 801)):
         data = png(RGBA, 16, height, width)  # noise, which no compression makes shorter
         assert len(data) > 8 * height * width
-        assert len(data) <= Decoding(max_pixels=height * width).most_bytes
-    assert Decoding(max_pixels=10**6).most_bytes < 10 * 10**6
+        assert len(data) <= DecodeOptions(max_pixels=height * width).max_bytes
+    assert DecodeOptions(max_pixels=10**6).max_bytes < 10 * 10**6

@@ -45,7 +45,7 @@ from fastvgg.errors import (
     ShapeError,
     UsageError,
 )
-from fastvgg.threads import usable_cores, work_on_all
+from fastvgg.parallel import available_cpus, parallel_for
 from fastvgg.transform import Mode, Transform
 
 MODES = (*KERAS_MODES, "identity")
@@ -444,7 +444,7 @@ def test_images_of_any_size_are_preprocessed_and_restored(backend, mode, layout,
 def test_there_and_back_in_place_is_where_it_began_in_any_number_of_tiles(
     backend, monkeypatch, layout
 ):
-    monkeypatch.setattr(engine, "SMALLEST_TILE_BYTES", 64)
+    monkeypatch.setattr(engine, "MIN_TILE_BYTES", 64)
     expected = every_value(layout).astype(np.float32)
     batch = expected.copy()
     fastvgg.preprocess(batch, "caffe", layout=layout, out=batch, threads=3, backend=backend)
@@ -813,14 +813,14 @@ def test_a_result_is_a_plain_array_of_its_own_whatever_the_input_was(backend, tm
 @pytest.fixture
 def tiny_tiles(monkeypatch):
     """Tiles of a row or two, so that a small batch is cut as a huge one would be."""
-    monkeypatch.setattr(engine, "SMALLEST_TILE_BYTES", 300)
+    monkeypatch.setattr(engine, "MIN_TILE_BYTES", 300)
     monkeypatch.setattr(engine, "COPIED_TILE_BYTES", 500)
 
 
 @pytest.fixture
 def streaming(monkeypatch):
     """Every result is written as a huge one would be."""
-    monkeypatch.setattr(engine, "SMALLEST_STREAMED_BYTES", 1)
+    monkeypatch.setattr(engine, "MIN_NONTEMPORAL_BYTES", 1)
 
 
 @pytest.fixture
@@ -830,9 +830,9 @@ def shared(monkeypatch):
 
     def recording(tiles, work_on, threads):
         seen.append((tiles, threads))
-        work_on_all(tiles, work_on, threads)
+        parallel_for(tiles, work_on, threads)
 
-    monkeypatch.setattr(engine, "work_on_all", recording)
+    monkeypatch.setattr(engine, "parallel_for", recording)
     return seen
 
 
@@ -903,7 +903,7 @@ def test_by_default_all_usable_cores_share_the_work(backend, tiny_tiles, shared)
     actual = fastvgg.preprocess(x, "caffe", threads=None, backend=backend)
     assert_same(actual, oracle.apply(Transform("caffe"), x))
     ((_, threads),) = shared
-    assert threads == usable_cores()
+    assert threads == available_cpus()
 
 
 def test_tiles_that_are_copied_stay_small_however_large_the_batch_is(backend, shared):
@@ -1052,11 +1052,11 @@ def test_large_results_are_written_past_the_caches_where_that_is_faster(calls, m
     x, expected = VIEWS[view](batch), oracle.apply(transform, batch)
     out = np.empty_like(expected)
     for smallest, large in ((batch.nbytes, True), (batch.nbytes + 1, False)):
-        monkeypatch.setattr(engine, "SMALLEST_STREAMED_BYTES", smallest)
+        monkeypatch.setattr(engine, "MIN_NONTEMPORAL_BYTES", smallest)
         assert_same(engine.apply(transform, x, out, backend="numba"), expected)
         assert streamed(calls) == large
         # Not where the caches are of use: to what reads the result next, and to new memory.
-        assert_same(engine.apply(transform, x, out, backend="numba", read_next=True), expected)
+        assert_same(engine.apply(transform, x, out, backend="numba", cached_output=True), expected)
         assert not streamed(calls)
         assert_same(engine.apply(transform, x, backend="numba"), expected)
         assert not streamed(calls)
@@ -1145,7 +1145,7 @@ import fastvgg
 from fastvgg import engine, oracle
 from fastvgg.transform import Transform
 
-engine.SMALLEST_TILE_BYTES = 300
+engine.MIN_TILE_BYTES = 300
 x = np.random.default_rng(0).integers(0, 256, (11, 13, 17, 3), dtype=np.uint8)
 expected = oracle.apply(Transform("torch"), x)
 assert (fastvgg.preprocess(x, "torch", threads=4) == expected).all()

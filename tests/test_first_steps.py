@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 import fastvgg
 from fastvgg import errors, models
 from fastvgg.cli import app
-from fastvgg.cli.exits import CODES
-from fastvgg.cli.guide import GUIDE
-from fastvgg.datasets.decode import INTERPOLATIONS, SixteenBit
-from fastvgg.datasets.files import FileFormat
-from fastvgg.stream.storage import Durability
+from fastvgg.cli.errors import CODES
+from fastvgg.cli.guide import WELCOME
+from fastvgg.datasets.image_writer import FileFormat
+from fastvgg.imaging.decode import INTERPOLATIONS, SixteenBit
+from fastvgg.storage.local import Durability
 from fastvgg.transform import LAYOUTS, ROUNDINGS, STORAGE_TYPES, Mode
 
 PACKAGE = Path(fastvgg.__file__).parent
@@ -52,23 +52,23 @@ def told(*arguments):
 
 
 def test_a_command_without_a_verb_is_a_guide_on_stdout():
-    assert told() == (0, GUIDE + "\n", "")
+    assert told() == (0, WELCOME + "\n", "")
 
 
 def test_the_guide_is_short_and_shows_commands_in_the_order_they_are_needed():
-    lines = GUIDE.splitlines()
+    lines = WELCOME.splitlines()
     assert len(lines) <= 15
     commands = [shlex.split(line) for line in lines if line.startswith("  fastvgg ")]
     assert [command[1] for command in commands] == [
         *("demo", "preprocess", "restore", "verify", "info")
     ]
-    assert "--help" in GUIDE
+    assert "--help" in WELCOME
 
 
 def test_what_the_guide_shows_can_be_typed_in_that_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_images(tmp_path / "photos", pixels(5))
-    commands = [shlex.split(line) for line in GUIDE.splitlines() if line.startswith("  fastvgg ")]
+    commands = [shlex.split(line) for line in WELCOME.splitlines() if line.startswith("  fastvgg ")]
     for command in commands:
         code, stdout, stderr = told(*command[1:])
         assert code == 0, (command, stdout, stderr)

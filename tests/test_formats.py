@@ -9,8 +9,9 @@ import zarr
 from datasets_on_disk import images_in, pixels, plan_of, save_npy
 
 import fastvgg
-from fastvgg import datasets, oracle
-from fastvgg.datasets.locations import located
+from fastvgg import oracle
+from fastvgg.datasets.open import open_source
+from fastvgg.storage.location import parse_location
 
 BATCH = pixels(7, height=5, width=9)
 INPUTS = oracle.apply(fastvgg.Transform("caffe"), BATCH)
@@ -59,7 +60,7 @@ TARGETS = {
 
 
 def read(target):
-    source = datasets.open_source(located(target))
+    source = open_source(parse_location(target))
     batch = np.array(source.read(0, len(BATCH)).batch)
     source.close()
     return batch

@@ -13,7 +13,7 @@ from zarr.storage import WrapperStore
 
 from fastvgg.datasets import npy, zarr
 from fastvgg.errors import SourceError
-from fastvgg.stream import job, journal, manifest, ring
+from fastvgg.stream import job, journal, manifest, redo_log
 
 SIZE = 20_000
 
@@ -76,7 +76,7 @@ def no_checksums(patch):
 
 
 def headers_of_any_length(patch):
-    patch.setattr(npy, "LONGEST_HEADER", 2**32)
+    patch.setattr(npy, "MAX_HEADER_BYTES", 2**32)
 
 
 def fortran_order(patch):
@@ -126,7 +126,7 @@ def files_that_grow(patch):
 
 
 def chunks_that_may_be_missing(patch):
-    patch.setattr(zarr._Whole, "get", WrapperStore.get)
+    patch.setattr(zarr._StrictStore, "get", WrapperStore.get)
 
 
 def metadata_of_any_kind(patch):
@@ -140,59 +140,59 @@ def chunks_of_any_kind(patch):
 
 
 def fields_of_any_type(patch):
-    for room in (job, journal, manifest, ring):
+    for room in (job, journal, manifest, redo_log):
         patch.setattr(room, "check_fields", lambda fields, kinds: None)
 
 
 def sizes_that_are_true(patch):
-    def check_sizes(sizes, *, least=1, most=job.LARGEST_SIZE):
+    def check_sizes(sizes, *, least=1, most=job.MAX_COUNT):
         if any(not isinstance(size, int) or not least <= size <= most for size in sizes):
             raise ValueError(sizes)
 
-    for room in (job, journal, manifest, ring):
+    for room in (job, journal, manifest, redo_log):
         patch.setattr(room, "check_sizes", check_sizes)
 
 
 def sizes_of_any_value(patch):
-    for room in (job, journal, manifest, ring):
+    for room in (job, journal, manifest, redo_log):
         patch.setattr(room, "check_sizes", lambda sizes, **limits: None)
 
 
 def any_job(patch):
-    for room in (journal, manifest, ring):
+    for room in (journal, manifest, redo_log):
         patch.setattr(room, "check_job", lambda job: None)
 
 
 def headers_of_rings_that_are_passed_over(patch):
-    patch.setattr(ring, "_is_of_ring", lambda start: b'{"fastvgg-in-place"' in start[:40])
+    patch.setattr(redo_log, "_is_redo_log", lambda start: b'{"fastvgg-in-place"' in start[:40])
 
 
 def rings_of_any_length(patch):
     def reopen(storage, data, header):
-        opened = storage.open(ring.journal_path(data.path))
-        return ring.Ring(storage, data, opened, header.places, header.run)
+        opened = storage.open(redo_log.journal_path(data.path))
+        return redo_log.RedoLog(storage, data, opened, header.places, header.run)
 
-    patch.setattr(ring.Ring, "reopen", reopen)
+    patch.setattr(redo_log.RedoLog, "reopen", reopen)
 
 
 def records_that_are_torn(patch):
     def from_bytes(data):
         fields = journal.json.loads(data.partition(b"\n")[0][17:] or "{}")
-        return ring.Record(**fields) if fields else None
+        return redo_log.RedoRecord(**fields) if fields else None
 
-    patch.setattr(ring.Record, "from_bytes", from_bytes)
+    patch.setattr(redo_log.RedoRecord, "from_bytes", from_bytes)
 
 
 def memory_for_all_that_is_claimed(patch):
-    read = ring.read_beside
+    read = redo_log.read_sidecar
 
-    def read_beside(path, at_most=-1):
+    def read_sidecar(path, at_most=-1):
         if read(path) is None:
             return None
         with path.open("rb") as file:
             return file.read(at_most)
 
-    patch.setattr(ring, "read_beside", read_beside)
+    patch.setattr(redo_log, "read_sidecar", read_sidecar)
 
 
 @pytest.mark.parametrize(

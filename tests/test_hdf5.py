@@ -38,11 +38,10 @@ from datasets_on_disk import (
 from faults import CuttingStorage, Death
 
 import fastvgg
-from fastvgg import datasets
 from fastvgg.datasets.base import Header, bytes_of
 from fastvgg.datasets.hdf5 import Hdf5Source
 from fastvgg.datasets.index import index_path, read_index
-from fastvgg.datasets.locations import dataset_of, file_of
+from fastvgg.datasets.open import open_source, open_target
 from fastvgg.errors import (
     FastvggError,
     ResumeError,
@@ -52,10 +51,11 @@ from fastvgg.errors import (
     UsageError,
     VerificationError,
 )
+from fastvgg.storage.local import Storage
+from fastvgg.storage.location import container_of, inner_name
 from fastvgg.stream.info import info
-from fastvgg.stream.manifest import describes_another, manifest_path, read_manifest
+from fastvgg.stream.manifest import describes_other_dataset, manifest_path, read_manifest
 from fastvgg.stream.run import run
-from fastvgg.stream.storage import Storage
 from fastvgg.transform import STORAGE_TYPES
 
 SHAPE = (5, 7, 9, 3)
@@ -104,14 +104,14 @@ def within(path, name="/images"):
 
 
 def as_h5py_reads(location):
-    with h5py.File(file_of(location), "r") as opened:
-        return opened[dataset_of(location)][...]
+    with h5py.File(container_of(location), "r") as opened:
+        return opened[inner_name(location)][...]
 
 
 def bits_in(location):
     """The array that h5py finds, whose two-byte elements it takes for something else."""
-    with h5py.File(file_of(location), "r") as opened:
-        found = opened[dataset_of(location)]
+    with h5py.File(container_of(location), "r") as opened:
+        found = opened[inner_name(location)]
         out = np.empty(found.shape, "u2")
         found.id.read(h5py.h5s.ALL, h5py.h5s.ALL, out, found.id.get_type())
         return out
@@ -119,7 +119,7 @@ def bits_in(location):
 
 def check_read(location, expected, **settings):
     """Check every way to read from every row to every row; return whether maps were used."""
-    with closing(datasets.open_source(location, **settings)) as source:
+    with closing(open_source(location, **settings)) as source:
         assert isinstance(source, Hdf5Source)
         assert source.kind == "hdf5"
         name = str(expected.dtype)
@@ -249,10 +249,10 @@ def test_a_name_that_is_no_utf8_is_read_and_shown(tmp_path):
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file[name.encode("latin-1")] = pixels()
     with pytest.raises(SourceError) as caught:
-        datasets.open_source(within(tmp_path / "x.h5", name))
+        open_source(within(tmp_path / "x.h5", name))
     must_say(caught.value, r"There are: '/a\\xe4'")
     latin = os.fsdecode(name.encode("latin-1"))
-    with closing(datasets.open_source(within(tmp_path / "x.h5", latin))) as source:
+    with closing(open_source(within(tmp_path / "x.h5", latin))) as source:
         assert np.array_equal(source.read(0, 5).batch, pixels())
 
 
@@ -293,7 +293,7 @@ def test_links_within_the_file_are_followed(linked, name):
 )
 def test_a_link_that_leads_nowhere_is_refused(linked, name):
     with pytest.raises(SourceError) as caught:
-        datasets.open_source(within(linked, name))
+        open_source(within(linked, name))
     must_say(caught.value, linked, repr(name), "'/data/real'", "'/data/deep/other'")
 
 
@@ -305,7 +305,7 @@ def test_as_many_links_are_followed_as_are_allowed(tmp_path):
     check_read(within(tmp_path / "x.h5", "/64"), pixels())
     for name in ("/65", "/65/x"):
         with pytest.raises(SourceError, match=f"has no dataset '{name}'"):
-            datasets.open_source(within(tmp_path / "x.h5", name))
+            open_source(within(tmp_path / "x.h5", name))
 
 
 @pytest.mark.parametrize("name", ["", "/", "/nothing", "/images/x", "/images\0", "/group", "/type"])
@@ -315,7 +315,7 @@ def test_what_names_no_dataset_is_refused_with_the_names_that_there_are(tmp_path
         file["group/more"] = pixels()
         file["type"] = np.dtype("u1")
     with pytest.raises(SourceError) as caught:
-        datasets.open_source(within(tmp_path / "x.h5", name))
+        open_source(within(tmp_path / "x.h5", name))
     must_say(caught.value, tmp_path / "x.h5", "There are: '/group/more', '/images'\n", "::/NAME")
     asked = name.rstrip("/")
     assert (repr(asked) if asked else "which dataset?") in str(caught.value)
@@ -324,7 +324,7 @@ def test_what_names_no_dataset_is_refused_with_the_names_that_there_are(tmp_path
 def test_a_file_without_a_name_in_it_is_refused_with_those_that_it_holds(tmp_path):
     save_h5(tmp_path / "x.h5", pixels(), "/a\x1b[2J")
     with pytest.raises(SourceError) as caught:
-        datasets.open_source(tmp_path / "x.h5")
+        open_source(tmp_path / "x.h5")
     must_say(caught.value, "which dataset?", r"'/a\x1b[2J'")
 
 
@@ -333,7 +333,7 @@ def test_no_more_names_are_given_than_can_be_read(tmp_path):
         for number in range(100):
             file[f"{number:02d}"] = number
     with pytest.raises(SourceError) as caught:
-        datasets.open_source(within(tmp_path / "x.h5", "/x"))
+        open_source(within(tmp_path / "x.h5", "/x"))
     must_say(caught.value, "'/00', '/01'", "'/09'")
     assert "'/10'" not in str(caught.value)
 
@@ -341,12 +341,12 @@ def test_no_more_names_are_given_than_can_be_read(tmp_path):
 def test_a_file_of_nothing_says_so(tmp_path):
     h5py.File(tmp_path / "x.h5", "w").close()
     with pytest.raises(SourceError, match="There are: none"):
-        datasets.open_source(within(tmp_path / "x.h5"))
+        open_source(within(tmp_path / "x.h5"))
 
 
 def test_a_window_cannot_be_written_and_outlives_the_source(tmp_path):
     expected = of_type("float32")
-    source = datasets.open_source(save_h5(tmp_path / "x.h5", expected))
+    source = open_source(save_h5(tmp_path / "x.h5", expected))
     batch = source.read(1, 3).batch
     source.close()
     with pytest.raises(ValueError, match="read-only"):
@@ -356,7 +356,7 @@ def test_a_window_cannot_be_written_and_outlives_the_source(tmp_path):
 
 def test_what_was_read_of_a_chunked_dataset_outlives_the_source(tmp_path):
     expected = of_type("float32")
-    source = datasets.open_source(save_h5(tmp_path / "x.h5", expected, chunks=CHUNKS))
+    source = open_source(save_h5(tmp_path / "x.h5", expected, chunks=CHUNKS))
     batch = source.read(1, 3).batch
     source.close()
     assert batch.tobytes() == expected[1:3].tobytes()
@@ -367,7 +367,7 @@ def test_many_threads_read_one_source(tmp_path, chunks):
     expected = pixels(37)
     location = save_h5(tmp_path / "x.h5", expected, chunks=chunks)
     wrong = []
-    with closing(datasets.open_source(location)) as source:
+    with closing(open_source(location)) as source:
 
         def read(seed):
             for row in map(int, np.random.default_rng(seed).permutation(35)):
@@ -387,17 +387,17 @@ def test_many_threads_read_one_source(tmp_path, chunks):
 
 def test_a_closed_source_leaves_the_file_to_a_writer(tmp_path):
     location = save_h5(tmp_path / "x.h5", pixels())
-    datasets.open_source(location).close()
+    open_source(location).close()
     with pytest.raises(SourceError):
-        datasets.open_source(within(tmp_path / "x.h5", "/nothing"))
+        open_source(within(tmp_path / "x.h5", "/nothing"))
     with h5py.File(tmp_path / "x.h5", "a") as file:
         file["more"] = 1
 
 
 def test_what_is_stored_is_measured_and_read_in_whole_chunks(tmp_path):
     def of(name, **settings):
-        with closing(datasets.open_source(save_h5(tmp_path / f"{name}.h5", **settings))) as source:
-            return source.stored_together, source.stored_bytes
+        with closing(open_source(save_h5(tmp_path / f"{name}.h5", **settings))) as source:
+            return source.read_granularity, source.stored_bytes
 
     zeros = np.zeros(SHAPE, np.uint8)
     assert of("contiguous", batch=zeros) == (1, zeros.nbytes)
@@ -419,13 +419,13 @@ def test_a_run_reads_whole_chunks_or_says_how_much_memory_they_take(tmp_path):
 @pytest.mark.parametrize("chunks", [None, CHUNKS], ids=["contiguous", "chunked"])
 def test_a_fingerprint_changes_with_the_file(tmp_path, chunks):
     location = save_h5(tmp_path / "x.h5", pixels(), chunks=chunks)
-    with closing(datasets.open_source(location)) as source:
+    with closing(open_source(location)) as source:
         before = source.fingerprint()
         assert source.fingerprint() == before
     status = (tmp_path / "x.h5").stat()
     save_h5(tmp_path / "x.h5", pixels(seed=2), chunks=chunks)
     os.utime(tmp_path / "x.h5", ns=(status.st_atime_ns, status.st_mtime_ns))
-    with closing(datasets.open_source(location)) as source:
+    with closing(open_source(location)) as source:
         assert source.fingerprint() != before
 
 
@@ -435,7 +435,7 @@ def test_a_fingerprint_changes_with_the_file(tmp_path, chunks):
 def check_leaves(location, *words):
     before = tree(location.parent)
     with pytest.raises(SourceError) as caught:
-        datasets.open_source(location)
+        open_source(location)
     must_say(caught.value, location, "leaves its file", *words)
     assert tree(location.parent) == before
 
@@ -516,9 +516,9 @@ def test_a_virtual_dataset_within_the_file_is_read(tmp_path):
         ]
         virtual(file, "images", *parts)
     assert not check_read(within(tmp_path / "x.h5"), expected)
-    with closing(datasets.open_source(within(tmp_path / "x.h5"))) as source:
+    with closing(open_source(within(tmp_path / "x.h5"))) as source:
         assert source.stored_bytes == (2 + 3 + 3) * 7 * 9 * 3
-        assert source.stored_together == 1
+        assert source.read_granularity == 1
 
 
 def test_a_virtual_dataset_of_virtual_ones_is_refused_for_it_may_be_of_itself(tmp_path):
@@ -531,7 +531,7 @@ def test_a_virtual_dataset_of_virtual_ones_is_refused_for_it_may_be_of_itself(tm
         virtual(file, "twice", (ALL, source_in(".", "/once")))
     for name, of in (("itself", "itself"), ("ping", "pong"), ("twice", "once")):
         with pytest.raises(SourceError) as caught:
-            datasets.open_source(within(tmp_path / "x.h5", f"/{name}"))
+            open_source(within(tmp_path / "x.h5", f"/{name}"))
         must_say(caught.value, f"/{name} is virtual, of '/{of}', which is virtual too", "h5repack")
     check_read(within(tmp_path / "x.h5", "/once"), pixels())
 
@@ -563,7 +563,7 @@ def test_a_virtual_dataset_with_gaps_is_refused(tmp_path):
         "none": ("0 of its 945 elements",),
     }.items():
         with pytest.raises(SourceError) as caught:
-            datasets.open_source(within(tmp_path / "x.h5", f"/{name}"))
+            open_source(within(tmp_path / "x.h5", f"/{name}"))
         must_say(caught.value, *words)
 
 
@@ -607,7 +607,7 @@ def check_refused(location, *words):
     """Check that a source is refused in words and stays as it is."""
     before = tree(location.parent)
     with pytest.raises(SourceError) as caught:
-        datasets.open_source(location)
+        open_source(location)
     must_say(caught.value, *words)
     assert caught.value.exit_code == 3
     assert str(caught.value).replace("\n", "").isprintable()
@@ -730,7 +730,7 @@ def test_a_file_that_another_process_writes_is_refused_until_it_is_done(tmp_path
     ) as writer:
         assert writer.stdout.readline() == b"open\n"
         with pytest.raises(SourceError) as caught:
-            datasets.open_source(location)
+            open_source(location)
         must_say(caught.value, tmp_path / "x.h5", "lock", "another process writes it, wait")
         writer.stdin.close()
         assert writer.wait() == 0
@@ -824,7 +824,7 @@ def broken_chunk(path, batch, row=-1):
 
 def test_a_damaged_chunk_is_an_error_where_it_is_read(tmp_path):
     location, _ = broken_chunk(tmp_path / "x.h5", pixels())
-    with closing(datasets.open_source(location)) as source:
+    with closing(open_source(location)) as source:
         assert np.array_equal(source.read(0, 4).batch, pixels()[:4])
         with pytest.raises(StoppedError) as caught:
             source.read(3, 5)
@@ -875,7 +875,7 @@ def test_a_run_that_a_damaged_file_stopped_begins_again_with_another(tmp_path):
 
 def test_a_file_that_shrinks_while_it_is_read_stops_the_run(tmp_path):
     location = save_h5(tmp_path / "x.h5", pixels(37, 41, 43))
-    with closing(datasets.open_source(location)) as source:
+    with closing(open_source(location)) as source:
         source.read(0, 2)
         os.truncate(tmp_path / "x.h5", 5000)
         with pytest.raises(StoppedError, match="has become shorter"):
@@ -921,7 +921,7 @@ def test_without_h5py_it_is_said_how_to_install_it_and_all_else_works(tmp_path):
 def created(tmp_path, name, shape=SHAPE, place="/images"):
     header = Header(shape, name, "NHWC")
     location = within(tmp_path / "y.h5", place)
-    return datasets.open_target(location, header, Storage(), chunk_images=1)
+    return open_target(location, header, Storage(), chunk_images=1)
 
 
 @pytest.mark.parametrize("name", STORAGE_TYPES)
@@ -1130,12 +1130,12 @@ def packed(tmp_path):
 
 def test_what_lies_beside_a_file_is_of_the_dataset_that_was_written_alone(tmp_path, packed):
     assert read_manifest(within(packed)) == read_manifest(packed) != None  # noqa: E711
-    assert not describes_another(within(packed))
-    assert not describes_another(packed)
+    assert not describes_other_dataset(within(packed))
+    assert not describes_other_dataset(packed)
     for name, images in (("/six", 6), ("/eleven", 11)):
         location = within(packed, name)
         assert read_manifest(location) is None
-        assert describes_another(location)
+        assert describes_other_dataset(location)
         assert info(location)["state"] == "source"
         assert info(location)["shape"] == [images, 7, 9, 3]
         plan_of(location, tmp_path / f"y{name[1:]}.npy", mode="caffe", together=2).run()
@@ -1222,7 +1222,7 @@ def test_a_directory_is_not_replaced_by_a_file(tmp_path, kind):
 def test_a_directory_of_images_that_was_written_is_not_replaced_by_an_array(tmp_path, name):
     source = save_npy(tmp_path / "x.npy", network_inputs(pixels(), "tf"))
     images = save_npy(tmp_path / "images.npy", pixels())
-    file = file_of(tmp_path / name)
+    file = container_of(tmp_path / name)
     plan_of(source, tmp_path / "out", direction="restore", mode="tf").run()
     (tmp_path / "out").rename(file)
     manifest_path(tmp_path / "out").rename(manifest_path(file))

@@ -27,18 +27,18 @@ from datasets_on_disk import (
 )
 from PIL import Image
 
-from fastvgg.datasets import open_source
 from fastvgg.datasets.base import Header, read_regular
-from fastvgg.datasets.decode import Decoder, Decoding
-from fastvgg.datasets.images import FolderListing, ImageFolder, is_image_name
+from fastvgg.datasets.images import FolderImageListing, ImageFolder, is_image_name
+from fastvgg.datasets.open import open_source
 from fastvgg.errors import SourceError, StoppedError
+from fastvgg.imaging.decode import DecodeOptions, Decoder
 
 SIZE = (37, 53)
 PLENTY = 2**28
 
 
 def opened(path, *, threads=1, listing=None, **settings):
-    decoding = Decoding(**settings)
+    decoding = DecodeOptions(**settings)
     decoder = Decoder(decoding, memory_bytes=PLENTY, threads=threads)
     return ImageFolder(path, decoding, decoder, threads=threads, listing=listing)
 
@@ -170,7 +170,7 @@ def test_a_source_tells_its_size_on_disk_and_its_settings(folder):
         assert source.kind == "images"
         stored = (folder / "a.png").stat().st_size + (folder / "cat" / "b.png").stat().st_size
         assert source.stored_bytes == stored
-        assert source.settings == Decoding(size=SIZE, **given).to_dict()
+        assert source.settings == DecodeOptions(size=SIZE, **given).to_dict()
         assert source.settings["fast_jpeg"] is True
         assert len(source.records) == 0
 
@@ -318,8 +318,8 @@ def spoil(folder):
             listener.bind(f"/proc/self/fd/{here}/socket.jpg")
     finally:
         os.close(here)
-    others = ["directory.jpg", "dangling.png", "circle.png", "device.png", "to a directory.png"]
-    return sorted([*broken, *others, "socket.jpg"])
+    skipped = ["directory.jpg", "dangling.png", "circle.png", "device.png", "to a directory.png"]
+    return sorted([*broken, *skipped, "socket.jpg"])
 
 
 @pytest.mark.parametrize("size", [None, SIZE], ids=["as they are", "resized"])
@@ -425,7 +425,7 @@ def test_an_image_that_changed_after_it_was_listed_stops_the_run(folder, change,
     if linked:
         (folder / "b.png").rename(folder / "other")
         (folder / "b.png").symlink_to("other")
-    listing = FolderListing(folder)
+    listing = FolderImageListing(folder)
     with closing(opened(folder, size=SIZE, listing=listing)) as source:
         change((folder / "b.png").resolve())
         assert not source.decode(0, np.empty((*SIZE, 3), np.uint8)).failed
@@ -515,7 +515,7 @@ def test_links_to_images_inside_are_images_and_links_that_lead_out_fail(folder, 
 def test_a_file_that_is_longer_than_any_image_fails_before_it_is_read(folder):
     """A sparse one, of more bytes than memory could hold."""
     png = save_as(folder / "a.png", "png", Image.new("RGB", (3, 2))).read_bytes()
-    limit = Decoding(max_pixels=6).most_bytes
+    limit = DecodeOptions(max_pixels=6).max_bytes
     (folder / "b.png").write_bytes(png + bytes(limit - len(png)))
     (folder / "c.png").write_bytes(png + bytes(limit - len(png) + 1))
     with (folder / "d.png").open("wb") as file:
@@ -591,7 +591,7 @@ def test_a_name_that_is_no_text_is_kept_byte_for_byte(folder):
 READ_WITHOUT_PRIVILEGES = """
 import pathlib, sys
 from datasets_on_disk import obey_permissions
-from fastvgg.datasets import open_source
+from fastvgg.datasets.open import open_source
 from fastvgg.errors import FastvggError
 obey_permissions()
 try:
@@ -630,7 +630,7 @@ def test_a_listing_does_not_wait_for_pipes(folder):
     os.mkfifo(folder / "pipe without the name")
     done = python(
         "import pathlib, signal, sys\n"
-        "from fastvgg.datasets import open_source\n"
+        "from fastvgg.datasets.open import open_source\n"
         "signal.alarm(20)\n"
         "source = open_source(pathlib.Path(sys.argv[1]))\n"
         "print([r.reason for r in source.read(0, 2).records])",
@@ -738,14 +738,14 @@ def test_what_identifies_images_is_theirs_alone(folder):
 
 def test_a_listing_is_used_again_where_it_is_given(folder):
     save_images(folder, pixels(2), ["a.png", "b.png"])
-    listing = FolderListing(folder)
+    listing = FolderImageListing(folder)
     save_images(folder, pixels(1), ["c.png"])
     with closing(opened(folder, listing=listing)) as source:
         assert source.listing is listing
         assert source.header.images == 2
     with closing(open_source(folder, listing=listing)) as source:
         assert source.listing is listing
-    assert len(FolderListing(folder)) == 3
+    assert len(FolderImageListing(folder)) == 3
 
 
 def test_a_listing_of_many_files_takes_some_bytes_for_each(folder):
@@ -757,7 +757,7 @@ def test_a_listing_of_many_files_takes_some_bytes_for_each(folder):
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
-        listing = FolderListing(folder)
+        listing = FolderImageListing(folder)
         used = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
@@ -768,7 +768,7 @@ def test_a_listing_of_many_files_takes_some_bytes_for_each(folder):
     assert listing.label(19_998) == b"class 019"
     (folder / "class 003" / "00000003.jpg").write_bytes(b"all are one file")
     assert listing.stored_bytes == 0
-    assert FolderListing(folder).stored_bytes == 16 * 20_000
+    assert FolderImageListing(folder).stored_bytes == 16 * 20_000
 
 
 def test_images_have_one_layout(folder):
@@ -788,9 +788,9 @@ def test_what_is_neither_a_folder_nor_an_array_is_refused(tmp_path, name):
 
 def test_how_images_are_read_is_not_said_of_an_array(tmp_path):
     path = save_npy(tmp_path / "a.npy", pixels(2))
-    for decoding in (None, Decoding()):
+    for decoding in (None, DecodeOptions()):
         open_source(path, decoding=decoding).close()
-    for decoding in (Decoding(SIZE), Decoding(exif=True), Decoding(max_pixels=5)):
+    for decoding in (DecodeOptions(SIZE), DecodeOptions(exif=True), DecodeOptions(max_pixels=5)):
         with pytest.raises(SourceError) as caught:
             open_source(path, decoding=decoding)
         must_say(caught.value, path, "--size")
@@ -806,14 +806,14 @@ def test_a_folder_is_opened_with_what_is_given(folder):
     save_as(folder / "a.jpg", "jpeg")
     picked = []
 
-    def pick(image, picks, out):
+    def gather(image, picks, out):
         picked.append(image.shape)
         out[...] = 5
 
-    with closing(open_source(folder, decoding=Decoding(SIZE), pick=pick)) as source:
+    with closing(open_source(folder, decoding=DecodeOptions(SIZE), gather=gather)) as source:
         batch, (record,) = source.read(0, 1)
     assert picked == [(47, 61, 3)]
     assert (batch == 5).all()
     assert not record.failed
-    with closing(open_source(folder, decoding=Decoding(SIZE), decoding_bytes=900)) as source:
+    with closing(open_source(folder, decoding=DecodeOptions(SIZE), decoding_bytes=900)) as source:
         assert "give more --memory" in source.read(0, 1).records[0].reason

@@ -99,8 +99,8 @@ def module_of(name):
     return ".".join(parts)
 
 
-def imports_in(source, room, functions=True):
-    """The modules that a room imports when it runs; without those inside of functions, if asked."""
+def imports_in(source, room, functions=True, types=False):
+    """The modules that a module imports: in functions, and for type checkers, only if asked."""
     package = ["fastvgg", *Path(room).parent.parts]
     found = set()
     nodes = [ast.parse(source)]
@@ -113,14 +113,14 @@ def imports_in(source, room, functions=True):
             origin = ".".join([*above, *([node.module] if node.module else [])])
             found |= {module_of(f"{origin}.{alias.name}") for alias in node.names}
         elif is_type_checking(node):
-            nodes += node.orelse
+            nodes += node.orelse + node.body * types
         elif functions or not isinstance(node, ast.FunctionDef):
             nodes += ast.iter_child_nodes(node)
     return found
 
 
-def imports_of(room, functions=True):
-    return imports_in((PACKAGE / room).read_text(), room, functions)
+def imports_of(room, functions=True, types=False):
+    return imports_in((PACKAGE / room).read_text(), room, functions, types)
 
 
 def is_in(module, parent):
@@ -164,29 +164,67 @@ def test_the_reader_of_imports_sees_every_form_and_leaves_out_what_only_types_ne
         "numba",
     }
     assert "numba" not in imports_in(source, "stream/here.py", functions=False)
+    assert "rich" in imports_in(source, "stream/here.py", types=True)
     assert within({"fastvgg.kernels.convert", "fastvgg.kernel"}, "fastvgg.kernels") == {
         "fastvgg.kernels.convert"
     }
 
 
-@pytest.mark.parametrize(
-    ("room", "allowed"),
-    [
-        ("errors.py", set()),
-        ("notebook.py", set()),
-        ("models.py", {"fastvgg.errors"}),
-        ("transform.py", {"fastvgg.errors", "fastvgg.models", "fastvgg.notebook"}),
-        ("oracle.py", {"fastvgg.transform"}),
-        ("threads.py", {"fastvgg.errors"}),
-        ("arrays.py", {"fastvgg.errors"}),
-        ("backend.py", {"fastvgg.errors"}),
-    ],
+# From the bottom to the top. A folder is in a layer with all of its modules.
+LAYERS = (
+    ("errors", "formatting"),
+    ("models",),
+    ("transform",),
+    ("oracle",),
+    ("interop", "parallel", "tiling"),
+    ("backend",),
+    ("kernels",),
+    ("engine",),
+    ("imaging",),
+    ("storage",),
+    ("datasets",),
+    ("stream",),
+    ("cluster",),
+    ("loader", "torch", "dask", "keras"),
+    ("bench", "demo"),
+    ("cli",),
+    ("__main__",),
 )
-def test_the_rooms_at_the_bottom_import_only_what_lies_below_them(room, allowed):
-    assert within(imports_of(room, functions=False), "fastvgg") == allowed
-    # A transform that is called hands itself to the engine, and only then needs it.
-    late = {"fastvgg.engine"} if room == "transform.py" else set()
-    assert within(imports_of(room), "fastvgg") == allowed | late
+# A value that is called or run hands itself to what executes it, and only then needs that.
+FACADES = {("transform", "fastvgg.engine"), ("stream", "fastvgg.cluster")}
+
+
+def part_of(room):
+    return Path(room).parts[0].removesuffix(".py")
+
+
+def test_every_module_is_in_a_layer():
+    layered = {part for layer in LAYERS for part in layer}
+    assert {part_of(room) for room in ROOMS} == layered | {"__init__"}
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if room != "__init__.py"])
+def test_a_module_imports_only_its_own_layer_and_those_below_also_for_types(room):
+    part = part_of(room)
+    height = next(number for number, layer in enumerate(LAYERS) if part in layer)
+    allowed = {f"fastvgg.{name}" for layer in LAYERS[: height + 1] for name in layer}
+    facades = {module for name, module in FACADES if name == part}
+    found = within(imports_of(room, types=True), "fastvgg") - {"fastvgg"}
+    assert found == within(found, *allowed, *facades)
+    assert not within(imports_of(room, functions=False, types=True), *facades)
+
+
+def test_no_modules_import_each_other_also_for_types():
+    graph = {}
+    for room in ROOMS:
+        name = ".".join(["fastvgg", *Path(room).with_suffix("").parts]).removesuffix(".__init__")
+        imported = within(imports_of(room, functions=False, types=True), "fastvgg")
+        graph[name] = imported - {"fastvgg", name}
+    leaves = {"fastvgg"}
+    while leaves:
+        graph = {name: found - leaves for name, found in graph.items() if name not in leaves}
+        leaves = {name for name, found in graph.items() if not found}
+    assert graph == {}
 
 
 @pytest.mark.parametrize("room", rooms_in("kernels"))
@@ -211,7 +249,7 @@ def test_only_what_is_for_pytorch_imports_it(room):
 
 @pytest.mark.parametrize("package", ["h5py", "zarr"])
 def test_only_what_is_for_a_format_imports_its_package(package):
-    of_package = {"h5py": ["hdf5"], "zarr": ["zarr", "zarr_target"]}[package]
+    of_package = {"h5py": ["hdf5"], "zarr": ["zarr", "zarr_writer"]}[package]
     importing = [room for room in ROOMS if within(imports_of(room, functions=False), package)]
     assert importing == [f"datasets/{name}.py" for name in of_package]
     modules = [f"fastvgg.datasets.{name}" for name in of_package]
@@ -228,76 +266,7 @@ def test_the_kernels_do_import_numba():
     assert any(within(imports_of(room), "numba") for room in rooms_in("kernels"))
 
 
-@pytest.mark.parametrize("room", rooms_in("datasets"))
-def test_datasets_know_neither_the_engine_nor_the_stream(room):
-    above = ("fastvgg.engine", "fastvgg.oracle", "fastvgg.kernels", "fastvgg.stream")
-    assert not within(imports_of(room), *above)
-
-
-# From the bottom to the top.
-STREAM = [
-    *("__init__", "behind", "report", "storage", "plan", "job", "journal", "manifest", "ring"),
-    *("remote", "destination", "state", "values", "compute", "retry", "prepare", "inplace", "task"),
-    *("run", "info", "verify"),
-]
-
-
-def test_every_room_of_the_stream_has_its_place():
-    assert sorted(rooms_in("stream")) == sorted(f"stream/{name}.py" for name in STREAM)
-
-
-@pytest.mark.parametrize("name", STREAM)
-def test_a_room_of_the_stream_imports_only_rooms_below_it(name):
-    below = {f"fastvgg.stream.{lower}" for lower in STREAM[: STREAM.index(name)]}
-    assert within(imports_of(f"stream/{name}.py", functions=False), "fastvgg.stream") <= below
-    # A plan that is run hands itself to the runner, and only then needs it.
-    late = {"fastvgg.stream.run"} if name == "plan" else set()
-    assert within(imports_of(f"stream/{name}.py"), "fastvgg.stream") <= below | late
-
-
-@pytest.mark.parametrize(
-    ("room", "allowed"),
-    [
-        ("behind", set()),
-        ("report", {"notebook"}),
-        ("storage", {"errors"}),
-        ("plan", {"backend", "errors", "notebook"}),
-        (
-            "journal",
-            {
-                "datasets.base",
-                "datasets.index",
-                "datasets.locations",
-                "datasets.remote",
-                "errors",
-                "stream.job",
-            },
-        ),
-        (
-            "ring",
-            {
-                "datasets.base",
-                "datasets.locations",
-                "errors",
-                "stream.job",
-                "stream.journal",
-                "stream.storage",
-                "transform",
-            },
-        ),
-        ("values", {"datasets.locations", "errors", "stream.manifest"}),
-        (
-            "remote",
-            {"datasets.remote", "errors", "stream.journal", "stream.storage"},
-        ),
-    ],
-)
-def test_what_does_one_thing_knows_only_what_that_needs(room, allowed):
-    actual = within(imports_of(f"stream/{room}.py", functions=False), "fastvgg")
-    assert actual == {f"fastvgg.{name}" for name in allowed}
-
-
-@pytest.mark.parametrize("room", rooms_in("stream/ring.py", "stream/behind.py"))
+@pytest.mark.parametrize("room", rooms_in("stream/redo_log.py", "stream/commit_pipeline.py"))
 def test_what_makes_changes_last_knows_nothing_of_pixels(room):
     pixels = ("numpy", "PIL", "fastvgg.engine", "fastvgg.oracle", "fastvgg.kernels")
     assert not within(imports_of(room), *pixels, "fastvgg.datasets.npy", "fastvgg.datasets.images")

@@ -12,14 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastvgg.datasets import index as index_module
-from fastvgg.datasets.index import (
-    INDEX_HEAD,
-    Record,
-    index_path,
-    index_records,
-    index_text,
-    read_index,
-)
+from fastvgg.datasets.base import ImageRecord
+from fastvgg.datasets.index import INDEX_HEAD, index_path, index_records, index_text, read_index
 from fastvgg.datasets.npy import NpySource
 from fastvgg.errors import SourceError
 
@@ -32,7 +26,7 @@ def write_index(dataset, records):
 
 
 def record(path, label="", reason="", *, failed=False, width=9, height=7):
-    return Record(path, label, width, height, failed, reason)
+    return ImageRecord(path, label, width, height, failed, reason)
 
 
 def write_lines(dataset, *lines):
@@ -62,7 +56,9 @@ NAMES = [
 @failing_in_ascii()
 def test_every_name_and_reason_comes_back_as_it_was(dataset):
     expected = [
-        Record(name, name.partition("/")[0], row, 7, row % 2 == 1, name if row % 3 else "?" * row)
+        ImageRecord(
+            name, name.partition("/")[0], row, 7, row % 2 == 1, name if row % 3 else "?" * row
+        )
         for row, name in enumerate(NAMES, 1)
     ]
     write_index(dataset, expected)

@@ -47,7 +47,7 @@ def parts(tmp_path):
 @pytest.fixture(params=[1, 3])
 def small_pieces(request, monkeypatch):
     """Pieces of one image, or of three: batches are cut in the middle."""
-    monkeypatch.setattr(loader, "PIECE_BYTES", request.param * 5 * 7 * 3)
+    monkeypatch.setattr(loader, "READ_BYTES", request.param * 5 * 7 * 3)
 
 
 def as_expected(transform, rows):
@@ -243,12 +243,12 @@ def test_a_state_goes_on_after_what_was_given(path, shuffle, stopped_after):
     given = iter(batches)
     first = [(batch.images.copy(), batch.rows) for batch in itertools.islice(given, stopped_after)]
     state = json.loads(json.dumps(batches.state_dict()))
-    resumed = made()
-    resumed.load_state_dict(state)
-    both = first + all_of(resumed)
+    with_committed = made()
+    with_committed.load_state_dict(state)
+    both = first + all_of(with_committed)
     assert rows_of(both) == rows_of(expected)
     assert [images.tobytes() for images, _ in both] == [images.tobytes() for images, _ in expected]
-    assert rows_of(all_of(resumed)) == rows_of(all_of(batches_after(made(), 2)))
+    assert rows_of(all_of(with_committed)) == rows_of(all_of(batches_after(made(), 2)))
 
 
 def batches_after(batches, epoch):

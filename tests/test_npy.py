@@ -13,7 +13,7 @@ from contextlib import closing
 import ml_dtypes
 import numpy as np
 import pytest
-from bad_arrays import LONGEST_HEADER, REFUSED, SHAPE, WHOLE, header_text, npy_of
+from bad_arrays import MAX_HEADER_BYTES, REFUSED, SHAPE, WHOLE, header_text, npy_of
 from batches import FLOATS, dtype_of
 from datasets_on_disk import (
     load,
@@ -28,13 +28,13 @@ from datasets_on_disk import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvgg import datasets
 from fastvgg.datasets import mapped, npy
 from fastvgg.datasets.base import Header, bytes_of
-from fastvgg.datasets.mapped import MappedArray
+from fastvgg.datasets.mapped import MappedNpy
 from fastvgg.datasets.npy import NpySource, NpyTarget
+from fastvgg.datasets.open import open_source
 from fastvgg.errors import SourceError, StoppedError
-from fastvgg.stream.storage import Storage
+from fastvgg.storage.local import Storage
 from fastvgg.transform import STORAGE_TYPES
 
 
@@ -55,7 +55,7 @@ def numpy_loads(content):
 def test_an_array_that_numpy_saved_is_read_as_it_is(tmp_path, name, layout):
     expected = values(name)
     path = save_npy(tmp_path / "x.npy", expected)
-    source = NpySource(path, layout=layout, stored_as=name)
+    source = NpySource(path, layout=layout, dtype_hint=name)
     assert source.header == Header(SHAPE, name, layout)
     assert source.stored_bytes == path.stat().st_size
     actual = source.read(0, 5).batch
@@ -98,7 +98,7 @@ def test_a_file_that_is_not_right_is_refused_in_words_and_stays_as_it_is(tmp_pat
     path = tmp_path / "x.npy"
     path.write_bytes(content)
     with pytest.raises(SourceError) as caught:
-        datasets.open_source(path)
+        open_source(path)
     must_say(caught.value, path, *words)
     assert path.read_bytes() == content
     assert names_in(tmp_path) == ["x.npy"]
@@ -107,7 +107,7 @@ def test_a_file_that_is_not_right_is_refused_in_words_and_stays_as_it_is(tmp_pat
 def test_the_longest_header_that_is_allowed_is_read(tmp_path):
     text = header_text()
     path = tmp_path / "x.npy"
-    path.write_bytes(npy_of(text + " " * (LONGEST_HEADER - 1 - 64 - len(text))))
+    path.write_bytes(npy_of(text + " " * (MAX_HEADER_BYTES - 1 - 64 - len(text))))
     with closing(NpySource(path)) as source:
         assert source.header.shape == SHAPE
 
@@ -115,7 +115,7 @@ def test_the_longest_header_that_is_allowed_is_read(tmp_path):
 def test_unnamed_elements_are_not_bfloat16_because_a_manifest_says_float16(tmp_path):
     path = save_npy(tmp_path / "x.npy", values("bfloat16"))
     with pytest.raises(SourceError, match="two-byte elements"):
-        NpySource(path, stored_as="float16")
+        NpySource(path, dtype_hint="float16")
 
 
 @pytest.mark.parametrize("kind", ["directory", "nothing", "dangling link"])
@@ -227,7 +227,7 @@ def test_no_flipped_bit_of_a_header_changes_what_is_read(tmp_path):
 def test_a_window_holds_what_numpy_reads_there(tmp_path, name, images):
     expected = values(name, (images, 37, 41, 3))
     path = save_npy(tmp_path / "x.npy", expected)
-    source = NpySource(path, stored_as=name)
+    source = NpySource(path, dtype_hint=name)
     for start, stop in ((0, 1), (1, 4), (2, 3), (images - 1, images), (0, images)):
         actual = source.read(start, stop).batch
         assert actual.shape == (stop - start, 37, 41, 3)
@@ -250,7 +250,7 @@ def test_a_window_cannot_be_written_and_outlives_the_source(tmp_path):
 
 SHRINKING = """
 import os, pathlib, sys
-from fastvgg.datasets.mapped import MappedArray
+from fastvgg.datasets.mapped import MappedNpy
 from fastvgg.datasets.npy import NpySource
 from fastvgg.errors import StoppedError
 path = pathlib.Path(sys.argv[1])
@@ -275,16 +275,16 @@ for start in (0, 29, 64):
         # From here on the file shrinks where the first look cannot see it any more.
         (
             """
-look = MappedArray._file_bytes
+look = MappedNpy._file_bytes
 def late(self): found = look(self); os.truncate(path, 128); return found
-MappedArray._file_bytes = late""",
+MappedNpy._file_bytes = late""",
             [0, 29, 64],
         ),
         (
             """
-populate = MappedArray._populate
+populate = MappedNpy._populate
 def late(window): os.truncate(path, 128); populate(window)
-MappedArray._populate = staticmethod(late)""",
+MappedNpy._populate = staticmethod(late)""",
             [0, 29, 64],
         ),
     ],
@@ -330,7 +330,7 @@ def test_another_failure_to_populate_is_not_taken_for_a_missing_call():
             raise OSError(errno.EFAULT, "Bad address")
 
     with pytest.raises(OSError, match="Bad address"):
-        MappedArray._populate(Window())
+        MappedNpy._populate(Window())
 
 
 def test_a_read_asks_the_system_to_read_as_much_again_ahead(tmp_path, monkeypatch):
@@ -436,7 +436,7 @@ def test_what_a_target_wrote_is_a_source(tmp_path, name):
     target.create()
     target.write(0, [bytes_of(expected)])
     target.publish()
-    source = NpySource(target.path, stored_as=name)
+    source = NpySource(target.path, dtype_hint=name)
     assert source.read(0, 5).batch.tobytes() == expected.tobytes()
     source.close()
 

@@ -28,7 +28,7 @@ from fastvgg.transform import Mode, Transform
 
 NAN, INF = math.nan, math.inf
 BELOW_HALF = math.nextafter(0.5, 0)
-SMALLEST_SUBNORMAL = {
+MIN_SUBNORMAL = {
     "float16": 2.0**-24,
     "bfloat16": 2.0**-133,
     "float32": 2.0**-149,
@@ -281,7 +281,7 @@ def test_restore_saturates_from_and_to_every_type(source, target):
     held = [
         row for row in SATURATED if is_held_by(row[0], source) and is_held_by(row[0], "float32")
     ]
-    tiny = SMALLEST_SUBNORMAL[source]
+    tiny = MIN_SUBNORMAL[source]
     y = filled_with(np.array([row[0] for row in held] + [tiny, -tiny], dtype_of(source)))
     expected = filled_with(np.array([row[1] for row in held] + [0, 0], dtype_of(target)))
     with unchanged(y):

@@ -28,8 +28,8 @@ from fastvgg.stream.plan import (
     Plan,
     chunk_bytes,
     chunk_images,
+    format_bytes,
     parse_bytes,
-    readable_bytes,
     result_header,
 )
 from fastvgg.stream.run import run
@@ -74,7 +74,7 @@ def test_what_is_no_amount_of_memory_is_refused(text):
 
 @pytest.mark.parametrize("count", [0, 1, 1023, 1024, 10**6, 2**30, 2**40, 10**15])
 def test_an_amount_for_people_is_the_amount(count):
-    number, unit = readable_bytes(count).split()
+    number, unit = format_bytes(count).split()
     factor = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}[unit]
     assert float(number) * factor == pytest.approx(count, rel=0.06)
 
@@ -82,8 +82,8 @@ def test_an_amount_for_people_is_the_amount(count):
 @pytest.mark.parametrize("unit", ["B", "KiB", "MiB", "GiB", "TiB"])
 def test_every_unit_that_is_printed_is_also_read(unit):
     factor = 1024 ** ["B", "KiB", "MiB", "GiB", "TiB"].index(unit)
-    assert readable_bytes(2 * factor).split()[1] == unit
-    assert parse_bytes(readable_bytes(2 * factor)) == 2 * factor
+    assert format_bytes(2 * factor).split()[1] == unit
+    assert parse_bytes(format_bytes(2 * factor)) == 2 * factor
 
 
 counts = st.integers(1, 10**9)
@@ -102,7 +102,7 @@ def test_a_chunk_fits_into_the_limit_and_is_no_more_than_all(images, image, scra
         actual = chunk_images(images, image, scratch, limit, together=stored)
     except TargetError as error:
         assert scratch + piece > limit
-        must_say(error, readable_bytes(scratch + piece), readable_bytes(limit), "--memory")
+        must_say(error, format_bytes(scratch + piece), format_bytes(limit), "--memory")
         return
     assert scratch + piece <= limit
     assert 1 <= actual <= images
@@ -157,7 +157,7 @@ def a_plan(images, together, limit=10**12, source_kind="npy"):
         target="/y.npy",
         dataset="",
         source_kind=source_kind,
-        target_kind="npy",
+        target_format="npy",
         header=header,
         result=result_header(header, transform),
         transform=transform,
@@ -309,9 +309,9 @@ def test_a_plan_says_its_numbers(tmp_path, array):
         "(7, 9, 3) uint8 NHWC",
         "(7, 9, 3) float16 NHWC",
         "chunks   6 of 2 images",
-        readable_bytes(array.stat().st_size),
-        readable_bytes(11 * 7 * 9 * 3 * 2),
-        f"{readable_bytes(RUN_BYTES + 2 * 189 * 5)} of {readable_bytes(RUN_BYTES + 2 * 189 * 5)}",
+        format_bytes(array.stat().st_size),
+        format_bytes(11 * 7 * 9 * 3 * 2),
+        f"{format_bytes(RUN_BYTES + 2 * 189 * 5)} of {format_bytes(RUN_BYTES + 2 * 189 * 5)}",
         "threads  1",
     ):
         assert expected in text

@@ -86,7 +86,7 @@ def test_a_cluster_is_three_lines_away(number, tmp_path, monkeypatch):
 def test_commands_run_in_the_order_they_are_listed(photographs, monkeypatch):
     import numpy as np
 
-    monkeypatch.setattr(bench, "QUICK", bench.Extent(2**23, 2, 1, 2**20, every_path=False))
+    monkeypatch.setattr(bench, "QUICK", bench.BenchConfig(2**23, 2, 1, 2**20, every_path=False))
 
     images = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)
     np.save("images.npy", images)
@@ -141,8 +141,8 @@ def texts_of(picture):
 
 
 def test_layout_lists_exactly_the_files_there_are():
-    listing = README.split("## How the code is laid out")[1]
-    (tree,) = re.findall(r"^```\n(fastvgg/.*?)^```$", listing, re.MULTILINE | re.DOTALL)
+    architecture = (TOP / "docs" / "architecture.md").read_text("utf-8")
+    (tree,) = re.findall(r"^```\n(fastvgg/.*?)^```$", architecture, re.MULTILINE | re.DOTALL)
     expected = {
         path.name
         for path in (TOP / "fastvgg").rglob("*.py")
@@ -154,8 +154,8 @@ def test_layout_lists_exactly_the_files_there_are():
 
 def test_exit_codes_are_those_of_the_errors():
     from fastvgg import errors
-    from fastvgg.cli import exits
+    from fastvgg.cli import errors as exits
 
     listed = {int(code) for code in re.findall(r"^\| (\d+) \|", README, re.MULTILINE)}
     raised = {getattr(errors, name).exit_code for name in errors.__all__}
-    assert listed == raised | {0, exits.SOME_FAILED, exits.INTERRUPTED, exits.DEFECT}
+    assert listed == raised | {0, exits.SOME_INPUTS_FAILED, exits.INTERRUPTED, exits.INTERNAL_ERROR}

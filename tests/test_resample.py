@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from batches import frozen, run_script, unchanged
-from test_nearest import cases, noise
+from test_resize import cases, noise
 
-from fastvgg import engine, nearest
 from fastvgg.errors import UsageError
+from fastvgg.imaging import resize
 
 TESTS = __file__.rpartition("/")[0]
 CANARY = 77
@@ -29,55 +29,55 @@ def placed(pixels, start):
 
 
 @pytest.fixture(params=["numpy", pytest.param("numba", marks=pytest.mark.compiled)])
-def pick(request):
+def gather(request):
     """What gathers pixels on each backend."""
-    return engine.picker(request.param)
+    return resize.gather_function(request.param)
 
 
-def check(pixels, picked, start, pick):
+def check(pixels, picked, start, gather):
     shape = (len(picked.rows), len(picked.columns), 3)
     length = 3 * shape[0] * shape[1]
     memory = np.full(length + 3 * LINE, CANARY, np.uint8)
     begin = -memory.ctypes.data % LINE + start
     out = memory[begin : begin + length].reshape(shape)
     with unchanged(pixels):
-        pick(pixels, picked, out)
+        gather(pixels, picked, out)
     assert out.tobytes() == expected_of(pixels, picked).tobytes()
     assert (memory[:begin] == CANARY).all()
     assert (memory[begin + length :] == CANARY).all()
 
 
-def test_what_is_picked_is_what_numpy_picks(pick):
+def test_what_is_picked_is_what_numpy_picks(gather):
     for case in cases(200, 60, seed=3):
-        check(noise(*case[:2]), nearest.picks(*case), 0, pick)
+        check(noise(*case[:2]), resize.nearest_index(*case), 0, gather)
 
 
-def test_every_alignment_of_image_and_result_gives_the_same(pick):
+def test_every_alignment_of_image_and_result_gives_the_same(gather):
     pixels = noise(13, 17)
     for start in range(LINE):
         for box, wanted in (((0, 0, 17, 13), (6, 11)), ((3, 2, 16, 13), (5, 7))):
-            picked = nearest.picks(13, 17, box, wanted)
-            check(placed(pixels, start), picked, (7 * start + 3) % LINE, pick)
-            check(placed(pixels, (5 * start) % LINE), picked, start, pick)
+            picked = resize.nearest_index(13, 17, box, wanted)
+            check(placed(pixels, start), picked, (7 * start + 3) % LINE, gather)
+            check(placed(pixels, (5 * start) % LINE), picked, start, gather)
 
 
 @pytest.mark.parametrize("wanted", [(1, 1), (1, 7), (7, 1), (9, 11)])
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1), (2, 2), (3, 4)])
-def test_the_smallest_images_and_results_are_picked_too(pick, size, wanted):
-    picked = nearest.picks(*size, (0, 0, size[1], size[0]), wanted)
+def test_the_smallest_images_and_results_are_picked_too(gather, size, wanted):
+    picked = resize.nearest_index(*size, (0, 0, size[1], size[0]), wanted)
     for start in (0, 1, 2, 3):
-        check(placed(noise(*size), start), picked, start, pick)
+        check(placed(noise(*size), start), picked, start, gather)
 
 
-def test_a_photograph_is_picked_as_pillow_resizes_it(pick):
+def test_a_photograph_is_picked_as_pillow_resizes_it(gather):
     pixels = noise(375, 500)
     for wanted in ((224, 224), (375, 499), (700, 300)):
-        check(pixels, nearest.picks(375, 500, (0, 0, 500, 375), wanted), 1, pick)
+        check(pixels, resize.nearest_index(375, 500, (0, 0, 500, 375), wanted), 1, gather)
 
 
 def test_an_unknown_backend_is_refused():
     with pytest.raises(UsageError, match="backend is 'cuda'"):
-        engine.picker("cuda")
+        resize.gather_function("cuda")
 
 
 BETWEEN_GUARDS = """
@@ -86,8 +86,9 @@ sys.path.insert(0, {tests!r})
 import mmap
 import numpy as np
 from by_hand import between_guards, protect
-from test_nearest import cases
-from fastvgg import engine, nearest
+from test_resize import cases
+from fastvgg import engine
+from fastvgg.imaging import resize
 
 run = 2 * mmap.PAGESIZE
 taken, given = (between_guards(1, run) for _ in range(2))
@@ -101,12 +102,12 @@ def room(memory, shape, ends):
     start = mmap.PAGESIZE + (run - length if ends else 0)
     return memory.bytes[start : start + length].reshape(shape)
 
-gather = engine.picker("numba")
+gather = resize.gather_function("numba")
 fixed = [(1, 1, (0, 0, 1, 1), (1, 1)), (1, 9, (0, 0, 9, 1), (1, 4)), (9, 1, (0, 0, 1, 9), (4, 1)),
          (2, 2, (0, 0, 2, 2), (2, 2)), (52, 52, (0, 0, 52, 52), (52, 52)),
          (3, 2, (0, 0, 2, 3), (5, 9))]
 for height, width, box, wanted in [*fixed, *cases(300, 50, seed=9)]:
-    picked = nearest.picks(height, width, box, wanted)
+    picked = resize.nearest_index(height, width, box, wanted)
     for ends in (True, False):
         pixels = room(taken, (height, width, 3), ends)
         out = room(given, (*wanted, 3), ends)

@@ -12,9 +12,9 @@ from batches import FLOATS, LAYOUT_PAIRS, assert_same, dtype_of, frozen, in_layo
 from datasets_on_disk import pixels
 
 from fastvgg import engine, oracle
-from fastvgg.engine import row_by_row
+from fastvgg.engine import bind_rows
 from fastvgg.errors import DtypeError, OutputError, ShapeError, UsageError
-from fastvgg.threads import work_on_all
+from fastvgg.parallel import parallel_for
 from fastvgg.transform import Transform
 
 
@@ -39,7 +39,7 @@ def test_a_row_is_what_the_oracle_makes_of_it_and_no_other_is_touched(
     x = images(layout)
     out = empty_rows(transform, x)
     before = out.view(np.uint8).copy()
-    row_by_row(transform, x, out, backend=backend)(3, 1)
+    bind_rows(transform, x, out, backend=backend)(3, 1)
     assert_same(out[1], oracle.apply(transform, x[3]))
     touched = out.view(np.uint8) != before
     assert not touched[[0, 2, 3]].any()
@@ -51,25 +51,25 @@ def test_rows_are_restored_from_wherever_they_lie(backend, dtype):
     y = frozen(unaligned(oracle.apply(forward, images())))
     back = forward.inverse()
     out = empty_rows(back, y)
-    row_by_row(back, y, out, backend=backend)(4, 0)
+    bind_rows(back, y, out, backend=backend)(4, 0)
     assert_same(out[0], images()[4])
 
 
 def test_packed_rows_are_the_images(backend):
     transform = Transform("identity", "pack")
     out = empty_rows(transform, images())
-    row_by_row(transform, images(), out, backend=backend)(2, 3)
+    bind_rows(transform, images(), out, backend=backend)(2, 3)
     assert_same(out[3], images()[2])
 
 
 @pytest.mark.parametrize("streams", [False, True])
 def test_many_threads_may_write_rows_at_once(monkeypatch, streams):
-    monkeypatch.setattr(engine, "SMALLEST_STREAMED_BYTES", 0 if streams else 2**40)
+    monkeypatch.setattr(engine, "MIN_NONTEMPORAL_BYTES", 0 if streams else 2**40)
     x = frozen(pixels(60, height=13, width=17))
     transform = Transform("caffe")
     out = empty_rows(transform, x, count=60)
-    apply = row_by_row(transform, x, out)
-    work_on_all(range(60), lambda row: apply(row, 59 - row), 8)
+    apply = bind_rows(transform, x, out)
+    parallel_for(range(60), lambda row: apply(row, 59 - row), 8)
     assert_same(out[::-1].copy(), oracle.apply(transform, x))
 
 
@@ -83,10 +83,10 @@ def test_rows_that_fit_the_caches_are_not_written_past_them(monkeypatch):
         return kernel_of(plan, in_place, streams)
 
     monkeypatch.setattr(engine, "_kernel", watched)
-    monkeypatch.setattr(engine, "SMALLEST_STREAMED_BYTES", 5 * 7 * 11 * 3 * 4)
+    monkeypatch.setattr(engine, "MIN_NONTEMPORAL_BYTES", 5 * 7 * 11 * 3 * 4)
     for count in (4, 5):
         x, transform = images(), Transform("caffe")
-        row_by_row(transform, x, empty_rows(transform, x, count), backend="numba")
+        bind_rows(transform, x, empty_rows(transform, x, count), backend="numba")
     assert streamed == [False, True]
 
 
@@ -98,7 +98,7 @@ class Watched(np.ndarray):
 def test_the_batches_live_as_long_as_what_works_on_them(side):
     batches = [pixels(2), np.zeros((2, 7, 9, 3), np.float32)]
     batches = [batch.view(Watched) for batch in batches]
-    apply = row_by_row(Transform("caffe"), *batches)
+    apply = bind_rows(Transform("caffe"), *batches)
     held = weakref.ref(batches[side])
     del batches
     gc.collect()
@@ -119,18 +119,18 @@ def test_what_does_not_fit_is_refused_before_anything_is_written():
         UsageError: (transform, x[:, ::2], np.empty((1, 4, 11, 3), np.float32)),
     }.items():
         with pytest.raises(refused):
-            row_by_row(*arguments)
+            bind_rows(*arguments)
     read_only = out.copy()
     read_only.flags.writeable = False
     with pytest.raises(OutputError):
-        row_by_row(transform, x, read_only)
+        bind_rows(transform, x, read_only)
     assert (out.view(np.uint8) == 0xA5).all()
 
 
 def test_every_row_goes_into_every_row():
     transform, x = Transform("torch", out_layout="NCHW"), images()
     out = empty_rows(transform, x, count=3)
-    apply, expected = row_by_row(transform, x, out), oracle.apply(transform, x)
+    apply, expected = bind_rows(transform, x, out), oracle.apply(transform, x)
     for row, out_row in itertools.product(range(5), range(3)):
         apply(row, out_row)
         assert_same(out[out_row], expected[row])

@@ -46,14 +46,15 @@ from faults import CuttingStorage, Death, FaultyOs, system_calls
 
 import fastvgg
 from fastvgg import engine, oracle
-from fastvgg.datasets.index import INDEX_HEAD, Record, index_path, index_text, read_index
+from fastvgg.datasets.base import ImageRecord
+from fastvgg.datasets.index import INDEX_HEAD, index_path, index_text, read_index
 from fastvgg.datasets.npy import NpySource
 from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError, UsageError
-from fastvgg.stream.behind import Behind
+from fastvgg.storage.local import Storage, file_system
+from fastvgg.stream.commit_pipeline import CommitPipeline
 from fastvgg.stream.journal import journal_path
 from fastvgg.stream.manifest import manifest_path, read_manifest
 from fastvgg.stream.run import run
-from fastvgg.stream.storage import Storage, file_system
 from fastvgg.transform import Mode, Transform
 
 
@@ -208,7 +209,7 @@ def test_a_source_is_never_changed(tmp_path, array, photos):
 # One chunk is written while the next is computed
 
 
-class Computed:
+class ChunkResult:
     """The engine, and storage whose writes wait until it has come so far."""
 
     def __init__(self, monkeypatch, chunks, until):
@@ -240,7 +241,7 @@ def test_a_chunk_is_computed_while_the_one_before_it_is_written(tmp_path, array,
         if chunk < 5:
             assert computed.chunks[chunk + 1].wait(60), "the next chunk is not computed"
 
-    computed = Computed(monkeypatch, 6, until)
+    computed = ChunkResult(monkeypatch, 6, until)
     plan = plan_of(array, tmp_path / "y.npy", mode="caffe", together=2)
     report = run(plan, storage=computed.storage())
     assert report.counts["computed_chunks"] == 6
@@ -254,7 +255,9 @@ def main_waits():
         codes.add(frame.f_code)
         frame = frame.f_back
     waits = threading.Condition.wait.__code__ in codes
-    return waits and not codes.isdisjoint({Behind.give.__code__, Behind.wait_for_all_but.__code__})
+    return waits and not codes.isdisjoint(
+        {CommitPipeline.submit.__code__, CommitPipeline.drain.__code__}
+    )
 
 
 def test_no_chunk_is_computed_into_memory_that_is_still_to_be_written(tmp_path, array, monkeypatch):
@@ -263,7 +266,7 @@ def test_no_chunk_is_computed_into_memory_that_is_still_to_be_written(tmp_path, 
         while not (main_waits() or computed.chunks[-1].is_set()):
             pass
 
-    computed = Computed(monkeypatch, 6, until)
+    computed = ChunkResult(monkeypatch, 6, until)
     run(plan_of(array, tmp_path / "y.npy", mode="tf", together=2), storage=computed.storage())
     assert (tmp_path / "y.npy").read_bytes() == npy_bytes(network_inputs(pixels(11), "tf"))
     fastvgg.verify(tmp_path / "y.npy", full=True)
@@ -313,7 +316,7 @@ def test_for_the_process_alone_nothing_is_synced_and_the_files_are_the_same(tmp_
 def test_a_run_for_power_syncs_each_chunk_and_then_its_commit(tmp_path, array):
     synced = []
 
-    class Listing(Storage):
+    class ImageListing(Storage):
         def sync(self, file):
             super().sync(file)
             synced.append(file.path.name)
@@ -322,7 +325,7 @@ def test_a_run_for_power_syncs_each_chunk_and_then_its_commit(tmp_path, array):
             super().sync_directory(path)
             synced.append(path.name)
 
-    run(plan_of(array, tmp_path / "y.npy", mode="caffe", together=4), storage=Listing())
+    run(plan_of(array, tmp_path / "y.npy", mode="caffe", together=4), storage=ImageListing())
     partial, journal, here = "y.npy.partial", "y.npy.fastvgg-journal", tmp_path.name
     assert synced == [
         *(journal, here),  # the run is begun
@@ -340,7 +343,7 @@ def test_a_run_for_power_syncs_the_files_of_each_chunk_together_and_then_its_com
     plan_of(array, tmp_path / "stored.npy", mode="caffe").run()
     synced = []
 
-    class Listing(Storage):
+    class ImageListing(Storage):
         def write(self, file, data, offset):
             super().write(file, data, offset)
             if file.path.suffix == ".png":
@@ -350,12 +353,12 @@ def test_a_run_for_power_syncs_the_files_of_each_chunk_together_and_then_its_com
             super().sync(file)
             synced.append(file.path.name)
 
-        def sync_disk(self, directory):
-            super().sync_disk(directory)
+        def syncfs(self, directory):
+            super().syncfs(directory)
             synced.append(directory.name)
 
     plan = plan_of(tmp_path / "stored.npy", tmp_path / "out", direction="restore", together=11)
-    run(plan, storage=Listing())
+    run(plan, storage=ImageListing())
     assert synced == [
         "out.fastvgg-journal",
         *(["image"] * 11),
@@ -368,7 +371,7 @@ def test_files_are_synced_one_by_one_where_the_disk_as_a_whole_may_not_be(tmp_pa
     synced = []
 
     class Networked(Storage):
-        def syncs_disk(self, directory):
+        def has_syncfs(self, directory):
             assert directory == tmp_path / "out.partial"
             return False
 
@@ -1055,7 +1058,7 @@ def test_what_an_index_names_outside_of_the_directory_is_never_written(tmp_path,
     outside = tmp_path / "outside.png"
     names = [f"{row}.png" for row in range(10)]
     for evil in (str(outside), f"/{outside}", "../outside.png", "x/../../outside.png"):
-        records = [Record(name, "", 9, 7, False, "") for name in [*names, evil]]
+        records = [ImageRecord(name, "", 9, 7, False, "") for name in [*names, evil]]
         index_path(stored).write_text(INDEX_HEAD + index_text(records), encoding="utf-8")
         with pytest.raises(SourceError):
             plan_of(stored, tmp_path / "back", direction="restore").run()

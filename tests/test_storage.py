@@ -16,8 +16,8 @@ from datasets_on_disk import must_say, names_in, pages_in_memory, printed_by, tr
 from faults import Death, FaultyOs, HalvingOs, MortalStorage, system_calls
 
 from fastvgg.errors import StoppedError, TargetError, UsageError
-from fastvgg.stream import storage as storage_module
-from fastvgg.stream.storage import Storage, StoredFile, check_durability, file_system
+from fastvgg.storage import local as storage_module
+from fastvgg.storage.local import Storage, StoredFile, check_durability, file_system
 
 PAGE = mmap.PAGESIZE
 
@@ -81,7 +81,7 @@ def test_only_for_power_a_sync_asks_the_system_for_one(tmp_path):
             storage.sync_directory(tmp_path)
             assert system.calls.count("fsync") == 2 * len(expected)
             opened = system.calls.count("open")
-            storage.sync_disk(tmp_path)
+            storage.syncfs(tmp_path)
             assert system.calls.count("open") == opened + len(expected)
         storage.close(file)
         assert file.path.read_bytes() == b"abc"
@@ -91,7 +91,7 @@ def test_for_the_process_alone_nothing_is_tried_that_a_sync_could_fail_at(tmp_pa
     storage = Storage("process")
     storage.sync(closed(tmp_path))
     storage.sync_directory(tmp_path / "missing")
-    storage.sync_disk(tmp_path / "missing")
+    storage.syncfs(tmp_path / "missing")
 
 
 @pytest.mark.parametrize("durability", ["", "disk", "Power", "none"])
@@ -103,7 +103,7 @@ def test_what_is_no_durability_is_refused_with_those_that_are(durability):
 
 def test_a_sync_of_a_disk_that_the_system_refuses_is_an_error():
     with pytest.raises(OSError, match=os.strerror(errno.EBADF)) as caught:
-        storage_module._sync_file_system(-1)
+        storage_module._syncfs(-1)
     assert caught.value.errno == errno.EBADF
 
 
@@ -113,7 +113,7 @@ def test_what_is_forgotten_is_read_from_the_disk_again(file, storage):
     storage.write(file, bytes(1_000_000), 0)
     storage.sync(file)
     assert pages_in_memory(file.descriptor)
-    storage.forget(file)
+    storage.drop_cache(file)
     assert not pages_in_memory(file.descriptor)
     assert storage.read(file, 0, 1_000_000) == bytes(1_000_000)
 
@@ -326,8 +326,8 @@ FAILING = {
     "truncate": lambda s, p: s.truncate(closed(p), 4711),
     "fsync": lambda s, p: s.sync(closed(p)),
     "fsync of a directory": lambda s, p: s.sync_directory(p / "missing"),
-    "fadvise": lambda s, p: s.forget(closed(p)),
-    "syncfs": lambda s, p: s.sync_disk(p / "missing"),
+    "fadvise": lambda s, p: s.drop_cache(closed(p)),
+    "syncfs": lambda s, p: s.syncfs(p / "missing"),
     "mkdir": lambda s, p: s.make_directory(p / "file" / "below"),
     "rename": lambda s, p: s.rename(p / "missing", p / "new"),
     "remove": lambda s, p: s.remove(p / "file" / "below"),
@@ -398,7 +398,7 @@ def test_a_write_over_the_limit_of_a_file_is_an_error_and_no_signal(tmp_path, st
 @pytest.mark.parametrize("there", [None, b"old"], ids=["new", "in place of another"])
 def test_a_small_file_is_written_whole_or_not_at_all(tmp_path, there):
     counting = MortalStorage()
-    counting.write_whole(tmp_path / "counted", [b"new" * 1000])
+    counting.write_atomic(tmp_path / "counted", [b"new" * 1000])
     counting.bury()
     (tmp_path / "graveyard").mkdir()
     for half_done in (False, True):
@@ -410,21 +410,21 @@ def test_a_small_file_is_written_whole_or_not_at_all(tmp_path, there):
                     path.write_bytes(there)
                 storage = MortalStorage(number, half_done=half_done, graveyard=graveyard)
                 with pytest.raises(Death):
-                    storage.write_whole(path, [b"new" * 1000])
+                    storage.write_atomic(path, [b"new" * 1000])
                 storage.bury()
                 actual = path.read_bytes() if path.exists() else None
                 assert actual in (there, b"new" * 1000)
-                Storage().write_whole(path, [b"newer"])
+                Storage().write_atomic(path, [b"newer"])
                 assert tree(path.parent) == {b"file": b"newer"}
 
 
 def test_a_small_file_that_was_written_whole_outlives_a_power_cut(tmp_path):
     counting = MortalStorage()
-    counting.write_whole(tmp_path / "counted", [b"new"])
+    counting.write_atomic(tmp_path / "counted", [b"new"])
     (tmp_path / "graveyard").mkdir()
     (tmp_path / "here").mkdir()
     storage = MortalStorage(len(counting.calls) + 1, graveyard=tmp_path / "graveyard")
-    storage.write_whole(tmp_path / "here" / "file", [b"new"])
+    storage.write_atomic(tmp_path / "here" / "file", [b"new"])
     with pytest.raises(Death):
         storage.remove(tmp_path / "here" / "nothing")
     storage.bury()
@@ -443,7 +443,7 @@ def test_only_one_has_the_lock(tmp_path, storage):
 
 LOCKS = """
 import pathlib, sys
-from fastvgg.stream.storage import Storage
+from fastvgg.storage.local import Storage
 storage = Storage()
 file = storage.open(pathlib.Path(sys.argv[1]), create=True)
 print(storage.lock(file), flush=True)
@@ -491,5 +491,5 @@ def test_a_small_file_that_cannot_be_written_is_not_left_open(tmp_path, storage)
     before = opened()
     for number in range(2, 5):
         with system_calls(FaultyOs(number)), pytest.raises(StoppedError):
-            storage.write_whole(tmp_path / "file", [b"new"])
+            storage.write_atomic(tmp_path / "file", [b"new"])
     assert opened() == before

@@ -14,8 +14,6 @@ from stores import BUCKET, ENVIRONMENT, serving_s3
 
 import fastvgg
 from fastvgg import oracle
-from fastvgg.datasets import remote
-from fastvgg.datasets.locations import is_remote, located
 from fastvgg.errors import (
     ResumeError,
     SourceError,
@@ -24,9 +22,11 @@ from fastvgg.errors import (
     UsageError,
     VerificationError,
 )
+from fastvgg.storage import objects
+from fastvgg.storage.location import is_remote, parse_location
+from fastvgg.storage.objects import StoreStorage
 from fastvgg.stream.info import info
-from fastvgg.stream.journal import seal
-from fastvgg.stream.remote import StoreStorage
+from fastvgg.stream.journal import encode_line
 from fastvgg.stream.run import run
 
 IMAGES, TOGETHER = 11, 2
@@ -57,13 +57,13 @@ class Store:
 
     def __init__(self, url):
         self.url = url
-        self.root = located(url)
+        self.root = parse_location(url)
 
     def __truediv__(self, name):
         return self.root / name
 
     def names(self):
-        return sorted(remote.listing(self.root))
+        return sorted(objects.listing(self.root))
 
     def array(self, name="y.zarr"):
         """What plain zarr-python reads."""
@@ -129,9 +129,9 @@ class Counting(StoreStorage):
 
     def remove(self, path):
         def half():
-            keys = sorted(remote.listing(path))
+            keys = sorted(objects.listing(path))
             for key in keys[: len(keys) // 2 + 1]:
-                remote.remove(path / key)
+                objects.remove(path / key)
 
         self._call("remove", path, lambda: super(Counting, self).remove(path), half)
 
@@ -161,7 +161,7 @@ def test_it_is_verified_and_described(store, array):
 def test_it_is_restored_and_says_itself_what_was_done(store, array, tmp_path):
     planned(array, store).run()
     plan_of(f"{store.url}/y.zarr", tmp_path / "1.npy", direction="restore").run()
-    remote.remove(store / "y.zarr.fastvgg.json")
+    objects.remove(store / "y.zarr.fastvgg.json")
     assert info(f"{store.url}/y.zarr")["mode"] == "caffe"
     plan_of(f"{store.url}/y.zarr", tmp_path / "2.npy", direction="restore").run()
     for name in ("1.npy", "2.npy"):
@@ -196,7 +196,7 @@ def test_images_have_an_index_and_failures_which_are_tried_again(store, tmp_path
     expected = EXPECTED.copy()
     expected[3] = 0
     assert store.array().tobytes() == expected.tobytes()
-    index = remote.read(store / "y.zarr.index.csv").decode().splitlines()
+    index = objects.read(store / "y.zarr.index.csv").decode().splitlines()
     assert len(index) == 1 + IMAGES
     assert "failed" in index[4]
     fastvgg.verify(f"{store.url}/y.zarr", full=True)
@@ -381,13 +381,13 @@ def test_an_unfinished_run_is_described_and_cannot_be_opened(store, array):
 def test_a_shard_that_is_not_what_was_committed_is_done_again(store, array, damage):
     cut_off(array, store)
     shard, other = store / "y.zarr" / "c.2.0.0.0", store / "y.zarr" / "c.1.0.0.0"
-    content = bytearray(remote.read(shard))
+    content = bytearray(objects.read(shard))
     content[len(content) // 2] ^= 4
     if damage == "gone":
-        remote.remove(shard)
+        objects.remove(shard)
     else:
-        damaged = {"cut": content[:-7], "flipped": content, "another": remote.read(other)}
-        remote.put(shard, bytes(damaged.get(damage, b"")))
+        damaged = {"cut": content[:-7], "flipped": content, "another": objects.read(other)}
+        objects.put(shard, bytes(damaged.get(damage, b"")))
     storage, seen = Counting(), []
     report = run(planned(array, store), storage=storage, progress=seen.append)
     assert puts_of_shards(storage) == ["/c.2.0.0.0", "/c.4.0.0.0", "/c.5.0.0.0"]
@@ -401,7 +401,7 @@ def test_a_line_of_the_journal_that_is_not_whole_is_of_a_chunk_to_be_done_again(
     in_memory, array, content
 ):
     cut_off(array, in_memory)
-    remote.put(in_memory / "y.zarr.fastvgg-journal" / "000000001", content)
+    objects.put(in_memory / "y.zarr.fastvgg-journal" / "000000001", content)
     storage = Counting()
     run(planned(array, in_memory), storage=storage)
     assert puts_of_shards(storage) == ["/c.1.0.0.0", "/c.4.0.0.0", "/c.5.0.0.0"]
@@ -426,19 +426,19 @@ def test_a_restart_replaces_what_was_there_when_it_began_and_nothing_else(in_mem
     first = begun.calls.index(("put", ".fastvgg-journal/job")) + 1
     with pytest.raises(Death):
         run(planned(array, in_memory, restart=True), storage=Counting(first, when="after"))
-    metadata = remote.read(in_memory / "y.zarr" / "zarr.json")
-    remote.put(in_memory / "y.zarr" / "zarr.json", metadata + b" ")
+    metadata = objects.read(in_memory / "y.zarr" / "zarr.json")
+    objects.put(in_memory / "y.zarr" / "zarr.json", metadata + b" ")
     with pytest.raises(TargetError) as caught:
         planned(array, in_memory)
     must_say(caught.value, f"{in_memory.url}/y.zarr", "exists")
-    remote.put(in_memory / "y.zarr" / "zarr.json", metadata)
+    objects.put(in_memory / "y.zarr" / "zarr.json", metadata)
     planned(array, in_memory).run()
     assert in_memory.array().tobytes() == EXPECTED.tobytes()
 
 
 def test_a_journal_of_something_else_is_replaced_by_a_restart_alone(in_memory, array):
     cut_off(array, in_memory)
-    remote.put(in_memory / "y.zarr.fastvgg-journal" / "job", seal({"fastvgg-journal": 99}))
+    objects.put(in_memory / "y.zarr.fastvgg-journal" / "job", encode_line({"fastvgg-journal": 99}))
     with pytest.raises(ResumeError) as caught:
         planned(array, in_memory)
     must_say(caught.value, "y.zarr.fastvgg-journal", "99", "--restart")
@@ -469,7 +469,7 @@ def test_what_fastvgg_did_not_write_is_never_replaced(store, array):
 
 
 def test_objects_that_are_no_array_are_never_replaced(store, array):
-    remote.put(store / "y.zarr" / "notes" / "a.txt", b"mine")
+    objects.put(store / "y.zarr" / "notes" / "a.txt", b"mine")
     for settings in ({}, {"restart": True}):
         with pytest.raises(TargetError) as caught:
             planned(array, store, **settings)
@@ -489,7 +489,7 @@ def test_a_finished_array_of_another_job_is_replaced_by_a_restart_alone(store, a
 
 def test_what_others_put_there_meanwhile_is_not_replaced(in_memory, array):
     cut_off(array, in_memory)
-    remote.put(in_memory / "y.zarr" / "zarr.json", b"{}")
+    objects.put(in_memory / "y.zarr" / "zarr.json", b"{}")
     with pytest.raises(TargetError) as caught:
         planned(array, in_memory)
     must_say(caught.value, "was not made by fastvgg")
@@ -600,7 +600,7 @@ def test_a_source_that_is_not_there_is_refused(store, tmp_path):
 
 def test_a_chunk_that_is_missing_is_refused(store, array, tmp_path):
     planned(array, store).run()
-    remote.remove(store / "y.zarr" / "c.3.0.0.0")
+    objects.remove(store / "y.zarr" / "c.3.0.0.0")
     with pytest.raises(SourceError) as caught:
         plan_of(f"{store.url}/y.zarr", tmp_path / "x2.npy", direction="restore")
     must_say(caught.value, "1 of 6 chunks are missing", "c.3.0.0.0")
@@ -608,8 +608,8 @@ def test_a_chunk_that_is_missing_is_refused(store, array, tmp_path):
 
 def test_a_chunk_that_goes_missing_stops_the_run(store, array):
     planned(array, store).run()
-    source = fastvgg.datasets.open_source(located(f"{store.url}/y.zarr"))
-    remote.remove(store / "y.zarr" / "c.3.0.0.0")
+    source = fastvgg.datasets.open_source(parse_location(f"{store.url}/y.zarr"))
+    objects.remove(store / "y.zarr" / "c.3.0.0.0")
     assert source.read(0, 5).batch.tobytes() == EXPECTED[:5].tobytes()
     with pytest.raises(StoppedError) as caught:
         source.read(4, 8)
@@ -620,9 +620,9 @@ def test_a_chunk_that_goes_missing_stops_the_run(store, array):
 def test_a_chunk_that_changed_is_found_by_verifying(store, array):
     planned(array, store).run()
     shard = store / "y.zarr" / "c.3.0.0.0"
-    content = bytearray(remote.read(shard))
+    content = bytearray(objects.read(shard))
     content[9] ^= 1
-    remote.put(shard, bytes(content))
+    objects.put(shard, bytes(content))
     with pytest.raises(VerificationError) as caught:
         fastvgg.verify(f"{store.url}/y.zarr")
     must_say(caught.value, "c.3.0.0.0", f"{store.url}/y.zarr")
@@ -631,7 +631,7 @@ def test_a_chunk_that_changed_is_found_by_verifying(store, array):
 def test_a_source_that_changes_while_it_is_read_is_seen(store, array, tmp_path):
     planned(array, store).run()
     plan = plan_of(f"{store.url}/y.zarr", tmp_path / "x2.npy", direction="restore")
-    remote.put(store / "y.zarr" / "c.3.0.0.0", remote.read(store / "y.zarr" / "c.2.0.0.0")[:-1])
+    objects.put(store / "y.zarr" / "c.3.0.0.0", objects.read(store / "y.zarr" / "c.2.0.0.0")[:-1])
     with pytest.raises(SourceError) as caught:
         plan.run()
     must_say(caught.value, "has changed since")
@@ -700,30 +700,30 @@ def test_the_command_line_takes_urls(emptied, array, tmp_path):
 def test_a_path_of_this_machine_may_be_given_as_a_url(array, tmp_path):
     plan_of(f"file://{array}", f"file://{tmp_path}/y.zarr", mode="caffe").run()
     assert zarr.open_array(tmp_path / "y.zarr", mode="r")[:].tobytes() == EXPECTED.tobytes()
-    assert not is_remote(located(f"file://{array}"))
+    assert not is_remote(parse_location(f"file://{array}"))
 
 
 def test_objects_are_read_written_listed_and_removed(store):
     for key, content in {"a/1": b"one", "a/b/2": b"two", "ab": b"three"}.items():
-        remote.put(store / key, content)
-    assert remote.read(store / "a/1") == b"one"
-    assert remote.read(store / "a/2") is None
-    assert remote.exists(store / "a/b/2")
-    assert remote.exists(store / "a")
-    assert not remote.exists(store / "b")
-    assert {key: size for key, (size, _) in remote.listing(store / "a").items()} == {
+        objects.put(store / key, content)
+    assert objects.read(store / "a/1") == b"one"
+    assert objects.read(store / "a/2") is None
+    assert objects.exists(store / "a/b/2")
+    assert objects.exists(store / "a")
+    assert not objects.exists(store / "b")
+    assert {key: size for key, (size, _) in objects.listing(store / "a").items()} == {
         "1": 3,
         "b/2": 3,
     }
-    assert remote.read_all(store / "a") == {"1": b"one", "b/2": b"two"}
-    assert remote.read_all(store / "b") == {}
-    assert remote.listing(store / "ab") == {}
-    with remote.opened(store / "ab") as file:
+    assert objects.read_all(store / "a") == {"1": b"one", "b/2": b"two"}
+    assert objects.read_all(store / "b") == {}
+    assert objects.listing(store / "ab") == {}
+    with objects.opened(store / "ab") as file:
         file.seek(2)
         assert file.read() == b"ree"
-    before = remote.listing(store / "a")
-    remote.put(store / "a/1", b"new")
-    assert remote.listing(store / "a") != before
-    remote.remove(store / "a")
-    remote.remove(store / "b")
+    before = objects.listing(store / "a")
+    objects.put(store / "a/1", b"new")
+    assert objects.listing(store / "a") != before
+    objects.remove(store / "a")
+    objects.remove(store / "b")
     assert store.names() == ["ab"]

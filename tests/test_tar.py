@@ -19,11 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastvgg.datasets.decode import Decoder, Decoding
 from fastvgg.datasets.images import ImageFolder, is_image_name
 from fastvgg.datasets.tar import TarListing, TarShards, names_tar
 from fastvgg.errors import SourceError, StoppedError
-from fastvgg.threads import work_on_all
+from fastvgg.imaging.decode import DecodeOptions, Decoder
+from fastvgg.parallel import parallel_for
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 MUCH = 2**40
@@ -108,10 +108,10 @@ def contents_of(listing):
     return [listing.read(row, MUCH) for row in range(len(listing))]
 
 
-def reason(listing, row, most_bytes=MUCH):
+def reason(listing, row, max_bytes=MUCH):
     """Why a row cannot be read; nothing if it can."""
     try:
-        listing.read(row, most_bytes)
+        listing.read(row, max_bytes)
     except OSError as error:
         return str(error)
     return ""
@@ -124,7 +124,7 @@ def png(image):
 
 
 def open_shards(path, size=None, **settings):
-    decoding = Decoding(size=size)
+    decoding = DecodeOptions(size=size)
     return TarShards(path, decoding, Decoder(decoding, memory_bytes=2**28), **settings)
 
 
@@ -143,7 +143,7 @@ def test_images_are_listed_in_the_order_of_the_members(tmp_path, kind):
     assert names_of(listing) == [name for name, _ in FEW]
     assert labels_of(listing) == ["cat", "cat", "dog", ""]
     assert contents_of(listing) == [content for _, content in FEW]
-    assert (len(listing), listing.others) == (4, 0)
+    assert (len(listing), listing.skipped) == (4, 0)
     assert listing.stored_bytes == sum(len(content) for _, content in FEW)
 
 
@@ -165,7 +165,7 @@ def test_the_pixels_are_those_of_the_same_images_in_a_folder(tmp_path, kind):
     shards = [tmp_path / "s" / f"{number}.tar" for number in range(2)]
     for shard, part in zip(shards, (paths[:4], paths[4:]), strict=True):
         save_tar(shard, [(str(p.relative_to(folder)), p.read_bytes()) for p in part], kind)
-    decoding = Decoding()
+    decoding = DecodeOptions()
     decoder = Decoder(decoding, memory_bytes=2**28)
     in_folder = ImageFolder(folder, decoding, decoder)
     in_tar = open_shards(tmp_path / "s" / "{0..1}.tar", threads=2)
@@ -207,7 +207,7 @@ def test_what_is_left_out_is_counted_but_directories_are_not(tmp_path):
         member("to.txt", kind=tarfile.SYMTYPE, linkname="photos/a.png"),
     ]
     source = open_shards(save_tar(tmp_path / "a.tar", members))
-    assert source.listing.others == 4
+    assert source.listing.skipped == 4
     assert names_of(source.listing) == ["photos/a.png"]
     (note,) = source.notes
     assert "left out" in note
@@ -254,10 +254,10 @@ SAMPLES = {
 @pytest.mark.parametrize("kind", FORMATS)
 @failing_in_ascii()
 def test_a_label_is_what_the_cls_of_the_sample_says_or_the_first_folder(tmp_path, case, kind):
-    members, labels, others = SAMPLES[case]
+    members, labels, skipped = SAMPLES[case]
     listing = TarListing(save_tar(tmp_path / "a.tar", members, kind))
     assert labels_of(listing) == list(labels)
-    assert listing.others == others
+    assert listing.skipped == skipped
 
 
 def test_a_label_does_not_reach_into_the_next_shard(tmp_path):
@@ -265,7 +265,7 @@ def test_a_label_does_not_reach_into_the_next_shard(tmp_path):
     save_tar(tmp_path / "1.tar", [("y/b.cls", b"7"), ("z/c.jpg", b"j")])
     listing = TarListing(tmp_path / "{0..1}.tar")
     assert labels_of(listing) == ["x", "y", "z"]
-    assert listing.others == 1
+    assert listing.skipped == 1
 
 
 def test_many_samples_keep_their_labels(tmp_path):
@@ -458,7 +458,7 @@ def test_what_the_tar_command_writes_is_read(tmp_path, kind):
     if done.returncode:
         pytest.skip(f"tar cannot: {done.stderr[:100]}")
     listing = TarListing(path)
-    assert listing.others == 0
+    assert listing.skipped == 0
     assert listing.unended == []
     files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.suffix}
     assert sorted(names_of(listing)) == sorted(files)
@@ -1167,7 +1167,7 @@ def test_many_threads_read_at_once(tmp_path):
             if actual != expected[row]:
                 wrong.append(actual)
 
-    work_on_all([1, 3, 5, 7, 9, 11], read_all, threads=6)
+    parallel_for([1, 3, 5, 7, 9, 11], read_all, threads=6)
     assert wrong == []
 
 
@@ -1214,7 +1214,7 @@ def test_what_tarfile_reads_is_what_is_read(tmp_path_factory, members, kind):
     listing = TarListing(path)
     first = {info.name: row for row, info in reversed([*enumerate(images)])}
     assert len(listing) == len(images)
-    assert listing.others == len(found) - len(images)
+    assert listing.skipped == len(found) - len(images)
     for row, (info, content) in enumerate(zip(images, contents, strict=True)):
         if first[info.name] != row:
             assert reason(listing, row) == f"the name occurs twice, first in row {first[info.name]}"

@@ -108,9 +108,9 @@ def test_a_worker_goes_on_where_it_was(path):
     dataset, whole = (BatchesDataset(path, 4, shuffle=True) for _ in range(2))
     given = iter(dataset)
     first = [next(given)[1] for _ in range(2)]
-    resumed = BatchesDataset(path, 4, shuffle=True)
-    resumed.load_state_dict(dataset.state_dict())
-    rows = torch.cat(first + [rows for _, rows in resumed])
+    with_committed = BatchesDataset(path, 4, shuffle=True)
+    with_committed.load_state_dict(dataset.state_dict())
+    rows = torch.cat(first + [rows for _, rows in with_committed])
     assert rows.tolist() == torch.cat([rows for _, rows in whole]).tolist()
 
 

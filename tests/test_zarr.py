@@ -45,12 +45,12 @@ from zarr_on_disk import (
 )
 
 import fastvgg
-from fastvgg import datasets
 from fastvgg.datasets import base
 from fastvgg.datasets.base import Header
 from fastvgg.datasets.index import read_index
+from fastvgg.datasets.open import open_source
 from fastvgg.datasets.zarr import ZarrSource
-from fastvgg.datasets.zarr_target import ShardEncoder
+from fastvgg.datasets.zarr_writer import ShardEncoder
 from fastvgg.errors import (
     FastvggError,
     ResumeError,
@@ -60,10 +60,10 @@ from fastvgg.errors import (
     UsageError,
     VerificationError,
 )
+from fastvgg.storage.local import Storage
 from fastvgg.stream.info import info
-from fastvgg.stream.manifest import manifest_path, transform_of
+from fastvgg.stream.manifest import manifest_path, read_transform
 from fastvgg.stream.run import run
-from fastvgg.stream.storage import Storage
 
 # Of ten images, 7 high and 9 wide.
 V2 = {"zarr_format": 2}
@@ -114,7 +114,7 @@ def stored(tmp_path):
 
 
 def opened(path, **settings):
-    source = datasets.open_source(path, **settings)
+    source = open_source(path, **settings)
     assert isinstance(source, ZarrSource)
     return source
 
@@ -232,7 +232,7 @@ def test_many_threads_read_at_once(tmp_path):
 def test_a_run_reads_whole_chunks(tmp_path, settings, together):
     batch = pixels(40)
     path = save_zarr(tmp_path / "x.zarr", batch, **settings)
-    assert opened(path).stored_together == together
+    assert opened(path).read_granularity == together
     plan = plan_of(path, tmp_path / "y.npy", mode="caffe", together=together)
     assert plan.chunk_images == together
     assert plan.chunks == -(-40 // together)
@@ -337,7 +337,7 @@ def test_batches_are_read(stored):
 def refused(path, *words, error=SourceError, **settings):
     """Check that an array is refused, wherever it is given, in these words."""
     with pytest.raises(error) as caught:
-        datasets.open_source(path, **settings)
+        open_source(path, **settings)
     must_say(caught.value, path, *words)
     assert caught.value.exit_code == 3
     assert str(caught.value).replace("\n", "").isprintable()
@@ -514,12 +514,13 @@ def test_what_is_no_file_in_the_place_of_a_chunk_is_refused(stored):
 def test_what_cannot_be_read_is_refused(tmp_path):
     script = (
         "import sys; from pathlib import Path; from datasets_on_disk import *; obey_permissions()\n"
-        "from zarr_on_disk import *; from fastvgg import datasets; from fastvgg.errors import *\n"
+        "from zarr_on_disk import *; from fastvgg.errors import *\n"
+        "from fastvgg.datasets.open import open_source\n"
         "place = Path(sys.argv[1])\n"
         "path = save_zarr(place / 'x.zarr', pixels(10))\n"
         "def refused(what, *words):\n"
         "    with permissions(what, 0):\n"
-        "        try: datasets.open_source(path).read(0, 10)\n"
+        "        try: open_source(path).read(0, 10)\n"
         "        except FastvggError as error: must_say(error, *words); print(error.exit_code)\n"
         "refused(path, path, 'Permission')\n"
         "refused(path / 'zarr.json', path, 'Permission')\n"
@@ -712,7 +713,7 @@ def test_every_value_comes_back_and_zarr_reads_what_numpy_reads(tmp_path, mode, 
 
 def in_pieces(monkeypatch, nbytes):
     """Let pieces be smaller, so that a small shard has several."""
-    monkeypatch.setattr(base, "PIECE_BYTES", nbytes)
+    monkeypatch.setattr(base, "INNER_CHUNK_BYTES", nbytes)
 
 
 def written(directory, images=10, together=4, **settings):
@@ -742,7 +743,7 @@ def test_what_is_written_is_sharded_with_checksums_and_says_what_it_is(tmp_path,
     said = array.attrs["fastvgg"]
     expected = fastvgg.Transform("caffe", out_layout="NCHW")
     assert said == {"transform": json.loads(json.dumps(expected.to_dict()))}
-    assert transform_of(path) == expected
+    assert read_transform(path) == expected
 
 
 def test_pieces_are_whole_parts_of_a_shard_and_lie_one_after_the_other(tmp_path, monkeypatch):
@@ -947,7 +948,7 @@ def test_batches_are_in_the_layout_that_an_array_says(alone):
 def test_a_manifest_goes_before_what_an_array_says_of_itself(tmp_path):
     path = written(tmp_path)
     change_metadata(path, attributes={"fastvgg": {"transform": "nonsense"}})
-    assert transform_of(path) == fastvgg.Transform("caffe")
+    assert read_transform(path) == fastvgg.Transform("caffe")
 
 
 @pytest.mark.parametrize(
@@ -971,13 +972,13 @@ def test_a_manifest_goes_before_what_an_array_says_of_itself(tmp_path):
     ],
 )
 def test_an_array_that_says_of_itself_what_cannot_be_is_refused(tmp_path, alone, change):
-    said = transform_of(alone).to_dict()
+    said = read_transform(alone).to_dict()
     if callable(change):
         change(said)
     attributes = {"fastvgg": {"transform": said} if callable(change) else change}
     change_metadata(alone, attributes=attributes)
     if change is None:  # which says nothing
-        assert transform_of(alone) is None
+        assert read_transform(alone) is None
         return
     for attempt in (
         lambda: plan_of(alone, tmp_path / "z.npy", direction="restore", mode="caffe"),

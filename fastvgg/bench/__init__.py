@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from fastvgg.backend import check_backend
-from fastvgg.threads import check_threads
+from fastvgg.parallel import check_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["FULL", "QUICK", "Extent", "measure"]
 
 
-class Extent(NamedTuple):
+class BenchConfig(NamedTuple):
     """How much is measured."""
 
     working_set_bytes: int
@@ -30,12 +30,12 @@ class Extent(NamedTuple):
     """Whether every mode, storage type and pair of layouts is measured, or the common ones."""
 
 
-FULL: Final = Extent(400 * 2**20, 11, 2000, 2**30, every_path=True)
-QUICK: Final = Extent(192 * 2**20, 3, 100, 256 * 2**20, every_path=False)
+FULL: Final = BenchConfig(400 * 2**20, 11, 2000, 2**30, every_path=True)
+QUICK: Final = BenchConfig(192 * 2**20, 3, 100, 256 * 2**20, every_path=False)
 
 
 def measure(
-    extent: Extent = FULL,
+    config: BenchConfig = FULL,
     *,
     images: Path | None = None,
     disk: Path | None = None,
@@ -80,7 +80,7 @@ def measure(
 
     threads = check_threads(threads)
     record: dict[str, Any] = {"machine": machine(), "instruction_set": processor().name}
-    record |= {"threads": threads, "rounds": extent.rounds}
+    record |= {"threads": threads, "rounds": config.rounds}
 
     def found(part: str, row: dict[str, Any]) -> dict[str, Any]:
         if tell is not None:
@@ -88,14 +88,14 @@ def measure(
         return row
 
     if disk is not None:
-        record["disk"] = found("disk", disks.measured(disk, extent.file_bytes, extent.rounds))
+        record["disk"] = found("disk", disks.measured(disk, config.file_bytes, config.rounds))
     if images is not None:
-        decoded = decoding.measured(images, extent.images, extent.rounds, threads)
+        decoded = decoding.measured(images, config.images, config.rounds, threads)
         record["decoding"] = found("decoding", decoded)
-    arena = memory.Arena(extent.working_set_bytes)
-    limits = memory.measured(arena, extent.rounds, threads)
+    arena = memory.Arena(config.working_set_bytes)
+    limits = memory.measured(arena, config.rounds, threads)
     record["memory"] = [found("memory", row) for row in limits]
-    wanted = kernels.PATHS if extent.every_path else kernels.COMMON_PATHS
-    paths = kernels.measured(arena, extent.rounds, threads, wanted)
+    wanted = kernels.PATHS if config.every_path else kernels.COMMON_PATHS
+    paths = kernels.measured(arena, config.rounds, threads, wanted)
     record["kernels"] = [found("kernels", row) for row in paths]
-    return {**record, "call_overhead_us": kernels.call_overhead_us(extent.rounds)}
+    return {**record, "call_overhead_us": kernels.call_overhead_us(config.rounds)}

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import numpy as np
 from PIL import Image
 
-from fastvgg import datasets, engine
-from fastvgg.bench.rounds import in_turn
-from fastvgg.datasets.decode import Decoding
+from fastvgg.bench.timing import time_interleaved
+from fastvgg.datasets.open import open_source
 from fastvgg.errors import VerificationError
-from fastvgg.threads import work_on_all
+from fastvgg.imaging.decode import DecodeOptions
+from fastvgg.imaging.resize import gather_function
+from fastvgg.parallel import parallel_for
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fastvgg.datasets.images import Images
+    from fastvgg.datasets.images import ImageSource
 
 __all__ = ["measured"]
 
@@ -27,7 +28,7 @@ TAKEN_TOGETHER: Final = 8
 CHECKED_IMAGES: Final = 8
 
 
-def measured(source_path: Path, most_images: int, rounds: int, threads: int) -> dict[str, Any]:
+def measured(source_path: Path, max_images: int, rounds: int, threads: int) -> dict[str, Any]:
     """Return how many images a second are decoded and resized to 224x224.
 
     The first of them are compared with what Pillow makes of the same files. All are in the
@@ -40,12 +41,15 @@ def measured(source_path: Path, most_images: int, rounds: int, threads: int) -> 
     VerificationError
         If pixels differ from Pillow's.
     """
-    opened = datasets.open_source(
-        source_path, decoding=Decoding(size=SIZE), threads=threads, pick=engine.picker("numba")
+    opened = open_source(
+        source_path,
+        decoding=DecodeOptions(size=SIZE),
+        threads=threads,
+        gather=gather_function("numba"),
     )
-    images = cast("Images", opened)  # an array would have been refused: it has no decoding
+    images = cast("ImageSource", opened)  # an array would have been refused: it has no decoding
     try:
-        rows = range(min(most_images, images.header.images))
+        rows = range(min(max_images, images.header.images))
         for row in rows[:CHECKED_IMAGES]:
             _check(images, row)
         pieces = [rows[first : first + TAKEN_TOGETHER] for first in rows[::TAKEN_TOGETHER]]
@@ -55,7 +59,7 @@ def measured(source_path: Path, most_images: int, rounds: int, threads: int) -> 
             out = np.empty((*SIZE, 3), np.uint8)
             failed.update(row for row in piece if images.decode(row, out).failed)
 
-        (taken,) = in_turn([lambda: work_on_all(pieces, decode, threads)], rounds)
+        (taken,) = time_interleaved([lambda: parallel_for(pieces, decode, threads)], rounds)
     finally:
         images.close()
     return {
@@ -66,13 +70,13 @@ def measured(source_path: Path, most_images: int, rounds: int, threads: int) -> 
     }
 
 
-def _check(images: Images, row: int) -> None:
+def _check(images: ImageSource, row: int) -> None:
     """Compare an image of 8 bits a channel with what Pillow reads and resizes, as Keras does."""
     pixels = np.empty((*SIZE, 3), np.uint8)
     record = images.decode(row, pixels)
     if record.failed:
         return
-    data = images.listing.read(row, images.decoding.most_bytes)
+    data = images.listing.read(row, images.decoding.max_bytes)
     with Image.open(io.BytesIO(data)) as image:
         if image.mode not in ("L", "RGB"):
             return

@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from fastvgg.bench.rounds import in_turn
+from fastvgg.bench.timing import time_interleaved
 from fastvgg.errors import TargetError
-from fastvgg.stream.storage import Storage, StoredFile
+from fastvgg.storage.local import Storage, StoredFile
 
 __all__ = ["measured", "read_whole"]
 
@@ -54,7 +54,7 @@ def _measured(path: Path, nbytes: int, rounds: int) -> dict[str, Any]:
     chunk.write(os.urandom(CHUNK_BYTES))
     piece = bytearray(READ_BYTES)
     data = memoryview(chunk)
-    written, _, read = in_turn(
+    written, _, read = time_interleaved(
         (
             partial(_write, storage, path, nbytes, data),
             partial(_forget, storage, path),
@@ -86,7 +86,7 @@ def _write(storage: Storage, path: Path, nbytes: int, data: memoryview) -> None:
 def _forget(storage: Storage, path: Path) -> None:
     file: StoredFile = storage.open(path)
     try:
-        storage.forget(file)
+        storage.drop_cache(file)
     finally:
         storage.close(file)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from fastvgg import engine, oracle
 from fastvgg.bench import memory
-from fastvgg.bench.rounds import compared, in_turn
+from fastvgg.bench.timing import compare, time_interleaved
 from fastvgg.errors import VerificationError
 from fastvgg.kernels import convert
 from fastvgg.kernels.spec import KernelSpec, constant_table
@@ -128,10 +128,10 @@ def _measured(path: KernelPath, arena: Arena, rounds: int, threads: int) -> dict
     oracle_call = partial(
         engine.apply, transform, x[few], numpy_out, threads=threads, backend="numpy"
     )
-    (numpy,) = in_turn((oracle_call,), min(rounds, NUMPY_ROUNDS))
+    (numpy,) = time_interleaved((oracle_call,), min(rounds, NUMPY_ROUNDS))
     calls = (_called(path, x, out, threads), *_limits(path, x, out, threads))
-    ours, *limits = in_turn(calls, rounds)
-    share, spread, seconds = compared(ours, min(limits, key=statistics.median))
+    ours, *limits = time_interleaved(calls, rounds)
+    share, spread, seconds = compare(ours, min(limits, key=statistics.median))
     moved_bytes = images * (one.nbytes + expected.nbytes)
     return {
         "path": path.name,
@@ -204,6 +204,6 @@ def call_overhead_us(rounds: int) -> float:
         for _ in range(CALLS_TOGETHER):
             kernel(*addresses, 1, HEIGHT * WIDTH, 0, 0, 0, 0)
 
-    seconds = in_turn((whole, alone), rounds)
+    seconds = time_interleaved((whole, alone), rounds)
     above: float = statistics.median(a - b for a, b in zip(*seconds, strict=True))
     return round(above / CALLS_TOGETHER * 1e6, 1)

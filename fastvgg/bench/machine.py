@@ -7,8 +7,8 @@ import os
 import platform
 from pathlib import Path
 
+from fastvgg.parallel import available_cpus
 from fastvgg.stream.manifest import package_versions
-from fastvgg.threads import usable_cores
 
 __all__ = ["machine"]
 
@@ -19,7 +19,7 @@ def machine() -> dict[str, object]:
     return {
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "processor": _processor(),
-        "cores": usable_cores(),
+        "cores": available_cpus(),
         "memory_gib": round(pages * page_bytes / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
         "packages": package_versions(),

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from fastvgg.bench.rounds import in_turn
+from fastvgg.bench.timing import time_interleaved
 from fastvgg.kernels import bandwidth
 from fastvgg.kernels.memory import CACHE_LINE_BYTES
-from fastvgg.threads import work_on_all
+from fastvgg.parallel import parallel_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,7 +66,7 @@ def measured(arena: Arena, rounds: int, threads: int) -> list[dict[str, Any]]:
         ("fill", size, partial(fill, out, threads)),
         ("fill memory that is new", size, partial(zeroed_by_the_system, size, threads)),
     )
-    taken = in_turn([call for _, _, call in loops], rounds)
+    taken = time_interleaved([call for _, _, call in loops], rounds)
     return [
         {"loop": name, "gigabytes_per_second": round(nbytes / statistics.median(each) / 1e9, 1)}
         for (name, nbytes, _), each in zip(loops, taken, strict=True)
@@ -136,4 +136,4 @@ def _on_threads(steps: int, threads: int, work_on: Callable[[int, int], None]) -
     """Call ``work_on(first, count)`` for pieces of so many steps, on so many threads."""
     size = -(-steps // (threads * PIECES_PER_THREAD))
     pieces = [(first, min(size, steps - first)) for first in range(0, steps, size)]
-    work_on_all(pieces, lambda piece: work_on(*piece), threads)
+    parallel_for(pieces, lambda piece: work_on(*piece), threads)

@@ -7,9 +7,9 @@ from typing import Any
 
 import typer
 
-from fastvgg.cli.exits import catch_signals, report_defect
-from fastvgg.cli.lines import say
-from fastvgg.cli.verbs import app
+from fastvgg.cli.commands import app
+from fastvgg.cli.errors import catch_signals, report_internal_error
+from fastvgg.cli.lines import echo
 
 __all__ = ["app", "main"]
 
@@ -20,10 +20,10 @@ def main() -> None:
     catch_signals()
     if isinstance(sys.stdout, io.TextIOWrapper):  # names on disk need not be Unicode
         sys.stdout.reconfigure(errors="backslashreplace")
-    sys.excepthook = report_defect
+    sys.excepthook = report_internal_error
     typer.main.get_command(app)(prog_name="fastvgg")
 
 
 def _show_warning(message: Warning | str, *_where: Any, **_stream: Any) -> None:
     """Print a warning for a person, who did not write the line of code that it came from."""
-    say(f"note: {message}", sys.stderr)
+    echo(f"note: {message}", sys.stderr)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import typer
 
 from fastvgg.cli import progress
-from fastvgg.cli.answers import plan_record, print_json, print_report
-from fastvgg.cli.exits import SOME_FAILED
-from fastvgg.cli.lines import say
+from fastvgg.cli.errors import SOME_INPUTS_FAILED
+from fastvgg.cli.lines import echo
+from fastvgg.cli.output import plan_record, print_json, print_report
 from fastvgg.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,27 +22,27 @@ if TYPE_CHECKING:
 
     from fastvgg.stream.plan import Plan
 
-__all__ = ["carry_out"]
+__all__ = ["execute"]
 
 
-def carry_out(plan: Plan, dask: str | None, *, dry_run: bool, as_json: bool, quiet: bool) -> None:
+def execute(plan: Plan, dask: str | None, *, dry_run: bool, as_json: bool, quiet: bool) -> None:
     """Print or run a plan, and exit with 1 if some inputs failed."""
     if dry_run:
         print_json(plan_record(plan)) if as_json else print(plan)
         return
     for note in plan.notes if not quiet else ():
-        say(f"note: {note}", sys.stderr)
-    with _connected(dask) as client, progress.shown(plan, quiet=quiet) as tell:
+        echo(f"note: {note}", sys.stderr)
+    with _connect(dask) as client, progress.shown(plan, quiet=quiet) as tell:
         report = plan.run(tell, client=client)
     print_json(dataclasses.asdict(report)) if as_json else print_report(report)
     if report.counts["failed"]:
         if plan.transform.direction != "restore":
-            say("  when they are mended, give the same command with --retry-failed", sys.stderr)
-        raise typer.Exit(SOME_FAILED)
+            echo("  when they are mended, give the same command with --retry-failed", sys.stderr)
+        raise typer.Exit(SOME_INPUTS_FAILED)
 
 
 @contextmanager
-def _connected(dask: str | None) -> Iterator[Client | None]:
+def _connect(dask: str | None) -> Iterator[Client | None]:
     if dask is None:
         yield None
         return
@@ -53,5 +53,5 @@ def _connected(dask: str | None) -> Iterator[Client | None]:
             f"--dask needs a package that is not installed: {error.name}",
             "install it: pip install 'fastvgg[dask]'",
         ) from None
-    with cluster.connected(dask) as client:
+    with cluster.connect(dask) as client:
         yield client

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["GUIDE"]
+__all__ = ["WELCOME"]
 
-GUIDE: Final = """\
+WELCOME: Final = """\
 fastvgg turns images into the exact bits that a pretrained network expects,
 and back into the exact images.
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import TextIO
 
-__all__ = ["say"]
+__all__ = ["echo"]
 
 
-def say(text: str, stream: TextIO) -> None:
+def echo(text: str, stream: TextIO) -> None:
     """Print a line, in several that fit if the stream is a terminal; paths stay whole."""
     if stream.isatty():
         columns = os.get_terminal_size(stream.fileno()).columns or 80

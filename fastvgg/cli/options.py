@@ -18,7 +18,7 @@ SIXTEEN_BITS: Final = ("refuse", "scale")
 DURABILITIES: Final = ("power", "process")
 
 
-def _one_of(
+def _choice_option(
     values: Sequence[str], flag: str, metavar: str, about: str, default: str | bool = True
 ) -> Any:  # noqa: ANN401  # as Typer has it
     """Return an option whose values shells complete; the library refuses others, and says why."""
@@ -62,7 +62,7 @@ RestoredTarget = Annotated[
     ),
 ]
 
-ModeName = Annotated[str | None, _one_of(MODES, "--mode", "MODE", "{values}.")]
+ModeName = Annotated[str | None, _choice_option(MODES, "--mode", "MODE", "{values}.")]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -72,15 +72,21 @@ Model = Annotated[
     ),
 ]
 Dtype = Annotated[
-    str | None, _one_of(INPUT_TYPES, "--dtype", "TYPE", "Of DST: {values}.", "float32 for uint8")
+    str | None,
+    _choice_option(INPUT_TYPES, "--dtype", "TYPE", "Of DST: {values}.", "float32 for uint8"),
 ]
 RestoredDtype = Annotated[
-    str | None, _one_of(RESTORED_TYPES, "--dtype", "TYPE", "Of DST: {values}.", "uint8")
+    str | None, _choice_option(RESTORED_TYPES, "--dtype", "TYPE", "Of DST: {values}.", "uint8")
 ]
-Rounding = Annotated[str, _one_of(ROUNDINGS, "--rounding", "HOW", "To whole numbers: {values}.")]
-SourceLayout = Annotated[str | None, _one_of(LAYOUTS, "--layout", "LAYOUT", "Of SRC: {values}.")]
+Rounding = Annotated[
+    str, _choice_option(ROUNDINGS, "--rounding", "HOW", "To whole numbers: {values}.")
+]
+SourceLayout = Annotated[
+    str | None, _choice_option(LAYOUTS, "--layout", "LAYOUT", "Of SRC: {values}.")
+]
 OutLayout = Annotated[
-    str | None, _one_of(LAYOUTS, "--out-layout", "LAYOUT", "Of DST: {values}.", "that of SRC")
+    str | None,
+    _choice_option(LAYOUTS, "--out-layout", "LAYOUT", "Of DST: {values}.", "that of SRC"),
 ]
 
 Size = Annotated[
@@ -88,7 +94,7 @@ Size = Annotated[
     typer.Option(metavar="H W", help="Resize images to this height and width."),
 ]
 Interpolation = Annotated[
-    str, _one_of(INTERPOLATIONS, "--interpolation", "HOW", "To resize by: {values}.")
+    str, _choice_option(INTERPOLATIONS, "--interpolation", "HOW", "To resize by: {values}.")
 ]
 KeepAspectRatio = Annotated[
     bool, typer.Option("--keep-aspect-ratio", help="Cut out the wanted shape before resizing.")
@@ -99,7 +105,9 @@ FastJpeg = Annotated[
 Exif = Annotated[bool, typer.Option("--exif", help="Turn images as EXIF says; Keras does not.")]
 SixteenBit = Annotated[
     str,
-    _one_of(SIXTEEN_BITS, "--sixteen-bit", "WAY", "Greys of 16 bits: refuse, or scale to 8."),
+    _choice_option(
+        SIXTEEN_BITS, "--sixteen-bit", "WAY", "Greys of 16 bits: refuse, or scale to 8."
+    ),
 ]
 MaxPixels = Annotated[
     int | None,
@@ -107,7 +115,7 @@ MaxPixels = Annotated[
 ]
 Format = Annotated[
     str,
-    _one_of(FORMATS, "--format", "FORMAT", "Of image files: {values}; jpeg is not exact."),
+    _choice_option(FORMATS, "--format", "FORMAT", "Of image files: {values}; jpeg is not exact."),
 ]
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
@@ -123,7 +131,7 @@ Threads = Annotated[
 ]
 Durability = Annotated[
     str,
-    _one_of(
+    _choice_option(
         DURABILITIES,
         "--durability",
         "END",

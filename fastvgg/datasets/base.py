@@ -20,9 +20,9 @@ from typing import (
 
 import numpy as np
 
-from fastvgg.datasets import remote
-from fastvgg.datasets.locations import is_remote
 from fastvgg.errors import SourceError, StoppedError
+from fastvgg.storage import objects
+from fastvgg.storage.location import is_remote
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
@@ -32,37 +32,37 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from fastvgg.datasets.index import Record
     from fastvgg.transform import Layout
 
 __all__ = [
-    "MOST_ELEMENTS",
+    "MAX_ELEMENTS",
     "READ_FLAGS",
     "SHOWN_CHARACTERS",
     "ArraySource",
     "Chunk",
-    "Edges",
     "Header",
+    "ImageRecord",
+    "PartialPages",
+    "Payload",
     "SharedTarget",
     "Source",
-    "Stored",
     "Target",
-    "beside",
     "bytes_of",
-    "changed_since_planned",
+    "changed_during_run_error",
     "check_array",
-    "copied",
+    "inner_chunk_images",
     "open_regular",
-    "piece_images",
+    "open_sidecar",
     "read_at",
-    "read_beside",
+    "read_copy",
     "read_regular",
+    "read_sidecar",
 ]
 
 
 # 4 MiB are encoded at two thirds of the speed of 8, and more at hardly any more.
-PIECE_BYTES: Final = 8 * 1024 * 1024
-MOST_ELEMENTS: Final = 2**63 - 1
+INNER_CHUNK_BYTES: Final = 8 * 1024 * 1024
+MAX_ELEMENTS: Final = 2**63 - 1
 SHOWN_CHARACTERS: Final = 100  # of a shape, which may be anything
 READ_FLAGS: Final = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
 NO_LINKS: Final = getattr(os, "O_NOFOLLOW", 0)
@@ -79,17 +79,17 @@ def open_regular(path: Path) -> BinaryIO:
         As the system gives it, or saying what the path is if not a file.
     """
     if is_remote(path):
-        return remote.opened(path)
+        return objects.opened(path)
     descriptor = os.open(path, READ_FLAGS)
     try:
-        _refuse_irregular(os.fstat(descriptor))
+        _check_regular(os.fstat(descriptor))
     except OSError:
         os.close(descriptor)
         raise
     return os.fdopen(descriptor, "rb")
 
 
-def read_regular(path: bytes, most_bytes: int) -> tuple[bytes, os.stat_result]:
+def read_regular(path: bytes, max_bytes: int) -> tuple[bytes, os.stat_result]:
     """Read a whole file; refuse links, and what `open_regular` refuses.
 
     Returns
@@ -101,14 +101,14 @@ def read_regular(path: bytes, most_bytes: int) -> tuple[bytes, os.stat_result]:
     ------
     OSError
         As the system gives it, with ELOOP for a link; or saying what the path is if not a file, and
-        how long a file is that is longer than `most_bytes`.
+        how long a file is that is longer than `max_bytes`.
     """
     descriptor = os.open(path, READ_FLAGS | NO_LINKS)
     try:
         status = os.fstat(descriptor)
-        _refuse_irregular(status)
-        if status.st_size > most_bytes:
-            raise OSError(f"it has {status.st_size} bytes, and an image at most {most_bytes}")
+        _check_regular(status)
+        if status.st_size > max_bytes:
+            raise OSError(f"it has {status.st_size} bytes, and an image at most {max_bytes}")
         return read_at(descriptor, status.st_size, 0), status
     finally:
         os.close(descriptor)
@@ -125,14 +125,14 @@ def read_at(descriptor: int, count: int, at: int) -> bytes:
     return data
 
 
-def _refuse_irregular(status: os.stat_result) -> None:
+def _check_regular(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         is_directory = stat.S_ISDIR(status.st_mode)
         raise OSError("it is a directory" if is_directory else "it is not a file")
 
 
 @contextmanager
-def beside(path: Path) -> Iterator[BinaryIO | None]:
+def open_sidecar(path: Path) -> Iterator[BinaryIO | None]:
     """Open what lies beside a dataset: its index, manifest or journal; None if it is missing.
 
     Raises
@@ -153,7 +153,7 @@ def beside(path: Path) -> Iterator[BinaryIO | None]:
         return
     with file:
         try:
-            with remote.as_os_error():
+            with objects.os_errors():
                 yield file
         except OSError as error:
             raise _unreadable(path, error) from None
@@ -163,7 +163,7 @@ def _unreadable(path: Path, error: OSError) -> SourceError:
     return SourceError(f"{path} cannot be read: {error.strerror or error}", "check its permissions")
 
 
-def read_beside(path: Path, at_most: int = -1) -> bytes | None:
+def read_sidecar(path: Path, at_most: int = -1) -> bytes | None:
     """Return what a file beside a dataset holds; None if it is missing.
 
     Of a long one no more than the first `at_most` bytes.
@@ -173,7 +173,7 @@ def read_beside(path: Path, at_most: int = -1) -> bytes | None:
     SourceError
         If it is there and cannot be read.
     """
-    with beside(path) as file:
+    with open_sidecar(path) as file:
         # Memory is taken for all that is asked for, however short the file is.
         if file is None:
             return None
@@ -182,7 +182,7 @@ def read_beside(path: Path, at_most: int = -1) -> bytes | None:
         return file.read(min(at_most, size))
 
 
-def changed_since_planned(path: str) -> StoppedError:
+def changed_during_run_error(path: str) -> StoppedError:
     """Return the error that says so of an image, or a shard, that is read."""
     return StoppedError(
         f"{path} changed after the run was planned: the result may be a mixture",
@@ -190,13 +190,13 @@ def changed_since_planned(path: str) -> StoppedError:
     )
 
 
-def piece_images(image_bytes: int) -> int:
+def inner_chunk_images(image_bytes: int) -> int:
     """Return how many images are best stored so that they can be read without others.
 
-    >>> piece_images(602_112)
+    >>> inner_chunk_images(602_112)
     13
     """
-    return max(1, PIECE_BYTES // image_bytes)
+    return max(1, INNER_CHUNK_BYTES // image_bytes)
 
 
 def check_array(path: Path, shape: tuple[int, ...]) -> None:
@@ -216,7 +216,7 @@ def check_array(path: Path, shape: tuple[int, ...]) -> None:
         )
     if math.prod(shape) == 0:
         raise SourceError(f"{path} has shape {shown}: no images", "give images")
-    if math.prod(shape) > MOST_ELEMENTS:
+    if math.prod(shape) > MAX_ELEMENTS:
         raise SourceError(
             f"{path} has shape {shown}, of more numbers than there can be in an array",
             "it is damaged: get it again",
@@ -257,20 +257,35 @@ class Header:
         return self.images * self.image_bytes
 
 
+class ImageRecord(NamedTuple):
+    """What is known of one image: where it came from, its size, whether it could be read."""
+
+    path: str
+    """Relative to the source, with forward slashes."""
+    label: str
+    """The first folder of the path, or what a tar's .cls file says."""
+    width: int
+    height: int
+    failed: bool
+    """Whether the image could not be read, so that its row is zeros."""
+    reason: str
+    """Why; or what a decoder warned of, and read it all the same."""
+
+
 class Chunk(NamedTuple):
     """Some images of a source, as they were read."""
 
     batch: NDArray[Any]
     """Memory of its own, which stays valid while it is held."""
-    records: list[Record]
+    records: list[ImageRecord]
     """What is known of each image; empty where the source is an array that never had names."""
 
 
-Stored: TypeAlias = "Sequence[bytes | memoryview]"
+Payload: TypeAlias = "Sequence[bytes | memoryview]"
 """What is written of some images: the bytes of a batch, or a file for each image."""
 
 
-Edges: TypeAlias = "list[tuple[int, bytes]]"
+PartialPages: TypeAlias = "list[tuple[int, bytes]]"
 """Bytes, and where in its file each piece of them belongs."""
 
 
@@ -286,9 +301,9 @@ class Source(Protocol):
     """What else decides the pixels, as JSON types."""
     notes: list[str]
     """What a person should know before the run."""
-    stored_together: int
+    read_granularity: int
     """How many images are stored as one piece, to be read once and whole."""
-    records: Sequence[Record]
+    records: Sequence[ImageRecord]
     """What is known of every image without reading it; empty where that is nothing."""
 
     def fingerprint(self) -> str:
@@ -308,7 +323,7 @@ class ArraySource(Source, Protocol):
         """Read as many images as `out` has, from row `start` on; many threads may."""
 
 
-def copied(source: ArraySource, start: int, stop: int) -> Chunk:
+def read_copy(source: ArraySource, start: int, stop: int) -> Chunk:
     """Return images of an array in memory of their own."""
     shape = (stop - start, *source.header.shape[1:])
     batch = np.empty(shape, storage_dtype(source.header.dtype))
@@ -337,19 +352,19 @@ class Target(Protocol):
         Memory that lies so within a page may be written without a copy.
         """
 
-    def write(self, start: int, stored: Stored) -> None:
+    def write(self, start: int, stored: Payload) -> None:
         """Write what is stored of the images from row `start` on."""
 
     def sync(self) -> None:
         """Make everything that is written survive a power cut, while more may be being written."""
 
-    def read_unfinished(self, start: int, stop: int) -> Stored | None:
+    def read_unfinished(self, start: int, stop: int) -> Payload | None:
         """Read what is stored of some images that an unfinished run committed.
 
         None where the journal is believed without a look.
         """
 
-    def read_stored(self, start: int, stop: int) -> Stored:
+    def read_stored(self, start: int, stop: int) -> Payload:
         """Read what is stored of some images of the published target."""
 
     def read_back(self, start: int, stop: int) -> NDArray[Any]:
@@ -366,15 +381,15 @@ class Target(Protocol):
 class SharedTarget(Target, Protocol):
     """A target that many processes write at once, each a part."""
 
-    def join(self) -> None:
+    def attach(self) -> None:
         """Write some of what another process has begun, after checking that it can be that."""
 
-    def write_own(self, start: int, stored: Stored) -> Edges:
+    def write_aligned(self, start: int, stored: Payload) -> PartialPages:
         """Write the same where others write, on other machines as well; return what is left.
 
         That shares a page with what others write, and one process writes all of it: by
-        `write_edges`.
+        `write_unaligned`.
         """
 
-    def write_edges(self, edges: Edges) -> None:
-        """Write what `write_own` left, of any rows."""
+    def write_unaligned(self, edges: PartialPages) -> None:
+        """Write what `write_aligned` left, of any rows."""

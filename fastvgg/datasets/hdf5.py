@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import h5py
 
-from fastvgg.datasets.base import Chunk, Header, check_array, copied, open_regular
+from fastvgg.datasets.base import Chunk, Header, check_array, open_regular, read_copy
+from fastvgg.datasets.contiguous import ContiguousTarget
 from fastvgg.datasets.index import read_index
-from fastvgg.datasets.locations import dataset_of, file_of
-from fastvgg.datasets.mapped import MappedArray
-from fastvgg.datasets.reserved import ReservedArray
+from fastvgg.datasets.mapped import MappedNpy
 from fastvgg.errors import SourceError, StoppedError, TargetError
+from fastvgg.storage.location import container_of, inner_name
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from fastvgg.stream.storage import Storage
+    from fastvgg.storage.local import Storage
     from fastvgg.transform import Layout
 
 __all__ = ["Hdf5Source", "Hdf5Target", "check_name"]
 
 PLAIN: Final = ("uint8", "float16", "float32", "float64")
-MOST_LINKS: Final = 64
+MAX_LINKS: Final = 64
 # A longer name takes more than a new group has room for, and that would come after the array.
-LONGEST_NAME: Final = 128
-MOST_GROUPS: Final = 64
+MAX_NAME_BYTES: Final = 128
+MAX_GROUPS: Final = 64
 NAMES_SHOWN: Final = 10
 # What h5py makes of the errors of HDF5, which takes a damaged file for what it says that it is.
 DAMAGED: Final = (KeyError, OSError, RuntimeError, ValueError)
@@ -70,26 +70,26 @@ class Hdf5Source:
 
     kind = "hdf5"
 
-    def __init__(self, path: Path, *, layout: Layout = "NHWC", indexed: bool = True) -> None:
+    def __init__(self, path: Path, *, layout: Layout = "NHWC", use_index: bool = True) -> None:
         self.path = path
         self.settings: dict[str, Any] = {}
         self.notes: list[str] = []
         with contextlib.ExitStack() as opened:
-            self._file: BinaryIO = opened.enter_context(_opened(path))
+            self._file: BinaryIO = opened.enter_context(_open(path))
             self._hdf5 = opened.enter_context(self._opened_by_h5py())
             with self._damage_told():
                 self._dataset = self._found(_name_of(path))
                 self._check(layout)
-            self.records = read_index(path, self.header.images) if indexed else ()
-            self._opened = opened.pop_all()
+            self.records = read_index(path, self.header.images) if use_index else ()
+            self._open = opened.pop_all()
 
     def _opened_by_h5py(self) -> h5py.File:
         """Open the file once more; HDF5 locks it against writers."""
         try:
-            file: h5py.File = h5py.File(file_of(self.path), "r")
+            file: h5py.File = h5py.File(container_of(self.path), "r")
         except OSError as error:
             raise SourceError(
-                f"{file_of(self.path)} cannot be opened: {error}",
+                f"{container_of(self.path)} cannot be opened: {error}",
                 "if another process writes it, wait for that to end; else get the file again",
             ) from None
         return file
@@ -111,7 +111,7 @@ class Hdf5Source:
         """
         found: object = self._hdf5
         parts = _parts_of(name)
-        for _ in range(MOST_LINKS + len(parts)):
+        for _ in range(MAX_LINKS + len(parts)):
             if not parts:
                 break
             part = parts.pop(0)
@@ -128,7 +128,7 @@ class Hdf5Source:
             else:
                 raise self._leaves(f"{_shown(part)} is a link that leads out of it")
         if parts or not isinstance(found, h5py.Dataset):
-            file, names = file_of(self.path), ", ".join(self._names()) or "none"
+            file, names = container_of(self.path), ", ".join(self._names()) or "none"
             problem = (
                 f"{file} has no dataset {_shown(name)}." if name else f"{file}: which dataset?"
             )
@@ -160,12 +160,12 @@ class Hdf5Source:
         check_array(path, dataset.shape or ())
         self.header = Header(dataset.shape, self._type_name(), layout)
         for piece in pieces:
-            self._refuse_unreadable(piece)
-            self._refuse_holes(piece)
+            self._check_readable(piece)
+            self._check_no_holes(piece)
         self.stored_bytes = sum(piece.id.get_storage_size() for piece in pieces)
-        self.stored_together = min(dataset.chunks[0], dataset.shape[0]) if dataset.chunks else 1
+        self.read_granularity = min(dataset.chunks[0], dataset.shape[0]) if dataset.chunks else 1
         offset = dataset.id.get_offset()
-        self._mapped = MappedArray(self._file, path, self.header, offset or 0)
+        self._mapped = MappedNpy(self._file, path, self.header, offset or 0)
         self._is_mapped = offset is not None and self._is_plain()
         if self._is_mapped and self.stored_bytes != self.header.nbytes:
             raise self._damaged(f"{self.header.nbytes} bytes are said to be {self.stored_bytes}")
@@ -253,7 +253,7 @@ class Hdf5Source:
             "store the whole of it: h5repack -l CONTI",
         )
 
-    def _refuse_unreadable(self, piece: h5py.Dataset) -> None:
+    def _check_readable(self, piece: h5py.Dataset) -> None:
         """Refuse chunks that are compressed in a way that HDF5 does not know here."""
         made = piece.id.get_create_plist()
         for code, _, _, name in map(made.get_filter, range(made.get_nfilters())):
@@ -265,7 +265,7 @@ class Hdf5Source:
                     "hdf5plugin.PLUGIN_PATH; or store the dataset without it",
                 )
 
-    def _refuse_holes(self, piece: h5py.Dataset) -> None:
+    def _check_no_holes(self, piece: h5py.Dataset) -> None:
         """Refuse what was never written, which HDF5 reads as if it had been."""
         wanted, written = 1, int(piece.id.get_storage_size() > 0)
         if piece.chunks:
@@ -331,7 +331,7 @@ class Hdf5Source:
         """
         if self._is_mapped:
             return Chunk(self._mapped.read(start, stop), [*self.records[start:stop]])
-        return copied(self, start, stop)
+        return read_copy(self, start, stop)
 
     def read_into(self, start: int, out: NDArray[Any]) -> None:
         """Read as many images as `out` has, from row `start` on; many threads may.
@@ -360,10 +360,10 @@ class Hdf5Source:
 
     def close(self) -> None:
         """Close the file; windows that were returned stay valid."""
-        self._opened.close()
+        self._open.close()
 
 
-class Hdf5Target(ReservedArray):
+class Hdf5Target(ContiguousTarget):
     """A contiguous dataset, alone in a new HDF5 file.
 
     Parameters
@@ -381,19 +381,19 @@ class Hdf5Target(ReservedArray):
 
     def __init__(self, path: Path, header: Header, storage: Storage) -> None:
         self._dataset_path = path
-        super().__init__(file_of(path), header, storage, _start_bytes(path, header))
+        super().__init__(container_of(path), header, storage, _start_bytes(path, header))
 
     def published(self) -> Hdf5Source:
         """Open the published file."""
         return Hdf5Source(self._dataset_path, layout=self.header.layout)
 
 
-def _opened(path: Path) -> BinaryIO:
+def _open(path: Path) -> BinaryIO:
     try:
-        return open_regular(file_of(path))
+        return open_regular(container_of(path))
     except OSError as error:
         raise SourceError(
-            f"{file_of(path)} cannot be opened: {error.strerror or error}",
+            f"{container_of(path)} cannot be opened: {error.strerror or error}",
             "check its path and permissions",
         ) from None
 
@@ -406,18 +406,18 @@ def check_name(path: Path) -> None:
     TargetError
         Saying why.
     """
-    name = dataset_of(path)
+    name = inner_name(path)
     if not name:
         problem = "the dataset in the file has no name"
     elif "\0" in name or not name.isprintable():
         problem = f"a dataset cannot be called {name!r}"
-    elif max(len(part.encode()) for part in name.split("/")) > LONGEST_NAME:
-        problem = f"a part of the dataset's name has more than {LONGEST_NAME} bytes"
-    elif name.count("/") > MOST_GROUPS:
-        problem = f"the dataset is within more than {MOST_GROUPS - 1} groups"
+    elif max(len(part.encode()) for part in name.split("/")) > MAX_NAME_BYTES:
+        problem = f"a part of the dataset's name has more than {MAX_NAME_BYTES} bytes"
+    elif name.count("/") > MAX_GROUPS:
+        problem = f"the dataset is within more than {MAX_GROUPS - 1} groups"
     else:
         return
-    file = file_of(path)
+    file = container_of(path)
     raise TargetError(f"{file}: {problem}", f"give it another: {file}::/images")
 
 
@@ -433,7 +433,7 @@ def _hdf5_type(name: str) -> h5py.h5t.TypeID:
 
 def _name_of(path: Path) -> bytes:
     """Return the name within a file as HDF5 has it: bytes, mostly UTF-8."""
-    return dataset_of(path).encode(errors="surrogateescape")
+    return inner_name(path).encode(errors="surrogateescape")
 
 
 def _parts_of(name: bytes) -> list[bytes]:
@@ -464,7 +464,7 @@ def _start_bytes(path: Path, header: Header) -> bytes:
         linked = h5py.h5p.create(h5py.h5p.LINK_CREATE)
         linked.set_create_intermediate_group(True)
         linked.set_char_encoding(h5py.h5t.CSET_UTF8)
-        name = dataset_of(path).encode()
+        name = inner_name(path).encode()
         space = h5py.h5s.create_simple(header.shape)
         dataset = h5py.h5d.create(file.id, name, _hdf5_type(header.dtype), space, made, linked)
         offset = int(dataset.get_offset())

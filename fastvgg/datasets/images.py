@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import numpy as np
 import xxhash
 
-from fastvgg.datasets.base import Chunk, Header, changed_since_planned, read_regular
-from fastvgg.datasets.decode import SUFFIXES, Decoder, Decoding, reason_of
-from fastvgg.datasets.index import Record
-from fastvgg.datasets.names import Names
+from fastvgg.datasets.base import Chunk, Header, ImageRecord, changed_during_run_error, read_regular
+from fastvgg.datasets.packed import PackedNames
 from fastvgg.errors import SourceError
-from fastvgg.threads import work_on_all
+from fastvgg.imaging.decode import SUFFIXES, DecodeOptions, Decoder, describe_error
+from fastvgg.parallel import parallel_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -29,11 +28,18 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["FolderListing", "ImageFolder", "Images", "Listing", "is_image_name", "left_out"]
+__all__ = [
+    "FolderImageListing",
+    "ImageFolder",
+    "ImageListing",
+    "ImageSource",
+    "is_image_name",
+    "skipped_note",
+]
 
 CHANNELS: Final = 3
 SIZES_SHOWN: Final = 5
-LOOKED_AT_TOGETHER: Final = 64
+STATS_PER_TASK: Final = 64
 ENDINGS: Final = frozenset(suffix.encode() for suffix in SUFFIXES)
 
 
@@ -47,12 +53,12 @@ def is_image_name(name: bytes) -> bool:
     return name[at:].lower() in ENDINGS and at > 0 and name[at - 1 : at] != b"/"
 
 
-def left_out(others: int) -> list[str]:
+def skipped_note(skipped: int) -> list[str]:
     """Return a note of how many files are no images; none if there are none."""
-    return [f"left out, because not named like images: {others}"] if others else []
+    return [f"left out, because not named like images: {skipped}"] if skipped else []
 
 
-class Listing(Protocol):
+class ImageListing(Protocol):
     """Which images there are, found once without reading them; some 50 bytes for each."""
 
     @property
@@ -60,7 +66,7 @@ class Listing(Protocol):
         """How many bytes all images take."""
 
     @property
-    def others(self) -> int:
+    def skipped(self) -> int:
         """How many files were left out because they are not named like images."""
 
     @property
@@ -81,19 +87,19 @@ class Listing(Protocol):
     def identity(self, row: int) -> bytes:
         """Return what changes when an image does: its name, its size, the time of its change."""
 
-    def read(self, row: int, most_bytes: int) -> bytes:
+    def read(self, row: int, max_bytes: int) -> bytes:
         """Read an encoded image.
 
         Raises
         ------
         OSError
-            If it cannot be read, or is longer than `most_bytes`.
+            If it cannot be read, or is longer than `max_bytes`.
         StoppedError
             If it has changed since it was listed.
         """
 
 
-class Images:
+class ImageSource:
     """A source of encoded images: each is a row, and one that cannot be read is a row of zeros.
 
     Parameters
@@ -116,18 +122,18 @@ class Images:
     """
 
     kind: str
-    stored_together = 1
-    lists: Callable[[Path], Listing]
+    read_granularity = 1
+    lists: Callable[[Path], ImageListing]
     """What finds the images."""
 
     def __init__(
         self,
         path: Path,
-        decoding: Decoding,
+        decoding: DecodeOptions,
         decoder: Decoder,
         *,
         threads: int = 1,
-        listing: Listing | None = None,
+        listing: ImageListing | None = None,
     ) -> None:
         self.path = path
         self.listing = listing = type(self).lists(path) if listing is None else listing
@@ -135,11 +141,11 @@ class Images:
         self._decoder = decoder
         self.settings: dict[str, Any] = decoding.to_dict()
         self.stored_bytes = listing.stored_bytes
-        self.records: Sequence[Record] = ()
+        self.records: Sequence[ImageRecord] = ()
         self.notes = listing.notes
         if not len(listing):
             raise SourceError(
-                f"{path} holds no images ({listing.others} other files)",
+                f"{path} holds no images ({listing.skipped} other files)",
                 f"give files that end in {', '.join(sorted(SUFFIXES))}",
             )
         height, width = decoding.size or self._only_size(threads)
@@ -160,7 +166,7 @@ class Images:
                 digest.update(self.listing.identity(row))
         return digest.hexdigest()
 
-    def decode(self, row: int, out: NDArray[np.uint8]) -> Record:
+    def decode(self, row: int, out: NDArray[np.uint8]) -> ImageRecord:
         """Decode one image into a contiguous `out`, zeros if it fails; many threads may.
 
         Raises
@@ -171,14 +177,14 @@ class Images:
         name, label = self.listing.name(row), self.listing.label(row)
         width = height = 0
         try:
-            data = self.listing.read(row, self.decoding.most_bytes)
+            data = self.listing.read(row, self.decoding.max_bytes)
         except OSError as error:
-            failed, reason = True, reason_of(error)
+            failed, reason = True, describe_error(error)
         else:
             width, height, failed, reason = self._decoder.decode(data, out)
         if failed:
             out[...] = 0
-        return Record(os.fsdecode(name), os.fsdecode(label), width, height, failed, reason)
+        return ImageRecord(os.fsdecode(name), os.fsdecode(label), width, height, failed, reason)
 
     def read(self, start: int, stop: int) -> Chunk:
         """Decode images into a new batch; rows that cannot be read are zeros."""
@@ -203,10 +209,10 @@ class Images:
                     counts[size] += 1
                     examples[size] = min(row, examples.get(size, row))
 
-        images, together = len(self.listing), LOOKED_AT_TOGETHER
+        images, together = len(self.listing), STATS_PER_TASK
         starts = range(0, images, together)
         pieces = [range(start, min(start + together, images)) for start in starts]
-        work_on_all(pieces, look_at, threads)
+        parallel_for(pieces, look_at, threads)
         if not counts:
             first = min(reasons)
             raise SourceError(
@@ -235,16 +241,16 @@ class Images:
     def _size(self, row: int) -> tuple[int, int] | str:
         """Return height and width, or why they cannot be read."""
         try:
-            return self._decoder.size(self.listing.read(row, self.decoding.most_bytes))
+            return self._decoder.size(self.listing.read(row, self.decoding.max_bytes))
         except OSError as error:
-            return reason_of(error)
+            return describe_error(error)
 
     def _shown(self, row: int) -> str:
         return os.fsdecode(self.listing.name(row))
 
 
 @dataclass
-class FolderListing:
+class FolderImageListing:
     """The images below a directory, in the order of the bytes of their paths.
 
     A file, or anything else, whose name ends like an image's is listed. Directories are walked;
@@ -257,12 +263,12 @@ class FolderListing:
     """
 
     directory: Path
-    names: Names = field(default_factory=Names)
+    names: PackedNames = field(default_factory=PackedNames)
     sizes: array[int] = field(default_factory=lambda: array("q"))
     changed_ns: array[int] = field(default_factory=lambda: array("q"))
     folders: dict[bytes, int] = field(default_factory=dict)
     """Every directory, and when a name in it was last changed."""
-    others: int = 0
+    skipped: int = 0
 
     def __post_init__(self) -> None:
         self._root = os.fsencode(self.directory) + b"/"
@@ -286,7 +292,7 @@ class FolderListing:
     @property
     def notes(self) -> list[str]:
         """How many files were left out, if some were."""
-        return left_out(self.others)
+        return skipped_note(self.skipped)
 
     def name(self, row: int) -> bytes:
         """Return an image's path below the directory."""
@@ -301,24 +307,24 @@ class FolderListing:
         """Return an image's name, size and time of change."""
         return b"%d %d %b\0" % (self.sizes[row], self.changed_ns[row], self.names[row])
 
-    def read(self, row: int, most_bytes: int) -> bytes:
+    def read(self, row: int, max_bytes: int) -> bytes:
         """Read an image's file; one that is a link has to lead to a file below the directory."""
         path = self._root + self.names[row]
         try:
-            data, status = read_regular(path, most_bytes)
+            data, status = read_regular(path, max_bytes)
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
-            data, status = read_regular(self._target_below(path), most_bytes)
+            data, status = read_regular(self._target_below(path), max_bytes)
         if (len(data), status.st_mtime_ns) != (self.sizes[row], self.changed_ns[row]):
-            raise changed_since_planned(os.fsdecode(path))
+            raise changed_during_run_error(os.fsdecode(path))
         return data
 
     def fingerprint(self) -> str:
         """Return a hash of all identities; where a name came or went since, looked for again."""
         for folder, changed_ns in self.folders.items():
             if _size_and_change(self._root + folder)[1] != changed_ns:
-                return FolderListing(self.directory).fingerprint()
+                return FolderImageListing(self.directory).fingerprint()
         return self._fingerprint
 
     def _target_below(self, path: bytes) -> bytes:
@@ -343,7 +349,7 @@ class FolderListing:
             elif is_image_name(path):
                 yield path
             else:
-                self.others += 1
+                self.skipped += 1
 
     def _listed(self, folder: bytes) -> list[bytes]:
         """Return the sorted paths in a directory; those of directories end in a slash.
@@ -378,8 +384,8 @@ def _size_and_change(path: bytes) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-class ImageFolder(Images):
+class ImageFolder(ImageSource):
     """The images below a directory."""
 
     kind = "images"
-    lists = FolderListing
+    lists = FolderImageListing

@@ -8,11 +8,11 @@ import re
 from array import array
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Final, NamedTuple, overload
+from typing import TYPE_CHECKING, Final, overload
 
-from fastvgg.datasets.base import beside, open_regular
-from fastvgg.datasets.locations import beside_path
+from fastvgg.datasets.base import ImageRecord, open_regular, open_sidecar
 from fastvgg.errors import SourceError
+from fastvgg.storage.location import sidecar_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = [
     "INDEX_HEAD",
     "Index",
-    "Record",
     "index_path",
     "index_records",
     "index_text",
@@ -36,30 +35,15 @@ IN_MEMORY: Final = Path("the index's lines")
 REMEDY: Final = "put back the index that was written with the dataset, or remove it"
 
 
-class Record(NamedTuple):
-    """What is known of one image: where it came from, its size, whether it could be read."""
-
-    path: str
-    """Relative to the source, with forward slashes."""
-    label: str
-    """The first folder of the path, or what a tar's .cls file says."""
-    width: int
-    height: int
-    failed: bool
-    """Whether the image could not be read, so that its row is zeros."""
-    reason: str
-    """Why; or what a decoder warned of, and read it all the same."""
-
-
 def index_path(dataset: Path) -> Path:
     """Return where the index of a dataset is."""
-    return beside_path(dataset, ".index.csv")
+    return sidecar_path(dataset, ".index.csv")
 
 
-def index_text(records: Iterable[Record], start: int = 0) -> str:
+def index_text(records: Iterable[ImageRecord], start: int = 0) -> str:
     """Return the lines of an index, from row `start` on; `INDEX_HEAD` stands before them all.
 
-    >>> print(index_text([Record("cat/a.jpg", "cat", 500, 375, False, "")], 7), end="")
+    >>> print(index_text([ImageRecord("cat/a.jpg", "cat", 500, 375, False, "")], 7), end="")
     7,cat/a.jpg,cat,500,375,ok,
     """
     rows = [
@@ -79,7 +63,7 @@ def _csv(rows: Iterable[Iterable[object]], line_end: str) -> str:
     return lines.getvalue()
 
 
-def index_records(text: str, start: int = 0) -> list[Record]:
+def index_records(text: str, start: int = 0) -> list[ImageRecord]:
     """Return the records that `index_text` made lines of.
 
     Raises
@@ -91,7 +75,7 @@ def index_records(text: str, start: int = 0) -> list[Record]:
     return [_record(IN_MEMORY, row, fields) for row, fields in enumerate(lines, start)]
 
 
-class Index(Sequence[Record]):
+class Index(Sequence[ImageRecord]):
     """The records of an index, read from its file when they are asked for.
 
     Of each no more is kept than where its line begins: 8 bytes.
@@ -126,23 +110,23 @@ class Index(Sequence[Record]):
         return len(self._begins) - 1
 
     @overload
-    def __getitem__(self, at: int) -> Record: ...
+    def __getitem__(self, at: int) -> ImageRecord: ...
     @overload
-    def __getitem__(self, at: slice) -> list[Record]: ...
-    def __getitem__(self, at: int | slice) -> Record | list[Record]:
+    def __getitem__(self, at: slice) -> list[ImageRecord]: ...
+    def __getitem__(self, at: int | slice) -> ImageRecord | list[ImageRecord]:
         if isinstance(at, int):
             row = range(len(self))[at]
             return self._between(row, row + 1)[0]
         start, stop, step = at.indices(len(self))
         return self._between(start, max(start, stop))[::step] if step > 0 else [*self][at]
 
-    def __iter__(self) -> Iterator[Record]:
+    def __iter__(self) -> Iterator[ImageRecord]:
         with open_regular(self.path) as file:
             file.seek(self._begins[0])
             for row, fields in enumerate(_Lines(self.path, file)):
                 yield _record(self.path, row, fields)
 
-    def _between(self, start: int, stop: int) -> list[Record]:
+    def _between(self, start: int, stop: int) -> list[ImageRecord]:
         with open_regular(self.path) as file:
             file.seek(self._begins[start])
             data = file.read(self._begins[stop] - self._begins[start])
@@ -150,7 +134,7 @@ class Index(Sequence[Record]):
         return [_record(self.path, row, fields) for row, fields in enumerate(lines, start)]
 
 
-def read_index(dataset: Path, images: int) -> Sequence[Record]:
+def read_index(dataset: Path, images: int) -> Sequence[ImageRecord]:
     """Read the index of a dataset of `images` rows; nothing where it has none.
 
     Raises
@@ -160,7 +144,7 @@ def read_index(dataset: Path, images: int) -> Sequence[Record]:
         of it.
     """
     path = index_path(dataset)
-    with beside(path) as file:
+    with open_sidecar(path) as file:
         if file is None:
             return ()
         index = Index(path, file)
@@ -194,7 +178,7 @@ class _Lines:
             ) from None
 
 
-def _record(path: Path, expected_row: int, fields: list[str]) -> Record:
+def _record(path: Path, expected_row: int, fields: list[str]) -> ImageRecord:
     line = expected_row + 2
     row, name, label, width, height, status, reason = fields if len(fields) == 7 else [""] * 7
     numbers = all(NUMBER.fullmatch(field) for field in (row, width, height))
@@ -215,4 +199,4 @@ def _record(path: Path, expected_row: int, fields: list[str]) -> Record:
             f"{path} line {line} names {name!r}, which is outside of the dataset, or no plain path",
             "names are relative paths without '..'; do not use an index that you do not trust",
         )
-    return Record(name, label, int(width), int(height), failed, reason)
+    return ImageRecord(name, label, int(width), int(height), failed, reason)

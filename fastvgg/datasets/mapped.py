@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from fastvgg.datasets.base import Header
 
-__all__ = ["MappedArray"]
+__all__ = ["MappedNpy"]
 
 SAMPLES: Final = 16
 SAMPLE_BYTES: Final = 64 * 1024
@@ -31,7 +31,7 @@ SAMPLE_BYTES: Final = 64 * 1024
 MADV_POPULATE_READ: Final = 22
 
 
-class MappedArray:
+class MappedNpy:
     """An array in a file that somebody else opens and closes.
 
     Parameters

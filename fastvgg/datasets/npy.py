@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
 import numpy as np
 
 from fastvgg.datasets.base import Chunk, Header, check_array, open_regular
+from fastvgg.datasets.contiguous import ContiguousTarget
 from fastvgg.datasets.index import read_index
-from fastvgg.datasets.mapped import MappedArray
-from fastvgg.datasets.reserved import ReservedArray
+from fastvgg.datasets.mapped import MappedNpy
 from fastvgg.errors import SourceError
 
 if TYPE_CHECKING:
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from fastvgg.stream.storage import Storage
+    from fastvgg.storage.local import Storage
     from fastvgg.transform import Layout
 
 __all__ = ["NpySource", "NpyTarget"]
 
 MAGIC: Final = b"\x93NUMPY"
-LONGEST_HEADER: Final = 10_000  # numpy's own limit for what it parses without being told to
-LONGEST_AXIS: Final = 2**48
+MAX_HEADER_BYTES: Final = 10_000  # numpy's own limit for what it parses without being told to
+MAX_AXIS: Final = 2**48
 STORED_TYPES: Final = {
     "|u1": "uint8",
     "<f2": "float16",
@@ -86,9 +86,9 @@ def read_header(file: BinaryIO, path: Path) -> ArrayHeader:
             f"{path} has .npy format version {version[0]}.{version[1]}",
             "versions 1.0, 2.0 and 3.0 can be read: write the file again with numpy.save",
         )
-    if length > LONGEST_HEADER:
+    if length > MAX_HEADER_BYTES:
         raise SourceError(
-            f"{path} claims a header of {length} bytes, of at most {LONGEST_HEADER}",
+            f"{path} claims a header of {length} bytes, of at most {MAX_HEADER_BYTES}",
             "it is damaged, or made to do harm: get it again, or write it again with numpy.save",
         )
     text = (start[offset:] + file.read(max(0, length - len(start[offset:]))))[:length]
@@ -126,9 +126,9 @@ def _parse(text: bytes, path: Path) -> tuple[str, bool, tuple[int, ...]]:
             f"{path} has a header of wrong types: {_shown(fields)}",
             "the file is damaged: get it again",
         )
-    if any(type(axis) is not int or not 0 <= axis <= LONGEST_AXIS for axis in shape):
+    if any(type(axis) is not int or not 0 <= axis <= MAX_AXIS for axis in shape):
         raise SourceError(
-            f"{path} claims the shape {_shown(shape)}, and an axis is 0 to {LONGEST_AXIS} long",
+            f"{path} claims the shape {_shown(shape)}, and an axis is 0 to {MAX_AXIS} long",
             "the file is damaged: get it again",
         )
     return _checked_descr(descr, path), fortran, shape
@@ -179,7 +179,7 @@ class NpySource:
         The file.
     layout
         Which axis of it holds the channels.
-    stored_as
+    dtype_hint
         "bfloat16" where a manifest says that the two-byte elements are that.
 
     Raises
@@ -190,10 +190,10 @@ class NpySource:
     """
 
     kind = "npy"
-    stored_together = 1
+    read_granularity = 1
 
     def __init__(
-        self, path: Path, *, layout: Layout = "NHWC", stored_as: str | None = None
+        self, path: Path, *, layout: Layout = "NHWC", dtype_hint: str | None = None
     ) -> None:
         self.path = path
         self.settings: dict[str, Any] = {}
@@ -206,16 +206,16 @@ class NpySource:
                 "check its path and permissions",
             ) from None
         try:
-            self._check(read_header(self._file, path), layout, stored_as)
+            self._check(read_header(self._file, path), layout, dtype_hint)
             self.records = read_index(path, self.header.images)
         except SourceError:
             self._file.close()
             raise
 
-    def _check(self, found: ArrayHeader, layout: Layout, stored_as: str | None) -> None:
+    def _check(self, found: ArrayHeader, layout: Layout, dtype_hint: str | None) -> None:
         path = self.path
         dtype = STORED_TYPES[found.descr]
-        if dtype == "bfloat16" and stored_as != "bfloat16":
+        if dtype == "bfloat16" and dtype_hint != "bfloat16":
             raise SourceError(
                 f"{path} holds two-byte elements that its header does not name",
                 "if they are bfloat16, put the manifest (.fastvgg.json) that was written with them "
@@ -232,7 +232,7 @@ class NpySource:
                 f"header, and the file has {self.stored_bytes}",
                 "get the file again, or write it again with numpy.save",
             )
-        self._mapped = MappedArray(self._file, path, self.header, found.offset)
+        self._mapped = MappedNpy(self._file, path, self.header, found.offset)
 
     def fingerprint(self) -> str:
         """Return a hash of size, time of change, header, and samples, as the file is now."""
@@ -263,7 +263,7 @@ class NpySource:
         self._file.close()
 
 
-class NpyTarget(ReservedArray):
+class NpyTarget(ContiguousTarget):
     """A .npy array that is written.
 
     Parameters
@@ -283,7 +283,7 @@ class NpyTarget(ReservedArray):
 
     def published(self) -> NpySource:
         """Open the published file."""
-        return NpySource(self.path, layout=self.header.layout, stored_as=self.header.dtype)
+        return NpySource(self.path, layout=self.header.layout, dtype_hint=self.header.dtype)
 
 
 def _header_bytes(header: Header) -> bytes:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
 
-from fastvgg.datasets.base import Chunk, Header, changed_since_planned, copied
+from fastvgg.datasets.base import Chunk, Header, changed_during_run_error, read_copy
 from fastvgg.datasets.images import is_image_name
 from fastvgg.datasets.npy import NpySource
 from fastvgg.errors import SourceError
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from fastvgg.datasets.index import Record
+    from fastvgg.datasets.base import ImageRecord
     from fastvgg.transform import Layout
 
-__all__ = ["NpyParts", "part_names"]
+__all__ = ["PartitionedNpySource", "part_names"]
 
 OPEN_AT_A_TIME: Final = 64  # of the 1,024 files that a process may commonly have open
 
@@ -55,7 +55,7 @@ def part_names(directory: Path) -> list[str]:
     return [os.fsdecode(name) for name in parts]
 
 
-class NpyParts:
+class PartitionedNpySource:
     """The parts of a .npy array as one source.
 
     Parameters
@@ -66,7 +66,7 @@ class NpyParts:
         Its parts, in the order of their rows.
     layout
         Which axis holds the channels.
-    stored_as
+    dtype_hint
         "bfloat16" where a manifest says that the two-byte elements are that.
 
     Raises
@@ -76,7 +76,7 @@ class NpyParts:
     """
 
     kind = "parts"
-    stored_together = 1
+    read_granularity = 1
 
     def __init__(
         self,
@@ -84,15 +84,15 @@ class NpyParts:
         names: Sequence[str],
         *,
         layout: Layout = "NHWC",
-        stored_as: str | None = None,
+        dtype_hint: str | None = None,
     ) -> None:
         self.path = path
         self.settings: dict[str, Any] = {}
         self.notes = [f"{len(names)} parts"]
-        self.records: Sequence[Record] = ()
+        self.records: Sequence[ImageRecord] = ()
         self._names = names
         self._layout = layout
-        self._stored_as = stored_as
+        self._stored_as = dtype_hint
         self._open: dict[int, NpySource] = {}
         self._readers: dict[int, int] = {}
         self._lock = threading.Lock()
@@ -140,7 +140,7 @@ class NpyParts:
             with self._borrowed(number) as part:
                 first = self._starts[number]
                 return part.read(start - first, stop - first)
-        return copied(self, start, stop)
+        return read_copy(self, start, stop)
 
     def read_into(self, start: int, out: NDArray[Any]) -> None:
         """Read as many images as `out` has, from row `start` on; many threads may.
@@ -194,11 +194,11 @@ class NpyParts:
         try:
             part = self._opened(name)
         except SourceError as error:
-            raise changed_since_planned(path) from error
+            raise changed_during_run_error(path) from error
         if part.header != Header((images, *self.header.shape[1:]), self.header.dtype, self._layout):
             part.close()
-            raise changed_since_planned(path)
+            raise changed_during_run_error(path)
         return part
 
     def _opened(self, name: str) -> NpySource:
-        return NpySource(self.path / name, layout=self._layout, stored_as=self._stored_as)
+        return NpySource(self.path / name, layout=self._layout, dtype_hint=self._stored_as)

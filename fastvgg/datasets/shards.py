@@ -30,8 +30,8 @@ COMPRESSED: Final = {
     ".tar.lz": "lzip",
 }
 RANGE: Final = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
-MOST_SHARDS: Final = 1_000_000
-MOST_DIGITS: Final = 18
+MAX_SHARDS: Final = 1_000_000
+MAX_DIGITS: Final = 18
 MISSING_SHOWN: Final = 5
 
 
@@ -55,7 +55,7 @@ def shard_paths(path: Path) -> list[tuple[str, bytes]]:
     """
     text = os.fspath(path)
     found = None if os.path.lexists(path) else _range(text)
-    _refuse_compressed(path, is_range=found is not None)
+    _check_not_compressed(path, is_range=found is not None)
     if found is None:
         if not os.path.lexists(path):
             raise SourceError(
@@ -91,17 +91,17 @@ def _range(text: str) -> tuple[int, int, list[str]] | None:
     if len(ranges) > 1:
         raise SourceError(f"{text} has {len(ranges)} ranges", "give one, for one run each")
     first, last = ranges[0].groups()
-    is_short = max(len(first), len(last)) <= MOST_DIGITS
-    if not is_short or not 0 <= int(last) - int(first) < MOST_SHARDS:
+    is_short = max(len(first), len(last)) <= MAX_DIGITS
+    if not is_short or not 0 <= int(last) - int(first) < MAX_SHARDS:
         raise SourceError(
-            f"{text}: {ranges[0][0]} is no range of at most {MOST_SHARDS} numbers",
+            f"{text}: {ranges[0][0]} is no range of at most {MAX_SHARDS} numbers",
             "give the first and the last: 'shards/{0000..0099}.tar'",
         )
     numbers = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
     return *ranges[0].span(), numbers
 
 
-def _refuse_compressed(path: Path, *, is_range: bool) -> None:
+def _check_not_compressed(path: Path, *, is_range: bool) -> None:
     name = path.name.lower()
     program = next((COMPRESSED[ending] for ending in COMPRESSED if name.endswith(ending)), None)
     if program is not None:

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 import xxhash
 
-from fastvgg.datasets.base import READ_FLAGS, changed_since_planned, open_regular, read_at
-from fastvgg.datasets.images import Images, is_image_name, left_out
-from fastvgg.datasets.members import CUT, DEVICE, LINK, SPARSE, UNKNOWN, WHOLE, Members
-from fastvgg.datasets.names import Names, hashes_of
+from fastvgg.datasets.base import READ_FLAGS, changed_during_run_error, open_regular, read_at
+from fastvgg.datasets.images import ImageSource, is_image_name, skipped_note
+from fastvgg.datasets.packed import PackedNames, name_hashes
 from fastvgg.datasets.shards import names_tar, shard_paths
+from fastvgg.datasets.tar_headers import CUT, DEVICE, LINK, SPARSE, UNKNOWN, WHOLE, TarHeaderReader
 from fastvgg.errors import SourceError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["TarListing", "TarShards", "names_tar"]
 
 LABEL_ENDING: Final = b".cls"
-MOST_LABEL_BYTES: Final = 64
+MAX_LABEL_BYTES: Final = 64
 
 # What is known of a row before it is read, beside what is known of a member.
 LABEL_CUT, REPEATED = CUT + 1, CUT + 2
@@ -84,21 +84,21 @@ class TarListing:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.others = 0
+        self.skipped = 0
         self.unended: list[str] = []
         """Shards without the zeros that end a tar: they may be cut short."""
         self._shards: list[_Shard] = []
         self._ends = array("q")
         """How many rows there are up to the end of each shard."""
-        self._names = Names()
+        self._names = PackedNames()
         self._offsets = array("q")
         self._sizes = array("q")
         self._states = array("B")
         self._labelled_rows = array("q")
-        self._labels = Names()
+        self._labels = PackedNames()
         for shard, prefix in shard_paths(path):
             self._list(shard, prefix)
-        hashes = hashes_of(self._names)
+        hashes = name_hashes(self._names)
         self._fingerprint = self._hash(hashes)
         self._repeated_rows, self._first_rows = _repeated(hashes)
         if self._repeated_rows:
@@ -121,7 +121,7 @@ class TarListing:
         about = (
             f"shards without the zeros that end a tar, so perhaps cut short: {cut}, the first is"
         )
-        return [*left_out(self.others), *(f"{about} {shard}" for shard in self.unended[:1])]
+        return [*skipped_note(self.skipped), *(f"{about} {shard}" for shard in self.unended[:1])]
 
     def name(self, row: int) -> bytes:
         """Return the path of an image in its tar; of several shards, below the shard's name."""
@@ -142,13 +142,13 @@ class TarListing:
         numbers = self._sizes[row], self._offsets[row], shard.size, shard.changed_ns
         return b"%d %d %d %d %b\0" % (*numbers, self._names[row])
 
-    def read(self, row: int, most_bytes: int) -> bytes:
+    def read(self, row: int, max_bytes: int) -> bytes:
         """Read an encoded image; many threads may.
 
         Raises
         ------
         OSError
-            If it cannot be read, is no whole file, or is longer than `most_bytes`.
+            If it cannot be read, is no whole file, or is longer than `max_bytes`.
         StoppedError
             If its shard has changed since it was listed, or is gone.
         """
@@ -156,19 +156,19 @@ class TarListing:
         try:
             descriptor = os.open(shard.path, READ_FLAGS)
         except (FileNotFoundError, NotADirectoryError):
-            raise changed_since_planned(shard.path) from None
+            raise changed_during_run_error(shard.path) from None
         try:
             if not shard.is_like(os.fstat(descriptor)):
-                raise changed_since_planned(shard.path)
+                raise changed_during_run_error(shard.path)
             if self._states[row] != WHOLE:
                 raise OSError(self._reason(row))
-            if size > most_bytes:
-                raise OSError(f"it has {size} bytes, and an image at most {most_bytes}")
+            if size > max_bytes:
+                raise OSError(f"it has {size} bytes, and an image at most {max_bytes}")
             data = read_at(descriptor, size, self._offsets[row])
         finally:
             os.close(descriptor)
         if len(data) != size:
-            raise changed_since_planned(shard.path)
+            raise changed_during_run_error(shard.path)
         return data
 
     def fingerprint(self) -> str:
@@ -208,7 +208,7 @@ class TarListing:
             with open_regular(Path(path)) as file:
                 status = os.fstat(file.fileno())
                 self._shards.append(_Shard(path, prefix, status.st_size, status.st_mtime_ns))
-                members = Members(path, file.fileno(), status.st_size)
+                members = TarHeaderReader(path, file.fileno(), status.st_size)
                 self._add(members, prefix)
         except OSError as error:
             raise SourceError(
@@ -219,7 +219,7 @@ class TarListing:
         if not members.is_ended:
             self.unended.append(path)
 
-    def _add(self, members: Members, prefix: bytes) -> None:
+    def _add(self, members: TarHeaderReader, prefix: bytes) -> None:
         """Make rows of a shard's images, sample by sample, and count what is left out."""
         sample = _Sample(b"", len(self))
         for path, state, offset, held_bytes in members:
@@ -236,7 +236,7 @@ class TarListing:
                 sample.is_cut = state == CUT
                 sample.label = members.bytes_at(offset, held_bytes).strip()
             else:
-                self.others += 1
+                self.skipped += 1
         self._end(sample)
 
     def _end(self, sample: _Sample) -> None:
@@ -244,7 +244,7 @@ class TarListing:
         if sample.label is None:
             return
         rows = range(sample.first_row, len(self))
-        self.others += not rows
+        self.skipped += not rows
         for row in rows:
             if sample.is_cut:
                 self._states[row] = self._states[row] or LABEL_CUT
@@ -253,7 +253,7 @@ class TarListing:
                 self._labels.append(sample.label)
 
 
-class TarShards(Images):
+class TarShards(ImageSource):
     """The images in tar shards."""
 
     kind = "tar"
@@ -283,7 +283,7 @@ def _key(path: bytes) -> bytes:
 
 def _is_label(path: bytes, key: bytes, state: int, held_bytes: int) -> bool:
     is_named = path[len(key) :].lower() == LABEL_ENDING
-    return is_named and state in (WHOLE, CUT) and held_bytes <= MOST_LABEL_BYTES
+    return is_named and state in (WHOLE, CUT) and held_bytes <= MAX_LABEL_BYTES
 
 
 def _repeated(hashes: NDArray[np.uint64]) -> tuple[array[int], array[int]]:
@@ -305,15 +305,15 @@ def _repeated(hashes: NDArray[np.uint64]) -> tuple[array[int], array[int]]:
     return array("q", rows[by_row].tobytes()), array("q", firsts[by_row].tobytes())
 
 
-def _renamed(names: Names, rows: array[int], hashes: NDArray[np.uint64]) -> Names:
+def _renamed(names: PackedNames, rows: array[int], hashes: NDArray[np.uint64]) -> PackedNames:
     """Return the names with the row's number in some, so that all differ.
 
-    >>> names = Names([b"cat/a.jpg", b"cat/a.jpg"])
-    >>> _renamed(names, array("q", [1]), hashes_of(names))[:]
+    >>> names = PackedNames([b"cat/a.jpg", b"cat/a.jpg"])
+    >>> _renamed(names, array("q", [1]), name_hashes(names))[:]
     [b'cat/a.jpg', b'cat/a#1.jpg']
     """
     taken = np.sort(hashes)
-    renamed, ahead = Names(), iter(rows)
+    renamed, ahead = PackedNames(), iter(rows)
     repeated = next(ahead, None)
     for row, name in enumerate(names):
         if row == repeated:
@@ -329,7 +329,7 @@ def _numbered(name: bytes, row: int, taken: NDArray[np.uint64]) -> bytes:
     mark = b"#%d" % row
     while True:
         numbered = stem + mark + dot + ending
-        sought = hashes_of([numbered])
+        sought = name_hashes([numbered])
         at = np.searchsorted(taken, sought)[0]
         if at == len(taken) or taken[at] != sought[0]:
             return numbered

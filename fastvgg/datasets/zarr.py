@@ -22,17 +22,17 @@ from zarr.buffer import default_buffer_prototype
 from zarr.buffer.cpu import NDBuffer
 from zarr.storage import FsspecStore, LocalStore, WrapperStore
 
-from fastvgg.datasets import remote
 from fastvgg.datasets.base import (
-    MOST_ELEMENTS,
+    MAX_ELEMENTS,
     SHOWN_CHARACTERS,
     Header,
     check_array,
-    copied,
+    read_copy,
 )
 from fastvgg.datasets.index import read_index
-from fastvgg.datasets.locations import is_remote
 from fastvgg.errors import SourceError, StoppedError
+from fastvgg.storage import objects
+from fastvgg.storage.location import is_remote
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -45,12 +45,12 @@ if TYPE_CHECKING:
     from fastvgg.datasets.base import Chunk
     from fastvgg.transform import Layout
 
-__all__ = ["SAID", "DamagedChunkError", "ZarrArray", "ZarrSource"]
+__all__ = ["ATTRIBUTE_KEY", "DamagedChunkError", "ZarrArray", "ZarrSource"]
 
 ARRAY_METADATA: Final = ("/zarr.json", "/.zarray")
 METADATA: Final = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
 PLAIN: Final = ("uint8", "float16", "float32", "float64")
-SAID: Final = "fastvgg"
+ATTRIBUTE_KEY: Final = "fastvgg"
 """The attribute that says what was done to the images."""
 NAMES_SHOWN: Final = 10
 COUNTED: Final = 10**6  # chunks, as metadata may claim any number
@@ -73,7 +73,7 @@ class DamagedChunkError(StoppedError):
     """A chunk that is missing, or cannot be decoded."""
 
 
-class _Whole(WrapperStore[Store]):
+class _StrictStore(WrapperStore[Store]):
     """A store in which no chunk may be missing, and whose metadata may not be written yet."""
 
     def __init__(self, store: Store, metadata: Mapping[str, bytes]) -> None:
@@ -82,8 +82,8 @@ class _Whole(WrapperStore[Store]):
         # Whether a chunk says how long it is. Blosc believes that, and reads on beyond its end.
         self.holds_blosc = False
 
-    def _with_store(self, store: Store) -> _Whole:
-        return _Whole(store, self._metadata)
+    def _with_store(self, store: Store) -> _StrictStore:
+        return _StrictStore(store, self._metadata)
 
     async def get(
         self,
@@ -131,11 +131,11 @@ class ZarrArray:
         metadata: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
         self.path = path
-        _refuse_irregular(path)
+        _check_regular(path)
         try:
-            with remote.as_os_error(), warnings.catch_warnings():
+            with objects.os_errors(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what is not right, and is read all the same
-                store = _Whole(_opened(path), metadata)
+                store = _StrictStore(_open(path), metadata)
                 found = zarr.open(store, mode="r")
         except FileNotFoundError:
             raise SourceError(
@@ -157,15 +157,15 @@ class ZarrArray:
         self._array = found
         check_array(path, found.shape)
         self.header = Header(found.shape, self._type_name(), layout)
-        self._refuse_unsafe()
+        self._check_safe()
         self._stored: tuple[int, ...] = found.shards or found.chunks
         # Of chunks larger than memory can be, zarr reads what happens to be in it.
-        if min(self._stored) < 1 or math.prod(self._stored) > MOST_ELEMENTS:
+        if min(self._stored) < 1 or math.prod(self._stored) > MAX_ELEMENTS:
             shown = str(self._stored)[:SHOWN_CHARACTERS]
             raise SourceError(f"{path} has chunks of {shown}", "get the array again")
         counts = (-(-a // b) for a, b in zip(found.shape, self._stored, strict=True))
         self._counts = tuple(counts)
-        self.stored_together = min(found.chunks[0], found.shape[0])
+        self.read_granularity = min(found.chunks[0], found.shape[0])
 
     def _type_name(self) -> str:
         """Return the storage type; numbers of another byte order are converted when read."""
@@ -178,7 +178,7 @@ class ZarrArray:
             )
         return str(name)
 
-    def _refuse_unsafe(self) -> None:
+    def _check_safe(self) -> None:
         """Refuse to unpickle what comes from a file: that would run any code in it."""
         fields = self._array.metadata.to_dict()
         codecs = [fields.get(name) for name in ("codecs", "filters", "compressor")]
@@ -196,7 +196,7 @@ class ZarrArray:
     @property
     def transform(self) -> object:
         """What the array's attributes say was done to the images; None where they say nothing."""
-        said = self._array.attrs.get(SAID)
+        said = self._array.attrs.get(ATTRIBUTE_KEY)
         return said.get("transform", said) if isinstance(said, dict) else said
 
     def keys(self, start: int, stop: int) -> Iterator[str]:
@@ -224,15 +224,15 @@ class ZarrArray:
             if _is_of_the_system(error):
                 where = str(error.filename or self.path)
                 raise StoppedError.from_os_error(error, "read", where, start) from error
-            self._blame(start, start + len(out))
+            self._locate_damaged_chunk(start, start + len(out))
             raise self._damaged(next(self.keys(start, start + 1)), _shown(error)) from None
 
     def _read_into(self, start: int, out: NDArray[Any]) -> None:
         rows = slice(start, start + len(out))
-        with remote.as_os_error():
+        with objects.os_errors():
             self._array.get_basic_selection((rows,), out=NDBuffer.from_numpy_array(out))
 
-    def _blame(self, start: int, stop: int) -> None:
+    def _locate_damaged_chunk(self, start: int, stop: int) -> None:
         """Read the chunks one after the other, and raise an error that names the damaged one."""
         for numbers in self._numbers(start, stop):
             begins = [number * size for number, size in zip(numbers, self._stored, strict=True)]
@@ -240,7 +240,7 @@ class ZarrArray:
             begins[0], ends[0] = max(begins[0], start), min(ends[0], stop)
             key = self._array.metadata.encode_chunk_key(numbers)
             try:
-                with remote.as_os_error():
+                with objects.os_errors():
                     self._array.get_basic_selection(tuple(map(slice, begins, ends)))
             except MissingChunkError as error:
                 raise self._damaged(str(error), "it is missing, or empty") from None
@@ -278,13 +278,13 @@ class ZarrSource:
         self.notes: list[str] = []
         self._array = ZarrArray(path, layout=layout)
         self.header = self._array.header
-        self.stored_together = self._array.stored_together
+        self.read_granularity = self._array.read_granularity
         files = _files(path)
-        self._refuse_missing(files)
+        self._check_no_missing_chunks(files)
         self.stored_bytes = sum(size for size, _ in files.values())
         self.records = read_index(path, self.header.images)
 
-    def _refuse_missing(self, files: Mapping[str, tuple[int, str]]) -> None:
+    def _check_no_missing_chunks(self, files: Mapping[str, tuple[int, str]]) -> None:
         expected = self._array.chunks
         missing = expected - sum(not key.endswith(METADATA) for key in files)
         keys = self._array.keys(0, self.header.images)
@@ -316,7 +316,7 @@ class ZarrSource:
         StoppedError
             Naming the chunk that is missing or damaged.
         """
-        return copied(self, start, stop)
+        return read_copy(self, start, stop)
 
     def read_into(self, start: int, out: NDArray[Any]) -> None:
         """Read as many images as `out` has, from row `start` on; many threads may.
@@ -332,7 +332,7 @@ class ZarrSource:
         """Nothing stays open."""
 
 
-def _opened(path: Path) -> Store:
+def _open(path: Path) -> Store:
     """Return where zarr-python reads, and does not write."""
     if is_remote(path):
         return FsspecStore.from_url(str(path), read_only=True)
@@ -360,7 +360,7 @@ def _shown(error: Exception) -> str:
     return ascii(str(error)[:200])[1:-1]
 
 
-def _refuse_irregular(path: Path) -> None:
+def _check_regular(path: Path) -> None:
     """Refuse metadata that are in no file: a pipe would be waited for, for ever."""
     if is_remote(path):
         return
@@ -379,7 +379,7 @@ def _files(path: Path) -> dict[str, tuple[int, str]]:
         If they cannot be listed, or one is no file.
     """
     try:
-        return remote.listing(path) if is_remote(path) else _listed(path)
+        return objects.listing(path) if is_remote(path) else _listed(path)
     except OSError as error:
         raise SourceError(
             f"{error.filename or path} cannot be read: {error.strerror or error}",

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 
 from fastvgg import engine
-from fastvgg.datasets.base import bytes_of
-from fastvgg.datasets.files import ImageFiles
-from fastvgg.datasets.images import Images
-from fastvgg.datasets.index import Record, index_text
+from fastvgg.datasets.base import ImageRecord, bytes_of
+from fastvgg.datasets.image_writer import ImageFolderTarget
+from fastvgg.datasets.images import ImageSource
+from fastvgg.datasets.index import index_text
 from fastvgg.errors import StoppedError
+from fastvgg.parallel import TaskQueue, ThreadSlot
 from fastvgg.stream.journal import Commit
 from fastvgg.stream.manifest import checksum
-from fastvgg.threads import Lots, ThreadNumber
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from fastvgg.datasets.base import Chunk, Source, Stored, Target
+    from fastvgg.datasets.base import Chunk, Payload, Source, Target
+    from fastvgg.parallel import TaskGroup
     from fastvgg.stream.plan import Plan
-    from fastvgg.threads import Lot
 
-__all__ = ["Computed", "Stagings", "Work", "commit_of", "compute", "refuse_failed"]
+__all__ = ["BufferRing", "ChunkResult", "Work", "check_no_failures", "compute", "make_commit"]
 
-AHEAD: Final = 2  # chunks that are computed at a time, row by row
-UNREAD: Final = Record("", "", 0, 0, True, "not read yet")
+MAX_IN_FLIGHT: Final = 2  # chunks that are computed at a time, row by row
+UNREAD: Final = ImageRecord("", "", 0, 0, True, "not read yet")
 
 
 class Work(NamedTuple):
@@ -47,21 +47,21 @@ class Work(NamedTuple):
     chunk: int
     start: int
     stop: int
-    keep: Callable[[NDArray[Any]], list[Record]] | None = None
+    keep: Callable[[NDArray[Any]], list[ImageRecord]] | None = None
     """Writes what there is of it already, and returns the records: only what failed is computed."""
 
 
-class Computed(NamedTuple):
+class ChunkResult(NamedTuple):
     """A chunk that is computed; valid until the next but one is asked for."""
 
     chunk: int
     start: int
     stop: int
-    stored: Stored
-    records: list[Record]
+    stored: Payload
+    records: list[ImageRecord]
 
 
-class Stagings:
+class BufferRing:
     """Memory for the rows of chunks, which take turns in it; new memory is slow.
 
     Parameters
@@ -80,9 +80,9 @@ class Stagings:
         self._memory = itertools.cycle([np.empty(nbytes, np.uint8) for _ in range(count)])
 
     @classmethod
-    def of(cls, plan: Plan, source: Source) -> Stagings:
+    def of(cls, plan: Plan, source: Source) -> BufferRing:
         """Return as many as a run has under way at a time."""
-        return cls(plan, AHEAD + 1 if isinstance(source, Images) else 2)
+        return cls(plan, MAX_IN_FLIGHT + 1 if isinstance(source, ImageSource) else 2)
 
     def rows(self, offset: int) -> NDArray[Any]:
         """Return rows that lie within a page as they will at an offset of a file."""
@@ -97,21 +97,21 @@ def compute(
     source: Source,
     target: Target,
     work: Iterable[Work],
-    stagings: Stagings | None = None,
-) -> Generator[Computed, None, None]:
+    buffers: BufferRing | None = None,
+) -> Generator[ChunkResult, None, None]:
     """Compute chunks in the order of the work, in memory of its own where none is given.
 
     An image that cannot be read has a row of zeros, or no file.
     """
-    if isinstance(target, ImageFiles):
-        return _row_by_row(plan, work, _Encoding(plan, source, target).begun)
-    stagings = stagings or Stagings.of(plan, source)
-    if isinstance(source, Images):
-        return _row_by_row(plan, work, _Decoding(plan, source, target, stagings).begun)
-    return _together(plan, source, target, work, stagings)
+    if isinstance(target, ImageFolderTarget):
+        return _compute_rows(plan, work, _EncodeTask(plan, source, target).begun)
+    buffers = buffers or BufferRing.of(plan, source)
+    if isinstance(source, ImageSource):
+        return _compute_rows(plan, work, _DecodeTask(plan, source, target, buffers).begun)
+    return _compute_batches(plan, source, target, work, buffers)
 
 
-def commit_of(plan: Plan, source: Source, computed: Computed) -> Commit:
+def make_commit(plan: Plan, source: Source, computed: ChunkResult) -> Commit:
     """Return what the journal is to say of a chunk; refuse what failed, where the plan is strict.
 
     Raises
@@ -121,14 +121,14 @@ def commit_of(plan: Plan, source: Source, computed: Computed) -> Commit:
     """
     chunk, start, stop, stored, records = computed
     failures = [(row, record) for row, record in enumerate(records, start) if record.failed]
-    refuse_failed(plan, failures)
+    check_no_failures(plan, failures)
     identity = ""
-    if isinstance(source, Images):
+    if isinstance(source, ImageSource):
         identity = source.checksum_of(start, stop, {row for row, _ in failures})
     return Commit(chunk, checksum(stored), identity, index_text(records, start), len(failures))
 
 
-def refuse_failed(plan: Plan, failures: list[tuple[int, Record]]) -> None:
+def check_no_failures(plan: Plan, failures: list[tuple[int, ImageRecord]]) -> None:
     """Stop at an image that could not be read, where the plan is strict."""
     for row, record in failures:
         if plan.strict:
@@ -138,72 +138,76 @@ def refuse_failed(plan: Plan, failures: list[tuple[int, Record]]) -> None:
             )
 
 
-def _together(
-    plan: Plan, source: Source, target: Target, work: Iterable[Work], stagings: Stagings
-) -> Generator[Computed, None, None]:
+def _compute_batches(
+    plan: Plan, source: Source, target: Target, work: Iterable[Work], buffers: BufferRing
+) -> Generator[ChunkResult, None, None]:
     """Compute an array from an array."""
     for chunk, start, stop, _ in work:
-        out = stagings.rows(target.offset(start))[: stop - start]
-        records = _computed(plan, source.read(start, stop), out)
-        yield Computed(chunk, start, stop, [bytes_of(out)], records)
+        out = buffers.rows(target.offset(start))[: stop - start]
+        records = _compute_chunk(plan, source.read(start, stop), out)
+        yield ChunkResult(chunk, start, stop, [bytes_of(out)], records)
 
 
-def _computed(plan: Plan, read: Chunk, out: NDArray[Any]) -> list[Record]:
+def _compute_chunk(plan: Plan, read: Chunk, out: NDArray[Any]) -> list[ImageRecord]:
     """Compute a chunk, and let go of what was read before the next is; return its records."""
     threads, backend = plan.threads, plan.choose_backend()
-    engine.apply(plan.transform, read.batch, out, threads=threads, backend=backend, read_next=True)
+    engine.apply(
+        plan.transform, read.batch, out, threads=threads, backend=backend, cached_output=True
+    )
     for at, record in enumerate(read.records):
         if record.failed:
             out[at] = 0
     return read.records
 
 
-class _Begun(NamedTuple):
+class _InFlight(NamedTuple):
     """A chunk that is computed row by row."""
 
-    computed: Computed
+    computed: ChunkResult
     rows: Iterable[int]
     """Within the chunk: which are to be computed."""
-    work_on: Callable[[int], None]
+    compute_row: Callable[[int], None]
 
 
-def _row_by_row(
-    plan: Plan, work: Iterable[Work], begun: Callable[[Work], _Begun]
-) -> Generator[Computed, None, None]:
+def _compute_rows(
+    plan: Plan, work: Iterable[Work], begun: Callable[[Work], _InFlight]
+) -> Generator[ChunkResult, None, None]:
     """Compute each row by itself, on all threads."""
-    under_way: deque[tuple[Computed, Lot]] = deque()
+    under_way: deque[tuple[ChunkResult, TaskGroup]] = deque()
 
-    def finished() -> Computed:
-        computed, lot = under_way.popleft()
-        lot.wait()
+    def finished() -> ChunkResult:
+        computed, group = under_way.popleft()
+        group.wait()
         return computed
 
-    with Lots(plan.threads) as lots:
+    with TaskQueue(plan.threads) as tasks:
         for part in work:
-            computed, rows, work_on = begun(part)
-            under_way.append((computed, lots.begin(rows, work_on)))
-            if len(under_way) == AHEAD:
+            computed, rows, compute_row = begun(part)
+            under_way.append((computed, tasks.submit(rows, compute_row)))
+            if len(under_way) == MAX_IN_FLIGHT:
                 yield finished()
         while under_way:
             yield finished()
 
 
-class _Decoding:
+class _DecodeTask:
     """Images into rows of an array."""
 
-    def __init__(self, plan: Plan, source: Images, target: Target, stagings: Stagings) -> None:
+    def __init__(
+        self, plan: Plan, source: ImageSource, target: Target, buffers: BufferRing
+    ) -> None:
         self._plan = plan
         self._source = source
         self._target = target
         self._images = np.empty((plan.threads, *source.header.shape[1:]), np.uint8)
-        self._thread_number = ThreadNumber()
-        self._stagings = stagings
+        self._thread_slot = ThreadSlot()
+        self._buffers = buffers
         self._packs = plan.transform.direction == "pack"
 
-    def begun(self, part: Work) -> _Begun:
+    def begun(self, part: Work) -> _InFlight:
         images = part.stop - part.start
-        staging = self._stagings.rows(self._target.offset(part.start))
-        transform = engine.row_by_row(
+        staging = self._buffers.rows(self._target.offset(part.start))
+        transform = engine.bind_rows(
             self._plan.transform, self._images, staging, backend=self._plan.choose_backend()
         )
         out = staging[:images]
@@ -217,37 +221,37 @@ class _Decoding:
             records[at] = self._source.decode(part.start + at, out[at])
 
         def preprocess(at: int) -> None:
-            slot = self._thread_number()
+            slot = self._thread_slot()
             records[at] = self._source.decode(part.start + at, self._images[slot])
             if records[at].failed:
                 out[at] = 0
             else:
                 transform(slot, at)
 
-        computed = Computed(*part[:3], [bytes_of(out)], records)
-        return _Begun(computed, rows, pack if self._packs else preprocess)
+        computed = ChunkResult(*part[:3], [bytes_of(out)], records)
+        return _InFlight(computed, rows, pack if self._packs else preprocess)
 
 
-class _Encoding:
+class _EncodeTask:
     """Rows of an array into image files."""
 
-    def __init__(self, plan: Plan, source: Source, target: ImageFiles) -> None:
+    def __init__(self, plan: Plan, source: Source, target: ImageFolderTarget) -> None:
         self._plan = plan
         self._source = source
         self._target = target
         self._images = np.empty((plan.threads, *plan.result.shape[1:]), np.uint8)
-        self._thread_number = ThreadNumber()
+        self._thread_slot = ThreadSlot()
 
-    def begun(self, part: Work) -> _Begun:
+    def begun(self, part: Work) -> _InFlight:
         batch, records = self._source.read(part.start, part.stop)
         stored = [b""] * len(batch)
         rows = [at for at in range(len(batch)) if not (records and records[at].failed)]
         plan, images = self._plan, self._images
-        transform = engine.row_by_row(plan.transform, batch, images, backend=plan.choose_backend())
+        transform = engine.bind_rows(plan.transform, batch, images, backend=plan.choose_backend())
 
-        def work_on(at: int) -> None:
-            slot = self._thread_number()
+        def compute_row(at: int) -> None:
+            slot = self._thread_slot()
             transform(at, slot)
             stored[at] = self._target.encode(images[slot])
 
-        return _Begun(Computed(*part[:3], stored, records), rows, work_on)
+        return _InFlight(ChunkResult(*part[:3], stored, records), rows, compute_row)

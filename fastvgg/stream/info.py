@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastvgg import datasets
-from fastvgg.datasets.locations import located
-from fastvgg.stream.journal import journal_path, read_ledger
-from fastvgg.stream.manifest import describes_another, read_manifest, transform_of
-from fastvgg.stream.ring import committed_chunks, read_ring_header
+from fastvgg.datasets.open import open_source
+from fastvgg.storage.location import parse_location
+from fastvgg.stream.journal import journal_path, read_journal
+from fastvgg.stream.manifest import describes_other_dataset, read_manifest, read_transform
+from fastvgg.stream.redo_log import committed_chunks, read_redo_log_header
 
 if TYPE_CHECKING:
     import os
@@ -38,25 +38,25 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     SourceError
         If there is nothing that fastvgg knows.
     """
-    dataset = located(path)
-    ring = read_ring_header(dataset)
+    dataset = parse_location(path)
+    ring = read_redo_log_header(dataset)
     if ring is not None:
         return {
             "path": str(dataset),
             "state": "unfinished in place",
             "committed_chunks": committed_chunks(ring, dataset),
-            "chunks": ring.places.chunks,
+            "chunks": ring.file_layout.chunks,
             **_of_job(ring.job),
             "next": f"finish it, which nothing else may use before: {ring.command(dataset)}",
         }
-    ledger = read_ledger(journal_path(dataset))
-    if ledger is not None:
+    journal_state = read_journal(journal_path(dataset))
+    if journal_state is not None:
         return {
             "path": str(dataset),
             "state": "unfinished",
-            "committed_chunks": len(ledger.commits),
-            "chunks": ledger.chunks,
-            **_of_job(ledger.job),
+            "committed_chunks": len(journal_state.commits),
+            "chunks": journal_state.chunks,
+            **_of_job(journal_state.job),
             "next": "run the same command again to go on, or with --restart to begin again",
         }
     manifest = read_manifest(dataset)
@@ -70,7 +70,7 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
             "created": manifest.created,
             "packages": manifest.packages,
         }
-    source = datasets.open_source(dataset, indexed=not describes_another(dataset))
+    source = open_source(dataset, use_index=not describes_other_dataset(dataset))
     try:
         header = source.header
         return {
@@ -80,7 +80,7 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
             "shape": list(header.shape),
             "dtype": header.dtype,
             "bytes": source.stored_bytes,
-            **_of_transform(transform_of(dataset)),
+            **_of_transform(read_transform(dataset)),
             "notes": source.notes,
         }
     finally:

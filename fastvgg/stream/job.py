@@ -10,24 +10,24 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from fastvgg.datasets.base import Header
-from fastvgg.datasets.decode import Decoding
-from fastvgg.datasets.files import check_format
+from fastvgg.datasets.image_writer import check_format
 from fastvgg.errors import FastvggError
+from fastvgg.imaging.decode import DecodeOptions
 from fastvgg.stream.plan import result_header
 from fastvgg.transform import STORAGE_TYPES, Transform
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["Kinds", "check_fields", "check_job", "check_sizes", "checked_transform"]
+__all__ = ["Schema", "check_fields", "check_job", "check_sizes", "transform_of_fields"]
 
-Kinds: TypeAlias = "Mapping[str, type | tuple[type, ...]]"
+Schema: TypeAlias = "Mapping[str, type | tuple[type, ...]]"
 """The fields of an object, and of which type, or which types, each may be."""
 
-JOB: Final[Kinds] = {"source": dict, "transform": dict, "result": dict}
-HEADER: Final[Kinds] = {"kind": str, "shape": list, "dtype": str, "layout": str}
-SOURCE: Final[Kinds] = {"path": str, "fingerprint": str, **HEADER}
-OF_IMAGES: Final[Kinds] = {
+JOB: Final[Schema] = {"source": dict, "transform": dict, "result": dict}
+HEADER: Final[Schema] = {"kind": str, "shape": list, "dtype": str, "layout": str}
+SOURCE: Final[Schema] = {"path": str, "fingerprint": str, **HEADER}
+OF_IMAGES: Final[Schema] = {
     "size": (list, NoneType),
     "interpolation": str,
     "keep_aspect_ratio": bool,
@@ -36,9 +36,9 @@ OF_IMAGES: Final[Kinds] = {
     "sixteen_bit": str,
     "max_pixels": int,
 }
-RESULT: Final[Kinds] = {"in_place": bool, **HEADER}
-OF_RESULTS: Final[dict[str, Kinds]] = {"images": {"format": str}, "hdf5": {"dataset": str}}
-TRANSFORM: Final[Kinds] = {
+RESULT: Final[Schema] = {"in_place": bool, **HEADER}
+OF_RESULTS: Final[dict[str, Schema]] = {"images": {"format": str}, "hdf5": {"dataset": str}}
+TRANSFORM: Final[Schema] = {
     "mode": dict,
     "direction": str,
     "layout": str,
@@ -46,17 +46,17 @@ TRANSFORM: Final[Kinds] = {
     "dtype": (str, NoneType),
     "rounding": str,
 }
-MODE: Final[Kinds] = {
+MODE: Final[Schema] = {
     "name": str,
     "divide": (float, NoneType),
     "mean": (list, NoneType),
     "std": (list, NoneType),
     "order": str,
 }
-LARGEST_SIZE: Final = 2**48  # of anything that is counted
+MAX_COUNT: Final = 2**48  # of anything that is counted
 
 
-def check_fields(fields: object, kinds: Kinds) -> None:
+def check_fields(fields: object, schema: Schema) -> None:
     """Refuse what is not an object of exactly these fields, each of its type: a bool is no number.
 
     Raises
@@ -64,14 +64,14 @@ def check_fields(fields: object, kinds: Kinds) -> None:
     ValueError
         Saying which is wrong.
     """
-    if not isinstance(fields, dict) or fields.keys() != kinds.keys():
-        raise ValueError(f"no object of {', '.join(kinds)}")
-    for name, kind in kinds.items():
+    if not isinstance(fields, dict) or fields.keys() != schema.keys():
+        raise ValueError(f"no object of {', '.join(schema)}")
+    for name, kind in schema.items():
         if type(fields[name]) not in (kind if isinstance(kind, tuple) else (kind,)):
             raise ValueError(f"{name} is of type {type(fields[name]).__name__}")
 
 
-def check_sizes(sizes: Iterable[object], *, least: int = 1, most: int = LARGEST_SIZE) -> None:
+def check_sizes(sizes: Iterable[object], *, least: int = 1, most: int = MAX_COUNT) -> None:
     """Refuse what counts nothing that there can be.
 
     Raises
@@ -97,24 +97,24 @@ def check_job(job: dict[str, Any]) -> None:
     check_fields(source, {**SOURCE, **OF_IMAGES} if of_images else SOURCE)
     of_files = result.get("kind") == "images"
     check_fields(result, {**RESULT, **OF_RESULTS.get(str(result.get("kind")), {})})
-    header = _checked_header(source)
+    header = _parse_header(source)
     try:
         if of_images:
             check_sizes(source["size"] or [])
-            Decoding.from_dict(source)
+            DecodeOptions.from_dict(source)
         if of_files:
             check_format(result["format"], *header.shape[1:3])
-        transform = checked_transform(job["transform"])
+        transform = transform_of_fields(job["transform"])
         transform.check_input(header.shape, header.dtype)
     except FastvggError as error:
         raise ValueError(ascii(error.problem)) from None
     if transform.layout != header.layout:
         raise ValueError("the transform reads another layout than the source has")
-    if result_header(header, transform) != _checked_header(result):
+    if result_header(header, transform) != _parse_header(result):
         raise ValueError("the result is not what the transform makes of the source")
 
 
-def checked_transform(fields: dict[str, Any]) -> Transform:
+def transform_of_fields(fields: dict[str, Any]) -> Transform:
     """Return the transform of JSON types.
 
     Raises
@@ -134,7 +134,7 @@ def checked_transform(fields: dict[str, Any]) -> Transform:
     return Transform.from_dict(fields)
 
 
-def _checked_header(fields: dict[str, Any]) -> Header:
+def _parse_header(fields: dict[str, Any]) -> Header:
     check_sizes(fields["shape"])
     if len(fields["shape"]) != 4 or fields["dtype"] not in STORAGE_TYPES:
         raise ValueError("a header is not of rank 4 and a storage type")

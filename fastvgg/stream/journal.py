@@ -18,49 +18,49 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import xxhash
 
-from fastvgg.datasets import remote
-from fastvgg.datasets.base import beside, open_regular
+from fastvgg.datasets.base import open_regular, open_sidecar
 from fastvgg.datasets.index import index_records
-from fastvgg.datasets.locations import beside_path, is_remote
 from fastvgg.errors import FastvggError, ResumeError, SourceError, TargetError
+from fastvgg.storage import objects
+from fastvgg.storage.location import is_remote, sidecar_path
 from fastvgg.stream.job import check_fields, check_job, check_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from fastvgg.datasets.index import Record
-    from fastvgg.stream.job import Kinds
-    from fastvgg.stream.storage import Storage, StoredFile
+    from fastvgg.datasets.base import ImageRecord
+    from fastvgg.storage.local import Storage, StoredFile
+    from fastvgg.stream.job import Schema
 
 __all__ = [
-    "FIRST_NAME",
+    "HEADER_NAME",
     "Commit",
+    "CommitRef",
     "Journal",
-    "Ledger",
-    "Mark",
-    "StoreLedger",
+    "JournalState",
+    "StoreJournalState",
+    "check_same_job",
+    "decode_line",
+    "encode_line",
     "journal_path",
     "line_name",
-    "read_begun",
-    "read_ledger",
-    "refuse_other_job",
-    "seal",
-    "unseal",
+    "read_journal",
+    "read_journal_header",
 ]
 
 FORMAT: Final = 1
 VERSION: Final = "fastvgg-journal"
-FIRST_NAME: Final = "job"
+HEADER_NAME: Final = "job"
 """Of the first line, where each is an object."""
-FIRST_LINE: Final[Kinds] = {
+HEADER_SCHEMA: Final[Schema] = {
     VERSION: int,
     "job": dict,
     "chunk_images": int,
     "replaces": (str, NoneType),
     "retries": bool,
 }
-COMMIT: Final[Kinds] = {
+COMMIT: Final[Schema] = {
     "chunk": int,
     "checksum": str,
     "source_checksum": str,
@@ -88,7 +88,7 @@ class Commit:
         return {name: getattr(self, name) for name in COMMIT}
 
 
-class Mark(NamedTuple):
+class CommitRef(NamedTuple):
     """A commit, without what it says of each image: that stays in the journal."""
 
     checksum: str
@@ -98,13 +98,13 @@ class Mark(NamedTuple):
     """Where its line begins."""
 
     @classmethod
-    def of(cls, commit: Commit, offset: int) -> Mark:
+    def of(cls, commit: Commit, offset: int) -> CommitRef:
         """Return the mark of a commit whose line begins at an offset."""
         return cls(commit.checksum, commit.source_checksum, commit.failed, offset)
 
 
 @dataclass
-class Ledger:
+class JournalState:
     """What a journal says."""
 
     path: Path
@@ -114,7 +114,7 @@ class Ledger:
     """What identifies the thing that the target's name may be taken from."""
     retries: bool
     """Whether a finished target is taken up again for what failed in it."""
-    commits: dict[int, Mark] = field(default_factory=dict)
+    commits: dict[int, CommitRef] = field(default_factory=dict)
     whole_bytes: int = 0
     """The length of the journal's whole lines."""
 
@@ -133,7 +133,7 @@ class Ledger:
         """Whether every chunk is durable."""
         return len(self.commits) == self.chunks
 
-    def failures(self, chunk: int) -> list[tuple[int, Record]]:
+    def failures(self, chunk: int) -> list[tuple[int, ImageRecord]]:
         """Read which rows of a chunk failed, and what is known of them."""
         if not self.commits[chunk].failed:
             return []
@@ -151,7 +151,7 @@ class Ledger:
         """
         with open_regular(self.path) as file:
             file.seek(self.commits[chunk].offset)
-            fields = unseal(file.readline())
+            fields = decode_line(file.readline())
         if fields is None:
             raise self.changed()
         return Commit(**fields)
@@ -163,18 +163,18 @@ class Ledger:
             "put it back as the run left it, or give --restart to begin again",
         )
 
-    def said(self) -> dict[str, Any]:
+    def header_fields(self) -> dict[str, Any]:
         """Return the fields of the first line."""
-        said = {name: getattr(self, name) for name in FIRST_LINE if name != VERSION}
-        return {VERSION: FORMAT, **said}
+        header_fields = {name: getattr(self, name) for name in HEADER_SCHEMA if name != VERSION}
+        return {VERSION: FORMAT, **header_fields}
 
 
 def journal_path(target: Path) -> Path:
     """Return where the journal of a target is."""
-    return beside_path(target, ".fastvgg-journal")
+    return sidecar_path(target, ".fastvgg-journal")
 
 
-class StoreLedger(Ledger):
+class StoreJournalState(JournalState):
     """What a journal in a store says, each line of which is an object."""
 
     def commit(self, chunk: int) -> Commit:
@@ -185,7 +185,7 @@ class StoreLedger(Ledger):
         ResumeError
             If it is no longer there.
         """
-        fields = unseal(remote.read(self.path / line_name(chunk)) or b"")
+        fields = decode_line(objects.read(self.path / line_name(chunk)) or b"")
         if fields is None:
             raise self.changed()
         return Commit(**fields)
@@ -200,7 +200,7 @@ def line_name(chunk: int) -> str:
     return f"{chunk:09d}"
 
 
-def read_ledger(path: Path) -> Ledger | None:
+def read_journal(path: Path) -> JournalState | None:
     """Read a journal; None where there is none, or none with a whole first line.
 
     Raises
@@ -212,61 +212,61 @@ def read_ledger(path: Path) -> Ledger | None:
     """
     if is_remote(path):
         return _read_store(path)
-    with beside(path) as lines:
-        return None if lines is None else _read(path, Ledger, lines)
+    with open_sidecar(path) as lines:
+        return None if lines is None else _read(path, JournalState, lines)
 
 
-def read_begun(path: Path) -> Ledger | None:
-    """Read the first line of a journal, which says what was begun; see `read_ledger`."""
+def read_journal_header(path: Path) -> JournalState | None:
+    """Read the first line of a journal, which says what was begun; see `read_journal`."""
     if is_remote(path):
-        first = remote.read(path / FIRST_NAME)
-        return None if first is None else _read(path, StoreLedger, [first])
-    with beside(path) as lines:
-        return None if lines is None else _read(path, Ledger, itertools.islice(lines, 1))
+        first = objects.read(path / HEADER_NAME)
+        return None if first is None else _read(path, StoreJournalState, [first])
+    with open_sidecar(path) as lines:
+        return None if lines is None else _read(path, JournalState, itertools.islice(lines, 1))
 
 
-def _read_store(path: Path) -> Ledger | None:
+def _read_store(path: Path) -> JournalState | None:
     try:
-        lines = remote.read_all(path)
+        lines = objects.read_all(path)
     except OSError as error:
         raise SourceError(
             f"{path} cannot be read: {error.strerror or error}",
             "check the connection and its permissions",
         ) from None
-    first = lines.pop(FIRST_NAME, None)
+    first = lines.pop(HEADER_NAME, None)
     # A line that is not whole is that of a chunk to be done again; those after it stay.
-    whole = [lines[name] for name in sorted(lines) if unseal(lines[name]) is not None]
-    return None if first is None else _read(path, StoreLedger, [first, *whole])
+    whole = [lines[name] for name in sorted(lines) if decode_line(lines[name]) is not None]
+    return None if first is None else _read(path, StoreJournalState, [first, *whole])
 
 
-def _read(path: Path, kind: type[Ledger], lines: Iterable[bytes]) -> Ledger | None:
-    ledger = None
+def _read(path: Path, kind: type[JournalState], lines: Iterable[bytes]) -> JournalState | None:
+    journal_state = None
     for number, line in enumerate(lines, 1):
         try:
-            fields = unseal(line)
+            fields = decode_line(line)
             if fields is None:
                 break
-            if ledger is None:
-                ledger = _opened(path, kind, fields)
+            if journal_state is None:
+                journal_state = _open(path, kind, fields)
             else:
-                _add(ledger, fields)
+                _add(journal_state, fields)
         except ValueError as error:
             raise ResumeError(
                 f"{path} is damaged: line {number} has the right checksum, and is no line of a "
                 f"journal: {str(error)[:200]}",
                 "put it back as the run left it, or give --restart to begin again",
             ) from None
-        ledger.whole_bytes += len(line)
-    return ledger
+        journal_state.whole_bytes += len(line)
+    return journal_state
 
 
-def unseal(line: bytes) -> dict[str, Any] | None:
-    """Return the fields of a line that `seal` made; None if it is not whole.
+def decode_line(line: bytes) -> dict[str, Any] | None:
+    """Return the fields of a line that `encode_line` made; None if it is not whole.
 
     Raises
     ------
     ValueError
-        If it is whole, and yet `seal` did not make it.
+        If it is whole, and yet `encode_line` did not make it.
     """
     checksum, _, text = line.removesuffix(b"\n").partition(b" ")
     if not line.endswith(b"\n") or checksum.decode("latin-1") != xxhash.xxh3_64_hexdigest(text):
@@ -280,13 +280,13 @@ def unseal(line: bytes) -> dict[str, Any] | None:
     return fields
 
 
-def seal(fields: dict[str, Any]) -> bytes:
+def encode_line(fields: dict[str, Any]) -> bytes:
     """Return JSON types as a line that begins with the checksum of the rest."""
     text = json.dumps(fields).encode()
     return f"{xxhash.xxh3_64_hexdigest(text)} ".encode() + text + b"\n"
 
 
-def _opened(path: Path, kind: type[Ledger], fields: dict[str, Any]) -> Ledger:
+def _open(path: Path, kind: type[JournalState], fields: dict[str, Any]) -> JournalState:
     if VERSION not in fields:
         raise ResumeError(
             f"{path} is of another kind of run",
@@ -298,22 +298,22 @@ def _opened(path: Path, kind: type[Ledger], fields: dict[str, Any]) -> Ledger:
             f"{path} has format {str(found)[:20]}, and this version reads {FORMAT}",
             "finish the run with the version that began it, or give --restart",
         )
-    check_fields(fields, FIRST_LINE)
+    check_fields(fields, HEADER_SCHEMA)
     check_job(fields["job"])
-    ledger = kind(
+    journal_state = kind(
         path, fields["job"], fields["chunk_images"], fields["replaces"], fields["retries"]
     )
-    check_sizes([ledger.chunk_images])
-    return ledger
+    check_sizes([journal_state.chunk_images])
+    return journal_state
 
 
-def _add(ledger: Ledger, fields: dict[str, Any]) -> None:
+def _add(journal_state: JournalState, fields: dict[str, Any]) -> None:
     """Count a commit; one that the job cannot have is a ValueError."""
     check_fields(fields, COMMIT)
     commit = Commit(**fields)
-    check_sizes([commit.chunk], least=0, most=ledger.chunks - 1)
-    start = commit.chunk * ledger.chunk_images
-    images = min(ledger.chunk_images, ledger.images - start)
+    check_sizes([commit.chunk], least=0, most=journal_state.chunks - 1)
+    start = commit.chunk * journal_state.chunk_images
+    images = min(journal_state.chunk_images, journal_state.images - start)
     try:
         records = index_records(commit.index, start)
     except SourceError as error:
@@ -322,10 +322,10 @@ def _add(ledger: Ledger, fields: dict[str, Any]) -> None:
         raise ValueError(f"{len(records)} images in a chunk of {images}")
     if commit.failed != sum(record.failed for record in records):
         raise ValueError(f"{commit.failed} images are said to have failed, and others have")
-    ledger.commits[commit.chunk] = Mark.of(commit, ledger.whole_bytes)
+    journal_state.commits[commit.chunk] = CommitRef.of(commit, journal_state.whole_bytes)
 
 
-def refuse_other_job(found: dict[str, Any], wanted: dict[str, Any], target: str) -> None:
+def check_same_job(found: dict[str, Any], wanted: dict[str, Any], target: str) -> None:
     """Refuse to go on with a job that was begun with other settings.
 
     Raises
@@ -375,11 +375,11 @@ class Journal:
                     f"{target} is being written by another process",
                     "wait for it to end; 'fastvgg info' tells how far it is",
                 )
-            self.ledger = None if restart else read_ledger(self.path)
+            self.state = None if restart else read_journal(self.path)
         except FastvggError:
             storage.close(self._file)
             raise
-        self._end = self.ledger.whole_bytes if self.ledger else 0
+        self._end = self.state.whole_bytes if self.state else 0
 
     def begin(
         self,
@@ -400,23 +400,23 @@ class Journal:
         done
             The chunks of a finished target, taken up again, that stay as they are.
         """
-        self.ledger = Ledger(self.path, job, chunk_images, replaces, retries=done is not None)
+        self.state = JournalState(self.path, job, chunk_images, replaces, retries=done is not None)
         self._end = 0
-        self._append(seal(self.ledger.said()))
+        self._append(encode_line(self.state.header_fields()))
         for commit in done or ():
-            self.ledger.commits[commit.chunk] = self._appended(commit)
+            self.state.commits[commit.chunk] = self._appended(commit)
         self._storage.sync(self._file)
         self._storage.sync_directory(self.path.parent)
 
     def commit(self, *commits: Commit) -> None:
         """Record, durably, that the bytes of some chunks are durable."""
-        marks = {commit.chunk: self._appended(commit) for commit in commits}
+        refs = {commit.chunk: self._appended(commit) for commit in commits}
         self._storage.sync(self._file)
-        if self.ledger is not None:
-            self.ledger.commits.update(marks)
+        if self.state is not None:
+            self.state.commits.update(refs)
 
-    def _appended(self, commit: Commit) -> Mark:
-        return Mark.of(commit, self._append(seal(commit.to_dict())))
+    def _appended(self, commit: Commit) -> CommitRef:
+        return CommitRef.of(commit, self._append(encode_line(commit.to_dict())))
 
     def _append(self, line: bytes) -> int:
         """Write a line after those that are whole; return where it begins."""
@@ -433,6 +433,6 @@ class Journal:
 
     def close(self) -> None:
         """Close the journal and let go of the lock; one that says nothing is removed."""
-        if self.ledger is None:
+        if self.state is None:
             self._storage.remove(self.path)
         self._storage.close(self._file)

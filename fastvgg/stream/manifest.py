@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
 
-from fastvgg.datasets import stated_transform
-from fastvgg.datasets.base import Header, read_beside
-from fastvgg.datasets.locations import beside_path, dataset_of, file_of
+from fastvgg.datasets.base import Header, read_sidecar
+from fastvgg.datasets.open import embedded_transform
 from fastvgg.errors import SourceError
-from fastvgg.stream.job import check_fields, check_job, check_sizes, checked_transform
+from fastvgg.storage.location import container_of, inner_name, sidecar_path
+from fastvgg.stream.job import check_fields, check_job, check_sizes, transform_of_fields
 from fastvgg.transform import Transform
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fastvgg.datasets.base import Stored
-    from fastvgg.stream.job import Kinds
+    from fastvgg.datasets.base import Payload
+    from fastvgg.stream.job import Schema
 
 __all__ = [
     "Manifest",
@@ -36,11 +36,11 @@ __all__ = [
     "manifest_path",
     "package_versions",
     "read_manifest",
-    "transform_of",
+    "read_transform",
 ]
 
 FORMAT: Final = 1
-FIELDS: Final[Kinds] = {
+FIELDS: Final[Schema] = {
     "fastvgg-manifest": int,
     "job": dict,
     "chunk_images": int,
@@ -50,7 +50,7 @@ FIELDS: Final[Kinds] = {
     "created": str,
     "packages": dict,
 }
-COUNTS: Final[Kinds] = {"images": int, "failed": int}
+COUNTS: Final[Schema] = {"images": int, "failed": int}
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Manifest:
 
 def manifest_path(dataset: Path) -> Path:
     """Return where the manifest of a dataset is."""
-    return beside_path(dataset, ".fastvgg.json")
+    return sidecar_path(dataset, ".fastvgg.json")
 
 
 def read_manifest(dataset: Path) -> Manifest | None:
@@ -126,12 +126,12 @@ def read_manifest(dataset: Path) -> Manifest | None:
         If the manifest is damaged, or of a format that this version does not know.
     """
     path = manifest_path(dataset)
-    data = read_beside(path)
+    data = read_sidecar(path)
     if data is None:
         return None
     try:
         fields = json.loads(data)
-        _refuse_other_format(path, fields)
+        _check_format(path, fields)
         manifest = _checked(fields)
     except (ValueError, RecursionError) as error:
         raise SourceError(
@@ -139,11 +139,11 @@ def read_manifest(dataset: Path) -> Manifest | None:
             "put back the manifest that was written with the dataset, or remove it and say what "
             "the dataset is: --mode, --layout",
         ) from None
-    asked = dataset_of(dataset)
+    asked = inner_name(dataset)
     return manifest if asked in ("", manifest.dataset) or not manifest.dataset else None
 
 
-def describes_another(dataset: Path) -> bool:
+def describes_other_dataset(dataset: Path) -> bool:
     """Whether what lies beside an HDF5 file is of another dataset in it.
 
     Raises
@@ -151,12 +151,12 @@ def describes_another(dataset: Path) -> bool:
     SourceError
         If the manifest is damaged.
     """
-    if not dataset_of(dataset):
+    if not inner_name(dataset):
         return False
-    return read_manifest(dataset) is None and read_manifest(file_of(dataset)) is not None
+    return read_manifest(dataset) is None and read_manifest(container_of(dataset)) is not None
 
 
-def transform_of(dataset: Path) -> Transform | None:
+def read_transform(dataset: Path) -> Transform | None:
     """Return what was done to a dataset, by its manifest or its own attributes; None if unknown.
 
     Raises
@@ -167,11 +167,11 @@ def transform_of(dataset: Path) -> Transform | None:
     manifest = read_manifest(dataset)
     if manifest is not None:
         return manifest.transform
-    said = stated_transform(dataset)
+    said = embedded_transform(dataset)
     if said is None:
         return None
     try:
-        return checked_transform(said)
+        return transform_of_fields(said)
     except (ValueError, RecursionError) as error:
         raise SourceError(
             f"{dataset} says of itself what is no transform: {str(error)[:200]}",
@@ -180,7 +180,7 @@ def transform_of(dataset: Path) -> Transform | None:
         ) from None
 
 
-def _refuse_other_format(path: Path, fields: object) -> None:
+def _check_format(path: Path, fields: object) -> None:
     found = fields.get("fastvgg-manifest") if isinstance(fields, dict) else None
     if type(found) is int and found != FORMAT:
         raise SourceError(
@@ -228,7 +228,7 @@ def _version_of(package: str) -> str:
         return "not installed"
 
 
-def checksum(stored: Stored) -> str:
+def checksum(stored: Payload) -> str:
     """Return the xxh3-64 of what is stored of some images."""
     digest = xxhash.xxh3_64()
     for piece in stored:

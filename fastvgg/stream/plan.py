@@ -8,9 +8,9 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from fastvgg.backend import known_work
+from fastvgg.backend import choose_for
 from fastvgg.errors import TargetError, UsageError
-from fastvgg.notebook import table
+from fastvgg.formatting import html_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
     from fastvgg.backend import Backend, Chosen
     from fastvgg.datasets.base import Header
-    from fastvgg.datasets.files import FileFormat
-    from fastvgg.datasets.images import Listing
+    from fastvgg.datasets.image_writer import FileFormat
+    from fastvgg.datasets.images import ImageListing
+    from fastvgg.storage.local import Durability
     from fastvgg.stream.report import Progress, Report
-    from fastvgg.stream.storage import Durability
     from fastvgg.transform import Transform
 
 __all__ = [
@@ -32,9 +32,9 @@ __all__ = [
     "bytes_worked_on",
     "chunk_bytes",
     "chunk_images",
-    "least_scratch_bytes",
+    "format_bytes",
+    "min_scratch_bytes",
     "parse_bytes",
-    "readable_bytes",
     "result_header",
 ]
 
@@ -45,7 +45,7 @@ CHUNK_BYTES: Final = 64 * 1024 * 1024
 # each is handed from thread to thread. 4 GiB of float32 to uint8 in memory: 0.58 s in chunks of
 # 64 MiB, 0.49 s of 128, 0.43 s of 256. But while the first is computed nothing is written, and
 # while the last is written nothing is computed, so that there are to be many.
-LARGEST_CHUNK_BYTES: Final = 256 * 1024 * 1024
+MAX_CHUNK_BYTES: Final = 256 * 1024 * 1024
 MANY_CHUNKS: Final = 32
 # Of decoded images, which come ten times slower than an array's: three chunks of 24 MiB. Smaller
 # ones spend more of the time on commits, larger ones on new memory and on waiting for the last.
@@ -54,7 +54,7 @@ DECODED_CHUNK_BYTES: Final = 3 * 24 * 1024 * 1024
 # some 20 MiB each, with what encoding them takes.
 CHUNKS_BYTES: Final = {"images": 256 * 1024 * 1024, "zarr": 144 * 1024 * 1024}
 # For each thread: no less than an image of common size takes.
-LEAST_DECODING_BYTES: Final = 4 * 1024 * 1024
+MIN_DECODE_BYTES: Final = 4 * 1024 * 1024
 DECODED: Final = ("images", "tar")
 # How often a library holds a chunk beside it to read it, as it is stored.
 READ: Final = {"hdf5": 1, "zarr": 2}
@@ -83,10 +83,10 @@ def parse_bytes(text: str | int) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-def readable_bytes(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Return a count of bytes for people.
 
-    >>> readable_bytes(999), readable_bytes(602112), readable_bytes(3 * 2**30)
+    >>> format_bytes(999), format_bytes(602112), format_bytes(3 * 2**30)
     ('999 B', '588.0 KiB', '3.0 GiB')
     """
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -105,53 +105,55 @@ def result_header(header: Header, transform: Transform) -> Header:
     )
 
 
-def bytes_worked_on(source_kind: str, target_kind: str, image_bytes: int, result_bytes: int) -> int:
+def bytes_worked_on(
+    source_kind: str, target_format: str, image_bytes: int, result_bytes: int
+) -> int:
     """Return what an image takes while its chunk is worked on, as read and as the result.
 
     Chunks that are computed row by row are two at a time, and a third is being written.
     """
-    encoded_bytes = ENCODED.get(target_kind, 0) * result_bytes
+    encoded_bytes = ENCODED.get(target_format, 0) * result_bytes
     if source_kind in DECODED:
         return 3 * result_bytes + encoded_bytes
-    if target_kind == "images":
+    if target_format == "images":
         return 2 * image_bytes + 3 * result_bytes
     read_bytes = (1 + READ.get(source_kind, 0)) * image_bytes
     return read_bytes + 2 * result_bytes + encoded_bytes
 
 
-def least_scratch_bytes(
-    source_kind: str, target_kind: str, threads: int, image_bytes: int, result_bytes: int
+def min_scratch_bytes(
+    source_kind: str, target_format: str, threads: int, image_bytes: int, result_bytes: int
 ) -> int:
     """Return what threads that compute row by row take at least beside the chunks.
 
     To decode, each needs memory for its row, and something to decode in.
     """
-    kept = kept_bytes(source_kind, target_kind)
+    kept = kept_bytes(source_kind, target_format)
     if source_kind in DECODED:
-        return kept + threads * (image_bytes + LEAST_DECODING_BYTES)
-    return kept + (threads * result_bytes if target_kind == "images" else 0)
+        return kept + threads * (image_bytes + MIN_DECODE_BYTES)
+    return kept + (threads * result_bytes if target_format == "images" else 0)
 
 
-def kept_bytes(source_kind: str, target_kind: str) -> int:
+def kept_bytes(source_kind: str, target_format: str) -> int:
     """Return what a run, and the library of a format, keep however large the chunks are."""
-    return RUN_BYTES + max(KEPT_BYTES.get(kind, 0) for kind in (source_kind, target_kind))
+    return RUN_BYTES + max(KEPT_BYTES.get(kind, 0) for kind in (source_kind, target_format))
 
 
 def chunk_bytes(
-    source_kind: str, target_kind: str, worked_on_bytes: int, *, in_place: bool = False
+    source_kind: str, target_format: str, worked_on_bytes: int, *, in_place: bool = False
 ) -> int:
     """Return what a chunk takes at most while it is worked on, of images that take so much in all.
 
     >>> [chunk_bytes("npy", "npy", gib * 2**30) // 2**20 for gib in (1, 4, 100)]
     [64, 128, 256]
     """
-    if target_kind in CHUNKS_BYTES:
-        return CHUNKS_BYTES[target_kind]
+    if target_format in CHUNKS_BYTES:
+        return CHUNKS_BYTES[target_format]
     if source_kind in DECODED:
         return DECODED_CHUNK_BYTES
     if in_place:
         return CHUNK_BYTES
-    return min(max(CHUNK_BYTES, worked_on_bytes // MANY_CHUNKS), LARGEST_CHUNK_BYTES)
+    return min(max(CHUNK_BYTES, worked_on_bytes // MANY_CHUNKS), MAX_CHUNK_BYTES)
 
 
 def chunk_images(
@@ -159,7 +161,7 @@ def chunk_images(
     bytes_per_image: int,
     scratch_bytes: int,
     limit_bytes: int,
-    most_bytes: int = CHUNK_BYTES,
+    max_bytes: int = CHUNK_BYTES,
     together: int = 1,
     rounded: int = 1,
 ) -> int:
@@ -175,7 +177,7 @@ def chunk_images(
         What reading needs beside that.
     limit_bytes
         The memory limit.
-    most_bytes
+    max_bytes
         What a chunk's images take at most while they are worked on; more where it must be.
     together
         How many images the source stores as one piece, which is read once and whole.
@@ -195,15 +197,15 @@ def chunk_images(
     64
     """
     together = min(together, images)
-    room_bytes, least_bytes = limit_bytes - scratch_bytes, together * bytes_per_image
-    if room_bytes < least_bytes:
+    room_bytes, min_bytes = limit_bytes - scratch_bytes, together * bytes_per_image
+    if room_bytes < min_bytes:
         what = "one image needs" if together == 1 else f"{together} images, stored together, need"
-        needed = readable_bytes(scratch_bytes + least_bytes)
+        needed = format_bytes(scratch_bytes + min_bytes)
         raise TargetError(
-            f"{what} {needed} of memory, and the limit is {readable_bytes(limit_bytes)}",
-            f"give --memory {-(-(scratch_bytes + least_bytes) // 2**20)}MiB or more",
+            f"{what} {needed} of memory, and the limit is {format_bytes(limit_bytes)}",
+            f"give --memory {-(-(scratch_bytes + min_bytes) // 2**20)}MiB or more",
         )
-    most = max(1, min(most_bytes, room_bytes) // least_bytes) * together
+    most = max(1, min(max_bytes, room_bytes) // min_bytes) * together
     return min(images, most - most % math.lcm(together, rounded) or most)
 
 
@@ -219,7 +221,7 @@ class Plan:
     dataset: str
     """What the target is called within its file; empty where it is a file itself."""
     source_kind: str
-    target_kind: str
+    target_format: str
     header: Header
     """Of the source."""
     result: Header
@@ -246,7 +248,7 @@ class Plan:
     """Of image files that are written."""
     retry_failed: bool
     """Whether a finished target is taken up again, for what failed in it."""
-    listing: Listing | None = field(default=None, compare=False, repr=False)
+    listing: ImageListing | None = field(default=None, compare=False, repr=False)
     """Which images there are, not to be looked for again."""
 
     @property
@@ -258,7 +260,7 @@ class Plan:
         """Return the backend of a run: Numba where there is enough to do, otherwise NumPy."""
         packs = self.transform.direction == "pack"
         nbytes = 0 if packs else self.header.nbytes + self.result.nbytes
-        return known_work(self.backend, nbytes, self.threads)
+        return choose_for(self.backend, nbytes, self.threads)
 
     @property
     def in_place(self) -> bool:
@@ -273,13 +275,13 @@ class Plan:
     @property
     def image_memory_bytes(self) -> int:
         """How much memory an image takes while its chunk is worked on."""
-        return bytes_worked_on(self.source_kind, self.target_kind, *self._image_bytes)
+        return bytes_worked_on(self.source_kind, self.target_format, *self._image_bytes)
 
     @property
-    def least_scratch_bytes(self) -> int:
+    def min_scratch_bytes(self) -> int:
         """How much memory is needed at least beside the chunks."""
-        kinds = self.source_kind, self.target_kind
-        return least_scratch_bytes(*kinds, self.threads, *self._image_bytes)
+        kinds = self.source_kind, self.target_format
+        return min_scratch_bytes(*kinds, self.threads, *self._image_bytes)
 
     @property
     def decoding_bytes(self) -> int:
@@ -288,13 +290,13 @@ class Plan:
             return 0
         chunks_bytes = self.chunk_images * self.image_memory_bytes
         rows_bytes = self.threads * self.header.image_bytes
-        kept = kept_bytes(self.source_kind, self.target_kind)
+        kept = kept_bytes(self.source_kind, self.target_format)
         return self.projected_bytes - chunks_bytes - rows_bytes - kept
 
     @property
     def projected_bytes(self) -> int:
         """How much memory the run takes at most, above the idle process."""
-        least = self.least_scratch_bytes + self.chunk_images * self.image_memory_bytes
+        least = self.min_scratch_bytes + self.chunk_images * self.image_memory_bytes
         return max(least, self.memory_bytes) if self.source_kind in DECODED else least
 
     @property
@@ -320,12 +322,12 @@ class Plan:
             },
             "transform": self.transform.to_dict(),
             "result": {
-                "kind": self.target_kind,
+                "kind": self.target_format,
                 "shape": list(self.result.shape),
                 "dtype": self.result.dtype,
                 "layout": self.result.layout,
                 "in_place": self.in_place,
-                **({"format": self.file_format} if self.target_kind == "images" else {}),
+                **({"format": self.file_format} if self.target_format == "images" else {}),
                 **({"dataset": self.dataset} if self.dataset else {}),
             },
         }
@@ -351,26 +353,26 @@ class Plan:
         verb, mode = self.transform.direction, self.transform.mode.name
         return f"{verb} ({mode}): {self.source} -> {self.target}"
 
-    def _facts(self) -> list[tuple[str, str]]:
+    def _summary_rows(self) -> list[tuple[str, str]]:
         """Return what people are told of it, by name."""
         done = f", {self.committed_chunks:,} done" if self.committed_chunks else ""
-        limit = readable_bytes(self.memory_bytes)
+        limit = format_bytes(self.memory_bytes)
         twice = " twice, in place" if self.in_place else ""
         return [
             ("images", f"{self.header.images:,}"),
             ("from", f"{self.header.shape[1:]} {self.header.dtype} {self.header.layout}"),
             ("to", f"{self.result.shape[1:]} {self.result.dtype} {self.result.layout}"),
             ("chunks", f"{self.chunks:,} of {self.chunk_images:,} images{done}"),
-            ("reads", readable_bytes(self.read_bytes)),
-            ("writes", readable_bytes(self.write_bytes) + twice),
-            ("memory", f"{readable_bytes(self.projected_bytes)} of {limit}"),
+            ("reads", format_bytes(self.read_bytes)),
+            ("writes", format_bytes(self.write_bytes) + twice),
+            ("memory", f"{format_bytes(self.projected_bytes)} of {limit}"),
             ("threads", str(self.threads)),
             *(("note", note) for note in self.notes),
         ]
 
     def __str__(self) -> str:
-        facts = (f"  {name:<9}{value}" for name, value in self._facts())
+        facts = (f"  {name:<9}{value}" for name, value in self._summary_rows())
         return "\n".join([self._caption(), *facts])
 
     def _repr_html_(self) -> str:
-        return table(self._caption(), self._facts())
+        return html_table(self._caption(), self._summary_rows())

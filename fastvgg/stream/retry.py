@@ -17,26 +17,26 @@ from fastvgg.datasets.base import bytes_of
 from fastvgg.datasets.index import index_path, index_text, read_index
 from fastvgg.errors import ResumeError, TargetError
 from fastvgg.stream.compute import Work
-from fastvgg.stream.destination import destination_of
-from fastvgg.stream.journal import Commit, refuse_other_job
+from fastvgg.stream.journal import Commit, check_same_job
 from fastvgg.stream.manifest import checksum, read_manifest
-from fastvgg.stream.state import resumed
+from fastvgg.stream.state import with_committed
+from fastvgg.stream.target import destination_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
-    from fastvgg.datasets.images import Images
-    from fastvgg.datasets.index import Record
-    from fastvgg.datasets.reserved import ReservedArray
+    from fastvgg.datasets.base import ImageRecord
+    from fastvgg.datasets.contiguous import ContiguousTarget
+    from fastvgg.datasets.images import ImageSource
     from fastvgg.stream.manifest import Manifest
     from fastvgg.stream.plan import Plan
 
-__all__ = ["Again", "planned_again"]
+__all__ = ["FailureRetry", "plan_retry"]
 
 
-def planned_again(plan: Plan, source: Images) -> Plan:
+def plan_retry(plan: Plan, source: ImageSource) -> Plan:
     """Return the plan with the chunks of the finished target; refuse what does not fit it.
 
     Raises
@@ -44,16 +44,16 @@ def planned_again(plan: Plan, source: Images) -> Plan:
     ResumeError
         If it is of another job, or the source's names are others.
     """
-    again = Again(plan, source)
-    again.refuse_other_names()
+    again = FailureRetry(plan, source)
+    again.check_same_names()
     failed = again.manifest.counts["failed"]
     noted = dataclasses.replace(
         plan, notes=(*plan.notes, f"images that failed and are tried again: {failed}")
     )
-    return resumed(noted, again.manifest.chunk_images, sum(1 for _ in again.done()))
+    return with_committed(noted, again.manifest.chunk_images, sum(1 for _ in again.done()))
 
 
-class Again:
+class FailureRetry:
     """What is known of a finished target that is taken up again.
 
     Raises
@@ -64,7 +64,7 @@ class Again:
         If it is of another job.
     """
 
-    def __init__(self, plan: Plan, source: Images) -> None:
+    def __init__(self, plan: Plan, source: ImageSource) -> None:
         self.target = destination_of(plan).path
         self.plan = plan
         self.source = source
@@ -85,10 +85,10 @@ class Again:
             source["sixteen_bit"] = wanted["source"]["sixteen_bit"]
         if found["source"].get("max_pixels", 0) < wanted["source"]["max_pixels"]:
             source["max_pixels"] = wanted["source"]["max_pixels"]
-        refuse_other_job({**found, "source": source}, wanted, self.plan.target)
+        check_same_job({**found, "source": source}, wanted, self.plan.target)
         return manifest
 
-    def refuse_other_names(self) -> None:
+    def check_same_names(self) -> None:
         """Refuse a source whose images have other names than the rows have.
 
         Raises
@@ -113,7 +113,7 @@ class Again:
                 first = chunk * self.manifest.chunk_images
                 yield Commit(chunk, *sums, index_text(records, first), failed=0)
 
-    def work(self, chunk: int, start: int, stop: int, target: ReservedArray) -> Work:
+    def work(self, chunk: int, start: int, stop: int, target: ContiguousTarget) -> Work:
         """Return what is to be done again of a chunk."""
         records = [*self.records[start:stop]]
         if not self._same(chunk, records):
@@ -126,10 +126,10 @@ class Again:
         self,
         chunk: int,
         start: int,
-        target: ReservedArray,
-        records: list[Record],
+        target: ContiguousTarget,
+        records: list[ImageRecord],
         out: NDArray[Any],
-    ) -> list[Record]:
+    ) -> list[ImageRecord]:
         """Read what a chunk's good rows hold.
 
         Raises
@@ -149,14 +149,14 @@ class Again:
             )
         return records
 
-    def _same(self, chunk: int, records: list[Record]) -> bool:
+    def _same(self, chunk: int, records: list[ImageRecord]) -> bool:
         """Whether the images that the good rows of a chunk were made of are still the same."""
         first = chunk * self.manifest.chunk_images
         failed = {row for row, record in enumerate(records, first) if record.failed}
         found = self.source.checksum_of(first, first + len(records), failed)
         return found == self.manifest.source_checksums[chunk]
 
-    def _chunks(self) -> Iterator[tuple[int, list[Record]]]:
+    def _chunks(self) -> Iterator[tuple[int, list[ImageRecord]]]:
         records = iter(self.records)
         for chunk in range(len(self.manifest.checksums)):
             yield chunk, list(itertools.islice(records, self.manifest.chunk_images))

@@ -6,21 +6,21 @@ import dataclasses
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from fastvgg.errors import TargetError
-from fastvgg.stream.destination import destination_of
-from fastvgg.stream.journal import refuse_other_job
+from fastvgg.stream.journal import check_same_job
 from fastvgg.stream.manifest import read_manifest
-from fastvgg.stream.plan import readable_bytes
+from fastvgg.stream.plan import format_bytes
+from fastvgg.stream.target import destination_of
 
 if TYPE_CHECKING:
-    from fastvgg.stream.journal import Ledger
+    from fastvgg.stream.journal import JournalState
     from fastvgg.stream.plan import Plan
 
-__all__ = ["State", "find_state", "refuse_occupied", "resumed"]
+__all__ = ["State", "check_not_occupied", "inspect_target", "with_committed"]
 
 State: TypeAlias = Literal["fresh", "resumable", "complete", "failed"]
 
 
-def find_state(plan: Plan, ledger: Ledger | None) -> State:
+def inspect_target(plan: Plan, journal_state: JournalState | None) -> State:
     """Return what there is of a plan's target: nothing, an unfinished run, or all of it.
 
     "failed" is all of it, to be taken up again for what failed.
@@ -36,10 +36,10 @@ def find_state(plan: Plan, ledger: Ledger | None) -> State:
     if plan.restart:
         destination.replaceable()
         return "fresh"
-    if ledger is not None:
-        refuse_other_job(ledger.job, plan.job(), plan.target)
-        if destination.was_there_before(ledger):
-            refuse_occupied(plan, ledger.replaces)
+    if journal_state is not None:
+        check_same_job(journal_state.job, plan.job(), plan.target)
+        if destination.predates_run(journal_state):
+            check_not_occupied(plan, journal_state.replaces)
         return "resumable"
     manifest = read_manifest(destination.path)
     if manifest is not None and destination.is_occupied():
@@ -48,7 +48,7 @@ def find_state(plan: Plan, ledger: Ledger | None) -> State:
             return "failed"
         if manifest.job == plan.job():
             return "complete"
-    refuse_occupied(plan, None)
+    check_not_occupied(plan, None)
     if destination.exists(destination.partial):
         raise TargetError(
             f"{destination.partial} is in the way, and no journal says that it is an unfinished "
@@ -58,7 +58,7 @@ def find_state(plan: Plan, ledger: Ledger | None) -> State:
     return "fresh"
 
 
-def refuse_occupied(plan: Plan, replaces: str | None) -> None:
+def check_not_occupied(plan: Plan, replaces: str | None) -> None:
     """Refuse a target whose name something has, unless it is what the run replaces.
 
     Raises
@@ -77,7 +77,7 @@ def refuse_occupied(plan: Plan, replaces: str | None) -> None:
     )
 
 
-def resumed(plan: Plan, chunk_images: int, committed_chunks: int) -> Plan:
+def with_committed(plan: Plan, chunk_images: int, committed_chunks: int) -> Plan:
     """Return the plan with the chunks that an unfinished run began with.
 
     Raises
@@ -89,8 +89,8 @@ def resumed(plan: Plan, chunk_images: int, committed_chunks: int) -> Plan:
     if fitted.projected_bytes > fitted.memory_bytes:
         raise TargetError(
             f"{plan.target} was begun in chunks that need "
-            f"{readable_bytes(fitted.projected_bytes)}, and the memory limit is "
-            f"{readable_bytes(plan.memory_bytes)}",
+            f"{format_bytes(fitted.projected_bytes)}, and the memory limit is "
+            f"{format_bytes(plan.memory_bytes)}",
             f"give --memory {-(-fitted.projected_bytes // 2**20)}MiB"
             + ("" if plan.in_place else ", or --restart"),
         )

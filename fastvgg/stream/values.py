@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from fastvgg.datasets.locations import located
 from fastvgg.errors import SourceError
-from fastvgg.stream.manifest import transform_of
+from fastvgg.storage.location import parse_location
+from fastvgg.stream.manifest import read_transform
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from fastvgg.stream.plan import Plan
     from fastvgg.transform import Direction, Transform
 
-__all__ = ["refuse_twice", "refuse_wrong_values"]
+__all__ = ["check_not_already_done", "check_values"]
 
-IMAGES_LOOKED_AT: Final = 16
+CHECKED_IMAGES: Final = 16
 
 
-def refuse_twice(path: Path, done: Transform, direction: Direction) -> None:
+def check_not_already_done(path: Path, done: Transform, direction: Direction) -> None:
     """Refuse to do with a dataset what its manifest says was done.
 
     Raises
@@ -44,7 +44,7 @@ def refuse_twice(path: Path, done: Transform, direction: Direction) -> None:
     )
 
 
-def refuse_wrong_values(plan: Plan, source: Source) -> None:
+def check_values(plan: Plan, source: Source) -> None:
     """Look at some images of a floating source before anything is written.
 
     Images have values 0..255. Network inputs are negative in all but bright images, and hold
@@ -57,11 +57,11 @@ def refuse_wrong_values(plan: Plan, source: Source) -> None:
     """
     if plan.header.dtype == "uint8":
         return  # which tells
-    done = transform_of(located(plan.source))
+    done = read_transform(parse_location(plan.source))
     if done is not None:  # which tells, and which another process may have just written
-        refuse_twice(located(plan.source), done, plan.transform.direction)
+        check_not_already_done(parse_location(plan.source), done, plan.transform.direction)
         return
-    images, looked_at = plan.header.images, min(IMAGES_LOOKED_AT, plan.header.images)
+    images, looked_at = plan.header.images, min(CHECKED_IMAGES, plan.header.images)
     rows = sorted({image * images // looked_at for image in range(looked_at)})
     values = [source.read(row, row + 1).batch.astype(np.float64) for row in rows]
     least = float(np.min([image.min() for image in values]))  # NaN wins, unlike with min()

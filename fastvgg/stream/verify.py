@@ -7,23 +7,23 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from fastvgg import datasets, oracle
-from fastvgg.datasets.decode import Decoding
-from fastvgg.datasets.files import is_lossy
+from fastvgg import oracle
+from fastvgg.datasets.image_writer import is_lossy
 from fastvgg.datasets.index import read_index
-from fastvgg.datasets.locations import file_of, located, path_within
+from fastvgg.datasets.open import open_source, open_target
 from fastvgg.errors import SourceError, VerificationError
-from fastvgg.stream.manifest import checksum, describes_another, manifest_path, read_manifest
+from fastvgg.imaging.decode import DecodeOptions
+from fastvgg.storage.local import Storage
+from fastvgg.storage.location import container_of, parse_location, with_inner
+from fastvgg.stream.manifest import checksum, describes_other_dataset, manifest_path, read_manifest
 from fastvgg.stream.plan import DECODED
-from fastvgg.stream.ring import read_ring_header, unfinished
-from fastvgg.stream.storage import Storage
+from fastvgg.stream.redo_log import read_redo_log_header, unfinished_error
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Sequence
 
-    from fastvgg.datasets.base import Source, Target
-    from fastvgg.datasets.index import Record
+    from fastvgg.datasets.base import ImageRecord, Source, Target
     from fastvgg.stream.manifest import Manifest
 
 __all__ = ["Verification", "verify"]
@@ -69,20 +69,20 @@ def verify(path: str | os.PathLike[str], *, full: bool = False) -> Verification:
     SourceError
         If there is no manifest, or the dataset cannot be read at all.
     """
-    dataset = located(path)
-    ring = read_ring_header(dataset)
+    dataset = parse_location(path)
+    ring = read_redo_log_header(dataset)
     if ring is not None:
-        raise unfinished(ring, dataset)
+        raise unfinished_error(ring, dataset)
     manifest = read_manifest(dataset)
     if manifest is None:
         raise SourceError(
             f"{manifest_path(dataset)} does not exist: nothing says what {dataset} should be",
             "give a dataset that fastvgg has finished; 'fastvgg info' tells what this is",
         )
-    dataset = path_within(file_of(dataset), manifest.dataset)
+    dataset = with_inner(container_of(dataset), manifest.dataset)
     records = read_index(dataset, manifest.header.images)
     file_format = manifest.job["result"].get("format", "png")
-    stored = datasets.open_target(
+    stored = open_target(
         dataset,
         manifest.header,
         Storage(),
@@ -110,7 +110,7 @@ def _check_checksums(stored: Target, manifest: Manifest) -> None:
 
 
 def _check_against_oracle(
-    stored: Target, manifest: Manifest, records: Sequence[Record], *, full: bool
+    stored: Target, manifest: Manifest, records: Sequence[ImageRecord], *, full: bool
 ) -> tuple[int, str]:
     """Recompute images from the source; return how many, and why not more."""
     if manifest.job["result"]["in_place"]:
@@ -138,13 +138,13 @@ def _check_against_oracle(
 
 def _source_of(manifest: Manifest) -> Source:
     job = manifest.job["source"]
-    path = located(job["path"])
-    return datasets.open_source(
+    path = parse_location(job["path"])
+    return open_source(
         path,
         layout=job["layout"],
-        stored_as=job["dtype"],
-        decoding=Decoding.from_dict(job) if job["kind"] in DECODED else None,
-        indexed=not describes_another(path),
+        dtype_hint=job["dtype"],
+        decoding=DecodeOptions.from_dict(job) if job["kind"] in DECODED else None,
+        use_index=not describes_other_dataset(path),
     )
 
 
@@ -156,7 +156,7 @@ def _rows(images: int, *, full: bool) -> Iterator[int]:
 
 
 def _check_row(
-    stored: Target, source: Source, manifest: Manifest, records: Sequence[Record], row: int
+    stored: Target, source: Source, manifest: Manifest, records: Sequence[ImageRecord], row: int
 ) -> None:
     read = source.read(row, row + 1)
     expected = oracle.apply(manifest.transform, read.batch)

@@ -1,0 +1,1 @@
+"""Where data lies, and the system calls that make it durable."""

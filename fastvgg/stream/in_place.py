@@ -1,0 +1,220 @@
+"""Carry out a plan in place: a .npy file becomes its own result.
+
+What can go wrong is refused first; the pixels of each chunk are computed in memory of our own, and
+the ring writes them. The manifest is written when all of the file is durable, and the journal goes
+last: while it is there, the file is neither the source nor the result.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from fastvgg import engine
+from fastvgg.datasets.base import bytes_of
+from fastvgg.datasets.npy import NpySource
+from fastvgg.errors import TargetError
+from fastvgg.storage.local import Storage
+from fastvgg.stream.commit_pipeline import CommitPipeline
+from fastvgg.stream.journal import check_same_job
+from fastvgg.stream.manifest import Manifest, checksum, manifest_path
+from fastvgg.stream.planner import changed, changed_since
+from fastvgg.stream.progress import ProgressTracker
+from fastvgg.stream.redo_log import (
+    RedoLog,
+    check_in_place_supported,
+    check_restart,
+    check_same_file,
+    read_redo_log_header,
+)
+from fastvgg.stream.values import check_values
+from fastvgg.transform import storage_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from fastvgg.datasets.base import Header
+    from fastvgg.storage.local import StoredFile
+    from fastvgg.stream.plan import Plan
+    from fastvgg.stream.redo_log import RedoLogHeader, RedoLogLayout, RedoRecord
+    from fastvgg.stream.report import Progress, Report
+
+__all__ = ["run"]
+
+LINE_BYTES: Final = 64
+
+
+def run(
+    plan: Plan,
+    progress: Callable[[Progress], None] | None = None,
+    storage: Storage | None = None,
+) -> Report:
+    """Carry a plan out in place, or take it up where an earlier run was cut off.
+
+    Parameters, result and errors are those of `stream.run.run`.
+    """
+    storage = storage or Storage(plan.durability)
+    begun = time.monotonic()
+    path = Path(plan.target)
+    check_in_place_supported(path)
+    data = storage.open(path)
+    try:
+        if not storage.lock(data):
+            raise TargetError(
+                f"{path} is being changed by another process",
+                "wait for it to end; 'fastvgg info' tells how far it is",
+            )
+        source = NpySource(path, layout=plan.header.layout, dtype_hint=plan.header.dtype)
+        try:
+            return _InPlace(plan, source, data, storage, progress, begun).finish()
+        finally:
+            source.close()
+    finally:
+        storage.close(data)
+
+
+class _InPlace:
+    """One run in place, holding the file's lock."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        source: NpySource,
+        data: StoredFile,
+        storage: Storage,
+        progress: Callable[[Progress], None] | None,
+        begun: float,
+    ) -> None:
+        self.plan = plan
+        self.source = source
+        self.data = data
+        self.storage = storage
+        self.progress = progress
+        self.begun = begun
+
+    def finish(self) -> Report:
+        """Do what is left to do."""
+        header = read_redo_log_header(self.data.path)
+        if header is not None and self.plan.restart:
+            check_restart(header, self.data.path)
+            header = None
+        ring = self._begin() if header is None else self._reopen(header)
+        try:
+            done = 0 if header is None else ring.recover()
+            tally = ProgressTracker(self.plan, range(done), self.progress, self.begun)
+            self._compute(ring, done, tally)
+            manifest = Manifest.of_now(
+                self.plan.job(),
+                self.plan.chunk_images,
+                checksums=ring.finish(),
+                counts={"images": self.plan.header.images, "failed": 0},
+            )
+            self.storage.write_atomic(manifest_path(self.data.path), [manifest.to_json()])
+            ring.remove()
+        finally:
+            ring.close()
+        return tally.report(manifest.counts, failures=[])
+
+    def _begin(self) -> RedoLog:
+        if self.plan.committed_chunks or changed(self.plan, self.source):
+            raise changed_since(self.data.path)
+        check_values(self.plan, self.source)
+        return RedoLog.begin(self.storage, self.data, self.plan.job(), self.plan.chunk_images)
+
+    def _reopen(self, header: RedoLogHeader) -> RedoLog:
+        check_same_file(header, self.data.path)
+        if header.job["source"]["fingerprint"] != self.plan.fingerprint:
+            raise changed_since(self.data.path)  # another run began while this one was planned
+        check_same_job(header.job, self.plan.job(), self.plan.target)
+        if header.chunk_images != self.plan.chunk_images:
+            raise changed_since(self.data.path)
+        return RedoLog.reopen(self.storage, self.data, header)
+
+    def _compute(self, ring: RedoLog, done: int, tally: ProgressTracker) -> None:
+        """Compute the chunks that are not done, and put each into the ring and then the file."""
+        pages = [_Pages(ring.file_layout) for _ in range(2)]
+        rows = list(self.plan.chunk_rows())
+        before = None
+        with CommitPipeline[int]() as behind:
+            for chunk in range(done, len(rows)):
+                tally.count(behind.drain(1))  # one of the two is free then
+                new = pages[chunk % 2]
+                new.move_to(chunk, self.storage, self.data, before)
+                start, stop = rows[chunk]
+                old_sum, new_sum = self._transform(start, stop, new.images(self.plan.result))
+                record = ring.record_of(chunk, new.bytes.data, old=old_sum, new=new_sum)
+                behind.submit(
+                    functools.partial(ring.put, chunk, new.bytes.data),
+                    functools.partial(self._commit, ring, record, new.bytes.data, stop - start),
+                )
+                before = new
+            tally.count(behind.drain(0))
+
+    def _commit(self, ring: RedoLog, record: RedoRecord, pages: memoryview, images: int) -> int:
+        ring.commit(record, pages)
+        return images
+
+    def _transform(self, start: int, stop: int, out: NDArray[Any]) -> tuple[str, str]:
+        """Transform images into `out`; return the checksums of both."""
+        batch = self.source.read(start, stop).batch
+        plan = self.plan
+        engine.apply(
+            plan.transform,
+            batch,
+            out,
+            threads=plan.threads,
+            backend=plan.choose_backend(),
+            cached_output=True,
+        )
+        return checksum([bytes_of(batch)]), checksum([bytes_of(out)])
+
+
+class _Pages:
+    """Memory for the pages of a chunk, its images where the kernels want them."""
+
+    def __init__(self, file_layout: RedoLogLayout) -> None:
+        self._file_layout = file_layout
+        self._memory = np.empty(file_layout.slot_bytes + LINE_BYTES, np.uint8)
+        self.begin = 0
+        self.bytes = self._memory[:0]
+        self.image_bytes = self._memory[:0]
+
+    def move_to(
+        self, chunk: int, storage: Storage, data: StoredFile, before: _Pages | None
+    ) -> None:
+        """Take the place of a chunk, with what its first and last page hold beside its images.
+
+        Parameters
+        ----------
+        chunk
+            Which.
+        storage, data
+            Where the bytes after the images are read, which are not done yet.
+        before
+            The chunk before it, if its new bytes may not be in the file yet.
+        """
+        self.begin, end = self._file_layout.page_span(chunk)
+        first, last = self._file_layout.image_span(chunk)
+        head, tail = first - self.begin, end - last
+        shift = -(self._memory.ctypes.data + head) % LINE_BYTES
+        self.bytes = self._memory[shift : shift + end - self.begin]
+        self.image_bytes = self.bytes[head : len(self.bytes) - tail]
+        if before is None:
+            self.bytes[:head] = np.frombuffer(storage.read(data, self.begin, head), np.uint8)
+        else:
+            start = self.begin - before.begin
+            self.bytes[:head] = before.bytes[start : start + head]
+        self.bytes[len(self.bytes) - tail :] = np.frombuffer(
+            storage.read(data, last, tail), np.uint8
+        )
+
+    def images(self, header: Header) -> NDArray[Any]:
+        """Return the images as a batch."""
+        batch: NDArray[Any] = self.image_bytes.view(storage_dtype(header.dtype))
+        return batch.reshape(-1, *header.shape[1:])
