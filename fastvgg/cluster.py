@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from distributed import Future, Worker
 
     from fastvgg.storage.local import Storage
-    from fastvgg.stream.compute import Work
+    from fastvgg.stream.compute import ChunkTask
     from fastvgg.stream.plan import Plan
     from fastvgg.stream.report import Progress, Report
     from fastvgg.stream.worker import ChunkCommit
@@ -185,7 +185,7 @@ class _ClusterRun(here.Run):
             "run the same command again: it resumes after the last committed chunk",
         )
 
-    def compute(self, work: Iterable[Work]) -> None:
+    def compute(self, work: Iterable[ChunkTask]) -> None:
         """Have every chunk computed and written that is not durable yet, and commit it."""
         if not isinstance(self.target, SharedTarget):
             raise TypeError(f"{self.target.kind} is not written by tasks")
@@ -201,7 +201,7 @@ class _ClusterRun(here.Run):
                 self.journal.commit(*(done.commit for done in together))
                 self.tally.count(done.images for done in together)
 
-    def stored_checksums(self, work: Iterable[Work]) -> Iterator[tuple[int, str | None]]:
+    def stored_checksums(self, work: Iterable[ChunkTask]) -> Iterator[tuple[int, str | None]]:
         """Have workers read what an unfinished run committed, where that is looked at."""
         if isinstance(self.target, ContiguousTarget):
             yield from super().stored_checksums(work)
@@ -211,7 +211,7 @@ class _ClusterRun(here.Run):
         with contextlib.closing(results), self._connected():
             yield from itertools.chain.from_iterable(results)
 
-    def _tasks(self, work: Iterable[Work], threads: int) -> Iterator[Task]:
+    def _tasks(self, work: Iterable[ChunkTask], threads: int) -> Iterator[Task]:
         """Return tasks of some chunks each, of which every thread is to have many."""
         for_each = self.plan.chunks // (TASKS_PER_THREAD * max(1, threads))
         together = min(max(1, for_each), MAX_CHUNKS_PER_TASK)
@@ -220,7 +220,7 @@ class _ClusterRun(here.Run):
             yield Task(self._shared_plan, some)
 
     def _results(
-        self, call: Callable[[Task], list[Any]], name: str, work: Iterable[Work]
+        self, call: Callable[[Task], list[Any]], name: str, work: Iterable[ChunkTask]
     ) -> Generator[list[Any], None, None]:
         """Have tasks done, as many at a time as keep the workers busy; yield what they return."""
         threads = sum(self._client.nthreads().values())

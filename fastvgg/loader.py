@@ -294,8 +294,8 @@ class _BatchBuilder:
         epoch_bytes = 2 * held.nbytes if wanted.transform else 0
         self._backend = choose_for("auto", epoch_bytes, wanted.threads)
         fair_share = -(-wanted.size // wanted.threads)
-        self._together = max(1, min(fair_share, READ_BYTES // held.image_bytes))
-        slots = wanted.threads * self._together if self._transform and wanted.shuffle else 0
+        self._images_per_read = max(1, min(fair_share, READ_BYTES // held.image_bytes))
+        slots = wanted.threads * self._images_per_read if self._transform and wanted.shuffle else 0
         self._slots = np.empty((slots, *held.shape[1:]), storage_dtype(held.dtype))
         self._thread_slot = ThreadSlot()
 
@@ -303,8 +303,8 @@ class _BatchBuilder:
         """Begin to make the batch of some rows."""
         images = memory[: len(rows)]
         make = self._make_consecutive if self._consecutive else self._make_scattered
-        starts = range(0, len(rows), self._together)
-        pieces = [slice(start, min(start + self._together, len(rows))) for start in starts]
+        starts = range(0, len(rows), self._images_per_read)
+        pieces = [slice(start, min(start + self._images_per_read, len(rows))) for start in starts]
         return Batch(images, rows), self._tasks.submit(
             pieces, lambda piece: make(rows[piece], images, piece.start)
         )
@@ -323,7 +323,7 @@ class _BatchBuilder:
         if self._transform is None:
             self._gather(rows, images[at : at + len(rows)])
             return
-        slot = self._thread_slot() * self._together
+        slot = self._thread_slot() * self._images_per_read
         self._gather(rows, self._slots[slot : slot + len(rows)])
         transform = engine.bind_rows(self._transform, self._slots, images, backend=self._backend)
         transform(slot, at, len(rows))

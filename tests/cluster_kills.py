@@ -31,8 +31,8 @@ from distributed import Client
 from faults import quick_directory
 
 from fastvgg.storage.location import container_of
-from fastvgg.stream.compute import Work
-from fastvgg.stream.worker import Task, work_on
+from fastvgg.stream.compute import ChunkTask
+from fastvgg.stream.worker import Task, run_task
 
 WORKERS = 2
 CHUNKS = 100  # three of them a task
@@ -202,10 +202,10 @@ class Runs:
         def again(progress):
             if futures or progress.images > CHUNKS:
                 return
-            chunks = [Work(chunk, *span) for chunk, span in self._draw.sample(rows, 20)]
+            chunks = [ChunkTask(chunk, *span) for chunk, span in self._draw.sample(rows, 20)]
             tasks = [Task(shared, tuple(chunks[at : at + 2])) for at in range(0, 20, 2)]
             futures.extend(
-                self._client.submit(work_on, task, workers=[address], pure=False, priority=10)
+                self._client.submit(run_task, task, workers=[address], pure=False, priority=10)
                 for task in tasks
                 for address in self._client.nthreads()
             )

@@ -176,8 +176,8 @@ class RecordingStorage(Storage):
         Where a sync is called that does nothing, to see what it is for.
     """
 
-    def __init__(self, names, forgets=None, durability="power"):
-        super().__init__(durability)
+    def __init__(self, names, forgets=None, *, fsync=True):
+        super().__init__(fsync=fsync)
         self.log = []
         self.places = set()
         self.has_done = False  # what it was made for
@@ -189,13 +189,13 @@ class RecordingStorage(Storage):
     def _record(self, event):
         self.log.append((OneByOne.turn, event))
 
-    def _opened(self, path, flags, call):
+    def _open(self, path, flags, call):
         if path.name not in self._names:
             self._names[path.name] = next(self._next)
             self._record(Name(path.name, self._names[path.name]))
         elif flags & os.O_TRUNC:
             self._record(Write(self._names[path.name], 0, None))
-        file = super()._opened(path, flags, call)
+        file = super()._open(path, flags, call)
         self._files[file.descriptor] = self._names[path.name]
         return file
 
@@ -263,7 +263,7 @@ class Left(NamedTuple):
 
     lasting: State
     unsynced: tuple[Write | Name, ...] = ()
-    durability: str = "power"
+    fsync: bool = True
     """What the commits in it survive, before all of it is synced."""
 
     def digest(self):
@@ -486,8 +486,8 @@ class Exploration:
 
     def run(self, max_runs):
         """Run the job on what it begins with, and then on what crashes leave; return counts."""
-        for durability in ("power", "power", "power", "process"):  # in different orders
-            self._crash_in(Left(self._job.start, durability=durability), durability)
+        for fsync in (True, True, True, False):  # in different orders
+            self._crash_in(Left(self._job.start, fsync=fsync), fsync)
         while self.runs < max_runs and any(self._waiting.values()):
             # Where names are lost there is little else to lose, and little of it would be drawn.
             kinds = [some for some in self._waiting.values() if some]
@@ -503,27 +503,27 @@ class Exploration:
         """How many states no command was run on."""
         return sum(map(len, self._waiting.values())) + self._dropped
 
-    def _crash_in(self, left, durability="power"):
+    def _crash_in(self, left, fsync=True):
         OneByOne.is_late = self._draw.random() < 0.5
-        storage = run_on(self._job, left, forgets=self._forgets, durability=durability)
+        storage = run_on(self._job, left, forgets=self._forgets, fsync=fsync)
         self.runs += 1
         self.places |= storage.places
         disk = Disk(left.lasting, self._seed, self._max_at_once)
         for event in left.unsynced:
             disk.happens(event)
-        unsynced, survives = list(left.unsynced), left.durability
+        unsynced, survives = list(left.unsynced), left.fsync
         for event in interleaved(storage.log, self._draw):
             if isinstance(event, Sync):
-                if survives == "power":
+                if survives:
                     self._cut_power(disk)
                 disk.sync(event.file)
                 unsynced = [of for of in unsynced if not event.makes_lasting(of)]
-                survives = survives if unsynced else "power"
+                survives = survives or not unsynced
             else:
                 disk.happens(event)
                 unsynced.append(event)
             self._meet(Left(disk.lasting(), tuple(unsynced), survives))
-        if storage.has_done and durability == "power":
+        if storage.has_done and fsync:
             done = _by_name(self._job.found())
             for state in self._cut_power(disk):  # the command has said that it is done
                 self._job.expect(_by_name(state) == done, "what is done can be undone")
@@ -552,11 +552,11 @@ class Exploration:
             self._dropped += 1
 
 
-def run_on(job, left, forgets=None, durability="power"):
+def run_on(job, left, forgets=None, fsync=True):
     """Run a job on what a crash left, and see that it ends with the right bytes."""
     state = left.visible()
     job.put(state)
-    storage = RecordingStorage(dict(state.names), forgets, durability)
+    storage = RecordingStorage(dict(state.names), forgets, fsync=fsync)
     try:
         storage.has_done = job.command(storage)
         job.check_end()

@@ -33,26 +33,26 @@ class MortalStorage(Storage):
     graveyard
         A directory on the same file system, to lose power at the death: all that was not synced
         is then undone, names and bytes apart. Without it the system outlives the process.
-    durability
-        What the storage does at a sync.
+    fsync
+        As for `Storage`.
     """
 
-    def __init__(self, dies_at=0, *, half_done=False, graveyard=None, durability="power"):
-        super().__init__(durability)
+    def __init__(self, dies_at=0, *, half_done=False, graveyard=None, fsync=True):
+        super().__init__(fsync=fsync)
         self.calls = []
         self._dies_at = dies_at
         self._half_done = half_done
         self._graveyard = graveyard
         self._dead = False
-        self._open = set()
+        self._open_descriptors = set()
         self._undo = []  # (what a sync makes lasting, how to undo it)
         self._kept = {}  # inode -> a descriptor that outlives names and the run's own
         self._one_at_a_time = threading.RLock()
 
     def bury(self):
-        for descriptor in self._open:
+        for descriptor in self._open_descriptors:
             os.close(descriptor)
-        self._open.clear()
+        self._open_descriptors.clear()
         if self._dead and self._graveyard is not None:
             for _, undo in reversed(self._undo):
                 undo()
@@ -126,7 +126,7 @@ class MortalStorage(Storage):
             with path.open("rb") as there:
                 self._keep_bytes_of(there, path)
         file = super()._open(path, flags, call)
-        self._open.add(file.descriptor)
+        self._open_descriptors.add(file.descriptor)
         return file
 
     def _keep_bytes_of(self, there, path):
@@ -144,14 +144,14 @@ class MortalStorage(Storage):
         def do():
             opened = super(MortalStorage, self).direct(file)
             if opened.direct is not None:
-                self._open.add(opened.direct)
+                self._open_descriptors.add(opened.direct)
             return opened
 
         return self._call("direct", do)
 
     def close(self, file):
         def do():
-            self._open -= {file.descriptor, file.direct}
+            self._open_descriptors -= {file.descriptor, file.direct}
             super(MortalStorage, self).close(file)
 
         return self._call("close", do)

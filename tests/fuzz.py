@@ -71,9 +71,9 @@ import fastvgg
 from fastvgg.datasets.base import ImageRecord
 from fastvgg.datasets.index import index_records, index_text
 from fastvgg.datasets.npy import NpySource, read_header
-from fastvgg.datasets.open import INTERPOLATIONS
 from fastvgg.datasets.zarr import METADATA, ZarrSource
 from fastvgg.errors import FastvggError, ResumeError, SourceError
+from fastvgg.imaging.decode import INTERPOLATIONS
 from fastvgg.storage.local import Storage
 from fastvgg.stream import redo_log as ring_module
 from fastvgg.stream.info import info
@@ -530,7 +530,7 @@ def plans(place):
     made = (
         plan_of(arrays, target, mode=own, dtype="float16", together=2),
         plan_of(photos, target, mode="torch", out_layout="NCHW", size=(1, 6), together=2),
-        plan_of(photos, target, direction="pack", sixteen_bit="scale", exif=True, together=2),
+        plan_of(photos, target, direction="pack", gray16="scale", exif=True, together=2),
     )
     return [
         dataclasses.replace(
@@ -591,7 +591,7 @@ def forged(random, text):
     else:
         source["size"] = random.choice([[1], [1, 6, 3], [True, 6], [0, 6], [], "ab"])
         source["interpolation"] = random.choice(["nearest", "NEAREST", ""])
-        source["sixteen_bit"] = random.choice(["scale", "refuse", "clip"])
+        source["gray16"] = random.choice(["scale", "error", "clip"])
         source["max_pixels"] = random.choice([1, 0, -1, True, 2**70])
     return json.dumps(fields).encode()
 
@@ -664,7 +664,7 @@ class RingFiles:
 
     def __init__(self, place):
         self.path = FixedFile(place / "r.npy")
-        self.storage = Storage("process")
+        self.storage = Storage(fsync=False)
         old = np.arange(math.prod(self.SHAPE), dtype=np.float32).reshape(self.SHAPE)
         save_npy(self.path, old)
         self.old = self.path.read_bytes()
@@ -676,7 +676,7 @@ class RingFiles:
 
     def split(self, content):
         """A journal's header, and the rest of it."""
-        return content[: self.places.header_bytes], content[self.places.header_bytes :]
+        return content[: self.file_layout.header_bytes], content[self.file_layout.header_bytes :]
 
     def _record(self):
         """Carry out the run, and keep both files as they are after each commit."""
@@ -686,32 +686,32 @@ class RingFiles:
             ring = RedoLog.begin(self.storage, self.data, self.job, self.TOGETHER)
         finally:
             ring_module.secrets = drawn
-        self.places = ring.places
+        self.file_layout = ring.file_layout
         self.header = read_redo_log_header(self.path)._replace(inode=2)
-        first = self.header.to_bytes().ljust(self.places.header_bytes, b"\0")
+        first = self.header.to_bytes().ljust(self.file_layout.header_bytes, b"\0")
         journal = ring_module.journal_path(self.path)
         self.states = []
-        for chunk in range(self.places.chunks + 1):
+        for chunk in range(self.file_layout.chunks + 1):
             content = first + self.split(journal.read_bytes())[1]
-            if chunk in (0, 1, 3, 6, self.places.chunks):
+            if chunk in (0, 1, 3, 6, self.file_layout.chunks):
                 self.states.append((content, self.with_new(chunk), chunk))
             if chunk in (1, 2, 5):  # committed, and not in the file yet: no checkpoint counts it
                 self.states.append((content, self.with_new(chunk - 1), chunk))
-            if chunk < self.places.chunks:
+            if chunk < self.file_layout.chunks:
                 self._put(ring, chunk)
         ring.close()
 
     def with_new(self, chunks):
         """What the file is when so many chunks of it are new."""
-        begin = self.places.data_offset
-        end = self.places.of_images(chunks - 1)[1] if chunks else begin
+        begin = self.file_layout.data_offset
+        end = self.file_layout.image_span(chunks - 1)[1] if chunks else begin
         new = np.bitwise_not(np.frombuffer(self.old[begin:end], np.uint8)).tobytes()
         return self.old[:begin] + new + self.old[end:]
 
     def _put(self, ring, chunk):
         before, after = self.with_new(chunk), self.with_new(chunk + 1)
-        begin, end = self.places.page_span(chunk)
-        first, last = self.places.of_images(chunk)
+        begin, end = self.file_layout.page_span(chunk)
+        first, last = self.file_layout.image_span(chunk)
         sums = {
             name: xxhash.xxh3_64_hexdigest(content[first:last])
             for name, content in (("old", before), ("new", after))
@@ -745,7 +745,7 @@ class RingHeaders(Kind):
         return by_turns(self.random, map(self._padded, lines), self._input)
 
     def _padded(self, line):
-        return line.ljust(self._files.places.header_bytes, b"\0")
+        return line.ljust(self._files.file_layout.header_bytes, b"\0")
 
     def invented(self):
         random, text = self.random, self._line[17:-1]
@@ -759,7 +759,7 @@ class RingHeaders(Kind):
         self._files.journal.put(content + self._rest)
         header = read_redo_log_header(self.path)
         if header is not None:
-            assert committed_chunks(header, self.path) <= header.places.chunks
+            assert committed_chunks(header, self.path) <= header.file_layout.chunks
             assert str(self.path) in header.command(self.path)
             with contextlib.suppress(FastvggError):
                 check_same_job(header.job, self._files.job, str(self.path))
@@ -780,9 +780,9 @@ class RingHeaders(Kind):
             return
         assert found.to_bytes() == content[:length]
         images = check_job_of(found.job)
-        check_counts(found.chunk_images, found.file_bytes, found.places.chunks)
-        assert found.places.chunks == -(-images // found.chunk_images)
-        assert 0 <= found.places.data_offset < found.file_bytes
+        check_counts(found.chunk_images, found.file_bytes, found.file_layout.chunks)
+        assert found.file_layout.chunks == -(-images // found.chunk_images)
+        assert 0 <= found.file_layout.data_offset < found.file_bytes
 
 
 class Rings(Kind):
@@ -796,7 +796,7 @@ class Rings(Kind):
         self._files = RingFiles(place)
         self.path = self._files.path
         self.close = self._files.close
-        places = self._files.places
+        places = self._files.file_layout
         self._checkpoints = [places.checkpoint(copy) for copy in range(2)]
         self._slots = [places.slot(chunk) for chunk in range(ring_module.SLOTS)]
         self._records = [places.record(chunk) for chunk in range(places.chunks)] + self._slots
@@ -818,7 +818,7 @@ class Rings(Kind):
         random = self.random
         if random.random() < 0.3:
             begin = random.choice(self._slots) + ring_module.PAGE_BYTES
-            length = self._files.places.slot_bytes
+            length = self._files.file_layout.slot_bytes
         else:
             begin, length = random.choice([0, *self._checkpoints, *self._records]), 200
         at = begin + random.randrange(length)
@@ -849,7 +849,7 @@ class Rings(Kind):
         check_same_file(header, self.path)
         check_same_job(header.job, self._files.job, str(self.path))
         with contextlib.suppress(ResumeError):
-            assert committed_chunks(header, self.path) <= header.places.chunks
+            assert committed_chunks(header, self.path) <= header.file_layout.chunks
         ring = RedoLog.reopen(self._files.storage, self._files.data, header)
         try:
             return ring.recover(), ring.finish()
@@ -861,7 +861,7 @@ class Rings(Kind):
         after = self.path.read_bytes()
         assert len(after) == len(data)
         assert len(self._files.journal.get()) == len(content)
-        if len(content) != self._files.places.journal_bytes:
+        if len(content) != self._files.file_layout.journal_bytes:
             assert found is None
             assert error is not None or len(content) < 40  # too short to say what it is
             return
@@ -869,13 +869,13 @@ class Rings(Kind):
         if found is None:
             return
         done, checksums = found
-        places = self._files.places
+        places = self._files.file_layout
         assert type(done) is int
         assert 0 <= done <= places.chunks == len(checksums)
         if single:
             assert committed - 1 <= done <= committed
             assert after == self._files.with_new(done)
-            spans = [slice(*places.of_images(chunk)) for chunk in range(done)]
+            spans = [slice(*places.image_span(chunk)) for chunk in range(done)]
             assert checksums[:done] == [xxhash.xxh3_64_hexdigest(after[span]) for span in spans]
 
 

@@ -59,7 +59,7 @@ def ours():
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "y.h5"
         header = Header(BATCH.shape, str(BATCH.dtype), "NHWC")
-        target = open_target(Path(f"{path}::{NAME}"), header, Storage("process"), chunk_images=1)
+        target = open_target(Path(f"{path}::{NAME}"), header, Storage(fsync=False), chunk_images=1)
         target.create()
         target.write(0, [bytes_of(BATCH)])
         target.publish()

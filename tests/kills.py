@@ -21,9 +21,9 @@ from faults import Death, MortalStorage, quick_directory
 from jobs import LARGER, OF_FORMATS, OF_IMAGES, SETTINGS, jobs
 
 
-def dies(job, number, *, half_done, durability):
+def dies(job, number, *, half_done, fsync):
     """Whether the command dies at its `number`-th call, and does not come to its end before."""
-    storage = MortalStorage(number, half_done=half_done, durability=durability)
+    storage = MortalStorage(number, half_done=half_done, fsync=fsync)
     try:
         job.command(storage)
     except Death:
@@ -72,7 +72,7 @@ def kill(job, deaths, draw):
     died = 0
     for death in deaths:
         settings = {"half_done": draw.random() < 0.5}
-        settings["durability"] = draw.choice(("power", "process"))
+        settings["fsync"] = draw.choice((True, False))
         if not dies(job, death, **settings):
             break
         died += 1

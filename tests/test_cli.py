@@ -124,7 +124,7 @@ def test_preprocess_hands_every_option_on(tmp_path, photos):
     target = tmp_path / "y.npy"
     options = ["--mode", "torch", "--size", "5", "11", "--interpolation", "box"]
     options += ["--out-layout", "NCHW", "--dtype", "float16", "--memory", "32MiB", "--threads", "2"]
-    options += ["--keep-aspect-ratio", "--fast-jpeg", "--exif", "--sixteen-bit", "scale"]
+    options += ["--keep-aspect-ratio", "--fast-jpeg", "--exif", "--gray16", "scale"]
     options += ["--max-pixels", "12345"]
     assert uncompiled("preprocess", photos, target, *options).returncode == 0
     job = json.loads(manifest_path(target).read_bytes())["job"]
@@ -133,7 +133,7 @@ def test_preprocess_hands_every_option_on(tmp_path, photos):
     assert job["source"]["keep_aspect_ratio"] is True
     assert job["source"]["fast_jpeg"] is True
     assert job["source"]["exif"] is True
-    assert job["source"]["sixteen_bit"] == "scale"
+    assert job["source"]["gray16"] == "scale"
     assert job["source"]["max_pixels"] == 12345
     assert job["transform"]["mode"]["name"] == "torch"
     assert job["result"]["layout"] == "NCHW"
@@ -481,8 +481,8 @@ def test_info_tells_of_an_unfinished_run_in_place_and_the_command_that_finishes_
 
 
 @pytest.mark.parametrize("kind", ["preprocess", "restore", "in place"])
-@pytest.mark.parametrize("durability", [None, "power", "process"])
-def test_for_the_process_alone_nothing_is_synced(tmp_path, array, floats, durability, kind):
+@pytest.mark.parametrize("options", [[], ["--fsync"], ["--no-fsync"]])
+def test_without_fsync_nothing_is_synced(tmp_path, array, floats, options, kind):
     stored = tmp_path / "y.npy"
     plan_of(array, stored, mode="caffe").run()
     arguments = {
@@ -490,11 +490,10 @@ def test_for_the_process_alone_nothing_is_synced(tmp_path, array, floats, durabi
         "restore": ["restore", stored, tmp_path / "z.npy"],
         "in place": ["preprocess", floats, "--in-place", "--mode", "caffe"],
     }[kind]
-    options = [] if durability is None else ["--durability", durability]
     with system_calls(FaultyOs()) as system:
         assert invoke(*arguments, *options).exit_code == 0
     assert "pwrite" in system.calls
-    assert ("fsync" in system.calls) == (durability != "process")
+    assert ("fsync" in system.calls) == (options != ["--no-fsync"])
     expected = {
         "preprocess": npy_bytes(network_inputs(pixels(11), "caffe")),
         "restore": array.read_bytes(),
@@ -664,21 +663,6 @@ def bad_inputs(place):
             3,
             [floats, "never preprocessed"],
         ),
-        "an unknown durability": (
-            ["preprocess", array, new, *caffe, "--durability", "disk"],
-            2,
-            ["'disk'", "'power'", "'process'"],
-        ),
-        "an unknown durability to restore with": (
-            ["restore", stored, new, "--durability", ""],
-            2,
-            ["''", "'power'", "'process'"],
-        ),
-        "an unknown durability in place": (
-            ["preprocess", floats, "--in-place", *caffe, "--durability", "disk"],
-            2,
-            ["'disk'", "'power'", "'process'"],
-        ),
         "restoring in another mode": (
             ["restore", stored, new, "--mode", "tf"],
             2,
@@ -718,8 +702,7 @@ BAD_INPUTS = [
     *("a target to restore to in place", "a folder in place", "bytes in place"),
     *("another type in place", "another layout in place", "preprocessing twice in place"),
     *("preprocessing twice in place without a manifest", "restoring images in place"),
-    *("an unknown durability", "an unknown durability to restore with"),
-    *("an unknown durability in place", "verifying what has no manifest", "telling of nothing"),
+    *("verifying what has no manifest", "telling of nothing"),
     "a demo among other things",
 ]
 
@@ -956,7 +939,7 @@ from fastvgg import cli
 from fastvgg.cli import errors
 from fastvgg.stream import target
 from fastvgg.stream import in_place
-from fastvgg.stream.commit_pipeline import Behind
+from fastvgg.stream.commit_pipeline import CommitPipeline
 from fastvgg.storage.local import Storage
 first_written = ".fastvgg-journal" if "--in-place" in sys.argv else ".partial"
 syncs = 0
@@ -973,7 +956,7 @@ class Waiting(Storage):
         super().sync(file)
 def main_leaves():
     frame = sys._current_frames()[threading.main_thread().ident]
-    while frame is not None and frame.f_code is not Behind.__exit__.__code__:
+    while frame is not None and frame.f_code is not CommitPipeline.__exit__.__code__:
         frame = frame.f_back
     return frame is not None and frame.f_locals["self"]._is_left
 target.Storage = in_place.Storage = Waiting

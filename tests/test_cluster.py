@@ -37,10 +37,10 @@ from fastvgg.errors import ClusterError, ResumeError, StoppedError, UsageError
 from fastvgg.storage import objects
 from fastvgg.storage.location import container_of, parse_location
 from fastvgg.storage.objects import StoreStorage
-from fastvgg.stream.compute import Work
+from fastvgg.stream.compute import ChunkTask
 from fastvgg.stream.manifest import read_manifest
 from fastvgg.stream.run import run
-from fastvgg.stream.worker import Task, work_on
+from fastvgg.stream.worker import Task, run_task
 
 IMAGES = 40
 TARGETS = ("y.npy", "y.zarr", "y.h5::/images")
@@ -303,7 +303,7 @@ def begun(plan):
     assert commits_in(container_of(parse_location(plan.target))) == 1
     shared = pickle.dumps((secrets.token_hex(8), dataclasses.replace(plan, threads=1)))
     rows = [*enumerate(plan.chunk_rows())]
-    return [Task(shared, (Work(chunk, *span),)) for chunk, span in rows]
+    return [Task(shared, (ChunkTask(chunk, *span),)) for chunk, span in rows]
 
 
 def as_written(plan, dones):
@@ -327,7 +327,7 @@ def test_a_task_that_two_workers_do_at_once_gives_the_same_bytes(client, tmp_pat
     addresses = [*client.nthreads()]
     for _ in range(2):
         twice = [
-            client.submit(work_on, task, workers=[address], pure=False)
+            client.submit(run_task, task, workers=[address], pure=False)
             for task in tasks
             for address in addresses
         ]
@@ -354,12 +354,12 @@ def test_a_task_that_fails_leaves_nothing_to_the_next_of_its_process(tmp_path, n
     assert len(fails) == 1
     both = Task(tasks[0].plan, tasks[0].work + tasks[fails[0]].work)
     assert refuses(both)
-    assert [done.commit.chunk for done in work_on(tasks[1])] == [1]
+    assert [done.commit.chunk for done in run_task(tasks[1])] == [1]
 
 
 def refuses(task):
     try:
-        work_on(task)
+        run_task(task)
     except StoppedError as error:
         must_say(error, "a/04.png", "--strict")
         return True
@@ -369,17 +369,17 @@ def refuses(task):
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_task_of_a_run_that_was_replaced_changes_nothing(tmp_path, array, name):
     tasks = begun(plan_of(array, tmp_path / name, mode="caffe", together=2))
-    work_on(tasks[0])  # and so this process has its directory, or its file, open
+    run_task(tasks[0])  # and so this process has its directory, or its file, open
     other = plan_of(array, tmp_path / name, mode="tf", together=2, restart=True)
     with pytest.raises(Death):
         run(other, storage=CuttingStorage(10))
     before = tree(tmp_path)
     for task in (tasks[1], dataclasses.replace(tasks[2], plan=renamed(tasks[2].plan))):
         with contextlib.suppress(ResumeError, StoppedError):
-            work_on(task)
+            run_task(task)
         assert tree(tmp_path) == before
     with pytest.raises((ResumeError, StoppedError)):
-        work_on(dataclasses.replace(tasks[2], plan=renamed(tasks[2].plan)))
+        run_task(dataclasses.replace(tasks[2], plan=renamed(tasks[2].plan)))
     other = plan_of(array, tmp_path / name, mode="tf", together=2)
     other.run()
     check(other, tmp_path)
@@ -394,13 +394,13 @@ def renamed(shared):
 def test_a_task_that_comes_after_the_end_changes_nothing(tmp_path, array, name):
     plan = plan_of(array, tmp_path / name, mode="caffe", together=2)
     tasks = begun(plan)
-    work_on(tasks[0])
+    run_task(tasks[0])
     plan.run()
     before = tree(tmp_path)
     with contextlib.suppress(ResumeError, StoppedError):
-        work_on(tasks[1])
+        run_task(tasks[1])
     with pytest.raises((ResumeError, StoppedError)):
-        work_on(dataclasses.replace(tasks[2], plan=renamed(tasks[2].plan)))
+        run_task(dataclasses.replace(tasks[2], plan=renamed(tasks[2].plan)))
     assert tree(tmp_path) == before
     check(plan, tmp_path)
 
@@ -411,14 +411,14 @@ def test_a_task_for_a_store_whose_run_was_replaced_changes_nothing(array):
     with contextlib.suppress(Death):
         run(plan, storage=MortalStore(3))
     shared = pickle.dumps((secrets.token_hex(8), plan))
-    work_on(Task(shared, (Work(0, 0, 2),)))
+    run_task(Task(shared, (ChunkTask(0, 0, 2),)))
     other = plan_of(array, f"{store}/y.zarr", mode="tf", together=2, restart=True)
     with contextlib.suppress(Death):
         run(other, storage=MortalStore(9))
     before = objects.read_all(parse_location(store))
     assert len(before) > 3
     with pytest.raises(StoppedError, match="of another run"):
-        work_on(Task(shared, (Work(1, 2, 4), Work(2, 4, 6))))
+        run_task(Task(shared, (ChunkTask(1, 2, 4), ChunkTask(2, 4, 6))))
     assert objects.read_all(parse_location(store)) == before
 
 

@@ -236,13 +236,13 @@ def every_death(scenario):
 
 @pytest.mark.parametrize("half_done", [False, True], ids=["before", "half way through"])
 @pytest.mark.parametrize(
-    ("power", "durability"),
-    [("stays", "power"), ("stays", "process"), ("is cut", "power")],
+    ("power", "fsync"),
+    [("stays", True), ("stays", False), ("is cut", True)],
     ids=["power stays", "power stays and nothing is synced", "power is cut"],
 )
-def test_dying_at_any_storage_call_loses_nothing(scenario, half_done, power, durability):
+def test_dying_at_any_storage_call_loses_nothing(scenario, half_done, power, fsync):
     graveyard = scenario.place / "graveyard" if power == "is cut" else None
-    settings = {"half_done": half_done, "graveyard": graveyard, "durability": durability}
+    settings = {"half_done": half_done, "graveyard": graveyard, "fsync": fsync}
     # A run that was begun with --restart may be taken up with or without it.
     ways_on = ("resume", "begin") if scenario.restarts else ("resume",)
     for number, way_on in itertools.product(every_death(scenario), ways_on):

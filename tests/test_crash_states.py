@@ -32,7 +32,7 @@ SPARE = {
 @pytest.fixture
 def place(monkeypatch, tmp_path):
     frozen = [(redo_log, "secrets"), (manifest, "dt"), (manifest, "package_versions")]
-    frozen += [(run, "Behind"), (in_place, "Behind")]
+    frozen += [(run, "CommitPipeline"), (in_place, "CommitPipeline")]
     for module, name in frozen:
         monkeypatch.setattr(module, name, getattr(module, name))  # to be put back at the end
     crash_states.freeze()
@@ -100,8 +100,8 @@ def test_a_slot_of_which_a_part_is_lost_is_not_used(place, part):
     job = explored(place)[1]
     with pytest.raises(Death):
         job.command(CuttingStorage(2, in_place=True))
-    places = read_redo_log_header(job.source).places
-    begin, (first, last) = places.page_span(1)[0], places.of_images(1)
+    places = read_redo_log_header(job.source).file_layout
+    begin, (first, last) = places.page_span(1)[0], places.image_span(1)
     at = places.slot(1) + redo_log.PAGE_BYTES + (first if part == "images" else last) - begin
     with (job.directory / JOURNAL).open("r+b") as journal:
         journal.seek(at)

@@ -658,7 +658,7 @@ def test_damaged_exif_is_read_as_a_viewer_reads_it_or_is_a_failure():
 # ---------------------------------------------------------------------------------- 16 bits
 
 EVERY_16_BITS = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-REFUSED_16 = "a grey of 16 bits, which Keras clips to white; --sixteen-bit scale scales it"
+REFUSED_16 = "a grey of 16 bits, which Keras clips to white; --gray16 scale scales it"
 SIXTEEN = {
     "PNG": encoded(Image.fromarray(EVERY_16_BITS), "png"),
     "interlaced PNG": png(
@@ -677,7 +677,7 @@ def test_a_grey_of_16_bits_is_refused_or_scaled_in_every_value(kind):
         assert result == Decoded(256, 256, True, REFUSED_16)
     # 65535 is 257 times 255: no value lies in the middle between two.
     expected = np.rint(EVERY_16_BITS * 255.0 / 65535.0)
-    result, actual = decoded(SIXTEEN[kind], (256, 256, 3), DecodeOptions(sixteen_bit="scale"))
+    result, actual = decoded(SIXTEEN[kind], (256, 256, 3), DecodeOptions(gray16="scale"))
     assert result == Decoded(256, 256, False, "")
     assert (actual == expected[:, :, np.newaxis]).all()
 
@@ -697,9 +697,9 @@ def test_a_scaled_grey_is_resized_and_turned_like_any_other():
     data = encoded(Image.fromarray(samples), "png", exif=exif)
     eight = np.rint(samples / 257).astype(np.uint8)
     for decoding, pixels in (
-        (DecodeOptions(SIZE, "bicubic", sixteen_bit="scale"), eight),
-        (DecodeOptions(SIZE, keep_aspect_ratio=True, sixteen_bit="scale"), eight),
-        (DecodeOptions(SIZE, exif=True, sixteen_bit="scale"), np.rot90(eight, -1)),
+        (DecodeOptions(SIZE, "bicubic", gray16="scale"), eight),
+        (DecodeOptions(SIZE, keep_aspect_ratio=True, gray16="scale"), eight),
+        (DecodeOptions(SIZE, exif=True, gray16="scale"), np.rot90(eight, -1)),
     ):
         expected = as_keras_loads(encoded(Image.fromarray(pixels.copy()), "png"), decoding)
         result, actual = decoded(data, (*SIZE, 3), decoding)
@@ -707,17 +707,17 @@ def test_a_scaled_grey_is_resized_and_turned_like_any_other():
         assert actual.tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("sixteen_bit", ["refuse", "scale"])
-def test_a_grey_of_32_bits_is_refused(sixteen_bit):
+@pytest.mark.parametrize("gray16", ["error", "scale"])
+def test_a_grey_of_32_bits_is_refused(gray16):
     data = encoded(Image.fromarray(np.arange(63, dtype=np.int32).reshape(7, 9) * 77_777), "tiff")
-    reason = failure(data, DecodeOptions(sixteen_bit=sixteen_bit))
+    reason = failure(data, DecodeOptions(gray16=gray16))
     assert reason == "a grey of 32 bits, which Keras clips to white"
 
 
 def test_colours_of_16_bits_are_what_keras_makes_of_them():
     for data in (png(RGB, 16), png(GREY_ALPHA, 16), png(RGBA, 16)):
-        for sixteen_bit in ("refuse", "scale"):
-            check(data, DecodeOptions(SIZE, sixteen_bit=sixteen_bit))
+        for gray16 in ("error", "scale"):
+            check(data, DecodeOptions(SIZE, gray16=gray16))
 
 
 # -------------------------------------------------------------------------------- fast JPEG
@@ -848,10 +848,10 @@ import io, resource, sys, zlib
 import numpy as np
 from datasets_on_disk import PHOTOGRAPHS
 from PIL import Image
-from fastvgg.imaging.decode import Decoder, Decoding
+from fastvgg.imaging.decode import Decoder, DecodeOptions
 
 def decoded(data, **settings):
-    decoder = Decoder(Decoding((31, 53), **settings), memory_bytes=40 * 2**20, threads=2)
+    decoder = Decoder(DecodeOptions((31, 53), **settings), memory_bytes=40 * 2**20, threads=2)
     return decoder.decode(data, np.empty((31, 53, 3), np.uint8))
 
 written = io.BytesIO()
@@ -992,7 +992,7 @@ PEAK = """
 import io, pathlib, re, sys
 import numpy as np
 from PIL import Image
-from fastvgg.imaging.decode import Decoder, Decoding
+from fastvgg.imaging.decode import Decoder, DecodeOptions
 
 def field(name):
     with open("/proc/self/status") as lines:
@@ -1000,12 +1000,12 @@ def field(name):
 
 how = sys.argv[2]
 size = (1_501, 2_003) if how == "as it is" else (31, 53)
-decoding = Decoding(size, "nearest" if how == "as it is" else how)
+decoding = DecodeOptions(size, "nearest" if how == "as it is" else how)
 small, out = np.empty((5, 7, 3), np.uint8), np.full((*size, 3), 7, np.uint8)
 for kind in ("jpeg", "png", "webp"):  # what is loaded once
     written = io.BytesIO()
     Image.new("RGB", (9, 9)).save(written, kind)
-    Decoder(Decoding((5, 7)), memory_bytes=2**30).decode(written.getvalue(), small)
+    Decoder(DecodeOptions((5, 7)), memory_bytes=2**30).decode(written.getvalue(), small)
 data = pathlib.Path(sys.argv[1]).read_bytes()
 reason = Decoder(decoding, memory_bytes=4).decode(data, out).reason
 decoder = Decoder(decoding, memory_bytes=2**30)
@@ -1196,7 +1196,7 @@ def test_settings_come_back_from_json_whatever_stands_beside_them():
 def test_every_setting_is_told():
     usual, given_ = DecodeOptions().to_dict(), GIVEN.to_dict()
     assert {name for name in usual if usual[name] != given_[name]} == {
-        *("size", "interpolation", "keep_aspect_ratio", "fast_jpeg", "exif", "sixteen_bit"),
+        *("size", "interpolation", "keep_aspect_ratio", "fast_jpeg", "exif", "gray16"),
         "max_pixels",
     }
     json.dumps(given_)
@@ -1209,7 +1209,7 @@ def test_every_setting_is_told():
         ({"size": (5, 7, 3)}, ["(5, 7, 3)", "--size 224 224"]),
         ({"size": SIZE, "interpolation": "cubic"}, ["'cubic'", *INTERPOLATIONS]),
         ({"interpolation": ""}, ["''", *INTERPOLATIONS]),
-        ({"sixteen_bit": "clip"}, ["'clip'", "'refuse'", "'scale'"]),
+        ({"gray16": "clip"}, ["'clip'", "'error'", "'scale'"]),
         ({"max_pixels": 0}, ["max_pixels is 0"]),
         ({"max_pixels": -1}, ["max_pixels is -1"]),
         ({"max_pixels": 1.5}, ["max_pixels is 1.5"]),

@@ -20,11 +20,10 @@ from typer.testing import CliRunner
 import fastvgg
 from fastvgg import errors, models
 from fastvgg.cli import app
-from fastvgg.cli.errors import CODES
+from fastvgg.cli.errors import EXIT_CODES
 from fastvgg.cli.guide import WELCOME
 from fastvgg.datasets.image_writer import FileFormat
-from fastvgg.imaging.decode import INTERPOLATIONS, SixteenBit
-from fastvgg.storage.local import Durability
+from fastvgg.imaging.decode import INTERPOLATIONS, Gray16
 from fastvgg.transform import LAYOUTS, ROUNDINGS, STORAGE_TYPES, Mode
 
 PACKAGE = Path(fastvgg.__file__).parent
@@ -36,8 +35,7 @@ SEVERAL_VALUES = {
     "--layout": LAYOUTS,
     "--out-layout": LAYOUTS,
     "--interpolation": INTERPOLATIONS,
-    "--sixteen-bit": get_args(SixteenBit),
-    "--durability": get_args(Durability),
+    "--gray16": get_args(Gray16),
 }
 
 
@@ -96,10 +94,10 @@ def test_the_list_of_verbs_cuts_nothing_off_and_lists_the_exit_codes():
     for verb in app.registered_commands:
         name = verb.name or verb.callback.__name__
         assert listed[name] == inspect.getdoc(verb.callback).splitlines()[0]
-    codes = re.findall(r"^  (\d+) ", CODES, re.MULTILINE)
+    codes = re.findall(r"^  (\d+) ", EXIT_CODES, re.MULTILINE)
     assert codes == re.findall(r"^\| (\d+) \|", README, re.MULTILINE)
     assert [code for code in listed if code.isdigit()] == [code for code in codes if code in listed]
-    for line in CODES.splitlines()[1:]:
+    for line in EXIT_CODES.splitlines()[1:]:
         assert line in stdout
 
 

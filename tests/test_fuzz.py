@@ -170,7 +170,7 @@ def headers_of_rings_that_are_passed_over(patch):
 def rings_of_any_length(patch):
     def reopen(storage, data, header):
         opened = storage.open(redo_log.journal_path(data.path))
-        return redo_log.RedoLog(storage, data, opened, header.places, header.run)
+        return redo_log.RedoLog(storage, data, opened, header.file_layout, header.run)
 
     patch.setattr(redo_log.RedoLog, "reopen", reopen)
 

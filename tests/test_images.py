@@ -165,7 +165,7 @@ def test_only_some_images_are_read_where_only_some_are_asked_for(folder):
 
 def test_a_source_tells_its_size_on_disk_and_its_settings(folder):
     save_images(folder, pixels(2), ["a.png", "cat/b.png"])
-    given = {"interpolation": "bicubic", "fast_jpeg": True, "sixteen_bit": "scale"}
+    given = {"interpolation": "bicubic", "fast_jpeg": True, "gray16": "scale"}
     with closing(opened(folder, size=SIZE, **given)) as source:
         assert source.kind == "images"
         stored = (folder / "a.png").stat().st_size + (folder / "cat" / "b.png").stat().st_size

@@ -61,7 +61,7 @@ def unfinished(file):
     """A file of which two chunks of six are done."""
     with pytest.raises(Death):
         change(file, mode="caffe", together=2, storage=CuttingStorage(2, in_place=True))
-    assert read_redo_log_header(file).places.chunks == 6
+    assert read_redo_log_header(file).file_layout.chunks == 6
     return file
 
 
@@ -348,7 +348,7 @@ def test_a_journal_with_any_damage_gives_the_right_bytes_or_is_refused(tmp_path,
         change(path, mode="caffe", together=2, storage=Ending(stage))
     header = read_redo_log_header(path)
     content, journal = path.read_bytes(), journal_path(path).read_bytes()
-    places = header.places
+    places = header.file_layout
     right, refusals = 0, 0
     spots = [at for at in range(len(journal)) if journal[at]]
     for at in [*spots[::31], *range(places.checkpoint(0), places.checkpoint(0) + 100, 5)]:

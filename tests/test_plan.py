@@ -170,7 +170,7 @@ def a_plan(images, together, limit=10**12, source_kind="npy"):
         backend="numpy",
         strict=False,
         restart=False,
-        durability="power",
+        fsync=True,
         notes=(),
         committed_chunks=0,
         file_format="png",
@@ -341,13 +341,13 @@ def test_a_plan_says_which_chunks_are_done(tmp_path, array):
     assert "chunks   6 of 2 images, 1 done" in str(again)
 
 
-def test_a_job_is_the_same_for_any_memory_threads_backend_and_durability(tmp_path, array):
+def test_a_job_is_the_same_for_any_memory_threads_backend_and_fsync(tmp_path, array):
     target = tmp_path / "y.npy"
     expected = plan_of(array, target, mode="caffe").job()
     assert plan_of(array, target, mode="caffe", together=2, threads=2).job() == expected
     assert plan_of(array, target, mode="caffe", strict=True, restart=True).job() == expected
     assert plan_of(array, target, mode="caffe", backend="auto").job() == expected
-    assert plan_of(array, target, mode="caffe", durability="process").job() == expected
+    assert plan_of(array, target, mode="caffe", fsync=False).job() == expected
 
 
 @pytest.mark.parametrize(
@@ -392,16 +392,6 @@ REFUSED = {
     "no threads": ({"mode": "tf", "threads": 0}, UsageError, ["threads is 0"]),
     "a size for an array": ({"mode": "tf", "size": (7, 9)}, SourceError, ["x.npy", "--size"]),
     "no amount": ({"mode": "tf", "memory": "lots"}, UsageError, ["'lots'"]),
-    "an unknown durability": (
-        {"mode": "tf", "durability": "disk"},
-        UsageError,
-        ["'disk'", "'power'", "'process'"],
-    ),
-    "a durability in capitals": (
-        {"mode": "tf", "durability": "POWER"},
-        UsageError,
-        ["'POWER'", "'power'"],
-    ),
     "images to restore": ({"mode": "tf", "direction": "restore"}, SourceError, ["x.npy", "uint8"]),
 }
 

@@ -134,7 +134,7 @@ def test_nothing_is_done_where_nothing_failed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "wider"), [("sixteen_bit", "scale"), ("max_pixels", 10_000)], ids=str
+    ("option", "wider"), [("gray16", "scale"), ("max_pixels", 10_000)], ids=str
 )
 def test_what_was_refused_is_read_where_it_is_allowed_then(tmp_path, option, wider):
     folder = save_images(tmp_path / "photos", pixels(5, height=3, width=3))
@@ -143,7 +143,7 @@ def test_what_was_refused_is_read_where_it_is_allowed_then(tmp_path, option, wid
     if option == "max_pixels":
         grey.convert("L").convert("RGB").save(folder / "a" / "deep.png")
     target, settings = tmp_path / "y.npy", {"mode": "caffe", "size": (7, 5)}
-    narrow = {} if option == "sixteen_bit" else {option: 100}
+    narrow = {} if option == "gray16" else {option: 100}
     assert plan_of(folder, target, **settings, **narrow).run().counts["failed"] == 1
     report = again(folder, target, **settings, **{option: wider}).run()
     assert report.counts["failed"] == 0
@@ -153,7 +153,7 @@ def test_what_was_refused_is_read_where_it_is_allowed_then(tmp_path, option, wid
 
 
 @pytest.mark.parametrize(
-    ("wide", "narrow"), [({"sixteen_bit": "scale"}, {}), ({}, {"max_pixels": 100})], ids=str
+    ("wide", "narrow"), [({"gray16": "scale"}, {}), ({}, {"max_pixels": 100})], ids=str
 )
 def test_what_could_be_read_then_is_not_refused_now(tmp_path, photos, wide, narrow):
     folder, mend = photos

@@ -15,9 +15,9 @@ import pytest
 from datasets_on_disk import must_say, names_in, pages_in_memory, printed_by, tree
 from faults import Death, FaultyOs, HalvingOs, MortalStorage, system_calls
 
-from fastvgg.errors import StoppedError, TargetError, UsageError
+from fastvgg.errors import StoppedError, TargetError
 from fastvgg.storage import local as storage_module
-from fastvgg.storage.local import Storage, StoredFile, check_durability, file_system
+from fastvgg.storage.local import Storage, StoredFile, file_system
 
 PAGE = mmap.PAGESIZE
 
@@ -70,8 +70,8 @@ def test_reading_past_the_end_is_an_error_that_names_the_offset_it_came_to(file,
 def test_only_for_power_a_sync_asks_the_system_for_one(tmp_path):
     for storage, expected in (
         (Storage(), ["fsync"]),
-        (Storage("power"), ["fsync"]),
-        (Storage("process"), []),
+        (Storage(fsync=True), ["fsync"]),
+        (Storage(fsync=False), []),
     ):
         file = storage.create(tmp_path / "file")
         storage.write(file, b"abc", 0)
@@ -88,17 +88,10 @@ def test_only_for_power_a_sync_asks_the_system_for_one(tmp_path):
 
 
 def test_for_the_process_alone_nothing_is_tried_that_a_sync_could_fail_at(tmp_path):
-    storage = Storage("process")
+    storage = Storage(fsync=False)
     storage.sync(closed(tmp_path))
     storage.sync_directory(tmp_path / "missing")
     storage.syncfs(tmp_path / "missing")
-
-
-@pytest.mark.parametrize("durability", ["", "disk", "Power", "none"])
-def test_what_is_no_durability_is_refused_with_those_that_are(durability):
-    with pytest.raises(UsageError) as caught:
-        check_durability(durability)
-    must_say(caught.value, repr(durability), "'power'", "'process'")
 
 
 def test_a_sync_of_a_disk_that_the_system_refuses_is_an_error():
@@ -180,7 +173,7 @@ def test_memory_that_lies_amiss_is_written_through_the_cache(direct, storage):
 
 
 def test_only_for_power_a_file_is_written_directly(tmp_path, monkeypatch):
-    storage = Storage("process")
+    storage = Storage(fsync=False)
     file = storage.create(tmp_path / "file")
     assert storage.direct(file) == file
     monkeypatch.setattr(storage_module, "file_system", lambda path: "nfs4")

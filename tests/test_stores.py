@@ -391,7 +391,7 @@ def test_a_shard_that_is_not_what_was_committed_is_done_again(store, array, dama
     storage, seen = Counting(), []
     report = run(planned(array, store), storage=storage, progress=seen.append)
     assert puts_of_shards(storage) == ["/c.2.0.0.0", "/c.4.0.0.0", "/c.5.0.0.0"]
-    assert (seen[-1].images, seen[-1].of_images) == (IMAGES, IMAGES)
+    assert (seen[-1].images, seen[-1].total_images) == (IMAGES, IMAGES)
     assert report.counts["computed_chunks"] == 3
     assert store.array().tobytes() == EXPECTED.tobytes()
 

@@ -675,7 +675,7 @@ class CreatingStorage(Storage):
     """Storage that keeps a list of the files it makes, and of what it may write directly."""
 
     def __init__(self):
-        super().__init__("process")
+        super().__init__(fsync=False)
         self.created = []
         self.direct_files = []
         self.places = {}
@@ -700,7 +700,7 @@ class CreatingStorage(Storage):
 def test_every_value_comes_back_and_zarr_reads_what_numpy_reads(tmp_path, mode, dtype, out_layout):
     batch = every_value()
     source = save_npy(tmp_path / "x.npy", batch)
-    settings = {"mode": mode, "dtype": dtype, "out_layout": out_layout, "durability": "process"}
+    settings = {"mode": mode, "dtype": dtype, "out_layout": out_layout, "fsync": False}
     plan_of(source, tmp_path / "y.npy", together=1, **settings).run()
     plan_of(source, tmp_path / "y.zarr", together=1, **settings).run()
     assert_same(load_zarr(tmp_path / "y.zarr"), np.load(tmp_path / "y.npy"))
@@ -719,7 +719,7 @@ def in_pieces(monkeypatch, nbytes):
 def written(directory, images=10, together=4, **settings):
     """What a run writes of some images into y.zarr."""
     source = save_npy(directory / "x.npy", pixels(images))
-    settings = {"mode": "caffe", "durability": "process", **settings}
+    settings = {"mode": "caffe", "fsync": False, **settings}
     plan_of(source, directory / "y.zarr", together=together, **settings).run()
     return directory / "y.zarr"
 

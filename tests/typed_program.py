@@ -35,7 +35,7 @@ def on_disk(source: str, target: str) -> tuple[float, list[str]]:
         batch.sum() + rows.sum()
     fastvgg.verify(target, full=failed == 0)
     report.count  # type: ignore[attr-defined]  # noqa: B018
-    fastvgg.plan(source, target, durability="never")  # type: ignore[arg-type]
+    fastvgg.plan(source, target, fsync="never")  # type: ignore[arg-type]
     return report.seconds, report.notes
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-__all__ = ["FULL", "QUICK", "Extent", "measure"]
+__all__ = ["FULL", "QUICK", "BenchConfig", "measure"]
 
 
 class BenchConfig(NamedTuple):

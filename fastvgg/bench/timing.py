@@ -42,7 +42,7 @@ def compare(ours: Sequence[float], limit: Sequence[float]) -> Comparison:
     Examples
     --------
     >>> compare([2.0, 2.0, 4.0], [1.0, 1.0, 1.0])
-    Compared(share=0.5, spread=(0.25, 0.5), seconds=2.0)
+    Comparison(share=0.5, spread=(0.25, 0.5), seconds=2.0)
     """
     shares = [theirs / own for own, theirs in zip(ours, limit, strict=True)]
     low, middle, high = statistics.quantiles(shares, n=4)

@@ -16,10 +16,11 @@ from fastvgg.cli.options import (
     Dask,
     DryRun,
     Dtype,
-    Durability,
     Exif,
     FastJpeg,
     Format,
+    Fsync,
+    Gray16,
     InPlace,
     Interpolation,
     Json,
@@ -35,7 +36,6 @@ from fastvgg.cli.options import (
     RestoredTarget,
     RetryFailed,
     Rounding,
-    SixteenBit,
     Size,
     Source,
     SourceLayout,
@@ -78,12 +78,12 @@ def preprocess(
     keep_aspect_ratio: KeepAspectRatio = False,
     fast_jpeg: FastJpeg = False,
     exif: Exif = False,
-    sixteen_bit: SixteenBit = "refuse",
+    gray16: Gray16 = "error",
     max_pixels: MaxPixels = None,
     strict: Strict = False,
     memory: Memory = "512MiB",
     threads: Threads = None,
-    durability: Durability = "power",
+    fsync: Fsync = True,
     dask: Dask = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -106,7 +106,7 @@ def preprocess(
             keep_aspect_ratio=keep_aspect_ratio,
             fast_jpeg=fast_jpeg,
             exif=exif,
-            sixteen_bit=sixteen_bit,  # type: ignore[arg-type]  # checked by Decoding
+            gray16=gray16,  # type: ignore[arg-type]  # checked by DecodeOptions
             max_pixels=max_pixels,
             layout=layout,  # type: ignore[arg-type]  # checked by Transform
             out_layout=out_layout,  # type: ignore[arg-type]
@@ -116,7 +116,7 @@ def preprocess(
             strict=strict,
             restart=restart,
             retry_failed=retry_failed,
-            durability=durability,  # type: ignore[arg-type]  # checked by the plan
+            fsync=fsync,
         )
         execute(plan, dask, dry_run=dry_run, as_json=as_json, quiet=quiet)
 
@@ -137,12 +137,12 @@ def pack(
     keep_aspect_ratio: KeepAspectRatio = False,
     fast_jpeg: FastJpeg = False,
     exif: Exif = False,
-    sixteen_bit: SixteenBit = "refuse",
+    gray16: Gray16 = "error",
     max_pixels: MaxPixels = None,
     strict: Strict = False,
     memory: Memory = "512MiB",
     threads: Threads = None,
-    durability: Durability = "power",
+    fsync: Fsync = True,
     dask: Dask = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -164,14 +164,14 @@ def pack(
             keep_aspect_ratio=keep_aspect_ratio,
             fast_jpeg=fast_jpeg,
             exif=exif,
-            sixteen_bit=sixteen_bit,  # type: ignore[arg-type]  # checked by Decoding
+            gray16=gray16,  # type: ignore[arg-type]  # checked by DecodeOptions
             max_pixels=max_pixels,
             memory=memory,
             threads=threads,
             strict=strict,
             restart=restart,
             retry_failed=retry_failed,
-            durability=durability,  # type: ignore[arg-type]  # checked by the plan
+            fsync=fsync,
         )
         execute(plan, dask, dry_run=dry_run, as_json=as_json, quiet=quiet)
 
@@ -193,7 +193,7 @@ def restore(
     strict: Strict = False,
     memory: Memory = "512MiB",
     threads: Threads = None,
-    durability: Durability = "power",
+    fsync: Fsync = True,
     dask: Dask = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -221,7 +221,7 @@ def restore(
             threads=threads,
             strict=strict,
             restart=restart,
-            durability=durability,  # type: ignore[arg-type]  # checked by the plan
+            fsync=fsync,
         )
         execute(plan, dask, dry_run=dry_run, as_json=as_json, quiet=quiet)
 

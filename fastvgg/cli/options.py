@@ -14,8 +14,7 @@ RESTORED_TYPES: Final = ("uint8", *INPUT_TYPES)
 INTERPOLATIONS: Final = ("nearest", "bilinear", "bicubic", "hamming", "box", "lanczos")
 ROUNDINGS: Final = ("nearest", "truncate")
 FORMATS: Final = ("png", "webp", "jpeg")
-SIXTEEN_BITS: Final = ("refuse", "scale")
-DURABILITIES: Final = ("power", "process")
+GRAY16_POLICIES: Final = ("error", "scale")
 
 
 def _choice_option(
@@ -103,10 +102,10 @@ FastJpeg = Annotated[
     bool, typer.Option("--fast-jpeg", help="Decode large JPEGs smaller: other pixels than Keras'.")
 ]
 Exif = Annotated[bool, typer.Option("--exif", help="Turn images as EXIF says; Keras does not.")]
-SixteenBit = Annotated[
+Gray16 = Annotated[
     str,
     _choice_option(
-        SIXTEEN_BITS, "--sixteen-bit", "WAY", "Greys of 16 bits: refuse, or scale to 8."
+        GRAY16_POLICIES, "--gray16", "POLICY", "16-bit grayscale images: {values} to 8 bits."
     ),
 ]
 MaxPixels = Annotated[
@@ -129,13 +128,11 @@ Memory = Annotated[str, typer.Option(metavar="BYTES", help="The limit above the 
 Threads = Annotated[
     int | None, typer.Option(metavar="N", help="How many at once.", show_default="all usable cores")
 ]
-Durability = Annotated[
-    str,
-    _choice_option(
-        DURABILITIES,
-        "--durability",
-        "END",
-        "What a committed chunk survives: a power cut, or the end of the process alone.",
+Fsync = Annotated[
+    bool,
+    typer.Option(
+        "--fsync/--no-fsync",
+        help="Wait for the disk, so that committed chunks survive a power cut.",
     ),
 ]
 Dask = Annotated[

@@ -72,7 +72,7 @@ def _lines() -> Callable[[Progress], None]:
             return
         last_told = time.monotonic()
         print(
-            f"{at.images:,} of {at.of_images:,} images, {_speed(at)}, {_left(at)}",
+            f"{at.images:,} of {at.total_images:,} images, {_speed(at)}, {_left(at)}",
             file=sys.stderr,
             flush=True,
         )
@@ -81,7 +81,7 @@ def _lines() -> Callable[[Progress], None]:
 
 
 def _left(at: Progress) -> str:
-    seconds = at.seconds / at.computed_images * (at.of_images - at.images)
+    seconds = at.seconds / at.computed_images * (at.total_images - at.images)
     return f"{timedelta(seconds=round(seconds))} left"
 
 

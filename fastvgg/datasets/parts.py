@@ -107,7 +107,7 @@ class PartitionedNpySource:
         first = None
         self.stored_bytes = 0
         for name in self._names:
-            with contextlib.closing(self._opened(name)) as part:
+            with contextlib.closing(self._open_checked(name)) as part:
                 header = part.header
                 self.stored_bytes += part.stored_bytes
             first = first or header
@@ -123,7 +123,7 @@ class PartitionedNpySource:
         """Return a hash of the names and of every part's fingerprint, as they are now."""
         digest = xxhash.xxh3_128()
         for name in part_names(self.path):
-            with contextlib.closing(self._opened(name)) as part:
+            with contextlib.closing(self._open_checked(name)) as part:
                 digest.update(f"{part.fingerprint()} {name}\0".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
@@ -192,7 +192,7 @@ class PartitionedNpySource:
         name, images = self._names[number], self._starts[number + 1] - self._starts[number]
         path = str(self.path / name)
         try:
-            part = self._opened(name)
+            part = self._open_checked(name)
         except SourceError as error:
             raise changed_during_run_error(path) from error
         if part.header != Header((images, *self.header.shape[1:]), self.header.dtype, self._layout):
@@ -200,5 +200,5 @@ class PartitionedNpySource:
             raise changed_during_run_error(path)
         return part
 
-    def _opened(self, name: str) -> NpySource:
+    def _open_checked(self, name: str) -> NpySource:
         return NpySource(self.path / name, layout=self._layout, dtype_hint=self._stored_as)

@@ -45,12 +45,12 @@ __all__ = [
     "DecodeOptions",
     "Decoded",
     "Decoder",
-    "SixteenBit",
+    "Gray16",
     "describe_error",
     "open_image",
 ]
 
-SixteenBit: TypeAlias = Literal["refuse", "scale"]
+Gray16: TypeAlias = Literal["error", "scale"]
 
 # What keras.utils.image_dataset_from_directory reads, and what else Pillow reads by default.
 SUFFIXES: Final = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
@@ -127,7 +127,7 @@ class DecodeOptions:
         The pixels are others than Keras'.
     exif
         Turn images as their EXIF orientation says.
-    sixteen_bit
+    gray16
         "refuse" greys of 16 bits, or "scale" them: 65535 becomes 255.
     max_pixels
         An image of more is refused before it is decoded. Beside JPEGs Pillow refuses more than
@@ -144,7 +144,7 @@ class DecodeOptions:
     keep_aspect_ratio: bool = False
     fast_jpeg: bool = False
     exif: bool = False
-    sixteen_bit: SixteenBit = "refuse"
+    gray16: Gray16 = "error"
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
@@ -157,8 +157,8 @@ class DecodeOptions:
             raise UsageError(
                 f"size is {self.size}", "give height and width in pixels: --size 224 224"
             )
-        if self.sixteen_bit not in get_args(SixteenBit):
-            raise UsageError(f"sixteen_bit is {self.sixteen_bit!r}", "give 'refuse' or 'scale'")
+        if self.gray16 not in get_args(Gray16):
+            raise UsageError(f"gray16 is {self.gray16!r}", "give 'error' or 'scale'")
         if type(self.max_pixels) is not int or self.max_pixels < 1:
             raise UsageError(f"max_pixels is {self.max_pixels!r}", "give a number of pixels")
         for option in ("keep_aspect_ratio", "fast_jpeg"):
@@ -371,11 +371,11 @@ class Decoder:
 
     def _eight_bit(self, image: Image.Image) -> Image.Image:
         """Return a grey of 16 bits as one of 8, if that is asked for."""
-        if self._decoding.sixteen_bit == "refuse" or not image.mode.startswith("I;16"):
+        if self._decoding.gray16 == "error" or not image.mode.startswith("I;16"):
             depth = 16 if image.mode.startswith("I;16") else 32
             raise _RefusedError(
                 f"a grey of {depth} bits, which Keras clips to white"
-                + ("; --sixteen-bit scale scales it" if depth == 16 else "")
+                + ("; --gray16 scale scales it" if depth == 16 else "")
             )
         scaled = (np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535  # rounded
         return Image.fromarray(scaled.astype(np.uint8))

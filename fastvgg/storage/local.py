@@ -14,27 +14,24 @@ import os
 import shutil
 import weakref
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from fastvgg.errors import StoppedError, TargetError, UsageError
+from fastvgg.errors import StoppedError, TargetError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 __all__ = [
-    "Durability",
     "SharedStorage",
     "Storage",
     "StoredFile",
-    "check_durability",
     "file_system",
     "is_networked",
 ]
 
-Durability: TypeAlias = Literal["power", "process"]
 """What a commit survives: a power cut, or the end of the process alone."""
 
 NETWORKED: Final = (
@@ -67,18 +64,6 @@ def is_networked(system: str) -> bool:
     return system in NETWORKED or system.startswith("fuse.")
 
 
-def check_durability(durability: str) -> None:
-    """Refuse what is no durability.
-
-    Raises
-    ------
-    UsageError
-        Naming those that there are.
-    """
-    if durability not in get_args(Durability):
-        raise UsageError(f"durability is {durability!r}", "give 'power' or 'process'")
-
-
 class StoredFile(NamedTuple):
     """An open file, and its path for messages."""
 
@@ -95,14 +80,13 @@ class Storage:
 
     Parameters
     ----------
-    durability
-        "power": a sync waits until the data is on the disk. "process": a sync does nothing, for
-        what a process has written outlives it without.
+    fsync
+        Whether a sync waits until the data is on the disk. Without it data survives the death of
+        the process, but not a power cut.
     """
 
-    def __init__(self, durability: Durability = "power") -> None:
-        check_durability(durability)
-        self._syncs = durability == "power"
+    def __init__(self, *, fsync: bool = True) -> None:
+        self._syncs = fsync
 
     def create(self, path: Path) -> StoredFile:
         """Make a new, empty file, or empty the one that is there."""
@@ -319,12 +303,12 @@ class SharedStorage(Storage):
     ----------
     directory
         Where all of the files are.
-    durability
+    fsync
         As for `Storage`.
     """
 
-    def __init__(self, directory: Path, durability: Durability = "power") -> None:
-        super().__init__(durability)
+    def __init__(self, directory: Path, *, fsync: bool = True) -> None:
+        super().__init__(fsync=fsync)
         with _io_errors("open", directory):
             self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | _always())
         weakref.finalize(self, os.close, self._directory)

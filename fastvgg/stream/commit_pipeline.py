@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CommitPipeline"]
 
-Done = TypeVar("Done")
+Step = TypeVar("Step")
 Result = TypeVar("Result")
 
 
@@ -66,8 +66,8 @@ class CommitPipeline(Generic[Result]):
         self._given.append(self._committed)
 
     def _do(
-        self, under_way: Lock, work: Callable[[], Done], after: Iterable[Future[Any] | None] = ()
-    ) -> Done:
+        self, under_way: Lock, work: Callable[[], Step], after: Iterable[Future[Any] | None] = ()
+    ) -> Step:
         """Do a piece of work, unless something that comes before it has failed."""
         for earlier in after:
             if earlier is not None:

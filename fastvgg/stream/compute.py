@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from fastvgg.parallel import TaskGroup
     from fastvgg.stream.plan import Plan
 
-__all__ = ["BufferRing", "ChunkResult", "Work", "check_no_failures", "compute", "make_commit"]
+__all__ = ["BufferRing", "ChunkResult", "ChunkTask", "check_no_failures", "compute", "make_commit"]
 
 MAX_IN_FLIGHT: Final = 2  # chunks that are computed at a time, row by row
 UNREAD: Final = ImageRecord("", "", 0, 0, True, "not read yet")
 
 
-class Work(NamedTuple):
+class ChunkTask(NamedTuple):
     """A chunk that is to be computed."""
 
     chunk: int
@@ -96,7 +96,7 @@ def compute(
     plan: Plan,
     source: Source,
     target: Target,
-    work: Iterable[Work],
+    work: Iterable[ChunkTask],
     buffers: BufferRing | None = None,
 ) -> Generator[ChunkResult, None, None]:
     """Compute chunks in the order of the work, in memory of its own where none is given.
@@ -139,7 +139,7 @@ def check_no_failures(plan: Plan, failures: list[tuple[int, ImageRecord]]) -> No
 
 
 def _compute_batches(
-    plan: Plan, source: Source, target: Target, work: Iterable[Work], buffers: BufferRing
+    plan: Plan, source: Source, target: Target, work: Iterable[ChunkTask], buffers: BufferRing
 ) -> Generator[ChunkResult, None, None]:
     """Compute an array from an array."""
     for chunk, start, stop, _ in work:
@@ -170,7 +170,7 @@ class _InFlight(NamedTuple):
 
 
 def _compute_rows(
-    plan: Plan, work: Iterable[Work], begun: Callable[[Work], _InFlight]
+    plan: Plan, work: Iterable[ChunkTask], begun: Callable[[ChunkTask], _InFlight]
 ) -> Generator[ChunkResult, None, None]:
     """Compute each row by itself, on all threads."""
     under_way: deque[tuple[ChunkResult, TaskGroup]] = deque()
@@ -204,7 +204,7 @@ class _DecodeTask:
         self._buffers = buffers
         self._packs = plan.transform.direction == "pack"
 
-    def begun(self, part: Work) -> _InFlight:
+    def begun(self, part: ChunkTask) -> _InFlight:
         images = part.stop - part.start
         staging = self._buffers.rows(self._target.offset(part.start))
         transform = engine.bind_rows(
@@ -242,7 +242,7 @@ class _EncodeTask:
         self._images = np.empty((plan.threads, *plan.result.shape[1:]), np.uint8)
         self._thread_slot = ThreadSlot()
 
-    def begun(self, part: Work) -> _InFlight:
+    def begun(self, part: ChunkTask) -> _InFlight:
         batch, records = self._source.read(part.start, part.stop)
         stored = [b""] * len(batch)
         rows = [at for at in range(len(batch)) if not (records and records[at].failed)]

@@ -59,7 +59,7 @@ def run(
 
     Parameters, result and errors are those of `stream.run.run`.
     """
-    storage = storage or Storage(plan.durability)
+    storage = storage or Storage(fsync=plan.fsync)
     begun = time.monotonic()
     path = Path(plan.target)
     check_in_place_supported(path)

@@ -33,7 +33,7 @@ OF_IMAGES: Final[Schema] = {
     "keep_aspect_ratio": bool,
     "fast_jpeg": bool,
     "exif": bool,
-    "sixteen_bit": str,
+    "gray16": str,
     "max_pixels": int,
 }
 RESULT: Final[Schema] = {"in_place": bool, **HEADER}

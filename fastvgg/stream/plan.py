@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from fastvgg.datasets.base import Header
     from fastvgg.datasets.image_writer import FileFormat
     from fastvgg.datasets.images import ImageListing
-    from fastvgg.storage.local import Durability
     from fastvgg.stream.report import Progress, Report
     from fastvgg.transform import Transform
 
@@ -239,7 +238,7 @@ class Plan:
     backend: Backend
     strict: bool
     restart: bool
-    durability: Durability
+    fsync: bool
     """What a commit survives."""
     notes: tuple[str, ...]
     committed_chunks: int

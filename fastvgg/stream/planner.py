@@ -21,7 +21,6 @@ from fastvgg.errors import ArrayError, SourceError, TargetError, UsageError
 from fastvgg.imaging.decode import MAX_PIXELS, DecodeOptions
 from fastvgg.imaging.resize import gather_function
 from fastvgg.parallel import check_threads
-from fastvgg.storage.local import check_durability
 from fastvgg.storage.location import (
     container_of,
     inner_name,
@@ -69,8 +68,7 @@ if TYPE_CHECKING:
     from fastvgg.backend import Backend
     from fastvgg.datasets.base import Header, Source
     from fastvgg.datasets.image_writer import FileFormat
-    from fastvgg.imaging.decode import SixteenBit
-    from fastvgg.storage.local import Durability
+    from fastvgg.imaging.decode import Gray16
     from fastvgg.stream.journal import JournalState
     from fastvgg.stream.manifest import Manifest
     from fastvgg.transform import Direction, Layout, Rounding
@@ -100,7 +98,7 @@ def plan(
     keep_aspect_ratio: bool = False,
     fast_jpeg: bool = False,
     exif: bool = False,
-    sixteen_bit: SixteenBit = "refuse",
+    gray16: Gray16 = "error",
     max_pixels: int | None = None,
     layout: Layout | None = None,
     out_layout: Layout | None = None,
@@ -113,7 +111,7 @@ def plan(
     strict: bool = False,
     restart: bool = False,
     retry_failed: bool = False,
-    durability: Durability = "power",
+    fsync: bool = True,
 ) -> Plan:
     """Plan the way of one dataset into another; headers are read, nothing is written.
 
@@ -142,8 +140,9 @@ def plan(
         Decode large JPEGs at a part of their size; the pixels are others than Keras'.
     exif
         Turn images as their EXIF orientation says, which Keras does not.
-    sixteen_bit
-        "refuse" greys of 16 bits, which Keras clips to white, or "scale" them.
+    gray16
+        What to do with 16-bit grayscale images, which Keras clips to white: "error" makes each a
+        failed image, "scale" maps them to 8 bits.
     max_pixels
         Refuse larger images before they are decoded; 89,478,485 if not given.
     layout, out_layout, dtype, rounding
@@ -163,9 +162,9 @@ def plan(
         Begin again where an unfinished run, or a finished target, is in the way.
     retry_failed
         Take a finished target up again, for the images that could not be read then.
-    durability
-        What a committed chunk survives: a "power" cut, or the end of the "process" alone, which
-        saves the waiting for the disk.
+    fsync
+        Wait for the disk, so that a committed chunk survives a power cut. Without it a committed
+        chunk survives only the death of the process.
 
     Returns
     -------
@@ -190,12 +189,11 @@ def plan(
         keep_aspect_ratio,
         fast_jpeg,
         exif,
-        sixteen_bit,
+        gray16,
         MAX_PIXELS if max_pixels is None else max_pixels,
     )
     threads = check_threads(threads)
     check_backend(backend)
-    check_durability(durability)
     options = _Options(
         memory_bytes=parse_bytes(memory),
         threads=threads,
@@ -203,7 +201,7 @@ def plan(
         strict=strict,
         restart=restart,
         retry_failed=retry_failed,
-        durability=durability,
+        fsync=fsync,
         file_format=format,
     )
     manifest = read_manifest(source_path)
@@ -250,7 +248,7 @@ class _Options(TypedDict):
     strict: bool
     restart: bool
     retry_failed: bool
-    durability: Durability
+    fsync: bool
     file_format: FileFormat
 
 

@@ -18,7 +18,7 @@ class Progress(NamedTuple):
 
     images: int
     """Done, with those of earlier runs."""
-    of_images: int
+    total_images: int
     computed_images: int
     """Done by this run."""
     read_bytes: int

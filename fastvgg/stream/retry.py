@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fastvgg.datasets.base import bytes_of
 from fastvgg.datasets.index import index_path, index_text, read_index
 from fastvgg.errors import ResumeError, TargetError
-from fastvgg.stream.compute import Work
+from fastvgg.stream.compute import ChunkTask
 from fastvgg.stream.journal import Commit, check_same_job
 from fastvgg.stream.manifest import checksum, read_manifest
 from fastvgg.stream.state import with_committed
@@ -81,8 +81,8 @@ class FailureRetry:
             )
         found, wanted = manifest.job, self.plan.job()
         source = {**found["source"], "fingerprint": wanted["source"]["fingerprint"]}
-        if found["source"].get("sixteen_bit") == "refuse":
-            source["sixteen_bit"] = wanted["source"]["sixteen_bit"]
+        if found["source"].get("gray16") == "error":
+            source["gray16"] = wanted["source"]["gray16"]
         if found["source"].get("max_pixels", 0) < wanted["source"]["max_pixels"]:
             source["max_pixels"] = wanted["source"]["max_pixels"]
         check_same_job({**found, "source": source}, wanted, self.plan.target)
@@ -113,12 +113,12 @@ class FailureRetry:
                 first = chunk * self.manifest.chunk_images
                 yield Commit(chunk, *sums, index_text(records, first), failed=0)
 
-    def work(self, chunk: int, start: int, stop: int, target: ContiguousTarget) -> Work:
+    def work(self, chunk: int, start: int, stop: int, target: ContiguousTarget) -> ChunkTask:
         """Return what is to be done again of a chunk."""
         records = [*self.records[start:stop]]
         if not self._same(chunk, records):
-            return Work(chunk, start, stop)
-        return Work(
+            return ChunkTask(chunk, start, stop)
+        return ChunkTask(
             chunk, start, stop, functools.partial(self._keep, chunk, start, target, records)
         )
 

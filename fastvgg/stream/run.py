@@ -22,7 +22,7 @@ from fastvgg.storage.local import Storage
 from fastvgg.storage.location import parse_location
 from fastvgg.stream import in_place
 from fastvgg.stream.commit_pipeline import CommitPipeline
-from fastvgg.stream.compute import Work, check_no_failures, compute, make_commit
+from fastvgg.stream.compute import ChunkTask, check_no_failures, compute, make_commit
 from fastvgg.stream.journal import journal_path
 from fastvgg.stream.manifest import (
     Manifest,
@@ -84,7 +84,7 @@ def run(
     if plan.in_place:
         return in_place.run(plan, progress, storage)
     destination = destination_of(plan)
-    storage = storage or destination.storage(plan.durability)
+    storage = storage or destination.storage(fsync=plan.fsync)
     begun = time.monotonic()
     source = reopen_source(plan)
     try:
@@ -242,13 +242,13 @@ class Run:
     def _discard_torn(self) -> None:
         """Do those chunks again whose bytes, where looked at, are not what was committed."""
         rows = enumerate(self.plan.chunk_rows())
-        committed = [Work(chunk, *span) for chunk, span in rows if chunk in self._commits()]
+        committed = [ChunkTask(chunk, *span) for chunk, span in rows if chunk in self._commits()]
         for chunk, found in self.stored_checksums(committed):
             if found is not None and found != self._commits()[chunk].checksum:
                 del self._commits()[chunk]
         self.tally = ProgressTracker(self.plan, self._commits(), self.progress, self.begun)
 
-    def stored_checksums(self, work: Iterable[Work]) -> Iterator[tuple[int, str | None]]:
+    def stored_checksums(self, work: Iterable[ChunkTask]) -> Iterator[tuple[int, str | None]]:
         """Read what is stored of chunks that an unfinished run committed.
 
         None where the journal is believed without a look.
@@ -263,7 +263,7 @@ class Run:
             self.journal.begin(self.plan.job(), self.plan.chunk_images, done=again.done())
         self.destination.reopen_published(self.storage)
 
-    def compute(self, work: Iterable[Work]) -> None:
+    def compute(self, work: Iterable[ChunkTask]) -> None:
         """Compute, write and commit every chunk that is not durable yet."""
         # Closed by itself, so that no thread computes on while the target is closed after an error.
         chunks = compute(self.plan, self.source, self.target, work)
@@ -277,7 +277,7 @@ class Run:
                 )
             self.tally.count(behind.drain(0))
 
-    def _work(self) -> Iterator[Work]:
+    def _work(self) -> Iterator[ChunkTask]:
         """Return every chunk that is not durable yet."""
         for chunk, (start, stop) in enumerate(self.plan.chunk_rows()):
             mark = self._commits().get(chunk)
@@ -288,7 +288,7 @@ class Run:
             ):
                 yield self.again.work(chunk, start, stop, self.target)
             elif mark is None:
-                yield Work(chunk, start, stop)
+                yield ChunkTask(chunk, start, stop)
             elif mark.failed and self.plan.strict:
                 check_no_failures(self.plan, self._journal_state.failures(chunk))
 

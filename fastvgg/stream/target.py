@@ -28,7 +28,6 @@ from fastvgg.stream.store_journal import StoreJournal
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fastvgg.storage.local import Durability
     from fastvgg.stream.journal import JournalState
     from fastvgg.stream.manifest import Manifest
     from fastvgg.stream.plan import Plan
@@ -79,14 +78,14 @@ class Destination:
         """Where a directory waits that is being replaced."""
         return sidecar_path(self.path, ".fastvgg-replaced")
 
-    def storage(self, durability: Durability) -> Storage:
+    def storage(self, *, fsync: bool) -> Storage:
         """Return what carries out the calls that make data last there."""
-        return Storage(durability)
+        return Storage(fsync=fsync)
 
-    def shared_storage(self, durability: Durability) -> Storage:
+    def shared_storage(self, *, fsync: bool) -> Storage:
         """Return what carries out the calls of one that others began, and write as well."""
         within = self.path.parent if self.kind in FILES else self.partial
-        return SharedStorage(within, durability)
+        return SharedStorage(within, fsync=fsync)
 
     def exists(self, path: Path) -> bool:
         """Whether something there has a name.
@@ -177,13 +176,13 @@ class StoreDestination(Destination):
         """What has the bytes of an unfinished run."""
         return self.path
 
-    def storage(self, durability: Durability) -> StoreStorage:
+    def storage(self, *, fsync: bool) -> StoreStorage:
         """Return what carries out the calls that make data last there."""
-        return StoreStorage(durability)
+        return StoreStorage(fsync=fsync)
 
-    def shared_storage(self, durability: Durability) -> StoreStorage:
+    def shared_storage(self, *, fsync: bool) -> StoreStorage:
         """Return what carries out the calls of any."""
-        return self.storage(durability)
+        return self.storage(fsync=fsync)
 
     def exists(self, path: Path) -> bool:
         """Whether there is an object of a name, or one below it; see `Destination.exists`."""

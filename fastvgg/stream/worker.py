@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from fastvgg.datasets.base import PartialPages, Source
-    from fastvgg.stream.compute import ChunkResult, Work
+    from fastvgg.stream.compute import ChunkResult, ChunkTask
     from fastvgg.stream.journal import Commit
     from fastvgg.stream.plan import Plan
     from fastvgg.stream.target import Destination
@@ -49,7 +49,7 @@ class Task:
 
     plan: bytes
     """Pickled, with a number that no other run has."""
-    work: tuple[Work, ...]
+    work: tuple[ChunkTask, ...]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class _WorkerSlot:
         target = open_target(
             parse_location(plan.target),
             plan.result,
-            self._destination.shared_storage(plan.durability),
+            self._destination.shared_storage(fsync=plan.fsync),
             chunk_images=plan.chunk_images,
             transform=plan.transform,
         )
@@ -119,7 +119,7 @@ class _WorkerSlot:
                 "run the same command again, where every worker can reach the target's directory",
             )
 
-    def run_task(self, work: Iterable[Work]) -> list[ChunkCommit]:
+    def run_task(self, work: Iterable[ChunkTask]) -> list[ChunkCommit]:
         """Have each chunk written while the next is computed, as a run in one process does."""
         dones: list[ChunkCommit] = []
         chunks = compute(self._plan, self._source, self._target, work, self._buffers)
@@ -144,7 +144,7 @@ class _WorkerSlot:
 
         self._behind.submit(write, make_durable)
 
-    def stored_checksum(self, part: Work) -> str | None:
+    def stored_checksum(self, part: ChunkTask) -> str | None:
         """Return the checksum of what is stored of a chunk."""
         stored = self._target.read_unfinished(part.start, part.stop)
         return None if stored is None else checksum(stored)
