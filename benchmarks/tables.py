@@ -380,7 +380,7 @@ def growth(record):
     ]
     lines += [
         "",
-        f"Linear fit: {line['start_ms']:.0f} ms + {line['microseconds_an_image']:.1f} us an image.",
+        f"Linear fit: {line['start_ms']:.0f} ms + {line['microseconds_an_image']:.1f} us/image.",
         "",
         f"| images | size | GB/s written | {MEASURED} |",
         f"|---:|---:|---:|{MEASURED_RULE}",
