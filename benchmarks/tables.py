@@ -506,7 +506,8 @@ CAMPAIGNS = {
     "torn sectors and crashes during recovery, and runs fastvgg on them",
     "kills": "kills at every call that changes the disk, three levels deep",
     "random_kills": "sends SIGKILL at random times, to one process and to four concurrent ones",
-    "power_cuts": "cuts the power of a real ext4 disk, also after a kill and during recovery",
+    "power_cuts": "cuts the power of a real ext4 file system, also after a kill and during "
+    "recovery",
     "cluster_kills": "kills workers and coordinators of a Dask cluster, and runs tasks twice "
     "concurrently",
     "failing_calls": "makes every system call fail, or do half of its work",
