@@ -263,7 +263,7 @@ def test_the_command_prints_every_figure_and_that_all_are_right(tiny, tmp_path):
     for part in ("disk", "memory", "kernels"):
         assert result.stdout.count(report.HEADINGS[part]) == 1
     assert all(f"\n{path.name} " in result.stdout for path in kernels.COMMON_PATHS)
-    assert "every result is the oracle's, bit for bit" in result.stdout
+    assert "every result matches the NumPy reference, bit for bit" in result.stdout
     assert f"compiled for {processor().name}" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
 

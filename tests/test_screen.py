@@ -27,10 +27,10 @@ main()
 # Of a run that is too long for a test, by its last words.
 FAR = """
 import sys
-from fastvgg.cli.progress import _bar
+from fastvgg.cli.output import _terminal_bar
 from fastvgg.stream.report import Progress
-with _bar("preprocess", 1_281_167) as tell:
-    tell(Progress(1_281_166, 1_281_167, 1_281_166, 192_863_360_000, 771_453_440_000, 4321.0))
+with _terminal_bar("preprocess", 1_281_167) as on_progress:
+    on_progress(Progress(1_281_166, 1_281_167, 1_281_166, 192_863_360_000, 771_453_440_000, 4321.0))
 print("after", file=sys.stderr)
 """
 PLAIN = {
@@ -172,15 +172,15 @@ def test_failures_notes_and_errors_are_broken_between_words(place, kind, columns
 
 @pytest.mark.parametrize("columns", [80, 60])
 @pytest.mark.parametrize(
-    "verb", ["", "preprocess", "pack", "restore", "verify", "info", "bench", "demo"]
+    "command", ["", "preprocess", "pack", "restore", "verify", "info", "bench", "demo"]
 )
-def test_help_fits(verb, columns):
-    shown = fastvgg(*([verb] if verb else []), "--help", columns=columns)
+def test_help_fits(command, columns):
+    shown = fastvgg(*([command] if command else []), "--help", columns=columns)
     check_screen(shown, columns)
     assert "..." not in " ".join(shown.lines).replace("[ARGS]...", "")
 
 
-def test_the_guide_fits_on_the_smallest_screen():
+def test_the_welcome_fits_on_the_smallest_screen():
     shown = fastvgg()
     assert shown.returncode == 0
     check_screen(shown, 80)
