@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 
 WELCOME: Final = """\
 fastvgg turns images into the exact input that a pretrained network expects,
-and turns network input back into the exact images.
+and turns network input back into exact images.
 
 See it on real photographs (needs: pip install 'fastvgg[demo]'):
   fastvgg demo demo/
@@ -176,7 +176,7 @@ def pack(
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Decode and resize images into one uint8 array.
+    """Store resized images as one uint8 array.
 
     It takes a quarter of the disk space of float32 network input.
 
@@ -227,7 +227,7 @@ def restore(
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Turn network input back into the exact images.
+    """Turn network input back into exact images.
 
     The result is an array or a directory of image files.
 
@@ -263,7 +263,7 @@ def verify(
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Verify the checksums and images of a dataset.
+    """Verify the bytes of a finished dataset.
 
     Compares the checksum of every chunk, and recomputes images with the NumPy reference.
 
@@ -283,7 +283,7 @@ def info(
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Show what a dataset or an unfinished run is.
+    """Show what a dataset or unfinished run is.
 
     Prints its shape, dtype, mode and source, and the next command.
 
@@ -329,7 +329,7 @@ def bench(
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Measure the kernels against memory bandwidth.
+    """Measure kernels against memory bandwidth.
 
     Also measures the NumPy reference, and on request image decoding and a disk. Every result is
     compared bit for bit with the NumPy reference.
