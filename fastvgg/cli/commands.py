@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 
 WELCOME: Final = """\
 fastvgg turns images into the exact input that a pretrained network expects,
-and turns network input back into exact images.
+and turns network input back into the exact images.
 
 See it on real photographs (needs: pip install 'fastvgg[demo]'):
   fastvgg demo demo/
@@ -337,30 +337,29 @@ def bench(
     Example: fastvgg bench --quick --plot roofline.svg
     """
     with translate_errors(traceback):
-        from fastvgg.bench import FULL, QUICK, measure, roofline
-        from fastvgg.bench.report import LOW_SHARE, low_paths
+        from fastvgg.bench import FULL, QUICK, measure, report
         from fastvgg.storage.location import parse_location
 
         if plot is not None:
-            roofline.check(Path(plot))
+            report.check_plot_path(Path(plot))
         record = measure(
             QUICK if quick else FULL,
             images=None if images is None else parse_location(images),
             disk=None if disk is None else Path(disk),
             threads=threads,
-            tell=None if as_json else print_benchmark(),
+            on_figure=None if as_json else print_benchmark(),
         )
         if plot is not None:
-            roofline.draw(record, Path(plot))
+            report.draw_roofline(record, Path(plot))
         if as_json:
             print_json(record)
             return
         print("every result matches the NumPy reference, bit for bit")
         print(f"per-call overhead: {record['call_overhead_us']:.0f} microseconds")
         print(f"kernels compiled for {record['instruction_set']}")
-        if low := low_paths(record):
-            print(f"below {LOW_SHARE:.0%} of the limit (<): {len(low)}. If this repeats on an idle")
-            print("machine, please report it with the output of: fastvgg bench --json")
+        if low := report.low_paths(record):
+            print(f"below {report.LOW_SHARE:.0%} of the limit (<): {len(low)}. If this repeats on")
+            print("an idle machine, please report it with the output of: fastvgg bench --json")
 
 
 @app.command(cls=Command, epilog=SEE_CODES)
@@ -368,7 +367,7 @@ def demo(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A new directory.")],
     traceback: Traceback = False,
 ) -> None:
-    """Run an end-to-end demo on real photographs.
+    """Run an end-to-end demo on photographs.
 
     Preprocesses, verifies and restores them, compares every byte, and draws a contact sheet.
 
