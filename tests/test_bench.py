@@ -25,26 +25,26 @@ TINY = bench.BenchConfig(8 * 2**20, 2, 4, 2**20 + 4097, every_path=False)
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """The record of a run with everything, and what it told meanwhile."""
+    """The record of a run with everything, and the figures that the callback received."""
     photos = tmp_path_factory.mktemp("photos")
     for name in ("rocket.jpg", "coffee.png", "camera.png"):
         (photos / name).write_bytes((PHOTOGRAPHS / name).read_bytes())
     (photos / "bad.jpg").write_bytes(b"\xff\xd8 no more than that")
     there = tmp_path_factory.mktemp("disk")
-    told = []
+    received = []
     record = bench.measure(
         TINY,
         images=photos,
         disk=there,
         threads=2,
-        on_figure=lambda part, row: told.append((part, row)),
+        on_figure=lambda part, row: received.append((part, row)),
     )
     assert not list(there.iterdir())
-    return record, told
+    return record, received
 
 
 def test_a_record_has_every_path_and_is_json(measured):
-    record, told = measured
+    record, received = measured
     assert [row["path"] for row in record["kernels"]] == [
         path.name for path in kernels.COMMON_PATHS
     ]
@@ -56,7 +56,7 @@ def test_a_record_has_every_path_and_is_json(measured):
     expected = [("disk", record["disk"]), ("decoding", record["decoding"])]
     expected += [("memory", row) for row in record["memory"]]
     expected += [("kernels", row) for row in record["kernels"]]
-    assert told == expected
+    assert received == expected
 
 
 def test_images_that_cannot_be_read_are_counted(measured):
@@ -130,34 +130,34 @@ def test_what_a_path_is_checked_against_comes_from_the_image_alone(path):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_copy_moves_every_byte_and_no_other(prefetch, threads):
     rng = np.random.default_rng(0)
-    room = rng.integers(0, 256, 3 * bandwidth.STEP_BYTES * 41 + 128, dtype=np.uint8)
-    before = room.copy()
+    buffer = rng.integers(0, 256, 3 * bandwidth.STEP_BYTES * 41 + 128, dtype=np.uint8)
+    before = buffer.copy()
     x = rng.integers(0, 256, 3 * bandwidth.STEP_BYTES * 41, dtype=np.uint8)
-    start = -room.ctypes.data % 64 + 64
-    out = room[start : start + x.size]
+    start = -buffer.ctypes.data % 64 + 64
+    out = buffer[start : start + x.size]
     memory.copy(x, out, threads, prefetch=prefetch)
     assert np.array_equal(out, x)
-    assert np.array_equal(room[:start], before[:start])
-    assert np.array_equal(room[start + x.size :], before[start + x.size :])
+    assert np.array_equal(buffer[:start], before[:start])
+    assert np.array_equal(buffer[start + x.size :], before[start + x.size :])
 
 
 def test_of_what_is_read_every_byte_counts():
     parts = np.random.default_rng(0).integers(0, 256, (7 * 3, 4, 64), np.uint8)  # of cache lines
     x = parts.reshape(-1).view(np.float32)
-    room = np.zeros(parts[:, 0].size + 64, np.uint8)
-    start = -room.ctypes.data % 64
-    out = room[start : start + parts[:, 0].size]
+    buffer = np.zeros(parts[:, 0].size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    out = buffer[start : start + parts[:, 0].size]
     memory.copy(x, out, 2, prefetch=False)
     assert np.array_equal(out, np.bitwise_xor.reduce(parts, axis=1).reshape(-1))
 
 
 def test_a_fill_writes_every_byte_and_no_other():
-    room = np.zeros(bandwidth.STEP_BYTES * 7 + 128, np.uint8)
-    start = -room.ctypes.data % 64 + 64
-    memory.fill(room[start : start + bandwidth.STEP_BYTES * 7 - 64], 2)
-    wanted = np.zeros_like(room)
-    wanted[start : start + bandwidth.STEP_BYTES * 6] = 1
-    assert np.array_equal(room, wanted)
+    buffer = np.zeros(bandwidth.STEP_BYTES * 7 + 128, np.uint8)
+    start = -buffer.ctypes.data % 64 + 64
+    memory.fill(buffer[start : start + bandwidth.STEP_BYTES * 7 - 64], 2)
+    expected = np.zeros_like(buffer)
+    expected[start : start + bandwidth.STEP_BYTES * 6] = 1
+    assert np.array_equal(buffer, expected)
 
 
 def test_scaling_in_place_scales_every_number():

@@ -1,4 +1,4 @@
-"""The command line: what it prints where, how it exits, and that no error is a traceback."""
+"""The command line: output, exit codes, and errors without tracebacks."""
 
 from __future__ import annotations
 
@@ -273,7 +273,7 @@ def on_a_terminal(*arguments):
     while True:
         try:
             some = os.read(ours, 65536)
-        except OSError:  # how Linux says that nobody has the other end any more
+        except OSError:  # EIO on Linux: the other end is closed
             some = b""
         if not some:
             break
@@ -358,7 +358,7 @@ def test_help_is_there_with_an_example(command):
 
 
 def floats_of(batch):
-    """The same images as they lie in a file that can be changed in place."""
+    """Return the images as float32, which can be converted in place."""
     return batch.astype(np.float32)
 
 
@@ -421,11 +421,11 @@ def test_in_place_a_second_time_exits_with_3_and_changes_no_byte(floats, command
         tree(floats.parent),
         {"preprocess": "preprocessed", "restore": "restored"}[command],
     )
-    # Neither in the same mode nor in another, and whatever is left away.
+    # Neither in the same mode nor in another, and whatever is omitted.
     for options in ([], ["--mode", "caffe"], ["--mode", "tf"], ["--restart"]):
         result = invoke(command, floats, "--in-place", *options)
         result.returncode = result.exit_code
-        refused(3, says=[floats, f"{said} already"], told=result)
+        check_refused(3, contains=[floats, f"{said} already"], result=result)
         assert tree(floats.parent) == before
 
 
@@ -472,7 +472,7 @@ def test_info_tells_of_an_unfinished_run_in_place_and_the_command_that_finishes_
     for arguments in (["verify", path], ["restore", path, tmp_path / "z.npy", "--mode", "tf"]):
         result = invoke(*arguments)
         result.returncode = result.exit_code
-        refused(3, says=[path, "in place", "finish that"], told=result)
+        check_refused(3, contains=[path, "in place", "finish that"], result=result)
     assert tree(tmp_path) == before
     name, *arguments = shlex.split(known["next"].partition("before: ")[2])
     assert name == "fastvgg"
@@ -507,15 +507,15 @@ def test_without_fsync_nothing_is_synced(tmp_path, array, floats, options, kind)
     assert (floats if kind == "in place" else tmp_path / "z.npy").read_bytes() == expected[kind]
 
 
-# How it exits
+# Exit codes
 
 
-def refused(code, *arguments, says=(), told=None):
-    """Check that a command exits so, in words and without a traceback."""
-    result = run_command(*arguments) if told is None else told
+def check_refused(code, *arguments, contains=(), result=None):
+    """Check the exit code and that the error is a problem and a remedy, without a traceback."""
+    result = run_command(*arguments) if result is None else result
     assert result.returncode == code, result.stderr
     assert "Traceback" not in result.stderr + result.stdout
-    for word in says:
+    for word in contains:
         assert str(word) in result.stderr
     problem, _, remedy = result.stderr.partition("\n  ")
     assert problem.startswith("fastvgg: ")
@@ -719,7 +719,7 @@ def test_bad_input_is_refused_in_words_and_nothing_is_written(inputs, wrong):
     before = tree(place)
     result = invoke(*arguments)
     result.returncode = result.exit_code
-    refused(code, says=words, told=result)
+    check_refused(code, contains=words, result=result)
     assert tree(place) == before
 
 
@@ -734,7 +734,7 @@ def test_every_bad_input_is_tried(inputs):
 def test_a_shell_sees_the_same_exit_code(inputs, wrong, code):
     arguments, expected, words = inputs[1][wrong]
     assert code == expected
-    refused(code, *arguments, says=words)
+    check_refused(code, *arguments, contains=words)
 
 
 @pytest.mark.parametrize("wrong", REFUSED)
@@ -744,7 +744,7 @@ def test_a_bad_array_is_refused_in_words_and_left_as_it_is(tmp_path, wrong):
     path.write_bytes(content)
     result = invoke("preprocess", path, tmp_path / "y.npy", "--mode", "caffe")
     result.returncode = result.exit_code
-    refused(3, says=[path, *words], told=result)
+    check_refused(3, contains=[path, *words], result=result)
     assert tree(tmp_path) == {b"x.npy": content}
 
 
@@ -824,7 +824,7 @@ def test_a_wrong_byte_exits_with_4(tmp_path, array):
     with target.open("r+b") as file:
         file.seek(-7, os.SEEK_END)
         file.write(b"\x77")
-    message = refused(4, "verify", target, says=[target, "images 0 to 10"])
+    message = check_refused(4, "verify", target, contains=[target, "images 0 to 10"])
     assert "checksum" in message
 
 
@@ -881,11 +881,11 @@ def test_what_is_not_permitted_exits_with_3(tmp_path, photos, closed):
     given = photos if closed == "photos" else source
     arguments = ["preprocess", given, tmp_path / "out" / "y.npy", "--mode", "caffe"]
     with permissions(place, 0o555 if closed == "target directory" else 0):
-        refused(3, says=[place], told=python(WITHOUT_PRIVILEGES, *arguments))
+        check_refused(3, contains=[place], result=python(WITHOUT_PRIVILEGES, *arguments))
     assert names_in(tmp_path / "out") == []
 
 
-# Progress that says so and then waits, while the next chunk may be written.
+# Progress that prints a line and waits, while the next chunk may be written.
 WAITING = """
 import contextlib, sys, warnings
 from fastvgg import cli
@@ -905,7 +905,7 @@ cli.main()
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("commits", [1, 2])
-def test_a_signal_exits_with_130_and_the_same_command_goes_on(tmp_path, array, number, commits):
+def test_a_signal_exits_with_130_and_the_same_command_resumes(tmp_path, array, number, commits):
     target = tmp_path / "y.npy"
     arguments = ["preprocess", array, target, "--mode", "caffe", *chunks_of(4)]
     with subprocess.Popen(
@@ -935,7 +935,7 @@ def test_a_signal_exits_with_130_and_the_same_command_goes_on(tmp_path, array, n
     assert target.read_bytes() == npy_bytes(network_inputs(pixels(11), "caffe"))
 
 
-# A disk that says so and then waits, where the second of three chunks is being written.
+# A disk that prints a line and waits while the second of three chunks is written.
 WRITING = """
 import os, signal, sys, threading, warnings
 sys.modules["numba"] = None
@@ -1053,7 +1053,7 @@ def test_a_signal_while_a_chunk_is_written_exits_with_130_when_that_is_committed
     ],
 )
 @pytest.mark.parametrize("kind", ["array", "in place"])
-def test_a_second_signal_exits_with_130_at_once_and_the_same_command_goes_on(
+def test_a_second_signal_exits_with_130_at_once_and_the_same_command_resumes(
     tmp_path, kind, first, second
 ):
     arguments, target, expected = of_three_chunks(kind, tmp_path)
@@ -1078,7 +1078,7 @@ def test_a_second_signal_exits_with_130_at_once_and_the_same_command_goes_on(
     assert target.read_bytes() == expected
 
 
-# What goes wrong with fastvgg itself
+# Internal errors
 
 
 def test_traceback_shows_where_an_error_came_from_and_exits_the_same(tmp_path):
@@ -1090,7 +1090,7 @@ def test_traceback_shows_where_an_error_came_from_and_exits_the_same(tmp_path):
     assert plain.returncode == traced.returncode == 3
 
 
-DEFECTIVE = """
+FAILING_PLAN = """
 import sys
 import fastvgg
 from fastvgg import cli
@@ -1102,8 +1102,8 @@ cli.main()
 """
 
 
-def test_a_defect_of_fastvgg_is_one_line_and_exits_with_70():
-    done = python(DEFECTIVE.format(error="ZeroDivisionError('an unforeseen thing')"))
+def test_an_internal_error_is_a_problem_and_a_remedy_and_exits_with_70():
+    done = python(FAILING_PLAN.format(error="ZeroDivisionError('an unforeseen thing')"))
     assert done.returncode == 70
     assert "Traceback" not in done.stderr
     assert "internal error (a bug in fastvgg)" in done.stderr
@@ -1112,8 +1112,10 @@ def test_a_defect_of_fastvgg_is_one_line_and_exits_with_70():
     assert len(done.stderr.splitlines()) == 2
 
 
-def test_a_defect_shows_its_traceback_where_it_is_asked_for():
-    done = python(DEFECTIVE.format(error="ZeroDivisionError('an unforeseen thing')"), "--traceback")
+def test_an_internal_error_shows_its_traceback_on_request():
+    done = python(
+        FAILING_PLAN.format(error="ZeroDivisionError('an unforeseen thing')"), "--traceback"
+    )
     assert done.returncode == 70
     assert "Traceback (most recent call last)" in done.stderr
 
@@ -1121,7 +1123,7 @@ def test_a_defect_shows_its_traceback_where_it_is_asked_for():
 @pytest.mark.parametrize("traceback", [[], ["--traceback"]])
 def test_an_error_of_the_system_exits_with_5(traceback):
     done = python(
-        DEFECTIVE.format(error="OSError(5, 'Input/output error', 'disk.npy')"), *traceback
+        FAILING_PLAN.format(error="OSError(5, 'Input/output error', 'disk.npy')"), *traceback
     )
     assert done.returncode == 5
     assert "disk.npy" in done.stderr

@@ -1,4 +1,4 @@
-"""What stands on a terminal, wide and narrow, without colours, without Unicode."""
+"""The screen of a terminal: wide, narrow, without color, without Unicode."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def fastvgg(*arguments, columns=80, stdout=None, **environment):
 
 
 def check_screen(shown, columns):
-    """Check that nothing was lost or broken within a word, and that a prompt may follow."""
+    """Check that no line is cut or wrapped inside a word, and that the cursor is at column 0."""
     assert shown.cursor_column == 0
     # What is as long as the screen is wide may have been broken by the terminal.
     assert max(len(line) for line in shown.lines) <= columns
