@@ -50,7 +50,7 @@ class KernelPath(NamedTuple):
     dtype: str
     """The dtype of the input."""
     out: str = "used"
-    """"used" (already mapped) or "new" memory, or "in place"."""
+    """The memory of the result: "used" (already mapped), "new", or "in place"."""
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""Memory bandwidth: the bytes of a kernel, moved on the same threads without arithmetic."""
+"""Memory bandwidth: the limit of a kernel that moves the same bytes on as many threads."""
 
 from __future__ import annotations
 
