@@ -148,7 +148,7 @@ def _channel_by_channel(x: NDArray[Any], mode: Mode) -> NDArray[Any]:
 
     In bfloat16 they are not those of the oracle: a constant is not rounded to that type first.
     """
-    y = x[..., ::-1].copy() if mode.flips else x.copy()
+    y = x[..., ::-1].copy() if mode.is_bgr else x.copy()
     if mode.divide is not None:
         y /= mode.divide
     for channel in range(3):

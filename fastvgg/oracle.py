@@ -62,7 +62,7 @@ def apply(transform: Transform, x: NDArray[Any]) -> NDArray[Any]:
 
 def forward(x: NDArray[Any], mode: Mode) -> NDArray[Any]:
     """Return y of x: channels last, in the floating type of x, constants rounded to that type."""
-    y = _with_reversed_channels(x) if mode.flips else x.copy()
+    y = _with_reversed_channels(x) if mode.is_bgr else x.copy()
     if mode.divide is not None:
         y /= x.dtype.type(mode.divide)
     if mode.mean is not None:
@@ -79,7 +79,7 @@ def inverse(y: NDArray[Any], mode: Mode) -> NDArray[Any]:
         x *= _row_of(mode.std, y)
     if mode.mean is not None:
         x += _row_of(mode.mean, y)
-    if mode.flips:
+    if mode.is_bgr:
         x = _with_reversed_channels(x)
     if mode.divide is not None:
         x *= y.dtype.type(mode.divide)

@@ -157,7 +157,7 @@ class TaskQueue:
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastvgg-lots")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastvgg-tasks")
         self._groups: list[TaskGroup] = []
 
     def __enter__(self) -> Self:

@@ -210,7 +210,7 @@ class Mode:
         return mode
 
     @property
-    def flips(self) -> bool:
+    def is_bgr(self) -> bool:
         """Whether y has the channels of x in reverse."""
         return self.order == "BGR"
 

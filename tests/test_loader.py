@@ -139,10 +139,10 @@ def test_shards_are_the_dataset_together_and_differ_by_a_row_at_most(path, shuff
 
 
 @pytest.mark.parametrize(
-    ("size", "count", "left"), [(4, 5, 3), (23, 1, 0), (24, 0, 23), (1, 23, 0)]
+    ("batch_size", "count", "left"), [(4, 5, 3), (23, 1, 0), (24, 0, 23), (1, 23, 0)]
 )
-def test_a_last_batch_that_is_not_full_is_left_out_if_asked(path, size, count, left):
-    batches = fastvgg.batches(path, size, drop_last=True)
+def test_a_last_batch_that_is_not_full_is_dropped_if_asked(path, batch_size, count, left):
+    batches = fastvgg.batches(path, batch_size, drop_last=True)
     given = all_of(batches)
     assert len(given) == len(batches) == count
     assert rows_of(given) == list(range(IMAGES - left))
@@ -267,7 +267,7 @@ def test_a_state_before_the_first_iteration_is_its_beginning(path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"size": 5},
+        {"batch_size": 5},
         {"shuffle": False},
         {"seed": 1},
         {"shard": (0, 2)},
@@ -276,14 +276,17 @@ def test_a_state_before_the_first_iteration_is_its_beginning(path):
     ids=str,
 )
 def test_a_state_of_other_batches_is_refused_by_what_differs(path, options):
-    common = {"size": 4, "shuffle": True, "seed": 0}
+    common = {"batch_size": 4, "shuffle": True, "seed": 0}
     state = fastvgg.batches(path, **common).state_dict()
     other = fastvgg.batches(path, **(common | options))
     with pytest.raises(UsageError, match=next(iter(options))):
         other.load_state_dict(state)
 
 
-@pytest.mark.parametrize("wrong", [{"given": 7}, {"given": -1}, {"epoch": "1"}, {"given": None}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"batches_yielded": 7}, {"batches_yielded": -1}, {"epoch": "1"}, {"batches_yielded": None}],
+)
 def test_a_damaged_state_is_refused(path, wrong):
     batches = fastvgg.batches(path, 4)
     with pytest.raises(UsageError, match=next(iter(wrong))):
@@ -349,9 +352,9 @@ def test_a_file_that_is_half_done_in_place_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "shown"),
     [
-        ({"size": 0}, "size is 0"),
-        ({"size": 2.0}, "size is 2.0"),
-        ({"size": True}, "size is True"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 2.0}, "batch_size is 2.0"),
+        ({"batch_size": True}, "batch_size is True"),
         ({"seed": -1}, "seed is -1"),
         ({"shard": (2, 2)}, r"shard is \(2, 2\)"),
         ({"shard": (-1, 2)}, r"shard is \(-1, 2\)"),
@@ -362,7 +365,7 @@ def test_a_file_that_is_half_done_in_place_is_refused(tmp_path, monkeypatch):
 )
 def test_an_argument_out_of_range_is_refused(path, options, shown):
     with pytest.raises(UsageError, match=shown):
-        fastvgg.batches(path, **({"size": 4} | options))
+        fastvgg.batches(path, **({"batch_size": 4} | options))
 
 
 def test_a_transform_that_does_not_fit_is_refused_with_the_path(path):
@@ -389,7 +392,7 @@ def test_a_missing_dataset_is_refused(tmp_path):
 def test_another_array_under_the_name_is_refused_when_an_epoch_begins(path):
     batches = fastvgg.batches(path, 4)
     np.save(path, x_of(images=22))
-    with pytest.raises(SourceError, match="is another than it was"):
+    with pytest.raises(SourceError, match="has changed since"):
         next(iter(batches))
 
 

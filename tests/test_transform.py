@@ -125,8 +125,8 @@ def test_what_is_neither_a_mode_nor_a_name_is_refused(mode):
     assert repr(mode) in caught.value.problem
 
 
-def test_only_bgr_flips():
-    assert [mode.flips for mode in (Mode.CAFFE, Mode.TF, Mode.TORCH)] == [True, False, False]
+def test_only_caffe_is_bgr():
+    assert [mode.is_bgr for mode in (Mode.CAFFE, Mode.TF, Mode.TORCH)] == [True, False, False]
 
 
 def test_the_numbers_of_a_mode_become_floats_in_tuples():

@@ -94,7 +94,7 @@ class KernelSpec(NamedTuple):
             compute=compute,
             planar_source=planar_source,
             planar_target=planar_target,
-            reverses_channels=mode.flips != reversed_input,
+            reverses_channels=mode.is_bgr != reversed_input,
             affine=affine,
             divide="none" if affine else divide,
             scale="none" if affine else scale,
@@ -193,7 +193,7 @@ def constant_table(mode: Mode, spec: KernelSpec) -> NDArray[Any]:
     """
     scalar = np.dtype(spec.compute).type
     reverses_results = spec.reverses_channels and spec.shuffles_results
-    is_reversed = (mode.flips and spec.restores) != reverses_results
+    is_reversed = (mode.is_bgr and spec.restores) != reverses_results
     step = -1 if is_reversed else 1
     divide = np.full(3, 1.0 if mode.divide is None else mode.divide, scalar)
     mean = np.array(mode.mean or (0.0, 0.0, 0.0), scalar)[::step]
@@ -306,7 +306,7 @@ def _preprocessed(x: NDArray[np.float32], mode: Mode) -> NDArray[np.float32]:
 def _restored(y: NDArray[np.float32], mode: Mode) -> NDArray[np.float32]:
     """Return what the inverse of a mode makes of numbers: a column for each channel of y."""
     x: NDArray[np.float32] = oracle.inverse(np.repeat(y[:, np.newaxis], 3, axis=1), mode)
-    return x[:, ::-1] if mode.flips else x
+    return x[:, ::-1] if mode.is_bgr else x
 
 
 @functools.lru_cache(maxsize=64)
