@@ -1318,7 +1318,7 @@ def test_a_layout_that_is_no_name_is_refused(layout):
 
 @pytest.mark.parametrize("threads", [True, 1.5, "2", 0, -1])
 def test_threads_are_a_whole_number(backend, threads):
-    with pytest.raises(UsageError, match="whole number"):
+    with pytest.raises(UsageError, match="integer"):
         fastvgg.preprocess(every_value(), "caffe", threads=threads, backend=backend)
 
 
