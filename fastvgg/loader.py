@@ -157,7 +157,7 @@ class Batches:
         self._epoch, self._batches_yielded, self._has_start = epoch, 0, True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position of the iteration that yielded last, and its options, as JSON types."""
+        """Return the position of the latest iteration and the options, as JSON types."""
         return {
             **self._identity(),
             "epoch": max(0, self._epoch),

@@ -369,7 +369,7 @@ def test_an_argument_out_of_range_is_refused(path, options, shown):
 
 
 def test_a_transform_that_does_not_fit_is_refused_with_the_path(path):
-    with pytest.raises(SourceError, match=r"x.npy: shape .* axis holds 5, not 3"):
+    with pytest.raises(SourceError, match=r"x.npy: shape .* axis has length 5, expected 3"):
         fastvgg.batches(path, 4, transform=Transform("caffe", layout="NCHW"))
     with pytest.raises(SourceError, match="nothing to restore"):
         fastvgg.batches(path, 4, transform=Transform("caffe", "restore"))

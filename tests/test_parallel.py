@@ -27,7 +27,7 @@ def test_every_item_runs_once(threads, count):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_an_error_in_a_item_reaches_the_caller_and_the_next_call_works(threads):
+def test_an_error_in_an_item_reaches_the_caller_and_the_next_call_works(threads):
     def fail_in_the_middle(item):
         if item == ITEMS[20]:
             raise MemoryError("no memory to gather this item in")
@@ -56,7 +56,7 @@ def test_an_error_on_another_thread_reaches_the_caller():
 
     def fail_elsewhere(_item):
         if threading.current_thread() is caller:
-            assert failed.wait(60)  # the other thread has a item, and needs the time to fail
+            assert failed.wait(60)  # the other thread has an item, and needs the time to fail
         else:
             failed.set()
             raise MemoryError("no memory to gather this item in")
@@ -221,7 +221,7 @@ def test_items_are_begun_in_their_order_and_groups_in_theirs():
     assert order == [10 * group + item for group in range(5) for item in range(7)]
 
 
-def test_a_item_of_a_later_group_is_begun_when_those_of_earlier_ones_are():
+def test_an_item_of_a_later_group_is_begun_when_those_of_earlier_ones_are():
     begun, counted = [], itertools.count()
 
     def take(item):
@@ -231,7 +231,7 @@ def test_a_item_of_a_later_group_is_begun_when_those_of_earlier_ones_are():
         made = [tasks.submit([group] * 50, take) for group in range(4)]
         for group in made:
             group.wait()
-    # Each thread takes a item and then notes it: at most the others' items come in between.
+    # Each thread takes an item and then notes it: at most the others' items come in between.
     late = [item for _, item in sorted(begun)]
     for group in range(4):
         assert late.index(group) >= 50 * group - 3
