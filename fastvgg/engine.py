@@ -20,7 +20,14 @@ from fastvgg import oracle
 from fastvgg.errors import DtypeError, OutputError, UsageError
 from fastvgg.interop import address_of, as_numpy, as_torch, is_torch
 from fastvgg.parallel import check_threads, parallel_for
-from fastvgg.tiling import LINE_BYTES, Steps, Tile, base_of, cut, pixels_before_a_line
+from fastvgg.tiling import (
+    CACHE_LINE_BYTES,
+    Strides,
+    Tile,
+    find_base,
+    partition,
+    pixels_to_cache_line,
+)
 from fastvgg.transform import Transform, storage_dtype, storage_name
 
 if TYPE_CHECKING:
@@ -29,7 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
     from fastvgg.backend import Backend
-    from fastvgg.tiling import Base
+    from fastvgg.tiling import ContiguousBase
     from fastvgg.transform import Layout, Mode, Rounding
 
 __all__ = [
@@ -343,9 +350,12 @@ class _RowKernel:
         self._loop = kernel.loop
         self._constants_address = kernel.constants_address
         self._first, self._out_first = address_of(x), address_of(out)
-        steps, out_steps = Steps.of(x.shape, x.itemsize, plan.transform.layout), plan.out_steps
-        self._image_bytes, self._out_image_bytes = steps.image, out_steps.image
-        self._rest = plan.image_pixels, *steps[:2], *out_steps[:2]
+        steps, out_strides = (
+            Strides.contiguous(x.shape, x.itemsize, plan.transform.layout),
+            plan.out_strides,
+        )
+        self._image_bytes, self._out_image_bytes = steps.image, out_strides.image
+        self._rest = plan.image_pixels, *steps[:2], *out_strides[:2]
 
     def __call__(self, row: int, out_row: int, count: int = 1) -> None:
         self._loop(
@@ -370,8 +380,8 @@ class _CallPlan:
     """Of the input and the result."""
     images: int
     image_pixels: int
-    base: Base | None
-    out_steps: Steps
+    base: ContiguousBase | None
+    out_strides: Strides
     work: backends.Workload
 
 
@@ -393,8 +403,8 @@ def _plan_call(
         nbytes=math.prod(shape) * (dtype.itemsize + out_dtype.itemsize),
         images=shape[0] if len(shape) == 4 else 1,
         image_pixels=math.prod(shape[-3:]) // 3,
-        base=base_of(transform.layout, dtype, shape, strides),
-        out_steps=Steps.of(out_shape, out_dtype.itemsize, transform.out_layout),
+        base=find_base(transform.layout, dtype, shape, strides),
+        out_strides=Strides.contiguous(out_shape, out_dtype.itemsize, transform.out_layout),
         work=backends.Workload(has_kernel=False)
         if packs
         else backends.workload(transform, input_name),
@@ -460,8 +470,8 @@ def _kernel(plan: _CallPlan, in_place: bool, streams: bool) -> _Kernel:
     transform, reverses = plan.transform, False
     if plan.base is not None:
         transform = dataclasses.replace(transform, layout=plan.base.layout)
-        reverses = plan.base.reverses
-    aligned_planes = plan.out_steps.plane % LINE_BYTES == 0
+        reverses = plan.base.is_reversed
+    aligned_planes = plan.out_strides.plane % CACHE_LINE_BYTES == 0
     kernel = _compiled(transform, plan.input_name, reverses, in_place, streams, aligned_planes)
     plan.work.is_compiled = True
     return kernel
@@ -496,14 +506,14 @@ def _apply_kernel(
     plan: _CallPlan, x: NDArray[Any], out: NDArray[Any], threads: int, streams: bool
 ) -> None:
     """Work on the base of x where it lies, or on copies of its tiles if it has none."""
-    base, out_steps = plan.base, plan.out_steps
+    base, out_strides = plan.base, plan.out_strides
     if base is None:
         _apply_kernel_to_copies(plan, x, out, threads, streams)
         return
     first, out_first = address_of(x) + base.offset, address_of(out)
     in_place = first == out_first
     kernel = _kernel(plan, in_place, streams and not in_place)
-    steps = (*base.steps[:2], *out_steps[:2])
+    steps = (*base.strides[:2], *out_strides[:2])
     images, pixels = plan.images, plan.image_pixels
     if base.layout == plan.transform.out_layout == "NHWC":
         images, pixels = 1, images * pixels
@@ -514,17 +524,17 @@ def _apply_kernel(
 
     def work_on(tile: Tile) -> None:
         kernel.loop(
-            first + base.steps.to(tile.image, tile.row),
-            out_first + out_steps.to(tile.image, tile.row),
+            first + base.strides.offset(tile.image, tile.row),
+            out_first + out_strides.offset(tile.image, tile.row),
             kernel.constants_address,
             tile.images,
             tile.rows,
             *steps,
         )
 
-    lead = pixels_before_a_line(out_first, out_steps.pixel, plan.transform.out_layout)
+    lead = pixels_to_cache_line(out_first, out_strides.pixel, plan.transform.out_layout)
     pixel_bytes = plan.nbytes // (images * pixels)
-    tiles = cut(images, pixels, pixel_bytes, tile_bytes, lead=lead, multiple=LINE_BYTES)
+    tiles = partition(images, pixels, pixel_bytes, tile_bytes, lead=lead, multiple=CACHE_LINE_BYTES)
     parallel_for(tiles, work_on, threads)
 
 
@@ -534,20 +544,20 @@ def _apply_kernel_to_copies(
     """Copy each tile into memory of its own first, where it stays in the cache."""
     kernel = _kernel(plan, False, streams)
     source, out_first = _batch(x), address_of(out)
-    layout, out_steps = plan.transform.layout, plan.out_steps
+    layout, out_strides = plan.transform.layout, plan.out_strides
     width = source.shape[2 if layout == "NHWC" else 3]
     native = source.dtype.newbyteorder("=")
 
     def work_on(tile: Tile) -> None:
-        copy = np.array(tile.of(source, layout), native, order="C")
-        steps = Steps.of(copy.shape, copy.itemsize, layout)
+        copy = np.array(tile.view(source, layout), native, order="C")
+        steps = Strides.contiguous(copy.shape, copy.itemsize, layout)
         kernel.loop(
             address_of(copy),
-            out_first + out_steps.to(tile.image, tile.row * width),
+            out_first + out_strides.offset(tile.image, tile.row * width),
             kernel.constants_address,
             tile.images,
             tile.rows * width,
-            *(*steps[:2], *out_steps[:2]),
+            *(*steps[:2], *out_strides[:2]),
         )
 
     parallel_for(_copied_tiles(plan, threads), work_on, threads)
@@ -557,8 +567,8 @@ def _apply_oracle(plan: _CallPlan, x: NDArray[Any], out: NDArray[Any], threads: 
     transform, source, target = plan.transform, _batch(x), _batch(out)
 
     def work_on(tile: Tile) -> None:
-        result = oracle.apply(transform, tile.of(source, transform.layout))
-        tile.of(target, transform.out_layout)[...] = result
+        result = oracle.apply(transform, tile.view(source, transform.layout))
+        tile.view(target, transform.out_layout)[...] = result
 
     parallel_for(_copied_tiles(plan, threads), work_on, threads)
 
@@ -572,7 +582,7 @@ def _batch(x: NDArray[Any]) -> NDArray[Any]:
 def _copied_tiles(plan: _CallPlan, threads: int) -> list[Tile]:
     rows = plan.shape[-3 if plan.transform.out_layout == "NHWC" else -2]
     tile_bytes = min(_tile_bytes(plan.nbytes, threads), COPIED_TILE_BYTES)
-    return cut(plan.images, rows, plan.nbytes // (plan.images * rows), tile_bytes)
+    return partition(plan.images, rows, plan.nbytes // (plan.images * rows), tile_bytes)
 
 
 def _tile_bytes(nbytes: int, threads: int) -> int:

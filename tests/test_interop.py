@@ -1,4 +1,4 @@
-"""Arrays of others: the same bits as from NumPy, in the memory that is there, and what is refused.
+"""Arrays of other libraries: the same bits as from NumPy, without a copy, and what is rejected.
 
 PyTorch is not installed with the tests, as its usual build takes gigabytes; with it they take it.
 """
@@ -165,21 +165,25 @@ def test_a_list_of_images_is_a_batch(kind):
     ("images", "error", "shown"),
     [
         ([], ShapeError, "an empty list has no images"),
-        ([np.zeros((2, 5, 7, 3))], ShapeError, r"number 0 has shape \(2, 5, 7, 3\), of rank 4"),
-        ([np.zeros((5, 7))] * 3, ShapeError, r"number 0 has shape \(5, 7\), of rank 2"),
+        (
+            [np.zeros((2, 5, 7, 3))],
+            ShapeError,
+            r"item 0 of the list has shape \(2, 5, 7, 3\), of rank 4",
+        ),
+        ([np.zeros((5, 7))] * 3, ShapeError, r"item 0 of the list has shape \(5, 7\), of rank 2"),
         (
             [np.zeros((5, 7, 3)), np.zeros((5, 8, 3))],
             ShapeError,
-            r"number 0 has shape \(5, 7, 3\) and number 1 \(5, 8, 3\)",
+            r"item 0 of the list has shape \(5, 7, 3\), but item 1 has \(5, 8, 3\)",
         ),
         (
             [np.zeros((5, 7, 3), np.uint8), np.zeros((5, 7, 3), np.float32)],
             DtypeError,
-            "number 0 has type uint8 and number 1 float32",
+            "item 0 of the list has dtype uint8, but item 1 has float32",
         ),
-        ([[[1.0, 2.0, 3.0]]], DtypeError, "got a list of list, which is no array"),
-        ((1.0, 2.0, 3.0), DtypeError, "got a tuple of float, which is no array"),
-        ([None], DtypeError, "got NoneType, which is no array"),
+        ([[[1.0, 2.0, 3.0]]], DtypeError, "got a list of list, which is not an array"),
+        ((1.0, 2.0, 3.0), DtypeError, "got a tuple of float, which is not an array"),
+        ([None], DtypeError, "got NoneType, which is not an array"),
     ],
 )
 def test_a_list_that_is_no_batch_is_refused(images, error, shown):
@@ -193,7 +197,9 @@ def test_a_list_that_is_no_batch_is_refused(images, error, shown):
 @pytest.mark.parametrize("kind", [2, 8, 10])
 def test_an_array_on_a_gpu_is_refused(kind):
     x = OnlyDlpack(np.array(every_value()), device=(kind, 1))
-    with pytest.raises(DtypeError, match=rf"on device 1 of DLPack's kind {kind}.*\n.*move it"):
+    with pytest.raises(
+        DtypeError, match=rf"on device 1 of DLPack device type {kind}.*\n.*copy it to the CPU"
+    ):
         fastvgg.preprocess(x, "caffe")
 
 
@@ -217,13 +223,13 @@ def test_the_line_that_moves_an_array_is_that_of_its_framework(module, move):
     kind = type("Tensor", (OnlyDlpack,), {"__module__": module})
     with pytest.raises(DtypeError) as raised:
         fastvgg.restore(kind(np.zeros((5, 7, 3), np.float32), device=(2, 0)), "caffe")
-    assert raised.value.remedy == f"move it there: {move}"
+    assert raised.value.remedy == f"copy it to the CPU: {move}"
 
 
 def test_a_tensor_whose_device_is_named_is_refused_on_a_gpu():
     x = OnlyArray(every_value())
     x.device = "/job:localhost/replica:0/task:0/device:GPU:0"
-    with pytest.raises(DtypeError, match="device:GPU:0, and fastvgg works on the CPU"):
+    with pytest.raises(DtypeError, match="device:GPU:0, but fastvgg runs on the CPU"):
         fastvgg.preprocess(x, "caffe")
     x.device = "/job:localhost/replica:0/task:0/device:CPU:0"
     fastvgg.preprocess(x, "caffe")
@@ -231,13 +237,13 @@ def test_a_tensor_whose_device_is_named_is_refused_on_a_gpu():
 
 @pytest.mark.parametrize("error", [TypeError, ValueError, RuntimeError, BufferError])
 def test_an_array_that_does_not_show_its_memory_is_refused_with_what_it_says(error):
-    with pytest.raises(DtypeError, match="OnlyArray, which does not show its memory: a symbol"):
+    with pytest.raises(DtypeError, match="OnlyArray, which cannot export its memory: a symbol"):
         fastvgg.preprocess(OnlyArray(None, error("a symbol")), "caffe")
 
 
 @pytest.mark.parametrize("x", [None, 7, "x.png", b"\x00" * 105, {"x": 1}, object()])
 def test_what_is_no_array_is_refused(x):
-    with pytest.raises(DtypeError, match=f"got {type(x).__name__}, which is no array"):
+    with pytest.raises(DtypeError, match=f"got {type(x).__name__}, which is not an array"):
         fastvgg.preprocess(x, "caffe")
 
 
@@ -332,12 +338,12 @@ def test_a_tensor_with_a_gradient_is_refused_and_stays_as_it_is(torch):
 
 def test_a_tensor_that_is_elsewhere_is_refused_with_the_line_that_moves_it(torch):
     y = torch.zeros(ODD, device="meta")
-    with pytest.raises(DtypeError, match=r"on meta, and fastvgg works on the CPU\n.*x.cpu\(\)"):
+    with pytest.raises(DtypeError, match=r"on meta, but fastvgg runs on the CPU\n.*x.cpu\(\)"):
         fastvgg.restore(y, "caffe")
 
 
 def test_a_sparse_tensor_is_refused(torch):
-    with pytest.raises(DtypeError, match="does not show its memory"):
+    with pytest.raises(DtypeError, match="cannot export its memory"):
         fastvgg.restore(torch.zeros(ODD).to_sparse(), "caffe")
 
 
