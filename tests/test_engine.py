@@ -828,9 +828,9 @@ def shared(monkeypatch):
     """The tiles of each batch, and the threads that share them."""
     seen = []
 
-    def recording(tiles, work_on, threads):
+    def recording(tiles, fn, threads):
         seen.append((tiles, threads))
-        parallel_for(tiles, work_on, threads)
+        parallel_for(tiles, fn, threads)
 
     monkeypatch.setattr(engine, "parallel_for", recording)
     return seen
@@ -922,7 +922,7 @@ class Call(NamedTuple):
     layout: str
     reverses: bool
     in_place: bool
-    streams: bool
+    nontemporal: bool
     source: int
     target: int
     images: int
@@ -935,12 +935,14 @@ def calls(monkeypatch):
     made = []
     kernel_of = engine._kernel
 
-    def recording(plan, in_place, streams):
-        kernel = kernel_of(plan, in_place, streams)
+    def recording(plan, *, in_place, nontemporal):
+        kernel = kernel_of(plan, in_place=in_place, nontemporal=nontemporal)
         layout, reverses = plan.base[:2] if plan.base else (plan.transform.layout, False)
 
         def loop(source, target, constants, images, pixels, *steps):
-            made.append(Call(layout, reverses, in_place, streams, source, target, images, pixels))
+            made.append(
+                Call(layout, reverses, in_place, nontemporal, source, target, images, pixels)
+            )
             kernel.loop(source, target, constants, images, pixels, *steps)
 
         return kernel._replace(loop=loop)
@@ -1039,7 +1041,7 @@ def test_one_large_image_is_cut_where_lines_of_the_result_begin(
 
 def streamed(calls):
     """Whether loops streamed; all of them did or none."""
-    (found,) = {call.streams for call in calls}
+    (found,) = {call.nontemporal for call in calls}
     calls.clear()
     return found
 
