@@ -95,7 +95,7 @@ def _map_blocks(transform: Transform, x: da.Array, backend: Backend) -> da.Array
     if len(x.chunks[axis]) != 1:
         raise ShapeError(
             f"the channel axis has chunks {x.chunks[axis]}, expected one chunk",
-            f"rechunk it: x.rechunk({{{axis}: -1}})",
+            f"give x.rechunk({{{axis}: -1}})",
         )
     dtype = storage_dtype(transform.output_name(input_name))
     axes = tuple(range(x.ndim))

@@ -211,7 +211,7 @@ def test_every_item_of_every_group_runs_once(threads):
         assert sorted(done) == expected
 
 
-def test_items_are_begun_in_their_order_and_groups_in_theirs():
+def test_items_and_groups_start_in_order():
     order = []
     with TaskQueue(1) as tasks:
         begun = [
@@ -221,7 +221,7 @@ def test_items_are_begun_in_their_order_and_groups_in_theirs():
     assert order == [10 * group + item for group in range(5) for item in range(7)]
 
 
-def test_an_item_of_a_later_group_is_begun_when_those_of_earlier_ones_are():
+def test_items_of_a_later_group_start_after_those_of_earlier_ones():
     begun, counted = [], itertools.count()
 
     def take(item):
@@ -325,7 +325,7 @@ class LeftError(Exception):
 
 
 @pytest.mark.parametrize("error", [None, LeftError], ids=["at its end", "by an error"])
-def test_leaving_the_block_begins_no_more_items_and_waits_for_those_under_way(error):
+def test_leaving_the_block_cancels_waiting_items_and_waits_for_running_ones(error):
     begun, ended = [], []
     under_way = threading.Barrier(3)
 

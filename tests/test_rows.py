@@ -74,7 +74,7 @@ def test_many_threads_may_write_rows_at_once(monkeypatch, streams):
 
 
 @pytest.mark.compiled
-def test_rows_that_fit_the_caches_are_not_written_past_them(monkeypatch):
+def test_rows_that_fit_the_caches_use_ordinary_stores(monkeypatch):
     seen = []
     kernel_of = engine._kernel
 
@@ -109,7 +109,7 @@ def test_the_batches_live_as_long_as_what_works_on_them(side):
     assert held() is None
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_written():
+def test_invalid_arguments_are_rejected_before_anything_is_written():
     transform, x = Transform("caffe"), images()
     out = empty_rows(transform, x)
     for refused, arguments in {

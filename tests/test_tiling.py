@@ -64,11 +64,11 @@ def test_pixels_to_cache_line_reaches_the_first_aligned_pixel(dtype, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("reverses", [False, True])
-@pytest.mark.parametrize("turned", [False, True])
-def test_the_base_of_a_view_has_its_pixels_where_they_are(layout, turned, reverses):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_base_of_a_view_has_its_pixels_where_they_are(layout, transposed, reverses):
     for shape in itertools.product((1, 2), (1, 3, 5), (1, 3, 7)):
         batch = in_layout(np.zeros((*shape, 3), np.float32), layout)
-        view, _ = in_memory(batch, layout, turned, reverses, start=0)
+        view, _ = in_memory(batch, layout, transposed, reverses, start=0)
         for x in (view, view[0]):
             base = tiling.find_base(layout, x.dtype, x.shape, x.strides)
             between = 4 if base.layout == "NHWC" else base.strides.plane
@@ -80,5 +80,5 @@ def test_the_base_of_a_view_has_its_pixels_where_they_are(layout, turned, revers
                 expected = [np.dot((*index, channel), strides) for channel in range(3)]
                 assert channels[:: -1 if base.is_reversed else 1] == expected
             if min(shape) > 1:
-                assert (base.layout != layout) == turned
+                assert (base.layout != layout) == transposed
                 assert base.is_reversed == reverses
