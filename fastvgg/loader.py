@@ -85,9 +85,9 @@ class Batches:
     Raises
     ------
     SourceError, ShapeError, DtypeError
-        If the dataset does not exist, or does not fit the transform.
+        If the dataset does not exist, does not fit the transform, or is already preprocessed.
     UsageError
-        If an argument is out of range, or the dataset is already preprocessed.
+        If an argument is out of range.
     StoppedError
         During an iteration, if the dataset was truncated or cannot be read.
 
