@@ -1,7 +1,7 @@
-"""Images to the exact bits that a pretrained network expects, and back to the exact images.
+"""Bit-exact, reversible ImageNet preprocessing, from arrays in memory to terabyte datasets.
 
-The public names are resolved when they are first used: importing fastvgg imports neither NumPy nor
-Numba nor anything optional.
+Public names are imported on first use: importing fastvgg imports neither NumPy nor Numba nor any
+optional dependency.
 
 >>> import numpy as np
 >>> import fastvgg
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # or a checker would take any name for a public one
+if not TYPE_CHECKING:  # otherwise type checkers accept any name
 
     def __getattr__(name: str) -> object:
         if name not in _LAZY:

@@ -1,4 +1,4 @@
-"""`python -m fastvgg` is the command line."""
+"""Run the command line as `python -m fastvgg`."""
 
 from fastvgg.cli import main
 

@@ -1,9 +1,10 @@
-"""The backend of a piece of work: NumPy until a kernel pays off, then Numba.
+"""Choose the backend of a workload: NumPy until compiling a kernel pays off, then Numba.
 
-Both have the same bits. Numba's import and start take about a second, and each kernel a quarter of
-one, while the oracle preprocesses a 224x224 image in about a millisecond. So "auto" works on NumPy,
-without importing Numba, until the work of this process would have paid for a kernel; from then on
-the total is about twice that of the better choice at most. Work of a known size compiles at once.
+Both backends give the same bits. Importing and starting Numba takes about a second and compiling a
+kernel a quarter of a second, while the oracle preprocesses a 224x224 image in about a millisecond.
+So "auto" uses NumPy, without importing Numba, until NumPy has spent as long as a kernel costs. The
+total time is then at most about twice that of the better choice. Work of known size is compiled at
+once if it is large enough.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Backend",
-    "Chosen",
+    "ResolvedBackend",
     "Workload",
     "check_backend",
     "choose",
@@ -39,24 +40,25 @@ __all__ = [
 ]
 
 Backend: TypeAlias = Literal["auto", "numba", "numpy"]
-Chosen: TypeAlias = Literal["numba", "numpy"]
+ResolvedBackend: TypeAlias = Literal["numba", "numpy"]
 
-# Of a 2-core AMD EPYC (Zen 3): 0.4 s to import Numba, 0.7 s until it compiles its first function.
+# Measured on a 2-core AMD EPYC (Zen 3): importing Numba takes 0.4 s, its first compilation 0.7 s.
 START_SECONDS: Final = 1.0
 KERNEL_SECONDS: Final = 0.25
-# Read and written, on one thread: from 0.4 (uint8 to float32) to 4 (halves). Used until measured.
+# The assumption until a workload is measured, per byte read or written on one thread. Measured: 0.4
+# to 4 ns (uint8 to float32; float16 and bfloat16).
 ORACLE_SECONDS_PER_BYTE: Final = 1e-9
 KERNELS: Final = "fastvgg.kernels.convert"
-# A Numba that refuses this NumPy or must not compile, an LLVM that cannot be loaded or is too old.
-BROKEN_IMPORT: Final = (ImportError, OSError, AttributeError)
+# Raised if Numba does not support this NumPy or is disabled, or LLVM fails to load or is too old.
+IMPORT_ERRORS: Final = (ImportError, OSError, AttributeError)
 
 compile_lock: Final = threading.RLock()
-"""Held while Numba is imported and while a kernel is compiled. A fork waits for it, up to a second
-or two: a child that inherits a lock held by a thread that it does not have could never compile."""
+"""Held while Numba is imported or a kernel is compiled. A fork waits for it, up to a second or two:
+a child whose copy of the lock is held by a thread that was not forked could never compile."""
 
-# A fork calls the hook that was registered last first. It has to be this one: a compilation may
-# need the locks of these modules, which their hooks take and keep.
-HOOKS_BEFORE_OURS: Final = (logging, concurrent.futures.thread)
+# `before` hooks run in reverse order of registration, and this module's has to run first: a
+# compilation may need the locks that the hooks of these modules acquire. So import them earlier.
+HOOKS_REGISTERED_EARLIER: Final = (logging, concurrent.futures.thread)
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
@@ -68,35 +70,35 @@ if hasattr(os, "register_at_fork"):
 
 @dataclass(eq=False, slots=True)
 class Workload:
-    """Work that one kernel does: what it has cost on NumPy, and whether its kernel is compiled."""
+    """The calls that share one kernel: what they have cost on NumPy, and whether it is compiled."""
 
     has_kernel: bool = True
-    """Whether there is a kernel for it at all."""
-    seconds: float = 0.0
-    nbytes: int = 0
+    """Whether a kernel exists for this workload."""
+    numpy_seconds: float = 0.0
+    numpy_bytes: int = 0
     is_compiled: bool = False
 
-    def expected_seconds(self, nbytes: int, threads: int) -> float:
-        """Return how long NumPy takes for more of this work."""
-        if self.nbytes:
-            return self.seconds / self.nbytes * nbytes
+    def estimate_seconds(self, nbytes: int, threads: int) -> float:
+        """Estimate how long NumPy takes to process `nbytes` more."""
+        if self.numpy_bytes:
+            return self.numpy_seconds / self.numpy_bytes * nbytes
         return ORACLE_SECONDS_PER_BYTE * nbytes / threads
 
     @contextmanager
-    def on_numpy(self, nbytes: int) -> Iterator[None]:
-        """Record how long NumPy takes for some of this work."""
-        begun = time.perf_counter()
+    def time_numpy(self, nbytes: int) -> Iterator[None]:
+        """Measure how long NumPy takes to process `nbytes`."""
+        start = time.perf_counter()
         yield
-        self.seconds += time.perf_counter() - begun
-        self.nbytes += nbytes
+        self.numpy_seconds += time.perf_counter() - start
+        self.numpy_bytes += nbytes
 
 
-_works: dict[Hashable, Workload] = {}
+_workloads: dict[Hashable, Workload] = {}
 
 
 def workload(*key: Hashable) -> Workload:
-    """Return the work that a key stands for: what distinguishes it from that of other kernels."""
-    return _works.setdefault(key, Workload())
+    """Return the workload of a key, which identifies a kernel."""
+    return _workloads.setdefault(key, Workload())
 
 
 def check_backend(backend: Backend) -> None:
@@ -105,77 +107,80 @@ def check_backend(backend: Backend) -> None:
     Raises
     ------
     BackendError
-        If Numba is asked for by name and is not usable.
+        If `backend` is "numba" and Numba is not usable.
     UsageError
-        If there is no such backend.
+        If the backend is unknown.
     """
     if backend not in ("auto", "numba", "numpy"):
         raise UsageError(f"backend is {backend!r}", "give 'auto', 'numba' or 'numpy'")
-    if backend == "numba" and (problem := _problem_of_numba()):
+    if backend == "numba" and (problem := _find_numba_problem()):
         reason, remedy = problem
         raise BackendError(f"Numba is not usable: {reason}", remedy)
 
 
-def choose(backend: Backend, work: Workload, nbytes: int, threads: int) -> Chosen:
+def choose(backend: Backend, workload: Workload, nbytes: int, threads: int) -> ResolvedBackend:
     """Return the backend for a call.
 
     Parameters
     ----------
     backend
-        As the caller gave it.
-    work
-        What the call does.
+        The backend that the caller requested.
+    workload
+        The workload of the call.
     nbytes
-        What the call reads and writes.
+        The bytes that the call reads and writes.
     threads
-        How many threads it uses.
+        The number of threads of the call.
 
     Raises
     ------
     BackendError, UsageError
-        As `check_backend`.
+        See `check_backend`.
     """
-    if backend == "auto" and work.is_compiled:
+    if backend == "auto" and workload.is_compiled:
         return "numba"
     check_backend(backend)
-    if not work.has_kernel:
+    if not workload.has_kernel:
         return "numpy"
     if backend != "auto":
         return backend
-    expected = work.expected_seconds(nbytes, threads)
-    own, all_work = (seconds + expected for seconds in (work.seconds, _total()))
-    pays = own >= KERNEL_SECONDS and (_has_started() or all_work >= START_SECONDS + KERNEL_SECONDS)
-    return _numba_if(pays)
+    call_seconds = workload.estimate_seconds(nbytes, threads)
+    pays_off = workload.numpy_seconds + call_seconds >= KERNEL_SECONDS and (
+        _has_started() or _total_numpy_seconds() + call_seconds >= START_SECONDS + KERNEL_SECONDS
+    )
+    return _resolve(pays_off=pays_off)
 
 
-def choose_for(backend: Backend, nbytes: int, threads: int) -> Chosen:
-    """Return the backend for work whose whole size is known; see `choose`.
+def choose_for(backend: Backend, nbytes: int, threads: int) -> ResolvedBackend:
+    """Return the backend for work of known total size; see `choose`.
 
-    What NumPy has done before counts too, so that many epochs of a small dataset pay for a kernel.
+    Earlier NumPy time counts too, so a kernel pays off after many epochs of a small dataset.
     """
     check_backend(backend)
     if backend != "auto":
         return backend
     cost = KERNEL_SECONDS + (0.0 if _has_started() else START_SECONDS)
-    return _numba_if(_total() + nbytes * ORACLE_SECONDS_PER_BYTE / threads >= cost)
+    work_seconds = nbytes * ORACLE_SECONDS_PER_BYTE / threads
+    return _resolve(pays_off=_total_numpy_seconds() + work_seconds >= cost)
 
 
-def _total() -> float:
-    return sum(work.seconds for work in list(_works.values()))  # a copy: other threads add to it
+def _total_numpy_seconds() -> float:
+    workloads = list(_workloads.values())  # a copy, because other threads add workloads
+    return sum(each.numpy_seconds for each in workloads)
 
 
 def _has_started() -> bool:
     return KERNELS in sys.modules
 
 
-def _numba_if(pays: bool) -> Chosen:
-    """Return Numba where it pays off and is usable; where it is not usable, warn once."""
-    if not pays and _is_installed():
+def _resolve(*, pays_off: bool) -> ResolvedBackend:
+    """Return "numba" if it pays off and is usable, else "numpy"; warn once if it is not usable."""
+    if not pays_off and _is_installed():
         return "numpy"  # without importing it
-    problem = _problem_of_numba()
+    problem = _find_numba_problem()
     if problem is not None:
         _warn_numpy_fallback(*problem)
-    return "numba" if pays and problem is None else "numpy"
+    return "numba" if pays_off and problem is None else "numpy"
 
 
 @functools.cache
@@ -184,14 +189,14 @@ def _is_installed() -> bool:
 
 
 @functools.cache
-def _problem_of_numba() -> tuple[str, str] | None:
-    """Import Numba; return why it is not usable and the remedy, or None."""
+def _find_numba_problem() -> tuple[str, str] | None:
+    """Import Numba; if that fails, return the problem and its remedy."""
     with compile_lock:
         if not _is_installed():
             return "it is not installed", "pip install numba"
         try:
             importlib.import_module(KERNELS)
-        except BROKEN_IMPORT as error:
+        except IMPORT_ERRORS as error:
             return str(error), "fix the cause, or 'pip install --upgrade numba'"
         return None
 
@@ -199,7 +204,7 @@ def _problem_of_numba() -> tuple[str, str] | None:
 @functools.cache
 def _warn_numpy_fallback(reason: str, remedy: str) -> None:
     warnings.warn(
-        f"Numba is not usable ({reason}): working on the NumPy backend, with the same results, "
-        f"slower. To change that: {remedy}",
+        f"Numba is not usable ({reason}): falling back to the NumPy backend, which gives the same "
+        f"results more slowly. To use Numba: {remedy}",
         stacklevel=2,
     )

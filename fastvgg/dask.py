@@ -1,7 +1,7 @@
-"""Dask arrays, lazily: every block by itself, on the thread that Dask computes it with.
+"""Lazy preprocessing of Dask arrays, block by block, on the threads of the Dask scheduler.
 
-Each block goes through the same function as an array in memory, so that the result is the same for
-any chunks, bit for bit. Needs ``pip install 'fastvgg[dask]'``.
+Each block is transformed like an array in memory, so the result is bit-identical for any chunks.
+Needs ``pip install 'fastvgg[dask]'``.
 
 >>> import dask.array as da
 >>> x = da.random.default_rng(1).integers(0, 256, (20, 7, 9, 3), chunks=(6, 4, 9, 3), dtype="uint8")
@@ -44,27 +44,27 @@ def preprocess(
     dtype: DTypeLike | None = None,
     backend: Backend = "auto",
 ) -> da.Array:
-    """Turn images into network input, lazily; see `fastvgg.preprocess`.
+    """Convert images to network inputs lazily; see `fastvgg.preprocess`.
 
     Parameters
     ----------
     x
-        A Dask array whose channels are in one chunk; images, heights and widths may be in many, of
-        sizes that need not be known.
+        A Dask array with all channels in one chunk. The other axes may have any chunks, also of
+        unknown sizes.
     mode, layout, out_layout, dtype, backend
         As for `fastvgg.preprocess`.
 
     Returns
     -------
     dask.array.Array
-        With the chunks of `x`, in the order of `out_layout`. Nothing is computed yet.
+        Lazy, with the chunks of `x` in the order of `out_layout`.
 
     Raises
     ------
     ShapeError, DtypeError, ModeError, BackendError, UsageError
         Before the graph is built.
     """
-    return _mapped(Transform(mode, "preprocess", layout, out_layout, dtype), x, backend)
+    return _map_blocks(Transform(mode, "preprocess", layout, out_layout, dtype), x, backend)
 
 
 def restore(
@@ -77,25 +77,25 @@ def restore(
     rounding: Rounding = "nearest",
     backend: Backend = "auto",
 ) -> da.Array:
-    """Turn network input back into images, lazily; see `fastvgg.restore` and `preprocess`."""
-    return _mapped(Transform(mode, "restore", layout, out_layout, dtype, rounding), y, backend)
+    """Convert network inputs back to images lazily; see `fastvgg.restore` and `preprocess`."""
+    return _map_blocks(Transform(mode, "restore", layout, out_layout, dtype, rounding), y, backend)
 
 
-def _mapped(transform: Transform, x: da.Array, backend: Backend) -> da.Array:
+def _map_blocks(transform: Transform, x: da.Array, backend: Backend) -> da.Array:
     if not isinstance(x, da.Array):
         raise UsageError(
-            f"the array is {type(x).__name__}, and no Dask array",
-            "give one in memory to the function of this name in fastvgg, or dask.array.from_array",
+            f"got {type(x).__name__}, which is not a Dask array",
+            "convert it with dask.array.from_array; for arrays in memory use the fastvgg functions",
         )
     check_backend(backend)
     input_name = storage_name(x.dtype)
-    # A length that is not known yet is that of images, rows or columns, of which any is right.
+    # Unknown lengths, which are NaN, are valid: only the number of channels is fixed.
     transform.check_input(tuple(1 if math.isnan(n) else n for n in x.shape), input_name)
     axis = x.ndim + CHANNEL_AXES[transform.layout]
     if len(x.chunks[axis]) != 1:
         raise ShapeError(
-            f"the channels are in chunks of {x.chunks[axis]}, and a pixel needs all of its own",
-            f"put them together: x.rechunk({{{axis}: -1}})",
+            f"the channel axis has chunks {x.chunks[axis]}, expected one chunk",
+            f"give x.rechunk({{{axis}: -1}})",
         )
     dtype = storage_dtype(transform.output_name(input_name))
     axes = tuple(range(x.ndim))

@@ -1,4 +1,4 @@
-"""The whole way on real photographs: write them, preprocess, restore, prove equality, draw it."""
+"""An end-to-end demo on real photographs: preprocess, restore, compare, draw a contact sheet."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MARGIN: Final = 8
 CAPTION_HEIGHT: Final = 18
 COLUMNS: Final = ("original", "network input", "restored", "difference")
 
-# File in scikit-image -> path to write: JPEG and PNG, one of them grey, some in class folders.
+# File in scikit-image -> path to write: JPEG and PNG, one of them grayscale, some in class folders.
 PHOTOGRAPHS: Final = {
     "rocket.jpg": "rocket.jpg",
     "coffee.png": "coffee.jpg",
@@ -40,7 +40,7 @@ PHOTOGRAPHS: Final = {
 
 
 class Demonstration(NamedTuple):
-    """What the demo showed."""
+    """The results of the demo."""
 
     images: int
     compared_bytes: int
@@ -49,65 +49,69 @@ class Demonstration(NamedTuple):
 
 
 def demonstrate(directory: Path, say: Callable[[str], None]) -> Demonstration:
-    """Run the demo in a directory of its own.
+    """Run the demo in a new directory, or in that of an earlier demo.
 
     Parameters
     ----------
     directory
-        Made if it is missing; one that holds anything but an earlier demo is refused.
+        Created if it is missing. It must be empty or contain only an earlier demo.
     say
-        Called with a line about each step.
+        Called with one line of output for each step.
 
     Raises
     ------
     TargetError
-        If the directory holds other things.
+        If the directory contains other files.
     BackendError
-        If scikit-image, which brings the photographs, is not installed.
+        If scikit-image, which provides the photographs, is not installed.
     VerificationError
-        If a single byte comes back different.
+        If any restored byte differs.
     """
     photographs, stored = directory / "photos", directory / "train.npy"
     restored, sheet = directory / "restored", directory / "contact-sheet.png"
     _check_directory(directory)
     _write_photographs(photographs)
-    say(f"{photographs}: {len(PHOTOGRAPHS)} photographs of different sizes, JPEG, PNG and grey")
+    say(
+        f"{photographs}: {len(PHOTOGRAPHS)} photographs of different sizes, JPEG, PNG and grayscale"
+    )
     report = plan(photographs, stored, mode="caffe", size=SIZE, restart=True).run()
     say(str(report))
     say(str(verify(stored, full=True)))
     report = plan(stored, restored, direction="restore", restart=True).run()
     say(str(report))
-    originals, returned = _images(photographs), _images(restored)
-    differing = int((originals != returned).sum())
-    _draw(sheet, originals, np.load(stored, mmap_mode="r"), returned, _names(stored))
+    originals, results = _read_images(photographs), _read_images(restored)
+    differing = int((originals != results).sum())
+    _draw(sheet, originals, np.load(stored, mmap_mode="r"), results, _read_names(stored))
     say(f"{sheet}: {', '.join(COLUMNS)}")
     if differing:
         raise VerificationError(
-            f"{differing} of {originals.nbytes} bytes came back different",
-            "this is a defect: please report it with your versions ('fastvgg info' on train.npy)",
+            f"{differing} of {originals.nbytes} restored bytes differ from the originals",
+            f"this is a bug in fastvgg: report it with the output of 'fastvgg info {stored}'",
         )
     return Demonstration(len(originals), originals.nbytes, differing, sheet)
 
 
 def _check_directory(directory: Path) -> None:
-    """Refuse a directory that holds anything but an earlier demo.
+    """Check that a directory is missing, empty, or contains only an earlier demo.
 
-    The datasets of an earlier demo are known by their manifests: `plan` replaces no others.
+    A dataset belongs to an earlier demo if it has a manifest; `plan` replaces no other datasets.
     """
     if directory.exists() and not directory.is_dir():
-        raise TargetError(f"{directory} is a file", "give a new directory: fastvgg demo demo/")
-    of_a_demo = {f"photos/{path}" for path in PHOTOGRAPHS.values()} | {"contact-sheet.png"}
+        raise TargetError(
+            f"{directory} is not a directory", "give a new directory: fastvgg demo demo/"
+        )
+    demo_paths = {f"photos/{path}" for path in PHOTOGRAPHS.values()} | {"contact-sheet.png"}
     for dataset in ("train.npy", "restored"):
         if (directory / dataset).exists() and read_manifest(directory / dataset) is not None:
-            of_a_demo.add(dataset)
-        of_a_demo.update(dataset + beside for beside in SIDECARS)
+            demo_paths.add(dataset)
+        demo_paths.update(dataset + suffix for suffix in SIDECARS)
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory)
-        around = {str(parent) for parent in (name, *name.parents)}
-        folder = any(known.startswith(f"{name}/") for known in of_a_demo)
-        if around.isdisjoint(of_a_demo) and not (folder and path.is_dir()):
+        ancestors = {str(parent) for parent in (name, *name.parents)}
+        is_demo_folder = path.is_dir() and any(known.startswith(f"{name}/") for known in demo_paths)
+        if ancestors.isdisjoint(demo_paths) and not is_demo_folder:
             raise TargetError(
-                f"{directory} holds other things, {name} among them",
+                f"{directory} contains other files, such as {name}",
                 "give a new directory: fastvgg demo demo/",
             )
 
@@ -117,7 +121,7 @@ def _write_photographs(directory: Path) -> None:
         import skimage
     except ImportError:
         raise BackendError(
-            "scikit-image, which brings the photographs, is not installed",
+            "scikit-image, which provides the photographs, is not installed",
             "pip install 'fastvgg[demo]'",
         ) from None
     for name, relative in PHOTOGRAPHS.items():
@@ -130,7 +134,7 @@ def _write_photographs(directory: Path) -> None:
                 image.save(path, quality=92)
 
 
-def _images(directory: Path) -> NDArray[np.uint8]:
+def _read_images(directory: Path) -> NDArray[np.uint8]:
     source = open_source(directory, decoding=DecodeOptions(SIZE))
     try:
         return source.read(0, source.header.images).batch
@@ -138,7 +142,7 @@ def _images(directory: Path) -> NDArray[np.uint8]:
         source.close()
 
 
-def _names(stored: Path) -> list[str]:
+def _read_names(stored: Path) -> list[str]:
     return [record.path for record in read_index(stored, len(PHOTOGRAPHS))]
 
 
@@ -149,30 +153,30 @@ def _draw(
     restored: NDArray[np.uint8],
     names: list[str],
 ) -> None:
-    """Draw one row for each photograph: original, network input, restored, difference."""
+    """Draw a contact sheet with one row per photograph and a column for each of `COLUMNS`."""
     height, width = SIZE
     cell_width, cell_height = width + MARGIN, height + MARGIN + CAPTION_HEIGHT
     size = (MARGIN + len(COLUMNS) * cell_width, MARGIN + len(names) * cell_height)
     sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
+    draw = ImageDraw.Draw(sheet)
     for row, name in enumerate(names):
         difference = originals[row] != restored[row]
         pictures = (
             originals[row],
-            _visible(inputs[row]),
+            _to_visible(inputs[row]),
             restored[row],
             np.where(difference, 255, 0).astype(np.uint8),
         )
         captions = (name, *COLUMNS[1:3], f"{int(difference.sum())} of {difference.size} differ")
         for column, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
             left, top = MARGIN + column * cell_width, MARGIN + row * cell_height
-            pen.text((left, top), caption, fill="black")
+            draw.text((left, top), caption, fill="black")
             sheet.paste(Image.fromarray(picture), (left, top + CAPTION_HEIGHT))
     sheet.save(path)
 
 
-def _visible(network_input: NDArray[Any]) -> NDArray[np.uint8]:
-    """Stretch a network input to 0..255; its channels are shown as they lie, B where R is."""
+def _to_visible(network_input: NDArray[Any]) -> NDArray[np.uint8]:
+    """Scale a network input to 0..255 for display, without reversing its BGR channels."""
     low, high = float(network_input.min()), float(network_input.max())
     stretched = (network_input - low) * (255.0 / max(high - low, 1e-6))
     return np.asarray(stretched.astype(np.uint8))

@@ -1,8 +1,9 @@
-"""A Transform on a batch in memory: checks once, picks a kernel or the oracle, splits over threads.
+"""Apply a Transform to a batch in memory: check it, choose a backend, and run on many threads.
 
-The batch is cut into tiles, whole images or whole rows of one image. The same bits come out for any
-cut, thread count and backend. A tile is worked on where it lies when it is contiguous, and is first
-copied into a small buffer when it is not, so no temporary has the size of the batch.
+The batch is partitioned into tiles: whole images, or whole rows of one image. The result has the
+same bits for any partition, thread count and backend. Contiguous batches, and transposed or
+channel-reversed views of them, are processed without a copy. Tiles of other batches are copied into
+small buffers first, so no temporary has the size of the batch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from fastvgg import oracle
 from fastvgg.errors import DtypeError, OutputError, UsageError
 from fastvgg.interop import address_of, as_numpy, as_torch, is_torch
 from fastvgg.parallel import check_threads, parallel_for
-from fastvgg.tiling import LINE_BYTES, Steps, Tile, base_of, cut, pixels_before_a_line
+from fastvgg.tiling import (
+    CACHE_LINE_BYTES,
+    Strides,
+    Tile,
+    find_base,
+    partition,
+    pixels_to_cache_line,
+)
 from fastvgg.transform import Transform, storage_dtype, storage_name
 
 if TYPE_CHECKING:
@@ -29,7 +37,7 @@ if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
     from fastvgg.backend import Backend
-    from fastvgg.tiling import Base
+    from fastvgg.tiling import ContiguousBase
     from fastvgg.transform import Layout, Mode, Rounding
 
 __all__ = [
@@ -39,15 +47,15 @@ __all__ = [
     "restore",
 ]
 
-# A kernel takes 100 us or more for this; to wake a second thread for less costs more (20 to 60 us)
-# than it saves.
+# A 4 MiB tile takes at least 100 us. Waking a thread costs 20-60 us, so smaller tiles do not pay
+# off.
 MIN_TILE_BYTES: Final = 4 * 1024 * 1024
-# A tile that is copied is read twice; 1 MiB stays in the second-level cache between the two.
+# A copied tile is read twice; 1 MiB stays in the L2 cache between the two reads.
 COPIED_TILE_BYTES: Final = 1024 * 1024
 TILES_PER_THREAD: Final = 4
-# About a last-level cache. Of results that were used before, those of 24 MiB took 0.55 of the time
-# when written through the caches, 32 MiB 0.8, 48 MiB 1.1, 64 MiB 1.4. New memory has just been
-# zeroed by the system, and is in the caches already.
+# About the size of a last-level cache. With memory that was used before, ordinary stores took 0.55
+# of the time of non-temporal stores for 24 MiB, 0.8 for 32 MiB, 1.1 for 48 MiB and 1.4 for 64 MiB.
+# Fresh memory is in the caches already, because the system has just zeroed it.
 MIN_NONTEMPORAL_BYTES: Final = 32 * 1024 * 1024
 OVERLAP_SEARCH_STEPS: Final = 100_000
 
@@ -81,7 +89,7 @@ def preprocess(
 
 
 def preprocess(
-    x: Any,  # whatever is an array, and as such comes back
+    x: Any,
     mode: Mode | str,
     *,
     layout: Layout = "NHWC",
@@ -91,39 +99,39 @@ def preprocess(
     threads: int | None = None,
     backend: Backend = "auto",
 ) -> Any:
-    """Turn images into network input, bit-equal to Keras' `preprocess_input`.
+    """Convert images to network inputs, bit-identical to Keras' `preprocess_input`.
 
     Parameters
     ----------
     x
-        Images with values 0..255 in RGB order: uint8 or any floating storage type, shape
-        (N, H, W, 3) or (H, W, 3), or channels first where `layout` is "NCHW". Any strides, byte
-        order and alignment. Not changed, unless it is also `out`. NumPy arrays, and what offers the
-        array interface or DLPack on the CPU: PyTorch, JAX and TensorFlow tensors, Pillow's images;
-        or a list of images of one size.
+        RGB images with values 0..255: uint8 or a floating storage type, of shape (N, H, W, 3) or
+        (H, W, 3), or channels first if `layout` is "NCHW". Any strides, byte order and alignment.
+        Not modified unless it is also `out`. Accepts NumPy arrays; objects on the CPU with the
+        array interface or DLPack, such as PyTorch, JAX and TensorFlow tensors and Pillow images;
+        and lists of images of the same size.
     mode
         "caffe", "tf", "torch", "identity", or a `Mode`.
     layout, out_layout
-        "NHWC" or "NCHW", of `x` and of the result; `out_layout` is `layout` if not given.
+        The layout of `x` and of the result, "NHWC" or "NCHW"; `out_layout` defaults to `layout`.
     dtype
-        float16, bfloat16, float32 or float64. If not given: float32 for uint8, else the type of x.
+        float16, bfloat16, float32 or float64; by default float32 for uint8, else the dtype of `x`.
     out
-        Where to write: a NumPy array or PyTorch tensor, C-contiguous, of the result's shape and
-        type. ``out=x`` works in place.
+        The array to write to: a C-contiguous NumPy array or PyTorch tensor of the shape and dtype
+        of the result. ``out=x`` works in place.
     threads
-        How many to use; all usable cores if not given.
+        The number of threads; by default all available CPUs.
     backend
-        "numba", "numpy", or "auto": NumPy until a kernel pays off, then Numba.
+        "numba", "numpy", or "auto", which uses NumPy until a kernel pays off and then Numba.
 
     Returns
     -------
     ndarray or torch.Tensor
-        `out`, or a new C-contiguous array; a PyTorch tensor for one, or for a list of them.
+        `out`, or a new C-contiguous array; a PyTorch tensor if `x` is one, or a list of them.
 
     Raises
     ------
     ShapeError, DtypeError, OutputError, ModeError, BackendError, UsageError
-        Before a byte is written.
+        Before anything is written.
 
     Examples
     --------
@@ -177,28 +185,28 @@ def restore(
     threads: int | None = None,
     backend: Backend = "auto",
 ) -> Any:
-    """Turn network input back into images: ``restore(preprocess(x)) == x``, every byte.
+    """Convert network inputs back to images: ``restore(preprocess(x)) == x``, for every byte.
 
-    Any float is allowed, as optimised images hold them: NaN and what is below 0 become 0, what is
-    above 255 becomes 255, the rest is rounded half to even.
+    Any float is valid, for example in images found by optimization: values below 0 and NaN become
+    0, values above 255 become 255, and the rest is rounded half to even.
 
     Parameters
     ----------
     y
-        Network inputs of a floating storage type, shape (N, H, W, 3) or (H, W, 3), or channels
-        first where `layout` is "NCHW". Not changed, unless it is also `out`. Arrays of whatever
-        kind `preprocess` takes.
+        Network inputs of a floating storage type, of shape (N, H, W, 3) or (H, W, 3), or channels
+        first if `layout` is "NCHW". Not modified unless it is also `out`. Accepts the same kinds of
+        arrays as `preprocess`.
     mode
-        The mode that made `y`.
+        The mode with which `y` was preprocessed.
     layout, out_layout
-        "NHWC" or "NCHW", of `y` and of the result; `out_layout` is `layout` if not given.
+        The layout of `y` and of the result, "NHWC" or "NCHW"; `out_layout` defaults to `layout`.
     dtype
-        uint8 if not given; a floating type holds the same whole numbers 0..255.
+        uint8 by default; a floating dtype stores the same integers 0..255.
     out
-        Where to write: a NumPy array or PyTorch tensor, C-contiguous, of the result's shape and
-        type. ``out=y``, with the type of y for `dtype`, works in place.
+        The array to write to: a C-contiguous NumPy array or PyTorch tensor of the shape and dtype
+        of the result. ``out=y`` works in place and keeps the dtype of `y`.
     rounding
-        "nearest", or "truncate" as the widely copied `deprocess_img` does, which loses values.
+        "nearest", or "truncate", which loses values, like the widely copied `deprocess_img`.
     threads, backend
         As for `preprocess`.
 
@@ -210,7 +218,7 @@ def restore(
     Raises
     ------
     ShapeError, DtypeError, OutputError, ModeError, BackendError, UsageError
-        Before a byte is written.
+        Before anything is written.
 
     Examples
     --------
@@ -224,14 +232,14 @@ def restore(
     return apply(transform, y, out, threads=threads, backend=backend)
 
 
-_kept_transform = functools.lru_cache(maxsize=64)(Transform)
+_cached_transform = functools.lru_cache(maxsize=64)(Transform)
 
 
-def _transform(*arguments: Any) -> Transform:  # those of Transform
-    """Return a transform, kept from an earlier call: making one takes 2 us."""
+def _transform(*arguments: Any) -> Transform:
+    """Return a cached transform; creating one takes 2 us."""
     try:  # contextlib.suppress takes 0.4 us
-        return _kept_transform(*arguments)
-    except TypeError:  # an argument has no hash, or is refused: again below, with one traceback
+        return _cached_transform(*arguments)
+    except TypeError:  # unhashable or invalid: raise below, without a chained traceback
         pass
     return Transform(*arguments)
 
@@ -245,10 +253,10 @@ def apply(
     backend: Backend = "auto",
     cached_output: bool = False,
 ) -> Any:  # noqa: ANN401
-    """Apply a transform to a batch or an image; equal to `oracle.apply`, bit for bit.
+    """Apply a transform to a batch or an image; bit-identical to `oracle.apply`.
 
-    Parameters, result and errors are those of `preprocess` and `restore`. `cached_output` says that
-    the result is read at once, and should not be written past the caches.
+    Parameters, result and errors are those of `preprocess` and `restore`. `cached_output`: the
+    caller reads the result immediately, so use ordinary stores.
     """
     batch = as_numpy(x)
     plan = _plan_call(transform, batch.dtype, batch.shape, batch.strides)
@@ -259,14 +267,16 @@ def apply(
     else:
         result = _writable(out)
         _check_out(result, batch, transform, plan.shape, plan.dtype)
-    if threads is None:  # to ask the system for the cores takes 1 us
+    if threads is None:  # asking the system for the CPUs takes 1 us
         threads = 1 if plan.nbytes <= COPIED_TILE_BYTES else check_threads(None)
-    chosen = backends.choose(backend, plan.work, plan.nbytes, threads)
-    if plan.nbytes and chosen == "numba":
-        streams = out is not None and not cached_output and result.nbytes >= MIN_NONTEMPORAL_BYTES
-        _apply_kernel(plan, batch, result, threads, streams)
+    resolved = backends.choose(backend, plan.workload, plan.nbytes, threads)
+    if plan.nbytes and resolved == "numba":
+        nontemporal = (
+            out is not None and not cached_output and result.nbytes >= MIN_NONTEMPORAL_BYTES
+        )
+        _apply_kernel(plan, batch, result, threads, nontemporal=nontemporal)
     elif plan.nbytes:
-        with plan.work.on_numpy(plan.nbytes):
+        with plan.workload.time_numpy(plan.nbytes):
             _apply_oracle(plan, batch, result, threads)
     if out is not None:
         return out
@@ -274,41 +284,42 @@ def apply(
 
 
 def _writable(out: Any) -> NDArray[Any]:  # noqa: ANN401
-    """Return what a result may be written into as an array."""
-    if type(out) is np.ndarray:  # the usual case, and fast
+    """Return `out` as a NumPy array that the result may be written to."""
+    if type(out) is np.ndarray:  # fast path
         return out
     if isinstance(out, np.ndarray) and not isinstance(out, np.ma.MaskedArray):
         return out
     if not is_torch(out):
         raise OutputError(
-            f"out is {type(out).__name__}", "give a plain NumPy array or a PyTorch tensor"
+            f"out is a {type(out).__name__}", "give a plain NumPy array or a PyTorch tensor"
         )
     try:
         return as_numpy(out)
     except DtypeError as error:
-        raise OutputError(f"out cannot be written: {error.problem}", error.remedy) from error
+        raise OutputError(f"cannot write to out: {error.problem}", error.remedy) from error
 
 
 def bind_rows(
     transform: Transform, x: NDArray[Any], out: NDArray[Any], *, backend: Backend = "auto"
 ) -> Callable[..., None]:
-    """Return what transforms images of `x` into images of `out`, on the thread that calls.
+    """Return a function that transforms rows of `x` into rows of `out`, on the calling thread.
 
-    ``bind_rows(transform, x, out)(i, j)`` is ``apply(transform, x[i], out[j])``, checked once for
-    all rows: that takes 10 us a call, and an image of 224x224 takes 25. A third argument is how
-    many rows, from there on. Rows may be read and written by many threads at once.
+    ``bind_rows(transform, x, out)(i, j, count=1)`` is
+    ``apply(transform, x[i : i + count], out[j : j + count])`` without its checks, which are made
+    only once. They take 10 us a call, and the kernel takes 25 us for an image of 224x224. Many
+    threads may call the function at once.
 
     Parameters
     ----------
     transform
-        What to do.
+        The transform to apply.
     x, out
-        Contiguous batches, whose images the transform fits.
+        Contiguous batches of the input and the output shape of the transform.
 
     Raises
     ------
     ShapeError, DtypeError, OutputError, BackendError, UsageError
-        Before a byte is written.
+        Before anything is written.
 
     Examples
     --------
@@ -320,71 +331,72 @@ def bind_rows(
     plan = _plan_call(transform, x.dtype, x.shape, x.strides)
     _check_out(out, x, transform, (len(out), *plan.shape[1:]), plan.dtype)
     if not (x.flags.c_contiguous and x.dtype.isnative):
-        raise UsageError("the rows of x do not lie one after the other", "use fastvgg.preprocess")
-    chosen = backends.choose(backend, plan.work, x.nbytes + out.nbytes, 1)
-    if chosen == "numpy":
+        raise UsageError("x is not C-contiguous in native byte order", "use fastvgg.preprocess")
+    resolved = backends.choose(backend, plan.workload, x.nbytes + out.nbytes, 1)
+    if resolved == "numpy":
 
         def apply_oracle(row: int, out_row: int, count: int = 1) -> None:
-            with plan.work.on_numpy(count * (x[0].nbytes + out[0].nbytes)):
+            with plan.workload.time_numpy(count * (x[0].nbytes + out[0].nbytes)):
                 out[out_row : out_row + count] = oracle.apply(transform, x[row : row + count])
 
         return apply_oracle
-    kernel = _kernel(plan, False, out.nbytes >= MIN_NONTEMPORAL_BYTES)
-    return _RowKernel(kernel, plan, x, out)
+    kernel = _kernel(plan, in_place=False, nontemporal=out.nbytes >= MIN_NONTEMPORAL_BYTES)
+    return _RowTransform(kernel, plan, x, out)
 
 
-class _RowKernel:
-    """A kernel on rows. It holds the batches: the loop knows addresses alone."""
+class _RowTransform:
+    """A kernel bound to two batches; keeps them alive, because the kernel takes only addresses."""
 
     def __init__(
         self, kernel: _Kernel, plan: _CallPlan, x: NDArray[Any], out: NDArray[Any]
     ) -> None:
-        self._held = kernel, x, out
+        self._references = kernel, x, out
         self._loop = kernel.loop
         self._constants_address = kernel.constants_address
-        self._first, self._out_first = address_of(x), address_of(out)
-        steps, out_steps = Steps.of(x.shape, x.itemsize, plan.transform.layout), plan.out_steps
-        self._image_bytes, self._out_image_bytes = steps.image, out_steps.image
-        self._rest = plan.image_pixels, *steps[:2], *out_steps[:2]
+        self._address, self._out_address = address_of(x), address_of(out)
+        strides = Strides.contiguous(x.shape, x.itemsize, plan.transform.layout)
+        self._image_bytes, self._out_image_bytes = strides.image, plan.out_strides.image
+        self._arguments = plan.image_pixels, *strides[:2], *plan.out_strides[:2]
 
     def __call__(self, row: int, out_row: int, count: int = 1) -> None:
         self._loop(
-            self._first + row * self._image_bytes,
-            self._out_first + out_row * self._out_image_bytes,
+            self._address + row * self._image_bytes,
+            self._out_address + out_row * self._out_image_bytes,
             self._constants_address,
             count,
-            *self._rest,
+            *self._arguments,
         )
 
 
 @dataclass(frozen=True, eq=False, slots=True)  # without eq its hash is its identity: 0.1 us
 class _CallPlan:
-    """What all calls share that apply one transform to batches of one type, shape and strides."""
+    """What all calls with the same transform, input dtype, shape and strides have in common."""
 
     transform: Transform
     input_name: str
     shape: tuple[int, ...]
-    """Of the result."""
+    """The shape of the result."""
     dtype: np.dtype[Any]
+    """The dtype of the result."""
     nbytes: int
-    """Of the input and the result."""
+    """The size of the input and the result together."""
     images: int
     image_pixels: int
-    base: Base | None
-    out_steps: Steps
-    work: backends.Workload
+    base: ContiguousBase | None
+    out_strides: Strides
+    workload: backends.Workload
 
 
 @functools.lru_cache(maxsize=256)
 def _plan_call(
     transform: Transform, dtype: np.dtype[Any], shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> _CallPlan:
-    """Check an input, and plan the calls for inputs like it."""
+    """Check an input, and plan the calls for inputs of the same type, shape and strides."""
     input_name = storage_name(dtype)
     transform.check_input(shape, input_name)
     out_shape = transform.output_shape(shape)
     out_dtype = storage_dtype(transform.output_name(input_name))
-    packs = transform.direction == "pack"  # no arithmetic, and so no kernel
+    has_kernel = transform.direction != "pack"  # packing has no arithmetic
     return _CallPlan(
         transform=transform,
         input_name=input_name,
@@ -393,11 +405,11 @@ def _plan_call(
         nbytes=math.prod(shape) * (dtype.itemsize + out_dtype.itemsize),
         images=shape[0] if len(shape) == 4 else 1,
         image_pixels=math.prod(shape[-3:]) // 3,
-        base=base_of(transform.layout, dtype, shape, strides),
-        out_steps=Steps.of(out_shape, out_dtype.itemsize, transform.out_layout),
-        work=backends.Workload(has_kernel=False)
-        if packs
-        else backends.workload(transform, input_name),
+        base=find_base(transform.layout, dtype, shape, strides),
+        out_strides=Strides.contiguous(out_shape, out_dtype.itemsize, transform.out_layout),
+        workload=backends.workload(transform, input_name)
+        if has_kernel
+        else backends.Workload(has_kernel=False),
     )
 
 
@@ -408,22 +420,22 @@ def _check_out(
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
 ) -> None:
-    """Refuse an `out` that cannot take the result, before anything is written."""
+    """Check that `out` can hold the result, before anything is written."""
     if out.shape != shape or out.dtype != dtype:
         raise OutputError(
-            f"out has shape {out.shape} and type {out.dtype}, the result {shape} and {dtype}",
-            f"give np.empty({shape}, {dtype.name!r}), or no out",
+            f"out has shape {out.shape} and dtype {out.dtype}, expected {shape} and {dtype}",
+            f"give np.empty({shape}, {dtype.name!r}), or omit out",
         )
     flags = out.flags
     if not flags.writeable:
         raise OutputError("out is read-only", "give a writable array")
     if not flags.carray:
-        lacks = "aligned" if flags.c_contiguous else f"contiguous: its strides are {out.strides}"
+        missing = "aligned" if flags.c_contiguous else f"contiguous: its strides are {out.strides}"
         raise OutputError(
-            f"out is not {lacks}",
-            f"give np.empty({shape}, {dtype.name!r}), or no out",
+            f"out is not {missing}",
+            f"give np.empty({shape}, {dtype.name!r}), or omit out",
         )
-    if not np.may_share_memory(out, x):  # a comparison of bounds: the usual case, and cheap
+    if not np.may_share_memory(out, x):  # compares only bounds, which is cheap
         return
     in_place = (
         out.ctypes.data == x.ctypes.data
@@ -434,7 +446,7 @@ def _check_out(
     if not in_place and _overlap(out, x):
         raise OutputError(
             "out overlaps the input without being the same array",
-            "to work in place give out=x, with the same type and layout; else give separate memory",
+            "to work in place give out=x with the same dtype and layout; else give separate memory",
         )
 
 
@@ -447,7 +459,7 @@ def _overlap(a: NDArray[Any], b: NDArray[Any]) -> bool:
 
 
 class _Kernel(NamedTuple):
-    """A compiled loop, and the constants that it reads."""
+    """A compiled kernel and the constants that it reads."""
 
     loop: Callable[..., None]
     constants: NDArray[Any]
@@ -455,22 +467,29 @@ class _Kernel(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _kernel(plan: _CallPlan, in_place: bool, streams: bool) -> _Kernel:
-    """Return the kernel for the base of a plan's batches; for copied tiles if it has none."""
-    transform, reverses = plan.transform, False
+def _kernel(plan: _CallPlan, *, in_place: bool, nontemporal: bool) -> _Kernel:
+    """Return the kernel for the contiguous base of a plan, or for copied tiles if it has none."""
+    transform, reversed_input = plan.transform, False
     if plan.base is not None:
         transform = dataclasses.replace(transform, layout=plan.base.layout)
-        reverses = plan.base.reverses
-    aligned_planes = plan.out_steps.plane % LINE_BYTES == 0
-    kernel = _compiled(transform, plan.input_name, reverses, in_place, streams, aligned_planes)
-    plan.work.is_compiled = True
+        reversed_input = plan.base.is_reversed
+    kernel = _compile(
+        transform,
+        plan.input_name,
+        reversed_input=reversed_input,
+        in_place=in_place,
+        nontemporal=nontemporal,
+        aligned_planes=plan.out_strides.plane % CACHE_LINE_BYTES == 0,
+    )
+    plan.workload.is_compiled = True
     return kernel
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(
+def _compile(
     transform: Transform,
     input_name: str,
+    *,
     reversed_input: bool,
     in_place: bool,
     nontemporal: bool,
@@ -493,88 +512,88 @@ def _compiled(
 
 
 def _apply_kernel(
-    plan: _CallPlan, x: NDArray[Any], out: NDArray[Any], threads: int, streams: bool
+    plan: _CallPlan, x: NDArray[Any], out: NDArray[Any], threads: int, *, nontemporal: bool
 ) -> None:
-    """Work on the base of x where it lies, or on copies of its tiles if it has none."""
-    base, out_steps = plan.base, plan.out_steps
+    """Run a kernel on the contiguous base of `x`, or on copied tiles if it has none."""
+    base, out_strides = plan.base, plan.out_strides
     if base is None:
-        _apply_kernel_to_copies(plan, x, out, threads, streams)
+        _apply_kernel_to_copies(plan, x, out, threads, nontemporal=nontemporal)
         return
-    first, out_first = address_of(x) + base.offset, address_of(out)
-    in_place = first == out_first
-    kernel = _kernel(plan, in_place, streams and not in_place)
-    steps = (*base.steps[:2], *out_steps[:2])
+    address, out_address = address_of(x) + base.offset, address_of(out)
+    in_place = address == out_address
+    kernel = _kernel(plan, in_place=in_place, nontemporal=nontemporal and not in_place)
+    strides = (*base.strides[:2], *out_strides[:2])
     images, pixels = plan.images, plan.image_pixels
     if base.layout == plan.transform.out_layout == "NHWC":
         images, pixels = 1, images * pixels
     tile_bytes = _tile_bytes(plan.nbytes, threads)
     if plan.nbytes <= tile_bytes:
-        kernel.loop(first, out_first, kernel.constants_address, images, pixels, *steps)
+        kernel.loop(address, out_address, kernel.constants_address, images, pixels, *strides)
         return
 
-    def work_on(tile: Tile) -> None:
+    def convert(tile: Tile) -> None:
         kernel.loop(
-            first + base.steps.to(tile.image, tile.row),
-            out_first + out_steps.to(tile.image, tile.row),
+            address + base.strides.offset(tile.image, tile.row),
+            out_address + out_strides.offset(tile.image, tile.row),
             kernel.constants_address,
             tile.images,
             tile.rows,
-            *steps,
+            *strides,
         )
 
-    lead = pixels_before_a_line(out_first, out_steps.pixel, plan.transform.out_layout)
+    lead = pixels_to_cache_line(out_address, out_strides.pixel, plan.transform.out_layout)
     pixel_bytes = plan.nbytes // (images * pixels)
-    tiles = cut(images, pixels, pixel_bytes, tile_bytes, lead=lead, multiple=LINE_BYTES)
-    parallel_for(tiles, work_on, threads)
+    tiles = partition(images, pixels, pixel_bytes, tile_bytes, lead=lead, multiple=CACHE_LINE_BYTES)
+    parallel_for(tiles, convert, threads)
 
 
 def _apply_kernel_to_copies(
-    plan: _CallPlan, x: NDArray[Any], out: NDArray[Any], threads: int, streams: bool
+    plan: _CallPlan, x: NDArray[Any], out: NDArray[Any], threads: int, *, nontemporal: bool
 ) -> None:
-    """Copy each tile into memory of its own first, where it stays in the cache."""
-    kernel = _kernel(plan, False, streams)
-    source, out_first = _batch(x), address_of(out)
-    layout, out_steps = plan.transform.layout, plan.out_steps
+    """Copy each tile into a contiguous buffer, which stays in the cache, and run a kernel on it."""
+    kernel = _kernel(plan, in_place=False, nontemporal=nontemporal)
+    source, out_address = _batch(x), address_of(out)
+    layout, out_strides = plan.transform.layout, plan.out_strides
     width = source.shape[2 if layout == "NHWC" else 3]
     native = source.dtype.newbyteorder("=")
 
-    def work_on(tile: Tile) -> None:
-        copy = np.array(tile.of(source, layout), native, order="C")
-        steps = Steps.of(copy.shape, copy.itemsize, layout)
+    def convert(tile: Tile) -> None:
+        copy = np.array(tile.view(source, layout), native, order="C")
+        strides = Strides.contiguous(copy.shape, copy.itemsize, layout)
         kernel.loop(
             address_of(copy),
-            out_first + out_steps.to(tile.image, tile.row * width),
+            out_address + out_strides.offset(tile.image, tile.row * width),
             kernel.constants_address,
             tile.images,
             tile.rows * width,
-            *(*steps[:2], *out_steps[:2]),
+            *(*strides[:2], *out_strides[:2]),
         )
 
-    parallel_for(_copied_tiles(plan, threads), work_on, threads)
+    parallel_for(_copied_tiles(plan, threads), convert, threads)
 
 
 def _apply_oracle(plan: _CallPlan, x: NDArray[Any], out: NDArray[Any], threads: int) -> None:
     transform, source, target = plan.transform, _batch(x), _batch(out)
 
-    def work_on(tile: Tile) -> None:
-        result = oracle.apply(transform, tile.of(source, transform.layout))
-        tile.of(target, transform.out_layout)[...] = result
+    def convert(tile: Tile) -> None:
+        result = oracle.apply(transform, tile.view(source, transform.layout))
+        tile.view(target, transform.out_layout)[...] = result
 
-    parallel_for(_copied_tiles(plan, threads), work_on, threads)
+    parallel_for(_copied_tiles(plan, threads), convert, threads)
 
 
 def _batch(x: NDArray[Any]) -> NDArray[Any]:
-    """Return a batch or an image as a batch, and a plain array."""
-    plain = np.asarray(x)
-    return plain if plain.ndim == 4 else plain[np.newaxis]
+    """Return a batch or an image as a plain array of rank 4."""
+    array = np.asarray(x)
+    return array if array.ndim == 4 else array[np.newaxis]
 
 
 def _copied_tiles(plan: _CallPlan, threads: int) -> list[Tile]:
     rows = plan.shape[-3 if plan.transform.out_layout == "NHWC" else -2]
     tile_bytes = min(_tile_bytes(plan.nbytes, threads), COPIED_TILE_BYTES)
-    return cut(plan.images, rows, plan.nbytes // (plan.images * rows), tile_bytes)
+    return partition(plan.images, rows, plan.nbytes // (plan.images * rows), tile_bytes)
 
 
 def _tile_bytes(nbytes: int, threads: int) -> int:
-    """Return the size of even shares for the threads."""
+    """Return the tile size that gives every thread `TILES_PER_THREAD` tiles."""
     return max(MIN_TILE_BYTES, -(-nbytes // (threads * TILES_PER_THREAD)))

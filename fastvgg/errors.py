@@ -1,19 +1,20 @@
-"""Typed errors: each says what is wrong, where, with which numbers, and what to do about it.
+"""Typed exceptions. Each message states the problem, where it is, and the remedy.
 
-The class tells a program what happened and the command line how to exit::
+The class identifies the error to a program and selects the exit code of the command line::
 
-    FastvggError                      exit 3: refused before anything was written
-    ├── UsageError                    exit 2: the arguments contradict each other
-    ├── ArrayError                    a batch in memory that the contract does not cover
-    │   ├── ShapeError                wrong rank, or the channel axis is not 3
-    │   ├── DtypeError                a type that the contract does not name
-    │   └── OutputError               an `out` that cannot take the result
-    ├── ModeError                     an unknown mode or model, or impossible constants
-    ├── BackendError                  the backend asked for is not installed
-    ├── SourceError                   a source that is missing, empty, damaged or of the wrong kind
-    ├── TargetError                   a target that exists, cannot be written, or has no room
-    ├── ResumeError                   an unfinished run that does not fit this command
-    ├── VerificationError             exit 4: stored bytes are not what they should be
+    FastvggError                      exit 3: rejected before anything was written
+    ├── UsageError                    exit 2: invalid or conflicting arguments
+    ├── ArrayError                    an unsupported array in memory
+    │   ├── ShapeError                wrong rank, or a channel axis whose length is not 3
+    │   ├── DtypeError                an unsupported dtype
+    │   └── OutputError               an `out` that cannot hold the result
+    ├── ModeError                     exit 2: an unknown mode or model, or invalid constants
+    ├── BackendError                  the requested backend is not usable
+    ├── SourceError                   a source that is missing, empty, damaged or of another format
+    ├── TargetError                   a target that exists, cannot be written, or does not fit
+    ├── ResumeError                   an unfinished run that does not match this command
+    ├── ClusterError                  a cluster that does not respond, or whose workers failed
+    ├── VerificationError             exit 4: stored bytes differ from what they should be
     └── StoppedError                  exit 5: an I/O error in the middle of a run; resumable
 """
 
@@ -39,21 +40,21 @@ __all__ = [
 
 
 class FastvggError(Exception):
-    """Anything that fastvgg refuses or cannot finish.
+    """Base class of all errors that fastvgg raises on purpose.
 
     Parameters
     ----------
     problem
-        What is wrong and where: the path, what was expected, what was found.
+        What is wrong and where: the path, what was expected and what was found.
     remedy
-        What to do about it: where there is one, the next command.
+        How to fix it, with the next command where there is one.
 
     Examples
     --------
-    >>> error = FastvggError("photos/ holds no images", "give a directory with images in it")
+    >>> error = FastvggError("photos/ contains no images", "give a directory of images")
     >>> print(error)
-    photos/ holds no images
-    give a directory with images in it
+    photos/ contains no images
+    give a directory of images
     """
 
     exit_code = 3
@@ -68,70 +69,69 @@ class FastvggError(Exception):
 
 
 class UsageError(FastvggError, ValueError):
-    """The arguments contradict each other or name something unknown."""
+    """Invalid or conflicting arguments."""
 
     exit_code = 2
 
 
 class ArrayError(FastvggError, ValueError):
-    """A batch in memory that the contract does not cover; nothing was written."""
+    """An unsupported array in memory; nothing was written."""
 
 
 class ShapeError(ArrayError):
-    """A batch of the wrong rank, or whose channel axis does not hold 3."""
+    """A batch of the wrong rank, or with a channel axis whose length is not 3."""
 
 
 class DtypeError(ArrayError, TypeError):
-    """A type that the contract does not name."""
+    """An unsupported dtype."""
 
 
 class OutputError(ArrayError):
-    """An `out` that cannot take the result; it was not written."""
+    """An `out` that cannot hold the result; it was not written."""
 
 
 class ModeError(FastvggError, ValueError):
-    """An unknown mode or model, or constants that no arithmetic can use."""
+    """An unknown mode or model, or invalid constants."""
 
     exit_code = 2
 
 
 class BackendError(FastvggError, RuntimeError):
-    """The backend asked for is not installed."""
+    """The requested backend is not usable."""
 
 
 class SourceError(FastvggError):
-    """A source that is missing, empty, damaged, or not of the kind asked for."""
+    """A source that is missing, empty, damaged, or of another format."""
 
 
 class TargetError(FastvggError):
-    """A target that exists, cannot be written, or has no room; it was not touched."""
+    """A target that exists, cannot be written, or does not fit on the disk; it is unchanged."""
 
 
 class ResumeError(FastvggError):
-    """An unfinished run that does not fit the command that was given."""
+    """An unfinished run that does not match the command."""
 
 
 class ClusterError(FastvggError):
-    """A cluster that does not answer, or whose workers could not do the work."""
+    """A cluster that does not respond, or whose workers failed."""
 
 
 class VerificationError(FastvggError):
-    """Stored bytes are not what the manifest, or the oracle, says."""
+    """Stored bytes that differ from the manifest or from the oracle."""
 
     exit_code = 4
 
 
 class StoppedError(FastvggError):
-    """A run that an I/O error stopped; what was committed is kept, and the run resumes."""
+    """A run that an I/O error stopped; committed chunks are kept, and a rerun resumes."""
 
     exit_code = 5
 
     @classmethod
     def from_os_error(cls, error: OSError, call: str, path: str, offset: int) -> StoppedError:
-        """Name the call, the file and the offset of a failed system call."""
+        """Describe a failed system call by its name, file and offset."""
         code = errno.errorcode.get(error.errno or 0, "unknown error")
         return cls(
             f"{path}: {call} at offset {offset} failed: {error.strerror or error} ({code})",
-            "mend the cause, then run the same command again: it resumes after the last "
-            "committed chunk",
+            "fix the cause and rerun the same command: it resumes after the last committed chunk",
         )

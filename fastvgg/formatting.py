@@ -1,4 +1,4 @@
-"""What values look like in a notebook: a caption, and a small table of names and facts."""
+"""HTML representations for notebooks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 __all__ = ["html_table"]
 
 
-def html_table(caption: str, facts: Iterable[tuple[str, str]]) -> str:
-    """Return a table in HTML, with all that has a meaning in HTML escaped.
+def html_table(caption: str, rows: Iterable[tuple[str, str]]) -> str:
+    """Return an HTML table with a row for each pair of a name and a value; escapes all text.
 
     >>> html_table("a & b", [("images", "11")])
     '<table><caption>a &amp; b</caption><tr><th>images</th><td>11</td></tr></table>'
     """
-    rows = "".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts
+    body = "".join(
+        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows
     )
-    return f"<table><caption>{escape(caption)}</caption>{rows}</table>"
+    return f"<table><caption>{escape(caption)}</caption>{body}</table>"

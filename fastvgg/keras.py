@@ -1,7 +1,6 @@
-"""Drop-ins for the three functions that people copy: the same values, bit for bit.
+"""Bit-identical drop-in replacements for three widely copied functions.
 
-Where they differ from the originals, they differ in what they refuse and in what they leave alone:
-an argument is never changed, and a result is C-contiguous.
+Unlike the originals, they check their arguments, never modify them, and return C-contiguous arrays.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ DataFormat: TypeAlias = Literal["channels_first", "channels_last"]
 
 LAYOUTS: Final[dict[str, Layout]] = {"channels_first": "NCHW", "channels_last": "NHWC"}
 
-# Flipping and subtracting the negated means is adding the means and flipping: x - (-m) is x + m.
+# Subtracting the negated means adds the means, because x - (-m) equals x + m exactly.
 _ADD_MEANS: Final = Mode("add the caffe means", mean=(-123.68, -116.779, -103.939), order="BGR")
 
 
@@ -37,32 +36,32 @@ def preprocess_input(
     data_format: DataFormat | None = None,
     mode: Literal["caffe", "tf", "torch"] = "caffe",
 ) -> NDArray[Any]:
-    """Do what `keras.applications.imagenet_utils.preprocess_input` does to a NumPy array.
+    """Replace `keras.applications.imagenet_utils.preprocess_input` for NumPy arrays.
 
-    Where it differs from the original:
+    Differences from the original:
 
-    - `x` is not changed. The original writes into a floating `x`, a memory map on disk included.
-    - The result is C-contiguous. The original gives a view with negative strides in caffe mode.
-    - Anything but rank 3 or 4 with 3 channels is refused before work begins. The original treats
-      two dimensions as an image of its columns, and fails on one channel after changing it.
-    - long double is refused: it has no place in the contract.
-    - Tensors of other frameworks are refused: the original computes other bits for them.
+    - `x` is not modified. The original overwrites a floating `x`, even a memory map on disk.
+    - The result is C-contiguous. The original returns a view with negative strides in caffe mode.
+    - Only rank 3 or 4 with 3 channels is accepted, which is checked first. The original treats
+      two dimensions as an image of its columns, and fails on one channel after modifying it.
+    - long double is rejected, because it is not a storage type.
+    - Tensors of other frameworks are rejected, because the original computes other bits for them.
 
     Parameters
     ----------
     x
-        Images with values 0..255 in RGB order, rank 3 or 4, any real type.
+        RGB images with values 0..255, of rank 3 or 4 and any real dtype.
     data_format
-        "channels_last" or "channels_first". If None: the setting of Keras where Keras has been
-        imported, else "channels_last".
+        "channels_last" or "channels_first". By default the Keras setting if Keras is imported, else
+        "channels_last".
     mode
         "caffe", "tf" or "torch".
 
     Returns
     -------
     ndarray
-        float16, float32 and float64 keep their type, and the arithmetic happens in it; all else
-        becomes Keras' `floatx`, float32 unless Keras has been imported and set otherwise.
+        float16, float32 and float64 are computed and returned in their own dtype. Other dtypes are
+        converted to Keras' `floatx` if Keras is imported, else to float32.
 
     Examples
     --------
@@ -72,7 +71,7 @@ def preprocess_input(
     if mode not in ("caffe", "tf", "torch"):
         raise UsageError(f"mode is {mode!r}", "give 'caffe', 'tf' or 'torch'")
     layout = _layout(_keras_setting("image_data_format", "channels_last"), data_format)
-    _check_no_others(x)
+    _check_plain_array(x)
     if not issubclass(x.dtype.type, np.floating):
         x = x.astype(storage_dtype(_keras_setting("floatx", "float32")))
     return _apply(Transform(mode, layout=layout), x, _channel_by_channel)
@@ -81,19 +80,19 @@ def preprocess_input(
 def restore_original_image_from_array(
     x: NDArray[Any], data_format: DataFormat = "channels_first"
 ) -> NDArray[Any]:
-    """Add the caffe means and reverse the channels, as the StackOverflow function does.
+    """Add the caffe means and reverse the channels, like the StackOverflow function.
 
-    The result is floating, neither rounded nor clipped. `fastvgg.restore` gives uint8 images, for
-    every mode. Where it differs from https://stackoverflow.com/q/55987302:
+    The result is floating, neither rounded nor clipped; `fastvgg.restore` returns uint8 images for
+    every mode. Differences from https://stackoverflow.com/q/55987302:
 
-    - `x` is not changed; the original adds the means to it in place.
+    - `x` is not modified; the original adds the means in place.
     - The result is C-contiguous; the original returns a view with negative strides.
-    - Anything but rank 3 or 4 with 3 channels, in a floating type, is refused.
+    - Only floating arrays of rank 3 or 4 with 3 channels are accepted.
 
     Parameters
     ----------
     x
-        What `preprocess_input` returned in caffe mode, float16, float32 or float64, rank 3 or 4.
+        The result of `preprocess_input` in caffe mode: float16, float32 or float64, rank 3 or 4.
     data_format
         "channels_first" or "channels_last".
 
@@ -104,18 +103,18 @@ def restore_original_image_from_array(
     [[[10.0, 20.0, 30.0]]]
     """
     transform = Transform(_ADD_MEANS, layout=_layout("channels_first", data_format))
-    return _apply(transform, _floating(x), _channel_by_channel)
+    return _apply(transform, _check_floating(x), _channel_by_channel)
 
 
 def deprocess_img(processed_img: NDArray[Any]) -> NDArray[np.uint8]:
-    """Turn caffe network input into a uint8 image by truncating, as neural style tutorials do.
+    """Convert a caffe network input to a uint8 image by truncation, like style transfer tutorials.
 
-    Truncation loses one grey value wherever the arithmetic lands just below a whole number;
-    `fastvgg.restore` rounds and loses none. Where it differs from the widely copied original:
+    Truncation is off by one wherever the arithmetic lands just below an integer; `fastvgg.restore`
+    rounds and is exact. Differences from the widely copied original:
 
     - The result is C-contiguous.
-    - NaN becomes 0; the original leaves it to the processor.
-    - Wrong shapes and integer types raise before work begins, with what was found.
+    - NaN becomes 0; in the original it depends on the CPU.
+    - Wrong shapes and integer dtypes are rejected before anything is computed.
 
     Parameters
     ----------
@@ -132,23 +131,23 @@ def deprocess_img(processed_img: NDArray[Any]) -> NDArray[np.uint8]:
     >>> deprocess_img(preprocess_input(np.array([[[10, 20, 30]]]))).tolist()
     [[[10, 20, 30]]]
     """
-    y = _floating(processed_img)
+    y = _check_floating(processed_img)
     if y.ndim == 4:
         if len(y) != 1:
             raise ShapeError(
-                f"shape {y.shape} is a batch of {len(y)}, and this function takes one image",
-                "fastvgg.restore(y, 'caffe') takes any batch",
+                f"shape {y.shape} is a batch of {len(y)} images, expected one image",
+                "for batches use fastvgg.restore(y, 'caffe')",
             )
         y = y[0]
-    return _apply(Transform("caffe", "restore", rounding="truncate"), y, _truncated)
+    return _apply(Transform("caffe", "restore", rounding="truncate"), y, _truncate)
 
 
 def _channel_by_channel(x: NDArray[Any], mode: Mode) -> NDArray[Any]:
-    """Return y of x, channels last, with Keras' own in-place operations.
+    """Compute y from x, channels last, with the in-place operations of Keras.
 
-    In bfloat16 they are not those of the oracle: a constant is not rounded to that type first.
+    In bfloat16 they differ from the oracle: constants are not rounded to bfloat16 first.
     """
-    y = x[..., ::-1].copy() if mode.flips else x.copy()
+    y = x[..., ::-1].copy() if mode.is_bgr else x.copy()
     if mode.divide is not None:
         y /= mode.divide
     for channel in range(3):
@@ -159,7 +158,7 @@ def _channel_by_channel(x: NDArray[Any], mode: Mode) -> NDArray[Any]:
     return y
 
 
-def _truncated(y: NDArray[Any], mode: Mode) -> NDArray[Any]:
+def _truncate(y: NDArray[Any], mode: Mode) -> NDArray[Any]:
     return oracle.saturate(oracle.inverse(y, mode), "truncate").astype(np.uint8)
 
 
@@ -168,7 +167,7 @@ def _apply(
     x: NDArray[Any],
     arithmetic: Callable[[NDArray[Any], Mode], NDArray[Any]],
 ) -> NDArray[Any]:
-    """Apply a transform; compute halves as halves, as the originals do and the engine does not."""
+    """Apply a transform; unlike the engine, compute float16 and bfloat16 in their own precision."""
     name = storage_name(x.dtype)
     if name not in ("float16", "bfloat16"):
         applied: NDArray[Any] = engine.apply(transform, x)
@@ -180,21 +179,23 @@ def _apply(
     return np.ascontiguousarray(np.moveaxis(result, -1, axis))
 
 
-def _check_no_others(x: NDArray[Any]) -> None:
-    """Refuse what is not a NumPy array, or does not have a value everywhere."""
+def _check_plain_array(x: NDArray[Any]) -> None:
+    """Check that `x` is a NumPy array without a mask."""
     if not isinstance(x, np.ndarray):
-        raise DtypeError(f"got {type(x).__name__}, not a NumPy array", "convert it: np.asarray(x)")
+        raise DtypeError(
+            f"got {type(x).__name__}, which is not a NumPy array", "convert it: np.asarray(x)"
+        )
     if isinstance(x, np.ma.MaskedArray):
-        raise DtypeError("a masked array has no bytes for its masked values", "use x.filled(...)")
+        raise DtypeError("masked arrays are not supported", "replace masked values: x.filled(0)")
 
 
-def _floating(x: NDArray[Any]) -> NDArray[Any]:
-    """Refuse integers: adding means to them is an error in the originals too."""
-    _check_no_others(x)
+def _check_floating(x: NDArray[Any]) -> NDArray[Any]:
+    """Return `x` if it is floating; adding means to integers is an error in the originals too."""
+    _check_plain_array(x)
     if not issubclass(x.dtype.type, np.floating):
         raise DtypeError(
-            f"type {x.dtype} is not what preprocess_input returns",
-            "give float16, float32 or float64; fastvgg.restore takes bfloat16 too",
+            f"dtype {x.dtype} is not floating, unlike the result of preprocess_input",
+            "give float16, float32 or float64; fastvgg.restore also accepts bfloat16",
         )
     return x
 
@@ -207,6 +208,6 @@ def _layout(default: str, data_format: str | None) -> Layout:
 
 
 def _keras_setting(name: str, default: str) -> str:
-    """Return a setting of Keras, which is never imported for it."""
+    """Return a Keras setting if Keras is already imported, else the default."""
     keras = sys.modules.get("keras")
     return default if keras is None else str(getattr(keras.config, name)())

@@ -1,6 +1,7 @@
-"""Batches of a stored dataset for training: read ahead, preprocessed on the way, in reused memory.
+"""A multithreaded, prefetching loader: batches of a stored dataset, for training.
 
-Threads read and transform pieces of a batch; while one batch is used the next is made.
+Worker threads read and transform spans of a batch into a ring of reusable buffers. While the caller
+uses one batch, the workers build the next.
 """
 
 from __future__ import annotations
@@ -36,59 +37,59 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "Batches", "batches"]
 
-# What a thread reads at a time. Taking turns with another thread costs 30 us a piece: of the kernel
-# alone 8 MiB reach 0.99, 4 MiB 0.87, 1 MiB 0.82.
+# The size of one read. Switching threads costs 30 us a read: 8 MiB reach 0.99 of the kernel's own
+# throughput, 4 MiB 0.87, 1 MiB 0.82.
 READ_BYTES: Final = 8 * 1024 * 1024
-# Batches that are made at a time: the one that is asked for, and the next. The memory of one more
-# holds the batch that was given last.
+# The batch requested now, and the next one. One more buffer holds the batch yielded last.
 MAX_IN_FLIGHT: Final = 2
 MAX_INT64: Final = 2**63 - 1
 
 
 class Batch(NamedTuple):
-    """Some images, and which they are."""
+    """Images, and their row numbers in the dataset."""
 
     images: NDArray[Any]
     rows: NDArray[np.int64]
 
 
 class Batches:
-    """The batches of a stored dataset, and which rows they are; each iteration is an epoch.
+    """Iterate over a stored dataset in batches; each iteration is one epoch.
 
-    Files are open while one iterates.
+    Every batch is an ``(images, rows)`` pair: the images, and their row numbers in the dataset. The
+    dataset is open only during an iteration.
 
     Parameters
     ----------
     path
         An array: a .npy file, a directory of part-*.npy, a Zarr array, or FILE.h5::/NAME.
-    size
-        How many images make a batch.
+    batch_size
+        The number of images in a batch. The last batch of an epoch may be smaller.
     transform
-        What is done to each batch, such as ``Transform("torch", out_layout="NCHW")`` to stored
-        images. If not given, rows come as they are stored.
+        The transform of each batch, such as ``Transform("torch", out_layout="NCHW")`` for stored
+        images. By default rows are yielded as they are stored.
     shuffle
-        Give rows in another order in every epoch, which `seed` and the epoch's number decide.
+        Shuffle every epoch. The permutation depends only on `seed` and the epoch number.
     seed
-        Of the orders.
+        The seed of the permutations.
     shard
-        ``(i, n)``: the i-th of n parts of the order, which differ by a row at most. All parts
-        together are the dataset.
+        ``(i, n)``: yield only the i-th of n shards of each epoch. The shards are disjoint, cover
+        the dataset, and differ by at most one row.
     drop_last
-        Leave out a last batch that is not full.
+        Drop the last batch if it is smaller than `batch_size`.
     threads
-        How many read and transform; all usable cores if not given.
+        The number of threads that read and transform; by default all available CPUs.
     copy
-        Give each batch memory of its own. Else the memory of a batch is used again: it is valid
-        until the next but one is asked for.
+        Allocate a new buffer for every batch. By default batches are views into a ring of three
+        buffers: a batch stays valid until two more batches have been requested.
 
     Raises
     ------
     SourceError, ShapeError, DtypeError
-        If there is no such dataset, or the transform does not fit it.
+        If the dataset does not exist, does not fit the transform, or is already preprocessed.
     UsageError
-        If an argument is out of range, or the dataset is preprocessed already.
+        If an argument is out of range.
     StoppedError
-        While iterating, if the dataset becomes shorter or cannot be read.
+        During an iteration, if the dataset was truncated or cannot be read.
 
     Examples
     --------
@@ -104,7 +105,7 @@ class Batches:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        size: int,
+        batch_size: int,
         *,
         transform: Transform | None = None,
         shuffle: bool = False,
@@ -114,11 +115,11 @@ class Batches:
         threads: int | None = None,
         copy: bool = False,
     ) -> None:
-        _check_whole("size", size, least=1)
-        _check_whole("seed", seed)
+        _check_integer("batch_size", batch_size, minimum=1)
+        _check_integer("seed", seed)
         _check_shard(shard)
         self.path = parse_location(path)
-        self.size = size
+        self.batch_size = batch_size
         self.transform = transform
         self.shuffle = shuffle
         self.seed = seed
@@ -127,62 +128,66 @@ class Batches:
         self.threads = check_threads(threads)
         self.copy = copy
         self._epoch = -1
-        self._given = 0
-        self._continues = False
-        self._memory: _BufferRing | None = None
+        self._batches_yielded = 0
+        self._has_start = False  # whether the next iteration starts at the two numbers above
+        self._buffers: _BufferRing | None = None
         with contextlib.closing(self._open()) as source:
             self.header = source.header
             self.result = source.header if transform is None else plan_result(source, transform)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled: all but the memory."""
-        return {**self.__dict__, "_memory": None}
+        """Return the state to pickle, without the buffers."""
+        return {**self.__dict__, "_buffers": None}
 
     def __len__(self) -> int:
-        """Return how many batches an epoch has."""
+        """Return the number of batches in an epoch."""
         rows = self._last_row() - self._first_row()
-        return rows // self.size if self.drop_last else -(-rows // self.size)
+        return rows // self.batch_size if self.drop_last else -(-rows // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Begin the next epoch, or go on with the one of a state that was loaded."""
-        if not self._continues:
-            self._epoch, self._given = self._epoch + 1, 0
-        self._continues = False
-        return self._epoch_from(self._epoch, self._given)
+        """Start the next epoch, or the one that `set_epoch` or `load_state_dict` selected."""
+        if not self._has_start:
+            self._epoch, self._batches_yielded = self._epoch + 1, 0
+        self._has_start = False
+        return self._iterate(self._epoch, self._batches_yielded)
 
     def set_epoch(self, epoch: int) -> None:
-        """Have the next iteration be the epoch of a number, from its beginning."""
-        _check_whole("epoch", epoch)
-        self._epoch, self._given, self._continues = epoch, 0, True
+        """Select the epoch number of the next iteration, which starts at its first batch."""
+        _check_integer("epoch", epoch)
+        self._epoch, self._batches_yielded, self._has_start = epoch, 0, True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the iteration is that gave a batch last, and of what, as JSON types."""
-        return {**self._identity(), "epoch": max(0, self._epoch), "given": self._given}
+        """Return the position of the latest iteration and the options, as JSON types."""
+        return {
+            **self._identity(),
+            "epoch": max(0, self._epoch),
+            "batches_yielded": self._batches_yielded,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Have the next iteration go on after the batches that had been given.
+        """Resume the next iteration after the batches that were already yielded.
 
         Raises
         ------
         UsageError
-            If the state is of other batches.
+            If the state was saved from batches with other options, or is damaged.
         """
-        for name, here in self._identity().items():
-            if state.get(name) != here:
+        for name, expected in self._identity().items():
+            if state.get(name) != expected:
                 raise UsageError(
-                    f"the state is of batches with {name} {state.get(name)!r}, and these have "
-                    f"{name} {here!r}",
-                    "make them as they were when the state was saved",
+                    f"the state was saved with {name} {state.get(name)!r}, but these batches have "
+                    f"{name} {expected!r}",
+                    "create the batches with the options that they had when the state was saved",
                 )
-        epoch = _check_whole("epoch", state.get("epoch"))
-        given = _check_whole("given", state.get("given"), most=len(self))
-        self._epoch, self._given, self._continues = epoch, given, True
+        epoch = _check_integer("epoch", state.get("epoch"))
+        yielded = _check_integer("batches_yielded", state.get("batches_yielded"), maximum=len(self))
+        self._epoch, self._batches_yielded, self._has_start = epoch, yielded, True
 
     def _identity(self) -> dict[str, Any]:
         return {
             "shape": list(self.header.shape),
             "dtype": self.header.dtype,
-            "size": self.size,
+            "batch_size": self.batch_size,
             "shuffle": self.shuffle,
             "seed": self.seed,
             "shard": list(self.shard),
@@ -196,7 +201,7 @@ class Batches:
         return self.header.images * (self.shard[0] + 1) // self.shard[1]
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
-        """Return the rows of an epoch, in order."""
+        """Return the row numbers of this shard in an epoch, in the order in which to yield them."""
         images = self.header.images
         order = np.arange(images)
         if self.shuffle:
@@ -204,15 +209,15 @@ class Batches:
         return order[self._first_row() : self._last_row()].astype(np.int64)
 
     def _open(self) -> ArraySource:
-        """Open the dataset, in the layout that the transform reads."""
-        ring = read_redo_log_header(self.path)
-        if ring is not None:
-            raise unfinished_error(ring, self.path)
-        manifest, done = read_manifest(self.path), read_transform(self.path)
-        layout: Layout = "NHWC" if done is None else done.out_layout
+        """Open the dataset in the layout that the transform reads."""
+        redo_log = read_redo_log_header(self.path)
+        if redo_log is not None:
+            raise unfinished_error(redo_log, self.path)
+        manifest, applied = read_manifest(self.path), read_transform(self.path)
+        layout: Layout = "NHWC" if applied is None else applied.out_layout
         if self.transform is not None:
-            if done is not None:
-                check_not_already_done(self.path, done, self.transform.direction)
+            if applied is not None:
+                check_not_already_done(self.path, applied, self.transform.direction)
             layout = self.transform.layout
         dtype_hint = None if manifest is None else manifest.header.dtype
         use_index = not describes_other_dataset(self.path)
@@ -220,42 +225,46 @@ class Batches:
         if isinstance(source, ImageSource):
             source.close()
             raise SourceError(
-                f"{self.path} holds image files, which are decoded slower than networks learn",
-                "make an array of them once: fastvgg pack",
+                f"{self.path} contains image files, and decoding them is slower than training",
+                f"pack them into an array once: fastvgg pack {self.path} packed.npy --size 224 224",
             )
         return source
 
     @contextlib.contextmanager
     def _borrowed_buffers(self) -> Iterator[_BufferRing]:
-        """Return the memory of an earlier iteration, if no other has it."""
-        memory, self._memory = self._memory, None
-        if memory is None:
-            shape = (self.size, *self.result.shape[1:])
-            memory = _BufferRing(shape, storage_dtype(self.result.dtype), is_new=self.copy)
+        """Reuse the buffers of an earlier iteration, unless another iteration has them."""
+        buffers, self._buffers = self._buffers, None
+        if buffers is None:
+            shape = (self.batch_size, *self.result.shape[1:])
+            buffers = _BufferRing(shape, storage_dtype(self.result.dtype), is_reused=not self.copy)
         try:
-            yield memory
+            yield buffers
         finally:
-            self._memory = memory
+            self._buffers = buffers
 
-    def _epoch_from(self, epoch: int, given: int) -> Iterator[Batch]:
-        order, count, size = self._order(epoch), len(self), self.size
+    def _iterate(self, epoch: int, start: int) -> Iterator[Batch]:
+        """Yield the batches of an epoch, from batch number `start`."""
+        order, count, size = self._order(epoch), len(self), self.batch_size
         with (
             contextlib.closing(self._open()) as source,
-            self._borrowed_buffers() as memory,
+            self._borrowed_buffers() as buffers,
             TaskQueue(self.threads) as tasks,
         ):
             if source.header != self.header:
-                raise SourceError(f"{self.path} is another than it was", "make the batches again")
-            making = _BatchBuilder(self, source, tasks)
-            under_way: deque[tuple[Batch, TaskGroup]] = deque()
-            for number in range(given, count):
-                for ahead in range(number + len(under_way), min(number + MAX_IN_FLIGHT, count)):
+                raise SourceError(
+                    f"{self.path} has changed since these batches were created",
+                    "create the batches again",
+                )
+            builder = _BatchBuilder(self, source, tasks)
+            in_flight: deque[tuple[Batch, TaskGroup]] = deque()
+            for number in range(start, count):
+                for ahead in range(number + len(in_flight), min(number + MAX_IN_FLIGHT, count)):
                     rows = order[ahead * size : (ahead + 1) * size]
-                    under_way.append(making.submit(rows, memory.ahead(ahead - number)))
-                batch, group = under_way.popleft()
+                    in_flight.append(builder.submit(rows, buffers.ahead(ahead - number)))
+                batch, group = in_flight.popleft()
                 group.wait()
-                memory.advance()
-                self._epoch, self._given = epoch, number + 1
+                buffers.advance()
+                self._epoch, self._batches_yielded = epoch, number + 1
                 yield batch
 
 
@@ -263,54 +272,64 @@ batches = Batches
 
 
 class _BufferRing:
-    """A ring of memory for batches, or new memory for each."""
+    """A ring of reusable batch buffers, or a new buffer for every batch.
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], *, is_new: bool) -> None:
+    A buffer is overwritten `MAX_IN_FLIGHT` + 1 batches later, so the batch that was yielded last
+    stays valid while the next ones are built. Page-faulting fresh memory is slow.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], *, is_reused: bool) -> None:
         self._shape = shape
         self._dtype = dtype
-        self._ring = [] if is_new else [np.empty(shape, dtype) for _ in range(MAX_IN_FLIGHT + 1)]
-        self._given = 0
+        count = MAX_IN_FLIGHT + 1 if is_reused else 0
+        self._buffers = [np.empty(shape, dtype) for _ in range(count)]
+        self._position = 0
 
     def ahead(self, count: int) -> NDArray[Any]:
-        """Return the memory of the batch that is given after so many others."""
-        if not self._ring:
+        """Return the buffer `count` places ahead of the current one."""
+        if not self._buffers:
             return np.empty(self._shape, self._dtype)
-        return self._ring[(self._given + count) % len(self._ring)]
+        return self._buffers[(self._position + count) % len(self._buffers)]
 
     def advance(self) -> None:
-        """Go on by one, as a batch was given; the one before it stays valid."""
-        self._given += 1
+        """Move to the next buffer."""
+        self._position += 1
 
 
 class _BatchBuilder:
-    """What makes batches."""
+    """Build batches on worker threads."""
 
-    def __init__(self, wanted: Batches, source: ArraySource, tasks: TaskQueue) -> None:
+    def __init__(self, options: Batches, source: ArraySource, tasks: TaskQueue) -> None:
         self._source = source
         self._tasks = tasks
-        self._transform = wanted.transform
-        self._consecutive = not wanted.shuffle
-        held = source.header
-        epoch_bytes = 2 * held.nbytes if wanted.transform else 0
-        self._backend = choose_for("auto", epoch_bytes, wanted.threads)
-        fair_share = -(-wanted.size // wanted.threads)
-        self._images_per_read = max(1, min(fair_share, READ_BYTES // held.image_bytes))
-        slots = wanted.threads * self._images_per_read if self._transform and wanted.shuffle else 0
-        self._slots = np.empty((slots, *held.shape[1:]), storage_dtype(held.dtype))
+        self._transform = options.transform
+        self._is_shuffled = options.shuffle
+        header = source.header
+        epoch_bytes = 2 * header.nbytes if options.transform else 0
+        self._backend = choose_for("auto", epoch_bytes, options.threads)
+        images_per_thread = -(-options.batch_size // options.threads)
+        self._images_per_read = max(1, min(images_per_thread, READ_BYTES // header.image_bytes))
+        # Each thread gathers the scattered rows of a read into its own part of this memory.
+        has_gather = options.transform is not None and options.shuffle
+        gathered_images = options.threads * self._images_per_read if has_gather else 0
+        self._gathered = np.empty((gathered_images, *header.shape[1:]), storage_dtype(header.dtype))
         self._thread_slot = ThreadSlot()
 
-    def submit(self, rows: NDArray[np.int64], memory: NDArray[Any]) -> tuple[Batch, TaskGroup]:
-        """Begin to make the batch of some rows."""
-        images = memory[: len(rows)]
-        make = self._make_consecutive if self._consecutive else self._make_scattered
+    def submit(self, rows: NDArray[np.int64], buffer: NDArray[Any]) -> tuple[Batch, TaskGroup]:
+        """Start to build the batch of `rows` in `buffer`.
+
+        The batch is complete when the task group is done.
+        """
+        images = buffer[: len(rows)]
+        build = self._build_scattered if self._is_shuffled else self._build_consecutive
         starts = range(0, len(rows), self._images_per_read)
-        pieces = [slice(start, min(start + self._images_per_read, len(rows))) for start in starts]
+        spans = [slice(start, min(start + self._images_per_read, len(rows))) for start in starts]
         return Batch(images, rows), self._tasks.submit(
-            pieces, lambda piece: make(rows[piece], images, piece.start)
+            spans, lambda span: build(rows[span], images, span.start)
         )
 
-    def _make_consecutive(self, rows: NDArray[np.int64], images: NDArray[Any], at: int) -> None:
-        """Make a piece of rows that follow one another, where the source shows them."""
+    def _build_consecutive(self, rows: NDArray[np.int64], images: NDArray[Any], at: int) -> None:
+        """Build consecutive rows with one read, from a view of the source where it has one."""
         first, count = int(rows[0]), len(rows)
         if self._transform is None:
             self._source.read_into(first, images[at : at + count])
@@ -318,28 +337,30 @@ class _BatchBuilder:
         read = self._source.read(first, first + count).batch
         engine.bind_rows(self._transform, read, images, backend=self._backend)(0, at, count)
 
-    def _make_scattered(self, rows: NDArray[np.int64], images: NDArray[Any], at: int) -> None:
-        """Make a piece of rows from here and there, gathered in memory of the thread."""
+    def _build_scattered(self, rows: NDArray[np.int64], images: NDArray[Any], at: int) -> None:
+        """Build rows in any order; a transform reads them from the thread's gather buffer."""
         if self._transform is None:
             self._gather(rows, images[at : at + len(rows)])
             return
-        slot = self._thread_slot() * self._images_per_read
-        self._gather(rows, self._slots[slot : slot + len(rows)])
-        transform = engine.bind_rows(self._transform, self._slots, images, backend=self._backend)
-        transform(slot, at, len(rows))
+        first = self._thread_slot() * self._images_per_read
+        self._gather(rows, self._gathered[first : first + len(rows)])
+        transform = engine.bind_rows(self._transform, self._gathered, images, backend=self._backend)
+        transform(first, at, len(rows))
 
-    def _gather(self, rows: NDArray[np.int64], into: NDArray[Any]) -> None:
+    def _gather(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
         for at, row in enumerate(rows.tolist()):
-            self._source.read_into(row, into[at : at + 1])
+            self._source.read_into(row, out[at : at + 1])
 
 
-def _check_whole(name: str, value: object, *, least: int = 0, most: int = MAX_INT64) -> int:
-    if type(value) is not int or not least <= value <= most:
-        raise UsageError(f"{name} is {value!r}", f"give a whole number from {least} to {most}")
+def _check_integer(name: str, value: object, *, minimum: int = 0, maximum: int = MAX_INT64) -> int:
+    if type(value) is not int or not minimum <= value <= maximum:
+        raise UsageError(f"{name} is {value!r}", f"give an integer from {minimum} to {maximum}")
     return value
 
 
 def _check_shard(shard: object) -> None:
     numbers = shard if isinstance(shard, tuple) else ()
     if [type(number) for number in numbers] != [int, int] or not 0 <= numbers[0] < numbers[1]:
-        raise UsageError(f"shard is {shard!r}", "give (i, n), the i-th of n parts, from 0")
+        raise UsageError(
+            f"shard is {shard!r}", "give (i, n): shard number i, from 0 to n - 1, of n shards"
+        )

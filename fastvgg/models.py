@@ -1,8 +1,8 @@
-"""Which mode each published model wants.
+"""The preprocessing mode of each model in `keras.applications`.
 
-Source: the `preprocess_input` of every module of `keras.applications` (Keras 3.15), which a test
-runs beside this table. Models whose own first layers scale the pixels want them untouched: their
-mode is `identity`.
+Source: the `preprocess_input` of every module of `keras.applications` (Keras 3.15); a test compares
+this table against them. Models that scale the pixels in their own first layers have mode
+`identity`.
 """
 
 from __future__ import annotations
@@ -57,25 +57,25 @@ MODES_BY_MODEL: Final[dict[str, str]] = {
 }
 
 
-def _bare(name: str) -> str:
+def _normalize(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "").replace(" ", "")
 
 
-_MODES_BY_BARE_NAME: Final = {_bare(model): mode for model, mode in MODES_BY_MODEL.items()}
+_MODES_BY_NAME: Final = {_normalize(model): mode for model, mode in MODES_BY_MODEL.items()}
 
 
 def mode_name(model: str) -> str:
-    """Return the name of the mode that `model` wants.
+    """Return the name of the preprocessing mode of a published model.
 
     Parameters
     ----------
     model
-        A name of `keras.applications`; case, dashes and underscores do not matter.
+        A model of `keras.applications`. Case, spaces, dashes and underscores are ignored.
 
     Raises
     ------
     ModeError
-        If no published model has that name.
+        If there is no such model.
 
     Examples
     --------
@@ -83,9 +83,9 @@ def mode_name(model: str) -> str:
     ('caffe', 'torch')
     """
     try:
-        return _MODES_BY_BARE_NAME[_bare(model)]
+        return _MODES_BY_NAME[_normalize(model)]
     except KeyError:
         raise ModeError(
-            f"no published model is called {model!r}",
-            "'fastvgg models' lists them; for your own model give a mode instead",
+            f"unknown model {model!r}",
+            "list the known models with 'fastvgg models'; for another model give a mode instead",
         ) from None

@@ -1,9 +1,9 @@
-"""The definition of correct: a Transform in plain NumPy, obvious and slow.
+"""The reference implementation: a Transform in plain NumPy, simple and slow.
 
-Everything that fastvgg computes is held against this file, and this file is held against Keras.
-Every line is one IEEE-754 operation in the compute type, in the order of
-`keras.applications.imagenet_utils.preprocess_input`. It allocates freely: nothing here is meant
-for a batch that does not fit into memory several times.
+Tests compare every kernel against this module, and this module against Keras. Every line is one
+IEEE-754 operation in the compute type, in the order of
+`keras.applications.imagenet_utils.preprocess_input`. It allocates freely: a batch has to fit into
+memory several times.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ __all__ = ["apply", "forward", "inverse", "saturate", "unrestorable"]
 
 
 def apply(transform: Transform, x: NDArray[Any]) -> NDArray[Any]:
-    """Apply a transform to a batch or an image; the meaning of `engine.apply`.
+    """Apply a transform to a batch or an image; the definition of `engine.apply`.
 
     Parameters
     ----------
     transform
-        What to do.
+        The transform to apply.
     x
-        Rank 3 or 4, in the transform's layout and any storage type. It is not changed.
+        Rank 3 or 4, in the transform's layout, of any storage type. It is not modified.
 
     Returns
     -------
@@ -46,7 +46,7 @@ def apply(transform: Transform, x: NDArray[Any]) -> NDArray[Any]:
     transform.check_input(x.shape, input_name)
     compute = storage_dtype(transform.compute_name(input_name))
     target = storage_dtype(transform.output_name(input_name))
-    # Infinities, NaN and subnormals are values that the contract gives a meaning to.
+    # Infinities, NaN and subnormals are valid inputs with defined results.
     with np.errstate(all="ignore"):
         values = np.moveaxis(x, CHANNEL_AXES[transform.layout], -1).astype(compute)
         if transform.direction == "preprocess":
@@ -56,58 +56,60 @@ def apply(transform: Transform, x: NDArray[Any]) -> NDArray[Any]:
         values = np.moveaxis(values, -1, CHANNEL_AXES[transform.out_layout])
         result = np.ascontiguousarray(values.astype(target, copy=False))
         if transform.direction == "preprocess":
-            result[np.isnan(result)] = np.nan  # the canonical one, whichever the processor made
+            result[np.isnan(result)] = np.nan  # canonical, because NaN payloads depend on the CPU
         return result
 
 
 def forward(x: NDArray[Any], mode: Mode) -> NDArray[Any]:
-    """Return y of x: channels last, in the floating type of x, constants rounded to that type."""
-    y = _with_reversed_channels(x) if mode.flips else x.copy()
+    """Compute y from x, channels last; constants are rounded to the floating type of x."""
+    y = _reverse_channels(x) if mode.is_bgr else x.copy()
     if mode.divide is not None:
         y /= x.dtype.type(mode.divide)
     if mode.mean is not None:
-        y -= _row_of(mode.mean, y)
+        y -= _tiled_row(mode.mean, y)
     if mode.std is not None:
-        y /= _row_of(mode.std, y)
+        y /= _tiled_row(mode.std, y)
     return y
 
 
 def inverse(y: NDArray[Any], mode: Mode) -> NDArray[Any]:
-    """Return x of y, neither clipped nor rounded: the operations of `forward`, last one first."""
+    """Compute x from y, neither clipped nor rounded: undo `forward`, last operation first."""
     x = y.copy()
     if mode.std is not None:
-        x *= _row_of(mode.std, y)
+        x *= _tiled_row(mode.std, y)
     if mode.mean is not None:
-        x += _row_of(mode.mean, y)
-    if mode.flips:
-        x = _with_reversed_channels(x)
+        x += _tiled_row(mode.mean, y)
+    if mode.is_bgr:
+        x = _reverse_channels(x)
     if mode.divide is not None:
         x *= y.dtype.type(mode.divide)
     return x
 
 
-def _with_reversed_channels(pixels: NDArray[Any]) -> NDArray[Any]:
+def _reverse_channels(pixels: NDArray[Any]) -> NDArray[Any]:
     result = np.empty(pixels.shape, pixels.dtype)
     for channel in range(3):
         result[..., channel] = pixels[..., 2 - channel]
     return result
 
 
-def _row_of(values: tuple[float, float, float], pixels: NDArray[Any]) -> NDArray[Any]:
-    """Return three values for each pixel of a row: with rows, NumPy is ten times as fast."""
+def _tiled_row(values: tuple[float, float, float], pixels: NDArray[Any]) -> NDArray[Any]:
+    """Repeat three constants for each pixel of a row; NumPy is ten times as fast on whole rows."""
     return np.tile(np.array(values, pixels.dtype), (pixels.shape[-2], 1))
 
 
 def saturate(x: NDArray[Any], rounding: Rounding) -> NDArray[Any]:
-    """Return whole numbers 0..255: NaN and what is below become 0, what is above becomes 255."""
+    """Clip to 0..255 and round to integers; NaN becomes 0."""
     clipped = np.where(x > 0, x, x.dtype.type(0))
     clipped = np.where(clipped < 255, clipped, x.dtype.type(255))
-    whole = np.rint if rounding == "nearest" else np.trunc
-    return whole(clipped, out=clipped)
+    round_ = np.rint if rounding == "nearest" else np.trunc
+    return round_(clipped, out=clipped)
 
 
 def unrestorable(mode: Mode, dtype: str) -> int:
-    """Count the values, of 256 in each of 3 channels, that a mode loses in a storage type.
+    """Count the pixel values that a mode does not restore from a storage type.
+
+    All 256 values of each of the 3 channels are tried, so the result is at most 768.
 
     Examples
     --------

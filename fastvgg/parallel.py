@@ -1,4 +1,4 @@
-"""Work shared between threads: each takes the next piece when it is done with one."""
+"""Dynamic work sharing: idle threads pull the next item from a queue."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ Item = TypeVar("Item")
 
 
 def available_cpus() -> int:
-    """Return how many cores this process may run on."""
+    """Return the number of CPUs that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def check_threads(threads: int | None) -> int:
-    """Return how many threads to use: all usable cores if None.
+    """Check a number of threads; None stands for all available CPUs.
 
     Raises
     ------
     UsageError
-        If that is not a whole number, or less than 1.
+        If `threads` is not an integer, or is less than 1.
     """
     if threads is None:
         return available_cpus()
     if isinstance(threads, bool) or not hasattr(threads, "__index__") or threads < 1:
-        raise UsageError(f"threads is {threads!r}", "give a whole number, at least 1")
+        raise UsageError(f"threads is {threads!r}", "give an integer of at least 1")
     return operator.index(threads)
 
 
 def parallel_for(items: Sequence[Item], fn: Callable[[Item], object], threads: int) -> None:
-    """Work on every piece once, on this thread and up to `threads` - 1 others.
+    """Call `fn` once for every item, on the calling thread and up to `threads` - 1 helpers.
 
-    An error in any of them ends the work and is raised here. Many threads may call at once, and a
-    forked child too.
+    The first exception cancels the items that have not started and is raised here. Safe to call
+    from many threads at once, from within `fn`, and in a forked child.
     """
     if threads == 1 or len(items) == 1:
         for item in items:
@@ -64,20 +64,21 @@ def parallel_for(items: Sequence[Item], fn: Callable[[Item], object], threads: i
         return
     remaining = deque(items)
     helpers: list[Future[None]] = []
-    # No thread can be started while the interpreter shuts down, nor beyond the system's limit.
+    # Threads cannot start during interpreter shutdown, nor beyond the limit of the system.
     with contextlib.suppress(RuntimeError):
         helpers.extend(
-            _pool().submit(_drain, remaining, fn) for _ in range(min(threads, len(items)) - 1)
+            _pool().submit(_worker, remaining, fn) for _ in range(min(threads, len(items)) - 1)
         )
     try:
-        _drain(remaining, fn)
+        _worker(remaining, fn)
     finally:
         for helper in helpers:
-            if not helper.cancel():  # it may never have started: the pool is shared
+            if not helper.cancel():  # in the shared pool it may not have started
                 helper.result()
 
 
-def _drain(remaining: deque[Item], fn: Callable[[Item], object]) -> None:
+def _worker(remaining: deque[Item], fn: Callable[[Item], object]) -> None:
+    """Call `fn` for items of a shared queue until it is empty; on an exception empty it."""
     while remaining:
         try:
             item = remaining.popleft()
@@ -91,64 +92,64 @@ def _drain(remaining: deque[Item], fn: Callable[[Item], object]) -> None:
 
 
 class ThreadSlot:
-    """A number for each thread that asks, counted from 0; the same one when it asks again.
+    """Number the threads that call it from 0; each thread keeps its number.
 
-    >>> number = ThreadSlot()
-    >>> number(), number()
+    >>> slot = ThreadSlot()
+    >>> slot(), slot()
     (0, 0)
     """
 
     def __init__(self) -> None:
-        self._taken = itertools.count()
-        self._own = threading.local()
+        self._counter = itertools.count()
+        self._local = threading.local()
 
     def __call__(self) -> int:
-        """Return the number of the thread that calls."""
+        """Return the number of the calling thread."""
         try:
-            number: int = self._own.number
+            number: int = self._local.number
         except AttributeError:
-            number = self._own.number = next(self._taken)
+            number = self._local.number = next(self._counter)
         return number
 
 
 class TaskGroup:
-    """Pieces of work that are under way."""
+    """The items of one `TaskQueue.submit` call."""
 
     def __init__(self, remaining: deque[Any], workers: list[Future[None]]) -> None:
         self._remaining = remaining
         self._workers = workers
 
     def wait(self) -> None:
-        """Wait until all pieces are done, or raise the error that ended them."""
+        """Wait until all items are done; raise the first exception of a worker."""
         for worker in self._workers:
             worker.result()
 
     def is_done(self) -> bool:
-        """Whether no piece is under way any more."""
+        """Return whether all workers of the group have finished."""
         return all(worker.done() for worker in self._workers)
 
     def cancel(self) -> None:
-        """Begin no more pieces."""
+        """Drop the items that have not started."""
         self._remaining.clear()
 
 
 class TaskQueue:
-    """Threads that work on one lot of pieces after another.
+    """A thread pool that works through groups of items in the order of their submission.
 
-    No thread waits for the slowest piece of a lot: when none is left to begin, it goes on with the
-    next lot. Leaving the block ends the work after the pieces that are under way.
+    Threads do not wait at group boundaries; an idle thread starts on the next group. Exiting the
+    context cancels the items that have not started and waits for those that have.
 
     Parameters
     ----------
     threads
-        How many there are.
+        The number of worker threads.
 
     Examples
     --------
     >>> doubled = {}
-    >>> with TaskQueue(2) as lots:
-    ...     first = lots.submit(range(3), lambda item: doubled.update({item: 2 * item}))
-    ...     second = lots.submit([3, 4], lambda item: doubled.update({item: 2 * item}))
+    >>> with TaskQueue(2) as tasks:
+    ...     first = tasks.submit(range(3), lambda item: doubled.update({item: 2 * item}))
+    ...     second = tasks.submit([3, 4], lambda item: doubled.update({item: 2 * item}))
     ...     first.wait()
     ...     second.wait()
     >>> sorted(doubled.items())
@@ -157,19 +158,18 @@ class TaskQueue:
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastvgg-lots")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastvgg-tasks")
         self._groups: list[TaskGroup] = []
 
     def __enter__(self) -> Self:
         return self
 
     def submit(self, items: Iterable[Item], fn: Callable[[Item], object]) -> TaskGroup:
-        """Have all pieces worked on, after those of earlier lots."""
+        """Call `fn` once for every item, after the items of earlier groups have started."""
         remaining = deque(items)
-        workers = min(self._threads, len(remaining))
-        group = TaskGroup(
-            remaining, [self._pool.submit(_drain, remaining, fn) for _ in range(workers)]
-        )
+        count = min(self._threads, len(remaining))
+        workers = [self._pool.submit(_worker, remaining, fn) for _ in range(count)]
+        group = TaskGroup(remaining, workers)
         self._groups = [*(group for group in self._groups if not group.is_done()), group]
         return group
 
@@ -184,5 +184,5 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=max(32, available_cpus()), thread_name_prefix="fastvgg")
 
 
-if hasattr(os, "register_at_fork"):  # a forked child has none of its parent's threads
+if hasattr(os, "register_at_fork"):  # a forked child does not inherit the pool's threads
     os.register_at_fork(after_in_child=_pool.cache_clear)

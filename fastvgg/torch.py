@@ -1,4 +1,4 @@
-"""The batches of a dataset for PyTorch's DataLoader: shared out to its workers, and to ranks."""
+"""A dataset for PyTorch's DataLoader, sharded across its workers and distributed ranks."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ __all__ = ["BatchesDataset"]
 
 
 class BatchesDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Tensors of images, and of which rows they are, each in memory of its own.
+    """Iterate over ``(images, rows)`` batches of tensors; no two batches share memory.
 
-    Give it to a DataLoader with ``batch_size=None``, as it makes whole batches itself. Each of the
-    loader's workers gives the batches of a part of the rows, and so does each rank of
-    `torch.distributed`; all together are the dataset.
+    Pass it to a DataLoader with ``batch_size=None``, because it yields complete batches. Every
+    worker of every `torch.distributed` rank iterates over one shard of the rows. The shards are
+    disjoint and cover the dataset.
 
     Parameters
     ----------
-    path, size, transform, shuffle, seed, drop_last
-        As for `fastvgg.batches`. Where `shuffle` is true, say which epoch begins: `set_epoch`.
+    path, batch_size, transform, shuffle, seed, drop_last
+        As for `fastvgg.batches`. With `shuffle`, call `set_epoch` before each epoch.
     threads
-        How many a worker uses. If not given: one, or without workers all usable cores.
+        The number of threads of a worker; by default one, or without workers all available CPUs.
 
     Examples
     --------
@@ -48,7 +48,7 @@ class BatchesDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
     def __init__(
         self,
         path: str | os.PathLike[str],
-        size: int,
+        batch_size: int,
         *,
         transform: Transform | None = None,
         shuffle: bool = False,
@@ -58,7 +58,7 @@ class BatchesDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
     ) -> None:
         super().__init__()
         self._path = path
-        self._size = size
+        self._batch_size = batch_size
         self._options: dict[str, Any] = {
             "transform": transform,
             "shuffle": shuffle,
@@ -69,24 +69,24 @@ class BatchesDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
         self._threads = threads
         self._epoch = 0
         self._state: Mapping[str, Any] | None = None
-        self._batches = self._of_this_worker()  # refuses now what cannot be
+        self._batches = self._shard_of_worker()  # raises now if an argument is invalid
 
     def set_epoch(self, epoch: int) -> None:
-        """Have the next iteration be the epoch of a number; before the loader is iterated."""
+        """Select the epoch number of the next iteration; call it before iterating the loader."""
         self._batches.set_epoch(epoch)
         self._epoch, self._state = epoch, None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the iteration of this worker is; torchdata's StatefulDataLoader asks."""
+        """Return the position of this worker, for torchdata's StatefulDataLoader."""
         return self._batches.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Have the next iteration of this worker go on after the batches that had been given."""
+        """Resume this worker's next iteration after the batches that were already yielded."""
         self._state = dict(state)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Iterate over this worker's batches of an epoch."""
-        self._batches = self._of_this_worker()
+        """Iterate over this worker's shard of an epoch."""
+        self._batches = self._shard_of_worker()
         if self._state is None:
             self._batches.set_epoch(self._epoch)
         else:
@@ -95,7 +95,7 @@ class BatchesDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
         for images, rows in self._batches:
             yield as_torch(images), torch.from_numpy(rows)
 
-    def _of_this_worker(self) -> Batches:
+    def _shard_of_worker(self) -> Batches:
         worker = get_worker_info()
         workers, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
         rank, ranks = 0, 1
@@ -103,4 +103,4 @@ class BatchesDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
             rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         threads = self._threads if worker is None else self._threads or 1
         shard = rank * workers + number, ranks * workers
-        return Batches(self._path, self._size, shard=shard, threads=threads, **self._options)
+        return Batches(self._path, self._batch_size, shard=shard, threads=threads, **self._options)

@@ -1,7 +1,7 @@
-"""Mode and Transform: what happens to pixels.
+"""Mode and Transform: immutable descriptions of what happens to pixels.
 
-Both are frozen values: they can be compared, hashed, pickled and written to JSON, and they touch
-no array. `oracle` says what a transform means, `engine` applies it fast.
+Both can be compared, hashed, pickled and written to JSON. `oracle` defines what a transform
+computes, and `engine` computes it fast.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ STORAGE_TYPES: Final = ("uint8", "float16", "bfloat16", "float32", "float64")
 
 
 def storage_dtype(name: str) -> np.dtype[Any]:
-    """Return the NumPy type of a storage type's name.
+    """Return the NumPy dtype of a storage type.
 
     Examples
     --------
@@ -78,7 +78,7 @@ def storage_dtype(name: str) -> np.dtype[Any]:
 
 
 def storage_name(dtype: DTypeLike) -> str:
-    """Return the name of the storage type that `dtype` stands for, in any byte order.
+    """Return the name of the storage type of a dtype, in any byte order.
 
     Examples
     --------
@@ -91,7 +91,7 @@ def storage_name(dtype: DTypeLike) -> str:
         name = str(dtype)
     if name not in STORAGE_TYPES:
         raise DtypeError(
-            f"type {name} is not one that images and network inputs are stored in",
+            f"unsupported dtype {name}",
             f"convert it to one of {', '.join(STORAGE_TYPES)} first",
         )
     return name
@@ -101,32 +101,32 @@ def storage_name(dtype: DTypeLike) -> str:
 class Mode:
     """The arithmetic between an image x (0..255) and a network input y.
 
-    ``y = (x / divide - mean) / std`` and back ``x = (y * std + mean) * divide``, each operation
-    rounded by itself in the compute type, and skipped where its part is None. The three modes of
-    Keras are ``Mode.CAFFE``, ``Mode.TF`` and ``Mode.TORCH``; they give back every byte from every
-    storage type. A mode of your own gives back what its constants allow: `oracle.unrestorable`
-    counts the values that it loses.
+    Preprocessing computes ``y = (x / divide - mean) / std`` and restoring computes
+    ``x = (y * std + mean) * divide``. Each operation is rounded separately in the compute type, and
+    omitted if its constant is None. ``Mode.CAFFE``, ``Mode.TF`` and ``Mode.TORCH`` are the modes of
+    Keras; they restore every byte from every storage type. A custom mode restores what its
+    constants allow: `oracle.unrestorable` counts the values that it loses.
 
     Parameters
     ----------
     name
-        What the mode is called in messages and manifests.
+        The name in messages and manifests.
     divide
         The divisor of all channels, or None.
     mean, std
-        Three numbers each, in the channel order of y, or None. Minus zero becomes zero: equal
-        modes compute equal bits.
+        Three numbers each, in the channel order of y, or None. Minus zero becomes zero, so that
+        equal modes compute equal bits.
     order
-        The channel order of y: "RGB" as x has it, or "BGR".
+        The channel order of y: "RGB", which is the order of x, or "BGR".
 
     Raises
     ------
     ModeError
-        If a constant is not finite, or a divisor is zero, in float32.
+        If a constant is not finite in float32, or a divisor is zero.
 
     References
     ----------
-    `keras.applications.imagenet_utils.preprocess_input`, its NumPy path.
+    The NumPy path of `keras.applications.imagenet_utils.preprocess_input`.
 
     Examples
     --------
@@ -149,26 +149,27 @@ class Mode:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
-            raise ModeError(f"a mode is called {self.name!r}", "give it a name, a string")
+            raise ModeError(f"the name of a mode is {self.name!r}", "give a string")
         if self.order not in get_args(ChannelOrder):
-            raise ModeError(f"{self.name}: order {self.order!r}", "give 'RGB' or 'BGR'")
+            raise ModeError(f"{self.name}: order is {self.order!r}", "give 'RGB' or 'BGR'")
         try:
-            for part in ("mean", "std"):
-                if getattr(self, part) is not None:
-                    values = tuple(float(value) + 0.0 for value in getattr(self, part))
-                    object.__setattr__(self, part, values)
+            for field in ("mean", "std"):
+                if getattr(self, field) is not None:
+                    values = tuple(float(value) + 0.0 for value in getattr(self, field))
+                    object.__setattr__(self, field, values)
             if self.divide is not None:
                 object.__setattr__(self, "divide", float(self.divide))
         except (OverflowError, TypeError, ValueError) as error:
             raise ModeError(
-                f"{self.name}: a constant is no number: {error}",
-                "give a number to divide by, and three each for mean and std, or None",
+                f"{self.name}: a constant is not a number: {error}",
+                "give a number for divide, and three numbers each for mean and std, or None",
             ) from None
-        for part in ("mean", "std"):
-            found = getattr(self, part)
-            if found is not None and len(found) != CHANNELS:
+        for field in ("mean", "std"):
+            values = getattr(self, field)
+            if values is not None and len(values) != CHANNELS:
                 raise ModeError(
-                    f"{self.name}: {part} has {len(found)} values", "give one for each channel"
+                    f"{self.name}: {field} has {len(values)} values",
+                    f"give {CHANNELS} values, one for each channel",
                 )
         self._check_constants()
 
@@ -179,39 +180,39 @@ class Mode:
                 rounded = float(np.float32(value))
             if not math.isfinite(rounded) or (value in divisors and rounded == 0.0):
                 raise ModeError(
-                    f"{self.name}: the constant {value!r} is {rounded!r} in float32",
-                    "give finite constants, and divisors that are not zero",
+                    f"{self.name}: the constant {value!r} becomes {rounded!r} in float32",
+                    "give constants that are finite, and divisors that are not zero, in float32",
                 )
 
     @staticmethod
     def named(name: str) -> Mode:
-        """Return the mode called `name`: caffe, tf, torch or identity."""
+        """Return a built-in mode: caffe, tf, torch or identity."""
         try:
             return _MODES[name]
         except (KeyError, TypeError):
             raise ModeError(
-                f"there is no mode {name!r}",
-                f"give one of {', '.join(_MODES)}, or a fastvgg.Mode of your own",
+                f"unknown mode {name!r}",
+                f"give one of {', '.join(_MODES)}, or a custom fastvgg.Mode",
             ) from None
 
     @staticmethod
     def for_model(model: str) -> Mode:
-        """Return the mode that a published model wants; warn where that is to do nothing.
+        """Return the mode of a model of `keras.applications`; warn if it is the identity.
 
-        Models that scale the pixels in their own first layers (EfficientNet, ConvNeXt,
-        MobileNetV3) want them as they are: `Mode.IDENTITY`, which only converts the type.
+        EfficientNet, ConvNeXt and MobileNetV3 scale the pixels in their own first layers. Their
+        mode is `Mode.IDENTITY`, which only converts the dtype.
         """
         mode = Mode.named(models.mode_name(model))
         if mode is Mode.IDENTITY:
             warnings.warn(
-                f"{model} scales pixels inside the network: its mode, identity, changes no value",
+                f"{model} scales pixels itself: its mode, identity, changes no value",
                 stacklevel=2,
             )
         return mode
 
     @property
-    def flips(self) -> bool:
-        """Whether y has the channels of x in reverse."""
+    def is_bgr(self) -> bool:
+        """Whether y is BGR, the reverse of the channel order of x."""
         return self.order == "BGR"
 
     def to_dict(self) -> dict[str, Any]:
@@ -220,7 +221,7 @@ class Mode:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Mode:
-        """Return the mode that `to_dict` wrote; a mode of Keras is the same object again."""
+        """Return the mode that `to_dict` wrote; a built-in mode is the same object."""
         mode = cls(**record)
         known = _MODES.get(mode.name)
         return known if known == mode else mode
@@ -235,23 +236,23 @@ _MODES: Final = {m.name: m for m in (Mode.CAFFE, Mode.TF, Mode.TORCH, Mode.IDENT
 
 
 def _formula(mode: Mode, direction: Direction) -> str:
-    """Return the arithmetic of a mode for people.
+    """Return the arithmetic of a mode as a readable formula.
 
     >>> _formula(Mode.TF, "preprocess"), _formula(Mode.TF, "restore")
     ('y = x / 127.5 - (1.0, 1.0, 1.0)', 'x = (y + (1.0, 1.0, 1.0)) * 127.5')
     """
-    there, back = "x", "y"
+    forward, inverse = "x", "y"
     if mode.divide is not None:
-        there = f"{there} / {mode.divide}"
+        forward = f"{forward} / {mode.divide}"
     if mode.mean is not None:
-        there = f"{there} - {mode.mean}"
+        forward = f"{forward} - {mode.mean}"
     if mode.std is not None:
-        there, back = f"({there}) / {mode.std}", f"{back} * {mode.std}"
+        forward, inverse = f"({forward}) / {mode.std}", f"{inverse} * {mode.std}"
     if mode.mean is not None:
-        back = f"{back} + {mode.mean}"
+        inverse = f"{inverse} + {mode.mean}"
     if mode.divide is not None:
-        back = f"({back}) * {mode.divide}"
-    return f"x = {back}" if direction == "restore" else f"y = {there}"
+        inverse = f"({inverse}) * {mode.divide}"
+    return f"x = {inverse}" if direction == "restore" else f"y = {forward}"
 
 
 def _is_one_of(allowed: tuple[object, ...], value: object) -> bool:
@@ -272,23 +273,23 @@ def _check_choices(direction: object, layout: object, out_layout: object, roundi
 
 @dataclass(frozen=True, init=False, repr=False)
 class Transform:
-    """Everything that happens to a batch: mode, direction, layouts, types.
+    """A complete conversion of a batch: mode, direction, layouts, dtype and rounding.
 
     Parameters
     ----------
     mode
-        A `Mode`, or the name of one.
+        A `Mode`, or the name of a built-in one.
     direction
-        "preprocess" turns images into network inputs, "restore" turns them back, "pack" leaves
-        images as they are, to be preprocessed later.
+        "preprocess" converts images to network inputs, "restore" converts network inputs to images,
+        and "pack" keeps images unchanged, to be preprocessed later.
     layout, out_layout
-        Where the channels are, "NHWC" or "NCHW", in the input and in the result; `out_layout` is
-        `layout` where it is not given. Without the N they describe one image (rank 3).
+        The layout of the input and of the result, "NHWC" or "NCHW"; `out_layout` defaults to
+        `layout`. An array of rank 3 is one image, without the N axis.
     dtype
-        The storage type of the result. Where it is None, preprocess gives float32 for uint8 and
-        keeps a floating type, and restore gives uint8.
+        The storage type of the result. By default preprocess returns float32 for uint8 and keeps a
+        floating type, and restore returns uint8.
     rounding
-        How restore makes whole numbers: "nearest" (half to even), or "truncate".
+        How restore rounds: "nearest" (half to even) or "truncate".
 
     Examples
     --------
@@ -323,27 +324,28 @@ class Transform:
             or not _is_one_of(ROUNDINGS, rounding)
         ):
             _check_choices(direction, layout, out_layout, rounding)
-        put = object.__setattr__
-        put(self, "mode", mode if isinstance(mode, Mode) else Mode.named(mode))
-        put(self, "direction", direction)
-        put(self, "layout", layout)
-        put(self, "out_layout", out_layout or layout)
-        put(self, "dtype", None if dtype is None else storage_name(dtype))
-        put(self, "rounding", rounding)
-        keeps = self.mode.name == "identity" and self.dtype in (None, "uint8")
-        if direction == "pack" and not keeps:
+        set_field = object.__setattr__
+        set_field(self, "mode", mode if isinstance(mode, Mode) else Mode.named(mode))
+        set_field(self, "direction", direction)
+        set_field(self, "layout", layout)
+        set_field(self, "out_layout", out_layout or layout)
+        set_field(self, "dtype", None if dtype is None else storage_name(dtype))
+        set_field(self, "rounding", rounding)
+        is_unchanged = self.mode.name == "identity" and self.dtype in (None, "uint8")
+        if direction == "pack" and not is_unchanged:
             raise UsageError(
-                f"pack is asked for with mode {self.mode.name} and type {self.dtype or 'uint8'}",
-                "it keeps images as they are: give mode 'identity', and no type",
+                f"direction is 'pack', but mode is {self.mode.name!r} and dtype "
+                f"{self.dtype or 'uint8'!r}",
+                "packing keeps images unchanged: give mode 'identity' and omit dtype",
             )
         if direction == "preprocess" and self.dtype == "uint8":
             raise DtypeError(
-                "a network input cannot be stored as uint8",
-                "give a floating type: " + ", ".join(STORAGE_TYPES[1:]),
+                "network inputs cannot be stored as uint8",
+                "give a floating dtype: " + ", ".join(STORAGE_TYPES[1:]),
             )
 
     def __call__(self, x: Any, out: Any = None) -> Any:  # noqa: ANN401  # see engine.preprocess
-        """Apply the transform to a batch or an image in memory: `engine.apply`."""
+        """Apply the transform to a batch or an image in memory; see `engine.apply`."""
         from fastvgg import engine
 
         return engine.apply(self, x, out)
@@ -356,14 +358,14 @@ class Transform:
         return f"Transform({', '.join(parts)})"
 
     def _summary_rows(self) -> list[tuple[str, str]]:
-        """Return what people are told of it, by name."""
-        natural = {"preprocess": "float32 for uint8, else as it is", "restore": "uint8"}
+        """Return the rows of the summary table, as names and values."""
+        default = {"preprocess": "float32 for uint8, else unchanged", "restore": "uint8"}
         return [
             ("mode", self.mode.name),
             ("formula", _formula(self.mode, self.direction)),
             ("channels of y", self.mode.order),
             ("layout", f"{self.layout} -> {self.out_layout}"),
-            ("type", self.dtype or natural.get(self.direction, "uint8")),
+            ("type", self.dtype or default.get(self.direction, "uint8")),
             *([("rounding", self.rounding)] if self.direction == "restore" else []),
         ]
 
@@ -371,7 +373,7 @@ class Transform:
         return html_table(self.direction, self._summary_rows())
 
     def inverse(self) -> Transform:
-        """Return the transform that undoes this one, with the layouts changed about."""
+        """Return the transform that undoes this one, with the layouts swapped."""
         return Transform(self.mode, INVERSES[self.direction], self.out_layout, self.layout)
 
     def output_name(self, input_name: str) -> str:
@@ -387,42 +389,44 @@ class Transform:
         return "float32" if input_name == "uint8" else input_name
 
     def compute_name(self, input_name: str) -> str:
-        """Return the compute type: float64 where every floating side is float64, else float32."""
+        """Return the compute type: float64 if every floating side is float64, else float32."""
         sides = {input_name, self.output_name(input_name)} - {"uint8"}
         return "float64" if sides == {"float64"} else "float32"
 
     def check_input(self, shape: tuple[int, ...], input_name: str) -> None:
-        """Refuse an input that the contract does not cover.
+        """Check the shape and the storage type of an input.
 
         Raises
         ------
         ShapeError
-            If the rank is neither 3 nor 4, or the channel axis does not hold 3.
+            If the rank is neither 3 nor 4, or the length of the channel axis is not 3.
         DtypeError
-            If network inputs are said to be uint8, or images to be packed are not.
+            If the network inputs to restore are uint8, or the images to pack are not.
         """
         if len(shape) not in (3, 4):
             raise ShapeError(
                 f"shape {shape} has rank {len(shape)}",
-                "give a batch of rank 4 or one image of rank 3",
+                "give a batch, of rank 4, or one image, of rank 3",
             )
         if shape[CHANNEL_AXES[self.layout]] != CHANNELS:
             other: Layout = "NCHW" if self.layout == "NHWC" else "NHWC"
             found = shape[CHANNEL_AXES[self.layout]]
             described = f"shape {shape} read as {self.layout[4 - len(shape) :]}"
-            remedy = "give RGB images: 3 channels"
+            remedy = "give RGB images, with 3 channels"
             if shape[CHANNEL_AXES[other]] == CHANNELS:
-                remedy = f"axis {CHANNEL_AXES[other]} holds 3: give layout {other!r}"
-            raise ShapeError(f"{described}: the channel axis holds {found}, not 3", remedy)
+                remedy = f"axis {CHANNEL_AXES[other]} has length 3: give layout {other!r}"
+            raise ShapeError(
+                f"{described}: the channel axis has length {found}, expected 3", remedy
+            )
         if self.direction == "restore" and input_name == "uint8":
             raise DtypeError(
-                "uint8 is the type of images, not of network inputs: there is nothing to restore",
-                "give what preprocess returned, in a floating type",
+                "uint8 is the dtype of images, not of network inputs: there is nothing to restore",
+                "give the network inputs that preprocess returned, in a floating dtype",
             )
         if self.direction == "pack" and input_name != "uint8":
             raise DtypeError(
-                f"{input_name} is not the type of images: only uint8 is packed",
-                "give images, or convert their type",
+                f"cannot pack {input_name}: packed images are uint8",
+                "give uint8 images, or convert them with astype",
             )
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -448,6 +452,6 @@ class Transform:
         return cls(**{**record, "mode": Mode.from_dict(record["mode"])})
 
     def fingerprint(self) -> str:
-        """Return a hash that two transforms share exactly when they do the same."""
+        """Return a hash that is equal exactly for equal transforms."""
         canonical = json.dumps(self.to_dict(), sort_keys=True)
         return xxhash.xxh3_128_hexdigest(canonical.encode())

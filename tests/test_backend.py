@@ -140,7 +140,7 @@ def test_a_plan_of_little_work_runs_on_numpy_and_a_large_one_on_a_kernel(tmp_pat
     )
 
 
-def test_an_unknown_backend_is_refused():
+def test_an_unknown_backend_is_rejected():
     with pytest.raises(UsageError, match="backend is 'cuda'"):
         backend.check_backend("cuda")
     with pytest.raises(UsageError, match="backend is 'cuda'"):

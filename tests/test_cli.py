@@ -855,7 +855,7 @@ print(json.dumps(told))
     assert (before, middle, after) == (3, 5, 0), actual
     assert "free space" in refusal
     assert "No space left on device" in stop
-    assert "same command again" in stop
+    assert "rerun the same command" in stop
     assert "Traceback" not in refusal + stop + silence
 
 

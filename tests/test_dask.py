@@ -100,7 +100,7 @@ def test_the_same_is_one_task_and_anything_else_another():
     assert len({one.name, *(other.name for other in others)}) == 5
 
 
-def test_what_does_not_fit_is_refused_when_the_graph_is_built():
+def test_invalid_arguments_are_rejected_when_the_graph_is_built():
     batch = pixels()
     with pytest.raises(ShapeError) as caught:
         fastvgg.dask.preprocess(lazily(batch, (5, 7, 9, 2)), "caffe")
@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_refused_when_the_graph_is_built():
         fastvgg.dask.preprocess(batch, "caffe")
 
 
-def test_what_is_advised_helps():
+def test_the_suggested_rechunk_works():
     lazy = lazily(pixels(), (5, 7, 9, 2)).rechunk({3: -1})
     assert fastvgg.dask.preprocess(lazy, "caffe").compute().tobytes() == (
         network_inputs(pixels(), "caffe").tobytes()

@@ -36,7 +36,7 @@ def test_every_byte_of_every_photograph_comes_back(shown):
     assert any("equal to the oracle" in line for line in said)
 
 
-def test_the_files_are_where_they_were_said_to_be(shown):
+def test_the_reported_files_exist(shown):
     directory, said, demonstration = shown
     assert demonstration.contact_sheet == directory / "contact-sheet.png"
     assert {path.name for path in directory.iterdir()} == {
@@ -119,7 +119,7 @@ def test_it_runs_a_second_time_in_its_own_directory(shown):
 @pytest.mark.parametrize(
     "name", ["notes.txt", "photos-of-my-own", "train.npy.backup", "restored-by-hand.png", ".git"]
 )
-def test_a_directory_with_other_things_is_refused_and_left_alone(tmp_path, name):
+def test_a_directory_with_other_files_is_rejected_and_unchanged(tmp_path, name):
     (tmp_path / name).write_text("precious")
     before = tree(tmp_path)
     with pytest.raises(TargetError) as caught:
@@ -129,7 +129,7 @@ def test_a_directory_with_other_things_is_refused_and_left_alone(tmp_path, name)
 
 
 @pytest.mark.parametrize("name", ["photos/my own.jpg", "train.npy", "restored/a.png"])
-def test_what_only_has_the_names_of_a_demo_is_refused_and_left_alone(tmp_path, name):
+def test_what_only_has_the_names_of_a_demo_is_rejected_and_unchanged(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("precious")
     before = tree(tmp_path)
@@ -139,7 +139,7 @@ def test_what_only_has_the_names_of_a_demo_is_refused_and_left_alone(tmp_path, n
     assert tree(tmp_path) == before
 
 
-def test_a_file_in_place_of_the_directory_is_refused(tmp_path):
+def test_a_file_in_place_of_the_directory_is_rejected(tmp_path):
     (tmp_path / "file").write_text("precious")
     with pytest.raises(TargetError) as caught:
         demonstrate(tmp_path / "file", lambda line: None)

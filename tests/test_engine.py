@@ -1,4 +1,4 @@
-"""The engine against the oracle: any shape, strides, type, cut and thread; and what it refuses."""
+"""The engine against the oracle: any shape, strides, type, partition and thread; and errors."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ own_modes = st.builds(
 
 
 @given(mode=own_modes, seed=seeds)
-def test_a_mode_of_ones_own_gives_what_the_oracle_gives(backend, mode, seed):
+def test_a_custom_mode_gives_what_the_oracle_gives(backend, mode, seed):
     x = frozen(drawn(seed, (2, 5, 7), "float32", "NHWC"))
     forth, back = Transform(mode), Transform(mode, "restore")
     with unchanged(x):
@@ -337,7 +337,7 @@ def midpoints(half):
 
 @pytest.mark.parametrize("steps", [-1, 0, 1])
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
-def test_what_lies_between_two_halves_is_narrowed_as_numpy_narrows_it(backend, half, steps):
+def test_values_between_two_16_bit_floats_are_rounded_as_by_numpy(backend, half, steps):
     patterns = midpoints(half).view(np.uint32) + np.uint32(steps % 2**32)
     x = filled_with(patterns.view(np.float32))
     expected = cast(x, half)
@@ -347,7 +347,7 @@ def test_what_lies_between_two_halves_is_narrowed_as_numpy_narrows_it(backend, h
 
 
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
-def test_no_number_stays_no_number_in_half_the_bytes_whatever_its_bits(backend, half):
+def test_nan_stays_nan_in_16_bits_whatever_its_payload(backend, half):
     payloads = [1 << bit for bit in range(23)] + [0x7FFFFF, 0x007FFF, 0x00FFFF, 0x400001]
     patterns = [sign | 0x7F800000 | payload for sign in (0, 1 << 31) for payload in payloads]
     x = filled_with(np.array(patterns, np.uint32).view(np.float32))
@@ -415,7 +415,7 @@ SHAPES = (
 @pytest.mark.parametrize(
     ("mode", "dtype"), [("torch", "float32"), *(("caffe", dtype) for dtype in FLOATS)]
 )
-def test_preprocess_works_in_place_and_restore_leaves_whole_numbers_in_the_type_of_y(
+def test_preprocess_works_in_place_and_restore_writes_integers_in_the_type_of_y(
     backend, mode, dtype, layout
 ):
     for shape in SHAPES:
@@ -529,7 +529,7 @@ OVERLAPPING = [
 
 
 @pytest.mark.parametrize("make", OVERLAPPING, ids=lambda make: make.__name__)
-def test_an_out_that_overlaps_the_input_is_refused_before_a_byte_is_written(backend, make):
+def test_an_out_that_overlaps_the_input_is_rejected_before_a_byte_is_written(backend, make):
     x, out, layouts = make()
     assert np.shares_memory(x, out)
     with unchanged(x, out), pytest.raises(OutputError, match="overlaps the input") as caught:
@@ -549,7 +549,7 @@ def test_an_out_in_a_gap_of_the_input_is_accepted(backend):
     assert not memory[1, 1:].any()
 
 
-def test_an_out_beside_the_input_in_one_buffer_is_accepted(backend):
+def test_an_out_next_to_the_input_in_one_buffer_is_accepted(backend):
     memory = np.zeros((4, 5, 7, 3), np.float32)
     memory[:2] = every_value()[:, :, :7]
     x = memory[:2].copy()
@@ -619,7 +619,7 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("make", UNFIT, ids=lambda make: make.__name__)
-def test_an_unfit_out_is_refused_with_its_numbers_before_a_byte_is_written(backend, make):
+def test_an_unfit_out_is_rejected_with_its_numbers_before_a_byte_is_written(backend, make):
     x = frozen(np.full((2, 5, 7, 3), 9, np.uint8))
     out = make()
     with unchanged(x, out), pytest.raises(OutputError) as caught:
@@ -636,7 +636,7 @@ def test_the_refusal_of_an_out_names_the_array_that_would_do(backend, make):
 
 
 @pytest.mark.parametrize("out", [[0.0], "out.npy", 7, b"bytes"])
-def test_an_out_that_is_no_array_is_refused(backend, out):
+def test_an_out_that_is_not_an_array_is_rejected(backend, out):
     x = np.full((2, 5, 7, 3), 9, np.uint8)
     with pytest.raises(OutputError, match=type(out).__name__):
         fastvgg.preprocess(x, "caffe", out=out, backend=backend)
@@ -677,7 +677,7 @@ def test_uint8_is_not_what_restore_makes_in_place(backend):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_type_outside_the_contract_is_refused_by_name(backend, direction, x, shown):
+def test_a_type_that_is_not_supported_is_rejected_by_name(backend, direction, x, shown):
     out = np.full((2, 5, 7, 3), 7, np.float32)
     with unchanged(out), pytest.raises(DtypeError) as caught:
         direction(x, "caffe", dtype="float32", out=out, backend=backend)
@@ -708,7 +708,7 @@ def test_preprocess_does_not_give_uint8(backend):
         ((), "NHWC", "rank 4"),
     ],
 )
-def test_a_wrong_shape_is_refused_with_the_shape_and_the_way_out(
+def test_a_wrong_shape_is_rejected_with_the_shape_and_a_remedy(
     backend, direction, shape, layout, remedy
 ):
     x = np.zeros(shape, np.float32)
@@ -734,7 +734,7 @@ def test_a_wrong_shape_is_refused_with_the_shape_and_the_way_out(
     ],
     ids=str,
 )
-def test_an_argument_outside_the_contract_is_refused_before_a_byte_is_written(
+def test_an_argument_that_is_not_supported_is_rejected_before_a_byte_is_written(
     direction, argument, error
 ):
     x = float_batch()
@@ -746,7 +746,7 @@ def test_an_argument_outside_the_contract_is_refused_before_a_byte_is_written(
     assert str(next(iter(argument.values()))) in caught.value.problem
 
 
-def test_an_unknown_rounding_is_refused(backend):
+def test_an_unknown_rounding_is_rejected(backend):
     with pytest.raises(UsageError, match="'up'"):
         fastvgg.restore(float_batch(), "caffe", rounding="up", backend=backend)
 
@@ -828,9 +828,9 @@ def shared(monkeypatch):
     """The tiles of each batch, and the threads that share them."""
     seen = []
 
-    def recording(tiles, work_on, threads):
+    def recording(tiles, fn, threads):
         seen.append((tiles, threads))
-        parallel_for(tiles, work_on, threads)
+        parallel_for(tiles, fn, threads)
 
     monkeypatch.setattr(engine, "parallel_for", recording)
     return seen
@@ -866,7 +866,7 @@ def test_any_number_of_threads_gives_the_same_bytes(
 
 
 @pytest.mark.parametrize("case", CASES[::3], ids=str)
-def test_any_number_of_threads_may_write_past_the_caches(backend, tiny_tiles, streaming, case):
+def test_any_number_of_threads_may_use_nontemporal_stores(backend, tiny_tiles, streaming, case):
     transform = case.transform
     for threads, shape in ((1, (11, 13, 17)), (2, (1, 61, 43)), (3, (3, 23, 29)), (7, (131, 97))):
         x = frozen(drawn(2 * threads, shape, case.source, transform.layout))
@@ -922,7 +922,7 @@ class Call(NamedTuple):
     layout: str
     reverses: bool
     in_place: bool
-    streams: bool
+    nontemporal: bool
     source: int
     target: int
     images: int
@@ -935,12 +935,14 @@ def calls(monkeypatch):
     made = []
     kernel_of = engine._kernel
 
-    def recording(plan, in_place, streams):
-        kernel = kernel_of(plan, in_place, streams)
+    def recording(plan, *, in_place, nontemporal):
+        kernel = kernel_of(plan, in_place=in_place, nontemporal=nontemporal)
         layout, reverses = plan.base[:2] if plan.base else (plan.transform.layout, False)
 
         def loop(source, target, constants, images, pixels, *steps):
-            made.append(Call(layout, reverses, in_place, streams, source, target, images, pixels))
+            made.append(
+                Call(layout, reverses, in_place, nontemporal, source, target, images, pixels)
+            )
             kernel.loop(source, target, constants, images, pixels, *steps)
 
         return kernel._replace(loop=loop)
@@ -949,36 +951,36 @@ def calls(monkeypatch):
     return made
 
 
-LYING = {
+BASES = {
     # A view, and whether its memory has the other layout, and its channels reversed.
     "contiguous": (False, False),
     "unaligned": (False, False),
     "channels reversed": (False, True),
-    "turned": (True, False),
-    "turned, reversed": (True, True),
+    "transposed": (True, False),
+    "transposed, reversed": (True, True),
 }
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("lying", LYING)
+@pytest.mark.parametrize("view", BASES)
 @pytest.mark.parametrize(("layout", "out_layout"), LAYOUT_PAIRS)
-def test_turned_and_reversed_views_are_read_where_they_lie(calls, layout, out_layout, lying):
-    turned, reverses = LYING[lying]
+def test_transposed_and_reversed_views_are_read_without_a_copy(calls, layout, out_layout, view):
+    transposed, reverses = BASES[view]
     for number, (direction, source) in enumerate(
         (("preprocess", "uint8"), ("preprocess", "float16"), ("restore", "float32"))
     ):
         transform = Transform("caffe", direction, layout, out_layout)
-        for start in range(1 if lying == "unaligned" else 0, 8):
+        for start in range(1 if view == "unaligned" else 0, 8):
             batch = drawn(number, (3, 5, 7), source, layout)
-            x, held = in_memory(batch, layout, turned, reverses, start)
+            x, held = in_memory(batch, layout, transposed, reverses, start)
             assert np.array_equal(bits(x), bits(batch))
-            assert x.flags.c_contiguous == (not turned and not reverses)
+            assert x.flags.c_contiguous == (not transposed and not reverses)
             with unchanged(frozen(x)):
                 actual = engine.apply(transform, x, threads=1, backend="numba")
             assert_same(actual, oracle.apply(transform, batch))
             (call,) = calls
             assert call.source == held.ctypes.data
-            assert call.layout == (layout if not turned else LAYOUTS[layout == "NHWC"])
+            assert call.layout == (layout if not transposed else LAYOUTS[layout == "NHWC"])
             assert call.reverses == reverses
             calls.clear()
 
@@ -992,7 +994,7 @@ SCATTERED = (
 @pytest.mark.compiled
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("view", SCATTERED)
-def test_other_views_are_gathered_in_tiles_of_a_bounded_size(calls, monkeypatch, view, layout):
+def test_other_views_are_copied_in_tiles_of_a_bounded_size(calls, monkeypatch, view, layout):
     tile_bytes = 32 * 1024
     monkeypatch.setattr(engine, "COPIED_TILE_BYTES", tile_bytes)
     batch = drawn(0, (7, 64, 48), "float32", layout)
@@ -1039,14 +1041,14 @@ def test_one_large_image_is_cut_where_lines_of_the_result_begin(
 
 def streamed(calls):
     """Whether loops streamed; all of them did or none."""
-    (found,) = {call.streams for call in calls}
+    (found,) = {call.nontemporal for call in calls}
     calls.clear()
     return found
 
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("view", ["contiguous", "planes seen as pixels", "stepped"])
-def test_large_results_are_written_past_the_caches_where_that_is_faster(calls, monkeypatch, view):
+def test_large_results_use_nontemporal_stores_where_that_is_faster(calls, monkeypatch, view):
     transform = Transform("caffe", dtype="float32")
     batch = drawn(2, (3, 5, 7), "float32", "NHWC")
     x, expected = VIEWS[view](batch), oracle.apply(transform, batch)
@@ -1064,7 +1066,7 @@ def test_large_results_are_written_past_the_caches_where_that_is_faster(calls, m
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_is_written_in_place_is_not_written_past_the_caches(calls, streaming, layout):
+def test_results_in_place_use_ordinary_stores(calls, streaming, layout):
     transform = Transform("caffe", layout=layout)
     x = drawn(2, (3, 5, 7), "float32", layout)
     expected = oracle.apply(transform, x)
@@ -1206,7 +1208,7 @@ def test_without_numba_the_numpy_backend_is_not_worth_a_warning():
     )
 
 
-def test_without_numba_asking_for_it_by_name_is_refused():
+def test_without_numba_asking_for_it_by_name_is_rejected():
     run_script(
         WITHOUT_NUMBA
         + "out = np.full(x.shape, 7, np.float32)\n"
@@ -1252,7 +1254,7 @@ assert (out == 7).all()
 
 
 @pytest.mark.compiled
-def test_with_compilation_disabled_auto_warns_once_and_numba_is_refused():
+def test_with_compilation_disabled_auto_warns_once_and_numba_is_rejected():
     run_script(DISABLED, NUMBA_DISABLE_JIT="1")
 
 
@@ -1283,7 +1285,7 @@ def test_a_mode_of_tiny_numbers_does_not_meet_the_callers_settings(backend, dtyp
     assert_same(image, oracle.apply(back, expected))
 
 
-def test_any_whole_number_is_a_number_of_threads(backend):
+def test_any_integer_is_a_number_of_threads(backend):
     x = every_value()
     actual = fastvgg.preprocess(x, "caffe", threads=np.int64(2), backend=backend)
     assert_same(actual, oracle.apply(Transform("caffe"), x))
@@ -1296,7 +1298,7 @@ class Liar(np.ndarray):
     __array_struct__ = property(lambda self: self.elsewhere.__array_struct__)
 
 
-def test_what_a_subclass_says_of_its_memory_is_not_believed(backend):
+def test_the_address_that_a_subclass_reports_is_not_trusted(backend):
     x = every_value()
     expected = oracle.apply(Transform("caffe"), x)
     out = np.zeros(x.shape, np.float32)
@@ -1305,24 +1307,24 @@ def test_what_a_subclass_says_of_its_memory_is_not_believed(backend):
     assert not Liar.elsewhere.any()
 
 
-def test_packing_refuses_an_unknown_backend_too():
+def test_packing_rejects_an_unknown_backend_too():
     with pytest.raises(UsageError, match="backend is 'cuda'"):
         engine.apply(Transform("identity", "pack"), every_value(), backend="cuda")
 
 
 @pytest.mark.parametrize("layout", [np.array(["NHWC", "NCHW"]), ["NHWC"], 4])
-def test_a_layout_that_is_no_name_is_refused(layout):
+def test_a_layout_that_is_not_a_name_is_rejected(layout):
     with pytest.raises(UsageError, match="layout is"):
         fastvgg.preprocess(every_value(), "caffe", layout=layout)
 
 
 @pytest.mark.parametrize("threads", [True, 1.5, "2", 0, -1])
-def test_threads_are_a_whole_number(backend, threads):
-    with pytest.raises(UsageError, match="whole number"):
+def test_threads_must_be_an_integer(backend, threads):
+    with pytest.raises(UsageError, match="integer"):
         fastvgg.preprocess(every_value(), "caffe", threads=threads, backend=backend)
 
 
-def test_a_masked_out_is_refused(backend):
+def test_a_masked_out_is_rejected(backend):
     x = every_value()
     out = np.ma.masked_array(np.zeros(x.shape, np.float32))
     with pytest.raises(OutputError, match="MaskedArray"):
@@ -1331,7 +1333,7 @@ def test_a_masked_out_is_refused(backend):
 
 
 @pytest.mark.parametrize("arguments", [{"dtype": "int32"}, {"dtype": ["f4"]}, {"layout": ["NHWC"]}])
-def test_what_is_refused_is_refused_once(arguments):
+def test_what_is_rejected_is_rejected_once(arguments):
     with pytest.raises((DtypeError, UsageError)) as refused:
         fastvgg.preprocess(np.zeros((2, 3, 3), np.uint8), "tf", **arguments)
     assert refused.value.__context__ is None or refused.value.__suppress_context__

@@ -65,7 +65,7 @@ def test_a_stopped_run_names_the_call_the_file_the_offset_and_the_reason():
     error = errors.StoppedError.from_os_error(cause, "pwrite", "train.npy", 4096)
     assert "train.npy: pwrite at offset 4096 failed" in error.problem
     assert "No space left on device (ENOSPC)" in error.problem
-    assert "same command again" in error.remedy
+    assert "rerun the same command" in error.remedy
 
 
 def test_a_stopped_run_without_a_number_from_the_system_is_still_described():

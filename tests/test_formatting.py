@@ -140,11 +140,11 @@ def test_a_formula_is_what_the_oracle_computes(mode, direction):
     values = np.linspace(0, 255, 30).reshape(2, 5, 3).astype(np.float64)
     formula = dict(read(transform._repr_html_())[1])["formula"]
     _, _, right = formula.partition(" = ")
-    flipped = values[..., ::-1] if transform.mode.flips and direction == "preprocess" else values
+    flipped = values[..., ::-1] if transform.mode.is_bgr and direction == "preprocess" else values
     expression = re.sub(r"(\([\d., ]+\))", r"array(\1)", right)
     names = {"x": flipped, "y": flipped, "array": np.array}
     actual = eval(expression, names)  # noqa: S307  # our own
     if direction == "restore":
-        actual = actual[..., ::-1] if transform.mode.flips else actual
+        actual = actual[..., ::-1] if transform.mode.is_bgr else actual
         actual = np.clip(np.rint(actual), 0, 255)
     np.testing.assert_allclose(oracle.apply(transform, values), actual, rtol=1e-12)

@@ -1,4 +1,4 @@
-"""Arrays of others: the same bits as from NumPy, in the memory that is there, and what is refused.
+"""Arrays of other libraries: the same bits as from NumPy, without a copy, and what is rejected.
 
 PyTorch is not installed with the tests, as its usual build takes gigabytes; with it they take it.
 """
@@ -73,7 +73,7 @@ def torch():
 
 
 @pytest.mark.parametrize("wrap", [OnlyInterface, OnlyDlpack, OnlyArray])
-def test_what_shows_its_memory_is_seen_where_it_lies(wrap):
+def test_an_exported_array_is_viewed_without_a_copy(wrap):
     x = np.array(every_value())
     seen = interop.as_numpy(wrap(x))
     assert type(seen) is np.ndarray
@@ -86,14 +86,14 @@ def test_a_numpy_array_is_returned_as_it_is():
     assert interop.as_numpy(x) is x
 
 
-def test_turned_memory_keeps_its_strides():
+def test_transposed_memory_keeps_its_strides():
     x = np.array(every_value()).transpose(0, 2, 1, 3)[::-1]
     assert interop.as_numpy(OnlyDlpack(x)).strides == x.strides
 
 
 @pytest.mark.parametrize("wrap", [OnlyInterface, OnlyDlpack, OnlyArray])
 @pytest.mark.parametrize("mode", ["caffe", "tf", "torch"])
-def test_arrays_of_others_give_the_bits_that_numpy_arrays_give(wrap, mode):
+def test_arrays_of_other_libraries_give_the_bits_that_numpy_arrays_give(wrap, mode):
     x = np.array(every_value())
     before = x.copy()
     y = fastvgg.preprocess(wrap(x), mode, out_layout="NCHW")
@@ -134,13 +134,13 @@ def test_an_image_of_pillow_is_an_image():
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
-def test_an_image_of_other_colours_is_refused_with_its_shape(mode):
+def test_an_image_of_other_colours_is_rejected_with_its_shape(mode):
     image = Image.new(mode, (7, 5))
     with pytest.raises(ShapeError, match=r"shape \(5, 7"):
         fastvgg.preprocess(image, "caffe")
 
 
-def test_transforms_take_arrays_of_others():
+def test_transforms_take_arrays_of_other_libraries():
     transform = fastvgg.Transform("caffe", out_layout="NCHW")
     x = np.array(every_value())
     expected = oracle.apply(transform, x)
@@ -165,24 +165,28 @@ def test_a_list_of_images_is_a_batch(kind):
     ("images", "error", "shown"),
     [
         ([], ShapeError, "an empty list has no images"),
-        ([np.zeros((2, 5, 7, 3))], ShapeError, r"number 0 has shape \(2, 5, 7, 3\), of rank 4"),
-        ([np.zeros((5, 7))] * 3, ShapeError, r"number 0 has shape \(5, 7\), of rank 2"),
+        (
+            [np.zeros((2, 5, 7, 3))],
+            ShapeError,
+            r"item 0 of the list has shape \(2, 5, 7, 3\), of rank 4",
+        ),
+        ([np.zeros((5, 7))] * 3, ShapeError, r"item 0 of the list has shape \(5, 7\), of rank 2"),
         (
             [np.zeros((5, 7, 3)), np.zeros((5, 8, 3))],
             ShapeError,
-            r"number 0 has shape \(5, 7, 3\) and number 1 \(5, 8, 3\)",
+            r"item 0 of the list has shape \(5, 7, 3\), but item 1 has \(5, 8, 3\)",
         ),
         (
             [np.zeros((5, 7, 3), np.uint8), np.zeros((5, 7, 3), np.float32)],
             DtypeError,
-            "number 0 has type uint8 and number 1 float32",
+            "item 0 of the list has dtype uint8, but item 1 has float32",
         ),
-        ([[[1.0, 2.0, 3.0]]], DtypeError, "got a list of list, which is no array"),
-        ((1.0, 2.0, 3.0), DtypeError, "got a tuple of float, which is no array"),
-        ([None], DtypeError, "got NoneType, which is no array"),
+        ([[[1.0, 2.0, 3.0]]], DtypeError, "got a list of list, which is not an array"),
+        ((1.0, 2.0, 3.0), DtypeError, "got a tuple of float, which is not an array"),
+        ([None], DtypeError, "got NoneType, which is not an array"),
     ],
 )
-def test_a_list_that_is_no_batch_is_refused(images, error, shown):
+def test_a_list_that_is_not_a_batch_is_rejected(images, error, shown):
     with pytest.raises(error, match=shown):
         fastvgg.preprocess(images, "caffe")
 
@@ -191,9 +195,11 @@ def test_a_list_that_is_no_batch_is_refused(images, error, shown):
 
 
 @pytest.mark.parametrize("kind", [2, 8, 10])
-def test_an_array_on_a_gpu_is_refused(kind):
+def test_an_array_on_a_gpu_is_rejected(kind):
     x = OnlyDlpack(np.array(every_value()), device=(kind, 1))
-    with pytest.raises(DtypeError, match=rf"on device 1 of DLPack's kind {kind}.*\n.*move it"):
+    with pytest.raises(
+        DtypeError, match=rf"on device 1 of DLPack device type {kind}.*\n.*copy it to the CPU"
+    ):
         fastvgg.preprocess(x, "caffe")
 
 
@@ -217,31 +223,31 @@ def test_the_line_that_moves_an_array_is_that_of_its_framework(module, move):
     kind = type("Tensor", (OnlyDlpack,), {"__module__": module})
     with pytest.raises(DtypeError) as raised:
         fastvgg.restore(kind(np.zeros((5, 7, 3), np.float32), device=(2, 0)), "caffe")
-    assert raised.value.remedy == f"move it there: {move}"
+    assert raised.value.remedy == f"copy it to the CPU: {move}"
 
 
-def test_a_tensor_whose_device_is_named_is_refused_on_a_gpu():
+def test_a_tensor_whose_device_is_named_is_rejected_on_a_gpu():
     x = OnlyArray(every_value())
     x.device = "/job:localhost/replica:0/task:0/device:GPU:0"
-    with pytest.raises(DtypeError, match="device:GPU:0, and fastvgg works on the CPU"):
+    with pytest.raises(DtypeError, match="device:GPU:0, but fastvgg runs on the CPU"):
         fastvgg.preprocess(x, "caffe")
     x.device = "/job:localhost/replica:0/task:0/device:CPU:0"
     fastvgg.preprocess(x, "caffe")
 
 
 @pytest.mark.parametrize("error", [TypeError, ValueError, RuntimeError, BufferError])
-def test_an_array_that_does_not_show_its_memory_is_refused_with_what_it_says(error):
-    with pytest.raises(DtypeError, match="OnlyArray, which does not show its memory: a symbol"):
+def test_an_array_that_cannot_export_its_memory_is_rejected_with_what_it_says(error):
+    with pytest.raises(DtypeError, match="OnlyArray, which cannot export its memory: a symbol"):
         fastvgg.preprocess(OnlyArray(None, error("a symbol")), "caffe")
 
 
 @pytest.mark.parametrize("x", [None, 7, "x.png", b"\x00" * 105, {"x": 1}, object()])
-def test_what_is_no_array_is_refused(x):
-    with pytest.raises(DtypeError, match=f"got {type(x).__name__}, which is no array"):
+def test_a_value_that_is_not_an_array_is_rejected(x):
+    with pytest.raises(DtypeError, match=f"got {type(x).__name__}, which is not an array"):
         fastvgg.preprocess(x, "caffe")
 
 
-def test_a_masked_array_is_refused_in_a_list_too():
+def test_a_masked_array_is_rejected_in_a_list_too():
     masked = np.ma.masked_array(every_value(rank=3), mask=False)
     for x in (masked, [masked]):
         with pytest.raises(DtypeError, match="masked"):
@@ -280,7 +286,7 @@ def test_a_tensor_comes_back_for_a_tensor(torch, name):
 
 
 @pytest.mark.parametrize("name", FLOATS)
-def test_a_tensor_is_seen_where_it_lies_and_may_be_written(torch, name):
+def test_a_tensor_is_viewed_without_a_copy_and_writable(torch, name):
     x = torch.zeros(ODD, dtype=getattr(torch, name)).permute(0, 2, 1, 3)
     seen = interop.as_numpy(x)
     assert seen.ctypes.data == x.data_ptr()
@@ -321,7 +327,7 @@ def test_a_tensor_of_no_pixels_comes_back(torch):
     assert (tuple(y.shape), y.dtype) == ((0, 5, 7, 3), torch.float32)
 
 
-def test_a_tensor_with_a_gradient_is_refused_and_stays_as_it_is(torch):
+def test_a_tensor_with_a_gradient_is_rejected_and_stays_as_it_is(torch):
     y = torch.zeros(ODD, requires_grad=True)
     with pytest.raises(DtypeError, match=r"give x.detach\(\)"):
         fastvgg.restore(y, "caffe")
@@ -330,18 +336,18 @@ def test_a_tensor_with_a_gradient_is_refused_and_stays_as_it_is(torch):
     assert not y.detach().any()
 
 
-def test_a_tensor_that_is_elsewhere_is_refused_with_the_line_that_moves_it(torch):
+def test_a_tensor_that_is_elsewhere_is_rejected_with_the_line_that_moves_it(torch):
     y = torch.zeros(ODD, device="meta")
-    with pytest.raises(DtypeError, match=r"on meta, and fastvgg works on the CPU\n.*x.cpu\(\)"):
+    with pytest.raises(DtypeError, match=r"on meta, but fastvgg runs on the CPU\n.*x.cpu\(\)"):
         fastvgg.restore(y, "caffe")
 
 
-def test_a_sparse_tensor_is_refused(torch):
-    with pytest.raises(DtypeError, match="does not show its memory"):
+def test_a_sparse_tensor_is_rejected(torch):
+    with pytest.raises(DtypeError, match="cannot export its memory"):
         fastvgg.restore(torch.zeros(ODD).to_sparse(), "caffe")
 
 
-def test_an_integer_tensor_is_refused_by_its_type(torch):
+def test_an_integer_tensor_is_rejected_by_its_type(torch):
     with pytest.raises(DtypeError, match="int64"):
         fastvgg.preprocess(torch.zeros(ODD, dtype=torch.int64), "caffe")
 

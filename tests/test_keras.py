@@ -1,4 +1,4 @@
-"""The drop-ins against what they stand in for: the same type and bits, and nothing else changed."""
+"""The drop-ins against the originals: the same type and bits, and no other side effects."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_without_keras_the_defaults_are_its_defaults_and_it_is_not_imported():
         ({"data_format": ""}, "''"),
     ],
 )
-def test_preprocess_input_refuses_what_keras_refuses(arguments, shown):
+def test_preprocess_input_rejects_what_keras_refuses(arguments, shown):
     x = numbers("float32")
     with pytest.raises(ValueError, match=r"(?i)expected|invalid"):
         imagenet_utils.preprocess_input(x.copy(), **arguments)
@@ -197,7 +197,7 @@ def test_preprocess_input_refuses_what_keras_refuses(arguments, shown):
 @pytest.mark.parametrize(
     "shape", [(5, 7), (2, 5, 7, 1), (2, 5, 7, 4), (2, 3, 5, 7), (1, 2, 5, 7, 3), (7,)]
 )
-def test_preprocess_input_refuses_other_shapes_before_it_begins(shape, dtype):
+def test_preprocess_input_rejects_other_shapes_before_it_begins(shape, dtype):
     x = np.zeros(shape, dtype)
     with unchanged(x), pytest.raises(ShapeError) as caught:
         preprocess_input(x)
@@ -205,7 +205,7 @@ def test_preprocess_input_refuses_other_shapes_before_it_begins(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float16", "float32"])
-def test_a_masked_array_is_refused_in_every_type(dtype):
+def test_a_masked_array_is_rejected_in_every_type(dtype):
     x = np.ma.masked_array(numbers(dtype), mask=True)
     with pytest.raises(DtypeError, match="masked"):
         preprocess_input(x)
@@ -215,7 +215,7 @@ def test_a_masked_array_is_refused_in_every_type(dtype):
     "drop_in", [preprocess_input, restore_original_image_from_array, deprocess_img]
 )
 @pytest.mark.parametrize("x", [[[[0.0, 0.0, 0.0]]], None, "photo.jpg"], ids=["list", "None", "str"])
-def test_what_is_no_array_is_refused_by_name(drop_in, x):
+def test_a_value_that_is_not_an_array_is_rejected_by_name(drop_in, x):
     with pytest.raises(DtypeError, match=type(x).__name__):
         drop_in(x)
 
@@ -223,7 +223,7 @@ def test_what_is_no_array_is_refused_by_name(drop_in, x):
 @pytest.mark.parametrize(
     "drop_in", [preprocess_input, restore_original_image_from_array, deprocess_img]
 )
-def test_long_double_is_refused(drop_in):
+def test_long_double_is_rejected(drop_in):
     shape = (3, 5, 3)  # either format
     with pytest.raises(DtypeError, match=np.dtype(np.longdouble).name):
         drop_in(np.zeros(shape, np.longdouble))
@@ -243,13 +243,13 @@ def test_restore_original_image_from_array_adds_the_means_and_reverses(data_form
 
 
 @pytest.mark.parametrize("rank", [3, 4])
-def test_restore_original_image_from_array_takes_channels_first_unless_told(rank):
+def test_restore_original_image_from_array_defaults_to_channels_first(rank):
     y = noisy_input("float32", rank, "NCHW")
     assert_same(restore_original_image_from_array(y), add_means_and_reverse(y, "NCHW"))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_restore_original_image_from_array_keeps_what_is_no_number_and_does_not_clip(dtype):
+def test_restore_original_image_from_array_keeps_nan_and_does_not_clip(dtype):
     values = np.array([np.nan, np.inf, -np.inf, -0.0, 1e4, -1e4, 1e-7, 0.5], dtype)
     y = frozen(np.resize(values, (2, 5, 7, 3)))
     actual = restore_original_image_from_array(y, "channels_last")
@@ -265,12 +265,12 @@ def test_restore_original_image_from_array_undoes_keras_on_every_value():
 
 
 @pytest.mark.parametrize("data_format", ["NCHW", "", "channels"])
-def test_restore_original_image_from_array_refuses_an_unknown_format(data_format):
+def test_restore_original_image_from_array_rejects_an_unknown_format(data_format):
     with pytest.raises(UsageError, match="channels_first"):
         restore_original_image_from_array(noisy_input("float32"), data_format)
 
 
-def test_restore_original_image_from_array_refuses_the_other_layout_and_says_so():
+def test_restore_original_image_from_array_rejects_the_other_layout_and_names_it():
     y = noisy_input("float32", layout="NHWC")
     with unchanged(y), pytest.raises(ShapeError) as caught:
         restore_original_image_from_array(y, "channels_first")
@@ -309,7 +309,7 @@ def test_deprocess_img_loses_values_that_restore_keeps():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_deprocess_img_saturates_what_is_no_number_and_the_infinities(dtype):
+def test_deprocess_img_saturates_nan_and_the_infinities(dtype):
     for value, expected in ((np.nan, 0), (-np.nan, 0), (-np.inf, 0), (np.inf, 255)):
         y = frozen(np.full((5, 7, 3), value, dtype))
         assert_same(deprocess_img(y), np.full((5, 7, 3), expected, np.uint8))
@@ -325,7 +325,7 @@ def test_deprocess_img_computes_all_65536_halves_as_halves():
 
 
 @pytest.mark.parametrize("images", [0, 2, 5])
-def test_deprocess_img_refuses_a_batch_and_names_what_takes_one(images):
+def test_deprocess_img_rejects_a_batch_and_names_what_takes_one(images):
     y = np.zeros((images, 5, 7, 3), np.float32)
     with unchanged(y), pytest.raises(ShapeError) as caught:
         deprocess_img(y)
@@ -335,14 +335,14 @@ def test_deprocess_img_refuses_a_batch_and_names_what_takes_one(images):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 4), (3, 5, 7), (1, 3, 5, 7), (1, 1, 5, 7, 3)])
-def test_deprocess_img_refuses_other_shapes(shape, dtype):
+def test_deprocess_img_rejects_other_shapes(shape, dtype):
     with pytest.raises(ShapeError):
         deprocess_img(np.zeros(shape, dtype))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.bool_, ml_dtypes.bfloat16, np.complex64])
 @pytest.mark.parametrize("drop_in", [restore_original_image_from_array, deprocess_img])
-def test_types_that_preprocess_input_never_returns_are_refused(drop_in, dtype):
+def test_types_that_preprocess_input_never_returns_are_rejected(drop_in, dtype):
     x = np.zeros((3, 5, 3), dtype)
     with unchanged(x), pytest.raises(DtypeError) as caught:
         drop_in(x)

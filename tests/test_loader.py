@@ -1,4 +1,4 @@
-"""Batches for training: each row once, in an order that can be had again, right in any memory."""
+"""Batches for training: each row once, in a reproducible order, correct in any buffer."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def rows_of(batches):
 @pytest.mark.parametrize("copy", [False, True])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.usefixtures("small_pieces")
-def test_every_row_is_given_once_with_the_bits_of_the_oracle(
+def test_every_row_is_yielded_once_with_the_bits_of_the_oracle(
     path, transform, shuffle, copy, threads
 ):
     batches = fastvgg.batches(
@@ -88,7 +88,7 @@ def test_every_row_is_given_once_with_the_bits_of_the_oracle(
 
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.usefixtures("small_pieces")
-def test_parts_give_what_one_array_gives(path, parts, shuffle):
+def test_parts_yield_what_one_array_yields(path, parts, shuffle):
     of_one, of_parts = (
         all_of(fastvgg.batches(each, 4, shuffle=shuffle, transform=Transform("caffe")))
         for each in (path, parts)
@@ -102,7 +102,7 @@ def test_without_shuffling_rows_are_in_their_order(path):
     assert rows_of(all_of(fastvgg.batches(path, 5))) == list(range(IMAGES))
 
 
-def test_every_epoch_has_another_order_which_seed_and_number_decide(path):
+def test_every_epoch_has_a_permutation_that_depends_on_seed_and_epoch(path):
     batches = fastvgg.batches(path, 5, shuffle=True, seed=3)
     orders = [rows_of(all_of(batches)) for _ in range(3)]
     assert len({tuple(order) for order in orders}) == 3
@@ -111,14 +111,14 @@ def test_every_epoch_has_another_order_which_seed_and_number_decide(path):
     assert rows_of(all_of(fastvgg.batches(path, 5, shuffle=True, seed=4))) != orders[0]
 
 
-def test_an_epoch_is_begun_by_its_number(path):
+def test_set_epoch_selects_an_epoch(path):
     batches = fastvgg.batches(path, 5, shuffle=True)
     orders = [rows_of(all_of(batches)) for _ in range(4)]
     batches.set_epoch(2)
     assert [rows_of(all_of(batches)) for _ in range(2)] == orders[2:]
 
 
-def test_an_iteration_that_is_given_up_is_followed_by_the_next_epoch(path):
+def test_the_next_epoch_follows_an_abandoned_iteration(path):
     batches, whole = (fastvgg.batches(path, 5, shuffle=True) for _ in range(2))
     next(iter(batches))
     all_of(whole)
@@ -139,10 +139,10 @@ def test_shards_are_the_dataset_together_and_differ_by_a_row_at_most(path, shuff
 
 
 @pytest.mark.parametrize(
-    ("size", "count", "left"), [(4, 5, 3), (23, 1, 0), (24, 0, 23), (1, 23, 0)]
+    ("batch_size", "count", "left"), [(4, 5, 3), (23, 1, 0), (24, 0, 23), (1, 23, 0)]
 )
-def test_a_last_batch_that_is_not_full_is_left_out_if_asked(path, size, count, left):
-    batches = fastvgg.batches(path, size, drop_last=True)
+def test_a_last_batch_that_is_not_full_is_dropped_if_asked(path, batch_size, count, left):
+    batches = fastvgg.batches(path, batch_size, drop_last=True)
     given = all_of(batches)
     assert len(given) == len(batches) == count
     assert rows_of(given) == list(range(IMAGES - left))
@@ -151,7 +151,7 @@ def test_a_last_batch_that_is_not_full_is_left_out_if_asked(path, size, count, l
 # Memory
 
 
-def test_a_batch_is_valid_until_the_next_but_one_is_asked_for(path):
+def test_a_batch_is_valid_until_two_more_are_requested(path):
     batches = fastvgg.batches(path, 2, transform=Transform("caffe"))
     before = None
     for images, rows in batches:
@@ -160,7 +160,7 @@ def test_a_batch_is_valid_until_the_next_but_one_is_asked_for(path):
         before = images, rows
 
 
-def test_memory_is_used_again_and_with_copy_is_not(path):
+def test_buffers_are_reused_unless_copy(path):
     def addresses(copy):
         held = list(fastvgg.batches(path, 2, copy=copy))
         return len({batch.images.ctypes.data for batch in held}), held
@@ -173,7 +173,7 @@ def test_memory_is_used_again_and_with_copy_is_not(path):
 
 
 @pytest.mark.parametrize("given_up_after", [1, 2, 3, 4, 12])
-def test_memory_is_used_again_by_the_next_epoch_in_its_turn(path, given_up_after):
+def test_the_next_epoch_reuses_the_buffers_in_order(path, given_up_after):
     batches = fastvgg.batches(path, 2)
     given = iter(batches)
     held = [next(given) for _ in range(given_up_after)]
@@ -196,7 +196,7 @@ def test_two_iterations_at_a_time_do_not_share_memory(path):
         assert not np.shares_memory(one.images, other.images)
 
 
-def test_batches_are_pickled_without_their_memory(path):
+def test_batches_are_pickled_without_their_buffers(path):
     batches = fastvgg.batches(path, 23)
     all_of(batches)
     assert len(pickle.dumps(batches)) < 1000
@@ -211,7 +211,7 @@ def test_a_batch_may_be_written_and_the_dataset_stays(path):
         assert images.tobytes() == x_of()[rows].tobytes()
 
 
-def test_the_next_batch_is_made_while_one_is_used(path, monkeypatch):
+def test_the_next_batch_is_built_while_one_is_used(path, monkeypatch):
     made = threading.Event()
     read_into = fastvgg.datasets.npy.NpySource.read_into
 
@@ -232,7 +232,7 @@ def test_the_next_batch_is_made_while_one_is_used(path, monkeypatch):
 
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("stopped_after", [0, 1, 3, 6])
-def test_a_state_goes_on_after_what_was_given(path, shuffle, stopped_after):
+def test_a_state_resumes_after_the_batches_already_yielded(path, shuffle, stopped_after):
     def made():
         return fastvgg.batches(path, 4, shuffle=shuffle, seed=9)
 
@@ -267,7 +267,7 @@ def test_a_state_before_the_first_iteration_is_its_beginning(path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"size": 5},
+        {"batch_size": 5},
         {"shuffle": False},
         {"seed": 1},
         {"shard": (0, 2)},
@@ -275,16 +275,19 @@ def test_a_state_before_the_first_iteration_is_its_beginning(path):
     ],
     ids=str,
 )
-def test_a_state_of_other_batches_is_refused_by_what_differs(path, options):
-    common = {"size": 4, "shuffle": True, "seed": 0}
+def test_a_state_with_other_options_is_rejected_by_the_option(path, options):
+    common = {"batch_size": 4, "shuffle": True, "seed": 0}
     state = fastvgg.batches(path, **common).state_dict()
     other = fastvgg.batches(path, **(common | options))
     with pytest.raises(UsageError, match=next(iter(options))):
         other.load_state_dict(state)
 
 
-@pytest.mark.parametrize("wrong", [{"given": 7}, {"given": -1}, {"epoch": "1"}, {"given": None}])
-def test_a_damaged_state_is_refused(path, wrong):
+@pytest.mark.parametrize(
+    "wrong",
+    [{"batches_yielded": 7}, {"batches_yielded": -1}, {"epoch": "1"}, {"batches_yielded": None}],
+)
+def test_a_damaged_state_is_rejected(path, wrong):
     batches = fastvgg.batches(path, 4)
     with pytest.raises(UsageError, match=next(iter(wrong))):
         batches.load_state_dict(batches.state_dict() | wrong)
@@ -304,7 +307,7 @@ def test_batches_are_pickled(path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_stored_network_inputs_are_given_as_they_are(path, tmp_path, dtype):
+def test_stored_network_inputs_are_yielded_unchanged(path, tmp_path, dtype):
     fastvgg.plan(path, tmp_path / "y.npy", mode="torch", out_layout="NCHW", dtype=dtype).run()
     expected = oracle.apply(Transform("torch", out_layout="NCHW", dtype=dtype), x_of())
     for images, rows in fastvgg.batches(tmp_path / "y.npy", 4):
@@ -326,7 +329,7 @@ def test_stored_network_inputs_are_not_preprocessed_again(path, tmp_path):
     assert np.array_equal(np.concatenate([images for images, _ in all_of(restored)]), x_of())
 
 
-def test_a_file_that_is_half_done_in_place_is_refused(tmp_path, monkeypatch):
+def test_a_file_that_is_half_done_in_place_is_rejected(tmp_path, monkeypatch):
     path = tmp_path / "y.npy"
     np.save(path, x_of(dtype="float32"))
     plan = fastvgg.plan(path, in_place=True, mode="caffe")
@@ -349,9 +352,9 @@ def test_a_file_that_is_half_done_in_place_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "shown"),
     [
-        ({"size": 0}, "size is 0"),
-        ({"size": 2.0}, "size is 2.0"),
-        ({"size": True}, "size is True"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 2.0}, "batch_size is 2.0"),
+        ({"batch_size": True}, "batch_size is True"),
         ({"seed": -1}, "seed is -1"),
         ({"shard": (2, 2)}, r"shard is \(2, 2\)"),
         ({"shard": (-1, 2)}, r"shard is \(-1, 2\)"),
@@ -360,19 +363,19 @@ def test_a_file_that_is_half_done_in_place_is_refused(tmp_path, monkeypatch):
         ({"threads": 0}, "threads is 0"),
     ],
 )
-def test_an_argument_out_of_range_is_refused(path, options, shown):
+def test_an_argument_out_of_range_is_rejected(path, options, shown):
     with pytest.raises(UsageError, match=shown):
-        fastvgg.batches(path, **({"size": 4} | options))
+        fastvgg.batches(path, **({"batch_size": 4} | options))
 
 
-def test_a_transform_that_does_not_fit_is_refused_with_the_path(path):
-    with pytest.raises(SourceError, match=r"x.npy: shape .* axis holds 5, not 3"):
+def test_a_transform_that_does_not_fit_is_rejected_with_the_path(path):
+    with pytest.raises(SourceError, match=r"x.npy: shape .* axis has length 5, expected 3"):
         fastvgg.batches(path, 4, transform=Transform("caffe", layout="NCHW"))
     with pytest.raises(SourceError, match="nothing to restore"):
         fastvgg.batches(path, 4, transform=Transform("caffe", "restore"))
 
 
-def test_a_directory_of_images_is_refused(tmp_path):
+def test_a_directory_of_images_is_rejected(tmp_path):
     from PIL import Image
 
     (tmp_path / "photos").mkdir()
@@ -381,15 +384,15 @@ def test_a_directory_of_images_is_refused(tmp_path):
         fastvgg.batches(tmp_path / "photos", 4)
 
 
-def test_a_missing_dataset_is_refused(tmp_path):
+def test_a_missing_dataset_is_rejected(tmp_path):
     with pytest.raises(SourceError, match="does not exist"):
         fastvgg.batches(tmp_path / "none.npy", 4)
 
 
-def test_another_array_under_the_name_is_refused_when_an_epoch_begins(path):
+def test_a_replaced_array_is_rejected_when_an_epoch_begins(path):
     batches = fastvgg.batches(path, 4)
     np.save(path, x_of(images=22))
-    with pytest.raises(SourceError, match="is another than it was"):
+    with pytest.raises(SourceError, match="has changed since"):
         next(iter(batches))
 
 

@@ -1,4 +1,4 @@
-"""The table of published models against the `preprocess_input` that Keras gives each of them."""
+"""The table of published models against the `preprocess_input` of each Keras module."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_model_is_found_whatever_its_case_dashes_and_underscores(written, expe
 
 
 @pytest.mark.parametrize("written", ["", "resnet", "vgg", "vgg191", "resnet50v3", "caffe"])
-def test_an_unknown_model_is_refused_by_name_with_the_way_out(written):
+def test_an_unknown_model_is_rejected_by_name_with_a_remedy(written):
     with pytest.raises(ModeError) as caught:
         mode_name(written)
     assert repr(written) in caught.value.problem

@@ -297,7 +297,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_no_signal(tmp_path
     for start in failing:
         offset = 128 + start * 37 * 41 * 3 * 4
         assert f"{start} {path}: read at offset {offset} failed" in actual
-    assert actual.count("run the same command again") == len(failing)
+    assert actual.count("rerun the same command") == len(failing)
 
 
 def test_a_system_without_populating_reads_the_same(tmp_path, monkeypatch):

@@ -387,12 +387,12 @@ def test_an_empty_batch_gives_an_empty_result(shape):
 
 @pytest.mark.parametrize("direction", ["preprocess", "restore"])
 @pytest.mark.parametrize("dtype", ["int32", "complex64", "object", "bool"])
-def test_a_type_outside_the_contract_is_refused(direction, dtype):
+def test_a_type_that_is_not_supported_is_rejected(direction, dtype):
     with pytest.raises(DtypeError):
         oracle.apply(Transform("tf", direction, dtype="float32"), np.zeros((5, 7, 3), dtype))
 
 
-def test_a_wrong_shape_is_refused():
+def test_a_wrong_shape_is_rejected():
     with pytest.raises(ShapeError):
         oracle.apply(Transform("tf"), np.zeros((2, 5, 7, 4), np.uint8))
 

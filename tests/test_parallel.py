@@ -1,4 +1,4 @@
-"""Work shared between threads: every piece once, errors to the caller, any number of callers."""
+"""Work sharing: every item runs once, exceptions reach the caller, any number of callers."""
 
 from __future__ import annotations
 
@@ -15,69 +15,69 @@ import fastvgg.parallel
 from fastvgg.errors import UsageError
 from fastvgg.parallel import TaskQueue, available_cpus, check_threads, parallel_for
 
-PIECES = [f"piece {number}" for number in range(37)]
+ITEMS = [f"item {number}" for number in range(37)]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7, 100])
 @pytest.mark.parametrize("count", [0, 1, 2, 37])
-def test_every_piece_is_worked_on_once(threads, count):
+def test_every_item_runs_once(threads, count):
     done = []
-    parallel_for(PIECES[:count], done.append, threads)
-    assert sorted(done) == sorted(PIECES[:count])
+    parallel_for(ITEMS[:count], done.append, threads)
+    assert sorted(done) == sorted(ITEMS[:count])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_an_error_in_a_piece_reaches_the_caller_and_the_next_call_works(threads):
-    def fail_in_the_middle(piece):
-        if piece == PIECES[20]:
-            raise MemoryError("no memory to gather this piece in")
+def test_an_error_in_an_item_reaches_the_caller_and_the_next_call_works(threads):
+    def fail_in_the_middle(item):
+        if item == ITEMS[20]:
+            raise MemoryError("no memory to gather this item in")
 
-    with pytest.raises(MemoryError, match="gather this piece"):
-        parallel_for(PIECES, fail_in_the_middle, threads)
+    with pytest.raises(MemoryError, match="gather this item"):
+        parallel_for(ITEMS, fail_in_the_middle, threads)
     done = []
-    parallel_for(PIECES, done.append, threads)
-    assert sorted(done) == sorted(PIECES)
+    parallel_for(ITEMS, done.append, threads)
+    assert sorted(done) == sorted(ITEMS)
 
 
 def test_an_error_ends_the_work():
     done = []
 
-    def fail_at_once(piece):
-        done.append(piece)
-        raise MemoryError("no memory to gather this piece in")
+    def fail_at_once(item):
+        done.append(item)
+        raise MemoryError("no memory to gather this item in")
 
-    with pytest.raises(MemoryError, match="gather this piece"):
-        parallel_for(PIECES, fail_at_once, threads=3)
+    with pytest.raises(MemoryError, match="gather this item"):
+        parallel_for(ITEMS, fail_at_once, threads=3)
     assert 1 <= len(done) <= 3
 
 
 def test_an_error_on_another_thread_reaches_the_caller():
     caller, failed = threading.current_thread(), threading.Event()
 
-    def fail_elsewhere(_piece):
+    def fail_elsewhere(_item):
         if threading.current_thread() is caller:
-            assert failed.wait(60)  # the other thread has a piece, and needs the time to fail
+            assert failed.wait(60)  # the other thread has an item, and needs the time to fail
         else:
             failed.set()
-            raise MemoryError("no memory to gather this piece in")
+            raise MemoryError("no memory to gather this item in")
 
-    with pytest.raises(MemoryError, match="gather this piece"):
-        parallel_for(PIECES, fail_elsewhere, threads=2)
+    with pytest.raises(MemoryError, match="gather this item"):
+        parallel_for(ITEMS, fail_elsewhere, threads=2)
 
 
 def test_an_error_on_another_thread_ends_the_work_of_the_caller():
     caller, failed, done = threading.current_thread(), threading.Event(), []
 
-    def fail_elsewhere(piece):
+    def fail_elsewhere(item):
         if threading.current_thread() is caller:
             assert failed.wait(60)
-            done.append(piece)
+            done.append(item)
         else:
             failed.set()
-            raise MemoryError("no memory to gather this piece in")
+            raise MemoryError("no memory to gather this item in")
 
     many = range(1_000_000)  # more than the caller can do before the other thread has failed
-    with pytest.raises(MemoryError, match="gather this piece"):
+    with pytest.raises(MemoryError, match="gather this item"):
         parallel_for(many, fail_elsewhere, threads=2)
     assert len(done) < len(many) // 2
 
@@ -86,7 +86,7 @@ def test_an_error_on_another_thread_ends_the_work_of_the_caller():
 def test_as_many_threads_as_asked_for_work_at_the_same_time(threads):
     met, workers = threading.Barrier(threads), set()
 
-    def wait_for_the_others(_piece):
+    def wait_for_the_others(_item):
         workers.add(threading.current_thread())
         met.wait(60)
 
@@ -106,15 +106,15 @@ def test_no_more_threads_work_than_were_asked_for(monkeypatch, threads):
 
     with Recording(max_workers=32) as pool:
         monkeypatch.setattr(fastvgg.parallel, "_pool", lambda: pool)
-        parallel_for(PIECES, done.append, threads)
+        parallel_for(ITEMS, done.append, threads)
     assert len(helpers) == threads - 1
-    assert sorted(done) == sorted(PIECES)
+    assert sorted(done) == sorted(ITEMS)
 
 
-def test_one_piece_or_one_thread_stays_with_the_caller():
+def test_one_item_or_one_thread_stays_with_the_caller():
     workers = []
     parallel_for([1], lambda _: workers.append(threading.current_thread()), threads=7)
-    parallel_for(PIECES, lambda _: workers.append(threading.current_thread()), threads=1)
+    parallel_for(ITEMS, lambda _: workers.append(threading.current_thread()), threads=1)
     assert set(workers) == {threading.current_thread()}
 
 
@@ -162,7 +162,7 @@ def test_a_forked_child_has_threads_of_its_own():
     run_script(FORK)
 
 
-def test_the_usable_cores_are_those_that_the_process_may_run_on():
+def test_available_cpus_are_those_that_the_process_may_run_on():
     assert 1 <= available_cpus() <= (os.cpu_count() or 1)
     if hasattr(os, "sched_setaffinity"):
         one = min(os.sched_getaffinity(0))
@@ -174,7 +174,7 @@ def test_the_usable_cores_are_those_that_the_process_may_run_on():
         )
 
 
-def test_a_system_without_affinity_counts_all_its_cores(monkeypatch):
+def test_a_system_without_affinity_counts_all_its_cpus(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 5)
     assert available_cpus() == 5
@@ -189,66 +189,68 @@ def test_a_number_of_threads_is_taken_as_it_is():
 
 
 @pytest.mark.parametrize("threads", [True, 1.5, "2", 0, -1])
-def test_threads_are_a_whole_number_of_at_least_one(threads):
-    with pytest.raises(UsageError, match="whole number") as caught:
+def test_threads_must_be_an_integer_of_at_least_one(threads):
+    with pytest.raises(UsageError, match="integer") as caught:
         check_threads(threads)
     assert repr(threads) in caught.value.problem
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7, 40])
-def test_every_piece_of_every_lot_is_worked_on_once(threads):
+def test_every_item_of_every_group_runs_once(threads):
     done = []
     with TaskQueue(threads) as tasks:
         sizes = [1, 37, 0, 2, 19, 5]
         begun = [
-            tasks.submit([(lot, piece) for piece in range(size)], done.append)
-            for lot, size in enumerate(sizes)
+            tasks.submit([(group, item) for item in range(size)], done.append)
+            for group, size in enumerate(sizes)
         ]
-        for lot in begun:
-            lot.wait()
-            assert lot.is_done()
-        expected = [(lot, piece) for lot, size in enumerate(sizes) for piece in range(size)]
+        for group in begun:
+            group.wait()
+            assert group.is_done()
+        expected = [(group, item) for group, size in enumerate(sizes) for item in range(size)]
         assert sorted(done) == expected
 
 
-def test_pieces_are_begun_in_their_order_and_lots_in_theirs():
+def test_items_and_groups_start_in_order():
     order = []
     with TaskQueue(1) as tasks:
-        begun = [tasks.submit(range(10 * lot, 10 * lot + 7), order.append) for lot in range(5)]
+        begun = [
+            tasks.submit(range(10 * group, 10 * group + 7), order.append) for group in range(5)
+        ]
         begun[-1].wait()  # and with it all before
-    assert order == [10 * lot + piece for lot in range(5) for piece in range(7)]
+    assert order == [10 * group + item for group in range(5) for item in range(7)]
 
 
-def test_a_piece_of_a_later_lot_is_begun_when_those_of_earlier_ones_are():
+def test_items_of_a_later_group_start_after_those_of_earlier_ones():
     begun, counted = [], itertools.count()
 
-    def take(piece):
-        begun.append((next(counted), piece))
+    def take(item):
+        begun.append((next(counted), item))
 
     with TaskQueue(3) as tasks:
-        made = [tasks.submit([lot] * 50, take) for lot in range(4)]
-        for lot in made:
-            lot.wait()
-    # Each thread takes a piece and then notes it: at most the others' pieces come in between.
-    late = [piece for _, piece in sorted(begun)]
-    for lot in range(4):
-        assert late.index(lot) >= 50 * lot - 3
+        made = [tasks.submit([group] * 50, take) for group in range(4)]
+        for group in made:
+            group.wait()
+    # Each thread takes an item and then notes it: at most the others' items come in between.
+    late = [item for _, item in sorted(begun)]
+    for group in range(4):
+        assert late.index(group) >= 50 * group - 3
 
 
-def test_no_thread_waits_for_the_slowest_piece_of_a_lot():
+def test_no_thread_waits_for_the_slowest_item_of_a_group():
     reached, order = threading.Event(), []
 
-    def slow(piece):
-        if piece == 0:
-            assert reached.wait(60)  # until the other thread is in the next lot
-        order.append(piece)
+    def slow(item):
+        if item == 0:
+            assert reached.wait(60)  # until the other thread is in the next group
+        order.append(item)
 
-    def of_the_next(piece):
-        order.append(piece)
+    def next_group(item):
+        order.append(item)
         reached.set()
 
     with TaskQueue(2) as tasks:
-        first, second = tasks.submit(range(3), slow), tasks.submit([10], of_the_next)
+        first, second = tasks.submit(range(3), slow), tasks.submit([10], next_group)
         second.wait()
         first.wait()
     assert order.index(10) < order.index(0)
@@ -256,10 +258,10 @@ def test_no_thread_waits_for_the_slowest_piece_of_a_lot():
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_as_many_threads_as_there_are_work_on_a_lot(threads):
+def test_as_many_threads_as_there_are_work_on_a_group(threads):
     met, workers = threading.Barrier(threads), set()
 
-    def meet(_piece):
+    def meet(_item):
         workers.add(threading.current_thread())
         met.wait(60)
 
@@ -271,47 +273,47 @@ def test_as_many_threads_as_there_are_work_on_a_lot(threads):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_no_more_threads_work_on_lots_than_there_are(threads):
+def test_no_more_threads_work_on_groups_than_there_are(threads):
     workers = set()
     with TaskQueue(threads) as tasks:
         begun = [
             tasks.submit(range(20), lambda _: workers.add(threading.current_thread()))
             for _ in range(20)
         ]
-        for lot in begun:
-            lot.wait()
+        for group in begun:
+            group.wait()
     assert 1 <= len(workers) <= threads
 
 
-def test_an_error_in_a_lot_ends_its_work_and_is_raised_by_waiting_for_it():
+def test_an_error_in_a_group_ends_its_work_and_is_raised_by_waiting_for_it():
     done = []
 
-    def fail_in_the_middle(piece):
-        if piece == PIECES[20]:
+    def fail_in_the_middle(item):
+        if item == ITEMS[20]:
             raise MemoryError("no memory to decode this image in")
-        done.append(piece)
+        done.append(item)
 
     with TaskQueue(1) as tasks:
-        first = tasks.submit(PIECES, fail_in_the_middle)
+        first = tasks.submit(ITEMS, fail_in_the_middle)
         second = tasks.submit(range(5), done.append)
         for _ in range(2):
             with pytest.raises(MemoryError, match="decode this image"):
                 first.wait()
         assert first.is_done()
         second.wait()
-    assert done == [*PIECES[:20], *range(5)]
+    assert done == [*ITEMS[:20], *range(5)]
 
 
-def test_an_error_on_any_thread_ends_the_lot_for_all():
+def test_an_error_on_any_thread_ends_the_group_for_all():
     failed, done = threading.Event(), []
     many = range(1_000_000)  # more than one thread can do before the other one has failed
 
-    def fail_at_first(piece):
-        if piece == 0:
+    def fail_at_first(item):
+        if item == 0:
             failed.set()
             raise MemoryError("no memory to decode this image in")
         assert failed.wait(60)
-        done.append(piece)
+        done.append(item)
 
     with TaskQueue(2) as tasks, pytest.raises(MemoryError, match="decode this image"):
         tasks.submit(many, fail_at_first).wait()
@@ -323,22 +325,22 @@ class LeftError(Exception):
 
 
 @pytest.mark.parametrize("error", [None, LeftError], ids=["at its end", "by an error"])
-def test_leaving_the_block_begins_no_more_pieces_and_waits_for_those_under_way(error):
+def test_leaving_the_block_cancels_waiting_items_and_waits_for_running_ones(error):
     begun, ended = [], []
     under_way = threading.Barrier(3)
 
-    def take(piece):
-        begun.append(piece)
+    def take(item):
+        begun.append(item)
         under_way.wait(60)
         for _ in range(1_000_000):
-            if not lot._remaining:  # the work is given up
+            if not group._remaining:  # the work is given up
                 break
             os.sched_yield()
-        ended.append(piece)
+        ended.append(item)
 
     left = pytest.raises(LeftError) if error else contextlib.nullcontext()
     with left, TaskQueue(2) as tasks:
-        lot = tasks.submit(range(100), take)
+        group = tasks.submit(range(100), take)
         later = tasks.submit(range(100, 200), begun.append)
         under_way.wait(60)
         if error:
@@ -347,7 +349,7 @@ def test_leaving_the_block_begins_no_more_pieces_and_waits_for_those_under_way(e
     assert not later._remaining
 
 
-def test_what_was_waited_for_is_forgotten():
+def test_finished_groups_are_released():
     with TaskQueue(2) as tasks:
         for _ in range(50):
             tasks.submit(range(3), str).wait()
@@ -355,7 +357,7 @@ def test_what_was_waited_for_is_forgotten():
         assert len(tasks._groups) <= 3
 
 
-def test_nothing_can_be_begun_when_the_block_is_left():
+def test_submit_fails_after_the_context_exits():
     with TaskQueue(2) as tasks:
         pass
     with pytest.raises(RuntimeError):

@@ -74,20 +74,20 @@ def test_many_threads_may_write_rows_at_once(monkeypatch, streams):
 
 
 @pytest.mark.compiled
-def test_rows_that_fit_the_caches_are_not_written_past_them(monkeypatch):
-    streamed = []
+def test_rows_that_fit_the_caches_use_ordinary_stores(monkeypatch):
+    seen = []
     kernel_of = engine._kernel
 
-    def watched(plan, in_place, streams):
-        streamed.append(streams)
-        return kernel_of(plan, in_place, streams)
+    def recording(plan, *, in_place, nontemporal):
+        seen.append(nontemporal)
+        return kernel_of(plan, in_place=in_place, nontemporal=nontemporal)
 
-    monkeypatch.setattr(engine, "_kernel", watched)
+    monkeypatch.setattr(engine, "_kernel", recording)
     monkeypatch.setattr(engine, "MIN_NONTEMPORAL_BYTES", 5 * 7 * 11 * 3 * 4)
     for count in (4, 5):
         x, transform = images(), Transform("caffe")
         bind_rows(transform, x, empty_rows(transform, x, count), backend="numba")
-    assert streamed == [False, True]
+    assert seen == [False, True]
 
 
 class Watched(np.ndarray):
@@ -109,7 +109,7 @@ def test_the_batches_live_as_long_as_what_works_on_them(side):
     assert held() is None
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_written():
+def test_invalid_arguments_are_rejected_before_anything_is_written():
     transform, x = Transform("caffe"), images()
     out = empty_rows(transform, x)
     for refused, arguments in {

@@ -650,7 +650,7 @@ def test_no_thread_decodes_on_after_a_run_that_ended_by_an_error(tmp_path):
     with pytest.raises(StoppedError) as caught:
         plan.run()
     assert any(name in caught.value.problem for name in names)
-    left = [thread.name for thread in threading.enumerate() if "fastvgg-lots" in thread.name]
+    left = [thread.name for thread in threading.enumerate() if "fastvgg-tasks" in thread.name]
     assert left == []
 
 

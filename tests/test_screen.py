@@ -164,8 +164,8 @@ def test_failures_notes_and_errors_are_broken_between_words(place, kind, columns
     check_screen(shown, columns)
     said = " ".join(line.strip() for line in shown.lines)
     assert said == (
-        "fastvgg: there is no mode 'vgg' "
-        "give one of caffe, tf, torch, identity, or a fastvgg.Mode of your own"
+        "fastvgg: unknown mode 'vgg' "
+        "give one of caffe, tf, torch, identity, or a custom fastvgg.Mode"
     )
     assert len(shown.lines) == (2 if columns == 80 else 3)
 

@@ -533,7 +533,7 @@ def test_the_rows_of_constants_are_in_the_order_that_the_loop_computes_in(
     assert table.flags.c_contiguous
     # y has the order of the mode, x the order RGB; and what is reversed later is computed before.
     late = found.reverses_channels and found.shuffles_results
-    reversed_ = (direction == "restore" and mode.flips) != late
+    reversed_ = (direction == "restore" and mode.is_bgr) != late
     scalar = np.dtype(found.compute).type
     for name, values in rows_of(mode).items():
         with np.errstate(all="ignore"):

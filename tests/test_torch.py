@@ -104,7 +104,7 @@ def test_ranks_share_the_rows_out(path, tmp_path):
     assert len(orders[0]) == 11
 
 
-def test_a_worker_goes_on_where_it_was(path):
+def test_a_worker_resumes_from_its_state(path):
     dataset, whole = (BatchesDataset(path, 4, shuffle=True) for _ in range(2))
     given = iter(dataset)
     first = [next(given)[1] for _ in range(2)]
@@ -114,6 +114,6 @@ def test_a_worker_goes_on_where_it_was(path):
     assert rows.tolist() == torch.cat([rows for _, rows in whole]).tolist()
 
 
-def test_what_cannot_be_is_refused_when_the_dataset_is_made(path):
+def test_a_missing_path_is_rejected_when_the_dataset_is_created(path):
     with pytest.raises(SourceError, match="does not exist"):
         BatchesDataset(path.with_name("none.npy"), 4)

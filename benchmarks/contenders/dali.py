@@ -34,7 +34,7 @@ def dali_peer(task, graph):
 def dali_preprocess(task, *, flips=True):
     from nvidia.dali import fn, types
 
-    flips = flips and task.mode.flips
+    flips = flips and task.mode.is_bgr
     scale = task.mode.divide or 1.0
     mean = means(task.mode) if flips else means(task.mode, backwards=True)
 
@@ -53,7 +53,7 @@ def dali_preprocess(task, *, flips=True):
 
 
 def dali_preprocess_without_flip(task):
-    if not task.mode.flips:
+    if not task.mode.is_bgr:
         return Peer()  # the other one is this one
     peer = dali_preprocess(task, flips=False)
     return Peer(whole_into=lambda: np.asarray(peer.whole_into())[..., ::-1])

@@ -24,7 +24,7 @@ def by_chunks(task, formula):
 
 
 def dask_preprocess(task):
-    if task.mode.flips:
+    if task.mode.is_bgr:
         mean = means(task.mode)
         return by_chunks(task, lambda x: x[..., ::-1].astype(np.float32) - mean)
     divide, mean, std = torch_constants(task.mode)

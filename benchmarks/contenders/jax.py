@@ -26,7 +26,7 @@ def jax_preprocess(task):
     from jax import numpy as jnp
 
     mean = means(task.mode)
-    if task.mode.flips:
+    if task.mode.is_bgr:
         return compiled_by_jax(task, lambda x: x[..., ::-1].astype(jnp.float32) - mean)
     divide, mean, std = torch_constants(task.mode)
     return compiled_by_jax(task, lambda x: (x.astype(jnp.float32) / divide - mean) / std)

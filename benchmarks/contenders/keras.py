@@ -16,7 +16,7 @@ def keras_preprocess(task):
         whole=lambda: preprocess_input(task.x, mode=task.mode.name),
         whole_into=lambda: in_place(task.x, task.out),
         image=in_place,
-        seen=lambda y: y[..., ::-1] if task.mode.flips else y,
+        seen=lambda y: y[..., ::-1] if task.mode.is_bgr else y,
     )
 
 

@@ -10,7 +10,7 @@ from contenders.task import Peer, means
 def numba_preprocess(task):
     import numba
 
-    flips, mean = task.mode.flips, tuple(means(task.mode))
+    flips, mean = task.mode.is_bgr, tuple(means(task.mode))
     divides = task.mode.divide is not None
     divide = np.float32(task.mode.divide or 1)
     std = tuple(np.array(task.mode.std or (1, 1, 1), np.float32))

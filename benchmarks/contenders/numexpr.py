@@ -13,7 +13,7 @@ def numexpr_by_channel(task, expression, casting, constants):
 
     def evaluate(out):
         for channel in range(3):
-            y, x = (channel, 2 - channel) if task.mode.flips else (channel, channel)
+            y, x = (channel, 2 - channel) if task.mode.is_bgr else (channel, channel)
             source, target = (y, x) if task.restores else (x, y)
             values = {name: column[y] for name, column in constants.items()}
             numexpr.evaluate(
@@ -32,7 +32,7 @@ def numexpr_by_channel(task, expression, casting, constants):
 
 
 def numexpr_preprocess(task):
-    if task.mode.flips:
+    if task.mode.is_bgr:
         constants = {"mean": means(task.mode)}
         return numexpr_by_channel(task, "a - mean", "same_kind", constants)
     divide, mean, std = torch_constants(task.mode)

@@ -13,8 +13,8 @@ def opencv_blob(layout):
 
         parameters = cv2.dnn.Image2BlobParams()
         parameters.datalayout = getattr(cv2, f"DNN_LAYOUT_{layout}")
-        parameters.swapRB = task.mode.flips
-        if task.mode.flips:
+        parameters.swapRB = task.mode.is_bgr
+        if task.mode.is_bgr:
             parameters.mean = task.mode.mean
         else:
             parameters.mean = tuple(task.mode.divide * mean for mean in task.mode.mean)
@@ -48,7 +48,7 @@ def opencv_preprocess(task):
         flipped = cv2.cvtColor(x, cv2.COLOR_RGB2BGR)
         cv2.subtract(flipped, mean, row, dtype=cv2.CV_32F)
 
-    if task.mode.flips:
+    if task.mode.is_bgr:
         return Peer(image=subtract, set_threads=cv2.setNumThreads)
     divide, mean, std = torch_constants(task.mode)
     table = (np.arange(256, dtype=np.float32)[None, :, None] / divide - mean) / std
@@ -70,16 +70,16 @@ def albumentations_preprocess(task):
     import albumentations
     import cv2
 
-    if task.mode.flips:
+    if task.mode.is_bgr:
         normalize = albumentations.Normalize(task.mode.mean, (1, 1, 1), max_pixel_value=1.0)
     else:
         normalize = albumentations.Normalize(task.mode.mean, task.mode.std, task.mode.divide)
 
     def image(x, row):
-        ordered = cv2.cvtColor(x, cv2.COLOR_RGB2BGR) if task.mode.flips else x
+        ordered = cv2.cvtColor(x, cv2.COLOR_RGB2BGR) if task.mode.is_bgr else x
         row[...] = normalize(image=ordered)["image"]
 
     def whole():
-        return normalize(images=task.x[..., ::-1] if task.mode.flips else task.x)["images"]
+        return normalize(images=task.x[..., ::-1] if task.mode.is_bgr else task.x)["images"]
 
     return Peer(whole=whole, image=image, set_threads=cv2.setNumThreads)

@@ -15,7 +15,7 @@ def torchvision_preprocess(task):
 
     def normalized(x):
         y = x.movedim(-1, -3)
-        y = functional.to_dtype(y.flip(-3) if task.mode.flips else y, torch.float32, scale=scale)
+        y = functional.to_dtype(y.flip(-3) if task.mode.is_bgr else y, torch.float32, scale=scale)
         return functional.normalize(y, mean, std, inplace=True).movedim(-3, -1)
 
     x = torch.from_numpy(task.x)
@@ -39,7 +39,7 @@ def torch_preprocess(task):
         return y.sub_(mean).div_(std)
 
     def ordered(x):
-        return x.flip(-1) if task.mode.flips else x
+        return x.flip(-1) if task.mode.is_bgr else x
 
     def into(x, out):
         return normalized(out.copy_(ordered(x)))
@@ -92,7 +92,7 @@ def torch_compile_preprocess(task):
     import torch
 
     mean = torch.from_numpy(means(task.mode))
-    if task.mode.flips:
+    if task.mode.is_bgr:
         return compiled_by_torch(task, lambda x: x.flip(-1).to(torch.float32) - mean)
     std = torch.tensor(task.mode.std)
     return compiled_by_torch(task, lambda x: (x.to(torch.float32) / task.mode.divide - mean) / std)

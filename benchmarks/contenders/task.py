@@ -77,7 +77,7 @@ class Contender(NamedTuple):
 
 def means(mode: Mode, *, backwards: bool = False) -> NDArray[np.float32]:
     """Return the means in float32, in the order of y, or of x."""
-    return np.array(mode.mean, np.float32)[:: -1 if backwards and mode.flips else 1]
+    return np.array(mode.mean, np.float32)[:: -1 if backwards and mode.is_bgr else 1]
 
 
 def torch_constants(mode: Mode) -> tuple[np.float32, NDArray[np.float32], NDArray[np.float32]]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from fastvgg.backend import Chosen
+    from fastvgg.backend import ResolvedBackend
 
     Gather: TypeAlias = "Callable[[NDArray[Any], NearestIndex, NDArray[Any]], None]"
 
@@ -82,7 +82,7 @@ def gather(pixels: NDArray[Any], index: NearestIndex, out: NDArray[Any]) -> None
     out[...] = pixels.take(index.rows, axis=0).take(index.columns, axis=1)
 
 
-def gather_function(backend: Chosen) -> Gather:
+def gather_function(backend: ResolvedBackend) -> Gather:
     """Return the function equal to `gather` that runs on a backend.
 
     Images must be contiguous, interleaved uint8.

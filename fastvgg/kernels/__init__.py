@@ -1,7 +1,7 @@
-"""Compiled loops: the only folder that imports Numba.
+"""Compiled kernels: the only package that imports Numba.
 
-`jit` says how kernels are compiled; `vector` has blocks of pixels, and `memory`, `order` and
-`arithmetic` what is done with them. `spec` says which kernel is meant, `convert` has the kernels of
-transforms, `resample` that of resizing, and `bandwidth` what both are compared with. Nothing here
-checks, splits or allocates: `engine` does.
+`jit` compiles kernels. `vector` defines blocks of pixels, and `memory`, `order` and `arithmetic`
+the operations on them. `spec` identifies a kernel, `convert` has the kernels of transforms,
+`resample` that of resizing, and `bandwidth` the memory-bandwidth probes to compare both with.
+Nothing here validates, partitions or allocates: `engine` does.
 """

@@ -1,4 +1,4 @@
-"""Conversions between storage types, and arithmetic that takes more than one instruction.
+"""Conversions between storage types, and arithmetic of more than one instruction.
 
 float16 and bfloat16 are 16-bit integers until `widen` converts them:
 
@@ -45,7 +45,7 @@ __all__ = [
     "widen",
 ]
 
-# Bit patterns of float32 and of halves.
+# Bit patterns of float32 and float16.
 F32_INFINITY: Final = 0x7F800000
 F32_HALF: Final = 0x3F000000  # 0.5
 F32_TO_F16_EXPONENT: Final = (127 - 15) << 23
@@ -62,8 +62,8 @@ ROUNDING_MAGIC: Final = {"float32": 2.0**23, "float64": 2.0**52}
 def widen(storage: str, compute: str, *, split: bool = False) -> Any:
     """Convert stored elements to the compute type; with `split`, bfloat16 to split vectors.
 
-    A bfloat16 is half of a float32, so two in a word become two float32 where they are: LLVM's way
-    of shuffling each into a word of its own takes twice as long.
+    A bfloat16 is the upper half of a float32, so the two in a word become two float32 in place.
+    LLVM shuffles each into its own word instead, which takes twice as long.
     """
 
     def emit(b: Any, stored: Any) -> Any:
@@ -84,8 +84,8 @@ def widen(storage: str, compute: str, *, split: bool = False) -> Any:
 def narrow(storage: str, *, may_tie: bool = True, split: bool = False) -> Any:
     """Convert values to a floating storage type, rounding half to even; NaN must be canonical.
 
-    Without `may_tie`, no value lies halfway between two of bfloat16, which saves two instructions.
-    With `split`, split vectors become bfloat16 in order.
+    Without `may_tie`, no value may be halfway between two bfloat16, which saves two instructions.
+    With `split`, split vectors become bfloat16 in the original order.
     """
 
     def emit(b: Any, values: Any) -> Any:
@@ -126,7 +126,7 @@ def _narrow_float16(b: Any, floats: Any) -> Any:
     bits = b.bitcast(floats, words)
     sign = b.and_(b.lshr(bits, splat(words, 16)), splat(words, SIGN))
     magnitude = b.and_(bits, splat(words, 0x7FFFFFFF))
-    # Half to even: add just under half, and the last bit that remains.
+    # Round half to even: add just under half, and the last bit that is kept.
     odd = b.and_(b.lshr(magnitude, splat(words, 13)), splat(words, 1))
     raised = b.add(b.add(magnitude, splat(words, 0x0FFF)), odd)
     half = b.lshr(b.sub(raised, splat(words, F32_TO_F16_EXPONENT)), splat(words, 13))
@@ -155,7 +155,7 @@ def _split_bfloat16(b: Any, halves: Any) -> Any:
 
 
 def _round_to_bfloat16(b: Any, floats: Any, may_tie: bool) -> Any:
-    """Return words whose upper halves hold the floats, rounded to bfloat16."""
+    """Round floats to bfloat16, in the upper halves of the returned words."""
     words = like(floats, I32)
     bits = b.bitcast(floats, words)
     if not may_tie:
@@ -169,7 +169,7 @@ def _upper_halves(b: Any, words: Any) -> Any:
 
 
 def _merge_bfloat16(b: Any, words: Any) -> Any:
-    """Return the upper halves of split words, in order."""
+    """Merge the upper halves of split words into the original order."""
     count = words.type.count
     even, odd = (shuffle(b, words, None, range(at, at + count // 2)) for at in (0, count // 2))
     even = b.lshr(even, splat(even.type, 16))
@@ -181,12 +181,12 @@ def _merge_bfloat16(b: Any, words: Any) -> Any:
 def divide(division: str) -> Any:
     """Divide by a constant: intrinsic(x, divisor, reciprocal, remainder).
 
-    "division" divides; "none" returns x. "reciprocal" takes cheap operations instead: the
-    reciprocal and its rounding error together have twice the precision, and the products of both
-    with x are added with one rounding (N. Brisebarre, J.-M. Muller, "Correctly rounded
+    "division" divides; "none" returns x. "reciprocal" multiplies instead: the reciprocal and its
+    rounding error together have twice the precision, and the products of both with x are added
+    with one rounding (N. Brisebarre, J.-M. Muller, "Correctly rounded
     multiplication by arbitrary precision constants", IEEE Trans. Computers 57, 2008). Without FMA
     the reciprocal has eight bits fewer, so that its product with a byte is exact.
-    `spec.reciprocal_is_exact` decides for which numbers that is the quotient.
+    `spec.reciprocal_is_exact` tests for which numbers the result is the exact quotient.
     """
 
     def emit(b: Any, x: Any, divisor: Any, reciprocal: Any, remainder: Any) -> Any:
@@ -219,7 +219,7 @@ def _emit_multiply_add(b: Any, x: Any, slope: Any, intercept: Any) -> Any:
 
 @intrinsic
 def multiply_add(_context: Any, x: Any, slope: Any, intercept: Any) -> Any:
-    """Compute x * slope + intercept, rounded once on processors with FMA, otherwise twice."""
+    """Compute x * slope + intercept, rounded once on CPUs with FMA, otherwise twice."""
     signature = x(x, slope, intercept)
     return signature, lambda _, b, __, blocks: map_vectors(b, _emit_multiply_add, *blocks)
 
@@ -234,7 +234,7 @@ def _emit_canonical_nan(b: Any, values: Any) -> Any:
 
 
 canonical_nan: Final = on_each_vector(lambda block: block, _emit_canonical_nan)
-"""Replace every NaN by the canonical quiet NaN."""
+"""Replace every NaN with the canonical quiet NaN."""
 
 
 @functools.cache
@@ -246,7 +246,7 @@ def round_to_uint8(rounding: Rounding) -> Any:
             return b.fptoui(_clamp(b, x, 0.25, 255.0), like(x, I8))
         # The minimum turns infinity into 255 and keeps NaN. The conversion rounds half to even. x86
         # converts NaN and values out of range to the smallest integer; Arm saturates and converts
-        # NaN to zero. Saturating either result gives the byte of the contract.
+        # NaN to zero. Saturating either result gives the defined byte.
         integer, bits = (
             (I32, 32) if x.type.element == FLOAT or jit.processor().is_x86 else (I64, 64)
         )
@@ -262,7 +262,7 @@ def round_to_uint8(rounding: Rounding) -> Any:
 
 
 def _saturate(b: Any, integers: Any) -> Any:
-    """Return bytes: integers clamped to 0..255."""
+    """Clamp integers to 0..255 and return them as bytes."""
     count = integers.type.count
     if count % 32 == 0 and jit.processor().name == "AVX2":
         parts = [shuffle(b, integers, None, range(at, at + 32)) for at in range(0, count, 32)]
@@ -274,10 +274,10 @@ def _saturate(b: Any, integers: Any) -> Any:
 
 
 def _pack_saturated(b: Any, integers: Any) -> Any:
-    """Return `_saturate` of 32 integers, in AVX2's own instructions.
+    """Compute `_saturate` of 32 integers with AVX2 pack instructions.
 
-    These pack each half of a register by itself. LLVM restores the order after each of them; once,
-    after the last, is enough.
+    These pack each half of a register separately. LLVM restores the order after each instruction;
+    once, after the last, is enough.
     """
     quarters = [shuffle(b, integers, None, range(at, at + 8)) for at in range(0, 32, 8)]
     words = ir.VectorType(I16, 16)
@@ -293,12 +293,12 @@ def _pack_saturated(b: Any, integers: Any) -> Any:
 
 @functools.cache
 def round_to_float(rounding: Rounding) -> Any:
-    """Saturate and round as `round_to_uint8` does, in the compute type."""
+    """Saturate and round like `round_to_uint8`, in the compute type."""
 
     def emit(b: Any, x: Any) -> Any:
         if rounding == "truncate":
             return b.uitofp(b.fptoui(_clamp(b, x, 0.25, 255.0), like(x, I32)), x.type)
-        # The sum has no bit for a fraction, so the adder rounds half to even.
+        # The sum has no fraction bits, so the addition rounds half to even.
         magic = ROUNDING_MAGIC[{FLOAT: "float32", DOUBLE: "float64"}[x.type.element]]
         rounded = _clamp(b, b.fadd(x, splat(x.type, magic)), magic, magic + 255.0)
         return b.fsub(rounded, splat(x.type, magic))

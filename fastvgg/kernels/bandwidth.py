@@ -1,4 +1,4 @@
-"""Loops that move bytes and compute nothing: the memory bandwidth to compare kernels with."""
+"""Memory-bandwidth probes (as in STREAM), the roofline that kernels are compared with."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ __all__ = ["STEP_BYTES", "fill", "scale_in_place", "streaming_copy", "touch"]
 
 LINES: Final = 3
 STEP_BYTES: Final = LINES * CACHE_LINE_BYTES
-"""What a step writes: sixteen pixels of float32."""
+"""The bytes that a step writes: sixteen float32 pixels."""
 
 
 @functools.cache
 def streaming_copy(read_bytes: int, written_bytes: int, *, prefetches: bool) -> Callable[..., None]:
-    """Return a loop that reads and writes so many bytes a pixel, with non-temporal stores.
+    """Return a loop that copies with a ratio of bytes read to bytes written; non-temporal stores.
 
-    It takes the addresses of source and target, and a number of steps. Every byte is read: where
-    more bytes are read than written they are combined, where fewer are read they are repeated.
-    Whether prefetching pays off depends on the ratio; the faster of the two loops is the limit.
+    Its arguments are the addresses of source and target, and a number of steps. Every byte is read:
+    excess bytes are combined, and missing bytes are repeated. Whether prefetching pays off depends
+    on the ratio; the faster of the two loops is the limit.
 
-    A line at a time, because the loads are then in order: three lines at a time took 8 to 13 %
-    longer where more is read than written.
+    Copying one line at a time keeps the loads in order: three lines at a time took 8 to 13 % longer
+    if more is read than written.
     """
-    taken = CACHE_LINE_BYTES * read_bytes // written_bytes
-    prefetch = memory.prefetch(taken, 1, prefetch_distance(read_bytes, written_bytes))
-    load, store = memory.load_line(taken), memory.store(nontemporal=True)
+    source_bytes = CACHE_LINE_BYTES * read_bytes // written_bytes
+    prefetch = memory.prefetch(source_bytes, 1, prefetch_distance(read_bytes, written_bytes))
+    load, store = memory.load_line(source_bytes), memory.store(nontemporal=True)
 
     @kernel(3)
     def copy(source, target, steps):
@@ -46,7 +46,7 @@ def streaming_copy(read_bytes: int, written_bytes: int, *, prefetches: bool) -> 
             if prefetches:
                 prefetch(source, 0)
             store(target, 0, load(source))
-            source += taken
+            source += source_bytes
             target += CACHE_LINE_BYTES
         store_fence()
 
@@ -57,7 +57,8 @@ def streaming_copy(read_bytes: int, written_bytes: int, *, prefetches: bool) -> 
 def scale_in_place(*, prefetches: bool) -> Callable[..., None]:
     """Return a loop that multiplies float32 values in place.
 
-    It takes the addresses of the values and of one cache line of factors, and a number of steps.
+    Its arguments are the addresses of the values and of a cache line of factors, and a number of
+    steps.
     """
     prefetch = memory.prefetch(STEP_BYTES, 1, prefetch_distance(1, 1))
     load = memory.load("float32", 16, LINES)
@@ -78,9 +79,9 @@ def scale_in_place(*, prefetches: bool) -> Callable[..., None]:
 
 @functools.cache
 def fill() -> Callable[..., None]:
-    """Return a loop that writes one cache line repeatedly, with non-temporal stores.
+    """Return a loop that fills memory with copies of a cache line, with non-temporal stores.
 
-    It takes the addresses of the line and of the target, and a number of steps.
+    Its arguments are the addresses of the line and of the target, and a number of steps.
     """
     load, store = memory.load("uint8", CACHE_LINE_BYTES, LINES), memory.store(nontemporal=True)
 
@@ -98,9 +99,10 @@ def fill() -> Callable[..., None]:
 
 @functools.cache
 def touch() -> Callable[..., None]:
-    """Return a loop that writes single bytes.
+    """Return a loop that writes single bytes, for example one in each page.
 
-    It takes the addresses of a byte and of the target, how many bytes to write, and how far apart.
+    Its arguments are the addresses of a byte and of the target, the number of bytes to write, and
+    the distance between them.
     """
     load, store = memory.load("uint8", 1, 1), memory.store(nontemporal=False)
 

@@ -1,10 +1,10 @@
-"""The kernels: preprocess and restore in one pass over memory, for all types and layouts.
+"""The preprocess and restore kernels, for all types and layouts.
 
-A kernel reads each pixel, computes in registers and writes each pixel once. Most pixels are
-converted in blocks. Non-temporal stores need blocks that begin at a cache line, so the pixels
-before the first such block, and those after the last block, are converted one at a time.
+Each kernel is a single pass: every pixel is loaded once, converted in registers and stored once.
+Most pixels are converted in blocks. Non-temporal stores need cache-line-aligned blocks, so the
+pixels before the first aligned block and after the last block are converted one at a time.
 
-All arguments are addresses and sizes in bytes. Nothing is checked here: `engine` does.
+All arguments are addresses and sizes in bytes, which `engine` has checked.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ if TYPE_CHECKING:
 
 __all__ = ["TILE_PIXELS", "compiled"]
 
-TILE_PIXELS: Final = 1024  # of uint8: 3 KiB, of float32: 12 KiB
+TILE_PIXELS: Final = 1024  # 3 KiB of uint8, 12 KiB of float32
 ARGUMENTS: Final = 9
 TWO_STREAMS_BYTES: Final = 6144
-"""Two streams are an odd multiple of this apart: whole blocks, and a page and a half. Loads from
-the same offset in two pages compete for lines of the cache: 0.89 of the limit, where this reaches
-1."""
+"""The distance between two streams is an odd multiple of this: a page and a half, and whole blocks.
+Loads at the same offset in two pages compete for cache lines and reach 0.89 of the limit; this
+distance reaches 1."""
 
 
 @functools.cache
 def compiled(spec: KernelSpec) -> Callable[..., None]:
     """Return the kernel of a spec.
 
-    It takes the addresses of source, target and constant table; the number of images, and of pixels
-    in each; then the bytes from one image to the next and from one plane to the next, of the source
-    and of the target. The plane sizes of an interleaved side are not used.
+    Its arguments are the addresses of source, target and constant table; the number of images, and
+    of pixels in each; then the strides in bytes between images and between planes, of the source
+    and of the target. The plane stride of an interleaved side is not used.
     """
     return _plane_by_plane(spec) if spec.plane_by_plane else _pixel_by_pixel(spec)
 
 
 def _pixel_by_pixel(spec: KernelSpec) -> Callable[..., None]:
-    """Return the kernel that writes the three channels of its pixels together."""
+    """Return a kernel that writes the three channels of a block together."""
     lanes, nontemporal = spec.lanes, spec.nontemporal
     convert_blocks, convert_pixel = _blocks_converter(spec), _converter(spec, 1)
     load_block_constants = (
@@ -92,9 +92,9 @@ def _pixel_by_pixel(spec: KernelSpec) -> Callable[..., None]:
 
 
 def _plane_by_plane(spec: KernelSpec) -> Callable[..., None]:
-    """Return the kernel that writes planes one after the other, so that each is aligned by itself.
+    """Return a kernel that writes planes one after the other, so that each is aligned separately.
 
-    Interleaved images are cut into tiles that stay in the cache until all three planes are written.
+    Interleaved images are split into tiles that stay in the cache until all planes are written.
     """
     lanes, nontemporal, planar_source = spec.lanes, spec.nontemporal, spec.planar_source
     convert_block, convert_value = _channel_converter(spec, lanes), _channel_converter(spec, 1)
@@ -118,7 +118,7 @@ def _plane_by_plane(spec: KernelSpec) -> Callable[..., None]:
                     x = source + image * source_image + channel * channel_bytes
                     y = target + image * image_bytes + plane * plane_bytes
                     row = table + plane * constant
-                    # All tiles but the first begin at a cache line of their plane.
+                    # All tiles except the first start at a cache line of their plane.
                     shift = -y % CACHE_LINE_BYTES // element if nontemporal else 0
                     end = y + min(tile + tile_pixels + shift, pixels) * element
                     begin = tile + shift if tile else 0
@@ -143,14 +143,15 @@ def _plane_by_plane(spec: KernelSpec) -> Callable[..., None]:
 
 @inlined
 def stream_blocks(blocks, apart):
-    """Return how many of `blocks` are in each of two streams: an odd multiple of `apart`, or 0."""
+    """Return the blocks in each of two streams: an odd multiple of `apart`, or 0."""
     return max(0, (blocks // (2 * apart) - 1) | 1) * apart
 
 
 def _blocks_converter(spec: KernelSpec) -> Any:
     """Return the part of a kernel that converts many blocks.
 
-    It takes what `_converter` takes, and the number of blocks; it returns the addresses after them.
+    Its arguments are those of `_converter` and the number of blocks; it returns the addresses after
+    them.
     """
     convert_block = _converter(spec, spec.lanes)
     source_block = spec.lanes * ELEMENT_BYTES[spec.source] * (1 if spec.planar_source else 3)
@@ -168,7 +169,7 @@ def _blocks_converter(spec: KernelSpec) -> Any:
     @inlined
     def convert_two_streams(x, source_step, y, step, constants, blocks):
         pairs = stream_blocks(blocks, apart)
-        # To the other stream, then back to the next block of this one.
+        # Hop to the other stream, then back to the next block of this one.
         hop, target_hop = pairs * source_block, pairs * block
         for _ in range(2 * pairs):
             convert_block(x, source_step, y, step, constants)
@@ -185,8 +186,8 @@ def _blocks_converter(spec: KernelSpec) -> Any:
 def _converter(spec: KernelSpec, lanes: int) -> Any:
     """Return the part of a kernel that converts `lanes` pixels.
 
-    It takes the address of the source and the bytes between its three vectors, the same of the
-    target, and the constants. Everything is loaded before anything is stored.
+    Its arguments are the address and the vector stride of the source, those of the target, and the
+    constants. It loads everything before it stores anything.
     """
     read, calculate = _reader(spec, lanes), _calculation(spec, split=spec.splits and lanes > 1)
     shuffle, shuffles_results = _shuffle(spec), spec.shuffles_results
@@ -201,7 +202,7 @@ def _converter(spec: KernelSpec, lanes: int) -> Any:
 
 
 def _reader(spec: KernelSpec, lanes: int) -> Any:
-    """Return the function that reads `lanes` pixels into the type, and the order, to compute in."""
+    """Return the function that loads `lanes` pixels in the type and order of the arithmetic."""
     split = spec.splits and lanes > 1
     load = memory.load(spec.source, lanes, 3)
     widen = arithmetic.widen(spec.source, spec.compute, split=split)
@@ -237,7 +238,7 @@ def _reader(spec: KernelSpec, lanes: int) -> Any:
 
 
 def _byte_offsets(spec: KernelSpec, lanes: int) -> tuple[int, ...]:
-    """Return where each value of a block comes from, in the order to compute in."""
+    """Return the source offset of each value of a block, in the order of the arithmetic."""
     values = order.split_order(lanes) if spec.splits else tuple(range(lanes))
     if spec.planar_source:
         return values
@@ -249,7 +250,7 @@ def _byte_offsets(spec: KernelSpec, lanes: int) -> tuple[int, ...]:
 
 
 def _shuffle(spec: KernelSpec) -> Any:
-    """Return the function from the order of the source to that of the target."""
+    """Return the function that shuffles a block from the order of the source to the target's."""
     reverse_planes, reverse_channels = order.reverse_planes, order.reverse_channels
     interleave, deinterleave = order.interleave, order.deinterleave
     planar_source, reverses = spec.planar_source, spec.reverses_channels
@@ -292,7 +293,7 @@ def _channel_converter(spec: KernelSpec, lanes: int) -> Any:
 
 
 def _channel_reader(spec: KernelSpec, lanes: int, interleaved: bool, split: bool) -> Any:
-    """Return the function that reads one channel of `lanes` pixels into the compute type."""
+    """Return the function that loads one channel of `lanes` pixels in the compute type."""
     if spec.source == "uint8" and (interleaved or split):
         offsets = tuple(range(0, 3 * lanes, 3)) if interleaved else order.split_order(lanes)
         block_bytes = 3 * lanes - 2 if interleaved else lanes
@@ -307,7 +308,7 @@ def _channel_reader(spec: KernelSpec, lanes: int, interleaved: bool, split: bool
 
 
 def _calculation(spec: KernelSpec, *, split: bool) -> Any:
-    """Return the function from values of the compute type to results."""
+    """Return the function that computes results from values of the compute type."""
     divide, scale = arithmetic.divide(spec.divide), arithmetic.divide(spec.scale)
     divides, scales, may_be_nan = (
         spec.divide != "none",

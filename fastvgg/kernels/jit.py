@@ -1,13 +1,15 @@
-"""Every Numba option and why, and the features of the processor that kernels are compiled for.
+"""Compile kernels with Numba, for the features of this CPU.
 
-- `nogil`: kernels run on the engine's own threads, and hold no interpreter lock.
-- Not `parallel`: the only threading layer in pip's Numba aborts the process when two threads enter
+The options and their reasons:
+
+- `nogil`: kernels run on the engine's own threads without holding the interpreter lock.
+- Not `parallel`: the only threading layer of Numba's wheels aborts the process if two threads enter
   it (https://github.com/numba/numba/issues/8563).
 - Not `fastmath`: reassociation, contraction and reciprocals change the bits.
 - Not `cache`: loading from a cache takes as long as compiling, because most of the first call is
-  Numba's own start, and a cache on disk can go stale.
+  Numba's own initialization, and a cache on disk can go stale.
 - `error_model="numpy"`: a division never raises, so no kernel has an error path.
-- A signature: a kernel is compiled where it is built, never inside a call.
+- An explicit signature: a kernel is compiled when it is defined, never inside a call.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]  # read from the envi
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
 inlined: Final[Any] = numba.njit(inline="always")
-"""Decorate a part of a kernel: its body is compiled into each kernel that calls it."""
+"""Decorate a part of a kernel; it is inlined into each kernel that calls it."""
 
 
 class Processor(NamedTuple):
-    """The features that vector blocks depend on."""
+    """The CPU features that vector blocks depend on."""
 
     is_x86: bool
     has_f16c: bool
@@ -41,24 +43,24 @@ class Processor(NamedTuple):
     vector_bytes: int
     """The size of the widest vector register: 16, 32 or 64."""
     permuted_bytes: int
-    """The size of the smallest elements that one instruction takes from anywhere in two vectors.
+    """The size of the smallest elements that one instruction permutes across two vectors.
 
-    16 if there is none for one or two bytes.
+    16 if there is no such instruction for elements of one or two bytes.
     """
 
     @property
     def store_bytes(self) -> int:
-        """The size of a non-temporal store: Arm's STNP stores two registers."""
+        """The size of a non-temporal store; Arm's STNP stores two registers."""
         return self.vector_bytes if self.is_x86 else 2 * self.vector_bytes
 
     @property
     def block_bytes(self) -> int:
-        """How much a block may hold on x86: three quarters of the vector registers."""
+        """The maximum size of a block on x86: three quarters of the vector registers."""
         return (24 if self.vector_bytes == 64 else 12) * self.vector_bytes
 
     @property
     def name(self) -> str:
-        """What the instruction set is commonly called.
+        """The common name of the instruction set.
 
         >>> avx2 = Processor(True, has_f16c=True, has_fma=True, vector_bytes=32, permuted_bytes=16)
         >>> avx2.name
@@ -71,7 +73,7 @@ class Processor(NamedTuple):
 
 @functools.cache
 def processor() -> Processor:
-    """Return the features of this processor, or those in NUMBA_CPU_FEATURES."""
+    """Return the features of this CPU, or those in NUMBA_CPU_FEATURES."""
     features = _features()
     triple = binding.get_process_triple()
     is_arm = triple.startswith(("aarch64", "arm64"))
@@ -104,7 +106,7 @@ def _features() -> frozenset[str]:
 
 
 def kernel(arguments: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Compile a function of `arguments` addresses and sizes, which returns nothing."""
+    """Return a decorator that compiles a function of `arguments` int64 addresses and sizes."""
     signature = numba.void(*[numba.int64] * arguments)
 
     def compile_now(function: Callable[..., None]) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""Loads, stores and prefetches of blocks, and the order of stores."""
+"""Loads, stores and prefetches of blocks, fences and barriers."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ __all__ = [
 CACHE_LINE_BYTES: Final = 64
 STACK_ALIGNMENT_BYTES: Final = 64
 TABLE_COLUMNS: Final = 18
-"""Of a constant table: sixteen lanes that start at column 0, 1 or 2."""
+"""The columns of a constant table: sixteen lanes from column 0, 1 or 2."""
 
 
-def _past(b: Any, address: Any, count: int) -> Any:
-    return b.add(address, ir.Constant(I64, count)) if count else address
+def _offset(b: Any, address: Any, nbytes: int) -> Any:
+    return b.add(address, ir.Constant(I64, nbytes)) if nbytes else address
 
 
 def _addresses(b: Any, first_and_step: Sequence[Any], count: int) -> list[Any]:
-    """Return addresses that are some bytes apart."""
+    """Return `count` addresses, from an address and the bytes between them."""
     address, step = first_and_step
     addresses = [address]
     for _ in range(count - 1):
@@ -73,7 +73,7 @@ def _load(b: Any, address: Any, storage: str, lanes: int) -> Any:
 
 @functools.cache
 def load(storage: str, lanes: int, vectors: int) -> Any:
-    """Load vectors that are `step` bytes apart: intrinsic(address, step). Any alignment will do."""
+    """Load vectors `step` bytes apart, with any alignment: intrinsic(address, step)."""
     kind = Block(storage, lanes, vectors)
 
     @intrinsic
@@ -101,11 +101,11 @@ def _loader(kind: Any, emit: Callable[[Any, Any], Any]) -> Any:
 def load_bytes(
     offsets: tuple[int, ...], lanes: int, block_bytes: int, compute: str, places: int = 1
 ) -> Any:
-    """Load bytes at given offsets, and convert them to the compute type.
+    """Load the bytes at given offsets and convert them to the compute type.
 
-    The intrinsic(address, step) does so in each of `places` places `step` bytes apart. Four
-    neighbouring lanes come from one window of sixteen bytes, by one byte shuffle that also extends
-    them to 32 bits. No window reaches beyond `block_bytes` from the address, at least sixteen.
+    The intrinsic(address, step) does so at each of `places` places `step` bytes apart. One byte
+    shuffle of a window of sixteen bytes fills four neighbouring lanes and extends them to 32 bits.
+    No window extends beyond `block_bytes` from the address, which must be at least sixteen.
     """
     if block_bytes < SHUFFLE_BYTES:
         raise ValueError(f"{block_bytes} bytes are less than a window of {SHUFFLE_BYTES}")
@@ -121,7 +121,7 @@ def load_bytes(
 
     def load_four(b: Any, address: Any, first: int) -> Any:
         start = min(_window_start(offsets, first), block_bytes - SHUFFLE_BYTES)
-        window = _load(b, _past(b, address, start), "uint8", SHUFFLE_BYTES)
+        window = _load(b, _offset(b, address, start), "uint8", SHUFFLE_BYTES)
         zeros, zero = ir.Constant(window.type, None), SHUFFLE_BYTES  # the first lane of `zeros`
         four = offsets[first : first + 4]
         origins = [lane for offset in four for lane in (offset - start, zero, zero, zero)]
@@ -143,9 +143,9 @@ def load_bytes(
 
 
 def _window_start(offsets: Sequence[int], first: int) -> int:
-    """Return where the window of four lanes starts: at a pixel, so that channels share windows.
+    """Return the start of the window of four lanes: a whole pixel, so that channels share windows.
 
-    Eight lanes share one where it reaches all of them: AVX2 then loads it into both halves.
+    Eight lanes share a window if it contains all of them; AVX2 then loads it into both halves.
 
     >>> [_window_start((2, 1, 0, 5, 4, 3, 8, 7), first) for first in (0, 4)]
     [0, 0]
@@ -161,16 +161,16 @@ def _window_start(offsets: Sequence[int], first: int) -> int:
 
 @functools.cache
 def load_channel(storage: str, lanes: int) -> Any:
-    """Load one channel of interleaved pixels: every third element from the address on.
+    """Load one channel of interleaved pixels: every third element, starting at the address.
 
     The last of three loads starts two elements early, because the two elements after the last one
-    wanted may lie outside of the array.
+    may be outside the array.
     """
     size = ELEMENT_BYTES[storage]
 
     def emit(b: Any, address: Any) -> Any:
         starts = (0, lanes, 2 * lanes - 2)
-        vectors = [_load(b, _past(b, address, start * size), storage, lanes) for start in starts]
+        vectors = [_load(b, _offset(b, address, start * size), storage, lanes) for start in starts]
         wanted = range(0, 3 * lanes, 3)
         return pack(b, [permute(b, vectors, [at if at < 2 * lanes else at + 2 for at in wanted])])
 
@@ -179,14 +179,14 @@ def load_channel(storage: str, lanes: int) -> Any:
 
 @functools.cache
 def load_line(nbytes: int) -> Any:
-    """Load a cache line from `nbytes`: fewer are repeated, more are combined."""
+    """Load `nbytes` into a cache line: repeat fewer bytes, combine more with xor."""
 
     def emit(b: Any, address: Any) -> Any:
         if nbytes < CACHE_LINE_BYTES:
             part = _load(b, address, "uint8", nbytes)
             return pack(b, [concat(b, [part] * (CACHE_LINE_BYTES // nbytes))])
         starts = range(0, nbytes, CACHE_LINE_BYTES)
-        parts = [_load(b, _past(b, address, at), "uint8", CACHE_LINE_BYTES) for at in starts]
+        parts = [_load(b, _offset(b, address, at), "uint8", CACHE_LINE_BYTES) for at in starts]
         return pack(b, [functools.reduce(b.xor, parts)])
 
     return _loader(Block("uint8", CACHE_LINE_BYTES, 1), emit)
@@ -215,10 +215,10 @@ class Constants(NamedTuple):
 
 
 SHARED_ROWS: Final = 3
-"""The first constants divide all channels alike: one register holds each of them."""
+"""The first constants are the same for all channels, so each takes only one register."""
 
 
-def _load_into_all_lanes(b: Any, address: Any, kind: Block) -> Any:
+def _load_splat(b: Any, address: Any, kind: Block) -> Any:
     return shuffle(b, _load(b, address, kind.storage, 1), None, [0] * kind.lanes)
 
 
@@ -230,8 +230,8 @@ def _constants_loader(kind: Block, load_one: Callable[[Any, Any], Any]) -> Any:
     @intrinsic
     def load_constants(_context: Any, _table: Any) -> Any:
         def emit(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-            rows = [_past(b, arguments[0], row * row_bytes) for row in range(count)]
-            shared = [_load_into_all_lanes(b, address, kind) for address in rows[:SHARED_ROWS]]
+            rows = [_offset(b, arguments[0], row * row_bytes) for row in range(count)]
+            shared = [_load_splat(b, address, kind) for address in rows[:SHARED_ROWS]]
             blocks = [pack(b, [vector] * kind.vectors) for vector in shared]
             blocks += [load_one(b, address) for address in rows[SHARED_ROWS:]]
             return context.make_tuple(b, signature.return_type, blocks)
@@ -245,9 +245,9 @@ def _constants_loader(kind: Block, load_one: Callable[[Any, Any], Any]) -> Any:
 def load_interleaved_constants(compute: str, lanes: int, *, split: bool = False) -> Any:
     """Load the constants of interleaved pixels from a table, for blocks that are split or not.
 
-    Each row holds three values that repeat: a b c a b c ... A register starts with a, b or c, so
-    three registers hold those of a whole block. LLVM would spill nine or more. Every second of the
-    values is the same in reverse: a c b a c b ...
+    Each row repeats three values: a b c a b c ... A register starts with a, b or c, so three
+    registers are enough for a whole block; LLVM would spill nine or more. Every second value gives
+    the same sequence in reverse: a c b a c b ...
     """
     size = ELEMENT_BYTES[compute]
     width = min(lanes, jit.processor().vector_bytes // size)
@@ -256,7 +256,7 @@ def load_interleaved_constants(compute: str, lanes: int, *, split: bool = False)
     starts = [lanes * number + values[at] for number in range(3) for at in range(0, lanes, width)]
 
     def load_one(b: Any, address: Any) -> Any:
-        phases = [_load(b, _past(b, address, phase * size), compute, width) for phase in range(3)]
+        phases = [_load(b, _offset(b, address, phase * size), compute, width) for phase in range(3)]
         if split:
             backwards = [shuffle(b, phase, None, range(width)[::-1]) for phase in phases]
             phases = [backwards[(phase + 1 - width) % 3] for phase in range(3)]
@@ -269,12 +269,12 @@ def load_interleaved_constants(compute: str, lanes: int, *, split: bool = False)
 
 @functools.cache
 def load_channel_constants(compute: str, lanes: int, vectors: int) -> Any:
-    """Load the constants of neighbouring channels from a table, each into all lanes of a vector."""
+    """Load the constants of `vectors` channels from a table, each splatted across a vector."""
     kind, size = Block(compute, lanes, vectors), ELEMENT_BYTES[compute]
 
     def load_one(b: Any, address: Any) -> Any:
-        addresses = [_past(b, address, at * size) for at in range(vectors)]
-        return pack(b, [_load_into_all_lanes(b, channel, kind) for channel in addresses])
+        addresses = [_offset(b, address, at * size) for at in range(vectors)]
+        return pack(b, [_load_splat(b, channel, kind) for channel in addresses])
 
     return _constants_loader(kind, load_one)
 
@@ -283,8 +283,8 @@ def load_channel_constants(compute: str, lanes: int, vectors: int) -> Any:
 def store(*, nontemporal: bool) -> Any:
     """Store the vectors of a block `step` bytes apart: intrinsic(address, step, block).
 
-    With `nontemporal`, avoid read-for-ownership; each address must then be a multiple of the size
-    of a vector, or of a cache line if that is smaller. Otherwise any alignment will do.
+    With `nontemporal`, avoid read-for-ownership; each address must then be aligned to the size of a
+    vector, or of a cache line if that is smaller. Otherwise any alignment is valid.
     """
 
     @intrinsic
@@ -307,10 +307,10 @@ def store(*, nontemporal: bool) -> Any:
 
 
 def prefetch_distance(read_bytes: int, written_bytes: int) -> int:
-    """Return how many bytes ahead to prefetch where so many bytes are read and written.
+    """Return the prefetch distance in bytes for a ratio of bytes read to bytes written.
 
-    Where almost all memory traffic is reads, more prefetches in flight than the processor has miss
-    buffers (24 on Zen 3) block the loads behind them: at a distance of 1024, float32 to uint8 ran
+    If almost all memory traffic is reads, more prefetches in flight than the CPU has miss buffers
+    (24 on Zen 3) block the loads behind them: at a distance of 1024, float32 to uint8 ran
     6 % faster than at 3072, float64 10 %. Other ratios were as fast or up to 4 % slower.
     """
     return 1024 if read_bytes >= 4 * written_bytes else 3072
@@ -318,11 +318,12 @@ def prefetch_distance(read_bytes: int, written_bytes: int) -> int:
 
 @functools.cache
 def prefetch(nbytes: int, count: int, distance: int) -> Any:
-    """Prefetch `nbytes` in each of `count` places `step` bytes apart: intrinsic(address, step).
+    """Prefetch `nbytes` at `count` places `step` bytes apart: intrinsic(address, step).
 
-    What is prefetched lies `distance` bytes ahead, and may lie outside of the array. Arithmetic
-    between two loads reduces the loads in flight, and the hardware prefetcher falls behind: float32
-    to uint8 ran at 0.80 to 0.89 of the memory bandwidth without prefetching, at 0.94 with it.
+    The prefetch is `distance` bytes ahead. The address may be out of bounds: prefetches never
+    fault. Arithmetic between two loads reduces the loads in flight, and the hardware prefetcher
+    falls behind: float32 to uint8 ran at 0.80 to 0.89 of the memory bandwidth without prefetching,
+    at 0.94 with it.
     """
     kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), I32, I32, I32])
     read, streaming, data = (ir.Constant(I32, number) for number in (0, 0, 1))
@@ -333,7 +334,7 @@ def prefetch(nbytes: int, count: int, distance: int) -> Any:
             declared = b.module.declare_intrinsic("llvm.prefetch.p0", fnty=kind)
             for address in _addresses(b, arguments, count):
                 for ahead in range(distance, distance + nbytes, CACHE_LINE_BYTES):
-                    pointer = b.inttoptr(_past(b, address, ahead), ir.PointerType())
+                    pointer = b.inttoptr(_offset(b, address, ahead), ir.PointerType())
                     b.call(declared, [pointer, read, streaming, data])
 
         return types.void(types.int64, types.int64), emit
@@ -377,12 +378,12 @@ the throughput, and needs registers for all of them at once.
 """
 
 store_fence: Final = _effect(_emit_store_fence)
-"""Order non-temporal stores before later stores. On x86 that takes an `sfence`, which LLVM's own
-fences omit (https://github.com/llvm/llvm-project/issues/64521)."""
+"""Order non-temporal stores before later stores. x86 needs an `sfence`, which LLVM's own fences
+omit (https://github.com/llvm/llvm-project/issues/64521)."""
 
 align_stack: Final = _effect(_emit_align_stack)
 """Align the stack of the calling kernel to 64 bytes.
 
-A spilled register that crosses a page waits behind non-temporal stores, which takes 200 ns a block
-on Zen 3. An aligned one never crosses a page.
+A spilled register that crosses a page waits for the non-temporal stores before it, 200 ns a block
+on Zen 3. An aligned register never crosses a page.
 """

@@ -1,4 +1,4 @@
-"""Which kernel is meant, and the constants that it reads."""
+"""The specification of a kernel, and the table of constants that it reads."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ MIN_LANES: Final = 16
 
 
 class KernelSpec(NamedTuple):
-    """What distinguishes one kernel from another."""
+    """Everything that distinguishes one kernel from another."""
 
     restores: bool
     source: str
-    """The storage type that is read."""
+    """The storage type of the input."""
     target: str
-    """The storage type that is written."""
+    """The storage type of the result."""
     compute: str
     planar_source: bool
     planar_target: bool
     reverses_channels: bool
     affine: bool
-    """Whether the arithmetic is one multiplication and one addition: proven for all inputs."""
+    """Whether one multiplication and one addition give the result, as tested for all inputs."""
     divide: Division
     """How preprocessing divides by the divisor of all channels."""
     scale: Division
@@ -53,7 +53,7 @@ class KernelSpec(NamedTuple):
     nontemporal: bool
     """Whether results bypass the caches."""
     plane_by_plane: bool
-    """Whether the planes of a result are written one after the other, each aligned by itself."""
+    """Whether the planes of the result are written one after the other, each aligned separately."""
 
     @classmethod
     def of(
@@ -71,12 +71,12 @@ class KernelSpec(NamedTuple):
         Parameters
         ----------
         transform, input_name
-            What to compute, and the storage type of the input.
+            The transform, and the storage type of the input.
         reversed_input
             Whether the channels of the input are stored in reverse of the order that the transform
             assumes.
         in_place, nontemporal
-            How the result is written.
+            Whether the result overwrites the input, and whether it bypasses the caches.
         aligned_planes
             Whether the distance between two planes of the result is a multiple of a cache line.
         """
@@ -94,7 +94,7 @@ class KernelSpec(NamedTuple):
             compute=compute,
             planar_source=planar_source,
             planar_target=planar_target,
-            reverses_channels=mode.flips != reversed_input,
+            reverses_channels=mode.is_bgr != reversed_input,
             affine=affine,
             divide="none" if affine else divide,
             scale="none" if affine else scale,
@@ -109,10 +109,10 @@ class KernelSpec(NamedTuple):
 
     @property
     def lanes(self) -> int:
-        """The lanes of a vector: results fill at least one store, or one cache line of a plane.
+        """The lanes of a vector: a result fills at least one store, or a cache line of a plane.
 
-        On x86 three vectors fit into registers, otherwise LLVM would spill; Arm has no smaller
-        store. Registers of sixteen bytes are too small for whole lines.
+        On x86 three vectors have to fit into registers, or LLVM spills; Arm has no smaller store.
+        Registers of sixteen bytes are too small for whole cache lines.
         """
         processor = jit.processor()
         filled = processor.store_bytes
@@ -125,28 +125,29 @@ class KernelSpec(NamedTuple):
 
     @property
     def prefetch_distance(self) -> int:
-        """How many bytes ahead to prefetch."""
+        """The prefetch distance in bytes."""
         return prefetch_distance(ELEMENT_BYTES[self.source], ELEMENT_BYTES[self.target])
 
     @property
     def two_streams(self) -> bool:
-        """Whether blocks are taken from two places in turn, and not from one.
+        """Whether blocks are read alternately from two streams.
 
-        That keeps more loads in flight: float32 to uint8 ran 7 to 10 % faster, halves 4 %. Where
-        fewer bytes are read than twice those written it does not pay. Planar input has three
-        streams already. Halves that become planes lose 30 %: they write six lines at a time.
+        That keeps more loads in flight: float32 to uint8 ran 7 to 10 % faster, 16-bit floats 4 %.
+        It does not pay off unless at least twice as many bytes are read as written. Planar input
+        has three streams already. 16-bit floats to planes lose 30 %: they write six lines at a
+        time.
         """
         if self.planar_source or self.plane_by_plane:
             return False
-        least_ratio = 4 if self.planar_target else 2
-        return ELEMENT_BYTES[self.source] >= least_ratio * ELEMENT_BYTES[self.target]
+        min_ratio = 4 if self.planar_target else 2
+        return ELEMENT_BYTES[self.source] >= min_ratio * ELEMENT_BYTES[self.target]
 
     @property
     def shuffles_results(self) -> bool:
-        """Whether lanes are shuffled after the arithmetic rather than before.
+        """Whether lanes are shuffled after the arithmetic instead of before.
 
-        That pays if results are smaller. Halves are interleaved in half as many registers as the
-        numbers that they come from, and planes of bytes are widened where they are loaded.
+        That pays off if results are smaller than inputs. 16-bit floats are interleaved in half as
+        many registers as float32, and planes of bytes are widened by their loads.
         """
         if self.plane_by_plane:
             return False
@@ -156,10 +157,10 @@ class KernelSpec(NamedTuple):
 
     @property
     def splits(self) -> bool:
-        """Whether blocks are split into even and odd values: see `order`.
+        """Whether blocks are split into even and odd values; see `order`.
 
-        That does not pay where an instruction permutes the elements of whole vectors. Bytes of a
-        channel are too far apart for it in interleaved pixels.
+        That does not pay off if the CPU permutes the elements of whole vectors. In interleaved
+        pixels the bytes of a channel are too far apart for it.
         """
         if jit.processor().permuted_bytes <= 2:
             return False
@@ -174,7 +175,7 @@ class KernelSpec(NamedTuple):
 
 
 def _is_affine(transform: Transform, source: str, target: str) -> bool:
-    """Return whether a transform is affine between bytes and a half type."""
+    """Return whether a transform between bytes and a 16-bit float type is affine."""
     mode, restores = transform.mode, transform.direction == "restore"
     image, half = (target, source) if restores else (source, target)
     if image != "uint8" or ELEMENT_BYTES[half] != 2:
@@ -188,12 +189,12 @@ def _is_affine(transform: Transform, source: str, target: str) -> bool:
 def constant_table(mode: Mode, spec: KernelSpec) -> NDArray[Any]:
     """Return a row for each of `memory.Constants`: the values of three channels, repeated.
 
-    Channels are in the order that the kernel computes in. A constant that the mode does not have
-    gets the value that changes nothing.
+    Channels are in the order in which the kernel computes. Constants that the mode lacks have their
+    neutral values.
     """
     scalar = np.dtype(spec.compute).type
     reverses_results = spec.reverses_channels and spec.shuffles_results
-    is_reversed = (mode.flips and spec.restores) != reverses_results
+    is_reversed = (mode.is_bgr and spec.restores) != reverses_results
     step = -1 if is_reversed else 1
     divide = np.full(3, 1.0 if mode.divide is None else mode.divide, scalar)
     mean = np.array(mode.mean or (0.0, 0.0, 0.0), scalar)[::step]
@@ -217,12 +218,12 @@ NEIGHBOURS: Final = range(-3, 4)
 def affine_constants(
     mode: Mode, half: str, *, restores: bool
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
-    """Return the slope and intercept of a mode between bytes and a half type.
+    """Return the slope and intercept of a mode between bytes and a 16-bit float type.
 
     One multiplication and addition differ from the operations of a mode in the last bits of
-    float32, which rounding to a half, or to a byte, nearly always removes. All 256 bytes, or all
-    65,536 halves, are tried, with the constants and their neighbours. The result is None if some
-    input differs with all of them, or if the mode takes a single operation anyway.
+    float32, which rounding to a 16-bit float, or to a byte, nearly always removes. All 256 bytes,
+    or all 65,536 floats, are tried, with the constants and their neighbours. The result is None if
+    no candidate is exact for every input, or if the mode takes a single operation anyway.
 
     Examples
     --------
@@ -261,7 +262,7 @@ def _affine_channel(
     slope: np.float32,
     intercept: np.float32,
 ) -> tuple[np.float32, np.float32] | None:
-    """Return the slope and intercept nearest to the given ones that give the expected results."""
+    """Return the nearest slope and intercept that give the expected results, or None."""
     neighbours = [(abs(i) + abs(j), i, j) for i in NEIGHBOURS for j in NEIGHBOURS]
     for _, i, j in sorted(neighbours):
         a, b = _step(slope, i), _step(intercept, j)
@@ -271,12 +272,12 @@ def _affine_channel(
 
 
 def _affine(x: NDArray[Any], slope: Any, intercept: Any) -> NDArray[Any]:
-    """Return what `arithmetic.multiply_add` computes."""
+    """Compute what `arithmetic.multiply_add` computes."""
     return _fused(x, slope, intercept) if jit.processor().has_fma else x * slope + intercept
 
 
 def _step(number: np.float32, steps: int) -> np.float32:
-    """Return the float32 some steps from a number, towards larger magnitudes if positive."""
+    """Return the float32 `steps` steps from a number, towards larger magnitudes if positive."""
     stepped: np.float32 = (number.view(np.int32) + np.int32(steps)).view(np.float32)
     return stepped
 
@@ -290,7 +291,7 @@ def _every_half(half: str) -> NDArray[np.float32]:
 
 
 def _as_half(y: NDArray[np.float32], half: str) -> NDArray[np.uint16]:
-    """Return the bits of a half type."""
+    """Return the bits in a 16-bit float type."""
     return y.astype(storage_dtype(half)).view(np.uint16)
 
 
@@ -299,20 +300,20 @@ def _as_byte(x: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _preprocessed(x: NDArray[np.float32], mode: Mode) -> NDArray[np.float32]:
-    """Return what a mode makes of numbers: a column for each channel of y."""
+    """Preprocess numbers in every channel; return a column for each channel of y."""
     return oracle.forward(np.repeat(x[:, np.newaxis], 3, axis=1), mode)
 
 
 def _restored(y: NDArray[np.float32], mode: Mode) -> NDArray[np.float32]:
-    """Return what the inverse of a mode makes of numbers: a column for each channel of y."""
+    """Restore numbers in every channel; return a column for each channel of y."""
     x: NDArray[np.float32] = oracle.inverse(np.repeat(y[:, np.newaxis], 3, axis=1), mode)
-    return x[:, ::-1] if mode.flips else x
+    return x[:, ::-1] if mode.is_bgr else x
 
 
 @functools.lru_cache(maxsize=64)
 @np.errstate(all="ignore")
 def _has_ties(mode: Mode, *, affine: bool) -> bool:
-    """Return whether some byte becomes a float32 halfway between two bfloat16 values."""
+    """Return whether any byte becomes a float32 halfway between two bfloat16 values."""
     constants = affine_constants(mode, "bfloat16", restores=False) if affine else None
     x = _every_byte()
     y = _preprocessed(x, mode) if constants is None else _affine(x[:, np.newaxis], *constants)
@@ -323,7 +324,7 @@ def _has_ties(mode: Mode, *, affine: bool) -> bool:
 def _divisions(mode: Mode, compute: str, *, bytes_only: bool) -> tuple[Division, Division]:
     """Return how to divide by the divisor of a mode and by its std.
 
-    With `bytes_only`, x is one of 256 integers, and all of them are tried.
+    With `bytes_only`, x is one of 256 integers, which are all tried.
     """
     scalar = np.dtype(compute).type
     x = np.arange(256, dtype=compute)
@@ -342,9 +343,9 @@ def _divisions(mode: Mode, compute: str, *, bytes_only: bool) -> tuple[Division,
 
 
 def reciprocal_is_exact(x: NDArray[Any], divisor: Any) -> bool:
-    """Return whether the operations of `arithmetic.divide` give the quotient, for every x.
+    """Return whether the reciprocal of `arithmetic.divide` gives the exact quotient for every x.
 
-    Both are float32 or both float64.
+    Both arguments are float32, or both float64.
 
     Examples
     --------
@@ -363,9 +364,9 @@ def reciprocal_is_exact(x: NDArray[Any], divisor: Any) -> bool:
 
 
 def _reciprocal(divisor: Any) -> tuple[Any, Any]:
-    """Return 1 / divisor and its rounding error, which is infinite where the reciprocal is.
+    """Return 1 / divisor and its rounding error, which is infinite if the reciprocal is.
 
-    Without FMA, the products of bytes with the reciprocal must be exact: it has eight bits fewer.
+    Without FMA the reciprocal has eight bits fewer, so that its product with a byte is exact.
     """
     reciprocal = 1 / divisor
     if not jit.processor().has_fma:
@@ -389,10 +390,10 @@ _remainder = np.vectorize(_exact_remainder, otypes=[np.float64])
 def _fused(a: NDArray[Any], b: Any, c: Any) -> NDArray[Any]:
     """Return a * b + c, rounded once.
 
-    For float32 the product is exact in float64. The sum is rounded to odd, from where rounding to
-    float32 is as good as from the exact sum (S. Boldo, G. Melquiond, "Emulation of FMA and
+    For float32 the product is exact in float64. The sum is rounded to odd, from which rounding to
+    float32 is the same as from the exact sum (S. Boldo, G. Melquiond, "Emulation of FMA and
     correctly rounded sums: proved algorithms using rounding to odd", IEEE Trans. Computers 57,
-    2008). For float64 all is computed in fractions.
+    2008). float64 is computed with fractions.
     """
     if a.dtype == np.float64:
         exact: NDArray[np.float64] = _fused_in_fractions(a, b, c)

@@ -1,6 +1,6 @@
-"""Vector blocks: some LLVM vectors as one Numba value.
+"""Vector blocks: several LLVM vectors as one Numba value.
 
-A block is, for example, sixteen pixels, 48 values, in three vectors of sixteen lanes:
+For example, sixteen pixels are a block of three vectors of sixteen lanes:
 
     interleaved (NHWC)   rgbrgbrgbrgbrgbr  gbrgbrgbrgbrgbrg  brgbrgbrgbrgbrgb
     planar (NCHW)        rrrrrrrrrrrrrrrr  gggggggggggggggg  bbbbbbbbbbbbbbbb
@@ -8,11 +8,11 @@ A block is, for example, sixteen pixels, 48 values, in three vectors of sixteen 
 LLVM splits vectors evenly into registers of 4 (SSE, NEON), 8 (AVX) or 16 (AVX-512) float32 values.
 The number of lanes is a power of two: LLVM 22 shuffles and spills vectors of 48 lanes badly.
 
-What kernels do with blocks is in `memory`, `order` and `arithmetic`: intrinsics, and functions that
-return one for given types. Sums, products and quotients are written with Python's operators.
+The operations on blocks are in `memory`, `order` and `arithmetic`: intrinsics, and functions that
+return an intrinsic for given types. Python's operators add, subtract, multiply and divide blocks.
 
-A new storage type is an entry of `ELEMENTS` and `ELEMENT_BYTES`, and a case of `arithmetic.widen`
-and `arithmetic.narrow`.
+To add a storage type, extend `ELEMENTS`, `ELEMENT_BYTES`, `arithmetic.widen` and
+`arithmetic.narrow`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ __all__ = [
     "unpack",
 ]
 
-SHUFFLE_BYTES: Final = 16  # what a byte shuffle reaches on every processor
+SHUFFLE_BYTES: Final = 16  # the reach of a byte shuffle on every CPU
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 HALF, FLOAT, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
@@ -66,7 +66,7 @@ ELEMENT_BYTES: Final = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "
 
 
 class Block(types.Type):
-    """The Numba type of a block: some vectors of one storage type and length."""
+    """The Numba type of a block: vectors of the same storage type and length."""
 
     def __init__(self, storage: str, lanes: int, vectors: int) -> None:
         self.storage = storage
@@ -75,7 +75,7 @@ class Block(types.Type):
         super().__init__(name=f"Block({storage}, {lanes}, {vectors})")
 
     def of(self, storage: str) -> Block:
-        """Return the type of a block of the same shape that holds another storage type."""
+        """Return the block type of the same shape with another storage type."""
         return Block(storage, self.lanes, self.vectors)
 
 
@@ -108,7 +108,7 @@ def map_vectors(b: Any, emit: Callable[..., Any], *blocks: Any) -> Any:
 
 
 def _define_operator(function: Callable[..., Any], instruction: str) -> None:
-    """Compile a Python operator between two blocks of one type to an LLVM instruction."""
+    """Lower a Python operator between two blocks of the same type to an LLVM instruction."""
 
     def emit(b: Any, first: Any, second: Any) -> Any:
         return getattr(b, instruction)(first, second)
@@ -142,23 +142,23 @@ def on_each_vector(result: Callable[[Block], Block], emit: Callable[[Any, Any], 
 
 
 def like(vector: Any, element: ir.Type) -> ir.VectorType:
-    """Return the type of a vector of `element`, with as many lanes as another."""
+    """Return the vector type of `element` with as many lanes as `vector`."""
     return ir.VectorType(element, vector.type.count)
 
 
 def splat(kind: ir.VectorType, number: float) -> ir.Constant:
-    """Return a vector with a number in all lanes."""
+    """Return a vector with the same number in all lanes."""
     return ir.Constant(kind, [number] * kind.count)
 
 
 def shuffle(b: Any, first: Any, second: Any, lanes: Sequence[int]) -> Any:
-    """Return lanes of one vector, or of two whose lanes are numbered consecutively."""
+    """Shuffle one vector, or two whose lanes are numbered consecutively."""
     mask = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
     return b.shuffle_vector(first, first if second is None else second, mask)
 
 
 def concat(b: Any, parts: Sequence[Any]) -> Any:
-    """Concatenate vectors of one length; their number is a power of two."""
+    """Concatenate vectors of the same length; their number must be a power of two."""
     while len(parts) > 1:
         pairs = zip(parts[::2], parts[1::2], strict=True)
         lanes = range(2 * parts[0].type.count)
@@ -167,10 +167,10 @@ def concat(b: Any, parts: Sequence[Any]) -> Any:
 
 
 def permute(b: Any, vectors: Sequence[Any], origins: Sequence[int]) -> Any:
-    """Return a vector of lanes taken from three vectors, whose lanes are numbered consecutively.
+    """Return a vector of lanes of three vectors, which are numbered consecutively.
 
-    LLVM shuffles two vectors at a time, so vectors are added one after the other. A lane that a
-    later vector supplies holds any value until then.
+    LLVM shuffles two vectors at a time, so the vectors are merged one after the other. A lane that
+    comes from a later vector is arbitrary until then.
     """
     lanes = vectors[0].type.count
     used = sorted({origin // lanes for origin in origins})

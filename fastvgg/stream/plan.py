@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from distributed import Client
 
-    from fastvgg.backend import Backend, Chosen
+    from fastvgg.backend import Backend, ResolvedBackend
     from fastvgg.datasets.base import Header
     from fastvgg.datasets.image_writer import FileFormat
     from fastvgg.datasets.images import ImageListing
@@ -255,7 +255,7 @@ class Plan:
         """How many chunks there are."""
         return -(-self.header.images // self.chunk_images)
 
-    def choose_backend(self) -> Chosen:
+    def choose_backend(self) -> ResolvedBackend:
         """Return the backend of a run: Numba where there is enough to do, otherwise NumPy."""
         packs = self.transform.direction == "pack"
         nbytes = 0 if packs else self.header.nbytes + self.result.nbytes
