@@ -25,6 +25,7 @@ import errno
 __all__ = [
     "ArrayError",
     "BackendError",
+    "ClusterError",
     "DtypeError",
     "FastvggError",
     "ModeError",

@@ -17,6 +17,7 @@ EXIT_CODES = {
     "OutputError": 3,
     "ModeError": 2,
     "BackendError": 3,
+    "ClusterError": 3,
     "SourceError": 3,
     "TargetError": 3,
     "ResumeError": 3,
