@@ -53,7 +53,7 @@ def check_threads(threads: int | None) -> int:
 
 
 def parallel_for(items: Sequence[Item], fn: Callable[[Item], object], threads: int) -> None:
-    """Call `fn` once for every item, on the calling thread and up to `threads` - 1 helpers.
+    """Call `fn` once for every item, on the calling thread and up to `threads` - 1 workers.
 
     The first exception cancels the items that have not started and is raised here. Safe to call
     from many threads at once, from within `fn`, and in a forked child.
@@ -63,18 +63,18 @@ def parallel_for(items: Sequence[Item], fn: Callable[[Item], object], threads: i
             fn(item)
         return
     remaining = deque(items)
-    helpers: list[Future[None]] = []
+    workers: list[Future[None]] = []
     # Threads cannot start during interpreter shutdown, nor beyond the limit of the system.
     with contextlib.suppress(RuntimeError):
-        helpers.extend(
+        workers.extend(
             _pool().submit(_worker, remaining, fn) for _ in range(min(threads, len(items)) - 1)
         )
     try:
         _worker(remaining, fn)
     finally:
-        for helper in helpers:
-            if not helper.cancel():  # in the shared pool it may not have started
-                helper.result()
+        for worker in workers:
+            if not worker.cancel():  # in the shared pool it may not have started
+                worker.result()
 
 
 def _worker(remaining: deque[Item], fn: Callable[[Item], object]) -> None:
