@@ -99,7 +99,7 @@ def numbers_that_overflow(patch):
 
 
 def warnings_of_the_parser(patch):
-    patch.setattr(npy, "WARNED_OF", re.compile(b"nothing that there is"))
+    patch.setattr(npy, "DUBIOUS_SYNTAX", re.compile(b"nothing that there is"))
 
 
 def files_of_any_length(patch):
@@ -109,7 +109,7 @@ def files_of_any_length(patch):
         try:
             check(source, *arguments)
         except SourceError as error:
-            if "followed by other bytes" not in str(error):
+            if "followed by extra bytes" not in str(error):
                 raise
 
     patch.setattr(npy.NpySource, "_check", checked)

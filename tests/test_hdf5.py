@@ -569,7 +569,7 @@ def test_a_virtual_dataset_with_gaps_is_refused(tmp_path):
 
 # The alarm ends a process that waits: it is the end of the test, not a measurement.
 OPENING = """
-import pathlib, signal, sys, fastvgg.datasets as d, fastvgg.errors as e
+import pathlib, signal, sys, fastvgg.datasets.open as d, fastvgg.errors as e
 for path in sys.argv[1:]:
     signal.alarm(5)
     try:
@@ -878,13 +878,13 @@ def test_a_file_that_shrinks_while_it_is_read_stops_the_run(tmp_path):
     with closing(open_source(location)) as source:
         source.read(0, 2)
         os.truncate(tmp_path / "x.h5", 5000)
-        with pytest.raises(StoppedError, match="has become shorter"):
+        with pytest.raises(StoppedError, match="file was truncated"):
             source.read(30, 37)
 
 
 def test_a_dataset_is_not_resized_nor_done_in_place(tmp_path):
     location = save_h5(tmp_path / "x.h5", of_type("float32"))
-    with pytest.raises(SourceError, match="--size and its like are for image files"):
+    with pytest.raises(SourceError, match="such as --size apply only to image files"):
         fastvgg.plan(location, tmp_path / "y.npy", mode="caffe", size=(5, 7))
     with pytest.raises(UsageError, match=r"is not a .npy file"):
         fastvgg.plan(location, in_place=True, mode="caffe")

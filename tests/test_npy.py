@@ -134,7 +134,7 @@ def test_a_pipe_that_is_named_like_an_array_does_not_wait_for_ever(tmp_path):
     os.mkfifo(tmp_path / "x.npy")
     # The alarm ends a process that waits: it is the end of the test, not a measurement.
     done = python(
-        "import pathlib, signal, sys, fastvgg.datasets as d, fastvgg.errors as e\n"
+        "import pathlib, signal, sys, fastvgg.datasets.open as d, fastvgg.errors as e\n"
         "signal.alarm(5)\n"
         "try:\n    d.open_source(pathlib.Path(sys.argv[1]))\n"
         "except e.SourceError as error:\n    print(error)",
@@ -443,7 +443,7 @@ def test_what_a_target_wrote_is_a_source(tmp_path, name):
 
 def test_a_target_that_was_not_created_says_so(tmp_path):
     target = NpyTarget(tmp_path / "y.npy", Header(SHAPE, "uint8", "NHWC"), Storage())
-    with pytest.raises(RuntimeError, match="before it is created"):
+    with pytest.raises(RuntimeError, match="created or reopened before"):
         target.write(0, [bytes_of(values("uint8"))])
     target.close()
     assert names_in(tmp_path) == []

@@ -64,7 +64,7 @@ def test_reading_past_the_end_is_an_error_that_names_the_offset_it_came_to(file,
     storage.write(file, b"hello", 0)
     with pytest.raises(StoppedError) as caught:
         storage.read(file, 2, 4)
-    must_say(caught.value, file.path, "read at offset 5", "shorter")
+    must_say(caught.value, file.path, "read at offset 5", "truncated")
 
 
 def test_only_for_power_a_sync_asks_the_system_for_one(tmp_path):

@@ -191,7 +191,7 @@ def test_a_tar_without_images_is_refused(tmp_path, size):
     path = save_tar(tmp_path / "a.tar", [("README", b"hello"), ("a.txt", b"")])
     with pytest.raises(SourceError) as caught:
         open_shards(path, size)
-    must_say(caught.value, path, "holds no images", "2 other files")
+    must_say(caught.value, path, "contains no images", "2 other files")
 
 
 def test_what_is_left_out_is_counted_but_directories_are_not(tmp_path):
@@ -210,7 +210,7 @@ def test_what_is_left_out_is_counted_but_directories_are_not(tmp_path):
     assert source.listing.skipped == 4
     assert names_of(source.listing) == ["photos/a.png"]
     (note,) = source.notes
-    assert "left out" in note
+    assert "skipped files" in note
     assert "4" in note
 
 
@@ -819,7 +819,7 @@ def test_a_tar_that_is_empty_alone_holds_no_images(tmp_path):
     for path in (saved(tmp_path / "a.tar"), save_tar(tmp_path / "b.tar", [])):
         with pytest.raises(SourceError) as caught:
             open_shards(path)
-        must_say(caught.value, path, "holds no images")
+        must_say(caught.value, path, "contains no images")
 
 
 @pytest.mark.parametrize(
@@ -943,7 +943,7 @@ def test_a_shard_that_is_no_file_is_refused_at_once(tmp_path, kind):
         tmp_path / "{0..1}.tar",
     )
     assert done.returncode != -signal.SIGALRM, "waited for someone to write into a pipe"
-    words = {"missing": "", "directory": "it is a directory", "pipe": "it is not a file"}
+    words = {"missing": "", "directory": "it is a directory", "pipe": "it is not a regular file"}
     assert done.stderr == ""
     assert done.stdout.count(str(path)) == 2, done.stdout
     assert done.stdout.count(words.get(kind, "cannot be read")) >= 2
@@ -1018,7 +1018,7 @@ def test_an_error_of_the_disk_is_the_reason_of_a_row_or_refuses_the_listing(tmp_
 
 def test_an_image_that_is_too_long_is_not_read(tmp_path):
     listing = TarListing(save_tar(tmp_path / "a.tar", FEW))
-    assert reason(listing, 1, 699) == "it has 700 bytes, and an image at most 699"
+    assert reason(listing, 1, 699) == "the image has 700 bytes; the limit is 699"
     assert reason(listing, 1, 700) == ""
 
 

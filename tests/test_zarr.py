@@ -540,7 +540,7 @@ def test_a_file_and_nothing_at_all_are_refused(tmp_path):
 
 
 def test_what_is_for_images_alone_is_refused(tmp_path, stored):
-    with pytest.raises(SourceError, match="--size and its like are for image files"):
+    with pytest.raises(SourceError, match="such as --size apply only to image files"):
         plan_of(stored, tmp_path / "y.npy", mode="caffe", size=(5, 7))
     with pytest.raises(UsageError, match=r"is not a .npy file"):
         fastvgg.plan(stored, in_place=True, mode="caffe")
