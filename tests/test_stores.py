@@ -14,6 +14,7 @@ from stores import BUCKET, ENVIRONMENT, serving_s3
 
 import fastvgg
 from fastvgg import oracle
+from fastvgg.datasets.open import open_source
 from fastvgg.errors import (
     ResumeError,
     SourceError,

@@ -373,7 +373,7 @@ def test_what_is_no_array_of_images_is_refused(tmp_path, array, words, version):
 def test_texts_and_records_are_refused(tmp_path, dtype, version):
     path = tmp_path / "x.zarr"
     zarr.create_array(path, shape=(2, 7, 9, 3), dtype=dtype, zarr_format=version)
-    refused(path, "numbers of type")
+    refused(path, "unsupported dtype")
 
 
 def test_pickles_are_never_loaded(tmp_path):
@@ -463,7 +463,7 @@ def test_more_chunks_than_there_can_be_are_missing_at_once(stored, shape, chunks
 @pytest.mark.parametrize("images", [2**63 // (7 * 9 * 3) + 1, 10**18, 10**400])
 def test_more_numbers_than_there_can_be_are_refused_in_few_words(stored, images):
     change_metadata(stored, shape=[images, 7, 9, 3])
-    refused(stored, f"has shape ({images}"[:100], "of more numbers than there can be")
+    refused(stored, f"has shape ({images}"[:100], "more elements than an array can have")
 
 
 @pytest.mark.parametrize("size", [2**63, 10**400])
@@ -471,7 +471,7 @@ def test_chunks_of_more_than_there_can_be_are_refused(stored, size):
     for chunks in ([size, 7, 9, 3], [2**21, 2**21, 2**21, 3], [1, 7, 9, size]):
         grid = {"name": "regular", "configuration": {"chunk_shape": chunks}}
         change_metadata(stored, chunk_grid=grid)
-        refused(stored, f"has chunks of ({chunks[0]}"[:100])
+        refused(stored, f"has invalid chunk shape ({chunks[0]}"[:100])
 
 
 def test_missing_chunks_are_counted_and_the_first_is_named(tmp_path, stored):
@@ -505,7 +505,7 @@ def test_what_is_no_file_in_the_place_of_a_chunk_is_refused(stored):
     refused(stored, "c/2/0/0/0")
     chunk.rmdir()
     os.mkfifo(chunk)
-    refused(stored, "c/2/0/0/0", "no file")
+    refused(stored, "c/2/0/0/0", "not a regular file")
     chunk.unlink()
     chunk.symlink_to("nowhere")
     refused(stored, "c/2/0/0/0")
@@ -649,7 +649,7 @@ def test_a_chunk_that_disappears_never_becomes_the_fill_value(tmp_path):
     source = opened(path)
     for file in chunk_files(path):
         moved = file.rename(tmp_path / "moved")
-        stops(source, path, f"chunk {key_of(path, file)} is damaged: it is missing, or empty")
+        stops(source, path, f"chunk {key_of(path, file)} is damaged: it is missing or empty")
         moved.rename(file)
 
 

@@ -115,7 +115,7 @@ class PartitionedNpySource:
                 raise SourceError(
                     f"{self.path / name} contains images of {header.shape[1:]} {header.dtype}, but "
                     f"{self._names[0]} of {first.shape[1:]} {first.dtype}",
-                    "all parts must have the same image shape and dtype: move other files elsewhere",
+                    "all parts must have the same image shape and dtype; move others elsewhere",
                 )
             yield header
 
