@@ -922,7 +922,9 @@ def test_missing_shards_are_all_counted_and_some_named(tmp_path):
     error = refused(tmp_path / "{00..11}.tar")
     shown = ", ".join(str(tmp_path / f"{number:02d}.tar") for number in (1, 2, 5, 6, 7))
     must_say(error, "9 of 12 shards are missing", f"{shown} and 4 more")
-    must_say(refused(tmp_path / "{03..05}.tar"), f"1 are missing: {tmp_path / '05.tar'}\n")
+    must_say(
+        refused(tmp_path / "{03..05}.tar"), f"1 of 3 shards are missing: {tmp_path / '05.tar'}\n"
+    )
 
 
 @pytest.mark.parametrize("kind", ["missing", "directory", "pipe", "dangling", "circle"])
