@@ -103,7 +103,7 @@ def warnings_of_the_parser(patch):
 
 
 def files_of_any_length(patch):
-    check = npy.NpySource._check
+    check = npy.NpySource._validate
 
     def checked(source, *arguments):
         try:
@@ -112,7 +112,7 @@ def files_of_any_length(patch):
             if "followed by extra bytes" not in str(error):
                 raise
 
-    patch.setattr(npy.NpySource, "_check", checked)
+    patch.setattr(npy.NpySource, "_validate", checked)
 
 
 def files_that_grow(patch):
