@@ -114,11 +114,11 @@ def read_regular(path: bytes, max_bytes: int) -> tuple[bytes, os.stat_result]:
         os.close(descriptor)
 
 
-def read_at(descriptor: int, count: int, at: int) -> bytes:
-    """Read `count` bytes at offset `at`; fewer only at the end of the file."""
-    data = os.pread(descriptor, count, at)
+def read_at(descriptor: int, count: int, offset: int) -> bytes:
+    """Read `count` bytes at `offset`; fewer only at the end of the file."""
+    data = os.pread(descriptor, count, offset)
     while 0 < len(data) < count:
-        more = os.pread(descriptor, count - len(data), at + len(data))
+        more = os.pread(descriptor, count - len(data), offset + len(data))
         if not more:
             break
         data += more

@@ -110,31 +110,31 @@ class Hdf5Source:
         SourceError
             If there is no dataset of that name, or a link refers to another file.
         """
-        found: object = self._hdf5
+        node: object = self._hdf5
         parts = _parts_of(name)
         for _ in range(MAX_LINKS + len(parts)):
             if not parts:
                 break
             part = parts.pop(0)
-            if not isinstance(found, h5py.Group) or not _has_link(found, part):
-                found = None
+            if not isinstance(node, h5py.Group) or not _has_link(node, part):
+                node = None
                 break
-            kind, value = found.id.links.get_info(part).type, h5py.h5l
-            if kind == value.TYPE_HARD:
-                found = found[part]
-            elif kind == value.TYPE_SOFT:
-                linked = found.id.links.get_val(part)
-                parts[:0] = _parts_of(linked)
-                found = self._hdf5 if linked.startswith(b"/") else found
+            link_type, links = node.id.links.get_info(part).type, h5py.h5l
+            if link_type == links.TYPE_HARD:
+                node = node[part]
+            elif link_type == links.TYPE_SOFT:
+                target = node.id.links.get_val(part)
+                parts[:0] = _parts_of(target)
+                node = self._hdf5 if target.startswith(b"/") else node
             else:
                 raise self._external_error(f"{_display(part)} is a link to another file")
-        if parts or not isinstance(found, h5py.Dataset):
+        if parts or not isinstance(node, h5py.Dataset):
             file, names = container_of(self.path), ", ".join(self._names()) or "none"
             problem = (
                 f"{file} has no dataset {_display(name)}." if name else f"{file}: which dataset?"
             )
             raise SourceError(f"{problem} Datasets: {names}", f"give one of them: {file}::/NAME")
-        return found
+        return node
 
     def _names(self) -> list[str]:
         """Return the names of the first few datasets in the file."""

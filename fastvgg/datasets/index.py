@@ -110,15 +110,15 @@ class Index(Sequence[ImageRecord]):
         return len(self._offsets) - 1
 
     @overload
-    def __getitem__(self, at: int) -> ImageRecord: ...
+    def __getitem__(self, index: int) -> ImageRecord: ...
     @overload
-    def __getitem__(self, at: slice) -> list[ImageRecord]: ...
-    def __getitem__(self, at: int | slice) -> ImageRecord | list[ImageRecord]:
-        if isinstance(at, int):
-            row = range(len(self))[at]
+    def __getitem__(self, index: slice) -> list[ImageRecord]: ...
+    def __getitem__(self, index: int | slice) -> ImageRecord | list[ImageRecord]:
+        if isinstance(index, int):
+            row = range(len(self))[index]
             return self._between(row, row + 1)[0]
-        start, stop, step = at.indices(len(self))
-        return self._between(start, max(start, stop))[::step] if step > 0 else [*self][at]
+        start, stop, step = index.indices(len(self))
+        return self._between(start, max(start, stop))[::step] if step > 0 else [*self][index]
 
     def __iter__(self) -> Iterator[ImageRecord]:
         with open_regular(self.path) as file:

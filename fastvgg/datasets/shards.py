@@ -105,7 +105,7 @@ def _parse_range(text: str) -> tuple[int, int, list[str]] | None:
 
 def _check_not_compressed(path: Path, *, is_range: bool) -> None:
     name = path.name.lower()
-    program = next((COMPRESSED[ending] for ending in COMPRESSED if name.endswith(ending)), None)
+    program = next((COMPRESSED[suffix] for suffix in COMPRESSED if name.endswith(suffix)), None)
     if program is not None:
         shown = path if is_range else shlex.quote(os.fspath(path))
         raise SourceError(
