@@ -724,12 +724,12 @@ def test_colours_of_16_bits_are_what_keras_makes_of_them():
 
 
 def reduced(data, decoding):
-    """The size to which a JPEG is decoded before its pixels are picked."""
+    """The size to which a JPEG is decoded before its pixels are gathered."""
     shapes = []
 
-    def gather(pixels, picked, out):
+    def gather(pixels, index, out):
         shapes.append(pixels.shape)
-        resize.gather(pixels, picked, out)
+        resize.gather(pixels, index, out)
 
     result, _ = decoded(data, (*decoding.size, 3), decoding, gather=gather)
     assert not result.failed
@@ -754,9 +754,9 @@ def test_fast_jpeg_gives_nearly_the_same_image_of_large_photographs(name):
 def test_fast_jpeg_halves_as_often_as_it_can():
     data = sampled("420")(photograph(321, 483))
     sizes = [(321, 483), (161, 242), (121, 182), (81, 121), (41, 61)]
-    for wanted in (*((161, 242), (160, 200), (100, 242), (121, 182), (81, 122)), (81, 121), (9, 7)):
-        fitting = [size for size in sizes if size[0] >= wanted[0] and size[1] >= wanted[1]]
-        assert reduced(data, DecodeOptions(wanted, fast_jpeg=True)) == fitting[-1]
+    for target in (*((161, 242), (160, 200), (100, 242), (121, 182), (81, 122)), (81, 121), (9, 7)):
+        fitting = [size for size in sizes if size[0] >= target[0] and size[1] >= target[1]]
+        assert reduced(data, DecodeOptions(target, fast_jpeg=True)) == fitting[-1]
 
 
 @pytest.mark.parametrize("keep_aspect_ratio", [False, True])
@@ -779,8 +779,8 @@ def test_fast_jpeg_never_decodes_to_less_than_is_wanted(keep_aspect_ratio):
                 part[0] = min(sides[0], sides[1] * size[0] // size[1])
                 part[1] = min(sides[1], sides[0] * size[1] // size[0])
             parts.append(part)
-        for before, after, wanted in zip(*parts, size, strict=True):
-            assert after >= min(before, wanted), (height, width, size, high, wide)
+        for before, after, target in zip(*parts, size, strict=True):
+            assert after >= min(before, target), (height, width, size, high, wide)
         if (high, wide) != (height, width):
             smaller += 1
             assert high <= -(-height // 2)
@@ -875,7 +875,7 @@ def test_a_bomb_is_refused_without_the_memory_that_it_would_take():
 
 
 def memory_needed(data, decoding, memory_bytes=2):
-    """What an image is said to take where there is too little."""
+    """The memory that decoding an image is reported to take where there is too little."""
     reason = failure(data, decoding, memory_bytes=memory_bytes)
     needed, there = map(int, re.findall(r"[0-9]+", reason))
     assert reason == (
@@ -956,14 +956,14 @@ def test_large_images_are_decoded_one_at_a_time():
     def decode_it(data):
         return decoder.decode(data, np.empty((*SIZE, 3), np.uint8)).reason
 
-    def gather(pixels, picked, out):
+    def gather(pixels, index, out):
         if len(pixels) == 227:
             seen.put("picks")
             if not others:
                 assert decode_it(small) == ""  # a small one does not wait for it
                 others.append(pool.submit(decode_it, large))
                 order.extend(seen.get(timeout=20) for _ in range(3))
-        resize.gather(pixels, picked, out)
+        resize.gather(pixels, index, out)
 
     memory_bytes = 2 * memory_needed(large, DecodeOptions(SIZE))
     decoder, seen = watched(

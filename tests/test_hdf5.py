@@ -582,7 +582,7 @@ for path in sys.argv[1:]:
 
 
 def told_of(*locations):
-    """What is said of each of these, which may be ways to wait for ever."""
+    """The error for each of these, some of which might block for ever."""
     done = python(OPENING, *locations)
     assert done.returncode != -signal.SIGALRM, "waited for someone to write into the pipe"
     return done.stdout.splitlines()
@@ -1261,10 +1261,14 @@ def test_a_finished_file_is_known_with_and_without_its_datasets_name(tmp_path):
     source = save_npy(tmp_path / "x.npy", pixels(11))
     location = within(tmp_path / "y.h5", "/deep/images")
     plan_of(source, location, mode="caffe", together=4).run()
-    told = info(location)
-    assert told["path"] == str(location)
-    assert (told["kind"], told["dataset"], told["state"]) == ("hdf5", "/deep/images", "finished")
-    assert {**info(tmp_path / "y.h5"), "path": ""} == {**told, "path": ""}
+    summary = info(location)
+    assert summary["path"] == str(location)
+    assert (summary["kind"], summary["dataset"], summary["state"]) == (
+        "hdf5",
+        "/deep/images",
+        "finished",
+    )
+    assert {**info(tmp_path / "y.h5"), "path": ""} == {**summary, "path": ""}
     for path in (location, tmp_path / "y.h5"):
         verified = fastvgg.verify(path, full=True)
         assert (verified.images, verified.chunks, verified.recomputed_images) == (11, 3, 11)

@@ -808,15 +808,15 @@ def test_a_path_that_is_not_there_is_refused(tmp_path):
 
 def test_a_folder_is_opened_with_what_is_given(folder):
     save_as(folder / "a.jpg", "jpeg")
-    picked = []
+    gathered = []
 
     def gather(image, picks, out):
-        picked.append(image.shape)
+        gathered.append(image.shape)
         out[...] = 5
 
     with closing(open_source(folder, decoding=DecodeOptions(SIZE), gather=gather)) as source:
         batch, (record,) = source.read(0, 1)
-    assert picked == [(47, 61, 3)]
+    assert gathered == [(47, 61, 3)]
     assert (batch == 5).all()
     assert not record.failed
     with closing(open_source(folder, decoding=DecodeOptions(SIZE), decoding_bytes=900)) as source:

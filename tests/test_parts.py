@@ -218,10 +218,10 @@ def test_parts_are_not_resized(parts, tmp_path):
 
 
 def test_info_says_what_parts_are(parts):
-    told = info(parts)
-    assert told["kind"] == "parts"
-    assert told["shape"] == [sum(SIZES), 5, 7, 3]
-    assert told["notes"] == ["4 parts"]
+    summary = info(parts)
+    assert summary["kind"] == "parts"
+    assert summary["shape"] == [sum(SIZES), 5, 7, 3]
+    assert summary["notes"] == ["4 parts"]
 
 
 def test_a_part_written_through_a_map_is_read(tmp_path):

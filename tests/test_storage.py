@@ -115,10 +115,10 @@ def bytes_at(offset, nbytes, *, amiss=0):
     """Read-only bytes that lie within a page as they will at an offset of a file, or not quite."""
     memory = np.empty(nbytes + 2 * PAGE, np.uint8)
     begin = (offset - memory.ctypes.data) % PAGE + amiss
-    lying = memory[begin : begin + nbytes]
-    lying[...] = np.random.default_rng(offset + nbytes).integers(0, 256, nbytes)
-    lying.flags.writeable = False
-    return lying.data
+    view = memory[begin : begin + nbytes]
+    view[...] = np.random.default_rng(offset + nbytes).integers(0, 256, nbytes)
+    view.flags.writeable = False
+    return view.data
 
 
 @pytest.fixture

@@ -173,9 +173,9 @@ def test_the_pixels_are_those_of_the_same_images_in_a_folder(tmp_path, kind):
     assert in_tar.header == in_folder.header
     assert in_tar.stored_bytes == in_folder.stored_bytes
     assert in_tar.notes == []
-    actual, wanted = in_tar.read(0, 6), in_folder.read(0, 6)
-    assert actual.batch.tobytes() == wanted.batch.tobytes()
-    for row, (found, known) in enumerate(zip(actual.records, wanted.records, strict=True)):
+    actual, expected = in_tar.read(0, 6), in_folder.read(0, 6)
+    assert actual.batch.tobytes() == expected.batch.tobytes()
+    for row, (found, known) in enumerate(zip(actual.records, expected.records, strict=True)):
         assert found == known._replace(path=f"{row // 4}/{known.path}")
 
 
@@ -280,10 +280,10 @@ def test_many_samples_keep_their_labels(tmp_path):
         members += fields[:1] if number % 7 == 1 else fields
     listing = TarListing(save_tar(tmp_path / "a.tar", members, "pax"))
     images = {name: content for name, content in members if name.endswith(".jpg")}
-    said = {name[:4] for name, _ in members if name.endswith(".cls")}
+    labelled = {name[:4] for name, _ in members if name.endswith(".cls")}
     assert names_of(listing) == [*images]
     assert contents_of(listing) == [*images.values()]
-    expected = [str(int(name[:4])) if name[:4] in said else "" for name in images]
+    expected = [str(int(name[:4])) if name[:4] in labelled else "" for name in images]
     assert labels_of(listing) == expected
     assert len({*expected}) > 200
 
@@ -629,7 +629,7 @@ def test_a_byte_that_changes_in_a_header_before_a_header_is_refused_or_read(tmp_
 
 
 def test_no_checksum_that_is_wrong_by_a_multiple_goes_unseen(tmp_path):
-    """The sum is taken modulo 65,521, so what is told has to be far off to fit by accident."""
+    """The sum is modulo 65,521, so the stated checksum must be far off to fit by accident."""
     block = header("a.jpg")
     total = int(block[148:154], 8)
     for wrong in (total - 1, total + 1, total + 256, total + 512, 0, 0o777777):
@@ -773,8 +773,8 @@ def test_damaged_headers_before_headers_are_refused_with_their_place(tmp_path, c
 
 
 def test_a_file_is_sparse_if_any_header_says_so(tmp_path):
-    said = [pax(b"22 GNU.sparse.major=1\n"), pax(b"22 GNU.sparse.size=12\n"), pax(b"9 size=1\n")]
-    for pieces in (said, said[::-1], said[:2], said[1:]):
+    headers = [pax(b"22 GNU.sparse.major=1\n"), pax(b"22 GNU.sparse.size=12\n"), pax(b"9 size=1\n")]
+    for pieces in (headers, headers[::-1], headers[:2], headers[1:]):
         listing = TarListing(saved(tmp_path / "a.tar", *pieces, header("a.jpg"), END))
         assert "a sparse file" in reason(listing, 0)
 

@@ -310,8 +310,8 @@ def test_a_source_that_changed_since_it_was_planned_is_refused(tmp_path, stored)
 
 
 def test_info_says_what_a_source_is(stored):
-    told = info(stored)
-    assert told == {
+    summary = info(stored)
+    assert summary == {
         "path": str(stored),
         "state": "source",
         "kind": "zarr",
@@ -396,7 +396,7 @@ def in_v3(**fields):
 
 
 def damage_shards(path, **fields):
-    """Make an array one of shards, with other fields among what their codec is told."""
+    """Make an array one of shards, with other fields among the options of their codec."""
     save_zarr(path, pixels(10), shards=(4, 7, 9, 3), overwrite=True)
     (codec,) = json.loads(metadata_of(path).read_bytes())["codecs"]
     codec["configuration"].update(fields)
@@ -740,9 +740,9 @@ def test_what_is_written_is_sharded_with_checksums_and_says_what_it_is(tmp_path,
     for codecs in (shards["configuration"]["codecs"], shards["configuration"]["index_codecs"]):
         assert [codec["name"] for codec in codecs] == ["bytes", "crc32c"]
         assert codecs[0]["configuration"] == {"endian": "little"}
-    said = array.attrs["fastvgg"]
+    recorded = array.attrs["fastvgg"]
     expected = fastvgg.Transform("caffe", out_layout="NCHW")
-    assert said == {"transform": json.loads(json.dumps(expected.to_dict()))}
+    assert recorded == {"transform": json.loads(json.dumps(expected.to_dict()))}
     assert read_transform(path) == expected
 
 
@@ -933,9 +933,13 @@ def test_inputs_that_look_like_images_are_restored_by_what_an_array_says_of_itse
 
 
 def test_what_an_array_says_of_itself_is_told(alone):
-    told = info(alone)
-    assert told["state"] == "source"
-    assert (told["layout"], told["direction"], told["mode"]) == ("NCHW", "preprocess", "caffe")
+    summary = info(alone)
+    assert summary["state"] == "source"
+    assert (summary["layout"], summary["direction"], summary["mode"]) == (
+        "NCHW",
+        "preprocess",
+        "caffe",
+    )
 
 
 def test_batches_are_in_the_layout_that_an_array_says(alone):
@@ -954,17 +958,17 @@ def test_a_manifest_goes_before_what_an_array_says_of_itself(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda said: said.update(mode="caffe"),
-        lambda said: said.pop("mode"),
-        lambda said: said.update(more=1),
-        lambda said: said.update(direction="sideways"),
-        lambda said: said.update(out_layout="CHWN"),
-        lambda said: said.update(dtype="float8"),
-        lambda said: said["mode"].update(mean=["x"]),
-        lambda said: said["mode"].update(mean=[1.0]),
-        lambda said: said["mode"].update(divide=0.0),
-        lambda said: said["mode"].update(channel_order="\x1b[2J"),
-        lambda said: said.clear(),
+        lambda recorded: recorded.update(mode="caffe"),
+        lambda recorded: recorded.pop("mode"),
+        lambda recorded: recorded.update(more=1),
+        lambda recorded: recorded.update(direction="sideways"),
+        lambda recorded: recorded.update(out_layout="CHWN"),
+        lambda recorded: recorded.update(dtype="float8"),
+        lambda recorded: recorded["mode"].update(mean=["x"]),
+        lambda recorded: recorded["mode"].update(mean=[1.0]),
+        lambda recorded: recorded["mode"].update(divide=0.0),
+        lambda recorded: recorded["mode"].update(channel_order="\x1b[2J"),
+        lambda recorded: recorded.clear(),
         None,
         7,
         "caffe",
@@ -972,10 +976,10 @@ def test_a_manifest_goes_before_what_an_array_says_of_itself(tmp_path):
     ],
 )
 def test_an_array_that_says_of_itself_what_cannot_be_is_refused(tmp_path, alone, change):
-    said = read_transform(alone).to_dict()
+    recorded = read_transform(alone).to_dict()
     if callable(change):
-        change(said)
-    attributes = {"fastvgg": {"transform": said} if callable(change) else change}
+        change(recorded)
+    attributes = {"fastvgg": {"transform": recorded} if callable(change) else change}
     change_metadata(alone, attributes=attributes)
     if change is None:  # which says nothing
         assert read_transform(alone) is None
@@ -1173,8 +1177,12 @@ def cut_off(directory, commits=2, **settings):
 
 def test_an_unfinished_run_is_told_and_goes_on(tmp_path):
     planned = cut_off(tmp_path)
-    told = info(tmp_path / "y.zarr")
-    assert (told["state"], told["committed_chunks"], told["chunks"]) == ("unfinished", 2, 5)
+    summary = info(tmp_path / "y.zarr")
+    assert (summary["state"], summary["committed_chunks"], summary["chunks"]) == (
+        "unfinished",
+        2,
+        5,
+    )
     storage = CreatingStorage()
     report = run(planned(), storage=storage)
     assert report.counts["computed_chunks"] == 3

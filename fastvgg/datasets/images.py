@@ -191,7 +191,7 @@ class ImageSource:
         return Chunk(batch, [self.decode(row, batch[row - start]) for row in range(start, stop)])
 
     def close(self) -> None:
-        """Nothing stays open."""
+        """Do nothing: no files stay open."""
 
     def _common_size(self, threads: int) -> tuple[int, int]:
         """Return the height and width of all readable images, which must be equal."""
