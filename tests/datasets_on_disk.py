@@ -218,8 +218,9 @@ def failing_in_ascii():
 
 
 WAYS_OUT = re.compile(
-    r"\b(change|check|choose|convert|finish|free|get|give|install|leave|make|mend|move|name|put|"
-    r"preprocess|remove|repair|restore|run|say|start|store|use|wait|write)\b"
+    r"\b(change|check|choose|convert|decompress|download|finish|fix|free|get|give|install|leave|"
+    r"make|mend|move|name|omit|preprocess|put|recreate|remove|repair|rerun|restore|rewrite|run|say|"
+    r"start|store|use|wait|write)\b"
 )
 
 

@@ -544,7 +544,7 @@ def bad_inputs(place):
         "an empty source": (
             ["preprocess", place / "empty", new, *caffe],
             3,
-            [place / "empty", "holds no images"],
+            [place / "empty", "contains no images"],
         ),
         "a target that exists": (
             ["preprocess", array, place / "there.npy", *caffe],

@@ -423,9 +423,9 @@ def test_other_formats_are_not_read_whatever_pillow_knows():
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 7\n%%EndComments\n(%stderr) print\n"
     others = [encoded(photograph(), kind) for kind in ("ppm", "tga", "pcx", "ico", "eps")]
     for data in (script, *others, b"", b"\xff", b"\xff\xd8\xff", b"this is not an image"):
-        assert failure(data, DecodeOptions(SIZE)) == "not an image that Pillow knows"
+        assert failure(data, DecodeOptions(SIZE)) == "not an image in a supported format"
         assert Decoder(DecodeOptions(), memory_bytes=PLENTY).size(data) == (
-            "not an image that Pillow knows"
+            "not an image in a supported format"
         )
 
 
@@ -505,7 +505,7 @@ def unchecked(**settings):
 @pytest.mark.parametrize("make", [USUAL["444"], OTHERS["PNG"]], ids=["JPEG", "PNG"])
 def test_an_image_of_another_size_than_all_others_fails(make):
     result, _ = decoded(make(photograph(11, 13)), (7, 9, 3))
-    assert result == Decoded(13, 11, True, "its size is 11x13, not 7x9")
+    assert result == Decoded(13, 11, True, "the image is 11x13, expected 7x9")
 
 
 def test_size_is_height_and_width_of_every_format():
@@ -658,7 +658,7 @@ def test_damaged_exif_is_read_as_a_viewer_reads_it_or_is_a_failure():
 # ---------------------------------------------------------------------------------- 16 bits
 
 EVERY_16_BITS = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-REFUSED_16 = "a grey of 16 bits, which Keras clips to white; --gray16 scale scales it"
+REFUSED_16 = "16-bit grayscale, which Keras clips to white; use --gray16 scale to scale it"
 SIXTEEN = {
     "PNG": encoded(Image.fromarray(EVERY_16_BITS), "png"),
     "interlaced PNG": png(
@@ -711,7 +711,7 @@ def test_a_scaled_grey_is_resized_and_turned_like_any_other():
 def test_a_grey_of_32_bits_is_refused(gray16):
     data = encoded(Image.fromarray(np.arange(63, dtype=np.int32).reshape(7, 9) * 77_777), "tiff")
     reason = failure(data, DecodeOptions(gray16=gray16))
-    assert reason == "a grey of 32 bits, which Keras clips to white"
+    assert reason == "32-bit grayscale, which Keras clips to white"
 
 
 def test_colours_of_16_bits_are_what_keras_makes_of_them():
@@ -724,12 +724,12 @@ def test_colours_of_16_bits_are_what_keras_makes_of_them():
 
 
 def reduced(data, decoding):
-    """The size to which a JPEG is decoded before its pixels are picked."""
+    """The size to which a JPEG is decoded before its pixels are gathered."""
     shapes = []
 
-    def gather(pixels, picked, out):
+    def gather(pixels, index, out):
         shapes.append(pixels.shape)
-        resize.gather(pixels, picked, out)
+        resize.gather(pixels, index, out)
 
     result, _ = decoded(data, (*decoding.size, 3), decoding, gather=gather)
     assert not result.failed
@@ -754,9 +754,9 @@ def test_fast_jpeg_gives_nearly_the_same_image_of_large_photographs(name):
 def test_fast_jpeg_halves_as_often_as_it_can():
     data = sampled("420")(photograph(321, 483))
     sizes = [(321, 483), (161, 242), (121, 182), (81, 121), (41, 61)]
-    for wanted in (*((161, 242), (160, 200), (100, 242), (121, 182), (81, 122)), (81, 121), (9, 7)):
-        fitting = [size for size in sizes if size[0] >= wanted[0] and size[1] >= wanted[1]]
-        assert reduced(data, DecodeOptions(wanted, fast_jpeg=True)) == fitting[-1]
+    for target in (*((161, 242), (160, 200), (100, 242), (121, 182), (81, 122)), (81, 121), (9, 7)):
+        fitting = [size for size in sizes if size[0] >= target[0] and size[1] >= target[1]]
+        assert reduced(data, DecodeOptions(target, fast_jpeg=True)) == fitting[-1]
 
 
 @pytest.mark.parametrize("keep_aspect_ratio", [False, True])
@@ -779,8 +779,8 @@ def test_fast_jpeg_never_decodes_to_less_than_is_wanted(keep_aspect_ratio):
                 part[0] = min(sides[0], sides[1] * size[0] // size[1])
                 part[1] = min(sides[1], sides[0] * size[1] // size[0])
             parts.append(part)
-        for before, after, wanted in zip(*parts, size, strict=True):
-            assert after >= min(before, wanted), (height, width, size, high, wide)
+        for before, after, target in zip(*parts, size, strict=True):
+            assert after >= min(before, target), (height, width, size, high, wide)
         if (high, wide) != (height, width):
             smaller += 1
             assert high <= -(-height // 2)
@@ -824,7 +824,7 @@ def test_an_image_of_more_pixels_than_the_limit_is_refused(kind):
     data = LIMITED[kind](photograph(7, 9))
     check(data, DecodeOptions(SIZE, max_pixels=63))
     result, _ = decoded(data, (*SIZE, 3), DecodeOptions(SIZE, max_pixels=62))
-    assert result == Decoded(9, 7, True, "it has 63 pixels, and --max-pixels is 62")
+    assert result == Decoded(9, 7, True, "the image has 63 pixels; --max-pixels is 62")
 
 
 def test_an_image_of_very_many_pixels_is_refused_before_it_is_decoded(monkeypatch):
@@ -834,7 +834,7 @@ def test_an_image_of_very_many_pixels_is_refused_before_it_is_decoded(monkeypatc
     for jpeg in jpegs:
         result, _ = decoded(claiming(jpeg, 65_000, 65_001), (*SIZE, 3), DecodeOptions(SIZE))
         assert result.failed
-        assert result.reason == "it has 4225065000 pixels, and --max-pixels is 89478485"
+        assert result.reason == "the image has 4225065000 pixels; --max-pixels is 89478485"
     zeros = chunk(b"IDAT", zlib.compress(bytes(2**20)))
     for height, width in ((40_001, 30_001), (9_000, 8_999)):
         head = width.to_bytes(4) + height.to_bytes(4) + bytes([1, GREY, 0, 0, 0])
@@ -869,18 +869,18 @@ assert not decoded(small).failed
 
 def test_a_bomb_is_refused_without_the_memory_that_it_would_take():
     memory, pixels = printed_by(BOMBS).splitlines()
-    assert "bytes of memory to decode" in memory
-    assert "give more --memory" in memory
-    assert pixels == "it has 80991000 pixels, and --max-pixels is 80000000"
+    assert "bytes of memory" in memory
+    assert "increase --memory" in memory
+    assert pixels == "the image has 80991000 pixels; --max-pixels is 80000000"
 
 
 def memory_needed(data, decoding, memory_bytes=2):
-    """What an image is said to take where there is too little."""
+    """The memory that decoding an image is reported to take where there is too little."""
     reason = failure(data, decoding, memory_bytes=memory_bytes)
     needed, there = map(int, re.findall(r"[0-9]+", reason))
     assert reason == (
-        f"it takes {needed} bytes of memory to decode, and {there} are there for it: "
-        "give more --memory"
+        f"decoding takes {needed} bytes of memory, but only {there} are available: "
+        "increase --memory"
     )
     assert there == memory_bytes // 2
     return needed
@@ -956,14 +956,14 @@ def test_large_images_are_decoded_one_at_a_time():
     def decode_it(data):
         return decoder.decode(data, np.empty((*SIZE, 3), np.uint8)).reason
 
-    def gather(pixels, picked, out):
+    def gather(pixels, index, out):
         if len(pixels) == 227:
             seen.put("picks")
             if not others:
                 assert decode_it(small) == ""  # a small one does not wait for it
                 others.append(pool.submit(decode_it, large))
                 order.extend(seen.get(timeout=20) for _ in range(3))
-        resize.gather(pixels, picked, out)
+        resize.gather(pixels, index, out)
 
     memory_bytes = 2 * memory_needed(large, DecodeOptions(SIZE))
     decoder, seen = watched(
@@ -1074,7 +1074,7 @@ def check_damaged(data, decoding):
             assert failure(data, decoding)
             return False
         result, actual = decoded(data, expected.shape, decoding)
-        if result.reason.startswith("a grey of "):
+        if "-bit grayscale, which" in result.reason:
             assert result.failed
         else:
             assert not result.failed
@@ -1170,7 +1170,7 @@ def test_what_pillow_may_raise_is_caught():
     [
         (FileNotFoundError(2, "No such file or directory", "a.png"), "No such file or directory"),
         (OSError("image file is truncated"), "image file is truncated"),
-        (Image.UnidentifiedImageError("cannot identify image file <x>"), "not an image that"),
+        (Image.UnidentifiedImageError("cannot identify image file <x>"), "not an image in"),
         (SyntaxError("broken\n  PNG\tfile"), "broken PNG file"),
         (EOFError(), "EOFError"),
         (ValueError(" \n"), "ValueError"),
@@ -1210,12 +1210,12 @@ def test_every_setting_is_told():
         ({"size": SIZE, "interpolation": "cubic"}, ["'cubic'", *INTERPOLATIONS]),
         ({"interpolation": ""}, ["''", *INTERPOLATIONS]),
         ({"gray16": "clip"}, ["'clip'", "'error'", "'scale'"]),
-        ({"max_pixels": 0}, ["max_pixels is 0"]),
-        ({"max_pixels": -1}, ["max_pixels is -1"]),
-        ({"max_pixels": 1.5}, ["max_pixels is 1.5"]),
-        ({"max_pixels": True}, ["max_pixels is True"]),
-        ({"keep_aspect_ratio": True}, ["keep_aspect_ratio", "no size", "--size 224 224"]),
-        ({"fast_jpeg": True}, ["fast_jpeg", "no size", "--size 224 224"]),
+        ({"max_pixels": 0}, ["invalid max_pixels 0"]),
+        ({"max_pixels": -1}, ["invalid max_pixels -1"]),
+        ({"max_pixels": 1.5}, ["invalid max_pixels 1.5"]),
+        ({"max_pixels": True}, ["invalid max_pixels True"]),
+        ({"keep_aspect_ratio": True}, ["keep_aspect_ratio", "requires a size", "--size 224 224"]),
+        ({"fast_jpeg": True}, ["fast_jpeg", "requires a size", "--size 224 224"]),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, words):

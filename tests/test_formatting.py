@@ -46,7 +46,7 @@ def test_a_plan_has_all_that_its_text_has_and_in_that_order(tmp_path, photos):
     assert caption == first
     assert caption.endswith(f"{photos} -> {tmp_path / '<b>.npy'}")
     assert [f"  {name:<9}{value}" for name, value in rows] == lines
-    assert dict(rows)["note"] == "left out, because not named like images: 1"
+    assert dict(rows)["note"] == "skipped files without an image suffix: 1"
 
 
 def test_a_plan_in_place_and_of_very_many_images_says_so(tmp_path):

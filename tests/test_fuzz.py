@@ -99,20 +99,20 @@ def numbers_that_overflow(patch):
 
 
 def warnings_of_the_parser(patch):
-    patch.setattr(npy, "WARNED_OF", re.compile(b"nothing that there is"))
+    patch.setattr(npy, "DUBIOUS_SYNTAX", re.compile(b"nothing that there is"))
 
 
 def files_of_any_length(patch):
-    check = npy.NpySource._check
+    check = npy.NpySource._validate
 
     def checked(source, *arguments):
         try:
             check(source, *arguments)
         except SourceError as error:
-            if "followed by other bytes" not in str(error):
+            if "followed by extra bytes" not in str(error):
                 raise
 
-    patch.setattr(npy.NpySource, "_check", checked)
+    patch.setattr(npy.NpySource, "_validate", checked)
 
 
 def files_that_grow(patch):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastvgg.datasets.base import Header, ImageRecord
-from fastvgg.datasets.image_writer import ENDINGS, ImageFolderTarget, check_format, is_lossy
+from fastvgg.datasets.image_writer import FORMAT_SUFFIXES, ImageFolderTarget, check_format, is_lossy
 from fastvgg.datasets.index import INDEX_HEAD, index_path, index_text, read_index
 from fastvgg.datasets.open import open_target, target_format
 from fastvgg.errors import ResumeError, SourceError, TargetError, UsageError
@@ -81,7 +81,7 @@ def test_files_are_named_by_the_records_or_by_row(tmp_path, paths, stems, file_f
     assert not (tmp_path / "out").exists()
     target.publish()
     assert not target.partial.exists()
-    names = [stem + ENDINGS[file_format] for stem in stems]
+    names = [stem + FORMAT_SUFFIXES[file_format] for stem in stems]
     assert files_in(tmp_path / "out") == set(names)
     for name, image in zip(names, expected, strict=True):
         with Image.open(tmp_path / "out" / name) as stored:
@@ -92,7 +92,7 @@ def test_files_are_named_by_the_records_or_by_row(tmp_path, paths, stems, file_f
 
 
 def test_the_ends_of_files_are_those_that_programs_know():
-    assert ENDINGS == {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+    assert FORMAT_SUFFIXES == {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 
 
 @pytest.mark.parametrize("file_format", LOSSLESS)
@@ -104,7 +104,7 @@ def test_png_and_webp_give_back_every_byte(tmp_path, file_format, size):
     target.publish()
     assert target.read_back(0, 3).tobytes() == noise.tobytes()
     for row, image in enumerate(noise):
-        with Image.open(tmp_path / "out" / f"{row:08d}{ENDINGS[file_format]}") as stored:
+        with Image.open(tmp_path / "out" / f"{row:08d}{FORMAT_SUFFIXES[file_format]}") as stored:
             assert stored.mode == "RGB"
             assert np.asarray(stored).tobytes() == image.tobytes()
     assert not is_lossy(file_format)

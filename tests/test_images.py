@@ -205,7 +205,9 @@ def test_images_of_different_sizes_without_a_size_are_refused_with_the_sizes(fol
     save_images(folder, pixels(2, height=13, width=29), [f"b{row}.png" for row in range(2)])
     with pytest.raises(SourceError) as caught:
         opened(folder, threads=threads)
-    must_say(caught.value, folder, "2 sizes", "11x23 (150, as a000.png)", "13x29 (2, as b0.png)")
+    must_say(
+        caught.value, folder, "2 sizes", "11x23 (150, e.g. a000.png)", "13x29 (2, e.g. b0.png)"
+    )
     assert "--size" in caught.value.remedy
 
 
@@ -216,21 +218,21 @@ def test_of_very_many_sizes_the_common_ones_are_named(folder):
             save_images(folder, pixels(1, height=height, width=5), [f"{height}-{row}.png"])
     with pytest.raises(SourceError) as caught:
         opened(folder)
-    must_say(caught.value, "9 sizes", "9x5 (2, as 9-0.png)", "and 4 more")
+    must_say(caught.value, "9 sizes", "9x5 (2, e.g. 9-0.png)", "and 4 more")
 
 
 @pytest.mark.parametrize("kind", ["empty", "text only", "broken only", "empty files only"])
 def test_a_folder_without_an_image_is_refused(folder, kind):
-    words = ["holds no images", "0 other files"]
+    words = ["contains no images", "0 other files"]
     if kind == "text only":
         (folder / "labels.csv").write_text("a.jpg,cat\n")
         (folder / "notes").mkdir()
         (folder / "notes" / "README").write_text("about these")
-        words = ["holds no images", "2 other files"]
+        words = ["contains no images", "2 other files"]
     elif kind == "broken only":
         (folder / "a.jpg").write_text("not an image")
         (folder / "b.png").write_text("not an image either")
-        words = ["none of the 2 images", "the first: a.jpg", "not an image"]
+        words = ["none of the 2 images", "the first is a.jpg", "not an image"]
     elif kind == "empty files only":
         (folder / "a.jpg").touch()
         words = ["none of the 1 images", "a.jpg"]
@@ -255,7 +257,7 @@ def test_what_is_left_out_is_counted_in_a_note(folder):
     with closing(opened(folder)) as source:
         assert source.header.images == 1
         (note,) = source.notes
-        assert "left out" in note
+        assert "skipped files" in note
         assert note.endswith(" 6")
 
 
@@ -354,7 +356,7 @@ def test_reasons_name_the_cause(folder):
         "jpeg cut in half.jpg": "truncated",
         "directory.jpg": "a directory",
         "to a directory.png": "a directory",
-        "device.png": "leads out of the directory",
+        "device.png": "outside of the directory",
         "socket.jpg": "No such device or address",
         "dangling.png": "No such file",
         "circle.png": "symbolic link",
@@ -463,7 +465,7 @@ def test_images_inside_a_directory_that_is_named_like_an_image_are_rows_too(fold
     assert batch[[1, 3]].tobytes() == pixels(2).tobytes()
 
 
-OUT = "a link that leads out of the directory"
+OUT = "a symbolic link to a file outside of the directory"
 
 
 @pytest.mark.parametrize("through", ["the directory", "a link to it"])
@@ -525,8 +527,8 @@ def test_a_file_that_is_longer_than_any_image_fails_before_it_is_read(folder):
         records = read_folder(folder, size=size, max_pixels=6).records
         assert [record.reason for record in records] == [
             *("", ""),
-            f"it has {limit + 1} bytes, and an image at most {limit}",
-            *[f"it has {2**40} bytes, and an image at most {limit}"] * 2,
+            f"the file has {limit + 1} bytes; the limit is {limit}",
+            *[f"the file has {2**40} bytes; the limit is {limit}"] * 2,
         ]
 
 
@@ -553,7 +555,9 @@ def test_an_image_that_claims_very_many_pixels_is_a_row_with_a_reason(folder):
     save_as(folder / "c.webp", "webp", Image.new("RGB", (60, 70)))
     _, records = read_folder(folder, size=SIZE, max_pixels=4_199)
     assert [record.failed for record in records] == [False, True, True]
-    assert records[1].reason == records[2].reason == "it has 4200 pixels, and --max-pixels is 4199"
+    assert (
+        records[1].reason == records[2].reason == "the image has 4200 pixels; --max-pixels is 4199"
+    )
     assert (records[1].width, records[1].height) == (60, 70)
 
 
@@ -637,7 +641,7 @@ def test_a_listing_does_not_wait_for_pipes(folder):
         folder,
     )
     assert done.returncode != -signal.SIGALRM, "waited for someone to write into a pipe"
-    assert "not a file" in done.stdout
+    assert "not a regular file" in done.stdout
 
 
 def folder_fingerprint(path):
@@ -783,7 +787,7 @@ def test_what_is_neither_a_folder_nor_an_array_is_refused(tmp_path, name):
     save_as(tmp_path / name, "jpeg")
     with pytest.raises(SourceError) as caught:
         open_source(tmp_path / name)
-    must_say(caught.value, tmp_path / name, "neither a directory of images nor a .npy", "HDF5")
+    must_say(caught.value, tmp_path / name, "not a directory of images, a .npy", "HDF5")
 
 
 def test_how_images_are_read_is_not_said_of_an_array(tmp_path):
@@ -804,16 +808,16 @@ def test_a_path_that_is_not_there_is_refused(tmp_path):
 
 def test_a_folder_is_opened_with_what_is_given(folder):
     save_as(folder / "a.jpg", "jpeg")
-    picked = []
+    gathered = []
 
     def gather(image, picks, out):
-        picked.append(image.shape)
+        gathered.append(image.shape)
         out[...] = 5
 
     with closing(open_source(folder, decoding=DecodeOptions(SIZE), gather=gather)) as source:
         batch, (record,) = source.read(0, 1)
-    assert picked == [(47, 61, 3)]
+    assert gathered == [(47, 61, 3)]
     assert (batch == 5).all()
     assert not record.failed
     with closing(open_source(folder, decoding=DecodeOptions(SIZE), decoding_bytes=900)) as source:
-        assert "give more --memory" in source.read(0, 1).records[0].reason
+        assert "increase --memory" in source.read(0, 1).records[0].reason

@@ -401,7 +401,7 @@ def test_a_file_that_is_cut_short_stops_the_iteration(path):
     next(given)
     with path.open("r+b") as file:
         file.truncate(300)
-    with pytest.raises(StoppedError, match="has become shorter"):
+    with pytest.raises(StoppedError, match="file was truncated"):
         list(given)
 
 

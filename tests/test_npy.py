@@ -443,7 +443,7 @@ def test_what_a_target_wrote_is_a_source(tmp_path, name):
 
 def test_a_target_that_was_not_created_says_so(tmp_path):
     target = NpyTarget(tmp_path / "y.npy", Header(SHAPE, "uint8", "NHWC"), Storage())
-    with pytest.raises(RuntimeError, match="before it is created"):
+    with pytest.raises(RuntimeError, match="created or reopened before"):
         target.write(0, [bytes_of(values("uint8"))])
     target.close()
     assert names_in(tmp_path) == []

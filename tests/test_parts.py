@@ -80,7 +80,7 @@ def test_what_is_not_named_as_a_part_is_left_alone(parts):
 
 def test_parts_among_images_are_refused(parts):
     (parts / "cat.jpg").write_bytes(b"")
-    with pytest.raises(SourceError, match=r"'part-000.npy', and images, as 'cat.jpg'"):
+    with pytest.raises(SourceError, match=r"'part-000.npy', and images, e.g. 'cat.jpg'"):
         open_source(parts)
 
 
@@ -155,13 +155,13 @@ def test_a_part_that_is_cut_short_while_it_is_open_stops_the_run(parts):
     source.read(4, 5)
     with (parts / "part-002.npy").open("r+b") as file:
         file.truncate(200)
-    with pytest.raises(StoppedError, match="has become shorter"):
+    with pytest.raises(StoppedError, match="file was truncated"):
         source.read_into(3, np.zeros((5, 5, 7, 3), np.uint8))
     source.close()
 
 
 def test_many_parts_are_read_by_many_threads_with_few_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(parts_module, "OPEN_AT_A_TIME", 3)
+    monkeypatch.setattr(parts_module, "MAX_OPEN_PARTS", 3)
     batch = batch_of(images=60)
     source = open_source(written(tmp_path / "parts", batch, sizes=[1] * 60))
     wrong = []
@@ -213,15 +213,15 @@ def test_parts_are_not_done_in_place(tmp_path):
 
 
 def test_parts_are_not_resized(parts, tmp_path):
-    with pytest.raises(SourceError, match="--size and its like are for image files"):
+    with pytest.raises(SourceError, match="such as --size apply only to image files"):
         fastvgg.plan(parts, tmp_path / "y.npy", mode="caffe", size=(5, 7))
 
 
 def test_info_says_what_parts_are(parts):
-    told = info(parts)
-    assert told["kind"] == "parts"
-    assert told["shape"] == [sum(SIZES), 5, 7, 3]
-    assert told["notes"] == ["4 parts"]
+    summary = info(parts)
+    assert summary["kind"] == "parts"
+    assert summary["shape"] == [sum(SIZES), 5, 7, 3]
+    assert summary["notes"] == ["4 parts"]
 
 
 def test_a_part_written_through_a_map_is_read(tmp_path):

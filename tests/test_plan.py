@@ -323,7 +323,7 @@ def test_a_plan_says_what_is_left_out_of_a_folder(tmp_path):
     (tmp_path / "photos" / "labels.csv").touch()
     plan = plan_of(tmp_path / "photos", tmp_path / "y.npy", mode="caffe")
     assert "note" in str(plan)
-    assert "left out" in str(plan)
+    assert "skipped files" in str(plan)
 
 
 def test_a_plan_says_how_many_values_a_mode_of_ones_own_loses(tmp_path, array):

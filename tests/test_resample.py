@@ -15,8 +15,8 @@ CANARY = 77
 LINE = 64
 
 
-def expected_of(pixels, picked):
-    return pixels[picked.rows][:, picked.columns]
+def expected_of(pixels, index):
+    return pixels[index.rows][:, index.columns]
 
 
 def placed(pixels, start):
@@ -34,15 +34,15 @@ def gather(request):
     return resize.gather_function(request.param)
 
 
-def check(pixels, picked, start, gather):
-    shape = (len(picked.rows), len(picked.columns), 3)
+def check(pixels, index, start, gather):
+    shape = (len(index.rows), len(index.columns), 3)
     length = 3 * shape[0] * shape[1]
     memory = np.full(length + 3 * LINE, CANARY, np.uint8)
     begin = -memory.ctypes.data % LINE + start
     out = memory[begin : begin + length].reshape(shape)
     with unchanged(pixels):
-        gather(pixels, picked, out)
-    assert out.tobytes() == expected_of(pixels, picked).tobytes()
+        gather(pixels, index, out)
+    assert out.tobytes() == expected_of(pixels, index).tobytes()
     assert (memory[:begin] == CANARY).all()
     assert (memory[begin + length :] == CANARY).all()
 
@@ -55,24 +55,24 @@ def test_what_is_picked_is_what_numpy_picks(gather):
 def test_every_alignment_of_image_and_result_gives_the_same(gather):
     pixels = noise(13, 17)
     for start in range(LINE):
-        for box, wanted in (((0, 0, 17, 13), (6, 11)), ((3, 2, 16, 13), (5, 7))):
-            picked = resize.nearest_index(13, 17, box, wanted)
-            check(placed(pixels, start), picked, (7 * start + 3) % LINE, gather)
-            check(placed(pixels, (5 * start) % LINE), picked, start, gather)
+        for box, target_size in (((0, 0, 17, 13), (6, 11)), ((3, 2, 16, 13), (5, 7))):
+            index = resize.nearest_index(13, 17, box, target_size)
+            check(placed(pixels, start), index, (7 * start + 3) % LINE, gather)
+            check(placed(pixels, (5 * start) % LINE), index, start, gather)
 
 
-@pytest.mark.parametrize("wanted", [(1, 1), (1, 7), (7, 1), (9, 11)])
+@pytest.mark.parametrize("target_size", [(1, 1), (1, 7), (7, 1), (9, 11)])
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1), (2, 2), (3, 4)])
-def test_the_smallest_images_and_results_are_picked_too(gather, size, wanted):
-    picked = resize.nearest_index(*size, (0, 0, size[1], size[0]), wanted)
+def test_the_smallest_images_and_results_are_picked_too(gather, size, target_size):
+    index = resize.nearest_index(*size, (0, 0, size[1], size[0]), target_size)
     for start in (0, 1, 2, 3):
-        check(placed(noise(*size), start), picked, start, gather)
+        check(placed(noise(*size), start), index, start, gather)
 
 
 def test_a_photograph_is_picked_as_pillow_resizes_it(gather):
     pixels = noise(375, 500)
-    for wanted in ((224, 224), (375, 499), (700, 300)):
-        check(pixels, resize.nearest_index(375, 500, (0, 0, 500, 375), wanted), 1, gather)
+    for target_size in ((224, 224), (375, 499), (700, 300)):
+        check(pixels, resize.nearest_index(375, 500, (0, 0, 500, 375), target_size), 1, gather)
 
 
 def test_an_unknown_backend_is_refused():
@@ -97,7 +97,7 @@ noise = random.integers(0, 256, run, np.uint8)
 taken.bytes[mmap.PAGESIZE : mmap.PAGESIZE + run] = noise
 protect(taken.address + mmap.PAGESIZE, run, mmap.PROT_READ)
 
-def room(memory, shape, ends):
+def guarded(memory, shape, ends):
     length = int(np.prod(shape))
     start = mmap.PAGESIZE + (run - length if ends else 0)
     return memory.bytes[start : start + length].reshape(shape)
@@ -106,15 +106,15 @@ gather = resize.gather_function("numba")
 fixed = [(1, 1, (0, 0, 1, 1), (1, 1)), (1, 9, (0, 0, 9, 1), (1, 4)), (9, 1, (0, 0, 1, 9), (4, 1)),
          (2, 2, (0, 0, 2, 2), (2, 2)), (52, 52, (0, 0, 52, 52), (52, 52)),
          (3, 2, (0, 0, 2, 3), (5, 9))]
-for height, width, box, wanted in [*fixed, *cases(300, 50, seed=9)]:
-    picked = resize.nearest_index(height, width, box, wanted)
+for height, width, box, target_size in [*fixed, *cases(300, 50, seed=9)]:
+    index = resize.nearest_index(height, width, box, target_size)
     for ends in (True, False):
-        pixels = room(taken, (height, width, 3), ends)
-        out = room(given, (*wanted, 3), ends)
+        pixels = guarded(taken, (height, width, 3), ends)
+        out = guarded(given, (*target_size, 3), ends)
         out[...] = 255
-        print(height, width, box, wanted, ends, flush=True)
-        gather(pixels, picked, out)
-        assert out.tobytes() == pixels[picked.rows][:, picked.columns].tobytes()
+        print(height, width, box, target_size, ends, flush=True)
+        gather(pixels, index, out)
+        assert out.tobytes() == pixels[index.rows][:, index.columns].tobytes()
 print("done")
 """
 

@@ -157,8 +157,8 @@ def test_failures_notes_and_errors_are_broken_between_words(place, kind, columns
     shown = fastvgg(*arguments, columns=columns, **PLAIN[kind])
     assert shown.returncode == 1, shown.lines
     said = " ".join(line.strip() for line in shown.lines)
-    assert "note: left out, because not named like images: 1" in said
-    assert "failed: row 5, bad.jpg: not an image that Pillow knows" in said
+    assert "note: skipped files without an image suffix: 1" in said
+    assert "failed: row 5, bad.jpg: not an image in a supported format" in said
     arguments[arguments.index("caffe")] = "vgg"
     shown = fastvgg(*arguments, columns=columns, **PLAIN[kind])
     check_screen(shown, columns)

@@ -64,7 +64,7 @@ def test_reading_past_the_end_is_an_error_that_names_the_offset_it_came_to(file,
     storage.write(file, b"hello", 0)
     with pytest.raises(StoppedError) as caught:
         storage.read(file, 2, 4)
-    must_say(caught.value, file.path, "read at offset 5", "shorter")
+    must_say(caught.value, file.path, "read at offset 5", "truncated")
 
 
 def test_only_for_power_a_sync_asks_the_system_for_one(tmp_path):
@@ -115,10 +115,10 @@ def bytes_at(offset, nbytes, *, amiss=0):
     """Read-only bytes that lie within a page as they will at an offset of a file, or not quite."""
     memory = np.empty(nbytes + 2 * PAGE, np.uint8)
     begin = (offset - memory.ctypes.data) % PAGE + amiss
-    lying = memory[begin : begin + nbytes]
-    lying[...] = np.random.default_rng(offset + nbytes).integers(0, 256, nbytes)
-    lying.flags.writeable = False
-    return lying.data
+    view = memory[begin : begin + nbytes]
+    view[...] = np.random.default_rng(offset + nbytes).integers(0, 256, nbytes)
+    view.flags.writeable = False
+    return view.data
 
 
 @pytest.fixture

@@ -173,9 +173,9 @@ def test_the_pixels_are_those_of_the_same_images_in_a_folder(tmp_path, kind):
     assert in_tar.header == in_folder.header
     assert in_tar.stored_bytes == in_folder.stored_bytes
     assert in_tar.notes == []
-    actual, wanted = in_tar.read(0, 6), in_folder.read(0, 6)
-    assert actual.batch.tobytes() == wanted.batch.tobytes()
-    for row, (found, known) in enumerate(zip(actual.records, wanted.records, strict=True)):
+    actual, expected = in_tar.read(0, 6), in_folder.read(0, 6)
+    assert actual.batch.tobytes() == expected.batch.tobytes()
+    for row, (found, known) in enumerate(zip(actual.records, expected.records, strict=True)):
         assert found == known._replace(path=f"{row // 4}/{known.path}")
 
 
@@ -191,7 +191,7 @@ def test_a_tar_without_images_is_refused(tmp_path, size):
     path = save_tar(tmp_path / "a.tar", [("README", b"hello"), ("a.txt", b"")])
     with pytest.raises(SourceError) as caught:
         open_shards(path, size)
-    must_say(caught.value, path, "holds no images", "2 other files")
+    must_say(caught.value, path, "contains no images", "2 other files")
 
 
 def test_what_is_left_out_is_counted_but_directories_are_not(tmp_path):
@@ -210,7 +210,7 @@ def test_what_is_left_out_is_counted_but_directories_are_not(tmp_path):
     assert source.listing.skipped == 4
     assert names_of(source.listing) == ["photos/a.png"]
     (note,) = source.notes
-    assert "left out" in note
+    assert "skipped files" in note
     assert "4" in note
 
 
@@ -280,10 +280,10 @@ def test_many_samples_keep_their_labels(tmp_path):
         members += fields[:1] if number % 7 == 1 else fields
     listing = TarListing(save_tar(tmp_path / "a.tar", members, "pax"))
     images = {name: content for name, content in members if name.endswith(".jpg")}
-    said = {name[:4] for name, _ in members if name.endswith(".cls")}
+    labelled = {name[:4] for name, _ in members if name.endswith(".cls")}
     assert names_of(listing) == [*images]
     assert contents_of(listing) == [*images.values()]
-    expected = [str(int(name[:4])) if name[:4] in said else "" for name in images]
+    expected = [str(int(name[:4])) if name[:4] in labelled else "" for name in images]
     assert labels_of(listing) == expected
     assert len({*expected}) > 200
 
@@ -359,7 +359,7 @@ NO_FILES = [
     (member("d.jpg", kind=tarfile.CHRTYPE), "a device"),
     (member("e.jpg", kind=tarfile.BLKTYPE), "a device"),
     (member("f.jpg", kind=tarfile.FIFOTYPE), "a pipe"),
-    (member("g.jpg", b"what is it", kind=b"Z"), "not known"),
+    (member("g.jpg", b"what is it", kind=b"Z"), "unknown type"),
     (member("h.jpg", kind=tarfile.LNKTYPE, linkname="l" * 300), "a link"),
 ]
 
@@ -459,7 +459,7 @@ def test_what_the_tar_command_writes_is_read(tmp_path, kind):
         pytest.skip(f"tar cannot: {done.stderr[:100]}")
     listing = TarListing(path)
     assert listing.skipped == 0
-    assert listing.unended == []
+    assert listing.unterminated == []
     files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.suffix}
     assert sorted(names_of(listing)) == sorted(files)
     for row, name in enumerate(names_of(listing)):
@@ -548,12 +548,12 @@ def test_a_shard_that_is_cut_short_anywhere_is_refused_or_has_its_whole_rows(tmp
         assert names_of(listing) == [info.name for info in there]
         for row, info in enumerate(there):
             if info.offset_data + info.size > length:
-                assert reason(listing, row) == "the shard ends inside it"
+                assert reason(listing, row) == "truncated: the shard ends inside the image"
             elif case == "samples" and info.name == "1.jpg" and length == found[3].offset_data:
-                assert reason(listing, row) == "the shard ends inside its .cls"
+                assert reason(listing, row) == "truncated: the shard ends inside the image's .cls"
             else:
                 assert listing.read(row, MUCH) == dict(members)[info.name]
-        assert listing.unended == ([str(path)] if length < ends + BLOCK else [])
+        assert listing.unterminated == ([str(path)] if length < ends + BLOCK else [])
         assert listing.stored_bytes == sum(
             max(0, min(info.size, length - info.offset_data)) for info in there
         )
@@ -567,11 +567,11 @@ def test_a_cut_member_fails_and_the_others_are_read(tmp_path):
     source = open_shards(tmp_path / "a.tar", (7, 9))
     batch, records = source.read(0, 3)
     assert [record.failed for record in records] == [False, False, True]
-    assert records[2].reason == "the shard ends inside it"
+    assert records[2].reason == "truncated: the shard ends inside the image"
     assert batch[:2].tobytes() == expected[:2].tobytes()
     assert not batch[2].any()
     (note,) = source.notes
-    assert "cut short: 1, the first is" in note
+    assert "truncated: 1, the first is" in note
     assert str(tmp_path / "a.tar") in note
 
 
@@ -629,7 +629,7 @@ def test_a_byte_that_changes_in_a_header_before_a_header_is_refused_or_read(tmp_
 
 
 def test_no_checksum_that_is_wrong_by_a_multiple_goes_unseen(tmp_path):
-    """The sum is taken modulo 65,521, so what is told has to be far off to fit by accident."""
+    """The sum is modulo 65,521, so the stated checksum must be far off to fit by accident."""
     block = header("a.jpg")
     total = int(block[148:154], 8)
     for wrong in (total - 1, total + 1, total + 256, total + 512, 0, 0o777777):
@@ -687,7 +687,10 @@ def test_a_size_beyond_all_files_is_a_row_that_fails(tmp_path, size):
         tmp_path / "a.tar", header("0.jpg", 1), padded(b"0"), header("a.jpg", size), b"abc"
     )
     listing = TarListing(path)
-    assert [reason(listing, row) for row in range(2)] == ["", "the shard ends inside it"]
+    assert [reason(listing, row) for row in range(2)] == [
+        "",
+        "truncated: the shard ends inside the image",
+    ]
     assert listing.stored_bytes == 4
 
 
@@ -712,7 +715,7 @@ def test_a_header_for_all_members_may_comment_but_not_rename_them(tmp_path):
     assert contents_of(TarListing(saved(tmp_path / "a.tar", *good))) == [b"a"]
     for records in (b"14 path=b.jpg\n", b"9 size=5\n"):
         path = saved(tmp_path / "b.tar", pax(records, tarfile.XGLTYPE), *good[1:])
-        must_say(refused(path), path, "offset 0", "all members")
+        must_say(refused(path), path, "offset 0", "all entries")
 
 
 def test_of_two_headers_before_a_member_the_first_counts_as_in_tarfile(tmp_path):
@@ -730,8 +733,8 @@ def test_of_two_headers_before_a_member_the_first_counts_as_in_tarfile(tmp_path)
 
 
 DAMAGED = {
-    "no member after a header": ([pax(b"14 path=b.jpg\n")], "no member follows"),
-    "the end after a header": ([pax(b"6 a=b\n"), END], "no member follows"),
+    "no member after a header": ([pax(b"14 path=b.jpg\n")], "no entry follows"),
+    "the end after a header": ([pax(b"6 a=b\n"), END], "no entry follows"),
     "a record too short": ([pax(b"2 path=b.jpg\n"), header("a.jpg")], "pax header"),
     "a record of no length": ([pax(b"0 path=b.jpg\n"), header("a.jpg")], "pax header"),
     "a second record of no length": (
@@ -747,12 +750,15 @@ DAMAGED = {
         "99999",
     ),
     "a header without end": ([header("x", 2**21, tarfile.XHDTYPE), bytes(2**22)], "2097152"),
-    "a long name without end": ([header("x", 2**60, tarfile.GNUTYPE_LONGNAME)], "a header of"),
+    "a long name without end": (
+        [header("x", 2**60, tarfile.GNUTYPE_LONGNAME)],
+        "an extension header has",
+    ),
     "a long link cut short": ([header("x", 600, tarfile.GNUTYPE_LONGLINK), b"x"], "ends inside"),
     "a sparse map cut short": ([gnu_sparse(9)[: 4 * BLOCK]], "map of a sparse file"),
     "an empty long name": (
         [header("x", 1, tarfile.GNUTYPE_LONGNAME), padded(b"\0"), header("a.jpg")],
-        "has the path ''",
+        "has the invalid path ''",
     ),
 }
 
@@ -767,8 +773,8 @@ def test_damaged_headers_before_headers_are_refused_with_their_place(tmp_path, c
 
 
 def test_a_file_is_sparse_if_any_header_says_so(tmp_path):
-    said = [pax(b"22 GNU.sparse.major=1\n"), pax(b"22 GNU.sparse.size=12\n"), pax(b"9 size=1\n")]
-    for pieces in (said, said[::-1], said[:2], said[1:]):
+    headers = [pax(b"22 GNU.sparse.major=1\n"), pax(b"22 GNU.sparse.size=12\n"), pax(b"9 size=1\n")]
+    for pieces in (headers, headers[::-1], headers[:2], headers[1:]):
         listing = TarListing(saved(tmp_path / "a.tar", *pieces, header("a.jpg"), END))
         assert "a sparse file" in reason(listing, 0)
 
@@ -790,7 +796,7 @@ def test_what_follows_the_end_is_not_looked_at(tmp_path):
     for tail in (b"garbage" * 999, header("../a.jpg"), b"x"):
         listing = TarListing(saved(tmp_path / "a.tar", whole, tail))
         assert names_of(listing) == [name for name, _ in FEW]
-        assert listing.unended == []
+        assert listing.unterminated == []
 
 
 @pytest.mark.parametrize("zeros", [0, 1, 511, 512, 513, 1024])
@@ -819,7 +825,7 @@ def test_a_tar_that_is_empty_alone_holds_no_images(tmp_path):
     for path in (saved(tmp_path / "a.tar"), save_tar(tmp_path / "b.tar", [])):
         with pytest.raises(SourceError) as caught:
             open_shards(path)
-        must_say(caught.value, path, "holds no images")
+        must_say(caught.value, path, "contains no images")
 
 
 @pytest.mark.parametrize(
@@ -888,9 +894,9 @@ def test_a_range_is_spelled_out_with_the_zeros_of_its_first_number(tmp_path, spe
     ("spelled", "words"),
     [
         ("{3..1}", ["{3..1}"]),
-        ("{0..1000000}", ["1000000 numbers"]),
-        ("{0..99999999999999999999}", ["1000000 numbers"]),
-        ("{0.." + "9" * 5000 + "}", ["1000000 numbers"]),
+        ("{0..1000000}", ["1000000 increasing numbers"]),
+        ("{0..99999999999999999999}", ["1000000 increasing numbers"]),
+        ("{0.." + "9" * 5000 + "}", ["1000000 increasing numbers"]),
         ("{0..1}-{0..1}", ["2 ranges"]),
         ("{a..c}", ["does not exist", "{0000..0099}.tar"]),
         ("{0..2..2}", ["does not exist"]),
@@ -915,8 +921,10 @@ def test_missing_shards_are_all_counted_and_some_named(tmp_path):
         save_tar(tmp_path / f"{number:02d}.tar", FEW)
     error = refused(tmp_path / "{00..11}.tar")
     shown = ", ".join(str(tmp_path / f"{number:02d}.tar") for number in (1, 2, 5, 6, 7))
-    must_say(error, "of 12 shards 9 are missing", f"{shown} and 4 more")
-    must_say(refused(tmp_path / "{03..05}.tar"), f"1 are missing: {tmp_path / '05.tar'}\n")
+    must_say(error, "9 of 12 shards are missing", f"{shown} and 4 more")
+    must_say(
+        refused(tmp_path / "{03..05}.tar"), f"1 of 3 shards are missing: {tmp_path / '05.tar'}\n"
+    )
 
 
 @pytest.mark.parametrize("kind", ["missing", "directory", "pipe", "dangling", "circle"])
@@ -943,7 +951,7 @@ def test_a_shard_that_is_no_file_is_refused_at_once(tmp_path, kind):
         tmp_path / "{0..1}.tar",
     )
     assert done.returncode != -signal.SIGALRM, "waited for someone to write into a pipe"
-    words = {"missing": "", "directory": "it is a directory", "pipe": "it is not a file"}
+    words = {"missing": "", "directory": "it is a directory", "pipe": "it is not a regular file"}
     assert done.stderr == ""
     assert done.stdout.count(str(path)) == 2, done.stdout
     assert done.stdout.count(words.get(kind, "cannot be read")) >= 2
@@ -988,7 +996,7 @@ def test_a_shard_that_changes_after_it_was_listed_stops_the_run(tmp_path, kind):
 def test_a_shard_that_changes_stops_the_run_also_at_rows_that_fail(tmp_path):
     path = saved(tmp_path / "a.tar", header("a.jpg", 999), b"abc")
     listing = TarListing(path)
-    assert reason(listing, 0) == "the shard ends inside it"
+    assert reason(listing, 0) == "truncated: the shard ends inside the image"
     saved(path, header("a.jpg", 999), bytes(999))
     with pytest.raises(StoppedError):
         listing.read(0, MUCH)
@@ -1018,7 +1026,7 @@ def test_an_error_of_the_disk_is_the_reason_of_a_row_or_refuses_the_listing(tmp_
 
 def test_an_image_that_is_too_long_is_not_read(tmp_path):
     listing = TarListing(save_tar(tmp_path / "a.tar", FEW))
-    assert reason(listing, 1, 699) == "it has 700 bytes, and an image at most 699"
+    assert reason(listing, 1, 699) == "the image has 700 bytes; the limit is 699"
     assert reason(listing, 1, 700) == ""
 
 

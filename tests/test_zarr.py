@@ -310,8 +310,8 @@ def test_a_source_that_changed_since_it_was_planned_is_refused(tmp_path, stored)
 
 
 def test_info_says_what_a_source_is(stored):
-    told = info(stored)
-    assert told == {
+    summary = info(stored)
+    assert summary == {
         "path": str(stored),
         "state": "source",
         "kind": "zarr",
@@ -373,7 +373,7 @@ def test_what_is_no_array_of_images_is_refused(tmp_path, array, words, version):
 def test_texts_and_records_are_refused(tmp_path, dtype, version):
     path = tmp_path / "x.zarr"
     zarr.create_array(path, shape=(2, 7, 9, 3), dtype=dtype, zarr_format=version)
-    refused(path, "numbers of type")
+    refused(path, "unsupported dtype")
 
 
 def test_pickles_are_never_loaded(tmp_path):
@@ -396,7 +396,7 @@ def in_v3(**fields):
 
 
 def damage_shards(path, **fields):
-    """Make an array one of shards, with other fields among what their codec is told."""
+    """Make an array one of shards, with other fields among the options of their codec."""
     save_zarr(path, pixels(10), shards=(4, 7, 9, 3), overwrite=True)
     (codec,) = json.loads(metadata_of(path).read_bytes())["codecs"]
     codec["configuration"].update(fields)
@@ -463,7 +463,7 @@ def test_more_chunks_than_there_can_be_are_missing_at_once(stored, shape, chunks
 @pytest.mark.parametrize("images", [2**63 // (7 * 9 * 3) + 1, 10**18, 10**400])
 def test_more_numbers_than_there_can_be_are_refused_in_few_words(stored, images):
     change_metadata(stored, shape=[images, 7, 9, 3])
-    refused(stored, f"has shape ({images}"[:100], "of more numbers than there can be")
+    refused(stored, f"has shape ({images}"[:100], "more elements than an array can have")
 
 
 @pytest.mark.parametrize("size", [2**63, 10**400])
@@ -471,7 +471,7 @@ def test_chunks_of_more_than_there_can_be_are_refused(stored, size):
     for chunks in ([size, 7, 9, 3], [2**21, 2**21, 2**21, 3], [1, 7, 9, size]):
         grid = {"name": "regular", "configuration": {"chunk_shape": chunks}}
         change_metadata(stored, chunk_grid=grid)
-        refused(stored, f"has chunks of ({chunks[0]}"[:100])
+        refused(stored, f"has invalid chunk shape ({chunks[0]}"[:100])
 
 
 def test_missing_chunks_are_counted_and_the_first_is_named(tmp_path, stored):
@@ -505,7 +505,7 @@ def test_what_is_no_file_in_the_place_of_a_chunk_is_refused(stored):
     refused(stored, "c/2/0/0/0")
     chunk.rmdir()
     os.mkfifo(chunk)
-    refused(stored, "c/2/0/0/0", "no file")
+    refused(stored, "c/2/0/0/0", "not a regular file")
     chunk.unlink()
     chunk.symlink_to("nowhere")
     refused(stored, "c/2/0/0/0")
@@ -540,7 +540,7 @@ def test_a_file_and_nothing_at_all_are_refused(tmp_path):
 
 
 def test_what_is_for_images_alone_is_refused(tmp_path, stored):
-    with pytest.raises(SourceError, match="--size and its like are for image files"):
+    with pytest.raises(SourceError, match="such as --size apply only to image files"):
         plan_of(stored, tmp_path / "y.npy", mode="caffe", size=(5, 7))
     with pytest.raises(UsageError, match=r"is not a .npy file"):
         fastvgg.plan(stored, in_place=True, mode="caffe")
@@ -649,7 +649,7 @@ def test_a_chunk_that_disappears_never_becomes_the_fill_value(tmp_path):
     source = opened(path)
     for file in chunk_files(path):
         moved = file.rename(tmp_path / "moved")
-        stops(source, path, f"chunk {key_of(path, file)} is damaged: it is missing, or empty")
+        stops(source, path, f"chunk {key_of(path, file)} is damaged: it is missing or empty")
         moved.rename(file)
 
 
@@ -740,9 +740,9 @@ def test_what_is_written_is_sharded_with_checksums_and_says_what_it_is(tmp_path,
     for codecs in (shards["configuration"]["codecs"], shards["configuration"]["index_codecs"]):
         assert [codec["name"] for codec in codecs] == ["bytes", "crc32c"]
         assert codecs[0]["configuration"] == {"endian": "little"}
-    said = array.attrs["fastvgg"]
+    recorded = array.attrs["fastvgg"]
     expected = fastvgg.Transform("caffe", out_layout="NCHW")
-    assert said == {"transform": json.loads(json.dumps(expected.to_dict()))}
+    assert recorded == {"transform": json.loads(json.dumps(expected.to_dict()))}
     assert read_transform(path) == expected
 
 
@@ -933,9 +933,13 @@ def test_inputs_that_look_like_images_are_restored_by_what_an_array_says_of_itse
 
 
 def test_what_an_array_says_of_itself_is_told(alone):
-    told = info(alone)
-    assert told["state"] == "source"
-    assert (told["layout"], told["direction"], told["mode"]) == ("NCHW", "preprocess", "caffe")
+    summary = info(alone)
+    assert summary["state"] == "source"
+    assert (summary["layout"], summary["direction"], summary["mode"]) == (
+        "NCHW",
+        "preprocess",
+        "caffe",
+    )
 
 
 def test_batches_are_in_the_layout_that_an_array_says(alone):
@@ -954,17 +958,17 @@ def test_a_manifest_goes_before_what_an_array_says_of_itself(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda said: said.update(mode="caffe"),
-        lambda said: said.pop("mode"),
-        lambda said: said.update(more=1),
-        lambda said: said.update(direction="sideways"),
-        lambda said: said.update(out_layout="CHWN"),
-        lambda said: said.update(dtype="float8"),
-        lambda said: said["mode"].update(mean=["x"]),
-        lambda said: said["mode"].update(mean=[1.0]),
-        lambda said: said["mode"].update(divide=0.0),
-        lambda said: said["mode"].update(channel_order="\x1b[2J"),
-        lambda said: said.clear(),
+        lambda recorded: recorded.update(mode="caffe"),
+        lambda recorded: recorded.pop("mode"),
+        lambda recorded: recorded.update(more=1),
+        lambda recorded: recorded.update(direction="sideways"),
+        lambda recorded: recorded.update(out_layout="CHWN"),
+        lambda recorded: recorded.update(dtype="float8"),
+        lambda recorded: recorded["mode"].update(mean=["x"]),
+        lambda recorded: recorded["mode"].update(mean=[1.0]),
+        lambda recorded: recorded["mode"].update(divide=0.0),
+        lambda recorded: recorded["mode"].update(channel_order="\x1b[2J"),
+        lambda recorded: recorded.clear(),
         None,
         7,
         "caffe",
@@ -972,10 +976,10 @@ def test_a_manifest_goes_before_what_an_array_says_of_itself(tmp_path):
     ],
 )
 def test_an_array_that_says_of_itself_what_cannot_be_is_refused(tmp_path, alone, change):
-    said = read_transform(alone).to_dict()
+    recorded = read_transform(alone).to_dict()
     if callable(change):
-        change(said)
-    attributes = {"fastvgg": {"transform": said} if callable(change) else change}
+        change(recorded)
+    attributes = {"fastvgg": {"transform": recorded} if callable(change) else change}
     change_metadata(alone, attributes=attributes)
     if change is None:  # which says nothing
         assert read_transform(alone) is None
@@ -1173,8 +1177,12 @@ def cut_off(directory, commits=2, **settings):
 
 def test_an_unfinished_run_is_told_and_goes_on(tmp_path):
     planned = cut_off(tmp_path)
-    told = info(tmp_path / "y.zarr")
-    assert (told["state"], told["committed_chunks"], told["chunks"]) == ("unfinished", 2, 5)
+    summary = info(tmp_path / "y.zarr")
+    assert (summary["state"], summary["committed_chunks"], summary["chunks"]) == (
+        "unfinished",
+        2,
+        5,
+    )
     storage = CreatingStorage()
     report = run(planned(), storage=storage)
     assert report.counts["computed_chunks"] == 3

@@ -1,1 +1,1 @@
-"""Datasets on disk and in stores: a file per format, none of which knows what a transform does."""
+"""Dataset formats, one per module; none depends on a transform's arithmetic."""

@@ -1,4 +1,4 @@
-"""The small interface that every format has: Header, Source, Target."""
+"""The interface that every dataset format implements: `Header`, `Source` and `Target`."""
 
 from __future__ import annotations
 
@@ -60,23 +60,23 @@ __all__ = [
 ]
 
 
-# 4 MiB are encoded at two thirds of the speed of 8, and more at hardly any more.
+# Chunks of 4 MiB encode at two thirds of the speed of 8 MiB; larger ones gain almost nothing.
 INNER_CHUNK_BYTES: Final = 8 * 1024 * 1024
 MAX_ELEMENTS: Final = 2**63 - 1
-SHOWN_CHARACTERS: Final = 100  # of a shape, which may be anything
+SHOWN_CHARACTERS: Final = 100  # of a shape in a message: a damaged header may claim any shape
 READ_FLAGS: Final = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
-NO_LINKS: Final = getattr(os, "O_NOFOLLOW", 0)
+NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read; refuse directories, sockets, and pipes, which would wait for ever.
+    """Open a regular file, or an object of a store, for reading.
 
-    Or an object of a store.
+    Directories, sockets and pipes are rejected: opening a pipe could block for ever.
 
     Raises
     ------
     OSError
-        As the system gives it, or saying what the path is if not a file.
+        From the operating system, or if `path` is not a regular file.
     """
     if is_remote(path):
         return objects.opened(path)
@@ -90,35 +90,35 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_regular(path: bytes, max_bytes: int) -> tuple[bytes, os.stat_result]:
-    """Read a whole file; refuse links, and what `open_regular` refuses.
+    """Read a whole regular file without following a symbolic link.
 
     Returns
     -------
     tuple
-        What it holds, and its status before it was read.
+        The content, and the file's status before the read.
 
     Raises
     ------
     OSError
-        As the system gives it, with ELOOP for a link; or saying what the path is if not a file, and
-        how long a file is that is longer than `max_bytes`.
+        From the operating system, with ELOOP for a symbolic link; or if `path` is not a regular
+        file, or is longer than `max_bytes`.
     """
-    descriptor = os.open(path, READ_FLAGS | NO_LINKS)
+    descriptor = os.open(path, READ_FLAGS | NO_FOLLOW)
     try:
         status = os.fstat(descriptor)
         _check_regular(status)
         if status.st_size > max_bytes:
-            raise OSError(f"it has {status.st_size} bytes, and an image at most {max_bytes}")
+            raise OSError(f"the file has {status.st_size} bytes; the limit is {max_bytes}")
         return read_at(descriptor, status.st_size, 0), status
     finally:
         os.close(descriptor)
 
 
-def read_at(descriptor: int, count: int, at: int) -> bytes:
-    """Read so many bytes, fewer only at the end of the file."""
-    data = os.pread(descriptor, count, at)
+def read_at(descriptor: int, count: int, offset: int) -> bytes:
+    """Read `count` bytes at `offset`; fewer only at the end of the file."""
+    data = os.pread(descriptor, count, offset)
     while 0 < len(data) < count:
-        more = os.pread(descriptor, count - len(data), at + len(data))
+        more = os.pread(descriptor, count - len(data), offset + len(data))
         if not more:
             break
         data += more
@@ -128,17 +128,17 @@ def read_at(descriptor: int, count: int, at: int) -> bytes:
 def _check_regular(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         is_directory = stat.S_ISDIR(status.st_mode)
-        raise OSError("it is a directory" if is_directory else "it is not a file")
+        raise OSError("it is a directory" if is_directory else "it is not a regular file")
 
 
 @contextmanager
 def open_sidecar(path: Path) -> Iterator[BinaryIO | None]:
-    """Open what lies beside a dataset: its index, manifest or journal; None if it is missing.
+    """Open a sidecar file (index, manifest or journal); yield None if it does not exist.
 
     Raises
     ------
     SourceError
-        If it is there and cannot be read.
+        If it exists but cannot be read.
     """
     try:
         file = open_regular(path)
@@ -164,34 +164,34 @@ def _unreadable(path: Path, error: OSError) -> SourceError:
 
 
 def read_sidecar(path: Path, at_most: int = -1) -> bytes | None:
-    """Return what a file beside a dataset holds; None if it is missing.
+    """Return the content of a sidecar file, or None if it does not exist.
 
-    Of a long one no more than the first `at_most` bytes.
+    Reads at most `at_most` bytes, or the whole file if that is negative.
 
     Raises
     ------
     SourceError
-        If it is there and cannot be read.
+        If it exists but cannot be read.
     """
     with open_sidecar(path) as file:
-        # Memory is taken for all that is asked for, however short the file is.
         if file is None:
             return None
+        # `read` allocates the whole requested size, however short the file is.
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         return file.read(min(at_most, size))
 
 
 def changed_during_run_error(path: str) -> StoppedError:
-    """Return the error that says so of an image, or a shard, that is read."""
+    """Return the error for a source file that changed after the run was planned."""
     return StoppedError(
-        f"{path} changed after the run was planned: the result may be a mixture",
-        "let it be still, and run again with --restart",
+        f"{path} changed after the run was planned: the result may mix old and new data",
+        "make sure that nothing writes to the source, then rerun with --restart",
     )
 
 
 def inner_chunk_images(image_bytes: int) -> int:
-    """Return how many images are best stored so that they can be read without others.
+    """Return how many images an inner chunk (the unit of random access) should hold.
 
     >>> inner_chunk_images(602_112)
     13
@@ -200,37 +200,37 @@ def inner_chunk_images(image_bytes: int) -> int:
 
 
 def check_array(path: Path, shape: tuple[int, ...]) -> None:
-    """Refuse an array whose shape is not that of images.
+    """Check that an array has the shape of a batch of images.
 
     Raises
     ------
     SourceError
-        With the shape, and that of a dataset.
+        If the rank is not 4, or the array is empty or too large.
     """
     shown = str(shape)[:SHOWN_CHARACTERS]
     if len(shape) != 4:
         raise SourceError(
             f"{path} has shape {shown}, of rank {len(shape)}",
-            "a dataset has rank 4, (images, height, width, 3) or (images, 3, height, width): "
-            "for one image write array[numpy.newaxis]",
+            "a dataset has rank 4, (images, height, width, 3) or (images, 3, height, width); "
+            "store a single image as array[numpy.newaxis]",
         )
     if math.prod(shape) == 0:
-        raise SourceError(f"{path} has shape {shown}: no images", "give images")
+        raise SourceError(f"{path} has shape {shown}: no images", "give a dataset with images")
     if math.prod(shape) > MAX_ELEMENTS:
         raise SourceError(
-            f"{path} has shape {shown}, of more numbers than there can be in an array",
-            "it is damaged: get it again",
+            f"{path} has shape {shown}: more elements than an array can have",
+            "the file is damaged: get it again",
         )
 
 
 def bytes_of(batch: NDArray[Any]) -> memoryview:
-    """Return the bytes of a contiguous batch, of any type, where they lie."""
+    """Return a view of the bytes of a contiguous batch of any dtype."""
     return batch.view(np.uint8).reshape(-1).data
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a dataset holds, known without reading its pixels.
+    """Shape, storage dtype and layout of a dataset, known without reading its pixels.
 
     >>> header = Header((10, 5, 7, 3), "float32", "NHWC")
     >>> header.images, header.image_bytes, header.nbytes
@@ -243,88 +243,88 @@ class Header:
 
     @property
     def images(self) -> int:
-        """How many images there are."""
+        """Number of images."""
         return self.shape[0]
 
     @property
     def image_bytes(self) -> int:
-        """How many bytes one image takes."""
+        """Size of one image in bytes."""
         return math.prod(self.shape[1:]) * storage_dtype(self.dtype).itemsize
 
     @property
     def nbytes(self) -> int:
-        """How many bytes all images take."""
+        """Size of all images in bytes."""
         return self.images * self.image_bytes
 
 
 class ImageRecord(NamedTuple):
-    """What is known of one image: where it came from, its size, whether it could be read."""
+    """Origin, size and decoding status of one image."""
 
     path: str
     """Relative to the source, with forward slashes."""
     label: str
-    """The first folder of the path, or what a tar's .cls file says."""
+    """The first folder of the path, or the content of a tar's .cls entry."""
     width: int
     height: int
     failed: bool
-    """Whether the image could not be read, so that its row is zeros."""
+    """Whether the image could not be decoded; its row is then zeros."""
     reason: str
-    """Why; or what a decoder warned of, and read it all the same."""
+    """Why it failed, or a decoder's warning about an image that did not."""
 
 
 class Chunk(NamedTuple):
-    """Some images of a source, as they were read."""
+    """Consecutive images read from a source."""
 
     batch: NDArray[Any]
-    """Memory of its own, which stays valid while it is held."""
+    """Valid for as long as it is referenced."""
     records: list[ImageRecord]
-    """What is known of each image; empty where the source is an array that never had names."""
+    """One per image; empty for an array without an index."""
 
 
 Payload: TypeAlias = "Sequence[bytes | memoryview]"
-"""What is written of some images: the bytes of a batch, or a file for each image."""
+"""Data to store for consecutive images: the bytes of a batch, or one encoded file per image."""
 
 
 PartialPages: TypeAlias = "list[tuple[int, bytes]]"
-"""Bytes, and where in its file each piece of them belongs."""
+"""File offsets and the bytes that belong there."""
 
 
 class Source(Protocol):
-    """A dataset that is read."""
+    """A dataset opened for reading."""
 
     kind: str
     path: Path
     header: Header
     stored_bytes: int
-    """Bytes on disk."""
+    """Size on disk."""
     settings: dict[str, Any]
-    """What else decides the pixels, as JSON types."""
+    """Options that affect the pixels, as JSON types."""
     notes: list[str]
-    """What a person should know before the run."""
+    """Notes to show the user before the run."""
     read_granularity: int
-    """How many images are stored as one piece, to be read once and whole."""
+    """Images per stored unit, which is read only as a whole."""
     records: Sequence[ImageRecord]
-    """What is known of every image without reading it; empty where that is nothing."""
+    """Records known without reading any image; empty if there are none."""
 
     def fingerprint(self) -> str:
-        """Return a hash that changes when the source does, as it is now."""
+        """Return a hash of the source's current state, which changes when the source does."""
 
     def read(self, start: int, stop: int) -> Chunk:
-        """Read the images `start` to `stop`."""
+        """Read the images `start` to `stop`, exclusive."""
 
     def close(self) -> None:
-        """Let go of files and threads."""
+        """Release files and threads."""
 
 
 class ArraySource(Source, Protocol):
-    """An array that is read."""
+    """An array opened for reading."""
 
     def read_into(self, start: int, out: NDArray[Any]) -> None:
-        """Read as many images as `out` has, from row `start` on; many threads may."""
+        """Fill `out` with images, starting at row `start`; thread-safe."""
 
 
 def read_copy(source: ArraySource, start: int, stop: int) -> Chunk:
-    """Return images of an array in memory of their own."""
+    """Read images of an array into a new batch."""
     shape = (stop - start, *source.header.shape[1:])
     batch = np.empty(shape, storage_dtype(source.header.dtype))
     source.read_into(start, batch)
@@ -332,64 +332,64 @@ def read_copy(source: ArraySource, start: int, stop: int) -> Chunk:
 
 
 class Target(Protocol):
-    """A dataset that is written, under a temporary name until it is published."""
+    """A dataset being written, under a temporary name until it is published."""
 
     kind: str
     path: Path
     header: Header
     partial: Path
-    """The name while unfinished."""
+    """The temporary name of the unfinished target."""
 
     def create(self) -> None:
-        """Start from nothing: make the partial and reserve its space."""
+        """Create an empty partial and reserve its space, replacing any existing one."""
 
     def reopen(self) -> None:
-        """Go on with the partial that is there, after checking that it can be ours."""
+        """Open the existing partial to resume a run, after checking that it matches."""
 
     def offset(self, start: int) -> int:
-        """Return where in its file a row begins; 0 where rows have files of their own.
+        """Return the offset of a row in its file; 0 if each row, or shard, has its own file.
 
-        Memory that lies so within a page may be written without a copy.
+        A buffer whose address has the same offset within a page may be written without a copy.
         """
 
     def write(self, start: int, stored: Payload) -> None:
-        """Write what is stored of the images from row `start` on."""
+        """Write the payload of the images from row `start` on."""
 
     def sync(self) -> None:
-        """Make everything that is written survive a power cut, while more may be being written."""
+        """Make everything written so far durable; other threads may keep writing."""
 
     def read_unfinished(self, start: int, stop: int) -> Payload | None:
-        """Read what is stored of some images that an unfinished run committed.
+        """Read the payload of images that an unfinished run committed.
 
-        None where the journal is believed without a look.
+        Returns None if the journal can be trusted without reading it.
         """
 
     def read_stored(self, start: int, stop: int) -> Payload:
-        """Read what is stored of some images of the published target."""
+        """Read the payload of images of the published target."""
 
     def read_back(self, start: int, stop: int) -> NDArray[Any]:
-        """Read images of the published target."""
+        """Read, and decode if necessary, images of the published target."""
 
     def publish(self) -> None:
-        """Give the finished partial its name, at once and durably."""
+        """Rename the finished partial to the target's name, atomically and durably."""
 
     def close(self) -> None:
-        """Let go of files."""
+        """Close files."""
 
 
 @runtime_checkable
 class SharedTarget(Target, Protocol):
-    """A target that many processes write at once, each a part."""
+    """A target that many processes write concurrently, each a part of it."""
 
     def attach(self) -> None:
-        """Write some of what another process has begun, after checking that it can be that."""
+        """Open the partial that another process created, after checking that it matches."""
 
     def write_aligned(self, start: int, stored: Payload) -> PartialPages:
-        """Write the same where others write, on other machines as well; return what is left.
+        """Write the whole pages of a payload, and return the partial pages at its ends.
 
-        That shares a page with what others write, and one process writes all of it: by
-        `write_unaligned`.
+        A partial page is shared with rows that another process, or machine, writes. A single
+        process must write all of them with `write_unaligned`.
         """
 
     def write_unaligned(self, edges: PartialPages) -> None:
-        """Write what `write_aligned` left, of any rows."""
+        """Write partial pages that `write_aligned` returned, for any rows."""

@@ -1,4 +1,4 @@
-"""An array that is written into one piece of a file, at fixed offsets into reserved space."""
+"""Write a contiguous array into preallocated space of a file, at fixed offsets."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ __all__ = ["ContiguousTarget"]
 
 
 class ContiguousTarget(ABC):
-    """A file of some first bytes and, after them, an array.
+    """A file that consists of a preamble followed by an array.
 
     Parameters
     ----------
     path
-        The name that the file gets when it is complete.
+        The path of the published file.
     header
-        What the array will hold.
+        Shape, dtype and layout of the array.
     storage
-        What carries out the system calls.
-    start
-        The first bytes, which say what the array is.
+        Performs the system calls.
+    preamble
+        The bytes before the array, which describe it in the file's format.
     """
 
     kind: str
 
-    def __init__(self, path: Path, header: Header, storage: Storage, start: bytes) -> None:
+    def __init__(self, path: Path, header: Header, storage: Storage, preamble: bytes) -> None:
         self.path = path
         self.header = header
         self.partial = sidecar_path(path, ".partial")
         self._storage = storage
         self._file: StoredFile | None = None
-        self._start = start
-        self.stored_bytes = len(start) + header.nbytes
+        self._preamble = preamble
+        self.stored_bytes = len(preamble) + header.nbytes
 
     @abstractmethod
     def published(self) -> ArraySource:
         """Open the published file."""
 
     def create(self) -> None:
-        """Make the partial, reserve all of its space, and write its first bytes."""
+        """Create the partial, reserve all of its space, and write the preamble."""
         self._storage.remove(self.partial)
         self._file = self._storage.create(self.partial)
         self._file = self._storage.direct(self._file)
@@ -65,42 +65,42 @@ class ContiguousTarget(ABC):
             self.close()
             self._storage.remove(self.partial)
             raise
-        self._storage.write(self._file, self._start, 0)
+        self._storage.write(self._file, self._preamble, 0)
         self._storage.sync_directory(self.path.parent)
 
     def reopen(self) -> None:
-        """Go on with the partial; refuse one that cannot be ours."""
+        """Open the existing partial, after checking its size."""
         if not self.partial.exists():
-            raise ResumeError(f"{self.partial} is gone", "start again with --restart")
+            raise ResumeError(f"{self.partial} does not exist", "start over with --restart")
         self._file = self._storage.open(self.partial)
         self._file = self._storage.direct(self._file)
-        found_bytes = self._storage.size(self._file)
-        if found_bytes != self.stored_bytes:
+        actual_bytes = self._storage.size(self._file)
+        if actual_bytes != self.stored_bytes:
             raise ResumeError(
-                f"{self.partial} has {found_bytes} bytes, and the unfinished run reserved "
+                f"{self.partial} has {actual_bytes} bytes, but the unfinished run reserved "
                 f"{self.stored_bytes}",
-                "it was changed in between: start again with --restart",
+                "the file was changed in the meantime: start over with --restart",
             )
 
     def attach(self) -> None:
-        """Open the partial that another process has made."""
+        """Open the partial that another process created."""
         self.reopen()
 
     def offset(self, start: int) -> int:
-        """Return where in the file a row begins."""
-        return len(self._start) + start * self.header.image_bytes
+        """Return the offset of a row in the file."""
+        return len(self._preamble) + start * self.header.image_bytes
 
     def write(self, start: int, stored: Payload) -> None:
-        """Write rows where they belong."""
+        """Write rows at their offset."""
         offset = self.offset(start)
         for data in stored:
             self._storage.write(self._open(), data, offset)
             offset += len(data)
 
     def write_aligned(self, start: int, stored: Payload) -> PartialPages:
-        """Write the whole pages of some rows where they belong; return what lies before and after.
+        """Write the whole pages of some rows, and return the partial pages at both ends.
 
-        Two machines that write parts of one page may each write what they know of the other's.
+        If two machines write to the same page, each may overwrite the other's part with stale data.
         """
         (data,) = stored
         begin = self.offset(start)
@@ -112,12 +112,12 @@ class ContiguousTarget(ABC):
         return [(offset, bytes(edge)) for offset, edge in edges if len(edge)]
 
     def write_unaligned(self, edges: PartialPages) -> None:
-        """Write what `write_aligned` left."""
+        """Write partial pages that `write_aligned` returned."""
         for offset, data in edges:
             self._storage.write(self._open(), data, offset)
 
     def read_partial(self, start: int, out: NDArray[Any]) -> None:
-        """Read rows of the partial into `out`, from row `start` on."""
+        """Fill `out` with rows of the partial, starting at row `start`."""
         offset = self.offset(start)
         for image in out:
             data = self._storage.read(self._open(), offset, self.header.image_bytes)
@@ -125,15 +125,15 @@ class ContiguousTarget(ABC):
             offset += len(data)
 
     def sync(self) -> None:
-        """Make the rows written so far survive a power cut."""
+        """Make the rows written so far durable."""
         self._storage.sync(self._open())
 
     def read_unfinished(self, start: int, stop: int) -> Payload | None:  # noqa: ARG002
-        """Return None: what is committed was synced in its place."""
+        """Return None: committed rows were synced in place."""
         return None
 
     def read_stored(self, start: int, stop: int) -> Payload:
-        """Read rows of the published file."""
+        """Return the bytes of rows of the published file."""
         return [bytes_of(self.read_back(start, stop))]
 
     def read_back(self, start: int, stop: int) -> NDArray[Any]:
@@ -142,14 +142,14 @@ class ContiguousTarget(ABC):
         with contextlib.closing(source):
             if source.header != self.header:
                 raise SourceError(
-                    f"{self.path} holds {source.header.shape} of {source.header.dtype}, and was "
+                    f"{self.path} contains {source.header.shape} of {source.header.dtype}, but was "
                     f"written as {self.header.shape} of {self.header.dtype}",
-                    "it was changed since: make it again from its source",
+                    "the file was changed since then: recreate it from its source",
                 )
             return source.read(start, stop).batch
 
     def publish(self) -> None:
-        """Rename the complete partial to its name."""
+        """Rename the complete partial to the published path."""
         self.close()
         self._storage.rename(self.partial, self.path)
         self._storage.sync_directory(self.path.parent)
@@ -162,5 +162,5 @@ class ContiguousTarget(ABC):
 
     def _open(self) -> StoredFile:
         if self._file is None:
-            raise RuntimeError(f"{self.partial} is written before it is created or reopened")
+            raise RuntimeError(f"{self.partial} must be created or reopened before it is written")
         return self._file

@@ -1,8 +1,8 @@
 """HDF5: a dataset within a file, `FILE.h5::/path/to/dataset`, through h5py.
 
-A contiguous dataset is bytes at an offset, which are read through maps and written as those of a
-.npy are; a chunked one is read by h5py. What leaves the file is never followed: a link or a virtual
-dataset that somebody else wrote could name any file of whoever opens it.
+A contiguous dataset consists of bytes at an offset: it is memory-mapped and written as a .npy is. A
+chunked dataset is read by h5py. References to other files are never followed: an untrusted link or
+virtual dataset could name any file that the user can read.
 
 Format: https://support.hdfgroup.org/documentation/hdf5/latest/_f_m_t3.html
 """
@@ -37,15 +37,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Hdf5Source", "Hdf5Target", "check_name"]
 
-PLAIN: Final = ("uint8", "float16", "float32", "float64")
+STORED_TYPES: Final = ("uint8", "float16", "float32", "float64")
 MAX_LINKS: Final = 64
-# A longer name takes more than a new group has room for, and that would come after the array.
+# A longer name does not fit into a new group; HDF5 would then write it after the array.
 MAX_NAME_BYTES: Final = 128
 MAX_GROUPS: Final = 64
 NAMES_SHOWN: Final = 10
-# What h5py makes of the errors of HDF5, which takes a damaged file for what it says that it is.
+# What h5py raises for HDF5 errors. HDF5 itself barely validates what a damaged file claims.
 DAMAGED: Final = (KeyError, OSError, RuntimeError, ValueError)
-# Where the array begins in a new file: kernels and the disk like it better than any byte.
+# Alignment of the array in a new file, which speeds up kernels and disk writes.
 ALIGNMENT: Final = 64
 
 
@@ -57,15 +57,15 @@ class Hdf5Source:
     path
         The file, ``::``, and the dataset's name.
     layout
-        Which axis of it holds the channels.
-    indexed
-        Whether the index beside the file is of this dataset.
+        The layout of the array.
+    use_index
+        Whether the index next to the file describes this dataset.
 
     Raises
     ------
     SourceError
-        If the file is damaged or open for writing elsewhere, if the name leads nowhere or out of
-        the file, or if what it names is no array of rank 4 that was written whole.
+        If the file is damaged or open for writing elsewhere, if the name does not exist or refers
+        to another file, or if it is not a completely written array of rank 4.
     """
 
     kind = "hdf5"
@@ -74,115 +74,118 @@ class Hdf5Source:
         self.path = path
         self.settings: dict[str, Any] = {}
         self.notes: list[str] = []
-        with contextlib.ExitStack() as opened:
-            self._file: BinaryIO = opened.enter_context(_open(path))
-            self._hdf5 = opened.enter_context(self._opened_by_h5py())
-            with self._damage_told():
-                self._dataset = self._found(_name_of(path))
-                self._check(layout)
+        with contextlib.ExitStack() as stack:
+            self._file: BinaryIO = stack.enter_context(_open(path))
+            self._hdf5 = stack.enter_context(self._open_hdf5())
+            with self._damage_errors():
+                self._dataset = self._find(_name_of(path))
+                self._validate(layout)
             self.records = read_index(path, self.header.images) if use_index else ()
-            self._open = opened.pop_all()
+            self._open_files = stack.pop_all()
 
-    def _opened_by_h5py(self) -> h5py.File:
-        """Open the file once more; HDF5 locks it against writers."""
+    def _open_hdf5(self) -> h5py.File:
+        """Open the file with h5py, which locks it against writers."""
         try:
             file: h5py.File = h5py.File(container_of(self.path), "r")
         except OSError as error:
             raise SourceError(
                 f"{container_of(self.path)} cannot be opened: {error}",
-                "if another process writes it, wait for that to end; else get the file again",
+                "if another process is writing the file, wait for it to end; otherwise get the "
+                "file again",
             ) from None
         return file
 
     @contextlib.contextmanager
-    def _damage_told(self) -> Iterator[None]:
+    def _damage_errors(self) -> Iterator[None]:
         try:
             yield
         except DAMAGED as error:
-            raise self._damaged(f"HDF5 says {str(error)!r}") from None
+            raise self._damaged(f"HDF5 reports {str(error)!r}") from None
 
-    def _found(self, name: bytes) -> h5py.Dataset:
-        """Return a dataset, by links that stay within the file; no other is even looked at.
+    def _find(self, name: bytes) -> h5py.Dataset:
+        """Return a dataset, following only links within the file.
 
         Raises
         ------
         SourceError
-            If there is none of that name.
+            If there is no dataset of that name, or a link refers to another file.
         """
-        found: object = self._hdf5
+        node: object = self._hdf5
         parts = _parts_of(name)
         for _ in range(MAX_LINKS + len(parts)):
             if not parts:
                 break
             part = parts.pop(0)
-            if not isinstance(found, h5py.Group) or not _has_link(found, part):
-                found = None
+            if not isinstance(node, h5py.Group) or not _has_link(node, part):
+                node = None
                 break
-            kind, value = found.id.links.get_info(part).type, h5py.h5l
-            if kind == value.TYPE_HARD:
-                found = found[part]
-            elif kind == value.TYPE_SOFT:
-                linked = found.id.links.get_val(part)
-                parts[:0] = _parts_of(linked)
-                found = self._hdf5 if linked.startswith(b"/") else found
+            link_type, links = node.id.links.get_info(part).type, h5py.h5l
+            if link_type == links.TYPE_HARD:
+                node = node[part]
+            elif link_type == links.TYPE_SOFT:
+                target = node.id.links.get_val(part)
+                parts[:0] = _parts_of(target)
+                node = self._hdf5 if target.startswith(b"/") else node
             else:
-                raise self._leaves(f"{_shown(part)} is a link that leads out of it")
-        if parts or not isinstance(found, h5py.Dataset):
+                raise self._external_error(f"{_display(part)} is a link to another file")
+        if parts or not isinstance(node, h5py.Dataset):
             file, names = container_of(self.path), ", ".join(self._names()) or "none"
             problem = (
-                f"{file} has no dataset {_shown(name)}." if name else f"{file}: which dataset?"
+                f"{file} has no dataset {_display(name)}." if name else f"{file}: which dataset?"
             )
-            raise SourceError(f"{problem} There are: {names}", f"give one of them: {file}::/NAME")
-        return found
+            raise SourceError(f"{problem} Datasets: {names}", f"give one of them: {file}::/NAME")
+        return node
 
     def _names(self) -> list[str]:
-        """Return the names of the first datasets that there are."""
+        """Return the names of the first few datasets in the file."""
         names: list[str] = []
 
         def visit(name: bytes) -> bool | None:
             if h5py.h5o.get_info(self._hdf5.id, name).type == h5py.h5o.TYPE_DATASET:
-                names.append(_shown(b"/" + name))
+                names.append(_display(b"/" + name))
             return len(names) == NAMES_SHOWN or None
 
         h5py.h5o.visit(self._hdf5.id, visit)
         return names
 
-    def _leaves(self, how: str) -> SourceError:
+    def _external_error(self, reason: str) -> SourceError:
         return SourceError(
-            f"{self.path} leaves its file: {how}",
-            "give the dataset where it is stored, or copy it into a file of its own: "
+            f"{self.path} refers to another file: {reason}",
+            "give the dataset in the file that stores it, or copy it into a separate file: "
             "h5repack, or h5py's copy(..., expand_external=True)",
         )
 
-    def _check(self, layout: Layout) -> None:
+    def _validate(self, layout: Layout) -> None:
         dataset, path = self._dataset, self.path
-        pieces = self._pieces(dataset)  # first: HDF5 looks into other files to tell a shape
+        sources = self._sources(dataset)  # first: HDF5 opens other files to determine a shape
         check_array(path, dataset.shape or ())
-        self.header = Header(dataset.shape, self._type_name(), layout)
-        for piece in pieces:
-            self._check_readable(piece)
-            self._check_no_holes(piece)
-        self.stored_bytes = sum(piece.id.get_storage_size() for piece in pieces)
+        self.header = Header(dataset.shape, self._dtype_name(), layout)
+        for source in sources:
+            self._check_filters(source)
+            self._check_written(source)
+        self.stored_bytes = sum(source.id.get_storage_size() for source in sources)
         self.read_granularity = min(dataset.chunks[0], dataset.shape[0]) if dataset.chunks else 1
         offset = dataset.id.get_offset()
         self._mapped = MappedNpy(self._file, path, self.header, offset or 0)
         self._is_mapped = offset is not None and self._is_plain()
         if self._is_mapped and self.stored_bytes != self.header.nbytes:
-            raise self._damaged(f"{self.header.nbytes} bytes are said to be {self.stored_bytes}")
+            raise self._damaged(
+                f"it claims {self.stored_bytes} bytes for an array of {self.header.nbytes}"
+            )
 
-    def _type_name(self) -> str:
-        """Return the storage type; numbers of another byte order are converted when read."""
+    def _dtype_name(self) -> str:
+        """Return the storage dtype; a different byte order is converted on read."""
         if self._is_bfloat16():
             return "bfloat16"
         try:
             dtype: object = self._dataset.dtype
             name = self._dataset.dtype.name
-        except (TypeError, ValueError) as error:  # NumPy has none like it
+        except (TypeError, ValueError) as error:  # NumPy has no equivalent
             dtype, name = error, ""
-        if name not in PLAIN:
+        if name not in STORED_TYPES:
             raise SourceError(
-                f"{self.path} holds numbers of type {dtype}",
-                f"store it as one of {', '.join(PLAIN)}",
+                f"{self.path} has unsupported dtype {dtype}",
+                f"store it as one of {', '.join(STORED_TYPES)}",
             )
         return str(name)
 
@@ -190,198 +193,201 @@ class Hdf5Source:
         return bool(self._dataset.id.get_type().equal(_hdf5_type("bfloat16")))
 
     def _is_plain(self) -> bool:
-        """Whether the stored bytes are those of the array in memory."""
+        """Whether stored elements have the same representation as in memory."""
         return bool(self._dataset.id.get_type().equal(_hdf5_type(self.header.dtype)))
 
-    def _pieces(self, dataset: h5py.Dataset) -> list[h5py.Dataset]:
-        """Return the datasets that hold the bytes of one: itself, or what a virtual one is of.
+    def _sources(self, dataset: h5py.Dataset) -> list[h5py.Dataset]:
+        """Return the datasets that store the elements: itself, or the sources of a virtual one.
 
         Raises
         ------
         SourceError
-            If any of the bytes are in another file, or if some of them are nowhere.
+            If any elements are in another file, or are not stored at all.
         """
-        made = dataset.id.get_create_plist()
-        if made.get_external_count():
-            raise self._leaves(f"its bytes are in {_shown(made.get_external(0)[0])}")
-        if made.get_layout() != h5py.h5d.VIRTUAL:
+        properties = dataset.id.get_create_plist()
+        if properties.get_external_count():
+            name = properties.get_external(0)[0]
+            raise self._external_error(f"its data is in {_display(name)}")
+        if properties.get_layout() != h5py.h5d.VIRTUAL:
             return [dataset]
-        pieces: dict[bytes, h5py.Dataset] = {}
+        sources: dict[bytes, h5py.Dataset] = {}
         mapped = 0
-        for number in range(made.get_virtual_count()):
-            file_name = made.get_virtual_filename(number)
+        for number in range(properties.get_virtual_count()):
+            file_name = properties.get_virtual_filename(number)
             if file_name != ".":
-                raise self._leaves(f"it is virtual, of {file_name!r}")
-            name = made.get_virtual_dsetname(number).encode(errors="surrogateescape")
-            if name not in pieces:
-                pieces[name] = self._piece(name)
-            if not self._holds(pieces[name], made, number):
-                raise self._gaps(f"more of {_shown(name)} than there is")
-            mapped += made.get_virtual_vspace(number).get_select_npoints()
+                raise self._external_error(f"it is a virtual dataset with data in {file_name!r}")
+            name = properties.get_virtual_dsetname(number).encode(errors="surrogateescape")
+            if name not in sources:
+                sources[name] = self._virtual_source(name)
+            if not self._contains_mapping(sources[name], properties, number):
+                raise self._unmapped_error(f"more of {_display(name)} than exists")
+            mapped += properties.get_virtual_vspace(number).get_select_npoints()
         if mapped < math.prod(dataset.shape):
-            raise self._gaps(f"{mapped} of its {math.prod(dataset.shape)} elements")
-        return [*pieces.values()]
+            raise self._unmapped_error(f"only {mapped} of its {math.prod(dataset.shape)} elements")
+        return [*sources.values()]
 
-    def _piece(self, name: bytes) -> h5py.Dataset:
-        """Return a dataset that a virtual one is of; one of these that is virtual may be a loop."""
-        piece = self._found(name)
-        if piece.is_virtual:
+    def _virtual_source(self, name: bytes) -> h5py.Dataset:
+        """Return a source of a virtual dataset. It must not be virtual, as it might be cyclic."""
+        source = self._find(name)
+        if source.is_virtual:
             raise SourceError(
-                f"{self.path} is virtual, of {_shown(name)}, which is virtual too",
-                "store one of them: h5repack -l CONTI",
+                f"{self.path} is a virtual dataset whose source {_display(name)} is virtual, too",
+                "store either of them as a regular dataset: h5repack -l CONTI",
             )
-        return self._pieces(piece)[0]
+        return self._sources(source)[0]
 
-    def _holds(self, piece: h5py.Dataset, made: h5py.h5p.PropDCID, number: int) -> bool:
-        """Whether a dataset has all that is mapped of it, which may be without end."""
-        spaces, of = h5py.h5s, made.get_virtual_srcspace(number)
-        if of.get_select_type() == spaces.SEL_ALL:
-            chosen: int = made.get_virtual_vspace(number).get_select_npoints()
-            return bool(chosen == piece.size)
-        is_slab = of.get_select_type() == spaces.SEL_HYPERSLABS and of.is_regular_hyperslab()
-        if is_slab and spaces.UNLIMITED in sum(of.get_regular_hyperslab(), ()):
+    def _contains_mapping(
+        self, source: h5py.Dataset, properties: h5py.h5p.PropDCID, number: int
+    ) -> bool:
+        """Whether a source contains the whole selection of a mapping, which may be unlimited."""
+        spaces, selection = h5py.h5s, properties.get_virtual_srcspace(number)
+        if selection.get_select_type() == spaces.SEL_ALL:
+            points: int = properties.get_virtual_vspace(number).get_select_npoints()
+            return bool(points == source.size)
+        is_slab = selection.get_select_type() == spaces.SEL_HYPERSLABS
+        is_regular = is_slab and selection.is_regular_hyperslab()
+        if is_regular and spaces.UNLIMITED in sum(selection.get_regular_hyperslab(), ()):
             return False
-        _, last = of.get_select_bounds()
-        return len(last) == len(piece.shape) and all(
-            index < length for index, length in zip(last, piece.shape, strict=True)
+        _, last = selection.get_select_bounds()
+        return len(last) == len(source.shape) and all(
+            index < length for index, length in zip(last, source.shape, strict=True)
         )
 
-    def _gaps(self, what: str) -> SourceError:
+    def _unmapped_error(self, extent: str) -> SourceError:
         return SourceError(
-            f"{self.path} is virtual, of {what}: the rest would be read as "
+            f"{self.path} is a virtual dataset that maps {extent}: the rest would be read as "
             f"{self._dataset.fillvalue}",
-            "store the whole of it: h5repack -l CONTI",
+            "store all of it as a regular dataset: h5repack -l CONTI",
         )
 
-    def _check_readable(self, piece: h5py.Dataset) -> None:
-        """Refuse chunks that are compressed in a way that HDF5 does not know here."""
-        made = piece.id.get_create_plist()
-        for code, _, _, name in map(made.get_filter, range(made.get_nfilters())):
+    def _check_filters(self, source: h5py.Dataset) -> None:
+        """Check that the filters which compress the chunks are available."""
+        properties = source.id.get_create_plist()
+        for code, _, _, name in map(properties.get_filter, range(properties.get_nfilters())):
             if not h5py.h5z.filter_avail(code):
                 raise SourceError(
-                    f"{self.path} is compressed by filter {code}, {_shown(name)}, which HDF5 does "
-                    "not have here",
-                    "install it, as by pip install hdf5plugin, and let HDF5_PLUGIN_PATH be "
-                    "hdf5plugin.PLUGIN_PATH; or store the dataset without it",
+                    f"{self.path} is compressed with filter {code}, {_display(name)}, which is not "
+                    "available to HDF5",
+                    "install it, for example with pip install hdf5plugin, and set HDF5_PLUGIN_PATH "
+                    "to hdf5plugin.PLUGIN_PATH; or store the dataset without it",
                 )
 
-    def _check_no_holes(self, piece: h5py.Dataset) -> None:
-        """Refuse what was never written, which HDF5 reads as if it had been."""
-        wanted, written = 1, int(piece.id.get_storage_size() > 0)
-        if piece.chunks:
-            wanted, written = self._chunks(piece)
-        if written < wanted:
+    def _check_written(self, source: h5py.Dataset) -> None:
+        """Check that all chunks were written: HDF5 reads others as the fill value."""
+        expected, written = 1, int(source.id.get_storage_size() > 0)
+        if source.chunks:
+            expected, written = self._count_chunks(source)
+        if written < expected:
             raise SourceError(
-                f"{self.path}: {wanted - written} of {wanted} chunks were never written, and would "
-                f"be read as {piece.fillvalue}",
-                "finish writing it; where that is what it should hold, write it",
+                f"{self.path}: {expected - written} of {expected} chunks were never written, and "
+                f"would be read as {source.fillvalue}",
+                "finish writing the dataset; if it should contain that value, write it explicitly",
             )
 
-    def _chunks(self, piece: h5py.Dataset) -> tuple[int, int]:
-        """Return how many chunks there should be, and how many there are."""
-        counts = [-(-a // b) for a, b in zip(piece.shape, piece.chunks, strict=True)]
-        wanted, written = math.prod(counts), piece.id.get_num_chunks()
-        if written < wanted:
-            return wanted, written
-        file_bytes, said_bytes = self._file_bytes(), piece.id.get_storage_size()
-        if max(wanted, said_bytes) > file_bytes:
+    def _count_chunks(self, source: h5py.Dataset) -> tuple[int, int]:
+        """Return the number of chunks that a dataset should have, and that it has."""
+        counts = [-(-a // b) for a, b in zip(source.shape, source.chunks, strict=True)]
+        expected, written = math.prod(counts), source.id.get_num_chunks()
+        if written < expected:
+            return expected, written
+        file_bytes, claimed_bytes = self._file_bytes(), source.id.get_storage_size()
+        if max(expected, claimed_bytes) > file_bytes:
             raise self._damaged(
-                f"{wanted} chunks are said to be {said_bytes} of {file_bytes} bytes"
+                f"it claims {claimed_bytes} bytes in {expected} chunks; the file has {file_bytes}"
             )
-        # A damaged index may have one chunk twice and another not at all. Of one without bytes HDF5
-        # reads what happens to be in memory, or ends the process.
-        is_there = bytearray(wanted)
-        whole = math.prod(piece.chunks) * piece.id.get_type().get_size()
-        lengths = tuple(zip(piece.chunks, counts, strict=True))
-        unfiltered = (1 << piece.id.get_create_plist().get_nfilters()) - 1
+        # A damaged chunk index may list one chunk twice and omit another. For a chunk without data
+        # HDF5 returns uninitialized memory, or crashes the process.
+        is_present = bytearray(expected)
+        chunk_bytes = math.prod(source.chunks) * source.id.get_type().get_size()
+        lengths = tuple(zip(source.chunks, counts, strict=True))
+        unfiltered = (1 << source.id.get_create_plist().get_nfilters()) - 1
 
         def visit(chunk: h5py.h5d.StoreInfo) -> None:
-            least = whole if chunk.filter_mask & unfiltered == unfiltered else 1
-            if chunk.byte_offset is None or chunk.size < least:
+            min_bytes = chunk_bytes if chunk.filter_mask & unfiltered == unfiltered else 1
+            if chunk.byte_offset is None or chunk.size < min_bytes:
                 return
             number = 0
             for start, (length, count) in zip(chunk.chunk_offset, lengths, strict=True):
                 if start >= length * count:
                     return
                 number = number * count + start // length
-            is_there[number] = 1
+            is_present[number] = 1
 
-        piece.id.chunk_iter(visit)
-        if not all(is_there):
-            raise self._damaged(f"{is_there.count(0)} of {wanted} chunks are nowhere")
-        return wanted, written
+        source.id.chunk_iter(visit)
+        if not all(is_present):
+            raise self._damaged(f"{is_present.count(0)} of {expected} chunks have no data")
+        return expected, written
 
     def _file_bytes(self) -> int:
         return os.fstat(self._file.fileno()).st_size
 
-    def _damaged(self, how: str) -> SourceError:
-        return SourceError(f"{self.path} is damaged: {how}", "get the file again")
+    def _damaged(self, problem: str) -> SourceError:
+        return SourceError(f"{self.path} is damaged: {problem}", "get the file again")
 
     def fingerprint(self) -> str:
-        """Return a hash of size, time of change, and samples of the file, as it is now."""
+        """Return a hash of the file's current size, modification time and samples."""
         return self._mapped.fingerprint()
 
     def read(self, start: int, stop: int) -> Chunk:
-        """Return images: of a contiguous dataset a mapped window, and otherwise a copy.
+        """Return images as a view of a mapped window if the dataset is contiguous, or as a copy.
 
         Raises
         ------
         StoppedError
-            If they cannot be read, as where a chunk is damaged.
+            If they cannot be read, for example because a chunk is damaged.
         """
         if self._is_mapped:
             return Chunk(self._mapped.read(start, stop), [*self.records[start:stop]])
         return read_copy(self, start, stop)
 
     def read_into(self, start: int, out: NDArray[Any]) -> None:
-        """Read as many images as `out` has, from row `start` on; many threads may.
+        """Fill `out` with images, starting at row `start`; thread-safe.
 
         Raises
         ------
         StoppedError
-            If they cannot be read, as where a chunk is damaged.
+            If they cannot be read, for example because a chunk is damaged.
         """
         if self._is_mapped:
             self._mapped.read_into(start, out)
             return
-        chosen = self._dataset.id.get_space()
-        chosen.select_hyperslab((start, 0, 0, 0), out.shape)
-        memory = h5py.h5s.create_simple(out.shape)
-        # h5py knows no type for bfloat16 in memory: that in the file is the same.
-        in_memory = self._dataset.id.get_type() if self.header.dtype == "bfloat16" else None
+        selection = self._dataset.id.get_space()
+        selection.select_hyperslab((start, 0, 0, 0), out.shape)
+        memory_space = h5py.h5s.create_simple(out.shape)
+        # h5py has no in-memory type for bfloat16; the type in the file is identical.
+        memory_type = self._dataset.id.get_type() if self.header.dtype == "bfloat16" else None
         try:
-            self._dataset.id.read(memory, chosen, out, in_memory)
+            self._dataset.id.read(memory_space, selection, out, memory_type)
         except OSError as error:
             raise StoppedError(
                 f"{self.path}: images {start} to {start + len(out) - 1} cannot be read: {error}",
-                "mend the cause, then run the same command again; where a chunk is damaged, get "
-                "the file again and give --restart",
+                "fix the cause and rerun the same command; if a chunk is damaged, get the file "
+                "again and add --restart",
             ) from None
 
     def close(self) -> None:
-        """Close the file; windows that were returned stay valid."""
-        self._open.close()
+        """Close the file; views that were returned stay valid."""
+        self._open_files.close()
 
 
 class Hdf5Target(ContiguousTarget):
-    """A contiguous dataset, alone in a new HDF5 file.
+    """A contiguous dataset in a new HDF5 file that contains nothing else.
 
     Parameters
     ----------
     path
-        The name that the file gets when it is complete, ``::``, and the dataset's name.
+        The path of the published file, ``::``, and the dataset's name.
     header
-        What will be in it.
+        Shape, dtype and layout of the array.
     storage
-        What carries out the system calls.
-
+        Performs the system calls.
     """
 
     kind = "hdf5"
 
     def __init__(self, path: Path, header: Header, storage: Storage) -> None:
         self._dataset_path = path
-        super().__init__(container_of(path), header, storage, _start_bytes(path, header))
+        super().__init__(container_of(path), header, storage, _preamble(path, header))
 
     def published(self) -> Hdf5Source:
         """Open the published file."""
@@ -399,26 +405,26 @@ def _open(path: Path) -> BinaryIO:
 
 
 def check_name(path: Path) -> None:
-    """Refuse a name that a new dataset cannot have.
+    """Check that a new dataset can have the name in a path.
 
     Raises
     ------
     TargetError
-        Saying why.
+        If it is missing, not printable, too long, or nested too deeply.
     """
     name = inner_name(path)
     if not name:
-        problem = "the dataset in the file has no name"
+        problem = "the location does not name a dataset in the file"
     elif "\0" in name or not name.isprintable():
-        problem = f"a dataset cannot be called {name!r}"
+        problem = f"invalid dataset name {name!r}"
     elif max(len(part.encode()) for part in name.split("/")) > MAX_NAME_BYTES:
-        problem = f"a part of the dataset's name has more than {MAX_NAME_BYTES} bytes"
+        problem = f"a component of the dataset's name has more than {MAX_NAME_BYTES} bytes"
     elif name.count("/") > MAX_GROUPS:
-        problem = f"the dataset is within more than {MAX_GROUPS - 1} groups"
+        problem = f"the dataset is nested in more than {MAX_GROUPS - 1} groups"
     else:
         return
     file = container_of(path)
-    raise TargetError(f"{file}: {problem}", f"give it another: {file}::/images")
+    raise TargetError(f"{file}: {problem}", f"give a valid name, for example {file}::/images")
 
 
 def _hdf5_type(name: str) -> h5py.h5t.TypeID:
@@ -432,7 +438,7 @@ def _hdf5_type(name: str) -> h5py.h5t.TypeID:
 
 
 def _name_of(path: Path) -> bytes:
-    """Return the name within a file as HDF5 has it: bytes, mostly UTF-8."""
+    """Return the name within a file as HDF5 stores it: bytes, usually UTF-8."""
     return inner_name(path).encode(errors="surrogateescape")
 
 
@@ -444,31 +450,32 @@ def _has_link(group: h5py.Group, name: bytes) -> bool:
     return b"\0" not in name and bool(group.id.links.exists(name))
 
 
-def _shown(name: bytes) -> str:
-    """Return a name to be printed, whatever is in it."""
+def _display(name: bytes) -> str:
+    """Return a name escaped for a message: it may contain arbitrary bytes."""
     return repr(name.decode(errors="backslashreplace"))
 
 
-def _start_bytes(path: Path, header: Header) -> bytes:
-    """Return what HDF5 writes before the array of a file that holds nothing else.
+def _preamble(path: Path, header: Header) -> bytes:
+    """Return what HDF5 writes before the array of a file that contains nothing else.
 
-    It reserves the array's place, and never writes into it.
+    HDF5 allocates the array's space here, and never writes to it.
     """
-    written = io.BytesIO()
-    aligned = {"alignment_threshold": 1, "alignment_interval": ALIGNMENT}
-    with h5py.File(written, "w", libver=("v108", "v108"), **aligned) as file:
-        made = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        made.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-        made.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-        made.set_obj_track_times(False)  # the same bytes at any time
-        linked = h5py.h5p.create(h5py.h5p.LINK_CREATE)
-        linked.set_create_intermediate_group(True)
-        linked.set_char_encoding(h5py.h5t.CSET_UTF8)
+    buffer = io.BytesIO()
+    alignment = {"alignment_threshold": 1, "alignment_interval": ALIGNMENT}
+    with h5py.File(buffer, "w", libver=("v108", "v108"), **alignment) as file:
+        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        properties.set_obj_track_times(False)  # for reproducible bytes
+        links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+        links.set_create_intermediate_group(True)
+        links.set_char_encoding(h5py.h5t.CSET_UTF8)
         name = inner_name(path).encode()
         space = h5py.h5s.create_simple(header.shape)
-        dataset = h5py.h5d.create(file.id, name, _hdf5_type(header.dtype), space, made, linked)
+        dtype = _hdf5_type(header.dtype)
+        dataset = h5py.h5d.create(file.id, name, dtype, space, properties, links)
         offset = int(dataset.get_offset())
-    start = written.getvalue()
-    if len(start) > offset:
-        raise RuntimeError(f"HDF5 wrote {len(start)} bytes, and the array begins at {offset}")
-    return start.ljust(offset, b"\0")
+    preamble = buffer.getvalue()
+    if len(preamble) > offset:
+        raise RuntimeError(f"HDF5 wrote {len(preamble)} bytes, but the array starts at {offset}")
+    return preamble.ljust(offset, b"\0")

@@ -1,4 +1,4 @@
-"""Image files that are written, one for each row, on all cores: PNG, WebP without loss, or JPEG."""
+"""Write one image file per row: PNG, lossless WebP, or JPEG."""
 
 from __future__ import annotations
 
@@ -30,59 +30,59 @@ __all__ = ["FileFormat", "ImageFolderTarget", "check_format", "is_lossy"]
 
 FileFormat: TypeAlias = Literal["png", "jpeg", "webp"]
 
-ENDINGS: Final[dict[str, str]] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+FORMAT_SUFFIXES: Final[dict[str, str]] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 MAX_SIDES: Final = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}
 MAX_NAME_BYTES: Final = 255
 JPEG_QUALITY: Final = 95
 
 
 def check_format(name: str, height: int, width: int) -> None:
-    """Refuse a format that there is not, or that images of a size do not fit into.
+    """Check that a format is supported, and supports images of a size.
 
     Raises
     ------
     UsageError, TargetError
-        Saying which there are, or which do fit.
+        If the format is unknown, or the images are too large for it.
     """
     if name not in get_args(FileFormat):
-        raise UsageError(f"format is {name!r}", f"give one of {', '.join(get_args(FileFormat))}")
+        raise UsageError(
+            f"unknown format {name!r}", f"choose one of {', '.join(get_args(FileFormat))}"
+        )
     if max(height, width) > MAX_SIDES[name]:
         raise TargetError(
-            f"images of {height}x{width} do not fit into {name}, whose longest side is "
-            f"{MAX_SIDES[name]}",
-            "give --format png",
+            f"images of {height}x{width} are too large for {name}, whose maximum is "
+            f"{MAX_SIDES[name]} pixels per side",
+            "use --format png",
         )
 
 
 def is_lossy(name: str) -> bool:
-    """Whether the images that are read back are others than those that were written."""
+    """Whether images in a format may differ when they are read back."""
     return name == "jpeg"
 
 
 class ImageFolderTarget:
-    """A directory of image files, one for each row, named by the records where there are any.
-
-    A row that failed in the source has no file. While unfinished, the directory has another name.
+    """A directory with one image file per row. Rows that failed in the source have no file.
 
     Parameters
     ----------
     path
-        The directory that the images get when they are complete.
+        The path of the published directory.
     header
-        What will be in it: uint8 images, NHWC.
+        The shape of the images, which are uint8 and NHWC.
     storage
-        What carries out the system calls.
+        Performs the system calls.
     records
-        One for each row, or none: then files are named by row.
+        One per row, which name the files; without records, files are named by row number.
     file_format
-        "png" and "webp" give back what was written; "jpeg" is lossy.
+        "png" and "webp" are lossless; "jpeg" is lossy.
 
     Raises
     ------
     SourceError
-        If the records name a file twice.
+        If the records contain a name twice.
     TargetError
-        If a file's name would be too long.
+        If a file name would be too long.
     """
 
     kind = "images"
@@ -101,51 +101,51 @@ class ImageFolderTarget:
         self._storage = storage
         self._records = records
         self._format = file_format
-        self._times = _suffix_repeats(self._paths, ENDINGS[file_format]) if records else 0
-        self._made: Path | None = None
+        self._repeats = _suffix_repeats(self._paths, FORMAT_SUFFIXES[file_format]) if records else 0
+        self._last_directory: Path | None = None
         self._syncs_each = False
 
     def _paths(self) -> Iterator[str]:
         return (record.path for record in self._records)
 
     def create(self) -> None:
-        """Make the empty directory."""
+        """Create an empty directory."""
         self._storage.remove(self.partial)
         self._storage.make_directory(self.partial)
         self._storage.sync_directory(self.path.parent)
         self._syncs_each = not self._storage.has_syncfs(self.partial)
 
     def reopen(self) -> None:
-        """Go on with the directory that is there."""
+        """Check that the directory exists."""
         if not self.partial.is_dir():
-            raise ResumeError(f"{self.partial} is gone", "start again with --restart")
+            raise ResumeError(f"{self.partial} does not exist", "start over with --restart")
         self._syncs_each = not self._storage.has_syncfs(self.partial)
 
     def encode(self, image: NDArray[np.uint8]) -> bytes:
-        """Return an image's file; many threads may."""
+        """Return an image in the file format; thread-safe."""
         if self._format == "jpeg":
             encoded: bytes = simplejpeg.encode_jpeg(
                 image, quality=JPEG_QUALITY, colorsubsampling="444"
             )
             return encoded
-        written = io.BytesIO()
+        buffer = io.BytesIO()
         options = {"lossless": True} if self._format == "webp" else {}
-        Image.fromarray(image).save(written, self._format, **options)
-        return written.getvalue()
+        Image.fromarray(image).save(buffer, self._format, **options)
+        return buffer.getvalue()
 
-    def offset(self, start: int) -> int:  # noqa: ARG002  # a row's file begins with it
-        """Return 0."""
+    def offset(self, start: int) -> int:  # noqa: ARG002  # every row begins its own file
+        """Return 0: each row is a separate file."""
         return 0
 
     def write(self, start: int, stored: Payload) -> None:
-        """Write the files of some rows, of which those that failed are empty and have none."""
+        """Write the encoded images of rows; an empty one marks a failed row, which has no file."""
         for name, data in zip(self._names(start, start + len(stored)), stored, strict=True):
             if not len(data):
                 continue
             path = self.partial / name
-            if path.parent != self._made:
+            if path.parent != self._last_directory:
                 self._storage.make_directory(path.parent)
-                self._made = path.parent
+                self._last_directory = path.parent
             file = self._storage.create(path)
             try:
                 self._storage.write(file, data, 0)
@@ -155,19 +155,19 @@ class ImageFolderTarget:
                 self._storage.close(file)
 
     def sync(self) -> None:
-        """Make the files written so far survive a power cut, and their names."""
+        """Make the files written so far, and their directory entries, durable."""
         self._storage.syncfs(self.partial)
 
     def read_unfinished(self, start: int, stop: int) -> Payload | None:  # noqa: ARG002
-        """Return None: what is committed was synced."""
+        """Return None: committed files were synced."""
         return None
 
     def read_stored(self, start: int, stop: int) -> Payload:
-        """Read the files of some rows; a row that failed has none."""
+        """Return the encoded images of rows of the published directory; empty for failed rows."""
         return [b"" if name is None else self._content(name) for name in self._files(start, stop)]
 
     def read_back(self, start: int, stop: int) -> NDArray[Any]:
-        """Decode rows of the published directory; a row that failed is zeros."""
+        """Decode rows of the published directory; failed rows are zeros."""
         batch = np.zeros((stop - start, *self.header.shape[1:]), np.uint8)
         for image, name in zip(batch, self._files(start, stop), strict=True):
             if name is None:
@@ -193,15 +193,15 @@ class ImageFolderTarget:
         )
 
     def publish(self) -> None:
-        """Rename the complete directory to its name."""
+        """Rename the complete directory to the published path."""
         self._storage.rename(self.partial, self.path)
         self._storage.sync_directory(self.path.parent)
 
     def close(self) -> None:
-        """Nothing stays open."""
+        """Do nothing: no files stay open."""
 
     def _files(self, start: int, stop: int) -> Iterator[str | None]:
-        """Return the name of each row's file; None where the row failed."""
+        """Return the file name of each row; None for failed rows."""
         names = self._names(start, stop)
         if not self._records:
             return names
@@ -211,37 +211,37 @@ class ImageFolderTarget:
         )
 
     def _names(self, start: int, stop: int) -> Iterator[str]:
-        ending = ENDINGS[self._format]
+        suffix = FORMAT_SUFFIXES[self._format]
         if not self._records:
-            return (f"{row:08d}{ending}" for row in range(start, stop))
+            return (f"{row:08d}{suffix}" for row in range(start, stop))
         paths = (record.path for record in self._records[start:stop])
-        return (_named(path, ending, self._times) for path in paths)
+        return (_with_suffix(path, suffix, self._repeats) for path in paths)
 
 
-def _checked(name: str) -> bytes:
-    """Return the bytes of a file's name; refuse one that is too long for a disk."""
+def _encode_name(name: str) -> bytes:
+    """Return the bytes of a file name, after checking the length of its components."""
     encoded = os.fsencode(name)
     if len(encoded) > MAX_NAME_BYTES and max(map(len, encoded.split(b"/"))) > MAX_NAME_BYTES:
         raise TargetError(
-            f"the file {name!r} would have a name of more than {MAX_NAME_BYTES} bytes",
-            "leave the index away, so that files are named by their rows",
+            f"the file name {name!r} would be longer than {MAX_NAME_BYTES} bytes",
+            "remove the index, so that files are named by row number",
         )
     return encoded
 
 
-def _named(path: str, ending: str, times: int) -> str:
-    """Return a path with its end replaced, or with the ending so many times behind it."""
-    if times:
-        return path + ending * times
+def _with_suffix(path: str, suffix: str, repeats: int) -> str:
+    """Return a path with its suffix replaced, or with `suffix` appended `repeats` times."""
+    if repeats:
+        return path + suffix * repeats
     folder, slash, name = path.rpartition("/")
     stem = name.rpartition(".")[0] or name
-    return folder + slash + stem + ending
+    return folder + slash + stem + suffix
 
 
-def _suffix_repeats(paths: Callable[[], Iterable[str]], ending: str) -> int:
-    """Return how many endings are put behind all paths; 0 where theirs can be replaced.
+def _suffix_repeats(paths: Callable[[], Iterable[str]], suffix: str) -> int:
+    """Return how often to append the suffix to all paths; 0 if theirs can be replaced.
 
-    They cannot where two paths differ only in how they end, or a file would take a folder's name.
+    They cannot if two paths differ only in their suffix, or if a file would have a folder's name.
 
     >>> _suffix_repeats(lambda: ["cat/a.jpg", "cat/b.jpg"], ".png")
     0
@@ -251,15 +251,17 @@ def _suffix_repeats(paths: Callable[[], Iterable[str]], ending: str) -> int:
     repeated = first_repeated(os.fsencode(path) for path in paths())
     if repeated is not None:
         path = next(itertools.islice(paths(), repeated[0], None))
-        raise SourceError(f"the index names {path!r} twice", "put back the index as it was written")
+        raise SourceError(
+            f"the index names {path!r} twice", "restore the index that was written with the dataset"
+        )
     folders = np.unique(
         name_hashes(
             os.fsencode(str(folder)) for path in paths() for folder in PurePosixPath(path).parents
         )
     )
-    times = 0
+    repeats = 0
     while True:
-        names = name_hashes(_checked(_named(path, ending, times)) for path in paths())
+        names = name_hashes(_encode_name(_with_suffix(path, suffix, repeats)) for path in paths())
         if len(np.unique(names)) == len(names) and not np.isin(names, folders).any():
-            return times
-        times += 1
+            return repeats
+        repeats += 1

@@ -1,7 +1,6 @@
-"""Images that are read one by one into rows: what a directory and tar shards have in common.
+"""Sources of encoded images: the part that directories and tar shards share, and directories.
 
-And the directory: every file whose name ends like an image's, in the order of the bytes of the
-paths below it.
+The images of a directory are all files with an image suffix, sorted bytewise by relative path.
 """
 
 from __future__ import annotations
@@ -39,53 +38,53 @@ __all__ = [
 
 CHANNELS: Final = 3
 SIZES_SHOWN: Final = 5
-STATS_PER_TASK: Final = 64
-ENDINGS: Final = frozenset(suffix.encode() for suffix in SUFFIXES)
+SIZES_PER_TASK: Final = 64
+SUFFIX_BYTES: Final = frozenset(suffix.encode() for suffix in SUFFIXES)
 
 
 def is_image_name(name: bytes) -> bool:
-    """Whether a file's name ends like an image's.
+    """Whether a file's name has an image suffix.
 
     >>> is_image_name(b"cat/a.JPG"), is_image_name(b".jpg"), is_image_name(b"a.jpg.txt")
     (True, False, False)
     """
-    at = name.rfind(b".")
-    return name[at:].lower() in ENDINGS and at > 0 and name[at - 1 : at] != b"/"
+    dot = name.rfind(b".")
+    return name[dot:].lower() in SUFFIX_BYTES and dot > 0 and name[dot - 1 : dot] != b"/"
 
 
 def skipped_note(skipped: int) -> list[str]:
-    """Return a note of how many files are no images; none if there are none."""
-    return [f"left out, because not named like images: {skipped}"] if skipped else []
+    """Return a note with the number of skipped files, or no note if it is zero."""
+    return [f"skipped files without an image suffix: {skipped}"] if skipped else []
 
 
 class ImageListing(Protocol):
-    """Which images there are, found once without reading them; some 50 bytes for each."""
+    """The images of a source, listed once without reading them; about 50 bytes for each."""
 
     @property
     def stored_bytes(self) -> int:
-        """How many bytes all images take."""
+        """Size of all encoded images in bytes."""
 
     @property
     def skipped(self) -> int:
-        """How many files were left out because they are not named like images."""
+        """Number of files skipped because they have no image suffix."""
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know before the run."""
+        """Notes to show the user before the run."""
 
     def fingerprint(self) -> str:
-        """Return a hash that changes when the images do, of what is there now."""
+        """Return a hash of the images' current state, which changes when they do."""
 
     def __len__(self) -> int: ...
 
     def name(self, row: int) -> bytes:
-        """Return an image's path: relative, with forward slashes."""
+        """Return the relative path of an image, with forward slashes."""
 
     def label(self, row: int) -> bytes:
-        """Return what kind of image it is said to be."""
+        """Return the class label of an image."""
 
     def identity(self, row: int) -> bytes:
-        """Return what changes when an image does: its name, its size, the time of its change."""
+        """Return an image's name, size and modification time, as bytes to be hashed."""
 
     def read(self, row: int, max_bytes: int) -> bytes:
         """Read an encoded image.
@@ -100,31 +99,31 @@ class ImageListing(Protocol):
 
 
 class ImageSource:
-    """A source of encoded images: each is a row, and one that cannot be read is a row of zeros.
+    """A source of encoded images, one per row; images that fail to decode become rows of zeros.
 
     Parameters
     ----------
     path
-        What they are in.
+        The directory or tar shards that contain the images.
     decoding
-        How they are read.
+        Decoding options.
     decoder
-        What decodes them.
+        Decodes the images.
     threads
-        How many look at the images' sizes, where no size is given.
+        Number of threads that read image sizes if `decoding` gives none.
     listing
-        Which there are, where that was found before.
+        The listing of the images, if it is already known.
 
     Raises
     ------
     SourceError
-        If there is no image, they cannot be listed, or sizes differ and none was given.
+        If there are no images, they cannot be listed, or sizes differ and `decoding` gives none.
     """
 
     kind: str
     read_granularity = 1
     lists: Callable[[Path], ImageListing]
-    """What finds the images."""
+    """Lists the images at a path."""
 
     def __init__(
         self,
@@ -145,21 +144,21 @@ class ImageSource:
         self.notes = listing.notes
         if not len(listing):
             raise SourceError(
-                f"{path} holds no images ({listing.skipped} other files)",
-                f"give files that end in {', '.join(sorted(SUFFIXES))}",
+                f"{path} contains no images ({listing.skipped} other files)",
+                f"give images with one of the suffixes {', '.join(sorted(SUFFIXES))}",
             )
-        height, width = decoding.size or self._only_size(threads)
+        height, width = decoding.size or self._common_size(threads)
         self.header = Header((len(listing), height, width, CHANNELS), "uint8", "NHWC")
 
     def fingerprint(self) -> str:
-        """Return a hash of all names, sizes and times of change, as they are now.
+        """Return a hash of all names, sizes and modification times.
 
-        Of a file that changed after it was listed only reading it tells.
+        A file that changed after it was listed is only detected when it is read.
         """
         return self.listing.fingerprint()
 
     def checksum_of(self, start: int, stop: int, failed: Collection[int]) -> str:
-        """Return the xxh3-64 of what identifies some images, without those that failed."""
+        """Return the xxh3-64 of the identities of the images that did not fail."""
         digest = xxhash.xxh3_64()
         for row in range(start, stop):
             if row not in failed:
@@ -167,7 +166,7 @@ class ImageSource:
         return digest.hexdigest()
 
     def decode(self, row: int, out: NDArray[np.uint8]) -> ImageRecord:
-        """Decode one image into a contiguous `out`, zeros if it fails; many threads may.
+        """Decode one image into a contiguous `out`, or fill it with zeros on failure; thread-safe.
 
         Raises
         ------
@@ -187,20 +186,20 @@ class ImageSource:
         return ImageRecord(os.fsdecode(name), os.fsdecode(label), width, height, failed, reason)
 
     def read(self, start: int, stop: int) -> Chunk:
-        """Decode images into a new batch; rows that cannot be read are zeros."""
+        """Decode images into a new batch; images that fail become zeros."""
         batch = np.empty((stop - start, *self.header.shape[1:]), np.uint8)
         return Chunk(batch, [self.decode(row, batch[row - start]) for row in range(start, stop)])
 
     def close(self) -> None:
-        """Nothing stays open."""
+        """Do nothing: no files stay open."""
 
-    def _only_size(self, threads: int) -> tuple[int, int]:
-        """Return the height and width that all readable images have."""
+    def _common_size(self, threads: int) -> tuple[int, int]:
+        """Return the height and width of all readable images, which must be equal."""
         examples: dict[tuple[int, int], int] = {}
         counts: Counter[tuple[int, int]] = Counter()
         reasons: dict[int, str] = {}
 
-        def look_at(rows: range) -> None:
+        def inspect(rows: range) -> None:
             for row in rows:
                 size = self._size(row)
                 if isinstance(size, str):
@@ -209,15 +208,14 @@ class ImageSource:
                     counts[size] += 1
                     examples[size] = min(row, examples.get(size, row))
 
-        images, together = len(self.listing), STATS_PER_TASK
-        starts = range(0, images, together)
-        pieces = [range(start, min(start + together, images)) for start in starts]
-        parallel_for(pieces, look_at, threads)
+        images, step = len(self.listing), SIZES_PER_TASK
+        tasks = [range(start, min(start + step, images)) for start in range(0, images, step)]
+        parallel_for(tasks, inspect, threads)
         if not counts:
             first = min(reasons)
             raise SourceError(
-                f"none of the {images} images in {self.path} can be read, the first: "
-                f"{self._shown(first)}: {reasons[first]}",
+                f"none of the {images} images in {self.path} can be read; the first is "
+                f"{self._display_name(first)}: {reasons[first]}",
                 "check that the files are images",
             )
         if len(counts) > 1:
@@ -229,32 +227,32 @@ class ImageSource:
     ) -> SourceError:
         shown = sorted(counts, key=lambda size: (-counts[size], examples[size]))[:SIZES_SHOWN]
         sizes = ", ".join(
-            f"{size[0]}x{size[1]} ({counts[size]}, as {self._shown(examples[size])})"
+            f"{size[0]}x{size[1]} ({counts[size]}, e.g. {self._display_name(examples[size])})"
             for size in shown
         )
         more = f" and {len(counts) - len(shown)} more" if len(counts) > len(shown) else ""
         return SourceError(
-            f"{self.path} holds images of {len(counts)} sizes (height x width): {sizes}{more}",
-            "choose one size for all: --size 224 224",
+            f"{self.path} contains images of {len(counts)} sizes (height x width): {sizes}{more}",
+            "choose one size for all images: --size 224 224",
         )
 
     def _size(self, row: int) -> tuple[int, int] | str:
-        """Return height and width, or why they cannot be read."""
+        """Return the height and width, or the reason why they cannot be read."""
         try:
             return self._decoder.size(self.listing.read(row, self.decoding.max_bytes))
         except OSError as error:
             return describe_error(error)
 
-    def _shown(self, row: int) -> str:
+    def _display_name(self, row: int) -> str:
         return os.fsdecode(self.listing.name(row))
 
 
 @dataclass
 class FolderImageListing:
-    """The images below a directory, in the order of the bytes of their paths.
+    """The images below a directory, sorted bytewise by path.
 
-    A file, or anything else, whose name ends like an image's is listed. Directories are walked;
-    links to directories are not.
+    Everything with an image suffix is listed, whether or not it is a regular file. Symbolic links
+    to directories are not followed.
 
     Raises
     ------
@@ -267,7 +265,7 @@ class FolderImageListing:
     sizes: array[int] = field(default_factory=lambda: array("q"))
     changed_ns: array[int] = field(default_factory=lambda: array("q"))
     folders: dict[bytes, int] = field(default_factory=dict)
-    """Every directory, and when a name in it was last changed."""
+    """The modification time of every directory."""
     skipped: int = 0
 
     def __post_init__(self) -> None:
@@ -286,29 +284,29 @@ class FolderImageListing:
 
     @property
     def stored_bytes(self) -> int:
-        """How many bytes all images take."""
+        """Size of all encoded images in bytes."""
         return sum(self.sizes)
 
     @property
     def notes(self) -> list[str]:
-        """How many files were left out, if some were."""
+        """A note with the number of skipped files, if there are any."""
         return skipped_note(self.skipped)
 
     def name(self, row: int) -> bytes:
-        """Return an image's path below the directory."""
+        """Return the path of an image relative to the directory."""
         return self.names[row]
 
     def label(self, row: int) -> bytes:
-        """Return the first folder of an image's path."""
+        """Return the first folder of an image's path, or nothing."""
         folder, slash, _ = self.names[row].partition(b"/")
         return folder if slash else b""
 
     def identity(self, row: int) -> bytes:
-        """Return an image's name, size and time of change."""
+        """Return an image's name, size and modification time."""
         return b"%d %d %b\0" % (self.sizes[row], self.changed_ns[row], self.names[row])
 
     def read(self, row: int, max_bytes: int) -> bytes:
-        """Read an image's file; one that is a link has to lead to a file below the directory."""
+        """Read an image's file; a symbolic link must resolve to a file below the directory."""
         path = self._root + self.names[row]
         try:
             data, status = read_regular(path, max_bytes)
@@ -321,7 +319,7 @@ class FolderImageListing:
         return data
 
     def fingerprint(self) -> str:
-        """Return a hash of all identities; where a name came or went since, looked for again."""
+        """Return a hash of all identities; lists again if a directory changed in the meantime."""
         for folder, changed_ns in self.folders.items():
             if _size_and_change(self._root + folder)[1] != changed_ns:
                 return FolderImageListing(self.directory).fingerprint()
@@ -330,33 +328,33 @@ class FolderImageListing:
     def _target_below(self, path: bytes) -> bytes:
         target, root = os.path.realpath(path), os.path.realpath(self._root)
         if not target.startswith(root + b"/"):
-            raise OSError("a link that leads out of the directory")
+            raise OSError("a symbolic link to a file outside of the directory")
         return target
 
     def _walk(self) -> Iterator[bytes]:
-        """Return the paths of what is named like an image, and count the rest.
+        """Yield the paths with an image suffix in bytewise order, and count the others.
 
-        A directory takes its place among the names as if it ended in a slash, as all paths below it
-        go on with one: so no more than the names of one directory are sorted at a time.
+        A directory sorts as if its name ended in a slash, because the paths below it continue with
+        one. So only the names within one directory need sorting at a time.
         """
-        ahead = [iter([b""])]
-        while ahead:
-            path = next(ahead[-1], None)
+        stack = [iter([b""])]
+        while stack:
+            path = next(stack[-1], None)
             if path is None:
-                ahead.pop()
+                stack.pop()
             elif path == b"" or path.endswith(b"/"):
-                ahead.append(iter(self._listed(path)))
+                stack.append(iter(self._scan(path)))
             elif is_image_name(path):
                 yield path
             else:
                 self.skipped += 1
 
-    def _listed(self, folder: bytes) -> list[bytes]:
-        """Return the sorted paths in a directory; those of directories end in a slash.
+    def _scan(self, folder: bytes) -> list[bytes]:
+        """Return the sorted paths in a directory; those of subdirectories end in a slash.
 
-        One that is named like an image is there both ways.
+        A subdirectory with an image suffix appears both with and without the slash.
         """
-        found = []
+        paths = []
         try:
             self.folders[folder] = os.stat(self._root + folder).st_mtime_ns
             with os.scandir(self._root + folder) as entries:
@@ -364,22 +362,22 @@ class FolderImageListing:
                     path = folder + entry.name
                     is_folder = entry.is_dir(follow_symlinks=False)
                     if is_folder:
-                        found.append(path + b"/")
+                        paths.append(path + b"/")
                     if not is_folder or is_image_name(path):
-                        found.append(path)
+                        paths.append(path)
         except OSError as error:
             raise SourceError(
                 f"{os.fsdecode(self._root + folder)} cannot be listed: {error.strerror}",
                 "check its permissions",
             ) from None
-        found.sort()
-        return found
+        paths.sort()
+        return paths
 
 
 def _size_and_change(path: bytes) -> tuple[int, int]:
     try:
         status = os.stat(path)
-    except OSError:  # a link to nothing: a row that fails, with its reason, when it is read
+    except OSError:  # e.g. a dangling link: reading the row fails, with the reason
         return 0, 0
     return status.st_size, status.st_mtime_ns
 

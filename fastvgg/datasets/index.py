@@ -1,4 +1,4 @@
-"""`DST.index.csv`: one line for each image, failures too."""
+"""The index, `DST.index.csv`: one CSV record per image, including those that failed."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ COLUMNS: Final = ("row", "path", "label", "width", "height", "status", "reason")
 INDEX_HEAD: Final = ",".join(COLUMNS) + "\n"
 STATUS: Final = ("ok", "failed")
 IN_MEMORY: Final = Path("the index's lines")
-REMEDY: Final = "put back the index that was written with the dataset, or remove it"
+REMEDY: Final = "restore the index that was written with the dataset, or remove it"
 
 
 def index_path(dataset: Path) -> Path:
-    """Return where the index of a dataset is."""
+    """Return the path of a dataset's index."""
     return sidecar_path(dataset, ".index.csv")
 
 
 def index_text(records: Iterable[ImageRecord], start: int = 0) -> str:
-    """Return the lines of an index, from row `start` on; `INDEX_HEAD` stands before them all.
+    """Format records as lines of an index, from row `start` on, without the header line.
 
     >>> print(index_text([ImageRecord("cat/a.jpg", "cat", 500, 375, False, "")], 7), end="")
     7,cat/a.jpg,cat,500,375,ok,
@@ -53,7 +53,7 @@ def index_text(records: Iterable[ImageRecord], start: int = 0) -> str:
     text = _csv(rows, "\n")
     if "\r" not in text:
         return text
-    # The writer quotes a carriage return only where one is in its line end.
+    # csv.writer quotes a carriage return only if its line terminator contains one.
     return "".join(_csv([row], "\r\n").removesuffix("\r\n") + "\n" for row in rows)
 
 
@@ -64,28 +64,28 @@ def _csv(rows: Iterable[Iterable[object]], line_end: str) -> str:
 
 
 def index_records(text: str, start: int = 0) -> list[ImageRecord]:
-    """Return the records that `index_text` made lines of.
+    """Parse the lines that `index_text` formatted.
 
     Raises
     ------
     SourceError
-        If it did not make them.
+        If the lines are damaged.
     """
     lines = _Lines(IN_MEMORY, io.BytesIO(text.encode("utf-8", "surrogateescape")))
     return [_record(IN_MEMORY, row, fields) for row, fields in enumerate(lines, start)]
 
 
 class Index(Sequence[ImageRecord]):
-    """The records of an index, read from its file when they are asked for.
+    """The records of an index, read from its file on access.
 
-    Of each no more is kept than where its line begins: 8 bytes.
+    Only the offset of each line is held in memory, 8 bytes per record.
 
     Parameters
     ----------
     path
-        The index.
+        The path of the index.
     file
-        The same, open at its beginning.
+        The same file, open at its start.
 
     Raises
     ------
@@ -95,53 +95,53 @@ class Index(Sequence[ImageRecord]):
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
-        self._begins = array("Q")
+        self._offsets = array("Q")
         lines = _Lines(path, file)
         if tuple(next(lines, COLUMNS)) != COLUMNS:
             raise SourceError(
-                f"{path} line 1 is not the head of an index: {','.join(COLUMNS)}", REMEDY
+                f"{path} line 1 is not the header of an index: {','.join(COLUMNS)}", REMEDY
             )
-        self._begins.append(lines.end)
+        self._offsets.append(lines.end)
         for row, fields in enumerate(lines):
             _record(path, row, fields)
-            self._begins.append(lines.end)
+            self._offsets.append(lines.end)
 
     def __len__(self) -> int:
-        return len(self._begins) - 1
+        return len(self._offsets) - 1
 
     @overload
-    def __getitem__(self, at: int) -> ImageRecord: ...
+    def __getitem__(self, index: int) -> ImageRecord: ...
     @overload
-    def __getitem__(self, at: slice) -> list[ImageRecord]: ...
-    def __getitem__(self, at: int | slice) -> ImageRecord | list[ImageRecord]:
-        if isinstance(at, int):
-            row = range(len(self))[at]
+    def __getitem__(self, index: slice) -> list[ImageRecord]: ...
+    def __getitem__(self, index: int | slice) -> ImageRecord | list[ImageRecord]:
+        if isinstance(index, int):
+            row = range(len(self))[index]
             return self._between(row, row + 1)[0]
-        start, stop, step = at.indices(len(self))
-        return self._between(start, max(start, stop))[::step] if step > 0 else [*self][at]
+        start, stop, step = index.indices(len(self))
+        return self._between(start, max(start, stop))[::step] if step > 0 else [*self][index]
 
     def __iter__(self) -> Iterator[ImageRecord]:
         with open_regular(self.path) as file:
-            file.seek(self._begins[0])
+            file.seek(self._offsets[0])
             for row, fields in enumerate(_Lines(self.path, file)):
                 yield _record(self.path, row, fields)
 
     def _between(self, start: int, stop: int) -> list[ImageRecord]:
         with open_regular(self.path) as file:
-            file.seek(self._begins[start])
-            data = file.read(self._begins[stop] - self._begins[start])
+            file.seek(self._offsets[start])
+            data = file.read(self._offsets[stop] - self._offsets[start])
         lines = _Lines(self.path, io.BytesIO(data))
         return [_record(self.path, row, fields) for row, fields in enumerate(lines, start)]
 
 
 def read_index(dataset: Path, images: int) -> Sequence[ImageRecord]:
-    """Read the index of a dataset of `images` rows; nothing where it has none.
+    """Read the index of a dataset of `images` rows; empty if it has no index.
 
     Raises
     ------
     SourceError
-        If the index cannot be read, is damaged, does not fit the dataset, or names a path outside
-        of it.
+        If the index cannot be read, is damaged, has a different number of rows, or names a path
+        outside of the dataset.
     """
     path = index_path(dataset)
     with open_sidecar(path) as file:
@@ -149,19 +149,19 @@ def read_index(dataset: Path, images: int) -> Sequence[ImageRecord]:
             return ()
         index = Index(path, file)
     if len(index) != images:
-        raise SourceError(f"{path} lists {len(index)} images, and {dataset} has {images}", REMEDY)
+        raise SourceError(f"{path} lists {len(index)} images, but {dataset} has {images}", REMEDY)
     return index
 
 
 class _Lines:
-    """The fields of each line of CSV, which may hold line feeds, and where it ends."""
+    """Iterate over CSV records, which may contain line feeds, and track the offset of their end."""
 
     def __init__(self, path: Path, file: BinaryIO | io.BytesIO) -> None:
         self.end = 0
         self._path = path
-        self._reader = csv.reader(self._counted(file))
+        self._reader = csv.reader(self._decode(file))
 
-    def _counted(self, file: BinaryIO | io.BytesIO) -> Iterator[str]:
+    def _decode(self, file: BinaryIO | io.BytesIO) -> Iterator[str]:
         for line in file:
             self.end += len(line)
             yield line.decode("utf-8", "surrogateescape")
@@ -190,13 +190,13 @@ def _record(path: Path, expected_row: int, fields: list[str]) -> ImageRecord:
         or (failed and not reason)
     ):
         raise SourceError(
-            f"{path} line {line} is not the index line of row {expected_row}: {str(fields)[:200]}",
+            f"{path} line {line} is not a valid record for row {expected_row}: {str(fields)[:200]}",
             REMEDY,
         )
     parts = PurePosixPath(name).parts
     if not parts or ".." in parts or "\0" in name or name != "/".join(parts):
         raise SourceError(
-            f"{path} line {line} names {name!r}, which is outside of the dataset, or no plain path",
-            "names are relative paths without '..'; do not use an index that you do not trust",
+            f"{path} line {line} names {name!r}, which is outside of the dataset or not normalized",
+            "names must be relative paths without '..'; do not use an index that you do not trust",
         )
     return ImageRecord(name, label, int(width), int(height), failed, reason)

@@ -1,4 +1,4 @@
-"""An array that lies in one piece of a file, in C order: read through bounded memory maps."""
+"""Read a contiguous C-ordered array in a file through memory-mapped windows."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ __all__ = ["MappedNpy"]
 
 SAMPLES: Final = 16
 SAMPLE_BYTES: Final = 64 * 1024
-# Populating a mapping before it is read turns a file that shrank into an error that can be caught;
-# without it the first access to a missing page kills the process (SIGBUS). Linux 5.14.
+# Populating a mapping before it is read reports a truncated file as an error. Otherwise the first
+# access to a missing page kills the process (SIGBUS). Requires Linux 5.14.
 MADV_POPULATE_READ: Final = 22
 
 
 class MappedNpy:
-    """An array in a file that somebody else opens and closes.
+    """A contiguous array in a file that the caller opens and closes.
 
     Parameters
     ----------
     file
-        Which it is in.
+        The open file.
     path
-        Its name, for errors.
+        Its path, for error messages.
     header
-        What the array holds.
+        Shape, dtype and layout of the array.
     offset
-        Where in the file it begins.
+        Offset of the array in the file.
     """
 
     def __init__(self, file: BinaryIO, path: Path, header: Header, offset: int) -> None:
@@ -53,7 +53,7 @@ class MappedNpy:
         self._offset = offset
 
     def fingerprint(self) -> str:
-        """Return a hash of size, time of change, and samples of the file, as it is now."""
+        """Return a hash of the file's current size, modification time and samples."""
         descriptor = self._file.fileno()
         status = os.fstat(descriptor)
         digest = xxhash.xxh3_128(f"{status.st_size} {status.st_mtime_ns}".encode())
@@ -67,27 +67,27 @@ class MappedNpy:
         return digest.hexdigest()
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Return images as a read-only view of a mapped window, valid while it is held.
+        """Return images as a read-only view of a mapped window, valid while it is referenced.
 
         Raises
         ------
         StoppedError
-            If the file has become shorter, or cannot be read.
+            If the file was truncated, or cannot be read.
         """
         begin = self._offset + start * self._header.image_bytes
         nbytes = (stop - start) * self._header.image_bytes
         shape = (stop - start, *self._header.shape[1:])
         batch = self._window(begin, nbytes).view(storage_dtype(self._header.dtype)).reshape(shape)
-        self._expect(begin + nbytes, nbytes)
+        self._prefetch(begin + nbytes, nbytes)
         return batch
 
     def read_into(self, start: int, out: NDArray[Any]) -> None:
-        """Read as many images as `out` has, from row `start` on, into its contiguous memory.
+        """Fill the contiguous `out` with images, starting at row `start`; thread-safe.
 
         Raises
         ------
         StoppedError
-            If the file has become shorter, or cannot be read.
+            If the file was truncated, or cannot be read.
         """
         memory, offset = bytes_of(out), self._offset + start * self._header.image_bytes
         while memory:
@@ -96,26 +96,26 @@ class MappedNpy:
             except OSError as error:
                 raise StoppedError.from_os_error(error, "read", str(self._path), offset) from error
             if not count:
-                raise self._shorter(offset)
+                raise self._truncated_error(offset)
             memory, offset = memory[count:], offset + count
 
     def _window(self, begin: int, nbytes: int) -> NDArray[np.uint8]:
         page = begin - begin % mmap.ALLOCATIONGRANULARITY
         try:
             if self._file_bytes() < begin + nbytes:
-                raise self._shorter(begin)
+                raise self._truncated_error(begin)
             window = mmap.mmap(
                 self._file.fileno(), begin - page + nbytes, access=mmap.ACCESS_READ, offset=page
             )
             self._populate(window)
-        except ValueError:  # mmap looked again, and found what was not so before
-            raise self._shorter(begin) from None
+        except ValueError:  # truncated between the check above and mmap's own
+            raise self._truncated_error(begin) from None
         except OSError as error:
             raise StoppedError.from_os_error(error, "read", str(self._path), begin) from error
         return np.frombuffer(window, np.uint8, nbytes, begin - page)
 
-    def _expect(self, begin: int, nbytes: int) -> None:
-        """Have the system read what comes next while this is worked on."""
+    def _prefetch(self, begin: int, nbytes: int) -> None:
+        """Ask the system to read the next window in the background."""
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):  # a kernel may be built without it
                 os.posix_fadvise(self._file.fileno(), begin, nbytes, os.POSIX_FADV_WILLNEED)
@@ -123,8 +123,8 @@ class MappedNpy:
     def _file_bytes(self) -> int:
         return os.fstat(self._file.fileno()).st_size
 
-    def _shorter(self, offset: int) -> StoppedError:
-        error = OSError(errno.ENODATA, "the file has become shorter")
+    def _truncated_error(self, offset: int) -> StoppedError:
+        error = OSError(errno.ENODATA, "the file was truncated")
         return StoppedError.from_os_error(error, "read", str(self._path), offset)
 
     @staticmethod

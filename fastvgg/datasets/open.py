@@ -1,8 +1,8 @@
-"""The factory of datasets: `open_source` and `open_target` choose a format by its path.
+"""Open datasets: `open_source` and `open_target` select the format from the path.
 
-A path decides so: a directory holds images, or
-an array in parts, a name that ends in .tar, or a range of such names, is tar shards of images, and
-one that ends in .npy or .zarr is an array, as is FILE.h5::/NAME.
+A directory contains images, or an array in parts (part-*.npy). A name ending in .tar, or a range of
+such names, is one or more tar shards of images. A name ending in .npy or .zarr is an array, and so
+is FILE.h5::/NAME.
 """
 
 from __future__ import annotations
@@ -57,39 +57,40 @@ def open_source(
     listing: ImageListing | None = None,
     use_index: bool = True,
 ) -> ImageSource | ArraySource:
-    """Open a dataset for reading; headers are read, pixels are not.
+    """Open a dataset for reading. Reads headers but no pixels.
 
     Parameters
     ----------
     path
-        A directory of images, tar shards of them, a .npy file, a directory of part-*.npy, a Zarr
+        A directory of images, tar shards of images, a .npy file, a directory of part-*.npy, a Zarr
         array, or a dataset in an HDF5 file.
     layout
-        The layout of an array; images are NHWC.
+        The layout of an array; images are always NHWC.
     dtype_hint
-        The storage type of an array whose own header cannot name it (bfloat16), from its manifest.
+        The storage dtype from the manifest, for a .npy header that cannot name it (bfloat16).
     decoding
-        How images are read; nothing may be said of that for an array.
+        Decoding options for images; must be None or the defaults for an array.
     decoding_bytes
-        How much memory may be taken for it.
+        Memory limit for decoding.
     threads
-        How many threads decode.
+        Number of decoding threads.
     gather
-        The function that resizes to the nearest pixels; see `imaging.resize.gather_function`.
+        Nearest-neighbor resize function; see `imaging.resize.gather_function`.
     listing
-        Which images there are, where that is known from before.
-    indexed
-        Whether the index beside an HDF5 file is of this dataset in it.
+        The listing of the images, if it is already known.
+    use_index
+        Whether the index next to an HDF5 file describes this dataset of the file.
 
     Raises
     ------
     SourceError
-        If the path is missing, empty, damaged, or of no format that fastvgg reads.
+        If the path is missing, empty, damaged, or in an unsupported format.
     """
     if is_remote(path):
         if _array_format(path) not in (None, "zarr"):
             raise SourceError(
-                f"{path}: of a store, Zarr arrays alone are read", "fetch it, and give the file"
+                f"{path}: only Zarr arrays can be read from a store",
+                "download the file and give its local path",
             )
         return _array(path, "zarr", layout, dtype_hint, decoding)
     is_directory = _is_directory(path)
@@ -98,22 +99,23 @@ def open_source(
     parts = part_names(path) if is_directory else []
     if not parts and (is_directory or names_tar(container_of(path))):
         if layout != "NHWC":
-            raise SourceError(f"{path}: images have no layout {layout}", "leave --layout away")
+            raise SourceError(
+                f"{path} contains images, which cannot have layout {layout}", "omit --layout"
+            )
         decoding = decoding or DecodeOptions()
         decoder = Decoder(decoding, memory_bytes=decoding_bytes, threads=threads, gather=gather)
         if is_directory:
-            found = listing if isinstance(listing, FolderImageListing) else None
-            return ImageFolder(path, decoding, decoder, threads=threads, listing=found)
-        members = listing if isinstance(listing, TarListing) else None
-        return TarShards(path, decoding, decoder, threads=threads, listing=members)
+            folder = listing if isinstance(listing, FolderImageListing) else None
+            return ImageFolder(path, decoding, decoder, threads=threads, listing=folder)
+        shards = listing if isinstance(listing, TarListing) else None
+        return TarShards(path, decoding, decoder, threads=threads, listing=shards)
     if not os.path.lexists(container_of(path)):
         raise SourceError(f"{path} does not exist", "check the path; nothing was written")
     kind = "parts" if parts else _array_format(path)
     if kind is None:
         raise SourceError(
-            f"{path} is neither a directory of images nor a .npy, .zarr or HDF5 file, "
-            "nor tar shards",
-            "for a single image give the directory that it is in",
+            f"{path} is not a directory of images, a .npy, .zarr or HDF5 array, or a tar shard",
+            "for a single image, give the directory that contains it",
         )
     return _array(path, kind, layout, dtype_hint, decoding, use_index=use_index)
 
@@ -129,8 +131,8 @@ def _array(
 ) -> ArraySource:
     if decoding not in (None, DecodeOptions()):
         raise SourceError(
-            f"{path} is an array, and --size and its like are for image files",
-            "leave them away, or give the directory of images",
+            f"{path} is an array, but decoding options such as --size apply only to image files",
+            "omit them, or give the directory of images",
         )
     if kind == "parts":
         return PartitionedNpySource(path, part_names(path), layout=layout, dtype_hint=dtype_hint)
@@ -145,8 +147,8 @@ def _array(
     return NpySource(path, layout=layout, dtype_hint=dtype_hint)
 
 
-def embedded_transform(path: Path) -> Any:  # noqa: ANN401  # whatever is said
-    """Return what an array itself says was done to it, as JSON types; None where it says nothing.
+def embedded_transform(path: Path) -> Any:  # noqa: ANN401  # any JSON value
+    """Return the transform recorded in an array's own metadata, as JSON types, or None.
 
     Raises
     ------
@@ -161,12 +163,12 @@ def embedded_transform(path: Path) -> Any:  # noqa: ANN401  # whatever is said
 
 
 def check_target(path: Path) -> None:
-    """Refuse a target whose package is not installed, or whose name its format does not allow.
+    """Check that a target's package is installed and that its format allows its name.
 
     Raises
     ------
     SourceError, TargetError
-        Saying which it is.
+        If either is not the case.
     """
     kind = target_format(path)
     if kind == "zarr":
@@ -180,12 +182,12 @@ def check_target(path: Path) -> None:
 
 @contextlib.contextmanager
 def _installed(extra: str, path: Path) -> Iterator[None]:
-    """Say what is to be installed where a package that a format needs cannot be imported."""
+    """Convert an ImportError of a format's package into an error that names the extra."""
     try:
         yield
     except ImportError as error:
         raise SourceError(
-            f"{path} needs a package that cannot be imported: {error}",
+            f"{path} requires a package that cannot be imported: {error}",
             f"install it: pip install 'fastvgg[{extra}]'",
         ) from None
 
@@ -195,7 +197,7 @@ def _is_directory(path: Path) -> bool:
 
 
 def _is_zarr(path: Path) -> bool:
-    """Whether a path is a directory that is an array or a group of Zarr."""
+    """Whether a path is the directory of a Zarr array or group."""
     if not _is_directory(path):
         return False
     names = [os.path.join(path, name) for name in ZARR_METADATA]  # noqa: PTH118
@@ -203,16 +205,16 @@ def _is_zarr(path: Path) -> bool:
 
 
 def target_format(path: Path) -> str:
-    """Return the format that a target's name asks for: "npy", "hdf5", "zarr" or "images"."""
+    """Return the format that a target's name selects: "npy", "hdf5", "zarr" or "images"."""
     kind = _array_format(path)
     if kind is not None:
         return kind
     if path.suffix == "" or path.is_dir():
         return "images"
     raise TargetError(
-        f"{path}: no format is known that ends in {path.suffix!r}",
-        "give a name that ends in .npy or .zarr, or FILE.h5::/NAME, or a directory to restore "
-        "image files into",
+        f"{path}: unsupported suffix {path.suffix!r}",
+        "use a name ending in .npy or .zarr, or FILE.h5::/NAME, or a directory for restored "
+        "image files",
     )
 
 
@@ -230,11 +232,20 @@ def open_target(
     records: Sequence[ImageRecord] = (),
     file_format: FileFormat = "png",
 ) -> Target:
-    """Return the target of a name; nothing is written before its `create`.
+    """Return the target at a path. Nothing is written before its `create`.
 
-    `chunk_images` is how many are written together; `transform` is what was done to them, where the
-    format can say it; `records` names the image files, one for each row, where they are known, and
-    `file_format` is theirs.
+    Parameters
+    ----------
+    path, header, storage
+        Where the target is, its shape and dtype, and the I/O layer that writes it.
+    chunk_images
+        Number of images in a chunk of the run; a Zarr shard holds as many.
+    transform
+        Recorded in the array's metadata if the format supports that.
+    records
+        One per row, or none; they name the image files.
+    file_format
+        Format of the image files.
     """
     kind = target_format(path)
     if kind == "npy":

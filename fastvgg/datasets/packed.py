@@ -1,4 +1,4 @@
-"""Very many short texts in one piece of memory: the names of a million files."""
+"""Millions of short byte strings, such as file names, in contiguous memory."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["PackedNames", "first_repeated", "name_hashes"]
 
 
 class PackedNames(Sequence[bytes]):
-    """A list of byte strings that takes 8 bytes for each beside its own.
+    """A sequence of byte strings with an overhead of 8 bytes each.
 
-    A list of Python's takes 50 to 60 more.
+    The overhead of a Python list of bytes objects is 50 to 60 bytes higher.
 
     Examples
     --------
@@ -37,7 +37,7 @@ class PackedNames(Sequence[bytes]):
             self.append(name)
 
     def append(self, name: bytes) -> None:
-        """Add a name at the end."""
+        """Append a name."""
         self._text += name
         self._ends.append(len(self._text))
 
@@ -45,21 +45,21 @@ class PackedNames(Sequence[bytes]):
         return len(self._ends) - 1
 
     @overload
-    def __getitem__(self, at: int) -> bytes: ...
+    def __getitem__(self, index: int) -> bytes: ...
     @overload
-    def __getitem__(self, at: slice) -> list[bytes]: ...
-    def __getitem__(self, at: int | slice) -> bytes | list[bytes]:
-        if isinstance(at, slice):
-            return [self[row] for row in range(len(self))[at]]
-        row = range(len(self))[at]
+    def __getitem__(self, index: slice) -> list[bytes]: ...
+    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
+        if isinstance(index, slice):
+            return [self[row] for row in range(len(self))[index]]
+        row = range(len(self))[index]
         return bytes(self._text[self._ends[row] : self._ends[row + 1]])
 
 
 def first_repeated(names: Iterable[bytes]) -> tuple[int, int] | None:
-    """Return where the first name that occurs twice is, the second time and the first; or None.
+    """Return the positions of the first repeated name, its second and its first; or None.
 
-    Names are compared by 64 bits of their hash: of a million different ones, two are taken for the
-    same once in 37 million runs.
+    Names are compared by their 64-bit hashes. For a million distinct names, the probability of a
+    collision is 1 in 37 million.
 
     >>> first_repeated([b"a", b"b", b"c", b"b"])
     (3, 1)
@@ -74,5 +74,5 @@ def first_repeated(names: Iterable[bytes]) -> tuple[int, int] | None:
 
 
 def name_hashes(names: Iterable[bytes]) -> NDArray[np.uint64]:
-    """Return a 64-bit hash of every name."""
+    """Return the 64-bit hash of every name."""
     return np.fromiter((xxhash.xxh3_64_intdigest(name) for name in names), np.uint64)

@@ -1,4 +1,4 @@
-"""A directory of part-*.npy: one array that others wrote in parts, whose rows are in name order."""
+"""A directory of part-*.npy files: one array in parts, which are concatenated in name order."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 
 __all__ = ["PartitionedNpySource", "part_names"]
 
-OPEN_AT_A_TIME: Final = 64  # of the 1,024 files that a process may commonly have open
+MAX_OPEN_PARTS: Final = 64  # a process may commonly have 1,024 open files
 
 
 def part_names(directory: Path) -> list[str]:
-    """Return the names of a directory's parts, sorted by their bytes; none if it has none.
+    """Return the names of the parts in a directory, sorted bytewise; empty if there are none.
 
     Raises
     ------
     SourceError
-        If it cannot be listed, or has images as well.
+        If the directory cannot be listed, or also contains images.
     """
     try:
-        names = os.listdir(os.fsencode(directory))  # noqa: PTH208  # bytes, as of the images
+        names = os.listdir(os.fsencode(directory))  # noqa: PTH208  # sorted as bytes, as images are
     except OSError as error:
         raise SourceError(
             f"{directory} cannot be listed: {error.strerror}", "check its permissions"
@@ -48,31 +48,31 @@ def part_names(directory: Path) -> list[str]:
     image = next((name for name in names if is_image_name(name)), None) if parts else None
     if image is not None:
         raise SourceError(
-            f"{directory} holds parts of an array, as {os.fsdecode(parts[0])!r}, and images, as "
-            f"{os.fsdecode(image)!r}",
-            "put the one or the other into a directory of its own",
+            f"{directory} contains both parts of an array, e.g. {os.fsdecode(parts[0])!r}, and "
+            f"images, e.g. {os.fsdecode(image)!r}",
+            "move the images or the parts to a separate directory",
         )
     return [os.fsdecode(name) for name in parts]
 
 
 class PartitionedNpySource:
-    """The parts of a .npy array as one source.
+    """An array that is partitioned by rows into several .npy files.
 
     Parameters
     ----------
     path
         The directory.
     names
-        Its parts, in the order of their rows.
+        The file names of the parts, in row order.
     layout
-        Which axis holds the channels.
+        The layout of the array.
     dtype_hint
-        "bfloat16" where a manifest says that the two-byte elements are that.
+        "bfloat16" if a manifest declares that the two-byte elements are bfloat16.
 
     Raises
     ------
     SourceError
-        If a part is no `NpySource`, or holds images of another shape or type than the first.
+        If `NpySource` rejects a part, or its image shape or dtype differs from that of the first.
     """
 
     kind = "parts"
@@ -92,87 +92,87 @@ class PartitionedNpySource:
         self.records: Sequence[ImageRecord] = ()
         self._names = names
         self._layout = layout
-        self._stored_as = dtype_hint
+        self._dtype_hint = dtype_hint
         self._open: dict[int, NpySource] = {}
         self._readers: dict[int, int] = {}
         self._lock = threading.Lock()
-        headers = list(self._headers())
+        headers = list(self._read_headers())
         images = sum(header.images for header in headers)
         first = headers[0]
         self.header = Header((images, *first.shape[1:]), first.dtype, layout)
         self._starts = [0, *itertools.accumulate(header.images for header in headers)]
 
-    def _headers(self) -> Iterator[Header]:
-        """Return the header of every part, and add up their bytes."""
+    def _read_headers(self) -> Iterator[Header]:
+        """Yield the header of every part, and set `stored_bytes` to the sum of their sizes."""
         first = None
         self.stored_bytes = 0
         for name in self._names:
-            with contextlib.closing(self._open_checked(name)) as part:
+            with contextlib.closing(self._open_part(name)) as part:
                 header = part.header
                 self.stored_bytes += part.stored_bytes
             first = first or header
             if (header.shape[1:], header.dtype) != (first.shape[1:], first.dtype):
                 raise SourceError(
-                    f"{self.path / name} holds images of {header.shape[1:]} {header.dtype}, and "
+                    f"{self.path / name} contains images of {header.shape[1:]} {header.dtype}, but "
                     f"{self._names[0]} of {first.shape[1:]} {first.dtype}",
-                    "the parts of an array are alike: move others elsewhere",
+                    "all parts must have the same image shape and dtype; move others elsewhere",
                 )
             yield header
 
     def fingerprint(self) -> str:
-        """Return a hash of the names and of every part's fingerprint, as they are now."""
+        """Return a hash of the current names and fingerprints of all parts."""
         digest = xxhash.xxh3_128()
         for name in part_names(self.path):
-            with contextlib.closing(self._open_checked(name)) as part:
+            with contextlib.closing(self._open_part(name)) as part:
                 digest.update(f"{part.fingerprint()} {name}\0".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def read(self, start: int, stop: int) -> Chunk:
-        """Return images of one part as a view of a mapped window, and of several as a copy.
+        """Return images as a view of a mapped window; a copy if they span several parts.
 
         Raises
         ------
         StoppedError
-            If a part is no longer what it was, or cannot be read.
+            If a part has changed, or cannot be read.
         """
-        number = self._number(start)
+        number = self._part_of(start)
         if stop <= self._starts[number + 1]:
-            with self._borrowed(number) as part:
+            with self._borrow(number) as part:
                 first = self._starts[number]
                 return part.read(start - first, stop - first)
         return read_copy(self, start, stop)
 
     def read_into(self, start: int, out: NDArray[Any]) -> None:
-        """Read as many images as `out` has, from row `start` on; many threads may.
+        """Fill `out` with images, starting at row `start`; thread-safe.
 
         Raises
         ------
         StoppedError
-            If a part is no longer what it was, or cannot be read.
+            If a part has changed, or cannot be read.
         """
-        number, row, stop = self._number(start), start, start + len(out)
+        number, row, stop = self._part_of(start), start, start + len(out)
         while row < stop:
             first, end = self._starts[number], min(stop, self._starts[number + 1])
-            with self._borrowed(number) as part:
+            with self._borrow(number) as part:
                 part.read_into(row - first, out[row - start : end - start])
             row, number = end, number + 1
 
     def close(self) -> None:
-        """Close the parts that are open."""
+        """Close the open parts."""
         while self._open:
             self._open.popitem()[1].close()
 
-    def _number(self, row: int) -> int:
-        """Return which part a row is in."""
+    def _part_of(self, row: int) -> int:
+        """Return the number of the part that contains a row."""
         return bisect.bisect_right(self._starts, row) - 1
 
     @contextlib.contextmanager
-    def _borrowed(self, number: int) -> Iterator[NpySource]:
-        """Return a part that stays open meanwhile."""
+    def _borrow(self, number: int) -> Iterator[NpySource]:
+        """Open a part if necessary, and keep it open during the `with` block."""
         with self._lock:
             if number not in self._open:
-                self._close_one()
-                self._open[number] = self._checked(number)
+                self._evict()
+                self._open[number] = self._reopen(number)
             self._readers[number] = self._readers.get(number, 0) + 1
         try:
             yield self._open[number]
@@ -180,19 +180,19 @@ class PartitionedNpySource:
             with self._lock:
                 self._readers[number] -= 1
 
-    def _close_one(self) -> None:
-        """Close the part that was opened first, of those that nobody reads, if many are open."""
-        if len(self._open) >= OPEN_AT_A_TIME:
+    def _evict(self) -> None:
+        """Close the oldest part that no thread is reading, if too many are open."""
+        if len(self._open) >= MAX_OPEN_PARTS:
             idle = next((number for number in self._open if not self._readers[number]), None)
             if idle is not None:
                 self._open.pop(idle).close()
 
-    def _checked(self, number: int) -> NpySource:
-        """Open a part; refuse one that is not what it was."""
+    def _reopen(self, number: int) -> NpySource:
+        """Open a part, after checking that its header is unchanged."""
         name, images = self._names[number], self._starts[number + 1] - self._starts[number]
         path = str(self.path / name)
         try:
-            part = self._open_checked(name)
+            part = self._open_part(name)
         except SourceError as error:
             raise changed_during_run_error(path) from error
         if part.header != Header((images, *self.header.shape[1:]), self.header.dtype, self._layout):
@@ -200,5 +200,5 @@ class PartitionedNpySource:
             raise changed_during_run_error(path)
         return part
 
-    def _open_checked(self, name: str) -> NpySource:
-        return NpySource(self.path / name, layout=self._layout, dtype_hint=self._stored_as)
+    def _open_part(self, name: str) -> NpySource:
+        return NpySource(self.path / name, layout=self._layout, dtype_hint=self._dtype_hint)

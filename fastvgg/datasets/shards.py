@@ -1,4 +1,4 @@
-"""Which tar shards a path names: one, or a range of them."""
+"""Expand a path into tar shards: a single one, or a range."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MISSING_SHOWN: Final = 5
 
 
 def names_tar(path: Path) -> bool:
-    """Whether a path names tar shards, also compressed ones, which `TarListing` refuses.
+    """Whether a path names tar shards, including compressed ones, which `TarListing` rejects.
 
     >>> from pathlib import Path
     >>> [names_tar(Path(name)) for name in ("a.tar", "{00..99}.TAR", "a.tar.gz", "a.npy")]
@@ -46,32 +46,32 @@ def names_tar(path: Path) -> bool:
 
 
 def shard_paths(path: Path) -> list[tuple[str, bytes]]:
-    """Return every shard's path, and what its members' names begin with.
+    """Return every shard's path, and the prefix of its entries' names.
 
     Raises
     ------
     SourceError
-        If shards are compressed or missing, or their range makes no sense.
+        If shards are compressed or missing, or the range is invalid.
     """
     text = os.fspath(path)
-    found = None if os.path.lexists(path) else _range(text)
-    _check_not_compressed(path, is_range=found is not None)
-    if found is None:
+    parsed = None if os.path.lexists(path) else _parse_range(text)
+    _check_not_compressed(path, is_range=parsed is not None)
+    if parsed is None:
         if not os.path.lexists(path):
             raise SourceError(
                 f"{path} does not exist",
-                "check the path; a range of shards is written so: 'shards/{0000..0099}.tar'",
+                "check the path; the syntax of a range of shards is 'shards/{0000..0099}.tar'",
             )
         return [(text, b"")]
-    start, end, numbers = found
+    start, end, numbers = parsed
     paths = [text[:start] + number + text[end:] for number in numbers]
     missing = [shard for shard in paths if not os.path.lexists(shard)]
     if missing:
         shown = ", ".join(missing[:MISSING_SHOWN])
         more = f" and {len(missing) - MISSING_SHOWN} more" if len(missing) > MISSING_SHOWN else ""
         raise SourceError(
-            f"{path}: of {len(paths)} shards {len(missing)} are missing: {shown}{more}",
-            "get them, or give the range that is there",
+            f"{path}: {len(missing)} of {len(paths)} shards are missing: {shown}{more}",
+            "get the missing shards, or give the range that exists",
         )
     if len(paths) == 1:
         return [(paths[0], b"")]
@@ -79,23 +79,25 @@ def shard_paths(path: Path) -> list[tuple[str, bytes]]:
     return [(shard, _prefix(shard[begin:])) for shard in paths]
 
 
-def _range(text: str) -> tuple[int, int, list[str]] | None:
-    """Return where a range of numbers stands in a path, and the numbers; None if there is none.
+def _parse_range(text: str) -> tuple[int, int, list[str]] | None:
+    """Return the position of a range in a path, and its numbers; None if there is no range.
 
-    >>> _range("shards/{08..11}.tar")
+    >>> _parse_range("shards/{08..11}.tar")
     (7, 15, ['08', '09', '10', '11'])
     """
     ranges = [*RANGE.finditer(text)]
     if not ranges:
         return None
     if len(ranges) > 1:
-        raise SourceError(f"{text} has {len(ranges)} ranges", "give one, for one run each")
+        raise SourceError(
+            f"{text} has {len(ranges)} ranges", "give one range, and use a run for each"
+        )
     first, last = ranges[0].groups()
     is_short = max(len(first), len(last)) <= MAX_DIGITS
     if not is_short or not 0 <= int(last) - int(first) < MAX_SHARDS:
         raise SourceError(
-            f"{text}: {ranges[0][0]} is no range of at most {MAX_SHARDS} numbers",
-            "give the first and the last: 'shards/{0000..0099}.tar'",
+            f"{text}: {ranges[0][0]} is not a range of at most {MAX_SHARDS} increasing numbers",
+            "give the first and the last number: 'shards/{0000..0099}.tar'",
         )
     numbers = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
     return *ranges[0].span(), numbers
@@ -103,17 +105,17 @@ def _range(text: str) -> tuple[int, int, list[str]] | None:
 
 def _check_not_compressed(path: Path, *, is_range: bool) -> None:
     name = path.name.lower()
-    program = next((COMPRESSED[ending] for ending in COMPRESSED if name.endswith(ending)), None)
+    program = next((COMPRESSED[suffix] for suffix in COMPRESSED if name.endswith(suffix)), None)
     if program is not None:
         shown = path if is_range else shlex.quote(os.fspath(path))
         raise SourceError(
-            f"{path} is compressed: its members have no fixed offsets",
-            f"decompress and give what comes out: {program} -dk {shown}",
+            f"{path} is compressed: its entries have no fixed offsets",
+            f"decompress it, and give the result: {program} -dk {shown}",
         )
 
 
 def _prefix(path: str) -> bytes:
-    """Return what a shard's members begin with, by its path from where shards differ.
+    """Return the prefix of a shard's entries: the first component of the path that varies.
 
     >>> _prefix("0003.tar"), _prefix("0003/images.tar")
     (b'0003/', b'0003/')

@@ -1,7 +1,7 @@
-"""The members of a tar, found by their headers; what lies between is not read.
+"""Read the headers of a tar, skipping the data between them.
 
-Plain headers are parsed here: on a million of them `tarfile` takes 20 s, and this 5. What is rare
-in a header, such as a number in base 256, `tarfile` reads.
+Plain headers are parsed here, which takes 5 s for a million entries; `tarfile` takes 20 s. Rare
+header fields, such as a number in base 256, are left to `tarfile`.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BLOCK",
-    "CUT",
+    "COMPLETE",
     "DEVICE",
     "LINK",
     "SPARSE",
+    "TRUNCATED",
     "UNKNOWN",
-    "WHOLE",
     "TarEntry",
     "TarHeaderReader",
 ]
 
 TarEntry: TypeAlias = tuple[bytes, int, int, int]
-"""The path, the state, where the data begin, and how many bytes of them the shard holds."""
+"""Path, state, offset of the data, and number of bytes of it that the shard contains."""
 
-# What is known of a member before it is read.
-WHOLE, LINK, DEVICE, SPARSE, UNKNOWN, CUT = range(6)
+# The state of an entry, as known from its headers.
+COMPLETE, LINK, DEVICE, SPARSE, UNKNOWN, TRUNCATED = range(6)
 
 COMPRESSED_STARTS: Final = {
     b"\x1f\x8b": "gzip",
@@ -49,7 +49,7 @@ BLOCK: Final = tarfile.BLOCKSIZE
 ADLER_MODULUS: Final = 65521
 # Name, size, checksum, type, magic, prefix.
 HEADER: Final = struct.Struct("100s24x12s12x8sc100x6s82x155s12x")
-POSIX_MAGIC: Final = b"ustar\0"  # GNU's is another, and keeps times where this has the prefix
+POSIX_MAGIC: Final = b"ustar\0"  # GNU tar has a different magic, and times in place of the prefix
 EXTENSIONS: Final = frozenset(
     (
         tarfile.XHDTYPE,
@@ -59,12 +59,12 @@ EXTENSIONS: Final = frozenset(
         tarfile.GNUTYPE_LONGLINK,
     )
 )
-# A path has at most 4096 bytes; an extended attribute, which may stand beside it, 65,536.
+# A path has at most 4096 bytes; an extended attribute in the same header at most 65,536.
 MAX_EXTENSION_BYTES: Final = 2**20
 PAX_RECORD: Final = re.compile(rb"([0-9]{1,7}) ([^=]+)=")
 PAX_SIZE: Final = re.compile(rb"[0-9]{1,20}")
-PAX_KINDS: Final = (b"path=", b"size=", b"GNU.sparse.")  # other fields change nothing here
-# Where a GNU sparse file's header, and a block of its map, say that another block of map follows.
+PAX_KEYWORDS: Final = (b"path=", b"size=", b"GNU.sparse.")  # other keywords are irrelevant here
+# Offset of the flag that another block of the sparse map follows, in a header and in a map block.
 HEADER_CONTINUES: Final = 482
 MAP_CONTINUES: Final = 504
 WITHOUT_DATA: Final = frozenset(
@@ -77,17 +77,17 @@ WITHOUT_DATA: Final = frozenset(
         tarfile.FIFOTYPE,
     )
 )
-GNU_DIRECTORY: Final = b"D"  # with a list of what was in it
+GNU_DIRECTORY: Final = b"D"  # its data lists the directory's content
 DIRECTORIES: Final = frozenset((tarfile.DIRTYPE, GNU_DIRECTORY))
 
-# How much is read at once where the next header is near, and where it is not.
+# Read size if the next header is near, and if it is not.
 NEAR_BYTES: Final = 64 * 2**10
 FAR_BYTES: Final = 4 * 2**10
 NEAR_GAP_BYTES: Final = 16 * 2**10
 STATES: Final = {
-    tarfile.REGTYPE: WHOLE,
-    tarfile.AREGTYPE: WHOLE,
-    tarfile.CONTTYPE: WHOLE,
+    tarfile.REGTYPE: COMPLETE,
+    tarfile.AREGTYPE: COMPLETE,
+    tarfile.CONTTYPE: COMPLETE,
     tarfile.LNKTYPE: LINK,
     tarfile.SYMTYPE: LINK,
     tarfile.CHRTYPE: DEVICE,
@@ -98,28 +98,28 @@ STATES: Final = {
 
 
 class _Extension(NamedTuple):
-    """What headers before a member's own say of it."""
+    """Fields of an entry that extension headers override."""
 
     path: bytes | None = None
     size: int | None = None
     is_sparse: bool = False
 
-    def then(self, later: _Extension) -> _Extension:
-        """Return what two say together; where both say something the first counts, as in tarfile.
+    def merge(self, later: _Extension) -> _Extension:
+        """Combine two extensions; the earlier one takes precedence, as in tarfile.
 
-        >>> _Extension(b"a", None).then(_Extension(b"b", 7))
+        >>> _Extension(b"a", None).merge(_Extension(b"b", 7))
         _Extension(path=b'a', size=7, is_sparse=False)
         """
-        if self is NOTHING or later is NOTHING:
-            return self if later is NOTHING else later
+        if self is NO_EXTENSION or later is NO_EXTENSION:
+            return self if later is NO_EXTENSION else later
         return _Extension(
             later.path if self.path is None else self.path,
             later.size if self.size is None else self.size,
             self.is_sparse or later.is_sparse,
         )
 
-    def applied(self, name: bytes, kind: bytes, size: int) -> tuple[bytes, bytes, int]:
-        """Return what a header says, with this instead where this says something."""
+    def apply(self, name: bytes, kind: bytes, size: int) -> tuple[bytes, bytes, int]:
+        """Return the fields of a header, with those of this extension overridden."""
         return (
             name if self.path is None else self.path,
             tarfile.GNUTYPE_SPARSE if self.is_sparse else kind,
@@ -127,91 +127,91 @@ class _Extension(NamedTuple):
         )
 
 
-NOTHING: Final = _Extension()
+NO_EXTENSION: Final = _Extension()
 
 
 class TarHeaderReader:
-    """The members of a shard, in their order, without reading what lies between headers far apart.
+    """Iterate over the entries of a shard in order; data between distant headers is not read.
 
     Raises
     ------
     SourceError
-        If the headers are damaged, or a path leads out of the dataset.
+        If the headers are damaged, or a path escapes the dataset.
     OSError
-        As the system gives it.
+        From the operating system.
     """
 
     def __init__(self, shard: str, descriptor: int, size: int) -> None:
         self.is_ended = False
-        """Whether the zeros that end a tar were there."""
+        """Whether the end-of-archive marker (a block of zeros) was found."""
         self._shard = shard
         self._descriptor = descriptor
         self._size = size
-        self._begin = 0
-        self._held = b""
+        self._buffer_offset = 0
+        self._buffer = b""
 
     def __iter__(self) -> Iterator[TarEntry]:
-        at, extended_at, told = 0, -1, NOTHING
+        at, extended_at, extension = 0, -1, NO_EXTENSION
         while (header := self._header(at)) is not None:
             name, kind, size = header
             offset = at + BLOCK
             if kind in EXTENSIONS:
-                told = told.then(self._parse_extension(kind, self._extension(at, size), at))
+                data = self._extension_data(at, size)
+                extension = extension.merge(self._parse_extension(kind, data, at))
                 at, extended_at = offset + _padded(size), at
                 continue
             if kind == tarfile.GNUTYPE_SPARSE:
-                offset = self._behind_map(at)
-            if told is not NOTHING:
-                name, kind, size = told.applied(name, kind, size)
-                told = NOTHING
+                offset = self._skip_sparse_map(at)
+            if extension is not NO_EXTENSION:
+                name, kind, size = extension.apply(name, kind, size)
+                extension = NO_EXTENSION
             if kind in WITHOUT_DATA:
                 size = 0
             if not name or name[0] in b"./" or b"/." in name or b"//" in name or b"\0" in name:
-                name = self._contained(name, kind, at)
+                name = self._normalize(name, kind, at)
             if kind not in DIRECTORIES:
-                state, held_bytes = STATES.get(kind, UNKNOWN), size
+                state, available_bytes = STATES.get(kind, UNKNOWN), size
                 if offset + size > self._size:
-                    state, held_bytes = state or CUT, max(0, self._size - offset)
-                yield name, state, offset, held_bytes
+                    state, available_bytes = state or TRUNCATED, max(0, self._size - offset)
+                yield name, state, offset, available_bytes
             at, extended_at = offset + _padded(size), -1
         if extended_at >= 0:
-            raise self._damaged(extended_at, "no member follows this header")
+            raise self._damaged(extended_at, "no entry follows this extension header")
 
     def bytes_at(self, at: int, count: int) -> bytes:
-        """Return so many bytes, fewer only at the shard's end; more are read ahead."""
-        start = at - self._begin
-        if not 0 <= start <= len(self._held) - count:
+        """Return `count` bytes at offset `at`, fewer only at the shard's end; reads ahead."""
+        start = at - self._buffer_offset
+        if not 0 <= start <= len(self._buffer) - count:
             if at >= self._size:
                 return b""
-            is_near = 0 <= start - len(self._held) <= NEAR_GAP_BYTES
-            ahead_bytes = NEAR_BYTES if is_near else FAR_BYTES
-            self._held = read_at(self._descriptor, max(count, ahead_bytes), at)
-            self._begin, start = at, 0
-        return self._held[start : start + count]
+            is_near = 0 <= start - len(self._buffer) <= NEAR_GAP_BYTES
+            buffer_bytes = NEAR_BYTES if is_near else FAR_BYTES
+            self._buffer = read_at(self._descriptor, max(count, buffer_bytes), at)
+            self._buffer_offset, start = at, 0
+        return self._buffer[start : start + count]
 
     def _header(self, at: int) -> tuple[bytes, bytes, int] | None:
-        """Return the name, type and size that a header says; None at the end."""
+        """Return the name, type and size in a header, or None at the end of the tar."""
         block = self.bytes_at(at, BLOCK)
         if len(block) < BLOCK:
             if any(block):
-                raise self._damaged(at, "it ends inside a header")
+                raise self._damaged(at, "the file ends inside a header")
             return None
         name, size_text, sum_text, kind, magic, prefix = HEADER.unpack(block)
         size = _plain_size(block, size_text, sum_text)
         if size is None:
-            rare = self._rare_size(block, at)
-            if rare is None:
+            size = self._rare_size(block, at)
+            if size is None:
                 return None
-            size = rare
         name = name.partition(b"\0")[0]
-        if kind == tarfile.AREGTYPE and name.endswith(b"/"):  # as it was before DIRTYPE
+        if kind == tarfile.AREGTYPE and name.endswith(b"/"):  # the convention before DIRTYPE
             kind = tarfile.DIRTYPE
         if magic == POSIX_MAGIC and prefix[0]:
             name = prefix.partition(b"\0")[0] + b"/" + name
         return name, kind, size
 
     def _rare_size(self, block: bytes, at: int) -> int | None:
-        """Return the size that an unusual header says; None if it is the zeros at the end."""
+        """Return the size in an unusual header, or None for the end-of-archive marker."""
         if not any(block):
             self.is_ended = True
             return None
@@ -220,78 +220,79 @@ class TarHeaderReader:
         except tarfile.HeaderError as error:
             if at == 0:
                 raise self._not_tar_error(block) from None
-            raise self._damaged(at, f"no header of a member is there ({error})") from None
+            raise self._damaged(at, f"expected the header of an entry ({error})") from None
         if size < 0:
-            raise self._damaged(at, f"a member has {size} bytes")
+            raise self._damaged(at, f"an entry has {size} bytes")
         return size
 
-    def _extension(self, at: int, size: int) -> bytes:
-        """Return what a header says that is only there for the next."""
+    def _extension_data(self, at: int, size: int) -> bytes:
+        """Return the data of an extension header."""
         if size > MAX_EXTENSION_BYTES:
             raise self._damaged(
-                at, f"a header of {size} bytes, and {MAX_EXTENSION_BYTES} are the most"
+                at, f"an extension header has {size} bytes; the limit is {MAX_EXTENSION_BYTES}"
             )
-        extension = self.bytes_at(at + BLOCK, size)
-        if len(extension) < size:
-            raise self._damaged(at, "it ends inside a header")
-        return extension
+        data = self.bytes_at(at + BLOCK, size)
+        if len(data) < size:
+            raise self._damaged(at, "the file ends inside a header")
+        return data
 
-    def _parse_extension(self, kind: bytes, extension: bytes, at: int) -> _Extension:
-        """Return what a header says of the next member."""
+    def _parse_extension(self, kind: bytes, data: bytes, at: int) -> _Extension:
+        """Return the fields that an extension header overrides in the next entry."""
         if kind == tarfile.GNUTYPE_LONGNAME:
-            return _Extension(extension.partition(b"\0")[0])
-        if kind == tarfile.GNUTYPE_LONGLINK or not any(word in extension for word in PAX_KINDS):
-            return NOTHING
-        records = self._records(extension, at)
+            return _Extension(data.partition(b"\0")[0])
+        if kind == tarfile.GNUTYPE_LONGLINK or not any(key in data for key in PAX_KEYWORDS):
+            return NO_EXTENSION
+        records = self._parse_pax(data, at)
         path = records.get(b"GNU.sparse.name") or records.get(b"path") or None
         size = records.get(b"size") or None
         is_sparse = any(keyword.startswith(b"GNU.sparse.") for keyword in records)
         if path is None and size is None and not is_sparse:
-            return NOTHING
+            return NO_EXTENSION
         if kind == tarfile.XGLTYPE:
-            raise self._damaged(at, "a header gives all members one path or size")
+            raise self._damaged(at, "a global header sets the path or size of all entries")
         if size is not None and not PAX_SIZE.fullmatch(size):
-            raise self._damaged(at, f"a member has {size[:40]!r} bytes")
+            raise self._damaged(at, f"an entry has {size[:40]!r} bytes")
         return _Extension(path, None if size is None else int(size), is_sparse)
 
-    def _records(self, extension: bytes, at: int) -> dict[bytes, bytes]:
-        """Return the fields of a pax header."""
+    def _parse_pax(self, data: bytes, at: int) -> dict[bytes, bytes]:
+        """Return the records of a pax header by keyword."""
         records, begin = {}, 0
-        while begin < len(extension):
-            match = PAX_RECORD.match(extension, begin)
+        while begin < len(data):
+            match = PAX_RECORD.match(data, begin)
             end = begin + int(match[1]) if match else 0
-            if match is None or end <= match.end() or extension[end - 1 : end] != b"\n":
+            if match is None or end <= match.end() or data[end - 1 : end] != b"\n":
                 raise self._damaged(at, "a pax header cannot be read")
-            records[match[2]] = extension[match.end() : end - 1]
+            records[match[2]] = data[match.end() : end - 1]
             begin = end
         return records
 
-    def _behind_map(self, at: int) -> int:
-        """Return where the data of a GNU sparse file begin."""
-        goes_on = self.bytes_at(at, BLOCK)[HEADER_CONTINUES]
+    def _skip_sparse_map(self, at: int) -> int:
+        """Return the offset of the data of a GNU sparse file, which follow its map."""
+        continues = self.bytes_at(at, BLOCK)[HEADER_CONTINUES]
         at += BLOCK
-        while goes_on:
+        while continues:
             block = self.bytes_at(at, BLOCK)
             if len(block) < BLOCK:
-                raise self._damaged(at, "it ends inside the map of a sparse file")
-            goes_on = block[MAP_CONTINUES]
+                raise self._damaged(at, "the file ends inside the map of a sparse file")
+            continues = block[MAP_CONTINUES]
             at += BLOCK
         return at
 
-    def _contained(self, name: bytes, kind: bytes, at: int) -> bytes:
-        """Return a member's path with nothing in it but names; refuse one that leads elsewhere."""
+    def _normalize(self, name: bytes, kind: bytes, at: int) -> bytes:
+        """Return an entry's path without empty and "." components; reject one that has ".."."""
         parts = [part for part in name.split(b"/") if part not in (b"", b".")]
         if b".." in parts or b"\0" in name or (not parts and kind not in DIRECTORIES):
             raise SourceError(
-                f"{self._shard}: the member at offset {at} has the path {os.fsdecode(name)!r}",
-                "paths name files below the dataset; do not use a tar that you do not trust",
+                f"{self._shard}: the entry at offset {at} has the invalid path "
+                f"{os.fsdecode(name)!r}",
+                "paths must name files below the dataset; do not use a tar that you do not trust",
             )
         return b"/".join(parts)
 
-    def _damaged(self, at: int, what: str) -> SourceError:
+    def _damaged(self, at: int, problem: str) -> SourceError:
         return SourceError(
-            f"{self._shard} is damaged at offset {at}: {what}",
-            f"get it again; what can be read of it: tar -tvf {shlex.quote(self._shard)}",
+            f"{self._shard} is damaged at offset {at}: {problem}",
+            f"get the file again; to list its readable part: tar -tvf {shlex.quote(self._shard)}",
         )
 
     def _not_tar_error(self, block: bytes) -> SourceError:
@@ -299,26 +300,26 @@ class TarHeaderReader:
         for start, program in COMPRESSED_STARTS.items():
             if block.startswith(start):
                 return SourceError(
-                    f"{self._shard} is compressed by {program}: members have no fixed offsets",
-                    f"decompress it and give that: {program} -dc < {path} > NEW.tar",
+                    f"{self._shard} is compressed with {program}: entries have no fixed offsets",
+                    f"decompress it, and give the result: {program} -dc < {path} > NEW.tar",
                 )
         return SourceError(
-            f"{self._shard} is not a tar: no member's header is at offset 0",
-            f"check what it is: file {path}",
+            f"{self._shard} is not a tar: there is no entry's header at offset 0",
+            f"check the file's type: file {path}",
         )
 
 
 def _plain_size(block: bytes, size_text: bytes, sum_text: bytes) -> int | None:
-    """Return the size that a header says; None if it is no plain header with the right checksum.
+    """Return the size in a plain header; None if it is not plain or its checksum is wrong.
 
-    The checksum is the sum of all bytes, with spaces for its own. Adler-32's lower half is the sum
-    and 1, modulo 65,521, in a tenth of the time of `sum`.
+    The checksum is the sum of all bytes, counting its own field as spaces. The lower half of
+    Adler-32 is that sum plus 1, modulo 65,521, in a tenth of the time of `sum`.
     """
     try:
-        size, told = int(size_text.rstrip(b"\0"), 8), int(sum_text.rstrip(b"\0 "), 8)
+        size, checksum = int(size_text.rstrip(b"\0"), 8), int(sum_text.rstrip(b"\0 "), 8)
     except ValueError:
         return None
-    expected = told - 8 * ord(" ") + sum(sum_text) + 1
+    expected = checksum - 8 * ord(" ") + sum(sum_text) + 1
     return size if size >= 0 and (adler32(block) & 0xFFFF) == expected % ADLER_MODULUS else None
 
 

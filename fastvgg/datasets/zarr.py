@@ -1,7 +1,6 @@
-"""Zarr arrays that are read, by zarr-python: https://zarr-specs.readthedocs.io.
+"""Read Zarr arrays with zarr-python: https://zarr-specs.readthedocs.io.
 
-Zarr reads a chunk that is missing as if it had been written, full of the fill value. Here that is
-an error.
+Zarr reads a missing chunk as if it were full of the fill value. Here it is an error.
 """
 
 from __future__ import annotations
@@ -49,12 +48,12 @@ __all__ = ["ATTRIBUTE_KEY", "DamagedChunkError", "ZarrArray", "ZarrSource"]
 
 ARRAY_METADATA: Final = ("/zarr.json", "/.zarray")
 METADATA: Final = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
-PLAIN: Final = ("uint8", "float16", "float32", "float64")
+STORED_TYPES: Final = ("uint8", "float16", "float32", "float64")
 ATTRIBUTE_KEY: Final = "fastvgg"
-"""The attribute that says what was done to the images."""
+"""The attribute that records the transform applied to the images."""
 NAMES_SHOWN: Final = 10
-COUNTED: Final = 10**6  # chunks, as metadata may claim any number
-# What zarr-python, and what it calls, raise on metadata and on chunks that are damaged.
+MAX_COUNTED_CHUNKS: Final = 10**6  # metadata may claim any number
+# What zarr-python and its codecs raise on damaged metadata and damaged chunks.
 METADATA_ERRORS: Final = (
     *(ValueError, TypeError, KeyError, AttributeError),
     *(ArithmeticError, RecursionError, OSError),
@@ -66,21 +65,21 @@ CHUNK_ERRORS: Final = (
 
 
 class MissingChunkError(Exception):
-    """A chunk that is not there, or empty, by its key."""
+    """A missing or empty chunk, identified by its key."""
 
 
 class DamagedChunkError(StoppedError):
-    """A chunk that is missing, or cannot be decoded."""
+    """A chunk that is missing or cannot be decoded."""
 
 
 class _StrictStore(WrapperStore[Store]):
-    """A store in which no chunk may be missing, and whose metadata may not be written yet."""
+    """A store that raises for missing chunks. `metadata` overrides keys not written yet."""
 
     def __init__(self, store: Store, metadata: Mapping[str, bytes]) -> None:
         super().__init__(store)
         self._metadata = metadata
-        # Whether a chunk says how long it is. Blosc believes that, and reads on beyond its end.
-        self.holds_blosc = False
+        # Blosc trusts the length in a chunk's header, and would read beyond the end of the chunk.
+        self.uses_blosc = False
 
     def _with_store(self, store: Store) -> _StrictStore:
         return _StrictStore(store, self._metadata)
@@ -91,36 +90,36 @@ class _StrictStore(WrapperStore[Store]):
         prototype: BufferPrototype | None = None,
         byte_range: ByteRequest | None = None,
     ) -> Buffer | None:
-        wanted = prototype or default_buffer_prototype()
+        prototype = prototype or default_buffer_prototype()
         if key in self._metadata:
-            return wanted.buffer.from_bytes(self._metadata[key])
-        found: Buffer | None = await self._store.get(key, wanted, byte_range)
-        # An empty shard, too, is one that was never written to zarr.
-        if not found and not key.endswith(METADATA):
+            return prototype.buffer.from_bytes(self._metadata[key])
+        data: Buffer | None = await self._store.get(key, prototype, byte_range)
+        # zarr treats an empty shard, too, as one that was never written.
+        if not data and not key.endswith(METADATA):
             raise MissingChunkError(key)
-        if found and self.holds_blosc and byte_range is None and not key.endswith(METADATA):
-            said = int.from_bytes(found[12:16].to_bytes(), "little")
-            if said != len(found):
-                raise ValueError(f"it has {len(found)} bytes, and was written with {said}")
-        return found
+        if data and self.uses_blosc and byte_range is None and not key.endswith(METADATA):
+            expected = int.from_bytes(data[12:16].to_bytes(), "little")
+            if expected != len(data):
+                raise ValueError(f"it has {len(data)} bytes; its header says {expected}")
+        return data
 
 
 class ZarrArray:
-    """An array in a directory, whose chunks are read.
+    """A Zarr array opened for reading, whose chunks need not all be present.
 
     Parameters
     ----------
     path
-        The directory, or the name of it in a store.
+        A directory, or a location in a store.
     layout
-        Which axis holds the channels.
+        The layout of the array.
     metadata
-        What of it is not written yet.
+        Metadata documents that are not written yet, by key.
 
     Raises
     ------
     SourceError
-        If its metadata are not those of an array of images, or cannot be read.
+        If the metadata cannot be read, or do not describe an array of images.
     """
 
     def __init__(
@@ -134,82 +133,82 @@ class ZarrArray:
         _check_regular(path)
         try:
             with objects.os_errors(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what is not right, and is read all the same
+                warnings.simplefilter("ignore")  # about deviations that zarr tolerates
                 store = _StrictStore(_open(path), metadata)
-                found = zarr.open(store, mode="r")
+                array = zarr.open(store, mode="r")
         except FileNotFoundError:
             raise SourceError(
-                f"{path} holds no Zarr array: there is no zarr.json, and no .zarray",
+                f"{path} contains no Zarr array: neither zarr.json nor .zarray exists",
                 "check the name, and that the array is complete",
             ) from None
         except METADATA_ERRORS as error:
             raise SourceError(
-                f"{path} cannot be opened as Zarr: {type(error).__name__}: {_shown(error)}",
+                f"{path} cannot be opened as Zarr: {type(error).__name__}: {_display(error)}",
                 "check the connection, or get the array again",
             ) from None
-        if isinstance(found, zarr.Group):
+        if isinstance(array, zarr.Group):
             raise SourceError(
-                f"{path} is a group of arrays; there are: {', '.join(_arrays(path)) or 'none'}",
-                f"give one of them: {path}/NAME",
+                f"{path} is a Zarr group; its arrays are: {', '.join(_arrays(path)) or 'none'}",
+                f"give one of its arrays: {path}/NAME",
             )
-        codecs = [] if found.shards else [type(codec).__name__ for codec in found.compressors]
-        store.holds_blosc = "Blosc" in "".join(codecs[-1:])
-        self._array = found
-        check_array(path, found.shape)
-        self.header = Header(found.shape, self._type_name(), layout)
-        self._check_safe()
-        self._stored: tuple[int, ...] = found.shards or found.chunks
-        # Of chunks larger than memory can be, zarr reads what happens to be in it.
-        if min(self._stored) < 1 or math.prod(self._stored) > MAX_ELEMENTS:
-            shown = str(self._stored)[:SHOWN_CHARACTERS]
-            raise SourceError(f"{path} has chunks of {shown}", "get the array again")
-        counts = (-(-a // b) for a, b in zip(found.shape, self._stored, strict=True))
+        codecs = [] if array.shards else [type(codec).__name__ for codec in array.compressors]
+        store.uses_blosc = "Blosc" in "".join(codecs[-1:])
+        self._array = array
+        check_array(path, array.shape)
+        self.header = Header(array.shape, self._dtype_name(), layout)
+        self._check_no_pickle()
+        self._chunk_shape: tuple[int, ...] = array.shards or array.chunks
+        # For chunks larger than memory can be, zarr returns uninitialized memory.
+        if min(self._chunk_shape) < 1 or math.prod(self._chunk_shape) > MAX_ELEMENTS:
+            shown = str(self._chunk_shape)[:SHOWN_CHARACTERS]
+            raise SourceError(f"{path} has invalid chunk shape {shown}", "get the array again")
+        counts = (-(-a // b) for a, b in zip(array.shape, self._chunk_shape, strict=True))
         self._counts = tuple(counts)
-        self.read_granularity = min(found.chunks[0], found.shape[0])
+        self.read_granularity = min(array.chunks[0], array.shape[0])
 
-    def _type_name(self) -> str:
-        """Return the storage type; numbers of another byte order are converted when read."""
-        found = self._array.dtype
-        name = found.name if found.kind in "uf" else ""
-        if name not in PLAIN:
+    def _dtype_name(self) -> str:
+        """Return the storage dtype; a different byte order is converted on read."""
+        dtype = self._array.dtype
+        name = dtype.name if dtype.kind in "uf" else ""
+        if name not in STORED_TYPES:
             raise SourceError(
-                f"{self.path} holds numbers of type {found}",
-                f"store it as one of {', '.join(PLAIN)}",
+                f"{self.path} has unsupported dtype {dtype}",
+                f"store it as one of {', '.join(STORED_TYPES)}",
             )
         return str(name)
 
-    def _check_safe(self) -> None:
-        """Refuse to unpickle what comes from a file: that would run any code in it."""
+    def _check_no_pickle(self) -> None:
+        """Reject codecs that unpickle: a pickle can run arbitrary code."""
         fields = self._array.metadata.to_dict()
         codecs = [fields.get(name) for name in ("codecs", "filters", "compressor")]
         if "pickle" in str(codecs).lower():
             raise SourceError(
-                f"{self.path} is stored by way of Python's pickle, which is never loaded",
+                f"{self.path} uses a pickle codec, which is never loaded",
                 "store it with another codec",
             )
 
     @property
     def chunks(self) -> int:
-        """How many chunks, or shards, there are."""
+        """Number of chunks, or of shards if the array is sharded."""
         return math.prod(self._counts)
 
     @property
     def transform(self) -> object:
-        """What the array's attributes say was done to the images; None where they say nothing."""
-        said = self._array.attrs.get(ATTRIBUTE_KEY)
-        return said.get("transform", said) if isinstance(said, dict) else said
+        """The transform recorded in the array's attributes, as JSON types, or None."""
+        value = self._array.attrs.get(ATTRIBUTE_KEY)
+        return value.get("transform", value) if isinstance(value, dict) else value
 
     def keys(self, start: int, stop: int) -> Iterator[str]:
-        """Return the names of the chunks, or shards, that hold some images."""
-        for numbers in self._numbers(start, stop):
-            yield self._array.metadata.encode_chunk_key(numbers)
+        """Yield the keys of the chunks, or shards, that contain a range of images."""
+        for coordinates in self._chunk_coordinates(start, stop):
+            yield self._array.metadata.encode_chunk_key(coordinates)
 
-    def _numbers(self, start: int, stop: int) -> Iterator[tuple[int, ...]]:
-        first, last = start // self._stored[0], -(-stop // self._stored[0])
-        return _combined([range(first, last), *map(range, self._counts[1:])])
+    def _chunk_coordinates(self, start: int, stop: int) -> Iterator[tuple[int, ...]]:
+        first, last = start // self._chunk_shape[0], -(-stop // self._chunk_shape[0])
+        return _product([range(first, last), *map(range, self._counts[1:])])
 
     def read_into(self, start: int, out: NDArray[Any]) -> None:
-        """Read as many images as `out` has, from row `start` on; many threads may.
+        """Fill `out` with images, starting at row `start`; thread-safe.
 
         Raises
         ------
@@ -219,13 +218,13 @@ class ZarrArray:
         try:
             self._read_into(start, out)
         except MissingChunkError as error:
-            raise self._damaged(str(error), "it is missing, or empty") from None
+            raise self._damaged(str(error), "it is missing or empty") from None
         except CHUNK_ERRORS as error:
-            if _is_of_the_system(error):
+            if _is_system_error(error):
                 where = str(error.filename or self.path)
                 raise StoppedError.from_os_error(error, "read", where, start) from error
             self._locate_damaged_chunk(start, start + len(out))
-            raise self._damaged(next(self.keys(start, start + 1)), _shown(error)) from None
+            raise self._damaged(next(self.keys(start, start + 1)), _display(error)) from None
 
     def _read_into(self, start: int, out: NDArray[Any]) -> None:
         rows = slice(start, start + len(out))
@@ -233,41 +232,42 @@ class ZarrArray:
             self._array.get_basic_selection((rows,), out=NDBuffer.from_numpy_array(out))
 
     def _locate_damaged_chunk(self, start: int, stop: int) -> None:
-        """Read the chunks one after the other, and raise an error that names the damaged one."""
-        for numbers in self._numbers(start, stop):
-            begins = [number * size for number, size in zip(numbers, self._stored, strict=True)]
-            ends = [begin + size for begin, size in zip(begins, self._stored, strict=True)]
+        """Read the chunks one by one, and raise an error that names the first damaged one."""
+        shape = self._chunk_shape
+        for coordinates in self._chunk_coordinates(start, stop):
+            begins = [number * size for number, size in zip(coordinates, shape, strict=True)]
+            ends = [begin + size for begin, size in zip(begins, shape, strict=True)]
             begins[0], ends[0] = max(begins[0], start), min(ends[0], stop)
-            key = self._array.metadata.encode_chunk_key(numbers)
+            key = self._array.metadata.encode_chunk_key(coordinates)
             try:
                 with objects.os_errors():
                     self._array.get_basic_selection(tuple(map(slice, begins, ends)))
             except MissingChunkError as error:
-                raise self._damaged(str(error), "it is missing, or empty") from None
+                raise self._damaged(str(error), "it is missing or empty") from None
             except CHUNK_ERRORS as error:
-                raise self._damaged(key, _shown(error)) from None
+                raise self._damaged(key, _display(error)) from None
 
     def _damaged(self, key: str, why: str) -> DamagedChunkError:
         return DamagedChunkError(
             f"{self.path}: chunk {key} is damaged: {why}",
-            "get the array again, or make it again from its source; then run again with --restart",
+            "get the array again, or recreate it from its source; then rerun with --restart",
         )
 
 
 class ZarrSource:
-    """A Zarr array, all of whose chunks are there.
+    """A complete Zarr array as a source.
 
     Parameters
     ----------
     path
-        The directory.
+        A directory, or a location in a store.
     layout
-        Which axis holds the channels.
+        The layout of the array.
 
     Raises
     ------
     SourceError
-        If it is no `ZarrArray`, or chunks of it are missing.
+        If `ZarrArray` rejects it, or chunks are missing.
     """
 
     kind = "zarr"
@@ -290,26 +290,26 @@ class ZarrSource:
         keys = self._array.keys(0, self.header.images)
         absent = (key for key in keys if key not in files)
         first = list(itertools.islice(absent, NAMES_SHOWN))
-        if missing < COUNTED:  # other files may be among those that are there
+        if missing < MAX_COUNTED_CHUNKS:  # count exactly: unrelated files may have been counted
             missing = len(first) + sum(1 for _ in absent)
         if missing:
             shown = ", ".join(first)
             raise SourceError(
-                f"{self.path}: {missing} of {expected} chunks are missing, as {shown}: they would "
-                "be read as if they had been written",
-                "finish writing it, or get it again; zarr leaves chunks away that are full of the "
-                "fill value, unless zarr.config.set({'array.write_empty_chunks': True})",
+                f"{self.path}: {missing} of {expected} chunks are missing, e.g. {shown}; zarr "
+                "would read them as the fill value",
+                "finish writing the array, or get it again; zarr omits chunks that equal the fill "
+                "value, unless zarr.config.set({'array.write_empty_chunks': True})",
             )
 
     def fingerprint(self) -> str:
-        """Return a hash of the names, sizes and times of change of all files, as they are now."""
+        """Return a hash of the current names, sizes and modification times of all files."""
         digest = xxhash.xxh3_128()
-        for key, (size, changed) in sorted(_files(self.path).items()):
-            digest.update(f"{size} {changed} {key}\0".encode(errors="surrogateescape"))
+        for key, (size, version) in sorted(_files(self.path).items()):
+            digest.update(f"{size} {version} {key}\0".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def read(self, start: int, stop: int) -> Chunk:
-        """Return images.
+        """Read images into a new batch.
 
         Raises
         ------
@@ -319,7 +319,7 @@ class ZarrSource:
         return read_copy(self, start, stop)
 
     def read_into(self, start: int, out: NDArray[Any]) -> None:
-        """Read as many images as `out` has, from row `start` on; many threads may.
+        """Fill `out` with images, starting at row `start`; thread-safe.
 
         Raises
         ------
@@ -329,57 +329,57 @@ class ZarrSource:
         self._array.read_into(start, out)
 
     def close(self) -> None:
-        """Nothing stays open."""
+        """Do nothing: no files stay open."""
 
 
 def _open(path: Path) -> Store:
-    """Return where zarr-python reads, and does not write."""
+    """Return a read-only zarr store."""
     if is_remote(path):
         return FsspecStore.from_url(str(path), read_only=True)
     return LocalStore(path, read_only=True)
 
 
-def _combined(ranges: Sequence[range]) -> Iterator[tuple[int, ...]]:
-    """Return a number of each range in all combinations, of which there may be any number."""
+def _product(ranges: Sequence[range]) -> Iterator[tuple[int, ...]]:
+    """Yield the Cartesian product lazily; `itertools.product` first stores every range."""
     if not ranges:
         yield ()
         return
     for number in ranges[0]:
-        for others in _combined(ranges[1:]):
-            yield number, *others
+        for rest in _product(ranges[1:]):
+            yield number, *rest
 
 
-def _is_of_the_system(error: BaseException) -> TypeGuard[OSError]:
-    """Whether an error is of a disk or a connection, and not of a codec: those have no number."""
-    lost = isinstance(error, PermissionError | ConnectionError | TimeoutError)
-    return lost or (isinstance(error, OSError) and error.errno is not None)
+def _is_system_error(error: BaseException) -> TypeGuard[OSError]:
+    """Whether a disk or a connection failed, rather than a codec, whose errors have no errno."""
+    is_access_error = isinstance(error, PermissionError | ConnectionError | TimeoutError)
+    return is_access_error or (isinstance(error, OSError) and error.errno is not None)
 
 
-def _shown(error: Exception) -> str:
-    """Return what an error says, as a terminal shows it: it may quote anything from a file."""
+def _display(error: Exception) -> str:
+    """Return an error's text, truncated and escaped: it may quote arbitrary bytes of a file."""
     return ascii(str(error)[:200])[1:-1]
 
 
 def _check_regular(path: Path) -> None:
-    """Refuse metadata that are in no file: a pipe would be waited for, for ever."""
+    """Check that metadata are regular files: opening a pipe could block for ever."""
     if is_remote(path):
         return
     for name in METADATA:
         file = path / name
         if os.path.exists(file) and not os.path.isfile(file):  # noqa: PTH110, PTH113  # may raise
-            raise SourceError(f"{file} is no file", "get the array again")
+            raise SourceError(f"{file} is not a regular file", "get the array again")
 
 
 def _files(path: Path) -> dict[str, tuple[int, str]]:
-    """Return the size of every file of an array, and what tells when it changes, by its key.
+    """Return the size and a version string of every file of an array, by key.
 
     Raises
     ------
     SourceError
-        If they cannot be listed, or one is no file.
+        If they cannot be listed, or one is not a regular file.
     """
     try:
-        return objects.listing(path) if is_remote(path) else _listed(path)
+        return objects.listing(path) if is_remote(path) else _list_directory(path)
     except OSError as error:
         raise SourceError(
             f"{error.filename or path} cannot be read: {error.strerror or error}",
@@ -387,8 +387,8 @@ def _files(path: Path) -> dict[str, tuple[int, str]]:
         ) from None
 
 
-def _listed(path: Path) -> dict[str, tuple[int, str]]:
-    found: dict[str, tuple[int, str]] = {}
+def _list_directory(path: Path) -> dict[str, tuple[int, str]]:
+    files: dict[str, tuple[int, str]] = {}
     folders = [""]
     while folders:
         folder = folders.pop()
@@ -399,13 +399,13 @@ def _listed(path: Path) -> dict[str, tuple[int, str]]:
                     folders.append(f"{key}/")
                 elif entry.is_file():
                     status = entry.stat()
-                    found[key] = status.st_size, str(status.st_mtime_ns)
+                    files[key] = status.st_size, str(status.st_mtime_ns)
                 else:
-                    raise SourceError(f"{path / key} is no file", "get the array again")
-    return found
+                    raise SourceError(f"{path / key} is not a regular file", "get the array again")
+    return files
 
 
 def _arrays(path: Path) -> list[str]:
-    """Return the names of the first arrays in a group."""
+    """Return the names of the first few arrays in a group."""
     arrays = sorted(key for key in _files(path) if key.endswith(ARRAY_METADATA))
     return [key.rpartition("/")[0] for key in arrays[:NAMES_SHOWN]]

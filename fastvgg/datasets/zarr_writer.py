@@ -1,8 +1,8 @@
-"""Zarr arrays that are written: shards, in a directory or in a store.
+"""Write sharded Zarr arrays, to a directory or to a store.
 
-A shard is a chunk of the run, a file of its own, and holds pieces of a few MiB that can be read
-alone. Each piece has its crc32c, and so has the index of a shard. Every shard is written, also one
-that is full of the fill value.
+Each chunk of the run becomes one shard, a separate file, with inner chunks of about 8 MiB that can
+be read individually. Every inner chunk and every shard index has a CRC32C. Shards that are full of
+the fill value are written, too.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ AXES: Final = {
     "NCHW": ("image", "channel", "height", "width"),
 }
 CHECKSUM_BYTES: Final = 4
-INDEX_BYTES: Final = 16  # of a piece
+INDEX_ENTRY_BYTES: Final = 16  # per inner chunk
 
 
 class ShardEncoder:
-    """What the files of a new array hold: each is made in memory.
+    """Encode the metadata and the shards of a new array in memory.
 
     Parameters
     ----------
     header
-        What will be in it.
+        Shape, dtype and layout of the array.
     chunk_images
-        How many images make a shard.
+        Number of images per shard.
     transform
-        What was done to the images, which the array's attributes say.
+        The transform to record in the array's attributes.
     """
 
     def __init__(self, header: Header, chunk_images: int, transform: Transform | None) -> None:
         stored: dict[str, Buffer] = {}
         image = header.shape[1:]
-        piece = _inner_chunk_images(header, chunk_images)
+        inner_images = _inner_chunk_images(header, chunk_images)
         codecs = BytesCodec(endian="little"), Crc32cCodec()
         self._array = zarr.create_array(
             MemoryStore(stored),
@@ -68,7 +68,7 @@ class ShardEncoder:
             chunks=(chunk_images, *image),
             dtype=header.dtype,
             serializer=ShardingCodec(
-                chunk_shape=(piece, *image), codecs=codecs, index_codecs=codecs
+                chunk_shape=(inner_images, *image), codecs=codecs, index_codecs=codecs
             ),
             filters=None,
             compressors=None,
@@ -80,82 +80,83 @@ class ShardEncoder:
         )
         self.metadata = {name: data.to_bytes() for name, data in stored.items()}
         self._chunk_images = chunk_images
-        self._pieces = chunk_images // piece
-        self._piece_bytes = piece * header.image_bytes
+        self._inner_chunks = chunk_images // inner_images
+        self._inner_bytes = inner_images * header.image_bytes
 
     def key(self, start: int) -> str:
-        """Return the name of the shard that begins with a row."""
+        """Return the key of the shard that starts at a row."""
         number = start // self._chunk_images
         key: str = self._array.metadata.encode_chunk_key((number, 0, 0, 0))
         return key
 
     @property
     def shard_bytes(self) -> int:
-        """How many bytes a shard has, with checksums and index."""
-        sealed_bytes = self._piece_bytes + CHECKSUM_BYTES
-        return self._pieces * (sealed_bytes + INDEX_BYTES) + CHECKSUM_BYTES
+        """Size of a shard in bytes, including checksums and index."""
+        checked_bytes = self._inner_bytes + CHECKSUM_BYTES
+        return self._inner_chunks * (checked_bytes + INDEX_ENTRY_BYTES) + CHECKSUM_BYTES
 
     def encode(self, data: bytes | memoryview, out: NDArray[np.uint8]) -> None:
-        """Write the shard of some rows; the last one's is as long as the others.
+        """Encode rows as a shard; a shorter last shard is padded with zeros.
 
-        That is each piece and its crc32c, and at the end the offset and length of each and the
-        crc32c of those: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed
-        zarr's own codec copies each byte three times, into new memory. In memory that was used
-        before 22 MiB take 4 ms here, and 15 ms there.
+        A shard consists of the inner chunks, each followed by its CRC32C, and an index of their
+        offsets and lengths with a CRC32C of its own:
+        https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed
+        zarr's codec copies each byte three times into newly allocated memory: for 22 MiB it takes
+        15 ms, and this 4 ms in a reused buffer.
         """
         rows = np.frombuffer(data, np.uint8)
-        sealed_bytes = self._piece_bytes + CHECKSUM_BYTES
-        begins = np.arange(self._pieces, dtype="<u8") * sealed_bytes
-        for number, begin in enumerate(begins.tolist()):
-            piece = rows[number * self._piece_bytes :][: self._piece_bytes]
-            sealed = out[begin : begin + sealed_bytes]
-            sealed[: len(piece)] = piece
-            sealed[len(piece) : self._piece_bytes] = 0
-            _append_crc32c(sealed)
-        index = np.stack([begins, np.full_like(begins, sealed_bytes)], axis=1)
-        end = out[self._pieces * sealed_bytes :]
+        checked_bytes = self._inner_bytes + CHECKSUM_BYTES
+        offsets = np.arange(self._inner_chunks, dtype="<u8") * checked_bytes
+        for number, offset in enumerate(offsets.tolist()):
+            chunk = rows[number * self._inner_bytes :][: self._inner_bytes]
+            checked = out[offset : offset + checked_bytes]
+            checked[: len(chunk)] = chunk
+            checked[len(chunk) : self._inner_bytes] = 0
+            _append_crc32c(checked)
+        index = np.stack([offsets, np.full_like(offsets, checked_bytes)], axis=1)
+        end = out[self._inner_chunks * checked_bytes :]
         end[:-CHECKSUM_BYTES] = index.reshape(-1).view(np.uint8)
         _append_crc32c(end)
 
 
-def _append_crc32c(sealed: NDArray[np.uint8]) -> None:
-    """Write the crc32c of some bytes behind them."""
-    checksum = google_crc32c.value(sealed[:-CHECKSUM_BYTES])
-    sealed[-CHECKSUM_BYTES:] = np.array([checksum], "<u4").view(np.uint8)
+def _append_crc32c(buffer: NDArray[np.uint8]) -> None:
+    """Store the CRC32C of the bytes of a buffer in its last 4 bytes."""
+    checksum = google_crc32c.value(buffer[:-CHECKSUM_BYTES])
+    buffer[-CHECKSUM_BYTES:] = np.array([checksum], "<u4").view(np.uint8)
 
 
 def _inner_chunk_images(header: Header, chunk_images: int) -> int:
-    """Return how many images of a shard make a piece that is read alone: a part without rest."""
-    most = min(chunk_images, inner_chunk_images(header.image_bytes))
-    return next(images for images in range(most, 0, -1) if chunk_images % images == 0)
+    """Return the number of images per inner chunk, which must divide that of a shard."""
+    limit = min(chunk_images, inner_chunk_images(header.image_bytes))
+    return next(images for images in range(limit, 0, -1) if chunk_images % images == 0)
 
 
 class _Shard(NamedTuple):
-    """A shard that is encoded, and the memory that it is in."""
+    """An encoded shard, and the buffer that contains it."""
 
     memory: bytearray
     content: NDArray[np.uint8]
 
 
 class ZarrTarget:
-    """A directory with a file for each shard; while unfinished, it has another name.
+    """A Zarr array in a directory, with one file per shard.
 
     Parameters
     ----------
     path
-        The directory that the array gets when it is complete.
+        The path of the published directory.
     header
-        What will be in it.
+        Shape, dtype and layout of the array.
     storage
-        What carries out the system calls.
+        Performs the system calls.
     chunk_images
-        How many images make a shard.
+        Number of images per shard.
     transform
-        What was done to the images.
+        The transform to record in the array's attributes.
     """
 
     kind = "zarr"
-    _aligned_bytes = mmap.PAGESIZE  # where a shard begins, for the disk to take it from there
+    _aligned_bytes = mmap.PAGESIZE  # alignment of a shard's buffer, for direct I/O
 
     def __init__(
         self,
@@ -177,7 +178,7 @@ class ZarrTarget:
         self._published: ZarrArray | None = None
 
     def create(self) -> None:
-        """Make the directory, and the array's metadata in it."""
+        """Create the directory, and write the array's metadata."""
         self._storage.remove(self.partial)
         self._storage.make_directory(self.partial)
         for name, data in self._encoder.metadata.items():
@@ -186,45 +187,46 @@ class ZarrTarget:
         self._storage.sync_directory(self.path.parent)
 
     def reopen(self) -> None:
-        """Go on with the directory that is there."""
+        """Check that the metadata in the existing directory match."""
         for name, expected in self._encoder.metadata.items():
             try:
-                found = (self.partial / name).read_bytes()
+                actual = (self.partial / name).read_bytes()
             except OSError as error:
                 raise ResumeError(
-                    f"{self.partial / name} is gone: {error.strerror}", "start again with --restart"
+                    f"{self.partial / name} cannot be read: {error.strerror}",
+                    "start over with --restart",
                 ) from None
-            if found != expected:
+            if actual != expected:
                 raise ResumeError(
-                    f"{self.partial / name} is not what the unfinished run wrote",
-                    "it was changed in between: start again with --restart",
+                    f"{self.partial / name} differs from what the unfinished run wrote",
+                    "the file was changed in the meantime: start over with --restart",
                 )
 
     def attach(self) -> None:
-        """Go on with the directory that another process has made."""
+        """Check that the metadata in the directory that another process created match."""
         self.reopen()
 
-    def offset(self, start: int) -> int:  # noqa: ARG002  # a shard's file begins with it
-        """Return 0."""
+    def offset(self, start: int) -> int:  # noqa: ARG002  # rows are chunks, which begin a shard
+        """Return 0: each shard is a separate file."""
         return 0
 
     def write(self, start: int, stored: Payload) -> None:
-        """Encode the shard of some rows, for `sync` to write it.
+        """Encode rows as a shard, which `sync` writes.
 
-        So that one is encoded while the one before it is on its way to the disk.
+        So a shard is encoded while the previous one is being written to the disk.
         """
         self._encoded.append((self._encoder.key(start), self._shard(stored)))
 
     def write_aligned(self, start: int, stored: Payload) -> PartialPages:
-        """Encode the shard of some rows; no other has a part of it."""
+        """Encode rows as a shard. There are no partial pages: a shard has a single writer."""
         self.write(start, stored)
         return []
 
     def write_unaligned(self, edges: PartialPages) -> None:
-        """Write nothing: there are no edges."""
+        """Do nothing: there are no partial pages."""
 
     def _shard(self, stored: Payload) -> _Shard:
-        """Return the shard of some rows, in memory that goes back once it is stored."""
+        """Encode rows as a shard in a buffer from the pool; `_store_shard` returns it there."""
         nbytes = self._encoder.shard_bytes
         try:
             memory = self._memory.pop()
@@ -250,23 +252,23 @@ class ZarrTarget:
             self._storage.close(file)
 
     def sync(self) -> None:
-        """Write what is encoded, and make it survive a power cut, and its names."""
-        for _ in range(len(self._encoded)):  # of now: the next one is its own commit's
+        """Write the encoded shards, and make them and their directory entries durable."""
+        for _ in range(len(self._encoded)):  # not shards that `write` adds in the meantime
             self._store_shard(*self._encoded.popleft())
         self._storage.sync_directory(self.partial)
 
     def read_unfinished(self, start: int, stop: int) -> Payload:
-        """Read rows of the partial; nothing where their shard is missing or damaged."""
+        """Return the bytes of rows of the partial; empty if their shard is missing or damaged."""
         if self._unfinished is None:
-            written = self._encoder.metadata
-            self._unfinished = ZarrArray(self.partial, layout=self.header.layout, metadata=written)
+            metadata = self._encoder.metadata
+            self._unfinished = ZarrArray(self.partial, layout=self.header.layout, metadata=metadata)
         try:
             return [bytes_of(self._rows(self._unfinished, start, stop))]
         except DamagedChunkError:
             return []
 
     def read_stored(self, start: int, stop: int) -> Payload:
-        """Read rows of the published array."""
+        """Return the bytes of rows of the published array."""
         return [bytes_of(self.read_back(start, stop))]
 
     def read_back(self, start: int, stop: int) -> NDArray[Any]:
@@ -274,16 +276,16 @@ class ZarrTarget:
         if self._published is None:
             self._published = ZarrArray(self.path, layout=self.header.layout)
         if self._published.header != self.header:
-            found = self._published.header
+            actual = self._published.header
             raise SourceError(
-                f"{self.path} holds {found.shape} of {found.dtype}, and was written as "
+                f"{self.path} contains {actual.shape} of {actual.dtype}, but was written as "
                 f"{self.header.shape} of {self.header.dtype}",
-                "it was changed since: make it again from its source",
+                "the array was changed since then: recreate it from its source",
             )
         try:
             return self._rows(self._published, start, stop)
         except DamagedChunkError as error:
-            raise VerificationError(error.problem, "make it again from its source") from None
+            raise VerificationError(error.problem, "recreate it from its source") from None
 
     def _rows(self, array: ZarrArray, start: int, stop: int) -> NDArray[Any]:
         batch = np.empty((stop - start, *self.header.shape[1:]), storage_dtype(self.header.dtype))
@@ -291,16 +293,16 @@ class ZarrTarget:
         return batch
 
     def publish(self) -> None:
-        """Rename the complete directory to its name."""
+        """Rename the complete directory to the published path."""
         self._storage.rename(self.partial, self.path)
         self._storage.sync_directory(self.path.parent)
 
     def close(self) -> None:
-        """Nothing stays open."""
+        """Do nothing: no files stay open."""
 
 
 class StoreZarrTarget(ZarrTarget):
-    """The same in a store, where shards have their names at once, and the metadata come last."""
+    """A Zarr array in a store. Shards get their final keys; the metadata are written last."""
 
     _storage: StoreStorage
     _aligned_bytes = 1
@@ -318,24 +320,24 @@ class StoreZarrTarget(ZarrTarget):
         self.partial = path
 
     def create(self) -> None:
-        """Remove what has the name; first what makes it an array."""
+        """Remove what exists at the path, its array metadata first."""
         for name in self._encoder.metadata:
             self._storage.remove(self.path / name)
         self._storage.remove(self.path)
 
     def reopen(self) -> None:
-        """Go on with the shards that are there; a finished array is one no longer."""
+        """Keep the existing shards, and remove the metadata of a finished array."""
         for name in self._encoder.metadata:
             self._storage.remove(self.path / name)
 
     def attach(self) -> None:
-        """Do nothing: there is nothing but shards before the end."""
+        """Do nothing: until it is published, the array consists of shards only."""
 
     def _store_shard(self, name: str, shard: _Shard) -> None:
         self._storage.put(self.path / name, shard.memory)
         self._memory.append(shard.memory)
 
     def publish(self) -> None:
-        """Put the metadata."""
+        """Write the metadata."""
         for name, data in self._encoder.metadata.items():
             self._storage.put(self.path / name, data)

@@ -1,1 +1,1 @@
-"""One image: bytes to pixels, pixels to bytes, and another size."""
+"""Decode and resize images."""

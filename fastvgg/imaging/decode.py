@@ -1,14 +1,14 @@
-"""Encoded images to pixels, exactly as Keras' `load_img` reads them.
+"""Decode images to exactly the pixels that Keras' `load_img` returns.
 
-Pillow decodes, converts and resizes, because Keras' `load_img` is these three calls: with the same
-Pillow the bytes are the same (https://keras.io/api/data_loading/image/). As there, alpha is dropped
-and an EXIF orientation is not applied, unless it is asked for.
+Pillow decodes, converts and resizes, because Keras' `load_img` consists of these three calls: with
+the same Pillow version the bytes are the same (https://keras.io/api/data_loading/image/). As in
+Keras, alpha is dropped, and the EXIF orientation is applied only on request.
 
-JPEGs of the usual kinds, colour or grey, are decoded by simplejpeg, which takes 0.7 of the time and
-gives the same bytes: both are libjpeg-turbo. It refuses whatever libjpeg warns of; Pillow then
-decides, as it does in Keras, and the warning is kept.
+YCbCr and grayscale JPEGs are decoded by simplejpeg, which takes 0.7 of the time and returns the
+same bytes, as both use libjpeg-turbo. simplejpeg fails wherever libjpeg warns; Pillow then decodes
+the image, as in Keras, and the warning is recorded.
 
-Greys of 16 bits are refused: Keras clips all above 255 to white.
+16-bit grayscale images are errors by default: Keras clips all values above 255 to white.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ __all__ = [
 
 Gray16: TypeAlias = Literal["error", "scale"]
 
-# What keras.utils.image_dataset_from_directory reads, and what else Pillow reads by default.
+# Those of keras.utils.image_dataset_from_directory, and others that Pillow reads by default.
 SUFFIXES: Final = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 
 FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -67,8 +67,8 @@ INTERPOLATIONS: Final = {
 }
 
 # What Pillow's decoders raise on damaged files: its plugins parse with struct and indexing, and
-# Image.open itself catches these around each of them. A warning is raised where the caller's
-# filters make errors of warnings.
+# Image.open itself catches these errors around each plugin. Warnings are raised if the caller's
+# filters turn them into errors.
 DECODING_ERRORS: Final = (
     OSError,
     SyntaxError,
@@ -86,57 +86,59 @@ DECODING_ERRORS: Final = (
 
 CHANNELS: Final = 3
 JPEG_START: Final = b"\xff\xd8\xff"
-# Where libjpeg keeps a whole image of coefficients. Within compressed data an ff is followed by 00.
+# The start of a progressive frame, for which libjpeg holds the coefficients of the whole image.
+# Compressed data cannot contain it: there, every ff byte is followed by 00.
 PROGRESSIVE: Final = b"\xff\xc2"
-USUAL_COLOURS: Final = ("YCbCr", "Gray")
+SIMPLEJPEG_COLORS: Final = ("YCbCr", "Gray")
 FAST_JPEG_FACTOR: Final = 2
-UPRIGHT: Final = 1  # of EXIF's orientations
-SIDEWAYS: Final = (5, 6, 7, 8)
-# Where Pillow begins to warn; it refuses twice as many.
+# EXIF orientations: unrotated, and those that swap height and width.
+UPRIGHT: Final = 1
+TRANSPOSED: Final = (5, 6, 7, 8)
+# Pillow's threshold for a warning; it rejects images of more than twice as many.
 MAX_PIXELS: Final = 89_478_485
-# Of memory, for each pixel, as measured: a JPEG's pixels, and coefficients if it is progressive;
-# Pillow's RGB, what is converted to it, and what is turned; what WebP's decoder takes beside.
+# Measured peak bytes per pixel: decoded JPEG, and coefficients if it is progressive; Pillow's RGB,
+# the image converted to it, and a transposed copy; scaled 16-bit grayscale; WebP decoder overhead.
 JPEG_PIXEL_BYTES: Final = 3
 COEFFICIENTS_BYTES: Final = 6
 RGB_PIXEL_BYTES: Final = 4
 CONVERTED_PIXEL_BYTES: Final = 5
-TURNED_PIXEL_BYTES: Final = 4
+TRANSPOSED_PIXEL_BYTES: Final = 4
 SCALED_PIXEL_BYTES: Final = 12
 WEBP_PIXEL_BYTES: Final = 18
-NOT_RESIZED_PIXEL_BYTES: Final = 6
-SMALL_PIXEL_BYTES: Final = 14  # and a compressed byte a pixel
-# Of a file: no image of so many pixels is larger uncompressed, with 16 bits for each of 4 channels.
+UNRESIZED_PIXEL_BYTES: Final = 6
+SMALL_PIXEL_BYTES: Final = 14  # the most a JPEG takes, including a compressed byte per pixel
+# Limit of the file size: an uncompressed image with four channels of 16 bits, and its headers.
 FILE_PIXEL_BYTES: Final = 8
-FILE_HEAD_BYTES: Final = 2**20
+FILE_HEADER_BYTES: Final = 2**20
 
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """How images are read: what Keras' `load_img` is told, and what it cannot be told.
+    """Options for decoding images: those of Keras' `load_img`, and some that it lacks.
 
     Parameters
     ----------
     size
-        Height and width to resize to; if None, all images must have one size.
+        Height and width to resize to. If None, all images must have the same size.
     interpolation
-        A name that Keras' `load_img` knows.
+        The name of an interpolation of Keras' `load_img`.
     keep_aspect_ratio
-        Cut a part of the wanted shape out of the middle before resizing, as Keras does.
+        Center-crop to the target aspect ratio before resizing, as Keras does.
     fast_jpeg
-        Decode JPEGs at a half of their size or less where that is not smaller than what is wanted.
-        The pixels are others than Keras'.
+        Decode JPEGs with DCT scaling, at half their size or less, if the result is not smaller than
+        `size`. Faster, but the pixels differ from Keras'.
     exif
-        Turn images as their EXIF orientation says.
+        Apply the EXIF orientation.
     gray16
-        "refuse" greys of 16 bits, or "scale" them: 65535 becomes 255.
+        How to treat 16-bit grayscale: "error", or "scale" so that 65535 becomes 255.
     max_pixels
-        An image of more is refused before it is decoded. Beside JPEGs Pillow refuses more than
-        178,956,970 in any case.
+        Larger images are rejected before they are decoded. Except for JPEGs, Pillow always rejects
+        images of more than 178,956,970 pixels.
 
     Raises
     ------
     UsageError
-        If one of them makes no sense.
+        If an option is invalid.
     """
 
     size: tuple[int, int] | None = None
@@ -150,84 +152,86 @@ class DecodeOptions:
     def __post_init__(self) -> None:
         if self.interpolation not in INTERPOLATIONS:
             raise UsageError(
-                f"interpolation is {self.interpolation!r}",
-                f"give one of {', '.join(INTERPOLATIONS)}",
+                f"unknown interpolation {self.interpolation!r}",
+                f"choose one of {', '.join(INTERPOLATIONS)}",
             )
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
             raise UsageError(
-                f"size is {self.size}", "give height and width in pixels: --size 224 224"
+                f"invalid size {self.size}", "give height and width in pixels: --size 224 224"
             )
         if self.gray16 not in get_args(Gray16):
-            raise UsageError(f"gray16 is {self.gray16!r}", "give 'error' or 'scale'")
+            raise UsageError(f"unknown gray16 {self.gray16!r}", "choose 'error' or 'scale'")
         if type(self.max_pixels) is not int or self.max_pixels < 1:
-            raise UsageError(f"max_pixels is {self.max_pixels!r}", "give a number of pixels")
+            raise UsageError(
+                f"invalid max_pixels {self.max_pixels!r}", "give a positive number of pixels"
+            )
         for option in ("keep_aspect_ratio", "fast_jpeg"):
             if getattr(self, option) and self.size is None:
                 raise UsageError(
-                    f"{option} is given and no size", "give height and width: --size 224 224"
+                    f"{option} requires a size", "give height and width: --size 224 224"
                 )
 
     @property
     def max_bytes(self) -> int:
-        """Of what length a file is refused before it is read."""
-        return FILE_HEAD_BYTES + FILE_PIXEL_BYTES * self.max_pixels
+        """Maximum size of an encoded file; longer ones are rejected before they are read."""
+        return FILE_HEADER_BYTES + FILE_PIXEL_BYTES * self.max_pixels
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON types."""
+        """Return the options as JSON types."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> DecodeOptions:
-        """Return the settings that `to_dict` wrote, whatever stands beside them."""
-        known = {name: fields[name] for name in cls.__dataclass_fields__}
-        size = known["size"]
-        return cls(**{**known, "size": None if size is None else tuple(size)})
+        """Return the options that `to_dict` wrote, ignoring other fields."""
+        options = {name: fields[name] for name in cls.__dataclass_fields__}
+        size = options["size"]
+        return cls(**{**options, "size": None if size is None else tuple(size)})
 
     def crop(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Return the part that is resized: left, upper, right, lower; Keras' own arithmetic.
+        """Return the box to resize, computed as Keras does: left, upper, right, lower.
 
         >>> DecodeOptions((100, 100), keep_aspect_ratio=True).crop(height=375, width=500)
         (62, 0, 437, 375)
         """
         if self.size is None or not self.keep_aspect_ratio:
             return 0, 0, width, height
-        wanted_height, wanted_width = self.size
-        crop_height = min(height, width * wanted_height // wanted_width)
-        crop_width = min(width, height * wanted_width // wanted_height)
+        target_height, target_width = self.size
+        crop_height = min(height, width * target_height // target_width)
+        crop_width = min(width, height * target_width // target_height)
         upper, left = (height - crop_height) // 2, (width - crop_width) // 2
         return left, upper, left + crop_width, upper + crop_height
 
 
 class Decoded(NamedTuple):
-    """What is known of an image when it was read, or could not be."""
+    """The outcome of decoding an image."""
 
     width: int
-    """Of the image as it is stored, like `height`; zero where that is not known."""
+    """Width as stored, before any resize; zero if unknown. The same applies to `height`."""
     height: int
     failed: bool
     reason: str
-    """Why it failed; or what its decoder warned of."""
+    """Why decoding failed, or the decoder's warning if it succeeded."""
 
 
-class _RefusedError(Exception):
-    """An image that is not decoded, for a reason of fastvgg's own."""
+class _RejectedError(Exception):
+    """An image that fastvgg declines to decode."""
 
 
 class Decoder:
-    """Decode images, on many threads at once, in a bounded amount of memory.
+    """A thread-safe image decoder with bounded memory.
 
     Parameters
     ----------
     decoding
-        How they are read.
+        Decoding options.
     memory_bytes
-        What all threads together may take. Most images fit into a thread's share of a half of it;
-        larger ones are decoded one at a time in the other half, and one that does not fit there is
-        refused.
+        Memory limit for all threads together. Half of it is divided evenly among the threads, which
+        is enough for most images. Larger images are decoded one at a time in the other half, and
+        images that do not fit there are rejected.
     threads
-        How many there are.
+        Number of threads that decode.
     gather
-        The function that resizes to the nearest pixels; see `resize.gather_function`.
+        Nearest-neighbor resize function; see `resize.gather_function`.
     """
 
     def __init__(
@@ -243,43 +247,43 @@ class Decoder:
         self._large_bytes = memory_bytes // 2
         self._share_bytes = (memory_bytes - self._large_bytes) // threads
         self._one_large = threading.Lock()
-        # Of these nothing has to be reckoned.
+        # JPEGs of up to this many pixels always fit: their memory need not be estimated.
         self._small_pixels = min(decoding.max_pixels, self._share_bytes // SMALL_PIXEL_BYTES)
         self._indices = functools.lru_cache(maxsize=256)(self._index_for)
 
     def size(self, data: bytes) -> tuple[int, int] | str:
-        """Return an image's height and width as it would be read, or why that cannot be told."""
+        """Return the height and width that an image decodes to, or why they are unknown."""
         try:
             with open_image(io.BytesIO(data)) as image:
                 height, width = image.height, image.width
-                # Pillow turns a TIFF itself, and tells the size that it has then.
+                # Pillow transposes a TIFF itself, and reports the resulting size.
                 if not self._decoding.exif or image.format == "TIFF":
                     return height, width
-                # To look for an orientation Pillow may have to decode the image.
+                # Pillow may have to decode the image to find its orientation.
                 self._check_pixel_count(height * width)
                 needed_bytes = self._pillow_pixel_bytes(image, data) * height * width
                 with self._memory(len(data) + needed_bytes):
-                    turns = _orientation(data) in SIDEWAYS
-                return (width, height) if turns else (height, width)
-        except (*DECODING_ERRORS, _RefusedError) as error:
+                    is_transposed = _orientation(data) in TRANSPOSED
+                return (width, height) if is_transposed else (height, width)
+        except (*DECODING_ERRORS, _RejectedError) as error:
             return describe_error(error)
 
     def decode(self, data: bytes, out: NDArray[np.uint8]) -> Decoded:
-        """Decode an image into a contiguous `out`; where it fails, that is left in any state.
+        """Decode an image into `out`, whose content is undefined if decoding fails.
 
         Parameters
         ----------
         data
-            The file's content.
+            The encoded image.
         out
-            Height, width, 3.
+            A contiguous array of shape (height, width, 3).
         """
-        warned = ""
+        warning = ""
         if data.startswith(JPEG_START):
             try:
                 decoded = self._decode_jpeg(data, out)
-            except DECODING_ERRORS as error:  # libjpeg's warnings are errors of simplejpeg's
-                warned = describe_error(error)
+            except DECODING_ERRORS as error:  # simplejpeg raises libjpeg's warnings
+                warning = describe_error(error)
             else:
                 if decoded is not None:
                     return decoded
@@ -288,99 +292,99 @@ class Decoder:
             with open_image(io.BytesIO(data)) as image:
                 width, height = image.size
                 self._decode_image(image, data, out)
-        except (*DECODING_ERRORS, _RefusedError) as error:
+        except (*DECODING_ERRORS, _RejectedError) as error:
             return Decoded(width, height, True, describe_error(error))
-        return Decoded(width, height, False, warned)
+        return Decoded(width, height, False, warning)
 
     def _decode_jpeg(self, data: bytes, out: NDArray[np.uint8]) -> Decoded | None:
-        """Decode a JPEG of a usual kind; None if it is of another."""
+        """Decode a JPEG with simplejpeg; return None if only Pillow can decode it."""
         decoding = self._decoding
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if colours not in USUAL_COLOURS or (decoding.exif and _orientation(data) != UPRIGHT):
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+        if colors not in SIMPLEJPEG_COLORS or (decoding.exif and _orientation(data) != UPRIGHT):
             return None
-        smaller = self._decode_scaled(data, height, width) if decoding.fast_jpeg else {}
+        scaling = self._dct_scaling(data, height, width) if decoding.fast_jpeg else {}
         try:
             if height * width <= self._small_pixels and len(data) <= self._small_pixels:
-                self._store_rgb(simplejpeg.decode_jpeg(data, **smaller), out)
+                self._store_rgb(simplejpeg.decode_jpeg(data, **scaling), out)
                 return Decoded(width, height, False, "")
             self._check_pixel_count(height * width)
             with self._memory(self._jpeg_bytes(data, height * width)):
-                self._store_rgb(simplejpeg.decode_jpeg(data, **smaller), out)
-        except _RefusedError as error:
+                self._store_rgb(simplejpeg.decode_jpeg(data, **scaling), out)
+        except _RejectedError as error:
             return Decoded(width, height, True, str(error))
         return Decoded(width, height, False, "")
 
     def _jpeg_bytes(self, data: bytes, pixels: int) -> int:
-        """Return the memory that a JPEG takes."""
+        """Return the memory needed to decode a JPEG."""
         needed_bytes = len(data) + JPEG_PIXEL_BYTES * pixels
         if self._decoding.interpolation != "nearest":
             needed_bytes += RGB_PIXEL_BYTES * pixels
         return needed_bytes + COEFFICIENTS_BYTES * pixels * (PROGRESSIVE in data)
 
-    def _decode_scaled(self, data: bytes, height: int, width: int) -> dict[str, Any]:
-        """Return how to decode a JPEG no smaller than is wanted, where that saves a half."""
-        wanted_height, wanted_width = self._decoding.size or (height, width)
+    def _dct_scaling(self, data: bytes, height: int, width: int) -> dict[str, Any]:
+        """Return simplejpeg's options for DCT scaling by at least 2, or none if not possible."""
+        target_height, target_width = self._decoding.size or (height, width)
         left, upper, right, lower = self._decoding.crop(height, width)
-        least = {
-            "min_height": -(-wanted_height * height // max(1, lower - upper)),
-            "min_width": -(-wanted_width * width // max(1, right - left)),
+        limits = {
+            "min_height": -(-target_height * height // max(1, lower - upper)),
+            "min_width": -(-target_width * width // max(1, right - left)),
             "min_factor": FAST_JPEG_FACTOR,
         }
-        if simplejpeg.decode_jpeg_header(data, **least)[:2] == (height, width):
+        if simplejpeg.decode_jpeg_header(data, **limits)[:2] == (height, width):
             return {}
-        return {**least, "fastdct": True, "fastupsample": True}
+        return {**limits, "fastdct": True, "fastupsample": True}
 
     def _store_rgb(self, pixels: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
-        """Write decoded pixels where they belong, resized where that is asked for."""
+        """Copy decoded pixels to `out`, resizing them if the shapes differ."""
         if pixels.shape == out.shape:
             out[...] = pixels
             return
         if self._decoding.size is None or self._decoding.interpolation != "nearest":
-            self._place_image(Image.fromarray(pixels), out)
+            self._store_image(Image.fromarray(pixels), out)
         else:
             self._gather(pixels, self._indices(*pixels.shape[:2], *out.shape[:2]), out)
 
     def _index_for(
-        self, height: int, width: int, wanted_height: int, wanted_width: int
+        self, height: int, width: int, target_height: int, target_width: int
     ) -> NearestIndex:
         box = self._decoding.crop(height, width)
-        return resize.nearest_index(height, width, box, (wanted_height, wanted_width))
+        return resize.nearest_index(height, width, box, (target_height, target_width))
 
     def _decode_image(self, image: Image.Image, data: bytes, out: NDArray[np.uint8]) -> None:
-        """Decode with Pillow an image that it has opened."""
+        """Decode, convert and store an image that Pillow has opened."""
         pixels = image.width * image.height
         self._check_pixel_count(pixels)
         with self._memory(len(data) + self._pillow_pixel_bytes(image, data) * pixels):
             if self._decoding.exif:
                 image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
-                image = self._eight_bit(image)
-            self._place_image(image if image.mode == "RGB" else image.convert("RGB"), out)
+                image = self._scale_to_uint8(image)
+            self._store_image(image if image.mode == "RGB" else image.convert("RGB"), out)
 
     def _pillow_pixel_bytes(self, image: Image.Image, data: bytes) -> int:
-        """Return what Pillow takes for each pixel of an image."""
+        """Return the memory that Pillow needs per pixel of an image."""
         return (
             RGB_PIXEL_BYTES
             + CONVERTED_PIXEL_BYTES * (image.mode != "RGB")
-            + TURNED_PIXEL_BYTES * self._decoding.exif
+            + TRANSPOSED_PIXEL_BYTES * self._decoding.exif
             + SCALED_PIXEL_BYTES * image.mode.startswith("I")
             + WEBP_PIXEL_BYTES * (image.format == "WEBP")
             + COEFFICIENTS_BYTES * (image.format in ("JPEG", "MPO") and PROGRESSIVE in data)
-            + NOT_RESIZED_PIXEL_BYTES * (self._decoding.size in (None, (image.height, image.width)))
+            + UNRESIZED_PIXEL_BYTES * (self._decoding.size in (None, (image.height, image.width)))
         )
 
-    def _eight_bit(self, image: Image.Image) -> Image.Image:
-        """Return a grey of 16 bits as one of 8, if that is asked for."""
+    def _scale_to_uint8(self, image: Image.Image) -> Image.Image:
+        """Scale 16-bit grayscale to 8 bits if that is enabled, and reject it otherwise."""
         if self._decoding.gray16 == "error" or not image.mode.startswith("I;16"):
             depth = 16 if image.mode.startswith("I;16") else 32
-            raise _RefusedError(
-                f"a grey of {depth} bits, which Keras clips to white"
-                + ("; --gray16 scale scales it" if depth == 16 else "")
+            raise _RejectedError(
+                f"{depth}-bit grayscale, which Keras clips to white"
+                + ("; use --gray16 scale to scale it" if depth == 16 else "")
             )
         scaled = (np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535  # rounded
         return Image.fromarray(scaled.astype(np.uint8))
 
-    def _place_image(self, rgb: Image.Image, out: NDArray[np.uint8]) -> None:
+    def _store_image(self, rgb: Image.Image, out: NDArray[np.uint8]) -> None:
         size = self._decoding.size
         if size is not None and (rgb.height, rgb.width) != size:
             resample = INTERPOLATIONS[self._decoding.interpolation]
@@ -388,46 +392,48 @@ class Decoder:
             rgb = rgb.resize((size[1], size[0]), resample, box=box)
         height, width = out.shape[:2]
         if rgb.size != (width, height):
-            raise _RefusedError(f"its size is {rgb.height}x{rgb.width}, not {height}x{width}")
+            raise _RejectedError(
+                f"the image is {rgb.height}x{rgb.width}, expected {height}x{width}"
+            )
         out[...] = np.asarray(rgb)
 
     def _check_pixel_count(self, pixels: int) -> None:
         if pixels > self._decoding.max_pixels:
-            raise _RefusedError(
-                f"it has {pixels} pixels, and --max-pixels is {self._decoding.max_pixels}"
+            raise _RejectedError(
+                f"the image has {pixels} pixels; --max-pixels is {self._decoding.max_pixels}"
             )
 
     def _memory(self, needed_bytes: int) -> AbstractContextManager[Any]:
-        """Return what is to be held while so many bytes are used."""
+        """Return the context manager to hold while `needed_bytes` are in use."""
         if needed_bytes <= self._share_bytes:
             return contextlib.nullcontext()
         if needed_bytes > self._large_bytes:
-            raise _RefusedError(
-                f"it takes {needed_bytes} bytes of memory to decode, and {self._large_bytes} are "
-                "there for it: give more --memory"
+            raise _RejectedError(
+                f"decoding takes {needed_bytes} bytes of memory, but only {self._large_bytes} are "
+                "available: increase --memory"
             )
         return self._one_large
 
 
 def open_image(stream: IO[bytes]) -> Image.Image:
-    """Open an image of a known format, by its content.
+    """Open an image in a supported format, which is detected from its content.
 
-    Pillow knows many more, and for one of them, EPS, it runs Ghostscript on the file's program.
+    Pillow supports many more; for one of them, EPS, it would run Ghostscript on the file.
     """
     return Image.open(stream, formats=FORMATS)
 
 
 def _orientation(data: bytes) -> int:
-    """Return the EXIF orientation that an image asks for, 1 if it asks for none."""
+    """Return the EXIF orientation of an image, or 1 if it has none."""
     with open_image(io.BytesIO(data)) as image:
         orientation: int = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
         return orientation
 
 
 def describe_error(error: BaseException) -> str:
-    """Say in one line why an image could not be read."""
+    """Return a one-line reason why an image could not be read."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if "cannot identify image file" in str(error):
-        return "not an image that Pillow knows"
+        return "not an image in a supported format"
     return " ".join(str(error).split()) or type(error).__name__

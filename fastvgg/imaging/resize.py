@@ -36,7 +36,7 @@ class NearestIndex:
 
 
 def nearest_index(
-    height: int, width: int, box: tuple[int, int, int, int], wanted: tuple[int, int]
+    height: int, width: int, box: tuple[int, int, int, int], size: tuple[int, int]
 ) -> NearestIndex:
     """Return the indices that Pillow selects for a nearest-neighbour resize.
 
@@ -46,27 +46,27 @@ def nearest_index(
         The size of the source image in pixels.
     box
         The part of the image to resize: left, upper, right, lower.
-    wanted
+    size
         The height and width of the result.
 
     Examples
     --------
-    >>> found = nearest_index(4, 6, (0, 0, 6, 4), (2, 3))
-    >>> found.rows.tolist(), found.columns.tolist()
+    >>> index = nearest_index(4, 6, (0, 0, 6, 4), (2, 3))
+    >>> index.rows.tolist(), index.columns.tolist()
     ([1, 3], [1, 3, 5])
     """
     left, upper, right, lower = box
     return NearestIndex(
-        _positions(height, upper, lower, wanted[0]), _positions(width, left, right, wanted[1])
+        _positions(height, upper, lower, size[0]), _positions(width, left, right, size[1])
     )
 
 
-def _positions(length: int, begin: int, end: int, wanted: int) -> NDArray[np.int64]:
-    """Let Pillow resize a line whose pixels are their own positions."""
+def _positions(length: int, begin: int, end: int, target: int) -> NDArray[np.int64]:
+    """Return the selected positions along an axis, by having Pillow resize a row of indices."""
     from PIL import Image
 
     line = Image.fromarray(np.arange(length, dtype=np.int32)[np.newaxis])
-    selected = line.resize((wanted, 1), Image.Resampling.NEAREST, box=(begin, 0, end, 1))
+    selected = line.resize((target, 1), Image.Resampling.NEAREST, box=(begin, 0, end, 1))
     positions: NDArray[np.int64] = np.asarray(selected, np.int64)[0]
     return positions
 
@@ -97,7 +97,7 @@ def gather_function(backend: ResolvedBackend) -> Gather:
 
     def gather_pixels(pixels: NDArray[Any], index: NearestIndex, out: NDArray[Any]) -> None:
         width, columns = pixels.shape[1], len(index.columns)
-        # The columns before the last one of the source and of the result; indices are sorted.
+        # The kernel may read 4 bytes for a pixel in columns before the last of source and result.
         wide = min(int(index.columns.searchsorted(width - 1)), columns - 1)
         addresses = [address_of(array) for array in (pixels, out, index.rows, index.columns)]
         kernel(*addresses, len(index.rows), columns, width, wide)

@@ -1,1 +1,1 @@
-"""Where data lies, and the system calls that make it durable."""
+"""Dataset locations, and durable I/O on local files and object stores."""

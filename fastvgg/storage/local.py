@@ -1,7 +1,7 @@
-"""Every durable system call goes through here: the one place where faults can be put in.
+"""Durable local I/O. All of it goes through this module, where tests inject faults.
 
-A call that fails raises a typed error that names the call, the file and the offset. Nothing is
-retried: after a failed fsync the kernel has already forgotten which pages it could not write
+A failed call raises a typed error that names the call, the file and the offset. Nothing is retried:
+after a failed fsync the kernel has already dropped the pages that it could not write
 (https://wiki.postgresql.org/wiki/Fsync_Errors).
 """
 
@@ -32,64 +32,62 @@ __all__ = [
     "is_networked",
 ]
 
-"""What a commit survives: a power cut, or the end of the process alone."""
-
 NETWORKED: Final = (
     *("9p", "afs", "ceph", "cifs", "coda", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4"),
     *("ocfs2", "smb2", "smb3", "smbfs", "virtiofs"),
 )
 
-# What opening a file past the cache, or writing so, fails with where it is not possible.
-NO_WAY_PAST: Final = (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM)
-GATHERED_BYTES: Final = 2**20
+# What opening or writing with O_DIRECT fails with where direct I/O is not possible.
+NO_DIRECT_IO: Final = (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM)
+WRITE_BUFFER_BYTES: Final = 2**20
 
 
 def file_system(path: Path) -> str:
-    """Return the kind of file system that a path is on; "" where the system does not tell."""
+    """Return the type of the file system that contains a path, or "" if it is not known."""
     device = path.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
             for mount in mounts:
-                fields, _, kind = mount.partition(" - ")
+                fields, _, rest = mount.partition(" - ")
                 if fields.split(" ")[2] == number:
-                    return kind.split(" ")[0]
+                    return rest.split(" ")[0]
     except (FileNotFoundError, PermissionError):  # not Linux, or in a sandbox
         pass
     return ""
 
 
 def is_networked(system: str) -> bool:
-    """Whether another machine may write there, or a lock or a sync may mean nothing."""
+    """Whether another machine may write to it, or locks and syncs may be ineffective."""
     return system in NETWORKED or system.startswith("fuse.")
 
 
 class StoredFile(NamedTuple):
-    """An open file, and its path for messages."""
+    """An open file, and its path for error messages."""
 
     descriptor: int
     path: Path
     direct: int | None = None
-    """A descriptor for writes past the system's cache, if there is one."""
+    """A second descriptor for direct I/O (O_DIRECT), if available."""
 
 
 class Storage:
-    """The system calls that make data last.
+    """The system calls that write data durably.
 
-    Every method raises `StoppedError` where the system refuses, unless it says otherwise.
+    Every method raises `StoppedError` if the system call fails, unless documented otherwise.
 
     Parameters
     ----------
     fsync
-        Whether a sync waits until the data is on the disk. Without it data survives the death of
-        the process, but not a power cut.
+        Whether a sync waits until the data is on the disk. Without it, data survives a crash of the
+        process but not a power failure.
     """
 
     def __init__(self, *, fsync: bool = True) -> None:
         self._syncs = fsync
 
     def create(self, path: Path) -> StoredFile:
-        """Make a new, empty file, or empty the one that is there."""
+        """Create an empty file, truncating an existing one."""
         return self._open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, "create")
 
     def open(self, path: Path, *, create: bool = False) -> StoredFile:
@@ -101,15 +99,15 @@ class Storage:
             return StoredFile(self._descriptor(path, flags), path)
 
     def _descriptor(self, path: Path, flags: int) -> int:
-        return os.open(path, flags | _always(), 0o666)
+        return os.open(path, flags | _common_flags(), 0o666)
 
     def direct(self, file: StoredFile) -> StoredFile:
-        """Return a file so that whole pages are written to it past the system's cache.
+        """Enable direct I/O for the whole pages written to a file, where the system supports it.
 
-        What has to be on the disk anyway needs no copy there: that takes 0.05 s of a processor for
-        a GiB, and 0.2 to 2.4 s with the copy, the more the newer the system's memory is. Pages are
-        whole where memory lies within a page as it will in the file; the rest takes the usual way,
-        as all does where there is no other.
+        Direct I/O avoids a copy into the page cache: a GiB takes 0.05 s of CPU time instead of 0.2
+        to 2.4 s, which depends on how many page-cache pages are newly allocated. It applies to
+        pages whose buffer and file offset are equally aligned; all other writes go through the
+        page cache.
         """
         if not (self._syncs and hasattr(os, "O_DIRECT")):
             return file
@@ -119,16 +117,16 @@ class Storage:
             try:
                 direct = self._descriptor(file.path, os.O_WRONLY | os.O_DIRECT)
             except OSError as error:
-                if error.errno not in NO_WAY_PAST:
+                if error.errno not in NO_DIRECT_IO:
                     raise
                 return file
             if not os.path.samestat(os.fstat(direct), os.fstat(file.descriptor)):
                 os.close(direct)
-                raise OSError(errno.ESTALE, "another file has its name")
+                raise OSError(errno.ESTALE, "another file has replaced it")
             return file._replace(direct=direct)
 
     def close(self, file: StoredFile) -> None:
-        """Close a file; some file systems report a failed write only now."""
+        """Close a file; some file systems report a failed write only here."""
         with _io_errors("close", file.path):
             try:
                 if file.direct is not None:
@@ -137,13 +135,13 @@ class Storage:
                 os.close(file.descriptor)
 
     def lock(self, file: StoredFile) -> bool:
-        """Take the file for this process alone; False if another one has it.
+        """Lock the file exclusively; return False if another process holds the lock.
 
-        The lock goes when the process does, however it ends.
+        The system releases the lock when the process ends, however it ends.
         """
         try:
             import fcntl
-        except ImportError:  # no such locks on this system
+        except ImportError:  # not a POSIX system
             return True
         try:
             fcntl.flock(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -151,7 +149,7 @@ class Storage:
             return False
         except OSError as error:
             raise StoppedError.from_os_error(error, "lock", str(file.path), 0) from error
-        try:  # the one that had it may have removed the file since it was opened here
+        try:  # the previous holder may have removed the file since it was opened here
             return os.path.samestat(os.fstat(file.descriptor), os.stat(file.path))
         except FileNotFoundError:
             return False
@@ -159,17 +157,17 @@ class Storage:
             raise StoppedError.from_os_error(error, "stat", str(file.path), 0) from error
 
     def size(self, file: StoredFile) -> int:
-        """Return a file's length in bytes."""
+        """Return the size of a file in bytes."""
         with _io_errors("fstat", file.path):
             return os.fstat(file.descriptor).st_size
 
     def reserve(self, file: StoredFile, nbytes: int) -> None:
-        """Take the disk space for the whole file now.
+        """Allocate disk space for the whole file.
 
         Raises
         ------
         TargetError
-            If there is no room.
+            If the disk or quota is full, or the file would be too large.
         """
         try:
             if hasattr(os, "posix_fallocate"):
@@ -180,7 +178,7 @@ class Storage:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise StoppedError.from_os_error(error, "reserve", str(file.path), 0) from error
             raise TargetError(
-                f"{file.path}: no room for {nbytes} bytes: {error.strerror}",
+                f"{file.path}: cannot allocate {nbytes} bytes: {error.strerror}",
                 "free disk space or choose another disk; nothing was written",
             ) from error
 
@@ -196,32 +194,32 @@ class Storage:
             remaining = remaining[written:]
 
     def truncate(self, file: StoredFile, nbytes: int) -> None:
-        """Cut a file to a length."""
+        """Set the length of a file."""
         with _io_errors("truncate", file.path, nbytes):
             os.ftruncate(file.descriptor, nbytes)
 
     def read(self, file: StoredFile, offset: int, nbytes: int) -> bytes:
-        """Return all of the `nbytes` at `offset`."""
+        """Read exactly `nbytes` at `offset`."""
         parts = []
         while nbytes:
             with _io_errors("read", file.path, offset):
                 part = os.pread(file.descriptor, nbytes, offset)
                 if not part:
-                    raise OSError(errno.ENODATA, "the file has become shorter")
+                    raise OSError(errno.ENODATA, "the file was truncated")
             parts.append(part)
             offset += len(part)
             nbytes -= len(part)
         return b"".join(parts)
 
     def sync(self, file: StoredFile) -> None:
-        """Make what was written to a file survive a power cut."""
+        """Flush a file's data to the disk (fsync)."""
         if not self._syncs:
             return
         with _io_errors("fsync", file.path):
             os.fsync(file.descriptor)
 
     def sync_directory(self, path: Path) -> None:
-        """Make the names in a directory survive a power cut."""
+        """Flush a directory's entries to the disk (fsync)."""
         if not self._syncs:
             return
         with _io_errors("fsync", path):
@@ -232,9 +230,9 @@ class Storage:
                 os.close(descriptor)
 
     def syncfs(self, directory: Path) -> None:
-        """Make all that anyone wrote to the disk of a directory survive a power cut.
+        """`syncfs` the file system that contains `directory`, whoever wrote the data.
 
-        What a killed process wrote is there for all to see, and yet may not be on the disk.
+        Data that a killed process wrote is visible, but may not be on the disk yet.
         """
         if not self._syncs:
             return
@@ -246,31 +244,31 @@ class Storage:
                 os.close(descriptor)
 
     def has_syncfs(self, directory: Path) -> bool:
-        """Whether `syncfs` can be relied on there: elsewhere files are synced one by one."""
+        """Whether `syncfs` is reliable there; if not, every file must be synced separately."""
         with _io_errors("stat", directory):
             return not is_networked(file_system(directory))
 
     def drop_cache(self, file: StoredFile) -> None:
-        """Have a file read from the disk again.
+        """Drop a file's pages from the page cache, so that it is read from the disk.
 
-        After a write that failed, the system's memory holds what the disk does not.
+        After a failed write the cache may differ from the disk.
         """
         if hasattr(os, "posix_fadvise"):
             with _io_errors("fadvise", file.path):
                 os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def make_directory(self, path: Path) -> None:
-        """Make a directory and those above it, where they are missing."""
+        """Create a directory and any missing parents."""
         with _io_errors("mkdir", path):
             path.mkdir(parents=True, exist_ok=True)
 
     def rename(self, old: Path, new: Path) -> None:
-        """Give a file or directory another name, at once."""
+        """Rename a file or directory atomically."""
         with _io_errors("rename", old):
             os.replace(old, new)
 
     def remove(self, path: Path) -> None:
-        """Remove a file, or a directory with all that is in it; missing is fine."""
+        """Remove a file, or a directory tree; do nothing if it does not exist."""
         with _io_errors("remove", path):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -278,12 +276,12 @@ class Storage:
                 path.unlink(missing_ok=True)
 
     def write_atomic(self, path: Path, pieces: Iterable[bytes]) -> None:
-        """Write a file so that its name holds the old bytes or the new ones, never a part."""
+        """Replace a file atomically: readers see the old or the new content, never a mixture."""
         temporary = path.with_name(path.name + ".tmp")
         file = self.create(temporary)
         try:
             offset = 0
-            for data in _gather(pieces):
+            for data in _coalesce(pieces):
                 self.write(file, data, offset)
                 offset += len(data)
             self.sync(file)
@@ -294,15 +292,15 @@ class Storage:
 
 
 class SharedStorage(Storage):
-    """Calls in one directory, in which others write the same bytes at the same time.
+    """I/O in one directory, whose files other processes may be writing concurrently.
 
-    The directory stays the one that it was, whatever gets its name later; and no file is emptied,
-    for what another has written there may be committed.
+    The directory is held open, so that a new directory of the same name is never written to.
+    Existing files are never truncated: data that another process wrote may be committed.
 
     Parameters
     ----------
     directory
-        Where all of the files are.
+        The directory that contains all of the files.
     fsync
         As for `Storage`.
     """
@@ -310,46 +308,46 @@ class SharedStorage(Storage):
     def __init__(self, directory: Path, *, fsync: bool = True) -> None:
         super().__init__(fsync=fsync)
         with _io_errors("open", directory):
-            self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | _always())
+            self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | _common_flags())
         weakref.finalize(self, os.close, self._directory)
 
     def create(self, path: Path) -> StoredFile:
-        """Make a new file, or open the one that is there."""
+        """Create a file, or open an existing one without truncating it."""
         return self.open(path, create=True)
 
     def _descriptor(self, path: Path, flags: int) -> int:
-        return os.open(path.name, flags | _always(), 0o666, dir_fd=self._directory)
+        return os.open(path.name, flags | _common_flags(), 0o666, dir_fd=self._directory)
 
     def sync_directory(self, path: Path) -> None:
-        """Make the names in the directory survive a power cut."""
+        """Flush the directory's entries to the disk (fsync)."""
         if self._syncs:
             with _io_errors("fsync", path):
                 os.fsync(self._directory)
 
 
-def _always() -> int:
-    """Return the flags that every file is opened with, where the system has them."""
+def _common_flags() -> int:
+    """Return the flags that every file is opened with, where the system supports them."""
     return getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
 
 
 def _write_some(file: StoredFile, data: memoryview, offset: int) -> int:
-    """Write the beginning of the data in one call, and return how much that was.
+    """Write a prefix of the data in one call, and return its length.
 
-    Whole pages that lie right are written directly, and what is before and after them is not.
+    Whole pages in an equally aligned buffer use direct I/O; what is before and after them does not.
     """
     if file.direct is None:
         return os.pwrite(file.descriptor, data, offset)
     before = -offset % mmap.PAGESIZE
     pages = (len(data) - before) // mmap.PAGESIZE * mmap.PAGESIZE
-    lies_right = (_address(data) - offset) % mmap.PAGESIZE == 0
-    if pages <= 0 or not lies_right:
+    is_aligned = (_address(data) - offset) % mmap.PAGESIZE == 0
+    if pages <= 0 or not is_aligned:
         return os.pwrite(file.descriptor, data, offset)
     if before:
         return os.pwrite(file.descriptor, data[:before], offset)
     try:
         return os.pwrite(file.direct, data[:pages], offset)
     except OSError as error:
-        if error.errno not in NO_WAY_PAST:  # of a disk that wants more than pages
+        if error.errno not in NO_DIRECT_IO:  # some disks require more than page alignment
             raise
         return os.pwrite(file.descriptor, data[:pages], offset)
 
@@ -359,15 +357,15 @@ def _address(data: memoryview) -> int:
     return address
 
 
-def _gather(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Return the same bytes in larger pieces."""
-    gathered = bytearray()
+def _coalesce(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Combine small pieces into larger ones."""
+    buffer = bytearray()
     for piece in pieces:
-        gathered += piece
-        if len(gathered) >= GATHERED_BYTES:
-            yield bytes(gathered)
-            gathered.clear()
-    yield bytes(gathered)
+        buffer += piece
+        if len(buffer) >= WRITE_BUFFER_BYTES:
+            yield bytes(buffer)
+            buffer.clear()
+    yield bytes(buffer)
 
 
 def _syncfs(descriptor: int) -> None:
