@@ -1,7 +1,7 @@
 """Lazy preprocessing of Dask arrays, block by block, on the threads of the Dask scheduler.
 
 Each block is transformed like an array in memory, so the result is bit-identical for any chunks.
-Needs ``pip install 'fastvgg[dask]'``.
+Needs the extra ``dask``.
 
 >>> import dask.array as da
 >>> x = da.random.default_rng(1).integers(0, 256, (20, 7, 9, 3), chunks=(6, 4, 9, 3), dtype="uint8")

@@ -122,7 +122,7 @@ def _write_photographs(directory: Path) -> None:
     except ImportError:
         raise BackendError(
             "scikit-image, which provides the photographs, is not installed",
-            "pip install 'fastvgg[demo]'",
+            "in a clone of fastvgg: pip install '.[demo]'",
         ) from None
     for name, relative in PHOTOGRAPHS.items():
         source, path = Path(skimage.__file__).parent / "data" / name, directory / relative

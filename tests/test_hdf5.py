@@ -915,7 +915,7 @@ def test_without_h5py_it_is_said_how_to_install_it_and_all_else_works(tmp_path):
     lines = printed_by(WITHOUT_H5PY, *arguments).splitlines()
     assert lines[0].startswith(f"SourceError {location} ")
     assert lines[2].startswith(f"SourceError {tmp_path}/y.h5::/images ")
-    assert lines[1] == lines[3] == "install it: pip install 'fastvgg[hdf5]'"
+    assert lines[1] == lines[3] == "in a clone of fastvgg: pip install '.[hdf5]'"
     assert lines[4] == "5"
 
 

@@ -666,7 +666,7 @@ def test_nothing_in_a_store_is_changed_in_place(in_memory, array):
 def test_a_url_of_no_known_store_is_refused(tmp_path, url):
     with pytest.raises(UsageError) as caught:
         plan_of(url, tmp_path / "y.npy", mode="tf")
-    must_say(caught.value, url, "pip install 'fastvgg[zarr]'")
+    must_say(caught.value, url, "pip install '.[zarr]'")
 
 
 def test_what_is_needed_for_urls_is_named_where_it_is_missing(tmp_path):
@@ -680,7 +680,7 @@ except fastvgg.errors.UsageError as error:
     print(error.remedy)
 """
     done = python(script)
-    assert "pip install 'fastvgg[zarr]'" in done.stdout, done.stderr
+    assert "pip install '.[zarr]'" in done.stdout, done.stderr
 
 
 def test_the_command_line_takes_urls(emptied, array, tmp_path):

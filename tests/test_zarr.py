@@ -572,7 +572,7 @@ def test_without_zarr_it_is_said_how_to_install_it_and_nothing_is_written(tmp_pa
         "    except FastvggError as error: print(error.exit_code, error.remedy)\n"
     )
     printed = printed_by(script, stored, tmp_path / "x.npy", tmp_path / "y.zarr")
-    assert printed.splitlines() == ["3 install it: pip install 'fastvgg[zarr]'"] * 4
+    assert printed.splitlines() == ["3 in a clone of fastvgg: pip install '.[zarr]'"] * 4
     assert names_in(tmp_path) == ["x.npy", "x.zarr"]
 
 

@@ -82,7 +82,7 @@ def check_plot_path(path: Path) -> None:
     except ImportError as error:
         raise UsageError(
             f"--plot needs a package that is not installed: {error.name}",
-            "install it: pip install 'fastvgg[plot]'",
+            "in a clone of fastvgg: pip install '.[plot]'",
         ) from None
     suffixes = sorted(Figure().canvas.get_supported_filetypes())
     if path.suffix.removeprefix(".") not in suffixes:

@@ -68,7 +68,7 @@ WELCOME: Final = """\
 fastvgg turns images into the exact input that a pretrained network expects,
 and turns network input back into the exact images.
 
-See it on real photographs (needs: pip install 'fastvgg[demo]'):
+See it on real photographs (in a clone: pip install '.[demo]'):
   fastvgg demo demo/
 Preprocess a directory of images (add --dry-run to print the plan only):
   fastvgg preprocess photos/ train.npy --model vgg19 --size 224 224
@@ -445,7 +445,7 @@ def _connect(dask: str | None) -> "Iterator[Client | None]":
     except ImportError as error:
         raise UsageError(
             f"--dask needs a package that is not installed: {error.name}",
-            "install it: pip install 'fastvgg[dask]'",
+            "in a clone of fastvgg: pip install '.[dask]'",
         ) from None
     with cluster.connect(dask) as client:
         yield client

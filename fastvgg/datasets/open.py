@@ -188,7 +188,7 @@ def _installed(extra: str, path: Path) -> Iterator[None]:
     except ImportError as error:
         raise SourceError(
             f"{path} requires a package that cannot be imported: {error}",
-            f"install it: pip install 'fastvgg[{extra}]'",
+            f"in a clone of fastvgg: pip install '.[{extra}]'",
         ) from None
 
 
