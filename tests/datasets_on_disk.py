@@ -218,8 +218,8 @@ def failing_in_ascii():
 
 
 WAYS_OUT = re.compile(
-    r"\b(change|check|choose|convert|finish|free|get|give|install|leave|make|mend|move|name|put|"
-    r"preprocess|remove|repair|restore|run|say|start|store|use|wait|write)\b"
+    r"\b(change|check|choose|convert|copy|create|finish|fix|free|get|give|install|make|mend|move|"
+    r"name|omit|put|preprocess|remove|repair|rerun|restore|run|start|store|use|wait|write)\b"
 )
 
 

@@ -490,7 +490,7 @@ class Ledgers(Kind):
         if any(whole.startswith(content[:length]) for whole in self.wholes):
             assert error is None
         if error is None:
-            assert length == (0 if found is None else found.whole_bytes)
+            assert length == (0 if found is None else found.valid_bytes)
         if found is not None or len(content) % 8 == 0:
             check_info(self.dataset, expected=found is not None)
         if found is None:

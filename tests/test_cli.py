@@ -615,7 +615,7 @@ def bad_inputs(place):
             3,
             [floats, "never preprocessed"],
         ),
-        "restoring twice": (["restore", back, new], 3, [back, "restored already"]),
+        "restoring twice": (["restore", back, new], 3, [back, "already restored"]),
         "no target": (["preprocess", array, *caffe], 2, ["no target", "--in-place"]),
         "no target to restore to": (["restore", stored], 2, ["no target", "--in-place"]),
         "a target in place": (
@@ -651,12 +651,12 @@ def bad_inputs(place):
         "preprocessing twice in place": (
             ["preprocess", stored, "--in-place", *caffe],
             3,
-            [stored, "preprocessed already"],
+            [stored, "already preprocessed"],
         ),
         "preprocessing twice in place without a manifest": (
             ["preprocess", negative, "--in-place", *caffe],
             3,
-            [negative, "perhaps preprocessed already"],
+            [negative, "may be already preprocessed"],
         ),
         "restoring images in place": (
             ["restore", floats, "--in-place", *caffe],
@@ -671,12 +671,12 @@ def bad_inputs(place):
         "preprocessing twice": (
             ["preprocess", stored, new, *caffe],
             3,
-            [stored, "preprocessed already"],
+            [stored, "already preprocessed"],
         ),
         "preprocessing twice without a manifest": (
             ["preprocess", negative, new, *caffe],
             3,
-            [negative, "perhaps preprocessed already"],
+            [negative, "may be already preprocessed"],
         ),
         "verifying what has no manifest": (["verify", array], 3, [array, "fastvgg info"]),
         "telling of nothing": (["info", place / "missing.npy"], 3, [place / "missing.npy"]),

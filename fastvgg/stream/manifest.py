@@ -203,8 +203,8 @@ def _checked(fields: dict[str, Any]) -> Manifest:
     manifest = Manifest(**{name: fields[name] for name in FIELDS if name != "fastvgg-manifest"})
     images, counts = manifest.header.images, manifest.counts
     check_sizes([manifest.chunk_images])
-    check_sizes([counts["images"]], least=images, most=images)
-    check_sizes([counts["failed"]], least=0, most=images)
+    check_sizes([counts["images"]], minimum=images, maximum=images)
+    check_sizes([counts["failed"]], minimum=0, maximum=images)
     sums = manifest.checksums, manifest.source_checksums
     if any(len(of_chunks) != -(-images // manifest.chunk_images) for of_chunks in sums):
         raise ValueError(f"{len(manifest.checksums)} checksums of {images} images")

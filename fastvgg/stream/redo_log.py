@@ -490,7 +490,7 @@ class RedoLog:
             if fields is not None:
                 check_fields(fields, CHECKPOINT)
                 check_sizes([fields["generation"]])
-                check_sizes([fields["chunks"]], least=0, most=self.file_layout.chunks)
+                check_sizes([fields["chunks"]], minimum=0, maximum=self.file_layout.chunks)
         except ValueError:
             raise self._damaged(f"copy {copy} of its checkpoint") from None
         return fields

@@ -1,4 +1,4 @@
-"""What there is of a target already, and whether a run may go on with it or take its name."""
+"""Inspect an existing target: whether a run may resume it, or take its name."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ State: TypeAlias = Literal["fresh", "resumable", "complete", "failed"]
 
 
 def inspect_target(plan: Plan, journal_state: JournalState | None) -> State:
-    """Return what there is of a plan's target: nothing, an unfinished run, or all of it.
+    """Return the state of a plan's target: absent, unfinished or finished.
 
-    "failed" is all of it, to be taken up again for what failed.
+    "failed" is a finished target whose failed images are to be retried.
 
     Raises
     ------
     ResumeError
-        If the unfinished run is another job.
+        If the unfinished run has another job.
     TargetError
-        If something that is not this run's has the target's name.
+        If the target's name is taken by something that this run did not write.
     """
     destination = destination_of(plan)
     if plan.restart:
@@ -51,47 +51,48 @@ def inspect_target(plan: Plan, journal_state: JournalState | None) -> State:
     check_not_occupied(plan, None)
     if destination.exists(destination.partial):
         raise TargetError(
-            f"{destination.partial} is in the way, and no journal says that it is an unfinished "
-            "run",
+            f"{destination.partial} exists, but no journal shows that an unfinished run wrote it",
             "move it away, or give --restart to replace it",
         )
     return "fresh"
 
 
 def check_not_occupied(plan: Plan, replaces: str | None) -> None:
-    """Refuse a target whose name something has, unless it is what the run replaces.
+    """Check that the target's name is free, or taken only by what the run replaces.
 
     Raises
     ------
     TargetError
-        Saying what has the name.
+        If something else has the name.
     """
     destination = destination_of(plan)
     if not destination.is_occupied() or destination.identity() == replaces:
         return
     is_foreign = read_manifest(destination.path) is None
-    what = "was not made by fastvgg" if is_foreign else "is of another job"
+    maker = "not written by fastvgg" if is_foreign else "made with other settings or another source"
     raise TargetError(
-        f"{destination.path} exists, and {what}",
+        f"{destination.path} exists, and was {maker}",
         "choose another name, or give --restart to replace it",
     )
 
 
 def with_committed(plan: Plan, chunk_images: int, committed_chunks: int) -> Plan:
-    """Return the plan with the chunks that an unfinished run began with.
+    """Return the plan with the chunk size and progress of the unfinished run.
 
     Raises
     ------
     TargetError
-        If those chunks do not fit into the memory limit of now.
+        If chunks of that size exceed the present memory limit.
     """
-    fitted = dataclasses.replace(plan, chunk_images=chunk_images, committed_chunks=committed_chunks)
-    if fitted.projected_bytes > fitted.memory_bytes:
+    resumed = dataclasses.replace(
+        plan, chunk_images=chunk_images, committed_chunks=committed_chunks
+    )
+    if resumed.projected_bytes > resumed.memory_bytes:
         raise TargetError(
-            f"{plan.target} was begun in chunks that need "
-            f"{format_bytes(fitted.projected_bytes)}, and the memory limit is "
+            f"{plan.target} was started with chunks that need "
+            f"{format_bytes(resumed.projected_bytes)}, but the memory limit is "
             f"{format_bytes(plan.memory_bytes)}",
-            f"give --memory {-(-fitted.projected_bytes // 2**20)}MiB"
+            f"give --memory {-(-resumed.projected_bytes // 2**20)}MiB"
             + ("" if plan.in_place else ", or --restart"),
         )
-    return fitted
+    return resumed
