@@ -958,7 +958,7 @@ def main_leaves():
     frame = sys._current_frames()[threading.main_thread().ident]
     while frame is not None and frame.f_code is not CommitPipeline.__exit__.__code__:
         frame = frame.f_back
-    return frame is not None and frame.f_locals["self"]._is_left
+    return frame is not None and frame.f_locals["self"]._is_closed
 target.Storage = in_place.Storage = Waiting
 interrupt = errors.interrupt
 def told(*arguments):

@@ -143,7 +143,7 @@ class _InPlace:
         before = None
         with CommitPipeline[int]() as behind:
             for chunk in range(done, len(rows)):
-                tally.count(behind.drain(1))  # one of the two is free then
+                tally.count(behind.drain(max_pending=1))  # one of the two is free then
                 new = pages[chunk % 2]
                 new.move_to(chunk, self.storage, self.data, before)
                 start, stop = rows[chunk]
@@ -154,7 +154,7 @@ class _InPlace:
                     functools.partial(self._commit, ring, record, new.bytes.data, stop - start),
                 )
                 before = new
-            tally.count(behind.drain(0))
+            tally.count(behind.drain(max_pending=0))
 
     def _commit(self, ring: RedoLog, record: RedoRecord, pages: memoryview, images: int) -> int:
         ring.commit(record, pages)

@@ -269,13 +269,13 @@ class Run:
         chunks = compute(self.plan, self.source, self.target, tasks)
         with contextlib.closing(chunks), CommitPipeline[int]() as pipeline:
             for computed in chunks:
-                self.tracker.count(pipeline.drain(2))
+                self.tracker.count(pipeline.drain(max_pending=2))
                 commit = make_commit(self.plan, self.source, computed)
                 pipeline.submit(
                     functools.partial(self.target.write, computed.start, computed.stored),
                     functools.partial(self._commit, commit, computed.stop - computed.start),
                 )
-            self.tracker.count(pipeline.drain(0))
+            self.tracker.count(pipeline.drain(max_pending=0))
 
     def _tasks(self) -> Iterator[ChunkTask]:
         """Yield every chunk that is not durable yet."""

@@ -124,9 +124,9 @@ class _WorkerSlot:
         chunks = compute(self._plan, self._source, self._target, tasks, self._buffers)
         with contextlib.closing(chunks):
             for computed in chunks:
-                commits += self._pipeline.drain(2)
+                commits += self._pipeline.drain(max_pending=2)
                 self._submit(computed, make_commit(self._plan, self._source, computed))
-        commits += self._pipeline.drain(0)
+        commits += self._pipeline.drain(max_pending=0)
         return commits
 
     def _submit(self, computed: ChunkResult, commit: Commit) -> None:
