@@ -717,7 +717,7 @@ class RingFiles:
             for name, content in (("old", before), ("new", after))
         }
         pages = memoryview(after[begin:end])
-        ring.put(chunk, pages)
+        ring.stage(chunk, pages)
         ring.commit(ring.record_of(chunk, pages, **sums), pages)
 
     def close(self):

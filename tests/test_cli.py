@@ -113,7 +113,7 @@ def test_the_essential_commands_work_from_a_shell(tmp_path, photos):
     assert done.stdout.startswith(f"{stored}: 11 images in ")
     done = command("verify", stored, "--full")
     assert done.returncode == 0
-    assert "11 images are equal to the oracle's" in done.stdout
+    assert "11 images match the NumPy reference" in done.stdout
     done = command("restore", stored, back)
     assert (done.returncode, done.stderr) == (0, "")
     for name, expected in images_in(photos).items():
@@ -385,7 +385,7 @@ def test_a_file_is_preprocessed_in_place_and_restored_in_place(floats, mode):
     assert manifest["job"]["result"]["in_place"] is True
     verified = invoke("verify", floats)
     assert verified.exit_code == 0
-    assert "3 chunks of 11 images have the right checksum" in verified.stdout
+    assert "11 images in 3 chunks match their checksums" in verified.stdout
     assert "changed in place" in verified.stdout
     restored = invoke("restore", floats, *options)  # the manifest knows the mode
     assert restored.exit_code == 0
@@ -467,7 +467,7 @@ def test_info_tells_of_an_unfinished_run_in_place_and_the_command_that_finishes_
     for arguments in (["verify", path], ["restore", path, tmp_path / "z.npy", "--mode", "tf"]):
         result = invoke(*arguments)
         result.returncode = result.exit_code
-        refused(3, says=[path, "in place", "finish that"], told=result)
+        refused(3, says=[path, "in place", "finish it"], told=result)
     assert tree(tmp_path) == before
     name, *arguments = shlex.split(known["next"].partition("before: ")[2])
     assert name == "fastvgg"

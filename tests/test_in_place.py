@@ -181,7 +181,7 @@ def test_links_and_holes_are_refused(file):
     refused(TargetError, link, "symbolic link", str(file))
     link.unlink()
     os.link(file, link)
-    refused(TargetError, file, "2 names")
+    refused(TargetError, file, "2 hard links")
     link.unlink()
     batch = np.zeros((64, 128, 128, 3), np.float32)
     save_npy(file, batch)
@@ -260,10 +260,10 @@ def test_nobody_else_may_use_an_unfinished_file(unfinished):
     finish = f"fastvgg preprocess {unfinished} --in-place"
     with pytest.raises(SourceError) as caught:
         fastvgg.plan(unfinished, unfinished.with_name("y.npy"), mode="caffe")
-    must_say(caught.value, unfinished, "changed in place", finish)
+    must_say(caught.value, unfinished, "partly converted", finish)
     with pytest.raises(SourceError) as caught:
         fastvgg.verify(unfinished)
-    must_say(caught.value, unfinished, "changed in place", finish)
+    must_say(caught.value, unfinished, "partly converted", finish)
     known = info(unfinished)
     assert (known["state"], known["committed_chunks"], known["chunks"]) == (
         "unfinished in place",
@@ -278,7 +278,7 @@ def test_an_unfinished_file_is_not_begun_again(unfinished):
     before = tree(unfinished.parent)
     with pytest.raises(ResumeError) as caught:
         change(unfinished, mode="caffe", restart=True)
-    must_say(caught.value, unfinished, "cannot be begun again", "--in-place")
+    must_say(caught.value, unfinished, "cannot start over", "--in-place")
     for other in ({"mode": "tf"}, {"mode": "caffe", "direction": "restore"}):
         with pytest.raises(ResumeError) as caught:
             change(unfinished, **other)
@@ -309,7 +309,7 @@ def test_a_copy_of_an_unfinished_file_is_not_begun_again(unfinished):
     before = tree(unfinished.parent)
     with pytest.raises(ResumeError) as caught:
         change(unfinished, mode="caffe", restart=True)
-    must_say(caught.value, unfinished, "cannot be begun again")
+    must_say(caught.value, unfinished, "cannot start over")
     assert tree(unfinished.parent) == before
 
 
