@@ -386,7 +386,7 @@ def test_a_file_is_preprocessed_in_place_and_restored_in_place(floats, mode):
     verified = invoke("verify", floats)
     assert verified.exit_code == 0
     assert "11 images in 3 chunks match their checksums" in verified.stdout
-    assert "changed in place" in verified.stdout
+    assert "overwritten in place" in verified.stdout
     restored = invoke("restore", floats, *options)  # the manifest knows the mode
     assert restored.exit_code == 0
     assert json.loads(restored.stdout)["counts"] == answer["counts"]
