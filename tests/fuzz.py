@@ -85,7 +85,7 @@ from fastvgg.stream.redo_log import (
     committed_chunks,
     read_redo_log_header,
 )
-from fastvgg.stream.state import inspect_target, with_committed
+from fastvgg.stream.target import inspect_target, with_committed
 
 SIZE = 1_000_000
 SAMPLED = 64

@@ -1,7 +1,7 @@
 """One dataset into another, chunk by chunk.
 
-`planner` inspects source and target and makes a `plan`; `state` and `target` inspect an existing
-target, `values` samples the pixels. `run` executes the plan: `compute` computes chunks, and
+`planner` inspects source and target and makes a `plan`; `target` inspects an existing target, and
+`values` samples the pixels. `run` executes the plan: `compute` computes chunks, and
 `commit_pipeline` writes and commits them to the `journal` (in a store, to the `store_journal`).
 `in_place` does the same within one file, through the `redo_log`; `retry` recomputes failed images;
 `worker` computes chunks in another process. `manifest` describes a finished dataset, `job`

@@ -106,9 +106,9 @@ class _InPlace:
             header = None
         log = self._begin() if header is None else self._reopen(header)
         try:
-            done = 0 if header is None else log.recover()
-            tracker = ProgressTracker(self.plan, range(done), self.progress, self.started_at)
-            self._compute(log, done, tracker)
+            committed = 0 if header is None else log.recover()
+            tracker = ProgressTracker(self.plan, range(committed), self.progress, self.started_at)
+            self._compute(log, committed, tracker)
             manifest = Manifest.of_now(
                 self.plan.job(),
                 self.plan.chunk_images,
@@ -136,13 +136,13 @@ class _InPlace:
             raise changed_since(self.data.path)
         return RedoLog.reopen(self.storage, self.data, header)
 
-    def _compute(self, log: RedoLog, done: int, tracker: ProgressTracker) -> None:
+    def _compute(self, log: RedoLog, committed: int, tracker: ProgressTracker) -> None:
         """Compute the remaining chunks; write each to the redo log, then to the file."""
         pages = [_PageBuffer(log.file_layout) for _ in range(2)]
         rows = list(self.plan.chunk_rows())
         before = None
         with CommitPipeline[int]() as pipeline:
-            for chunk in range(done, len(rows)):
+            for chunk in range(committed, len(rows)):
                 tracker.count(pipeline.drain(max_pending=1))  # frees one of the two buffers
                 new = pages[chunk % 2]
                 new.move_to(chunk, self.storage, self.data, before)

@@ -387,7 +387,7 @@ class Journal:
         chunk_images: int,
         *,
         replaces: str | None = None,
-        done: Iterable[Commit] | None = None,
+        committed: Iterable[Commit] | None = None,
     ) -> None:
         """Start the journal of a new run, replacing its previous contents.
 
@@ -397,13 +397,15 @@ class Journal:
             Of the new run.
         replaces
             Identity of the existing file or directory that publishing may replace.
-        done
+        committed
             When retrying a finished target: its chunks that need no retry.
         """
-        self.state = JournalState(self.path, job, chunk_images, replaces, retries=done is not None)
+        self.state = JournalState(
+            self.path, job, chunk_images, replaces, retries=committed is not None
+        )
         self._end = 0
         self._append(encode_line(self.state.header_fields()))
-        for commit in done or ():
+        for commit in committed or ():
             self.state.commits[commit.chunk] = self._append_commit(commit)
         self._storage.sync(self._file)
         self._storage.sync_directory(self.path.parent)

@@ -251,7 +251,7 @@ class Plan:
     retry_failed: bool
     """Whether to retry the failed images of a finished target."""
     listing: ImageListing | None = field(default=None, compare=False, repr=False)
-    """Listing of an image source, overhead so that the run need not scan it again."""
+    """Listing of an image source; saves the run from scanning it again."""
 
     @property
     def chunks(self) -> int:

@@ -56,7 +56,7 @@ from fastvgg.stream.redo_log import (
     unfinished_error,
 )
 from fastvgg.stream.retry import plan_retry
-from fastvgg.stream.state import inspect_target, with_committed
+from fastvgg.stream.target import inspect_target, with_committed
 from fastvgg.stream.values import check_not_already_done
 from fastvgg.transform import Mode, Transform
 

@@ -453,7 +453,7 @@ class RedoLog:
         return cls(storage, data, journal, header.file_layout, header.run)
 
     def recover(self) -> int:
-        """Redo the committed chunks that may be missing from the file; return the chunks done.
+        """Redo the committed chunks that may be missing from the file; count the committed.
 
         Raises
         ------
@@ -466,13 +466,13 @@ class RedoLog:
             if uncheckpointed[chunk] == "slot":
                 begin, _ = self.file_layout.page_span(chunk)
                 self._storage.write(self._data, self._pages(chunk), begin)
-        done = self._durable + len(uncheckpointed)
+        committed = self._durable + len(uncheckpointed)
         if uncheckpointed:
             self._storage.sync(self._data)
-            self._write_checkpoint(done)
+            self._write_checkpoint(committed)
             self._storage.sync(self._journal)
-            self._durable = done
-        return done
+            self._durable = committed
+        return committed
 
     def _read_checkpoints(self) -> None:
         found = []

@@ -19,8 +19,7 @@ from fastvgg.errors import ResumeError, TargetError
 from fastvgg.stream.compute import ChunkTask
 from fastvgg.stream.journal import Commit, check_same_job
 from fastvgg.stream.manifest import checksum, read_manifest
-from fastvgg.stream.state import with_committed
-from fastvgg.stream.target import destination_of
+from fastvgg.stream.target import destination_of, with_committed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,7 +47,9 @@ def plan_retry(plan: Plan, source: ImageSource) -> Plan:
     retry.check_same_names()
     failed = retry.manifest.counts["failed"]
     with_note = dataclasses.replace(plan, notes=(*plan.notes, f"failed images to retry: {failed}"))
-    return with_committed(with_note, retry.manifest.chunk_images, sum(1 for _ in retry.done()))
+    return with_committed(
+        with_note, retry.manifest.chunk_images, sum(1 for _ in retry.good_commits())
+    )
 
 
 class FailureRetry:
@@ -103,7 +104,7 @@ class FailureRetry:
                     "restore the renamed or removed images, or give --restart to start over",
                 )
 
-    def done(self) -> Iterator[Commit]:
+    def good_commits(self) -> Iterator[Commit]:
         """Yield the commits of the chunks that need no retry."""
         for chunk, records in self._chunks():
             if not any(record.failed for record in records) and self._is_unchanged(chunk, records):

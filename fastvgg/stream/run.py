@@ -34,8 +34,13 @@ from fastvgg.stream.planner import changed, read_state_of, reopen_source
 from fastvgg.stream.progress import ProgressTracker
 from fastvgg.stream.report import FAILURES_KEPT, Failure
 from fastvgg.stream.retry import FailureRetry
-from fastvgg.stream.state import check_not_occupied, inspect_target, with_committed
-from fastvgg.stream.target import destination_of, open_journal
+from fastvgg.stream.target import (
+    check_not_occupied,
+    destination_of,
+    inspect_target,
+    open_journal,
+    with_committed,
+)
 from fastvgg.stream.values import check_values
 
 if TYPE_CHECKING:
@@ -260,7 +265,9 @@ class Run:
     def _reopen_published(self, retry: FailureRetry) -> None:
         """Turn a finished target into an unfinished run whose good chunks are committed."""
         if self.state == "failed":
-            self.journal.begin(self.plan.job(), self.plan.chunk_images, done=retry.done())
+            self.journal.begin(
+                self.plan.job(), self.plan.chunk_images, committed=retry.good_commits()
+            )
         self.destination.reopen_published(self.storage)
 
     def compute(self, tasks: Iterable[ChunkTask]) -> None:

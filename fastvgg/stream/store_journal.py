@@ -55,7 +55,7 @@ class StoreJournal:
         chunk_images: int,
         *,
         replaces: str | None = None,
-        done: Iterable[Commit] | None = None,
+        committed: Iterable[Commit] | None = None,
     ) -> None:
         """Start the journal of a new run, replacing its previous contents; see `Journal.begin`.
 
@@ -65,7 +65,7 @@ class StoreJournal:
             If nothing can be written there.
         """
         journal_state = StoreJournalState(
-            self.path, job, chunk_images, replaces, retries=done is not None
+            self.path, job, chunk_images, replaces, retries=committed is not None
         )
         try:
             self.remove()
@@ -76,7 +76,7 @@ class StoreJournal:
                 "check the connection, and the permission to write and delete there",
             ) from error
         self.state = journal_state
-        for commit in done or ():
+        for commit in committed or ():
             self.commit(commit)
 
     def commit(self, *commits: Commit) -> None:
