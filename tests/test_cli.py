@@ -420,7 +420,7 @@ def test_in_place_a_second_time_exits_with_3_and_changes_no_byte(floats, verb):
     for options in ([], ["--mode", "caffe"], ["--mode", "tf"], ["--restart"]):
         result = invoke(verb, floats, "--in-place", *options)
         result.returncode = result.exit_code
-        refused(3, says=[floats, f"{said} already"], told=result)
+        refused(3, says=[floats, f"already {said}"], told=result)
         assert tree(floats.parent) == before
 
 
@@ -469,7 +469,7 @@ def test_info_tells_of_an_unfinished_run_in_place_and_the_command_that_finishes_
         result.returncode = result.exit_code
         refused(3, says=[path, "in place", "finish it"], told=result)
     assert tree(tmp_path) == before
-    name, *arguments = shlex.split(known["next"].partition("before: ")[2])
+    name, *arguments = shlex.split(known["next"].partition("using the file: ")[2])
     assert name == "fastvgg"
     finished = invoke(*arguments, "--json")
     assert json.loads(finished.stdout)["counts"]["computed_chunks"] == 1
@@ -621,12 +621,12 @@ def bad_inputs(place):
         "a target in place": (
             ["preprocess", floats, new, "--in-place", *caffe],
             2,
-            ["a target is given", "in place"],
+            ["both a target", "--in-place"],
         ),
         "a target to restore to in place": (
             ["restore", stored, new, "--in-place"],
             2,
-            ["a target is given", "in place"],
+            ["both a target", "--in-place"],
         ),
         "a folder in place": (
             ["preprocess", photos, "--in-place", *caffe],

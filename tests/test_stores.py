@@ -658,7 +658,7 @@ def test_nothing_in_a_store_is_changed_in_place(in_memory, array):
     planned(array, in_memory).run()
     with pytest.raises(UsageError) as caught:
         fastvgg.plan(f"{in_memory.url}/y.zarr", in_place=True, direction="restore")
-    must_say(caught.value, "in place")
+    must_say(caught.value, "--in-place")
 
 
 @pytest.mark.parametrize("url", ["nothing://bucket/x.zarr", "http+x://x"])

@@ -272,7 +272,7 @@ def inspect_target(plan: Plan, journal_state: JournalState | None) -> State:
     Raises
     ------
     ResumeError
-        If the unfinished run has another job.
+        If the unfinished run has other settings.
     TargetError
         If the target's name is taken by something that this run did not write.
     """
@@ -314,10 +314,12 @@ def check_not_occupied(plan: Plan, replaces: str | None) -> None:
         return
     is_foreign = read_manifest(destination.path) is None
     maker = "not written by fastvgg" if is_foreign else "made with other settings or another source"
-    raise TargetError(
-        f"{destination.path} exists, and was {maker}",
-        "choose another name, or give --restart to replace it",
-    )
+    remedy = "choose another name, or give --restart to replace it"
+    try:
+        destination.replaceable()
+    except TargetError as error:  # --restart would be refused
+        remedy = error.remedy
+    raise TargetError(f"{destination.path} exists, and was {maker}", remedy)
 
 
 def with_committed(plan: Plan, chunk_images: int, committed_chunks: int) -> Plan:
