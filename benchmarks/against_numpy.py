@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from fastvgg import Transform, engine, oracle
-from fastvgg.bench.machine import machine
+from fastvgg.bench.timing import machine
 from fastvgg.parallel import available_cpus
 from fastvgg.transform import STORAGE_TYPES, storage_dtype
 

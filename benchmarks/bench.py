@@ -20,7 +20,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    record = measure(QUICK if arguments.quick else FULL, tell=print_benchmark())
+    record = measure(QUICK if arguments.quick else FULL, on_figure=print_benchmark())
     if not arguments.quick:
         name = f"bench-{record['instruction_set'].lower()}.json"
         (RESULTS / name).write_text(json.dumps(record, indent=1) + "\n")

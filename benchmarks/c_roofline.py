@@ -23,8 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from fastvgg.bench import memory
-from fastvgg.bench.machine import machine
-from fastvgg.bench.timing import time_interleaved
+from fastvgg.bench.timing import machine, time_interleaved
 from fastvgg.kernels.jit import processor
 from fastvgg.parallel import available_cpus, parallel_for
 
@@ -115,7 +114,7 @@ def measured(loop, arena, ratio, rounds, threads):
         partial(moves, prefetch)
         for prefetch in (False, True)
         for moves in (
-            lambda prefetch: memory.copy(x, out, threads, fetches=prefetch),
+            lambda prefetch: memory.copy(x, out, threads, prefetch=prefetch),
             lambda prefetch: copy(loop, x, out, threads, prefetches=prefetch),
         )
     ]

@@ -48,8 +48,7 @@ from streams import (
 )
 
 import fastvgg
-from fastvgg.bench.machine import machine
-from fastvgg.bench.timing import compare
+from fastvgg.bench.timing import compare, machine
 
 RESULT = Path(__file__).parent / "results" / "cluster.json"
 WORKERS = 2

@@ -42,7 +42,7 @@ from streams import (
     chunk_of,
     fetch,
     peak,
-    read_whole,
+    read_file,
     throughput,
     time_interleaved,
     write_new,
@@ -50,8 +50,7 @@ from streams import (
 
 import fastvgg
 from fastvgg.bench.kernels import HEIGHT, WIDTH
-from fastvgg.bench.machine import machine
-from fastvgg.bench.timing import compare
+from fastvgg.bench.timing import compare, machine
 from fastvgg.parallel import available_cpus
 
 RESULT = Path(__file__).parent / "results" / "formats.json"
@@ -193,7 +192,7 @@ def measured_hdf5(files, arguments):
     for place in ("in memory", "on disk"):
         before = functools.partial(prepare, place)
         write = functools.partial(write_new, files.path("plain.npy"), nbytes, buffer)
-        read = functools.partial(read_whole, source, memory)
+        read = functools.partial(read_file, source, memory)
         calls = (lambda: planned().run(), write, read, functools.partial(at_once, write, read))
         parts = [Part(before, call) for call in calls]
         ours, written, read_in, both = time_interleaved(parts, arguments.rounds)

@@ -45,8 +45,7 @@ from streams import READ_BYTES, Files, Part, chunk_of, fetch, write_new
 import fastvgg
 from fastvgg.bench import FULL, memory
 from fastvgg.bench.kernels import HEIGHT, WIDTH
-from fastvgg.bench.machine import machine
-from fastvgg.bench.timing import compare, time_interleaved
+from fastvgg.bench.timing import compare, machine, time_interleaved
 from fastvgg.parallel import available_cpus
 
 RESULT = Path(__file__).parent / "results" / "growth.json"
@@ -226,8 +225,8 @@ def measured_in_memory(lengths, rounds):
 
     def calls(threads):
         yield functools.partial(fastvgg.preprocess, x, "caffe", out=out, threads=threads)
-        for fetches in (False, True):
-            yield functools.partial(memory.copy, x, out, threads, fetches=fetches)
+        for prefetch in (False, True):
+            yield functools.partial(memory.copy, x, out, threads, prefetch=prefetch)
 
     taken = iter(
         time_interleaved([c for threads in lengths.threads for c in calls(threads)], rounds)

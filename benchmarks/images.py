@@ -54,8 +54,7 @@ from streams import READ_BYTES, Part, chunk_of, fetch, time_interleaved
 
 import fastvgg
 from fastvgg import Transform
-from fastvgg.bench.machine import machine
-from fastvgg.bench.timing import compare
+from fastvgg.bench.timing import compare, machine
 from fastvgg.parallel import available_cpus
 
 RESULTS = Path(__file__).parent / "results"

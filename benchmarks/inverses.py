@@ -16,7 +16,7 @@ import numpy as np
 
 import fastvgg
 from fastvgg import Mode
-from fastvgg.bench.machine import machine
+from fastvgg.bench.timing import machine
 from fastvgg.transform import storage_dtype
 
 RESULT = Path(__file__).parent / "results" / "inverses.json"

@@ -34,8 +34,7 @@ from streams import READ_BYTES, Files, Part, fetch, time_interleaved
 import fastvgg
 from fastvgg import Transform, engine, oracle
 from fastvgg.bench.kernels import HEIGHT, WIDTH
-from fastvgg.bench.machine import machine
-from fastvgg.bench.timing import compare
+from fastvgg.bench.timing import compare, machine
 from fastvgg.parallel import available_cpus
 
 RESULT = Path(__file__).parent / "results" / "loading.json"

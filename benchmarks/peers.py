@@ -59,7 +59,7 @@ from contenders.ways import ways
 from rich.console import Console
 from rich.table import Table
 
-from fastvgg.bench.machine import machine
+from fastvgg.bench.timing import machine
 from fastvgg.parallel import available_cpus
 
 RESULT = Path(__file__).parent / "results" / "peers.json"

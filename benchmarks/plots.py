@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 from tables import RESULTS
 
-from fastvgg.bench import roofline
+from fastvgg.bench.report import draw_roofline
 
 # Of Okabe and Ito, which the colour-blind tell apart.
 OURS, IN_MEMORY, ABOVE, LIMIT = "#0072B2", "#009E73", "#D55E00", "#666666"
@@ -130,7 +130,7 @@ def draw_memory(ax, positions, rows):
     ax.set_ylabel("peak memory above idle, MiB")
 
 
-PLOTS = {path.stem: roofline.draw for path in RESULTS.glob("bench-*.json")} | {"growth": growth}
+PLOTS = {path.stem: draw_roofline for path in RESULTS.glob("bench-*.json")} | {"growth": growth}
 
 
 def main():

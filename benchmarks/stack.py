@@ -22,7 +22,7 @@ from llvmlite import ir
 from numba.extending import intrinsic
 
 from fastvgg.bench.kernels import COMMON_PATHS, example
-from fastvgg.bench.machine import machine
+from fastvgg.bench.timing import machine
 from fastvgg.kernels import convert
 from fastvgg.kernels.jit import processor
 from fastvgg.kernels.spec import KernelSpec, constant_table

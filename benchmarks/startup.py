@@ -20,7 +20,7 @@ import time
 import venv
 from pathlib import Path
 
-from fastvgg.bench.machine import machine
+from fastvgg.bench.timing import machine
 from fastvgg.parallel import available_cpus
 
 CHECKOUT = Path(__file__).parents[1]

@@ -20,7 +20,7 @@ from distributed import Client, LocalCluster
 from formats import PIECE_IMAGES, SHARD_IMAGES, sharded
 
 import fastvgg
-from fastvgg.bench.machine import machine
+from fastvgg.bench.timing import machine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 

@@ -46,11 +46,10 @@ from arrays import batch
 from rows import row
 
 import fastvgg
-from fastvgg.bench.disk import read_whole
+from fastvgg.bench.io import read_file
 from fastvgg.bench.kernels import HEIGHT, WIDTH
-from fastvgg.bench.machine import machine
-from fastvgg.bench.memory import zeroed_by_the_system
-from fastvgg.bench.timing import compare
+from fastvgg.bench.memory import first_touch
+from fastvgg.bench.timing import compare, machine
 from fastvgg.parallel import available_cpus
 
 if TYPE_CHECKING:
@@ -163,7 +162,7 @@ class Files:
         """Let the disk finish, and have so much free memory that the machine does hold."""
         os.sync()
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        zeroed_by_the_system(min(nbytes, free * 3 // 4), self.threads)
+        first_touch(min(nbytes, free * 3 // 4), self.threads)
 
     def path(self, name):
         return self.directory / name
@@ -205,7 +204,7 @@ def fetch(path, place, memory):
     finally:
         os.close(file)
     if place == "in memory":
-        read_whole(path, memory)
+        read_file(path, memory)
 
 
 def write(file, data, offset):
@@ -315,7 +314,7 @@ def measured_new(files, arguments):
     figures = throughput(nbytes, seconds, writing=(nbytes, written))
     yield row("uint8 to float32, source in memory", WANTED, share, spread, **figures)
 
-    ours, written, read = in_turn_with("on disk", lambda: read_whole(source, memory))
+    ours, written, read = in_turn_with("on disk", lambda: read_file(source, memory))
     share, spread, seconds = compare(ours, [max(pair) for pair in zip(written, read, strict=True)])
     limits = {"writing": (nbytes, written), "reading": (source.stat().st_size, read)}
     figures = throughput(nbytes, seconds, **limits)
@@ -377,7 +376,7 @@ def measured_verification(files, arguments, path):
         ours, read = time_interleaved(
             (
                 Part(before, lambda: fastvgg.verify(path)),
-                Part(before, lambda: read_whole(path, memory)),
+                Part(before, lambda: read_file(path, memory)),
             ),
             arguments.rounds,
         )

@@ -1,4 +1,4 @@
-"""Write the tables of figures in README.md and benchmarks/README.md, from results/.
+"""Generate the tables of README.md, docs/ and benchmarks/README.md from results/.
 
 python benchmarks/tables.py
 """
@@ -11,35 +11,37 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 ELEMENTS_OF_AN_IMAGE = 224 * 224 * 3
-SHARE = "of the limit | middle half of the rounds"
-MEASURED = f"{SHARE} | MiB planned | used at most"
+SHARE = "of the limit | IQR"
+MEASURED = f"{SHARE} | MiB planned | peak use"
 MEASURED_RULE = "---:|---:|---:|---:|"
-DOCUMENTS = (Path(__file__).parents[1] / "README.md", Path(__file__).with_name("README.md"))
+TOP = Path(__file__).parents[1]
+DOCUMENTS = (
+    TOP / "README.md",
+    *sorted((TOP / "docs").glob("*.md")),
+    TOP / "benchmarks" / "README.md",
+)
 
 DIFFER = (
-    "Numbers differ whose bits are not those of Keras' NumPy path, or, in restoring, of the "
-    "original image."
+    "Mismatches are values whose bits are not those of Keras' NumPy path or, after restoring, of "
+    "the original image."
 )
 OVERVIEW = (
-    "Of each library the fastest way for each task, in new or in used memory, and the worst share "
-    "that differs among them, also where float16 is restored. A blank says nothing."
+    "Each library in its fastest configuration for each task, in new or in reused memory, and the "
+    "largest share of mismatches among them, including restoring from float16. Blank: not "
+    "applicable or not measured."
 )
+COMPARED = ("fastvgg", "Keras", "PyTorch", "OpenCV", "torchvision v2", "Albumentations")
 OVERVIEW_TASKS = ("preprocess, caffe", "preprocess, torch", "restore, caffe")
-OVERVIEW_FACTS = (
-    "numbers that differ",
-    "has the inverse",
-    "writes where it is told",
-    "datasets on disk",
-)
+OVERVIEW_FACTS = ("mismatches", "inverse", "`out=`", "datasets on disk")
 
-# The contenders of a library, and by its documentation: whether it has the inverse, whether it can
-# be told where to write, and what it does with a dataset on the disk.
+# The contenders of a library and, by its documentation: whether it provides the inverse, whether it
+# supports out=, and what it does with a dataset on disk.
 LIBRARIES = {
-    "fastvgg": (("fastvgg",), "yes", "yes", "disk to disk, goes on after a crash"),
+    "fastvgg": (("fastvgg",), "yes", "yes", "disk to disk, resumable"),
     "Keras": (
         ("Keras", "Keras on PyTorch", "Keras on JAX", "Keras on TensorFlow"),
         "no",
-        "no; floats in place",
+        "floats in place",
         "reads",
     ),
     "OpenCV": (
@@ -47,7 +49,7 @@ LIBRARIES = {
         *("", "yes", ""),
     ),
     "Albumentations": (("Albumentations Normalize",), "no", "no", ""),
-    "torchvision v2": (("torchvision v2",), "no", "no; floats in place", "reads"),
+    "torchvision v2": (("torchvision v2",), "no", "floats in place", "reads"),
     "PyTorch": (("PyTorch", "torch.compile"), "", "yes", "reads"),
     "JAX": (("JAX jit",), "", "no", ""),
     "DALI": (("DALI",), "", "", "reads"),
@@ -57,7 +59,7 @@ LIBRARIES = {
     "NumPy": (("NumPy",), "", "yes", ""),
     "StackOverflow": (
         ("deprocess_img (StackOverflow)", "restore_original_image_from_array (StackOverflow)"),
-        *("alone", "no", ""),
+        *("only", "no", ""),
     ),
 }
 
@@ -84,9 +86,7 @@ def bench(*records):
         lines += ["| memory | GB/s |", "|---|---:|"]
         lines += [f"| {row['loop']} | {row['gigabytes_per_second']} |" for row in record["memory"]]
         lines += ["", *shares_by_layout(record["kernels"]), ""]
-        lines.append(
-            f"A call takes {record['call_overhead_us']:.0f} microseconds above its kernel."
-        )
+        lines.append(f"Overhead per call: {record['call_overhead_us']:.0f} microseconds.")
     return lines[1:]
 
 
@@ -111,8 +111,8 @@ def shares_by_layout(rows):
 
 
 def startup(record):
-    """Return a table of what it takes to begin."""
-    lines = ["| what | median | middle half of the rounds |", "|---|---:|---:|"]
+    """Return a table of startup time and installed size."""
+    lines = ["| what | median | IQR |", "|---|---:|---:|"]
     for rows, unit in ((record["seconds"], " s"), (record["ratios"], "")):
         for row in rows:
             low, high = row["middle_half"]
@@ -136,7 +136,7 @@ def peers(record):
             if row["task"] == task:
                 by_name.setdefault(row["contender"], {})[row["memory"]] = row
         lines += [
-            f"| {task} | images/s in memory used before | in new memory | numbers that differ |",
+            f"| {task} | images/s in reused memory | in new memory | mismatches |",
             "|---|---:|---:|---:|",
         ]
         ranked = sorted(by_name.items(), key=lambda item: -fastest(item[1]))
@@ -172,16 +172,38 @@ def percent(share):
 
 
 def overview(record):
-    """Return a line for each library: its fastest ways, and by how much they differ at worst."""
-    fastest_ways = {}
-    for row in record["rows"]:
-        way = row["contender"], row["task"]
-        fastest_ways[way] = max(fastest_ways.get(way, row), row, key=rate)
+    """Return a row for each library: its fastest configurations and its worst mismatches."""
     lines = [
         f"| images/s | {' | '.join((*OVERVIEW_TASKS, *OVERVIEW_FACTS))} |",
         f"|---|{'---:|' * (len(OVERVIEW_TASKS) + 1)}{'---|' * (len(OVERVIEW_FACTS) - 1)}",
     ]
-    for library, (contenders, *facts) in LIBRARIES.items():
+    for library, cells in libraries(record).items():
+        _, *facts = LIBRARIES[library]
+        lines.append(f"| {' | '.join((library, *cells, *facts))} |")
+    return [*lines, "", f"{OVERVIEW} {DIFFER}"]
+
+
+def comparison(record):
+    """Return the rows of the overview that the README shows, without the facts."""
+    lines = [
+        f"| images/s | {' | '.join((*OVERVIEW_TASKS, OVERVIEW_FACTS[0]))} |",
+        f"|---|{'---:|' * (len(OVERVIEW_TASKS) + 1)}",
+    ]
+    found = libraries(record)
+    lines += [f"| {' | '.join((name, *found[name]))} |" for name in COMPARED]
+    machine = record["machine"]
+    threads = f"{record['threads']} threads"
+    return [*lines, "", f"{DIFFER} {machine['processor']}, {threads}, {machine['date']}."]
+
+
+def libraries(record):
+    """Return for each library its images per second in each task, and its worst mismatches."""
+    fastest_ways = {}
+    for row in record["rows"]:
+        way = row["contender"], row["task"]
+        fastest_ways[way] = max(fastest_ways.get(way, row), row, key=rate)
+    cells = {}
+    for library, (contenders, *_) in LIBRARIES.items():
         found = {}
         for (contender, task), row in fastest_ways.items():
             if contender in contenders:
@@ -190,19 +212,19 @@ def overview(record):
             rates = [f"{rate(found[task]):,}" if task in found else "" for task in OVERVIEW_TASKS]
             differing = max(row["differing"] for row in found.values())
             share = percent(differing / (record["images"] * ELEMENTS_OF_AN_IMAGE))
-            lines.append(f"| {' | '.join((library, *rates, share, *facts))} |")
-    return [*lines, "", f"{OVERVIEW} {DIFFER}"]
+            cells[library] = [*rates, share]
+    return cells
 
 
 def rate(row):
-    """Return the images a second of a way."""
+    """Return the images per second of a row."""
     return row["images_per_second"]
 
 
 def streams(record):
     """Return a table of shares of the disk's limit, and one of memory."""
     lines = [
-        "| path | GB/s | of the limit | middle half of the rounds |",
+        "| path | GB/s | of the limit | IQR |",
         "|---|---:|---:|---:|",
     ]
     lines += [
@@ -211,7 +233,7 @@ def streams(record):
     ]
     lines += [
         "",
-        "| memory | planned, MiB | used at most, MiB | page tables at most, MiB |",
+        "| memory | planned, MiB | peak use, MiB | peak page tables, MiB |",
         "|---|---:|---:|---:|",
     ]
     lines += [
@@ -228,7 +250,7 @@ def images(record):
     versions = "".join(f", {name} {version}" for name, version in record["peers"].items())
     missing = "".join(f" Not measured: {name}: {why}." for name, why in missing_of(record))
     what = (
-        f"{record['images']:,} photographs of {record['kilobytes_of_a_file']:.0f} kB in the mean; "
+        f"{record['images']:,} photographs of {record['kilobytes_of_a_file']:.0f} kB on average; "
         f"for fast_jpeg {record['large_images']:,}."
     )
     return [*lines, "", f"{what} {place(record).removesuffix('.')}{versions}.{missing}"]
@@ -237,7 +259,7 @@ def images(record):
 def shares_table(rows):
     """Return a table of images a second beside a limit."""
     lines = [
-        "| path | images/s | limit, images/s | of the limit | middle half of the rounds |",
+        "| path | images/s | limit, images/s | of the limit | IQR |",
         "|---|---:|---:|---:|---:|",
     ]
     lines += [
@@ -251,7 +273,7 @@ def shares_table(rows):
 def times_table(rows):
     """Return a table of how many times as fast as others something is."""
     lines = [
-        "| beside | images/s | its images/s | times as fast | middle half of the rounds |",
+        "| against | images/s | its images/s | times as fast | IQR |",
         "|---|---:|---:|---:|---:|",
     ]
     for row in rows:
@@ -271,7 +293,7 @@ def missing_of(record):
 def images_million(record):
     """Return a table of speed and memory of a million images, beside ten thousand."""
     lines = [
-        "| path | images | images/s | time of an image, against few | memory at most, MiB |",
+        "| path | images | images/s | relative time per image | peak memory, MiB |",
         "|---|---:|---:|---:|---:|",
     ]
     for row in record["rows"]:
@@ -286,7 +308,7 @@ def images_million(record):
 def images_planning(record):
     """Return a table of what planning takes."""
     lines = [
-        "| planning | files | seconds | least to most | memory at most, MiB |",
+        "| planning | files | seconds | range | peak memory, MiB |",
         "|---|---:|---:|---:|---:|",
     ]
     for row in record["rows"]:
@@ -309,7 +331,7 @@ def loading(record):
 def cluster(record):
     """Return tables of two workers, of sizes, and of chunks that take no work."""
     lines = [
-        "| two workers | GB/s read | in one process | share | middle half | MiB planned | used |",
+        "| two workers | GB/s read | in one process | share | IQR | MiB planned | used |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in record["rows"]:
@@ -321,7 +343,7 @@ def cluster(record):
         )
     lines += [
         "",
-        "| `.npy` of float32 on disk | seconds | middle half | from the line |",
+        "| `.npy` of float32 on disk | seconds | IQR | residual |",
         "|---:|---:|---:|---:|",
     ]
     for row in record["sizes"]:
@@ -332,7 +354,7 @@ def cluster(record):
         )
     lines += [
         "",
-        "| empty chunks | threads | ms a chunk | scheduler, ms | its MiB | coordinator, MiB |",
+        "| empty chunks | threads | ms per chunk | scheduler, ms | its MiB | coordinator, MiB |",
         "|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [
@@ -348,7 +370,7 @@ def growth(record):
     sweeps, line = record["sweeps"], record["line"]
     side = sweeps["images"][0]["side"]
     lines = [
-        f"| images of {side}x{side} | seconds | us an image | from the line | {MEASURED} |",
+        f"| images of {side}x{side} | seconds | us per image | residual | {MEASURED} |",
         f"|---:|---:|---:|---:|{MEASURED_RULE}",
     ]
     lines += [
@@ -358,9 +380,9 @@ def growth(record):
     ]
     lines += [
         "",
-        f"Line: {line['start_ms']:.0f} ms and {line['microseconds_an_image']:.1f} us an image.",
+        f"Linear fit: {line['start_ms']:.0f} ms + {line['microseconds_an_image']:.1f} us/image.",
         "",
-        f"| images | of the size | GB/s written | {MEASURED} |",
+        f"| images | size | GB/s written | {MEASURED} |",
         f"|---:|---:|---:|{MEASURED_RULE}",
     ]
     lines += [
@@ -370,7 +392,7 @@ def growth(record):
     ]
     lines += [
         "",
-        f"| threads | in memory, GB/s | {SHARE} | to the disk, GB/s | {MEASURED} |",
+        f"| threads | in memory, GB/s | {SHARE} | to disk, GB/s | {MEASURED} |",
         f"|---:|---:|---:|---:|---:|{MEASURED_RULE}",
     ]
     lines += [
@@ -380,7 +402,7 @@ def growth(record):
     ]
     lines += [
         "",
-        f"| memory limit, MiB | images of a chunk | MiB written at once | GB/s | {MEASURED} |",
+        f"| memory limit, MiB | images per chunk | MiB per write | GB/s | {MEASURED} |",
         f"|---:|---:|---:|---:|{MEASURED_RULE}",
     ]
     lines += [
@@ -389,7 +411,7 @@ def growth(record):
         for row in sweeps["chunk"]
     ]
     idle_mib = max(row["idle_mib"] for rows in sweeps.values() for row in rows)
-    return [*lines, "", f"An idle process takes {idle_mib:.0f} MiB. {place(record)}"]
+    return [*lines, "", f"The idle process uses {idle_mib:.0f} MiB. {place(record)}"]
 
 
 def written_rate(row):
@@ -412,15 +434,15 @@ def billion(record):
         "terabytes_read": "TB read",
         "terabytes_written": "TB written",
         "requests": "requests",
-        "machine_hours": "hours of a machine, all of its bandwidth",
-        "machines_that_a_scheduler_feeds": "machines that one scheduler feeds",
-        "machines_that_a_prefix_takes": "machines that S3 takes the shards of one array from",
-        "hours_of_the_scheduler": "hours of the scheduler",
-        "coordinator_mib": "memory of the coordinator, MiB",
-        "chunks_that_fit_into_1_gib": "shards of a plan whose coordinator has 1 GiB",
-        "dollars_a_million_of_machines": "machines, $ a million images",
-        "dollars_a_million_of_requests": "requests, $ a million images",
-        "dollars_a_million_of_a_month": "to keep the result a month, $ a million images",
+        "machine_hours": "machine hours at full bandwidth",
+        "machines_that_a_scheduler_feeds": "machines that one scheduler can keep busy",
+        "machines_that_a_prefix_takes": "machines at the S3 request limit of one array",
+        "hours_of_the_scheduler": "scheduler hours",
+        "coordinator_mib": "coordinator memory, MiB",
+        "chunks_that_fit_into_1_gib": "shards of a plan that fit a 1 GiB coordinator",
+        "dollars_a_million_of_machines": "machines, $ per million images",
+        "dollars_a_million_of_requests": "requests, $ per million images",
+        "dollars_a_million_of_a_month": "storage of the result, $ per million images and month",
     }
     lines = [
         f"| a billion images | {' | '.join(row['path'] for row in rows)} |",
@@ -442,7 +464,7 @@ def inverses(record):
     """Return a table of how many values inverses get wrong."""
     types = list(record["rows"][0]["wrong"])
     lines = [
-        f"| mode | wrong of {record['values']} values, stored as | {' | '.join(types)} |",
+        f"| mode | wrong of {record['values']} values, by storage type | {' | '.join(types)} |",
         f"|---|---|{'---:|' * len(types)}",
     ]
     for row in record["rows"]:
@@ -453,39 +475,55 @@ def inverses(record):
 
 def campaigns(*records):
     """Return a table with a row for each campaign."""
-    lines = ["| command | what it does | in the last long run | on |", "|---|---|---|---|"]
+    lines = ["| command | what it does | result of the last long run | date |", "|---|---|---|---|"]
     for (name, what), record in zip(CAMPAIGNS.items(), records, strict=True):
         counts = ", ".join(
-            f"{count:,} {each}"
+            f"{count:,} {COUNTED.get(each, each)}"
             for each, count in record["counts"].items()
             if not each.endswith(UNITS)
         )
         date = record["machine"]["date"]
         lines.append(f"| `python tests/{name}.py` | {what} | {counts} | {date} |")
-    return [*lines, "", f"The last of them: {place(records[-1])}"]
+    return [*lines, "", f"The last of them ran on {place(records[-1])}"]
 
 
-UNITS = ("_us", "_kib")  # of what is no count
+UNITS = ("_us", "_kib")  # these are not counts
+COUNTED = {  # as results/ calls it -> as the table does
+    "left": "not run",
+    "ended well": "completed",
+    "of one in four": "with four concurrent processes",
+    "moments": "distinct points in time",
+    "sizes": "disk sizes",
+    "sealed lines": "checksummed records",
+    "ring headers": "redo log headers",
+    "rings": "redo logs",
+    "ended by HDF5": "crashes in HDF5",
+    "with extras": "installs with extras",
+    "most packages": "packages at most",
+}
 CAMPAIGNS = {
-    "crash_states": "enumerates the states that a kill or a power cut can leave, torn sectors and "
-    "crashes while recovering among them, and runs fastvgg on each",
-    "kills": "kills at every call that changes the disk, three deep",
-    "random_kills": "SIGKILL at random times, one process and four at once",
-    "power_cuts": "cuts the power of a real ext4, also after a kill and while recovering",
-    "cluster_kills": "kills workers and coordinators of a Dask cluster, and runs tasks twice at "
-    "once",
-    "failing_calls": "lets every system call fail, or do half of its work",
-    "full_disks": "runs on disks of every size around the need",
-    "fuzz": "damages headers, journals and manifests",
-    "fuzz_hdf5": "damages HDF5 files",
-    "installs": "builds the wheel and the source archive, and installs them on every Python there "
-    "is, with the lowest and the newest of each dependency",
-    "arm": "runs kernels on an emulated Arm processor and compares their bits with the oracle",
+    "crash_states": "enumerates the states that a kill or a power failure can leave, including "
+    "torn sectors and crashes during recovery, and runs fastvgg on them",
+    "kills": "kills at every call that changes the disk, three levels deep",
+    "random_kills": "sends SIGKILL at random times, to one process and to four concurrent ones",
+    "power_cuts": "cuts the power of a real ext4 file system, also after a kill and during "
+    "recovery",
+    "cluster_kills": "kills workers and coordinators of a Dask cluster, and runs tasks twice "
+    "concurrently",
+    "failing_calls": "makes every system call fail, or do half of its work",
+    "full_disks": "runs on disks of every size around the requirement",
+    "fuzz": "corrupts headers, journals, redo logs and manifests",
+    "fuzz_hdf5": "corrupts HDF5 files",
+    "installs": "builds the wheel and the source archive, and installs them on every available "
+    "Python, with the lowest and the newest version of each dependency",
+    "arm": "runs kernels on an emulated Arm processor and compares their bits with the NumPy "
+    "reference",
 }
 
-# What writes a table, and the results that it is written from.
+# The function that writes a table, and the results that it reads.
 TABLES = {
     "bench": (bench, sorted(path.stem for path in RESULTS.glob("bench-*.json"))),
+    "comparison": (comparison, ["peers"]),
     "overview": (overview, ["peers"]),
     "startup": (startup, ["startup"]),
     "peers": (peers, ["peers"]),

@@ -60,7 +60,7 @@ from campaigning import RESULTS, told
 from private_disks import mount, private_mounts
 
 import fastvgg
-from fastvgg.bench.machine import machine
+from fastvgg.bench.timing import machine
 from fastvgg.parallel import available_cpus
 
 CHECKOUT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from fastvgg.bench.machine import machine
+from fastvgg.bench.timing import machine
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 

@@ -1,4 +1,4 @@
-"""A terminal of a given size, and what stands on its screen when a program in it has ended."""
+"""Run a program on a terminal of a given size, and read its final screen."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import pyte
 
 
 class Shown(NamedTuple):
-    """What a program left on a screen."""
+    """The final screen of a program."""
 
     returncode: int
     lines: list[str]
-    """Without the blanks at their ends, down to the last that is not empty."""
+    """Without trailing blanks, up to the last non-empty line."""
     cursor_column: int
     written: bytes
     stdout: bytes
-    """Where that is not the terminal."""
+    """Empty if it was the terminal."""
 
 
 def run_on_terminal(arguments, columns=80, rows=50, *, stdout=None, **environment):
-    """Run a program whose streams are a terminal; or its standard output a pipe, if asked."""
+    """Run a program on a pseudo-terminal; `stdout` redirects its standard output."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     inherited = {name: os.environ[name] for name in os.environ if name not in SIZED}
@@ -54,5 +54,5 @@ SIZED = {"COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_I
 def read_some(descriptor):
     try:
         return os.read(descriptor, 65536)
-    except OSError:  # how Linux says that nobody has the other end any more
+    except OSError:  # EIO on Linux: the other end is closed
         return b""

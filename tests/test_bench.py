@@ -1,4 +1,4 @@
-"""What is measured is right, and what is fast and wrong is an error."""
+"""Benchmark figures are complete, and a fast but wrong result is an error."""
 
 import itertools
 import json
@@ -13,7 +13,7 @@ from datasets_on_disk import PHOTOGRAPHS, printed_on_small_disk
 from typer.testing import CliRunner
 
 from fastvgg import bench
-from fastvgg.bench import decoding, disk, kernels, memory, report, roofline
+from fastvgg.bench import io, kernels, memory, report
 from fastvgg.bench.memory import Arena
 from fastvgg.cli import app
 from fastvgg.errors import SourceError, TargetError, UsageError, VerificationError
@@ -25,22 +25,26 @@ TINY = bench.BenchConfig(8 * 2**20, 2, 4, 2**20 + 4097, every_path=False)
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """The record of a run with everything, and what it told meanwhile."""
+    """The record of a run with everything, and the figures that the callback received."""
     photos = tmp_path_factory.mktemp("photos")
     for name in ("rocket.jpg", "coffee.png", "camera.png"):
         (photos / name).write_bytes((PHOTOGRAPHS / name).read_bytes())
     (photos / "bad.jpg").write_bytes(b"\xff\xd8 no more than that")
     there = tmp_path_factory.mktemp("disk")
-    told = []
+    received = []
     record = bench.measure(
-        TINY, images=photos, disk=there, threads=2, tell=lambda part, row: told.append((part, row))
+        TINY,
+        images=photos,
+        disk=there,
+        threads=2,
+        on_figure=lambda part, row: received.append((part, row)),
     )
     assert not list(there.iterdir())
-    return record, told
+    return record, received
 
 
 def test_a_record_has_every_path_and_is_json(measured):
-    record, told = measured
+    record, received = measured
     assert [row["path"] for row in record["kernels"]] == [
         path.name for path in kernels.COMMON_PATHS
     ]
@@ -52,7 +56,7 @@ def test_a_record_has_every_path_and_is_json(measured):
     expected = [("disk", record["disk"]), ("decoding", record["decoding"])]
     expected += [("memory", row) for row in record["memory"]]
     expected += [("kernels", row) for row in record["kernels"]]
-    assert told == expected
+    assert received == expected
 
 
 def test_images_that_cannot_be_read_are_counted(measured):
@@ -79,8 +83,10 @@ def test_one_wrong_bit_in_the_last_image_is_an_error(name, monkeypatch):
         return result
 
     monkeypatch.setattr(kernels.engine, "apply", wrong)
-    with pytest.raises(VerificationError, match=r"image \d+ of \d+ is not what the oracle"):
-        list(kernels.measured(Arena(TINY.working_set_bytes), 2, 2, [path]))
+    with pytest.raises(
+        VerificationError, match=r"image \d+ of \d+ differs from the NumPy reference"
+    ):
+        list(kernels.measure_kernels(Arena(TINY.working_set_bytes), 2, 2, [path]))
 
 
 def test_every_mode_type_and_pair_of_layouts_is_measured_there_and_back():
@@ -120,43 +126,43 @@ def test_what_a_path_is_checked_against_comes_from_the_image_alone(path):
         assert np.array_equal(np.moveaxis(one, channels, -1).astype(np.uint8), image)
 
 
-@pytest.mark.parametrize("fetches", [False, True])
+@pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_copy_moves_every_byte_and_no_other(fetches, threads):
+def test_a_copy_moves_every_byte_and_no_other(prefetch, threads):
     rng = np.random.default_rng(0)
-    room = rng.integers(0, 256, 3 * bandwidth.STEP_BYTES * 41 + 128, dtype=np.uint8)
-    before = room.copy()
+    buffer = rng.integers(0, 256, 3 * bandwidth.STEP_BYTES * 41 + 128, dtype=np.uint8)
+    before = buffer.copy()
     x = rng.integers(0, 256, 3 * bandwidth.STEP_BYTES * 41, dtype=np.uint8)
-    start = -room.ctypes.data % 64 + 64
-    out = room[start : start + x.size]
-    memory.copy(x, out, threads, fetches=fetches)
+    start = -buffer.ctypes.data % 64 + 64
+    out = buffer[start : start + x.size]
+    memory.copy(x, out, threads, prefetch=prefetch)
     assert np.array_equal(out, x)
-    assert np.array_equal(room[:start], before[:start])
-    assert np.array_equal(room[start + x.size :], before[start + x.size :])
+    assert np.array_equal(buffer[:start], before[:start])
+    assert np.array_equal(buffer[start + x.size :], before[start + x.size :])
 
 
 def test_of_what_is_read_every_byte_counts():
     parts = np.random.default_rng(0).integers(0, 256, (7 * 3, 4, 64), np.uint8)  # of cache lines
     x = parts.reshape(-1).view(np.float32)
-    room = np.zeros(parts[:, 0].size + 64, np.uint8)
-    start = -room.ctypes.data % 64
-    out = room[start : start + parts[:, 0].size]
-    memory.copy(x, out, 2, fetches=False)
+    buffer = np.zeros(parts[:, 0].size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    out = buffer[start : start + parts[:, 0].size]
+    memory.copy(x, out, 2, prefetch=False)
     assert np.array_equal(out, np.bitwise_xor.reduce(parts, axis=1).reshape(-1))
 
 
 def test_a_fill_writes_every_byte_and_no_other():
-    room = np.zeros(bandwidth.STEP_BYTES * 7 + 128, np.uint8)
-    start = -room.ctypes.data % 64 + 64
-    memory.fill(room[start : start + bandwidth.STEP_BYTES * 7 - 64], 2)
-    wanted = np.zeros_like(room)
-    wanted[start : start + bandwidth.STEP_BYTES * 6] = 1
-    assert np.array_equal(room, wanted)
+    buffer = np.zeros(bandwidth.STEP_BYTES * 7 + 128, np.uint8)
+    start = -buffer.ctypes.data % 64 + 64
+    memory.fill(buffer[start : start + bandwidth.STEP_BYTES * 7 - 64], 2)
+    expected = np.zeros_like(buffer)
+    expected[start : start + bandwidth.STEP_BYTES * 6] = 1
+    assert np.array_equal(buffer, expected)
 
 
 def test_scaling_in_place_scales_every_number():
     y = np.full(bandwidth.STEP_BYTES * 5, 3, np.float32)
-    memory.scale(y, 2, fetches=True)
+    memory.scale(y, 2, prefetch=True)
     assert np.array_equal(y, np.full_like(y, np.float32(3) * np.float32(1.0000001)))
 
 
@@ -173,19 +179,19 @@ def test_an_arena_gives_batches_that_do_not_overlap():
 def test_an_array_needs_no_decoding(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((1, 5, 7, 3), np.uint8))
     with pytest.raises(SourceError, match="is an array"):
-        decoding.measured(tmp_path / "x.npy", 4, 2, 1)
+        io.measure_decoding(tmp_path / "x.npy", 4, 2, 1)
 
 
 def test_images_that_are_not_there_are_refused_before_anything_is_measured(tmp_path):
     with pytest.raises(SourceError, match="does not exist"):
-        bench.measure(TINY, images=tmp_path / "no", tell=lambda *_: pytest.fail("measured"))
+        bench.measure(TINY, images=tmp_path / "no", on_figure=lambda *_: pytest.fail("measured"))
 
 
 def test_pixels_that_are_not_pillows_are_an_error(tmp_path, monkeypatch):
     (tmp_path / "rocket.jpg").write_bytes((PHOTOGRAPHS / "rocket.jpg").read_bytes())
-    monkeypatch.setattr(decoding, "DecodeOptions", lambda size: decoding_that_crops(size))
+    monkeypatch.setattr(io, "DecodeOptions", lambda size: decoding_that_crops(size))
     with pytest.raises(VerificationError, match=r"rocket\.jpg"):
-        decoding.measured(tmp_path, 4, 2, 1)
+        io.measure_decoding(tmp_path, 4, 2, 1)
 
 
 def decoding_that_crops(size):
@@ -196,26 +202,26 @@ def decoding_that_crops(size):
 
 def test_a_disk_that_is_missing_is_refused(tmp_path):
     with pytest.raises(TargetError, match="cannot be measured"):
-        disk.measured(tmp_path / "no", 4096, 2)
+        io.measure_disk(tmp_path / "no", 4096, 2)
 
 
 def test_a_disk_without_room_is_refused_before_a_byte_is_written(tmp_path):
     source = f"""
 from pathlib import Path
-from fastvgg.bench import disk
+from fastvgg.bench import io
 from fastvgg.errors import TargetError
 there = Path({str(tmp_path)!r})
 try:
-    disk.measured(there, 2**20, 2)
+    io.measure_disk(there, 2**20, 2)
 except TargetError as error:
     print(error.problem, list(there.iterdir()))
 """
     actual = printed_on_small_disk(tmp_path, 2**20, source)
-    assert actual.endswith("has room for 1048576 bytes, and 2097152 are wanted []")
+    assert actual.endswith("has 1048576 bytes of free space, needs 2097152 []")
 
 
 def test_a_disk_is_written_and_read_whole(tmp_path):
-    actual = disk.measured(tmp_path, 2**20 + 5, 2)
+    actual = io.measure_disk(tmp_path, 2**20 + 5, 2)
     assert actual["bytes"] == 2**20 + 5
     assert actual["write_gigabytes_per_second"] >= 0 <= actual["read_gigabytes_per_second"]
     assert not list(tmp_path.iterdir())
@@ -224,12 +230,12 @@ def test_a_disk_is_written_and_read_whole(tmp_path):
 @pytest.mark.parametrize("ending", ["svg", "png"])
 def test_the_same_record_is_the_same_picture(measured, tmp_path, ending):
     for name in ("one", "other"):
-        roofline.draw(measured[0], tmp_path / f"{name}.{ending}")
+        report.draw_roofline(measured[0], tmp_path / f"{name}.{ending}")
     assert (tmp_path / f"one.{ending}").read_bytes() == (tmp_path / f"other.{ending}").read_bytes()
 
 
 def test_a_picture_has_every_path_and_its_figure(measured, tmp_path):
-    roofline.draw(measured[0], tmp_path / "roofline.svg")
+    report.draw_roofline(measured[0], tmp_path / "roofline.svg")
     root = ET.parse(tmp_path / "roofline.svg").getroot()  # noqa: S314  # our own
     texts = [text.strip() for text in root.itertext()]
     for row in measured[0]["kernels"]:
@@ -239,17 +245,17 @@ def test_a_picture_has_every_path_and_its_figure(measured, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "says"), [("x.txt", "ends in none of"), ("no/x.svg", "no is no directory")]
+    ("path", "says"), [("x.txt", "suffix is not one of"), ("no/x.svg", "no is not a directory")]
 )
 def test_a_picture_that_cannot_be_drawn_is_refused_before(path, says):
     with pytest.raises(UsageError, match=says):
-        roofline.check(Path(path))
+        report.check_plot_path(Path(path))
 
 
 def test_without_matplotlib_a_picture_is_refused_with_the_way_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UsageError, match=r"fastvgg\[plot\]"):
-        roofline.check(Path("x.svg"))
+        report.check_plot_path(Path("x.svg"))
 
 
 @pytest.fixture
@@ -263,7 +269,7 @@ def test_the_command_prints_every_figure_and_that_all_are_right(tiny, tmp_path):
     for part in ("disk", "memory", "kernels"):
         assert result.stdout.count(report.HEADINGS[part]) == 1
     assert all(f"\n{path.name} " in result.stdout for path in kernels.COMMON_PATHS)
-    assert "every result is the oracle's, bit for bit" in result.stdout
+    assert "every result matches the NumPy reference, bit for bit" in result.stdout
     assert f"compiled for {processor().name}" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
 

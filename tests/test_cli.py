@@ -1,4 +1,4 @@
-"""The command line: what it prints where, how it exits, and that no error is a traceback."""
+"""The command line: output, exit codes, and errors without tracebacks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from typer.testing import CliRunner
 
 import fastvgg
 from fastvgg import cli, models, oracle
-from fastvgg.cli import progress
+from fastvgg.cli import output
 from fastvgg.datasets.index import index_path
 from fastvgg.stream.manifest import manifest_path
 from fastvgg.stream.plan import RUN_BYTES
@@ -67,7 +67,7 @@ def invoke(*arguments):
     return result
 
 
-def command(*arguments, **settings):
+def run_command(*arguments, **settings):
     """Run a command in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "fastvgg", *map(os.fspath, arguments)],
@@ -94,27 +94,27 @@ def uncompiled(*arguments, **settings):
     return python(UNCOMPILED, *arguments, **settings)
 
 
-def chunks_of(images, verb="preprocess"):
+def chunks_of(images, kind="preprocess"):
     """The memory limit for chunks of that many images, of pixels() as uint8 and as float32.
 
     An image is read, while the result of it and that of another are in memory.
     """
     image_bytes = {"preprocess": 189 + 2 * 756, "restore": 756 + 2 * 189, "in place": 3 * 756}
-    return ["--memory", str(RUN_BYTES + images * image_bytes[verb]), "--threads", "1"]
+    return ["--memory", str(RUN_BYTES + images * image_bytes[kind]), "--threads", "1"]
 
 
-# What the verbs do
+# What the commands do
 
 
 def test_the_essential_commands_work_from_a_shell(tmp_path, photos):
     stored, back = tmp_path / "y.npy", tmp_path / "back"
-    done = command("preprocess", photos, stored, "--model", "vgg19")
+    done = run_command("preprocess", photos, stored, "--model", "vgg19")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"{stored}: 11 images in ")
-    done = command("verify", stored, "--full")
+    done = run_command("verify", stored, "--full")
     assert done.returncode == 0
     assert "11 images match the NumPy reference" in done.stdout
-    done = command("restore", stored, back)
+    done = run_command("restore", stored, back)
     assert (done.returncode, done.stderr) == (0, "")
     for name, expected in images_in(photos).items():
         assert images_in(back)[name].tobytes() == expected.tobytes()
@@ -180,14 +180,14 @@ def test_a_mode_and_a_model_that_agree_are_fine(tmp_path, array):
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-@pytest.mark.parametrize("verb", ["preprocess", "restore"])
-def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, array, verb, as_json):
+@pytest.mark.parametrize("command", ["preprocess", "restore"])
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, array, command, as_json):
     stored = tmp_path / "y.npy"
     plan_of(array, stored, mode="caffe").run()
-    source, options = (array, ["--mode", "caffe"]) if verb == "preprocess" else (stored, [])
+    source, options = (array, ["--mode", "caffe"]) if command == "preprocess" else (stored, [])
     before = tree(tmp_path)
     result = invoke(
-        verb, source, tmp_path / "z.npy", "--dry-run", *options, *(["--json"] if as_json else [])
+        command, source, tmp_path / "z.npy", "--dry-run", *options, *(["--json"] if as_json else [])
     )
     assert result.exit_code == 0
     assert result.stderr == ""
@@ -196,26 +196,26 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, array, verb, as_
         plan = json.loads(result.stdout)
         assert (plan["images"], plan["chunks"]) == (11, 1)
         assert plan["projected_bytes"] <= plan["memory_bytes"]
-        assert plan["write_bytes"] == 11 * 189 * (4 if verb == "preprocess" else 1)
+        assert plan["write_bytes"] == 11 * 189 * (4 if command == "preprocess" else 1)
     else:
         assert "images   11" in result.stdout
         assert str(tmp_path / "z.npy") in result.stdout
 
 
-@pytest.mark.parametrize("verb", ["preprocess", "restore", "verify", "info", "models"])
-def test_json_is_alone_on_stdout(tmp_path, array, monkeypatch, verb):
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+@pytest.mark.parametrize("command", ["preprocess", "restore", "verify", "info", "models"])
+def test_json_is_alone_on_stdout(tmp_path, array, monkeypatch, command):
+    monkeypatch.setattr(output, "SECONDS_BETWEEN_LINES", 0.0)
     stored = tmp_path / "y.npy"
     plan_of(array, stored, mode="caffe").run()
     arguments = {
         "preprocess": [array, tmp_path / "z.npy", "--mode", "caffe", *chunks_of(4)],
         "restore": [stored, tmp_path / "z.npy", *chunks_of(4, "restore")],
         "models": [],
-    }.get(verb, [stored])
-    result = invoke(verb, *arguments, "--json")
+    }.get(command, [stored])
+    result = invoke(command, *arguments, "--json")
     assert result.exit_code == 0
     answer = json.loads(result.stdout)
-    if verb in ("preprocess", "restore"):
+    if command in ("preprocess", "restore"):
         assert answer["counts"] == {"images": 11, "failed": 0, "chunks": 3, "computed_chunks": 3}
         assert answer["target"] == str(tmp_path / "z.npy")
         assert len(result.stderr.splitlines()) == 3
@@ -235,7 +235,7 @@ def test_json_of_verify_and_info_and_models_says_what_is_known(tmp_path, array):
 
 
 def test_progress_is_a_line_at_a_time_where_there_is_no_terminal(tmp_path, array, monkeypatch):
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(output, "SECONDS_BETWEEN_LINES", 0.0)
     result = invoke("preprocess", array, tmp_path / "y.npy", "--mode", "caffe", *chunks_of(4))
     lines = result.stderr.splitlines()
     assert [line.split(" images")[0] for line in lines] == ["4 of 11", "8 of 11", "11 of 11"]
@@ -248,7 +248,7 @@ def test_a_short_run_prints_no_progress_where_there_is_no_terminal(tmp_path, arr
 
 
 def test_quiet_is_silent(tmp_path, photos, monkeypatch):
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(output, "SECONDS_BETWEEN_LINES", 0.0)
     (photos / "labels.csv").touch()
     arguments = ["preprocess", photos, tmp_path / "y.npy", "--mode", "caffe"]
     loud = invoke(*arguments, "--restart")
@@ -273,7 +273,7 @@ def on_a_terminal(*arguments):
     while True:
         try:
             some = os.read(ours, 65536)
-        except OSError:  # how Linux says that nobody has the other end any more
+        except OSError:  # EIO on Linux: the other end is closed
             some = b""
         if not some:
             break
@@ -345,18 +345,20 @@ def test_the_version_is_that_of_the_package():
     assert invoke("--version").stdout == f"fastvgg {fastvgg.__version__}\n"
 
 
-@pytest.mark.parametrize("verb", [None, "preprocess", "restore", "verify", "info", "bench", "demo"])
-def test_help_is_there_with_an_example(verb):
-    result = invoke(*([verb] if verb else []), "--help")
+@pytest.mark.parametrize(
+    "command", [None, "preprocess", "restore", "verify", "info", "bench", "demo"]
+)
+def test_help_is_there_with_an_example(command):
+    result = invoke(*([command] if command else []), "--help")
     assert result.exit_code == 0
-    assert verb is None or f"Example: fastvgg {verb} " in result.stdout
+    assert command is None or f"Example: fastvgg {command} " in result.stdout
 
 
 # In place
 
 
 def floats_of(batch):
-    """The same images as they lie in a file that can be changed in place."""
+    """Return the images as float32, which can be converted in place."""
     return batch.astype(np.float32)
 
 
@@ -404,54 +406,57 @@ def test_a_file_that_was_never_ours_is_restored_in_place_in_the_mode_that_is_giv
 
 
 def test_a_shell_preprocesses_in_place(floats):
-    done = command("preprocess", floats, "--in-place", "--model", "vgg19")
+    done = run_command("preprocess", floats, "--in-place", "--model", "vgg19")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"{floats}: 11 images in ")
     assert floats.read_bytes() == in_place(Transform("caffe"))
 
 
-@pytest.mark.parametrize("verb", ["preprocess", "restore"])
-def test_in_place_a_second_time_exits_with_3_and_changes_no_byte(floats, verb):
+@pytest.mark.parametrize("command", ["preprocess", "restore"])
+def test_in_place_a_second_time_exits_with_3_and_changes_no_byte(floats, command):
     assert invoke("preprocess", floats, "--mode", "caffe", "--in-place").exit_code == 0
-    if verb == "restore":
+    if command == "restore":
         assert invoke("restore", floats, "--in-place").exit_code == 0
-    before, said = tree(floats.parent), {"preprocess": "preprocessed", "restore": "restored"}[verb]
-    # Neither in the same mode nor in another, and whatever is left away.
+    before, said = (
+        tree(floats.parent),
+        {"preprocess": "preprocessed", "restore": "restored"}[command],
+    )
+    # Neither in the same mode nor in another, and whatever is omitted.
     for options in ([], ["--mode", "caffe"], ["--mode", "tf"], ["--restart"]):
-        result = invoke(verb, floats, "--in-place", *options)
+        result = invoke(command, floats, "--in-place", *options)
         result.returncode = result.exit_code
-        refused(3, says=[floats, f"already {said}"], told=result)
+        check_refused(3, contains=[floats, f"already {said}"], result=result)
         assert tree(floats.parent) == before
 
 
-@pytest.mark.parametrize("verb", ["preprocess", "restore"])
-def test_a_dry_run_in_place_writes_nothing(floats, verb):
-    if verb == "restore":
+@pytest.mark.parametrize("command", ["preprocess", "restore"])
+def test_a_dry_run_in_place_writes_nothing(floats, command):
+    if command == "restore":
         assert invoke("preprocess", floats, "--mode", "caffe", "--in-place").exit_code == 0
     before, times = tree(floats.parent), floats.stat().st_mtime_ns
     options = ["--mode", "caffe", "--in-place", "--dry-run"]
-    result = invoke(verb, floats, *options)
+    result = invoke(command, floats, *options)
     assert (result.exit_code, result.stderr) == (0, "")
     assert f"{floats} -> {floats}" in result.stdout
     assert "twice, in place" in result.stdout
-    plan = json.loads(invoke(verb, floats, *options, "--json").stdout)
+    plan = json.loads(invoke(command, floats, *options, "--json").stdout)
     assert (plan["images"], plan["result"]["in_place"]) == (11, True)
     assert plan["projected_bytes"] == RUN_BYTES + 11 * 3 * 756
     assert (tree(floats.parent), floats.stat().st_mtime_ns) == (before, times)
 
 
 @pytest.mark.parametrize(
-    ("verb", "rounding"),
+    ("command", "rounding"),
     [("preprocess", "nearest"), ("restore", "nearest"), ("restore", "truncate")],
 )
 def test_info_tells_of_an_unfinished_run_in_place_and_the_command_that_finishes_it(
-    tmp_path, verb, rounding
+    tmp_path, command, rounding
 ):
     path = tmp_path / "some floats.npy"  # a name that a shell must be told in quotes
-    values = pixels(11).astype(np.float32) - (40 if verb == "restore" else 0)
+    values = pixels(11).astype(np.float32) - (40 if command == "restore" else 0)
     save_npy(path, values)
-    transform = Transform("torch", verb, dtype="float32", rounding=rounding)
-    settings = {"mode": "torch", "direction": verb, "rounding": rounding, "in_place": True}
+    transform = Transform("torch", command, dtype="float32", rounding=rounding)
+    settings = {"mode": "torch", "direction": command, "rounding": rounding, "in_place": True}
     with pytest.raises(Death):
         run(plan_of(path, None, together=4, **settings), storage=CuttingStorage(2, in_place=True))
     before = tree(tmp_path)
@@ -467,7 +472,7 @@ def test_info_tells_of_an_unfinished_run_in_place_and_the_command_that_finishes_
     for arguments in (["verify", path], ["restore", path, tmp_path / "z.npy", "--mode", "tf"]):
         result = invoke(*arguments)
         result.returncode = result.exit_code
-        refused(3, says=[path, "in place", "finish it"], told=result)
+        check_refused(3, contains=[path, "in place", "finish it"], result=result)
     assert tree(tmp_path) == before
     name, *arguments = shlex.split(known["next"].partition("using the file: ")[2])
     assert name == "fastvgg"
@@ -502,15 +507,15 @@ def test_without_fsync_nothing_is_synced(tmp_path, array, floats, options, kind)
     assert (floats if kind == "in place" else tmp_path / "z.npy").read_bytes() == expected[kind]
 
 
-# How it exits
+# Exit codes
 
 
-def refused(code, *arguments, says=(), told=None):
-    """Check that a command exits so, in words and without a traceback."""
-    result = command(*arguments) if told is None else told
+def check_refused(code, *arguments, contains=(), result=None):
+    """Check the exit code and that the error is a problem and a remedy, without a traceback."""
+    result = run_command(*arguments) if result is None else result
     assert result.returncode == code, result.stderr
     assert "Traceback" not in result.stderr + result.stdout
-    for word in says:
+    for word in contains:
         assert str(word) in result.stderr
     problem, _, remedy = result.stderr.partition("\n  ")
     assert problem.startswith("fastvgg: ")
@@ -714,7 +719,7 @@ def test_bad_input_is_refused_in_words_and_nothing_is_written(inputs, wrong):
     before = tree(place)
     result = invoke(*arguments)
     result.returncode = result.exit_code
-    refused(code, says=words, told=result)
+    check_refused(code, contains=words, result=result)
     assert tree(place) == before
 
 
@@ -729,7 +734,7 @@ def test_every_bad_input_is_tried(inputs):
 def test_a_shell_sees_the_same_exit_code(inputs, wrong, code):
     arguments, expected, words = inputs[1][wrong]
     assert code == expected
-    refused(code, *arguments, says=words)
+    check_refused(code, *arguments, contains=words)
 
 
 @pytest.mark.parametrize("wrong", REFUSED)
@@ -739,7 +744,7 @@ def test_a_bad_array_is_refused_in_words_and_left_as_it_is(tmp_path, wrong):
     path.write_bytes(content)
     result = invoke("preprocess", path, tmp_path / "y.npy", "--mode", "caffe")
     result.returncode = result.exit_code
-    refused(3, says=[path, *words], told=result)
+    check_refused(3, contains=[path, *words], result=result)
     assert tree(tmp_path) == {b"x.npy": content}
 
 
@@ -778,7 +783,7 @@ def test_an_image_that_cannot_be_read_exits_with_1_and_is_listed(tmp_path, photo
     again = invoke("preprocess", photos, target, "--mode", "caffe")
     assert again.exit_code == 1
     assert "a/bad.jpg" in again.stderr
-    assert again.stderr.endswith("give the same command with --retry-failed\n")
+    assert again.stderr.endswith("rerun the same command with --retry-failed\n")
     back = invoke("restore", target, tmp_path / "back")
     assert back.exit_code == 1
     assert "--retry-failed" not in back.stderr
@@ -819,7 +824,7 @@ def test_a_wrong_byte_exits_with_4(tmp_path, array):
     with target.open("r+b") as file:
         file.seek(-7, os.SEEK_END)
         file.write(b"\x77")
-    message = refused(4, "verify", target, says=[target, "images 0 to 10"])
+    message = check_refused(4, "verify", target, contains=[target, "images 0 to 10"])
     assert "checksum" in message
 
 
@@ -876,31 +881,31 @@ def test_what_is_not_permitted_exits_with_3(tmp_path, photos, closed):
     given = photos if closed == "photos" else source
     arguments = ["preprocess", given, tmp_path / "out" / "y.npy", "--mode", "caffe"]
     with permissions(place, 0o555 if closed == "target directory" else 0):
-        refused(3, says=[place], told=python(WITHOUT_PRIVILEGES, *arguments))
+        check_refused(3, contains=[place], result=python(WITHOUT_PRIVILEGES, *arguments))
     assert names_in(tmp_path / "out") == []
 
 
-# Progress that says so and then waits, while the next chunk may be written.
+# Progress that prints a line and waits, while the next chunk may be written.
 WAITING = """
 import contextlib, sys, warnings
 from fastvgg import cli
-from fastvgg.cli import progress
+from fastvgg.cli import commands
 sys.modules["numba"] = None
 warnings.simplefilter("ignore")
 @contextlib.contextmanager
-def shown(plan, *, quiet):
-    def tell(at):
+def progress_bar(plan, *, quiet):
+    def on_progress(at):
         print("committed", flush=True)
         sys.stdin.readline()
-    yield tell
-progress.shown = shown
+    yield on_progress
+commands.progress_bar = progress_bar
 cli.main()
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("commits", [1, 2])
-def test_a_signal_exits_with_130_and_the_same_command_goes_on(tmp_path, array, number, commits):
+def test_a_signal_exits_with_130_and_the_same_command_resumes(tmp_path, array, number, commits):
     target = tmp_path / "y.npy"
     arguments = ["preprocess", array, target, "--mode", "caffe", *chunks_of(4)]
     with subprocess.Popen(
@@ -930,7 +935,7 @@ def test_a_signal_exits_with_130_and_the_same_command_goes_on(tmp_path, array, n
     assert target.read_bytes() == npy_bytes(network_inputs(pixels(11), "caffe"))
 
 
-# A disk that says so and then waits, where the second of three chunks is being written.
+# A disk that prints a line and waits while the second of three chunks is written.
 WRITING = """
 import os, signal, sys, threading, warnings
 sys.modules["numba"] = None
@@ -1048,7 +1053,7 @@ def test_a_signal_while_a_chunk_is_written_exits_with_130_when_that_is_committed
     ],
 )
 @pytest.mark.parametrize("kind", ["array", "in place"])
-def test_a_second_signal_exits_with_130_at_once_and_the_same_command_goes_on(
+def test_a_second_signal_exits_with_130_at_once_and_the_same_command_resumes(
     tmp_path, kind, first, second
 ):
     arguments, target, expected = of_three_chunks(kind, tmp_path)
@@ -1073,19 +1078,19 @@ def test_a_second_signal_exits_with_130_at_once_and_the_same_command_goes_on(
     assert target.read_bytes() == expected
 
 
-# What goes wrong with fastvgg itself
+# Internal errors
 
 
 def test_traceback_shows_where_an_error_came_from_and_exits_the_same(tmp_path):
     arguments = ["preprocess", tmp_path / "missing", tmp_path / "y.npy", "--mode", "caffe"]
-    plain, traced = command(*arguments), command(*arguments, "--traceback")
+    plain, traced = run_command(*arguments), run_command(*arguments, "--traceback")
     assert "Traceback" not in plain.stderr
     assert "Traceback (most recent call last)" in traced.stderr
     assert "SourceError" in traced.stderr
     assert plain.returncode == traced.returncode == 3
 
 
-DEFECTIVE = """
+FAILING_PLAN = """
 import sys
 import fastvgg
 from fastvgg import cli
@@ -1097,18 +1102,20 @@ cli.main()
 """
 
 
-def test_a_defect_of_fastvgg_is_one_line_and_exits_with_70():
-    done = python(DEFECTIVE.format(error="ZeroDivisionError('an unforeseen thing')"))
+def test_an_internal_error_is_a_problem_and_a_remedy_and_exits_with_70():
+    done = python(FAILING_PLAN.format(error="ZeroDivisionError('an unforeseen thing')"))
     assert done.returncode == 70
     assert "Traceback" not in done.stderr
-    assert "defect" in done.stderr
+    assert "internal error (a bug in fastvgg)" in done.stderr
     assert "ZeroDivisionError: an unforeseen thing" in done.stderr
     assert "--traceback" in done.stderr
     assert len(done.stderr.splitlines()) == 2
 
 
-def test_a_defect_shows_its_traceback_where_it_is_asked_for():
-    done = python(DEFECTIVE.format(error="ZeroDivisionError('an unforeseen thing')"), "--traceback")
+def test_an_internal_error_shows_its_traceback_on_request():
+    done = python(
+        FAILING_PLAN.format(error="ZeroDivisionError('an unforeseen thing')"), "--traceback"
+    )
     assert done.returncode == 70
     assert "Traceback (most recent call last)" in done.stderr
 
@@ -1116,7 +1123,7 @@ def test_a_defect_shows_its_traceback_where_it_is_asked_for():
 @pytest.mark.parametrize("traceback", [[], ["--traceback"]])
 def test_an_error_of_the_system_exits_with_5(traceback):
     done = python(
-        DEFECTIVE.format(error="OSError(5, 'Input/output error', 'disk.npy')"), *traceback
+        FAILING_PLAN.format(error="OSError(5, 'Input/output error', 'disk.npy')"), *traceback
     )
     assert done.returncode == 5
     assert "disk.npy" in done.stderr
@@ -1137,7 +1144,7 @@ def test_a_reader_that_goes_away_is_no_traceback():
     )
     os.close(writing)
     assert "Traceback" not in done.stderr
-    assert "defect" not in done.stderr
+    assert "internal error" not in done.stderr
 
 
 @failing_in_ascii()

@@ -1,4 +1,4 @@
-"""What a stranger meets: the guide, helps, mistyped commands, completion, ways out of errors."""
+"""What a newcomer meets: the welcome, help, mistyped commands, completion, and remedies."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from typer.testing import CliRunner
 import fastvgg
 from fastvgg import errors, models
 from fastvgg.cli import app
+from fastvgg.cli.commands import WELCOME
 from fastvgg.cli.errors import EXIT_CODES
-from fastvgg.cli.guide import WELCOME
 from fastvgg.datasets.image_writer import FileFormat
 from fastvgg.imaging.decode import INTERPOLATIONS, Gray16
 from fastvgg.transform import LAYOUTS, ROUNDINGS, STORAGE_TYPES, Mode
 
 PACKAGE = Path(fastvgg.__file__).parent
 README = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
-VERBS = [verb.name or verb.callback.__name__ for verb in app.registered_commands]
+COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
 SEVERAL_VALUES = {
     "--mode": [mode.name for mode in (Mode.CAFFE, Mode.TF, Mode.TORCH, Mode.IDENTITY)],
     "--dtype": STORAGE_TYPES[1:],
@@ -39,21 +39,21 @@ SEVERAL_VALUES = {
 }
 
 
-def told(*arguments):
-    """Run a command in this process; return its exit code, and both streams."""
+def output_of(*arguments):
+    """Run a command in this process; return its exit code, stdout and stderr."""
     result = CliRunner().invoke(app, list(arguments), prog_name="fastvgg", env={"COLUMNS": "80"})
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.stdout, result.stderr
 
 
-# The guide
+# The welcome
 
 
-def test_a_command_without_a_verb_is_a_guide_on_stdout():
-    assert told() == (0, WELCOME + "\n", "")
+def test_a_command_without_arguments_shows_the_welcome_on_stdout():
+    assert output_of() == (0, WELCOME + "\n", "")
 
 
-def test_the_guide_is_short_and_shows_commands_in_the_order_they_are_needed():
+def test_the_welcome_is_short_and_shows_commands_in_the_order_they_are_needed():
     lines = WELCOME.splitlines()
     assert len(lines) <= 15
     commands = [shlex.split(line) for line in lines if line.startswith("  fastvgg ")]
@@ -63,37 +63,37 @@ def test_the_guide_is_short_and_shows_commands_in_the_order_they_are_needed():
     assert "--help" in WELCOME
 
 
-def test_what_the_guide_shows_can_be_typed_in_that_order(tmp_path, monkeypatch):
+def test_what_the_welcome_shows_can_be_typed_in_that_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_images(tmp_path / "photos", pixels(5))
     commands = [shlex.split(line) for line in WELCOME.splitlines() if line.startswith("  fastvgg ")]
     for command in commands:
-        code, stdout, stderr = told(*command[1:])
+        code, stdout, stderr = output_of(*command[1:])
         assert code == 0, (command, stdout, stderr)
 
 
-# Helps
+# Help
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_says_what_then_how_and_where_the_exit_codes_are(verb):
-    code, stdout, stderr = told(verb, "--help")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_what_then_how_and_where_the_exit_codes_are(command):
+    code, stdout, stderr = output_of(command, "--help")
     assert (code, stderr) == (0, "")
     paragraphs = [paragraph.strip() for paragraph in stdout.split("\n\n")]
-    assert paragraphs[0].startswith(f"Usage: fastvgg {verb} ")
+    assert paragraphs[0].startswith(f"Usage: fastvgg {command} ")
     assert re.fullmatch(r"[A-Z][^\n]+\.", paragraphs[1])
     (example,) = [text for text in paragraphs if text.startswith("Example: ")]
-    assert example.startswith(f"Example: fastvgg {verb}")
+    assert example.startswith(f"Example: fastvgg {command}")
     assert paragraphs[-1] == "Exit codes: 'fastvgg --help' lists them."
 
 
-def test_the_list_of_verbs_cuts_nothing_off_and_lists_the_exit_codes():
-    code, stdout, _ = told("--help")
+def test_the_list_of_commands_cuts_nothing_off_and_lists_the_exit_codes():
+    code, stdout, _ = output_of("--help")
     assert code == 0
     listed = dict(re.findall(r"^  (\w+) {2,}(\S.*)$", stdout.split("Commands:")[1], re.MULTILINE))
-    for verb in app.registered_commands:
-        name = verb.name or verb.callback.__name__
-        assert listed[name] == inspect.getdoc(verb.callback).splitlines()[0]
+    for command in app.registered_commands:
+        name = command.name or command.callback.__name__
+        assert listed[name] == inspect.getdoc(command.callback).splitlines()[0]
     codes = re.findall(r"^  (\d+) ", EXIT_CODES, re.MULTILINE)
     assert codes == re.findall(r"^\| (\d+) \|", README, re.MULTILINE)
     assert [code for code in listed if code.isdigit()] == [code for code in codes if code in listed]
@@ -101,9 +101,19 @@ def test_the_list_of_verbs_cuts_nothing_off_and_lists_the_exit_codes():
         assert line in stdout
 
 
-@pytest.mark.parametrize("verb", ["preprocess", "restore", "pack"])
-def test_help_names_the_values_of_each_option_that_has_few(verb):
-    text = " ".join(told(verb, "--help")[1].split())
+def test_help_groups_the_options():
+    stdout = output_of("preprocess", "--help")[1]
+    headings = re.findall(r"^(\w+):$", stdout, re.MULTILINE)
+    assert headings == ["Arguments", "Model", "Input", "Geometry", "Output", "Run"]
+    assert re.findall(r"^(\w+):$", output_of("info", "--help")[1], re.MULTILINE) == [
+        "Arguments",
+        "Options",
+    ]
+
+
+@pytest.mark.parametrize("command", ["preprocess", "restore", "pack"])
+def test_help_names_the_values_of_each_option_that_has_few(command):
+    text = " ".join(output_of(command, "--help")[1].split())
     asked = {**SEVERAL_VALUES, "--rounding": ROUNDINGS, "--format": get_args(FileFormat)}
     for flag in set(re.findall(r" (--[a-z-]+) [A-Z]", text)) & set(asked):
         about = text.split(f" {flag} ")[1].split(" --")[0]
@@ -115,7 +125,7 @@ def test_help_names_the_values_of_each_option_that_has_few(verb):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "verb", "says"),
+    ("arguments", "command", "expected"),
     [
         (["nonsense"], "", "No such command 'nonsense'"),
         (["preproces"], "", "Did you mean 'preprocess'?"),
@@ -131,18 +141,18 @@ def test_help_names_the_values_of_each_option_that_has_few(verb):
         (["info"], " info", "Missing argument 'PATH'"),
     ],
 )
-def test_a_usage_error_says_what_is_wrong_and_where_help_is(arguments, verb, says):
-    code, stdout, stderr = told(*arguments)
+def test_a_usage_error_says_what_is_wrong_and_where_help_is(arguments, command, expected):
+    code, stdout, stderr = output_of(*arguments)
     assert (code, stdout) == (2, "")
-    assert says in stderr
-    assert f"Try 'fastvgg{verb} --help' for help." in stderr
+    assert expected in stderr
+    assert f"Try 'fastvgg{command} --help' for help." in stderr
 
 
-# Ways out of errors
+# Remedies
 
 
 def raised_errors():
-    """Yield the room and the call of every error that is made in words of its own."""
+    """Yield the module and the constructor call of every error."""
     kinds = {name for name in dir(errors) if name.endswith("Error")}
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -150,21 +160,21 @@ def raised_errors():
                 yield path.relative_to(PACKAGE).as_posix(), node
 
 
-def test_every_error_has_a_way_out_of_its_own():
+def test_every_error_has_a_remedy_of_its_own():
     found = list(raised_errors())
     assert len(found) > 100
-    for room, node in found:
+    for module, node in found:
         problem, remedy = node.args
-        says_nothing = isinstance(remedy, ast.Constant) and len(remedy.value.split()) < 2
-        assert not says_nothing, (room, node.lineno)
-        assert ast.unparse(problem) != ast.unparse(remedy), (room, node.lineno)
+        is_empty = isinstance(remedy, ast.Constant) and len(remedy.value.split()) < 2
+        assert not is_empty, (module, node.lineno)
+        assert ast.unparse(problem) != ast.unparse(remedy), (module, node.lineno)
 
 
 # Completion
 
 
 def completed(*words):
-    """What bash is offered for the last of some words, by the protocol of Typer's script."""
+    """Return bash's completions of the last word, by the protocol of Typer's script."""
     line = shlex.join(words) if words[-1] else shlex.join(words[:-1]) + " "
     done = subprocess.run(
         [sys.executable, "-m", "fastvgg"],
@@ -183,15 +193,15 @@ def completed(*words):
     return done.stdout.split()
 
 
-def test_verbs_are_completed():
-    assert completed("fastvgg", "") == VERBS
+def test_commands_are_completed():
+    assert completed("fastvgg", "") == COMMANDS
     assert completed("fastvgg", "pre") == ["preprocess"]
 
 
 def test_options_are_completed():
     assert completed("fastvgg", "preprocess", "--m") == [
-        "--mode",
         "--model",
+        "--mode",
         "--max-pixels",
         "--memory",
     ]

@@ -8,7 +8,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from fastvgg.bench.machine import machine
+from fastvgg.bench.timing import machine
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 pytestmark = pytest.mark.compiled  # the benchmarks measure what is compiled

@@ -569,7 +569,7 @@ def test_a_virtual_dataset_with_gaps_is_refused(tmp_path):
 
 # The alarm ends a process that waits: it is the end of the test, not a measurement.
 OPENING = """
-import pathlib, signal, sys, fastvgg.datasets as d, fastvgg.errors as e
+import pathlib, signal, sys, fastvgg.datasets.open as d, fastvgg.errors as e
 for path in sys.argv[1:]:
     signal.alarm(5)
     try:

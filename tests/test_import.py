@@ -1,4 +1,4 @@
-"""What importing fastvgg brings in, and which room may import which."""
+"""What importing fastvgg brings in, and which file may import which."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from batches import run_script
 import fastvgg
 
 PACKAGE = Path(fastvgg.__file__).parent
-ROOMS = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 HEAVY = {
     "PIL",
     "botocore",
@@ -99,9 +99,9 @@ def module_of(name):
     return ".".join(parts)
 
 
-def imports_in(source, room, functions=True, types=False):
+def imports_in(source, file, functions=True, types=False):
     """The modules that a module imports: in functions, and for type checkers, only if asked."""
-    package = ["fastvgg", *Path(room).parent.parts]
+    package = ["fastvgg", *Path(file).parent.parts]
     found = set()
     nodes = [ast.parse(source)]
     while nodes:
@@ -119,8 +119,8 @@ def imports_in(source, room, functions=True, types=False):
     return found
 
 
-def imports_of(room, functions=True, types=False):
-    return imports_in((PACKAGE / room).read_text(), room, functions, types)
+def imports_of(file, functions=True, types=False):
+    return imports_in((PACKAGE / file).read_text(), file, functions, types)
 
 
 def is_in(module, parent):
@@ -131,9 +131,9 @@ def within(modules, *parents):
     return {module for module in modules if any(is_in(module, parent) for parent in parents)}
 
 
-def rooms_in(*patterns):
-    """The rooms that exist of those named: files, or folders with all that is in them."""
-    return [room for room in ROOMS if any(room == p or room.startswith(p + "/") for p in patterns)]
+def files_in(*patterns):
+    """The files that exist of those named: files, or folders with all that is in them."""
+    return [file for file in FILES if any(file == p or file.startswith(p + "/") for p in patterns)]
 
 
 def test_the_reader_of_imports_sees_every_form_and_leaves_out_what_only_types_need():
@@ -194,31 +194,31 @@ LAYERS = (
 FACADES = {("transform", "fastvgg.engine"), ("stream", "fastvgg.cluster")}
 
 
-def part_of(room):
-    return Path(room).parts[0].removesuffix(".py")
+def part_of(file):
+    return Path(file).parts[0].removesuffix(".py")
 
 
 def test_every_module_is_in_a_layer():
     layered = {part for layer in LAYERS for part in layer}
-    assert {part_of(room) for room in ROOMS} == layered | {"__init__"}
+    assert {part_of(file) for file in FILES} == layered | {"__init__"}
 
 
-@pytest.mark.parametrize("room", [room for room in ROOMS if room != "__init__.py"])
-def test_a_module_imports_only_its_own_layer_and_those_below_also_for_types(room):
-    part = part_of(room)
+@pytest.mark.parametrize("file", [file for file in FILES if file != "__init__.py"])
+def test_a_module_imports_only_its_own_layer_and_those_below_also_for_types(file):
+    part = part_of(file)
     height = next(number for number, layer in enumerate(LAYERS) if part in layer)
     allowed = {f"fastvgg.{name}" for layer in LAYERS[: height + 1] for name in layer}
     facades = {module for name, module in FACADES if name == part}
-    found = within(imports_of(room, types=True), "fastvgg") - {"fastvgg"}
+    found = within(imports_of(file, types=True), "fastvgg") - {"fastvgg"}
     assert found == within(found, *allowed, *facades)
-    assert not within(imports_of(room, functions=False, types=True), *facades)
+    assert not within(imports_of(file, functions=False, types=True), *facades)
 
 
 def test_no_modules_import_each_other_also_for_types():
     graph = {}
-    for room in ROOMS:
-        name = ".".join(["fastvgg", *Path(room).with_suffix("").parts]).removesuffix(".__init__")
-        imported = within(imports_of(room, functions=False, types=True), "fastvgg")
+    for file in FILES:
+        name = ".".join(["fastvgg", *Path(file).with_suffix("").parts]).removesuffix(".__init__")
+        imported = within(imports_of(file, functions=False, types=True), "fastvgg")
         graph[name] = imported - {"fastvgg", name}
     leaves = {"fastvgg"}
     while leaves:
@@ -227,67 +227,67 @@ def test_no_modules_import_each_other_also_for_types():
     assert graph == {}
 
 
-@pytest.mark.parametrize("room", rooms_in("kernels"))
-def test_kernels_import_nothing_of_fastvgg_but_kernels_and_what_they_mean(room):
-    modules = within(imports_of(room), "fastvgg")
+@pytest.mark.parametrize("file", files_in("kernels"))
+def test_kernels_import_nothing_of_fastvgg_but_kernels_and_what_they_mean(file):
+    modules = within(imports_of(file), "fastvgg")
     assert modules == within(modules, "fastvgg.kernels", "fastvgg.oracle", "fastvgg.transform")
 
 
-@pytest.mark.parametrize("room", rooms_in("kernels"))
-def test_kernels_use_what_numba_and_llvmlite_make_public(room):
-    modules = within(imports_of(room), "numba", "llvmlite")
+@pytest.mark.parametrize("file", files_in("kernels"))
+def test_kernels_use_what_numba_and_llvmlite_make_public(file):
+    modules = within(imports_of(file), "numba", "llvmlite")
     extending = ("intrinsic", "lower_builtin", "models", "register_model", "type_callable")
     public = {"numba", "numba.types", "llvmlite.ir", "llvmlite.binding"}
     assert modules <= public | {f"numba.extending.{name}" for name in extending}
-    assert "numba.core" not in (PACKAGE / room).read_text()
+    assert "numba.core" not in (PACKAGE / file).read_text()
 
 
-@pytest.mark.parametrize("room", [room for room in ROOMS if room != "torch.py"])
-def test_only_what_is_for_pytorch_imports_it(room):
-    assert not within(imports_of(room), "torch", "fastvgg.torch")
+@pytest.mark.parametrize("file", [file for file in FILES if file != "torch.py"])
+def test_only_what_is_for_pytorch_imports_it(file):
+    assert not within(imports_of(file), "torch", "fastvgg.torch")
 
 
 @pytest.mark.parametrize("package", ["h5py", "zarr"])
 def test_only_what_is_for_a_format_imports_its_package(package):
     of_package = {"h5py": ["hdf5"], "zarr": ["zarr", "zarr_writer"]}[package]
-    importing = [room for room in ROOMS if within(imports_of(room, functions=False), package)]
+    importing = [file for file in FILES if within(imports_of(file, functions=False), package)]
     assert importing == [f"datasets/{name}.py" for name in of_package]
     modules = [f"fastvgg.datasets.{name}" for name in of_package]
-    others = [room for room in ROOMS if room not in importing]
-    assert not [room for room in others if within(imports_of(room, functions=False), *modules)]
+    others = [file for file in FILES if file not in importing]
+    assert not [file for file in others if within(imports_of(file, functions=False), *modules)]
 
 
-@pytest.mark.parametrize("room", [room for room in ROOMS if not room.startswith("kernels/")])
-def test_only_kernels_import_numba(room):
-    assert not within(imports_of(room), "numba", "llvmlite")
+@pytest.mark.parametrize("file", [file for file in FILES if not file.startswith("kernels/")])
+def test_only_kernels_import_numba(file):
+    assert not within(imports_of(file), "numba", "llvmlite")
 
 
 def test_the_kernels_do_import_numba():
-    assert any(within(imports_of(room), "numba") for room in rooms_in("kernels"))
+    assert any(within(imports_of(file), "numba") for file in files_in("kernels"))
 
 
-@pytest.mark.parametrize("room", rooms_in("stream/redo_log.py", "stream/commit_pipeline.py"))
-def test_what_makes_changes_last_knows_nothing_of_pixels(room):
+@pytest.mark.parametrize("file", files_in("stream/redo_log.py", "stream/commit_pipeline.py"))
+def test_what_makes_changes_last_knows_nothing_of_pixels(file):
     pixels = ("numpy", "PIL", "fastvgg.engine", "fastvgg.oracle", "fastvgg.kernels")
-    assert not within(imports_of(room), *pixels, "fastvgg.datasets.npy", "fastvgg.datasets.images")
+    assert not within(imports_of(file), *pixels, "fastvgg.datasets.npy", "fastvgg.datasets.images")
 
 
-@pytest.mark.parametrize("room", rooms_in("stream/plan.py"))
-def test_planning_is_arithmetic_and_touches_no_file(room):
-    assert not within(imports_of(room), "os", "pathlib", "io", "shutil", "fastvgg.datasets")
+@pytest.mark.parametrize("file", files_in("stream/plan.py"))
+def test_planning_is_arithmetic_and_touches_no_file(file):
+    assert not within(imports_of(file), "os", "pathlib", "io", "shutil", "fastvgg.datasets")
 
 
-@pytest.mark.parametrize("room", rooms_in("engine.py"))
-def test_the_engine_knows_nothing_of_disks_and_terminals(room):
+@pytest.mark.parametrize("file", files_in("engine.py"))
+def test_the_engine_knows_nothing_of_disks_and_terminals(file):
     above = ("fastvgg.stream", "fastvgg.datasets", "fastvgg.cli", "fastvgg.bench", "fastvgg.dask")
-    assert not within(imports_of(room), *above)
+    assert not within(imports_of(file), *above)
 
 
-@pytest.mark.parametrize("room", [r for r in ROOMS if r not in rooms_in("cli", "__main__.py")])
-def test_only_the_command_line_imports_typer_and_rich(room):
-    assert not within(imports_of(room), "typer", "click", "rich", "fastvgg.cli")
+@pytest.mark.parametrize("file", [r for r in FILES if r not in files_in("cli", "__main__.py")])
+def test_only_the_command_line_imports_typer_and_rich(file):
+    assert not within(imports_of(file), "typer", "click", "rich", "fastvgg.cli")
 
 
-def test_no_room_is_called_after_nothing():
-    names = {part for room in ROOMS for part in Path(room).with_suffix("").parts}
+def test_no_module_is_called_after_nothing():
+    names = {part for file in FILES for part in Path(file).with_suffix("").parts}
     assert not names & {"common", "helper", "helpers", "misc", "util", "utils"}

@@ -134,7 +134,7 @@ def test_a_pipe_that_is_named_like_an_array_does_not_wait_for_ever(tmp_path):
     os.mkfifo(tmp_path / "x.npy")
     # The alarm ends a process that waits: it is the end of the test, not a measurement.
     done = python(
-        "import pathlib, signal, sys, fastvgg.datasets as d, fastvgg.errors as e\n"
+        "import pathlib, signal, sys, fastvgg.datasets.open as d, fastvgg.errors as e\n"
         "signal.alarm(5)\n"
         "try:\n    d.open_source(pathlib.Path(sys.argv[1]))\n"
         "except e.SourceError as error:\n    print(error)",

@@ -1,4 +1,4 @@
-"""What stands on a terminal, wide and narrow, without colours, without Unicode."""
+"""The screen of a terminal: wide, narrow, without color, without Unicode."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ main()
 # Of a run that is too long for a test, by its last words.
 FAR = """
 import sys
-from fastvgg.cli.progress import _bar
+from fastvgg.cli.output import _terminal_bar
 from fastvgg.stream.report import Progress
-with _bar("preprocess", 1_281_167) as tell:
-    tell(Progress(1_281_166, 1_281_167, 1_281_166, 192_863_360_000, 771_453_440_000, 4321.0))
+with _terminal_bar("preprocess", 1_281_167) as on_progress:
+    on_progress(Progress(1_281_166, 1_281_167, 1_281_166, 192_863_360_000, 771_453_440_000, 4321.0))
 print("after", file=sys.stderr)
 """
 PLAIN = {
@@ -54,7 +54,7 @@ def fastvgg(*arguments, columns=80, stdout=None, **environment):
 
 
 def check_screen(shown, columns):
-    """Check that nothing was lost or broken within a word, and that a prompt may follow."""
+    """Check that no line is cut or wrapped inside a word, and that the cursor is at column 0."""
     assert shown.cursor_column == 0
     # What is as long as the screen is wide may have been broken by the terminal.
     assert max(len(line) for line in shown.lines) <= columns
@@ -172,15 +172,15 @@ def test_failures_notes_and_errors_are_broken_between_words(place, kind, columns
 
 @pytest.mark.parametrize("columns", [80, 60])
 @pytest.mark.parametrize(
-    "verb", ["", "preprocess", "pack", "restore", "verify", "info", "bench", "demo"]
+    "command", ["", "preprocess", "pack", "restore", "verify", "info", "bench", "demo"]
 )
-def test_help_fits(verb, columns):
-    shown = fastvgg(*([verb] if verb else []), "--help", columns=columns)
+def test_help_fits(command, columns):
+    shown = fastvgg(*([command] if command else []), "--help", columns=columns)
     check_screen(shown, columns)
     assert "..." not in " ".join(shown.lines).replace("[ARGS]...", "")
 
 
-def test_the_guide_fits_on_the_smallest_screen():
+def test_the_welcome_fits_on_the_smallest_screen():
     shown = fastvgg()
     assert shown.returncode == 0
     check_screen(shown, 80)

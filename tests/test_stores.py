@@ -14,6 +14,7 @@ from stores import BUCKET, ENVIRONMENT, serving_s3
 
 import fastvgg
 from fastvgg import oracle
+from fastvgg.datasets.open import open_source
 from fastvgg.errors import (
     ResumeError,
     SourceError,
@@ -608,7 +609,7 @@ def test_a_chunk_that_is_missing_is_refused(store, array, tmp_path):
 
 def test_a_chunk_that_goes_missing_stops_the_run(store, array):
     planned(array, store).run()
-    source = fastvgg.datasets.open_source(parse_location(f"{store.url}/y.zarr"))
+    source = open_source(parse_location(f"{store.url}/y.zarr"))
     objects.remove(store / "y.zarr" / "c.3.0.0.0")
     assert source.read(0, 5).batch.tobytes() == EXPECTED[:5].tobytes()
     with pytest.raises(StoppedError) as caught:

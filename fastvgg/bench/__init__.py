@@ -1,6 +1,6 @@
-"""What this machine reaches: its memory, every kernel beside it, the oracle, decoding and a disk.
+"""Measure this machine: memory bandwidth, kernels, the NumPy reference, decoding and a disk.
 
-Correctness is checked in the same run: what is fast and wrong is an error.
+Every result is compared with the oracle in the same run, so a fast but wrong kernel is an error.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ __all__ = ["FULL", "QUICK", "BenchConfig", "measure"]
 
 
 class BenchConfig(NamedTuple):
-    """How much is measured."""
+    """The extent of a benchmark."""
 
     working_set_bytes: int
-    """Of a batch and its result together: no cache holds them."""
+    """Input and result together; larger than any cache."""
     rounds: int
     images: int
-    """Decoded at most."""
+    """The maximum number of images to decode."""
     file_bytes: int
     every_path: bool
-    """Whether every mode, storage type and pair of layouts is measured, or the common ones."""
+    """Measure every mode, storage type and pair of layouts instead of the common ones."""
 
 
 FULL: Final = BenchConfig(400 * 2**20, 11, 2000, 2**30, every_path=True)
@@ -40,28 +40,28 @@ def measure(
     images: Path | None = None,
     disk: Path | None = None,
     threads: int | None = None,
-    tell: Callable[[str, dict[str, Any]], None] | None = None,
+    on_figure: Callable[[str, dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Measure this machine.
 
     Parameters
     ----------
-    extent
-        `FULL`, a few minutes, or `QUICK`, a quarter of one.
+    config
+        `FULL` takes a few minutes, `QUICK` a quarter of a minute.
     images
-        A directory or tar shards of images, if decoding is to be measured as well.
+        A directory or tar shards of images, to measure decoding too.
     disk
-        A directory, if its disk is to be measured: a file is written there, and removed.
+        A directory, to measure its disk too: a file is written there and removed.
     threads
-        All usable cores if not given.
-    tell
-        Called with "memory", "kernels", "decoding" or "disk" and each figure when it is known.
+        All usable cores by default.
+    on_figure
+        Called with "memory", "kernels", "decoding" or "disk", and each figure as it is measured.
 
     Returns
     -------
     dict
         machine, instruction_set, threads, rounds; memory and kernels, lists of a row for each loop
-        and path; call_overhead_us; decoding and disk, if they were asked for.
+        and path; call_overhead_us; decoding and disk, if requested.
 
     Raises
     ------
@@ -73,29 +73,29 @@ def measure(
         If a result is wrong.
     """
     check_backend("numba")
-    from fastvgg.bench import decoding, kernels, memory
-    from fastvgg.bench import disk as disks
-    from fastvgg.bench.machine import machine
+    from fastvgg.bench import io, kernels, memory
+    from fastvgg.bench.timing import machine
     from fastvgg.kernels.jit import processor
 
     threads = check_threads(threads)
     record: dict[str, Any] = {"machine": machine(), "instruction_set": processor().name}
     record |= {"threads": threads, "rounds": config.rounds}
 
-    def found(part: str, row: dict[str, Any]) -> dict[str, Any]:
-        if tell is not None:
-            tell(part, row)
+    def report(section: str, row: dict[str, Any]) -> dict[str, Any]:
+        if on_figure is not None:
+            on_figure(section, row)
         return row
 
     if disk is not None:
-        record["disk"] = found("disk", disks.measured(disk, config.file_bytes, config.rounds))
+        figures = io.measure_disk(disk, config.file_bytes, config.rounds)
+        record["disk"] = report("disk", figures)
     if images is not None:
-        decoded = decoding.measured(images, config.images, config.rounds, threads)
-        record["decoding"] = found("decoding", decoded)
+        figures = io.measure_decoding(images, config.images, config.rounds, threads)
+        record["decoding"] = report("decoding", figures)
     arena = memory.Arena(config.working_set_bytes)
-    limits = memory.measured(arena, config.rounds, threads)
-    record["memory"] = [found("memory", row) for row in limits]
-    wanted = kernels.PATHS if config.every_path else kernels.COMMON_PATHS
-    paths = kernels.measured(arena, config.rounds, threads, wanted)
-    record["kernels"] = [found("kernels", row) for row in paths]
+    bandwidths = memory.measure_bandwidth(arena, config.rounds, threads)
+    record["memory"] = [report("memory", row) for row in bandwidths]
+    paths = kernels.PATHS if config.every_path else kernels.COMMON_PATHS
+    rows = kernels.measure_kernels(arena, config.rounds, threads, paths)
+    record["kernels"] = [report("kernels", row) for row in rows]
     return {**record, "call_overhead_us": kernels.call_overhead_us(config.rounds)}

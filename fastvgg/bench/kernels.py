@@ -1,10 +1,10 @@
-"""Every kernel beside what the memory allows and beside the oracle, its result checked.
+"""Kernel throughput against memory bandwidth and the NumPy reference; every result is checked.
 
-The limit of a path is the faster of two loops that read and write the same bytes past the caches
-with no arithmetic, one of which asks for memory ahead; of work in place, the same with a
-multiplication; of a result in new memory, the system that zeroes as many bytes. Path and limit run
-in turn on the same memory with the same threads. NumPy runs the oracle in pieces on those threads,
-on fewer images and in fewer rounds.
+The limit of a path is the faster of two loops that read and write the same bytes with non-temporal
+stores and no arithmetic, one of them with software prefetch. For an in-place path the loops
+multiply in place, and for a result in new memory the limit is first touch. Path and limit run
+interleaved, on the same memory and threads. The NumPy reference runs in tiles on those threads,
+with fewer images and rounds.
 """
 
 from __future__ import annotations
@@ -31,21 +31,10 @@ if TYPE_CHECKING:
     from fastvgg.bench.memory import Arena
     from fastvgg.transform import Layout
 
-__all__ = [
-    "COMMON_PATHS",
-    "HEIGHT",
-    "PATHS",
-    "WIDTH",
-    "KernelPath",
-    "call_overhead_us",
-    "example",
-    "measured",
-]
-
 HEIGHT: Final = 224
 WIDTH: Final = 224
 ORACLE_IMAGES: Final = 32
-CALLS_TOGETHER: Final = 200
+CALLS_PER_ROUND: Final = 200
 NUMPY_ROUNDS: Final = 3
 MODES: Final = ("caffe", "tf", "torch", "identity")
 FLOATS: Final = ("float32", "float16", "bfloat16", "float64")
@@ -55,17 +44,17 @@ LAYOUTS: Final[tuple[tuple[Layout, Layout], ...]] = (
 
 
 class KernelPath(NamedTuple):
-    """What is measured: a transform, and the memory that its result goes to."""
+    """A transform, the dtype of its input and the memory of its result."""
 
     transform: Transform
     dtype: str
-    """Of the input."""
+    """The dtype of the input."""
     out: str = "used"
-    """Memory that was used before, "new" memory, or "in place"."""
+    """The memory of the result: "used" (already mapped), "new", or "in place"."""
 
     @property
     def name(self) -> str:
-        """Types, mode and layouts.
+        """Dtypes, mode and layouts.
 
         >>> KernelPath(Transform("tf", "restore", "NCHW", "NHWC"), "float16").name
         'float16-uint8 tf NCHW-NHWC'
@@ -77,7 +66,7 @@ class KernelPath(NamedTuple):
 
 
 def _paths() -> Iterator[KernelPath]:
-    """Yield every mode, storage type and pair of layouts, there and back."""
+    """Yield every mode, storage type and pair of layouts, in both directions."""
     for layouts in LAYOUTS:
         for mode in MODES:
             for dtype in FLOATS:
@@ -104,34 +93,34 @@ COMMON_PATHS: Final = tuple(
 )
 
 
-def measured(
+def measure_kernels(
     arena: Arena, rounds: int, threads: int, paths: Sequence[KernelPath] = PATHS
 ) -> Iterator[dict[str, Any]]:
-    """Yield what each path reaches, as it is measured.
+    """Yield the figures of each path as it is measured.
 
     Raises
     ------
     VerificationError
-        If a result is not that of the oracle, bit for bit.
+        If a result differs from the oracle in any bit.
     """
     for path in paths:
-        yield _measured(path, arena, rounds, threads)
+        yield _measure_path(path, arena, rounds, threads)
 
 
-def _measured(path: KernelPath, arena: Arena, rounds: int, threads: int) -> dict[str, Any]:
+def _measure_path(path: KernelPath, arena: Arena, rounds: int, threads: int) -> dict[str, Any]:
     one, expected = example(path.transform, path.dtype)
     images = arena.nbytes // (one.nbytes + expected.nbytes)
     x, out = arena.pair(images, one, expected)
-    transform, few = path.transform, slice(min(images, ORACLE_IMAGES))
-    numpy_out = np.empty_like(out[few])
-    _check(path, _called(path, x, out, threads)(), expected)
+    transform, sample = path.transform, slice(min(images, ORACLE_IMAGES))
+    numpy_out = np.empty_like(out[sample])
+    _check_result(path, _bind_call(path, x, out, threads)(), expected)
     oracle_call = partial(
-        engine.apply, transform, x[few], numpy_out, threads=threads, backend="numpy"
+        engine.apply, transform, x[sample], numpy_out, threads=threads, backend="numpy"
     )
-    (numpy,) = time_interleaved((oracle_call,), min(rounds, NUMPY_ROUNDS))
-    calls = (_called(path, x, out, threads), *_limits(path, x, out, threads))
-    ours, *limits = time_interleaved(calls, rounds)
-    share, spread, seconds = compare(ours, min(limits, key=statistics.median))
+    (numpy_seconds,) = time_interleaved((oracle_call,), min(rounds, NUMPY_ROUNDS))
+    calls = (_bind_call(path, x, out, threads), *_bind_limits(path, x, out, threads))
+    own_seconds, *limits = time_interleaved(calls, rounds)
+    share, spread, seconds = compare(own_seconds, min(limits, key=statistics.median))
     moved_bytes = images * (one.nbytes + expected.nbytes)
     return {
         "path": path.name,
@@ -139,56 +128,57 @@ def _measured(path: KernelPath, arena: Arena, rounds: int, threads: int) -> dict
         "gigabytes_per_second": round(moved_bytes / seconds / 1e9, 1),
         "share": share,
         "spread": spread,
-        "numpy_images_per_second": round(len(numpy_out) / statistics.median(numpy)),
+        "numpy_images_per_second": round(len(numpy_out) / statistics.median(numpy_seconds)),
     }
 
 
 def example(transform: Transform, dtype: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return an image as a path takes it, and what has to come of it, by the oracle.
+    """Return one input image of a path, and the expected result.
 
-    What is restored are network inputs, and what has to come of them are the bytes of the image.
+    To restore, the input is the oracle's network input of an image, and that image is the expected
+    result; to preprocess, the expected result is the oracle's.
     """
     shape = (HEIGHT, WIDTH, 3)
     image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     if transform.direction == "restore":
-        there = Transform(transform.mode, out_layout=transform.layout, dtype=dtype)
-        back = np.moveaxis(image, -1, CHANNEL_AXES[transform.out_layout])
-        return oracle.apply(there, image), np.ascontiguousarray(back)
+        preprocess = Transform(transform.mode, out_layout=transform.layout, dtype=dtype)
+        expected = np.moveaxis(image, -1, CHANNEL_AXES[transform.out_layout])
+        return oracle.apply(preprocess, image), np.ascontiguousarray(expected)
     x = np.moveaxis(image, -1, CHANNEL_AXES[transform.layout]).astype(storage_dtype(dtype))
     return x, oracle.apply(transform, x)
 
 
-def _called(
+def _bind_call(
     path: KernelPath, x: NDArray[Any], out: NDArray[Any], threads: int
 ) -> Callable[[], NDArray[Any]]:
-    given = {"used": out, "in place": x, "new": None}[path.out]
-    return partial(engine.apply, path.transform, x, given, threads=threads, backend="numba")
+    result = {"used": out, "in place": x, "new": None}[path.out]
+    return partial(engine.apply, path.transform, x, result, threads=threads, backend="numba")
 
 
-def _limits(
+def _bind_limits(
     path: KernelPath, x: NDArray[Any], out: NDArray[Any], threads: int
 ) -> list[Callable[[], None]]:
     if path.out == "new":
-        return [partial(memory.zeroed_by_the_system, out.nbytes, threads)]
+        return [partial(memory.first_touch, out.nbytes, threads)]
     if path.out == "in place":
-        return [partial(memory.scale, x, threads, fetches=fetches) for fetches in (False, True)]
-    return [partial(memory.copy, x, out, threads, fetches=fetches) for fetches in (False, True)]
+        return [partial(memory.scale, x, threads, prefetch=prefetch) for prefetch in (False, True)]
+    return [partial(memory.copy, x, out, threads, prefetch=prefetch) for prefetch in (False, True)]
 
 
-def _check(path: KernelPath, result: NDArray[Any], expected: NDArray[Any]) -> None:
-    """Compare every image's bits with those of the oracle."""
+def _check_result(path: KernelPath, actual: NDArray[Any], expected: NDArray[Any]) -> None:
+    """Compare the bits of every image with the oracle's."""
     bits = np.dtype(f"u{expected.itemsize}")
-    wanted = expected.view(bits)
-    for index, image in enumerate(result.view(bits)):
-        if not np.array_equal(image, wanted):
+    expected_bits = expected.view(bits)
+    for index, image in enumerate(actual.view(bits)):
+        if not np.array_equal(image, expected_bits):
             raise VerificationError(
-                f"{path.name}: image {index} of {len(result)} is not what the oracle computes",
-                "please report it, with the processor and the versions that --json shows",
+                f"{path.name}: image {index} of {len(actual)} differs from the NumPy reference",
+                "please report it with the processor and the versions that --json prints",
             )
 
 
 def call_overhead_us(rounds: int) -> float:
-    """Return the microseconds that a call takes above its kernel, for one image."""
+    """Return the microseconds that a call for one image takes beyond its kernel."""
     transform = Transform("caffe")
     x = np.zeros((1, HEIGHT, WIDTH, 3), np.uint8)
     out = np.empty(x.shape, np.float32)
@@ -196,14 +186,14 @@ def call_overhead_us(rounds: int) -> float:
     kernel, constants = convert.compiled(spec), constant_table(transform.mode, spec)
     addresses = (x.ctypes.data, out.ctypes.data, constants.ctypes.data)
 
-    def whole() -> None:
-        for _ in range(CALLS_TOGETHER):
+    def run_calls() -> None:
+        for _ in range(CALLS_PER_ROUND):
             engine.preprocess(x, "caffe", out=out)
 
-    def alone() -> None:
-        for _ in range(CALLS_TOGETHER):
+    def run_kernels() -> None:
+        for _ in range(CALLS_PER_ROUND):
             kernel(*addresses, 1, HEIGHT * WIDTH, 0, 0, 0, 0)
 
-    seconds = time_interleaved((whole, alone), rounds)
-    above: float = statistics.median(a - b for a, b in zip(*seconds, strict=True))
-    return round(above / CALLS_TOGETHER * 1e6, 1)
+    seconds = time_interleaved((run_calls, run_kernels), rounds)
+    overhead: float = statistics.median(a - b for a, b in zip(*seconds, strict=True))
+    return round(overhead / CALLS_PER_ROUND * 1e6, 1)

@@ -1,10 +1,14 @@
-"""What was measured, as lines of text that fit into 80 columns."""
+"""Benchmark figures as lines of text of 80 columns, and as a roofline plot."""
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-__all__ = ["HEADINGS", "LOW_SHARE", "line", "low_paths"]
+from fastvgg.errors import TargetError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 LOW_SHARE: Final = 0.9
 
@@ -15,11 +19,21 @@ HEADINGS: Final = {
     "disk": f"{'disk':<36} {'GB/s':>6}",
 }
 
+# Okabe and Ito's palette, distinguishable with colour blindness: https://jfly.uni-koeln.de/color/
+BLUE: Final = "#0072B2"
+ORANGE: Final = "#E69F00"
+BLACK: Final = "#000000"
+WIDTH_INCHES: Final = 9.0
+ROW_INCHES: Final = 0.27
+MARGIN_INCHES: Final = 1.6
+BAR_HEIGHT: Final = 0.62
+STYLE: Final[Any] = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "fastvgg"}
+
 
 def low_paths(record: dict[str, Any]) -> list[str]:
-    """Return the kernels that stay below `LOW_SHARE` of their limit.
+    """Return the kernel paths below `LOW_SHARE` of their limit.
 
-    New memory is left to the system, which zeroes it.
+    Paths that write to new memory are omitted: the system, which zeroes it, limits them.
     """
     return [row["path"] for row in record["kernels"] if _is_low(row)]
 
@@ -28,28 +42,133 @@ def _is_low(row: dict[str, Any]) -> bool:
     return bool(row["share"] < LOW_SHARE and not row["path"].endswith("new memory"))
 
 
-def line(part: str, row: dict[str, Any]) -> str:
-    """Return one figure of a part as a line below its heading, or as several.
+def line(section: str, row: dict[str, Any]) -> str:
+    """Return one figure as a line below the heading of its section, or as several lines.
 
     Examples
     --------
     >>> line("memory", {"loop": "copy", "gigabytes_per_second": 47.3})
     'copy                                   47.3'
     """
-    if part == "memory":
+    if section == "memory":
         return f"{row['loop']:<36} {row['gigabytes_per_second']:>6.1f}"
-    if part == "kernels":
+    if section == "kernels":
         mark = " <" if _is_low(row) else ""
         return (
             f"{row['path']:<36} {row['images_per_second']:>9,} "
             f"{row['gigabytes_per_second']:>6.1f} {row['share']:>9.0%} "
             f"{row['numpy_images_per_second']:>8,}{mark}"
         )
-    if part == "decoding":
+    if section == "decoding":
         count = f"{row['images']:,} decoded to 224x224"
         return f"{count:<36} {row['images_per_second']:>9,} {row['failed']:>6,}"
     size = f"{row['bytes'] / 2**20:,.0f} MiB"
     return "\n".join(
-        f"{f'{size} {done}':<36} {row[f'{verb}_gigabytes_per_second']:>6.2f}"
-        for verb, done in (("write", "written, each chunk synced"), ("read", "read"))
+        f"{f'{size} {label}':<36} {row[f'{operation}_gigabytes_per_second']:>6.2f}"
+        for operation, label in (("write", "written, each chunk synced"), ("read", "read"))
+    )
+
+
+def check_plot_path(path: Path) -> None:
+    """Check that a plot can be drawn to `path`, before anything is measured.
+
+    Raises
+    ------
+    UsageError
+        If matplotlib is not installed or does not write that format, or the directory is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError(
+            f"--plot needs a package that is not installed: {error.name}",
+            "install it: pip install 'fastvgg[plot]'",
+        ) from None
+    suffixes = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix.removeprefix(".") not in suffixes:
+        raise UsageError(
+            f"--plot {path}: the suffix is not one of {', '.join(suffixes)}",
+            "give a name that ends in .png or .svg",
+        )
+    if not path.parent.is_dir():
+        raise UsageError(
+            f"--plot {path}: {path.parent} is not a directory", f"create it: mkdir {path.parent}"
+        )
+
+
+def draw_roofline(record: dict[str, Any], path: Path) -> None:
+    """Draw the kernels of a record of `measure` as bars against their limit.
+
+    The suffix of `path` selects the format. Kernels that read or write NCHW are omitted. The same
+    record gives the same bytes.
+
+    Raises
+    ------
+    TargetError
+        If `path` cannot be written.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    rows = [row for row in record["kernels"] if "NCHW" not in row["path"]]
+    with mpl.rc_context(STYLE):
+        figure = Figure(
+            (WIDTH_INCHES, MARGIN_INCHES + ROW_INCHES * len(rows)), layout="constrained"
+        )
+        _draw_bars(figure.subplots(), rows)
+        figure.supxlabel(_caption(record), size="small", color="#444444")
+        metadata = {"Date": None} if path.suffix == ".svg" else {}
+        try:
+            figure.savefig(path, dpi=150, metadata=metadata)
+        except OSError as error:
+            raise TargetError(
+                f"{path} cannot be written: {error.strerror}", "give --plot another path"
+            ) from error
+
+
+def _draw_bars(axes: Any, rows: Sequence[dict[str, Any]]) -> None:  # noqa: ANN401  # untyped
+    positions = range(len(rows))
+    speeds = [row["gigabytes_per_second"] for row in rows]
+    limits = [limit_gigabytes_per_second(row) for row in rows]
+    numpy_speeds = [
+        row["gigabytes_per_second"] * row["numpy_images_per_second"] / row["images_per_second"]
+        for row in rows
+    ]
+    axes.barh(positions, speeds, BAR_HEIGHT, color=BLUE, label="fastvgg")
+    axes.barh(positions, numpy_speeds, BAR_HEIGHT, color=ORANGE, label="NumPy, same threads")
+    half = BAR_HEIGHT / 2
+    ends = (
+        [position - half for position in positions],
+        [position + half for position in positions],
+    )
+    axes.vlines(limits, *ends, color=BLACK, linewidth=2.5, label="memory bandwidth")
+    for position, row, limit in zip(positions, rows, limits, strict=True):
+        end = max(limit, row["gigabytes_per_second"])
+        text = f"  {row['images_per_second']:,} images/s"
+        axes.text(end, position, text, va="center", size="small")
+    axes.set_yticks(positions, [row["path"] for row in rows])
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    axes.set_xlim(0, 1.22 * max(*limits, *speeds))
+    axes.set_xlabel("GB/s, read and written")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1), ncols=3, frameon=False)
+
+
+def limit_gigabytes_per_second(row: dict[str, Any]) -> float:
+    """Return the memory bandwidth that limits a kernel.
+
+    Examples
+    --------
+    >>> limit_gigabytes_per_second({"gigabytes_per_second": 40.0, "share": 0.8})
+    50.0
+    """
+    return float(row["gigabytes_per_second"] / row["share"])
+
+
+def _caption(record: dict[str, Any]) -> str:
+    machine = record["machine"]
+    return (
+        f"{machine['processor']}, {record['instruction_set']}, {record['threads']} threads, "
+        f"images of 224x224, {machine['date']}"
     )

@@ -1,49 +1,85 @@
-"""Calls that are timed in turn, so that what disturbs one disturbs all."""
+"""Interleaved timing, and a description of the machine."""
 
 from __future__ import annotations
 
+import datetime as dt
+import os
+import platform
 import statistics
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from fastvgg.parallel import available_cpus
+from fastvgg.stream.manifest import package_versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Comparison", "compare", "time_interleaved"]
-
 
 class Comparison(NamedTuple):
-    """How fast something is beside its limit."""
+    """A measurement relative to its limit."""
 
     share: float
-    """The median of (seconds of the limit / seconds of ours) over the rounds."""
+    """Fraction of the limit: the median over the rounds of limit seconds / own seconds."""
     spread: tuple[float, float]
-    """The middle half of them."""
+    """The interquartile range of that ratio."""
     seconds: float
-    """The median of ours."""
+    """The median of the own seconds."""
 
 
 def time_interleaved(calls: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
-    """Return the seconds of every call in every round; the first of each is not counted."""
+    """Return the seconds of each call in each round; one warm-up round is not counted.
+
+    Every round makes each call once, because a disturbance of the machine then affects all calls
+    alike.
+    """
     seconds: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
     for _ in range(rounds):
-        for call, taken in zip(calls, seconds, strict=True):
-            begun = time.perf_counter()
+        for call, call_seconds in zip(calls, seconds, strict=True):
+            start = time.perf_counter()
             call()
-            taken.append(time.perf_counter() - begun)
+            call_seconds.append(time.perf_counter() - start)
     return seconds
 
 
-def compare(ours: Sequence[float], limit: Sequence[float]) -> Comparison:
-    """Hold the seconds of rounds against those of a limit in the same rounds.
+def compare(own_seconds: Sequence[float], limit_seconds: Sequence[float]) -> Comparison:
+    """Compare timings with those of a limit in the same rounds.
 
     Examples
     --------
     >>> compare([2.0, 2.0, 4.0], [1.0, 1.0, 1.0])
     Comparison(share=0.5, spread=(0.25, 0.5), seconds=2.0)
     """
-    shares = [theirs / own for own, theirs in zip(ours, limit, strict=True)]
+    shares = [limit / own for own, limit in zip(own_seconds, limit_seconds, strict=True)]
     low, middle, high = statistics.quantiles(shares, n=4)
-    return Comparison(round(middle, 3), (round(low, 3), round(high, 3)), statistics.median(ours))
+    return Comparison(
+        round(middle, 3), (round(low, 3), round(high, 3)), statistics.median(own_seconds)
+    )
+
+
+def machine() -> dict[str, object]:
+    """Return processor, cores, memory, system, package versions and date, as JSON types."""
+    pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    return {
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "processor": _processor(),
+        "cores": available_cpus(),
+        "memory_gib": round(pages * page_bytes / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "packages": package_versions(),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():  # only Linux has it
+        return platform.processor() or platform.machine()
+    fields = dict.fromkeys(("model name", "cpu family", "model"), "")
+    for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in fields:
+            fields[name.strip()] = value.strip()
+    return "{model name} (family {cpu family}, model {model})".format(**fields)

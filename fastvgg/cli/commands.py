@@ -1,17 +1,16 @@
-"""The verbs: each is one call of the library."""
+"""The commands: each one calls the library once."""
 
 import dataclasses
 import sys
-from typing import Annotated, Final
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 import fastvgg
 from fastvgg import models
-from fastvgg.cli.carry import execute
-from fastvgg.cli.errors import EXIT_CODES, Command, translate_errors
-from fastvgg.cli.guide import WELCOME
-from fastvgg.cli.lines import echo
+from fastvgg.cli.errors import EXIT_CODES, SOME_INPUTS_FAILED, Command, translate_errors
 from fastvgg.cli.options import (
     Dask,
     DryRun,
@@ -21,6 +20,7 @@ from fastvgg.cli.options import (
     Format,
     Fsync,
     Gray16,
+    ImageSource,
     InPlace,
     Interpolation,
     Json,
@@ -30,6 +30,7 @@ from fastvgg.cli.options import (
     Model,
     ModeName,
     OutLayout,
+    PackedTarget,
     Quiet,
     Restart,
     RestoredDtype,
@@ -45,10 +46,40 @@ from fastvgg.cli.options import (
     Threads,
     Traceback,
 )
-from fastvgg.cli.output import print_benchmark, print_info, print_json
+from fastvgg.cli.output import (
+    echo,
+    plan_record,
+    print_benchmark,
+    print_info,
+    print_json,
+    print_report,
+    progress_bar,
+)
 from fastvgg.errors import UsageError
 
-__all__ = ["app"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from distributed import Client
+
+    from fastvgg.stream.plan import Plan
+
+WELCOME: Final = """\
+fastvgg turns images into the exact input that a pretrained network expects,
+and turns network input back into the exact images.
+
+See it on real photographs (needs: pip install 'fastvgg[demo]'):
+  fastvgg demo demo/
+Preprocess a directory of images (add --dry-run to print the plan only):
+  fastvgg preprocess photos/ train.npy --model vgg19 --size 224 224
+Restore the images:
+  fastvgg restore train.npy images/
+Verify a dataset, or show what it is:
+  fastvgg verify train.npy
+  fastvgg info train.npy
+
+All commands: fastvgg --help. One command: fastvgg preprocess --help.
+To resume an interrupted run, rerun the same command."""
 
 SEE_CODES: Final = "Exit codes: 'fastvgg --help' lists them."
 
@@ -60,26 +91,27 @@ app = typer.Typer(
 )
 
 
+# The order of the parameters is the order of the help screen.
 @app.command(cls=Command, epilog=SEE_CODES)
 def preprocess(
     source: Source,
     target: Target = None,
-    mode: ModeName = None,
     model: Model = None,
-    size: Size = None,
-    dtype: Dtype = None,
+    mode: ModeName = None,
     layout: SourceLayout = None,
+    exif: Exif = False,
+    fast_jpeg: FastJpeg = False,
+    gray16: Gray16 = "error",
+    max_pixels: MaxPixels = None,
+    size: Size = None,
+    interpolation: Interpolation = "nearest",
+    keep_aspect_ratio: KeepAspectRatio = False,
+    dtype: Dtype = None,
     out_layout: OutLayout = None,
+    in_place: InPlace = False,
     dry_run: DryRun = False,
     restart: Restart = False,
     retry_failed: RetryFailed = False,
-    in_place: InPlace = False,
-    interpolation: Interpolation = "nearest",
-    keep_aspect_ratio: KeepAspectRatio = False,
-    fast_jpeg: FastJpeg = False,
-    exif: Exif = False,
-    gray16: Gray16 = "error",
-    max_pixels: MaxPixels = None,
     strict: Strict = False,
     memory: Memory = "512MiB",
     threads: Threads = None,
@@ -91,7 +123,7 @@ def preprocess(
 ) -> None:
     """Turn images into network input.
 
-    A run that was cut off goes on when the same command is given again.
+    Rerun the same command to resume an interrupted run.
 
     Example: fastvgg preprocess photos/ train.npy --model vgg19 --size 224 224
     """
@@ -106,10 +138,10 @@ def preprocess(
             keep_aspect_ratio=keep_aspect_ratio,
             fast_jpeg=fast_jpeg,
             exif=exif,
-            gray16=gray16,  # type: ignore[arg-type]  # checked by DecodeOptions
+            gray16=gray16,
             max_pixels=max_pixels,
-            layout=layout,  # type: ignore[arg-type]  # checked by Transform
-            out_layout=out_layout,  # type: ignore[arg-type]
+            layout=layout,
+            out_layout=out_layout,
             dtype=dtype,
             memory=memory,
             threads=threads,
@@ -118,27 +150,23 @@ def preprocess(
             retry_failed=retry_failed,
             fsync=fsync,
         )
-        execute(plan, dask, dry_run=dry_run, as_json=as_json, quiet=quiet)
+        _execute(plan, dask, dry_run=dry_run, as_json=as_json, quiet=quiet)
 
 
 @app.command(cls=Command, epilog=SEE_CODES)
 def pack(
-    source: Annotated[
-        str, typer.Argument(metavar="SRC", help="A directory or tar shards of images.")
-    ],
-    target: Annotated[
-        str, typer.Argument(metavar="DST", help="A .npy, a .zarr (also s3://), FILE.h5::/NAME.")
-    ],
+    source: ImageSource,
+    target: PackedTarget,
+    exif: Exif = False,
+    fast_jpeg: FastJpeg = False,
+    gray16: Gray16 = "error",
+    max_pixels: MaxPixels = None,
     size: Size = None,
+    interpolation: Interpolation = "nearest",
+    keep_aspect_ratio: KeepAspectRatio = False,
     dry_run: DryRun = False,
     restart: Restart = False,
     retry_failed: RetryFailed = False,
-    interpolation: Interpolation = "nearest",
-    keep_aspect_ratio: KeepAspectRatio = False,
-    fast_jpeg: FastJpeg = False,
-    exif: Exif = False,
-    gray16: Gray16 = "error",
-    max_pixels: MaxPixels = None,
     strict: Strict = False,
     memory: Memory = "512MiB",
     threads: Threads = None,
@@ -148,9 +176,9 @@ def pack(
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Store images as uint8, for later.
+    """Store resized images as one uint8 array.
 
-    It takes a quarter of the disk that network input in float32 does.
+    It takes a quarter of the disk space of float32 network input.
 
     Example: fastvgg pack photos/ packed.npy --size 224 224
     """
@@ -164,7 +192,7 @@ def pack(
             keep_aspect_ratio=keep_aspect_ratio,
             fast_jpeg=fast_jpeg,
             exif=exif,
-            gray16=gray16,  # type: ignore[arg-type]  # checked by DecodeOptions
+            gray16=gray16,
             max_pixels=max_pixels,
             memory=memory,
             threads=threads,
@@ -173,23 +201,23 @@ def pack(
             retry_failed=retry_failed,
             fsync=fsync,
         )
-        execute(plan, dask, dry_run=dry_run, as_json=as_json, quiet=quiet)
+        _execute(plan, dask, dry_run=dry_run, as_json=as_json, quiet=quiet)
 
 
 @app.command(cls=Command, epilog=SEE_CODES)
 def restore(
     source: StoredSource,
     target: RestoredTarget = None,
-    mode: ModeName = None,
     model: Model = None,
-    rounding: Rounding = "nearest",
-    file_format: Format = "png",
-    dtype: RestoredDtype = None,
+    mode: ModeName = None,
     layout: SourceLayout = None,
+    rounding: Rounding = "nearest",
+    dtype: RestoredDtype = None,
     out_layout: OutLayout = None,
+    format: Format = "png",  # noqa: A002  # as `fastvgg.plan` calls it
+    in_place: InPlace = False,
     dry_run: DryRun = False,
     restart: Restart = False,
-    in_place: InPlace = False,
     strict: Strict = False,
     memory: Memory = "512MiB",
     threads: Threads = None,
@@ -201,7 +229,7 @@ def restore(
 ) -> None:
     """Turn network input back into exact images.
 
-    Into an array, or a directory of image files.
+    The result is an array or a directory of image files.
 
     Example: fastvgg restore train.npy images/
     """
@@ -212,10 +240,10 @@ def restore(
             in_place=in_place,
             mode=_mode(mode, model),
             direction="restore",
-            rounding=rounding,  # type: ignore[arg-type]  # checked by Transform
-            format=file_format,  # type: ignore[arg-type]  # checked by the plan
-            layout=layout,  # type: ignore[arg-type]
-            out_layout=out_layout,  # type: ignore[arg-type]
+            rounding=rounding,
+            format=format,
+            layout=layout,
+            out_layout=out_layout,
             dtype=dtype,
             memory=memory,
             threads=threads,
@@ -223,21 +251,21 @@ def restore(
             restart=restart,
             fsync=fsync,
         )
-        execute(plan, dask, dry_run=dry_run, as_json=as_json, quiet=quiet)
+        _execute(plan, dask, dry_run=dry_run, as_json=as_json, quiet=quiet)
 
 
 @app.command(cls=Command, epilog=SEE_CODES)
 def verify(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A finished dataset.")],
     full: Annotated[
-        bool, typer.Option("--full", help="Recompute every image, not a sample.")
+        bool, typer.Option("--full", help="Recompute every image instead of a sample.")
     ] = False,
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Prove that a dataset is what was written.
+    """Verify the bytes of a finished dataset.
 
-    By the checksum of every chunk, and by images that are computed again in plain NumPy.
+    Compares the checksum of every chunk, and recomputes images with the NumPy reference.
 
     Example: fastvgg verify train.npy --full
     """
@@ -255,25 +283,22 @@ def info(
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Tell what a dataset or unfinished run is.
+    """Show what a dataset or unfinished run is.
 
-    Its shape, type and mode, where it came from, and what to do next.
+    Prints its shape, dtype, mode and source, and the next command.
 
     Example: fastvgg info train.npy
     """
     with translate_errors(traceback):
-        from fastvgg.stream.info import info as info_of
+        from fastvgg.stream.info import info as read_info
 
-        known = info_of(path)
-        if as_json:
-            print_json(known)
-            return
-        print_info(known)
+        properties = read_info(path)
+        print_json(properties) if as_json else print_info(properties)
 
 
 @app.command("models", cls=Command, epilog=SEE_CODES)
 def models_(as_json: Json = False) -> None:
-    """List which mode each model wants.
+    """List the published models and their modes.
 
     Example: fastvgg models
     """
@@ -287,57 +312,54 @@ def models_(as_json: Json = False) -> None:
 @app.command(cls=Command, epilog=SEE_CODES)
 def bench(
     quick: Annotated[
-        bool, typer.Option("--quick", help="The common kernels alone: 15 seconds.")
+        bool, typer.Option("--quick", help="Measure only the common kernels: 15 seconds.")
     ] = False,
     images: Annotated[
         str | None,
-        typer.Option(metavar="SRC", help="Decode these, too: a directory or tar shards."),
+        typer.Option(metavar="SRC", help="Also decode images: a directory or tar shards."),
     ] = None,
     disk: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Write a file there, too, read it, and remove it."),
+        typer.Option(metavar="DIR", help="Also write, read and remove a file in DIR."),
     ] = None,
     plot: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Draw the figures: a .svg or .png.")
+        str | None, typer.Option(metavar="FILE", help="Draw the figures as a .svg or .png.")
     ] = None,
     threads: Threads = None,
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Measure this machine, and every kernel.
+    """Measure kernels against memory bandwidth.
 
-    The memory and each kernel as a share of it, the oracle beside it, decoding and a disk where
-    they are given. Every result is compared with the oracle's.
+    Also measures the NumPy reference, and on request image decoding and a disk. Every result is
+    compared bit for bit with the NumPy reference.
 
     Example: fastvgg bench --quick --plot roofline.svg
     """
     with translate_errors(traceback):
-        from pathlib import Path
-
-        from fastvgg.bench import FULL, QUICK, measure, roofline
-        from fastvgg.bench.report import LOW_SHARE, low_paths
+        from fastvgg.bench import FULL, QUICK, measure, report
         from fastvgg.storage.location import parse_location
 
         if plot is not None:
-            roofline.check(Path(plot))
+            report.check_plot_path(Path(plot))
         record = measure(
             QUICK if quick else FULL,
             images=None if images is None else parse_location(images),
             disk=None if disk is None else Path(disk),
             threads=threads,
-            tell=None if as_json else print_benchmark(),
+            on_figure=None if as_json else print_benchmark(),
         )
         if plot is not None:
-            roofline.draw(record, Path(plot))
+            report.draw_roofline(record, Path(plot))
         if as_json:
             print_json(record)
             return
-        print("every result is the oracle's, bit for bit")
-        print(f"a call takes {record['call_overhead_us']:.0f} microseconds above its kernel")
-        print(f"the kernels are compiled for {record['instruction_set']}")
-        if low := low_paths(record):
-            print(f"below {LOW_SHARE:.0%} of the limit (<): {len(low)}. If that repeats on an idle")
-            print("machine, please report it with the output of: fastvgg bench --json")
+        print("every result matches the NumPy reference, bit for bit")
+        print(f"per-call overhead: {record['call_overhead_us']:.0f} microseconds")
+        print(f"kernels compiled for {record['instruction_set']}")
+        if low := report.low_paths(record):
+            print(f"below {report.LOW_SHARE:.0%} of the limit (<): {len(low)}. If this repeats on")
+            print("an idle machine, please report it with the output of: fastvgg bench --json")
 
 
 @app.command(cls=Command, epilog=SEE_CODES)
@@ -345,27 +367,25 @@ def demo(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A new directory.")],
     traceback: Traceback = False,
 ) -> None:
-    """Go the whole way on real photographs.
+    """Run an end-to-end demo on photographs.
 
-    There and back, with proof that every byte is equal, and a contact sheet to look at.
+    Preprocesses, verifies and restores them, compares every byte, and draws a contact sheet.
 
     Example: fastvgg demo demo/
     """
     with translate_errors(traceback):
-        from pathlib import Path
-
         from fastvgg.demo import demonstrate
 
-        shown = demonstrate(Path(directory), say=print)
+        result = demonstrate(Path(directory), say=print)
         echo(
-            f"every byte came back: {shown.images} photographs, {shown.compared_bytes} bytes "
-            f"compared, {shown.differing_bytes} differ",
+            f"every byte came back: {result.images} photographs, {result.compared_bytes} bytes "
+            f"compared, {result.differing_bytes} differ",
             sys.stdout,
         )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         print(f"fastvgg {fastvgg.__version__}")
         raise typer.Exit
 
@@ -376,22 +396,56 @@ def _welcome(
     _version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print it, and exit."
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
 ) -> None:
-    """Turn images into the exact bits that a pretrained network expects, and back."""
+    """Turn images into the exact input of a pretrained network, and back."""
     if context.invoked_subcommand is None:
         print(WELCOME)
 
 
 def _mode(mode: str | None, model: str | None) -> "fastvgg.Mode | str | None":
+    """Return the mode that --mode or --model selects."""
     if model is None:
         return mode
-    wanted = fastvgg.Mode.for_model(model)
-    if mode not in (None, wanted.name):
+    expected = fastvgg.Mode.for_model(model)
+    if mode not in (None, expected.name):
         raise UsageError(
-            f"--mode {mode} and --model {model} disagree: {model} wants {wanted.name}",
-            "give one of the two",
+            f"--mode {mode} conflicts with --model {model}, whose mode is {expected.name}",
+            "give either --mode or --model",
         )
-    return wanted
+    return expected
+
+
+def _execute(plan: "Plan", dask: str | None, *, dry_run: bool, as_json: bool, quiet: bool) -> None:
+    """Print or run a plan; exit with `SOME_INPUTS_FAILED` if inputs failed."""
+    if dry_run:
+        print_json(plan_record(plan)) if as_json else print(plan)
+        return
+    for note in plan.notes if not quiet else ():
+        echo(f"note: {note}", sys.stderr)
+    with _connect(dask) as client, progress_bar(plan, quiet=quiet) as on_progress:
+        report = plan.run(on_progress, client=client)
+    print_json(dataclasses.asdict(report)) if as_json else print_report(report)
+    if report.counts["failed"]:
+        if plan.transform.direction != "restore":
+            echo("  fix these files, then rerun the same command with --retry-failed", sys.stderr)
+        raise typer.Exit(SOME_INPUTS_FAILED)
+
+
+@contextmanager
+def _connect(dask: str | None) -> "Iterator[Client | None]":
+    """Yield a client of the Dask scheduler, or None without --dask."""
+    if dask is None:
+        yield None
+        return
+    try:
+        from fastvgg import cluster
+    except ImportError as error:
+        raise UsageError(
+            f"--dask needs a package that is not installed: {error.name}",
+            "install it: pip install 'fastvgg[dask]'",
+        ) from None
+    with cluster.connect(dask) as client:
+        yield client

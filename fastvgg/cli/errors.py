@@ -1,4 +1,4 @@
-"""Errors and signals -> what a person reads, and exit codes."""
+"""Exit codes; errors and signals as messages."""
 
 from __future__ import annotations
 
@@ -12,57 +12,66 @@ from typing import TYPE_CHECKING, Any, Final
 import typer
 from typer.core import TyperCommand
 
-from fastvgg.cli.lines import echo
+from fastvgg.cli.options import RUN as DEFAULT_PANEL
+from fastvgg.cli.output import echo
 from fastvgg.errors import FastvggError, StoppedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType, TracebackType
 
-__all__ = [
-    "EXIT_CODES",
-    "INTERNAL_ERROR",
-    "INTERRUPTED",
-    "SOME_INPUTS_FAILED",
-    "Command",
-    "catch_signals",
-    "report_internal_error",
-    "translate_errors",
-]
-
 SOME_INPUTS_FAILED: Final = 1
 INTERRUPTED: Final = 130
 INTERNAL_ERROR: Final = 70
 
-_USAGE_ERROR: Final[Any] = typer.BadParameter.__mro__[1]  # Typer exports only what is made of it
+# click's UsageError. Typer re-exports only its subclass BadParameter.
+_CLICK_USAGE_ERROR: Final[Any] = typer.BadParameter.__mro__[1]
 
 EXIT_CODES: Final = """\b
 Exit codes:
   0    done
-  1    finished, but some inputs failed: they are listed
-  2    the command contradicts itself
+  1    finished, but some inputs failed (listed)
+  2    usage error: invalid or conflicting arguments
   3    refused before anything was written
   4    verification found a difference
-  5    stopped by an I/O error: the same command goes on
-  70   a defect of fastvgg
-  130  interrupted: the same command goes on"""
+  5    I/O error: rerun the same command to resume
+  70   internal error (a bug in fastvgg): please report
+  130  interrupted: rerun the same command to resume"""
 
 
 class Command(TyperCommand):
-    """A verb that says where its help is at every usage error."""
+    """A command whose usage errors name its own --help."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401  # click's or Typer's
-        """Read the arguments; the parser alone forgets of which command it reads them."""
+        """Parse the arguments; attach this command to errors of the parser, which omits it."""
         try:
             return super().parse_args(ctx, args)
-        except _USAGE_ERROR as error:
+        except _CLICK_USAGE_ERROR as error:
             error.ctx, error.cmd = ctx, self
             raise
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401  # click's or Typer's
+        """Write the arguments, then the options in a section for each help panel.
+
+        Typer groups options only with Rich markup, whose boxes are not ASCII.
+        """
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            panel = getattr(param, "rich_help_panel", None) or DEFAULT_PANEL
+            name = "Arguments" if param.param_type_name == "argument" else panel
+            record = param.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(name, []).append(record)
+        if not sections.keys() - {"Arguments", DEFAULT_PANEL}:  # one group needs no name
+            sections["Options"] = sections.pop(DEFAULT_PANEL)
+        for name, records in sections.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
 
 
 @contextmanager
 def translate_errors(traceback: bool) -> Iterator[None]:
-    """Turn errors into what a person reads, and into exit codes."""
+    """Turn exceptions into messages on stderr and exit codes."""
     try:
         yield
     except FastvggError as error:
@@ -71,9 +80,7 @@ def translate_errors(traceback: bool) -> Iterator[None]:
         _print_error(error.problem, error.remedy)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        _print_error(
-            "interrupted", "what was committed is kept: the same command goes on from there"
-        )
+        _print_error("interrupted", "committed chunks are kept: rerun the same command to resume")
         raise typer.Exit(INTERRUPTED) from None
     except OSError as error:
         stopped = StoppedError.from_os_error(error, "a system call", str(error.filename), 0)
@@ -91,24 +98,27 @@ def _print_error(problem: str, remedy: str) -> None:
 def report_internal_error(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """Say that fastvgg itself is wrong, without a traceback unless one was asked for."""
+    """Report an unexpected exception as a bug and exit with `INTERNAL_ERROR`.
+
+    This is `sys.excepthook`. The traceback is printed only with --traceback.
+    """
     if "--traceback" in sys.argv:
         sys.__excepthook__(kind, error, trace)
     _print_error(
-        f"this is a defect: {kind.__name__}: {error}",
-        "please report it, with what --traceback adds; what was committed is kept",
+        f"internal error (a bug in fastvgg): {kind.__name__}: {error}",
+        "please report it with the output of --traceback; committed chunks are kept",
     )
     raise SystemExit(INTERNAL_ERROR)
 
 
 def interrupt(_signal: int, _frame: FrameType | None) -> None:
-    """End a run after the call that writes or syncs; a second signal does not wait for that."""
+    """Interrupt the run after its current write or sync; exit at once on a second signal."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda _signal, _frame: os._exit(INTERRUPTED))
     raise KeyboardInterrupt
 
 
 def catch_signals() -> None:
-    """Let Ctrl-C and SIGTERM end a run in the same way."""
+    """Handle SIGINT and SIGTERM alike."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)

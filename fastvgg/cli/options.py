@@ -1,144 +1,185 @@
-"""What the verbs take: arguments and options, with what their help says."""
+"""Arguments and options of the commands, with their help.
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Final
+The `Literal` types repeat those of the library because importing them would import NumPy, which
+``fastvgg --help`` does not need.
+"""
+
+from typing import Annotated, Any, Final, Literal, get_args
 
 import typer
 
 from fastvgg import models
 
-MODES: Final = ("caffe", "tf", "torch", "identity")
-LAYOUTS: Final = ("NHWC", "NCHW")
-INPUT_TYPES: Final = ("float16", "bfloat16", "float32", "float64")
-RESTORED_TYPES: Final = ("uint8", *INPUT_TYPES)
-INTERPOLATIONS: Final = ("nearest", "bilinear", "bicubic", "hamming", "box", "lanczos")
-ROUNDINGS: Final = ("nearest", "truncate")
-FORMATS: Final = ("png", "webp", "jpeg")
-GRAY16_POLICIES: Final = ("error", "scale")
+ModeChoice = Literal["caffe", "tf", "torch", "identity"]
+LayoutChoice = Literal["NHWC", "NCHW"]
+FloatChoice = Literal["float16", "bfloat16", "float32", "float64"]
+DtypeChoice = Literal["uint8", FloatChoice]
+InterpolationChoice = Literal["nearest", "bilinear", "bicubic", "hamming", "box", "lanczos"]
+RoundingChoice = Literal["nearest", "truncate"]
+FormatChoice = Literal["png", "webp", "jpeg"]
+Gray16Choice = Literal["error", "scale"]
+
+# The sections of a help screen.
+MODEL: Final = "Model"
+INPUT: Final = "Input"
+GEOMETRY: Final = "Geometry"
+OUTPUT: Final = "Output"
+RUN: Final = "Run"
+
+ARRAYS: Final = "a .npy, a .zarr (also s3://), FILE.h5::/NAME"
 
 
 def _choice_option(
-    values: Sequence[str], flag: str, metavar: str, about: str, default: str | bool = True
+    choices: Any,  # noqa: ANN401  # a Literal
+    panel: str,
+    metavar: str,
+    about: str,
+    default: str | bool = True,
 ) -> Any:  # noqa: ANN401  # as Typer has it
-    """Return an option whose values shells complete; the library refuses others, and says why."""
+    """Return an option whose choices shells complete.
+
+    The option accepts any text: the library reports an invalid value together with the choices.
+    """
+    values = get_args(choices)
     return typer.Option(
-        flag,
         metavar=metavar,
         help=about.format(values=f"{', '.join(values[:-1])} or {values[-1]}"),
         show_default=default,
         autocompletion=lambda: list(values),
+        parser=str,
+        rich_help_panel=panel,
     )
 
 
-# As texts, for a Path would make one slash of the two of a URL.
+def _flag(name: str, panel: str, about: str) -> Any:  # noqa: ANN401  # as Typer has it
+    return typer.Option(name, help=about, rich_help_panel=panel)
+
+
+# Sources and targets are str: Path would collapse the two slashes of a URL.
 Source = Annotated[
     str,
     typer.Argument(
         metavar="SRC",
-        help="A directory or tar shards of images; a .npy, a .zarr (also s3://), FILE.h5::/NAME, "
-        "or a directory of part-*.npy.",
+        help=f"Input: a directory or tar shards of images; {ARRAYS}, or a directory of part-*.npy.",
     ),
 ]
 StoredSource = Annotated[
     str,
-    typer.Argument(
-        metavar="SRC",
-        help="A .npy, a .zarr (also s3://), FILE.h5::/NAME, or a directory of part-*.npy.",
-    ),
+    typer.Argument(metavar="SRC", help=f"Input: {ARRAYS}, or a directory of part-*.npy."),
 ]
-Target = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="DST", help="What to write: a .npy, a .zarr (also s3://), FILE.h5::/NAME."
-    ),
+ImageSource = Annotated[
+    str, typer.Argument(metavar="SRC", help="Input: a directory or tar shards of images.")
 ]
+Target = Annotated[str | None, typer.Argument(metavar="DST", help=f"Output: {ARRAYS}.")]
+PackedTarget = Annotated[str, typer.Argument(metavar="DST", help=f"Output: {ARRAYS}.")]
 RestoredTarget = Annotated[
     str | None,
-    typer.Argument(
-        metavar="DST",
-        help="What to write: a directory for image files, a .npy, a .zarr (also s3://), "
-        "FILE.h5::/NAME.",
-    ),
+    typer.Argument(metavar="DST", help=f"Output: a directory for image files, {ARRAYS}."),
 ]
 
-ModeName = Annotated[str | None, _choice_option(MODES, "--mode", "MODE", "{values}.")]
+ModeName = Annotated[
+    ModeChoice | None, _choice_option(ModeChoice, MODEL, "MODE", "Preprocessing mode: {values}.")
+]
 Model = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="A published model instead of a mode: 'fastvgg models' lists them.",
+        help="Published model; 'fastvgg models' lists them.",
         autocompletion=lambda: list(models.MODES_BY_MODEL),
+        rich_help_panel=MODEL,
     ),
 ]
-Dtype = Annotated[
-    str | None,
-    _choice_option(INPUT_TYPES, "--dtype", "TYPE", "Of DST: {values}.", "float32 for uint8"),
-]
-RestoredDtype = Annotated[
-    str | None, _choice_option(RESTORED_TYPES, "--dtype", "TYPE", "Of DST: {values}.", "uint8")
-]
-Rounding = Annotated[
-    str, _choice_option(ROUNDINGS, "--rounding", "HOW", "To whole numbers: {values}.")
-]
+
 SourceLayout = Annotated[
-    str | None, _choice_option(LAYOUTS, "--layout", "LAYOUT", "Of SRC: {values}.")
+    LayoutChoice | None,
+    _choice_option(LayoutChoice, INPUT, "LAYOUT", "Input layout: {values}."),
 ]
-OutLayout = Annotated[
-    str | None,
-    _choice_option(LAYOUTS, "--out-layout", "LAYOUT", "Of DST: {values}.", "that of SRC"),
+Exif = Annotated[bool, _flag("--exif", INPUT, "Apply the EXIF orientation; Keras ignores it.")]
+FastJpeg = Annotated[
+    bool,
+    _flag("--fast-jpeg", INPUT, "Decode large JPEGs at reduced scale: not exact."),
+]
+Gray16 = Annotated[
+    Gray16Choice,
+    _choice_option(Gray16Choice, INPUT, "POLICY", "16-bit gray: {values} to 8 bits."),
+]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Reject images with more pixels.",
+        show_default="89478485",
+        rich_help_panel=INPUT,
+    ),
 ]
 
 Size = Annotated[
     tuple[int, int] | None,
-    typer.Option(metavar="H W", help="Resize images to this height and width."),
+    typer.Option(
+        metavar="H W", help="Resize images to this height and width.", rich_help_panel=GEOMETRY
+    ),
 ]
 Interpolation = Annotated[
-    str, _choice_option(INTERPOLATIONS, "--interpolation", "HOW", "To resize by: {values}.")
+    InterpolationChoice,
+    _choice_option(InterpolationChoice, GEOMETRY, "METHOD", "Interpolation: {values}."),
 ]
 KeepAspectRatio = Annotated[
-    bool, typer.Option("--keep-aspect-ratio", help="Cut out the wanted shape before resizing.")
-]
-FastJpeg = Annotated[
-    bool, typer.Option("--fast-jpeg", help="Decode large JPEGs smaller: other pixels than Keras'.")
-]
-Exif = Annotated[bool, typer.Option("--exif", help="Turn images as EXIF says; Keras does not.")]
-Gray16 = Annotated[
-    str,
-    _choice_option(
-        GRAY16_POLICIES, "--gray16", "POLICY", "16-bit grayscale images: {values} to 8 bits."
-    ),
-]
-MaxPixels = Annotated[
-    int | None,
-    typer.Option(metavar="N", help="Refuse larger images.", show_default="89478485"),
-]
-Format = Annotated[
-    str,
-    _choice_option(FORMATS, "--format", "FORMAT", "Of image files: {values}; jpeg is not exact."),
+    bool,
+    _flag("--keep-aspect-ratio", GEOMETRY, "Center-crop to the target aspect ratio, then resize."),
 ]
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
-Restart = Annotated[bool, typer.Option("--restart", help="Begin again; replace an existing DST.")]
+Dtype = Annotated[
+    FloatChoice | None,
+    _choice_option(FloatChoice, OUTPUT, "DTYPE", "Output dtype: {values}.", "float32 for uint8"),
+]
+RestoredDtype = Annotated[
+    DtypeChoice | None,
+    _choice_option(DtypeChoice, OUTPUT, "DTYPE", "Output dtype: {values}.", "uint8"),
+]
+OutLayout = Annotated[
+    LayoutChoice | None,
+    _choice_option(LayoutChoice, OUTPUT, "LAYOUT", "Output layout: {values}.", "that of SRC"),
+]
+Rounding = Annotated[
+    RoundingChoice,
+    _choice_option(RoundingChoice, OUTPUT, "METHOD", "Rounding: {values}."),
+]
+Format = Annotated[
+    FormatChoice,
+    _choice_option(FormatChoice, OUTPUT, "FORMAT", "Image files: {values} (lossy)."),
+]
+InPlace = Annotated[
+    bool, _flag("--in-place", OUTPUT, "Overwrite SRC, a .npy file, with the result; omit DST.")
+]
+
+DryRun = Annotated[bool, _flag("--dry-run", RUN, "Print the plan and write nothing.")]
+Restart = Annotated[bool, _flag("--restart", RUN, "Start over, replacing an existing DST.")]
 RetryFailed = Annotated[
-    bool, typer.Option("--retry-failed", help="Try again what failed in a finished DST.")
+    bool, _flag("--retry-failed", RUN, "Retry the failed images of a finished DST.")
 ]
-Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable image.")]
-InPlace = Annotated[bool, typer.Option("--in-place", help="Make a .npy its own result: no DST.")]
-Memory = Annotated[str, typer.Option(metavar="BYTES", help="The limit above the idle process.")]
+Strict = Annotated[bool, _flag("--strict", RUN, "Stop at the first image that cannot be decoded.")]
+Memory = Annotated[
+    str,
+    typer.Option(metavar="SIZE", help="Memory limit of the run.", rich_help_panel=RUN),
+]
 Threads = Annotated[
-    int | None, typer.Option(metavar="N", help="How many at once.", show_default="all usable cores")
-]
-Fsync = Annotated[
-    bool,
+    int | None,
     typer.Option(
-        "--fsync/--no-fsync",
-        help="Wait for the disk, so that committed chunks survive a power cut.",
+        metavar="N",
+        help="Worker threads.",
+        show_default="all usable cores",
+        rich_help_panel=RUN,
     ),
 ]
+Fsync = Annotated[bool, _flag("--fsync/--no-fsync", RUN, "Make commits survive power loss.")]
 Dask = Annotated[
     str | None,
-    typer.Option(metavar="ADDRESS", help="Of a Dask scheduler whose workers do it, or local."),
+    typer.Option(
+        metavar="ADDRESS",
+        help="Scheduler of the Dask cluster to run on, or 'local'.",
+        rich_help_panel=RUN,
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
-Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
+Quiet = Annotated[bool, _flag("--quiet", RUN, "Print no progress and no notes.")]
+Json = Annotated[bool, _flag("--json", RUN, "Print the result as JSON.")]
+Traceback = Annotated[bool, _flag("--traceback", RUN, "Print the Python traceback of an error.")]

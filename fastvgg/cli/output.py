@@ -1,22 +1,51 @@
-"""What a verb answers: a plan, a report, what is known of a dataset; for people, or as JSON."""
+"""Output for people and programs: plans, reports, tables, progress and JSON."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
-from typing import TYPE_CHECKING, Any
+import textwrap
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
-from fastvgg.cli.lines import echo
 from fastvgg.stream.plan import format_bytes
 from fastvgg.stream.report import FAILURES_SHOWN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from fastvgg.stream.plan import Plan
-    from fastvgg.stream.report import Report
+    from fastvgg.stream.report import Progress, Report
 
-__all__ = ["plan_record", "print_benchmark", "print_info", "print_json", "print_report"]
+SECONDS_BETWEEN_LINES: Final = 5.0
+# Wide enough for the figures of a million images and a short bar.
+MIN_COLUMNS_FOR_SPEED: Final = 80
+
+
+def echo(text: str, stream: TextIO) -> None:
+    """Print one line, wrapped between words if `stream` is a terminal.
+
+    A terminal would wrap inside words. Paths are never split.
+    """
+    if stream.isatty():
+        columns = os.get_terminal_size(stream.fileno()).columns or 80
+        indent = " " * (len(text) - len(text.lstrip()))
+        text = textwrap.fill(
+            text,
+            columns,
+            subsequent_indent=indent or "  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    print(text, file=stream)
+
+
+def print_json(value: object) -> None:
+    """Print a value as JSON, for programs."""
+    print(json.dumps(value, indent=1))
 
 
 def plan_record(plan: Plan) -> dict[str, Any]:
@@ -36,7 +65,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
 
 
 def print_report(report: Report) -> None:
-    """Print what a run did, and the first of what failed."""
+    """Print the summary of a run and its first failures."""
     echo(str(report), sys.stdout)
     for failure in report.failures[:FAILURES_SHOWN]:
         echo(f"  failed: row {failure.row}, {failure.path}: {failure.reason}", sys.stderr)
@@ -45,39 +74,18 @@ def print_report(report: Report) -> None:
         echo(f"  and {more} more, all listed in {report.target}.index.csv", sys.stderr)
 
 
-def print_json(value: object) -> None:
-    """Print a value for programs."""
-    print(json.dumps(value, indent=1))
-
-
-def print_info(known: dict[str, Any]) -> None:
-    """Print what is known of a dataset, a line for each thing."""
-    for name, value in known.items():
+def print_info(properties: dict[str, Any]) -> None:
+    """Print the properties of a dataset, one per line."""
+    for name, value in properties.items():
         if value in (None, [], ""):
             continue
-        first, *more = _readable(name, value)
+        first, *more = _info_lines(name, value)
         print(f"{name:<17}{first}")
         for line in more:
             print(f"{'':<17}{line}")
 
 
-def print_benchmark() -> Callable[[str, dict[str, Any]], None]:
-    """Return what prints each figure of this machine, the parts below headings."""
-    from fastvgg.bench.report import HEADINGS, line
-
-    told = ""
-
-    def tell(part: str, row: dict[str, Any]) -> None:
-        nonlocal told
-        if part != told:
-            print(f"{HEADINGS[part]}\n{'-' * len(HEADINGS[part])}")
-            told = part
-        print(line(part, row), flush=True)
-
-    return tell
-
-
-def _readable(name: str, value: object) -> list[str]:
+def _info_lines(name: str, value: object) -> list[str]:
     if isinstance(value, dict):
         return [f"{package} {version}" for package, version in value.items()]
     if name == "notes" and isinstance(value, list):
@@ -87,3 +95,88 @@ def _readable(name: str, value: object) -> list[str]:
     if name == "bytes" and isinstance(value, int):
         return [f"{value} ({format_bytes(value)})"]
     return [str(value)]
+
+
+def print_benchmark() -> Callable[[str, dict[str, Any]], None]:
+    """Return a callback that prints each benchmark figure below the heading of its section."""
+    from fastvgg.bench.report import HEADINGS, line
+
+    current = ""
+
+    def on_figure(section: str, row: dict[str, Any]) -> None:
+        nonlocal current
+        if section != current:
+            print(f"{HEADINGS[section]}\n{'-' * len(HEADINGS[section])}")
+            current = section
+        print(line(section, row), flush=True)
+
+    return on_figure
+
+
+@contextmanager
+def progress_bar(plan: Plan, *, quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
+    """Yield a progress callback: a bar on a terminal, periodic lines elsewhere, None if quiet."""
+    if quiet:
+        yield None
+    elif sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        with _terminal_bar(plan.transform.direction, plan.header.images) as on_progress:
+            yield on_progress
+    else:
+        yield _periodic_lines()
+
+
+@contextmanager
+def _terminal_bar(label: str, images: int) -> Iterator[Callable[[Progress], None]]:
+    from rich import progress as rich_progress
+    from rich.console import Console
+    from rich.table import Column
+
+    def text(template: str) -> rich_progress.TextColumn:
+        # Crop instead of abbreviating: an ellipsis is not ASCII.
+        return rich_progress.TextColumn(
+            template, markup=False, table_column=Column(no_wrap=True, overflow="crop")
+        )
+
+    console = Console(stderr=True)
+    columns = [
+        text(label),
+        rich_progress.BarColumn(),
+        text("{task.completed:,}/{task.total:,}"),
+        text("{task.fields[left]}"),
+        *([text("{task.fields[speed]}")] if console.width >= MIN_COLUMNS_FOR_SPEED else []),
+    ]
+    with rich_progress.Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=images, left="", speed="")
+
+        def on_progress(at: Progress) -> None:
+            bar.update(task, completed=at.images, left=_time_left(at), speed=_speed(at))
+
+        yield on_progress
+
+
+def _periodic_lines() -> Callable[[Progress], None]:
+    last_line = time.monotonic()
+
+    def on_progress(at: Progress) -> None:
+        nonlocal last_line
+        if time.monotonic() - last_line < SECONDS_BETWEEN_LINES:
+            return
+        last_line = time.monotonic()
+        print(
+            f"{at.images:,} of {at.total_images:,} images, {_speed(at)}, {_time_left(at)}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    return on_progress
+
+
+def _time_left(at: Progress) -> str:
+    seconds = at.seconds / at.computed_images * (at.total_images - at.images)
+    return f"{timedelta(seconds=round(seconds))} left"
+
+
+def _speed(at: Progress) -> str:
+    seconds = max(at.seconds, 1e-9)
+    megabytes = (at.read_bytes + at.written_bytes) / 1e6
+    return f"{at.computed_images / seconds:,.0f} images/s, {megabytes / seconds:,.0f} MB/s"
