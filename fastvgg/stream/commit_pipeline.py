@@ -105,8 +105,8 @@ class CommitPipeline(Generic[Result]):
                 self._is_closed = True
                 with self._writing, self._committing:
                     break
-            except BaseException as signal:  # noqa: BLE001  # deferred until both threads are idle
-                interruption = signal
+            except BaseException as raised:  # noqa: BLE001  # deferred until both threads are idle
+                interruption = raised
         self._writer.shutdown(cancel_futures=True)
         self._committer.shutdown(cancel_futures=True)
         if interruption is not None:

@@ -453,7 +453,7 @@ class RedoLog:
         return cls(storage, data, journal, header.file_layout, header.run)
 
     def recover(self) -> int:
-        """Redo the committed chunks that may be missing from the file; count the committed.
+        """Redo committed chunks that the file may lack; return the number of committed chunks.
 
         Raises
         ------
