@@ -137,9 +137,9 @@ class OneByOne:
     def _commit(self):
         self._results.append(self._do(*self._to_commit.popleft()))
 
-    def drain(self, count):
+    def drain(self, max_pending):
         """Return what was committed, as far as it would be waited for."""
-        while len(self._to_commit) + len(self._results) > count:
+        while len(self._to_commit) + len(self._results) > max_pending:
             if not self._results:
                 self._commit()
             self._waited_for += 1

@@ -218,8 +218,8 @@ def failing_in_ascii():
 
 
 WAYS_OUT = re.compile(
-    r"\b(change|check|choose|convert|decompress|download|finish|fix|free|get|give|install|leave|"
-    r"make|mend|move|name|omit|preprocess|put|recreate|remove|repair|rerun|restore|rewrite|run|say|"
+    r"\b(change|check|choose|convert|copy|create|decompress|download|finish|fix|free|get|give|"
+    r"install|make|move|name|omit|preprocess|put|recreate|remove|repair|rerun|restore|rewrite|run|"
     r"start|store|use|wait|write)\b"
 )
 

@@ -85,7 +85,7 @@ from fastvgg.stream.redo_log import (
     committed_chunks,
     read_redo_log_header,
 )
-from fastvgg.stream.state import inspect_target, with_committed
+from fastvgg.stream.target import inspect_target, with_committed
 
 SIZE = 1_000_000
 SAMPLED = 64
@@ -490,7 +490,7 @@ class Ledgers(Kind):
         if any(whole.startswith(content[:length]) for whole in self.wholes):
             assert error is None
         if error is None:
-            assert length == (0 if found is None else found.whole_bytes)
+            assert length == (0 if found is None else found.valid_bytes)
         if found is not None or len(content) % 8 == 0:
             check_info(self.dataset, expected=found is not None)
         if found is None:
@@ -717,7 +717,7 @@ class RingFiles:
             for name, content in (("old", before), ("new", after))
         }
         pages = memoryview(after[begin:end])
-        ring.put(chunk, pages)
+        ring.stage(chunk, pages)
         ring.commit(ring.record_of(chunk, pages, **sums), pages)
 
     def close(self):

@@ -81,7 +81,7 @@ class Job:
         try:
             run(fastvgg.plan(self.source, target, **self.settings), storage=storage)
         except SourceError as error:
-            if not (self.in_place and "is preprocessed already" in error.problem):
+            if not (self.in_place and "is already preprocessed" in error.problem):
                 raise
             return False
         return True

@@ -113,7 +113,7 @@ def test_the_essential_commands_work_from_a_shell(tmp_path, photos):
     assert done.stdout.startswith(f"{stored}: 11 images in ")
     done = run_command("verify", stored, "--full")
     assert done.returncode == 0
-    assert "11 images are equal to the oracle's" in done.stdout
+    assert "11 images match the NumPy reference" in done.stdout
     done = run_command("restore", stored, back)
     assert (done.returncode, done.stderr) == (0, "")
     for name, expected in images_in(photos).items():
@@ -387,8 +387,8 @@ def test_a_file_is_preprocessed_in_place_and_restored_in_place(floats, mode):
     assert manifest["job"]["result"]["in_place"] is True
     verified = invoke("verify", floats)
     assert verified.exit_code == 0
-    assert "3 chunks of 11 images have the right checksum" in verified.stdout
-    assert "changed in place" in verified.stdout
+    assert "11 images in 3 chunks match their checksums" in verified.stdout
+    assert "overwritten in place" in verified.stdout
     restored = invoke("restore", floats, *options)  # the manifest knows the mode
     assert restored.exit_code == 0
     assert json.loads(restored.stdout)["counts"] == answer["counts"]
@@ -425,7 +425,7 @@ def test_in_place_a_second_time_exits_with_3_and_changes_no_byte(floats, command
     for options in ([], ["--mode", "caffe"], ["--mode", "tf"], ["--restart"]):
         result = invoke(command, floats, "--in-place", *options)
         result.returncode = result.exit_code
-        check_refused(3, contains=[floats, f"{said} already"], result=result)
+        check_refused(3, contains=[floats, f"already {said}"], result=result)
         assert tree(floats.parent) == before
 
 
@@ -472,9 +472,9 @@ def test_info_tells_of_an_unfinished_run_in_place_and_the_command_that_finishes_
     for arguments in (["verify", path], ["restore", path, tmp_path / "z.npy", "--mode", "tf"]):
         result = invoke(*arguments)
         result.returncode = result.exit_code
-        check_refused(3, contains=[path, "in place", "finish that"], result=result)
+        check_refused(3, contains=[path, "in place", "finish it"], result=result)
     assert tree(tmp_path) == before
-    name, *arguments = shlex.split(known["next"].partition("before: ")[2])
+    name, *arguments = shlex.split(known["next"].partition("using the file: ")[2])
     assert name == "fastvgg"
     finished = invoke(*arguments, "--json")
     assert json.loads(finished.stdout)["counts"]["computed_chunks"] == 1
@@ -620,18 +620,18 @@ def bad_inputs(place):
             3,
             [floats, "never preprocessed"],
         ),
-        "restoring twice": (["restore", back, new], 3, [back, "restored already"]),
+        "restoring twice": (["restore", back, new], 3, [back, "already restored"]),
         "no target": (["preprocess", array, *caffe], 2, ["no target", "--in-place"]),
         "no target to restore to": (["restore", stored], 2, ["no target", "--in-place"]),
         "a target in place": (
             ["preprocess", floats, new, "--in-place", *caffe],
             2,
-            ["a target is given", "in place"],
+            ["both a target", "--in-place"],
         ),
         "a target to restore to in place": (
             ["restore", stored, new, "--in-place"],
             2,
-            ["a target is given", "in place"],
+            ["both a target", "--in-place"],
         ),
         "a folder in place": (
             ["preprocess", photos, "--in-place", *caffe],
@@ -656,12 +656,12 @@ def bad_inputs(place):
         "preprocessing twice in place": (
             ["preprocess", stored, "--in-place", *caffe],
             3,
-            [stored, "preprocessed already"],
+            [stored, "already preprocessed"],
         ),
         "preprocessing twice in place without a manifest": (
             ["preprocess", negative, "--in-place", *caffe],
             3,
-            [negative, "perhaps preprocessed already"],
+            [negative, "may be already preprocessed"],
         ),
         "restoring images in place": (
             ["restore", floats, "--in-place", *caffe],
@@ -676,12 +676,12 @@ def bad_inputs(place):
         "preprocessing twice": (
             ["preprocess", stored, new, *caffe],
             3,
-            [stored, "preprocessed already"],
+            [stored, "already preprocessed"],
         ),
         "preprocessing twice without a manifest": (
             ["preprocess", negative, new, *caffe],
             3,
-            [negative, "perhaps preprocessed already"],
+            [negative, "may be already preprocessed"],
         ),
         "verifying what has no manifest": (["verify", array], 3, [array, "fastvgg info"]),
         "telling of nothing": (["info", place / "missing.npy"], 3, [place / "missing.npy"]),
@@ -963,7 +963,7 @@ def main_leaves():
     frame = sys._current_frames()[threading.main_thread().ident]
     while frame is not None and frame.f_code is not CommitPipeline.__exit__.__code__:
         frame = frame.f_back
-    return frame is not None and frame.f_locals["self"]._is_left
+    return frame is not None and frame.f_locals["self"]._is_closed
 target.Storage = in_place.Storage = Waiting
 interrupt = errors.interrupt
 def told(*arguments):

@@ -84,7 +84,7 @@ def test_a_report_of_a_run_that_went_on_tells_of_the_chunks_before(tmp_path):
     plan = plan_of(save_npy(tmp_path / "x.npy", pixels(11)), tmp_path / "y.npy", mode="caffe")
     plan.run()
     again = fastvgg.plan(tmp_path / "x.npy", tmp_path / "y.npy", mode="caffe").run()
-    assert dict(read(again._repr_html_())[1])["before"] == "chunks there already: 1 of 1"
+    assert dict(read(again._repr_html_())[1])["resumed"] == "1 of 1 chunks were already done"
 
 
 def test_a_transform_tells_its_mode_layouts_type_and_formula():

@@ -145,8 +145,8 @@ def fields_of_any_type(patch):
 
 
 def sizes_that_are_true(patch):
-    def check_sizes(sizes, *, least=1, most=job.MAX_COUNT):
-        if any(not isinstance(size, int) or not least <= size <= most for size in sizes):
+    def check_sizes(sizes, *, minimum=1, maximum=job.MAX_COUNT):
+        if any(not isinstance(size, int) or not minimum <= size <= maximum for size in sizes):
             raise ValueError(sizes)
 
     for room in (job, journal, manifest, redo_log):

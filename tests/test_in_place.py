@@ -128,11 +128,11 @@ def test_nothing_is_done_twice(file):
     for _ in range(2):
         with pytest.raises(SourceError) as caught:
             change(file, mode="caffe")
-        must_say(caught.value, file, "preprocessed already", "caffe")
+        must_say(caught.value, file, "already preprocessed", "caffe")
     manifest_path(file).unlink()  # then the values tell
     with pytest.raises(SourceError) as caught:
         change(file, mode="caffe")
-    must_say(caught.value, file, "preprocessed already")
+    must_say(caught.value, file, "already preprocessed")
     assert file.read_bytes() == before[b"x.npy"]
 
 
@@ -181,7 +181,7 @@ def test_links_and_holes_are_refused(file):
     refused(TargetError, link, "symbolic link", str(file))
     link.unlink()
     os.link(file, link)
-    refused(TargetError, file, "2 names")
+    refused(TargetError, file, "2 hard links")
     link.unlink()
     batch = np.zeros((64, 128, 128, 3), np.float32)
     save_npy(file, batch)
@@ -218,9 +218,9 @@ except fastvgg.errors.TargetError as error:
     print(error.problem)
 """
     with permissions(file, 0o444):
-        assert printed_by(source) == f"{file} cannot be written to"
+        assert printed_by(source) == f"{file} is not writable"
     with permissions(file.parent, 0o555):
-        assert printed_by(source) == f"{file.parent} cannot be written to"
+        assert printed_by(source) == f"{file.parent} is not writable"
 
 
 def test_another_type_or_layout_or_kind_is_refused(tmp_path, file):
@@ -242,7 +242,7 @@ def test_another_type_or_layout_or_kind_is_refused(tmp_path, file):
 
 
 def test_a_target_and_in_place_contradict_each_other(file):
-    with pytest.raises(UsageError, match="in place is asked for"):
+    with pytest.raises(UsageError, match="a target and --in-place"):
         fastvgg.plan(file, file.with_name("y.npy"), mode="caffe", in_place=True)
     with pytest.raises(UsageError, match="no target"):
         fastvgg.plan(file, mode="caffe")
@@ -260,10 +260,10 @@ def test_nobody_else_may_use_an_unfinished_file(unfinished):
     finish = f"fastvgg preprocess {unfinished} --in-place"
     with pytest.raises(SourceError) as caught:
         fastvgg.plan(unfinished, unfinished.with_name("y.npy"), mode="caffe")
-    must_say(caught.value, unfinished, "changed in place", finish)
+    must_say(caught.value, unfinished, "partly converted", finish)
     with pytest.raises(SourceError) as caught:
         fastvgg.verify(unfinished)
-    must_say(caught.value, unfinished, "changed in place", finish)
+    must_say(caught.value, unfinished, "partly converted", finish)
     known = info(unfinished)
     assert (known["state"], known["committed_chunks"], known["chunks"]) == (
         "unfinished in place",
@@ -278,11 +278,11 @@ def test_an_unfinished_file_is_not_begun_again(unfinished):
     before = tree(unfinished.parent)
     with pytest.raises(ResumeError) as caught:
         change(unfinished, mode="caffe", restart=True)
-    must_say(caught.value, unfinished, "cannot be begun again", "--in-place")
+    must_say(caught.value, unfinished, "cannot start over", "--in-place")
     for other in ({"mode": "tf"}, {"mode": "caffe", "direction": "restore"}):
         with pytest.raises(ResumeError) as caught:
             change(unfinished, **other)
-        must_say(caught.value, unfinished, "another job", "then", "now")
+        must_say(caught.value, unfinished, "with other settings", "then", "now")
     assert tree(unfinished.parent) == before
     change(unfinished, mode="caffe")
     assert np.load(unfinished).tobytes() == expected_of(unfinished).tobytes()
@@ -309,7 +309,7 @@ def test_a_copy_of_an_unfinished_file_is_not_begun_again(unfinished):
     before = tree(unfinished.parent)
     with pytest.raises(ResumeError) as caught:
         change(unfinished, mode="caffe", restart=True)
-    must_say(caught.value, unfinished, "cannot be begun again")
+    must_say(caught.value, unfinished, "cannot start over")
     assert tree(unfinished.parent) == before
 
 
@@ -424,7 +424,7 @@ def test_what_another_process_has_come_to_the_end_of_meanwhile_is_not_done_twice
     monkeypatch.setattr(planner, "read_manifest", read_before_another_ends)
     with pytest.raises(SourceError) as caught:
         change(file, mode="caffe")
-    must_say(caught.value, file, "preprocessed already")
+    must_say(caught.value, file, "already preprocessed")
     assert np.load(file).tobytes() == expected_of(file).tobytes()
 
 

@@ -323,7 +323,7 @@ def test_the_layout_of_a_stored_dataset_is_that_of_its_manifest(path, tmp_path):
 
 def test_stored_network_inputs_are_not_preprocessed_again(path, tmp_path):
     fastvgg.plan(path, tmp_path / "y.npy", mode="caffe").run()
-    with pytest.raises(SourceError, match="preprocessed already"):
+    with pytest.raises(SourceError, match="already preprocessed"):
         fastvgg.batches(tmp_path / "y.npy", 4, transform=Transform("caffe"))
     restored = fastvgg.batches(tmp_path / "y.npy", 4, transform=Transform("caffe", "restore"))
     assert np.array_equal(np.concatenate([images for images, _ in all_of(restored)]), x_of())

@@ -99,7 +99,7 @@ counts = st.integers(1, 10**9)
 def test_a_chunk_fits_into_the_limit_and_is_no_more_than_all(images, image, scratch, limit, stored):
     piece = image * min(stored, images)
     try:
-        actual = chunk_images(images, image, scratch, limit, together=stored)
+        actual = chunk_images(images, image, scratch, limit, read_granularity=stored)
     except TargetError as error:
         assert scratch + piece > limit
         must_say(error, format_bytes(scratch + piece), format_bytes(limit), "--memory")
@@ -144,9 +144,9 @@ def test_work_in_place_keeps_its_chunks_small(tmp_path, monkeypatch):
 @given(st.integers(1, 10**8), st.integers(0, 10**8), st.integers(1, 5))
 def test_the_memory_that_a_refusal_names_is_enough(image, scratch, stored):
     with pytest.raises(TargetError) as caught:
-        chunk_images(5, image, scratch, scratch + stored * image - 1, together=stored)
+        chunk_images(5, image, scratch, scratch + stored * image - 1, read_granularity=stored)
     wanted = caught.value.remedy.split("--memory ")[1].split()[0]
-    assert chunk_images(5, image, scratch, parse_bytes(wanted), together=stored) >= stored
+    assert chunk_images(5, image, scratch, parse_bytes(wanted), read_granularity=stored) >= stored
 
 
 def a_plan(images, together, limit=10**12, source_kind="npy"):

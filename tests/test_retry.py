@@ -119,7 +119,7 @@ def test_the_plan_says_how_many_are_tried_again_and_nothing_is_written_by_it(tmp
     before = tree(tmp_path)
     plan = again(folder, target, mode="caffe", memory="1GiB")
     assert tree(tmp_path) == before
-    assert "failed and are tried again: 3" in str(plan)
+    assert "failed images to retry: 3" in str(plan)
     assert (plan.chunk_images, plan.committed_chunks, plan.chunks) == (3, 1, 4)
 
 

@@ -830,7 +830,7 @@ def test_something_else_of_the_targets_name_is_refused_and_kept(tmp_path, array,
     before = tree(tmp_path)
     with pytest.raises(TargetError) as caught:
         plan_of(array, target, mode="caffe")
-    must_say(caught.value, target, "exists", "was not made by fastvgg", "--restart")
+    must_say(caught.value, target, "exists", "was not written by fastvgg", "--restart")
     assert tree(tmp_path) == before
 
 
@@ -935,7 +935,7 @@ def test_another_command_for_a_finished_target_is_refused(tmp_path, array):
     before = tree(tmp_path)
     with pytest.raises(TargetError) as caught:
         plan_of(array, target, mode="tf")
-    must_say(caught.value, target, "is of another job", "--restart")
+    must_say(caught.value, target, "with other settings", "--restart")
     assert tree(tmp_path) == before
     plan_of(array, target, mode="tf", restart=True).run()
     assert target.read_bytes() == npy_bytes(network_inputs(pixels(11), "tf"))
@@ -988,7 +988,7 @@ def test_a_file_that_appears_while_it_runs_is_not_replaced(tmp_path, array):
     plan = plan_of(array, target, mode="caffe", together=2)
     with pytest.raises(TargetError) as caught:
         appears_while_it_runs(plan, lambda: target.write_text("precious"))
-    must_say(caught.value, target, "was not made by fastvgg")
+    must_say(caught.value, target, "was not written by fastvgg")
     assert target.read_text() == "precious"
     target.unlink()
     report = plan_of(array, target, mode="caffe", together=2).run()
@@ -1002,7 +1002,7 @@ def test_a_file_that_appears_after_a_run_was_cut_off_is_not_replaced(tmp_path, a
     before = tree(tmp_path)
     with pytest.raises(TargetError) as caught:
         plan_of(array, target, mode="caffe", together=2)
-    must_say(caught.value, target, "was not made by fastvgg")
+    must_say(caught.value, target, "was not written by fastvgg")
     assert tree(tmp_path) == before
 
 
@@ -1180,7 +1180,7 @@ def test_a_source_that_changed_since_the_plan_is_refused(tmp_path, array, change
     CHANGES[change](array)
     with pytest.raises(SourceError) as caught:
         plan.run()
-    must_say(caught.value, array, "has changed since", "plan the run again")
+    must_say(caught.value, array, "has changed since", "rerun the same command")
     assert names_in(tmp_path) == ["x.npy"]
 
 
@@ -1208,7 +1208,7 @@ def test_preprocessing_what_was_preprocessed_is_refused_by_its_manifest(tmp_path
     before = tree(tmp_path)
     with pytest.raises(SourceError) as caught:
         plan_of(stored, tmp_path / "z.npy", mode=again)
-    must_say(caught.value, stored, "preprocessed already", "caffe")
+    must_say(caught.value, stored, "already preprocessed", "caffe")
     assert tree(tmp_path) == before
 
 
@@ -1217,7 +1217,7 @@ def test_preprocessing_what_was_preprocessed_is_refused_by_its_values(tmp_path, 
     stored = save_npy(tmp_path / "y.npy", network_inputs(pixels(67), mode))
     with pytest.raises(SourceError) as caught:
         plan_of(stored, tmp_path / "z.npy", mode=mode).run()
-    must_say(caught.value, stored, "perhaps preprocessed already", "values from -")
+    must_say(caught.value, stored, "may be already preprocessed", "values from -")
     assert names_in(tmp_path) == ["y.npy"]
 
 
@@ -1260,7 +1260,7 @@ def test_restoring_twice_is_refused(tmp_path, kind):
     plan_of(stored, tmp_path / kind, direction="restore", dtype=dtype).run()
     with pytest.raises(SourceError) as caught:
         plan_of(tmp_path / kind, tmp_path / "again.npy", direction="restore")
-    must_say(caught.value, tmp_path / kind, "restored already")
+    must_say(caught.value, tmp_path / kind, "already restored")
 
 
 def test_a_mode_that_the_manifest_contradicts_is_refused(tmp_path):
@@ -1370,7 +1370,7 @@ def test_a_directory_that_may_not_be_written_to_is_refused(tmp_path, array):
     with permissions(tmp_path / "closed", 0o555):
         actual = printed_by(WITHOUT_PRIVILEGES, array, tmp_path / "closed" / "y.npy")
     assert actual.startswith("TargetError ")
-    assert f"{tmp_path / 'closed'} cannot be written to" in actual
+    assert f"{tmp_path / 'closed'} is not writable" in actual
     assert "permissions" in actual
     assert names_in(tmp_path / "closed") == []
 

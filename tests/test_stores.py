@@ -462,7 +462,7 @@ def test_what_fastvgg_did_not_write_is_never_replaced(store, array):
     before = store.names()
     with pytest.raises(TargetError) as caught:
         planned(array, store)
-    must_say(caught.value, f"{store.url}/y.zarr", "was not made by fastvgg")
+    must_say(caught.value, f"{store.url}/y.zarr", "was not written by fastvgg")
     with pytest.raises(TargetError) as caught:
         planned(array, store, restart=True)
     must_say(caught.value, f"{store.url}/y.zarr", "did not write")
@@ -482,7 +482,7 @@ def test_a_finished_array_of_another_job_is_replaced_by_a_restart_alone(store, a
     planned(array, store, mode="tf").run()
     with pytest.raises(TargetError) as caught:
         planned(array, store)
-    must_say(caught.value, f"{store.url}/y.zarr", "another job", "--restart")
+    must_say(caught.value, f"{store.url}/y.zarr", "with other settings", "--restart")
     planned(array, store, restart=True).run()
     assert store.names() == FILES
     assert store.array().tobytes() == EXPECTED.tobytes()
@@ -493,7 +493,7 @@ def test_what_others_put_there_meanwhile_is_not_replaced(in_memory, array):
     objects.put(in_memory / "y.zarr" / "zarr.json", b"{}")
     with pytest.raises(TargetError) as caught:
         planned(array, in_memory)
-    must_say(caught.value, "was not made by fastvgg")
+    must_say(caught.value, "was not written by fastvgg")
 
 
 def test_a_store_that_fails_now_and_then_is_asked_again(emptied, array):
@@ -659,7 +659,7 @@ def test_nothing_in_a_store_is_changed_in_place(in_memory, array):
     planned(array, in_memory).run()
     with pytest.raises(UsageError) as caught:
         fastvgg.plan(f"{in_memory.url}/y.zarr", in_place=True, direction="restore")
-    must_say(caught.value, "in place")
+    must_say(caught.value, "--in-place")
 
 
 @pytest.mark.parametrize("url", ["nothing://bucket/x.zarr", "http+x://x"])

@@ -544,7 +544,7 @@ def test_what_is_for_images_alone_is_refused(tmp_path, stored):
         plan_of(stored, tmp_path / "y.npy", mode="caffe", size=(5, 7))
     with pytest.raises(UsageError, match=r"is not a .npy file"):
         fastvgg.plan(stored, in_place=True, mode="caffe")
-    with pytest.raises(UsageError, match="an array already"):
+    with pytest.raises(UsageError, match="already an array"):
         plan_of(stored, tmp_path / "y.npy", direction="pack")
 
 
@@ -920,7 +920,7 @@ def test_nothing_is_done_twice_by_what_an_array_says_of_itself(tmp_path, alone):
         plan_of(tmp_path / "back.zarr", tmp_path / "z.npy", direction="restore", mode="caffe")
     must_say(caught.value, tmp_path / "back.zarr")
     transform = fastvgg.Transform("caffe", layout="NCHW")
-    with pytest.raises(SourceError, match="preprocessed already"):
+    with pytest.raises(SourceError, match="already preprocessed"):
         fastvgg.batches(alone, 2, transform=transform)
     assert len([*fastvgg.batches(alone, 2, transform=transform.inverse())]) == 5
 

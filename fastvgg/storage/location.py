@@ -54,8 +54,7 @@ def parse_location(text: str | os.PathLike[str]) -> Path:
     except (ImportError, ValueError) as error:  # missing package, or unknown protocol
         raise UsageError(
             f"{path} cannot be reached: {error}",
-            "install support for such URLs: in a clone of fastvgg pip install '.[zarr]', and s3fs for "
-            "s3:// or gcsfs for gs://",
+            "in a clone of fastvgg: pip install '.[zarr]', and s3fs for s3:// or gcsfs for gs://",
         ) from None
     return cast("Path", location)
 

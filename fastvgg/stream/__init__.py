@@ -1,9 +1,10 @@
 """One dataset into another, chunk by chunk.
 
-`prepare` looks at source and target and refuses early, `plan` is the arithmetic, `state` is what
-there is of the target already, `values` looks at some pixels. `run` carries the plan out, each
-chunk written `behind` the next, and `report` tells of it; `journal` says which chunks are durable.
-`inplace` carries it out on the file itself, through the `ring`. `manifest` is what a finished
-dataset is, `job` what it and the journals say of a run, `verify` proves it, `info` tells it, and
-every durable system call goes through `storage`.
+`planner` inspects source and target and makes a `plan`; `target` inspects an existing target, and
+`values` samples the pixels. `run` executes the plan: `compute` computes chunks, and
+`commit_pipeline` writes and commits them to the `journal` (in a store, to the `store_journal`).
+`in_place` does the same within one file, through the `redo_log`; `retry` recomputes failed images;
+`worker` computes chunks in another process. `manifest` describes a finished dataset, `job`
+validates what it and the journals record, and `verify` and `info` check and show it. `progress` and
+`report` count the work. All durable I/O goes through `fastvgg.storage`.
 """

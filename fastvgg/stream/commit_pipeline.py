@@ -1,4 +1,4 @@
-"""One chunk is written, and the one before it committed, while the next is read and computed."""
+"""Write a chunk and commit the one before it, while the next is read and computed."""
 
 from __future__ import annotations
 
@@ -19,20 +19,19 @@ Result = TypeVar("Result")
 
 
 class CommitPipeline(Generic[Result]):
-    """Two threads: one writes, piece after piece, and the other commits what is written.
+    """A two-stage pipeline: a writer thread, then a committer thread.
 
-    Handing bytes to the system and waiting for the disk need nothing of each other.
+    Copying bytes to the kernel and waiting for the disk (fsync) overlap.
 
-    After an error nothing that was given later is begun. Leaving the block finishes what was given
-    before the error, so that it need not be computed again; an interruption waits for what is under
-    way alone. Nothing is under way afterwards, so that no file is closed under a thread that writes
-    it.
+    After an error, no later item is started. Leaving the ``with`` block finishes the items that
+    were submitted before the error, which saves recomputing them; an interruption waits only for
+    the calls in progress. No call is in progress afterwards, so that files can be closed safely.
 
     Examples
     --------
-    >>> with CommitPipeline() as behind:
-    ...     behind.submit(lambda: print("written"), lambda: "committed")
-    ...     print(*behind.drain(0))
+    >>> with CommitPipeline() as pipeline:
+    ...     pipeline.submit(lambda: print("written"), lambda: "committed")
+    ...     print(*pipeline.drain(max_pending=0))
     written
     committed
     """
@@ -43,51 +42,51 @@ class CommitPipeline(Generic[Result]):
         self._writing, self._committing = Lock(), Lock()
         self._written: Future[None] | None = None
         self._committed: Future[Result] | None = None
-        self._given: deque[Future[Result]] = deque()
+        self._pending: deque[Future[Result]] = deque()
         self._error: BaseException | None = None
-        self._is_left = False
+        self._is_closed = False
 
     def __enter__(self) -> CommitPipeline[Result]:
         return self
 
     def submit(self, write: Callable[[], None], commit: Callable[[], Result]) -> None:
-        """Have a piece written, and then committed, after all that was given before.
+        """Queue an item to be written and then committed, in submission order.
 
-        Returns when what was given before is written, or raises the error that kept it from that.
+        Blocks until the previous item is written; raises the error of an earlier item.
         """
         if self._written is not None:
             concurrent.futures.wait([self._written])
         if self._error is not None:
             raise self._error
-        self._written = self._writer.submit(self._do, self._writing, write)
+        self._written = self._writer.submit(self._run_step, self._writing, write)
         self._committed = self._committer.submit(
-            self._do, self._committing, commit, after=(self._written, self._committed)
+            self._run_step, self._committing, commit, after=(self._written, self._committed)
         )
-        self._given.append(self._committed)
+        self._pending.append(self._committed)
 
-    def _do(
-        self, under_way: Lock, work: Callable[[], Step], after: Iterable[Future[Any] | None] = ()
+    def _run_step(
+        self, busy: Lock, step: Callable[[], Step], after: Iterable[Future[Any] | None] = ()
     ) -> Step:
-        """Do a piece of work, unless something that comes before it has failed."""
+        """Run a step after its predecessors, unless one of them failed."""
         for earlier in after:
             if earlier is not None:
                 earlier.result()
-        with under_way:
-            if self._is_left:
+        with busy:
+            if self._is_closed:
                 raise concurrent.futures.CancelledError
             try:
-                return work()
+                return step()
             except BaseException as error:
                 self._error = self._error or error
                 raise
 
-    def drain(self, count: int) -> Iterator[Result]:
-        """Return what was committed, until no more than `count` pieces are left; or raise an error.
+    def drain(self, max_pending: int) -> Iterator[Result]:
+        """Yield results of commits until at most `max_pending` items are left; raise their errors.
 
-        As an iterator: nothing is waited for before its next is asked for.
+        The iterator is lazy: each step waits for one commit.
         """
-        while len(self._given) > count:
-            yield self._given.popleft().result()
+        while len(self._pending) > max_pending:
+            yield self._pending.popleft().result()
 
     def __exit__(
         self,
@@ -95,22 +94,22 @@ class CommitPipeline(Generic[Result]):
         error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
-        finishes = error is None or isinstance(error, Exception)
+        finish_pending = error is None or isinstance(error, Exception)
         interruption = None
         while True:
-            # Joining the threads would not do: a join that is interrupted takes its thread for
-            # ended, up to Python 3.12 (https://github.com/python/cpython/issues/90882).
+            # Joining the threads is not enough: up to Python 3.12, an interrupted join marks its
+            # thread as ended (https://github.com/python/cpython/issues/90882).
             try:
-                if finishes and interruption is None:
-                    concurrent.futures.wait(self._given)
-                self._is_left = True
+                if finish_pending and interruption is None:
+                    concurrent.futures.wait(self._pending)
+                self._is_closed = True
                 with self._writing, self._committing:
                     break
-            except BaseException as signalled:  # noqa: BLE001  # not to go yet
-                interruption = signalled
+            except BaseException as raised:  # noqa: BLE001  # deferred until both threads are idle
+                interruption = raised
         self._writer.shutdown(cancel_futures=True)
         self._committer.shutdown(cancel_futures=True)
         if interruption is not None:
             raise interruption
         if isinstance(error, Exception) and self._error not in (None, error):
-            raise self._error  # a disk that failed, and not what came of it or after it
+            raise self._error  # the first cause, not what it led to

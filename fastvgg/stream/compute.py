@@ -1,9 +1,8 @@
-"""Read and compute the chunks of a run, one after the other, each as the bytes that are stored.
+"""Read and compute the chunks of a run, in order, into the bytes to be stored.
 
-An array becomes an array chunk by chunk: all threads share each. Images that are decoded, or
-encoded, take their time one by one, so there every image is a piece of work by itself, and threads
-that find none left of one chunk begin the next: waiting for the slowest image of each chunk would
-take one in twenty from the throughput of two threads.
+Array to array: all threads share one chunk. Decoding or encoding images: each image is one item of
+a task queue, and idle threads start on the next chunk, because waiting for the slowest image of
+each chunk would cost two threads 5 % of their throughput.
 """
 
 from __future__ import annotations
@@ -37,22 +36,22 @@ if TYPE_CHECKING:
 
 __all__ = ["BufferRing", "ChunkResult", "ChunkTask", "check_no_failures", "compute", "make_commit"]
 
-MAX_IN_FLIGHT: Final = 2  # chunks that are computed at a time, row by row
+MAX_IN_FLIGHT: Final = 2  # chunks that are computed row by row at the same time
 UNREAD: Final = ImageRecord("", "", 0, 0, True, "not read yet")
 
 
 class ChunkTask(NamedTuple):
-    """A chunk that is to be computed."""
+    """A chunk to be computed."""
 
     chunk: int
     start: int
     stop: int
-    keep: Callable[[NDArray[Any]], list[ImageRecord]] | None = None
-    """Writes what there is of it already, and returns the records: only what failed is computed."""
+    load_existing: Callable[[NDArray[Any]], list[ImageRecord]] | None = None
+    """Fills in the rows stored earlier and returns their records; only failed rows are computed."""
 
 
 class ChunkResult(NamedTuple):
-    """A chunk that is computed; valid until the next but one is asked for."""
+    """A computed chunk. Valid until two more chunks have been requested."""
 
     chunk: int
     start: int
@@ -62,14 +61,14 @@ class ChunkResult(NamedTuple):
 
 
 class BufferRing:
-    """Memory for the rows of chunks, which take turns in it; new memory is slow.
+    """A ring of reusable output buffers; page-faulting fresh memory is slow.
 
     Parameters
     ----------
     plan
-        Whose chunks.
+        Determines the size of a buffer: one chunk.
     count
-        How many of them are computed or written at a time.
+        Number of buffers: the chunks that are computed or written at the same time.
     """
 
     def __init__(self, plan: Plan, count: int) -> None:
@@ -81,43 +80,43 @@ class BufferRing:
 
     @classmethod
     def of(cls, plan: Plan, source: Source) -> BufferRing:
-        """Return as many as a run has under way at a time."""
+        """Return a ring with enough buffers for the chunks in flight."""
         return cls(plan, MAX_IN_FLIGHT + 1 if isinstance(source, ImageSource) else 2)
 
     def rows(self, offset: int) -> NDArray[Any]:
-        """Return rows that lie within a page as they will at an offset of a file."""
+        """Return the next buffer, aligned to the page offset that `offset` has in the file."""
         memory = next(self._memory)
-        skipped = (offset - memory.ctypes.data) % mmap.PAGESIZE
-        lying = memory[skipped : skipped + self._nbytes]
-        return lying.view(self._dtype).reshape(self._shape)
+        skipped_bytes = (offset - memory.ctypes.data) % mmap.PAGESIZE
+        aligned = memory[skipped_bytes : skipped_bytes + self._nbytes]
+        return aligned.view(self._dtype).reshape(self._shape)
 
 
 def compute(
     plan: Plan,
     source: Source,
     target: Target,
-    work: Iterable[ChunkTask],
+    tasks: Iterable[ChunkTask],
     buffers: BufferRing | None = None,
 ) -> Generator[ChunkResult, None, None]:
-    """Compute chunks in the order of the work, in memory of its own where none is given.
+    """Compute chunks in order, into `buffers` or a new ring.
 
-    An image that cannot be read has a row of zeros, or no file.
+    An image that cannot be read becomes a row of zeros, or no file.
     """
     if isinstance(target, ImageFolderTarget):
-        return _compute_rows(plan, work, _EncodeTask(plan, source, target).begun)
+        return _compute_rows(plan, tasks, _Encoder(plan, source, target).start)
     buffers = buffers or BufferRing.of(plan, source)
     if isinstance(source, ImageSource):
-        return _compute_rows(plan, work, _DecodeTask(plan, source, target, buffers).begun)
-    return _compute_batches(plan, source, target, work, buffers)
+        return _compute_rows(plan, tasks, _Decoder(plan, source, target, buffers).start)
+    return _compute_batches(plan, source, target, tasks, buffers)
 
 
 def make_commit(plan: Plan, source: Source, computed: ChunkResult) -> Commit:
-    """Return what the journal is to say of a chunk; refuse what failed, where the plan is strict.
+    """Return the journal record of a computed chunk.
 
     Raises
     ------
     StoppedError
-        Naming the first image that could not be read.
+        If the plan is strict and an image failed; names the first.
     """
     chunk, start, stop, stored, records = computed
     failures = [(row, record) for row, record in enumerate(records, start) if record.failed]
@@ -129,69 +128,69 @@ def make_commit(plan: Plan, source: Source, computed: ChunkResult) -> Commit:
 
 
 def check_no_failures(plan: Plan, failures: list[tuple[int, ImageRecord]]) -> None:
-    """Stop at an image that could not be read, where the plan is strict."""
+    """Raise StoppedError for the first failed image if the plan is strict."""
     for row, record in failures:
         if plan.strict:
             raise StoppedError(
                 f"{plan.source}/{record.path} (row {row}) cannot be read: {record.reason}",
-                "repair or remove it and give --restart, or go on without --strict",
+                "repair or remove it and rerun with --restart, or rerun without --strict",
             )
 
 
 def _compute_batches(
-    plan: Plan, source: Source, target: Target, work: Iterable[ChunkTask], buffers: BufferRing
+    plan: Plan, source: Source, target: Target, tasks: Iterable[ChunkTask], buffers: BufferRing
 ) -> Generator[ChunkResult, None, None]:
-    """Compute an array from an array."""
-    for chunk, start, stop, _ in work:
+    """Compute arrays from arrays."""
+    for chunk, start, stop, _ in tasks:
         out = buffers.rows(target.offset(start))[: stop - start]
         records = _compute_chunk(plan, source.read(start, stop), out)
         yield ChunkResult(chunk, start, stop, [bytes_of(out)], records)
 
 
 def _compute_chunk(plan: Plan, read: Chunk, out: NDArray[Any]) -> list[ImageRecord]:
-    """Compute a chunk, and let go of what was read before the next is; return its records."""
+    """Compute a chunk and return its records; `read` is released before the next one is read."""
     threads, backend = plan.threads, plan.choose_backend()
     engine.apply(
         plan.transform, read.batch, out, threads=threads, backend=backend, cached_output=True
     )
-    for at, record in enumerate(read.records):
+    for row, record in enumerate(read.records):
         if record.failed:
-            out[at] = 0
+            out[row] = 0
     return read.records
 
 
 class _InFlight(NamedTuple):
-    """A chunk that is computed row by row."""
+    """A chunk that is being computed row by row."""
 
     computed: ChunkResult
     rows: Iterable[int]
-    """Within the chunk: which are to be computed."""
+    """Rows of the chunk to compute."""
     compute_row: Callable[[int], None]
 
 
 def _compute_rows(
-    plan: Plan, work: Iterable[ChunkTask], begun: Callable[[ChunkTask], _InFlight]
+    plan: Plan, tasks: Iterable[ChunkTask], start: Callable[[ChunkTask], _InFlight]
 ) -> Generator[ChunkResult, None, None]:
-    """Compute each row by itself, on all threads."""
-    under_way: deque[tuple[ChunkResult, TaskGroup]] = deque()
+    """Compute rows independently, on all threads."""
+    in_flight: deque[tuple[ChunkResult, TaskGroup]] = deque()
 
     def finished() -> ChunkResult:
-        computed, group = under_way.popleft()
+        computed, group = in_flight.popleft()
         group.wait()
         return computed
 
-    with TaskQueue(plan.threads) as tasks:
-        for part in work:
-            computed, rows, compute_row = begun(part)
-            under_way.append((computed, tasks.submit(rows, compute_row)))
-            if len(under_way) == MAX_IN_FLIGHT:
+    with TaskQueue(plan.threads) as queue:
+        for task in tasks:
+            computed, rows, compute_row = start(task)
+            in_flight.append((computed, queue.submit(rows, compute_row)))
+            if len(in_flight) == MAX_IN_FLIGHT:
                 yield finished()
-        while under_way:
+        while in_flight:
             yield finished()
 
 
-class _DecodeTask:
-    """Images into rows of an array."""
+class _Decoder:
+    """Decode images into rows of an array."""
 
     def __init__(
         self, plan: Plan, source: ImageSource, target: Target, buffers: BufferRing
@@ -202,38 +201,38 @@ class _DecodeTask:
         self._images = np.empty((plan.threads, *source.header.shape[1:]), np.uint8)
         self._thread_slot = ThreadSlot()
         self._buffers = buffers
-        self._packs = plan.transform.direction == "pack"
+        self._is_pack = plan.transform.direction == "pack"
 
-    def begun(self, part: ChunkTask) -> _InFlight:
-        images = part.stop - part.start
-        staging = self._buffers.rows(self._target.offset(part.start))
+    def start(self, task: ChunkTask) -> _InFlight:
+        images = task.stop - task.start
+        buffer = self._buffers.rows(self._target.offset(task.start))
         transform = engine.bind_rows(
-            self._plan.transform, self._images, staging, backend=self._plan.choose_backend()
+            self._plan.transform, self._images, buffer, backend=self._plan.choose_backend()
         )
-        out = staging[:images]
+        out = buffer[:images]
         records = [UNREAD] * images
         rows: Sequence[int] = range(images)
-        if part.keep is not None:
-            records = part.keep(out)
-            rows = [at for at, record in enumerate(records) if record.failed]
+        if task.load_existing is not None:
+            records = task.load_existing(out)
+            rows = [row for row, record in enumerate(records) if record.failed]
 
-        def pack(at: int) -> None:
-            records[at] = self._source.decode(part.start + at, out[at])
+        def pack(row: int) -> None:
+            records[row] = self._source.decode(task.start + row, out[row])
 
-        def preprocess(at: int) -> None:
+        def preprocess(row: int) -> None:
             slot = self._thread_slot()
-            records[at] = self._source.decode(part.start + at, self._images[slot])
-            if records[at].failed:
-                out[at] = 0
+            records[row] = self._source.decode(task.start + row, self._images[slot])
+            if records[row].failed:
+                out[row] = 0
             else:
-                transform(slot, at)
+                transform(slot, row)
 
-        computed = ChunkResult(*part[:3], [bytes_of(out)], records)
-        return _InFlight(computed, rows, pack if self._packs else preprocess)
+        computed = ChunkResult(*task[:3], [bytes_of(out)], records)
+        return _InFlight(computed, rows, pack if self._is_pack else preprocess)
 
 
-class _EncodeTask:
-    """Rows of an array into image files."""
+class _Encoder:
+    """Encode rows of an array as image files."""
 
     def __init__(self, plan: Plan, source: Source, target: ImageFolderTarget) -> None:
         self._plan = plan
@@ -242,16 +241,16 @@ class _EncodeTask:
         self._images = np.empty((plan.threads, *plan.result.shape[1:]), np.uint8)
         self._thread_slot = ThreadSlot()
 
-    def begun(self, part: ChunkTask) -> _InFlight:
-        batch, records = self._source.read(part.start, part.stop)
+    def start(self, task: ChunkTask) -> _InFlight:
+        batch, records = self._source.read(task.start, task.stop)
         stored = [b""] * len(batch)
-        rows = [at for at in range(len(batch)) if not (records and records[at].failed)]
+        rows = [row for row in range(len(batch)) if not (records and records[row].failed)]
         plan, images = self._plan, self._images
         transform = engine.bind_rows(plan.transform, batch, images, backend=plan.choose_backend())
 
-        def compute_row(at: int) -> None:
+        def compute_row(row: int) -> None:
             slot = self._thread_slot()
-            transform(at, slot)
-            stored[at] = self._target.encode(images[slot])
+            transform(row, slot)
+            stored[row] = self._target.encode(images[slot])
 
-        return _InFlight(ChunkResult(*part[:3], stored, records), rows, compute_row)
+        return _InFlight(ChunkResult(*task[:3], stored, records), rows, compute_row)

@@ -1,8 +1,8 @@
-"""Carry out a plan in place: a .npy file becomes its own result.
+"""Execute a plan in place: overwrite a .npy file with its result.
 
-What can go wrong is refused first; the pixels of each chunk are computed in memory of our own, and
-the ring writes them. The manifest is written when all of the file is durable, and the journal goes
-last: while it is there, the file is neither the source nor the result.
+All checks come first. Each chunk is computed in a separate buffer and written through the redo log.
+The manifest is written once the whole file is durable, and the log is removed last: while it
+exists, the file is neither the source nor the result.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
-LINE_BYTES: Final = 64
+CACHE_LINE_BYTES: Final = 64
 
 
 def run(
@@ -55,12 +55,12 @@ def run(
     progress: Callable[[Progress], None] | None = None,
     storage: Storage | None = None,
 ) -> Report:
-    """Carry a plan out in place, or take it up where an earlier run was cut off.
+    """Execute a plan in place, or resume an interrupted run of it.
 
     Parameters, result and errors are those of `stream.run.run`.
     """
     storage = storage or Storage(fsync=plan.fsync)
-    begun = time.monotonic()
+    started_at = time.monotonic()
     path = Path(plan.target)
     check_in_place_supported(path)
     data = storage.open(path)
@@ -68,11 +68,11 @@ def run(
         if not storage.lock(data):
             raise TargetError(
                 f"{path} is being changed by another process",
-                "wait for it to end; 'fastvgg info' tells how far it is",
+                "wait for it to finish; 'fastvgg info' shows its progress",
             )
         source = NpySource(path, layout=plan.header.layout, dtype_hint=plan.header.dtype)
         try:
-            return _InPlace(plan, source, data, storage, progress, begun).finish()
+            return _InPlace(plan, source, data, storage, progress, started_at).finish()
         finally:
             source.close()
     finally:
@@ -80,7 +80,7 @@ def run(
 
 
 class _InPlace:
-    """One run in place, holding the file's lock."""
+    """A run in place; holds the lock of the file."""
 
     def __init__(
         self,
@@ -89,37 +89,37 @@ class _InPlace:
         data: StoredFile,
         storage: Storage,
         progress: Callable[[Progress], None] | None,
-        begun: float,
+        started_at: float,
     ) -> None:
         self.plan = plan
         self.source = source
         self.data = data
         self.storage = storage
         self.progress = progress
-        self.begun = begun
+        self.started_at = started_at
 
     def finish(self) -> Report:
-        """Do what is left to do."""
+        """Execute the remaining steps and return the report."""
         header = read_redo_log_header(self.data.path)
         if header is not None and self.plan.restart:
             check_restart(header, self.data.path)
             header = None
-        ring = self._begin() if header is None else self._reopen(header)
+        log = self._begin() if header is None else self._reopen(header)
         try:
-            done = 0 if header is None else ring.recover()
-            tally = ProgressTracker(self.plan, range(done), self.progress, self.begun)
-            self._compute(ring, done, tally)
+            committed = 0 if header is None else log.recover()
+            tracker = ProgressTracker(self.plan, range(committed), self.progress, self.started_at)
+            self._compute(log, committed, tracker)
             manifest = Manifest.of_now(
                 self.plan.job(),
                 self.plan.chunk_images,
-                checksums=ring.finish(),
+                checksums=log.finish(),
                 counts={"images": self.plan.header.images, "failed": 0},
             )
             self.storage.write_atomic(manifest_path(self.data.path), [manifest.to_json()])
-            ring.remove()
+            log.remove()
         finally:
-            ring.close()
-        return tally.report(manifest.counts, failures=[])
+            log.close()
+        return tracker.report(manifest.counts, failures=[])
 
     def _begin(self) -> RedoLog:
         if self.plan.committed_chunks or changed(self.plan, self.source):
@@ -130,38 +130,38 @@ class _InPlace:
     def _reopen(self, header: RedoLogHeader) -> RedoLog:
         check_same_file(header, self.data.path)
         if header.job["source"]["fingerprint"] != self.plan.fingerprint:
-            raise changed_since(self.data.path)  # another run began while this one was planned
+            raise changed_since(self.data.path)  # another run started after this one was planned
         check_same_job(header.job, self.plan.job(), self.plan.target)
         if header.chunk_images != self.plan.chunk_images:
             raise changed_since(self.data.path)
         return RedoLog.reopen(self.storage, self.data, header)
 
-    def _compute(self, ring: RedoLog, done: int, tally: ProgressTracker) -> None:
-        """Compute the chunks that are not done, and put each into the ring and then the file."""
-        pages = [_Pages(ring.file_layout) for _ in range(2)]
+    def _compute(self, log: RedoLog, committed: int, tracker: ProgressTracker) -> None:
+        """Compute the remaining chunks; write each to the redo log, then to the file."""
+        pages = [_PageBuffer(log.file_layout) for _ in range(2)]
         rows = list(self.plan.chunk_rows())
         before = None
-        with CommitPipeline[int]() as behind:
-            for chunk in range(done, len(rows)):
-                tally.count(behind.drain(1))  # one of the two is free then
+        with CommitPipeline[int]() as pipeline:
+            for chunk in range(committed, len(rows)):
+                tracker.count(pipeline.drain(max_pending=1))  # frees one of the two buffers
                 new = pages[chunk % 2]
                 new.move_to(chunk, self.storage, self.data, before)
                 start, stop = rows[chunk]
                 old_sum, new_sum = self._transform(start, stop, new.images(self.plan.result))
-                record = ring.record_of(chunk, new.bytes.data, old=old_sum, new=new_sum)
-                behind.submit(
-                    functools.partial(ring.put, chunk, new.bytes.data),
-                    functools.partial(self._commit, ring, record, new.bytes.data, stop - start),
+                record = log.record_of(chunk, new.bytes.data, old=old_sum, new=new_sum)
+                pipeline.submit(
+                    functools.partial(log.stage, chunk, new.bytes.data),
+                    functools.partial(self._commit, log, record, new.bytes.data, stop - start),
                 )
                 before = new
-            tally.count(behind.drain(0))
+            tracker.count(pipeline.drain(max_pending=0))
 
-    def _commit(self, ring: RedoLog, record: RedoRecord, pages: memoryview, images: int) -> int:
-        ring.commit(record, pages)
+    def _commit(self, log: RedoLog, record: RedoRecord, pages: memoryview, images: int) -> int:
+        log.commit(record, pages)
         return images
 
     def _transform(self, start: int, stop: int, out: NDArray[Any]) -> tuple[str, str]:
-        """Transform images into `out`; return the checksums of both."""
+        """Transform images into `out`; return the checksums of input and output."""
         batch = self.source.read(start, stop).batch
         plan = self.plan
         engine.apply(
@@ -175,34 +175,34 @@ class _InPlace:
         return checksum([bytes_of(batch)]), checksum([bytes_of(out)])
 
 
-class _Pages:
-    """Memory for the pages of a chunk, its images where the kernels want them."""
+class _PageBuffer:
+    """A buffer for the pages of a chunk, with its images aligned to a cache line."""
 
     def __init__(self, file_layout: RedoLogLayout) -> None:
         self._file_layout = file_layout
-        self._memory = np.empty(file_layout.slot_bytes + LINE_BYTES, np.uint8)
+        self._memory = np.empty(file_layout.slot_bytes + CACHE_LINE_BYTES, np.uint8)
         self.begin = 0
         self.bytes = self._memory[:0]
         self.image_bytes = self._memory[:0]
 
     def move_to(
-        self, chunk: int, storage: Storage, data: StoredFile, before: _Pages | None
+        self, chunk: int, storage: Storage, data: StoredFile, before: _PageBuffer | None
     ) -> None:
-        """Take the place of a chunk, with what its first and last page hold beside its images.
+        """Point the buffer at a chunk, and fill in the other bytes of its first and last page.
 
         Parameters
         ----------
         chunk
-            Which.
+            Number of the chunk.
         storage, data
-            Where the bytes after the images are read, which are not done yet.
+            The file from which those bytes are read.
         before
-            The chunk before it, if its new bytes may not be in the file yet.
+            The previous chunk, if its new bytes may not be in the file yet.
         """
         self.begin, end = self._file_layout.page_span(chunk)
         first, last = self._file_layout.image_span(chunk)
         head, tail = first - self.begin, end - last
-        shift = -(self._memory.ctypes.data + head) % LINE_BYTES
+        shift = -(self._memory.ctypes.data + head) % CACHE_LINE_BYTES
         self.bytes = self._memory[shift : shift + end - self.begin]
         self.image_bytes = self.bytes[head : len(self.bytes) - tail]
         if before is None:
@@ -215,6 +215,6 @@ class _Pages:
         )
 
     def images(self, header: Header) -> NDArray[Any]:
-        """Return the images as a batch."""
+        """Return the images of the buffer as a batch."""
         batch: NDArray[Any] = self.image_bytes.view(storage_dtype(header.dtype))
         return batch.reshape(-1, *header.shape[1:])

@@ -1,4 +1,4 @@
-"""What a path is: its header, its manifest, and how far an unfinished run is."""
+"""Describe a path: its header, its manifest, and the progress of an unfinished run."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ __all__ = ["info"]
 
 
 def info(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what is known of a dataset, or of the unfinished run that is writing it.
+    """Describe a dataset, or the unfinished run that writes it.
 
     Parameters
     ----------
     path
-        A source, a finished target, or the name that a target will get.
+        A source, a finished target, or the final name of an unfinished target.
 
     Returns
     -------
     dict
         JSON types, in the order to show them: path, state ("finished", "unfinished",
-        "unfinished in place", or "source" for what fastvgg did not write), and what there is of
-        shape, type, layout, mode, counts.
+        "unfinished in place", or "source" for what fastvgg did not write), and, where known,
+        shape, type, layout, mode and counts.
 
     Raises
     ------
     SourceError
-        If there is nothing that fastvgg knows.
+        If there is no dataset or run.
     """
     dataset = parse_location(path)
-    ring = read_redo_log_header(dataset)
-    if ring is not None:
+    redo_log = read_redo_log_header(dataset)
+    if redo_log is not None:
         return {
             "path": str(dataset),
             "state": "unfinished in place",
-            "committed_chunks": committed_chunks(ring, dataset),
-            "chunks": ring.file_layout.chunks,
-            **_of_job(ring.job),
-            "next": f"finish it, which nothing else may use before: {ring.command(dataset)}",
+            "committed_chunks": committed_chunks(redo_log, dataset),
+            "chunks": redo_log.file_layout.chunks,
+            **_job_fields(redo_log.job),
+            "next": f"finish it before using the file: {redo_log.command(dataset)}",
         }
     journal_state = read_journal(journal_path(dataset))
     if journal_state is not None:
@@ -56,15 +56,15 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
             "state": "unfinished",
             "committed_chunks": len(journal_state.commits),
             "chunks": journal_state.chunks,
-            **_of_job(journal_state.job),
-            "next": "run the same command again to go on, or with --restart to begin again",
+            **_job_fields(journal_state.job),
+            "next": "rerun the same command to resume, or give --restart to start over",
         }
     manifest = read_manifest(dataset)
     if manifest is not None:
         return {
             "path": str(dataset),
             "state": "finished",
-            **_of_job(manifest.job),
+            **_job_fields(manifest.job),
             **manifest.counts,
             "chunks": len(manifest.checksums),
             "created": manifest.created,
@@ -80,21 +80,25 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
             "shape": list(header.shape),
             "dtype": header.dtype,
             "bytes": source.stored_bytes,
-            **_of_transform(read_transform(dataset)),
+            **_transform_fields(read_transform(dataset)),
             "notes": source.notes,
         }
     finally:
         source.close()
 
 
-def _of_transform(done: Transform | None) -> dict[str, Any]:
-    """Return what an array that has no manifest says of itself."""
-    if done is None:
+def _transform_fields(transform: Transform | None) -> dict[str, Any]:
+    """Return the fields of a transform that the array's own attributes record."""
+    if transform is None:
         return {}
-    return {"layout": done.out_layout, "direction": done.direction, "mode": done.mode.name}
+    return {
+        "layout": transform.out_layout,
+        "direction": transform.direction,
+        "mode": transform.mode.name,
+    }
 
 
-def _of_job(job: dict[str, Any]) -> dict[str, Any]:
+def _job_fields(job: dict[str, Any]) -> dict[str, Any]:
     source, transform, result = job["source"], job["transform"], job["result"]
     return {
         "kind": result["kind"],

@@ -1,7 +1,7 @@
-"""What journals and manifests say of a run: its job, as `Plan.job` gives it, when it is read back.
+"""Validate the job (see `Plan.job`) that a journal or manifest records.
 
-Any of it may have been damaged, or written by someone else, with a checksum that is right. It is
-believed when every part is there, is of its type, and fits the others.
+The file may be damaged or forged, with a valid checksum. A job is accepted only if every field is
+present, has the right type, and is consistent with the others.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 __all__ = ["Schema", "check_fields", "check_job", "check_sizes", "transform_of_fields"]
 
 Schema: TypeAlias = "Mapping[str, type | tuple[type, ...]]"
-"""The fields of an object, and of which type, or which types, each may be."""
+"""The fields of a JSON object and their allowed types."""
 
 JOB: Final[Schema] = {"source": dict, "transform": dict, "result": dict}
 HEADER: Final[Schema] = {"kind": str, "shape": list, "dtype": str, "layout": str}
 SOURCE: Final[Schema] = {"path": str, "fingerprint": str, **HEADER}
-OF_IMAGES: Final[Schema] = {
+IMAGE_SOURCE: Final[Schema] = {
     "size": (list, NoneType),
     "interpolation": str,
     "keep_aspect_ratio": bool,
@@ -37,7 +37,7 @@ OF_IMAGES: Final[Schema] = {
     "max_pixels": int,
 }
 RESULT: Final[Schema] = {"in_place": bool, **HEADER}
-OF_RESULTS: Final[dict[str, Schema]] = {"images": {"format": str}, "hdf5": {"dataset": str}}
+RESULT_BY_FORMAT: Final[dict[str, Schema]] = {"images": {"format": str}, "hdf5": {"dataset": str}}
 TRANSFORM: Final[Schema] = {
     "mode": dict,
     "direction": str,
@@ -53,82 +53,82 @@ MODE: Final[Schema] = {
     "std": (list, NoneType),
     "order": str,
 }
-MAX_COUNT: Final = 2**48  # of anything that is counted
+MAX_COUNT: Final = 2**48  # upper bound of every count
 
 
 def check_fields(fields: object, schema: Schema) -> None:
-    """Refuse what is not an object of exactly these fields, each of its type: a bool is no number.
+    """Check that a JSON object has exactly these fields and types; a bool is not an int.
 
     Raises
     ------
     ValueError
-        Saying which is wrong.
+        Naming the wrong field.
     """
     if not isinstance(fields, dict) or fields.keys() != schema.keys():
-        raise ValueError(f"no object of {', '.join(schema)}")
-    for name, kind in schema.items():
-        if type(fields[name]) not in (kind if isinstance(kind, tuple) else (kind,)):
-            raise ValueError(f"{name} is of type {type(fields[name]).__name__}")
+        raise ValueError(f"not an object with the fields {', '.join(schema)}")
+    for name, allowed in schema.items():
+        if type(fields[name]) not in (allowed if isinstance(allowed, tuple) else (allowed,)):
+            raise ValueError(f"{name} has type {type(fields[name]).__name__}")
 
 
-def check_sizes(sizes: Iterable[object], *, least: int = 1, most: int = MAX_COUNT) -> None:
-    """Refuse what counts nothing that there can be.
+def check_sizes(sizes: Iterable[object], *, minimum: int = 1, maximum: int = MAX_COUNT) -> None:
+    """Check that all sizes are ints within bounds.
 
     Raises
     ------
     ValueError
-        If there is such a one.
+        If one is not.
     """
-    if any(type(size) is not int or not least <= size <= most for size in sizes):
-        raise ValueError(f"a size is not a whole number from {least} to {most}")
+    if any(type(size) is not int or not minimum <= size <= maximum for size in sizes):
+        raise ValueError(f"a size is not an integer from {minimum} to {maximum}")
 
 
 def check_job(job: dict[str, Any]) -> None:
-    """Refuse a job that no run has.
+    """Check that a job is valid and consistent.
 
     Raises
     ------
     ValueError
-        Saying what is wrong with it.
+        Naming what is wrong.
     """
     check_fields(job, JOB)
     source, result = job["source"], job["result"]
-    of_images = source.get("kind") in ("images", "tar")
-    check_fields(source, {**SOURCE, **OF_IMAGES} if of_images else SOURCE)
-    of_files = result.get("kind") == "images"
-    check_fields(result, {**RESULT, **OF_RESULTS.get(str(result.get("kind")), {})})
+    is_image_source = source.get("kind") in ("images", "tar")
+    check_fields(source, {**SOURCE, **IMAGE_SOURCE} if is_image_source else SOURCE)
+    is_image_target = result.get("kind") == "images"
+    check_fields(result, {**RESULT, **RESULT_BY_FORMAT.get(str(result.get("kind")), {})})
     header = _parse_header(source)
     try:
-        if of_images:
+        if is_image_source:
             check_sizes(source["size"] or [])
             DecodeOptions.from_dict(source)
-        if of_files:
+        if is_image_target:
             check_format(result["format"], *header.shape[1:3])
         transform = transform_of_fields(job["transform"])
         transform.check_input(header.shape, header.dtype)
     except FastvggError as error:
         raise ValueError(ascii(error.problem)) from None
     if transform.layout != header.layout:
-        raise ValueError("the transform reads another layout than the source has")
+        raise ValueError("the layouts of the transform and of the source differ")
     if result_header(header, transform) != _parse_header(result):
-        raise ValueError("the result is not what the transform makes of the source")
+        raise ValueError("the result header does not match the transform of the source header")
 
 
 def transform_of_fields(fields: dict[str, Any]) -> Transform:
-    """Return the transform of JSON types.
+    """Parse a transform from JSON types.
 
     Raises
     ------
     ValueError
-        Saying what is wrong with them.
+        If a field is missing or has the wrong type.
     FastvggError
-        If they are of the right types, and no transform has such values.
+        If the types are right but a value is invalid.
     """
     check_fields(fields, TRANSFORM)
     check_fields(fields["mode"], MODE)
     numbers = (fields["mode"]["mean"] or []) + (fields["mode"]["std"] or [])
     if any(type(number) is not float for number in numbers):
-        raise ValueError("mean and std are not of numbers")
+        raise ValueError("mean and std must be lists of floats")
     if fields["dtype"] not in (None, *STORAGE_TYPES):
         raise ValueError("the transform's dtype is not a storage type")
     return Transform.from_dict(fields)
@@ -137,5 +137,5 @@ def transform_of_fields(fields: dict[str, Any]) -> Transform:
 def _parse_header(fields: dict[str, Any]) -> Header:
     check_sizes(fields["shape"])
     if len(fields["shape"]) != 4 or fields["dtype"] not in STORAGE_TYPES:
-        raise ValueError("a header is not of rank 4 and a storage type")
+        raise ValueError("a header must have rank 4 and a storage dtype")
     return Header(tuple(fields["shape"]), fields["dtype"], fields["layout"])

@@ -1,11 +1,11 @@
-"""Which chunks are durable: `DST.fastvgg-journal`, one line for each.
+"""The journal, `DST.fastvgg-journal`: which chunks are durable, one line per chunk.
 
-The first line names the job; each further line is a commit, with what is known of the chunk's
-images, which is read again when the index is written. A line is the xxh3 of its text, a space, the
-text (JSON) and a line feed, so that a line that a crash cut off is told from a whole one: reading
-ends at the first line that is not whole, and the chunks after it are done again.
+The first line records the job; each further line is a commit with the index lines of the chunk's
+images, which are read back when the index is written. A line consists of the xxh3 of its text, a
+space, the text (JSON) and a line feed. The checksum detects a line that a crash truncated: reading
+stops at the first invalid line, and the chunks after it are recomputed.
 
-The journal is also the lock: the process that holds it writes the target, and no other.
+The journal is also the lock: only the process that holds it may write the target.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ __all__ = [
 FORMAT: Final = 1
 VERSION: Final = "fastvgg-journal"
 HEADER_NAME: Final = "job"
-"""Of the first line, where each is an object."""
+"""Name of the header object, in a store, where each line is an object."""
 HEADER_SCHEMA: Final[Schema] = {
     VERSION: int,
     "job": dict,
@@ -71,17 +71,17 @@ COMMIT: Final[Schema] = {
 
 @dataclass(frozen=True)
 class Commit:
-    """A chunk whose bytes are durable."""
+    """The journal record of a durable chunk."""
 
     chunk: int
     checksum: str
     """xxh3-64 of the chunk's bytes in the target."""
     source_checksum: str
-    """xxh3-64 of what identifies the images that were read; empty where the source is an array."""
+    """xxh3-64 of the identities of the images that were read; empty for an array source."""
     index: str
-    """The chunk's lines of the index; empty where nothing is known of the images."""
+    """The chunk's lines of the index; empty if the source has no image records."""
     failed: int
-    """How many of the images could not be read."""
+    """Number of images that could not be read."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the commit as JSON types."""
@@ -89,43 +89,43 @@ class Commit:
 
 
 class CommitRef(NamedTuple):
-    """A commit, without what it says of each image: that stays in the journal."""
+    """A commit without its index lines, which stay in the journal to save memory."""
 
     checksum: str
     source_checksum: str
     failed: int
     offset: int
-    """Where its line begins."""
+    """Offset of its line in the journal, in bytes."""
 
     @classmethod
     def of(cls, commit: Commit, offset: int) -> CommitRef:
-        """Return the mark of a commit whose line begins at an offset."""
+        """Return the reference to a commit whose line starts at `offset`."""
         return cls(commit.checksum, commit.source_checksum, commit.failed, offset)
 
 
 @dataclass
 class JournalState:
-    """What a journal says."""
+    """The contents of a journal."""
 
     path: Path
     job: dict[str, Any]
     chunk_images: int
     replaces: str | None
-    """What identifies the thing that the target's name may be taken from."""
+    """Identity of the existing file or directory that publishing may replace."""
     retries: bool
-    """Whether a finished target is taken up again for what failed in it."""
+    """Whether the run retries the failed images of a finished target."""
     commits: dict[int, CommitRef] = field(default_factory=dict)
-    whole_bytes: int = 0
-    """The length of the journal's whole lines."""
+    valid_bytes: int = 0
+    """Length of the journal up to its last valid line, in bytes."""
 
     @property
     def images(self) -> int:
-        """How many images the job has."""
+        """Number of images of the job."""
         return int(self.job["result"]["shape"][0])
 
     @property
     def chunks(self) -> int:
-        """How many chunks the job has."""
+        """Number of chunks of the job."""
         return -(-self.images // self.chunk_images)
 
     @property
@@ -134,7 +134,7 @@ class JournalState:
         return len(self.commits) == self.chunks
 
     def failures(self, chunk: int) -> list[tuple[int, ImageRecord]]:
-        """Read which rows of a chunk failed, and what is known of them."""
+        """Read the rows of a chunk that failed, with their records."""
         if not self.commits[chunk].failed:
             return []
         start = chunk * self.chunk_images
@@ -142,12 +142,12 @@ class JournalState:
         return [(row, record) for row, record in enumerate(records, start) if record.failed]
 
     def commit(self, chunk: int) -> Commit:
-        """Read all that a chunk's line says.
+        """Read the commit of a chunk back from its line.
 
         Raises
         ------
         ResumeError
-            If it is no longer there.
+            If the line was changed or removed.
         """
         with open_regular(self.path) as file:
             file.seek(self.commits[chunk].offset)
@@ -157,33 +157,33 @@ class JournalState:
         return Commit(**fields)
 
     def changed(self) -> ResumeError:
-        """Return the error that says so of the journal."""
+        """Return the error for a journal that was modified while the run held its lock."""
         return ResumeError(
-            f"{self.path} was changed by something else while the run held it",
-            "put it back as the run left it, or give --restart to begin again",
+            f"{self.path} was modified by another program while the run held its lock",
+            "put it back as the run left it, or give --restart to start over",
         )
 
     def header_fields(self) -> dict[str, Any]:
-        """Return the fields of the first line."""
+        """Return the fields of the header line."""
         header_fields = {name: getattr(self, name) for name in HEADER_SCHEMA if name != VERSION}
         return {VERSION: FORMAT, **header_fields}
 
 
 def journal_path(target: Path) -> Path:
-    """Return where the journal of a target is."""
+    """Return the path of the journal of a target."""
     return sidecar_path(target, ".fastvgg-journal")
 
 
 class StoreJournalState(JournalState):
-    """What a journal in a store says, each line of which is an object."""
+    """The contents of a journal in an object store, where each line is an object."""
 
     def commit(self, chunk: int) -> Commit:
-        """Read all that a chunk's object says.
+        """Read the commit of a chunk back from its object.
 
         Raises
         ------
         ResumeError
-            If it is no longer there.
+            If the object was changed or removed.
         """
         fields = decode_line(objects.read(self.path / line_name(chunk)) or b"")
         if fields is None:
@@ -192,7 +192,7 @@ class StoreJournalState(JournalState):
 
 
 def line_name(chunk: int) -> str:
-    """Return the name of the object in a store that is a chunk's line of the journal.
+    """Return the name of the object that stores a chunk's journal line.
 
     >>> line_name(12)
     '000000012'
@@ -201,14 +201,14 @@ def line_name(chunk: int) -> str:
 
 
 def read_journal(path: Path) -> JournalState | None:
-    """Read a journal; None where there is none, or none with a whole first line.
+    """Read a journal; return None if it does not exist or its header line is incomplete.
 
     Raises
     ------
     ResumeError
-        If a line is whole and yet not one of ours.
+        If a line has a valid checksum but invalid contents.
     SourceError
-        If it cannot be read.
+        If the journal cannot be read.
     """
     if is_remote(path):
         return _read_store(path)
@@ -217,7 +217,7 @@ def read_journal(path: Path) -> JournalState | None:
 
 
 def read_journal_header(path: Path) -> JournalState | None:
-    """Read the first line of a journal, which says what was begun; see `read_journal`."""
+    """Read only the header line of a journal; see `read_journal`."""
     if is_remote(path):
         first = objects.read(path / HEADER_NAME)
         return None if first is None else _read(path, StoreJournalState, [first])
@@ -231,12 +231,12 @@ def _read_store(path: Path) -> JournalState | None:
     except OSError as error:
         raise SourceError(
             f"{path} cannot be read: {error.strerror or error}",
-            "check the connection and its permissions",
+            "check the connection and the permission to read there",
         ) from None
     first = lines.pop(HEADER_NAME, None)
-    # A line that is not whole is that of a chunk to be done again; those after it stay.
-    whole = [lines[name] for name in sorted(lines) if decode_line(lines[name]) is not None]
-    return None if first is None else _read(path, StoreJournalState, [first, *whole])
+    # The chunk of an invalid line is recomputed; unlike in a file, the lines after it stay valid.
+    valid = [lines[name] for name in sorted(lines) if decode_line(lines[name]) is not None]
+    return None if first is None else _read(path, StoreJournalState, [first, *valid])
 
 
 def _read(path: Path, kind: type[JournalState], lines: Iterable[bytes]) -> JournalState | None:
@@ -247,26 +247,26 @@ def _read(path: Path, kind: type[JournalState], lines: Iterable[bytes]) -> Journ
             if fields is None:
                 break
             if journal_state is None:
-                journal_state = _open(path, kind, fields)
+                journal_state = _parse_header(path, kind, fields)
             else:
-                _add(journal_state, fields)
+                _add_commit(journal_state, fields)
         except ValueError as error:
             raise ResumeError(
-                f"{path} is damaged: line {number} has the right checksum, and is no line of a "
-                f"journal: {str(error)[:200]}",
-                "put it back as the run left it, or give --restart to begin again",
+                f"{path} is damaged: line {number} has a valid checksum but is not a journal "
+                f"record: {str(error)[:200]}",
+                "put it back as the run left it, or give --restart to start over",
             ) from None
-        journal_state.whole_bytes += len(line)
+        journal_state.valid_bytes += len(line)
     return journal_state
 
 
 def decode_line(line: bytes) -> dict[str, Any] | None:
-    """Return the fields of a line that `encode_line` made; None if it is not whole.
+    """Decode a line of `encode_line`; return None if it is truncated or its checksum is wrong.
 
     Raises
     ------
     ValueError
-        If it is whole, and yet `encode_line` did not make it.
+        If the checksum is valid but the text is not a JSON object.
     """
     checksum, _, text = line.removesuffix(b"\n").partition(b" ")
     if not line.endswith(b"\n") or checksum.decode("latin-1") != xxhash.xxh3_64_hexdigest(text):
@@ -274,29 +274,29 @@ def decode_line(line: bytes) -> dict[str, Any] | None:
     try:
         fields = json.loads(text)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError("JSON is nested too deeply") from None
     if not isinstance(fields, dict):
-        raise ValueError(f"it holds no fields, but {type(fields).__name__}")  # noqa: TRY004
+        raise ValueError(f"not a JSON object but {type(fields).__name__}")  # noqa: TRY004
     return fields
 
 
 def encode_line(fields: dict[str, Any]) -> bytes:
-    """Return JSON types as a line that begins with the checksum of the rest."""
+    """Encode a JSON object as a line that starts with the checksum of the rest."""
     text = json.dumps(fields).encode()
     return f"{xxhash.xxh3_64_hexdigest(text)} ".encode() + text + b"\n"
 
 
-def _open(path: Path, kind: type[JournalState], fields: dict[str, Any]) -> JournalState:
+def _parse_header(path: Path, kind: type[JournalState], fields: dict[str, Any]) -> JournalState:
     if VERSION not in fields:
         raise ResumeError(
-            f"{path} is of another kind of run",
-            "finish that first: 'fastvgg info' tells how; or give --restart",
+            f"{path} belongs to a run in place",
+            "finish that run first: 'fastvgg info' shows the command; or give --restart",
         )
     found = fields[VERSION]
     if type(found) is int and found != FORMAT:
         raise ResumeError(
-            f"{path} has format {str(found)[:20]}, and this version reads {FORMAT}",
-            "finish the run with the version that began it, or give --restart",
+            f"{path} has format version {str(found)[:20]}, but this fastvgg reads {FORMAT}",
+            "finish the run with the fastvgg version that started it, or give --restart",
         )
     check_fields(fields, HEADER_SCHEMA)
     check_job(fields["job"])
@@ -307,11 +307,11 @@ def _open(path: Path, kind: type[JournalState], fields: dict[str, Any]) -> Journ
     return journal_state
 
 
-def _add(journal_state: JournalState, fields: dict[str, Any]) -> None:
-    """Count a commit; one that the job cannot have is a ValueError."""
+def _add_commit(journal_state: JournalState, fields: dict[str, Any]) -> None:
+    """Add a commit to the state; raise ValueError if it does not fit the job."""
     check_fields(fields, COMMIT)
     commit = Commit(**fields)
-    check_sizes([commit.chunk], least=0, most=journal_state.chunks - 1)
+    check_sizes([commit.chunk], minimum=0, maximum=journal_state.chunks - 1)
     start = commit.chunk * journal_state.chunk_images
     images = min(journal_state.chunk_images, journal_state.images - start)
     try:
@@ -319,45 +319,45 @@ def _add(journal_state: JournalState, fields: dict[str, Any]) -> None:
     except SourceError as error:
         raise ValueError(ascii(error.problem)) from None
     if len(records) not in (0, images):
-        raise ValueError(f"{len(records)} images in a chunk of {images}")
+        raise ValueError(f"{len(records)} index lines for a chunk of {images} images")
     if commit.failed != sum(record.failed for record in records):
-        raise ValueError(f"{commit.failed} images are said to have failed, and others have")
-    journal_state.commits[commit.chunk] = CommitRef.of(commit, journal_state.whole_bytes)
+        raise ValueError(f"{commit.failed} failed images do not match the index lines")
+    journal_state.commits[commit.chunk] = CommitRef.of(commit, journal_state.valid_bytes)
 
 
 def check_same_job(found: dict[str, Any], wanted: dict[str, Any], target: str) -> None:
-    """Refuse to go on with a job that was begun with other settings.
+    """Check that an unfinished or finished job has the same settings as this one.
 
     Raises
     ------
     ResumeError
-        Naming every setting that differs, and both values.
+        Naming every setting that differs, with both values.
     """
     differences = [
-        f"{part}.{key}: {found[part].get(key)!r} then, {wanted[part].get(key)!r} now"
-        for part in wanted
-        for key in sorted(set(found[part]) | set(wanted[part]))
-        if found[part].get(key) != wanted[part].get(key)
+        f"{section}.{key}: {found[section].get(key)!r} then, {wanted[section].get(key)!r} now"
+        for section in wanted
+        for key in sorted(set(found[section]) | set(wanted[section]))
+        if found[section].get(key) != wanted[section].get(key)
     ]
     if differences:
         raise ResumeError(
-            f"{target} was begun as another job: {'; '.join(differences)}",
-            "give the same settings to go on with it"
-            + (", or --restart to begin again" if not found["result"]["in_place"] else ""),
+            f"{target} was started with other settings: {'; '.join(differences)}",
+            "rerun with the same settings to resume"
+            + (", or give --restart to start over" if not found["result"]["in_place"] else ""),
         )
 
 
 class Journal:
-    """The journal of one target, open and locked.
+    """The open, locked journal of a target.
 
     Parameters
     ----------
     target
-        The dataset that is being written.
+        The dataset to be written.
     storage
-        What carries out the system calls.
+        Performs the system calls.
     restart
-        Begin again, whatever the journal says.
+        Start over, ignoring the contents of the journal.
 
     Raises
     ------
@@ -373,13 +373,13 @@ class Journal:
             if not storage.lock(self._file):
                 raise TargetError(
                     f"{target} is being written by another process",
-                    "wait for it to end; 'fastvgg info' tells how far it is",
+                    "wait for it to finish; 'fastvgg info' shows its progress",
                 )
             self.state = None if restart else read_journal(self.path)
         except FastvggError:
             storage.close(self._file)
             raise
-        self._end = self.state.whole_bytes if self.state else 0
+        self._end = self.state.valid_bytes if self.state else 0
 
     def begin(
         self,
@@ -387,39 +387,41 @@ class Journal:
         chunk_images: int,
         *,
         replaces: str | None = None,
-        done: Iterable[Commit] | None = None,
+        committed: Iterable[Commit] | None = None,
     ) -> None:
-        """Write the first line, in place of whatever was there.
+        """Start the journal of a new run, replacing its previous contents.
 
         Parameters
         ----------
         job, chunk_images
-            What is begun.
+            Of the new run.
         replaces
-            What identifies the thing that the target's name may be taken from.
-        done
-            The chunks of a finished target, taken up again, that stay as they are.
+            Identity of the existing file or directory that publishing may replace.
+        committed
+            When retrying a finished target: its chunks that need no retry.
         """
-        self.state = JournalState(self.path, job, chunk_images, replaces, retries=done is not None)
+        self.state = JournalState(
+            self.path, job, chunk_images, replaces, retries=committed is not None
+        )
         self._end = 0
         self._append(encode_line(self.state.header_fields()))
-        for commit in done or ():
-            self.state.commits[commit.chunk] = self._appended(commit)
+        for commit in committed or ():
+            self.state.commits[commit.chunk] = self._append_commit(commit)
         self._storage.sync(self._file)
         self._storage.sync_directory(self.path.parent)
 
     def commit(self, *commits: Commit) -> None:
-        """Record, durably, that the bytes of some chunks are durable."""
-        refs = {commit.chunk: self._appended(commit) for commit in commits}
+        """Durably record chunks whose bytes are durable."""
+        refs = {commit.chunk: self._append_commit(commit) for commit in commits}
         self._storage.sync(self._file)
         if self.state is not None:
             self.state.commits.update(refs)
 
-    def _appended(self, commit: Commit) -> CommitRef:
+    def _append_commit(self, commit: Commit) -> CommitRef:
         return CommitRef.of(commit, self._append(encode_line(commit.to_dict())))
 
     def _append(self, line: bytes) -> int:
-        """Write a line after those that are whole; return where it begins."""
+        """Write a line after the last valid one; return its offset."""
         offset = self._end
         self._storage.truncate(self._file, offset)
         self._storage.write(self._file, line, offset)
@@ -432,7 +434,7 @@ class Journal:
         self._storage.sync_directory(self.path.parent)
 
     def close(self) -> None:
-        """Close the journal and let go of the lock; one that says nothing is removed."""
+        """Close the journal and release the lock; remove it if it has no valid header."""
         if self.state is None:
             self._storage.remove(self.path)
         self._storage.close(self._file)

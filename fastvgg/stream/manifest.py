@@ -1,6 +1,6 @@
-"""What a finished dataset says about itself: `DST.fastvgg.json`, written last.
+"""The manifest of a finished dataset, `DST.fastvgg.json`, written last.
 
-With it a dataset can be restored without being told the mode, verified years later, and told from
+It lets a dataset be restored without naming the mode, verified years later, and distinguished from
 one that was never preprocessed.
 """
 
@@ -55,15 +55,15 @@ COUNTS: Final[Schema] = {"images": int, "failed": int}
 
 @dataclass(frozen=True)
 class Manifest:
-    """The manifest of a dataset."""
+    """The manifest of a finished dataset."""
 
     job: dict[str, Any]
-    """Source, transform and result, as `Plan.job` gives them."""
+    """Source, transform and result, from `Plan.job`."""
     chunk_images: int
     checksums: list[str]
     """xxh3-64 of every chunk's bytes."""
     source_checksums: list[str]
-    """Of what identifies the images of each chunk that could be read; empty for an array's."""
+    """xxh3-64 of the identities of each chunk's readable images; empty for an array source."""
     counts: dict[str, int]
     created: str
     packages: dict[str, str]
@@ -77,53 +77,53 @@ class Manifest:
         counts: dict[str, int],
         source_checksums: list[str] | None = None,
     ) -> Manifest:
-        """Return the manifest of a dataset that was finished now, by these packages."""
+        """Return a manifest with the current time and package versions."""
         created = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
         sources = source_checksums or [""] * len(checksums)
         return cls(job, chunk_images, checksums, sources, counts, created, package_versions())
 
     @property
     def dataset(self) -> str:
-        """What it is called within its file; empty where it is a file itself."""
+        """Name of the dataset within an HDF5 file; empty for other formats."""
         return str(self.job["result"].get("dataset", ""))
 
     @property
     def transform(self) -> Transform:
-        """What was done to the source."""
+        """The transform applied to the source."""
         return Transform.from_dict(self.job["transform"])
 
     @property
     def header(self) -> Header:
-        """What the dataset holds."""
+        """Header of the dataset."""
         result = self.job["result"]
         return Header(tuple(result["shape"]), result["dtype"], result["layout"])
 
     @property
     def source_header(self) -> Header:
-        """What the source held."""
+        """Header of the source."""
         source = self.job["source"]
         return Header(tuple(source["shape"]), source["dtype"], source["layout"])
 
     def to_json(self) -> bytes:
-        """Return the manifest's file."""
+        """Encode the manifest as JSON."""
         fields = {"fastvgg-manifest": FORMAT, **dataclasses.asdict(self)}
         return json.dumps(fields, indent=1).encode() + b"\n"
 
 
 def manifest_path(dataset: Path) -> Path:
-    """Return where the manifest of a dataset is."""
+    """Return the path of the manifest of a dataset."""
     return sidecar_path(dataset, ".fastvgg.json")
 
 
 def read_manifest(dataset: Path) -> Manifest | None:
-    """Read the manifest of a dataset; None where it has none.
+    """Read the manifest of a dataset; return None if it has none.
 
-    Of a file of several datasets it describes the one that was written with it.
+    In an HDF5 file it describes only the dataset that fastvgg wrote.
 
     Raises
     ------
     SourceError
-        If the manifest is damaged, or of a format that this version does not know.
+        If the manifest is damaged, or has an unknown format version.
     """
     path = manifest_path(dataset)
     data = read_sidecar(path)
@@ -132,19 +132,19 @@ def read_manifest(dataset: Path) -> Manifest | None:
     try:
         fields = json.loads(data)
         _check_format(path, fields)
-        manifest = _checked(fields)
+        manifest = _validate(fields)
     except (ValueError, RecursionError) as error:
         raise SourceError(
             f"{path} is not a manifest: {type(error).__name__}: {str(error)[:200]}",
-            "put back the manifest that was written with the dataset, or remove it and say what "
-            "the dataset is: --mode, --layout",
+            "restore the manifest that was written with the dataset, or remove it and give --mode "
+            "and --layout",
         ) from None
-    asked = inner_name(dataset)
-    return manifest if asked in ("", manifest.dataset) or not manifest.dataset else None
+    requested = inner_name(dataset)
+    return manifest if requested in ("", manifest.dataset) or not manifest.dataset else None
 
 
 def describes_other_dataset(dataset: Path) -> bool:
-    """Whether what lies beside an HDF5 file is of another dataset in it.
+    """Return whether the manifest of an HDF5 file describes another dataset in it.
 
     Raises
     ------
@@ -157,26 +157,25 @@ def describes_other_dataset(dataset: Path) -> bool:
 
 
 def read_transform(dataset: Path) -> Transform | None:
-    """Return what was done to a dataset, by its manifest or its own attributes; None if unknown.
+    """Return the transform recorded in a dataset's manifest or attributes; None if unknown.
 
     Raises
     ------
     SourceError
-        If what says so is damaged.
+        If the record is damaged.
     """
     manifest = read_manifest(dataset)
     if manifest is not None:
         return manifest.transform
-    said = embedded_transform(dataset)
-    if said is None:
+    recorded = embedded_transform(dataset)
+    if recorded is None:
         return None
     try:
-        return transform_of_fields(said)
+        return transform_of_fields(recorded)
     except (ValueError, RecursionError) as error:
         raise SourceError(
-            f"{dataset} says of itself what is no transform: {str(error)[:200]}",
-            "put back what was written, or remove the attribute 'fastvgg' and say what the dataset "
-            "is: --mode, --layout",
+            f"{dataset}: the attribute 'fastvgg' is not a valid transform: {str(error)[:200]}",
+            "restore the attribute, or remove it and give --mode and --layout",
         ) from None
 
 
@@ -184,18 +183,18 @@ def _check_format(path: Path, fields: object) -> None:
     found = fields.get("fastvgg-manifest") if isinstance(fields, dict) else None
     if type(found) is int and found != FORMAT:
         raise SourceError(
-            f"{path} has format {str(found)[:20]}, and this version reads {FORMAT}",
+            f"{path} has format version {str(found)[:20]}, but this fastvgg reads {FORMAT}",
             "use the version of fastvgg that wrote it, or a newer one",
         )
 
 
-def _checked(fields: dict[str, Any]) -> Manifest:
-    """Return a manifest whose parts are what they should be, and fit together.
+def _validate(fields: dict[str, Any]) -> Manifest:
+    """Validate the fields of a manifest and return it.
 
     Raises
     ------
     ValueError
-        If they are not.
+        If a field is invalid or inconsistent with another.
     """
     check_fields(fields, FIELDS)
     check_job(fields["job"])
@@ -203,24 +202,24 @@ def _checked(fields: dict[str, Any]) -> Manifest:
     manifest = Manifest(**{name: fields[name] for name in FIELDS if name != "fastvgg-manifest"})
     images, counts = manifest.header.images, manifest.counts
     check_sizes([manifest.chunk_images])
-    check_sizes([counts["images"]], least=images, most=images)
-    check_sizes([counts["failed"]], least=0, most=images)
+    check_sizes([counts["images"]], minimum=images, maximum=images)
+    check_sizes([counts["failed"]], minimum=0, maximum=images)
     sums = manifest.checksums, manifest.source_checksums
-    if any(len(of_chunks) != -(-images // manifest.chunk_images) for of_chunks in sums):
-        raise ValueError(f"{len(manifest.checksums)} checksums of {images} images")
+    if any(len(values) != -(-images // manifest.chunk_images) for values in sums):
+        raise ValueError(f"{len(manifest.checksums)} checksums for {images} images")
     texts = [*manifest.checksums, *manifest.source_checksums, *manifest.packages.values()]
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError("a checksum or a version is no text")
+        raise ValueError("a checksum or a version is not a string")
     return manifest
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions that a result may depend on."""
+    """Return the versions of Python and of the packages that a result may depend on."""
     names = ("fastvgg", "numpy", "numba", "pillow", "simplejpeg", "h5py", "zarr")
     return {"python": python_version(), **{name: _version_of(name) for name in names}}
 
 
-@functools.cache  # to read what is installed takes a millisecond a package
+@functools.cache  # reading the metadata takes a millisecond per package
 def _version_of(package: str) -> str:
     try:
         return metadata.version(package)
@@ -229,7 +228,7 @@ def _version_of(package: str) -> str:
 
 
 def checksum(stored: Payload) -> str:
-    """Return the xxh3-64 of what is stored of some images."""
+    """Return the xxh3-64 of a payload."""
     digest = xxhash.xxh3_64()
     for piece in stored:
         digest.update(piece)

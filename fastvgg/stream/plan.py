@@ -1,4 +1,4 @@
-"""What will be done: pure arithmetic on headers. Nothing here opens, reads or writes a file."""
+"""Plan: the memory and chunk arithmetic of a run, from headers. Does no I/O."""
 
 from __future__ import annotations
 
@@ -28,40 +28,39 @@ __all__ = [
     "CHUNK_BYTES",
     "DECODED",
     "Plan",
-    "bytes_worked_on",
     "chunk_bytes",
     "chunk_images",
     "format_bytes",
+    "image_work_bytes",
     "min_scratch_bytes",
     "parse_bytes",
     "result_header",
 ]
 
-# Large enough that a commit (two fsyncs, some milliseconds) is small beside it, small enough that
-# little is lost when a run is killed.
+# Large enough to amortize a commit (two fsyncs, a few milliseconds), small enough that a killed run
+# loses little.
 CHUNK_BYTES: Final = 64 * 1024 * 1024
-# Of arrays that are larger than a few chunks: a chunk's commit waits for the write beside it, and
-# each is handed from thread to thread. 4 GiB of float32 to uint8 in memory: 0.58 s in chunks of
-# 64 MiB, 0.49 s of 128, 0.43 s of 256. But while the first is computed nothing is written, and
-# while the last is written nothing is computed, so that there are to be many.
+# For large arrays: each chunk is handed between threads, and its commit waits for the write in
+# flight. 4 GiB of float32 to uint8 in memory: 0.58 s in chunks of 64 MiB, 0.49 s of 128, 0.43 s of
+# 256. The pipeline is idle while it fills and drains, so a run needs MIN_LARGE_CHUNKS of them.
 MAX_CHUNK_BYTES: Final = 256 * 1024 * 1024
-MANY_CHUNKS: Final = 32
-# Of decoded images, which come ten times slower than an array's: three chunks of 24 MiB. Smaller
-# ones spend more of the time on commits, larger ones on new memory and on waiting for the last.
+MIN_LARGE_CHUNKS: Final = 32
+# For decoded images, which arrive ten times slower than rows of an array: three chunks of 24 MiB.
+# Smaller chunks spend more time on commits, larger ones on page faults and on the last chunk.
 DECODED_CHUNK_BYTES: Final = 3 * 24 * 1024 * 1024
-# Of image files: each commit syncs the whole disk, and takes 20 ms for 40 new files. Of shards:
-# some 20 MiB each, with what encoding them takes.
-CHUNKS_BYTES: Final = {"images": 256 * 1024 * 1024, "zarr": 144 * 1024 * 1024}
-# For each thread: no less than an image of common size takes.
+# Image files: each commit calls syncfs, which takes 20 ms for 40 new files. Zarr: shards of about
+# 20 MiB, plus their encoding buffers.
+FORMAT_CHUNK_BYTES: Final = {"images": 256 * 1024 * 1024, "zarr": 144 * 1024 * 1024}
+# Per thread: enough for an image of common size.
 MIN_DECODE_BYTES: Final = 4 * 1024 * 1024
 DECODED: Final = ("images", "tar")
-# How often a library holds a chunk beside it to read it, as it is stored.
-READ: Final = {"hdf5": 1, "zarr": 2}
-# And to write it: one shard is encoded, one waits, and one is on its way to the disk.
-ENCODED: Final = {"zarr": 3}
-# What its threads keep of the memory that they had.
-KEPT_BYTES: Final = {"zarr": 32 * 1024 * 1024}
-# What a run takes for itself: threads, the journal's marks; 1.4 MiB were seen.
+# Extra copies of a stored chunk that a library holds while reading it.
+READ_COPIES: Final = {"hdf5": 1, "zarr": 2}
+# Extra copies while writing: one shard is being encoded, one is queued, one is being written.
+WRITE_COPIES: Final = {"zarr": 3}
+# Memory that the threads of a library retain.
+RETAINED_BYTES: Final = {"zarr": 32 * 1024 * 1024}
+# Fixed overhead of a run: threads and commit references; 1.4 MiB measured.
 RUN_BYTES: Final = 2 * 1024 * 1024
 UNITS: Final = {"": 1, "B": 1, "K": 2**10, "KIB": 2**10, "M": 2**20, "MIB": 2**20}
 UNITS.update({"G": 2**30, "GIB": 2**30, "T": 2**40, "TIB": 2**40})
@@ -69,7 +68,7 @@ UNITS.update({"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12})
 
 
 def parse_bytes(text: str | int) -> int:
-    """Return the bytes that a text like 512MiB means.
+    """Parse a size such as "512MiB" into bytes.
 
     >>> parse_bytes("512MiB"), parse_bytes("1.5 GB"), parse_bytes(4096)
     (536870912, 1500000000, 4096)
@@ -83,7 +82,7 @@ def parse_bytes(text: str | int) -> int:
 
 
 def format_bytes(count: float) -> str:
-    """Return a count of bytes for people.
+    """Format a byte count with a binary unit.
 
     >>> format_bytes(999), format_bytes(602112), format_bytes(3 * 2**30)
     ('999 B', '588.0 KiB', '3.0 GiB')
@@ -96,7 +95,7 @@ def format_bytes(count: float) -> str:
 
 
 def result_header(header: Header, transform: Transform) -> Header:
-    """Return the header of what a transform makes of a dataset."""
+    """Return the header of a transformed dataset."""
     return type(header)(
         transform.output_shape(header.shape),
         transform.output_name(header.dtype),
@@ -104,55 +103,55 @@ def result_header(header: Header, transform: Transform) -> Header:
     )
 
 
-def bytes_worked_on(
+def image_work_bytes(
     source_kind: str, target_format: str, image_bytes: int, result_bytes: int
 ) -> int:
-    """Return what an image takes while its chunk is worked on, as read and as the result.
+    """Return the memory per image of the chunks in flight: input, output and encoding buffers.
 
-    Chunks that are computed row by row are two at a time, and a third is being written.
+    Chunks that are computed row by row: two are computed while a third is written.
     """
-    encoded_bytes = ENCODED.get(target_format, 0) * result_bytes
+    encoded_bytes = WRITE_COPIES.get(target_format, 0) * result_bytes
     if source_kind in DECODED:
         return 3 * result_bytes + encoded_bytes
     if target_format == "images":
         return 2 * image_bytes + 3 * result_bytes
-    read_bytes = (1 + READ.get(source_kind, 0)) * image_bytes
+    read_bytes = (1 + READ_COPIES.get(source_kind, 0)) * image_bytes
     return read_bytes + 2 * result_bytes + encoded_bytes
 
 
 def min_scratch_bytes(
     source_kind: str, target_format: str, threads: int, image_bytes: int, result_bytes: int
 ) -> int:
-    """Return what threads that compute row by row take at least beside the chunks.
+    """Return the minimum memory of a run in addition to its chunks.
 
-    To decode, each needs memory for its row, and something to decode in.
+    Each decoding thread needs a row buffer and decoder scratch space.
     """
-    kept = kept_bytes(source_kind, target_format)
+    overhead = overhead_bytes(source_kind, target_format)
     if source_kind in DECODED:
-        return kept + threads * (image_bytes + MIN_DECODE_BYTES)
-    return kept + (threads * result_bytes if target_format == "images" else 0)
+        return overhead + threads * (image_bytes + MIN_DECODE_BYTES)
+    return overhead + (threads * result_bytes if target_format == "images" else 0)
 
 
-def kept_bytes(source_kind: str, target_format: str) -> int:
-    """Return what a run, and the library of a format, keep however large the chunks are."""
-    return RUN_BYTES + max(KEPT_BYTES.get(kind, 0) for kind in (source_kind, target_format))
+def overhead_bytes(source_kind: str, target_format: str) -> int:
+    """Return the overhead of a run, and of the library of a format, at any chunk size."""
+    return RUN_BYTES + max(RETAINED_BYTES.get(kind, 0) for kind in (source_kind, target_format))
 
 
 def chunk_bytes(
-    source_kind: str, target_format: str, worked_on_bytes: int, *, in_place: bool = False
+    source_kind: str, target_format: str, dataset_work_bytes: int, *, in_place: bool = False
 ) -> int:
-    """Return what a chunk takes at most while it is worked on, of images that take so much in all.
+    """Return the maximum memory of a chunk for a dataset that needs `dataset_work_bytes` in all.
 
     >>> [chunk_bytes("npy", "npy", gib * 2**30) // 2**20 for gib in (1, 4, 100)]
     [64, 128, 256]
     """
-    if target_format in CHUNKS_BYTES:
-        return CHUNKS_BYTES[target_format]
+    if target_format in FORMAT_CHUNK_BYTES:
+        return FORMAT_CHUNK_BYTES[target_format]
     if source_kind in DECODED:
         return DECODED_CHUNK_BYTES
     if in_place:
         return CHUNK_BYTES
-    return min(max(CHUNK_BYTES, worked_on_bytes // MANY_CHUNKS), MAX_CHUNK_BYTES)
+    return min(max(CHUNK_BYTES, dataset_work_bytes // MIN_LARGE_CHUNKS), MAX_CHUNK_BYTES)
 
 
 def chunk_images(
@@ -161,154 +160,161 @@ def chunk_images(
     scratch_bytes: int,
     limit_bytes: int,
     max_bytes: int = CHUNK_BYTES,
-    together: int = 1,
-    rounded: int = 1,
+    read_granularity: int = 1,
+    write_granularity: int = 1,
 ) -> int:
-    """Return how many images make a chunk, so that the run stays below a memory limit.
+    """Return the number of images per chunk that keeps a run within its memory limit.
 
     Parameters
     ----------
     images
-        How many there are in all.
+        Number of images in the dataset.
     bytes_per_image
-        What an image takes while it is worked on.
+        Memory per image of a chunk in flight.
     scratch_bytes
-        What reading needs beside that.
+        Memory needed in addition to the chunks.
     limit_bytes
         The memory limit.
     max_bytes
-        What a chunk's images take at most while they are worked on; more where it must be.
-    together
-        How many images the source stores as one piece, which is read once and whole.
-    rounded
-        How many the target would best store as one piece.
+        Preferred maximum memory of a chunk; exceeded if `read_granularity` images need more.
+    read_granularity
+        Images that the source stores as one unit, which is read whole.
+    write_granularity
+        Preferred write granularity of the target, in images.
 
     Raises
     ------
     TargetError
-        If not even one image, or one such piece, fits.
+        If not even one image, or one read unit, fits.
 
     Examples
     --------
     >>> chunk_images(10**6, 752_640, scratch_bytes=0, limit_bytes=512 * 2**20)
     89
-    >>> chunk_images(10**6, 752_640, scratch_bytes=0, limit_bytes=512 * 2**20, together=32)
+    >>> chunk_images(10**6, 752_640, scratch_bytes=0, limit_bytes=512 * 2**20, read_granularity=32)
     64
     """
-    together = min(together, images)
-    room_bytes, min_bytes = limit_bytes - scratch_bytes, together * bytes_per_image
-    if room_bytes < min_bytes:
-        what = "one image needs" if together == 1 else f"{together} images, stored together, need"
+    read_granularity = min(read_granularity, images)
+    available_bytes, min_bytes = limit_bytes - scratch_bytes, read_granularity * bytes_per_image
+    if available_bytes < min_bytes:
+        what = (
+            "one image needs"
+            if read_granularity == 1
+            else f"{read_granularity} images, stored together, need"
+        )
         needed = format_bytes(scratch_bytes + min_bytes)
         raise TargetError(
-            f"{what} {needed} of memory, and the limit is {format_bytes(limit_bytes)}",
+            f"{what} {needed} of memory, but the limit is {format_bytes(limit_bytes)}",
             f"give --memory {-(-(scratch_bytes + min_bytes) // 2**20)}MiB or more",
         )
-    most = max(1, min(max_bytes, room_bytes) // min_bytes) * together
-    return min(images, most - most % math.lcm(together, rounded) or most)
+    largest = max(1, min(max_bytes, available_bytes) // min_bytes) * read_granularity
+    return min(images, largest - largest % math.lcm(read_granularity, write_granularity) or largest)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One dataset into another: what will be read, computed and written, and what it will need.
+    """A planned conversion: its source, target and transform, and the resources it needs.
 
-    Made by `fastvgg.plan`; `run` carries it out, and resumes what an earlier run left unfinished.
+    Returned by `fastvgg.plan`; `run` executes it, or resumes an unfinished run.
     """
 
     source: str
     target: str
     dataset: str
-    """What the target is called within its file; empty where it is a file itself."""
+    """Name of the target within an HDF5 file; empty for other formats."""
     source_kind: str
     target_format: str
     header: Header
-    """Of the source."""
+    """Header of the source."""
     result: Header
-    """Of the target."""
+    """Header of the target."""
     transform: Transform
     settings: dict[str, Any]
-    """What else decides the pixels: how images are resized."""
+    """Decoding options of an image source, which also determine the pixels."""
     fingerprint: str
-    """Of the source, when the plan was made."""
+    """Fingerprint of the source at planning time."""
     read_bytes: int
     chunk_images: int
     memory_bytes: int
-    """The limit."""
+    """The memory limit."""
     threads: int
     backend: Backend
     strict: bool
     restart: bool
     fsync: bool
-    """What a commit survives."""
+    """Whether commits survive a power failure, not only a crash of the process."""
     notes: tuple[str, ...]
     committed_chunks: int
-    """What an unfinished run has done already."""
+    """Chunks that an unfinished run has committed."""
     file_format: FileFormat
-    """Of image files that are written."""
+    """Format of the image files to write."""
     retry_failed: bool
-    """Whether a finished target is taken up again, for what failed in it."""
+    """Whether to retry the failed images of a finished target."""
     listing: ImageListing | None = field(default=None, compare=False, repr=False)
-    """Which images there are, not to be looked for again."""
+    """Listing of an image source; saves the run from scanning it again."""
 
     @property
     def chunks(self) -> int:
-        """How many chunks there are."""
+        """Number of chunks."""
         return -(-self.header.images // self.chunk_images)
 
     def choose_backend(self) -> ResolvedBackend:
-        """Return the backend of a run: Numba where there is enough to do, otherwise NumPy."""
-        packs = self.transform.direction == "pack"
-        nbytes = 0 if packs else self.header.nbytes + self.result.nbytes
+        """Return the backend: Numba if the work pays for its compilation, otherwise NumPy."""
+        is_pack = self.transform.direction == "pack"
+        nbytes = 0 if is_pack else self.header.nbytes + self.result.nbytes
         return choose_for(self.backend, nbytes, self.threads)
 
     @property
     def in_place(self) -> bool:
-        """Whether the source becomes the result."""
+        """Whether the source file is converted in place."""
         return self.source == self.target
 
     @property
     def write_bytes(self) -> int:
-        """How many bytes the target's pixels take, before any compression."""
+        """Size of the target's pixels before compression, in bytes."""
         return self.result.nbytes
 
     @property
     def image_memory_bytes(self) -> int:
-        """How much memory an image takes while its chunk is worked on."""
-        return bytes_worked_on(self.source_kind, self.target_format, *self._image_bytes)
+        """Memory per image of the chunks in flight."""
+        return image_work_bytes(self.source_kind, self.target_format, *self._image_bytes)
 
     @property
     def min_scratch_bytes(self) -> int:
-        """How much memory is needed at least beside the chunks."""
+        """Minimum memory needed in addition to the chunks."""
         kinds = self.source_kind, self.target_format
         return min_scratch_bytes(*kinds, self.threads, *self._image_bytes)
 
     @property
     def decoding_bytes(self) -> int:
-        """How much memory decoding may take: all that chunks and rows leave."""
+        """Memory left for decoding after chunks, rows and overhead."""
         if self.source_kind not in DECODED:
             return 0
         chunks_bytes = self.chunk_images * self.image_memory_bytes
         rows_bytes = self.threads * self.header.image_bytes
-        kept = kept_bytes(self.source_kind, self.target_format)
-        return self.projected_bytes - chunks_bytes - rows_bytes - kept
+        overhead = overhead_bytes(self.source_kind, self.target_format)
+        return self.projected_bytes - chunks_bytes - rows_bytes - overhead
 
     @property
     def projected_bytes(self) -> int:
-        """How much memory the run takes at most, above the idle process."""
-        least = self.min_scratch_bytes + self.chunk_images * self.image_memory_bytes
-        return max(least, self.memory_bytes) if self.source_kind in DECODED else least
+        """Peak memory of the run, excluding the idle process."""
+        needed = self.min_scratch_bytes + self.chunk_images * self.image_memory_bytes
+        return max(needed, self.memory_bytes) if self.source_kind in DECODED else needed
 
     @property
     def _image_bytes(self) -> tuple[int, int]:
         return self.header.image_bytes, self.result.image_bytes
 
     def chunk_rows(self) -> Iterator[tuple[int, int]]:
-        """Return the first row of every chunk, and the row after its last."""
+        """Yield the row range (start, stop) of every chunk."""
         for start in range(0, self.header.images, self.chunk_images):
             yield start, min(start + self.chunk_images, self.header.images)
 
     def job(self) -> dict[str, Any]:
-        """Return all that decides the result's bytes, as JSON types: two equal jobs are one."""
+        """Return everything that determines the result's bytes, as JSON types.
+
+        A run can resume another if and only if their jobs are equal.
+        """
         job = {
             "source": {
                 "path": self.source,
@@ -330,15 +336,15 @@ class Plan:
                 **({"dataset": self.dataset} if self.dataset else {}),
             },
         }
-        as_read_back: dict[str, Any] = json.loads(json.dumps(job))
-        return as_read_back
+        as_json: dict[str, Any] = json.loads(json.dumps(job))
+        return as_json
 
     def run(
         self, progress: Callable[[Progress], None] | None = None, *, client: Client | None = None
     ) -> Report:
-        """Carry the plan out; see `fastvgg.stream.run.run`.
+        """Execute the plan; see `fastvgg.stream.run.run`.
 
-        With a client of Dask on its cluster; see `fastvgg.cluster.run`.
+        With a Dask client, run it on that cluster; see `fastvgg.cluster.run`.
         """
         if client is not None:
             from fastvgg import cluster
@@ -349,19 +355,19 @@ class Plan:
         return run.run(self, progress)
 
     def _caption(self) -> str:
-        verb, mode = self.transform.direction, self.transform.mode.name
-        return f"{verb} ({mode}): {self.source} -> {self.target}"
+        direction, mode = self.transform.direction, self.transform.mode.name
+        return f"{direction} ({mode}): {self.source} -> {self.target}"
 
     def _summary_rows(self) -> list[tuple[str, str]]:
-        """Return what people are told of it, by name."""
-        done = f", {self.committed_chunks:,} done" if self.committed_chunks else ""
+        """Return the labelled rows of the printed summary."""
+        committed = f", {self.committed_chunks:,} done" if self.committed_chunks else ""
         limit = format_bytes(self.memory_bytes)
         twice = " twice, in place" if self.in_place else ""
         return [
             ("images", f"{self.header.images:,}"),
             ("from", f"{self.header.shape[1:]} {self.header.dtype} {self.header.layout}"),
             ("to", f"{self.result.shape[1:]} {self.result.dtype} {self.result.layout}"),
-            ("chunks", f"{self.chunks:,} of {self.chunk_images:,} images{done}"),
+            ("chunks", f"{self.chunks:,} of {self.chunk_images:,} images{committed}"),
             ("reads", format_bytes(self.read_bytes)),
             ("writes", format_bytes(self.write_bytes) + twice),
             ("memory", f"{format_bytes(self.projected_bytes)} of {limit}"),
@@ -370,8 +376,8 @@ class Plan:
         ]
 
     def __str__(self) -> str:
-        facts = (f"  {name:<9}{value}" for name, value in self._summary_rows())
-        return "\n".join([self._caption(), *facts])
+        lines = (f"  {name:<9}{value}" for name, value in self._summary_rows())
+        return "\n".join([self._caption(), *lines])
 
     def _repr_html_(self) -> str:
         return html_table(self._caption(), self._summary_rows())

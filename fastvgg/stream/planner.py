@@ -1,6 +1,6 @@
-"""Look at a source and a target, refuse what cannot go well, and make the plan.
+"""Inspect a source and a target, reject invalid requests, and make the plan.
 
-Headers are read, pixels are not, and nothing is written.
+Reads headers but no pixels, and writes nothing.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from fastvgg.stream.manifest import (
 from fastvgg.stream.plan import (
     DECODED,
     Plan,
-    bytes_worked_on,
     chunk_bytes,
     chunk_images,
     format_bytes,
+    image_work_bytes,
     min_scratch_bytes,
     parse_bytes,
     result_header,
@@ -56,7 +56,7 @@ from fastvgg.stream.redo_log import (
     unfinished_error,
 )
 from fastvgg.stream.retry import plan_retry
-from fastvgg.stream.state import inspect_target, with_committed
+from fastvgg.stream.target import inspect_target, with_committed
 from fastvgg.stream.values import check_not_already_done
 from fastvgg.transform import Mode, Transform
 
@@ -75,7 +75,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SIDECARS", "changed", "plan", "plan_result", "read_state_of", "reopen_source"]
 
-# What a run writes beside a target, as ends of its name.
+# Suffixes of the files that a run writes next to its target.
 SIDECARS: Final = (
     ".partial",
     ".index.csv",
@@ -83,7 +83,7 @@ SIDECARS: Final = (
     ".fastvgg-journal",
     ".fastvgg-replaced",
 )
-IMAGES: Final = ("uint8", "NHWC")  # what image files can hold
+IMAGES: Final = ("uint8", "NHWC")  # the dtype and layout that image files can store
 
 
 def plan(
@@ -113,63 +113,63 @@ def plan(
     retry_failed: bool = False,
     fsync: bool = True,
 ) -> Plan:
-    """Plan the way of one dataset into another; headers are read, nothing is written.
+    """Plan a conversion. Reads headers only and writes nothing.
 
     Parameters
     ----------
     source
         A directory of images, tar shards (one, or a range like ``{0000..0099}.tar``), a .npy file,
-        a directory of part-*.npy, a Zarr array, also by a URL like ``s3://bucket/x.zarr``, or a
-        dataset in an HDF5 file, ``FILE.h5::/NAME``.
+        a directory of part-*.npy, a Zarr array (a path, or a URL like ``s3://bucket/x.zarr``), or
+        a dataset in an HDF5 file, ``FILE.h5::/NAME``.
     target
-        A name that ends in .npy or .zarr, also of a URL, or ``FILE.h5::/NAME``, or for restored
-        images a directory. While unfinished the data is in ``target.partial``; the name appears
-        when it is complete. In a store, where nothing can be renamed, the array can be opened from
-        then on.
+        A path or URL that ends in .npy or .zarr, ``FILE.h5::/NAME``, or, for restored images, a
+        directory. The run writes to ``target.partial`` and renames it when the data is complete.
+        An object store has no rename: there the array's metadata is written last, and the array
+        cannot be opened before.
     in_place
-        Without a target: make a .npy file of floats its own result, in a tenth of the disk space.
-        What a crash leaves is finished by the same command, and is not to be used before.
+        Convert a .npy file of floats in place, which needs a tenth of the disk space; `target` must
+        be omitted. After a crash, rerun the same command before using the file.
     mode
-        A `Mode` or the name of one. To restore what fastvgg wrote, it may be left away.
+        A `Mode` or its name. May be omitted to restore a dataset whose manifest records it.
     direction
-        "preprocess", "restore", or "pack": images as they are, to be preprocessed later.
+        "preprocess", "restore", or "pack" (store resized uint8 images, to preprocess later).
     size, interpolation, keep_aspect_ratio
-        Height and width to resize images to, and how: exactly Keras'
+        Height and width to resize images to, and the method; bit-equal to Keras'
         ``load_img(target_size=..., interpolation=..., keep_aspect_ratio=...)``.
     fast_jpeg
-        Decode large JPEGs at a part of their size; the pixels are others than Keras'.
+        Decode large JPEGs at reduced size (libjpeg DCT scaling). Not bit-equal to Keras.
     exif
-        Turn images as their EXIF orientation says, which Keras does not.
+        Apply the EXIF orientation, which Keras ignores.
     gray16
-        What to do with 16-bit grayscale images, which Keras clips to white: "error" makes each a
+        How to treat 16-bit grayscale images, which Keras clips to white: "error" counts each as a
         failed image, "scale" maps them to 8 bits.
     max_pixels
-        Refuse larger images before they are decoded; 89,478,485 if not given.
+        Fail larger images before decoding them. Default: 89,478,485.
     layout, out_layout, dtype, rounding
-        As for `fastvgg.preprocess` and `fastvgg.restore`. What the manifest of the source says
-        need not be said again.
+        As for `fastvgg.preprocess` and `fastvgg.restore`. What the manifest of the source records
+        may be omitted.
     format
-        Of restored image files: "png", "webp" (without loss), or "jpeg", which is not exact.
+        Format of restored image files: "png", "webp" (lossless), or "jpeg" (lossy).
     memory
-        The limit above the idle process, in bytes or like "512MiB".
+        Memory limit, excluding the idle process: a number of bytes, or a string like "512MiB".
     threads
-        All usable cores if not given.
+        Number of threads. Default: all available CPUs.
     backend
         "numba", "numpy" or "auto".
     strict
-        Stop at the first image that cannot be read, where otherwise its row is zeros.
+        Stop at the first image that cannot be read. By default, its row is zeros.
     restart
-        Begin again where an unfinished run, or a finished target, is in the way.
+        Start over, replacing an unfinished run or a finished target.
     retry_failed
-        Take a finished target up again, for the images that could not be read then.
+        Retry the images that could not be read in a finished target.
     fsync
-        Wait for the disk, so that a committed chunk survives a power cut. Without it a committed
-        chunk survives only the death of the process.
+        Sync every commit, so that a committed chunk survives a power failure. Without it, a
+        committed chunk survives only a crash of the process.
 
     Returns
     -------
     Plan
-        Print it to see what it will need; ``run()`` carries it out, or resumes it.
+        Print it to see what the run will need; ``run()`` executes or resumes it.
 
     Raises
     ------
@@ -178,8 +178,8 @@ def plan(
     """
     if in_place != (target is None):
         raise UsageError(
-            "a target is given, and in place is asked for" if in_place else "no target is given",
-            "give a target, or --in-place without one",
+            "both a target and --in-place are given" if in_place else "no target is given",
+            "give either a target or --in-place",
         )
     source_path = parse_location(source)
     target_path = source_path if target is None else parse_location(target)
@@ -205,23 +205,23 @@ def plan(
         file_format=format,
     )
     manifest = read_manifest(source_path)
-    ring = read_redo_log_header(source_path)
-    if ring is not None and restart and in_place:
-        check_restart(ring, source_path)
-        ring = None
-    if ring is not None and not in_place:
-        raise unfinished_error(ring, source_path)
-    if ring is None:
+    redo_log = read_redo_log_header(source_path)
+    if redo_log is not None and restart and in_place:
+        check_restart(redo_log, source_path)
+        redo_log = None
+    if redo_log is not None and not in_place:
+        raise unfinished_error(redo_log, source_path)
+    if redo_log is None:
         placeholder = "identity" if mode is None else mode
-        asked = Transform(placeholder, direction, layout or "NHWC", out_layout, dtype, rounding)
-        done = read_transform(source_path)
-        transform = _resolve_transform(source_path, done, asked, mode, layout, out_layout)
+        requested = Transform(placeholder, direction, layout or "NHWC", out_layout, dtype, rounding)
+        recorded = read_transform(source_path)
+        transform = _resolve_transform(source_path, recorded, requested, mode, layout, out_layout)
         dtype_hint = None if manifest is None else manifest.header.dtype
     else:
-        begun = Transform.from_dict(ring.job["transform"])
-        layouts = layout or begun.layout, out_layout or begun.out_layout
-        transform = Transform(mode or begun.mode, direction, *layouts, dtype, rounding)
-        dtype_hint = ring.job["source"]["dtype"]
+        unfinished = Transform.from_dict(redo_log.job["transform"])
+        layouts = layout or unfinished.layout, out_layout or unfinished.out_layout
+        transform = Transform(mode or unfinished.mode, direction, *layouts, dtype, rounding)
+        dtype_hint = redo_log.job["source"]["dtype"]
     opened = open_source(
         source_path,
         layout=transform.layout,
@@ -235,12 +235,12 @@ def plan(
         if manifest is not None:
             _check_manifest(manifest, opened)
         if in_place:
-            return _plan_in_place(opened, transform, ring, options)
+            return _plan_in_place(opened, transform, redo_log, options)
         return _plan(opened, target_path, transform, options)
 
 
 class _Options(TypedDict):
-    """What is asked of a run beside its result."""
+    """Options of a run that do not change its result."""
 
     memory_bytes: int
     threads: int
@@ -253,55 +253,55 @@ class _Options(TypedDict):
 
 
 def _check_manifest(manifest: Manifest, source: Source) -> None:
-    """Refuse a manifest that is left from other data; image files tell less of it."""
+    """Check that a manifest matches its dataset; image files have no header to compare."""
     if source.kind not in DECODED and source.header != manifest.header:
         raise SourceError(
-            f"{source.path} holds {source.header.shape} of {source.header.dtype}, and its manifest "
-            f"is of {manifest.header.shape} of {manifest.header.dtype}",
-            f"put back what belongs together, or remove {manifest_path(source.path)}",
+            f"{source.path} has shape {source.header.shape} and dtype {source.header.dtype}, but "
+            f"its manifest records {manifest.header.shape} and {manifest.header.dtype}",
+            f"restore the matching file, or remove {manifest_path(source.path)}",
         )
 
 
 def _resolve_transform(
     path: Path,
-    done: Transform | None,
-    asked: Transform,
+    recorded: Transform | None,
+    requested: Transform,
     mode: Mode | str | None,
     layout: Layout | None,
     out_layout: Layout | None,
 ) -> Transform:
-    """Return what is asked for, completed by and checked against what was done to the source."""
-    if done is None:
-        if mode is None and asked.direction != "pack":
-            remedy = "give --mode or --model; 'fastvgg models' lists which model wants which"
-            if asked.direction == "restore":
-                remedy = f"there is no manifest beside it that says the mode: {remedy}"
+    """Complete the requested transform from the recorded one, after checking that they agree."""
+    if recorded is None:
+        if mode is None and requested.direction != "pack":
+            remedy = "give --mode or --model; 'fastvgg models' lists the mode of each model"
+            if requested.direction == "restore":
+                remedy = f"no manifest next to it records the mode: {remedy}"
             raise UsageError(f"{path}: the mode is not given", remedy)
-        return asked
-    check_not_already_done(path, done, asked.direction)
-    if mode is not None and asked.mode != done.mode and asked.direction == "restore":
+        return requested
+    check_not_already_done(path, recorded, requested.direction)
+    if mode is not None and requested.mode != recorded.mode and requested.direction == "restore":
         raise UsageError(
-            f"{path} was preprocessed in mode {done.mode.name}, and mode {asked.mode.name} is "
-            "asked for",
-            "leave --mode away: the manifest knows it",
+            f"{path} was preprocessed in mode {recorded.mode.name}, but mode "
+            f"{requested.mode.name} was requested",
+            "omit --mode: it is recorded in the manifest",
         )
-    if layout is not None and layout != done.out_layout:
+    if layout is not None and layout != recorded.out_layout:
         raise UsageError(
-            f"{path} has layout {done.out_layout}, and {layout} is asked for",
-            "leave --layout away: the manifest knows it",
+            f"{path} has layout {recorded.out_layout}, but {layout} was requested",
+            "omit --layout: it is recorded in the manifest",
         )
-    if asked.direction == "preprocess" and mode is None:
+    if requested.direction == "preprocess" and mode is None:
         raise UsageError(
             f"{path}: the mode is not given",
-            "give --mode or --model; 'fastvgg models' lists which mode each model wants",
+            "give --mode or --model; 'fastvgg models' lists the mode of each model",
         )
     return Transform(
-        asked.mode if mode is not None else done.mode,
-        asked.direction,
-        done.out_layout,
-        out_layout or (done.layout if asked.direction == "restore" else None),
-        asked.dtype,
-        asked.rounding,
+        requested.mode if mode is not None else recorded.mode,
+        requested.direction,
+        recorded.out_layout,
+        out_layout or (recorded.layout if requested.direction == "restore" else None),
+        requested.dtype,
+        requested.rounding,
     )
 
 
@@ -309,51 +309,53 @@ def _plan(source: Source, target_path: Path, transform: Transform, options: _Opt
     result = plan_result(source, transform)
     _check_target(source, target_path, result)
     _check_choices(source, target_path, transform, result, options)
-    made = _planned(source, target_path, transform, result, source.fingerprint(), options)
-    journal_state = read_state_of(made)
-    state = inspect_target(made, journal_state)
+    planned = _build_plan(source, target_path, transform, result, source.fingerprint(), options)
+    journal_state = read_state_of(planned)
+    state = inspect_target(planned, journal_state)
     if state == "resumable" and journal_state is not None:
-        return with_committed(made, journal_state.chunk_images, len(journal_state.commits))
+        return with_committed(planned, journal_state.chunk_images, len(journal_state.commits))
     if state == "failed" and isinstance(source, ImageSource):
-        return plan_retry(made, source)
-    if state == "fresh" and made.target_format != "images" and not is_remote(target_path):
-        _check_room(container_of(target_path), result.nbytes, "store halves: --dtype float16")
-    return made
+        return plan_retry(planned, source)
+    if state == "fresh" and planned.target_format != "images" and not is_remote(target_path):
+        _check_free_space(
+            container_of(target_path), result.nbytes, "store 16 bits: --dtype float16"
+        )
+    return planned
 
 
 def _plan_in_place(
-    source: Source, transform: Transform, ring: RedoLogHeader | None, options: _Options
+    source: Source, transform: Transform, redo_log: RedoLogHeader | None, options: _Options
 ) -> Plan:
-    path, held = source.path, source.header
+    path, header = source.path, source.header
     if source.kind != "npy":
         raise UsageError(
-            f"{path} is not a .npy file: what is not one cannot be done in place", "give a DST"
+            f"{path} is not a .npy file: --in-place converts only .npy files", "give a DST"
         )
-    if held.dtype != "uint8":
-        transform = dataclasses.replace(transform, dtype=transform.dtype or held.dtype)
+    if header.dtype != "uint8":
+        transform = dataclasses.replace(transform, dtype=transform.dtype or header.dtype)
     result = plan_result(source, transform)
-    if result != held:
+    if result != header:
         raise UsageError(
-            f"{path} holds {held.shape} of {held.dtype}, and would hold {result.shape} of "
-            f"{result.dtype}",
-            "in place type and layout stay as they are: give a DST instead",
+            f"{path} has shape {header.shape} and dtype {header.dtype}, but the result would have "
+            f"{result.shape} and {result.dtype}",
+            "--in-place cannot change dtype or layout: give a DST instead",
         )
     check_in_place_supported(path)
     _check_directory(path)
-    if ring is None:
-        made = _planned(source, path, transform, result, source.fingerprint(), options)
-        header = RedoLogHeader.new(made.job(), made.chunk_images, path.stat())
-        _check_room(path, header.file_layout.journal_bytes, "give less --memory")
-        return made
-    check_same_file(ring, path)
-    fingerprint = ring.job["source"]["fingerprint"]
-    made = _planned(source, path, transform, result, fingerprint, options)
-    check_same_job(ring.job, made.job(), made.target)
-    return with_committed(made, ring.chunk_images, committed_chunks(ring, path))
+    if redo_log is None:
+        planned = _build_plan(source, path, transform, result, source.fingerprint(), options)
+        log_header = RedoLogHeader.new(planned.job(), planned.chunk_images, path.stat())
+        _check_free_space(path, log_header.file_layout.journal_bytes, "lower --memory")
+        return planned
+    check_same_file(redo_log, path)
+    fingerprint = redo_log.job["source"]["fingerprint"]
+    planned = _build_plan(source, path, transform, result, fingerprint, options)
+    check_same_job(redo_log.job, planned.job(), planned.target)
+    return with_committed(planned, redo_log.chunk_images, committed_chunks(redo_log, path))
 
 
 def plan_result(source: Source, transform: Transform) -> Header:
-    """Return the header of what a transform makes of a source; refuse one that it does not fit."""
+    """Return the header of the result of a transform; raise if the source does not fit it."""
     header = source.header
     try:
         transform.check_input(header.shape, header.dtype)
@@ -362,7 +364,7 @@ def plan_result(source: Source, transform: Transform) -> Header:
     return result_header(header, transform)
 
 
-def _planned(
+def _build_plan(
     source: Source,
     target_path: Path,
     transform: Transform,
@@ -371,20 +373,22 @@ def _planned(
     options: _Options,
 ) -> Plan:
     header = source.header
-    kinds = source.kind, target_format(target_path)
-    worked_on = bytes_worked_on(*kinds, header.image_bytes, result.image_bytes)
+    formats = source.kind, target_format(target_path)
+    bytes_per_image = image_work_bytes(*formats, header.image_bytes, result.image_bytes)
     scratch_bytes = min_scratch_bytes(
-        *kinds, options["threads"], header.image_bytes, result.image_bytes
+        *formats, options["threads"], header.image_bytes, result.image_bytes
     )
-    max_bytes = chunk_bytes(*kinds, header.images * worked_on, in_place=target_path == source.path)
+    max_bytes = chunk_bytes(
+        *formats, header.images * bytes_per_image, in_place=target_path == source.path
+    )
     if source.kind in DECODED:
-        scratch_bytes = max(scratch_bytes, options["memory_bytes"] // 2)  # for large images
+        scratch_bytes = max(scratch_bytes, options["memory_bytes"] // 2)  # to decode large images
     return Plan(
         source=str(source.path),
         target=str(target_path),
         dataset=inner_name(target_path),
         source_kind=source.kind,
-        target_format=kinds[1],
+        target_format=formats[1],
         header=header,
         result=result,
         transform=transform,
@@ -393,14 +397,14 @@ def _planned(
         read_bytes=source.stored_bytes,
         chunk_images=chunk_images(
             header.images,
-            worked_on,
+            bytes_per_image,
             scratch_bytes,
             options["memory_bytes"],
             max_bytes,
             source.read_granularity,
-            inner_chunk_images(result.image_bytes) if kinds[1] == "zarr" else 1,
+            inner_chunk_images(result.image_bytes) if formats[1] == "zarr" else 1,
         ),
-        notes=tuple(source.notes + _losses(transform, result, kinds[1], options["file_format"])),
+        notes=tuple(source.notes + _losses(transform, result, formats[1], options["file_format"])),
         committed_chunks=0,
         listing=source.listing if isinstance(source, ImageSource) else None,
         **options,
@@ -408,7 +412,7 @@ def _planned(
 
 
 def _check_target(source: Source, target: Path, result: Header) -> None:
-    """Refuse a target whose place cannot be right."""
+    """Check the name, directory and format of a target."""
     if is_remote(target):
         _check_store(source, target)
         return
@@ -417,102 +421,105 @@ def _check_target(source: Source, target: Path, result: Header) -> None:
     _check_directory(file)
     if target_format(target) == "images" and (result.dtype, result.layout) != IMAGES:
         raise TargetError(
-            f"{target}: image files hold {' '.join(IMAGES)}, and the result is {result.dtype} "
+            f"{target}: image files store {' '.join(IMAGES)}, but the result is {result.dtype} "
             f"{result.layout}",
-            "give a name that ends in .npy; only restore, in its own layout, writes image files",
+            "give a name that ends in .npy; only restore to NHWC writes image files",
         )
     read = container_of(source.path).resolve()
     if read == file.resolve():
-        raise TargetError(f"{file} is the source itself", "give the result another name")
+        raise TargetError(f"{file} is the source itself", "choose another name for the result")
     for ending in ("", *SIDECARS):
         written = sidecar_path(file, ending).resolve()
         if written == read or read in written.parents or written in read.parents:
             raise TargetError(
-                f"{file}{ending}, which the run writes, and the source {source.path} lie one in "
-                "the other",
-                "give the result a place of its own, beside the source",
+                f"{file}{ending}, which the run writes, overlaps the source {source.path}: one "
+                "contains the other",
+                "choose a target outside the source",
             )
 
 
 def _check_store(source: Source, target: Path) -> None:
-    """Refuse a name in a store that cannot be right."""
+    """Check the name of a target in an object store."""
     if target_format(target) != "zarr":
         raise TargetError(
-            f"{target}: to a store, Zarr arrays alone are written", "give a name that ends in .zarr"
+            f"{target}: only Zarr arrays can be written to an object store",
+            "give a name that ends in .zarr",
         )
     check_target(target)
     read, written = f"{source.path}/", f"{target}/"
     if is_remote(source.path) and (read.startswith(written) or written.startswith(read)):
         raise TargetError(
-            f"{target} and the source {source.path} lie one in the other",
-            "give the result a place of its own, beside the source",
+            f"{target} overlaps the source {source.path}: one contains the other",
+            "choose a target outside the source",
         )
 
 
 def _check_choices(
     source: Source, target: Path, transform: Transform, result: Header, options: _Options
 ) -> None:
-    """Refuse what is asked for and cannot be done with such a source and target."""
+    """Check that the options fit the source and target."""
     kind = target_format(target)
     if transform.direction == "pack" and source.kind not in DECODED:
         raise UsageError(
-            f"{source.path} is an array already: image files are packed",
+            f"{source.path} is already an array: pack takes image files",
             "preprocess it, or give a directory of images",
         )
     if kind == "zarr" and result.dtype == "bfloat16":
         raise TargetError(
-            f"{target}: Zarr has no type bfloat16",
+            f"{target}: Zarr has no bfloat16 dtype",
             "store float16 or float32, or give a name that ends in .npy, or FILE.h5::/NAME",
         )
     if kind == "images":
         check_format(options["file_format"], *result.shape[1:3])
     elif options["file_format"] != "png":
         raise UsageError(
-            f"{target} is no directory, and a format of image files is given",
-            "leave --format away, or give a directory",
+            f"{target} is not a directory, but --format applies to image files",
+            "omit --format, or give a directory",
         )
     if options["retry_failed"] and (options["restart"] or source.kind not in DECODED):
         raise UsageError(
-            "--retry-failed takes a finished result of images up again",
-            "give it without --restart, with the source and the result of the run that had "
-            "failures",
+            "--retry-failed needs the finished result of a run over images, and excludes --restart",
+            "omit --restart, and give the SRC and DST of the run that had failures",
         )
 
 
 def _check_directory(target: Path) -> None:
-    """Refuse a name beside which nothing can be written."""
+    """Check that the directory of a target is writable and can store its sidecar names."""
     directory = target.parent
     if not directory.is_dir():
-        raise TargetError(f"{directory} is not a directory", f"make it: mkdir -p {directory}")
+        raise TargetError(f"{directory} is not a directory", f"create it: mkdir -p {directory}")
     if not os.access(directory, os.W_OK | os.X_OK):
         raise TargetError(
-            f"{directory} cannot be written to", "check its permissions, or choose another place"
+            f"{directory} is not writable", "check its permissions, or choose another directory"
         )
     if len(os.fsencode(target.name + max(SIDECARS, key=len))) > os.pathconf(
         directory, "PC_NAME_MAX"
     ):
         raise TargetError(
-            f"{target}: the name is too long for this disk, with what is written beside it",
+            f"{target}: the name plus the suffix of a sidecar file is too long for this file "
+            "system",
             "choose a shorter name",
         )
 
 
-def _check_room(target: Path, needed_bytes: int, less: str) -> None:
+def _check_free_space(target: Path, needed_bytes: int, alternative: str) -> None:
     free_bytes = shutil.disk_usage(target.parent).free
     if needed_bytes > free_bytes:
         raise TargetError(
-            f"{target} needs {format_bytes(needed_bytes)} ({needed_bytes} bytes), and the disk "
+            f"{target} needs {format_bytes(needed_bytes)} ({needed_bytes} bytes), but the disk "
             f"has {format_bytes(free_bytes)} ({free_bytes} bytes) free",
-            f"free space, choose another disk, or {less}",
+            f"free space, choose another disk, or {alternative}",
         )
 
 
 def _losses(
     transform: Transform, result: Header, target_format: str, file_format: FileFormat
 ) -> list[str]:
-    """Say so where what is written cannot give back every byte."""
+    """Return notes on what the result cannot restore exactly."""
     if target_format == "images" and is_lossy(file_format):
-        return [f"{file_format} is lossy: the files are not the exact images; png and webp are"]
+        return [
+            f"{file_format} is lossy: the files are not the exact images; use png or webp for that"
+        ]
     if transform.direction != "preprocess":
         return []
     lost = oracle.unrestorable(transform.mode, result.dtype)
@@ -520,17 +527,17 @@ def _losses(
 
 
 def read_state_of(plan: Plan) -> JournalState | None:
-    """Return what the journal of a plan's target says; nothing, if the plan is to begin again."""
+    """Return the journal state of a plan's target; None if there is none, or on restart."""
     return None if plan.restart else read_journal(journal_path(parse_location(plan.target)))
 
 
 def reopen_source(plan: Plan) -> Source:
-    """Open the source of a plan again, and see that it is still the one that was planned.
+    """Reopen the source of a plan and check that it is unchanged.
 
     Raises
     ------
     SourceError
-        If it has changed since.
+        If it has changed since the plan was made.
     """
     path = parse_location(plan.source)
     source = open_source(
@@ -551,13 +558,13 @@ def reopen_source(plan: Plan) -> Source:
 
 
 def changed_since(path: Path) -> SourceError:
-    """Return the error that says so of a source."""
+    """Return the error for a source that changed after planning."""
     return SourceError(
         f"{path} has changed since the run was planned",
-        "give the same command again, or plan the run again",
+        "rerun the same command, or call fastvgg.plan again",
     )
 
 
 def changed(plan: Plan, source: Source) -> bool:
-    """Whether a source is no longer the one that was planned."""
+    """Return whether a source differs from the planned one."""
     return source.header != plan.header or source.fingerprint() != plan.fingerprint

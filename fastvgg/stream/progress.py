@@ -1,4 +1,4 @@
-"""ProgressTracker: counts what a run commits, and reports it."""
+"""ProgressTracker: counts the commits of a run and reports them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ __all__ = ["ProgressTracker"]
 
 
 class ProgressTracker:
-    """Count what a run has committed, and tell of it.
+    """Count what a run commits and report progress.
 
     Parameters
     ----------
     plan
-        What is carried out.
+        The plan of the run.
     earlier
-        The chunks that earlier runs committed.
+        Chunks committed by earlier runs.
     progress
         Called after every chunk.
-    begun
-        When the run began, on the monotonic clock.
+    started_at
+        Start of the run, in seconds of the monotonic clock.
     """
 
     def __init__(
@@ -37,13 +37,13 @@ class ProgressTracker:
         plan: Plan,
         earlier: Collection[int],
         progress: Callable[[Progress], None] | None,
-        begun: float,
+        started_at: float,
     ) -> None:
         self.computed_chunks = 0
         self.computed_images = 0
         self._plan = plan
         self._progress = progress
-        self._begun = begun
+        self._started_at = started_at
         rows = enumerate(plan.chunk_rows())
         self._earlier_images = sum(
             stop - start for chunk, (start, stop) in rows if chunk in earlier
@@ -51,16 +51,16 @@ class ProgressTracker:
 
     @property
     def read_bytes(self) -> int:
-        """How much of the source has been read for it."""
+        """Bytes of the source that were read, estimated from the images computed."""
         return int(self._plan.read_bytes * self.computed_images / self._plan.header.images)
 
     @property
     def written_bytes(self) -> int:
-        """How many bytes of pixels have been written."""
+        """Bytes of pixels that were written."""
         return self.computed_images * self._plan.result.image_bytes
 
     def report(self, counts: dict[str, int], failures: list[Failure]) -> Report:
-        """Return what the run did; `counts` are those of the manifest."""
+        """Return the report of the run; `counts` are those of the manifest."""
         return Report(
             target=self._plan.target,
             counts={
@@ -69,7 +69,7 @@ class ProgressTracker:
                 "computed_chunks": self.computed_chunks,
             },
             failures=failures,
-            seconds=time.monotonic() - self._begun,
+            seconds=time.monotonic() - self._started_at,
             read_bytes=self.read_bytes,
             written_bytes=self.written_bytes,
             peak_bytes=_peak_bytes(),
@@ -77,7 +77,7 @@ class ProgressTracker:
         )
 
     def count(self, committed: Iterable[int]) -> None:
-        """Count chunks, of so many images each, as they are committed."""
+        """Count committed chunks, given the number of images of each."""
         for images in committed:
             self.computed_chunks += 1
             self.computed_images += images
@@ -89,7 +89,7 @@ class ProgressTracker:
                         self.computed_images,
                         self.read_bytes,
                         self.written_bytes,
-                        time.monotonic() - self._begun,
+                        time.monotonic() - self._started_at,
                     )
                 )
 
@@ -97,7 +97,7 @@ class ProgressTracker:
 def _peak_bytes() -> int:
     try:
         import resource
-    except ImportError:  # not on this system
+    except ImportError:  # not on Windows
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB on Linux

@@ -1,18 +1,18 @@
-"""The redo ring: how a file is changed where it lies, so that a crash anywhere loses nothing.
+"""A redo log for overwriting a file in place: no crash loses data.
 
-The new bytes of each chunk are durable in a ring of slots beside the file before the old bytes are
-overwritten, and a slot is used again only when what it held is durable in the file. Here nothing
-is known of pixels. The journal, `SRC.fastvgg-journal`, in whole pages:
+The new bytes of each chunk are durable in a ring of slots before the old bytes are overwritten. A
+slot is reused only after its contents are durable in the data file. This module does not interpret
+pixels. Layout of the log, `SRC.fastvgg-journal`, in whole pages:
 
-    header            which file, which job; written once, before the journal gets its name
-    checkpoint        twice: how many chunks are durable in the file itself
-    records           512 bytes for each chunk: the checksums of its old and its new bytes
-    slots             for each of the last chunks a record, and its new bytes in whole pages
+    header            the file and the job; written once, before the log is renamed into place
+    checkpoint        two copies: the number of chunks that are durable in the data file
+    records           512 bytes per chunk: the checksums of its old and new bytes
+    slots             for each of the latest chunks, its record and its new bytes in whole pages
 
-Whole pages of the file are written, so that a write that is cut off damages nothing that is not in
-its slot. All but the new bytes is JSON, each line with its checksum.
+Writes to the data file cover whole pages, so a torn write damages only bytes that are in the slot.
+Everything but the new bytes is JSON lines with checksums.
 
-The order of operations, and why each sync is needed, was checked by enumerating the states that a
+The order of operations and the need for each sync are verified by enumerating the states that a
 crash can leave: tests/crash_states.py.
 """
 
@@ -55,9 +55,9 @@ __all__ = [
 ]
 
 FORMAT: Final = 1
-MARK: Final = "fastvgg-in-place"  # the first field of a header
+FORMAT_FIELD: Final = "fastvgg-in-place"  # the first field of the header
 HEADER: Final[Schema] = {
-    MARK: int,
+    FORMAT_FIELD: int,
     "job": dict,
     "chunk_images": int,
     "run": str,
@@ -67,22 +67,22 @@ HEADER: Final[Schema] = {
 CHECKPOINT: Final[Schema] = {"run": str, "generation": int, "chunks": int}
 RECORD: Final[Schema] = {"chunk": int, "run": str, "old": str, "new": str, "edges": str}
 PAGE_BYTES: Final = 4096
-RECORD_BYTES: Final = 512  # a sector: one that is torn damages no other
-CHUNKS_PER_CHECKPOINT: Final = 3  # chunks of the file, with one checkpoint
-# What a checkpoint counts is durable with the next commit, and while that is under way the slot of
-# the chunk after it is written.
+RECORD_BYTES: Final = 512  # one sector: a torn write damages one record
+CHUNKS_PER_CHECKPOINT: Final = 3  # chunks written to the data file per checkpoint
+# A checkpoint becomes durable with the next commit, and during that commit the slot of the chunk
+# after it is already being written.
 SLOTS: Final = CHUNKS_PER_CHECKPOINT + 2
 MAX_HEADER_BYTES: Final = 1024 * 1024
-MAX_NAME_BYTES: Final = 40  # of the first field of a line, and the checksum before it
+MAX_NAME_BYTES: Final = 40  # of the first field of a line and the preceding checksum
 
 
 def _pages(nbytes: int) -> int:
-    """Return a length, rounded up to whole pages."""
+    """Round a length up to whole pages."""
     return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
 
 
 class RedoLogLayout(NamedTuple):
-    """Where everything is: in the file, and in the journal."""
+    """Offsets in the data file and in the log."""
 
     file_bytes: int
     data_offset: int
@@ -90,15 +90,15 @@ class RedoLogLayout(NamedTuple):
     images: int
     chunk_images: int
     header_bytes: int
-    """Of the journal."""
+    """Length of the log's header, in whole pages."""
 
     @property
     def chunks(self) -> int:
-        """How many chunks there are."""
+        """Number of chunks."""
         return -(-self.images // self.chunk_images)
 
     def image_span(self, chunk: int) -> tuple[int, int]:
-        """Return where in the file a chunk's images begin and end."""
+        """Return the byte range of a chunk's images in the data file."""
         first, last = chunk * self.chunk_images, min((chunk + 1) * self.chunk_images, self.images)
         return (
             self.data_offset + first * self.image_bytes,
@@ -106,54 +106,54 @@ class RedoLogLayout(NamedTuple):
         )
 
     def page_span(self, chunk: int) -> tuple[int, int]:
-        """Return where the whole pages begin and end that hold a chunk's images."""
+        """Return the byte range of the whole pages that contain a chunk's images."""
         begin, end = self.image_span(chunk)
         return begin - begin % PAGE_BYTES, min(_pages(end), self.file_bytes)
 
     def checkpoint(self, copy: int) -> int:
-        """Return where in the journal a copy of the checkpoint is."""
+        """Return the log offset of a copy of the checkpoint."""
         return self.header_bytes + copy * PAGE_BYTES
 
     def record(self, chunk: int) -> int:
-        """Return where in the journal a chunk's record is."""
+        """Return the log offset of a chunk's record."""
         return self.checkpoint(2) + chunk * RECORD_BYTES
 
     def slot(self, chunk: int) -> int:
-        """Return where in the journal a chunk's slot is: a page with its record, and its pages."""
+        """Return the log offset of a chunk's slot: a page with its record, then its pages."""
         first = self.checkpoint(2) + _pages(self.chunks * RECORD_BYTES)
         return first + chunk % SLOTS * (PAGE_BYTES + self.slot_bytes)
 
     @property
     def slot_bytes(self) -> int:
-        """How many bytes the pages of a chunk take at most."""
+        """Maximum size of the pages of a chunk, in bytes."""
         return _pages(self.chunk_images * self.image_bytes) + PAGE_BYTES
 
     @property
     def journal_bytes(self) -> int:
-        """How long the journal is."""
+        """Length of the log, in bytes."""
         return self.slot(0) + SLOTS * (PAGE_BYTES + self.slot_bytes)
 
 
 class RedoLogHeader(NamedTuple):
-    """What a journal says of the run that began it."""
+    """The header of a redo log: which file, which job."""
 
     job: dict[str, Any]
     chunk_images: int
     run: str
-    """Drawn at random, in every record, so that no other run's is taken for one of this."""
+    """Random id, repeated in every record to reject records of another run."""
     inode: int
-    """What tells the file from another of its name; a device's number changes with a reboot."""
+    """Identifies the data file. Device numbers are not stored: they change at reboot."""
     file_bytes: int
 
     @classmethod
     def new(cls, job: dict[str, Any], chunk_images: int, status: os.stat_result) -> RedoLogHeader:
-        """Return the header of a new run."""
+        """Return the header for a new run."""
         run = secrets.token_hex(8)
         return cls(job, chunk_images, run, status.st_ino, status.st_size)
 
     @property
     def file_layout(self) -> RedoLogLayout:
-        """Where everything is."""
+        """Offsets in the data file and in the log."""
         result = self.job["result"]
         images, *image = result["shape"]
         image_bytes = math.prod(image) * storage_dtype(result["dtype"]).itemsize
@@ -167,37 +167,37 @@ class RedoLogHeader(NamedTuple):
         )
 
     def command(self, path: Path) -> str:
-        """Return the command that finishes the run."""
+        """Return the shell command that finishes the run."""
         transform = self.job["transform"]
         rounding = transform["rounding"]
-        other = "" if rounding == "nearest" else f" --rounding {rounding}"
-        return f"fastvgg {transform['direction']} {shlex.quote(str(path))} --in-place{other}"
+        option = "" if rounding == "nearest" else f" --rounding {rounding}"
+        return f"fastvgg {transform['direction']} {shlex.quote(str(path))} --in-place{option}"
 
     def to_bytes(self) -> bytes:
-        """Return the first line of the journal."""
-        return encode_line({MARK: FORMAT, **self._asdict()})
+        """Encode the header line."""
+        return encode_line({FORMAT_FIELD: FORMAT, **self._asdict()})
 
 
 class RedoRecord(NamedTuple):
-    """The checksums of a chunk, all xxh3-64."""
+    """The checksums (xxh3-64) of a chunk."""
 
     chunk: int
     run: str
     old: str
-    """Of its images before."""
+    """Of its images before the transform."""
     new: str
-    """Of its images afterwards."""
+    """Of its images after the transform."""
     edges: str
-    """Of what its slot holds beside its images: the rest of their first and last page."""
+    """Of the other bytes of its first and last page, which its slot also contains."""
 
     @classmethod
     def from_bytes(cls, data: bytes) -> RedoRecord | None:
-        """Return the record that was written at the start of `data`; None if it is not whole.
+        """Decode the record at the start of `data`; return None if its checksum is wrong.
 
         Raises
         ------
         ValueError
-            If it is whole, and yet no record.
+            If the checksum is valid but the contents are not a record.
         """
         fields = decode_line(_first_line(data))
         if fields is None:
@@ -207,50 +207,50 @@ class RedoRecord(NamedTuple):
 
 
 def read_redo_log_header(file_path: Path) -> RedoLogHeader | None:
-    """Read the header of a file's journal; None where there is none, or not of a ring.
+    """Read the header of a file's redo log; return None if it has none.
 
     Raises
     ------
     ResumeError
-        If it is damaged, or of a format that this version does not know.
+        If it is damaged, or has an unknown format version.
     """
-    if is_remote(file_path):  # where nothing is changed in place
+    if is_remote(file_path):  # objects cannot be changed in place
         return None
     path = journal_path(file_path)
     start = read_sidecar(path, at_most=MAX_HEADER_BYTES)
     if start is None or not _is_redo_log(start):
         return None
     try:
-        return _header_of(path, _first_line(start))
+        return _parse_header(path, _first_line(start))
     except ValueError as error:
-        raise _damaged(path, file_path, f"its header ({str(error)[:200]})") from None
+        raise _damaged_error(path, file_path, f"its header ({str(error)[:200]})") from None
 
 
 def _is_redo_log(start: bytes) -> bool:
-    """Whether a journal is of a run in place: by its first field, or if that is damaged by zeros.
+    """Return whether a journal is a redo log, by its first field or, if damaged, by zero bytes.
 
-    A ring is filled up with them to whole pages. The journal of a run into a new file has none,
-    unless a crash left them after lines that are whole, and then its own first field can be read.
+    A redo log is zero-padded to whole pages. The journal of a run into a new file has no zeros,
+    unless a crash left them after valid lines, in which case its first field is readable.
     """
     line, _, rest = start.partition(b"\n")
     name = line[:MAX_NAME_BYTES]
-    return MARK.encode() in name or (b"\0" in rest and b"fastvgg-journal" not in name)
+    return FORMAT_FIELD.encode() in name or (b"\0" in rest and b"fastvgg-journal" not in name)
 
 
-def _header_of(path: Path, line: bytes) -> RedoLogHeader:
+def _parse_header(path: Path, line: bytes) -> RedoLogHeader:
     fields = decode_line(line) or {}
-    found = fields.get(MARK)
+    found = fields.get(FORMAT_FIELD)
     if type(found) is int and found != FORMAT:
         raise ResumeError(
-            f"{path} has format {str(found)[:20]}, and this version reads {FORMAT}",
-            "finish the run with the version that began it",
+            f"{path} has format version {str(found)[:20]}, but this fastvgg reads {FORMAT}",
+            "finish the run with the fastvgg version that started it",
         )
     check_fields(fields, HEADER)
     header = RedoLogHeader(**{name: fields[name] for name in RedoLogHeader._fields})
     check_job(header.job)
     check_sizes([header.chunk_images, header.file_bytes])
     if line != header.to_bytes() or header.file_layout.data_offset < 0:
-        raise ValueError("its parts do not fit together")
+        raise ValueError("its fields are inconsistent")
     return header
 
 
@@ -259,84 +259,87 @@ def _first_line(data: bytes) -> bytes:
     return line + end
 
 
-def _damaged(journal: Path, file: Path, what: str) -> ResumeError:
+def _damaged_error(journal: Path, file: Path, what: str) -> ResumeError:
     return ResumeError(
-        f"{journal} is damaged in {what}: nothing tells which bytes of {file} are old and which "
+        f"{journal} is damaged ({what}): it is unknown which bytes of {file} are old and which "
         "are new",
-        "put back both from a copy of one time; or make the file again from its source, and "
+        "restore both files from the same backup; or create the file again from its source and "
         "remove the journal",
     )
 
 
 def check_in_place_supported(path: Path) -> None:
-    """Refuse a file that cannot be changed where it lies without a danger to someone.
+    """Check that a file can be overwritten in place safely.
 
     Raises
     ------
     TargetError
-        Saying what it is.
+        Naming the reason why not.
     """
     status, system = path.lstat(), file_system(path)
     if path.is_symlink():
         problem, remedy = "is a symbolic link", f"give the file itself: {path.resolve()}"
     elif status.st_nlink > 1:
-        problem = f"has {status.st_nlink} names (hard links), and would change under all of them"
-        remedy = "copy it, or remove the other names"
+        problem = f"has {status.st_nlink} hard links, and would change under all of their names"
+        remedy = "copy it, or remove the other links"
     elif status.st_blocks * 512 < status.st_size:
-        problem = f"has {status.st_size} bytes, and {status.st_blocks * 512} on the disk: holes"
-        remedy = "make a copy without: cp --sparse=never"
+        problem = (
+            f"is sparse: it has {status.st_size} bytes, but only {status.st_blocks * 512} of them "
+            "are allocated on disk"
+        )
+        remedy = "make a copy without holes: cp --sparse=never"
     elif is_networked(system):
-        problem = f"lies on {system}, where another machine may write it at the same time"
+        problem = f"is on {system}, where another machine may write it at the same time"
         remedy = "write a new file: give a DST"
     elif not os.access(path, os.R_OK | os.W_OK):
-        problem, remedy = "cannot be written to", "check its permissions"
+        problem, remedy = "is not writable", "check its permissions"
     else:
         return
     raise TargetError(f"{path} {problem}", remedy)
 
 
 def check_same_file(header: RedoLogHeader, path: Path) -> None:
-    """Refuse a file that is not the one that a run in place began with.
+    """Check that a file is the one that the redo log belongs to.
 
     Raises
     ------
     ResumeError
-        Saying what to do with the journal.
+        If its inode or length differs.
     """
     status = path.stat()
     if (status.st_ino, status.st_size) != (header.inode, header.file_bytes):
         raise ResumeError(
             f"{path} is not the file that the unfinished run in place was changing: "
-            f"{journal_path(path)} is of another",
-            "put back that file; or, if this one is whole as it was before, give --restart",
+            f"{journal_path(path)} belongs to another file",
+            "put back that file; or, if this file is intact, give --restart",
         )
 
 
 def check_restart(header: RedoLogHeader, path: Path) -> None:
-    """Refuse to begin again with a file of which a part is new already.
+    """Check that a restart would not transform part of a file twice.
 
     Raises
     ------
     ResumeError
-        If it is the one that the unfinished run was changing, or begins as that does.
+        If this is the file of the unfinished run, or a copy of it.
     """
-    if path.stat().st_ino == header.inode or _starts_new_run(header, path):
+    if path.stat().st_ino == header.inode or _starts_converted(header, path):
         raise ResumeError(
-            f"{path} is partly old and partly new, and cannot be begun again",
+            f"{path} is partly converted, so its run cannot start over",
             f"finish it: {header.command(path)}",
         )
 
 
 def unfinished_error(header: RedoLogHeader, path: Path) -> SourceError:
-    """Return the error of who would read a file that is neither old nor new."""
+    """Return the error for reading a file that is partly converted."""
     return SourceError(
-        f"{path} is being changed in place: a part of it is old, and a part new",
-        f"finish that: {header.command(path)}",
+        f"{path} is partly converted by an unfinished run in place",
+        f"finish it: {header.command(path)}",
     )
 
 
 def _padded(fields: dict[str, Any] | RedoRecord, nbytes: int) -> bytes:
-    """Return fields as a sealed line, followed by zeros."""
+    """Encode fields as a line with a checksum, padded with zeros."""
     line = encode_line(fields._asdict() if isinstance(fields, RedoRecord) else fields)
     if len(line) > nbytes:
         raise ValueError(f"{len(line)} bytes do not fit into {nbytes}")
@@ -356,20 +359,20 @@ def _check_length(journal: Path, found_bytes: int, header: RedoLogHeader) -> Non
 
 
 class RedoLog:
-    """The ring of one file, whose lock is held.
+    """The open redo log of a data file; the caller holds the lock of that file.
 
     Parameters
     ----------
     storage
-        What carries out the system calls.
+        Performs the system calls.
     data
-        The file that is changed.
+        The data file.
     journal
-        The open journal.
-    places
-        Where everything is.
+        The open log.
+    file_layout
+        Offsets in both files.
     run
-        The run that began it.
+        Random id of the run that started the log.
     """
 
     def __init__(
@@ -385,8 +388,8 @@ class RedoLog:
         self._data = data
         self._journal = journal
         self._run = run
-        # Chunks of the file that a checkpoint counts: one that is durable, and one that will be
-        # with the next sync of the journal.
+        # Chunks counted by the durable checkpoint, and by the one that the next sync of the log
+        # makes durable.
         self._durable = 0
         self._checkpointed = 0
         self._generation = 0
@@ -396,53 +399,53 @@ class RedoLog:
     def begin(
         cls, storage: Storage, data: StoredFile, job: dict[str, Any], chunk_images: int
     ) -> RedoLog:
-        """Make the journal of a file that is as it was.
+        """Create the log for an unchanged data file.
 
         Raises
         ------
         TargetError
-            If there is no room for it.
+            If there is not enough disk space.
         """
         header = RedoLogHeader.new(job, chunk_images, os.fstat(data.descriptor))
         file_layout = header.file_layout
-        storage.sync(data)  # or a power cut may take what the next chunks are computed from
+        storage.sync(data)  # a power failure must not lose the input of later chunks
         path = journal_path(data.path)
         temporary = path.with_name(path.name + ".tmp")
         file = storage.create(temporary)
         try:
             storage.reserve(file, file_layout.journal_bytes)
-            ring = cls(storage, data, StoredFile(file.descriptor, path), file_layout, header.run)
+            log = cls(storage, data, StoredFile(file.descriptor, path), file_layout, header.run)
             storage.write(file, header.to_bytes().ljust(file_layout.header_bytes, b"\0"), 0)
-            ring._write_checkpoint(0)
+            log._write_checkpoint(0)
             storage.sync(file)
             storage.rename(temporary, path)
             storage.sync_directory(path.parent)
         except BaseException as error:
             storage.close(file)
-            if isinstance(error, TargetError):  # no room: as if nothing had been begun
+            if isinstance(error, TargetError):  # no space: undo the start of the run
                 storage.remove(temporary)
             raise
-        return ring
+        return log
 
     @classmethod
     def reopen(cls, storage: Storage, data: StoredFile, header: RedoLogHeader) -> RedoLog:
-        """Open the journal that an earlier run left; both files are then what the disk has.
+        """Open the log of an earlier run, and make the page cache agree with the disk.
 
-        A killed run may have synced no part of it: a power cut could take the slot of which this
-        run, or that one, had begun to write the file. And where a sync failed, the slot that can be
-        read may be nowhere but in memory.
+        A killed run may not have synced the log: a power failure could then lose a slot whose
+        chunk is partly written to the data file. After a failed sync, a readable slot may exist
+        only in memory.
 
         Raises
         ------
         ResumeError
-            If it is not as long as it was made.
+            If the length of the log is wrong.
         """
         journal = storage.open(journal_path(data.path))
         try:
             _check_length(journal.path, storage.size(journal), header)
-            storage.syncfs(journal.path.parent)  # its name among it
+            storage.syncfs(journal.path.parent)  # also the name of the log
             for file in (data, journal):
-                storage.sync(file)  # what that did not tell; the file may lie on another disk
+                storage.sync(file)  # reports errors, unlike syncfs; the file may be on another disk
                 storage.drop_cache(file)
         except BaseException:
             storage.close(journal)
@@ -450,26 +453,26 @@ class RedoLog:
         return cls(storage, data, journal, header.file_layout, header.run)
 
     def recover(self) -> int:
-        """Write again what the ring holds and the file may not; return how many chunks are done.
+        """Redo committed chunks that the file may lack; return the number of committed chunks.
 
         Raises
         ------
         ResumeError
-            If the journal is damaged where nothing else tells what the file holds.
+            If the log is damaged and the state of the file cannot be determined.
         """
         self._read_checkpoints()
-        ahead = self._uncheckpointed()
-        for chunk in ahead:
-            if ahead[chunk] == "in its slot":
+        uncheckpointed = self._uncheckpointed()
+        for chunk in uncheckpointed:
+            if uncheckpointed[chunk] == "slot":
                 begin, _ = self.file_layout.page_span(chunk)
                 self._storage.write(self._data, self._pages(chunk), begin)
-        done = self._durable + len(ahead)
-        if ahead:
+        committed = self._durable + len(uncheckpointed)
+        if uncheckpointed:
             self._storage.sync(self._data)
-            self._write_checkpoint(done)
+            self._write_checkpoint(committed)
             self._storage.sync(self._journal)
-            self._durable = done
-        return done
+            self._durable = committed
+        return committed
 
     def _read_checkpoints(self) -> None:
         found = []
@@ -478,7 +481,7 @@ class RedoLog:
             if fields is not None and fields["run"] == self._run:
                 found.append((fields["generation"], fields["chunks"], copy))
         if not found:
-            raise self._damaged("both copies of its checkpoint")
+            raise self._damaged_error("both copies of its checkpoint")
         self._generation, self._durable, newest = max(found)
         self._checkpointed = self._durable
         self._next_copy = 1 - newest
@@ -490,40 +493,40 @@ class RedoLog:
             if fields is not None:
                 check_fields(fields, CHECKPOINT)
                 check_sizes([fields["generation"]])
-                check_sizes([fields["chunks"]], least=0, most=self.file_layout.chunks)
+                check_sizes([fields["chunks"]], minimum=0, maximum=self.file_layout.chunks)
         except ValueError:
-            raise self._damaged(f"copy {copy} of its checkpoint") from None
+            raise self._damaged_error(f"copy {copy} of its checkpoint") from None
         return fields
 
-    def _uncheckpointed(self) -> dict[int, Literal["in its slot", "in the file"]]:
-        """Return the chunks that were committed after the checkpoint, and where each is whole.
+    def _uncheckpointed(self) -> dict[int, Literal["slot", "file"]]:
+        """Return the chunks committed after the checkpoint, and where each is intact.
 
-        Of a slot that is not whole the write was cut off, before anything of the chunk was written
-        to the file; or the file has the chunk, and the slot was used again. Its bytes tell.
+        An invalid slot means that its write was interrupted before the chunk was written to the
+        file, or that the file has the chunk and the slot was reused. The bytes of the file decide.
         """
-        ahead: dict[int, Literal["in its slot", "in the file"]] = {}
+        uncheckpointed: dict[int, Literal["slot", "file"]] = {}
         for chunk in range(self._durable, self.file_layout.chunks):
             record = self.record(chunk)
             if record is None:
                 break
-            if self._is_in_its_slot(record):
-                ahead[chunk] = "in its slot"
+            if self._is_slot_intact(record):
+                uncheckpointed[chunk] = "slot"
                 continue
             found = self.checksum_in_file(chunk)
             if found == record.old:
                 break
-            # What is written again before it would put old bytes into the page that both share.
-            if found != record.new or "in its slot" in ahead.values():
-                raise self._damaged(f"what it holds of chunk {chunk}")
-            ahead[chunk] = "in the file"
-        return ahead
+            # Redoing an earlier chunk would put old bytes into the page that both share.
+            if found != record.new or "slot" in uncheckpointed.values():
+                raise self._damaged_error(f"chunk {chunk}")
+            uncheckpointed[chunk] = "file"
+        return uncheckpointed
 
-    def _is_in_its_slot(self, record: RedoRecord) -> bool:
+    def _is_slot_intact(self, record: RedoRecord) -> bool:
         images, edges = self._split_edges(record.chunk, memoryview(self._pages(record.chunk)))
         return _checksum(images) == record.new and _checksum(edges) == record.edges
 
     def _split_edges(self, chunk: int, pages: memoryview) -> tuple[memoryview, bytes]:
-        """Return the images in a chunk's pages, and what is around them."""
+        """Split a chunk's pages into its images and the bytes around them."""
         (begin, _), (first, last) = (
             self.file_layout.page_span(chunk),
             self.file_layout.image_span(chunk),
@@ -532,46 +535,46 @@ class RedoLog:
         return pages[images], bytes(pages[: images.start]) + bytes(pages[images.stop :])
 
     def _pages(self, chunk: int) -> bytes:
-        """Return what a chunk's slot holds."""
+        """Read the pages in a chunk's slot."""
         begin, end = self.file_layout.page_span(chunk)
-        place = self.file_layout.slot(chunk) + PAGE_BYTES
-        return self._storage.read(self._journal, place, end - begin)
+        offset = self.file_layout.slot(chunk) + PAGE_BYTES
+        return self._storage.read(self._journal, offset, end - begin)
 
-    def _damaged(self, what: str) -> ResumeError:
-        return _damaged(self._journal.path, self._data.path, what)
+    def _damaged_error(self, what: str) -> ResumeError:
+        return _damaged_error(self._journal.path, self._data.path, what)
 
     def record(self, chunk: int) -> RedoRecord | None:
-        """Return a chunk's record, or the copy of it that its slot has; None if it has none."""
+        """Return a chunk's record, from the table or its slot; None if neither is valid."""
         for offset in (self.file_layout.record(chunk), self.file_layout.slot(chunk)):
             data = self._storage.read(self._journal, offset, RECORD_BYTES)
             try:
                 record = RedoRecord.from_bytes(data)
             except ValueError:
-                raise self._damaged(f"a record of chunk {chunk}") from None
+                raise self._damaged_error(f"a record of chunk {chunk}") from None
             if record is not None and (record.chunk, record.run) == (chunk, self._run):
                 return record
         return None
 
     def checksum_in_file(self, chunk: int) -> str:
-        """Return the checksum of a chunk's images as the file has them."""
+        """Return the checksum of a chunk's images in the data file."""
         begin, end = self.file_layout.image_span(chunk)
         return _checksum(self._storage.read(self._data, begin, end - begin))
 
     def record_of(self, chunk: int, pages: memoryview, *, old: str, new: str) -> RedoRecord:
-        """Return the record of a chunk; `old` and `new` are the checksums of its images."""
+        """Return a new record of a chunk; `old` and `new` are the checksums of its images."""
         _, edges = self._split_edges(chunk, pages)
         return RedoRecord(chunk, self._run, old, new, _checksum(edges))
 
-    def put(self, chunk: int, pages: memoryview) -> None:
-        """Write a chunk's new pages into its slot, while the one before may be being committed."""
+    def stage(self, chunk: int, pages: memoryview) -> None:
+        """Write a chunk's new pages into its slot; may overlap the commit of the previous chunk."""
         if self._durable < chunk - SLOTS + 1:
-            raise RuntimeError(f"chunk {chunk} would take a slot that is still needed")
+            raise RuntimeError(f"chunk {chunk} would overwrite a slot that is still needed")
         self._storage.write(self._journal, pages, self.file_layout.slot(chunk) + PAGE_BYTES)
 
     def commit(self, record: RedoRecord, pages: memoryview) -> None:
         """Make a chunk's new pages durable in its slot, then write them to the file.
 
-        Chunks come in order.
+        Chunks must be committed in order.
         """
         checkpointed, chunk = self._checkpointed, record.chunk
         slot, begin = self.file_layout.slot(chunk), self.file_layout.page_span(chunk)[0]
@@ -579,7 +582,7 @@ class RedoLog:
         self._storage.write(
             self._journal, _padded(record, RECORD_BYTES), self.file_layout.record(chunk)
         )
-        self._storage.sync(self._journal)  # the commit, also of the checkpoint
+        self._storage.sync(self._journal)  # commits the record, and an earlier checkpoint
         self._durable = checkpointed
         self._storage.write(self._data, pages, begin)
         if chunk + 1 - checkpointed == CHUNKS_PER_CHECKPOINT:
@@ -587,16 +590,16 @@ class RedoLog:
             self._write_checkpoint(chunk + 1)
 
     def _write_checkpoint(self, chunks: int) -> None:
-        """Write the older copy of the checkpoint, which a write that is cut off may destroy."""
+        """Overwrite the older copy of the checkpoint; a torn write leaves the newer one."""
         self._generation += 1
         fields = {"run": self._run, "generation": self._generation, "chunks": chunks}
-        place = self.file_layout.checkpoint(self._next_copy)
-        self._storage.write(self._journal, _padded(fields, PAGE_BYTES), place)
+        offset = self.file_layout.checkpoint(self._next_copy)
+        self._storage.write(self._journal, _padded(fields, PAGE_BYTES), offset)
         self._next_copy = 1 - self._next_copy
         self._checkpointed = chunks
 
     def finish(self) -> list[str]:
-        """Make all of the file durable; return the checksums of its chunks."""
+        """Make the data file durable; return the checksums of its chunks."""
         self._storage.sync(self._data)
         records = (self.record(chunk) for chunk in range(self.file_layout.chunks))
         return [
@@ -605,22 +608,22 @@ class RedoLog:
         ]
 
     def remove(self) -> None:
-        """Remove the journal of a file that is finished and described."""
+        """Remove the log, after the manifest is written."""
         self._storage.remove(self._journal.path)
         self._storage.sync_directory(self._journal.path.parent)
 
     def close(self) -> None:
-        """Close the journal."""
+        """Close the log."""
         self._storage.close(self._journal)
 
 
 def committed_chunks(header: RedoLogHeader, file_path: Path) -> int:
-    """Return how many chunks a run in place had committed, as far as its records tell.
+    """Count the chunks that a run in place has committed, by its records.
 
     Raises
     ------
     ResumeError
-        If one of them is damaged.
+        If a record is damaged.
     """
     return sum(1 for _ in _records(header, file_path))
 
@@ -633,14 +636,14 @@ def _records(header: RedoLogHeader, file_path: Path) -> Iterator[RedoRecord]:
         try:
             record = RedoRecord.from_bytes(journal[begin : begin + RECORD_BYTES])
         except ValueError:
-            raise _damaged(path, file_path, f"the record of chunk {chunk}") from None
+            raise _damaged_error(path, file_path, f"the record of chunk {chunk}") from None
         if record is None or (record.chunk, record.run) != (chunk, header.run):
             return
         yield record
 
 
-def _starts_new_run(header: RedoLogHeader, path: Path) -> bool:
-    """Whether the first chunk of a file, which may be a copy, is what a run in place made of it."""
+def _starts_converted(header: RedoLogHeader, path: Path) -> bool:
+    """Return whether the first chunk of a file, perhaps a copy, is already converted."""
     first = next(_records(header, path), None)
     if first is None or first.new == first.old:
         return False

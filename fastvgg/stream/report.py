@@ -1,4 +1,4 @@
-"""Progress and Report: how far a run is, and what it did."""
+"""Progress and Report: the progress of a run and its outcome."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ FAILURES_SHOWN: Final = 10
 
 
 class Progress(NamedTuple):
-    """How far a run is, after every chunk."""
+    """Progress of a run, after every chunk."""
 
     images: int
-    """Done, with those of earlier runs."""
+    """Images committed, including those of earlier runs."""
     total_images: int
     computed_images: int
-    """Done by this run."""
+    """Images committed by this run."""
     read_bytes: int
     written_bytes: int
     seconds: float
@@ -37,36 +37,40 @@ class Failure:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did."""
+    """The outcome of a run."""
 
     target: str
     counts: dict[str, int]
-    """images, failed, chunks, computed_chunks: this run's; the rest was there before."""
+    """images, failed, chunks, computed_chunks (by this run; earlier runs computed the rest)."""
     failures: list[Failure]
-    """The first thousand: the index has them all."""
+    """The first thousand; the index lists all."""
     seconds: float
     read_bytes: int
     written_bytes: int
     peak_bytes: int
-    """The most memory that the process has had resident."""
+    """Peak resident memory of the process."""
     notes: list[str] = field(default_factory=list)
 
     def _summary_rows(self) -> list[tuple[str, str]]:
-        """Return what people are told of it, by name."""
+        """Return the labelled rows of the printed summary."""
         computed, chunks = self.counts["computed_chunks"], self.counts["chunks"]
-        facts = [("done", f"{self.counts['images']:,} images in {self.seconds:.1f} s")]
+        rows = [("done", f"{self.counts['images']:,} images in {self.seconds:.1f} s")]
         if computed < chunks:
-            facts.append(("before", f"chunks there already: {chunks - computed:,} of {chunks:,}"))
+            rows.append(
+                ("resumed", f"{chunks - computed:,} of {chunks:,} chunks were already done")
+            )
         if self.counts["failed"]:
-            facts.append(("failed", f"{self.counts['failed']:,} could not be read"))
-        return facts
+            rows.append(("failed", f"{self.counts['failed']:,} could not be read"))
+        return rows
 
     def __str__(self) -> str:
         return f"{self.target}: {', '.join(value for _, value in self._summary_rows())}"
 
     def _repr_html_(self) -> str:
         shown = self.failures[:FAILURES_SHOWN]
-        failures = [(f"row {at.row}", f"{at.path}: {at.reason}") for at in shown]
+        failures = [
+            (f"row {failure.row}", f"{failure.path}: {failure.reason}") for failure in shown
+        ]
         if self.counts["failed"] > len(shown):
             more = self.counts["failed"] - len(shown)
             failures.append(("and", f"{more:,} more, all listed in {self.target}.index.csv"))

@@ -1,8 +1,8 @@
-"""Take a finished array of images up again, for those that could not be read.
+"""Retry the images that failed to decode in a finished dataset.
 
-It becomes an unfinished run: the journal says that its good chunks are done, then it loses its
-name, and from there on all is as after a crash. Of a chunk with failures the good rows are kept, if
-the images that they were made of are still the same, and a checksum proves what is kept.
+The target becomes an unfinished run: a new journal records its good chunks as committed, then the
+data is renamed to its partial name, and the run proceeds as after a crash. In a chunk with failures
+the good rows are kept if their source images are unchanged; a checksum verifies what is kept.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from fastvgg.errors import ResumeError, TargetError
 from fastvgg.stream.compute import ChunkTask
 from fastvgg.stream.journal import Commit, check_same_job
 from fastvgg.stream.manifest import checksum, read_manifest
-from fastvgg.stream.state import with_committed
-from fastvgg.stream.target import destination_of
+from fastvgg.stream.target import destination_of, with_committed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,31 +36,31 @@ __all__ = ["FailureRetry", "plan_retry"]
 
 
 def plan_retry(plan: Plan, source: ImageSource) -> Plan:
-    """Return the plan with the chunks of the finished target; refuse what does not fit it.
+    """Return the plan with the chunk size and good chunks of the finished target.
 
     Raises
     ------
     ResumeError
-        If it is of another job, or the source's names are others.
+        If the target was made with other settings, or the source's file names have changed.
     """
-    again = FailureRetry(plan, source)
-    again.check_same_names()
-    failed = again.manifest.counts["failed"]
-    noted = dataclasses.replace(
-        plan, notes=(*plan.notes, f"images that failed and are tried again: {failed}")
+    retry = FailureRetry(plan, source)
+    retry.check_same_names()
+    failed = retry.manifest.counts["failed"]
+    with_note = dataclasses.replace(plan, notes=(*plan.notes, f"failed images to retry: {failed}"))
+    return with_committed(
+        with_note, retry.manifest.chunk_images, sum(1 for _ in retry.good_commits())
     )
-    return with_committed(noted, again.manifest.chunk_images, sum(1 for _ in again.done()))
 
 
 class FailureRetry:
-    """What is known of a finished target that is taken up again.
+    """A retry of the failed images of a finished target.
 
     Raises
     ------
     TargetError
-        If it is not there.
+        If the target is not finished.
     ResumeError
-        If it is of another job.
+        If it was made with other settings.
     """
 
     def __init__(self, plan: Plan, source: ImageSource) -> None:
@@ -72,57 +71,60 @@ class FailureRetry:
         self.records = read_index(self.target, plan.header.images)
 
     def _manifest(self) -> Manifest:
-        """Return the target's manifest; other images may be refused now, but no more of them."""
+        """Return the target's manifest; only settings that accept more images may differ."""
         manifest = read_manifest(self.target)
         if manifest is None:
             raise TargetError(
-                f"{self.target} is not finished, or was not made by fastvgg: nothing failed in it",
-                "run the command without --retry-failed",
+                f"{self.target} is not a finished dataset of fastvgg: there is nothing to retry",
+                "rerun the command without --retry-failed",
             )
-        found, wanted = manifest.job, self.plan.job()
-        source = {**found["source"], "fingerprint": wanted["source"]["fingerprint"]}
+        found, expected = manifest.job, self.plan.job()
+        source = {**found["source"], "fingerprint": expected["source"]["fingerprint"]}
         if found["source"].get("gray16") == "error":
-            source["gray16"] = wanted["source"]["gray16"]
-        if found["source"].get("max_pixels", 0) < wanted["source"]["max_pixels"]:
-            source["max_pixels"] = wanted["source"]["max_pixels"]
-        check_same_job({**found, "source": source}, wanted, self.plan.target)
+            source["gray16"] = expected["source"]["gray16"]
+        if found["source"].get("max_pixels", 0) < expected["source"]["max_pixels"]:
+            source["max_pixels"] = expected["source"]["max_pixels"]
+        check_same_job({**found, "source": source}, expected, self.plan.target)
         return manifest
 
     def check_same_names(self) -> None:
-        """Refuse a source whose images have other names than the rows have.
+        """Check that the source's image names match the target's index.
 
         Raises
         ------
         ResumeError
-            Naming the first.
+            Naming the first mismatch.
         """
         for row, record in enumerate(self.records):
             name = os.fsdecode(self.source.listing.name(row))
             if name != record.path:
                 raise ResumeError(
-                    f"{self.source.path} has {name!r} where {index_path(self.target)} has "
-                    f"{record.path!r} (row {row})",
-                    "put back what was renamed or removed, or give --restart",
+                    f"row {row} is {name!r} in {self.source.path}, but {record.path!r} in "
+                    f"{index_path(self.target)}",
+                    "restore the renamed or removed images, or give --restart to start over",
                 )
 
-    def done(self) -> Iterator[Commit]:
-        """Return the chunks that stay as they are."""
+    def good_commits(self) -> Iterator[Commit]:
+        """Yield the commits of the chunks that need no retry."""
         for chunk, records in self._chunks():
-            if not any(record.failed for record in records) and self._same(chunk, records):
+            if not any(record.failed for record in records) and self._is_unchanged(chunk, records):
                 sums = self.manifest.checksums[chunk], self.manifest.source_checksums[chunk]
                 first = chunk * self.manifest.chunk_images
                 yield Commit(chunk, *sums, index_text(records, first), failed=0)
 
-    def work(self, chunk: int, start: int, stop: int, target: ContiguousTarget) -> ChunkTask:
-        """Return what is to be done again of a chunk."""
+    def task(self, chunk: int, start: int, stop: int, target: ContiguousTarget) -> ChunkTask:
+        """Return the task that recomputes a chunk, or only its failed rows."""
         records = [*self.records[start:stop]]
-        if not self._same(chunk, records):
+        if not self._is_unchanged(chunk, records):
             return ChunkTask(chunk, start, stop)
         return ChunkTask(
-            chunk, start, stop, functools.partial(self._keep, chunk, start, target, records)
+            chunk,
+            start,
+            stop,
+            functools.partial(self._load_existing, chunk, start, target, records),
         )
 
-    def _keep(
+    def _load_existing(
         self,
         chunk: int,
         start: int,
@@ -130,27 +132,27 @@ class FailureRetry:
         records: list[ImageRecord],
         out: NDArray[Any],
     ) -> list[ImageRecord]:
-        """Read what a chunk's good rows hold.
+        """Read the stored rows of a chunk into `out`; return its records.
 
         Raises
         ------
         ResumeError
-            If it is not what was written.
+            If the rows do not match their checksum.
         """
         target.read_partial(start, out)
-        for at, record in enumerate(records):
-            if record.failed:  # or an attempt that was cut off may have written into it
-                out[at] = 0
+        for row, record in enumerate(records):
+            if record.failed:  # an interrupted retry may have written here
+                out[row] = 0
         if checksum([bytes_of(out)]) != self.manifest.checksums[chunk]:
             raise ResumeError(
-                f"{target.partial}: images {start} to {start + len(out) - 1} are not what was "
-                "written",
-                "the file was changed or damaged since: give --restart",
+                f"{target.partial}: images {start} to {start + len(out) - 1} do not match their "
+                "checksum",
+                "the file was changed or damaged: give --restart to start over",
             )
         return records
 
-    def _same(self, chunk: int, records: list[ImageRecord]) -> bool:
-        """Whether the images that the good rows of a chunk were made of are still the same."""
+    def _is_unchanged(self, chunk: int, records: list[ImageRecord]) -> bool:
+        """Return whether the source images of a chunk's good rows are unchanged."""
         first = chunk * self.manifest.chunk_images
         failed = {row for row, record in enumerate(records, first) if record.failed}
         found = self.source.checksum_of(first, first + len(records), failed)

@@ -1,8 +1,8 @@
-"""Carry a plan out: read, apply, write, commit, chunk by chunk, then publish.
+"""Execute a plan: read, transform, write and commit each chunk, then publish.
 
-The order is what makes a crash harmless. A chunk's bytes are durable before the journal says so,
-the journal is complete before the data gets its name, and the manifest is written after that. A
-run that was cut off anywhere is taken up by running it again.
+The order makes crashes harmless: a chunk's bytes are durable before its journal line is written,
+the journal is complete before the data is renamed into place, and the manifest is written after
+that. An interrupted run resumes when it is rerun.
 """
 
 from __future__ import annotations
@@ -34,8 +34,13 @@ from fastvgg.stream.planner import changed, read_state_of, reopen_source
 from fastvgg.stream.progress import ProgressTracker
 from fastvgg.stream.report import FAILURES_KEPT, Failure
 from fastvgg.stream.retry import FailureRetry
-from fastvgg.stream.state import check_not_occupied, inspect_target, with_committed
-from fastvgg.stream.target import destination_of, open_journal
+from fastvgg.stream.target import (
+    check_not_occupied,
+    destination_of,
+    inspect_target,
+    open_journal,
+    with_committed,
+)
 from fastvgg.stream.values import check_values
 
 if TYPE_CHECKING:
@@ -54,49 +59,49 @@ def run(
     plan: Plan,
     progress: Callable[[Progress], None] | None = None,
     storage: Storage | None = None,
-    begin: Callable[..., Run] | None = None,
+    run_class: Callable[..., Run] | None = None,
 ) -> Report:
-    """Carry a plan out, or take it up where an earlier run was cut off.
+    """Execute a plan, or resume an interrupted run of it.
 
     Parameters
     ----------
     plan
         From `fastvgg.plan`.
     progress
-        Called after every chunk that was committed.
+        Called after every committed chunk.
     storage
-        What carries out the system calls that make data last.
-    begin
-        What takes the arguments of a `Run` and makes it, where that is not done in this process.
+        Performs the durable I/O.
+    run_class
+        Called with the arguments of `Run`; a subclass may compute chunks elsewhere.
 
     Returns
     -------
     Report
-        What was done, and which images could not be read.
+        The outcome, with the images that could not be read.
 
     Raises
     ------
     SourceError, TargetError, ResumeError
         Before anything is written.
     StoppedError
-        If a system call fails later on; what is committed is kept.
+        If a system call fails later; committed chunks are kept.
     """
     if plan.in_place:
         return in_place.run(plan, progress, storage)
     destination = destination_of(plan)
     storage = storage or destination.storage(fsync=plan.fsync)
-    begun = time.monotonic()
+    started_at = time.monotonic()
     source = reopen_source(plan)
     try:
         complete = inspect_target(plan, read_state_of(plan)) == "complete"
-        # One that was killed while it had a look leaves a journal, which says nothing and goes.
+        # A run that was killed before it wrote a header leaves an empty journal, removed below.
         if complete and not destination.exists(journal_path(destination.path)):
             storage.syncfs(destination.path.parent)
-            return _report_of_complete(plan, begun)
+            return _report_of_complete(plan, started_at)
         check_values(plan, source)
         journal = open_journal(destination.path, storage, restart=plan.restart)
         try:
-            return (begin or Run)(plan, source, journal, storage, progress, begun).finish()
+            return (run_class or Run)(plan, source, journal, storage, progress, started_at).finish()
         finally:
             journal.close()
     finally:
@@ -104,18 +109,18 @@ def run(
 
 
 class Run:
-    """One run of a plan, holding the journal's lock; its chunks are computed in this process.
+    """A run of a plan that holds the journal's lock and computes the chunks in this process.
 
     Parameters
     ----------
     plan, progress, storage
         As for `run`.
     source
-        Open, and still the one that was planned.
+        Open, and unchanged since planning.
     journal
         Open.
-    begun
-        When the run began, on the monotonic clock.
+    started_at
+        Start of the run, in seconds of the monotonic clock.
     """
 
     def __init__(
@@ -125,9 +130,9 @@ class Run:
         journal: Journal | StoreJournal,
         storage: Storage,
         progress: Callable[[Progress], None] | None,
-        begun: float,
+        started_at: float,
     ) -> None:
-        # Between the first look and the lock another run may have begun or ended.
+        # Inspect again under the lock: another run may have started or finished since planning.
         self.state = inspect_target(plan, journal.state)
         self.plan = plan
         if self.state == "resumable" and journal.state is not None:
@@ -136,12 +141,12 @@ class Run:
         self.destination = destination_of(plan)
         self.journal = journal
         self.storage = storage
-        self.begun = begun
-        self.again = self._again()
-        if self.state == "failed" and self.again is not None:
-            self.plan = with_committed(plan, self.again.manifest.chunk_images, 0)
+        self.started_at = started_at
+        self.retry = self._failure_retry()
+        if self.state == "failed" and self.retry is not None:
+            self.plan = with_committed(plan, self.retry.manifest.chunk_images, 0)
         self.progress = progress
-        self.tally = ProgressTracker(self.plan, self._commits(), progress, begun)
+        self.tracker = ProgressTracker(self.plan, self._commits(), progress, started_at)
         self.target = open_target(
             parse_location(plan.target),
             plan.result,
@@ -152,36 +157,36 @@ class Run:
             file_format=plan.file_format,
         )
 
-    def _again(self) -> FailureRetry | None:
-        """Return what is known of a finished target that is taken up again for its failures."""
+    def _failure_retry(self) -> FailureRetry | None:
+        """Return the retry of a finished target's failures, if this run is one."""
         journal_state = self.journal.state
         retries = self.state == "failed" or (journal_state is not None and journal_state.retries)
-        # Once all is done again, what was said of the target may be gone.
+        # Once every chunk is committed, the old manifest and index may be gone.
         if not retries or (journal_state is not None and journal_state.complete):
             return None
         if not isinstance(self.source, ImageSource):
-            raise TypeError(f"{self.source.path} holds no images that can be read again")
+            raise TypeError(f"{self.source.path} is not an image source")
         return FailureRetry(self.plan, self.source)
 
     def finish(self) -> Report:
-        """Do what is left to do."""
-        if self.state != "fresh":  # a run that was killed may have synced no part of it
+        """Execute the remaining steps and return the report."""
+        if self.state != "fresh":  # a killed run may not have synced anything
             self.storage.syncfs(self.target.path.parent)
         if self.state == "complete":
-            return _report_of_complete(self.plan, self.begun)
+            return _report_of_complete(self.plan, self.started_at)
         if self._published():
             self._check_checksums()
         else:
             try:
                 self.open_target()
-                self.compute(self._work())
+                self.compute(self._tasks())
             finally:
                 self.target.close()
             self._publish()
         return self._describe()
 
     def _published(self) -> bool:
-        """Whether an earlier run gave the data its name, and was cut off before the manifest."""
+        """Return whether an earlier run published the data but did not write the manifest."""
         return (
             self.state == "resumable"
             and self.destination.is_published()
@@ -190,26 +195,26 @@ class Run:
 
     def _check_checksums(self) -> None:
         for chunk, (start, stop) in enumerate(self.plan.chunk_rows()):
-            why = f"images {start} to {stop - 1} differ"
+            reason = f"images {start} to {stop - 1} differ"
             try:
                 stored = self.target.read_stored(start, stop)
-            except VerificationError as error:  # of what has checksums of its own
-                stored, why = [], error.problem
+            except VerificationError as error:  # from a format that has checksums of its own
+                stored, reason = [], error.problem
             if checksum(stored) != self._commits()[chunk].checksum:
                 raise ResumeError(
-                    f"{self.plan.target} is not what the unfinished run wrote: {why}",
-                    "give --restart to replace it, or another name",
+                    f"{self.plan.target} is not what the unfinished run wrote: {reason}",
+                    "give --restart to replace it, or choose another name",
                 )
 
     def _publish(self) -> None:
         if changed(self.plan, self.source):
             raise StoppedError(
-                f"{self.plan.source} changed while it was read: the result may be a mixture",
-                "let it be still, and run again with --restart",
+                f"{self.plan.source} changed while it was read: the result may mix both versions",
+                "keep the source unchanged, and rerun with --restart",
             )
         check_not_occupied(self.plan, self.journal.state.replaces if self.journal.state else None)
-        for described in (manifest_path, index_path):  # what is said of the data that is replaced
-            self.storage.remove(described(self.target.path))
+        for sidecar in (manifest_path, index_path):  # they describe the data that is replaced
+            self.storage.remove(sidecar(self.target.path))
         self.destination.move_aside(self.storage)
         self.target.publish()
 
@@ -219,87 +224,85 @@ class Run:
     @property
     def _journal_state(self) -> JournalState:
         if self.journal.state is None:
-            raise RuntimeError(f"{self.journal.path} is read before it is begun")
+            raise RuntimeError(f"{self.journal.path} is read before its header is written")
         return self.journal.state
 
     def open_target(self) -> None:
-        """Begin the target, or reopen it."""
-        if self.again is not None:
-            self._reopen_published(self.again)
-        if self.again is not None or (self.state == "resumable" and self._commits()):
+        """Create the target, or reopen it to resume."""
+        if self.retry is not None:
+            self._reopen_published(self.retry)
+        if self.retry is not None or (self.state == "resumable" and self._commits()):
             self.target.reopen()
-            self._discard_torn()
+            self._discard_damaged()
             return
         if self.state == "fresh":
             replaces = self.destination.replaceable() if self.plan.restart else None
             self.journal.begin(self.plan.job(), self.plan.chunk_images, replaces=replaces)
         try:
             self.target.create()
-        except TargetError:  # no room: as if nothing had been begun
+        except TargetError:  # no space: undo the start of the run
             self.journal.remove()
             raise
 
-    def _discard_torn(self) -> None:
-        """Do those chunks again whose bytes, where looked at, are not what was committed."""
+    def _discard_damaged(self) -> None:
+        """Drop the commits of chunks whose stored bytes do not match their checksum."""
         rows = enumerate(self.plan.chunk_rows())
         committed = [ChunkTask(chunk, *span) for chunk, span in rows if chunk in self._commits()]
         for chunk, found in self.stored_checksums(committed):
             if found is not None and found != self._commits()[chunk].checksum:
                 del self._commits()[chunk]
-        self.tally = ProgressTracker(self.plan, self._commits(), self.progress, self.begun)
+        self.tracker = ProgressTracker(self.plan, self._commits(), self.progress, self.started_at)
 
-    def stored_checksums(self, work: Iterable[ChunkTask]) -> Iterator[tuple[int, str | None]]:
-        """Read what is stored of chunks that an unfinished run committed.
+    def stored_checksums(self, tasks: Iterable[ChunkTask]) -> Iterator[tuple[int, str | None]]:
+        """Yield the checksums of the stored bytes of committed chunks.
 
-        None where the journal is believed without a look.
+        None for formats whose committed bytes need no check.
         """
-        for chunk, start, stop, _ in work:
+        for chunk, start, stop, _ in tasks:
             stored = self.target.read_unfinished(start, stop)
             yield chunk, None if stored is None else checksum(stored)
 
-    def _reopen_published(self, again: FailureRetry) -> None:
-        """Make a finished target an unfinished one, of which the good chunks are done."""
+    def _reopen_published(self, retry: FailureRetry) -> None:
+        """Turn a finished target into an unfinished run whose good chunks are committed."""
         if self.state == "failed":
-            self.journal.begin(self.plan.job(), self.plan.chunk_images, done=again.done())
+            self.journal.begin(
+                self.plan.job(), self.plan.chunk_images, committed=retry.good_commits()
+            )
         self.destination.reopen_published(self.storage)
 
-    def compute(self, work: Iterable[ChunkTask]) -> None:
+    def compute(self, tasks: Iterable[ChunkTask]) -> None:
         """Compute, write and commit every chunk that is not durable yet."""
-        # Closed by itself, so that no thread computes on while the target is closed after an error.
-        chunks = compute(self.plan, self.source, self.target, work)
-        with contextlib.closing(chunks), CommitPipeline[int]() as behind:
+        # Closing the generator stops its threads before the target is closed after an error.
+        chunks = compute(self.plan, self.source, self.target, tasks)
+        with contextlib.closing(chunks), CommitPipeline[int]() as pipeline:
             for computed in chunks:
-                self.tally.count(behind.drain(2))
+                self.tracker.count(pipeline.drain(max_pending=2))
                 commit = make_commit(self.plan, self.source, computed)
-                behind.submit(
+                pipeline.submit(
                     functools.partial(self.target.write, computed.start, computed.stored),
                     functools.partial(self._commit, commit, computed.stop - computed.start),
                 )
-            self.tally.count(behind.drain(0))
+            self.tracker.count(pipeline.drain(max_pending=0))
 
-    def _work(self) -> Iterator[ChunkTask]:
-        """Return every chunk that is not durable yet."""
+    def _tasks(self) -> Iterator[ChunkTask]:
+        """Yield every chunk that is not durable yet."""
         for chunk, (start, stop) in enumerate(self.plan.chunk_rows()):
-            mark = self._commits().get(chunk)
-            if (
-                mark is None
-                and self.again is not None
-                and isinstance(self.target, ContiguousTarget)
-            ):
-                yield self.again.work(chunk, start, stop, self.target)
-            elif mark is None:
+            ref = self._commits().get(chunk)
+            if ref is None and self.retry is not None and isinstance(self.target, ContiguousTarget):
+                yield self.retry.task(chunk, start, stop, self.target)
+            elif ref is None:
                 yield ChunkTask(chunk, start, stop)
-            elif mark.failed and self.plan.strict:
+            elif ref.failed and self.plan.strict:
                 check_no_failures(self.plan, self._journal_state.failures(chunk))
 
     def _commit(self, commit: Commit, images: int) -> int:
-        """Make a chunk that is written durable, and return its images."""
+        """Make a written chunk durable; return its number of images."""
         self.target.sync()
         self.journal.commit(commit)
         return images
 
     def _describe(self) -> Report:
-        """Write index and manifest beside the published data, and forget the journal."""
+        """Write the index and the manifest of the published data, and remove the journal."""
         refs = [self._commits()[chunk] for chunk in range(self.plan.chunks)]
         path = self.target.path
         self._write_index()
@@ -307,20 +310,20 @@ class Run:
         manifest = Manifest.of_now(
             self.plan.job(),
             self.plan.chunk_images,
-            checksums=[mark.checksum for mark in refs],
+            checksums=[ref.checksum for ref in refs],
             counts={
                 "images": self.plan.header.images,
-                "failed": sum(mark.failed for mark in refs),
+                "failed": sum(ref.failed for ref in refs),
             },
-            source_checksums=[mark.source_checksum for mark in refs],
+            source_checksums=[ref.source_checksum for ref in refs],
         )
         self.storage.write_atomic(manifest_path(path), [manifest.to_json()])
         self.storage.remove(self.destination.replaced)
         self.journal.remove()
-        return self.tally.report(manifest.counts, failures)
+        return self.tracker.report(manifest.counts, failures)
 
     def _write_index(self) -> None:
-        """Write the index, if there is anything to say."""
+        """Write the index, if the source has image records."""
         path, journal_state = index_path(self.target.path), self._journal_state
         lines = (journal_state.commit(chunk).index for chunk in range(self.plan.chunks))
         first = next(lines)
@@ -343,24 +346,26 @@ def _first_failures(rows: Iterable[tuple[int, ImageRecord]]) -> list[Failure]:
     return list(itertools.islice(failures, FAILURES_KEPT))
 
 
-def _report_of_complete(plan: Plan, begun: float) -> Report:
-    """Report a target that this job finished before, after a look at whether it is whole.
+def _report_of_complete(plan: Plan, started_at: float) -> Report:
+    """Return the report of a target that this job finished before; check its header and length.
 
     Raises
     ------
     SourceError
-        If its header, or its length, is no longer what was written.
+        If its header or length has changed since.
     """
     manifest = read_manifest(parse_location(plan.target))
     if manifest is None:
-        raise RuntimeError(f"{plan.target} is complete, and has no manifest")
+        raise RuntimeError(f"{plan.target} is complete but has no manifest")
     if plan.target_format != "images":
-        together = manifest.chunk_images
         target = open_target(
-            parse_location(plan.target), plan.result, Storage(), chunk_images=together
+            parse_location(plan.target),
+            plan.result,
+            Storage(),
+            chunk_images=manifest.chunk_images,
         )
         target.read_back(0, 1)
     failures = _first_failures(
         enumerate(read_index(parse_location(plan.target), plan.header.images))
     )
-    return ProgressTracker(plan, (), None, begun).report(manifest.counts, failures)
+    return ProgressTracker(plan, (), None, started_at).report(manifest.counts, failures)

@@ -1,8 +1,8 @@
-"""A run into a store: the journal is objects, and nothing can be renamed, locked or synced.
+"""The journal of a run into an object store, which has no rename, lock or sync.
 
-An object is there whole, or not, and durable once it is there. A shard is put first, and then the
-line of the journal that says so. What makes the array one that others can open is put when all of
-them are there, and the manifest after that. Two runs of one job at a time write the same bytes.
+A put is atomic and durable. A shard is put first, then its journal line. The array's metadata,
+without which readers cannot open it, is put after all shards, and the manifest after that. Two
+concurrent runs of one job write the same bytes.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ __all__ = ["StoreJournal"]
 
 
 class StoreJournal:
-    """The journal of one target, an object for each line.
+    """The journal of a target in a store, one object per line.
 
     Parameters
     ----------
     target
-        The dataset that is being written.
+        The dataset to be written.
     storage
-        What carries out the calls.
+        Performs the calls.
     restart
-        Begin again, whatever the journal says.
+        Start over, ignoring the contents of the journal.
     """
 
     def __init__(self, target: Path, storage: StoreStorage, *, restart: bool) -> None:
@@ -55,9 +55,9 @@ class StoreJournal:
         chunk_images: int,
         *,
         replaces: str | None = None,
-        done: Iterable[Commit] | None = None,
+        committed: Iterable[Commit] | None = None,
     ) -> None:
-        """Write the first line, in place of whatever was there; see `Journal.begin`.
+        """Start the journal of a new run, replacing its previous contents; see `Journal.begin`.
 
         Raises
         ------
@@ -65,7 +65,7 @@ class StoreJournal:
             If nothing can be written there.
         """
         journal_state = StoreJournalState(
-            self.path, job, chunk_images, replaces, retries=done is not None
+            self.path, job, chunk_images, replaces, retries=committed is not None
         )
         try:
             self.remove()
@@ -73,25 +73,25 @@ class StoreJournal:
         except StoppedError as error:
             raise TargetError(
                 f"{error.problem}: nothing was written",
-                "check the connection, and the permission to write and to remove there",
+                "check the connection, and the permission to write and delete there",
             ) from error
         self.state = journal_state
-        for commit in done or ():
+        for commit in committed or ():
             self.commit(commit)
 
     def commit(self, *commits: Commit) -> None:
-        """Record that the bytes of some chunks are durable."""
+        """Record chunks whose bytes are durable."""
         for commit in commits:
             self._storage.put(self.path / line_name(commit.chunk), encode_line(commit.to_dict()))
             if self.state is not None:
                 self.state.commits[commit.chunk] = CommitRef.of(commit, 0)
 
     def remove(self) -> None:
-        """Remove the journal, of which nothing is left without its first line."""
+        """Remove the journal, its header first: without it the journal is void."""
         self._storage.remove(self.path / HEADER_NAME)
         self._storage.remove(self.path)
 
     def close(self) -> None:
-        """Remove what an earlier run left of a journal that says nothing."""
+        """Remove the remains of a journal that has no header."""
         if self.state is None:
             self._storage.remove(self.path)

@@ -1,9 +1,10 @@
-"""Where a target goes, and what has its name already: on a disk, or in a store."""
+"""The target of a run, on disk or in a store, and whether a run may resume or replace it."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 import xxhash
 
@@ -21,8 +22,9 @@ from fastvgg.storage.location import (
     with_inner,
 )
 from fastvgg.storage.objects import StoreStorage
-from fastvgg.stream.journal import Journal, journal_path, read_journal
+from fastvgg.stream.journal import Journal, check_same_job, journal_path, read_journal
 from fastvgg.stream.manifest import read_manifest
+from fastvgg.stream.plan import format_bytes
 from fastvgg.stream.store_journal import StoreJournal
 
 if TYPE_CHECKING:
@@ -32,34 +34,44 @@ if TYPE_CHECKING:
     from fastvgg.stream.manifest import Manifest
     from fastvgg.stream.plan import Plan
 
-__all__ = ["Destination", "StoreDestination", "destination_of", "open_journal"]
+__all__ = [
+    "Destination",
+    "State",
+    "StoreDestination",
+    "check_not_occupied",
+    "destination_of",
+    "inspect_target",
+    "open_journal",
+    "with_committed",
+]
 
-ARRAY: Final = "zarr.json"  # what makes objects of a store an array
-FILES: Final = ("npy", "hdf5")  # what a target is that is no directory
+ARRAY: Final = "zarr.json"  # the object that makes a prefix of a store an array
+FILES: Final = ("npy", "hdf5")  # formats whose target is a file, not a directory
+State: TypeAlias = Literal["fresh", "resumable", "complete", "failed"]
 
 
 def destination_of(plan: Plan) -> Destination:
-    """Return where a plan's target goes."""
+    """Return the destination of a plan."""
     path = container_of(parse_location(plan.target))
     return (StoreDestination if is_remote(path) else Destination)(path, plan.target_format)
 
 
 def open_journal(path: Path, storage: Storage, *, restart: bool) -> Journal | StoreJournal:
-    """Open the journal of a target, of the kind that goes with what writes the target."""
+    """Open the journal of a target: a file, or objects for a store."""
     if isinstance(storage, StoreStorage):
         return StoreJournal(path, storage, restart=restart)
     return Journal(path, storage, restart=restart)
 
 
 class Destination:
-    """A file or a directory on a disk, under another name until it is complete.
+    """A file or directory on disk, written under a temporary name until it is complete.
 
     Parameters
     ----------
     path
-        Of the file, or the directory.
+        Of the file or directory.
     kind
-        Of the target.
+        Format of the target.
     """
 
     is_remote = False
@@ -70,72 +82,72 @@ class Destination:
 
     @property
     def partial(self) -> Path:
-        """What has the bytes of an unfinished run."""
+        """Path of the data of an unfinished run."""
         return sidecar_path(self.path, ".partial")
 
     @property
     def replaced(self) -> Path:
-        """Where a directory waits that is being replaced."""
+        """Temporary name of a directory that is being replaced."""
         return sidecar_path(self.path, ".fastvgg-replaced")
 
     def storage(self, *, fsync: bool) -> Storage:
-        """Return what carries out the calls that make data last there."""
+        """Return the storage that performs durable I/O here."""
         return Storage(fsync=fsync)
 
     def shared_storage(self, *, fsync: bool) -> Storage:
-        """Return what carries out the calls of one that others began, and write as well."""
-        within = self.path.parent if self.kind in FILES else self.partial
-        return SharedStorage(within, fsync=fsync)
+        """Return the storage for a worker, which writes to a target that another process made."""
+        directory = self.path.parent if self.kind in FILES else self.partial
+        return SharedStorage(directory, fsync=fsync)
 
     def exists(self, path: Path) -> bool:
-        """Whether something there has a name.
+        """Return whether `path` exists.
 
         Raises
         ------
         TargetError
-            If it is in a store that does not answer.
+            If it is in a store that does not respond.
         """
         return os.path.lexists(path)
 
     def is_occupied(self) -> bool:
-        """Whether something has the target's name that is more than an empty directory."""
+        """Return whether the target's name is taken by anything but an empty directory."""
         if self.kind not in FILES and self.path.is_dir() and not self.path.is_symlink():
             return any(self.path.iterdir())
         return os.path.lexists(self.path)
 
     def is_published(self) -> bool:
-        """Whether a run that began gave its data the name."""
+        """Return whether a started run has published its data."""
         return not os.path.lexists(self.partial) and os.path.lexists(self.path)
 
     def predates_run(self, journal_state: JournalState) -> bool:  # noqa: ARG002  # a store needs it
-        """Whether what has the name cannot be what the unfinished run made."""
+        """Return whether what has the name cannot be the output of the unfinished run."""
         return os.path.lexists(self.partial)
 
     def identity(self) -> str:
-        """Return what tells the thing that has the name from any other that might come."""
-        status = self.path.lstat()  # a new directory may get the inode of one that was removed
+        """Return a string that identifies what has the target's name."""
+        status = self.path.lstat()  # inodes of removed directories are reused
         return f"device {status.st_dev}, inode {status.st_ino}, changed {status.st_mtime_ns}"
 
     def replaceable(self) -> str | None:
-        """Return the identity of what a restart may replace; None where there is nothing.
+        """Return the identity of what a restart may replace; None if the name is free.
 
         Raises
         ------
         TargetError
-            If it is a directory, or an HDF5 file, that fastvgg did not write, or not alone: it may
-            hold anything.
+            If it is a directory or an HDF5 file that fastvgg did not write, or that was changed
+            since: it may contain anything.
         """
         if not self.is_occupied():
             return None
         is_directory = self.path.is_dir()
         if is_directory or self.kind == "hdf5":
-            was_written = is_directory != (self.kind in FILES) and self._is_ours()
-            if not was_written:
-                raise _foreign(self.path, is_directory=is_directory)
+            is_expected_type = is_directory != (self.kind in FILES)
+            if not (is_expected_type and self._is_ours()):
+                raise _foreign_error(self.path, is_directory=is_directory)
         return self.identity()
 
     def _is_ours(self) -> bool:
-        """Whether it has a manifest, or the journal of a run that was cut off knows it."""
+        """Return whether a manifest, or the journal of an interrupted run, proves it ours."""
         manifest = read_manifest(self.path)
         if manifest is not None:
             return self.path.is_dir() or _is_as_written(self.path, manifest)
@@ -150,42 +162,42 @@ class Destination:
         ) or journal_state.replaces == self.identity()
 
     def move_aside(self, storage: Storage) -> None:
-        """Move away a directory that has the name: one cannot be renamed over another."""
+        """Move an existing directory aside: rename cannot replace a non-empty directory."""
         if self.kind not in FILES and os.path.lexists(self.path):
             storage.remove(self.replaced)
             storage.rename(self.path, self.replaced)
             storage.sync_directory(self.path.parent)
 
     def reopen_published(self, storage: Storage) -> None:
-        """Make what has the name the bytes of an unfinished run."""
+        """Rename a published target back to the partial name, to resume writing it."""
         if self.is_published():
             storage.rename(self.path, self.partial)
             storage.sync_directory(self.path.parent)
 
 
 class StoreDestination(Destination):
-    """Objects of a store, which are the target's from the first on.
+    """Objects of a store, written under their final names.
 
-    Others can open the array from when its metadata is put, as the last of its objects.
+    Readers can open the array once its metadata exists, which is written last.
     """
 
     is_remote = True
 
     @property
     def partial(self) -> Path:
-        """What has the bytes of an unfinished run."""
+        """Path of the data of an unfinished run: the final one."""
         return self.path
 
     def storage(self, *, fsync: bool) -> StoreStorage:
-        """Return what carries out the calls that make data last there."""
+        """Return the storage that performs durable I/O here."""
         return StoreStorage(fsync=fsync)
 
     def shared_storage(self, *, fsync: bool) -> StoreStorage:
-        """Return what carries out the calls of any."""
+        """Return the storage for a worker."""
         return self.storage(fsync=fsync)
 
     def exists(self, path: Path) -> bool:
-        """Whether there is an object of a name, or one below it; see `Destination.exists`."""
+        """Return whether an object exists at or below `path`; see `Destination.exists`."""
         try:
             return objects.exists(path)
         except OSError as error:
@@ -195,19 +207,19 @@ class StoreDestination(Destination):
             ) from None
 
     def is_occupied(self) -> bool:
-        """Whether there is an array."""
+        """Return whether there is an array."""
         return self.exists(self.path / ARRAY)
 
     def is_published(self) -> bool:
-        """Whether there is an array."""
+        """Return whether there is an array."""
         return self.is_occupied()
 
     def predates_run(self, journal_state: JournalState) -> bool:
-        """Whether there was an array when the unfinished run began, as far as its journal tells."""
+        """Return whether the array existed before the unfinished run, judging by its journal."""
         return not (journal_state.complete or journal_state.retries)
 
     def identity(self) -> str:
-        """Return what tells the array from any other that might come."""
+        """Return a string that identifies the array: the checksum of its metadata."""
         return f"metadata {xxhash.xxh3_128_hexdigest(read_sidecar(self.path / ARRAY) or b'')}"
 
     def replaceable(self) -> str | None:
@@ -215,11 +227,11 @@ class StoreDestination(Destination):
         if not self.exists(self.path):
             return None
         if not self._is_ours():
-            raise _foreign(self.path, is_directory=True)
+            raise _foreign_error(self.path, is_directory=True)
         return self.identity()
 
     def _is_ours(self) -> bool:
-        """Whether there is a manifest or a journal, whose first line is there before the target."""
+        """Return whether there is a manifest, or a journal, whose header precedes the target."""
         if read_manifest(self.path) is not None:
             return True
         try:
@@ -228,14 +240,14 @@ class StoreDestination(Destination):
             return True
 
     def move_aside(self, storage: Storage) -> None:
-        """Do nothing: what was there went when the run began."""
+        """Do nothing: creating the target removed what was there."""
 
     def reopen_published(self, storage: Storage) -> None:
-        """Do nothing: objects have no other name."""
+        """Do nothing: objects have no partial name."""
 
 
-def _foreign(path: Path, *, is_directory: bool) -> TargetError:
-    """Return the error that refuses to replace what fastvgg did not write."""
+def _foreign_error(path: Path, *, is_directory: bool) -> TargetError:
+    """Return the error for a restart that would replace what fastvgg did not write."""
     return TargetError(
         f"{path} is {'a directory' if is_directory else 'an HDF5 file'} that fastvgg did not "
         f"write{'' if is_directory else ', or that was changed since'}",
@@ -244,10 +256,89 @@ def _foreign(path: Path, *, is_directory: bool) -> TargetError:
 
 
 def _is_as_written(path: Path, manifest: Manifest) -> bool:
-    """Whether an HDF5 file has the length that it was written with: what is added takes more."""
+    """Return whether an HDF5 file still has its original length: adding data would extend it."""
     if not manifest.dataset or not path.is_file():
         return False
-    together = manifest.chunk_images
-    location = with_inner(path, manifest.dataset)
-    written = open_target(location, manifest.header, Storage(), chunk_images=together)
+    location, chunk_images = with_inner(path, manifest.dataset), manifest.chunk_images
+    written = open_target(location, manifest.header, Storage(), chunk_images=chunk_images)
     return isinstance(written, ContiguousTarget) and path.stat().st_size == written.stored_bytes
+
+
+def inspect_target(plan: Plan, journal_state: JournalState | None) -> State:
+    """Return the state of a plan's target: absent, unfinished or finished.
+
+    "failed" is a finished target whose failed images are to be retried.
+
+    Raises
+    ------
+    ResumeError
+        If the unfinished run has other settings.
+    TargetError
+        If the target's name is taken by something that this run did not write.
+    """
+    destination = destination_of(plan)
+    if plan.restart:
+        destination.replaceable()
+        return "fresh"
+    if journal_state is not None:
+        check_same_job(journal_state.job, plan.job(), plan.target)
+        if destination.predates_run(journal_state):
+            check_not_occupied(plan, journal_state.replaces)
+        return "resumable"
+    manifest = read_manifest(destination.path)
+    if manifest is not None and destination.is_occupied():
+        has_failures = manifest.job != plan.job() or manifest.counts["failed"] > 0
+        if plan.retry_failed and has_failures:
+            return "failed"
+        if manifest.job == plan.job():
+            return "complete"
+    check_not_occupied(plan, None)
+    if destination.exists(destination.partial):
+        raise TargetError(
+            f"{destination.partial} exists, but no journal shows that an unfinished run wrote it",
+            "move it away, or give --restart to replace it",
+        )
+    return "fresh"
+
+
+def check_not_occupied(plan: Plan, replaces: str | None) -> None:
+    """Check that the target's name is free, or taken only by what the run replaces.
+
+    Raises
+    ------
+    TargetError
+        If something else has the name.
+    """
+    destination = destination_of(plan)
+    if not destination.is_occupied() or destination.identity() == replaces:
+        return
+    is_foreign = read_manifest(destination.path) is None
+    maker = "not written by fastvgg" if is_foreign else "made with other settings or another source"
+    remedy = "choose another name, or give --restart to replace it"
+    try:
+        destination.replaceable()
+    except TargetError as error:  # --restart would be refused
+        remedy = error.remedy
+    raise TargetError(f"{destination.path} exists, and was {maker}", remedy)
+
+
+def with_committed(plan: Plan, chunk_images: int, committed_chunks: int) -> Plan:
+    """Return the plan with the chunk size and progress of the unfinished run.
+
+    Raises
+    ------
+    TargetError
+        If chunks of that size exceed the present memory limit.
+    """
+    resumed = dataclasses.replace(
+        plan, chunk_images=chunk_images, committed_chunks=committed_chunks
+    )
+    if resumed.projected_bytes > resumed.memory_bytes:
+        raise TargetError(
+            f"{plan.target} was started with chunks that need "
+            f"{format_bytes(resumed.projected_bytes)}, but the memory limit is "
+            f"{format_bytes(plan.memory_bytes)}",
+            f"give --memory {-(-resumed.projected_bytes // 2**20)}MiB"
+            + ("" if plan.in_place else ", or --restart"),
+        )
+    return resumed

@@ -1,4 +1,4 @@
-"""Look at some values of a source, and refuse what they show to be the wrong thing to do."""
+"""Sample the values of a source to detect data that was already preprocessed or restored."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ __all__ = ["check_not_already_done", "check_values"]
 CHECKED_IMAGES: Final = 16
 
 
-def check_not_already_done(path: Path, done: Transform, direction: Direction) -> None:
-    """Refuse to do with a dataset what its manifest says was done.
+def check_not_already_done(path: Path, recorded: Transform, direction: Direction) -> None:
+    """Check that a dataset was not already preprocessed, or restored, by its manifest.
 
     Raises
     ------
     SourceError
-        Saying so.
+        If it was.
     """
-    if done.direction != direction:
+    if recorded.direction != direction:
         return
     if direction == "preprocess":
         raise SourceError(
-            f"{path} is preprocessed already, in mode {done.mode.name}: doing it twice would "
-            "destroy it",
-            "preprocess the images it was made from, or restore it first",
+            f"{path} is already preprocessed, in mode {recorded.mode.name}: preprocessing it twice "
+            "would destroy it",
+            "preprocess the original images, or restore this dataset first",
         )
     raise SourceError(
-        f"{path} is restored already: it holds images, not network inputs",
+        f"{path} is already restored: it contains images, not network inputs",
         "give the dataset that it was restored from",
     )
 
 
 def check_values(plan: Plan, source: Source) -> None:
-    """Look at some images of a floating source before anything is written.
+    """Check a sample of a floating-point source before anything is written.
 
-    Images have values 0..255. Network inputs are negative in all but bright images, and hold
-    fractions; in tf mode an all white image is all ones.
+    Images have values 0..255. Network inputs are negative except in bright images, and contain
+    fractions; in tf mode an all-white image is all ones.
 
     Raises
     ------
@@ -56,28 +56,26 @@ def check_values(plan: Plan, source: Source) -> None:
         If network inputs would be preprocessed again, or images restored.
     """
     if plan.header.dtype == "uint8":
-        return  # which tells
-    done = read_transform(parse_location(plan.source))
-    if done is not None:  # which tells, and which another process may have just written
-        check_not_already_done(parse_location(plan.source), done, plan.transform.direction)
+        return  # the dtype rules out network inputs
+    recorded = read_transform(parse_location(plan.source))
+    if recorded is not None:  # another process may have just written the manifest
+        check_not_already_done(parse_location(plan.source), recorded, plan.transform.direction)
         return
-    images, looked_at = plan.header.images, min(CHECKED_IMAGES, plan.header.images)
-    rows = sorted({image * images // looked_at for image in range(looked_at)})
+    images, samples = plan.header.images, min(CHECKED_IMAGES, plan.header.images)
+    rows = sorted({image * images // samples for image in range(samples)})
     values = [source.read(row, row + 1).batch.astype(np.float64) for row in rows]
-    least = float(np.min([image.min() for image in values]))  # NaN wins, unlike with min()
-    most = float(np.max([image.max() for image in values]))
-    is_image = least >= 0 and most <= 255  # false for NaN
-    found = (
-        f"{plan.source}: {len(rows)} images looked at hold values from {least:.6g} to {most:.6g}"
-    )
+    low = float(np.min([image.min() for image in values]))  # propagates NaN, unlike min()
+    high = float(np.max([image.max() for image in values]))
+    is_image = low >= 0 and high <= 255  # false for NaN
+    found = f"{plan.source}: {len(rows)} sampled images have values from {low:.6g} to {high:.6g}"
     if plan.transform.direction == "preprocess" and not is_image:
         raise SourceError(
-            f"{found}: not images (0 to 255), but perhaps preprocessed already",
-            "preprocess the images themselves, or restore this dataset first",
+            f"{found}: these are not images (0 to 255), and may be already preprocessed",
+            "preprocess the original images, or restore this dataset first",
         )
-    whole = all(np.array_equal(image, np.trunc(image)) for image in values)
-    if plan.transform.direction == "restore" and is_image and whole and most > 1:
+    is_integral = all(np.array_equal(image, np.trunc(image)) for image in values)
+    if plan.transform.direction == "restore" and is_image and is_integral and high > 1:
         raise SourceError(
-            f"{found}, all whole numbers: images, which were never preprocessed",
-            "there is nothing to restore; to store images as uint8 convert their type",
+            f"{found}, all is_integral numbers: these are images that were never preprocessed",
+            "there is nothing to restore; to store them as uint8, convert their dtype",
         )

@@ -1,4 +1,4 @@
-"""Prove a finished dataset: every chunk's checksum, and images computed again by the oracle."""
+"""Verify a finished dataset: check all checksums, and recompute images with the oracle."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ SAMPLED_IMAGES: Final = 16
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found to be right."""
+    """The result of a successful verification."""
 
     path: str
     images: int
     chunks: int
-    """Whose checksums are right: all of them."""
+    """Chunks whose checksums match: all of them."""
     recomputed_images: int
-    """Whose bytes the oracle made again from the source."""
+    """Images whose bytes equal those recomputed from the source."""
     note: str
-    """Why not more were recomputed, if so."""
+    """Why the source was not compared; empty if it was."""
 
     def __str__(self) -> str:
         note = f" ({self.note})" if self.note else ""
         return (
-            f"{self.path}: {self.chunks} chunks of {self.images} images have the right checksum, "
-            f"{self.recomputed_images} images are equal to the oracle's{note}"
+            f"{self.path}: {self.images} images in {self.chunks} chunks match their checksums, "
+            f"{self.recomputed_images} images match the NumPy reference{note}"
         )
 
 
@@ -58,26 +58,26 @@ def verify(path: str | os.PathLike[str], *, full: bool = False) -> Verification:
     Parameters
     ----------
     path
-        The dataset, with its manifest beside it.
+        The dataset; its manifest must be next to it.
     full
-        Recompute every image from the source, not a sample of 16.
+        Recompute every image from the source instead of a sample of 16.
 
     Raises
     ------
     VerificationError
-        If stored bytes differ from their checksum, or from what the oracle makes of the source.
+        If stored bytes do not match their checksum or the bytes recomputed from the source.
     SourceError
-        If there is no manifest, or the dataset cannot be read at all.
+        If there is no manifest, or the dataset cannot be read.
     """
     dataset = parse_location(path)
-    ring = read_redo_log_header(dataset)
-    if ring is not None:
-        raise unfinished_error(ring, dataset)
+    redo_log = read_redo_log_header(dataset)
+    if redo_log is not None:
+        raise unfinished_error(redo_log, dataset)
     manifest = read_manifest(dataset)
     if manifest is None:
         raise SourceError(
-            f"{manifest_path(dataset)} does not exist: nothing says what {dataset} should be",
-            "give a dataset that fastvgg has finished; 'fastvgg info' tells what this is",
+            f"{manifest_path(dataset)} does not exist: there are no checksums to compare with",
+            "give a dataset that fastvgg has finished; 'fastvgg info' shows what this is",
         )
     dataset = with_inner(container_of(dataset), manifest.dataset)
     records = read_index(dataset, manifest.header.images)
@@ -97,38 +97,38 @@ def verify(path: str | os.PathLike[str], *, full: bool = False) -> Verification:
 
 
 def _check_checksums(stored: Target, manifest: Manifest) -> None:
-    images, together = manifest.header.images, manifest.chunk_images
+    images, chunk_images = manifest.header.images, manifest.chunk_images
     for chunk, expected in enumerate(manifest.checksums):
-        start, stop = chunk * together, min((chunk + 1) * together, images)
+        start, stop = chunk * chunk_images, min((chunk + 1) * chunk_images, images)
         actual = checksum(stored.read_stored(start, stop))
         if actual != expected:
             raise VerificationError(
-                f"{stored.path}: images {start} to {stop - 1} have checksum {actual}, and were "
-                f"written with {expected}",
-                "the file was changed or damaged since: make it again from its source",
+                f"{stored.path}: images {start} to {stop - 1} have checksum {actual}, expected "
+                f"{expected}",
+                "the file was changed or damaged: create it again from its source",
             )
 
 
 def _check_against_oracle(
     stored: Target, manifest: Manifest, records: Sequence[ImageRecord], *, full: bool
 ) -> tuple[int, str]:
-    """Recompute images from the source; return how many, and why not more."""
+    """Recompute images from the source; return how many, and a note if it was not compared."""
     if manifest.job["result"]["in_place"]:
-        return 0, "not compared with the source: it was changed in place, and is no more"
+        return 0, "not compared with the source, which was overwritten in place"
     if is_lossy(manifest.job["result"].get("format", "png")):
         return 0, "not compared with the source: JPEG is lossy"
     try:
-        source = _source_of(manifest)
+        source = _open_source(manifest)
     except SourceError as error:
         return 0, f"not compared with the source: {error.problem}"
     recomputed = 0
     try:
-        # A copy of the source has another date, and so another fingerprint, and the same pixels:
-        # whoever asks for all of them wants them compared.
-        same = full or source.fingerprint() == manifest.job["source"]["fingerprint"]
-        if source.header != manifest.source_header or not same:
+        # A copy of the source has another modification time and so another fingerprint, but the
+        # same pixels: `full` compares them anyway.
+        is_same = full or source.fingerprint() == manifest.job["source"]["fingerprint"]
+        if source.header != manifest.source_header or not is_same:
             return 0, f"not compared with the source: {source.path} has changed"
-        for row in _rows(manifest.header.images, full=full):
+        for row in _rows_to_check(manifest.header.images, full=full):
             _check_row(stored, source, manifest, records, row)
             recomputed += 1
     finally:
@@ -136,7 +136,7 @@ def _check_against_oracle(
     return recomputed, ""
 
 
-def _source_of(manifest: Manifest) -> Source:
+def _open_source(manifest: Manifest) -> Source:
     job = manifest.job["source"]
     path = parse_location(job["path"])
     return open_source(
@@ -148,7 +148,7 @@ def _source_of(manifest: Manifest) -> Source:
     )
 
 
-def _rows(images: int, *, full: bool) -> Iterator[int]:
+def _rows_to_check(images: int, *, full: bool) -> Iterator[int]:
     if full:
         return iter(range(images))
     sampled = min(SAMPLED_IMAGES, images)
@@ -166,7 +166,7 @@ def _check_row(
     differing = int((actual.view(np.uint8) != expected.view(np.uint8)).sum())
     if differing:
         raise VerificationError(
-            f"{stored.path}: image {row} differs from what the oracle makes of "
-            f"{source.path} in {differing} bytes of {expected.nbytes}",
-            "the source or the dataset was changed since: make it again from its source",
+            f"{stored.path}: image {row} differs in {differing} of {expected.nbytes} bytes from "
+            f"the result recomputed from {source.path}",
+            "the source or the dataset was changed: create it again from its source",
         )

@@ -1,11 +1,10 @@
-"""Some chunks of a run as a task, for a process that knows nothing else of the run.
+"""Compute and write chunks in a worker process.
 
-A task may be carried out twice, by two processes at once, and long after its run has ended: whoever
-has tasks done elsewhere cannot prevent it. So a task writes nothing but its chunks, whose bytes are
-the same whoever writes them, and only into what its own run began: the directory, or the file, is
-opened first, the journal is read then, and what is opened stays that of this run whatever gets its
-name later. Bytes that share a page with another chunk's are not written but returned, for one
-process to write all of them.
+A scheduler may run a task twice, in two processes at once, or long after its run has ended. So a
+task writes only its own chunks, whose bytes are the same whichever process writes them, and only
+into the target of its own run: it opens the file or directory first and reads the journal second,
+and the open handle keeps referring to this run's target even if the name is reused. Bytes on a page
+shared with another chunk are returned rather than written, and the coordinator writes them.
 """
 
 from __future__ import annotations
@@ -38,23 +37,23 @@ if TYPE_CHECKING:
     from fastvgg.stream.plan import Plan
     from fastvgg.stream.target import Destination
 
-__all__ = ["ChunkCommit", "Task", "close_run", "join", "run_task", "stored_checksums"]
+__all__ = ["ChunkCommit", "Task", "close_run", "open_run", "run_task", "stored_checksums"]
 
-RUNS_KEPT: Final = 2  # that a process has tasks of
+MAX_OPEN_RUNS: Final = 2  # in one process at a time
 
 
 @dataclass(frozen=True)
 class Task:
-    """Some chunks that are to be computed and written, one behind the other."""
+    """Chunks to be computed and written in one call, pipelined."""
 
     plan: bytes
-    """Pickled, with a number that no other run has."""
-    work: tuple[ChunkTask, ...]
+    """Pickled plan with a random id of the run."""
+    chunks: tuple[ChunkTask, ...]
 
 
 @dataclass(frozen=True)
 class ChunkCommit:
-    """A chunk that is durable, but for its edges."""
+    """A chunk that is durable except for its partial pages."""
 
     commit: Commit
     images: int
@@ -67,22 +66,22 @@ def run_task(task: Task) -> list[ChunkCommit]:
     Raises
     ------
     SourceError
-        If the source cannot be read here, or is not the one that was planned.
+        If this process cannot read the source, or the source has changed since planning.
     ResumeError, StoppedError
-        If the run's unfinished target is not here, or no longer, or a system call fails.
+        If the run's unfinished target is missing here, or a system call fails.
     """
     with _worker_run(task.plan).slot() as slot:
-        return slot.run_task(task.work)
+        return slot.run_task(task.chunks)
 
 
 def stored_checksums(task: Task) -> list[tuple[int, str | None]]:
-    """Return chunks and the checksums of what is stored of them; see `Run.stored_checksums`."""
+    """Return the checksums of the stored bytes of chunks; see `Run.stored_checksums`."""
     with _worker_run(task.plan).slot() as slot:
-        return [(part.chunk, slot.stored_checksum(part)) for part in task.work]
+        return [(chunk_task.chunk, slot.stored_checksum(chunk_task)) for chunk_task in task.chunks]
 
 
 class _WorkerSlot:
-    """What one task at a time computes and writes with: memory, threads, and a target."""
+    """The buffers, threads and open target that one task uses at a time."""
 
     def __init__(self, plan: Plan, source: Source, destination: Destination) -> None:
         self._plan = plan
@@ -90,7 +89,7 @@ class _WorkerSlot:
         self._destination = destination
         self._target = self._open()
         self._buffers = BufferRing.of(plan, source)
-        self._behind = CommitPipeline[ChunkCommit]()
+        self._pipeline = CommitPipeline[ChunkCommit]()
 
     def _open(self) -> SharedTarget:
         plan = self._plan
@@ -102,78 +101,78 @@ class _WorkerSlot:
             transform=plan.transform,
         )
         if not isinstance(target, SharedTarget):
-            raise TypeError(f"{target.kind} is not written by tasks")
+            raise TypeError(f"{target.kind} cannot be written by several processes")
         target.attach()
         weakref.finalize(self, target.close)
         self._check_same_run()
         return target
 
     def _check_same_run(self) -> None:
-        """Refuse to write what is not, or no longer, this run's."""
+        """Check that the journal is still that of this run."""
         path = journal_path(self._destination.path)
-        begun = read_journal_header(path)
-        mine = self._plan.job(), self._plan.chunk_images
-        if begun is None or (begun.job, begun.chunk_images) != mine:
+        header = read_journal_header(path)
+        expected = self._plan.job(), self._plan.chunk_images
+        if header is None or (header.job, header.chunk_images) != expected:
             raise StoppedError(
-                f"{path} is {'not there' if begun is None else 'of another run'}",
-                "run the same command again, where every worker can reach the target's directory",
+                f"{path} {'does not exist' if header is None else 'belongs to another run'}",
+                "make the target accessible to every worker, and rerun the same command",
             )
 
-    def run_task(self, work: Iterable[ChunkTask]) -> list[ChunkCommit]:
-        """Have each chunk written while the next is computed, as a run in one process does."""
-        dones: list[ChunkCommit] = []
-        chunks = compute(self._plan, self._source, self._target, work, self._buffers)
+    def run_task(self, tasks: Iterable[ChunkTask]) -> list[ChunkCommit]:
+        """Write each chunk while the next is computed, as a local run does."""
+        commits: list[ChunkCommit] = []
+        chunks = compute(self._plan, self._source, self._target, tasks, self._buffers)
         with contextlib.closing(chunks):
             for computed in chunks:
-                dones += self._behind.drain(2)
+                commits += self._pipeline.drain(max_pending=2)
                 self._submit(computed, make_commit(self._plan, self._source, computed))
-        dones += self._behind.drain(0)
-        return dones
+        commits += self._pipeline.drain(max_pending=0)
+        return commits
 
     def _submit(self, computed: ChunkResult, commit: Commit) -> None:
         edges: PartialPages = []
 
         def write() -> None:
-            if self._destination.is_remote:  # nothing that is open there stays what it was
+            if self._destination.is_remote:  # a store has no open handles that pin the target
                 self._check_same_run()
             edges.extend(self._target.write_aligned(computed.start, computed.stored))
 
-        def make_durable() -> ChunkCommit:
+        def sync() -> ChunkCommit:
             self._target.sync()
             return ChunkCommit(commit, computed.stop - computed.start, edges)
 
-        self._behind.submit(write, make_durable)
+        self._pipeline.submit(write, sync)
 
-    def stored_checksum(self, part: ChunkTask) -> str | None:
-        """Return the checksum of what is stored of a chunk."""
-        stored = self._target.read_unfinished(part.start, part.stop)
+    def stored_checksum(self, task: ChunkTask) -> str | None:
+        """Return the checksum of the stored bytes of a chunk."""
+        stored = self._target.read_unfinished(task.start, task.stop)
         return None if stored is None else checksum(stored)
 
     def finish(self) -> None:
-        """Finish what was given before something failed."""
-        with self._behind:
+        """Finish the chunks that were submitted before an error."""
+        with self._pipeline:
             pass
 
 
 class _WorkerRun:
-    """A run that this process takes part in."""
+    """The state of a run in a worker process: its source and its slots."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._source = reopen_source(plan)
         weakref.finalize(self, self._source.close)
-        self._slots = [self._new()]
+        self._slots = [self._new_slot()]
 
-    def _new(self) -> _WorkerSlot:
+    def _new_slot(self) -> _WorkerSlot:
         return _WorkerSlot(self._plan, self._source, destination_of(self._plan))
 
     @contextlib.contextmanager
     def slot(self) -> Iterator[_WorkerSlot]:
-        """Lend a lane; one in which something failed is not used again."""
+        """Lend a free slot; after an error the slot is discarded."""
         try:
             slot = self._slots.pop()
         except IndexError:
-            slot = self._new()
+            slot = self._new_slot()
         try:
             yield slot
         except BaseException:
@@ -189,15 +188,15 @@ _runs: OrderedDict[bytes, _WorkerRun] = OrderedDict()
 def _worker_run(plan: bytes) -> _WorkerRun:
     with _lock:
         if plan not in _runs:
-            _runs[plan] = _WorkerRun(pickle.loads(plan)[1])  # noqa: S301  # from whom the task came
+            _runs[plan] = _WorkerRun(pickle.loads(plan)[1])  # noqa: S301  # from the coordinator, as the task itself
         _runs.move_to_end(plan)
-        while len(_runs) > RUNS_KEPT:
+        while len(_runs) > MAX_OPEN_RUNS:
             _runs.popitem(last=False)
         return _runs[plan]
 
 
-def join(plan: bytes) -> None:
-    """Open the files of a run, before its first task is done.
+def open_run(plan: bytes) -> None:
+    """Open the files of a run before its first task.
 
     Raises
     ------
@@ -208,6 +207,6 @@ def join(plan: bytes) -> None:
 
 
 def close_run(plan: bytes) -> None:
-    """Let go of the files and the memory of a run, once its last task is done."""
+    """Release the files and buffers of a run after its last task."""
     with _lock:
         _runs.pop(plan, None)
