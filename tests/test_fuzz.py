@@ -186,11 +186,11 @@ def records_that_are_torn(patch):
 def memory_for_all_that_is_claimed(patch):
     read = redo_log.read_sidecar
 
-    def read_sidecar(path, at_most=-1):
+    def read_sidecar(path, max_bytes=-1):
         if read(path) is None:
             return None
         with path.open("rb") as file:
-            return file.read(at_most)
+            return file.read(max_bytes)
 
     patch.setattr(redo_log, "read_sidecar", read_sidecar)
 

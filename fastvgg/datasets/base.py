@@ -163,10 +163,10 @@ def _unreadable(path: Path, error: OSError) -> SourceError:
     return SourceError(f"{path} cannot be read: {error.strerror or error}", "check its permissions")
 
 
-def read_sidecar(path: Path, at_most: int = -1) -> bytes | None:
+def read_sidecar(path: Path, max_bytes: int = -1) -> bytes | None:
     """Return the content of a sidecar file, or None if it does not exist.
 
-    Reads at most `at_most` bytes, or the whole file if that is negative.
+    Reads at most `max_bytes` bytes, or the whole file if that is negative.
 
     Raises
     ------
@@ -179,7 +179,7 @@ def read_sidecar(path: Path, at_most: int = -1) -> bytes | None:
         # `read` allocates the whole requested size, however short the file is.
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
-        return file.read(min(at_most, size))
+        return file.read(min(max_bytes, size))
 
 
 def changed_during_run_error(path: str) -> StoppedError:

@@ -217,7 +217,7 @@ def read_redo_log_header(file_path: Path) -> RedoLogHeader | None:
     if is_remote(file_path):  # objects cannot be changed in place
         return None
     path = journal_path(file_path)
-    start = read_sidecar(path, at_most=MAX_HEADER_BYTES)
+    start = read_sidecar(path, max_bytes=MAX_HEADER_BYTES)
     if start is None or not _is_redo_log(start):
         return None
     try:
@@ -630,7 +630,7 @@ def committed_chunks(header: RedoLogHeader, file_path: Path) -> int:
 
 def _records(header: RedoLogHeader, file_path: Path) -> Iterator[RedoRecord]:
     file_layout, path = header.file_layout, journal_path(file_path)
-    journal = read_sidecar(path, at_most=file_layout.slot(0)) or b""
+    journal = read_sidecar(path, max_bytes=file_layout.slot(0)) or b""
     for chunk in range(file_layout.chunks):
         begin = file_layout.record(chunk)
         try:
