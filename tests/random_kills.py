@@ -41,7 +41,7 @@ MEASURED = 5
 # What a command may find while another goes on, before it has the lock.
 OVERTAKEN = (
     *("by another process", "has changed since the run was planned"),
-    *("is in the way", "with other settings", "was not written by fastvgg"),
+    *("no journal shows", "with other settings", "was not written by fastvgg"),
 )
 
 

@@ -254,7 +254,7 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before(path, says):
 
 def test_without_matplotlib_a_picture_is_refused_with_the_way_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UsageError, match=r"fastvgg\[plot\]"):
+    with pytest.raises(UsageError, match=r"\.\[plot\]"):
         report.check_plot_path(Path("x.svg"))
 
 

@@ -435,7 +435,7 @@ def test_a_partial_that_is_gone_is_refused_and_made_anew_by_a_restart(scenario):
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         with pytest.raises(ResumeError) as caught:
             scenario.resume(directory)
-        must_say(caught.value, partial, "gone", "--restart")
+        must_say(caught.value, partial, "--restart")
         run(scenario.plan(directory, restart=True))
         scenario.check_at_the_end(directory)
 

@@ -1161,7 +1161,7 @@ def test_an_array_that_shrinks_while_it_is_read_stops_the_run(tmp_path, array):
     plan = plan_of(array, target, mode="caffe", together=2)
     with pytest.raises(StoppedError) as caught:
         appears_while_it_runs(plan, lambda: os.truncate(array, 128))
-    must_say(caught.value, array, "shorter")
+    must_say(caught.value, array, "truncated")
     assert not target.exists()
 
 
