@@ -11,6 +11,7 @@ import contextlib
 import errno
 import itertools
 import json
+import re
 import shutil
 import tarfile
 import tempfile
@@ -436,6 +437,7 @@ def test_a_partial_that_is_gone_is_refused_and_made_anew_by_a_restart(scenario):
         with pytest.raises(ResumeError) as caught:
             scenario.resume(directory)
         must_say(caught.value, partial, "--restart")
+        assert re.search("does not exist|No such file or directory", caught.value.problem)
         run(scenario.plan(directory, restart=True))
         scenario.check_at_the_end(directory)
 

@@ -132,8 +132,10 @@ def within(modules, *parents):
 
 
 def files_in(*patterns):
-    """The files that exist of those named: files, or folders with all that is in them."""
-    return [file for file in FILES if any(file == p or file.startswith(p + "/") for p in patterns)]
+    """The files of those named: files, or folders with all that is in them; each has to exist."""
+    found = {p: [f for f in FILES if f == p or f.startswith(p + "/")] for p in patterns}
+    assert all(found.values()), found
+    return [file for files in found.values() for file in files]
 
 
 def test_the_reader_of_imports_sees_every_form_and_leaves_out_what_only_types_need():
