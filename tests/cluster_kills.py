@@ -30,9 +30,9 @@ from datasets_on_disk import commits_in, pixels, plan_of, save_npy
 from distributed import Client
 from faults import quick_directory
 
+from fastvgg.executors.worker import Task, run_task
 from fastvgg.storage.location import container_of
 from fastvgg.stream.compute import ChunkTask
-from fastvgg.stream.worker import Task, run_task
 
 WORKERS = 2
 CHUNKS = 100  # three of them a task

@@ -22,7 +22,7 @@ from PIL import Image
 
 import fastvgg
 from fastvgg import oracle
-from fastvgg.stream.plan import DECODED
+from fastvgg.stream.job import DECODED
 from fastvgg.transform import Transform
 
 # The files of scikit-image that its wheel holds: nothing is fetched.

@@ -1191,7 +1191,7 @@ def test_a_file_that_was_written_is_replaced_by_a_restart_alone(tmp_path):
         plan_of(source, within(tmp_path / "y.h5", name), mode="tf", restart=True).run()
         found = as_h5py_reads(within(tmp_path / "y.h5", name))
         assert np.array_equal(found, network_inputs(pixels(), "tf"))
-        assert read_manifest(tmp_path / "y.h5").dataset == name
+        assert read_manifest(tmp_path / "y.h5").job.dataset == name
         plan_of(source, within(tmp_path / "y.h5"), mode="caffe", restart=True).run()
 
 

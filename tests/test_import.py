@@ -186,14 +186,18 @@ LAYERS = (
     ("storage",),
     ("datasets",),
     ("stream",),
-    ("cluster",),
+    ("executors",),
     ("loader", "torch", "dask", "keras"),
     ("bench", "demo"),
     ("cli",),
     ("__main__",),
 )
 # A value that is called or run hands itself to what executes it, and only then needs that.
-FACADES = {("transform", "fastvgg.engine"), ("stream", "fastvgg.cluster")}
+FACADES = {
+    ("transform", "fastvgg.engine"),
+    ("stream", "fastvgg.executors.dask"),
+    ("stream", "fastvgg.executors.threads"),
+}
 
 
 def part_of(file):

@@ -473,15 +473,15 @@ def test_the_manifest_holds_all_that_it_should(tmp_path, photos):
 
     assert fields["fastvgg-manifest"] == 1
     assert manifest.job == plan.job()
-    assert manifest.job["source"]["path"] == str(tmp_path / "some")
-    assert manifest.job["source"]["fingerprint"] == plan.fingerprint
-    assert manifest.job["source"]["size"] == [11, 5]
-    assert manifest.job["source"]["interpolation"] == "box"
-    assert manifest.transform == Transform("torch", out_layout="NCHW", dtype="float16")
-    assert manifest.transform.fingerprint() == plan.transform.fingerprint()
+    assert manifest.job.source == str(tmp_path / "some")
+    assert manifest.job.fingerprint == plan.fingerprint
+    assert manifest.job.decoding.size == (11, 5)
+    assert manifest.job.decoding.interpolation == "box"
+    assert manifest.job.transform == Transform("torch", out_layout="NCHW", dtype="float16")
+    assert manifest.job.transform.fingerprint() == plan.transform.fingerprint()
     assert manifest.header == plan.result
     assert manifest.header.shape == (len(names), 3, 11, 5)
-    assert manifest.source_header == plan.header
+    assert manifest.job.header == plan.header
     assert manifest.counts == {"images": 7, "failed": 2}
     assert dt.datetime.fromisoformat(manifest.created).tzinfo == dt.UTC
     assert manifest.packages == {
@@ -509,7 +509,7 @@ def test_a_mode_of_ones_own_comes_back_from_the_manifest(tmp_path, array):
     mode = Mode("mine", divide=3.0, mean=(1.0, 2.0, 4.0), std=(0.5, 2.0, 8.0), order="BGR")
     target, back = tmp_path / "y.npy", tmp_path / "z.npy"
     plan_of(array, target, mode=mode).run()
-    assert read_manifest(target).transform.mode == mode
+    assert read_manifest(target).job.transform.mode == mode
     plan_of(target, back, direction="restore").run()
     assert back.read_bytes() == array.read_bytes()
 
@@ -939,7 +939,7 @@ def test_another_command_for_a_finished_target_is_refused(tmp_path, array):
     assert tree(tmp_path) == before
     plan_of(array, target, mode="tf", restart=True).run()
     assert target.read_bytes() == npy_bytes(network_inputs(pixels(11), "tf"))
-    assert read_manifest(target).transform.mode is Mode.TF
+    assert read_manifest(target).job.transform.mode is Mode.TF
 
 
 def test_restart_does_the_work_again(tmp_path, array):

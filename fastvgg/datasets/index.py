@@ -22,7 +22,6 @@ __all__ = [
     "INDEX_HEAD",
     "Index",
     "index_path",
-    "index_records",
     "index_text",
     "read_index",
 ]
@@ -31,7 +30,6 @@ NUMBER: Final = re.compile("[0-9]{1,15}")
 COLUMNS: Final = ("row", "path", "label", "width", "height", "status", "reason")
 INDEX_HEAD: Final = ",".join(COLUMNS) + "\n"
 STATUS: Final = ("ok", "failed")
-IN_MEMORY: Final = Path("the index's lines")
 REMEDY: Final = "restore the index that was written with the dataset, or remove it"
 
 
@@ -61,18 +59,6 @@ def _csv(rows: Iterable[Iterable[object]], line_end: str) -> str:
     lines = io.StringIO(newline="")
     csv.writer(lines, lineterminator=line_end).writerows(rows)
     return lines.getvalue()
-
-
-def index_records(text: str, start: int = 0) -> list[ImageRecord]:
-    """Parse the lines that `index_text` formatted.
-
-    Raises
-    ------
-    SourceError
-        If the lines are damaged.
-    """
-    lines = _Lines(IN_MEMORY, io.BytesIO(text.encode("utf-8", "surrogateescape")))
-    return [_record(IN_MEMORY, row, fields) for row, fields in enumerate(lines, start)]
 
 
 class Index(Sequence[ImageRecord]):
@@ -178,6 +164,16 @@ class _Lines:
             ) from None
 
 
+def is_valid_name(name: str) -> bool:
+    """Whether an image's name is relative, normalized and inside of its dataset.
+
+    >>> is_valid_name("cat/a.jpg"), is_valid_name("../a.jpg"), is_valid_name("/a.jpg")
+    (True, False, False)
+    """
+    parts = PurePosixPath(name).parts
+    return bool(parts) and ".." not in parts and "\0" not in name and name == "/".join(parts)
+
+
 def _record(path: Path, expected_row: int, fields: list[str]) -> ImageRecord:
     line = expected_row + 2
     row, name, label, width, height, status, reason = fields if len(fields) == 7 else [""] * 7
@@ -193,8 +189,7 @@ def _record(path: Path, expected_row: int, fields: list[str]) -> ImageRecord:
             f"{path} line {line} is not a valid record for row {expected_row}: {str(fields)[:200]}",
             REMEDY,
         )
-    parts = PurePosixPath(name).parts
-    if not parts or ".." in parts or "\0" in name or name != "/".join(parts):
+    if not is_valid_name(name):
         raise SourceError(
             f"{path} line {line} names {name!r}, which is outside of the dataset or not normalized",
             "names must be relative paths without '..'; do not use an index that you do not trust",

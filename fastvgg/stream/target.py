@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 
 import xxhash
 
@@ -22,7 +22,7 @@ from fastvgg.storage.location import (
     with_inner,
 )
 from fastvgg.storage.objects import StoreStorage
-from fastvgg.stream.journal import Journal, check_same_job, journal_path, read_journal
+from fastvgg.stream.journal import Journal, journal_path, read_journal
 from fastvgg.stream.manifest import read_manifest
 from fastvgg.stream.plan import format_bytes
 from fastvgg.stream.store_journal import StoreJournal
@@ -48,6 +48,16 @@ __all__ = [
 ARRAY: Final = "zarr.json"  # the object that makes a prefix of a store an array
 FILES: Final = ("npy", "hdf5")  # formats whose target is a file, not a directory
 State: TypeAlias = Literal["fresh", "resumable", "complete", "failed"]
+
+
+class TargetState(NamedTuple):
+    """What was found at the name of a target."""
+
+    name: State
+    """Absent, unfinished or finished; "failed" if the failed images of a finished target are to
+    be retried."""
+    manifest: Manifest | None
+    """The manifest of the finished target, or of the target of which a run retries the failures."""
 
 
 def destination_of(plan: Plan) -> Destination:
@@ -257,17 +267,15 @@ def _foreign_error(path: Path, *, is_directory: bool) -> TargetError:
 
 def _is_as_written(path: Path, manifest: Manifest) -> bool:
     """Return whether an HDF5 file still has its original length: adding data would extend it."""
-    if not manifest.dataset or not path.is_file():
+    if not manifest.job.dataset or not path.is_file():
         return False
-    location, chunk_images = with_inner(path, manifest.dataset), manifest.chunk_images
+    location, chunk_images = with_inner(path, manifest.job.dataset), manifest.chunk_images
     written = open_target(location, manifest.header, Storage(), chunk_images=chunk_images)
     return isinstance(written, ContiguousTarget) and path.stat().st_size == written.stored_bytes
 
 
-def inspect_target(plan: Plan, journal_state: JournalState | None) -> State:
-    """Return the state of a plan's target: absent, unfinished or finished.
-
-    "failed" is a finished target whose failed images are to be retried.
+def inspect_target(plan: Plan, journal_state: JournalState | None) -> TargetState:
+    """Return the state of a plan's target.
 
     Raises
     ------
@@ -279,26 +287,27 @@ def inspect_target(plan: Plan, journal_state: JournalState | None) -> State:
     destination = destination_of(plan)
     if plan.restart:
         destination.replaceable()
-        return "fresh"
+        return TargetState("fresh", None)
     if journal_state is not None:
-        check_same_job(journal_state.job, plan.job(), plan.target)
+        journal_state.job.check_same(plan.job(), plan.target)
         if destination.predates_run(journal_state):
             check_not_occupied(plan, journal_state.replaces)
-        return "resumable"
+        retried = read_manifest(destination.path) if journal_state.retries else None
+        return TargetState("resumable", retried)
     manifest = read_manifest(destination.path)
     if manifest is not None and destination.is_occupied():
-        has_failures = manifest.job != plan.job() or manifest.counts["failed"] > 0
-        if plan.retry_failed and has_failures:
-            return "failed"
-        if manifest.job == plan.job():
-            return "complete"
+        is_same = manifest.job == plan.job()
+        if plan.retry_failed and (not is_same or manifest.counts["failed"] > 0):
+            return TargetState("failed", manifest)
+        if is_same:
+            return TargetState("complete", manifest)
     check_not_occupied(plan, None)
     if destination.exists(destination.partial):
         raise TargetError(
             f"{destination.partial} exists, but no journal shows that an unfinished run wrote it",
             "move it away, or give --restart to replace it",
         )
-    return "fresh"
+    return TargetState("fresh", None)
 
 
 def check_not_occupied(plan: Plan, replaces: str | None) -> None:
