@@ -13,7 +13,7 @@ Writes to the data file cover whole pages, so a torn write damages only bytes th
 Everything but the new bytes is JSON lines with checksums.
 
 The order of operations and the need for each sync are verified by enumerating the states that a
-crash can leave: tests/crash_states.py.
+crash can leave: tests/campaigns/crash_states.py.
 """
 
 from __future__ import annotations
