@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fastvgg.datasets.image_writer import FileFormat, ImageFolderTarget
 from fastvgg.datasets.images import FolderImageListing, ImageFolder
-from fastvgg.datasets.npy import NpySource, NpyTarget
-from fastvgg.datasets.parts import PartitionedNpySource, part_names
+from fastvgg.datasets.npy import NpySource, NpyTarget, PartitionedNpySource, part_names
 from fastvgg.datasets.tar import TarListing, TarShards, names_tar
 from fastvgg.errors import SourceError, TargetError
 from fastvgg.imaging import resize
