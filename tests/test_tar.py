@@ -182,7 +182,7 @@ def test_the_pixels_are_those_of_the_same_images_in_a_folder(tmp_path, kind):
 def test_a_listing_that_is_known_is_not_made_again(tmp_path, monkeypatch):
     path = save_tar(tmp_path / "a.tar", [("a.png", png(pixels(1)[0]))])
     listing = TarListing(path)
-    monkeypatch.setattr(TarShards, "lists", None)
+    monkeypatch.setattr(TarListing, "__init__", None)
     assert open_shards(path, listing=listing).listing is listing
 
 

@@ -29,12 +29,11 @@ from fastvgg.imaging.decode import SUFFIXES, DecodeOptions, Decoder, describe_er
 from fastvgg.parallel import parallel_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Collection, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-CHANNELS: Final = 3
 SIZES_SHOWN: Final = 5
 SIZES_PER_TASK: Final = 64
 SUFFIX_BYTES: Final = frozenset(suffix.encode() for suffix in SUFFIXES)
@@ -61,9 +60,16 @@ def first_folder(path: bytes) -> bytes:
 
 
 class ImageListing(ABC):
-    """The images of a source, listed once without reading them; about 50 bytes for each."""
+    """The images at `path`, listed once without reading them; about 50 bytes for each.
 
-    def __init__(self) -> None:
+    Raises
+    ------
+    SourceError
+        If they cannot be listed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._names = PackedNames()
         self._sizes = array("q")
         self.skipped = 0
@@ -125,7 +131,7 @@ class ImageSource(Source):
     threads
         Number of threads that read image sizes if `decoding` gives none.
     listing
-        The listing of the images, if it is already known.
+        The listing of the images, if it is already known; any other kind of listing is ignored.
 
     Raises
     ------
@@ -133,8 +139,8 @@ class ImageSource(Source):
         If there are no images, they cannot be listed, or sizes differ and `decoding` gives none.
     """
 
-    lists: Callable[[Path], ImageListing]
-    """Lists the images at a path."""
+    lists: type[ImageListing]
+    """The listing of the images at a path."""
 
     def __init__(
         self,
@@ -146,7 +152,9 @@ class ImageSource(Source):
         listing: ImageListing | None = None,
     ) -> None:
         super().__init__(path)
-        self.listing = listing = type(self).lists(path) if listing is None else listing
+        if not isinstance(listing, self.lists):  # none is given, or of what the path was before
+            listing = self.lists(path)
+        self.listing = listing
         self.decoding = decoding
         self._decoder = decoder
         self.settings = decoding.to_dict()
@@ -158,7 +166,7 @@ class ImageSource(Source):
                 f"give images with one of the suffixes {', '.join(sorted(SUFFIXES))}",
             )
         height, width = decoding.size or self._common_size(threads)
-        self.header = Header((len(listing), height, width, CHANNELS), "uint8", "NHWC")
+        self.header = Header((len(listing), height, width, 3), "uint8", "NHWC")
 
     def fingerprint(self) -> str:
         return self.listing.fingerprint()
@@ -256,17 +264,11 @@ class FolderImageListing(ImageListing):
     Everything with an image suffix is listed, whether or not it is a regular file. Symbolic links
     to directories are not followed. A file that changed after it was listed is only detected when
     it is read.
-
-    Raises
-    ------
-    SourceError
-        If a directory cannot be listed.
     """
 
-    def __init__(self, directory: Path) -> None:
-        super().__init__()
-        self._directory = directory
-        self._root = os.fsencode(directory) + b"/"
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._root = os.fsencode(path) + b"/"
         self._changed_ns = array("q")
         self._folders: dict[bytes, int] = {}
         """The modification time of every directory."""
@@ -297,7 +299,7 @@ class FolderImageListing(ImageListing):
     def fingerprint(self) -> str:
         for folder, changed_ns in self._folders.items():
             if _size_and_change(self._root + folder)[1] != changed_ns:
-                return FolderImageListing(self._directory).fingerprint()
+                return FolderImageListing(self._path).fingerprint()
         return self._fingerprint
 
     def _target_below(self, path: bytes) -> bytes:

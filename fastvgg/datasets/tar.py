@@ -108,8 +108,7 @@ class TarListing(ImageListing):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._path = path
+        super().__init__(path)
         self.unterminated: list[str] = []
         """Shards without an end-of-archive marker, which may be truncated."""
         self._shards: list[_Shard] = []
