@@ -90,7 +90,7 @@ def fortran_order(patch):
 
 
 def big_endian(patch):
-    patch.setattr(npy, "STORED_TYPES", {**npy.STORED_TYPES, ">f4": "float32"})
+    patch.setattr(npy, "DTYPES", {**npy.DTYPES, ">f4": "float32"})
 
 
 def numbers_that_overflow(patch):

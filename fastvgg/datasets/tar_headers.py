@@ -53,16 +53,14 @@ MAX_EXTENSION_BYTES: Final = 2**20
 PAX_RECORD: Final = re.compile(rb"([0-9]{1,7}) ([^=]+)=")
 PAX_SIZE: Final = re.compile(rb"[0-9]{1,20}")
 PAX_KEYWORDS: Final = (b"path=", b"size=", b"GNU.sparse.")  # other keywords are irrelevant here
-WITHOUT_DATA: Final = frozenset(
-    (
-        tarfile.LNKTYPE,
-        tarfile.SYMTYPE,
-        tarfile.CHRTYPE,
-        tarfile.BLKTYPE,
-        tarfile.DIRTYPE,
-        tarfile.FIFOTYPE,
-    )
-)
+LINKS: Final = (tarfile.LNKTYPE, tarfile.SYMTYPE)
+DEVICES: Final = (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
+WITHOUT_DATA: Final = frozenset((*LINKS, *DEVICES, tarfile.DIRTYPE))
+STATES: Final = {
+    **dict.fromkeys((tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE), COMPLETE),
+    **dict.fromkeys(LINKS, LINK),
+    **dict.fromkeys(DEVICES, DEVICE),
+}
 GNU_DIRECTORY: Final = b"D"  # its data lists the directory's content
 DIRECTORIES: Final = frozenset((tarfile.DIRTYPE, GNU_DIRECTORY))
 
@@ -70,16 +68,6 @@ DIRECTORIES: Final = frozenset((tarfile.DIRTYPE, GNU_DIRECTORY))
 NEAR_BYTES: Final = 64 * 2**10
 FAR_BYTES: Final = 4 * 2**10
 NEAR_GAP_BYTES: Final = 16 * 2**10
-STATES: Final = {
-    tarfile.REGTYPE: COMPLETE,
-    tarfile.AREGTYPE: COMPLETE,
-    tarfile.CONTTYPE: COMPLETE,
-    tarfile.LNKTYPE: LINK,
-    tarfile.SYMTYPE: LINK,
-    tarfile.CHRTYPE: DEVICE,
-    tarfile.BLKTYPE: DEVICE,
-    tarfile.FIFOTYPE: DEVICE,
-}
 
 
 class TarHeaderReader:
