@@ -11,7 +11,7 @@ import pytest
 import xxhash
 from zarr.storage import WrapperStore
 
-from fastvgg.datasets import npy, zarr
+from fastvgg.datasets import contiguous, npy, zarr
 from fastvgg.errors import SourceError
 from fastvgg.stream import job, journal, manifest, redo_log
 from tests.campaigns import fuzz
@@ -91,7 +91,7 @@ def fortran_order(patch):
 
 
 def big_endian(patch):
-    patch.setattr(npy, "STORED_TYPES", {**npy.STORED_TYPES, ">f4": "float32"})
+    patch.setattr(npy, "DTYPES", {**npy.DTYPES, ">f4": "float32"})
 
 
 def numbers_that_overflow(patch):
@@ -117,13 +117,13 @@ def files_of_any_length(patch):
 
 
 def files_that_grow(patch):
-    opened = npy.open_regular
+    opened = contiguous.open_regular
 
     def grown(path):
         os.truncate(path, path.stat().st_size + 1)
         return opened(path)
 
-    patch.setattr(npy, "open_regular", grown)
+    patch.setattr(contiguous, "open_regular", grown)
 
 
 def chunks_that_may_be_missing(patch):
