@@ -181,6 +181,7 @@ LAYERS = (
     ("interop", "parallel", "tiling"),
     ("backend",),
     ("kernels",),
+    ("call_plan",),
     ("engine",),
     ("imaging",),
     ("storage",),
