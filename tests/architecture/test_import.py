@@ -185,6 +185,7 @@ LAYERS = (
     ("interop", "parallel", "tiling"),
     ("backend",),
     ("kernels",),
+    ("call_plan",),
     ("engine",),
     ("imaging",),
     ("storage",),
