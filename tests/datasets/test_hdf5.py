@@ -1091,7 +1091,7 @@ def test_what_was_added_to_a_file_is_not_lost_to_a_restart(tmp_path, added):
     before = tree(tmp_path)
     with pytest.raises(TargetError) as caught:
         plan_of(source, within(tmp_path / "y.h5"), mode="tf", restart=True)
-    must_say(caught.value, tmp_path / "y.h5", "changed since", "remove it yourself")
+    must_say(caught.value, tmp_path / "y.h5", "changed since", "move it away")
     assert tree(tmp_path) == before
 
 
@@ -1104,7 +1104,7 @@ def test_a_file_that_has_the_name_already_is_refused(tmp_path):
     must_say(caught.value, tmp_path / "y.h5", "exists, and was not written by fastvgg")
     with pytest.raises(TargetError) as caught:
         plan_of(source, within(tmp_path / "y.h5"), mode="caffe", restart=True)
-    must_say(caught.value, tmp_path / "y.h5", "an HDF5 file that fastvgg did not write")
+    must_say(caught.value, tmp_path / "y.h5", "a file that fastvgg did not write")
     assert tree(tmp_path) == before
 
 
@@ -1133,7 +1133,7 @@ def test_what_has_a_manifest_that_is_not_its_own_is_not_replaced(tmp_path, kind)
         manifest_path(tmp_path / "y.npy").rename(manifest_path(tmp_path / "y.h5"))
         save_h5(tmp_path / "y.h5", pixels())
     before = tree(tmp_path)
-    with pytest.raises(TargetError, match="an HDF5 file that fastvgg did not write"):
+    with pytest.raises(TargetError, match="a file that fastvgg did not write"):
         plan_of(source, within(tmp_path / "y.h5"), mode="tf", restart=True)
     assert tree(tmp_path) == before
 
