@@ -13,8 +13,10 @@ from fastvgg.datasets.index import read_index
 from fastvgg.datasets.open import open_source
 from fastvgg.errors import BackendError, TargetError, VerificationError
 from fastvgg.imaging.decode import DecodeOptions
+from fastvgg.storage.location import Location
 from fastvgg.stream.manifest import read_manifest
-from fastvgg.stream.planner import SIDECARS, plan
+from fastvgg.stream.planner import plan
+from fastvgg.stream.preflight import SIDECARS
 from fastvgg.stream.verify import verify
 
 if TYPE_CHECKING:
@@ -135,7 +137,7 @@ def _write_photographs(directory: Path) -> None:
 
 
 def _read_images(directory: Path) -> NDArray[np.uint8]:
-    source = open_source(directory, decoding=DecodeOptions(SIZE))
+    source = open_source(Location(directory), decoding=DecodeOptions(SIZE))
     try:
         return source.read(0, source.header.images).batch
     finally:

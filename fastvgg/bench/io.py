@@ -25,6 +25,7 @@ from fastvgg.storage.local import Storage, StoredFile
 
 if TYPE_CHECKING:
     from fastvgg.datasets.images import ImageSource
+    from fastvgg.storage.location import Location
 
 CHUNK_BYTES: Final = 64 * 2**20
 READ_BYTES: Final = 8 * 2**20
@@ -115,7 +116,7 @@ def read_file(path: Path, buffer: bytearray) -> None:
 
 
 def measure_decoding(
-    source_path: Path, max_images: int, rounds: int, threads: int
+    location: Location, max_images: int, rounds: int, threads: int
 ) -> dict[str, Any]:
     """Return how many images per second are decoded and resized to 224x224.
 
@@ -130,7 +131,7 @@ def measure_decoding(
         If pixels differ from Pillow's.
     """
     source = open_source(
-        source_path,
+        location,
         decoding=DecodeOptions(size=SIZE),
         threads=threads,
         gather=gather_function("numba"),
@@ -151,7 +152,7 @@ def measure_decoding(
     finally:
         images.close()
     return {
-        "path": str(source_path),
+        "path": str(location),
         "images": len(rows),
         "failed": len(failed),
         "images_per_second": round(len(rows) / statistics.median(seconds)),

@@ -245,13 +245,12 @@ def bench(
     """
     with translate_errors(traceback):
         from fastvgg.bench import FULL, QUICK, measure, report
-        from fastvgg.storage.location import parse_location
 
         if plot is not None:
             report.check_plot_path(Path(plot))
         record = measure(
             QUICK if quick else FULL,
-            images=None if images is None else parse_location(images),
+            images=images,
             disk=None if disk is None else Path(disk),
             threads=threads,
             on_figure=None if as_json else print_benchmark(),

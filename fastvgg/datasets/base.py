@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fastvgg.storage.local import Storage
+    from fastvgg.storage.location import Location
     from fastvgg.transform import Layout
 
 # Chunks of 4 MiB encode at two thirds of the speed of 8 MiB; larger ones gain almost nothing.
@@ -163,7 +164,7 @@ def inner_chunk_images(image_bytes: int) -> int:
     return max(1, INNER_CHUNK_BYTES // image_bytes)
 
 
-def check_array(path: Path, shape: tuple[int, ...]) -> None:
+def check_array(path: Location | Path, shape: tuple[int, ...]) -> None:
     """Check that an array has the shape of a batch of images.
 
     Raises
@@ -187,7 +188,7 @@ def check_array(path: Path, shape: tuple[int, ...]) -> None:
         )
 
 
-def check_dtype(path: Path, name: str, described: object) -> str:
+def check_dtype(path: Location | Path, name: str, described: object) -> str:
     """Return the name of a storage dtype, after checking that it is supported.
 
     Raises
@@ -273,7 +274,6 @@ class Source(ABC):
     """A dataset opened for reading."""
 
     kind: str
-    path: Path
     header: Header
     stored_bytes: int
     """Size on disk."""
@@ -282,8 +282,9 @@ class Source(ABC):
     records: Sequence[ImageRecord] = ()
     """Records known without reading any image; empty if there are none."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, location: Location) -> None:
+        self.location = location
+        self.path = location.container
         self.settings: dict[str, Any] = {}
         """Options that affect the pixels, as JSON types."""
         self.notes: list[str] = []

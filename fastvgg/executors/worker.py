@@ -20,12 +20,11 @@ from typing import TYPE_CHECKING, Final
 from fastvgg.datasets.base import SharedTarget
 from fastvgg.datasets.open import open_target
 from fastvgg.errors import StoppedError
-from fastvgg.storage.location import parse_location
 from fastvgg.stream.commit_pipeline import CommitPipeline
 from fastvgg.stream.compute import BufferRing, compute, make_commit
 from fastvgg.stream.journal import journal_path, read_journal_header
 from fastvgg.stream.manifest import checksum
-from fastvgg.stream.planner import reopen_source
+from fastvgg.stream.source import reopen_source
 from fastvgg.stream.target import destination_of
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ class _WorkerSlot:
     def _open(self) -> SharedTarget:
         plan = self._plan
         target = open_target(
-            parse_location(plan.target),
+            plan.target,
             plan.result,
             self._destination.shared_storage(fsync=plan.fsync),
             chunk_images=plan.chunk_images,

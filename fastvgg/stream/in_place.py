@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -21,7 +20,6 @@ from fastvgg.errors import TargetError
 from fastvgg.storage.local import Storage
 from fastvgg.stream.commit_pipeline import CommitPipeline
 from fastvgg.stream.manifest import Manifest, checksum, manifest_path
-from fastvgg.stream.planner import changed, changed_since
 from fastvgg.stream.progress import ProgressTracker
 from fastvgg.stream.redo_log import (
     RedoLog,
@@ -30,6 +28,7 @@ from fastvgg.stream.redo_log import (
     check_same_file,
     read_redo_log_header,
 )
+from fastvgg.stream.source import changed, changed_since
 from fastvgg.stream.values import check_values
 from fastvgg.transform import storage_dtype
 
@@ -60,7 +59,7 @@ def run(
     """
     storage = storage or Storage(fsync=plan.fsync)
     started_at = time.monotonic()
-    path = Path(plan.target)
+    path = plan.target.container
     check_in_place_supported(path)
     data = storage.open(path)
     try:
@@ -122,17 +121,17 @@ class _InPlace:
 
     def _begin(self) -> RedoLog:
         if self.plan.committed_chunks or changed(self.plan, self.source):
-            raise changed_since(self.data.path)
+            raise changed_since(self.plan.source)
         check_values(self.plan, self.source)
         return RedoLog.begin(self.storage, self.data, self.plan.job(), self.plan.chunk_images)
 
     def _reopen(self, header: RedoLogHeader) -> RedoLog:
         check_same_file(header, self.data.path)
         if header.job.fingerprint != self.plan.fingerprint:
-            raise changed_since(self.data.path)  # another run started after this one was planned
-        header.job.check_same(self.plan.job(), self.plan.target)
+            raise changed_since(self.plan.source)  # another run started after this one was planned
+        header.job.check_same(self.plan.job(), str(self.plan.target))
         if header.chunk_images != self.plan.chunk_images:
-            raise changed_since(self.data.path)
+            raise changed_since(self.plan.source)
         return RedoLog.reopen(self.storage, self.data, header)
 
     def _compute(self, log: RedoLog, committed: int, tracker: ProgressTracker) -> None:

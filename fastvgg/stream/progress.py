@@ -62,7 +62,7 @@ class ProgressTracker:
     def report(self, counts: dict[str, int], failures: list[Failure]) -> Report:
         """Return the report of the run; `counts` are those of the manifest."""
         return Report(
-            target=self._plan.target,
+            target=str(self._plan.target),
             counts={
                 **counts,
                 "chunks": self._plan.chunks,

@@ -16,7 +16,6 @@ from fastvgg.datasets.images import ImageSource
 from fastvgg.datasets.index import INDEX_HEAD, index_path, index_text, read_index
 from fastvgg.datasets.open import open_target
 from fastvgg.errors import ClusterError, ResumeError, StoppedError, TargetError, VerificationError
-from fastvgg.storage.location import parse_location
 from fastvgg.stream import in_place
 from fastvgg.stream.compute import ChunkTask, check_no_failures
 from fastvgg.stream.manifest import (
@@ -24,10 +23,10 @@ from fastvgg.stream.manifest import (
     checksum,
     manifest_path,
 )
-from fastvgg.stream.planner import changed, reopen_source
 from fastvgg.stream.progress import ProgressTracker
 from fastvgg.stream.report import FAILURES_KEPT, Failure
 from fastvgg.stream.retry import FailureRetry
+from fastvgg.stream.source import changed, reopen_source
 from fastvgg.stream.target import (
     check_not_occupied,
     destination_of,
@@ -172,7 +171,7 @@ class Run:
         self.progress = progress
         self.tracker = ProgressTracker(self.plan, self._commits(), progress, started_at)
         self.target = open_target(
-            parse_location(plan.target),
+            plan.target,
             plan.result,
             storage,
             chunk_images=self.plan.chunk_images,
@@ -189,7 +188,7 @@ class Run:
         if not retries or (journal_state is not None and journal_state.complete):
             return None
         if not isinstance(self.source, ImageSource):
-            raise TypeError(f"{self.source.path} is not an image source")
+            raise TypeError(f"{self.source.location} is not an image source")
         return FailureRetry(self.plan, self.source, self.manifest)
 
     def finish(self) -> Report:

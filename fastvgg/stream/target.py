@@ -15,13 +15,7 @@ from fastvgg.datasets.open import open_target
 from fastvgg.errors import ResumeError, TargetError
 from fastvgg.storage import objects
 from fastvgg.storage.local import SharedStorage, Storage
-from fastvgg.storage.location import (
-    container_of,
-    is_remote,
-    parse_location,
-    sidecar_path,
-    with_inner,
-)
+from fastvgg.storage.location import Location, sidecar_path
 from fastvgg.storage.objects import StoreStorage
 from fastvgg.stream.journal import Journal, journal_path, read_journal
 from fastvgg.stream.manifest import read_manifest
@@ -64,8 +58,8 @@ class TargetState(NamedTuple):
 
 def destination_of(plan: Plan) -> Destination:
     """Return the destination of a plan."""
-    path = container_of(parse_location(plan.target))
-    return (StoreDestination if is_remote(path) else Destination)(path, plan.target_format)
+    kind = StoreDestination if plan.target.is_remote else Destination
+    return kind(plan.target.container, plan.target_format)
 
 
 def open_journal(path: Path, storage: Storage, *, restart: bool) -> Journal | StoreJournal:
@@ -295,7 +289,7 @@ def _is_as_written(path: Path, kind: str, manifest: Manifest) -> bool:
     """
     if manifest.job.target_format != kind:
         return False
-    location, chunk_images = with_inner(path, manifest.job.dataset), manifest.chunk_images
+    location, chunk_images = Location(path, manifest.job.dataset), manifest.chunk_images
     written = open_target(location, manifest.header, Storage(), chunk_images=chunk_images)
     return isinstance(written, ContiguousTarget) and path.stat().st_size == written.stored_bytes
 
@@ -315,7 +309,7 @@ def inspect_target(plan: Plan, journal_state: JournalState | None) -> TargetStat
         destination.replaceable()
         return TargetState("fresh", None)
     if journal_state is not None:
-        journal_state.job.check_same(plan.job(), plan.target)
+        journal_state.job.check_same(plan.job(), str(plan.target))
         if destination.predates_run(journal_state):
             check_not_occupied(plan, journal_state.replaces)
         retried = read_manifest(destination.path) if journal_state.retries else None

@@ -16,7 +16,7 @@ from fastvgg.storage.local import Storage, file_system, is_networked
 from fastvgg.stream import planner, redo_log
 from fastvgg.stream.info import info
 from fastvgg.stream.journal import journal_path
-from fastvgg.stream.manifest import manifest_path, read_manifest
+from fastvgg.stream.manifest import Provenance, manifest_path, read_manifest
 from fastvgg.stream.plan import RUN_BYTES
 from fastvgg.stream.redo_log import read_redo_log_header
 from fastvgg.stream.run import run
@@ -417,13 +417,15 @@ def test_memory_and_room_are_known_before(file, monkeypatch):
 
 
 def test_what_another_process_has_come_to_the_end_of_meanwhile_is_not_done_twice(file, monkeypatch):
-    def read_before_another_ends(path):
-        found = read_manifest(path)
-        monkeypatch.setattr(planner, "read_manifest", read_manifest)
-        change(file, mode="caffe")
-        return found
+    class ReadBeforeAnotherEnds(Provenance):
+        @classmethod
+        def read(cls, location):
+            found = Provenance.read(location)
+            monkeypatch.setattr(planner, "Provenance", Provenance)
+            change(file, mode="caffe")
+            return found
 
-    monkeypatch.setattr(planner, "read_manifest", read_before_another_ends)
+    monkeypatch.setattr(planner, "Provenance", ReadBeforeAnotherEnds)
     with pytest.raises(SourceError) as caught:
         change(file, mode="caffe")
     must_say(caught.value, file, "already preprocessed")
