@@ -67,7 +67,6 @@ from fastvgg.stream.run import run
 
 # Of ten images, 7 high and 9 wide.
 V2 = {"zarr_format": 2}
-SLASHES = {"name": "default", "separator": "/"}
 DOTS = {"name": "default", "separator": "."}
 STORED = {
     "plain": {},
