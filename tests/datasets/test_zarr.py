@@ -68,7 +68,6 @@ from tests.helpers.zarr_on_disk import (
 
 # Of ten images, 7 high and 9 wide.
 V2 = {"zarr_format": 2}
-SLASHES = {"name": "default", "separator": "/"}
 DOTS = {"name": "default", "separator": "."}
 STORED = {
     "plain": {},
