@@ -192,8 +192,8 @@ class Hdf5Source(ContiguousSource):
         for code, _, _, name in map(properties.get_filter, range(properties.get_nfilters())):
             if not h5py.h5z.filter_avail(code):
                 raise SourceError(
-                    f"{self.location} is compressed with filter {code}, {_display(name)}, which is not "
-                    "available to HDF5",
+                    f"{self.location} is compressed with filter {code}, {_display(name)}, which is "
+                    "not available to HDF5",
                     "install it, for example with pip install hdf5plugin, and set HDF5_PLUGIN_PATH "
                     "to hdf5plugin.PLUGIN_PATH; or store the dataset without it",
                 )
@@ -205,8 +205,8 @@ class Hdf5Source(ContiguousSource):
             expected, written = self._count_chunks()
         if written < expected:
             raise SourceError(
-                f"{self.location}: {expected - written} of {expected} chunks were never written, and "
-                f"would be read as {self._dataset.fillvalue}",
+                f"{self.location}: {expected - written} of {expected} chunks were never written, "
+                f"and would be read as {self._dataset.fillvalue}",
                 "finish writing the dataset; if it should contain that value, write it explicitly",
             )
 
@@ -264,7 +264,8 @@ class Hdf5Source(ContiguousSource):
             self._dataset.id.read(memory_space, selection, out, memory_type)
         except OSError as error:
             raise StoppedError(
-                f"{self.location}: images {start} to {start + len(out) - 1} cannot be read: {error}",
+                f"{self.location}: images {start} to {start + len(out) - 1} cannot be read: "
+                f"{error}",
                 "fix the cause and rerun the same command; if a chunk is damaged, get the file "
                 "again and add --restart",
             ) from None

@@ -1022,7 +1022,7 @@ def test_images_are_packed_into_a_file_with_an_index_and_come_back_under_their_n
     beside = [f"p.h5{ending}" for ending in ("", ".fastvgg.json", ".index.csv")]
     assert names_in(tmp_path) == [*beside, "photos"]
     assert np.array_equal(as_h5py_reads(within(tmp_path / "p.h5")), rows)
-    index = read_index(within(tmp_path / "p.h5"), 6)
+    index = read_index(tmp_path / "p.h5", 6)
     assert [record.failed for record in index] == [False] * 4 + [True, False]
     plan_of(within(tmp_path / "p.h5"), within(tmp_path / "y.h5"), mode="torch", together=4).run()
     assert [*read_index(within(tmp_path / "y.h5"), 6)] == [*index]
