@@ -24,14 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-__all__ = [
-    "SharedStorage",
-    "Storage",
-    "StoredFile",
-    "file_system",
-    "is_networked",
-]
-
 NETWORKED: Final = (
     *("9p", "afs", "ceph", "cifs", "coda", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4"),
     *("ocfs2", "smb2", "smb3", "smbfs", "virtiofs"),
@@ -60,6 +52,36 @@ def file_system(path: Path) -> str:
 def is_networked(system: str) -> bool:
     """Whether another machine may write to it, or locks and syncs may be ineffective."""
     return system in NETWORKED or system.startswith("fuse.")
+
+
+def check_in_place_supported(path: Path) -> None:
+    """Check that a file can be overwritten in place safely.
+
+    Raises
+    ------
+    TargetError
+        Naming the reason why not.
+    """
+    status, system = path.lstat(), file_system(path)
+    if path.is_symlink():
+        problem, remedy = "is a symbolic link", f"give the file itself: {path.resolve()}"
+    elif status.st_nlink > 1:
+        problem = f"has {status.st_nlink} hard links, and would change under all of their names"
+        remedy = "copy it, or remove the other links"
+    elif status.st_blocks * 512 < status.st_size:
+        problem = (
+            f"is sparse: it has {status.st_size} bytes, but only {status.st_blocks * 512} of them "
+            "are allocated on disk"
+        )
+        remedy = "make a copy without holes: cp --sparse=never"
+    elif is_networked(system):
+        problem = f"is on {system}, where another machine may write it at the same time"
+        remedy = "write a new file: give a DST"
+    elif not os.access(path, os.R_OK | os.W_OK):
+        problem, remedy = "is not writable", "check its permissions"
+    else:
+        return
+    raise TargetError(f"{path} {problem}", remedy)
 
 
 class StoredFile(NamedTuple):

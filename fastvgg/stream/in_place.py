@@ -18,7 +18,7 @@ from fastvgg import engine
 from fastvgg.datasets.base import bytes_of
 from fastvgg.datasets.npy import NpySource
 from fastvgg.errors import TargetError
-from fastvgg.storage.local import Storage
+from fastvgg.storage.local import Storage, check_in_place_supported
 from fastvgg.stream.commit_pipeline import CommitPipeline
 from fastvgg.stream.journal import check_same_job
 from fastvgg.stream.manifest import Manifest, checksum, manifest_path
@@ -26,7 +26,6 @@ from fastvgg.stream.planner import changed, changed_since
 from fastvgg.stream.progress import ProgressTracker
 from fastvgg.stream.redo_log import (
     RedoLog,
-    check_in_place_supported,
     check_restart,
     check_same_file,
     read_redo_log_header,
@@ -42,10 +41,8 @@ if TYPE_CHECKING:
     from fastvgg.datasets.base import Header
     from fastvgg.storage.local import StoredFile
     from fastvgg.stream.plan import Plan
-    from fastvgg.stream.redo_log import RedoLogHeader, RedoLogLayout, RedoRecord
+    from fastvgg.stream.redo_log_layout import RedoLogHeader, RedoLogLayout, RedoRecord
     from fastvgg.stream.report import Progress, Report
-
-__all__ = ["run"]
 
 CACHE_LINE_BYTES: Final = 64
 
@@ -147,8 +144,8 @@ class _InPlace:
                 new = pages[chunk % 2]
                 new.move_to(chunk, self.storage, self.data, before)
                 start, stop = rows[chunk]
-                old_sum, new_sum = self._transform(start, stop, new.images(self.plan.result))
-                record = log.record_of(chunk, new.bytes.data, old=old_sum, new=new_sum)
+                old = self._transform(start, stop, new.images(self.plan.result))
+                record = log.record_of(chunk, new.bytes.data, old=old)
                 pipeline.submit(
                     functools.partial(log.stage, chunk, new.bytes.data),
                     functools.partial(self._commit, log, record, new.bytes.data, stop - start),
@@ -160,8 +157,8 @@ class _InPlace:
         log.commit(record, pages)
         return images
 
-    def _transform(self, start: int, stop: int, out: NDArray[Any]) -> tuple[str, str]:
-        """Transform images into `out`; return the checksums of input and output."""
+    def _transform(self, start: int, stop: int, out: NDArray[Any]) -> str:
+        """Transform images into `out`; return the checksum of the input."""
         batch = self.source.read(start, stop).batch
         plan = self.plan
         engine.apply(
@@ -172,7 +169,7 @@ class _InPlace:
             backend=plan.choose_backend(),
             cached_output=True,
         )
-        return checksum([bytes_of(batch)]), checksum([bytes_of(out)])
+        return checksum([bytes_of(batch)])
 
 
 class _PageBuffer:

@@ -21,6 +21,7 @@ from fastvgg.errors import ArrayError, SourceError, TargetError, UsageError
 from fastvgg.imaging.decode import MAX_PIXELS, DecodeOptions
 from fastvgg.imaging.resize import gather_function
 from fastvgg.parallel import check_threads
+from fastvgg.storage.local import check_in_place_supported
 from fastvgg.storage.location import (
     container_of,
     inner_name,
@@ -47,14 +48,13 @@ from fastvgg.stream.plan import (
     result_header,
 )
 from fastvgg.stream.redo_log import (
-    RedoLogHeader,
-    check_in_place_supported,
     check_restart,
     check_same_file,
     committed_chunks,
     read_redo_log_header,
     unfinished_error,
 )
+from fastvgg.stream.redo_log_layout import RedoLogHeader
 from fastvgg.stream.retry import plan_retry
 from fastvgg.stream.target import inspect_target, with_committed
 from fastvgg.stream.values import check_not_already_done
