@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["Demonstration", "demonstrate"]
-
 SIZE: Final = (224, 224)
 MARGIN: Final = 8
 CAPTION_HEIGHT: Final = 18
@@ -44,7 +42,6 @@ class Demonstration(NamedTuple):
 
     images: int
     compared_bytes: int
-    differing_bytes: int
     contact_sheet: Path
 
 
@@ -81,14 +78,15 @@ def demonstrate(directory: Path, say: Callable[[str], None]) -> Demonstration:
     say(str(report))
     originals, results = _read_images(photographs), _read_images(restored)
     differing = int((originals != results).sum())
-    _draw(sheet, originals, np.load(stored, mmap_mode="r"), results, _read_names(stored))
+    names = [record.path for record in read_index(stored, len(PHOTOGRAPHS))]
+    _draw(sheet, originals, np.load(stored, mmap_mode="r"), results, names)
     say(f"{sheet}: {', '.join(COLUMNS)}")
     if differing:
         raise VerificationError(
             f"{differing} of {originals.nbytes} restored bytes differ from the originals",
             f"this is a bug in fastvgg: report it with the output of 'fastvgg info {stored}'",
         )
-    return Demonstration(len(originals), originals.nbytes, differing, sheet)
+    return Demonstration(len(originals), originals.nbytes, sheet)
 
 
 def _check_directory(directory: Path) -> None:
@@ -140,10 +138,6 @@ def _read_images(directory: Path) -> NDArray[np.uint8]:
         return source.read(0, source.header.images).batch
     finally:
         source.close()
-
-
-def _read_names(stored: Path) -> list[str]:
-    return [record.path for record in read_index(stored, len(PHOTOGRAPHS))]
 
 
 def _draw(

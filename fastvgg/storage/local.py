@@ -165,18 +165,13 @@ class Storage:
             import fcntl
         except ImportError:  # not a POSIX system
             return True
-        try:
-            fcntl.flock(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            raise StoppedError.from_os_error(error, "lock", str(file.path), 0) from error
-        try:  # the previous holder may have removed the file since it was opened here
-            return os.path.samestat(os.fstat(file.descriptor), os.stat(file.path))
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise StoppedError.from_os_error(error, "stat", str(file.path), 0) from error
+        with _io_errors("lock", file.path):
+            try:
+                fcntl.flock(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The previous holder may have removed the file since it was opened here.
+                return os.path.samestat(os.fstat(file.descriptor), os.stat(file.path))
+            except (BlockingIOError, FileNotFoundError):
+                return False
 
     def size(self, file: StoredFile) -> int:
         """Return the size of a file in bytes."""
@@ -244,12 +239,8 @@ class Storage:
         """Flush a directory's entries to the disk (fsync)."""
         if not self._syncs:
             return
-        with _io_errors("fsync", path):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        with _io_errors("fsync", path), _directory(path) as descriptor:
+            os.fsync(descriptor)
 
     def syncfs(self, directory: Path) -> None:
         """`syncfs` the file system that contains `directory`, whoever wrote the data.
@@ -258,12 +249,8 @@ class Storage:
         """
         if not self._syncs:
             return
-        with _io_errors("syncfs", directory):
-            descriptor = os.open(directory, os.O_RDONLY)
-            try:
-                _syncfs(descriptor)
-            finally:
-                os.close(descriptor)
+        with _io_errors("syncfs", directory), _directory(directory) as descriptor:
+            _syncfs(descriptor)
 
     def has_syncfs(self, directory: Path) -> bool:
         """Whether `syncfs` is reliable there; if not, every file must be synced separately."""
@@ -388,6 +375,15 @@ def _coalesce(pieces: Iterable[bytes]) -> Iterator[bytes]:
             yield bytes(buffer)
             buffer.clear()
     yield bytes(buffer)
+
+
+@contextmanager
+def _directory(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _syncfs(descriptor: int) -> None:

@@ -12,10 +12,9 @@ from fastvgg.stream.redo_log import committed_chunks, read_redo_log_header
 
 if TYPE_CHECKING:
     import os
+    from pathlib import Path
 
     from fastvgg.transform import Transform
-
-__all__ = ["info"]
 
 
 def info(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -39,10 +38,13 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
         If there is no dataset or run.
     """
     dataset = parse_location(path)
+    return {"path": str(dataset), **_describe(dataset)}
+
+
+def _describe(dataset: Path) -> dict[str, Any]:
     redo_log = read_redo_log_header(dataset)
     if redo_log is not None:
         return {
-            "path": str(dataset),
             "state": "unfinished in place",
             "committed_chunks": committed_chunks(redo_log, dataset),
             "chunks": redo_log.file_layout.chunks,
@@ -52,7 +54,6 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     journal_state = read_journal(journal_path(dataset))
     if journal_state is not None:
         return {
-            "path": str(dataset),
             "state": "unfinished",
             "committed_chunks": len(journal_state.commits),
             "chunks": journal_state.chunks,
@@ -62,7 +63,6 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     manifest = read_manifest(dataset)
     if manifest is not None:
         return {
-            "path": str(dataset),
             "state": "finished",
             **_job_fields(manifest.job),
             **manifest.counts,
@@ -74,7 +74,6 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         header = source.header
         return {
-            "path": str(dataset),
             "state": "source",
             "kind": source.kind,
             "shape": list(header.shape),

@@ -30,15 +30,6 @@ if TYPE_CHECKING:
     from fastvgg.datasets.base import Payload
     from fastvgg.stream.job import Schema
 
-__all__ = [
-    "Manifest",
-    "checksum",
-    "manifest_path",
-    "package_versions",
-    "read_manifest",
-    "read_transform",
-]
-
 FORMAT: Final = 1
 FIELDS: Final[Schema] = {
     "fastvgg-manifest": int,

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from fastvgg.datasets.base import ImageRecord, Source, Target
     from fastvgg.stream.manifest import Manifest
 
-__all__ = ["Verification", "verify"]
-
 SAMPLED_IMAGES: Final = 16
 
 
