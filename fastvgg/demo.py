@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -133,11 +134,8 @@ def _write_photographs(directory: Path) -> None:
 
 
 def _read_images(directory: Path) -> NDArray[np.uint8]:
-    source = open_source(directory, decoding=DecodeOptions(SIZE))
-    try:
+    with contextlib.closing(open_source(directory, decoding=DecodeOptions(SIZE))) as source:
         return source.read(0, source.header.images).batch
-    finally:
-        source.close()
 
 
 def _draw(

@@ -7,8 +7,10 @@ exists, the file is neither the source nor the result.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -67,33 +69,23 @@ def run(
                 f"{path} is being changed by another process",
                 "wait for it to finish; 'fastvgg info' shows its progress",
             )
-        source = NpySource(path, layout=plan.header.layout, dtype_hint=plan.header.dtype)
-        try:
+        layout, dtype = plan.header.layout, plan.header.dtype
+        with contextlib.closing(NpySource(path, layout=layout, dtype_hint=dtype)) as source:
             return _InPlace(plan, source, data, storage, progress, started_at).finish()
-        finally:
-            source.close()
     finally:
         storage.close(data)
 
 
+@dataclass(frozen=True)
 class _InPlace:
     """A run in place; holds the lock of the file."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        source: NpySource,
-        data: StoredFile,
-        storage: Storage,
-        progress: Callable[[Progress], None] | None,
-        started_at: float,
-    ) -> None:
-        self.plan = plan
-        self.source = source
-        self.data = data
-        self.storage = storage
-        self.progress = progress
-        self.started_at = started_at
+    plan: Plan
+    source: NpySource
+    data: StoredFile
+    storage: Storage
+    progress: Callable[[Progress], None] | None
+    started_at: float
 
     def finish(self) -> Report:
         """Execute the remaining steps and return the report."""
@@ -102,7 +94,7 @@ class _InPlace:
             check_restart(header, self.data.path)
             header = None
         log = self._begin() if header is None else self._reopen(header)
-        try:
+        with contextlib.closing(log):
             committed = 0 if header is None else log.recover()
             tracker = ProgressTracker(self.plan, range(committed), self.progress, self.started_at)
             self._compute(log, committed, tracker)
@@ -114,8 +106,6 @@ class _InPlace:
             )
             self.storage.write_atomic(manifest_path(self.data.path), [manifest.to_json()])
             log.remove()
-        finally:
-            log.close()
         return tracker.report(manifest.counts, failures=[])
 
     def _begin(self) -> RedoLog:

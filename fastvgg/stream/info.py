@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from fastvgg.datasets.open import open_source
@@ -70,8 +71,8 @@ def _describe(dataset: Path) -> dict[str, Any]:
             "created": manifest.created,
             "packages": manifest.packages,
         }
-    source = open_source(dataset, use_index=not describes_other_dataset(dataset))
-    try:
+    use_index = not describes_other_dataset(dataset)
+    with contextlib.closing(open_source(dataset, use_index=use_index)) as source:
         header = source.header
         return {
             "state": "source",
@@ -82,8 +83,6 @@ def _describe(dataset: Path) -> dict[str, Any]:
             **_transform_fields(read_transform(dataset)),
             "notes": source.notes,
         }
-    finally:
-        source.close()
 
 
 def _transform_fields(transform: Transform | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 import xxhash
 
-from fastvgg.datasets.base import read_sidecar
+from fastvgg.datasets.base import Header, read_sidecar
 from fastvgg.datasets.contiguous import ContiguousTarget
 from fastvgg.datasets.index import index_path
 from fastvgg.datasets.open import open_target
@@ -172,16 +172,35 @@ class Destination:
             return False
         manifest = read_manifest(self.path)
         if manifest is not None:
-            return self.path.is_dir() or _is_as_written(self.path, self.kind, manifest)
+            return self._is_as_written(manifest)
         try:
             journal_state = read_journal(journal_path(self.path))
         except ResumeError:
             return False
         if journal_state is None:
             return False
+        if journal_state.replaces == self.identity():
+            return True
+        return journal_state.complete and self.is_published() and self._is_as_written(journal_state)
+
+    def _is_as_written(self, record: Manifest | JournalState) -> bool:
+        """Return whether a file has the recorded format and length; a directory is not compared.
+
+        Data added to an HDF5 file would extend it, and another .npy file usually has another
+        length.
+        """
+        if self.path.is_dir():
+            return True
+        result, chunk_images = record.job["result"], record.chunk_images
+        if result["kind"] != self.kind:
+            return False
+        location = with_inner(self.path, result.get("dataset", ""))
+        header = Header(tuple(result["shape"]), result["dtype"], result["layout"])
+        written = open_target(location, header, Storage(), chunk_images=chunk_images)
         return (
-            journal_state.complete and self.is_published()
-        ) or journal_state.replaces == self.identity()
+            isinstance(written, ContiguousTarget)
+            and self.path.stat().st_size == written.stored_bytes
+        )
 
     def move_aside(self, storage: Storage) -> None:
         """Move an existing directory aside: rename cannot replace a non-empty directory."""
@@ -276,18 +295,6 @@ def _foreign_error(path: Path, *, is_directory: bool) -> TargetError:
         f"write{'' if is_directory else ', or that was changed since'}",
         MOVE_AWAY,
     )
-
-
-def _is_as_written(path: Path, kind: str, manifest: Manifest) -> bool:
-    """Return whether a file has the format and length that its manifest records.
-
-    Data added to an HDF5 file would extend it, and another .npy file usually has another length.
-    """
-    if manifest.job["result"]["kind"] != kind:
-        return False
-    location, chunk_images = with_inner(path, manifest.dataset), manifest.chunk_images
-    written = open_target(location, manifest.header, Storage(), chunk_images=chunk_images)
-    return isinstance(written, ContiguousTarget) and path.stat().st_size == written.stored_bytes
 
 
 def inspect_target(plan: Plan, journal_state: JournalState | None) -> State:
