@@ -359,7 +359,7 @@ def _connect(dask: str | None) -> "Iterator[Client | None]":
         yield None
         return
     try:
-        from fastvgg import cluster
+        from fastvgg.executors import dask as cluster
     except ImportError as error:
         raise UsageError(
             f"--dask needs a package that is not installed: {error.name}",

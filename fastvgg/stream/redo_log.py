@@ -5,13 +5,13 @@ slot is reused only after its contents are durable in the data file. Writes to t
 whole pages, so a torn write damages only bytes that are in the slot.
 
 The order of operations and the need for each sync are verified by enumerating the states that a
-crash can leave: tests/crash_states.py.
+crash can leave: tests/campaigns/crash_states.py.
 """
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from xxhash import xxh3_64_hexdigest
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fastvgg.storage.local import Storage
-    from fastvgg.stream.job import Schema
+    from fastvgg.stream.job import Job, Schema
 
 CHECKPOINT: Final[Schema] = {"run": str, "generation": int, "chunks": int}
 MAX_HEADER_BYTES: Final = 1024 * 1024
@@ -204,9 +204,7 @@ class RedoLog:
         self._generation = 0
 
     @classmethod
-    def begin(
-        cls, storage: Storage, data: StoredFile, job: dict[str, Any], chunk_images: int
-    ) -> RedoLog:
+    def begin(cls, storage: Storage, data: StoredFile, job: Job, chunk_images: int) -> RedoLog:
         """Create the log for an unchanged data file.
 
         Raises

@@ -12,14 +12,12 @@ Everything but the new bytes is JSON lines with checksums.
 
 from __future__ import annotations
 
-import math
 import secrets
 import shlex
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from fastvgg.stream.job import check_fields, check_job, check_sizes
+from fastvgg.stream.job import Job, check_fields, check_sizes
 from fastvgg.stream.journal import decode_line, encode_line
-from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
     import os
@@ -121,7 +119,7 @@ class RedoLogLayout(NamedTuple):
 class RedoLogHeader(NamedTuple):
     """The header of a redo log: which file, which job."""
 
-    job: dict[str, Any]
+    job: Job
     chunk_images: int
     run: str
     """Random id, repeated in every record to reject records of another run."""
@@ -130,7 +128,7 @@ class RedoLogHeader(NamedTuple):
     file_bytes: int
 
     @classmethod
-    def new(cls, job: dict[str, Any], chunk_images: int, status: os.stat_result) -> RedoLogHeader:
+    def new(cls, job: Job, chunk_images: int, status: os.stat_result) -> RedoLogHeader:
         """Return the header for a new run."""
         run = secrets.token_hex(8)
         return cls(job, chunk_images, run, status.st_ino, status.st_size)
@@ -146,8 +144,8 @@ class RedoLogHeader(NamedTuple):
         """
         fields = decode_first_line(data) or {}
         check_fields(fields, HEADER)
-        header = cls(**{name: fields[name] for name in cls._fields})
-        check_job(header.job)
+        recorded = {name: fields[name] for name in cls._fields}
+        header = cls(**{**recorded, "job": Job.from_dict(fields["job"])})
         check_sizes([header.chunk_images, header.file_bytes])
         if not data.startswith(header.to_bytes()) or header.file_layout.data_offset < 0:
             raise ValueError("its fields are inconsistent")
@@ -155,29 +153,26 @@ class RedoLogHeader(NamedTuple):
 
     def to_bytes(self) -> bytes:
         """Encode the header line."""
-        return encode_line({FORMAT_FIELD: FORMAT, **self._asdict()})
+        return encode_line({FORMAT_FIELD: FORMAT, **self._asdict(), "job": self.job.to_dict()})
 
     @property
     def file_layout(self) -> RedoLogLayout:
         """Offsets in the data file and in the log."""
-        result = self.job["result"]
-        images, *image = result["shape"]
-        image_bytes = math.prod(image) * storage_dtype(result["dtype"]).itemsize
+        result = self.job.result
         return RedoLogLayout(
             self.file_bytes,
-            self.file_bytes - images * image_bytes,
-            image_bytes,
-            images,
+            self.file_bytes - result.nbytes,
+            result.image_bytes,
+            result.images,
             self.chunk_images,
             pages(len(self.to_bytes())),
         )
 
     def command(self, path: Path) -> str:
         """Return the shell command that finishes the run."""
-        transform = self.job["transform"]
-        rounding = transform["rounding"]
+        direction, rounding = self.job.transform.direction, self.job.transform.rounding
         option = "" if rounding == "nearest" else f" --rounding {rounding}"
-        return f"fastvgg {transform['direction']} {shlex.quote(str(path))} --in-place{option}"
+        return f"fastvgg {direction} {shlex.quote(str(path))} --in-place{option}"
 
 
 class RedoRecord(NamedTuple):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 
 import xxhash
 
-from fastvgg.datasets.base import Header, read_sidecar
+from fastvgg.datasets.base import read_sidecar
 from fastvgg.datasets.contiguous import ContiguousTarget
 from fastvgg.datasets.index import index_path
 from fastvgg.datasets.open import open_target
@@ -23,7 +23,7 @@ from fastvgg.storage.location import (
     with_inner,
 )
 from fastvgg.storage.objects import StoreStorage
-from fastvgg.stream.journal import Journal, check_same_job, journal_path, read_journal
+from fastvgg.stream.journal import Journal, journal_path, read_journal
 from fastvgg.stream.manifest import read_manifest
 from fastvgg.stream.plan import format_bytes
 from fastvgg.stream.store_journal import StoreJournal
@@ -50,6 +50,16 @@ ARRAY: Final = "zarr.json"  # the object that makes a prefix of a store an array
 MOVE_AWAY: Final = "move it away, or choose another name"
 FILES: Final = ("npy", "hdf5")  # formats whose target is a file, not a directory
 State: TypeAlias = Literal["fresh", "resumable", "complete", "failed"]
+
+
+class TargetState(NamedTuple):
+    """What was found at the name of a target."""
+
+    name: State
+    """Absent, unfinished or finished; "failed" if the failed images of a finished target are to
+    be retried."""
+    manifest: Manifest | None
+    """The manifest of the finished target, or of the target of which a run retries the failures."""
 
 
 def destination_of(plan: Plan) -> Destination:
@@ -191,12 +201,11 @@ class Destination:
         """
         if self.path.is_dir():
             return True
-        result, chunk_images = record.job["result"], record.chunk_images
-        if result["kind"] != self.kind:
+        job, chunk_images = record.job, record.chunk_images
+        if job.target_format != self.kind:
             return False
-        location = with_inner(self.path, result.get("dataset", ""))
-        header = Header(tuple(result["shape"]), result["dtype"], result["layout"])
-        written = open_target(location, header, Storage(), chunk_images=chunk_images)
+        location = with_inner(self.path, job.dataset)
+        written = open_target(location, job.result, Storage(), chunk_images=chunk_images)
         return (
             isinstance(written, ContiguousTarget)
             and self.path.stat().st_size == written.stored_bytes
@@ -297,10 +306,8 @@ def _foreign_error(path: Path, *, is_directory: bool) -> TargetError:
     )
 
 
-def inspect_target(plan: Plan, journal_state: JournalState | None) -> State:
-    """Return the state of a plan's target: absent, unfinished or finished.
-
-    "failed" is a finished target whose failed images are to be retried.
+def inspect_target(plan: Plan, journal_state: JournalState | None) -> TargetState:
+    """Return the state of a plan's target.
 
     Raises
     ------
@@ -312,19 +319,20 @@ def inspect_target(plan: Plan, journal_state: JournalState | None) -> State:
     destination = destination_of(plan)
     if plan.restart:
         destination.replaceable()
-        return "fresh"
+        return TargetState("fresh", None)
     if journal_state is not None:
-        check_same_job(journal_state.job, plan.job(), plan.target)
+        journal_state.job.check_same(plan.job(), plan.target)
         if destination.predates_run(journal_state):
             check_not_occupied(plan, journal_state.replaces)
-        return "resumable"
+        retried = read_manifest(destination.path) if journal_state.retries else None
+        return TargetState("resumable", retried)
     manifest = read_manifest(destination.path)
     if manifest is not None and destination.is_occupied():
-        has_failures = manifest.job != plan.job() or manifest.counts["failed"] > 0
-        if plan.retry_failed and has_failures:
-            return "failed"
-        if manifest.job == plan.job():
-            return "complete"
+        is_same = manifest.job == plan.job()
+        if plan.retry_failed and (not is_same or manifest.counts["failed"] > 0):
+            return TargetState("failed", manifest)
+        if is_same:
+            return TargetState("complete", manifest)
     check_not_occupied(plan, None)
     if destination.exists(destination.partial):
         raise TargetError(
@@ -332,7 +340,7 @@ def inspect_target(plan: Plan, journal_state: JournalState | None) -> State:
             _remedy(destination),
         )
     destination.check_sidecars()
-    return "fresh"
+    return TargetState("fresh", None)
 
 
 def check_not_occupied(plan: Plan, replaces: str | None) -> None:
