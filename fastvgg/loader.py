@@ -141,7 +141,7 @@ class Batches:
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
-        rows = self._last_row() - self._first_row()
+        rows = len(self._positions())
         return rows // self.batch_size if self.drop_last else -(-rows // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -194,11 +194,10 @@ class Batches:
             "drop_last": self.drop_last,
         }
 
-    def _first_row(self) -> int:
-        return self.header.images * self.shard[0] // self.shard[1]
-
-    def _last_row(self) -> int:
-        return self.header.images * (self.shard[0] + 1) // self.shard[1]
+    def _positions(self) -> range:
+        """Return the positions of this shard in the order of an epoch."""
+        images, (number, shards) = self.header.images, self.shard
+        return range(images * number // shards, images * (number + 1) // shards)
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         """Return the row numbers of this shard in an epoch, in the order in which to yield them."""
@@ -206,7 +205,8 @@ class Batches:
         order = np.arange(images)
         if self.shuffle:
             order = np.random.default_rng((self.seed, epoch)).permutation(images)
-        return order[self._first_row() : self._last_row()].astype(np.int64)
+        positions = self._positions()
+        return order[positions.start : positions.stop].astype(np.int64)
 
     def _open(self) -> ArraySource:
         """Open the dataset in the layout that the transform reads."""

@@ -24,14 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-__all__ = [
-    "SharedStorage",
-    "Storage",
-    "StoredFile",
-    "file_system",
-    "is_networked",
-]
-
 NETWORKED: Final = (
     *("9p", "afs", "ceph", "cifs", "coda", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4"),
     *("ocfs2", "smb2", "smb3", "smbfs", "virtiofs"),
@@ -60,6 +52,36 @@ def file_system(path: Path) -> str:
 def is_networked(system: str) -> bool:
     """Whether another machine may write to it, or locks and syncs may be ineffective."""
     return system in NETWORKED or system.startswith("fuse.")
+
+
+def check_in_place_supported(path: Path) -> None:
+    """Check that a file can be overwritten in place safely.
+
+    Raises
+    ------
+    TargetError
+        Naming the reason why not.
+    """
+    status, system = path.lstat(), file_system(path)
+    if path.is_symlink():
+        problem, remedy = "is a symbolic link", f"give the file itself: {path.resolve()}"
+    elif status.st_nlink > 1:
+        problem = f"has {status.st_nlink} hard links, and would change under all of their names"
+        remedy = "copy it, or remove the other links"
+    elif status.st_blocks * 512 < status.st_size:
+        problem = (
+            f"is sparse: it has {status.st_size} bytes, but only {status.st_blocks * 512} of them "
+            "are allocated on disk"
+        )
+        remedy = "make a copy without holes: cp --sparse=never"
+    elif is_networked(system):
+        problem = f"is on {system}, where another machine may write it at the same time"
+        remedy = "write a new file: give a DST"
+    elif not os.access(path, os.R_OK | os.W_OK):
+        problem, remedy = "is not writable", "check its permissions"
+    else:
+        return
+    raise TargetError(f"{path} {problem}", remedy)
 
 
 class StoredFile(NamedTuple):
@@ -143,18 +165,13 @@ class Storage:
             import fcntl
         except ImportError:  # not a POSIX system
             return True
-        try:
-            fcntl.flock(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            raise StoppedError.from_os_error(error, "lock", str(file.path), 0) from error
-        try:  # the previous holder may have removed the file since it was opened here
-            return os.path.samestat(os.fstat(file.descriptor), os.stat(file.path))
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise StoppedError.from_os_error(error, "stat", str(file.path), 0) from error
+        with _io_errors("lock", file.path):
+            try:
+                fcntl.flock(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The previous holder may have removed the file since it was opened here.
+                return os.path.samestat(os.fstat(file.descriptor), os.stat(file.path))
+            except (BlockingIOError, FileNotFoundError):
+                return False
 
     def size(self, file: StoredFile) -> int:
         """Return the size of a file in bytes."""
@@ -222,12 +239,8 @@ class Storage:
         """Flush a directory's entries to the disk (fsync)."""
         if not self._syncs:
             return
-        with _io_errors("fsync", path):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        with _io_errors("fsync", path), _directory(path) as descriptor:
+            os.fsync(descriptor)
 
     def syncfs(self, directory: Path) -> None:
         """`syncfs` the file system that contains `directory`, whoever wrote the data.
@@ -236,12 +249,8 @@ class Storage:
         """
         if not self._syncs:
             return
-        with _io_errors("syncfs", directory):
-            descriptor = os.open(directory, os.O_RDONLY)
-            try:
-                _syncfs(descriptor)
-            finally:
-                os.close(descriptor)
+        with _io_errors("syncfs", directory), _directory(directory) as descriptor:
+            _syncfs(descriptor)
 
     def has_syncfs(self, directory: Path) -> bool:
         """Whether `syncfs` is reliable there; if not, every file must be synced separately."""
@@ -366,6 +375,15 @@ def _coalesce(pieces: Iterable[bytes]) -> Iterator[bytes]:
             yield bytes(buffer)
             buffer.clear()
     yield bytes(buffer)
+
+
+@contextmanager
+def _directory(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _syncfs(descriptor: int) -> None:

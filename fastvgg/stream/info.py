@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from fastvgg.datasets.open import open_source
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
 
     from fastvgg.stream.job import Job
     from fastvgg.transform import Transform
-
-__all__ = ["info"]
 
 
 def info(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -40,10 +39,13 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
         If there is no dataset or run.
     """
     location = Location.parse(path)
+    return {"path": str(location), **_describe(location)}
+
+
+def _describe(location: Location) -> dict[str, Any]:
     redo_log = read_redo_log_header(location.container)
     if redo_log is not None:
         return {
-            "path": str(location),
             "state": "unfinished in place",
             "committed_chunks": committed_chunks(redo_log, location.container),
             "chunks": redo_log.file_layout.chunks,
@@ -53,7 +55,6 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     journal_state = read_journal(journal_path(location.container))
     if journal_state is not None:
         return {
-            "path": str(location),
             "state": "unfinished",
             "committed_chunks": len(journal_state.commits),
             "chunks": journal_state.chunks,
@@ -64,7 +65,6 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     manifest = recorded.manifest
     if manifest is not None:
         return {
-            "path": str(location),
             "state": "finished",
             **_job_fields(manifest.job),
             **manifest.counts,
@@ -72,11 +72,9 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
             "created": manifest.created,
             "packages": manifest.packages,
         }
-    source = open_source(location, use_index=recorded.has_index)
-    try:
+    with contextlib.closing(open_source(location, use_index=recorded.has_index)) as source:
         header = source.header
         return {
-            "path": str(location),
             "state": "source",
             "kind": source.kind,
             "shape": list(header.shape),
@@ -85,8 +83,6 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
             **_transform_fields(recorded.transform),
             "notes": source.notes,
         }
-    finally:
-        source.close()
 
 
 def _transform_fields(transform: Transform | None) -> dict[str, Any]:

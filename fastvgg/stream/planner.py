@@ -18,6 +18,7 @@ from fastvgg.datasets.open import open_source, target_format
 from fastvgg.errors import SourceError, UsageError
 from fastvgg.imaging.decode import MAX_PIXELS, DecodeOptions
 from fastvgg.parallel import check_threads
+from fastvgg.storage.local import check_in_place_supported
 from fastvgg.storage.location import Location
 from fastvgg.stream.job import DECODED
 from fastvgg.stream.journal import journal_path, read_journal
@@ -39,14 +40,13 @@ from fastvgg.stream.preflight import (
     plan_result,
 )
 from fastvgg.stream.redo_log import (
-    RedoLogHeader,
-    check_in_place_supported,
     check_restart,
     check_same_file,
     committed_chunks,
     read_redo_log_header,
     unfinished_error,
 )
+from fastvgg.stream.redo_log_layout import RedoLogHeader
 from fastvgg.stream.retry import plan_retry
 from fastvgg.stream.target import inspect_target, with_committed
 from fastvgg.stream.values import check_not_already_done

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from fastvgg.stream.plan import Plan
     from fastvgg.stream.report import Failure
 
-__all__ = ["ProgressTracker"]
-
 
 class ProgressTracker:
     """Count what a run commits and report progress.

@@ -15,7 +15,7 @@ from fastvgg.datasets.open import open_target
 from fastvgg.errors import ResumeError, TargetError
 from fastvgg.storage import objects
 from fastvgg.storage.local import SharedStorage, Storage
-from fastvgg.storage.location import Location, sidecar_path
+from fastvgg.storage.location import sidecar_path
 from fastvgg.storage.objects import StoreStorage
 from fastvgg.stream.journal import Journal, journal_path, read_journal
 from fastvgg.stream.manifest import read_manifest
@@ -176,16 +176,34 @@ class Destination:
             return False
         manifest = read_manifest(self.path)
         if manifest is not None:
-            return self.path.is_dir() or _is_as_written(self.path, self.kind, manifest)
+            return self._is_as_written(manifest)
         try:
             journal_state = read_journal(journal_path(self.path))
         except ResumeError:
             return False
         if journal_state is None:
             return False
+        if journal_state.replaces == self.identity():
+            return True
+        return journal_state.complete and self.is_published() and self._is_as_written(journal_state)
+
+    def _is_as_written(self, record: Manifest | JournalState) -> bool:
+        """Return whether a file has the recorded format and length; a directory is not compared.
+
+        Data added to an HDF5 file would extend it, and another .npy file usually has another
+        length.
+        """
+        if self.path.is_dir():
+            return True
+        job, chunk_images = record.job, record.chunk_images
+        if job.target_format != self.kind:
+            return False
+        location = Location(self.path, job.dataset)
+        written = open_target(location, job.result, Storage(), chunk_images=chunk_images)
         return (
-            journal_state.complete and self.is_published()
-        ) or journal_state.replaces == self.identity()
+            isinstance(written, ContiguousTarget)
+            and self.path.stat().st_size == written.stored_bytes
+        )
 
     def move_aside(self, storage: Storage) -> None:
         """Move an existing directory aside: rename cannot replace a non-empty directory."""
@@ -280,18 +298,6 @@ def _foreign_error(path: Path, *, is_directory: bool) -> TargetError:
         f"write{'' if is_directory else ', or that was changed since'}",
         MOVE_AWAY,
     )
-
-
-def _is_as_written(path: Path, kind: str, manifest: Manifest) -> bool:
-    """Return whether a file has the format and length that its manifest records.
-
-    Data added to an HDF5 file would extend it, and another .npy file usually has another length.
-    """
-    if manifest.job.target_format != kind:
-        return False
-    location, chunk_images = Location(path, manifest.job.dataset), manifest.chunk_images
-    written = open_target(location, manifest.header, Storage(), chunk_images=chunk_images)
-    return isinstance(written, ContiguousTarget) and path.stat().st_size == written.stored_bytes
 
 
 def inspect_target(plan: Plan, journal_state: JournalState | None) -> TargetState:

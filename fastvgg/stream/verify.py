@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -19,12 +20,10 @@ from fastvgg.stream.redo_log import read_redo_log_header, unfinished_error
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from fastvgg.datasets.base import ImageRecord, Source, Target
     from fastvgg.stream.manifest import Manifest
-
-__all__ = ["Verification", "verify"]
 
 SAMPLED_IMAGES: Final = 16
 
@@ -119,19 +118,16 @@ def _check_against_oracle(
         source = _open_source(manifest)
     except SourceError as error:
         return 0, f"not compared with the source: {error.problem}"
-    recomputed = 0
-    try:
+    rows = _rows_to_check(manifest.header.images, full=full)
+    with contextlib.closing(source):
         # A copy of the source has another modification time and so another fingerprint, but the
         # same pixels: `full` compares them anyway.
         is_same = full or source.fingerprint() == manifest.job.fingerprint
         if source.header != manifest.job.header or not is_same:
             return 0, f"not compared with the source: {source.location} has changed"
-        for row in _rows_to_check(manifest.header.images, full=full):
+        for row in rows:
             _check_row(stored, source, manifest, records, row)
-            recomputed += 1
-    finally:
-        source.close()
-    return recomputed, ""
+    return len(rows), ""
 
 
 def _open_source(manifest: Manifest) -> Source:
@@ -146,11 +142,11 @@ def _open_source(manifest: Manifest) -> Source:
     )
 
 
-def _rows_to_check(images: int, *, full: bool) -> Iterator[int]:
-    if full:
-        return iter(range(images))
-    sampled = min(SAMPLED_IMAGES, images)
-    return iter(sorted({image * (images - 1) // max(1, sampled - 1) for image in range(sampled)}))
+def _rows_to_check(images: int, *, full: bool) -> Sequence[int]:
+    """Return all rows, or a sample at equal distances."""
+    if full or images <= SAMPLED_IMAGES:
+        return range(images)
+    return [image * (images - 1) // (SAMPLED_IMAGES - 1) for image in range(SAMPLED_IMAGES)]
 
 
 def _check_row(

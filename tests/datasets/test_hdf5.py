@@ -1025,7 +1025,7 @@ def test_images_are_packed_into_a_file_with_an_index_and_come_back_under_their_n
     index = read_index(tmp_path / "p.h5", 6)
     assert [record.failed for record in index] == [False] * 4 + [True, False]
     plan_of(within(tmp_path / "p.h5"), within(tmp_path / "y.h5"), mode="torch", together=4).run()
-    assert [*read_index(within(tmp_path / "y.h5"), 6)] == [*index]
+    assert [*read_index(tmp_path / "y.h5", 6)] == [*index]
     plan_of(within(tmp_path / "y.h5"), tmp_path / "out", direction="restore").run()
     found = images_in(tmp_path / "out")
     assert [*found] == ["a/00.png", "a/02.png", "a/04.png", "b/01.png", "b/05.png"]

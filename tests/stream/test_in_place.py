@@ -12,8 +12,9 @@ import pytest
 import fastvgg
 from fastvgg import oracle
 from fastvgg.errors import ResumeError, SourceError, TargetError, UsageError
+from fastvgg.storage import local
 from fastvgg.storage.local import Storage, file_system, is_networked
-from fastvgg.stream import planner, redo_log
+from fastvgg.stream import planner
 from fastvgg.stream.info import info
 from fastvgg.stream.journal import journal_path
 from fastvgg.stream.manifest import Provenance, manifest_path, read_manifest
@@ -195,9 +196,9 @@ def test_links_and_holes_are_refused(file):
 
 def test_a_file_system_of_other_machines_is_refused(file, monkeypatch):
     for system in ("nfs4", "cifs", "fuse.sshfs", "9p"):
-        monkeypatch.setattr(redo_log, "file_system", lambda path, system=system: system)
+        monkeypatch.setattr(local, "file_system", lambda path, system=system: system)
         refused(TargetError, file, system, "another machine")
-    monkeypatch.setattr(redo_log, "file_system", lambda path: "")  # nobody knows
+    monkeypatch.setattr(local, "file_system", lambda path: "")  # nobody knows
     change(file, mode="caffe")
 
 
