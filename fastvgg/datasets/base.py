@@ -337,18 +337,15 @@ class Target(ABC):
         The path of the published dataset.
     header
         Shape, dtype and layout of the dataset.
-    storage
-        Performs the system calls.
     """
 
     kind: str
 
-    def __init__(self, path: Path, header: Header, storage: Storage) -> None:
+    def __init__(self, path: Path, header: Header) -> None:
         self.path = path
         self.header = header
-        self.partial = sidecar_path(path, ".partial")
-        """The temporary name of the unfinished target."""
-        self._storage = storage
+        self.partial = path
+        """The name of the unfinished target: temporary where there is a rename."""
 
     @abstractmethod
     def create(self) -> None:
@@ -388,11 +385,9 @@ class Target(ABC):
     def read_back(self, start: int, stop: int) -> NDArray[Any]:
         """Read, and decode if necessary, images of the published target."""
 
+    @abstractmethod
     def publish(self) -> None:
-        """Rename the finished partial to the target's name, atomically and durably."""
-        self.close()
-        self._storage.rename(self.partial, self.path)
-        self._storage.sync_directory(self.path.parent)
+        """Give the finished target its name, atomically and durably."""
 
     def close(self) -> None:  # noqa: B027  # most formats keep nothing open
         """Close files."""
@@ -404,6 +399,20 @@ class Target(ABC):
                 f"{self.header.shape} of {self.header.dtype}",
                 "the dataset was changed since then: recreate it from its source",
             )
+
+
+class DiskTarget(Target):
+    """A target on disk, renamed when it is finished; `storage` performs the system calls."""
+
+    def __init__(self, path: Path, header: Header, storage: Storage, **options: Any) -> None:
+        super().__init__(path, header, **options)
+        self.partial = sidecar_path(path, ".partial")
+        self._storage = storage
+
+    def publish(self) -> None:
+        self.close()
+        self._storage.rename(self.partial, self.path)
+        self._storage.sync_directory(self.path.parent)
 
 
 class SharedTarget(Target):

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import xxhash
 
-from fastvgg.datasets.base import ArraySource, Chunk, SharedTarget, bytes_of, open_regular
+from fastvgg.datasets.base import (
+    ArraySource,
+    Chunk,
+    DiskTarget,
+    SharedTarget,
+    bytes_of,
+    open_regular,
+)
 from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError
 from fastvgg.transform import storage_dtype
 
@@ -132,7 +139,7 @@ class ContiguousSource(ArraySource):
                 raise
 
 
-class ContiguousTarget(SharedTarget):
+class ContiguousTarget(DiskTarget, SharedTarget):
     """A file that consists of `preamble`, which describes the array, followed by the array.
 
     Its space is reserved before anything is written.

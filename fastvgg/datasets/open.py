@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from fastvgg.datasets.image_writer import FileFormat, ImageFolderTarget
 from fastvgg.datasets.images import ImageFolder, ImageSource
@@ -18,6 +18,7 @@ from fastvgg.datasets.tar import TarShards, names_tar
 from fastvgg.errors import SourceError, TargetError
 from fastvgg.imaging import resize
 from fastvgg.imaging.decode import DecodeOptions, Decoder
+from fastvgg.storage.local import Storage
 from fastvgg.storage.objects import StoreStorage
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from fastvgg.datasets.base import ArraySource, Header, ImageRecord, Target
     from fastvgg.datasets.images import ImageListing
     from fastvgg.imaging.resize import Gather
-    from fastvgg.storage.local import Storage
     from fastvgg.storage.location import Location
     from fastvgg.transform import Layout, Transform
 
@@ -224,7 +224,7 @@ def _array_format(location: Location) -> str | None:
 def open_target(
     location: Location,
     header: Header,
-    storage: Storage,
+    storage: Storage | StoreStorage | None = None,
     *,
     chunk_images: int,
     transform: Transform | None = None,
@@ -235,8 +235,11 @@ def open_target(
 
     Parameters
     ----------
-    location, header, storage
-        Where the target is, its shape and dtype, and the I/O layer that writes it.
+    location, header
+        Where the target is, and its shape, dtype and layout.
+    storage
+        Performs the durable I/O of a disk or a store, whichever the location is on. Default: one
+        that syncs.
     chunk_images
         Number of images in a chunk of the run; a Zarr shard holds as many.
     transform
@@ -248,18 +251,22 @@ def open_target(
     """
     path = location.container
     kind = target_format(location)
+    shards = {"chunk_images": chunk_images, "transform": transform}
+    if location.is_remote:
+        with _installed("zarr", location):
+            from fastvgg.datasets.zarr_writer import StoreZarrTarget
+        return StoreZarrTarget(
+            path, header, cast("StoreStorage", storage or StoreStorage()), **shards
+        )
+    disk = cast("Storage", storage or Storage())
     if kind == "npy":
-        return NpyTarget(path, header, storage)
+        return NpyTarget(path, header, disk)
     if kind == "hdf5":
         with _installed("hdf5", location):
             from fastvgg.datasets.hdf5 import Hdf5Target
-        return Hdf5Target(location, header, storage)
+        return Hdf5Target(location, header, disk)
     if kind == "zarr":
         with _installed("zarr", location):
-            from fastvgg.datasets.zarr_writer import StoreZarrTarget, ZarrTarget
-        if isinstance(storage, StoreStorage):
-            return StoreZarrTarget(
-                path, header, storage, chunk_images=chunk_images, transform=transform
-            )
-        return ZarrTarget(path, header, storage, chunk_images=chunk_images, transform=transform)
-    return ImageFolderTarget(path, header, storage, records, file_format)
+            from fastvgg.datasets.zarr_writer import ZarrTarget
+        return ZarrTarget(path, header, disk, **shards)
+    return ImageFolderTarget(path, header, disk, records, file_format)

@@ -106,7 +106,7 @@ class Storage:
     """
 
     def __init__(self, *, fsync: bool = True) -> None:
-        self._syncs = fsync
+        self.fsync = fsync
 
     def create(self, path: Path) -> StoredFile:
         """Create an empty file, truncating an existing one."""
@@ -131,7 +131,7 @@ class Storage:
         pages whose buffer and file offset are equally aligned; all other writes go through the
         page cache.
         """
-        if not (self._syncs and hasattr(os, "O_DIRECT")):
+        if not (self.fsync and hasattr(os, "O_DIRECT")):
             return file
         with _io_errors("open", file.path):
             if is_networked(file_system(file.path)):
@@ -230,14 +230,14 @@ class Storage:
 
     def sync(self, file: StoredFile) -> None:
         """Flush a file's data to the disk (fsync)."""
-        if not self._syncs:
+        if not self.fsync:
             return
         with _io_errors("fsync", file.path):
             os.fsync(file.descriptor)
 
     def sync_directory(self, path: Path) -> None:
         """Flush a directory's entries to the disk (fsync)."""
-        if not self._syncs:
+        if not self.fsync:
             return
         with _io_errors("fsync", path), _directory(path) as descriptor:
             os.fsync(descriptor)
@@ -247,7 +247,7 @@ class Storage:
 
         Data that a killed process wrote is visible, but may not be on the disk yet.
         """
-        if not self._syncs:
+        if not self.fsync:
             return
         with _io_errors("syncfs", directory), _directory(directory) as descriptor:
             _syncfs(descriptor)
@@ -329,7 +329,7 @@ class SharedStorage(Storage):
 
     def sync_directory(self, path: Path) -> None:
         """Flush the directory's entries to the disk (fsync)."""
-        if self._syncs:
+        if self.fsync:
             with _io_errors("fsync", path):
                 os.fsync(self._directory)
 

@@ -19,7 +19,7 @@ from fastvgg.errors import ResumeError, TargetError
 from fastvgg.stream.compute import ChunkTask
 from fastvgg.stream.journal import Commit
 from fastvgg.stream.manifest import checksum
-from fastvgg.stream.target import destination_of, with_committed
+from fastvgg.stream.target import with_committed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,7 +62,7 @@ class FailureRetry:
     """
 
     def __init__(self, plan: Plan, source: ImageSource, manifest: Manifest | None) -> None:
-        self.target = destination_of(plan).path
+        self.target = plan.target.container
         self.plan = plan
         self.source = source
         self.manifest = self._check_manifest(manifest)

@@ -13,7 +13,6 @@ from fastvgg.datasets.image_writer import is_lossy
 from fastvgg.datasets.index import read_index
 from fastvgg.datasets.open import open_source, open_target
 from fastvgg.errors import SourceError, VerificationError
-from fastvgg.storage.local import Storage
 from fastvgg.storage.location import Location
 from fastvgg.stream.manifest import Provenance, checksum, manifest_path
 from fastvgg.stream.redo_log import read_redo_log_header, unfinished_error
@@ -82,7 +81,6 @@ def verify(path: str | os.PathLike[str], *, full: bool = False) -> Verification:
     stored = open_target(
         location,
         manifest.header,
-        Storage(),
         chunk_images=manifest.chunk_images,
         records=records,
         file_format=manifest.job.file_format,

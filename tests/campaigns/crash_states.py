@@ -217,7 +217,7 @@ class RecordingStorage(Storage):
         function = f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}"
         place = Place(function, frame.f_lineno - frame.f_code.co_firstlineno)
         self.places.add(place)
-        return self._syncs and place != self._forgets
+        return self.fsync and place != self._forgets
 
     def sync(self, file):
         if self._syncs_here():
