@@ -63,6 +63,9 @@ class Location:
         """
         return replace(self, inner=name)
 
+    def __fspath__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
         return f"{self.container}::{self.inner}" if self.inner else str(self.container)
 

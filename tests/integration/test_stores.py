@@ -21,7 +21,7 @@ from fastvgg.errors import (
     VerificationError,
 )
 from fastvgg.storage import objects
-from fastvgg.storage.location import Location, is_remote
+from fastvgg.storage.location import Location
 from fastvgg.storage.objects import StoreStorage
 from fastvgg.stream.info import info
 from fastvgg.stream.journal import encode_line
@@ -66,7 +66,7 @@ class Store:
 
     def __init__(self, url):
         self.url = url
-        self.root = Location.parse(url)
+        self.root = Location.parse(url).container
 
     def __truediv__(self, name):
         return self.root / name
@@ -709,7 +709,7 @@ def test_the_command_line_takes_urls(emptied, array, tmp_path):
 def test_a_path_of_this_machine_may_be_given_as_a_url(array, tmp_path):
     plan_of(f"file://{array}", f"file://{tmp_path}/y.zarr", mode="caffe").run()
     assert zarr.open_array(tmp_path / "y.zarr", mode="r")[:].tobytes() == EXPECTED.tobytes()
-    assert not is_remote(Location.parse(f"file://{array}"))
+    assert not Location.parse(f"file://{array}").is_remote
 
 
 def test_objects_are_read_written_listed_and_removed(store):
