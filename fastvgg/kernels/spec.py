@@ -64,19 +64,11 @@ class KernelSpec(NamedTuple):
         nontemporal: bool = False,
         aligned_planes: bool = False,
     ) -> KernelSpec:
-        """Return the spec of a transform for one input type.
+        """Return the spec of a transform for inputs of one storage type.
 
-        Parameters
-        ----------
-        transform, input_name
-            The transform, and the storage type of the input.
-        reversed_input
-            Whether the channels of the input are stored in reverse of the order that the transform
-            assumes.
-        in_place, nontemporal
-            Whether the result overwrites the input, and whether it bypasses the caches.
-        aligned_planes
-            Whether the distance between two planes of the result is a multiple of a cache line.
+        `reversed_input`: the channels are stored in reverse of the order that the transform
+        assumes. `in_place`: the result overwrites the input. `nontemporal`: it bypasses the caches.
+        `aligned_planes`: the distance between its planes is a multiple of a cache line.
         """
         mode, restores = transform.mode, transform.direction == "restore"
         compute, target = transform.compute_name(input_name), transform.output_name(input_name)
@@ -208,6 +200,7 @@ def constant_table(mode: Mode, spec: KernelSpec) -> NDArray[Any]:
     return np.stack([np.tile(row, TABLE_COLUMNS // len(row)) for row in rows])
 
 
+BYTES: Final = np.arange(256, dtype=np.float32)
 NEIGHBOURS: Final = range(-3, 4)
 
 
@@ -238,9 +231,15 @@ def affine_constants(
     slopes, intercepts = (
         (std * divide, mean * divide) if restores else (1 / (divide * std), -mean / std)
     )
-    x = _every_half(half) if restores else _every_byte()
+    halves = np.arange(65536, dtype=np.uint16).view(storage_dtype(half))
+    x = halves.astype(np.float32) if restores else BYTES
     y = _restored(x, mode) if restores else _preprocessed(x, mode)
-    round_to_result = _as_byte if restores else functools.partial(_as_half, half=half)
+
+    def round_to_result(values: NDArray[np.float32]) -> NDArray[Any]:
+        if restores:
+            return oracle.saturate(values, "nearest")
+        return values.astype(halves.dtype).view(np.uint16)
+
     found = [
         _affine_channel(
             x, round_to_result(column), round_to_result, np.float32(slope), np.float32(intercept)
@@ -280,23 +279,6 @@ def _step(number: np.float32, steps: int) -> np.float32:
     return stepped
 
 
-def _every_byte() -> NDArray[np.float32]:
-    return np.arange(256, dtype=np.float32)
-
-
-def _every_half(half: str) -> NDArray[np.float32]:
-    return np.arange(65536, dtype=np.uint16).view(storage_dtype(half)).astype(np.float32)
-
-
-def _as_half(y: NDArray[np.float32], half: str) -> NDArray[np.uint16]:
-    """Return the bits in a 16-bit float type."""
-    return y.astype(storage_dtype(half)).view(np.uint16)
-
-
-def _as_byte(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    return oracle.saturate(x, "nearest")
-
-
 def _preprocessed(x: NDArray[np.float32], mode: Mode) -> NDArray[np.float32]:
     """Preprocess numbers in every channel; return a column for each channel of y."""
     return oracle.forward(np.repeat(x[:, np.newaxis], 3, axis=1), mode)
@@ -313,8 +295,10 @@ def _restored(y: NDArray[np.float32], mode: Mode) -> NDArray[np.float32]:
 def _has_ties(mode: Mode, *, affine: bool) -> bool:
     """Return whether any byte becomes a float32 halfway between two bfloat16 values."""
     constants = affine_constants(mode, "bfloat16", restores=False) if affine else None
-    x = _every_byte()
-    y = _preprocessed(x, mode) if constants is None else _affine(x[:, np.newaxis], *constants)
+    if constants is None:
+        y = _preprocessed(BYTES, mode)
+    else:
+        y = _affine(BYTES[:, np.newaxis], *constants)
     return bool((y.view(np.uint32) & 0xFFFF == 0x8000).any())
 
 
@@ -364,25 +348,14 @@ def reciprocal_is_exact(x: NDArray[Any], divisor: Any) -> bool:
 def _reciprocal(divisor: Any) -> tuple[Any, Any]:
     """Return 1 / divisor and its rounding error, which is infinite if the reciprocal is.
 
-    Without FMA the reciprocal has eight bits fewer, so that its product with a byte is exact.
+    Without FMA the reciprocal has eight bits fewer, so that its product with a byte is exact. In
+    both cases 1 - divisor * reciprocal has no rounding error.
     """
     reciprocal = 1 / divisor
     if not jit.processor().has_fma:
         bits = np.int64 if divisor.dtype == np.float64 else np.int32
         reciprocal = (reciprocal.view(bits) & ~bits(0xFF)).view(divisor.dtype)
-    if divisor.dtype == np.float64:
-        return reciprocal, _remainder(divisor, reciprocal)
-    residual = 1 - np.multiply(reciprocal, divisor, dtype=np.float64)
-    return reciprocal, (residual / divisor).astype(divisor.dtype)
-
-
-def _exact_remainder(divisor: float, reciprocal: float) -> float:
-    if not (math.isfinite(divisor) and math.isfinite(reciprocal)):
-        return math.inf
-    return float(1 / Fraction(divisor) - Fraction(reciprocal))
-
-
-_remainder = np.vectorize(_exact_remainder, otypes=[np.float64])
+    return reciprocal, _fused(-reciprocal, divisor, divisor.dtype.type(1)) / divisor
 
 
 def _fused(a: NDArray[Any], b: Any, c: Any) -> NDArray[Any]:
