@@ -47,8 +47,6 @@ STORAGE_TYPES: Final = ("uint8", "float16", "bfloat16", "float32", "float64")
 def storage_dtype(name: str) -> np.dtype[Any]:
     """Return the NumPy dtype of a storage type.
 
-    Examples
-    --------
     >>> storage_dtype("bfloat16").itemsize
     2
     """
@@ -67,8 +65,6 @@ def storage_dtype(name: str) -> np.dtype[Any]:
 def storage_name(dtype: DTypeLike) -> str:
     """Return the name of the storage type of a dtype, in any byte order.
 
-    Examples
-    --------
     >>> storage_name(">f4")
     'float32'
     """

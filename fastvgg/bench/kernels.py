@@ -91,13 +91,7 @@ COMMON_PATHS: Final = tuple(
 def measure_kernels(
     arena: Arena, rounds: int, threads: int, paths: Sequence[KernelPath] = PATHS
 ) -> Iterator[dict[str, Any]]:
-    """Yield the figures of each path as it is measured.
-
-    Raises
-    ------
-    VerificationError
-        If a result differs from the oracle in any bit.
-    """
+    """Yield the figures of each path; a result that differs from the oracle in any bit raises."""
     for path in paths:
         yield _measure_path(path, arena, rounds, threads)
 

@@ -37,7 +37,7 @@ distance reaches 1."""
 
 @functools.cache
 def compiled(spec: KernelSpec) -> Callable[..., None]:
-    """Return the kernel of a spec.
+    """Return the kernel of a spec. A spec has no constants of modes, so there are finitely many.
 
     Its arguments are the addresses of source, target and constant table; the number of images, and
     of pixels in each; then the strides in bytes between images and between planes, of the source

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
@@ -16,8 +17,6 @@ from fastvgg.kernels.vector import ELEMENT_BYTES
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
     from fastvgg.transform import Mode, Rounding, Transform
@@ -201,7 +200,10 @@ def constant_table(mode: Mode, spec: KernelSpec) -> NDArray[Any]:
 
 
 BYTES: Final = np.arange(256, dtype=np.float32)
-NEIGHBOURS: Final = range(-3, 4)
+NEIGHBOURS: Final = sorted(
+    itertools.product(range(-3, 4), repeat=2), key=lambda steps: abs(steps[0]) + abs(steps[1])
+)
+"""Steps of a slope and of an intercept, the nearest first."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -216,8 +218,6 @@ def affine_constants(
     or all 65,536 floats, are tried, with the constants and their neighbours. The result is None if
     no candidate is exact for every input, or if the mode takes a single operation anyway.
 
-    Examples
-    --------
     >>> from fastvgg.transform import Mode
     >>> slope, intercept = affine_constants(Mode.TORCH, "float16", restores=False)
     >>> [f"{a:.4f} x {b:+.4f}" for a, b in zip(slope, intercept)]
@@ -240,32 +240,19 @@ def affine_constants(
             return oracle.saturate(values, "nearest")
         return values.astype(halves.dtype).view(np.uint16)
 
-    found = [
-        _affine_channel(
-            x, round_to_result(column), round_to_result, np.float32(slope), np.float32(intercept)
-        )
-        for column, slope, intercept in zip(y.T, slopes, intercepts, strict=True)
-    ]
-    if None in found:
-        return None
+    found = []
+    for channel in range(3):
+        slope, intercept = np.float32(slopes[channel]), np.float32(intercepts[channel])
+        expected = round_to_result(y[:, channel])
+        for i, j in NEIGHBOURS:
+            a, b = _step(slope, i), _step(intercept, j)
+            if (round_to_result(_affine(x, a, b)) == expected).all():
+                found.append((a, b))
+                break
+        else:
+            return None
     slope, intercept = np.array(found, np.float32).T
     return slope, intercept
-
-
-def _affine_channel(
-    x: NDArray[np.float32],
-    expected: NDArray[Any],
-    round_to_result: Callable[[NDArray[np.float32]], NDArray[Any]],
-    slope: np.float32,
-    intercept: np.float32,
-) -> tuple[np.float32, np.float32] | None:
-    """Return the nearest slope and intercept that give the expected results, or None."""
-    neighbours = [(abs(i) + abs(j), i, j) for i in NEIGHBOURS for j in NEIGHBOURS]
-    for _, i, j in sorted(neighbours):
-        a, b = _step(slope, i), _step(intercept, j)
-        if (round_to_result(_affine(x, a, b)) == expected).all():
-            return a, b
-    return None
 
 
 def _affine(x: NDArray[Any], slope: Any, intercept: Any) -> NDArray[Any]:
@@ -329,8 +316,6 @@ def reciprocal_is_exact(x: NDArray[Any], divisor: Any) -> bool:
 
     Both arguments are float32, or both float64.
 
-    Examples
-    --------
     >>> reciprocal_is_exact(np.arange(256, dtype=np.float32), np.float32(127.5))
     True
     >>> reciprocal_is_exact(np.arange(256, dtype=np.float32), np.float32(3e38))
