@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fastvgg.bench.memory import Arena
+
 HEIGHT: Final = 224
 WIDTH: Final = 224
 ORACLE_IMAGES: Final = 32

@@ -320,7 +320,7 @@ def prefetch(nbytes: int, count: int, distance: int) -> Any:
 
 
 def _effect(emit: Callable[[Any], None]) -> Any:
-    """Return an intrinsic without arguments or result."""
+    """Decorate what emits an intrinsic without arguments or result."""
 
     @intrinsic
     def effect(_context: Any) -> Any:
@@ -329,35 +329,34 @@ def _effect(emit: Callable[[Any], None]) -> Any:
     return effect
 
 
-def _emit_compiler_barrier(b: Any) -> None:
+@_effect
+def compiler_barrier(b: Any) -> None:
+    """Compiler-only memory barrier; emits no instruction.
+
+    LLVM otherwise moves the loads and prefetches of a block to its beginning, which costs up to 0.1
+    of the throughput, and needs registers for all of them at once.
+    """
     b.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
 
 
-def _emit_store_fence(b: Any) -> None:
+@_effect
+def store_fence(b: Any) -> None:
+    """Order non-temporal stores before later stores.
+
+    x86 needs an `sfence`, which LLVM's own fences omit
+    (https://github.com/llvm/llvm-project/issues/64521).
+    """
     if jit.processor().is_x86:
         kind = ir.FunctionType(ir.VoidType(), [])
         b.call(b.module.declare_intrinsic("llvm.x86.sse.sfence", fnty=kind), [])
 
 
-def _emit_align_stack(b: Any) -> None:
+@_effect
+def align_stack(b: Any) -> None:
+    """Align the stack of the calling kernel to 64 bytes.
+
+    A spilled register that crosses a page waits for the non-temporal stores before it, 200 ns a
+    block on Zen 3. An aligned register never crosses a page.
+    """
     b.function.attributes.add("nounwind")  # llvmlite omits alignstack from an empty set
     b.function.attributes.alignstack = STACK_ALIGNMENT_BYTES
-
-
-compiler_barrier: Final = _effect(_emit_compiler_barrier)
-"""Compiler-only memory barrier; emits no instruction.
-
-LLVM otherwise moves the loads and prefetches of a block to its beginning, which costs up to 0.1 of
-the throughput, and needs registers for all of them at once.
-"""
-
-store_fence: Final = _effect(_emit_store_fence)
-"""Order non-temporal stores before later stores. x86 needs an `sfence`, which LLVM's own fences
-omit (https://github.com/llvm/llvm-project/issues/64521)."""
-
-align_stack: Final = _effect(_emit_align_stack)
-"""Align the stack of the calling kernel to 64 bytes.
-
-A spilled register that crosses a page waits for the non-temporal stores before it, 200 ns a block
-on Zen 3. An aligned register never crosses a page.
-"""
