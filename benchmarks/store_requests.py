@@ -22,9 +22,9 @@ from formats import PIECE_IMAGES, SHARD_IMAGES, sharded
 import fastvgg
 from fastvgg.bench.timing import machine
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from stores import BUCKET, serving_s3
+from tests.helpers.stores import BUCKET, serving_s3
 
 RESULT = Path(__file__).parent / "results" / "store_requests.json"
 DTYPES = ("float16", "float32")

@@ -483,7 +483,7 @@ def campaigns(*records):
             if not each.endswith(UNITS)
         )
         date = record["machine"]["date"]
-        lines.append(f"| `python tests/{name}.py` | {what} | {counts} | {date} |")
+        lines.append(f"| `python -m tests.campaigns.{name}` | {what} | {counts} | {date} |")
     return [*lines, "", f"The last of them ran on {place(records[-1])}"]
 
 

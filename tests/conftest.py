@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+import pytest
 from hypothesis import settings
 
 os.environ["KERAS_BACKEND"] = "numpy"  # read once, when Keras is first imported
@@ -14,6 +15,11 @@ settings.register_profile(
 )
 settings.load_profile("fastvgg")
 
+collect_ignore = ["helpers"]  # has no tests and no examples
+
+# Folders whose modules cannot be imported without Numba.
+NEED_NUMBA = ("fastvgg/bench", "fastvgg/kernels", "tests/unit/bench", "tests/unit/kernels")
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -22,20 +28,14 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "compiled: looks at what is compiled, and so needs Numba")
     if not config.getoption("--without-numba"):
         return
     sys.modules["numba"] = None  # the import system's own way to say that there is no such module
     config.addinivalue_line("filterwarnings", "ignore:Numba is not usable:UserWarning")
-    about_kernels = ("assembly", "bench", "convert", "jit", "spec", "vector")
-    needs_numba = (
-        *("fastvgg/bench", "fastvgg/kernels", "tests/by_hand.py", "tests/test_without_numba.py"),
-        *(f"tests/test_{name}.py" for name in about_kernels),
-    )
-    config.option.ignore = [
-        *(config.option.ignore or ()),
-        *(str(config.rootpath / path) for path in needs_numba),
-    ]
+    paths = [config.rootpath / folder for folder in NEED_NUMBA]
+    if missing := [str(path) for path in paths if not path.is_dir()]:
+        raise pytest.UsageError(f"tests/conftest.py names what does not exist: {missing}")
+    config.option.ignore = [*(config.option.ignore or ()), *map(str, paths)]
 
 
 def pytest_generate_tests(metafunc):

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from fastvgg.backend import check_backend
 from fastvgg.parallel import check_threads
+from fastvgg.storage.location import Location
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable
     from pathlib import Path
 
@@ -35,7 +37,7 @@ QUICK: Final = BenchConfig(192 * 2**20, 3, 100, 256 * 2**20, every_path=False)
 def measure(
     config: BenchConfig = FULL,
     *,
-    images: Path | None = None,
+    images: str | os.PathLike[str] | None = None,
     disk: Path | None = None,
     threads: int | None = None,
     on_figure: Callable[[str, dict[str, Any]], None] | None = None,
@@ -68,7 +70,7 @@ def measure(
         figures = io.measure_disk(disk, config.file_bytes, config.rounds)
         record["disk"] = report("disk", figures)
     if images is not None:
-        figures = io.measure_decoding(images, config.images, config.rounds, threads)
+        figures = io.measure_decoding(Location.parse(images), config.images, config.rounds, threads)
         record["decoding"] = report("decoding", figures)
     arena = memory.Arena(config.working_set_bytes)
     bandwidths = memory.measure_bandwidth(arena, config.rounds, threads)

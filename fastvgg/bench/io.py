@@ -26,6 +26,7 @@ from fastvgg.storage.local import Storage, StoredFile
 
 if TYPE_CHECKING:
     from fastvgg.datasets.images import ImageSource
+    from fastvgg.storage.location import Location
 
 CHUNK_BYTES: Final = 64 * 2**20
 READ_BYTES: Final = 8 * 2**20
@@ -112,7 +113,7 @@ def read_file(path: Path, buffer: bytearray) -> None:
 
 
 def measure_decoding(
-    source_path: Path, max_images: int, rounds: int, threads: int
+    location: Location, max_images: int, rounds: int, threads: int
 ) -> dict[str, Any]:
     """Return how many images per second are decoded and resized to 224x224.
 
@@ -121,7 +122,7 @@ def measure_decoding(
     warm-up round decodes them first.
     """
     source = open_source(
-        source_path,
+        location,
         decoding=DecodeOptions(size=SIZE),
         threads=threads,
         gather=gather_function("numba"),
@@ -139,7 +140,7 @@ def measure_decoding(
 
         (seconds,) = time_interleaved([lambda: parallel_for(tasks, decode, threads)], rounds)
     return {
-        "path": str(source_path),
+        "path": str(location),
         "images": len(rows),
         "failed": len(failed),
         "images_per_second": round(len(rows) / statistics.median(seconds)),

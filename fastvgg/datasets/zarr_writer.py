@@ -7,7 +7,9 @@ the fill value are written, too.
 
 from __future__ import annotations
 
+import functools
 import mmap
+from abc import abstractmethod
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -17,11 +19,9 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.storage import MemoryStore
 
-from fastvgg.datasets.base import Header, bytes_of, inner_chunk_images
+from fastvgg.datasets.base import DiskTarget, Header, SharedTarget, bytes_of, inner_chunk_images
 from fastvgg.datasets.zarr import ATTRIBUTE_KEY, DamagedChunkError, ZarrArray
-from fastvgg.errors import ResumeError, SourceError, VerificationError
-from fastvgg.storage.location import sidecar_path
-from fastvgg.transform import storage_dtype
+from fastvgg.errors import ResumeError, VerificationError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,11 +30,8 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer
 
     from fastvgg.datasets.base import PartialPages, Payload
-    from fastvgg.storage.local import Storage
     from fastvgg.storage.objects import StoreStorage
     from fastvgg.transform import Transform
-
-__all__ = ["StoreZarrTarget", "ZarrTarget"]
 
 AXES: Final = {
     "NHWC": ("image", "height", "width", "channel"),
@@ -138,17 +135,13 @@ class _Shard(NamedTuple):
     content: NDArray[np.uint8]
 
 
-class ZarrTarget:
-    """A Zarr array in a directory, with one file per shard.
+class _ShardTarget(SharedTarget):
+    """A Zarr array with one file, or object, per shard.
 
     Parameters
     ----------
-    path
-        The path of the published directory.
-    header
-        Shape, dtype and layout of the array.
-    storage
-        Performs the system calls.
+    path, header
+        As for `Target`.
     chunk_images
         Number of images per shard.
     transform
@@ -156,38 +149,93 @@ class ZarrTarget:
     """
 
     kind = "zarr"
-    _aligned_bytes = mmap.PAGESIZE  # alignment of a shard's buffer, for direct I/O
+    _aligned_bytes = 1
+    """Alignment of a shard's buffer."""
 
     def __init__(
-        self,
-        path: Path,
-        header: Header,
-        storage: Storage,
-        *,
-        chunk_images: int,
-        transform: Transform | None,
+        self, path: Path, header: Header, *, chunk_images: int, transform: Transform | None
     ) -> None:
-        self.path = path
-        self.header = header
-        self.partial = sidecar_path(path, ".partial")
-        self._storage = storage
+        super().__init__(path, header)
         self._encoder = ShardEncoder(header, chunk_images, transform)
         self._encoded: deque[tuple[str, _Shard]] = deque()
         self._memory: list[bytearray] = []
-        self._unfinished: ZarrArray | None = None
-        self._published: ZarrArray | None = None
+
+    def write(self, start: int, stored: Payload) -> None:
+        """Encode rows as a shard, which `sync` writes.
+
+        So a shard is encoded while the previous one is being written.
+        """
+        self._encoded.append((self._encoder.key(start), self._encode(stored)))
+
+    def write_aligned(self, start: int, stored: Payload) -> PartialPages:
+        self.write(start, stored)
+        return []  # a shard has a single writer
+
+    def write_unaligned(self, edges: PartialPages) -> None:
+        """Do nothing: there are no partial pages."""
+
+    def _encode(self, stored: Payload) -> _Shard:
+        """Encode rows as a shard in a buffer from the pool; `sync` returns it there."""
+        nbytes = self._encoder.shard_bytes
+        try:
+            memory = self._memory.pop()
+        except IndexError:
+            memory = bytearray(nbytes + self._aligned_bytes - 1)
+        whole = np.frombuffer(memory, np.uint8)
+        content = whole[-whole.ctypes.data % self._aligned_bytes :][:nbytes]
+        (data,) = stored
+        self._encoder.encode(data, content)
+        return _Shard(memory, content)
+
+    @abstractmethod
+    def _store(self, name: str, shard: _Shard) -> None:
+        """Write an encoded shard durably."""
+
+    def sync(self) -> None:
+        """Write the encoded shards."""
+        for _ in range(len(self._encoded)):  # not shards that `write` adds in the meantime
+            name, shard = self._encoded.popleft()
+            self._store(name, shard)
+            self._memory.append(shard.memory)
+
+    def read_unfinished(self, start: int, stop: int) -> Payload:
+        """Read rows of the partial; empty if their shard is missing or damaged."""
+        try:
+            return [bytes_of(self._unfinished.read(start, stop).batch)]
+        except DamagedChunkError:
+            return []
+
+    def read_back(self, start: int, stop: int) -> NDArray[Any]:
+        self._check_published(self._published.header)
+        try:
+            return self._published.read(start, stop).batch
+        except DamagedChunkError as error:
+            raise VerificationError(error.problem, "recreate it from its source") from None
+
+    @functools.cached_property
+    def _unfinished(self) -> ZarrArray:
+        metadata = self._encoder.metadata
+        return ZarrArray(self.partial, layout=self.header.layout, metadata=metadata)
+
+    @functools.cached_property
+    def _published(self) -> ZarrArray:
+        return ZarrArray(self.path, layout=self.header.layout)
+
+
+class ZarrTarget(DiskTarget, _ShardTarget):
+    """A Zarr array in a directory, with one file per shard."""
+
+    _aligned_bytes = mmap.PAGESIZE  # for direct I/O
 
     def create(self) -> None:
-        """Create the directory, and write the array's metadata."""
         self._storage.remove(self.partial)
         self._storage.make_directory(self.partial)
         for name, data in self._encoder.metadata.items():
-            self._store(name, memoryview(data))
+            self._write(name, memoryview(data))
         self._storage.sync_directory(self.partial)
         self._storage.sync_directory(self.path.parent)
 
     def reopen(self) -> None:
-        """Check that the metadata in the existing directory match."""
         for name, expected in self._encoder.metadata.items():
             try:
                 actual = (self.partial / name).read_bytes()
@@ -202,47 +250,10 @@ class ZarrTarget:
                     "the file was changed in the meantime: start over with --restart",
                 )
 
-    def attach(self) -> None:
-        """Check that the metadata in the directory that another process created match."""
-        self.reopen()
+    def _store(self, name: str, shard: _Shard) -> None:
+        self._write(name, shard.content.data)
 
-    def offset(self, start: int) -> int:  # noqa: ARG002  # rows are chunks, which begin a shard
-        """Return 0: each shard is a separate file."""
-        return 0
-
-    def write(self, start: int, stored: Payload) -> None:
-        """Encode rows as a shard, which `sync` writes.
-
-        So a shard is encoded while the previous one is being written to the disk.
-        """
-        self._encoded.append((self._encoder.key(start), self._shard(stored)))
-
-    def write_aligned(self, start: int, stored: Payload) -> PartialPages:
-        """Encode rows as a shard. There are no partial pages: a shard has a single writer."""
-        self.write(start, stored)
-        return []
-
-    def write_unaligned(self, edges: PartialPages) -> None:
-        """Do nothing: there are no partial pages."""
-
-    def _shard(self, stored: Payload) -> _Shard:
-        """Encode rows as a shard in a buffer from the pool; `_store_shard` returns it there."""
-        nbytes = self._encoder.shard_bytes
-        try:
-            memory = self._memory.pop()
-        except IndexError:
-            memory = bytearray(nbytes + self._aligned_bytes - 1)
-        whole = np.frombuffer(memory, np.uint8)
-        content = whole[-whole.ctypes.data % self._aligned_bytes :][:nbytes]
-        (data,) = stored
-        self._encoder.encode(data, content)
-        return _Shard(memory, content)
-
-    def _store_shard(self, name: str, shard: _Shard) -> None:
-        self._store(name, shard.content.data)
-        self._memory.append(shard.memory)
-
-    def _store(self, name: str, data: memoryview) -> None:
+    def _write(self, name: str, data: memoryview) -> None:
         file = self._storage.create(self.partial / name)
         file = self._storage.direct(file)
         try:
@@ -252,77 +263,21 @@ class ZarrTarget:
             self._storage.close(file)
 
     def sync(self) -> None:
-        """Write the encoded shards, and make them and their directory entries durable."""
-        for _ in range(len(self._encoded)):  # not shards that `write` adds in the meantime
-            self._store_shard(*self._encoded.popleft())
+        """Write the encoded shards, and make their directory entries durable."""
+        super().sync()
         self._storage.sync_directory(self.partial)
 
-    def read_unfinished(self, start: int, stop: int) -> Payload:
-        """Return the bytes of rows of the partial; empty if their shard is missing or damaged."""
-        if self._unfinished is None:
-            metadata = self._encoder.metadata
-            self._unfinished = ZarrArray(self.partial, layout=self.header.layout, metadata=metadata)
-        try:
-            return [bytes_of(self._rows(self._unfinished, start, stop))]
-        except DamagedChunkError:
-            return []
 
-    def read_stored(self, start: int, stop: int) -> Payload:
-        """Return the bytes of rows of the published array."""
-        return [bytes_of(self.read_back(start, stop))]
-
-    def read_back(self, start: int, stop: int) -> NDArray[Any]:
-        """Read rows of the published array."""
-        if self._published is None:
-            self._published = ZarrArray(self.path, layout=self.header.layout)
-        if self._published.header != self.header:
-            actual = self._published.header
-            raise SourceError(
-                f"{self.path} contains {actual.shape} of {actual.dtype}, but was written as "
-                f"{self.header.shape} of {self.header.dtype}",
-                "the array was changed since then: recreate it from its source",
-            )
-        try:
-            return self._rows(self._published, start, stop)
-        except DamagedChunkError as error:
-            raise VerificationError(error.problem, "recreate it from its source") from None
-
-    def _rows(self, array: ZarrArray, start: int, stop: int) -> NDArray[Any]:
-        batch = np.empty((stop - start, *self.header.shape[1:]), storage_dtype(self.header.dtype))
-        array.read_into(start, batch)
-        return batch
-
-    def publish(self) -> None:
-        """Rename the complete directory to the published path."""
-        self._storage.rename(self.partial, self.path)
-        self._storage.sync_directory(self.path.parent)
-
-    def close(self) -> None:
-        """Do nothing: no files stay open."""
-
-
-class StoreZarrTarget(ZarrTarget):
+class StoreZarrTarget(_ShardTarget):
     """A Zarr array in a store. Shards get their final keys; the metadata are written last."""
 
-    _storage: StoreStorage
-    _aligned_bytes = 1
-
-    def __init__(
-        self,
-        path: Path,
-        header: Header,
-        storage: StoreStorage,
-        *,
-        chunk_images: int,
-        transform: Transform | None,
-    ) -> None:
-        super().__init__(path, header, storage, chunk_images=chunk_images, transform=transform)
-        self.partial = path
+    def __init__(self, path: Path, header: Header, storage: StoreStorage, **options: Any) -> None:
+        super().__init__(path, header, **options)
+        self._storage = storage
 
     def create(self) -> None:
         """Remove what exists at the path, its array metadata first."""
-        for name in self._encoder.metadata:
-            self._storage.remove(self.path / name)
+        self.reopen()
         self._storage.remove(self.path)
 
     def reopen(self) -> None:
@@ -333,11 +288,9 @@ class StoreZarrTarget(ZarrTarget):
     def attach(self) -> None:
         """Do nothing: until it is published, the array consists of shards only."""
 
-    def _store_shard(self, name: str, shard: _Shard) -> None:
+    def _store(self, name: str, shard: _Shard) -> None:
         self._storage.put(self.path / name, shard.memory)
-        self._memory.append(shard.memory)
 
     def publish(self) -> None:
-        """Write the metadata."""
         for name, data in self._encoder.metadata.items():
             self._storage.put(self.path / name, data)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final, TypedDict
 
 from fastvgg.backend import choose_for
 from fastvgg.errors import TargetError, UsageError
 from fastvgg.formatting import html_table
+from fastvgg.stream.job import DECODED, Job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from fastvgg.datasets.base import Header
     from fastvgg.datasets.image_writer import FileFormat
     from fastvgg.datasets.images import ImageListing
+    from fastvgg.imaging.decode import DecodeOptions
+    from fastvgg.storage.location import Location
     from fastvgg.stream.report import Progress, Report
     from fastvgg.transform import Transform
 
 __all__ = [
     "CHUNK_BYTES",
-    "DECODED",
     "Plan",
     "chunk_bytes",
     "chunk_images",
@@ -34,7 +35,6 @@ __all__ = [
     "image_work_bytes",
     "min_scratch_bytes",
     "parse_bytes",
-    "result_header",
 ]
 
 # Large enough to amortize a commit (two fsyncs, a few milliseconds), small enough that a killed run
@@ -53,7 +53,6 @@ DECODED_CHUNK_BYTES: Final = 3 * 24 * 1024 * 1024
 FORMAT_CHUNK_BYTES: Final = {"images": 256 * 1024 * 1024, "zarr": 144 * 1024 * 1024}
 # Per thread: enough for an image of common size.
 MIN_DECODE_BYTES: Final = 4 * 1024 * 1024
-DECODED: Final = ("images", "tar")
 # Extra copies of a stored chunk that a library holds while reading it.
 READ_COPIES: Final = {"hdf5": 1, "zarr": 2}
 # Extra copies while writing: one shard is being encoded, one is queued, one is being written.
@@ -92,15 +91,6 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
-
-
-def result_header(header: Header, transform: Transform) -> Header:
-    """Return the header of a transformed dataset."""
-    return type(header)(
-        transform.output_shape(header.shape),
-        transform.output_name(header.dtype),
-        transform.out_layout,
-    )
 
 
 def image_work_bytes(
@@ -211,6 +201,20 @@ def chunk_images(
     return min(images, largest - largest % math.lcm(read_granularity, write_granularity) or largest)
 
 
+class RunOptions(TypedDict):
+    """Options of a run that do not change its result."""
+
+    memory_bytes: int
+    threads: int
+    backend: Backend
+    strict: bool
+    restart: bool
+    retry_failed: bool
+    fsync: bool
+    file_format: FileFormat
+    has_index: bool
+
+
 @dataclass(frozen=True)
 class Plan:
     """A planned conversion: its source, target and transform, and the resources it needs.
@@ -218,10 +222,8 @@ class Plan:
     Returned by `fastvgg.plan`; `run` executes it, or resumes an unfinished run.
     """
 
-    source: str
-    target: str
-    dataset: str
-    """Name of the target within an HDF5 file; empty for other formats."""
+    source: Location
+    target: Location
     source_kind: str
     target_format: str
     header: Header
@@ -229,8 +231,8 @@ class Plan:
     result: Header
     """Header of the target."""
     transform: Transform
-    settings: dict[str, Any]
-    """Decoding options of an image source, which also determine the pixels."""
+    decoding: DecodeOptions | None
+    """How images are decoded, which also determines the pixels; None for an array source."""
     fingerprint: str
     """Fingerprint of the source at planning time."""
     read_bytes: int
@@ -250,6 +252,8 @@ class Plan:
     """Format of the image files to write."""
     retry_failed: bool
     """Whether to retry the failed images of a finished target."""
+    has_index: bool = True
+    """Whether an index next to the source describes it."""
     listing: ImageListing | None = field(default=None, compare=False, repr=False)
     """Listing of an image source; saves the run from scanning it again."""
 
@@ -310,49 +314,36 @@ class Plan:
         for start in range(0, self.header.images, self.chunk_images):
             yield start, min(start + self.chunk_images, self.header.images)
 
-    def job(self) -> dict[str, Any]:
-        """Return everything that determines the result's bytes, as JSON types.
-
-        A run can resume another if and only if their jobs are equal.
-        """
-        job = {
-            "source": {
-                "path": self.source,
-                "kind": self.source_kind,
-                "fingerprint": self.fingerprint,
-                "shape": list(self.header.shape),
-                "dtype": self.header.dtype,
-                "layout": self.header.layout,
-                **self.settings,
-            },
-            "transform": self.transform.to_dict(),
-            "result": {
-                "kind": self.target_format,
-                "shape": list(self.result.shape),
-                "dtype": self.result.dtype,
-                "layout": self.result.layout,
-                "in_place": self.in_place,
-                **({"format": self.file_format} if self.target_format == "images" else {}),
-                **({"dataset": self.dataset} if self.dataset else {}),
-            },
-        }
-        as_json: dict[str, Any] = json.loads(json.dumps(job))
-        return as_json
+    def job(self) -> Job:
+        """Return everything that determines the result's bytes."""
+        return Job(
+            str(self.source),
+            self.source_kind,
+            self.fingerprint,
+            self.header,
+            self.decoding,
+            self.transform,
+            self.target_format,
+            self.result,
+            self.in_place,
+            self.file_format,
+            self.target.inner,
+        )
 
     def run(
         self, progress: Callable[[Progress], None] | None = None, *, client: Client | None = None
     ) -> Report:
         """Execute the plan; see `fastvgg.stream.run.run`.
 
-        With a Dask client, run it on that cluster; see `fastvgg.cluster.run`.
+        With a Dask client, run it on that cluster; see `fastvgg.executors.dask`.
         """
-        if client is not None:
-            from fastvgg import cluster
-
-            return cluster.run(self, client, progress)
         from fastvgg.stream import run
 
-        return run.run(self, progress)
+        if client is None:
+            return run.run(self, progress)
+        from fastvgg.executors.dask import DaskExecutor
+
+        return run.run(self, progress, executor=DaskExecutor(client))
 
     def _caption(self) -> str:
         direction, mode = self.transform.direction, self.transform.mode.name

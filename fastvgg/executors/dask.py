@@ -1,0 +1,312 @@
+"""Run a plan on a Dask cluster: workers compute and write chunks; this process commits them.
+
+Dask may run a task more than once, or rerun it after a worker dies: `fastvgg.executors.worker`
+explains why that is harmless. Only this process commits and publishes, so an interrupted run can be
+resumed by rerunning the command, with a cluster or without.
+
+Needs ``pip install 'fastvgg[dask]'``, here and on every worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import pickle
+import secrets
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from distributed import Client, KilledWorker, LocalCluster, as_completed
+from distributed.comm import CommClosedError
+
+from fastvgg.datasets.base import SharedTarget
+from fastvgg.datasets.contiguous import ContiguousTarget
+from fastvgg.errors import ClusterError, FastvggError, StoppedError, UsageError
+from fastvgg.executors.threads import ThreadExecutor
+from fastvgg.executors.worker import Task, close_run, open_run, run_task, stored_checksums
+from fastvgg.parallel import available_cpus
+from fastvgg.stream.manifest import package_versions
+from fastvgg.stream.plan import format_bytes
+from fastvgg.stream.source import reopen_source
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Iterator
+
+    from distributed import Future, Worker
+
+    from fastvgg.executors.worker import ChunkCommit
+    from fastvgg.stream.compute import ChunkTask
+    from fastvgg.stream.plan import Plan
+    from fastvgg.stream.run import Run
+
+LOCAL: Final = "local"
+CONNECT_SECONDS: Final = 10
+JOIN_SECONDS: Final = 60
+# Results that arrive within this time are gathered and committed as a batch: one by one they take a
+# third more of the scheduler's time.
+GATHERING_SECONDS: Final = 0.05
+MIN_IN_FLIGHT: Final = 1024  # tasks, of a few kB each
+IN_FLIGHT_PER_THREAD: Final = 8
+# Chunks per task of a large run: a task writes a chunk while it computes the next, and Dask's
+# overhead is per task.
+MAX_CHUNKS_PER_TASK: Final = 8
+TASKS_PER_THREAD: Final = 16  # at least, so that threads finish at about the same time
+
+
+@contextlib.contextmanager
+def connect(address: str) -> Iterator[Client]:
+    """Connect to a scheduler; "local" starts a single-threaded worker per CPU of this machine.
+
+    Raises
+    ------
+    ClusterError
+        If no scheduler responds.
+    """
+    with contextlib.ExitStack() as opened:
+        if address == LOCAL:
+            workers = {"n_workers": available_cpus(), "threads_per_worker": 1}
+            address = opened.enter_context(LocalCluster(**workers)).scheduler_address
+        try:
+            client = opened.enter_context(
+                Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
+            )
+        except (OSError, ValueError) as error:
+            raise ClusterError(
+                f"no scheduler responds at {address}: {error}",
+                "start one with 'dask scheduler' and give the address that it prints, or give "
+                "--dask local",
+            ) from None
+        yield client
+
+
+class DaskExecutor:
+    """Compute the chunks of a run on a cluster; workers write them, and this process commits them.
+
+    Each task uses one thread and the memory limit of the whole plan.
+
+    Parameters
+    ----------
+    client
+        Connected to the cluster. Every worker must reach the plan's source and target by the same
+        paths.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._shared_plan = b""
+        self._name = ""
+
+    def prepare(self, plan: Plan) -> Plan:
+        """Return the plan of one thread per task, after checking it and the workers.
+
+        Raises
+        ------
+        UsageError
+            If the plan is not safe to run on a cluster.
+        ClusterError
+            If a worker cannot take part.
+        """
+        _check_shareable(plan)
+        plan = dataclasses.replace(plan, threads=1)
+        _check_workers(plan, self._client)
+        return plan
+
+    def open(self, run: Run) -> None:
+        """Have every worker open the files of its tasks."""
+        if not self._shared_plan:
+            shared = secrets.token_hex(8), dataclasses.replace(run.plan, listing=None)
+            self._shared_plan = pickle.dumps(shared)
+            self._name = f"{run.plan.transform.direction}-{shared[0]}"
+        with self._stopping_on_disconnect():
+            found = self._client.run(_open_run, self._shared_plan, on_error="return")
+        _check_no_problems(found)
+
+    def close(self) -> None:
+        """Have the workers release the files of the run."""
+        with contextlib.suppress(OSError):  # no worker is left
+            if self._shared_plan and self._client.status == "running":
+                self._client.run(close_run, self._shared_plan, on_error="ignore")
+
+    @contextlib.contextmanager
+    def _stopping_on_disconnect(self) -> Iterator[None]:
+        """Raise StoppedError if the connection to the scheduler is lost."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # from Dask: file errors are already StoppedError
+            if isinstance(error, RuntimeError) and self._client.status == "running":
+                raise
+            raise self._scheduler_lost(str(error)) from error
+
+    def _scheduler_lost(self, reason: str) -> StoppedError:
+        return StoppedError(
+            f"the scheduler {self._client.scheduler.address} is gone or was restarted: {reason}",
+            "rerun the same command to resume after the last committed chunk",
+        )
+
+    def compute(self, run: Run, tasks: Iterable[ChunkTask]) -> None:
+        """Have workers compute and write chunks; commit each batch that is done."""
+        if not isinstance(run.target, SharedTarget):
+            raise TypeError(f"{run.target.kind} cannot be written by several processes")
+        results: Generator[list[ChunkCommit], None, None] = self._results(
+            run_task, self._name, self._group(tasks, run.plan.chunks)
+        )
+        with contextlib.closing(results), self._stopping_on_disconnect():
+            for batch in results:
+                edges = [edge for result in batch for edge in result.edges]
+                if edges:
+                    run.target.write_unaligned(edges)
+                    run.target.sync()
+                run.journal.commit(*(result.commit for result in batch))
+                run.tracker.count(result.images for result in batch)
+
+    def stored_checksums(
+        self, run: Run, tasks: Iterable[ChunkTask]
+    ) -> Iterator[tuple[int, str | None]]:
+        """Have workers read the stored bytes of committed chunks, for formats that need it."""
+        if isinstance(run.target, ContiguousTarget):
+            yield from ThreadExecutor().stored_checksums(run, tasks)
+            return
+        self.open(run)
+        results = self._results(
+            stored_checksums, f"check-{self._name}", self._group(tasks, run.plan.chunks)
+        )
+        with contextlib.closing(results), self._stopping_on_disconnect():
+            yield from itertools.chain.from_iterable(results)
+
+    def _group(self, tasks: Iterable[ChunkTask], chunks: int) -> Iterator[Task]:
+        """Group chunks, of `chunks` in all, into Dask tasks: several tasks per thread."""
+        chunks_per_task = chunks // (TASKS_PER_THREAD * max(1, self._threads()))
+        chunks_per_task = min(max(1, chunks_per_task), MAX_CHUNKS_PER_TASK)
+        remaining = iter(tasks)
+        while group := tuple(itertools.islice(remaining, chunks_per_task)):
+            yield Task(self._shared_plan, group)
+
+    def _threads(self) -> int:
+        return int(sum(self._client.nthreads().values()))
+
+    def _results(
+        self, fn: Callable[[Task], list[Any]], name: str, tasks: Iterator[Task]
+    ) -> Generator[list[Any], None, None]:
+        """Run `fn` on all tasks, with a bounded number in flight; yield batches of results."""
+        max_in_flight = max(MIN_IN_FLIGHT, IN_FLIGHT_PER_THREAD * self._threads())
+        in_flight: dict[str, Any] = {}
+        completed = as_completed(loop=self._client.loop)
+
+        def submit() -> None:
+            if len(in_flight) > max_in_flight // 2:
+                return
+            more = list(itertools.islice(tasks, max_in_flight - len(in_flight)))
+            keys = [f"{name}-{task.chunks[0].chunk:09d}" for task in more]
+            futures = self._client.map(fn, more, key=keys) if more else []
+            in_flight.update(zip(keys, futures, strict=True))
+            completed.update(futures)
+
+        try:
+            submit()
+            for batch in completed.batches():
+                time.sleep(GATHERING_SECONDS)
+                batch += completed.next_batch(block=False)
+                results = self._client.gather(batch, errors="skip")
+                yield list(itertools.chain.from_iterable(results))
+                if len(results) < len(batch):
+                    raise self._task_error(batch)
+                for future in batch:
+                    del in_flight[future.key]
+                submit()
+        finally:
+            with contextlib.suppress(OSError):  # must not mask the first error
+                if self._client.status == "running":
+                    self._client.cancel(list(in_flight.values()))
+
+    def _task_error(self, futures: list[Future]) -> BaseException:
+        """Return the error that stops the run after one of these tasks failed."""
+        failed = [future for future in futures if future.status == "error"]
+        if not failed:
+            return self._scheduler_lost(f"it does not know the task {futures[0].key}")
+        error: BaseException = failed[0].exception()
+        if isinstance(error, FastvggError) and not isinstance(error, StoppedError):
+            return StoppedError(error.problem, error.remedy)
+        if isinstance(error, KilledWorker):
+            return StoppedError(
+                f"every worker that ran the task {failed[0].key} died: {error}",
+                "check the workers' logs; if they ran out of memory, lower --memory and give "
+                "--restart, otherwise rerun the same command to resume",
+            )
+        return error
+
+
+def _check_shareable(plan: Plan) -> None:
+    """Check that the plan is safe if a task runs twice."""
+    if plan.in_place:
+        problem = "a cluster may run a task twice, which would corrupt a file changed in place"
+        remedy = "omit --dask, or give a DST"
+    elif plan.target_format == "images":
+        problem = "image files encoded by two workers may differ in their bytes"
+        remedy = "omit --dask, or restore into an array"
+    elif plan.retry_failed:
+        problem = "--retry-failed is not supported on a cluster"
+        remedy = "omit --dask"
+    else:
+        return
+    raise UsageError(f"{plan.target}: {problem}", remedy)
+
+
+def _check_workers(plan: Plan, client: Client) -> None:
+    """Check the packages, memory and file access of the present workers.
+
+    Workers that join later fail on their first task instead.
+    """
+    try:
+        client.wait_for_workers(1, timeout=JOIN_SECONDS)
+    except TimeoutError:
+        raise ClusterError(
+            f"{client.scheduler.address} has no workers, and none joined in {JOIN_SECONDS} s",
+            "start one with 'dask worker', or scale the cluster to at least one",
+        ) from None
+    shared = pickle.dumps(dataclasses.replace(plan, listing=None))
+    _check_no_problems(client.run(_probe_worker, shared, package_versions(), on_error="return"))
+
+
+def _check_no_problems(found: dict[str, str | BaseException]) -> None:
+    """Raise ClusterError if a worker reported a problem."""
+    for address, problem in sorted(found.items()):
+        if isinstance(problem, CommClosedError):  # the worker died, so it gets no tasks
+            continue
+        if isinstance(problem, FastvggError):
+            problem = problem.problem
+        if isinstance(problem, Exception):
+            problem = f"{type(problem).__name__}: {problem}"
+        if problem:
+            raise ClusterError(
+                f"the worker {address} cannot take part: {problem}",
+                "fix that, or retire the worker; nothing was written",
+            )
+
+
+def _probe_worker(shared: bytes, packages: dict[str, str], dask_worker: Worker) -> str:
+    """Return the reason why a worker cannot run tasks of the plan, or "" if it can."""
+    installed = package_versions()
+    mismatches = [
+        f"{name} {installed.get(name, 'none')} instead of {version}"
+        for name, version in packages.items()
+        if name != "python" and installed.get(name) != version
+    ]
+    if mismatches:
+        return f"it has {', '.join(mismatches)}"
+    plan: Plan = pickle.loads(shared)  # noqa: S301  # from the client
+    limit_bytes, threads = dask_worker.memory_manager.memory_limit, dask_worker.state.nthreads
+    needed_bytes = threads * plan.projected_bytes
+    if limit_bytes and needed_bytes > limit_bytes:
+        return (
+            f"its {threads} threads need {format_bytes(needed_bytes)} of memory, but it has "
+            f"{format_bytes(limit_bytes)}: lower --memory, or give it fewer threads"
+        )
+    reopen_source(plan).close()
+    return ""
+
+
+def _open_run(shared: bytes) -> str:
+    """Open the files of a run on a worker."""
+    open_run(shared)
+    return ""

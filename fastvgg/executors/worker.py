@@ -1,0 +1,209 @@
+"""Compute and write chunks in a worker process.
+
+A scheduler may run a task twice, in two processes at once, or long after its run has ended. So a
+task writes only its own chunks, whose bytes are the same whichever process writes them, and only
+into the target of its own run: it opens the file or directory first and reads the journal second,
+and the open handle keeps referring to this run's target even if the name is reused. Bytes on a page
+shared with another chunk are returned rather than written, and the coordinator writes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import threading
+import weakref
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from fastvgg.datasets.base import SharedTarget
+from fastvgg.datasets.open import open_target
+from fastvgg.errors import StoppedError
+from fastvgg.stream.commit_pipeline import CommitPipeline
+from fastvgg.stream.compute import BufferRing, compute, make_commit
+from fastvgg.stream.destination import destination_of
+from fastvgg.stream.journal import journal_path, read_journal_header
+from fastvgg.stream.manifest import checksum
+from fastvgg.stream.source import reopen_source
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from fastvgg.datasets.base import PartialPages, Source
+    from fastvgg.stream.compute import ChunkResult, ChunkTask
+    from fastvgg.stream.destination import Destination
+    from fastvgg.stream.journal import Commit
+    from fastvgg.stream.plan import Plan
+
+MAX_OPEN_RUNS: Final = 2  # in one process at a time
+
+
+@dataclass(frozen=True)
+class Task:
+    """Chunks to be computed and written in one call, pipelined."""
+
+    plan: bytes
+    """Pickled plan with a random id of the run."""
+    chunks: tuple[ChunkTask, ...]
+
+
+@dataclass(frozen=True)
+class ChunkCommit:
+    """A chunk that is durable except for its partial pages."""
+
+    commit: Commit
+    images: int
+    edges: PartialPages
+
+
+def run_task(task: Task) -> list[ChunkCommit]:
+    """Compute chunks, write them, and make them durable.
+
+    Raises
+    ------
+    SourceError
+        If this process cannot read the source, or the source has changed since planning.
+    ResumeError, StoppedError
+        If the run's unfinished target is missing here, or a system call fails.
+    """
+    with _worker_run(task.plan).slot() as slot:
+        return slot.run_task(task.chunks)
+
+
+def stored_checksums(task: Task) -> list[tuple[int, str | None]]:
+    """Return the checksums of the stored bytes of chunks; see `Executor.stored_checksums`."""
+    with _worker_run(task.plan).slot() as slot:
+        return [(chunk_task.chunk, slot.stored_checksum(chunk_task)) for chunk_task in task.chunks]
+
+
+class _WorkerSlot:
+    """The buffers, threads and open target that one task uses at a time."""
+
+    def __init__(self, plan: Plan, source: Source, destination: Destination) -> None:
+        self._plan = plan
+        self._source = source
+        self._destination = destination
+        self._target = self._open()
+        self._buffers = BufferRing.of(plan, source)
+        self._pipeline = CommitPipeline[ChunkCommit]()
+
+    def _open(self) -> SharedTarget:
+        plan = self._plan
+        target = open_target(
+            plan.target,
+            plan.result,
+            self._destination.shared_storage(),
+            chunk_images=plan.chunk_images,
+            transform=plan.transform,
+        )
+        if not isinstance(target, SharedTarget):
+            raise TypeError(f"{target.kind} cannot be written by several processes")
+        target.attach()
+        weakref.finalize(self, target.close)
+        self._check_same_run()
+        return target
+
+    def _check_same_run(self) -> None:
+        """Check that the journal is still that of this run."""
+        path = journal_path(self._destination.path)
+        header = read_journal_header(path)
+        expected = self._plan.job(), self._plan.chunk_images
+        if header is None or (header.job, header.chunk_images) != expected:
+            raise StoppedError(
+                f"{path} {'does not exist' if header is None else 'belongs to another run'}",
+                "make the target accessible to every worker, and rerun the same command",
+            )
+
+    def run_task(self, tasks: Iterable[ChunkTask]) -> list[ChunkCommit]:
+        """Write each chunk while the next is computed, as a local run does."""
+        commits: list[ChunkCommit] = []
+        chunks = compute(self._plan, self._source, self._target, tasks, self._buffers)
+        with contextlib.closing(chunks):
+            for computed in chunks:
+                commits += self._pipeline.drain(max_pending=2)
+                self._submit(computed, make_commit(self._plan, self._source, computed))
+        commits += self._pipeline.drain(max_pending=0)
+        return commits
+
+    def _submit(self, computed: ChunkResult, commit: Commit) -> None:
+        edges: PartialPages = []
+
+        def write() -> None:
+            if self._destination.is_remote:  # a store has no open handles that pin the target
+                self._check_same_run()
+            edges.extend(self._target.write_aligned(computed.start, computed.stored))
+
+        def sync() -> ChunkCommit:
+            self._target.sync()
+            return ChunkCommit(commit, computed.stop - computed.start, edges)
+
+        self._pipeline.submit(write, sync)
+
+    def stored_checksum(self, task: ChunkTask) -> str | None:
+        """Return the checksum of the stored bytes of a chunk."""
+        stored = self._target.read_unfinished(task.start, task.stop)
+        return None if stored is None else checksum(stored)
+
+    def finish(self) -> None:
+        """Finish the chunks that were submitted before an error."""
+        with self._pipeline:
+            pass
+
+
+class _WorkerRun:
+    """The state of a run in a worker process: its source and its slots."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._source = reopen_source(plan)
+        weakref.finalize(self, self._source.close)
+        self._slots = [self._new_slot()]
+
+    def _new_slot(self) -> _WorkerSlot:
+        return _WorkerSlot(self._plan, self._source, destination_of(self._plan))
+
+    @contextlib.contextmanager
+    def slot(self) -> Iterator[_WorkerSlot]:
+        """Lend a free slot; after an error the slot is discarded."""
+        try:
+            slot = self._slots.pop()
+        except IndexError:
+            slot = self._new_slot()
+        try:
+            yield slot
+        except BaseException:
+            slot.finish()
+            raise
+        self._slots.append(slot)
+
+
+_lock = threading.Lock()
+_runs: OrderedDict[bytes, _WorkerRun] = OrderedDict()
+
+
+def _worker_run(plan: bytes) -> _WorkerRun:
+    with _lock:
+        if plan not in _runs:
+            _runs[plan] = _WorkerRun(pickle.loads(plan)[1])  # noqa: S301  # from the coordinator, as the task itself
+        _runs.move_to_end(plan)
+        while len(_runs) > MAX_OPEN_RUNS:
+            _runs.popitem(last=False)
+        return _runs[plan]
+
+
+def open_run(plan: bytes) -> None:
+    """Open the files of a run before its first task.
+
+    Raises
+    ------
+    SourceError, ResumeError, StoppedError
+        As for `run_task`.
+    """
+    _worker_run(plan)
+
+
+def close_run(plan: bytes) -> None:
+    """Release the files and buffers of a run after its last task."""
+    with _lock:
+        _runs.pop(plan, None)

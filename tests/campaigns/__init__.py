@@ -1,0 +1,1 @@
+"""Campaigns: long searches for failures, and their short forms as tests."""

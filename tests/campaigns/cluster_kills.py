@@ -1,0 +1,254 @@
+"""Workers and coordinators of a Dask cluster are killed at random, and tasks run twice at once.
+
+    python -m tests.campaigns.cluster_kills            # some minutes; prints its counts
+    python -m tests.campaigns.cluster_kills --size 10  # so many workers; a quarter, coordinators
+
+A coordinator is killed when it has committed a drawn number of chunks, and another goes on: it
+computes those that were not committed, and no others. What two workers are made to do at once is
+done beside the run that wants the same tasks. Each run is compared with what one machine writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import pickle
+import random
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from distributed import Client
+
+from fastvgg.executors.worker import Task, run_task
+from fastvgg.storage.location import Location
+from fastvgg.stream.compute import ChunkTask
+from tests.campaigns.command import main
+from tests.helpers.checkout import importing_checkout
+from tests.helpers.datasets_on_disk import commits_in, pixels, plan_of, save_npy
+from tests.helpers.faults import quick_directory
+
+WORKERS = 2
+CHUNKS = 100  # three of them a task
+NAMES = ("y.npy", "y.zarr", "y.h5::/images")
+SECONDS = 0.5  # between kills, at most: a worker begins to work two seconds after it is started
+PATIENCE = 60
+COORDINATE = """
+import sys
+from tests.helpers.datasets_on_disk import plan_of
+from distributed import Client
+address, source, target = sys.argv[1:]
+with Client(address) as client:
+    plan_of(source, target, mode="caffe", together=2).run(client=client)
+"""
+
+
+class Workers:
+    """A scheduler, and workers that are processes of their own, with nobody who minds their death.
+
+    Parameters
+    ----------
+    directory
+        Where the scheduler says its address.
+    """
+
+    def __init__(self, directory):
+        self._file = directory / "scheduler.json"
+        self._scheduler = self._started("scheduler", "--port", "0")
+        self._workers = [self._worker() for _ in range(WORKERS)]
+
+    def _worker(self):
+        return self._started("worker", "--nthreads", "1", "--no-nanny")
+
+    def _started(self, kind, *options):
+        module = f"distributed.cli.dask_{kind}"
+        command = [sys.executable, "-m", module, "--scheduler-file", self._file, *options]
+        environment = {**os.environ, "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "1000000"}
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen([*command, "--no-dashboard"], env=environment, **silent)
+
+    def connect(self, timeout=PATIENCE):
+        """Connect to the scheduler, and to it again, for so many seconds, should it go."""
+        return Client(scheduler_file=self._file, timeout=timeout, set_as_default=False)
+
+    def kill(self, pid):
+        """Kill a worker, and start another; return how many were killed."""
+        for number, process in enumerate(self._workers):
+            if process.pid == pid and process.poll() is None:
+                process.kill()
+                process.wait()
+                self._workers[number] = self._worker()
+                return 1
+        return 0
+
+    def close(self):
+        """Kill all of them."""
+        for process in (*self._workers, self._scheduler):
+            process.kill()
+            process.wait()
+
+
+class Runs:
+    """Runs of one plan into one of three formats, each of which is to end alike."""
+
+    def __init__(self, place, workers, client, draw):
+        self._workers = workers
+        self._client = client
+        self._draw = draw
+        self._place = place
+        self._source = save_npy(place / "x.npy", pixels(2 * CHUNKS - 1, height=61, width=65))
+        self._expected = {}
+        for name in NAMES:
+            self._target = self._place / name
+            self._planned().run()
+            self._expected[name] = self._contents()
+            self._remove()
+        self._name = NAMES[0]
+
+    def begin(self):
+        """Choose a format, of which nothing is there."""
+        self._name = self._draw.choice(NAMES)
+        self._target = self._place / self._name
+
+    def _planned(self):
+        return plan_of(self._source, self._target, mode="caffe", together=2)
+
+    def _contents(self):
+        path = Location.parse(self._target).container
+        if path.is_dir():
+            return {file.name: file.read_bytes() for file in path.iterdir()}
+        return path.read_bytes()
+
+    def _remove(self):
+        for path in self._place.glob(f"{Location.parse(self._target).container.name}*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def finish(self, computed=None):
+        """Run to the end, and check that all is as it should be."""
+        report = self._planned().run(client=self._client)
+        self._check(report, computed)
+
+    def _check(self, report, computed):
+        assert report.counts["images"] == 2 * CHUNKS - 1
+        assert computed is None or report.counts["computed_chunks"] == computed, report.counts
+        assert self._contents() == self._expected[self._name], self._name
+        left = {
+            path.name
+            for path in self._place.glob(f"{Location.parse(self._target).container.name}*")
+        }
+        name = Location.parse(self._target).container.name
+        assert left == {
+            name,
+            f"{name}.fastvgg.json",
+        }
+        self._remove()
+
+    def kill_workers(self):
+        """Kill workers while a run goes on; return how many."""
+        killed, ended = [], threading.Event()
+
+        def kill():
+            while not ended.wait(self._draw.uniform(0, SECONDS)):
+                at_work = self._client.run(os.getpid, on_error="ignore")
+                if at_work:
+                    killed.append(self._workers.kill(self._draw.choice([*at_work.values()])))
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            report = self._planned().run(client=self._client)
+        finally:
+            ended.set()
+            killer.join()
+        self._check(report, None)
+        return sum(killed)
+
+    def kill_coordinator(self):
+        """Kill a coordinator at work, and have another go on; return how many were killed."""
+        wanted = self._draw.randrange(1, CHUNKS)
+        arguments = [self._client.scheduler.address, str(self._source), str(self._target)]
+        command = [sys.executable, "-c", COORDINATE, *arguments]
+        environment = importing_checkout()
+        with subprocess.Popen(command, env=environment) as process:
+            given_up = time.monotonic() + PATIENCE
+            while process.poll() is None and self._committed() < wanted:
+                assert time.monotonic() < given_up, "a coordinator does nothing"
+                time.sleep(0.001)
+            process.send_signal(signal.SIGKILL)
+        killed = process.returncode == -signal.SIGKILL
+        assert killed or process.returncode == 0
+        done = self._committed() if self._begun() else 0
+        self.finish(CHUNKS - done if killed and self._begun() else None)
+        return int(killed)
+
+    def _begun(self):
+        return Path(f"{Location.parse(self._target).container}.fastvgg-journal").exists()
+
+    def _committed(self):
+        try:
+            return max(0, commits_in(Location.parse(self._target).container))
+        except FileNotFoundError:
+            return 0
+
+    def run_twice(self):
+        """Have workers do tasks at once that a run has them do as well; return how many."""
+        plan = dataclasses.replace(self._planned(), threads=1)
+        shared = pickle.dumps((secrets.token_hex(8), plan))
+        rows = [*enumerate(plan.chunk_rows())]
+        futures = []
+
+        def again(progress):
+            if futures or progress.images > CHUNKS:
+                return
+            chunks = [ChunkTask(chunk, *span) for chunk, span in self._draw.sample(rows, 20)]
+            tasks = [Task(shared, tuple(chunks[at : at + 2])) for at in range(0, 20, 2)]
+            futures.extend(
+                self._client.submit(run_task, task, workers=[address], pure=False, priority=10)
+                for task in tasks
+                for address in self._client.nthreads()
+            )
+
+        report = plan.run(again, client=self._client)
+        done = self._client.gather(futures, errors="skip")  # some come too late
+        self._check(report, CHUNKS)
+        return sum(map(len, done)) // 2
+
+
+def campaign(seed, size):
+    """Kill `size` workers, a quarter as many coordinators, and run as many tasks twice."""
+    draw = random.Random(seed)  # noqa: S311  # not for secrets
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # it warns of each death
+    counts = {"workers killed": 0, "coordinators killed": 0, "chunks computed twice": 0, "runs": 0}
+    place = Path(tempfile.mkdtemp(prefix="fastvgg-cluster-", dir=quick_directory()))
+    wanted = {
+        "workers killed": size,
+        "coordinators killed": size // 4,
+        "chunks computed twice": size,
+    }
+    workers = Workers(place)
+    try:
+        with workers.connect() as client:
+            client.wait_for_workers(WORKERS, timeout=PATIENCE)
+            runs = Runs(place, workers, client, draw)
+            ways = (runs.kill_workers, runs.kill_coordinator, runs.run_twice)
+            for (name, least), way in zip(wanted.items(), ways, strict=True):
+                while counts[name] < least:
+                    runs.begin()
+                    counts[name] += way()
+                    counts["runs"] += 1
+                    client.wait_for_workers(WORKERS, timeout=PATIENCE)
+    finally:
+        workers.close()
+        shutil.rmtree(place)
+    return {**counts, "wrong": 0}
+
+
+if __name__ == "__main__":
+    main(campaign, __doc__, size=220)

@@ -1,0 +1,43 @@
+"""What the long campaigns have in common: a seed, one line of counts, and a record of the last run.
+
+    python -m tests.campaigns.crash_states --seed 1
+
+A campaign is a function of a seed and a size that returns its counts, and raises at the first thing
+that is wrong. The suite runs the same functions with a smaller size:
+tests/campaigns/test_campaigns.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from fastvgg.bench.timing import machine
+from tests.helpers.checkout import CHECKOUT
+
+RESULTS = CHECKOUT / "benchmarks" / "results"
+
+
+def main(campaign, description, *, size):
+    """Run a campaign from the command line, print its counts, and keep them."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--size", type=int, default=size, help="how much; see the module")
+    arguments = parser.parse_args()
+    name = Path(sys.argv[0]).stem
+    begun = time.monotonic()
+    counts = campaign(arguments.seed, arguments.size)
+    seconds = round(time.monotonic() - begun, 1)
+    print(f"{name}: {told(counts)}, {seconds} s")
+    record = {"machine": machine(), "seed": arguments.seed, "size": arguments.size}
+    record |= {"counts": counts, "seconds": seconds}
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def told(counts):
+    """The counts in one line."""
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items())

@@ -1,0 +1,84 @@
+"""Errors, and half done work, at every system call; and every command ends in words or well.
+
+    python -m tests.campaigns.failing_calls             # some minutes; prints its counts
+    python -m tests.campaigns.failing_calls --size 500  # about so many runs
+
+Each call of `os` that `stream.storage` makes fails once, or from then on, with each error that a
+disk may give; or it does half of what it was told. The command ends with the right bytes, or with
+a typed error that names the error, and the same command then ends with the right bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import shutil
+import tempfile
+from pathlib import Path
+
+from fastvgg.errors import FastvggError, StoppedError, TargetError
+from tests.campaigns.command import main
+from tests.helpers.faults import FaultyOs, HalvingOs, quick_directory, system_calls
+from tests.helpers.jobs import LARGER, OF_FORMATS, OF_IMAGES, SETTINGS, Wrong, jobs
+
+ERRORS = (
+    *(errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.EFBIG),
+    *(errno.EINTR, errno.ENOMEM, errno.EMFILE, errno.EAGAIN),
+)
+
+
+def calls_of(job):
+    """How many calls an uninterrupted run makes."""
+    job.reset()
+    with system_calls(FaultyOs()) as system:
+        job.command()
+    job.check_end()
+    return len(system.calls)
+
+
+def outcome(job, system):
+    """What becomes of a run on such a system, and of the same command on a whole one."""
+    job.reset()
+    try:
+        with system_calls(system):
+            job.command()
+        ended = "ended well"
+    except (StoppedError, TargetError) as error:
+        name = errno.errorcode[system.number]
+        if isinstance(error, StoppedError) and name not in str(error):
+            raise Wrong(f"{error} does not name {name}") from error
+        ended = "stopped" if isinstance(error, StoppedError) else "refused"
+    except FastvggError as error:
+        raise Wrong(f"{type(error).__name__} for {system}: {error}") from error
+    if ended == "ended well":
+        job.check_end()
+    else:
+        job.check_in_between(job.contents())
+    job.command()
+    job.check_end()
+    return ended
+
+
+def campaign(seed, size):
+    """Run about `size` times, spread evenly over jobs, calls and errors."""
+    place = Path(tempfile.mkdtemp(prefix="fastvgg-errors-", dir=quick_directory()))
+    try:
+        every = []
+        for job in jobs(place, settings=SETTINGS + LARGER + OF_IMAGES + OF_FORMATS):
+            numbers = range(1, calls_of(job) + 1)
+            every += [
+                (job, FaultyOs(number, error, for_ever=for_ever))
+                for number, error, for_ever in itertools.product(numbers, ERRORS, (False, True))
+            ]
+            every += [(job, HalvingOs(number)) for number in (0, *numbers)]
+        counts = {"runs": 0, "ended well": 0, "stopped": 0, "refused": 0}
+        for job, system in every[seed % 7 :: max(1, len(every) // size)]:
+            counts["runs"] += 1
+            counts[outcome(job, system)] += 1
+    finally:
+        shutil.rmtree(place)
+    return {**counts, "wrong": 0}
+
+
+if __name__ == "__main__":
+    main(campaign, __doc__, size=12_000)

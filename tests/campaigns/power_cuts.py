@@ -1,0 +1,290 @@
+"""Power cuts at every boundary between durable calls, on a real ext4 that loses what it kept back.
+
+    python -m tests.campaigns.power_cuts              # some minutes, as root; prints its counts
+    python -m tests.campaigns.power_cuts --size 1000  # no less than so many cuts
+
+The file system lies on a loop device. A cut is its ioctl to shut down at once: the page cache is
+lost, and of the names what its journal has not committed; or, one time in three, names are kept
+whose data was never written. Before it, and at any call, ranges of files are written out, as the
+system does when it likes. Then it is mounted again, and the same command is given; one time in
+three the power fails in that too, up to three deep. One time in four the first is no power cut: the
+process is killed, and what it did not sync is there until the power fails. After a command that has
+said that it is done the power fails as well, and all of it must be there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import gc
+import itertools
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from fastvgg.errors import FastvggError
+from tests.campaigns.command import main
+from tests.campaigns.kills import calls_of
+from tests.helpers.faults import Death, MortalStorage, quick_directory
+from tests.helpers.jobs import LARGER, OF_FORMATS, SETTINGS, FormatJob, Wrong, jobs
+from tests.helpers.private_disks import NO, NotAllowed, called, mount, private_mounts, unmount
+
+DISK_BYTES = 32 * 1024 * 1024
+SHUT_DOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN
+FORGET = 0x1261  # BLKFLSBUF
+COMMITTING, AT_ONCE = 1, 2  # whether its journal is committed first
+WRITE_OUT = 1 | 2 | 4  # of sync_file_range: wait, begin, and wait until it is done
+MODES = ("errors=remount-ro,data=ordered", "errors=remount-ro,data=writeback,noauto_da_alloc")
+DEEPEST = 3
+SYNCS = (
+    "redo_log.commit",
+    "redo_log.finish",
+    "contiguous.sync",
+    "zarr_writer._store",
+    "local.write_atomic",
+)
+
+
+class Disk:
+    """An ext4 in a file, mounted for this process alone.
+
+    Parameters
+    ----------
+    directory
+        Where the file and the mount point are made.
+    draw
+        Chooses how it is mounted, and what a cut leaves.
+    """
+
+    def __init__(self, directory, draw):
+        self.place = directory / "mounted"
+        self.place.mkdir()
+        self._draw = draw
+        image = directory / "image"
+        with image.open("wb") as file:
+            file.truncate(DISK_BYTES)
+        made = "-J size=4 -E lazy_itable_init=0,lazy_journal_init=0,nodiscard"
+        try:
+            printed("mkfs.ext4", "-q", *made.split(), image)
+            self._device = printed("losetup", "--find", "--show", image)
+            self._held = os.open(self._device, os.O_RDWR)
+            printed("losetup", "--detach", self._device)  # as soon as nobody has it open
+            self._mount()
+        except OSError as error:
+            raise NotAllowed(f"{NO} loop mounts: {error}") from error
+
+    def _mount(self):
+        mount(self._device, self.place, "ext4", options=self._draw.choice(MODES))
+
+    def sync(self):
+        """Let all of it be durable."""
+        self._on_it(lambda descriptor: called("syncfs", descriptor))
+
+    def cut(self):
+        """Cut the power."""
+        how = struct.pack("I", self._draw.choice((COMMITTING, AT_ONCE, AT_ONCE)))
+        self._on_it(lambda descriptor: fcntl.ioctl(descriptor, SHUT_DOWN, how))
+
+    def _on_it(self, do):
+        descriptor = os.open(self.place, os.O_RDONLY)
+        try:
+            do(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def mount_again(self):
+        """Mount what is left."""
+        try:
+            unmount(self.place)
+        except OSError:  # a dead run's frames may hold a mapped window in a cycle
+            gc.collect()
+            unmount(self.place)
+        fcntl.ioctl(self._held, FORGET)
+        self._mount()
+
+    def close(self):
+        """Give all of it back, now or when nothing of it is in use."""
+        unmount(self.place, at_once=False)
+        os.close(self._held)
+
+
+def printed(*command):
+    """What a command printed; an error of the system if it failed."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except subprocess.CalledProcessError as error:
+        raise OSError(f"{command[0]}: {error.stderr.strip()}") from error
+    return done.stdout.strip()
+
+
+class PoweredStorage(MortalStorage):
+    """Storage whose process dies at its n-th call, on a system that writes files out by itself.
+
+    Parameters
+    ----------
+    directory
+        Where the files are.
+    draw
+        Chooses what is written out.
+    forgets
+        A function whose syncs do nothing, to see what they are for.
+    """
+
+    def __init__(self, dies_at, directory, draw, *, forgets=None):
+        super().__init__(dies_at, half_done=draw.random() < 0.5)
+        self._directory = directory
+        self._draw = draw
+        self._forgets = forgets
+        self._write_out_at = (draw.randrange(1, dies_at + 1), draw.choice((0, dies_at)))
+
+    def _call(self, name, do, half=None):
+        with self._one_at_a_time:
+            if len(self.calls) + 1 in self._write_out_at and not self._dead:
+                self._write_out()
+            return super()._call(name, do, half)
+
+    def _write_out(self):
+        for path in sorted(self._directory.rglob("*")):
+            if path.is_dir():
+                continue
+            begin = self._draw.randrange(path.stat().st_size + 1)
+            nbytes = self._draw.choice((0, 4096, 16384, path.stat().st_size))
+            if nbytes:
+                with path.open("rb") as file:
+                    where = ctypes.c_int64(begin), ctypes.c_int64(nbytes)
+                    called("sync_file_range", file.fileno(), *where, WRITE_OUT)
+
+    def _syncs_here(self):
+        """Whether the call is not one to be forgotten."""
+        frame = sys._getframe(2)
+        function = f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}"
+        return function != self._forgets
+
+    def sync(self, file):
+        if self._syncs_here():
+            super().sync(file)
+
+    def sync_directory(self, path):
+        if self._syncs_here():
+            super().sync_directory(path)
+
+    def syncfs(self, directory):
+        if self._syncs_here():
+            super().syncfs(directory)
+
+
+def outcome(disk, job, first, draw, forgets=None):
+    """Cut the power at a call, and perhaps in what comes after; return how many cuts there were."""
+    job.reset()
+    disk.sync()
+    numbers = [first]
+    killed = draw.random() < 1 / 4
+    while len(numbers) < DEEPEST and draw.random() < (1 if killed and len(numbers) == 1 else 1 / 3):
+        numbers.append(draw.randrange(1, numbers[-1] + 10))
+    for depth, number in enumerate(numbers):
+        storage = PoweredStorage(number, job.directory, draw, forgets=forgets)
+        is_cut = depth > 0 or not killed
+        ended = ends_before(disk, job, storage, is_cut=is_cut)
+        if is_cut:
+            disk.mount_again()
+        job.check_in_between(job.contents())
+        if ended:
+            job.check_end()
+    job.command()
+    job.check_end()
+    return len(numbers) - killed
+
+
+def ends_before(disk, job, storage, *, is_cut):
+    """Whether a command does its work before it dies; the power fails in any case, or in none."""
+    try:
+        return job.command(storage)
+    except Death:
+        return False
+    finally:
+        if is_cut:
+            disk.cut()
+        storage.bury()
+
+
+def moments(made):
+    """Every call of every job, and the moment after its last."""
+    return [(job, number) for job in made for number in range(1, calls_of(job) + 2)]
+
+
+@contextlib.contextmanager
+def powered_jobs(draw):
+    """A disk, and jobs on it."""
+    private_mounts()
+    directory = Path(tempfile.mkdtemp(prefix="fastvgg-power-", dir=quick_directory()))
+    try:
+        disk = Disk(directory, draw)
+        try:
+            yield disk, jobs(disk.place, settings=SETTINGS + LARGER + OF_FORMATS)
+        finally:
+            disk.close()
+    finally:
+        shutil.rmtree(directory)
+
+
+def campaign(seed, size):
+    """Cut the power `size` times or a little more, and by turns at every moment."""
+    draw = random.Random(seed)  # noqa: S311  # not for secrets
+    with powered_jobs(draw) as (disk, made):
+        every = moments(made)
+        chosen = every[seed % 7 :: max(1, 4 * len(every) // (3 * size))]
+        gc.freeze()  # what is there now stays
+        cuts = 0
+        for job, number in itertools.cycle(chosen):
+            cuts += outcome(disk, job, number, draw)
+            if cuts >= size:
+                break
+    return {"power cuts": cuts, "moments": len(chosen), "wrong": 0}
+
+
+def needs(job, forgets):
+    """Whether a job does what a function is for whose syncs are left out."""
+    is_zarr = isinstance(job, FormatJob) and job.form == "zarr"
+    if forgets == "zarr_writer._store":
+        return is_zarr
+    return not is_zarr if forgets == "contiguous.sync" else job.in_place
+
+
+def teeth(seed, size, enough=1_000_000):
+    """Leave out the syncs of one function at a time; return how many of `size` runs went wrong.
+
+    No more are run when `enough` have.
+    """
+    draw = random.Random(seed)  # noqa: S311  # not for secrets
+    wrong = dict.fromkeys(SYNCS, 0)
+    with powered_jobs(draw) as (disk, made):
+        every = moments(made)
+        for forgets in SYNCS:
+            of_these = [moment for moment in every if needs(moment[0], forgets)]
+            for job, number in draw.choices(of_these, k=size):
+                wrong[forgets] += goes_wrong(disk, job, number, draw, forgets)
+                if wrong[forgets] == enough:
+                    break
+    return wrong
+
+
+def goes_wrong(disk, job, number, draw, forgets):
+    """Whether anything is wrong after power cuts, where a sync is left out."""
+    try:
+        outcome(disk, job, number, draw, forgets)
+    except (Wrong, FastvggError):
+        pass
+    else:
+        return False
+    disk.mount_again()
+    return True
+
+
+if __name__ == "__main__":
+    main(campaign, __doc__, size=12_000)

@@ -1,0 +1,1178 @@
+"""The command line: output, exit codes, and errors without tracebacks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import re
+import select
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import fastvgg
+from fastvgg import cli, models, oracle
+from fastvgg.cli import output
+from fastvgg.datasets.index import index_path
+from fastvgg.stream.manifest import manifest_path
+from fastvgg.stream.plan import RUN_BYTES
+from fastvgg.stream.report import FAILURES_SHOWN
+from fastvgg.stream.run import run
+from fastvgg.transform import Transform
+from tests.helpers.bad_arrays import REFUSED
+from tests.helpers.datasets_on_disk import (
+    commits_in,
+    failing_in_ascii,
+    images_in,
+    names_in,
+    network_inputs,
+    npy_bytes,
+    permissions,
+    pixels,
+    plan_of,
+    printed_by,
+    printed_on_small_disk,
+    python,
+    save_images,
+    save_npy,
+    tree,
+)
+from tests.helpers.faults import CuttingStorage, Death, FaultyOs, system_calls
+
+pytestmark = pytest.mark.pixels
+
+
+@pytest.fixture
+def array(tmp_path):
+    return save_npy(tmp_path / "x.npy", pixels(11))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return save_images(tmp_path / "photos", pixels(11))
+
+
+def invoke(*arguments):
+    """Run a command in this process."""
+    result = CliRunner().invoke(cli.app, [os.fspath(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert "Traceback" not in result.output
+    return result
+
+
+def run_command(*arguments, **settings):
+    """Run a command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "fastvgg", *map(os.fspath, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **settings,
+    )
+
+
+# The command line as it is where there is no Numba, which takes a second to compile a kernel.
+UNCOMPILED = """
+import sys, warnings
+sys.modules["numba"] = None
+warnings.filterwarnings("ignore", "Numba is not usable")
+from fastvgg.cli import main
+main()
+"""
+
+
+def uncompiled(*arguments, **settings):
+    """Run a command in a process of its own that has no Numba."""
+    return python(UNCOMPILED, *arguments, **settings)
+
+
+def chunks_of(images, kind="preprocess"):
+    """The memory limit for chunks of that many images, of pixels() as uint8 and as float32.
+
+    An image is read, while the result of it and that of another are in memory.
+    """
+    image_bytes = {"preprocess": 189 + 2 * 756, "restore": 756 + 2 * 189, "in place": 3 * 756}
+    return ["--memory", str(RUN_BYTES + images * image_bytes[kind]), "--threads", "1"]
+
+
+# What the commands do
+
+
+def test_the_essential_commands_work_from_a_shell(tmp_path, photos):
+    stored, back = tmp_path / "y.npy", tmp_path / "back"
+    done = run_command("preprocess", photos, stored, "--model", "vgg19")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{stored}: 11 images in ")
+    done = run_command("verify", stored, "--full")
+    assert done.returncode == 0
+    assert "11 images match the NumPy reference" in done.stdout
+    done = run_command("restore", stored, back)
+    assert (done.returncode, done.stderr) == (0, "")
+    for name, expected in images_in(photos).items():
+        assert images_in(back)[name].tobytes() == expected.tobytes()
+
+
+def test_preprocess_hands_every_option_on(tmp_path, photos):
+    target = tmp_path / "y.npy"
+    options = ["--mode", "torch", "--size", "5", "11", "--interpolation", "box"]
+    options += ["--out-layout", "NCHW", "--dtype", "float16", "--memory", "32MiB", "--threads", "2"]
+    options += ["--keep-aspect-ratio", "--fast-jpeg", "--exif", "--gray16", "scale"]
+    options += ["--max-pixels", "12345"]
+    assert uncompiled("preprocess", photos, target, *options).returncode == 0
+    job = json.loads(manifest_path(target).read_bytes())["job"]
+    assert job["source"]["size"] == [5, 11]
+    assert job["source"]["interpolation"] == "box"
+    assert job["source"]["keep_aspect_ratio"] is True
+    assert job["source"]["fast_jpeg"] is True
+    assert job["source"]["exif"] is True
+    assert job["source"]["gray16"] == "scale"
+    assert job["source"]["max_pixels"] == 12345
+    assert job["transform"]["mode"]["name"] == "torch"
+    assert job["result"]["layout"] == "NCHW"
+    assert job["result"]["dtype"] == "float16"
+    assert np.load(target).shape == (11, 3, 5, 11)
+
+
+def test_restore_hands_every_option_on(tmp_path):
+    stored = save_npy(tmp_path / "y.npy", network_inputs(pixels(5), "tf", out_layout="NCHW"))
+    options = ["--mode", "tf", "--layout", "NCHW", "--out-layout", "NHWC", "--rounding", "truncate"]
+    options += ["--dtype", "float32", "--memory", "3MiB", "--threads", "2"]
+    assert uncompiled("restore", stored, tmp_path / "z.npy", *options).returncode == 0
+    job = json.loads(manifest_path(tmp_path / "z.npy").read_bytes())["job"]
+    assert job["transform"]["rounding"] == "truncate"
+    assert job["result"] == {
+        "kind": "npy",
+        "shape": [5, 7, 9, 3],
+        "dtype": "float32",
+        "layout": "NHWC",
+        "in_place": False,
+    }
+
+
+def test_a_layout_of_the_source_can_be_given(tmp_path):
+    source = save_npy(tmp_path / "x.npy", np.ascontiguousarray(np.moveaxis(pixels(5), -1, 1)))
+    arguments = ["preprocess", source, tmp_path / "y.npy", "--mode", "caffe"]
+    assert invoke(*arguments).exit_code == 3
+    assert uncompiled(*arguments, "--layout", "NCHW").returncode == 0
+
+
+@pytest.mark.parametrize("model", ["vgg19", "VGG-19", "ResNet50"])
+def test_a_model_stands_for_its_mode(tmp_path, array, model):
+    assert invoke("preprocess", array, tmp_path / "y.npy", "--model", model).exit_code == 0
+    assert json.loads(manifest_path(tmp_path / "y.npy").read_bytes())["job"]["transform"]["mode"][
+        "name"
+    ] == models.mode_name(model)
+    expected = network_inputs(pixels(11), models.mode_name(model))
+    assert (tmp_path / "y.npy").read_bytes() == npy_bytes(expected)
+
+
+def test_a_mode_and_a_model_that_agree_are_fine(tmp_path, array):
+    result = invoke("preprocess", array, tmp_path / "y.npy", "--model", "vgg16", "--mode", "caffe")
+    assert result.exit_code == 0
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("command", ["preprocess", "restore"])
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, array, command, as_json):
+    stored = tmp_path / "y.npy"
+    plan_of(array, stored, mode="caffe").run()
+    source, options = (array, ["--mode", "caffe"]) if command == "preprocess" else (stored, [])
+    before = tree(tmp_path)
+    result = invoke(
+        command, source, tmp_path / "z.npy", "--dry-run", *options, *(["--json"] if as_json else [])
+    )
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    assert tree(tmp_path) == before
+    if as_json:
+        plan = json.loads(result.stdout)
+        assert (plan["images"], plan["chunks"]) == (11, 1)
+        assert plan["projected_bytes"] <= plan["memory_bytes"]
+        assert plan["write_bytes"] == 11 * 189 * (4 if command == "preprocess" else 1)
+    else:
+        assert "images   11" in result.stdout
+        assert str(tmp_path / "z.npy") in result.stdout
+
+
+@pytest.mark.parametrize("command", ["preprocess", "restore", "verify", "info", "models"])
+def test_json_is_alone_on_stdout(tmp_path, array, monkeypatch, command):
+    monkeypatch.setattr(output, "SECONDS_BETWEEN_LINES", 0.0)
+    stored = tmp_path / "y.npy"
+    plan_of(array, stored, mode="caffe").run()
+    arguments = {
+        "preprocess": [array, tmp_path / "z.npy", "--mode", "caffe", *chunks_of(4)],
+        "restore": [stored, tmp_path / "z.npy", *chunks_of(4, "restore")],
+        "models": [],
+    }.get(command, [stored])
+    result = invoke(command, *arguments, "--json")
+    assert result.exit_code == 0
+    answer = json.loads(result.stdout)
+    if command in ("preprocess", "restore"):
+        assert answer["counts"] == {"images": 11, "failed": 0, "chunks": 3, "computed_chunks": 3}
+        assert answer["target"] == str(tmp_path / "z.npy")
+        assert len(result.stderr.splitlines()) == 3
+    else:
+        assert result.stderr == ""
+
+
+def test_json_of_verify_and_info_and_models_says_what_is_known(tmp_path, array):
+    stored = tmp_path / "y.npy"
+    plan_of(array, stored, mode="caffe", together=4).run()
+    verified = json.loads(invoke("verify", stored, "--json").stdout)
+    assert (verified["images"], verified["chunks"], verified["recomputed_images"]) == (11, 3, 11)
+    known = json.loads(invoke("info", stored, "--json").stdout)
+    assert (known["state"], known["mode"], known["images"]) == ("finished", "caffe", 11)
+    listed = json.loads(invoke("models", "--json").stdout)
+    assert listed == models.MODES_BY_MODEL
+
+
+def test_progress_is_a_line_at_a_time_where_there_is_no_terminal(tmp_path, array, monkeypatch):
+    monkeypatch.setattr(output, "SECONDS_BETWEEN_LINES", 0.0)
+    result = invoke("preprocess", array, tmp_path / "y.npy", "--mode", "caffe", *chunks_of(4))
+    lines = result.stderr.splitlines()
+    assert [line.split(" images")[0] for line in lines] == ["4 of 11", "8 of 11", "11 of 11"]
+    assert all(re.search(r"\d+ images/s, \d+ MB/s, \d+:\d\d:\d\d left$", line) for line in lines)
+
+
+def test_a_short_run_prints_no_progress_where_there_is_no_terminal(tmp_path, array):
+    result = invoke("preprocess", array, tmp_path / "y.npy", "--mode", "caffe")
+    assert result.stderr == ""
+
+
+def test_quiet_is_silent(tmp_path, photos, monkeypatch):
+    monkeypatch.setattr(output, "SECONDS_BETWEEN_LINES", 0.0)
+    (photos / "labels.csv").touch()
+    arguments = ["preprocess", photos, tmp_path / "y.npy", "--mode", "caffe"]
+    loud = invoke(*arguments, "--restart")
+    assert "note: " in loud.stderr
+    result = invoke(*arguments, "--restart", "--quiet")
+    assert result.exit_code == 0
+    assert result.stderr == ""
+
+
+def on_a_terminal(*arguments):
+    """Run a command whose standard error is a terminal; return its end and what it wrote there."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", UNCOMPILED, *map(os.fspath, arguments)],
+        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    written = b""
+    while True:
+        try:
+            some = os.read(ours, 65536)
+        except OSError:  # EIO on Linux: the other end is closed
+            some = b""
+        if not some:
+            break
+        written += some
+    stdout, _ = process.communicate()
+    os.close(ours)
+    return process.returncode, stdout.decode(), written.decode()
+
+
+def test_a_terminal_shows_a_bar_with_images_per_second(tmp_path, array):
+    code, stdout, shown = on_a_terminal(
+        "preprocess", array, tmp_path / "y.npy", "--mode", "caffe", *chunks_of(2), "--json"
+    )
+    assert code == 0
+    assert json.loads(stdout)["counts"]["images"] == 11
+    assert "━" in shown
+    assert "11/11" in shown
+    assert "images/s" in shown
+    assert "MB/s" in shown
+    assert "preprocess" in shown
+    assert "Traceback" not in shown
+
+
+def test_a_quiet_terminal_shows_nothing(tmp_path, array):
+    target = tmp_path / "y.npy"
+    code, _, shown = on_a_terminal("preprocess", array, target, "--mode", "caffe", "--quiet")
+    assert (code, shown) == (0, "")
+
+
+def test_info_tells_of_a_source_an_unfinished_and_a_finished_run(tmp_path, array):
+    target = tmp_path / "y.npy"
+    result = invoke("info", array)
+    assert result.exit_code == 0
+    assert re.search(r"state +source", result.stdout)
+    assert re.search(r"shape +11 x 7 x 9 x 3", result.stdout)
+    with pytest.raises(Death):
+        run(plan_of(array, target, mode="torch", together=4), storage=CuttingStorage(1))
+    result = invoke("info", target)
+    assert re.search(r"state +unfinished", result.stdout)
+    assert re.search(r"committed_chunks +1", result.stdout)
+    assert re.search(r"chunks +3", result.stdout)
+    assert re.search(r"mode +torch", result.stdout)
+    assert "--restart" in result.stdout
+    plan_of(array, target, mode="torch", together=4).run()
+    result = invoke("info", target)
+    assert re.search(r"state +finished", result.stdout)
+    assert re.search(r"mode +torch", result.stdout)
+    assert f"numpy {np.__version__}" in result.stdout
+    assert str(array) in result.stdout
+    result = invoke("info", tmp_path / "nothing.npy")
+    assert result.exit_code == 3
+    assert str(tmp_path / "nothing.npy") in result.stderr
+
+
+def test_models_lists_every_model_with_its_mode():
+    result = invoke("models")
+    assert dict(line.split() for line in result.stdout.splitlines()) == models.MODES_BY_MODEL
+
+
+def test_demo_goes_the_whole_way(tmp_path):
+    result = invoke("demo", tmp_path / "demo")
+    assert result.exit_code == 0
+    assert "every byte came back" in result.stdout
+    assert "0 differ" in result.stdout
+    assert (tmp_path / "demo" / "contact-sheet.png").exists()
+
+
+def test_the_version_is_that_of_the_package():
+    assert invoke("--version").stdout == f"fastvgg {fastvgg.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "command", [None, "preprocess", "restore", "verify", "info", "bench", "demo"]
+)
+def test_help_is_there_with_an_example(command):
+    result = invoke(*([command] if command else []), "--help")
+    assert result.exit_code == 0
+    assert command is None or f"Example: fastvgg {command} " in result.stdout
+
+
+# In place
+
+
+def floats_of(batch):
+    """Return the images as float32, which can be converted in place."""
+    return batch.astype(np.float32)
+
+
+@pytest.fixture
+def floats(tmp_path):
+    return save_npy(tmp_path / "floats.npy", floats_of(pixels(11)))
+
+
+def in_place(transform):
+    """What the definition of correct makes of the floats, as a file."""
+    return npy_bytes(oracle.apply(transform, floats_of(pixels(11))))
+
+
+@pytest.mark.parametrize("mode", ["caffe", "tf", "torch"])
+def test_a_file_is_preprocessed_in_place_and_restored_in_place(floats, mode):
+    before = floats.read_bytes()
+    options = ["--in-place", "--json", *chunks_of(4, "in place")]
+    changed = invoke("preprocess", floats, "--mode", mode, *options)
+    assert changed.exit_code == 0
+    answer = json.loads(changed.stdout)
+    assert answer["counts"] == {"images": 11, "failed": 0, "chunks": 3, "computed_chunks": 3}
+    assert answer["target"] == str(floats)
+    assert floats.read_bytes() == in_place(Transform(mode))
+    assert names_in(floats.parent) == ["floats.npy", "floats.npy.fastvgg.json"]
+    manifest = json.loads(manifest_path(floats).read_bytes())
+    assert manifest["job"]["result"]["in_place"] is True
+    verified = invoke("verify", floats)
+    assert verified.exit_code == 0
+    assert "11 images in 3 chunks match their checksums" in verified.stdout
+    assert "overwritten in place" in verified.stdout
+    restored = invoke("restore", floats, *options)  # the manifest knows the mode
+    assert restored.exit_code == 0
+    assert json.loads(restored.stdout)["counts"] == answer["counts"]
+    assert floats.read_bytes() == before
+    assert names_in(floats.parent) == ["floats.npy", "floats.npy.fastvgg.json"]
+
+
+def test_a_file_that_was_never_ours_is_restored_in_place_in_the_mode_that_is_given(tmp_path):
+    values = np.random.default_rng(1).normal(0, 200, (5, 7, 9, 3)).astype(np.float32)
+    path = save_npy(tmp_path / "y.npy", values)
+    options = ["--mode", "torch", "--rounding", "truncate", "--in-place"]
+    assert invoke("restore", path, *options).exit_code == 0
+    transform = Transform("torch", "restore", dtype="float32", rounding="truncate")
+    assert path.read_bytes() == npy_bytes(oracle.apply(transform, values))
+
+
+def test_a_shell_preprocesses_in_place(floats):
+    done = run_command("preprocess", floats, "--in-place", "--model", "vgg19")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{floats}: 11 images in ")
+    assert floats.read_bytes() == in_place(Transform("caffe"))
+
+
+@pytest.mark.parametrize("command", ["preprocess", "restore"])
+def test_in_place_a_second_time_exits_with_3_and_changes_no_byte(floats, command):
+    assert invoke("preprocess", floats, "--mode", "caffe", "--in-place").exit_code == 0
+    if command == "restore":
+        assert invoke("restore", floats, "--in-place").exit_code == 0
+    before, said = (
+        tree(floats.parent),
+        {"preprocess": "preprocessed", "restore": "restored"}[command],
+    )
+    # Neither in the same mode nor in another, and whatever is omitted.
+    for options in ([], ["--mode", "caffe"], ["--mode", "tf"], ["--restart"]):
+        result = invoke(command, floats, "--in-place", *options)
+        result.returncode = result.exit_code
+        check_refused(3, contains=[floats, f"already {said}"], result=result)
+        assert tree(floats.parent) == before
+
+
+@pytest.mark.parametrize("command", ["preprocess", "restore"])
+def test_a_dry_run_in_place_writes_nothing(floats, command):
+    if command == "restore":
+        assert invoke("preprocess", floats, "--mode", "caffe", "--in-place").exit_code == 0
+    before, times = tree(floats.parent), floats.stat().st_mtime_ns
+    options = ["--mode", "caffe", "--in-place", "--dry-run"]
+    result = invoke(command, floats, *options)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert f"{floats} -> {floats}" in result.stdout
+    assert "twice, in place" in result.stdout
+    plan = json.loads(invoke(command, floats, *options, "--json").stdout)
+    assert (plan["images"], plan["result"]["in_place"]) == (11, True)
+    assert plan["projected_bytes"] == RUN_BYTES + 11 * 3 * 756
+    assert (tree(floats.parent), floats.stat().st_mtime_ns) == (before, times)
+
+
+@pytest.mark.parametrize(
+    ("command", "rounding"),
+    [("preprocess", "nearest"), ("restore", "nearest"), ("restore", "truncate")],
+)
+def test_info_tells_of_an_unfinished_run_in_place_and_the_command_that_finishes_it(
+    tmp_path, command, rounding
+):
+    path = tmp_path / "some floats.npy"  # a name that a shell must be told in quotes
+    values = pixels(11).astype(np.float32) - (40 if command == "restore" else 0)
+    save_npy(path, values)
+    transform = Transform("torch", command, dtype="float32", rounding=rounding)
+    settings = {"mode": "torch", "direction": command, "rounding": rounding, "in_place": True}
+    with pytest.raises(Death):
+        run(plan_of(path, None, together=4, **settings), storage=CuttingStorage(2, in_place=True))
+    before = tree(tmp_path)
+    told = invoke("info", path)
+    assert told.exit_code == 0
+    assert re.search(r"state +unfinished in place\n", told.stdout)
+    assert re.search(r"committed_chunks +2\n", told.stdout)
+    assert re.search(r"chunks +3\n", told.stdout)
+    assert re.search(r"mode +torch\n", told.stdout)
+    known = json.loads(invoke("info", path, "--json").stdout)
+    assert (known["state"], known["committed_chunks"]) == ("unfinished in place", 2)
+    # Until then it is neither source nor result.
+    for arguments in (["verify", path], ["restore", path, tmp_path / "z.npy", "--mode", "tf"]):
+        result = invoke(*arguments)
+        result.returncode = result.exit_code
+        check_refused(3, contains=[path, "in place", "finish it"], result=result)
+    assert tree(tmp_path) == before
+    name, *arguments = shlex.split(known["next"].partition("using the file: ")[2])
+    assert name == "fastvgg"
+    finished = invoke(*arguments, "--json")
+    assert json.loads(finished.stdout)["counts"]["computed_chunks"] == 1
+    assert path.read_bytes() == npy_bytes(oracle.apply(transform, values))
+    assert "finished" in invoke("info", path).stdout
+
+
+# What a commit survives
+
+
+@pytest.mark.parametrize("kind", ["preprocess", "restore", "in place"])
+@pytest.mark.parametrize("options", [[], ["--fsync"], ["--no-fsync"]])
+def test_without_fsync_nothing_is_synced(tmp_path, array, floats, options, kind):
+    stored = tmp_path / "y.npy"
+    plan_of(array, stored, mode="caffe").run()
+    arguments = {
+        "preprocess": ["preprocess", array, tmp_path / "z.npy", "--mode", "caffe"],
+        "restore": ["restore", stored, tmp_path / "z.npy"],
+        "in place": ["preprocess", floats, "--in-place", "--mode", "caffe"],
+    }[kind]
+    with system_calls(FaultyOs()) as system:
+        assert invoke(*arguments, *options).exit_code == 0
+    assert "pwrite" in system.calls
+    assert ("fsync" in system.calls) == (options != ["--no-fsync"])
+    expected = {
+        "preprocess": npy_bytes(network_inputs(pixels(11), "caffe")),
+        "restore": array.read_bytes(),
+        "in place": in_place(Transform("caffe")),
+    }
+    assert (floats if kind == "in place" else tmp_path / "z.npy").read_bytes() == expected[kind]
+
+
+# Exit codes
+
+
+def check_refused(code, *arguments, contains=(), result=None):
+    """Check the exit code and that the error is a problem and a remedy, without a traceback."""
+    result = run_command(*arguments) if result is None else result
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+    for word in contains:
+        assert str(word) in result.stderr
+    problem, _, remedy = result.stderr.partition("\n  ")
+    assert problem.startswith("fastvgg: ")
+    assert remedy.strip()
+    return result.stderr
+
+
+def bad_inputs(place):
+    """What is wrong -> (arguments, exit code, what the message must say)."""
+    array = save_npy(place / "x.npy", pixels(5))
+    photos = save_images(place / "photos", pixels(5))
+    (place / "empty").mkdir()
+    (place / "there.npy").write_text("precious")
+    stored, back = place / "stored.npy", place / "back"
+    plan_of(photos, stored, mode="caffe").run()
+    plan_of(stored, back, direction="restore").run()
+    floats = save_npy(place / "floats.npy", pixels(5).astype(np.float32))
+    negative = save_npy(place / "negative.npy", network_inputs(pixels(5), "caffe"))
+    new, caffe = place / "new.npy", ["--mode", "caffe"]
+    return {
+        "a missing source": (
+            ["preprocess", place / "missing", new, *caffe],
+            3,
+            [place / "missing", "does not exist"],
+        ),
+        "an empty source": (
+            ["preprocess", place / "empty", new, *caffe],
+            3,
+            [place / "empty", "contains no images"],
+        ),
+        "a target that exists": (
+            ["preprocess", array, place / "there.npy", *caffe],
+            3,
+            [place / "there.npy", "exists", "move it away"],
+        ),
+        "a target inside the source": (
+            ["preprocess", photos, photos / "y.npy", *caffe],
+            3,
+            [photos / "y.npy", photos],
+        ),
+        "a missing directory": (
+            ["preprocess", array, place / "missing" / "y.npy", *caffe],
+            3,
+            [place / "missing", "mkdir -p"],
+        ),
+        "no mode": (["preprocess", array, new], 2, ["--mode"]),
+        "an empty mode": (["preprocess", array, new, "--mode", ""], 2, ["''"]),
+        "an unknown mode": (["preprocess", array, new, "--mode", "vgg"], 2, ["'vgg'", "caffe"]),
+        "an unknown model": (
+            ["preprocess", array, new, "--model", "vgg20"],
+            2,
+            ["'vgg20'", "fastvgg models"],
+        ),
+        "a mode and a model that disagree": (
+            ["preprocess", array, new, "--mode", "tf", "--model", "vgg19"],
+            2,
+            ["tf", "vgg19", "caffe"],
+        ),
+        "an unknown type": (
+            ["preprocess", array, new, *caffe, "--dtype", "int8"],
+            3,
+            ["int8", "float16"],
+        ),
+        "an unknown layout": (
+            ["preprocess", array, new, *caffe, "--layout", "HWC"],
+            2,
+            ["'HWC'", "'NHWC'"],
+        ),
+        "an impossible size": (
+            ["preprocess", photos, new, *caffe, "--size", "0", "5"],
+            2,
+            ["(0, 5)", "--size 224 224"],
+        ),
+        "an unknown interpolation": (
+            ["preprocess", photos, new, *caffe, "--interpolation", "cubic"],
+            2,
+            ["'cubic'", "bicubic"],
+        ),
+        "no amount of memory": (
+            ["preprocess", array, new, *caffe, "--memory", "much"],
+            2,
+            ["'much'", "512MiB"],
+        ),
+        "too little memory": (
+            ["preprocess", array, new, *caffe, "--memory", "100"],
+            3,
+            ["2.0 MiB", "100 B", "--memory"],
+        ),
+        "no threads": (["preprocess", array, new, *caffe, "--threads", "0"], 2, ["threads is 0"]),
+        "an unknown rounding": (
+            ["restore", stored, new, "--rounding", "up"],
+            2,
+            ["'up'", "'nearest'"],
+        ),
+        "restoring images": (
+            ["restore", array, new, *caffe],
+            3,
+            [array, "nothing to restore"],
+        ),
+        "restoring images that are floats": (
+            ["restore", floats, new, *caffe],
+            3,
+            [floats, "never preprocessed"],
+        ),
+        "restoring twice": (["restore", back, new], 3, [back, "already restored"]),
+        "no target": (["preprocess", array, *caffe], 2, ["no target", "--in-place"]),
+        "no target to restore to": (["restore", stored], 2, ["no target", "--in-place"]),
+        "a target in place": (
+            ["preprocess", floats, new, "--in-place", *caffe],
+            2,
+            ["both a target", "--in-place"],
+        ),
+        "a target to restore to in place": (
+            ["restore", stored, new, "--in-place"],
+            2,
+            ["both a target", "--in-place"],
+        ),
+        "a folder in place": (
+            ["preprocess", photos, "--in-place", *caffe],
+            2,
+            [photos, "not a .npy file"],
+        ),
+        "bytes in place": (
+            ["preprocess", array, "--in-place", *caffe],
+            2,
+            [array, "uint8", "float32", "DST"],
+        ),
+        "another type in place": (
+            ["preprocess", floats, "--in-place", "--dtype", "float16", *caffe],
+            2,
+            [floats, "float32", "float16", "DST"],
+        ),
+        "another layout in place": (
+            ["preprocess", floats, "--in-place", "--out-layout", "NCHW", *caffe],
+            2,
+            [floats, "DST"],
+        ),
+        "preprocessing twice in place": (
+            ["preprocess", stored, "--in-place", *caffe],
+            3,
+            [stored, "already preprocessed"],
+        ),
+        "preprocessing twice in place without a manifest": (
+            ["preprocess", negative, "--in-place", *caffe],
+            3,
+            [negative, "may be already preprocessed"],
+        ),
+        "restoring images in place": (
+            ["restore", floats, "--in-place", *caffe],
+            3,
+            [floats, "never preprocessed"],
+        ),
+        "restoring in another mode": (
+            ["restore", stored, new, "--mode", "tf"],
+            2,
+            [stored, "caffe", "tf"],
+        ),
+        "preprocessing twice": (
+            ["preprocess", stored, new, *caffe],
+            3,
+            [stored, "already preprocessed"],
+        ),
+        "preprocessing twice without a manifest": (
+            ["preprocess", negative, new, *caffe],
+            3,
+            [negative, "may be already preprocessed"],
+        ),
+        "verifying what has no manifest": (["verify", array], 3, [array, "fastvgg info"]),
+        "telling of nothing": (["info", place / "missing.npy"], 3, [place / "missing.npy"]),
+        "a demo among other things": (["demo", place], 3, [place, "fastvgg demo"]),
+    }
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    place = tmp_path_factory.mktemp("bad")
+    return place, bad_inputs(place)
+
+
+BAD_INPUTS = [
+    *("a missing source", "an empty source", "a target that exists", "a target inside the source"),
+    *("a missing directory", "no mode", "an empty mode", "an unknown mode", "an unknown model"),
+    *("a mode and a model that disagree", "an unknown type", "an unknown layout"),
+    *("an impossible size", "an unknown interpolation", "no amount of memory"),
+    *("too little memory", "no threads", "an unknown rounding", "restoring images"),
+    *("restoring images that are floats", "restoring twice", "restoring in another mode"),
+    *("preprocessing twice", "preprocessing twice without a manifest"),
+    *("no target", "no target to restore to", "a target in place"),
+    *("a target to restore to in place", "a folder in place", "bytes in place"),
+    *("another type in place", "another layout in place", "preprocessing twice in place"),
+    *("preprocessing twice in place without a manifest", "restoring images in place"),
+    *("verifying what has no manifest", "telling of nothing"),
+    "a demo among other things",
+]
+
+
+@pytest.mark.parametrize("wrong", BAD_INPUTS)
+def test_bad_input_is_refused_in_words_and_nothing_is_written(inputs, wrong):
+    place, all_inputs = inputs
+    arguments, code, words = all_inputs[wrong]
+    before = tree(place)
+    result = invoke(*arguments)
+    result.returncode = result.exit_code
+    check_refused(code, contains=words, result=result)
+    assert tree(place) == before
+
+
+def test_every_bad_input_is_tried(inputs):
+    assert sorted(inputs[1]) == sorted(BAD_INPUTS)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [("a missing source", 3), ("no mode", 2), ("preprocessing twice", 3)],
+)
+def test_a_shell_sees_the_same_exit_code(inputs, wrong, code):
+    arguments, expected, words = inputs[1][wrong]
+    assert code == expected
+    check_refused(code, *arguments, contains=words)
+
+
+@pytest.mark.parametrize("wrong", REFUSED)
+def test_a_bad_array_is_refused_in_words_and_left_as_it_is(tmp_path, wrong):
+    content, words = REFUSED[wrong]
+    path = tmp_path / "x.npy"
+    path.write_bytes(content)
+    result = invoke("preprocess", path, tmp_path / "y.npy", "--mode", "caffe")
+    result.returncode = result.exit_code
+    check_refused(3, contains=[path, *words], result=result)
+    assert tree(tmp_path) == {b"x.npy": content}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--nonsense"], ["preprocess"], ["restore"], ["nonsense"], ["verify", "--full"]],
+)
+def test_a_command_that_makes_no_sense_exits_with_2(arguments):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert "Usage:" in result.stderr
+
+
+@pytest.mark.parametrize("size", [["224"], ["224", "x"], ["2.5", "7"]])
+def test_a_size_that_is_not_two_numbers_exits_with_2(tmp_path, photos, size):
+    result = invoke("preprocess", photos, tmp_path / "y.npy", "--mode", "caffe", "--size", *size)
+    assert result.exit_code == 2
+
+
+@pytest.mark.parametrize("bad", ["truncated", "text", "empty", "directory"])
+def test_an_image_that_cannot_be_read_exits_with_1_and_is_listed(tmp_path, photos, bad):
+    path = photos / "a" / "bad.jpg"
+    if bad == "directory":
+        path.mkdir()
+    else:
+        whole = (photos / "a" / "00.png").read_bytes()
+        path.write_bytes({"truncated": whole[:-50], "text": b"not an image", "empty": b""}[bad])
+    target = tmp_path / "y.npy"
+    result = invoke("preprocess", photos, target, "--mode", "caffe")
+    assert result.exit_code == 1
+    assert "a/bad.jpg" in result.stderr
+    assert "row 6" in result.stderr
+    assert "1 could not be read" in result.stdout
+    assert "a/bad.jpg" in index_path(target).read_text(encoding="utf-8")
+    assert not np.load(target)[6].any()
+    again = invoke("preprocess", photos, target, "--mode", "caffe")
+    assert again.exit_code == 1
+    assert "a/bad.jpg" in again.stderr
+    assert again.stderr.endswith("rerun the same command with --retry-failed\n")
+    back = invoke("restore", target, tmp_path / "back")
+    assert back.exit_code == 1
+    assert "--retry-failed" not in back.stderr
+
+
+def test_of_very_many_failures_some_are_listed_and_the_index_is_named(tmp_path, photos):
+    for row in range(17):
+        (photos / f"bad{row:02d}.jpg").touch()
+    result = invoke("preprocess", photos, tmp_path / "y.npy", "--mode", "caffe")
+    assert result.exit_code == 1
+    assert result.stderr.count("failed: row") == FAILURES_SHOWN
+    assert f"and {17 - FAILURES_SHOWN} more" in result.stderr
+    assert str(index_path(tmp_path / "y.npy")) in result.stderr
+
+
+def test_strict_exits_with_5_at_the_first_image_that_cannot_be_read(tmp_path, photos):
+    (photos / "bad.jpg").touch()
+    target = tmp_path / "y.npy"
+    result = invoke("preprocess", photos, target, "--mode", "caffe", "--strict")
+    assert result.exit_code == 5
+    assert str(photos / "bad.jpg") in result.stderr
+    assert not target.exists()
+
+
+def test_another_job_exits_with_3_and_restart_with_0(tmp_path, array):
+    arguments = ["preprocess", array, tmp_path / "y.npy", "--mode"]
+    assert invoke(*arguments, "caffe").exit_code == 0
+    assert invoke(*arguments, "tf").exit_code == 3
+    assert invoke(*arguments, "tf", "--restart").exit_code == 0
+    again = invoke(*arguments, "tf")
+    assert again.exit_code == 0
+    assert "already" in again.stdout
+
+
+def test_a_wrong_byte_exits_with_4(tmp_path, array):
+    target = tmp_path / "y.npy"
+    plan_of(array, target, mode="caffe").run()
+    with target.open("r+b") as file:
+        file.seek(-7, os.SEEK_END)
+        file.write(b"\x77")
+    message = check_refused(4, "verify", target, contains=[target, "images 0 to 10"])
+    assert "checksum" in message
+
+
+def test_a_full_disk_exits_with_3_before_and_with_5_in_the_middle(tmp_path):
+    plan_of(save_npy(tmp_path / "x.npy", pixels(11, 37, 41)), tmp_path / "y.npy", mode="tf").run()
+    (tmp_path / "small").mkdir()
+    actual = printed_on_small_disk(
+        tmp_path / "small",
+        disk_bytes=512 * 1024,
+        source=f"""
+import json, pathlib, subprocess, sys
+small = pathlib.Path({str(tmp_path / "small")!r})
+(small / "other").write_bytes(bytes(490 * 1024))
+told = []
+def fastvgg(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-c", {UNCOMPILED!r}, *map(str, arguments)],
+        capture_output=True, text=True, check=False)
+    told.append((done.returncode, done.stderr))
+fastvgg("preprocess", {str(tmp_path / "x.npy")!r}, small / "z.npy", "--mode", "caffe")
+fastvgg("restore", {str(tmp_path / "y.npy")!r}, small / "out", "--threads", "1")
+(small / "other").unlink()
+fastvgg("restore", {str(tmp_path / "y.npy")!r}, small / "out", "--threads", "1")
+print(json.dumps(told))
+""",
+    )
+    (before, refusal), (middle, stop), (after, silence) = json.loads(actual)
+    assert (before, middle, after) == (3, 5, 0), actual
+    assert "free space" in refusal
+    assert "No space left on device" in stop
+    assert "rerun the same command" in stop
+    assert "Traceback" not in refusal + stop + silence
+
+
+WITHOUT_PRIVILEGES = """
+from tests.helpers.datasets_on_disk import obey_permissions
+from fastvgg.cli import main
+obey_permissions()
+main()
+"""
+
+
+@pytest.mark.parametrize("closed", ["source", "its directory", "target directory", "photos"])
+def test_what_is_not_permitted_exits_with_3(tmp_path, photos, closed):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    source = save_npy(tmp_path / "in" / "x.npy", pixels(5))
+    place = {
+        "source": source,
+        "its directory": tmp_path / "in",
+        "target directory": tmp_path / "out",
+        "photos": photos,
+    }[closed]
+    given = photos if closed == "photos" else source
+    arguments = ["preprocess", given, tmp_path / "out" / "y.npy", "--mode", "caffe"]
+    with permissions(place, 0o555 if closed == "target directory" else 0):
+        check_refused(3, contains=[place], result=python(WITHOUT_PRIVILEGES, *arguments))
+    assert names_in(tmp_path / "out") == []
+
+
+# Progress that prints a line and waits, while the next chunk may be written.
+WAITING = """
+import contextlib, sys, warnings
+from fastvgg import cli
+from fastvgg.cli import commands
+sys.modules["numba"] = None
+warnings.simplefilter("ignore")
+@contextlib.contextmanager
+def progress_bar(plan, *, quiet):
+    def on_progress(at):
+        print("committed", flush=True)
+        sys.stdin.readline()
+    yield on_progress
+commands.progress_bar = progress_bar
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("commits", [1, 2])
+def test_a_signal_exits_with_130_and_the_same_command_resumes(tmp_path, array, number, commits):
+    target = tmp_path / "y.npy"
+    arguments = ["preprocess", array, target, "--mode", "caffe", *chunks_of(4)]
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITING, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        for commit in range(commits):
+            assert process.stdout.readline() == "committed\n"
+            if commit + 1 < commits:
+                process.stdin.write("\n")
+                process.stdin.flush()
+        process.send_signal(number)
+        _, stderr = process.communicate()
+    assert process.returncode == 130, stderr
+    assert "interrupted" in stderr
+    assert "same command" in stderr
+    assert "Traceback" not in stderr
+    assert not target.exists()
+    committed = commits_in(target)
+    assert commits <= committed <= 3
+    again = invoke(*arguments, "--json")
+    assert again.exit_code == 0
+    assert json.loads(again.stdout)["counts"]["computed_chunks"] == 3 - committed
+    assert target.read_bytes() == npy_bytes(network_inputs(pixels(11), "caffe"))
+
+
+# A disk that prints a line and waits while the second of three chunks is written.
+WRITING = """
+import os, signal, sys, threading, warnings
+sys.modules["numba"] = None
+warnings.simplefilter("ignore")
+from fastvgg import cli
+from fastvgg.cli import errors
+from fastvgg.stream import target
+from fastvgg.stream import in_place
+from fastvgg.stream.commit_pipeline import CommitPipeline
+from fastvgg.storage.local import Storage
+first_written = ".fastvgg-journal" if "--in-place" in sys.argv else ".partial"
+syncs = 0
+class Waiting(Storage):
+    def sync(self, file):
+        global syncs
+        written = file.path.name.endswith(first_written)
+        syncs += written
+        if written and syncs == 2:
+            os.write(1, b"writing\\n")
+            sys.stdin.readline()
+            while not main_leaves():
+                pass
+        super().sync(file)
+def main_leaves():
+    frame = sys._current_frames()[threading.main_thread().ident]
+    while frame is not None and frame.f_code is not CommitPipeline.__exit__.__code__:
+        frame = frame.f_back
+    return frame is not None and frame.f_locals["self"]._is_closed
+target.Storage = in_place.Storage = Waiting
+interrupt = errors.interrupt
+def told(*arguments):
+    try:
+        interrupt(*arguments)
+    finally:
+        os.write(1, b"interrupted\\n")
+errors.interrupt = told
+signal.signal(signal.SIGWINCH, lambda *_: None)
+cli.main()
+"""
+
+
+def noticed(process, number, happens):
+    """Send a signal to a process, and wait for what happens then."""
+    process.send_signal(number)
+    for _ in range(600):
+        if happens(0.1):
+            return
+        # A signal that comes just before the main thread blocks is noticed at the next one.
+        process.send_signal(signal.SIGWINCH)
+    raise AssertionError(f"nothing happens at signal {number}")
+
+
+@contextlib.contextmanager
+def interrupted(arguments, number):
+    """Run a command that has had a signal while it was writing its second chunk."""
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITING, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "writing\n"
+        noticed(process, number, lambda limit: select.select([process.stdout], [], [], limit)[0])
+        assert process.stdout.readline() == "interrupted\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def of_three_chunks(kind, tmp_path):
+    """A command, the file that it makes, and what must be in that."""
+    if kind == "in place":
+        path = save_npy(tmp_path / "x.npy", floats_of(pixels(11)))
+        options = ["--mode", "caffe", "--in-place", *chunks_of(4, kind)]
+        return ["preprocess", path, *options], path, in_place(Transform("caffe"))
+    path = tmp_path / "y.npy"
+    source = save_npy(tmp_path / "x.npy", pixels(11))
+    expected = npy_bytes(network_inputs(pixels(11), "caffe"))
+    return ["preprocess", source, path, "--mode", "caffe", *chunks_of(4)], path, expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kind", ["array", "in place"])
+def test_a_signal_while_a_chunk_is_written_exits_with_130_when_that_is_committed(
+    tmp_path, kind, number
+):
+    arguments, target, expected = of_three_chunks(kind, tmp_path)
+    with interrupted(arguments, number) as process:
+        assert process.poll() is None
+        stdout, stderr = process.communicate("\n", timeout=60)
+    assert process.returncode == 130, stderr
+    assert stdout == ""
+    assert "interrupted" in stderr
+    assert "same command" in stderr
+    assert "Traceback" not in stderr
+    assert json.loads(invoke("info", target, "--json").stdout)["committed_chunks"] == 2
+    written = target if kind == "in place" else tmp_path / "y.npy.partial"
+    of_two_chunks = 128 + 2 * 4 * 756
+    assert written.read_bytes()[:of_two_chunks] == expected[:of_two_chunks]
+    again = invoke(*arguments, "--json")
+    assert again.exit_code == 0
+    assert json.loads(again.stdout)["counts"]["computed_chunks"] == 1
+    assert target.read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (signal.SIGINT, signal.SIGINT),
+        (signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGINT, signal.SIGTERM),
+        (signal.SIGTERM, signal.SIGINT),
+    ],
+)
+@pytest.mark.parametrize("kind", ["array", "in place"])
+def test_a_second_signal_exits_with_130_at_once_and_the_same_command_resumes(
+    tmp_path, kind, first, second
+):
+    arguments, target, expected = of_three_chunks(kind, tmp_path)
+
+    def ends(limit):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=limit)
+        return process.returncode is not None
+
+    with interrupted(arguments, first) as process:
+        noticed(process, second, ends)  # and the chunk is still waiting for its disk
+        assert process.returncode == 130
+        stdout, stderr = process.communicate()
+    assert (stdout, stderr) == ("", "")
+    assert (kind == "in place") == target.exists()
+    assert not manifest_path(target).exists()
+    again = invoke(*arguments, "--json")
+    assert again.exit_code == 0
+    # In place the new bytes are committed before they are written, and else when they are.
+    left = {"array": 2, "in place": 1}[kind]
+    assert json.loads(again.stdout)["counts"]["computed_chunks"] == left
+    assert target.read_bytes() == expected
+
+
+# Internal errors
+
+
+def test_traceback_shows_where_an_error_came_from_and_exits_the_same(tmp_path):
+    arguments = ["preprocess", tmp_path / "missing", tmp_path / "y.npy", "--mode", "caffe"]
+    plain, traced = run_command(*arguments), run_command(*arguments, "--traceback")
+    assert "Traceback" not in plain.stderr
+    assert "Traceback (most recent call last)" in traced.stderr
+    assert "SourceError" in traced.stderr
+    assert plain.returncode == traced.returncode == 3
+
+
+FAILING_PLAN = """
+import sys
+import fastvgg
+from fastvgg import cli
+def plan(*arguments, **options):
+    raise {error}
+fastvgg.plan = plan
+sys.argv = ["fastvgg", "preprocess", "a", "b.npy", "--mode", "caffe", *sys.argv[1:]]
+cli.main()
+"""
+
+
+def test_an_internal_error_is_a_problem_and_a_remedy_and_exits_with_70():
+    done = python(FAILING_PLAN.format(error="ZeroDivisionError('an unforeseen thing')"))
+    assert done.returncode == 70
+    assert "Traceback" not in done.stderr
+    assert "internal error (a bug in fastvgg)" in done.stderr
+    assert "ZeroDivisionError: an unforeseen thing" in done.stderr
+    assert "--traceback" in done.stderr
+    assert len(done.stderr.splitlines()) == 2
+
+
+def test_an_internal_error_shows_its_traceback_on_request():
+    done = python(
+        FAILING_PLAN.format(error="ZeroDivisionError('an unforeseen thing')"), "--traceback"
+    )
+    assert done.returncode == 70
+    assert "Traceback (most recent call last)" in done.stderr
+
+
+@pytest.mark.parametrize("traceback", [[], ["--traceback"]])
+def test_an_error_of_the_system_exits_with_5(traceback):
+    done = python(
+        FAILING_PLAN.format(error="OSError(5, 'Input/output error', 'disk.npy')"), *traceback
+    )
+    assert done.returncode == 5
+    assert "disk.npy" in done.stderr
+    assert "EIO" in done.stderr
+    assert ("Traceback" in done.stderr) == bool(traceback)
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastvgg", "models"],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    os.close(writing)
+    assert "Traceback" not in done.stderr
+    assert "internal error" not in done.stderr
+
+
+@failing_in_ascii()
+def test_names_that_are_no_text_are_printed_somehow(tmp_path):
+    photos = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    save_images(photos, pixels(5))
+    (photos / "bad.jpg").touch()
+    environment = {"PYTHONIOENCODING": "ascii"}
+    target = photos.with_name(photos.name + ".npy")
+    done = uncompiled("preprocess", photos, target, "--mode", "caffe", env=environment)
+    assert done.returncode == 1, done.stderr
+    assert "bad.jpg" in done.stderr
+    done = uncompiled("info", target, env=environment)
+    assert done.returncode == 0
+    assert "caf" in done.stdout
+    done = uncompiled("verify", target, "--full", "--json", env=environment)
+    assert done.returncode == 0
+
+
+def test_a_warning_is_a_note_and_shows_no_line_of_code(tmp_path, array):
+    done = uncompiled("preprocess", array, tmp_path / "y.npy", "--model", "EfficientNetB0")
+    assert done.returncode == 0
+    assert "identity" in done.stderr
+    assert "warn" not in done.stderr
+    assert ".py" not in done.stderr
+
+
+def test_the_module_and_the_script_are_the_same_program():
+    assert printed_by("import fastvgg.__main__", "--version") == f"fastvgg {fastvgg.__version__}"

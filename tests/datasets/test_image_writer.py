@@ -1,0 +1,385 @@
+"""Image files that are written: each row's own, named by the source's, in three formats."""
+
+from __future__ import annotations
+
+import io
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pytest
+import simplejpeg
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from fastvgg.datasets.base import Header, ImageRecord
+from fastvgg.datasets.image_writer import FORMAT_SUFFIXES, ImageFolderTarget, check_format, is_lossy
+from fastvgg.datasets.index import INDEX_HEAD, index_path, index_text, read_index
+from fastvgg.datasets.open import open_target, target_format
+from fastvgg.errors import ResumeError, SourceError, TargetError, UsageError
+from fastvgg.storage.local import Storage
+from fastvgg.storage.location import Location
+from tests.helpers.batches import frozen
+from tests.helpers.datasets_on_disk import failing_in_ascii, must_say, names_in, pixels, tree
+
+pytestmark = pytest.mark.pixels
+
+LOSSLESS = ("png", "webp")
+PILLOWS_NAMES = {"png": "PNG", "webp": "WEBP", "jpeg": "JPEG"}
+
+
+def record(path, reason="", *, failed=False):
+    return ImageRecord(path, "", 9, 7, failed, reason)
+
+
+def torn(path):
+    return record(path, "it is torn", failed=True)
+
+
+def encoded(target, batch, records=()):
+    """What is stored of a batch: nothing of a row that failed."""
+    failed = [found.failed for found in records] or [False] * len(batch)
+    return [b"" if bad else target.encode(image) for image, bad in zip(batch, failed, strict=True)]
+
+
+def target_of(path, batch, records=(), **settings):
+    return ImageFolderTarget(
+        path, Header(batch.shape, "uint8", "NHWC"), Storage(), records, **settings
+    )
+
+
+def written(path, batch, records=(), **settings):
+    target = target_of(path, batch, records, **settings)
+    target.create()
+    target.write(0, encoded(target, batch, records))
+    target.sync()
+    return target
+
+
+def files_in(directory):
+    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("file_format", PILLOWS_NAMES)
+@pytest.mark.parametrize(
+    ("paths", "stems"),
+    [
+        (None, ["00000000", "00000001"]),
+        (["b.jpg", "a.bmp"], ["b", "a"]),
+        (["a.gif", "a.bmp"], ["a.gif", "a.bmp"]),
+        (["a.tif", "a.TIF"], ["a.tif", "a.TIF"]),
+        (["x/y/a.gif", "x/a.gif"], ["x/y/a", "x/a"]),
+        (["x.jpg/a.gif", "x.y/a.b.gif"], ["x.jpg/a", "x.y/a.b"]),
+        (["noend", "..gif"], ["noend", "."]),
+        (["caf\udce9.gif", "é\n,.gif"], ["caf\udce9", "é\n,"]),
+    ],
+    ids=["no names", "names", "same stem", "same but for case", "nested", "dots", "odd", "no text"],
+)
+@failing_in_ascii()
+def test_files_are_named_by_the_records_or_by_row(tmp_path, paths, stems, file_format):
+    expected = pixels(2)
+    records = [record(path) for path in paths or ()]
+    target = written(tmp_path / "out", expected, records, file_format=file_format)
+    assert not (tmp_path / "out").exists()
+    target.publish()
+    assert not target.partial.exists()
+    names = [stem + FORMAT_SUFFIXES[file_format] for stem in stems]
+    assert files_in(tmp_path / "out") == set(names)
+    for name, image in zip(names, expected, strict=True):
+        with Image.open(tmp_path / "out" / name) as stored:
+            assert stored.format == PILLOWS_NAMES[file_format]
+            assert file_format == "jpeg" or np.asarray(stored).tobytes() == image.tobytes()
+    stored = target.read_stored(0, 2)
+    assert stored == [(tmp_path / "out" / name).read_bytes() for name in names]
+
+
+def test_the_ends_of_files_are_those_that_programs_know():
+    assert FORMAT_SUFFIXES == {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+
+
+@pytest.mark.parametrize("file_format", LOSSLESS)
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (257, 1), (7, 9), (64, 64), (33, 130)])
+def test_png_and_webp_give_back_every_byte(tmp_path, file_format, size):
+    noise = pixels(3, *size, seed=5)
+    noise[2] = np.arange(noise[2].size, dtype=np.uint8).reshape(noise[2].shape)  # smooth, too
+    target = written(tmp_path / "out", frozen(noise), file_format=file_format)
+    target.publish()
+    assert target.read_back(0, 3).tobytes() == noise.tobytes()
+    for row, image in enumerate(noise):
+        with Image.open(tmp_path / "out" / f"{row:08d}{FORMAT_SUFFIXES[file_format]}") as stored:
+            assert stored.mode == "RGB"
+            assert np.asarray(stored).tobytes() == image.tobytes()
+    assert not is_lossy(file_format)
+
+
+def test_jpeg_is_that_of_simplejpeg_in_good_quality_and_lossy(tmp_path):
+    batch = pixels(2, 37, 53)
+    batch[1] = np.linspace(0, 255, 37 * 53 * 3).reshape(37, 53, 3)
+    target = written(tmp_path / "out", frozen(batch), file_format="jpeg")
+    target.publish()
+    for row, image in enumerate(batch):
+        expected = simplejpeg.encode_jpeg(image, quality=95, colorsubsampling="444")
+        assert (tmp_path / "out" / f"{row:08d}.jpg").read_bytes() == expected
+    actual = target.read_back(0, 2)
+    assert actual.shape == batch.shape
+    assert actual.tobytes() != batch.tobytes()
+    assert abs(actual[1].astype(int) - batch[1]).max() < 12
+    assert is_lossy("jpeg")
+
+
+@pytest.mark.parametrize("file_format", PILLOWS_NAMES)
+def test_many_threads_encode_as_one_does(tmp_path, file_format):
+    batch = pixels(40, 31, 17)
+    target = target_of(tmp_path / "out", batch, file_format=file_format)
+    expected = encoded(target, batch)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(target.encode, batch)) == expected
+    assert len(set(expected)) == 40
+
+
+LIMITS = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_images_that_do_not_fit_into_a_format_are_refused(name):
+    longest = LIMITS[name]
+    for sides in ((longest, 1), (1, longest), (1, 1)):
+        check_format(name, *sides)
+    for sides in ((longest + 1, 1), (1, longest + 1)):
+        with pytest.raises(TargetError) as caught:
+            check_format(name, *sides)
+        must_say(caught.value, f"{sides[0]}x{sides[1]}", name, longest, "--format png")
+
+
+@pytest.mark.parametrize("name", ["jpeg", "webp"])
+def test_the_longest_side_of_a_format_is_what_it_can_hold(tmp_path, name):
+    longest = LIMITS[name]
+    image = pixels(1, 1, longest)
+    target = written(tmp_path / "out", image, file_format=name)
+    target.publish()
+    assert target.read_back(0, 1).shape == (1, 1, longest, 3)
+    with pytest.raises(ValueError, match=r"."):  # whatever the encoder says
+        target.encode(pixels(1, 1, 65_536)[0])
+
+
+@pytest.mark.parametrize("name", ["gif", "", "PNG", "jpg", ".png"])
+def test_an_unknown_format_is_refused(name):
+    with pytest.raises(UsageError) as caught:
+        check_format(name, 7, 9)
+    must_say(caught.value, repr(name), "png, jpeg, webp")
+
+
+def test_a_file_and_a_folder_never_get_the_same_name(tmp_path):
+    paths = ["a.jpg", "a.bmp", "x.png", "./x.png.png/y.jpg"]
+    expected = pixels(4)
+    target = written(tmp_path / "out", expected, [record(path) for path in paths])
+    target.publish()
+    assert target.read_back(0, 4).tobytes() == expected.tobytes()
+
+
+short = st.lists(st.sampled_from(["a", "b", "a.png", "a.jpg", "b.png.png"]), min_size=1, max_size=3)
+
+
+@given(st.lists(short.map("/".join), unique=True, min_size=1, max_size=9))
+def test_any_paths_get_names_that_can_lie_side_by_side(paths):
+    header = Header((len(paths), 7, 9, 3), "uint8", "NHWC")
+    target = ImageFolderTarget(Path("out"), header, Storage(), [record(path) for path in paths])
+    names = list(target._names(0, len(paths)))
+    assert len(set(names)) == len(paths)
+    folders = {str(folder) for name in names for folder in PurePosixPath(name).parents}
+    assert folders.isdisjoint(names)
+    stems = [str(PurePosixPath(path).with_suffix(".png")) for path in paths]
+    ends = [name.removeprefix(path) for name, path in zip(names, paths, strict=True)]
+    kept = len(set(ends)) == 1 and set(ends[0].split(".png")) == {""}
+    assert names == stems or kept
+    if names != stems:  # only where it has to be
+        above = {str(folder) for path in paths for folder in PurePosixPath(path).parents}
+        assert len(set(stems)) < len(paths) or not above.isdisjoint(stems)
+
+
+def test_a_failed_row_has_no_file_and_reads_back_as_zeros(tmp_path):
+    expected = pixels(4)
+    expected[[1, 3]] = 0
+    records = [record("a.jpg", "libjpeg warned"), torn("x/b.jpg"), record("c.jpg"), torn("d.jpg")]
+    target = written(tmp_path / "out", expected, records)
+    target.publish()
+    assert names_in(tmp_path / "out") == ["a.png", "c.png"]
+    assert target.read_back(0, 4).tobytes() == expected.tobytes()
+    assert target.read_back(1, 3).tobytes() == expected[1:3].tobytes()
+    assert [bool(data) for data in target.read_stored(0, 4)] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_files_are_written_and_read_part_by_part_in_any_order_and_again(tmp_path, named):
+    expected = pixels(9)
+    records = [record(f"{'ab'[row % 2]}/{row}.jpg") for row in range(9)] if named else []
+    target = target_of(tmp_path / "out", expected, records)
+    target.create()
+    stored = encoded(target, expected)
+    for start, stop in ((5, 9), (0, 3), (3, 5), (3, 5), (0, 9)):
+        target.write(start, stored[start:stop])
+        target.sync()
+    target.publish()
+    for start, stop in ((0, 9), (2, 3), (4, 8), (8, 9)):
+        assert target.read_stored(start, stop) == stored[start:stop]
+        assert target.read_back(start, stop).tobytes() == expected[start:stop].tobytes()
+    assert len(files_in(tmp_path / "out")) == 9
+
+
+def test_a_run_that_was_cut_off_goes_on_with_the_files_that_are_there(tmp_path):
+    expected = pixels(5)
+    first = target_of(tmp_path / "out", expected)
+    first.create()
+    first.write(0, encoded(first, expected)[:3])
+    again = target_of(tmp_path / "out", expected)
+    again.reopen()
+    again.write(2, encoded(again, expected)[2:])
+    again.publish()
+    assert again.read_back(0, 5).tobytes() == expected.tobytes()
+
+
+def test_an_index_of_a_dataset_names_its_files(tmp_path):
+    expected = pixels(3)
+    records = [record("cat/é\n.jpg"), torn("cat/b.jpg"), record("dog/a.jpg", "warned")]
+    text = INDEX_HEAD + index_text(records)
+    index_path(tmp_path / "train.npy").write_text(text, encoding="utf-8")
+    index = read_index(tmp_path / "train.npy", 3)
+    expected[1] = 0
+    header = Header(expected.shape, "uint8", "NHWC")
+    named = {"records": index, "file_format": "webp"}
+    target = open_target(
+        Location.parse(tmp_path / "out"), header, Storage(), chunk_images=1, **named
+    )
+    target.create()
+    target.write(0, encoded(target, expected, records))
+    target.publish()
+    assert files_in(tmp_path / "out") == {"cat/é\n.webp", "dog/a.webp"}
+    assert target.read_back(0, 3).tobytes() == expected.tobytes()
+
+
+def test_an_index_that_names_one_file_twice_is_refused(tmp_path):
+    records = [record("y.jpg"), record("x/a.jpg"), torn("z.jpg"), record("x/a.jpg")]
+    with pytest.raises(SourceError) as caught:
+        target_of(tmp_path / "out", pixels(4), records)
+    must_say(caught.value, "x/a.jpg", "twice")
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"not an image", id="text"),
+        pytest.param(None, id="missing"),
+        pytest.param(b"", id="empty"),
+    ],
+)
+def test_a_published_image_that_was_damaged_is_named(tmp_path, content):
+    target = written(tmp_path / "out", pixels(2))
+    target.publish()
+    path = tmp_path / "out" / "00000001.png"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SourceError) as caught:
+        target.read_back(0, 2)
+    must_say(caught.value, path)
+    assert target.read_back(0, 1).tobytes() == pixels(2)[:1].tobytes()
+
+
+def test_a_published_image_that_was_cut_off_is_named(tmp_path):
+    target = written(tmp_path / "out", pixels(2, 37, 53))
+    target.publish()
+    path = tmp_path / "out" / "00000000.png"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(SourceError) as caught:
+        target.read_back(0, 2)
+    must_say(caught.value, path, "truncated")
+    assert len(target.read_stored(0, 2)[0]) == path.stat().st_size
+
+
+def test_reopening_a_directory_that_is_gone_is_refused(tmp_path):
+    target = target_of(tmp_path / "out", pixels(1))
+    with pytest.raises(ResumeError) as caught:
+        target.reopen()
+    must_say(caught.value, target.partial, "--restart")
+
+
+def test_creating_starts_from_nothing(tmp_path):
+    written(tmp_path / "out", pixels(5))
+    target = written(tmp_path / "out", pixels(2), [record("a.jpg"), record("b/c.jpg")])
+    assert set(tree(target.partial)) == {b"a.png", b"b", b"b/c.png"}
+
+
+def test_publishing_leaves_a_neighbour_with_a_similar_name_alone(tmp_path):
+    neighbour = tmp_path / "out.replaced"
+    neighbour.mkdir()
+    (neighbour / "keep.txt").write_text("precious")
+    written(tmp_path / "out", pixels(2)).publish()
+    assert (neighbour / "keep.txt").read_text() == "precious"
+
+
+class Recording(Storage):
+    """The real calls, and a list of those that make data last."""
+
+    def __init__(self, *, relied_on):
+        super().__init__()
+        self.calls = []
+        self._relied_on = relied_on
+
+    def has_syncfs(self, directory):
+        return self._relied_on
+
+    def sync(self, file):
+        self.calls.append(file.path.name)
+        super().sync(file)
+
+    def syncfs(self, directory):
+        self.calls.append("the disk")
+        super().syncfs(directory)
+
+
+@pytest.mark.parametrize("begin", ["create", "reopen"])
+def test_files_are_made_to_last_together_or_one_by_one_where_that_cannot_be_relied_on(
+    tmp_path, begin
+):
+    batch = pixels(2)
+    for relied_on, calls in (
+        (True, ["the disk"]),
+        (False, ["00000000.png", "00000001.png", "the disk"]),
+    ):
+        storage = Recording(relied_on=relied_on)
+        target = ImageFolderTarget(tmp_path / "out", Header(batch.shape, "uint8", "NHWC"), storage)
+        if begin == "create":
+            target.create()
+        else:
+            target.partial.mkdir(exist_ok=True)
+            target.reopen()
+        target.write(0, encoded(target, batch))
+        target.sync()
+        assert storage.calls == calls
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a.npy", "npy"), ("A.NPY", "npy"), ("out", "images")])
+def test_a_target_is_what_its_name_says(tmp_path, name, kind):
+    assert target_format(Location.parse(tmp_path / name)) == kind
+
+
+def test_an_existing_directory_is_one_whatever_its_name_ends_in(tmp_path):
+    (tmp_path / "v1.0").mkdir()
+    assert target_format(Location.parse(tmp_path / "v1.0")) == "images"
+
+
+def test_a_target_of_no_known_format_is_refused(tmp_path):
+    with pytest.raises(TargetError) as caught:
+        target_format(Location.parse(tmp_path / "out.zip"))
+    must_say(caught.value, tmp_path / "out.zip", "'.zip'", ".npy")
+
+
+def test_what_is_stored_is_a_whole_file_for_each_row(tmp_path):
+    target = target_of(tmp_path / "out", pixels(2))
+    data = target.encode(frozen(pixels(1, 5, 8)[0]))
+    assert type(data) is bytes
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.size == (8, 5)
+    assert tree(tmp_path) == {}

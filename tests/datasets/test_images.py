@@ -1,0 +1,830 @@
+"""Directories of image files: Keras' pixels, every broken file a row with its reason."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import tracemalloc
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastvgg.datasets.base import Header, read_regular
+from fastvgg.datasets.images import FolderImageListing, ImageFolder, is_image_name
+from fastvgg.datasets.open import open_source
+from fastvgg.errors import SourceError, StoppedError
+from fastvgg.imaging.decode import DecodeOptions, Decoder
+from fastvgg.storage.location import Location
+from tests.helpers.datasets_on_disk import (
+    PHOTOGRAPHS,
+    failing_in_ascii,
+    must_say,
+    permissions,
+    pixels,
+    printed_by,
+    python,
+    save_images,
+    save_npy,
+    tree,
+)
+
+SIZE = (37, 53)
+PLENTY = 2**28
+
+
+def opened(path, *, threads=1, listing=None, **settings):
+    decoding = DecodeOptions(**settings)
+    decoder = Decoder(decoding, memory_bytes=PLENTY, threads=threads)
+    return ImageFolder(path, decoding, decoder, threads=threads, listing=listing)
+
+
+def read_folder(path, **settings):
+    with closing(opened(path, **settings)) as source:
+        return source.read(0, source.header.images)
+
+
+def decoded_by_threads(source, threads):
+    """Every image of a source, each decoded by whichever thread comes to it."""
+    batch = np.full(source.header.shape, 77, np.uint8)
+    with ThreadPoolExecutor(threads) as pool:
+        records = list(pool.map(lambda row: source.decode(row, batch[row]), range(len(batch))))
+    return batch, records
+
+
+def as_keras_loads(path, size=None, interpolation="nearest"):
+    image = keras.utils.load_img(path, target_size=size, interpolation=interpolation)
+    return keras.utils.img_to_array(image).astype(np.uint8)
+
+
+def a_photograph():
+    with Image.open(PHOTOGRAPHS / "chelsea.png") as image:
+        return image.convert("RGB").resize((61, 47))
+
+
+def save_as(path, kind, image=None, **options):
+    (image or a_photograph()).save(path, kind, **options)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "photos").mkdir()
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize("size", [None, SIZE], ids=["as it is", "resized"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("a.jpg", "jpeg"), ("a.jpeg", "jpeg"), ("a.JPG", "jpeg"), ("a.png", "png")),
+        *(("a.webp", "webp"), ("a.bmp", "bmp"), ("a.gif", "gif"), ("a.tif", "tiff")),
+        *(("a.tiff", "tiff"), ("a.tIFF", "tiff"), ("in truth.jpg", "png"), ("b.webp", "jpeg")),
+    ],
+)
+def test_an_image_of_any_name_has_the_pixels_that_keras_loads(folder, name, kind, size):
+    path = save_as(folder / name, kind)
+    expected = as_keras_loads(path, size)
+    batch, (record,) = read_folder(folder, size=size)
+    assert record == (name, "", 61, 47, False, "")
+    assert batch.dtype == np.uint8
+    assert batch.shape == (1, *expected.shape)
+    assert batch[0].tobytes() == expected.tobytes()
+
+
+def test_photographs_of_different_sizes_become_one_batch_in_the_order_of_their_names(folder):
+    names = ["rocket.jpg", "camera.png", "coffee.png", "astronaut.png", "retina.jpg"]
+    for number, name in enumerate(names):
+        directory = folder / f"class {number % 2}"
+        directory.mkdir(exist_ok=True)
+        (directory / name).write_bytes((PHOTOGRAPHS / name).read_bytes())
+    batch, records = read_folder(folder, size=SIZE, threads=2)
+    actual = [(record.path, record.label) for record in records]
+    assert actual == [
+        ("class 0/coffee.png", "class 0"),
+        ("class 0/retina.jpg", "class 0"),
+        ("class 0/rocket.jpg", "class 0"),
+        ("class 1/astronaut.png", "class 1"),
+        ("class 1/camera.png", "class 1"),
+    ]
+    for image, record in zip(batch, records, strict=True):
+        assert image.tobytes() == as_keras_loads(folder / record.path, SIZE).tobytes()
+        with Image.open(folder / record.path) as original:
+            assert (record.width, record.height) == original.size
+
+
+@failing_in_ascii()
+def test_the_order_is_that_of_the_bytes_of_relative_paths(folder):
+    names = [
+        *("a.png", "a/b.png", "a-b.png", "a b.png", "ab.png", "B.png", "z/a.png", "z.png"),
+        *("10.png", "9.png", "é.png", "e\u0301.png", "z/é/q.png", "\uff5e.png", "\U0001f600.png"),
+        *("x.jpg/a.png", "x.jpg/-/b.png", "x.jpg0/a.png", "x.jpg-/a.png", "x.jpg.png", "x/a.png"),
+    ]
+    for row, name in enumerate(names):
+        save_images(folder, pixels(1, seed=row), [name])
+    # A byte that is no text: Python's own order of names puts it before U+FF5E, its bytes after.
+    stray = os.fsencode(folder) + b"/\xff.png"
+    with open(stray, "wb") as file:  # noqa: PTH123  # a name that is no text
+        Image.fromarray(pixels(1, seed=77)[0]).save(file, "png")
+    expected = sorted([os.fsencode(name) for name in names] + [b"\xff.png", b"x.jpg"])
+    batch, records = read_folder(folder)
+    assert [os.fsencode(record.path) for record in records] == expected
+    assert expected.index(b"\xff.png") > expected.index("\uff5e.png".encode())
+    for image, name in zip(batch, expected, strict=True):
+        if name == b"x.jpg":  # the directory
+            continue
+        seed = 77 if name == b"\xff.png" else names.index(os.fsdecode(name))
+        assert image.tobytes() == pixels(1, seed=seed)[0].tobytes()
+
+
+def test_the_label_is_the_first_folder(folder):
+    save_images(folder, pixels(4), ["top.png", "cat/a.png", "cat/old/b.png", "dog.x/c.png"])
+    actual = [(record.path, record.label) for record in read_folder(folder).records]
+    assert actual == [
+        ("cat/a.png", "cat"),
+        ("cat/old/b.png", "cat"),
+        ("dog.x/c.png", "dog.x"),
+        ("top.png", ""),
+    ]
+
+
+def test_only_some_images_are_read_where_only_some_are_asked_for(folder):
+    expected = pixels(7)
+    save_images(folder, expected, [f"{row}.png" for row in range(7)])
+    with closing(opened(folder, threads=2)) as source:
+        assert source.header == Header((7, 7, 9, 3), "uint8", "NHWC")
+        for start, stop in ((0, 1), (2, 5), (6, 7), (0, 7)):
+            batch, records = source.read(start, stop)
+            assert batch.tobytes() == expected[start:stop].tobytes()
+            assert [record.path for record in records] == [f"{n}.png" for n in range(start, stop)]
+
+
+def test_a_source_tells_its_size_on_disk_and_its_settings(folder):
+    save_images(folder, pixels(2), ["a.png", "cat/b.png"])
+    given = {"interpolation": "bicubic", "fast_jpeg": True, "gray16": "scale"}
+    with closing(opened(folder, size=SIZE, **given)) as source:
+        assert source.kind == "images"
+        stored = (folder / "a.png").stat().st_size + (folder / "cat" / "b.png").stat().st_size
+        assert source.stored_bytes == stored
+        assert source.settings == DecodeOptions(size=SIZE, **given).to_dict()
+        assert source.settings["fast_jpeg"] is True
+        assert len(source.records) == 0
+
+
+def test_size_is_height_and_width_in_that_order(folder):
+    save_images(folder, pixels(1, height=40, width=20), ["a.png"])
+    assert read_folder(folder, size=(11, 23)).batch.shape == (1, 11, 23, 3)
+
+
+def test_images_of_one_size_need_no_size(folder):
+    expected = pixels(200, height=11, width=23)
+    save_images(folder, expected, [f"{row:03d}.png" for row in range(200)])
+    for threads in (1, 3):
+        assert read_folder(folder, threads=threads).batch.tobytes() == expected.tobytes()
+
+
+def test_images_that_are_turned_are_of_one_size_where_they_are_turned_to_it(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save_as(folder / "a.jpg", "jpeg")
+    save_as(folder / "b.jpg", "jpeg", a_photograph().rotate(90, expand=True), exif=exif)
+    batch, records = read_folder(folder, exif=True)
+    assert batch.shape == (2, 47, 61, 3)
+    assert [(record.width, record.height) for record in records] == [(61, 47), (47, 61)]
+    with pytest.raises(SourceError, match="2 sizes"):
+        opened(folder)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_images_of_different_sizes_without_a_size_are_refused_with_the_sizes(folder, threads):
+    save_images(folder, pixels(150, height=11, width=23), [f"a{row:03d}.png" for row in range(150)])
+    save_images(folder, pixels(2, height=13, width=29), [f"b{row}.png" for row in range(2)])
+    with pytest.raises(SourceError) as caught:
+        opened(folder, threads=threads)
+    must_say(
+        caught.value, folder, "2 sizes", "11x23 (150, e.g. a000.png)", "13x29 (2, e.g. b0.png)"
+    )
+    assert "--size" in caught.value.remedy
+
+
+def test_of_very_many_sizes_the_common_ones_are_named(folder):
+    for height in range(1, 10):
+        count = 2 if height == 9 else 1
+        for row in range(count):
+            save_images(folder, pixels(1, height=height, width=5), [f"{height}-{row}.png"])
+    with pytest.raises(SourceError) as caught:
+        opened(folder)
+    must_say(caught.value, "9 sizes", "9x5 (2, e.g. 9-0.png)", "and 4 more")
+
+
+@pytest.mark.parametrize("kind", ["empty", "text only", "broken only", "empty files only"])
+def test_a_folder_without_an_image_is_refused(folder, kind):
+    words = ["contains no images", "0 other files"]
+    if kind == "text only":
+        (folder / "labels.csv").write_text("a.jpg,cat\n")
+        (folder / "notes").mkdir()
+        (folder / "notes" / "README").write_text("about these")
+        words = ["contains no images", "2 other files"]
+    elif kind == "broken only":
+        (folder / "a.jpg").write_text("not an image")
+        (folder / "b.png").write_text("not an image either")
+        words = ["none of the 2 images", "the first is a.jpg", "not an image"]
+    elif kind == "empty files only":
+        (folder / "a.jpg").touch()
+        words = ["none of the 1 images", "a.jpg"]
+    before = tree(folder)
+    with pytest.raises(SourceError) as caught:
+        opened(folder)
+    must_say(caught.value, folder, *words)
+    assert tree(folder) == before
+
+
+def test_a_folder_of_broken_images_alone_is_read_where_a_size_is_given(folder):
+    (folder / "a.jpg").write_text("not an image")
+    batch, (record,) = read_folder(folder, size=SIZE)
+    assert not batch.any()
+    assert record.failed
+
+
+def test_what_is_left_out_is_counted_in_a_note(folder):
+    save_images(folder, pixels(1), ["a.png"])
+    for name in ("labels.csv", "b.txt", ".jpg", "png", "c.png~", "d.jpg.txt"):
+        (folder / name).touch()
+    with closing(opened(folder)) as source:
+        assert source.header.images == 1
+        (note,) = source.notes
+        assert "skipped files" in note
+        assert note.endswith(" 6")
+
+
+def test_a_folder_of_images_alone_has_no_note(folder):
+    save_images(folder, pixels(5))
+    with closing(opened(folder)) as source:
+        assert source.notes == []
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        *((b"a.jpg", True), (b"a.JpEg", True), (b"x/.a.png", True), (b"x.y/a.b.webp", True)),
+        *((b"\xff.tif", True), (b" .bmp", True), (b"..gif", True), (b"a.tiff", True)),
+        *((b".jpg", False), (b"x/.jpg", False), (b"jpg", False), (b"x.jpg/a", False)),
+        *((b"a.jpg.txt", False), (b"a.jp", False), (b"a.", False), (b"", False), (b"a.svg", False)),
+        *((b"a.jpg\n", False), (b"a.jpg ", False), (b"a.heic", False), (b"a.\xe9", False)),
+    ],
+)
+def test_a_name_is_an_image_s_by_how_it_ends(name, is_one):
+    assert is_image_name(name) is is_one
+
+
+def test_a_missing_directory_is_refused(tmp_path):
+    with pytest.raises(SourceError) as caught:
+        opened(tmp_path / "photos")
+    must_say(caught.value, tmp_path / "photos")
+
+
+def spoil(folder):
+    """Put one of every kind of unreadable entry in a folder; return their names.
+
+    All but a pipe: who opens one may wait for ever, which a process of its own has to try.
+    """
+    jpeg = save_as(folder / "x.jpg", "jpeg").read_bytes()
+    png = save_as(folder / "x.png", "png").read_bytes()
+    (folder / "x.jpg").unlink()
+    (folder / "x.png").unlink()
+    broken = {
+        "jpeg cut in half.jpg": jpeg[: len(jpeg) // 2],
+        "jpeg header.jpg": jpeg[:20],
+        "png cut in half.png": png[: len(png) // 2],
+        "png header.png": png[:30],
+        "png with a bad sum.png": png[:60] + bytes([png[60] ^ 255]) + png[61:],
+        "text.jpg": b"this is not an image",
+        "empty.jpg": b"",
+        "one byte.png": b"\x89",
+    }
+    for name, content in broken.items():
+        (folder / name).write_bytes(content)
+    (folder / "directory.jpg").mkdir()
+    (folder / "dangling.png").symlink_to("nowhere.png")
+    (folder / "circle.png").symlink_to("circle.png")
+    (folder / "device.png").symlink_to("/dev/zero")
+    (folder / "to a directory.png").symlink_to("directory.jpg")
+    # A socket's address is short; the name is what it keeps.
+    here = os.open(folder, os.O_RDONLY)
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"/proc/self/fd/{here}/socket.jpg")
+    finally:
+        os.close(here)
+    skipped = ["directory.jpg", "dangling.png", "circle.png", "device.png", "to a directory.png"]
+    return sorted([*broken, *skipped, "socket.jpg"])
+
+
+@pytest.mark.parametrize("size", [None, SIZE], ids=["as they are", "resized"])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_what_cannot_be_read_is_a_row_of_zeros_with_a_reason_and_the_others_are_right(
+    folder, size, threads
+):
+    # As large as the broken ones say that they are: a header can be whole where the rest is not.
+    good = [f"{row} good.png" for row in range(5)]
+    save_images(folder, pixels(5, height=47, width=61), good)
+    bad = spoil(folder)
+    with closing(opened(folder, size=size, threads=threads)) as source:
+        batch, records = decoded_by_threads(source, threads)
+    assert [record.path for record in records] == sorted(good + bad)
+    for image, record in zip(batch, records, strict=True):
+        if record.path in bad:
+            assert record.failed, record
+            assert len(record.reason.splitlines()) == 1
+            assert not image.any()
+        else:
+            assert not record.failed
+            assert record.reason == ""
+            assert image.tobytes() == as_keras_loads(folder / record.path, size).tobytes()
+
+
+def test_reasons_name_the_cause(folder):
+    spoil(folder)
+    reasons = {record.path: record.reason for record in read_folder(folder, size=SIZE).records}
+    for name, cause in {
+        "text.jpg": "not an image",
+        "empty.jpg": "not an image",
+        "jpeg cut in half.jpg": "truncated",
+        "directory.jpg": "a directory",
+        "to a directory.png": "a directory",
+        "device.png": "outside of the directory",
+        "socket.jpg": "No such device or address",
+        "dangling.png": "No such file",
+        "circle.png": "symbolic link",
+    }.items():
+        assert cause in reasons[name]
+
+
+def test_reading_is_the_same_for_any_number_of_threads_and_any_repetition(folder):
+    save_images(folder, pixels(17), [f"{row}.png" for row in range(17)])
+    spoil(folder)
+    expected = read_folder(folder, size=SIZE)
+    for threads in (1, 2, 5, 2):
+        with closing(opened(folder, size=SIZE, threads=threads)) as source:
+            batch, records = decoded_by_threads(source, threads)
+        assert batch.tobytes() == expected.batch.tobytes()
+        assert records == expected.records
+
+
+def test_what_a_decoder_warned_of_is_the_reason_of_a_row_that_was_read(folder):
+    jpeg = save_as(folder / "a.jpg", "jpeg").read_bytes()
+    (folder / "b.jpg").write_bytes(jpeg[:20] + b"abc" + jpeg[20:])
+    batch, records = read_folder(folder)
+    assert [record.failed for record in records] == [False, False]
+    assert records[0].reason == ""
+    assert "extraneous bytes" in records[1].reason
+    assert batch[0].tobytes() == batch[1].tobytes() == as_keras_loads(folder / "b.jpg").tobytes()
+
+
+def test_an_image_of_another_size_among_images_of_one_size_is_refused_before_anything(folder):
+    save_images(folder, pixels(2), ["a.png", "b.png"])
+    save_images(folder, pixels(1, height=11), ["c.png"])
+    with pytest.raises(SourceError, match="2 sizes"):
+        opened(folder)
+
+
+def change_size(path):
+    path.write_bytes(path.read_bytes() + b"\0")
+    return path
+
+
+def change_content(path):
+    status = path.stat()
+    path.write_bytes(path.read_bytes()[::-1])
+    os.utime(path, ns=(0, status.st_mtime_ns + 1))
+
+
+def cut_short(path):
+    status = path.stat()
+    path.write_bytes(path.read_bytes()[:-1])
+    os.utime(path, ns=(0, status.st_mtime_ns))
+
+
+def make_older(path):
+    os.utime(path, ns=(0, 1))
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+CHANGES = [change_size, change_content, cut_short, make_older, empty]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("linked", [False, True])
+def test_an_image_that_changed_after_it_was_listed_stops_the_run(folder, change, linked):
+    save_images(folder, pixels(3), ["a.png", "b.png", "c.png"])
+    if linked:
+        (folder / "b.png").rename(folder / "other")
+        (folder / "b.png").symlink_to("other")
+    listing = FolderImageListing(folder)
+    with closing(opened(folder, size=SIZE, listing=listing)) as source:
+        change((folder / "b.png").resolve())
+        assert not source.decode(0, np.empty((*SIZE, 3), np.uint8)).failed
+        for read in (
+            lambda: source.read(0, 3),
+            lambda: source.decode(1, np.empty((*SIZE, 3), np.uint8)),
+            lambda: opened(folder, listing=listing),  # which looks at the sizes
+        ):
+            with pytest.raises(StoppedError) as caught:
+                read()
+            must_say(caught.value, folder / "b.png", "changed", "--restart")
+            assert caught.value.exit_code == 5
+
+
+def test_an_image_that_vanished_after_the_look_is_a_row_with_a_reason(folder):
+    save_images(folder, pixels(2), ["a.png", "b.png"])
+    with closing(opened(folder)) as source:
+        (folder / "a.png").unlink()
+        batch, records = source.read(0, 2)
+    assert [record.reason for record in records] == ["No such file or directory", ""]
+    assert [record.failed for record in records] == [True, False]
+    assert not batch[0].any()
+
+
+def test_images_inside_a_directory_that_is_named_like_an_image_are_rows_too(folder):
+    save_images(folder, pixels(2), ["x.jpg/a.png", "x.jpg/deep.png/b.png"])
+    batch, records = read_folder(folder)
+    actual = [(record.path, record.label, record.failed) for record in records]
+    assert actual == [
+        ("x.jpg", "", True),
+        ("x.jpg/a.png", "x.jpg", False),
+        ("x.jpg/deep.png", "x.jpg", True),
+        ("x.jpg/deep.png/b.png", "x.jpg", False),
+    ]
+    assert batch[[1, 3]].tobytes() == pixels(2).tobytes()
+
+
+OUT = "a symbolic link to a file outside of the directory"
+
+
+@pytest.mark.parametrize("through", ["the directory", "a link to it"])
+def test_links_to_images_inside_are_images_and_links_that_lead_out_fail(folder, tmp_path, through):
+    save_images(folder, pixels(2), ["a.png", "cat/b.png"])
+    save_images(tmp_path / "photos-other", pixels(2, seed=9), ["a.png", "b.png"])
+    outside = tmp_path / "photos-other"
+    links = {
+        "l0.png": ("a.png", ""),
+        "l1.png": ("cat/b.png", ""),
+        "l2.png": (folder / "a.png", ""),
+        "l3.png": ("l1.png", ""),
+        "cat/l4.png": ("../a.png", ""),
+        "cat/l5.png": ("../../photos/cat/b.png", ""),
+        "m0.png": (outside / "a.png", OUT),
+        "m1.png": ("../photos-other/a.png", OUT),
+        "m2.png": ("cat/../../photos-other/b.png", OUT),
+        "m3.png": ("m0.png", OUT),
+        "m4.png": ("walked/a.png", OUT),
+        "m5.png": (outside / "nowhere.png", OUT),
+        "m6.png": ("nowhere.png", "No such file or directory"),
+        "m7.png": ("m8.png", "Too many levels of symbolic links"),
+        "m8.png": ("m7.png", "Too many levels of symbolic links"),
+        "m9.png": ("cat", "it is a directory"),
+        "ma.png": (".", OUT),
+    }
+    for name, (target, _) in links.items():
+        (folder / name).symlink_to(target)
+    (folder / "walked").symlink_to(outside)  # links to directories are not
+    (folder / "self").symlink_to(folder)
+    path = folder
+    if through == "a link to it":
+        path = tmp_path / "link"
+        path.symlink_to(folder)
+    for size in (None, (7, 9)):
+        batch, records = read_folder(path, size=size)
+        reasons = {record.path: record.reason for record in records}
+        assert sorted(reasons) == sorted([*links, "a.png", "cat/b.png"])
+        assert {name: reasons[name] for name in links} == {
+            name: reason for name, (_, reason) in links.items()
+        }
+        for image, record in zip(batch, records, strict=True):
+            assert record.failed == bool(record.reason)
+            row = {"l0.png": 0, "l2.png": 0, "cat/l4.png": 0, "a.png": 0}.get(record.path, 1)
+            expected = np.zeros((7, 9, 3), np.uint8) if record.failed else pixels(2)[row]
+            assert image.tobytes() == expected.tobytes(), record
+
+
+def test_a_file_that_is_longer_than_any_image_fails_before_it_is_read(folder):
+    """A sparse one, of more bytes than memory could hold."""
+    png = save_as(folder / "a.png", "png", Image.new("RGB", (3, 2))).read_bytes()
+    limit = DecodeOptions(max_pixels=6).max_bytes
+    (folder / "b.png").write_bytes(png + bytes(limit - len(png)))
+    (folder / "c.png").write_bytes(png + bytes(limit - len(png) + 1))
+    with (folder / "d.png").open("wb") as file:
+        file.truncate(2**40)
+    (folder / "e.png").symlink_to("d.png")
+    for size in (None, SIZE):
+        records = read_folder(folder, size=size, max_pixels=6).records
+        assert [record.reason for record in records] == [
+            *("", ""),
+            f"the file has {limit + 1} bytes; the limit is {limit}",
+            *[f"the file has {2**40} bytes; the limit is {limit}"] * 2,
+        ]
+
+
+def test_a_whole_file_is_read_with_its_status(tmp_path):
+    content = np.random.default_rng(1).bytes(70_001)
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    for most in (70_001, 10**9):
+        data, status = read_regular(os.fsencode(path), most)
+        assert data == content
+        assert status.st_mtime_ns == path.stat().st_mtime_ns
+    with pytest.raises(OSError, match="70001 bytes"):
+        read_regular(os.fsencode(path), 70_000)
+
+
+def test_a_file_of_proc_that_says_it_is_empty_is_read_as_empty():
+    data, status = read_regular(b"/proc/self/status", 100)
+    assert (data, status.st_size) == (b"", 0)
+
+
+def test_an_image_that_claims_very_many_pixels_is_a_row_with_a_reason(folder):
+    save_images(folder, pixels(1), ["a.png"])
+    save_as(folder / "b.jpg", "jpeg", Image.new("RGB", (60, 70)))
+    save_as(folder / "c.webp", "webp", Image.new("RGB", (60, 70)))
+    _, records = read_folder(folder, size=SIZE, max_pixels=4_199)
+    assert [record.failed for record in records] == [False, True, True]
+    assert (
+        records[1].reason == records[2].reason == "the image has 4200 pixels; --max-pixels is 4199"
+    )
+    assert (records[1].width, records[1].height) == (60, 70)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "tiff"])
+def test_no_damage_to_an_image_stops_the_reading_of_the_others(folder, kind):
+    whole = save_as(folder / "0 whole.png", kind).read_bytes()
+    random = np.random.default_rng(len(kind))
+    for number in range(60):
+        damaged = bytearray(whole)
+        # Mostly near the front, where the lengths and offsets are.
+        for _ in range(random.integers(1, 4)):
+            damaged[int(len(whole) * random.random() ** 4)] = random.integers(256)
+        (folder / f"{number:03d}.png").write_bytes(damaged)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of some damage and goes on
+        with closing(opened(folder, size=SIZE, threads=2)) as source:
+            batch, records = decoded_by_threads(source, 2)
+    assert len(records) == 61
+    assert batch[0].tobytes() == as_keras_loads(folder / "0 whole.png", SIZE).tobytes()
+    assert {record.failed for record in records} == {True, False}
+    for image, record in zip(batch, records, strict=True):
+        assert not (record.failed and image.any())
+
+
+@failing_in_ascii()
+def test_a_name_that_is_no_text_is_kept_byte_for_byte(folder):
+    expected = pixels(1)
+    with open(os.fsencode(folder) + b"/caf\xe9.png", "wb") as file:  # noqa: PTH123
+        Image.fromarray(expected[0]).save(file, "png")
+    batch, (record,) = read_folder(folder)
+    assert os.fsencode(record.path) == b"caf\xe9.png"
+    assert batch.tobytes() == expected.tobytes()
+
+
+READ_WITHOUT_PRIVILEGES = """
+import sys
+from fastvgg.storage.location import Location
+from tests.helpers.datasets_on_disk import obey_permissions
+from fastvgg.datasets.open import open_source
+from fastvgg.errors import FastvggError
+obey_permissions()
+try:
+    source = open_source(Location.parse(sys.argv[1]))
+except FastvggError as error:
+    print(type(error).__name__, error)
+else:
+    batch, records = source.read(0, source.header.images)
+    for image, record in zip(batch, records):
+        print(record.path, record.reason or "ok", image.any())
+    source.close()
+"""
+
+
+def test_a_file_that_may_not_be_read_is_a_row_with_a_reason(folder):
+    save_images(folder, pixels(2), ["a.png", "b.png"])
+    with permissions(folder / "a.png", 0):
+        actual = printed_by(READ_WITHOUT_PRIVILEGES, folder)
+    assert actual.splitlines() == ["a.png Permission denied False", "b.png ok True"]
+
+
+@pytest.mark.parametrize("closed", ["cat", "."])
+def test_a_directory_that_may_not_be_listed_is_refused(folder, closed):
+    save_images(folder, pixels(2), ["a.png", "cat/b.png"])
+    with permissions(folder / closed, 0):
+        actual = printed_by(READ_WITHOUT_PRIVILEGES, folder)
+    assert actual.startswith("SourceError ")
+    assert str(folder / closed) in actual
+    assert "Permission denied" in actual
+    assert "check its permissions" in actual
+
+
+def test_a_listing_does_not_wait_for_pipes(folder):
+    save_images(folder, pixels(1), ["a.png"])
+    os.mkfifo(folder / "0.jpg")
+    os.mkfifo(folder / "pipe without the name")
+    done = python(
+        "import signal, sys\n"
+        "from fastvgg.storage.location import Location\n"
+        "from fastvgg.datasets.open import open_source\n"
+        "signal.alarm(20)\n"
+        "source = open_source(Location.parse(sys.argv[1]))\n"
+        "print([r.reason for r in source.read(0, 2).records])",
+        folder,
+    )
+    assert done.returncode != -signal.SIGALRM, "waited for someone to write into a pipe"
+    assert "not a regular file" in done.stdout
+
+
+def folder_fingerprint(path):
+    with closing(opened(path, size=SIZE)) as source:
+        return source.fingerprint()
+
+
+def test_a_fingerprint_is_stable_and_changes_with_any_name_size_or_time(folder):
+    save_images(folder, pixels(5))
+    expected = folder_fingerprint(folder)
+    assert folder_fingerprint(folder) == expected
+    path = folder / "a" / "00.png"
+    status, content = path.stat(), path.read_bytes()
+    seen = {expected}
+
+    os.utime(path, ns=(0, status.st_mtime_ns + 1))
+    seen.add(folder_fingerprint(folder))
+    path.write_bytes(content + b"\0")
+    os.utime(path, ns=(0, status.st_mtime_ns))
+    seen.add(folder_fingerprint(folder))
+    path.write_bytes(content)
+    os.utime(path, ns=(0, status.st_mtime_ns))
+    assert folder_fingerprint(folder) == expected
+    path.rename(folder / "a" / "0.png")
+    seen.add(folder_fingerprint(folder))
+    (folder / "a" / "0.png").unlink()
+    seen.add(folder_fingerprint(folder))
+    save_images(folder, pixels(1), ["new.png"])
+    seen.add(folder_fingerprint(folder))
+    assert len(seen) == 6
+
+
+def test_a_fingerprint_does_not_change_with_files_that_are_no_images(folder):
+    save_images(folder, pixels(5))
+    expected = folder_fingerprint(folder)
+    (folder / "labels.csv").write_text("a,b\n")
+    assert folder_fingerprint(folder) == expected
+
+
+def come(folder):
+    save_images(folder, pixels(1), ["a/new.png"])
+
+
+def come_in_a_folder(folder):
+    save_images(folder, pixels(1), ["a/deep/new.png"])
+
+
+def go(folder):
+    (folder / "b" / "01.png").unlink()
+
+
+def be_renamed(folder):
+    (folder / "b" / "01.png").rename(folder / "b" / "1.png")
+
+
+def be_replaced(folder):
+    save_images(folder, pixels(1, seed=8), ["a/spare.txt.png"])
+    os.utime(folder / "a" / "spare.txt.png", ns=(0, 1))
+    (folder / "a" / "spare.txt.png").replace(folder / "a" / "00.png")
+
+
+@pytest.mark.parametrize("change", [come, come_in_a_folder, go, be_renamed, be_replaced])
+def test_a_source_that_is_open_tells_when_names_come_and_go(folder, change):
+    save_images(folder, pixels(5))
+    for directory in (folder, folder / "a", folder / "b"):
+        os.utime(directory, ns=(0, 0))  # long ago: a file system's clock may tick slowly
+    with closing(opened(folder, size=SIZE)) as source:
+        expected = source.fingerprint()
+        assert source.fingerprint() == expected
+        change(folder)
+        assert source.fingerprint() == folder_fingerprint(folder) != expected
+
+
+def test_a_source_that_is_open_is_the_same_when_other_files_come(folder):
+    save_images(folder, pixels(5))
+    os.utime(folder, ns=(0, 0))
+    with closing(opened(folder, size=SIZE)) as source:
+        expected = source.fingerprint()
+        (folder / "labels.csv").write_text("a,b\n")  # what is there is looked for again
+        assert source.fingerprint() == expected
+
+
+def test_what_identifies_images_is_theirs_alone(folder):
+    save_images(folder, pixels(4), [f"{row}.png" for row in range(4)])
+    with closing(opened(folder)) as source:
+        before = [source.checksum_of(row, row + 1, ()) for row in range(4)]
+        both = source.checksum_of(1, 3, ())
+        assert source.checksum_of(1, 4, {3}) == source.checksum_of(0, 3, {0}) == both
+        assert source.checksum_of(1, 3, [2]) == before[1]
+    assert len({*before, both, source.checksum_of(0, 4, ()), source.checksum_of(1, 1, ())}) == 7
+    os.utime(folder / "2.png", ns=(0, 1))
+    with closing(opened(folder)) as source:
+        after = [source.checksum_of(row, row + 1, ()) for row in range(4)]
+        assert [a == b for a, b in zip(before, after, strict=True)] == [True, True, False, True]
+        assert source.checksum_of(1, 3, ()) != both
+        assert source.checksum_of(1, 3, {2}) == before[1]
+
+
+def test_a_listing_is_used_again_where_it_is_given(folder):
+    save_images(folder, pixels(2), ["a.png", "b.png"])
+    listing = FolderImageListing(folder)
+    save_images(folder, pixels(1), ["c.png"])
+    with closing(opened(folder, listing=listing)) as source:
+        assert source.listing is listing
+        assert source.header.images == 2
+    with closing(open_source(Location.parse(folder), listing=listing)) as source:
+        assert source.listing is listing
+    assert len(FolderImageListing(folder)) == 3
+
+
+def test_a_listing_of_many_files_takes_some_bytes_for_each(folder):
+    for number in range(20):
+        (folder / f"class {number:03d}").mkdir()
+    (folder / "first.jpg").touch()
+    for number in range(19_999):
+        os.link(folder / "first.jpg", folder / f"class {number % 20:03d}" / f"{number:08d}.jpg")
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        listing = FolderImageListing(folder)
+        used = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert len(listing) == 20_000
+    assert used < 20_000 * 70  # 22 of them are the name's
+    assert listing.name(0) == b"class 000/00000000.jpg"
+    assert listing.name(19_999) == b"first.jpg"
+    assert listing.label(19_998) == b"class 019"
+    (folder / "class 003" / "00000003.jpg").write_bytes(b"all are one file")
+    assert listing.stored_bytes == 0
+    assert FolderImageListing(folder).stored_bytes == 16 * 20_000
+
+
+def test_images_have_one_layout(folder):
+    save_images(folder, pixels(1), ["a.png"])
+    with pytest.raises(SourceError) as caught:
+        open_source(Location.parse(folder), layout="NCHW")
+    must_say(caught.value, folder, "NCHW", "--layout")
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a", "a.npz"])
+def test_what_is_neither_a_folder_nor_an_array_is_refused(tmp_path, name):
+    save_as(tmp_path / name, "jpeg")
+    with pytest.raises(SourceError) as caught:
+        open_source(Location.parse(tmp_path / name))
+    must_say(caught.value, tmp_path / name, "not a directory of images, a .npy", "HDF5")
+
+
+def test_how_images_are_read_is_not_said_of_an_array(tmp_path):
+    path = save_npy(tmp_path / "a.npy", pixels(2))
+    for decoding in (None, DecodeOptions()):
+        open_source(Location.parse(path), decoding=decoding).close()
+    for decoding in (DecodeOptions(SIZE), DecodeOptions(exif=True), DecodeOptions(max_pixels=5)):
+        with pytest.raises(SourceError) as caught:
+            open_source(Location.parse(path), decoding=decoding)
+        must_say(caught.value, path, "--size")
+
+
+def test_a_path_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(SourceError) as caught:
+        open_source(Location.parse(tmp_path / "photos"))
+    must_say(caught.value, tmp_path / "photos", "does not exist")
+
+
+def test_a_folder_is_opened_with_what_is_given(folder):
+    save_as(folder / "a.jpg", "jpeg")
+    gathered = []
+
+    def gather(image, picks, out):
+        gathered.append(image.shape)
+        out[...] = 5
+
+    with closing(
+        open_source(Location.parse(folder), decoding=DecodeOptions(SIZE), gather=gather)
+    ) as source:
+        batch, (record,) = source.read(0, 1)
+    assert gathered == [(47, 61, 3)]
+    assert (batch == 5).all()
+    assert not record.failed
+    with closing(
+        open_source(Location.parse(folder), decoding=DecodeOptions(SIZE), decoding_bytes=900)
+    ) as source:
+        assert "increase --memory" in source.read(0, 1).records[0].reason

@@ -1,0 +1,466 @@
+""".npy files: which are read, which are refused and untouched, and what reading one returns."""
+
+from __future__ import annotations
+
+import errno
+import io
+import mmap
+import os
+import re
+import signal
+from contextlib import closing
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastvgg.datasets import contiguous, npy
+from fastvgg.datasets.base import Header, bytes_of
+from fastvgg.datasets.contiguous import ContiguousSource
+from fastvgg.datasets.npy import NpySource, NpyTarget
+from fastvgg.datasets.open import open_source
+from fastvgg.errors import SourceError, StoppedError
+from fastvgg.storage.local import Storage
+from fastvgg.storage.location import Location
+from fastvgg.transform import STORAGE_TYPES
+from tests.helpers.bad_arrays import MAX_HEADER_BYTES, REFUSED, SHAPE, WHOLE, header_text, npy_of
+from tests.helpers.batches import FLOATS, dtype_of
+from tests.helpers.datasets_on_disk import (
+    load,
+    must_say,
+    names_in,
+    npy_bytes,
+    pixels,
+    printed_by,
+    python,
+    save_npy,
+)
+
+
+def values(name, shape=SHAPE):
+    return pixels(*shape[:3]).astype(dtype_of(name)) if shape[3] == 3 else np.zeros(shape, name)
+
+
+def numpy_loads(content):
+    """What numpy.load makes of a file in memory; None where it refuses."""
+    try:
+        return np.load(io.BytesIO(content), allow_pickle=False)
+    except Exception:  # noqa: BLE001  # it has raised five kinds of them
+        return None
+
+
+@pytest.mark.parametrize("name", STORAGE_TYPES)
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_an_array_that_numpy_saved_is_read_as_it_is(tmp_path, name, layout):
+    expected = values(name)
+    path = save_npy(tmp_path / "x.npy", expected)
+    source = NpySource(path, layout=layout, dtype_hint=name)
+    assert source.header == Header(SHAPE, name, layout)
+    assert source.stored_bytes == path.stat().st_size
+    actual = source.read(0, 5).batch
+    source.close()
+    assert actual.dtype == dtype_of(name)
+    assert actual.tobytes() == expected.tobytes()
+    assert actual.shape == SHAPE
+
+
+@pytest.mark.parametrize("name", STORAGE_TYPES)
+def test_a_target_is_byte_for_byte_the_file_that_numpy_saves(tmp_path, name):
+    expected = values(name)
+    target = NpyTarget(tmp_path / "y.npy", Header(SHAPE, name, "NHWC"), Storage())
+    target.create()
+    for start, stop in ((4, 5), (0, 2), (2, 4)):  # in any order
+        target.write(start, [bytes_of(expected[start:stop])])
+        target.sync()
+    assert not target.path.exists()
+    target.publish()
+    assert not target.partial.exists()
+    assert target.path.read_bytes() == npy_bytes(expected)
+    assert load(target.path, name).tobytes() == expected.tobytes()
+    assert target.read_back(1, 4).tobytes() == expected[1:4].tobytes()
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_every_version_of_the_format_is_read(tmp_path, version):
+    expected = values("float32")
+    path = tmp_path / "x.npy"
+    with path.open("wb") as file:
+        np.lib.format.write_array(file, expected, version)
+    assert path.read_bytes()[6:8] == bytes(version)
+    with closing(NpySource(path)) as source:
+        assert source.read(0, 5).batch.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("wrong", REFUSED)
+def test_a_file_that_is_not_right_is_refused_in_words_and_stays_as_it_is(tmp_path, wrong):
+    content, words = REFUSED[wrong]
+    path = tmp_path / "x.npy"
+    path.write_bytes(content)
+    with pytest.raises(SourceError) as caught:
+        open_source(Location.parse(path))
+    must_say(caught.value, path, *words)
+    assert path.read_bytes() == content
+    assert names_in(tmp_path) == ["x.npy"]
+
+
+def test_the_longest_header_that_is_allowed_is_read(tmp_path):
+    text = header_text()
+    path = tmp_path / "x.npy"
+    path.write_bytes(npy_of(text + " " * (MAX_HEADER_BYTES - 1 - 64 - len(text))))
+    with closing(NpySource(path)) as source:
+        assert source.header.shape == SHAPE
+
+
+def test_unnamed_elements_are_not_bfloat16_because_a_manifest_says_float16(tmp_path):
+    path = save_npy(tmp_path / "x.npy", values("bfloat16"))
+    with pytest.raises(SourceError, match="two-byte elements"):
+        NpySource(path, dtype_hint="float16")
+
+
+@pytest.mark.parametrize("kind", ["directory", "nothing", "dangling link"])
+def test_what_is_no_file_is_refused(tmp_path, kind):
+    path = tmp_path / "x.npy"
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "dangling link":
+        path.symlink_to("nowhere.npy")
+    with pytest.raises(SourceError) as caught:
+        NpySource(path)
+    must_say(caught.value, path)
+
+
+def test_a_pipe_that_is_named_like_an_array_does_not_wait_for_ever(tmp_path):
+    os.mkfifo(tmp_path / "x.npy")
+    # The alarm ends a process that waits: it is the end of the test, not a measurement.
+    done = python(
+        "import signal, sys, fastvgg.datasets.open as d, fastvgg.errors as e\n"
+        "from fastvgg.storage.location import Location\n"
+        "signal.alarm(5)\n"
+        "try:\n    d.open_source(Location.parse(sys.argv[1]))\n"
+        "except e.SourceError as error:\n    print(error)",
+        tmp_path / "x.npy",
+    )
+    assert done.returncode != -signal.SIGALRM, "waited for someone to write into the pipe"
+    assert str(tmp_path / "x.npy") in done.stdout
+
+
+def test_numpy_would_grow_a_truncated_file_that_we_leave_alone(tmp_path):
+    path = tmp_path / "x.npy"
+    path.write_bytes(WHOLE[:-100])
+    with pytest.raises(SourceError):
+        NpySource(path)
+    assert path.read_bytes() == WHOLE[:-100]
+    np.load(path, mmap_mode="r+")
+    assert path.stat().st_size == len(WHOLE)
+
+
+@st.composite
+def damaged_files(draw):
+    """A valid file after one to four edits, most of them in the header."""
+    name = draw(st.sampled_from(["uint8", "float16", "float32"]))
+    content = bytearray(npy_bytes(np.zeros((1, 1, 2, 3), name)))
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(content) - 1) | st.integers(0, min(70, len(content) - 1)))
+        edit = draw(st.sampled_from(["set", "flip", "insert", "delete", "swap", "cut"]))
+        if edit == "set":
+            content[at : at + 1] = draw(st.binary(min_size=1, max_size=1))
+        elif edit == "flip":
+            content[at] ^= 1 << draw(st.integers(0, 7))
+        elif edit == "insert":
+            tokens = [b"-", b"0", b"9" * 30, b"(", b"'", b"True", b"1e9", b"0x", b"\0", b"[", b","]
+            content[at:at] = draw(st.sampled_from(tokens))
+        elif edit == "delete":
+            del content[at : at + draw(st.integers(1, 9))]
+        elif edit == "swap":
+            digits = [i for i, byte in enumerate(content[:70]) if chr(byte).isdigit()]
+            if digits:
+                content[draw(st.sampled_from(digits))] = draw(st.sampled_from(b"0123456789"))
+        else:
+            del content[at:]
+        if not content:
+            break
+    return bytes(content)
+
+
+@settings(max_examples=500)
+@given(damaged_files())
+def test_no_damage_raises_anything_else_or_is_accepted_where_numpy_refuses(
+    tmp_path_factory, content
+):
+    path = tmp_path_factory.getbasetemp() / "damaged.npy"
+    path.write_bytes(content)
+    try:
+        source = NpySource(path)
+    except SourceError as error:
+        must_say(error, path)
+    else:
+        expected = numpy_loads(content)
+        assert expected is not None
+        assert source.header.shape == expected.shape
+        assert source.header.dtype == expected.dtype.name
+        assert source.read(0, source.header.images).batch.tobytes() == expected.tobytes()
+        source.close()
+    assert path.read_bytes() == content
+
+
+def test_no_flipped_bit_of_a_header_changes_what_is_read(tmp_path):
+    path = tmp_path / "x.npy"
+    whole = npy_bytes(values("float32"))
+    accepted = 0
+    for bit in range(128 * 8):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        try:
+            source = NpySource(path)
+        except SourceError:
+            continue
+        accepted += 1
+        assert numpy_loads(bytes(content)) is not None
+        assert source.read(0, 5).batch.tobytes() == whole[128:]
+        source.close()
+    assert accepted < 20  # blanks that became other blanks
+
+
+@pytest.mark.parametrize("name", STORAGE_TYPES)
+@pytest.mark.parametrize("images", [5, 67])
+def test_a_window_holds_what_numpy_reads_there(tmp_path, name, images):
+    expected = values(name, (images, 37, 41, 3))
+    path = save_npy(tmp_path / "x.npy", expected)
+    source = NpySource(path, dtype_hint=name)
+    for start, stop in ((0, 1), (1, 4), (2, 3), (images - 1, images), (0, images)):
+        actual = source.read(start, stop).batch
+        assert actual.shape == (stop - start, 37, 41, 3)
+        assert actual.tobytes() == expected[start:stop].tobytes()
+    source.close()
+
+
+def test_a_window_cannot_be_written_and_outlives_the_source(tmp_path):
+    expected = values("float32")
+    source = NpySource(save_npy(tmp_path / "x.npy", expected))
+    batch = source.read(1, 3).batch
+    source.close()
+    assert not batch.flags.writeable
+    with pytest.raises(ValueError, match="read-only"):
+        batch[0] = 0
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        batch.flags.writeable = True
+    assert batch.tobytes() == expected[1:3].tobytes()
+
+
+SHRINKING = """
+import os, pathlib, sys
+from fastvgg.datasets.contiguous import ContiguousSource
+from fastvgg.datasets.npy import NpySource
+from fastvgg.errors import StoppedError
+path = pathlib.Path(sys.argv[1])
+source = NpySource(path)
+source.read(0, 5)
+{change}
+for start in (0, 29, 64):
+    try:
+        source.read(start, start + 2).batch.sum()
+    except StoppedError as error:
+        print(start, error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "failing"),
+    [
+        ("os.truncate(path, 0)", [0, 29, 64]),
+        ("os.truncate(path, 128)", [0, 29, 64]),
+        ("os.truncate(path, path.stat().st_size - 1)", [64]),
+        ("os.truncate(path, path.stat().st_size // 2)", [64]),
+        # From here on the file shrinks where the first look cannot see it any more.
+        (
+            """
+look = ContiguousSource._file_bytes
+def late(self): found = look(self); os.truncate(path, 128); return found
+ContiguousSource._file_bytes = late""",
+            [0, 29, 64],
+        ),
+        (
+            """
+populate = ContiguousSource._populate
+def late(window): os.truncate(path, 128); populate(window)
+ContiguousSource._populate = staticmethod(late)""",
+            [0, 29, 64],
+        ),
+    ],
+    ids=["to nothing", "to its header", "by a byte", "by half", "after the look", "once mapped"],
+)
+def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_no_signal(tmp_path, change, failing):
+    path = save_npy(tmp_path / "x.npy", values("float32", (66, 37, 41, 3)))
+    actual = printed_by(SHRINKING.format(change=change), path)
+    assert [int(start) for start in re.findall(r"(?m)^(\d+) ", actual)] == failing
+    for start in failing:
+        offset = 128 + start * 37 * 41 * 3 * 4
+        assert f"{start} {path}: read at offset {offset} failed" in actual
+    assert actual.count("rerun the same command") == len(failing)
+
+
+def test_a_system_without_populating_reads_the_same(tmp_path, monkeypatch):
+    expected = values("uint8")
+    source = NpySource(save_npy(tmp_path / "x.npy", expected))
+    monkeypatch.setattr(contiguous, "MADV_POPULATE_READ", 9999)
+    with pytest.raises(OSError) as caught:  # noqa: PT011  # the number is looked at
+        mmap.mmap(-1, 4096).madvise(9999)
+    assert caught.value.errno == errno.EINVAL
+    assert source.read(1, 4).batch.tobytes() == expected[1:4].tobytes()
+    source.close()
+
+
+def test_a_python_without_madvise_reads_the_same(tmp_path, monkeypatch):
+    class Map(mmap.mmap):
+        @property
+        def madvise(self):
+            raise AttributeError("madvise")
+
+    expected = values("uint8")
+    source = NpySource(save_npy(tmp_path / "x.npy", expected))
+    monkeypatch.setattr(contiguous.mmap, "mmap", Map)
+    assert source.read(1, 4).batch.tobytes() == expected[1:4].tobytes()
+    source.close()
+
+
+def test_another_failure_to_populate_is_not_taken_for_a_missing_call():
+    class Window:
+        def madvise(self, advice):
+            raise OSError(errno.EFAULT, "Bad address")
+
+    with pytest.raises(OSError, match="Bad address"):
+        ContiguousSource._populate(Window())
+
+
+def test_a_read_asks_the_system_to_read_as_much_again_ahead(tmp_path, monkeypatch):
+    expected, advised = values("float32", (66, 37, 41, 3)), []
+    advise = os.posix_fadvise
+
+    def noted(file, begin, length, advice):
+        advised.append((begin, length, advice))
+        advise(file, begin, length, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", noted)
+    with closing(NpySource(save_npy(tmp_path / "x.npy", expected))) as source:
+        for start, stop in ((0, 29), (29, 58), (58, 66)):
+            assert source.read(start, stop).batch.tobytes() == expected[start:stop].tobytes()
+    image, will_need = 37 * 41 * 3 * 4, os.POSIX_FADV_WILLNEED
+    assert advised == [
+        (128 + 29 * image, 29 * image, will_need),
+        (128 + 58 * image, 29 * image, will_need),
+        (128 + 66 * image, 8 * image, will_need),  # past the end, where there is nothing
+    ]
+
+
+@pytest.mark.parametrize("reason", ["no such call in Python", "no such call in the kernel"])
+def test_a_system_that_takes_no_advice_reads_the_same(tmp_path, monkeypatch, reason):
+    def unknown(*arguments):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    if reason == "no such call in Python":
+        monkeypatch.delattr(os, "posix_fadvise")
+    else:
+        monkeypatch.setattr(os, "posix_fadvise", unknown)
+    expected = values("uint8")
+    with closing(NpySource(save_npy(tmp_path / "x.npy", expected))) as source:
+        assert source.read(1, 4).batch.tobytes() == expected[1:4].tobytes()
+
+
+def fingerprint(path):
+    with closing(NpySource(path)) as source:
+        return source.fingerprint()
+
+
+def restamped(path, status):
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_a_fingerprint_is_the_same_for_the_same_file_and_for_a_second_source(tmp_path):
+    path = save_npy(tmp_path / "x.npy", values("uint8"))
+    source = NpySource(path)
+    expected = source.fingerprint()
+    source.read(0, 5)
+    assert source.fingerprint() == expected == fingerprint(path)
+    source.close()
+
+
+def test_a_fingerprint_changes_with_the_time_of_change(tmp_path):
+    path = save_npy(tmp_path / "x.npy", values("uint8"))
+    before = fingerprint(path)
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    assert fingerprint(path) != before
+
+
+def test_a_fingerprint_changes_with_the_size(tmp_path):
+    path = save_npy(tmp_path / "x.npy", np.zeros((5, 7, 9, 3), np.uint8))
+    before, status = fingerprint(path), path.stat()
+    save_npy(path, np.zeros((4, 7, 9, 3), np.uint8))
+    restamped(path, status)
+    assert fingerprint(path) != before
+
+
+def test_a_fingerprint_changes_with_any_byte_of_a_small_file(tmp_path):
+    content = npy_bytes(values("uint8"))
+    path = tmp_path / "x.npy"
+    path.write_bytes(content)
+    status = path.stat()
+    seen = {fingerprint(path)}
+    changed = range(128, len(content), 7)
+    for at in changed:
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        restamped(path, status)
+        seen.add(fingerprint(path))
+    assert len(seen) == len(changed) + 1
+
+
+def test_a_fingerprint_of_a_large_file_is_of_samples_from_its_first_to_its_last_byte(tmp_path):
+    path = save_npy(tmp_path / "x.npy", np.zeros((5, 1001, 1003, 3), np.uint8))
+    status = path.stat()
+    seen = {fingerprint(path)}
+    last_sample = status.st_size - contiguous.SAMPLE_BYTES
+    places = [128, last_sample * 7 // (contiguous.SAMPLES - 1) + 11, status.st_size - 1]
+    for at in places:
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(b"\1")
+        restamped(path, status)
+        seen.add(fingerprint(path))
+    assert len(seen) == 1 + len(places)
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_what_a_target_wrote_is_a_source(tmp_path, name):
+    expected = values(name)
+    target = NpyTarget(tmp_path / "y.npy", Header(SHAPE, name, "NHWC"), Storage())
+    target.create()
+    target.write(0, [bytes_of(expected)])
+    target.publish()
+    source = NpySource(target.path, dtype_hint=name)
+    assert source.read(0, 5).batch.tobytes() == expected.tobytes()
+    source.close()
+
+
+def test_a_target_that_was_not_created_says_so(tmp_path):
+    target = NpyTarget(tmp_path / "y.npy", Header(SHAPE, "uint8", "NHWC"), Storage())
+    with pytest.raises(RuntimeError, match="created or reopened before"):
+        target.write(0, [bytes_of(values("uint8"))])
+    target.close()
+    assert names_in(tmp_path) == []
+
+
+def test_bfloat16_is_what_the_manifest_names():
+    assert npy.DTYPES["<V2"] == "bfloat16"
+    assert npy_bytes(np.zeros(SHAPE, ml_dtypes.bfloat16))[:40].count(b"'<V2'") == 1
+
+
+def test_reading_from_a_closed_source_is_typed(tmp_path):
+    source = NpySource(save_npy(tmp_path / "x.npy", values("uint8")))
+    os.truncate(source.path, 128)
+    with pytest.raises(StoppedError) as caught:
+        source.read(2, 4)
+    assert caught.value.exit_code == 5
+    must_say(caught.value, source.path, "offset", 128 + 2 * 7 * 9 * 3)
+    source.close()

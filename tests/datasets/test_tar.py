@@ -1,0 +1,1254 @@
+"""Tar shards: what tarfile reads of them, in their order, and every damage with its place."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import signal
+import subprocess
+import tarfile
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from fastvgg.datasets.images import ImageFolder, is_image_name
+from fastvgg.datasets.tar import TarListing, TarShards, names_tar
+from fastvgg.errors import SourceError, StoppedError
+from fastvgg.imaging.decode import DecodeOptions, Decoder
+from fastvgg.parallel import parallel_for
+from tests.helpers.datasets_on_disk import failing_in_ascii, must_say, pixels, python, save_images
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+MUCH = 2**40
+BLOCK = 512
+LONG = "x" * 60
+# In a header's own name; in its prefix too; in a header before it; too long for any file system.
+LONG_NAMES = {
+    "ustar": [f"{'n' * 96}.jpg", f"{LONG}/{LONG}/a.jpg", f"{LONG}/{'y' * 90}/{'z' * 90}.jpg"],
+    "gnu": [f"{LONG}/{LONG}/a.jpg", "/".join([LONG] * 9) + "/a.jpg", f"{'w' * 3000}.png"],
+    "pax": [f"{LONG}/{LONG}/a.jpg", "/".join([LONG] * 9) + "/a.jpg", f"{'w' * 3000}.png"],
+}
+ODD_NAMES = [
+    "\u00e9.jpg",
+    "cat/\U0001f600.png",
+    os.fsdecode(b"\xff\xfe/\x80.jpg"),
+    "a b\n.jpg",
+    "#1.jpg",
+    "..a/b..jpg",
+]
+
+
+def member(name, content=b"", kind=tarfile.REGTYPE, **fields):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    info.type = kind
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info, content
+
+
+def tar_bytes(members, kind="ustar"):
+    """A tar of members, which are names with contents or what `member` returns."""
+    written = io.BytesIO()
+    with tarfile.open(fileobj=written, mode="w", format=FORMATS[kind]) as tar:
+        for name, content in members:
+            info = name if isinstance(name, tarfile.TarInfo) else member(name, content)[0]
+            tar.addfile(info, io.BytesIO(content))
+    return written.getvalue()
+
+
+def save_tar(path, members, kind="ustar"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(tar_bytes(members, kind))
+    return path
+
+
+def header(name, size=0, kind=tarfile.REGTYPE, **fields):
+    """A header's block of GNU's kind, with a checksum that fits."""
+    info, _ = member(name, kind=kind, **fields)
+    info.size = size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def with_checksum(block, sign="B"):
+    """A header's block with its checksum put right, of bytes with a sign or without."""
+    spaced = block[:148] + b" " * 8 + block[156:]
+    total = int(np.frombuffer(spaced, "i1" if sign == "b" else "u1").sum(dtype=np.int64))
+    return block[:148] + b"%06o\0 " % total + block[156:]
+
+
+def padded(content):
+    return content + bytes(-len(content) % BLOCK)
+
+
+END = bytes(2 * BLOCK)
+
+
+def saved(path, *pieces):
+    path.write_bytes(b"".join(pieces))
+    return path
+
+
+def names_of(listing):
+    return [os.fsdecode(listing.name(row)) for row in range(len(listing))]
+
+
+def labels_of(listing):
+    return [os.fsdecode(listing.label(row)) for row in range(len(listing))]
+
+
+def contents_of(listing):
+    return [listing.read(row, MUCH) for row in range(len(listing))]
+
+
+def reason(listing, row, max_bytes=MUCH):
+    """Why a row cannot be read; nothing if it can."""
+    try:
+        listing.read(row, max_bytes)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def png(image):
+    written = io.BytesIO()
+    Image.fromarray(image).save(written, "png")
+    return written.getvalue()
+
+
+def open_shards(path, size=None, **settings):
+    decoding = DecodeOptions(size=size)
+    return TarShards(path, decoding, Decoder(decoding, memory_bytes=2**28), **settings)
+
+
+def refused(path):
+    with pytest.raises(SourceError) as caught:
+        TarListing(path)
+    return caught.value
+
+
+FEW = [("cat/b.jpg", b"first"), ("cat/a.png", b"2" * 700), ("dog/c.JPEG", b""), ("d.gif", b"3")]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_images_are_listed_in_the_order_of_the_members(tmp_path, kind):
+    listing = TarListing(save_tar(tmp_path / "a.tar", FEW, kind))
+    assert names_of(listing) == [name for name, _ in FEW]
+    assert labels_of(listing) == ["cat", "cat", "dog", ""]
+    assert contents_of(listing) == [content for _, content in FEW]
+    assert (len(listing), listing.skipped) == (4, 0)
+    assert listing.stored_bytes == sum(len(content) for _, content in FEW)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@failing_in_ascii()
+def test_names_may_be_long_or_no_text(tmp_path, kind):
+    names = [*LONG_NAMES[kind], *ODD_NAMES]
+    members = [(name, os.fsencode(name)[::-1]) for name in names]
+    listing = TarListing(save_tar(tmp_path / "a.tar", members, kind))
+    assert names_of(listing) == names
+    assert contents_of(listing) == [content for _, content in members]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_pixels_are_those_of_the_same_images_in_a_folder(tmp_path, kind):
+    expected = pixels(6)
+    folder = save_images(tmp_path / "photos", expected)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    shards = [tmp_path / "s" / f"{number}.tar" for number in range(2)]
+    for shard, part in zip(shards, (paths[:4], paths[4:]), strict=True):
+        save_tar(shard, [(str(p.relative_to(folder)), p.read_bytes()) for p in part], kind)
+    decoding = DecodeOptions()
+    decoder = Decoder(decoding, memory_bytes=2**28)
+    in_folder = ImageFolder(folder, decoding, decoder)
+    in_tar = open_shards(tmp_path / "s" / "{0..1}.tar", threads=2)
+    assert in_tar.kind == "tar"
+    assert in_tar.header == in_folder.header
+    assert in_tar.stored_bytes == in_folder.stored_bytes
+    assert in_tar.notes == []
+    actual, expected = in_tar.read(0, 6), in_folder.read(0, 6)
+    assert actual.batch.tobytes() == expected.batch.tobytes()
+    for row, (found, known) in enumerate(zip(actual.records, expected.records, strict=True)):
+        assert found == known._replace(path=f"{row // 4}/{known.path}")
+
+
+def test_a_listing_that_is_known_is_not_made_again(tmp_path, monkeypatch):
+    path = save_tar(tmp_path / "a.tar", [("a.png", png(pixels(1)[0]))])
+    listing = TarListing(path)
+    monkeypatch.setattr(TarListing, "__init__", None)
+    assert open_shards(path, listing=listing).listing is listing
+
+
+@pytest.mark.parametrize("size", [None, (5, 5)])
+def test_a_tar_without_images_is_refused(tmp_path, size):
+    path = save_tar(tmp_path / "a.tar", [("README", b"hello"), ("a.txt", b"")])
+    with pytest.raises(SourceError) as caught:
+        open_shards(path, size)
+    must_say(caught.value, path, "contains no images", "2 other files")
+
+
+def test_what_is_left_out_is_counted_but_directories_are_not(tmp_path):
+    members = [
+        member("photos/", kind=tarfile.DIRTYPE),
+        member("photos/deep.jpg/", kind=tarfile.DIRTYPE),
+        member("photos/kept by an incremental backup/", b"Ya.jpg\0", b"D"),
+        member("before there were types/", kind=tarfile.AREGTYPE),
+        member("photos/a.png", png(pixels(1)[0])),
+        member("photos/a.json", b"{}"),
+        member("photos/.jpg", b"no stem"),
+        member("photos/b.jpg.txt"),
+        member("to.txt", kind=tarfile.SYMTYPE, linkname="photos/a.png"),
+    ]
+    source = open_shards(save_tar(tmp_path / "a.tar", members))
+    assert source.listing.skipped == 4
+    assert names_of(source.listing) == ["photos/a.png"]
+    (note,) = source.notes
+    assert "skipped files" in note
+    assert "4" in note
+
+
+SAMPLES = {
+    "after": ([("0.jpg", b"i"), ("0.cls", b"7")], ["7"], 0),
+    "before": ([("0.cls", b"7"), ("0.jpg", b"i")], ["7"], 0),
+    "between": ([("0.jpg", b"i"), ("0.cls", b"7"), ("0.b.png", b"j")], ["7", "7"], 0),
+    "missing": ([("0.jpg", b"i"), ("1.jpg", b"i"), ("1.cls", b"7")], ["", "7"], 0),
+    "missing in a folder": ([("x/0.jpg", b"i"), ("x/1.jpg", b"i"), ("x/1.cls", b"7")], "x7", 0),
+    "with spaces": ([("0.jpg", b"i"), ("0.cls", b" 7\r\n")], ["7"], 0),
+    "with spaces only": ([("x/0.jpg", b"i"), ("x/0.cls", b" \n")], ["x"], 0),
+    "in capitals": ([("0.JPG", b"i"), ("0.CLS", b"7")], ["7"], 0),
+    "no text": ([("0.jpg", b"i"), ("0.cls", b"\xff")], ["\udcff"], 0),
+    "of 64 bytes": ([("0.jpg", b"i"), ("0.cls", b"k" * 64)], ["k" * 64], 0),
+    "of 65 bytes": ([("x/0.jpg", b"i"), ("x/0.cls", b"k" * 65)], ["x"], 1),
+    "twice": ([("0.jpg", b"i"), ("0.cls", b"7"), ("0.cls", b"8")], ["7"], 1),
+    "apart": ([("0.jpg", b"i"), ("1.jpg", b"i"), ("0.cls", b"7")], ["", ""], 1),
+    "of no image": ([("0.cls", b"7"), ("1.jpg", b"i")], [""], 1),
+    "of no image at the end": ([("1.jpg", b"i"), ("0.cls", b"7")], [""], 1),
+    "of another folder": ([("x/0.jpg", b"i"), ("y/0.cls", b"7")], ["x"], 1),
+    "of a longer key": ([("0.jpg", b"i"), ("01.cls", b"7")], [""], 1),
+    "with dots": ([("x.y/0.l.jpg", b"i"), ("x.y/0.r.jpg", b"i"), ("x.y/0.cls", b"7")], "77", 0),
+    "with a dot before": ([(".a.jpg", b"i"), (".b.cls", b"7")], [""], 1),
+    "with a dot before both": ([(".a.jpg", b"i"), (".a.cls", b"7")], ["7"], 0),
+    "a field that is no label": ([("0.jpg", b"i"), ("0.x.cls", b"7")], [""], 1),
+    "with other fields": ([("0.json", b"{}"), ("0.jpg", b"i"), ("0.cls", b"7")], ["7"], 1),
+    "beside a folder": (
+        [member("0.jpg", b"i"), member("d/", kind=tarfile.DIRTYPE), member("0.cls", b"7")],
+        ["7"],
+        0,
+    ),
+    "that is a link": (
+        [member("0.jpg", b"i"), member("0.cls", kind=tarfile.SYMTYPE, linkname="x")],
+        [""],
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SAMPLES)
+@pytest.mark.parametrize("kind", FORMATS)
+@failing_in_ascii()
+def test_a_label_is_what_the_cls_of_the_sample_says_or_the_first_folder(tmp_path, case, kind):
+    members, labels, skipped = SAMPLES[case]
+    listing = TarListing(save_tar(tmp_path / "a.tar", members, kind))
+    assert labels_of(listing) == list(labels)
+    assert listing.skipped == skipped
+
+
+def test_a_label_does_not_reach_into_the_next_shard(tmp_path):
+    save_tar(tmp_path / "0.tar", [("x/a.jpg", b"i"), ("y/b.jpg", b"i")])
+    save_tar(tmp_path / "1.tar", [("y/b.cls", b"7"), ("z/c.jpg", b"j")])
+    listing = TarListing(tmp_path / "{0..1}.tar")
+    assert labels_of(listing) == ["x", "y", "z"]
+    assert listing.skipped == 1
+
+
+def test_many_samples_keep_their_labels(tmp_path):
+    members = []
+    for number in range(300):
+        fields = [
+            (f"{number:04d}.jpg", b"%d" % number * 500),
+            (f"{number:04d}.cls", b"%d" % number),
+        ]
+        if number % 3 == 0:
+            fields.reverse()
+        members += fields[:1] if number % 7 == 1 else fields
+    listing = TarListing(save_tar(tmp_path / "a.tar", members, "pax"))
+    images = {name: content for name, content in members if name.endswith(".jpg")}
+    labelled = {name[:4] for name, _ in members if name.endswith(".cls")}
+    assert names_of(listing) == [*images]
+    assert contents_of(listing) == [*images.values()]
+    expected = [str(int(name[:4])) if name[:4] in labelled else "" for name in images]
+    assert labels_of(listing) == expected
+    assert len({*expected}) > 200
+
+
+def test_of_several_shards_names_are_below_the_shard_and_labels_are_not(tmp_path):
+    for number in (9, 10):
+        save_tar(tmp_path / f"im-{number:03d}.tar", [("cat/a.jpg", b"%d" % number), ("b.jpg", b"")])
+    listing = TarListing(tmp_path / "im-{009..010}.tar")
+    expected = ["im-009/cat/a.jpg", "im-009/b.jpg", "im-010/cat/a.jpg", "im-010/b.jpg"]
+    assert names_of(listing) == expected
+    assert labels_of(listing) == ["cat", "", "cat", ""]
+    assert contents_of(listing) == [b"9", b"", b"10", b""]
+    assert names_of(TarListing(tmp_path / "im-{010..010}.tar")) == ["cat/a.jpg", "b.jpg"]
+
+
+def test_shards_that_differ_in_a_folder_are_named_by_it(tmp_path):
+    for number in (1, 2):
+        save_tar(tmp_path / f"part{number}" / "all.tar", [("a.jpg", b"%d" % number)])
+    listing = TarListing(tmp_path / "part{1..2}" / "all.tar")
+    assert names_of(listing) == ["part1/a.jpg", "part2/a.jpg"]
+    assert contents_of(listing) == [b"1", b"2"]
+
+
+NORMALISED = {
+    "./a.jpg": "a.jpg",
+    "/a.jpg": "a.jpg",
+    "//x//b.jpg": "x/b.jpg",
+    "x/./c.jpg": "x/c.jpg",
+    "/./.././d.jpg": None,
+    "././x/e.jpg": "x/e.jpg",
+    "x/.f.g.jpg": "x/.f.g.jpg",
+    "...jpg": "...jpg",
+    "../a.jpg": None,
+    "x/../a.jpg": None,
+    "/..": None,
+    "x/..": None,
+    "../labels.txt": None,
+    "./": None,
+    "/": None,
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("name", NORMALISED)
+def test_a_name_stays_below_the_dataset_or_the_whole_is_refused(tmp_path, name, kind):
+    members = [member("0.jpg", b"zero"), member(name, b"one", uname="x" * 9)]
+    path = save_tar(tmp_path / "a.tar", members, kind)
+    if NORMALISED[name] is None:
+        must_say(refused(path), path, f"offset {2 * BLOCK}", repr(name), "do not trust")
+    else:
+        listing = TarListing(path)
+        assert names_of(listing) == ["0.jpg", NORMALISED[name]]
+        assert contents_of(listing) == [b"zero", b"one"]
+
+
+def test_a_directory_may_be_the_top_but_not_above_it(tmp_path):
+    top = [member("./", kind=tarfile.DIRTYPE), member("./cat/a.jpg", b"a")]
+    assert labels_of(TarListing(save_tar(tmp_path / "a.tar", top))) == ["cat"]
+    above = save_tar(tmp_path / "b.tar", [member("a/../..", kind=tarfile.DIRTYPE), *top])
+    must_say(refused(above), above, "offset 0", "'a/../../'")
+
+
+def test_a_name_with_a_nul_is_refused(tmp_path):
+    info, content = member("a.jpg", b"a", pax_headers={"path": "a.jpg\0.txt"})
+    path = save_tar(tmp_path / "a.tar", [(info, content)], "pax")
+    must_say(refused(path), path, f"offset {2 * BLOCK}", r"a.jpg\x00.txt")
+
+
+NO_FILES = [
+    (member("a.jpg", kind=tarfile.SYMTYPE, linkname="good.jpg"), "a link"),
+    (member("b.jpg", kind=tarfile.SYMTYPE, linkname="/etc/passwd"), "a link"),
+    (member("c.jpg", kind=tarfile.LNKTYPE, linkname="good.jpg"), "a link"),
+    (member("d.jpg", kind=tarfile.CHRTYPE), "a device"),
+    (member("e.jpg", kind=tarfile.BLKTYPE), "a device"),
+    (member("f.jpg", kind=tarfile.FIFOTYPE), "a pipe"),
+    (member("g.jpg", b"what is it", kind=b"Z"), "unknown type"),
+    (member("h.jpg", kind=tarfile.LNKTYPE, linkname="l" * 300), "a link"),
+]
+
+
+@pytest.mark.parametrize("kind", ["gnu", "pax"])
+def test_what_is_no_file_is_a_row_that_fails_and_the_others_are_right(tmp_path, kind):
+    members = [entry for entry, _ in NO_FILES]
+    # A link has no data, whatever size it says.
+    members[0][0].size = 0
+    good = png(pixels(1)[0])
+    path = save_tar(tmp_path / "a.tar", [("good.png", good), *members, ("end.png", good)], kind)
+    source = open_shards(path)
+    batch, records = source.read(0, len(members) + 2)
+    assert [record.path for record in records[1:-1]] == [info.name for info, _ in members]
+    for image, record, (_, expected) in zip(batch[1:-1], records[1:-1], NO_FILES, strict=True):
+        assert record.failed
+        assert expected in record.reason
+        assert not image.any()
+    for row in (0, -1):
+        assert not records[row].failed
+        assert batch[row].tobytes() == pixels(1).tobytes()
+
+
+def test_links_have_no_data_whatever_size_they_say(tmp_path):
+    pieces = [header("a.jpg", 5000, tarfile.LNKTYPE), header("b.jpg", 1), padded(b"b"), END]
+    listing = TarListing(saved(tmp_path / "a.tar", *pieces))
+    assert names_of(listing) == ["a.jpg", "b.jpg"]
+    assert listing.read(1, MUCH) == b"b"
+    assert listing.stored_bytes == 1
+
+
+def gnu_sparse(blocks):
+    """A sparse file of GNU's own format, with so many blocks of map behind the header."""
+    data = b"sparse data"
+    block = bytearray(header("s.jpg", len(data), tarfile.GNUTYPE_SPARSE))
+    block[482] = blocks > 0
+    block[483:495] = b"%011o\0" % 10**6
+    maps = [bytes(504) + bytes([number < blocks - 1]) + bytes(7) for number in range(blocks)]
+    return b"".join([with_checksum(bytes(block)), *maps, padded(data)])
+
+
+SPARSE = {
+    "no map": lambda: gnu_sparse(0),
+    "map": lambda: gnu_sparse(1),
+    "long map": lambda: gnu_sparse(30),
+}
+
+
+@pytest.mark.parametrize("case", SPARSE)
+def test_a_tar_with_a_sparse_file_of_gnu_is_refused_by_name(tmp_path, case):
+    pieces = [header("0.jpg", 1), padded(b"0"), SPARSE[case](), header("2.jpg", 1), padded(b"2")]
+    path = saved(tmp_path / "a.tar", *pieces, END)
+    must_say(refused(path), path, "offset 1024", "a sparse file", "--sparse")
+
+
+PAX_SPARSE = {
+    "1.0, no size": {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"},
+    "0.0": {"GNU.sparse.size": "1000000", "GNU.sparse.numblocks": "1"},
+    "0.1": {"GNU.sparse.name": "x/s.jpg", "GNU.sparse.map": "0,1", "GNU.sparse.size": "1000000"},
+    "1.0": {
+        "GNU.sparse.major": "1",
+        "GNU.sparse.minor": "0",
+        "GNU.sparse.name": "x/s.jpg",
+        "GNU.sparse.realsize": "1000000",
+    },
+}
+
+
+@pytest.mark.parametrize("case", PAX_SPARSE)
+def test_a_tar_with_a_sparse_file_of_pax_is_refused_by_name(tmp_path, case):
+    info, data = member("y/s.jpg", padded(b"1\n0\n1\n") + b"s", pax_headers=PAX_SPARSE[case])
+    path = save_tar(tmp_path / "a.tar", [("1.jpg", b"1"), (info, data)], "pax")
+    must_say(refused(path), path, "offset 1024", "a sparse file", "--sparse")
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="there is no tar command")
+@pytest.mark.parametrize("kind", ["v7", "oldgnu", "gnu", "ustar", "posix"])
+def test_what_the_tar_command_writes_is_read(tmp_path, kind):
+    folder = tmp_path / "photos"
+    save_images(folder, pixels(4))
+    with (folder / "hole.jpg").open("wb") as file:
+        file.truncate(10**6)
+    os.link(folder / "a" / "00.png", folder / "z.png")
+    (folder / "y.png").symlink_to("z.png")
+    if kind in ("gnu", "posix", "oldgnu"):
+        save_images(folder, pixels(1), [f"{LONG}/{LONG}/{LONG}/{LONG}/{LONG}.png"])
+    path = tmp_path / "a.tar"
+    command = ["tar", f"--format={kind}", "--sort=name", "-cf", path, "-C", folder, "."]
+    done = subprocess.run(command, capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"tar cannot: {done.stderr[:100]}")
+    listing = TarListing(path)
+    assert listing.skipped == 0
+    assert listing.unterminated == []
+    files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.suffix}
+    assert sorted(names_of(listing)) == sorted(files)
+    for row, name in enumerate(names_of(listing)):
+        if name in ("y.png", "z.png"):
+            assert "a link" in reason(listing, row)
+        else:
+            assert listing.read(row, MUCH) == files[name].read_bytes()
+    if kind in ("gnu", "posix", "oldgnu"):
+        subprocess.run([*command, "-S"], check=True)
+        must_say(refused(path), path, "a sparse file")
+
+
+def test_of_images_of_one_name_the_first_is_read_and_the_others_have_names_of_their_own(tmp_path):
+    members = [
+        ("x/a.jpg", b"0"),
+        ("x/b.jpg", b"1"),
+        ("./x/a.jpg", b"2"),
+        ("x/a#4.jpg", b"3"),
+        ("x//a.jpg", b"4"),
+        ("x/b.jpg", b"5"),
+        ("a.jpg", b"6"),
+        ("x/a#4.jpg", b"7"),
+    ]
+    listing = TarListing(save_tar(tmp_path / "a.tar", members))
+    assert names_of(listing) == [
+        *("x/a.jpg", "x/b.jpg", "x/a#2.jpg", "x/a#4.jpg"),
+        *("x/a##4.jpg", "x/b#5.jpg", "a.jpg", "x/a#4#7.jpg"),
+    ]
+    assert [reason(listing, row) for row in range(8)] == [
+        *("", "", "the name occurs twice, first in row 0", ""),
+        "the name occurs twice, first in row 0",
+        "the name occurs twice, first in row 1",
+        "",
+        "the name occurs twice, first in row 3",
+    ]
+    assert [listing.read(row, MUCH) for row in (0, 1, 3, 6)] == [b"0", b"1", b"3", b"6"]
+    assert labels_of(listing) == ["x"] * 6 + ["", "x"]
+
+
+def test_the_same_name_in_two_shards_is_two_images(tmp_path):
+    for number in range(2):
+        save_tar(tmp_path / f"{number}.tar", [("a.jpg", b"%d" % number)])
+    listing = TarListing(tmp_path / "{0..1}.tar")
+    assert contents_of(listing) == [b"0", b"1"]
+
+
+def test_very_many_repeated_names_are_listed_in_little_time(tmp_path):
+    rows, different = 20_000, 7
+    blocks = [header(f"{number}.jpg") for number in range(different)]
+    listing = TarListing(saved(tmp_path / "a.tar", *(blocks * rows)[:rows], END))
+    assert len({*names_of(listing)}) == rows
+    for row in range(different, rows):
+        assert reason(listing, row) == f"the name occurs twice, first in row {row % different}"
+
+
+# Contents are not the length of a block, or one is; one is empty; a header before a header.
+TORN = {
+    "ustar": [
+        ("cat/a.jpg", b"a" * 700),
+        ("cat/b.jpg", b"b" * 512),
+        ("c.jpg", b""),
+        ("d.jpg", b"d"),
+    ],
+    "gnu": [("0.jpg", b"a" * 700), (f"{LONG}/{LONG}/b.jpg", b"b" * 9), ("c.jpg", b"c" * 1025)],
+    "pax": [("0.jpg", b"a" * 700), (f"{LONG}/{LONG}/b.jpg", b"b" * 9), ("\u00e9.jpg", b"c" * 1025)],
+    "samples": [("0.cls", b"7"), ("0.jpg", b"a" * 600), ("1.jpg", b"b" * 600), ("1.cls", b"8")],
+}
+
+
+@pytest.mark.parametrize("case", TORN)
+def test_a_shard_that_is_cut_short_anywhere_is_refused_or_has_its_whole_rows(tmp_path, case):
+    members = TORN[case]
+    whole = tar_bytes(members, "ustar" if case == "samples" else case)
+    with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
+        found = list(tar)
+    headers = [range(info.offset + 1, info.offset_data) for info in found]
+    ends = found[-1].offset_data + -(-found[-1].size // BLOCK) * BLOCK
+    images = [info for info in found if info.name.endswith(".jpg")]
+    path = tmp_path / "a.tar"
+    for length in sorted({*range(0, ends + 1025, 61), *range(0, len(whole) + 1, BLOCK)}):
+        path.write_bytes(whole[:length])
+        if any(length in inside for inside in headers):
+            must_say(refused(path), path)
+            continue
+        listing = TarListing(path)
+        there = [info for info in images if info.offset < length]
+        assert names_of(listing) == [info.name for info in there]
+        for row, info in enumerate(there):
+            if info.offset_data + info.size > length:
+                assert reason(listing, row) == "truncated: the shard ends inside the image"
+            elif case == "samples" and info.name == "1.jpg" and length == found[3].offset_data:
+                assert reason(listing, row) == "truncated: the shard ends inside the image's .cls"
+            else:
+                assert listing.read(row, MUCH) == dict(members)[info.name]
+        assert listing.unterminated == ([str(path)] if length < ends + BLOCK else [])
+        assert listing.stored_bytes == sum(
+            max(0, min(info.size, length - info.offset_data)) for info in there
+        )
+
+
+def test_a_cut_member_fails_and_the_others_are_read(tmp_path):
+    expected = pixels(3)
+    images = [(f"{row}.png", png(image)) for row, image in enumerate(expected)]
+    whole = tar_bytes(images)
+    (tmp_path / "a.tar").write_bytes(whole[: 2 * (BLOCK + len(padded(images[0][1]))) + BLOCK + 7])
+    source = open_shards(tmp_path / "a.tar", (7, 9))
+    batch, records = source.read(0, 3)
+    assert [record.failed for record in records] == [False, False, True]
+    assert records[2].reason == "truncated: the shard ends inside the image"
+    assert batch[:2].tobytes() == expected[:2].tobytes()
+    assert not batch[2].any()
+    (note,) = source.notes
+    assert "truncated: 1, the first is" in note
+    assert str(tmp_path / "a.tar") in note
+
+
+def test_what_is_no_whole_file_of_any_kind_keeps_its_own_reason(tmp_path):
+    listing = TarListing(saved(tmp_path / "a.tar", header("a.jpg", 9, b"Z")))
+    assert "unknown" in reason(listing, 0)
+
+
+@pytest.mark.parametrize("case", FORMATS)
+def test_a_bit_that_flips_in_a_header_is_found(tmp_path, case):
+    members = [("cat/a.jpg", b"a" * 600), ("cat/b.jpg", b"b"), ("0.cls", b"7"), ("0.jpg", b"c")]
+    whole = tar_bytes(members, case)
+    path = saved(tmp_path / "a.tar", whole)
+    expected = TarListing(path)
+    expected = names_of(expected), labels_of(expected), contents_of(expected)
+    with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
+        places = [info.offset_data - BLOCK for info in tar]
+    refusals = 0
+    for place in places:
+        for at in range(place, place + BLOCK, 3):
+            damaged = bytearray(whole)
+            damaged[at] ^= 1 << at % 8
+            path.write_bytes(damaged)
+            try:
+                listing = TarListing(path)
+            except SourceError as error:
+                refusals += 1
+                must_say(error, path, "offset 0" if place == 0 else f"offset {place}")
+            else:
+                assert (names_of(listing), labels_of(listing), contents_of(listing)) == expected
+    assert refusals > 600
+
+
+@pytest.mark.parametrize("kind", ["gnu", "pax"])
+def test_a_byte_that_changes_in_a_header_before_a_header_is_refused_or_read(tmp_path, kind):
+    name = f"{LONG}/{LONG}/a.jpg"
+    info, content = member(name, b"a" * 600, pax_headers={"size": "600"})
+    whole = tar_bytes([(info, content), ("b.jpg", b"b")], kind)
+    path = tmp_path / "a.tar"
+    outcomes = set()
+    for at in range(BLOCK, BLOCK + 160):
+        for byte in b"\0\n =/.0:\xff":
+            path.write_bytes(whole[:at] + bytes([byte]) + whole[at + 1 :])
+            try:
+                listing = TarListing(path)
+            except SourceError as error:
+                must_say(error, path, "offset")
+                outcomes.add("refused")
+            else:
+                outcomes.add(len(listing))
+                for row in range(len(listing)):
+                    reason(listing, row)
+    assert {"refused", 2} <= outcomes
+
+
+def test_no_checksum_that_is_wrong_by_a_multiple_goes_unseen(tmp_path):
+    """The sum is modulo 65,521, so the stated checksum must be far off to fit by accident."""
+    block = header("a.jpg")
+    total = int(block[148:154], 8)
+    for wrong in (total - 1, total + 1, total + 256, total + 512, 0, 0o777777):
+        path = saved(tmp_path / "a.tar", block[:148] + b"%06o\0 " % wrong + block[156:], END)
+        must_say(refused(path), path, "offset 0")
+
+
+def test_a_checksum_of_signed_bytes_is_right_as_in_tarfile(tmp_path):
+    signed = with_checksum(header("\u00e9\u00e8.jpg", 1), "b")
+    assert signed != header("\u00e9\u00e8.jpg", 1)
+    listing = TarListing(saved(tmp_path / "a.tar", signed, padded(b"a"), END))
+    assert names_of(listing) == ["\u00e9\u00e8.jpg"]
+    assert contents_of(listing) == [b"a"]
+
+
+def test_times_in_a_header_of_gnu_are_no_part_of_the_name(tmp_path):
+    block = header("a.jpg")
+    block = with_checksum(block[:345] + b"14000000000\0" * 2 + block[369:])
+    assert names_of(TarListing(saved(tmp_path / "a.tar", block, END))) == ["a.jpg"]
+
+
+NUMBERS = {
+    "octal, space": b"       1130 ",
+    "octal of 12 digits": b"000000001130",
+    "octal, NUL and more": b"1130\0junk\0\0\0",
+    "base 256": b"\x80" + (600).to_bytes(11, "big"),
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_sizes_are_read_in_every_way_to_write_them(tmp_path, case):
+    block = header("a.jpg")
+    block = with_checksum(block[:124] + NUMBERS[case] + block[136:])
+    pieces = [block, padded(b"a" * 600), header("b.jpg", 1), padded(b"b"), END]
+    listing = TarListing(saved(tmp_path / "a.tar", *pieces))
+    assert contents_of(listing) == [b"a" * 600, b"b"]
+
+
+@pytest.mark.parametrize(
+    "size_text",
+    [b"-0000000001\0", b"\xff" * 12, b"0000000000x\0", b"9\0\0\0\0\0\0\0\0\0\0\0"],
+    ids=["negative", "negative, base 256", "letter", "nine"],
+)
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_size_that_is_none_is_refused(tmp_path, size_text, at):
+    block = header("a.jpg")
+    pieces = [block] * at + [with_checksum(block[:124] + size_text + block[136:]), block, END]
+    path = saved(tmp_path / "a.tar", *pieces)
+    must_say(refused(path), path, f"offset {at * BLOCK}")
+
+
+@pytest.mark.parametrize("size", [2**33 + 1, 2**62, 2**63, 2**80])
+def test_a_size_beyond_all_files_is_a_row_that_fails(tmp_path, size):
+    path = saved(
+        tmp_path / "a.tar", header("0.jpg", 1), padded(b"0"), header("a.jpg", size), b"abc"
+    )
+    listing = TarListing(path)
+    assert [reason(listing, row) for row in range(2)] == [
+        "",
+        "truncated: the shard ends inside the image",
+    ]
+    assert listing.stored_bytes == 4
+
+
+def test_a_size_in_a_pax_header_counts(tmp_path):
+    info, content = member("a.jpg", b"a" * 600, pax_headers={"size": "600"})
+    whole = bytearray(tar_bytes([(info, content), ("b.jpg", b"b")], "pax"))
+    block = bytes(whole[1024:1536])
+    assert block.startswith(b"a.jpg\0")
+    whole[1024:1536] = with_checksum(block[:124] + b"%011o\0" % 0 + block[136:])
+    listing = TarListing(saved(tmp_path / "a.tar", whole))
+    assert names_of(listing) == ["a.jpg", "b.jpg"]
+    assert contents_of(listing) == [b"a" * 600, b"b"]
+
+
+def pax(records, kind=tarfile.XHDTYPE):
+    return header("PaxHeader", len(records), kind) + padded(records)
+
+
+def test_a_header_for_all_members_may_comment_but_not_rename_them(tmp_path):
+    comment = b"52 comment=0123456789abcdef0123456789abcdef01234567\n"
+    good = [pax(comment, tarfile.XGLTYPE), header("a.jpg", 1), padded(b"a"), END]
+    assert contents_of(TarListing(saved(tmp_path / "a.tar", *good))) == [b"a"]
+    for records in (b"14 path=b.jpg\n", b"9 size=5\n"):
+        path = saved(tmp_path / "b.tar", pax(records, tarfile.XGLTYPE), *good[1:])
+        must_say(refused(path), path, "offset 0", "all entries")
+
+
+def test_of_two_headers_before_a_member_the_first_counts_as_in_tarfile(tmp_path):
+    long = header("././@LongLink", 6, tarfile.GNUTYPE_LONGNAME) + padded(b"l.jpg\0")
+    for number, (first, second) in enumerate([(b"b", b"c"), (b"c", b"b")]):
+        x = [pax(b"14 path=%b.jpg\n" % name) for name in (first, second)]
+        for pieces in (x, [*x, long], [long, *x], [pax(b"9 size=1\n"), *x]):
+            path = tmp_path / f"{number}.tar"
+            saved(path, *pieces, header("a.jpg", 1), padded(b"a"), END)
+            with tarfile.open(path) as tar:
+                expected = tar.getnames()
+            listing = TarListing(path)
+            assert names_of(listing) == expected
+            assert contents_of(listing) == [b"a"]
+
+
+DAMAGED = {
+    "no member after a header": ([pax(b"14 path=b.jpg\n")], "no entry follows"),
+    "the end after a header": ([pax(b"6 a=b\n"), END], "no entry follows"),
+    "a record too short": ([pax(b"2 path=b.jpg\n"), header("a.jpg")], "pax header"),
+    "a record of no length": ([pax(b"0 path=b.jpg\n"), header("a.jpg")], "pax header"),
+    "a second record of no length": (
+        [pax(b"6 a=b\n0 path=b.jpg\n"), header("a.jpg")],
+        "pax header",
+    ),
+    "a record too long": ([pax(b"99 path=b.jpg\n"), header("a.jpg")], "pax header"),
+    "a record without an end": ([pax(b"13 path=b.jpgx"), header("a.jpg")], "pax header"),
+    "no record": ([pax(b"hello path="), header("a.jpg")], "pax header"),
+    "a size that is no number": ([pax(b"12 size=1_0\n"), header("a.jpg")], "1_0"),
+    "a size of many digits": (
+        [pax(b"5008 size=" + b"9" * 4997 + b"\n"), header("a.jpg")],
+        "99999",
+    ),
+    "a header without end": ([header("x", 2**21, tarfile.XHDTYPE), bytes(2**22)], "2097152"),
+    "a long name without end": (
+        [header("x", 2**60, tarfile.GNUTYPE_LONGNAME)],
+        "an extension header has",
+    ),
+    "a long link cut short": ([header("x", 600, tarfile.GNUTYPE_LONGLINK), b"x"], "ends inside"),
+    "a sparse file, cut short": ([gnu_sparse(9)[: 4 * BLOCK]], "a sparse file"),
+    "an empty long name": (
+        [header("x", 1, tarfile.GNUTYPE_LONGNAME), padded(b"\0"), header("a.jpg")],
+        "has the invalid path ''",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_headers_before_headers_are_refused_with_their_place(tmp_path, case):
+    pieces, words = DAMAGED[case]
+    path = saved(tmp_path / "a.tar", header("0.jpg", 1), padded(b"0"), *pieces)
+    at = (4 if case == "an empty long name" else 2) * BLOCK
+    must_say(refused(path), path, f"offset {at}", words)
+
+
+def test_a_file_is_sparse_if_any_header_says_so(tmp_path):
+    headers = [pax(b"22 GNU.sparse.major=1\n"), pax(b"22 GNU.sparse.size=12\n"), pax(b"9 size=1\n")]
+    for pieces in (headers, headers[::-1], headers[:2], headers[1:]):
+        path = saved(tmp_path / "a.tar", *pieces, header("a.jpg"), END)
+        must_say(refused(path), path, "a sparse file")
+
+
+def test_very_many_headers_before_a_member_are_read(tmp_path):
+    pieces = [pax(b"14 path=b.jpg\n")] * 3000
+    listing = TarListing(saved(tmp_path / "a.tar", *pieces, header("a.jpg"), END))
+    assert names_of(listing) == ["b.jpg"]
+
+
+def test_garbage_in_the_middle_is_refused_with_its_place(tmp_path):
+    whole = tar_bytes(FEW)
+    path = saved(tmp_path / "a.tar", whole[:1024], b"garbage " * 64, whole[1024:])
+    must_say(refused(path), path, "damaged", "offset 1024", "tar -tvf")
+
+
+def test_what_follows_the_end_is_not_looked_at(tmp_path):
+    whole = tar_bytes(FEW)
+    for tail in (b"garbage" * 999, header("../a.jpg"), b"x"):
+        listing = TarListing(saved(tmp_path / "a.tar", whole, tail))
+        assert names_of(listing) == [name for name, _ in FEW]
+        assert listing.unterminated == []
+
+
+@pytest.mark.parametrize("zeros", [0, 1, 511, 512, 513, 1024])
+def test_a_shard_may_end_without_the_zeros_but_that_is_noted(tmp_path, zeros):
+    image = png(pixels(1)[0])
+    path = saved(tmp_path / "a.tar", header("a.png", len(image)), padded(image), bytes(zeros))
+    source = open_shards(path)
+    assert source.header.images == 1
+    assert len(source.notes) == (zeros < BLOCK)
+
+
+def test_an_empty_shard_among_others_is_noted(tmp_path):
+    image = png(pixels(1)[0])
+    save_tar(tmp_path / "0.tar", [("a.png", image)])
+    (tmp_path / "1.tar").touch()
+    save_tar(tmp_path / "2.tar", [])
+    save_tar(tmp_path / "3.tar", [("b.png", image)])
+    source = open_shards(tmp_path / "{0..3}.tar")
+    assert names_of(source.listing) == ["0/a.png", "3/b.png"]
+    assert contents_of(source.listing) == [image, image]
+    (note,) = source.notes
+    assert f"1, the first is {tmp_path / '1.tar'}" in note
+
+
+def test_a_tar_that_is_empty_alone_holds_no_images(tmp_path):
+    for path in (saved(tmp_path / "a.tar"), save_tar(tmp_path / "b.tar", [])):
+        with pytest.raises(SourceError) as caught:
+            open_shards(path)
+        must_say(caught.value, path, "contains no images")
+
+
+@pytest.mark.parametrize(
+    ("start", "word"),
+    [
+        (b"\x1f\x8b\x08", "gzip -dc"),
+        (b"BZh9", "bzip2 -dc"),
+        (b"\xfd7zXZ\0", "xz -dc"),
+        (b"\x28\xb5\x2f\xfd", "zstd -dc"),
+        (b"hello", "not a tar"),
+        (b"\x89PNG", "not a tar"),
+    ],
+)
+def test_what_is_no_tar_is_refused(tmp_path, start, word):
+    path = saved(tmp_path / "a b.tar", start, b"x" * 4000)
+    must_say(refused(path), path, word, f"'{path}'")
+
+
+@pytest.mark.parametrize("ending", [".tar.gz", ".tgz", ".TAR.ZST", ".tar.xz", ".tbz2", ".tar.lz4"])
+@pytest.mark.parametrize("name", ["a", "{00..99}"])
+def test_compressed_shards_are_refused_with_the_command(tmp_path, name, ending):
+    path = tmp_path / (name + ending)
+    assert names_tar(path)
+    programs = {".tar.xz": "xz", ".TAR.ZST": "zstd", ".tbz2": "bzip2", ".tar.lz4": "lz4"}
+    must_say(refused(path), path, f"{programs.get(ending, 'gzip')} -dk {path}", "fixed offsets")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a.tar", True),
+        ("A.TAR", True),
+        ("{0000..0099}.tar", True),
+        ("imagenet-{000..146}.tar", True),
+        ("x{0..1}/a.tar", True),
+        ("a.tar.gz", True),
+        ("a.tgz", True),
+        ("a.tar.zip", False),
+        ("a.npy", False),
+        ("tar", False),
+        ("a.tar/b", False),
+    ],
+)
+def test_a_name_that_ends_in_tar_names_shards(name, expected):
+    assert names_tar(Path(name)) is expected
+
+
+@pytest.mark.parametrize(
+    ("spelled", "numbers"),
+    [
+        ("{0..3}", ["0", "1", "2", "3"]),
+        ("{8..11}", ["8", "9", "10", "11"]),
+        ("{08..11}", ["08", "09", "10", "11"]),
+        ("im-{098..101}-x", ["im-098-x", "im-099-x", "im-100-x", "im-101-x"]),
+        ("{007..7}", ["007"]),
+    ],
+)
+def test_a_range_is_spelled_out_with_the_zeros_of_its_first_number(tmp_path, spelled, numbers):
+    for number in [*numbers, "5", "005", "12"]:
+        save_tar(tmp_path / f"{number}.tar", [("a.jpg", number.encode())])
+    listing = TarListing(tmp_path / f"{spelled}.tar")
+    assert contents_of(listing) == [number.encode() for number in numbers]
+
+
+@pytest.mark.parametrize(
+    ("spelled", "words"),
+    [
+        ("{3..1}", ["{3..1}"]),
+        ("{0..1000000}", ["1000000 increasing numbers"]),
+        ("{0..99999999999999999999}", ["1000000 increasing numbers"]),
+        ("{0.." + "9" * 5000 + "}", ["1000000 increasing numbers"]),
+        ("{0..1}-{0..1}", ["2 ranges"]),
+        ("{a..c}", ["does not exist", "{0000..0099}.tar"]),
+        ("{0..2..2}", ["does not exist"]),
+        ("{0,1}", ["does not exist"]),
+        ("{\u0660..\u0661}", ["does not exist"]),
+    ],
+)
+def test_a_range_that_makes_no_sense_is_refused(tmp_path, spelled, words):
+    path = tmp_path / f"{spelled}.tar"
+    must_say(refused(path), path, *words)
+
+
+def test_a_file_with_braces_in_its_name_is_that_file(tmp_path):
+    for name in ("{0..1}", "{1..0}", "{0..1}{0..1}"):
+        listing = TarListing(save_tar(tmp_path / f"{name}.tar", [("a.jpg", name.encode())]))
+        assert names_of(listing) == ["a.jpg"]
+        assert contents_of(listing) == [name.encode()]
+
+
+def test_missing_shards_are_all_counted_and_some_named(tmp_path):
+    for number in (0, 3, 4):
+        save_tar(tmp_path / f"{number:02d}.tar", FEW)
+    error = refused(tmp_path / "{00..11}.tar")
+    shown = ", ".join(str(tmp_path / f"{number:02d}.tar") for number in (1, 2, 5, 6, 7))
+    must_say(error, "9 of 12 shards are missing", f"{shown} and 4 more")
+    must_say(
+        refused(tmp_path / "{03..05}.tar"), f"1 of 3 shards are missing: {tmp_path / '05.tar'}\n"
+    )
+
+
+@pytest.mark.parametrize("kind", ["missing", "directory", "pipe", "dangling", "circle"])
+def test_a_shard_that_is_no_file_is_refused_at_once(tmp_path, kind):
+    save_tar(tmp_path / "0.tar", FEW)
+    path = tmp_path / "1.tar"
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind != "missing":
+        path.symlink_to("nowhere" if kind == "dangling" else path.name)
+    done = python(
+        "import pathlib, signal, sys\n"
+        "from fastvgg.datasets.tar import TarListing\n"
+        "from fastvgg.errors import SourceError\n"
+        "signal.alarm(20)\n"
+        "for name in sys.argv[1:]:\n"
+        "    try:\n"
+        "        TarListing(pathlib.Path(name))\n"
+        "    except SourceError as error:\n"
+        "        print(error.problem)\n",
+        path,
+        tmp_path / "{0..1}.tar",
+    )
+    assert done.returncode != -signal.SIGALRM, "waited for someone to write into a pipe"
+    words = {"missing": "", "directory": "it is a directory", "pipe": "it is not a regular file"}
+    assert done.stderr == ""
+    assert done.stdout.count(str(path)) == 2, done.stdout
+    assert done.stdout.count(words.get(kind, "cannot be read")) >= 2
+
+
+def change(path, kind):
+    content, status = path.read_bytes(), path.stat()
+    path.unlink()
+    if kind == "grown":
+        path.write_bytes(content + bytes(BLOCK))
+    elif kind == "cut":
+        path.write_bytes(content[:BLOCK])
+    elif kind in ("touched", "same size"):
+        path.write_bytes(content if kind == "touched" else content.replace(b"first", b"other"))
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a directory":
+        path.mkdir()
+    if path.exists() and kind != "touched":
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + (kind == "same size")))
+
+
+@pytest.mark.parametrize(
+    "kind", ["grown", "cut", "touched", "same size", "a pipe", "a directory", "gone"]
+)
+def test_a_shard_that_changes_after_it_was_listed_stops_the_run(tmp_path, kind):
+    for number in range(2):
+        save_tar(tmp_path / f"{number}.tar", FEW)
+        os.utime(tmp_path / f"{number}.tar", ns=(10**18, 10**18))
+    source = open_shards(tmp_path / "{0..1}.tar", (5, 5))
+    listing = source.listing
+    change(tmp_path / "1.tar", kind)
+    assert listing.read(0, MUCH) == b"first"
+    for row in range(4, 8):
+        with pytest.raises(StoppedError) as caught:
+            listing.read(row, MUCH)
+        must_say(caught.value, tmp_path / "1.tar", "changed after the run was planned", "--restart")
+    with pytest.raises(StoppedError):
+        source.read(0, 8)
+
+
+def test_a_shard_that_changes_stops_the_run_also_at_rows_that_fail(tmp_path):
+    path = saved(tmp_path / "a.tar", header("a.jpg", 999), b"abc")
+    listing = TarListing(path)
+    assert reason(listing, 0) == "truncated: the shard ends inside the image"
+    saved(path, header("a.jpg", 999), bytes(999))
+    with pytest.raises(StoppedError):
+        listing.read(0, MUCH)
+
+
+def test_a_read_that_ends_early_stops_the_run(tmp_path, monkeypatch):
+    listing = TarListing(save_tar(tmp_path / "a.tar", FEW))
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, count, at: pread(file, min(count, 3), at))
+    assert listing.read(0, MUCH) == b"first"
+    monkeypatch.setattr(os, "pread", lambda file, count, at: b"")
+    with pytest.raises(StoppedError):
+        listing.read(0, MUCH)
+
+
+def test_an_error_of_the_disk_is_the_reason_of_a_row_or_refuses_the_listing(tmp_path, monkeypatch):
+    path = save_tar(tmp_path / "a.tar", FEW)
+    listing = TarListing(path)
+
+    def failing(file, count, at):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", failing)
+    assert "Input/output error" in reason(listing, 0)
+    must_say(refused(path), path, "Input/output error")
+
+
+def test_an_image_that_is_too_long_is_not_read(tmp_path):
+    listing = TarListing(save_tar(tmp_path / "a.tar", FEW))
+    assert reason(listing, 1, 699) == "the image has 700 bytes; the limit is 699"
+    assert reason(listing, 1, 700) == ""
+
+
+def test_an_identity_changes_with_name_size_offset_and_shard(tmp_path):
+    path = tmp_path / "a.tar"
+    variants = [
+        [("a.jpg", b"1")],
+        [("b.jpg", b"1")],
+        [("a.jpg", b"12")],
+        [("x", b""), ("a.jpg", b"1")],
+        [("a.jpg", b"1"), *[("x.txt", bytes(9999))] * 2],
+    ]
+    seen = set()
+    for members in variants:
+        save_tar(path, members)
+        os.utime(path, ns=(10**18, 10**18))
+        seen.add(TarListing(path).identity(0))
+    assert len(seen) == len(variants)
+    save_tar(path, variants[0])
+    os.utime(path, ns=(10**18, 10**18))
+    assert TarListing(path).identity(0) in seen
+    os.utime(path, ns=(10**18, 10**18 + 1))
+    assert TarListing(path).identity(0) not in seen
+
+
+def test_a_fingerprint_is_stable_and_is_of_what_is_there_now(tmp_path):
+    paths = [save_tar(tmp_path / f"{number}.tar", FEW) for number in range(2)]
+    for path in paths:
+        os.utime(path, ns=(10**18, 10**18))
+    listing = TarListing(tmp_path / "{0..1}.tar")
+    first = listing.fingerprint()
+    assert TarListing(tmp_path / "{0..1}.tar").fingerprint() == first
+    seen = {first}
+    changes = [FEW[:3], [*FEW[:3], ("e.gif", b"3")], [("cat/b.jpg", b"fir"), *FEW[1:]], FEW[::-1]]
+    for members in changes:
+        save_tar(paths[1], members)
+        os.utime(paths[1], ns=(10**18, 10**18))
+        if members is changes[0]:
+            assert listing.fingerprint() != first or paths[1].stat().st_size == 10240
+        seen.add(TarListing(tmp_path / "{0..1}.tar").fingerprint())
+    os.utime(paths[1], ns=(10**18, 10**18 + 1))
+    seen.add(listing.fingerprint())
+    assert len(seen) == 6
+    save_tar(paths[1], FEW)
+    os.utime(paths[1], ns=(10**18, 10**18))
+    assert listing.fingerprint() == first
+    paths[1].rename(tmp_path / "2.tar")
+    paths[0].rename(tmp_path / "1.tar")
+    assert TarListing(tmp_path / "{1..2}.tar").fingerprint() != first
+    with pytest.raises(SourceError):
+        listing.fingerprint()
+
+
+def test_a_fingerprint_changes_with_the_place_of_an_image_and_the_name_of_the_tar(tmp_path):
+    path, other = tmp_path / "a.tar", ("x.txt", b"")
+    seen = set()
+    for members in ([other, *FEW], [*FEW, other]):
+        os.utime(save_tar(path, members), ns=(10**18, 10**18))
+        seen.add(TarListing(path).fingerprint())
+    seen.add(TarListing(path.rename(tmp_path / "b.tar")).fingerprint())
+    assert len(seen) == 3
+
+
+def test_a_fingerprint_does_not_depend_on_where_the_shards_are(tmp_path):
+    for folder in ("here", "there"):
+        os.utime(save_tar(tmp_path / folder / "a.tar", FEW), ns=(10**18, 10**18))
+    seen = {TarListing(tmp_path / folder / "a.tar").fingerprint() for folder in ("here", "there")}
+    assert len(seen) == 1
+
+
+def test_images_are_not_read_to_be_listed(tmp_path, monkeypatch):
+    members = [(f"{number:03d}.jpg", bytes(200_000)) for number in range(50)]
+    members += [(f"{number:03d}.cls", b"1") for number in range(50)]
+    path = save_tar(tmp_path / "a.tar", members, "pax")
+    read_bytes = []
+    pread = os.pread
+
+    def counted(file, count, at):
+        data = pread(file, count, at)
+        read_bytes.append(len(data))
+        return data
+
+    monkeypatch.setattr(os, "pread", counted)
+    assert len(TarListing(path)) == 50
+    assert sum(read_bytes) < 500_000
+    assert path.stat().st_size > 10**7
+
+
+def test_small_members_are_listed_with_few_reads(tmp_path, monkeypatch):
+    path = save_tar(tmp_path / "a.tar", [(f"{number:04d}.jpg", b"a") for number in range(2000)])
+    reads = []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda *a: reads.append(a) or pread(*a))
+    assert len(TarListing(path)) == 2000
+    assert len(reads) < 60
+
+
+def test_a_million_members_would_take_little_memory(tmp_path):
+    blocks = [header(f"n{n // 1000:08d}/n{n // 1000:08d}_{n:08d}.JPEG") for n in range(50_000)]
+    path = saved(tmp_path / "a.tar", *blocks, END)
+    del blocks
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        listing = TarListing(path)
+        after, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(listing) == 50_000
+    assert (after - before) / 50_000 < 90
+    assert (peak - before) / 50_000 < 150
+
+
+def open_files():
+    return sorted(path.name for path in Path("/proc/self/fd").iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no list of open files here")
+def test_no_file_stays_open(tmp_path):
+    save_tar(tmp_path / "good.tar", FEW)
+    saved(tmp_path / "bad.tar", b"x" * 4000)
+    saved(tmp_path / "cut.tar", tar_bytes(FEW)[:1500])
+    save_tar(tmp_path / "changed.tar", FEW)
+    before = open_files()
+    for name in ("good", "bad", "cut", "changed"):
+        path = tmp_path / f"{name}.tar"
+        with contextlib.suppress(SourceError, StoppedError):
+            listing = TarListing(path)
+            if name == "changed":
+                path.write_bytes(b"")
+            listing.fingerprint()
+            for row in range(len(listing)):
+                reason(listing, row, 5)
+    assert open_files() == before
+
+
+def test_many_threads_read_at_once(tmp_path):
+    members = [(f"{number:03d}.jpg", b"%d " % number * 3000) for number in range(64)]
+    listing = TarListing(save_tar(tmp_path / "a.tar", members))
+    expected = [(name.encode(), content) for name, content in members]
+    wrong = []
+
+    def read_all(step):
+        for row in [row * step % 64 for row in range(64)] * 10:
+            actual = listing.name(row), listing.read(row, MUCH)
+            if actual != expected[row]:
+                wrong.append(actual)
+
+    parallel_for([1, 3, 5, 7, 9, 11], read_all, threads=6)
+    assert wrong == []
+
+
+PARTS = st.sampled_from(["cat", "dog", "\u00e9", ".h", "x.y", "q" * 70, "\udcff", "..z"])
+ENDINGS = st.sampled_from([".jpg", ".PNG", ".json", ".tar", "", ".b.gif", ".txt"])
+PATHS = st.builds(
+    lambda folders, stem, ending: "/".join([*folders, stem]) + ending,
+    st.lists(PARTS, max_size=3),
+    PARTS,
+    ENDINGS,
+)
+KINDS = st.sampled_from(
+    [tarfile.REGTYPE] * 6
+    + [tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE]
+)
+MEMBERS = st.lists(
+    st.tuples(
+        PATHS,
+        st.binary(max_size=3) | st.sampled_from([bytes(512), bytes(700), b"z" * 70_000]),
+        KINDS,
+        st.sampled_from([{}, {"mtime": 1.5}, {"uname": "\u00e9"}, {"linkname": "l" * 120}]),
+    ),
+    max_size=12,
+)
+
+
+@given(members=MEMBERS, kind=st.sampled_from([*FORMATS]))
+@failing_in_ascii()
+def test_what_tarfile_reads_is_what_is_read(tmp_path_factory, members, kind):
+    path = tmp_path_factory.getbasetemp() / "random.tar"
+    written = []
+    for name, content, type_, fields in members:
+        data = content if type_ in tarfile.REGULAR_TYPES else b""
+        try:
+            member(name, data, type_, **fields)[0].tobuf(FORMATS[kind])
+        except ValueError:  # too long for this format
+            continue
+        written.append(member(name, data, type_, **fields))
+    save_tar(path, written, kind)
+    with tarfile.open(path, errors="surrogateescape") as tar:
+        found = [info for info in tar if not info.isdir()]
+        images = [info for info in found if is_image_name(os.fsencode(info.name))]
+        contents = [tar.extractfile(info).read() if info.isreg() else None for info in images]
+    listing = TarListing(path)
+    first = {info.name: row for row, info in reversed([*enumerate(images)])}
+    assert len(listing) == len(images)
+    assert listing.skipped == len(found) - len(images)
+    for row, (info, content) in enumerate(zip(images, contents, strict=True)):
+        if first[info.name] != row:
+            assert reason(listing, row) == f"the name occurs twice, first in row {first[info.name]}"
+            continue
+        assert listing.name(row) == os.fsencode(info.name)
+        folder, slash, _ = info.name.partition("/")
+        assert listing.label(row) == os.fsencode(folder if slash else "")
+        if content is None:
+            assert "a link" in reason(listing, row)
+        else:
+            assert listing.read(row, MUCH) == content
+
+
+@given(
+    base=st.sampled_from([*FORMATS]),
+    edits=st.lists(st.tuples(st.integers(0, 8000), st.binary(min_size=1, max_size=12)), max_size=4),
+    rights=st.booleans(),
+)
+def test_no_damage_is_a_crash(tmp_path_factory, base, edits, rights):
+    damaged = bytearray(tar_bytes([*FEW, (f"{LONG}/{LONG[:20]}/z.jpg", b"z" * 600)], base))
+    for at, content in edits:
+        damaged[at : at + len(content)] = content
+    if rights:  # as someone who means harm would
+        for at in range(0, len(damaged) - BLOCK, BLOCK):
+            if damaged[at + 257 : at + 262] == b"ustar":
+                damaged[at : at + BLOCK] = with_checksum(bytes(damaged[at : at + BLOCK]))
+    path = saved(tmp_path_factory.getbasetemp() / "damaged.tar", damaged)
+    try:
+        listing = TarListing(path)
+    except SourceError as error:
+        must_say(error, path)
+        return
+    for row in range(len(listing)):
+        assert b".." not in listing.name(row).split(b"/")
+        assert isinstance(listing.label(row), bytes)
+        reason(listing, row, 10**6)

@@ -1,0 +1,48 @@
+"""The wheel and the source archive of a checkout."""
+
+from __future__ import annotations
+
+import subprocess
+import tarfile
+import zipfile
+from email.parser import Parser
+
+from tests.helpers.checkout import CHECKOUT
+
+TYPED_PROGRAM = CHECKOUT / "tests/helpers/typed_program.py"
+MAX_PACKAGES = 18  # of the core install, with all that it brings along
+BUILD = """
+import sys
+from hatchling import build
+print(build.build_wheel(sys.argv[1]))
+print(build.build_sdist(sys.argv[1]))
+"""
+
+
+def built(python, place, source=CHECKOUT):
+    """Build both with the hatchling that a Python has; return where they are, by name."""
+    place.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+        [python, "-c", BUILD, str(place)], cwd=source, capture_output=True, text=True, check=True
+    )
+    wheel, sdist = done.stdout.split()
+    return {"wheel": place / wheel, "sdist": place / sdist}
+
+
+def names_in(archive):
+    """The names of the files in a wheel or a source archive."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            return wheel.namelist()
+    with tarfile.open(archive) as sdist:
+        return sdist.getnames()
+
+
+def requirements_of(wheel, extra=None):
+    """What the metadata of a wheel asks for, and for an extra."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        metadata = Parser().parsestr(archive.read(name).decode())
+    lines = [line.replace("'", '"') for line in metadata.get_all("Requires-Dist")]
+    wanted = [line for line in lines if "extra ==" not in line]
+    return wanted + [line.split(";")[0] for line in lines if extra and f'== "{extra}"' in line]

@@ -1,0 +1,155 @@
+"""Batches that the tests share, how two of them are compared, and a Python of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+
+from tests.helpers.checkout import importing_checkout
+
+LAYOUTS = ("NHWC", "NCHW")
+LAYOUT_PAIRS = tuple((layout, out_layout) for layout in LAYOUTS for out_layout in LAYOUTS)
+KERAS_MODES = ("caffe", "tf", "torch")
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+CHANNEL_AXIS = {"NHWC": -1, "NCHW": -3}
+DATA_FORMATS = {"NHWC": "channels_last", "NCHW": "channels_first"}
+
+
+def dtype_of(name):
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def frozen(array):
+    """The same array, read-only."""
+    array.flags.writeable = False
+    return array
+
+
+def in_layout(batch, layout):
+    """A batch that has its channels last, as a contiguous one in `layout`."""
+    return np.ascontiguousarray(np.moveaxis(batch, -1, CHANNEL_AXIS[layout]))
+
+
+def in_memory(batch, layout, turned, reverses, start):
+    """A view that shows a batch of memory which holds it otherwise, and this memory.
+
+    The memory begins `start` bytes after where its type wants to begin.
+    """
+    axis = CHANNEL_AXIS[layout]
+    x = np.flip(batch, axis) if reverses else batch
+    x = np.moveaxis(x, axis, -4 - axis) if turned else x
+    held = np.zeros(start + x.nbytes, np.uint8)[start:].view(x.dtype).reshape(x.shape)
+    held[...] = x
+    view = np.moveaxis(held, -4 - axis, axis) if turned else held
+    return (np.flip(view, axis) if reverses else view), held
+
+
+def every_pattern(count, shape):
+    """The whole numbers below `count`, a power of two, in each of three channels (last axis).
+
+    Each channel has an order of its own, so that no two channels can be taken for each other.
+    """
+    pixels = np.arange(int(np.prod(shape)))
+    assert len(pixels) >= count
+    # An odd step visits all of them before it comes to one again.
+    channels = [(pixels * step + start) % count for step, start in ((1, 0), (77, 13), (201, 100))]
+    return np.stack(channels, axis=-1).reshape((*shape, 3))
+
+
+def every_value(layout="NHWC", rank=4):
+    """A read-only uint8 batch, or one image, with all 256 values in each channel."""
+    shape = (2, 5, 27) if rank == 4 else (10, 27)
+    return frozen(in_layout(every_pattern(256, shape).astype(np.uint8), layout))
+
+
+def every_half(name):
+    """A read-only batch with all 65,536 bit patterns of a half type in each channel."""
+    patterns = every_pattern(65536, (2, 128, 256)).astype(np.uint16)
+    return frozen(patterns.view(dtype_of(name)))
+
+
+def filled_with(values, layout="NHWC"):
+    """A read-only batch (2, H, 7, 3) that has each of `values` in each of the three channels."""
+    rows = -(-len(values) // (2 * 7))
+    pixels = np.resize(values, 2 * rows * 7)
+    batch = np.stack([pixels, np.roll(pixels, 1), np.roll(pixels, 2)], axis=-1)
+    return frozen(in_layout(batch.reshape(2, rows, 7, 3), layout))
+
+
+def unaligned(array):
+    """A copy that starts one byte after where its type wants to start."""
+    memory = np.zeros(array.nbytes + 1, np.uint8)
+    copy = memory[1:].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def byte_swapped(array):
+    """A copy whose elements have their bytes in the other order."""
+    return array.astype(array.dtype.newbyteorder("S"))
+
+
+def cast(array, name):
+    """NumPy's conversion without its warnings of NaN and infinity; NaN is canonical."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return with_canonical_nan(array.astype(dtype_of(name)))
+
+
+def with_canonical_nan(array):
+    """The array after every NaN in it became the canonical quiet NaN of its type."""
+    if array.dtype != np.uint8:
+        with np.errstate(invalid="ignore"):  # asking a signalling NaN what it is counts as invalid
+            array[np.isnan(array)] = np.nan
+    return array
+
+
+def bits(array):
+    """The elements as unsigned integers."""
+    native = np.array(array, array.dtype.newbyteorder("="), order="C")
+    return native.view(f"u{native.dtype.itemsize}")
+
+
+def assert_same(actual, expected):
+    """Same type, shape and bits, -0.0 apart from 0.0; and `actual` lies in memory as C would."""
+    assert type(actual) is np.ndarray
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    assert actual.flags.c_contiguous
+    assert actual.size == 0 or all(stride > 0 for stride in actual.strides)
+    different = np.argwhere(bits(actual) != bits(expected))
+    some = [(*map(int, at), actual[tuple(at)], expected[tuple(at)]) for at in different[:5]]
+    assert not some, f"{len(different)} of {actual.size} differ; at, actual, expected: {some}"
+
+
+@contextlib.contextmanager
+def unchanged(*arrays):
+    """Check that no byte of the memory behind the arrays changes, theirs or next to theirs."""
+    memories = []
+    for array in arrays:
+        while isinstance(array.base, np.ndarray):
+            array = array.base
+        memories.append(array)
+    before = [memory.tobytes() for memory in memories]
+    yield
+    assert [memory.tobytes() for memory in memories] == before
+
+
+def run_script(source, **environment):
+    """Run Python source in a process of its own; return what it wrote to its standard output.
+
+    The limit is for a process that hangs, not for a slow one.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", source],
+        env=importing_checkout(**environment),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout

@@ -1,0 +1,241 @@
+"""Datasets on disk that the tests share, and processes of their own that read and write them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import mmap
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage
+from PIL import Image
+
+import fastvgg
+from fastvgg import oracle
+from fastvgg.stream.job import DECODED
+from fastvgg.transform import Transform
+from tests.helpers.batches import dtype_of
+from tests.helpers.checkout import importing_checkout
+
+# The files of scikit-image that its wheel holds: nothing is fetched.
+PHOTOGRAPHS = Path(skimage.__file__).parent / "data"
+
+
+def pixels(images=5, height=7, width=9, seed=1):
+    """A uint8 batch of images that differ from each other."""
+    shape = (images, height, width, 3)
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def npy_bytes(array):
+    """What numpy.save writes of an array."""
+    written = io.BytesIO()
+    np.save(written, array)
+    return written.getvalue()
+
+
+def save_npy(path, array):
+    path.write_bytes(npy_bytes(array))
+    return path
+
+
+def save_images(directory, batch, names=None):
+    """Write a batch as lossless images, in class folders where no names are given."""
+    names = names or [f"{'ab'[row % 2]}/{row:02d}.png" for row in range(len(batch))]
+    for name, image in zip(names, batch, strict=True):
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return directory
+
+
+def rows_by_name(directory, batch):
+    """The batch that `save_images` wrote without names, in the order in which it is read."""
+    names = sorted(f"{'ab'[row % 2]}/{row:02d}" for row in range(len(batch)))
+    assert directory.is_dir()
+    return batch[[int(name[2:]) for name in names]]
+
+
+def network_inputs(batch, mode, *, out_layout="NHWC", dtype="float32"):
+    """What the definition of correct makes of a batch of images."""
+    return oracle.apply(Transform(mode, out_layout=out_layout, dtype=dtype), batch)
+
+
+def load(path, name):
+    """Read a finished .npy with NumPy alone."""
+    stored = np.load(path)
+    return stored.view(dtype_of("bfloat16")) if name == "bfloat16" else stored
+
+
+def images_in(directory):
+    """Every file below a directory, decoded, by its relative name."""
+    return {
+        str(path.relative_to(directory)): np.asarray(Image.open(path))
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def plan_of(source, target, *, together=None, **settings):
+    """A plan on the NumPy backend, which needs no compilation, in chunks of `together` images."""
+    settings = {"backend": "numpy", "threads": 1, **settings}
+    if together is None:
+        return fastvgg.plan(source, target, **settings)
+    return fastvgg.plan(
+        source, target, **settings, memory=memory_for(together, source, target, **settings)
+    )
+
+
+def memory_for(together, source, target, **settings):
+    """The limit of memory that gives `plan_of` chunks of `together` images."""
+    plan = plan_of(source, target, **settings)
+    chunk_bytes = together * plan.image_memory_bytes
+    limit_bytes = chunk_bytes + plan.min_scratch_bytes
+    if plan.source_kind in DECODED:  # a half of the limit is for decoding
+        limit_bytes = max(limit_bytes, 2 * chunk_bytes)
+    return limit_bytes
+
+
+def commits_in(target):
+    """How many chunks the journal of an unfinished run says are done: its whole lines but one."""
+    return Path(f"{target}.fastvgg-journal").read_bytes().count(b"\n") - 1
+
+
+def tree(directory):
+    """All there is below a directory, as bytes names and contents, to be compared."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        mode = path.lstat().st_mode
+        name = os.fsencode(path.relative_to(directory))
+        if stat.S_ISREG(mode):
+            found[name] = path.read_bytes()
+        else:
+            found[name] = path.readlink() if path.is_symlink() else stat.S_IFMT(mode)
+    return found
+
+
+def names_in(directory):
+    return sorted(path.name for path in Path(directory).iterdir())
+
+
+def data_tree(directory):
+    """The same without what differs from run to run: the date in a manifest."""
+    return {
+        name: re.sub(rb'"created": "[^"]*"', b"", content)
+        if isinstance(content, bytes)
+        else content
+        for name, content in tree(directory).items()
+    }
+
+
+def python(source, *arguments, **settings):
+    """Run Python source in a process of its own, which imports from this checkout.
+
+    The limit is for a process that hangs, not for a slow one.
+    """
+    return subprocess.run(
+        [sys.executable, "-c", source, *map(os.fspath, arguments)],
+        env=importing_checkout(**settings.pop("env", {})),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **settings,
+    )
+
+
+def printed_by(source, *arguments, **settings):
+    """What a process that must end well printed."""
+    done = python(source, *arguments, **settings)
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout.strip()
+
+
+def obey_permissions():
+    """Be stopped by the permissions of files, in a process that is root, as everyone else is."""
+    if os.geteuid() != 0:
+        return
+    library = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # the third version of the call, this thread
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; then their upper halves
+    overrides = 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    done = library.capget(header, sets)
+    for number in range(3):
+        sets[number] &= ~overrides
+    if done or library.capset(header, sets):
+        raise OSError(ctypes.get_errno(), "this process cannot give up its privileges")
+
+
+@contextlib.contextmanager
+def permissions(path, mode):
+    """Let a path have other permissions for a while."""
+    before = stat.S_IMODE(path.stat().st_mode)
+    path.chmod(mode)
+    try:
+        yield path
+    finally:
+        path.chmod(before)
+
+
+def printed_on_small_disk(directory, disk_bytes, source):
+    """Run Python source in a process that sees a small disk of its own in `directory`."""
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        pytest.skip("there is no unshare command to make a mount namespace with")
+    private = [unshare, "-m"] if os.geteuid() == 0 else [unshare, "-rm"]
+    mount = f"mount -t tmpfs -o size={disk_bytes} tmpfs {directory}"
+    if subprocess.run([*private, "sh", "-c", mount], capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not allow a mount in a namespace of its own")
+    done = subprocess.run(
+        [*private, "sh", "-c", f'{mount} && exec "$0" -c "$1"', sys.executable, source],
+        env=importing_checkout(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout.strip()
+
+
+@contextlib.contextmanager
+def failing_in_ascii():
+    """Let a test fail with a message that a test runner can send from process to process."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        raise AssertionError(ascii(error)) from None
+
+
+WAYS_OUT = re.compile(
+    r"\b(change|check|choose|convert|copy|create|decompress|download|finish|fix|free|get|give|"
+    r"install|make|move|name|omit|preprocess|put|recreate|remove|repair|rerun|restore|rewrite|run|"
+    r"start|store|use|wait|write)\b"
+)
+
+
+def must_say(error, *words):
+    """Check that an error's message holds all the words, and its remedy something to do."""
+    missing = [word for word in map(str, words) if word not in str(error)]
+    assert not missing, f"{missing} not in: {error}"
+    assert WAYS_OUT.search(error.remedy), f"nothing to do: {error.remedy!r}"
+
+
+def pages_in_memory(descriptor):
+    """How many pages of a file, open for writing too, the system holds."""
+    with mmap.mmap(descriptor, 0) as mapped:
+        pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        window = (ctypes.c_char * len(mapped)).from_buffer(mapped)
+        address, nbytes = ctypes.c_void_p(ctypes.addressof(window)), ctypes.c_size_t(len(mapped))
+        assert ctypes.CDLL(None).mincore(address, nbytes, pages) == 0
+        del window
+    return sum(page & 1 for page in pages)

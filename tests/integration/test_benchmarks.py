@@ -1,0 +1,95 @@
+"""The benchmarks can be run, and their tables say what was measured."""
+
+import importlib
+import json
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers.checkout import CHECKOUT
+
+QUICKLY_IMPORTED = "fastvgg or Keras or NumPy or StackOverflow or Dask"
+
+
+@pytest.fixture(scope="module")
+def tables():
+    return runpy.run_path(str(CHECKOUT / "benchmarks" / "tables.py"))
+
+
+def test_contenders_enter_and_fastvgg_has_the_bits_of_keras():
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-disable", "--images=3"]
+    command += ["-p", "no:cacheprovider", "-p", "no:xdist", "-k", QUICKLY_IMPORTED]
+    ran = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_every_contender_is_of_one_library_of_the_overview(tables, monkeypatch):
+    monkeypatch.syspath_prepend(CHECKOUT / "benchmarks")
+    contenders = importlib.import_module("contenders").CONTENDERS
+    listed = [name for names, *_ in tables["LIBRARIES"].values() for name in names]
+    does_less = ["DALI, without the flip"]
+    assert sorted(listed + does_less) == sorted(contender.name for contender in contenders)
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [
+        (0, "0"),
+        (1e-9, "<0.1%"),
+        (0.004, "0.4%"),
+        (0.42, "42%"),
+        (0.9999, ">99.9%"),
+        (1, "100%"),
+    ],
+)
+def test_share_is_0_or_100_percent_only_where_it_is(tables, share, expected):
+    assert tables["percent"](share) == expected
+
+
+def row(contender, task, images_per_second, differing, memory="new"):
+    return {
+        "contender": contender,
+        "task": task,
+        "images_per_second": images_per_second,
+        "differing": differing,
+        "memory": memory,
+    }
+
+
+def test_overview_shows_the_fastest_way_and_the_worst_difference(tables):
+    function = "deprocess_img (StackOverflow)"
+    elements = 10 * tables["ELEMENTS_OF_AN_IMAGE"]
+    rows = [
+        row(function, "restore, caffe", 1000, 0),
+        row(function, "restore, caffe", 2000, 0, "reused"),
+        row(function, "restore, caffe, stored in float16", 1500, elements // 2),
+    ]
+    lines = tables["overview"]({"images": 10, "rows": rows})
+    (line,) = [line for line in lines if line.startswith("| StackOverflow")]
+    assert line.startswith("| StackOverflow |  |  | 2,000 | 50% |")
+
+
+def test_peers_that_differ_a_little_are_not_shown_as_exact(tables):
+    record = json.loads((CHECKOUT / "benchmarks" / "results" / "peers.json").read_text("utf-8"))
+    for one in record["rows"]:
+        one["differing"] += one["contender"] == "Keras"
+    lines = tables["peers"](record)
+    assert [line.split(" | ")[-1] for line in lines if line.startswith("| Keras |")] == [
+        "<0.1% |",
+        "<0.1% |",
+    ]
+
+
+def test_missing_place_for_a_table_is_named(tables):
+    with pytest.raises(SystemExit, match=r"0 places .*'bench'.*<!-- table: bench -->"):
+        tables["written_into"](["no table"])
+
+
+def test_backend_that_is_missing_is_missing_for_keras_alone(monkeypatch):
+    monkeypatch.syspath_prepend(CHECKOUT / "benchmarks")
+    monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
+    present, _, missing = importlib.import_module("contenders").importable("torch")
+    assert [contender.name for contender in present] == ["fastvgg"]
+    assert list(missing) == ["Keras on PyTorch"]

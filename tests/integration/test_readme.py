@@ -1,0 +1,321 @@
+"""Check the documents: code, commands, options, figures, pictures and links."""
+
+import json
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
+from types import ModuleType
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import pytest
+import typer.main
+import zarr
+from PIL import Image
+from typer.testing import CliRunner
+
+import fastvgg
+from fastvgg import bench
+from fastvgg.cli import app
+from fastvgg.demo import CAPTION_HEIGHT, MARGIN, SIZE, demonstrate
+from fastvgg.errors import BackendError
+from tests.helpers.checkout import CHECKOUT
+
+RESULTS = CHECKOUT / "benchmarks" / "results"
+PATHS = (
+    *(CHECKOUT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted((CHECKOUT / "docs").glob("*.md")),
+    CHECKOUT / "benchmarks" / "README.md",
+)
+DOCUMENTS = {
+    path.relative_to(CHECKOUT).as_posix(): path.read_text(encoding="utf-8")
+    for path in PATHS
+    if path.exists()
+}
+README = DOCUMENTS["README.md"]
+
+
+def blocks(language, document):
+    """The code blocks of a document in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", DOCUMENTS[document], re.MULTILINE | re.DOTALL)
+
+
+def result(name):
+    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+
+
+EXAMPLES = [
+    pytest.param(example, id=f"{document}-{number}")
+    for document in DOCUMENTS
+    for number, example in enumerate(blocks("python", document))
+]
+COMMANDS = [
+    pytest.param(block, id=f"{document}-{number}")
+    for document in DOCUMENTS
+    for number, block in enumerate(blocks("sh", document))
+    if re.search(r"^fastvgg ", block, re.MULTILINE)
+]
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """A directory in which `fastvgg demo demo/` was run."""
+    directory = tmp_path_factory.mktemp("shown")
+    demonstrate(directory / "demo", lambda line: None)
+    return directory
+
+
+@pytest.fixture
+def in_demo_directory(shown, tmp_path, monkeypatch):
+    """A new current directory with the demo in it, and `photos`, the photographs of the demo."""
+    (tmp_path / "demo").symlink_to(shown / "demo")
+    (tmp_path / "photos").symlink_to(shown / "demo" / "photos")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# Code
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_python_example_runs(example, in_demo_directory):
+    if "torch.utils" in example and find_spec("torch") is None:
+        pytest.skip("PyTorch is not installed")
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", example], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_quickstarts_are_short_and_do_what_they_say(in_demo_directory):
+    undo, to_batches = blocks("python", "README.md")
+    for example in (undo, to_batches):
+        assert len([line for line in example.splitlines() if line.strip()]) <= 12
+    ran = subprocess.run(
+        [sys.executable, "-c", undo + to_batches], capture_output=True, text=True, check=True
+    )
+    with Image.open("optimized.png") as image:
+        assert image.size == (640, 427)
+    assert "(2, 3, 224, 224) float16" in ran.stdout
+    assert "'cat'" in ran.stdout
+    assert "'people'" in ran.stdout
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_cluster_is_three_lines_away(number, tmp_path, monkeypatch):
+    from distributed import LocalCluster, default_client
+
+    class Cluster(LocalCluster):
+        def __init__(self, *_, **__):
+            super().__init__(n_workers=1, threads_per_worker=1, dashboard_address=":0")
+
+        def scale(self, n=0, *, jobs=0):
+            super().scale(n or min(1, jobs))
+
+    jobqueue, kubernetes = ModuleType("dask_jobqueue"), ModuleType("dask_kubernetes.operator")
+    jobqueue.SLURMCluster = kubernetes.KubeCluster = Cluster
+    monkeypatch.setattr("dask.distributed.SSHCluster", Cluster)
+    for module in (jobqueue, kubernetes):  # which need a SLURM, and a Kubernetes
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    images = np.random.default_rng(0).integers(0, 256, (5, 5, 7, 3), np.uint8)
+    example = blocks("py", "docs/cluster.md")[number]
+    example = re.sub(r"/shared|/scratch|s3://bucket", str(tmp_path), example)
+    np.save(tmp_path / "x.npy", images)
+    zarr.save_array(tmp_path / "x.zarr", images)
+    found = {"fastvgg": fastvgg}
+    exec(example, found)  # noqa: S102  # our own
+    with found["cluster"], default_client():
+        actual = zarr.open_array(tmp_path / "y.zarr", mode="r")[:]
+    assert np.array_equal(actual, fastvgg.preprocess(images, "caffe"))
+
+
+# Commands
+
+
+def parsed(block):
+    """The commands of a block that are of fastvgg."""
+    lines = [line for line in block.splitlines() if line.startswith("fastvgg ")]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("block", COMMANDS)
+def test_commands_run_in_the_order_they_are_listed(block, in_demo_directory, monkeypatch):
+    monkeypatch.setattr(bench, "QUICK", bench.BenchConfig(2**23, 2, 1, 2**20, every_path=False))
+    images = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)
+    np.save("images.npy", images)
+    np.save("floats.npy", images.astype(np.float32))
+    for command in parsed(block):
+        if command[1] == "demo":
+            command[2] = "another_demo"  # the one of the fixture is shared
+        actual = CliRunner().invoke(app, command[1:])
+        without_kernels = command[1] == "bench" and sys.modules.get("numba", True) is None
+        assert actual.exit_code == (BackendError.exit_code if without_kernels else 0), (
+            command,
+            actual.output,
+        )
+
+
+def test_every_command_is_shown():
+    shown = {command[1] for block in blocks("sh", "docs/usage.md") for command in parsed(block)}
+    assert shown == {
+        command.name or command.callback.__name__ for command in app.registered_commands
+    }
+
+
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if "benchmarks" not in name])
+def test_options_that_are_mentioned_exist(document):
+    known = {
+        option
+        for command in typer.main.get_command(app).commands.values()
+        for parameter in command.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
+    known |= {"--help", "--version", "--install-completion"}
+    code = re.findall(
+        r"`([^`\n]+)`",
+        re.sub(r"^```.*?^```$", "", DOCUMENTS[document], flags=re.MULTILINE | re.DOTALL),
+    )
+    of_others = ("python", ".ci/", "pytest", "git", "ruff", "mypy")
+    mentioned = {
+        option
+        for text in code
+        if not text.startswith(of_others)
+        for option in re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", text)
+    }
+    assert mentioned <= known
+
+
+@pytest.mark.parametrize("name", ["demo", "test"])
+def test_setup_commands_are_single_lines_that_need_only_python(name):
+    (command,) = re.findall(rf"^<!-- {name} command -->\n```sh\n(.*?)\n```$", README, re.MULTILINE)
+    assert command.startswith("python3 -m venv .venv && ")
+
+
+def test_exit_codes_are_those_of_the_errors():
+    from fastvgg import errors
+    from fastvgg.cli import errors as exits
+
+    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", README, re.MULTILINE)}
+    raised = {getattr(errors, name).exit_code for name in errors.__all__}
+    assert listed == raised | {0, exits.SOME_INPUTS_FAILED, exits.INTERRUPTED, exits.INTERNAL_ERROR}
+
+
+# Figures
+
+
+def test_tables_are_what_the_results_say():
+    tables = runpy.run_path(str(CHECKOUT / "benchmarks" / "tables.py"))
+    texts = [document.read_text(encoding="utf-8") for document in tables["DOCUMENTS"]]
+    assert tables["written_into"](texts) == texts
+    marked = re.findall(r"<!-- table: (\w+) -->", "".join(texts))
+    assert sorted(marked) == sorted(tables["TABLES"])
+
+
+def figures():
+    """Sentences of the README, with the figures that the results say."""
+    tables = runpy.run_path(str(CHECKOUT / "benchmarks" / "tables.py"))
+    rates = tables["libraries"](result("peers"))
+    ours, keras = (
+        [int(rate.replace(",", "")) for rate in rates[name][:2]] for name in ("fastvgg", "Keras")
+    )
+    caffe, torch = (our / their for our, their in zip(ours, keras, strict=True))
+    counts = {name: result(name)["counts"] for name in ("crash_states", "kills", "power_cuts")}
+    assert all(of["wrong"] == 0 for of in counts.values())
+    values = result("inverses")["values"]
+    assert {
+        wrong
+        for row in result("inverses")["rows"]
+        if "fastvgg.restore" in row["inverse"]
+        for wrong in row["wrong"].values()
+    } == {0}
+    rows = result("images_million")["rows"]
+    (peak_mib,) = (row["peak_mib"] for row in rows if row["path"].endswith("64x64 JPEGs to uint8"))
+    (loader,) = [row for row in result("loading")["times"] if "image by image" in row["path"]]
+    startup = result("startup")
+    return [
+        f"All {values} values (256 in each channel) come back",
+        f"{caffe:.1f} times as many images/s as Keras in caffe mode and {torch:.1f} times in torch",
+        f"Tests enumerated {counts['crash_states']['states']:,} crash states",
+        f"crash states and resumed from {counts['crash_states']['runs']:,} of them",
+        f"killed runs {counts['kills']['kills']:,} times",
+        f"cut the power {counts['power_cuts']['power cuts']:,} times",
+        f"A million 64x64 JPEGs in tar shards, stored as uint8, peak at {peak_mib:.0f} MiB",
+        f"{loader['times']:.0f} times a PyTorch `DataLoader`",
+        f"torchvision v2 differs in {rates['torchvision v2'][-1]} of the values",
+        f"{startup['packages']} packages and {startup['bytes'] / 2**20:.0f} MiB",
+    ]
+
+
+@pytest.mark.parametrize("sentence", figures())
+def test_figures_in_prose_are_what_the_results_say(sentence):
+    assert sentence in " ".join(README.split())
+
+
+# Pictures and links
+
+
+def test_pictures_are_what_the_results_say(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(CHECKOUT / "benchmarks")
+    plots = runpy.run_path(str(CHECKOUT / "benchmarks" / "plots.py"))
+    shown = re.findall(r"\]\([./\w]*results/([\w-]+)\.svg\)", "".join(DOCUMENTS.values()))
+    assert set(shown) == set(plots["PLOTS"])
+    for name, draw in plots["PLOTS"].items():
+        kept = RESULTS / f"{name}.svg"
+        draw(json.loads(kept.with_suffix(".json").read_text("utf-8")), tmp_path / kept.name)
+        assert texts_of(tmp_path / kept.name) == texts_of(kept)  # curves vary with the version
+
+
+def texts_of(picture):
+    root = ET.parse(picture).getroot()  # noqa: S314  # our own
+    return [text.strip() for text in root.itertext() if text.strip()]
+
+
+def test_picture_of_the_demo_is_what_the_demo_draws(shown):
+    picture = np.asarray(Image.open(CHECKOUT / "docs" / "demo.png"))
+    sheet = np.asarray(Image.open(shown / "demo" / "contact-sheet.png"))
+    height = SIZE[0] + MARGIN + CAPTION_HEIGHT
+    for row, row_of_sheet in enumerate((0, 4)):  # both are the bytes of scikit-image's files
+        top, expected_top = (MARGIN + CAPTION_HEIGHT + at * height for at in (row, row_of_sheet))
+        actual = picture[top : top + SIZE[0]]
+        assert np.array_equal(actual, sheet[expected_top : expected_top + SIZE[0]])
+
+
+def anchors(document):
+    """The anchors that GitHub gives the headings of a document."""
+    headings = re.findall(r"^#+ (.+)$", document, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document):
+    links = re.findall(r"\]\((?!https?:)([^)\s]*)\)", DOCUMENTS[document])
+    for link in links:
+        name, _, anchor = link.partition("#")
+        path = (CHECKOUT / document).parent / name if name else CHECKOUT / document
+        assert path.exists(), link
+        if anchor:
+            assert anchor in anchors(path.read_text("utf-8")), link
+
+
+def test_every_document_is_linked_from_the_readme():
+    linked = set(re.findall(r"\]\(([\w./-]+\.md)", README))
+    assert linked >= set(DOCUMENTS) - {"README.md"}
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 200
+
+
+def test_layout_lists_exactly_the_files_there_are():
+    architecture = DOCUMENTS["docs/architecture.md"]
+    (tree,) = re.findall(r"^```\n(fastvgg/.*?)^```$", architecture, re.MULTILINE | re.DOTALL)
+    expected = {
+        path.name
+        for path in (CHECKOUT / "fastvgg").rglob("*.py")
+        if path.name not in ("__init__.py", "__main__.py")
+    }
+    actual = set(re.findall(r"^ +(\w+\.py) ", tree, re.MULTILINE))
+    assert actual == expected

@@ -1,0 +1,35 @@
+"""Everything works without Numba: the tests run once more, as if it were not installed."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers.checkout import CHECKOUT
+
+MIN_TESTS = 1000
+
+
+@pytest.mark.compiled
+def test_the_tests_of_pixels_pass_as_if_numba_were_not_installed():
+    # What pytest and its plugins tell their own processes is not meant for this one.
+    environment = {name: value for name, value in os.environ.items() if "PYTEST" not in name}
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "--without-numba", "-q", "--tb=short"),
+            *("-m", "pixels", "-p", "no:cacheprovider", "-p", "no:xdist", "tests"),
+        ],
+        cwd=CHECKOUT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > MIN_TESTS
+    skipped = re.findall(r"^SKIPPED .*", done.stdout, re.MULTILINE)
+    assert not [line for line in skipped if "PyTorch is not installed" not in line]

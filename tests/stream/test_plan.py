@@ -1,0 +1,465 @@
+"""The plan: the arithmetic of chunks and memory, what is refused early, and nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastvgg
+from fastvgg.datasets.base import Header
+from fastvgg.errors import DtypeError, ModeError, SourceError, TargetError, UsageError
+from fastvgg.storage.location import Location
+from fastvgg.stream.job import result_header
+from fastvgg.stream.plan import (
+    CHUNK_BYTES,
+    RUN_BYTES,
+    Plan,
+    chunk_bytes,
+    chunk_images,
+    format_bytes,
+    parse_bytes,
+)
+from fastvgg.stream.run import run
+from fastvgg.transform import Transform
+from tests.helpers.datasets_on_disk import (
+    must_say,
+    names_in,
+    permissions,
+    pixels,
+    plan_of,
+    printed_by,
+    save_images,
+    save_npy,
+    tree,
+)
+from tests.helpers.faults import CuttingStorage, Death
+
+pytestmark = pytest.mark.pixels
+
+
+@pytest.fixture
+def array(tmp_path):
+    return save_npy(tmp_path / "x.npy", pixels(11))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (4096, 4096),
+        ("4096", 4096),
+        ("4096B", 4096),
+        ("1K", 1024),
+        ("1KiB", 1024),
+        ("1kB", 1000),
+        ("512MiB", 512 * 2**20),
+        ("512 mib", 512 * 2**20),
+        (" 2M ", 2 * 2**20),
+        ("2MB", 2_000_000),
+        ("1.5GB", 1_500_000_000),
+        ("1.5G", 3 * 2**29),
+        ("3GiB", 3 * 2**30),
+    ],
+)
+def test_an_amount_of_memory_is_read(text, expected):
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "MiB", "much", "1 MiB 2", "-1", "1e9", "0x10", "1,5GB", "5 apples", "nan", "1..5"]
+)
+def test_what_is_no_amount_of_memory_is_refused(text):
+    with pytest.raises(UsageError) as caught:
+        parse_bytes(text)
+    must_say(caught.value, repr(text), "512MiB")
+
+
+@pytest.mark.parametrize("count", [0, 1, 1023, 1024, 10**6, 2**30, 2**40, 10**15])
+def test_an_amount_for_people_is_the_amount(count):
+    number, unit = format_bytes(count).split()
+    factor = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}[unit]
+    assert float(number) * factor == pytest.approx(count, rel=0.06)
+
+
+@pytest.mark.parametrize("unit", ["B", "KiB", "MiB", "GiB", "TiB"])
+def test_every_unit_that_is_printed_is_also_read(unit):
+    factor = 1024 ** ["B", "KiB", "MiB", "GiB", "TiB"].index(unit)
+    assert format_bytes(2 * factor).split()[1] == unit
+    assert parse_bytes(format_bytes(2 * factor)) == 2 * factor
+
+
+counts = st.integers(1, 10**9)
+
+
+@given(
+    counts,
+    st.integers(1, 10**9),
+    st.integers(0, 10**9),
+    st.integers(0, 10**11),
+    st.one_of(st.just(1), st.integers(2, 10**4)),
+)
+def test_a_chunk_fits_into_the_limit_and_is_no_more_than_all(images, image, scratch, limit, stored):
+    piece = image * min(stored, images)
+    try:
+        actual = chunk_images(images, image, scratch, limit, read_granularity=stored)
+    except TargetError as error:
+        assert scratch + piece > limit
+        must_say(error, format_bytes(scratch + piece), format_bytes(limit), "--memory")
+        return
+    assert scratch + piece <= limit
+    assert 1 <= actual <= images
+    assert scratch + actual * image <= limit
+    # What is stored together is never parted.
+    assert actual == images or actual % stored == 0
+    # No smaller than it may be: one more piece would be too much of something.
+    more = actual * image + piece
+    assert actual == images or scratch + more > limit or more > CHUNK_BYTES
+
+
+@pytest.mark.parametrize(
+    ("kinds", "in_place", "mib"),
+    [
+        # Of 1 GiB, 4 GiB and 1 TiB.
+        (("npy", "npy"), False, (64, 128, 256)),
+        (("zarr", "hdf5"), False, (64, 128, 256)),
+        (("npy", "npy"), True, (64, 64, 64)),
+        (("images", "npy"), False, (72, 72, 72)),
+        (("tar", "hdf5"), False, (72, 72, 72)),
+        (("images", "zarr"), False, (144, 144, 144)),
+        (("npy", "zarr"), False, (144, 144, 144)),
+        (("npy", "images"), False, (256, 256, 256)),
+    ],
+)
+def test_a_large_array_is_done_in_larger_chunks(kinds, in_place, mib):
+    actual = [chunk_bytes(*kinds, gib * 2**30, in_place=in_place) for gib in (1, 4, 1024)]
+    assert actual == [size * 2**20 for size in mib]
+
+
+def test_work_in_place_keeps_its_chunks_small(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastvgg.stream.plan.CHUNK_BYTES", 1)
+    array = save_npy(tmp_path / "x.npy", pixels(96).astype(np.float32))
+    settings = {"direction": "restore", "mode": "tf"}
+    assert fastvgg.plan(array, tmp_path / "y.npy", **settings).chunk_images == 3
+    assert fastvgg.plan(array, in_place=True, **settings).chunk_images == 1
+
+
+@given(st.integers(1, 10**8), st.integers(0, 10**8), st.integers(1, 5))
+def test_the_memory_that_a_refusal_names_is_enough(image, scratch, stored):
+    with pytest.raises(TargetError) as caught:
+        chunk_images(5, image, scratch, scratch + stored * image - 1, read_granularity=stored)
+    wanted = caught.value.remedy.split("--memory ")[1].split()[0]
+    assert chunk_images(5, image, scratch, parse_bytes(wanted), read_granularity=stored) >= stored
+
+
+def a_plan(images, together, limit=10**12, source_kind="npy"):
+    header = Header((images, 7, 9, 3), "uint8", "NHWC")
+    transform = Transform("caffe")
+    return Plan(
+        source=Location(Path("/x.npy")),
+        target=Location(Path("/y.npy")),
+        source_kind=source_kind,
+        target_format="npy",
+        header=header,
+        result=result_header(header, transform),
+        transform=transform,
+        decoding=None,
+        fingerprint="",
+        read_bytes=header.nbytes,
+        chunk_images=together,
+        memory_bytes=limit,
+        threads=1,
+        backend="numpy",
+        strict=False,
+        restart=False,
+        fsync=True,
+        notes=(),
+        committed_chunks=0,
+        file_format="png",
+        retry_failed=False,
+    )
+
+
+@given(st.integers(1, 1000), st.integers(1, 1100))
+def test_the_chunks_are_a_partition_of_all_rows(images, together):
+    plan = a_plan(images, together)
+    chunks = list(plan.chunk_rows())
+    assert len(chunks) == plan.chunks
+    rows = [row for start, stop in chunks for row in range(start, stop)]
+    assert rows == list(range(images))
+    assert all(stop - start == together for start, stop in chunks[:-1])
+    assert 1 <= chunks[-1][1] - chunks[-1][0] <= together
+
+
+@given(st.integers(1, 10**7), st.integers(10**4, 10**9))
+def test_what_a_plan_projects_is_within_its_limit(images, limit):
+    image_bytes = 7 * 9 * 3 * (1 + 2 * 4)
+    try:
+        together = chunk_images(images, image_bytes, RUN_BYTES, limit)
+    except TargetError:
+        return
+    plan = a_plan(images, together, limit)
+    assert plan.image_memory_bytes == image_bytes
+    assert plan.projected_bytes == RUN_BYTES + together * image_bytes
+    assert plan.projected_bytes <= limit
+    assert plan.write_bytes == images * 7 * 9 * 3 * 4
+
+
+@pytest.mark.parametrize("room", [1701, 1702, 2 * 1701 - 1, 2 * 1701, 9000, 2**29])
+def test_a_real_plan_is_within_the_limit_that_it_was_given(tmp_path, array, room):
+    memory = RUN_BYTES + room
+    plan = fastvgg.plan(array, tmp_path / "y.npy", mode="caffe", memory=memory)
+    assert plan.memory_bytes == memory
+    assert plan.projected_bytes <= plan.memory_bytes
+    assert plan.chunk_images == min(11, room // (189 + 2 * 756))
+
+
+def test_a_plan_of_a_folder_counts_what_decoding_needs(tmp_path):
+    save_images(tmp_path / "photos", pixels(5, height=47, width=61))
+    row_bytes, memory = 11 * 23 * 3, 2**26
+    plan = fastvgg.plan(
+        tmp_path / "photos", tmp_path / "y.npy", mode="tf", size=(11, 23), memory=memory
+    )
+    # Two chunks are computed while a third is written; a thread decodes into a row of its own.
+    assert plan.image_memory_bytes == 3 * 4 * row_bytes
+    assert plan.projected_bytes == memory
+    rest = memory - RUN_BYTES - 5 * plan.image_memory_bytes - plan.threads * row_bytes
+    assert plan.decoding_bytes == rest
+
+
+def test_chunks_leave_half_of_the_memory_to_decoding(tmp_path):
+    save_images(tmp_path / "photos", pixels(50, height=47, width=61))
+    memory = 2**24 + 2 * 7 * 3 * 101 * 203 * 3 * 4
+    plan = fastvgg.plan(
+        tmp_path / "photos", tmp_path / "y.npy", mode="tf", size=(101, 203), memory=memory
+    )
+    assert plan.chunk_images * plan.image_memory_bytes <= memory // 2
+    assert (plan.chunk_images + 1) * plan.image_memory_bytes > memory // 2
+
+
+def test_a_folder_is_refused_where_no_image_could_be_decoded(tmp_path):
+    save_images(tmp_path / "photos", pixels(5, height=47, width=61))
+    with pytest.raises(TargetError) as caught:
+        fastvgg.plan(tmp_path / "photos", tmp_path / "y.npy", mode="tf", threads=2, memory="10MiB")
+    must_say(caught.value, "one image needs 10.1 MiB", "--memory 11MiB")
+
+
+@pytest.mark.parametrize(
+    ("memory", "limit"), [(944, "944 B"), (RUN_BYTES + 1700, "2.0 MiB"), (1700, "1.7 KiB")]
+)
+def test_too_little_memory_is_refused_with_both_numbers_and_what_to_give(
+    tmp_path, array, memory, limit
+):
+    with pytest.raises(TargetError) as caught:
+        fastvgg.plan(array, tmp_path / "y.npy", mode="caffe", memory=memory)
+    must_say(caught.value, "needs 2.0 MiB", f"the limit is {limit}", "--memory 3MiB")
+    assert names_in(tmp_path) == ["x.npy"]
+
+
+@pytest.mark.parametrize("memory", [0, "0", -1])
+def test_no_memory_is_refused(tmp_path, array, memory):
+    with pytest.raises((TargetError, UsageError)):
+        fastvgg.plan(array, tmp_path / "y.npy", mode="caffe", memory=memory)
+
+
+def everything_about(directory):
+    """Names, contents, sizes, modes and times: all that a write would change."""
+    facts = {}
+    for path in [directory, *sorted(directory.rglob("*"))]:
+        status = path.lstat()
+        facts[path] = (status.st_mode, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return facts, tree(directory)
+
+
+@pytest.mark.parametrize("kind", ["array", "folder"])
+def test_a_plan_writes_nothing_anywhere(tmp_path, kind):
+    save_npy(tmp_path / "x.npy", pixels(11))
+    save_images(tmp_path / "photos", pixels(5))
+    (tmp_path / "out").mkdir()
+    source = tmp_path / ("x.npy" if kind == "array" else "photos")
+    before = everything_about(tmp_path)
+    for _ in range(2):
+        assert str(plan_of(source, tmp_path / "out" / "y.npy", mode="caffe", together=2))
+    assert everything_about(tmp_path) == before
+
+
+def test_a_source_that_may_only_be_read_is_planned_and_run(tmp_path):
+    (tmp_path / "source").mkdir()
+    source = save_npy(tmp_path / "source" / "x.npy", pixels(11))
+    with permissions(source, 0o444), permissions(source.parent, 0o555):
+        before = everything_about(source.parent)
+        printed_by(
+            "import sys\n"
+            "from tests.helpers.datasets_on_disk import obey_permissions, plan_of\n"
+            "obey_permissions()\n"
+            "plan_of(sys.argv[1], sys.argv[2], mode='tf').run()",
+            source,
+            tmp_path / "y.npy",
+        )
+        assert everything_about(source.parent) == before
+    assert (tmp_path / "y.npy.fastvgg.json").exists()
+
+
+def test_a_plan_says_its_numbers(tmp_path, array):
+    plan = plan_of(array, tmp_path / "y.npy", mode="torch", dtype="float16", together=2)
+    text = str(plan)
+    assert str(array) in text
+    assert str(tmp_path / "y.npy") in text
+    for expected in (
+        r"preprocess (torch)",
+        "images   11",
+        "(7, 9, 3) uint8 NHWC",
+        "(7, 9, 3) float16 NHWC",
+        "chunks   6 of 2 images",
+        format_bytes(array.stat().st_size),
+        format_bytes(11 * 7 * 9 * 3 * 2),
+        f"{format_bytes(RUN_BYTES + 2 * 189 * 5)} of {format_bytes(RUN_BYTES + 2 * 189 * 5)}",
+        "threads  1",
+    ):
+        assert expected in text
+    assert "note" not in text
+
+
+def test_a_plan_says_what_is_left_out_of_a_folder(tmp_path):
+    save_images(tmp_path / "photos", pixels(5))
+    (tmp_path / "photos" / "labels.csv").touch()
+    plan = plan_of(tmp_path / "photos", tmp_path / "y.npy", mode="caffe")
+    assert "note" in str(plan)
+    assert "skipped files" in str(plan)
+
+
+def test_a_plan_says_how_many_values_a_mode_of_ones_own_loses(tmp_path, array):
+    mode = fastvgg.Mode("washed out", divide=1e6, mean=(1.0, 1.0, 1.0))
+    plan = plan_of(array, tmp_path / "y.npy", mode=mode, dtype="float16")
+    assert any("762" in note for note in plan.notes)
+
+
+def test_a_plan_says_which_chunks_are_done(tmp_path, array):
+    plan = plan_of(array, tmp_path / "y.npy", mode="caffe", together=2)
+    with pytest.raises(Death):
+        run(plan, storage=CuttingStorage(1))
+    again = plan_of(array, tmp_path / "y.npy", mode="caffe", together=2)
+    assert again.committed_chunks == 1
+    assert "chunks   6 of 2 images, 1 done" in str(again)
+
+
+def test_a_job_is_the_same_for_any_memory_threads_backend_and_fsync(tmp_path, array):
+    target = tmp_path / "y.npy"
+    expected = plan_of(array, target, mode="caffe").job()
+    assert plan_of(array, target, mode="caffe", together=2, threads=2).job() == expected
+    assert plan_of(array, target, mode="caffe", strict=True, restart=True).job() == expected
+    assert plan_of(array, target, mode="caffe", backend="auto").job() == expected
+    assert plan_of(array, target, mode="caffe", fsync=False).job() == expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "tf"},
+        {"mode": "caffe", "dtype": "float16"},
+        {"mode": "caffe", "out_layout": "NCHW"},
+    ],
+)
+def test_a_job_is_another_for_anything_that_changes_the_bytes(tmp_path, array, settings):
+    target = tmp_path / "y.npy"
+    assert plan_of(array, target, **settings).job() != plan_of(array, target, mode="caffe").job()
+
+
+def test_a_job_of_a_folder_is_another_for_another_size_or_interpolation(tmp_path):
+    photos, target = save_images(tmp_path / "photos", pixels(5)), tmp_path / "y.npy"
+    jobs = [
+        plan_of(photos, target, mode="caffe", **settings).job()
+        for settings in (
+            {},
+            {"size": (7, 9)},
+            {"size": (9, 7)},
+            {"size": (9, 7), "interpolation": "box"},
+        )
+    ]
+    assert all(one != other for row, one in enumerate(jobs) for other in jobs[:row])
+
+
+REFUSED = {
+    "no mode": ({}, UsageError, ["the mode is not given", "--mode"]),
+    "an empty mode": ({"mode": ""}, ModeError, ["''"]),
+    "an unknown mode": ({"mode": "vgg"}, ModeError, ["'vgg'", "caffe, tf, torch"]),
+    "an unknown type": ({"mode": "tf", "dtype": "int8"}, DtypeError, ["int8", "float16"]),
+    "a type of images": ({"mode": "tf", "dtype": "uint8"}, DtypeError, ["uint8", "float16"]),
+    "an unknown layout": ({"mode": "tf", "layout": "HWC"}, UsageError, ["'HWC'", "'NCHW'"]),
+    "an unknown out_layout": ({"mode": "tf", "out_layout": "CHW"}, UsageError, ["'CHW'", "NCHW"]),
+    "the wrong layout": ({"mode": "tf", "layout": "NCHW"}, SourceError, ["x.npy", "'NHWC'"]),
+    "an unknown direction": ({"mode": "tf", "direction": "back"}, UsageError, ["'back'"]),
+    "an unknown rounding": ({"mode": "tf", "rounding": "up"}, UsageError, ["'up'", "'nearest'"]),
+    "an unknown backend": ({"mode": "tf", "backend": "cuda"}, UsageError, ["'cuda'", "'numpy'"]),
+    "no threads": ({"mode": "tf", "threads": 0}, UsageError, ["threads is 0"]),
+    "a size for an array": ({"mode": "tf", "size": (7, 9)}, SourceError, ["x.npy", "--size"]),
+    "no amount": ({"mode": "tf", "memory": "lots"}, UsageError, ["'lots'"]),
+    "images to restore": ({"mode": "tf", "direction": "restore"}, SourceError, ["x.npy", "uint8"]),
+}
+
+
+@pytest.mark.parametrize("wrong", REFUSED)
+def test_what_makes_no_sense_is_refused_before_anything_is_written(tmp_path, array, wrong):
+    settings, kind, words = REFUSED[wrong]
+    with pytest.raises(kind) as caught:
+        fastvgg.plan(array, tmp_path / "y.npy", **settings)
+    must_say(caught.value, *words)
+    assert names_in(tmp_path) == ["x.npy"]
+
+
+@pytest.mark.parametrize("name", ["photos", "x.npy", "file/x.npy", "file/photos", "n" * 300])
+def test_a_source_that_is_not_there_is_refused(tmp_path, name):
+    (tmp_path / "file").write_text("a file, and no directory")
+    with pytest.raises(SourceError) as caught:
+        fastvgg.plan(tmp_path / name, tmp_path / "y.npy", mode="caffe")
+    must_say(caught.value, tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["missing/y.npy", "file/y.npy", "n" * 251 + ".npy"])
+def test_a_target_that_cannot_be_made_is_refused(tmp_path, array, name):
+    (tmp_path / "file").write_text("a file, and no directory")
+    before = tree(tmp_path)
+    with pytest.raises(TargetError) as caught:
+        fastvgg.plan(array, tmp_path / name, mode="caffe")
+    must_say(caught.value, (tmp_path / name).parent)
+    assert tree(tmp_path) == before
+
+
+def test_a_missing_directory_is_refused_with_the_command_that_makes_it(tmp_path, array):
+    with pytest.raises(TargetError) as caught:
+        fastvgg.plan(array, tmp_path / "new" / "y.npy", mode="caffe")
+    must_say(caught.value, f"mkdir -p {tmp_path / 'new'}")
+
+
+def test_a_name_of_no_known_format_is_refused(tmp_path, array):
+    with pytest.raises(TargetError) as caught:
+        fastvgg.plan(array, tmp_path / "y.zip", mode="caffe")
+    must_say(caught.value, tmp_path / "y.zip", ".npy")
+
+
+def test_network_inputs_are_not_written_as_image_files(tmp_path, array):
+    with pytest.raises(TargetError) as caught:
+        fastvgg.plan(array, tmp_path / "out", mode="caffe")
+    must_say(caught.value, tmp_path / "out", "float32", ".npy")
+
+
+def test_channels_first_images_are_not_written_as_image_files(tmp_path):
+    save_npy(tmp_path / "y.npy", np.zeros((5, 3, 7, 9), np.float32))
+    settings = {"mode": "caffe", "direction": "restore", "layout": "NCHW"}
+    with pytest.raises(TargetError, match="NCHW"):
+        fastvgg.plan(tmp_path / "y.npy", tmp_path / "out", **settings)
+    plan = fastvgg.plan(tmp_path / "y.npy", tmp_path / "out", out_layout="NHWC", **settings)
+    assert plan.result == Header((5, 7, 9, 3), "uint8", "NHWC")
+
+
+def test_relative_paths_are_those_of_the_directory_the_plan_was_made_in(tmp_path, monkeypatch):
+    save_npy(tmp_path / "x.npy", pixels(5))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    plan = plan_of("x.npy", "./elsewhere/../y.npy", mode="caffe")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    plan.run()
+    assert (str(plan.source), str(plan.target)) == (f"{tmp_path}/x.npy", f"{tmp_path}/y.npy")
+    assert (tmp_path / "y.npy").exists()

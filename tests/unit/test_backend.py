@@ -1,0 +1,223 @@
+"""NumPy works until a kernel pays off; forks, late threads and exit handlers work too."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastvgg import backend
+from fastvgg.errors import UsageError
+from tests.helpers.batches import run_script
+
+pytestmark = pytest.mark.pixels
+
+BEGIN = """
+import sys
+import numpy as np
+import fastvgg
+from fastvgg import backend, oracle
+from fastvgg.transform import Transform
+
+image = np.random.default_rng(0).integers(0, 256, (1, 31, 17, 3), np.uint8)
+
+def check(mode="caffe", x=image, **how):
+    y = fastvgg.preprocess(x, mode, **how)
+    assert y.tobytes() == oracle.apply(Transform(mode), x).tobytes()
+
+def has_started():
+    return "numba" in sys.modules
+"""
+
+
+def test_a_few_images_are_preprocessed_without_importing_numba():
+    run_script(
+        BEGIN + "for mode in ('caffe', 'tf', 'torch'):\n    check(mode)\nassert not has_started()"
+    )
+
+
+@pytest.mark.compiled
+def test_numba_asked_for_by_name_compiles_at_the_first_call():
+    run_script(BEGIN + "check(backend='numba')\nassert has_started()")
+
+
+@pytest.mark.compiled
+def test_a_kernel_is_compiled_once_the_work_on_numpy_would_have_paid_for_it():
+    run_script(
+        BEGIN
+        + "backend.START_SECONDS, backend.KERNEL_SECONDS = 0.0, 0.05\n"
+        + "check()\n"
+        + "assert not has_started()\n"
+        + "for number in range(10_000):\n"
+        + "    if has_started():\n"
+        + "        break\n"
+        + "    check()\n"
+        + "assert 1 < number < 9_999, number\n"
+    )
+
+
+@pytest.mark.compiled
+def test_the_start_of_numba_has_to_be_paid_for_by_all_work_and_a_kernel_by_its_own():
+    run_script(
+        BEGIN
+        + "backend.START_SECONDS, backend.KERNEL_SECONDS = float('inf'), 0.0\n"
+        + "check(x=np.repeat(image, 100, axis=0))\n"
+        + "assert not has_started()\n"
+        + "backend.START_SECONDS = 0.0\n"
+        + "check()\n"
+        + "assert has_started()\n"
+        + "from fastvgg.kernels import convert\n"
+        + "compiled = convert.compiled.cache_info().currsize\n"
+        + "assert compiled == 1\n"
+        + "backend.START_SECONDS, backend.KERNEL_SECONDS = float('inf'), 1e-6\n"
+        + "check('tf', image[:, :1, :1])\n"  # has started, but the work is next to nothing
+        + "assert convert.compiled.cache_info().currsize == 1\n"
+        + "check('tf', np.repeat(image, 100, axis=0))\n"
+        + "assert convert.compiled.cache_info().currsize == 2\n"
+    )
+
+
+@pytest.mark.compiled
+def test_packing_neither_uses_a_kernel_nor_pays_for_one():
+    run_script(
+        BEGIN
+        + "large = np.repeat(image, 100, axis=0)\n"
+        + "pack = Transform('identity', 'pack')\n"
+        + "assert (pack(large) == large).all()\n"
+        + "backend.START_SECONDS, backend.KERNEL_SECONDS = 1e-5, 0.0\n"
+        + "assert backend.choose_for('auto', 0, 1) == 'numpy'\n"
+        + "assert not has_started()\n"
+    )
+
+
+@pytest.mark.compiled
+def test_a_kernel_that_is_compiled_is_used_for_the_smallest_call():
+    run_script(
+        BEGIN
+        + "check(backend='numba')\n"
+        + "work, other = (backend.workload(Transform(m), 'uint8') for m in ('caffe', 'tf'))\n"
+        + "assert backend.choose('auto', work, 1, 1) == 'numba'\n"
+        + "assert backend.choose('auto', other, 1, 1) == 'numpy'\n"
+    )
+
+
+@pytest.mark.compiled
+def test_a_large_call_compiles_at_once():
+    run_script(
+        BEGIN
+        + "backend.START_SECONDS, backend.KERNEL_SECONDS = 1e-3, 1e-4\n"
+        + "large = np.repeat(image, 800, axis=0)\n"  # 6 MB in and out: 6 ms at the assumed rate
+        + "check(x=large, threads=1)\n"
+        + "assert has_started()\n"
+    )
+
+
+@pytest.mark.compiled
+def test_work_of_a_known_size_is_judged_as_a_whole():
+    run_script(
+        BEGIN
+        + "assert backend.choose_for('auto', 10**6, 1) == 'numpy'\n"
+        + "assert not has_started()\n"
+        + "assert backend.choose_for('auto', 10**10, 1) == 'numba'\n"
+        + "assert has_started()\n"
+        + "assert backend.choose_for('numpy', 10**10, 1) == 'numpy'\n"
+        + "assert backend.choose_for('numba', 0, 1) == 'numba'\n"
+        + "cheaper = int(2 * backend.KERNEL_SECONDS / backend.ORACLE_SECONDS_PER_BYTE)\n"
+        + "assert backend.choose_for('auto', cheaper, 1) == 'numba'\n"
+        + "assert backend.choose_for('auto', cheaper, 4) == 'numpy'\n"
+    )
+
+
+@pytest.mark.compiled
+def test_a_plan_of_little_work_runs_on_numpy_and_a_large_one_on_a_kernel(tmp_path):
+    run_script(
+        BEGIN
+        + f"import os\nos.chdir({str(tmp_path)!r})\n"
+        + "np.save('x.npy', image)\n"
+        + "plan = fastvgg.plan('x.npy', 'y.npy', mode='caffe')\n"
+        + "plan.run()\n"
+        + "assert not has_started()\n"
+        + "header = np.lib.format.open_memmap('large.npy', 'w+', np.uint8, (6000, 224, 224, 3))\n"
+        + "large = fastvgg.plan('large.npy', 'z.npy', mode='caffe', threads=1)\n"
+        + "assert not has_started()\n"
+        + "assert large.choose_backend() == 'numba'\n"
+    )
+
+
+def test_an_unknown_backend_is_rejected():
+    with pytest.raises(UsageError, match="backend is 'cuda'"):
+        backend.check_backend("cuda")
+    with pytest.raises(UsageError, match="backend is 'cuda'"):
+        backend.choose("cuda", backend.Workload(), 0, 1)
+    with pytest.raises(UsageError, match="backend is 'cuda'"):
+        backend.choose_for("cuda", 0, 1)
+
+
+# A child has none of the other threads: what they hold while it is born, nobody ever releases.
+FORK = (
+    BEGIN
+    + """
+import os, threading, warnings
+warnings.simplefilter("ignore")  # Python warns of forks in a process that has threads
+modes = [fastvgg.Mode(f"own {n}", mean=(n, 2.0, 3.0), std=(1.5,) * 3) for n in range(3)]
+modes += [fastvgg.Mode("others", divide=3.0), fastvgg.Mode("bgr", divide=7.0, order="BGR")]
+
+def compile_all():
+    for mode in modes:
+        fastvgg.preprocess(image, mode, backend="numba")
+
+check("tf")  # what is imported lazily is there
+other = threading.Thread(target=compile_all)
+other.start()
+children = []
+while other.is_alive():
+    if len(children) < 6 and (has_started() or not children):
+        child = os.fork()
+        if not child:
+            signal_if_stuck()
+            check("torch", backend="numba")
+            os._exit(0)
+        children.append(child)
+other.join()
+assert children
+for child in children:
+    assert os.waitpid(child, 0)[1] == 0
+"""
+)
+STUCK = """
+import signal
+def signal_if_stuck():
+    signal.alarm(120)
+"""
+
+
+@pytest.mark.compiled
+def test_a_child_that_is_forked_while_another_thread_compiles_can_compile_too():
+    run_script(STUCK + FORK)
+
+
+LATE = (
+    BEGIN
+    + """
+import atexit, threading
+large = np.repeat(image, 4000, axis=0)  # in several pieces
+
+def work(name):
+    for how in ({names}):
+        check("tf", large, threads=3, backend=how)
+    print(name, flush=True)
+
+def outlive():
+    threading.main_thread().join()
+    work("thread")
+
+atexit.register(work, "exit handler")
+threading.Thread(target=outlive).start()
+{first}
+"""
+)
+
+
+@pytest.mark.parametrize("first", ["", "check('caffe', large, threads=3)"])
+def test_threads_that_outlive_the_main_thread_and_exit_handlers_may_work(first, request):
+    names = '"numpy",' if request.config.getoption("--without-numba") else '"numpy", "numba"'
+    printed = run_script(LATE.format(names=names, first=first))
+    assert printed.splitlines() == ["thread", "exit handler"]

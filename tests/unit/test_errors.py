@@ -1,0 +1,76 @@
+"""The typed errors: what a program can catch, and how the command line exits."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from fastvgg import errors
+
+pytestmark = pytest.mark.pixels
+
+EXIT_CODES = {
+    "FastvggError": 3,
+    "UsageError": 2,
+    "ArrayError": 3,
+    "ShapeError": 3,
+    "DtypeError": 3,
+    "OutputError": 3,
+    "ModeError": 2,
+    "BackendError": 3,
+    "ClusterError": 3,
+    "SourceError": 3,
+    "TargetError": 3,
+    "ResumeError": 3,
+    "VerificationError": 4,
+    "StoppedError": 5,
+}
+
+
+@pytest.mark.parametrize("name", sorted(EXIT_CODES))
+def test_each_error_is_a_fastvgg_error_with_the_exit_code_of_the_contract(name):
+    error = getattr(errors, name)("what is wrong", "the way out")
+    assert isinstance(error, errors.FastvggError)
+    assert error.exit_code == EXIT_CODES[name]
+    assert (error.problem, error.remedy) == ("what is wrong", "the way out")
+    assert str(error) == "what is wrong\nthe way out"
+
+
+def test_every_public_error_is_in_the_table():
+    assert set(errors.__all__) == set(EXIT_CODES)
+
+
+@pytest.mark.parametrize(
+    ("name", "builtin"),
+    [
+        ("UsageError", ValueError),
+        ("ArrayError", ValueError),
+        ("ShapeError", ValueError),
+        ("DtypeError", ValueError),
+        ("DtypeError", TypeError),
+        ("OutputError", ValueError),
+        ("ModeError", ValueError),
+        ("BackendError", RuntimeError),
+    ],
+)
+def test_code_that_catches_pythons_own_errors_catches_ours(name, builtin):
+    assert issubclass(getattr(errors, name), builtin)
+
+
+@pytest.mark.parametrize("name", ["ShapeError", "DtypeError", "OutputError"])
+def test_what_is_wrong_with_a_batch_can_be_caught_as_one(name):
+    assert issubclass(getattr(errors, name), errors.ArrayError)
+
+
+def test_a_stopped_run_names_the_call_the_file_the_offset_and_the_reason():
+    cause = OSError(errno.ENOSPC, "No space left on device")
+    error = errors.StoppedError.from_os_error(cause, "pwrite", "train.npy", 4096)
+    assert "train.npy: pwrite at offset 4096 failed" in error.problem
+    assert "No space left on device (ENOSPC)" in error.problem
+    assert "rerun the same command" in error.remedy
+
+
+def test_a_stopped_run_without_a_number_from_the_system_is_still_described():
+    error = errors.StoppedError.from_os_error(OSError("torn"), "fsync", "train.npy", 0)
+    assert "train.npy: fsync at offset 0 failed" in error.problem

@@ -1,0 +1,360 @@
+"""Arrays of other libraries: the same bits as from NumPy, without a copy, and what is rejected.
+
+PyTorch is not installed with the tests, as its usual build takes gigabytes; with it they take it.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from PIL import Image
+
+import fastvgg
+from fastvgg import interop, oracle
+from fastvgg.errors import DtypeError, OutputError, ShapeError
+from tests.helpers.batches import FLOATS, dtype_of, every_value, run_script
+
+pytestmark = pytest.mark.pixels
+
+ODD = (2, 5, 27, 3)
+
+
+class OnlyInterface:
+    """An array that offers the array interface, and nothing else."""
+
+    def __init__(self, array):
+        self._held = array
+        self.__array_interface__ = array.__array_interface__
+
+
+class OnlyDlpack:
+    """An array that offers DLPack, and nothing else."""
+
+    def __init__(self, array, device=None):
+        self._array = array
+        self._device = device
+
+    def __dlpack__(self, **options):
+        return self._array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self._device or self._array.__dlpack_device__()
+
+
+class OnlyArray:
+    """An array that is made when it is asked for."""
+
+    def __init__(self, array, error=None):
+        self._array = array
+        self._error = error
+
+    def __array__(self, dtype=None, copy=None):
+        if self._error is not None:
+            raise self._error
+        return self._array
+
+
+def same(actual, expected):
+    assert type(actual) is np.ndarray
+    assert actual.dtype == expected.dtype
+    assert actual.strides == expected.strides
+    assert actual.tobytes() == expected.tobytes()
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch", reason="PyTorch is not installed: pip install torch")
+
+
+# What shares memory
+
+
+@pytest.mark.parametrize("wrap", [OnlyInterface, OnlyDlpack, OnlyArray])
+def test_an_exported_array_is_viewed_without_a_copy(wrap):
+    x = np.array(every_value())
+    seen = interop.as_numpy(wrap(x))
+    assert type(seen) is np.ndarray
+    assert seen.ctypes.data == x.ctypes.data
+    assert (seen.shape, seen.dtype, seen.strides) == (x.shape, x.dtype, x.strides)
+
+
+def test_a_numpy_array_is_returned_as_it_is():
+    x = every_value()
+    assert interop.as_numpy(x) is x
+
+
+def test_transposed_memory_keeps_its_strides():
+    x = np.array(every_value()).transpose(0, 2, 1, 3)[::-1]
+    assert interop.as_numpy(OnlyDlpack(x)).strides == x.strides
+
+
+@pytest.mark.parametrize("wrap", [OnlyInterface, OnlyDlpack, OnlyArray])
+@pytest.mark.parametrize("mode", ["caffe", "tf", "torch"])
+def test_arrays_of_other_libraries_give_the_bits_that_numpy_arrays_give(wrap, mode):
+    x = np.array(every_value())
+    before = x.copy()
+    y = fastvgg.preprocess(wrap(x), mode, out_layout="NCHW")
+    same(y, oracle.apply(fastvgg.Transform(mode, out_layout="NCHW"), x))
+    same(fastvgg.restore(wrap(y), mode, layout="NCHW", out_layout="NHWC"), before)
+    same(x, before)
+
+
+@pytest.mark.parametrize("name", FLOATS[:-1])
+def test_jax_arrays_give_the_bits_that_numpy_arrays_give(name):
+    x = jnp.asarray(every_value())
+    y = fastvgg.preprocess(x, "caffe", dtype=name)
+    expected = oracle.apply(fastvgg.Transform("caffe", dtype=name), np.asarray(x))
+    same(y, expected)
+    in_jax = jnp.asarray(y)
+    assert in_jax.dtype == dtype_of(name)
+    same(fastvgg.restore(in_jax, "caffe"), every_value())
+
+
+def test_a_jax_array_is_not_copied():
+    x = jnp.asarray(every_value())
+    seen = interop.as_numpy(x)
+    assert seen.ctypes.data == x.unsafe_buffer_pointer()
+
+
+def test_a_jax_array_cannot_be_written():
+    y = jnp.asarray(fastvgg.preprocess(every_value(), "tf"))
+    with pytest.raises(OutputError, match="give a plain NumPy array or a PyTorch tensor"):
+        fastvgg.restore(y, "tf", out=y)
+
+
+def test_an_image_of_pillow_is_an_image():
+    pixels = every_value(rank=3)
+    same(
+        fastvgg.preprocess(Image.fromarray(pixels), "torch"),
+        oracle.apply(fastvgg.Transform("torch"), pixels),
+    )
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+def test_an_image_of_other_colours_is_rejected_with_its_shape(mode):
+    image = Image.new(mode, (7, 5))
+    with pytest.raises(ShapeError, match=r"shape \(5, 7"):
+        fastvgg.preprocess(image, "caffe")
+
+
+def test_transforms_take_arrays_of_other_libraries():
+    transform = fastvgg.Transform("caffe", out_layout="NCHW")
+    x = np.array(every_value())
+    expected = oracle.apply(transform, x)
+    same(transform(OnlyDlpack(x)), expected)
+    out = np.empty_like(expected)
+    assert transform(OnlyDlpack(x), out=out) is out
+    same(out, expected)
+    same(pickle.loads(pickle.dumps(transform))(OnlyInterface(x)), expected)  # noqa: S301
+
+
+# Lists
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_list_of_images_is_a_batch(kind):
+    batch = every_value()
+    images = kind([OnlyDlpack(np.array(batch[0])), Image.fromarray(batch[1])])
+    same(fastvgg.preprocess(images, "caffe"), oracle.apply(fastvgg.Transform("caffe"), batch))
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "shown"),
+    [
+        ([], ShapeError, "an empty list has no images"),
+        (
+            [np.zeros((2, 5, 7, 3))],
+            ShapeError,
+            r"item 0 of the list has shape \(2, 5, 7, 3\), of rank 4",
+        ),
+        ([np.zeros((5, 7))] * 3, ShapeError, r"item 0 of the list has shape \(5, 7\), of rank 2"),
+        (
+            [np.zeros((5, 7, 3)), np.zeros((5, 8, 3))],
+            ShapeError,
+            r"item 0 of the list has shape \(5, 7, 3\), but item 1 has \(5, 8, 3\)",
+        ),
+        (
+            [np.zeros((5, 7, 3), np.uint8), np.zeros((5, 7, 3), np.float32)],
+            DtypeError,
+            "item 0 of the list has dtype uint8, but item 1 has float32",
+        ),
+        ([[[1.0, 2.0, 3.0]]], DtypeError, "got a list of list, which is not an array"),
+        ((1.0, 2.0, 3.0), DtypeError, "got a tuple of float, which is not an array"),
+        ([None], DtypeError, "got NoneType, which is not an array"),
+    ],
+)
+def test_a_list_that_is_not_a_batch_is_rejected(images, error, shown):
+    with pytest.raises(error, match=shown):
+        fastvgg.preprocess(images, "caffe")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("kind", [2, 8, 10])
+def test_an_array_on_a_gpu_is_rejected(kind):
+    x = OnlyDlpack(np.array(every_value()), device=(kind, 1))
+    with pytest.raises(
+        DtypeError, match=rf"on device 1 of DLPack device type {kind}.*\n.*copy it to the CPU"
+    ):
+        fastvgg.preprocess(x, "caffe")
+
+
+@pytest.mark.parametrize("kind", [1, 3, 11, 13])
+def test_memory_that_the_cpu_reads_too_is_taken(kind):
+    x = np.array(every_value())
+    x_elsewhere = OnlyArray(x)
+    x_elsewhere.__dlpack_device__ = lambda: (kind, 0)
+    same(interop.as_numpy(x_elsewhere), x)
+
+
+@pytest.mark.parametrize(
+    ("module", "move"),
+    [
+        ("cupy._core.core", "cupy.asnumpy(x)"),
+        ("jaxlib._jax", "jax.device_get(x)"),
+        ("tensorflow.python.framework.ops", "x.cpu()"),
+    ],
+)
+def test_the_line_that_moves_an_array_is_that_of_its_framework(module, move):
+    kind = type("Tensor", (OnlyDlpack,), {"__module__": module})
+    with pytest.raises(DtypeError) as raised:
+        fastvgg.restore(kind(np.zeros((5, 7, 3), np.float32), device=(2, 0)), "caffe")
+    assert raised.value.remedy == f"copy it to the CPU: {move}"
+
+
+def test_a_tensor_whose_device_is_named_is_rejected_on_a_gpu():
+    x = OnlyArray(every_value())
+    x.device = "/job:localhost/replica:0/task:0/device:GPU:0"
+    with pytest.raises(DtypeError, match="device:GPU:0, but fastvgg runs on the CPU"):
+        fastvgg.preprocess(x, "caffe")
+    x.device = "/job:localhost/replica:0/task:0/device:CPU:0"
+    fastvgg.preprocess(x, "caffe")
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError, RuntimeError, BufferError])
+def test_an_array_that_cannot_export_its_memory_is_rejected_with_what_it_says(error):
+    with pytest.raises(DtypeError, match="OnlyArray, which cannot export its memory: a symbol"):
+        fastvgg.preprocess(OnlyArray(None, error("a symbol")), "caffe")
+
+
+@pytest.mark.parametrize("x", [None, 7, "x.png", b"\x00" * 105, {"x": 1}, object()])
+def test_a_value_that_is_not_an_array_is_rejected(x):
+    with pytest.raises(DtypeError, match=f"got {type(x).__name__}, which is not an array"):
+        fastvgg.preprocess(x, "caffe")
+
+
+def test_a_masked_array_is_rejected_in_a_list_too():
+    masked = np.ma.masked_array(every_value(rank=3), mask=False)
+    for x in (masked, [masked]):
+        with pytest.raises(DtypeError, match="masked"):
+            fastvgg.preprocess(x, "caffe")
+
+
+def test_no_framework_is_imported():
+    script = (
+        "import json, sys; import numpy as np, fastvgg; x = np.zeros((5, 7, 3), np.uint8)\n"
+        "fastvgg.restore(fastvgg.preprocess([x], 'caffe', dtype='bfloat16'), 'caffe')\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    loaded = {name.partition(".")[0] for name in json.loads(run_script(script))}
+    assert "fastvgg" in loaded
+    assert not loaded & {"torch", "jax", "tensorflow", "cupy", "keras", "h5py", "zarr", "PIL"}
+
+
+# PyTorch
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_a_tensor_comes_back_for_a_tensor(torch, name):
+    x = torch.from_numpy(np.array(every_value()))
+    y = fastvgg.preprocess(x, "torch", dtype=name, out_layout="NCHW")
+    assert type(y) is torch.Tensor
+    assert y.dtype == getattr(torch, name)
+    assert y.is_contiguous()
+    expected = oracle.apply(
+        fastvgg.Transform("torch", dtype=name, out_layout="NCHW"), every_value()
+    )
+    assert y.shape == expected.shape
+    assert y.view(torch.uint8).numpy().tobytes() == expected.tobytes()
+    back = fastvgg.restore(y, "torch", layout="NCHW", out_layout="NHWC")
+    assert back.dtype == torch.uint8
+    same(back.numpy(), np.array(every_value()))
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_a_tensor_is_viewed_without_a_copy_and_writable(torch, name):
+    x = torch.zeros(ODD, dtype=getattr(torch, name)).permute(0, 2, 1, 3)
+    seen = interop.as_numpy(x)
+    assert seen.ctypes.data == x.data_ptr()
+    assert seen.dtype == dtype_of(name)
+    assert seen.shape == tuple(x.shape)
+    seen[...] = 7
+    assert (x == 7).all()
+
+
+def test_a_tensor_is_worked_on_in_place(torch):
+    images = np.array(every_value()).astype(np.float32)
+    y = torch.from_numpy(images.copy())
+    assert fastvgg.preprocess(y, "caffe", out=y) is y
+    same(y.numpy(), oracle.apply(fastvgg.Transform("caffe"), images))
+    assert fastvgg.restore(y, "caffe", out=y) is y
+    same(y.numpy(), images)
+
+
+def test_a_tensor_is_written_for_an_array_and_an_array_for_a_tensor(torch):
+    x = every_value()
+    expected = oracle.apply(fastvgg.Transform("tf"), x)
+    tensor, array = torch.empty(ODD), np.empty(ODD, np.float32)
+    assert fastvgg.preprocess(x, "tf", out=tensor) is tensor
+    assert fastvgg.preprocess(torch.from_numpy(np.array(x)), "tf", out=array) is array
+    same(tensor.numpy(), expected)
+    same(array, expected)
+
+
+def test_a_list_of_tensors_gives_a_tensor(torch):
+    images = [torch.from_numpy(np.array(image)) for image in every_value()]
+    y = fastvgg.preprocess(images, "caffe")
+    assert type(y) is torch.Tensor
+    same(y.numpy(), oracle.apply(fastvgg.Transform("caffe"), every_value()))
+
+
+def test_a_tensor_of_no_pixels_comes_back(torch):
+    y = fastvgg.preprocess(torch.empty((0, 5, 7, 3), dtype=torch.uint8), "caffe")
+    assert (tuple(y.shape), y.dtype) == ((0, 5, 7, 3), torch.float32)
+
+
+def test_a_tensor_with_a_gradient_is_rejected_and_stays_as_it_is(torch):
+    y = torch.zeros(ODD, requires_grad=True)
+    with pytest.raises(DtypeError, match=r"give x.detach\(\)"):
+        fastvgg.restore(y, "caffe")
+    with pytest.raises(OutputError, match=r"give x.detach\(\)"):
+        fastvgg.preprocess(every_value(), "caffe", out=y)
+    assert not y.detach().any()
+
+
+def test_a_tensor_that_is_elsewhere_is_rejected_with_the_line_that_moves_it(torch):
+    y = torch.zeros(ODD, device="meta")
+    with pytest.raises(DtypeError, match=r"on meta, but fastvgg runs on the CPU\n.*x.cpu\(\)"):
+        fastvgg.restore(y, "caffe")
+
+
+def test_a_sparse_tensor_is_rejected(torch):
+    with pytest.raises(DtypeError, match="cannot export its memory"):
+        fastvgg.restore(torch.zeros(ODD).to_sparse(), "caffe")
+
+
+def test_an_integer_tensor_is_rejected_by_its_type(torch):
+    with pytest.raises(DtypeError, match="int64"):
+        fastvgg.preprocess(torch.zeros(ODD, dtype=torch.int64), "caffe")
+
+
+def test_bfloat16_as_numpy_is_that_of_ml_dtypes(torch):
+    x = torch.ones(ODD, dtype=torch.bfloat16)
+    assert interop.as_numpy(x).dtype == ml_dtypes.bfloat16
+    assert interop.as_torch(interop.as_numpy(x)).dtype == torch.bfloat16

@@ -1,0 +1,91 @@
+"""Where a dataset is: its file, its name within, and what lies beside them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+
+from fastvgg.storage.location import Location, sidecar_path
+
+pytestmark = pytest.mark.pixels
+
+
+@pytest.mark.parametrize(
+    ("path", "file", "dataset"),
+    [
+        ("x.h5::/images", "x.h5", "/images"),
+        ("x.h5::images", "x.h5", "/images"),
+        ("x.h5::/a/b", "x.h5", "/a/b"),
+        ("x.h5::/a/b/", "x.h5", "/a/b"),
+        ("x.h5::a//b", "x.h5", "/a/b"),
+        ("x.hdf5::/a", "x.hdf5", "/a"),
+        ("X.H5::/A", "X.H5", "/A"),
+        ("x.h5", "x.h5", ""),
+        ("x.h5::", "x.h5", ""),
+        ("x.h5::/", "x.h5", ""),
+        ("x.h5::/a::b", "x.h5", "/a::b"),
+        ("x.h5::/y.h5::/b", "x.h5", "/y.h5::/b"),
+        ("x.h5::/two words\n", "x.h5", "/two words\n"),
+        ("x.h5.d/y.h5::/a", "x.h5.d/y.h5", "/a"),
+        ("a::b/x.h5::/a", "a::b/x.h5", "/a"),
+        ("a::b/x.h5", "a::b/x.h5", ""),
+        # What is no HDF5 file is all name of a file.
+        ("x.npy", "x.npy", ""),
+        ("x.npy::/a", "x.npy::/a", ""),
+        ("x.h5.npy", "x.h5.npy", ""),
+        ("x.h5/y.npy", "x.h5/y.npy", ""),
+        ("xh5::/a", "xh5::/a", ""),
+        ("photos", "photos", ""),
+    ],
+)
+def test_a_location_has_a_container_and_the_name_of_a_dataset_in_it(
+    tmp_path, monkeypatch, path, file, dataset
+):
+    monkeypatch.chdir(tmp_path)
+    assert Location.parse(Path(path)) == Location(tmp_path / file, dataset)
+
+
+def test_a_sidecar_is_named_after_the_container():
+    assert sidecar_path(Path("/d/x.h5"), ".index.csv") == Path("/d/x.h5.index.csv")
+
+
+@pytest.mark.parametrize(
+    "path", ["x.h5::/a/b", "./x.h5::a/b", "no/../x.h5::/a/b/", "x.h5::a//b", "x.h5::/./a/./b"]
+)
+def test_a_dataset_has_one_name_however_it_is_written(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    assert Location.parse(path) == Location(tmp_path / "x.h5", "/a/b")
+    assert str(Location.parse(path)) == f"{tmp_path}/x.h5::/a/b"
+
+
+def test_a_step_up_within_a_file_does_not_lead_out_of_it(tmp_path):
+    assert Location.parse(tmp_path / "x.h5::/../y").container == tmp_path / "x.h5"
+    assert Location.parse(f"{tmp_path}/x.h5::/..").container == tmp_path / "x.h5"
+
+
+@pytest.mark.parametrize("path", ["/d/x.npy", "/d/x.h5", "/d/x.h5::/a"])
+def test_a_location_is_written_as_it_is_parsed(path):
+    location = Location.parse(path)
+    assert str(location) == path
+    assert Location.parse(str(location)) == location
+    assert location.within("/b") == Location(location.container, "/b")
+
+
+def test_a_path_is_made_absolute_and_keeps_its_links(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert Location.parse("link/x.h5::/b") == Location(tmp_path / "link" / "x.h5", "/b")
+    assert Location.parse(Path("x.npy")) == Location(tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize("url", ["memory://a/x.zarr", "memory://a/b/x.zarr"])
+def test_a_url_stays_one(url):
+    location = Location.parse(url)
+    assert location.is_remote
+    assert str(location) == url
+    assert Location.parse(str(location)) == copy.deepcopy(location) == location
+    assert location.inner == ""
+    assert str(sidecar_path(location.container, ".fastvgg.json")) == f"{url}.fastvgg.json"
+    assert str(location.container / "c") == f"{url}/c"
