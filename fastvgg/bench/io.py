@@ -8,6 +8,7 @@ import os
 import shutil
 import statistics
 import tempfile
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -38,12 +39,8 @@ def measure_disk(directory: Path, nbytes: int, rounds: int) -> dict[str, Any]:
     """Return the GB/s at which the disk of `directory` is written durably, and read.
 
     Each chunk is synced before the next is written, as in a run. The file is dropped from the
-    page cache before it is read, and removed afterwards.
-
-    Raises
-    ------
-    TargetError
-        If the directory is missing, cannot be written to, or has too little free space.
+    page cache before it is read, and removed afterwards. Raises `TargetError` if the directory is
+    missing, cannot be written to, or has too little free space.
     """
     try:
         free_bytes = shutil.disk_usage(directory).free
@@ -121,14 +118,8 @@ def measure_decoding(
     """Return how many images per second are decoded and resized to 224x224.
 
     The result is discarded. The first images are compared with what Pillow decodes from the same
-    files. All files are in the page cache, because a warm-up round decodes them first.
-
-    Raises
-    ------
-    SourceError
-        If there are no images, or the source is an array.
-    VerificationError
-        If pixels differ from Pillow's.
+    files, and a difference raises `VerificationError`. All files are in the page cache, because a
+    warm-up round decodes them first.
     """
     source = open_source(
         location,
@@ -136,8 +127,7 @@ def measure_decoding(
         threads=threads,
         gather=gather_function("numba"),
     )
-    images = cast("ImageSource", source)  # open_source rejects decode options for an array
-    try:
+    with closing(cast("ImageSource", source)) as images:  # arrays are rejected
         rows = range(min(max_images, images.header.images))
         for row in rows[:CHECKED_IMAGES]:
             _check_pixels(images, row)
@@ -149,8 +139,6 @@ def measure_decoding(
             failed.update(row for row in task if images.decode(row, out).failed)
 
         (seconds,) = time_interleaved([lambda: parallel_for(tasks, decode, threads)], rounds)
-    finally:
-        images.close()
     return {
         "path": str(location),
         "images": len(rows),
