@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastvgg.stream import in_place, manifest, redo_log, redo_log_layout, run
+from fastvgg.executors import threads
+from fastvgg.stream import in_place, manifest, redo_log, redo_log_layout
 from fastvgg.stream.redo_log import RedoLog, read_redo_log_header
 from fastvgg.stream.redo_log_layout import PAGE_BYTES, SLOTS
 from tests.campaigns import crash_states
@@ -33,7 +34,7 @@ SPARE = {
 @pytest.fixture
 def place(monkeypatch, tmp_path):
     frozen = [(redo_log_layout, "secrets"), (manifest, "dt"), (manifest, "package_versions")]
-    frozen += [(run, "CommitPipeline"), (in_place, "CommitPipeline")]
+    frozen += [(threads, "CommitPipeline"), (in_place, "CommitPipeline")]
     for module, name in frozen:
         monkeypatch.setattr(module, name, getattr(module, name))  # to be put back at the end
     crash_states.freeze()
