@@ -513,8 +513,9 @@ def test_what_is_no_file_in_the_place_of_a_chunk_is_refused(stored):
 
 def test_what_cannot_be_read_is_refused(tmp_path):
     script = (
-        "import sys; from pathlib import Path; from datasets_on_disk import *; obey_permissions()\n"
-        "from zarr_on_disk import *; from fastvgg.errors import *\n"
+        "import sys; from pathlib import Path\n"
+        "from tests.helpers.datasets_on_disk import *; obey_permissions()\n"
+        "from tests.helpers.zarr_on_disk import *; from fastvgg.errors import *\n"
         "from fastvgg.datasets.open import open_source\n"
         "place = Path(sys.argv[1])\n"
         "path = save_zarr(place / 'x.zarr', pixels(10))\n"

@@ -290,7 +290,7 @@ def test_a_source_that_may_only_be_read_is_planned_and_run(tmp_path):
         before = everything_about(source.parent)
         printed_by(
             "import sys\n"
-            "from datasets_on_disk import obey_permissions, plan_of\n"
+            "from tests.helpers.datasets_on_disk import obey_permissions, plan_of\n"
             "obey_permissions()\n"
             "plan_of(sys.argv[1], sys.argv[2], mode='tf').run()",
             source,
