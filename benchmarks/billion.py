@@ -19,7 +19,7 @@ from pathlib import Path
 
 from streams import bytes_of_image
 
-from fastvgg.cluster import MAX_CHUNKS_PER_TASK
+from fastvgg.executors.dask import MAX_CHUNKS_PER_TASK
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = 10**9

@@ -67,16 +67,16 @@ import time
 from pathlib import Path
 import fastvgg
 from distributed import Client
-from fastvgg import cluster
+from fastvgg.executors import dask
+from fastvgg.executors.worker import ChunkCommit
 from fastvgg.stream.journal import Commit
-from fastvgg.stream.worker import Done
 
 
 def nothing(task):
-    return [Done(Commit(part.chunk, "0" * 32, "", "", 0), 1, []) for part in task.work]
+    return [ChunkCommit(Commit(part.chunk, "0" * 32, "", []), 1, []) for part in task.chunks]
 
 
-cluster.work_on = nothing
+dask.run_task = nothing
 address, source, target = sys.argv[1:]
 plan = dataclasses.replace(fastvgg.plan(source, target, mode="caffe"), chunk_images=1)
 with Client(address) as client:

@@ -28,17 +28,6 @@ from fastvgg.errors import BackendError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
 
-__all__ = [
-    "Backend",
-    "ResolvedBackend",
-    "Workload",
-    "check_backend",
-    "choose",
-    "choose_for",
-    "compile_lock",
-    "workload",
-]
-
 Backend: TypeAlias = Literal["auto", "numba", "numpy"]
 ResolvedBackend: TypeAlias = Literal["numba", "numpy"]
 
@@ -89,16 +78,20 @@ class Workload:
         """Measure how long NumPy takes to process `nbytes`."""
         start = time.perf_counter()
         yield
-        self.numpy_seconds += time.perf_counter() - start
-        self.numpy_bytes += nbytes
+        seconds = time.perf_counter() - start
+        for each in (self, _total) if self.has_kernel else (self,):
+            each.numpy_seconds += seconds
+            each.numpy_bytes += nbytes
 
 
-_workloads: dict[Hashable, Workload] = {}
+_total: Final = Workload()
+"""All calls that have a kernel."""
 
 
-def workload(*key: Hashable) -> Workload:
+@functools.lru_cache(maxsize=256)
+def workload(*_key: Hashable) -> Workload:
     """Return the workload of a key, which identifies a kernel."""
-    return _workloads.setdefault(key, Workload())
+    return Workload()
 
 
 def check_backend(backend: Backend) -> None:
@@ -119,24 +112,7 @@ def check_backend(backend: Backend) -> None:
 
 
 def choose(backend: Backend, workload: Workload, nbytes: int, threads: int) -> ResolvedBackend:
-    """Return the backend for a call.
-
-    Parameters
-    ----------
-    backend
-        The backend that the caller requested.
-    workload
-        The workload of the call.
-    nbytes
-        The bytes that the call reads and writes.
-    threads
-        The number of threads of the call.
-
-    Raises
-    ------
-    BackendError, UsageError
-        See `check_backend`.
-    """
+    """Return the backend for a call that reads and writes `nbytes` bytes; see `check_backend`."""
     if backend == "auto" and workload.is_compiled:
         return "numba"
     check_backend(backend)
@@ -146,7 +122,7 @@ def choose(backend: Backend, workload: Workload, nbytes: int, threads: int) -> R
         return backend
     call_seconds = workload.estimate_seconds(nbytes, threads)
     pays_off = workload.numpy_seconds + call_seconds >= KERNEL_SECONDS and (
-        _has_started() or _total_numpy_seconds() + call_seconds >= START_SECONDS + KERNEL_SECONDS
+        _has_started() or _total.numpy_seconds + call_seconds >= START_SECONDS + KERNEL_SECONDS
     )
     return _resolve(pays_off=pays_off)
 
@@ -161,12 +137,7 @@ def choose_for(backend: Backend, nbytes: int, threads: int) -> ResolvedBackend:
         return backend
     cost = KERNEL_SECONDS + (0.0 if _has_started() else START_SECONDS)
     work_seconds = nbytes * ORACLE_SECONDS_PER_BYTE / threads
-    return _resolve(pays_off=_total_numpy_seconds() + work_seconds >= cost)
-
-
-def _total_numpy_seconds() -> float:
-    workloads = list(_workloads.values())  # a copy, because other threads add workloads
-    return sum(each.numpy_seconds for each in workloads)
+    return _resolve(pays_off=_total.numpy_seconds + work_seconds >= cost)
 
 
 def _has_started() -> bool:

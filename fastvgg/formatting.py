@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["html_table"]
-
 
 def html_table(caption: str, rows: Iterable[tuple[str, str]]) -> str:
     """Return an HTML table with a row for each pair of a name and a value; escapes all text.

@@ -22,8 +22,6 @@ from fastvgg.errors import DtypeError, ShapeError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["address_of", "as_numpy", "as_torch", "is_torch"]
-
 # The DLPack device types that the CPU can read: CPU, pinned host and managed memory.
 HOST_DEVICE_TYPES: Final = frozenset({1, 3, 11, 13})
 TO_HOST: Final = {"cupy": "cupy.asnumpy(x)", "jaxlib": "jax.device_get(x)", "tensorflow": "x.cpu()"}

@@ -11,8 +11,6 @@ from typing import Final
 
 from fastvgg.errors import ModeError
 
-__all__ = ["MODES_BY_MODEL", "mode_name"]
-
 MODES_BY_MODEL: Final[dict[str, str]] = {
     "VGG16": "caffe",
     "VGG19": "caffe",

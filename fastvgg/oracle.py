@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from fastvgg.transform import Rounding
 
-__all__ = ["apply", "forward", "inverse", "saturate", "unrestorable"]
-
 
 def apply(transform: Transform, x: NDArray[Any]) -> NDArray[Any]:
     """Apply a transform to a batch or an image; the definition of `engine.apply`.

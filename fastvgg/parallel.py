@@ -18,15 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from concurrent.futures import Future
 
-__all__ = [
-    "TaskGroup",
-    "TaskQueue",
-    "ThreadSlot",
-    "available_cpus",
-    "check_threads",
-    "parallel_for",
-]
-
 Item = TypeVar("Item")
 
 

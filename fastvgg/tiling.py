@@ -13,16 +13,6 @@ if TYPE_CHECKING:
 
     from fastvgg.transform import Layout
 
-__all__ = [
-    "CACHE_LINE_BYTES",
-    "ContiguousBase",
-    "Strides",
-    "Tile",
-    "find_base",
-    "partition",
-    "pixels_to_cache_line",
-]
-
 CACHE_LINE_BYTES: Final = 64
 
 

@@ -25,19 +25,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import DTypeLike
 
-__all__ = [
-    "CHANNEL_AXES",
-    "STORAGE_TYPES",
-    "ChannelOrder",
-    "Direction",
-    "Layout",
-    "Mode",
-    "Rounding",
-    "Transform",
-    "storage_dtype",
-    "storage_name",
-]
-
 Layout: TypeAlias = Literal["NHWC", "NCHW"]
 Direction: TypeAlias = Literal["preprocess", "restore", "pack"]
 Rounding: TypeAlias = Literal["nearest", "truncate"]
@@ -95,6 +82,13 @@ def storage_name(dtype: DTypeLike) -> str:
             f"convert it to one of {', '.join(STORAGE_TYPES)} first",
         )
     return name
+
+
+def _to_float(number: float) -> float:
+    """Convert a number, but not a string, which `float` would parse."""
+    if isinstance(number, str):
+        raise TypeError(f"{number!r} is a string")
+    return float(number)
 
 
 @dataclass(frozen=True)
@@ -155,10 +149,10 @@ class Mode:
         try:
             for field in ("mean", "std"):
                 if getattr(self, field) is not None:
-                    values = tuple(float(value) + 0.0 for value in getattr(self, field))
+                    values = tuple(_to_float(value) + 0.0 for value in getattr(self, field))
                     object.__setattr__(self, field, values)
             if self.divide is not None:
-                object.__setattr__(self, "divide", float(self.divide))
+                object.__setattr__(self, "divide", _to_float(self.divide))
         except (OverflowError, TypeError, ValueError) as error:
             raise ModeError(
                 f"{self.name}: a constant is not a number: {error}",
@@ -255,10 +249,6 @@ def _formula(mode: Mode, direction: Direction) -> str:
     return f"x = {inverse}" if direction == "restore" else f"y = {forward}"
 
 
-def _is_one_of(allowed: tuple[object, ...], value: object) -> bool:
-    return (value is None or isinstance(value, str)) and value in allowed
-
-
 def _check_choices(direction: object, layout: object, out_layout: object, rounding: object) -> None:
     for name, value, allowed in (
         ("direction", direction, DIRECTIONS),
@@ -266,7 +256,8 @@ def _check_choices(direction: object, layout: object, out_layout: object, roundi
         ("out_layout", out_layout, (None, *LAYOUTS)),
         ("rounding", rounding, ROUNDINGS),
     ):
-        if not _is_one_of(allowed, value):
+        # Comparing an array with a choice gives an array.
+        if not (value is None or isinstance(value, str)) or value not in allowed:
             choices = ", ".join(repr(choice) for choice in allowed if choice is not None)
             raise UsageError(f"{name} is {value!r}", f"give one of {choices}")
 
@@ -317,13 +308,7 @@ class Transform:
         dtype: DTypeLike | None = None,
         rounding: Rounding = "nearest",
     ) -> None:
-        if (
-            not _is_one_of(DIRECTIONS, direction)
-            or not _is_one_of(LAYOUTS, layout)
-            or not _is_one_of((None, *LAYOUTS), out_layout)
-            or not _is_one_of(ROUNDINGS, rounding)
-        ):
-            _check_choices(direction, layout, out_layout, rounding)
+        _check_choices(direction, layout, out_layout, rounding)
         set_field = object.__setattr__
         set_field(self, "mode", mode if isinstance(mode, Mode) else Mode.named(mode))
         set_field(self, "direction", direction)
@@ -408,15 +393,16 @@ class Transform:
                 f"shape {shape} has rank {len(shape)}",
                 "give a batch, of rank 4, or one image, of rank 3",
             )
-        if shape[CHANNEL_AXES[self.layout]] != CHANNELS:
+        channels = shape[CHANNEL_AXES[self.layout]]
+        if channels != CHANNELS:
             other: Layout = "NCHW" if self.layout == "NHWC" else "NHWC"
-            found = shape[CHANNEL_AXES[self.layout]]
-            described = f"shape {shape} read as {self.layout[4 - len(shape) :]}"
             remedy = "give RGB images, with 3 channels"
             if shape[CHANNEL_AXES[other]] == CHANNELS:
                 remedy = f"axis {CHANNEL_AXES[other]} has length 3: give layout {other!r}"
             raise ShapeError(
-                f"{described}: the channel axis has length {found}, expected 3", remedy
+                f"shape {shape} read as {self.layout[4 - len(shape) :]}: the channel axis has "
+                f"length {channels}, expected 3",
+                remedy,
             )
         if self.direction == "restore" and input_name == "uint8":
             raise DtypeError(

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-__all__ = ["FULL", "QUICK", "BenchConfig", "measure"]
-
 
 class BenchConfig(NamedTuple):
     """The extent of a benchmark."""

@@ -4,48 +4,14 @@ import dataclasses
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 import fastvgg
 from fastvgg import models
+from fastvgg.cli import options
 from fastvgg.cli.errors import EXIT_CODES, SOME_INPUTS_FAILED, Command, translate_errors
-from fastvgg.cli.options import (
-    Dask,
-    DryRun,
-    Dtype,
-    Exif,
-    FastJpeg,
-    Format,
-    Fsync,
-    Gray16,
-    ImageSource,
-    InPlace,
-    Interpolation,
-    Json,
-    KeepAspectRatio,
-    MaxPixels,
-    Memory,
-    Model,
-    ModeName,
-    OutLayout,
-    PackedTarget,
-    Quiet,
-    Restart,
-    RestoredDtype,
-    RestoredTarget,
-    RetryFailed,
-    Rounding,
-    Size,
-    Source,
-    SourceLayout,
-    StoredSource,
-    Strict,
-    Target,
-    Threads,
-    Traceback,
-)
 from fastvgg.cli.output import (
     echo,
     plan_record,
@@ -63,6 +29,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from fastvgg.stream.plan import Plan
+    from fastvgg.transform import Direction
 
 WELCOME: Final = """\
 fastvgg turns images into the exact input that a pretrained network expects,
@@ -91,35 +58,35 @@ app = typer.Typer(
 )
 
 
-# The order of the parameters is the order of the help screen.
+# The order of the parameters is the order of the help screen. `locals()` contains only them.
 @app.command(cls=Command, epilog=SEE_CODES)
 def preprocess(
-    source: Source,
-    target: Target = None,
-    model: Model = None,
-    mode: ModeName = None,
-    layout: SourceLayout = None,
-    exif: Exif = False,
-    fast_jpeg: FastJpeg = False,
-    gray16: Gray16 = "error",
-    max_pixels: MaxPixels = None,
-    size: Size = None,
-    interpolation: Interpolation = "nearest",
-    keep_aspect_ratio: KeepAspectRatio = False,
-    dtype: Dtype = None,
-    out_layout: OutLayout = None,
-    in_place: InPlace = False,
-    dry_run: DryRun = False,
-    restart: Restart = False,
-    retry_failed: RetryFailed = False,
-    strict: Strict = False,
-    memory: Memory = "512MiB",
-    threads: Threads = None,
-    fsync: Fsync = True,
-    dask: Dask = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    traceback: Traceback = False,
+    source: options.Source,
+    target: options.Target = None,
+    model: options.Model = None,
+    mode: options.ModeName = None,
+    layout: options.SourceLayout = None,
+    exif: options.Exif = False,
+    fast_jpeg: options.FastJpeg = False,
+    gray16: options.Gray16 = "error",
+    max_pixels: options.MaxPixels = None,
+    size: options.Size = None,
+    interpolation: options.Interpolation = "nearest",
+    keep_aspect_ratio: options.KeepAspectRatio = False,
+    dtype: options.Dtype = None,
+    out_layout: options.OutLayout = None,
+    in_place: options.InPlace = False,
+    dry_run: options.DryRun = False,
+    restart: options.Restart = False,
+    retry_failed: options.RetryFailed = False,
+    strict: options.Strict = False,
+    memory: options.Memory = "512MiB",
+    threads: options.Threads = None,
+    fsync: options.Fsync = True,
+    dask: options.Dask = None,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
+    traceback: options.Traceback = False,
 ) -> None:
     """Turn images into network input.
 
@@ -127,54 +94,31 @@ def preprocess(
 
     Example: fastvgg preprocess photos/ train.npy --model vgg19 --size 224 224
     """
-    with translate_errors(traceback):
-        plan = fastvgg.plan(
-            source,
-            target,
-            in_place=in_place,
-            mode=_mode(mode, model),
-            size=size,
-            interpolation=interpolation,
-            keep_aspect_ratio=keep_aspect_ratio,
-            fast_jpeg=fast_jpeg,
-            exif=exif,
-            gray16=gray16,
-            max_pixels=max_pixels,
-            layout=layout,
-            out_layout=out_layout,
-            dtype=dtype,
-            memory=memory,
-            threads=threads,
-            strict=strict,
-            restart=restart,
-            retry_failed=retry_failed,
-            fsync=fsync,
-        )
-        _execute(plan, dask, dry_run=dry_run, as_json=as_json, quiet=quiet)
+    _convert("preprocess", **locals())
 
 
 @app.command(cls=Command, epilog=SEE_CODES)
 def pack(
-    source: ImageSource,
-    target: PackedTarget,
-    exif: Exif = False,
-    fast_jpeg: FastJpeg = False,
-    gray16: Gray16 = "error",
-    max_pixels: MaxPixels = None,
-    size: Size = None,
-    interpolation: Interpolation = "nearest",
-    keep_aspect_ratio: KeepAspectRatio = False,
-    dry_run: DryRun = False,
-    restart: Restart = False,
-    retry_failed: RetryFailed = False,
-    strict: Strict = False,
-    memory: Memory = "512MiB",
-    threads: Threads = None,
-    fsync: Fsync = True,
-    dask: Dask = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    traceback: Traceback = False,
+    source: options.ImageSource,
+    target: options.PackedTarget,
+    exif: options.Exif = False,
+    fast_jpeg: options.FastJpeg = False,
+    gray16: options.Gray16 = "error",
+    max_pixels: options.MaxPixels = None,
+    size: options.Size = None,
+    interpolation: options.Interpolation = "nearest",
+    keep_aspect_ratio: options.KeepAspectRatio = False,
+    dry_run: options.DryRun = False,
+    restart: options.Restart = False,
+    retry_failed: options.RetryFailed = False,
+    strict: options.Strict = False,
+    memory: options.Memory = "512MiB",
+    threads: options.Threads = None,
+    fsync: options.Fsync = True,
+    dask: options.Dask = None,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
+    traceback: options.Traceback = False,
 ) -> None:
     """Store resized images as one uint8 array.
 
@@ -182,50 +126,31 @@ def pack(
 
     Example: fastvgg pack photos/ packed.npy --size 224 224
     """
-    with translate_errors(traceback):
-        plan = fastvgg.plan(
-            source,
-            target,
-            direction="pack",
-            size=size,
-            interpolation=interpolation,
-            keep_aspect_ratio=keep_aspect_ratio,
-            fast_jpeg=fast_jpeg,
-            exif=exif,
-            gray16=gray16,
-            max_pixels=max_pixels,
-            memory=memory,
-            threads=threads,
-            strict=strict,
-            restart=restart,
-            retry_failed=retry_failed,
-            fsync=fsync,
-        )
-        _execute(plan, dask, dry_run=dry_run, as_json=as_json, quiet=quiet)
+    _convert("pack", **locals())
 
 
 @app.command(cls=Command, epilog=SEE_CODES)
 def restore(
-    source: StoredSource,
-    target: RestoredTarget = None,
-    model: Model = None,
-    mode: ModeName = None,
-    layout: SourceLayout = None,
-    rounding: Rounding = "nearest",
-    dtype: RestoredDtype = None,
-    out_layout: OutLayout = None,
-    format: Format = "png",  # noqa: A002  # as `fastvgg.plan` calls it
-    in_place: InPlace = False,
-    dry_run: DryRun = False,
-    restart: Restart = False,
-    strict: Strict = False,
-    memory: Memory = "512MiB",
-    threads: Threads = None,
-    fsync: Fsync = True,
-    dask: Dask = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    traceback: Traceback = False,
+    source: options.StoredSource,
+    target: options.RestoredTarget = None,
+    model: options.Model = None,
+    mode: options.ModeName = None,
+    layout: options.SourceLayout = None,
+    rounding: options.Rounding = "nearest",
+    dtype: options.RestoredDtype = None,
+    out_layout: options.OutLayout = None,
+    format: options.Format = "png",  # noqa: A002  # as `fastvgg.plan` calls it
+    in_place: options.InPlace = False,
+    dry_run: options.DryRun = False,
+    restart: options.Restart = False,
+    strict: options.Strict = False,
+    memory: options.Memory = "512MiB",
+    threads: options.Threads = None,
+    fsync: options.Fsync = True,
+    dask: options.Dask = None,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
+    traceback: options.Traceback = False,
 ) -> None:
     """Turn network input back into exact images.
 
@@ -233,25 +158,7 @@ def restore(
 
     Example: fastvgg restore train.npy images/
     """
-    with translate_errors(traceback):
-        plan = fastvgg.plan(
-            source,
-            target,
-            in_place=in_place,
-            mode=_mode(mode, model),
-            direction="restore",
-            rounding=rounding,
-            format=format,
-            layout=layout,
-            out_layout=out_layout,
-            dtype=dtype,
-            memory=memory,
-            threads=threads,
-            strict=strict,
-            restart=restart,
-            fsync=fsync,
-        )
-        _execute(plan, dask, dry_run=dry_run, as_json=as_json, quiet=quiet)
+    _convert("restore", **locals())
 
 
 @app.command(cls=Command, epilog=SEE_CODES)
@@ -260,8 +167,8 @@ def verify(
     full: Annotated[
         bool, typer.Option("--full", help="Recompute every image instead of a sample.")
     ] = False,
-    as_json: Json = False,
-    traceback: Traceback = False,
+    as_json: options.Json = False,
+    traceback: options.Traceback = False,
 ) -> None:
     """Verify the bytes of a finished dataset.
 
@@ -280,8 +187,8 @@ def verify(
 @app.command(cls=Command, epilog=SEE_CODES)
 def info(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A dataset, finished or not.")],
-    as_json: Json = False,
-    traceback: Traceback = False,
+    as_json: options.Json = False,
+    traceback: options.Traceback = False,
 ) -> None:
     """Show what a dataset or unfinished run is.
 
@@ -297,7 +204,7 @@ def info(
 
 
 @app.command("models", cls=Command, epilog=SEE_CODES)
-def models_(as_json: Json = False) -> None:
+def models_(as_json: options.Json = False) -> None:
     """List the published models and their modes.
 
     Example: fastvgg models
@@ -325,9 +232,9 @@ def bench(
     plot: Annotated[
         str | None, typer.Option(metavar="FILE", help="Draw the figures as a .svg or .png.")
     ] = None,
-    threads: Threads = None,
-    as_json: Json = False,
-    traceback: Traceback = False,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+    traceback: options.Traceback = False,
 ) -> None:
     """Measure kernels against memory bandwidth.
 
@@ -365,7 +272,7 @@ def bench(
 @app.command(cls=Command, epilog=SEE_CODES)
 def demo(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A new directory.")],
-    traceback: Traceback = False,
+    traceback: options.Traceback = False,
 ) -> None:
     """Run an end-to-end demo on photographs.
 
@@ -418,6 +325,24 @@ def _mode(mode: str | None, model: str | None) -> "fastvgg.Mode | str | None":
     return expected
 
 
+def _convert(
+    direction: "Direction",
+    *,
+    mode: str | None = None,
+    model: str | None = None,
+    dry_run: bool,
+    dask: str | None,
+    quiet: bool,
+    as_json: bool,
+    traceback: bool,
+    **arguments: Any,
+) -> None:
+    """Plan a conversion and execute the plan; `arguments` are passed to `fastvgg.plan`."""
+    with translate_errors(traceback):
+        plan = fastvgg.plan(direction=direction, mode=_mode(mode, model), **arguments)
+        _execute(plan, dask, dry_run=dry_run, as_json=as_json, quiet=quiet)
+
+
 def _execute(plan: "Plan", dask: str | None, *, dry_run: bool, as_json: bool, quiet: bool) -> None:
     """Print or run a plan; exit with `SOME_INPUTS_FAILED` if inputs failed."""
     if dry_run:
@@ -441,7 +366,7 @@ def _connect(dask: str | None) -> "Iterator[Client | None]":
         yield None
         return
     try:
-        from fastvgg import cluster
+        from fastvgg.executors import dask as cluster
     except ImportError as error:
         raise UsageError(
             f"--dask needs a package that is not installed: {error.name}",

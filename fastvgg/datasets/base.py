@@ -6,62 +6,32 @@ import errno
 import math
 import os
 import stat
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Final,
-    NamedTuple,
-    Protocol,
-    TypeAlias,
-    runtime_checkable,
-)
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
 from fastvgg.errors import SourceError, StoppedError
 from fastvgg.storage import objects
-from fastvgg.storage.location import is_remote
+from fastvgg.storage.location import is_remote, sidecar_path
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
     from typing import BinaryIO
 
     from numpy.typing import NDArray
 
+    from fastvgg.storage.local import Storage
     from fastvgg.transform import Layout
-
-__all__ = [
-    "MAX_ELEMENTS",
-    "READ_FLAGS",
-    "SHOWN_CHARACTERS",
-    "ArraySource",
-    "Chunk",
-    "Header",
-    "ImageRecord",
-    "PartialPages",
-    "Payload",
-    "SharedTarget",
-    "Source",
-    "Target",
-    "bytes_of",
-    "changed_during_run_error",
-    "check_array",
-    "inner_chunk_images",
-    "open_regular",
-    "open_sidecar",
-    "read_at",
-    "read_copy",
-    "read_regular",
-    "read_sidecar",
-]
-
 
 # Chunks of 4 MiB encode at two thirds of the speed of 8 MiB; larger ones gain almost nothing.
 INNER_CHUNK_BYTES: Final = 8 * 1024 * 1024
+STORED_TYPES: Final = ("uint8", "float16", "float32", "float64")
 MAX_ELEMENTS: Final = 2**63 - 1
 SHOWN_CHARACTERS: Final = 100  # of a shape in a message: a damaged header may claim any shape
 READ_FLAGS: Final = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
@@ -141,26 +111,20 @@ def open_sidecar(path: Path) -> Iterator[BinaryIO | None]:
         If it exists but cannot be read.
     """
     try:
-        file = open_regular(path)
-    except (FileNotFoundError, NotADirectoryError):
-        file = None
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise _unreadable(path, error) from None
-        file = None
-    if file is None:
-        yield None
-        return
-    with file:
         try:
-            with objects.os_errors():
-                yield file
+            file: AbstractContextManager[BinaryIO | None] = open_regular(path)
+        except (FileNotFoundError, NotADirectoryError):
+            file = nullcontext()
         except OSError as error:
-            raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: OSError) -> SourceError:
-    return SourceError(f"{path} cannot be read: {error.strerror or error}", "check its permissions")
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            file = nullcontext()
+        with file as opened, objects.os_errors():
+            yield opened
+    except OSError as error:
+        raise SourceError(
+            f"{path} cannot be read: {error.strerror or error}", "check its permissions"
+        ) from None
 
 
 def read_sidecar(path: Path, max_bytes: int = -1) -> bytes | None:
@@ -221,6 +185,22 @@ def check_array(path: Path, shape: tuple[int, ...]) -> None:
             f"{path} has shape {shown}: more elements than an array can have",
             "the file is damaged: get it again",
         )
+
+
+def check_dtype(path: Path, name: str, described: object) -> str:
+    """Return the name of a storage dtype, after checking that it is supported.
+
+    Raises
+    ------
+    SourceError
+        If it is not; the message quotes `described`.
+    """
+    if name not in STORED_TYPES:
+        raise SourceError(
+            f"{path} has unsupported dtype {described}",
+            f"store it as one of {', '.join(STORED_TYPES)}",
+        )
+    return name
 
 
 def bytes_of(batch: NDArray[Any]) -> memoryview:
@@ -289,7 +269,7 @@ PartialPages: TypeAlias = "list[tuple[int, bytes]]"
 """File offsets and the bytes that belong there."""
 
 
-class Source(Protocol):
+class Source(ABC):
     """A dataset opened for reading."""
 
     kind: str
@@ -297,99 +277,150 @@ class Source(Protocol):
     header: Header
     stored_bytes: int
     """Size on disk."""
-    settings: dict[str, Any]
-    """Options that affect the pixels, as JSON types."""
-    notes: list[str]
-    """Notes to show the user before the run."""
-    read_granularity: int
+    read_granularity = 1
     """Images per stored unit, which is read only as a whole."""
-    records: Sequence[ImageRecord]
+    records: Sequence[ImageRecord] = ()
     """Records known without reading any image; empty if there are none."""
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.settings: dict[str, Any] = {}
+        """Options that affect the pixels, as JSON types."""
+        self.notes: list[str] = []
+        """Notes to show the user before the run."""
+
+    @abstractmethod
     def fingerprint(self) -> str:
         """Return a hash of the source's current state, which changes when the source does."""
 
+    @abstractmethod
     def read(self, start: int, stop: int) -> Chunk:
-        """Read the images `start` to `stop`, exclusive."""
+        """Read the images `start` to `stop`, exclusive.
 
-    def close(self) -> None:
-        """Release files and threads."""
+        Raises
+        ------
+        StoppedError
+            If the source was changed or truncated since it was opened, or cannot be read.
+        """
+
+    def close(self) -> None:  # noqa: B027  # most formats keep nothing open
+        """Release files; batches that were returned stay valid."""
 
 
-class ArraySource(Source, Protocol):
+class ArraySource(Source):
     """An array opened for reading."""
 
+    @abstractmethod
     def read_into(self, start: int, out: NDArray[Any]) -> None:
-        """Fill `out` with images, starting at row `start`; thread-safe."""
+        """Fill the contiguous `out` with images, starting at row `start`; thread-safe.
+
+        Raises
+        ------
+        StoppedError
+            If the source was changed or truncated since it was opened, or cannot be read.
+        """
+
+    def read(self, start: int, stop: int) -> Chunk:
+        shape = (stop - start, *self.header.shape[1:])
+        batch = np.empty(shape, storage_dtype(self.header.dtype))
+        self.read_into(start, batch)
+        return Chunk(batch, [*self.records[start:stop]])
 
 
-def read_copy(source: ArraySource, start: int, stop: int) -> Chunk:
-    """Read images of an array into a new batch."""
-    shape = (stop - start, *source.header.shape[1:])
-    batch = np.empty(shape, storage_dtype(source.header.dtype))
-    source.read_into(start, batch)
-    return Chunk(batch, [*source.records[start:stop]])
+class Target(ABC):
+    """A dataset being written, under a temporary name until it is published.
 
-
-class Target(Protocol):
-    """A dataset being written, under a temporary name until it is published."""
+    Parameters
+    ----------
+    path
+        The path of the published dataset.
+    header
+        Shape, dtype and layout of the dataset.
+    storage
+        Performs the system calls.
+    """
 
     kind: str
-    path: Path
-    header: Header
-    partial: Path
-    """The temporary name of the unfinished target."""
 
+    def __init__(self, path: Path, header: Header, storage: Storage) -> None:
+        self.path = path
+        self.header = header
+        self.partial = sidecar_path(path, ".partial")
+        """The temporary name of the unfinished target."""
+        self._storage = storage
+
+    @abstractmethod
     def create(self) -> None:
         """Create an empty partial and reserve its space, replacing any existing one."""
 
+    @abstractmethod
     def reopen(self) -> None:
         """Open the existing partial to resume a run, after checking that it matches."""
 
-    def offset(self, start: int) -> int:
+    def offset(self, start: int) -> int:  # noqa: ARG002  # every row, or shard, is a file
         """Return the offset of a row in its file; 0 if each row, or shard, has its own file.
 
         A buffer whose address has the same offset within a page may be written without a copy.
         """
+        return 0
 
+    @abstractmethod
     def write(self, start: int, stored: Payload) -> None:
         """Write the payload of the images from row `start` on."""
 
+    @abstractmethod
     def sync(self) -> None:
         """Make everything written so far durable; other threads may keep writing."""
 
-    def read_unfinished(self, start: int, stop: int) -> Payload | None:
+    def read_unfinished(self, start: int, stop: int) -> Payload | None:  # noqa: ARG002
         """Read the payload of images that an unfinished run committed.
 
         Returns None if the journal can be trusted without reading it.
         """
+        return None
 
     def read_stored(self, start: int, stop: int) -> Payload:
         """Read the payload of images of the published target."""
+        return [bytes_of(self.read_back(start, stop))]
 
+    @abstractmethod
     def read_back(self, start: int, stop: int) -> NDArray[Any]:
         """Read, and decode if necessary, images of the published target."""
 
     def publish(self) -> None:
         """Rename the finished partial to the target's name, atomically and durably."""
+        self.close()
+        self._storage.rename(self.partial, self.path)
+        self._storage.sync_directory(self.path.parent)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  # most formats keep nothing open
         """Close files."""
 
+    def _check_published(self, actual: Header) -> None:
+        if actual != self.header:
+            raise SourceError(
+                f"{self.path} contains {actual.shape} of {actual.dtype}, but was written as "
+                f"{self.header.shape} of {self.header.dtype}",
+                "the dataset was changed since then: recreate it from its source",
+            )
 
-@runtime_checkable
-class SharedTarget(Target, Protocol):
+
+class SharedTarget(Target):
     """A target that many processes write concurrently, each a part of it."""
 
     def attach(self) -> None:
         """Open the partial that another process created, after checking that it matches."""
+        self.reopen()
 
+    @abstractmethod
     def write_aligned(self, start: int, stored: Payload) -> PartialPages:
         """Write the whole pages of a payload, and return the partial pages at its ends.
 
-        A partial page is shared with rows that another process, or machine, writes. A single
-        process must write all of them with `write_unaligned`.
+        A partial page is shared with rows that another process, or machine, writes. If both wrote
+        it, each could overwrite the other's part with stale data. A single process must write all
+        of them with `write_unaligned`.
         """
 
+    @abstractmethod
     def write_unaligned(self, edges: PartialPages) -> None:
         """Write partial pages that `write_aligned` returned, for any rows."""

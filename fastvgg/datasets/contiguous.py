@@ -1,51 +1,144 @@
-"""Write a contiguous array into preallocated space of a file, at fixed offsets."""
+"""A contiguous C-ordered array in one file: memory-mapped reads, writes at fixed offsets."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+import os
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import xxhash
 
-from fastvgg.datasets.base import bytes_of
-from fastvgg.errors import ResumeError, SourceError, TargetError
-from fastvgg.storage.location import sidecar_path
+from fastvgg.datasets.base import ArraySource, Chunk, SharedTarget, bytes_of, open_regular
+from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError
+from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from fastvgg.datasets.base import ArraySource, Header, PartialPages, Payload
+    from fastvgg.datasets.base import Header, PartialPages, Payload
     from fastvgg.storage.local import Storage, StoredFile
 
-__all__ = ["ContiguousTarget"]
+SAMPLES: Final = 16
+SAMPLE_BYTES: Final = 64 * 1024
+# Populating a mapping before it is read reports a truncated file as an error. Otherwise the first
+# access to a missing page kills the process (SIGBUS). Requires Linux 5.14.
+MADV_POPULATE_READ: Final = 22
 
 
-class ContiguousTarget(ABC):
-    """A file that consists of a preamble followed by an array.
+class ContiguousSource(ArraySource):
+    """An array at `_offset` in `file`, which a format's own class finds and validates.
 
-    Parameters
-    ----------
-    path
-        The path of the published file.
-    header
-        Shape, dtype and layout of the array.
-    storage
-        Performs the system calls.
-    preamble
-        The bytes before the array, which describe it in the file's format.
+    Batches are read-only views of memory-mapped windows, valid while they are referenced.
+
+    Raises
+    ------
+    SourceError
+        If the file cannot be opened.
     """
 
-    kind: str
+    _offset: int
+
+    def __init__(self, path: Path, file: Path) -> None:
+        super().__init__(path)
+        try:
+            self._file = open_regular(file)
+        except OSError as error:
+            raise SourceError(
+                f"{file} cannot be opened: {error.strerror or error}",
+                "check its path and permissions",
+            ) from None
+
+    def fingerprint(self) -> str:
+        """Return a hash of the file's current size, modification time and samples."""
+        descriptor = self._file.fileno()
+        status = os.fstat(descriptor)
+        digest = xxhash.xxh3_128(f"{status.st_size} {status.st_mtime_ns}".encode())
+        last = max(0, status.st_size - SAMPLE_BYTES)
+        for step in range(SAMPLES):
+            offset = last * step // (SAMPLES - 1)
+            try:
+                digest.update(os.pread(descriptor, SAMPLE_BYTES, offset))
+            except OSError as error:
+                raise self._read_error(error, offset) from error
+        return digest.hexdigest()
+
+    def read(self, start: int, stop: int) -> Chunk:
+        begin = self._offset + start * self.header.image_bytes
+        nbytes = (stop - start) * self.header.image_bytes
+        shape = (stop - start, *self.header.shape[1:])
+        batch = self._window(begin, nbytes).view(storage_dtype(self.header.dtype)).reshape(shape)
+        self._prefetch(begin + nbytes, nbytes)
+        return Chunk(batch, [*self.records[start:stop]])
+
+    def read_into(self, start: int, out: NDArray[Any]) -> None:
+        memory, offset = bytes_of(out), self._offset + start * self.header.image_bytes
+        while memory:
+            try:
+                count = os.preadv(self._file.fileno(), [memory], offset)
+            except OSError as error:
+                raise self._read_error(error, offset) from error
+            if not count:
+                raise self._truncated_error(offset)
+            memory, offset = memory[count:], offset + count
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _window(self, begin: int, nbytes: int) -> NDArray[np.uint8]:
+        page = begin - begin % mmap.ALLOCATIONGRANULARITY
+        try:
+            if self._file_bytes() < begin + nbytes:
+                raise self._truncated_error(begin)
+            window = mmap.mmap(
+                self._file.fileno(), begin - page + nbytes, access=mmap.ACCESS_READ, offset=page
+            )
+            self._populate(window)
+        except ValueError:  # truncated between the check above and mmap's own
+            raise self._truncated_error(begin) from None
+        except OSError as error:
+            raise self._read_error(error, begin) from error
+        return np.frombuffer(window, np.uint8, nbytes, begin - page)
+
+    def _prefetch(self, begin: int, nbytes: int) -> None:
+        """Ask the system to read the next window in the background."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # a kernel may be built without it
+                os.posix_fadvise(self._file.fileno(), begin, nbytes, os.POSIX_FADV_WILLNEED)
+
+    def _file_bytes(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
+    def _truncated_error(self, offset: int) -> StoppedError:
+        return self._read_error(OSError(errno.ENODATA, "the file was truncated"), offset)
+
+    def _read_error(self, error: OSError, offset: int) -> StoppedError:
+        return StoppedError.from_os_error(error, "read", str(self.path), offset)
+
+    @staticmethod
+    def _populate(window: mmap.mmap) -> None:
+        try:
+            window.madvise(MADV_POPULATE_READ)
+        except (AttributeError, ValueError):  # no madvise on this system
+            return
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a kernel before 5.14
+                raise
+
+
+class ContiguousTarget(SharedTarget):
+    """A file that consists of `preamble`, which describes the array, followed by the array.
+
+    Its space is reserved before anything is written.
+    """
 
     def __init__(self, path: Path, header: Header, storage: Storage, preamble: bytes) -> None:
-        self.path = path
-        self.header = header
-        self.partial = sidecar_path(path, ".partial")
-        self._storage = storage
+        super().__init__(path, header, storage)
         self._file: StoredFile | None = None
         self._preamble = preamble
         self.stored_bytes = len(preamble) + header.nbytes
@@ -55,7 +148,6 @@ class ContiguousTarget(ABC):
         """Open the published file."""
 
     def create(self) -> None:
-        """Create the partial, reserve all of its space, and write the preamble."""
         self._storage.remove(self.partial)
         self._file = self._storage.create(self.partial)
         self._file = self._storage.direct(self._file)
@@ -69,7 +161,6 @@ class ContiguousTarget(ABC):
         self._storage.sync_directory(self.path.parent)
 
     def reopen(self) -> None:
-        """Open the existing partial, after checking its size."""
         if not self.partial.exists():
             raise ResumeError(f"{self.partial} does not exist", "start over with --restart")
         self._file = self._storage.open(self.partial)
@@ -82,26 +173,16 @@ class ContiguousTarget(ABC):
                 "the file was changed in the meantime: start over with --restart",
             )
 
-    def attach(self) -> None:
-        """Open the partial that another process created."""
-        self.reopen()
-
     def offset(self, start: int) -> int:
-        """Return the offset of a row in the file."""
         return len(self._preamble) + start * self.header.image_bytes
 
     def write(self, start: int, stored: Payload) -> None:
-        """Write rows at their offset."""
         offset = self.offset(start)
         for data in stored:
             self._storage.write(self._open(), data, offset)
             offset += len(data)
 
     def write_aligned(self, start: int, stored: Payload) -> PartialPages:
-        """Write the whole pages of some rows, and return the partial pages at both ends.
-
-        If two machines write to the same page, each may overwrite the other's part with stale data.
-        """
         (data,) = stored
         begin = self.offset(start)
         pages = slice(-begin % mmap.PAGESIZE, len(data) - (begin + len(data)) % mmap.PAGESIZE)
@@ -112,7 +193,6 @@ class ContiguousTarget(ABC):
         return [(offset, bytes(edge)) for offset, edge in edges if len(edge)]
 
     def write_unaligned(self, edges: PartialPages) -> None:
-        """Write partial pages that `write_aligned` returned."""
         for offset, data in edges:
             self._storage.write(self._open(), data, offset)
 
@@ -125,37 +205,14 @@ class ContiguousTarget(ABC):
             offset += len(data)
 
     def sync(self) -> None:
-        """Make the rows written so far durable."""
         self._storage.sync(self._open())
 
-    def read_unfinished(self, start: int, stop: int) -> Payload | None:  # noqa: ARG002
-        """Return None: committed rows were synced in place."""
-        return None
-
-    def read_stored(self, start: int, stop: int) -> Payload:
-        """Return the bytes of rows of the published file."""
-        return [bytes_of(self.read_back(start, stop))]
-
     def read_back(self, start: int, stop: int) -> NDArray[Any]:
-        """Read rows of the published file."""
-        source = self.published()
-        with contextlib.closing(source):
-            if source.header != self.header:
-                raise SourceError(
-                    f"{self.path} contains {source.header.shape} of {source.header.dtype}, but was "
-                    f"written as {self.header.shape} of {self.header.dtype}",
-                    "the file was changed since then: recreate it from its source",
-                )
+        with contextlib.closing(self.published()) as source:
+            self._check_published(source.header)
             return source.read(start, stop).batch
 
-    def publish(self) -> None:
-        """Rename the complete partial to the published path."""
-        self.close()
-        self._storage.rename(self.partial, self.path)
-        self._storage.sync_directory(self.path.parent)
-
     def close(self) -> None:
-        """Close the partial."""
         if self._file is not None:
             self._storage.close(self._file)
             self._file = None

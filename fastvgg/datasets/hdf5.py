@@ -1,8 +1,9 @@
 """HDF5: a dataset within a file, `FILE.h5::/path/to/dataset`, through h5py.
 
 A contiguous dataset consists of bytes at an offset: it is memory-mapped and written as a .npy is. A
-chunked dataset is read by h5py. References to other files are never followed: an untrusted link or
-virtual dataset could name any file that the user can read.
+chunked dataset is read by h5py. References to other files are never followed: an untrusted link
+could name any file that the user can read. Virtual datasets are rejected for the same reason, and
+because HDF5 hangs on some damaged ones.
 
 Format: https://support.hdfgroup.org/documentation/hdf5/latest/_f_m_t3.html
 """
@@ -12,32 +13,26 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import os
 from typing import TYPE_CHECKING, Any, Final
 
 import h5py
 
-from fastvgg.datasets.base import Chunk, Header, check_array, open_regular, read_copy
-from fastvgg.datasets.contiguous import ContiguousTarget
+from fastvgg.datasets.base import ArraySource, Header, check_array, check_dtype
+from fastvgg.datasets.contiguous import ContiguousSource, ContiguousTarget
 from fastvgg.datasets.index import read_index
-from fastvgg.datasets.mapped import MappedNpy
 from fastvgg.errors import SourceError, StoppedError, TargetError
 from fastvgg.storage.location import container_of, inner_name
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
-    from typing import BinaryIO
 
     from numpy.typing import NDArray
 
+    from fastvgg.datasets.base import Chunk
     from fastvgg.storage.local import Storage
     from fastvgg.transform import Layout
 
-__all__ = ["Hdf5Source", "Hdf5Target", "check_name"]
-
-STORED_TYPES: Final = ("uint8", "float16", "float32", "float64")
 MAX_LINKS: Final = 64
 # A longer name does not fit into a new group; HDF5 would then write it after the array.
 MAX_NAME_BYTES: Final = 128
@@ -49,7 +44,7 @@ DAMAGED: Final = (KeyError, OSError, RuntimeError, ValueError)
 ALIGNMENT: Final = 64
 
 
-class Hdf5Source:
+class Hdf5Source(ContiguousSource):
     """An array within an HDF5 file.
 
     Parameters
@@ -71,15 +66,15 @@ class Hdf5Source:
     kind = "hdf5"
 
     def __init__(self, path: Path, *, layout: Layout = "NHWC", use_index: bool = True) -> None:
-        self.path = path
-        self.settings: dict[str, Any] = {}
-        self.notes: list[str] = []
+        super().__init__(path, container_of(path))
         with contextlib.ExitStack() as stack:
-            self._file: BinaryIO = stack.enter_context(_open(path))
+            stack.callback(self._file.close)
             self._hdf5 = stack.enter_context(self._open_hdf5())
-            with self._damage_errors():
+            try:
                 self._dataset = self._find(_name_of(path))
                 self._validate(layout)
+            except DAMAGED as error:
+                raise self._damaged(f"HDF5 reports {str(error)!r}") from None
             self.records = read_index(path, self.header.images) if use_index else ()
             self._open_files = stack.pop_all()
 
@@ -94,13 +89,6 @@ class Hdf5Source:
                 "file again",
             ) from None
         return file
-
-    @contextlib.contextmanager
-    def _damage_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except DAMAGED as error:
-            raise self._damaged(f"HDF5 reports {str(error)!r}") from None
 
     def _find(self, name: bytes) -> h5py.Dataset:
         """Return a dataset, following only links within the file.
@@ -156,113 +144,51 @@ class Hdf5Source:
         )
 
     def _validate(self, layout: Layout) -> None:
-        dataset, path = self._dataset, self.path
-        sources = self._sources(dataset)  # first: HDF5 opens other files to determine a shape
-        check_array(path, dataset.shape or ())
+        dataset = self._dataset
+        self._check_stored_here()  # first: HDF5 opens other files to determine a virtual shape
+        check_array(self.path, dataset.shape or ())
         self.header = Header(dataset.shape, self._dtype_name(), layout)
-        for source in sources:
-            self._check_filters(source)
-            self._check_written(source)
-        self.stored_bytes = sum(source.id.get_storage_size() for source in sources)
+        self._check_filters()
+        self._check_written()
+        self.stored_bytes = dataset.id.get_storage_size()
         self.read_granularity = min(dataset.chunks[0], dataset.shape[0]) if dataset.chunks else 1
         offset = dataset.id.get_offset()
-        self._mapped = MappedNpy(self._file, path, self.header, offset or 0)
-        self._is_mapped = offset is not None and self._is_plain()
+        # Elements of a different byte order are converted by HDF5.
+        self._is_mapped = offset is not None and self._has_type(self.header.dtype)
+        self._offset = offset or 0
         if self._is_mapped and self.stored_bytes != self.header.nbytes:
             raise self._damaged(
                 f"it claims {self.stored_bytes} bytes for an array of {self.header.nbytes}"
             )
 
     def _dtype_name(self) -> str:
-        """Return the storage dtype; a different byte order is converted on read."""
-        if self._is_bfloat16():
+        if self._has_type("bfloat16"):
             return "bfloat16"
         try:
-            dtype: object = self._dataset.dtype
-            name = self._dataset.dtype.name
+            dtype, name = self._dataset.dtype, self._dataset.dtype.name
         except (TypeError, ValueError) as error:  # NumPy has no equivalent
-            dtype, name = error, ""
-        if name not in STORED_TYPES:
-            raise SourceError(
-                f"{self.path} has unsupported dtype {dtype}",
-                f"store it as one of {', '.join(STORED_TYPES)}",
-            )
-        return str(name)
+            return check_dtype(self.path, "", error)
+        return check_dtype(self.path, name, dtype)
 
-    def _is_bfloat16(self) -> bool:
-        return bool(self._dataset.id.get_type().equal(_hdf5_type("bfloat16")))
+    def _has_type(self, name: str) -> bool:
+        """Whether stored elements have the same representation as those of a dtype in memory."""
+        return bool(self._dataset.id.get_type().equal(_hdf5_type(name)))
 
-    def _is_plain(self) -> bool:
-        """Whether stored elements have the same representation as in memory."""
-        return bool(self._dataset.id.get_type().equal(_hdf5_type(self.header.dtype)))
-
-    def _sources(self, dataset: h5py.Dataset) -> list[h5py.Dataset]:
-        """Return the datasets that store the elements: itself, or the sources of a virtual one.
-
-        Raises
-        ------
-        SourceError
-            If any elements are in another file, or are not stored at all.
-        """
-        properties = dataset.id.get_create_plist()
+    def _check_stored_here(self) -> None:
+        """Check that the dataset stores its elements itself."""
+        properties = self._dataset.id.get_create_plist()
         if properties.get_external_count():
             name = properties.get_external(0)[0]
             raise self._external_error(f"its data is in {_display(name)}")
-        if properties.get_layout() != h5py.h5d.VIRTUAL:
-            return [dataset]
-        sources: dict[bytes, h5py.Dataset] = {}
-        mapped = 0
-        for number in range(properties.get_virtual_count()):
-            file_name = properties.get_virtual_filename(number)
-            if file_name != ".":
-                raise self._external_error(f"it is a virtual dataset with data in {file_name!r}")
-            name = properties.get_virtual_dsetname(number).encode(errors="surrogateescape")
-            if name not in sources:
-                sources[name] = self._virtual_source(name)
-            if not self._contains_mapping(sources[name], properties, number):
-                raise self._unmapped_error(f"more of {_display(name)} than exists")
-            mapped += properties.get_virtual_vspace(number).get_select_npoints()
-        if mapped < math.prod(dataset.shape):
-            raise self._unmapped_error(f"only {mapped} of its {math.prod(dataset.shape)} elements")
-        return [*sources.values()]
-
-    def _virtual_source(self, name: bytes) -> h5py.Dataset:
-        """Return a source of a virtual dataset. It must not be virtual, as it might be cyclic."""
-        source = self._find(name)
-        if source.is_virtual:
+        if properties.get_layout() == h5py.h5d.VIRTUAL:
             raise SourceError(
-                f"{self.path} is a virtual dataset whose source {_display(name)} is virtual, too",
-                "store either of them as a regular dataset: h5repack -l CONTI",
+                f"{self.path} is a virtual dataset: other datasets store its images",
+                "give these datasets, or copy the images into a regular one: h5repack -l CONTI",
             )
-        return self._sources(source)[0]
 
-    def _contains_mapping(
-        self, source: h5py.Dataset, properties: h5py.h5p.PropDCID, number: int
-    ) -> bool:
-        """Whether a source contains the whole selection of a mapping, which may be unlimited."""
-        spaces, selection = h5py.h5s, properties.get_virtual_srcspace(number)
-        if selection.get_select_type() == spaces.SEL_ALL:
-            points: int = properties.get_virtual_vspace(number).get_select_npoints()
-            return bool(points == source.size)
-        is_slab = selection.get_select_type() == spaces.SEL_HYPERSLABS
-        is_regular = is_slab and selection.is_regular_hyperslab()
-        if is_regular and spaces.UNLIMITED in sum(selection.get_regular_hyperslab(), ()):
-            return False
-        _, last = selection.get_select_bounds()
-        return len(last) == len(source.shape) and all(
-            index < length for index, length in zip(last, source.shape, strict=True)
-        )
-
-    def _unmapped_error(self, extent: str) -> SourceError:
-        return SourceError(
-            f"{self.path} is a virtual dataset that maps {extent}: the rest would be read as "
-            f"{self._dataset.fillvalue}",
-            "store all of it as a regular dataset: h5repack -l CONTI",
-        )
-
-    def _check_filters(self, source: h5py.Dataset) -> None:
+    def _check_filters(self) -> None:
         """Check that the filters which compress the chunks are available."""
-        properties = source.id.get_create_plist()
+        properties = self._dataset.id.get_create_plist()
         for code, _, _, name in map(properties.get_filter, range(properties.get_nfilters())):
             if not h5py.h5z.filter_avail(code):
                 raise SourceError(
@@ -272,25 +198,26 @@ class Hdf5Source:
                     "to hdf5plugin.PLUGIN_PATH; or store the dataset without it",
                 )
 
-    def _check_written(self, source: h5py.Dataset) -> None:
+    def _check_written(self) -> None:
         """Check that all chunks were written: HDF5 reads others as the fill value."""
-        expected, written = 1, int(source.id.get_storage_size() > 0)
-        if source.chunks:
-            expected, written = self._count_chunks(source)
+        expected, written = 1, int(self._dataset.id.get_storage_size() > 0)
+        if self._dataset.chunks:
+            expected, written = self._count_chunks()
         if written < expected:
             raise SourceError(
                 f"{self.path}: {expected - written} of {expected} chunks were never written, and "
-                f"would be read as {source.fillvalue}",
+                f"would be read as {self._dataset.fillvalue}",
                 "finish writing the dataset; if it should contain that value, write it explicitly",
             )
 
-    def _count_chunks(self, source: h5py.Dataset) -> tuple[int, int]:
+    def _count_chunks(self) -> tuple[int, int]:
         """Return the number of chunks that a dataset should have, and that it has."""
-        counts = [-(-a // b) for a, b in zip(source.shape, source.chunks, strict=True)]
-        expected, written = math.prod(counts), source.id.get_num_chunks()
+        dataset = self._dataset
+        counts = [-(-a // b) for a, b in zip(dataset.shape, dataset.chunks, strict=True)]
+        expected, written = math.prod(counts), dataset.id.get_num_chunks()
         if written < expected:
             return expected, written
-        file_bytes, claimed_bytes = self._file_bytes(), source.id.get_storage_size()
+        file_bytes, claimed_bytes = self._file_bytes(), dataset.id.get_storage_size()
         if max(expected, claimed_bytes) > file_bytes:
             raise self._damaged(
                 f"it claims {claimed_bytes} bytes in {expected} chunks; the file has {file_bytes}"
@@ -298,9 +225,9 @@ class Hdf5Source:
         # A damaged chunk index may list one chunk twice and omit another. For a chunk without data
         # HDF5 returns uninitialized memory, or crashes the process.
         is_present = bytearray(expected)
-        chunk_bytes = math.prod(source.chunks) * source.id.get_type().get_size()
-        lengths = tuple(zip(source.chunks, counts, strict=True))
-        unfiltered = (1 << source.id.get_create_plist().get_nfilters()) - 1
+        chunk_bytes = math.prod(dataset.chunks) * dataset.id.get_type().get_size()
+        lengths = tuple(zip(dataset.chunks, counts, strict=True))
+        unfiltered = (1 << dataset.id.get_create_plist().get_nfilters()) - 1
 
         def visit(chunk: h5py.h5d.StoreInfo) -> None:
             min_bytes = chunk_bytes if chunk.filter_mask & unfiltered == unfiltered else 1
@@ -313,43 +240,20 @@ class Hdf5Source:
                 number = number * count + start // length
             is_present[number] = 1
 
-        source.id.chunk_iter(visit)
+        dataset.id.chunk_iter(visit)
         if not all(is_present):
             raise self._damaged(f"{is_present.count(0)} of {expected} chunks have no data")
         return expected, written
 
-    def _file_bytes(self) -> int:
-        return os.fstat(self._file.fileno()).st_size
-
     def _damaged(self, problem: str) -> SourceError:
         return SourceError(f"{self.path} is damaged: {problem}", "get the file again")
 
-    def fingerprint(self) -> str:
-        """Return a hash of the file's current size, modification time and samples."""
-        return self._mapped.fingerprint()
-
     def read(self, start: int, stop: int) -> Chunk:
-        """Return images as a view of a mapped window if the dataset is contiguous, or as a copy.
-
-        Raises
-        ------
-        StoppedError
-            If they cannot be read, for example because a chunk is damaged.
-        """
-        if self._is_mapped:
-            return Chunk(self._mapped.read(start, stop), [*self.records[start:stop]])
-        return read_copy(self, start, stop)
+        return super().read(start, stop) if self._is_mapped else ArraySource.read(self, start, stop)
 
     def read_into(self, start: int, out: NDArray[Any]) -> None:
-        """Fill `out` with images, starting at row `start`; thread-safe.
-
-        Raises
-        ------
-        StoppedError
-            If they cannot be read, for example because a chunk is damaged.
-        """
         if self._is_mapped:
-            self._mapped.read_into(start, out)
+            super().read_into(start, out)
             return
         selection = self._dataset.id.get_space()
         selection.select_hyperslab((start, 0, 0, 0), out.shape)
@@ -366,22 +270,11 @@ class Hdf5Source:
             ) from None
 
     def close(self) -> None:
-        """Close the file; views that were returned stay valid."""
         self._open_files.close()
 
 
 class Hdf5Target(ContiguousTarget):
-    """A contiguous dataset in a new HDF5 file that contains nothing else.
-
-    Parameters
-    ----------
-    path
-        The path of the published file, ``::``, and the dataset's name.
-    header
-        Shape, dtype and layout of the array.
-    storage
-        Performs the system calls.
-    """
+    """A contiguous dataset, `FILE.h5::/NAME`, in a new HDF5 file that contains nothing else."""
 
     kind = "hdf5"
 
@@ -390,18 +283,7 @@ class Hdf5Target(ContiguousTarget):
         super().__init__(container_of(path), header, storage, _preamble(path, header))
 
     def published(self) -> Hdf5Source:
-        """Open the published file."""
         return Hdf5Source(self._dataset_path, layout=self.header.layout)
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        return open_regular(container_of(path))
-    except OSError as error:
-        raise SourceError(
-            f"{container_of(path)} cannot be opened: {error.strerror or error}",
-            "check its path and permissions",
-        ) from None
 
 
 def check_name(path: Path) -> None:

@@ -12,11 +12,10 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from fastvgg.datasets.base import open_regular
-from fastvgg.datasets.packed import first_repeated, name_hashes
+from fastvgg.datasets.base import Target, open_regular
+from fastvgg.datasets.index import find_repeated, name_hashes
 from fastvgg.errors import ResumeError, SourceError, TargetError, UsageError
 from fastvgg.imaging.decode import DECODING_ERRORS, describe_error, open_image
-from fastvgg.storage.location import sidecar_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
     from fastvgg.datasets.base import Header, ImageRecord, Payload
     from fastvgg.storage.local import Storage
-
-__all__ = ["FileFormat", "ImageFolderTarget", "check_format", "is_lossy"]
 
 FileFormat: TypeAlias = Literal["png", "jpeg", "webp"]
 
@@ -61,17 +58,13 @@ def is_lossy(name: str) -> bool:
     return name == "jpeg"
 
 
-class ImageFolderTarget:
+class ImageFolderTarget(Target):
     """A directory with one image file per row. Rows that failed in the source have no file.
 
     Parameters
     ----------
-    path
-        The path of the published directory.
-    header
-        The shape of the images, which are uint8 and NHWC.
-    storage
-        Performs the system calls.
+    path, header, storage
+        As for `Target`. Images are uint8 and NHWC.
     records
         One per row, which name the files; without records, files are named by row number.
     file_format
@@ -95,13 +88,11 @@ class ImageFolderTarget:
         records: Sequence[ImageRecord] = (),
         file_format: FileFormat = "png",
     ) -> None:
-        self.path = path
-        self.header = header
-        self.partial = sidecar_path(path, ".partial")
-        self._storage = storage
+        super().__init__(path, header, storage)
         self._records = records
         self._format = file_format
-        self._repeats = _suffix_repeats(self._paths, FORMAT_SUFFIXES[file_format]) if records else 0
+        self._suffix = FORMAT_SUFFIXES[file_format]
+        self._repeats = _suffix_repeats(self._paths, self._suffix) if records else 0
         self._last_directory: Path | None = None
         self._syncs_each = False
 
@@ -109,14 +100,12 @@ class ImageFolderTarget:
         return (record.path for record in self._records)
 
     def create(self) -> None:
-        """Create an empty directory."""
         self._storage.remove(self.partial)
         self._storage.make_directory(self.partial)
         self._storage.sync_directory(self.path.parent)
         self._syncs_each = not self._storage.has_syncfs(self.partial)
 
     def reopen(self) -> None:
-        """Check that the directory exists."""
         if not self.partial.is_dir():
             raise ResumeError(f"{self.partial} does not exist", "start over with --restart")
         self._syncs_each = not self._storage.has_syncfs(self.partial)
@@ -132,10 +121,6 @@ class ImageFolderTarget:
         options = {"lossless": True} if self._format == "webp" else {}
         Image.fromarray(image).save(buffer, self._format, **options)
         return buffer.getvalue()
-
-    def offset(self, start: int) -> int:  # noqa: ARG002  # every row begins its own file
-        """Return 0: each row is a separate file."""
-        return 0
 
     def write(self, start: int, stored: Payload) -> None:
         """Write the encoded images of rows; an empty one marks a failed row, which has no file."""
@@ -155,19 +140,14 @@ class ImageFolderTarget:
                 self._storage.close(file)
 
     def sync(self) -> None:
-        """Make the files written so far, and their directory entries, durable."""
         self._storage.syncfs(self.partial)
 
-    def read_unfinished(self, start: int, stop: int) -> Payload | None:  # noqa: ARG002
-        """Return None: committed files were synced."""
-        return None
-
     def read_stored(self, start: int, stop: int) -> Payload:
-        """Return the encoded images of rows of the published directory; empty for failed rows."""
+        """Return the encoded images of rows; empty for failed rows."""
         return [b"" if name is None else self._content(name) for name in self._files(start, stop)]
 
     def read_back(self, start: int, stop: int) -> NDArray[Any]:
-        """Decode rows of the published directory; failed rows are zeros."""
+        """Decode rows; failed rows are zeros."""
         batch = np.zeros((stop - start, *self.header.shape[1:]), np.uint8)
         for image, name in zip(batch, self._files(start, stop), strict=True):
             if name is None:
@@ -192,30 +172,20 @@ class ImageFolderTarget:
             "restore the dataset again",
         )
 
-    def publish(self) -> None:
-        """Rename the complete directory to the published path."""
-        self._storage.rename(self.partial, self.path)
-        self._storage.sync_directory(self.path.parent)
-
-    def close(self) -> None:
-        """Do nothing: no files stay open."""
-
     def _files(self, start: int, stop: int) -> Iterator[str | None]:
         """Return the file name of each row; None for failed rows."""
-        names = self._names(start, stop)
         if not self._records:
-            return names
-        records = self._records[start:stop]
+            return self._names(start, stop)
+        names, records = self._names(start, stop), self._records[start:stop]
         return (
             None if record.failed else name for name, record in zip(names, records, strict=True)
         )
 
     def _names(self, start: int, stop: int) -> Iterator[str]:
-        suffix = FORMAT_SUFFIXES[self._format]
         if not self._records:
-            return (f"{row:08d}{suffix}" for row in range(start, stop))
+            return (f"{row:08d}{self._suffix}" for row in range(start, stop))
         paths = (record.path for record in self._records[start:stop])
-        return (_with_suffix(path, suffix, self._repeats) for path in paths)
+        return (_with_suffix(path, self._suffix, self._repeats) for path in paths)
 
 
 def _encode_name(name: str) -> bytes:
@@ -248,8 +218,8 @@ def _suffix_repeats(paths: Callable[[], Iterable[str]], suffix: str) -> int:
     >>> _suffix_repeats(lambda: ["a.jpg", "a.bmp"], ".png")
     1
     """
-    repeated = first_repeated(os.fsencode(path) for path in paths())
-    if repeated is not None:
+    repeated, _ = find_repeated(name_hashes(os.fsencode(path) for path in paths()))
+    if len(repeated):
         path = next(itertools.islice(paths(), repeated[0], None))
         raise SourceError(
             f"the index names {path!r} twice", "restore the index that was written with the dataset"

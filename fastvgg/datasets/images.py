@@ -7,36 +7,33 @@ from __future__ import annotations
 
 import errno
 import os
+from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import xxhash
 
-from fastvgg.datasets.base import Chunk, Header, ImageRecord, changed_during_run_error, read_regular
-from fastvgg.datasets.packed import PackedNames
+from fastvgg.datasets.base import (
+    Chunk,
+    Header,
+    ImageRecord,
+    Source,
+    changed_during_run_error,
+    read_regular,
+)
+from fastvgg.datasets.index import PackedNames
 from fastvgg.errors import SourceError
 from fastvgg.imaging.decode import SUFFIXES, DecodeOptions, Decoder, describe_error
 from fastvgg.parallel import parallel_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-__all__ = [
-    "FolderImageListing",
-    "ImageFolder",
-    "ImageListing",
-    "ImageSource",
-    "is_image_name",
-    "skipped_note",
-]
-
-CHANNELS: Final = 3
 SIZES_SHOWN: Final = 5
 SIZES_PER_TASK: Final = 64
 SUFFIX_BYTES: Final = frozenset(suffix.encode() for suffix in SUFFIXES)
@@ -52,53 +49,75 @@ def is_image_name(name: bytes) -> bool:
     return name[dot:].lower() in SUFFIX_BYTES and dot > 0 and name[dot - 1 : dot] != b"/"
 
 
-def skipped_note(skipped: int) -> list[str]:
-    """Return a note with the number of skipped files, or no note if it is zero."""
-    return [f"skipped files without an image suffix: {skipped}"] if skipped else []
+def first_folder(path: bytes) -> bytes:
+    """Return the first folder of a path, or nothing.
+
+    >>> first_folder(b"cat/a/b.jpg"), first_folder(b"b.jpg")
+    (b'cat', b'')
+    """
+    folder, slash, _ = path.partition(b"/")
+    return folder if slash else b""
 
 
-class ImageListing(Protocol):
-    """The images of a source, listed once without reading them; about 50 bytes for each."""
+class ImageListing(ABC):
+    """The images at `path`, listed once without reading them; about 50 bytes for each.
+
+    Raises
+    ------
+    SourceError
+        If they cannot be listed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._names = PackedNames()
+        self._sizes = array("q")
+        self.skipped = 0
+        """Number of files skipped because they have no image suffix."""
+
+    def __len__(self) -> int:
+        return len(self._names)
 
     @property
     def stored_bytes(self) -> int:
         """Size of all encoded images in bytes."""
-
-    @property
-    def skipped(self) -> int:
-        """Number of files skipped because they have no image suffix."""
+        return sum(self._sizes)
 
     @property
     def notes(self) -> list[str]:
         """Notes to show the user before the run."""
+        return [f"skipped files without an image suffix: {self.skipped}"] if self.skipped else []
 
+    @abstractmethod
     def fingerprint(self) -> str:
-        """Return a hash of the images' current state, which changes when they do."""
-
-    def __len__(self) -> int: ...
+        """Return a hash of the images' current state; lists them again if they have changed."""
 
     def name(self, row: int) -> bytes:
         """Return the relative path of an image, with forward slashes."""
+        return self._names[row]
 
     def label(self, row: int) -> bytes:
-        """Return the class label of an image."""
+        """Return the class label of an image: the first folder of its path, or nothing."""
+        return first_folder(self._names[row])
 
+    @abstractmethod
     def identity(self, row: int) -> bytes:
         """Return an image's name, size and modification time, as bytes to be hashed."""
 
+    @abstractmethod
     def read(self, row: int, max_bytes: int) -> bytes:
-        """Read an encoded image.
+        """Read an encoded image; thread-safe.
 
         Raises
         ------
         OSError
-            If it cannot be read, or is longer than `max_bytes`.
+            If it cannot be read, is not a complete regular file, or is longer than `max_bytes`.
         StoppedError
             If it has changed since it was listed.
         """
 
 
-class ImageSource:
+class ImageSource(Source):
     """A source of encoded images, one per row; images that fail to decode become rows of zeros.
 
     Parameters
@@ -112,7 +131,7 @@ class ImageSource:
     threads
         Number of threads that read image sizes if `decoding` gives none.
     listing
-        The listing of the images, if it is already known.
+        The listing of the images, if it is already known; any other kind of listing is ignored.
 
     Raises
     ------
@@ -120,10 +139,8 @@ class ImageSource:
         If there are no images, they cannot be listed, or sizes differ and `decoding` gives none.
     """
 
-    kind: str
-    read_granularity = 1
-    lists: Callable[[Path], ImageListing]
-    """Lists the images at a path."""
+    lists: type[ImageListing]
+    """The listing of the images at a path."""
 
     def __init__(
         self,
@@ -134,13 +151,14 @@ class ImageSource:
         threads: int = 1,
         listing: ImageListing | None = None,
     ) -> None:
-        self.path = path
-        self.listing = listing = type(self).lists(path) if listing is None else listing
+        super().__init__(path)
+        if not isinstance(listing, self.lists):  # none is given, or of what the path was before
+            listing = self.lists(path)
+        self.listing = listing
         self.decoding = decoding
         self._decoder = decoder
-        self.settings: dict[str, Any] = decoding.to_dict()
+        self.settings = decoding.to_dict()
         self.stored_bytes = listing.stored_bytes
-        self.records: Sequence[ImageRecord] = ()
         self.notes = listing.notes
         if not len(listing):
             raise SourceError(
@@ -148,13 +166,9 @@ class ImageSource:
                 f"give images with one of the suffixes {', '.join(sorted(SUFFIXES))}",
             )
         height, width = decoding.size or self._common_size(threads)
-        self.header = Header((len(listing), height, width, CHANNELS), "uint8", "NHWC")
+        self.header = Header((len(listing), height, width, 3), "uint8", "NHWC")
 
     def fingerprint(self) -> str:
-        """Return a hash of all names, sizes and modification times.
-
-        A file that changed after it was listed is only detected when it is read.
-        """
         return self.listing.fingerprint()
 
     def checksum_of(self, start: int, stop: int, failed: Collection[int]) -> str:
@@ -189,9 +203,6 @@ class ImageSource:
         """Decode images into a new batch; images that fail become zeros."""
         batch = np.empty((stop - start, *self.header.shape[1:]), np.uint8)
         return Chunk(batch, [self.decode(row, batch[row - start]) for row in range(start, stop)])
-
-    def close(self) -> None:
-        """Do nothing: no files stay open."""
 
     def _common_size(self, threads: int) -> tuple[int, int]:
         """Return the height and width of all readable images, which must be equal."""
@@ -247,85 +258,52 @@ class ImageSource:
         return os.fsdecode(self.listing.name(row))
 
 
-@dataclass
-class FolderImageListing:
+class FolderImageListing(ImageListing):
     """The images below a directory, sorted bytewise by path.
 
     Everything with an image suffix is listed, whether or not it is a regular file. Symbolic links
-    to directories are not followed.
-
-    Raises
-    ------
-    SourceError
-        If a directory cannot be listed.
+    to directories are not followed. A file that changed after it was listed is only detected when
+    it is read.
     """
 
-    directory: Path
-    names: PackedNames = field(default_factory=PackedNames)
-    sizes: array[int] = field(default_factory=lambda: array("q"))
-    changed_ns: array[int] = field(default_factory=lambda: array("q"))
-    folders: dict[bytes, int] = field(default_factory=dict)
-    """The modification time of every directory."""
-    skipped: int = 0
-
-    def __post_init__(self) -> None:
-        self._root = os.fsencode(self.directory) + b"/"
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._root = os.fsencode(path) + b"/"
+        self._changed_ns = array("q")
+        self._folders: dict[bytes, int] = {}
+        """The modification time of every directory."""
         digest = xxhash.xxh3_128()
         for name in self._walk():
             size, changed_ns = _size_and_change(self._root + name)
-            self.names.append(name)
-            self.sizes.append(size)
-            self.changed_ns.append(changed_ns)
+            self._names.append(name)
+            self._sizes.append(size)
+            self._changed_ns.append(changed_ns)
             digest.update(b"%d %d %b\0" % (size, changed_ns, name))
         self._fingerprint = digest.hexdigest()
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @property
-    def stored_bytes(self) -> int:
-        """Size of all encoded images in bytes."""
-        return sum(self.sizes)
-
-    @property
-    def notes(self) -> list[str]:
-        """A note with the number of skipped files, if there are any."""
-        return skipped_note(self.skipped)
-
-    def name(self, row: int) -> bytes:
-        """Return the path of an image relative to the directory."""
-        return self.names[row]
-
-    def label(self, row: int) -> bytes:
-        """Return the first folder of an image's path, or nothing."""
-        folder, slash, _ = self.names[row].partition(b"/")
-        return folder if slash else b""
-
     def identity(self, row: int) -> bytes:
-        """Return an image's name, size and modification time."""
-        return b"%d %d %b\0" % (self.sizes[row], self.changed_ns[row], self.names[row])
+        return b"%d %d %b\0" % (self._sizes[row], self._changed_ns[row], self._names[row])
 
     def read(self, row: int, max_bytes: int) -> bytes:
-        """Read an image's file; a symbolic link must resolve to a file below the directory."""
-        path = self._root + self.names[row]
+        path = self._root + self._names[row]
         try:
             data, status = read_regular(path, max_bytes)
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
             data, status = read_regular(self._target_below(path), max_bytes)
-        if (len(data), status.st_mtime_ns) != (self.sizes[row], self.changed_ns[row]):
+        if (len(data), status.st_mtime_ns) != (self._sizes[row], self._changed_ns[row]):
             raise changed_during_run_error(os.fsdecode(path))
         return data
 
     def fingerprint(self) -> str:
-        """Return a hash of all identities; lists again if a directory changed in the meantime."""
-        for folder, changed_ns in self.folders.items():
+        for folder, changed_ns in self._folders.items():
             if _size_and_change(self._root + folder)[1] != changed_ns:
-                return FolderImageListing(self.directory).fingerprint()
+                return FolderImageListing(self._path).fingerprint()
         return self._fingerprint
 
     def _target_below(self, path: bytes) -> bytes:
+        """Resolve a symbolic link, which must lead to a file below the directory."""
         target, root = os.path.realpath(path), os.path.realpath(self._root)
         if not target.startswith(root + b"/"):
             raise OSError("a symbolic link to a file outside of the directory")
@@ -356,7 +334,7 @@ class FolderImageListing:
         """
         paths = []
         try:
-            self.folders[folder] = os.stat(self._root + folder).st_mtime_ns
+            self._folders[folder] = os.stat(self._root + folder).st_mtime_ns
             with os.scandir(self._root + folder) as entries:
                 for entry in entries:
                     path = folder + entry.name

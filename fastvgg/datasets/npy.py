@@ -1,4 +1,4 @@
-"""`.npy` arrays: strict header validation, memory-mapped reads, writes at fixed offsets.
+"""`.npy` arrays, and directories of `part-*.npy`, which are concatenated in the order of names.
 
 The header is validated before anything else is done with the file. `numpy.load` is too permissive:
 it unpickles, it allocates whatever a header claims, and with ``mmap_mode="r+"`` it silently grows a
@@ -10,34 +10,46 @@ Format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
 from __future__ import annotations
 
 import ast
+import bisect
+import contextlib
 import io
+import itertools
 import os
 import re
 import struct
+import threading
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
+import xxhash
 
-from fastvgg.datasets.base import Chunk, Header, check_array, open_regular
-from fastvgg.datasets.contiguous import ContiguousTarget
+from fastvgg.datasets.base import (
+    STORED_TYPES,
+    ArraySource,
+    Header,
+    changed_during_run_error,
+    check_array,
+)
+from fastvgg.datasets.contiguous import ContiguousSource, ContiguousTarget
+from fastvgg.datasets.images import is_image_name
 from fastvgg.datasets.index import read_index
-from fastvgg.datasets.mapped import MappedNpy
 from fastvgg.errors import SourceError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
+    from fastvgg.datasets.base import Chunk
     from fastvgg.storage.local import Storage
     from fastvgg.transform import Layout
-
-__all__ = ["NpySource", "NpyTarget"]
 
 MAGIC: Final = b"\x93NUMPY"
 MAX_HEADER_BYTES: Final = 10_000  # NumPy's own default limit
 MAX_AXIS: Final = 2**48
-STORED_TYPES: Final = {
+MAX_OPEN_PARTS: Final = 64  # a process may commonly have 1,024 open files
+DTYPES: Final = {
     "|u1": "uint8",
     "<f2": "float16",
     "<f4": "float32",
@@ -110,28 +122,22 @@ def _parse(text: bytes, path: Path) -> tuple[str, bool, tuple[int, ...]]:
     try:
         fields = _literal(text)
     except LITERAL_ERRORS as error:
-        raise SourceError(
-            f"{path} has a header that cannot be read: {type(error).__name__}",
-            "the file is damaged: get it again",
-        ) from None
+        raise _damaged(path, f"a header that cannot be read: {type(error).__name__}") from None
     if not isinstance(fields, dict) or set(fields) != {"descr", "fortran_order", "shape"}:
-        raise SourceError(
-            f"{path} has a header whose fields are not exactly descr, fortran_order and shape",
-            "the file is damaged: get it again",
-        )
+        raise _damaged(path, "a header whose fields are not exactly descr, fortran_order and shape")
     descr, fortran, shape = fields["descr"], fields["fortran_order"], fields["shape"]
     if type(fortran) is not bool or not isinstance(shape, tuple):
-        raise SourceError(
-            f"{path} has a header with fields of the wrong types: {_display(fields)}",
-            "the file is damaged: get it again",
-        )
+        raise _damaged(path, f"a header with fields of the wrong types: {_display(fields)}")
     if any(type(axis) is not int or not 0 <= axis <= MAX_AXIS for axis in shape):
-        raise SourceError(
-            f"{path} claims shape {_display(shape)}; an axis must be an integer from 0 to "
-            f"{MAX_AXIS}",
-            "the file is damaged: get it again",
+        raise _damaged(
+            path,
+            f"shape {_display(shape)}; an axis must be an integer from 0 to {MAX_AXIS}",
         )
     return _validate_descr(descr, path), fortran, shape
+
+
+def _damaged(path: Path, problem: str) -> SourceError:
+    return SourceError(f"{path} has {problem}", "the file is damaged: get it again")
 
 
 def _literal(text: bytes) -> object:
@@ -142,15 +148,12 @@ def _literal(text: bytes) -> object:
 
 
 def _validate_descr(descr: object, path: Path) -> str:
-    if isinstance(descr, str) and descr in STORED_TYPES:
+    if isinstance(descr, str) and descr in DTYPES:
         return descr
-    plain = ", ".join(name for name in STORED_TYPES.values() if name != "bfloat16")
-    remedy = f"store it as one of {plain}"
+    remedy = f"store it as one of {', '.join(STORED_TYPES)}"
     if isinstance(descr, str) and descr.endswith("O"):
-        problem, remedy = (
-            "contains pickled Python objects, which are never loaded",
-            f"{remedy} instead",
-        )
+        problem = "contains pickled Python objects, which are never loaded"
+        remedy += " instead"
     elif isinstance(descr, str) and descr.startswith(">"):
         problem = f"is big-endian ({_display(descr)})"
         remedy = (
@@ -170,8 +173,8 @@ def _display(value: object) -> str:
         return "with an integer too long to print"
 
 
-class NpySource:
-    """A .npy array, read through memory-mapped windows.
+class NpySource(ContiguousSource):
+    """A .npy array.
 
     Parameters
     ----------
@@ -190,31 +193,21 @@ class NpySource:
     """
 
     kind = "npy"
-    read_granularity = 1
 
     def __init__(
         self, path: Path, *, layout: Layout = "NHWC", dtype_hint: str | None = None
     ) -> None:
-        self.path = path
-        self.settings: dict[str, Any] = {}
-        self.notes: list[str] = []
-        try:
-            self._file = open_regular(path)
-        except OSError as error:
-            raise SourceError(
-                f"{path} cannot be opened: {error.strerror or error}",
-                "check its path and permissions",
-            ) from None
+        super().__init__(path, path)
         try:
             self._validate(read_header(self._file, path), layout, dtype_hint)
             self.records = read_index(path, self.header.images)
         except SourceError:
-            self._file.close()
+            self.close()
             raise
 
     def _validate(self, npy: ArrayHeader, layout: Layout, dtype_hint: str | None) -> None:
         path = self.path
-        dtype = STORED_TYPES[npy.descr]
+        dtype = DTYPES[npy.descr]
         if dtype == "bfloat16" and dtype_hint != "bfloat16":
             raise SourceError(
                 f"{path} has two-byte elements whose dtype its header does not name",
@@ -223,7 +216,8 @@ class NpySource:
             )
         check_array(path, npy.shape)
         self.header = Header(npy.shape, dtype, layout)
-        self.stored_bytes = os.fstat(self._file.fileno()).st_size
+        self._offset = npy.offset
+        self.stored_bytes = self._file_bytes()
         expected = npy.offset + self.header.nbytes
         if self.stored_bytes != expected:
             state = "truncated" if self.stored_bytes < expected else "followed by extra bytes"
@@ -232,49 +226,10 @@ class NpySource:
                 f"and the header, but the file has {self.stored_bytes}",
                 "get the file again, or rewrite it with numpy.save",
             )
-        self._mapped = MappedNpy(self._file, path, self.header, npy.offset)
-
-    def fingerprint(self) -> str:
-        """Return a hash of the file's current size, modification time, header and samples."""
-        return self._mapped.fingerprint()
-
-    def read(self, start: int, stop: int) -> Chunk:
-        """Return images as a read-only view of a memory-mapped window of the file.
-
-        Raises
-        ------
-        StoppedError
-            If the file was truncated since it was opened, or cannot be read.
-        """
-        return Chunk(self._mapped.read(start, stop), [*self.records[start:stop]])
-
-    def read_into(self, start: int, out: NDArray[Any]) -> None:
-        """Fill `out` with images, starting at row `start`; thread-safe.
-
-        Raises
-        ------
-        StoppedError
-            If the file was truncated since it was opened, or cannot be read.
-        """
-        self._mapped.read_into(start, out)
-
-    def close(self) -> None:
-        """Close the file; views that were returned stay valid."""
-        self._file.close()
 
 
 class NpyTarget(ContiguousTarget):
-    """A .npy array being written.
-
-    Parameters
-    ----------
-    path
-        The path of the published file.
-    header
-        Shape, dtype and layout of the array.
-    storage
-        Performs the system calls.
-    """
+    """A .npy array being written."""
 
     kind = "npy"
 
@@ -282,15 +237,159 @@ class NpyTarget(ContiguousTarget):
         super().__init__(path, header, storage, _header_bytes(header))
 
     def published(self) -> NpySource:
-        """Open the published file."""
         return NpySource(self.path, layout=self.header.layout, dtype_hint=self.header.dtype)
 
 
 def _header_bytes(header: Header) -> bytes:
     """Return a version 1.0 header, padded to a multiple of 64 bytes."""
-    descr = next(descr for descr, name in STORED_TYPES.items() if name == header.dtype)
+    descr = next(descr for descr, name in DTYPES.items() if name == header.dtype)
     text = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         text, {"descr": descr, "fortran_order": False, "shape": header.shape}
     )
     return text.getvalue()
+
+
+def part_names(directory: Path) -> list[str]:
+    """Return the names of the parts in a directory, sorted bytewise; empty if there are none.
+
+    Raises
+    ------
+    SourceError
+        If the directory cannot be listed, or also contains images.
+    """
+    try:
+        names = os.listdir(os.fsencode(directory))  # noqa: PTH208  # sorted as bytes, as images are
+    except OSError as error:
+        raise SourceError(
+            f"{directory} cannot be listed: {error.strerror}", "check its permissions"
+        ) from None
+    parts = sorted(name for name in names if name.startswith(b"part-") and name.endswith(b".npy"))
+    image = next((name for name in names if is_image_name(name)), None) if parts else None
+    if image is not None:
+        raise SourceError(
+            f"{directory} contains both parts of an array, e.g. {os.fsdecode(parts[0])!r}, and "
+            f"images, e.g. {os.fsdecode(image)!r}",
+            "move the images or the parts to a separate directory",
+        )
+    return [os.fsdecode(name) for name in parts]
+
+
+class PartitionedNpySource(ArraySource):
+    """An array that is partitioned by rows into the .npy files `names` of a directory.
+
+    Other parameters are those of `NpySource`.
+
+    Raises
+    ------
+    SourceError
+        If `NpySource` rejects a part, or its image shape or dtype differs from that of the first.
+    """
+
+    kind = "parts"
+
+    def __init__(
+        self,
+        path: Path,
+        names: Sequence[str],
+        *,
+        layout: Layout = "NHWC",
+        dtype_hint: str | None = None,
+    ) -> None:
+        super().__init__(path)
+        self.notes = [f"{len(names)} parts"]
+        self._names = names
+        self._layout = layout
+        self._dtype_hint = dtype_hint
+        self._open: dict[int, NpySource] = {}
+        self._readers: dict[int, int] = {}
+        self._lock = threading.Lock()
+        headers = list(self._read_headers())
+        self._starts = [0, *itertools.accumulate(header.images for header in headers)]
+        first = headers[0]
+        self.header = Header((self._starts[-1], *first.shape[1:]), first.dtype, layout)
+
+    def _read_headers(self) -> Iterator[Header]:
+        """Yield the header of every part, and set `stored_bytes` to the sum of their sizes."""
+        first = None
+        self.stored_bytes = 0
+        for name in self._names:
+            with contextlib.closing(self._open_part(name)) as part:
+                header = part.header
+                self.stored_bytes += part.stored_bytes
+            first = first or header
+            if (header.shape[1:], header.dtype) != (first.shape[1:], first.dtype):
+                raise SourceError(
+                    f"{self.path / name} contains images of {header.shape[1:]} {header.dtype}, but "
+                    f"{self._names[0]} of {first.shape[1:]} {first.dtype}",
+                    "all parts must have the same image shape and dtype; move others elsewhere",
+                )
+            yield header
+
+    def fingerprint(self) -> str:
+        digest = xxhash.xxh3_128()
+        for name in part_names(self.path):
+            with contextlib.closing(self._open_part(name)) as part:
+                digest.update(f"{part.fingerprint()} {name}\0".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    def read(self, start: int, stop: int) -> Chunk:
+        number = self._part_of(start)
+        if stop > self._starts[number + 1]:
+            return super().read(start, stop)
+        with self._borrow(number) as part:
+            first = self._starts[number]
+            return part.read(start - first, stop - first)
+
+    def read_into(self, start: int, out: NDArray[Any]) -> None:
+        number, row, stop = self._part_of(start), start, start + len(out)
+        while row < stop:
+            first, end = self._starts[number], min(stop, self._starts[number + 1])
+            with self._borrow(number) as part:
+                part.read_into(row - first, out[row - start : end - start])
+            row, number = end, number + 1
+
+    def close(self) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def _part_of(self, row: int) -> int:
+        """Return the number of the part that contains a row."""
+        return bisect.bisect_right(self._starts, row) - 1
+
+    @contextlib.contextmanager
+    def _borrow(self, number: int) -> Iterator[NpySource]:
+        """Open a part if necessary, and keep it open during the `with` block."""
+        with self._lock:
+            if number not in self._open:
+                self._evict()
+                self._open[number] = self._reopen(number)
+            self._readers[number] = self._readers.get(number, 0) + 1
+        try:
+            yield self._open[number]
+        finally:
+            with self._lock:
+                self._readers[number] -= 1
+
+    def _evict(self) -> None:
+        """Close the oldest part that no thread is reading, if too many are open."""
+        if len(self._open) >= MAX_OPEN_PARTS:
+            idle = next((number for number in self._open if not self._readers[number]), None)
+            if idle is not None:
+                self._open.pop(idle).close()
+
+    def _reopen(self, number: int) -> NpySource:
+        """Open a part, after checking that its header is unchanged."""
+        name, images = self._names[number], self._starts[number + 1] - self._starts[number]
+        path = str(self.path / name)
+        try:
+            part = self._open_part(name)
+        except SourceError as error:
+            raise changed_during_run_error(path) from error
+        if part.header != Header((images, *self.header.shape[1:]), self.header.dtype, self._layout):
+            part.close()
+            raise changed_during_run_error(path)
+        return part
+
+    def _open_part(self, name: str) -> NpySource:
+        return NpySource(self.path / name, layout=self._layout, dtype_hint=self._dtype_hint)

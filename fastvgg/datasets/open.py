@@ -12,10 +12,9 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from fastvgg.datasets.image_writer import FileFormat, ImageFolderTarget
-from fastvgg.datasets.images import FolderImageListing, ImageFolder
-from fastvgg.datasets.npy import NpySource, NpyTarget
-from fastvgg.datasets.parts import PartitionedNpySource, part_names
-from fastvgg.datasets.tar import TarListing, TarShards, names_tar
+from fastvgg.datasets.images import ImageFolder, ImageSource
+from fastvgg.datasets.npy import NpySource, NpyTarget, PartitionedNpySource, part_names
+from fastvgg.datasets.tar import TarShards, names_tar
 from fastvgg.errors import SourceError, TargetError
 from fastvgg.imaging import resize
 from fastvgg.imaging.decode import DecodeOptions, Decoder
@@ -27,19 +26,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fastvgg.datasets.base import ArraySource, Header, ImageRecord, Target
-    from fastvgg.datasets.images import ImageListing, ImageSource
+    from fastvgg.datasets.images import ImageListing
     from fastvgg.imaging.resize import Gather
     from fastvgg.storage.local import Storage
     from fastvgg.transform import Layout, Transform
 
-__all__ = [
-    "check_target",
-    "embedded_transform",
-    "open_source",
-    "open_target",
-    "target_format",
-]
-
+IMAGE_SOURCES: Final[dict[str, type[ImageSource]]] = {"images": ImageFolder, "tar": TarShards}
 DECODING_BYTES: Final = 512 * 2**20
 ARRAY_FORMATS: Final = {".npy": "npy", ".h5": "hdf5", ".hdf5": "hdf5", ".zarr": "zarr"}
 ZARR_METADATA: Final = ("zarr.json", ".zarray", ".zgroup")
@@ -86,56 +78,54 @@ def open_source(
     SourceError
         If the path is missing, empty, damaged, or in an unsupported format.
     """
-    if is_remote(path):
-        if _array_format(path) not in (None, "zarr"):
-            raise SourceError(
-                f"{path}: only Zarr arrays can be read from a store",
-                "download the file and give its local path",
-            )
-        return _array(path, "zarr", layout, dtype_hint, decoding)
-    is_directory = _is_directory(path)
-    if _is_zarr(path):
-        return _array(path, "zarr", layout, dtype_hint, decoding)
-    parts = part_names(path) if is_directory else []
-    if not parts and (is_directory or names_tar(container_of(path))):
-        if layout != "NHWC":
-            raise SourceError(
-                f"{path} contains images, which cannot have layout {layout}", "omit --layout"
-            )
-        decoding = decoding or DecodeOptions()
-        decoder = Decoder(decoding, memory_bytes=decoding_bytes, threads=threads, gather=gather)
-        if is_directory:
-            folder = listing if isinstance(listing, FolderImageListing) else None
-            return ImageFolder(path, decoding, decoder, threads=threads, listing=folder)
-        shards = listing if isinstance(listing, TarListing) else None
-        return TarShards(path, decoding, decoder, threads=threads, listing=shards)
+    kind = _source_format(path)
+    if kind not in IMAGE_SOURCES:
+        return _open_array(path, kind, layout, dtype_hint, decoding, use_index=use_index)
+    if layout != "NHWC":
+        raise SourceError(f"{path} contains images, which are NHWC, not {layout}", "omit --layout")
+    decoding = decoding or DecodeOptions()
+    decoder = Decoder(decoding, memory_bytes=decoding_bytes, threads=threads, gather=gather)
+    return IMAGE_SOURCES[kind](path, decoding, decoder, threads=threads, listing=listing)
+
+
+def _source_format(path: Path) -> str:
+    """Return the format of an existing dataset: that of a source's `kind`."""
+    kind = _array_format(path)
+    if is_remote(path) and kind not in (None, "zarr"):
+        raise SourceError(
+            f"{path}: only Zarr arrays can be read from a store",
+            "download the file and give its local path",
+        )
+    if is_remote(path) or _is_zarr(path):
+        return "zarr"
+    if _is_directory(path):
+        return "parts" if part_names(path) else "images"
+    if names_tar(container_of(path)):
+        return "tar"
     if not os.path.lexists(container_of(path)):
         raise SourceError(f"{path} does not exist", "check the path; nothing was written")
-    kind = "parts" if parts else _array_format(path)
     if kind is None:
         raise SourceError(
             f"{path} is not a directory of images, a .npy, .zarr or HDF5 array, or a tar shard",
             "for a single image, give the directory that contains it",
         )
-    return _array(path, kind, layout, dtype_hint, decoding, use_index=use_index)
+    return kind
 
 
-def _array(
+def _open_array(
     path: Path,
     kind: str,
     layout: Layout,
     dtype_hint: str | None,
     decoding: DecodeOptions | None,
     *,
-    use_index: bool = True,
+    use_index: bool,
 ) -> ArraySource:
     if decoding not in (None, DecodeOptions()):
         raise SourceError(
             f"{path} is an array, but decoding options such as --size apply only to image files",
             "omit them, or give the directory of images",
         )
-    if kind == "parts":
-        return PartitionedNpySource(path, part_names(path), layout=layout, dtype_hint=dtype_hint)
     if kind == "hdf5":
         with _installed("hdf5", path):
             from fastvgg.datasets.hdf5 import Hdf5Source
@@ -144,6 +134,8 @@ def _array(
         with _installed("zarr", path):
             from fastvgg.datasets.zarr import ZarrSource
         return ZarrSource(path, layout=layout)
+    if kind == "parts":
+        return PartitionedNpySource(path, part_names(path), layout=layout, dtype_hint=dtype_hint)
     return NpySource(path, layout=layout, dtype_hint=dtype_hint)
 
 

@@ -15,6 +15,8 @@ as in `cat/a#12.jpg`.
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from array import array
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
@@ -25,14 +27,12 @@ import numpy as np
 import xxhash
 
 from fastvgg.datasets.base import READ_FLAGS, changed_during_run_error, open_regular, read_at
-from fastvgg.datasets.images import ImageSource, is_image_name, skipped_note
-from fastvgg.datasets.packed import PackedNames, name_hashes
-from fastvgg.datasets.shards import names_tar, shard_paths
+from fastvgg.datasets.images import ImageListing, ImageSource, first_folder, is_image_name
+from fastvgg.datasets.index import PackedNames, find_repeated, name_hashes
 from fastvgg.datasets.tar_headers import (
     COMPLETE,
     DEVICE,
     LINK,
-    SPARSE,
     TRUNCATED,
     UNKNOWN,
     TarHeaderReader,
@@ -42,9 +42,25 @@ from fastvgg.errors import SourceError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-
-__all__ = ["TarListing", "TarShards", "names_tar"]
-
+COMPRESSED: Final = {
+    ".tgz": "gzip",
+    ".tbz": "bzip2",
+    ".tbz2": "bzip2",
+    ".txz": "xz",
+    ".tzst": "zstd",
+    ".tar.gz": "gzip",
+    ".tar.z": "gzip",
+    ".tar.bz2": "bzip2",
+    ".tar.xz": "xz",
+    ".tar.lzma": "xz",
+    ".tar.zst": "zstd",
+    ".tar.lz4": "lz4",
+    ".tar.lz": "lzip",
+}
+RANGE: Final = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
+MAX_SHARDS: Final = 1_000_000
+MAX_DIGITS: Final = 18
+MISSING_SHOWN: Final = 5
 LABEL_SUFFIX: Final = b".cls"
 MAX_LABEL_BYTES: Final = 64
 
@@ -53,7 +69,6 @@ LABEL_TRUNCATED, REPEATED = TRUNCATED + 1, TRUNCATED + 2
 REASONS: Final = {
     LINK: "a link: links in a tar are not followed",
     DEVICE: "a device or a pipe, not a regular file",
-    SPARSE: "a sparse file: these are not supported",
     UNKNOWN: "an entry of unknown type, not a regular file",
     TRUNCATED: "truncated: the shard ends inside the image",
     LABEL_TRUNCATED: "truncated: the shard ends inside the image's .cls",
@@ -74,7 +89,7 @@ class _Shard(NamedTuple):
         return (status.st_size, status.st_mtime_ns) == (self.size, self.changed_ns)
 
 
-class TarListing:
+class TarListing(ImageListing):
     """The images in tar shards, listed from the headers.
 
     Every entry with an image suffix is a row. If it is not a complete regular file, reading it
@@ -93,16 +108,13 @@ class TarListing:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.skipped = 0
+        super().__init__(path)
         self.unterminated: list[str] = []
         """Shards without an end-of-archive marker, which may be truncated."""
         self._shards: list[_Shard] = []
         self._ends = array("q")
         """Total number of rows up to the end of each shard."""
-        self._names = PackedNames()
         self._offsets = array("q")
-        self._sizes = array("q")
         self._states = array("B")
         self._labelled_rows = array("q")
         self._labels = PackedNames()
@@ -110,24 +122,16 @@ class TarListing:
             self._list(shard, prefix)
         hashes = name_hashes(self._names)
         self._fingerprint = self._hash(hashes)
-        self._repeated_rows, self._first_rows = _find_repeated(hashes)
-        if self._repeated_rows:
+        self._repeated_rows, self._first_rows = find_repeated(hashes)
+        if len(self._repeated_rows):
             for row in self._repeated_rows:
                 self._states[row] = REPEATED
-            self._names = _rename(self._names, self._repeated_rows, hashes)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    @property
-    def stored_bytes(self) -> int:
-        """Size of all encoded images in bytes."""
-        return sum(self._sizes)
+            self._names = _rename(self._names, self._states, hashes)
 
     @property
     def notes(self) -> list[str]:
         """Notes about skipped entries and possibly truncated shards, if there are any."""
-        notes = skipped_note(self.skipped)
+        notes = super().notes
         if self.unterminated:
             notes.append(
                 f"shards without an end-of-archive marker, possibly truncated: "
@@ -135,35 +139,20 @@ class TarListing:
             )
         return notes
 
-    def name(self, row: int) -> bytes:
-        """Return the path of an image in its tar, prefixed if there are several shards."""
-        return self._names[row]
-
     def label(self, row: int) -> bytes:
         """Return the content of the sample's .cls, or else the first folder of the path."""
         index = bisect_left(self._labelled_rows, row)
         if index < len(self._labelled_rows) and self._labelled_rows[index] == row:
             return self._labels[index]
-        path = self._names[row].removeprefix(self._shard(row).prefix)
-        folder, slash, _ = path.partition(b"/")
-        return folder if slash else b""
+        return first_folder(self._names[row].removeprefix(self._shard(row).prefix))
 
     def identity(self, row: int) -> bytes:
-        """Return an image's name, size and offset, and its shard's size and modification time."""
+        """Return an image's name, size and offset, and its shard's size and time."""
         shard = self._shard(row)
         numbers = self._sizes[row], self._offsets[row], shard.size, shard.changed_ns
         return b"%d %d %d %d %b\0" % (*numbers, self._names[row])
 
     def read(self, row: int, max_bytes: int) -> bytes:
-        """Read an encoded image; thread-safe.
-
-        Raises
-        ------
-        OSError
-            If it cannot be read, is not a complete regular file, or is longer than `max_bytes`.
-        StoppedError
-            If its shard has changed since it was listed, or no longer exists.
-        """
         shard, size = self._shard(row), self._sizes[row]
         try:
             descriptor = os.open(shard.path, READ_FLAGS)
@@ -184,15 +173,11 @@ class TarListing:
         return data
 
     def fingerprint(self) -> str:
-        """Return a hash of the shards' names, sizes and modification times, and of all images.
-
-        If a shard has changed, all are listed again.
-        """
         try:
             unchanged = all(shard.matches(os.stat(shard.path)) for shard in self._shards)
         except OSError:  # listing again names the shard
             unchanged = False
-        return self._fingerprint if unchanged else TarListing(self.path).fingerprint()
+        return self._fingerprint if unchanged else TarListing(self._path).fingerprint()
 
     def _shard(self, row: int) -> _Shard:
         return self._shards[bisect_right(self._ends, row)]
@@ -200,7 +185,7 @@ class TarListing:
     def _reason(self, row: int) -> str:
         """Return the reason why reading a row fails."""
         if self._states[row] == REPEATED:
-            first = self._first_rows[bisect_left(self._repeated_rows, row)]
+            first = self._first_rows[np.searchsorted(self._repeated_rows, row)]
             return f"the name occurs twice, first in row {first}"
         return REASONS[self._states[row]]
 
@@ -298,42 +283,18 @@ def _is_label(path: bytes, key: bytes, state: int, available_bytes: int) -> bool
     return has_suffix and state in (COMPLETE, TRUNCATED) and available_bytes <= MAX_LABEL_BYTES
 
 
-def _find_repeated(hashes: NDArray[np.uint64]) -> tuple[array[int], array[int]]:
-    """Return the rows whose name occurred before, and the first row of each such name.
-
-    >>> rows, firsts = _find_repeated(np.array([7, 8, 7, 9, 8, 7], np.uint64))
-    >>> rows.tolist(), firsts.tolist()
-    ([2, 4, 5], [0, 1, 0])
-    """
-    order = np.argsort(hashes, kind="stable")
-    ordered = hashes[order]
-    is_repeated = np.zeros(len(hashes), bool)
-    is_repeated[1:] = ordered[1:] == ordered[:-1]
-    if not is_repeated.any():
-        return array("q"), array("q")
-    begins = np.maximum.accumulate(np.where(is_repeated, 0, np.arange(len(hashes))))
-    rows, firsts = order[is_repeated], order[begins[is_repeated]]
-    by_row = np.argsort(rows)
-    return array("q", rows[by_row].tobytes()), array("q", firsts[by_row].tobytes())
-
-
-def _rename(names: PackedNames, rows: array[int], hashes: NDArray[np.uint64]) -> PackedNames:
-    """Return the names, made unique by inserting the row number into those of `rows`.
+def _rename(names: PackedNames, states: array[int], hashes: NDArray[np.uint64]) -> PackedNames:
+    """Return the names, made unique by inserting the row number into those that are repeated.
 
     >>> names = PackedNames([b"cat/a.jpg", b"cat/a.jpg"])
-    >>> _rename(names, array("q", [1]), name_hashes(names))[:]
+    >>> _rename(names, array("B", [COMPLETE, REPEATED]), name_hashes(names))[:]
     [b'cat/a.jpg', b'cat/a#1.jpg']
     """
     used = np.sort(hashes)
-    unique, remaining = PackedNames(), iter(rows)
-    next_row = next(remaining, None)
-    for row, name in enumerate(names):
-        if row == next_row:
-            unique.append(_unique_name(name, row, used))
-            next_row = next(remaining, None)
-        else:
-            unique.append(name)
-    return unique
+    return PackedNames(
+        _unique_name(name, row, used) if state == REPEATED else name
+        for row, (name, state) in enumerate(zip(names, states, strict=True))
+    )
 
 
 def _unique_name(name: bytes, row: int, used: NDArray[np.uint64]) -> bytes:
@@ -346,3 +307,92 @@ def _unique_name(name: bytes, row: int, used: NDArray[np.uint64]) -> bytes:
         if index == len(used) or used[index] != hashed[0]:
             return candidate
         mark = b"#" + mark
+
+
+def names_tar(path: Path) -> bool:
+    """Whether a path names tar shards, including compressed ones, which `TarListing` rejects.
+
+    >>> from pathlib import Path
+    >>> [names_tar(Path(name)) for name in ("a.tar", "{00..99}.TAR", "a.tar.gz", "a.npy")]
+    [True, True, True, False]
+    """
+    return path.name.lower().endswith((".tar", *COMPRESSED))
+
+
+def shard_paths(path: Path) -> list[tuple[str, bytes]]:
+    """Return every shard's path, and the prefix of its entries' names.
+
+    Raises
+    ------
+    SourceError
+        If shards are compressed or missing, or the range is invalid.
+    """
+    text = os.fspath(path)
+    parsed = None if os.path.lexists(path) else _parse_range(text)
+    _check_not_compressed(path, is_range=parsed is not None)
+    if parsed is None:
+        if not os.path.lexists(path):
+            raise SourceError(
+                f"{path} does not exist",
+                "check the path; the syntax of a range of shards is 'shards/{0000..0099}.tar'",
+            )
+        return [(text, b"")]
+    start, end, numbers = parsed
+    paths = [text[:start] + number + text[end:] for number in numbers]
+    missing = [shard for shard in paths if not os.path.lexists(shard)]
+    if missing:
+        shown = ", ".join(missing[:MISSING_SHOWN])
+        more = f" and {len(missing) - MISSING_SHOWN} more" if len(missing) > MISSING_SHOWN else ""
+        raise SourceError(
+            f"{path}: {len(missing)} of {len(paths)} shards are missing: {shown}{more}",
+            "get the missing shards, or give the range that exists",
+        )
+    if len(paths) == 1:
+        return [(paths[0], b"")]
+    begin = text.rfind("/", 0, start) + 1
+    return [(shard, _prefix(shard[begin:])) for shard in paths]
+
+
+def _parse_range(text: str) -> tuple[int, int, list[str]] | None:
+    """Return the position of a range in a path, and its numbers; None if there is no range.
+
+    >>> _parse_range("shards/{08..11}.tar")
+    (7, 15, ['08', '09', '10', '11'])
+    """
+    ranges = [*RANGE.finditer(text)]
+    if not ranges:
+        return None
+    if len(ranges) > 1:
+        raise SourceError(
+            f"{text} has {len(ranges)} ranges", "give one range, and use a run for each"
+        )
+    first, last = ranges[0].groups()
+    is_short = max(len(first), len(last)) <= MAX_DIGITS
+    if not is_short or not 0 <= int(last) - int(first) < MAX_SHARDS:
+        raise SourceError(
+            f"{text}: {ranges[0][0]} is not a range of at most {MAX_SHARDS} increasing numbers",
+            "give the first and the last number: 'shards/{0000..0099}.tar'",
+        )
+    numbers = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+    return *ranges[0].span(), numbers
+
+
+def _check_not_compressed(path: Path, *, is_range: bool) -> None:
+    name = path.name.lower()
+    program = next((COMPRESSED[suffix] for suffix in COMPRESSED if name.endswith(suffix)), None)
+    if program is not None:
+        shown = path if is_range else shlex.quote(os.fspath(path))
+        raise SourceError(
+            f"{path} is compressed: its entries have no fixed offsets",
+            f"decompress it, and give the result: {program} -dk {shown}",
+        )
+
+
+def _prefix(path: str) -> bytes:
+    """Return the prefix of a shard's entries: the first component of the path that varies.
+
+    >>> _prefix("0003.tar"), _prefix("0003/images.tar")
+    (b'0003/', b'0003/')
+    """
+    name = os.fsencode(path.partition("/")[0])
+    return (name[:-4] if name.lower().endswith(b".tar") else name) + b"/"

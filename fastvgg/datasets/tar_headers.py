@@ -1,7 +1,8 @@
 """Read the headers of a tar, skipping the data between them.
 
 Plain headers are parsed here, which takes 5 s for a million entries; `tarfile` takes 20 s. Rare
-header fields, such as a number in base 256, are left to `tarfile`.
+header fields, such as a number in base 256, are left to `tarfile`. A tar with a sparse file is
+rejected: the bytes of its content are not contiguous.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 import shlex
 import struct
 import tarfile
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 from zlib import adler32
 
 from fastvgg.datasets.base import read_at
@@ -20,23 +21,11 @@ from fastvgg.errors import SourceError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = [
-    "BLOCK",
-    "COMPLETE",
-    "DEVICE",
-    "LINK",
-    "SPARSE",
-    "TRUNCATED",
-    "UNKNOWN",
-    "TarEntry",
-    "TarHeaderReader",
-]
-
 TarEntry: TypeAlias = tuple[bytes, int, int, int]
 """Path, state, offset of the data, and number of bytes of it that the shard contains."""
 
 # The state of an entry, as known from its headers.
-COMPLETE, LINK, DEVICE, SPARSE, UNKNOWN, TRUNCATED = range(6)
+COMPLETE, LINK, DEVICE, UNKNOWN, TRUNCATED = range(5)
 
 COMPRESSED_STARTS: Final = {
     b"\x1f\x8b": "gzip",
@@ -64,19 +53,14 @@ MAX_EXTENSION_BYTES: Final = 2**20
 PAX_RECORD: Final = re.compile(rb"([0-9]{1,7}) ([^=]+)=")
 PAX_SIZE: Final = re.compile(rb"[0-9]{1,20}")
 PAX_KEYWORDS: Final = (b"path=", b"size=", b"GNU.sparse.")  # other keywords are irrelevant here
-# Offset of the flag that another block of the sparse map follows, in a header and in a map block.
-HEADER_CONTINUES: Final = 482
-MAP_CONTINUES: Final = 504
-WITHOUT_DATA: Final = frozenset(
-    (
-        tarfile.LNKTYPE,
-        tarfile.SYMTYPE,
-        tarfile.CHRTYPE,
-        tarfile.BLKTYPE,
-        tarfile.DIRTYPE,
-        tarfile.FIFOTYPE,
-    )
-)
+LINKS: Final = (tarfile.LNKTYPE, tarfile.SYMTYPE)
+DEVICES: Final = (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
+WITHOUT_DATA: Final = frozenset((*LINKS, *DEVICES, tarfile.DIRTYPE))
+STATES: Final = {
+    **dict.fromkeys((tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE), COMPLETE),
+    **dict.fromkeys(LINKS, LINK),
+    **dict.fromkeys(DEVICES, DEVICE),
+}
 GNU_DIRECTORY: Final = b"D"  # its data lists the directory's content
 DIRECTORIES: Final = frozenset((tarfile.DIRTYPE, GNU_DIRECTORY))
 
@@ -84,50 +68,6 @@ DIRECTORIES: Final = frozenset((tarfile.DIRTYPE, GNU_DIRECTORY))
 NEAR_BYTES: Final = 64 * 2**10
 FAR_BYTES: Final = 4 * 2**10
 NEAR_GAP_BYTES: Final = 16 * 2**10
-STATES: Final = {
-    tarfile.REGTYPE: COMPLETE,
-    tarfile.AREGTYPE: COMPLETE,
-    tarfile.CONTTYPE: COMPLETE,
-    tarfile.LNKTYPE: LINK,
-    tarfile.SYMTYPE: LINK,
-    tarfile.CHRTYPE: DEVICE,
-    tarfile.BLKTYPE: DEVICE,
-    tarfile.FIFOTYPE: DEVICE,
-    tarfile.GNUTYPE_SPARSE: SPARSE,
-}
-
-
-class _Extension(NamedTuple):
-    """Fields of an entry that extension headers override."""
-
-    path: bytes | None = None
-    size: int | None = None
-    is_sparse: bool = False
-
-    def merge(self, later: _Extension) -> _Extension:
-        """Combine two extensions; the earlier one takes precedence, as in tarfile.
-
-        >>> _Extension(b"a", None).merge(_Extension(b"b", 7))
-        _Extension(path=b'a', size=7, is_sparse=False)
-        """
-        if self is NO_EXTENSION or later is NO_EXTENSION:
-            return self if later is NO_EXTENSION else later
-        return _Extension(
-            later.path if self.path is None else self.path,
-            later.size if self.size is None else self.size,
-            self.is_sparse or later.is_sparse,
-        )
-
-    def apply(self, name: bytes, kind: bytes, size: int) -> tuple[bytes, bytes, int]:
-        """Return the fields of a header, with those of this extension overridden."""
-        return (
-            name if self.path is None else self.path,
-            tarfile.GNUTYPE_SPARSE if self.is_sparse else kind,
-            size if self.size is None else self.size,
-        )
-
-
-NO_EXTENSION: Final = _Extension()
 
 
 class TarHeaderReader:
@@ -136,7 +76,7 @@ class TarHeaderReader:
     Raises
     ------
     SourceError
-        If the headers are damaged, or a path escapes the dataset.
+        If the headers are damaged, a path escapes the dataset, or an entry is a sparse file.
     OSError
         From the operating system.
     """
@@ -151,20 +91,22 @@ class TarHeaderReader:
         self._buffer = b""
 
     def __iter__(self) -> Iterator[TarEntry]:
-        at, extended_at, extension = 0, -1, NO_EXTENSION
+        at, extended_at = 0, -1
+        extension: dict[bytes, bytes] = {}
         while (header := self._header(at)) is not None:
             name, kind, size = header
             offset = at + BLOCK
             if kind in EXTENSIONS:
                 data = self._extension_data(at, size)
-                extension = extension.merge(self._parse_extension(kind, data, at))
+                # The first of several headers takes precedence, as in tarfile.
+                extension = self._parse_extension(kind, data, at) | extension
                 at, extended_at = offset + _padded(size), at
                 continue
             if kind == tarfile.GNUTYPE_SPARSE:
-                offset = self._skip_sparse_map(at)
-            if extension is not NO_EXTENSION:
-                name, kind, size = extension.apply(name, kind, size)
-                extension = NO_EXTENSION
+                raise self._sparse_error(at)
+            if extension:
+                name, size = extension.get(b"path", name), int(extension.get(b"size", size))
+                extension = {}
             if kind in WITHOUT_DATA:
                 size = 0
             if not name or name[0] in b"./" or b"/." in name or b"//" in name or b"\0" in name:
@@ -236,23 +178,21 @@ class TarHeaderReader:
             raise self._damaged(at, "the file ends inside a header")
         return data
 
-    def _parse_extension(self, kind: bytes, data: bytes, at: int) -> _Extension:
-        """Return the fields that an extension header overrides in the next entry."""
+    def _parse_extension(self, kind: bytes, data: bytes, at: int) -> dict[bytes, bytes]:
+        """Return the path and the size that an extension header sets for the next entry."""
         if kind == tarfile.GNUTYPE_LONGNAME:
-            return _Extension(data.partition(b"\0")[0])
+            return {b"path": data.partition(b"\0")[0]}
         if kind == tarfile.GNUTYPE_LONGLINK or not any(key in data for key in PAX_KEYWORDS):
-            return NO_EXTENSION
+            return {}
         records = self._parse_pax(data, at)
-        path = records.get(b"GNU.sparse.name") or records.get(b"path") or None
-        size = records.get(b"size") or None
-        is_sparse = any(keyword.startswith(b"GNU.sparse.") for keyword in records)
-        if path is None and size is None and not is_sparse:
-            return NO_EXTENSION
-        if kind == tarfile.XGLTYPE:
+        if any(keyword.startswith(b"GNU.sparse.") for keyword in records):
+            raise self._sparse_error(at)
+        extension = {key: records[key] for key in (b"path", b"size") if records.get(key)}
+        if extension and kind == tarfile.XGLTYPE:
             raise self._damaged(at, "a global header sets the path or size of all entries")
-        if size is not None and not PAX_SIZE.fullmatch(size):
-            raise self._damaged(at, f"an entry has {size[:40]!r} bytes")
-        return _Extension(path, None if size is None else int(size), is_sparse)
+        if not PAX_SIZE.fullmatch(extension.get(b"size", b"0")):
+            raise self._damaged(at, f"an entry has {extension[b'size'][:40]!r} bytes")
+        return extension
 
     def _parse_pax(self, data: bytes, at: int) -> dict[bytes, bytes]:
         """Return the records of a pax header by keyword."""
@@ -266,18 +206,6 @@ class TarHeaderReader:
             begin = end
         return records
 
-    def _skip_sparse_map(self, at: int) -> int:
-        """Return the offset of the data of a GNU sparse file, which follow its map."""
-        continues = self.bytes_at(at, BLOCK)[HEADER_CONTINUES]
-        at += BLOCK
-        while continues:
-            block = self.bytes_at(at, BLOCK)
-            if len(block) < BLOCK:
-                raise self._damaged(at, "the file ends inside the map of a sparse file")
-            continues = block[MAP_CONTINUES]
-            at += BLOCK
-        return at
-
     def _normalize(self, name: bytes, kind: bytes, at: int) -> bytes:
         """Return an entry's path without empty and "." components; reject one that has ".."."""
         parts = [part for part in name.split(b"/") if part not in (b"", b".")]
@@ -288,6 +216,12 @@ class TarHeaderReader:
                 "paths must name files below the dataset; do not use a tar that you do not trust",
             )
         return b"/".join(parts)
+
+    def _sparse_error(self, at: int) -> SourceError:
+        return SourceError(
+            f"{self._shard}: the entry at offset {at} is a sparse file, which is not supported",
+            "extract the tar, and create it without --sparse (-S)",
+        )
 
     def _damaged(self, at: int, problem: str) -> SourceError:
         return SourceError(

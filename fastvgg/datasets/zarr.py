@@ -24,9 +24,10 @@ from zarr.storage import FsspecStore, LocalStore, WrapperStore
 from fastvgg.datasets.base import (
     MAX_ELEMENTS,
     SHOWN_CHARACTERS,
+    ArraySource,
     Header,
     check_array,
-    read_copy,
+    check_dtype,
 )
 from fastvgg.datasets.index import read_index
 from fastvgg.errors import SourceError, StoppedError
@@ -41,14 +42,10 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
-    from fastvgg.datasets.base import Chunk
     from fastvgg.transform import Layout
-
-__all__ = ["ATTRIBUTE_KEY", "DamagedChunkError", "ZarrArray", "ZarrSource"]
 
 ARRAY_METADATA: Final = ("/zarr.json", "/.zarray")
 METADATA: Final = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
-STORED_TYPES: Final = ("uint8", "float16", "float32", "float64")
 ATTRIBUTE_KEY: Final = "fastvgg"
 """The attribute that records the transform applied to the images."""
 NAMES_SHOWN: Final = 10
@@ -104,7 +101,7 @@ class _StrictStore(WrapperStore[Store]):
         return data
 
 
-class ZarrArray:
+class ZarrArray(ArraySource):
     """A Zarr array opened for reading, whose chunks need not all be present.
 
     Parameters
@@ -122,6 +119,8 @@ class ZarrArray:
         If the metadata cannot be read, or do not describe an array of images.
     """
 
+    kind = "zarr"
+
     def __init__(
         self,
         path: Path,
@@ -129,7 +128,7 @@ class ZarrArray:
         layout: Layout = "NHWC",
         metadata: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
-        self.path = path
+        super().__init__(path)
         _check_regular(path)
         try:
             with objects.os_errors(), warnings.catch_warnings():
@@ -155,7 +154,9 @@ class ZarrArray:
         store.uses_blosc = "Blosc" in "".join(codecs[-1:])
         self._array = array
         check_array(path, array.shape)
-        self.header = Header(array.shape, self._dtype_name(), layout)
+        # zarr converts elements of a different byte order.
+        dtype = check_dtype(path, array.dtype.name if array.dtype.kind in "uf" else "", array.dtype)
+        self.header = Header(array.shape, dtype, layout)
         self._check_no_pickle()
         self._chunk_shape: tuple[int, ...] = array.shards or array.chunks
         # For chunks larger than memory can be, zarr returns uninitialized memory.
@@ -165,17 +166,6 @@ class ZarrArray:
         counts = (-(-a // b) for a, b in zip(array.shape, self._chunk_shape, strict=True))
         self._counts = tuple(counts)
         self.read_granularity = min(array.chunks[0], array.shape[0])
-
-    def _dtype_name(self) -> str:
-        """Return the storage dtype; a different byte order is converted on read."""
-        dtype = self._array.dtype
-        name = dtype.name if dtype.kind in "uf" else ""
-        if name not in STORED_TYPES:
-            raise SourceError(
-                f"{self.path} has unsupported dtype {dtype}",
-                f"store it as one of {', '.join(STORED_TYPES)}",
-            )
-        return str(name)
 
     def _check_no_pickle(self) -> None:
         """Reject codecs that unpickle: a pickle can run arbitrary code."""
@@ -187,10 +177,11 @@ class ZarrArray:
                 "store it with another codec",
             )
 
-    @property
-    def chunks(self) -> int:
-        """Number of chunks, or of shards if the array is sharded."""
-        return math.prod(self._counts)
+    def fingerprint(self) -> str:
+        digest = xxhash.xxh3_128()
+        for key, (size, version) in sorted(_files(self.path).items()):
+            digest.update(f"{size} {version} {key}\0".encode(errors="surrogateescape"))
+        return digest.hexdigest()
 
     @property
     def transform(self) -> object:
@@ -208,28 +199,28 @@ class ZarrArray:
         return _product([range(first, last), *map(range, self._counts[1:])])
 
     def read_into(self, start: int, out: NDArray[Any]) -> None:
-        """Fill `out` with images, starting at row `start`; thread-safe.
-
-        Raises
-        ------
-        StoppedError
-            Naming the chunk that is missing or damaged.
-        """
+        rows = slice(start, start + len(out))
+        first_key = next(self.keys(start, start + 1))
         try:
-            self._read_into(start, out)
+            self._select((rows,), first_key, out=NDBuffer.from_numpy_array(out))
+        except DamagedChunkError:
+            self._locate_damaged_chunk(rows.start, rows.stop)
+            raise
+
+    def _select(self, selection: tuple[slice, ...], key: str, **options: Any) -> None:
+        """Read a selection; attribute an error to the chunk `key`, unless it names its chunk."""
+        try:
+            with objects.os_errors():
+                self._array.get_basic_selection(selection, **options)
         except MissingChunkError as error:
             raise self._damaged(str(error), "it is missing or empty") from None
         except CHUNK_ERRORS as error:
             if _is_system_error(error):
                 where = str(error.filename or self.path)
-                raise StoppedError.from_os_error(error, "read", where, start) from error
-            self._locate_damaged_chunk(start, start + len(out))
-            raise self._damaged(next(self.keys(start, start + 1)), _display(error)) from None
-
-    def _read_into(self, start: int, out: NDArray[Any]) -> None:
-        rows = slice(start, start + len(out))
-        with objects.os_errors():
-            self._array.get_basic_selection((rows,), out=NDBuffer.from_numpy_array(out))
+                raise StoppedError.from_os_error(
+                    error, "read", where, selection[0].start
+                ) from error
+            raise self._damaged(key, _display(error)) from None
 
     def _locate_damaged_chunk(self, start: int, stop: int) -> None:
         """Read the chunks one by one, and raise an error that names the first damaged one."""
@@ -239,13 +230,7 @@ class ZarrArray:
             ends = [begin + size for begin, size in zip(begins, shape, strict=True)]
             begins[0], ends[0] = max(begins[0], start), min(ends[0], stop)
             key = self._array.metadata.encode_chunk_key(coordinates)
-            try:
-                with objects.os_errors():
-                    self._array.get_basic_selection(tuple(map(slice, begins, ends)))
-            except MissingChunkError as error:
-                raise self._damaged(str(error), "it is missing or empty") from None
-            except CHUNK_ERRORS as error:
-                raise self._damaged(key, _display(error)) from None
+            self._select(tuple(map(slice, begins, ends)), key)
 
     def _damaged(self, key: str, why: str) -> DamagedChunkError:
         return DamagedChunkError(
@@ -254,15 +239,8 @@ class ZarrArray:
         )
 
 
-class ZarrSource:
+class ZarrSource(ZarrArray):
     """A complete Zarr array as a source.
-
-    Parameters
-    ----------
-    path
-        A directory, or a location in a store.
-    layout
-        The layout of the array.
 
     Raises
     ------
@@ -270,25 +248,17 @@ class ZarrSource:
         If `ZarrArray` rejects it, or chunks are missing.
     """
 
-    kind = "zarr"
-
     def __init__(self, path: Path, *, layout: Layout = "NHWC") -> None:
-        self.path = path
-        self.settings: dict[str, Any] = {}
-        self.notes: list[str] = []
-        self._array = ZarrArray(path, layout=layout)
-        self.header = self._array.header
-        self.read_granularity = self._array.read_granularity
+        super().__init__(path, layout=layout)
         files = _files(path)
         self._check_no_missing_chunks(files)
         self.stored_bytes = sum(size for size, _ in files.values())
         self.records = read_index(path, self.header.images)
 
     def _check_no_missing_chunks(self, files: Mapping[str, tuple[int, str]]) -> None:
-        expected = self._array.chunks
+        expected = math.prod(self._counts)
         missing = expected - sum(not key.endswith(METADATA) for key in files)
-        keys = self._array.keys(0, self.header.images)
-        absent = (key for key in keys if key not in files)
+        absent = (key for key in self.keys(0, self.header.images) if key not in files)
         first = list(itertools.islice(absent, NAMES_SHOWN))
         if missing < MAX_COUNTED_CHUNKS:  # count exactly: unrelated files may have been counted
             missing = len(first) + sum(1 for _ in absent)
@@ -300,36 +270,6 @@ class ZarrSource:
                 "finish writing the array, or get it again; zarr omits chunks that equal the fill "
                 "value, unless zarr.config.set({'array.write_empty_chunks': True})",
             )
-
-    def fingerprint(self) -> str:
-        """Return a hash of the current names, sizes and modification times of all files."""
-        digest = xxhash.xxh3_128()
-        for key, (size, version) in sorted(_files(self.path).items()):
-            digest.update(f"{size} {version} {key}\0".encode(errors="surrogateescape"))
-        return digest.hexdigest()
-
-    def read(self, start: int, stop: int) -> Chunk:
-        """Read images into a new batch.
-
-        Raises
-        ------
-        StoppedError
-            Naming the chunk that is missing or damaged.
-        """
-        return read_copy(self, start, stop)
-
-    def read_into(self, start: int, out: NDArray[Any]) -> None:
-        """Fill `out` with images, starting at row `start`; thread-safe.
-
-        Raises
-        ------
-        StoppedError
-            Naming the chunk that is missing or damaged.
-        """
-        self._array.read_into(start, out)
-
-    def close(self) -> None:
-        """Do nothing: no files stay open."""
 
 
 def _open(path: Path) -> Store:

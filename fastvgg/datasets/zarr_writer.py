@@ -7,6 +7,7 @@ the fill value are written, too.
 
 from __future__ import annotations
 
+import functools
 import mmap
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -17,11 +18,9 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.storage import MemoryStore
 
-from fastvgg.datasets.base import Header, bytes_of, inner_chunk_images
+from fastvgg.datasets.base import Header, SharedTarget, bytes_of, inner_chunk_images
 from fastvgg.datasets.zarr import ATTRIBUTE_KEY, DamagedChunkError, ZarrArray
-from fastvgg.errors import ResumeError, SourceError, VerificationError
-from fastvgg.storage.location import sidecar_path
-from fastvgg.transform import storage_dtype
+from fastvgg.errors import ResumeError, VerificationError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     from fastvgg.storage.local import Storage
     from fastvgg.storage.objects import StoreStorage
     from fastvgg.transform import Transform
-
-__all__ = ["StoreZarrTarget", "ZarrTarget"]
 
 AXES: Final = {
     "NHWC": ("image", "height", "width", "channel"),
@@ -138,17 +135,13 @@ class _Shard(NamedTuple):
     content: NDArray[np.uint8]
 
 
-class ZarrTarget:
+class ZarrTarget(SharedTarget):
     """A Zarr array in a directory, with one file per shard.
 
     Parameters
     ----------
-    path
-        The path of the published directory.
-    header
-        Shape, dtype and layout of the array.
-    storage
-        Performs the system calls.
+    path, header, storage
+        As for `Target`.
     chunk_images
         Number of images per shard.
     transform
@@ -167,18 +160,12 @@ class ZarrTarget:
         chunk_images: int,
         transform: Transform | None,
     ) -> None:
-        self.path = path
-        self.header = header
-        self.partial = sidecar_path(path, ".partial")
-        self._storage = storage
+        super().__init__(path, header, storage)
         self._encoder = ShardEncoder(header, chunk_images, transform)
         self._encoded: deque[tuple[str, _Shard]] = deque()
         self._memory: list[bytearray] = []
-        self._unfinished: ZarrArray | None = None
-        self._published: ZarrArray | None = None
 
     def create(self) -> None:
-        """Create the directory, and write the array's metadata."""
         self._storage.remove(self.partial)
         self._storage.make_directory(self.partial)
         for name, data in self._encoder.metadata.items():
@@ -187,7 +174,6 @@ class ZarrTarget:
         self._storage.sync_directory(self.path.parent)
 
     def reopen(self) -> None:
-        """Check that the metadata in the existing directory match."""
         for name, expected in self._encoder.metadata.items():
             try:
                 actual = (self.partial / name).read_bytes()
@@ -202,14 +188,6 @@ class ZarrTarget:
                     "the file was changed in the meantime: start over with --restart",
                 )
 
-    def attach(self) -> None:
-        """Check that the metadata in the directory that another process created match."""
-        self.reopen()
-
-    def offset(self, start: int) -> int:  # noqa: ARG002  # rows are chunks, which begin a shard
-        """Return 0: each shard is a separate file."""
-        return 0
-
     def write(self, start: int, stored: Payload) -> None:
         """Encode rows as a shard, which `sync` writes.
 
@@ -218,9 +196,8 @@ class ZarrTarget:
         self._encoded.append((self._encoder.key(start), self._shard(stored)))
 
     def write_aligned(self, start: int, stored: Payload) -> PartialPages:
-        """Encode rows as a shard. There are no partial pages: a shard has a single writer."""
         self.write(start, stored)
-        return []
+        return []  # a shard has a single writer
 
     def write_unaligned(self, edges: PartialPages) -> None:
         """Do nothing: there are no partial pages."""
@@ -258,47 +235,27 @@ class ZarrTarget:
         self._storage.sync_directory(self.partial)
 
     def read_unfinished(self, start: int, stop: int) -> Payload:
-        """Return the bytes of rows of the partial; empty if their shard is missing or damaged."""
-        if self._unfinished is None:
-            metadata = self._encoder.metadata
-            self._unfinished = ZarrArray(self.partial, layout=self.header.layout, metadata=metadata)
+        """Read rows of the partial; empty if their shard is missing or damaged."""
         try:
-            return [bytes_of(self._rows(self._unfinished, start, stop))]
+            return [bytes_of(self._unfinished.read(start, stop).batch)]
         except DamagedChunkError:
             return []
 
-    def read_stored(self, start: int, stop: int) -> Payload:
-        """Return the bytes of rows of the published array."""
-        return [bytes_of(self.read_back(start, stop))]
-
     def read_back(self, start: int, stop: int) -> NDArray[Any]:
-        """Read rows of the published array."""
-        if self._published is None:
-            self._published = ZarrArray(self.path, layout=self.header.layout)
-        if self._published.header != self.header:
-            actual = self._published.header
-            raise SourceError(
-                f"{self.path} contains {actual.shape} of {actual.dtype}, but was written as "
-                f"{self.header.shape} of {self.header.dtype}",
-                "the array was changed since then: recreate it from its source",
-            )
+        self._check_published(self._published.header)
         try:
-            return self._rows(self._published, start, stop)
+            return self._published.read(start, stop).batch
         except DamagedChunkError as error:
             raise VerificationError(error.problem, "recreate it from its source") from None
 
-    def _rows(self, array: ZarrArray, start: int, stop: int) -> NDArray[Any]:
-        batch = np.empty((stop - start, *self.header.shape[1:]), storage_dtype(self.header.dtype))
-        array.read_into(start, batch)
-        return batch
+    @functools.cached_property
+    def _unfinished(self) -> ZarrArray:
+        metadata = self._encoder.metadata
+        return ZarrArray(self.partial, layout=self.header.layout, metadata=metadata)
 
-    def publish(self) -> None:
-        """Rename the complete directory to the published path."""
-        self._storage.rename(self.partial, self.path)
-        self._storage.sync_directory(self.path.parent)
-
-    def close(self) -> None:
-        """Do nothing: no files stay open."""
+    @functools.cached_property
+    def _published(self) -> ZarrArray:
+        return ZarrArray(self.path, layout=self.header.layout)
 
 
 class StoreZarrTarget(ZarrTarget):
@@ -307,22 +264,13 @@ class StoreZarrTarget(ZarrTarget):
     _storage: StoreStorage
     _aligned_bytes = 1
 
-    def __init__(
-        self,
-        path: Path,
-        header: Header,
-        storage: StoreStorage,
-        *,
-        chunk_images: int,
-        transform: Transform | None,
-    ) -> None:
-        super().__init__(path, header, storage, chunk_images=chunk_images, transform=transform)
-        self.partial = path
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.partial = self.path
 
     def create(self) -> None:
         """Remove what exists at the path, its array metadata first."""
-        for name in self._encoder.metadata:
-            self._storage.remove(self.path / name)
+        self.reopen()
         self._storage.remove(self.path)
 
     def reopen(self) -> None:
@@ -338,6 +286,5 @@ class StoreZarrTarget(ZarrTarget):
         self._memory.append(shard.memory)
 
     def publish(self) -> None:
-        """Write the metadata."""
         for name, data in self._encoder.metadata.items():
             self._storage.put(self.path / name, data)

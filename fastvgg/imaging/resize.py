@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     Gather: TypeAlias = "Callable[[NDArray[Any], NearestIndex, NDArray[Any]], None]"
 
-__all__ = ["NearestIndex", "gather", "gather_function", "nearest_index"]
-
 
 @dataclass(frozen=True, eq=False)
 class NearestIndex:

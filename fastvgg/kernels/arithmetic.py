@@ -35,16 +35,6 @@ from fastvgg.kernels.vector import (
 if TYPE_CHECKING:
     from fastvgg.transform import Rounding
 
-__all__ = [
-    "canonical_nan",
-    "divide",
-    "multiply_add",
-    "narrow",
-    "round_to_float",
-    "round_to_uint8",
-    "widen",
-]
-
 # Bit patterns of float32 and float16.
 F32_INFINITY: Final = 0x7F800000
 F32_HALF: Final = 0x3F000000  # 0.5

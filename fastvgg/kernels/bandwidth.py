@@ -17,8 +17,6 @@ from fastvgg.kernels.memory import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["STEP_BYTES", "fill", "scale_in_place", "streaming_copy", "touch"]
-
 LINES: Final = 3
 STEP_BYTES: Final = LINES * CACHE_LINE_BYTES
 """The bytes that a step writes: sixteen float32 pixels."""

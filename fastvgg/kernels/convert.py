@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from fastvgg.kernels.spec import KernelSpec
 
-__all__ = ["TILE_PIXELS", "compiled"]
-
 TILE_PIXELS: Final = 1024  # 3 KiB of uint8, 12 KiB of float32
 ARGUMENTS: Final = 9
 TWO_STREAMS_BYTES: Final = 6144
@@ -142,7 +140,7 @@ def _plane_by_plane(spec: KernelSpec) -> Callable[..., None]:
 
 
 @inlined
-def stream_blocks(blocks, apart):
+def stream_blocks(blocks: int, apart: int) -> int:
     """Return the blocks in each of two streams: an odd multiple of `apart`, or 0."""
     return max(0, (blocks // (2 * apart) - 1) | 1) * apart
 

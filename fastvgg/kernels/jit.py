@@ -23,8 +23,6 @@ from llvmlite import binding
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Processor", "inlined", "kernel", "processor"]
-
 if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]  # read from the environment
     raise ImportError("NUMBA_DISABLE_JIT is set")
 

@@ -28,25 +28,6 @@ from fastvgg.kernels.vector import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = [
-    "CACHE_LINE_BYTES",
-    "TABLE_COLUMNS",
-    "Constants",
-    "align_stack",
-    "compiler_barrier",
-    "load",
-    "load_bytes",
-    "load_channel",
-    "load_channel_constants",
-    "load_int64",
-    "load_interleaved_constants",
-    "load_line",
-    "prefetch",
-    "prefetch_distance",
-    "store",
-    "store_fence",
-]
-
 CACHE_LINE_BYTES: Final = 64
 STACK_ALIGNMENT_BYTES: Final = 64
 TABLE_COLUMNS: Final = 18

@@ -32,15 +32,6 @@ from fastvgg.kernels.vector import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = [
-    "deinterleave",
-    "interleave",
-    "merge",
-    "reverse_channels",
-    "reverse_planes",
-    "split_order",
-]
-
 Place: TypeAlias = tuple[int, int, int]
 """A lane of a block: its vector, its group in the vector, and its lane in the group."""
 

@@ -14,8 +14,6 @@ from fastvgg.kernels.jit import kernel
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["gather"]
-
 PIXEL_BYTES: Final = 3
 INDEX_BYTES: Final = 8
 

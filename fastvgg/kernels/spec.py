@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from fastvgg.transform import Mode, Rounding, Transform
 
-__all__ = ["KernelSpec", "affine_constants", "constant_table", "reciprocal_is_exact"]
-
 Division: TypeAlias = Literal["none", "division", "reciprocal"]
 
 MIN_LANES: Final = 16

@@ -27,29 +27,6 @@ from numba.extending import intrinsic, lower_builtin, models, register_model, ty
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = [
-    "DOUBLE",
-    "ELEMENTS",
-    "ELEMENT_BYTES",
-    "FLOAT",
-    "HALF",
-    "I8",
-    "I16",
-    "I32",
-    "I64",
-    "SHUFFLE_BYTES",
-    "Block",
-    "concat",
-    "like",
-    "map_vectors",
-    "on_each_vector",
-    "pack",
-    "permute",
-    "shuffle",
-    "splat",
-    "unpack",
-]
-
 SHUFFLE_BYTES: Final = 16  # the reach of a byte shuffle on every CPU
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))

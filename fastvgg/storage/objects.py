@@ -18,18 +18,6 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import BinaryIO
 
-__all__ = [
-    "StoreStorage",
-    "exists",
-    "listing",
-    "opened",
-    "os_errors",
-    "put",
-    "read",
-    "read_all",
-    "remove",
-]
-
 # What the packages of common stores raise besides OSError. Only loaded modules are looked up.
 STORE_ERRORS: Final = (
     ("botocore.exceptions", "BotoCoreError"),

@@ -18,7 +18,6 @@ from fastvgg import engine
 from fastvgg.datasets.base import ImageRecord, bytes_of
 from fastvgg.datasets.image_writer import ImageFolderTarget
 from fastvgg.datasets.images import ImageSource
-from fastvgg.datasets.index import index_text
 from fastvgg.errors import StoppedError
 from fastvgg.parallel import TaskQueue, ThreadSlot
 from fastvgg.stream.journal import Commit
@@ -124,7 +123,7 @@ def make_commit(plan: Plan, source: Source, computed: ChunkResult) -> Commit:
     identity = ""
     if isinstance(source, ImageSource):
         identity = source.checksum_of(start, stop, {row for row, _ in failures})
-    return Commit(chunk, checksum(stored), identity, index_text(records, start), len(failures))
+    return Commit(chunk, checksum(stored), identity, records)
 
 
 def check_no_failures(plan: Plan, failures: list[tuple[int, ImageRecord]]) -> None:

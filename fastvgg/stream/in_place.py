@@ -20,7 +20,6 @@ from fastvgg.datasets.npy import NpySource
 from fastvgg.errors import TargetError
 from fastvgg.storage.local import Storage
 from fastvgg.stream.commit_pipeline import CommitPipeline
-from fastvgg.stream.journal import check_same_job
 from fastvgg.stream.manifest import Manifest, checksum, manifest_path
 from fastvgg.stream.planner import changed, changed_since
 from fastvgg.stream.progress import ProgressTracker
@@ -129,9 +128,9 @@ class _InPlace:
 
     def _reopen(self, header: RedoLogHeader) -> RedoLog:
         check_same_file(header, self.data.path)
-        if header.job["source"]["fingerprint"] != self.plan.fingerprint:
+        if header.job.fingerprint != self.plan.fingerprint:
             raise changed_since(self.data.path)  # another run started after this one was planned
-        check_same_job(header.job, self.plan.job(), self.plan.target)
+        header.job.check_same(self.plan.job(), self.plan.target)
         if header.chunk_images != self.plan.chunk_images:
             raise changed_since(self.data.path)
         return RedoLog.reopen(self.storage, self.data, header)

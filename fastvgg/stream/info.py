@@ -13,6 +13,7 @@ from fastvgg.stream.redo_log import committed_chunks, read_redo_log_header
 if TYPE_CHECKING:
     import os
 
+    from fastvgg.stream.job import Job
     from fastvgg.transform import Transform
 
 __all__ = ["info"]
@@ -98,17 +99,16 @@ def _transform_fields(transform: Transform | None) -> dict[str, Any]:
     }
 
 
-def _job_fields(job: dict[str, Any]) -> dict[str, Any]:
-    source, transform, result = job["source"], job["transform"], job["result"]
+def _job_fields(job: Job) -> dict[str, Any]:
     return {
-        "kind": result["kind"],
-        **({"dataset": result["dataset"]} if "dataset" in result else {}),
-        "shape": result["shape"],
-        "dtype": result["dtype"],
-        "layout": result["layout"],
-        "direction": transform["direction"],
-        "mode": transform["mode"]["name"],
-        "source": source["path"],
-        "size": source.get("size"),
-        "interpolation": source.get("interpolation"),
+        "kind": job.target_format,
+        **({"dataset": job.dataset} if job.dataset else {}),
+        "shape": list(job.result.shape),
+        "dtype": job.result.dtype,
+        "layout": job.result.layout,
+        "direction": job.transform.direction,
+        "mode": job.transform.mode.name,
+        "source": job.source,
+        "size": job.decoding.size if job.decoding else None,
+        "interpolation": job.decoding.interpolation if job.decoding else None,
     }

@@ -1,29 +1,32 @@
-"""Validate the job (see `Plan.job`) that a journal or manifest records.
+"""Job: everything that determines the bytes of a result, as journals and manifests record it.
 
-The file may be damaged or forged, with a valid checksum. A job is accepted only if every field is
-present, has the right type, and is consistent with the others.
+A record may be damaged or forged, with a valid checksum. `Job.from_dict` accepts it only if every
+field is present, has the right type, and is consistent with the others.
 """
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from fastvgg.datasets.base import Header
 from fastvgg.datasets.image_writer import check_format
-from fastvgg.errors import FastvggError
+from fastvgg.errors import FastvggError, ResumeError
 from fastvgg.imaging.decode import DecodeOptions
-from fastvgg.stream.plan import result_header
 from fastvgg.transform import STORAGE_TYPES, Transform
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["Schema", "check_fields", "check_job", "check_sizes", "transform_of_fields"]
+    from fastvgg.datasets.image_writer import FileFormat
 
 Schema: TypeAlias = "Mapping[str, type | tuple[type, ...]]"
 """The fields of a JSON object and their allowed types."""
 
+DECODED: Final = ("images", "tar")
+"""Kinds of sources whose images are decoded."""
 JOB: Final[Schema] = {"source": dict, "transform": dict, "result": dict}
 HEADER: Final[Schema] = {"kind": str, "shape": list, "dtype": str, "layout": str}
 SOURCE: Final[Schema] = {"path": str, "fingerprint": str, **HEADER}
@@ -56,6 +59,116 @@ MODE: Final[Schema] = {
 MAX_COUNT: Final = 2**48  # upper bound of every count
 
 
+@dataclass(frozen=True)
+class Job:
+    """A source, a transform and a result. A run can resume another only if their jobs are equal."""
+
+    source: str
+    source_kind: str
+    fingerprint: str
+    """Fingerprint of the source at planning time."""
+    header: Header
+    """Header of the source."""
+    decoding: DecodeOptions | None
+    """How images are decoded; None for an array source."""
+    transform: Transform
+    target_format: str
+    result: Header
+    """Header of the result."""
+    in_place: bool = False
+    file_format: FileFormat = "png"
+    """Format of the image files, for a result of image files."""
+    dataset: str = ""
+    """Name of the result within an HDF5 file; empty for other formats."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the job as JSON types."""
+        job = {
+            "source": {
+                "path": self.source,
+                "fingerprint": self.fingerprint,
+                **_header_fields(self.source_kind, self.header),
+                **({} if self.decoding is None else self.decoding.to_dict()),
+            },
+            "transform": self.transform.to_dict(),
+            "result": {
+                **_header_fields(self.target_format, self.result),
+                "in_place": self.in_place,
+                **({"format": self.file_format} if self.target_format == "images" else {}),
+                **({"dataset": self.dataset} if self.dataset else {}),
+            },
+        }
+        as_json: dict[str, Any] = json.loads(json.dumps(job))
+        return as_json
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Job:
+        """Return the job that `to_dict` wrote.
+
+        Raises
+        ------
+        ValueError
+            If a field is missing, invalid, or inconsistent with another.
+        """
+        check_fields(fields, JOB)
+        source, result = fields["source"], fields["result"]
+        is_decoded = source.get("kind") in DECODED
+        check_fields(source, {**SOURCE, **IMAGE_SOURCE} if is_decoded else SOURCE)
+        check_fields(result, {**RESULT, **RESULT_BY_FORMAT.get(str(result.get("kind")), {})})
+        header = _parse_header(source)
+        try:
+            if is_decoded:
+                check_sizes(source["size"] or [])
+            if result["kind"] == "images":
+                check_format(result["format"], *header.shape[1:3])
+            if result.get("dataset") == "":
+                raise ValueError("the dataset of an HDF5 file has no name")
+            transform = transform_of_fields(fields["transform"])
+            transform.check_input(header.shape, header.dtype)
+            job = cls(
+                source["path"],
+                source["kind"],
+                source["fingerprint"],
+                header,
+                DecodeOptions.from_dict(source) if is_decoded else None,
+                transform,
+                result["kind"],
+                _parse_header(result),
+                result["in_place"],
+                result.get("format", "png"),
+                result.get("dataset", ""),
+            )
+        except FastvggError as error:
+            raise ValueError(ascii(error.problem)) from None
+        if transform.layout != header.layout:
+            raise ValueError("the layouts of the transform and of the source differ")
+        if result_header(header, transform) != job.result:
+            raise ValueError("the result header does not match the transform of the source header")
+        return job
+
+    def check_same(self, wanted: Job, target: str) -> None:
+        """Check that this job of an unfinished or finished run is the one that is wanted now.
+
+        Raises
+        ------
+        ResumeError
+            Naming every setting that differs, with both values.
+        """
+        then, now = self.to_dict(), wanted.to_dict()
+        differences = [
+            f"{section}.{key}: {then[section].get(key)!r} then, {now[section].get(key)!r} now"
+            for section in now
+            for key in sorted(then[section].keys() | now[section].keys())
+            if then[section].get(key) != now[section].get(key)
+        ]
+        if differences:
+            raise ResumeError(
+                f"{target} was started with other settings: {'; '.join(differences)}",
+                "rerun with the same settings to resume"
+                + ("" if self.in_place else ", or give --restart to start over"),
+            )
+
+
 def check_fields(fields: object, schema: Schema) -> None:
     """Check that a JSON object has exactly these fields and types; a bool is not an int.
 
@@ -83,37 +196,6 @@ def check_sizes(sizes: Iterable[object], *, minimum: int = 1, maximum: int = MAX
         raise ValueError(f"a size is not an integer from {minimum} to {maximum}")
 
 
-def check_job(job: dict[str, Any]) -> None:
-    """Check that a job is valid and consistent.
-
-    Raises
-    ------
-    ValueError
-        Naming what is wrong.
-    """
-    check_fields(job, JOB)
-    source, result = job["source"], job["result"]
-    is_image_source = source.get("kind") in ("images", "tar")
-    check_fields(source, {**SOURCE, **IMAGE_SOURCE} if is_image_source else SOURCE)
-    is_image_target = result.get("kind") == "images"
-    check_fields(result, {**RESULT, **RESULT_BY_FORMAT.get(str(result.get("kind")), {})})
-    header = _parse_header(source)
-    try:
-        if is_image_source:
-            check_sizes(source["size"] or [])
-            DecodeOptions.from_dict(source)
-        if is_image_target:
-            check_format(result["format"], *header.shape[1:3])
-        transform = transform_of_fields(job["transform"])
-        transform.check_input(header.shape, header.dtype)
-    except FastvggError as error:
-        raise ValueError(ascii(error.problem)) from None
-    if transform.layout != header.layout:
-        raise ValueError("the layouts of the transform and of the source differ")
-    if result_header(header, transform) != _parse_header(result):
-        raise ValueError("the result header does not match the transform of the source header")
-
-
 def transform_of_fields(fields: dict[str, Any]) -> Transform:
     """Parse a transform from JSON types.
 
@@ -132,6 +214,24 @@ def transform_of_fields(fields: dict[str, Any]) -> Transform:
     if fields["dtype"] not in (None, *STORAGE_TYPES):
         raise ValueError("the transform's dtype is not a storage type")
     return Transform.from_dict(fields)
+
+
+def result_header(header: Header, transform: Transform) -> Header:
+    """Return the header of a transformed dataset."""
+    return Header(
+        transform.output_shape(header.shape),
+        transform.output_name(header.dtype),
+        transform.out_layout,
+    )
+
+
+def _header_fields(kind: str, header: Header) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "shape": list(header.shape),
+        "dtype": header.dtype,
+        "layout": header.layout,
+    }
 
 
 def _parse_header(fields: dict[str, Any]) -> Header:

@@ -1,6 +1,6 @@
 """The journal, `DST.fastvgg-journal`: which chunks are durable, one line per chunk.
 
-The first line records the job; each further line is a commit with the index lines of the chunk's
+The first line records the job; each further line is a commit with the records of the chunk's
 images, which are read back when the index is written. A line consists of the xxh3 of its text, a
 space, the text (JSON) and a line feed. The checksum detects a line that a crash truncated: reading
 stops at the first invalid line, and the chunks after it are recomputed.
@@ -18,38 +18,21 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import xxhash
 
-from fastvgg.datasets.base import open_regular, open_sidecar
-from fastvgg.datasets.index import index_records
+from fastvgg.datasets.base import ImageRecord, open_regular, open_sidecar
+from fastvgg.datasets.index import is_valid_name
 from fastvgg.errors import FastvggError, ResumeError, SourceError, TargetError
 from fastvgg.storage import objects
 from fastvgg.storage.location import is_remote, sidecar_path
-from fastvgg.stream.job import check_fields, check_job, check_sizes
+from fastvgg.stream.job import Job, check_fields, check_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from fastvgg.datasets.base import ImageRecord
     from fastvgg.storage.local import Storage, StoredFile
     from fastvgg.stream.job import Schema
 
-__all__ = [
-    "HEADER_NAME",
-    "Commit",
-    "CommitRef",
-    "Journal",
-    "JournalState",
-    "StoreJournalState",
-    "check_same_job",
-    "decode_line",
-    "encode_line",
-    "journal_path",
-    "line_name",
-    "read_journal",
-    "read_journal_header",
-]
-
-FORMAT: Final = 1
+FORMAT: Final = 2
 VERSION: Final = "fastvgg-journal"
 HEADER_NAME: Final = "job"
 """Name of the header object, in a store, where each line is an object."""
@@ -64,9 +47,9 @@ COMMIT: Final[Schema] = {
     "chunk": int,
     "checksum": str,
     "source_checksum": str,
-    "index": str,
-    "failed": int,
+    "records": list,
 }
+RECORD: Final = (str, str, int, int, bool, str)  # the types of the fields of an `ImageRecord`
 
 
 @dataclass(frozen=True)
@@ -78,18 +61,33 @@ class Commit:
     """xxh3-64 of the chunk's bytes in the target."""
     source_checksum: str
     """xxh3-64 of the identities of the images that were read; empty for an array source."""
-    index: str
-    """The chunk's lines of the index; empty if the source has no image records."""
-    failed: int
-    """Number of images that could not be read."""
+    records: list[ImageRecord]
+    """One per image; empty if the source has no image records."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the commit as JSON types."""
-        return {name: getattr(self, name) for name in COMMIT}
+    @property
+    def failed(self) -> int:
+        """Number of images that could not be read."""
+        return sum(record.failed for record in self.records)
+
+    def to_line(self) -> bytes:
+        """Encode the commit as a line of the journal."""
+        return encode_line({name: getattr(self, name) for name in COMMIT})
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Commit:
+        """Return the commit of a decoded line.
+
+        Raises
+        ------
+        ValueError
+            If a field is missing or invalid.
+        """
+        check_fields(fields, COMMIT)
+        return cls(**{**fields, "records": [_parse_record(record) for record in fields["records"]]})
 
 
 class CommitRef(NamedTuple):
-    """A commit without its index lines, which stay in the journal to save memory."""
+    """A commit without its image records, which stay in the journal to save memory."""
 
     checksum: str
     source_checksum: str
@@ -108,7 +106,7 @@ class JournalState:
     """The contents of a journal."""
 
     path: Path
-    job: dict[str, Any]
+    job: Job
     chunk_images: int
     replaces: str | None
     """Identity of the existing file or directory that publishing may replace."""
@@ -121,7 +119,7 @@ class JournalState:
     @property
     def images(self) -> int:
         """Number of images of the job."""
-        return int(self.job["result"]["shape"][0])
+        return self.job.result.images
 
     @property
     def chunks(self) -> int:
@@ -138,8 +136,8 @@ class JournalState:
         if not self.commits[chunk].failed:
             return []
         start = chunk * self.chunk_images
-        records = index_records(self.commit(chunk).index, start)
-        return [(row, record) for row, record in enumerate(records, start) if record.failed]
+        records = enumerate(self.commit(chunk).records, start)
+        return [(row, record) for row, record in records if record.failed]
 
     def commit(self, chunk: int) -> Commit:
         """Read the commit of a chunk back from its line.
@@ -149,24 +147,25 @@ class JournalState:
         ResumeError
             If the line was changed or removed.
         """
+        fields = decode_line(self._read_line(chunk))
+        if fields is None:
+            raise ResumeError(
+                f"{self.path} was modified by another program while the run held its lock",
+                "put it back as the run left it, or give --restart to start over",
+            )
+        return Commit.from_dict(fields)
+
+    def _read_line(self, chunk: int) -> bytes:
+        if is_remote(self.path):
+            return objects.read(self.path / line_name(chunk)) or b""
         with open_regular(self.path) as file:
             file.seek(self.commits[chunk].offset)
-            fields = decode_line(file.readline())
-        if fields is None:
-            raise self.changed()
-        return Commit(**fields)
+            return file.readline()
 
-    def changed(self) -> ResumeError:
-        """Return the error for a journal that was modified while the run held its lock."""
-        return ResumeError(
-            f"{self.path} was modified by another program while the run held its lock",
-            "put it back as the run left it, or give --restart to start over",
-        )
-
-    def header_fields(self) -> dict[str, Any]:
-        """Return the fields of the header line."""
-        header_fields = {name: getattr(self, name) for name in HEADER_SCHEMA if name != VERSION}
-        return {VERSION: FORMAT, **header_fields}
+    def header_line(self) -> bytes:
+        """Encode the header line."""
+        fields = {name: getattr(self, name) for name in HEADER_SCHEMA if name != VERSION}
+        return encode_line({VERSION: FORMAT, **fields, "job": self.job.to_dict()})
 
 
 def journal_path(target: Path) -> Path:
@@ -174,25 +173,8 @@ def journal_path(target: Path) -> Path:
     return sidecar_path(target, ".fastvgg-journal")
 
 
-class StoreJournalState(JournalState):
-    """The contents of a journal in an object store, where each line is an object."""
-
-    def commit(self, chunk: int) -> Commit:
-        """Read the commit of a chunk back from its object.
-
-        Raises
-        ------
-        ResumeError
-            If the object was changed or removed.
-        """
-        fields = decode_line(objects.read(self.path / line_name(chunk)) or b"")
-        if fields is None:
-            raise self.changed()
-        return Commit(**fields)
-
-
 def line_name(chunk: int) -> str:
-    """Return the name of the object that stores a chunk's journal line.
+    """Return the name of the object, in a store, that is a chunk's journal line.
 
     >>> line_name(12)
     '000000012'
@@ -213,16 +195,16 @@ def read_journal(path: Path) -> JournalState | None:
     if is_remote(path):
         return _read_store(path)
     with open_sidecar(path) as lines:
-        return None if lines is None else _read(path, JournalState, lines)
+        return None if lines is None else _read(path, lines)
 
 
 def read_journal_header(path: Path) -> JournalState | None:
     """Read only the header line of a journal; see `read_journal`."""
     if is_remote(path):
         first = objects.read(path / HEADER_NAME)
-        return None if first is None else _read(path, StoreJournalState, [first])
+        return None if first is None else _read(path, [first])
     with open_sidecar(path) as lines:
-        return None if lines is None else _read(path, JournalState, itertools.islice(lines, 1))
+        return None if lines is None else _read(path, itertools.islice(lines, 1))
 
 
 def _read_store(path: Path) -> JournalState | None:
@@ -236,10 +218,10 @@ def _read_store(path: Path) -> JournalState | None:
     first = lines.pop(HEADER_NAME, None)
     # The chunk of an invalid line is recomputed; unlike in a file, the lines after it stay valid.
     valid = [lines[name] for name in sorted(lines) if decode_line(lines[name]) is not None]
-    return None if first is None else _read(path, StoreJournalState, [first, *valid])
+    return None if first is None else _read(path, [first, *valid])
 
 
-def _read(path: Path, kind: type[JournalState], lines: Iterable[bytes]) -> JournalState | None:
+def _read(path: Path, lines: Iterable[bytes]) -> JournalState | None:
     journal_state = None
     for number, line in enumerate(lines, 1):
         try:
@@ -247,7 +229,7 @@ def _read(path: Path, kind: type[JournalState], lines: Iterable[bytes]) -> Journ
             if fields is None:
                 break
             if journal_state is None:
-                journal_state = _parse_header(path, kind, fields)
+                journal_state = _parse_header(path, fields)
             else:
                 _add_commit(journal_state, fields)
         except ValueError as error:
@@ -286,7 +268,7 @@ def encode_line(fields: dict[str, Any]) -> bytes:
     return f"{xxhash.xxh3_64_hexdigest(text)} ".encode() + text + b"\n"
 
 
-def _parse_header(path: Path, kind: type[JournalState], fields: dict[str, Any]) -> JournalState:
+def _parse_header(path: Path, fields: dict[str, Any]) -> JournalState:
     if VERSION not in fields:
         raise ResumeError(
             f"{path} belongs to a run in place",
@@ -299,9 +281,9 @@ def _parse_header(path: Path, kind: type[JournalState], fields: dict[str, Any]) 
             "finish the run with the fastvgg version that started it, or give --restart",
         )
     check_fields(fields, HEADER_SCHEMA)
-    check_job(fields["job"])
-    journal_state = kind(
-        path, fields["job"], fields["chunk_images"], fields["replaces"], fields["retries"]
+    job = Job.from_dict(fields["job"])
+    journal_state = JournalState(
+        path, job, fields["chunk_images"], fields["replaces"], fields["retries"]
     )
     check_sizes([journal_state.chunk_images])
     return journal_state
@@ -309,42 +291,23 @@ def _parse_header(path: Path, kind: type[JournalState], fields: dict[str, Any]) 
 
 def _add_commit(journal_state: JournalState, fields: dict[str, Any]) -> None:
     """Add a commit to the state; raise ValueError if it does not fit the job."""
-    check_fields(fields, COMMIT)
-    commit = Commit(**fields)
+    commit = Commit.from_dict(fields)
     check_sizes([commit.chunk], minimum=0, maximum=journal_state.chunks - 1)
     start = commit.chunk * journal_state.chunk_images
     images = min(journal_state.chunk_images, journal_state.images - start)
-    try:
-        records = index_records(commit.index, start)
-    except SourceError as error:
-        raise ValueError(ascii(error.problem)) from None
-    if len(records) not in (0, images):
-        raise ValueError(f"{len(records)} index lines for a chunk of {images} images")
-    if commit.failed != sum(record.failed for record in records):
-        raise ValueError(f"{commit.failed} failed images do not match the index lines")
+    if len(commit.records) not in (0, images):
+        raise ValueError(f"{len(commit.records)} records for a chunk of {images} images")
     journal_state.commits[commit.chunk] = CommitRef.of(commit, journal_state.valid_bytes)
 
 
-def check_same_job(found: dict[str, Any], wanted: dict[str, Any], target: str) -> None:
-    """Check that an unfinished or finished job has the same settings as this one.
-
-    Raises
-    ------
-    ResumeError
-        Naming every setting that differs, with both values.
-    """
-    differences = [
-        f"{section}.{key}: {found[section].get(key)!r} then, {wanted[section].get(key)!r} now"
-        for section in wanted
-        for key in sorted(set(found[section]) | set(wanted[section]))
-        if found[section].get(key) != wanted[section].get(key)
-    ]
-    if differences:
-        raise ResumeError(
-            f"{target} was started with other settings: {'; '.join(differences)}",
-            "rerun with the same settings to resume"
-            + (", or give --restart to start over" if not found["result"]["in_place"] else ""),
-        )
+def _parse_record(fields: object) -> ImageRecord:
+    if not isinstance(fields, list) or tuple(map(type, fields)) != RECORD:
+        raise ValueError(f"{ascii(fields)[:200]} is not a record of an image")
+    record = ImageRecord(*fields)
+    check_sizes([record.width, record.height], minimum=0)
+    if not is_valid_name(record.path) or (record.failed and not record.reason):
+        raise ValueError(f"{ascii(fields)[:200]} is not a record of an image")
+    return record
 
 
 class Journal:
@@ -383,7 +346,7 @@ class Journal:
 
     def begin(
         self,
-        job: dict[str, Any],
+        job: Job,
         chunk_images: int,
         *,
         replaces: str | None = None,
@@ -404,7 +367,7 @@ class Journal:
             self.path, job, chunk_images, replaces, retries=committed is not None
         )
         self._end = 0
-        self._append(encode_line(self.state.header_fields()))
+        self._append(self.state.header_line())
         for commit in committed or ():
             self.state.commits[commit.chunk] = self._append_commit(commit)
         self._storage.sync(self._file)
@@ -418,7 +381,7 @@ class Journal:
             self.state.commits.update(refs)
 
     def _append_commit(self, commit: Commit) -> CommitRef:
-        return CommitRef.of(commit, self._append(encode_line(commit.to_dict())))
+        return CommitRef.of(commit, self._append(commit.to_line()))
 
     def _append(self, line: bytes) -> int:
         """Write a line after the last valid one; return its offset."""

@@ -6,7 +6,6 @@ one that was never preprocessed.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime as dt
 import functools
 import json
@@ -21,14 +20,14 @@ from fastvgg.datasets.base import Header, read_sidecar
 from fastvgg.datasets.open import embedded_transform
 from fastvgg.errors import SourceError
 from fastvgg.storage.location import container_of, inner_name, sidecar_path
-from fastvgg.stream.job import check_fields, check_job, check_sizes, transform_of_fields
-from fastvgg.transform import Transform
+from fastvgg.stream.job import Job, check_fields, check_sizes, transform_of_fields
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from fastvgg.datasets.base import Payload
     from fastvgg.stream.job import Schema
+    from fastvgg.transform import Transform
 
 __all__ = [
     "Manifest",
@@ -57,8 +56,7 @@ COUNTS: Final[Schema] = {"images": int, "failed": int}
 class Manifest:
     """The manifest of a finished dataset."""
 
-    job: dict[str, Any]
-    """Source, transform and result, from `Plan.job`."""
+    job: Job
     chunk_images: int
     checksums: list[str]
     """xxh3-64 of every chunk's bytes."""
@@ -71,7 +69,7 @@ class Manifest:
     @classmethod
     def of_now(
         cls,
-        job: dict[str, Any],
+        job: Job,
         chunk_images: int,
         checksums: list[str],
         counts: dict[str, int],
@@ -83,30 +81,14 @@ class Manifest:
         return cls(job, chunk_images, checksums, sources, counts, created, package_versions())
 
     @property
-    def dataset(self) -> str:
-        """Name of the dataset within an HDF5 file; empty for other formats."""
-        return str(self.job["result"].get("dataset", ""))
-
-    @property
-    def transform(self) -> Transform:
-        """The transform applied to the source."""
-        return Transform.from_dict(self.job["transform"])
-
-    @property
     def header(self) -> Header:
         """Header of the dataset."""
-        result = self.job["result"]
-        return Header(tuple(result["shape"]), result["dtype"], result["layout"])
-
-    @property
-    def source_header(self) -> Header:
-        """Header of the source."""
-        source = self.job["source"]
-        return Header(tuple(source["shape"]), source["dtype"], source["layout"])
+        return self.job.result
 
     def to_json(self) -> bytes:
         """Encode the manifest as JSON."""
-        fields = {"fastvgg-manifest": FORMAT, **dataclasses.asdict(self)}
+        fields = {name: getattr(self, name) for name in FIELDS if name != "fastvgg-manifest"}
+        fields = {"fastvgg-manifest": FORMAT, **fields, "job": self.job.to_dict()}
         return json.dumps(fields, indent=1).encode() + b"\n"
 
 
@@ -140,7 +122,7 @@ def read_manifest(dataset: Path) -> Manifest | None:
             "and --layout",
         ) from None
     requested = inner_name(dataset)
-    return manifest if requested in ("", manifest.dataset) or not manifest.dataset else None
+    return manifest if requested in ("", manifest.job.dataset) or not manifest.job.dataset else None
 
 
 def describes_other_dataset(dataset: Path) -> bool:
@@ -166,7 +148,7 @@ def read_transform(dataset: Path) -> Transform | None:
     """
     manifest = read_manifest(dataset)
     if manifest is not None:
-        return manifest.transform
+        return manifest.job.transform
     recorded = embedded_transform(dataset)
     if recorded is None:
         return None
@@ -197,9 +179,9 @@ def _validate(fields: dict[str, Any]) -> Manifest:
         If a field is invalid or inconsistent with another.
     """
     check_fields(fields, FIELDS)
-    check_job(fields["job"])
     check_fields(fields["counts"], COUNTS)
-    manifest = Manifest(**{name: fields[name] for name in FIELDS if name != "fastvgg-manifest"})
+    recorded = {name: fields[name] for name in FIELDS if name != "fastvgg-manifest"}
+    manifest = Manifest(**{**recorded, "job": Job.from_dict(fields["job"])})
     images, counts = manifest.header.images, manifest.counts
     check_sizes([manifest.chunk_images])
     check_sizes([counts["images"]], minimum=images, maximum=images)

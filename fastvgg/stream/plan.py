@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from fastvgg.backend import choose_for
 from fastvgg.errors import TargetError, UsageError
 from fastvgg.formatting import html_table
+from fastvgg.stream.job import DECODED, Job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from fastvgg.datasets.base import Header
     from fastvgg.datasets.image_writer import FileFormat
     from fastvgg.datasets.images import ImageListing
+    from fastvgg.imaging.decode import DecodeOptions
     from fastvgg.stream.report import Progress, Report
     from fastvgg.transform import Transform
 
 __all__ = [
     "CHUNK_BYTES",
-    "DECODED",
     "Plan",
     "chunk_bytes",
     "chunk_images",
@@ -34,7 +34,6 @@ __all__ = [
     "image_work_bytes",
     "min_scratch_bytes",
     "parse_bytes",
-    "result_header",
 ]
 
 # Large enough to amortize a commit (two fsyncs, a few milliseconds), small enough that a killed run
@@ -53,7 +52,6 @@ DECODED_CHUNK_BYTES: Final = 3 * 24 * 1024 * 1024
 FORMAT_CHUNK_BYTES: Final = {"images": 256 * 1024 * 1024, "zarr": 144 * 1024 * 1024}
 # Per thread: enough for an image of common size.
 MIN_DECODE_BYTES: Final = 4 * 1024 * 1024
-DECODED: Final = ("images", "tar")
 # Extra copies of a stored chunk that a library holds while reading it.
 READ_COPIES: Final = {"hdf5": 1, "zarr": 2}
 # Extra copies while writing: one shard is being encoded, one is queued, one is being written.
@@ -92,15 +90,6 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
-
-
-def result_header(header: Header, transform: Transform) -> Header:
-    """Return the header of a transformed dataset."""
-    return type(header)(
-        transform.output_shape(header.shape),
-        transform.output_name(header.dtype),
-        transform.out_layout,
-    )
 
 
 def image_work_bytes(
@@ -229,8 +218,8 @@ class Plan:
     result: Header
     """Header of the target."""
     transform: Transform
-    settings: dict[str, Any]
-    """Decoding options of an image source, which also determine the pixels."""
+    decoding: DecodeOptions | None
+    """How images are decoded, which also determines the pixels; None for an array source."""
     fingerprint: str
     """Fingerprint of the source at planning time."""
     read_bytes: int
@@ -310,49 +299,36 @@ class Plan:
         for start in range(0, self.header.images, self.chunk_images):
             yield start, min(start + self.chunk_images, self.header.images)
 
-    def job(self) -> dict[str, Any]:
-        """Return everything that determines the result's bytes, as JSON types.
-
-        A run can resume another if and only if their jobs are equal.
-        """
-        job = {
-            "source": {
-                "path": self.source,
-                "kind": self.source_kind,
-                "fingerprint": self.fingerprint,
-                "shape": list(self.header.shape),
-                "dtype": self.header.dtype,
-                "layout": self.header.layout,
-                **self.settings,
-            },
-            "transform": self.transform.to_dict(),
-            "result": {
-                "kind": self.target_format,
-                "shape": list(self.result.shape),
-                "dtype": self.result.dtype,
-                "layout": self.result.layout,
-                "in_place": self.in_place,
-                **({"format": self.file_format} if self.target_format == "images" else {}),
-                **({"dataset": self.dataset} if self.dataset else {}),
-            },
-        }
-        as_json: dict[str, Any] = json.loads(json.dumps(job))
-        return as_json
+    def job(self) -> Job:
+        """Return everything that determines the result's bytes."""
+        return Job(
+            self.source,
+            self.source_kind,
+            self.fingerprint,
+            self.header,
+            self.decoding,
+            self.transform,
+            self.target_format,
+            self.result,
+            self.in_place,
+            self.file_format,
+            self.dataset,
+        )
 
     def run(
         self, progress: Callable[[Progress], None] | None = None, *, client: Client | None = None
     ) -> Report:
         """Execute the plan; see `fastvgg.stream.run.run`.
 
-        With a Dask client, run it on that cluster; see `fastvgg.cluster.run`.
+        With a Dask client, run it on that cluster; see `fastvgg.executors.dask`.
         """
-        if client is not None:
-            from fastvgg import cluster
-
-            return cluster.run(self, client, progress)
         from fastvgg.stream import run
 
-        return run.run(self, progress)
+        if client is None:
+            return run.run(self, progress)
+        from fastvgg.executors.dask import DaskExecutor
+
+        return run.run(self, progress, executor=DaskExecutor(client))
 
     def _caption(self) -> str:
         direction, mode = self.transform.direction, self.transform.mode.name

@@ -28,7 +28,8 @@ from fastvgg.storage.location import (
     parse_location,
     sidecar_path,
 )
-from fastvgg.stream.journal import check_same_job, journal_path, read_journal
+from fastvgg.stream.job import DECODED, result_header
+from fastvgg.stream.journal import journal_path, read_journal
 from fastvgg.stream.manifest import (
     describes_other_dataset,
     manifest_path,
@@ -36,7 +37,6 @@ from fastvgg.stream.manifest import (
     read_transform,
 )
 from fastvgg.stream.plan import (
-    DECODED,
     Plan,
     chunk_bytes,
     chunk_images,
@@ -44,7 +44,6 @@ from fastvgg.stream.plan import (
     image_work_bytes,
     min_scratch_bytes,
     parse_bytes,
-    result_header,
 )
 from fastvgg.stream.redo_log import (
     RedoLogHeader,
@@ -218,10 +217,10 @@ def plan(
         transform = _resolve_transform(source_path, recorded, requested, mode, layout, out_layout)
         dtype_hint = None if manifest is None else manifest.header.dtype
     else:
-        unfinished = Transform.from_dict(redo_log.job["transform"])
+        unfinished = redo_log.job.transform
         layouts = layout or unfinished.layout, out_layout or unfinished.out_layout
         transform = Transform(mode or unfinished.mode, direction, *layouts, dtype, rounding)
-        dtype_hint = redo_log.job["source"]["dtype"]
+        dtype_hint = redo_log.job.header.dtype
     opened = open_source(
         source_path,
         layout=transform.layout,
@@ -311,11 +310,11 @@ def _plan(source: Source, target_path: Path, transform: Transform, options: _Opt
     _check_choices(source, target_path, transform, result, options)
     planned = _build_plan(source, target_path, transform, result, source.fingerprint(), options)
     journal_state = read_state_of(planned)
-    state = inspect_target(planned, journal_state)
+    state, manifest = inspect_target(planned, journal_state)
     if state == "resumable" and journal_state is not None:
         return with_committed(planned, journal_state.chunk_images, len(journal_state.commits))
     if state == "failed" and isinstance(source, ImageSource):
-        return plan_retry(planned, source)
+        return plan_retry(planned, source, manifest)
     if state == "fresh" and planned.target_format != "images" and not is_remote(target_path):
         _check_free_space(
             container_of(target_path), result.nbytes, "store 16 bits: --dtype float16"
@@ -348,9 +347,9 @@ def _plan_in_place(
         _check_free_space(path, log_header.file_layout.journal_bytes, "lower --memory")
         return planned
     check_same_file(redo_log, path)
-    fingerprint = redo_log.job["source"]["fingerprint"]
+    fingerprint = redo_log.job.fingerprint
     planned = _build_plan(source, path, transform, result, fingerprint, options)
-    check_same_job(redo_log.job, planned.job(), planned.target)
+    redo_log.job.check_same(planned.job(), planned.target)
     return with_committed(planned, redo_log.chunk_images, committed_chunks(redo_log, path))
 
 
@@ -392,7 +391,7 @@ def _build_plan(
         header=header,
         result=result,
         transform=transform,
-        settings=source.settings,
+        decoding=DecodeOptions.from_dict(source.settings) if source.settings else None,
         fingerprint=fingerprint,
         read_bytes=source.stored_bytes,
         chunk_images=chunk_images(
@@ -544,7 +543,7 @@ def reopen_source(plan: Plan) -> Source:
         path,
         layout=plan.header.layout,
         dtype_hint=plan.header.dtype,
-        decoding=DecodeOptions.from_dict(plan.settings) if plan.settings else None,
+        decoding=plan.decoding,
         decoding_bytes=plan.decoding_bytes,
         threads=plan.threads,
         gather=gather_function(plan.choose_backend()),

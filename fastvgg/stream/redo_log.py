@@ -18,7 +18,6 @@ crash can leave: tests/campaigns/crash_states.py.
 
 from __future__ import annotations
 
-import math
 import os
 import secrets
 import shlex
@@ -30,9 +29,8 @@ from fastvgg.datasets.base import open_regular, read_sidecar
 from fastvgg.errors import ResumeError, SourceError, TargetError
 from fastvgg.storage.local import StoredFile, file_system, is_networked
 from fastvgg.storage.location import is_remote
-from fastvgg.stream.job import check_fields, check_job, check_sizes
+from fastvgg.stream.job import Job, check_fields, check_sizes
 from fastvgg.stream.journal import decode_line, encode_line, journal_path
-from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -137,7 +135,7 @@ class RedoLogLayout(NamedTuple):
 class RedoLogHeader(NamedTuple):
     """The header of a redo log: which file, which job."""
 
-    job: dict[str, Any]
+    job: Job
     chunk_images: int
     run: str
     """Random id, repeated in every record to reject records of another run."""
@@ -146,7 +144,7 @@ class RedoLogHeader(NamedTuple):
     file_bytes: int
 
     @classmethod
-    def new(cls, job: dict[str, Any], chunk_images: int, status: os.stat_result) -> RedoLogHeader:
+    def new(cls, job: Job, chunk_images: int, status: os.stat_result) -> RedoLogHeader:
         """Return the header for a new run."""
         run = secrets.token_hex(8)
         return cls(job, chunk_images, run, status.st_ino, status.st_size)
@@ -154,28 +152,25 @@ class RedoLogHeader(NamedTuple):
     @property
     def file_layout(self) -> RedoLogLayout:
         """Offsets in the data file and in the log."""
-        result = self.job["result"]
-        images, *image = result["shape"]
-        image_bytes = math.prod(image) * storage_dtype(result["dtype"]).itemsize
+        result = self.job.result
         return RedoLogLayout(
             self.file_bytes,
-            self.file_bytes - images * image_bytes,
-            image_bytes,
-            images,
+            self.file_bytes - result.nbytes,
+            result.image_bytes,
+            result.images,
             self.chunk_images,
             _pages(len(self.to_bytes())),
         )
 
     def command(self, path: Path) -> str:
         """Return the shell command that finishes the run."""
-        transform = self.job["transform"]
-        rounding = transform["rounding"]
+        direction, rounding = self.job.transform.direction, self.job.transform.rounding
         option = "" if rounding == "nearest" else f" --rounding {rounding}"
-        return f"fastvgg {transform['direction']} {shlex.quote(str(path))} --in-place{option}"
+        return f"fastvgg {direction} {shlex.quote(str(path))} --in-place{option}"
 
     def to_bytes(self) -> bytes:
         """Encode the header line."""
-        return encode_line({FORMAT_FIELD: FORMAT, **self._asdict()})
+        return encode_line({FORMAT_FIELD: FORMAT, **self._asdict(), "job": self.job.to_dict()})
 
 
 class RedoRecord(NamedTuple):
@@ -246,8 +241,8 @@ def _parse_header(path: Path, line: bytes) -> RedoLogHeader:
             "finish the run with the fastvgg version that started it",
         )
     check_fields(fields, HEADER)
-    header = RedoLogHeader(**{name: fields[name] for name in RedoLogHeader._fields})
-    check_job(header.job)
+    recorded = {name: fields[name] for name in RedoLogHeader._fields}
+    header = RedoLogHeader(**{**recorded, "job": Job.from_dict(fields["job"])})
     check_sizes([header.chunk_images, header.file_bytes])
     if line != header.to_bytes() or header.file_layout.data_offset < 0:
         raise ValueError("its fields are inconsistent")
@@ -396,9 +391,7 @@ class RedoLog:
         self._next_copy = 0
 
     @classmethod
-    def begin(
-        cls, storage: Storage, data: StoredFile, job: dict[str, Any], chunk_images: int
-    ) -> RedoLog:
+    def begin(cls, storage: Storage, data: StoredFile, job: Job, chunk_images: int) -> RedoLog:
         """Create the log for an unchanged data file.
 
         Raises

@@ -14,11 +14,11 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from fastvgg.datasets.base import bytes_of
-from fastvgg.datasets.index import index_path, index_text, read_index
+from fastvgg.datasets.index import index_path, read_index
 from fastvgg.errors import ResumeError, TargetError
 from fastvgg.stream.compute import ChunkTask
-from fastvgg.stream.journal import Commit, check_same_job
-from fastvgg.stream.manifest import checksum, read_manifest
+from fastvgg.stream.journal import Commit
+from fastvgg.stream.manifest import checksum
 from fastvgg.stream.target import destination_of, with_committed
 
 if TYPE_CHECKING:
@@ -32,10 +32,8 @@ if TYPE_CHECKING:
     from fastvgg.stream.manifest import Manifest
     from fastvgg.stream.plan import Plan
 
-__all__ = ["FailureRetry", "plan_retry"]
 
-
-def plan_retry(plan: Plan, source: ImageSource) -> Plan:
+def plan_retry(plan: Plan, source: ImageSource, manifest: Manifest | None) -> Plan:
     """Return the plan with the chunk size and good chunks of the finished target.
 
     Raises
@@ -43,7 +41,7 @@ def plan_retry(plan: Plan, source: ImageSource) -> Plan:
     ResumeError
         If the target was made with other settings, or the source's file names have changed.
     """
-    retry = FailureRetry(plan, source)
+    retry = FailureRetry(plan, source, manifest)
     retry.check_same_names()
     failed = retry.manifest.counts["failed"]
     with_note = dataclasses.replace(plan, notes=(*plan.notes, f"failed images to retry: {failed}"))
@@ -63,28 +61,29 @@ class FailureRetry:
         If it was made with other settings.
     """
 
-    def __init__(self, plan: Plan, source: ImageSource) -> None:
+    def __init__(self, plan: Plan, source: ImageSource, manifest: Manifest | None) -> None:
         self.target = destination_of(plan).path
         self.plan = plan
         self.source = source
-        self.manifest = self._manifest()
+        self.manifest = self._check_manifest(manifest)
         self.records = read_index(self.target, plan.header.images)
 
-    def _manifest(self) -> Manifest:
+    def _check_manifest(self, manifest: Manifest | None) -> Manifest:
         """Return the target's manifest; only settings that accept more images may differ."""
-        manifest = read_manifest(self.target)
         if manifest is None:
             raise TargetError(
                 f"{self.target} is not a finished dataset of fastvgg: there is nothing to retry",
                 "rerun the command without --retry-failed",
             )
         found, expected = manifest.job, self.plan.job()
-        source = {**found["source"], "fingerprint": expected["source"]["fingerprint"]}
-        if found["source"].get("gray16") == "error":
-            source["gray16"] = expected["source"]["gray16"]
-        if found["source"].get("max_pixels", 0) < expected["source"]["max_pixels"]:
-            source["max_pixels"] = expected["source"]["max_pixels"]
-        check_same_job({**found, "source": source}, expected, self.plan.target)
+        then, now = found.decoding, expected.decoding
+        if then is not None and now is not None:
+            if then.gray16 == "error":
+                then = dataclasses.replace(then, gray16=now.gray16)
+            if then.max_pixels < now.max_pixels:
+                then = dataclasses.replace(then, max_pixels=now.max_pixels)
+        comparable = dataclasses.replace(found, fingerprint=expected.fingerprint, decoding=then)
+        comparable.check_same(expected, self.plan.target)
         return manifest
 
     def check_same_names(self) -> None:
@@ -109,8 +108,7 @@ class FailureRetry:
         for chunk, records in self._chunks():
             if not any(record.failed for record in records) and self._is_unchanged(chunk, records):
                 sums = self.manifest.checksums[chunk], self.manifest.source_checksums[chunk]
-                first = chunk * self.manifest.chunk_images
-                yield Commit(chunk, *sums, index_text(records, first), failed=0)
+                yield Commit(chunk, *sums, records)
 
     def task(self, chunk: int, start: int, stop: int, target: ContiguousTarget) -> ChunkTask:
         """Return the task that recomputes a chunk, or only its failed rows."""

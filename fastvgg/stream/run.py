@@ -7,30 +7,24 @@ that. An interrupted run resumes when it is rerun.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import itertools
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from fastvgg.datasets.contiguous import ContiguousTarget
 from fastvgg.datasets.images import ImageSource
-from fastvgg.datasets.index import INDEX_HEAD, index_path, read_index
+from fastvgg.datasets.index import INDEX_HEAD, index_path, index_text, read_index
 from fastvgg.datasets.open import open_target
-from fastvgg.errors import ResumeError, StoppedError, TargetError, VerificationError
-from fastvgg.storage.local import Storage
+from fastvgg.errors import ClusterError, ResumeError, StoppedError, TargetError, VerificationError
 from fastvgg.storage.location import parse_location
 from fastvgg.stream import in_place
-from fastvgg.stream.commit_pipeline import CommitPipeline
-from fastvgg.stream.compute import ChunkTask, check_no_failures, compute, make_commit
-from fastvgg.stream.journal import journal_path
+from fastvgg.stream.compute import ChunkTask, check_no_failures
 from fastvgg.stream.manifest import (
     Manifest,
     checksum,
     manifest_path,
-    read_manifest,
 )
-from fastvgg.stream.planner import changed, read_state_of, reopen_source
+from fastvgg.stream.planner import changed, reopen_source
 from fastvgg.stream.progress import ProgressTracker
 from fastvgg.stream.report import FAILURES_KEPT, Failure
 from fastvgg.stream.retry import FailureRetry
@@ -47,19 +41,48 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from fastvgg.datasets.base import ImageRecord, Source
-    from fastvgg.stream.journal import Commit, CommitRef, Journal, JournalState
+    from fastvgg.storage.local import Storage
+    from fastvgg.stream.journal import CommitRef, Journal, JournalState
     from fastvgg.stream.plan import Plan
     from fastvgg.stream.report import Progress, Report
     from fastvgg.stream.store_journal import StoreJournal
 
-__all__ = ["Run", "run"]
+
+class Executor(Protocol):
+    """Compute the chunks of a run. The run decides which, and publishes the result."""
+
+    def prepare(self, plan: Plan) -> Plan:
+        """Check that the executor can run a plan, and return the plan that it runs."""
+
+    def open(self, run: Run) -> None:
+        """Prepare for the chunks of a run whose target is open.
+
+        Raises
+        ------
+        ClusterError
+            If that fails; no chunk has been written.
+        """
+
+    def compute(self, run: Run, tasks: Iterable[ChunkTask]) -> None:
+        """Compute, write and commit every chunk of `tasks`, and count it in the run's tracker."""
+
+    def stored_checksums(
+        self, run: Run, tasks: Iterable[ChunkTask]
+    ) -> Iterator[tuple[int, str | None]]:
+        """Yield the checksums of the stored bytes of committed chunks.
+
+        None for formats whose committed bytes need no check.
+        """
+
+    def close(self) -> None:
+        """Release what `open` acquired."""
 
 
 def run(
     plan: Plan,
     progress: Callable[[Progress], None] | None = None,
     storage: Storage | None = None,
-    run_class: Callable[..., Run] | None = None,
+    executor: Executor | None = None,
 ) -> Report:
     """Execute a plan, or resume an interrupted run of it.
 
@@ -71,8 +94,8 @@ def run(
         Called after every committed chunk.
     storage
         Performs the durable I/O.
-    run_class
-        Called with the arguments of `Run`; a subclass may compute chunks elsewhere.
+    executor
+        Computes the chunks. Default: the threads of this process.
 
     Returns
     -------
@@ -86,34 +109,34 @@ def run(
     StoppedError
         If a system call fails later; committed chunks are kept.
     """
+    if executor is None:
+        from fastvgg.executors.threads import ThreadExecutor
+
+        executor = ThreadExecutor()
+    plan = executor.prepare(plan)
     if plan.in_place:
         return in_place.run(plan, progress, storage)
+    started_at = time.monotonic()
     destination = destination_of(plan)
     storage = storage or destination.storage(fsync=plan.fsync)
-    started_at = time.monotonic()
     source = reopen_source(plan)
     try:
-        complete = inspect_target(plan, read_state_of(plan)) == "complete"
-        # A run that was killed before it wrote a header leaves an empty journal, removed below.
-        if complete and not destination.exists(journal_path(destination.path)):
-            storage.syncfs(destination.path.parent)
-            return _report_of_complete(plan, started_at)
-        check_values(plan, source)
         journal = open_journal(destination.path, storage, restart=plan.restart)
         try:
-            return (run_class or Run)(plan, source, journal, storage, progress, started_at).finish()
+            return Run(plan, source, journal, storage, executor, progress, started_at).finish()
         finally:
+            executor.close()
             journal.close()
     finally:
         source.close()
 
 
 class Run:
-    """A run of a plan that holds the journal's lock and computes the chunks in this process.
+    """A run of a plan that holds the journal's lock.
 
     Parameters
     ----------
-    plan, progress, storage
+    plan, progress, storage, executor
         As for `run`.
     source
         Open, and unchanged since planning.
@@ -129,11 +152,11 @@ class Run:
         source: Source,
         journal: Journal | StoreJournal,
         storage: Storage,
+        executor: Executor,
         progress: Callable[[Progress], None] | None,
         started_at: float,
     ) -> None:
-        # Inspect again under the lock: another run may have started or finished since planning.
-        self.state = inspect_target(plan, journal.state)
+        self.state, self.manifest = inspect_target(plan, journal.state)
         self.plan = plan
         if self.state == "resumable" and journal.state is not None:
             self.plan = with_committed(plan, journal.state.chunk_images, len(journal.state.commits))
@@ -141,6 +164,7 @@ class Run:
         self.destination = destination_of(plan)
         self.journal = journal
         self.storage = storage
+        self.executor = executor
         self.started_at = started_at
         self.retry = self._failure_retry()
         if self.state == "failed" and self.retry is not None:
@@ -166,20 +190,21 @@ class Run:
             return None
         if not isinstance(self.source, ImageSource):
             raise TypeError(f"{self.source.path} is not an image source")
-        return FailureRetry(self.plan, self.source)
+        return FailureRetry(self.plan, self.source, self.manifest)
 
     def finish(self) -> Report:
         """Execute the remaining steps and return the report."""
         if self.state != "fresh":  # a killed run may not have synced anything
             self.storage.syncfs(self.target.path.parent)
         if self.state == "complete":
-            return _report_of_complete(self.plan, self.started_at)
+            return self._report_of_complete()
+        check_values(self.plan, self.source)
         if self._published():
             self._check_checksums()
         else:
             try:
-                self.open_target()
-                self.compute(self._tasks())
+                self._open_target()
+                self.executor.compute(self, self._tasks())
             finally:
                 self.target.close()
             self._publish()
@@ -227,13 +252,14 @@ class Run:
             raise RuntimeError(f"{self.journal.path} is read before its header is written")
         return self.journal.state
 
-    def open_target(self) -> None:
+    def _open_target(self) -> None:
         """Create the target, or reopen it to resume."""
         if self.retry is not None:
             self._reopen_published(self.retry)
         if self.retry is not None or (self.state == "resumable" and self._commits()):
             self.target.reopen()
             self._discard_damaged()
+            self.executor.open(self)
             return
         if self.state == "fresh":
             replaces = self.destination.replaceable() if self.plan.restart else None
@@ -243,24 +269,23 @@ class Run:
         except TargetError:  # no space: undo the start of the run
             self.journal.remove()
             raise
+        try:
+            self.executor.open(self)
+        except ClusterError:
+            if self.state == "fresh":
+                self.target.close()
+                self.storage.remove(self.target.partial)
+                self.journal.remove()
+            raise
 
     def _discard_damaged(self) -> None:
         """Drop the commits of chunks whose stored bytes do not match their checksum."""
         rows = enumerate(self.plan.chunk_rows())
         committed = [ChunkTask(chunk, *span) for chunk, span in rows if chunk in self._commits()]
-        for chunk, found in self.stored_checksums(committed):
+        for chunk, found in self.executor.stored_checksums(self, committed):
             if found is not None and found != self._commits()[chunk].checksum:
                 del self._commits()[chunk]
         self.tracker = ProgressTracker(self.plan, self._commits(), self.progress, self.started_at)
-
-    def stored_checksums(self, tasks: Iterable[ChunkTask]) -> Iterator[tuple[int, str | None]]:
-        """Yield the checksums of the stored bytes of committed chunks.
-
-        None for formats whose committed bytes need no check.
-        """
-        for chunk, start, stop, _ in tasks:
-            stored = self.target.read_unfinished(start, stop)
-            yield chunk, None if stored is None else checksum(stored)
 
     def _reopen_published(self, retry: FailureRetry) -> None:
         """Turn a finished target into an unfinished run whose good chunks are committed."""
@@ -269,20 +294,6 @@ class Run:
                 self.plan.job(), self.plan.chunk_images, committed=retry.good_commits()
             )
         self.destination.reopen_published(self.storage)
-
-    def compute(self, tasks: Iterable[ChunkTask]) -> None:
-        """Compute, write and commit every chunk that is not durable yet."""
-        # Closing the generator stops its threads before the target is closed after an error.
-        chunks = compute(self.plan, self.source, self.target, tasks)
-        with contextlib.closing(chunks), CommitPipeline[int]() as pipeline:
-            for computed in chunks:
-                self.tracker.count(pipeline.drain(max_pending=2))
-                commit = make_commit(self.plan, self.source, computed)
-                pipeline.submit(
-                    functools.partial(self.target.write, computed.start, computed.stored),
-                    functools.partial(self._commit, commit, computed.stop - computed.start),
-                )
-            self.tracker.count(pipeline.drain(max_pending=0))
 
     def _tasks(self) -> Iterator[ChunkTask]:
         """Yield every chunk that is not durable yet."""
@@ -294,12 +305,6 @@ class Run:
                 yield ChunkTask(chunk, start, stop)
             elif ref.failed and self.plan.strict:
                 check_no_failures(self.plan, self._journal_state.failures(chunk))
-
-    def _commit(self, commit: Commit, images: int) -> int:
-        """Make a written chunk durable; return its number of images."""
-        self.target.sync()
-        self.journal.commit(commit)
-        return images
 
     def _describe(self) -> Report:
         """Write the index and the manifest of the published data, and remove the journal."""
@@ -324,14 +329,18 @@ class Run:
 
     def _write_index(self) -> None:
         """Write the index, if the source has image records."""
-        path, journal_state = index_path(self.target.path), self._journal_state
-        lines = (journal_state.commit(chunk).index for chunk in range(self.plan.chunks))
-        first = next(lines)
-        if not first:
+        path = index_path(self.target.path)
+        if self._journal_state.commit(0).records:
+            self.storage.write_atomic(path, self._index_pieces())
+        else:
             self.storage.remove(path)
-            return
-        texts = itertools.chain([INDEX_HEAD, first], lines)
-        self.storage.write_atomic(path, (text.encode("utf-8", "surrogateescape") for text in texts))
+
+    def _index_pieces(self) -> Iterator[bytes]:
+        """Yield the encoded header of the index and the lines of each chunk."""
+        yield INDEX_HEAD.encode()
+        for chunk, (start, _) in enumerate(self.plan.chunk_rows()):
+            text = index_text(self._journal_state.commit(chunk).records, start)
+            yield text.encode("utf-8", "surrogateescape")
 
     def _failures(self) -> list[Failure]:
         """Return the first images that could not be read."""
@@ -340,32 +349,22 @@ class Run:
         )
         return _first_failures(rows)
 
+    def _report_of_complete(self) -> Report:
+        """Return the report of a target that this job finished before.
+
+        Raises
+        ------
+        SourceError
+            If its header or length has changed since.
+        """
+        if self.manifest is None:
+            raise RuntimeError(f"{self.plan.target} is complete but has no manifest")
+        if self.plan.target_format != "images":
+            self.target.read_back(0, 1)
+        failures = _first_failures(enumerate(read_index(self.target.path, self.plan.header.images)))
+        return self.tracker.report(self.manifest.counts, failures)
+
 
 def _first_failures(rows: Iterable[tuple[int, ImageRecord]]) -> list[Failure]:
     failures = (Failure(row, record.path, record.reason) for row, record in rows if record.failed)
     return list(itertools.islice(failures, FAILURES_KEPT))
-
-
-def _report_of_complete(plan: Plan, started_at: float) -> Report:
-    """Return the report of a target that this job finished before; check its header and length.
-
-    Raises
-    ------
-    SourceError
-        If its header or length has changed since.
-    """
-    manifest = read_manifest(parse_location(plan.target))
-    if manifest is None:
-        raise RuntimeError(f"{plan.target} is complete but has no manifest")
-    if plan.target_format != "images":
-        target = open_target(
-            parse_location(plan.target),
-            plan.result,
-            Storage(),
-            chunk_images=manifest.chunk_images,
-        )
-        target.read_back(0, 1)
-    failures = _first_failures(
-        enumerate(read_index(parse_location(plan.target), plan.header.images))
-    )
-    return ProgressTracker(plan, (), None, started_at).report(manifest.counts, failures)

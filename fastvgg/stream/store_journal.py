@@ -7,15 +7,15 @@ concurrent runs of one job write the same bytes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastvgg.errors import StoppedError, TargetError
+from fastvgg.storage import objects
 from fastvgg.stream.journal import (
     HEADER_NAME,
     Commit,
     CommitRef,
-    StoreJournalState,
-    encode_line,
+    JournalState,
     journal_path,
     line_name,
     read_journal,
@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fastvgg.storage.objects import StoreStorage
-    from fastvgg.stream.journal import JournalState
-
-__all__ = ["StoreJournal"]
+    from fastvgg.stream.job import Job
 
 
 class StoreJournal:
@@ -51,7 +49,7 @@ class StoreJournal:
 
     def begin(
         self,
-        job: dict[str, Any],
+        job: Job,
         chunk_images: int,
         *,
         replaces: str | None = None,
@@ -64,12 +62,12 @@ class StoreJournal:
         TargetError
             If nothing can be written there.
         """
-        journal_state = StoreJournalState(
+        journal_state = JournalState(
             self.path, job, chunk_images, replaces, retries=committed is not None
         )
         try:
             self.remove()
-            self._storage.put(self.path / HEADER_NAME, encode_line(journal_state.header_fields()))
+            self._storage.put(self.path / HEADER_NAME, journal_state.header_line())
         except StoppedError as error:
             raise TargetError(
                 f"{error.problem}: nothing was written",
@@ -82,7 +80,7 @@ class StoreJournal:
     def commit(self, *commits: Commit) -> None:
         """Record chunks whose bytes are durable."""
         for commit in commits:
-            self._storage.put(self.path / line_name(commit.chunk), encode_line(commit.to_dict()))
+            self._storage.put(self.path / line_name(commit.chunk), commit.to_line())
             if self.state is not None:
                 self.state.commits[commit.chunk] = CommitRef.of(commit, 0)
 
@@ -93,5 +91,5 @@ class StoreJournal:
 
     def close(self) -> None:
         """Remove the remains of a journal that has no header."""
-        if self.state is None:
+        if self.state is None and objects.exists(self.path):
             self._storage.remove(self.path)

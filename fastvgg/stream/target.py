@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 
 import xxhash
 
 from fastvgg.datasets.base import read_sidecar
 from fastvgg.datasets.contiguous import ContiguousTarget
+from fastvgg.datasets.index import index_path
 from fastvgg.datasets.open import open_target
 from fastvgg.errors import ResumeError, TargetError
 from fastvgg.storage import objects
@@ -22,7 +23,7 @@ from fastvgg.storage.location import (
     with_inner,
 )
 from fastvgg.storage.objects import StoreStorage
-from fastvgg.stream.journal import Journal, check_same_job, journal_path, read_journal
+from fastvgg.stream.journal import Journal, journal_path, read_journal
 from fastvgg.stream.manifest import read_manifest
 from fastvgg.stream.plan import format_bytes
 from fastvgg.stream.store_journal import StoreJournal
@@ -46,8 +47,19 @@ __all__ = [
 ]
 
 ARRAY: Final = "zarr.json"  # the object that makes a prefix of a store an array
+MOVE_AWAY: Final = "move it away, or choose another name"
 FILES: Final = ("npy", "hdf5")  # formats whose target is a file, not a directory
 State: TypeAlias = Literal["fresh", "resumable", "complete", "failed"]
+
+
+class TargetState(NamedTuple):
+    """What was found at the name of a target."""
+
+    name: State
+    """Absent, unfinished or finished; "failed" if the failed images of a finished target are to
+    be retried."""
+    manifest: Manifest | None
+    """The manifest of the finished target, or of the target of which a run retries the failures."""
 
 
 def destination_of(plan: Plan) -> Destination:
@@ -134,23 +146,43 @@ class Destination:
         Raises
         ------
         TargetError
-            If it is a directory or an HDF5 file that fastvgg did not write, or that was changed
-            since: it may contain anything.
+            If no manifest or journal proves that fastvgg wrote it and its sidecars, or if it was
+            changed since.
         """
+        self.check_sidecars()
         if not self.is_occupied():
             return None
-        is_directory = self.path.is_dir()
-        if is_directory or self.kind == "hdf5":
-            is_expected_type = is_directory != (self.kind in FILES)
-            if not (is_expected_type and self._is_ours()):
-                raise _foreign_error(self.path, is_directory=is_directory)
+        if not self._is_ours():
+            raise _foreign_error(self.path, is_directory=self.path.is_dir())
         return self.identity()
+
+    def check_sidecars(self) -> None:
+        """Check that the sidecars that a run replaces or removes were written by fastvgg.
+
+        Raises
+        ------
+        TargetError
+            If there is one, but no journal and, for an index, no manifest.
+        """
+        index = index_path(self.path)
+        has_manifest = read_manifest(self.path) is not None
+        if self.exists(journal_path(self.path)):
+            return
+        for path in (self.partial, self.replaced, index):
+            is_proven = path == self.path or (path == index and has_manifest)
+            if not is_proven and self.exists(path):
+                raise TargetError(
+                    f"{path} exists, but no journal or manifest shows that fastvgg wrote it",
+                    MOVE_AWAY,
+                )
 
     def _is_ours(self) -> bool:
         """Return whether a manifest, or the journal of an interrupted run, proves it ours."""
+        if self.path.is_symlink() or self.path.is_dir() == (self.kind in FILES):
+            return False
         manifest = read_manifest(self.path)
         if manifest is not None:
-            return self.path.is_dir() or _is_as_written(self.path, manifest)
+            return self.path.is_dir() or _is_as_written(self.path, self.kind, manifest)
         try:
             journal_state = read_journal(journal_path(self.path))
         except ResumeError:
@@ -224,6 +256,7 @@ class StoreDestination(Destination):
 
     def replaceable(self) -> str | None:
         """Return the identity of what a restart may replace; see `Destination.replaceable`."""
+        self.check_sidecars()
         if not self.exists(self.path):
             return None
         if not self._is_ours():
@@ -249,25 +282,26 @@ class StoreDestination(Destination):
 def _foreign_error(path: Path, *, is_directory: bool) -> TargetError:
     """Return the error for a restart that would replace what fastvgg did not write."""
     return TargetError(
-        f"{path} is {'a directory' if is_directory else 'an HDF5 file'} that fastvgg did not "
+        f"{path} is {'a directory' if is_directory else 'a file'} that fastvgg did not "
         f"write{'' if is_directory else ', or that was changed since'}",
-        "choose another name, or remove it yourself",
+        MOVE_AWAY,
     )
 
 
-def _is_as_written(path: Path, manifest: Manifest) -> bool:
-    """Return whether an HDF5 file still has its original length: adding data would extend it."""
-    if not manifest.dataset or not path.is_file():
+def _is_as_written(path: Path, kind: str, manifest: Manifest) -> bool:
+    """Return whether a file has the format and length that its manifest records.
+
+    Data added to an HDF5 file would extend it, and another .npy file usually has another length.
+    """
+    if manifest.job.target_format != kind:
         return False
-    location, chunk_images = with_inner(path, manifest.dataset), manifest.chunk_images
+    location, chunk_images = with_inner(path, manifest.job.dataset), manifest.chunk_images
     written = open_target(location, manifest.header, Storage(), chunk_images=chunk_images)
     return isinstance(written, ContiguousTarget) and path.stat().st_size == written.stored_bytes
 
 
-def inspect_target(plan: Plan, journal_state: JournalState | None) -> State:
-    """Return the state of a plan's target: absent, unfinished or finished.
-
-    "failed" is a finished target whose failed images are to be retried.
+def inspect_target(plan: Plan, journal_state: JournalState | None) -> TargetState:
+    """Return the state of a plan's target.
 
     Raises
     ------
@@ -279,26 +313,28 @@ def inspect_target(plan: Plan, journal_state: JournalState | None) -> State:
     destination = destination_of(plan)
     if plan.restart:
         destination.replaceable()
-        return "fresh"
+        return TargetState("fresh", None)
     if journal_state is not None:
-        check_same_job(journal_state.job, plan.job(), plan.target)
+        journal_state.job.check_same(plan.job(), plan.target)
         if destination.predates_run(journal_state):
             check_not_occupied(plan, journal_state.replaces)
-        return "resumable"
+        retried = read_manifest(destination.path) if journal_state.retries else None
+        return TargetState("resumable", retried)
     manifest = read_manifest(destination.path)
     if manifest is not None and destination.is_occupied():
-        has_failures = manifest.job != plan.job() or manifest.counts["failed"] > 0
-        if plan.retry_failed and has_failures:
-            return "failed"
-        if manifest.job == plan.job():
-            return "complete"
+        is_same = manifest.job == plan.job()
+        if plan.retry_failed and (not is_same or manifest.counts["failed"] > 0):
+            return TargetState("failed", manifest)
+        if is_same:
+            return TargetState("complete", manifest)
     check_not_occupied(plan, None)
     if destination.exists(destination.partial):
         raise TargetError(
             f"{destination.partial} exists, but no journal shows that an unfinished run wrote it",
-            "move it away, or give --restart to replace it",
+            _remedy(destination),
         )
-    return "fresh"
+    destination.check_sidecars()
+    return TargetState("fresh", None)
 
 
 def check_not_occupied(plan: Plan, replaces: str | None) -> None:
@@ -314,12 +350,16 @@ def check_not_occupied(plan: Plan, replaces: str | None) -> None:
         return
     is_foreign = read_manifest(destination.path) is None
     maker = "not written by fastvgg" if is_foreign else "made with other settings or another source"
-    remedy = "choose another name, or give --restart to replace it"
+    raise TargetError(f"{destination.path} exists, and was {maker}", _remedy(destination))
+
+
+def _remedy(destination: Destination) -> str:
+    """Return how to free the names of a run: --restart only if it would not be refused."""
     try:
         destination.replaceable()
-    except TargetError as error:  # --restart would be refused
-        remedy = error.remedy
-    raise TargetError(f"{destination.path} exists, and was {maker}", remedy)
+    except TargetError as error:
+        return error.remedy
+    return "choose another name, or give --restart to replace it"
 
 
 def with_committed(plan: Plan, chunk_images: int, committed_chunks: int) -> Plan:

@@ -12,11 +12,9 @@ from fastvgg.datasets.image_writer import is_lossy
 from fastvgg.datasets.index import read_index
 from fastvgg.datasets.open import open_source, open_target
 from fastvgg.errors import SourceError, VerificationError
-from fastvgg.imaging.decode import DecodeOptions
 from fastvgg.storage.local import Storage
 from fastvgg.storage.location import container_of, parse_location, with_inner
 from fastvgg.stream.manifest import checksum, describes_other_dataset, manifest_path, read_manifest
-from fastvgg.stream.plan import DECODED
 from fastvgg.stream.redo_log import read_redo_log_header, unfinished_error
 
 if TYPE_CHECKING:
@@ -79,16 +77,15 @@ def verify(path: str | os.PathLike[str], *, full: bool = False) -> Verification:
             f"{manifest_path(dataset)} does not exist: there are no checksums to compare with",
             "give a dataset that fastvgg has finished; 'fastvgg info' shows what this is",
         )
-    dataset = with_inner(container_of(dataset), manifest.dataset)
+    dataset = with_inner(container_of(dataset), manifest.job.dataset)
     records = read_index(dataset, manifest.header.images)
-    file_format = manifest.job["result"].get("format", "png")
     stored = open_target(
         dataset,
         manifest.header,
         Storage(),
         chunk_images=manifest.chunk_images,
         records=records,
-        file_format=file_format,
+        file_format=manifest.job.file_format,
     )
     _check_checksums(stored, manifest)
     recomputed, note = _check_against_oracle(stored, manifest, records, full=full)
@@ -113,9 +110,9 @@ def _check_against_oracle(
     stored: Target, manifest: Manifest, records: Sequence[ImageRecord], *, full: bool
 ) -> tuple[int, str]:
     """Recompute images from the source; return how many, and a note if it was not compared."""
-    if manifest.job["result"]["in_place"]:
+    if manifest.job.in_place:
         return 0, "not compared with the source, which was overwritten in place"
-    if is_lossy(manifest.job["result"].get("format", "png")):
+    if is_lossy(manifest.job.file_format):
         return 0, "not compared with the source: JPEG is lossy"
     try:
         source = _open_source(manifest)
@@ -125,8 +122,8 @@ def _check_against_oracle(
     try:
         # A copy of the source has another modification time and so another fingerprint, but the
         # same pixels: `full` compares them anyway.
-        is_same = full or source.fingerprint() == manifest.job["source"]["fingerprint"]
-        if source.header != manifest.source_header or not is_same:
+        is_same = full or source.fingerprint() == manifest.job.fingerprint
+        if source.header != manifest.job.header or not is_same:
             return 0, f"not compared with the source: {source.path} has changed"
         for row in _rows_to_check(manifest.header.images, full=full):
             _check_row(stored, source, manifest, records, row)
@@ -137,13 +134,13 @@ def _check_against_oracle(
 
 
 def _open_source(manifest: Manifest) -> Source:
-    job = manifest.job["source"]
-    path = parse_location(job["path"])
+    job = manifest.job
+    path = parse_location(job.source)
     return open_source(
         path,
-        layout=job["layout"],
-        dtype_hint=job["dtype"],
-        decoding=DecodeOptions.from_dict(job) if job["kind"] in DECODED else None,
+        layout=job.header.layout,
+        dtype_hint=job.header.dtype,
+        decoding=job.decoding,
         use_index=not describes_other_dataset(path),
     )
 
@@ -159,7 +156,7 @@ def _check_row(
     stored: Target, source: Source, manifest: Manifest, records: Sequence[ImageRecord], row: int
 ) -> None:
     read = source.read(row, row + 1)
-    expected = oracle.apply(manifest.transform, read.batch)
+    expected = oracle.apply(manifest.job.transform, read.batch)
     if records and records[row].failed:
         expected = np.zeros_like(expected)
     actual = stored.read_back(row, row + 1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import json
 from pathlib import Path
 
@@ -183,19 +185,24 @@ LAYERS = (
     ("interop", "parallel", "tiling"),
     ("backend",),
     ("kernels",),
+    ("call_plan",),
     ("engine",),
     ("imaging",),
     ("storage",),
     ("datasets",),
     ("stream",),
-    ("cluster",),
+    ("executors",),
     ("loader", "torch", "dask", "keras"),
     ("bench", "demo"),
     ("cli",),
     ("__main__",),
 )
 # A value that is called or run hands itself to what executes it, and only then needs that.
-FACADES = {("transform", "fastvgg.engine"), ("stream", "fastvgg.cluster")}
+FACADES = {
+    ("transform", "fastvgg.engine"),
+    ("stream", "fastvgg.executors.dask"),
+    ("stream", "fastvgg.executors.threads"),
+}
 
 
 def part_of(file):
@@ -290,6 +297,22 @@ def test_the_engine_knows_nothing_of_disks_and_terminals(file):
 @pytest.mark.parametrize("file", [r for r in FILES if r not in files_in("cli", "__main__.py")])
 def test_only_the_command_line_imports_typer_and_rich(file):
     assert not within(imports_of(file), "typer", "click", "rich", "fastvgg.cli")
+
+
+def public_methods(module):
+    """Each public method of the classes that a module of datasets defines."""
+    names = importlib.import_module(f"fastvgg.{module}")
+    for class_ in vars(names).values():
+        if inspect.isclass(class_) and class_.__module__ == names.__name__:
+            for name, method in vars(class_).items():
+                if not name.startswith("_") and inspect.isfunction(method):
+                    yield class_, name
+
+
+@pytest.mark.parametrize("file", files_in("datasets"))
+def test_a_public_method_of_a_dataset_is_documented_there_or_in_its_interface(file):
+    methods = public_methods(file.removesuffix(".py").replace("/", "."))
+    assert not [method for method in methods if not inspect.getdoc(getattr(*method))]
 
 
 def test_no_module_is_called_after_nothing():

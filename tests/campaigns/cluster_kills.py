@@ -27,9 +27,9 @@ from pathlib import Path
 
 from distributed import Client
 
+from fastvgg.executors.worker import Task, run_task
 from fastvgg.storage.location import container_of
 from fastvgg.stream.compute import ChunkTask
-from fastvgg.stream.worker import Task, run_task
 from tests.campaigns.command import main
 from tests.helpers.checkout import importing_checkout
 from tests.helpers.datasets_on_disk import commits_in, pixels, plan_of, save_npy

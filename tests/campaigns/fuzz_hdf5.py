@@ -9,8 +9,8 @@ terminal shows as they are. Where all that there is in a file has a checksum, wh
 right. The file stays as it is.
 
 HDF5 itself ends the process over some files whose chunks are found without checksums, so inputs are
-read in processes of their own, and what it ended is counted. Virtual datasets are left out: on
-damaged ones it hangs.
+read in processes of their own, and what it ended is counted. Virtual datasets are left out: they
+are refused, and on damaged ones it hangs.
 """
 
 from __future__ import annotations

@@ -551,7 +551,7 @@ def bad_inputs(place):
         "a target that exists": (
             ["preprocess", array, place / "there.npy", *caffe],
             3,
-            [place / "there.npy", "exists", "--restart"],
+            [place / "there.npy", "exists", "move it away"],
         ),
         "a target inside the source": (
             ["preprocess", photos, photos / "y.npy", *caffe],

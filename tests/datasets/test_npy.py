@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvgg.datasets import mapped, npy
+from fastvgg.datasets import contiguous, npy
 from fastvgg.datasets.base import Header, bytes_of
-from fastvgg.datasets.mapped import MappedNpy
+from fastvgg.datasets.contiguous import ContiguousSource
 from fastvgg.datasets.npy import NpySource, NpyTarget
 from fastvgg.datasets.open import open_source
 from fastvgg.errors import SourceError, StoppedError
@@ -250,7 +250,7 @@ def test_a_window_cannot_be_written_and_outlives_the_source(tmp_path):
 
 SHRINKING = """
 import os, pathlib, sys
-from fastvgg.datasets.mapped import MappedNpy
+from fastvgg.datasets.contiguous import ContiguousSource
 from fastvgg.datasets.npy import NpySource
 from fastvgg.errors import StoppedError
 path = pathlib.Path(sys.argv[1])
@@ -275,16 +275,16 @@ for start in (0, 29, 64):
         # From here on the file shrinks where the first look cannot see it any more.
         (
             """
-look = MappedNpy._file_bytes
+look = ContiguousSource._file_bytes
 def late(self): found = look(self); os.truncate(path, 128); return found
-MappedNpy._file_bytes = late""",
+ContiguousSource._file_bytes = late""",
             [0, 29, 64],
         ),
         (
             """
-populate = MappedNpy._populate
+populate = ContiguousSource._populate
 def late(window): os.truncate(path, 128); populate(window)
-MappedNpy._populate = staticmethod(late)""",
+ContiguousSource._populate = staticmethod(late)""",
             [0, 29, 64],
         ),
     ],
@@ -303,7 +303,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_no_signal(tmp_path
 def test_a_system_without_populating_reads_the_same(tmp_path, monkeypatch):
     expected = values("uint8")
     source = NpySource(save_npy(tmp_path / "x.npy", expected))
-    monkeypatch.setattr(mapped, "MADV_POPULATE_READ", 9999)
+    monkeypatch.setattr(contiguous, "MADV_POPULATE_READ", 9999)
     with pytest.raises(OSError) as caught:  # noqa: PT011  # the number is looked at
         mmap.mmap(-1, 4096).madvise(9999)
     assert caught.value.errno == errno.EINVAL
@@ -319,7 +319,7 @@ def test_a_python_without_madvise_reads_the_same(tmp_path, monkeypatch):
 
     expected = values("uint8")
     source = NpySource(save_npy(tmp_path / "x.npy", expected))
-    monkeypatch.setattr(mapped.mmap, "mmap", Map)
+    monkeypatch.setattr(contiguous.mmap, "mmap", Map)
     assert source.read(1, 4).batch.tobytes() == expected[1:4].tobytes()
     source.close()
 
@@ -330,7 +330,7 @@ def test_another_failure_to_populate_is_not_taken_for_a_missing_call():
             raise OSError(errno.EFAULT, "Bad address")
 
     with pytest.raises(OSError, match="Bad address"):
-        MappedNpy._populate(Window())
+        ContiguousSource._populate(Window())
 
 
 def test_a_read_asks_the_system_to_read_as_much_again_ahead(tmp_path, monkeypatch):
@@ -418,8 +418,8 @@ def test_a_fingerprint_of_a_large_file_is_of_samples_from_its_first_to_its_last_
     path = save_npy(tmp_path / "x.npy", np.zeros((5, 1001, 1003, 3), np.uint8))
     status = path.stat()
     seen = {fingerprint(path)}
-    last_sample = status.st_size - mapped.SAMPLE_BYTES
-    places = [128, last_sample * 7 // (mapped.SAMPLES - 1) + 11, status.st_size - 1]
+    last_sample = status.st_size - contiguous.SAMPLE_BYTES
+    places = [128, last_sample * 7 // (contiguous.SAMPLES - 1) + 11, status.st_size - 1]
     for at in places:
         with path.open("r+b") as file:
             file.seek(at)
@@ -450,7 +450,7 @@ def test_a_target_that_was_not_created_says_so(tmp_path):
 
 
 def test_bfloat16_is_what_the_manifest_names():
-    assert npy.STORED_TYPES["<V2"] == "bfloat16"
+    assert npy.DTYPES["<V2"] == "bfloat16"
     assert npy_bytes(np.zeros(SHAPE, ml_dtypes.bfloat16))[:40].count(b"'<V2'") == 1
 
 

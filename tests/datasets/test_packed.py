@@ -10,7 +10,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastvgg.datasets.packed import PackedNames, first_repeated, name_hashes
+from fastvgg.datasets.index import PackedNames, find_repeated, name_hashes
 
 ODD = [b"", b"a", b"", b"caf\xe9.jpg", b"a\nb", b'"', b"\0", b"\xff" * 300, "é/😀".encode(), b""]
 
@@ -76,22 +76,25 @@ def test_a_name_takes_no_more_than_a_few_bytes_beside_its_own():
     assert names[19_999] == b"class 019/019999.jpg"
 
 
+def repeats_of(names):
+    rows, firsts = find_repeated(name_hashes(names))
+    return [*zip(rows.tolist(), firsts.tolist(), strict=True)]
+
+
 @given(st.lists(st.sampled_from([b"a", b"b", b"c", b"", b"aa", b"d", b"e", b"f"]), max_size=8))
-def test_the_first_that_occurs_twice_is_found(names):
-    second = next((at for at, name in enumerate(names) if name in names[:at]), None)
-    expected = None if second is None else (second, names.index(names[second]))
-    assert first_repeated(names) == expected
-    assert first_repeated(iter(names)) == expected
+def test_all_that_occur_again_are_found_with_their_first_rows(names):
+    first_rows = [names.index(name) for name in names]
+    expected = [(row, first) for row, first in enumerate(first_rows) if first != row]
+    assert repeats_of(names) == expected
 
 
 def test_of_many_names_the_one_that_occurs_twice_is_found():
     names = [b"%d" % row for row in range(5000)]
-    assert first_repeated(names) is None
-    assert first_repeated([]) is None
+    assert repeats_of(names) == []
     for first, second in ((0, 4999), (7, 8), (4998, 4999)):
         changed = [*names]
         changed[second] = changed[first]
-        assert first_repeated(changed) == (second, first)
+        assert repeats_of(changed) == [(second, first)]
 
 
 def test_hashes_are_those_of_the_names_in_their_order():

@@ -10,10 +10,10 @@ import pytest
 from numpy.lib.format import open_memmap
 
 import fastvgg
-from fastvgg.datasets import parts as parts_module
+from fastvgg.datasets import npy
 from fastvgg.datasets.base import Header
+from fastvgg.datasets.npy import PartitionedNpySource
 from fastvgg.datasets.open import open_source
-from fastvgg.datasets.parts import PartitionedNpySource
 from fastvgg.errors import SourceError, StoppedError, UsageError
 from fastvgg.stream.info import info
 from tests.helpers.batches import dtype_of, every_value
@@ -161,7 +161,7 @@ def test_a_part_that_is_cut_short_while_it_is_open_stops_the_run(parts):
 
 
 def test_many_parts_are_read_by_many_threads_with_few_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(parts_module, "MAX_OPEN_PARTS", 3)
+    monkeypatch.setattr(npy, "MAX_OPEN_PARTS", 3)
     batch = batch_of(images=60)
     source = open_source(written(tmp_path / "parts", batch, sizes=[1] * 60))
     wrong = []

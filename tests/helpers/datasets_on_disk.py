@@ -21,7 +21,7 @@ from PIL import Image
 
 import fastvgg
 from fastvgg import oracle
-from fastvgg.stream.plan import DECODED
+from fastvgg.stream.job import DECODED
 from fastvgg.transform import Transform
 from tests.helpers.batches import dtype_of
 from tests.helpers.checkout import importing_checkout

@@ -18,15 +18,16 @@ from distributed import Client, LocalCluster
 from typer.testing import CliRunner
 
 import fastvgg
-from fastvgg import cli, cluster
+from fastvgg import cli
 from fastvgg.errors import ClusterError, ResumeError, StoppedError, UsageError
+from fastvgg.executors import dask as cluster
+from fastvgg.executors.worker import Task, run_task
 from fastvgg.storage import objects
 from fastvgg.storage.location import container_of, parse_location
 from fastvgg.storage.objects import StoreStorage
 from fastvgg.stream.compute import ChunkTask
 from fastvgg.stream.manifest import read_manifest
 from fastvgg.stream.run import run
-from fastvgg.stream.worker import Task, run_task
 from tests.campaigns import cluster_kills
 from tests.helpers.checkout import importing_checkout
 from tests.helpers.datasets_on_disk import (
@@ -242,7 +243,7 @@ def test_workers_hold_nothing_of_a_run_that_has_ended(client, tmp_path, array):
         return [os.path.realpath(file) for file in Path("/proc/self/fd").iterdir()]
 
     def kept():
-        from fastvgg.stream import worker
+        from fastvgg.executors import worker
 
         return sum(str(tmp_path).encode() in plan for plan in worker._runs)
 

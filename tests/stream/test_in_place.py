@@ -93,7 +93,7 @@ def test_a_file_becomes_what_the_oracle_makes_of_it_and_back(
     change(path, direction="restore", together=together)  # the manifest knows mode and layout
     assert path.read_bytes() == header + x.tobytes()
     assert path.stat().st_ino == inode
-    assert read_manifest(path).transform.direction == "restore"
+    assert read_manifest(path).job.transform.direction == "restore"
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import fastvgg
 from fastvgg.datasets.base import Header
 from fastvgg.errors import DtypeError, ModeError, SourceError, TargetError, UsageError
+from fastvgg.stream.job import result_header
 from fastvgg.stream.plan import (
     CHUNK_BYTES,
     RUN_BYTES,
@@ -18,7 +19,6 @@ from fastvgg.stream.plan import (
     chunk_images,
     format_bytes,
     parse_bytes,
-    result_header,
 )
 from fastvgg.stream.run import run
 from fastvgg.transform import Transform
@@ -163,7 +163,7 @@ def a_plan(images, together, limit=10**12, source_kind="npy"):
         header=header,
         result=result_header(header, transform),
         transform=transform,
-        settings={},
+        decoding=None,
         fingerprint="",
         read_bytes=header.nbytes,
         chunk_images=together,

@@ -476,15 +476,15 @@ def test_the_manifest_holds_all_that_it_should(tmp_path, photos):
 
     assert fields["fastvgg-manifest"] == 1
     assert manifest.job == plan.job()
-    assert manifest.job["source"]["path"] == str(tmp_path / "some")
-    assert manifest.job["source"]["fingerprint"] == plan.fingerprint
-    assert manifest.job["source"]["size"] == [11, 5]
-    assert manifest.job["source"]["interpolation"] == "box"
-    assert manifest.transform == Transform("torch", out_layout="NCHW", dtype="float16")
-    assert manifest.transform.fingerprint() == plan.transform.fingerprint()
+    assert manifest.job.source == str(tmp_path / "some")
+    assert manifest.job.fingerprint == plan.fingerprint
+    assert manifest.job.decoding.size == (11, 5)
+    assert manifest.job.decoding.interpolation == "box"
+    assert manifest.job.transform == Transform("torch", out_layout="NCHW", dtype="float16")
+    assert manifest.job.transform.fingerprint() == plan.transform.fingerprint()
     assert manifest.header == plan.result
     assert manifest.header.shape == (len(names), 3, 11, 5)
-    assert manifest.source_header == plan.header
+    assert manifest.job.header == plan.header
     assert manifest.counts == {"images": 7, "failed": 2}
     assert dt.datetime.fromisoformat(manifest.created).tzinfo == dt.UTC
     assert manifest.packages == {
@@ -512,7 +512,7 @@ def test_a_mode_of_ones_own_comes_back_from_the_manifest(tmp_path, array):
     mode = Mode("mine", divide=3.0, mean=(1.0, 2.0, 4.0), std=(0.5, 2.0, 8.0), order="BGR")
     target, back = tmp_path / "y.npy", tmp_path / "z.npy"
     plan_of(array, target, mode=mode).run()
-    assert read_manifest(target).transform.mode == mode
+    assert read_manifest(target).job.transform.mode == mode
     plan_of(target, back, direction="restore").run()
     assert back.read_bytes() == array.read_bytes()
 
@@ -816,12 +816,13 @@ def test_a_partial_that_no_journal_knows_is_refused_and_kept(tmp_path, array):
     partial.write_text("someone's own")
     with pytest.raises(TargetError) as caught:
         plan_of(array, tmp_path / "y.npy", mode="caffe")
-    must_say(caught.value, partial, "--restart")
+    must_say(caught.value, partial, "move it away")
     assert partial.read_text() == "someone's own"
 
 
+@pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("kind", ["file", "empty file", "link", "dangling link"])
-def test_something_else_of_the_targets_name_is_refused_and_kept(tmp_path, array, kind):
+def test_something_else_of_the_targets_name_is_refused_and_kept(tmp_path, array, kind, restart):
     target = tmp_path / "y.npy"
     if kind == "file":
         save_npy(target, pixels(1))
@@ -832,23 +833,52 @@ def test_something_else_of_the_targets_name_is_refused_and_kept(tmp_path, array,
         target.symlink_to("other.npy" if kind == "link" else "nowhere")
     before = tree(tmp_path)
     with pytest.raises(TargetError) as caught:
-        plan_of(array, target, mode="caffe")
-    must_say(caught.value, target, "exists", "was not written by fastvgg", "--restart")
+        plan_of(array, target, mode="caffe", restart=restart)
+    must_say(caught.value, target, "move it away", "another name")
+    assert "--restart" not in str(caught.value)
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("kind", ["file", "link", "dangling link"])
-def test_restart_replaces_a_file_or_link_and_not_what_it_points_to(tmp_path, array, kind):
-    target, other = tmp_path / "y.npy", save_npy(tmp_path / "other.npy", pixels(1))
-    content = other.read_bytes()
-    if kind == "file":
-        save_npy(target, pixels(1))
-    else:
-        target.symlink_to("other.npy" if kind == "link" else "nowhere")
-    plan_of(array, target, mode="caffe", restart=True).run()
-    assert not target.is_symlink()
-    assert target.read_bytes() == npy_bytes(network_inputs(pixels(11), "caffe"))
-    assert other.read_bytes() == content
+FOREIGN = {
+    "y.npy": ("", ".partial", ".index.csv", ".fastvgg-replaced", ".fastvgg.json"),
+    "y.h5": ("", ".partial", ".index.csv"),
+    "y.zarr": ("", "/0.bin", ".partial/0.bin", ".index.csv"),
+    "out": ("", "/0.png", ".partial/0.png", ".index.csv"),
+}
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize(
+    ("target", "suffix"), [(target, suffix) for target in FOREIGN for suffix in FOREIGN[target]]
+)
+def test_what_fastvgg_did_not_write_is_never_replaced(tmp_path, photos, target, suffix, restart):
+    source, settings = photos, {"mode": "caffe"}
+    if target == "out":
+        source, settings = preprocessed(tmp_path), {"direction": "restore"}
+    foreign = tmp_path / (target + suffix)
+    foreign.parent.mkdir(exist_ok=True)
+    foreign.write_text("precious")
+    before = tree(tmp_path)
+    location = f"{tmp_path / target}{'::/images' if target == 'y.h5' else ''}"
+    with pytest.raises((TargetError, SourceError)) as caught:
+        plan_of(source, location, restart=restart, **settings)
+    must_say(caught.value, foreign.parent if "/" in suffix else foreign)
+    assert "--restart" not in str(caught.value)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_file_that_was_changed_since_is_not_replaced(tmp_path, array, change):
+    target = tmp_path / "y.npy"
+    plan_of(array, target, mode="caffe").run()
+    os.truncate(target, target.stat().st_size + change)
+    before = tree(tmp_path)
+    for restart in (False, True):
+        with pytest.raises(TargetError) as caught:
+            plan_of(array, target, mode="tf", restart=restart)
+        must_say(caught.value, target, "move it away")
+        assert "--restart" not in str(caught.value)
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -942,7 +972,7 @@ def test_another_command_for_a_finished_target_is_refused(tmp_path, array):
     assert tree(tmp_path) == before
     plan_of(array, target, mode="tf", restart=True).run()
     assert target.read_bytes() == npy_bytes(network_inputs(pixels(11), "tf"))
-    assert read_manifest(target).transform.mode is Mode.TF
+    assert read_manifest(target).job.transform.mode is Mode.TF
 
 
 def test_restart_does_the_work_again(tmp_path, array):

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastvgg
-from fastvgg import engine, oracle
+from fastvgg import call_plan, engine, oracle
 from fastvgg.errors import (
     BackendError,
     DtypeError,
@@ -446,7 +446,7 @@ def test_images_of_any_size_are_preprocessed_and_restored(backend, mode, layout,
 def test_there_and_back_in_place_is_where_it_began_in_any_number_of_tiles(
     backend, monkeypatch, layout
 ):
-    monkeypatch.setattr(engine, "MIN_TILE_BYTES", 64)
+    monkeypatch.setattr(call_plan, "MIN_TILE_BYTES", 64)
     expected = every_value(layout).astype(np.float32)
     batch = expected.copy()
     fastvgg.preprocess(batch, "caffe", layout=layout, out=batch, threads=3, backend=backend)
@@ -815,8 +815,8 @@ def test_a_result_is_a_plain_array_of_its_own_whatever_the_input_was(backend, tm
 @pytest.fixture
 def tiny_tiles(monkeypatch):
     """Tiles of a row or two, so that a small batch is cut as a huge one would be."""
-    monkeypatch.setattr(engine, "MIN_TILE_BYTES", 300)
-    monkeypatch.setattr(engine, "COPIED_TILE_BYTES", 500)
+    monkeypatch.setattr(call_plan, "MIN_TILE_BYTES", 300)
+    monkeypatch.setattr(call_plan, "COPIED_TILE_BYTES", 500)
 
 
 @pytest.fixture
@@ -834,7 +834,7 @@ def shared(monkeypatch):
         seen.append((tiles, threads))
         parallel_for(tiles, fn, threads)
 
-    monkeypatch.setattr(engine, "parallel_for", recording)
+    monkeypatch.setattr(call_plan, "parallel_for", recording)
     return seen
 
 
@@ -935,7 +935,7 @@ class Call(NamedTuple):
 def calls(monkeypatch):
     """The loops that the engine calls, all on this thread, while they do their work."""
     made = []
-    kernel_of = engine._kernel
+    kernel_of = call_plan.bind_kernel
 
     def recording(plan, *, in_place, nontemporal):
         kernel = kernel_of(plan, in_place=in_place, nontemporal=nontemporal)
@@ -949,7 +949,7 @@ def calls(monkeypatch):
 
         return kernel._replace(loop=loop)
 
-    monkeypatch.setattr(engine, "_kernel", recording)
+    monkeypatch.setattr(call_plan, "bind_kernel", recording)
     return made
 
 
@@ -998,7 +998,7 @@ SCATTERED = (
 @pytest.mark.parametrize("view", SCATTERED)
 def test_other_views_are_copied_in_tiles_of_a_bounded_size(calls, monkeypatch, view, layout):
     tile_bytes = 32 * 1024
-    monkeypatch.setattr(engine, "COPIED_TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(call_plan, "COPIED_TILE_BYTES", tile_bytes)
     batch = drawn(0, (7, 64, 48), "float32", layout)
     x = frozen(VIEWS[view](batch))
     transform = Transform("caffe", layout=layout)
@@ -1146,10 +1146,10 @@ FORK = """
 import os, signal
 import numpy as np
 import fastvgg
-from fastvgg import engine, oracle
+from fastvgg import call_plan, engine, oracle
 from fastvgg.transform import Transform
 
-engine.MIN_TILE_BYTES = 300
+call_plan.MIN_TILE_BYTES = 300
 x = np.random.default_rng(0).integers(0, 256, (11, 13, 17, 3), dtype=np.uint8)
 expected = oracle.apply(Transform("torch"), x)
 assert (fastvgg.preprocess(x, "torch", threads=4) == expected).all()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastvgg.datasets import index as index_module
 from fastvgg.datasets.base import ImageRecord
-from fastvgg.datasets.index import INDEX_HEAD, index_path, index_records, index_text, read_index
+from fastvgg.datasets.index import INDEX_HEAD, index_path, index_text, read_index
 from fastvgg.datasets.npy import NpySource
 from fastvgg.errors import SourceError
 from tests.helpers.datasets_on_disk import failing_in_ascii, must_say, names_in, npy_bytes, pixels
@@ -66,7 +66,6 @@ def test_every_name_and_reason_comes_back_as_it_was(dataset):
     assert [*actual] == expected
     assert [actual[row] for row in range(len(NAMES))] == expected
     assert actual[:] == expected
-    assert index_records(index_text(expected)) == expected
     parts = INDEX_HEAD + index_text(expected[:7]) + index_text(expected[7:], 7)
     assert index_path(dataset).read_bytes() == parts.encode("utf-8", "surrogateescape")
 
@@ -88,7 +87,6 @@ def test_any_path_that_a_file_system_can_hold_comes_back(tmp_path_factory, entri
     write_index(dataset, expected)
     actual = read_index(dataset, len(expected))
     assert [*actual] == actual[:] == expected
-    assert index_records(index_text(expected, 3), 3) == expected
     assert [actual[row] for row in range(-len(expected), 0)] == expected
 
 

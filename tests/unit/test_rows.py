@@ -86,13 +86,13 @@ def test_many_threads_may_write_rows_at_once(monkeypatch, streams):
 @pytest.mark.compiled
 def test_rows_that_fit_the_caches_use_ordinary_stores(monkeypatch):
     seen = []
-    kernel_of = engine._kernel
+    kernel_of = engine.bind_kernel
 
     def recording(plan, *, in_place, nontemporal):
         seen.append(nontemporal)
         return kernel_of(plan, in_place=in_place, nontemporal=nontemporal)
 
-    monkeypatch.setattr(engine, "_kernel", recording)
+    monkeypatch.setattr(engine, "bind_kernel", recording)
     monkeypatch.setattr(engine, "MIN_NONTEMPORAL_BYTES", 5 * 7 * 11 * 3 * 4)
     for count in (4, 5):
         x, transform = images(), Transform("caffe")

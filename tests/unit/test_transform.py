@@ -472,7 +472,16 @@ def test_there_is_nothing_to_restore_in_uint8():
 
 
 @pytest.mark.parametrize(
-    "constants", [{"mean": 5}, {"divide": "x"}, {"std": ("a", "b", "c")}, {"mean": (None, 1, 2)}]
+    "constants",
+    [
+        {"mean": 5},
+        {"mean": (None, 1, 2)},
+        {"mean": "123"},
+        {"std": "123"},
+        {"std": ("1", 2, 3)},
+        {"std": np.array(["1", "2", "3"])},
+        {"divide": "255"},
+    ],
 )
 def test_a_constant_that_is_not_a_number_is_a_mode_error(constants):
     with pytest.raises(ModeError, match="not a number"):

@@ -1,6 +1,6 @@
 """Run a plan on a Dask cluster: workers compute and write chunks; this process commits them.
 
-Dask may run a task more than once, or rerun it after a worker dies: `fastvgg.stream.worker`
+Dask may run a task more than once, or rerun it after a worker dies: `fastvgg.executors.worker`
 explains why that is harmless. Only this process commits and publishes, so an interrupted run can be
 resumed by rerunning the command, with a cluster or without.
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import pickle
 import secrets
@@ -24,25 +23,22 @@ from distributed.comm import CommClosedError
 from fastvgg.datasets.base import SharedTarget
 from fastvgg.datasets.contiguous import ContiguousTarget
 from fastvgg.errors import ClusterError, FastvggError, StoppedError, UsageError
+from fastvgg.executors.threads import ThreadExecutor
+from fastvgg.executors.worker import Task, close_run, open_run, run_task, stored_checksums
 from fastvgg.parallel import available_cpus
-from fastvgg.stream import run as local
 from fastvgg.stream.manifest import package_versions
 from fastvgg.stream.plan import format_bytes
 from fastvgg.stream.planner import reopen_source
-from fastvgg.stream.worker import Task, close_run, open_run, run_task, stored_checksums
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
     from distributed import Future, Worker
 
-    from fastvgg.storage.local import Storage
+    from fastvgg.executors.worker import ChunkCommit
     from fastvgg.stream.compute import ChunkTask
     from fastvgg.stream.plan import Plan
-    from fastvgg.stream.report import Progress, Report
-    from fastvgg.stream.worker import ChunkCommit
-
-__all__ = ["connect", "run"]
+    from fastvgg.stream.run import Run
 
 LOCAL: Final = "local"
 CONNECT_SECONDS: Final = 10
@@ -84,90 +80,53 @@ def connect(address: str) -> Iterator[Client]:
         yield client
 
 
-def run(
-    plan: Plan,
-    client: Client,
-    progress: Callable[[Progress], None] | None = None,
-    storage: Storage | None = None,
-) -> Report:
-    """Execute a plan on a cluster, or resume an interrupted run of it.
+class DaskExecutor:
+    """Compute the chunks of a run on a cluster; workers write them, and this process commits them.
 
     Each task uses one thread and the memory limit of the whole plan.
 
     Parameters
     ----------
-    plan
-        From `fastvgg.plan`. Every worker must reach its source and target by the same paths.
     client
-        Connected to the cluster.
-    progress, storage
-        As for `fastvgg.stream.run.run`.
-
-    Raises
-    ------
-    UsageError, ClusterError, SourceError, TargetError, ResumeError
-        Before anything is written.
-    StoppedError
-        If a task fails later; committed chunks are kept.
+        Connected to the cluster. Every worker must reach the plan's source and target by the same
+        paths.
     """
-    _check_shareable(plan)
-    plan = dataclasses.replace(plan, threads=1)
-    _check_workers(plan, client)
-    return local.run(plan, progress, storage, functools.partial(_ClusterRun, client))
 
-
-def _check_shareable(plan: Plan) -> None:
-    """Check that the plan is safe if a task runs twice."""
-    if plan.in_place:
-        problem = "a cluster may run a task twice, which would corrupt a file changed in place"
-        remedy = "omit --dask, or give a DST"
-    elif plan.target_format == "images":
-        problem = "image files encoded by two workers may differ in their bytes"
-        remedy = "omit --dask, or restore into an array"
-    elif plan.retry_failed:
-        problem = "--retry-failed is not supported on a cluster"
-        remedy = "omit --dask"
-    else:
-        return
-    raise UsageError(f"{plan.target}: {problem}", remedy)
-
-
-class _ClusterRun(local.Run):
-    """A run whose chunks are computed and written by workers."""
-
-    def __init__(self, client: Client, *arguments: Any) -> None:  # those of `Run`
-        super().__init__(*arguments)
+    def __init__(self, client: Client) -> None:
         self._client = client
-        shared = secrets.token_hex(8), dataclasses.replace(self.plan, listing=None)
-        self._shared_plan = pickle.dumps(shared)
-        self._name = f"{self.plan.transform.direction}-{shared[0]}"
+        self._shared_plan = b""
+        self._name = ""
 
-    def finish(self) -> Report:
-        """Execute the remaining steps, then have the workers close the run."""
-        try:
-            return super().finish()
-        finally:
-            with contextlib.suppress(OSError):  # no worker is left
-                if self._client.status == "running":
-                    self._client.run(close_run, self._shared_plan, on_error="ignore")
+    def prepare(self, plan: Plan) -> Plan:
+        """Return the plan of one thread per task, after checking it and the workers.
 
-    def open_target(self) -> None:
-        """Create or reopen the target; undo that if a worker cannot open it."""
-        super().open_target()
-        try:
-            self._open_on_workers()
-        except ClusterError:
-            if self.state == "fresh":
-                self.target.close()
-                self.storage.remove(self.target.partial)
-                self.journal.remove()
-            raise
+        Raises
+        ------
+        UsageError
+            If the plan is not safe to run on a cluster.
+        ClusterError
+            If a worker cannot take part.
+        """
+        _check_shareable(plan)
+        plan = dataclasses.replace(plan, threads=1)
+        _check_workers(plan, self._client)
+        return plan
 
-    def _open_on_workers(self) -> None:
+    def open(self, run: Run) -> None:
         """Have every worker open the files of its tasks."""
+        if not self._shared_plan:
+            shared = secrets.token_hex(8), dataclasses.replace(run.plan, listing=None)
+            self._shared_plan = pickle.dumps(shared)
+            self._name = f"{run.plan.transform.direction}-{shared[0]}"
         with self._stopping_on_disconnect():
             found = self._client.run(_open_run, self._shared_plan, on_error="return")
         _check_no_problems(found)
+
+    def close(self) -> None:
+        """Have the workers release the files of the run."""
+        with contextlib.suppress(OSError):  # no worker is left
+            if self._shared_plan and self._client.status == "running":
+                self._client.run(close_run, self._shared_plan, on_error="ignore")
 
     @contextlib.contextmanager
     def _stopping_on_disconnect(self) -> Iterator[None]:
@@ -185,47 +144,52 @@ class _ClusterRun(local.Run):
             "rerun the same command to resume after the last committed chunk",
         )
 
-    def compute(self, tasks: Iterable[ChunkTask]) -> None:
-        """Have workers compute and write every chunk that is not durable yet; commit it."""
-        if not isinstance(self.target, SharedTarget):
-            raise TypeError(f"{self.target.kind} cannot be written by several processes")
+    def compute(self, run: Run, tasks: Iterable[ChunkTask]) -> None:
+        """Have workers compute and write chunks; commit each batch that is done."""
+        if not isinstance(run.target, SharedTarget):
+            raise TypeError(f"{run.target.kind} cannot be written by several processes")
         results: Generator[list[ChunkCommit], None, None] = self._results(
-            run_task, self._name, tasks
+            run_task, self._name, self._group(tasks, run.plan.chunks)
         )
         with contextlib.closing(results), self._stopping_on_disconnect():
             for batch in results:
                 edges = [edge for result in batch for edge in result.edges]
                 if edges:
-                    self.target.write_unaligned(edges)
-                    self.target.sync()
-                self.journal.commit(*(result.commit for result in batch))
-                self.tracker.count(result.images for result in batch)
+                    run.target.write_unaligned(edges)
+                    run.target.sync()
+                run.journal.commit(*(result.commit for result in batch))
+                run.tracker.count(result.images for result in batch)
 
-    def stored_checksums(self, tasks: Iterable[ChunkTask]) -> Iterator[tuple[int, str | None]]:
-        """Have workers checksum the stored bytes of committed chunks, for formats that need it."""
-        if isinstance(self.target, ContiguousTarget):
-            yield from super().stored_checksums(tasks)
+    def stored_checksums(
+        self, run: Run, tasks: Iterable[ChunkTask]
+    ) -> Iterator[tuple[int, str | None]]:
+        """Have workers read the stored bytes of committed chunks, for formats that need it."""
+        if isinstance(run.target, ContiguousTarget):
+            yield from ThreadExecutor().stored_checksums(run, tasks)
             return
-        self._open_on_workers()
-        results = self._results(stored_checksums, f"check-{self._name}", tasks)
+        self.open(run)
+        results = self._results(
+            stored_checksums, f"check-{self._name}", self._group(tasks, run.plan.chunks)
+        )
         with contextlib.closing(results), self._stopping_on_disconnect():
             yield from itertools.chain.from_iterable(results)
 
-    def _group(self, tasks: Iterable[ChunkTask], threads: int) -> Iterator[Task]:
-        """Group chunks into Dask tasks, several tasks per thread."""
-        chunks_per_task = self.plan.chunks // (TASKS_PER_THREAD * max(1, threads))
+    def _group(self, tasks: Iterable[ChunkTask], chunks: int) -> Iterator[Task]:
+        """Group chunks, of `chunks` in all, into Dask tasks: several tasks per thread."""
+        chunks_per_task = chunks // (TASKS_PER_THREAD * max(1, self._threads()))
         chunks_per_task = min(max(1, chunks_per_task), MAX_CHUNKS_PER_TASK)
         remaining = iter(tasks)
         while group := tuple(itertools.islice(remaining, chunks_per_task)):
             yield Task(self._shared_plan, group)
 
+    def _threads(self) -> int:
+        return int(sum(self._client.nthreads().values()))
+
     def _results(
-        self, fn: Callable[[Task], list[Any]], name: str, chunk_tasks: Iterable[ChunkTask]
+        self, fn: Callable[[Task], list[Any]], name: str, tasks: Iterator[Task]
     ) -> Generator[list[Any], None, None]:
         """Run `fn` on all tasks, with a bounded number in flight; yield batches of results."""
-        threads = sum(self._client.nthreads().values())
-        max_in_flight = max(MIN_IN_FLIGHT, IN_FLIGHT_PER_THREAD * threads)
-        tasks = self._group(chunk_tasks, threads)
+        max_in_flight = max(MIN_IN_FLIGHT, IN_FLIGHT_PER_THREAD * self._threads())
         in_flight: dict[str, Any] = {}
         completed = as_completed(loop=self._client.loop)
 
@@ -270,6 +234,22 @@ class _ClusterRun(local.Run):
                 "--restart, otherwise rerun the same command to resume",
             )
         return error
+
+
+def _check_shareable(plan: Plan) -> None:
+    """Check that the plan is safe if a task runs twice."""
+    if plan.in_place:
+        problem = "a cluster may run a task twice, which would corrupt a file changed in place"
+        remedy = "omit --dask, or give a DST"
+    elif plan.target_format == "images":
+        problem = "image files encoded by two workers may differ in their bytes"
+        remedy = "omit --dask, or restore into an array"
+    elif plan.retry_failed:
+        problem = "--retry-failed is not supported on a cluster"
+        remedy = "omit --dask"
+    else:
+        return
+    raise UsageError(f"{plan.target}: {problem}", remedy)
 
 
 def _check_workers(plan: Plan, client: Client) -> None:

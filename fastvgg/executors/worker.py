@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from fastvgg.stream.plan import Plan
     from fastvgg.stream.target import Destination
 
-__all__ = ["ChunkCommit", "Task", "close_run", "open_run", "run_task", "stored_checksums"]
-
 MAX_OPEN_RUNS: Final = 2  # in one process at a time
 
 
@@ -75,7 +73,7 @@ def run_task(task: Task) -> list[ChunkCommit]:
 
 
 def stored_checksums(task: Task) -> list[tuple[int, str | None]]:
-    """Return the checksums of the stored bytes of chunks; see `Run.stored_checksums`."""
+    """Return the checksums of the stored bytes of chunks; see `Executor.stored_checksums`."""
     with _worker_run(task.plan).slot() as slot:
         return [(chunk_task.chunk, slot.stored_checksum(chunk_task)) for chunk_task in task.chunks]
 

@@ -1,0 +1,1 @@
+"""Where the chunks of a run are computed: threads of this process, or workers of a cluster."""
