@@ -40,6 +40,7 @@ class MortalStorage(Storage):
     def __init__(self, dies_at=0, *, half_done=False, graveyard=None, fsync=True):
         super().__init__(fsync=fsync)
         self.calls = []
+        self.divisible = []  # the numbers of the calls that can be half done
         self._dies_at = dies_at
         self._half_done = half_done
         self._graveyard = graveyard
@@ -65,6 +66,8 @@ class MortalStorage(Storage):
             if self._dead:
                 return None
             self.calls.append(name)
+            if half is not None:
+                self.divisible.append(len(self.calls))
             if len(self.calls) == self._dies_at:
                 if self._half_done and half is not None:
                     half()

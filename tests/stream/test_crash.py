@@ -45,6 +45,7 @@ from tests.helpers.faults import (
     quick_directory,
     system_calls,
 )
+from tests.helpers.samples import parts
 
 
 class Scenario:
@@ -225,40 +226,62 @@ def dies(scenario, directory, storage, what="begin"):
         storage.bury()
 
 
-def every_death(scenario):
-    """The number of every storage call of an uninterrupted run."""
+def every_death(scenario, *, half_done=False):
+    """The number of every storage call of an uninterrupted run, or of those that can be halved."""
     with scenario.directory() as directory:
         storage = MortalStorage()
         assert not dies(scenario, directory, storage)
-        calls = len(storage.calls)
-    assert calls > 30
-    return range(1, calls + 1)
+    assert len(storage.calls) > 30
+    assert len(storage.divisible) > 5
+    return storage.divisible if half_done else range(1, len(storage.calls) + 1)
 
 
-@pytest.mark.parametrize("half_done", [False, True], ids=["before", "half way through"])
-@pytest.mark.parametrize(
-    ("power", "fsync"),
-    [("stays", True), ("stays", False), ("is cut", True)],
-    ids=["power stays", "power stays and nothing is synced", "power is cut"],
-)
-def test_dying_at_any_storage_call_loses_nothing(scenario, half_done, power, fsync):
-    graveyard = scenario.place / "graveyard" if power == "is cut" else None
+# Whether half of a call is done, whether the power is cut, and whether anything is synced.
+DEATHS = {
+    "before, power stays": (False, False, True),
+    "half way through, power stays": (True, False, True),
+    "before, power stays and nothing is synced": (False, False, False),
+    "half way through, power stays and nothing is synced": (True, False, False),
+    "before, power is cut": (False, True, True),
+    "half way through, power is cut": (True, True, True),
+}
+
+
+@parts(4)
+@pytest.mark.parametrize("death", DEATHS)
+def test_dying_at_any_storage_call_loses_nothing(scenario, death, part):
+    half_done, power_is_cut, fsync = DEATHS[death]
+    graveyard = scenario.place / "graveyard" if power_is_cut else None
     settings = {"half_done": half_done, "graveyard": graveyard, "fsync": fsync}
+    # The parts differ from death to death, so that the first parts have every call.
+    numbers = every_death(scenario, half_done=half_done)
+    numbers = [n for n in numbers if (n + [*DEATHS].index(death)) % 4 == part]
     # A run that was begun with --restart may be taken up with or without it.
     ways_on = ("resume", "begin") if scenario.restarts else ("resume",)
-    for number, way_on in itertools.product(every_death(scenario), ways_on):
+    for number, way_on in itertools.product(numbers, ways_on):
         with scenario.directory() as directory:
             assert dies(scenario, directory, MortalStorage(number, **settings))
             scenario.check_in_between(directory)
-            getattr(scenario, way_on)(directory)
+            committed = committed_chunks(directory / scenario.target_name)
+            report = getattr(scenario, way_on)(directory)
             scenario.check_at_the_end(directory)
+        if committed is not None and way_on == "resume":
+            assert report.counts["computed_chunks"] == report.counts["chunks"] - committed
+            assert report.counts["images"] in (5, 6)
         if graveyard is not None:
             shutil.rmtree(graveyard)
             graveyard.mkdir()
 
 
-def test_dying_again_while_resuming_loses_nothing(scenario):
-    for number in every_death(scenario):
+def committed_chunks(target):
+    """How many chunks the journal of a target has, where there is a journal."""
+    journal = read_journal(journal_path(target))
+    return len(journal.commits) if journal is not None else None
+
+
+@parts(4)
+def test_dying_again_while_resuming_loses_nothing(scenario, part):
+    for number in every_death(scenario)[part::4]:
         # One pair of calls in seventeen; the pairs move on with the first of the two.
         second = 1 + number % 17
         while True:
@@ -272,28 +295,16 @@ def test_dying_again_while_resuming_loses_nothing(scenario):
             second += 17
 
 
-def test_a_crash_between_name_and_manifest_is_finished_without_computing(scenario):
-    for number in every_death(scenario):
-        with scenario.directory() as directory:
-            storage = MortalStorage(number)
-            assert dies(scenario, directory, storage)
-            journal_state = read_journal(journal_path(directory / scenario.target_name))
-            committed = len(journal_state.commits) if journal_state is not None else 0
-            report = scenario.resume(directory)
-            if journal_state is None:
-                continue
-            assert report.counts["computed_chunks"] == report.counts["chunks"] - committed
-            assert report.counts["images"] in (5, 6)
-
-
 def test_a_result_that_was_changed_between_name_and_manifest_is_not_described(scenario):
     changed = 0
-    for number in every_death(scenario):
+    for number in reversed(every_death(scenario)):
         with scenario.directory() as directory:
             target = directory / scenario.target_name
             assert dies(scenario, directory, MortalStorage(number))
-            if manifest_path(target).exists() or not scenario.is_complete(directory):
+            if manifest_path(target).exists():
                 continue
+            if not scenario.is_complete(directory):
+                break  # nor was it at any call before
             changed += 1
             data = max(target.rglob("[0-9c]*.*")) if target.is_dir() else target
             content = bytearray(data.read_bytes())
@@ -307,13 +318,18 @@ def test_a_result_that_was_changed_between_name_and_manifest_is_not_described(sc
     assert changed > 3
 
 
+@parts(4)
 @pytest.mark.parametrize("for_ever", [False, True], ids=["once", "for ever"])
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC], ids=["EIO", "ENOSPC"])
-def test_any_system_call_that_fails_stops_the_run_and_it_can_be_resumed(scenario, number, for_ever):
+def test_any_system_call_that_fails_stops_the_run_and_it_can_be_resumed(
+    scenario, number, for_ever, part
+):
     with scenario.directory() as directory, system_calls(FaultyOs()) as system:
         scenario.begin(directory)
-        calls = list(system.calls)
-    for fails_at, name in enumerate(calls, 1):
+        calls = [*enumerate(system.calls, 1)]
+    # The parts differ from failure to failure, so that the first parts have every call.
+    first = (part + 2 * (number == errno.EIO) + for_ever) % 4
+    for fails_at, name in calls[first::4]:
         with scenario.directory() as directory:
             with (
                 system_calls(FaultyOs(fails_at, number, for_ever=for_ever)),
@@ -371,14 +387,15 @@ def check_right_or_refused(scenario, directory):
     scenario.check_at_the_end(directory)
 
 
-def test_a_journal_cut_off_at_any_byte_gives_the_right_bytes_or_is_refused(scenario):
+@parts(3)
+def test_a_journal_cut_off_at_any_byte_gives_the_right_bytes_or_is_refused(scenario, part):
     with cut_off(scenario) as (_, journal):
         whole = journal.read_bytes()
     ends = [0] + [at + 1 for at, byte in enumerate(whole) if byte == ord("\n")]
     assert len(ends) == 4
     # Within a line some bytes will do, but near its ends every one.
     lengths = [n for n in range(len(whole)) if n % 17 == 0 or min(abs(n - e) for e in ends) < 4]
-    for length in lengths:
+    for length in lengths[part::3]:
         with cut_off(scenario) as (directory, journal):
             content = journal.read_bytes()[:length]
             journal.write_bytes(content)
@@ -391,10 +408,11 @@ def test_a_journal_cut_off_at_any_byte_gives_the_right_bytes_or_is_refused(scena
             scenario.check_at_the_end(directory)
 
 
-def test_a_journal_with_any_flipped_bit_gives_the_right_bytes_or_is_refused(scenario):
+@parts(3)
+def test_a_journal_with_any_flipped_bit_gives_the_right_bytes_or_is_refused(scenario, part):
     with cut_off(scenario) as (_, journal):
         length = len(journal.read_bytes())
-    for at in range(0, length, 11):
+    for at in range(11 * part, length, 33):
         with cut_off(scenario) as (directory, journal):
             content = bytearray(journal.read_bytes())
             content[at] ^= 1 << at % 8
