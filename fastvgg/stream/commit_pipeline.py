@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
-__all__ = ["CommitPipeline"]
-
 Step = TypeVar("Step")
 Result = TypeVar("Result")
 

@@ -29,11 +29,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from fastvgg.datasets.base import Chunk, Payload, Source, Target
+    from fastvgg.datasets.base import Payload, Source, Target
     from fastvgg.parallel import TaskGroup
     from fastvgg.stream.plan import Plan
-
-__all__ = ["BufferRing", "ChunkResult", "ChunkTask", "check_no_failures", "compute", "make_commit"]
 
 MAX_IN_FLIGHT: Final = 2  # chunks that are computed row by row at the same time
 UNREAD: Final = ImageRecord("", "", 0, 0, True, "not read yet")
@@ -66,21 +64,17 @@ class BufferRing:
     ----------
     plan
         Determines the size of a buffer: one chunk.
-    count
-        Number of buffers: the chunks that are computed or written at the same time.
+    source
+        Determines their number: the chunks that are computed or written at the same time.
     """
 
-    def __init__(self, plan: Plan, count: int) -> None:
+    def __init__(self, plan: Plan, source: Source) -> None:
+        count = MAX_IN_FLIGHT + 1 if isinstance(source, ImageSource) else 2
         self._shape = (plan.chunk_images, *plan.result.shape[1:])
         self._dtype = storage_dtype(plan.result.dtype)
         self._nbytes = plan.chunk_images * plan.result.image_bytes
         nbytes = self._nbytes + mmap.PAGESIZE
         self._memory = itertools.cycle([np.empty(nbytes, np.uint8) for _ in range(count)])
-
-    @classmethod
-    def of(cls, plan: Plan, source: Source) -> BufferRing:
-        """Return a ring with enough buffers for the chunks in flight."""
-        return cls(plan, MAX_IN_FLIGHT + 1 if isinstance(source, ImageSource) else 2)
 
     def rows(self, offset: int) -> NDArray[Any]:
         """Return the next buffer, aligned to the page offset that `offset` has in the file."""
@@ -103,7 +97,7 @@ def compute(
     """
     if isinstance(target, ImageFolderTarget):
         return _compute_rows(plan, tasks, _Encoder(plan, source, target).start)
-    buffers = buffers or BufferRing.of(plan, source)
+    buffers = buffers or BufferRing(plan, source)
     if isinstance(source, ImageSource):
         return _compute_rows(plan, tasks, _Decoder(plan, source, target, buffers).start)
     return _compute_batches(plan, source, target, tasks, buffers)
@@ -126,6 +120,12 @@ def make_commit(plan: Plan, source: Source, computed: ChunkResult) -> Commit:
     return Commit(chunk, checksum(stored), identity, records)
 
 
+def stored_checksum(target: Target, task: ChunkTask) -> str | None:
+    """Return the checksum of what an unfinished run stored; None if it needs no check."""
+    stored = target.read_unfinished(task.start, task.stop)
+    return None if stored is None else checksum(stored)
+
+
 def check_no_failures(plan: Plan, failures: list[tuple[int, ImageRecord]]) -> None:
     """Raise StoppedError for the first failed image if the plan is strict."""
     for row, record in failures:
@@ -142,20 +142,20 @@ def _compute_batches(
     """Compute arrays from arrays."""
     for chunk, start, stop, _ in tasks:
         out = buffers.rows(target.offset(start))[: stop - start]
-        records = _compute_chunk(plan, source.read(start, stop), out)
+        batch, records = source.read(start, stop)
+        engine.apply(
+            plan.transform,
+            batch,
+            out,
+            threads=plan.threads,
+            backend=plan.choose_backend(),
+            cached_output=True,
+        )
+        del batch  # frees its memory before the next chunk is read
+        for row, record in enumerate(records):
+            if record.failed:
+                out[row] = 0
         yield ChunkResult(chunk, start, stop, [bytes_of(out)], records)
-
-
-def _compute_chunk(plan: Plan, read: Chunk, out: NDArray[Any]) -> list[ImageRecord]:
-    """Compute a chunk and return its records; `read` is released before the next one is read."""
-    threads, backend = plan.threads, plan.choose_backend()
-    engine.apply(
-        plan.transform, read.batch, out, threads=threads, backend=backend, cached_output=True
-    )
-    for row, record in enumerate(read.records):
-        if record.failed:
-            out[row] = 0
-    return read.records
 
 
 class _InFlight(NamedTuple):

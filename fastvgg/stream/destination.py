@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Final, cast
@@ -17,14 +18,14 @@ from fastvgg.storage import objects
 from fastvgg.storage.local import SharedStorage, Storage
 from fastvgg.storage.location import Location, sidecar_path
 from fastvgg.storage.objects import StoreStorage
-from fastvgg.stream.journal import Journal, journal_path, read_journal
+from fastvgg.stream.journal import FileJournal, journal_path, read_journal
 from fastvgg.stream.manifest import read_manifest
 from fastvgg.stream.store_journal import StoreJournal
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fastvgg.stream.journal import JournalState
+    from fastvgg.stream.journal import Journal, JournalState
     from fastvgg.stream.manifest import Manifest
     from fastvgg.stream.plan import Plan
 
@@ -35,7 +36,7 @@ FILES: Final = ("npy", "hdf5")  # formats whose target is a file, not a director
 
 def destination_of(plan: Plan, storage: Storage | StoreStorage | None = None) -> Destination:
     """Return the destination of a plan; `storage` performs its durable I/O."""
-    path, kind = plan.target.container, plan.target_format
+    path, kind = plan.target.container, plan.job.target_format
     if plan.target.is_remote:
         return StoreDestination(path, kind, cast("StoreStorage", storage or StoreStorage()))
     return DiskDestination(path, kind, cast("Storage", storage or Storage(fsync=plan.fsync)))
@@ -68,9 +69,19 @@ class Destination(ABC):
     def shared_storage(self) -> Storage | StoreStorage:
         """Return the storage for a worker, which writes to a target that another process made."""
 
-    @abstractmethod
-    def open_journal(self, *, restart: bool) -> Journal | StoreJournal:
+    @functools.cached_property
+    def has_journal(self) -> bool:
+        """Whether there is a journal; in a run, whether there was one before it opened its own."""
+        return self.exists(journal_path(self.path))
+
+    def open_journal(self, *, restart: bool) -> Journal:
         """Open the journal, and take its lock where there is one."""
+        _ = self.has_journal  # opening creates it
+        return self._open_journal(restart=restart)
+
+    @abstractmethod
+    def _open_journal(self, *, restart: bool) -> Journal:
+        """Return the open journal."""
 
     @abstractmethod
     def exists(self, path: Path) -> bool:
@@ -133,7 +144,7 @@ class Destination(ABC):
         """
         index = index_path(self.path)
         has_manifest = read_manifest(self.path) is not None
-        if self.exists(journal_path(self.path)):
+        if self.has_journal:
             return
         for path in (self.partial, self.replaced, index):
             is_proven = path == self.path or (path == index and has_manifest)
@@ -167,8 +178,8 @@ class DiskDestination(Destination):
         directory = self.path.parent if self.kind in FILES else self.partial
         return SharedStorage(directory, fsync=self.storage.fsync)
 
-    def open_journal(self, *, restart: bool) -> Journal:
-        return Journal(self.path, self.storage, restart=restart)
+    def _open_journal(self, *, restart: bool) -> Journal:
+        return FileJournal(self.path, self.storage, restart=restart)
 
     def exists(self, path: Path) -> bool:
         return os.path.lexists(path)
@@ -253,7 +264,7 @@ class StoreDestination(Destination):
     def shared_storage(self) -> StoreStorage:
         return self.storage
 
-    def open_journal(self, *, restart: bool) -> StoreJournal:
+    def _open_journal(self, *, restart: bool) -> Journal:
         return StoreJournal(self.path, self.storage, restart=restart)
 
     def exists(self, path: Path) -> bool:

@@ -81,6 +81,11 @@ class Job:
     dataset: str = ""
     """Name of the result within an HDF5 file; empty for other formats."""
 
+    @property
+    def is_decoded(self) -> bool:
+        """Whether the source consists of encoded images."""
+        return self.source_kind in DECODED
+
     def to_dict(self) -> dict[str, Any]:
         """Return the job as JSON types."""
         job = {

@@ -10,8 +10,10 @@ The journal is also the lock: only the process that holds it may write the targe
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -26,7 +28,7 @@ from fastvgg.storage.location import is_remote, sidecar_path
 from fastvgg.stream.job import Job, check_fields, check_sizes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from fastvgg.storage.local import Storage, StoredFile
@@ -193,32 +195,35 @@ def read_journal(path: Path) -> JournalState | None:
         If the journal cannot be read.
     """
     if is_remote(path):
-        return _read_store(path)
-    with open_sidecar(path) as lines:
-        return None if lines is None else _read(path, lines)
+        with _read_errors(path):
+            lines = objects.read_all(path)
+        first = lines.pop(HEADER_NAME, None)
+        # The chunk of an invalid line is recomputed; unlike in a file, later lines stay valid.
+        valid = [lines[name] for name in sorted(lines) if decode_line(lines[name]) is not None]
+        return None if first is None else _read(path, [first, *valid])
+    with open_sidecar(path) as file:
+        return None if file is None else _read(path, file)
 
 
 def read_journal_header(path: Path) -> JournalState | None:
     """Read only the header line of a journal; see `read_journal`."""
     if is_remote(path):
-        first = objects.read(path / HEADER_NAME)
+        with _read_errors(path):
+            first = objects.read(path / HEADER_NAME)
         return None if first is None else _read(path, [first])
-    with open_sidecar(path) as lines:
-        return None if lines is None else _read(path, itertools.islice(lines, 1))
+    with open_sidecar(path) as file:
+        return None if file is None else _read(path, itertools.islice(file, 1))
 
 
-def _read_store(path: Path) -> JournalState | None:
+@contextlib.contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
     try:
-        lines = objects.read_all(path)
+        yield
     except OSError as error:
         raise SourceError(
             f"{path} cannot be read: {error.strerror or error}",
             "check the connection and the permission to read there",
         ) from None
-    first = lines.pop(HEADER_NAME, None)
-    # The chunk of an invalid line is recomputed; unlike in a file, the lines after it stay valid.
-    valid = [lines[name] for name in sorted(lines) if decode_line(lines[name]) is not None]
-    return None if first is None else _read(path, [first, *valid])
 
 
 def _read(path: Path, lines: Iterable[bytes]) -> JournalState | None:
@@ -310,8 +315,85 @@ def _parse_record(fields: object) -> ImageRecord:
     return record
 
 
-class Journal:
-    """The open, locked journal of a target.
+class Journal(ABC):
+    """The open journal of a target: a `FileJournal`, or the `StoreJournal` of an object store."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.state: JournalState | None = None
+        """None before `begin` if there was no valid header, or if a restart ignores it."""
+
+    def begin(
+        self,
+        job: Job,
+        chunk_images: int,
+        *,
+        replaces: str | None = None,
+        committed: Iterable[Commit] | None = None,
+    ) -> None:
+        """Durably start the journal of a new run, replacing its previous contents.
+
+        Parameters
+        ----------
+        job, chunk_images
+            Of the new run.
+        replaces
+            Identity of the existing file or directory that publishing may replace.
+        committed
+            When retrying a finished target: its chunks that need no retry.
+        """
+        self.state = JournalState(
+            self.path, job, chunk_images, replaces, retries=committed is not None
+        )
+        self._start(self.state.header_line())
+        for commit in committed or ():
+            self.state.commits[commit.chunk] = CommitRef.of(commit, self._append(commit))
+        self._sync()
+
+    def commit(self, *commits: Commit) -> None:
+        """Durably record chunks whose bytes are durable."""
+        refs = {commit.chunk: CommitRef.of(commit, self._append(commit)) for commit in commits}
+        self._sync()
+        self.commits.update(refs)
+
+    @property
+    def commits(self) -> dict[int, CommitRef]:
+        """The commits of the run by chunk; empty before `begin`."""
+        return {} if self.state is None else self.state.commits
+
+    @abstractmethod
+    def _start(self, header: bytes) -> None:
+        """Replace the contents by a header line."""
+
+    @abstractmethod
+    def _append(self, commit: Commit) -> int:
+        """Write the line of a commit and return its offset, which is 0 in a store."""
+
+    @abstractmethod
+    def _sync(self) -> None:
+        """Make the lines durable."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Remove the journal of a finished run."""
+
+    def close(self) -> None:
+        """Close the journal; remove it if it has no valid header.
+
+        A restart that is refused keeps the journal of the unfinished run.
+        """
+        if self.state is None and self._is_void():
+            self.remove()
+
+    def _is_void(self) -> bool:
+        try:
+            return read_journal_header(self.path) is None
+        except FastvggError:  # damaged, or of another version
+            return False
+
+
+class FileJournal(Journal):
+    """The open, locked journal of a target on disk.
 
     Parameters
     ----------
@@ -329,7 +411,7 @@ class Journal:
     """
 
     def __init__(self, target: Path, storage: Storage, *, restart: bool) -> None:
-        self.path = journal_path(target)
+        super().__init__(journal_path(target))
         self._storage = storage
         self._file: StoredFile = storage.open(self.path, create=True)
         try:
@@ -344,46 +426,15 @@ class Journal:
             raise
         self._end = self.state.valid_bytes if self.state else 0
 
-    def begin(
-        self,
-        job: Job,
-        chunk_images: int,
-        *,
-        replaces: str | None = None,
-        committed: Iterable[Commit] | None = None,
-    ) -> None:
-        """Start the journal of a new run, replacing its previous contents.
-
-        Parameters
-        ----------
-        job, chunk_images
-            Of the new run.
-        replaces
-            Identity of the existing file or directory that publishing may replace.
-        committed
-            When retrying a finished target: its chunks that need no retry.
-        """
-        self.state = JournalState(
-            self.path, job, chunk_images, replaces, retries=committed is not None
-        )
+    def _start(self, header: bytes) -> None:
         self._end = 0
-        self._append(self.state.header_line())
-        for commit in committed or ():
-            self.state.commits[commit.chunk] = self._append_commit(commit)
-        self._storage.sync(self._file)
+        self._append_line(header)
         self._storage.sync_directory(self.path.parent)
 
-    def commit(self, *commits: Commit) -> None:
-        """Durably record chunks whose bytes are durable."""
-        refs = {commit.chunk: self._append_commit(commit) for commit in commits}
-        self._storage.sync(self._file)
-        if self.state is not None:
-            self.state.commits.update(refs)
+    def _append(self, commit: Commit) -> int:
+        return self._append_line(commit.to_line())
 
-    def _append_commit(self, commit: Commit) -> CommitRef:
-        return CommitRef.of(commit, self._append(commit.to_line()))
-
-    def _append(self, line: bytes) -> int:
+    def _append_line(self, line: bytes) -> int:
         """Write a line after the last valid one; return its offset."""
         offset = self._end
         self._storage.truncate(self._file, offset)
@@ -391,13 +442,15 @@ class Journal:
         self._end += len(line)
         return offset
 
+    def _sync(self) -> None:
+        self._storage.sync(self._file)
+
     def remove(self) -> None:
-        """Remove the journal of a finished run."""
+        """Remove the journal, and keep the lock until it is closed."""
         self._storage.remove(self.path)
         self._storage.sync_directory(self.path.parent)
 
     def close(self) -> None:
-        """Close the journal and release the lock; remove it if it has no valid header."""
-        if self.state is None:
-            self._storage.remove(self.path)
+        """Close the journal as any other, and release the lock."""
+        super().close()
         self._storage.close(self._file)

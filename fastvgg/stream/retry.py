@@ -75,7 +75,7 @@ class FailureRetry:
                 f"{self.target} is not a finished dataset of fastvgg: there is nothing to retry",
                 "rerun the command without --retry-failed",
             )
-        found, expected = manifest.job, self.plan.job()
+        found, expected = manifest.job, self.plan.job
         then, now = found.decoding, expected.decoding
         if then is not None and now is not None:
             if then.gray16 == "error":

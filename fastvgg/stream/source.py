@@ -26,7 +26,7 @@ def reopen_source(plan: Plan) -> Source:
         plan.source,
         layout=plan.header.layout,
         dtype_hint=plan.header.dtype,
-        decoding=plan.decoding,
+        decoding=plan.job.decoding,
         decoding_bytes=plan.decoding_bytes,
         threads=plan.threads,
         gather=gather_function(plan.choose_backend()),
@@ -49,4 +49,4 @@ def changed_since(source: Location) -> SourceError:
 
 def changed(plan: Plan, source: Source) -> bool:
     """Return whether a source differs from the planned one."""
-    return source.header != plan.header or source.fingerprint() != plan.fingerprint
+    return source.header != plan.header or source.fingerprint() != plan.job.fingerprint

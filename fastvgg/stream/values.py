@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from fastvgg.stream.plan import Plan
     from fastvgg.transform import Direction, Transform
 
-__all__ = ["check_not_already_done", "check_values"]
-
 CHECKED_IMAGES: Final = 16
 
 
@@ -74,6 +72,6 @@ def check_values(plan: Plan, source: Source) -> None:
     is_integral = all(np.array_equal(image, np.trunc(image)) for image in values)
     if plan.transform.direction == "restore" and is_image and is_integral and high > 1:
         raise SourceError(
-            f"{found}, all is_integral numbers: these are images that were never preprocessed",
+            f"{found}, all of them whole numbers: these are images that were never preprocessed",
             "there is nothing to restore; to store them as uint8, convert their dtype",
         )

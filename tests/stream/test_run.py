@@ -475,9 +475,9 @@ def test_the_manifest_holds_all_that_it_should(tmp_path, photos):
     fields = json.loads(manifest_path(target).read_bytes())
 
     assert fields["fastvgg-manifest"] == 1
-    assert manifest.job == plan.job()
+    assert manifest.job == plan.job
     assert manifest.job.source == str(tmp_path / "some")
-    assert manifest.job.fingerprint == plan.fingerprint
+    assert manifest.job.fingerprint == plan.job.fingerprint
     assert manifest.job.decoding.size == (11, 5)
     assert manifest.job.decoding.interpolation == "box"
     assert manifest.job.transform == Transform("torch", out_layout="NCHW", dtype="float16")
