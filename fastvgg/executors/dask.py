@@ -98,15 +98,7 @@ class DaskExecutor(Executor):
         self._name = ""
 
     def prepare(self, plan: Plan) -> Plan:
-        """Return the plan of one thread per task, after checking it and the workers.
-
-        Raises
-        ------
-        UsageError
-            If the plan is not safe to run on a cluster.
-        ClusterError
-            If a worker cannot take part.
-        """
+        """Return the plan of one thread per task, after checking it and the workers."""
         _check_shareable(plan)
         plan = dataclasses.replace(plan, threads=1)
         self._check_workers(plan)

@@ -179,13 +179,7 @@ def _worker_run(plan: bytes) -> _WorkerRun:
 
 
 def open_run(plan: bytes) -> None:
-    """Open the files of a run before its first task.
-
-    Raises
-    ------
-    SourceError, ResumeError, StoppedError
-        As for `run_task`.
-    """
+    """Open the files of a run before its first task; raises what `run_task` raises."""
     _worker_run(plan)
 
 

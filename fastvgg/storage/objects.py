@@ -10,7 +10,7 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from fastvgg.errors import StoppedError
+from fastvgg.storage.local import io_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -130,17 +130,13 @@ class StoreStorage:
 
     def put(self, path: Path, data: bytes | bytearray) -> None:
         """Write an object atomically."""
-        try:
+        with io_errors("put", path):
             put(path, data)
-        except OSError as error:
-            raise StoppedError.from_os_error(error, "put", str(path), 0) from error
 
     def remove(self, path: Path) -> None:
         """Remove an object and all below it; do nothing if there are none."""
-        try:
+        with io_errors("remove", path):
             remove(path)
-        except OSError as error:
-            raise StoppedError.from_os_error(error, "remove", str(path), 0) from error
 
     def write_atomic(self, path: Path, pieces: Iterable[bytes]) -> None:
         """Concatenate the pieces and write them as one object."""

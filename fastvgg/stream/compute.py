@@ -96,21 +96,15 @@ def compute(
     An image that cannot be read becomes a row of zeros, or no file.
     """
     if isinstance(target, ImageFolderTarget):
-        return _compute_rows(plan, tasks, _Encoder(plan, source, target).start)
+        return _compute_rows(plan, tasks, _encoder(plan, source, target))
     buffers = buffers or BufferRing(plan, source)
     if isinstance(source, ImageSource):
-        return _compute_rows(plan, tasks, _Decoder(plan, source, target, buffers).start)
+        return _compute_rows(plan, tasks, _decoder(plan, source, target, buffers))
     return _compute_batches(plan, source, target, tasks, buffers)
 
 
 def make_commit(plan: Plan, source: Source, computed: ChunkResult) -> Commit:
-    """Return the journal record of a computed chunk.
-
-    Raises
-    ------
-    StoppedError
-        If the plan is strict and an image failed; names the first.
-    """
+    """Return the journal record of a computed chunk, which has no failure if the plan is strict."""
     chunk, start, stop, stored, records = computed
     failures = [(row, record) for row, record in enumerate(records, start) if record.failed]
     check_no_failures(plan, failures)
@@ -188,68 +182,59 @@ def _compute_rows(
             yield finished()
 
 
-class _Decoder:
-    """Decode images into rows of an array."""
+def _decoder(
+    plan: Plan, source: ImageSource, target: Target, buffers: BufferRing
+) -> Callable[[ChunkTask], _InFlight]:
+    """Return a function that starts to decode the images of a chunk into rows of an array."""
+    images = np.empty((plan.threads, *source.header.shape[1:]), np.uint8)
+    thread_slot = ThreadSlot()
 
-    def __init__(
-        self, plan: Plan, source: ImageSource, target: Target, buffers: BufferRing
-    ) -> None:
-        self._plan = plan
-        self._source = source
-        self._target = target
-        self._images = np.empty((plan.threads, *source.header.shape[1:]), np.uint8)
-        self._thread_slot = ThreadSlot()
-        self._buffers = buffers
-        self._is_pack = plan.transform.direction == "pack"
-
-    def start(self, task: ChunkTask) -> _InFlight:
-        images = task.stop - task.start
-        buffer = self._buffers.rows(self._target.offset(task.start))
-        transform = engine.bind_rows(
-            self._plan.transform, self._images, buffer, backend=self._plan.choose_backend()
-        )
-        out = buffer[:images]
-        records = [UNREAD] * images
-        rows: Sequence[int] = range(images)
+    def start(task: ChunkTask) -> _InFlight:
+        buffer = buffers.rows(target.offset(task.start))
+        backend = plan.choose_backend()
+        transform = engine.bind_rows(plan.transform, images, buffer, backend=backend)
+        out = buffer[: task.stop - task.start]
+        records = [UNREAD] * len(out)
+        rows: Sequence[int] = range(len(out))
         if task.load_existing is not None:
             records = task.load_existing(out)
             rows = [row for row, record in enumerate(records) if record.failed]
 
         def pack(row: int) -> None:
-            records[row] = self._source.decode(task.start + row, out[row])
+            records[row] = source.decode(task.start + row, out[row])
 
         def preprocess(row: int) -> None:
-            slot = self._thread_slot()
-            records[row] = self._source.decode(task.start + row, self._images[slot])
+            slot = thread_slot()
+            records[row] = source.decode(task.start + row, images[slot])
             if records[row].failed:
                 out[row] = 0
             else:
                 transform(slot, row)
 
         computed = ChunkResult(*task[:3], [bytes_of(out)], records)
-        return _InFlight(computed, rows, pack if self._is_pack else preprocess)
+        return _InFlight(computed, rows, pack if plan.transform.direction == "pack" else preprocess)
+
+    return start
 
 
-class _Encoder:
-    """Encode rows of an array as image files."""
+def _encoder(
+    plan: Plan, source: Source, target: ImageFolderTarget
+) -> Callable[[ChunkTask], _InFlight]:
+    """Return a function that starts to encode the rows of a chunk as image files."""
+    images = np.empty((plan.threads, *plan.result.shape[1:]), np.uint8)
+    thread_slot = ThreadSlot()
 
-    def __init__(self, plan: Plan, source: Source, target: ImageFolderTarget) -> None:
-        self._plan = plan
-        self._source = source
-        self._target = target
-        self._images = np.empty((plan.threads, *plan.result.shape[1:]), np.uint8)
-        self._thread_slot = ThreadSlot()
-
-    def start(self, task: ChunkTask) -> _InFlight:
-        batch, records = self._source.read(task.start, task.stop)
+    def start(task: ChunkTask) -> _InFlight:
+        batch, records = source.read(task.start, task.stop)
         stored = [b""] * len(batch)
         rows = [row for row in range(len(batch)) if not (records and records[row].failed)]
-        plan, images = self._plan, self._images
         transform = engine.bind_rows(plan.transform, batch, images, backend=plan.choose_backend())
 
         def compute_row(row: int) -> None:
-            slot = self._thread_slot()
+            slot = thread_slot()
             transform(row, slot)
-            stored[row] = self._target.encode(images[slot])
+            stored[row] = target.encode(images[slot])
 
         return _InFlight(ChunkResult(*task[:3], stored, records), rows, compute_row)
+
+    return start

@@ -74,14 +74,9 @@ class Destination(ABC):
         """Whether there is a journal; in a run, whether there was one before it opened its own."""
         return self.exists(journal_path(self.path))
 
+    @abstractmethod
     def open_journal(self, *, restart: bool) -> Journal:
         """Open the journal, and take its lock where there is one."""
-        _ = self.has_journal  # opening creates it
-        return self._open_journal(restart=restart)
-
-    @abstractmethod
-    def _open_journal(self, *, restart: bool) -> Journal:
-        """Return the open journal."""
 
     @abstractmethod
     def exists(self, path: Path) -> bool:
@@ -178,7 +173,8 @@ class DiskDestination(Destination):
         directory = self.path.parent if self.kind in FILES else self.partial
         return SharedStorage(directory, fsync=self.storage.fsync)
 
-    def _open_journal(self, *, restart: bool) -> Journal:
+    def open_journal(self, *, restart: bool) -> Journal:
+        _ = self.has_journal  # opening creates it
         return FileJournal(self.path, self.storage, restart=restart)
 
     def exists(self, path: Path) -> bool:
@@ -264,7 +260,7 @@ class StoreDestination(Destination):
     def shared_storage(self) -> StoreStorage:
         return self.storage
 
-    def _open_journal(self, *, restart: bool) -> Journal:
+    def open_journal(self, *, restart: bool) -> Journal:
         return StoreJournal(self.path, self.storage, restart=restart)
 
     def exists(self, path: Path) -> bool:

@@ -10,7 +10,6 @@ The journal is also the lock: only the process that holds it may write the targe
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 from abc import ABC, abstractmethod
@@ -77,13 +76,7 @@ class Commit:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Commit:
-        """Return the commit of a decoded line.
-
-        Raises
-        ------
-        ValueError
-            If a field is missing or invalid.
-        """
+        """Return the commit of a decoded line; raise ValueError if a field is wrong."""
         check_fields(fields, COMMIT)
         return cls(**{**fields, "records": [_parse_record(record) for record in fields["records"]]})
 
@@ -194,36 +187,35 @@ def read_journal(path: Path) -> JournalState | None:
     SourceError
         If the journal cannot be read.
     """
-    if is_remote(path):
-        with _read_errors(path):
-            lines = objects.read_all(path)
-        first = lines.pop(HEADER_NAME, None)
-        # The chunk of an invalid line is recomputed; unlike in a file, later lines stay valid.
-        valid = [lines[name] for name in sorted(lines) if decode_line(lines[name]) is not None]
-        return None if first is None else _read(path, [first, *valid])
-    with open_sidecar(path) as file:
-        return None if file is None else _read(path, file)
+    return _read(path, _lines(path))
 
 
 def read_journal_header(path: Path) -> JournalState | None:
     """Read only the header line of a journal; see `read_journal`."""
-    if is_remote(path):
-        with _read_errors(path):
-            first = objects.read(path / HEADER_NAME)
-        return None if first is None else _read(path, [first])
-    with open_sidecar(path) as file:
-        return None if file is None else _read(path, itertools.islice(file, 1))
+    return _read(path, itertools.islice(_lines(path), 1))
 
 
-@contextlib.contextmanager
-def _read_errors(path: Path) -> Iterator[None]:
+def _lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a journal, its header first; none if it does not exist."""
+    if not is_remote(path):
+        with open_sidecar(path) as file:
+            yield from file or ()
+        return
     try:
-        yield
+        header = objects.read(path / HEADER_NAME)
+        if header is None:
+            return
+        yield header
+        lines = objects.read_all(path)
     except OSError as error:
         raise SourceError(
             f"{path} cannot be read: {error.strerror or error}",
             "check the connection and the permission to read there",
         ) from None
+    # The chunk of an invalid line is recomputed; unlike in a file, the lines after it stay valid.
+    for name in sorted(lines.keys() - {HEADER_NAME}):
+        if decode_line(lines[name]) is not None:
+            yield lines[name]
 
 
 def _read(path: Path, lines: Iterable[bytes]) -> JournalState | None:

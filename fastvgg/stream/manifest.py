@@ -173,13 +173,7 @@ def _check_format(path: Path, fields: object) -> None:
 
 
 def _validate(fields: dict[str, Any]) -> Manifest:
-    """Validate the fields of a manifest and return it.
-
-    Raises
-    ------
-    ValueError
-        If a field is invalid or inconsistent with another.
-    """
+    """Return the manifest; raise ValueError if a field is invalid or inconsistent."""
     check_fields(fields, FIELDS)
     check_fields(fields["counts"], COUNTS)
     recorded = {name: fields[name] for name in FIELDS if name != "fastvgg-manifest"}

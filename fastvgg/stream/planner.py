@@ -207,13 +207,7 @@ def plan(
 
 
 def _read_redo_log(location: Location, *, in_place: bool, restart: bool) -> RedoLogHeader | None:
-    """Return the header of the redo log of an unfinished run that this plan resumes.
-
-    Raises
-    ------
-    SourceError
-        If there is one, but the plan is not in place; or if it may not restart.
-    """
+    """Return the redo log that the plan resumes; raise SourceError if it must be finished first."""
     redo_log = read_redo_log_header(location.container)
     if redo_log is None:
         return None

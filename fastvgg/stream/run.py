@@ -329,13 +329,7 @@ class Run:
             yield text.encode("utf-8", "surrogateescape")
 
     def _report_of_complete(self) -> Report:
-        """Return the report of a target that this job finished before.
-
-        Raises
-        ------
-        SourceError
-            If its header or length has changed since.
-        """
+        """Return the report of a target that this job finished; raise SourceError if it changed."""
         if self.found.manifest is None:
             raise RuntimeError(f"{self.plan.target} is complete but has no manifest")
         if self.plan.job.target_format != "images":

@@ -15,13 +15,7 @@ if TYPE_CHECKING:
 
 
 def reopen_source(plan: Plan) -> Source:
-    """Reopen the source of a plan and check that it is unchanged.
-
-    Raises
-    ------
-    SourceError
-        If it has changed since the plan was made.
-    """
+    """Reopen the source of a plan; raise SourceError if it has changed since."""
     source = open_source(
         plan.source,
         layout=plan.header.layout,

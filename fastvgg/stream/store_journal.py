@@ -34,13 +34,7 @@ class StoreJournal(Journal):
         self.state = None if restart else read_journal(self.path)
 
     def _start(self, header: bytes) -> None:
-        """Write the header.
-
-        Raises
-        ------
-        TargetError
-            If nothing can be written there.
-        """
+        """Write the header; raise TargetError if nothing can be written there."""
         try:
             self.remove()
             self._storage.put(self.path / HEADER_NAME, header)

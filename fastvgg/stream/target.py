@@ -72,13 +72,7 @@ def inspect_target(
 
 
 def check_not_occupied(destination: Destination, replaces: str | None) -> None:
-    """Check that the target's name is free, or taken only by what the run replaces.
-
-    Raises
-    ------
-    TargetError
-        If something else has the name.
-    """
+    """Check that the target's name is free, or taken only by what the run replaces."""
     if not destination.is_occupied() or destination.identity() == replaces:
         return
     is_foreign = read_manifest(destination.path) is None

@@ -19,13 +19,7 @@ CHECKED_IMAGES: Final = 16
 
 
 def check_not_already_done(source: Location, recorded: Transform, direction: Direction) -> None:
-    """Check that a dataset was not already preprocessed, or restored, by its manifest.
-
-    Raises
-    ------
-    SourceError
-        If it was.
-    """
+    """Check that a dataset was not already preprocessed, or restored, by its manifest."""
     if recorded.direction != direction:
         return
     if direction == "preprocess":

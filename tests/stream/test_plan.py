@@ -366,7 +366,7 @@ def test_a_job_is_the_same_for_any_memory_threads_backend_and_fsync(tmp_path, ar
 )
 def test_a_job_is_another_for_anything_that_changes_the_bytes(tmp_path, array, settings):
     target = tmp_path / "y.npy"
-    assert plan_of(array, target, **settings).job != plan_of(array, target, mode="caffe").job()
+    assert plan_of(array, target, **settings).job != plan_of(array, target, mode="caffe").job
 
 
 def test_a_job_of_a_folder_is_another_for_another_size_or_interpolation(tmp_path):
