@@ -340,7 +340,7 @@ class Journal(ABC):
         self._start(self.state.header_line())
         for commit in committed or ():
             self.state.commits[commit.chunk] = CommitRef.of(commit, self._append(commit))
-        self._sync()
+        self._sync(is_new=True)
 
     def commit(self, *commits: Commit) -> None:
         """Durably record chunks whose bytes are durable."""
@@ -362,8 +362,8 @@ class Journal(ABC):
         """Write the line of a commit and return its offset, which is 0 in a store."""
 
     @abstractmethod
-    def _sync(self) -> None:
-        """Make the lines durable."""
+    def _sync(self, *, is_new: bool = False) -> None:
+        """Make the lines durable, and the name of a new journal."""
 
     @abstractmethod
     def remove(self) -> None:
@@ -421,7 +421,6 @@ class FileJournal(Journal):
     def _start(self, header: bytes) -> None:
         self._end = 0
         self._append_line(header)
-        self._storage.sync_directory(self.path.parent)
 
     def _append(self, commit: Commit) -> int:
         return self._append_line(commit.to_line())
@@ -434,8 +433,10 @@ class FileJournal(Journal):
         self._end += len(line)
         return offset
 
-    def _sync(self) -> None:
+    def _sync(self, *, is_new: bool = False) -> None:
         self._storage.sync(self._file)
+        if is_new:
+            self._storage.sync_directory(self.path.parent)
 
     def remove(self) -> None:
         """Remove the journal, and keep the lock until it is closed."""

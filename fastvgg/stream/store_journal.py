@@ -48,7 +48,7 @@ class StoreJournal(Journal):
         self._storage.put(self.path / line_name(commit.chunk), commit.to_line())
         return 0
 
-    def _sync(self) -> None:
+    def _sync(self, *, is_new: bool = False) -> None:
         """Do nothing: an object is durable once it is put."""
 
     def remove(self) -> None:
