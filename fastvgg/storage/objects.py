@@ -84,7 +84,10 @@ def listing(path: Path) -> dict[str, tuple[int, str]]:
     with os_errors():
         objects = _fresh(path).find(name, detail=True)
     return {
-        key.rpartition(name + "/")[2]: (int(status["size"]), _version(status))
+        key.rpartition(name + "/")[2]: (
+            int(status["size"]),
+            " ".join(str(status[field]) for field in VERSION_FIELDS if field in status),
+        )
         for key, status in objects.items()
         if key != name
     }
@@ -116,10 +119,6 @@ def _fresh(path: Path) -> Any:  # noqa: ANN401  # fsspec has no types
 def _name(path: Path) -> str:
     name: str = path.path  # type: ignore[attr-defined]
     return name.rstrip("/")  # a bucket's name ends in one
-
-
-def _version(status: dict[str, Any]) -> str:
-    return " ".join(str(status[name]) for name in VERSION_FIELDS if name in status)
 
 
 class StoreStorage:

@@ -60,12 +60,7 @@ class ChunkResult(NamedTuple):
 class BufferRing:
     """A ring of reusable output buffers; page-faulting fresh memory is slow.
 
-    Parameters
-    ----------
-    plan
-        Determines the size of a buffer: one chunk.
-    source
-        Determines their number: the chunks that are computed or written at the same time.
+    It has one buffer for each chunk that is computed or written at the same time.
     """
 
     def __init__(self, plan: Plan, source: Source) -> None:

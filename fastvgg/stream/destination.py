@@ -80,13 +80,7 @@ class Destination(ABC):
 
     @abstractmethod
     def exists(self, path: Path) -> bool:
-        """Return whether `path` exists.
-
-        Raises
-        ------
-        TargetError
-            If it is in a store that does not respond.
-        """
+        """Return whether `path` exists; raise TargetError if its store does not respond."""
 
     @abstractmethod
     def is_occupied(self) -> bool:
@@ -202,14 +196,12 @@ class DiskDestination(Destination):
         if manifest is not None:
             return self._is_as_written(manifest)
         try:
-            journal_state = read_journal(journal_path(self.path))
+            state = read_journal(journal_path(self.path))
         except ResumeError:
             return False
-        if journal_state is None:
-            return False
-        if journal_state.replaces == self.identity():
-            return True
-        return journal_state.complete and self.is_published() and self._is_as_written(journal_state)
+        if state is None or state.replaces == self.identity():
+            return state is not None
+        return state.complete and self.is_published() and self._is_as_written(state)
 
     def _is_as_written(self, record: Manifest | JournalState) -> bool:
         """Return whether a file has the recorded format and length; a directory is not compared.
@@ -219,15 +211,12 @@ class DiskDestination(Destination):
         """
         if self.path.is_dir():
             return True
-        job, chunk_images = record.job, record.chunk_images
+        job, location = record.job, Location(self.path, record.job.dataset)
         if job.target_format != self.kind:
             return False
-        location = Location(self.path, job.dataset)
-        written = open_target(location, job.result, chunk_images=chunk_images)
-        return (
-            isinstance(written, ContiguousTarget)
-            and self.path.stat().st_size == written.stored_bytes
-        )
+        written = open_target(location, job.result, chunk_images=record.chunk_images)
+        is_file = isinstance(written, ContiguousTarget)
+        return is_file and self.path.stat().st_size == written.stored_bytes
 
     def sync_existing(self) -> None:
         self.storage.syncfs(self.path.parent)

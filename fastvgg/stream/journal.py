@@ -135,13 +135,7 @@ class JournalState:
         return [(row, record) for row, record in records if record.failed]
 
     def commit(self, chunk: int) -> Commit:
-        """Read the commit of a chunk back from its line.
-
-        Raises
-        ------
-        ResumeError
-            If the line was changed or removed.
-        """
+        """Read the commit of a chunk back from its line; raise ResumeError if it was changed."""
         fields = decode_line(self._read_line(chunk))
         if fields is None:
             raise ResumeError(
@@ -169,11 +163,7 @@ def journal_path(target: Path) -> Path:
 
 
 def line_name(chunk: int) -> str:
-    """Return the name of the object, in a store, that is a chunk's journal line.
-
-    >>> line_name(12)
-    '000000012'
-    """
+    """Return the name of the object, in a store, that is a chunk's journal line."""
     return f"{chunk:09d}"
 
 
@@ -298,13 +288,12 @@ def _add_commit(journal_state: JournalState, fields: dict[str, Any]) -> None:
 
 
 def _parse_record(fields: object) -> ImageRecord:
-    if not isinstance(fields, list) or tuple(map(type, fields)) != RECORD:
-        raise ValueError(f"{ascii(fields)[:200]} is not a record of an image")
-    record = ImageRecord(*fields)
-    check_sizes([record.width, record.height], minimum=0)
-    if not is_valid_name(record.path) or (record.failed and not record.reason):
-        raise ValueError(f"{ascii(fields)[:200]} is not a record of an image")
-    return record
+    if isinstance(fields, list) and tuple(map(type, fields)) == RECORD:
+        record = ImageRecord(*fields)
+        check_sizes([record.width, record.height], minimum=0)
+        if is_valid_name(record.path) and (record.reason or not record.failed):
+            return record
+    raise ValueError(f"{ascii(fields)[:200]} is not a record of an image")
 
 
 class Journal(ABC):
@@ -325,14 +314,8 @@ class Journal(ABC):
     ) -> None:
         """Durably start the journal of a new run, replacing its previous contents.
 
-        Parameters
-        ----------
-        job, chunk_images
-            Of the new run.
-        replaces
-            Identity of the existing file or directory that publishing may replace.
-        committed
-            When retrying a finished target: its chunks that need no retry.
+        `replaces` identifies the existing file or directory that publishing may replace. A retry of
+        a finished target has `committed`: the chunks that need no retry.
         """
         self.state = JournalState(
             self.path, job, chunk_images, replaces, retries=committed is not None
@@ -385,16 +368,7 @@ class Journal(ABC):
 
 
 class FileJournal(Journal):
-    """The open, locked journal of a target on disk.
-
-    Parameters
-    ----------
-    target
-        The dataset to be written.
-    storage
-        Performs the system calls.
-    restart
-        Start over, ignoring the contents of the journal.
+    """The open, locked journal of a target on disk; a restart ignores its contents.
 
     Raises
     ------

@@ -125,16 +125,8 @@ def run(
 class Run:
     """A run of a plan that holds the journal's lock.
 
-    Parameters
-    ----------
-    plan, progress, executor
-        As for `run`.
-    source
-        Open, and unchanged since planning.
-    destination, journal
-        Of the target; the journal is open.
-    started_at
-        Start of the run, in seconds of the monotonic clock.
+    The source is open, and unchanged since planning. `started_at` is the start of the run, in
+    seconds of the monotonic clock.
     """
 
     def __init__(
@@ -243,15 +235,19 @@ class Run:
 
     def _open_target(self) -> None:
         """Create the target, or reopen it to resume."""
+        plan = self.plan
         if self.retry is not None:
-            self._reopen_published(self.retry)
+            if self.found.name == "failed":
+                committed = self.retry.good_commits()
+                self.journal.begin(plan.job, plan.chunk_images, committed=committed)
+            self.destination.reopen_published()
         if self.retry is not None or (self.found.name == "resumable" and self.journal.commits):
             self.target.reopen()
             self._discard_damaged()
             self.executor.open(self)
             return
         if self.found.name == "fresh":
-            self.journal.begin(self.plan.job, self.plan.chunk_images, replaces=self.found.replaces)
+            self.journal.begin(plan.job, plan.chunk_images, replaces=self.found.replaces)
         try:
             self.target.create()
         except TargetError:  # no space: undo the start of the run
@@ -274,14 +270,6 @@ class Run:
             if found is not None and found != commits[chunk].checksum:
                 del commits[chunk]
         self.tracker = self._new_tracker()
-
-    def _reopen_published(self, retry: FailureRetry) -> None:
-        """Turn a finished target into an unfinished run whose good chunks are committed."""
-        if self.found.name == "failed":
-            self.journal.begin(
-                self.plan.job, self.plan.chunk_images, committed=retry.good_commits()
-            )
-        self.destination.reopen_published()
 
     def _tasks(self) -> Iterator[ChunkTask]:
         """Yield every chunk that is not durable yet."""
@@ -315,18 +303,14 @@ class Run:
 
     def _write_index(self) -> None:
         """Write the index, if the source has image records."""
-        path = index_path(self.target.path)
-        if self._journal_state.commit(0).records:
-            self.storage.write_atomic(path, self._index_pieces())
-        else:
+        path, read = index_path(self.target.path), self._journal_state.commit
+        if not read(0).records:
             self.storage.remove(path)
-
-    def _index_pieces(self) -> Iterator[bytes]:
-        """Yield the encoded header of the index and the lines of each chunk."""
-        yield INDEX_HEAD.encode()
-        for chunk, (start, _) in enumerate(self.plan.chunk_rows()):
-            text = index_text(self._journal_state.commit(chunk).records, start)
-            yield text.encode("utf-8", "surrogateescape")
+            return
+        rows = enumerate(self.plan.chunk_rows())
+        lines = (index_text(read(chunk).records, start) for chunk, (start, _) in rows)
+        texts = itertools.chain([INDEX_HEAD], lines)
+        self.storage.write_atomic(path, (text.encode("utf-8", "surrogateescape") for text in texts))
 
     def _report_of_complete(self) -> Report:
         """Return the report of a target that this job finished; raise SourceError if it changed."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class StoreJournal(Journal):
-    """The journal of a target in a store, one object per line. Parameters as for `FileJournal`."""
+    """The journal of a target in a store, one object per line; a restart ignores its contents."""
 
     def __init__(self, target: Path, storage: StoreStorage, *, restart: bool) -> None:
         super().__init__(journal_path(target))
