@@ -304,8 +304,6 @@ class SharedStorage(Storage):
     ----------
     directory
         The directory that contains all of the files.
-    fsync
-        As for `Storage`.
     """
 
     def __init__(self, directory: Path, *, fsync: bool = True) -> None:

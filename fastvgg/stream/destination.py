@@ -43,15 +43,7 @@ def destination_of(plan: Plan, storage: Storage | StoreStorage | None = None) ->
 
 
 class Destination(ABC):
-    """Where a target is written.
-
-    Parameters
-    ----------
-    path
-        Of the file or directory, or its name in a store.
-    kind
-        Format of the target.
-    """
+    """Where a target of the format `kind` is written: a file or directory, or a name in a store."""
 
     is_remote: bool
     storage: Storage | StoreStorage
@@ -199,8 +191,10 @@ class DiskDestination(Destination):
             state = read_journal(journal_path(self.path))
         except ResumeError:
             return False
-        if state is None or state.replaces == self.identity():
-            return state is not None
+        if state is None:
+            return False
+        if state.replaces == self.identity():
+            return True
         return state.complete and self.is_published() and self._is_as_written(state)
 
     def _is_as_written(self, record: Manifest | JournalState) -> bool:
@@ -215,8 +209,9 @@ class DiskDestination(Destination):
         if job.target_format != self.kind:
             return False
         written = open_target(location, job.result, chunk_images=record.chunk_images)
-        is_file = isinstance(written, ContiguousTarget)
-        return is_file and self.path.stat().st_size == written.stored_bytes
+        if not isinstance(written, ContiguousTarget):
+            return False
+        return self.path.stat().st_size == written.stored_bytes
 
     def sync_existing(self) -> None:
         self.storage.syncfs(self.path.parent)

@@ -112,14 +112,9 @@ class JournalState:
     """Length of the journal up to its last valid line, in bytes."""
 
     @property
-    def images(self) -> int:
-        """Number of images of the job."""
-        return self.job.result.images
-
-    @property
     def chunks(self) -> int:
         """Number of chunks of the job."""
-        return -(-self.images // self.chunk_images)
+        return -(-self.job.result.images // self.chunk_images)
 
     @property
     def complete(self) -> bool:
@@ -281,7 +276,7 @@ def _add_commit(journal_state: JournalState, fields: dict[str, Any]) -> None:
     commit = Commit.from_dict(fields)
     check_sizes([commit.chunk], minimum=0, maximum=journal_state.chunks - 1)
     start = commit.chunk * journal_state.chunk_images
-    images = min(journal_state.chunk_images, journal_state.images - start)
+    images = min(journal_state.chunk_images, journal_state.job.result.images - start)
     if len(commit.records) not in (0, images):
         raise ValueError(f"{len(commit.records)} records for a chunk of {images} images")
     journal_state.commits[commit.chunk] = CommitRef.of(commit, journal_state.valid_bytes)

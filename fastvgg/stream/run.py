@@ -183,7 +183,8 @@ class Run:
         if self.found.name == "complete":
             return self._report_of_complete()
         check_values(self.plan, self.source)
-        if self._published():
+        resumes = self.found.name == "resumable" and self._journal_state.complete
+        if resumes and self.destination.is_published():  # without its manifest
             self._check_checksums()
         else:
             try:
@@ -193,14 +194,6 @@ class Run:
                 self.target.close()
             self._publish()
         return self._describe()
-
-    def _published(self) -> bool:
-        """Return whether an earlier run published the data but did not write the manifest."""
-        return (
-            self.found.name == "resumable"
-            and self.destination.is_published()
-            and len(self.journal.commits) == self.plan.chunks
-        )
 
     def _check_checksums(self) -> None:
         for chunk, (start, stop) in enumerate(self.plan.chunk_rows()):

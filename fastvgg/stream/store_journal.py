@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastvgg.errors import StoppedError, TargetError
+from fastvgg.storage import objects
 from fastvgg.stream.journal import (
     HEADER_NAME,
     Commit,
@@ -50,6 +51,9 @@ class StoreJournal(Journal):
 
     def _sync(self, *, is_new: bool = False) -> None:
         """Do nothing: an object is durable once it is put."""
+
+    def _is_void(self) -> bool:
+        return super()._is_void() and objects.exists(self.path)
 
     def remove(self) -> None:
         """Remove the journal, its header first: without it the journal is void."""

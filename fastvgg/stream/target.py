@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from fastvgg.errors import TargetError
 from fastvgg.stream.manifest import read_manifest
@@ -15,13 +15,11 @@ if TYPE_CHECKING:
     from fastvgg.stream.manifest import Manifest
     from fastvgg.stream.plan import Plan
 
-State: TypeAlias = Literal["fresh", "resumable", "complete", "failed"]
-
 
 class TargetState(NamedTuple):
     """What was found at the name of a target."""
 
-    name: State
+    name: Literal["fresh", "resumable", "complete", "failed"]
     """Absent, unfinished or finished; "failed" if the failed images of a finished target are to
     be retried."""
     plan: Plan
@@ -90,13 +88,7 @@ def _remedy(destination: Destination) -> str:
 
 
 def with_committed(plan: Plan, chunk_images: int, committed_chunks: int) -> Plan:
-    """Return the plan with the chunk size and progress of the unfinished run.
-
-    Raises
-    ------
-    TargetError
-        If chunks of that size exceed the present memory limit.
-    """
+    """Return the plan with the chunk size and progress of the unfinished run, if its chunks fit."""
     resumed = dataclasses.replace(
         plan, chunk_images=chunk_images, committed_chunks=committed_chunks
     )
