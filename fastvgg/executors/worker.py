@@ -96,7 +96,7 @@ class _WorkerSlot:
         self._check_same_run()
         self.target = target
         self._buffers = BufferRing(plan, source)
-        self._pipeline = CommitPipeline[ChunkCommit]()
+        self.pipeline = CommitPipeline[ChunkCommit]()
 
     def _check_same_run(self) -> None:
         """Check that the journal is still that of this run."""
@@ -115,9 +115,9 @@ class _WorkerSlot:
         chunks = compute(self._plan, self._source, self.target, tasks, self._buffers)
         with contextlib.closing(chunks):
             for computed in chunks:
-                commits += self._pipeline.drain(max_pending=2)
+                commits += self.pipeline.drain(max_pending=2)
                 self._submit(computed, make_commit(self._plan, self._source, computed))
-        commits += self._pipeline.drain(max_pending=0)
+        commits += self.pipeline.drain(max_pending=0)
         return commits
 
     def _submit(self, computed: ChunkResult, commit: Commit) -> None:
@@ -132,12 +132,7 @@ class _WorkerSlot:
             self.target.sync()
             return ChunkCommit(commit, computed.stop - computed.start, edges)
 
-        self._pipeline.submit(write, sync)
-
-    def finish(self) -> None:
-        """Finish the chunks that were submitted before an error."""
-        with self._pipeline:
-            pass
+        self.pipeline.submit(write, sync)
 
 
 class _WorkerRun:
@@ -159,7 +154,8 @@ class _WorkerRun:
         try:
             yield slot
         except BaseException:
-            slot.finish()
+            with slot.pipeline:  # finishes the chunks that were submitted before the error
+                pass
             raise
         self._slots.append(slot)
 

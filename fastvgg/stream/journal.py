@@ -131,20 +131,19 @@ class JournalState:
 
     def commit(self, chunk: int) -> Commit:
         """Read the commit of a chunk back from its line; raise ResumeError if it was changed."""
-        fields = decode_line(self._read_line(chunk))
+        if is_remote(self.path):
+            line = objects.read(self.path / line_name(chunk)) or b""
+        else:
+            with open_regular(self.path) as file:
+                file.seek(self.commits[chunk].offset)
+                line = file.readline()
+        fields = decode_line(line)
         if fields is None:
             raise ResumeError(
                 f"{self.path} was modified by another program while the run held its lock",
                 "put it back as the run left it, or give --restart to start over",
             )
         return Commit.from_dict(fields)
-
-    def _read_line(self, chunk: int) -> bytes:
-        if is_remote(self.path):
-            return objects.read(self.path / line_name(chunk)) or b""
-        with open_regular(self.path) as file:
-            file.seek(self.commits[chunk].offset)
-            return file.readline()
 
     def header_line(self) -> bytes:
         """Encode the header line."""

@@ -35,10 +35,7 @@ if TYPE_CHECKING:
 def plan_retry(plan: Plan, source: ImageSource, manifest: Manifest | None) -> Plan:
     """Return the plan with the chunk size and good chunks of the finished target.
 
-    Raises
-    ------
-    ResumeError
-        If the target was made with other settings, or the source's file names have changed.
+    Raises what `FailureRetry` does, and ResumeError if the source's file names have changed.
     """
     retry = FailureRetry(plan, source, manifest)
     retry.check_same_names()
@@ -52,12 +49,7 @@ def plan_retry(plan: Plan, source: ImageSource, manifest: Manifest | None) -> Pl
 class FailureRetry:
     """A retry of the failed images of a finished target.
 
-    Raises
-    ------
-    TargetError
-        If the target is not finished.
-    ResumeError
-        If it was made with other settings.
+    Raises TargetError if the target is not finished, ResumeError if it has other settings.
     """
 
     def __init__(self, plan: Plan, source: ImageSource, manifest: Manifest | None) -> None:

@@ -88,7 +88,7 @@ def _remedy(destination: Destination) -> str:
 
 
 def with_committed(plan: Plan, chunk_images: int, committed_chunks: int) -> Plan:
-    """Return the plan with the chunk size and progress of the unfinished run, if its chunks fit."""
+    """Return the plan with the chunk size and progress of an unfinished run; check that it fits."""
     resumed = dataclasses.replace(
         plan, chunk_images=chunk_images, committed_chunks=committed_chunks
     )
