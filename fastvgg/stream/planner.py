@@ -155,14 +155,9 @@ def plan(
         )
     location = Location.parse(source)
     destination = location if target is None else Location.parse(target)
+    max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
     decoding = DecodeOptions(
-        size,
-        interpolation,
-        keep_aspect_ratio,
-        fast_jpeg,
-        exif,
-        gray16,
-        MAX_PIXELS if max_pixels is None else max_pixels,
+        size, interpolation, keep_aspect_ratio, fast_jpeg, exif, gray16, max_pixels
     )
     threads = check_threads(threads)
     check_backend(backend)
@@ -181,9 +176,7 @@ def plan(
     if redo_log is None:
         placeholder = "identity" if mode is None else mode
         requested = Transform(placeholder, direction, layout or "NHWC", out_layout, dtype, rounding)
-        transform = _resolve_transform(
-            location, recorded.transform, requested, mode, layout, out_layout
-        )
+        transform = _resolve_transform(location, recorded, requested, mode, layout, out_layout)
     else:
         unfinished = redo_log.job.transform
         layouts = layout or unfinished.layout, out_layout or unfinished.out_layout
@@ -199,8 +192,7 @@ def plan(
         use_index=recorded.has_index,
     )
     with contextlib.closing(opened):
-        if recorded.manifest is not None:
-            _check_manifest(recorded.manifest, opened)
+        _check_manifest(recorded.manifest, opened)
         if in_place:
             return _plan_in_place(opened, transform, redo_log, format, options)
         return _plan(opened, destination, transform, format, options)
@@ -219,9 +211,11 @@ def _read_redo_log(location: Location, *, in_place: bool, restart: bool) -> Redo
     return redo_log
 
 
-def _check_manifest(manifest: Manifest, source: Source) -> None:
+def _check_manifest(manifest: Manifest | None, source: Source) -> None:
     """Check that a manifest matches its dataset; image files have no header to compare."""
-    if source.kind not in DECODED and source.header != manifest.header:
+    if manifest is None or source.kind in DECODED:
+        return
+    if source.header != manifest.header:
         raise SourceError(
             f"{source.location} has shape {source.header.shape} and dtype {source.header.dtype}, "
             f"but its manifest records {manifest.header.shape} and {manifest.header.dtype}",
@@ -231,13 +225,14 @@ def _check_manifest(manifest: Manifest, source: Source) -> None:
 
 def _resolve_transform(
     source: Location,
-    recorded: Transform | None,
+    provenance: Provenance,
     requested: Transform,
     mode: Mode | str | None,
     layout: Layout | None,
     out_layout: Layout | None,
 ) -> Transform:
     """Complete the requested transform from the recorded one, after checking that they agree."""
+    recorded = provenance.transform
     if recorded is not None:
         check_not_already_done(source, recorded, requested.direction)
     is_known = recorded is not None and requested.direction == "restore"
