@@ -99,7 +99,7 @@ def compute(
 
 
 def make_commit(plan: Plan, source: Source, computed: ChunkResult) -> Commit:
-    """Return the journal record of a computed chunk, which has no failure if the plan is strict."""
+    """Return the record of a computed chunk; raise StoppedError if strict and an image failed."""
     chunk, start, stop, stored, records = computed
     failures = [(row, record) for row, record in enumerate(records, start) if record.failed]
     check_no_failures(plan, failures)
