@@ -19,6 +19,7 @@ from fastvgg.errors import ClusterError, ResumeError, StoppedError, TargetError,
 from fastvgg.stream import in_place
 from fastvgg.stream.compute import ChunkTask, check_no_failures
 from fastvgg.stream.destination import destination_of
+from fastvgg.stream.journal import journal_path, read_journal
 from fastvgg.stream.manifest import (
     Manifest,
     checksum,
@@ -116,6 +117,13 @@ def run(
     destination = destination_of(plan, storage)
     source = reopen_source(plan)
     try:
+        # Before the journal is created, which would prove that sidecars are those of a run.
+        journal_state = None if plan.restart else read_journal(journal_path(destination.path))
+        state, manifest = inspect_target(plan, journal_state)
+        # A run that was killed before it wrote a header leaves an empty journal, removed below.
+        if state == "complete" and not destination.exists(journal_path(destination.path)):
+            destination.sync_existing()
+            return _report_of_complete(plan, manifest, started_at)
         journal = destination.open_journal(restart=plan.restart)
         try:
             return Run(plan, source, destination, journal, executor, progress, started_at).finish()
@@ -192,7 +200,7 @@ class Run:
         if self.state != "fresh":  # a killed run may not have synced anything
             self.destination.sync_existing()
         if self.state == "complete":
-            return self._report_of_complete()
+            return _report_of_complete(self.plan, self.manifest, self.started_at)
         check_values(self.plan, self.source)
         if self._published():
             self._check_checksums()
@@ -344,22 +352,25 @@ class Run:
         )
         return _first_failures(rows)
 
-    def _report_of_complete(self) -> Report:
-        """Return the report of a target that this job finished before.
-
-        Raises
-        ------
-        SourceError
-            If its header or length has changed since.
-        """
-        if self.manifest is None:
-            raise RuntimeError(f"{self.plan.target} is complete but has no manifest")
-        if self.plan.target_format != "images":
-            self.target.read_back(0, 1)
-        failures = _first_failures(enumerate(read_index(self.target.path, self.plan.header.images)))
-        return self.tracker.report(self.manifest.counts, failures)
-
 
 def _first_failures(rows: Iterable[tuple[int, ImageRecord]]) -> list[Failure]:
     failures = (Failure(row, record.path, record.reason) for row, record in rows if record.failed)
     return list(itertools.islice(failures, FAILURES_KEPT))
+
+
+def _report_of_complete(plan: Plan, manifest: Manifest | None, started_at: float) -> Report:
+    """Return the report of a target that this job finished before; check its header and length.
+
+    Raises
+    ------
+    SourceError
+        If its header or length has changed since.
+    """
+    if manifest is None:
+        raise RuntimeError(f"{plan.target} is complete but has no manifest")
+    if plan.target_format != "images":
+        chunk_images = manifest.chunk_images
+        open_target(plan.target, plan.result, chunk_images=chunk_images).read_back(0, 1)
+    path = plan.target.container
+    failures = _first_failures(enumerate(read_index(path, plan.header.images)))
+    return ProgressTracker(plan, (), None, started_at).report(manifest.counts, failures)
