@@ -15,8 +15,6 @@ from fastvgg.storage.location import (
     with_inner,
 )
 
-pytestmark = pytest.mark.pixels
-
 
 @pytest.mark.parametrize(
     ("path", "file", "dataset"),
