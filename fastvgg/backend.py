@@ -95,15 +95,7 @@ def workload(*_key: Hashable) -> Workload:
 
 
 def check_backend(backend: Backend) -> None:
-    """Check that a backend exists and is installed.
-
-    Raises
-    ------
-    BackendError
-        If `backend` is "numba" and Numba is not usable.
-    UsageError
-        If the backend is unknown.
-    """
+    """Check that a backend is known, and that Numba is usable if it is "numba"."""
     if backend not in ("auto", "numba", "numpy"):
         raise UsageError(f"backend is {backend!r}", "give 'auto', 'numba' or 'numpy'")
     if backend == "numba" and (problem := _find_numba_problem()):

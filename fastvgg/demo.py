@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -13,16 +14,16 @@ from fastvgg.datasets.index import read_index
 from fastvgg.datasets.open import open_source
 from fastvgg.errors import BackendError, TargetError, VerificationError
 from fastvgg.imaging.decode import DecodeOptions
+from fastvgg.storage.location import Location
 from fastvgg.stream.manifest import read_manifest
-from fastvgg.stream.planner import SIDECARS, plan
+from fastvgg.stream.planner import plan
+from fastvgg.stream.preflight import SIDECARS
 from fastvgg.stream.verify import verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
-
-__all__ = ["Demonstration", "demonstrate"]
 
 SIZE: Final = (224, 224)
 MARGIN: Final = 8
@@ -44,7 +45,6 @@ class Demonstration(NamedTuple):
 
     images: int
     compared_bytes: int
-    differing_bytes: int
     contact_sheet: Path
 
 
@@ -81,14 +81,15 @@ def demonstrate(directory: Path, say: Callable[[str], None]) -> Demonstration:
     say(str(report))
     originals, results = _read_images(photographs), _read_images(restored)
     differing = int((originals != results).sum())
-    _draw(sheet, originals, np.load(stored, mmap_mode="r"), results, _read_names(stored))
+    names = [record.path for record in read_index(stored, len(PHOTOGRAPHS))]
+    _draw(sheet, originals, np.load(stored, mmap_mode="r"), results, names)
     say(f"{sheet}: {', '.join(COLUMNS)}")
     if differing:
         raise VerificationError(
             f"{differing} of {originals.nbytes} restored bytes differ from the originals",
             f"this is a bug in fastvgg: report it with the output of 'fastvgg info {stored}'",
         )
-    return Demonstration(len(originals), originals.nbytes, differing, sheet)
+    return Demonstration(len(originals), originals.nbytes, sheet)
 
 
 def _check_directory(directory: Path) -> None:
@@ -135,15 +136,10 @@ def _write_photographs(directory: Path) -> None:
 
 
 def _read_images(directory: Path) -> NDArray[np.uint8]:
-    source = open_source(directory, decoding=DecodeOptions(SIZE))
-    try:
+    with contextlib.closing(
+        open_source(Location(directory), decoding=DecodeOptions(SIZE))
+    ) as source:
         return source.read(0, source.header.images).batch
-    finally:
-        source.close()
-
-
-def _read_names(stored: Path) -> list[str]:
-    return [record.path for record in read_index(stored, len(PHOTOGRAPHS))]
 
 
 def _draw(

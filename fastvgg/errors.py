@@ -1,21 +1,6 @@
 """Typed exceptions. Each message states the problem, where it is, and the remedy.
 
-The class identifies the error to a program and selects the exit code of the command line::
-
-    FastvggError                      exit 3: rejected before anything was written
-    ├── UsageError                    exit 2: invalid or conflicting arguments
-    ├── ArrayError                    an unsupported array in memory
-    │   ├── ShapeError                wrong rank, or a channel axis whose length is not 3
-    │   ├── DtypeError                an unsupported dtype
-    │   └── OutputError               an `out` that cannot hold the result
-    ├── ModeError                     exit 2: an unknown mode or model, or invalid constants
-    ├── BackendError                  the requested backend is not usable
-    ├── SourceError                   a source that is missing, empty, damaged or of another format
-    ├── TargetError                   a target that exists, cannot be written, or does not fit
-    ├── ResumeError                   an unfinished run that does not match this command
-    ├── ClusterError                  a cluster that does not respond, or whose workers failed
-    ├── VerificationError             exit 4: stored bytes differ from what they should be
-    └── StoppedError                  exit 5: an I/O error in the middle of a run; resumable
+The class identifies the error to a program and selects the exit code of the command line.
 """
 
 from __future__ import annotations
@@ -58,7 +43,7 @@ class FastvggError(Exception):
     give a directory of images
     """
 
-    exit_code = 3
+    exit_code = 3  # rejected before anything was written
 
     def __init__(self, problem: str, remedy: str) -> None:
         super().__init__(problem, remedy)

@@ -61,17 +61,9 @@ def address_of(array: NDArray[Any]) -> int:
 def as_numpy(x: Any) -> NDArray[Any]:  # noqa: ANN401
     """Return an array of any library as a NumPy array, without a copy where possible.
 
-    Parameters
-    ----------
-    x
-        A NumPy array, which is returned unchanged; an object with `__array_interface__`,
-        `__array__` or DLPack; or a list or tuple of images of the same shape and dtype, which are
-        copied into one batch.
-
-    Returns
-    -------
-    ndarray
-        Writable only if `x` is a NumPy array or a PyTorch tensor.
+    `x` is a NumPy array, which is returned unchanged; an object with `__array_interface__`,
+    `__array__` or DLPack; or a list or tuple of images of the same shape and dtype, which are
+    copied into one batch. The result is writable only if `x` is a NumPy array or a PyTorch tensor.
 
     Raises
     ------
@@ -80,8 +72,6 @@ def as_numpy(x: Any) -> NDArray[Any]:  # noqa: ANN401
     ShapeError
         If the images of a list have different shapes.
 
-    Examples
-    --------
     >>> from PIL import Image
     >>> as_numpy([Image.new("RGB", (5, 7)), Image.new("RGB", (5, 7))]).shape
     (2, 7, 5, 3)

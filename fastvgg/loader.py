@@ -18,9 +18,9 @@ from fastvgg.datasets.images import ImageSource
 from fastvgg.datasets.open import open_source
 from fastvgg.errors import SourceError, UsageError
 from fastvgg.parallel import TaskQueue, ThreadSlot, check_threads
-from fastvgg.storage.location import parse_location
-from fastvgg.stream.manifest import describes_other_dataset, read_manifest, read_transform
-from fastvgg.stream.planner import plan_result
+from fastvgg.storage.location import Location
+from fastvgg.stream.manifest import Provenance
+from fastvgg.stream.preflight import plan_result
 from fastvgg.stream.redo_log import read_redo_log_header, unfinished_error
 from fastvgg.stream.values import check_not_already_done
 from fastvgg.transform import storage_dtype
@@ -118,7 +118,7 @@ class Batches:
         _check_integer("batch_size", batch_size, minimum=1)
         _check_integer("seed", seed)
         _check_shard(shard)
-        self.path = parse_location(path)
+        self.location = Location.parse(path)
         self.batch_size = batch_size
         self.transform = transform
         self.shuffle = shuffle
@@ -141,7 +141,7 @@ class Batches:
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
-        rows = self._last_row() - self._first_row()
+        rows = len(self._positions())
         return rows // self.batch_size if self.drop_last else -(-rows // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -194,11 +194,10 @@ class Batches:
             "drop_last": self.drop_last,
         }
 
-    def _first_row(self) -> int:
-        return self.header.images * self.shard[0] // self.shard[1]
-
-    def _last_row(self) -> int:
-        return self.header.images * (self.shard[0] + 1) // self.shard[1]
+    def _positions(self) -> range:
+        """Return the positions of this shard in the order of an epoch."""
+        images, (number, shards) = self.header.images, self.shard
+        return range(images * number // shards, images * (number + 1) // shards)
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         """Return the row numbers of this shard in an epoch, in the order in which to yield them."""
@@ -206,27 +205,31 @@ class Batches:
         order = np.arange(images)
         if self.shuffle:
             order = np.random.default_rng((self.seed, epoch)).permutation(images)
-        return order[self._first_row() : self._last_row()].astype(np.int64)
+        positions = self._positions()
+        return order[positions.start : positions.stop].astype(np.int64)
 
     def _open(self) -> ArraySource:
         """Open the dataset in the layout that the transform reads."""
-        redo_log = read_redo_log_header(self.path)
+        redo_log = read_redo_log_header(self.location.container)
         if redo_log is not None:
-            raise unfinished_error(redo_log, self.path)
-        manifest, applied = read_manifest(self.path), read_transform(self.path)
+            raise unfinished_error(redo_log, self.location.container)
+        recorded = Provenance.read(self.location)
+        applied, manifest = recorded.transform, recorded.manifest
         layout: Layout = "NHWC" if applied is None else applied.out_layout
         if self.transform is not None:
             if applied is not None:
-                check_not_already_done(self.path, applied, self.transform.direction)
+                check_not_already_done(self.location, applied, self.transform.direction)
             layout = self.transform.layout
         dtype_hint = None if manifest is None else manifest.header.dtype
-        use_index = not describes_other_dataset(self.path)
-        source = open_source(self.path, layout=layout, dtype_hint=dtype_hint, use_index=use_index)
+        source = open_source(
+            self.location, layout=layout, dtype_hint=dtype_hint, use_index=recorded.has_index
+        )
         if isinstance(source, ImageSource):
             source.close()
             raise SourceError(
-                f"{self.path} contains image files, and decoding them is slower than training",
-                f"pack them into an array once: fastvgg pack {self.path} packed.npy --size 224 224",
+                f"{self.location} contains image files, and decoding them is slower than training",
+                "pack them into an array once: "
+                f"fastvgg pack {self.location} packed.npy --size 224 224",
             )
         return source
 
@@ -252,7 +255,7 @@ class Batches:
         ):
             if source.header != self.header:
                 raise SourceError(
-                    f"{self.path} has changed since these batches were created",
+                    f"{self.location} has changed since these batches were created",
                     "create the batches again",
                 )
             builder = _BatchBuilder(self, source, tasks)

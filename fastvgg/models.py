@@ -11,47 +11,24 @@ from typing import Final
 
 from fastvgg.errors import ModeError
 
-MODES_BY_MODEL: Final[dict[str, str]] = {
-    "VGG16": "caffe",
-    "VGG19": "caffe",
-    "ResNet50": "caffe",
-    "ResNet101": "caffe",
-    "ResNet152": "caffe",
-    "ResNet50V2": "tf",
-    "ResNet101V2": "tf",
-    "ResNet152V2": "tf",
-    "InceptionV3": "tf",
-    "InceptionResNetV2": "tf",
-    "Xception": "tf",
-    "MobileNet": "tf",
-    "MobileNetV2": "tf",
-    "NASNetMobile": "tf",
-    "NASNetLarge": "tf",
-    "DenseNet121": "torch",
-    "DenseNet169": "torch",
-    "DenseNet201": "torch",
-    "MobileNetV3Small": "identity",
-    "MobileNetV3Large": "identity",
-    "EfficientNetB0": "identity",
-    "EfficientNetB1": "identity",
-    "EfficientNetB2": "identity",
-    "EfficientNetB3": "identity",
-    "EfficientNetB4": "identity",
-    "EfficientNetB5": "identity",
-    "EfficientNetB6": "identity",
-    "EfficientNetB7": "identity",
-    "EfficientNetV2B0": "identity",
-    "EfficientNetV2B1": "identity",
-    "EfficientNetV2B2": "identity",
-    "EfficientNetV2B3": "identity",
-    "EfficientNetV2S": "identity",
-    "EfficientNetV2M": "identity",
-    "EfficientNetV2L": "identity",
-    "ConvNeXtTiny": "identity",
-    "ConvNeXtSmall": "identity",
-    "ConvNeXtBase": "identity",
-    "ConvNeXtLarge": "identity",
-    "ConvNeXtXLarge": "identity",
+MODELS_BY_MODE: Final = {
+    "caffe": "VGG16 VGG19 ResNet50 ResNet101 ResNet152",
+    "tf": (
+        "ResNet50V2 ResNet101V2 ResNet152V2 InceptionV3 InceptionResNetV2 Xception "
+        "MobileNet MobileNetV2 NASNetMobile NASNetLarge"
+    ),
+    "torch": "DenseNet121 DenseNet169 DenseNet201",
+    "identity": (
+        "MobileNetV3Small MobileNetV3Large "
+        "EfficientNetB0 EfficientNetB1 EfficientNetB2 EfficientNetB3 "
+        "EfficientNetB4 EfficientNetB5 EfficientNetB6 EfficientNetB7 "
+        "EfficientNetV2B0 EfficientNetV2B1 EfficientNetV2B2 EfficientNetV2B3 "
+        "EfficientNetV2S EfficientNetV2M EfficientNetV2L "
+        "ConvNeXtTiny ConvNeXtSmall ConvNeXtBase ConvNeXtLarge ConvNeXtXLarge"
+    ),
+}
+MODES_BY_MODEL: Final = {
+    model: mode for mode, models in MODELS_BY_MODE.items() for model in models.split()
 }
 
 
@@ -65,18 +42,8 @@ _MODES_BY_NAME: Final = {_normalize(model): mode for model, mode in MODES_BY_MOD
 def mode_name(model: str) -> str:
     """Return the name of the preprocessing mode of a published model.
 
-    Parameters
-    ----------
-    model
-        A model of `keras.applications`. Case, spaces, dashes and underscores are ignored.
+    Case, spaces, dashes and underscores are ignored. Raises `ModeError` for an unknown model.
 
-    Raises
-    ------
-    ModeError
-        If there is no such model.
-
-    Examples
-    --------
     >>> mode_name("vgg-19"), mode_name("DenseNet121")
     ('caffe', 'torch')
     """

@@ -23,20 +23,9 @@ if TYPE_CHECKING:
 def apply(transform: Transform, x: NDArray[Any]) -> NDArray[Any]:
     """Apply a transform to a batch or an image; the definition of `engine.apply`.
 
-    Parameters
-    ----------
-    transform
-        The transform to apply.
-    x
-        Rank 3 or 4, in the transform's layout, of any storage type. It is not modified.
+    `x` has rank 3 or 4, the layout of the transform and any storage type; it is not modified. The
+    result is a new C-contiguous array.
 
-    Returns
-    -------
-    ndarray
-        A new C-contiguous array.
-
-    Examples
-    --------
     >>> apply(Transform("caffe"), np.array([[[10, 20, 30]]], np.uint8)).tolist()
     [[[-73.93900299072266, -96.77899932861328, -113.68000030517578]]]
     """
@@ -109,8 +98,6 @@ def unrestorable(mode: Mode, dtype: str) -> int:
 
     All 256 values of each of the 3 channels are tried, so the result is at most 768.
 
-    Examples
-    --------
     >>> [unrestorable(Mode.TORCH, name) for name in ("float16", "bfloat16", "float32", "float64")]
     [0, 0, 0, 0]
     >>> unrestorable(Mode("washed out", divide=1e6, mean=(1.0, 1.0, 1.0)), "float16")

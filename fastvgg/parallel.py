@@ -29,13 +29,7 @@ def available_cpus() -> int:
 
 
 def check_threads(threads: int | None) -> int:
-    """Check a number of threads; None stands for all available CPUs.
-
-    Raises
-    ------
-    UsageError
-        If `threads` is not an integer, or is less than 1.
-    """
+    """Check that `threads` is an integer of at least 1; None stands for all available CPUs."""
     if threads is None:
         return available_cpus()
     if isinstance(threads, bool) or not hasattr(threads, "__index__") or threads < 1:
@@ -130,13 +124,6 @@ class TaskQueue:
     Threads do not wait at group boundaries; an idle thread starts on the next group. Exiting the
     context cancels the items that have not started and waits for those that have.
 
-    Parameters
-    ----------
-    threads
-        The number of worker threads.
-
-    Examples
-    --------
     >>> doubled = {}
     >>> with TaskQueue(2) as tasks:
     ...     first = tasks.submit(range(3), lambda item: doubled.update({item: 2 * item}))

@@ -47,8 +47,6 @@ STORAGE_TYPES: Final = ("uint8", "float16", "bfloat16", "float32", "float64")
 def storage_dtype(name: str) -> np.dtype[Any]:
     """Return the NumPy dtype of a storage type.
 
-    Examples
-    --------
     >>> storage_dtype("bfloat16").itemsize
     2
     """
@@ -67,8 +65,6 @@ def storage_dtype(name: str) -> np.dtype[Any]:
 def storage_name(dtype: DTypeLike) -> str:
     """Return the name of the storage type of a dtype, in any byte order.
 
-    Examples
-    --------
     >>> storage_name(">f4")
     'float32'
     """
@@ -249,17 +245,10 @@ def _formula(mode: Mode, direction: Direction) -> str:
     return f"x = {inverse}" if direction == "restore" else f"y = {forward}"
 
 
-def _check_choices(direction: object, layout: object, out_layout: object, rounding: object) -> None:
-    for name, value, allowed in (
-        ("direction", direction, DIRECTIONS),
-        ("layout", layout, LAYOUTS),
-        ("out_layout", out_layout, (None, *LAYOUTS)),
-        ("rounding", rounding, ROUNDINGS),
-    ):
-        # Comparing an array with a choice gives an array.
-        if not (value is None or isinstance(value, str)) or value not in allowed:
-            choices = ", ".join(repr(choice) for choice in allowed if choice is not None)
-            raise UsageError(f"{name} is {value!r}", f"give one of {choices}")
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    # Comparing an array with a choice gives an array.
+    if not isinstance(value, str) or value not in allowed:
+        raise UsageError(f"{name} is {value!r}", f"give one of {', '.join(map(repr, allowed))}")
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -308,12 +297,16 @@ class Transform:
         dtype: DTypeLike | None = None,
         rounding: Rounding = "nearest",
     ) -> None:
-        _check_choices(direction, layout, out_layout, rounding)
+        out_layout = layout if out_layout is None else out_layout
+        _check_choice("direction", direction, DIRECTIONS)
+        _check_choice("layout", layout, LAYOUTS)
+        _check_choice("out_layout", out_layout, LAYOUTS)
+        _check_choice("rounding", rounding, ROUNDINGS)
         set_field = object.__setattr__
         set_field(self, "mode", mode if isinstance(mode, Mode) else Mode.named(mode))
         set_field(self, "direction", direction)
         set_field(self, "layout", layout)
-        set_field(self, "out_layout", out_layout or layout)
+        set_field(self, "out_layout", out_layout)
         set_field(self, "dtype", None if dtype is None else storage_name(dtype))
         set_field(self, "rounding", rounding)
         is_unchanged = self.mode.name == "identity" and self.dtype in (None, "uint8")

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from fastvgg.backend import check_backend
 from fastvgg.parallel import check_threads
+from fastvgg.storage.location import Location
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable
     from pathlib import Path
 
@@ -35,40 +37,20 @@ QUICK: Final = BenchConfig(192 * 2**20, 3, 100, 256 * 2**20, every_path=False)
 def measure(
     config: BenchConfig = FULL,
     *,
-    images: Path | None = None,
+    images: str | os.PathLike[str] | None = None,
     disk: Path | None = None,
     threads: int | None = None,
     on_figure: Callable[[str, dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure this machine.
+    """Measure this machine: `FULL` takes a few minutes, `QUICK` a quarter of a minute.
 
-    Parameters
-    ----------
-    config
-        `FULL` takes a few minutes, `QUICK` a quarter of a minute.
-    images
-        A directory or tar shards of images, to measure decoding too.
-    disk
-        A directory, to measure its disk too: a file is written there and removed.
-    threads
-        All usable cores by default.
-    on_figure
-        Called with "memory", "kernels", "decoding" or "disk", and each figure as it is measured.
+    `images`, a directory or tar shards of images, measures decoding too. `disk`, a directory,
+    measures its disk too: a file is written there and removed. `on_figure` is called with "memory",
+    "kernels", "decoding" or "disk", and each figure as it is measured.
 
-    Returns
-    -------
-    dict
-        machine, instruction_set, threads, rounds; memory and kernels, lists of a row for each loop
-        and path; call_overhead_us; decoding and disk, if requested.
-
-    Raises
-    ------
-    BackendError
-        If Numba is not usable: there are no kernels to measure then.
-    SourceError, UsageError, TargetError
-        If there are no images, or the disk cannot be written to.
-    VerificationError
-        If a result is wrong.
+    The record has machine, instruction_set, threads and rounds; memory and kernels, lists of a row
+    for each loop and path; call_overhead_us; decoding and disk, if requested. A wrong result raises
+    `VerificationError`, and a processor without usable kernels `BackendError`.
     """
     check_backend("numba")
     from fastvgg.bench import io, kernels, memory
@@ -88,7 +70,7 @@ def measure(
         figures = io.measure_disk(disk, config.file_bytes, config.rounds)
         record["disk"] = report("disk", figures)
     if images is not None:
-        figures = io.measure_decoding(images, config.images, config.rounds, threads)
+        figures = io.measure_decoding(Location.parse(images), config.images, config.rounds, threads)
         record["decoding"] = report("decoding", figures)
     arena = memory.Arena(config.working_set_bytes)
     bandwidths = memory.measure_bandwidth(arena, config.rounds, threads)

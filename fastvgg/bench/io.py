@@ -8,6 +8,7 @@ import os
 import shutil
 import statistics
 import tempfile
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -25,6 +26,7 @@ from fastvgg.storage.local import Storage, StoredFile
 
 if TYPE_CHECKING:
     from fastvgg.datasets.images import ImageSource
+    from fastvgg.storage.location import Location
 
 CHUNK_BYTES: Final = 64 * 2**20
 READ_BYTES: Final = 8 * 2**20
@@ -37,12 +39,8 @@ def measure_disk(directory: Path, nbytes: int, rounds: int) -> dict[str, Any]:
     """Return the GB/s at which the disk of `directory` is written durably, and read.
 
     Each chunk is synced before the next is written, as in a run. The file is dropped from the
-    page cache before it is read, and removed afterwards.
-
-    Raises
-    ------
-    TargetError
-        If the directory is missing, cannot be written to, or has too little free space.
+    page cache before it is read, and removed afterwards. Raises `TargetError` if the directory is
+    missing, cannot be written to, or has too little free space.
     """
     try:
         free_bytes = shutil.disk_usage(directory).free
@@ -115,28 +113,21 @@ def read_file(path: Path, buffer: bytearray) -> None:
 
 
 def measure_decoding(
-    source_path: Path, max_images: int, rounds: int, threads: int
+    location: Location, max_images: int, rounds: int, threads: int
 ) -> dict[str, Any]:
     """Return how many images per second are decoded and resized to 224x224.
 
     The result is discarded. The first images are compared with what Pillow decodes from the same
-    files. All files are in the page cache, because a warm-up round decodes them first.
-
-    Raises
-    ------
-    SourceError
-        If there are no images, or the source is an array.
-    VerificationError
-        If pixels differ from Pillow's.
+    files, and a difference raises `VerificationError`. All files are in the page cache, because a
+    warm-up round decodes them first.
     """
     source = open_source(
-        source_path,
+        location,
         decoding=DecodeOptions(size=SIZE),
         threads=threads,
         gather=gather_function("numba"),
     )
-    images = cast("ImageSource", source)  # open_source rejects decode options for an array
-    try:
+    with closing(cast("ImageSource", source)) as images:  # arrays are rejected
         rows = range(min(max_images, images.header.images))
         for row in rows[:CHECKED_IMAGES]:
             _check_pixels(images, row)
@@ -148,10 +139,8 @@ def measure_decoding(
             failed.update(row for row in task if images.decode(row, out).failed)
 
         (seconds,) = time_interleaved([lambda: parallel_for(tasks, decode, threads)], rounds)
-    finally:
-        images.close()
     return {
-        "path": str(source_path),
+        "path": str(location),
         "images": len(rows),
         "failed": len(failed),
         "images_per_second": round(len(rows) / statistics.median(seconds)),

@@ -9,6 +9,7 @@ with fewer images and rounds.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -18,10 +19,9 @@ import numpy as np
 from fastvgg import engine, oracle
 from fastvgg.bench import memory
 from fastvgg.bench.timing import compare, time_interleaved
+from fastvgg.call_plan import bind_kernel, plan_call
 from fastvgg.errors import VerificationError
-from fastvgg.kernels import convert
-from fastvgg.kernels.spec import KernelSpec, constant_table
-from fastvgg.transform import CHANNEL_AXES, Transform, storage_dtype
+from fastvgg.transform import CHANNEL_AXES, LAYOUTS, Transform, storage_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fastvgg.bench.memory import Arena
-    from fastvgg.transform import Layout
 
 HEIGHT: Final = 224
 WIDTH: Final = 224
@@ -38,9 +37,6 @@ CALLS_PER_ROUND: Final = 200
 NUMPY_ROUNDS: Final = 3
 MODES: Final = ("caffe", "tf", "torch", "identity")
 FLOATS: Final = ("float32", "float16", "bfloat16", "float64")
-LAYOUTS: Final[tuple[tuple[Layout, Layout], ...]] = (
-    *(("NHWC", "NHWC"), ("NHWC", "NCHW"), ("NCHW", "NHWC"), ("NCHW", "NCHW")),
-)
 
 
 class KernelPath(NamedTuple):
@@ -67,13 +63,13 @@ class KernelPath(NamedTuple):
 
 def _paths() -> Iterator[KernelPath]:
     """Yield every mode, storage type and pair of layouts, in both directions."""
-    for layouts in LAYOUTS:
+    for layout, out_layout in itertools.product(LAYOUTS, repeat=2):
         for mode in MODES:
             for dtype in FLOATS:
-                yield KernelPath(Transform(mode, "preprocess", *layouts, dtype), "uint8")
+                yield KernelPath(Transform(mode, "preprocess", layout, out_layout, dtype), "uint8")
             for dtype in FLOATS:
-                yield KernelPath(Transform(mode, "restore", *layouts), dtype)
-    for layout in ("NHWC", "NCHW"):
+                yield KernelPath(Transform(mode, "restore", layout, out_layout), dtype)
+    for layout in LAYOUTS:
         for dtype in ("float32", "float64"):
             yield KernelPath(Transform("caffe", layout=layout), dtype, "in place")
     yield KernelPath(Transform("caffe"), "float32")
@@ -96,13 +92,7 @@ COMMON_PATHS: Final = tuple(
 def measure_kernels(
     arena: Arena, rounds: int, threads: int, paths: Sequence[KernelPath] = PATHS
 ) -> Iterator[dict[str, Any]]:
-    """Yield the figures of each path as it is measured.
-
-    Raises
-    ------
-    VerificationError
-        If a result differs from the oracle in any bit.
-    """
+    """Yield the figures of each path; a result that differs from the oracle in any bit raises."""
     for path in paths:
         yield _measure_path(path, arena, rounds, threads)
 
@@ -179,12 +169,11 @@ def _check_result(path: KernelPath, actual: NDArray[Any], expected: NDArray[Any]
 
 def call_overhead_us(rounds: int) -> float:
     """Return the microseconds that a call for one image takes beyond its kernel."""
-    transform = Transform("caffe")
     x = np.zeros((1, HEIGHT, WIDTH, 3), np.uint8)
     out = np.empty(x.shape, np.float32)
-    spec = KernelSpec.of(transform, "uint8")
-    kernel, constants = convert.compiled(spec), constant_table(transform.mode, spec)
-    addresses = (x.ctypes.data, out.ctypes.data, constants.ctypes.data)
+    plan = plan_call(Transform("caffe"), x.dtype, x.shape, x.strides)
+    kernel = bind_kernel(plan, in_place=False, nontemporal=False)
+    addresses = (x.ctypes.data, out.ctypes.data, kernel.constants_address)
 
     def run_calls() -> None:
         for _ in range(CALLS_PER_ROUND):
@@ -192,7 +181,7 @@ def call_overhead_us(rounds: int) -> float:
 
     def run_kernels() -> None:
         for _ in range(CALLS_PER_ROUND):
-            kernel(*addresses, 1, HEIGHT * WIDTH, 0, 0, 0, 0)
+            kernel.loop(*addresses, 1, HEIGHT * WIDTH, 0, 0, 0, 0)
 
     seconds = time_interleaved((run_calls, run_kernels), rounds)
     overhead: float = statistics.median(a - b for a, b in zip(*seconds, strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import statistics
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
@@ -75,35 +75,25 @@ def copy(x: NDArray[Any], out: NDArray[Any], threads: int, *, prefetch: bool) ->
     """Copy a batch into another with non-temporal stores."""
     pixels = x.size // 3
     loop = bandwidth.streaming_copy(x.nbytes // pixels, out.nbytes // pixels, prefetches=prefetch)
-    source, (target, steps) = x.ctypes.data, _cache_lines(out)
-    read_bytes = bandwidth.STEP_BYTES * x.nbytes // out.nbytes
-
-    def run_steps(first: int, count: int) -> None:
-        loop(source + first * read_bytes, target + first * bandwidth.STEP_BYTES, count)
-
-    _split_steps(steps, threads, run_steps)
+    target, steps = _cache_lines(out)
+    source = _Operand(x.ctypes.data, bandwidth.STEP_BYTES * x.nbytes // out.nbytes)
+    _run_steps(loop, (source, target), steps, threads)
 
 
 def scale(y: NDArray[Any], threads: int, *, prefetch: bool) -> None:
     """Multiply a batch of float32 in place."""
-    loop, target = bandwidth.scale_in_place(prefetches=prefetch), y.ctypes.data
+    loop = bandwidth.scale_in_place(prefetches=prefetch)
+    target = _Operand(y.ctypes.data, bandwidth.STEP_BYTES)
     factors = np.full(CACHE_LINE_BYTES // 4, 1.0000001, np.float32)
-
-    def run_steps(first: int, count: int) -> None:
-        loop(target + first * bandwidth.STEP_BYTES, factors.ctypes.data, count)
-
-    _split_steps(y.nbytes // bandwidth.STEP_BYTES, threads, run_steps)
+    steps = y.nbytes // bandwidth.STEP_BYTES
+    _run_steps(loop, (target, _Operand(factors.ctypes.data, 0)), steps, threads)
 
 
 def fill(out: NDArray[Any], threads: int) -> None:
     """Fill a batch with non-temporal stores."""
-    loop, (target, steps) = bandwidth.fill(), _cache_lines(out)
     line = np.ones(CACHE_LINE_BYTES, np.uint8)
-
-    def run_steps(first: int, count: int) -> None:
-        loop(line.ctypes.data, target + first * bandwidth.STEP_BYTES, count)
-
-    _split_steps(steps, threads, run_steps)
+    target, steps = _cache_lines(out)
+    _run_steps(bandwidth.fill(), (_Operand(line.ctypes.data, 0), target), steps, threads)
 
 
 def first_touch(nbytes: int, threads: int, *, huge: bool = True) -> None:
@@ -114,24 +104,40 @@ def first_touch(nbytes: int, threads: int, *, huge: bool = True) -> None:
     page_bytes = HUGE_PAGE_BYTES if huge else mmap.PAGESIZE
     array = np.frombuffer(memory, np.uint8)
     start = array.ctypes.data + -array.ctypes.data % HUGE_PAGE_BYTES
-    loop, byte = bandwidth.touch(), np.ones(1, np.uint8)
-
-    def run_steps(first: int, count: int) -> None:
-        loop(byte.ctypes.data, start + first * page_bytes, count, page_bytes)
-
-    _split_steps(-(-nbytes // page_bytes), threads, run_steps)
+    byte = np.ones(1, np.uint8)
+    operands = _Operand(byte.ctypes.data, 0), _Operand(start, page_bytes)
+    _run_steps(bandwidth.touch(), operands, -(-nbytes // page_bytes), threads, page_bytes)
     del array
     memory.close()
 
 
-def _cache_lines(out: NDArray[Any]) -> tuple[int, int]:
-    """Return the address of the first whole cache line of a batch, and the steps from there."""
+class _Operand(NamedTuple):
+    """An argument of a loop."""
+
+    address: int
+    step_bytes: int
+    """The bytes from one step to the next."""
+
+
+def _cache_lines(out: NDArray[Any]) -> tuple[_Operand, int]:
+    """Return the whole cache lines of a batch as an operand, and their number of steps."""
     lead = -out.ctypes.data % CACHE_LINE_BYTES
-    return out.ctypes.data + lead, (out.nbytes - lead) // bandwidth.STEP_BYTES
+    steps = (out.nbytes - lead) // bandwidth.STEP_BYTES
+    return _Operand(out.ctypes.data + lead, bandwidth.STEP_BYTES), steps
 
 
-def _split_steps(steps: int, threads: int, fn: Callable[[int, int], None]) -> None:
-    """Call ``fn(first, count)`` for consecutive ranges of steps, on several threads."""
+def _run_steps(
+    loop: Callable[..., None],
+    operands: tuple[_Operand, _Operand],
+    steps: int,
+    threads: int,
+    *arguments: int,
+) -> None:
+    """Run a loop on consecutive ranges of steps, on several threads."""
     size = -(-steps // (threads * TASKS_PER_THREAD))
-    tasks = [(first, min(size, steps - first)) for first in range(0, steps, size)]
-    parallel_for(tasks, lambda task: fn(*task), threads)
+
+    def run(first: int) -> None:
+        addresses = [address + first * step_bytes for address, step_bytes in operands]
+        loop(*addresses, min(size, steps - first), *arguments)
+
+    parallel_for(range(0, steps, size), run, threads)

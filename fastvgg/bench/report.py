@@ -45,8 +45,6 @@ def _is_low(row: dict[str, Any]) -> bool:
 def line(section: str, row: dict[str, Any]) -> str:
     """Return one figure as a line below the heading of its section, or as several lines.
 
-    Examples
-    --------
     >>> line("memory", {"loop": "copy", "gigabytes_per_second": 47.3})
     'copy                                   47.3'
     """
@@ -70,13 +68,7 @@ def line(section: str, row: dict[str, Any]) -> str:
 
 
 def check_plot_path(path: Path) -> None:
-    """Check that a plot can be drawn to `path`, before anything is measured.
-
-    Raises
-    ------
-    UsageError
-        If matplotlib is not installed or does not write that format, or the directory is missing.
-    """
+    """Check that matplotlib can draw to `path`, before anything is measured."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -101,11 +93,6 @@ def draw_roofline(record: dict[str, Any], path: Path) -> None:
 
     The suffix of `path` selects the format. Kernels that read or write NCHW are omitted. The same
     record gives the same bytes.
-
-    Raises
-    ------
-    TargetError
-        If `path` cannot be written.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -158,8 +145,6 @@ def _draw_bars(axes: Any, rows: Sequence[dict[str, Any]]) -> None:  # noqa: ANN4
 def limit_gigabytes_per_second(row: dict[str, Any]) -> float:
     """Return the memory bandwidth that limits a kernel.
 
-    Examples
-    --------
     >>> limit_gigabytes_per_second({"gigabytes_per_second": 40.0, "share": 0.8})
     50.0
     """

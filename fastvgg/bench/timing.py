@@ -48,8 +48,6 @@ def time_interleaved(calls: Sequence[Callable[[], object]], rounds: int) -> list
 def compare(own_seconds: Sequence[float], limit_seconds: Sequence[float]) -> Comparison:
     """Compare timings with those of a limit in the same rounds.
 
-    Examples
-    --------
     >>> compare([2.0, 2.0, 4.0], [1.0, 1.0, 1.0])
     Comparison(share=0.5, spread=(0.25, 0.5), seconds=2.0)
     """

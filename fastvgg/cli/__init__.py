@@ -11,8 +11,6 @@ from fastvgg.cli.commands import app
 from fastvgg.cli.errors import catch_signals, report_internal_error
 from fastvgg.cli.output import echo
 
-__all__ = ["app", "main"]
-
 
 def main() -> None:
     """Run the command line; SIGTERM interrupts a run as Ctrl-C does."""

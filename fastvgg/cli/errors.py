@@ -74,20 +74,16 @@ def translate_errors(traceback: bool) -> Iterator[None]:
     """Turn exceptions into messages on stderr and exit codes."""
     try:
         yield
-    except FastvggError as error:
+    except (FastvggError, OSError) as error:
         if traceback:
             print_exc()
+        if isinstance(error, OSError):
+            error = StoppedError.from_os_error(error, "a system call", str(error.filename), 0)
         _print_error(error.problem, error.remedy)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         _print_error("interrupted", "committed chunks are kept: rerun the same command to resume")
         raise typer.Exit(INTERRUPTED) from None
-    except OSError as error:
-        stopped = StoppedError.from_os_error(error, "a system call", str(error.filename), 0)
-        if traceback:
-            print_exc()
-        _print_error(stopped.problem, stopped.remedy)
-        raise typer.Exit(stopped.exit_code) from None
 
 
 def _print_error(problem: str, remedy: str) -> None:

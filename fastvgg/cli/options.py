@@ -29,30 +29,18 @@ RUN: Final = "Run"
 ARRAYS: Final = "a .npy, a .zarr (also s3://), FILE.h5::/NAME"
 
 
-def _choice_option(
-    choices: Any,  # noqa: ANN401  # a Literal
-    panel: str,
-    metavar: str,
-    about: str,
-    default: str | bool = True,
-) -> Any:  # noqa: ANN401  # as Typer has it
-    """Return an option whose choices shells complete.
+def _option(panel: str, about: str, *names: str, **settings: Any) -> Any:  # noqa: ANN401
+    return typer.Option(*names, help=about, rich_help_panel=panel, **settings)
+
+
+def _choice(choices: Any, panel: str, about: str, **settings: Any) -> Any:  # noqa: ANN401
+    """Return an option whose choices, those of a Literal, shells complete.
 
     The option accepts any text: the library reports an invalid value together with the choices.
     """
     values = get_args(choices)
-    return typer.Option(
-        metavar=metavar,
-        help=about.format(values=f"{', '.join(values[:-1])} or {values[-1]}"),
-        show_default=default,
-        autocompletion=lambda: list(values),
-        parser=str,
-        rich_help_panel=panel,
-    )
-
-
-def _flag(name: str, panel: str, about: str) -> Any:  # noqa: ANN401  # as Typer has it
-    return typer.Option(name, help=about, rich_help_panel=panel)
+    about = about.format(values=f"{', '.join(values[:-1])} or {values[-1]}")
+    return _option(panel, about, autocompletion=lambda: list(values), parser=str, **settings)
 
 
 # Sources and targets are str: Path would collapse the two slashes of a URL.
@@ -64,8 +52,7 @@ Source = Annotated[
     ),
 ]
 StoredSource = Annotated[
-    str,
-    typer.Argument(metavar="SRC", help=f"Input: {ARRAYS}, or a directory of part-*.npy."),
+    str, typer.Argument(metavar="SRC", help=f"Input: {ARRAYS}, or a directory of part-*.npy.")
 ]
 ImageSource = Annotated[
     str, typer.Argument(metavar="SRC", help="Input: a directory or tar shards of images.")
@@ -78,108 +65,99 @@ RestoredTarget = Annotated[
 ]
 
 ModeName = Annotated[
-    ModeChoice | None, _choice_option(ModeChoice, MODEL, "MODE", "Preprocessing mode: {values}.")
+    ModeChoice | None, _choice(ModeChoice, MODEL, "Preprocessing mode: {values}.", metavar="MODE")
 ]
 Model = Annotated[
     str | None,
-    typer.Option(
+    _option(
+        MODEL,
+        "Published model; 'fastvgg models' lists them.",
         metavar="NAME",
-        help="Published model; 'fastvgg models' lists them.",
         autocompletion=lambda: list(models.MODES_BY_MODEL),
-        rich_help_panel=MODEL,
     ),
 ]
 
 SourceLayout = Annotated[
-    LayoutChoice | None,
-    _choice_option(LayoutChoice, INPUT, "LAYOUT", "Input layout: {values}."),
+    LayoutChoice | None, _choice(LayoutChoice, INPUT, "Input layout: {values}.", metavar="LAYOUT")
 ]
-Exif = Annotated[bool, _flag("--exif", INPUT, "Apply the EXIF orientation; Keras ignores it.")]
+Exif = Annotated[bool, _option(INPUT, "Apply the EXIF orientation; Keras ignores it.", "--exif")]
 FastJpeg = Annotated[
-    bool,
-    _flag("--fast-jpeg", INPUT, "Decode large JPEGs at reduced scale: not exact."),
+    bool, _option(INPUT, "Decode large JPEGs at reduced scale: not exact.", "--fast-jpeg")
 ]
 Gray16 = Annotated[
-    Gray16Choice,
-    _choice_option(Gray16Choice, INPUT, "POLICY", "16-bit gray: {values} to 8 bits."),
+    Gray16Choice, _choice(Gray16Choice, INPUT, "16-bit gray: {values} to 8 bits.", metavar="POLICY")
 ]
 MaxPixels = Annotated[
     int | None,
-    typer.Option(
-        metavar="N",
-        help="Reject images with more pixels.",
-        show_default="89478485",
-        rich_help_panel=INPUT,
-    ),
+    _option(INPUT, "Reject images with more pixels.", metavar="N", show_default="89478485"),
 ]
 
 Size = Annotated[
     tuple[int, int] | None,
-    typer.Option(
-        metavar="H W", help="Resize images to this height and width.", rich_help_panel=GEOMETRY
-    ),
+    _option(GEOMETRY, "Resize images to this height and width.", metavar="H W"),
 ]
 Interpolation = Annotated[
     InterpolationChoice,
-    _choice_option(InterpolationChoice, GEOMETRY, "METHOD", "Interpolation: {values}."),
+    _choice(InterpolationChoice, GEOMETRY, "Interpolation: {values}.", metavar="METHOD"),
 ]
 KeepAspectRatio = Annotated[
     bool,
-    _flag("--keep-aspect-ratio", GEOMETRY, "Center-crop to the target aspect ratio, then resize."),
+    _option(
+        GEOMETRY, "Center-crop to the target aspect ratio, then resize.", "--keep-aspect-ratio"
+    ),
 ]
 
 Dtype = Annotated[
     FloatChoice | None,
-    _choice_option(FloatChoice, OUTPUT, "DTYPE", "Output dtype: {values}.", "float32 for uint8"),
+    _choice(
+        FloatChoice,
+        OUTPUT,
+        "Output dtype: {values}.",
+        metavar="DTYPE",
+        show_default="float32 for uint8",
+    ),
 ]
 RestoredDtype = Annotated[
     DtypeChoice | None,
-    _choice_option(DtypeChoice, OUTPUT, "DTYPE", "Output dtype: {values}.", "uint8"),
+    _choice(DtypeChoice, OUTPUT, "Output dtype: {values}.", metavar="DTYPE", show_default="uint8"),
 ]
 OutLayout = Annotated[
     LayoutChoice | None,
-    _choice_option(LayoutChoice, OUTPUT, "LAYOUT", "Output layout: {values}.", "that of SRC"),
+    _choice(
+        LayoutChoice,
+        OUTPUT,
+        "Output layout: {values}.",
+        metavar="LAYOUT",
+        show_default="that of SRC",
+    ),
 ]
 Rounding = Annotated[
-    RoundingChoice,
-    _choice_option(RoundingChoice, OUTPUT, "METHOD", "Rounding: {values}."),
+    RoundingChoice, _choice(RoundingChoice, OUTPUT, "Rounding: {values}.", metavar="METHOD")
 ]
 Format = Annotated[
-    FormatChoice,
-    _choice_option(FormatChoice, OUTPUT, "FORMAT", "Image files: {values} (lossy)."),
+    FormatChoice, _choice(FormatChoice, OUTPUT, "Image files: {values} (lossy).", metavar="FORMAT")
 ]
 InPlace = Annotated[
-    bool, _flag("--in-place", OUTPUT, "Overwrite SRC, a .npy file, with the result; omit DST.")
+    bool, _option(OUTPUT, "Overwrite SRC, a .npy file, with the result; omit DST.", "--in-place")
 ]
 
-DryRun = Annotated[bool, _flag("--dry-run", RUN, "Print the plan and write nothing.")]
-Restart = Annotated[bool, _flag("--restart", RUN, "Start over, replacing an existing DST.")]
+DryRun = Annotated[bool, _option(RUN, "Print the plan and write nothing.", "--dry-run")]
+Restart = Annotated[bool, _option(RUN, "Start over, replacing an existing DST.", "--restart")]
 RetryFailed = Annotated[
-    bool, _flag("--retry-failed", RUN, "Retry the failed images of a finished DST.")
+    bool, _option(RUN, "Retry the failed images of a finished DST.", "--retry-failed")
 ]
-Strict = Annotated[bool, _flag("--strict", RUN, "Stop at the first image that cannot be decoded.")]
-Memory = Annotated[
-    str,
-    typer.Option(metavar="SIZE", help="Memory limit of the run.", rich_help_panel=RUN),
+Strict = Annotated[
+    bool, _option(RUN, "Stop at the first image that cannot be decoded.", "--strict")
 ]
+Memory = Annotated[str, _option(RUN, "Memory limit of the run.", metavar="SIZE")]
 Threads = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help="Worker threads.",
-        show_default="all usable cores",
-        rich_help_panel=RUN,
-    ),
+    int | None, _option(RUN, "Worker threads.", metavar="N", show_default="all usable cores")
 ]
-Fsync = Annotated[bool, _flag("--fsync/--no-fsync", RUN, "Make commits survive power loss.")]
+Fsync = Annotated[bool, _option(RUN, "Make commits survive power loss.", "--fsync/--no-fsync")]
 Dask = Annotated[
     str | None,
-    typer.Option(
-        metavar="ADDRESS",
-        help="Scheduler of the Dask cluster to run on, or 'local'.",
-        rich_help_panel=RUN,
-    ),
+    _option(RUN, "Scheduler of the Dask cluster to run on, or 'local'.", metavar="ADDRESS"),
 ]
-Quiet = Annotated[bool, _flag("--quiet", RUN, "Print no progress and no notes.")]
-Json = Annotated[bool, _flag("--json", RUN, "Print the result as JSON.")]
-Traceback = Annotated[bool, _flag("--traceback", RUN, "Print the Python traceback of an error.")]
+Quiet = Annotated[bool, _option(RUN, "Print no progress and no notes.", "--quiet")]
+Json = Annotated[bool, _option(RUN, "Print the result as JSON.", "--json")]
+Traceback = Annotated[bool, _option(RUN, "Print the Python traceback of an error.", "--traceback")]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fastvgg.storage.local import Storage
+    from fastvgg.storage.location import Location
     from fastvgg.transform import Layout
 
 # Chunks of 4 MiB encode at two thirds of the speed of 8 MiB; larger ones gain almost nothing.
@@ -163,7 +164,7 @@ def inner_chunk_images(image_bytes: int) -> int:
     return max(1, INNER_CHUNK_BYTES // image_bytes)
 
 
-def check_array(path: Path, shape: tuple[int, ...]) -> None:
+def check_array(path: Location | Path, shape: tuple[int, ...]) -> None:
     """Check that an array has the shape of a batch of images.
 
     Raises
@@ -187,7 +188,7 @@ def check_array(path: Path, shape: tuple[int, ...]) -> None:
         )
 
 
-def check_dtype(path: Path, name: str, described: object) -> str:
+def check_dtype(path: Location | Path, name: str, described: object) -> str:
     """Return the name of a storage dtype, after checking that it is supported.
 
     Raises
@@ -273,7 +274,6 @@ class Source(ABC):
     """A dataset opened for reading."""
 
     kind: str
-    path: Path
     header: Header
     stored_bytes: int
     """Size on disk."""
@@ -282,8 +282,9 @@ class Source(ABC):
     records: Sequence[ImageRecord] = ()
     """Records known without reading any image; empty if there are none."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, location: Location) -> None:
+        self.location = location
+        self.path = location.container
         self.settings: dict[str, Any] = {}
         """Options that affect the pixels, as JSON types."""
         self.notes: list[str] = []
@@ -336,18 +337,15 @@ class Target(ABC):
         The path of the published dataset.
     header
         Shape, dtype and layout of the dataset.
-    storage
-        Performs the system calls.
     """
 
     kind: str
 
-    def __init__(self, path: Path, header: Header, storage: Storage) -> None:
+    def __init__(self, path: Path, header: Header) -> None:
         self.path = path
         self.header = header
-        self.partial = sidecar_path(path, ".partial")
-        """The temporary name of the unfinished target."""
-        self._storage = storage
+        self.partial = path
+        """The name of the unfinished target: temporary where there is a rename."""
 
     @abstractmethod
     def create(self) -> None:
@@ -387,11 +385,9 @@ class Target(ABC):
     def read_back(self, start: int, stop: int) -> NDArray[Any]:
         """Read, and decode if necessary, images of the published target."""
 
+    @abstractmethod
     def publish(self) -> None:
-        """Rename the finished partial to the target's name, atomically and durably."""
-        self.close()
-        self._storage.rename(self.partial, self.path)
-        self._storage.sync_directory(self.path.parent)
+        """Give the finished target its name, atomically and durably."""
 
     def close(self) -> None:  # noqa: B027  # most formats keep nothing open
         """Close files."""
@@ -403,6 +399,20 @@ class Target(ABC):
                 f"{self.header.shape} of {self.header.dtype}",
                 "the dataset was changed since then: recreate it from its source",
             )
+
+
+class DiskTarget(Target):
+    """A target on disk, renamed when it is finished; `storage` performs the system calls."""
+
+    def __init__(self, path: Path, header: Header, storage: Storage, **options: Any) -> None:
+        super().__init__(path, header, **options)
+        self.partial = sidecar_path(path, ".partial")
+        self._storage = storage
+
+    def publish(self) -> None:
+        self.close()
+        self._storage.rename(self.partial, self.path)
+        self._storage.sync_directory(self.path.parent)
 
 
 class SharedTarget(Target):

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import xxhash
 
-from fastvgg.datasets.base import ArraySource, Chunk, SharedTarget, bytes_of, open_regular
+from fastvgg.datasets.base import (
+    ArraySource,
+    Chunk,
+    DiskTarget,
+    SharedTarget,
+    bytes_of,
+    open_regular,
+)
 from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError
 from fastvgg.transform import storage_dtype
 
@@ -23,6 +30,7 @@ if TYPE_CHECKING:
 
     from fastvgg.datasets.base import Header, PartialPages, Payload
     from fastvgg.storage.local import Storage, StoredFile
+    from fastvgg.storage.location import Location
 
 SAMPLES: Final = 16
 SAMPLE_BYTES: Final = 64 * 1024
@@ -32,7 +40,7 @@ MADV_POPULATE_READ: Final = 22
 
 
 class ContiguousSource(ArraySource):
-    """An array at `_offset` in `file`, which a format's own class finds and validates.
+    """An array at `_offset` in a file, which a format's own class finds and validates.
 
     Batches are read-only views of memory-mapped windows, valid while they are referenced.
 
@@ -44,13 +52,13 @@ class ContiguousSource(ArraySource):
 
     _offset: int
 
-    def __init__(self, path: Path, file: Path) -> None:
-        super().__init__(path)
+    def __init__(self, location: Location) -> None:
+        super().__init__(location)
         try:
-            self._file = open_regular(file)
+            self._file = open_regular(self.path)
         except OSError as error:
             raise SourceError(
-                f"{file} cannot be opened: {error.strerror or error}",
+                f"{self.path} cannot be opened: {error.strerror or error}",
                 "check its path and permissions",
             ) from None
 
@@ -131,7 +139,7 @@ class ContiguousSource(ArraySource):
                 raise
 
 
-class ContiguousTarget(SharedTarget):
+class ContiguousTarget(DiskTarget, SharedTarget):
     """A file that consists of `preamble`, which describes the array, followed by the array.
 
     Its space is reserved before anything is written.

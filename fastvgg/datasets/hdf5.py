@@ -21,16 +21,14 @@ from fastvgg.datasets.base import ArraySource, Header, check_array, check_dtype
 from fastvgg.datasets.contiguous import ContiguousSource, ContiguousTarget
 from fastvgg.datasets.index import read_index
 from fastvgg.errors import SourceError, StoppedError, TargetError
-from fastvgg.storage.location import container_of, inner_name
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import NDArray
 
     from fastvgg.datasets.base import Chunk
     from fastvgg.storage.local import Storage
+    from fastvgg.storage.location import Location
     from fastvgg.transform import Layout
 
 MAX_LINKS: Final = 64
@@ -49,8 +47,8 @@ class Hdf5Source(ContiguousSource):
 
     Parameters
     ----------
-    path
-        The file, ``::``, and the dataset's name.
+    location
+        The file and the dataset's name.
     layout
         The layout of the array.
     use_index
@@ -65,26 +63,28 @@ class Hdf5Source(ContiguousSource):
 
     kind = "hdf5"
 
-    def __init__(self, path: Path, *, layout: Layout = "NHWC", use_index: bool = True) -> None:
-        super().__init__(path, container_of(path))
+    def __init__(
+        self, location: Location, *, layout: Layout = "NHWC", use_index: bool = True
+    ) -> None:
+        super().__init__(location)
         with contextlib.ExitStack() as stack:
             stack.callback(self._file.close)
             self._hdf5 = stack.enter_context(self._open_hdf5())
             try:
-                self._dataset = self._find(_name_of(path))
+                self._dataset = self._find(location.inner.encode(errors="surrogateescape"))
                 self._validate(layout)
             except DAMAGED as error:
                 raise self._damaged(f"HDF5 reports {str(error)!r}") from None
-            self.records = read_index(path, self.header.images) if use_index else ()
+            self.records = read_index(self.path, self.header.images) if use_index else ()
             self._open_files = stack.pop_all()
 
     def _open_hdf5(self) -> h5py.File:
         """Open the file with h5py, which locks it against writers."""
         try:
-            file: h5py.File = h5py.File(container_of(self.path), "r")
+            file: h5py.File = h5py.File(self.path, "r")
         except OSError as error:
             raise SourceError(
-                f"{container_of(self.path)} cannot be opened: {error}",
+                f"{self.path} cannot be opened: {error}",
                 "if another process is writing the file, wait for it to end; otherwise get the "
                 "file again",
             ) from None
@@ -117,7 +117,7 @@ class Hdf5Source(ContiguousSource):
             else:
                 raise self._external_error(f"{_display(part)} is a link to another file")
         if parts or not isinstance(node, h5py.Dataset):
-            file, names = container_of(self.path), ", ".join(self._names()) or "none"
+            file, names = self.path, ", ".join(self._names()) or "none"
             problem = (
                 f"{file} has no dataset {_display(name)}." if name else f"{file}: which dataset?"
             )
@@ -138,7 +138,7 @@ class Hdf5Source(ContiguousSource):
 
     def _external_error(self, reason: str) -> SourceError:
         return SourceError(
-            f"{self.path} refers to another file: {reason}",
+            f"{self.location} refers to another file: {reason}",
             "give the dataset in the file that stores it, or copy it into a separate file: "
             "h5repack, or h5py's copy(..., expand_external=True)",
         )
@@ -146,7 +146,7 @@ class Hdf5Source(ContiguousSource):
     def _validate(self, layout: Layout) -> None:
         dataset = self._dataset
         self._check_stored_here()  # first: HDF5 opens other files to determine a virtual shape
-        check_array(self.path, dataset.shape or ())
+        check_array(self.location, dataset.shape or ())
         self.header = Header(dataset.shape, self._dtype_name(), layout)
         self._check_filters()
         self._check_written()
@@ -167,8 +167,8 @@ class Hdf5Source(ContiguousSource):
         try:
             dtype, name = self._dataset.dtype, self._dataset.dtype.name
         except (TypeError, ValueError) as error:  # NumPy has no equivalent
-            return check_dtype(self.path, "", error)
-        return check_dtype(self.path, name, dtype)
+            return check_dtype(self.location, "", error)
+        return check_dtype(self.location, name, dtype)
 
     def _has_type(self, name: str) -> bool:
         """Whether stored elements have the same representation as those of a dtype in memory."""
@@ -182,7 +182,7 @@ class Hdf5Source(ContiguousSource):
             raise self._external_error(f"its data is in {_display(name)}")
         if properties.get_layout() == h5py.h5d.VIRTUAL:
             raise SourceError(
-                f"{self.path} is a virtual dataset: other datasets store its images",
+                f"{self.location} is a virtual dataset: other datasets store its images",
                 "give these datasets, or copy the images into a regular one: h5repack -l CONTI",
             )
 
@@ -192,8 +192,8 @@ class Hdf5Source(ContiguousSource):
         for code, _, _, name in map(properties.get_filter, range(properties.get_nfilters())):
             if not h5py.h5z.filter_avail(code):
                 raise SourceError(
-                    f"{self.path} is compressed with filter {code}, {_display(name)}, which is not "
-                    "available to HDF5",
+                    f"{self.location} is compressed with filter {code}, {_display(name)}, which is "
+                    "not available to HDF5",
                     "install it, for example with pip install hdf5plugin, and set HDF5_PLUGIN_PATH "
                     "to hdf5plugin.PLUGIN_PATH; or store the dataset without it",
                 )
@@ -205,8 +205,8 @@ class Hdf5Source(ContiguousSource):
             expected, written = self._count_chunks()
         if written < expected:
             raise SourceError(
-                f"{self.path}: {expected - written} of {expected} chunks were never written, and "
-                f"would be read as {self._dataset.fillvalue}",
+                f"{self.location}: {expected - written} of {expected} chunks were never written, "
+                f"and would be read as {self._dataset.fillvalue}",
                 "finish writing the dataset; if it should contain that value, write it explicitly",
             )
 
@@ -246,7 +246,7 @@ class Hdf5Source(ContiguousSource):
         return expected, written
 
     def _damaged(self, problem: str) -> SourceError:
-        return SourceError(f"{self.path} is damaged: {problem}", "get the file again")
+        return SourceError(f"{self.location} is damaged: {problem}", "get the file again")
 
     def read(self, start: int, stop: int) -> Chunk:
         return super().read(start, stop) if self._is_mapped else ArraySource.read(self, start, stop)
@@ -264,7 +264,8 @@ class Hdf5Source(ContiguousSource):
             self._dataset.id.read(memory_space, selection, out, memory_type)
         except OSError as error:
             raise StoppedError(
-                f"{self.path}: images {start} to {start + len(out) - 1} cannot be read: {error}",
+                f"{self.location}: images {start} to {start + len(out) - 1} cannot be read: "
+                f"{error}",
                 "fix the cause and rerun the same command; if a chunk is damaged, get the file "
                 "again and add --restart",
             ) from None
@@ -278,23 +279,23 @@ class Hdf5Target(ContiguousTarget):
 
     kind = "hdf5"
 
-    def __init__(self, path: Path, header: Header, storage: Storage) -> None:
-        self._dataset_path = path
-        super().__init__(container_of(path), header, storage, _preamble(path, header))
+    def __init__(self, location: Location, header: Header, storage: Storage) -> None:
+        self._location = location
+        super().__init__(location.container, header, storage, _preamble(location.inner, header))
 
     def published(self) -> Hdf5Source:
-        return Hdf5Source(self._dataset_path, layout=self.header.layout)
+        return Hdf5Source(self._location, layout=self.header.layout)
 
 
-def check_name(path: Path) -> None:
-    """Check that a new dataset can have the name in a path.
+def check_name(location: Location) -> None:
+    """Check that a new dataset can have the name in a location.
 
     Raises
     ------
     TargetError
         If it is missing, not printable, too long, or nested too deeply.
     """
-    name = inner_name(path)
+    name = location.inner
     if not name:
         problem = "the location does not name a dataset in the file"
     elif "\0" in name or not name.isprintable():
@@ -305,7 +306,7 @@ def check_name(path: Path) -> None:
         problem = f"the dataset is nested in more than {MAX_GROUPS - 1} groups"
     else:
         return
-    file = container_of(path)
+    file = location.container
     raise TargetError(f"{file}: {problem}", f"give a valid name, for example {file}::/images")
 
 
@@ -317,11 +318,6 @@ def _hdf5_type(name: str) -> h5py.h5t.TypeID:
     bfloat16.set_fields(sign, exponent, exponent_bits, mantissa, mantissa_bits)
     bfloat16.set_ebias(127)
     return bfloat16
-
-
-def _name_of(path: Path) -> bytes:
-    """Return the name within a file as HDF5 stores it: bytes, usually UTF-8."""
-    return inner_name(path).encode(errors="surrogateescape")
 
 
 def _parts_of(name: bytes) -> list[bytes]:
@@ -337,7 +333,7 @@ def _display(name: bytes) -> str:
     return repr(name.decode(errors="backslashreplace"))
 
 
-def _preamble(path: Path, header: Header) -> bytes:
+def _preamble(name: str, header: Header) -> bytes:
     """Return what HDF5 writes before the array of a file that contains nothing else.
 
     HDF5 allocates the array's space here, and never writes to it.
@@ -352,10 +348,9 @@ def _preamble(path: Path, header: Header) -> bytes:
         links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
         links.set_create_intermediate_group(True)
         links.set_char_encoding(h5py.h5t.CSET_UTF8)
-        name = inner_name(path).encode()
         space = h5py.h5s.create_simple(header.shape)
         dtype = _hdf5_type(header.dtype)
-        dataset = h5py.h5d.create(file.id, name, dtype, space, properties, links)
+        dataset = h5py.h5d.create(file.id, name.encode(), dtype, space, properties, links)
         offset = int(dataset.get_offset())
     preamble = buffer.getvalue()
     if len(preamble) > offset:

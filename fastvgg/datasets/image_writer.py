@@ -12,7 +12,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from fastvgg.datasets.base import Target, open_regular
+from fastvgg.datasets.base import DiskTarget, open_regular
 from fastvgg.datasets.index import find_repeated, name_hashes
 from fastvgg.errors import ResumeError, SourceError, TargetError, UsageError
 from fastvgg.imaging.decode import DECODING_ERRORS, describe_error, open_image
@@ -58,7 +58,7 @@ def is_lossy(name: str) -> bool:
     return name == "jpeg"
 
 
-class ImageFolderTarget(Target):
+class ImageFolderTarget(DiskTarget):
     """A directory with one image file per row. Rows that failed in the source have no file.
 
     Parameters

@@ -27,6 +27,7 @@ from fastvgg.datasets.index import PackedNames
 from fastvgg.errors import SourceError
 from fastvgg.imaging.decode import SUFFIXES, DecodeOptions, Decoder, describe_error
 from fastvgg.parallel import parallel_for
+from fastvgg.storage.location import Location
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -151,7 +152,7 @@ class ImageSource(Source):
         threads: int = 1,
         listing: ImageListing | None = None,
     ) -> None:
-        super().__init__(path)
+        super().__init__(Location(path))
         if not isinstance(listing, self.lists):  # none is given, or of what the path was before
             listing = self.lists(path)
         self.listing = listing

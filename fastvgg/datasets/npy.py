@@ -34,6 +34,7 @@ from fastvgg.datasets.contiguous import ContiguousSource, ContiguousTarget
 from fastvgg.datasets.images import is_image_name
 from fastvgg.datasets.index import read_index
 from fastvgg.errors import SourceError
+from fastvgg.storage.location import Location
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -197,7 +198,7 @@ class NpySource(ContiguousSource):
     def __init__(
         self, path: Path, *, layout: Layout = "NHWC", dtype_hint: str | None = None
     ) -> None:
-        super().__init__(path, path)
+        super().__init__(Location(path))
         try:
             self._validate(read_header(self._file, path), layout, dtype_hint)
             self.records = read_index(path, self.header.images)
@@ -296,7 +297,7 @@ class PartitionedNpySource(ArraySource):
         layout: Layout = "NHWC",
         dtype_hint: str | None = None,
     ) -> None:
-        super().__init__(path)
+        super().__init__(Location(path))
         self.notes = [f"{len(names)} parts"]
         self._names = names
         self._layout = layout

@@ -1,4 +1,4 @@
-"""Open datasets: `open_source` and `open_target` select the format from the path.
+"""Open datasets: `open_source` and `open_target` select the format from the location.
 
 A directory contains images, or an array in parts (part-*.npy). A name ending in .tar, or a range of
 such names, is one or more tar shards of images. A name ending in .npy or .zarr is an array, and so
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from fastvgg.datasets.image_writer import FileFormat, ImageFolderTarget
 from fastvgg.datasets.images import ImageFolder, ImageSource
@@ -18,17 +18,16 @@ from fastvgg.datasets.tar import TarShards, names_tar
 from fastvgg.errors import SourceError, TargetError
 from fastvgg.imaging import resize
 from fastvgg.imaging.decode import DecodeOptions, Decoder
-from fastvgg.storage.location import container_of, is_remote
+from fastvgg.storage.local import Storage
 from fastvgg.storage.objects import StoreStorage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from fastvgg.datasets.base import ArraySource, Header, ImageRecord, Target
     from fastvgg.datasets.images import ImageListing
     from fastvgg.imaging.resize import Gather
-    from fastvgg.storage.local import Storage
+    from fastvgg.storage.location import Location
     from fastvgg.transform import Layout, Transform
 
 IMAGE_SOURCES: Final[dict[str, type[ImageSource]]] = {"images": ImageFolder, "tar": TarShards}
@@ -38,7 +37,7 @@ ZARR_METADATA: Final = ("zarr.json", ".zarray", ".zgroup")
 
 
 def open_source(
-    path: Path,
+    location: Location,
     *,
     layout: Layout = "NHWC",
     dtype_hint: str | None = None,
@@ -53,7 +52,7 @@ def open_source(
 
     Parameters
     ----------
-    path
+    location
         A directory of images, tar shards of images, a .npy file, a directory of part-*.npy, a Zarr
         array, or a dataset in an HDF5 file.
     layout
@@ -78,42 +77,45 @@ def open_source(
     SourceError
         If the path is missing, empty, damaged, or in an unsupported format.
     """
-    kind = _source_format(path)
+    kind = _source_format(location)
     if kind not in IMAGE_SOURCES:
-        return _open_array(path, kind, layout, dtype_hint, decoding, use_index=use_index)
+        return _open_array(location, kind, layout, dtype_hint, decoding, use_index=use_index)
     if layout != "NHWC":
-        raise SourceError(f"{path} contains images, which are NHWC, not {layout}", "omit --layout")
+        raise SourceError(
+            f"{location} contains images, which are NHWC, not {layout}", "omit --layout"
+        )
     decoding = decoding or DecodeOptions()
     decoder = Decoder(decoding, memory_bytes=decoding_bytes, threads=threads, gather=gather)
+    path = location.container
     return IMAGE_SOURCES[kind](path, decoding, decoder, threads=threads, listing=listing)
 
 
-def _source_format(path: Path) -> str:
+def _source_format(location: Location) -> str:
     """Return the format of an existing dataset: that of a source's `kind`."""
-    kind = _array_format(path)
-    if is_remote(path) and kind not in (None, "zarr"):
+    kind = _array_format(location)
+    if location.is_remote and kind not in (None, "zarr"):
         raise SourceError(
-            f"{path}: only Zarr arrays can be read from a store",
+            f"{location}: only Zarr arrays can be read from a store",
             "download the file and give its local path",
         )
-    if is_remote(path) or _is_zarr(path):
+    if location.is_remote or _is_zarr(location):
         return "zarr"
-    if _is_directory(path):
-        return "parts" if part_names(path) else "images"
-    if names_tar(container_of(path)):
+    if _is_directory(location):
+        return "parts" if part_names(location.container) else "images"
+    if names_tar(location.container):
         return "tar"
-    if not os.path.lexists(container_of(path)):
-        raise SourceError(f"{path} does not exist", "check the path; nothing was written")
+    if not os.path.lexists(location.container):
+        raise SourceError(f"{location} does not exist", "check the path; nothing was written")
     if kind is None:
         raise SourceError(
-            f"{path} is not a directory of images, a .npy, .zarr or HDF5 array, or a tar shard",
+            f"{location} is not a directory of images, a .npy, .zarr or HDF5 array, or a tar shard",
             "for a single image, give the directory that contains it",
         )
     return kind
 
 
 def _open_array(
-    path: Path,
+    location: Location,
     kind: str,
     layout: Layout,
     dtype_hint: str | None,
@@ -123,23 +125,26 @@ def _open_array(
 ) -> ArraySource:
     if decoding not in (None, DecodeOptions()):
         raise SourceError(
-            f"{path} is an array, but decoding options such as --size apply only to image files",
+            f"{location} is an array, but decoding options such as --size apply only to "
+            "image files",
             "omit them, or give the directory of images",
         )
+    path = location.container
     if kind == "hdf5":
-        with _installed("hdf5", path):
+        with _installed("hdf5", location):
             from fastvgg.datasets.hdf5 import Hdf5Source
-        return Hdf5Source(path, layout=layout, use_index=use_index)
+        return Hdf5Source(location, layout=layout, use_index=use_index)
     if kind == "zarr":
-        with _installed("zarr", path):
+        with _installed("zarr", location):
             from fastvgg.datasets.zarr import ZarrSource
         return ZarrSource(path, layout=layout)
     if kind == "parts":
-        return PartitionedNpySource(path, part_names(path), layout=layout, dtype_hint=dtype_hint)
+        names = part_names(path)
+        return PartitionedNpySource(path, names, layout=layout, dtype_hint=dtype_hint)
     return NpySource(path, layout=layout, dtype_hint=dtype_hint)
 
 
-def embedded_transform(path: Path) -> Any:  # noqa: ANN401  # any JSON value
+def embedded_transform(location: Location) -> Any:  # noqa: ANN401  # any JSON value
     """Return the transform recorded in an array's own metadata, as JSON types, or None.
 
     Raises
@@ -147,14 +152,14 @@ def embedded_transform(path: Path) -> Any:  # noqa: ANN401  # any JSON value
     SourceError
         If the array cannot be opened.
     """
-    if not (is_remote(path) or _is_zarr(path)):
+    if not (location.is_remote or _is_zarr(location)):
         return None
-    with _installed("zarr", path):
+    with _installed("zarr", location):
         from fastvgg.datasets.zarr import ZarrArray
-    return ZarrArray(path).transform
+    return ZarrArray(location.container).transform
 
 
-def check_target(path: Path) -> None:
+def check_target(location: Location) -> None:
     """Check that a target's package is installed and that its format allows its name.
 
     Raises
@@ -162,74 +167,79 @@ def check_target(path: Path) -> None:
     SourceError, TargetError
         If either is not the case.
     """
-    kind = target_format(path)
+    kind = target_format(location)
     if kind == "zarr":
-        with _installed("zarr", path):
+        with _installed("zarr", location):
             import zarr  # noqa: F401
     if kind == "hdf5":
-        with _installed("hdf5", path):
+        with _installed("hdf5", location):
             from fastvgg.datasets.hdf5 import check_name
-        check_name(path)
+        check_name(location)
 
 
 @contextlib.contextmanager
-def _installed(extra: str, path: Path) -> Iterator[None]:
+def _installed(extra: str, location: Location) -> Iterator[None]:
     """Convert an ImportError of a format's package into an error that names the extra."""
     try:
         yield
     except ImportError as error:
         raise SourceError(
-            f"{path} requires a package that cannot be imported: {error}",
+            f"{location} requires a package that cannot be imported: {error}",
             f"in a clone of fastvgg: pip install '.[{extra}]'",
         ) from None
 
 
-def _is_directory(path: Path) -> bool:
-    return os.path.isdir(path)  # noqa: PTH112  # Path.is_dir raises where a name is too long
+def _is_directory(location: Location) -> bool:
+    return not location.inner and os.path.isdir(location.container)  # noqa: PTH112  # Path.is_dir raises where a name is too long
 
 
-def _is_zarr(path: Path) -> bool:
-    """Whether a path is the directory of a Zarr array or group."""
-    if not _is_directory(path):
+def _is_zarr(location: Location) -> bool:
+    """Whether a location is the directory of a Zarr array or group."""
+    if not _is_directory(location):
         return False
+    path = location.container
     names = [os.path.join(path, name) for name in ZARR_METADATA]  # noqa: PTH118
     return path.suffix.lower() == ".zarr" or any(map(os.path.exists, names))
 
 
-def target_format(path: Path) -> str:
+def target_format(location: Location) -> str:
     """Return the format that a target's name selects: "npy", "hdf5", "zarr" or "images"."""
-    kind = _array_format(path)
+    kind = _array_format(location)
     if kind is not None:
         return kind
+    path = location.container
     if path.suffix == "" or path.is_dir():
         return "images"
     raise TargetError(
-        f"{path}: unsupported suffix {path.suffix!r}",
+        f"{location}: unsupported suffix {path.suffix!r}",
         "use a name ending in .npy or .zarr, or FILE.h5::/NAME, or a directory for restored "
         "image files",
     )
 
 
-def _array_format(path: Path) -> str | None:
-    return ARRAY_FORMATS.get(container_of(path).suffix.lower())
+def _array_format(location: Location) -> str | None:
+    return ARRAY_FORMATS.get(location.container.suffix.lower())
 
 
 def open_target(
-    path: Path,
+    location: Location,
     header: Header,
-    storage: Storage,
+    storage: Storage | StoreStorage | None = None,
     *,
     chunk_images: int,
     transform: Transform | None = None,
     records: Sequence[ImageRecord] = (),
     file_format: FileFormat = "png",
 ) -> Target:
-    """Return the target at a path. Nothing is written before its `create`.
+    """Return the target at a location. Nothing is written before its `create`.
 
     Parameters
     ----------
-    path, header, storage
-        Where the target is, its shape and dtype, and the I/O layer that writes it.
+    location, header
+        Where the target is, and its shape, dtype and layout.
+    storage
+        Performs the durable I/O of a disk or a store, whichever the location is on. Default: one
+        that syncs.
     chunk_images
         Number of images in a chunk of the run; a Zarr shard holds as many.
     transform
@@ -239,19 +249,24 @@ def open_target(
     file_format
         Format of the image files.
     """
-    kind = target_format(path)
+    path = location.container
+    kind = target_format(location)
+    shards = {"chunk_images": chunk_images, "transform": transform}
+    if location.is_remote:
+        with _installed("zarr", location):
+            from fastvgg.datasets.zarr_writer import StoreZarrTarget
+        return StoreZarrTarget(
+            path, header, cast("StoreStorage", storage or StoreStorage()), **shards
+        )
+    disk = cast("Storage", storage or Storage())
     if kind == "npy":
-        return NpyTarget(path, header, storage)
+        return NpyTarget(path, header, disk)
     if kind == "hdf5":
-        with _installed("hdf5", path):
+        with _installed("hdf5", location):
             from fastvgg.datasets.hdf5 import Hdf5Target
-        return Hdf5Target(path, header, storage)
+        return Hdf5Target(location, header, disk)
     if kind == "zarr":
-        with _installed("zarr", path):
-            from fastvgg.datasets.zarr_writer import StoreZarrTarget, ZarrTarget
-        if isinstance(storage, StoreStorage):
-            return StoreZarrTarget(
-                path, header, storage, chunk_images=chunk_images, transform=transform
-            )
-        return ZarrTarget(path, header, storage, chunk_images=chunk_images, transform=transform)
-    return ImageFolderTarget(path, header, storage, records, file_format)
+        with _installed("zarr", location):
+            from fastvgg.datasets.zarr_writer import ZarrTarget
+        return ZarrTarget(path, header, disk, **shards)
+    return ImageFolderTarget(path, header, disk, records, file_format)

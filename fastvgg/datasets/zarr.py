@@ -32,7 +32,7 @@ from fastvgg.datasets.base import (
 from fastvgg.datasets.index import read_index
 from fastvgg.errors import SourceError, StoppedError
 from fastvgg.storage import objects
-from fastvgg.storage.location import is_remote
+from fastvgg.storage.location import Location, is_remote
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -128,7 +128,7 @@ class ZarrArray(ArraySource):
         layout: Layout = "NHWC",
         metadata: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
-        super().__init__(path)
+        super().__init__(Location(path))
         _check_regular(path)
         try:
             with objects.os_errors(), warnings.catch_warnings():

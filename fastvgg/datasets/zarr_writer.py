@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import mmap
+from abc import abstractmethod
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -18,7 +19,7 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.storage import MemoryStore
 
-from fastvgg.datasets.base import Header, SharedTarget, bytes_of, inner_chunk_images
+from fastvgg.datasets.base import DiskTarget, Header, SharedTarget, bytes_of, inner_chunk_images
 from fastvgg.datasets.zarr import ATTRIBUTE_KEY, DamagedChunkError, ZarrArray
 from fastvgg.errors import ResumeError, VerificationError
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer
 
     from fastvgg.datasets.base import PartialPages, Payload
-    from fastvgg.storage.local import Storage
     from fastvgg.storage.objects import StoreStorage
     from fastvgg.transform import Transform
 
@@ -135,12 +135,12 @@ class _Shard(NamedTuple):
     content: NDArray[np.uint8]
 
 
-class ZarrTarget(SharedTarget):
-    """A Zarr array in a directory, with one file per shard.
+class _ShardTarget(SharedTarget):
+    """A Zarr array with one file, or object, per shard.
 
     Parameters
     ----------
-    path, header, storage
+    path, header
         As for `Target`.
     chunk_images
         Number of images per shard.
@@ -149,51 +149,23 @@ class ZarrTarget(SharedTarget):
     """
 
     kind = "zarr"
-    _aligned_bytes = mmap.PAGESIZE  # alignment of a shard's buffer, for direct I/O
+    _aligned_bytes = 1
+    """Alignment of a shard's buffer."""
 
     def __init__(
-        self,
-        path: Path,
-        header: Header,
-        storage: Storage,
-        *,
-        chunk_images: int,
-        transform: Transform | None,
+        self, path: Path, header: Header, *, chunk_images: int, transform: Transform | None
     ) -> None:
-        super().__init__(path, header, storage)
+        super().__init__(path, header)
         self._encoder = ShardEncoder(header, chunk_images, transform)
         self._encoded: deque[tuple[str, _Shard]] = deque()
         self._memory: list[bytearray] = []
 
-    def create(self) -> None:
-        self._storage.remove(self.partial)
-        self._storage.make_directory(self.partial)
-        for name, data in self._encoder.metadata.items():
-            self._store(name, memoryview(data))
-        self._storage.sync_directory(self.partial)
-        self._storage.sync_directory(self.path.parent)
-
-    def reopen(self) -> None:
-        for name, expected in self._encoder.metadata.items():
-            try:
-                actual = (self.partial / name).read_bytes()
-            except OSError as error:
-                raise ResumeError(
-                    f"{self.partial / name} cannot be read: {error.strerror}",
-                    "start over with --restart",
-                ) from None
-            if actual != expected:
-                raise ResumeError(
-                    f"{self.partial / name} differs from what the unfinished run wrote",
-                    "the file was changed in the meantime: start over with --restart",
-                )
-
     def write(self, start: int, stored: Payload) -> None:
         """Encode rows as a shard, which `sync` writes.
 
-        So a shard is encoded while the previous one is being written to the disk.
+        So a shard is encoded while the previous one is being written.
         """
-        self._encoded.append((self._encoder.key(start), self._shard(stored)))
+        self._encoded.append((self._encoder.key(start), self._encode(stored)))
 
     def write_aligned(self, start: int, stored: Payload) -> PartialPages:
         self.write(start, stored)
@@ -202,8 +174,8 @@ class ZarrTarget(SharedTarget):
     def write_unaligned(self, edges: PartialPages) -> None:
         """Do nothing: there are no partial pages."""
 
-    def _shard(self, stored: Payload) -> _Shard:
-        """Encode rows as a shard in a buffer from the pool; `_store_shard` returns it there."""
+    def _encode(self, stored: Payload) -> _Shard:
+        """Encode rows as a shard in a buffer from the pool; `sync` returns it there."""
         nbytes = self._encoder.shard_bytes
         try:
             memory = self._memory.pop()
@@ -215,24 +187,16 @@ class ZarrTarget(SharedTarget):
         self._encoder.encode(data, content)
         return _Shard(memory, content)
 
-    def _store_shard(self, name: str, shard: _Shard) -> None:
-        self._store(name, shard.content.data)
-        self._memory.append(shard.memory)
-
-    def _store(self, name: str, data: memoryview) -> None:
-        file = self._storage.create(self.partial / name)
-        file = self._storage.direct(file)
-        try:
-            self._storage.write(file, data, 0)
-            self._storage.sync(file)
-        finally:
-            self._storage.close(file)
+    @abstractmethod
+    def _store(self, name: str, shard: _Shard) -> None:
+        """Write an encoded shard durably."""
 
     def sync(self) -> None:
-        """Write the encoded shards, and make them and their directory entries durable."""
+        """Write the encoded shards."""
         for _ in range(len(self._encoded)):  # not shards that `write` adds in the meantime
-            self._store_shard(*self._encoded.popleft())
-        self._storage.sync_directory(self.partial)
+            name, shard = self._encoded.popleft()
+            self._store(name, shard)
+            self._memory.append(shard.memory)
 
     def read_unfinished(self, start: int, stop: int) -> Payload:
         """Read rows of the partial; empty if their shard is missing or damaged."""
@@ -258,15 +222,58 @@ class ZarrTarget(SharedTarget):
         return ZarrArray(self.path, layout=self.header.layout)
 
 
-class StoreZarrTarget(ZarrTarget):
+class ZarrTarget(DiskTarget, _ShardTarget):
+    """A Zarr array in a directory, with one file per shard."""
+
+    _aligned_bytes = mmap.PAGESIZE  # for direct I/O
+
+    def create(self) -> None:
+        self._storage.remove(self.partial)
+        self._storage.make_directory(self.partial)
+        for name, data in self._encoder.metadata.items():
+            self._write(name, memoryview(data))
+        self._storage.sync_directory(self.partial)
+        self._storage.sync_directory(self.path.parent)
+
+    def reopen(self) -> None:
+        for name, expected in self._encoder.metadata.items():
+            try:
+                actual = (self.partial / name).read_bytes()
+            except OSError as error:
+                raise ResumeError(
+                    f"{self.partial / name} cannot be read: {error.strerror}",
+                    "start over with --restart",
+                ) from None
+            if actual != expected:
+                raise ResumeError(
+                    f"{self.partial / name} differs from what the unfinished run wrote",
+                    "the file was changed in the meantime: start over with --restart",
+                )
+
+    def _store(self, name: str, shard: _Shard) -> None:
+        self._write(name, shard.content.data)
+
+    def _write(self, name: str, data: memoryview) -> None:
+        file = self._storage.create(self.partial / name)
+        file = self._storage.direct(file)
+        try:
+            self._storage.write(file, data, 0)
+            self._storage.sync(file)
+        finally:
+            self._storage.close(file)
+
+    def sync(self) -> None:
+        """Write the encoded shards, and make their directory entries durable."""
+        super().sync()
+        self._storage.sync_directory(self.partial)
+
+
+class StoreZarrTarget(_ShardTarget):
     """A Zarr array in a store. Shards get their final keys; the metadata are written last."""
 
-    _storage: StoreStorage
-    _aligned_bytes = 1
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.partial = self.path
+    def __init__(self, path: Path, header: Header, storage: StoreStorage, **options: Any) -> None:
+        super().__init__(path, header, **options)
+        self._storage = storage
 
     def create(self) -> None:
         """Remove what exists at the path, its array metadata first."""
@@ -281,9 +288,8 @@ class StoreZarrTarget(ZarrTarget):
     def attach(self) -> None:
         """Do nothing: until it is published, the array consists of shards only."""
 
-    def _store_shard(self, name: str, shard: _Shard) -> None:
+    def _store(self, name: str, shard: _Shard) -> None:
         self._storage.put(self.path / name, shard.memory)
-        self._memory.append(shard.memory)
 
     def publish(self) -> None:
         for name, data in self._encoder.metadata.items():

@@ -28,7 +28,7 @@ from fastvgg.executors.worker import Task, close_run, open_run, run_task, stored
 from fastvgg.parallel import available_cpus
 from fastvgg.stream.manifest import package_versions
 from fastvgg.stream.plan import format_bytes
-from fastvgg.stream.planner import reopen_source
+from fastvgg.stream.source import reopen_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator

@@ -20,22 +20,21 @@ from typing import TYPE_CHECKING, Final
 from fastvgg.datasets.base import SharedTarget
 from fastvgg.datasets.open import open_target
 from fastvgg.errors import StoppedError
-from fastvgg.storage.location import parse_location
 from fastvgg.stream.commit_pipeline import CommitPipeline
 from fastvgg.stream.compute import BufferRing, compute, make_commit
+from fastvgg.stream.destination import destination_of
 from fastvgg.stream.journal import journal_path, read_journal_header
 from fastvgg.stream.manifest import checksum
-from fastvgg.stream.planner import reopen_source
-from fastvgg.stream.target import destination_of
+from fastvgg.stream.source import reopen_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from fastvgg.datasets.base import PartialPages, Source
     from fastvgg.stream.compute import ChunkResult, ChunkTask
+    from fastvgg.stream.destination import Destination
     from fastvgg.stream.journal import Commit
     from fastvgg.stream.plan import Plan
-    from fastvgg.stream.target import Destination
 
 MAX_OPEN_RUNS: Final = 2  # in one process at a time
 
@@ -92,9 +91,9 @@ class _WorkerSlot:
     def _open(self) -> SharedTarget:
         plan = self._plan
         target = open_target(
-            parse_location(plan.target),
+            plan.target,
             plan.result,
-            self._destination.shared_storage(fsync=plan.fsync),
+            self._destination.shared_storage(),
             chunk_images=plan.chunk_images,
             transform=plan.transform,
         )

@@ -233,8 +233,8 @@ class Decoder:
         self._large_bytes = memory_bytes // 2
         self._share_bytes = (memory_bytes - self._large_bytes) // threads
         self._one_large = threading.Lock()
-        # JPEGs of up to this many pixels always fit. To estimate the memory of another one takes
-        # 160 us for 70 kB, to find out whether it is progressive.
+        # JPEGs of up to this many pixels always fit: their memory need not be estimated. To search
+        # 70 kB for a progressive frame takes 160 us.
         self._small_pixels = min(decoding.max_pixels, self._share_bytes // SMALL_PIXEL_BYTES)
         self._indices = functools.lru_cache(maxsize=256)(self._index_for)
 

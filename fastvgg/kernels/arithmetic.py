@@ -45,7 +45,7 @@ F16_OVERFLOW: Final = 0x477FF000  # 65520 as float32: rounds to infinity
 F16_SMALLEST_NORMAL: Final = 0x38800000  # 2**-14 as float32
 SIGN: Final = 0x8000
 
-ROUNDING_MAGIC: Final = {"float32": 2.0**23, "float64": 2.0**52}
+ROUNDING_MAGIC: Final = {FLOAT: 2.0**23, DOUBLE: 2.0**52}
 
 
 @functools.cache
@@ -83,7 +83,9 @@ def narrow(storage: str, *, may_tie: bool = True, split: bool = False) -> Any:
             return _narrow_float16(b, _convert(b, values, like(values, FLOAT)))
         if storage == "bfloat16":
             rounded = _round_to_bfloat16(b, _convert(b, values, like(values, FLOAT)), may_tie)
-            return _merge_bfloat16(b, rounded) if split else _upper_halves(b, rounded)
+            if split:
+                return _merge_bfloat16(b, rounded)
+            return b.trunc(b.lshr(rounded, splat(rounded.type, 16)), like(rounded, I16))
         return _convert(b, values, like(values, ELEMENTS[storage]))
 
     return on_each_vector(lambda block: block.of(storage), emit)
@@ -154,10 +156,6 @@ def _round_to_bfloat16(b: Any, floats: Any, may_tie: bool) -> Any:
     return b.add(b.add(bits, splat(words, 0x7FFF)), odd)
 
 
-def _upper_halves(b: Any, words: Any) -> Any:
-    return b.trunc(b.lshr(words, splat(words.type, 16)), like(words, I16))
-
-
 def _merge_bfloat16(b: Any, words: Any) -> Any:
     """Merge the upper halves of split words into the original order."""
     count = words.type.count
@@ -194,17 +192,13 @@ def divide(division: str) -> Any:
     return divide_block
 
 
-def _fma(b: Any, x: Any, y: Any, z: Any) -> Any:
+def _emit_multiply_add(b: Any, x: Any, slope: Any, intercept: Any) -> Any:
+    if not jit.processor().has_fma:
+        return b.fadd(b.fmul(x, slope), intercept)
     bits = {FLOAT: 32, DOUBLE: 64}[x.type.element]
     kind = ir.FunctionType(x.type, [x.type] * 3)
-    fused = b.module.declare_intrinsic(f"llvm.fma.v{x.type.count}f{bits}", fnty=kind)
-    return b.call(fused, [x, y, z])
-
-
-def _emit_multiply_add(b: Any, x: Any, slope: Any, intercept: Any) -> Any:
-    if jit.processor().has_fma:
-        return _fma(b, x, slope, intercept)
-    return b.fadd(b.fmul(x, slope), intercept)
+    fma = b.module.declare_intrinsic(f"llvm.fma.v{x.type.count}f{bits}", fnty=kind)
+    return b.call(fma, [x, slope, intercept])
 
 
 @intrinsic
@@ -289,7 +283,7 @@ def round_to_float(rounding: Rounding) -> Any:
         if rounding == "truncate":
             return b.uitofp(b.fptoui(_clamp(b, x, 0.25, 255.0), like(x, I32)), x.type)
         # The sum has no fraction bits, so the addition rounds half to even.
-        magic = ROUNDING_MAGIC[{FLOAT: "float32", DOUBLE: "float64"}[x.type.element]]
+        magic = ROUNDING_MAGIC[x.type.element]
         rounded = _clamp(b, b.fadd(x, splat(x.type, magic)), magic, magic + 255.0)
         return b.fsub(rounded, splat(x.type, magic))
 

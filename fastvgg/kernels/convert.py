@@ -37,7 +37,7 @@ distance reaches 1."""
 
 @functools.cache
 def compiled(spec: KernelSpec) -> Callable[..., None]:
-    """Return the kernel of a spec.
+    """Return the kernel of a spec. A spec has no constants of modes, so there are finitely many.
 
     Its arguments are the addresses of source, target and constant table; the number of images, and
     of pixels in each; then the strides in bytes between images and between planes, of the source
@@ -181,18 +181,27 @@ def _blocks_converter(spec: KernelSpec) -> Any:
     return convert_two_streams if spec.two_streams else convert_stream
 
 
+def _prefetch(spec: KernelSpec, lanes: int, places: int) -> Any:
+    """Return the function that prefetches as many bytes as `lanes` pixels; none for one pixel."""
+    pixel = ELEMENT_BYTES[spec.source] * (1 if spec.planar_source else 3)
+    return memory.prefetch(lanes * pixel if lanes > 1 else 0, places, spec.prefetch_distance)
+
+
 def _converter(spec: KernelSpec, lanes: int) -> Any:
     """Return the part of a kernel that converts `lanes` pixels.
 
     Its arguments are the address and the vector stride of the source, those of the target, and the
     constants. It loads everything before it stores anything.
     """
+    prefetch = _prefetch(spec, lanes, 3 if spec.planar_source else 1)
     read, calculate = _reader(spec, lanes), _calculation(spec, split=spec.splits and lanes > 1)
     shuffle, shuffles_results = _shuffle(spec), spec.shuffles_results
     store = memory.store(nontemporal=spec.nontemporal and lanes > 1)
 
     @inlined
     def convert(x, source_step, y, step, constants):
+        compiler_barrier()
+        prefetch(x, source_step)
         result = calculate(read(x, source_step), constants)
         store(y, step, shuffle(result) if shuffles_results else result)
 
@@ -202,37 +211,20 @@ def _converter(spec: KernelSpec, lanes: int) -> Any:
 def _reader(spec: KernelSpec, lanes: int) -> Any:
     """Return the function that loads `lanes` pixels in the type and order of the arithmetic."""
     split = spec.splits and lanes > 1
+    places, vectors = (3, 1) if spec.planar_source else (1, 3)
+    if spec.source == "uint8" and lanes > 1 and (split or not spec.planar_source):
+        offsets = _byte_offsets(spec, lanes)
+        return memory.load_bytes(offsets, lanes, vectors * lanes, spec.compute, places)
     load = memory.load(spec.source, lanes, 3)
     widen = arithmetic.widen(spec.source, spec.compute, split=split)
     shuffle, shuffles_results = _shuffle(spec), spec.shuffles_results
-    planar_source = spec.planar_source
-    nbytes = lanes * ELEMENT_BYTES[spec.source] * (1 if planar_source else 3) if lanes > 1 else 0
-    prefetch = memory.prefetch(nbytes, 3 if planar_source else 1, spec.prefetch_distance)
 
     @inlined
     def read(x, step):
-        compiler_barrier()
-        prefetch(x, step)
         block = load(x, step)
         return widen(block if shuffles_results else shuffle(block))
 
-    if spec.source != "uint8" or lanes == 1 or (planar_source and not split):
-        return read
-    load_bytes = memory.load_bytes(
-        _byte_offsets(spec, lanes),
-        lanes,
-        lanes * (1 if planar_source else 3),
-        spec.compute,
-        places=3 if planar_source else 1,
-    )
-
-    @inlined
-    def read_bytes(x, step):
-        compiler_barrier()
-        prefetch(x, step)
-        return load_bytes(x, step)
-
-    return read_bytes
+    return read
 
 
 def _byte_offsets(spec: KernelSpec, lanes: int) -> tuple[int, ...]:
@@ -274,10 +266,7 @@ def _channel_converter(spec: KernelSpec, lanes: int) -> Any:
     interleaved_source = not spec.planar_source and lanes > 1
     split = spec.splits and lanes > 1
     read = _channel_reader(spec, lanes, interleaved_source, split)
-    nbytes = (
-        lanes * ELEMENT_BYTES[spec.source] * (3 if interleaved_source else 1) if lanes > 1 else 0
-    )
-    prefetch = memory.prefetch(nbytes, 1, spec.prefetch_distance)
+    prefetch = _prefetch(spec, lanes, places=1)
     calculate = _calculation(spec, split=split)
     store = memory.store(nontemporal=spec.nontemporal and lanes > 1)
 
@@ -308,12 +297,8 @@ def _channel_reader(spec: KernelSpec, lanes: int, interleaved: bool, split: bool
 def _calculation(spec: KernelSpec, *, split: bool) -> Any:
     """Return the function that computes results from values of the compute type."""
     divide, scale = arithmetic.divide(spec.divide), arithmetic.divide(spec.scale)
-    divides, scales, may_be_nan = (
-        spec.divide != "none",
-        spec.scale != "none",
-        spec.source != "uint8",
-    )
-    to_uint8 = spec.target == "uint8"
+    divides, scales = spec.divide != "none", spec.scale != "none"
+    may_be_nan, to_uint8 = spec.source != "uint8", spec.target == "uint8"
     narrow = arithmetic.narrow(spec.target, may_tie=spec.may_tie, split=split)
     canonical_nan, merge = arithmetic.canonical_nan, order.merge
     round_to_uint8 = arithmetic.round_to_uint8(spec.rounding)
@@ -331,18 +316,19 @@ def _calculation(spec: KernelSpec, *, split: bool) -> Any:
         return narrow(multiply_add(x, c.slope, c.intercept))
 
     @inlined
-    def restore(y, c):
-        x = (y * c.std if scales else y) + c.mean
-        if divides:
-            x = x * c.divide
+    def saturate(x):
         if not to_uint8:
             return narrow(round_to_float(x))
         return merge(round_to_uint8(x)) if split else round_to_uint8(x)
 
     @inlined
+    def restore(y, c):
+        x = (y * c.std if scales else y) + c.mean
+        return saturate(x * c.divide if divides else x)
+
+    @inlined
     def restore_affine(y, c):
-        x = round_to_uint8(multiply_add(y, c.slope, c.intercept))
-        return merge(x) if split else x
+        return saturate(multiply_add(y, c.slope, c.intercept))
 
     if spec.restores:
         return restore_affine if spec.affine else restore

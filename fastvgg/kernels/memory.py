@@ -38,9 +38,8 @@ def _offset(b: Any, address: Any, nbytes: int) -> Any:
     return b.add(address, ir.Constant(I64, nbytes)) if nbytes else address
 
 
-def _addresses(b: Any, first_and_step: Sequence[Any], count: int) -> list[Any]:
-    """Return `count` addresses, from an address and the bytes between them."""
-    address, step = first_and_step
+def _addresses(b: Any, address: Any, step: Any, count: int) -> list[Any]:
+    """Return `count` addresses, `step` bytes apart."""
     addresses = [address]
     for _ in range(count - 1):
         addresses.append(b.add(addresses[-1], step))
@@ -52,30 +51,36 @@ def _load(b: Any, address: Any, storage: str, lanes: int) -> Any:
     return b.load(pointer, align=1, typ=ir.VectorType(ELEMENTS[storage], lanes))
 
 
-@functools.cache
-def load(storage: str, lanes: int, vectors: int) -> Any:
-    """Load vectors `step` bytes apart, with any alignment: intrinsic(address, step)."""
-    kind = Block(storage, lanes, vectors)
-
-    @intrinsic
-    def load_block(_context: Any, _address: Any, _step: Any) -> Any:
-        def emit(_: Any, b: Any, __: Any, arguments: Any) -> Any:
-            addresses = _addresses(b, arguments, vectors)
-            return pack(b, [_load(b, address, storage, lanes) for address in addresses])
-
-        return kind(types.int64, types.int64), emit
-
-    return load_block
-
-
 def _loader(kind: Any, emit: Callable[[Any, Any], Any]) -> Any:
-    """Return an intrinsic from an address to `kind`."""
+    """Return an intrinsic(address) whose result is of type `kind`."""
 
     @intrinsic
     def load_block(_context: Any, _address: Any) -> Any:
         return kind(types.int64), lambda _, b, __, arguments: emit(b, arguments[0])
 
     return load_block
+
+
+def _strided(kind: Any, emit: Callable[[Any, Any, Any], Any]) -> Any:
+    """Return an intrinsic(address, step) whose result is of type `kind`."""
+
+    @intrinsic
+    def access(_context: Any, _address: Any, _step: Any) -> Any:
+        signature = kind(types.int64, types.int64)
+        return signature, lambda _, b, __, arguments: emit(b, *arguments)
+
+    return access
+
+
+@functools.cache
+def load(storage: str, lanes: int, vectors: int) -> Any:
+    """Load vectors `step` bytes apart, with any alignment: intrinsic(address, step)."""
+
+    def emit(b: Any, address: Any, step: Any) -> Any:
+        starts = _addresses(b, address, step, vectors)
+        return pack(b, [_load(b, start, storage, lanes) for start in starts])
+
+    return _strided(Block(storage, lanes, vectors), emit)
 
 
 @functools.cache
@@ -97,7 +102,6 @@ def load_bytes(
                 f"four lanes come from {SHUFFLE_BYTES} bytes that begin at a pixel, "
                 f"not from offsets {', '.join(map(str, four))}"
             )
-    kind = Block(compute, lanes, places * len(offsets) // lanes)
     words, values = ir.VectorType(I32, lanes), ir.VectorType(ELEMENTS[compute], lanes)
 
     def load_four(b: Any, address: Any, first: int) -> Any:
@@ -112,15 +116,11 @@ def load_bytes(
         fours = [load_four(b, address, at) for at in range(first, first + lanes, 4)]
         return b.sitofp(b.bitcast(concat(b, fours), words), values)
 
-    @intrinsic
-    def load_block(_context: Any, _address: Any, _step: Any) -> Any:
-        def emit(_: Any, b: Any, __: Any, arguments: Any) -> Any:
-            starts, firsts = _addresses(b, arguments, places), range(0, len(offsets), lanes)
-            return pack(b, [load_vector(b, start, at) for start in starts for at in firsts])
+    def emit(b: Any, address: Any, step: Any) -> Any:
+        starts, firsts = _addresses(b, address, step, places), range(0, len(offsets), lanes)
+        return pack(b, [load_vector(b, start, at) for start in starts for at in firsts])
 
-        return kind(types.int64, types.int64), emit
-
-    return load_block
+    return _strided(Block(compute, lanes, places * len(offsets) // lanes), emit)
 
 
 def _window_start(offsets: Sequence[int], first: int) -> int:
@@ -274,10 +274,10 @@ def store(*, nontemporal: bool) -> Any:
         align = min(nbytes, CACHE_LINE_BYTES) if nontemporal else 1
 
         def emit(_: Any, b: Any, __: Any, arguments: Any) -> None:
-            *place, value = arguments
-            addresses = _addresses(b, place, block.vectors)
-            for address, vector in zip(addresses, unpack(b, value), strict=True):
-                written = b.store(vector, b.inttoptr(address, ir.PointerType()), align=align)
+            address, step, value = arguments
+            addresses = _addresses(b, address, step, block.vectors)
+            for start, vector in zip(addresses, unpack(b, value), strict=True):
+                written = b.store(vector, b.inttoptr(start, ir.PointerType()), align=align)
                 if nontemporal:
                     one = b.module.add_metadata([ir.Constant(I32, 1)])
                     written.set_metadata("nontemporal", one)
@@ -309,62 +309,54 @@ def prefetch(nbytes: int, count: int, distance: int) -> Any:
     kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), I32, I32, I32])
     read, streaming, data = (ir.Constant(I32, number) for number in (0, 0, 1))
 
-    @intrinsic
-    def prefetch_bytes(_context: Any, _address: Any, _step: Any) -> Any:
-        def emit(_: Any, b: Any, __: Any, arguments: Any) -> None:
-            declared = b.module.declare_intrinsic("llvm.prefetch.p0", fnty=kind)
-            for address in _addresses(b, arguments, count):
-                for ahead in range(distance, distance + nbytes, CACHE_LINE_BYTES):
-                    pointer = b.inttoptr(_offset(b, address, ahead), ir.PointerType())
-                    b.call(declared, [pointer, read, streaming, data])
+    def emit(b: Any, address: Any, step: Any) -> None:
+        declared = b.module.declare_intrinsic("llvm.prefetch.p0", fnty=kind)
+        for start in _addresses(b, address, step, count):
+            for ahead in range(distance, distance + nbytes, CACHE_LINE_BYTES):
+                pointer = b.inttoptr(_offset(b, start, ahead), ir.PointerType())
+                b.call(declared, [pointer, read, streaming, data])
 
-        return types.void(types.int64, types.int64), emit
-
-    return prefetch_bytes
+    return _strided(types.void, emit)
 
 
 def _effect(emit: Callable[[Any], None]) -> Any:
-    """Return an intrinsic without arguments or result."""
+    """Decorate what emits an intrinsic without arguments or result."""
 
     @intrinsic
     def effect(_context: Any) -> Any:
-        def emit_effect(_: Any, b: Any, __: Any, ___: Any) -> None:
-            emit(b)
-
-        return types.void(), emit_effect
+        return types.void(), lambda _, b, __, ___: emit(b)
 
     return effect
 
 
-def _emit_compiler_barrier(b: Any) -> None:
+@_effect
+def compiler_barrier(b: Any) -> None:
+    """Compiler-only memory barrier; emits no instruction.
+
+    LLVM otherwise moves the loads and prefetches of a block to its beginning, which costs up to 0.1
+    of the throughput, and needs registers for all of them at once.
+    """
     b.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
 
 
-def _emit_store_fence(b: Any) -> None:
+@_effect
+def store_fence(b: Any) -> None:
+    """Order non-temporal stores before later stores.
+
+    x86 needs an `sfence`, which LLVM's own fences omit
+    (https://github.com/llvm/llvm-project/issues/64521).
+    """
     if jit.processor().is_x86:
         kind = ir.FunctionType(ir.VoidType(), [])
         b.call(b.module.declare_intrinsic("llvm.x86.sse.sfence", fnty=kind), [])
 
 
-def _emit_align_stack(b: Any) -> None:
+@_effect
+def align_stack(b: Any) -> None:
+    """Align the stack of the calling kernel to 64 bytes.
+
+    A spilled register that crosses a page waits for the non-temporal stores before it, 200 ns a
+    block on Zen 3. An aligned register never crosses a page.
+    """
     b.function.attributes.add("nounwind")  # llvmlite omits alignstack from an empty set
     b.function.attributes.alignstack = STACK_ALIGNMENT_BYTES
-
-
-compiler_barrier: Final = _effect(_emit_compiler_barrier)
-"""Compiler-only memory barrier; emits no instruction.
-
-LLVM otherwise moves the loads and prefetches of a block to its beginning, which costs up to 0.1 of
-the throughput, and needs registers for all of them at once.
-"""
-
-store_fence: Final = _effect(_emit_store_fence)
-"""Order non-temporal stores before later stores. x86 needs an `sfence`, which LLVM's own fences
-omit (https://github.com/llvm/llvm-project/issues/64521)."""
-
-align_stack: Final = _effect(_emit_align_stack)
-"""Align the stack of the calling kernel to 64 bytes.
-
-A spilled register that crosses a page waits for the non-temporal stores before it, 200 ns a block
-on Zen 3. An aligned register never crosses a page.
-"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
@@ -16,8 +17,6 @@ from fastvgg.kernels.vector import ELEMENT_BYTES
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
     from fastvgg.transform import Mode, Rounding, Transform
@@ -64,19 +63,11 @@ class KernelSpec(NamedTuple):
         nontemporal: bool = False,
         aligned_planes: bool = False,
     ) -> KernelSpec:
-        """Return the spec of a transform for one input type.
+        """Return the spec of a transform for inputs of one storage type.
 
-        Parameters
-        ----------
-        transform, input_name
-            The transform, and the storage type of the input.
-        reversed_input
-            Whether the channels of the input are stored in reverse of the order that the transform
-            assumes.
-        in_place, nontemporal
-            Whether the result overwrites the input, and whether it bypasses the caches.
-        aligned_planes
-            Whether the distance between two planes of the result is a multiple of a cache line.
+        `reversed_input`: the channels are stored in reverse of the order that the transform
+        assumes. `in_place`: the result overwrites the input. `nontemporal`: it bypasses the caches.
+        `aligned_planes`: the distance between its planes is a multiple of a cache line.
         """
         mode, restores = transform.mode, transform.direction == "restore"
         compute, target = transform.compute_name(input_name), transform.output_name(input_name)
@@ -208,7 +199,11 @@ def constant_table(mode: Mode, spec: KernelSpec) -> NDArray[Any]:
     return np.stack([np.tile(row, TABLE_COLUMNS // len(row)) for row in rows])
 
 
-NEIGHBOURS: Final = range(-3, 4)
+BYTES: Final = np.arange(256, dtype=np.float32)
+NEIGHBOURS: Final = sorted(
+    itertools.product(range(-3, 4), repeat=2), key=lambda steps: abs(steps[0]) + abs(steps[1])
+)
+"""Steps of a slope and of an intercept, the nearest first."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -223,8 +218,6 @@ def affine_constants(
     or all 65,536 floats, are tried, with the constants and their neighbours. The result is None if
     no candidate is exact for every input, or if the mode takes a single operation anyway.
 
-    Examples
-    --------
     >>> from fastvgg.transform import Mode
     >>> slope, intercept = affine_constants(Mode.TORCH, "float16", restores=False)
     >>> [f"{a:.4f} x {b:+.4f}" for a, b in zip(slope, intercept)]
@@ -238,35 +231,28 @@ def affine_constants(
     slopes, intercepts = (
         (std * divide, mean * divide) if restores else (1 / (divide * std), -mean / std)
     )
-    x = _every_half(half) if restores else _every_byte()
+    halves = np.arange(65536, dtype=np.uint16).view(storage_dtype(half))
+    x = halves.astype(np.float32) if restores else BYTES
     y = _restored(x, mode) if restores else _preprocessed(x, mode)
-    round_to_result = _as_byte if restores else functools.partial(_as_half, half=half)
-    found = [
-        _affine_channel(
-            x, round_to_result(column), round_to_result, np.float32(slope), np.float32(intercept)
-        )
-        for column, slope, intercept in zip(y.T, slopes, intercepts, strict=True)
-    ]
-    if None in found:
-        return None
+
+    def round_to_result(values: NDArray[np.float32]) -> NDArray[Any]:
+        if restores:
+            return oracle.saturate(values, "nearest")
+        return values.astype(halves.dtype).view(np.uint16)
+
+    found = []
+    for channel in range(3):
+        slope, intercept = np.float32(slopes[channel]), np.float32(intercepts[channel])
+        expected = round_to_result(y[:, channel])
+        for i, j in NEIGHBOURS:
+            a, b = _step(slope, i), _step(intercept, j)
+            if (round_to_result(_affine(x, a, b)) == expected).all():
+                found.append((a, b))
+                break
+        else:
+            return None
     slope, intercept = np.array(found, np.float32).T
     return slope, intercept
-
-
-def _affine_channel(
-    x: NDArray[np.float32],
-    expected: NDArray[Any],
-    round_to_result: Callable[[NDArray[np.float32]], NDArray[Any]],
-    slope: np.float32,
-    intercept: np.float32,
-) -> tuple[np.float32, np.float32] | None:
-    """Return the nearest slope and intercept that give the expected results, or None."""
-    neighbours = [(abs(i) + abs(j), i, j) for i in NEIGHBOURS for j in NEIGHBOURS]
-    for _, i, j in sorted(neighbours):
-        a, b = _step(slope, i), _step(intercept, j)
-        if (round_to_result(_affine(x, a, b)) == expected).all():
-            return a, b
-    return None
 
 
 def _affine(x: NDArray[Any], slope: Any, intercept: Any) -> NDArray[Any]:
@@ -278,23 +264,6 @@ def _step(number: np.float32, steps: int) -> np.float32:
     """Return the float32 `steps` steps from a number, towards larger magnitudes if positive."""
     stepped: np.float32 = (number.view(np.int32) + np.int32(steps)).view(np.float32)
     return stepped
-
-
-def _every_byte() -> NDArray[np.float32]:
-    return np.arange(256, dtype=np.float32)
-
-
-def _every_half(half: str) -> NDArray[np.float32]:
-    return np.arange(65536, dtype=np.uint16).view(storage_dtype(half)).astype(np.float32)
-
-
-def _as_half(y: NDArray[np.float32], half: str) -> NDArray[np.uint16]:
-    """Return the bits in a 16-bit float type."""
-    return y.astype(storage_dtype(half)).view(np.uint16)
-
-
-def _as_byte(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    return oracle.saturate(x, "nearest")
 
 
 def _preprocessed(x: NDArray[np.float32], mode: Mode) -> NDArray[np.float32]:
@@ -313,8 +282,10 @@ def _restored(y: NDArray[np.float32], mode: Mode) -> NDArray[np.float32]:
 def _has_ties(mode: Mode, *, affine: bool) -> bool:
     """Return whether any byte becomes a float32 halfway between two bfloat16 values."""
     constants = affine_constants(mode, "bfloat16", restores=False) if affine else None
-    x = _every_byte()
-    y = _preprocessed(x, mode) if constants is None else _affine(x[:, np.newaxis], *constants)
+    if constants is None:
+        y = _preprocessed(BYTES, mode)
+    else:
+        y = _affine(BYTES[:, np.newaxis], *constants)
     return bool((y.view(np.uint32) & 0xFFFF == 0x8000).any())
 
 
@@ -345,8 +316,6 @@ def reciprocal_is_exact(x: NDArray[Any], divisor: Any) -> bool:
 
     Both arguments are float32, or both float64.
 
-    Examples
-    --------
     >>> reciprocal_is_exact(np.arange(256, dtype=np.float32), np.float32(127.5))
     True
     >>> reciprocal_is_exact(np.arange(256, dtype=np.float32), np.float32(3e38))
@@ -364,25 +333,14 @@ def reciprocal_is_exact(x: NDArray[Any], divisor: Any) -> bool:
 def _reciprocal(divisor: Any) -> tuple[Any, Any]:
     """Return 1 / divisor and its rounding error, which is infinite if the reciprocal is.
 
-    Without FMA the reciprocal has eight bits fewer, so that its product with a byte is exact.
+    Without FMA the reciprocal has eight bits fewer, so that its product with a byte is exact. In
+    both cases 1 - divisor * reciprocal has no rounding error.
     """
     reciprocal = 1 / divisor
     if not jit.processor().has_fma:
         bits = np.int64 if divisor.dtype == np.float64 else np.int32
         reciprocal = (reciprocal.view(bits) & ~bits(0xFF)).view(divisor.dtype)
-    if divisor.dtype == np.float64:
-        return reciprocal, _remainder(divisor, reciprocal)
-    residual = 1 - np.multiply(reciprocal, divisor, dtype=np.float64)
-    return reciprocal, (residual / divisor).astype(divisor.dtype)
-
-
-def _exact_remainder(divisor: float, reciprocal: float) -> float:
-    if not (math.isfinite(divisor) and math.isfinite(reciprocal)):
-        return math.inf
-    return float(1 / Fraction(divisor) - Fraction(reciprocal))
-
-
-_remainder = np.vectorize(_exact_remainder, otypes=[np.float64])
+    return reciprocal, _fused(-reciprocal, divisor, divisor.dtype.type(1)) / divisor
 
 
 def _fused(a: NDArray[Any], b: Any, c: Any) -> NDArray[Any]:

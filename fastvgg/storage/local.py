@@ -24,14 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-__all__ = [
-    "SharedStorage",
-    "Storage",
-    "StoredFile",
-    "file_system",
-    "is_networked",
-]
-
 NETWORKED: Final = (
     *("9p", "afs", "ceph", "cifs", "coda", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4"),
     *("ocfs2", "smb2", "smb3", "smbfs", "virtiofs"),
@@ -62,6 +54,36 @@ def is_networked(system: str) -> bool:
     return system in NETWORKED or system.startswith("fuse.")
 
 
+def check_in_place_supported(path: Path) -> None:
+    """Check that a file can be overwritten in place safely.
+
+    Raises
+    ------
+    TargetError
+        Naming the reason why not.
+    """
+    status, system = path.lstat(), file_system(path)
+    if path.is_symlink():
+        problem, remedy = "is a symbolic link", f"give the file itself: {path.resolve()}"
+    elif status.st_nlink > 1:
+        problem = f"has {status.st_nlink} hard links, and would change under all of their names"
+        remedy = "copy it, or remove the other links"
+    elif status.st_blocks * 512 < status.st_size:
+        problem = (
+            f"is sparse: it has {status.st_size} bytes, but only {status.st_blocks * 512} of them "
+            "are allocated on disk"
+        )
+        remedy = "make a copy without holes: cp --sparse=never"
+    elif is_networked(system):
+        problem = f"is on {system}, where another machine may write it at the same time"
+        remedy = "write a new file: give a DST"
+    elif not os.access(path, os.R_OK | os.W_OK):
+        problem, remedy = "is not writable", "check its permissions"
+    else:
+        return
+    raise TargetError(f"{path} {problem}", remedy)
+
+
 class StoredFile(NamedTuple):
     """An open file, and its path for error messages."""
 
@@ -84,7 +106,7 @@ class Storage:
     """
 
     def __init__(self, *, fsync: bool = True) -> None:
-        self._syncs = fsync
+        self.fsync = fsync
 
     def create(self, path: Path) -> StoredFile:
         """Create an empty file, truncating an existing one."""
@@ -109,7 +131,7 @@ class Storage:
         pages whose buffer and file offset are equally aligned; all other writes go through the
         page cache.
         """
-        if not (self._syncs and hasattr(os, "O_DIRECT")):
+        if not (self.fsync and hasattr(os, "O_DIRECT")):
             return file
         with _io_errors("open", file.path):
             if is_networked(file_system(file.path)):
@@ -143,18 +165,13 @@ class Storage:
             import fcntl
         except ImportError:  # not a POSIX system
             return True
-        try:
-            fcntl.flock(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            raise StoppedError.from_os_error(error, "lock", str(file.path), 0) from error
-        try:  # the previous holder may have removed the file since it was opened here
-            return os.path.samestat(os.fstat(file.descriptor), os.stat(file.path))
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise StoppedError.from_os_error(error, "stat", str(file.path), 0) from error
+        with _io_errors("lock", file.path):
+            try:
+                fcntl.flock(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The previous holder may have removed the file since it was opened here.
+                return os.path.samestat(os.fstat(file.descriptor), os.stat(file.path))
+            except (BlockingIOError, FileNotFoundError):
+                return False
 
     def size(self, file: StoredFile) -> int:
         """Return the size of a file in bytes."""
@@ -213,35 +230,27 @@ class Storage:
 
     def sync(self, file: StoredFile) -> None:
         """Flush a file's data to the disk (fsync)."""
-        if not self._syncs:
+        if not self.fsync:
             return
         with _io_errors("fsync", file.path):
             os.fsync(file.descriptor)
 
     def sync_directory(self, path: Path) -> None:
         """Flush a directory's entries to the disk (fsync)."""
-        if not self._syncs:
+        if not self.fsync:
             return
-        with _io_errors("fsync", path):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        with _io_errors("fsync", path), _directory(path) as descriptor:
+            os.fsync(descriptor)
 
     def syncfs(self, directory: Path) -> None:
         """`syncfs` the file system that contains `directory`, whoever wrote the data.
 
         Data that a killed process wrote is visible, but may not be on the disk yet.
         """
-        if not self._syncs:
+        if not self.fsync:
             return
-        with _io_errors("syncfs", directory):
-            descriptor = os.open(directory, os.O_RDONLY)
-            try:
-                _syncfs(descriptor)
-            finally:
-                os.close(descriptor)
+        with _io_errors("syncfs", directory), _directory(directory) as descriptor:
+            _syncfs(descriptor)
 
     def has_syncfs(self, directory: Path) -> bool:
         """Whether `syncfs` is reliable there; if not, every file must be synced separately."""
@@ -320,7 +329,7 @@ class SharedStorage(Storage):
 
     def sync_directory(self, path: Path) -> None:
         """Flush the directory's entries to the disk (fsync)."""
-        if self._syncs:
+        if self.fsync:
             with _io_errors("fsync", path):
                 os.fsync(self._directory)
 
@@ -366,6 +375,15 @@ def _coalesce(pieces: Iterable[bytes]) -> Iterator[bytes]:
             yield bytes(buffer)
             buffer.clear()
     yield bytes(buffer)
+
+
+@contextmanager
+def _directory(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _syncfs(descriptor: int) -> None:

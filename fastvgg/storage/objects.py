@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from fastvgg.errors import StoppedError
-from fastvgg.storage.local import Storage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -123,8 +122,8 @@ def _version(status: dict[str, Any]) -> str:
     return " ".join(str(status[name]) for name in VERSION_FIELDS if name in status)
 
 
-class StoreStorage(Storage):
-    """The calls that modify a store.
+class StoreStorage:
+    """The calls that modify a store. An object is durable once it is put.
 
     Every method raises `StoppedError` if the call fails.
     """
@@ -146,9 +145,3 @@ class StoreStorage(Storage):
     def write_atomic(self, path: Path, pieces: Iterable[bytes]) -> None:
         """Concatenate the pieces and write them as one object."""
         self.put(path, b"".join(pieces))
-
-    def sync_directory(self, path: Path) -> None:
-        """Do nothing: an object is durable once it is put."""
-
-    def syncfs(self, directory: Path) -> None:
-        """Do nothing: an object is durable once it is put."""

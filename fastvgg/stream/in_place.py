@@ -7,9 +7,10 @@ exists, the file is neither the source nor the result.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -18,18 +19,17 @@ from fastvgg import engine
 from fastvgg.datasets.base import bytes_of
 from fastvgg.datasets.npy import NpySource
 from fastvgg.errors import TargetError
-from fastvgg.storage.local import Storage
+from fastvgg.storage.local import Storage, check_in_place_supported
 from fastvgg.stream.commit_pipeline import CommitPipeline
 from fastvgg.stream.manifest import Manifest, checksum, manifest_path
-from fastvgg.stream.planner import changed, changed_since
 from fastvgg.stream.progress import ProgressTracker
 from fastvgg.stream.redo_log import (
     RedoLog,
-    check_in_place_supported,
     check_restart,
     check_same_file,
     read_redo_log_header,
 )
+from fastvgg.stream.source import changed, changed_since
 from fastvgg.stream.values import check_values
 from fastvgg.transform import storage_dtype
 
@@ -41,10 +41,8 @@ if TYPE_CHECKING:
     from fastvgg.datasets.base import Header
     from fastvgg.storage.local import StoredFile
     from fastvgg.stream.plan import Plan
-    from fastvgg.stream.redo_log import RedoLogHeader, RedoLogLayout, RedoRecord
+    from fastvgg.stream.redo_log_layout import RedoLogHeader, RedoLogLayout, RedoRecord
     from fastvgg.stream.report import Progress, Report
-
-__all__ = ["run"]
 
 CACHE_LINE_BYTES: Final = 64
 
@@ -60,7 +58,7 @@ def run(
     """
     storage = storage or Storage(fsync=plan.fsync)
     started_at = time.monotonic()
-    path = Path(plan.target)
+    path = plan.target.container
     check_in_place_supported(path)
     data = storage.open(path)
     try:
@@ -69,33 +67,23 @@ def run(
                 f"{path} is being changed by another process",
                 "wait for it to finish; 'fastvgg info' shows its progress",
             )
-        source = NpySource(path, layout=plan.header.layout, dtype_hint=plan.header.dtype)
-        try:
+        layout, dtype = plan.header.layout, plan.header.dtype
+        with contextlib.closing(NpySource(path, layout=layout, dtype_hint=dtype)) as source:
             return _InPlace(plan, source, data, storage, progress, started_at).finish()
-        finally:
-            source.close()
     finally:
         storage.close(data)
 
 
+@dataclass(frozen=True)
 class _InPlace:
     """A run in place; holds the lock of the file."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        source: NpySource,
-        data: StoredFile,
-        storage: Storage,
-        progress: Callable[[Progress], None] | None,
-        started_at: float,
-    ) -> None:
-        self.plan = plan
-        self.source = source
-        self.data = data
-        self.storage = storage
-        self.progress = progress
-        self.started_at = started_at
+    plan: Plan
+    source: NpySource
+    data: StoredFile
+    storage: Storage
+    progress: Callable[[Progress], None] | None
+    started_at: float
 
     def finish(self) -> Report:
         """Execute the remaining steps and return the report."""
@@ -104,7 +92,7 @@ class _InPlace:
             check_restart(header, self.data.path)
             header = None
         log = self._begin() if header is None else self._reopen(header)
-        try:
+        with contextlib.closing(log):
             committed = 0 if header is None else log.recover()
             tracker = ProgressTracker(self.plan, range(committed), self.progress, self.started_at)
             self._compute(log, committed, tracker)
@@ -116,23 +104,21 @@ class _InPlace:
             )
             self.storage.write_atomic(manifest_path(self.data.path), [manifest.to_json()])
             log.remove()
-        finally:
-            log.close()
         return tracker.report(manifest.counts, failures=[])
 
     def _begin(self) -> RedoLog:
         if self.plan.committed_chunks or changed(self.plan, self.source):
-            raise changed_since(self.data.path)
+            raise changed_since(self.plan.source)
         check_values(self.plan, self.source)
         return RedoLog.begin(self.storage, self.data, self.plan.job(), self.plan.chunk_images)
 
     def _reopen(self, header: RedoLogHeader) -> RedoLog:
         check_same_file(header, self.data.path)
         if header.job.fingerprint != self.plan.fingerprint:
-            raise changed_since(self.data.path)  # another run started after this one was planned
-        header.job.check_same(self.plan.job(), self.plan.target)
+            raise changed_since(self.plan.source)  # another run started after this one was planned
+        header.job.check_same(self.plan.job(), str(self.plan.target))
         if header.chunk_images != self.plan.chunk_images:
-            raise changed_since(self.data.path)
+            raise changed_since(self.plan.source)
         return RedoLog.reopen(self.storage, self.data, header)
 
     def _compute(self, log: RedoLog, committed: int, tracker: ProgressTracker) -> None:
@@ -146,8 +132,8 @@ class _InPlace:
                 new = pages[chunk % 2]
                 new.move_to(chunk, self.storage, self.data, before)
                 start, stop = rows[chunk]
-                old_sum, new_sum = self._transform(start, stop, new.images(self.plan.result))
-                record = log.record_of(chunk, new.bytes.data, old=old_sum, new=new_sum)
+                old = self._transform(start, stop, new.images(self.plan.result))
+                record = log.record_of(chunk, new.bytes.data, old=old)
                 pipeline.submit(
                     functools.partial(log.stage, chunk, new.bytes.data),
                     functools.partial(self._commit, log, record, new.bytes.data, stop - start),
@@ -159,8 +145,8 @@ class _InPlace:
         log.commit(record, pages)
         return images
 
-    def _transform(self, start: int, stop: int, out: NDArray[Any]) -> tuple[str, str]:
-        """Transform images into `out`; return the checksums of input and output."""
+    def _transform(self, start: int, stop: int, out: NDArray[Any]) -> str:
+        """Transform images into `out`; return the checksum of the input."""
         batch = self.source.read(start, stop).batch
         plan = self.plan
         engine.apply(
@@ -171,7 +157,7 @@ class _InPlace:
             backend=plan.choose_backend(),
             cached_output=True,
         )
-        return checksum([bytes_of(batch)]), checksum([bytes_of(out)])
+        return checksum([bytes_of(batch)])
 
 
 class _PageBuffer:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from fastvgg.datasets.open import open_source
-from fastvgg.storage.location import parse_location
+from fastvgg.storage.location import Location
 from fastvgg.stream.journal import journal_path, read_journal
-from fastvgg.stream.manifest import describes_other_dataset, read_manifest, read_transform
+from fastvgg.stream.manifest import Provenance
 from fastvgg.stream.redo_log import committed_chunks, read_redo_log_header
 
 if TYPE_CHECKING:
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
 
     from fastvgg.stream.job import Job
     from fastvgg.transform import Transform
-
-__all__ = ["info"]
 
 
 def info(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -39,31 +38,33 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     SourceError
         If there is no dataset or run.
     """
-    dataset = parse_location(path)
-    redo_log = read_redo_log_header(dataset)
+    location = Location.parse(path)
+    return {"path": str(location), **_describe(location)}
+
+
+def _describe(location: Location) -> dict[str, Any]:
+    redo_log = read_redo_log_header(location.container)
     if redo_log is not None:
         return {
-            "path": str(dataset),
             "state": "unfinished in place",
-            "committed_chunks": committed_chunks(redo_log, dataset),
+            "committed_chunks": committed_chunks(redo_log, location.container),
             "chunks": redo_log.file_layout.chunks,
             **_job_fields(redo_log.job),
-            "next": f"finish it before using the file: {redo_log.command(dataset)}",
+            "next": f"finish it before using the file: {redo_log.command(location.container)}",
         }
-    journal_state = read_journal(journal_path(dataset))
+    journal_state = read_journal(journal_path(location.container))
     if journal_state is not None:
         return {
-            "path": str(dataset),
             "state": "unfinished",
             "committed_chunks": len(journal_state.commits),
             "chunks": journal_state.chunks,
             **_job_fields(journal_state.job),
             "next": "rerun the same command to resume, or give --restart to start over",
         }
-    manifest = read_manifest(dataset)
+    recorded = Provenance.read(location)
+    manifest = recorded.manifest
     if manifest is not None:
         return {
-            "path": str(dataset),
             "state": "finished",
             **_job_fields(manifest.job),
             **manifest.counts,
@@ -71,21 +72,17 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
             "created": manifest.created,
             "packages": manifest.packages,
         }
-    source = open_source(dataset, use_index=not describes_other_dataset(dataset))
-    try:
+    with contextlib.closing(open_source(location, use_index=recorded.has_index)) as source:
         header = source.header
         return {
-            "path": str(dataset),
             "state": "source",
             "kind": source.kind,
             "shape": list(header.shape),
             "dtype": header.dtype,
             "bytes": source.stored_bytes,
-            **_transform_fields(read_transform(dataset)),
+            **_transform_fields(recorded.transform),
             "notes": source.notes,
         }
-    finally:
-        source.close()
 
 
 def _transform_fields(transform: Transform | None) -> dict[str, Any]:

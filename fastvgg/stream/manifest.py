@@ -19,24 +19,16 @@ import xxhash
 from fastvgg.datasets.base import Header, read_sidecar
 from fastvgg.datasets.open import embedded_transform
 from fastvgg.errors import SourceError
-from fastvgg.storage.location import container_of, inner_name, sidecar_path
+from fastvgg.storage.location import sidecar_path
 from fastvgg.stream.job import Job, check_fields, check_sizes, transform_of_fields
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from fastvgg.datasets.base import Payload
+    from fastvgg.storage.location import Location
     from fastvgg.stream.job import Schema
     from fastvgg.transform import Transform
-
-__all__ = [
-    "Manifest",
-    "checksum",
-    "manifest_path",
-    "package_versions",
-    "read_manifest",
-    "read_transform",
-]
 
 FORMAT: Final = 1
 FIELDS: Final[Schema] = {
@@ -92,73 +84,83 @@ class Manifest:
         return json.dumps(fields, indent=1).encode() + b"\n"
 
 
-def manifest_path(dataset: Path) -> Path:
-    """Return the path of the manifest of a dataset."""
-    return sidecar_path(dataset, ".fastvgg.json")
+def manifest_path(container: Path) -> Path:
+    """Return the path of the manifest of the dataset in a container."""
+    return sidecar_path(container, ".fastvgg.json")
 
 
-def read_manifest(dataset: Path) -> Manifest | None:
-    """Read the manifest of a dataset; return None if it has none.
-
-    In an HDF5 file it describes only the dataset that fastvgg wrote.
+def read_manifest(container: Path) -> Manifest | None:
+    """Read the manifest of the dataset in a container; return None if it has none.
 
     Raises
     ------
     SourceError
         If the manifest is damaged, or has an unknown format version.
     """
-    path = manifest_path(dataset)
+    path = manifest_path(container)
     data = read_sidecar(path)
     if data is None:
         return None
     try:
         fields = json.loads(data)
         _check_format(path, fields)
-        manifest = _validate(fields)
+        return _validate(fields)
     except (ValueError, RecursionError) as error:
         raise SourceError(
             f"{path} is not a manifest: {type(error).__name__}: {str(error)[:200]}",
             "restore the manifest that was written with the dataset, or remove it and give --mode "
             "and --layout",
         ) from None
-    requested = inner_name(dataset)
-    return manifest if requested in ("", manifest.job.dataset) or not manifest.job.dataset else None
 
 
-def describes_other_dataset(dataset: Path) -> bool:
-    """Return whether the manifest of an HDF5 file describes another dataset in it.
-
-    Raises
-    ------
-    SourceError
-        If the manifest is damaged.
-    """
-    if not inner_name(dataset):
-        return False
-    return read_manifest(dataset) is None and read_manifest(container_of(dataset)) is not None
-
-
-def read_transform(dataset: Path) -> Transform | None:
-    """Return the transform recorded in a dataset's manifest or attributes; None if unknown.
+def read_transform(location: Location) -> Transform | None:
+    """Return the transform recorded in an array's own attributes; None if there is none.
 
     Raises
     ------
     SourceError
         If the record is damaged.
     """
-    manifest = read_manifest(dataset)
-    if manifest is not None:
-        return manifest.job.transform
-    recorded = embedded_transform(dataset)
+    recorded = embedded_transform(location)
     if recorded is None:
         return None
     try:
         return transform_of_fields(recorded)
     except (ValueError, RecursionError) as error:
         raise SourceError(
-            f"{dataset}: the attribute 'fastvgg' is not a valid transform: {str(error)[:200]}",
+            f"{location}: the attribute 'fastvgg' is not a valid transform: {str(error)[:200]}",
             "restore the attribute, or remove it and give --mode and --layout",
         ) from None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What is recorded of a dataset: by its manifest, or by its own attributes.
+
+    In an HDF5 file, the manifest and the index describe only the dataset that fastvgg wrote.
+    """
+
+    manifest: Manifest | None
+    transform: Transform | None
+    """The transform that made it; None if unknown."""
+    has_index: bool
+    """Whether an index next to the container describes this dataset."""
+
+    @classmethod
+    def read(cls, location: Location) -> Provenance:
+        """Read what is recorded of a dataset.
+
+        Raises
+        ------
+        SourceError
+            If a record is damaged.
+        """
+        manifest = read_manifest(location.container)
+        if manifest is None:
+            return cls(None, read_transform(location), has_index=True)
+        if location.inner and manifest.job.dataset not in ("", location.inner):
+            return cls(None, read_transform(location), has_index=False)
+        return cls(manifest, manifest.job.transform, has_index=True)
 
 
 def _check_format(path: Path, fields: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypedDict
 
 from fastvgg.backend import choose_for
 from fastvgg.errors import TargetError, UsageError
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fastvgg.datasets.image_writer import FileFormat
     from fastvgg.datasets.images import ImageListing
     from fastvgg.imaging.decode import DecodeOptions
+    from fastvgg.storage.location import Location
     from fastvgg.stream.report import Progress, Report
     from fastvgg.transform import Transform
 
@@ -200,6 +201,20 @@ def chunk_images(
     return min(images, largest - largest % math.lcm(read_granularity, write_granularity) or largest)
 
 
+class RunOptions(TypedDict):
+    """Options of a run that do not change its result."""
+
+    memory_bytes: int
+    threads: int
+    backend: Backend
+    strict: bool
+    restart: bool
+    retry_failed: bool
+    fsync: bool
+    file_format: FileFormat
+    has_index: bool
+
+
 @dataclass(frozen=True)
 class Plan:
     """A planned conversion: its source, target and transform, and the resources it needs.
@@ -207,10 +222,8 @@ class Plan:
     Returned by `fastvgg.plan`; `run` executes it, or resumes an unfinished run.
     """
 
-    source: str
-    target: str
-    dataset: str
-    """Name of the target within an HDF5 file; empty for other formats."""
+    source: Location
+    target: Location
     source_kind: str
     target_format: str
     header: Header
@@ -239,6 +252,8 @@ class Plan:
     """Format of the image files to write."""
     retry_failed: bool
     """Whether to retry the failed images of a finished target."""
+    has_index: bool = True
+    """Whether an index next to the source describes it."""
     listing: ImageListing | None = field(default=None, compare=False, repr=False)
     """Listing of an image source; saves the run from scanning it again."""
 
@@ -302,7 +317,7 @@ class Plan:
     def job(self) -> Job:
         """Return everything that determines the result's bytes."""
         return Job(
-            self.source,
+            str(self.source),
             self.source_kind,
             self.fingerprint,
             self.header,
@@ -312,7 +327,7 @@ class Plan:
             self.result,
             self.in_place,
             self.file_format,
-            self.dataset,
+            self.target.inner,
         )
 
     def run(

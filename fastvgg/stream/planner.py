@@ -7,60 +7,53 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import shutil
-from typing import TYPE_CHECKING, Final, TypedDict
+from typing import TYPE_CHECKING
 
 from fastvgg import oracle
 from fastvgg.backend import check_backend
 from fastvgg.datasets.base import inner_chunk_images
-from fastvgg.datasets.image_writer import check_format, is_lossy
+from fastvgg.datasets.image_writer import is_lossy
 from fastvgg.datasets.images import ImageSource
-from fastvgg.datasets.open import check_target, open_source, target_format
-from fastvgg.errors import ArrayError, SourceError, TargetError, UsageError
+from fastvgg.datasets.open import open_source, target_format
+from fastvgg.errors import SourceError, UsageError
 from fastvgg.imaging.decode import MAX_PIXELS, DecodeOptions
-from fastvgg.imaging.resize import gather_function
 from fastvgg.parallel import check_threads
-from fastvgg.storage.location import (
-    container_of,
-    inner_name,
-    is_remote,
-    parse_location,
-    sidecar_path,
-)
-from fastvgg.stream.job import DECODED, result_header
+from fastvgg.storage.local import check_in_place_supported
+from fastvgg.storage.location import Location
+from fastvgg.stream.job import DECODED
 from fastvgg.stream.journal import journal_path, read_journal
-from fastvgg.stream.manifest import (
-    describes_other_dataset,
-    manifest_path,
-    read_manifest,
-    read_transform,
-)
+from fastvgg.stream.manifest import Provenance, manifest_path
 from fastvgg.stream.plan import (
     Plan,
+    RunOptions,
     chunk_bytes,
     chunk_images,
-    format_bytes,
     image_work_bytes,
     min_scratch_bytes,
     parse_bytes,
 )
+from fastvgg.stream.preflight import (
+    check_choices,
+    check_directory,
+    check_free_space,
+    check_target,
+    plan_result,
+)
 from fastvgg.stream.redo_log import (
-    RedoLogHeader,
-    check_in_place_supported,
     check_restart,
     check_same_file,
     committed_chunks,
     read_redo_log_header,
     unfinished_error,
 )
+from fastvgg.stream.redo_log_layout import RedoLogHeader
 from fastvgg.stream.retry import plan_retry
 from fastvgg.stream.target import inspect_target, with_committed
 from fastvgg.stream.values import check_not_already_done
 from fastvgg.transform import Mode, Transform
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    import os
 
     from numpy.typing import DTypeLike
 
@@ -68,21 +61,8 @@ if TYPE_CHECKING:
     from fastvgg.datasets.base import Header, Source
     from fastvgg.datasets.image_writer import FileFormat
     from fastvgg.imaging.decode import Gray16
-    from fastvgg.stream.journal import JournalState
     from fastvgg.stream.manifest import Manifest
     from fastvgg.transform import Direction, Layout, Rounding
-
-__all__ = ["SIDECARS", "changed", "plan", "plan_result", "read_state_of", "reopen_source"]
-
-# Suffixes of the files that a run writes next to its target.
-SIDECARS: Final = (
-    ".partial",
-    ".index.csv",
-    ".fastvgg.json",
-    ".fastvgg-journal",
-    ".fastvgg-replaced",
-)
-IMAGES: Final = ("uint8", "NHWC")  # the dtype and layout that image files can store
 
 
 def plan(
@@ -180,8 +160,8 @@ def plan(
             "both a target and --in-place are given" if in_place else "no target is given",
             "give either a target or --in-place",
         )
-    source_path = parse_location(source)
-    target_path = source_path if target is None else parse_location(target)
+    source_location = Location.parse(source)
+    destination = source_location if target is None else Location.parse(target)
     decoding = DecodeOptions(
         size,
         interpolation,
@@ -193,7 +173,9 @@ def plan(
     )
     threads = check_threads(threads)
     check_backend(backend)
-    options = _Options(
+    recorded = Provenance.read(source_location)
+    manifest = recorded.manifest
+    options = RunOptions(
         memory_bytes=parse_bytes(memory),
         threads=threads,
         backend=backend,
@@ -202,19 +184,20 @@ def plan(
         retry_failed=retry_failed,
         fsync=fsync,
         file_format=format,
+        has_index=recorded.has_index,
     )
-    manifest = read_manifest(source_path)
-    redo_log = read_redo_log_header(source_path)
+    redo_log = read_redo_log_header(source_location.container)
     if redo_log is not None and restart and in_place:
-        check_restart(redo_log, source_path)
+        check_restart(redo_log, source_location.container)
         redo_log = None
     if redo_log is not None and not in_place:
-        raise unfinished_error(redo_log, source_path)
+        raise unfinished_error(redo_log, source_location.container)
     if redo_log is None:
         placeholder = "identity" if mode is None else mode
         requested = Transform(placeholder, direction, layout or "NHWC", out_layout, dtype, rounding)
-        recorded = read_transform(source_path)
-        transform = _resolve_transform(source_path, recorded, requested, mode, layout, out_layout)
+        transform = _resolve_transform(
+            source_location, recorded.transform, requested, mode, layout, out_layout
+        )
         dtype_hint = None if manifest is None else manifest.header.dtype
     else:
         unfinished = redo_log.job.transform
@@ -222,47 +205,34 @@ def plan(
         transform = Transform(mode or unfinished.mode, direction, *layouts, dtype, rounding)
         dtype_hint = redo_log.job.header.dtype
     opened = open_source(
-        source_path,
+        source_location,
         layout=transform.layout,
         dtype_hint=dtype_hint,
         decoding=decoding,
         decoding_bytes=options["memory_bytes"],
         threads=threads,
-        use_index=not describes_other_dataset(source_path),
+        use_index=recorded.has_index,
     )
     with contextlib.closing(opened):
         if manifest is not None:
             _check_manifest(manifest, opened)
         if in_place:
             return _plan_in_place(opened, transform, redo_log, options)
-        return _plan(opened, target_path, transform, options)
-
-
-class _Options(TypedDict):
-    """Options of a run that do not change its result."""
-
-    memory_bytes: int
-    threads: int
-    backend: Backend
-    strict: bool
-    restart: bool
-    retry_failed: bool
-    fsync: bool
-    file_format: FileFormat
+        return _plan(opened, destination, transform, options)
 
 
 def _check_manifest(manifest: Manifest, source: Source) -> None:
     """Check that a manifest matches its dataset; image files have no header to compare."""
     if source.kind not in DECODED and source.header != manifest.header:
         raise SourceError(
-            f"{source.path} has shape {source.header.shape} and dtype {source.header.dtype}, but "
-            f"its manifest records {manifest.header.shape} and {manifest.header.dtype}",
+            f"{source.location} has shape {source.header.shape} and dtype {source.header.dtype}, "
+            f"but its manifest records {manifest.header.shape} and {manifest.header.dtype}",
             f"restore the matching file, or remove {manifest_path(source.path)}",
         )
 
 
 def _resolve_transform(
-    path: Path,
+    source: Location,
     recorded: Transform | None,
     requested: Transform,
     mode: Mode | str | None,
@@ -275,23 +245,23 @@ def _resolve_transform(
             remedy = "give --mode or --model; 'fastvgg models' lists the mode of each model"
             if requested.direction == "restore":
                 remedy = f"no manifest next to it records the mode: {remedy}"
-            raise UsageError(f"{path}: the mode is not given", remedy)
+            raise UsageError(f"{source}: the mode is not given", remedy)
         return requested
-    check_not_already_done(path, recorded, requested.direction)
+    check_not_already_done(source, recorded, requested.direction)
     if mode is not None and requested.mode != recorded.mode and requested.direction == "restore":
         raise UsageError(
-            f"{path} was preprocessed in mode {recorded.mode.name}, but mode "
+            f"{source} was preprocessed in mode {recorded.mode.name}, but mode "
             f"{requested.mode.name} was requested",
             "omit --mode: it is recorded in the manifest",
         )
     if layout is not None and layout != recorded.out_layout:
         raise UsageError(
-            f"{path} has layout {recorded.out_layout}, but {layout} was requested",
+            f"{source} has layout {recorded.out_layout}, but {layout} was requested",
             "omit --layout: it is recorded in the manifest",
         )
     if requested.direction == "preprocess" and mode is None:
         raise UsageError(
-            f"{path}: the mode is not given",
+            f"{source}: the mode is not given",
             "give --mode or --model; 'fastvgg models' lists the mode of each model",
         )
     return Transform(
@@ -304,26 +274,24 @@ def _resolve_transform(
     )
 
 
-def _plan(source: Source, target_path: Path, transform: Transform, options: _Options) -> Plan:
+def _plan(source: Source, target: Location, transform: Transform, options: RunOptions) -> Plan:
     result = plan_result(source, transform)
-    _check_target(source, target_path, result)
-    _check_choices(source, target_path, transform, result, options)
-    planned = _build_plan(source, target_path, transform, result, source.fingerprint(), options)
-    journal_state = read_state_of(planned)
+    check_target(source, target, result)
+    check_choices(source, target, transform, result, options)
+    planned = _build_plan(source, target, transform, result, source.fingerprint(), options)
+    journal_state = None if planned.restart else read_journal(journal_path(target.container))
     state, manifest = inspect_target(planned, journal_state)
     if state == "resumable" and journal_state is not None:
         return with_committed(planned, journal_state.chunk_images, len(journal_state.commits))
     if state == "failed" and isinstance(source, ImageSource):
         return plan_retry(planned, source, manifest)
-    if state == "fresh" and planned.target_format != "images" and not is_remote(target_path):
-        _check_free_space(
-            container_of(target_path), result.nbytes, "store 16 bits: --dtype float16"
-        )
+    if state == "fresh" and planned.target_format != "images" and not target.is_remote:
+        check_free_space(target.container, result.nbytes, "store 16 bits: --dtype float16")
     return planned
 
 
 def _plan_in_place(
-    source: Source, transform: Transform, redo_log: RedoLogHeader | None, options: _Options
+    source: Source, transform: Transform, redo_log: RedoLogHeader | None, options: RunOptions
 ) -> Plan:
     path, header = source.path, source.header
     if source.kind != "npy":
@@ -340,52 +308,43 @@ def _plan_in_place(
             "--in-place cannot change dtype or layout: give a DST instead",
         )
     check_in_place_supported(path)
-    _check_directory(path)
+    check_directory(path)
     if redo_log is None:
-        planned = _build_plan(source, path, transform, result, source.fingerprint(), options)
+        planned = _build_plan(
+            source, source.location, transform, result, source.fingerprint(), options
+        )
         log_header = RedoLogHeader.new(planned.job(), planned.chunk_images, path.stat())
-        _check_free_space(path, log_header.file_layout.journal_bytes, "lower --memory")
+        check_free_space(path, log_header.file_layout.journal_bytes, "lower --memory")
         return planned
     check_same_file(redo_log, path)
     fingerprint = redo_log.job.fingerprint
-    planned = _build_plan(source, path, transform, result, fingerprint, options)
-    redo_log.job.check_same(planned.job(), planned.target)
+    planned = _build_plan(source, source.location, transform, result, fingerprint, options)
+    redo_log.job.check_same(planned.job(), str(planned.target))
     return with_committed(planned, redo_log.chunk_images, committed_chunks(redo_log, path))
-
-
-def plan_result(source: Source, transform: Transform) -> Header:
-    """Return the header of the result of a transform; raise if the source does not fit it."""
-    header = source.header
-    try:
-        transform.check_input(header.shape, header.dtype)
-    except ArrayError as error:
-        raise SourceError(f"{source.path}: {error.problem}", error.remedy) from None
-    return result_header(header, transform)
 
 
 def _build_plan(
     source: Source,
-    target_path: Path,
+    target: Location,
     transform: Transform,
     result: Header,
     fingerprint: str,
-    options: _Options,
+    options: RunOptions,
 ) -> Plan:
     header = source.header
-    formats = source.kind, target_format(target_path)
+    formats = source.kind, target_format(target)
     bytes_per_image = image_work_bytes(*formats, header.image_bytes, result.image_bytes)
     scratch_bytes = min_scratch_bytes(
         *formats, options["threads"], header.image_bytes, result.image_bytes
     )
     max_bytes = chunk_bytes(
-        *formats, header.images * bytes_per_image, in_place=target_path == source.path
+        *formats, header.images * bytes_per_image, in_place=target == source.location
     )
     if source.kind in DECODED:
         scratch_bytes = max(scratch_bytes, options["memory_bytes"] // 2)  # to decode large images
     return Plan(
-        source=str(source.path),
-        target=str(target_path),
-        dataset=inner_name(target_path),
+        source=source.location,
+        target=target,
         source_kind=source.kind,
         target_format=formats[1],
         header=header,
@@ -410,107 +369,6 @@ def _build_plan(
     )
 
 
-def _check_target(source: Source, target: Path, result: Header) -> None:
-    """Check the name, directory and format of a target."""
-    if is_remote(target):
-        _check_store(source, target)
-        return
-    file = container_of(target)
-    check_target(target)
-    _check_directory(file)
-    if target_format(target) == "images" and (result.dtype, result.layout) != IMAGES:
-        raise TargetError(
-            f"{target}: image files store {' '.join(IMAGES)}, but the result is {result.dtype} "
-            f"{result.layout}",
-            "give a name that ends in .npy; only restore to NHWC writes image files",
-        )
-    read = container_of(source.path).resolve()
-    if read == file.resolve():
-        raise TargetError(f"{file} is the source itself", "choose another name for the result")
-    for ending in ("", *SIDECARS):
-        written = sidecar_path(file, ending).resolve()
-        if written == read or read in written.parents or written in read.parents:
-            raise TargetError(
-                f"{file}{ending}, which the run writes, overlaps the source {source.path}: one "
-                "contains the other",
-                "choose a target outside the source",
-            )
-
-
-def _check_store(source: Source, target: Path) -> None:
-    """Check the name of a target in an object store."""
-    if target_format(target) != "zarr":
-        raise TargetError(
-            f"{target}: only Zarr arrays can be written to an object store",
-            "give a name that ends in .zarr",
-        )
-    check_target(target)
-    read, written = f"{source.path}/", f"{target}/"
-    if is_remote(source.path) and (read.startswith(written) or written.startswith(read)):
-        raise TargetError(
-            f"{target} overlaps the source {source.path}: one contains the other",
-            "choose a target outside the source",
-        )
-
-
-def _check_choices(
-    source: Source, target: Path, transform: Transform, result: Header, options: _Options
-) -> None:
-    """Check that the options fit the source and target."""
-    kind = target_format(target)
-    if transform.direction == "pack" and source.kind not in DECODED:
-        raise UsageError(
-            f"{source.path} is already an array: pack takes image files",
-            "preprocess it, or give a directory of images",
-        )
-    if kind == "zarr" and result.dtype == "bfloat16":
-        raise TargetError(
-            f"{target}: Zarr has no bfloat16 dtype",
-            "store float16 or float32, or give a name that ends in .npy, or FILE.h5::/NAME",
-        )
-    if kind == "images":
-        check_format(options["file_format"], *result.shape[1:3])
-    elif options["file_format"] != "png":
-        raise UsageError(
-            f"{target} is not a directory, but --format applies to image files",
-            "omit --format, or give a directory",
-        )
-    if options["retry_failed"] and (options["restart"] or source.kind not in DECODED):
-        raise UsageError(
-            "--retry-failed needs the finished result of a run over images, and excludes --restart",
-            "omit --restart, and give the SRC and DST of the run that had failures",
-        )
-
-
-def _check_directory(target: Path) -> None:
-    """Check that the directory of a target is writable and can store its sidecar names."""
-    directory = target.parent
-    if not directory.is_dir():
-        raise TargetError(f"{directory} is not a directory", f"create it: mkdir -p {directory}")
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise TargetError(
-            f"{directory} is not writable", "check its permissions, or choose another directory"
-        )
-    if len(os.fsencode(target.name + max(SIDECARS, key=len))) > os.pathconf(
-        directory, "PC_NAME_MAX"
-    ):
-        raise TargetError(
-            f"{target}: the name plus the suffix of a sidecar file is too long for this file "
-            "system",
-            "choose a shorter name",
-        )
-
-
-def _check_free_space(target: Path, needed_bytes: int, alternative: str) -> None:
-    free_bytes = shutil.disk_usage(target.parent).free
-    if needed_bytes > free_bytes:
-        raise TargetError(
-            f"{target} needs {format_bytes(needed_bytes)} ({needed_bytes} bytes), but the disk "
-            f"has {format_bytes(free_bytes)} ({free_bytes} bytes) free",
-            f"free space, choose another disk, or {alternative}",
-        )
-
-
 def _losses(
     transform: Transform, result: Header, target_format: str, file_format: FileFormat
 ) -> list[str]:
@@ -523,47 +381,3 @@ def _losses(
         return []
     lost = oracle.unrestorable(transform.mode, result.dtype)
     return [f"{lost} of 768 values cannot be restored from {result.dtype}"] if lost else []
-
-
-def read_state_of(plan: Plan) -> JournalState | None:
-    """Return the journal state of a plan's target; None if there is none, or on restart."""
-    return None if plan.restart else read_journal(journal_path(parse_location(plan.target)))
-
-
-def reopen_source(plan: Plan) -> Source:
-    """Reopen the source of a plan and check that it is unchanged.
-
-    Raises
-    ------
-    SourceError
-        If it has changed since the plan was made.
-    """
-    path = parse_location(plan.source)
-    source = open_source(
-        path,
-        layout=plan.header.layout,
-        dtype_hint=plan.header.dtype,
-        decoding=plan.decoding,
-        decoding_bytes=plan.decoding_bytes,
-        threads=plan.threads,
-        gather=gather_function(plan.choose_backend()),
-        listing=plan.listing,
-        use_index=not describes_other_dataset(path),
-    )
-    if changed(plan, source):
-        source.close()
-        raise changed_since(source.path)
-    return source
-
-
-def changed_since(path: Path) -> SourceError:
-    """Return the error for a source that changed after planning."""
-    return SourceError(
-        f"{path} has changed since the run was planned",
-        "rerun the same command, or call fastvgg.plan again",
-    )
-
-
-def changed(plan: Plan, source: Source) -> bool:
-    """Return whether a source differs from the planned one."""
-    return source.header != plan.header or source.fingerprint() != plan.fingerprint

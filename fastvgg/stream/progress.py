@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from fastvgg.stream.plan import Plan
     from fastvgg.stream.report import Failure
 
-__all__ = ["ProgressTracker"]
-
 
 class ProgressTracker:
     """Count what a run commits and report progress.
@@ -62,7 +60,7 @@ class ProgressTracker:
     def report(self, counts: dict[str, int], failures: list[Failure]) -> Report:
         """Return the report of the run; `counts` are those of the manifest."""
         return Report(
-            target=self._plan.target,
+            target=str(self._plan.target),
             counts={
                 **counts,
                 "chunks": self._plan.chunks,

@@ -7,8 +7,6 @@ from typing import Final, NamedTuple
 
 from fastvgg.formatting import html_table
 
-__all__ = ["FAILURES_KEPT", "FAILURES_SHOWN", "Failure", "Progress", "Report"]
-
 FAILURES_KEPT: Final = 1000
 FAILURES_SHOWN: Final = 10
 

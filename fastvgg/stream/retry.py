@@ -19,7 +19,7 @@ from fastvgg.errors import ResumeError, TargetError
 from fastvgg.stream.compute import ChunkTask
 from fastvgg.stream.journal import Commit
 from fastvgg.stream.manifest import checksum
-from fastvgg.stream.target import destination_of, with_committed
+from fastvgg.stream.target import with_committed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,7 +62,7 @@ class FailureRetry:
     """
 
     def __init__(self, plan: Plan, source: ImageSource, manifest: Manifest | None) -> None:
-        self.target = destination_of(plan).path
+        self.target = plan.target.container
         self.plan = plan
         self.source = source
         self.manifest = self._check_manifest(manifest)
@@ -83,7 +83,7 @@ class FailureRetry:
             if then.max_pixels < now.max_pixels:
                 then = dataclasses.replace(then, max_pixels=now.max_pixels)
         comparable = dataclasses.replace(found, fingerprint=expected.fingerprint, decoding=then)
-        comparable.check_same(expected, self.plan.target)
+        comparable.check_same(expected, str(self.plan.target))
         return manifest
 
     def check_same_names(self) -> None:
@@ -98,7 +98,7 @@ class FailureRetry:
             name = os.fsdecode(self.source.listing.name(row))
             if name != record.path:
                 raise ResumeError(
-                    f"row {row} is {name!r} in {self.source.path}, but {record.path!r} in "
+                    f"row {row} is {name!r} in {self.source.location}, but {record.path!r} in "
                     f"{index_path(self.target)}",
                     "restore the renamed or removed images, or give --restart to start over",
                 )

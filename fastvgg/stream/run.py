@@ -9,32 +9,26 @@ from __future__ import annotations
 
 import itertools
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from fastvgg.datasets.contiguous import ContiguousTarget
 from fastvgg.datasets.images import ImageSource
 from fastvgg.datasets.index import INDEX_HEAD, index_path, index_text, read_index
 from fastvgg.datasets.open import open_target
 from fastvgg.errors import ClusterError, ResumeError, StoppedError, TargetError, VerificationError
-from fastvgg.storage.location import parse_location
 from fastvgg.stream import in_place
 from fastvgg.stream.compute import ChunkTask, check_no_failures
+from fastvgg.stream.destination import destination_of
 from fastvgg.stream.manifest import (
     Manifest,
     checksum,
     manifest_path,
 )
-from fastvgg.stream.planner import changed, reopen_source
 from fastvgg.stream.progress import ProgressTracker
 from fastvgg.stream.report import FAILURES_KEPT, Failure
 from fastvgg.stream.retry import FailureRetry
-from fastvgg.stream.target import (
-    check_not_occupied,
-    destination_of,
-    inspect_target,
-    open_journal,
-    with_committed,
-)
+from fastvgg.stream.source import changed, reopen_source
+from fastvgg.stream.target import check_not_occupied, inspect_target, with_committed
 from fastvgg.stream.values import check_values
 
 if TYPE_CHECKING:
@@ -42,6 +36,8 @@ if TYPE_CHECKING:
 
     from fastvgg.datasets.base import ImageRecord, Source
     from fastvgg.storage.local import Storage
+    from fastvgg.storage.objects import StoreStorage
+    from fastvgg.stream.destination import Destination
     from fastvgg.stream.journal import CommitRef, Journal, JournalState
     from fastvgg.stream.plan import Plan
     from fastvgg.stream.report import Progress, Report
@@ -81,7 +77,7 @@ class Executor(Protocol):
 def run(
     plan: Plan,
     progress: Callable[[Progress], None] | None = None,
-    storage: Storage | None = None,
+    storage: Storage | StoreStorage | None = None,
     executor: Executor | None = None,
 ) -> Report:
     """Execute a plan, or resume an interrupted run of it.
@@ -115,15 +111,14 @@ def run(
         executor = ThreadExecutor()
     plan = executor.prepare(plan)
     if plan.in_place:
-        return in_place.run(plan, progress, storage)
+        return in_place.run(plan, progress, cast("Storage | None", storage))
     started_at = time.monotonic()
-    destination = destination_of(plan)
-    storage = storage or destination.storage(fsync=plan.fsync)
+    destination = destination_of(plan, storage)
     source = reopen_source(plan)
     try:
-        journal = open_journal(destination.path, storage, restart=plan.restart)
+        journal = destination.open_journal(restart=plan.restart)
         try:
-            return Run(plan, source, journal, storage, executor, progress, started_at).finish()
+            return Run(plan, source, destination, journal, executor, progress, started_at).finish()
         finally:
             executor.close()
             journal.close()
@@ -136,12 +131,12 @@ class Run:
 
     Parameters
     ----------
-    plan, progress, storage, executor
+    plan, progress, executor
         As for `run`.
     source
         Open, and unchanged since planning.
-    journal
-        Open.
+    destination, journal
+        Of the target; the journal is open.
     started_at
         Start of the run, in seconds of the monotonic clock.
     """
@@ -150,8 +145,8 @@ class Run:
         self,
         plan: Plan,
         source: Source,
+        destination: Destination,
         journal: Journal | StoreJournal,
-        storage: Storage,
         executor: Executor,
         progress: Callable[[Progress], None] | None,
         started_at: float,
@@ -161,9 +156,9 @@ class Run:
         if self.state == "resumable" and journal.state is not None:
             self.plan = with_committed(plan, journal.state.chunk_images, len(journal.state.commits))
         self.source = source
-        self.destination = destination_of(plan)
+        self.destination = destination
         self.journal = journal
-        self.storage = storage
+        self.storage = destination.storage
         self.executor = executor
         self.started_at = started_at
         self.retry = self._failure_retry()
@@ -172,9 +167,9 @@ class Run:
         self.progress = progress
         self.tracker = ProgressTracker(self.plan, self._commits(), progress, started_at)
         self.target = open_target(
-            parse_location(plan.target),
+            plan.target,
             plan.result,
-            storage,
+            destination.storage,
             chunk_images=self.plan.chunk_images,
             transform=plan.transform,
             records=source.records,
@@ -189,13 +184,13 @@ class Run:
         if not retries or (journal_state is not None and journal_state.complete):
             return None
         if not isinstance(self.source, ImageSource):
-            raise TypeError(f"{self.source.path} is not an image source")
+            raise TypeError(f"{self.source.location} is not an image source")
         return FailureRetry(self.plan, self.source, self.manifest)
 
     def finish(self) -> Report:
         """Execute the remaining steps and return the report."""
         if self.state != "fresh":  # a killed run may not have synced anything
-            self.storage.syncfs(self.target.path.parent)
+            self.destination.sync_existing()
         if self.state == "complete":
             return self._report_of_complete()
         check_values(self.plan, self.source)
@@ -240,7 +235,7 @@ class Run:
         check_not_occupied(self.plan, self.journal.state.replaces if self.journal.state else None)
         for sidecar in (manifest_path, index_path):  # they describe the data that is replaced
             self.storage.remove(sidecar(self.target.path))
-        self.destination.move_aside(self.storage)
+        self.destination.move_aside()
         self.target.publish()
 
     def _commits(self) -> dict[int, CommitRef]:
@@ -293,7 +288,7 @@ class Run:
             self.journal.begin(
                 self.plan.job(), self.plan.chunk_images, committed=retry.good_commits()
             )
-        self.destination.reopen_published(self.storage)
+        self.destination.reopen_published()
 
     def _tasks(self) -> Iterator[ChunkTask]:
         """Yield every chunk that is not durable yet."""

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from fastvgg.errors import SourceError
-from fastvgg.storage.location import parse_location
-from fastvgg.stream.manifest import read_transform
+from fastvgg.stream.manifest import Provenance
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from fastvgg.datasets.base import Source
+    from fastvgg.storage.location import Location
     from fastvgg.stream.plan import Plan
     from fastvgg.transform import Direction, Transform
 
@@ -22,7 +20,7 @@ __all__ = ["check_not_already_done", "check_values"]
 CHECKED_IMAGES: Final = 16
 
 
-def check_not_already_done(path: Path, recorded: Transform, direction: Direction) -> None:
+def check_not_already_done(source: Location, recorded: Transform, direction: Direction) -> None:
     """Check that a dataset was not already preprocessed, or restored, by its manifest.
 
     Raises
@@ -34,12 +32,12 @@ def check_not_already_done(path: Path, recorded: Transform, direction: Direction
         return
     if direction == "preprocess":
         raise SourceError(
-            f"{path} is already preprocessed, in mode {recorded.mode.name}: preprocessing it twice "
-            "would destroy it",
+            f"{source} is already preprocessed, in mode {recorded.mode.name}: preprocessing it "
+            "twice would destroy it",
             "preprocess the original images, or restore this dataset first",
         )
     raise SourceError(
-        f"{path} is already restored: it contains images, not network inputs",
+        f"{source} is already restored: it contains images, not network inputs",
         "give the dataset that it was restored from",
     )
 
@@ -57,9 +55,9 @@ def check_values(plan: Plan, source: Source) -> None:
     """
     if plan.header.dtype == "uint8":
         return  # the dtype rules out network inputs
-    recorded = read_transform(parse_location(plan.source))
+    recorded = Provenance.read(plan.source).transform
     if recorded is not None:  # another process may have just written the manifest
-        check_not_already_done(parse_location(plan.source), recorded, plan.transform.direction)
+        check_not_already_done(plan.source, recorded, plan.transform.direction)
         return
     images, samples = plan.header.images, min(CHECKED_IMAGES, plan.header.images)
     rows = sorted({image * images // samples for image in range(samples)})

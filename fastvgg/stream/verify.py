@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -12,19 +13,16 @@ from fastvgg.datasets.image_writer import is_lossy
 from fastvgg.datasets.index import read_index
 from fastvgg.datasets.open import open_source, open_target
 from fastvgg.errors import SourceError, VerificationError
-from fastvgg.storage.local import Storage
-from fastvgg.storage.location import container_of, parse_location, with_inner
-from fastvgg.stream.manifest import checksum, describes_other_dataset, manifest_path, read_manifest
+from fastvgg.storage.location import Location
+from fastvgg.stream.manifest import Provenance, checksum, manifest_path
 from fastvgg.stream.redo_log import read_redo_log_header, unfinished_error
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from fastvgg.datasets.base import ImageRecord, Source, Target
     from fastvgg.stream.manifest import Manifest
-
-__all__ = ["Verification", "verify"]
 
 SAMPLED_IMAGES: Final = 16
 
@@ -67,22 +65,22 @@ def verify(path: str | os.PathLike[str], *, full: bool = False) -> Verification:
     SourceError
         If there is no manifest, or the dataset cannot be read.
     """
-    dataset = parse_location(path)
-    redo_log = read_redo_log_header(dataset)
+    location = Location.parse(path)
+    redo_log = read_redo_log_header(location.container)
     if redo_log is not None:
-        raise unfinished_error(redo_log, dataset)
-    manifest = read_manifest(dataset)
+        raise unfinished_error(redo_log, location.container)
+    manifest = Provenance.read(location).manifest
     if manifest is None:
         raise SourceError(
-            f"{manifest_path(dataset)} does not exist: there are no checksums to compare with",
+            f"{manifest_path(location.container)} does not exist: there are no checksums to "
+            "compare with",
             "give a dataset that fastvgg has finished; 'fastvgg info' shows what this is",
         )
-    dataset = with_inner(container_of(dataset), manifest.job.dataset)
-    records = read_index(dataset, manifest.header.images)
+    location = location.within(manifest.job.dataset)
+    records = read_index(location.container, manifest.header.images)
     stored = open_target(
-        dataset,
+        location,
         manifest.header,
-        Storage(),
         chunk_images=manifest.chunk_images,
         records=records,
         file_format=manifest.job.file_format,
@@ -90,7 +88,7 @@ def verify(path: str | os.PathLike[str], *, full: bool = False) -> Verification:
     _check_checksums(stored, manifest)
     recomputed, note = _check_against_oracle(stored, manifest, records, full=full)
     images, chunks = manifest.header.images, len(manifest.checksums)
-    return Verification(str(dataset), images, chunks, recomputed, note)
+    return Verification(str(location), images, chunks, recomputed, note)
 
 
 def _check_checksums(stored: Target, manifest: Manifest) -> None:
@@ -118,38 +116,35 @@ def _check_against_oracle(
         source = _open_source(manifest)
     except SourceError as error:
         return 0, f"not compared with the source: {error.problem}"
-    recomputed = 0
-    try:
+    rows = _rows_to_check(manifest.header.images, full=full)
+    with contextlib.closing(source):
         # A copy of the source has another modification time and so another fingerprint, but the
         # same pixels: `full` compares them anyway.
         is_same = full or source.fingerprint() == manifest.job.fingerprint
         if source.header != manifest.job.header or not is_same:
-            return 0, f"not compared with the source: {source.path} has changed"
-        for row in _rows_to_check(manifest.header.images, full=full):
+            return 0, f"not compared with the source: {source.location} has changed"
+        for row in rows:
             _check_row(stored, source, manifest, records, row)
-            recomputed += 1
-    finally:
-        source.close()
-    return recomputed, ""
+    return len(rows), ""
 
 
 def _open_source(manifest: Manifest) -> Source:
     job = manifest.job
-    path = parse_location(job.source)
+    location = Location.parse(job.source)
     return open_source(
-        path,
+        location,
         layout=job.header.layout,
         dtype_hint=job.header.dtype,
         decoding=job.decoding,
-        use_index=not describes_other_dataset(path),
+        use_index=False,
     )
 
 
-def _rows_to_check(images: int, *, full: bool) -> Iterator[int]:
-    if full:
-        return iter(range(images))
-    sampled = min(SAMPLED_IMAGES, images)
-    return iter(sorted({image * (images - 1) // max(1, sampled - 1) for image in range(sampled)}))
+def _rows_to_check(images: int, *, full: bool) -> Sequence[int]:
+    """Return all rows, or a sample at equal distances."""
+    if full or images <= SAMPLED_IMAGES:
+        return range(images)
+    return [image * (images - 1) // (SAMPLED_IMAGES - 1) for image in range(SAMPLED_IMAGES)]
 
 
 def _check_row(
@@ -164,6 +159,6 @@ def _check_row(
     if differing:
         raise VerificationError(
             f"{stored.path}: image {row} differs in {differing} of {expected.nbytes} bytes from "
-            f"the result recomputed from {source.path}",
+            f"the result recomputed from {source.location}",
             "the source or the dataset was changed: create it again from its source",
         )

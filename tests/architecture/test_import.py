@@ -275,7 +275,9 @@ def test_the_kernels_do_import_numba():
     assert any(within(imports_of(file), "numba") for file in files_in("kernels"))
 
 
-@pytest.mark.parametrize("file", files_in("stream/redo_log.py", "stream/commit_pipeline.py"))
+@pytest.mark.parametrize(
+    "file", files_in("stream/redo_log.py", "stream/redo_log_layout.py", "stream/commit_pipeline.py")
+)
 def test_what_makes_changes_last_knows_nothing_of_pixels(file):
     pixels = ("numpy", "PIL", "fastvgg.engine", "fastvgg.oracle", "fastvgg.kernels")
     assert not within(imports_of(file), *pixels, "fastvgg.datasets.npy", "fastvgg.datasets.images")

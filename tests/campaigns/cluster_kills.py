@@ -28,7 +28,7 @@ from pathlib import Path
 from distributed import Client
 
 from fastvgg.executors.worker import Task, run_task
-from fastvgg.storage.location import container_of
+from fastvgg.storage.location import Location
 from fastvgg.stream.compute import ChunkTask
 from tests.campaigns.command import main
 from tests.helpers.checkout import importing_checkout
@@ -121,13 +121,13 @@ class Runs:
         return plan_of(self._source, self._target, mode="caffe", together=2)
 
     def _contents(self):
-        path = container_of(self._target)
+        path = Location.parse(self._target).container
         if path.is_dir():
             return {file.name: file.read_bytes() for file in path.iterdir()}
         return path.read_bytes()
 
     def _remove(self):
-        for path in self._place.glob(f"{container_of(self._target).name}*"):
+        for path in self._place.glob(f"{Location.parse(self._target).container.name}*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def finish(self, computed=None):
@@ -139,10 +139,14 @@ class Runs:
         assert report.counts["images"] == 2 * CHUNKS - 1
         assert computed is None or report.counts["computed_chunks"] == computed, report.counts
         assert self._contents() == self._expected[self._name], self._name
-        left = {path.name for path in self._place.glob(f"{container_of(self._target).name}*")}
+        left = {
+            path.name
+            for path in self._place.glob(f"{Location.parse(self._target).container.name}*")
+        }
+        name = Location.parse(self._target).container.name
         assert left == {
-            container_of(self._target).name,
-            f"{container_of(self._target).name}.fastvgg.json",
+            name,
+            f"{name}.fastvgg.json",
         }
         self._remove()
 
@@ -185,11 +189,11 @@ class Runs:
         return int(killed)
 
     def _begun(self):
-        return Path(f"{container_of(self._target)}.fastvgg-journal").exists()
+        return Path(f"{Location.parse(self._target).container}.fastvgg-journal").exists()
 
     def _committed(self):
         try:
-            return max(0, commits_in(container_of(self._target)))
+            return max(0, commits_in(Location.parse(self._target).container))
         except FileNotFoundError:
             return 0
 

@@ -41,8 +41,9 @@ from typing import NamedTuple
 import xxhash
 
 from fastvgg.errors import FastvggError
+from fastvgg.executors import threads
 from fastvgg.storage.local import Storage
-from fastvgg.stream import in_place, manifest, redo_log, run
+from fastvgg.stream import in_place, manifest, redo_log_layout
 from tests.campaigns.command import main
 from tests.helpers.faults import quick_directory
 from tests.helpers.jobs import DATA, LARGER, SETTINGS, Job, Wrong, jobs
@@ -217,7 +218,7 @@ class RecordingStorage(Storage):
         function = f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}"
         place = Place(function, frame.f_lineno - frame.f_code.co_firstlineno)
         self.places.add(place)
-        return self._syncs and place != self._forgets
+        return self.fsync and place != self._forgets
 
     def sync(self, file):
         if self._syncs_here():
@@ -567,8 +568,8 @@ def run_on(job, left, forgets=None, fsync=True):
 
 def freeze():
     """Have every run do the same: no threads, no random numbers, no date, no versions."""
-    run.CommitPipeline = in_place.CommitPipeline = OneByOne
-    redo_log.secrets = SimpleNamespace(token_hex=lambda count: "0" * 2 * count)
+    threads.CommitPipeline = in_place.CommitPipeline = OneByOne
+    redo_log_layout.secrets = SimpleNamespace(token_hex=lambda count: "0" * 2 * count)
     moment = SimpleNamespace(isoformat=lambda timespec: "then")
     manifest.dt = SimpleNamespace(UTC=None, datetime=SimpleNamespace(now=lambda zone: moment))
     manifest.package_versions = dict

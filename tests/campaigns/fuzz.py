@@ -57,9 +57,9 @@ from fastvgg.datasets.zarr import METADATA, ZarrSource
 from fastvgg.errors import FastvggError, ResumeError, SourceError
 from fastvgg.imaging.decode import INTERPOLATIONS
 from fastvgg.storage.local import Storage
-from fastvgg.stream import redo_log as ring_module
+from fastvgg.stream import redo_log_layout as ring_module
 from fastvgg.stream.info import info
-from fastvgg.stream.journal import Commit, decode_line, encode_line, read_journal
+from fastvgg.stream.journal import Commit, decode_line, encode_line, journal_path, read_journal
 from fastvgg.stream.manifest import Manifest, read_manifest
 from fastvgg.stream.redo_log import (
     RedoLog,
@@ -678,7 +678,7 @@ class RingFiles:
         self.job = dataclasses.replace(job, source="/data/r.npy", fingerprint=FINGERPRINT)
         self.data = self.storage.open(self.path)
         self._record()
-        self.journal = Reused(ring_module.journal_path(self.path))
+        self.journal = Reused(journal_path(self.path))
 
     def split(self, content):
         """A journal's header, and the rest of it."""
@@ -695,7 +695,7 @@ class RingFiles:
         self.file_layout = ring.file_layout
         self.header = read_redo_log_header(self.path)._replace(inode=2)
         first = self.header.to_bytes().ljust(self.file_layout.header_bytes, b"\0")
-        journal = ring_module.journal_path(self.path)
+        journal = journal_path(self.path)
         self.states = []
         for chunk in range(self.file_layout.chunks + 1):
             content = first + self.split(journal.read_bytes())[1]
@@ -718,13 +718,10 @@ class RingFiles:
         before, after = self.with_new(chunk), self.with_new(chunk + 1)
         begin, end = self.file_layout.page_span(chunk)
         first, last = self.file_layout.image_span(chunk)
-        sums = {
-            name: xxhash.xxh3_64_hexdigest(content[first:last])
-            for name, content in (("old", before), ("new", after))
-        }
+        old = xxhash.xxh3_64_hexdigest(before[first:last])
         pages = memoryview(after[begin:end])
         ring.stage(chunk, pages)
-        ring.commit(ring.record_of(chunk, pages, **sums), pages)
+        ring.commit(ring.record_of(chunk, pages, old=old), pages)
 
     def close(self):
         self.storage.close(self.data)

@@ -34,6 +34,7 @@ from fastvgg.datasets.base import Header, bytes_of
 from fastvgg.datasets.open import open_source, open_target
 from fastvgg.errors import FastvggError
 from fastvgg.storage.local import Storage
+from fastvgg.storage.location import Location
 from tests.campaigns.command import main
 from tests.helpers.datasets_on_disk import must_say, pixels
 from tests.helpers.faults import quick_directory
@@ -59,7 +60,9 @@ def ours():
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "y.h5"
         header = Header(BATCH.shape, str(BATCH.dtype), "NHWC")
-        target = open_target(Path(f"{path}::{NAME}"), header, Storage(fsync=False), chunk_images=1)
+        target = open_target(
+            Location.parse(Path(f"{path}::{NAME}")), header, Storage(fsync=False), chunk_images=1
+        )
         target.create()
         target.write(0, [bytes_of(BATCH)])
         target.publish()
@@ -99,7 +102,7 @@ def check(path, whole, content):
     path.write_bytes(content)
     refusal = None
     try:
-        with contextlib.closing(open_source(Path(f"{path}::{NAME}"))) as source:
+        with contextlib.closing(open_source(Location.parse(Path(f"{path}::{NAME}")))) as source:
             header = source.header
             batch = source.read(0, header.images).batch
             again = np.empty_like(batch)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fastvgg.stream import in_place, manifest, redo_log, run
+from fastvgg.executors import threads
+from fastvgg.stream import in_place, manifest, redo_log, redo_log_layout
 from fastvgg.stream.redo_log import RedoLog, read_redo_log_header
+from fastvgg.stream.redo_log_layout import PAGE_BYTES, SLOTS
 from tests.campaigns import crash_states
 from tests.campaigns.crash_states import Exploration, Left, Sync, Write, explored, run_on
 from tests.helpers.faults import CuttingStorage, Death, quick_directory
@@ -31,8 +33,8 @@ SPARE = {
 
 @pytest.fixture
 def place(monkeypatch, tmp_path):
-    frozen = [(redo_log, "secrets"), (manifest, "dt"), (manifest, "package_versions")]
-    frozen += [(run, "CommitPipeline"), (in_place, "CommitPipeline")]
+    frozen = [(redo_log_layout, "secrets"), (manifest, "dt"), (manifest, "package_versions")]
+    frozen += [(threads, "CommitPipeline"), (in_place, "CommitPipeline")]
     for module, name in frozen:
         monkeypatch.setattr(module, name, getattr(module, name))  # to be put back at the end
     crash_states.freeze()
@@ -104,7 +106,7 @@ def test_a_slot_of_which_a_part_is_lost_is_not_used(place, part):
         job.command(CuttingStorage(2, in_place=True))
     places = read_redo_log_header(job.source).file_layout
     begin, (first, last) = places.page_span(1)[0], places.image_span(1)
-    at = places.slot(1) + redo_log.PAGE_BYTES + (first if part == "images" else last) - begin
+    at = places.slot(1) + PAGE_BYTES + (first if part == "images" else last) - begin
     with (job.directory / JOURNAL).open("r+b") as journal:
         journal.seek(at)
         (byte,) = journal.read(1)
@@ -133,7 +135,8 @@ def test_a_ring_has_slots_enough_where_no_checksum_helps(place):
 
 
 def test_a_ring_of_one_slot_less_is_noticed(place, monkeypatch):
-    monkeypatch.setattr(redo_log, "SLOTS", redo_log.SLOTS - 1)
+    for module in (redo_log, redo_log_layout):
+        monkeypatch.setattr(module, "SLOTS", SLOTS - 1)
     with pytest.raises(RuntimeError, match="slot that is still needed"):
         seen_without(explored(place)[0], None)
 

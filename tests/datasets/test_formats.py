@@ -10,7 +10,7 @@ import zarr
 import fastvgg
 from fastvgg import oracle
 from fastvgg.datasets.open import open_source
-from fastvgg.storage.location import parse_location
+from fastvgg.storage.location import Location
 from tests.helpers.datasets_on_disk import images_in, pixels, plan_of, save_npy
 
 BATCH = pixels(7, height=5, width=9)
@@ -60,7 +60,7 @@ TARGETS = {
 
 
 def read(target):
-    source = open_source(parse_location(target))
+    source = open_source(Location.parse(target))
     batch = np.array(source.read(0, len(BATCH)).batch)
     source.close()
     return batch

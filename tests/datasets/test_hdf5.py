@@ -32,9 +32,9 @@ from fastvgg.errors import (
     VerificationError,
 )
 from fastvgg.storage.local import Storage
-from fastvgg.storage.location import container_of, inner_name
+from fastvgg.storage.location import Location
 from fastvgg.stream.info import info
-from fastvgg.stream.manifest import describes_other_dataset, manifest_path, read_manifest
+from fastvgg.stream.manifest import Provenance, manifest_path, read_manifest
 from fastvgg.stream.run import run
 from fastvgg.transform import STORAGE_TYPES
 from tests.helpers.batches import KERAS_MODES, dtype_of, in_layout
@@ -104,14 +104,14 @@ def within(path, name="/images"):
 
 
 def as_h5py_reads(location):
-    with h5py.File(container_of(location), "r") as opened:
-        return opened[inner_name(location)][...]
+    with h5py.File(Location.parse(location).container, "r") as opened:
+        return opened[Location.parse(location).inner][...]
 
 
 def bits_in(location):
     """The array that h5py finds, whose two-byte elements it takes for something else."""
-    with h5py.File(container_of(location), "r") as opened:
-        found = opened[inner_name(location)]
+    with h5py.File(Location.parse(location).container, "r") as opened:
+        found = opened[Location.parse(location).inner]
         out = np.empty(found.shape, "u2")
         found.id.read(h5py.h5s.ALL, h5py.h5s.ALL, out, found.id.get_type())
         return out
@@ -119,7 +119,7 @@ def bits_in(location):
 
 def check_read(location, expected, **settings):
     """Check every way to read from every row to every row; return whether maps were used."""
-    with closing(open_source(location, **settings)) as source:
+    with closing(open_source(Location.parse(location), **settings)) as source:
         assert isinstance(source, Hdf5Source)
         assert source.kind == "hdf5"
         name = str(expected.dtype)
@@ -249,10 +249,10 @@ def test_a_name_that_is_no_utf8_is_read_and_shown(tmp_path):
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file[name.encode("latin-1")] = pixels()
     with pytest.raises(SourceError) as caught:
-        open_source(within(tmp_path / "x.h5", name))
+        open_source(Location.parse(within(tmp_path / "x.h5", name)))
     must_say(caught.value, r"Datasets: '/a\\xe4'")
     latin = os.fsdecode(name.encode("latin-1"))
-    with closing(open_source(within(tmp_path / "x.h5", latin))) as source:
+    with closing(open_source(Location.parse(within(tmp_path / "x.h5", latin)))) as source:
         assert np.array_equal(source.read(0, 5).batch, pixels())
 
 
@@ -293,7 +293,7 @@ def test_links_within_the_file_are_followed(linked, name):
 )
 def test_a_link_that_leads_nowhere_is_refused(linked, name):
     with pytest.raises(SourceError) as caught:
-        open_source(within(linked, name))
+        open_source(Location.parse(within(linked, name)))
     must_say(caught.value, linked, repr(name), "'/data/real'", "'/data/deep/other'")
 
 
@@ -305,7 +305,7 @@ def test_as_many_links_are_followed_as_are_allowed(tmp_path):
     check_read(within(tmp_path / "x.h5", "/64"), pixels())
     for name in ("/65", "/65/x"):
         with pytest.raises(SourceError, match=f"has no dataset '{name}'"):
-            open_source(within(tmp_path / "x.h5", name))
+            open_source(Location.parse(within(tmp_path / "x.h5", name)))
 
 
 @pytest.mark.parametrize("name", ["", "/", "/nothing", "/images/x", "/images\0", "/group", "/type"])
@@ -315,7 +315,7 @@ def test_what_names_no_dataset_is_refused_with_the_names_that_there_are(tmp_path
         file["group/more"] = pixels()
         file["type"] = np.dtype("u1")
     with pytest.raises(SourceError) as caught:
-        open_source(within(tmp_path / "x.h5", name))
+        open_source(Location.parse(within(tmp_path / "x.h5", name)))
     must_say(caught.value, tmp_path / "x.h5", "Datasets: '/group/more', '/images'\n", "::/NAME")
     asked = name.rstrip("/")
     assert (repr(asked) if asked else "which dataset?") in str(caught.value)
@@ -324,7 +324,7 @@ def test_what_names_no_dataset_is_refused_with_the_names_that_there_are(tmp_path
 def test_a_file_without_a_name_in_it_is_refused_with_those_that_it_holds(tmp_path):
     save_h5(tmp_path / "x.h5", pixels(), "/a\x1b[2J")
     with pytest.raises(SourceError) as caught:
-        open_source(tmp_path / "x.h5")
+        open_source(Location.parse(tmp_path / "x.h5"))
     must_say(caught.value, "which dataset?", r"'/a\x1b[2J'")
 
 
@@ -333,7 +333,7 @@ def test_no_more_names_are_given_than_can_be_read(tmp_path):
         for number in range(100):
             file[f"{number:02d}"] = number
     with pytest.raises(SourceError) as caught:
-        open_source(within(tmp_path / "x.h5", "/x"))
+        open_source(Location.parse(within(tmp_path / "x.h5", "/x")))
     must_say(caught.value, "'/00', '/01'", "'/09'")
     assert "'/10'" not in str(caught.value)
 
@@ -341,12 +341,12 @@ def test_no_more_names_are_given_than_can_be_read(tmp_path):
 def test_a_file_of_nothing_says_so(tmp_path):
     h5py.File(tmp_path / "x.h5", "w").close()
     with pytest.raises(SourceError, match="Datasets: none"):
-        open_source(within(tmp_path / "x.h5"))
+        open_source(Location.parse(within(tmp_path / "x.h5")))
 
 
 def test_a_window_cannot_be_written_and_outlives_the_source(tmp_path):
     expected = of_type("float32")
-    source = open_source(save_h5(tmp_path / "x.h5", expected))
+    source = open_source(Location.parse(save_h5(tmp_path / "x.h5", expected)))
     batch = source.read(1, 3).batch
     source.close()
     with pytest.raises(ValueError, match="read-only"):
@@ -356,7 +356,7 @@ def test_a_window_cannot_be_written_and_outlives_the_source(tmp_path):
 
 def test_what_was_read_of_a_chunked_dataset_outlives_the_source(tmp_path):
     expected = of_type("float32")
-    source = open_source(save_h5(tmp_path / "x.h5", expected, chunks=CHUNKS))
+    source = open_source(Location.parse(save_h5(tmp_path / "x.h5", expected, chunks=CHUNKS)))
     batch = source.read(1, 3).batch
     source.close()
     assert batch.tobytes() == expected[1:3].tobytes()
@@ -367,7 +367,7 @@ def test_many_threads_read_one_source(tmp_path, chunks):
     expected = pixels(37)
     location = save_h5(tmp_path / "x.h5", expected, chunks=chunks)
     wrong = []
-    with closing(open_source(location)) as source:
+    with closing(open_source(Location.parse(location))) as source:
 
         def read(seed):
             for row in map(int, np.random.default_rng(seed).permutation(35)):
@@ -387,16 +387,18 @@ def test_many_threads_read_one_source(tmp_path, chunks):
 
 def test_a_closed_source_leaves_the_file_to_a_writer(tmp_path):
     location = save_h5(tmp_path / "x.h5", pixels())
-    open_source(location).close()
+    open_source(Location.parse(location)).close()
     with pytest.raises(SourceError):
-        open_source(within(tmp_path / "x.h5", "/nothing"))
+        open_source(Location.parse(within(tmp_path / "x.h5", "/nothing")))
     with h5py.File(tmp_path / "x.h5", "a") as file:
         file["more"] = 1
 
 
 def test_what_is_stored_is_measured_and_read_in_whole_chunks(tmp_path):
     def of(name, **settings):
-        with closing(open_source(save_h5(tmp_path / f"{name}.h5", **settings))) as source:
+        with closing(
+            open_source(Location.parse(save_h5(tmp_path / f"{name}.h5", **settings)))
+        ) as source:
             return source.read_granularity, source.stored_bytes
 
     zeros = np.zeros(SHAPE, np.uint8)
@@ -419,13 +421,13 @@ def test_a_run_reads_whole_chunks_or_says_how_much_memory_they_take(tmp_path):
 @pytest.mark.parametrize("chunks", [None, CHUNKS], ids=["contiguous", "chunked"])
 def test_a_fingerprint_changes_with_the_file(tmp_path, chunks):
     location = save_h5(tmp_path / "x.h5", pixels(), chunks=chunks)
-    with closing(open_source(location)) as source:
+    with closing(open_source(Location.parse(location))) as source:
         before = source.fingerprint()
         assert source.fingerprint() == before
     status = (tmp_path / "x.h5").stat()
     save_h5(tmp_path / "x.h5", pixels(seed=2), chunks=chunks)
     os.utime(tmp_path / "x.h5", ns=(status.st_atime_ns, status.st_mtime_ns))
-    with closing(open_source(location)) as source:
+    with closing(open_source(Location.parse(location))) as source:
         assert source.fingerprint() != before
 
 
@@ -435,7 +437,7 @@ def test_a_fingerprint_changes_with_the_file(tmp_path, chunks):
 def check_leaves(location, *words):
     before = tree(location.parent)
     with pytest.raises(SourceError) as caught:
-        open_source(location)
+        open_source(Location.parse(location))
     must_say(caught.value, location, "refers to another file", *words)
     assert tree(location.parent) == before
 
@@ -502,11 +504,12 @@ def test_a_virtual_dataset_is_refused_wherever_its_data_are(tmp_path, other):
 
 # The alarm ends a process that waits: it is the end of the test, not a measurement.
 OPENING = """
-import pathlib, signal, sys, fastvgg.datasets.open as d, fastvgg.errors as e
+import signal, sys, fastvgg.datasets.open as d, fastvgg.errors as e
+from fastvgg.storage.location import Location
 for path in sys.argv[1:]:
     signal.alarm(5)
     try:
-        d.open_source(pathlib.Path(path))
+        d.open_source(Location.parse(path))
     except e.SourceError as error:
         print(str(error).splitlines()[0])
 """
@@ -542,7 +545,7 @@ def check_refused(location, *words):
     """Check that a source is refused in words and stays as it is."""
     before = tree(location.parent)
     with pytest.raises(SourceError) as caught:
-        open_source(location)
+        open_source(Location.parse(location))
     must_say(caught.value, *words)
     assert caught.value.exit_code == 3
     assert str(caught.value).replace("\n", "").isprintable()
@@ -665,7 +668,7 @@ def test_a_file_that_another_process_writes_is_refused_until_it_is_done(tmp_path
     ) as writer:
         assert writer.stdout.readline() == b"open\n"
         with pytest.raises(SourceError) as caught:
-            open_source(location)
+            open_source(Location.parse(location))
         must_say(
             caught.value, tmp_path / "x.h5", "lock", "another process is writing the file, wait"
         )
@@ -754,7 +757,7 @@ def broken_chunk(path, batch, row=-1):
 
 def test_a_damaged_chunk_is_an_error_where_it_is_read(tmp_path):
     location, _ = broken_chunk(tmp_path / "x.h5", pixels())
-    with closing(open_source(location)) as source:
+    with closing(open_source(Location.parse(location))) as source:
         assert np.array_equal(source.read(0, 4).batch, pixels()[:4])
         with pytest.raises(StoppedError) as caught:
             source.read(3, 5)
@@ -805,7 +808,7 @@ def test_a_run_that_a_damaged_file_stopped_begins_again_with_another(tmp_path):
 
 def test_a_file_that_shrinks_while_it_is_read_stops_the_run(tmp_path):
     location = save_h5(tmp_path / "x.h5", pixels(37, 41, 43))
-    with closing(open_source(location)) as source:
+    with closing(open_source(Location.parse(location))) as source:
         source.read(0, 2)
         os.truncate(tmp_path / "x.h5", 5000)
         with pytest.raises(StoppedError, match="file was truncated"):
@@ -851,7 +854,7 @@ def test_without_h5py_it_is_said_how_to_install_it_and_all_else_works(tmp_path):
 def created(tmp_path, name, shape=SHAPE, place="/images"):
     header = Header(shape, name, "NHWC")
     location = within(tmp_path / "y.h5", place)
-    return open_target(location, header, Storage(), chunk_images=1)
+    return open_target(Location.parse(location), header, Storage(), chunk_images=1)
 
 
 @pytest.mark.parametrize("name", STORAGE_TYPES)
@@ -1019,10 +1022,10 @@ def test_images_are_packed_into_a_file_with_an_index_and_come_back_under_their_n
     beside = [f"p.h5{ending}" for ending in ("", ".fastvgg.json", ".index.csv")]
     assert names_in(tmp_path) == [*beside, "photos"]
     assert np.array_equal(as_h5py_reads(within(tmp_path / "p.h5")), rows)
-    index = read_index(within(tmp_path / "p.h5"), 6)
+    index = read_index(tmp_path / "p.h5", 6)
     assert [record.failed for record in index] == [False] * 4 + [True, False]
     plan_of(within(tmp_path / "p.h5"), within(tmp_path / "y.h5"), mode="torch", together=4).run()
-    assert [*read_index(within(tmp_path / "y.h5"), 6)] == [*index]
+    assert [*read_index(tmp_path / "y.h5", 6)] == [*index]
     plan_of(within(tmp_path / "y.h5"), tmp_path / "out", direction="restore").run()
     found = images_in(tmp_path / "out")
     assert [*found] == ["a/00.png", "a/02.png", "a/04.png", "b/01.png", "b/05.png"]
@@ -1059,13 +1062,13 @@ def packed(tmp_path):
 
 
 def test_what_lies_beside_a_file_is_of_the_dataset_that_was_written_alone(tmp_path, packed):
-    assert read_manifest(within(packed)) == read_manifest(packed) != None  # noqa: E711
-    assert not describes_other_dataset(within(packed))
-    assert not describes_other_dataset(packed)
+    manifest = read_manifest(packed)
+    for location in (packed, within(packed)):
+        recorded = Provenance.read(Location.parse(location))
+        assert recorded == Provenance(manifest, manifest.job.transform, has_index=True)
     for name, images in (("/six", 6), ("/eleven", 11)):
         location = within(packed, name)
-        assert read_manifest(location) is None
-        assert describes_other_dataset(location)
+        assert Provenance.read(Location.parse(location)) == Provenance(None, None, has_index=False)
         assert info(location)["state"] == "source"
         assert info(location)["shape"] == [images, 7, 9, 3]
         plan_of(location, tmp_path / f"y{name[1:]}.npy", mode="caffe", together=2).run()
@@ -1152,7 +1155,7 @@ def test_a_directory_is_not_replaced_by_a_file(tmp_path, kind):
 def test_a_directory_of_images_that_was_written_is_not_replaced_by_an_array(tmp_path, name):
     source = save_npy(tmp_path / "x.npy", network_inputs(pixels(), "tf"))
     images = save_npy(tmp_path / "images.npy", pixels())
-    file = container_of(tmp_path / name)
+    file = Location.parse(tmp_path / name).container
     plan_of(source, tmp_path / "out", direction="restore", mode="tf").run()
     (tmp_path / "out").rename(file)
     manifest_path(tmp_path / "out").rename(manifest_path(file))

@@ -19,6 +19,7 @@ from fastvgg.datasets.index import INDEX_HEAD, index_path, index_text, read_inde
 from fastvgg.datasets.open import open_target, target_format
 from fastvgg.errors import ResumeError, SourceError, TargetError, UsageError
 from fastvgg.storage.local import Storage
+from fastvgg.storage.location import Location
 from tests.helpers.batches import frozen
 from tests.helpers.datasets_on_disk import failing_in_ascii, must_say, names_in, pixels, tree
 
@@ -245,7 +246,9 @@ def test_an_index_of_a_dataset_names_its_files(tmp_path):
     expected[1] = 0
     header = Header(expected.shape, "uint8", "NHWC")
     named = {"records": index, "file_format": "webp"}
-    target = open_target(tmp_path / "out", header, Storage(), chunk_images=1, **named)
+    target = open_target(
+        Location.parse(tmp_path / "out"), header, Storage(), chunk_images=1, **named
+    )
     target.create()
     target.write(0, encoded(target, expected, records))
     target.publish()
@@ -357,17 +360,17 @@ def test_files_are_made_to_last_together_or_one_by_one_where_that_cannot_be_reli
 
 @pytest.mark.parametrize(("name", "kind"), [("a.npy", "npy"), ("A.NPY", "npy"), ("out", "images")])
 def test_a_target_is_what_its_name_says(tmp_path, name, kind):
-    assert target_format(tmp_path / name) == kind
+    assert target_format(Location.parse(tmp_path / name)) == kind
 
 
 def test_an_existing_directory_is_one_whatever_its_name_ends_in(tmp_path):
     (tmp_path / "v1.0").mkdir()
-    assert target_format(tmp_path / "v1.0") == "images"
+    assert target_format(Location.parse(tmp_path / "v1.0")) == "images"
 
 
 def test_a_target_of_no_known_format_is_refused(tmp_path):
     with pytest.raises(TargetError) as caught:
-        target_format(tmp_path / "out.zip")
+        target_format(Location.parse(tmp_path / "out.zip"))
     must_say(caught.value, tmp_path / "out.zip", "'.zip'", ".npy")
 
 

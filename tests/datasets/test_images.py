@@ -20,6 +20,7 @@ from fastvgg.datasets.images import FolderImageListing, ImageFolder, is_image_na
 from fastvgg.datasets.open import open_source
 from fastvgg.errors import SourceError, StoppedError
 from fastvgg.imaging.decode import DecodeOptions, Decoder
+from fastvgg.storage.location import Location
 from tests.helpers.datasets_on_disk import (
     PHOTOGRAPHS,
     failing_in_ascii,
@@ -593,13 +594,14 @@ def test_a_name_that_is_no_text_is_kept_byte_for_byte(folder):
 
 
 READ_WITHOUT_PRIVILEGES = """
-import pathlib, sys
+import sys
+from fastvgg.storage.location import Location
 from tests.helpers.datasets_on_disk import obey_permissions
 from fastvgg.datasets.open import open_source
 from fastvgg.errors import FastvggError
 obey_permissions()
 try:
-    source = open_source(pathlib.Path(sys.argv[1]))
+    source = open_source(Location.parse(sys.argv[1]))
 except FastvggError as error:
     print(type(error).__name__, error)
 else:
@@ -633,10 +635,11 @@ def test_a_listing_does_not_wait_for_pipes(folder):
     os.mkfifo(folder / "0.jpg")
     os.mkfifo(folder / "pipe without the name")
     done = python(
-        "import pathlib, signal, sys\n"
+        "import signal, sys\n"
+        "from fastvgg.storage.location import Location\n"
         "from fastvgg.datasets.open import open_source\n"
         "signal.alarm(20)\n"
-        "source = open_source(pathlib.Path(sys.argv[1]))\n"
+        "source = open_source(Location.parse(sys.argv[1]))\n"
         "print([r.reason for r in source.read(0, 2).records])",
         folder,
     )
@@ -747,7 +750,7 @@ def test_a_listing_is_used_again_where_it_is_given(folder):
     with closing(opened(folder, listing=listing)) as source:
         assert source.listing is listing
         assert source.header.images == 2
-    with closing(open_source(folder, listing=listing)) as source:
+    with closing(open_source(Location.parse(folder), listing=listing)) as source:
         assert source.listing is listing
     assert len(FolderImageListing(folder)) == 3
 
@@ -778,7 +781,7 @@ def test_a_listing_of_many_files_takes_some_bytes_for_each(folder):
 def test_images_have_one_layout(folder):
     save_images(folder, pixels(1), ["a.png"])
     with pytest.raises(SourceError) as caught:
-        open_source(folder, layout="NCHW")
+        open_source(Location.parse(folder), layout="NCHW")
     must_say(caught.value, folder, "NCHW", "--layout")
 
 
@@ -786,23 +789,23 @@ def test_images_have_one_layout(folder):
 def test_what_is_neither_a_folder_nor_an_array_is_refused(tmp_path, name):
     save_as(tmp_path / name, "jpeg")
     with pytest.raises(SourceError) as caught:
-        open_source(tmp_path / name)
+        open_source(Location.parse(tmp_path / name))
     must_say(caught.value, tmp_path / name, "not a directory of images, a .npy", "HDF5")
 
 
 def test_how_images_are_read_is_not_said_of_an_array(tmp_path):
     path = save_npy(tmp_path / "a.npy", pixels(2))
     for decoding in (None, DecodeOptions()):
-        open_source(path, decoding=decoding).close()
+        open_source(Location.parse(path), decoding=decoding).close()
     for decoding in (DecodeOptions(SIZE), DecodeOptions(exif=True), DecodeOptions(max_pixels=5)):
         with pytest.raises(SourceError) as caught:
-            open_source(path, decoding=decoding)
+            open_source(Location.parse(path), decoding=decoding)
         must_say(caught.value, path, "--size")
 
 
 def test_a_path_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(SourceError) as caught:
-        open_source(tmp_path / "photos")
+        open_source(Location.parse(tmp_path / "photos"))
     must_say(caught.value, tmp_path / "photos", "does not exist")
 
 
@@ -814,10 +817,14 @@ def test_a_folder_is_opened_with_what_is_given(folder):
         gathered.append(image.shape)
         out[...] = 5
 
-    with closing(open_source(folder, decoding=DecodeOptions(SIZE), gather=gather)) as source:
+    with closing(
+        open_source(Location.parse(folder), decoding=DecodeOptions(SIZE), gather=gather)
+    ) as source:
         batch, (record,) = source.read(0, 1)
     assert gathered == [(47, 61, 3)]
     assert (batch == 5).all()
     assert not record.failed
-    with closing(open_source(folder, decoding=DecodeOptions(SIZE), decoding_bytes=900)) as source:
+    with closing(
+        open_source(Location.parse(folder), decoding=DecodeOptions(SIZE), decoding_bytes=900)
+    ) as source:
         assert "increase --memory" in source.read(0, 1).records[0].reason

@@ -23,6 +23,7 @@ from fastvgg.datasets.npy import NpySource, NpyTarget
 from fastvgg.datasets.open import open_source
 from fastvgg.errors import SourceError, StoppedError
 from fastvgg.storage.local import Storage
+from fastvgg.storage.location import Location
 from fastvgg.transform import STORAGE_TYPES
 from tests.helpers.bad_arrays import MAX_HEADER_BYTES, REFUSED, SHAPE, WHOLE, header_text, npy_of
 from tests.helpers.batches import FLOATS, dtype_of
@@ -98,7 +99,7 @@ def test_a_file_that_is_not_right_is_refused_in_words_and_stays_as_it_is(tmp_pat
     path = tmp_path / "x.npy"
     path.write_bytes(content)
     with pytest.raises(SourceError) as caught:
-        open_source(path)
+        open_source(Location.parse(path))
     must_say(caught.value, path, *words)
     assert path.read_bytes() == content
     assert names_in(tmp_path) == ["x.npy"]
@@ -134,9 +135,10 @@ def test_a_pipe_that_is_named_like_an_array_does_not_wait_for_ever(tmp_path):
     os.mkfifo(tmp_path / "x.npy")
     # The alarm ends a process that waits: it is the end of the test, not a measurement.
     done = python(
-        "import pathlib, signal, sys, fastvgg.datasets.open as d, fastvgg.errors as e\n"
+        "import signal, sys, fastvgg.datasets.open as d, fastvgg.errors as e\n"
+        "from fastvgg.storage.location import Location\n"
         "signal.alarm(5)\n"
-        "try:\n    d.open_source(pathlib.Path(sys.argv[1]))\n"
+        "try:\n    d.open_source(Location.parse(sys.argv[1]))\n"
         "except e.SourceError as error:\n    print(error)",
         tmp_path / "x.npy",
     )

@@ -15,6 +15,7 @@ from fastvgg.datasets.base import Header
 from fastvgg.datasets.npy import PartitionedNpySource
 from fastvgg.datasets.open import open_source
 from fastvgg.errors import SourceError, StoppedError, UsageError
+from fastvgg.storage.location import Location
 from fastvgg.stream.info import info
 from tests.helpers.batches import dtype_of, every_value
 from tests.helpers.datasets_on_disk import plan_of
@@ -43,7 +44,7 @@ def parts(tmp_path):
 @pytest.mark.parametrize("dtype", ["uint8", "float16", "float32", "float64"])
 def test_all_rows_are_there_from_any_to_any(tmp_path, dtype):
     batch = batch_of(dtype)
-    source = open_source(written(tmp_path / "parts", batch))
+    source = open_source(Location.parse(written(tmp_path / "parts", batch)))
     assert isinstance(source, PartitionedNpySource)
     assert source.kind == "parts"
     assert source.header == Header(batch.shape, dtype, "NHWC")
@@ -65,7 +66,7 @@ def test_rows_are_in_the_order_of_the_bytes_of_the_names(tmp_path):
     batch = batch_of(images=4)
     for name, row in (("part-10", 1), ("part-9", 2), ("part-B", 3), ("part-1", 0)):
         np.save(directory / f"{name}.npy", batch[row : row + 1])
-    source = open_source(directory)
+    source = open_source(Location.parse(directory))
     assert np.array_equal(source.read(0, 4).batch, batch)
     source.close()
 
@@ -73,7 +74,7 @@ def test_rows_are_in_the_order_of_the_bytes_of_the_names(tmp_path):
 def test_what_is_not_named_as_a_part_is_left_alone(parts):
     (parts / "notes.txt").write_text("not an array")
     (parts / "other.npy").write_bytes(b"nor this")
-    source = open_source(parts)
+    source = open_source(Location.parse(parts))
     assert source.header.images == sum(SIZES)
     source.close()
 
@@ -81,7 +82,7 @@ def test_what_is_not_named_as_a_part_is_left_alone(parts):
 def test_parts_among_images_are_refused(parts):
     (parts / "cat.jpg").write_bytes(b"")
     with pytest.raises(SourceError, match=r"'part-000.npy', and images, e.g. 'cat.jpg'"):
-        open_source(parts)
+        open_source(Location.parse(parts))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_parts_among_images_are_refused(parts):
 def test_parts_that_are_not_alike_are_refused_with_the_numbers_of_both(parts, other):
     np.save(parts / "part-002.npy", other)
     with pytest.raises(SourceError) as raised:
-        open_source(parts)
+        open_source(Location.parse(parts))
     for shown in ("part-002.npy", "part-000.npy", str(other.shape[1:]), "(5, 7, 3) uint8"):
         assert shown in raised.value.problem
 
@@ -104,14 +105,14 @@ def test_parts_that_are_not_alike_are_refused_with_the_numbers_of_both(parts, ot
 def test_a_damaged_part_is_refused_with_its_path(parts, content):
     (parts / "part-001.npy").write_bytes(content)
     with pytest.raises(SourceError, match=r"parts/part-001.npy"):
-        open_source(parts)
+        open_source(Location.parse(parts))
 
 
 def test_a_truncated_part_is_refused(parts):
     path = parts / "part-003.npy"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(SourceError, match=r"part-003.npy is truncated"):
-        open_source(parts)
+        open_source(Location.parse(parts))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_a_truncated_part_is_refused(parts):
     ids=["other bytes", "one more", "one less", "another name"],
 )
 def test_the_fingerprint_changes_when_a_part_does(parts, change):
-    source = open_source(parts)
+    source = open_source(Location.parse(parts))
     before = source.fingerprint()
     assert source.fingerprint() == before
     change(parts)
@@ -143,7 +144,7 @@ def test_the_fingerprint_changes_when_a_part_does(parts, change):
     ids=["gone", "shorter", "another type"],
 )
 def test_a_part_that_changed_before_it_is_read_stops_the_run(parts, change):
-    source = open_source(parts)
+    source = open_source(Location.parse(parts))
     change(parts / "part-002.npy")
     with pytest.raises(StoppedError, match=r"part-002.npy changed after the run was planned"):
         source.read(0, sum(SIZES))
@@ -151,7 +152,7 @@ def test_a_part_that_changed_before_it_is_read_stops_the_run(parts, change):
 
 
 def test_a_part_that_is_cut_short_while_it_is_open_stops_the_run(parts):
-    source = open_source(parts)
+    source = open_source(Location.parse(parts))
     source.read(4, 5)
     with (parts / "part-002.npy").open("r+b") as file:
         file.truncate(200)
@@ -163,7 +164,7 @@ def test_a_part_that_is_cut_short_while_it_is_open_stops_the_run(parts):
 def test_many_parts_are_read_by_many_threads_with_few_open(tmp_path, monkeypatch):
     monkeypatch.setattr(npy, "MAX_OPEN_PARTS", 3)
     batch = batch_of(images=60)
-    source = open_source(written(tmp_path / "parts", batch, sizes=[1] * 60))
+    source = open_source(Location.parse(written(tmp_path / "parts", batch, sizes=[1] * 60)))
     wrong = []
 
     def read(seed):
@@ -231,6 +232,6 @@ def test_a_part_written_through_a_map_is_read(tmp_path):
     mapped = open_memmap(directory / "part-0.npy", "w+", batch.dtype, batch.shape)
     mapped[...] = batch
     mapped.flush()
-    source = open_source(directory)
+    source = open_source(Location.parse(directory))
     assert np.array_equal(source.read(0, len(batch)).batch, batch)
     source.close()

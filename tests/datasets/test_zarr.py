@@ -37,8 +37,9 @@ from fastvgg.errors import (
     VerificationError,
 )
 from fastvgg.storage.local import Storage
+from fastvgg.storage.location import Location
 from fastvgg.stream.info import info
-from fastvgg.stream.manifest import manifest_path, read_transform
+from fastvgg.stream.manifest import Provenance, manifest_path
 from fastvgg.stream.run import run
 from tests.helpers.batches import KERAS_MODES, assert_same, every_value, in_layout
 from tests.helpers.datasets_on_disk import (
@@ -67,7 +68,6 @@ from tests.helpers.zarr_on_disk import (
 
 # Of ten images, 7 high and 9 wide.
 V2 = {"zarr_format": 2}
-SLASHES = {"name": "default", "separator": "/"}
 DOTS = {"name": "default", "separator": "."}
 STORED = {
     "plain": {},
@@ -114,7 +114,7 @@ def stored(tmp_path):
 
 
 def opened(path, **settings):
-    source = open_source(path, **settings)
+    source = open_source(Location.parse(path), **settings)
     assert isinstance(source, ZarrSource)
     return source
 
@@ -337,7 +337,7 @@ def test_batches_are_read(stored):
 def refused(path, *words, error=SourceError, **settings):
     """Check that an array is refused, wherever it is given, in these words."""
     with pytest.raises(error) as caught:
-        open_source(path, **settings)
+        open_source(Location.parse(path), **settings)
     must_say(caught.value, path, *words)
     assert caught.value.exit_code == 3
     assert str(caught.value).replace("\n", "").isprintable()
@@ -517,11 +517,12 @@ def test_what_cannot_be_read_is_refused(tmp_path):
         "from tests.helpers.datasets_on_disk import *; obey_permissions()\n"
         "from tests.helpers.zarr_on_disk import *; from fastvgg.errors import *\n"
         "from fastvgg.datasets.open import open_source\n"
+        "from fastvgg.storage.location import Location\n"
         "place = Path(sys.argv[1])\n"
         "path = save_zarr(place / 'x.zarr', pixels(10))\n"
         "def refused(what, *words):\n"
         "    with permissions(what, 0):\n"
-        "        try: open_source(path).read(0, 10)\n"
+        "        try: open_source(Location(path)).read(0, 10)\n"
         "        except FastvggError as error: must_say(error, *words); print(error.exit_code)\n"
         "refused(path, path, 'Permission')\n"
         "refused(path / 'zarr.json', path, 'Permission')\n"
@@ -744,7 +745,7 @@ def test_what_is_written_is_sharded_with_checksums_and_says_what_it_is(tmp_path,
     recorded = array.attrs["fastvgg"]
     expected = fastvgg.Transform("caffe", out_layout="NCHW")
     assert recorded == {"transform": json.loads(json.dumps(expected.to_dict()))}
-    assert read_transform(path) == expected
+    assert Provenance.read(Location(path)).transform == expected
 
 
 def test_pieces_are_whole_parts_of_a_shard_and_lie_one_after_the_other(tmp_path, monkeypatch):
@@ -953,7 +954,7 @@ def test_batches_are_in_the_layout_that_an_array_says(alone):
 def test_a_manifest_goes_before_what_an_array_says_of_itself(tmp_path):
     path = written(tmp_path)
     change_metadata(path, attributes={"fastvgg": {"transform": "nonsense"}})
-    assert read_transform(path) == fastvgg.Transform("caffe")
+    assert Provenance.read(Location(path)).transform == fastvgg.Transform("caffe")
 
 
 @pytest.mark.parametrize(
@@ -977,13 +978,13 @@ def test_a_manifest_goes_before_what_an_array_says_of_itself(tmp_path):
     ],
 )
 def test_an_array_that_says_of_itself_what_cannot_be_is_refused(tmp_path, alone, change):
-    recorded = read_transform(alone).to_dict()
+    recorded = Provenance.read(Location(alone)).transform.to_dict()
     if callable(change):
         change(recorded)
     attributes = {"fastvgg": {"transform": recorded} if callable(change) else change}
     change_metadata(alone, attributes=attributes)
     if change is None:  # which says nothing
-        assert read_transform(alone) is None
+        assert Provenance.read(Location(alone)).transform is None
         return
     for attempt in (
         lambda: plan_of(alone, tmp_path / "z.npy", direction="restore", mode="caffe"),

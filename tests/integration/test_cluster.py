@@ -23,7 +23,7 @@ from fastvgg.errors import ClusterError, ResumeError, StoppedError, UsageError
 from fastvgg.executors import dask as cluster
 from fastvgg.executors.worker import Task, run_task
 from fastvgg.storage import objects
-from fastvgg.storage.location import container_of, parse_location
+from fastvgg.storage.location import Location
 from fastvgg.storage.objects import StoreStorage
 from fastvgg.stream.compute import ChunkTask
 from fastvgg.stream.manifest import read_manifest
@@ -80,7 +80,7 @@ def array(tmp_path):
 
 def contents(target):
     """The bytes of a finished target: a file's, or those of all files below a directory."""
-    path = container_of(target)
+    path = Location.parse(target).container
     if path.is_dir():
         return {file.name: file.read_bytes() for file in path.iterdir()}
     return path.read_bytes()
@@ -90,18 +90,19 @@ def as_on_one_machine(plan, tmp_path):
     """The bytes that the same plan gives without a cluster."""
     directory = tmp_path / "alone"
     directory.mkdir()
-    target = parse_location(plan.target.replace(str(tmp_path), str(directory), 1))
-    dataclasses.replace(plan, target=str(target)).run()
-    assert read_manifest(target).checksums == read_manifest(parse_location(plan.target)).checksums
+    target = Location(directory / plan.target.container.name, plan.target.inner)
+    dataclasses.replace(plan, target=target).run()
+    expected = read_manifest(plan.target.container).checksums
+    assert read_manifest(target.container).checksums == expected
     return contents(target)
 
 
 def check(plan, tmp_path):
     """Whether a finished target is what one machine makes, and nothing else is left."""
-    assert contents(parse_location(plan.target)) == as_on_one_machine(plan, tmp_path)
+    assert contents(plan.target) == as_on_one_machine(plan, tmp_path)
     verified = fastvgg.verify(plan.target, full=True)
     assert (verified.chunks, verified.recomputed_images) == (plan.chunks, plan.header.images)
-    name = container_of(parse_location(plan.target)).name
+    name = plan.target.container.name
     left = {found for found in names_in(tmp_path) if found.startswith(name)}
     assert left <= {name, f"{name}.fastvgg.json", f"{name}.index.csv"}
 
@@ -269,13 +270,13 @@ def test_a_run_that_was_cut_off_goes_on_with_a_cluster_and_one_of_a_cluster_with
 
     with pytest.raises(Stopped):
         plan.run(stop, client=client)
-    done = commits_in(container_of(parse_location(tmp_path / name)))
+    done = commits_in(Location.parse(tmp_path / name).container)
     assert 5 <= done < 20
     with pytest.raises(Stopped):  # a few more, on one machine
         plan_of(array, tmp_path / name, mode="caffe", together=2).run(
             lambda progress: stop(progress._replace(images=progress.computed_images + 6))
         )
-    more = commits_in(container_of(parse_location(tmp_path / name)))
+    more = commits_in(Location.parse(tmp_path / name).container)
     assert done < more < 20
     report = plan_of(array, tmp_path / name, mode="caffe", together=2).run(client=client)
     assert report.counts["computed_chunks"] == 20 - more
@@ -303,7 +304,7 @@ def begun(plan):
     """Begin a run, which commits one chunk, and return the tasks of it."""
     with pytest.raises(Death):
         run(plan, storage=CuttingStorage(1))
-    assert commits_in(container_of(parse_location(plan.target))) == 1
+    assert commits_in(plan.target.container) == 1
     shared = pickle.dumps((secrets.token_hex(8), dataclasses.replace(plan, threads=1)))
     rows = [*enumerate(plan.chunk_rows())]
     return [Task(shared, (ChunkTask(chunk, *span),)) for chunk, span in rows]
@@ -311,7 +312,7 @@ def begun(plan):
 
 def as_written(plan, dones):
     """What tasks have written, after what they left to one process was."""
-    partial = container_of(parse_location(f"{container_of(parse_location(plan.target))}.partial"))
+    partial = Location.parse(f"{plan.target.container}.partial").container
     if partial.is_dir():
         assert not any(done.edges for done in dones)
         return {file.name: file.read_bytes() for file in partial.iterdir()}
@@ -418,11 +419,11 @@ def test_a_task_for_a_store_whose_run_was_replaced_changes_nothing(array):
     other = plan_of(array, f"{store}/y.zarr", mode="tf", together=2, restart=True)
     with contextlib.suppress(Death):
         run(other, storage=MortalStore(9))
-    before = objects.read_all(parse_location(store))
+    before = objects.read_all(Location.parse(store).container)
     assert len(before) > 3
     with pytest.raises(StoppedError, match="belongs to another run"):
         run_task(Task(shared, (ChunkTask(1, 2, 4), ChunkTask(2, 4, 6))))
-    assert objects.read_all(parse_location(store)) == before
+    assert objects.read_all(Location.parse(store).container) == before
 
 
 class MortalStore(StoreStorage):
@@ -515,7 +516,7 @@ def test_a_worker_that_cannot_see_the_target_is_refused_as_if_nothing_had_begun(
     with pytest.raises(Death):  # what has begun is left as it is
         run(plan, storage=CuttingStorage(10))
     before = tree(tmp_path / "out")
-    assert commits_in(container_of(parse_location(plan.target))) > 0
+    assert commits_in(plan.target.container) > 0
     refused()
     assert tree(tmp_path / "out") == before
 

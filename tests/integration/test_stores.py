@@ -21,7 +21,7 @@ from fastvgg.errors import (
     VerificationError,
 )
 from fastvgg.storage import objects
-from fastvgg.storage.location import is_remote, parse_location
+from fastvgg.storage.location import Location
 from fastvgg.storage.objects import StoreStorage
 from fastvgg.stream.info import info
 from fastvgg.stream.journal import encode_line
@@ -67,7 +67,7 @@ class Store:
 
     def __init__(self, url):
         self.url = url
-        self.root = parse_location(url)
+        self.root = Location.parse(url).container
 
     def __truediv__(self, name):
         return self.root / name
@@ -636,7 +636,7 @@ def test_a_chunk_that_is_missing_is_refused(store, array, tmp_path):
 
 def test_a_chunk_that_goes_missing_stops_the_run(store, array):
     planned(array, store).run()
-    source = open_source(parse_location(f"{store.url}/y.zarr"))
+    source = open_source(Location.parse(f"{store.url}/y.zarr"))
     objects.remove(store / "y.zarr" / "c.3.0.0.0")
     assert source.read(0, 5).batch.tobytes() == EXPECTED[:5].tobytes()
     with pytest.raises(StoppedError) as caught:
@@ -728,7 +728,7 @@ def test_the_command_line_takes_urls(emptied, array, tmp_path):
 def test_a_path_of_this_machine_may_be_given_as_a_url(array, tmp_path):
     plan_of(f"file://{array}", f"file://{tmp_path}/y.zarr", mode="caffe").run()
     assert zarr.open_array(tmp_path / "y.zarr", mode="r")[:].tobytes() == EXPECTED.tobytes()
-    assert not is_remote(parse_location(f"file://{array}"))
+    assert not Location.parse(f"file://{array}").is_remote
 
 
 def test_objects_are_read_written_listed_and_removed(store):

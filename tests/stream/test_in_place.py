@@ -12,11 +12,12 @@ import pytest
 import fastvgg
 from fastvgg import oracle
 from fastvgg.errors import ResumeError, SourceError, TargetError, UsageError
+from fastvgg.storage import local
 from fastvgg.storage.local import Storage, file_system, is_networked
-from fastvgg.stream import planner, redo_log
+from fastvgg.stream import planner
 from fastvgg.stream.info import info
 from fastvgg.stream.journal import journal_path
-from fastvgg.stream.manifest import manifest_path, read_manifest
+from fastvgg.stream.manifest import Provenance, manifest_path, read_manifest
 from fastvgg.stream.plan import RUN_BYTES
 from fastvgg.stream.redo_log import read_redo_log_header
 from fastvgg.stream.run import run
@@ -194,9 +195,9 @@ def test_links_and_holes_are_refused(file):
 
 def test_a_file_system_of_other_machines_is_refused(file, monkeypatch):
     for system in ("nfs4", "cifs", "fuse.sshfs", "9p"):
-        monkeypatch.setattr(redo_log, "file_system", lambda path, system=system: system)
+        monkeypatch.setattr(local, "file_system", lambda path, system=system: system)
         refused(TargetError, file, system, "another machine")
-    monkeypatch.setattr(redo_log, "file_system", lambda path: "")  # nobody knows
+    monkeypatch.setattr(local, "file_system", lambda path: "")  # nobody knows
     change(file, mode="caffe")
 
 
@@ -418,13 +419,15 @@ def test_memory_and_room_are_known_before(file, monkeypatch):
 
 
 def test_what_another_process_has_come_to_the_end_of_meanwhile_is_not_done_twice(file, monkeypatch):
-    def read_before_another_ends(path):
-        found = read_manifest(path)
-        monkeypatch.setattr(planner, "read_manifest", read_manifest)
-        change(file, mode="caffe")
-        return found
+    class ReadBeforeAnotherEnds(Provenance):
+        @classmethod
+        def read(cls, location):
+            found = Provenance.read(location)
+            monkeypatch.setattr(planner, "Provenance", Provenance)
+            change(file, mode="caffe")
+            return found
 
-    monkeypatch.setattr(planner, "read_manifest", read_before_another_ends)
+    monkeypatch.setattr(planner, "Provenance", ReadBeforeAnotherEnds)
     with pytest.raises(SourceError) as caught:
         change(file, mode="caffe")
     must_say(caught.value, file, "already preprocessed")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 import fastvgg
 from fastvgg.datasets.base import Header
 from fastvgg.errors import DtypeError, ModeError, SourceError, TargetError, UsageError
+from fastvgg.storage.location import Location
 from fastvgg.stream.job import result_header
 from fastvgg.stream.plan import (
     CHUNK_BYTES,
@@ -155,9 +158,8 @@ def a_plan(images, together, limit=10**12, source_kind="npy"):
     header = Header((images, 7, 9, 3), "uint8", "NHWC")
     transform = Transform("caffe")
     return Plan(
-        source="/x.npy",
-        target="/y.npy",
-        dataset="",
+        source=Location(Path("/x.npy")),
+        target=Location(Path("/y.npy")),
         source_kind=source_kind,
         target_format="npy",
         header=header,
@@ -459,5 +461,5 @@ def test_relative_paths_are_those_of_the_directory_the_plan_was_made_in(tmp_path
     plan = plan_of("x.npy", "./elsewhere/../y.npy", mode="caffe")
     monkeypatch.chdir(tmp_path / "elsewhere")
     plan.run()
-    assert (plan.source, plan.target) == (str(tmp_path / "x.npy"), str(tmp_path / "y.npy"))
+    assert (str(plan.source), str(plan.target)) == (f"{tmp_path}/x.npy", f"{tmp_path}/y.npy")
     assert (tmp_path / "y.npy").exists()

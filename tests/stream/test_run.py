@@ -894,6 +894,23 @@ def test_a_directory_that_has_the_name_of_an_array_is_refused_before_anything_is
     assert tree(tmp_path) == before
 
 
+class DyingBeforeTheManifest(Storage):
+    def write_atomic(self, path, pieces):
+        raise Death
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_what_took_the_name_of_a_published_file_is_never_replaced(tmp_path, array, restart):
+    target = tmp_path / "y.npy"
+    with pytest.raises(Death):
+        run(plan_of(array, target, mode="caffe"), storage=DyingBeforeTheManifest())
+    assert target.exists()
+    target.write_text("precious")
+    with pytest.raises((SourceError, TargetError)):
+        plan_of(array, target, mode="caffe", restart=restart).run()
+    assert target.read_text() == "precious"
+
+
 def test_an_empty_directory_may_become_the_target(tmp_path, photos):
     stored, back = tmp_path / "y.npy", tmp_path / "back"
     plan_of(photos, stored, mode="caffe").run()

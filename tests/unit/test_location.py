@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 
-from fastvgg.storage.location import (
-    container_of,
-    inner_name,
-    is_remote,
-    parse_location,
-    sidecar_path,
-    with_inner,
-)
+from fastvgg.storage.location import Location, sidecar_path
 
 
 @pytest.mark.parametrize(
@@ -44,13 +38,15 @@ from fastvgg.storage.location import (
         ("photos", "photos", ""),
     ],
 )
-def test_a_path_is_that_of_a_file_and_of_a_dataset_in_it(path, file, dataset):
-    assert (container_of(Path(path)), inner_name(Path(path))) == (Path(file), dataset)
+def test_a_location_has_a_container_and_the_name_of_a_dataset_in_it(
+    tmp_path, monkeypatch, path, file, dataset
+):
+    monkeypatch.chdir(tmp_path)
+    assert Location.parse(Path(path)) == Location(tmp_path / file, dataset)
 
 
-@pytest.mark.parametrize("path", ["/d/x.h5::/a/b", "/d/x.h5"])
-def test_what_lies_beside_is_named_after_the_file(path):
-    assert sidecar_path(Path(path), ".index.csv") == Path("/d/x.h5.index.csv")
+def test_a_sidecar_is_named_after_the_container():
+    assert sidecar_path(Path("/d/x.h5"), ".index.csv") == Path("/d/x.h5.index.csv")
 
 
 @pytest.mark.parametrize(
@@ -58,34 +54,36 @@ def test_what_lies_beside_is_named_after_the_file(path):
 )
 def test_a_dataset_has_one_name_however_it_is_written(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
-    assert parse_location(path) == tmp_path / "x.h5::/a/b"
-    assert str(parse_location(path)) == f"{tmp_path}/x.h5::/a/b"
+    assert Location.parse(path) == Location(tmp_path / "x.h5", "/a/b")
+    assert str(Location.parse(path)) == f"{tmp_path}/x.h5::/a/b"
 
 
 def test_a_step_up_within_a_file_does_not_lead_out_of_it(tmp_path):
-    assert container_of(parse_location(tmp_path / "x.h5::/../y")) == tmp_path / "x.h5"
-    assert container_of(parse_location(f"{tmp_path}/x.h5::/..")) == tmp_path / "x.h5"
+    assert Location.parse(tmp_path / "x.h5::/../y").container == tmp_path / "x.h5"
+    assert Location.parse(f"{tmp_path}/x.h5::/..").container == tmp_path / "x.h5"
 
 
 @pytest.mark.parametrize("path", ["/d/x.npy", "/d/x.h5", "/d/x.h5::/a"])
-def test_a_path_can_be_put_together_again(path):
-    assert with_inner(container_of(Path(path)), inner_name(Path(path))) == Path(path)
+def test_a_location_is_written_as_it_is_parsed(path):
+    location = Location.parse(path)
+    assert str(location) == path
+    assert Location.parse(str(location)) == location
+    assert location.within("/b") == Location(location.container, "/b")
 
 
 def test_a_path_is_made_absolute_and_keeps_its_links(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path)
-    assert parse_location("link/x.h5::/b") == tmp_path / "link" / "x.h5::" / "b"
-    assert parse_location(Path("x.npy")) == tmp_path / "x.npy"
+    assert Location.parse("link/x.h5::/b") == Location(tmp_path / "link" / "x.h5", "/b")
+    assert Location.parse(Path("x.npy")) == Location(tmp_path / "x.npy")
 
 
 @pytest.mark.parametrize("url", ["memory://a/x.zarr", "memory://a/b/x.zarr"])
 def test_a_url_stays_one(url):
-    location = parse_location(url)
-    assert is_remote(location)
+    location = Location.parse(url)
+    assert location.is_remote
     assert str(location) == url
-    assert str(parse_location(location)) == url
-    assert container_of(location) == location
-    assert inner_name(location) == ""
-    assert str(sidecar_path(location, ".fastvgg.json")) == f"{url}.fastvgg.json"
-    assert str(location / "c") == f"{url}/c"
+    assert Location.parse(str(location)) == copy.deepcopy(location) == location
+    assert location.inner == ""
+    assert str(sidecar_path(location.container, ".fastvgg.json")) == f"{url}.fastvgg.json"
+    assert str(location.container / "c") == f"{url}/c"

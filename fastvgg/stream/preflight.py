@@ -1,0 +1,145 @@
+"""Check a request before anything is written: its target, its options, and the space it needs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING, Final
+
+from fastvgg.datasets.image_writer import check_format
+from fastvgg.datasets.open import check_target as check_name
+from fastvgg.datasets.open import target_format
+from fastvgg.errors import ArrayError, SourceError, TargetError, UsageError
+from fastvgg.storage.location import sidecar_path
+from fastvgg.stream.job import DECODED, result_header
+from fastvgg.stream.plan import format_bytes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fastvgg.datasets.base import Header, Source
+    from fastvgg.storage.location import Location
+    from fastvgg.stream.plan import RunOptions
+    from fastvgg.transform import Transform
+
+# Suffixes of the files that a run writes next to its target.
+SIDECARS: Final = (
+    ".partial",
+    ".index.csv",
+    ".fastvgg.json",
+    ".fastvgg-journal",
+    ".fastvgg-replaced",
+)
+IMAGES: Final = ("uint8", "NHWC")  # the dtype and layout that image files can store
+
+
+def check_target(source: Source, target: Location, result: Header) -> None:
+    """Check the name, directory and format of a target."""
+    if target.is_remote:
+        _check_store(source, target)
+        return
+    file = target.container
+    check_name(target)
+    check_directory(file)
+    if target_format(target) == "images" and (result.dtype, result.layout) != IMAGES:
+        raise TargetError(
+            f"{target}: image files store {' '.join(IMAGES)}, but the result is {result.dtype} "
+            f"{result.layout}",
+            "give a name that ends in .npy; only restore to NHWC writes image files",
+        )
+    read = source.path.resolve()
+    if read == file.resolve():
+        raise TargetError(f"{file} is the source itself", "choose another name for the result")
+    for ending in ("", *SIDECARS):
+        written = sidecar_path(file, ending).resolve()
+        if written == read or read in written.parents or written in read.parents:
+            raise TargetError(
+                f"{file}{ending}, which the run writes, overlaps the source {source.location}: one "
+                "contains the other",
+                "choose a target outside the source",
+            )
+
+
+def _check_store(source: Source, target: Location) -> None:
+    """Check the name of a target in an object store."""
+    if target_format(target) != "zarr":
+        raise TargetError(
+            f"{target}: only Zarr arrays can be written to an object store",
+            "give a name that ends in .zarr",
+        )
+    check_name(target)
+    read, written = f"{source.location}/", f"{target}/"
+    if source.location.is_remote and (read.startswith(written) or written.startswith(read)):
+        raise TargetError(
+            f"{target} overlaps the source {source.location}: one contains the other",
+            "choose a target outside the source",
+        )
+
+
+def check_choices(
+    source: Source, target: Location, transform: Transform, result: Header, options: RunOptions
+) -> None:
+    """Check that the options fit the source and target."""
+    kind = target_format(target)
+    if transform.direction == "pack" and source.kind not in DECODED:
+        raise UsageError(
+            f"{source.location} is already an array: pack takes image files",
+            "preprocess it, or give a directory of images",
+        )
+    if kind == "zarr" and result.dtype == "bfloat16":
+        raise TargetError(
+            f"{target}: Zarr has no bfloat16 dtype",
+            "store float16 or float32, or give a name that ends in .npy, or FILE.h5::/NAME",
+        )
+    if kind == "images":
+        check_format(options["file_format"], *result.shape[1:3])
+    elif options["file_format"] != "png":
+        raise UsageError(
+            f"{target} is not a directory, but --format applies to image files",
+            "omit --format, or give a directory",
+        )
+    if options["retry_failed"] and (options["restart"] or source.kind not in DECODED):
+        raise UsageError(
+            "--retry-failed needs the finished result of a run over images, and excludes --restart",
+            "omit --restart, and give the SRC and DST of the run that had failures",
+        )
+
+
+def check_directory(target: Path) -> None:
+    """Check that the directory of a target is writable and can store its sidecar names."""
+    directory = target.parent
+    if not directory.is_dir():
+        raise TargetError(f"{directory} is not a directory", f"create it: mkdir -p {directory}")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise TargetError(
+            f"{directory} is not writable", "check its permissions, or choose another directory"
+        )
+    if len(os.fsencode(target.name + max(SIDECARS, key=len))) > os.pathconf(
+        directory, "PC_NAME_MAX"
+    ):
+        raise TargetError(
+            f"{target}: the name plus the suffix of a sidecar file is too long for this file "
+            "system",
+            "choose a shorter name",
+        )
+
+
+def check_free_space(target: Path, needed_bytes: int, alternative: str) -> None:
+    """Check that the disk of a target has enough free space."""
+    free_bytes = shutil.disk_usage(target.parent).free
+    if needed_bytes > free_bytes:
+        raise TargetError(
+            f"{target} needs {format_bytes(needed_bytes)} ({needed_bytes} bytes), but the disk "
+            f"has {format_bytes(free_bytes)} ({free_bytes} bytes) free",
+            f"free space, choose another disk, or {alternative}",
+        )
+
+
+def plan_result(source: Source, transform: Transform) -> Header:
+    """Return the header of the result of a transform; raise if the source does not fit it."""
+    header = source.header
+    try:
+        transform.check_input(header.shape, header.dtype)
+    except ArrayError as error:
+        raise SourceError(f"{source.location}: {error.problem}", error.remedy) from None
+    return result_header(header, transform)

@@ -1,0 +1,206 @@
+"""The layout of a redo log, `SRC.fastvgg-journal`: its regions, its header and its records.
+
+In whole pages:
+
+    header            the file and the job; written once, before the log is renamed into place
+    checkpoint        two copies: the number of chunks that are durable in the data file
+    records           512 bytes per chunk: the checksums of its old and new bytes
+    slots             for each of the latest chunks, its record and its new bytes in whole pages
+
+Everything but the new bytes is JSON lines with checksums.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shlex
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from fastvgg.stream.job import Job, check_fields, check_sizes
+from fastvgg.stream.journal import decode_line, encode_line
+
+if TYPE_CHECKING:
+    import os
+    from pathlib import Path
+
+    from fastvgg.stream.job import Schema
+
+FORMAT: Final = 1
+FORMAT_FIELD: Final = "fastvgg-in-place"  # the first field of the header
+HEADER: Final[Schema] = {
+    FORMAT_FIELD: int,
+    "job": dict,
+    "chunk_images": int,
+    "run": str,
+    "inode": int,
+    "file_bytes": int,
+}
+RECORD: Final[Schema] = {"chunk": int, "run": str, "old": str, "new": str, "edges": str}
+PAGE_BYTES: Final = 4096
+RECORD_BYTES: Final = 512  # one sector: a torn write damages one record
+CHUNKS_PER_CHECKPOINT: Final = 3  # chunks written to the data file per checkpoint
+# A checkpoint becomes durable with the next commit, and during that commit the slot of the chunk
+# after it is already being written.
+SLOTS: Final = CHUNKS_PER_CHECKPOINT + 2
+
+
+def pages(nbytes: int) -> int:
+    """Round a length up to whole pages."""
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+
+
+def padded_line(fields: dict[str, Any], nbytes: int) -> bytes:
+    """Encode fields as a line with a checksum, padded with zeros."""
+    line = encode_line(fields)
+    if len(line) > nbytes:
+        raise ValueError(f"{len(line)} bytes do not fit into {nbytes}")
+    return line.ljust(nbytes, b"\0")
+
+
+def decode_first_line(data: bytes) -> dict[str, Any] | None:
+    """Decode the line at the start of `data`; see `decode_line`."""
+    line, end, _ = data.partition(b"\n")
+    return decode_line(line + end)
+
+
+class RedoLogLayout(NamedTuple):
+    """Offsets in the data file and in the log."""
+
+    file_bytes: int
+    data_offset: int
+    image_bytes: int
+    images: int
+    chunk_images: int
+    header_bytes: int
+    """Length of the log's header, in whole pages."""
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks."""
+        return -(-self.images // self.chunk_images)
+
+    def image_span(self, chunk: int) -> tuple[int, int]:
+        """Return the byte range of a chunk's images in the data file."""
+        first, last = chunk * self.chunk_images, min((chunk + 1) * self.chunk_images, self.images)
+        return (
+            self.data_offset + first * self.image_bytes,
+            self.data_offset + last * self.image_bytes,
+        )
+
+    def page_span(self, chunk: int) -> tuple[int, int]:
+        """Return the byte range of the whole pages that contain a chunk's images."""
+        begin, end = self.image_span(chunk)
+        return begin - begin % PAGE_BYTES, min(pages(end), self.file_bytes)
+
+    def checkpoint(self, copy: int) -> int:
+        """Return the log offset of a copy of the checkpoint."""
+        return self.header_bytes + copy * PAGE_BYTES
+
+    def record(self, chunk: int) -> int:
+        """Return the log offset of a chunk's record."""
+        return self.checkpoint(2) + chunk * RECORD_BYTES
+
+    def slot(self, chunk: int) -> int:
+        """Return the log offset of a chunk's slot: a page with its record, then its pages."""
+        first = self.checkpoint(2) + pages(self.chunks * RECORD_BYTES)
+        return first + chunk % SLOTS * (PAGE_BYTES + self.slot_bytes)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Maximum size of the pages of a chunk, in bytes."""
+        return pages(self.chunk_images * self.image_bytes) + PAGE_BYTES
+
+    @property
+    def journal_bytes(self) -> int:
+        """Length of the log, in bytes."""
+        return self.slot(0) + SLOTS * (PAGE_BYTES + self.slot_bytes)
+
+
+class RedoLogHeader(NamedTuple):
+    """The header of a redo log: which file, which job."""
+
+    job: Job
+    chunk_images: int
+    run: str
+    """Random id, repeated in every record to reject records of another run."""
+    inode: int
+    """Identifies the data file. Device numbers are not stored: they change at reboot."""
+    file_bytes: int
+
+    @classmethod
+    def new(cls, job: Job, chunk_images: int, status: os.stat_result) -> RedoLogHeader:
+        """Return the header for a new run."""
+        run = secrets.token_hex(8)
+        return cls(job, chunk_images, run, status.st_ino, status.st_size)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> RedoLogHeader:
+        """Decode the header at the start of `data`.
+
+        Raises
+        ------
+        ValueError
+            If a field is missing, invalid, or inconsistent with another.
+        """
+        fields = decode_first_line(data) or {}
+        check_fields(fields, HEADER)
+        recorded = {name: fields[name] for name in cls._fields}
+        header = cls(**{**recorded, "job": Job.from_dict(fields["job"])})
+        check_sizes([header.chunk_images, header.file_bytes])
+        if not data.startswith(header.to_bytes()) or header.file_layout.data_offset < 0:
+            raise ValueError("its fields are inconsistent")
+        return header
+
+    def to_bytes(self) -> bytes:
+        """Encode the header line."""
+        return encode_line({FORMAT_FIELD: FORMAT, **self._asdict(), "job": self.job.to_dict()})
+
+    @property
+    def file_layout(self) -> RedoLogLayout:
+        """Offsets in the data file and in the log."""
+        result = self.job.result
+        return RedoLogLayout(
+            self.file_bytes,
+            self.file_bytes - result.nbytes,
+            result.image_bytes,
+            result.images,
+            self.chunk_images,
+            pages(len(self.to_bytes())),
+        )
+
+    def command(self, path: Path) -> str:
+        """Return the shell command that finishes the run."""
+        direction, rounding = self.job.transform.direction, self.job.transform.rounding
+        option = "" if rounding == "nearest" else f" --rounding {rounding}"
+        return f"fastvgg {direction} {shlex.quote(str(path))} --in-place{option}"
+
+
+class RedoRecord(NamedTuple):
+    """The checksums (xxh3-64) of a chunk."""
+
+    chunk: int
+    run: str
+    old: str
+    """Of its images before the transform."""
+    new: str
+    """Of its images after the transform."""
+    edges: str
+    """Of the other bytes of its first and last page, which its slot also contains."""
+
+    @classmethod
+    def from_bytes(cls, data: bytes, chunk: int, run: str) -> RedoRecord | None:
+        """Decode the record at the start of `data`.
+
+        Returns None if its checksum is wrong, or if it is of another chunk or run.
+
+        Raises
+        ------
+        ValueError
+            If the checksum is valid but the contents are not a record.
+        """
+        fields = decode_first_line(data)
+        if fields is None:
+            return None
+        check_fields(fields, RECORD)
+        record = cls(**fields)
+        return record if (record.chunk, record.run) == (chunk, run) else None
