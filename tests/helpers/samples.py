@@ -31,4 +31,9 @@ def sampled(names, *values, one_in):
         )
         for case in numbered
     ]
-    return pytest.mark.parametrize(names, cases)
+    return pytest.mark.parametrize(names, cases, ids=_name_of)
+
+
+def _name_of(value):
+    is_pair = isinstance(value, tuple) and all(isinstance(each, str) for each in value)
+    return "-".join(value) if is_pair else str(value)
