@@ -58,8 +58,6 @@ from tests.helpers.datasets_on_disk import (
 )
 from tests.helpers.faults import CuttingStorage, Death, FaultyOs, system_calls
 
-pytestmark = pytest.mark.pixels
-
 
 @pytest.fixture
 def array(tmp_path):
