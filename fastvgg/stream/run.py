@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from fastvgg.stream.journal import Journal, JournalState
     from fastvgg.stream.plan import Plan
     from fastvgg.stream.report import Progress, Report
+    from fastvgg.stream.target import TargetState
 
 
 class Executor(ABC):
@@ -117,6 +118,11 @@ def run(
     destination = destination_of(plan, storage)
     with ExitStack() as opened:
         source = opened.enter_context(closing(reopen_source(plan)))
+        if not (plan.restart or destination.has_journal):
+            found = inspect_target(plan, destination, None)
+            if found.name == "complete":  # reported without creating a journal
+                destination.sync_existing()
+                return _report_of_complete(found, started_at)
         journal = opened.enter_context(closing(destination.open_journal(restart=plan.restart)))
         opened.enter_context(closing(executor))
         return Run(plan, source, destination, journal, executor, progress, started_at).finish()
@@ -181,7 +187,7 @@ class Run:
         if self.found.name != "fresh":  # a killed run may not have synced anything
             self.destination.sync_existing()
         if self.found.name == "complete":
-            return self._report_of_complete()
+            return _report_of_complete(self.found, self.started_at)
         check_values(self.plan, self.source)
         resumes = self.found.name == "resumable" and self._journal_state.complete
         if resumes and self.destination.is_published():  # without its manifest
@@ -305,17 +311,20 @@ class Run:
         texts = itertools.chain([INDEX_HEAD], lines)
         self.storage.write_atomic(path, (text.encode("utf-8", "surrogateescape") for text in texts))
 
-    def _report_of_complete(self) -> Report:
-        """Return the report of a target that this job finished; raise SourceError if it changed."""
-        if self.found.manifest is None:
-            raise RuntimeError(f"{self.plan.target} is complete but has no manifest")
-        if self.plan.job.target_format != "images":
-            self.target.read_back(0, 1)
-        failures = _first_failures(enumerate(read_index(self.target.path, self.plan.header.images)))
-        return self.tracker.report(self.found.manifest.counts, failures)
-
 
 def _first_failures(rows: Iterable[tuple[int, ImageRecord]]) -> list[Failure]:
     """Return the first images that could not be read."""
     failures = (Failure(row, record.path, record.reason) for row, record in rows if record.failed)
     return list(itertools.islice(failures, FAILURES_KEPT))
+
+
+def _report_of_complete(found: TargetState, started_at: float) -> Report:
+    """Return the report of a target that this job finished; raise SourceError if it changed."""
+    plan, manifest = found.plan, found.manifest
+    if manifest is None:
+        raise RuntimeError(f"{plan.target} is complete but has no manifest")
+    if plan.job.target_format != "images":
+        target = open_target(plan.target, plan.result, chunk_images=manifest.chunk_images)
+        target.read_back(0, 1)
+    failures = _first_failures(enumerate(read_index(plan.target.container, plan.header.images)))
+    return ProgressTracker(plan, (), None, started_at).report(manifest.counts, failures)

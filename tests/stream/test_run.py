@@ -58,8 +58,6 @@ from tests.helpers.datasets_on_disk import (
 )
 from tests.helpers.faults import CuttingStorage, Death, FaultyOs, system_calls
 
-pytestmark = pytest.mark.pixels
-
 
 @pytest.fixture
 def array(tmp_path):
@@ -921,6 +919,19 @@ def test_a_directory_that_has_the_name_of_an_array_is_refused_before_anything_is
     with pytest.raises(TargetError) as caught:
         plan_of(array, tmp_path / "y.npy", mode="caffe", restart=restart)
     must_say(caught.value, tmp_path / "y.npy")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("suffix", [".partial", ".index.csv"])
+def test_a_sidecar_that_appears_after_planning_is_not_replaced(tmp_path, array, suffix, restart):
+    plan = plan_of(array, tmp_path / "y.npy", mode="caffe", restart=restart)
+    foreign = tmp_path / f"y.npy{suffix}"
+    foreign.write_text("precious")
+    before = tree(tmp_path)
+    with pytest.raises(TargetError) as caught:
+        plan.run()
+    must_say(caught.value, foreign, "move it away")
     assert tree(tmp_path) == before
 
 
