@@ -162,8 +162,8 @@ class Job:
             )
 
 
-def check_fields(fields: object, schema: Schema) -> dict[str, Any]:
-    """Return a JSON object; raise ValueError unless it has exactly these fields and types.
+def check_fields(fields: object, schema: Schema) -> None:
+    """Check that a JSON object has exactly these fields and types, or raise ValueError.
 
     A bool is not an int.
     """
@@ -172,7 +172,6 @@ def check_fields(fields: object, schema: Schema) -> dict[str, Any]:
     for name, allowed in schema.items():
         if type(fields[name]) not in (allowed if isinstance(allowed, tuple) else (allowed,)):
             raise ValueError(f"{name} has type {type(fields[name]).__name__}")
-    return fields
 
 
 def check_sizes(sizes: Iterable[object], *, minimum: int = 1, maximum: int = MAX_COUNT) -> None:

@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from importlib import metadata
 from platform import python_version
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
 
@@ -84,13 +84,13 @@ class Manifest:
         return json.dumps(fields, indent=1).encode() + b"\n"
 
     @classmethod
-    def from_dict(cls, fields: object) -> Manifest:
+    def from_dict(cls, fields: dict[str, Any]) -> Manifest:
         """Return the manifest; raise ValueError if a field is invalid or inconsistent."""
-        recorded = dict(check_fields(fields, FIELDS))
-        del recorded[VERSION]
-        manifest = cls(**{**recorded, "job": Job.from_dict(recorded["job"])})
-        counts = check_fields(manifest.counts, COUNTS)
-        images = manifest.header.images
+        check_fields(fields, FIELDS)
+        check_fields(fields["counts"], COUNTS)
+        recorded = {name: fields[name] for name in FIELDS if name != VERSION}
+        manifest = cls(**{**recorded, "job": Job.from_dict(fields["job"])})
+        images, counts = manifest.header.images, manifest.counts
         check_sizes([manifest.chunk_images])
         check_sizes([counts["images"]], minimum=images, maximum=images)
         check_sizes([counts["failed"]], minimum=0, maximum=images)

@@ -541,11 +541,15 @@ def plans(place):
         plan_of(photos, target, mode="torch", out_layout="NCHW", size=(1, 6), together=2),
         plan_of(photos, target, direction="pack", gray16="scale", exif=True, together=2),
     )
-    return [
+    jobs = [
         dataclasses.replace(
-            plan, source=f"/data/{Path(plan.source).name}", fingerprint=FINGERPRINT, chunk_images=2
+            plan.job, source=f"/data/{Path(plan.source).name}", fingerprint=FINGERPRINT
         )
         for plan in made
+    ]
+    return [
+        dataclasses.replace(plan, job=job, chunk_images=2)
+        for plan, job in zip(made, jobs, strict=True)
     ]
 
 
