@@ -21,7 +21,6 @@ from PIL import Image
 
 import fastvgg
 from fastvgg import oracle
-from fastvgg.stream.job import DECODED
 from fastvgg.transform import Transform
 from tests.helpers.batches import dtype_of
 from tests.helpers.checkout import importing_checkout
@@ -100,7 +99,7 @@ def memory_for(together, source, target, **settings):
     plan = plan_of(source, target, **settings)
     chunk_bytes = together * plan.image_memory_bytes
     limit_bytes = chunk_bytes + plan.min_scratch_bytes
-    if plan.source_kind in DECODED:  # a half of the limit is for decoding
+    if plan.job.is_decoded:  # a half of the limit is for decoding
         limit_bytes = max(limit_bytes, 2 * chunk_bytes)
     return limit_bytes
 
