@@ -57,6 +57,14 @@ from tests.helpers.datasets_on_disk import (
     tree,
 )
 from tests.helpers.faults import CuttingStorage, Death
+from tests.helpers.hdf5_on_disk import (
+    as_h5py_reads,
+    bits_in,
+    hdf5_type,
+    save_h5,
+    save_of_type,
+    within,
+)
 
 SHAPE = (5, 7, 9, 3)
 CHUNKS = (2, 3, 4, 3)  # no axis but the last is a whole number of them
@@ -64,57 +72,6 @@ CHUNKS = (2, 3, 4, 3)  # no axis but the last is a whole number of them
 
 def of_type(name, shape=SHAPE):
     return pixels(*shape[:3]).astype(dtype_of(name))
-
-
-def hdf5_type(name):
-    """A type as whoever knows the format would make it, without looking at ours."""
-    if name != "bfloat16":
-        return h5py.h5t.py_create(np.dtype(name).newbyteorder("<"))
-    made = h5py.h5t.IEEE_F32LE.copy()
-    made.set_fields(15, 7, 8, 0, 7)
-    made.set_precision(16)
-    made.set_size(2)
-    made.set_ebias(127)
-    return made
-
-
-def save_of_type(path, batch, stored_type, *, chunks=None, layout=None):
-    """Write a dataset of a type that h5py has no NumPy type for; its bytes are given."""
-    made = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    if chunks:
-        made.set_chunk(chunks)
-    if layout is not None:
-        made.set_layout(layout)
-    with h5py.File(path, "w") as file:
-        space = h5py.h5s.create_simple(batch.shape)
-        dataset = h5py.h5d.create(file.id, b"images", stored_type, space, made)
-        dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, batch, stored_type)
-    return within(path)
-
-
-def save_h5(path, batch, name="/images", *, file=(), **settings):
-    """Write one dataset with h5py alone."""
-    with h5py.File(path, "w", **dict(file)) as opened:
-        opened.create_dataset(name, data=batch, **settings)
-    return within(path, name)
-
-
-def within(path, name="/images"):
-    return Path(f"{path}::{name}")
-
-
-def as_h5py_reads(location):
-    with h5py.File(Location.parse(location).container, "r") as opened:
-        return opened[Location.parse(location).inner][...]
-
-
-def bits_in(location):
-    """The array that h5py finds, whose two-byte elements it takes for something else."""
-    with h5py.File(Location.parse(location).container, "r") as opened:
-        found = opened[Location.parse(location).inner]
-        out = np.empty(found.shape, "u2")
-        found.id.read(h5py.h5s.ALL, h5py.h5s.ALL, out, found.id.get_type())
-        return out
 
 
 def check_read(location, expected, **settings):

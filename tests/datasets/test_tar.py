@@ -12,11 +12,9 @@ import tarfile
 import tracemalloc
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from fastvgg.datasets.images import ImageFolder, is_image_name
 from fastvgg.datasets.tar import TarListing, TarShards, names_tar
@@ -24,10 +22,21 @@ from fastvgg.errors import SourceError, StoppedError
 from fastvgg.imaging.decode import DecodeOptions, Decoder
 from fastvgg.parallel import parallel_for
 from tests.helpers.datasets_on_disk import failing_in_ascii, must_say, pixels, python, save_images
+from tests.helpers.tar_on_disk import (
+    BLOCK,
+    END,
+    FORMATS,
+    header,
+    member,
+    padded,
+    png,
+    save_tar,
+    saved,
+    tar_bytes,
+    with_checksum,
+)
 
-FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 MUCH = 2**40
-BLOCK = 512
 LONG = "x" * 60
 # In a header's own name; in its prefix too; in a header before it; too long for any file system.
 LONG_NAMES = {
@@ -43,57 +52,6 @@ ODD_NAMES = [
     "#1.jpg",
     "..a/b..jpg",
 ]
-
-
-def member(name, content=b"", kind=tarfile.REGTYPE, **fields):
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    info.type = kind
-    for field, value in fields.items():
-        setattr(info, field, value)
-    return info, content
-
-
-def tar_bytes(members, kind="ustar"):
-    """A tar of members, which are names with contents or what `member` returns."""
-    written = io.BytesIO()
-    with tarfile.open(fileobj=written, mode="w", format=FORMATS[kind]) as tar:
-        for name, content in members:
-            info = name if isinstance(name, tarfile.TarInfo) else member(name, content)[0]
-            tar.addfile(info, io.BytesIO(content))
-    return written.getvalue()
-
-
-def save_tar(path, members, kind="ustar"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(tar_bytes(members, kind))
-    return path
-
-
-def header(name, size=0, kind=tarfile.REGTYPE, **fields):
-    """A header's block of GNU's kind, with a checksum that fits."""
-    info, _ = member(name, kind=kind, **fields)
-    info.size = size
-    return info.tobuf(tarfile.GNU_FORMAT)
-
-
-def with_checksum(block, sign="B"):
-    """A header's block with its checksum put right, of bytes with a sign or without."""
-    spaced = block[:148] + b" " * 8 + block[156:]
-    total = int(np.frombuffer(spaced, "i1" if sign == "b" else "u1").sum(dtype=np.int64))
-    return block[:148] + b"%06o\0 " % total + block[156:]
-
-
-def padded(content):
-    return content + bytes(-len(content) % BLOCK)
-
-
-END = bytes(2 * BLOCK)
-
-
-def saved(path, *pieces):
-    path.write_bytes(b"".join(pieces))
-    return path
 
 
 def names_of(listing):
@@ -115,12 +73,6 @@ def reason(listing, row, max_bytes=MUCH):
     except OSError as error:
         return str(error)
     return ""
-
-
-def png(image):
-    written = io.BytesIO()
-    Image.fromarray(image).save(written, "png")
-    return written.getvalue()
 
 
 def open_shards(path, size=None, **settings):

@@ -9,6 +9,7 @@ import mmap
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -239,3 +240,19 @@ def pages_in_memory(descriptor):
         assert ctypes.CDLL(None).mincore(address, nbytes, pages) == 0
         del window
     return sum(page & 1 for page in pages)
+
+
+@contextlib.contextmanager
+def ending_within(seconds):
+    """Raise in a main thread that waits, for example for someone to write into a pipe."""
+
+    def end(*_):
+        raise AssertionError(f"still waiting after {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
