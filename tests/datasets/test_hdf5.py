@@ -9,7 +9,6 @@ import signal
 import struct
 import subprocess
 import sys
-import threading
 from contextlib import closing
 from pathlib import Path
 
@@ -28,8 +27,6 @@ from fastvgg.errors import (
     SourceError,
     StoppedError,
     TargetError,
-    UsageError,
-    VerificationError,
 )
 from fastvgg.storage.local import Storage
 from fastvgg.storage.location import Location
@@ -37,12 +34,9 @@ from fastvgg.stream.info import info
 from fastvgg.stream.manifest import Provenance, manifest_path, read_manifest
 from fastvgg.stream.run import run
 from fastvgg.transform import STORAGE_TYPES
-from tests.helpers.batches import KERAS_MODES, dtype_of, in_layout
+from tests.helpers.batches import dtype_of
 from tests.helpers.datasets_on_disk import (
     commits_in,
-    data_tree,
-    images_in,
-    load,
     must_say,
     names_in,
     network_inputs,
@@ -59,7 +53,6 @@ from tests.helpers.datasets_on_disk import (
 from tests.helpers.faults import CuttingStorage, Death
 from tests.helpers.hdf5_on_disk import (
     as_h5py_reads,
-    bits_in,
     hdf5_type,
     save_h5,
     save_of_type,
@@ -93,16 +86,6 @@ def check_read(location, expected, **settings):
                 source.read_into(start, out)
                 assert out.tobytes() == expected[start:stop].tobytes()
         return not source.read(0, 1).batch.flags.owndata
-
-
-@pytest.mark.parametrize("name", [*STORAGE_TYPES])
-@pytest.mark.parametrize("chunks", [None, CHUNKS], ids=["contiguous", "chunked"])
-def test_every_type_is_read_as_it_is_stored(tmp_path, name, chunks):
-    expected = of_type(name)
-    location = save_of_type(tmp_path / "x.h5", expected, hdf5_type(name), chunks=chunks)
-    assert check_read(location, expected) == (chunks is None)
-    if name != "bfloat16":
-        assert np.array_equal(as_h5py_reads(location), expected)
 
 
 @pytest.mark.parametrize(
@@ -180,15 +163,6 @@ def test_a_dataset_after_a_block_of_the_user_is_read(tmp_path):
     with (tmp_path / "x.h5").open("r+b") as file:
         file.write(b"\xff" * 1024)
     assert check_read(location, expected)
-
-
-def test_channels_may_be_first(tmp_path):
-    expected = in_layout(of_type("float32"), "NCHW")
-    location = save_h5(tmp_path / "x.h5", expected, chunks=(2, 3, 4, 5))
-    check_read(location, expected, layout="NCHW")
-    layouts = {"layout": "NCHW", "out_layout": "NHWC"}
-    plan_of(location, tmp_path / "y.npy", mode="tf", together=2, **layouts).run()
-    assert np.array_equal(np.load(tmp_path / "y.npy"), network_inputs(of_type("float32"), "tf"))
 
 
 def test_several_datasets_of_a_file_are_told_apart_by_their_names(tmp_path):
@@ -301,47 +275,6 @@ def test_a_file_of_nothing_says_so(tmp_path):
         open_source(Location.parse(within(tmp_path / "x.h5")))
 
 
-def test_a_window_cannot_be_written_and_outlives_the_source(tmp_path):
-    expected = of_type("float32")
-    source = open_source(Location.parse(save_h5(tmp_path / "x.h5", expected)))
-    batch = source.read(1, 3).batch
-    source.close()
-    with pytest.raises(ValueError, match="read-only"):
-        batch[0] = 0
-    assert batch.tobytes() == expected[1:3].tobytes()
-
-
-def test_what_was_read_of_a_chunked_dataset_outlives_the_source(tmp_path):
-    expected = of_type("float32")
-    source = open_source(Location.parse(save_h5(tmp_path / "x.h5", expected, chunks=CHUNKS)))
-    batch = source.read(1, 3).batch
-    source.close()
-    assert batch.tobytes() == expected[1:3].tobytes()
-
-
-@pytest.mark.parametrize("chunks", [None, (3, 5, 5, 3)], ids=["contiguous", "chunked"])
-def test_many_threads_read_one_source(tmp_path, chunks):
-    expected = pixels(37)
-    location = save_h5(tmp_path / "x.h5", expected, chunks=chunks)
-    wrong = []
-    with closing(open_source(Location.parse(location))) as source:
-
-        def read(seed):
-            for row in map(int, np.random.default_rng(seed).permutation(35)):
-                out = np.zeros((2, 7, 9, 3), np.uint8)
-                source.read_into(row, out)
-                window = source.read(row, row + 2).batch
-                if not (out.tobytes() == window.tobytes() == expected[row : row + 2].tobytes()):
-                    wrong.append(row)
-
-        threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert wrong == []
-
-
 def test_a_closed_source_leaves_the_file_to_a_writer(tmp_path):
     location = save_h5(tmp_path / "x.h5", pixels())
     open_source(Location.parse(location)).close()
@@ -373,19 +306,6 @@ def test_a_run_reads_whole_chunks_or_says_how_much_memory_they_take(tmp_path):
     with pytest.raises(TargetError) as caught:
         plan_of(location, tmp_path / "y.npy", mode="caffe", together=3)
     must_say(caught.value, "4 images, stored together", "--memory")
-
-
-@pytest.mark.parametrize("chunks", [None, CHUNKS], ids=["contiguous", "chunked"])
-def test_a_fingerprint_changes_with_the_file(tmp_path, chunks):
-    location = save_h5(tmp_path / "x.h5", pixels(), chunks=chunks)
-    with closing(open_source(Location.parse(location))) as source:
-        before = source.fingerprint()
-        assert source.fingerprint() == before
-    status = (tmp_path / "x.h5").stat()
-    save_h5(tmp_path / "x.h5", pixels(seed=2), chunks=chunks)
-    os.utime(tmp_path / "x.h5", ns=(status.st_atime_ns, status.st_mtime_ns))
-    with closing(open_source(Location.parse(location))) as source:
-        assert source.fingerprint() != before
 
 
 # Out of the file
@@ -588,24 +508,10 @@ def test_what_is_no_hdf5_file_is_refused(tmp_path, content):
     check_refused(within(tmp_path / "x.h5"), tmp_path / "x.h5", "cannot be opened")
 
 
-@pytest.mark.parametrize("kind", ["directory", "nothing", "dangling link"])
-def test_what_is_no_file_is_refused(tmp_path, kind):
-    if kind == "directory":
-        (tmp_path / "x.h5").mkdir()
-    elif kind == "dangling link":
-        (tmp_path / "x.h5").symlink_to("nowhere.h5")
-    check_refused(within(tmp_path / "x.h5"), tmp_path / "x.h5")
-
-
 def test_a_link_to_a_file_is_read_as_the_file(tmp_path):
     save_h5(tmp_path / "real.h5", pixels())
     (tmp_path / "x.h5").symlink_to("real.h5")
     check_read(within(tmp_path / "x.h5"), pixels())
-
-
-def test_a_pipe_that_is_named_like_a_file_does_not_wait_for_ever(tmp_path):
-    os.mkfifo(tmp_path / "x.h5")
-    assert str(tmp_path / "x.h5") in told_of(within(tmp_path / "x.h5"))[0]
 
 
 WRITER = """
@@ -763,23 +669,6 @@ def test_a_run_that_a_damaged_file_stopped_begins_again_with_another(tmp_path):
     assert np.array_equal(as_h5py_reads(within(tmp_path / "y.h5")), expected)
 
 
-def test_a_file_that_shrinks_while_it_is_read_stops_the_run(tmp_path):
-    location = save_h5(tmp_path / "x.h5", pixels(37, 41, 43))
-    with closing(open_source(Location.parse(location))) as source:
-        source.read(0, 2)
-        os.truncate(tmp_path / "x.h5", 5000)
-        with pytest.raises(StoppedError, match="file was truncated"):
-            source.read(30, 37)
-
-
-def test_a_dataset_is_not_resized_nor_done_in_place(tmp_path):
-    location = save_h5(tmp_path / "x.h5", of_type("float32"))
-    with pytest.raises(SourceError, match="such as --size apply only to image files"):
-        fastvgg.plan(location, tmp_path / "y.npy", mode="caffe", size=(5, 7))
-    with pytest.raises(UsageError, match=r"is not a .npy file"):
-        fastvgg.plan(location, in_place=True, mode="caffe")
-
-
 WITHOUT_H5PY = """
 import sys
 sys.modules["h5py"] = None
@@ -898,40 +787,6 @@ def test_a_name_that_a_dataset_cannot_have_is_refused_before_anything_is_written
 # From disk to disk
 
 
-@pytest.mark.parametrize("mode", KERAS_MODES)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-def test_there_and_back_is_what_it_is_for_a_npy(tmp_path, mode, dtype):
-    batch = pixels(11)
-    settings = {"mode": mode, "dtype": dtype, "together": 4}
-    stored = save_h5(tmp_path / "x.h5", batch, "/deep/photos", chunks=(3, 4, 5, 2))
-    plan_of(stored, within(tmp_path / "y.h5"), **settings).run()
-    expected = network_inputs(batch, mode, dtype=dtype)
-    plan_of(save_npy(tmp_path / "x.npy", batch), tmp_path / "y.npy", **settings).run()
-    assert load(tmp_path / "y.npy", dtype).tobytes() == expected.tobytes()
-    found = bits_in(within(tmp_path / "y.h5")) if dtype == "bfloat16" else None
-    found = as_h5py_reads(within(tmp_path / "y.h5")) if found is None else found
-    assert found.tobytes() == expected.tobytes()
-    assert found.shape == expected.shape
-    check_read(within(tmp_path / "y.h5"), expected)
-    plan_of(within(tmp_path / "y.h5"), within(tmp_path / "z.h5"), direction="restore").run()
-    assert np.array_equal(as_h5py_reads(within(tmp_path / "z.h5")), batch)
-    for name in ("y.h5", "z.h5"):
-        assert fastvgg.verify(within(tmp_path / name), full=True).recomputed_images == 11
-
-
-def test_a_file_does_not_depend_on_chunks_threads_or_the_time(tmp_path):
-    source = save_npy(tmp_path / "x.npy", pixels(11))
-    found = []
-    for together, threads in ((1, 1), (2, 3), (4, 2), (None, 1)):
-        directory = tmp_path / f"{together}"
-        directory.mkdir()
-        location = within(directory / "y.h5", "/a/b")
-        plan_of(source, location, mode="caffe", together=together, threads=threads).run()
-        assert names_in(directory) == ["y.h5", "y.h5.fastvgg.json"]
-        found.append((directory / "y.h5").read_bytes())
-    assert len(set(found)) == 1
-
-
 def test_a_run_that_was_cut_off_has_named_nothing_and_goes_on(tmp_path):
     source = save_npy(tmp_path / "x.npy", pixels(11))
     location = within(tmp_path / "y.h5")
@@ -970,41 +825,6 @@ def folder_with_a_torn_image(directory):
     rows = rows_by_name(folder, pixels(6)).copy()
     rows[4] = 0
     return folder, rows, lambda: torn.write_bytes(whole)
-
-
-def test_images_are_packed_into_a_file_with_an_index_and_come_back_under_their_names(tmp_path):
-    folder, rows, _ = folder_with_a_torn_image(tmp_path / "photos")
-    report = plan_of(folder, within(tmp_path / "p.h5"), direction="pack", together=2).run()
-    assert report.counts["failed"] == 1
-    beside = [f"p.h5{ending}" for ending in ("", ".fastvgg.json", ".index.csv")]
-    assert names_in(tmp_path) == [*beside, "photos"]
-    assert np.array_equal(as_h5py_reads(within(tmp_path / "p.h5")), rows)
-    index = read_index(tmp_path / "p.h5", 6)
-    assert [record.failed for record in index] == [False] * 4 + [True, False]
-    plan_of(within(tmp_path / "p.h5"), within(tmp_path / "y.h5"), mode="torch", together=4).run()
-    assert [*read_index(tmp_path / "y.h5", 6)] == [*index]
-    plan_of(within(tmp_path / "y.h5"), tmp_path / "out", direction="restore").run()
-    found = images_in(tmp_path / "out")
-    assert [*found] == ["a/00.png", "a/02.png", "a/04.png", "b/01.png", "b/05.png"]
-    assert np.array_equal(np.stack([*found.values()]), rows[[0, 1, 2, 3, 5]])
-    for name in ("p.h5", "y.h5"):
-        fastvgg.verify(within(tmp_path / name), full=True)
-
-
-def test_what_failed_is_tried_again(tmp_path):
-    folder, _, mend = folder_with_a_torn_image(tmp_path / "photos")
-    (tmp_path / "retried").mkdir()
-    (tmp_path / "fresh").mkdir()
-    settings = {"mode": "caffe", "together": 2}
-    plan_of(folder, within(tmp_path / "retried" / "y.h5"), **settings).run()
-    mend()
-    again = plan_of(folder, within(tmp_path / "retried" / "y.h5"), retry_failed=True, **settings)
-    assert again.run().counts == {"images": 6, "failed": 0, "chunks": 3, "computed_chunks": 1}
-    plan_of(folder, within(tmp_path / "fresh" / "y.h5"), **settings).run()
-    assert sorted(data_tree(tmp_path / "retried")) == sorted(data_tree(tmp_path / "fresh"))
-    for name in ("y.h5", "y.h5.index.csv"):
-        expected = (tmp_path / "fresh" / name).read_bytes()
-        assert (tmp_path / "retried" / name).read_bytes() == expected
 
 
 @pytest.fixture
@@ -1052,19 +872,6 @@ def test_what_was_added_to_a_file_is_not_lost_to_a_restart(tmp_path, added):
     with pytest.raises(TargetError) as caught:
         plan_of(source, within(tmp_path / "y.h5"), mode="tf", restart=True)
     must_say(caught.value, tmp_path / "y.h5", "changed since", "move it away")
-    assert tree(tmp_path) == before
-
-
-def test_a_file_that_has_the_name_already_is_refused(tmp_path):
-    source = save_npy(tmp_path / "x.npy", pixels())
-    save_h5(tmp_path / "y.h5", pixels(seed=2), "/other")
-    before = tree(tmp_path)
-    with pytest.raises(TargetError) as caught:
-        plan_of(source, within(tmp_path / "y.h5"), mode="caffe")
-    must_say(caught.value, tmp_path / "y.h5", "exists, and was not written by fastvgg")
-    with pytest.raises(TargetError) as caught:
-        plan_of(source, within(tmp_path / "y.h5"), mode="caffe", restart=True)
-    must_say(caught.value, tmp_path / "y.h5", "a file that fastvgg did not write")
     assert tree(tmp_path) == before
 
 
@@ -1161,21 +968,6 @@ def test_a_finished_file_is_known_with_and_without_its_datasets_name(tmp_path):
         assert verified.path == str(location)
 
 
-@pytest.mark.parametrize("named", [True, False])
-def test_a_flipped_bit_anywhere_in_the_data_is_found_and_its_chunk_named(tmp_path, named):
-    source = save_npy(tmp_path / "x.npy", pixels(11))
-    location = within(tmp_path / "y.h5")
-    plan_of(source, location, mode="caffe", together=4, dtype="float16").run()
-    whole = (tmp_path / "y.h5").read_bytes()
-    begin = len(whole) - 11 * 378
-    for at in (begin, *range(begin + 5, len(whole), 397), len(whole) - 1):
-        (tmp_path / "y.h5").write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
-        with pytest.raises(VerificationError) as caught:
-            fastvgg.verify(location if named else tmp_path / "y.h5")
-        first = (at - begin) // (4 * 378) * 4
-        must_say(caught.value, tmp_path / "y.h5", f"images {first} to {min(first + 3, 10)} ")
-
-
 def test_no_flipped_bit_before_the_data_is_passed_over(tmp_path):
     source = save_npy(tmp_path / "x.npy", pixels())
     location = within(tmp_path / "y.h5")
@@ -1191,22 +983,6 @@ def test_no_flipped_bit_before_the_data_is_passed_over(tmp_path):
             must_say(error, tmp_path / "y.h5")
         else:  # a byte that nothing is read of
             assert np.array_equal(as_h5py_reads(location), network_inputs(pixels(), "caffe"))
-
-
-@pytest.mark.parametrize(
-    "other", [of_type("float64"), of_type("float32")[:4], of_type("float32").reshape(5, 9, 7, 3)]
-)
-def test_another_array_under_the_name_is_not_the_same_dataset(tmp_path, other):
-    source = save_npy(tmp_path / "x.npy", pixels())
-    plan_of(source, within(tmp_path / "y.h5"), mode="caffe").run()
-    save_h5(tmp_path / "y.h5", other)
-    for action in (
-        lambda: fastvgg.verify(tmp_path / "y.h5"),
-        lambda: plan_of(source, within(tmp_path / "y.h5"), mode="caffe").run(),
-    ):
-        with pytest.raises(SourceError) as caught:
-            action()
-        must_say(caught.value, tmp_path / "y.h5", str(other.shape), str(SHAPE), "float32")
 
 
 def test_a_disk_without_room_is_refused_and_left_as_it_is(tmp_path):
@@ -1238,13 +1014,6 @@ def test_the_journal_and_the_manifest_say_which_dataset_they_are_of(tmp_path):
     assert job["source"]["kind"] == job["result"]["kind"] == "hdf5"
     assert job["result"]["dataset"] == "/b"
     assert "h5py" in read_manifest(tmp_path / "y.h5").packages
-
-
-def test_batches_of_a_dataset_are_its_rows(tmp_path):
-    expected = pixels(11)
-    location = save_h5(tmp_path / "x.h5", expected, chunks=(4, 3, 9, 3))
-    found = [(batch.copy(), rows.copy()) for batch, rows in fastvgg.batches(location, 3, threads=2)]
-    assert np.array_equal(np.concatenate([batch for batch, _ in found]), expected)
 
 
 # Damage

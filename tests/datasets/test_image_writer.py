@@ -17,7 +17,7 @@ from fastvgg.datasets.base import Header, ImageRecord
 from fastvgg.datasets.image_writer import FORMAT_SUFFIXES, ImageFolderTarget, check_format, is_lossy
 from fastvgg.datasets.index import INDEX_HEAD, index_path, index_text, read_index
 from fastvgg.datasets.open import open_target, target_format
-from fastvgg.errors import ResumeError, SourceError, TargetError, UsageError
+from fastvgg.errors import SourceError, TargetError, UsageError
 from fastvgg.storage.local import Storage
 from fastvgg.storage.location import Location
 from tests.helpers.batches import frozen
@@ -210,35 +210,6 @@ def test_a_failed_row_has_no_file_and_reads_back_as_zeros(tmp_path):
     assert [bool(data) for data in target.read_stored(0, 4)] == [True, False, True, False]
 
 
-@pytest.mark.parametrize("named", [False, True])
-def test_files_are_written_and_read_part_by_part_in_any_order_and_again(tmp_path, named):
-    expected = pixels(9)
-    records = [record(f"{'ab'[row % 2]}/{row}.jpg") for row in range(9)] if named else []
-    target = target_of(tmp_path / "out", expected, records)
-    target.create()
-    stored = encoded(target, expected)
-    for start, stop in ((5, 9), (0, 3), (3, 5), (3, 5), (0, 9)):
-        target.write(start, stored[start:stop])
-        target.sync()
-    target.publish()
-    for start, stop in ((0, 9), (2, 3), (4, 8), (8, 9)):
-        assert target.read_stored(start, stop) == stored[start:stop]
-        assert target.read_back(start, stop).tobytes() == expected[start:stop].tobytes()
-    assert len(files_in(tmp_path / "out")) == 9
-
-
-def test_a_run_that_was_cut_off_goes_on_with_the_files_that_are_there(tmp_path):
-    expected = pixels(5)
-    first = target_of(tmp_path / "out", expected)
-    first.create()
-    first.write(0, encoded(first, expected)[:3])
-    again = target_of(tmp_path / "out", expected)
-    again.reopen()
-    again.write(2, encoded(again, expected)[2:])
-    again.publish()
-    assert again.read_back(0, 5).tobytes() == expected.tobytes()
-
-
 def test_an_index_of_a_dataset_names_its_files(tmp_path):
     expected = pixels(3)
     records = [record("cat/é\n.jpg"), torn("cat/b.jpg"), record("dog/a.jpg", "warned")]
@@ -296,27 +267,6 @@ def test_a_published_image_that_was_cut_off_is_named(tmp_path):
         target.read_back(0, 2)
     must_say(caught.value, path, "truncated")
     assert len(target.read_stored(0, 2)[0]) == path.stat().st_size
-
-
-def test_reopening_a_directory_that_is_gone_is_refused(tmp_path):
-    target = target_of(tmp_path / "out", pixels(1))
-    with pytest.raises(ResumeError) as caught:
-        target.reopen()
-    must_say(caught.value, target.partial, "--restart")
-
-
-def test_creating_starts_from_nothing(tmp_path):
-    written(tmp_path / "out", pixels(5))
-    target = written(tmp_path / "out", pixels(2), [record("a.jpg"), record("b/c.jpg")])
-    assert set(tree(target.partial)) == {b"a.png", b"b", b"b/c.png"}
-
-
-def test_publishing_leaves_a_neighbour_with_a_similar_name_alone(tmp_path):
-    neighbour = tmp_path / "out.replaced"
-    neighbour.mkdir()
-    (neighbour / "keep.txt").write_text("precious")
-    written(tmp_path / "out", pixels(2)).publish()
-    assert (neighbour / "keep.txt").read_text() == "precious"
 
 
 class Recording(Storage):

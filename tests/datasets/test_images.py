@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import tracemalloc
 import warnings
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvgg.datasets.base import Header, read_regular
+from fastvgg.datasets.base import read_regular
 from fastvgg.datasets.images import FolderImageListing, ImageFolder, is_image_name
 from fastvgg.datasets.open import open_source
 from fastvgg.errors import SourceError, StoppedError
@@ -28,9 +27,7 @@ from tests.helpers.datasets_on_disk import (
     permissions,
     pixels,
     printed_by,
-    python,
     save_images,
-    save_npy,
     tree,
 )
 
@@ -153,17 +150,6 @@ def test_the_label_is_the_first_folder(folder):
     ]
 
 
-def test_only_some_images_are_read_where_only_some_are_asked_for(folder):
-    expected = pixels(7)
-    save_images(folder, expected, [f"{row}.png" for row in range(7)])
-    with closing(opened(folder, threads=2)) as source:
-        assert source.header == Header((7, 7, 9, 3), "uint8", "NHWC")
-        for start, stop in ((0, 1), (2, 5), (6, 7), (0, 7)):
-            batch, records = source.read(start, stop)
-            assert batch.tobytes() == expected[start:stop].tobytes()
-            assert [record.path for record in records] == [f"{n}.png" for n in range(start, stop)]
-
-
 def test_a_source_tells_its_size_on_disk_and_its_settings(folder):
     save_images(folder, pixels(2), ["a.png", "cat/b.png"])
     given = {"interpolation": "bicubic", "fast_jpeg": True, "gray16": "scale"}
@@ -262,12 +248,6 @@ def test_what_is_left_out_is_counted_in_a_note(folder):
         assert note.endswith(" 6")
 
 
-def test_a_folder_of_images_alone_has_no_note(folder):
-    save_images(folder, pixels(5))
-    with closing(opened(folder)) as source:
-        assert source.notes == []
-
-
 @pytest.mark.parametrize(
     ("name", "is_one"),
     [
@@ -280,12 +260,6 @@ def test_a_folder_of_images_alone_has_no_note(folder):
 )
 def test_a_name_is_an_image_s_by_how_it_ends(name, is_one):
     assert is_image_name(name) is is_one
-
-
-def test_a_missing_directory_is_refused(tmp_path):
-    with pytest.raises(SourceError) as caught:
-        opened(tmp_path / "photos")
-    must_say(caught.value, tmp_path / "photos")
 
 
 def spoil(folder):
@@ -630,51 +604,9 @@ def test_a_directory_that_may_not_be_listed_is_refused(folder, closed):
     assert "check its permissions" in actual
 
 
-def test_a_listing_does_not_wait_for_pipes(folder):
-    save_images(folder, pixels(1), ["a.png"])
-    os.mkfifo(folder / "0.jpg")
-    os.mkfifo(folder / "pipe without the name")
-    done = python(
-        "import signal, sys\n"
-        "from fastvgg.storage.location import Location\n"
-        "from fastvgg.datasets.open import open_source\n"
-        "signal.alarm(20)\n"
-        "source = open_source(Location.parse(sys.argv[1]))\n"
-        "print([r.reason for r in source.read(0, 2).records])",
-        folder,
-    )
-    assert done.returncode != -signal.SIGALRM, "waited for someone to write into a pipe"
-    assert "not a regular file" in done.stdout
-
-
 def folder_fingerprint(path):
     with closing(opened(path, size=SIZE)) as source:
         return source.fingerprint()
-
-
-def test_a_fingerprint_is_stable_and_changes_with_any_name_size_or_time(folder):
-    save_images(folder, pixels(5))
-    expected = folder_fingerprint(folder)
-    assert folder_fingerprint(folder) == expected
-    path = folder / "a" / "00.png"
-    status, content = path.stat(), path.read_bytes()
-    seen = {expected}
-
-    os.utime(path, ns=(0, status.st_mtime_ns + 1))
-    seen.add(folder_fingerprint(folder))
-    path.write_bytes(content + b"\0")
-    os.utime(path, ns=(0, status.st_mtime_ns))
-    seen.add(folder_fingerprint(folder))
-    path.write_bytes(content)
-    os.utime(path, ns=(0, status.st_mtime_ns))
-    assert folder_fingerprint(folder) == expected
-    path.rename(folder / "a" / "0.png")
-    seen.add(folder_fingerprint(folder))
-    (folder / "a" / "0.png").unlink()
-    seen.add(folder_fingerprint(folder))
-    save_images(folder, pixels(1), ["new.png"])
-    seen.add(folder_fingerprint(folder))
-    assert len(seen) == 6
 
 
 def test_a_fingerprint_does_not_change_with_files_that_are_no_images(folder):
@@ -791,22 +723,6 @@ def test_what_is_neither_a_folder_nor_an_array_is_refused(tmp_path, name):
     with pytest.raises(SourceError) as caught:
         open_source(Location.parse(tmp_path / name))
     must_say(caught.value, tmp_path / name, "not a directory of images, a .npy", "HDF5")
-
-
-def test_how_images_are_read_is_not_said_of_an_array(tmp_path):
-    path = save_npy(tmp_path / "a.npy", pixels(2))
-    for decoding in (None, DecodeOptions()):
-        open_source(Location.parse(path), decoding=decoding).close()
-    for decoding in (DecodeOptions(SIZE), DecodeOptions(exif=True), DecodeOptions(max_pixels=5)):
-        with pytest.raises(SourceError) as caught:
-            open_source(Location.parse(path), decoding=decoding)
-        must_say(caught.value, path, "--size")
-
-
-def test_a_path_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(SourceError) as caught:
-        open_source(Location.parse(tmp_path / "photos"))
-    must_say(caught.value, tmp_path / "photos", "does not exist")
 
 
 def test_a_folder_is_opened_with_what_is_given(folder):

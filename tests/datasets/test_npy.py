@@ -7,7 +7,6 @@ import io
 import mmap
 import os
 import re
-import signal
 from contextlib import closing
 
 import ml_dtypes
@@ -21,12 +20,12 @@ from fastvgg.datasets.base import Header, bytes_of
 from fastvgg.datasets.contiguous import ContiguousSource
 from fastvgg.datasets.npy import NpySource, NpyTarget
 from fastvgg.datasets.open import open_source
-from fastvgg.errors import SourceError, StoppedError
+from fastvgg.errors import SourceError
 from fastvgg.storage.local import Storage
 from fastvgg.storage.location import Location
 from fastvgg.transform import STORAGE_TYPES
 from tests.helpers.bad_arrays import MAX_HEADER_BYTES, REFUSED, SHAPE, WHOLE, header_text, npy_of
-from tests.helpers.batches import FLOATS, dtype_of
+from tests.helpers.batches import dtype_of
 from tests.helpers.datasets_on_disk import (
     load,
     must_say,
@@ -34,7 +33,6 @@ from tests.helpers.datasets_on_disk import (
     npy_bytes,
     pixels,
     printed_by,
-    python,
     save_npy,
 )
 
@@ -49,21 +47,6 @@ def numpy_loads(content):
         return np.load(io.BytesIO(content), allow_pickle=False)
     except Exception:  # noqa: BLE001  # it has raised five kinds of them
         return None
-
-
-@pytest.mark.parametrize("name", STORAGE_TYPES)
-@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
-def test_an_array_that_numpy_saved_is_read_as_it_is(tmp_path, name, layout):
-    expected = values(name)
-    path = save_npy(tmp_path / "x.npy", expected)
-    source = NpySource(path, layout=layout, dtype_hint=name)
-    assert source.header == Header(SHAPE, name, layout)
-    assert source.stored_bytes == path.stat().st_size
-    actual = source.read(0, 5).batch
-    source.close()
-    assert actual.dtype == dtype_of(name)
-    assert actual.tobytes() == expected.tobytes()
-    assert actual.shape == SHAPE
 
 
 @pytest.mark.parametrize("name", STORAGE_TYPES)
@@ -117,33 +100,6 @@ def test_unnamed_elements_are_not_bfloat16_because_a_manifest_says_float16(tmp_p
     path = save_npy(tmp_path / "x.npy", values("bfloat16"))
     with pytest.raises(SourceError, match="two-byte elements"):
         NpySource(path, dtype_hint="float16")
-
-
-@pytest.mark.parametrize("kind", ["directory", "nothing", "dangling link"])
-def test_what_is_no_file_is_refused(tmp_path, kind):
-    path = tmp_path / "x.npy"
-    if kind == "directory":
-        path.mkdir()
-    elif kind == "dangling link":
-        path.symlink_to("nowhere.npy")
-    with pytest.raises(SourceError) as caught:
-        NpySource(path)
-    must_say(caught.value, path)
-
-
-def test_a_pipe_that_is_named_like_an_array_does_not_wait_for_ever(tmp_path):
-    os.mkfifo(tmp_path / "x.npy")
-    # The alarm ends a process that waits: it is the end of the test, not a measurement.
-    done = python(
-        "import signal, sys, fastvgg.datasets.open as d, fastvgg.errors as e\n"
-        "from fastvgg.storage.location import Location\n"
-        "signal.alarm(5)\n"
-        "try:\n    d.open_source(Location.parse(sys.argv[1]))\n"
-        "except e.SourceError as error:\n    print(error)",
-        tmp_path / "x.npy",
-    )
-    assert done.returncode != -signal.SIGALRM, "waited for someone to write into the pipe"
-    assert str(tmp_path / "x.npy") in done.stdout
 
 
 def test_numpy_would_grow_a_truncated_file_that_we_leave_alone(tmp_path):
@@ -222,32 +178,6 @@ def test_no_flipped_bit_of_a_header_changes_what_is_read(tmp_path):
         assert source.read(0, 5).batch.tobytes() == whole[128:]
         source.close()
     assert accepted < 20  # blanks that became other blanks
-
-
-@pytest.mark.parametrize("name", STORAGE_TYPES)
-@pytest.mark.parametrize("images", [5, 67])
-def test_a_window_holds_what_numpy_reads_there(tmp_path, name, images):
-    expected = values(name, (images, 37, 41, 3))
-    path = save_npy(tmp_path / "x.npy", expected)
-    source = NpySource(path, dtype_hint=name)
-    for start, stop in ((0, 1), (1, 4), (2, 3), (images - 1, images), (0, images)):
-        actual = source.read(start, stop).batch
-        assert actual.shape == (stop - start, 37, 41, 3)
-        assert actual.tobytes() == expected[start:stop].tobytes()
-    source.close()
-
-
-def test_a_window_cannot_be_written_and_outlives_the_source(tmp_path):
-    expected = values("float32")
-    source = NpySource(save_npy(tmp_path / "x.npy", expected))
-    batch = source.read(1, 3).batch
-    source.close()
-    assert not batch.flags.writeable
-    with pytest.raises(ValueError, match="read-only"):
-        batch[0] = 0
-    with pytest.raises(ValueError, match="WRITEABLE"):
-        batch.flags.writeable = True
-    assert batch.tobytes() == expected[1:3].tobytes()
 
 
 SHRINKING = """
@@ -378,30 +308,6 @@ def restamped(path, status):
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def test_a_fingerprint_is_the_same_for_the_same_file_and_for_a_second_source(tmp_path):
-    path = save_npy(tmp_path / "x.npy", values("uint8"))
-    source = NpySource(path)
-    expected = source.fingerprint()
-    source.read(0, 5)
-    assert source.fingerprint() == expected == fingerprint(path)
-    source.close()
-
-
-def test_a_fingerprint_changes_with_the_time_of_change(tmp_path):
-    path = save_npy(tmp_path / "x.npy", values("uint8"))
-    before = fingerprint(path)
-    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
-    assert fingerprint(path) != before
-
-
-def test_a_fingerprint_changes_with_the_size(tmp_path):
-    path = save_npy(tmp_path / "x.npy", np.zeros((5, 7, 9, 3), np.uint8))
-    before, status = fingerprint(path), path.stat()
-    save_npy(path, np.zeros((4, 7, 9, 3), np.uint8))
-    restamped(path, status)
-    assert fingerprint(path) != before
-
-
 def test_a_fingerprint_changes_with_any_byte_of_a_small_file(tmp_path):
     content = npy_bytes(values("uint8"))
     path = tmp_path / "x.npy"
@@ -431,18 +337,6 @@ def test_a_fingerprint_of_a_large_file_is_of_samples_from_its_first_to_its_last_
     assert len(seen) == 1 + len(places)
 
 
-@pytest.mark.parametrize("name", FLOATS)
-def test_what_a_target_wrote_is_a_source(tmp_path, name):
-    expected = values(name)
-    target = NpyTarget(tmp_path / "y.npy", Header(SHAPE, name, "NHWC"), Storage())
-    target.create()
-    target.write(0, [bytes_of(expected)])
-    target.publish()
-    source = NpySource(target.path, dtype_hint=name)
-    assert source.read(0, 5).batch.tobytes() == expected.tobytes()
-    source.close()
-
-
 def test_a_target_that_was_not_created_says_so(tmp_path):
     target = NpyTarget(tmp_path / "y.npy", Header(SHAPE, "uint8", "NHWC"), Storage())
     with pytest.raises(RuntimeError, match="created or reopened before"):
@@ -454,13 +348,3 @@ def test_a_target_that_was_not_created_says_so(tmp_path):
 def test_bfloat16_is_what_the_manifest_names():
     assert npy.DTYPES["<V2"] == "bfloat16"
     assert npy_bytes(np.zeros(SHAPE, ml_dtypes.bfloat16))[:40].count(b"'<V2'") == 1
-
-
-def test_reading_from_a_closed_source_is_typed(tmp_path):
-    source = NpySource(save_npy(tmp_path / "x.npy", values("uint8")))
-    os.truncate(source.path, 128)
-    with pytest.raises(StoppedError) as caught:
-        source.read(2, 4)
-    assert caught.value.exit_code == 5
-    must_say(caught.value, source.path, "offset", 128 + 2 * 7 * 9 * 3)
-    source.close()

@@ -6,6 +6,7 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -202,10 +203,18 @@ def test_batches_are_the_images_in_order_or_shuffled(tmp_path, name):
 # Changes
 
 
+def grow(file):
+    before_ns = file.stat().st_mtime_ns if isinstance(file, Path) else None
+    file.write_bytes(file.read_bytes() + b"\0")
+    if before_ns is not None:
+        os.utime(file, ns=(0, before_ns))
+
+
 CHANGES = {
     "another byte": change_byte,
     "another date": lambda file: replace_content(file, file.read_bytes()),
     "a byte less": lambda file: shorten(file, -1),
+    "a byte more of the same date": grow,
     "a byte more": lambda file: replace_content(file, file.read_bytes() + b"\0"),
 }
 
@@ -256,11 +265,19 @@ def test_a_fingerprint_changes_when_files_come_go_or_change_their_names(tmp_path
     file = data_files(location)[-1]
     content = file.read_bytes()
     other = file.with_name(file.name.replace(file.suffix or file.name, f"-other{file.suffix}"))
-    seen = [fingerprint_of(location)]
-    other.write_bytes(content)
-    seen.append(fingerprint_of(location))
-    file.unlink()
-    seen.append(fingerprint_of(location))
+    if container(location).is_dir() and name in ON_DISK:
+        for directory in [container(location), *container(location).rglob("*/")]:
+            os.utime(directory, ns=(0, 0))  # long ago: the clock of a file system may tick slowly
+    with opened(location) as source:
+        seen = [source.fingerprint()]
+        other.write_bytes(content)
+        if name in ON_DISK:  # with its date
+            file.rename(other)
+        else:
+            file.unlink()
+        seen.append(source.fingerprint())
+        file.write_bytes(content)
+        seen.append(source.fingerprint())
     assert len({*seen}) == 3
 
 
@@ -337,6 +354,7 @@ REPLACED = {
     "a pipe": os.mkfifo,
     "a directory": lambda path: path.mkdir(),
     "a dangling link": lambda path: path.symlink_to("nowhere"),
+    "a circular link": lambda path: path.symlink_to(path.name),
 }
 
 

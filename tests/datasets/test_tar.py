@@ -6,7 +6,6 @@ import contextlib
 import io
 import os
 import shutil
-import signal
 import subprocess
 import tarfile
 import tracemalloc
@@ -20,8 +19,7 @@ from fastvgg.datasets.images import ImageFolder, is_image_name
 from fastvgg.datasets.tar import TarListing, TarShards, names_tar
 from fastvgg.errors import SourceError, StoppedError
 from fastvgg.imaging.decode import DecodeOptions, Decoder
-from fastvgg.parallel import parallel_for
-from tests.helpers.datasets_on_disk import failing_in_ascii, must_say, pixels, python, save_images
+from tests.helpers.datasets_on_disk import failing_in_ascii, must_say, pixels, save_images
 from tests.helpers.tar_on_disk import (
     BLOCK,
     END,
@@ -872,36 +870,6 @@ def test_missing_shards_are_all_counted_and_some_named(tmp_path):
     )
 
 
-@pytest.mark.parametrize("kind", ["missing", "directory", "pipe", "dangling", "circle"])
-def test_a_shard_that_is_no_file_is_refused_at_once(tmp_path, kind):
-    save_tar(tmp_path / "0.tar", FEW)
-    path = tmp_path / "1.tar"
-    if kind == "directory":
-        path.mkdir()
-    elif kind == "pipe":
-        os.mkfifo(path)
-    elif kind != "missing":
-        path.symlink_to("nowhere" if kind == "dangling" else path.name)
-    done = python(
-        "import pathlib, signal, sys\n"
-        "from fastvgg.datasets.tar import TarListing\n"
-        "from fastvgg.errors import SourceError\n"
-        "signal.alarm(20)\n"
-        "for name in sys.argv[1:]:\n"
-        "    try:\n"
-        "        TarListing(pathlib.Path(name))\n"
-        "    except SourceError as error:\n"
-        "        print(error.problem)\n",
-        path,
-        tmp_path / "{0..1}.tar",
-    )
-    assert done.returncode != -signal.SIGALRM, "waited for someone to write into a pipe"
-    words = {"missing": "", "directory": "it is a directory", "pipe": "it is not a regular file"}
-    assert done.stderr == ""
-    assert done.stdout.count(str(path)) == 2, done.stdout
-    assert done.stdout.count(words.get(kind, "cannot be read")) >= 2
-
-
 def change(path, kind):
     content, status = path.read_bytes(), path.stat()
     path.unlink()
@@ -1106,22 +1074,6 @@ def test_no_file_stays_open(tmp_path):
             for row in range(len(listing)):
                 reason(listing, row, 5)
     assert open_files() == before
-
-
-def test_many_threads_read_at_once(tmp_path):
-    members = [(f"{number:03d}.jpg", b"%d " % number * 3000) for number in range(64)]
-    listing = TarListing(save_tar(tmp_path / "a.tar", members))
-    expected = [(name.encode(), content) for name, content in members]
-    wrong = []
-
-    def read_all(step):
-        for row in [row * step % 64 for row in range(64)] * 10:
-            actual = listing.name(row), listing.read(row, MUCH)
-            if actual != expected[row]:
-                wrong.append(actual)
-
-    parallel_for([1, 3, 5, 7, 9, 11], read_all, threads=6)
-    assert wrong == []
 
 
 PARTS = st.sampled_from(["cat", "dog", "\u00e9", ".h", "x.y", "q" * 70, "\udcff", "..z"])

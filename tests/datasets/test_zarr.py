@@ -9,7 +9,6 @@ import mmap
 import os
 import shutil
 import tarfile
-import threading
 
 import google_crc32c
 import numcodecs
@@ -23,13 +22,11 @@ from zarr.storage import MemoryStore
 import fastvgg
 from fastvgg.datasets import base
 from fastvgg.datasets.base import Header
-from fastvgg.datasets.index import read_index
 from fastvgg.datasets.open import open_source
 from fastvgg.datasets.zarr import ZarrSource
 from fastvgg.datasets.zarr_writer import ShardEncoder
 from fastvgg.errors import (
     FastvggError,
-    ResumeError,
     SourceError,
     StoppedError,
     TargetError,
@@ -41,9 +38,8 @@ from fastvgg.storage.location import Location
 from fastvgg.stream.info import info
 from fastvgg.stream.manifest import Provenance, manifest_path
 from fastvgg.stream.run import run
-from tests.helpers.batches import KERAS_MODES, assert_same, every_value, in_layout
+from tests.helpers.batches import assert_same
 from tests.helpers.datasets_on_disk import (
-    commits_in,
     must_say,
     names_in,
     network_inputs,
@@ -53,9 +49,7 @@ from tests.helpers.datasets_on_disk import (
     rows_by_name,
     save_images,
     save_npy,
-    tree,
 )
-from tests.helpers.faults import CuttingStorage, Death
 from tests.helpers.zarr_on_disk import (
     change_metadata,
     chunk_files,
@@ -169,16 +163,6 @@ def test_numbers_of_every_type_and_byte_order_are_read(tmp_path, dtype, order, v
     assert (tmp_path / "y.npy").read_bytes() == (tmp_path / "z.npy").read_bytes()
 
 
-def test_the_layout_is_the_one_that_is_given(tmp_path):
-    batch = pixels(5)
-    path = save_zarr(tmp_path / "x.zarr", in_layout(batch, "NCHW"))
-    assert opened(path, layout="NCHW").header == Header((5, 3, 7, 9), "uint8", "NCHW")
-    plan_of(path, tmp_path / "y.npy", mode="caffe", layout="NCHW", out_layout="NHWC").run()
-    assert_same(np.load(tmp_path / "y.npy"), network_inputs(batch, "caffe"))
-    with pytest.raises(SourceError, match="NCHW"):
-        plan_of(path, tmp_path / "z.npy", mode="caffe")
-
-
 @pytest.mark.parametrize("version", [2, 3])
 def test_an_array_in_a_group_is_read_and_the_group_says_which_there_are(tmp_path, version):
     group = zarr.create_group(tmp_path / "x.zarr", zarr_format=version)
@@ -197,26 +181,6 @@ def test_an_array_in_a_group_is_read_and_the_group_says_which_there_are(tmp_path
 def test_an_array_needs_no_ending_to_be_one(tmp_path):
     path = save_zarr(tmp_path / "images", pixels(3))
     assert opened(path).header.images == 3
-
-
-def test_many_threads_read_at_once(tmp_path):
-    batch = pixels(40)
-    source = opened(save_zarr(tmp_path / "x.zarr", batch, **STORED["shards that divide no axis"]))
-    wrong = []
-
-    def read(seed):
-        for row in np.random.default_rng(seed).permutation(36)[:4]:
-            out = np.zeros_like(batch[:4])
-            source.read_into(int(row), out)
-            if not np.array_equal(out, batch[row : row + 4]):
-                wrong.append(row)
-
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
 
 
 @pytest.mark.parametrize(
@@ -270,65 +234,6 @@ def test_what_a_plan_says_of_memory_counts_the_chunks_that_zarr_holds(tmp_path):
         (".zarr", ".npy"): 3 * image + 2 * result,
         (".zarr", ".zarr"): 3 * image + 5 * result,
     }
-
-
-def shorten(file):
-    """Cut a file off, and let its date be what it was."""
-    os.truncate(file, 7)
-    os.utime(file, ns=(0, 0))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda path: flip(chunk_files(path)[2], 5),
-        lambda path: os.utime(chunk_files(path)[2], ns=(0, 1)),
-        lambda path: shorten(chunk_files(path)[2]),
-        lambda path: chunk_files(path)[2].rename(path / "c" / "x"),
-        lambda path: (path / "c" / "9").mkdir() or (path / "c" / "9" / "0").write_bytes(b""),
-        lambda path: change_metadata(path, attributes={"a": 1}),
-    ],
-    ids=["another byte", "another date", "shorter", "another name", "one more", "metadata"],
-)
-def test_the_fingerprint_changes_when_a_file_does(stored, change):
-    for file in stored.rglob("*"):
-        os.utime(file, ns=(0, 0))
-    source = opened(stored)
-    before = source.fingerprint()
-    assert source.fingerprint() == opened(stored).fingerprint() == before
-    change(stored)
-    assert source.fingerprint() != before
-
-
-def test_a_source_that_changed_since_it_was_planned_is_refused(tmp_path, stored):
-    plan = plan_of(stored, tmp_path / "y.npy", mode="caffe")
-    flip(chunk_files(stored)[2], 5)
-    with pytest.raises(SourceError) as caught:
-        plan.run()
-    must_say(caught.value, stored, "changed")
-    assert names_in(tmp_path) == ["x.zarr"]
-
-
-def test_info_says_what_a_source_is(stored):
-    summary = info(stored)
-    assert summary == {
-        "path": str(stored),
-        "state": "source",
-        "kind": "zarr",
-        "shape": [10, 7, 9, 3],
-        "dtype": "uint8",
-        "bytes": opened(stored).stored_bytes,
-        "notes": [],
-    }
-
-
-def test_batches_are_read(stored):
-    batches = [(images.copy(), [*rows]) for images, rows in fastvgg.batches(stored, 4)]
-    assert np.array_equal(np.concatenate([images for images, _ in batches]), pixels(10))
-    assert [row for _, rows in batches for row in rows] == list(range(10))
-    shuffled = fastvgg.batches(stored, 3, shuffle=True, seed=3)
-    for images, rows in shuffled:
-        assert_same(images.copy(), pixels(10)[list(rows)])
 
 
 # What is refused
@@ -533,29 +438,6 @@ def test_what_cannot_be_read_is_refused(tmp_path):
     assert printed_by(script, tmp_path).split() == ["3", "3", "3", "3", "5"]
 
 
-def test_a_file_and_nothing_at_all_are_refused(tmp_path):
-    refused(tmp_path / "x.zarr")
-    (tmp_path / "x.zarr").write_bytes(b"PK")
-    refused(tmp_path / "x.zarr")
-    (tmp_path / "y.zarr").mkdir()
-    refused(tmp_path / "y.zarr", "zarr.json")
-
-
-def test_what_is_for_images_alone_is_refused(tmp_path, stored):
-    with pytest.raises(SourceError, match="such as --size apply only to image files"):
-        plan_of(stored, tmp_path / "y.npy", mode="caffe", size=(5, 7))
-    with pytest.raises(UsageError, match=r"is not a .npy file"):
-        fastvgg.plan(stored, in_place=True, mode="caffe")
-    with pytest.raises(UsageError, match="already an array"):
-        plan_of(stored, tmp_path / "y.npy", direction="pack")
-
-
-def test_bfloat16_is_refused(tmp_path, stored):
-    with pytest.raises(TargetError) as caught:
-        plan_of(stored, tmp_path / "y.zarr", mode="caffe", dtype="bfloat16")
-    must_say(caught.value, tmp_path / "y.zarr", "bfloat16", ".npy")
-
-
 def test_without_zarr_it_is_said_how_to_install_it_and_nothing_is_written(tmp_path, stored):
     save_npy(tmp_path / "x.npy", pixels(3))
     script = (
@@ -655,21 +537,6 @@ def test_a_chunk_that_disappears_never_becomes_the_fill_value(tmp_path):
         moved.rename(file)
 
 
-@pytest.mark.parametrize("row", [0, 1, 9])
-def test_a_chunk_that_is_deleted_during_a_run_stops_it(tmp_path, stored, row):
-    plan = plan_of(stored, tmp_path / "y.npy", mode="caffe", together=2)
-    file = chunk_files(stored)[row // 2]
-
-    def delete(progress):
-        file.unlink(missing_ok=True)
-
-    with pytest.raises(StoppedError) as caught:
-        run(plan, delete)
-    assert caught.value.exit_code == 5
-    must_say(caught.value, stored, "--restart")
-    assert not (tmp_path / "y.npy").exists()
-
-
 # Targets
 
 
@@ -694,23 +561,6 @@ class CreatingStorage(Storage):
         address = np.frombuffer(data, np.uint8).ctypes.data
         self.places[file.path.name] = (address - offset) % mmap.PAGESIZE
         super().write(file, data, offset)
-
-
-@pytest.mark.parametrize("out_layout", ["NHWC", "NCHW"])
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-@pytest.mark.parametrize("mode", KERAS_MODES)
-def test_every_value_comes_back_and_zarr_reads_what_numpy_reads(tmp_path, mode, dtype, out_layout):
-    batch = every_value()
-    source = save_npy(tmp_path / "x.npy", batch)
-    settings = {"mode": mode, "dtype": dtype, "out_layout": out_layout, "fsync": False}
-    plan_of(source, tmp_path / "y.npy", together=1, **settings).run()
-    plan_of(source, tmp_path / "y.zarr", together=1, **settings).run()
-    assert_same(load_zarr(tmp_path / "y.zarr"), np.load(tmp_path / "y.npy"))
-    for target in ("back.npy", "back.zarr"):
-        plan_of(tmp_path / "y.zarr", tmp_path / target, direction="restore", together=1).run()
-    assert_same(np.load(tmp_path / "back.npy"), batch)
-    assert_same(load_zarr(tmp_path / "back.zarr"), batch)
-    assert fastvgg.verify(tmp_path / "y.zarr", full=True).recomputed_images == 2
 
 
 def in_pieces(monkeypatch, nbytes):
@@ -873,22 +723,6 @@ def test_a_shard_takes_no_more_than_its_part_of_the_memory(tmp_path):
     assert plan.image_memory_bytes == (3 + 3) * 756
 
 
-def test_what_a_run_leaves_is_the_array_and_its_manifest(tmp_path):
-    written(tmp_path)
-    assert names_in(tmp_path) == ["x.npy", "y.zarr", "y.zarr.fastvgg.json"]
-
-
-def test_the_same_run_again_does_nothing_but_look(tmp_path):
-    path = written(tmp_path)
-    before = tree(tmp_path)
-    report = plan_of(tmp_path / "x.npy", path, mode="caffe", together=4).run()
-    assert report.counts["computed_chunks"] == 0
-    assert tree(tmp_path) == before
-    chunk_files(path)[0].unlink()
-    with pytest.raises(VerificationError, match=r"c\.0\.0\.0\.0"):
-        plan_of(tmp_path / "x.npy", path, mode="caffe", together=4).run()
-
-
 # What an array says of itself
 
 
@@ -1000,32 +834,6 @@ def test_an_array_that_says_of_itself_what_cannot_be_is_refused(tmp_path, alone,
 # What is in the way
 
 
-def test_an_array_that_is_there_is_refused_and_replaced_only_if_fastvgg_wrote_it(tmp_path):
-    path = written(tmp_path)
-    save_npy(tmp_path / "x.npy", pixels(7, seed=3))
-    with pytest.raises(TargetError) as caught:
-        plan_of(tmp_path / "x.npy", path, mode="tf")
-    must_say(caught.value, path, "exists", "--restart")
-    plan_of(tmp_path / "x.npy", path, mode="tf", restart=True).run()
-    assert_same(load_zarr(path), network_inputs(pixels(7, seed=3), "tf"))
-    assert names_in(tmp_path) == ["x.npy", "y.zarr", "y.zarr.fastvgg.json"]
-    manifest_path(path).unlink()
-    for restart in (False, True):
-        with pytest.raises(TargetError) as caught:
-            plan_of(tmp_path / "x.npy", path, mode="tf", restart=restart)
-        must_say(caught.value, path)
-
-
-@pytest.mark.parametrize("restart", [False, True])
-def test_what_others_wrote_is_never_replaced(tmp_path, stored, restart):
-    source = save_npy(tmp_path / "x.npy", pixels(3))
-    before = tree(stored)
-    with pytest.raises(TargetError) as caught:
-        plan_of(source, stored, mode="caffe", restart=restart)
-    must_say(caught.value, stored, "another name")
-    assert tree(stored) == before
-
-
 def test_an_empty_directory_is_replaced(tmp_path):
     (tmp_path / "y.zarr").mkdir()
     assert_same(load_zarr(written(tmp_path)), network_inputs(pixels(10), "caffe"))
@@ -1064,33 +872,6 @@ def photos(request, tmp_path):
     return packed, pack
 
 
-def test_images_are_packed_with_their_index_and_what_failed_is_tried_again(tmp_path, photos):
-    source, mend = photos
-    path = tmp_path / "packed.zarr"
-    report = plan_of(source, path, direction="pack", together=3).run()
-    assert report.counts["failed"] == 1
-    expected = rows_by_name(tmp_path / "photos", pixels(11))
-    records = read_index(path, 11)
-    (row,) = [row for row, record in enumerate(records) if record.failed]
-    assert records[row].path == "a/04.png"
-    torn = expected.copy()
-    torn[row] = 0
-    assert_same(load_zarr(path), torn)
-    fastvgg.verify(path, full=True)
-    before = {file.name: file.stat().st_ino for file in chunk_files(path)}
-    mend()
-    report = plan_of(source, path, direction="pack", retry_failed=True).run()
-    chunks = 1 if source.is_dir() else 4  # of a tar no image is known to be the same
-    assert (report.counts["failed"], report.counts["computed_chunks"]) == (0, chunks)
-    assert_same(load_zarr(path), expected)
-    assert not any(record.failed for record in read_index(path, 11))
-    assert {file.name: file.stat().st_ino for file in chunk_files(path)} == before
-    fastvgg.verify(path, full=True)
-    plan_of(path, tmp_path / "y.zarr", mode="tf", together=5).run()
-    assert_same(load_zarr(tmp_path / "y.zarr"), network_inputs(expected, "tf"))
-    assert [record.path for record in read_index(tmp_path / "y.zarr", 11)][row] == "a/04.png"
-
-
 def test_a_shard_that_was_damaged_is_done_again_with_what_failed(tmp_path, photos):
     source, mend = photos
     path = tmp_path / "packed.zarr"
@@ -1121,26 +902,6 @@ def test_a_bit_flipped_anywhere_in_a_shard_is_found_and_its_chunk_named(tmp_path
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [
-        lambda file: file.unlink(),
-        lambda file: os.truncate(file, 0),
-        lambda file: os.truncate(file, file.stat().st_size - 1),
-        lambda file: file.write_bytes(file.read_bytes() + b"\0"),
-        lambda file: shutil.copy(file.with_name("c.0.0.0.0"), file),
-    ],
-    ids=["missing", "empty", "shorter", "longer", "another's"],
-)
-def test_a_shard_that_is_not_what_was_written_is_found(tmp_path, damage):
-    path = written(tmp_path)
-    damage(path / "c.1.0.0.0")
-    with pytest.raises(VerificationError) as caught:
-        fastvgg.verify(path)
-    must_say(caught.value, path)
-    assert "c.1.0.0.0" in str(caught.value) or "images 4 to 7 " in str(caught.value)
-
-
-@pytest.mark.parametrize(
     "fields",
     [
         {"shape": [9, 7, 9, 3]},
@@ -1161,101 +922,3 @@ def test_metadata_that_were_changed_are_found(tmp_path, fields):
 
 
 # Unfinished runs
-
-
-def cut_off(directory, commits=2, **settings):
-    """Let a run of five chunks die with some of them committed; return how to plan it again."""
-    source = save_npy(directory / "x.npy", pixels(10))
-    settings = {"mode": "caffe", "together": 2, **settings}
-
-    def planned(**more):
-        return plan_of(source, directory / "y.zarr", **settings, **more)
-
-    with pytest.raises(Death):
-        run(planned(), storage=CuttingStorage(commits))
-    assert commits_in(directory / "y.zarr") == commits
-    return planned
-
-
-def test_an_unfinished_run_is_told_and_goes_on(tmp_path):
-    planned = cut_off(tmp_path)
-    summary = info(tmp_path / "y.zarr")
-    assert (summary["state"], summary["committed_chunks"], summary["chunks"]) == (
-        "unfinished",
-        2,
-        5,
-    )
-    storage = CreatingStorage()
-    report = run(planned(), storage=storage)
-    assert report.counts["computed_chunks"] == 3
-    made = [name for name in storage.created if name.startswith(("c.", "zarr"))]
-    assert made == [f"c.{number}.0.0.0" for number in (2, 3, 4)]
-    assert_same(load_zarr(tmp_path / "y.zarr"), network_inputs(pixels(10), "caffe"))
-    assert info(tmp_path / "y.zarr")["state"] == "finished"
-    assert info(tmp_path / "y.zarr")["kind"] == "zarr"
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda file: file.unlink(),
-        lambda file: os.truncate(file, 0),
-        lambda file: os.truncate(file, 300),
-        lambda file: flip(file, 2222),
-        lambda file: flip(file, 8 * file.stat().st_size - 1),
-        lambda file: file.write_bytes(bytes(file.stat().st_size)),
-        lambda file: shutil.copy(file.with_name("c.0.0.0.0"), file),
-        lambda file: (file.unlink(), file.mkdir()) and file.rmdir(),
-    ],
-    ids=["deleted", "empty", "cut", "a bit", "its last bit", "zeros", "another's", "gone"],
-)
-def test_a_shard_that_was_damaged_after_its_commit_is_done_again(tmp_path, damage):
-    planned = cut_off(tmp_path, commits=3)
-    damage(tmp_path / "y.zarr.partial" / "c.1.0.0.0")
-    storage, seen = CreatingStorage(), []
-    report = run(planned(), seen.append, storage)
-    assert [name for name in storage.created if name.startswith("c.")] == [
-        f"c.{number}.0.0.0" for number in (1, 3, 4)
-    ]
-    assert report.counts["computed_chunks"] == 3
-    assert [progress.images for progress in seen] == [6, 8, 10]
-    assert_same(load_zarr(tmp_path / "y.zarr"), network_inputs(pixels(10), "caffe"))
-    fastvgg.verify(tmp_path / "y.zarr", full=True)
-
-
-def test_shards_that_changed_places_are_both_done_again(tmp_path):
-    planned = cut_off(tmp_path, commits=3)
-    first, other = (tmp_path / "y.zarr.partial" / f"c.{number}.0.0.0" for number in (0, 2))
-    first.rename(tmp_path / "x")
-    other.rename(first)
-    (tmp_path / "x").rename(other)
-    assert run(planned()).counts["computed_chunks"] == 4
-    assert_same(load_zarr(tmp_path / "y.zarr"), network_inputs(pixels(10), "caffe"))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda file: file.unlink(),
-        lambda file: file.write_bytes(file.read_bytes() + b" "),
-        lambda file: flip(file, 99),
-        lambda file: shutil.rmtree(file.parent),
-    ],
-    ids=["missing", "longer", "a bit", "all of it"],
-)
-def test_an_unfinished_array_with_other_metadata_is_refused(tmp_path, change):
-    planned = cut_off(tmp_path)
-    metadata = tmp_path / "y.zarr.partial" / "zarr.json"
-    change(metadata)
-    if metadata.parent.exists():
-        (metadata.parent / "c.7.0.0.0").write_bytes(b"of something else")
-    before = tree(tmp_path)
-    with pytest.raises(ResumeError) as caught:
-        run(planned())
-    must_say(caught.value, metadata, "--restart")
-    assert caught.value.exit_code == 3
-    assert tree(tmp_path) == before
-    run(planned(restart=True))
-    shards = [f"c.{number}.0.0.0" for number in range(5)]
-    assert names_in(tmp_path / "y.zarr") == [*shards, "zarr.json"]
-    assert_same(load_zarr(tmp_path / "y.zarr"), network_inputs(pixels(10), "caffe"))

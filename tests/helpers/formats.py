@@ -6,6 +6,7 @@ A new format needs one entry in `SOURCES` or `TARGETS`.
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -251,12 +252,17 @@ SHARD_DAMAGES = {
     "a missing shard": lambda partial: (partial / "c.0.0.0.0").unlink(),
     "an empty shard": lambda partial: (partial / "c.1.0.0.0").write_bytes(b""),
     "a shorter shard": lambda partial: shorten(partial / "c.0.0.0.0", -1),
+    "zeros": lambda partial: (partial / "c.1.0.0.0").write_bytes(
+        bytes(len((partial / "c.1.0.0.0").read_bytes()))
+    ),
+    "a flipped bit of the last byte": lambda partial: change_byte(partial / "c.1.0.0.0"),
     "a flipped bit": lambda partial: change_byte(partial / "c.1.0.0.0", 99),
     "another shard": lambda partial: (partial / "c.1.0.0.0").write_bytes(
         (partial / "c.0.0.0.0").read_bytes()
     ),
 }
 METADATA_DAMAGES = {
+    "missing": shutil.rmtree,
     "missing metadata": lambda partial: (partial / "zarr.json").unlink(),
     "changed metadata": lambda partial: change_byte(partial / "zarr.json"),
 }
