@@ -251,13 +251,13 @@ def loaded(directory, name):
 
 
 class CuttingStore(StoreStorage):
-    """A store whose client dies before it writes another shard than the first ones."""
+    """A store whose client dies before it commits another chunk than the first ones."""
 
-    def __init__(self, shards):
-        self._left = shards
+    def __init__(self, commits):
+        self._left = commits + 1  # and the header of the journal
 
     def put(self, path, data):
-        self._left -= path.name.startswith("c.")
+        self._left -= path.parent.name.endswith(".fastvgg-journal")
         if self._left < 0:
             raise Death
         super().put(path, data)
