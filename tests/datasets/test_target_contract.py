@@ -209,16 +209,25 @@ def test_writers_that_share_a_target_write_the_bytes_of_one(tmp_path, name, dtyp
     assert_same(first.read_back(0, 11), expected)
 
 
-def test_rows_within_one_page_are_not_written_by_a_shared_writer(tmp_path):
-    expected = batch_of("uint8")
-    for name in ("npy", "hdf5"):
-        target = opened(TARGETS[name].location(tmp_path), name, expected)
-        target.create()
-        ((offset, data),) = target.write_aligned(2, payload_of(target, expected[2:4]))
-        assert offset == target.offset(2)
-        assert data == expected[2:4].tobytes()
-        assert not any(target.partial.read_bytes()[offset:])
-        target.close()
+@pytest.mark.parametrize("name", ["npy", "hdf5"])
+@pytest.mark.parametrize(("height", "width"), [(7, 9), (37, 41)], ids=["a page", "several pages"])
+def test_a_shared_writer_writes_whole_pages_only(tmp_path, name, height, width):
+    expected = batch_of("uint8", 7, height, width)
+    target = opened(TARGETS[name].location(tmp_path), name, expected)
+    target.create()
+    edges = target.write_aligned(2, payload_of(target, expected[2:4]))
+    target.sync()
+    target.close()
+    content = bytearray(target.partial.read_bytes())
+    begin, end = target.offset(2), target.offset(4)
+    first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    assert not any(content[target.offset(0) : max(begin, first)])
+    assert not any(content[max(begin, last) :])
+    for offset, data in edges:
+        content[offset : offset + len(data)] = data
+    assert content[begin:end] == expected[2:4].tobytes()
+    assert not any(content[target.offset(0) : begin])
+    assert not any(content[end:])
 
 
 # Runs
