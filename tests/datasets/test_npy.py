@@ -1,4 +1,4 @@
-""".npy files: which are read, which are refused and untouched, and what reading one returns."""
+""".npy files: headers, damage, mapped windows, and samples for the fingerprint."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def values(name, shape=SHAPE):
 
 
 def numpy_loads(content):
-    """What numpy.load makes of a file in memory; None where it refuses."""
+    """Return what numpy.load reads from a file in memory; None if it refuses."""
     try:
         return np.load(io.BytesIO(content), allow_pickle=False)
     except Exception:  # noqa: BLE001  # it has raised five kinds of them
@@ -50,7 +50,7 @@ def numpy_loads(content):
 
 
 @pytest.mark.parametrize("name", STORAGE_TYPES)
-def test_a_target_is_byte_for_byte_the_file_that_numpy_saves(tmp_path, name):
+def test_a_target_has_the_bytes_that_numpy_saves(tmp_path, name):
     expected = values(name)
     target = NpyTarget(tmp_path / "y.npy", Header(SHAPE, name, "NHWC"), Storage())
     target.create()
@@ -77,7 +77,7 @@ def test_every_version_of_the_format_is_read(tmp_path, version):
 
 
 @pytest.mark.parametrize("wrong", REFUSED)
-def test_a_file_that_is_not_right_is_refused_in_words_and_stays_as_it_is(tmp_path, wrong):
+def test_an_invalid_file_is_refused_and_unchanged(tmp_path, wrong):
     content, words = REFUSED[wrong]
     path = tmp_path / "x.npy"
     path.write_bytes(content)
@@ -102,7 +102,7 @@ def test_unnamed_elements_are_not_bfloat16_because_a_manifest_says_float16(tmp_p
         NpySource(path, dtype_hint="float16")
 
 
-def test_numpy_would_grow_a_truncated_file_that_we_leave_alone(tmp_path):
+def test_a_truncated_file_is_refused_and_not_grown_as_numpy_does(tmp_path):
     path = tmp_path / "x.npy"
     path.write_bytes(WHOLE[:-100])
     with pytest.raises(SourceError):
@@ -142,9 +142,7 @@ def damaged_files(draw):
 
 @settings(max_examples=500)
 @given(damaged_files())
-def test_no_damage_raises_anything_else_or_is_accepted_where_numpy_refuses(
-    tmp_path_factory, content
-):
+def test_a_damaged_file_is_refused_or_read_as_numpy_reads_it(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "damaged.npy"
     path.write_bytes(content)
     try:
@@ -177,7 +175,7 @@ def test_no_flipped_bit_of_a_header_changes_what_is_read(tmp_path):
         assert numpy_loads(bytes(content)) is not None
         assert source.read(0, 5).batch.tobytes() == whole[128:]
         source.close()
-    assert accepted < 20  # blanks that became other blanks
+    assert accepted < 20  # other white space
 
 
 SHRINKING = """
@@ -204,7 +202,7 @@ for start in (0, 29, 64):
         ("os.truncate(path, 128)", [0, 29, 64]),
         ("os.truncate(path, path.stat().st_size - 1)", [64]),
         ("os.truncate(path, path.stat().st_size // 2)", [64]),
-        # From here on the file shrinks where the first look cannot see it any more.
+        # The file is truncated after its size was checked.
         (
             """
 look = ContiguousSource._file_bytes
@@ -222,7 +220,7 @@ ContiguousSource._populate = staticmethod(late)""",
     ],
     ids=["to nothing", "to its header", "by a byte", "by half", "after the look", "once mapped"],
 )
-def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_no_signal(tmp_path, change, failing):
+def test_a_file_that_is_truncated_while_it_is_read_raises_no_signal(tmp_path, change, failing):
     path = save_npy(tmp_path / "x.npy", values("float32", (66, 37, 41, 3)))
     actual = printed_by(SHRINKING.format(change=change), path)
     assert [int(start) for start in re.findall(r"(?m)^(\d+) ", actual)] == failing
@@ -232,7 +230,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_no_signal(tmp_path
     assert actual.count("rerun the same command") == len(failing)
 
 
-def test_a_system_without_populating_reads_the_same(tmp_path, monkeypatch):
+def test_a_kernel_without_populate_reads_the_same(tmp_path, monkeypatch):
     expected = values("uint8")
     source = NpySource(save_npy(tmp_path / "x.npy", expected))
     monkeypatch.setattr(contiguous, "MADV_POPULATE_READ", 9999)
@@ -265,7 +263,7 @@ def test_another_failure_to_populate_is_not_taken_for_a_missing_call():
         ContiguousSource._populate(Window())
 
 
-def test_a_read_asks_the_system_to_read_as_much_again_ahead(tmp_path, monkeypatch):
+def test_a_read_prefetches_the_next_window_of_the_same_size(tmp_path, monkeypatch):
     expected, advised = values("float32", (66, 37, 41, 3)), []
     advise = os.posix_fadvise
 
@@ -281,12 +279,12 @@ def test_a_read_asks_the_system_to_read_as_much_again_ahead(tmp_path, monkeypatc
     assert advised == [
         (128 + 29 * image, 29 * image, will_need),
         (128 + 58 * image, 29 * image, will_need),
-        (128 + 66 * image, 8 * image, will_need),  # past the end, where there is nothing
+        (128 + 66 * image, 8 * image, will_need),  # past the end, which is harmless
     ]
 
 
 @pytest.mark.parametrize("reason", ["no such call in Python", "no such call in the kernel"])
-def test_a_system_that_takes_no_advice_reads_the_same(tmp_path, monkeypatch, reason):
+def test_a_system_without_fadvise_reads_the_same(tmp_path, monkeypatch, reason):
     def unknown(*arguments):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
@@ -322,7 +320,7 @@ def test_a_fingerprint_changes_with_any_byte_of_a_small_file(tmp_path):
     assert len(seen) == len(changed) + 1
 
 
-def test_a_fingerprint_of_a_large_file_is_of_samples_from_its_first_to_its_last_byte(tmp_path):
+def test_a_fingerprint_of_a_large_file_samples_its_start_middle_and_end(tmp_path):
     path = save_npy(tmp_path / "x.npy", np.zeros((5, 1001, 1003, 3), np.uint8))
     status = path.stat()
     seen = {fingerprint(path)}
@@ -337,7 +335,7 @@ def test_a_fingerprint_of_a_large_file_is_of_samples_from_its_first_to_its_last_
     assert len(seen) == 1 + len(places)
 
 
-def test_a_target_that_was_not_created_says_so(tmp_path):
+def test_a_target_must_be_created_before_it_is_written(tmp_path):
     target = NpyTarget(tmp_path / "y.npy", Header(SHAPE, "uint8", "NHWC"), Storage())
     with pytest.raises(RuntimeError, match="created or reopened before"):
         target.write(0, [bytes_of(values("uint8"))])
@@ -345,6 +343,6 @@ def test_a_target_that_was_not_created_says_so(tmp_path):
     assert names_in(tmp_path) == []
 
 
-def test_bfloat16_is_what_the_manifest_names():
+def test_bfloat16_has_the_descr_that_numpy_writes():
     assert npy.DTYPES["<V2"] == "bfloat16"
     assert npy_bytes(np.zeros(SHAPE, ml_dtypes.bfloat16))[:40].count(b"'<V2'") == 1

@@ -1,4 +1,4 @@
-"""An array in parts: the rows of all of them in name order, and parts that do not fit together."""
+"""An array in parts: their order, and parts that do not match or change."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def parts(tmp_path):
     return written(tmp_path / "parts", batch_of())
 
 
-def test_rows_are_in_the_order_of_the_bytes_of_the_names(tmp_path):
+def test_parts_are_sorted_by_the_bytes_of_their_names(tmp_path):
     directory = tmp_path / "parts"
     directory.mkdir()
     batch = batch_of(images=4)
@@ -47,7 +47,7 @@ def test_rows_are_in_the_order_of_the_bytes_of_the_names(tmp_path):
     source.close()
 
 
-def test_what_is_not_named_as_a_part_is_left_alone(parts):
+def test_other_files_are_ignored(parts):
     (parts / "notes.txt").write_text("not an array")
     (parts / "other.npy").write_bytes(b"nor this")
     source = open_source(Location.parse(parts))
@@ -69,7 +69,7 @@ def test_parts_among_images_are_refused(parts):
         np.zeros((2, 5, 7, 4), np.uint8),
     ],
 )
-def test_parts_that_are_not_alike_are_refused_with_the_numbers_of_both(parts, other):
+def test_parts_of_different_shapes_or_dtypes_are_refused_with_both(parts, other):
     np.save(parts / "part-002.npy", other)
     with pytest.raises(SourceError) as raised:
         open_source(Location.parse(parts))
@@ -108,7 +108,7 @@ def test_a_part_that_changed_before_it_is_read_stops_the_run(parts, change):
     source.close()
 
 
-def test_a_part_that_is_cut_short_while_it_is_open_stops_the_run(parts):
+def test_a_part_that_is_truncated_while_it_is_open_stops_the_run(parts):
     source = open_source(Location.parse(parts))
     source.read(4, 5)
     with (parts / "part-002.npy").open("r+b") as file:

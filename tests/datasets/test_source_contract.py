@@ -6,7 +6,6 @@ import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,6 +32,8 @@ from tests.helpers.datasets_on_disk import (
 )
 from tests.helpers.faults import CuttingStorage, Death
 from tests.helpers.formats import (
+    CHANGES,
+    REPLACED,
     SOURCES,
     TARGETS,
     change_byte,
@@ -204,22 +205,6 @@ def test_batches_are_the_images_in_order_or_shuffled(tmp_path, name):
 # Changes
 
 
-def grow(file):
-    before_ns = file.stat().st_mtime_ns if isinstance(file, Path) else None
-    file.write_bytes(file.read_bytes() + b"\0")
-    if before_ns is not None:
-        os.utime(file, ns=(0, before_ns))
-
-
-CHANGES = {
-    "another byte": change_byte,
-    "another date": lambda file: replace_content(file, file.read_bytes()),
-    "a byte less": lambda file: shorten(file, -1),
-    "a byte more of the same date": grow,
-    "a byte more": lambda file: replace_content(file, file.read_bytes() + b"\0"),
-}
-
-
 def fingerprint_of(location):
     """The fingerprint, or None if the dataset is refused."""
     try:
@@ -282,12 +267,12 @@ def test_a_fingerprint_changes_when_files_come_go_or_change_their_names(tmp_path
     assert len({*seen}) == 3
 
 
-def check_never_wrong(source, expected, location):
+def check_never_wrong(source, expected, *locations):
     """Check that all images are right, or fail as rows, or stop the run with a path."""
     try:
         batch, records = source.read(0, len(expected))
     except StoppedError as error:
-        check_names(error, location, *files_of(location))
+        check_names(error, *locations, *files_of(locations[0]))
         return True
     failed = [record.failed for record in records] or [False] * len(expected)
     for actual, image, is_failed in zip(batch, expected, failed, strict=True):
@@ -314,6 +299,24 @@ def test_a_source_that_is_removed_after_it_was_opened_gives_no_wrong_bytes(tmp_p
     with opened(location) as source:
         data_files(location)[0].unlink()
         check_never_wrong(source, BATCH, tmp_path)
+
+
+@pytest.mark.parametrize("change", [*CHANGES, *REPLACED])
+@pytest.mark.parametrize("name", ["images", "tar", "tar shards"])
+def test_an_encoded_image_that_changed_since_it_was_listed_stops_the_run(tmp_path, name, change):
+    location = SOURCES[name].write(tmp_path, BATCH)
+    file = data_files(location)[-1]
+    with opened(location) as source:
+        if change in REPLACED:
+            file.unlink()
+        (CHANGES | REPLACED)[change](file)
+        if name != "tar":  # whose only file has changed
+            assert source.read(0, 1).batch.tobytes() == BATCH[:1].tobytes()
+        with ending_within(10):
+            is_stopped = check_never_wrong(source, BATCH, location, file)
+        # What cannot be opened at all is a failed row.
+        is_unreadable = change in REPLACED if name == "images" else change == "a circular link"
+        assert is_stopped or is_unreadable
 
 
 @every_format
@@ -347,16 +350,6 @@ def test_a_source_that_changes_during_a_run_is_not_published(tmp_path, name):
 
 
 # Wrong paths
-
-
-REPLACED = {
-    "nothing": lambda path: None,
-    "an empty file": lambda path: path.touch(),
-    "a pipe": os.mkfifo,
-    "a directory": lambda path: path.mkdir(),
-    "a dangling link": lambda path: path.symlink_to("nowhere"),
-    "a circular link": lambda path: path.symlink_to(path.name),
-}
 
 
 def remove(path):

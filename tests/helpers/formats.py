@@ -131,6 +131,31 @@ def shorten(file, nbytes):
     replace_content(file, file.read_bytes()[:nbytes])
 
 
+def grow(file):
+    before_ns = file.stat().st_mtime_ns if isinstance(file, Path) else None
+    file.write_bytes(file.read_bytes() + b"\0")
+    if before_ns is not None:
+        os.utime(file, ns=(0, before_ns))
+
+
+CHANGES = {  # of a file
+    "another byte": change_byte,
+    "another date": lambda file: replace_content(file, file.read_bytes()),
+    "a byte less": lambda file: shorten(file, -1),
+    "a byte more of the same date": grow,
+    "a byte more": lambda file: replace_content(file, file.read_bytes() + b"\0"),
+}
+
+REPLACED = {  # what is created in place of a removed file
+    "nothing": lambda path: None,
+    "an empty file": lambda path: path.touch(),
+    "a pipe": os.mkfifo,
+    "a directory": lambda path: path.mkdir(),
+    "a dangling link": lambda path: path.symlink_to("nowhere"),
+    "a circular link": lambda path: path.symlink_to(path.name),
+}
+
+
 def total_bytes(location):
     return sum(len(content) for content in contents_of(location).values())
 

@@ -11,7 +11,7 @@ from fastvgg.storage.location import Location
 
 
 def hdf5_type(name):
-    """A type as whoever knows the format would make it, without looking at ours."""
+    """Return the HDF5 type of a dtype, made independently of the package."""
     if name != "bfloat16":
         return h5py.h5t.py_create(np.dtype(name).newbyteorder("<"))
     made = h5py.h5t.IEEE_F32LE.copy()
@@ -23,7 +23,7 @@ def hdf5_type(name):
 
 
 def save_of_type(path, batch, stored_type, *, chunks=None, layout=None):
-    """Write a dataset of a type that h5py has no NumPy type for; its bytes are given."""
+    """Write the bytes of a batch as a dataset of a given HDF5 type."""
     made = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     if chunks:
         made.set_chunk(chunks)
@@ -37,7 +37,7 @@ def save_of_type(path, batch, stored_type, *, chunks=None, layout=None):
 
 
 def save_h5(path, batch, name="/images", *, file=(), **settings):
-    """Write one dataset with h5py alone."""
+    """Write one dataset with h5py."""
     with h5py.File(path, "w", **dict(file)) as opened:
         opened.create_dataset(name, data=batch, **settings)
     return within(path, name)
@@ -53,7 +53,7 @@ def as_h5py_reads(location):
 
 
 def bits_in(location):
-    """The array that h5py finds, whose two-byte elements it takes for something else."""
+    """Read a dataset of two-byte elements as unsigned integers."""
     with h5py.File(Location.parse(location).container, "r") as opened:
         found = opened[Location.parse(location).inner]
         out = np.empty(found.shape, "u2")

@@ -23,7 +23,7 @@ def member(name, content=b"", kind=tarfile.REGTYPE, **fields):
 
 
 def tar_bytes(members, kind="ustar"):
-    """A tar of members, which are names with contents or what `member` returns."""
+    """Return a tar of members: pairs of a name and a content, or results of `member`."""
     written = io.BytesIO()
     with tarfile.open(fileobj=written, mode="w", format=FORMATS[kind]) as tar:
         for name, content in members:
@@ -39,14 +39,14 @@ def save_tar(path, members, kind="ustar"):
 
 
 def header(name, size=0, kind=tarfile.REGTYPE, **fields):
-    """A header's block of GNU's kind, with a checksum that fits."""
+    """Return a header block of the GNU format."""
     info, _ = member(name, kind=kind, **fields)
     info.size = size
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
 def with_checksum(block, sign="B"):
-    """A header's block with its checksum put right, of bytes with a sign or without."""
+    """Return a header block with the right checksum, of unsigned or of signed (b) bytes."""
     spaced = block[:148] + b" " * 8 + block[156:]
     total = int(np.frombuffer(spaced, "i1" if sign == "b" else "u1").sum(dtype=np.int64))
     return block[:148] + b"%06o\0 " % total + block[156:]
