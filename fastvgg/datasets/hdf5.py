@@ -76,6 +76,7 @@ class Hdf5Source(ContiguousSource):
             except DAMAGED as error:
                 raise self._damaged(f"HDF5 reports {str(error)!r}") from None
             self.records = read_index(self.path, self.header.images) if use_index else ()
+            self._opened_bytes = self._file_bytes()
             self._open_files = stack.pop_all()
 
     def _open_hdf5(self) -> h5py.File:
@@ -269,6 +270,8 @@ class Hdf5Source(ContiguousSource):
                 "fix the cause and rerun the same command; if a chunk is damaged, get the file "
                 "again and add --restart",
             ) from None
+        if self._file_bytes() < self._opened_bytes:  # HDF5 reads zeros beyond the end of the file
+            raise self._truncated_error(self._file_bytes())
 
     def close(self) -> None:
         self._open_files.close()

@@ -1,4 +1,4 @@
-"""A folder with every kind of bad file among good ones, from the shell to the last byte."""
+"""A folder with every kind of unreadable file, packed from the command line and retried."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ def bomb():
 
 
 def put(folder, name, content):
-    """Write a file, or make another thing, of a name in bytes."""
+    """Create a file, or what a function creates, of a name in bytes."""
     path = os.fsencode(folder) + b"/" + name
     if content is socket:
-        here = os.open(folder, os.O_RDONLY)  # a socket's address is short; the name is kept
+        here = os.open(folder, os.O_RDONLY)  # the address of a socket must be short
         try:
             with socket.socket(socket.AF_UNIX) as listener:
                 listener.bind(b"/proc/self/fd/%d/" % here + name)
         finally:
             os.close(here)
     elif isinstance(content, bytes):
-        with open(path, "wb") as file:  # noqa: PTH123  # a name that is no text
+        with open(path, "wb") as file:  # noqa: PTH123  # a name that is not text
             file.write(content)
     else:
         content(path)
@@ -67,17 +67,17 @@ def put(folder, name, content):
 
 @pytest.fixture
 def bad(tmp_path):
-    """The names of what cannot be read, and their contents when they are mended."""
+    """A folder, and the repaired contents of its unreadable files by name."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    mended = {}
+    repaired = {}
     for kind in KINDS:
         whole = encoded(kind)
         put(folder, f"good.{kind}".encode(), whole)
         for tenth in range(10):
             name = f"{tenth}-tenths.{kind}".encode()
             put(folder, name, whole[: len(whole) * tenth // 10])
-            mended[name] = whole
+            repaired[name] = whole
     for name, content in {
         b"text.jpg": b"a text",
         b"bomb.png": bomb(),
@@ -88,10 +88,10 @@ def bad(tmp_path):
         b'caf\xe9 \n,".jpg': b"torn",
     }.items():
         put(folder, name, content)
-        mended[name] = encoded("png")
+        repaired[name] = encoded("png")
     put(folder, b"a png in truth.jpg", encoded("png"))
     put(folder, b"caf\xe8.png", encoded("png"))
-    return folder, mended
+    return folder, repaired
 
 
 def command(*arguments):
@@ -106,7 +106,7 @@ def command(*arguments):
 def as_keras_reads(path):
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of some damage, and goes on
+            warnings.simplefilter("ignore")  # Pillow only warns of some damage
             image = keras.utils.load_img(io.BytesIO(path.read_bytes()), target_size=SIZE)
     except Exception:  # noqa: BLE001  # whatever Pillow raises
         return None
@@ -114,10 +114,8 @@ def as_keras_reads(path):
 
 
 @failing_in_ascii()
-def test_each_is_in_the_index_all_others_are_right_and_mended_they_are_as_if_never_bad(
-    tmp_path, bad
-):
-    folder, mended = bad
+def test_unreadable_files_are_in_the_index_and_are_retried_once_repaired(tmp_path, bad):
+    folder, repaired = bad
     target = tmp_path / "x.npy"
     options = ["--size", *map(str, SIZE), "--threads", "2", "--json", "--quiet"]
     done = command("pack", folder, target, *options)
@@ -142,7 +140,7 @@ def test_each_is_in_the_index_all_others_are_right_and_mended_they_are_as_if_nev
         if path.is_file() and not path.is_symlink():
             assert record.failed == (as_keras_reads(path) is None), record
 
-    for name, content in mended.items():
+    for name, content in repaired.items():
         path = os.fsencode(folder) + b"/" + name
         os.rmdir(path) if os.path.isdir(path) else os.unlink(path)  # noqa: PTH106, PTH108, PTH112
         put(folder, name, content)

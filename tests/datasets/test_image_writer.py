@@ -1,4 +1,4 @@
-"""Image files that are written: each row's own, named by the source's, in three formats."""
+"""Targets of image files: their names, their encoding and their damage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastvgg.datasets.base import Header, ImageRecord
 from fastvgg.datasets.image_writer import FORMAT_SUFFIXES, ImageFolderTarget, check_format, is_lossy
 from fastvgg.datasets.index import INDEX_HEAD, index_path, index_text, read_index
 from fastvgg.datasets.open import open_target, target_format
-from fastvgg.errors import ResumeError, SourceError, TargetError, UsageError
+from fastvgg.errors import SourceError, TargetError, UsageError
 from fastvgg.storage.local import Storage
 from fastvgg.storage.location import Location
 from tests.helpers.batches import frozen
@@ -36,7 +36,7 @@ def torn(path):
 
 
 def encoded(target, batch, records=()):
-    """What is stored of a batch: nothing of a row that failed."""
+    """Return the payload of a batch: empty for a failed row."""
     failed = [found.failed for found in records] or [False] * len(batch)
     return [b"" if bad else target.encode(image) for image, bad in zip(batch, failed, strict=True)]
 
@@ -92,15 +92,11 @@ def test_files_are_named_by_the_records_or_by_row(tmp_path, paths, stems, file_f
     assert stored == [(tmp_path / "out" / name).read_bytes() for name in names]
 
 
-def test_the_ends_of_files_are_those_that_programs_know():
-    assert FORMAT_SUFFIXES == {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
-
-
 @pytest.mark.parametrize("file_format", LOSSLESS)
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (257, 1), (7, 9), (64, 64), (33, 130)])
-def test_png_and_webp_give_back_every_byte(tmp_path, file_format, size):
+def test_png_and_webp_are_lossless(tmp_path, file_format, size):
     noise = pixels(3, *size, seed=5)
-    noise[2] = np.arange(noise[2].size, dtype=np.uint8).reshape(noise[2].shape)  # smooth, too
+    noise[2] = np.arange(noise[2].size, dtype=np.uint8).reshape(noise[2].shape)  # smooth
     target = written(tmp_path / "out", frozen(noise), file_format=file_format)
     target.publish()
     assert target.read_back(0, 3).tobytes() == noise.tobytes()
@@ -111,7 +107,7 @@ def test_png_and_webp_give_back_every_byte(tmp_path, file_format, size):
     assert not is_lossy(file_format)
 
 
-def test_jpeg_is_that_of_simplejpeg_in_good_quality_and_lossy(tmp_path):
+def test_jpeg_has_the_bytes_of_simplejpeg_at_quality_95(tmp_path):
     batch = pixels(2, 37, 53)
     batch[1] = np.linspace(0, 255, 37 * 53 * 3).reshape(37, 53, 3)
     target = written(tmp_path / "out", frozen(batch), file_format="jpeg")
@@ -140,7 +136,7 @@ LIMITS = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}
 
 
 @pytest.mark.parametrize("name", LIMITS)
-def test_images_that_do_not_fit_into_a_format_are_refused(name):
+def test_images_too_large_for_a_format_are_refused(name):
     longest = LIMITS[name]
     for sides in ((longest, 1), (1, longest), (1, 1)):
         check_format(name, *sides)
@@ -151,13 +147,13 @@ def test_images_that_do_not_fit_into_a_format_are_refused(name):
 
 
 @pytest.mark.parametrize("name", ["jpeg", "webp"])
-def test_the_longest_side_of_a_format_is_what_it_can_hold(tmp_path, name):
+def test_a_format_can_encode_its_longest_side(tmp_path, name):
     longest = LIMITS[name]
     image = pixels(1, 1, longest)
     target = written(tmp_path / "out", image, file_format=name)
     target.publish()
     assert target.read_back(0, 1).shape == (1, 1, longest, 3)
-    with pytest.raises(ValueError, match=r"."):  # whatever the encoder says
+    with pytest.raises(ValueError, match=r"."):  # of the encoder
         target.encode(pixels(1, 1, 65_536)[0])
 
 
@@ -180,7 +176,7 @@ short = st.lists(st.sampled_from(["a", "b", "a.png", "a.jpg", "b.png.png"]), min
 
 
 @given(st.lists(short.map("/".join), unique=True, min_size=1, max_size=9))
-def test_any_paths_get_names_that_can_lie_side_by_side(paths):
+def test_any_paths_get_names_that_can_coexist(paths):
     header = Header((len(paths), 7, 9, 3), "uint8", "NHWC")
     target = ImageFolderTarget(Path("out"), header, Storage(), [record(path) for path in paths])
     names = list(target._names(0, len(paths)))
@@ -191,7 +187,7 @@ def test_any_paths_get_names_that_can_lie_side_by_side(paths):
     ends = [name.removeprefix(path) for name, path in zip(names, paths, strict=True)]
     kept = len(set(ends)) == 1 and set(ends[0].split(".png")) == {""}
     assert names == stems or kept
-    if names != stems:  # only where it has to be
+    if names != stems:  # only if necessary
         above = {str(folder) for path in paths for folder in PurePosixPath(path).parents}
         assert len(set(stems)) < len(paths) or not above.isdisjoint(stems)
 
@@ -206,35 +202,6 @@ def test_a_failed_row_has_no_file_and_reads_back_as_zeros(tmp_path):
     assert target.read_back(0, 4).tobytes() == expected.tobytes()
     assert target.read_back(1, 3).tobytes() == expected[1:3].tobytes()
     assert [bool(data) for data in target.read_stored(0, 4)] == [True, False, True, False]
-
-
-@pytest.mark.parametrize("named", [False, True])
-def test_files_are_written_and_read_part_by_part_in_any_order_and_again(tmp_path, named):
-    expected = pixels(9)
-    records = [record(f"{'ab'[row % 2]}/{row}.jpg") for row in range(9)] if named else []
-    target = target_of(tmp_path / "out", expected, records)
-    target.create()
-    stored = encoded(target, expected)
-    for start, stop in ((5, 9), (0, 3), (3, 5), (3, 5), (0, 9)):
-        target.write(start, stored[start:stop])
-        target.sync()
-    target.publish()
-    for start, stop in ((0, 9), (2, 3), (4, 8), (8, 9)):
-        assert target.read_stored(start, stop) == stored[start:stop]
-        assert target.read_back(start, stop).tobytes() == expected[start:stop].tobytes()
-    assert len(files_in(tmp_path / "out")) == 9
-
-
-def test_a_run_that_was_cut_off_goes_on_with_the_files_that_are_there(tmp_path):
-    expected = pixels(5)
-    first = target_of(tmp_path / "out", expected)
-    first.create()
-    first.write(0, encoded(first, expected)[:3])
-    again = target_of(tmp_path / "out", expected)
-    again.reopen()
-    again.write(2, encoded(again, expected)[2:])
-    again.publish()
-    assert again.read_back(0, 5).tobytes() == expected.tobytes()
 
 
 def test_an_index_of_a_dataset_names_its_files(tmp_path):
@@ -285,7 +252,7 @@ def test_a_published_image_that_was_damaged_is_named(tmp_path, content):
     assert target.read_back(0, 1).tobytes() == pixels(2)[:1].tobytes()
 
 
-def test_a_published_image_that_was_cut_off_is_named(tmp_path):
+def test_a_truncated_published_image_is_named(tmp_path):
     target = written(tmp_path / "out", pixels(2, 37, 53))
     target.publish()
     path = tmp_path / "out" / "00000000.png"
@@ -296,29 +263,8 @@ def test_a_published_image_that_was_cut_off_is_named(tmp_path):
     assert len(target.read_stored(0, 2)[0]) == path.stat().st_size
 
 
-def test_reopening_a_directory_that_is_gone_is_refused(tmp_path):
-    target = target_of(tmp_path / "out", pixels(1))
-    with pytest.raises(ResumeError) as caught:
-        target.reopen()
-    must_say(caught.value, target.partial, "--restart")
-
-
-def test_creating_starts_from_nothing(tmp_path):
-    written(tmp_path / "out", pixels(5))
-    target = written(tmp_path / "out", pixels(2), [record("a.jpg"), record("b/c.jpg")])
-    assert set(tree(target.partial)) == {b"a.png", b"b", b"b/c.png"}
-
-
-def test_publishing_leaves_a_neighbour_with_a_similar_name_alone(tmp_path):
-    neighbour = tmp_path / "out.replaced"
-    neighbour.mkdir()
-    (neighbour / "keep.txt").write_text("precious")
-    written(tmp_path / "out", pixels(2)).publish()
-    assert (neighbour / "keep.txt").read_text() == "precious"
-
-
 class Recording(Storage):
-    """The real calls, and a list of those that make data last."""
+    """Storage that records its syncs."""
 
     def __init__(self, *, relied_on):
         super().__init__()
@@ -338,9 +284,7 @@ class Recording(Storage):
 
 
 @pytest.mark.parametrize("begin", ["create", "reopen"])
-def test_files_are_made_to_last_together_or_one_by_one_where_that_cannot_be_relied_on(
-    tmp_path, begin
-):
+def test_files_are_synced_one_by_one_where_syncfs_is_unreliable(tmp_path, begin):
     batch = pixels(2)
     for relied_on, calls in (
         (True, ["the disk"]),
@@ -359,11 +303,11 @@ def test_files_are_made_to_last_together_or_one_by_one_where_that_cannot_be_reli
 
 
 @pytest.mark.parametrize(("name", "kind"), [("a.npy", "npy"), ("A.NPY", "npy"), ("out", "images")])
-def test_a_target_is_what_its_name_says(tmp_path, name, kind):
+def test_the_name_of_a_target_selects_its_format(tmp_path, name, kind):
     assert target_format(Location.parse(tmp_path / name)) == kind
 
 
-def test_an_existing_directory_is_one_whatever_its_name_ends_in(tmp_path):
+def test_an_existing_directory_is_one_whatever_its_suffix(tmp_path):
     (tmp_path / "v1.0").mkdir()
     assert target_format(Location.parse(tmp_path / "v1.0")) == "images"
 
@@ -374,7 +318,7 @@ def test_a_target_of_no_known_format_is_refused(tmp_path):
     must_say(caught.value, tmp_path / "out.zip", "'.zip'", ".npy")
 
 
-def test_what_is_stored_is_a_whole_file_for_each_row(tmp_path):
+def test_an_encoded_image_is_a_complete_file(tmp_path):
     target = target_of(tmp_path / "out", pixels(2))
     data = target.encode(frozen(pixels(1, 5, 8)[0]))
     assert type(data) is bytes

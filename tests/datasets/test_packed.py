@@ -1,4 +1,4 @@
-"""Many names in one piece of memory: each comes back, and what occurs twice is found."""
+"""Packed names: each is returned, and repeated ones are found."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ODD = [b"", b"a", b"", b"caf\xe9.jpg", b"a\nb", b'"', b"\0", b"\xff" * 300, "é/
 
 
 @given(st.lists(st.binary(max_size=20)))
-def test_every_name_comes_back(expected):
+def test_every_name_is_returned(expected):
     names = PackedNames(expected)
     assert len(names) == len(expected)
     assert [*names] == expected
@@ -47,14 +47,14 @@ def test_a_slice_is_a_list_of_names():
 
 
 @pytest.mark.parametrize("row", [10, -11, 10**9])
-def test_there_is_no_name_outside(row):
+def test_an_index_out_of_range_raises(row):
     with pytest.raises(IndexError):
         PackedNames(ODD)[row]
     with pytest.raises(IndexError):
         PackedNames()[0]
 
 
-def test_a_name_is_a_copy_that_later_names_leave_alone():
+def test_a_returned_name_is_a_copy():
     names = PackedNames([b"first"])
     kept = names[0]
     for number in range(1000):
@@ -63,7 +63,7 @@ def test_a_name_is_a_copy_that_later_names_leave_alone():
     assert kept == names[0] == b"first"
 
 
-def test_a_name_takes_no_more_than_a_few_bytes_beside_its_own():
+def test_a_name_takes_at_most_13_bytes_of_overhead():
     made = (b"class %03d/%06d.jpg" % (row % 999, row) for row in range(20_000))
     tracemalloc.start()
     try:
@@ -82,13 +82,13 @@ def repeats_of(names):
 
 
 @given(st.lists(st.sampled_from([b"a", b"b", b"c", b"", b"aa", b"d", b"e", b"f"]), max_size=8))
-def test_all_that_occur_again_are_found_with_their_first_rows(names):
+def test_repeated_names_are_found_with_their_first_rows(names):
     first_rows = [names.index(name) for name in names]
     expected = [(row, first) for row, first in enumerate(first_rows) if first != row]
     assert repeats_of(names) == expected
 
 
-def test_of_many_names_the_one_that_occurs_twice_is_found():
+def test_one_repeated_name_of_many_is_found():
     names = [b"%d" % row for row in range(5000)]
     assert repeats_of(names) == []
     for first, second in ((0, 4999), (7, 8), (4998, 4999)):
@@ -97,7 +97,7 @@ def test_of_many_names_the_one_that_occurs_twice_is_found():
         assert repeats_of(changed) == [(second, first)]
 
 
-def test_hashes_are_those_of_the_names_in_their_order():
+def test_hashes_are_in_the_order_of_the_names():
     expected = [xxhash.xxh3_64_intdigest(name) for name in ODD]
     actual = name_hashes(iter(ODD))
     assert actual.dtype == np.uint64

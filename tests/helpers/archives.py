@@ -10,7 +10,7 @@ from email.parser import Parser
 from tests.helpers.checkout import CHECKOUT
 
 TYPED_PROGRAM = CHECKOUT / "tests/helpers/typed_program.py"
-MAX_PACKAGES = 18  # of the core install, with all that it brings along
+MAX_PACKAGES = 18  # of the core install, with its dependencies
 BUILD = """
 import sys
 from hatchling import build
@@ -20,7 +20,7 @@ print(build.build_sdist(sys.argv[1]))
 
 
 def built(python, place, source=CHECKOUT):
-    """Build both with the hatchling that a Python has; return where they are, by name."""
+    """Build both with the hatchling of a Python; return their paths by kind."""
     place.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         [python, "-c", BUILD, str(place)], cwd=source, capture_output=True, text=True, check=True
@@ -30,7 +30,7 @@ def built(python, place, source=CHECKOUT):
 
 
 def names_in(archive):
-    """The names of the files in a wheel or a source archive."""
+    """Return the names of the files in a wheel or a source archive."""
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
             return wheel.namelist()
@@ -39,7 +39,7 @@ def names_in(archive):
 
 
 def requirements_of(wheel, extra=None):
-    """What the metadata of a wheel asks for, and for an extra."""
+    """Return the requirements in the metadata of a wheel, with those of an extra."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
         metadata = Parser().parsestr(archive.read(name).decode())

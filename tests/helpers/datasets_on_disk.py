@@ -1,4 +1,4 @@
-"""Datasets on disk that the tests share, and processes of their own that read and write them."""
+"""Datasets on disk, and separate processes that read and write them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import mmap
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -25,18 +26,18 @@ from fastvgg.transform import Transform
 from tests.helpers.batches import dtype_of
 from tests.helpers.checkout import importing_checkout
 
-# The files of scikit-image that its wheel holds: nothing is fetched.
+# Part of the wheel of scikit-image: nothing is downloaded.
 PHOTOGRAPHS = Path(skimage.__file__).parent / "data"
 
 
 def pixels(images=5, height=7, width=9, seed=1):
-    """A uint8 batch of images that differ from each other."""
+    """Return a uint8 batch of images that differ from each other."""
     shape = (images, height, width, 3)
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
 def npy_bytes(array):
-    """What numpy.save writes of an array."""
+    """Return what numpy.save writes."""
     written = io.BytesIO()
     np.save(written, array)
     return written.getvalue()
@@ -48,7 +49,7 @@ def save_npy(path, array):
 
 
 def save_images(directory, batch, names=None):
-    """Write a batch as lossless images, in class folders where no names are given."""
+    """Write a batch as lossless images, by default in class folders a and b."""
     names = names or [f"{'ab'[row % 2]}/{row:02d}.png" for row in range(len(batch))]
     for name, image in zip(names, batch, strict=True):
         path = directory / name
@@ -58,25 +59,25 @@ def save_images(directory, batch, names=None):
 
 
 def rows_by_name(directory, batch):
-    """The batch that `save_images` wrote without names, in the order in which it is read."""
+    """Return the batch that `save_images` wrote without names, in the order of the source."""
     names = sorted(f"{'ab'[row % 2]}/{row:02d}" for row in range(len(batch)))
     assert directory.is_dir()
     return batch[[int(name[2:]) for name in names]]
 
 
 def network_inputs(batch, mode, *, out_layout="NHWC", dtype="float32"):
-    """What the definition of correct makes of a batch of images."""
+    """Return what the oracle computes from a batch of images."""
     return oracle.apply(Transform(mode, out_layout=out_layout, dtype=dtype), batch)
 
 
 def load(path, name):
-    """Read a finished .npy with NumPy alone."""
+    """Read a finished .npy with NumPy only."""
     stored = np.load(path)
     return stored.view(dtype_of("bfloat16")) if name == "bfloat16" else stored
 
 
 def images_in(directory):
-    """Every file below a directory, decoded, by its relative name."""
+    """Decode every file below a directory; return the images by relative name."""
     return {
         str(path.relative_to(directory)): np.asarray(Image.open(path))
         for path in sorted(directory.rglob("*"))
@@ -85,7 +86,7 @@ def images_in(directory):
 
 
 def plan_of(source, target, *, together=None, **settings):
-    """A plan on the NumPy backend, which needs no compilation, in chunks of `together` images."""
+    """Plan with the NumPy backend, which needs no compilation, in chunks of `together` images."""
     settings = {"backend": "numpy", "threads": 1, **settings}
     if together is None:
         return fastvgg.plan(source, target, **settings)
@@ -95,22 +96,22 @@ def plan_of(source, target, *, together=None, **settings):
 
 
 def memory_for(together, source, target, **settings):
-    """The limit of memory that gives `plan_of` chunks of `together` images."""
+    """Return the memory limit for which `plan_of` has chunks of `together` images."""
     plan = plan_of(source, target, **settings)
     chunk_bytes = together * plan.image_memory_bytes
     limit_bytes = chunk_bytes + plan.min_scratch_bytes
-    if plan.job.is_decoded:  # a half of the limit is for decoding
+    if plan.job.is_decoded:  # half of the limit is for decoding
         limit_bytes = max(limit_bytes, 2 * chunk_bytes)
     return limit_bytes
 
 
 def commits_in(target):
-    """How many chunks the journal of an unfinished run says are done: its whole lines but one."""
+    """Return the number of chunks in the journal of an unfinished run: its lines but one."""
     return Path(f"{target}.fastvgg-journal").read_bytes().count(b"\n") - 1
 
 
 def tree(directory):
-    """All there is below a directory, as bytes names and contents, to be compared."""
+    """Return everything below a directory: contents by name, as bytes."""
     found = {}
     for path in sorted(directory.rglob("*")):
         mode = path.lstat().st_mode
@@ -127,7 +128,7 @@ def names_in(directory):
 
 
 def data_tree(directory):
-    """The same without what differs from run to run: the date in a manifest."""
+    """Return `tree` without what differs between runs: the date in a manifest."""
     return {
         name: re.sub(rb'"created": "[^"]*"', b"", content)
         if isinstance(content, bytes)
@@ -153,18 +154,18 @@ def python(source, *arguments, **settings):
 
 
 def printed_by(source, *arguments, **settings):
-    """What a process that must end well printed."""
+    """Return the output of a process that must succeed."""
     done = python(source, *arguments, **settings)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout.strip()
 
 
 def obey_permissions():
-    """Be stopped by the permissions of files, in a process that is root, as everyone else is."""
+    """Drop root's privilege to ignore the permissions of files."""
     if os.geteuid() != 0:
         return
     library = ctypes.CDLL(None, use_errno=True)
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # the third version of the call, this thread
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3 of the call, this thread
     sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; then their upper halves
     overrides = 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
     done = library.capget(header, sets)
@@ -176,7 +177,7 @@ def obey_permissions():
 
 @contextlib.contextmanager
 def permissions(path, mode):
-    """Let a path have other permissions for a while."""
+    """Change the permissions of a path temporarily."""
     before = stat.S_IMODE(path.stat().st_mode)
     path.chmod(mode)
     try:
@@ -186,7 +187,7 @@ def permissions(path, mode):
 
 
 def printed_on_small_disk(directory, disk_bytes, source):
-    """Run Python source in a process that sees a small disk of its own in `directory`."""
+    """Run Python source in a process that has a small private disk at `directory`."""
     unshare = shutil.which("unshare")
     if unshare is None:
         pytest.skip("there is no unshare command to make a mount namespace with")
@@ -208,7 +209,7 @@ def printed_on_small_disk(directory, disk_bytes, source):
 
 @contextlib.contextmanager
 def failing_in_ascii():
-    """Let a test fail with a message that a test runner can send from process to process."""
+    """Fail with an ASCII message, which pytest-xdist can send between processes."""
     try:
         yield
     except Exception as error:  # noqa: BLE001
@@ -223,14 +224,14 @@ WAYS_OUT = re.compile(
 
 
 def must_say(error, *words):
-    """Check that an error's message holds all the words, and its remedy something to do."""
+    """Check that the message of an error contains all words, and its remedy an action."""
     missing = [word for word in map(str, words) if word not in str(error)]
     assert not missing, f"{missing} not in: {error}"
     assert WAYS_OUT.search(error.remedy), f"nothing to do: {error.remedy!r}"
 
 
 def pages_in_memory(descriptor):
-    """How many pages of a file, open for writing too, the system holds."""
+    """Return how many pages of a file that is open for writing are in the page cache."""
     with mmap.mmap(descriptor, 0) as mapped:
         pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
         window = (ctypes.c_char * len(mapped)).from_buffer(mapped)
@@ -238,3 +239,19 @@ def pages_in_memory(descriptor):
         assert ctypes.CDLL(None).mincore(address, nbytes, pages) == 0
         del window
     return sum(page & 1 for page in pages)
+
+
+@contextlib.contextmanager
+def ending_within(seconds):
+    """Raise in a main thread that waits, for example for someone to write into a pipe."""
+
+    def end(*_):
+        raise AssertionError(f"still waiting after {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,4 +1,4 @@
-"""Zarr arrays on disk, written and read by zarr-python alone, and what becomes of their files."""
+"""Zarr arrays, written and read by zarr-python only, and damage to their files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ALL_WRITTEN = {"write_empty_chunks": True}
 
 
 def save_zarr(path, array, **settings):
-    """Write an array, with chunks of two images unless told otherwise."""
+    """Write an array, by default in chunks of two images."""
     settings = {"chunks": (2, *array.shape[1:]), "compressors": None, **settings}
     made = zarr.create_array(
         path, shape=array.shape, dtype=array.dtype, config=ALL_WRITTEN, **settings
@@ -24,18 +24,18 @@ def load_zarr(path):
 
 
 def metadata_of(path):
-    """The file with an array's metadata."""
+    """Return the file with the metadata of an array."""
     return next(path / name for name in ("zarr.json", ".zarray") if (path / name).exists())
 
 
 def change_metadata(path, **fields):
-    """Give fields of an array's metadata other values."""
+    """Change fields of the metadata of an array."""
     file = metadata_of(path)
     file.write_text(json.dumps({**json.loads(file.read_bytes()), **fields}))
 
 
 def chunk_files(path):
-    """The files of an array that hold numbers, in the order of their names."""
+    """Return the chunks and shards of an array, sorted by name."""
     metadata = ("zarr.json", ".zarray", ".zattrs")
     files = (file for file in path.rglob("*") if file.is_file() and file.name not in metadata)
     return sorted(files)
@@ -46,7 +46,7 @@ def key_of(path, file):
 
 
 def flip(file, bit):
-    """Turn over one bit of a file."""
+    """Flip one bit of a file."""
     content = bytearray(file.read_bytes())
     content[bit // 8] ^= 1 << bit % 8
     file.write_bytes(content)

@@ -1,0 +1,352 @@
+"""Every dataset format, described once for the contracts that all sources and all targets satisfy.
+
+A new format needs one entry in `SOURCES` or `TARGETS`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+from PIL import Image
+
+from fastvgg.datasets.base import bytes_of
+from fastvgg.storage import objects
+from fastvgg.storage.location import Location
+from tests.helpers.datasets_on_disk import load, save_images, save_npy
+from tests.helpers.hdf5_on_disk import (
+    as_h5py_reads,
+    bits_in,
+    hdf5_type,
+    save_h5,
+    save_of_type,
+)
+from tests.helpers.tar_on_disk import png, save_tar
+from tests.helpers.zarr_on_disk import load_zarr, save_zarr
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ARRAYS = ("uint8", "float16", "float32", "float64")
+WITH_BFLOAT16 = (*ARRAYS, "bfloat16")
+SECOND_NS = 10**9
+
+
+@dataclass(frozen=True)
+class SourceFormat:
+    """A format that is read, and how to write it without fastvgg."""
+
+    kind: str
+    write: Callable[[Path, Any], Any]
+    """Write a batch below a directory, and return the location to open."""
+    stored_bytes: Callable[[Any], int]
+    """The size that a location has on disk, for what counts as the data of the format."""
+    dtypes: tuple[str, ...] = ARRAYS
+    granularity: int = 1
+    notes: tuple[str, ...] = ()
+    has_index: bool = False
+    """Whether an index next to the array gives its records."""
+    is_mapped: bool = False
+    """Whether a batch is a read-only window of the file, not a copy."""
+
+    @property
+    def is_array(self) -> bool:
+        return self.kind not in ("images", "tar")
+
+
+@dataclass(frozen=True)
+class TargetFormat:
+    """A format that is written, and how to read it without fastvgg."""
+
+    kind: str
+    name: str
+    """The location below a directory, or below the directory of a store."""
+    load: Callable[[Any, str], Any]
+    """Read a location as an array of a dtype, with the format's own library."""
+    save: Callable[[Any, Any], Any]
+    """Write a batch to a location as a foreign program would."""
+    dtypes: tuple[str, ...] = ARRAYS
+    is_remote: bool = False
+    is_sharded: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    damages: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
+    """Damage to a partial that the rerun of the command must refuse."""
+    repaired: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
+    """Damage to a partial that the rerun of the command must recompute."""
+
+    @property
+    def is_array(self) -> bool:
+        return self.kind != "images"
+
+    def location(self, directory: Path, name: str = "y") -> str:
+        place = f"memory://{directory}" if self.is_remote else f"{directory}"
+        return f"{place}/{self.name.replace('y', name, 1)}"
+
+
+def container(location):
+    """The file, directory or prefix of a store that a location names."""
+    return Location.parse(location).container
+
+
+def files_of(location):
+    """All files, or objects, of a dataset, in the order of their names."""
+    path = container(location)
+    if Location.parse(location).is_remote:
+        return [path / key for key in sorted(objects.listing(path))]
+    if "{" in path.name:
+        return sorted(path.parent.glob(path.name.replace("{0..1}", "[01]")))
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def data_files(location):
+    """The files that contain pixels."""
+    metadata = ("zarr.json", ".zarray", ".zattrs")
+    return [file for file in files_of(location) if file.name not in metadata]
+
+
+def contents_of(location):
+    return {str(file): file.read_bytes() for file in files_of(location)}
+
+
+def replace_content(file, content):
+    """Give a file other content and a later date, however coarse the clock of its file system."""
+    changed_ns = file.stat().st_mtime_ns if isinstance(file, Path) else None
+    file.write_bytes(content)
+    if changed_ns is not None:
+        os.utime(file, ns=(0, changed_ns + SECOND_NS))
+
+
+def change_byte(file, at=-1):
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    replace_content(file, bytes(content))
+
+
+def shorten(file, nbytes):
+    replace_content(file, file.read_bytes()[:nbytes])
+
+
+def grow(file):
+    before_ns = file.stat().st_mtime_ns if isinstance(file, Path) else None
+    file.write_bytes(file.read_bytes() + b"\0")
+    if before_ns is not None:
+        os.utime(file, ns=(0, before_ns))
+
+
+CHANGES = {  # of a file
+    "another byte": change_byte,
+    "another date": lambda file: replace_content(file, file.read_bytes()),
+    "a byte less": lambda file: shorten(file, -1),
+    "a byte more of the same date": grow,
+    "a byte more": lambda file: replace_content(file, file.read_bytes() + b"\0"),
+}
+
+REPLACED = {  # what is created in place of a removed file
+    "nothing": lambda path: None,
+    "an empty file": lambda path: path.touch(),
+    "a pipe": os.mkfifo,
+    "a directory": lambda path: path.mkdir(),
+    "a dangling link": lambda path: path.symlink_to("nowhere"),
+    "a circular link": lambda path: path.symlink_to(path.name),
+}
+
+
+def total_bytes(location):
+    return sum(len(content) for content in contents_of(location).values())
+
+
+def _partitioned(place, batch):
+    directory = place / "parts"
+    directory.mkdir()
+    for number, rows in enumerate((batch[:2], batch[2:3], batch[3:])):
+        np.save(directory / f"part-{number}.npy", rows)
+    return directory
+
+
+def _contiguous(place, batch):
+    return save_of_type(place / "x.h5", batch, hdf5_type(str(batch.dtype)))
+
+
+def _chunked(place, batch):
+    chunks = (3, min(4, batch.shape[1]), *batch.shape[2:])
+    return save_of_type(place / "x.h5", batch, hdf5_type(str(batch.dtype)), chunks=chunks)
+
+
+def _hdf5_bytes(location):
+    with h5py.File(container(location)) as file:
+        return file["images"].id.get_storage_size()
+
+
+def _names(batch):
+    return [f"{'ab'[2 * row // len(batch)]}/{row:02d}.png" for row in range(len(batch))]
+
+
+def _folder(place, batch):
+    return save_images(place / "photos", batch, _names(batch))
+
+
+def _tar(place, batch):
+    images = map(png, batch)
+    return save_tar(place / "x.tar", [*zip(_names(batch), images, strict=True)])
+
+
+def _shards(place, batch):
+    half = len(batch) // 2
+    for number, rows in enumerate((batch[:half], batch[half:])):
+        _tar(place, rows).rename(place / f"x-{number}.tar")
+    return place / "x-{0..1}.tar"
+
+
+def _tar_bytes(location):
+    """The sizes of the images in tars without long names: a header begins with an image's name."""
+    total = 0
+    for file in files_of(location):
+        content, at = file.read_bytes(), 0
+        while content[at : at + 1] != b"\0":
+            nbytes = int(content[at + 124 : at + 135], 8)
+            total, at = total + nbytes, at + 512 + -(-nbytes // 512) * 512
+    return total
+
+
+def _zarr(place, batch, **settings):
+    return save_zarr(place / "x.zarr", batch, **settings)
+
+
+SOURCES = {
+    "npy": SourceFormat(
+        "npy",
+        lambda place, batch: save_npy(place / "x.npy", batch),
+        total_bytes,
+        WITH_BFLOAT16,
+        has_index=True,
+        is_mapped=True,
+    ),
+    "parts": SourceFormat(
+        "parts", _partitioned, total_bytes, WITH_BFLOAT16, notes=("3 parts",), is_mapped=True
+    ),
+    "hdf5": SourceFormat(
+        "hdf5", _contiguous, _hdf5_bytes, WITH_BFLOAT16, has_index=True, is_mapped=True
+    ),
+    "chunked hdf5": SourceFormat(
+        "hdf5", _chunked, _hdf5_bytes, WITH_BFLOAT16, granularity=3, has_index=True
+    ),
+    "zarr": SourceFormat("zarr", _zarr, total_bytes, granularity=2, has_index=True),
+    "zarr version 2": SourceFormat(
+        "zarr",
+        lambda place, batch: _zarr(
+            place, batch, zarr_format=2, chunks=(3, batch.shape[1], 2, batch.shape[3])
+        ),
+        total_bytes,
+        granularity=3,
+        has_index=True,
+    ),
+    "zarr in a store": SourceFormat(
+        "zarr",
+        lambda place, batch: save_zarr(f"memory://{place}/x.zarr", batch),
+        total_bytes,
+        granularity=2,
+        has_index=True,
+    ),
+    "images": SourceFormat("images", _folder, total_bytes, ("uint8",)),
+    "tar": SourceFormat("tar", _tar, _tar_bytes, ("uint8",)),
+    "tar shards": SourceFormat("tar", _shards, _tar_bytes, ("uint8",)),
+}
+
+
+def _load_hdf5(location, dtype):
+    return bits_in(location) if dtype == "bfloat16" else as_h5py_reads(location)
+
+
+def _load_images(location, dtype):
+    return np.stack([np.asarray(Image.open(path)) for path in files_of(location)])
+
+
+def _load_zarr(location, dtype):
+    return load_zarr(location)
+
+
+def _save_hdf5(location, batch):
+    return save_h5(container(location), batch, Location.parse(location).inner)
+
+
+FILE_DAMAGES = {
+    "missing": lambda partial: partial.unlink(),
+    "empty": lambda partial: os.truncate(partial, 0),
+    "shorter": lambda partial: os.truncate(partial, partial.stat().st_size - 1),
+    "longer": lambda partial: os.truncate(partial, partial.stat().st_size + 1),
+}
+SHARD_DAMAGES = {
+    "a missing shard": lambda partial: (partial / "c.0.0.0.0").unlink(),
+    "an empty shard": lambda partial: (partial / "c.1.0.0.0").write_bytes(b""),
+    "a shorter shard": lambda partial: shorten(partial / "c.0.0.0.0", -1),
+    "zeros": lambda partial: (partial / "c.1.0.0.0").write_bytes(
+        bytes(len((partial / "c.1.0.0.0").read_bytes()))
+    ),
+    "a flipped bit of the last byte": lambda partial: change_byte(partial / "c.1.0.0.0"),
+    "a flipped bit": lambda partial: change_byte(partial / "c.1.0.0.0", 99),
+    "another shard": lambda partial: (partial / "c.1.0.0.0").write_bytes(
+        (partial / "c.0.0.0.0").read_bytes()
+    ),
+}
+METADATA_DAMAGES = {
+    "missing": shutil.rmtree,
+    "missing metadata": lambda partial: (partial / "zarr.json").unlink(),
+    "changed metadata": lambda partial: change_byte(partial / "zarr.json"),
+}
+
+
+def _images(file_format):
+    return TargetFormat(
+        "images",
+        "y",
+        _load_images,
+        lambda location, batch: save_images(container(location), batch),
+        ("uint8",),
+        options={"file_format": file_format},
+        damages={"missing": lambda partial: partial.rename(partial.with_name("moved"))},
+    )
+
+
+TARGETS = {
+    "npy": TargetFormat(
+        "npy",
+        "y.npy",
+        load,
+        lambda location, batch: save_npy(container(location), batch),
+        WITH_BFLOAT16,
+        damages=FILE_DAMAGES,
+    ),
+    "hdf5": TargetFormat(
+        "hdf5", "y.h5::/deep/images", _load_hdf5, _save_hdf5, WITH_BFLOAT16, damages=FILE_DAMAGES
+    ),
+    "zarr": TargetFormat(
+        "zarr",
+        "y.zarr",
+        _load_zarr,
+        save_zarr,
+        is_sharded=True,
+        damages=METADATA_DAMAGES,
+        repaired=SHARD_DAMAGES,
+    ),
+    "zarr in a store": TargetFormat(
+        "zarr",
+        "y.zarr",
+        _load_zarr,
+        save_zarr,
+        is_remote=True,
+        is_sharded=True,
+        repaired=SHARD_DAMAGES,
+    ),
+    "png": _images("png"),
+    "webp": _images("webp"),
+}
+
+
+def payload_of(target, batch):
+    """What a run gives to `Target.write` for a batch."""
+    return [*map(target.encode, batch)] if target.kind == "images" else [bytes_of(batch)]

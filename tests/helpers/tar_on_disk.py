@@ -1,0 +1,67 @@
+"""Tar files, written by tarfile or block by block, and damaged ones."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+
+import numpy as np
+from PIL import Image
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+BLOCK = 512
+END = bytes(2 * BLOCK)  # the marker at the end of an archive
+
+
+def member(name, content=b"", kind=tarfile.REGTYPE, **fields):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    info.type = kind
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info, content
+
+
+def tar_bytes(members, kind="ustar"):
+    """Return a tar of members: pairs of a name and a content, or results of `member`."""
+    written = io.BytesIO()
+    with tarfile.open(fileobj=written, mode="w", format=FORMATS[kind]) as tar:
+        for name, content in members:
+            info = name if isinstance(name, tarfile.TarInfo) else member(name, content)[0]
+            tar.addfile(info, io.BytesIO(content))
+    return written.getvalue()
+
+
+def save_tar(path, members, kind="ustar"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(tar_bytes(members, kind))
+    return path
+
+
+def header(name, size=0, kind=tarfile.REGTYPE, **fields):
+    """Return a header block of the GNU format."""
+    info, _ = member(name, kind=kind, **fields)
+    info.size = size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def with_checksum(block, sign="B"):
+    """Return a header block with the right checksum, of unsigned or of signed (b) bytes."""
+    spaced = block[:148] + b" " * 8 + block[156:]
+    total = int(np.frombuffer(spaced, "i1" if sign == "b" else "u1").sum(dtype=np.int64))
+    return block[:148] + b"%06o\0 " % total + block[156:]
+
+
+def padded(content):
+    return content + bytes(-len(content) % BLOCK)
+
+
+def saved(path, *pieces):
+    path.write_bytes(b"".join(pieces))
+    return path
+
+
+def png(image):
+    written = io.BytesIO()
+    Image.fromarray(image).save(written, "png")
+    return written.getvalue()
