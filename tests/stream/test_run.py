@@ -1683,6 +1683,16 @@ def test_whole_pages_of_every_chunk_are_written_past_the_systems_cache(tmp_path,
         assert target.read_bytes() == npy_bytes(network_inputs(batch, "caffe"))
 
 
+def test_a_complete_target_is_reported_without_creating_a_journal(array, tmp_path):
+    class OpeningNothing(Storage):
+        def open(self, path, *, create=False):
+            raise AssertionError(path)
+
+    plan_of(array, tmp_path / "y.npy", mode="caffe").run()
+    report = run(plan_of(array, tmp_path / "y.npy", mode="caffe"), storage=OpeningNothing())
+    assert report.counts["computed_chunks"] == 0
+
+
 def test_a_journal_that_says_nothing_beside_a_complete_target_goes(array, tmp_path):
     plan_of(array, tmp_path / "y.npy", mode="caffe").run()
     finished = tree(tmp_path)
