@@ -22,6 +22,8 @@ from PIL import Image
 
 import fastvgg
 from fastvgg import oracle
+from fastvgg.datasets.open import open_source
+from fastvgg.storage.location import Location
 from fastvgg.stream.job import DECODED
 from fastvgg.transform import Transform
 from tests.helpers.batches import dtype_of
@@ -84,6 +86,11 @@ def images_in(directory):
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
+
+
+def opened(location, **options):
+    """Open the source at a location that is given as a user writes it."""
+    return open_source(Location.parse(location), **options)
 
 
 def plan_of(source, target, *, together=None, **settings):
