@@ -126,7 +126,7 @@ def measured_zarr(files, arguments):
     )
     plan = planned()
     plan.run()
-    like, memory = zarr.open_array(plan.target, mode="r"), bytearray(READ_BYTES)
+    like, memory = zarr.open_array(str(plan.target), mode="r"), bytearray(READ_BYTES)
     values = batch(plan.chunk_images, "NHWC", "float32")
     alone = functools.partial(
         write_alone, source, files.path("alone.zarr"), like, values, threads=threads

@@ -16,7 +16,7 @@ from streams import published, write
 from fastvgg.stream.commit_pipeline import CommitPipeline
 
 TAKEN_TOGETHER = 8  # images that a thread takes at a time
-WRITTEN_BEHIND = 2  # chunks
+MAX_PENDING = 2  # chunks
 ENCODERS = {"png": ".png", "jpeg": ".jpg"}
 
 
@@ -69,16 +69,16 @@ def decode_and_write(photographs, path, plan, buffer):
     """Read and decode all photographs while a new file of one buffer is written, as a run does."""
     nbytes = plan.write_bytes - plan.write_bytes % mmap.PAGESIZE
     chunks = decoded(photographs, plan.threads, plan.chunk_images)
-    with published(path, nbytes) as file, CommitPipeline() as behind:
+    with published(path, nbytes) as file, CommitPipeline() as pipeline:
         for number, _ in enumerate(chunks):
             offset = number * len(buffer)
             data = buffer[: nbytes - offset]
-            for _ in behind.drain(WRITTEN_BEHIND):
+            for _ in pipeline.drain(MAX_PENDING):
                 pass
-            behind.give(
+            pipeline.submit(
                 functools.partial(write, file, data, offset), functools.partial(os.fsync, file)
             )
-        for _ in behind.drain(0):
+        for _ in pipeline.drain(0):
             pass
 
 

@@ -27,6 +27,17 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Give each worker tests that follow each other: what they share is then made once.
+
+    A kernel that takes a second to compile, a server of a store, or a cluster would otherwise be
+    made by every worker.
+    """
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "worksteal"
+
+
 def pytest_configure(config):
     if not config.getoption("--without-numba"):
         return

@@ -51,7 +51,7 @@ def print_json(value: object) -> None:
 def plan_record(plan: Plan) -> dict[str, Any]:
     """Return a plan as JSON types."""
     return {
-        **plan.job().to_dict(),
+        **plan.job.to_dict(),
         "images": plan.header.images,
         "chunks": plan.chunks,
         "chunk_images": plan.chunk_images,

@@ -23,11 +23,11 @@ from distributed.comm import CommClosedError
 from fastvgg.datasets.base import SharedTarget
 from fastvgg.datasets.contiguous import ContiguousTarget
 from fastvgg.errors import ClusterError, FastvggError, StoppedError, UsageError
-from fastvgg.executors.threads import ThreadExecutor
 from fastvgg.executors.worker import Task, close_run, open_run, run_task, stored_checksums
 from fastvgg.parallel import available_cpus
 from fastvgg.stream.manifest import package_versions
 from fastvgg.stream.plan import format_bytes
+from fastvgg.stream.run import Executor
 from fastvgg.stream.source import reopen_source
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def connect(address: str) -> Iterator[Client]:
         yield client
 
 
-class DaskExecutor:
+class DaskExecutor(Executor):
     """Compute the chunks of a run on a cluster; workers write them, and this process commits them.
 
     Each task uses one thread and the memory limit of the whole plan.
@@ -98,19 +98,27 @@ class DaskExecutor:
         self._name = ""
 
     def prepare(self, plan: Plan) -> Plan:
-        """Return the plan of one thread per task, after checking it and the workers.
-
-        Raises
-        ------
-        UsageError
-            If the plan is not safe to run on a cluster.
-        ClusterError
-            If a worker cannot take part.
-        """
+        """Return the plan of one thread per task, after checking it and the workers."""
         _check_shareable(plan)
         plan = dataclasses.replace(plan, threads=1)
-        _check_workers(plan, self._client)
+        self._check_workers(plan)
         return plan
+
+    def _check_workers(self, plan: Plan) -> None:
+        """Check the packages, memory and file access of the present workers.
+
+        Workers that join later fail on their first task instead.
+        """
+        client = self._client
+        try:
+            client.wait_for_workers(1, timeout=JOIN_SECONDS)
+        except TimeoutError:
+            raise ClusterError(
+                f"{client.scheduler.address} has no workers, and none joined in {JOIN_SECONDS} s",
+                "start one with 'dask worker', or scale the cluster to at least one",
+            ) from None
+        shared = pickle.dumps(dataclasses.replace(plan, listing=None))
+        _check_no_problems(client.run(_probe_worker, shared, package_versions(), on_error="return"))
 
     def open(self, run: Run) -> None:
         """Have every worker open the files of its tasks."""
@@ -119,7 +127,7 @@ class DaskExecutor:
             self._shared_plan = pickle.dumps(shared)
             self._name = f"{run.plan.transform.direction}-{shared[0]}"
         with self._stopping_on_disconnect():
-            found = self._client.run(_open_run, self._shared_plan, on_error="return")
+            found = self._client.run(open_run, self._shared_plan, on_error="return")
         _check_no_problems(found)
 
     def close(self) -> None:
@@ -165,7 +173,7 @@ class DaskExecutor:
     ) -> Iterator[tuple[int, str | None]]:
         """Have workers read the stored bytes of committed chunks, for formats that need it."""
         if isinstance(run.target, ContiguousTarget):
-            yield from ThreadExecutor().stored_checksums(run, tasks)
+            yield from super().stored_checksums(run, tasks)
             return
         self.open(run)
         results = self._results(
@@ -238,10 +246,10 @@ class DaskExecutor:
 
 def _check_shareable(plan: Plan) -> None:
     """Check that the plan is safe if a task runs twice."""
-    if plan.in_place:
+    if plan.job.in_place:
         problem = "a cluster may run a task twice, which would corrupt a file changed in place"
         remedy = "omit --dask, or give a DST"
-    elif plan.target_format == "images":
+    elif plan.job.target_format == "images":
         problem = "image files encoded by two workers may differ in their bytes"
         remedy = "omit --dask, or restore into an array"
     elif plan.retry_failed:
@@ -252,23 +260,7 @@ def _check_shareable(plan: Plan) -> None:
     raise UsageError(f"{plan.target}: {problem}", remedy)
 
 
-def _check_workers(plan: Plan, client: Client) -> None:
-    """Check the packages, memory and file access of the present workers.
-
-    Workers that join later fail on their first task instead.
-    """
-    try:
-        client.wait_for_workers(1, timeout=JOIN_SECONDS)
-    except TimeoutError:
-        raise ClusterError(
-            f"{client.scheduler.address} has no workers, and none joined in {JOIN_SECONDS} s",
-            "start one with 'dask worker', or scale the cluster to at least one",
-        ) from None
-    shared = pickle.dumps(dataclasses.replace(plan, listing=None))
-    _check_no_problems(client.run(_probe_worker, shared, package_versions(), on_error="return"))
-
-
-def _check_no_problems(found: dict[str, str | BaseException]) -> None:
+def _check_no_problems(found: dict[str, str | BaseException | None]) -> None:
     """Raise ClusterError if a worker reported a problem."""
     for address, problem in sorted(found.items()):
         if isinstance(problem, CommClosedError):  # the worker died, so it gets no tasks
@@ -303,10 +295,4 @@ def _probe_worker(shared: bytes, packages: dict[str, str], dask_worker: Worker) 
             f"{format_bytes(limit_bytes)}: lower --memory, or give it fewer threads"
         )
     reopen_source(plan).close()
-    return ""
-
-
-def _open_run(shared: bytes) -> str:
-    """Open the files of a run on a worker."""
-    open_run(shared)
     return ""

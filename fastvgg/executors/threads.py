@@ -8,26 +8,18 @@ from typing import TYPE_CHECKING
 
 from fastvgg.stream.commit_pipeline import CommitPipeline
 from fastvgg.stream.compute import compute, make_commit
-from fastvgg.stream.manifest import checksum
+from fastvgg.stream.run import Executor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from fastvgg.stream.compute import ChunkTask
     from fastvgg.stream.journal import Commit
-    from fastvgg.stream.plan import Plan
     from fastvgg.stream.run import Run
 
 
-class ThreadExecutor:
+class ThreadExecutor(Executor):
     """The executor of a run on one machine: chunks are computed, written and committed at once."""
-
-    def prepare(self, plan: Plan) -> Plan:
-        """Return the plan as it is: it was made for this process."""
-        return plan
-
-    def open(self, run: Run) -> None:
-        """Do nothing: the run has opened its source and target in this process."""
 
     def compute(self, run: Run, tasks: Iterable[ChunkTask]) -> None:
         """Compute chunks; write each while the next is computed, then commit it."""
@@ -48,14 +40,3 @@ class ThreadExecutor:
                     functools.partial(commit, record, computed.stop - computed.start),
                 )
             run.tracker.count(pipeline.drain(max_pending=0))
-
-    def stored_checksums(
-        self, run: Run, tasks: Iterable[ChunkTask]
-    ) -> Iterator[tuple[int, str | None]]:
-        """Read the stored bytes of committed chunks in this process."""
-        for chunk, start, stop, _ in tasks:
-            stored = run.target.read_unfinished(start, stop)
-            yield chunk, None if stored is None else checksum(stored)
-
-    def close(self) -> None:
-        """Do nothing: the run closes its source and target."""

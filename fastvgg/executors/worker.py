@@ -21,10 +21,9 @@ from fastvgg.datasets.base import SharedTarget
 from fastvgg.datasets.open import open_target
 from fastvgg.errors import StoppedError
 from fastvgg.stream.commit_pipeline import CommitPipeline
-from fastvgg.stream.compute import BufferRing, compute, make_commit
+from fastvgg.stream.compute import BufferRing, compute, make_commit, stored_checksum
 from fastvgg.stream.destination import destination_of
 from fastvgg.stream.journal import journal_path, read_journal_header
-from fastvgg.stream.manifest import checksum
 from fastvgg.stream.source import reopen_source
 
 if TYPE_CHECKING:
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
     from fastvgg.datasets.base import PartialPages, Source
     from fastvgg.stream.compute import ChunkResult, ChunkTask
-    from fastvgg.stream.destination import Destination
     from fastvgg.stream.journal import Commit
     from fastvgg.stream.plan import Plan
 
@@ -74,22 +72,16 @@ def run_task(task: Task) -> list[ChunkCommit]:
 def stored_checksums(task: Task) -> list[tuple[int, str | None]]:
     """Return the checksums of the stored bytes of chunks; see `Executor.stored_checksums`."""
     with _worker_run(task.plan).slot() as slot:
-        return [(chunk_task.chunk, slot.stored_checksum(chunk_task)) for chunk_task in task.chunks]
+        return [(chunk.chunk, stored_checksum(slot.target, chunk)) for chunk in task.chunks]
 
 
 class _WorkerSlot:
     """The buffers, threads and open target that one task uses at a time."""
 
-    def __init__(self, plan: Plan, source: Source, destination: Destination) -> None:
+    def __init__(self, plan: Plan, source: Source) -> None:
         self._plan = plan
         self._source = source
-        self._destination = destination
-        self._target = self._open()
-        self._buffers = BufferRing.of(plan, source)
-        self._pipeline = CommitPipeline[ChunkCommit]()
-
-    def _open(self) -> SharedTarget:
-        plan = self._plan
+        self._destination = destination_of(plan)
         target = open_target(
             plan.target,
             plan.result,
@@ -102,13 +94,15 @@ class _WorkerSlot:
         target.attach()
         weakref.finalize(self, target.close)
         self._check_same_run()
-        return target
+        self.target = target
+        self._buffers = BufferRing(plan, source)
+        self.pipeline = CommitPipeline[ChunkCommit]()
 
     def _check_same_run(self) -> None:
         """Check that the journal is still that of this run."""
         path = journal_path(self._destination.path)
         header = read_journal_header(path)
-        expected = self._plan.job(), self._plan.chunk_images
+        expected = self._plan.job, self._plan.chunk_images
         if header is None or (header.job, header.chunk_images) != expected:
             raise StoppedError(
                 f"{path} {'does not exist' if header is None else 'belongs to another run'}",
@@ -118,12 +112,12 @@ class _WorkerSlot:
     def run_task(self, tasks: Iterable[ChunkTask]) -> list[ChunkCommit]:
         """Write each chunk while the next is computed, as a local run does."""
         commits: list[ChunkCommit] = []
-        chunks = compute(self._plan, self._source, self._target, tasks, self._buffers)
+        chunks = compute(self._plan, self._source, self.target, tasks, self._buffers)
         with contextlib.closing(chunks):
             for computed in chunks:
-                commits += self._pipeline.drain(max_pending=2)
+                commits += self.pipeline.drain(max_pending=2)
                 self._submit(computed, make_commit(self._plan, self._source, computed))
-        commits += self._pipeline.drain(max_pending=0)
+        commits += self.pipeline.drain(max_pending=0)
         return commits
 
     def _submit(self, computed: ChunkResult, commit: Commit) -> None:
@@ -132,23 +126,13 @@ class _WorkerSlot:
         def write() -> None:
             if self._destination.is_remote:  # a store has no open handles that pin the target
                 self._check_same_run()
-            edges.extend(self._target.write_aligned(computed.start, computed.stored))
+            edges.extend(self.target.write_aligned(computed.start, computed.stored))
 
         def sync() -> ChunkCommit:
-            self._target.sync()
+            self.target.sync()
             return ChunkCommit(commit, computed.stop - computed.start, edges)
 
-        self._pipeline.submit(write, sync)
-
-    def stored_checksum(self, task: ChunkTask) -> str | None:
-        """Return the checksum of the stored bytes of a chunk."""
-        stored = self._target.read_unfinished(task.start, task.stop)
-        return None if stored is None else checksum(stored)
-
-    def finish(self) -> None:
-        """Finish the chunks that were submitted before an error."""
-        with self._pipeline:
-            pass
+        self.pipeline.submit(write, sync)
 
 
 class _WorkerRun:
@@ -158,10 +142,7 @@ class _WorkerRun:
         self._plan = plan
         self._source = reopen_source(plan)
         weakref.finalize(self, self._source.close)
-        self._slots = [self._new_slot()]
-
-    def _new_slot(self) -> _WorkerSlot:
-        return _WorkerSlot(self._plan, self._source, destination_of(self._plan))
+        self._slots = [_WorkerSlot(plan, self._source)]
 
     @contextlib.contextmanager
     def slot(self) -> Iterator[_WorkerSlot]:
@@ -169,11 +150,12 @@ class _WorkerRun:
         try:
             slot = self._slots.pop()
         except IndexError:
-            slot = self._new_slot()
+            slot = _WorkerSlot(self._plan, self._source)
         try:
             yield slot
         except BaseException:
-            slot.finish()
+            with slot.pipeline:  # finishes the chunks that were submitted before the error
+                pass
             raise
         self._slots.append(slot)
 
@@ -185,7 +167,7 @@ _runs: OrderedDict[bytes, _WorkerRun] = OrderedDict()
 def _worker_run(plan: bytes) -> _WorkerRun:
     with _lock:
         if plan not in _runs:
-            _runs[plan] = _WorkerRun(pickle.loads(plan)[1])  # noqa: S301  # from the coordinator, as the task itself
+            _runs[plan] = _WorkerRun(pickle.loads(plan)[1])  # noqa: S301  # from the client
         _runs.move_to_end(plan)
         while len(_runs) > MAX_OPEN_RUNS:
             _runs.popitem(last=False)
@@ -193,13 +175,7 @@ def _worker_run(plan: bytes) -> _WorkerRun:
 
 
 def open_run(plan: bytes) -> None:
-    """Open the files of a run before its first task.
-
-    Raises
-    ------
-    SourceError, ResumeError, StoppedError
-        As for `run_task`.
-    """
+    """Open the files of a run before its first task; raises what `run_task` raises."""
     _worker_run(plan)
 
 

@@ -55,13 +55,7 @@ def is_networked(system: str) -> bool:
 
 
 def check_in_place_supported(path: Path) -> None:
-    """Check that a file can be overwritten in place safely.
-
-    Raises
-    ------
-    TargetError
-        Naming the reason why not.
-    """
+    """Check that a file can be overwritten in place safely; raise TargetError otherwise."""
     status, system = path.lstat(), file_system(path)
     if path.is_symlink():
         problem, remedy = "is a symbolic link", f"give the file itself: {path.resolve()}"
@@ -117,7 +111,7 @@ class Storage:
         return self._open(path, os.O_RDWR | (os.O_CREAT if create else 0), "open")
 
     def _open(self, path: Path, flags: int, call: str) -> StoredFile:
-        with _io_errors(call, path):
+        with io_errors(call, path):
             return StoredFile(self._descriptor(path, flags), path)
 
     def _descriptor(self, path: Path, flags: int) -> int:
@@ -133,7 +127,7 @@ class Storage:
         """
         if not (self.fsync and hasattr(os, "O_DIRECT")):
             return file
-        with _io_errors("open", file.path):
+        with io_errors("open", file.path):
             if is_networked(file_system(file.path)):
                 return file
             try:
@@ -149,7 +143,7 @@ class Storage:
 
     def close(self, file: StoredFile) -> None:
         """Close a file; some file systems report a failed write only here."""
-        with _io_errors("close", file.path):
+        with io_errors("close", file.path):
             try:
                 if file.direct is not None:
                     os.close(file.direct)
@@ -165,7 +159,7 @@ class Storage:
             import fcntl
         except ImportError:  # not a POSIX system
             return True
-        with _io_errors("lock", file.path):
+        with io_errors("lock", file.path):
             try:
                 fcntl.flock(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # The previous holder may have removed the file since it was opened here.
@@ -175,7 +169,7 @@ class Storage:
 
     def size(self, file: StoredFile) -> int:
         """Return the size of a file in bytes."""
-        with _io_errors("fstat", file.path):
+        with io_errors("fstat", file.path):
             return os.fstat(file.descriptor).st_size
 
     def reserve(self, file: StoredFile, nbytes: int) -> None:
@@ -203,7 +197,7 @@ class Storage:
         """Write all of `data` at `offset`."""
         remaining = memoryview(data).cast("B")
         while remaining:
-            with _io_errors("write", file.path, offset):
+            with io_errors("write", file.path, offset):
                 written = _write_some(file, remaining, offset)
                 if written == 0:
                     raise OSError(errno.EIO, "nothing was written")
@@ -212,14 +206,14 @@ class Storage:
 
     def truncate(self, file: StoredFile, nbytes: int) -> None:
         """Set the length of a file."""
-        with _io_errors("truncate", file.path, nbytes):
+        with io_errors("truncate", file.path, nbytes):
             os.ftruncate(file.descriptor, nbytes)
 
     def read(self, file: StoredFile, offset: int, nbytes: int) -> bytes:
         """Read exactly `nbytes` at `offset`."""
         parts = []
         while nbytes:
-            with _io_errors("read", file.path, offset):
+            with io_errors("read", file.path, offset):
                 part = os.pread(file.descriptor, nbytes, offset)
                 if not part:
                     raise OSError(errno.ENODATA, "the file was truncated")
@@ -232,14 +226,14 @@ class Storage:
         """Flush a file's data to the disk (fsync)."""
         if not self.fsync:
             return
-        with _io_errors("fsync", file.path):
+        with io_errors("fsync", file.path):
             os.fsync(file.descriptor)
 
     def sync_directory(self, path: Path) -> None:
         """Flush a directory's entries to the disk (fsync)."""
         if not self.fsync:
             return
-        with _io_errors("fsync", path), _directory(path) as descriptor:
+        with io_errors("fsync", path), _directory(path) as descriptor:
             os.fsync(descriptor)
 
     def syncfs(self, directory: Path) -> None:
@@ -249,12 +243,12 @@ class Storage:
         """
         if not self.fsync:
             return
-        with _io_errors("syncfs", directory), _directory(directory) as descriptor:
+        with io_errors("syncfs", directory), _directory(directory) as descriptor:
             _syncfs(descriptor)
 
     def has_syncfs(self, directory: Path) -> bool:
         """Whether `syncfs` is reliable there; if not, every file must be synced separately."""
-        with _io_errors("stat", directory):
+        with io_errors("stat", directory):
             return not is_networked(file_system(directory))
 
     def drop_cache(self, file: StoredFile) -> None:
@@ -263,22 +257,22 @@ class Storage:
         After a failed write the cache may differ from the disk.
         """
         if hasattr(os, "posix_fadvise"):
-            with _io_errors("fadvise", file.path):
+            with io_errors("fadvise", file.path):
                 os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def make_directory(self, path: Path) -> None:
         """Create a directory and any missing parents."""
-        with _io_errors("mkdir", path):
+        with io_errors("mkdir", path):
             path.mkdir(parents=True, exist_ok=True)
 
     def rename(self, old: Path, new: Path) -> None:
         """Rename a file or directory atomically."""
-        with _io_errors("rename", old):
+        with io_errors("rename", old):
             os.replace(old, new)
 
     def remove(self, path: Path) -> None:
         """Remove a file, or a directory tree; do nothing if it does not exist."""
-        with _io_errors("remove", path):
+        with io_errors("remove", path):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
@@ -310,13 +304,11 @@ class SharedStorage(Storage):
     ----------
     directory
         The directory that contains all of the files.
-    fsync
-        As for `Storage`.
     """
 
     def __init__(self, directory: Path, *, fsync: bool = True) -> None:
         super().__init__(fsync=fsync)
-        with _io_errors("open", directory):
+        with io_errors("open", directory):
             self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | _common_flags())
         weakref.finalize(self, os.close, self._directory)
 
@@ -330,7 +322,7 @@ class SharedStorage(Storage):
     def sync_directory(self, path: Path) -> None:
         """Flush the directory's entries to the disk (fsync)."""
         if self.fsync:
-            with _io_errors("fsync", path):
+            with io_errors("fsync", path):
                 os.fsync(self._directory)
 
 
@@ -348,7 +340,7 @@ def _write_some(file: StoredFile, data: memoryview, offset: int) -> int:
         return os.pwrite(file.descriptor, data, offset)
     before = -offset % mmap.PAGESIZE
     pages = (len(data) - before) // mmap.PAGESIZE * mmap.PAGESIZE
-    is_aligned = (_address(data) - offset) % mmap.PAGESIZE == 0
+    is_aligned = (np.frombuffer(data, np.uint8).ctypes.data - offset) % mmap.PAGESIZE == 0
     if pages <= 0 or not is_aligned:
         return os.pwrite(file.descriptor, data, offset)
     if before:
@@ -359,11 +351,6 @@ def _write_some(file: StoredFile, data: memoryview, offset: int) -> int:
         if error.errno not in NO_DIRECT_IO:  # some disks require more than page alignment
             raise
         return os.pwrite(file.descriptor, data[:pages], offset)
-
-
-def _address(data: memoryview) -> int:
-    address: int = np.frombuffer(data, np.uint8).__array_interface__["data"][0]
-    return address
 
 
 def _coalesce(pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -396,7 +383,8 @@ def _syncfs(descriptor: int) -> None:
 
 
 @contextmanager
-def _io_errors(call: str, path: Path, offset: int = 0) -> Iterator[None]:
+def io_errors(call: str, path: Path, offset: int = 0) -> Iterator[None]:
+    """Convert an OSError to the StoppedError of a failed call."""
     try:
         yield
     except OSError as error:

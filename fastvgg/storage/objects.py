@@ -10,7 +10,7 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from fastvgg.errors import StoppedError
+from fastvgg.storage.local import io_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -84,7 +84,10 @@ def listing(path: Path) -> dict[str, tuple[int, str]]:
     with os_errors():
         objects = _fresh(path).find(name, detail=True)
     return {
-        key.rpartition(name + "/")[2]: (int(status["size"]), _version(status))
+        key.rpartition(name + "/")[2]: (
+            int(status["size"]),
+            " ".join(str(status[field]) for field in VERSION_FIELDS if field in status),
+        )
         for key, status in objects.items()
         if key != name
     }
@@ -118,10 +121,6 @@ def _name(path: Path) -> str:
     return name.rstrip("/")  # a bucket's name ends in one
 
 
-def _version(status: dict[str, Any]) -> str:
-    return " ".join(str(status[name]) for name in VERSION_FIELDS if name in status)
-
-
 class StoreStorage:
     """The calls that modify a store. An object is durable once it is put.
 
@@ -130,17 +129,13 @@ class StoreStorage:
 
     def put(self, path: Path, data: bytes | bytearray) -> None:
         """Write an object atomically."""
-        try:
+        with io_errors("put", path):
             put(path, data)
-        except OSError as error:
-            raise StoppedError.from_os_error(error, "put", str(path), 0) from error
 
     def remove(self, path: Path) -> None:
         """Remove an object and all below it; do nothing if there are none."""
-        try:
+        with io_errors("remove", path):
             remove(path)
-        except OSError as error:
-            raise StoppedError.from_os_error(error, "remove", str(path), 0) from error
 
     def write_atomic(self, path: Path, pieces: Iterable[bytes]) -> None:
         """Concatenate the pieces and write them as one object."""

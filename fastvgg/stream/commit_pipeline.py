@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from types import TracebackType
-
-__all__ = ["CommitPipeline"]
 
 Step = TypeVar("Step")
 Result = TypeVar("Result")
@@ -88,12 +85,7 @@ class CommitPipeline(Generic[Result]):
         while len(self._pending) > max_pending:
             yield self._pending.popleft().result()
 
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        error: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         finish_pending = error is None or isinstance(error, Exception)
         interruption = None
         while True:

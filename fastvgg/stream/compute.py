@@ -29,11 +29,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from fastvgg.datasets.base import Chunk, Payload, Source, Target
+    from fastvgg.datasets.base import Payload, Source, Target
     from fastvgg.parallel import TaskGroup
     from fastvgg.stream.plan import Plan
-
-__all__ = ["BufferRing", "ChunkResult", "ChunkTask", "check_no_failures", "compute", "make_commit"]
 
 MAX_IN_FLIGHT: Final = 2  # chunks that are computed row by row at the same time
 UNREAD: Final = ImageRecord("", "", 0, 0, True, "not read yet")
@@ -62,25 +60,16 @@ class ChunkResult(NamedTuple):
 class BufferRing:
     """A ring of reusable output buffers; page-faulting fresh memory is slow.
 
-    Parameters
-    ----------
-    plan
-        Determines the size of a buffer: one chunk.
-    count
-        Number of buffers: the chunks that are computed or written at the same time.
+    It has one buffer for each chunk that is computed or written at the same time.
     """
 
-    def __init__(self, plan: Plan, count: int) -> None:
+    def __init__(self, plan: Plan, source: Source) -> None:
+        count = MAX_IN_FLIGHT + 1 if isinstance(source, ImageSource) else 2
         self._shape = (plan.chunk_images, *plan.result.shape[1:])
         self._dtype = storage_dtype(plan.result.dtype)
         self._nbytes = plan.chunk_images * plan.result.image_bytes
         nbytes = self._nbytes + mmap.PAGESIZE
         self._memory = itertools.cycle([np.empty(nbytes, np.uint8) for _ in range(count)])
-
-    @classmethod
-    def of(cls, plan: Plan, source: Source) -> BufferRing:
-        """Return a ring with enough buffers for the chunks in flight."""
-        return cls(plan, MAX_IN_FLIGHT + 1 if isinstance(source, ImageSource) else 2)
 
     def rows(self, offset: int) -> NDArray[Any]:
         """Return the next buffer, aligned to the page offset that `offset` has in the file."""
@@ -102,21 +91,15 @@ def compute(
     An image that cannot be read becomes a row of zeros, or no file.
     """
     if isinstance(target, ImageFolderTarget):
-        return _compute_rows(plan, tasks, _Encoder(plan, source, target).start)
-    buffers = buffers or BufferRing.of(plan, source)
+        return _compute_rows(plan, tasks, _encoder(plan, source, target))
+    buffers = buffers or BufferRing(plan, source)
     if isinstance(source, ImageSource):
-        return _compute_rows(plan, tasks, _Decoder(plan, source, target, buffers).start)
+        return _compute_rows(plan, tasks, _decoder(plan, source, target, buffers))
     return _compute_batches(plan, source, target, tasks, buffers)
 
 
 def make_commit(plan: Plan, source: Source, computed: ChunkResult) -> Commit:
-    """Return the journal record of a computed chunk.
-
-    Raises
-    ------
-    StoppedError
-        If the plan is strict and an image failed; names the first.
-    """
+    """Return the record of a computed chunk; raise StoppedError if strict and an image failed."""
     chunk, start, stop, stored, records = computed
     failures = [(row, record) for row, record in enumerate(records, start) if record.failed]
     check_no_failures(plan, failures)
@@ -124,6 +107,12 @@ def make_commit(plan: Plan, source: Source, computed: ChunkResult) -> Commit:
     if isinstance(source, ImageSource):
         identity = source.checksum_of(start, stop, {row for row, _ in failures})
     return Commit(chunk, checksum(stored), identity, records)
+
+
+def stored_checksum(target: Target, task: ChunkTask) -> str | None:
+    """Return the checksum of what an unfinished run stored; None if it needs no check."""
+    stored = target.read_unfinished(task.start, task.stop)
+    return None if stored is None else checksum(stored)
 
 
 def check_no_failures(plan: Plan, failures: list[tuple[int, ImageRecord]]) -> None:
@@ -142,20 +131,20 @@ def _compute_batches(
     """Compute arrays from arrays."""
     for chunk, start, stop, _ in tasks:
         out = buffers.rows(target.offset(start))[: stop - start]
-        records = _compute_chunk(plan, source.read(start, stop), out)
+        batch, records = source.read(start, stop)
+        engine.apply(
+            plan.transform,
+            batch,
+            out,
+            threads=plan.threads,
+            backend=plan.choose_backend(),
+            cached_output=True,
+        )
+        del batch  # frees its memory before the next chunk is read
+        for row, record in enumerate(records):
+            if record.failed:
+                out[row] = 0
         yield ChunkResult(chunk, start, stop, [bytes_of(out)], records)
-
-
-def _compute_chunk(plan: Plan, read: Chunk, out: NDArray[Any]) -> list[ImageRecord]:
-    """Compute a chunk and return its records; `read` is released before the next one is read."""
-    threads, backend = plan.threads, plan.choose_backend()
-    engine.apply(
-        plan.transform, read.batch, out, threads=threads, backend=backend, cached_output=True
-    )
-    for row, record in enumerate(read.records):
-        if record.failed:
-            out[row] = 0
-    return read.records
 
 
 class _InFlight(NamedTuple):
@@ -188,68 +177,59 @@ def _compute_rows(
             yield finished()
 
 
-class _Decoder:
-    """Decode images into rows of an array."""
+def _decoder(
+    plan: Plan, source: ImageSource, target: Target, buffers: BufferRing
+) -> Callable[[ChunkTask], _InFlight]:
+    """Return a function that starts to decode the images of a chunk into rows of an array."""
+    images = np.empty((plan.threads, *source.header.shape[1:]), np.uint8)
+    thread_slot = ThreadSlot()
 
-    def __init__(
-        self, plan: Plan, source: ImageSource, target: Target, buffers: BufferRing
-    ) -> None:
-        self._plan = plan
-        self._source = source
-        self._target = target
-        self._images = np.empty((plan.threads, *source.header.shape[1:]), np.uint8)
-        self._thread_slot = ThreadSlot()
-        self._buffers = buffers
-        self._is_pack = plan.transform.direction == "pack"
-
-    def start(self, task: ChunkTask) -> _InFlight:
-        images = task.stop - task.start
-        buffer = self._buffers.rows(self._target.offset(task.start))
-        transform = engine.bind_rows(
-            self._plan.transform, self._images, buffer, backend=self._plan.choose_backend()
-        )
-        out = buffer[:images]
-        records = [UNREAD] * images
-        rows: Sequence[int] = range(images)
+    def start(task: ChunkTask) -> _InFlight:
+        buffer = buffers.rows(target.offset(task.start))
+        backend = plan.choose_backend()
+        transform = engine.bind_rows(plan.transform, images, buffer, backend=backend)
+        out = buffer[: task.stop - task.start]
+        records = [UNREAD] * len(out)
+        rows: Sequence[int] = range(len(out))
         if task.load_existing is not None:
             records = task.load_existing(out)
             rows = [row for row, record in enumerate(records) if record.failed]
 
         def pack(row: int) -> None:
-            records[row] = self._source.decode(task.start + row, out[row])
+            records[row] = source.decode(task.start + row, out[row])
 
         def preprocess(row: int) -> None:
-            slot = self._thread_slot()
-            records[row] = self._source.decode(task.start + row, self._images[slot])
+            slot = thread_slot()
+            records[row] = source.decode(task.start + row, images[slot])
             if records[row].failed:
                 out[row] = 0
             else:
                 transform(slot, row)
 
         computed = ChunkResult(*task[:3], [bytes_of(out)], records)
-        return _InFlight(computed, rows, pack if self._is_pack else preprocess)
+        return _InFlight(computed, rows, pack if plan.transform.direction == "pack" else preprocess)
+
+    return start
 
 
-class _Encoder:
-    """Encode rows of an array as image files."""
+def _encoder(
+    plan: Plan, source: Source, target: ImageFolderTarget
+) -> Callable[[ChunkTask], _InFlight]:
+    """Return a function that starts to encode the rows of a chunk as image files."""
+    images = np.empty((plan.threads, *plan.result.shape[1:]), np.uint8)
+    thread_slot = ThreadSlot()
 
-    def __init__(self, plan: Plan, source: Source, target: ImageFolderTarget) -> None:
-        self._plan = plan
-        self._source = source
-        self._target = target
-        self._images = np.empty((plan.threads, *plan.result.shape[1:]), np.uint8)
-        self._thread_slot = ThreadSlot()
-
-    def start(self, task: ChunkTask) -> _InFlight:
-        batch, records = self._source.read(task.start, task.stop)
+    def start(task: ChunkTask) -> _InFlight:
+        batch, records = source.read(task.start, task.stop)
         stored = [b""] * len(batch)
         rows = [row for row in range(len(batch)) if not (records and records[row].failed)]
-        plan, images = self._plan, self._images
         transform = engine.bind_rows(plan.transform, batch, images, backend=plan.choose_backend())
 
         def compute_row(row: int) -> None:
-            slot = self._thread_slot()
+            slot = thread_slot()
             transform(row, slot)
-            stored[row] = self._target.encode(images[slot])
+            stored[row] = target.encode(images[slot])
 
         return _InFlight(ChunkResult(*task[:3], stored, records), rows, compute_row)
+
+    return start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Final, cast
@@ -17,14 +18,14 @@ from fastvgg.storage import objects
 from fastvgg.storage.local import SharedStorage, Storage
 from fastvgg.storage.location import Location, sidecar_path
 from fastvgg.storage.objects import StoreStorage
-from fastvgg.stream.journal import Journal, journal_path, read_journal
+from fastvgg.stream.journal import FileJournal, journal_path, read_journal
 from fastvgg.stream.manifest import read_manifest
 from fastvgg.stream.store_journal import StoreJournal
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fastvgg.stream.journal import JournalState
+    from fastvgg.stream.journal import Journal, JournalState
     from fastvgg.stream.manifest import Manifest
     from fastvgg.stream.plan import Plan
 
@@ -35,22 +36,14 @@ FILES: Final = ("npy", "hdf5")  # formats whose target is a file, not a director
 
 def destination_of(plan: Plan, storage: Storage | StoreStorage | None = None) -> Destination:
     """Return the destination of a plan; `storage` performs its durable I/O."""
-    path, kind = plan.target.container, plan.target_format
+    path, kind = plan.target.container, plan.job.target_format
     if plan.target.is_remote:
         return StoreDestination(path, kind, cast("StoreStorage", storage or StoreStorage()))
     return DiskDestination(path, kind, cast("Storage", storage or Storage(fsync=plan.fsync)))
 
 
 class Destination(ABC):
-    """Where a target is written.
-
-    Parameters
-    ----------
-    path
-        Of the file or directory, or its name in a store.
-    kind
-        Format of the target.
-    """
+    """Where a target of the format `kind` is written: a file or directory, or a name in a store."""
 
     is_remote: bool
     storage: Storage | StoreStorage
@@ -68,19 +61,18 @@ class Destination(ABC):
     def shared_storage(self) -> Storage | StoreStorage:
         """Return the storage for a worker, which writes to a target that another process made."""
 
+    @functools.cached_property
+    def has_journal(self) -> bool:
+        """Whether there is a journal; in a run, whether there was one before it opened its own."""
+        return self.exists(journal_path(self.path))
+
     @abstractmethod
-    def open_journal(self, *, restart: bool) -> Journal | StoreJournal:
+    def open_journal(self, *, restart: bool) -> Journal:
         """Open the journal, and take its lock where there is one."""
 
     @abstractmethod
     def exists(self, path: Path) -> bool:
-        """Return whether `path` exists.
-
-        Raises
-        ------
-        TargetError
-            If it is in a store that does not respond.
-        """
+        """Return whether `path` exists; raise TargetError if its store does not respond."""
 
     @abstractmethod
     def is_occupied(self) -> bool:
@@ -133,7 +125,7 @@ class Destination(ABC):
         """
         index = index_path(self.path)
         has_manifest = read_manifest(self.path) is not None
-        if self.exists(journal_path(self.path)):
+        if self.has_journal:
             return
         for path in (self.partial, self.replaced, index):
             is_proven = path == self.path or (path == index and has_manifest)
@@ -168,7 +160,8 @@ class DiskDestination(Destination):
         return SharedStorage(directory, fsync=self.storage.fsync)
 
     def open_journal(self, *, restart: bool) -> Journal:
-        return Journal(self.path, self.storage, restart=restart)
+        _ = self.has_journal  # opening creates it
+        return FileJournal(self.path, self.storage, restart=restart)
 
     def exists(self, path: Path) -> bool:
         return os.path.lexists(path)
@@ -195,14 +188,14 @@ class DiskDestination(Destination):
         if manifest is not None:
             return self._is_as_written(manifest)
         try:
-            journal_state = read_journal(journal_path(self.path))
+            state = read_journal(journal_path(self.path))
         except ResumeError:
             return False
-        if journal_state is None:
+        if state is None:
             return False
-        if journal_state.replaces == self.identity():
+        if state.replaces == self.identity():
             return True
-        return journal_state.complete and self.is_published() and self._is_as_written(journal_state)
+        return state.complete and self.is_published() and self._is_as_written(state)
 
     def _is_as_written(self, record: Manifest | JournalState) -> bool:
         """Return whether a file has the recorded format and length; a directory is not compared.
@@ -212,15 +205,13 @@ class DiskDestination(Destination):
         """
         if self.path.is_dir():
             return True
-        job, chunk_images = record.job, record.chunk_images
+        job, location = record.job, Location(self.path, record.job.dataset)
         if job.target_format != self.kind:
             return False
-        location = Location(self.path, job.dataset)
-        written = open_target(location, job.result, chunk_images=chunk_images)
-        return (
-            isinstance(written, ContiguousTarget)
-            and self.path.stat().st_size == written.stored_bytes
-        )
+        written = open_target(location, job.result, chunk_images=record.chunk_images)
+        if not isinstance(written, ContiguousTarget):
+            return False
+        return self.path.stat().st_size == written.stored_bytes
 
     def sync_existing(self) -> None:
         self.storage.syncfs(self.path.parent)
@@ -253,7 +244,7 @@ class StoreDestination(Destination):
     def shared_storage(self) -> StoreStorage:
         return self.storage
 
-    def open_journal(self, *, restart: bool) -> StoreJournal:
+    def open_journal(self, *, restart: bool) -> Journal:
         return StoreJournal(self.path, self.storage, restart=restart)
 
     def exists(self, path: Path) -> bool:

@@ -97,7 +97,7 @@ class _InPlace:
             tracker = ProgressTracker(self.plan, range(committed), self.progress, self.started_at)
             self._compute(log, committed, tracker)
             manifest = Manifest.of_now(
-                self.plan.job(),
+                self.plan.job,
                 self.plan.chunk_images,
                 checksums=log.finish(),
                 counts={"images": self.plan.header.images, "failed": 0},
@@ -110,13 +110,13 @@ class _InPlace:
         if self.plan.committed_chunks or changed(self.plan, self.source):
             raise changed_since(self.plan.source)
         check_values(self.plan, self.source)
-        return RedoLog.begin(self.storage, self.data, self.plan.job(), self.plan.chunk_images)
+        return RedoLog.begin(self.storage, self.data, self.plan.job, self.plan.chunk_images)
 
     def _reopen(self, header: RedoLogHeader) -> RedoLog:
         check_same_file(header, self.data.path)
-        if header.job.fingerprint != self.plan.fingerprint:
+        if header.job.fingerprint != self.plan.job.fingerprint:
             raise changed_since(self.plan.source)  # another run started after this one was planned
-        header.job.check_same(self.plan.job(), str(self.plan.target))
+        header.job.check_same(self.plan.job, str(self.plan.target))
         if header.chunk_images != self.plan.chunk_images:
             raise changed_since(self.plan.source)
         return RedoLog.reopen(self.storage, self.data, header)

@@ -81,6 +81,11 @@ class Job:
     dataset: str = ""
     """Name of the result within an HDF5 file; empty for other formats."""
 
+    @property
+    def is_decoded(self) -> bool:
+        """Whether the source consists of encoded images."""
+        return self.source_kind in DECODED
+
     def to_dict(self) -> dict[str, Any]:
         """Return the job as JSON types."""
         job = {
@@ -103,13 +108,7 @@ class Job:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Job:
-        """Return the job that `to_dict` wrote.
-
-        Raises
-        ------
-        ValueError
-            If a field is missing, invalid, or inconsistent with another.
-        """
+        """Return the job that `to_dict` wrote; raise ValueError if a field is inconsistent."""
         check_fields(fields, JOB)
         source, result = fields["source"], fields["result"]
         is_decoded = source.get("kind") in DECODED
@@ -147,13 +146,7 @@ class Job:
         return job
 
     def check_same(self, wanted: Job, target: str) -> None:
-        """Check that this job of an unfinished or finished run is the one that is wanted now.
-
-        Raises
-        ------
-        ResumeError
-            Naming every setting that differs, with both values.
-        """
+        """Check that this earlier job is the one wanted now; the error names every difference."""
         then, now = self.to_dict(), wanted.to_dict()
         differences = [
             f"{section}.{key}: {then[section].get(key)!r} then, {now[section].get(key)!r} now"
@@ -169,29 +162,21 @@ class Job:
             )
 
 
-def check_fields(fields: object, schema: Schema) -> None:
-    """Check that a JSON object has exactly these fields and types; a bool is not an int.
+def check_fields(fields: object, schema: Schema) -> dict[str, Any]:
+    """Return a JSON object; raise ValueError unless it has exactly these fields and types.
 
-    Raises
-    ------
-    ValueError
-        Naming the wrong field.
+    A bool is not an int.
     """
     if not isinstance(fields, dict) or fields.keys() != schema.keys():
         raise ValueError(f"not an object with the fields {', '.join(schema)}")
     for name, allowed in schema.items():
         if type(fields[name]) not in (allowed if isinstance(allowed, tuple) else (allowed,)):
             raise ValueError(f"{name} has type {type(fields[name]).__name__}")
+    return fields
 
 
 def check_sizes(sizes: Iterable[object], *, minimum: int = 1, maximum: int = MAX_COUNT) -> None:
-    """Check that all sizes are ints within bounds.
-
-    Raises
-    ------
-    ValueError
-        If one is not.
-    """
+    """Check that all sizes are ints within bounds; raise ValueError otherwise."""
     if any(type(size) is not int or not minimum <= size <= maximum for size in sizes):
         raise ValueError(f"a size is not an integer from {minimum} to {maximum}")
 

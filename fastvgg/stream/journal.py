@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -26,7 +27,7 @@ from fastvgg.storage.location import is_remote, sidecar_path
 from fastvgg.stream.job import Job, check_fields, check_sizes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from fastvgg.storage.local import Storage, StoredFile
@@ -75,13 +76,7 @@ class Commit:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Commit:
-        """Return the commit of a decoded line.
-
-        Raises
-        ------
-        ValueError
-            If a field is missing or invalid.
-        """
+        """Return the commit of a decoded line; raise ValueError if a field is wrong."""
         check_fields(fields, COMMIT)
         return cls(**{**fields, "records": [_parse_record(record) for record in fields["records"]]})
 
@@ -117,14 +112,9 @@ class JournalState:
     """Length of the journal up to its last valid line, in bytes."""
 
     @property
-    def images(self) -> int:
-        """Number of images of the job."""
-        return self.job.result.images
-
-    @property
     def chunks(self) -> int:
         """Number of chunks of the job."""
-        return -(-self.images // self.chunk_images)
+        return -(-self.job.result.images // self.chunk_images)
 
     @property
     def complete(self) -> bool:
@@ -140,27 +130,20 @@ class JournalState:
         return [(row, record) for row, record in records if record.failed]
 
     def commit(self, chunk: int) -> Commit:
-        """Read the commit of a chunk back from its line.
-
-        Raises
-        ------
-        ResumeError
-            If the line was changed or removed.
-        """
-        fields = decode_line(self._read_line(chunk))
+        """Read the commit of a chunk back from its line; raise ResumeError if it was changed."""
+        if is_remote(self.path):
+            line = objects.read(self.path / line_name(chunk)) or b""
+        else:
+            with open_regular(self.path) as file:
+                file.seek(self.commits[chunk].offset)
+                line = file.readline()
+        fields = decode_line(line)
         if fields is None:
             raise ResumeError(
                 f"{self.path} was modified by another program while the run held its lock",
                 "put it back as the run left it, or give --restart to start over",
             )
         return Commit.from_dict(fields)
-
-    def _read_line(self, chunk: int) -> bytes:
-        if is_remote(self.path):
-            return objects.read(self.path / line_name(chunk)) or b""
-        with open_regular(self.path) as file:
-            file.seek(self.commits[chunk].offset)
-            return file.readline()
 
     def header_line(self) -> bytes:
         """Encode the header line."""
@@ -174,11 +157,7 @@ def journal_path(target: Path) -> Path:
 
 
 def line_name(chunk: int) -> str:
-    """Return the name of the object, in a store, that is a chunk's journal line.
-
-    >>> line_name(12)
-    '000000012'
-    """
+    """Return the name of the object, in a store, that is a chunk's journal line."""
     return f"{chunk:09d}"
 
 
@@ -192,33 +171,35 @@ def read_journal(path: Path) -> JournalState | None:
     SourceError
         If the journal cannot be read.
     """
-    if is_remote(path):
-        return _read_store(path)
-    with open_sidecar(path) as lines:
-        return None if lines is None else _read(path, lines)
+    return _read(path, _lines(path))
 
 
 def read_journal_header(path: Path) -> JournalState | None:
     """Read only the header line of a journal; see `read_journal`."""
-    if is_remote(path):
-        first = objects.read(path / HEADER_NAME)
-        return None if first is None else _read(path, [first])
-    with open_sidecar(path) as lines:
-        return None if lines is None else _read(path, itertools.islice(lines, 1))
+    return _read(path, itertools.islice(_lines(path), 1))
 
 
-def _read_store(path: Path) -> JournalState | None:
+def _lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a journal, its header first; none if it does not exist."""
+    if not is_remote(path):
+        with open_sidecar(path) as file:
+            yield from file or ()
+        return
     try:
+        header = objects.read(path / HEADER_NAME)
+        if header is None:
+            return
+        yield header
         lines = objects.read_all(path)
     except OSError as error:
         raise SourceError(
             f"{path} cannot be read: {error.strerror or error}",
             "check the connection and the permission to read there",
         ) from None
-    first = lines.pop(HEADER_NAME, None)
     # The chunk of an invalid line is recomputed; unlike in a file, the lines after it stay valid.
-    valid = [lines[name] for name in sorted(lines) if decode_line(lines[name]) is not None]
-    return None if first is None else _read(path, [first, *valid])
+    for name in sorted(lines.keys() - {HEADER_NAME}):
+        if decode_line(lines[name]) is not None:
+            yield lines[name]
 
 
 def _read(path: Path, lines: Iterable[bytes]) -> JournalState | None:
@@ -294,33 +275,94 @@ def _add_commit(journal_state: JournalState, fields: dict[str, Any]) -> None:
     commit = Commit.from_dict(fields)
     check_sizes([commit.chunk], minimum=0, maximum=journal_state.chunks - 1)
     start = commit.chunk * journal_state.chunk_images
-    images = min(journal_state.chunk_images, journal_state.images - start)
+    images = min(journal_state.chunk_images, journal_state.job.result.images - start)
     if len(commit.records) not in (0, images):
         raise ValueError(f"{len(commit.records)} records for a chunk of {images} images")
     journal_state.commits[commit.chunk] = CommitRef.of(commit, journal_state.valid_bytes)
 
 
 def _parse_record(fields: object) -> ImageRecord:
-    if not isinstance(fields, list) or tuple(map(type, fields)) != RECORD:
-        raise ValueError(f"{ascii(fields)[:200]} is not a record of an image")
-    record = ImageRecord(*fields)
-    check_sizes([record.width, record.height], minimum=0)
-    if not is_valid_name(record.path) or (record.failed and not record.reason):
-        raise ValueError(f"{ascii(fields)[:200]} is not a record of an image")
-    return record
+    if isinstance(fields, list) and tuple(map(type, fields)) == RECORD:
+        record = ImageRecord(*fields)
+        check_sizes([record.width, record.height], minimum=0)
+        if is_valid_name(record.path) and (record.reason or not record.failed):
+            return record
+    raise ValueError(f"{ascii(fields)[:200]} is not a record of an image")
 
 
-class Journal:
-    """The open, locked journal of a target.
+class Journal(ABC):
+    """The open journal of a target: a `FileJournal`, or the `StoreJournal` of an object store."""
 
-    Parameters
-    ----------
-    target
-        The dataset to be written.
-    storage
-        Performs the system calls.
-    restart
-        Start over, ignoring the contents of the journal.
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.state: JournalState | None = None
+        """None before `begin` if there was no valid header, or if a restart ignores it."""
+
+    def begin(
+        self,
+        job: Job,
+        chunk_images: int,
+        *,
+        replaces: str | None = None,
+        committed: Iterable[Commit] | None = None,
+    ) -> None:
+        """Durably start the journal of a new run, replacing its previous contents.
+
+        `replaces` identifies the existing file or directory that publishing may replace. A retry of
+        a finished target has `committed`: the chunks that need no retry.
+        """
+        self.state = JournalState(
+            self.path, job, chunk_images, replaces, retries=committed is not None
+        )
+        self._start(self.state.header_line())
+        for commit in committed or ():
+            self.state.commits[commit.chunk] = CommitRef.of(commit, self._append(commit))
+        self._sync(is_new=True)
+
+    def commit(self, *commits: Commit) -> None:
+        """Durably record chunks whose bytes are durable."""
+        refs = {commit.chunk: CommitRef.of(commit, self._append(commit)) for commit in commits}
+        self._sync()
+        self.commits.update(refs)
+
+    @property
+    def commits(self) -> dict[int, CommitRef]:
+        """The commits of the run by chunk; empty before `begin`."""
+        return {} if self.state is None else self.state.commits
+
+    @abstractmethod
+    def _start(self, header: bytes) -> None:
+        """Replace the contents by a header line."""
+
+    @abstractmethod
+    def _append(self, commit: Commit) -> int:
+        """Write the line of a commit and return its offset, which is 0 in a store."""
+
+    @abstractmethod
+    def _sync(self, *, is_new: bool = False) -> None:
+        """Make the lines durable, and the name of a new journal."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Remove the journal of a finished run."""
+
+    def close(self) -> None:
+        """Close the journal; remove it if it has no valid header.
+
+        A restart that is refused keeps the journal of the unfinished run.
+        """
+        if self.state is None and self._is_void():
+            self.remove()
+
+    def _is_void(self) -> bool:
+        try:
+            return read_journal_header(self.path) is None
+        except FastvggError:  # damaged, or of another version
+            return False
+
+
+class FileJournal(Journal):
+    """The open, locked journal of a target on disk; a restart ignores its contents.
 
     Raises
     ------
@@ -329,7 +371,7 @@ class Journal:
     """
 
     def __init__(self, target: Path, storage: Storage, *, restart: bool) -> None:
-        self.path = journal_path(target)
+        super().__init__(journal_path(target))
         self._storage = storage
         self._file: StoredFile = storage.open(self.path, create=True)
         try:
@@ -344,46 +386,14 @@ class Journal:
             raise
         self._end = self.state.valid_bytes if self.state else 0
 
-    def begin(
-        self,
-        job: Job,
-        chunk_images: int,
-        *,
-        replaces: str | None = None,
-        committed: Iterable[Commit] | None = None,
-    ) -> None:
-        """Start the journal of a new run, replacing its previous contents.
-
-        Parameters
-        ----------
-        job, chunk_images
-            Of the new run.
-        replaces
-            Identity of the existing file or directory that publishing may replace.
-        committed
-            When retrying a finished target: its chunks that need no retry.
-        """
-        self.state = JournalState(
-            self.path, job, chunk_images, replaces, retries=committed is not None
-        )
+    def _start(self, header: bytes) -> None:
         self._end = 0
-        self._append(self.state.header_line())
-        for commit in committed or ():
-            self.state.commits[commit.chunk] = self._append_commit(commit)
-        self._storage.sync(self._file)
-        self._storage.sync_directory(self.path.parent)
+        self._append_line(header)
 
-    def commit(self, *commits: Commit) -> None:
-        """Durably record chunks whose bytes are durable."""
-        refs = {commit.chunk: self._append_commit(commit) for commit in commits}
-        self._storage.sync(self._file)
-        if self.state is not None:
-            self.state.commits.update(refs)
+    def _append(self, commit: Commit) -> int:
+        return self._append_line(commit.to_line())
 
-    def _append_commit(self, commit: Commit) -> CommitRef:
-        return CommitRef.of(commit, self._append(commit.to_line()))
-
-    def _append(self, line: bytes) -> int:
+    def _append_line(self, line: bytes) -> int:
         """Write a line after the last valid one; return its offset."""
         offset = self._end
         self._storage.truncate(self._file, offset)
@@ -391,13 +401,17 @@ class Journal:
         self._end += len(line)
         return offset
 
+    def _sync(self, *, is_new: bool = False) -> None:
+        self._storage.sync(self._file)
+        if is_new:
+            self._storage.sync_directory(self.path.parent)
+
     def remove(self) -> None:
-        """Remove the journal of a finished run."""
+        """Remove the journal, and keep the lock until it is closed."""
         self._storage.remove(self.path)
         self._storage.sync_directory(self.path.parent)
 
     def close(self) -> None:
-        """Close the journal and release the lock; remove it if it has no valid header."""
-        if self.state is None:
-            self._storage.remove(self.path)
+        """Close the journal as any other, and release the lock."""
+        super().close()
         self._storage.close(self._file)

@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from importlib import metadata
 from platform import python_version
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import xxhash
 
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from fastvgg.transform import Transform
 
 FORMAT: Final = 1
+VERSION: Final = "fastvgg-manifest"
 FIELDS: Final[Schema] = {
-    "fastvgg-manifest": int,
+    VERSION: int,
     "job": dict,
     "chunk_images": int,
     "checksums": list,
@@ -79,9 +80,27 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Encode the manifest as JSON."""
-        fields = {name: getattr(self, name) for name in FIELDS if name != "fastvgg-manifest"}
-        fields = {"fastvgg-manifest": FORMAT, **fields, "job": self.job.to_dict()}
+        fields = {VERSION: FORMAT, **vars(self), "job": self.job.to_dict()}
         return json.dumps(fields, indent=1).encode() + b"\n"
+
+    @classmethod
+    def from_dict(cls, fields: object) -> Manifest:
+        """Return the manifest; raise ValueError if a field is invalid or inconsistent."""
+        recorded = dict(check_fields(fields, FIELDS))
+        del recorded[VERSION]
+        manifest = cls(**{**recorded, "job": Job.from_dict(recorded["job"])})
+        counts = check_fields(manifest.counts, COUNTS)
+        images = manifest.header.images
+        check_sizes([manifest.chunk_images])
+        check_sizes([counts["images"]], minimum=images, maximum=images)
+        check_sizes([counts["failed"]], minimum=0, maximum=images)
+        sums = manifest.checksums, manifest.source_checksums
+        if any(len(values) != -(-images // manifest.chunk_images) for values in sums):
+            raise ValueError(f"{len(manifest.checksums)} checksums for {images} images")
+        texts = [*manifest.checksums, *manifest.source_checksums, *manifest.packages.values()]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("a checksum or a version is not a string")
+        return manifest
 
 
 def manifest_path(container: Path) -> Path:
@@ -103,8 +122,13 @@ def read_manifest(container: Path) -> Manifest | None:
         return None
     try:
         fields = json.loads(data)
-        _check_format(path, fields)
-        return _validate(fields)
+        found = fields.get(VERSION) if isinstance(fields, dict) else None
+        if type(found) is int and found != FORMAT:
+            raise SourceError(
+                f"{path} has format version {str(found)[:20]}, but this fastvgg reads {FORMAT}",
+                "use the version of fastvgg that wrote it, or a newer one",
+            )
+        return Manifest.from_dict(fields)
     except (ValueError, RecursionError) as error:
         raise SourceError(
             f"{path} is not a manifest: {type(error).__name__}: {str(error)[:200]}",
@@ -113,14 +137,8 @@ def read_manifest(container: Path) -> Manifest | None:
         ) from None
 
 
-def read_transform(location: Location) -> Transform | None:
-    """Return the transform recorded in an array's own attributes; None if there is none.
-
-    Raises
-    ------
-    SourceError
-        If the record is damaged.
-    """
+def _read_transform(location: Location) -> Transform | None:
+    """Return the transform recorded in an array's own attributes; None if there is none."""
     recorded = embedded_transform(location)
     if recorded is None:
         return None
@@ -148,53 +166,13 @@ class Provenance:
 
     @classmethod
     def read(cls, location: Location) -> Provenance:
-        """Read what is recorded of a dataset.
-
-        Raises
-        ------
-        SourceError
-            If a record is damaged.
-        """
+        """Read what is recorded of a dataset; raise SourceError if a record is damaged."""
         manifest = read_manifest(location.container)
         if manifest is None:
-            return cls(None, read_transform(location), has_index=True)
+            return cls(None, _read_transform(location), has_index=True)
         if location.inner and manifest.job.dataset not in ("", location.inner):
-            return cls(None, read_transform(location), has_index=False)
+            return cls(None, _read_transform(location), has_index=False)
         return cls(manifest, manifest.job.transform, has_index=True)
-
-
-def _check_format(path: Path, fields: object) -> None:
-    found = fields.get("fastvgg-manifest") if isinstance(fields, dict) else None
-    if type(found) is int and found != FORMAT:
-        raise SourceError(
-            f"{path} has format version {str(found)[:20]}, but this fastvgg reads {FORMAT}",
-            "use the version of fastvgg that wrote it, or a newer one",
-        )
-
-
-def _validate(fields: dict[str, Any]) -> Manifest:
-    """Validate the fields of a manifest and return it.
-
-    Raises
-    ------
-    ValueError
-        If a field is invalid or inconsistent with another.
-    """
-    check_fields(fields, FIELDS)
-    check_fields(fields["counts"], COUNTS)
-    recorded = {name: fields[name] for name in FIELDS if name != "fastvgg-manifest"}
-    manifest = Manifest(**{**recorded, "job": Job.from_dict(fields["job"])})
-    images, counts = manifest.header.images, manifest.counts
-    check_sizes([manifest.chunk_images])
-    check_sizes([counts["images"]], minimum=images, maximum=images)
-    check_sizes([counts["failed"]], minimum=0, maximum=images)
-    sums = manifest.checksums, manifest.source_checksums
-    if any(len(values) != -(-images // manifest.chunk_images) for values in sums):
-        raise ValueError(f"{len(manifest.checksums)} checksums for {images} images")
-    texts = [*manifest.checksums, *manifest.source_checksums, *manifest.packages.values()]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("a checksum or a version is not a string")
-    return manifest
 
 
 def package_versions() -> dict[str, str]:

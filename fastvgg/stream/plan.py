@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, TypedDict
+from typing import TYPE_CHECKING, Final
 
 from fastvgg.backend import choose_for
 from fastvgg.errors import TargetError, UsageError
 from fastvgg.formatting import html_table
-from fastvgg.stream.job import DECODED, Job
+from fastvgg.stream.job import DECODED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -19,23 +19,11 @@ if TYPE_CHECKING:
 
     from fastvgg.backend import Backend, ResolvedBackend
     from fastvgg.datasets.base import Header
-    from fastvgg.datasets.image_writer import FileFormat
     from fastvgg.datasets.images import ImageListing
-    from fastvgg.imaging.decode import DecodeOptions
     from fastvgg.storage.location import Location
+    from fastvgg.stream.job import Job
     from fastvgg.stream.report import Progress, Report
     from fastvgg.transform import Transform
-
-__all__ = [
-    "CHUNK_BYTES",
-    "Plan",
-    "chunk_bytes",
-    "chunk_images",
-    "format_bytes",
-    "image_work_bytes",
-    "min_scratch_bytes",
-    "parse_bytes",
-]
 
 # Large enough to amortize a commit (two fsyncs, a few milliseconds), small enough that a killed run
 # loses little.
@@ -93,40 +81,6 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def image_work_bytes(
-    source_kind: str, target_format: str, image_bytes: int, result_bytes: int
-) -> int:
-    """Return the memory per image of the chunks in flight: input, output and encoding buffers.
-
-    Chunks that are computed row by row: two are computed while a third is written.
-    """
-    encoded_bytes = WRITE_COPIES.get(target_format, 0) * result_bytes
-    if source_kind in DECODED:
-        return 3 * result_bytes + encoded_bytes
-    if target_format == "images":
-        return 2 * image_bytes + 3 * result_bytes
-    read_bytes = (1 + READ_COPIES.get(source_kind, 0)) * image_bytes
-    return read_bytes + 2 * result_bytes + encoded_bytes
-
-
-def min_scratch_bytes(
-    source_kind: str, target_format: str, threads: int, image_bytes: int, result_bytes: int
-) -> int:
-    """Return the minimum memory of a run in addition to its chunks.
-
-    Each decoding thread needs a row buffer and decoder scratch space.
-    """
-    overhead = overhead_bytes(source_kind, target_format)
-    if source_kind in DECODED:
-        return overhead + threads * (image_bytes + MIN_DECODE_BYTES)
-    return overhead + (threads * result_bytes if target_format == "images" else 0)
-
-
-def overhead_bytes(source_kind: str, target_format: str) -> int:
-    """Return the overhead of a run, and of the library of a format, at any chunk size."""
-    return RUN_BYTES + max(RETAINED_BYTES.get(kind, 0) for kind in (source_kind, target_format))
-
-
 def chunk_bytes(
     source_kind: str, target_format: str, dataset_work_bytes: int, *, in_place: bool = False
 ) -> int:
@@ -155,22 +109,9 @@ def chunk_images(
 ) -> int:
     """Return the number of images per chunk that keeps a run within its memory limit.
 
-    Parameters
-    ----------
-    images
-        Number of images in the dataset.
-    bytes_per_image
-        Memory per image of a chunk in flight.
-    scratch_bytes
-        Memory needed in addition to the chunks.
-    limit_bytes
-        The memory limit.
-    max_bytes
-        Preferred maximum memory of a chunk; exceeded if `read_granularity` images need more.
-    read_granularity
-        Images that the source stores as one unit, which is read whole.
-    write_granularity
-        Preferred write granularity of the target, in images.
+    `bytes_per_image` is the memory per image of the chunks in flight, and `scratch_bytes` what is
+    needed in addition. The source is read in whole units of `read_granularity` images, which may
+    exceed the preferred `max_bytes`. The target prefers multiples of `write_granularity` images.
 
     Raises
     ------
@@ -187,36 +128,39 @@ def chunk_images(
     read_granularity = min(read_granularity, images)
     available_bytes, min_bytes = limit_bytes - scratch_bytes, read_granularity * bytes_per_image
     if available_bytes < min_bytes:
-        what = (
-            "one image needs"
-            if read_granularity == 1
-            else f"{read_granularity} images, stored together, need"
-        )
-        needed = format_bytes(scratch_bytes + min_bytes)
+        what = "one image needs"
+        if read_granularity > 1:
+            what = f"{read_granularity} images, stored together, need"
+        needed_bytes = scratch_bytes + min_bytes
         raise TargetError(
-            f"{what} {needed} of memory, but the limit is {format_bytes(limit_bytes)}",
-            f"give --memory {-(-(scratch_bytes + min_bytes) // 2**20)}MiB or more",
+            f"{what} {format_bytes(needed_bytes)} of memory, but the limit is "
+            f"{format_bytes(limit_bytes)}",
+            f"give --memory {-(-needed_bytes // 2**20)}MiB or more",
         )
     largest = max(1, min(max_bytes, available_bytes) // min_bytes) * read_granularity
     return min(images, largest - largest % math.lcm(read_granularity, write_granularity) or largest)
 
 
-class RunOptions(TypedDict):
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
     """Options of a run that do not change its result."""
 
     memory_bytes: int
+    """The memory limit."""
     threads: int
     backend: Backend
     strict: bool
     restart: bool
     retry_failed: bool
+    """Whether to retry the failed images of a finished target."""
     fsync: bool
-    file_format: FileFormat
-    has_index: bool
+    """Whether commits survive a power failure, not only a crash of the process."""
+    has_index: bool = True
+    """Whether an index next to the source describes it."""
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class Plan(RunOptions):
     """A planned conversion: its source, target and transform, and the resources it needs.
 
     Returned by `fastvgg.plan`; `run` executes it, or resumes an unfinished run.
@@ -224,38 +168,30 @@ class Plan:
 
     source: Location
     target: Location
-    source_kind: str
-    target_format: str
-    header: Header
-    """Header of the source."""
-    result: Header
-    """Header of the target."""
-    transform: Transform
-    decoding: DecodeOptions | None
-    """How images are decoded, which also determines the pixels; None for an array source."""
-    fingerprint: str
-    """Fingerprint of the source at planning time."""
+    job: Job
+    """Everything that determines the result's bytes."""
     read_bytes: int
-    chunk_images: int
-    memory_bytes: int
-    """The memory limit."""
-    threads: int
-    backend: Backend
-    strict: bool
-    restart: bool
-    fsync: bool
-    """Whether commits survive a power failure, not only a crash of the process."""
     notes: tuple[str, ...]
-    committed_chunks: int
+    chunk_images: int = 1
+    committed_chunks: int = 0
     """Chunks that an unfinished run has committed."""
-    file_format: FileFormat
-    """Format of the image files to write."""
-    retry_failed: bool
-    """Whether to retry the failed images of a finished target."""
-    has_index: bool = True
-    """Whether an index next to the source describes it."""
     listing: ImageListing | None = field(default=None, compare=False, repr=False)
     """Listing of an image source; saves the run from scanning it again."""
+
+    @property
+    def header(self) -> Header:
+        """Header of the source."""
+        return self.job.header
+
+    @property
+    def result(self) -> Header:
+        """Header of the target."""
+        return self.job.result
+
+    @property
+    def transform(self) -> Transform:
+        """The transform of the images."""
+        return self.job.transform
 
     @property
     def chunks(self) -> int:
@@ -269,66 +205,63 @@ class Plan:
         return choose_for(self.backend, nbytes, self.threads)
 
     @property
-    def in_place(self) -> bool:
-        """Whether the source file is converted in place."""
-        return self.source == self.target
-
-    @property
     def write_bytes(self) -> int:
         """Size of the target's pixels before compression, in bytes."""
         return self.result.nbytes
 
     @property
     def image_memory_bytes(self) -> int:
-        """Memory per image of the chunks in flight."""
-        return image_work_bytes(self.source_kind, self.target_format, *self._image_bytes)
+        """Memory per image of the chunks in flight: input, output and encoding buffers.
+
+        Chunks that are computed row by row: two are computed while a third is written.
+        """
+        image_bytes, result_bytes = self.header.image_bytes, self.result.image_bytes
+        encoded_bytes = WRITE_COPIES.get(self.job.target_format, 0) * result_bytes
+        if self.job.is_decoded:
+            return 3 * result_bytes + encoded_bytes
+        if self.job.target_format == "images":
+            return 2 * image_bytes + 3 * result_bytes
+        read_bytes = (1 + READ_COPIES.get(self.job.source_kind, 0)) * image_bytes
+        return read_bytes + 2 * result_bytes + encoded_bytes
+
+    @property
+    def _overhead_bytes(self) -> int:
+        """Memory of a run, and of the library of a format, at any chunk size."""
+        kinds = self.job.source_kind, self.job.target_format
+        return RUN_BYTES + max(RETAINED_BYTES.get(kind, 0) for kind in kinds)
 
     @property
     def min_scratch_bytes(self) -> int:
-        """Minimum memory needed in addition to the chunks."""
-        kinds = self.source_kind, self.target_format
-        return min_scratch_bytes(*kinds, self.threads, *self._image_bytes)
+        """Minimum memory in addition to the chunks.
+
+        Each decoding thread needs a row buffer and decoder scratch space.
+        """
+        thread_bytes = 0
+        if self.job.is_decoded:
+            thread_bytes = self.header.image_bytes + MIN_DECODE_BYTES
+        elif self.job.target_format == "images":
+            thread_bytes = self.result.image_bytes
+        return self._overhead_bytes + self.threads * thread_bytes
 
     @property
     def decoding_bytes(self) -> int:
         """Memory left for decoding after chunks, rows and overhead."""
-        if self.source_kind not in DECODED:
+        if not self.job.is_decoded:
             return 0
         chunks_bytes = self.chunk_images * self.image_memory_bytes
         rows_bytes = self.threads * self.header.image_bytes
-        overhead = overhead_bytes(self.source_kind, self.target_format)
-        return self.projected_bytes - chunks_bytes - rows_bytes - overhead
+        return self.projected_bytes - chunks_bytes - rows_bytes - self._overhead_bytes
 
     @property
     def projected_bytes(self) -> int:
         """Peak memory of the run, excluding the idle process."""
         needed = self.min_scratch_bytes + self.chunk_images * self.image_memory_bytes
-        return max(needed, self.memory_bytes) if self.source_kind in DECODED else needed
-
-    @property
-    def _image_bytes(self) -> tuple[int, int]:
-        return self.header.image_bytes, self.result.image_bytes
+        return max(needed, self.memory_bytes) if self.job.is_decoded else needed
 
     def chunk_rows(self) -> Iterator[tuple[int, int]]:
         """Yield the row range (start, stop) of every chunk."""
         for start in range(0, self.header.images, self.chunk_images):
             yield start, min(start + self.chunk_images, self.header.images)
-
-    def job(self) -> Job:
-        """Return everything that determines the result's bytes."""
-        return Job(
-            str(self.source),
-            self.source_kind,
-            self.fingerprint,
-            self.header,
-            self.decoding,
-            self.transform,
-            self.target_format,
-            self.result,
-            self.in_place,
-            self.file_format,
-            self.target.inner,
-        )
 
     def run(
         self, progress: Callable[[Progress], None] | None = None, *, client: Client | None = None
@@ -353,7 +286,7 @@ class Plan:
         """Return the labelled rows of the printed summary."""
         committed = f", {self.committed_chunks:,} done" if self.committed_chunks else ""
         limit = format_bytes(self.memory_bytes)
-        twice = " twice, in place" if self.in_place else ""
+        twice = " twice, in place" if self.job.in_place else ""
         return [
             ("images", f"{self.header.images:,}"),
             ("from", f"{self.header.shape[1:]} {self.header.dtype} {self.header.layout}"),

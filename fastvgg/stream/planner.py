@@ -20,18 +20,11 @@ from fastvgg.imaging.decode import MAX_PIXELS, DecodeOptions
 from fastvgg.parallel import check_threads
 from fastvgg.storage.local import check_in_place_supported
 from fastvgg.storage.location import Location
-from fastvgg.stream.job import DECODED
+from fastvgg.stream.destination import destination_of
+from fastvgg.stream.job import DECODED, Job
 from fastvgg.stream.journal import journal_path, read_journal
 from fastvgg.stream.manifest import Provenance, manifest_path
-from fastvgg.stream.plan import (
-    Plan,
-    RunOptions,
-    chunk_bytes,
-    chunk_images,
-    image_work_bytes,
-    min_scratch_bytes,
-    parse_bytes,
-)
+from fastvgg.stream.plan import Plan, RunOptions, chunk_bytes, chunk_images, parse_bytes
 from fastvgg.stream.preflight import (
     check_choices,
     check_directory,
@@ -58,7 +51,7 @@ if TYPE_CHECKING:
     from numpy.typing import DTypeLike
 
     from fastvgg.backend import Backend
-    from fastvgg.datasets.base import Header, Source
+    from fastvgg.datasets.base import Source
     from fastvgg.datasets.image_writer import FileFormat
     from fastvgg.imaging.decode import Gray16
     from fastvgg.stream.manifest import Manifest
@@ -160,21 +153,15 @@ def plan(
             "both a target and --in-place are given" if in_place else "no target is given",
             "give either a target or --in-place",
         )
-    source_location = Location.parse(source)
-    destination = source_location if target is None else Location.parse(target)
+    location = Location.parse(source)
+    destination = location if target is None else Location.parse(target)
+    max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
     decoding = DecodeOptions(
-        size,
-        interpolation,
-        keep_aspect_ratio,
-        fast_jpeg,
-        exif,
-        gray16,
-        MAX_PIXELS if max_pixels is None else max_pixels,
+        size, interpolation, keep_aspect_ratio, fast_jpeg, exif, gray16, max_pixels
     )
     threads = check_threads(threads)
     check_backend(backend)
-    recorded = Provenance.read(source_location)
-    manifest = recorded.manifest
+    recorded = Provenance.read(location)
     options = RunOptions(
         memory_bytes=parse_bytes(memory),
         threads=threads,
@@ -183,47 +170,52 @@ def plan(
         restart=restart,
         retry_failed=retry_failed,
         fsync=fsync,
-        file_format=format,
         has_index=recorded.has_index,
     )
-    redo_log = read_redo_log_header(source_location.container)
-    if redo_log is not None and restart and in_place:
-        check_restart(redo_log, source_location.container)
-        redo_log = None
-    if redo_log is not None and not in_place:
-        raise unfinished_error(redo_log, source_location.container)
+    redo_log = _read_redo_log(location, in_place=in_place, restart=restart)
     if redo_log is None:
         placeholder = "identity" if mode is None else mode
         requested = Transform(placeholder, direction, layout or "NHWC", out_layout, dtype, rounding)
-        transform = _resolve_transform(
-            source_location, recorded.transform, requested, mode, layout, out_layout
-        )
-        dtype_hint = None if manifest is None else manifest.header.dtype
+        transform = _resolve_transform(location, recorded, requested, mode, layout, out_layout)
     else:
         unfinished = redo_log.job.transform
         layouts = layout or unfinished.layout, out_layout or unfinished.out_layout
         transform = Transform(mode or unfinished.mode, direction, *layouts, dtype, rounding)
-        dtype_hint = redo_log.job.header.dtype
+    described = redo_log.job if redo_log is not None else recorded.manifest
     opened = open_source(
-        source_location,
+        location,
         layout=transform.layout,
-        dtype_hint=dtype_hint,
+        dtype_hint=None if described is None else described.header.dtype,
         decoding=decoding,
-        decoding_bytes=options["memory_bytes"],
+        decoding_bytes=options.memory_bytes,
         threads=threads,
         use_index=recorded.has_index,
     )
     with contextlib.closing(opened):
-        if manifest is not None:
-            _check_manifest(manifest, opened)
+        _check_manifest(recorded.manifest, opened)
         if in_place:
-            return _plan_in_place(opened, transform, redo_log, options)
-        return _plan(opened, destination, transform, options)
+            return _plan_in_place(opened, transform, redo_log, format, options)
+        return _plan(opened, destination, transform, format, options)
 
 
-def _check_manifest(manifest: Manifest, source: Source) -> None:
+def _read_redo_log(location: Location, *, in_place: bool, restart: bool) -> RedoLogHeader | None:
+    """Return the redo log that the plan resumes; raise SourceError if it must be finished first."""
+    redo_log = read_redo_log_header(location.container)
+    if redo_log is None:
+        return None
+    if not in_place:
+        raise unfinished_error(redo_log, location.container)
+    if restart:
+        check_restart(redo_log, location.container)
+        return None
+    return redo_log
+
+
+def _check_manifest(manifest: Manifest | None, source: Source) -> None:
     """Check that a manifest matches its dataset; image files have no header to compare."""
-    if source.kind not in DECODED and source.header != manifest.header:
+    if manifest is None or source.kind in DECODED:
+        return
+    if source.header != manifest.header:
         raise SourceError(
             f"{source.location} has shape {source.header.shape} and dtype {source.header.dtype}, "
             f"but its manifest records {manifest.header.shape} and {manifest.header.dtype}",
@@ -233,21 +225,24 @@ def _check_manifest(manifest: Manifest, source: Source) -> None:
 
 def _resolve_transform(
     source: Location,
-    recorded: Transform | None,
+    provenance: Provenance,
     requested: Transform,
     mode: Mode | str | None,
     layout: Layout | None,
     out_layout: Layout | None,
 ) -> Transform:
     """Complete the requested transform from the recorded one, after checking that they agree."""
+    recorded = provenance.transform
+    if recorded is not None:
+        check_not_already_done(source, recorded, requested.direction)
+    is_known = recorded is not None and requested.direction == "restore"
+    if mode is None and requested.direction != "pack" and not is_known:
+        remedy = "give --mode or --model; 'fastvgg models' lists the mode of each model"
+        if requested.direction == "restore":
+            remedy = f"no manifest next to it records the mode: {remedy}"
+        raise UsageError(f"{source}: the mode is not given", remedy)
     if recorded is None:
-        if mode is None and requested.direction != "pack":
-            remedy = "give --mode or --model; 'fastvgg models' lists the mode of each model"
-            if requested.direction == "restore":
-                remedy = f"no manifest next to it records the mode: {remedy}"
-            raise UsageError(f"{source}: the mode is not given", remedy)
         return requested
-    check_not_already_done(source, recorded, requested.direction)
     if mode is not None and requested.mode != recorded.mode and requested.direction == "restore":
         raise UsageError(
             f"{source} was preprocessed in mode {recorded.mode.name}, but mode "
@@ -259,11 +254,6 @@ def _resolve_transform(
             f"{source} has layout {recorded.out_layout}, but {layout} was requested",
             "omit --layout: it is recorded in the manifest",
         )
-    if requested.direction == "preprocess" and mode is None:
-        raise UsageError(
-            f"{source}: the mode is not given",
-            "give --mode or --model; 'fastvgg models' lists the mode of each model",
-        )
     return Transform(
         requested.mode if mode is not None else recorded.mode,
         requested.direction,
@@ -274,24 +264,32 @@ def _resolve_transform(
     )
 
 
-def _plan(source: Source, target: Location, transform: Transform, options: RunOptions) -> Plan:
-    result = plan_result(source, transform)
-    check_target(source, target, result)
-    check_choices(source, target, transform, result, options)
-    planned = _build_plan(source, target, transform, result, source.fingerprint(), options)
+def _plan(
+    source: Source,
+    target: Location,
+    transform: Transform,
+    file_format: FileFormat,
+    options: RunOptions,
+) -> Plan:
+    job = _job_of(source, target, transform, file_format)
+    check_target(source, target, job.result)
+    check_choices(target, job, options)
+    planned = _build_plan(source, target, job, options)
     journal_state = None if planned.restart else read_journal(journal_path(target.container))
-    state, manifest = inspect_target(planned, journal_state)
-    if state == "resumable" and journal_state is not None:
-        return with_committed(planned, journal_state.chunk_images, len(journal_state.commits))
-    if state == "failed" and isinstance(source, ImageSource):
-        return plan_retry(planned, source, manifest)
-    if state == "fresh" and planned.target_format != "images" and not target.is_remote:
-        check_free_space(target.container, result.nbytes, "store 16 bits: --dtype float16")
-    return planned
+    found = inspect_target(planned, destination_of(planned), journal_state)
+    if found.name == "failed" and isinstance(source, ImageSource):
+        return plan_retry(planned, source, found.manifest)
+    if found.name == "fresh" and job.target_format != "images" and not target.is_remote:
+        check_free_space(target.container, job.result.nbytes, "store 16 bits: --dtype float16")
+    return found.plan
 
 
 def _plan_in_place(
-    source: Source, transform: Transform, redo_log: RedoLogHeader | None, options: RunOptions
+    source: Source,
+    transform: Transform,
+    redo_log: RedoLogHeader | None,
+    file_format: FileFormat,
+    options: RunOptions,
 ) -> Plan:
     path, header = source.path, source.header
     if source.kind != "npy":
@@ -300,84 +298,76 @@ def _plan_in_place(
         )
     if header.dtype != "uint8":
         transform = dataclasses.replace(transform, dtype=transform.dtype or header.dtype)
-    result = plan_result(source, transform)
-    if result != header:
+    job = _job_of(source, source.location, transform, file_format)
+    if job.result != header:
         raise UsageError(
             f"{path} has shape {header.shape} and dtype {header.dtype}, but the result would have "
-            f"{result.shape} and {result.dtype}",
+            f"{job.result.shape} and {job.result.dtype}",
             "--in-place cannot change dtype or layout: give a DST instead",
         )
     check_in_place_supported(path)
     check_directory(path)
     if redo_log is None:
-        planned = _build_plan(
-            source, source.location, transform, result, source.fingerprint(), options
-        )
-        log_header = RedoLogHeader.new(planned.job(), planned.chunk_images, path.stat())
+        planned = _build_plan(source, source.location, job, options)
+        log_header = RedoLogHeader.new(job, planned.chunk_images, path.stat())
         check_free_space(path, log_header.file_layout.journal_bytes, "lower --memory")
         return planned
     check_same_file(redo_log, path)
-    fingerprint = redo_log.job.fingerprint
-    planned = _build_plan(source, source.location, transform, result, fingerprint, options)
-    redo_log.job.check_same(planned.job(), str(planned.target))
+    job = dataclasses.replace(job, fingerprint=redo_log.job.fingerprint)
+    planned = _build_plan(source, source.location, job, options)
+    redo_log.job.check_same(job, str(planned.target))
     return with_committed(planned, redo_log.chunk_images, committed_chunks(redo_log, path))
 
 
-def _build_plan(
-    source: Source,
-    target: Location,
-    transform: Transform,
-    result: Header,
-    fingerprint: str,
-    options: RunOptions,
-) -> Plan:
-    header = source.header
-    formats = source.kind, target_format(target)
-    bytes_per_image = image_work_bytes(*formats, header.image_bytes, result.image_bytes)
-    scratch_bytes = min_scratch_bytes(
-        *formats, options["threads"], header.image_bytes, result.image_bytes
+def _job_of(source: Source, target: Location, transform: Transform, file_format: FileFormat) -> Job:
+    result = plan_result(source, transform)
+    return Job(
+        source=str(source.location),
+        source_kind=source.kind,
+        fingerprint=source.fingerprint(),
+        header=source.header,
+        decoding=DecodeOptions.from_dict(source.settings) if source.settings else None,
+        transform=transform,
+        target_format=target_format(target),
+        result=result,
+        in_place=source.location == target,
+        file_format=file_format,
+        dataset=target.inner,
     )
-    max_bytes = chunk_bytes(
-        *formats, header.images * bytes_per_image, in_place=target == source.location
-    )
-    if source.kind in DECODED:
-        scratch_bytes = max(scratch_bytes, options["memory_bytes"] // 2)  # to decode large images
-    return Plan(
+
+
+def _build_plan(source: Source, target: Location, job: Job, options: RunOptions) -> Plan:
+    planned = Plan(
         source=source.location,
         target=target,
-        source_kind=source.kind,
-        target_format=formats[1],
-        header=header,
-        result=result,
-        transform=transform,
-        decoding=DecodeOptions.from_dict(source.settings) if source.settings else None,
-        fingerprint=fingerprint,
+        job=job,
         read_bytes=source.stored_bytes,
-        chunk_images=chunk_images(
-            header.images,
-            bytes_per_image,
-            scratch_bytes,
-            options["memory_bytes"],
-            max_bytes,
-            source.read_granularity,
-            inner_chunk_images(result.image_bytes) if formats[1] == "zarr" else 1,
-        ),
-        notes=tuple(source.notes + _losses(transform, result, formats[1], options["file_format"])),
-        committed_chunks=0,
+        notes=tuple(source.notes + _losses(job)),
         listing=source.listing if isinstance(source, ImageSource) else None,
-        **options,
+        **vars(options),
     )
+    formats, images = (job.source_kind, job.target_format), job.header.images
+    scratch_bytes = planned.min_scratch_bytes
+    if job.is_decoded:
+        scratch_bytes = max(scratch_bytes, options.memory_bytes // 2)  # to decode large images
+    largest = chunk_images(
+        images,
+        planned.image_memory_bytes,
+        scratch_bytes,
+        options.memory_bytes,
+        chunk_bytes(*formats, images * planned.image_memory_bytes, in_place=job.in_place),
+        source.read_granularity,
+        inner_chunk_images(job.result.image_bytes) if job.target_format == "zarr" else 1,
+    )
+    return dataclasses.replace(planned, chunk_images=largest)
 
 
-def _losses(
-    transform: Transform, result: Header, target_format: str, file_format: FileFormat
-) -> list[str]:
+def _losses(job: Job) -> list[str]:
     """Return notes on what the result cannot restore exactly."""
-    if target_format == "images" and is_lossy(file_format):
-        return [
-            f"{file_format} is lossy: the files are not the exact images; use png or webp for that"
-        ]
-    if transform.direction != "preprocess":
+    if job.target_format == "images" and is_lossy(job.file_format):
+        exact = "the files are not the exact images; use png or webp for that"
+        return [f"{job.file_format} is lossy: {exact}"]
+    if job.transform.direction != "preprocess":
         return []
-    lost = oracle.unrestorable(transform.mode, result.dtype)
-    return [f"{lost} of 768 values cannot be restored from {result.dtype}"] if lost else []
+    lost = oracle.unrestorable(job.transform.mode, job.result.dtype)
+    return [f"{lost} of 768 values cannot be restored from {job.result.dtype}"] if lost else []

@@ -11,7 +11,7 @@ from fastvgg.datasets.open import check_target as check_name
 from fastvgg.datasets.open import target_format
 from fastvgg.errors import ArrayError, SourceError, TargetError, UsageError
 from fastvgg.storage.location import sidecar_path
-from fastvgg.stream.job import DECODED, result_header
+from fastvgg.stream.job import result_header
 from fastvgg.stream.plan import format_bytes
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from fastvgg.datasets.base import Header, Source
     from fastvgg.storage.location import Location
+    from fastvgg.stream.job import Job
     from fastvgg.stream.plan import RunOptions
     from fastvgg.transform import Transform
 
@@ -76,29 +77,26 @@ def _check_store(source: Source, target: Location) -> None:
         )
 
 
-def check_choices(
-    source: Source, target: Location, transform: Transform, result: Header, options: RunOptions
-) -> None:
+def check_choices(target: Location, job: Job, options: RunOptions) -> None:
     """Check that the options fit the source and target."""
-    kind = target_format(target)
-    if transform.direction == "pack" and source.kind not in DECODED:
+    if job.transform.direction == "pack" and not job.is_decoded:
         raise UsageError(
-            f"{source.location} is already an array: pack takes image files",
+            f"{job.source} is already an array: pack takes image files",
             "preprocess it, or give a directory of images",
         )
-    if kind == "zarr" and result.dtype == "bfloat16":
+    if job.target_format == "zarr" and job.result.dtype == "bfloat16":
         raise TargetError(
             f"{target}: Zarr has no bfloat16 dtype",
             "store float16 or float32, or give a name that ends in .npy, or FILE.h5::/NAME",
         )
-    if kind == "images":
-        check_format(options["file_format"], *result.shape[1:3])
-    elif options["file_format"] != "png":
+    if job.target_format == "images":
+        check_format(job.file_format, *job.result.shape[1:3])
+    elif job.file_format != "png":
         raise UsageError(
             f"{target} is not a directory, but --format applies to image files",
             "omit --format, or give a directory",
         )
-    if options["retry_failed"] and (options["restart"] or source.kind not in DECODED):
+    if options.retry_failed and (options.restart or not job.is_decoded):
         raise UsageError(
             "--retry-failed needs the finished result of a run over images, and excludes --restart",
             "omit --restart, and give the SRC and DST of the run that had failures",

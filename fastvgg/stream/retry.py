@@ -8,7 +8,6 @@ the good rows are kept if their source images are unchanged; a checksum verifies
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import os
 from typing import TYPE_CHECKING, Any
@@ -36,10 +35,7 @@ if TYPE_CHECKING:
 def plan_retry(plan: Plan, source: ImageSource, manifest: Manifest | None) -> Plan:
     """Return the plan with the chunk size and good chunks of the finished target.
 
-    Raises
-    ------
-    ResumeError
-        If the target was made with other settings, or the source's file names have changed.
+    Raises what `FailureRetry` does, and ResumeError if the source's file names have changed.
     """
     retry = FailureRetry(plan, source, manifest)
     retry.check_same_names()
@@ -53,12 +49,7 @@ def plan_retry(plan: Plan, source: ImageSource, manifest: Manifest | None) -> Pl
 class FailureRetry:
     """A retry of the failed images of a finished target.
 
-    Raises
-    ------
-    TargetError
-        If the target is not finished.
-    ResumeError
-        If it was made with other settings.
+    Raises TargetError if the target is not finished, ResumeError if it has other settings.
     """
 
     def __init__(self, plan: Plan, source: ImageSource, manifest: Manifest | None) -> None:
@@ -75,7 +66,7 @@ class FailureRetry:
                 f"{self.target} is not a finished dataset of fastvgg: there is nothing to retry",
                 "rerun the command without --retry-failed",
             )
-        found, expected = manifest.job, self.plan.job()
+        found, expected = manifest.job, self.plan.job
         then, now = found.decoding, expected.decoding
         if then is not None and now is not None:
             if then.gray16 == "error":
@@ -87,13 +78,7 @@ class FailureRetry:
         return manifest
 
     def check_same_names(self) -> None:
-        """Check that the source's image names match the target's index.
-
-        Raises
-        ------
-        ResumeError
-            Naming the first mismatch.
-        """
+        """Check that the source's image names match the target's index; name the first mismatch."""
         for row, record in enumerate(self.records):
             name = os.fsdecode(self.source.listing.name(row))
             if name != record.path:
@@ -105,49 +90,31 @@ class FailureRetry:
 
     def good_commits(self) -> Iterator[Commit]:
         """Yield the commits of the chunks that need no retry."""
-        for chunk, records in self._chunks():
+        rows = iter(self.records)
+        checksums = zip(self.manifest.checksums, self.manifest.source_checksums, strict=True)
+        for chunk, sums in enumerate(checksums):
+            records = list(itertools.islice(rows, self.manifest.chunk_images))
             if not any(record.failed for record in records) and self._is_unchanged(chunk, records):
-                sums = self.manifest.checksums[chunk], self.manifest.source_checksums[chunk]
                 yield Commit(chunk, *sums, records)
 
     def task(self, chunk: int, start: int, stop: int, target: ContiguousTarget) -> ChunkTask:
         """Return the task that recomputes a chunk, or only its failed rows."""
         records = [*self.records[start:stop]]
-        if not self._is_unchanged(chunk, records):
-            return ChunkTask(chunk, start, stop)
-        return ChunkTask(
-            chunk,
-            start,
-            stop,
-            functools.partial(self._load_existing, chunk, start, target, records),
-        )
 
-    def _load_existing(
-        self,
-        chunk: int,
-        start: int,
-        target: ContiguousTarget,
-        records: list[ImageRecord],
-        out: NDArray[Any],
-    ) -> list[ImageRecord]:
-        """Read the stored rows of a chunk into `out`; return its records.
+        def load_existing(out: NDArray[Any]) -> list[ImageRecord]:
+            target.read_partial(start, out)
+            for row, record in enumerate(records):
+                if record.failed:  # an interrupted retry may have written here
+                    out[row] = 0
+            if checksum([bytes_of(out)]) != self.manifest.checksums[chunk]:
+                raise ResumeError(
+                    f"{target.partial}: images {start} to {stop - 1} do not match their checksum",
+                    "the file was changed or damaged: give --restart to start over",
+                )
+            return records
 
-        Raises
-        ------
-        ResumeError
-            If the rows do not match their checksum.
-        """
-        target.read_partial(start, out)
-        for row, record in enumerate(records):
-            if record.failed:  # an interrupted retry may have written here
-                out[row] = 0
-        if checksum([bytes_of(out)]) != self.manifest.checksums[chunk]:
-            raise ResumeError(
-                f"{target.partial}: images {start} to {start + len(out) - 1} do not match their "
-                "checksum",
-                "the file was changed or damaged: give --restart to start over",
-            )
-        return records
+        is_unchanged = self._is_unchanged(chunk, records)
+        return ChunkTask(chunk, start, stop, load_existing if is_unchanged else None)
 
     def _is_unchanged(self, chunk: int, records: list[ImageRecord]) -> bool:
         """Return whether the source images of a chunk's good rows are unchanged."""
@@ -155,8 +122,3 @@ class FailureRetry:
         failed = {row for row, record in enumerate(records, first) if record.failed}
         found = self.source.checksum_of(first, first + len(records), failed)
         return found == self.manifest.source_checksums[chunk]
-
-    def _chunks(self) -> Iterator[tuple[int, list[ImageRecord]]]:
-        records = iter(self.records)
-        for chunk in range(len(self.manifest.checksums)):
-            yield chunk, list(itertools.islice(records, self.manifest.chunk_images))

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from typing import TYPE_CHECKING, Protocol, cast
+from abc import ABC, abstractmethod
+from contextlib import ExitStack, closing
+from typing import TYPE_CHECKING, cast
 
 from fastvgg.datasets.contiguous import ContiguousTarget
 from fastvgg.datasets.images import ImageSource
@@ -17,13 +19,9 @@ from fastvgg.datasets.index import INDEX_HEAD, index_path, index_text, read_inde
 from fastvgg.datasets.open import open_target
 from fastvgg.errors import ClusterError, ResumeError, StoppedError, TargetError, VerificationError
 from fastvgg.stream import in_place
-from fastvgg.stream.compute import ChunkTask, check_no_failures
+from fastvgg.stream.compute import ChunkTask, check_no_failures, stored_checksum
 from fastvgg.stream.destination import destination_of
-from fastvgg.stream.manifest import (
-    Manifest,
-    checksum,
-    manifest_path,
-)
+from fastvgg.stream.manifest import Manifest, checksum, manifest_path
 from fastvgg.stream.progress import ProgressTracker
 from fastvgg.stream.report import FAILURES_KEPT, Failure
 from fastvgg.stream.retry import FailureRetry
@@ -38,19 +36,19 @@ if TYPE_CHECKING:
     from fastvgg.storage.local import Storage
     from fastvgg.storage.objects import StoreStorage
     from fastvgg.stream.destination import Destination
-    from fastvgg.stream.journal import CommitRef, Journal, JournalState
+    from fastvgg.stream.journal import Journal, JournalState
     from fastvgg.stream.plan import Plan
     from fastvgg.stream.report import Progress, Report
-    from fastvgg.stream.store_journal import StoreJournal
 
 
-class Executor(Protocol):
+class Executor(ABC):
     """Compute the chunks of a run. The run decides which, and publishes the result."""
 
     def prepare(self, plan: Plan) -> Plan:
         """Check that the executor can run a plan, and return the plan that it runs."""
+        return plan
 
-    def open(self, run: Run) -> None:
+    def open(self, run: Run) -> None:  # noqa: B027  # threads use the files of the run
         """Prepare for the chunks of a run whose target is open.
 
         Raises
@@ -59,6 +57,7 @@ class Executor(Protocol):
             If that fails; no chunk has been written.
         """
 
+    @abstractmethod
     def compute(self, run: Run, tasks: Iterable[ChunkTask]) -> None:
         """Compute, write and commit every chunk of `tasks`, and count it in the run's tracker."""
 
@@ -69,8 +68,10 @@ class Executor(Protocol):
 
         None for formats whose committed bytes need no check.
         """
+        for task in tasks:
+            yield task.chunk, stored_checksum(run.target, task)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Release what `open` acquired."""
 
 
@@ -110,35 +111,22 @@ def run(
 
         executor = ThreadExecutor()
     plan = executor.prepare(plan)
-    if plan.in_place:
+    if plan.job.in_place:
         return in_place.run(plan, progress, cast("Storage | None", storage))
     started_at = time.monotonic()
     destination = destination_of(plan, storage)
-    source = reopen_source(plan)
-    try:
-        journal = destination.open_journal(restart=plan.restart)
-        try:
-            return Run(plan, source, destination, journal, executor, progress, started_at).finish()
-        finally:
-            executor.close()
-            journal.close()
-    finally:
-        source.close()
+    with ExitStack() as opened:
+        source = opened.enter_context(closing(reopen_source(plan)))
+        journal = opened.enter_context(closing(destination.open_journal(restart=plan.restart)))
+        opened.enter_context(closing(executor))
+        return Run(plan, source, destination, journal, executor, progress, started_at).finish()
 
 
 class Run:
     """A run of a plan that holds the journal's lock.
 
-    Parameters
-    ----------
-    plan, progress, executor
-        As for `run`.
-    source
-        Open, and unchanged since planning.
-    destination, journal
-        Of the target; the journal is open.
-    started_at
-        Start of the run, in seconds of the monotonic clock.
+    The source is open, and unchanged since planning. `started_at` is the start of the run, in
+    seconds of the monotonic clock.
     """
 
     def __init__(
@@ -146,26 +134,24 @@ class Run:
         plan: Plan,
         source: Source,
         destination: Destination,
-        journal: Journal | StoreJournal,
+        journal: Journal,
         executor: Executor,
         progress: Callable[[Progress], None] | None,
         started_at: float,
     ) -> None:
-        self.state, self.manifest = inspect_target(plan, journal.state)
-        self.plan = plan
-        if self.state == "resumable" and journal.state is not None:
-            self.plan = with_committed(plan, journal.state.chunk_images, len(journal.state.commits))
+        self.found = inspect_target(plan, destination, journal.state)
+        self.plan = self.found.plan
         self.source = source
         self.destination = destination
         self.journal = journal
         self.storage = destination.storage
         self.executor = executor
-        self.started_at = started_at
         self.retry = self._failure_retry()
-        if self.state == "failed" and self.retry is not None:
+        if self.found.name == "failed" and self.retry is not None:
             self.plan = with_committed(plan, self.retry.manifest.chunk_images, 0)
         self.progress = progress
-        self.tracker = ProgressTracker(self.plan, self._commits(), progress, started_at)
+        self.started_at = started_at
+        self.tracker = self._new_tracker()
         self.target = open_target(
             plan.target,
             plan.result,
@@ -173,28 +159,32 @@ class Run:
             chunk_images=self.plan.chunk_images,
             transform=plan.transform,
             records=source.records,
-            file_format=plan.file_format,
+            file_format=plan.job.file_format,
         )
+
+    def _new_tracker(self) -> ProgressTracker:
+        return ProgressTracker(self.plan, self.journal.commits, self.progress, self.started_at)
 
     def _failure_retry(self) -> FailureRetry | None:
         """Return the retry of a finished target's failures, if this run is one."""
-        journal_state = self.journal.state
-        retries = self.state == "failed" or (journal_state is not None and journal_state.retries)
+        state = self.journal.state
         # Once every chunk is committed, the old manifest and index may be gone.
-        if not retries or (journal_state is not None and journal_state.complete):
+        resumes = state is not None and state.retries and not state.complete
+        if self.found.name != "failed" and not resumes:
             return None
         if not isinstance(self.source, ImageSource):
             raise TypeError(f"{self.source.location} is not an image source")
-        return FailureRetry(self.plan, self.source, self.manifest)
+        return FailureRetry(self.plan, self.source, self.found.manifest)
 
     def finish(self) -> Report:
         """Execute the remaining steps and return the report."""
-        if self.state != "fresh":  # a killed run may not have synced anything
+        if self.found.name != "fresh":  # a killed run may not have synced anything
             self.destination.sync_existing()
-        if self.state == "complete":
+        if self.found.name == "complete":
             return self._report_of_complete()
         check_values(self.plan, self.source)
-        if self._published():
+        resumes = self.found.name == "resumable" and self._journal_state.complete
+        if resumes and self.destination.is_published():  # without its manifest
             self._check_checksums()
         else:
             try:
@@ -205,14 +195,6 @@ class Run:
             self._publish()
         return self._describe()
 
-    def _published(self) -> bool:
-        """Return whether an earlier run published the data but did not write the manifest."""
-        return (
-            self.state == "resumable"
-            and self.destination.is_published()
-            and len(self._commits()) == self.plan.chunks
-        )
-
     def _check_checksums(self) -> None:
         for chunk, (start, stop) in enumerate(self.plan.chunk_rows()):
             reason = f"images {start} to {stop - 1} differ"
@@ -220,7 +202,7 @@ class Run:
                 stored = self.target.read_stored(start, stop)
             except VerificationError as error:  # from a format that has checksums of its own
                 stored, reason = [], error.problem
-            if checksum(stored) != self._commits()[chunk].checksum:
+            if checksum(stored) != self.journal.commits[chunk].checksum:
                 raise ResumeError(
                     f"{self.plan.target} is not what the unfinished run wrote: {reason}",
                     "give --restart to replace it, or choose another name",
@@ -232,14 +214,11 @@ class Run:
                 f"{self.plan.source} changed while it was read: the result may mix both versions",
                 "keep the source unchanged, and rerun with --restart",
             )
-        check_not_occupied(self.plan, self.journal.state.replaces if self.journal.state else None)
+        check_not_occupied(self.destination, self._journal_state.replaces)
         for sidecar in (manifest_path, index_path):  # they describe the data that is replaced
             self.storage.remove(sidecar(self.target.path))
         self.destination.move_aside()
         self.target.publish()
-
-    def _commits(self) -> dict[int, CommitRef]:
-        return self.journal.state.commits if self.journal.state is not None else {}
 
     @property
     def _journal_state(self) -> JournalState:
@@ -249,16 +228,19 @@ class Run:
 
     def _open_target(self) -> None:
         """Create the target, or reopen it to resume."""
+        plan = self.plan
         if self.retry is not None:
-            self._reopen_published(self.retry)
-        if self.retry is not None or (self.state == "resumable" and self._commits()):
+            if self.found.name == "failed":
+                committed = self.retry.good_commits()
+                self.journal.begin(plan.job, plan.chunk_images, committed=committed)
+            self.destination.reopen_published()
+        if self.retry is not None or (self.found.name == "resumable" and self.journal.commits):
             self.target.reopen()
             self._discard_damaged()
             self.executor.open(self)
             return
-        if self.state == "fresh":
-            replaces = self.destination.replaceable() if self.plan.restart else None
-            self.journal.begin(self.plan.job(), self.plan.chunk_images, replaces=replaces)
+        if self.found.name == "fresh":
+            self.journal.begin(plan.job, plan.chunk_images, replaces=self.found.replaces)
         try:
             self.target.create()
         except TargetError:  # no space: undo the start of the run
@@ -267,7 +249,7 @@ class Run:
         try:
             self.executor.open(self)
         except ClusterError:
-            if self.state == "fresh":
+            if self.found.name == "fresh":
                 self.target.close()
                 self.storage.remove(self.target.partial)
                 self.journal.remove()
@@ -275,25 +257,17 @@ class Run:
 
     def _discard_damaged(self) -> None:
         """Drop the commits of chunks whose stored bytes do not match their checksum."""
-        rows = enumerate(self.plan.chunk_rows())
-        committed = [ChunkTask(chunk, *span) for chunk, span in rows if chunk in self._commits()]
+        commits, rows = self.journal.commits, enumerate(self.plan.chunk_rows())
+        committed = [ChunkTask(chunk, *span) for chunk, span in rows if chunk in commits]
         for chunk, found in self.executor.stored_checksums(self, committed):
-            if found is not None and found != self._commits()[chunk].checksum:
-                del self._commits()[chunk]
-        self.tracker = ProgressTracker(self.plan, self._commits(), self.progress, self.started_at)
-
-    def _reopen_published(self, retry: FailureRetry) -> None:
-        """Turn a finished target into an unfinished run whose good chunks are committed."""
-        if self.state == "failed":
-            self.journal.begin(
-                self.plan.job(), self.plan.chunk_images, committed=retry.good_commits()
-            )
-        self.destination.reopen_published()
+            if found is not None and found != commits[chunk].checksum:
+                del commits[chunk]
+        self.tracker = self._new_tracker()
 
     def _tasks(self) -> Iterator[ChunkTask]:
         """Yield every chunk that is not durable yet."""
         for chunk, (start, stop) in enumerate(self.plan.chunk_rows()):
-            ref = self._commits().get(chunk)
+            ref = self.journal.commits.get(chunk)
             if ref is None and self.retry is not None and isinstance(self.target, ContiguousTarget):
                 yield self.retry.task(chunk, start, stop, self.target)
             elif ref is None:
@@ -303,18 +277,16 @@ class Run:
 
     def _describe(self) -> Report:
         """Write the index and the manifest of the published data, and remove the journal."""
-        refs = [self._commits()[chunk] for chunk in range(self.plan.chunks)]
+        refs = [self.journal.commits[chunk] for chunk in range(self.plan.chunks)]
         path = self.target.path
         self._write_index()
-        failures = self._failures()
+        rows_of = self._journal_state.failures
+        failures = _first_failures(row for chunk in range(len(refs)) for row in rows_of(chunk))
         manifest = Manifest.of_now(
-            self.plan.job(),
+            self.plan.job,
             self.plan.chunk_images,
             checksums=[ref.checksum for ref in refs],
-            counts={
-                "images": self.plan.header.images,
-                "failed": sum(ref.failed for ref in refs),
-            },
+            counts={"images": self.plan.header.images, "failed": sum(ref.failed for ref in refs)},
             source_checksums=[ref.source_checksum for ref in refs],
         )
         self.storage.write_atomic(manifest_path(path), [manifest.to_json()])
@@ -324,42 +296,26 @@ class Run:
 
     def _write_index(self) -> None:
         """Write the index, if the source has image records."""
-        path = index_path(self.target.path)
-        if self._journal_state.commit(0).records:
-            self.storage.write_atomic(path, self._index_pieces())
-        else:
+        path, read = index_path(self.target.path), self._journal_state.commit
+        if not read(0).records:
             self.storage.remove(path)
-
-    def _index_pieces(self) -> Iterator[bytes]:
-        """Yield the encoded header of the index and the lines of each chunk."""
-        yield INDEX_HEAD.encode()
-        for chunk, (start, _) in enumerate(self.plan.chunk_rows()):
-            text = index_text(self._journal_state.commit(chunk).records, start)
-            yield text.encode("utf-8", "surrogateescape")
-
-    def _failures(self) -> list[Failure]:
-        """Return the first images that could not be read."""
-        rows = (
-            row for chunk in range(self.plan.chunks) for row in self._journal_state.failures(chunk)
-        )
-        return _first_failures(rows)
+            return
+        rows = enumerate(self.plan.chunk_rows())
+        lines = (index_text(read(chunk).records, start) for chunk, (start, _) in rows)
+        texts = itertools.chain([INDEX_HEAD], lines)
+        self.storage.write_atomic(path, (text.encode("utf-8", "surrogateescape") for text in texts))
 
     def _report_of_complete(self) -> Report:
-        """Return the report of a target that this job finished before.
-
-        Raises
-        ------
-        SourceError
-            If its header or length has changed since.
-        """
-        if self.manifest is None:
+        """Return the report of a target that this job finished; raise SourceError if it changed."""
+        if self.found.manifest is None:
             raise RuntimeError(f"{self.plan.target} is complete but has no manifest")
-        if self.plan.target_format != "images":
+        if self.plan.job.target_format != "images":
             self.target.read_back(0, 1)
         failures = _first_failures(enumerate(read_index(self.target.path, self.plan.header.images)))
-        return self.tracker.report(self.manifest.counts, failures)
+        return self.tracker.report(self.found.manifest.counts, failures)
 
 
 def _first_failures(rows: Iterable[tuple[int, ImageRecord]]) -> list[Failure]:
+    """Return the first images that could not be read."""
     failures = (Failure(row, record.path, record.reason) for row, record in rows if record.failed)
     return list(itertools.islice(failures, FAILURES_KEPT))

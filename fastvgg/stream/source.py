@@ -15,18 +15,12 @@ if TYPE_CHECKING:
 
 
 def reopen_source(plan: Plan) -> Source:
-    """Reopen the source of a plan and check that it is unchanged.
-
-    Raises
-    ------
-    SourceError
-        If it has changed since the plan was made.
-    """
+    """Reopen the source of a plan; raise SourceError if it has changed since."""
     source = open_source(
         plan.source,
         layout=plan.header.layout,
         dtype_hint=plan.header.dtype,
-        decoding=plan.decoding,
+        decoding=plan.job.decoding,
         decoding_bytes=plan.decoding_bytes,
         threads=plan.threads,
         gather=gather_function(plan.choose_backend()),
@@ -49,4 +43,4 @@ def changed_since(source: Location) -> SourceError:
 
 def changed(plan: Plan, source: Source) -> bool:
     """Return whether a source differs from the planned one."""
-    return source.header != plan.header or source.fingerprint() != plan.fingerprint
+    return source.header != plan.header or source.fingerprint() != plan.job.fingerprint

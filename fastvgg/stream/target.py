@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from fastvgg.errors import TargetError
-from fastvgg.stream.destination import destination_of
 from fastvgg.stream.manifest import read_manifest
 from fastvgg.stream.plan import format_bytes
 
@@ -16,65 +15,62 @@ if TYPE_CHECKING:
     from fastvgg.stream.manifest import Manifest
     from fastvgg.stream.plan import Plan
 
-State: TypeAlias = Literal["fresh", "resumable", "complete", "failed"]
-
 
 class TargetState(NamedTuple):
     """What was found at the name of a target."""
 
-    name: State
+    name: Literal["fresh", "resumable", "complete", "failed"]
     """Absent, unfinished or finished; "failed" if the failed images of a finished target are to
     be retried."""
-    manifest: Manifest | None
+    plan: Plan
+    """The plan, with the chunk size and progress of a run that it resumes."""
+    manifest: Manifest | None = None
     """The manifest of the finished target, or of the target of which a run retries the failures."""
+    replaces: str | None = None
+    """Identity of what a restart replaces."""
 
 
-def inspect_target(plan: Plan, journal_state: JournalState | None) -> TargetState:
-    """Return the state of a plan's target.
+def inspect_target(
+    plan: Plan, destination: Destination, journal_state: JournalState | None
+) -> TargetState:
+    """Return the state of a plan's target, which is at `destination`.
 
     Raises
     ------
     ResumeError
         If the unfinished run has other settings.
     TargetError
-        If the target's name is taken by something that this run did not write.
+        If the target's name is taken by something that this run did not write, or a run that it
+        resumes needs more memory.
     """
-    destination = destination_of(plan)
     if plan.restart:
-        destination.replaceable()
-        return TargetState("fresh", None)
+        return TargetState("fresh", plan, replaces=destination.replaceable())
     if journal_state is not None:
-        journal_state.job.check_same(plan.job(), str(plan.target))
+        journal_state.job.check_same(plan.job, str(plan.target))
         if destination.predates_run(journal_state):
-            check_not_occupied(plan, journal_state.replaces)
+            check_not_occupied(destination, journal_state.replaces)
         retried = read_manifest(destination.path) if journal_state.retries else None
-        return TargetState("resumable", retried)
+        resumed = with_committed(plan, journal_state.chunk_images, len(journal_state.commits))
+        return TargetState("resumable", resumed, retried)
     manifest = read_manifest(destination.path)
     if manifest is not None and destination.is_occupied():
-        is_same = manifest.job == plan.job()
+        is_same = manifest.job == plan.job
         if plan.retry_failed and (not is_same or manifest.counts["failed"] > 0):
-            return TargetState("failed", manifest)
+            return TargetState("failed", plan, manifest)
         if is_same:
-            return TargetState("complete", manifest)
-    check_not_occupied(plan, None)
+            return TargetState("complete", plan, manifest)
+    check_not_occupied(destination, None)
     if destination.exists(destination.partial):
         raise TargetError(
             f"{destination.partial} exists, but no journal shows that an unfinished run wrote it",
             _remedy(destination),
         )
     destination.check_sidecars()
-    return TargetState("fresh", None)
+    return TargetState("fresh", plan)
 
 
-def check_not_occupied(plan: Plan, replaces: str | None) -> None:
-    """Check that the target's name is free, or taken only by what the run replaces.
-
-    Raises
-    ------
-    TargetError
-        If something else has the name.
-    """
-    destination = destination_of(plan)
+def check_not_occupied(destination: Destination, replaces: str | None) -> None:
+    """Check that the target's name is free, or taken only by what the run replaces."""
     if not destination.is_occupied() or destination.identity() == replaces:
         return
     is_foreign = read_manifest(destination.path) is None
@@ -92,13 +88,7 @@ def _remedy(destination: Destination) -> str:
 
 
 def with_committed(plan: Plan, chunk_images: int, committed_chunks: int) -> Plan:
-    """Return the plan with the chunk size and progress of the unfinished run.
-
-    Raises
-    ------
-    TargetError
-        If chunks of that size exceed the present memory limit.
-    """
+    """Return the plan with the chunk size and progress of an unfinished run; check that it fits."""
     resumed = dataclasses.replace(
         plan, chunk_images=chunk_images, committed_chunks=committed_chunks
     )
@@ -108,6 +98,6 @@ def with_committed(plan: Plan, chunk_images: int, committed_chunks: int) -> Plan
             f"{format_bytes(resumed.projected_bytes)}, but the memory limit is "
             f"{format_bytes(plan.memory_bytes)}",
             f"give --memory {-(-resumed.projected_bytes // 2**20)}MiB"
-            + ("" if plan.in_place else ", or --restart"),
+            + ("" if plan.job.in_place else ", or --restart"),
         )
     return resumed

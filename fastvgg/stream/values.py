@@ -15,19 +15,11 @@ if TYPE_CHECKING:
     from fastvgg.stream.plan import Plan
     from fastvgg.transform import Direction, Transform
 
-__all__ = ["check_not_already_done", "check_values"]
-
 CHECKED_IMAGES: Final = 16
 
 
 def check_not_already_done(source: Location, recorded: Transform, direction: Direction) -> None:
-    """Check that a dataset was not already preprocessed, or restored, by its manifest.
-
-    Raises
-    ------
-    SourceError
-        If it was.
-    """
+    """Check that a dataset was not already preprocessed, or restored, by its manifest."""
     if recorded.direction != direction:
         return
     if direction == "preprocess":
@@ -74,6 +66,6 @@ def check_values(plan: Plan, source: Source) -> None:
     is_integral = all(np.array_equal(image, np.trunc(image)) for image in values)
     if plan.transform.direction == "restore" and is_image and is_integral and high > 1:
         raise SourceError(
-            f"{found}, all is_integral numbers: these are images that were never preprocessed",
+            f"{found}, all of them whole numbers: these are images that were never preprocessed",
             "there is nothing to restore; to store them as uint8, convert their dtype",
         )

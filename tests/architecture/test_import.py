@@ -13,8 +13,6 @@ import pytest
 import fastvgg
 from tests.helpers.batches import run_script
 
-pytestmark = pytest.mark.pixels
-
 PACKAGE = Path(fastvgg.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 HEAVY = {

@@ -58,6 +58,7 @@ from fastvgg.errors import FastvggError, ResumeError, SourceError
 from fastvgg.imaging.decode import INTERPOLATIONS
 from fastvgg.storage.local import Storage
 from fastvgg.stream import redo_log_layout as ring_module
+from fastvgg.stream.destination import destination_of
 from fastvgg.stream.info import info
 from fastvgg.stream.journal import Commit, decode_line, encode_line, journal_path, read_journal
 from fastvgg.stream.manifest import Manifest, read_manifest
@@ -452,7 +453,7 @@ class Ledgers(Kind):
         self._file = self.reused(self.path)
         self.wholes = []
         for plan, records in zip(self._plans, ([], RECORDS, RECORDS), strict=True):
-            first = {"fastvgg-journal": 2, "job": plan.job().to_dict(), "chunk_images": 2}
+            first = {"fastvgg-journal": 2, "job": plan.job.to_dict(), "chunk_images": 2}
             first |= {"replaces": None, "retries": bool(records)}
             commits = [
                 make_commit(chunk, records[2 * chunk : 2 * chunk + 2])
@@ -486,7 +487,10 @@ class Ledgers(Kind):
         if journal_state is not None:
             for plan in self._plans:
                 with contextlib.suppress(FastvggError):
-                    assert inspect_target(plan, journal_state).name == "resumable"
+                    assert (
+                        inspect_target(plan, destination_of(plan), journal_state).name
+                        == "resumable"
+                    )
                 with contextlib.suppress(FastvggError):
                     with_committed(plan, journal_state.chunk_images, len(journal_state.commits))
         return journal_state
@@ -614,7 +618,7 @@ class Manifests(Kind):
         self.path = place / "y.npy.fastvgg.json"
         self.wholes = [
             Manifest(
-                job=plan.job(),
+                job=plan.job,
                 chunk_images=2,
                 checksums=[f"{chunk:016x}" for chunk in range(plan.chunks)],
                 source_checksums=[""] * plan.chunks,
@@ -674,7 +678,7 @@ class RingFiles:
         old = np.arange(math.prod(self.SHAPE), dtype=np.float32).reshape(self.SHAPE)
         save_npy(self.path, old)
         self.old = self.path.read_bytes()
-        job = plan_of(self.path, None, in_place=True, mode="caffe").job()
+        job = plan_of(self.path, None, in_place=True, mode="caffe").job
         self.job = dataclasses.replace(job, source="/data/r.npy", fingerprint=FINGERPRINT)
         self.data = self.storage.open(self.path)
         self._record()

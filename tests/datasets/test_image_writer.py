@@ -23,8 +23,6 @@ from fastvgg.storage.location import Location
 from tests.helpers.batches import frozen
 from tests.helpers.datasets_on_disk import failing_in_ascii, must_say, names_in, pixels, tree
 
-pytestmark = pytest.mark.pixels
-
 LOSSLESS = ("png", "webp")
 PILLOWS_NAMES = {"png": "PNG", "webp": "WEBP", "jpeg": "JPEG"}
 

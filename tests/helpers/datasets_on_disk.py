@@ -24,7 +24,6 @@ import fastvgg
 from fastvgg import oracle
 from fastvgg.datasets.open import open_source
 from fastvgg.storage.location import Location
-from fastvgg.stream.job import DECODED
 from fastvgg.transform import Transform
 from tests.helpers.batches import dtype_of
 from tests.helpers.checkout import importing_checkout
@@ -108,7 +107,7 @@ def memory_for(together, source, target, **settings):
     plan = plan_of(source, target, **settings)
     chunk_bytes = together * plan.image_memory_bytes
     limit_bytes = chunk_bytes + plan.min_scratch_bytes
-    if plan.source_kind in DECODED:  # half of the limit is for decoding
+    if plan.job.is_decoded:  # half of the limit is for decoding
         limit_bytes = max(limit_bytes, 2 * chunk_bytes)
     return limit_bytes
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 
@@ -13,3 +15,25 @@ def parts(count):
     """
     others = (pytest.param(part, marks=pytest.mark.slow) for part in range(1, count))
     return pytest.mark.parametrize("part", [0, *others], ids=f"part {{}} of {count}".format)
+
+
+def sampled(names, *values, one_in):
+    """Parametrize a test by the product of values, of which all but one in `one_in` are slow.
+
+    By default every value is used, and every two values of different names together wherever one
+    name has at least `one_in` values besides.
+    """
+    numbered = itertools.product(*(enumerate(each) for each in values))
+    cases = [
+        pytest.param(
+            *(value for _, value in case),
+            marks=[pytest.mark.slow] if sum(number for number, _ in case) % one_in else [],
+        )
+        for case in numbered
+    ]
+    return pytest.mark.parametrize(names, cases, ids=_name_of)
+
+
+def _name_of(value):
+    is_pair = isinstance(value, tuple) and all(isinstance(each, str) for each in value)
+    return "-".join(value) if is_pair else str(value)

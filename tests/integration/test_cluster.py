@@ -42,6 +42,7 @@ from tests.helpers.datasets_on_disk import (
 )
 from tests.helpers.faults import CuttingStorage, Death
 from tests.helpers.private_disks import NO
+from tests.helpers.samples import sampled
 from tests.helpers.stores import BUCKET, serving_s3
 
 IMAGES = 40
@@ -496,7 +497,7 @@ def test_a_worker_that_cannot_see_the_source_is_refused(tmp_path, array, workers
         assert names_in(tmp_path) == ["x.npy"]
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@sampled("name", TARGETS, one_in=len(TARGETS))
 def test_a_worker_that_cannot_see_the_target_is_refused_as_if_nothing_had_begun(
     tmp_path, array, workers, name
 ):

@@ -10,8 +10,9 @@ import pytest
 import fastvgg
 import fastvgg.dask
 from fastvgg.errors import DtypeError, ModeError, ShapeError, UsageError
-from tests.helpers.batches import dtype_of
+from tests.helpers.batches import FLOATS, dtype_of
 from tests.helpers.datasets_on_disk import must_say, network_inputs, pixels
+from tests.helpers.samples import sampled
 
 pytestmark = pytest.mark.pixels
 
@@ -29,8 +30,7 @@ def lazily(batch, chunks=CHUNKS):
     return da.from_array(batch, chunks=chunks)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("mode", ["caffe", "tf", "torch", "identity"])
+@sampled("mode, dtype", ["caffe", "tf", "torch", "identity"], FLOATS, one_in=2)
 def test_a_lazy_array_is_computed_to_the_bytes_of_one_in_memory(mode, dtype, backend):
     batch = pixels()
     actual = fastvgg.dask.preprocess(lazily(batch), mode, dtype=dtype, backend=backend)

@@ -6,7 +6,6 @@ import pytest
 
 from tests.helpers.checkout import CHECKOUT
 
-pytestmark = pytest.mark.pixels
 BENCHMARKS = CHECKOUT / "benchmarks"
 
 

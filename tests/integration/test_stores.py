@@ -36,6 +36,7 @@ from tests.helpers.datasets_on_disk import (
     save_npy,
 )
 from tests.helpers.faults import Death
+from tests.helpers.samples import parts
 from tests.helpers.stores import BUCKET, ENVIRONMENT, serving_s3
 
 IMAGES, TOGETHER = 11, 2
@@ -256,12 +257,23 @@ def nobody_can_open(store):
 WHEN = ("before", "half way", "after")
 
 
+def calls_of(counting, when, part):
+    """The numbers of a third of the calls; half way, only a removal differs from before.
+
+    The thirds differ between before and after, so that the first parts have more of the calls.
+    """
+    names = [name for name, _ in counting.calls]
+    numbers = [n for n, name in enumerate(names, 1) if when != "half way" or name == "remove"]
+    return numbers[(part + WHEN.index(when)) % 3 :: 3]
+
+
+@parts(3)
 @pytest.mark.parametrize("when", WHEN)
-def test_a_run_that_is_killed_at_any_call_is_finished_by_the_next(array, when):
+def test_a_run_that_is_killed_at_any_call_is_finished_by_the_next(array, when, part):
     calls = Counting()
     run(planned(array, Store(f"memory://{uuid.uuid4()}")), storage=calls)
     assert len(calls.calls) > 2 * SHARDS
-    for dies_at in range(1, len(calls.calls) + 1):
+    for dies_at in calls_of(calls, when, part):
         store = Store(f"memory://{uuid.uuid4()}")
         with pytest.raises(Death):
             run(planned(array, store), storage=Counting(dies_at, when=when))
@@ -278,8 +290,9 @@ def test_a_run_that_is_killed_at_any_call_is_finished_by_the_next(array, when):
         fastvgg.verify(f"{store.url}/y.zarr")
 
 
+@parts(3)
 @pytest.mark.parametrize("when", WHEN)
-def test_a_restart_that_is_killed_at_any_call_is_finished_by_the_next(array, when):
+def test_a_restart_that_is_killed_at_any_call_is_finished_by_the_next(array, when, part):
     def begun():
         store = Store(f"memory://{uuid.uuid4()}")
         planned(array, store, mode="tf").run()
@@ -287,7 +300,7 @@ def test_a_restart_that_is_killed_at_any_call_is_finished_by_the_next(array, whe
 
     calls, before = Counting(), oracle.apply(fastvgg.Transform("tf"), BATCH)
     run(planned(array, begun(), restart=True), storage=calls)
-    for dies_at in range(1, len(calls.calls) + 1):
+    for dies_at in calls_of(calls, when, part):
         store = begun()
         with pytest.raises(Death):
             run(planned(array, store, restart=True), storage=Counting(dies_at, when=when))
@@ -298,8 +311,9 @@ def test_a_restart_that_is_killed_at_any_call_is_finished_by_the_next(array, whe
         assert store.array().tobytes() == EXPECTED.tobytes()
 
 
+@parts(3)
 @pytest.mark.parametrize("when", WHEN)
-def test_a_retry_that_is_killed_at_any_call_is_finished_by_the_next(tmp_path, when):
+def test_a_retry_that_is_killed_at_any_call_is_finished_by_the_next(tmp_path, when, part):
     photos = save_images(tmp_path / "photos", BATCH, [f"{row:02d}.png" for row in range(IMAGES)])
     whole = (photos / "03.png").read_bytes()
 
@@ -316,7 +330,7 @@ def test_a_retry_that_is_killed_at_any_call_is_finished_by_the_next(tmp_path, wh
     calls = Counting()
     again(begun(), calls)
     assert puts_of_shards(calls) == ["/c.1.0.0.0"]
-    for dies_at in range(1, len(calls.calls) + 1):
+    for dies_at in calls_of(calls, when, part):
         store = begun()
         with pytest.raises(Death):
             again(store, Counting(dies_at, when=when))
@@ -335,22 +349,26 @@ def test_a_run_that_was_restarted_and_killed_goes_on_without_another_restart(in_
 
 KILLED = """
 import os, signal, sys
-from tests.integration.test_stores import *
+from fastvgg.storage.objects import StoreStorage
+from fastvgg.stream.run import run
+from tests.helpers.datasets_on_disk import plan_of
+source, target, together, left = sys.argv[1:]
 class Killed(StoreStorage):
-    left = int(sys.argv[3])
+    left = int(left)
     def put(self, path, data):
         Killed.left -= 1
         if Killed.left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         super().put(path, data)
-run(planned(sys.argv[1], Store(sys.argv[2])), storage=Killed())
+plan = plan_of(source, target, mode="caffe", together=int(together))
+run(plan, storage=Killed())
 """
 
 
 @pytest.mark.parametrize("puts", [1, 4, 7, 2 * SHARDS + 1, 2 * SHARDS + 2, 2 * SHARDS + 3])
 def test_a_process_that_is_killed_leaves_what_the_next_one_finishes(emptied, array, puts):
     store = Store(f"s3://{BUCKET}")
-    done = python(KILLED, array, store.url, str(puts))
+    done = python(KILLED, array, f"{store.url}/y.zarr", str(TOGETHER), str(puts))
     assert done.returncode == -signal.SIGKILL, done.stderr
     committed = sum("journal/0" in key for key in emptied.objects())
     shards = sum("/c." in key for key in emptied.objects())
@@ -579,7 +597,8 @@ def test_a_source_that_fails_for_long_stops_the_run_which_goes_on_later(
 
 NOT_ANSWERING = """
 import sys
-from tests.integration.test_stores import *
+from fastvgg.errors import SourceError, TargetError
+from tests.helpers.datasets_on_disk import must_say, plan_of
 for paths in (("s3://bucket/x.zarr", "y.npy"), (sys.argv[1], "s3://bucket/y.zarr")):
     try:
         plan_of(*paths, mode="tf")

@@ -21,7 +21,7 @@ def test_the_tests_of_pixels_pass_as_if_numba_were_not_installed():
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "--without-numba", "-q", "--tb=short"),
-            *("-m", "pixels", "-p", "no:cacheprovider", "-p", "no:xdist", "tests"),
+            *("-m", "pixels and not slow", "-p", "no:cacheprovider", "-p", "no:xdist", "tests"),
         ],
         cwd=CHECKOUT,
         env=environment,

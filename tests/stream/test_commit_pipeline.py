@@ -15,8 +15,6 @@ import pytest
 
 from fastvgg.stream.commit_pipeline import CommitPipeline
 
-pytestmark = pytest.mark.pixels
-
 LIMIT_SECONDS = 60  # for a test that would never end, and not for one that is slow
 
 

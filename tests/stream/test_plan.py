@@ -13,7 +13,7 @@ import fastvgg
 from fastvgg.datasets.base import Header
 from fastvgg.errors import DtypeError, ModeError, SourceError, TargetError, UsageError
 from fastvgg.storage.location import Location
-from fastvgg.stream.job import result_header
+from fastvgg.stream.job import Job, result_header
 from fastvgg.stream.plan import (
     CHUNK_BYTES,
     RUN_BYTES,
@@ -157,16 +157,20 @@ def test_the_memory_that_a_refusal_names_is_enough(image, scratch, stored):
 def a_plan(images, together, limit=10**12, source_kind="npy"):
     header = Header((images, 7, 9, 3), "uint8", "NHWC")
     transform = Transform("caffe")
+    job = Job(
+        source="/x.npy",
+        source_kind=source_kind,
+        fingerprint="",
+        header=header,
+        decoding=None,
+        transform=transform,
+        target_format="npy",
+        result=result_header(header, transform),
+    )
     return Plan(
         source=Location(Path("/x.npy")),
         target=Location(Path("/y.npy")),
-        source_kind=source_kind,
-        target_format="npy",
-        header=header,
-        result=result_header(header, transform),
-        transform=transform,
-        decoding=None,
-        fingerprint="",
+        job=job,
         read_bytes=header.nbytes,
         chunk_images=together,
         memory_bytes=limit,
@@ -176,8 +180,6 @@ def a_plan(images, together, limit=10**12, source_kind="npy"):
         restart=False,
         fsync=True,
         notes=(),
-        committed_chunks=0,
-        file_format="png",
         retry_failed=False,
     )
 
@@ -347,11 +349,11 @@ def test_a_plan_says_which_chunks_are_done(tmp_path, array):
 
 def test_a_job_is_the_same_for_any_memory_threads_backend_and_fsync(tmp_path, array):
     target = tmp_path / "y.npy"
-    expected = plan_of(array, target, mode="caffe").job()
-    assert plan_of(array, target, mode="caffe", together=2, threads=2).job() == expected
-    assert plan_of(array, target, mode="caffe", strict=True, restart=True).job() == expected
-    assert plan_of(array, target, mode="caffe", backend="auto").job() == expected
-    assert plan_of(array, target, mode="caffe", fsync=False).job() == expected
+    expected = plan_of(array, target, mode="caffe").job
+    assert plan_of(array, target, mode="caffe", together=2, threads=2).job == expected
+    assert plan_of(array, target, mode="caffe", strict=True, restart=True).job == expected
+    assert plan_of(array, target, mode="caffe", backend="auto").job == expected
+    assert plan_of(array, target, mode="caffe", fsync=False).job == expected
 
 
 @pytest.mark.parametrize(
@@ -364,13 +366,13 @@ def test_a_job_is_the_same_for_any_memory_threads_backend_and_fsync(tmp_path, ar
 )
 def test_a_job_is_another_for_anything_that_changes_the_bytes(tmp_path, array, settings):
     target = tmp_path / "y.npy"
-    assert plan_of(array, target, **settings).job() != plan_of(array, target, mode="caffe").job()
+    assert plan_of(array, target, **settings).job != plan_of(array, target, mode="caffe").job
 
 
 def test_a_job_of_a_folder_is_another_for_another_size_or_interpolation(tmp_path):
     photos, target = save_images(tmp_path / "photos", pixels(5)), tmp_path / "y.npy"
     jobs = [
-        plan_of(photos, target, mode="caffe", **settings).job()
+        plan_of(photos, target, mode="caffe", **settings).job
         for settings in (
             {},
             {"size": (7, 9)},

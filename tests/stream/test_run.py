@@ -58,8 +58,6 @@ from tests.helpers.datasets_on_disk import (
 )
 from tests.helpers.faults import CuttingStorage, Death, FaultyOs, system_calls
 
-pytestmark = pytest.mark.pixels
-
 
 @pytest.fixture
 def array(tmp_path):
@@ -475,9 +473,9 @@ def test_the_manifest_holds_all_that_it_should(tmp_path, photos):
     fields = json.loads(manifest_path(target).read_bytes())
 
     assert fields["fastvgg-manifest"] == 1
-    assert manifest.job == plan.job()
+    assert manifest.job == plan.job
     assert manifest.job.source == str(tmp_path / "some")
-    assert manifest.job.fingerprint == plan.fingerprint
+    assert manifest.job.fingerprint == plan.job.fingerprint
     assert manifest.job.decoding.size == (11, 5)
     assert manifest.job.decoding.interpolation == "box"
     assert manifest.job.transform == Transform("torch", out_layout="NCHW", dtype="float16")
@@ -867,6 +865,34 @@ def test_what_fastvgg_did_not_write_is_never_replaced(tmp_path, photos, target, 
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("suffix", FOREIGN["y.npy"])
+def test_what_appears_after_planning_is_never_replaced(tmp_path, array, suffix, restart):
+    plan = plan_of(array, tmp_path / "y.npy", mode="caffe", restart=restart)
+    foreign = tmp_path / f"y.npy{suffix}"
+    foreign.write_text("precious")
+    before = tree(tmp_path)
+    with pytest.raises((TargetError, SourceError)) as caught:
+        plan.run()
+    must_say(caught.value, foreign)
+    assert "--restart" not in str(caught.value)
+    assert tree(tmp_path) == before
+
+
+def test_a_refused_restart_leaves_the_unfinished_run_resumable(tmp_path, array):
+    target = tmp_path / "y.npy"
+    with pytest.raises(Death):
+        run(plan_of(array, target, mode="caffe", together=2), storage=CuttingStorage(2))
+    inputs = save_npy(tmp_path / "inputs.npy", network_inputs(pixels(11), "caffe"))
+    restart = plan_of(inputs, target, mode="caffe", restart=True)
+    before = tree(tmp_path)
+    with pytest.raises(SourceError, match="not images"):
+        restart.run()
+    assert tree(tmp_path) == before
+    report = plan_of(array, target, mode="caffe", together=2).run()
+    assert report.counts["computed_chunks"] == 4
+
+
 @pytest.mark.parametrize("change", [-1, 1])
 def test_a_file_that_was_changed_since_is_not_replaced(tmp_path, array, change):
     target = tmp_path / "y.npy"
@@ -893,6 +919,19 @@ def test_a_directory_that_has_the_name_of_an_array_is_refused_before_anything_is
     with pytest.raises(TargetError) as caught:
         plan_of(array, tmp_path / "y.npy", mode="caffe", restart=restart)
     must_say(caught.value, tmp_path / "y.npy")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("suffix", [".partial", ".index.csv"])
+def test_a_sidecar_that_appears_after_planning_is_not_replaced(tmp_path, array, suffix, restart):
+    plan = plan_of(array, tmp_path / "y.npy", mode="caffe", restart=restart)
+    foreign = tmp_path / f"y.npy{suffix}"
+    foreign.write_text("precious")
+    before = tree(tmp_path)
+    with pytest.raises(TargetError) as caught:
+        plan.run()
+    must_say(caught.value, foreign, "move it away")
     assert tree(tmp_path) == before
 
 

@@ -47,6 +47,7 @@ from tests.helpers.batches import (
     unaligned,
     unchanged,
 )
+from tests.helpers.samples import sampled
 
 pytestmark = pytest.mark.pixels
 
@@ -149,7 +150,7 @@ image_shapes = st.tuples(extents, extents) | st.tuples(extents, extents, extents
 seeds = st.integers(0, 2**32 - 1)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@sampled("case", CASES, one_in=3)  # every third has every mode, pair of layouts, and type
 @given(shape=image_shapes, view=st.sampled_from(sorted(VIEWS)), seed=seeds)
 @settings(max_examples=12)
 def test_the_engine_equals_the_oracle_for_any_shape_and_strides(backend, case, shape, view, seed):
@@ -242,8 +243,7 @@ def special_values(name):
     return np.concatenate([ends, subnormal, -subnormal, near, below, above])
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("mode", MODES)
+@sampled("mode, dtype", MODES, FLOATS, one_in=2)
 def test_special_values_are_preprocessed_as_by_the_oracle(backend, mode, dtype):
     x = filled_with(special_values(dtype))
     with unchanged(x):
@@ -251,8 +251,7 @@ def test_special_values_are_preprocessed_as_by_the_oracle(backend, mode, dtype):
     assert_same(actual, oracle.apply(Transform(mode), x))
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("mode", MODES)
+@sampled("mode, dtype", MODES, FLOATS, one_in=2)
 def test_special_values_are_restored_as_by_the_oracle(backend, mode, dtype):
     y = filled_with(special_values(dtype))
     with unchanged(y):
@@ -413,13 +412,15 @@ SHAPES = (
 )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    ("mode", "dtype"), [("torch", "float32"), *(("caffe", dtype) for dtype in FLOATS)]
+@sampled(
+    "case, layout",
+    *([("torch", "float32"), *(("caffe", dtype) for dtype in FLOATS)], LAYOUTS),
+    one_in=2,
 )
 def test_preprocess_works_in_place_and_restore_writes_integers_in_the_type_of_y(
-    backend, mode, dtype, layout
+    backend, case, layout
 ):
+    mode, dtype = case
     for shape in SHAPES:
         x = cast(drawn(3, (2, *shape), "uint8", layout), dtype)
         expected = oracle.apply(Transform(mode, layout=layout), x)
@@ -867,7 +868,7 @@ def test_any_number_of_threads_gives_the_same_bytes(
     assert_same(back, batch)
 
 
-@pytest.mark.parametrize("case", CASES[::3], ids=str)
+@sampled("case", CASES[::3], one_in=2)
 def test_any_number_of_threads_may_use_nontemporal_stores(backend, tiny_tiles, streaming, case):
     transform = case.transform
     for threads, shape in ((1, (11, 13, 17)), (2, (1, 61, 43)), (3, (3, 23, 29)), (7, (131, 97))):

@@ -8,8 +8,6 @@ import pytest
 
 from fastvgg import errors
 
-pytestmark = pytest.mark.pixels
-
 EXIT_CODES = {
     "FastvggError": 3,
     "UsageError": 2,

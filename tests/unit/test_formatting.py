@@ -13,8 +13,6 @@ from fastvgg.formatting import html_table
 from fastvgg.stream.report import FAILURES_SHOWN
 from tests.helpers.datasets_on_disk import pixels, plan_of, save_images, save_npy
 
-pytestmark = pytest.mark.pixels
-
 
 def read(html):
     """Return the caption of a table, and its rows, as a browser would show them."""

@@ -9,8 +9,6 @@ import pytest
 
 from fastvgg.storage.location import Location, sidecar_path
 
-pytestmark = pytest.mark.pixels
-
 
 @pytest.mark.parametrize(
     ("path", "file", "dataset"),

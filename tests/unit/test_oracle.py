@@ -26,8 +26,6 @@ from tests.helpers.batches import (
     unchanged,
 )
 
-pytestmark = pytest.mark.pixels
-
 NAN, INF = math.nan, math.inf
 BELOW_HALF = math.nextafter(0.5, 0)
 MIN_SUBNORMAL = {

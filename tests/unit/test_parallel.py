@@ -15,8 +15,6 @@ from fastvgg.errors import UsageError
 from fastvgg.parallel import TaskQueue, available_cpus, check_threads, parallel_for
 from tests.helpers.batches import run_script
 
-pytestmark = pytest.mark.pixels
-
 ITEMS = [f"item {number}" for number in range(37)]
 
 

@@ -10,8 +10,6 @@ from fastvgg.imaging import resize
 from fastvgg.imaging.resize import nearest_index
 from tests.helpers.batches import frozen, unchanged
 
-pytestmark = pytest.mark.pixels
-
 CANARY = 77
 
 

@@ -30,8 +30,6 @@ from tests.helpers.batches import (
     run_script,
 )
 
-pytestmark = pytest.mark.pixels
-
 OWN = Mode("own", divide=255, mean=[0.5, 0.25, 0.125], std=(1, 2, 4), order="BGR")
 
 TRANSFORMS = [

@@ -17,6 +17,7 @@ from fastvgg.cli import app
 from fastvgg.errors import SourceError, TargetError, UsageError, VerificationError
 from fastvgg.kernels import bandwidth
 from fastvgg.kernels.jit import processor
+from fastvgg.storage.location import Location
 from tests.helpers.batches import FLOATS, KERAS_MODES, LAYOUT_PAIRS
 from tests.helpers.datasets_on_disk import PHOTOGRAPHS, printed_on_small_disk
 
@@ -179,7 +180,7 @@ def test_an_arena_gives_batches_that_do_not_overlap():
 def test_an_array_needs_no_decoding(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((1, 5, 7, 3), np.uint8))
     with pytest.raises(SourceError, match="is an array"):
-        io.measure_decoding(tmp_path / "x.npy", 4, 2, 1)
+        io.measure_decoding(Location.parse(tmp_path / "x.npy"), 4, 2, 1)
 
 
 def test_images_that_are_not_there_are_refused_before_anything_is_measured(tmp_path):
@@ -191,7 +192,7 @@ def test_pixels_that_are_not_pillows_are_an_error(tmp_path, monkeypatch):
     (tmp_path / "rocket.jpg").write_bytes((PHOTOGRAPHS / "rocket.jpg").read_bytes())
     monkeypatch.setattr(io, "DecodeOptions", lambda size: decoding_that_crops(size))
     with pytest.raises(VerificationError, match=r"rocket\.jpg"):
-        io.measure_decoding(tmp_path, 4, 2, 1)
+        io.measure_decoding(Location.parse(tmp_path), 4, 2, 1)
 
 
 def decoding_that_crops(size):

@@ -21,6 +21,7 @@ from tests.helpers.kernel_harness import (
     check,
     rotating_tasks,
 )
+from tests.helpers.samples import parts
 
 TILE = convert.TILE_PIXELS
 AROUND_TILES = (TILE - 1, TILE, TILE + 1, TILE + 37, 2 * TILE - 30, 2 * TILE, 2 * TILE + 63)
@@ -42,10 +43,11 @@ def check_everywhere(task):
     check(task, 256, [1], [0])  # where no block is long enough, every value too
 
 
+@parts(len(LAYOUT_PAIRS))
 @pytest.mark.parametrize("number", range(len(TYPE_PAIRS)), ids=lambda n: "-".join(TYPE_PAIRS[n]))
-def test_a_loop_has_the_bits_of_the_oracle_for_any_length_and_any_address(number):
-    for task in rotating_tasks(number):
-        check_everywhere(task)
+def test_a_loop_has_the_bits_of_the_oracle_for_any_length_and_any_address(number, part):
+    # Other layouts for each number, so that the first parts have all of them, and every mode.
+    check_everywhere([*rotating_tasks(number)][(number + part) % len(LAYOUT_PAIRS)])
 
 
 def test_two_streams_are_an_odd_multiple_apart_and_hold_all_blocks_but_a_few():
@@ -77,17 +79,21 @@ def test_the_tasks_meet_every_mode_layout_and_way_of_writing():
         assert "reciprocal" in divisions or not processor().has_fma
 
 
+@parts(len(LAYOUT_PAIRS))
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
-def test_the_commonest_types_are_exact_in_every_mode_and_layout(mode):
-    for number, layouts in enumerate(LAYOUT_PAIRS):
-        transform = Transform(mode, "preprocess", *layouts, "float32")
-        check_everywhere(Task(transform, "uint8", nontemporal=number % 2 == 0))
+def test_the_commonest_types_are_exact_in_every_mode_and_layout(mode, part):
+    number = (MODES.index(mode) + part) % len(LAYOUT_PAIRS)
+    transform = Transform(mode, "preprocess", *LAYOUT_PAIRS[number], "float32")
+    check_everywhere(Task(transform, "uint8", nontemporal=number % 2 == 0))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@parts(len(LAYOUTS))
 @pytest.mark.parametrize("storage", FLOATS)
 @pytest.mark.parametrize("direction", ["preprocess", "restore"])
-def test_a_loop_works_in_place_for_any_length_and_any_address(direction, storage, layout):
+def test_a_loop_works_in_place_for_any_length_and_any_address(direction, storage, part):
+    # Either layout with either direction and storage type in the first parts.
+    number = FLOATS.index(storage) // 2 + (direction == "restore") + part
+    layout = LAYOUTS[number % len(LAYOUTS)]
     flips = (FLOATS.index(storage) + (direction == "restore") + (layout == "NCHW")) % 2
     transform = Transform(OWN if flips else Mode.TORCH, direction, layout, layout, storage)
     check_everywhere(Task(transform, storage, in_place=True))
@@ -105,7 +111,7 @@ BETWEEN_GUARDS = """
 from tests.helpers import kernel_harness
 from tests.helpers.kernel_harness import OWN, Task, Transform
 
-for number, (source, target) in enumerate({sizes!r}):
+for number, source, target in {sizes!r}:
     direction = "restore" if target == "uint8" else "preprocess"
     transform = Transform(OWN, direction, *{layouts!r}, target)
     nontemporal = (number + number // 4) % 2 == 0
@@ -114,28 +120,34 @@ for number, (source, target) in enumerate({sizes!r}):
     kernel_harness.check_between_guards(task, {counts!r})
 """
 
+IN_PLACE_TYPES = ("float16", "float32", "float64")
 IN_PLACE_BETWEEN_GUARDS = """
 from tests.helpers import kernel_harness
 from tests.helpers.kernel_harness import OWN, Task, Transform
 
-for source in ("float16", "float32", "float64"):
-    for layout in ("NHWC", "NCHW"):
-        task = Task(Transform(OWN, "preprocess", layout, layout, source), source, in_place=True)
-        print(task, flush=True)
-        kernel_harness.check_between_guards(task, {counts!r})
+for source, layout in {cases!r}:
+    task = Task(Transform(OWN, "preprocess", layout, layout, source), source, in_place=True)
+    print(task, flush=True)
+    kernel_harness.check_between_guards(task, {counts!r})
 """
 
 # Every remainder before and after a block, where tiles end, and where two streams begin.
 COUNTS = (*range(2 * LINE + LINE), TILE, TILE + 1, TILE + 63, 2 * TILE, 2 * TILE + 65)
 
 
+@parts(4)
 @pytest.mark.parametrize("layouts", LAYOUT_PAIRS, ids="-".join)
-def test_a_loop_touches_nothing_before_and_after_what_it_is_given(layouts):
-    run_script(BETWEEN_GUARDS.format(sizes=SIZES, layouts=layouts, counts=COUNTS))
+def test_a_loop_touches_nothing_before_and_after_what_it_is_given(layouts, part):
+    # Other types for each pair of layouts, so that the first parts have all of them.
+    first = (part + LAYOUT_PAIRS.index(layouts)) % 4
+    sizes = [(number, *SIZES[number]) for number in range(first, len(SIZES), 4)]
+    run_script(BETWEEN_GUARDS.format(sizes=sizes, layouts=layouts, counts=COUNTS))
 
 
-def test_a_loop_in_place_touches_nothing_before_and_after_what_it_is_given():
-    run_script(IN_PLACE_BETWEEN_GUARDS.format(counts=COUNTS))
+@parts(2)
+def test_a_loop_in_place_touches_nothing_before_and_after_what_it_is_given(part):
+    cases = [(source, LAYOUTS[(number + part) % 2]) for number, source in enumerate(IN_PLACE_TYPES)]
+    run_script(IN_PLACE_BETWEEN_GUARDS.format(cases=cases, counts=COUNTS))
 
 
 OUTSIDE = """

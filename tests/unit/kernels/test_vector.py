@@ -13,6 +13,7 @@ from fastvgg.kernels.jit import inlined, kernel, processor
 from fastvgg.kernels.memory import TABLE_COLUMNS
 from fastvgg.kernels.vector import ELEMENT_BYTES
 from tests.helpers.batches import assert_same, cast, dtype_of, frozen, with_canonical_nan
+from tests.helpers.samples import sampled
 
 CANARY = 0xA5
 HALVES = frozen(np.arange(65536, dtype=np.uint16))
@@ -192,9 +193,11 @@ def test_constants_are_loaded_for_interleaved_pixels_and_for_channels(compute, l
     assert_same(np.ascontiguousarray(last[:, 0, 0]), np.ascontiguousarray(table[:, 2]))
 
 
-@pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("lanes", [*LANES, 32, 64])
-@pytest.mark.parametrize("permuted_bytes", [1, 16])
+@sampled(
+    "storage, lanes, permuted_bytes",
+    *(["uint8", "bfloat16", "float32", "float64"], [*LANES, 32, 64], [1, 16]),
+    one_in=2,
+)
 def test_channels_are_reversed_and_planes_interleaved(monkeypatch, storage, lanes, permuted_bytes):
     changed = processor()._replace(permuted_bytes=permuted_bytes)
     monkeypatch.setattr(jit, "processor", lambda: changed)
