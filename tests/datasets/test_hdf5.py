@@ -18,9 +18,8 @@ import pytest
 
 import fastvgg
 from fastvgg.datasets.base import Header, bytes_of
-from fastvgg.datasets.hdf5 import Hdf5Source
 from fastvgg.datasets.index import index_path, read_index
-from fastvgg.datasets.open import open_source, open_target
+from fastvgg.datasets.open import open_target
 from fastvgg.errors import (
     FastvggError,
     ResumeError,
@@ -40,6 +39,7 @@ from tests.helpers.datasets_on_disk import (
     must_say,
     names_in,
     network_inputs,
+    opened,
     pixels,
     plan_of,
     printed_by,
@@ -50,6 +50,7 @@ from tests.helpers.datasets_on_disk import (
     tree,
 )
 from tests.helpers.faults import CuttingStorage, Death
+from tests.helpers.formats import check_spans
 from tests.helpers.hdf5_on_disk import (
     as_h5py_reads,
     hdf5_type,
@@ -66,24 +67,11 @@ def of_type(name, shape=SHAPE):
     return pixels(*shape[:3]).astype(dtype_of(name))
 
 
-def check_read(location, expected, **settings):
-    """Check every span in every way to read it; return whether batches are mapped."""
-    with closing(open_source(Location.parse(location), **settings)) as source:
-        assert isinstance(source, Hdf5Source)
-        assert source.kind == "hdf5"
-        name = str(expected.dtype)
-        layout = settings.get("layout", "NHWC")
-        assert source.header == Header(expected.shape, name, layout)
-        for start in range(len(expected)):
-            for stop in range(start + 1, len(expected) + 1):
-                read = source.read(start, stop)
-                assert read.records == []
-                assert read.batch.dtype == expected.dtype
-                assert read.batch.shape == expected[start:stop].shape
-                assert read.batch.tobytes() == expected[start:stop].tobytes()
-                out = np.zeros_like(expected[start:stop])
-                source.read_into(start, out)
-                assert out.tobytes() == expected[start:stop].tobytes()
+def check_read(location, expected):
+    """Check every span, and return whether batches are mapped."""
+    with closing(opened(location)) as source:
+        assert source.header == Header(expected.shape, str(expected.dtype), "NHWC")
+        check_spans(source, expected)
         return not source.read(0, 1).batch.flags.owndata
 
 
@@ -179,10 +167,10 @@ def test_a_name_that_is_not_utf8_is_read_and_shown(tmp_path):
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file[name.encode("latin-1")] = pixels()
     with pytest.raises(SourceError) as caught:
-        open_source(Location.parse(within(tmp_path / "x.h5", name)))
+        opened(within(tmp_path / "x.h5", name))
     must_say(caught.value, r"Datasets: '/a\\xe4'")
     latin = os.fsdecode(name.encode("latin-1"))
-    with closing(open_source(Location.parse(within(tmp_path / "x.h5", latin)))) as source:
+    with closing(opened(within(tmp_path / "x.h5", latin))) as source:
         assert np.array_equal(source.read(0, 5).batch, pixels())
 
 
@@ -223,7 +211,7 @@ def test_links_within_the_file_are_followed(linked, name):
 )
 def test_a_link_that_leads_nowhere_is_refused(linked, name):
     with pytest.raises(SourceError) as caught:
-        open_source(Location.parse(within(linked, name)))
+        opened(within(linked, name))
     must_say(caught.value, linked, repr(name), "'/data/real'", "'/data/deep/other'")
 
 
@@ -235,7 +223,7 @@ def test_at_most_64_links_are_followed(tmp_path):
     check_read(within(tmp_path / "x.h5", "/64"), pixels())
     for name in ("/65", "/65/x"):
         with pytest.raises(SourceError, match=f"has no dataset '{name}'"):
-            open_source(Location.parse(within(tmp_path / "x.h5", name)))
+            opened(within(tmp_path / "x.h5", name))
 
 
 @pytest.mark.parametrize("name", ["", "/", "/nothing", "/images/x", "/images\0", "/group", "/type"])
@@ -245,7 +233,7 @@ def test_a_name_without_a_dataset_is_refused_with_the_existing_names(tmp_path, n
         file["group/more"] = pixels()
         file["type"] = np.dtype("u1")
     with pytest.raises(SourceError) as caught:
-        open_source(Location.parse(within(tmp_path / "x.h5", name)))
+        opened(within(tmp_path / "x.h5", name))
     must_say(caught.value, tmp_path / "x.h5", "Datasets: '/group/more', '/images'\n", "::/NAME")
     asked = name.rstrip("/")
     assert (repr(asked) if asked else "which dataset?") in str(caught.value)
@@ -254,7 +242,7 @@ def test_a_name_without_a_dataset_is_refused_with_the_existing_names(tmp_path, n
 def test_a_location_without_a_name_is_refused_with_the_existing_names(tmp_path):
     save_h5(tmp_path / "x.h5", pixels(), "/a\x1b[2J")
     with pytest.raises(SourceError) as caught:
-        open_source(Location.parse(tmp_path / "x.h5"))
+        opened(tmp_path / "x.h5")
     must_say(caught.value, "which dataset?", r"'/a\x1b[2J'")
 
 
@@ -263,7 +251,7 @@ def test_an_error_lists_ten_names_at_most(tmp_path):
         for number in range(100):
             file[f"{number:02d}"] = number
     with pytest.raises(SourceError) as caught:
-        open_source(Location.parse(within(tmp_path / "x.h5", "/x")))
+        opened(within(tmp_path / "x.h5", "/x"))
     must_say(caught.value, "'/00', '/01'", "'/09'")
     assert "'/10'" not in str(caught.value)
 
@@ -271,23 +259,21 @@ def test_an_error_lists_ten_names_at_most(tmp_path):
 def test_a_file_without_datasets_is_refused(tmp_path):
     h5py.File(tmp_path / "x.h5", "w").close()
     with pytest.raises(SourceError, match="Datasets: none"):
-        open_source(Location.parse(within(tmp_path / "x.h5")))
+        opened(within(tmp_path / "x.h5"))
 
 
 def test_a_closed_source_leaves_the_file_to_a_writer(tmp_path):
     location = save_h5(tmp_path / "x.h5", pixels())
-    open_source(Location.parse(location)).close()
+    opened(location).close()
     with pytest.raises(SourceError):
-        open_source(Location.parse(within(tmp_path / "x.h5", "/nothing")))
+        opened(within(tmp_path / "x.h5", "/nothing"))
     with h5py.File(tmp_path / "x.h5", "a") as file:
         file["more"] = 1
 
 
 def test_stored_bytes_and_granularity_are_those_of_the_chunks(tmp_path):
     def of(name, **settings):
-        with closing(
-            open_source(Location.parse(save_h5(tmp_path / f"{name}.h5", **settings)))
-        ) as source:
+        with closing(opened(save_h5(tmp_path / f"{name}.h5", **settings))) as source:
             return source.read_granularity, source.stored_bytes
 
     zeros = np.zeros(SHAPE, np.uint8)
@@ -313,7 +299,7 @@ def test_a_run_reads_whole_chunks_or_asks_for_more_memory(tmp_path):
 def check_external(location, *words):
     before = tree(location.parent)
     with pytest.raises(SourceError) as caught:
-        open_source(Location.parse(location))
+        opened(location)
     must_say(caught.value, location, "refers to another file", *words)
     assert tree(location.parent) == before
 
@@ -421,7 +407,7 @@ def check_refused(location, *words):
     """Check that a source is refused with these words, and unchanged."""
     before = tree(location.parent)
     with pytest.raises(SourceError) as caught:
-        open_source(Location.parse(location))
+        opened(location)
     must_say(caught.value, *words)
     assert caught.value.exit_code == 3
     assert str(caught.value).replace("\n", "").isprintable()
@@ -530,7 +516,7 @@ def test_a_file_that_is_open_for_writing_is_refused(tmp_path):
     ) as writer:
         assert writer.stdout.readline() == b"open\n"
         with pytest.raises(SourceError) as caught:
-            open_source(Location.parse(location))
+            opened(location)
         must_say(
             caught.value, tmp_path / "x.h5", "lock", "another process is writing the file, wait"
         )
@@ -619,7 +605,7 @@ def broken_chunk(path, batch, row=-1):
 
 def test_a_damaged_chunk_is_an_error_where_it_is_read(tmp_path):
     location, _ = broken_chunk(tmp_path / "x.h5", pixels())
-    with closing(open_source(Location.parse(location))) as source:
+    with closing(opened(location)) as source:
         assert np.array_equal(source.read(0, 4).batch, pixels()[:4])
         with pytest.raises(StoppedError) as caught:
             source.read(3, 5)

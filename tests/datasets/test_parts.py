@@ -10,10 +10,9 @@ import pytest
 from numpy.lib.format import open_memmap
 
 from fastvgg.datasets import npy
-from fastvgg.datasets.open import open_source
 from fastvgg.errors import SourceError, StoppedError
-from fastvgg.storage.location import Location
 from tests.helpers.batches import dtype_of
+from tests.helpers.datasets_on_disk import opened
 
 SIZES = (3, 1, 4, 2)  # ten
 
@@ -42,7 +41,7 @@ def test_parts_are_sorted_by_the_bytes_of_their_names(tmp_path):
     batch = batch_of(images=4)
     for name, row in (("part-10", 1), ("part-9", 2), ("part-B", 3), ("part-1", 0)):
         np.save(directory / f"{name}.npy", batch[row : row + 1])
-    source = open_source(Location.parse(directory))
+    source = opened(directory)
     assert np.array_equal(source.read(0, 4).batch, batch)
     source.close()
 
@@ -50,7 +49,7 @@ def test_parts_are_sorted_by_the_bytes_of_their_names(tmp_path):
 def test_other_files_are_ignored(parts):
     (parts / "notes.txt").write_text("not an array")
     (parts / "other.npy").write_bytes(b"nor this")
-    source = open_source(Location.parse(parts))
+    source = opened(parts)
     assert source.header.images == sum(SIZES)
     source.close()
 
@@ -58,7 +57,7 @@ def test_other_files_are_ignored(parts):
 def test_parts_among_images_are_refused(parts):
     (parts / "cat.jpg").write_bytes(b"")
     with pytest.raises(SourceError, match=r"'part-000.npy', and images, e.g. 'cat.jpg'"):
-        open_source(Location.parse(parts))
+        opened(parts)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +71,7 @@ def test_parts_among_images_are_refused(parts):
 def test_parts_of_different_shapes_or_dtypes_are_refused_with_both(parts, other):
     np.save(parts / "part-002.npy", other)
     with pytest.raises(SourceError) as raised:
-        open_source(Location.parse(parts))
+        opened(parts)
     for shown in ("part-002.npy", "part-000.npy", str(other.shape[1:]), "(5, 7, 3) uint8"):
         assert shown in raised.value.problem
 
@@ -81,14 +80,14 @@ def test_parts_of_different_shapes_or_dtypes_are_refused_with_both(parts, other)
 def test_a_damaged_part_is_refused_with_its_path(parts, content):
     (parts / "part-001.npy").write_bytes(content)
     with pytest.raises(SourceError, match=r"parts/part-001.npy"):
-        open_source(Location.parse(parts))
+        opened(parts)
 
 
 def test_a_truncated_part_is_refused(parts):
     path = parts / "part-003.npy"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(SourceError, match=r"part-003.npy is truncated"):
-        open_source(Location.parse(parts))
+        opened(parts)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +100,7 @@ def test_a_truncated_part_is_refused(parts):
     ids=["gone", "shorter", "another type"],
 )
 def test_a_part_that_changed_before_it_is_read_stops_the_run(parts, change):
-    source = open_source(Location.parse(parts))
+    source = opened(parts)
     change(parts / "part-002.npy")
     with pytest.raises(StoppedError, match=r"part-002.npy changed after the run was planned"):
         source.read(0, sum(SIZES))
@@ -109,7 +108,7 @@ def test_a_part_that_changed_before_it_is_read_stops_the_run(parts, change):
 
 
 def test_a_part_that_is_truncated_while_it_is_open_stops_the_run(parts):
-    source = open_source(Location.parse(parts))
+    source = opened(parts)
     source.read(4, 5)
     with (parts / "part-002.npy").open("r+b") as file:
         file.truncate(200)
@@ -121,7 +120,7 @@ def test_a_part_that_is_truncated_while_it_is_open_stops_the_run(parts):
 def test_many_parts_are_read_by_many_threads_with_few_open(tmp_path, monkeypatch):
     monkeypatch.setattr(npy, "MAX_OPEN_PARTS", 3)
     batch = batch_of(images=60)
-    source = open_source(Location.parse(written(tmp_path / "parts", batch, sizes=[1] * 60)))
+    source = opened(written(tmp_path / "parts", batch, sizes=[1] * 60))
     wrong = []
 
     def read(seed):
@@ -149,6 +148,6 @@ def test_a_part_written_through_a_map_is_read(tmp_path):
     mapped = open_memmap(directory / "part-0.npy", "w+", batch.dtype, batch.shape)
     mapped[...] = batch
     mapped.flush()
-    source = open_source(Location.parse(directory))
+    source = opened(directory)
     assert np.array_equal(source.read(0, len(batch)).batch, batch)
     source.close()

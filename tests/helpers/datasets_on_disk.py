@@ -22,6 +22,8 @@ from PIL import Image
 
 import fastvgg
 from fastvgg import oracle
+from fastvgg.datasets.open import open_source
+from fastvgg.storage.location import Location
 from fastvgg.transform import Transform
 from tests.helpers.batches import dtype_of
 from tests.helpers.checkout import importing_checkout
@@ -83,6 +85,11 @@ def images_in(directory):
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
+
+
+def opened(location, **options):
+    """Open the source at a location that is given as a user writes it."""
+    return open_source(Location.parse(location), **options)
 
 
 def plan_of(source, target, *, together=None, **settings):

@@ -15,9 +15,10 @@ import h5py
 import numpy as np
 from PIL import Image
 
-from fastvgg.datasets.base import bytes_of
+from fastvgg.datasets.base import ArraySource, bytes_of
 from fastvgg.storage import objects
 from fastvgg.storage.location import Location
+from tests.helpers.batches import assert_same
 from tests.helpers.datasets_on_disk import load, save_images, save_npy
 from tests.helpers.hdf5_on_disk import (
     as_h5py_reads,
@@ -350,3 +351,15 @@ TARGETS = {
 def payload_of(target, batch):
     """What a run gives to `Target.write` for a batch."""
     return [*map(target.encode, batch)] if target.kind == "images" else [bytes_of(batch)]
+
+
+def check_spans(source, expected):
+    """Check that every span is read, as a new batch and into the rows of a larger one."""
+    for start in range(len(expected)):
+        for stop in range(start + 1, len(expected) + 1):
+            assert_same(source.read(start, stop).batch, expected[start:stop])
+            if isinstance(source, ArraySource):
+                memory = np.full((stop - start + 2, *expected.shape[1:]), 77).astype(expected.dtype)
+                source.read_into(start, memory[1:-1])
+                assert_same(memory[1:-1], expected[start:stop])
+                assert (memory[[0, -1]].astype(np.float32) == 77).all()
