@@ -87,6 +87,13 @@ class S3:
         }
 
 
+    def clear(self):
+        """Remove every object: servers of one process share their buckets."""
+        client = self.client()
+        for key in self.objects():
+            client.delete_object(Bucket=BUCKET, Key=key)
+
+
 @contextlib.contextmanager
 def serving_s3():
     """Serve S3 to this process and those that it starts."""
@@ -97,6 +104,7 @@ def serving_s3():
             os.environ["AWS_ENDPOINT_URL"] = served.url
             S3FileSystem.clear_instance_cache()  # of one that was served before
             served.client().create_bucket(Bucket=BUCKET)
+            served.clear()
             yield served
     finally:
         os.environ.clear()
