@@ -73,7 +73,7 @@ from fastvgg.stream.journal import Commit
 
 
 def nothing(task):
-    return [ChunkCommit(Commit(part.chunk, "0" * 32, "", []), 1, []) for part in task.chunks]
+    return [ChunkCommit(Commit(part.chunk, "0" * 16, "", []), 1, []) for part in task.chunks]
 
 
 dask.run_task = nothing

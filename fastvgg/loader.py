@@ -22,6 +22,7 @@ from fastvgg.storage.location import Location
 from fastvgg.stream.manifest import Provenance
 from fastvgg.stream.preflight import plan_result
 from fastvgg.stream.redo_log import read_redo_log_header, unfinished_error
+from fastvgg.stream.source import check_exists
 from fastvgg.stream.values import check_not_already_done
 from fastvgg.transform import storage_dtype
 
@@ -213,6 +214,7 @@ class Batches:
         redo_log = read_redo_log_header(self.location.container)
         if redo_log is not None:
             raise unfinished_error(redo_log, self.location.container)
+        check_exists(self.location)
         recorded = Provenance.read(self.location)
         applied, manifest = recorded.transform, recorded.manifest
         layout: Layout = "NHWC" if applied is None else applied.out_layout

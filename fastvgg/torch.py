@@ -9,6 +9,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from fastvgg.interop import as_torch
 from fastvgg.loader import Batches
+from fastvgg.storage.location import Location
 
 if TYPE_CHECKING:
     import os
@@ -57,7 +58,7 @@ class BatchesDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
         threads: int | None = None,
     ) -> None:
         super().__init__()
-        self._path = path
+        self._location = Location.parse(path)
         self._batch_size = batch_size
         self._options: dict[str, Any] = {
             "transform": transform,
@@ -103,4 +104,6 @@ class BatchesDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
             rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         threads = self._threads if worker is None else self._threads or 1
         shard = rank * workers + number, ranks * workers
-        return Batches(self._path, self._batch_size, shard=shard, threads=threads, **self._options)
+        return Batches(
+            self._location, self._batch_size, shard=shard, threads=threads, **self._options
+        )

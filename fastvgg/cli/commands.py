@@ -187,7 +187,7 @@ def info(
     as_json: options.Json = False,
     traceback: options.Traceback = False,
 ) -> None:
-    """Show what a dataset or unfinished run is.
+    """Describe a dataset or an unfinished run.
 
     Prints its shape, dtype, mode and source, and the next command.
 
@@ -202,7 +202,7 @@ def info(
 
 @app.command("models", cls=Command, epilog=SEE_CODES)
 def models_(as_json: options.Json = False) -> None:
-    """List the published models and their modes.
+    """List the Keras models and their modes.
 
     Example: fastvgg models
     """
@@ -216,18 +216,18 @@ def models_(as_json: options.Json = False) -> None:
 @app.command(cls=Command, epilog=SEE_CODES)
 def bench(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Measure only the common kernels: 15 seconds.")
+        bool, typer.Option("--quick", help="Measure only the common kernels (about 15 s).")
     ] = False,
     images: Annotated[
         str | None,
-        typer.Option(metavar="SRC", help="Also decode images: a directory or tar shards."),
+        typer.Option(metavar="SRC", help="Also measure decoding: a directory or tar shards."),
     ] = None,
     disk: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Also write, read and remove a file in DIR."),
+        typer.Option(metavar="DIR", help="Also measure writing and reading a file in DIR."),
     ] = None,
     plot: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Draw the figures as a .svg or .png.")
+        str | None, typer.Option(metavar="FILE", help="Plot the results as a .svg or .png.")
     ] = None,
     threads: options.Threads = None,
     as_json: options.Json = False,

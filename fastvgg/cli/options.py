@@ -71,7 +71,7 @@ Model = Annotated[
     str | None,
     _option(
         MODEL,
-        "Published model; 'fastvgg models' lists them.",
+        "Keras model; 'fastvgg models' lists them.",
         metavar="NAME",
         autocompletion=lambda: list(models.MODES_BY_MODEL),
     ),
@@ -85,7 +85,8 @@ FastJpeg = Annotated[
     bool, _option(INPUT, "Decode large JPEGs at reduced scale: not exact.", "--fast-jpeg")
 ]
 Gray16 = Annotated[
-    Gray16Choice, _choice(Gray16Choice, INPUT, "16-bit gray: {values} to 8 bits.", metavar="POLICY")
+    Gray16Choice,
+    _choice(Gray16Choice, INPUT, "16-bit gray images: {values} them to 8 bits.", metavar="POLICY"),
 ]
 MaxPixels = Annotated[
     int | None,
@@ -138,11 +139,13 @@ Format = Annotated[
     FormatChoice, _choice(FormatChoice, OUTPUT, "Image files: {values} (lossy).", metavar="FORMAT")
 ]
 InPlace = Annotated[
-    bool, _option(OUTPUT, "Overwrite SRC, a .npy file, with the result; omit DST.", "--in-place")
+    bool, _option(OUTPUT, "Overwrite SRC, a .npy file of floats; omit DST.", "--in-place")
 ]
 
 DryRun = Annotated[bool, _option(RUN, "Print the plan and write nothing.", "--dry-run")]
-Restart = Annotated[bool, _option(RUN, "Start over, replacing an existing DST.", "--restart")]
+Restart = Annotated[
+    bool, _option(RUN, "Start over, replacing a DST that fastvgg wrote.", "--restart")
+]
 RetryFailed = Annotated[
     bool, _option(RUN, "Retry the failed images of a finished DST.", "--retry-failed")
 ]
@@ -151,7 +154,7 @@ Strict = Annotated[
 ]
 Memory = Annotated[str, _option(RUN, "Memory limit of the run.", metavar="SIZE")]
 Threads = Annotated[
-    int | None, _option(RUN, "Worker threads.", metavar="N", show_default="all usable cores")
+    int | None, _option(RUN, "Worker threads.", metavar="N", show_default="all available CPUs")
 ]
 Fsync = Annotated[bool, _option(RUN, "Make commits survive power loss.", "--fsync/--no-fsync")]
 Dask = Annotated[

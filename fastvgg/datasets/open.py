@@ -77,7 +77,7 @@ def open_source(
     SourceError
         If the path is missing, empty, damaged, or in an unsupported format.
     """
-    kind = _source_format(location)
+    kind = source_format(location)
     if kind not in IMAGE_SOURCES:
         return _open_array(location, kind, layout, dtype_hint, decoding, use_index=use_index)
     if layout != "NHWC":
@@ -90,7 +90,7 @@ def open_source(
     return IMAGE_SOURCES[kind](path, decoding, decoder, threads=threads, listing=listing)
 
 
-def _source_format(location: Location) -> str:
+def source_format(location: Location) -> str:
     """Return the format of an existing dataset: that of a source's `kind`."""
     kind = _array_format(location)
     if location.is_remote and kind not in (None, "zarr"):
@@ -102,9 +102,10 @@ def _source_format(location: Location) -> str:
         return "zarr"
     if _is_directory(location):
         return "parts" if part_names(location.container) else "images"
-    if names_tar(location.container):
+    exists = os.path.lexists(location.container)
+    if names_tar(location.container) and (exists or "{" in str(location)):  # or a range
         return "tar"
-    if not os.path.lexists(location.container):
+    if not exists:
         raise SourceError(f"{location} does not exist", "check the path; nothing was written")
     if kind is None:
         raise SourceError(
@@ -159,7 +160,7 @@ def embedded_transform(location: Location) -> Any:  # noqa: ANN401  # any JSON v
     return ZarrArray(location.container).transform
 
 
-def check_target(location: Location) -> None:
+def check_target_name(location: Location) -> None:
     """Check that a target's package is installed and that its format allows its name.
 
     Raises

@@ -4,7 +4,7 @@ Dask may run a task more than once, or rerun it after a worker dies: `fastvgg.ex
 explains why that is harmless. Only this process commits and publishes, so an interrupted run can be
 resumed by rerunning the command, with a cluster or without.
 
-Needs ``pip install 'fastvgg[dask]'``, here and on every worker.
+Needs ``pip install '.[dask]'`` in a clone of fastvgg, here and on every worker.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ import contextlib
 import dataclasses
 import functools
 import io
+import numbers
+import operator
 import struct
 import threading
 import zlib
@@ -31,6 +33,7 @@ from fastvgg.errors import UsageError
 from fastvgg.imaging import resize
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
@@ -141,16 +144,18 @@ class DecodeOptions:
                 f"unknown interpolation {self.interpolation!r}",
                 f"choose one of {', '.join(INTERPOLATIONS)}",
             )
-        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
-            raise UsageError(
-                f"invalid size {self.size}", "give height and width in pixels: --size 224 224"
-            )
+        if self.size is not None:
+            object.__setattr__(self, "size", _parse_size(self.size))
+        for flag in ("keep_aspect_ratio", "fast_jpeg", "exif"):
+            object.__setattr__(self, flag, bool(getattr(self, flag)))
         if self.gray16 not in get_args(Gray16):
             raise UsageError(f"unknown gray16 {self.gray16!r}", "choose 'error' or 'scale'")
-        if type(self.max_pixels) is not int or self.max_pixels < 1:
+        is_count = isinstance(self.max_pixels, numbers.Integral)
+        if not is_count or isinstance(self.max_pixels, bool) or self.max_pixels < 1:
             raise UsageError(
                 f"invalid max_pixels {self.max_pixels!r}", "give a positive number of pixels"
             )
+        object.__setattr__(self, "max_pixels", int(self.max_pixels))
         for option in ("keep_aspect_ratio", "fast_jpeg"):
             if getattr(self, option) and self.size is None:
                 raise UsageError(
@@ -186,6 +191,17 @@ class DecodeOptions:
         crop_width = min(width, height * target_width // target_height)
         upper, left = (height - crop_height) // 2, (width - crop_width) // 2
         return left, upper, left + crop_width, upper + crop_height
+
+
+def _parse_size(size: Iterable[Any]) -> tuple[int, int]:
+    """Return a height and a width as positive ints."""
+    try:
+        height, width = (operator.index(side) for side in size if not isinstance(side, bool))
+    except (TypeError, ValueError):
+        height = width = 0
+    if min(height, width) >= 1:
+        return height, width
+    raise UsageError(f"invalid size {size!r}", "give height and width in pixels: --size 224 224")
 
 
 class Decoded(NamedTuple):

@@ -28,12 +28,12 @@ class Location:
 
     @classmethod
     def parse(cls, text: str | os.PathLike[str]) -> Location:
-        """Parse a path or a URL.
+        """Parse a path or a URL; a `upath.UPath` of a store is used as it is, with its options.
 
         Raises
         ------
         UsageError
-            If no installed package supports the URL's protocol.
+            If it is empty, not a path, or a URL whose protocol no installed package supports.
 
         Examples
         --------
@@ -42,7 +42,17 @@ class Location:
         >>> str(Location.parse("file:///x.npy")), str(Location.parse("memory://bucket/x.zarr"))
         ('/x.npy', 'memory://bucket/x.zarr')
         """
-        path = str(text).removeprefix(FILE_SCHEME)
+        if isinstance(text, Location):
+            return text
+        if hasattr(text, "fs") and not isinstance(text, Path):  # a UPath
+            return cls(cast("Path", text))
+        try:
+            path = os.fsdecode(text)
+        except TypeError:
+            raise UsageError(f"{text!r} is not a path", "give a string or a path") from None
+        path = path.removeprefix(FILE_SCHEME)
+        if not path or "\0" in path:
+            raise UsageError(f"{path!r} is not a path", "give the path of a dataset")
         if URL.match(path):
             return cls(_parse_url(path))
         match = IN_FILE.fullmatch(path)

@@ -18,7 +18,13 @@ from fastvgg.storage import objects
 from fastvgg.storage.local import SharedStorage, Storage
 from fastvgg.storage.location import Location, sidecar_path
 from fastvgg.storage.objects import StoreStorage
-from fastvgg.stream.journal import FileJournal, journal_path, read_journal
+from fastvgg.stream.journal import (
+    FileJournal,
+    check_is_journal,
+    journal_path,
+    read_journal,
+    read_journal_header,
+)
 from fastvgg.stream.manifest import read_manifest
 from fastvgg.stream.store_journal import StoreJournal
 
@@ -63,8 +69,18 @@ class Destination(ABC):
 
     @functools.cached_property
     def has_journal(self) -> bool:
-        """Whether there is a journal; in a run, whether there was one before it opened its own."""
-        return self.exists(journal_path(self.path))
+        """Whether there is a journal; in a run, whether there was one before it opened its own.
+
+        Raises
+        ------
+        TargetError
+            If something else has its name.
+        """
+        path = journal_path(self.path)
+        if not self.exists(path):
+            return False
+        check_is_journal(path)
+        return True
 
     @abstractmethod
     def open_journal(self, *, restart: bool) -> Journal:
@@ -125,7 +141,7 @@ class Destination(ABC):
         """
         index = index_path(self.path)
         has_manifest = read_manifest(self.path) is not None
-        if self.has_journal:
+        if self.has_journal and self._has_valid_journal():
             return
         for path in (self.partial, self.replaced, index):
             is_proven = path == self.path or (path == index and has_manifest)
@@ -134,6 +150,12 @@ class Destination(ABC):
                     f"{path} exists, but no journal or manifest shows that fastvgg wrote it",
                     MOVE_AWAY,
                 )
+
+    def _has_valid_journal(self) -> bool:
+        try:
+            return read_journal_header(journal_path(self.path)) is not None
+        except ResumeError:  # damaged, of another version or of a run in place
+            return True
 
     def sync_existing(self) -> None:  # noqa: B027  # an object is durable once it is put
         """Make durable what a killed run has written."""

@@ -21,6 +21,7 @@ from fastvgg.datasets.npy import NpySource
 from fastvgg.errors import TargetError
 from fastvgg.storage.local import Storage, check_in_place_supported
 from fastvgg.stream.commit_pipeline import CommitPipeline
+from fastvgg.stream.journal import check_is_journal, journal_path
 from fastvgg.stream.manifest import Manifest, checksum, manifest_path
 from fastvgg.stream.progress import ProgressTracker
 from fastvgg.stream.redo_log import (
@@ -29,7 +30,7 @@ from fastvgg.stream.redo_log import (
     check_same_file,
     read_redo_log_header,
 )
-from fastvgg.stream.source import changed, changed_since
+from fastvgg.stream.source import changed_error, is_changed
 from fastvgg.stream.values import check_values
 from fastvgg.transform import storage_dtype
 
@@ -107,18 +108,19 @@ class _InPlace:
         return tracker.report(manifest.counts, failures=[])
 
     def _begin(self) -> RedoLog:
-        if self.plan.committed_chunks or changed(self.plan, self.source):
-            raise changed_since(self.plan.source)
+        if self.plan.committed_chunks or is_changed(self.plan, self.source):
+            raise changed_error(self.plan.source)
         check_values(self.plan, self.source)
+        check_is_journal(journal_path(self.data.path))
         return RedoLog.begin(self.storage, self.data, self.plan.job, self.plan.chunk_images)
 
     def _reopen(self, header: RedoLogHeader) -> RedoLog:
         check_same_file(header, self.data.path)
         if header.job.fingerprint != self.plan.job.fingerprint:
-            raise changed_since(self.plan.source)  # another run started after this one was planned
+            raise changed_error(self.plan.source)  # another run started after this one was planned
         header.job.check_same(self.plan.job, str(self.plan.target))
         if header.chunk_images != self.plan.chunk_images:
-            raise changed_since(self.plan.source)
+            raise changed_error(self.plan.source)
         return RedoLog.reopen(self.storage, self.data, header)
 
     def _compute(self, log: RedoLog, committed: int, tracker: ProgressTracker) -> None:

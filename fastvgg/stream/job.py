@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 Schema: TypeAlias = "Mapping[str, type | tuple[type, ...]]"
 """The fields of a JSON object and their allowed types."""
 
+SOURCE_KINDS: Final = ("npy", "parts", "hdf5", "zarr", "images", "tar")
+TARGET_FORMATS: Final = ("npy", "hdf5", "zarr", "images")
 DECODED: Final = ("images", "tar")
 """Kinds of sources whose images are decoded."""
-JOB: Final[Schema] = {"source": dict, "transform": dict, "result": dict}
-HEADER: Final[Schema] = {"kind": str, "shape": list, "dtype": str, "layout": str}
-SOURCE: Final[Schema] = {"path": str, "fingerprint": str, **HEADER}
-IMAGE_SOURCE: Final[Schema] = {
+JOB_SCHEMA: Final[Schema] = {"source": dict, "transform": dict, "result": dict}
+HEADER_SCHEMA: Final[Schema] = {"kind": str, "shape": list, "dtype": str, "layout": str}
+SOURCE_SCHEMA: Final[Schema] = {"path": str, "fingerprint": str, **HEADER_SCHEMA}
+IMAGE_SOURCE_SCHEMA: Final[Schema] = {
     "size": (list, NoneType),
     "interpolation": str,
     "keep_aspect_ratio": bool,
@@ -39,9 +41,9 @@ IMAGE_SOURCE: Final[Schema] = {
     "gray16": str,
     "max_pixels": int,
 }
-RESULT: Final[Schema] = {"in_place": bool, **HEADER}
+RESULT_SCHEMA: Final[Schema] = {"in_place": bool, **HEADER_SCHEMA}
 RESULT_BY_FORMAT: Final[dict[str, Schema]] = {"images": {"format": str}, "hdf5": {"dataset": str}}
-TRANSFORM: Final[Schema] = {
+TRANSFORM_SCHEMA: Final[Schema] = {
     "mode": dict,
     "direction": str,
     "layout": str,
@@ -49,7 +51,7 @@ TRANSFORM: Final[Schema] = {
     "dtype": (str, NoneType),
     "rounding": str,
 }
-MODE: Final[Schema] = {
+MODE_SCHEMA: Final[Schema] = {
     "name": str,
     "divide": (float, NoneType),
     "mean": (list, NoneType),
@@ -109,11 +111,13 @@ class Job:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Job:
         """Return the job that `to_dict` wrote; raise ValueError if a field is inconsistent."""
-        check_fields(fields, JOB)
+        check_fields(fields, JOB_SCHEMA)
         source, result = fields["source"], fields["result"]
         is_decoded = source.get("kind") in DECODED
-        check_fields(source, {**SOURCE, **IMAGE_SOURCE} if is_decoded else SOURCE)
-        check_fields(result, {**RESULT, **RESULT_BY_FORMAT.get(str(result.get("kind")), {})})
+        check_fields(
+            source, {**SOURCE_SCHEMA, **IMAGE_SOURCE_SCHEMA} if is_decoded else SOURCE_SCHEMA
+        )
+        check_fields(result, {**RESULT_SCHEMA, **RESULT_BY_FORMAT.get(str(result.get("kind")), {})})
         header = _parse_header(source)
         try:
             if is_decoded:
@@ -139,6 +143,10 @@ class Job:
             )
         except FastvggError as error:
             raise ValueError(ascii(error.problem)) from None
+        if job.source_kind not in SOURCE_KINDS or job.target_format not in TARGET_FORMATS:
+            raise ValueError("the source or the result has an unknown format")
+        if job.in_place and (job.source_kind != "npy" or job.target_format != "npy"):
+            raise ValueError("only a .npy file can be converted in place")
         if transform.layout != header.layout:
             raise ValueError("the layouts of the transform and of the source differ")
         if result_header(header, transform) != job.result:
@@ -190,8 +198,8 @@ def transform_of_fields(fields: dict[str, Any]) -> Transform:
     FastvggError
         If the types are right but a value is invalid.
     """
-    check_fields(fields, TRANSFORM)
-    check_fields(fields["mode"], MODE)
+    check_fields(fields, TRANSFORM_SCHEMA)
+    check_fields(fields["mode"], MODE_SCHEMA)
     numbers = (fields["mode"]["mean"] or []) + (fields["mode"]["std"] or [])
     if any(type(number) is not float for number in numbers):
         raise ValueError("mean and std must be lists of floats")

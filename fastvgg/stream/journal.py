@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from types import NoneType
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import xxhash
 
-from fastvgg.datasets.base import ImageRecord, open_regular, open_sidecar
+from fastvgg.datasets.base import ImageRecord, open_regular, open_sidecar, read_sidecar
 from fastvgg.datasets.index import is_valid_name
 from fastvgg.errors import FastvggError, ResumeError, SourceError, TargetError
 from fastvgg.storage import objects
@@ -33,24 +34,28 @@ if TYPE_CHECKING:
     from fastvgg.storage.local import Storage, StoredFile
     from fastvgg.stream.job import Schema
 
-FORMAT: Final = 2
-VERSION: Final = "fastvgg-journal"
+FORMAT_VERSION: Final = 2
+VERSION_FIELD: Final = "fastvgg-journal"
 HEADER_NAME: Final = "job"
 """Name of the header object, in a store, where each line is an object."""
 HEADER_SCHEMA: Final[Schema] = {
-    VERSION: int,
+    VERSION_FIELD: int,
     "job": dict,
     "chunk_images": int,
     "replaces": (str, NoneType),
     "retries": bool,
 }
-COMMIT: Final[Schema] = {
+COMMIT_SCHEMA: Final[Schema] = {
     "chunk": int,
     "checksum": str,
     "source_checksum": str,
     "records": list,
 }
-RECORD: Final = (str, str, int, int, bool, str)  # the types of the fields of an `ImageRecord`
+CHECKSUM: Final = re.compile("[0-9a-f]{16}")
+LINE_NAME: Final = re.compile("[0-9]{9}")  # see `line_name`
+SUM_BYTES: Final = 16  # of the checksum that begins a line
+TEXT_START: Final = b' {"fastvgg-'  # what follows it in a header, also of a run in place
+RECORD_TYPES: Final = (str, str, int, int, bool, str)  # the types of the fields of an `ImageRecord`
 
 
 @dataclass(frozen=True)
@@ -72,12 +77,14 @@ class Commit:
 
     def to_line(self) -> bytes:
         """Encode the commit as a line of the journal."""
-        return encode_line({name: getattr(self, name) for name in COMMIT})
+        return encode_line({name: getattr(self, name) for name in COMMIT_SCHEMA})
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Commit:
         """Return the commit of a decoded line; raise ValueError if a field is wrong."""
-        check_fields(fields, COMMIT)
+        check_fields(fields, COMMIT_SCHEMA)
+        if not CHECKSUM.fullmatch(fields["checksum"]):
+            raise ValueError(f"{ascii(fields['checksum'])[:40]} is not a checksum")
         return cls(**{**fields, "records": [_parse_record(record) for record in fields["records"]]})
 
 
@@ -147,8 +154,8 @@ class JournalState:
 
     def header_line(self) -> bytes:
         """Encode the header line."""
-        fields = {name: getattr(self, name) for name in HEADER_SCHEMA if name != VERSION}
-        return encode_line({VERSION: FORMAT, **fields, "job": self.job.to_dict()})
+        fields = {name: getattr(self, name) for name in HEADER_SCHEMA if name != VERSION_FIELD}
+        return encode_line({VERSION_FIELD: FORMAT_VERSION, **fields, "job": self.job.to_dict()})
 
 
 def journal_path(target: Path) -> Path:
@@ -223,6 +230,30 @@ def _read(path: Path, lines: Iterable[bytes]) -> JournalState | None:
     return journal_state
 
 
+def check_is_journal(path: Path) -> None:
+    """Check that what has the name of a journal was written by fastvgg, if there is anything.
+
+    What a crash leaves of a header line (its start, or zeros) is accepted.
+
+    Raises
+    ------
+    TargetError
+        If it is something else.
+    """
+    if is_remote(path):
+        names = objects.listing(path)
+        is_ours = all(name == HEADER_NAME or LINE_NAME.fullmatch(name) for name in names)
+    else:
+        start = (read_sidecar(path, max_bytes=SUM_BYTES + len(TEXT_START)) or b"").rstrip(b"\0")
+        digits, text = start[:SUM_BYTES], start[SUM_BYTES:]
+        is_ours = not digits.strip(b"0123456789abcdef") and TEXT_START.startswith(text)
+    if not is_ours:
+        raise TargetError(
+            f"{path} exists, but is not a journal of fastvgg",
+            "move it away, or choose another name for the target",
+        )
+
+
 def decode_line(line: bytes) -> dict[str, Any] | None:
     """Decode a line of `encode_line`; return None if it is truncated or its checksum is wrong.
 
@@ -250,15 +281,15 @@ def encode_line(fields: dict[str, Any]) -> bytes:
 
 
 def _parse_header(path: Path, fields: dict[str, Any]) -> JournalState:
-    if VERSION not in fields:
+    if VERSION_FIELD not in fields:
         raise ResumeError(
             f"{path} belongs to a run in place",
-            "finish that run first: 'fastvgg info' shows the command; or give --restart",
+            "finish that run first: 'fastvgg info' shows the command",
         )
-    found = fields[VERSION]
-    if type(found) is int and found != FORMAT:
+    found = fields[VERSION_FIELD]
+    if type(found) is int and found != FORMAT_VERSION:
         raise ResumeError(
-            f"{path} has format version {str(found)[:20]}, but this fastvgg reads {FORMAT}",
+            f"{path} has format version {str(found)[:20]}, but this fastvgg reads {FORMAT_VERSION}",
             "finish the run with the fastvgg version that started it, or give --restart",
         )
     check_fields(fields, HEADER_SCHEMA)
@@ -267,6 +298,8 @@ def _parse_header(path: Path, fields: dict[str, Any]) -> JournalState:
         path, job, fields["chunk_images"], fields["replaces"], fields["retries"]
     )
     check_sizes([journal_state.chunk_images])
+    if journal_state.retries and not job.is_decoded:
+        raise ValueError("only images can be retried")
     return journal_state
 
 
@@ -282,7 +315,7 @@ def _add_commit(journal_state: JournalState, fields: dict[str, Any]) -> None:
 
 
 def _parse_record(fields: object) -> ImageRecord:
-    if isinstance(fields, list) and tuple(map(type, fields)) == RECORD:
+    if isinstance(fields, list) and tuple(map(type, fields)) == RECORD_TYPES:
         record = ImageRecord(*fields)
         check_sizes([record.width, record.height], minimum=0)
         if is_valid_name(record.path) and (record.reason or not record.failed):

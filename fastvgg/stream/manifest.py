@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from fastvgg.stream.job import Schema
     from fastvgg.transform import Transform
 
-FORMAT: Final = 1
+FORMAT_VERSION: Final = 1
 VERSION: Final = "fastvgg-manifest"
-FIELDS: Final[Schema] = {
+MANIFEST_SCHEMA: Final[Schema] = {
     VERSION: int,
     "job": dict,
     "chunk_images": int,
@@ -42,7 +42,7 @@ FIELDS: Final[Schema] = {
     "created": str,
     "packages": dict,
 }
-COUNTS: Final[Schema] = {"images": int, "failed": int}
+COUNTS_SCHEMA: Final[Schema] = {"images": int, "failed": int}
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,15 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Encode the manifest as JSON."""
-        fields = {VERSION: FORMAT, **vars(self), "job": self.job.to_dict()}
+        fields = {VERSION: FORMAT_VERSION, **vars(self), "job": self.job.to_dict()}
         return json.dumps(fields, indent=1).encode() + b"\n"
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Manifest:
         """Return the manifest; raise ValueError if a field is invalid or inconsistent."""
-        check_fields(fields, FIELDS)
-        check_fields(fields["counts"], COUNTS)
-        recorded = {name: fields[name] for name in FIELDS if name != VERSION}
+        check_fields(fields, MANIFEST_SCHEMA)
+        check_fields(fields["counts"], COUNTS_SCHEMA)
+        recorded = {name: fields[name] for name in MANIFEST_SCHEMA if name != VERSION}
         manifest = cls(**{**recorded, "job": Job.from_dict(fields["job"])})
         images, counts = manifest.header.images, manifest.counts
         check_sizes([manifest.chunk_images])
@@ -123,9 +123,10 @@ def read_manifest(container: Path) -> Manifest | None:
     try:
         fields = json.loads(data)
         found = fields.get(VERSION) if isinstance(fields, dict) else None
-        if type(found) is int and found != FORMAT:
+        if type(found) is int and found != FORMAT_VERSION:
             raise SourceError(
-                f"{path} has format version {str(found)[:20]}, but this fastvgg reads {FORMAT}",
+                f"{path} has format version {str(found)[:20]}, but this fastvgg reads "
+                f"{FORMAT_VERSION}",
                 "use the version of fastvgg that wrote it, or a newer one",
             )
         return Manifest.from_dict(fields)

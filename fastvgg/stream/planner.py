@@ -22,7 +22,7 @@ from fastvgg.storage.local import check_in_place_supported
 from fastvgg.storage.location import Location
 from fastvgg.stream.destination import destination_of
 from fastvgg.stream.job import DECODED, Job
-from fastvgg.stream.journal import journal_path, read_journal
+from fastvgg.stream.journal import check_is_journal, journal_path, read_journal
 from fastvgg.stream.manifest import Provenance, manifest_path
 from fastvgg.stream.plan import Plan, RunOptions, chunk_bytes, chunk_images, parse_bytes
 from fastvgg.stream.preflight import (
@@ -41,6 +41,7 @@ from fastvgg.stream.redo_log import (
 )
 from fastvgg.stream.redo_log_layout import RedoLogHeader
 from fastvgg.stream.retry import plan_retry
+from fastvgg.stream.source import check_exists
 from fastvgg.stream.target import inspect_target, with_committed
 from fastvgg.stream.values import check_not_already_done
 from fastvgg.transform import Mode, Transform
@@ -161,6 +162,7 @@ def plan(
     )
     threads = check_threads(threads)
     check_backend(backend)
+    check_exists(location)
     recorded = Provenance.read(location)
     options = RunOptions(
         memory_bytes=parse_bytes(memory),
@@ -307,6 +309,7 @@ def _plan_in_place(
         )
     check_in_place_supported(path)
     check_directory(path)
+    check_is_journal(journal_path(path))
     if redo_log is None:
         planned = _build_plan(source, source.location, job, options)
         log_header = RedoLogHeader.new(job, planned.chunk_images, path.stat())

@@ -7,8 +7,7 @@ import shutil
 from typing import TYPE_CHECKING, Final
 
 from fastvgg.datasets.image_writer import check_format
-from fastvgg.datasets.open import check_target as check_name
-from fastvgg.datasets.open import target_format
+from fastvgg.datasets.open import check_target_name, target_format
 from fastvgg.errors import ArrayError, SourceError, TargetError, UsageError
 from fastvgg.storage.location import sidecar_path
 from fastvgg.stream.job import result_header
@@ -40,7 +39,7 @@ def check_target(source: Source, target: Location, result: Header) -> None:
         _check_store(source, target)
         return
     file = target.container
-    check_name(target)
+    check_target_name(target)
     check_directory(file)
     if target_format(target) == "images" and (result.dtype, result.layout) != IMAGES:
         raise TargetError(
@@ -68,7 +67,7 @@ def _check_store(source: Source, target: Location) -> None:
             f"{target}: only Zarr arrays can be written to an object store",
             "give a name that ends in .zarr",
         )
-    check_name(target)
+    check_target_name(target)
     read, written = f"{source.location}/", f"{target}/"
     if source.location.is_remote and (read.startswith(written) or written.startswith(read)):
         raise TargetError(

@@ -23,11 +23,11 @@ from fastvgg.stream.job import check_fields, check_sizes
 from fastvgg.stream.journal import journal_path
 from fastvgg.stream.redo_log_layout import (
     CHUNKS_PER_CHECKPOINT,
-    FORMAT,
-    FORMAT_FIELD,
+    FORMAT_VERSION,
     PAGE_BYTES,
     RECORD_BYTES,
     SLOTS,
+    VERSION_FIELD,
     RedoLogHeader,
     RedoRecord,
     decode_first_line,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from fastvgg.storage.local import Storage
     from fastvgg.stream.job import Job, Schema
 
-CHECKPOINT: Final[Schema] = {"run": str, "generation": int, "chunks": int}
+CHECKPOINT_SCHEMA: Final[Schema] = {"run": str, "generation": int, "chunks": int}
 MAX_HEADER_BYTES: Final = 1024 * 1024
 MAX_NAME_BYTES: Final = 40  # of the first field of a line and the preceding checksum
 
@@ -61,10 +61,11 @@ def read_redo_log_header(file_path: Path) -> RedoLogHeader | None:
     if start is None or not _is_redo_log(start):
         return None
     try:
-        found = (decode_first_line(start) or {}).get(FORMAT_FIELD)
-        if type(found) is int and found != FORMAT:
+        found = (decode_first_line(start) or {}).get(VERSION_FIELD)
+        if type(found) is int and found != FORMAT_VERSION:
             raise ResumeError(
-                f"{path} has format version {str(found)[:20]}, but this fastvgg reads {FORMAT}",
+                f"{path} has format version {str(found)[:20]}, but this fastvgg reads "
+                f"{FORMAT_VERSION}",
                 "finish the run with the fastvgg version that started it",
             )
         return RedoLogHeader.from_bytes(start)
@@ -80,7 +81,7 @@ def _is_redo_log(start: bytes) -> bool:
     """
     line, _, rest = start.partition(b"\n")
     name = line[:MAX_NAME_BYTES]
-    return FORMAT_FIELD.encode() in name or (b"\0" in rest and b"fastvgg-journal" not in name)
+    return VERSION_FIELD.encode() in name or (b"\0" in rest and b"fastvgg-journal" not in name)
 
 
 def check_same_file(header: RedoLogHeader, path: Path) -> None:
@@ -285,7 +286,7 @@ class RedoLog:
             fields = decode_first_line(page)
             if fields is None:
                 return None
-            check_fields(fields, CHECKPOINT)
+            check_fields(fields, CHECKPOINT_SCHEMA)
             check_sizes([fields["generation"]])
             check_sizes([fields["chunks"]], minimum=0, maximum=self.file_layout.chunks)
         except ValueError:

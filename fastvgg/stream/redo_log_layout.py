@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
     from fastvgg.stream.job import Schema
 
-FORMAT: Final = 1
-FORMAT_FIELD: Final = "fastvgg-in-place"  # the first field of the header
-HEADER: Final[Schema] = {
-    FORMAT_FIELD: int,
+FORMAT_VERSION: Final = 1
+VERSION_FIELD: Final = "fastvgg-in-place"  # the first field of the header
+HEADER_SCHEMA: Final[Schema] = {
+    VERSION_FIELD: int,
     "job": dict,
     "chunk_images": int,
     "run": str,
     "inode": int,
     "file_bytes": int,
 }
-RECORD: Final[Schema] = {"chunk": int, "run": str, "old": str, "new": str, "edges": str}
+RECORD_SCHEMA: Final[Schema] = {"chunk": int, "run": str, "old": str, "new": str, "edges": str}
 PAGE_BYTES: Final = 4096
 RECORD_BYTES: Final = 512  # one sector: a torn write damages one record
 CHUNKS_PER_CHECKPOINT: Final = 3  # chunks written to the data file per checkpoint
@@ -143,7 +143,7 @@ class RedoLogHeader(NamedTuple):
             If a field is missing, invalid, or inconsistent with another.
         """
         fields = decode_first_line(data) or {}
-        check_fields(fields, HEADER)
+        check_fields(fields, HEADER_SCHEMA)
         recorded = {name: fields[name] for name in cls._fields}
         header = cls(**{**recorded, "job": Job.from_dict(fields["job"])})
         check_sizes([header.chunk_images, header.file_bytes])
@@ -153,7 +153,9 @@ class RedoLogHeader(NamedTuple):
 
     def to_bytes(self) -> bytes:
         """Encode the header line."""
-        return encode_line({FORMAT_FIELD: FORMAT, **self._asdict(), "job": self.job.to_dict()})
+        return encode_line(
+            {VERSION_FIELD: FORMAT_VERSION, **self._asdict(), "job": self.job.to_dict()}
+        )
 
     @property
     def file_layout(self) -> RedoLogLayout:
@@ -201,6 +203,6 @@ class RedoRecord(NamedTuple):
         fields = decode_first_line(data)
         if fields is None:
             return None
-        check_fields(fields, RECORD)
+        check_fields(fields, RECORD_SCHEMA)
         record = cls(**fields)
         return record if (record.chunk, record.run) == (chunk, run) else None

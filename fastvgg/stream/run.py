@@ -25,7 +25,7 @@ from fastvgg.stream.manifest import Manifest, checksum, manifest_path
 from fastvgg.stream.progress import ProgressTracker
 from fastvgg.stream.report import FAILURES_KEPT, Failure
 from fastvgg.stream.retry import FailureRetry
-from fastvgg.stream.source import changed, reopen_source
+from fastvgg.stream.source import is_changed, reopen_source
 from fastvgg.stream.target import check_not_occupied, inspect_target, with_committed
 from fastvgg.stream.values import check_values
 
@@ -215,7 +215,7 @@ class Run:
                 )
 
     def _publish(self) -> None:
-        if changed(self.plan, self.source):
+        if is_changed(self.plan, self.source):
             raise StoppedError(
                 f"{self.plan.source} changed while it was read: the result may mix both versions",
                 "keep the source unchanged, and rerun with --restart",

@@ -1,17 +1,37 @@
-"""The source of a run: reopened as it was planned, and unchanged since."""
+"""The source of a run: it exists, and is reopened as it was planned, unchanged."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastvgg.datasets.open import open_source
+from fastvgg.datasets.open import open_source, source_format
 from fastvgg.errors import SourceError
 from fastvgg.imaging.resize import gather_function
+from fastvgg.stream.journal import journal_path, read_journal_header
 
 if TYPE_CHECKING:
     from fastvgg.datasets.base import Source
     from fastvgg.storage.location import Location
     from fastvgg.stream.plan import Plan
+
+
+def check_exists(source: Location) -> None:
+    """Check that a source exists and is a dataset; name the run that has not finished it.
+
+    Raises
+    ------
+    SourceError
+        If it does not exist, is unfinished, or is in an unsupported format.
+    """
+    try:
+        source_format(source)
+    except SourceError:
+        if read_journal_header(journal_path(source.container)) is None:
+            raise
+        raise SourceError(
+            f"{source} is unfinished: the run that writes it was interrupted",
+            "rerun the command that writes it; 'fastvgg info' shows its progress",
+        ) from None
 
 
 def reopen_source(plan: Plan) -> Source:
@@ -27,13 +47,13 @@ def reopen_source(plan: Plan) -> Source:
         listing=plan.listing,
         use_index=plan.has_index,
     )
-    if changed(plan, source):
+    if is_changed(plan, source):
         source.close()
-        raise changed_since(plan.source)
+        raise changed_error(plan.source)
     return source
 
 
-def changed_since(source: Location) -> SourceError:
+def changed_error(source: Location) -> SourceError:
     """Return the error for a source that changed after planning."""
     return SourceError(
         f"{source} has changed since the run was planned",
@@ -41,6 +61,6 @@ def changed_since(source: Location) -> SourceError:
     )
 
 
-def changed(plan: Plan, source: Source) -> bool:
+def is_changed(plan: Plan, source: Source) -> bool:
     """Return whether a source differs from the planned one."""
     return source.header != plan.header or source.fingerprint() != plan.job.fingerprint

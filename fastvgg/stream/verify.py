@@ -14,8 +14,9 @@ from fastvgg.datasets.index import read_index
 from fastvgg.datasets.open import open_source, open_target
 from fastvgg.errors import SourceError, VerificationError
 from fastvgg.storage.location import Location
-from fastvgg.stream.manifest import Provenance, checksum, manifest_path
+from fastvgg.stream.manifest import Provenance, checksum
 from fastvgg.stream.redo_log import read_redo_log_header, unfinished_error
+from fastvgg.stream.source import check_exists
 
 if TYPE_CHECKING:
     import os
@@ -69,11 +70,11 @@ def verify(path: str | os.PathLike[str], *, full: bool = False) -> Verification:
     redo_log = read_redo_log_header(location.container)
     if redo_log is not None:
         raise unfinished_error(redo_log, location.container)
+    check_exists(location)
     manifest = Provenance.read(location).manifest
     if manifest is None:
         raise SourceError(
-            f"{manifest_path(location.container)} does not exist: there are no checksums to "
-            "compare with",
+            f"{location} has no manifest, so there are no checksums to compare with",
             "give a dataset that fastvgg has finished; 'fastvgg info' shows what this is",
         )
     location = location.within(manifest.job.dataset)

@@ -86,7 +86,6 @@ class S3:
             for found in listed
         }
 
-
     def clear(self):
         """Remove every object: servers of one process share their buckets."""
         client = self.client()

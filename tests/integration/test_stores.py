@@ -244,6 +244,15 @@ def test_what_is_finished_is_not_done_again(store, array):
     assert report.counts["computed_chunks"] == 0
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_foreign_objects_below_the_name_of_the_journal_are_refused(store, array, restart):
+    objects.put(store / "y.zarr.fastvgg-journal" / "mine.txt", b"precious")
+    before = store.names()
+    with pytest.raises(TargetError, match="is not a journal of fastvgg"):
+        planned(array, store, restart=restart)
+    assert store.names() == before
+
+
 def nobody_can_open(store):
     try:
         zarr.open_array(f"{store.url}/y.zarr", mode="r")

@@ -177,6 +177,21 @@ def refused(error_type, path, *words, **settings):
     assert tree(path.parent) == before
 
 
+def test_a_foreign_file_of_the_name_of_the_journal_is_refused(file):
+    file.with_name(f"{file.name}.fastvgg-journal").write_text("precious")
+    for restart in (False, True):
+        refused(TargetError, file, ".fastvgg-journal exists", "move it away", restart=restart)
+
+
+def test_a_foreign_file_that_takes_the_name_of_the_journal_is_refused(file):
+    plan = plan_of(file, None, in_place=True, mode="caffe")
+    file.with_name(f"{file.name}.fastvgg-journal").write_text("precious")
+    before = tree(file.parent)
+    with pytest.raises(TargetError, match="exists, but is not a journal"):
+        run(plan)
+    assert tree(file.parent) == before
+
+
 def test_links_and_holes_are_refused(file):
     link = file.with_name("link.npy")
     link.symlink_to(file)

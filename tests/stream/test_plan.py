@@ -465,3 +465,24 @@ def test_relative_paths_are_those_of_the_directory_the_plan_was_made_in(tmp_path
     plan.run()
     assert (str(plan.source), str(plan.target)) == (f"{tmp_path}/x.npy", f"{tmp_path}/y.npy")
     assert (tmp_path / "y.npy").exists()
+
+
+@pytest.mark.parametrize("direction", ["preprocess", "restore", "pack"])
+@pytest.mark.parametrize("name", ["none.npy", "none", "none.tar", "none.h5::/images"])
+def test_that_a_source_does_not_exist_is_said_before_all_else(tmp_path, direction, name):
+    with pytest.raises(SourceError, match="does not exist"):
+        fastvgg.plan(tmp_path / name, tmp_path / "y.npy", direction=direction)
+
+
+def test_a_source_that_an_interrupted_run_has_not_finished_is_named_as_such(tmp_path, array):
+    unfinished = tmp_path / "y.npy"
+    with pytest.raises(Death):
+        run(plan_of(array, unfinished, mode="caffe", together=2), storage=CuttingStorage(2))
+    for read in (
+        lambda: fastvgg.plan(unfinished, tmp_path / "z.npy", direction="restore"),
+        lambda: fastvgg.verify(unfinished),
+        lambda: fastvgg.batches(unfinished, 2),
+    ):
+        with pytest.raises(SourceError) as caught:
+            read()
+        must_say(caught.value, unfinished, "is unfinished", "rerun the command")

@@ -838,10 +838,13 @@ def test_something_else_of_the_targets_name_is_refused_and_kept(tmp_path, array,
 
 
 FOREIGN = {
-    "y.npy": ("", ".partial", ".index.csv", ".fastvgg-replaced", ".fastvgg.json"),
-    "y.h5": ("", ".partial", ".index.csv"),
-    "y.zarr": ("", "/0.bin", ".partial/0.bin", ".index.csv"),
-    "out": ("", "/0.png", ".partial/0.png", ".index.csv"),
+    "y.npy": (
+        *("", ".partial", ".index.csv", ".fastvgg-replaced", ".fastvgg.json"),
+        ".fastvgg-journal",
+    ),
+    "y.h5": ("", ".partial", ".index.csv", ".fastvgg-journal"),
+    "y.zarr": ("", "/0.bin", ".partial/0.bin", ".index.csv", ".fastvgg-journal"),
+    "out": ("", "/0.png", ".partial/0.png", ".index.csv", ".fastvgg-journal"),
 }
 
 
@@ -923,16 +926,23 @@ def test_a_directory_that_has_the_name_of_an_array_is_refused_before_anything_is
 
 
 @pytest.mark.parametrize("restart", [False, True])
-@pytest.mark.parametrize("suffix", [".partial", ".index.csv"])
-def test_a_sidecar_that_appears_after_planning_is_not_replaced(tmp_path, array, suffix, restart):
-    plan = plan_of(array, tmp_path / "y.npy", mode="caffe", restart=restart)
-    foreign = tmp_path / f"y.npy{suffix}"
-    foreign.write_text("precious")
+@pytest.mark.parametrize("suffix", [".partial", ".index.csv", ".fastvgg-replaced"])
+@pytest.mark.parametrize("journal", [b"", b"0123456789ab", b"0" * 16 + b' {"fastv', bytes(100)])
+def test_what_a_crash_leaves_of_a_journal_proves_nothing(tmp_path, array, suffix, restart, journal):
+    (tmp_path / "y.npy.fastvgg-journal").write_bytes(journal)
+    (tmp_path / f"y.npy{suffix}").write_text("precious")
     before = tree(tmp_path)
     with pytest.raises(TargetError) as caught:
-        plan.run()
-    must_say(caught.value, foreign, "move it away")
+        plan_of(array, tmp_path / "y.npy", mode="caffe", restart=restart)
+    must_say(caught.value, tmp_path / f"y.npy{suffix}", "move it away")
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("journal", [b"", b"0123456789ab", b"0" * 16 + b' {"fastv', bytes(100)])
+def test_what_a_crash_leaves_of_a_journal_is_replaced(tmp_path, array, journal):
+    (tmp_path / "y.npy.fastvgg-journal").write_bytes(journal)
+    plan_of(array, tmp_path / "y.npy", mode="caffe").run()
+    assert names_in(tmp_path) == ["x.npy", "y.npy", "y.npy.fastvgg.json"]
 
 
 class DyingBeforeTheManifest(Storage):

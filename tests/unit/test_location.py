@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 
 import pytest
+from upath import UPath
 
+from fastvgg.errors import UsageError
 from fastvgg.storage.location import Location, sidecar_path
 
 
@@ -87,3 +90,21 @@ def test_a_url_stays_one(url):
     assert location.inner == ""
     assert str(sidecar_path(location.container, ".fastvgg.json")) == f"{url}.fastvgg.json"
     assert str(location.container / "c") == f"{url}/c"
+
+
+def test_every_kind_of_path_is_a_path(tmp_path):
+    (tmp_path / "x.npy").touch()
+    (entry,) = os.scandir(tmp_path)
+    for path in (entry, os.fsencode(tmp_path / "x.npy"), Location(tmp_path / "x.npy")):
+        assert Location.parse(path) == Location(tmp_path / "x.npy")
+
+
+def test_the_options_of_a_store_are_kept():
+    path = UPath("memory://a/x.zarr", auto_mkdir=True)
+    assert Location.parse(path).container is path
+
+
+@pytest.mark.parametrize("path", ["", b"", "file://", "a\0b", None, 7, ["x.npy"]])
+def test_what_is_not_a_path_is_refused(path):
+    with pytest.raises(UsageError, match="is not a path"):
+        Location.parse(path)
