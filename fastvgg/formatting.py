@@ -1,12 +1,63 @@
-"""HTML representations for notebooks."""
+"""Values as text: byte counts, package versions, and tables for notebooks."""
 
 from __future__ import annotations
 
+import functools
+import re
 from html import escape
-from typing import TYPE_CHECKING
+from importlib import metadata
+from platform import python_version
+from typing import TYPE_CHECKING, Final
+
+from fastvgg.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+UNITS: Final = {"": 1, "B": 1, "K": 2**10, "KIB": 2**10, "M": 2**20, "MIB": 2**20}
+UNITS.update({"G": 2**30, "GIB": 2**30, "T": 2**40, "TIB": 2**40})
+UNITS.update({"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12})
+
+
+def parse_bytes(text: str | int) -> int:
+    """Parse a size such as "512MiB" into bytes.
+
+    >>> parse_bytes("512MiB"), parse_bytes("1.5 GB"), parse_bytes(4096)
+    (536870912, 1500000000, 4096)
+    """
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in UNITS:
+        raise UsageError(f"{text!r} is not an amount of memory", "write it like 512MiB or 2GiB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def format_bytes(count: float) -> str:
+    """Format a byte count with a binary unit.
+
+    >>> format_bytes(999), format_bytes(602112), format_bytes(3 * 2**30)
+    ('999 B', '588.0 KiB', '3.0 GiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a result may depend on."""
+    names = ("fastvgg", "numpy", "numba", "pillow", "simplejpeg", "h5py", "zarr")
+    return {"python": python_version(), **{name: _version_of(name) for name in names}}
+
+
+@functools.cache  # reading the metadata takes a millisecond per package
+def _version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def html_table(caption: str, rows: Iterable[tuple[str, str]]) -> str:

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from fastvgg.formatting import package_versions
 from fastvgg.parallel import available_cpus
-from fastvgg.stream.manifest import package_versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

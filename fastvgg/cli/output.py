@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
-from fastvgg.stream.plan import format_bytes
+from fastvgg.formatting import format_bytes
 from fastvgg.stream.report import FAILURES_SHOWN
 
 if TYPE_CHECKING:

@@ -24,9 +24,8 @@ from fastvgg.datasets.base import SharedTarget
 from fastvgg.datasets.contiguous import ContiguousTarget
 from fastvgg.errors import ClusterError, FastvggError, StoppedError, UsageError
 from fastvgg.executors.worker import Task, close_run, open_run, run_task, stored_checksums
+from fastvgg.formatting import format_bytes, package_versions
 from fastvgg.parallel import available_cpus
-from fastvgg.stream.manifest import package_versions
-from fastvgg.stream.plan import format_bytes
 from fastvgg.stream.run import Executor
 from fastvgg.stream.source import reopen_source
 

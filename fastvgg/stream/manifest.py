@@ -7,11 +7,8 @@ one that was never preprocessed.
 from __future__ import annotations
 
 import datetime as dt
-import functools
 import json
 from dataclasses import dataclass
-from importlib import metadata
-from platform import python_version
 from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
@@ -19,6 +16,7 @@ import xxhash
 from fastvgg.datasets.base import Header, read_sidecar
 from fastvgg.datasets.open import embedded_transform
 from fastvgg.errors import SourceError
+from fastvgg.formatting import package_versions
 from fastvgg.storage.location import sidecar_path
 from fastvgg.stream.job import Job, check_fields, check_sizes, transform_of_fields
 
@@ -174,20 +172,6 @@ class Provenance:
         if location.inner and manifest.job.dataset not in ("", location.inner):
             return cls(None, _read_transform(location), has_index=False)
         return cls(manifest, manifest.job.transform, has_index=True)
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that a result may depend on."""
-    names = ("fastvgg", "numpy", "numba", "pillow", "simplejpeg", "h5py", "zarr")
-    return {"python": python_version(), **{name: _version_of(name) for name in names}}
-
-
-@functools.cache  # reading the metadata takes a millisecond per package
-def _version_of(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def checksum(stored: Payload) -> str:

@@ -16,6 +16,7 @@ from fastvgg.datasets.image_writer import is_lossy
 from fastvgg.datasets.images import ImageSource
 from fastvgg.datasets.open import open_source, target_format
 from fastvgg.errors import SourceError, UsageError
+from fastvgg.formatting import parse_bytes
 from fastvgg.imaging.decode import MAX_PIXELS, DecodeOptions
 from fastvgg.parallel import check_threads
 from fastvgg.storage.local import check_in_place_supported
@@ -24,7 +25,7 @@ from fastvgg.stream.destination import destination_of
 from fastvgg.stream.job import DECODED, Job
 from fastvgg.stream.journal import check_is_journal, journal_path, read_journal
 from fastvgg.stream.manifest import Provenance, manifest_path
-from fastvgg.stream.plan import Plan, RunOptions, chunk_bytes, chunk_images, parse_bytes
+from fastvgg.stream.plan import Plan, RunOptions, chunk_bytes, chunk_images
 from fastvgg.stream.preflight import (
     check_choices,
     check_directory,

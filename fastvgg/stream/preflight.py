@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Final
 from fastvgg.datasets.image_writer import check_format
 from fastvgg.datasets.open import check_target_name, target_format
 from fastvgg.errors import ArrayError, SourceError, TargetError, UsageError
+from fastvgg.formatting import format_bytes
 from fastvgg.storage.location import sidecar_path
 from fastvgg.stream.job import result_header
-from fastvgg.stream.plan import format_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path

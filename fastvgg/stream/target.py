@@ -6,8 +6,8 @@ import dataclasses
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from fastvgg.errors import TargetError
+from fastvgg.formatting import format_bytes
 from fastvgg.stream.manifest import read_manifest
-from fastvgg.stream.plan import format_bytes
 
 if TYPE_CHECKING:
     from fastvgg.stream.destination import Destination

@@ -12,17 +12,10 @@ from hypothesis import strategies as st
 import fastvgg
 from fastvgg.datasets.base import Header
 from fastvgg.errors import DtypeError, ModeError, SourceError, TargetError, UsageError
+from fastvgg.formatting import format_bytes, parse_bytes
 from fastvgg.storage.location import Location
 from fastvgg.stream.job import Job, result_header
-from fastvgg.stream.plan import (
-    CHUNK_BYTES,
-    RUN_BYTES,
-    Plan,
-    chunk_bytes,
-    chunk_images,
-    format_bytes,
-    parse_bytes,
-)
+from fastvgg.stream.plan import CHUNK_BYTES, RUN_BYTES, Plan, chunk_bytes, chunk_images
 from fastvgg.stream.run import run
 from fastvgg.transform import Transform
 from tests.helpers.datasets_on_disk import (
