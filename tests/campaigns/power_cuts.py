@@ -46,7 +46,7 @@ SYNCS = (
     "redo_log.commit",
     "redo_log.finish",
     "contiguous.sync",
-    "zarr_writer._store",
+    "zarr_writer._write",
     "local.write_atomic",
 )
 
@@ -251,7 +251,7 @@ def campaign(seed, size):
 def needs(job, forgets):
     """Whether a job does what a function is for whose syncs are left out."""
     is_zarr = isinstance(job, FormatJob) and job.form == "zarr"
-    if forgets == "zarr_writer._store":
+    if forgets == "zarr_writer._write":
         return is_zarr
     return not is_zarr if forgets == "contiguous.sync" else job.in_place
 

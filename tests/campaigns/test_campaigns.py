@@ -44,7 +44,7 @@ def test_real_power_cuts_are_seen_where_a_sync_is_left_out():
         "redo_log.commit",
         "redo_log.finish",
         "contiguous.sync",
-        "zarr_writer._store",
+        "zarr_writer._write",
     }
     assert all(wrong.values()), wrong
 

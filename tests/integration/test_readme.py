@@ -178,7 +178,7 @@ def test_options_that_are_mentioned_exist(document):
         r"`([^`\n]+)`",
         re.sub(r"^```.*?^```$", "", DOCUMENTS[document], flags=re.MULTILINE | re.DOTALL),
     )
-    of_others = ("python", ".ci/", "pytest", "git", "ruff", "mypy")
+    of_others = ("python", ".ci/", "pytest", "git", "ruff", "mypy", "tar")
     mentioned = {
         option
         for text in code
