@@ -51,12 +51,12 @@ class Location:
         except TypeError:
             raise UsageError(f"{text!r} is not a path", "give a string or a path") from None
         path = path.removeprefix(FILE_SCHEME)
-        if not path or "\0" in path:
-            raise UsageError(f"{path!r} is not a path", "give the path of a dataset")
         if URL.match(path):
             return cls(_parse_url(path))
         match = IN_FILE.fullmatch(path)
         file, name = (match[1], match[2] or "") if match else (path, "")
+        if not file or "\0" in file:
+            raise UsageError(f"{path!r} is not a path", "give the path of a dataset")
         inner = str(PurePosixPath("/", name.strip("/")))
         return cls(Path(os.path.abspath(file)), "" if inner == "/" else inner)
 

@@ -23,7 +23,6 @@ from fastvgg.stream.journal import (
     check_is_journal,
     journal_path,
     read_journal,
-    read_journal_header,
 )
 from fastvgg.stream.manifest import read_manifest
 from fastvgg.stream.store_journal import StoreJournal
@@ -141,7 +140,7 @@ class Destination(ABC):
         """
         index = index_path(self.path)
         has_manifest = read_manifest(self.path) is not None
-        if self.has_journal and self._has_valid_journal():
+        if self.exists(journal_path(self.path)) and check_is_journal(journal_path(self.path)):
             return
         for path in (self.partial, self.replaced, index):
             is_proven = path == self.path or (path == index and has_manifest)
@@ -150,12 +149,6 @@ class Destination(ABC):
                     f"{path} exists, but no journal or manifest shows that fastvgg wrote it",
                     MOVE_AWAY,
                 )
-
-    def _has_valid_journal(self) -> bool:
-        try:
-            return read_journal_header(journal_path(self.path)) is not None
-        except ResumeError:  # damaged, of another version or of a run in place
-            return True
 
     def sync_existing(self) -> None:  # noqa: B027  # an object is durable once it is put
         """Make durable what a killed run has written."""

@@ -230,10 +230,11 @@ def _read(path: Path, lines: Iterable[bytes]) -> JournalState | None:
     return journal_state
 
 
-def check_is_journal(path: Path) -> None:
-    """Check that what has the name of a journal was written by fastvgg, if there is anything.
+def check_is_journal(path: Path) -> bool:
+    """Check that what has the name of a journal, if anything, was written by fastvgg.
 
-    What a crash leaves of a header line (its start, or zeros) is accepted.
+    Returns whether there is a header, even a damaged one: False for what a crash leaves of its
+    line, which is at most its start, or zeros.
 
     Raises
     ------
@@ -242,16 +243,19 @@ def check_is_journal(path: Path) -> None:
     """
     if is_remote(path):
         names = objects.listing(path)
+        has_header = HEADER_NAME in names
         is_ours = all(name == HEADER_NAME or LINE_NAME.fullmatch(name) for name in names)
     else:
         start = (read_sidecar(path, max_bytes=SUM_BYTES + len(TEXT_START)) or b"").rstrip(b"\0")
         digits, text = start[:SUM_BYTES], start[SUM_BYTES:]
+        has_header = text == TEXT_START
         is_ours = not digits.strip(b"0123456789abcdef") and TEXT_START.startswith(text)
     if not is_ours:
         raise TargetError(
             f"{path} exists, but is not a journal of fastvgg",
             "move it away, or choose another name for the target",
         )
+    return has_header
 
 
 def decode_line(line: bytes) -> dict[str, Any] | None:
