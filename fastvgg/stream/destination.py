@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Final, cast
@@ -18,12 +17,7 @@ from fastvgg.storage import objects
 from fastvgg.storage.local import SharedStorage, Storage
 from fastvgg.storage.location import Location, sidecar_path
 from fastvgg.storage.objects import StoreStorage
-from fastvgg.stream.journal import (
-    FileJournal,
-    check_is_journal,
-    journal_path,
-    read_journal,
-)
+from fastvgg.stream.journal import FileJournal, check_is_journal, journal_path, read_journal
 from fastvgg.stream.manifest import read_manifest
 from fastvgg.stream.store_journal import StoreJournal
 
@@ -66,24 +60,19 @@ class Destination(ABC):
     def shared_storage(self) -> Storage | StoreStorage:
         """Return the storage for a worker, which writes to a target that another process made."""
 
-    @functools.cached_property
     def has_journal(self) -> bool:
-        """Whether there is a journal; in a run, whether there was one before it opened its own.
+        """Return whether there is a journal, be it void."""
+        return self.exists(journal_path(self.path))
+
+    @abstractmethod
+    def open_journal(self, *, restart: bool) -> Journal:
+        """Open the journal, and take its lock where there is one.
 
         Raises
         ------
         TargetError
-            If something else has its name.
+            If something else has its name, or another process holds the lock.
         """
-        path = journal_path(self.path)
-        if not self.exists(path):
-            return False
-        check_is_journal(path)
-        return True
-
-    @abstractmethod
-    def open_journal(self, *, restart: bool) -> Journal:
-        """Open the journal, and take its lock where there is one."""
 
     @abstractmethod
     def exists(self, path: Path) -> bool:
@@ -140,7 +129,7 @@ class Destination(ABC):
         """
         index = index_path(self.path)
         has_manifest = read_manifest(self.path) is not None
-        if self.exists(journal_path(self.path)) and check_is_journal(journal_path(self.path)):
+        if self.has_journal() and check_is_journal(journal_path(self.path)):
             return
         for path in (self.partial, self.replaced, index):
             is_proven = path == self.path or (path == index and has_manifest)
@@ -175,7 +164,7 @@ class DiskDestination(Destination):
         return SharedStorage(directory, fsync=self.storage.fsync)
 
     def open_journal(self, *, restart: bool) -> Journal:
-        _ = self.has_journal  # opening creates it
+        check_is_journal(journal_path(self.path))
         return FileJournal(self.path, self.storage, restart=restart)
 
     def exists(self, path: Path) -> bool:

@@ -1,9 +1,8 @@
 """The journal, `DST.fastvgg-journal`: which chunks are durable, one line per chunk.
 
 The first line records the job; each further line is a commit with the records of the chunk's
-images, which are read back when the index is written. A line consists of the xxh3 of its text, a
-space, the text (JSON) and a line feed. The checksum detects a line that a crash truncated: reading
-stops at the first invalid line, and the chunks after it are recomputed.
+images, which are read back when the index is written. Reading stops at the first line that a crash
+truncated, and the chunks after it are recomputed.
 
 The journal is also the lock: only the process that holds it may write the target.
 """
@@ -11,14 +10,12 @@ The journal is also the lock: only the process that holds it may write the targe
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from abc import ABC, abstractmethod
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
-
-import xxhash
 
 from fastvgg.datasets.base import ImageRecord, open_regular, open_sidecar, read_sidecar
 from fastvgg.datasets.index import is_valid_name
@@ -26,6 +23,7 @@ from fastvgg.errors import FastvggError, ResumeError, SourceError, TargetError
 from fastvgg.storage import objects
 from fastvgg.storage.location import is_remote, sidecar_path
 from fastvgg.stream.job import Job, check_fields, check_sizes
+from fastvgg.stream.lines import decode_line, encode_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -192,21 +190,28 @@ def _lines(path: Path) -> Iterator[bytes]:
         with open_sidecar(path) as file:
             yield from file or ()
         return
-    try:
+    with _store_errors(path):
         header = objects.read(path / HEADER_NAME)
-        if header is None:
-            return
-        yield header
+    if header is None:
+        return
+    yield header
+    with _store_errors(path):
         lines = objects.read_all(path)
+    # The chunk of an invalid line is recomputed; unlike in a file, the lines after it stay valid.
+    for name in sorted(lines.keys() - {HEADER_NAME}):
+        if decode_line(lines[name]) is not None:
+            yield lines[name]
+
+
+@contextmanager
+def _store_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise SourceError(
             f"{path} cannot be read: {error.strerror or error}",
             "check the connection and the permission to read there",
         ) from None
-    # The chunk of an invalid line is recomputed; unlike in a file, the lines after it stay valid.
-    for name in sorted(lines.keys() - {HEADER_NAME}):
-        if decode_line(lines[name]) is not None:
-            yield lines[name]
 
 
 def _read(path: Path, lines: Iterable[bytes]) -> JournalState | None:
@@ -242,7 +247,8 @@ def check_is_journal(path: Path) -> bool:
         If it is something else.
     """
     if is_remote(path):
-        names = objects.listing(path)
+        with _store_errors(path):
+            names = objects.listing(path)
         has_header = HEADER_NAME in names
         is_ours = all(name == HEADER_NAME or LINE_NAME.fullmatch(name) for name in names)
     else:
@@ -256,32 +262,6 @@ def check_is_journal(path: Path) -> bool:
             "move it away, or choose another name for the target",
         )
     return has_header
-
-
-def decode_line(line: bytes) -> dict[str, Any] | None:
-    """Decode a line of `encode_line`; return None if it is truncated or its checksum is wrong.
-
-    Raises
-    ------
-    ValueError
-        If the checksum is valid but the text is not a JSON object.
-    """
-    checksum, _, text = line.removesuffix(b"\n").partition(b" ")
-    if not line.endswith(b"\n") or checksum.decode("latin-1") != xxhash.xxh3_64_hexdigest(text):
-        return None
-    try:
-        fields = json.loads(text)
-    except RecursionError:
-        raise ValueError("JSON is nested too deeply") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"not a JSON object but {type(fields).__name__}")  # noqa: TRY004
-    return fields
-
-
-def encode_line(fields: dict[str, Any]) -> bytes:
-    """Encode a JSON object as a line that starts with the checksum of the rest."""
-    text = json.dumps(fields).encode()
-    return f"{xxhash.xxh3_64_hexdigest(text)} ".encode() + text + b"\n"
 
 
 def _parse_header(path: Path, fields: dict[str, Any]) -> JournalState:
@@ -384,18 +364,15 @@ class Journal(ABC):
         """Remove the journal of a finished run."""
 
     def close(self) -> None:
-        """Close the journal; remove it if it has no valid header.
+        """Close the journal; remove it if it has no header.
 
-        A restart that is refused keeps the journal of the unfinished run.
+        A run that is refused keeps the journal of an earlier one, even a damaged one.
         """
         if self.state is None and self._is_void():
             self.remove()
 
     def _is_void(self) -> bool:
-        try:
-            return read_journal_header(self.path) is None
-        except FastvggError:  # damaged, or of another version
-            return False
+        return not check_is_journal(self.path)
 
 
 class FileJournal(Journal):
@@ -410,6 +387,8 @@ class FileJournal(Journal):
     def __init__(self, target: Path, storage: Storage, *, restart: bool) -> None:
         super().__init__(journal_path(target))
         self._storage = storage
+        self._temporary = self.path.with_name(self.path.name + ".tmp")
+        self._replaced: StoredFile | None = None
         self._file: StoredFile = storage.open(self.path, create=True)
         try:
             if not storage.lock(self._file):
@@ -424,6 +403,13 @@ class FileJournal(Journal):
         self._end = self.state.valid_bytes if self.state else 0
 
     def _start(self, header: bytes) -> None:
+        """Begin the new journal under a temporary name.
+
+        It replaces the old one when it is durable, so that a crash leaves a whole header, or none.
+        Both are locked until then.
+        """
+        self._replaced, self._file = self._file, self._storage.create(self._temporary)
+        self._storage.lock(self._file)
         self._end = 0
         self._append_line(header)
 
@@ -441,6 +427,8 @@ class FileJournal(Journal):
     def _sync(self, *, is_new: bool = False) -> None:
         self._storage.sync(self._file)
         if is_new:
+            self._storage.rename(self._temporary, self.path)
+            self._file = self._file._replace(path=self.path)
             self._storage.sync_directory(self.path.parent)
 
     def remove(self) -> None:
@@ -450,5 +438,8 @@ class FileJournal(Journal):
 
     def close(self) -> None:
         """Close the journal as any other, and release the lock."""
-        super().close()
-        self._storage.close(self._file)
+        with ExitStack() as closing:  # the lock, whatever fails
+            for file in (self._file, self._replaced):
+                if file is not None:
+                    closing.callback(self._storage.close, file)
+            super().close()

@@ -124,8 +124,6 @@ class RunOptions:
     """Whether to retry the failed images of a finished target."""
     fsync: bool
     """Whether commits survive a power failure, not only a crash of the process."""
-    has_index: bool = True
-    """Whether an index next to the source describes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +137,8 @@ class Plan(RunOptions):
     target: Location
     job: Job
     """Everything that determines the result's bytes."""
+    has_index: bool = True
+    """Whether an index next to the source describes it."""
     read_bytes: int
     notes: tuple[str, ...]
     chunk_images: int = 1

@@ -173,7 +173,6 @@ def plan(
         restart=restart,
         retry_failed=retry_failed,
         fsync=fsync,
-        has_index=recorded.has_index,
     )
     redo_log = _read_redo_log(location, in_place=in_place, restart=restart)
     if redo_log is None:
@@ -198,7 +197,8 @@ def plan(
         _check_manifest(recorded.manifest, opened)
         if in_place:
             return _plan_in_place(opened, transform, redo_log, format, options)
-        return _plan(opened, destination, transform, format, options)
+        planned = _plan(opened, destination, transform, format, options)
+    return dataclasses.replace(planned, has_index=recorded.has_index)
 
 
 def _read_redo_log(location: Location, *, in_place: bool, restart: bool) -> RedoLogHeader | None:

@@ -29,6 +29,7 @@ SIDECARS: Final = (
     ".fastvgg.json",
     ".fastvgg-journal",
     ".fastvgg-replaced",
+    *(".index.csv.tmp", ".fastvgg.json.tmp", ".fastvgg-journal.tmp"),
 )
 IMAGES: Final = ("uint8", "NHWC")  # the dtype and layout that image files can store
 

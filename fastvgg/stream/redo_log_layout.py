@@ -17,7 +17,7 @@ import shlex
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from fastvgg.stream.job import Job, check_fields, check_sizes
-from fastvgg.stream.journal import decode_line, encode_line
+from fastvgg.stream.lines import decode_line, encode_line
 
 if TYPE_CHECKING:
     import os

@@ -118,7 +118,7 @@ def run(
     destination = destination_of(plan, storage)
     with ExitStack() as opened:
         source = opened.enter_context(closing(reopen_source(plan)))
-        if not (plan.restart or destination.has_journal):
+        if not (plan.restart or destination.has_journal()):
             found = inspect_target(plan, destination, None)
             if found.name == "complete":  # reported without creating a journal
                 destination.sync_existing()

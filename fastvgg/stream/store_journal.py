@@ -53,7 +53,7 @@ class StoreJournal(Journal):
         """Do nothing: an object is durable once it is put."""
 
     def _is_void(self) -> bool:
-        return super()._is_void() and objects.exists(self.path)
+        return objects.exists(self.path) and super()._is_void()
 
     def remove(self) -> None:
         """Remove the journal, its header first: without it the journal is void."""

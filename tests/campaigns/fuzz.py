@@ -60,7 +60,8 @@ from fastvgg.storage.local import Storage
 from fastvgg.stream import redo_log_layout as ring_module
 from fastvgg.stream.destination import destination_of
 from fastvgg.stream.info import info
-from fastvgg.stream.journal import Commit, decode_line, encode_line, journal_path, read_journal
+from fastvgg.stream.journal import Commit, journal_path, read_journal
+from fastvgg.stream.lines import decode_line, encode_line
 from fastvgg.stream.manifest import Manifest, read_manifest
 from fastvgg.stream.redo_log import (
     RedoLog,
@@ -736,10 +737,9 @@ class RingFiles:
         self.journal.close()
 
 
-class RingHeaders(Kind):
-    """The first lines of rings, in front of whole ones."""
+class KindOfRing(Kind):
+    """A part of a ring, or a whole one, next to the file that it changes."""
 
-    name, share = "ring headers", 0.05
     refusal = ResumeError
 
     def __init__(self, place, random):
@@ -747,6 +747,15 @@ class RingHeaders(Kind):
         self._files = RingFiles(place)
         self.path = self._files.path
         self.close = self._files.close
+
+
+class RingHeaders(KindOfRing):
+    """The first lines of rings, in front of whole ones."""
+
+    name, share = "ring headers", 0.05
+
+    def __init__(self, place, random):
+        super().__init__(place, random)
         self._line = self._files.header.to_bytes()
         first, self._rest = self._files.split(self._files.states[-1][0])
         self.wholes = [first]
@@ -796,17 +805,13 @@ class RingHeaders(Kind):
         assert 0 <= found.file_layout.data_offset < found.file_bytes
 
 
-class Rings(Kind):
+class Rings(KindOfRing):
     """Whole rings, opened and brought to an end."""
 
     name, share = "rings", 0.05
-    refusal = ResumeError
 
     def __init__(self, place, random):
         super().__init__(place, random)
-        self._files = RingFiles(place)
-        self.path = self._files.path
-        self.close = self._files.close
         places = self._files.file_layout
         self._checkpoints = [places.checkpoint(copy) for copy in range(2)]
         self._slots = [places.slot(chunk) for chunk in range(ring_module.SLOTS)]

@@ -91,7 +91,7 @@ def test_without_any_one_sync_some_crash_leads_to_wrong_bytes(place):
 def test_a_checkpoint_after_recovery_is_durable_before_anything_else_is_written(place):
     job = explored(place)[0]
     with pytest.raises(Death):
-        job.command(CuttingStorage(3, in_place=True))
+        job.command(CuttingStorage(3))
     left = Left(job.found())
     events = [event for _, event in run_on(job, left).log]
     writes = [event for event in events if isinstance(event, Write) and event.data is not None]
@@ -103,7 +103,7 @@ def test_a_checkpoint_after_recovery_is_durable_before_anything_else_is_written(
 def test_a_slot_of_which_a_part_is_lost_is_not_used(place, part):
     job = explored(place)[1]
     with pytest.raises(Death):
-        job.command(CuttingStorage(2, in_place=True))
+        job.command(CuttingStorage(2))
     places = read_redo_log_header(job.source).file_layout
     begin, (first, last) = places.page_span(1)[0], places.image_span(1)
     at = places.slot(1) + PAGE_BYTES + (first if part == "images" else last) - begin

@@ -13,7 +13,7 @@ from zarr.storage import WrapperStore
 
 from fastvgg.datasets import contiguous, npy, zarr
 from fastvgg.errors import SourceError
-from fastvgg.stream import job, journal, manifest, redo_log, redo_log_layout
+from fastvgg.stream import job, journal, lines, manifest, redo_log, redo_log_layout
 from tests.campaigns import fuzz
 
 SIZE = 20_000
@@ -74,7 +74,7 @@ def no_checksums(patch):
     def checksum(text):
         return EqualToAll(xxhash.xxh3_64_hexdigest(text))
 
-    patch.setattr(journal, "xxhash", SimpleNamespace(xxh3_64_hexdigest=checksum))
+    patch.setattr(lines, "xxhash", SimpleNamespace(xxh3_64_hexdigest=checksum))
 
 
 def headers_of_any_length(patch):

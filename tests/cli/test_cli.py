@@ -458,7 +458,7 @@ def test_info_tells_of_an_unfinished_run_in_place_and_the_command_that_finishes_
     transform = Transform("torch", command, dtype="float32", rounding=rounding)
     settings = {"mode": "torch", "direction": command, "rounding": rounding, "in_place": True}
     with pytest.raises(Death):
-        run(plan_of(path, None, together=4, **settings), storage=CuttingStorage(2, in_place=True))
+        run(plan_of(path, None, together=4, **settings), storage=CuttingStorage(2))
     before = tree(tmp_path)
     told = invoke("info", path)
     assert told.exit_code == 0

@@ -357,20 +357,18 @@ class CuttingStorage(Storage):
     ----------
     commits
         How many chunks of the run are committed when it ends.
-    in_place
-        Whether it runs in place, where the journal's first line is synced under another name.
     end
         What ends it; a death, if not given.
     """
 
-    def __init__(self, commits, *, in_place=False, end=None):
+    def __init__(self, commits, *, end=None):
         super().__init__()
-        self._left = commits + (not in_place)
+        self._left = commits + 1  # and the header, which is synced under a temporary name
         self._end = end
 
     def sync(self, file):
         super().sync(file)
-        self._left -= file.path.name.endswith(".fastvgg-journal")
+        self._left -= file.path.name.endswith((".fastvgg-journal", ".fastvgg-journal.tmp"))
         if self._left == 0:
             if self._end is not None:
                 self._end()

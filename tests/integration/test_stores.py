@@ -24,7 +24,7 @@ from fastvgg.storage import objects
 from fastvgg.storage.location import Location
 from fastvgg.storage.objects import StoreStorage
 from fastvgg.stream.info import info
-from fastvgg.stream.journal import encode_line
+from fastvgg.stream.lines import encode_line
 from fastvgg.stream.run import run
 from tests.helpers.datasets_on_disk import (
     must_say,

@@ -265,7 +265,9 @@ def test_dying_at_any_storage_call_loses_nothing(scenario, death, part):
             committed = committed_chunks(directory / scenario.target_name)
             report = getattr(scenario, way_on)(directory)
             scenario.check_at_the_end(directory)
-        if committed is not None and way_on == "resume":
+        # Undoing the rename of a directory gives it another inode, by which it is not known.
+        is_known = not (power_is_cut and scenario.restarts)
+        if committed is not None and way_on == "resume" and is_known:
             assert report.counts["computed_chunks"] == report.counts["chunks"] - committed
             assert report.counts["images"] in (5, 6)
         if graveyard is not None:

@@ -317,7 +317,7 @@ def test_for_the_process_alone_nothing_is_synced_and_the_files_are_the_same(tmp_
 def test_a_run_for_power_syncs_each_chunk_and_then_its_commit(tmp_path, array):
     synced = []
 
-    class ImageListing(Storage):
+    class RecordingStorage(Storage):
         def sync(self, file):
             super().sync(file)
             synced.append(file.path.name)
@@ -326,10 +326,10 @@ def test_a_run_for_power_syncs_each_chunk_and_then_its_commit(tmp_path, array):
             super().sync_directory(path)
             synced.append(path.name)
 
-    run(plan_of(array, tmp_path / "y.npy", mode="caffe", together=4), storage=ImageListing())
+    run(plan_of(array, tmp_path / "y.npy", mode="caffe", together=4), storage=RecordingStorage())
     partial, journal, here = "y.npy.partial", "y.npy.fastvgg-journal", tmp_path.name
     assert synced == [
-        *(journal, here),  # the run is begun
+        *(f"{journal}.tmp", here),  # the run is begun
         here,  # the partial has its name
         *(partial, journal) * 3,
         here,  # the data has its name
@@ -344,7 +344,7 @@ def test_a_run_for_power_syncs_the_files_of_each_chunk_together_and_then_its_com
     plan_of(array, tmp_path / "stored.npy", mode="caffe").run()
     synced = []
 
-    class ImageListing(Storage):
+    class RecordingStorage(Storage):
         def write(self, file, data, offset):
             super().write(file, data, offset)
             if file.path.suffix == ".png":
@@ -359,9 +359,9 @@ def test_a_run_for_power_syncs_the_files_of_each_chunk_together_and_then_its_com
             synced.append(directory.name)
 
     plan = plan_of(tmp_path / "stored.npy", tmp_path / "out", direction="restore", together=11)
-    run(plan, storage=ImageListing())
+    run(plan, storage=RecordingStorage())
     assert synced == [
-        "out.fastvgg-journal",
+        "out.fastvgg-journal.tmp",
         *(["image"] * 11),
         *("out.partial", "out.fastvgg-journal", "out.fastvgg.json.tmp"),
     ]
@@ -896,6 +896,23 @@ def test_a_refused_restart_leaves_the_unfinished_run_resumable(tmp_path, array):
     assert report.counts["computed_chunks"] == 4
 
 
+def test_a_damaged_journal_is_kept_where_a_run_is_refused(tmp_path, array):
+    target = tmp_path / "y.npy"
+    late = plan_of(array, target, mode="caffe", together=2)
+    with pytest.raises(Death):
+        run(plan_of(array, target, mode="caffe", together=2), storage=CuttingStorage(2))
+    journal = tmp_path / "y.npy.fastvgg-journal"
+    content = bytearray(journal.read_bytes())
+    content[100] ^= 1  # in the header line
+    journal.write_bytes(content)
+    before = tree(tmp_path)
+    with pytest.raises(TargetError, match="--restart"):
+        late.run()
+    assert tree(tmp_path) == before
+    plan_of(array, target, mode="caffe", restart=True).run()
+    assert target.read_bytes() == npy_bytes(network_inputs(pixels(11), "caffe"))
+
+
 @pytest.mark.parametrize("change", [-1, 1])
 def test_a_file_that_was_changed_since_is_not_replaced(tmp_path, array, change):
     target = tmp_path / "y.npy"
@@ -1331,10 +1348,12 @@ def test_floats_that_no_image_holds_are_not_preprocessed(tmp_path, value):
     assert names_in(tmp_path) == ["x.npy"]
 
 
-def test_restoring_images_is_refused_by_their_type(tmp_path, array):
+@pytest.mark.parametrize("kind", ["array", "photos"])
+def test_restoring_images_is_refused_by_their_type(tmp_path, request, kind):
+    source = request.getfixturevalue(kind)
     with pytest.raises(SourceError) as caught:
-        plan_of(array, tmp_path / "z.npy", mode="caffe", direction="restore")
-    must_say(caught.value, array, "uint8", "nothing to restore")
+        plan_of(source, tmp_path / "z.npy", mode="caffe", direction="restore")
+    must_say(caught.value, source, "uint8", "nothing to restore")
 
 
 @pytest.mark.parametrize("name", ["float16", "float32", "float64"])
@@ -1344,12 +1363,6 @@ def test_restoring_images_that_are_stored_as_floats_is_refused_by_their_values(t
         plan_of(source, tmp_path / "z.npy", mode="caffe", direction="restore").run()
     must_say(caught.value, source, "never preprocessed", "from 0 to 255")
     assert names_in(tmp_path) == ["x.npy"]
-
-
-def test_restoring_a_folder_of_images_is_refused(tmp_path, photos):
-    with pytest.raises(SourceError) as caught:
-        plan_of(photos, tmp_path / "z.npy", mode="caffe", direction="restore")
-    must_say(caught.value, photos, "uint8", "nothing to restore")
 
 
 @pytest.mark.parametrize("kind", ["z.npy", "back", "float.npy"])
@@ -1496,7 +1509,8 @@ def test_what_may_not_be_read_is_refused(tmp_path, closed):
 # Where there is no room
 
 
-def test_a_disk_without_room_is_refused_with_both_numbers(tmp_path):
+@pytest.mark.parametrize("name", ["y.npy", "y.h5::/a"])
+def test_a_disk_without_room_is_refused_with_both_numbers(tmp_path, name):
     save_npy(tmp_path / "x.npy", pixels(67, 37, 41))
     (tmp_path / "small").mkdir()
     actual = printed_on_small_disk(
@@ -1506,7 +1520,7 @@ def test_a_disk_without_room_is_refused_with_both_numbers(tmp_path):
 from tests.helpers.datasets_on_disk import names_in, plan_of
 from fastvgg.errors import TargetError
 try:
-    plan_of({str(tmp_path / "x.npy")!r}, {str(tmp_path / "small" / "y.npy")!r}, mode="caffe")
+    plan_of({str(tmp_path / "x.npy")!r}, {str(tmp_path / "small" / name)!r}, mode="caffe")
 except TargetError as error:
     print(error)
 print(names_in({str(tmp_path / "small")!r}))
