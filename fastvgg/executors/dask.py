@@ -131,9 +131,10 @@ class DaskExecutor(Executor):
 
     def close(self) -> None:
         """Have the workers release the files of the run."""
+        shared, self._shared_plan = self._shared_plan, b""
         with contextlib.suppress(OSError):  # no worker is left
-            if self._shared_plan and self._client.status == "running":
-                self._client.run(close_run, self._shared_plan, on_error="ignore")
+            if shared and self._client.status == "running":
+                self._client.run(close_run, shared, on_error="ignore")
 
     @contextlib.contextmanager
     def _stopping_on_disconnect(self) -> Iterator[None]:

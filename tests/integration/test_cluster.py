@@ -188,6 +188,16 @@ def test_a_store_is_written_by_all_workers(client, workers, tmp_path, array):
     assert [*found] == ["y.zarr.fastvgg.json"]
 
 
+def test_an_executor_runs_one_plan_after_another(client, tmp_path, array):
+    executor = cluster.DaskExecutor(client)
+    for number, name in enumerate(TARGETS):
+        place = tmp_path / str(number)
+        place.mkdir()
+        plan = plan_of(array, place / name, mode="caffe", together=3)
+        run(plan, executor=executor)
+        assert contents(plan.target) == as_on_one_machine(plan, place)
+
+
 # What dies
 
 
