@@ -196,7 +196,7 @@ class DecodeOptions:
 def _parse_size(size: Iterable[Any]) -> tuple[int, int]:
     """Return a height and a width as positive ints."""
     try:
-        height, width = (operator.index(side) for side in size if not isinstance(side, bool))
+        height, width = (0 if isinstance(side, bool) else operator.index(side) for side in size)
     except (TypeError, ValueError):
         height = width = 0
     if min(height, width) >= 1:

@@ -59,6 +59,23 @@ def files_in(directory):
     return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_files_are_written_in_any_order_and_twice(tmp_path, named):
+    expected = pixels(9)
+    records = [record(f"{'ab'[row % 2]}/{row}.jpg") for row in range(9)] if named else []
+    target = target_of(tmp_path / "out", expected, records)
+    target.create()
+    stored = encoded(target, expected)
+    for start, stop in ((5, 9), (0, 3), (3, 5), (3, 5), (0, 9)):
+        target.write(start, stored[start:stop])
+        target.sync()
+    target.publish()
+    for start, stop in ((0, 9), (2, 3), (4, 8), (8, 9)):
+        assert target.read_stored(start, stop) == stored[start:stop]
+        assert target.read_back(start, stop).tobytes() == expected[start:stop].tobytes()
+    assert len(files_in(tmp_path / "out")) == 9
+
+
 @pytest.mark.parametrize("file_format", PILLOWS_NAMES)
 @pytest.mark.parametrize(
     ("paths", "stems"),

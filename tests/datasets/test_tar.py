@@ -939,6 +939,15 @@ def test_a_fingerprint_changes_with_offsets_and_the_name_of_the_shard(tmp_path):
     assert len(seen) == 3
 
 
+def test_a_shard_that_was_removed_has_no_fingerprint(tmp_path):
+    for number in range(2):
+        save_tar(tmp_path / f"{number}.tar", FEW)
+    listing = TarListing(tmp_path / "{0..1}.tar")
+    (tmp_path / "0.tar").unlink()
+    with pytest.raises(SourceError):
+        listing.fingerprint()
+
+
 def test_a_fingerprint_does_not_depend_on_the_directory(tmp_path):
     for folder in ("here", "there"):
         os.utime(save_tar(tmp_path / folder / "a.tar", FEW), ns=(10**18, 10**18))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -561,6 +562,13 @@ def photos(request, tmp_path):
     return (folder if request.param == "images" else packed), repair
 
 
+def inodes(location):
+    """The inode of every file of an array on disk, by name; of a store there are none."""
+    path = container(location)
+    files = [path, *path.rglob("*")] if isinstance(path, Path) else []
+    return {file.name: file.stat().st_ino for file in files if file.is_file()}
+
+
 @every_array
 def test_images_keep_their_names_and_failures_are_retried(tmp_path, photos, name):
     source, repair = photos
@@ -580,11 +588,13 @@ def test_images_keep_their_names_and_failures_are_retried(tmp_path, photos, name
     assert_same(np.stack([*found.values()]), expected[[*range(4), *range(5, 11)]])
     for location in (packed, inputs, tmp_path / "out"):
         fastvgg.verify(location, full=True)
+    before = inodes(packed)
     repair()
     counts = plan_of(source, packed, retry_failed=True, **settings).run().counts
     # All rows of a shard have its date in their identity, so none is known to be unchanged.
     computed = 1 if source.is_dir() else 4
     assert counts == {"images": 11, "failed": 0, "chunks": 4, "computed_chunks": computed}
+    assert inodes(packed) == before  # each file is written where it is
     assert_same(form.load(packed, "uint8"), pixels(11))
     assert not any(record.failed for record in read_index(container(packed), 11))
     fastvgg.verify(packed, full=True)

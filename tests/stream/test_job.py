@@ -36,7 +36,9 @@ def test_a_job_is_read_back_as_it_was_whatever_the_types_of_its_options(tmp_path
     assert fastvgg.verify(tmp_path / "y.npy").recomputed_images == 3
 
 
-@pytest.mark.parametrize("size", ["22", 8, (8.0, 8), (True, 8), (0, 3), (1, 2, 3), np.array(8)])
+@pytest.mark.parametrize(
+    "size", ["22", 8, (8.0, 8), (True, 8), (0, 3), (1, 2, 3), (True, 8, 8), np.array(8)]
+)
 def test_what_is_not_a_height_and_a_width_is_refused(tmp_path, photos, size):
     with pytest.raises(UsageError, match="invalid size"):
         fastvgg.plan(photos, tmp_path / "y.npy", mode="torch", size=size)
