@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from fastvgg.cli import app
 from fastvgg.stream.plan import RUN_BYTES
 from tests.helpers.datasets_on_disk import pixels, plan_of, save_images, save_npy
+from tests.helpers.samples import sampled
 from tests.helpers.terminals import run_on_terminal
 
 # The command line as it is where there is no Numba, which takes a second to compile a kernel.
@@ -65,8 +66,7 @@ def check_screen(shown, columns):
     assert all(len(line) <= columns for line in lines if "/" not in line.split(" ")[0]), lines
 
 
-@pytest.mark.parametrize("columns", [80, 60])
-@pytest.mark.parametrize("kind", PLAIN)
+@sampled("kind, columns", PLAIN, [80, 60], one_in=2)
 def test_a_bar_and_a_report_are_a_line_each_on_any_terminal(place, kind, columns):
     save_npy(place / "x.npy", pixels(11))
     memory = ["--memory", str(RUN_BYTES + 2 * (189 + 2 * 756)), "--threads", "1"]
@@ -147,8 +147,7 @@ def test_a_path_that_is_longer_than_a_line_is_not_broken(place):
     assert os.fsencode(path) in shown.written
 
 
-@pytest.mark.parametrize("columns", [80, 60])
-@pytest.mark.parametrize("kind", PLAIN)
+@sampled("kind, columns", PLAIN, [80, 60], one_in=2)
 def test_failures_notes_and_errors_are_broken_between_words(place, kind, columns):
     save_images(place / "photos", pixels(5))
     (place / "photos" / "bad.jpg").write_text("x" * 1000)

@@ -36,7 +36,7 @@ from tests.helpers.datasets_on_disk import (
     save_npy,
 )
 from tests.helpers.faults import Death
-from tests.helpers.samples import parts
+from tests.helpers.samples import parts, sampled
 from tests.helpers.stores import BUCKET, ENVIRONMENT, serving_s3
 
 IMAGES, TOGETHER = 11, 2
@@ -286,11 +286,12 @@ def test_a_run_that_is_killed_at_any_call_is_finished_by_the_next(array, when, p
             run(planned(array, store), storage=Counting(dies_at, when=when))
         if not nobody_can_open(store):
             assert store.array().tobytes() == EXPECTED.tobytes()
-        committed = sum("journal/0" in name for name in store.names())
+        names = store.names()
+        committed = sum("journal/0" in name for name in names)
         storage = Counting()
         report = run(planned(array, store), storage=storage)
         assert report.counts["images"] == IMAGES
-        if "y.zarr.fastvgg-journal/job" in calls.calls:
+        if "y.zarr.fastvgg.json" not in names:
             assert len(puts_of_shards(storage)) == SHARDS - committed
         assert store.names() == FILES
         assert store.array().tobytes() == EXPECTED.tobytes()
@@ -372,7 +373,7 @@ run(plan, storage=Killed())
 """
 
 
-@pytest.mark.parametrize("puts", [1, 4, 7, 2 * SHARDS + 1, 2 * SHARDS + 2, 2 * SHARDS + 3])
+@sampled("puts", [1, 2 * SHARDS + 1, 4, 2 * SHARDS + 2, 7, 2 * SHARDS + 3], one_in=2)
 def test_a_process_that_is_killed_leaves_what_the_next_one_finishes(emptied, array, puts):
     store = Store(f"s3://{BUCKET}")
     done = python(KILLED, array, f"{store.url}/y.zarr", str(TOGETHER), str(puts))
@@ -411,7 +412,14 @@ def test_an_unfinished_run_is_described_and_cannot_be_opened(store, array):
     assert nobody_can_open(store)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "another", "empty"])
+@pytest.mark.parametrize(
+    ("store", "damage"),
+    [
+        *(("memory", damage) for damage in ("cut", "flipped", "gone", "another", "empty")),
+        *(("s3", damage) for damage in ("cut", "gone")),
+    ],
+    indirect=["store"],
+)
 def test_a_shard_that_is_not_what_was_committed_is_done_again(store, array, damage):
     cut_off(array, store)
     shard, other = store / "y.zarr" / "c.2.0.0.0", store / "y.zarr" / "c.1.0.0.0"

@@ -247,7 +247,7 @@ DEATHS = {
 }
 
 
-@parts(4)
+@parts(6)
 @pytest.mark.parametrize("death", DEATHS)
 def test_dying_at_any_storage_call_loses_nothing(scenario, death, part):
     half_done, power_is_cut, fsync = DEATHS[death]
@@ -255,7 +255,7 @@ def test_dying_at_any_storage_call_loses_nothing(scenario, death, part):
     settings = {"half_done": half_done, "graveyard": graveyard, "fsync": fsync}
     # The parts differ from death to death, so that the first parts have every call.
     numbers = every_death(scenario, half_done=half_done)
-    numbers = [n for n in numbers if (n + [*DEATHS].index(death)) % 4 == part]
+    numbers = [n for n in numbers if (n + [*DEATHS].index(death)) % 6 == part]
     # A run that was begun with --restart may be taken up with or without it.
     ways_on = ("resume", "begin") if scenario.restarts else ("resume",)
     for number, way_on in itertools.product(numbers, ways_on):
@@ -281,9 +281,9 @@ def committed_chunks(target):
     return len(journal.commits) if journal is not None else None
 
 
-@parts(4)
+@parts(8)
 def test_dying_again_while_resuming_loses_nothing(scenario, part):
-    for number in every_death(scenario)[part::4]:
+    for number in every_death(scenario)[part::8]:
         # One pair of calls in seventeen; the pairs move on with the first of the two.
         second = 1 + number % 17
         while True:
@@ -401,7 +401,7 @@ def check_right_or_refused(scenario, directory):
     scenario.check_at_the_end(directory)
 
 
-@parts(3)
+@parts(6)
 def test_a_journal_cut_off_at_any_byte_gives_the_right_bytes_or_is_refused(scenario, part):
     with cut_off(scenario) as (_, journal):
         whole = journal.read_bytes()
@@ -409,7 +409,7 @@ def test_a_journal_cut_off_at_any_byte_gives_the_right_bytes_or_is_refused(scena
     assert len(ends) == 4
     # Within a line some bytes will do, but near its ends every one.
     lengths = [n for n in range(len(whole)) if n % 17 == 0 or min(abs(n - e) for e in ends) < 4]
-    for length in lengths[part::3]:
+    for length in lengths[part::6]:
         with cut_off(scenario) as (directory, journal):
             content = journal.read_bytes()[:length]
             journal.write_bytes(content)
@@ -422,11 +422,11 @@ def test_a_journal_cut_off_at_any_byte_gives_the_right_bytes_or_is_refused(scena
             scenario.check_at_the_end(directory)
 
 
-@parts(3)
+@parts(6)
 def test_a_journal_with_any_flipped_bit_gives_the_right_bytes_or_is_refused(scenario, part):
     with cut_off(scenario) as (_, journal):
         length = len(journal.read_bytes())
-    for at in range(11 * part, length, 33):
+    for at in range(11 * part, length, 66):
         with cut_off(scenario) as (directory, journal):
             content = bytearray(journal.read_bytes())
             content[at] ^= 1 << at % 8

@@ -23,7 +23,7 @@ from tests.helpers.kernel_harness import Task
 from tests.helpers.samples import parts
 
 EVERY = 9  # shares no factor with the four layouts and modes, so that a processor sees them all
-PARTS = 7
+PARTS = 13
 
 
 @parts(PARTS)

@@ -21,7 +21,7 @@ from tests.helpers.kernel_harness import (
     check,
     rotating_tasks,
 )
-from tests.helpers.samples import parts
+from tests.helpers.samples import parts, sampled
 
 TILE = convert.TILE_PIXELS
 AROUND_TILES = (TILE - 1, TILE, TILE + 1, TILE + 37, 2 * TILE - 30, 2 * TILE, 2 * TILE + 63)
@@ -43,11 +43,11 @@ def check_everywhere(task):
     check(task, 256, [1], [0])  # where no block is long enough, every value too
 
 
-@parts(len(LAYOUT_PAIRS))
-@pytest.mark.parametrize("number", range(len(TYPE_PAIRS)), ids=lambda n: "-".join(TYPE_PAIRS[n]))
-def test_a_loop_has_the_bits_of_the_oracle_for_any_length_and_any_address(number, part):
-    # Other layouts for each number, so that the first parts have all of them, and every mode.
-    check_everywhere([*rotating_tasks(number)][(number + part) % len(LAYOUT_PAIRS)])
+@sampled("pair, shift", TYPE_PAIRS, range(len(LAYOUT_PAIRS)), one_in=2 * len(LAYOUT_PAIRS))
+def test_a_loop_has_the_bits_of_the_oracle_for_any_length_and_any_address(pair, shift):
+    # The shifts of a pair are its layouts; the sample has all layouts, sources and targets.
+    number = TYPE_PAIRS.index(pair)
+    check_everywhere([*rotating_tasks(number)][(number // 8 + shift) % len(LAYOUT_PAIRS)])
 
 
 def test_two_streams_are_an_odd_multiple_apart_and_hold_all_blocks_but_a_few():
@@ -135,12 +135,12 @@ for source, layout in {cases!r}:
 COUNTS = (*range(2 * LINE + LINE), TILE, TILE + 1, TILE + 63, 2 * TILE, 2 * TILE + 65)
 
 
-@parts(4)
+@parts(8)
 @pytest.mark.parametrize("layouts", LAYOUT_PAIRS, ids="-".join)
 def test_a_loop_touches_nothing_before_and_after_what_it_is_given(layouts, part):
     # Other types for each pair of layouts, so that the first parts have all of them.
-    first = (part + LAYOUT_PAIRS.index(layouts)) % 4
-    sizes = [(number, *SIZES[number]) for number in range(first, len(SIZES), 4)]
+    first = (part + 2 * LAYOUT_PAIRS.index(layouts)) % 8
+    sizes = [(number, *SIZES[number]) for number in range(first, len(SIZES), 8)]
     run_script(BETWEEN_GUARDS.format(sizes=sizes, layouts=layouts, counts=COUNTS))
 
 

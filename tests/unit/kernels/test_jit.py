@@ -67,18 +67,18 @@ HALVES = r"vcvtph2ps|vcvtps2ph"
 
 
 @needs_x86
-@parts(4)
+@parts(8)
 def test_every_bit_is_right_on_the_least_processor_of_its_kind(part):
     forbidden = rf"{FUSED}|{HALVES}|%[yz]mm"
-    script = EXACT.format(first=part, step=4, forbidden=forbidden, expected="%xmm")
+    script = EXACT.format(first=part, step=8, forbidden=forbidden, expected="%xmm")
     run_script(script, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="")
 
 
 @needs_x86
 @pytest.mark.skipif("+avx2" not in FEATURES, reason="this processor has no AVX2")
-@parts(2)
+@parts(5)
 def test_every_bit_is_right_with_avx2_and_neither_half_nor_fused_instructions(part):
     forbidden = rf"{FUSED}|{HALVES}|%zmm"
-    script = EXACT.format(first=3 * part, step=6, forbidden=forbidden, expected="%ymm")
+    script = EXACT.format(first=3 * part, step=15, forbidden=forbidden, expected="%ymm")
     features = "+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx,+avx2"
     run_script(script, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES=features)
