@@ -37,7 +37,6 @@ INVERSES: Final[dict[Direction, Direction]] = {
     "pack": "pack",
 }
 LAYOUTS: Final[tuple[Layout, ...]] = get_args(Layout)
-DIRECTIONS: Final[tuple[Direction, ...]] = get_args(Direction)
 ROUNDINGS: Final[tuple[Rounding, ...]] = get_args(Rounding)
 CHANNELS: Final = 3
 CHANNEL_AXES: Final[dict[Layout, int]] = {"NHWC": -1, "NCHW": -3}
@@ -296,7 +295,7 @@ class Transform:
         rounding: Rounding = "nearest",
     ) -> None:
         out_layout = layout if out_layout is None else out_layout
-        _check_choice("direction", direction, DIRECTIONS)
+        _check_choice("direction", direction, get_args(Direction))
         _check_choice("layout", layout, LAYOUTS)
         _check_choice("out_layout", out_layout, LAYOUTS)
         _check_choice("rounding", rounding, ROUNDINGS)
