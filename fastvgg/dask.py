@@ -14,8 +14,9 @@ True
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import dask.array as da
 import numpy as np
@@ -27,7 +28,7 @@ from fastvgg.errors import ShapeError, UsageError
 from fastvgg.transform import CHANNEL_AXES, Mode, Transform, storage_dtype, storage_name
 
 if TYPE_CHECKING:
-    from numpy.typing import DTypeLike, NDArray
+    from numpy.typing import DTypeLike
 
     from fastvgg.backend import Backend
     from fastvgg.transform import Layout, Rounding
@@ -100,18 +101,11 @@ def _map_blocks(transform: Transform, x: da.Array, backend: Backend) -> da.Array
     dtype = storage_dtype(transform.output_name(input_name))
     axes = tuple(range(x.ndim))
     return da.blockwise(
-        _apply,
+        functools.partial(engine.apply, transform, threads=1, backend=backend),
         transform.output_shape(axes),
         x,
         axes,
-        transform=transform,
-        backend=backend,
         name=f"{transform.direction}-{tokenize(x, transform, backend)}",
         dtype=dtype,
         meta=np.empty((0,) * x.ndim, dtype),
     )
-
-
-def _apply(block: NDArray[Any], transform: Transform, backend: Backend) -> NDArray[Any]:
-    result: NDArray[Any] = engine.apply(transform, block, threads=1, backend=backend)
-    return result

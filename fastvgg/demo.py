@@ -136,9 +136,8 @@ def _write_photographs(directory: Path) -> None:
 
 
 def _read_images(directory: Path) -> NDArray[np.uint8]:
-    with contextlib.closing(
-        open_source(Location(directory), decoding=DecodeOptions(SIZE))
-    ) as source:
+    source = open_source(Location(directory), decoding=DecodeOptions(SIZE))
+    with contextlib.closing(source):
         return source.read(0, source.header.images).batch
 
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
     from fastvgg.backend import Backend
-    from fastvgg.call_plan import CallPlan, Kernel
     from fastvgg.transform import Layout, Mode, Rounding
 
 # About the size of a last-level cache. With memory that was used before, ordinary stores took 0.55
@@ -294,29 +293,20 @@ def bind_rows(
 
         return apply_oracle
     kernel = bind_kernel(plan, in_place=False, nontemporal=out.nbytes >= MIN_NONTEMPORAL_BYTES)
-    return _RowTransform(kernel, plan, x, out)
+    address, out_address = address_of(x), address_of(out)
+    strides = Strides.contiguous(x.shape, x.itemsize, transform.layout)
+    arguments = plan.image_pixels, *strides[:2], *plan.out_strides[:2]
 
-
-class _RowTransform:
-    """A kernel bound to two batches; keeps them alive, because the kernel takes only addresses."""
-
-    def __init__(self, kernel: Kernel, plan: CallPlan, x: NDArray[Any], out: NDArray[Any]) -> None:
-        self._references = kernel, x, out
-        self._loop = kernel.loop
-        self._constants_address = kernel.constants_address
-        self._address, self._out_address = address_of(x), address_of(out)
-        strides = Strides.contiguous(x.shape, x.itemsize, plan.transform.layout)
-        self._image_bytes, self._out_image_bytes = strides.image, plan.out_strides.image
-        self._arguments = plan.image_pixels, *strides[:2], *plan.out_strides[:2]
-
-    def __call__(self, row: int, out_row: int, count: int = 1) -> None:
-        self._loop(
-            self._address + row * self._image_bytes,
-            self._out_address + out_row * self._out_image_bytes,
-            self._constants_address,
+    def apply_kernel(row: int, out_row: int, count: int = 1) -> None:
+        kernel.loop(
+            address + row * x.strides[0],  # keeps x and out alive: the kernel takes only addresses
+            out_address + out_row * out.strides[0],
+            kernel.constants_address,
             count,
-            *self._arguments,
+            *arguments,
         )
+
+    return apply_kernel
 
 
 def _check_out(

@@ -7,23 +7,6 @@ from __future__ import annotations
 
 import errno
 
-__all__ = [
-    "ArrayError",
-    "BackendError",
-    "ClusterError",
-    "DtypeError",
-    "FastvggError",
-    "ModeError",
-    "OutputError",
-    "ResumeError",
-    "ShapeError",
-    "SourceError",
-    "StoppedError",
-    "TargetError",
-    "UsageError",
-    "VerificationError",
-]
-
 
 class FastvggError(Exception):
     """Base class of all errors that fastvgg raises on purpose.

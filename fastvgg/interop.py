@@ -11,6 +11,7 @@ DLPack: https://dmlc.github.io/dlpack/latest/python_spec.html
 from __future__ import annotations
 
 import ctypes
+import struct
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
@@ -29,17 +30,8 @@ TO_HOST: Final = {"cupy": "cupy.asnumpy(x)", "jaxlib": "jax.device_get(x)", "ten
 EXPORT_ERRORS: Final = (BufferError, RuntimeError, TypeError, ValueError)
 
 
-class _ArrayStruct(ctypes.Structure):
-    """The `PyArrayInterface` struct of `__array_struct__`, up to its data pointer."""
-
-    _fields_ = (
-        *(("two", ctypes.c_int), ("nd", ctypes.c_int), ("typekind", ctypes.c_char)),
-        *(("itemsize", ctypes.c_int), ("flags", ctypes.c_int)),
-        *(("shape", ctypes.c_void_p), ("strides", ctypes.c_void_p), ("data", ctypes.c_void_p)),
-    )
-
-
-_DATA_OFFSET: Final = _ArrayStruct.data.offset
+# `data` follows two, nd, typekind, itemsize, flags, shape and strides in a `PyArrayInterface`.
+_DATA_OFFSET: Final = struct.calcsize("iiciiPP")
 _get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
 )
@@ -78,9 +70,8 @@ def as_numpy(x: Any) -> NDArray[Any]:  # noqa: ANN401
     """
     if type(x) is np.ndarray:  # fast path
         return x
-    if isinstance(x, np.ma.MaskedArray):
-        raise DtypeError("masked arrays are not supported", "replace masked values: x.filled(0)")
     if isinstance(x, np.ndarray):
+        check_unmasked(x)
         return x
     if isinstance(x, list | tuple):
         return _stack(x)
@@ -98,6 +89,12 @@ def as_numpy(x: Any) -> NDArray[Any]:  # noqa: ANN401
         f"got {type(x).__name__}, which is not an array",
         "give an array, a tensor or a Pillow image; to read files use fastvgg.plan",
     )
+
+
+def check_unmasked(x: NDArray[Any]) -> None:
+    """Check that an array is not masked, because a mask would be lost."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise DtypeError("masked arrays are not supported", "replace masked values: x.filled(0)")
 
 
 def is_torch(x: object) -> bool:
@@ -136,7 +133,6 @@ def _from_torch(x: Any) -> NDArray[Any]:  # noqa: ANN401
 
 
 def _stack(images: list[Any] | tuple[Any, ...]) -> NDArray[Any]:
-    """Stack images of the same shape and dtype into a batch."""
     if not images:
         raise ShapeError("an empty list has no images", "give at least one image")
     types = {type(image) for image in images} & {list, tuple, int, float}
@@ -153,21 +149,17 @@ def _stack(images: list[Any] | tuple[Any, ...]) -> NDArray[Any]:
                 f"item {index} of the list has shape {array.shape}, of rank {array.ndim}",
                 "give a list of images, of rank 3; to join batches use numpy.concatenate",
             )
-        if array.shape != first.shape:
-            raise ShapeError(
-                f"item 0 of the list has shape {first.shape}, but item {index} has {array.shape}",
-                "give images of the same shape",
-            )
-        if array.dtype != first.dtype:
-            raise DtypeError(
-                f"item 0 of the list has dtype {first.dtype}, but item {index} has {array.dtype}",
-                "give images of the same dtype",
-            )
+        for error, name in ((ShapeError, "shape"), (DtypeError, "dtype")):
+            expected, found = getattr(first, name), getattr(array, name)
+            if found != expected:
+                raise error(
+                    f"item 0 of the list has {name} {expected}, but item {index} has {found}",
+                    f"give images of the same {name}",
+                )
     return np.stack(arrays)
 
 
 def _check_on_host(x: Any) -> None:  # noqa: ANN401
-    """Check that the CPU can read the memory of an array."""
     to_host = TO_HOST.get(type(x).__module__.partition(".")[0], "with its own framework")
     if hasattr(x, "__dlpack_device__"):
         device_type, number = x.__dlpack_device__()

@@ -12,6 +12,7 @@ import numpy as np
 
 from fastvgg import engine, oracle
 from fastvgg.errors import DtypeError, ShapeError, UsageError
+from fastvgg.interop import check_unmasked
 from fastvgg.transform import CHANNEL_AXES, Mode, Transform, storage_dtype, storage_name
 
 if TYPE_CHECKING:
@@ -180,13 +181,11 @@ def _apply(
 
 
 def _check_plain_array(x: NDArray[Any]) -> None:
-    """Check that `x` is a NumPy array without a mask."""
     if not isinstance(x, np.ndarray):
         raise DtypeError(
             f"got {type(x).__name__}, which is not a NumPy array", "convert it: np.asarray(x)"
         )
-    if isinstance(x, np.ma.MaskedArray):
-        raise DtypeError("masked arrays are not supported", "replace masked values: x.filled(0)")
+    check_unmasked(x)
 
 
 def _check_floating(x: NDArray[Any]) -> NDArray[Any]:

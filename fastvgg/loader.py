@@ -297,13 +297,10 @@ class _BufferRing:
         return self._buffers[(self._position + count) % len(self._buffers)]
 
     def advance(self) -> None:
-        """Move to the next buffer."""
         self._position += 1
 
 
 class _BatchBuilder:
-    """Build batches on worker threads."""
-
     def __init__(self, options: Batches, source: ArraySource, tasks: TaskQueue) -> None:
         self._source = source
         self._tasks = tasks

@@ -37,7 +37,6 @@ INVERSES: Final[dict[Direction, Direction]] = {
     "pack": "pack",
 }
 LAYOUTS: Final[tuple[Layout, ...]] = get_args(Layout)
-DIRECTIONS: Final[tuple[Direction, ...]] = get_args(Direction)
 ROUNDINGS: Final[tuple[Rounding, ...]] = get_args(Rounding)
 CHANNELS: Final = 3
 CHANNEL_AXES: Final[dict[Layout, int]] = {"NHWC": -1, "NCHW": -3}
@@ -55,11 +54,9 @@ def storage_dtype(name: str) -> np.dtype[Any]:
             f"{name!r} is not a storage type", f"give one of {', '.join(STORAGE_TYPES)}"
         )
     if name == "bfloat16":
-        import ml_dtypes  # registers the name with NumPy
+        import ml_dtypes  # noqa: F401  # registers the name with NumPy
 
-        name = ml_dtypes.bfloat16.__name__
-    dtype: np.dtype[Any] = np.dtype(name)
-    return dtype
+    return np.dtype(name)
 
 
 def storage_name(dtype: DTypeLike) -> str:
@@ -298,7 +295,7 @@ class Transform:
         rounding: Rounding = "nearest",
     ) -> None:
         out_layout = layout if out_layout is None else out_layout
-        _check_choice("direction", direction, DIRECTIONS)
+        _check_choice("direction", direction, get_args(Direction))
         _check_choice("layout", layout, LAYOUTS)
         _check_choice("out_layout", out_layout, LAYOUTS)
         _check_choice("rounding", rounding, ROUNDINGS)
@@ -335,10 +332,9 @@ class Transform:
         parts += [] if self.rounding == "nearest" else [f"rounding={self.rounding!r}"]
         return f"Transform({', '.join(parts)})"
 
-    def _summary_rows(self) -> list[tuple[str, str]]:
-        """Return the rows of the summary table, as names and values."""
+    def _repr_html_(self) -> str:
         default = {"preprocess": "float32 for uint8, else unchanged", "restore": "uint8"}
-        return [
+        rows = [
             ("mode", self.mode.name),
             ("formula", _formula(self.mode, self.direction)),
             ("channels of y", self.mode.order),
@@ -346,9 +342,7 @@ class Transform:
             ("type", self.dtype or default.get(self.direction, "uint8")),
             *([("rounding", self.rounding)] if self.direction == "restore" else []),
         ]
-
-    def _repr_html_(self) -> str:
-        return html_table(self.direction, self._summary_rows())
+        return html_table(self.direction, rows)
 
     def inverse(self) -> Transform:
         """Return the transform that undoes this one, with the layouts swapped."""

@@ -76,6 +76,6 @@ def measure(
     bandwidths = memory.measure_bandwidth(arena, config.rounds, threads)
     record["memory"] = [report("memory", row) for row in bandwidths]
     paths = kernels.PATHS if config.every_path else kernels.COMMON_PATHS
-    rows = kernels.measure_kernels(arena, config.rounds, threads, paths)
+    rows = (kernels.measure_path(path, arena, config.rounds, threads) for path in paths)
     record["kernels"] = [report("kernels", row) for row in rows]
     return {**record, "call_overhead_us": kernels.call_overhead_us(config.rounds)}

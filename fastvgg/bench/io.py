@@ -103,13 +103,9 @@ def _drop_cache(storage: Storage, path: Path) -> None:
 
 def read_file(path: Path, buffer: bytearray) -> None:
     """Read a file from beginning to end, reusing one buffer."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        offset = 0
-        while count := os.preadv(descriptor, [buffer], offset):
-            offset += count
-    finally:
-        os.close(descriptor)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
 
 
 def measure_decoding(

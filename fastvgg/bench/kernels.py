@@ -24,7 +24,7 @@ from fastvgg.errors import VerificationError
 from fastvgg.transform import CHANNEL_AXES, LAYOUTS, Transform, storage_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -89,15 +89,8 @@ COMMON_PATHS: Final = tuple(
 )
 
 
-def measure_kernels(
-    arena: Arena, rounds: int, threads: int, paths: Sequence[KernelPath] = PATHS
-) -> Iterator[dict[str, Any]]:
-    """Yield the figures of each path; a result that differs from the oracle in any bit raises."""
-    for path in paths:
-        yield _measure_path(path, arena, rounds, threads)
-
-
-def _measure_path(path: KernelPath, arena: Arena, rounds: int, threads: int) -> dict[str, Any]:
+def measure_path(path: KernelPath, arena: Arena, rounds: int, threads: int) -> dict[str, Any]:
+    """Return the figures of a path; a result that differs from the oracle in any bit raises."""
     one, expected = example(path.transform, path.dtype)
     images = arena.nbytes // (one.nbytes + expected.nbytes)
     x, out = arena.pair(images, one, expected)

@@ -96,17 +96,17 @@ def fill(out: NDArray[Any], threads: int) -> None:
     _run_steps(bandwidth.fill(), (_Operand(line.ctypes.data, 0), target), steps, threads)
 
 
-def first_touch(nbytes: int, threads: int, *, huge: bool = True) -> None:
+def first_touch(nbytes: int, threads: int) -> None:
     """Map fresh memory, touch every page, which the system then zeroes, and unmap it."""
     memory = mmap.mmap(-1, nbytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # only Linux has it
-        memory.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
-    page_bytes = HUGE_PAGE_BYTES if huge else mmap.PAGESIZE
+        memory.madvise(mmap.MADV_HUGEPAGE)
     array = np.frombuffer(memory, np.uint8)
     start = array.ctypes.data + -array.ctypes.data % HUGE_PAGE_BYTES
     byte = np.ones(1, np.uint8)
-    operands = _Operand(byte.ctypes.data, 0), _Operand(start, page_bytes)
-    _run_steps(bandwidth.touch(), operands, -(-nbytes // page_bytes), threads, page_bytes)
+    operands = _Operand(byte.ctypes.data, 0), _Operand(start, HUGE_PAGE_BYTES)
+    steps = -(-nbytes // HUGE_PAGE_BYTES)
+    _run_steps(bandwidth.touch(), operands, steps, threads, HUGE_PAGE_BYTES)
     del array
     memory.close()
 

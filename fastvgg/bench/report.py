@@ -19,13 +19,6 @@ HEADINGS: Final = {
     "disk": f"{'disk':<36} {'GB/s':>6}",
 }
 
-# Okabe and Ito's palette, distinguishable with colour blindness: https://jfly.uni-koeln.de/color/
-BLUE: Final = "#0072B2"
-ORANGE: Final = "#E69F00"
-BLACK: Final = "#000000"
-WIDTH_INCHES: Final = 9.0
-ROW_INCHES: Final = 0.27
-MARGIN_INCHES: Final = 1.6
 BAR_HEIGHT: Final = 0.62
 STYLE: Final[Any] = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "fastvgg"}
 
@@ -99,11 +92,13 @@ def draw_roofline(record: dict[str, Any], path: Path) -> None:
 
     rows = [row for row in record["kernels"] if "NCHW" not in row["path"]]
     with mpl.rc_context(STYLE):
-        figure = Figure(
-            (WIDTH_INCHES, MARGIN_INCHES + ROW_INCHES * len(rows)), layout="constrained"
-        )
+        figure = Figure((9.0, 1.6 + 0.27 * len(rows)), layout="constrained")  # inches
         _draw_bars(figure.subplots(), rows)
-        figure.supxlabel(_caption(record), size="small", color="#444444")
+        caption = (
+            f"{record['machine']['processor']}, {record['instruction_set']}, "
+            f"{record['threads']} threads, images of 224x224, {record['machine']['date']}"
+        )
+        figure.supxlabel(caption, size="small", color="#444444")
         metadata = {"Date": None} if path.suffix == ".svg" else {}
         try:
             figure.savefig(path, dpi=150, metadata=metadata)
@@ -116,19 +111,20 @@ def draw_roofline(record: dict[str, Any], path: Path) -> None:
 def _draw_bars(axes: Any, rows: Sequence[dict[str, Any]]) -> None:  # noqa: ANN401  # untyped
     positions = range(len(rows))
     speeds = [row["gigabytes_per_second"] for row in rows]
-    limits = [limit_gigabytes_per_second(row) for row in rows]
+    limits = [row["gigabytes_per_second"] / row["share"] for row in rows]
     numpy_speeds = [
         row["gigabytes_per_second"] * row["numpy_images_per_second"] / row["images_per_second"]
         for row in rows
     ]
-    axes.barh(positions, speeds, BAR_HEIGHT, color=BLUE, label="fastvgg")
-    axes.barh(positions, numpy_speeds, BAR_HEIGHT, color=ORANGE, label="NumPy, same threads")
+    # Okabe and Ito's palette, distinguishable with colour blindness: https://jfly.uni-koeln.de/color/
+    axes.barh(positions, speeds, BAR_HEIGHT, color="#0072B2", label="fastvgg")
+    axes.barh(positions, numpy_speeds, BAR_HEIGHT, color="#E69F00", label="NumPy, same threads")
     half = BAR_HEIGHT / 2
     ends = (
         [position - half for position in positions],
         [position + half for position in positions],
     )
-    axes.vlines(limits, *ends, color=BLACK, linewidth=2.5, label="memory bandwidth")
+    axes.vlines(limits, *ends, color="#000000", linewidth=2.5, label="memory bandwidth")
     for position, row, limit in zip(positions, rows, limits, strict=True):
         end = max(limit, row["gigabytes_per_second"])
         text = f"  {row['images_per_second']:,} images/s"
@@ -140,20 +136,3 @@ def _draw_bars(axes: Any, rows: Sequence[dict[str, Any]]) -> None:  # noqa: ANN4
     axes.set_xlabel("GB/s, read and written")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1), ncols=3, frameon=False)
-
-
-def limit_gigabytes_per_second(row: dict[str, Any]) -> float:
-    """Return the memory bandwidth that limits a kernel.
-
-    >>> limit_gigabytes_per_second({"gigabytes_per_second": 40.0, "share": 0.8})
-    50.0
-    """
-    return float(row["gigabytes_per_second"] / row["share"])
-
-
-def _caption(record: dict[str, Any]) -> str:
-    machine = record["machine"]
-    return (
-        f"{machine['processor']}, {record['instruction_set']}, {record['threads']} threads, "
-        f"images of 224x224, {machine['date']}"
-    )

@@ -8,24 +8,13 @@ import platform
 import statistics
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from fastvgg.formatting import package_versions
 from fastvgg.parallel import available_cpus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-
-class Comparison(NamedTuple):
-    """A measurement relative to its limit."""
-
-    share: float
-    """Fraction of the limit: the median over the rounds of limit seconds / own seconds."""
-    spread: tuple[float, float]
-    """The interquartile range of that ratio."""
-    seconds: float
-    """The median of the own seconds."""
 
 
 def time_interleaved(calls: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
@@ -45,17 +34,21 @@ def time_interleaved(calls: Sequence[Callable[[], object]], rounds: int) -> list
     return seconds
 
 
-def compare(own_seconds: Sequence[float], limit_seconds: Sequence[float]) -> Comparison:
+def compare(
+    own_seconds: Sequence[float], limit_seconds: Sequence[float]
+) -> tuple[float, tuple[float, float], float]:
     """Compare timings with those of a limit in the same rounds.
 
+    Returns the share of the limit, which is the median over the rounds of limit seconds / own
+    seconds; the interquartile range of that ratio; and the median of the own seconds.
+
     >>> compare([2.0, 2.0, 4.0], [1.0, 1.0, 1.0])
-    Comparison(share=0.5, spread=(0.25, 0.5), seconds=2.0)
+    (0.5, (0.25, 0.5), 2.0)
     """
     shares = [limit / own for own, limit in zip(own_seconds, limit_seconds, strict=True)]
     low, middle, high = statistics.quantiles(shares, n=4)
-    return Comparison(
-        round(middle, 3), (round(low, 3), round(high, 3)), statistics.median(own_seconds)
-    )
+    spread = round(low, 3), round(high, 3)
+    return round(middle, 3), spread, statistics.median(own_seconds)
 
 
 def machine() -> dict[str, object]:

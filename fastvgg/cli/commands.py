@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -24,8 +24,6 @@ from fastvgg.cli.output import (
 from fastvgg.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from distributed import Client
 
     from fastvgg.transform import Direction
@@ -309,7 +307,6 @@ def _welcome(
 
 
 def _mode(mode: str | None, model: str | None) -> "fastvgg.Mode | str | None":
-    """Return the mode that --mode or --model selects."""
     if model is None:
         return mode
     expected = fastvgg.Mode.for_model(model)
@@ -351,12 +348,10 @@ def _convert(
             raise typer.Exit(SOME_INPUTS_FAILED)
 
 
-@contextmanager
-def _connect(dask: str | None) -> "Iterator[Client | None]":
-    """Yield a client of the Dask scheduler, or None without --dask."""
+def _connect(dask: str | None) -> "AbstractContextManager[Client | None]":
+    """Return a context with a client of the Dask scheduler, or with None without --dask."""
     if dask is None:
-        yield None
-        return
+        return nullcontext()
     try:
         from fastvgg.executors import dask as cluster
     except ImportError as error:
@@ -364,5 +359,4 @@ def _connect(dask: str | None) -> "Iterator[Client | None]":
             f"--dask needs a package that is not installed: {error.name}",
             "in a clone of fastvgg: pip install '.[dask]'",
         ) from None
-    with cluster.connect(dask) as client:
-        yield client
+    return cluster.connect(dask)

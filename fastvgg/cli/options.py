@@ -26,37 +26,37 @@ GEOMETRY: Final = "Geometry"
 OUTPUT: Final = "Output"
 RUN: Final = "Run"
 
+IMAGES: Final = "a directory or tar shards of images"
 ARRAYS: Final = "a .npy, a .zarr (also s3://), FILE.h5::/NAME"
+STORED_ARRAYS: Final = f"{ARRAYS}, or a directory of part-*.npy"
 
 
 def _option(panel: str, about: str, *names: str, **settings: Any) -> Any:  # noqa: ANN401
     return typer.Option(*names, help=about, rich_help_panel=panel, **settings)
 
 
-def _choice(choices: Any, panel: str, about: str, **settings: Any) -> Any:  # noqa: ANN401
+def _choice(
+    choices: object, panel: str, about: str, metavar: str, shown_default: bool | str = True
+) -> Any:  # noqa: ANN401
     """Return an option whose choices, those of a Literal, shells complete.
 
     The option accepts any text: the library reports an invalid value together with the choices.
     """
     values = get_args(choices)
-    about = about.format(values=f"{', '.join(values[:-1])} or {values[-1]}")
-    return _option(panel, about, autocompletion=lambda: list(values), parser=str, **settings)
+    return _option(
+        panel,
+        about.format(values=f"{', '.join(values[:-1])} or {values[-1]}"),
+        metavar=metavar,
+        show_default=shown_default,
+        autocompletion=lambda: list(values),
+        parser=str,
+    )
 
 
 # Sources and targets are str: Path would collapse the two slashes of a URL.
-Source = Annotated[
-    str,
-    typer.Argument(
-        metavar="SRC",
-        help=f"Input: a directory or tar shards of images; {ARRAYS}, or a directory of part-*.npy.",
-    ),
-]
-StoredSource = Annotated[
-    str, typer.Argument(metavar="SRC", help=f"Input: {ARRAYS}, or a directory of part-*.npy.")
-]
-ImageSource = Annotated[
-    str, typer.Argument(metavar="SRC", help="Input: a directory or tar shards of images.")
-]
+Source = Annotated[str, typer.Argument(metavar="SRC", help=f"Input: {IMAGES}; {STORED_ARRAYS}.")]
+StoredSource = Annotated[str, typer.Argument(metavar="SRC", help=f"Input: {STORED_ARRAYS}.")]
+ImageSource = Annotated[str, typer.Argument(metavar="SRC", help=f"Input: {IMAGES}.")]
 Target = Annotated[str | None, typer.Argument(metavar="DST", help=f"Output: {ARRAYS}.")]
 PackedTarget = Annotated[str, typer.Argument(metavar="DST", help=f"Output: {ARRAYS}.")]
 RestoredTarget = Annotated[
@@ -65,7 +65,7 @@ RestoredTarget = Annotated[
 ]
 
 ModeName = Annotated[
-    ModeChoice | None, _choice(ModeChoice, MODEL, "Preprocessing mode: {values}.", metavar="MODE")
+    ModeChoice | None, _choice(ModeChoice, MODEL, "Preprocessing mode: {values}.", "MODE")
 ]
 Model = Annotated[
     str | None,
@@ -78,7 +78,7 @@ Model = Annotated[
 ]
 
 SourceLayout = Annotated[
-    LayoutChoice | None, _choice(LayoutChoice, INPUT, "Input layout: {values}.", metavar="LAYOUT")
+    LayoutChoice | None, _choice(LayoutChoice, INPUT, "Input layout: {values}.", "LAYOUT")
 ]
 Exif = Annotated[bool, _option(INPUT, "Apply the EXIF orientation; Keras ignores it.", "--exif")]
 FastJpeg = Annotated[
@@ -86,7 +86,7 @@ FastJpeg = Annotated[
 ]
 Gray16 = Annotated[
     Gray16Choice,
-    _choice(Gray16Choice, INPUT, "16-bit gray images: {values} them to 8 bits.", metavar="POLICY"),
+    _choice(Gray16Choice, INPUT, "16-bit gray images: {values} them to 8 bits.", "POLICY"),
 ]
 MaxPixels = Annotated[
     int | None,
@@ -99,7 +99,7 @@ Size = Annotated[
 ]
 Interpolation = Annotated[
     InterpolationChoice,
-    _choice(InterpolationChoice, GEOMETRY, "Interpolation: {values}.", metavar="METHOD"),
+    _choice(InterpolationChoice, GEOMETRY, "Interpolation: {values}.", "METHOD"),
 ]
 KeepAspectRatio = Annotated[
     bool,
@@ -110,33 +110,21 @@ KeepAspectRatio = Annotated[
 
 Dtype = Annotated[
     FloatChoice | None,
-    _choice(
-        FloatChoice,
-        OUTPUT,
-        "Output dtype: {values}.",
-        metavar="DTYPE",
-        show_default="float32 for uint8",
-    ),
+    _choice(FloatChoice, OUTPUT, "Output dtype: {values}.", "DTYPE", "float32 for uint8"),
 ]
 RestoredDtype = Annotated[
     DtypeChoice | None,
-    _choice(DtypeChoice, OUTPUT, "Output dtype: {values}.", metavar="DTYPE", show_default="uint8"),
+    _choice(DtypeChoice, OUTPUT, "Output dtype: {values}.", "DTYPE", "uint8"),
 ]
 OutLayout = Annotated[
     LayoutChoice | None,
-    _choice(
-        LayoutChoice,
-        OUTPUT,
-        "Output layout: {values}.",
-        metavar="LAYOUT",
-        show_default="that of SRC",
-    ),
+    _choice(LayoutChoice, OUTPUT, "Output layout: {values}.", "LAYOUT", "that of SRC"),
 ]
 Rounding = Annotated[
-    RoundingChoice, _choice(RoundingChoice, OUTPUT, "Rounding: {values}.", metavar="METHOD")
+    RoundingChoice, _choice(RoundingChoice, OUTPUT, "Rounding: {values}.", "METHOD")
 ]
 Format = Annotated[
-    FormatChoice, _choice(FormatChoice, OUTPUT, "Image files: {values} (lossy).", metavar="FORMAT")
+    FormatChoice, _choice(FormatChoice, OUTPUT, "Image files: {values} (lossy).", "FORMAT")
 ]
 InPlace = Annotated[
     bool, _option(OUTPUT, "Overwrite SRC, a .npy file of floats; omit DST.", "--in-place")

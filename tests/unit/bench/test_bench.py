@@ -87,7 +87,7 @@ def test_one_wrong_bit_in_the_last_image_is_an_error(name, monkeypatch):
     with pytest.raises(
         VerificationError, match=r"image \d+ of \d+ differs from the NumPy reference"
     ):
-        list(kernels.measure_kernels(Arena(TINY.working_set_bytes), 2, 2, [path]))
+        kernels.measure_path(path, Arena(TINY.working_set_bytes), 2, 2)
 
 
 def test_every_mode_type_and_pair_of_layouts_is_measured_there_and_back():
