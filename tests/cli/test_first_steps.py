@@ -98,7 +98,6 @@ def test_the_list_of_commands_cuts_nothing_off_and_lists_the_exit_codes():
         assert listed[name] == inspect.getdoc(command.callback).splitlines()[0]
     codes = re.findall(r"^  (\d+) ", EXIT_CODES, re.MULTILINE)
     assert codes == re.findall(r"^\| (\d+) \|", README, re.MULTILINE)
-    assert [code for code in listed if code.isdigit()] == [code for code in codes if code in listed]
     for line in EXIT_CODES.splitlines()[1:]:
         assert line in stdout
 

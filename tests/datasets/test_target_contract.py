@@ -175,7 +175,7 @@ def test_what_was_not_created_cannot_be_reopened(tmp_path, name):
 @pytest.mark.parametrize("name", ON_DISK)
 def test_publishing_touches_nothing_with_a_similar_name(tmp_path, name):
     location = TARGETS[name].location(tmp_path)
-    neighbor = tmp_path / f"{container(location).name}.replaced"
+    neighbor = tmp_path / f"{container(location).name}.fastvgg-replaced"
     neighbor.mkdir()
     (neighbor / "keep.txt").write_text("precious")
     published(location, name, batch_of("uint8"))

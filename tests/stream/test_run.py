@@ -1078,7 +1078,7 @@ def test_replacing_an_array_with_names_by_one_without_leaves_no_names(tmp_path, 
 def test_restart_never_removes_the_source(tmp_path, where):
     """The names that a run makes beside its target may be those of the source."""
     place = {"partial": "y.npy.partial", "inside partial": "y.npy.partial/photos"}
-    source = save_images(tmp_path / place.get(where, "y.npy.replaced"), pixels(5))
+    source = save_images(tmp_path / place.get(where, "y.npy.fastvgg-replaced"), pixels(5))
     before = tree(source)
     try:
         plan_of(source, tmp_path / "y.npy", mode="caffe", restart=True).run()
