@@ -49,16 +49,9 @@ def compiled(spec: KernelSpec) -> Callable[..., None]:
 def _pixel_by_pixel(spec: KernelSpec) -> Callable[..., None]:
     """Return a kernel that writes the three channels of a block together."""
     lanes, nontemporal = spec.lanes, spec.nontemporal
-    convert_blocks, convert_pixel = _blocks_converter(spec), _converter(spec, 1)
-    load_block_constants = (
-        memory.load_channel_constants(spec.compute, lanes, 3)
-        if spec.computes_planes
-        else memory.load_interleaved_constants(spec.compute, lanes, split=spec.splits)
-    )
-    load_pixel_constants = memory.load_channel_constants(spec.compute, 1, 3)
+    convert_run = _run_converter(spec)
     planar_source, planar_target = spec.planar_source, spec.planar_target
     source_element, element = ELEMENT_BYTES[spec.source], ELEMENT_BYTES[spec.target]
-    source_pixel = source_element * (1 if planar_source else 3)
     pixel = element * (1 if planar_target else 3)
 
     @kernel(ARGUMENTS)
@@ -66,23 +59,15 @@ def _pixel_by_pixel(spec: KernelSpec) -> Callable[..., None]:
         source, target, table, images, pixels, source_image, source_plane, image_bytes, plane_bytes
     ):
         align_stack()
+        source_step = source_plane if planar_source else source_element
+        step = plane_bytes if planar_target else element
+        source_block_step = source_plane if planar_source else lanes * source_element
+        block_step = plane_bytes if planar_target else lanes * element
         for image in range(images):
             x = source + image * source_image
             y = target + image * image_bytes
             end = y + pixels * pixel
-            while y < end:
-                if not nontemporal or y % CACHE_LINE_BYTES == 0:
-                    constants = load_block_constants(table)
-                    source_step = source_plane if planar_source else lanes * source_element
-                    step = plane_bytes if planar_target else lanes * element
-                    blocks = (end - y) // (lanes * pixel)
-                    x, y = convert_blocks(x, source_step, y, step, constants, blocks)
-                if y < end:
-                    source_step = source_plane if planar_source else source_element
-                    step = plane_bytes if planar_target else element
-                    convert_pixel(x, source_step, y, step, load_pixel_constants(table))
-                    x += source_pixel
-                    y += pixel
+            convert_run(x, source_block_step, source_step, y, block_step, step, end, table)
         if nontemporal:
             store_fence()
 
@@ -94,10 +79,8 @@ def _plane_by_plane(spec: KernelSpec) -> Callable[..., None]:
 
     Interleaved images are split into tiles that stay in the cache until all planes are written.
     """
-    lanes, nontemporal, planar_source = spec.lanes, spec.nontemporal, spec.planar_source
-    convert_block, convert_value = _converter(spec, lanes), _converter(spec, 1)
-    load_block_constants = memory.load_channel_constants(spec.compute, lanes, 1)
-    load_value_constants = memory.load_channel_constants(spec.compute, 1, 1)
+    nontemporal, planar_source = spec.nontemporal, spec.planar_source
+    convert_run = _run_converter(spec)
     reverses_channels, constant = spec.reverses_channels, ELEMENT_BYTES[spec.compute]
     source_element, element = ELEMENT_BYTES[spec.source], ELEMENT_BYTES[spec.target]
     source_pixel = source_element * (1 if planar_source else 3)
@@ -115,28 +98,50 @@ def _plane_by_plane(spec: KernelSpec) -> Callable[..., None]:
                     channel = 2 - plane if reverses_channels else plane
                     x = source + image * source_image + channel * channel_bytes
                     y = target + image * image_bytes + plane * plane_bytes
-                    row = table + plane * constant
                     # All tiles except the first start at a cache line of their plane.
                     shift = -y % CACHE_LINE_BYTES // element if nontemporal else 0
                     end = y + min(tile + tile_pixels + shift, pixels) * element
                     begin = tile + shift if tile else 0
                     x += begin * source_pixel
                     y += begin * element
-                    while y < end:
-                        if not nontemporal or y % CACHE_LINE_BYTES == 0:
-                            constants = load_block_constants(row)
-                            for _ in range((end - y) // (lanes * element)):
-                                convert_block(x, 0, y, 0, constants)
-                                x += lanes * source_pixel
-                                y += lanes * element
-                        if y < end:
-                            convert_value(x, 0, y, 0, load_value_constants(row))
-                            x += source_pixel
-                            y += element
+                    convert_run(x, 0, 0, y, 0, 0, end, table + plane * constant)
         if nontemporal:
             store_fence()
 
     return convert_planes
+
+
+def _run_converter(spec: KernelSpec) -> Any:
+    """Return the part of a kernel that converts consecutive pixels, or a channel of them.
+
+    Its arguments are the address of the source and its vector strides, in a block and in a pixel;
+    those of the target, and the address after it; and the address of the first channel's constants.
+    """
+    lanes, nontemporal = spec.lanes, spec.nontemporal
+    convert_blocks, convert_pixel = _blocks_converter(spec), _converter(spec, 1)
+    channels = 1 if spec.plane_by_plane else 3
+    load_block_constants = (
+        memory.load_channel_constants(spec.compute, lanes, channels)
+        if spec.computes_planes
+        else memory.load_interleaved_constants(spec.compute, lanes, split=spec.splits)
+    )
+    load_pixel_constants = memory.load_channel_constants(spec.compute, 1, channels)
+    source_pixel = ELEMENT_BYTES[spec.source] * (1 if spec.planar_source else 3)
+    pixel = ELEMENT_BYTES[spec.target] * (1 if spec.planar_target else 3)
+
+    @inlined
+    def convert_run(x, source_block_step, source_step, y, block_step, step, end, table):
+        while y < end:
+            if not nontemporal or y % CACHE_LINE_BYTES == 0:
+                constants = load_block_constants(table)
+                blocks = (end - y) // (lanes * pixel)
+                x, y = convert_blocks(x, source_block_step, y, block_step, constants, blocks)
+            if y < end:
+                convert_pixel(x, source_step, y, step, load_pixel_constants(table))
+                x += source_pixel
+                y += pixel
+
+    return convert_run
 
 
 @inlined
@@ -276,7 +281,7 @@ def _shuffle(spec: KernelSpec) -> Any:
 def _calculation(spec: KernelSpec, *, split: bool) -> Any:
     """Return the function that computes results from values of the compute type."""
     divide, scale = arithmetic.divide(spec.divide), arithmetic.divide(spec.scale)
-    divides, scales = spec.divide != "none", spec.scale != "none"
+    affine, divides, scales = spec.affine, spec.divide != "none", spec.scale != "none"
     may_be_nan, to_uint8 = spec.source != "uint8", spec.target == "uint8"
     narrow = arithmetic.narrow(spec.target, may_tie=spec.may_tie, split=split)
     canonical_nan, merge = arithmetic.canonical_nan, order.merge
@@ -286,13 +291,11 @@ def _calculation(spec: KernelSpec, *, split: bool) -> Any:
 
     @inlined
     def preprocess(x, c):
+        if affine:
+            return narrow(multiply_add(x, c.slope, c.intercept))
         y = divide(x, c.divide, c.divide_reciprocal, c.divide_remainder) - c.mean
         y = scale(y, c.std, c.std_reciprocal, c.std_remainder)
         return narrow(canonical_nan(y) if may_be_nan else y)
-
-    @inlined
-    def preprocess_affine(x, c):
-        return narrow(multiply_add(x, c.slope, c.intercept))
 
     @inlined
     def saturate(x):
@@ -302,13 +305,9 @@ def _calculation(spec: KernelSpec, *, split: bool) -> Any:
 
     @inlined
     def restore(y, c):
+        if affine:
+            return saturate(multiply_add(y, c.slope, c.intercept))
         x = (y * c.std if scales else y) + c.mean
         return saturate(x * c.divide if divides else x)
 
-    @inlined
-    def restore_affine(y, c):
-        return saturate(multiply_add(y, c.slope, c.intercept))
-
-    if spec.restores:
-        return restore_affine if spec.affine else restore
-    return preprocess_affine if spec.affine else preprocess
+    return restore if spec.restores else preprocess
