@@ -201,7 +201,6 @@ class ImageSource(Source):
         return ImageRecord(os.fsdecode(name), os.fsdecode(label), width, height, failed, reason)
 
     def read(self, start: int, stop: int) -> Chunk:
-        """Decode images into a new batch; images that fail become zeros."""
         batch = np.empty((stop - start, *self.header.shape[1:]), np.uint8)
         return Chunk(batch, [self.decode(row, batch[row - start]) for row in range(start, stop)])
 
