@@ -114,10 +114,9 @@ def open_sidecar(path: Path) -> Iterator[BinaryIO | None]:
     try:
         try:
             file: AbstractContextManager[BinaryIO | None] = open_regular(path)
-        except (FileNotFoundError, NotADirectoryError):
-            file = nullcontext()
         except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:
+            is_missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+            if not is_missing and error.errno != errno.ENAMETOOLONG:
                 raise
             file = nullcontext()
         with file as opened, objects.os_errors():

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import mmap
 import os
+import weakref
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, Final
 
@@ -97,6 +98,10 @@ class ContiguousSource(ArraySource):
 
     def close(self) -> None:
         self._file.close()
+
+    def close_with_last_reference(self) -> None:
+        """Close the file when the source is no longer referenced."""
+        weakref.finalize(self, self._file.close)
 
     def _window(self, begin: int, nbytes: int) -> NDArray[np.uint8]:
         page = begin - begin % mmap.ALLOCATIONGRANULARITY

@@ -105,7 +105,7 @@ class Hdf5Source(ContiguousSource):
             if not parts:
                 break
             part = parts.pop(0)
-            if not isinstance(node, h5py.Group) or not _has_link(node, part):
+            if not isinstance(node, h5py.Group) or b"\0" in part or not node.id.links.exists(part):
                 node = None
                 break
             link_type, links = node.id.links.get_info(part).type, h5py.h5l
@@ -325,10 +325,6 @@ def _hdf5_type(name: str) -> h5py.h5t.TypeID:
 
 def _parts_of(name: bytes) -> list[bytes]:
     return [part for part in name.split(b"/") if part not in (b"", b".")]
-
-
-def _has_link(group: h5py.Group, name: bytes) -> bool:
-    return b"\0" not in name and bool(group.id.links.exists(name))
 
 
 def _display(name: bytes) -> str:

@@ -201,50 +201,38 @@ class ImageSource(Source):
         return ImageRecord(os.fsdecode(name), os.fsdecode(label), width, height, failed, reason)
 
     def read(self, start: int, stop: int) -> Chunk:
-        """Decode images into a new batch; images that fail become zeros."""
         batch = np.empty((stop - start, *self.header.shape[1:]), np.uint8)
         return Chunk(batch, [self.decode(row, batch[row - start]) for row in range(start, stop)])
 
     def _common_size(self, threads: int) -> tuple[int, int]:
         """Return the height and width of all readable images, which must be equal."""
-        examples: dict[tuple[int, int], int] = {}
-        counts: Counter[tuple[int, int]] = Counter()
-        reasons: dict[int, str] = {}
+        images, step = len(self.listing), SIZES_PER_TASK
+        sizes: list[tuple[int, int] | str] = [""] * images
+        distinct: dict[tuple[int, int] | str, tuple[int, int] | str] = {}
 
         def inspect(rows: range) -> None:
             for row in rows:
                 size = self._size(row)
-                if isinstance(size, str):
-                    reasons[row] = size
-                else:
-                    counts[size] += 1
-                    examples[size] = min(row, examples.get(size, row))
+                sizes[row] = distinct.setdefault(size, size)  # a row takes 8 bytes
 
-        images, step = len(self.listing), SIZES_PER_TASK
         tasks = [range(start, min(start + step, images)) for start in range(0, images, step)]
         parallel_for(tasks, inspect, threads)
+        counts = Counter(size for size in sizes if not isinstance(size, str))
         if not counts:
-            first = min(reasons)
             raise SourceError(
                 f"none of the {images} images in {self.path} can be read; the first is "
-                f"{self._display_name(first)}: {reasons[first]}",
+                f"{self._display_name(0)}: {sizes[0]}",
                 "check that the files are images",
             )
-        if len(counts) > 1:
-            raise self._different_sizes(counts, examples)
-        return next(iter(counts))
-
-    def _different_sizes(
-        self, counts: Counter[tuple[int, int]], examples: dict[tuple[int, int], int]
-    ) -> SourceError:
-        shown = sorted(counts, key=lambda size: (-counts[size], examples[size]))[:SIZES_SHOWN]
-        sizes = ", ".join(
-            f"{size[0]}x{size[1]} ({counts[size]}, e.g. {self._display_name(examples[size])})"
-            for size in shown
+        if len(counts) == 1:
+            return next(iter(counts))
+        shown = ", ".join(
+            f"{size[0]}x{size[1]} ({count}, e.g. {self._display_name(sizes.index(size))})"
+            for size, count in counts.most_common(SIZES_SHOWN)
         )
-        more = f" and {len(counts) - len(shown)} more" if len(counts) > len(shown) else ""
-        return SourceError(
-            f"{self.path} contains images of {len(counts)} sizes (height x width): {sizes}{more}",
+        more = f" and {len(counts) - SIZES_SHOWN} more" if len(counts) > SIZES_SHOWN else ""
+        raise SourceError(
+            f"{self.path} contains images of {len(counts)} sizes (height x width): {shown}{more}",
             "choose one size for all images: --size 224 224",
         )
 

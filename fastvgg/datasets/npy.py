@@ -12,12 +12,12 @@ from __future__ import annotations
 import ast
 import bisect
 import contextlib
+import functools
 import io
 import itertools
 import os
 import re
 import struct
-import threading
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
@@ -121,7 +121,9 @@ def read_header(file: BinaryIO, path: Path) -> ArrayHeader:
 def _parse(text: bytes, path: Path) -> tuple[str, bool, tuple[int, ...]]:
     """Return descr, fortran_order and shape. Only Python literals are evaluated."""
     try:
-        fields = _literal(text)
+        if DUBIOUS_SYNTAX.search(text):
+            raise ValueError("Python would warn about it")
+        fields = ast.literal_eval(text.decode("utf-8"))
     except LITERAL_ERRORS as error:
         raise _damaged(path, f"a header that cannot be read: {type(error).__name__}") from None
     if not isinstance(fields, dict) or set(fields) != {"descr", "fortran_order", "shape"}:
@@ -139,13 +141,6 @@ def _parse(text: bytes, path: Path) -> tuple[str, bool, tuple[int, ...]]:
 
 def _damaged(path: Path, problem: str) -> SourceError:
     return SourceError(f"{path} has {problem}", "the file is damaged: get it again")
-
-
-def _literal(text: bytes) -> object:
-    if DUBIOUS_SYNTAX.search(text):
-        raise ValueError("Python would warn about it")
-    fields: object = ast.literal_eval(text.decode("utf-8"))
-    return fields
 
 
 def _validate_descr(descr: object, path: Path) -> str:
@@ -302,9 +297,7 @@ class PartitionedNpySource(ArraySource):
         self._names = names
         self._layout = layout
         self._dtype_hint = dtype_hint
-        self._open: dict[int, NpySource] = {}
-        self._readers: dict[int, int] = {}
-        self._lock = threading.Lock()
+        self._part = functools.lru_cache(MAX_OPEN_PARTS)(self._reopen)
         headers = list(self._read_headers())
         self._starts = [0, *itertools.accumulate(header.images for header in headers)]
         first = headers[0]
@@ -338,49 +331,28 @@ class PartitionedNpySource(ArraySource):
         number = self._part_of(start)
         if stop > self._starts[number + 1]:
             return super().read(start, stop)
-        with self._borrow(number) as part:
-            first = self._starts[number]
-            return part.read(start - first, stop - first)
+        first = self._starts[number]
+        return self._part(number).read(start - first, stop - first)
 
     def read_into(self, start: int, out: NDArray[Any]) -> None:
         number, row, stop = self._part_of(start), start, start + len(out)
         while row < stop:
             first, end = self._starts[number], min(stop, self._starts[number + 1])
-            with self._borrow(number) as part:
-                part.read_into(row - first, out[row - start : end - start])
+            self._part(number).read_into(row - first, out[row - start : end - start])
             row, number = end, number + 1
 
     def close(self) -> None:
-        while self._open:
-            self._open.popitem()[1].close()
+        self._part.cache_clear()
 
     def _part_of(self, row: int) -> int:
         """Return the number of the part that contains a row."""
         return bisect.bisect_right(self._starts, row) - 1
 
-    @contextlib.contextmanager
-    def _borrow(self, number: int) -> Iterator[NpySource]:
-        """Open a part if necessary, and keep it open during the `with` block."""
-        with self._lock:
-            if number not in self._open:
-                self._evict()
-                self._open[number] = self._reopen(number)
-            self._readers[number] = self._readers.get(number, 0) + 1
-        try:
-            yield self._open[number]
-        finally:
-            with self._lock:
-                self._readers[number] -= 1
-
-    def _evict(self) -> None:
-        """Close the oldest part that no thread is reading, if too many are open."""
-        if len(self._open) >= MAX_OPEN_PARTS:
-            idle = next((number for number in self._open if not self._readers[number]), None)
-            if idle is not None:
-                self._open.pop(idle).close()
-
     def _reopen(self, number: int) -> NpySource:
-        """Open a part, after checking that its header is unchanged."""
+        """Open a part, after checking that its header is unchanged.
+
+        Another thread may read a part that leaves the cache; it closes with its last reference.
+        """
         name, images = self._names[number], self._starts[number + 1] - self._starts[number]
         path = str(self.path / name)
         try:
@@ -390,6 +362,7 @@ class PartitionedNpySource(ArraySource):
         if part.header != Header((images, *self.header.shape[1:]), self.header.dtype, self._layout):
             part.close()
             raise changed_during_run_error(path)
+        part.close_with_last_reference()
         return part
 
     def _open_part(self, name: str) -> NpySource:

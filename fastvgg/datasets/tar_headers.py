@@ -39,15 +39,9 @@ ADLER_MODULUS: Final = 65521
 # Name, size, checksum, type, magic, prefix.
 HEADER: Final = struct.Struct("100s24x12s12x8sc100x6s82x155s12x")
 POSIX_MAGIC: Final = b"ustar\0"  # GNU tar has a different magic, and times in place of the prefix
-EXTENSIONS: Final = frozenset(
-    (
-        tarfile.XHDTYPE,
-        tarfile.XGLTYPE,
-        tarfile.SOLARIS_XHDTYPE,
-        tarfile.GNUTYPE_LONGNAME,
-        tarfile.GNUTYPE_LONGLINK,
-    )
-)
+PAX_EXTENSIONS: Final = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+GNU_EXTENSIONS: Final = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+EXTENSIONS: Final = frozenset((*PAX_EXTENSIONS, *GNU_EXTENSIONS))
 # A path has at most 4096 bytes; an extended attribute in the same header at most 65,536.
 MAX_EXTENSION_BYTES: Final = 2**20
 PAX_RECORD: Final = re.compile(rb"([0-9]{1,7}) ([^=]+)=")

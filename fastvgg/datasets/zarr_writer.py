@@ -254,8 +254,7 @@ class ZarrTarget(DiskTarget, _ShardTarget):
         self._write(name, shard.content.data)
 
     def _write(self, name: str, data: memoryview) -> None:
-        file = self._storage.create(self.partial / name)
-        file = self._storage.direct(file)
+        file = self._storage.direct(self._storage.create(self.partial / name))
         try:
             self._storage.write(file, data, 0)
             self._storage.sync(file)

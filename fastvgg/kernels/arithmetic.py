@@ -171,10 +171,9 @@ def divide(division: str) -> Any:
 
     "division" divides; "none" returns x. "reciprocal" multiplies instead: the reciprocal and its
     rounding error together have twice the precision, and the products of both with x are added
-    with one rounding (N. Brisebarre, J.-M. Muller, "Correctly rounded
-    multiplication by arbitrary precision constants", IEEE Trans. Computers 57, 2008). Without FMA
-    the reciprocal has eight bits fewer, so that its product with a byte is exact.
-    `spec.reciprocal_is_exact` tests for which numbers the result is the exact quotient.
+    with one rounding (N. Brisebarre, J.-M. Muller, "Correctly rounded multiplication by arbitrary
+    precision constants", IEEE Trans. Computers 57, 2008). `spec.reciprocal_is_exact` tests for
+    which numbers the result is the exact quotient.
     """
 
     def emit(b: Any, x: Any, divisor: Any, reciprocal: Any, remainder: Any) -> Any:

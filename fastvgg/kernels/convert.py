@@ -49,16 +49,9 @@ def compiled(spec: KernelSpec) -> Callable[..., None]:
 def _pixel_by_pixel(spec: KernelSpec) -> Callable[..., None]:
     """Return a kernel that writes the three channels of a block together."""
     lanes, nontemporal = spec.lanes, spec.nontemporal
-    convert_blocks, convert_pixel = _blocks_converter(spec), _converter(spec, 1)
-    load_block_constants = (
-        memory.load_channel_constants(spec.compute, lanes, 3)
-        if spec.computes_planes
-        else memory.load_interleaved_constants(spec.compute, lanes, split=spec.splits)
-    )
-    load_pixel_constants = memory.load_channel_constants(spec.compute, 1, 3)
+    convert_run = _run_converter(spec)
     planar_source, planar_target = spec.planar_source, spec.planar_target
     source_element, element = ELEMENT_BYTES[spec.source], ELEMENT_BYTES[spec.target]
-    source_pixel = source_element * (1 if planar_source else 3)
     pixel = element * (1 if planar_target else 3)
 
     @kernel(ARGUMENTS)
@@ -66,23 +59,15 @@ def _pixel_by_pixel(spec: KernelSpec) -> Callable[..., None]:
         source, target, table, images, pixels, source_image, source_plane, image_bytes, plane_bytes
     ):
         align_stack()
+        source_step = source_plane if planar_source else source_element
+        step = plane_bytes if planar_target else element
+        source_block_step = source_plane if planar_source else lanes * source_element
+        block_step = plane_bytes if planar_target else lanes * element
         for image in range(images):
             x = source + image * source_image
             y = target + image * image_bytes
             end = y + pixels * pixel
-            while y < end:
-                if not nontemporal or y % CACHE_LINE_BYTES == 0:
-                    constants = load_block_constants(table)
-                    source_step = source_plane if planar_source else lanes * source_element
-                    step = plane_bytes if planar_target else lanes * element
-                    blocks = (end - y) // (lanes * pixel)
-                    x, y = convert_blocks(x, source_step, y, step, constants, blocks)
-                if y < end:
-                    source_step = source_plane if planar_source else source_element
-                    step = plane_bytes if planar_target else element
-                    convert_pixel(x, source_step, y, step, load_pixel_constants(table))
-                    x += source_pixel
-                    y += pixel
+            convert_run(x, source_block_step, source_step, y, block_step, step, end, table)
         if nontemporal:
             store_fence()
 
@@ -94,10 +79,8 @@ def _plane_by_plane(spec: KernelSpec) -> Callable[..., None]:
 
     Interleaved images are split into tiles that stay in the cache until all planes are written.
     """
-    lanes, nontemporal, planar_source = spec.lanes, spec.nontemporal, spec.planar_source
-    convert_block, convert_value = _channel_converter(spec, lanes), _channel_converter(spec, 1)
-    load_block_constants = memory.load_channel_constants(spec.compute, lanes, 1)
-    load_value_constants = memory.load_channel_constants(spec.compute, 1, 1)
+    nontemporal, planar_source = spec.nontemporal, spec.planar_source
+    convert_run = _run_converter(spec)
     reverses_channels, constant = spec.reverses_channels, ELEMENT_BYTES[spec.compute]
     source_element, element = ELEMENT_BYTES[spec.source], ELEMENT_BYTES[spec.target]
     source_pixel = source_element * (1 if planar_source else 3)
@@ -115,28 +98,50 @@ def _plane_by_plane(spec: KernelSpec) -> Callable[..., None]:
                     channel = 2 - plane if reverses_channels else plane
                     x = source + image * source_image + channel * channel_bytes
                     y = target + image * image_bytes + plane * plane_bytes
-                    row = table + plane * constant
                     # All tiles except the first start at a cache line of their plane.
                     shift = -y % CACHE_LINE_BYTES // element if nontemporal else 0
                     end = y + min(tile + tile_pixels + shift, pixels) * element
                     begin = tile + shift if tile else 0
                     x += begin * source_pixel
                     y += begin * element
-                    while y < end:
-                        if not nontemporal or y % CACHE_LINE_BYTES == 0:
-                            constants = load_block_constants(row)
-                            for _ in range((end - y) // (lanes * element)):
-                                convert_block(x, y, constants)
-                                x += lanes * source_pixel
-                                y += lanes * element
-                        if y < end:
-                            convert_value(x, y, load_value_constants(row))
-                            x += source_pixel
-                            y += element
+                    convert_run(x, 0, 0, y, 0, 0, end, table + plane * constant)
         if nontemporal:
             store_fence()
 
     return convert_planes
+
+
+def _run_converter(spec: KernelSpec) -> Any:
+    """Return the part of a kernel that converts consecutive pixels, or a channel of them.
+
+    Its arguments are the address of the source and its vector strides, in a block and in a pixel;
+    those of the target, and the address after it; and the address of the first channel's constants.
+    """
+    lanes, nontemporal = spec.lanes, spec.nontemporal
+    convert_blocks, convert_pixel = _blocks_converter(spec), _converter(spec, 1)
+    channels = 1 if spec.plane_by_plane else 3
+    load_block_constants = (
+        memory.load_channel_constants(spec.compute, lanes, channels)
+        if spec.computes_planes
+        else memory.load_interleaved_constants(spec.compute, lanes, split=spec.splits)
+    )
+    load_pixel_constants = memory.load_channel_constants(spec.compute, 1, channels)
+    source_pixel = ELEMENT_BYTES[spec.source] * (1 if spec.planar_source else 3)
+    pixel = ELEMENT_BYTES[spec.target] * (1 if spec.planar_target else 3)
+
+    @inlined
+    def convert_run(x, source_block_step, source_step, y, block_step, step, end, table):
+        while y < end:
+            if not nontemporal or y % CACHE_LINE_BYTES == 0:
+                constants = load_block_constants(table)
+                blocks = (end - y) // (lanes * pixel)
+                x, y = convert_blocks(x, source_block_step, y, block_step, constants, blocks)
+            if y < end:
+                convert_pixel(x, source_step, y, step, load_pixel_constants(table))
+                x += source_pixel
+                y += pixel
+
+    return convert_run
 
 
 @inlined
@@ -181,20 +186,17 @@ def _blocks_converter(spec: KernelSpec) -> Any:
     return convert_two_streams if spec.two_streams else convert_stream
 
 
-def _prefetch(spec: KernelSpec, lanes: int, places: int) -> Any:
-    """Return the function that prefetches as many bytes as `lanes` pixels; none for one pixel."""
-    pixel = ELEMENT_BYTES[spec.source] * (1 if spec.planar_source else 3)
-    return memory.prefetch(lanes * pixel if lanes > 1 else 0, places, spec.prefetch_distance)
-
-
 def _converter(spec: KernelSpec, lanes: int) -> Any:
-    """Return the part of a kernel that converts `lanes` pixels.
+    """Return the part of a kernel that converts `lanes` pixels, or one channel of them.
 
     Its arguments are the address and the vector stride of the source, those of the target, and the
-    constants. It loads everything before it stores anything.
+    constants. It loads everything before it stores anything. A single pixel is not prefetched.
     """
-    prefetch = _prefetch(spec, lanes, 3 if spec.planar_source else 1)
-    read, calculate = _reader(spec, lanes), _calculation(spec, split=spec.splits and lanes > 1)
+    split, places = spec.splits and lanes > 1, _source_places(spec)
+    pixel = ELEMENT_BYTES[spec.source] * (1 if spec.planar_source else 3)
+    prefetch_bytes = lanes * pixel if lanes > 1 else 0
+    prefetch = memory.prefetch(prefetch_bytes, places, spec.prefetch_distance)
+    read, calculate = _reader(spec, lanes, split), _calculation(spec, split=split)
     shuffle, shuffles_results = _shuffle(spec), spec.shuffles_results
     store = memory.store(nontemporal=spec.nontemporal and lanes > 1)
 
@@ -208,21 +210,34 @@ def _converter(spec: KernelSpec, lanes: int) -> Any:
     return convert
 
 
-def _reader(spec: KernelSpec, lanes: int) -> Any:
-    """Return the function that loads `lanes` pixels in the type and order of the arithmetic."""
-    split = spec.splits and lanes > 1
-    places, vectors = (3, 1) if spec.planar_source else (1, 3)
-    if spec.source == "uint8" and lanes > 1 and (split or not spec.planar_source):
+def _source_places(spec: KernelSpec) -> int:
+    """Return at how many places a kernel reads: in each plane if it reads planes together."""
+    return 3 if spec.planar_source and not spec.plane_by_plane else 1
+
+
+def _reader(spec: KernelSpec, lanes: int, split: bool) -> Any:
+    """Return the function that loads what `_converter` converts.
+
+    The values have the type and the order of the arithmetic.
+    """
+    interleaved, by_plane = not spec.planar_source and lanes > 1, spec.plane_by_plane
+    if spec.source == "uint8" and (interleaved or split):
+        block_bytes = 3 * lanes if interleaved else lanes
+        if interleaved and by_plane:
+            block_bytes -= 2  # it starts at its channel, and ends with it
         offsets = _byte_offsets(spec, lanes)
-        return memory.load_bytes(offsets, lanes, vectors * lanes, spec.compute, places)
-    load = memory.load(spec.source, lanes, 3)
+        return memory.load_bytes(offsets, lanes, block_bytes, spec.compute, _source_places(spec))
+    if interleaved and by_plane:
+        load = memory.load_channel(spec.source, lanes)
+    else:
+        load = memory.load(spec.source, lanes, 1 if by_plane else 3)
     widen = arithmetic.widen(spec.source, spec.compute, split=split)
-    shuffle, shuffles_results = _shuffle(spec), spec.shuffles_results
+    shuffle, shuffles_first = _shuffle(spec), not (by_plane or spec.shuffles_results)
 
     @inlined
     def read(x, step):
         block = load(x, step)
-        return widen(block if shuffles_results else shuffle(block))
+        return widen(shuffle(block) if shuffles_first else block)
 
     return read
 
@@ -232,6 +247,8 @@ def _byte_offsets(spec: KernelSpec, lanes: int) -> tuple[int, ...]:
     values = order.split_order(lanes) if spec.splits else tuple(range(lanes))
     if spec.planar_source:
         return values
+    if spec.plane_by_plane:
+        return tuple(range(0, 3 * lanes, 3))
     channels = (2, 1, 0) if spec.reverses_channels else (0, 1, 2)
     if spec.planar_target:
         return tuple(3 * pixel + channel for channel in channels for pixel in range(lanes))
@@ -261,43 +278,10 @@ def _shuffle(spec: KernelSpec) -> Any:
     return shuffle
 
 
-def _channel_converter(spec: KernelSpec, lanes: int) -> Any:
-    """Return the part of a kernel that converts one channel of `lanes` pixels."""
-    interleaved_source = not spec.planar_source and lanes > 1
-    split = spec.splits and lanes > 1
-    read = _channel_reader(spec, lanes, interleaved_source, split)
-    prefetch = _prefetch(spec, lanes, places=1)
-    calculate = _calculation(spec, split=split)
-    store = memory.store(nontemporal=spec.nontemporal and lanes > 1)
-
-    @inlined
-    def convert(x, y, constants):
-        compiler_barrier()
-        prefetch(x, 0)
-        store(y, 0, calculate(read(x), constants))
-
-    return convert
-
-
-def _channel_reader(spec: KernelSpec, lanes: int, interleaved: bool, split: bool) -> Any:
-    """Return the function that loads one channel of `lanes` pixels in the compute type."""
-    if spec.source == "uint8" and (interleaved or split):
-        offsets = tuple(range(0, 3 * lanes, 3)) if interleaved else order.split_order(lanes)
-        block_bytes = 3 * lanes - 2 if interleaved else lanes
-        load_bytes = memory.load_bytes(offsets, lanes, block_bytes, spec.compute)
-        return inlined(lambda x: load_bytes(x, 0))
-    widen = arithmetic.widen(spec.source, spec.compute, split=split)
-    if interleaved:
-        load_channel = memory.load_channel(spec.source, lanes)
-        return inlined(lambda x: widen(load_channel(x)))
-    load = memory.load(spec.source, lanes, 1)
-    return inlined(lambda x: widen(load(x, 0)))
-
-
 def _calculation(spec: KernelSpec, *, split: bool) -> Any:
     """Return the function that computes results from values of the compute type."""
     divide, scale = arithmetic.divide(spec.divide), arithmetic.divide(spec.scale)
-    divides, scales = spec.divide != "none", spec.scale != "none"
+    affine, divides, scales = spec.affine, spec.divide != "none", spec.scale != "none"
     may_be_nan, to_uint8 = spec.source != "uint8", spec.target == "uint8"
     narrow = arithmetic.narrow(spec.target, may_tie=spec.may_tie, split=split)
     canonical_nan, merge = arithmetic.canonical_nan, order.merge
@@ -307,13 +291,11 @@ def _calculation(spec: KernelSpec, *, split: bool) -> Any:
 
     @inlined
     def preprocess(x, c):
+        if affine:
+            return narrow(multiply_add(x, c.slope, c.intercept))
         y = divide(x, c.divide, c.divide_reciprocal, c.divide_remainder) - c.mean
         y = scale(y, c.std, c.std_reciprocal, c.std_remainder)
         return narrow(canonical_nan(y) if may_be_nan else y)
-
-    @inlined
-    def preprocess_affine(x, c):
-        return narrow(multiply_add(x, c.slope, c.intercept))
 
     @inlined
     def saturate(x):
@@ -323,13 +305,9 @@ def _calculation(spec: KernelSpec, *, split: bool) -> Any:
 
     @inlined
     def restore(y, c):
+        if affine:
+            return saturate(multiply_add(y, c.slope, c.intercept))
         x = (y * c.std if scales else y) + c.mean
         return saturate(x * c.divide if divides else x)
 
-    @inlined
-    def restore_affine(y, c):
-        return saturate(multiply_add(y, c.slope, c.intercept))
-
-    if spec.restores:
-        return restore_affine if spec.affine else restore
-    return preprocess_affine if spec.affine else preprocess
+    return restore if spec.restores else preprocess

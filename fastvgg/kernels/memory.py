@@ -145,17 +145,17 @@ def load_channel(storage: str, lanes: int) -> Any:
     """Load one channel of interleaved pixels: every third element, starting at the address.
 
     The last of three loads starts two elements early, because the two elements after the last one
-    may be outside the array.
+    may be outside the array. The intrinsic(address, step) ignores the step.
     """
     size = ELEMENT_BYTES[storage]
 
-    def emit(b: Any, address: Any) -> Any:
+    def emit(b: Any, address: Any, _step: Any) -> Any:
         starts = (0, lanes, 2 * lanes - 2)
         vectors = [_load(b, _offset(b, address, start * size), storage, lanes) for start in starts]
         wanted = range(0, 3 * lanes, 3)
         return pack(b, [permute(b, vectors, [at if at < 2 * lanes else at + 2 for at in wanted])])
 
-    return _loader(Block(storage, lanes, 1), emit)
+    return _strided(Block(storage, lanes, 1), emit)
 
 
 @functools.cache
@@ -173,11 +173,9 @@ def load_line(nbytes: int) -> Any:
     return _loader(Block("uint8", CACHE_LINE_BYTES, 1), emit)
 
 
-def _emit_load_int64(b: Any, address: Any) -> Any:
-    return b.load(b.inttoptr(address, ir.PointerType()), align=8, typ=I64)
-
-
-load_int64: Final = _loader(types.int64, _emit_load_int64)
+load_int64: Final = _loader(
+    types.int64, lambda b, address: b.load(b.inttoptr(address, ir.PointerType()), align=8, typ=I64)
+)
 """Load an aligned 64-bit integer."""
 
 
