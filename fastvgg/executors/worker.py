@@ -22,9 +22,9 @@ from fastvgg.datasets.open import open_target
 from fastvgg.errors import StoppedError
 from fastvgg.stream.commit_pipeline import CommitPipeline
 from fastvgg.stream.compute import BufferRing, compute, make_commit, stored_checksum
-from fastvgg.stream.destination import destination_of
 from fastvgg.stream.journal import journal_path, read_journal_header
 from fastvgg.stream.source import reopen_source
+from fastvgg.stream.target import destination_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -21,7 +21,6 @@ from fastvgg.imaging.decode import MAX_PIXELS, DecodeOptions
 from fastvgg.parallel import check_threads
 from fastvgg.storage.local import check_in_place_supported
 from fastvgg.storage.location import Location
-from fastvgg.stream.destination import destination_of
 from fastvgg.stream.job import DECODED, Job
 from fastvgg.stream.journal import check_is_journal, journal_path, read_journal
 from fastvgg.stream.manifest import Provenance, manifest_path
@@ -43,7 +42,7 @@ from fastvgg.stream.redo_log import (
 from fastvgg.stream.redo_log_layout import RedoLogHeader
 from fastvgg.stream.retry import plan_retry
 from fastvgg.stream.source import check_exists
-from fastvgg.stream.target import inspect_target, with_committed
+from fastvgg.stream.target import destination_of, inspect_target, with_committed
 from fastvgg.stream.values import check_not_already_done
 from fastvgg.transform import Mode, Transform
 
