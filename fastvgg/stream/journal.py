@@ -27,7 +27,7 @@ from fastvgg.datasets.index import is_valid_name
 from fastvgg.errors import FastvggError, ResumeError, SourceError, StoppedError, TargetError
 from fastvgg.storage import objects
 from fastvgg.storage.location import is_remote, sidecar_path
-from fastvgg.stream.job import Job, check_fields, check_sizes
+from fastvgg.stream.job import Job, check_fields, check_sizes, check_version
 from fastvgg.stream.lines import decode_line, encode_line
 
 if TYPE_CHECKING:
@@ -276,12 +276,8 @@ def _parse_header(path: Path, fields: dict[str, Any]) -> JournalState:
             f"{path} belongs to a run in place",
             "finish that run first: 'fastvgg info' shows the command",
         )
-    found = fields[VERSION_FIELD]
-    if type(found) is int and found != FORMAT_VERSION:
-        raise ResumeError(
-            f"{path} has format version {str(found)[:20]}, but this fastvgg reads {FORMAT_VERSION}",
-            "finish the run with the fastvgg version that started it, or give --restart",
-        )
+    remedy = "finish the run with the fastvgg version that started it, or give --restart"
+    check_version(path, fields[VERSION_FIELD], FORMAT_VERSION, remedy)
     check_fields(fields, HEADER_SCHEMA)
     job = Job.from_dict(fields["job"])
     journal_state = JournalState(

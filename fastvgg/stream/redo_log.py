@@ -19,7 +19,7 @@ from fastvgg.datasets.base import open_regular, read_sidecar
 from fastvgg.errors import ResumeError, SourceError, TargetError
 from fastvgg.storage.local import StoredFile
 from fastvgg.storage.location import is_remote
-from fastvgg.stream.job import check_fields, check_sizes
+from fastvgg.stream.job import check_fields, check_sizes, check_version
 from fastvgg.stream.journal import journal_path
 from fastvgg.stream.redo_log_layout import (
     CHUNKS_PER_CHECKPOINT,
@@ -62,12 +62,8 @@ def read_redo_log_header(file_path: Path) -> RedoLogHeader | None:
         return None
     try:
         found = (decode_first_line(start) or {}).get(VERSION_FIELD)
-        if type(found) is int and found != FORMAT_VERSION:
-            raise ResumeError(
-                f"{path} has format version {str(found)[:20]}, but this fastvgg reads "
-                f"{FORMAT_VERSION}",
-                "finish the run with the fastvgg version that started it",
-            )
+        remedy = "finish the run with the fastvgg version that started it"
+        check_version(path, found, FORMAT_VERSION, remedy)
         return RedoLogHeader.from_bytes(start)
     except ValueError as error:
         raise _damaged_error(file_path, f"its header ({str(error)[:200]})") from None
@@ -264,7 +260,7 @@ class RedoLog:
         checkpoints = filter(None, map(self._read_checkpoint, range(2)))
         self._generation, self._durable = max(checkpoints, default=(0, 0))
         if self._generation == 0:
-            raise self._damaged_error("both copies of its checkpoint")
+            raise _damaged_error(self._data.path, "both copies of its checkpoint")
         self._checkpointed = self._durable
         slots_intact = self._slots_intact()
         for chunk, is_intact in enumerate(slots_intact, self._durable):
@@ -290,7 +286,7 @@ class RedoLog:
             check_sizes([fields["generation"]])
             check_sizes([fields["chunks"]], minimum=0, maximum=self.file_layout.chunks)
         except ValueError:
-            raise self._damaged_error(f"copy {copy} of its checkpoint") from None
+            raise _damaged_error(self._data.path, f"copy {copy} of its checkpoint") from None
         return (fields["generation"], fields["chunks"]) if fields["run"] == self._run else None
 
     def _slots_intact(self) -> list[bool]:
@@ -311,18 +307,14 @@ class RedoLog:
                     break
                 # Redoing an earlier chunk would put old bytes into the page that both share.
                 if found != record.new or any(slots_intact):
-                    raise self._damaged_error(f"chunk {chunk}")
+                    raise _damaged_error(self._data.path, f"chunk {chunk}")
             slots_intact.append(is_intact)
         return slots_intact
 
     def _pages(self, chunk: int) -> memoryview:
-        """Read the pages in a chunk's slot."""
         begin, end = self.file_layout.page_span(chunk)
         offset = self.file_layout.slot(chunk) + PAGE_BYTES
         return memoryview(self._storage.read(self._journal, offset, end - begin))
-
-    def _damaged_error(self, what: str) -> ResumeError:
-        return _damaged_error(self._data.path, what)
 
     def record(self, chunk: int) -> RedoRecord | None:
         """Return a chunk's record, from the table or its slot; None if neither is valid."""
@@ -331,7 +323,7 @@ class RedoLog:
             try:
                 record = RedoRecord.from_bytes(data, chunk, self._run)
             except ValueError:
-                raise self._damaged_error(f"a record of chunk {chunk}") from None
+                raise _damaged_error(self._data.path, f"a record of chunk {chunk}") from None
             if record is not None:
                 return record
         return None

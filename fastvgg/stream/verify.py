@@ -109,36 +109,31 @@ def _check_against_oracle(
     stored: Target, manifest: Manifest, records: Sequence[ImageRecord], *, full: bool
 ) -> tuple[int, str]:
     """Recompute images from the source; return how many, and a note if it was not compared."""
-    if manifest.job.in_place:
+    job = manifest.job
+    if job.in_place:
         return 0, "not compared with the source, which was overwritten in place"
-    if is_lossy(manifest.job.file_format):
+    if is_lossy(job.file_format):
         return 0, "not compared with the source: JPEG is lossy"
     try:
-        source = _open_source(manifest)
+        source = open_source(
+            Location.parse(job.source),
+            layout=job.header.layout,
+            dtype_hint=job.header.dtype,
+            decoding=job.decoding,
+            use_index=False,
+        )
     except SourceError as error:
         return 0, f"not compared with the source: {error.problem}"
     rows = _rows_to_check(manifest.header.images, full=full)
     with contextlib.closing(source):
         # A copy of the source has another modification time and so another fingerprint, but the
         # same pixels: `full` compares them anyway.
-        is_same = full or source.fingerprint() == manifest.job.fingerprint
-        if source.header != manifest.job.header or not is_same:
+        is_same = full or source.fingerprint() == job.fingerprint
+        if source.header != job.header or not is_same:
             return 0, f"not compared with the source: {source.location} has changed"
         for row in rows:
             _check_row(stored, source, manifest, records, row)
     return len(rows), ""
-
-
-def _open_source(manifest: Manifest) -> Source:
-    job = manifest.job
-    location = Location.parse(job.source)
-    return open_source(
-        location,
-        layout=job.header.layout,
-        dtype_hint=job.header.dtype,
-        decoding=job.decoding,
-        use_index=False,
-    )
 
 
 def _rows_to_check(images: int, *, full: bool) -> Sequence[int]:
