@@ -22,8 +22,7 @@ from fastvgg.storage.location import Location
 from fastvgg.stream.manifest import Provenance
 from fastvgg.stream.preflight import plan_result
 from fastvgg.stream.redo_log import read_redo_log_header, unfinished_error
-from fastvgg.stream.source import check_exists
-from fastvgg.stream.values import check_not_already_done
+from fastvgg.stream.source import check_exists, check_not_already_done
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:

@@ -128,7 +128,6 @@ def check_no_failures(plan: Plan, failures: list[tuple[int, ImageRecord]]) -> No
 def _compute_batches(
     plan: Plan, source: Source, target: Target, tasks: Iterable[ChunkTask], buffers: BufferRing
 ) -> Generator[ChunkResult, None, None]:
-    """Compute arrays from arrays."""
     for chunk, start, stop, _ in tasks:
         out = buffers.rows(target.offset(start))[: stop - start]
         batch, records = source.read(start, stop)

@@ -382,13 +382,7 @@ class Journal(ABC):
 
 
 class FileJournal(Journal):
-    """The open, locked journal of a target on disk; a restart ignores its contents.
-
-    Raises
-    ------
-    TargetError
-        If another process is writing the same target.
-    """
+    """The open, locked journal of a target on disk; a restart ignores its contents."""
 
     def __init__(self, target: Path, storage: Storage, *, restart: bool) -> None:
         super().__init__(journal_path(target))

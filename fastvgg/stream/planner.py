@@ -41,9 +41,8 @@ from fastvgg.stream.redo_log import (
 )
 from fastvgg.stream.redo_log_layout import RedoLogHeader
 from fastvgg.stream.retry import plan_retry
-from fastvgg.stream.source import check_exists
+from fastvgg.stream.source import check_exists, check_not_already_done
 from fastvgg.stream.target import destination_of, inspect_target, with_committed
-from fastvgg.stream.values import check_not_already_done
 from fastvgg.transform import Mode, Transform
 
 if TYPE_CHECKING:

@@ -172,19 +172,7 @@ def _damaged_error(file: Path, what: str) -> ResumeError:
 
 
 class RedoLog:
-    """The open redo log of a data file; the caller holds the lock of that file.
-
-    Parameters
-    ----------
-    storage
-        Performs the system calls.
-    data
-        The data file.
-    journal
-        The open log.
-    header
-        The header of the log.
-    """
+    """The open redo log, `journal`, of a data file; the caller holds the lock of that file."""
 
     def __init__(
         self, storage: Storage, data: StoredFile, journal: StoredFile, header: RedoLogHeader

@@ -25,9 +25,8 @@ from fastvgg.stream.manifest import Manifest, checksum, manifest_path
 from fastvgg.stream.progress import ProgressTracker
 from fastvgg.stream.report import FAILURES_KEPT, Failure
 from fastvgg.stream.retry import FailureRetry
-from fastvgg.stream.source import is_changed, reopen_source
+from fastvgg.stream.source import check_values, is_changed, reopen_source
 from fastvgg.stream.target import check_not_occupied, destination_of, inspect_target, with_committed
-from fastvgg.stream.values import check_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -312,7 +311,6 @@ class Run:
 
 
 def _first_failures(rows: Iterable[tuple[int, ImageRecord]]) -> list[Failure]:
-    """Return the first images that could not be read."""
     failures = (Failure(row, record.path, record.reason) for row, record in rows if record.failed)
     return list(itertools.islice(failures, FAILURES_KEPT))
 

@@ -20,7 +20,7 @@ from fastvgg.errors import ResumeError, TargetError
 from fastvgg.formatting import format_bytes
 from fastvgg.storage import objects
 from fastvgg.storage.local import SharedStorage, Storage
-from fastvgg.storage.location import Location, sidecar_path
+from fastvgg.storage.location import Location, is_remote, sidecar_path
 from fastvgg.storage.objects import StoreStorage
 from fastvgg.stream.journal import (
     FileJournal,
@@ -68,7 +68,6 @@ def destination_of(plan: Plan, storage: Storage | StoreStorage | None = None) ->
 class Destination(ABC):
     """Where a target of the format `kind` is written: a file or directory, or a name in a store."""
 
-    is_remote: bool
     storage: Storage | StoreStorage
     """Performs durable I/O here."""
     partial: Path
@@ -129,10 +128,10 @@ class Destination(ABC):
         """
         manifest = read_manifest(self.path)
         self.check_sidecars(manifest)
-        if not (self.exists(self.path) if self.is_remote else self.is_occupied()):
+        if not (self.exists(self.path) if is_remote(self.path) else self.is_occupied()):
             return None
         if not self._is_ours(manifest):
-            is_directory = self.is_remote or self.path.is_dir()
+            is_directory = is_remote(self.path) or self.path.is_dir()
             raise TargetError(
                 f"{self.path} is {'a directory' if is_directory else 'a file'} that fastvgg did "
                 f"not write{'' if is_directory else ', or that was changed since'}",
@@ -171,8 +170,6 @@ class Destination(ABC):
 
 class DiskDestination(Destination):
     """A file or directory on disk, written under a temporary name until it is complete."""
-
-    is_remote = False
 
     def __init__(self, path: Path, kind: str, storage: Storage) -> None:
         super().__init__(path, kind)
@@ -256,8 +253,6 @@ class StoreDestination(Destination):
 
     Readers can open the array once its metadata exists, which is written last.
     """
-
-    is_remote = True
 
     def __init__(self, path: Path, kind: str, storage: StoreStorage) -> None:
         super().__init__(path, kind)
