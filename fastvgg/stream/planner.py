@@ -33,11 +33,11 @@ from fastvgg.stream.preflight import (
     plan_result,
 )
 from fastvgg.stream.redo_log import (
+    check_not_in_place,
     check_restart,
     check_same_file,
     committed_chunks,
     read_redo_log_header,
-    unfinished_error,
 )
 from fastvgg.stream.redo_log_layout import RedoLogHeader
 from fastvgg.stream.retry import plan_retry
@@ -201,12 +201,11 @@ def plan(
 
 def _read_redo_log(location: Location, *, in_place: bool, restart: bool) -> RedoLogHeader | None:
     """Return the redo log that the plan resumes; raise SourceError if it must be finished first."""
-    redo_log = read_redo_log_header(location.container)
-    if redo_log is None:
-        return None
     if not in_place:
-        raise unfinished_error(redo_log, location.container)
-    if restart:
+        check_not_in_place(location.container)
+        return None
+    redo_log = read_redo_log_header(location.container)
+    if redo_log is not None and restart:
         check_restart(redo_log, location.container)
         return None
     return redo_log

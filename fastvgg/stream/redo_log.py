@@ -49,10 +49,7 @@ MAX_NAME_BYTES: Final = 40  # of the first field of a line and the preceding che
 def read_redo_log_header(file_path: Path) -> RedoLogHeader | None:
     """Read the header of a file's redo log; return None if it has none.
 
-    Raises
-    ------
-    ResumeError
-        If it is damaged, or has an unknown format version.
+    Raises ResumeError if it is damaged, or has an unknown format version.
     """
     if is_remote(file_path):  # objects cannot be changed in place
         return None
@@ -81,13 +78,7 @@ def _is_redo_log(start: bytes) -> bool:
 
 
 def check_same_file(header: RedoLogHeader, path: Path) -> None:
-    """Check that a file is the one that the redo log belongs to, and that the log is complete.
-
-    Raises
-    ------
-    ResumeError
-        If the inode or a length differs.
-    """
+    """Check that a file, and its redo log, have the inode and the lengths that the log records."""
     status, journal = path.stat(), journal_path(path)
     if (status.st_ino, status.st_size) != (header.inode, header.file_bytes):
         raise ResumeError(
@@ -103,13 +94,7 @@ def check_same_file(header: RedoLogHeader, path: Path) -> None:
 
 
 def check_restart(header: RedoLogHeader, path: Path) -> None:
-    """Check that a restart would not transform part of a file twice.
-
-    Raises
-    ------
-    ResumeError
-        If this is the file of the unfinished run, or a copy of it.
-    """
+    """Check that a file is not that of an unfinished run, or a copy: part would be done twice."""
     if path.stat().st_ino == header.inode or _starts_converted(header, path):
         raise ResumeError(
             f"{path} is partly converted, so its run cannot start over",
@@ -117,22 +102,18 @@ def check_restart(header: RedoLogHeader, path: Path) -> None:
         )
 
 
-def unfinished_error(header: RedoLogHeader, path: Path) -> SourceError:
-    """Return the error for reading a file that is partly converted."""
-    return SourceError(
-        f"{path} is partly converted by an unfinished run in place",
-        f"finish it: {header.command(path)}",
-    )
+def check_not_in_place(path: Path) -> None:
+    """Check that a dataset is not partly converted by an unfinished run in place."""
+    header = read_redo_log_header(path)
+    if header is not None:
+        raise SourceError(
+            f"{path} is partly converted by an unfinished run in place",
+            f"finish it: {header.command(path)}",
+        )
 
 
 def committed_chunks(header: RedoLogHeader, file_path: Path) -> int:
-    """Count the chunks that a run in place has committed, by its records.
-
-    Raises
-    ------
-    ResumeError
-        If a record is damaged.
-    """
+    """Count the committed chunks of a run in place; raise ResumeError if a record is damaged."""
     return sum(1 for _ in _records(header, file_path))
 
 
@@ -190,13 +171,7 @@ class RedoLog:
 
     @classmethod
     def begin(cls, storage: Storage, data: StoredFile, job: Job, chunk_images: int) -> RedoLog:
-        """Create the log for an unchanged data file.
-
-        Raises
-        ------
-        TargetError
-            If there is not enough disk space.
-        """
+        """Create the log for an unchanged data file; raise TargetError if the disk is full."""
         header = RedoLogHeader.new(job, chunk_images, os.fstat(data.descriptor))
         file_layout = header.file_layout
         storage.sync(data)  # a power failure must not lose the input of later chunks

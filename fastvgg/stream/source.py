@@ -22,13 +22,7 @@ CHECKED_IMAGES: Final = 16
 
 
 def check_exists(source: Location) -> None:
-    """Check that a source exists and is a dataset; name the run that has not finished it.
-
-    Raises
-    ------
-    SourceError
-        If it does not exist, is unfinished, or is in an unsupported format.
-    """
+    """Check that a source exists and is a dataset; name the run that has not finished it."""
     try:
         source_format(source)
     except SourceError:

@@ -87,10 +87,7 @@ class Destination(ABC):
     def open_journal(self, *, restart: bool) -> Journal:
         """Open the journal, and take its lock where there is one.
 
-        Raises
-        ------
-        TargetError
-            If something else has its name, or another process holds the lock.
+        Raises TargetError if something else has its name, or another process holds the lock.
         """
 
     @abstractmethod
@@ -101,9 +98,9 @@ class Destination(ABC):
     def is_occupied(self) -> bool:
         """Return whether the target's name is taken by anything but an empty directory."""
 
-    @abstractmethod
     def is_published(self) -> bool:
         """Return whether a started run has published its data."""
+        return self.is_occupied()
 
     @abstractmethod
     def predates_run(self, journal_state: JournalState) -> bool:
@@ -142,10 +139,7 @@ class Destination(ABC):
     def check_sidecars(self, manifest: Manifest | None) -> None:
         """Check that the sidecars that a run replaces or removes were written by fastvgg.
 
-        Raises
-        ------
-        TargetError
-            If there is one, but no journal and, for an index, no manifest.
+        A journal proves it; of an index, also the manifest.
         """
         index, journal = index_path(self.path), journal_path(self.path)
         if self.exists(journal) and check_is_journal(journal):
@@ -275,9 +269,6 @@ class StoreDestination(Destination):
     def is_occupied(self) -> bool:
         """Return whether there is an array."""
         return self.exists(self.path / ARRAY)
-
-    def is_published(self) -> bool:
-        return self.is_occupied()
 
     def predates_run(self, journal_state: JournalState) -> bool:
         """Return whether the array existed before the unfinished run, judging by its journal."""

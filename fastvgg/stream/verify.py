@@ -15,7 +15,7 @@ from fastvgg.datasets.open import open_source, open_target
 from fastvgg.errors import SourceError, VerificationError
 from fastvgg.storage.location import Location
 from fastvgg.stream.manifest import Provenance, checksum
-from fastvgg.stream.redo_log import read_redo_log_header, unfinished_error
+from fastvgg.stream.redo_log import check_not_in_place
 from fastvgg.stream.source import check_exists
 
 if TYPE_CHECKING:
@@ -67,9 +67,7 @@ def verify(path: str | os.PathLike[str], *, full: bool = False) -> Verification:
         If there is no manifest, or the dataset cannot be read.
     """
     location = Location.parse(path)
-    redo_log = read_redo_log_header(location.container)
-    if redo_log is not None:
-        raise unfinished_error(redo_log, location.container)
+    check_not_in_place(location.container)
     check_exists(location)
     manifest = Provenance.read(location).manifest
     if manifest is None:
