@@ -21,9 +21,8 @@ from fastvgg.parallel import TaskQueue, ThreadSlot, check_threads
 from fastvgg.storage.location import Location
 from fastvgg.stream.manifest import Provenance
 from fastvgg.stream.preflight import plan_result
-from fastvgg.stream.redo_log import read_redo_log_header, unfinished_error
-from fastvgg.stream.source import check_exists
-from fastvgg.stream.values import check_not_already_done
+from fastvgg.stream.redo_log import check_not_in_place
+from fastvgg.stream.source import check_exists, check_not_already_done
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
@@ -211,9 +210,7 @@ class Batches:
 
     def _open(self) -> ArraySource:
         """Open the dataset in the layout that the transform reads."""
-        redo_log = read_redo_log_header(self.location.container)
-        if redo_log is not None:
-            raise unfinished_error(redo_log, self.location.container)
+        check_not_in_place(self.location.container)
         check_exists(self.location)
         recorded = Provenance.read(self.location)
         applied, manifest = recorded.transform, recorded.manifest

@@ -97,18 +97,12 @@ class DaskExecutor(Executor):
         self._name = ""
 
     def prepare(self, plan: Plan) -> Plan:
-        """Return the plan of one thread per task, after checking it and the workers."""
-        _check_shareable(plan)
-        plan = dataclasses.replace(plan, threads=1)
-        self._check_workers(plan)
-        return plan
-
-    def _check_workers(self, plan: Plan) -> None:
-        """Check the packages, memory and file access of the present workers.
+        """Return the plan of one thread per task, after checking it and the present workers.
 
         Workers that join later fail on their first task instead.
         """
-        client = self._client
+        _check_shareable(plan)
+        plan, client = dataclasses.replace(plan, threads=1), self._client
         try:
             client.wait_for_workers(1, timeout=JOIN_SECONDS)
         except TimeoutError:
@@ -118,6 +112,7 @@ class DaskExecutor(Executor):
             ) from None
         shared = pickle.dumps(dataclasses.replace(plan, listing=None))
         _check_no_problems(client.run(_probe_worker, shared, package_versions(), on_error="return"))
+        return plan
 
     def open(self, run: Run) -> None:
         """Have every worker open the files of its tasks."""

@@ -22,9 +22,9 @@ from fastvgg.datasets.open import open_target
 from fastvgg.errors import StoppedError
 from fastvgg.stream.commit_pipeline import CommitPipeline
 from fastvgg.stream.compute import BufferRing, compute, make_commit, stored_checksum
-from fastvgg.stream.destination import destination_of
 from fastvgg.stream.journal import journal_path, read_journal_header
 from fastvgg.stream.source import reopen_source
+from fastvgg.stream.target import destination_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -99,7 +99,6 @@ class _WorkerSlot:
         self.pipeline = CommitPipeline[ChunkCommit]()
 
     def _check_same_run(self) -> None:
-        """Check that the journal is still that of this run."""
         path = journal_path(self._destination.path)
         header = read_journal_header(path)
         expected = self._plan.job, self._plan.chunk_images
@@ -124,7 +123,7 @@ class _WorkerSlot:
         edges: PartialPages = []
 
         def write() -> None:
-            if self._destination.is_remote:  # a store has no open handles that pin the target
+            if self._plan.target.is_remote:  # a store has no open handles that pin the target
                 self._check_same_run()
             edges.extend(self.target.write_aligned(computed.start, computed.stored))
 

@@ -299,11 +299,6 @@ class SharedStorage(Storage):
 
     The directory is held open, so that a new directory of the same name is never written to.
     Existing files are never truncated: data that another process wrote may be committed.
-
-    Parameters
-    ----------
-    directory
-        The directory that contains all of the files.
     """
 
     def __init__(self, directory: Path, *, fsync: bool = True) -> None:
@@ -354,7 +349,6 @@ def _write_some(file: StoredFile, data: memoryview, offset: int) -> int:
 
 
 def _coalesce(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Combine small pieces into larger ones."""
     buffer = bytearray()
     for piece in pieces:
         buffer += piece

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import mmap
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -55,6 +55,10 @@ class ChunkResult(NamedTuple):
     stop: int
     stored: Payload
     records: list[ImageRecord]
+
+
+RowTasks: TypeAlias = "tuple[ChunkResult, Iterable[int], Callable[[int], None]]"
+"""A chunk to be computed row by row, the rows to compute, and the function that computes one."""
 
 
 class BufferRing:
@@ -128,7 +132,6 @@ def check_no_failures(plan: Plan, failures: list[tuple[int, ImageRecord]]) -> No
 def _compute_batches(
     plan: Plan, source: Source, target: Target, tasks: Iterable[ChunkTask], buffers: BufferRing
 ) -> Generator[ChunkResult, None, None]:
-    """Compute arrays from arrays."""
     for chunk, start, stop, _ in tasks:
         out = buffers.rows(target.offset(start))[: stop - start]
         batch, records = source.read(start, stop)
@@ -147,17 +150,8 @@ def _compute_batches(
         yield ChunkResult(chunk, start, stop, [bytes_of(out)], records)
 
 
-class _InFlight(NamedTuple):
-    """A chunk that is being computed row by row."""
-
-    computed: ChunkResult
-    rows: Iterable[int]
-    """Rows of the chunk to compute."""
-    compute_row: Callable[[int], None]
-
-
 def _compute_rows(
-    plan: Plan, tasks: Iterable[ChunkTask], start: Callable[[ChunkTask], _InFlight]
+    plan: Plan, tasks: Iterable[ChunkTask], start: Callable[[ChunkTask], RowTasks]
 ) -> Generator[ChunkResult, None, None]:
     """Compute rows independently, on all threads."""
     in_flight: deque[tuple[ChunkResult, TaskGroup]] = deque()
@@ -179,12 +173,12 @@ def _compute_rows(
 
 def _decoder(
     plan: Plan, source: ImageSource, target: Target, buffers: BufferRing
-) -> Callable[[ChunkTask], _InFlight]:
+) -> Callable[[ChunkTask], RowTasks]:
     """Return a function that starts to decode the images of a chunk into rows of an array."""
     images = np.empty((plan.threads, *source.header.shape[1:]), np.uint8)
     thread_slot = ThreadSlot()
 
-    def start(task: ChunkTask) -> _InFlight:
+    def start(task: ChunkTask) -> RowTasks:
         buffer = buffers.rows(target.offset(task.start))
         backend = plan.choose_backend()
         transform = engine.bind_rows(plan.transform, images, buffer, backend=backend)
@@ -207,19 +201,19 @@ def _decoder(
                 transform(slot, row)
 
         computed = ChunkResult(*task[:3], [bytes_of(out)], records)
-        return _InFlight(computed, rows, pack if plan.transform.direction == "pack" else preprocess)
+        return computed, rows, pack if plan.transform.direction == "pack" else preprocess
 
     return start
 
 
 def _encoder(
     plan: Plan, source: Source, target: ImageFolderTarget
-) -> Callable[[ChunkTask], _InFlight]:
+) -> Callable[[ChunkTask], RowTasks]:
     """Return a function that starts to encode the rows of a chunk as image files."""
     images = np.empty((plan.threads, *plan.result.shape[1:]), np.uint8)
     thread_slot = ThreadSlot()
 
-    def start(task: ChunkTask) -> _InFlight:
+    def start(task: ChunkTask) -> RowTasks:
         batch, records = source.read(task.start, task.stop)
         stored = [b""] * len(batch)
         rows = [row for row in range(len(batch)) if not (records and records[row].failed)]
@@ -230,6 +224,6 @@ def _encoder(
             transform(row, slot)
             stored[row] = target.encode(images[slot])
 
-        return _InFlight(ChunkResult(*task[:3], stored, records), rows, compute_row)
+        return ChunkResult(*task[:3], stored, records), rows, compute_row
 
     return start

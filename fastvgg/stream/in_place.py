@@ -30,8 +30,7 @@ from fastvgg.stream.redo_log import (
     check_same_file,
     read_redo_log_header,
 )
-from fastvgg.stream.source import changed_error, is_changed
-from fastvgg.stream.values import check_values
+from fastvgg.stream.source import changed_error, check_values, is_changed
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
@@ -177,14 +176,8 @@ class _PageBuffer:
     ) -> None:
         """Point the buffer at a chunk, and fill in the other bytes of its first and last page.
 
-        Parameters
-        ----------
-        chunk
-            Number of the chunk.
-        storage, data
-            The file from which those bytes are read.
-        before
-            The previous chunk, if its new bytes may not be in the file yet.
+        They are read from `data`, or from `before`: the previous chunk, if its new bytes may not be
+        in the file yet.
         """
         self.begin, end = self._file_layout.page_span(chunk)
         first, last = self._file_layout.image_span(chunk)

@@ -80,15 +80,12 @@ def _describe(location: Location) -> dict[str, Any]:
             "shape": list(header.shape),
             "dtype": header.dtype,
             "bytes": source.stored_bytes,
-            **_transform_fields(recorded.transform),
+            **({} if recorded.transform is None else _transform_fields(recorded.transform)),
             "notes": source.notes,
         }
 
 
-def _transform_fields(transform: Transform | None) -> dict[str, Any]:
-    """Return the fields of a transform that the array's own attributes record."""
-    if transform is None:
-        return {}
+def _transform_fields(transform: Transform) -> dict[str, Any]:
     return {
         "layout": transform.out_layout,
         "direction": transform.direction,
@@ -102,9 +99,7 @@ def _job_fields(job: Job) -> dict[str, Any]:
         **({"dataset": job.dataset} if job.dataset else {}),
         "shape": list(job.result.shape),
         "dtype": job.result.dtype,
-        "layout": job.result.layout,
-        "direction": job.transform.direction,
-        "mode": job.transform.mode.name,
+        **_transform_fields(job.transform),
         "source": job.source,
         "size": job.decoding.size if job.decoding else None,
         "interpolation": job.decoding.interpolation if job.decoding else None,

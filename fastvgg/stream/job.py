@@ -19,6 +19,7 @@ from fastvgg.transform import STORAGE_TYPES, Transform
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
     from fastvgg.datasets.image_writer import FileFormat
 
@@ -180,6 +181,16 @@ def check_fields(fields: object, schema: Schema) -> None:
     for name, allowed in schema.items():
         if type(fields[name]) not in (allowed if isinstance(allowed, tuple) else (allowed,)):
             raise ValueError(f"{name} has type {type(fields[name]).__name__}")
+
+
+def check_version(
+    path: Path, found: object, known: int, remedy: str, error: type[FastvggError] = ResumeError
+) -> None:
+    """Raise `error` if the record in `path` has another format version than the one known here."""
+    if type(found) is int and found != known:
+        raise error(
+            f"{path} has format version {str(found)[:20]}, but this fastvgg reads {known}", remedy
+        )
 
 
 def check_sizes(sizes: Iterable[object], *, minimum: int = 1, maximum: int = MAX_COUNT) -> None:

@@ -5,6 +5,11 @@ images, which are read back when the index is written. Reading stops at the firs
 truncated, and the chunks after it are recomputed.
 
 The journal is also the lock: only the process that holds it may write the target.
+
+In an object store, which has no rename, lock or sync, each line is an object. A put is atomic and
+durable. A shard is put first, then its journal line. The array's metadata, without which readers
+cannot open it, is put after all shards, and the manifest after that. Two concurrent runs of one job
+write the same bytes.
 """
 
 from __future__ import annotations
@@ -19,10 +24,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from fastvgg.datasets.base import ImageRecord, open_regular, open_sidecar, read_sidecar
 from fastvgg.datasets.index import is_valid_name
-from fastvgg.errors import FastvggError, ResumeError, SourceError, TargetError
+from fastvgg.errors import FastvggError, ResumeError, SourceError, StoppedError, TargetError
 from fastvgg.storage import objects
 from fastvgg.storage.location import is_remote, sidecar_path
-from fastvgg.stream.job import Job, check_fields, check_sizes
+from fastvgg.stream.job import Job, check_fields, check_sizes, check_version
 from fastvgg.stream.lines import decode_line, encode_line
 
 if TYPE_CHECKING:
@@ -30,12 +35,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fastvgg.storage.local import Storage, StoredFile
+    from fastvgg.storage.objects import StoreStorage
     from fastvgg.stream.job import Schema
 
 FORMAT_VERSION: Final = 2
 VERSION_FIELD: Final = "fastvgg-journal"
 HEADER_NAME: Final = "job"
-"""Name of the header object, in a store, where each line is an object."""
+"""Name of the header object in a store."""
 HEADER_SCHEMA: Final[Schema] = {
     VERSION_FIELD: int,
     "job": dict,
@@ -270,12 +276,8 @@ def _parse_header(path: Path, fields: dict[str, Any]) -> JournalState:
             f"{path} belongs to a run in place",
             "finish that run first: 'fastvgg info' shows the command",
         )
-    found = fields[VERSION_FIELD]
-    if type(found) is int and found != FORMAT_VERSION:
-        raise ResumeError(
-            f"{path} has format version {str(found)[:20]}, but this fastvgg reads {FORMAT_VERSION}",
-            "finish the run with the fastvgg version that started it, or give --restart",
-        )
+    remedy = "finish the run with the fastvgg version that started it, or give --restart"
+    check_version(path, fields[VERSION_FIELD], FORMAT_VERSION, remedy)
     check_fields(fields, HEADER_SCHEMA)
     job = Job.from_dict(fields["job"])
     journal_state = JournalState(
@@ -310,10 +312,11 @@ def _parse_record(fields: object) -> ImageRecord:
 class Journal(ABC):
     """The open journal of a target: a `FileJournal`, or the `StoreJournal` of an object store."""
 
+    state: JournalState | None
+    """None before `begin` if there was no valid header, or if a restart ignores it."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.state: JournalState | None = None
-        """None before `begin` if there was no valid header, or if a restart ignores it."""
 
     def begin(
         self,
@@ -333,12 +336,12 @@ class Journal(ABC):
         )
         self._start(self.state.header_line())
         for commit in committed or ():
-            self.state.commits[commit.chunk] = CommitRef.of(commit, self._append(commit))
+            self.state.commits[commit.chunk] = self._append_commit(commit)
         self._sync(is_new=True)
 
     def commit(self, *commits: Commit) -> None:
         """Durably record chunks whose bytes are durable."""
-        refs = {commit.chunk: CommitRef.of(commit, self._append(commit)) for commit in commits}
+        refs = {commit.chunk: self._append_commit(commit) for commit in commits}
         self._sync()
         self.commits.update(refs)
 
@@ -347,13 +350,16 @@ class Journal(ABC):
         """The commits of the run by chunk; empty before `begin`."""
         return {} if self.state is None else self.state.commits
 
+    def _append_commit(self, commit: Commit) -> CommitRef:
+        return CommitRef.of(commit, self._append(line_name(commit.chunk), commit.to_line()))
+
     @abstractmethod
     def _start(self, header: bytes) -> None:
         """Replace the contents by a header line."""
 
     @abstractmethod
-    def _append(self, commit: Commit) -> int:
-        """Write the line of a commit and return its offset, which is 0 in a store."""
+    def _append(self, name: str, line: bytes) -> int:
+        """Write a line, which has a name in a store, and return its offset, which is 0 there."""
 
     @abstractmethod
     def _sync(self, *, is_new: bool = False) -> None:
@@ -376,13 +382,7 @@ class Journal(ABC):
 
 
 class FileJournal(Journal):
-    """The open, locked journal of a target on disk; a restart ignores its contents.
-
-    Raises
-    ------
-    TargetError
-        If another process is writing the same target.
-    """
+    """The open, locked journal of a target on disk; a restart ignores its contents."""
 
     def __init__(self, target: Path, storage: Storage, *, restart: bool) -> None:
         super().__init__(journal_path(target))
@@ -411,13 +411,10 @@ class FileJournal(Journal):
         self._replaced, self._file = self._file, self._storage.create(self._temporary)
         self._storage.lock(self._file)
         self._end = 0
-        self._append_line(header)
+        self._append(HEADER_NAME, header)
 
-    def _append(self, commit: Commit) -> int:
-        return self._append_line(commit.to_line())
-
-    def _append_line(self, line: bytes) -> int:
-        """Write a line after the last valid one; return its offset."""
+    def _append(self, name: str, line: bytes) -> int:  # noqa: ARG002  # a store needs it
+        """Write a line after the last valid one."""
         offset = self._end
         self._storage.truncate(self._file, offset)
         self._storage.write(self._file, line, offset)
@@ -443,3 +440,38 @@ class FileJournal(Journal):
                 if file is not None:
                     closing.callback(self._storage.close, file)
             super().close()
+
+
+class StoreJournal(Journal):
+    """The journal of a target in a store; a restart ignores its contents."""
+
+    def __init__(self, target: Path, storage: StoreStorage, *, restart: bool) -> None:
+        super().__init__(journal_path(target))
+        self._storage = storage
+        self.state = None if restart else read_journal(self.path)
+
+    def _start(self, header: bytes) -> None:
+        """Write the header; raise TargetError if nothing can be written there."""
+        try:
+            self.remove()
+            self._append(HEADER_NAME, header)
+        except StoppedError as error:
+            raise TargetError(
+                f"{error.problem}: nothing was written",
+                "check the connection, and the permission to write and delete there",
+            ) from error
+
+    def _append(self, name: str, line: bytes) -> int:
+        self._storage.put(self.path / name, line)
+        return 0
+
+    def _sync(self, *, is_new: bool = False) -> None:
+        """Do nothing: an object is durable once it is put."""
+
+    def _is_void(self) -> bool:
+        return objects.exists(self.path) and super()._is_void()
+
+    def remove(self) -> None:
+        """Remove the journal, its header first: without it the journal is void."""
+        self._storage.remove(self.path / HEADER_NAME)
+        self._storage.remove(self.path)

@@ -18,7 +18,13 @@ from fastvgg.datasets.open import embedded_transform
 from fastvgg.errors import SourceError
 from fastvgg.formatting import package_versions
 from fastvgg.storage.location import sidecar_path
-from fastvgg.stream.job import Job, check_fields, check_sizes, transform_of_fields
+from fastvgg.stream.job import (
+    Job,
+    check_fields,
+    check_sizes,
+    check_version,
+    transform_of_fields,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -121,12 +127,8 @@ def read_manifest(container: Path) -> Manifest | None:
     try:
         fields = json.loads(data)
         found = fields.get(VERSION) if isinstance(fields, dict) else None
-        if type(found) is int and found != FORMAT_VERSION:
-            raise SourceError(
-                f"{path} has format version {str(found)[:20]}, but this fastvgg reads "
-                f"{FORMAT_VERSION}",
-                "use the version of fastvgg that wrote it, or a newer one",
-            )
+        remedy = "use the version of fastvgg that wrote it, or a newer one"
+        check_version(path, found, FORMAT_VERSION, remedy, SourceError)
         return Manifest.from_dict(fields)
     except (ValueError, RecursionError) as error:
         raise SourceError(

@@ -252,7 +252,6 @@ class Plan(RunOptions):
         return f"{direction} ({mode}): {self.source} -> {self.target}"
 
     def _summary_rows(self) -> list[tuple[str, str]]:
-        """Return the labelled rows of the printed summary."""
         committed = f", {self.committed_chunks:,} done" if self.committed_chunks else ""
         limit = format_bytes(self.memory_bytes)
         twice = " twice, in place" if self.job.in_place else ""

@@ -21,7 +21,6 @@ from fastvgg.imaging.decode import MAX_PIXELS, DecodeOptions
 from fastvgg.parallel import check_threads
 from fastvgg.storage.local import check_in_place_supported
 from fastvgg.storage.location import Location
-from fastvgg.stream.destination import destination_of
 from fastvgg.stream.job import DECODED, Job
 from fastvgg.stream.journal import check_is_journal, journal_path, read_journal
 from fastvgg.stream.manifest import Provenance, manifest_path
@@ -34,17 +33,16 @@ from fastvgg.stream.preflight import (
     plan_result,
 )
 from fastvgg.stream.redo_log import (
+    check_not_in_place,
     check_restart,
     check_same_file,
     committed_chunks,
     read_redo_log_header,
-    unfinished_error,
 )
 from fastvgg.stream.redo_log_layout import RedoLogHeader
 from fastvgg.stream.retry import plan_retry
-from fastvgg.stream.source import check_exists
-from fastvgg.stream.target import inspect_target, with_committed
-from fastvgg.stream.values import check_not_already_done
+from fastvgg.stream.source import check_exists, check_not_already_done
+from fastvgg.stream.target import destination_of, inspect_target, with_committed
 from fastvgg.transform import Mode, Transform
 
 if TYPE_CHECKING:
@@ -203,12 +201,11 @@ def plan(
 
 def _read_redo_log(location: Location, *, in_place: bool, restart: bool) -> RedoLogHeader | None:
     """Return the redo log that the plan resumes; raise SourceError if it must be finished first."""
-    redo_log = read_redo_log_header(location.container)
-    if redo_log is None:
-        return None
     if not in_place:
-        raise unfinished_error(redo_log, location.container)
-    if restart:
+        check_not_in_place(location.container)
+        return None
+    redo_log = read_redo_log_header(location.container)
+    if redo_log is not None and restart:
         check_restart(redo_log, location.container)
         return None
     return redo_log

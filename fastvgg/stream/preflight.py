@@ -62,7 +62,6 @@ def check_target(source: Source, target: Location, result: Header) -> None:
 
 
 def _check_store(source: Source, target: Location) -> None:
-    """Check the name of a target in an object store."""
     if target_format(target) != "zarr":
         raise TargetError(
             f"{target}: only Zarr arrays can be written to an object store",

@@ -16,18 +16,10 @@ if TYPE_CHECKING:
 
 
 class ProgressTracker:
-    """Count what a run commits and report progress.
+    """Count what a run commits, and call `progress` after every chunk.
 
-    Parameters
-    ----------
-    plan
-        The plan of the run.
-    earlier
-        Chunks committed by earlier runs.
-    progress
-        Called after every chunk.
-    started_at
-        Start of the run, in seconds of the monotonic clock.
+    `earlier` are the chunks that earlier runs committed; `started_at` is the start of this one, in
+    seconds of the monotonic clock.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from fastvgg.datasets.base import open_regular, read_sidecar
 from fastvgg.errors import ResumeError, SourceError, TargetError
 from fastvgg.storage.local import StoredFile
 from fastvgg.storage.location import is_remote
-from fastvgg.stream.job import check_fields, check_sizes
+from fastvgg.stream.job import check_fields, check_sizes, check_version
 from fastvgg.stream.journal import journal_path
 from fastvgg.stream.redo_log_layout import (
     CHUNKS_PER_CHECKPOINT,
@@ -49,10 +49,7 @@ MAX_NAME_BYTES: Final = 40  # of the first field of a line and the preceding che
 def read_redo_log_header(file_path: Path) -> RedoLogHeader | None:
     """Read the header of a file's redo log; return None if it has none.
 
-    Raises
-    ------
-    ResumeError
-        If it is damaged, or has an unknown format version.
+    Raises ResumeError if it is damaged, or has an unknown format version.
     """
     if is_remote(file_path):  # objects cannot be changed in place
         return None
@@ -62,12 +59,8 @@ def read_redo_log_header(file_path: Path) -> RedoLogHeader | None:
         return None
     try:
         found = (decode_first_line(start) or {}).get(VERSION_FIELD)
-        if type(found) is int and found != FORMAT_VERSION:
-            raise ResumeError(
-                f"{path} has format version {str(found)[:20]}, but this fastvgg reads "
-                f"{FORMAT_VERSION}",
-                "finish the run with the fastvgg version that started it",
-            )
+        remedy = "finish the run with the fastvgg version that started it"
+        check_version(path, found, FORMAT_VERSION, remedy)
         return RedoLogHeader.from_bytes(start)
     except ValueError as error:
         raise _damaged_error(file_path, f"its header ({str(error)[:200]})") from None
@@ -85,13 +78,7 @@ def _is_redo_log(start: bytes) -> bool:
 
 
 def check_same_file(header: RedoLogHeader, path: Path) -> None:
-    """Check that a file is the one that the redo log belongs to, and that the log is complete.
-
-    Raises
-    ------
-    ResumeError
-        If the inode or a length differs.
-    """
+    """Check that a file, and its redo log, have the inode and the lengths that the log records."""
     status, journal = path.stat(), journal_path(path)
     if (status.st_ino, status.st_size) != (header.inode, header.file_bytes):
         raise ResumeError(
@@ -107,13 +94,7 @@ def check_same_file(header: RedoLogHeader, path: Path) -> None:
 
 
 def check_restart(header: RedoLogHeader, path: Path) -> None:
-    """Check that a restart would not transform part of a file twice.
-
-    Raises
-    ------
-    ResumeError
-        If this is the file of the unfinished run, or a copy of it.
-    """
+    """Check that a file is not that of an unfinished run, or a copy: part would be done twice."""
     if path.stat().st_ino == header.inode or _starts_converted(header, path):
         raise ResumeError(
             f"{path} is partly converted, so its run cannot start over",
@@ -121,22 +102,18 @@ def check_restart(header: RedoLogHeader, path: Path) -> None:
         )
 
 
-def unfinished_error(header: RedoLogHeader, path: Path) -> SourceError:
-    """Return the error for reading a file that is partly converted."""
-    return SourceError(
-        f"{path} is partly converted by an unfinished run in place",
-        f"finish it: {header.command(path)}",
-    )
+def check_not_in_place(path: Path) -> None:
+    """Check that a dataset is not partly converted by an unfinished run in place."""
+    header = read_redo_log_header(path)
+    if header is not None:
+        raise SourceError(
+            f"{path} is partly converted by an unfinished run in place",
+            f"finish it: {header.command(path)}",
+        )
 
 
 def committed_chunks(header: RedoLogHeader, file_path: Path) -> int:
-    """Count the chunks that a run in place has committed, by its records.
-
-    Raises
-    ------
-    ResumeError
-        If a record is damaged.
-    """
+    """Count the committed chunks of a run in place; raise ResumeError if a record is damaged."""
     return sum(1 for _ in _records(header, file_path))
 
 
@@ -176,19 +153,7 @@ def _damaged_error(file: Path, what: str) -> ResumeError:
 
 
 class RedoLog:
-    """The open redo log of a data file; the caller holds the lock of that file.
-
-    Parameters
-    ----------
-    storage
-        Performs the system calls.
-    data
-        The data file.
-    journal
-        The open log.
-    header
-        The header of the log.
-    """
+    """The open redo log, `journal`, of a data file; the caller holds the lock of that file."""
 
     def __init__(
         self, storage: Storage, data: StoredFile, journal: StoredFile, header: RedoLogHeader
@@ -206,13 +171,7 @@ class RedoLog:
 
     @classmethod
     def begin(cls, storage: Storage, data: StoredFile, job: Job, chunk_images: int) -> RedoLog:
-        """Create the log for an unchanged data file.
-
-        Raises
-        ------
-        TargetError
-            If there is not enough disk space.
-        """
+        """Create the log for an unchanged data file; raise TargetError if the disk is full."""
         header = RedoLogHeader.new(job, chunk_images, os.fstat(data.descriptor))
         file_layout = header.file_layout
         storage.sync(data)  # a power failure must not lose the input of later chunks
@@ -264,7 +223,7 @@ class RedoLog:
         checkpoints = filter(None, map(self._read_checkpoint, range(2)))
         self._generation, self._durable = max(checkpoints, default=(0, 0))
         if self._generation == 0:
-            raise self._damaged_error("both copies of its checkpoint")
+            raise _damaged_error(self._data.path, "both copies of its checkpoint")
         self._checkpointed = self._durable
         slots_intact = self._slots_intact()
         for chunk, is_intact in enumerate(slots_intact, self._durable):
@@ -290,7 +249,7 @@ class RedoLog:
             check_sizes([fields["generation"]])
             check_sizes([fields["chunks"]], minimum=0, maximum=self.file_layout.chunks)
         except ValueError:
-            raise self._damaged_error(f"copy {copy} of its checkpoint") from None
+            raise _damaged_error(self._data.path, f"copy {copy} of its checkpoint") from None
         return (fields["generation"], fields["chunks"]) if fields["run"] == self._run else None
 
     def _slots_intact(self) -> list[bool]:
@@ -311,18 +270,14 @@ class RedoLog:
                     break
                 # Redoing an earlier chunk would put old bytes into the page that both share.
                 if found != record.new or any(slots_intact):
-                    raise self._damaged_error(f"chunk {chunk}")
+                    raise _damaged_error(self._data.path, f"chunk {chunk}")
             slots_intact.append(is_intact)
         return slots_intact
 
     def _pages(self, chunk: int) -> memoryview:
-        """Read the pages in a chunk's slot."""
         begin, end = self.file_layout.page_span(chunk)
         offset = self.file_layout.slot(chunk) + PAGE_BYTES
         return memoryview(self._storage.read(self._journal, offset, end - begin))
-
-    def _damaged_error(self, what: str) -> ResumeError:
-        return _damaged_error(self._data.path, what)
 
     def record(self, chunk: int) -> RedoRecord | None:
         """Return a chunk's record, from the table or its slot; None if neither is valid."""
@@ -331,7 +286,7 @@ class RedoLog:
             try:
                 record = RedoRecord.from_bytes(data, chunk, self._run)
             except ValueError:
-                raise self._damaged_error(f"a record of chunk {chunk}") from None
+                raise _damaged_error(self._data.path, f"a record of chunk {chunk}") from None
             if record is not None:
                 return record
         return None

@@ -135,13 +135,7 @@ class RedoLogHeader(NamedTuple):
 
     @classmethod
     def from_bytes(cls, data: bytes) -> RedoLogHeader:
-        """Decode the header at the start of `data`.
-
-        Raises
-        ------
-        ValueError
-            If a field is missing, invalid, or inconsistent with another.
-        """
+        """Decode the header at the start of `data`; raise ValueError if a field is inconsistent."""
         fields = decode_first_line(data) or {}
         check_fields(fields, HEADER_SCHEMA)
         recorded = {name: fields[name] for name in cls._fields}
@@ -193,12 +187,8 @@ class RedoRecord(NamedTuple):
     def from_bytes(cls, data: bytes, chunk: int, run: str) -> RedoRecord | None:
         """Decode the record at the start of `data`.
 
-        Returns None if its checksum is wrong, or if it is of another chunk or run.
-
-        Raises
-        ------
-        ValueError
-            If the checksum is valid but the contents are not a record.
+        Returns None if its checksum is wrong, or if it is of another chunk or run. Raises
+        ValueError if the checksum is valid but the contents are not a record.
         """
         fields = decode_first_line(data)
         if fields is None:

@@ -50,7 +50,6 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def _summary_rows(self) -> list[tuple[str, str]]:
-        """Return the labelled rows of the printed summary."""
         computed, chunks = self.counts["computed_chunks"], self.counts["chunks"]
         rows = [("done", f"{self.counts['images']:,} images in {self.seconds:.1f} s")]
         if computed < chunks:

@@ -20,14 +20,13 @@ from fastvgg.datasets.open import open_target
 from fastvgg.errors import ClusterError, ResumeError, StoppedError, TargetError, VerificationError
 from fastvgg.stream import in_place
 from fastvgg.stream.compute import ChunkTask, check_no_failures, stored_checksum
-from fastvgg.stream.destination import destination_of
+from fastvgg.stream.journal import journal_path
 from fastvgg.stream.manifest import Manifest, checksum, manifest_path
 from fastvgg.stream.progress import ProgressTracker
 from fastvgg.stream.report import FAILURES_KEPT, Failure
 from fastvgg.stream.retry import FailureRetry
-from fastvgg.stream.source import is_changed, reopen_source
-from fastvgg.stream.target import check_not_occupied, inspect_target, with_committed
-from fastvgg.stream.values import check_values
+from fastvgg.stream.source import check_values, is_changed, reopen_source
+from fastvgg.stream.target import check_not_occupied, destination_of, inspect_target, with_committed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -35,11 +34,10 @@ if TYPE_CHECKING:
     from fastvgg.datasets.base import ImageRecord, Source
     from fastvgg.storage.local import Storage
     from fastvgg.storage.objects import StoreStorage
-    from fastvgg.stream.destination import Destination
     from fastvgg.stream.journal import Journal, JournalState
     from fastvgg.stream.plan import Plan
     from fastvgg.stream.report import Progress, Report
-    from fastvgg.stream.target import TargetState
+    from fastvgg.stream.target import Destination, TargetState
 
 
 class Executor(ABC):
@@ -118,7 +116,7 @@ def run(
     destination = destination_of(plan, storage)
     with ExitStack() as opened:
         source = opened.enter_context(closing(reopen_source(plan)))
-        if not (plan.restart or destination.has_journal()):
+        if not (plan.restart or destination.exists(journal_path(destination.path))):
             found = inspect_target(plan, destination, None)
             if found.name == "complete":  # reported without creating a journal
                 destination.sync_existing()
@@ -313,7 +311,6 @@ class Run:
 
 
 def _first_failures(rows: Iterable[tuple[int, ImageRecord]]) -> list[Failure]:
-    """Return the first images that could not be read."""
     failures = (Failure(row, record.path, record.reason) for row, record in rows if record.failed)
     return list(itertools.islice(failures, FAILURES_KEPT))
 

@@ -1,28 +1,28 @@
-"""The source of a run: it exists, and is reopened as it was planned, unchanged."""
+"""The source of a run: it exists, is reopened as it was planned, and was not processed before."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
 
 from fastvgg.datasets.open import open_source, source_format
 from fastvgg.errors import SourceError
 from fastvgg.imaging.resize import gather_function
 from fastvgg.stream.journal import journal_path, read_journal_header
+from fastvgg.stream.manifest import Provenance
 
 if TYPE_CHECKING:
     from fastvgg.datasets.base import Source
     from fastvgg.storage.location import Location
     from fastvgg.stream.plan import Plan
+    from fastvgg.transform import Direction, Transform
+
+CHECKED_IMAGES: Final = 16
 
 
 def check_exists(source: Location) -> None:
-    """Check that a source exists and is a dataset; name the run that has not finished it.
-
-    Raises
-    ------
-    SourceError
-        If it does not exist, is unfinished, or is in an unsupported format.
-    """
+    """Check that a source exists and is a dataset; name the run that has not finished it."""
     try:
         source_format(source)
     except SourceError:
@@ -64,3 +64,56 @@ def changed_error(source: Location) -> SourceError:
 def is_changed(plan: Plan, source: Source) -> bool:
     """Return whether a source differs from the planned one."""
     return source.header != plan.header or source.fingerprint() != plan.job.fingerprint
+
+
+def check_not_already_done(source: Location, recorded: Transform, direction: Direction) -> None:
+    """Check that a dataset was not already preprocessed, or restored, by its manifest."""
+    if recorded.direction != direction:
+        return
+    if direction == "preprocess":
+        raise SourceError(
+            f"{source} is already preprocessed, in mode {recorded.mode.name}: preprocessing it "
+            "twice would destroy it",
+            "preprocess the original images, or restore this dataset first",
+        )
+    raise SourceError(
+        f"{source} is already restored: it contains images, not network inputs",
+        "give the dataset that it was restored from",
+    )
+
+
+def check_values(plan: Plan, source: Source) -> None:
+    """Check a sample of a floating-point source before anything is written.
+
+    Images have values 0..255. Network inputs are negative except in bright images, and contain
+    fractions; in tf mode an all-white image is all ones.
+
+    Raises
+    ------
+    SourceError
+        If network inputs would be preprocessed again, or images restored.
+    """
+    if plan.header.dtype == "uint8":
+        return  # the dtype rules out network inputs
+    recorded = Provenance.read(plan.source).transform
+    if recorded is not None:  # another process may have just written the manifest
+        check_not_already_done(plan.source, recorded, plan.transform.direction)
+        return
+    images, samples = plan.header.images, min(CHECKED_IMAGES, plan.header.images)
+    rows = sorted({image * images // samples for image in range(samples)})
+    values = [source.read(row, row + 1).batch.astype(np.float64) for row in rows]
+    low = float(np.min([image.min() for image in values]))  # propagates NaN, unlike min()
+    high = float(np.max([image.max() for image in values]))
+    is_image = low >= 0 and high <= 255  # false for NaN
+    found = f"{plan.source}: {len(rows)} sampled images have values from {low:.6g} to {high:.6g}"
+    if plan.transform.direction == "preprocess" and not is_image:
+        raise SourceError(
+            f"{found}: these are not images (0 to 255), and may be already preprocessed",
+            "preprocess the original images, or restore this dataset first",
+        )
+    is_integral = all(np.array_equal(image, np.trunc(image)) for image in values)
+    if plan.transform.direction == "restore" and is_image and is_integral and high > 1:
+        raise SourceError(
+            f"{found}, all of them whole numbers: these are images that were never preprocessed",
+            "there is nothing to restore; to store them as uint8, convert their dtype",
+        )

@@ -1,19 +1,46 @@
-"""The state of a target: whether a run may create, resume or replace it."""
+"""The target of a run: where it is written, on disk or in a store, and what is there.
+
+From that follows whether a run may create, resume or replace it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal, NamedTuple
+import os
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, cast
 
-from fastvgg.errors import TargetError
+import xxhash
+
+from fastvgg.datasets.base import read_sidecar
+from fastvgg.datasets.contiguous import ContiguousTarget
+from fastvgg.datasets.index import index_path
+from fastvgg.datasets.open import open_target
+from fastvgg.errors import ResumeError, TargetError
 from fastvgg.formatting import format_bytes
+from fastvgg.storage import objects
+from fastvgg.storage.local import SharedStorage, Storage
+from fastvgg.storage.location import Location, is_remote, sidecar_path
+from fastvgg.storage.objects import StoreStorage
+from fastvgg.stream.journal import (
+    FileJournal,
+    StoreJournal,
+    check_is_journal,
+    journal_path,
+    read_journal,
+)
 from fastvgg.stream.manifest import read_manifest
 
 if TYPE_CHECKING:
-    from fastvgg.stream.destination import Destination
-    from fastvgg.stream.journal import JournalState
+    from pathlib import Path
+
+    from fastvgg.stream.journal import Journal, JournalState
     from fastvgg.stream.manifest import Manifest
     from fastvgg.stream.plan import Plan
+
+ARRAY: Final = "zarr.json"  # the object that makes a prefix of a store an array
+MOVE_AWAY: Final = "move it away, or choose another name"
+FILES: Final = ("npy", "hdf5")  # formats whose target is a file, not a directory
 
 
 class TargetState(NamedTuple):
@@ -28,6 +55,237 @@ class TargetState(NamedTuple):
     """The manifest of the finished target, or of the target of which a run retries the failures."""
     replaces: str | None = None
     """Identity of what a restart replaces."""
+
+
+def destination_of(plan: Plan, storage: Storage | StoreStorage | None = None) -> Destination:
+    """Return the destination of a plan; `storage` performs its durable I/O."""
+    path, kind = plan.target.container, plan.job.target_format
+    if plan.target.is_remote:
+        return StoreDestination(path, kind, cast("StoreStorage", storage or StoreStorage()))
+    return DiskDestination(path, kind, cast("Storage", storage or Storage(fsync=plan.fsync)))
+
+
+class Destination(ABC):
+    """Where a target of the format `kind` is written: a file or directory, or a name in a store."""
+
+    storage: Storage | StoreStorage
+    """Performs durable I/O here."""
+    partial: Path
+    """Path of the data of an unfinished run."""
+
+    def __init__(self, path: Path, kind: str) -> None:
+        self.path = path
+        self.kind = kind
+        self.replaced = sidecar_path(path, ".fastvgg-replaced")
+        """Temporary name of a directory that is being replaced."""
+
+    def shared_storage(self) -> Storage | StoreStorage:
+        """Return the storage for a worker, which writes to a target that another process made."""
+        return self.storage
+
+    @abstractmethod
+    def open_journal(self, *, restart: bool) -> Journal:
+        """Open the journal, and take its lock where there is one.
+
+        Raises TargetError if something else has its name, or another process holds the lock.
+        """
+
+    @abstractmethod
+    def exists(self, path: Path) -> bool:
+        """Return whether `path` exists; raise TargetError if its store does not respond."""
+
+    @abstractmethod
+    def is_occupied(self) -> bool:
+        """Return whether the target's name is taken by anything but an empty directory."""
+
+    def is_published(self) -> bool:
+        """Return whether a started run has published its data."""
+        return self.is_occupied()
+
+    @abstractmethod
+    def predates_run(self, journal_state: JournalState) -> bool:
+        """Return whether what has the name cannot be the output of the unfinished run."""
+
+    @abstractmethod
+    def identity(self) -> str:
+        """Return a string that identifies what has the target's name."""
+
+    @abstractmethod
+    def _is_ours(self, manifest: Manifest | None) -> bool:
+        """Return whether a manifest, or the journal of an interrupted run, proves it ours."""
+
+    def replaceable(self) -> str | None:
+        """Return the identity of what a restart may replace; None if the name is free.
+
+        Raises
+        ------
+        TargetError
+            If no manifest or journal proves that fastvgg wrote it and its sidecars, or if it was
+            changed since.
+        """
+        manifest = read_manifest(self.path)
+        self.check_sidecars(manifest)
+        if not (self.exists(self.path) if is_remote(self.path) else self.is_occupied()):
+            return None
+        if not self._is_ours(manifest):
+            is_directory = is_remote(self.path) or self.path.is_dir()
+            raise TargetError(
+                f"{self.path} is {'a directory' if is_directory else 'a file'} that fastvgg did "
+                f"not write{'' if is_directory else ', or that was changed since'}",
+                MOVE_AWAY,
+            )
+        return self.identity()
+
+    def check_sidecars(self, manifest: Manifest | None) -> None:
+        """Check that the sidecars that a run replaces or removes were written by fastvgg.
+
+        A journal proves it; of an index, also the manifest.
+        """
+        index, journal = index_path(self.path), journal_path(self.path)
+        if self.exists(journal) and check_is_journal(journal):
+            return
+        for path in (self.partial, self.replaced, index):
+            is_proven = path == self.path or (path == index and manifest is not None)
+            if not is_proven and self.exists(path):
+                raise TargetError(
+                    f"{path} exists, but no journal or manifest shows that fastvgg wrote it",
+                    MOVE_AWAY,
+                )
+
+    def sync_existing(self) -> None:  # noqa: B027  # an object is durable once it is put
+        """Make durable what a killed run has written."""
+
+    def move_aside(self) -> None:  # noqa: B027  # creating a target in a store removed it
+        """Move an existing directory aside: rename cannot replace a non-empty directory."""
+
+    def reopen_published(self) -> None:  # noqa: B027  # objects have no partial name
+        """Rename a published target back to the partial name, to resume writing it."""
+
+
+class DiskDestination(Destination):
+    """A file or directory on disk, written under a temporary name until it is complete."""
+
+    def __init__(self, path: Path, kind: str, storage: Storage) -> None:
+        super().__init__(path, kind)
+        self.storage: Storage = storage
+        self.partial = sidecar_path(path, ".partial")
+
+    def shared_storage(self) -> Storage:
+        directory = self.path.parent if self.kind in FILES else self.partial
+        return SharedStorage(directory, fsync=self.storage.fsync)
+
+    def open_journal(self, *, restart: bool) -> Journal:
+        check_is_journal(journal_path(self.path))
+        return FileJournal(self.path, self.storage, restart=restart)
+
+    def exists(self, path: Path) -> bool:
+        return os.path.lexists(path)
+
+    def is_occupied(self) -> bool:
+        if self.kind not in FILES and self.path.is_dir() and not self.path.is_symlink():
+            return any(self.path.iterdir())
+        return os.path.lexists(self.path)
+
+    def is_published(self) -> bool:
+        return not os.path.lexists(self.partial) and os.path.lexists(self.path)
+
+    def predates_run(self, journal_state: JournalState) -> bool:  # noqa: ARG002  # a store needs it
+        return os.path.lexists(self.partial)
+
+    def identity(self) -> str:
+        status = self.path.lstat()  # inodes of removed directories are reused
+        return f"device {status.st_dev}, inode {status.st_ino}, changed {status.st_mtime_ns}"
+
+    def _is_ours(self, manifest: Manifest | None) -> bool:
+        if self.path.is_symlink() or self.path.is_dir() == (self.kind in FILES):
+            return False
+        if manifest is not None:
+            return self._is_as_written(manifest)
+        try:
+            state = read_journal(journal_path(self.path))
+        except ResumeError:
+            return False
+        if state is None:
+            return False
+        if state.replaces == self.identity():
+            return True
+        return state.complete and self.is_published() and self._is_as_written(state)
+
+    def _is_as_written(self, record: Manifest | JournalState) -> bool:
+        """Return whether a file has the recorded format and length; a directory is not compared.
+
+        Data added to an HDF5 file would extend it, and another .npy file usually has another
+        length.
+        """
+        if self.path.is_dir():
+            return True
+        job, location = record.job, Location(self.path, record.job.dataset)
+        if job.target_format != self.kind:
+            return False
+        written = open_target(location, job.result, chunk_images=record.chunk_images)
+        if not isinstance(written, ContiguousTarget):
+            return False
+        return self.path.stat().st_size == written.stored_bytes
+
+    def sync_existing(self) -> None:
+        self.storage.syncfs(self.path.parent)
+
+    def move_aside(self) -> None:
+        if self.kind not in FILES and os.path.lexists(self.path):
+            self.storage.remove(self.replaced)
+            self.storage.rename(self.path, self.replaced)
+            self.storage.sync_directory(self.path.parent)
+
+    def reopen_published(self) -> None:
+        if self.is_published():
+            self.storage.rename(self.path, self.partial)
+            self.storage.sync_directory(self.path.parent)
+
+
+class StoreDestination(Destination):
+    """Objects of a store, written under their final names.
+
+    Readers can open the array once its metadata exists, which is written last.
+    """
+
+    def __init__(self, path: Path, kind: str, storage: StoreStorage) -> None:
+        super().__init__(path, kind)
+        self.storage: StoreStorage = storage
+        self.partial = path
+
+    def open_journal(self, *, restart: bool) -> Journal:
+        return StoreJournal(self.path, self.storage, restart=restart)
+
+    def exists(self, path: Path) -> bool:
+        """Return whether an object exists at or below `path`."""
+        try:
+            return objects.exists(path)
+        except OSError as error:
+            raise TargetError(
+                f"{path} cannot be reached: {error.strerror or error}",
+                "check the URL, the connection, and the permission to read there",
+            ) from None
+
+    def is_occupied(self) -> bool:
+        """Return whether there is an array."""
+        return self.exists(self.path / ARRAY)
+
+    def predates_run(self, journal_state: JournalState) -> bool:
+        """Return whether the array existed before the unfinished run, judging by its journal."""
+        return not (journal_state.complete or journal_state.retries)
+
+    def identity(self) -> str:
+        """Return a string that identifies the array: the checksum of its metadata."""
+        return f"metadata {xxhash.xxh3_128_hexdigest(read_sidecar(self.path / ARRAY) or b'')}"
+
+    def _is_ours(self, manifest: Manifest | None) -> bool:
+        """Return whether there is a manifest, or a journal, whose header precedes the target."""
+        if manifest is not None:
+            return True
+        try:
+            return read_journal(journal_path(self.path)) is not None
+        except ResumeError:
+            return True
 
 
 def inspect_target(
@@ -65,7 +323,7 @@ def inspect_target(
             f"{destination.partial} exists, but no journal shows that an unfinished run wrote it",
             _remedy(destination),
         )
-    destination.check_sidecars()
+    destination.check_sidecars(manifest)
     return TargetState("fresh", plan)
 
 

@@ -15,7 +15,7 @@ from fastvgg.datasets.open import open_source, open_target
 from fastvgg.errors import SourceError, VerificationError
 from fastvgg.storage.location import Location
 from fastvgg.stream.manifest import Provenance, checksum
-from fastvgg.stream.redo_log import read_redo_log_header, unfinished_error
+from fastvgg.stream.redo_log import check_not_in_place
 from fastvgg.stream.source import check_exists
 
 if TYPE_CHECKING:
@@ -67,9 +67,7 @@ def verify(path: str | os.PathLike[str], *, full: bool = False) -> Verification:
         If there is no manifest, or the dataset cannot be read.
     """
     location = Location.parse(path)
-    redo_log = read_redo_log_header(location.container)
-    if redo_log is not None:
-        raise unfinished_error(redo_log, location.container)
+    check_not_in_place(location.container)
     check_exists(location)
     manifest = Provenance.read(location).manifest
     if manifest is None:
@@ -109,36 +107,31 @@ def _check_against_oracle(
     stored: Target, manifest: Manifest, records: Sequence[ImageRecord], *, full: bool
 ) -> tuple[int, str]:
     """Recompute images from the source; return how many, and a note if it was not compared."""
-    if manifest.job.in_place:
+    job = manifest.job
+    if job.in_place:
         return 0, "not compared with the source, which was overwritten in place"
-    if is_lossy(manifest.job.file_format):
+    if is_lossy(job.file_format):
         return 0, "not compared with the source: JPEG is lossy"
     try:
-        source = _open_source(manifest)
+        source = open_source(
+            Location.parse(job.source),
+            layout=job.header.layout,
+            dtype_hint=job.header.dtype,
+            decoding=job.decoding,
+            use_index=False,
+        )
     except SourceError as error:
         return 0, f"not compared with the source: {error.problem}"
     rows = _rows_to_check(manifest.header.images, full=full)
     with contextlib.closing(source):
         # A copy of the source has another modification time and so another fingerprint, but the
         # same pixels: `full` compares them anyway.
-        is_same = full or source.fingerprint() == manifest.job.fingerprint
-        if source.header != manifest.job.header or not is_same:
+        is_same = full or source.fingerprint() == job.fingerprint
+        if source.header != job.header or not is_same:
             return 0, f"not compared with the source: {source.location} has changed"
         for row in rows:
             _check_row(stored, source, manifest, records, row)
     return len(rows), ""
-
-
-def _open_source(manifest: Manifest) -> Source:
-    job = manifest.job
-    location = Location.parse(job.source)
-    return open_source(
-        location,
-        layout=job.header.layout,
-        dtype_hint=job.header.dtype,
-        decoding=job.decoding,
-        use_index=False,
-    )
 
 
 def _rows_to_check(images: int, *, full: bool) -> Sequence[int]:

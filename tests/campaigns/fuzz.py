@@ -58,7 +58,6 @@ from fastvgg.errors import FastvggError, ResumeError, SourceError
 from fastvgg.imaging.decode import INTERPOLATIONS
 from fastvgg.storage.local import Storage
 from fastvgg.stream import redo_log_layout as ring_module
-from fastvgg.stream.destination import destination_of
 from fastvgg.stream.info import info
 from fastvgg.stream.journal import Commit, journal_path, read_journal
 from fastvgg.stream.lines import decode_line, encode_line
@@ -69,7 +68,7 @@ from fastvgg.stream.redo_log import (
     committed_chunks,
     read_redo_log_header,
 )
-from fastvgg.stream.target import inspect_target, with_committed
+from fastvgg.stream.target import destination_of, inspect_target, with_committed
 from tests.campaigns.command import main
 from tests.helpers.bad_arrays import MAX_HEADER_BYTES, header_text, npy_of
 from tests.helpers.batches import dtype_of
