@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from fastvgg.datasets.base import ImageRecord, Source
     from fastvgg.storage.local import Storage
     from fastvgg.storage.objects import StoreStorage
-    from fastvgg.stream.journal import Journal, JournalState
+    from fastvgg.stream.journal import JournalState
+    from fastvgg.stream.journal_writer import Journal
     from fastvgg.stream.plan import Plan
     from fastvgg.stream.report import Progress, Report
     from fastvgg.stream.target import Destination, TargetState

@@ -22,19 +22,15 @@ from fastvgg.storage import objects
 from fastvgg.storage.local import SharedStorage, Storage
 from fastvgg.storage.location import Location, is_remote, sidecar_path
 from fastvgg.storage.objects import StoreStorage
-from fastvgg.stream.journal import (
-    FileJournal,
-    StoreJournal,
-    check_is_journal,
-    journal_path,
-    read_journal,
-)
+from fastvgg.stream.journal import check_is_journal, journal_path, read_journal
+from fastvgg.stream.journal_writer import FileJournal, StoreJournal
 from fastvgg.stream.manifest import read_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fastvgg.stream.journal import Journal, JournalState
+    from fastvgg.stream.journal import JournalState
+    from fastvgg.stream.journal_writer import Journal
     from fastvgg.stream.manifest import Manifest
     from fastvgg.stream.plan import Plan
 
