@@ -1,4 +1,4 @@
-"""Every supported combination on the Numba backend, beside the NumPy path, as ratios in one run.
+"""Compare every supported combination on Numba with NumPy, as ratios within one run.
 
     python benchmarks/against_numpy.py            # all combinations, some minutes
     python benchmarks/against_numpy.py --quick    # the types that are used most
@@ -90,10 +90,10 @@ def cases(quick):
 
 
 def seconds(call, repeats):
-    begun = time.perf_counter()
+    started = time.perf_counter()
     for _ in range(repeats):
         call()
-    return (time.perf_counter() - begun) / repeats
+    return (time.perf_counter() - started) / repeats
 
 
 def measure(transform, x, threads):
@@ -122,14 +122,16 @@ def main():
         x = VIEWS[view](batch(SHAPES[shape], transform.layout, source))
         numba, numpy = measure(transform, x, arguments.threads)
         if numpy / numba < NOISE:
-            again = [measure(transform, x, arguments.threads) for _ in range(2)]
-            numba, numpy = sorted([(numba, numpy), *again], key=lambda pair: pair[1] / pair[0])[1]
+            repeated = [measure(transform, x, arguments.threads) for _ in range(2)]
+            numba, numpy = sorted([(numba, numpy), *repeated], key=lambda pair: pair[1] / pair[0])[
+                1
+            ]
         ratio = numpy / numba
         rows.append(
             {
                 "direction": transform.direction,
                 "mode": transform.mode.name,
-                "types": f"{source} -> {transform.output_name(source)}",
+                "types": f"{source} -> {transform.output_type(source)}",
                 "layouts": f"{transform.layout} -> {transform.out_layout}",
                 "batch": shape,
                 "view": view,

@@ -1,4 +1,4 @@
-"""What `fastvgg bench` measures, kept for the table and the picture of it.
+"""Run `fastvgg bench` and save the record for its table and plot.
 
 python benchmarks/bench.py            # minutes; writes results/bench-<instruction set>.json
 python benchmarks/bench.py --quick    # 15 seconds; writes nothing

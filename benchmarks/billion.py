@@ -1,4 +1,4 @@
-"""A billion images on paper: what a plan that large asks for, from the figures measured here.
+"""Estimate the cost of a plan for a billion images from the measured figures.
 
     python benchmarks/billion.py     # a moment; writes a result
 
@@ -23,38 +23,40 @@ from fastvgg.executors.dask import MAX_CHUNKS_PER_TASK
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = 10**9
-PROCESSORS, DOLLARS_AN_HOUR, BYTES_A_SECOND = 16, 0.68, 5e9 / 8
-DOLLARS_A_REQUEST = {"PUT": 5e-6, "POST": 5e-6, "LIST": 5e-6, "GET": 4e-7, "HEAD": 4e-7}
-DOLLARS_A_GIGABYTE_MONTH = 0.023
-PUTS_A_SECOND = 3500  # of names that begin alike
-MAX_MIB = 1024  # that a coordinator is to take
+PROCESSORS, DOLLARS_PER_HOUR, BYTES_PER_SECOND = 16, 0.68, 5e9 / 8
+DOLLARS_PER_REQUEST = {"PUT": 5e-6, "POST": 5e-6, "LIST": 5e-6, "GET": 4e-7, "HEAD": 4e-7}
+DOLLARS_PER_GIGABYTE_MONTH = 0.023
+PUTS_PER_SECOND = 3500  # per key prefix
+MAX_MIB = 1024  # of a coordinator
 
 
 def read(name):
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def line(cluster, asked):
-    """Return what a billion images take, as one plan."""
+def line(cluster, request_counts):
+    """Return the estimate for a billion images as one plan."""
     (fewer, more) = sorted(cluster["chunks"], key=lambda row: row["chunks"])
-    chunks = -(-IMAGES // asked["chunk_images"])
-    mib_a_chunk = (more["coordinator_mib"] - fewer["coordinator_mib"]) / (
+    chunks = -(-IMAGES // request_counts["chunk_images"])
+    mib_per_chunk = (more["coordinator_mib"] - fewer["coordinator_mib"]) / (
         more["chunks"] - fewer["chunks"]
     )
-    idle_mib = more["coordinator_mib"] - mib_a_chunk * more["chunks"]
-    requests = {kind: round(count * chunks) for kind, count in asked["requests"].items() if count}
+    idle_mib = more["coordinator_mib"] - mib_per_chunk * more["chunks"]
+    requests = {
+        kind: round(count * chunks) for kind, count in request_counts["requests"].items() if count
+    }
     read_bytes = IMAGES * bytes_of_image("uint8")
-    written_bytes = chunks * asked["chunk_bytes"]
+    written_bytes = chunks * request_counts["chunk_bytes"]
     # What two workers did beside one disk is the least that their processors can do.
-    a_second = min(
-        BYTES_A_SECOND / ((read_bytes + written_bytes) / IMAGES),
+    images_per_second = min(
+        BYTES_PER_SECOND / ((read_bytes + written_bytes) / IMAGES),
         PROCESSORS * cluster["rows"][0]["gigabytes_per_second"] * 1e9 / 2 / bytes_of_image("uint8"),
     )
-    hours = IMAGES / a_second / 3600
+    hours = IMAGES / images_per_second / 3600
     millions = IMAGES / 1e6
-    dollars = sum(DOLLARS_A_REQUEST[kind] * count for kind, count in requests.items())
+    dollars = sum(DOLLARS_PER_REQUEST[kind] * count for kind, count in requests.items())
     return {
-        "path": asked["path"],
+        "path": request_counts["path"],
         "images": IMAGES,
         "chunks": chunks,
         "terabytes_read": round(read_bytes / 1e12),
@@ -62,22 +64,26 @@ def line(cluster, asked):
         "requests": requests,
         "machine_hours": round(hours),
         "tasks": -(-chunks // MAX_CHUNKS_PER_TASK),
-        "machines_that_a_scheduler_feeds": int(1e3 / more["ms"] * asked["chunk_images"] / a_second),
-        "machines_that_a_prefix_takes": int(PUTS_A_SECOND * asked["chunk_images"] / a_second),
+        "machines_that_a_scheduler_feeds": int(
+            1e3 / more["ms"] * request_counts["chunk_images"] / images_per_second
+        ),
+        "machines_that_a_prefix_takes": int(
+            PUTS_PER_SECOND * request_counts["chunk_images"] / images_per_second
+        ),
         "hours_of_the_scheduler": round(chunks * more["ms"] / 3.6e6, 1),
-        "coordinator_mib": round(idle_mib + mib_a_chunk * chunks),
-        "chunks_that_fit_into_1_gib": round((MAX_MIB - idle_mib) / mib_a_chunk),
-        "dollars_a_million_of_machines": round(hours * DOLLARS_AN_HOUR / millions, 2),
+        "coordinator_mib": round(idle_mib + mib_per_chunk * chunks),
+        "chunks_that_fit_into_1_gib": round((MAX_MIB - idle_mib) / mib_per_chunk),
+        "dollars_a_million_of_machines": round(hours * DOLLARS_PER_HOUR / millions, 2),
         "dollars_a_million_of_requests": round(dollars / millions, 2),
         "dollars_a_million_of_a_month": round(
-            written_bytes / 1e9 * DOLLARS_A_GIGABYTE_MONTH / millions, 2
+            written_bytes / 1e9 * DOLLARS_PER_GIGABYTE_MONTH / millions, 2
         ),
     }
 
 
 def main():
     cluster, requests = read("cluster"), read("store_requests")
-    rows = [line(cluster, asked) for asked in requests["rows"]]
+    rows = [line(cluster, request_counts) for request_counts in requests["rows"]]
     for row in rows:
         print(row)
     record = {"machine": cluster["machine"], "threads": cluster["threads"], "rows": rows}

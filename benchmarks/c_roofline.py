@@ -81,7 +81,7 @@ void stream(const char *x, char *y, int64_t lines, int64_t read, int prefetches)
 
 
 def compiled(place):
-    """Return the loop, which gives the interpreter lock away while it runs."""
+    """Compile and return the loop; ctypes releases the GIL while it runs."""
     source, library = place / "stream.c", place / "stream.so"
     source.write_text(SOURCE)
     command = ["cc", "-O3", "-march=native", "-funroll-loops", "-shared", "-fPIC", source]
@@ -92,7 +92,7 @@ def compiled(place):
 
 
 def copy(loop, x, out, threads, *, prefetches):
-    """Move the bytes of one array into another, in pieces on all threads."""
+    """Copy the bytes of one array into another, split between all threads."""
     lines, read = out.nbytes // LINE_BYTES, LINE_BYTES * x.nbytes // out.nbytes
     size = -(-lines // (threads * PIECES))
 
@@ -105,7 +105,7 @@ def copy(loop, x, out, threads, *, prefetches):
 
 
 def measured(loop, arena, ratio, rounds, threads):
-    """Return how the C loop compares with ours for a ratio of bytes read and written."""
+    """Compare the C loop with ours for a ratio of bytes read and written."""
     read, written = RATIOS[ratio]
     one, result = np.zeros(3 * 4096 * read, np.uint8), np.zeros(3 * 4096 * written, np.uint8)
     x, out = arena.pair(arena.nbytes // (one.nbytes + result.nbytes), one, result)

@@ -106,13 +106,13 @@ SOURCES = {"uint8": packed, "float32": network_inputs}
 
 
 def mib(field, process="self"):
-    """Return what the system says of the memory of a process."""
+    """Return a memory field of /proc/PID/status, in MiB."""
     text = Path(f"/proc/{process}/status").read_text()
     return int(text.partition(f"{field}:")[2].split()[0]) / 1024
 
 
 def idle():
-    """Forget how much this process had at most, and return what it has."""
+    """Reset the peak memory of this process, and return its current memory."""
     Path("/proc/self/clear_refs").write_text("5")
     return mib("VmRSS")
 
@@ -229,13 +229,13 @@ def processes(threads, directory):
 
 
 def processor_seconds(process):
-    """Return for how long processors worked for a process."""
+    """Return the CPU time of a process."""
     fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def measured_chunks(files, arguments):
-    """Measure what a chunk costs that takes no work."""
+    """Measure the overhead of an empty chunk."""
     for threads in THREADS:
         chunks = arguments.chunks if threads == max(THREADS) else arguments.chunks // 10
         images = files.path("tiny.npy")

@@ -1,4 +1,4 @@
-"""How pytest runs test_peers.py."""
+"""Configure pytest for test_peers.py."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Every benchmark, one after the other, and the tables and figures from what they leave.
+"""Run every benchmark, then generate the tables and figures from the results.
 
     python benchmarks/everything.py                       # hours, 40 GB of disk
     python benchmarks/everything.py --only streams growth
@@ -36,16 +36,16 @@ BENCHMARKS = {
     "billion": ("billion.py",),
     "inverses": ("inverses.py",),
 }
-WITHOUT_A_QUICK_FORM = ("store_requests", "billion", "inverses")
+WITHOUT_QUICK_MODE = ("store_requests", "billion", "inverses")
 FROM_RESULTS = {"tables": ("tables.py",), "plots": ("plots.py",)}
-LEFT_OUT = "not measured"
+NOT_MEASURED = "not measured"
 
 
-def shortcomings(name, script, *options):
-    """Run a program, pass on what it says, and return a line for all that it did not do."""
+def run_and_list_failures(name, script, *options):
+    """Run a program, forward its output, and return a line for each failure or omission."""
     command = [sys.executable, Path(__file__).parent / script, *options]
     said, found = "it said nothing", []
-    begun = time.perf_counter()
+    started = time.perf_counter()
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -56,9 +56,9 @@ def shortcomings(name, script, *options):
         for line in ran.stdout:
             print(line, end="", flush=True)
             said = line.strip() or said
-            if LEFT_OUT in line:
+            if NOT_MEASURED in line:
                 found.append(f"{name}: {said}")
-    print(f"{name}: {time.perf_counter() - begun:.0f} s", flush=True)
+    print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
     if ran.returncode:
         found.append(f"{name}: failed with exit code {ran.returncode}: {said}")
     return found
@@ -67,16 +67,16 @@ def shortcomings(name, script, *options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=[*BENCHMARKS])
-    parser.add_argument("--quick", action="store_true", help="is handed on")
+    parser.add_argument("--quick", action="store_true", help="passed to each benchmark")
     arguments = parser.parse_args()
     found = []
     for name in arguments.only:
-        if arguments.quick and name in WITHOUT_A_QUICK_FORM:
+        if arguments.quick and name in WITHOUT_QUICK_MODE:
             found.append(f"{name}: not run, it has no quick form")
             continue
-        found += shortcomings(name, *BENCHMARKS[name], *["--quick"] * arguments.quick)
+        found += run_and_list_failures(name, *BENCHMARKS[name], *["--quick"] * arguments.quick)
     for name, command in FROM_RESULTS.items():
-        found += shortcomings(name, *command)
+        found += run_and_list_failures(name, *command)
     print("not done:", *(found or ["nothing"]), sep="\n  ")
     sys.exit(bool(found))
 

@@ -1,4 +1,4 @@
-"""Zarr and HDF5 beside what their own packages, or the disk, allow; and their memory.
+"""Compare Zarr and HDF5 with the limits of their packages and of the disk; measure memory.
 
     python benchmarks/formats.py            # some minutes, 12 GB of disk; writes a result
     python benchmarks/formats.py --quick    # 256 MiB, which fits into caches; writes nothing
@@ -54,13 +54,13 @@ from fastvgg.bench.timing import compare, machine
 from fastvgg.parallel import available_cpus
 
 RESULT = Path(__file__).parent / "results" / "formats.json"
-WANTED_OF_ZARR, WANTED_OF_HDF5 = 0.90, 0.85
+WANTED_ZARR_SHARE, WANTED_HDF5_SHARE = 0.90, 0.85
 IMAGE = (HEIGHT, WIDTH, 3)
 SHARD_IMAGES, PIECE_IMAGES = 39, 13  # as a run of these images has them
 
 
 def remove(files, name):
-    """Remove a dataset and all that lies beside it."""
+    """Remove a dataset and its sidecars."""
     for path in files.directory.glob(f"{name}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -81,13 +81,13 @@ def sharded(path, images, dtype, together, piece):
 
 
 def rows_of(array):
-    """Return where each shard begins, and where it ends."""
+    """Return the start and stop row of each shard."""
     images, together = array.shape[0], array.shards[0]
     return [(start, min(start + together, images)) for start in range(0, images, together)]
 
 
-def write_alone(source_path, path, like, values, *, threads, syncs):
-    """Read and write all shards by zarr-python alone."""
+def copy_with_zarr_only(source_path, path, like, values, *, threads, syncs):
+    """Read and write all shards with zarr-python only."""
     source = zarr.open_array(source_path, mode="r")
     target = sharded(path, source.shape[0], "float32", like.shards[0], like.chunks[0])
 
@@ -129,7 +129,7 @@ def measured_zarr(files, arguments):
     like, memory = zarr.open_array(str(plan.target), mode="r"), bytearray(READ_BYTES)
     values = batch(plan.chunk_images, "NHWC", "float32")
     alone = functools.partial(
-        write_alone, source, files.path("alone.zarr"), like, values, threads=threads
+        copy_with_zarr_only, source, files.path("alone.zarr"), like, values, threads=threads
     )
 
     def before():
@@ -149,7 +149,7 @@ def measured_zarr(files, arguments):
         share, spread, seconds = compare(taken, limit)
         figures = throughput(plan.write_bytes, seconds, zarr=(plan.write_bytes, limit))
         path = f"Zarr uint8 to Zarr float32, zarr-python {name}"
-        yield row(path, WANTED_OF_ZARR, share, spread, **figures)
+        yield row(path, WANTED_ZARR_SHARE, share, spread, **figures)
     for name in ("ours.zarr", "alone.zarr", "source.zarr"):
         remove(files, name)
 
@@ -165,8 +165,8 @@ def hdf5_of(files, name, images):
     return path
 
 
-def at_once(*calls):
-    """Make calls on a thread each."""
+def run_concurrently(*calls):
+    """Run calls concurrently, each on its own thread."""
     with ThreadPoolExecutor(len(calls)) as pool:
         for made in [pool.submit(call) for call in calls]:
             made.result()
@@ -193,7 +193,12 @@ def measured_hdf5(files, arguments):
         before = functools.partial(prepare, place)
         write = functools.partial(write_new, files.path("plain.npy"), nbytes, buffer)
         read = functools.partial(read_file, source, memory)
-        calls = (lambda: planned().run(), write, read, functools.partial(at_once, write, read))
+        calls = (
+            lambda: planned().run(),
+            write,
+            read,
+            functools.partial(run_concurrently, write, read),
+        )
         parts = [Part(before, call) for call in calls]
         ours, written, read_in, both = time_interleaved(parts, arguments.rounds)
         longer = [max(pair) for pair in zip(written, read_in, strict=True)]
@@ -203,7 +208,7 @@ def measured_hdf5(files, arguments):
             share, spread, seconds = compare(ours, limit)
             figures = throughput(source_bytes, seconds, **limits)
             path = f"HDF5 float32 {place} to .npy uint8, {name}"
-            yield row(path, WANTED_OF_HDF5, share, spread, **figures)
+            yield row(path, WANTED_HDF5_SHARE, share, spread, **figures)
     for name in ("source.h5", "ours.npy", "plain.npy"):
         files.remove(name)
 

@@ -52,9 +52,9 @@ RESULT = Path(__file__).parent / "results" / "growth.json"
 MEMORY_ROUNDS = 11
 SMALL_SIDE, SIDE = 32, 224
 WARMING_IMAGES = 2
-WRITTEN_TOGETHER_BYTES = 8 * 2**20
+WRITE_BYTES = 8 * 2**20
 
-IN_A_PROCESS = """
+CHILD_SCRIPT = """
 import json
 import sys
 import time
@@ -78,8 +78,8 @@ print(json.dumps({"seconds": seconds, "idle_mib": idle, "peak_mib": mib("VmHWM")
 """
 
 
-class Lengths(NamedTuple):
-    """How far each sweep goes."""
+class SweepSizes(NamedTuple):
+    """The sizes of each sweep."""
 
     images: tuple[int, ...]
     """Of the small ones."""
@@ -92,10 +92,10 @@ class Lengths(NamedTuple):
     """In memory."""
 
 
-def lengths(cores):
+def sweep_sizes(cores):
     """Return the full lengths; threads are powers of two up to the cores, and twice the cores."""
     powers = {2**power for power in range(cores.bit_length())}
-    return Lengths(
+    return SweepSizes(
         images=(10**3, 10**4, 10**5, 10**6),
         result_bytes=2 * 2**30,
         sides=(16, 64, 256, 1024, 2048),
@@ -105,8 +105,8 @@ def lengths(cores):
     )
 
 
-def quick_lengths(cores):
-    return Lengths(
+def quick_sweep_sizes(cores):
+    return SweepSizes(
         images=(10**2, 10**3),
         result_bytes=32 * 2**20,
         sides=(16, 1024),
@@ -122,11 +122,11 @@ def images_of(side, result_bytes):
 
 
 def source_of(files, images, side):
-    """Return a file of images of known bytes, which is made where it is not there yet."""
+    """Return a file of images of known bytes, creating it if necessary."""
     path = files.path(f"images-{images}-{side}.npy")
     if path.exists():
         return path
-    together = min(images, max(1, WRITTEN_TOGETHER_BYTES // (side * side * 3)))
+    together = min(images, max(1, WRITE_BYTES // (side * side * 3)))
     shape = (together, side, side, 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     header = np.lib.format.header_data_from_array_1_0(pixels)
@@ -139,7 +139,7 @@ def source_of(files, images, side):
 
 
 class Run:
-    """A plan that is carried out in a process of its own; and as many bytes that are written."""
+    """A plan that runs in a separate process, and its write limit."""
 
     def __init__(self, files, images, side, **options: Any):
         self.options = {"mode": "caffe", **options}
@@ -160,19 +160,19 @@ class Run:
     def call(self):
         pairs = (self._warming, self._files.path("ours-warming.npy")), (self._source, self._target)
         arguments = json.dumps((*pairs, self.options), default=str)
-        command = [sys.executable, "-c", IN_A_PROCESS, arguments]
+        command = [sys.executable, "-c", CHILD_SCRIPT, arguments]
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
         if ran.returncode:
             raise RuntimeError(f"{self._source}: {ran.stderr}")
         self._found.append(json.loads(ran.stdout))
 
     def seconds(self):
-        """Return what the plan took in a call that is not disturbed, without its process."""
+        """Return the time of the plan in an undisturbed call, without process startup."""
         Part(self.prepare, self.call).seconds()
         return self._found[-1]["seconds"]
 
     def limit(self):
-        """Return what writes as many bytes alone."""
+        """Return the limit: only writing the same number of bytes."""
         nbytes, buffer = self.plan.write_bytes, chunk_of(self.plan)
         path = self._files.path("plain.npy")
         return Part(self.prepare, functools.partial(write_new, path, nbytes, buffer))
@@ -210,17 +210,17 @@ def measured(runs, rounds):
     return [run.line(ours, limit) for run, ours, limit in zip(runs, taken, taken, strict=True)]
 
 
-def held_against_a_line(rows):
-    """Add how far each number of images is from the line through all, and return that line."""
+def add_deviations_from_linear_fit(rows):
+    """Add the deviation of each row from the linear fit, and return the fit."""
     start, slope = line_through([row["images"] for row in rows], [row["seconds"] for row in rows])
     for row in rows:
         row["deviation"] = round(row["seconds"] / (start + slope * row["images"]) - 1, 3)
     return {"start_ms": round(start * 1e3, 1), "microseconds_an_image": round(slope * 1e6, 2)}
 
 
-def measured_in_memory(lengths, rounds):
+def measured_in_memory(sweep_sizes, rounds):
     """Return a line for each number of threads on a batch in memory that was used before."""
-    x = batch(max(1, lengths.working_set_bytes // (HEIGHT * WIDTH * 15)), "NHWC", "uint8")
+    x = batch(max(1, sweep_sizes.working_set_bytes // (HEIGHT * WIDTH * 15)), "NHWC", "uint8")
     out = fastvgg.preprocess(x, "caffe")
 
     def calls(threads):
@@ -229,9 +229,9 @@ def measured_in_memory(lengths, rounds):
             yield functools.partial(memory.copy, x, out, threads, prefetch=prefetch)
 
     taken = iter(
-        time_interleaved([c for threads in lengths.threads for c in calls(threads)], rounds)
+        time_interleaved([c for threads in sweep_sizes.threads for c in calls(threads)], rounds)
     )
-    for threads, ours, *limits in zip(lengths.threads, taken, taken, taken, strict=True):
+    for threads, ours, *limits in zip(sweep_sizes.threads, taken, taken, taken, strict=True):
         limit = min(limits, key=statistics.median)
         share, spread, seconds = compare(ours, limit)
         low, _, high = statistics.quantiles(ours, n=4)
@@ -248,23 +248,23 @@ def measured_in_memory(lengths, rounds):
         yield line
 
 
-def runs_of(files, lengths, threads):
+def runs_of(files, sweep_sizes, threads):
     """Return the name of each sweep, and an iterator over its runs, which makes their sources."""
-    sizes = {side: images_of(side, lengths.result_bytes) for side in (*lengths.sides, SIDE)}
+    sizes = {side: images_of(side, sweep_sizes.result_bytes) for side in (*sweep_sizes.sides, SIDE)}
     run = functools.partial(Run, files)
     usual = functools.partial(run, sizes[SIDE], SIDE)
     return {
-        "images": (run(images, SMALL_SIDE, threads=threads) for images in lengths.images),
-        "side": (run(sizes[side], side, threads=threads) for side in lengths.sides),
-        "threads": (usual(threads=count) for count in lengths.threads),
-        "chunk": (usual(threads=threads, memory=f"{mib}MiB") for mib in lengths.limits_mib),
+        "images": (run(images, SMALL_SIDE, threads=threads) for images in sweep_sizes.images),
+        "side": (run(sizes[side], side, threads=threads) for side in sweep_sizes.sides),
+        "threads": (usual(threads=count) for count in sweep_sizes.threads),
+        "chunk": (usual(threads=threads, memory=f"{mib}MiB") for mib in sweep_sizes.limits_mib),
     }
 
 
-def measured_sweeps(files, lengths, threads, rounds):
-    """Measure all sweeps, one after another, of which each leaves no file."""
+def measured_sweeps(files, sweep_sizes, threads, rounds):
+    """Measure all sweeps one after another; each removes its files."""
     sweeps = {}
-    for name, runs in runs_of(files, lengths, threads).items():
+    for name, runs in runs_of(files, sweep_sizes, threads).items():
         sweeps[name] = measured(list(runs), rounds)
         files.remove("")  # everything
     return sweeps
@@ -278,17 +278,17 @@ def main():
     parser.add_argument("--directory", type=Path, default=Path(), help="on the disk to measure")
     arguments = parser.parse_args()
     rounds = arguments.rounds or (2 if arguments.quick else 3)
-    far = (quick_lengths if arguments.quick else lengths)(available_cpus())
+    chosen_sizes = (quick_sweep_sizes if arguments.quick else sweep_sizes)(available_cpus())
     if arguments.quick:
         streams.REST_SECONDS = 0  # half of a minute in all
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # files are removed
     with tempfile.TemporaryDirectory(prefix="growth-", dir=arguments.directory) as directory:
         files = Files(Path(directory).absolute(), arguments.threads)
-        sweeps = measured_sweeps(files, far, arguments.threads, rounds)
+        sweeps = measured_sweeps(files, chosen_sizes, arguments.threads, rounds)
     found = {
         "sweeps": sweeps,
-        "line": held_against_a_line(sweeps["images"]),
-        "in_memory": list(measured_in_memory(far, MEMORY_ROUNDS)),
+        "line": add_deviations_from_linear_fit(sweeps["images"]),
+        "in_memory": list(measured_in_memory(chosen_sizes, MEMORY_ROUNDS)),
     }
     rows = list(itertools.chain.from_iterable(sweeps.values()))
     missed = [row for row in rows if row["peak_mib"] > row["planned_mib"]]

@@ -1,4 +1,4 @@
-"""Whether results made of photographs are right, seen in some of their rows."""
+"""Check results computed from photographs in some of their rows."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def some_rows(count):
 
 
 def check_rows(path, reads, size, transform=None):
-    """Refuse an array of which a row has other bits than Keras' pixels, transformed by the oracle.
+    """Raise if a checked row differs from Keras' pixels, transformed by the oracle.
 
-    There may be more rows than photographs, which then begin again.
+    If there are more rows than photographs, the photographs repeat.
     """
     result = np.load(path, mmap_mode="r")
     for index in some_rows(len(result)):
@@ -54,7 +54,7 @@ def mean_difference(path, reads):
 
 
 def check_files(path, images, image_format):
-    """Refuse restored files of which one is not its image, encoded."""
+    """Raise if a checked file differs from its encoded image."""
     files = sorted(path.rglob(f"*{ENCODERS[image_format]}"))
     if len(files) != len(images):
         raise RuntimeError(f"{path} has {len(files)} files of {len(images)} images")

@@ -1,4 +1,4 @@
-"""What bounds datasets of images: decoding or encoding alone, and with a file written beside it."""
+"""Limits of image datasets: only decoding or encoding, and with a file written concurrently."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from streams import published, write
 
 from fastvgg.stream.commit_pipeline import CommitPipeline
 
-TAKEN_TOGETHER = 8  # images that a thread takes at a time
+IMAGES_PER_TASK = 8  # images that a thread takes at a time
 MAX_PENDING = 2  # chunks
 ENCODERS = {"png": ".png", "jpeg": ".jpg"}
 
@@ -23,7 +23,7 @@ ENCODERS = {"png": ".png", "jpeg": ".jpg"}
 def on_threads(work, items, threads, together):
     """Work on all items on threads; yield whenever the next `together` of them are done.
 
-    No thread waits for another, nor for what is done with what it yields.
+    Threads wait neither for each other nor for the consumer.
     """
 
     def take(first, stop):
@@ -34,8 +34,8 @@ def on_threads(work, items, threads, together):
     with ThreadPoolExecutor(threads) as pool:
         chunks = [
             [
-                pool.submit(take, first, min(first + TAKEN_TOGETHER, stop))
-                for first in range(start, stop, TAKEN_TOGETHER)
+                pool.submit(take, first, min(first + IMAGES_PER_TASK, stop))
+                for first in range(start, stop, IMAGES_PER_TASK)
             ]
             for start in range(0, count, together)
             for stop in [min(start + together, count)]
@@ -47,7 +47,7 @@ def on_threads(work, items, threads, together):
 
 
 def decoded(photographs, threads, together):
-    """Read and decode all photographs, into memory that each thread uses again."""
+    """Read and decode all photographs into a reused buffer per thread."""
     memory = threading.local()
     nbytes = photographs.shape[0] * photographs.shape[1] * 3
 
@@ -60,7 +60,7 @@ def decoded(photographs, threads, together):
 
 
 def decode(photographs, threads):
-    """Read and decode all photographs, and do nothing with them."""
+    """Read and decode all photographs, and discard them."""
     for _ in decoded(photographs, threads, len(photographs.reads)):
         pass
 
@@ -92,7 +92,7 @@ def encode(pixels, image_format):
 
 
 def encode_all(images, image_format, threads):
-    """Encode images, and let go of what they become."""
+    """Encode images and discard the results."""
     for _ in on_threads(
         functools.partial(encode, image_format=image_format), images, threads, len(images)
     ):

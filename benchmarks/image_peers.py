@@ -36,7 +36,7 @@ from PIL import Image
 
 SIZE = (224, 224)
 BATCH = 64
-SHARDS_OF_A_WORKER = 2  # a worker takes whole shards
+SHARDS_PER_WORKER = 2  # a worker takes whole shards
 JPEG_QUALITY = 90  # of what FFCV encodes, as of the photographs
 CAFFE_MEAN = np.array((103.939, 116.779, 123.68), np.float32)
 TORCH_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
@@ -98,9 +98,11 @@ def webdataset_epochs(photographs, scratch, threads):
     import webdataset
 
     paths = files_of(photographs)
-    shards = SHARDS_OF_A_WORKER * threads
-    in_a_shard = math.ceil(len(paths) / shards)
-    with webdataset.ShardWriter(f"{scratch}/%04d.tar", maxcount=in_a_shard, verbose=0) as writer:
+    shards = SHARDS_PER_WORKER * threads
+    images_per_shard = math.ceil(len(paths) / shards)
+    with webdataset.ShardWriter(
+        f"{scratch}/%04d.tar", maxcount=images_per_shard, verbose=0
+    ) as writer:
         for row, path in enumerate(paths):
             writer.write({"__key__": f"{row:07d}", "jpg": Path(path).read_bytes()})
     dataset = webdataset.WebDataset(

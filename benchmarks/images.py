@@ -62,8 +62,8 @@ IMAGES, QUICK_IMAGES = 4000, 240
 LARGE_IMAGES, QUICK_LARGE_IMAGES = 200, 16
 
 WANTED = 0.92
-WANTED_OF_TWO_THREADS = 1.85
-WANTED_OF_FAST_JPEG = 3.0
+WANTED_THREAD_SPEEDUP = 1.85
+WANTED_FAST_JPEG_SPEEDUP = 3.0
 
 # The name in image_peers.py and in the results, the mode that is asked for, how many times as fast.
 PEERS = (
@@ -81,7 +81,7 @@ def rate(images, seconds):
 
 
 def per_second(images, seconds, **others):
-    """Return images a second, ours and those of what it is compared with."""
+    """Return images per second, ours and those of the alternatives."""
     figures = {"images_per_second": rate(images, seconds)}
     for name, taken in others.items():
         figures[f"{name}_images_per_second"] = rate(images, statistics.median(taken))
@@ -96,7 +96,7 @@ def times_row(path, wanted, times, spread, **figures):
 
 
 class Bench:
-    """What all measurements of this run share."""
+    """The shared state of all measurements of a run."""
 
     def __init__(self, files, arguments):
         self.files = files
@@ -232,7 +232,7 @@ def measured_restoring(bench):
 
 
 def measured_threads(bench):
-    """Measure what a second thread gains, and what it gains where there is nothing but decoding."""
+    """Measure the speedup of a second thread, for a run and for only decoding."""
     photographs = bench.photographs
     images = len(photographs.reads)
     two, one, two_decoding, one_decoding = bench.time_interleaved(
@@ -245,7 +245,7 @@ def measured_threads(bench):
         lambda: decode(photographs, 1),
     )
     for name, wanted, ours, other in (
-        ("folder to float32", WANTED_OF_TWO_THREADS, two, one),
+        ("folder to float32", WANTED_THREAD_SPEEDUP, two, one),
         ("decoding alone", None, two_decoding, one_decoding),
     ):
         times, spread, seconds = compare(ours, other)
@@ -274,19 +274,19 @@ def measured_fast_jpeg(bench):
     fast_run()
     figures["mean_difference"] = mean_difference(bench.files.path("fast.npy"), photographs.reads)
     name = f"fast_jpeg, {LARGE[1]}x{LARGE[0]} to {SIZE[1]}x{SIZE[0]}"
-    yield times_row(name, WANTED_OF_FAST_JPEG, times, spread, **figures)
+    yield times_row(name, WANTED_FAST_JPEG_SPEEDUP, times, spread, **figures)
     bench.files.remove("large")
 
 
 def measured_peer(bench, name, called, mode, wanted):
-    """Measure one peer beside runs of fastvgg, or note why that cannot be."""
+    """Measure one peer and fastvgg in turn, or record why it cannot be measured."""
     photographs, arguments = bench.photographs, bench.arguments
     scratch = bench.files.path("scratch")
     scratch.mkdir()
     python = arguments.peer_pythons.get(name, sys.executable)
     try:
         with Peer(name, python, photographs, scratch, arguments.threads) as peer:
-            versions = peer.begun()
+            versions = peer.started()
             ours, theirs = bench.time_interleaved(
                 photographs,
                 bench.planned(photographs, mode=mode).write_bytes,
@@ -388,9 +388,9 @@ def main():
     elif given.planning:
         measurement, name = planning, "images_planning"
     with tempfile.TemporaryDirectory(prefix="images-", dir=given.directory) as directory:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         record = measurement(Path(directory).absolute(), given)
-        print(f"{time.perf_counter() - begun:.0f} s")
+        print(f"{time.perf_counter() - started:.0f} s")
     if given.writes:
         RESULTS.mkdir(exist_ok=True)
         text = json.dumps({"machine": machine()} | record, indent=1) + "\n"

@@ -19,7 +19,7 @@ from fastvgg.parallel import available_cpus
 MILLION, QUICK_MILLION = 1_000_000, 20_000
 FEW, QUICK_FEW = 10_000, 2_000
 DIFFERENT, QUICK_DIFFERENT = 20_000, 2_000
-IN_A_SHARD, QUICK_IN_A_SHARD = 10_000, 2_000
+IMAGES_PER_SHARD, QUICK_IMAGES_PER_SHARD = 10_000, 2_000
 WARMING_IMAGES = 16
 FEW_ROUNDS = 3  # before the million, and as many after it
 WANTED_PEAK_MIB = 512
@@ -29,7 +29,7 @@ WANTED_PLANNING_PEAK_MIB = 300
 PLANNING_DIRECTORIES = (1, 100)
 PLANNED = {"mode": "caffe", "dtype": "float16", "size": SMALL}
 
-IN_A_PROCESS = """
+CHILD_SCRIPT = """
 import json
 import sys
 import time
@@ -56,23 +56,23 @@ print(json.dumps(figures))
 """
 
 
-def in_a_process(*runs, options, is_run):
+def run_in_child_process(*runs, options, is_run):
     """Plan, and perhaps run, in a new process; return what the last of it took."""
     arguments = json.dumps((*runs, options, is_run), default=str)
-    command = [sys.executable, "-c", IN_A_PROCESS, arguments]
+    command = [sys.executable, "-c", CHILD_SCRIPT, arguments]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode:
         raise RuntimeError(f"{runs}: {ran.stderr}")
     return json.loads(ran.stdout)
 
 
-def million_shards(directory, count, different, in_a_shard):
+def million_shards(directory, count, different, images_per_shard):
     """Write shards of so many JPEGs, of which some are different; return those."""
     found = list(jpegs(different, SMALL))
     directory.mkdir()
     write_shard(directory / "warming.tar", enumerate(found[:WARMING_IMAGES]))
-    for shard in range(count // in_a_shard):
-        rows = range(shard * in_a_shard, (shard + 1) * in_a_shard)
+    for shard in range(count // images_per_shard):
+        rows = range(shard * images_per_shard, (shard + 1) * images_per_shard)
         members = ((row, found[row % different]) for row in rows)
         write_shard(directory / f"{shard:04d}.tar", members)
     return found
@@ -83,16 +83,16 @@ def million(directory, arguments):
     quick = arguments.quick
     count, few = (QUICK_MILLION, QUICK_FEW) if quick else (MILLION, FEW)
     different = QUICK_DIFFERENT if quick else DIFFERENT
-    in_a_shard = QUICK_IN_A_SHARD if quick else IN_A_SHARD
+    images_per_shard = QUICK_IMAGES_PER_SHARD if quick else IMAGES_PER_SHARD
     files, shards = ImageFolderTarget(directory, arguments.threads), directory / "shards"
-    found = million_shards(shards, count, different, in_a_shard)
+    found = million_shards(shards, count, different, images_per_shard)
     reads = [functools.partial(bytes, data) for data in found]
 
     def ran(shard_count, name, options):
         for left in ("ours", "warmed"):
             files.remove(left)
         os.sync()
-        return in_a_process(
+        return run_in_child_process(
             (shards / "warming.tar", directory / "warmed.npy"),
             (shards_of(shards, shard_count), directory / name),
             options={**options, "size": SMALL, "threads": arguments.threads},
@@ -104,10 +104,10 @@ def million(directory, arguments):
         ("uint8", {"direction": "pack"}, None),
         ("float16", {"mode": "caffe", "dtype": "float16"}, Transform("caffe", dtype="float16")),
     ):
-        short = [ran(few // in_a_shard, "ours.npy", options) for _ in range(FEW_ROUNDS)]
-        long = ran(count // in_a_shard, "ours.npy", options)
+        short = [ran(few // images_per_shard, "ours.npy", options) for _ in range(FEW_ROUNDS)]
+        long = ran(count // images_per_shard, "ours.npy", options)
         check_rows(directory / "ours.npy", reads, SMALL, transform)
-        short += [ran(few // in_a_shard, "ours.npy", options) for _ in range(FEW_ROUNDS)]
+        short += [ran(few // images_per_shard, "ours.npy", options) for _ in range(FEW_ROUNDS)]
         rows.append(million_row(called, long, short))
     return {
         "threads": arguments.threads,
@@ -165,7 +165,7 @@ def planning(directory, arguments):
         many_files(source, count, directories)
         os.sync()
         taken = [
-            in_a_process((source, directory / "ours.npy"), options=PLANNED, is_run=False)
+            run_in_child_process((source, directory / "ours.npy"), options=PLANNED, is_run=False)
             for _ in range(arguments.rounds + 1)
         ][1:]
         shutil.rmtree(source)

@@ -1,4 +1,4 @@
-"""Inverses as people write them: how many of all values they get wrong.
+"""Common hand-written inverses, and how many of all values they get wrong.
 
     python benchmarks/inverses.py    # some seconds; writes results/inverses.json
 
@@ -37,8 +37,8 @@ def truncated(x):
     return np.clip(x, 0, 255).astype(np.uint8)
 
 
-def normalised_backwards(y):
-    """Do what Normalize(-mean / std, 1 / std) does, a trick that is often recommended."""
+def inverse_normalize(y):
+    """Compute Normalize(-mean / std, 1 / std), an often recommended trick."""
     return (y - single(-TORCH_MEAN / TORCH_STD)) / single(1 / TORCH_STD)
 
 
@@ -55,7 +55,7 @@ INVERSES = (
     ("torch", "`((y * std + mean) * 255).astype('uint8')`",
      lambda y: truncated((y * single(TORCH_STD) + single(TORCH_MEAN)) * single(255))),
     ("torch", "`Normalize(-mean / std, 1 / std)`, then `to_pil_image`",
-     lambda y: truncated(normalised_backwards(y) * single(255))),
+     lambda y: truncated(inverse_normalize(y) * single(255))),
 )  # fmt: skip
 
 

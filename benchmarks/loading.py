@@ -46,11 +46,11 @@ WORKERS = 2
 TRANSFORM = Transform("torch", out_layout="NCHW")
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 WANTED = 0.9
-WANTED_OF_A_LOADER = 4.0
+WANTED_LOADER_SPEEDUP = 4.0
 
 
 def made(path, threads, *, shuffle=False):
-    """Return batches, which keep their memory from one epoch to the next."""
+    """Return batches, which reuse their memory across epochs."""
     return fastvgg.batches(path, BATCH, transform=TRANSFORM, shuffle=shuffle, threads=threads)
 
 
@@ -60,15 +60,15 @@ def drain(batches):
         pass
 
 
-def kernel_alone(x, ring, threads):
-    """Transform an array in memory, batch by batch, into buffers that are used again."""
+def run_kernel_only(x, ring, threads):
+    """Transform an array in memory, batch by batch, into reused buffers."""
     outs = itertools.cycle(ring)
     for start in range(0, len(x), BATCH):
         engine.apply(TRANSFORM, x[start : start + BATCH], next(outs), threads=threads)
 
 
 def check(path):
-    """Refuse batches of which a row has other bits than the oracle's."""
+    """Raise if a checked row of a batch differs from the oracle."""
     x = np.load(path, mmap_mode="r")
     for shuffle in (False, True):
         for images, rows in fastvgg.batches(path, BATCH, transform=TRANSFORM, shuffle=shuffle):
@@ -129,7 +129,7 @@ def measured_shares(files, arguments, path, x):
     calls = (
         functools.partial(drain, made(path, threads)),
         functools.partial(drain, made(path, threads, shuffle=True)),
-        functools.partial(kernel_alone, x, ring, threads),
+        functools.partial(run_kernel_only, x, ring, threads),
     )
     *ours, limit = time_interleaved([Part(before, call) for call in calls], arguments.rounds)
     for name, seconds in zip(("in order", "shuffled"), ours, strict=True):
@@ -158,7 +158,7 @@ def measured_loaders(files, arguments, path, images):
         times, spread, taken = compare(ours, seconds)
         line = {
             "path": f"PyTorch DataLoader, {name}",
-            "wanted": WANTED_OF_A_LOADER,
+            "wanted": WANTED_LOADER_SPEEDUP,
             "times": times,
             "spread": spread,
             "images_per_second": round(images / taken),

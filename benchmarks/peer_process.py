@@ -1,4 +1,4 @@
-"""A peer of images.py, in a process of its own."""
+"""A peer of images.py in a separate process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class PeerError(Exception):
 
 
 class Peer:
-    """A peer in a process of its own, which does an epoch when it is told to."""
+    """A peer in a separate process, which runs an epoch on request."""
 
     def __init__(self, name, python, photographs, scratch, threads):
         self.images = len(photographs.reads)
@@ -34,14 +34,14 @@ class Peer:
         return self
 
     def __exit__(self, *_):
-        with contextlib.suppress(BrokenPipeError):  # it has ended, and its answer will say so
+        with contextlib.suppress(BrokenPipeError):  # it has exited, which its answer reports
             self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
         self._log.close()
 
-    def begun(self):
-        """Return the versions of what the peer consists of, when it can begin."""
+    def started(self):
+        """Wait until the peer is ready, and return the versions of its packages."""
         answer = self._answer()
         if "missing" in answer:
             raise PeerError(answer["missing"])
@@ -57,7 +57,7 @@ class Peer:
             raise PeerError(f"it produced {images} images of {self.images}")
 
     def wait(self):
-        """Wait until the peer has let go of what an epoch left."""
+        """Wait until the peer has released the memory of an epoch."""
         if self._busy:
             self._answer()
         self._busy = False
@@ -68,4 +68,4 @@ class Peer:
             return json.loads(line)
         self._log.seek(0)
         said = self._log.read().strip().splitlines()
-        raise PeerError(said[-1] if said else "it ended without a word")
+        raise PeerError(said[-1] if said else "it exited without output")

@@ -74,31 +74,31 @@ SETTLE_SECONDS = 0.02  # OpenMP's threads spin for some milliseconds after they 
 
 def seconds(way):
     way.prepare()
-    begun = time.perf_counter()
+    started = time.perf_counter()
     way.call()  # and the release of what it returns
-    return time.perf_counter() - begun
+    return time.perf_counter() - started
 
 
 def measure(task, contenders, rounds):
     """Return a row for each way of each contender."""
-    entered = []
+    calls = []
     for contender in contenders:
-        peer = contender.enters(task)
+        peer = contender.peer_for(task)
         if peer is not None:
-            entered += ways(contender.name, peer, task)
+            calls += ways(contender.name, peer, task)
     differences = []
-    for way in entered:
+    for way in calls:
         way.prepare()
         task.out.fill(0)
         differences.append(difference(way.call(), task.expected))
-    taken = [[] for _ in entered]
+    taken = [[] for _ in calls]
     order = np.random.default_rng(0)
     for _ in range(rounds):
-        for index in order.permutation(len(entered)):
+        for index in order.permutation(len(calls)):
             time.sleep(SETTLE_SECONDS)
-            taken[index].append(seconds(entered[index]))
-    return judged(
-        [row(task, *measured) for measured in zip(entered, taken, differences, strict=True)]
+            taken[index].append(seconds(calls[index]))
+    return with_ratios(
+        [row(task, *measured) for measured in zip(calls, taken, differences, strict=True)]
     )
 
 
@@ -120,7 +120,7 @@ def row(task, way, taken, differing_and_largest):
     }
 
 
-def judged(rows):
+def with_ratios(rows):
     """Mark the faster style of each contender and memory, and add the ratio to fastvgg."""
     best = {}
     for one in rows:
@@ -206,7 +206,7 @@ def measured_tensors(given, backend):
     return found
 
 
-def tell(console, given, record):
+def print_record(console, given, record):
     """Print a table for each task, the notes, and what is not measured."""
     best = [one for one in record["rows"] if one["best"]]
     for name in dict.fromkeys(one["task"] for one in best):
@@ -246,7 +246,7 @@ def main():
         },
         "rows": found["rows"],
     }
-    tell(Console(width=max(TABLE_WIDTH, Console().width)), given, record)
+    print_record(Console(width=max(TABLE_WIDTH, Console().width)), given, record)
     if not given.quick:
         RESULT.parent.mkdir(exist_ok=True)
         RESULT.write_text(json.dumps(record, indent=0) + "\n")

@@ -41,12 +41,12 @@ class Photographs(NamedTuple):
     """JPEGs on the disk, one for each row."""
 
     source: Path
-    """What fastvgg is given."""
+    """The source path for fastvgg."""
     reads: list[Callable[[], bytes]]
     shape: tuple[int, int]
 
     def fetch(self):
-        """Have all files in memory; return their bytes."""
+        """Load all files into the page cache; return their total size."""
         return sum(len(read()) for read in self.reads)
 
 
@@ -166,7 +166,7 @@ class ImageFolderTarget(Files):
     """The files of a measurement, some of which are directories."""
 
     def remove(self, name):
-        """Remove a file or a directory, and all that lies beside it."""
+        """Remove a file or a directory, and its sidecars."""
         for path in self.directory.glob(f"{name}*"):
             if path.is_dir():
                 shutil.rmtree(path)

@@ -50,7 +50,7 @@ def growth(record, path):
                 draw_seconds(time, positions, rows)
             else:
                 in_memory = record["in_memory"] if sweep == "threads" else []
-                draw_seconds_of_a_gigabyte(time, positions, rows, in_memory)
+                draw_seconds_per_gigabyte(time, positions, rows, in_memory)
             draw_memory(memory, positions, rows)
             for ax in (time, memory):
                 ax.set_xlabel(label)
@@ -78,7 +78,7 @@ def draw_seconds(ax, positions, rows):
     ax.set_ylabel("seconds")
 
 
-def draw_seconds_of_a_gigabyte(ax, positions, rows, in_memory):
+def draw_seconds_per_gigabyte(ax, positions, rows, in_memory):
     """Draw what runs took for a gigabyte of their result, and what that takes in memory."""
     for measured, label, color in (
         (rows, "to the disk", OURS),

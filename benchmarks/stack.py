@@ -1,4 +1,4 @@
-"""The same call at 256 places of the stack: a kernel must not depend on how deep its caller is.
+"""Time the same call at 256 stack offsets: kernels must not depend on the depth of the caller.
 
     python benchmarks/stack.py            # some minutes; writes results/stack.json
     python benchmarks/stack.py --quick    # fewer places and kernels; writes nothing
@@ -47,7 +47,7 @@ def reserve(_context, _nbytes):
 
 def caller_of(kernel):
     """Return a function that reserves bytes of the stack and then calls a kernel."""
-    signature = numba.void(*[numba.int64] * (1 + convert.ARGUMENTS))
+    signature = numba.void(*[numba.int64] * (1 + convert.ARGUMENT_COUNT))
 
     @numba.njit(signature, nogil=True)
     def call(nbytes, x, y, table, images, pixels, a, b, c, d):
@@ -63,17 +63,17 @@ def measured(path, places):
     x = np.stack([one] * IMAGES)
     memory = np.zeros(IMAGES * result.nbytes + 64, np.uint8)
     start = memory.ctypes.data + -memory.ctypes.data % 64
-    spec = KernelSpec.of(path.transform, path.dtype, nontemporal=True, aligned_planes=True)
+    spec = KernelSpec.of(path.transform, path.dtype, nontemporal=True, has_aligned_planes=True)
     table = constant_table(path.transform.mode, spec)
-    call = caller_of(convert.compiled(spec))
+    call = caller_of(convert.compile_kernel(spec))
     pixels = one.size // 3
     sizes = (one.nbytes, one.nbytes // 3, result.nbytes, result.nbytes // 3)
     seconds = [[] for _ in places]
     for _ in range(ROUNDS):
         for place, taken in zip(places, seconds, strict=True):
-            begun = time.perf_counter()
+            started = time.perf_counter()
             call(place, x.ctypes.data, start, table.ctypes.data, IMAGES, pixels, *sizes)
-            taken.append(time.perf_counter() - begun)
+            taken.append(time.perf_counter() - started)
     return [min(taken) for taken in seconds]
 
 

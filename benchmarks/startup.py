@@ -1,4 +1,4 @@
-"""What it takes to begin: imports, the command line, the first call; and what is installed.
+"""Startup time: imports, the command line, the first call; and the installed size.
 
     python benchmarks/startup.py            # a minute; writes results/startup.json
     python benchmarks/startup.py --quick    # few rounds; writes nothing
@@ -88,7 +88,7 @@ MAX_PACKAGES = 18
 
 
 def installed(place):
-    """Install fastvgg and what it needs; return the programs' place, packages, and their bytes."""
+    """Install fastvgg; return the bin directory, the number of packages and their bytes."""
     venv.create(place, with_pip=True)
     programs = place / "bin"
     pip = [str(programs / "python"), "-m", "pip", "--quiet", "--disable-pip-version-check"]
@@ -107,11 +107,11 @@ def size_of(place):
 def seconds_of(programs, command):
     """Return the seconds that a program prints, else those of its process."""
     name, *arguments = command
-    begun = time.perf_counter()
+    started = time.perf_counter()
     done = subprocess.run(
         [programs / name, *arguments], cwd=programs, capture_output=True, text=True, check=True
     )
-    whole = time.perf_counter() - begun
+    whole = time.perf_counter() - started
     return float(done.stdout) if "print" in arguments[-1] else whole
 
 

@@ -1,4 +1,4 @@
-"""What a run asks of an object store for each chunk, counted by a server of the S3 API.
+"""Count the requests of a run to an object store per chunk, with a local S3 server.
 
     python benchmarks/store_requests.py     # half a minute; writes a result
 
@@ -24,7 +24,7 @@ from fastvgg.bench.timing import machine
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.helpers.stores import BUCKET, serving_s3
+from tests.helpers.stores import BUCKET, serve_s3
 
 RESULT = Path(__file__).parent / "results" / "store_requests.json"
 DTYPES = ("float16", "float32")
@@ -33,7 +33,7 @@ WORKERS = 2
 
 
 def kind_of(method, path):
-    """Return what a request is called in a store's list of prices."""
+    """Return the kind of a request in the price list of a store."""
     return "LIST" if method == "GET" and path.strip("/") == BUCKET else method
 
 
@@ -46,15 +46,15 @@ def requests_of(s3, client, chunks, dtype):
     for start in range(0, images, SHARD_IMAGES):
         packed[start : start + SHARD_IMAGES] = together
     plan = fastvgg.plan(source, target, mode="caffe", dtype=dtype)
-    begun = len(s3.requests)
+    requests_before = len(s3.requests)
     plan.run(client=client)
-    made = collections.Counter(itertools.starmap(kind_of, s3.requests[begun:]))
+    made = collections.Counter(itertools.starmap(kind_of, s3.requests[requests_before:]))
     made["chunks"] = plan.chunks
     return made, plan
 
 
 def measured(s3, client, dtype):
-    """Measure what a chunk asks for."""
+    """Measure the requests per chunk."""
     few, _ = requests_of(s3, client, min(CHUNKS), dtype)
     many, plan = requests_of(s3, client, max(CHUNKS), dtype)
     between = many - few
@@ -69,7 +69,7 @@ def measured(s3, client, dtype):
 
 def main():
     options = {"n_workers": WORKERS, "threads_per_worker": 1, "dashboard_address": ":0"}
-    with serving_s3() as s3, LocalCluster(**options) as cluster, Client(cluster) as client:
+    with serve_s3() as s3, LocalCluster(**options) as cluster, Client(cluster) as client:
         rows = [measured(s3, client, dtype) for dtype in DTYPES]
     for row in rows:
         print(row)

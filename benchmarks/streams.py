@@ -70,7 +70,7 @@ WANTED_PEAK_MIB = 256
 WANTED_PAGE_TABLES_MIB = 4
 SMALL_IMAGES = 16
 
-IN_A_PROCESS = """
+CHILD_SCRIPT = """
 import json
 import sys
 import threading
@@ -117,26 +117,26 @@ print(json.dumps({name: round(figure, 1) for name, figure in figures.items()}))
 
 
 class Part(NamedTuple):
-    """What is timed, and what is done before it."""
+    """A timed call and its preparation."""
 
     prepare: Callable[[], object]
     call: Callable[[], object]
 
     def seconds(self):
-        """Return what a call takes that is not disturbed, or the last of some that all were."""
+        """Return the time of an undisturbed call, or of the last of several disturbed calls."""
         for _ in range(MAX_TRIES):
             self.prepare()
             time.sleep(REST_SECONDS)
-            stolen, begun = stolen_seconds(), time.perf_counter()
+            stolen, started = stolen_seconds(), time.perf_counter()
             self.call()
-            seconds = time.perf_counter() - begun
+            seconds = time.perf_counter() - started
             if stolen_seconds() - stolen <= MAX_STOLEN * seconds * os.cpu_count():
                 break
         return seconds
 
 
 def stolen_seconds():
-    """Return for how long in all processors had work here and were given to others."""
+    """Return the total steal time of all processors."""
     fields = Path("/proc/stat").read_text().split(maxsplit=9)
     return int(fields[8]) / os.sysconf("SC_CLK_TCK")
 
@@ -159,7 +159,7 @@ class Files:
         self.threads = threads
 
     def settle(self, nbytes):
-        """Let the disk finish, and have so much free memory that the machine does hold."""
+        """Sync the disk, and touch free memory so that the hypervisor backs it."""
         os.sync()
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         first_touch(min(nbytes, free * 3 // 4), self.threads)
@@ -168,12 +168,12 @@ class Files:
         return self.directory / name
 
     def remove(self, name):
-        """Remove a file and all that lies beside it."""
+        """Remove a file and its sidecars."""
         for path in self.directory.glob(f"{name}*"):
             path.unlink()
 
     def array(self, name, images, dtype, *, sparse=False):
-        """Make a file of images of known bytes, or of zeros that take no room."""
+        """Create a file of images of known bytes, or a sparse file of zeros."""
         together = batch(SMALL_IMAGES, "NHWC", dtype)
         header = np.lib.format.header_data_from_array_1_0(together)
         header["shape"] = (images, HEIGHT, WIDTH, 3)
@@ -192,7 +192,7 @@ def bytes_of_image(dtype):
 
 
 def fetch(path, place, memory):
-    """Have a file's bytes on the disk alone, or also in memory.
+    """Make a file's bytes present only on disk, or also in the page cache.
 
     They are read again in any case: pages that came one by one, through a map, are written to at
     half the speed of those that came in large pieces.
@@ -300,7 +300,7 @@ def measured_new(files, arguments):
         files.settle(nbytes * 3 // 2)
         fetch(source, source_is, memory)
 
-    def in_turn_with(source_is, *others):
+    def time_against_writing(source_is, *others):
         before = functools.partial(prepare, source_is)
         calls = (
             lambda: planned().run(),
@@ -309,12 +309,12 @@ def measured_new(files, arguments):
         )
         return time_interleaved([Part(before, call) for call in calls], arguments.rounds)
 
-    ours, written = in_turn_with("in memory")
+    ours, written = time_against_writing("in memory")
     share, spread, seconds = compare(ours, written)
     figures = throughput(nbytes, seconds, writing=(nbytes, written))
     yield row("uint8 to float32, source in memory", WANTED, share, spread, **figures)
 
-    ours, written, read = in_turn_with("on disk", lambda: read_file(source, memory))
+    ours, written, read = time_against_writing("on disk", lambda: read_file(source, memory))
     share, spread, seconds = compare(ours, [max(pair) for pair in zip(written, read, strict=True)])
     limits = {"writing": (nbytes, written), "reading": (source.stat().st_size, read)}
     figures = throughput(nbytes, seconds, **limits)
@@ -386,9 +386,9 @@ def measured_verification(files, arguments, path):
 
 
 def peak(name, small, large, **options):
-    """Return what a run takes of memory, in a new process."""
+    """Measure the memory of a run in a new process."""
     arguments = json.dumps((small, large, options), default=str)
-    command = [sys.executable, "-c", IN_A_PROCESS, arguments]
+    command = [sys.executable, "-c", CHILD_SCRIPT, arguments]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode:
         raise RuntimeError(f"{name}: {ran.stderr}")
@@ -411,7 +411,7 @@ def measured_memory(files, arguments):
         ("uint8 to float32", "uint8", "float32", "preprocess"),
     ):
         if shutil.disk_usage(files.directory).free < 1.1 * images * bytes_of_image(result):
-            print(f"{name}: no room on the disk")
+            print(f"{name}: not enough disk space")
             continue
         sources = [
             files.array("small.npy", SMALL_IMAGES, dtype, sparse=True),

@@ -541,15 +541,15 @@ TABLES = {
 }
 
 
-def record_of(name):
-    """Return what a benchmark left."""
+def make_record(name):
+    """Return the record of a benchmark."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def written_into(documents):
-    """Return the texts of documents with every table made anew; each is in one of them, once."""
+def with_tables(documents):
+    """Return the texts of documents with regenerated tables; each table occurs exactly once."""
     for name, (table, results) in TABLES.items():
-        text = "\n".join(table(*map(record_of, results))) + "\n"
+        text = "\n".join(table(*map(make_record, results))) + "\n"
         marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end of table -->)", re.DOTALL)
         found = [marked.subn(lambda at, t=text: at[1] + t + at[2], each) for each in documents]
         if (count := sum(count for _, count in found)) != 1:
@@ -563,7 +563,7 @@ def written_into(documents):
 
 def main():
     texts = [document.read_text(encoding="utf-8") for document in DOCUMENTS]
-    for document, text in zip(DOCUMENTS, written_into(texts), strict=True):
+    for document, text in zip(DOCUMENTS, with_tables(texts), strict=True):
         document.write_text(text, encoding="utf-8")
 
 

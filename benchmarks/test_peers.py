@@ -26,29 +26,29 @@ def task(request):
 
 
 @functools.cache
-def found_here():
+def available_contenders():
     return importable(os.environ["KERAS_BACKEND"])
 
 
 @pytest.fixture(scope="module", params=CONTENDERS, ids=lambda contender: contender.name)
-def offered(request, task):
-    """Return what a contender offers for a task: its ways, by style and memory."""
+def calls_by_style(request, task):
+    """Return the calls of a contender for a task, by style and memory."""
     contender = request.param
-    present, _, missing = found_here()
+    present, _, missing = available_contenders()
     if contender.name in missing:
         pytest.skip(f"cannot be imported: {missing[contender.name]}")
     if contender not in present:
         pytest.skip(f"wants KERAS_BACKEND={contender.backend}")
-    peer = contender.enters(task)
+    peer = contender.peer_for(task)
     if peer is None:
-        pytest.skip("does not enter for this task")
+        pytest.skip("does not support this task")
     return {(way.style, way.memory): way for way in ways(contender.name, peer, task)}
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("style", STYLES)
-def test_peer(benchmark, task, offered, style, memory):
-    way = offered.get((style, memory))
+def test_peer(benchmark, task, calls_by_style, style, memory):
+    way = calls_by_style.get((style, memory))
     if way is None:
         pytest.skip("its API does not offer this")
     way.prepare()

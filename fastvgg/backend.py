@@ -32,12 +32,12 @@ Backend: TypeAlias = Literal["auto", "numba", "numpy"]
 ResolvedBackend: TypeAlias = Literal["numba", "numpy"]
 
 # Measured on a 2-core AMD EPYC (Zen 3): importing Numba takes 0.4 s, its first compilation 0.7 s.
-START_SECONDS: Final = 1.0
-KERNEL_SECONDS: Final = 0.25
+NUMBA_START_SECONDS: Final = 1.0
+COMPILE_SECONDS: Final = 0.25
 # The assumption until a workload is measured, per byte read or written on one thread. Measured: 0.4
 # to 4 ns (uint8 to float32; float16 and bfloat16).
 ORACLE_SECONDS_PER_BYTE: Final = 1e-9
-KERNELS: Final = "fastvgg.kernels.convert"
+KERNELS_MODULE: Final = "fastvgg.kernels.convert"
 # Raised if Numba does not support this NumPy or is disabled, or LLVM fails to load or is too old.
 IMPORT_ERRORS: Final = (ImportError, OSError, AttributeError)
 
@@ -47,7 +47,7 @@ a child whose copy of the lock is held by a thread that was not forked could nev
 
 # `before` hooks run in reverse order of registration, and this module's has to run first: a
 # compilation may need the locks that the hooks of these modules acquire. So import them earlier.
-HOOKS_REGISTERED_EARLIER: Final = (logging, concurrent.futures.thread)
+MODULES_WITH_FORK_HOOKS: Final = (logging, concurrent.futures.thread)
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
@@ -113,13 +113,14 @@ def choose(backend: Backend, workload: Workload, nbytes: int, threads: int) -> R
     if backend != "auto":
         return backend
     call_seconds = workload.estimate_seconds(nbytes, threads)
-    pays_off = workload.numpy_seconds + call_seconds >= KERNEL_SECONDS and (
-        _has_started() or _total.numpy_seconds + call_seconds >= START_SECONDS + KERNEL_SECONDS
+    pays_off = workload.numpy_seconds + call_seconds >= COMPILE_SECONDS and (
+        _has_started()
+        or _total.numpy_seconds + call_seconds >= NUMBA_START_SECONDS + COMPILE_SECONDS
     )
     return _resolve(pays_off=pays_off)
 
 
-def choose_for(backend: Backend, nbytes: int, threads: int) -> ResolvedBackend:
+def choose_for_size(backend: Backend, nbytes: int, threads: int) -> ResolvedBackend:
     """Return the backend for work of known total size; see `choose`.
 
     Earlier NumPy time counts too, so a kernel pays off after many epochs of a small dataset.
@@ -127,13 +128,13 @@ def choose_for(backend: Backend, nbytes: int, threads: int) -> ResolvedBackend:
     check_backend(backend)
     if backend != "auto":
         return backend
-    cost = KERNEL_SECONDS + (0.0 if _has_started() else START_SECONDS)
+    cost = COMPILE_SECONDS + (0.0 if _has_started() else NUMBA_START_SECONDS)
     work_seconds = nbytes * ORACLE_SECONDS_PER_BYTE / threads
     return _resolve(pays_off=_total.numpy_seconds + work_seconds >= cost)
 
 
 def _has_started() -> bool:
-    return KERNELS in sys.modules
+    return KERNELS_MODULE in sys.modules
 
 
 def _resolve(*, pays_off: bool) -> ResolvedBackend:
@@ -158,7 +159,7 @@ def _find_numba_problem() -> tuple[str, str] | None:
         if not _is_installed():
             return "it is not installed", "pip install numba"
         try:
-            importlib.import_module(KERNELS)
+            importlib.import_module(KERNELS_MODULE)
         except IMPORT_ERRORS as error:
             return str(error), "fix the cause, or 'pip install --upgrade numba'"
         return None

@@ -27,7 +27,7 @@ from fastvgg.tiling import (
     partition,
     pixels_to_cache_line,
 )
-from fastvgg.transform import storage_dtype, storage_name
+from fastvgg.transform import storage_dtype, storage_type
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,7 +50,7 @@ class CallPlan:
     """What all calls with the same transform, input dtype, shape and strides have in common."""
 
     transform: Transform
-    input_name: str
+    input_type: str
     shape: tuple[int, ...]
     """The shape of the result."""
     dtype: np.dtype[Any]
@@ -69,14 +69,14 @@ def plan_call(
     transform: Transform, dtype: np.dtype[Any], shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> CallPlan:
     """Check an input, and plan the calls for inputs of the same type, shape and strides."""
-    input_name = storage_name(dtype)
-    transform.check_input(shape, input_name)
+    input_type = storage_type(dtype)
+    transform.check_input(shape, input_type)
     out_shape = transform.output_shape(shape)
-    out_dtype = storage_dtype(transform.output_name(input_name))
+    out_dtype = storage_dtype(transform.output_type(input_type))
     has_kernel = transform.direction != "pack"  # packing has no arithmetic
     return CallPlan(
         transform=transform,
-        input_name=input_name,
+        input_type=input_type,
         shape=out_shape,
         dtype=out_dtype,
         nbytes=math.prod(shape) * (dtype.itemsize + out_dtype.itemsize),
@@ -84,7 +84,7 @@ def plan_call(
         image_pixels=math.prod(shape[-3:]) // 3,
         base=find_base(transform.layout, dtype, shape, strides),
         out_strides=Strides.contiguous(out_shape, out_dtype.itemsize, transform.out_layout),
-        workload=backend.workload(transform, input_name)
+        workload=backend.workload(transform, input_type)
         if has_kernel
         else backend.Workload(has_kernel=False),
     )
@@ -101,31 +101,31 @@ class Kernel(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def bind_kernel(plan: CallPlan, *, in_place: bool, nontemporal: bool) -> Kernel:
     """Return the kernel for the contiguous base of a plan, or for copied tiles if it has none."""
-    transform, reversed_input = plan.transform, False
+    transform, has_reversed_input = plan.transform, False
     if plan.base is not None:
         transform = dataclasses.replace(transform, layout=plan.base.layout)
-        reversed_input = plan.base.is_reversed
+        has_reversed_input = plan.base.is_reversed
     kernel = _compile(
         transform,
-        plan.input_name,
-        reversed_input=reversed_input,
+        plan.input_type,
+        has_reversed_input=has_reversed_input,
         in_place=in_place,
         nontemporal=nontemporal,
-        aligned_planes=plan.out_strides.plane % CACHE_LINE_BYTES == 0,
+        has_aligned_planes=plan.out_strides.plane % CACHE_LINE_BYTES == 0,
     )
     plan.workload.is_compiled = True
     return kernel
 
 
 @functools.lru_cache(maxsize=256)
-def _compile(transform: Transform, input_name: str, **options: bool) -> Kernel:
+def _compile(transform: Transform, input_type: str, **options: bool) -> Kernel:
     with backend.compile_lock:
         from fastvgg.kernels import convert
         from fastvgg.kernels.spec import KernelSpec, constant_table
 
-        spec = KernelSpec.of(transform, input_name, **options)
+        spec = KernelSpec.of(transform, input_type, **options)
         table = constant_table(transform.mode, spec)
-        return Kernel(convert.compiled(spec), table, table.ctypes.data)
+        return Kernel(convert.compile_kernel(spec), table, table.ctypes.data)
 
 
 def run_kernel(

@@ -25,7 +25,7 @@ from dask.tokenize import tokenize
 from fastvgg import engine
 from fastvgg.backend import check_backend
 from fastvgg.errors import ShapeError, UsageError
-from fastvgg.transform import CHANNEL_AXES, Mode, Transform, storage_dtype, storage_name
+from fastvgg.transform import CHANNEL_AXES, Mode, Transform, storage_dtype, storage_type
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
@@ -50,7 +50,7 @@ def preprocess(
     Parameters
     ----------
     x
-        A Dask array with all channels in one chunk. The other axes may have any chunks, also of
+        A Dask array with all channels in one chunk. The other axes may have any chunks, even of
         unknown sizes.
     mode, layout, out_layout, dtype, backend
         As for `fastvgg.preprocess`.
@@ -89,16 +89,16 @@ def _map_blocks(transform: Transform, x: da.Array, backend: Backend) -> da.Array
             "convert it with dask.array.from_array; for arrays in memory use the fastvgg functions",
         )
     check_backend(backend)
-    input_name = storage_name(x.dtype)
+    input_type = storage_type(x.dtype)
     # Unknown lengths, which are NaN, are valid: only the number of channels is fixed.
-    transform.check_input(tuple(1 if math.isnan(n) else n for n in x.shape), input_name)
+    transform.check_input(tuple(1 if math.isnan(n) else n for n in x.shape), input_type)
     axis = x.ndim + CHANNEL_AXES[transform.layout]
     if len(x.chunks[axis]) != 1:
         raise ShapeError(
             f"the channel axis has chunks {x.chunks[axis]}, expected one chunk",
             f"give x.rechunk({{{axis}: -1}})",
         )
-    dtype = storage_dtype(transform.output_name(input_name))
+    dtype = storage_dtype(transform.output_type(input_type))
     axes = tuple(range(x.ndim))
     return da.blockwise(
         functools.partial(engine.apply, transform, threads=1, backend=backend),

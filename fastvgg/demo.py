@@ -40,7 +40,7 @@ PHOTOGRAPHS: Final = {
 }
 
 
-class Demonstration(NamedTuple):
+class DemoResult(NamedTuple):
     """The results of the demo."""
 
     images: int
@@ -48,7 +48,7 @@ class Demonstration(NamedTuple):
     contact_sheet: Path
 
 
-def demonstrate(directory: Path, say: Callable[[str], None]) -> Demonstration:
+def run_demo(directory: Path, echo: Callable[[str], None]) -> DemoResult:
     """Run the demo in a new directory, or in that of an earlier demo.
 
     Parameters
@@ -71,25 +71,25 @@ def demonstrate(directory: Path, say: Callable[[str], None]) -> Demonstration:
     restored, sheet = directory / "restored", directory / "contact-sheet.png"
     _check_directory(directory)
     _write_photographs(photographs)
-    say(
+    echo(
         f"{photographs}: {len(PHOTOGRAPHS)} photographs of different sizes, JPEG, PNG and grayscale"
     )
     report = plan(photographs, stored, mode="caffe", size=SIZE, restart=True).run()
-    say(str(report))
-    say(str(verify(stored, full=True)))
+    echo(str(report))
+    echo(str(verify(stored, full=True)))
     report = plan(stored, restored, direction="restore", restart=True).run()
-    say(str(report))
+    echo(str(report))
     originals, results = _read_images(photographs), _read_images(restored)
     differing = int((originals != results).sum())
     names = [record.path for record in read_index(stored, len(PHOTOGRAPHS))]
     _draw(sheet, originals, np.load(stored, mmap_mode="r"), results, names)
-    say(f"{sheet}: {', '.join(COLUMNS)}")
+    echo(f"{sheet}: {', '.join(COLUMNS)}")
     if differing:
         raise VerificationError(
             f"{differing} of {originals.nbytes} restored bytes differ from the originals",
             f"this is a bug in fastvgg: report it with the output of 'fastvgg info {stored}'",
         )
-    return Demonstration(len(originals), originals.nbytes, sheet)
+    return DemoResult(len(originals), originals.nbytes, sheet)
 
 
 def _check_directory(directory: Path) -> None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # of the time of non-temporal stores for 24 MiB, 0.8 for 32 MiB, 1.1 for 48 MiB and 1.4 for 64 MiB.
 # Fresh memory is in the caches already, because the system has just zeroed it.
 MIN_NONTEMPORAL_BYTES: Final = 32 * 1024 * 1024
-OVERLAP_SEARCH_STEPS: Final = 100_000
+MAX_OVERLAP_WORK: Final = 100_000
 
 
 @overload
@@ -339,16 +339,16 @@ def _check_out(
         and out.strides == x.strides
         and transform.layout == transform.out_layout
     )
-    if not in_place and _overlap(out, x):
+    if not in_place and _has_overlap(out, x):
         raise OutputError(
             "out overlaps the input without being the same array",
             "to work in place give out=x with the same dtype and layout; else give separate memory",
         )
 
 
-def _overlap(a: NDArray[Any], b: NDArray[Any]) -> bool:
+def _has_overlap(a: NDArray[Any], b: NDArray[Any]) -> bool:
     try:
         # NumPy's stubs know only -1 and 0 for max_work.
-        return np.shares_memory(a, b, max_work=OVERLAP_SEARCH_STEPS)  # type: ignore[arg-type]
+        return np.shares_memory(a, b, max_work=MAX_OVERLAP_WORK)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True

@@ -14,9 +14,9 @@ from fastvgg.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-UNITS: Final = {"": 1, "B": 1, "K": 2**10, "KIB": 2**10, "M": 2**20, "MIB": 2**20}
-UNITS.update({"G": 2**30, "GIB": 2**30, "T": 2**40, "TIB": 2**40})
-UNITS.update({"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12})
+UNIT_BYTES: Final = {"": 1, "B": 1, "K": 2**10, "KIB": 2**10, "M": 2**20, "MIB": 2**20}
+UNIT_BYTES.update({"G": 2**30, "GIB": 2**30, "T": 2**40, "TIB": 2**40})
+UNIT_BYTES.update({"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12})
 
 
 def parse_bytes(text: str | int) -> int:
@@ -28,9 +28,9 @@ def parse_bytes(text: str | int) -> int:
     if isinstance(text, int):
         return text
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in UNITS:
+    if match is None or match[2].upper() not in UNIT_BYTES:
         raise UsageError(f"{text!r} is not an amount of memory", "write it like 512MiB or 2GiB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    return int(float(match[1]) * UNIT_BYTES[match[2].upper()])
 
 
 def format_bytes(count: float) -> str:
@@ -49,11 +49,11 @@ def format_bytes(count: float) -> str:
 def package_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a result may depend on."""
     names = ("fastvgg", "numpy", "numba", "pillow", "simplejpeg", "h5py", "zarr")
-    return {"python": python_version(), **{name: _version_of(name) for name in names}}
+    return {"python": python_version(), **{name: _installed_version(name) for name in names}}
 
 
 @functools.cache  # reading the metadata takes a millisecond per package
-def _version_of(package: str) -> str:
+def _installed_version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -13,7 +13,7 @@ import numpy as np
 from fastvgg import engine, oracle
 from fastvgg.errors import DtypeError, ShapeError, UsageError
 from fastvgg.interop import check_unmasked
-from fastvgg.transform import CHANNEL_AXES, Mode, Transform, storage_dtype, storage_name
+from fastvgg.transform import CHANNEL_AXES, Mode, Transform, storage_dtype, storage_type
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,7 +75,7 @@ def preprocess_input(
     _check_plain_array(x)
     if not issubclass(x.dtype.type, np.floating):
         x = x.astype(storage_dtype(_keras_setting("floatx", "float32")))
-    return _apply(Transform(mode, layout=layout), x, _channel_by_channel)
+    return _apply(Transform(mode, layout=layout), x, _compute_per_channel)
 
 
 def restore_original_image_from_array(
@@ -104,7 +104,7 @@ def restore_original_image_from_array(
     [[[10.0, 20.0, 30.0]]]
     """
     transform = Transform(_ADD_MEANS, layout=_layout("channels_first", data_format))
-    return _apply(transform, _check_floating(x), _channel_by_channel)
+    return _apply(transform, _check_floating(x), _compute_per_channel)
 
 
 def deprocess_img(processed_img: NDArray[Any]) -> NDArray[np.uint8]:
@@ -143,7 +143,7 @@ def deprocess_img(processed_img: NDArray[Any]) -> NDArray[np.uint8]:
     return _apply(Transform("caffe", "restore", rounding="truncate"), y, _truncate)
 
 
-def _channel_by_channel(x: NDArray[Any], mode: Mode) -> NDArray[Any]:
+def _compute_per_channel(x: NDArray[Any], mode: Mode) -> NDArray[Any]:
     """Compute y from x, channels last, with the in-place operations of Keras.
 
     In bfloat16 they differ from the oracle: constants are not rounded to bfloat16 first.
@@ -169,7 +169,7 @@ def _apply(
     arithmetic: Callable[[NDArray[Any], Mode], NDArray[Any]],
 ) -> NDArray[Any]:
     """Apply a transform; unlike the engine, compute float16 and bfloat16 in their own precision."""
-    name = storage_name(x.dtype)
+    name = storage_type(x.dtype)
     if name not in ("float16", "bfloat16"):
         applied: NDArray[Any] = engine.apply(transform, x)
         return applied
@@ -189,7 +189,7 @@ def _check_plain_array(x: NDArray[Any]) -> None:
 
 
 def _check_floating(x: NDArray[Any]) -> NDArray[Any]:
-    """Return `x` if it is floating; adding means to integers is an error in the originals too."""
+    """Return `x` if it is floating; the originals also fail to add means to integers."""
     _check_plain_array(x)
     if not issubclass(x.dtype.type, np.floating):
         raise DtypeError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 
 from fastvgg import engine
-from fastvgg.backend import choose_for
+from fastvgg.backend import choose_for_size
 from fastvgg.datasets.images import ImageSource
 from fastvgg.datasets.open import open_source
 from fastvgg.errors import SourceError, UsageError
@@ -130,7 +130,7 @@ class Batches:
         self._epoch = -1
         self._batches_yielded = 0
         self._has_start = False  # whether the next iteration starts at the two numbers above
-        self._buffers: _BufferRing | None = None
+        self._buffers: _BatchBufferRing | None = None
         with contextlib.closing(self._open()) as source:
             self.header = source.header
             self.result = source.header if transform is None else plan_result(source, transform)
@@ -233,12 +233,14 @@ class Batches:
         return source
 
     @contextlib.contextmanager
-    def _borrowed_buffers(self) -> Iterator[_BufferRing]:
+    def _borrow_buffers(self) -> Iterator[_BatchBufferRing]:
         """Reuse the buffers of an earlier iteration, unless another iteration has them."""
         buffers, self._buffers = self._buffers, None
         if buffers is None:
             shape = (self.batch_size, *self.result.shape[1:])
-            buffers = _BufferRing(shape, storage_dtype(self.result.dtype), is_reused=not self.copy)
+            buffers = _BatchBufferRing(
+                shape, storage_dtype(self.result.dtype), is_reused=not self.copy
+            )
         try:
             yield buffers
         finally:
@@ -249,20 +251,20 @@ class Batches:
         order, count, size = self._order(epoch), len(self), self.batch_size
         with (
             contextlib.closing(self._open()) as source,
-            self._borrowed_buffers() as buffers,
+            self._borrow_buffers() as buffers,
             TaskQueue(self.threads) as tasks,
         ):
             if source.header != self.header:
                 raise SourceError(
                     f"{self.location} has changed since these batches were created",
-                    "create the batches again",
+                    "create new batches",
                 )
             builder = _BatchBuilder(self, source, tasks)
             in_flight: deque[tuple[Batch, TaskGroup]] = deque()
             for number in range(start, count):
                 for ahead in range(number + len(in_flight), min(number + MAX_IN_FLIGHT, count)):
                     rows = order[ahead * size : (ahead + 1) * size]
-                    in_flight.append(builder.submit(rows, buffers.ahead(ahead - number)))
+                    in_flight.append(builder.submit(rows, buffers.peek(ahead - number)))
                 batch, group = in_flight.popleft()
                 group.wait()
                 buffers.advance()
@@ -273,7 +275,7 @@ class Batches:
 batches = Batches
 
 
-class _BufferRing:
+class _BatchBufferRing:
     """A ring of reusable batch buffers, or a new buffer for every batch.
 
     A buffer is overwritten `MAX_IN_FLIGHT` + 1 batches later, so the batch that was yielded last
@@ -287,7 +289,7 @@ class _BufferRing:
         self._buffers = [np.empty(shape, dtype) for _ in range(count)]
         self._position = 0
 
-    def ahead(self, count: int) -> NDArray[Any]:
+    def peek(self, count: int) -> NDArray[Any]:
         """Return the buffer `count` places ahead of the current one."""
         if not self._buffers:
             return np.empty(self._shape, self._dtype)
@@ -305,7 +307,7 @@ class _BatchBuilder:
         self._is_shuffled = options.shuffle
         header = source.header
         epoch_bytes = 2 * header.nbytes if options.transform else 0
-        self._backend = choose_for("auto", epoch_bytes, options.threads)
+        self._backend = choose_for_size("auto", epoch_bytes, options.threads)
         images_per_thread = -(-options.batch_size // options.threads)
         self._images_per_read = max(1, min(images_per_thread, READ_BYTES // header.image_bytes))
         # Each thread gathers the scattered rows of a read into its own part of this memory.

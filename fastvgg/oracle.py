@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastvgg.transform import CHANNEL_AXES, Mode, Transform, storage_dtype, storage_name
+from fastvgg.transform import CHANNEL_AXES, Mode, Transform, storage_dtype, storage_type
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,10 +29,10 @@ def apply(transform: Transform, x: NDArray[Any]) -> NDArray[Any]:
     >>> apply(Transform("caffe"), np.array([[[10, 20, 30]]], np.uint8)).tolist()
     [[[-73.93900299072266, -96.77899932861328, -113.68000030517578]]]
     """
-    input_name = storage_name(x.dtype)
-    transform.check_input(x.shape, input_name)
-    compute = storage_dtype(transform.compute_name(input_name))
-    target = storage_dtype(transform.output_name(input_name))
+    input_type = storage_type(x.dtype)
+    transform.check_input(x.shape, input_type)
+    compute = storage_dtype(transform.compute_type(input_type))
+    target = storage_dtype(transform.output_type(input_type))
     # Infinities, NaN and subnormals are valid inputs with defined results.
     with np.errstate(all="ignore"):
         values = np.moveaxis(x, CHANNEL_AXES[transform.layout], -1).astype(compute)

@@ -70,7 +70,7 @@ class BatchesDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
         self._threads = threads
         self._epoch = 0
         self._state: Mapping[str, Any] | None = None
-        self._batches = self._shard_of_worker()  # raises now if an argument is invalid
+        self._batches = self._worker_batches()  # raises now if an argument is invalid
 
     def set_epoch(self, epoch: int) -> None:
         """Select the epoch number of the next iteration; call it before iterating the loader."""
@@ -87,7 +87,7 @@ class BatchesDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Iterate over this worker's shard of an epoch."""
-        self._batches = self._shard_of_worker()
+        self._batches = self._worker_batches()
         if self._state is None:
             self._batches.set_epoch(self._epoch)
         else:
@@ -96,7 +96,7 @@ class BatchesDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
         for images, rows in self._batches:
             yield as_torch(images), torch.from_numpy(rows)
 
-    def _shard_of_worker(self) -> Batches:
+    def _worker_batches(self) -> Batches:
         worker = get_worker_info()
         workers, number = (1, 0) if worker is None else (worker.num_workers, worker.id)
         rank, ranks = 0, 1

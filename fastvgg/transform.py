@@ -59,10 +59,10 @@ def storage_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(name)
 
 
-def storage_name(dtype: DTypeLike) -> str:
+def storage_type(dtype: DTypeLike) -> str:
     """Return the name of the storage type of a dtype, in any byte order.
 
-    >>> storage_name(">f4")
+    >>> storage_type(">f4")
     'float32'
     """
     try:
@@ -172,7 +172,7 @@ class Mode:
                 )
 
     @staticmethod
-    def named(name: str) -> Mode:
+    def from_name(name: str) -> Mode:
         """Return a built-in mode: caffe, tf, torch or identity."""
         try:
             return _MODES[name]
@@ -189,7 +189,7 @@ class Mode:
         EfficientNet, ConvNeXt and MobileNetV3 scale the pixels in their own first layers. Their
         mode is `Mode.IDENTITY`, which only converts the dtype.
         """
-        mode = Mode.named(models.mode_name(model))
+        mode = Mode.from_name(models.mode_name(model))
         if mode is Mode.IDENTITY:
             warnings.warn(
                 f"{model} scales pixels itself: its mode, identity, changes no value",
@@ -300,11 +300,11 @@ class Transform:
         _check_choice("out_layout", out_layout, LAYOUTS)
         _check_choice("rounding", rounding, ROUNDINGS)
         set_field = object.__setattr__
-        set_field(self, "mode", mode if isinstance(mode, Mode) else Mode.named(mode))
+        set_field(self, "mode", mode if isinstance(mode, Mode) else Mode.from_name(mode))
         set_field(self, "direction", direction)
         set_field(self, "layout", layout)
         set_field(self, "out_layout", out_layout)
-        set_field(self, "dtype", None if dtype is None else storage_name(dtype))
+        set_field(self, "dtype", None if dtype is None else storage_type(dtype))
         set_field(self, "rounding", rounding)
         is_unchanged = self.mode.name == "identity" and self.dtype in (None, "uint8")
         if direction == "pack" and not is_unchanged:
@@ -348,24 +348,24 @@ class Transform:
         """Return the transform that undoes this one, with the layouts swapped."""
         return Transform(self.mode, INVERSES[self.direction], self.out_layout, self.layout)
 
-    def output_name(self, input_name: str) -> str:
-        """Return the storage type of the result for an input of type `input_name`.
+    def output_type(self, input_type: str) -> str:
+        """Return the storage type of the result for an input of type `input_type`.
 
-        >>> Transform("tf").output_name("uint8"), Transform("tf").output_name("float16")
+        >>> Transform("tf").output_type("uint8"), Transform("tf").output_type("float16")
         ('float32', 'float16')
         """
         if self.dtype is not None:
             return self.dtype
         if self.direction != "preprocess":
             return "uint8"
-        return "float32" if input_name == "uint8" else input_name
+        return "float32" if input_type == "uint8" else input_type
 
-    def compute_name(self, input_name: str) -> str:
+    def compute_type(self, input_type: str) -> str:
         """Return the compute type: float64 if every floating side is float64, else float32."""
-        sides = {input_name, self.output_name(input_name)} - {"uint8"}
+        sides = {input_type, self.output_type(input_type)} - {"uint8"}
         return "float64" if sides == {"float64"} else "float32"
 
-    def check_input(self, shape: tuple[int, ...], input_name: str) -> None:
+    def check_input(self, shape: tuple[int, ...], input_type: str) -> None:
         """Check the shape and the storage type of an input.
 
         Raises
@@ -391,14 +391,14 @@ class Transform:
                 f"length {channels}, expected 3",
                 remedy,
             )
-        if self.direction == "restore" and input_name == "uint8":
+        if self.direction == "restore" and input_type == "uint8":
             raise DtypeError(
                 "uint8 is the dtype of images, not of network inputs: there is nothing to restore",
                 "give the network inputs that preprocess returned, in a floating dtype",
             )
-        if self.direction == "pack" and input_name != "uint8":
+        if self.direction == "pack" and input_type != "uint8":
             raise DtypeError(
-                f"cannot pack {input_name}: packed images are uint8",
+                f"cannot pack {input_type}: packed images are uint8",
                 "give uint8 images, or convert them with astype",
             )
 

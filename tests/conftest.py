@@ -1,4 +1,4 @@
-"""The reference is Keras on NumPy, and what the engine does is tested on each backend there is."""
+"""Configure pytest: Keras on NumPy is the reference; engine tests run on every backend."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """Give each worker tests that follow each other: what they share is then made once.
+    """Give each worker consecutive tests, so that shared fixtures are created only once.
 
-    A kernel that takes a second to compile, a server of a store, or a cluster would otherwise be
-    made by every worker.
+    Otherwise every worker would compile the same kernels (about a second each) and start its own
+    object store server and cluster.
     """
     if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
         config.option.dist = "worksteal"
@@ -41,11 +41,11 @@ def pytest_cmdline_main(config):
 def pytest_configure(config):
     if not config.getoption("--without-numba"):
         return
-    sys.modules["numba"] = None  # the import system's own way to say that there is no such module
+    sys.modules["numba"] = None  # makes `import numba` raise ImportError
     config.addinivalue_line("filterwarnings", "ignore:Numba is not usable:UserWarning")
     paths = [config.rootpath / folder for folder in NEED_NUMBA]
     if missing := [str(path) for path in paths if not path.is_dir()]:
-        raise pytest.UsageError(f"tests/conftest.py names what does not exist: {missing}")
+        raise pytest.UsageError(f"tests/conftest.py lists missing folders: {missing}")
     config.option.ignore = [*(config.option.ignore or ()), *map(str, paths)]
 
 
@@ -56,7 +56,7 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Start the longest test first, so that all workers end together."""
+    """Start the longest test first, so that all workers finish at about the same time."""
     if config.getoption("--without-numba"):
         items[:] = [item for item in items if not item.get_closest_marker("compiled")]
     items.sort(key=lambda item: item.path.name != "test_without_numba.py")

@@ -69,7 +69,7 @@ class Contender(NamedTuple):
     backend: str = "numpy"
     """That of Keras in the process, which is read once."""
 
-    def enters(self, task: Task) -> Peer | None:
+    def peer_for(self, task: Task) -> Peer | None:
         """Return what it offers for a task, if anything."""
         build = self.restore if task.restores else self.preprocess
         return build(task) if build is not None else None

@@ -26,12 +26,12 @@ class BenchConfig(NamedTuple):
     images: int
     """The maximum number of images to decode."""
     file_bytes: int
-    every_path: bool
+    has_all_paths: bool
     """Measure every mode, storage type and pair of layouts instead of the common ones."""
 
 
-FULL: Final = BenchConfig(400 * 2**20, 11, 2000, 2**30, every_path=True)
-QUICK: Final = BenchConfig(192 * 2**20, 3, 100, 256 * 2**20, every_path=False)
+FULL: Final = BenchConfig(400 * 2**20, 11, 2000, 2**30, has_all_paths=True)
+QUICK: Final = BenchConfig(192 * 2**20, 3, 100, 256 * 2**20, has_all_paths=False)
 
 
 def measure(
@@ -42,10 +42,10 @@ def measure(
     threads: int | None = None,
     on_figure: Callable[[str, dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure this machine: `FULL` takes a few minutes, `QUICK` a quarter of a minute.
+    """Measure this machine: `FULL` takes a few minutes, `QUICK` about 15 seconds.
 
-    `images`, a directory or tar shards of images, measures decoding too. `disk`, a directory,
-    measures its disk too: a file is written there and removed. `on_figure` is called with "memory",
+    `images`, a directory or tar shards of images, adds a measurement of decoding. `disk`, a
+    directory, adds one of its disk, with a temporary file. `on_figure` is called with "memory",
     "kernels", "decoding" or "disk", and each figure as it is measured.
 
     The record has machine, instruction_set, threads and rounds; memory and kernels, lists of a row
@@ -75,7 +75,7 @@ def measure(
     arena = memory.Arena(config.working_set_bytes)
     bandwidths = memory.measure_bandwidth(arena, config.rounds, threads)
     record["memory"] = [report("memory", row) for row in bandwidths]
-    paths = kernels.PATHS if config.every_path else kernels.COMMON_PATHS
+    paths = kernels.PATHS if config.has_all_paths else kernels.COMMON_PATHS
     rows = (kernels.measure_path(path, arena, config.rounds, threads) for path in paths)
     record["kernels"] = [report("kernels", row) for row in rows]
     return {**record, "call_overhead_us": kernels.call_overhead_us(config.rounds)}

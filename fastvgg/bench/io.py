@@ -22,7 +22,7 @@ from fastvgg.errors import TargetError, VerificationError
 from fastvgg.imaging.decode import DecodeOptions
 from fastvgg.imaging.resize import gather_function
 from fastvgg.parallel import parallel_for
-from fastvgg.storage.local import Storage, StoredFile
+from fastvgg.storage.local import OpenFile, Storage
 
 if TYPE_CHECKING:
     from fastvgg.datasets.images import ImageSource
@@ -94,7 +94,7 @@ def _write_file(storage: Storage, path: Path, nbytes: int, data: memoryview) -> 
 
 
 def _drop_cache(storage: Storage, path: Path) -> None:
-    file: StoredFile = storage.open(path)
+    file: OpenFile = storage.open(path)
     try:
         storage.drop_cache(file)
     finally:

@@ -58,7 +58,7 @@ class KernelPath(NamedTuple):
         t = self.transform
         layouts = t.layout if t.layout == t.out_layout else f"{t.layout}-{t.out_layout}"
         where = {"used": "", "new": ", new memory", "in place": " in place"}[self.out]
-        return f"{self.dtype}-{t.output_name(self.dtype)} {t.mode.name} {layouts}{where}"
+        return f"{self.dtype}-{t.output_type(self.dtype)} {t.mode.name} {layouts}{where}"
 
 
 def _paths() -> Iterator[KernelPath]:

@@ -74,7 +74,7 @@ def measure_bandwidth(arena: Arena, rounds: int, threads: int) -> list[dict[str,
 def copy(x: NDArray[Any], out: NDArray[Any], threads: int, *, prefetch: bool) -> None:
     """Copy a batch into another with non-temporal stores."""
     pixels = x.size // 3
-    loop = bandwidth.streaming_copy(x.nbytes // pixels, out.nbytes // pixels, prefetches=prefetch)
+    loop = bandwidth.streaming_copy(x.nbytes // pixels, out.nbytes // pixels, has_prefetch=prefetch)
     target, steps = _cache_lines(out)
     source = _Operand(x.ctypes.data, bandwidth.STEP_BYTES * x.nbytes // out.nbytes)
     _run_steps(loop, (source, target), steps, threads)
@@ -82,7 +82,7 @@ def copy(x: NDArray[Any], out: NDArray[Any], threads: int, *, prefetch: bool) ->
 
 def scale(y: NDArray[Any], threads: int, *, prefetch: bool) -> None:
     """Multiply a batch of float32 in place."""
-    loop = bandwidth.scale_in_place(prefetches=prefetch)
+    loop = bandwidth.scale_in_place(has_prefetch=prefetch)
     target = _Operand(y.ctypes.data, bandwidth.STEP_BYTES)
     factors = np.full(CACHE_LINE_BYTES // 4, 1.0000001, np.float32)
     steps = y.nbytes // bandwidth.STEP_BYTES

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-LOW_SHARE: Final = 0.9
+MIN_SHARE: Final = 0.9
 
 HEADINGS: Final = {
     "memory": f"{'memory':<36} {'GB/s':>6}",
@@ -24,7 +24,7 @@ STYLE: Final[Any] = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "fa
 
 
 def low_paths(record: dict[str, Any]) -> list[str]:
-    """Return the kernel paths below `LOW_SHARE` of their limit.
+    """Return the kernel paths below `MIN_SHARE` of their limit.
 
     Paths that write to new memory are omitted: the system, which zeroes it, limits them.
     """
@@ -32,7 +32,7 @@ def low_paths(record: dict[str, Any]) -> list[str]:
 
 
 def _is_low(row: dict[str, Any]) -> bool:
-    return bool(row["share"] < LOW_SHARE and not row["path"].endswith("new memory"))
+    return bool(row["share"] < MIN_SHARE and not row["path"].endswith("new memory"))
 
 
 def line(section: str, row: dict[str, Any]) -> str:
@@ -116,7 +116,7 @@ def _draw_bars(axes: Any, rows: Sequence[dict[str, Any]]) -> None:  # noqa: ANN4
         row["gigabytes_per_second"] * row["numpy_images_per_second"] / row["images_per_second"]
         for row in rows
     ]
-    # Okabe and Ito's palette, distinguishable with colour blindness: https://jfly.uni-koeln.de/color/
+    # Okabe and Ito's palette, distinguishable with color blindness: https://jfly.uni-koeln.de/color/
     axes.barh(positions, speeds, BAR_HEIGHT, color="#0072B2", label="fastvgg")
     axes.barh(positions, numpy_speeds, BAR_HEIGHT, color="#E69F00", label="NumPy, same threads")
     half = BAR_HEIGHT / 2

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def time_interleaved(calls: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
     """Return the seconds of each call in each round; one warm-up round is not counted.
 
-    Every round makes each call once, because a disturbance of the machine then affects all calls
-    alike.
+    Every round makes each call once, so a disturbance of the machine affects all calls
+    equally.
     """
     seconds: list[list[float]] = [[] for _ in calls]
     for call in calls:

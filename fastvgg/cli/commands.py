@@ -38,14 +38,14 @@ Preprocess a directory of images (add --dry-run to print the plan only):
   fastvgg preprocess photos/ train.npy --model vgg19 --size 224 224
 Restore the images:
   fastvgg restore train.npy images/
-Verify a dataset, or show what it is:
+Verify a dataset, or describe it:
   fastvgg verify train.npy
   fastvgg info train.npy
 
 All commands: fastvgg --help. One command: fastvgg preprocess --help.
 To resume an interrupted run, rerun the same command."""
 
-SEE_CODES: Final = "Exit codes: 'fastvgg --help' lists them."
+EXIT_CODES_HINT: Final = "Exit codes: 'fastvgg --help' lists them."
 
 app = typer.Typer(
     name="fastvgg",
@@ -56,10 +56,10 @@ app = typer.Typer(
 
 
 # The order of the parameters is the order of the help screen. `locals()` contains only them.
-@app.command(cls=Command, epilog=SEE_CODES)
+@app.command(cls=Command, epilog=EXIT_CODES_HINT)
 def preprocess(
-    source: options.Source,
-    target: options.Target = None,
+    source: options.SourceArgument,
+    target: options.TargetArgument = None,
     model: options.Model = None,
     mode: options.ModeName = None,
     layout: options.SourceLayout = None,
@@ -94,10 +94,10 @@ def preprocess(
     _convert("preprocess", **locals())
 
 
-@app.command(cls=Command, epilog=SEE_CODES)
+@app.command(cls=Command, epilog=EXIT_CODES_HINT)
 def pack(
-    source: options.ImageSource,
-    target: options.PackedTarget,
+    source: options.ImageSourceArgument,
+    target: options.PackTargetArgument,
     exif: options.Exif = False,
     fast_jpeg: options.FastJpeg = False,
     gray16: options.Gray16 = "error",
@@ -126,10 +126,10 @@ def pack(
     _convert("pack", **locals())
 
 
-@app.command(cls=Command, epilog=SEE_CODES)
+@app.command(cls=Command, epilog=EXIT_CODES_HINT)
 def restore(
-    source: options.StoredSource,
-    target: options.RestoredTarget = None,
+    source: options.ArraySourceArgument,
+    target: options.RestoreTargetArgument = None,
     model: options.Model = None,
     mode: options.ModeName = None,
     layout: options.SourceLayout = None,
@@ -158,7 +158,7 @@ def restore(
     _convert("restore", **locals())
 
 
-@app.command(cls=Command, epilog=SEE_CODES)
+@app.command(cls=Command, epilog=EXIT_CODES_HINT)
 def verify(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A finished dataset.")],
     full: Annotated[
@@ -179,7 +179,7 @@ def verify(
         print_json(fields) if as_json else echo(str(verification), sys.stdout)
 
 
-@app.command(cls=Command, epilog=SEE_CODES)
+@app.command(cls=Command, epilog=EXIT_CODES_HINT)
 def info(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A dataset, finished or not.")],
     as_json: options.Json = False,
@@ -198,7 +198,7 @@ def info(
         print_json(properties) if as_json else print_info(properties)
 
 
-@app.command("models", cls=Command, epilog=SEE_CODES)
+@app.command("models", cls=Command, epilog=EXIT_CODES_HINT)
 def models_(as_json: options.Json = False) -> None:
     """List the Keras models and their modes.
 
@@ -211,7 +211,7 @@ def models_(as_json: options.Json = False) -> None:
         print(f"{model:<20}{mode}")
 
 
-@app.command(cls=Command, epilog=SEE_CODES)
+@app.command(cls=Command, epilog=EXIT_CODES_HINT)
 def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="Measure only the common kernels (about 15 s).")
@@ -259,11 +259,11 @@ def bench(
         print(f"per-call overhead: {record['call_overhead_us']:.0f} microseconds")
         print(f"kernels compiled for {record['instruction_set']}")
         if low := report.low_paths(record):
-            print(f"below {report.LOW_SHARE:.0%} of the limit (<): {len(low)}. If this repeats on")
+            print(f"below {report.MIN_SHARE:.0%} of the limit (<): {len(low)}. If this repeats on")
             print("an idle machine, please report it with the output of: fastvgg bench --json")
 
 
-@app.command(cls=Command, epilog=SEE_CODES)
+@app.command(cls=Command, epilog=EXIT_CODES_HINT)
 def demo(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A new directory.")],
     traceback: options.Traceback = False,
@@ -275,11 +275,11 @@ def demo(
     Example: fastvgg demo demo/
     """
     with translate_errors(traceback):
-        from fastvgg.demo import demonstrate
+        from fastvgg.demo import run_demo
 
-        result = demonstrate(Path(directory), say=print)
+        result = run_demo(Path(directory), echo=print)
         echo(
-            f"every byte came back: {result.images} photographs, {result.compared_bytes} bytes "
+            f"every byte was restored: {result.images} photographs, {result.compared_bytes} bytes "
             "compared, 0 differ",
             sys.stdout,
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import typer
 from typer.core import TyperCommand
 
-from fastvgg.cli.options import RUN as DEFAULT_PANEL
+from fastvgg.cli.options import RUN_PANEL as DEFAULT_PANEL
 from fastvgg.cli.output import echo
 from fastvgg.errors import FastvggError, StoppedError
 
@@ -115,6 +115,6 @@ def interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 def catch_signals() -> None:
-    """Handle SIGINT and SIGTERM alike."""
+    """Install `interrupt` as the handler of SIGINT and SIGTERM."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)

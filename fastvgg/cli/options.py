@@ -20,11 +20,11 @@ FormatChoice = Literal["png", "webp", "jpeg"]
 Gray16Choice = Literal["error", "scale"]
 
 # The sections of a help screen.
-MODEL: Final = "Model"
-INPUT: Final = "Input"
-GEOMETRY: Final = "Geometry"
-OUTPUT: Final = "Output"
-RUN: Final = "Run"
+MODEL_PANEL: Final = "Model"
+INPUT_PANEL: Final = "Input"
+GEOMETRY_PANEL: Final = "Geometry"
+OUTPUT_PANEL: Final = "Output"
+RUN_PANEL: Final = "Run"
 
 IMAGES: Final = "a directory or tar shards of images"
 ARRAYS: Final = "a .npy, a .zarr (also s3://), FILE.h5::/NAME"
@@ -38,7 +38,7 @@ def _option(panel: str, about: str, *names: str, **settings: Any) -> Any:  # noq
 def _choice(
     choices: object, panel: str, about: str, metavar: str, shown_default: bool | str = True
 ) -> Any:  # noqa: ANN401
-    """Return an option whose choices, those of a Literal, shells complete.
+    """Return an option with the choices of a Literal, which shells complete.
 
     The option accepts any text: the library reports an invalid value together with the choices.
     """
@@ -54,23 +54,25 @@ def _choice(
 
 
 # Sources and targets are str: Path would collapse the two slashes of a URL.
-Source = Annotated[str, typer.Argument(metavar="SRC", help=f"Input: {IMAGES}; {STORED_ARRAYS}.")]
-StoredSource = Annotated[str, typer.Argument(metavar="SRC", help=f"Input: {STORED_ARRAYS}.")]
-ImageSource = Annotated[str, typer.Argument(metavar="SRC", help=f"Input: {IMAGES}.")]
-Target = Annotated[str | None, typer.Argument(metavar="DST", help=f"Output: {ARRAYS}.")]
-PackedTarget = Annotated[str, typer.Argument(metavar="DST", help=f"Output: {ARRAYS}.")]
-RestoredTarget = Annotated[
+SourceArgument = Annotated[
+    str, typer.Argument(metavar="SRC", help=f"Input: {IMAGES}; {STORED_ARRAYS}.")
+]
+ArraySourceArgument = Annotated[str, typer.Argument(metavar="SRC", help=f"Input: {STORED_ARRAYS}.")]
+ImageSourceArgument = Annotated[str, typer.Argument(metavar="SRC", help=f"Input: {IMAGES}.")]
+TargetArgument = Annotated[str | None, typer.Argument(metavar="DST", help=f"Output: {ARRAYS}.")]
+PackTargetArgument = Annotated[str, typer.Argument(metavar="DST", help=f"Output: {ARRAYS}.")]
+RestoreTargetArgument = Annotated[
     str | None,
     typer.Argument(metavar="DST", help=f"Output: a directory for image files, {ARRAYS}."),
 ]
 
 ModeName = Annotated[
-    ModeChoice | None, _choice(ModeChoice, MODEL, "Preprocessing mode: {values}.", "MODE")
+    ModeChoice | None, _choice(ModeChoice, MODEL_PANEL, "Preprocessing mode: {values}.", "MODE")
 ]
 Model = Annotated[
     str | None,
     _option(
-        MODEL,
+        MODEL_PANEL,
         "Keras model; 'fastvgg models' lists them.",
         metavar="NAME",
         autocompletion=lambda: list(models.MODES_BY_MODEL),
@@ -78,77 +80,87 @@ Model = Annotated[
 ]
 
 SourceLayout = Annotated[
-    LayoutChoice | None, _choice(LayoutChoice, INPUT, "Input layout: {values}.", "LAYOUT")
+    LayoutChoice | None, _choice(LayoutChoice, INPUT_PANEL, "Input layout: {values}.", "LAYOUT")
 ]
-Exif = Annotated[bool, _option(INPUT, "Apply the EXIF orientation; Keras ignores it.", "--exif")]
+Exif = Annotated[
+    bool, _option(INPUT_PANEL, "Apply the EXIF orientation; Keras ignores it.", "--exif")
+]
 FastJpeg = Annotated[
-    bool, _option(INPUT, "Decode large JPEGs at reduced scale: not exact.", "--fast-jpeg")
+    bool, _option(INPUT_PANEL, "Decode large JPEGs at reduced scale: not exact.", "--fast-jpeg")
 ]
 Gray16 = Annotated[
     Gray16Choice,
-    _choice(Gray16Choice, INPUT, "16-bit gray images: {values} them to 8 bits.", "POLICY"),
+    _choice(Gray16Choice, INPUT_PANEL, "16-bit grayscale images: {values} to 8 bits.", "POLICY"),
 ]
 MaxPixels = Annotated[
     int | None,
-    _option(INPUT, "Reject images with more pixels.", metavar="N", show_default="89478485"),
+    _option(INPUT_PANEL, "Reject images with more pixels.", metavar="N", show_default="89478485"),
 ]
 
 Size = Annotated[
     tuple[int, int] | None,
-    _option(GEOMETRY, "Resize images to this height and width.", metavar="H W"),
+    _option(GEOMETRY_PANEL, "Resize images to this height and width.", metavar="H W"),
 ]
 Interpolation = Annotated[
     InterpolationChoice,
-    _choice(InterpolationChoice, GEOMETRY, "Interpolation: {values}.", "METHOD"),
+    _choice(InterpolationChoice, GEOMETRY_PANEL, "Interpolation: {values}.", "METHOD"),
 ]
 KeepAspectRatio = Annotated[
     bool,
     _option(
-        GEOMETRY, "Center-crop to the target aspect ratio, then resize.", "--keep-aspect-ratio"
+        GEOMETRY_PANEL,
+        "Center-crop to the target aspect ratio, then resize.",
+        "--keep-aspect-ratio",
     ),
 ]
 
 Dtype = Annotated[
     FloatChoice | None,
-    _choice(FloatChoice, OUTPUT, "Output dtype: {values}.", "DTYPE", "float32 for uint8"),
+    _choice(FloatChoice, OUTPUT_PANEL, "Output dtype: {values}.", "DTYPE", "float32 for uint8"),
 ]
 RestoredDtype = Annotated[
     DtypeChoice | None,
-    _choice(DtypeChoice, OUTPUT, "Output dtype: {values}.", "DTYPE", "uint8"),
+    _choice(DtypeChoice, OUTPUT_PANEL, "Output dtype: {values}.", "DTYPE", "uint8"),
 ]
 OutLayout = Annotated[
     LayoutChoice | None,
-    _choice(LayoutChoice, OUTPUT, "Output layout: {values}.", "LAYOUT", "that of SRC"),
+    _choice(LayoutChoice, OUTPUT_PANEL, "Output layout: {values}.", "LAYOUT", "that of SRC"),
 ]
 Rounding = Annotated[
-    RoundingChoice, _choice(RoundingChoice, OUTPUT, "Rounding: {values}.", "METHOD")
+    RoundingChoice, _choice(RoundingChoice, OUTPUT_PANEL, "Rounding: {values}.", "METHOD")
 ]
 Format = Annotated[
-    FormatChoice, _choice(FormatChoice, OUTPUT, "Image files: {values} (lossy).", "FORMAT")
+    FormatChoice,
+    _choice(FormatChoice, OUTPUT_PANEL, "Image file format: {values} (lossy).", "FORMAT"),
 ]
 InPlace = Annotated[
-    bool, _option(OUTPUT, "Overwrite SRC, a .npy file of floats; omit DST.", "--in-place")
+    bool, _option(OUTPUT_PANEL, "Overwrite SRC, a .npy file of floats; omit DST.", "--in-place")
 ]
 
-DryRun = Annotated[bool, _option(RUN, "Print the plan and write nothing.", "--dry-run")]
+DryRun = Annotated[bool, _option(RUN_PANEL, "Print the plan and write nothing.", "--dry-run")]
 Restart = Annotated[
-    bool, _option(RUN, "Start over, replacing a DST that fastvgg wrote.", "--restart")
+    bool, _option(RUN_PANEL, "Start over, replacing a DST that fastvgg wrote.", "--restart")
 ]
 RetryFailed = Annotated[
-    bool, _option(RUN, "Retry the failed images of a finished DST.", "--retry-failed")
+    bool, _option(RUN_PANEL, "Retry the failed images of a finished DST.", "--retry-failed")
 ]
 Strict = Annotated[
-    bool, _option(RUN, "Stop at the first image that cannot be decoded.", "--strict")
+    bool, _option(RUN_PANEL, "Stop at the first image that cannot be decoded.", "--strict")
 ]
-Memory = Annotated[str, _option(RUN, "Memory limit of the run.", metavar="SIZE")]
+Memory = Annotated[str, _option(RUN_PANEL, "Memory limit of the run.", metavar="SIZE")]
 Threads = Annotated[
-    int | None, _option(RUN, "Worker threads.", metavar="N", show_default="all available CPUs")
+    int | None,
+    _option(RUN_PANEL, "Worker threads.", metavar="N", show_default="all available CPUs"),
 ]
-Fsync = Annotated[bool, _option(RUN, "Make commits survive power loss.", "--fsync/--no-fsync")]
+Fsync = Annotated[
+    bool, _option(RUN_PANEL, "Make commits survive power loss.", "--fsync/--no-fsync")
+]
 Dask = Annotated[
     str | None,
-    _option(RUN, "Scheduler of the Dask cluster to run on, or 'local'.", metavar="ADDRESS"),
+    _option(RUN_PANEL, "Address of a Dask scheduler, or 'local'.", metavar="ADDRESS"),
 ]
-Quiet = Annotated[bool, _option(RUN, "Print no progress and no notes.", "--quiet")]
-Json = Annotated[bool, _option(RUN, "Print the result as JSON.", "--json")]
-Traceback = Annotated[bool, _option(RUN, "Print the Python traceback of an error.", "--traceback")]
+Quiet = Annotated[bool, _option(RUN_PANEL, "Print no progress and no notes.", "--quiet")]
+Json = Annotated[bool, _option(RUN_PANEL, "Print the result as JSON.", "--json")]
+Traceback = Annotated[
+    bool, _option(RUN_PANEL, "Print the Python traceback of an error.", "--traceback")
+]

@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from fastvgg.formatting import format_bytes
-from fastvgg.stream.report import FAILURES_SHOWN
+from fastvgg.stream.report import MAX_FAILURES_SHOWN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -67,10 +67,10 @@ def plan_record(plan: Plan) -> dict[str, Any]:
 def print_report(report: Report) -> None:
     """Print the summary of a run and its first failures."""
     echo(str(report), sys.stdout)
-    for failure in report.failures[:FAILURES_SHOWN]:
+    for failure in report.failures[:MAX_FAILURES_SHOWN]:
         echo(f"  failed: row {failure.row}, {failure.path}: {failure.reason}", sys.stderr)
-    if len(report.failures) > FAILURES_SHOWN:
-        more = len(report.failures) - FAILURES_SHOWN
+    if len(report.failures) > MAX_FAILURES_SHOWN:
+        more = len(report.failures) - MAX_FAILURES_SHOWN
         echo(f"  and {more} more, all listed in {report.target}.index.csv", sys.stderr)
 
 

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 # Chunks of 4 MiB encode at two thirds of the speed of 8 MiB; larger ones gain almost nothing.
 INNER_CHUNK_BYTES: Final = 8 * 1024 * 1024
-STORED_TYPES: Final = ("uint8", "float16", "float32", "float64")
+NUMPY_DTYPES: Final = ("uint8", "float16", "float32", "float64")
 MAX_ELEMENTS: Final = 2**63 - 1
-SHOWN_CHARACTERS: Final = 100  # of a shape in a message: a damaged header may claim any shape
+MAX_SHAPE_CHARACTERS: Final = 100  # of a shape in a message: a damaged header may claim any shape
 READ_FLAGS: Final = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
 NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
 
@@ -42,7 +42,7 @@ NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file, or an object of a store, for reading.
 
-    Directories, sockets and pipes are rejected: opening a pipe could block for ever.
+    Directories, sockets and pipes are rejected: opening a pipe could block forever.
 
     Raises
     ------
@@ -50,7 +50,7 @@ def open_regular(path: Path) -> BinaryIO:
         From the operating system, or if `path` is not a regular file.
     """
     if is_remote(path):
-        return objects.opened(path)
+        return objects.open_object(path)
     descriptor = os.open(path, READ_FLAGS)
     try:
         _check_regular(os.fstat(descriptor))
@@ -163,7 +163,7 @@ def inner_chunk_images(image_bytes: int) -> int:
     return max(1, INNER_CHUNK_BYTES // image_bytes)
 
 
-def check_array(path: Location | Path, shape: tuple[int, ...]) -> None:
+def check_shape(path: Location | Path, shape: tuple[int, ...]) -> None:
     """Check that an array has the shape of a batch of images.
 
     Raises
@@ -171,7 +171,7 @@ def check_array(path: Location | Path, shape: tuple[int, ...]) -> None:
     SourceError
         If the rank is not 4, or the array is empty or too large.
     """
-    shown = str(shape)[:SHOWN_CHARACTERS]
+    shown = str(shape)[:MAX_SHAPE_CHARACTERS]
     if len(shape) != 4:
         raise SourceError(
             f"{path} has shape {shown}, of rank {len(shape)}",
@@ -183,7 +183,7 @@ def check_array(path: Location | Path, shape: tuple[int, ...]) -> None:
     if math.prod(shape) > MAX_ELEMENTS:
         raise SourceError(
             f"{path} has shape {shown}: more elements than an array can have",
-            "the file is damaged: get it again",
+            "the file is damaged: replace it with an intact copy",
         )
 
 
@@ -195,15 +195,15 @@ def check_dtype(path: Location | Path, name: str, described: object) -> str:
     SourceError
         If it is not; the message quotes `described`.
     """
-    if name not in STORED_TYPES:
+    if name not in NUMPY_DTYPES:
         raise SourceError(
             f"{path} has unsupported dtype {described}",
-            f"store it as one of {', '.join(STORED_TYPES)}",
+            f"store it as one of {', '.join(NUMPY_DTYPES)}",
         )
     return name
 
 
-def bytes_of(batch: NDArray[Any]) -> memoryview:
+def byte_view(batch: NDArray[Any]) -> memoryview:
     """Return a view of the bytes of a contiguous batch of any dtype."""
     return batch.view(np.uint8).reshape(-1).data
 
@@ -378,7 +378,7 @@ class Target(ABC):
 
     def read_stored(self, start: int, stop: int) -> Payload:
         """Read the payload of images of the published target."""
-        return [bytes_of(self.read_back(start, stop))]
+        return [byte_view(self.read_back(start, stop))]
 
     @abstractmethod
     def read_back(self, start: int, stop: int) -> NDArray[Any]:

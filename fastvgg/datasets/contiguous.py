@@ -18,7 +18,7 @@ from fastvgg.datasets.base import (
     Chunk,
     DiskTarget,
     SharedTarget,
-    bytes_of,
+    byte_view,
     open_regular,
 )
 from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fastvgg.datasets.base import Header, PartialPages, Payload
-    from fastvgg.storage.local import Storage, StoredFile
+    from fastvgg.storage.local import OpenFile, Storage
     from fastvgg.storage.location import Location
 
-SAMPLES: Final = 16
+SAMPLE_COUNT: Final = 16
 SAMPLE_BYTES: Final = 64 * 1024
 # Populating a mapping before it is read reports a truncated file as an error. Otherwise the first
 # access to a missing page kills the process (SIGBUS). Requires Linux 5.14.
@@ -69,8 +69,8 @@ class ContiguousSource(ArraySource):
         status = os.fstat(descriptor)
         digest = xxhash.xxh3_128(f"{status.st_size} {status.st_mtime_ns}".encode())
         last = max(0, status.st_size - SAMPLE_BYTES)
-        for step in range(SAMPLES):
-            offset = last * step // (SAMPLES - 1)
+        for step in range(SAMPLE_COUNT):
+            offset = last * step // (SAMPLE_COUNT - 1)
             try:
                 digest.update(os.pread(descriptor, SAMPLE_BYTES, offset))
             except OSError as error:
@@ -86,7 +86,7 @@ class ContiguousSource(ArraySource):
         return Chunk(batch, [*self.records[start:stop]])
 
     def read_into(self, start: int, out: NDArray[Any]) -> None:
-        memory, offset = bytes_of(out), self._offset + start * self.header.image_bytes
+        memory, offset = byte_view(out), self._offset + start * self.header.image_bytes
         while memory:
             try:
                 count = os.preadv(self._file.fileno(), [memory], offset)
@@ -152,12 +152,12 @@ class ContiguousTarget(DiskTarget, SharedTarget):
 
     def __init__(self, path: Path, header: Header, storage: Storage, preamble: bytes) -> None:
         super().__init__(path, header, storage)
-        self._file: StoredFile | None = None
+        self._file: OpenFile | None = None
         self._preamble = preamble
         self.stored_bytes = len(preamble) + header.nbytes
 
     @abstractmethod
-    def published(self) -> ArraySource:
+    def open_published(self) -> ArraySource:
         """Open the published file."""
 
     def create(self) -> None:
@@ -221,7 +221,7 @@ class ContiguousTarget(DiskTarget, SharedTarget):
         self._storage.sync(self._open())
 
     def read_back(self, start: int, stop: int) -> NDArray[Any]:
-        with contextlib.closing(self.published()) as source:
+        with contextlib.closing(self.open_published()) as source:
             self._check_published(source.header)
             return source.read(start, stop).batch
 
@@ -230,7 +230,7 @@ class ContiguousTarget(DiskTarget, SharedTarget):
             self._storage.close(self._file)
             self._file = None
 
-    def _open(self) -> StoredFile:
+    def _open(self) -> OpenFile:
         if self._file is None:
             raise RuntimeError(f"{self.partial} must be created or reopened before it is written")
         return self._file

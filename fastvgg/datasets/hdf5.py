@@ -1,6 +1,6 @@
 """HDF5: a dataset within a file, `FILE.h5::/path/to/dataset`, through h5py.
 
-A contiguous dataset consists of bytes at an offset: it is memory-mapped and written as a .npy is. A
+A contiguous dataset consists of bytes at an offset: it is memory-mapped and written like a .npy. A
 chunked dataset is read by h5py. References to other files are never followed: an untrusted link
 could name any file that the user can read. Virtual datasets are rejected for the same reason, and
 because HDF5 hangs on some damaged ones.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import h5py
 
-from fastvgg.datasets.base import ArraySource, Header, check_array, check_dtype
+from fastvgg.datasets.base import ArraySource, Header, check_dtype, check_shape
 from fastvgg.datasets.contiguous import ContiguousSource, ContiguousTarget
 from fastvgg.datasets.index import read_index
 from fastvgg.errors import SourceError, StoppedError, TargetError
@@ -35,11 +35,11 @@ MAX_LINKS: Final = 64
 # A longer name does not fit into a new group; HDF5 would then write it after the array.
 MAX_NAME_BYTES: Final = 128
 MAX_GROUPS: Final = 64
-NAMES_SHOWN: Final = 10
+MAX_NAMES_SHOWN: Final = 10
 # What h5py raises for HDF5 errors. HDF5 itself barely validates what a damaged file claims.
-DAMAGED: Final = (KeyError, OSError, RuntimeError, ValueError)
+HDF5_ERRORS: Final = (KeyError, OSError, RuntimeError, ValueError)
 # Alignment of the array in a new file, which speeds up kernels and disk writes.
-ALIGNMENT: Final = 64
+ALIGNMENT_BYTES: Final = 64
 
 
 class Hdf5Source(ContiguousSource):
@@ -73,8 +73,8 @@ class Hdf5Source(ContiguousSource):
             try:
                 self._dataset = self._find(location.inner.encode(errors="surrogateescape"))
                 self._validate(layout)
-            except DAMAGED as error:
-                raise self._damaged(f"HDF5 reports {str(error)!r}") from None
+            except HDF5_ERRORS as error:
+                raise self._damaged_error(f"HDF5 reports {str(error)!r}") from None
             self.records = read_index(self.path, self.header.images) if use_index else ()
             self._opened_bytes = self._file_bytes()
             self._open_files = stack.pop_all()
@@ -86,8 +86,8 @@ class Hdf5Source(ContiguousSource):
         except OSError as error:
             raise SourceError(
                 f"{self.path} cannot be opened: {error}",
-                "if another process is writing the file, wait for it to end; otherwise get the "
-                "file again",
+                "if another process is writing the file, wait for it to end; otherwise replace the "
+                "file with an intact copy",
             ) from None
         return file
 
@@ -100,7 +100,7 @@ class Hdf5Source(ContiguousSource):
             If there is no dataset of that name, or a link refers to another file.
         """
         node: object = self._hdf5
-        parts = _parts_of(name)
+        parts = _split_name(name)
         for _ in range(MAX_LINKS + len(parts)):
             if not parts:
                 break
@@ -113,7 +113,7 @@ class Hdf5Source(ContiguousSource):
                 node = node[part]
             elif link_type == links.TYPE_SOFT:
                 target = node.id.links.get_val(part)
-                parts[:0] = _parts_of(target)
+                parts[:0] = _split_name(target)
                 node = self._hdf5 if target.startswith(b"/") else node
             else:
                 raise self._external_error(f"{_display(part)} is a link to another file")
@@ -132,7 +132,7 @@ class Hdf5Source(ContiguousSource):
         def visit(name: bytes) -> bool | None:
             if h5py.h5o.get_info(self._hdf5.id, name).type == h5py.h5o.TYPE_DATASET:
                 names.append(_display(b"/" + name))
-            return len(names) == NAMES_SHOWN or None
+            return len(names) == MAX_NAMES_SHOWN or None
 
         h5py.h5o.visit(self._hdf5.id, visit)
         return names
@@ -147,7 +147,7 @@ class Hdf5Source(ContiguousSource):
     def _validate(self, layout: Layout) -> None:
         dataset = self._dataset
         self._check_stored_here()  # first: HDF5 opens other files to determine a virtual shape
-        check_array(self.location, dataset.shape or ())
+        check_shape(self.location, dataset.shape or ())
         self.header = Header(dataset.shape, self._dtype_name(), layout)
         self._check_filters()
         self._check_written()
@@ -158,7 +158,7 @@ class Hdf5Source(ContiguousSource):
         self._is_mapped = offset is not None and self._has_type(self.header.dtype)
         self._offset = offset or 0
         if self._is_mapped and self.stored_bytes != self.header.nbytes:
-            raise self._damaged(
+            raise self._damaged_error(
                 f"it claims {self.stored_bytes} bytes for an array of {self.header.nbytes}"
             )
 
@@ -200,7 +200,7 @@ class Hdf5Source(ContiguousSource):
                 )
 
     def _check_written(self) -> None:
-        """Check that all chunks were written: HDF5 reads others as the fill value."""
+        """Check that all chunks were written: HDF5 reads missing ones as the fill value."""
         expected, written = 1, int(self._dataset.id.get_storage_size() > 0)
         if self._dataset.chunks:
             expected, written = self._count_chunks()
@@ -212,7 +212,7 @@ class Hdf5Source(ContiguousSource):
             )
 
     def _count_chunks(self) -> tuple[int, int]:
-        """Return the number of chunks that a dataset should have, and that it has."""
+        """Return the expected and the actual number of chunks of a dataset."""
         dataset = self._dataset
         counts = [-(-a // b) for a, b in zip(dataset.shape, dataset.chunks, strict=True)]
         expected, written = math.prod(counts), dataset.id.get_num_chunks()
@@ -220,7 +220,7 @@ class Hdf5Source(ContiguousSource):
             return expected, written
         file_bytes, claimed_bytes = self._file_bytes(), dataset.id.get_storage_size()
         if max(expected, claimed_bytes) > file_bytes:
-            raise self._damaged(
+            raise self._damaged_error(
                 f"it claims {claimed_bytes} bytes in {expected} chunks; the file has {file_bytes}"
             )
         # A damaged chunk index may list one chunk twice and omit another. For a chunk without data
@@ -243,11 +243,13 @@ class Hdf5Source(ContiguousSource):
 
         dataset.id.chunk_iter(visit)
         if not all(is_present):
-            raise self._damaged(f"{is_present.count(0)} of {expected} chunks have no data")
+            raise self._damaged_error(f"{is_present.count(0)} of {expected} chunks have no data")
         return expected, written
 
-    def _damaged(self, problem: str) -> SourceError:
-        return SourceError(f"{self.location} is damaged: {problem}", "get the file again")
+    def _damaged_error(self, problem: str) -> SourceError:
+        return SourceError(
+            f"{self.location} is damaged: {problem}", "replace the file with an intact copy"
+        )
 
     def read(self, start: int, stop: int) -> Chunk:
         return super().read(start, stop) if self._is_mapped else ArraySource.read(self, start, stop)
@@ -267,8 +269,8 @@ class Hdf5Source(ContiguousSource):
             raise StoppedError(
                 f"{self.location}: images {start} to {start + len(out) - 1} cannot be read: "
                 f"{error}",
-                "fix the cause and rerun the same command; if a chunk is damaged, get the file "
-                "again and add --restart",
+                "fix the cause and rerun the same command; if a chunk is damaged, replace the file "
+                "with an intact copy and add --restart",
             ) from None
         if self._file_bytes() < self._opened_bytes:  # HDF5 reads zeros beyond the end of the file
             raise self._truncated_error(self._file_bytes())
@@ -286,11 +288,11 @@ class Hdf5Target(ContiguousTarget):
         self._location = location
         super().__init__(location.container, header, storage, _preamble(location.inner, header))
 
-    def published(self) -> Hdf5Source:
+    def open_published(self) -> Hdf5Source:
         return Hdf5Source(self._location, layout=self.header.layout)
 
 
-def check_name(location: Location) -> None:
+def check_dataset_name(location: Location) -> None:
     """Check that a new dataset can have the name in a location.
 
     Raises
@@ -323,7 +325,7 @@ def _hdf5_type(name: str) -> h5py.h5t.TypeID:
     return bfloat16
 
 
-def _parts_of(name: bytes) -> list[bytes]:
+def _split_name(name: bytes) -> list[bytes]:
     return [part for part in name.split(b"/") if part not in (b"", b".")]
 
 
@@ -338,7 +340,7 @@ def _preamble(name: str, header: Header) -> bytes:
     HDF5 allocates the array's space here, and never writes to it.
     """
     buffer = io.BytesIO()
-    alignment = {"alignment_threshold": 1, "alignment_interval": ALIGNMENT}
+    alignment = {"alignment_threshold": 1, "alignment_interval": ALIGNMENT_BYTES}
     with h5py.File(buffer, "w", libver=("v108", "v108"), **alignment) as file:
         properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)

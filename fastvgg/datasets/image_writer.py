@@ -13,7 +13,7 @@ import simplejpeg
 from PIL import Image
 
 from fastvgg.datasets.base import DiskTarget, open_regular
-from fastvgg.datasets.index import find_repeated, name_hashes
+from fastvgg.datasets.index import find_duplicates, hash_names
 from fastvgg.errors import ResumeError, SourceError, TargetError, UsageError
 from fastvgg.imaging.decode import DECODING_ERRORS, describe_error, open_image
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FileFormat: TypeAlias = Literal["png", "jpeg", "webp"]
 
 FORMAT_SUFFIXES: Final[dict[str, str]] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
-MAX_SIDES: Final = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}
+MAX_SIDE_PIXELS: Final = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}
 MAX_NAME_BYTES: Final = 255
 JPEG_QUALITY: Final = 95
 
@@ -45,10 +45,10 @@ def check_format(name: str, height: int, width: int) -> None:
         raise UsageError(
             f"unknown format {name!r}", f"choose one of {', '.join(get_args(FileFormat))}"
         )
-    if max(height, width) > MAX_SIDES[name]:
+    if max(height, width) > MAX_SIDE_PIXELS[name]:
         raise TargetError(
             f"images of {height}x{width} are too large for {name}, whose maximum is "
-            f"{MAX_SIDES[name]} pixels per side",
+            f"{MAX_SIDE_PIXELS[name]} pixels per side",
             "use --format png",
         )
 
@@ -111,7 +111,7 @@ class ImageFolderTarget(DiskTarget):
         self._syncs_each = not self._storage.has_syncfs(self.partial)
 
     def encode(self, image: NDArray[np.uint8]) -> bytes:
-        """Return an image in the file format; thread-safe."""
+        """Encode an image in the file format; thread-safe."""
         if self._format == "jpeg":
             encoded: bytes = simplejpeg.encode_jpeg(
                 image, quality=JPEG_QUALITY, colorsubsampling="444"
@@ -156,7 +156,7 @@ class ImageFolderTarget(DiskTarget):
                 with open_image(io.BytesIO(self._content(name))) as decoded:
                     image[...] = np.asarray(decoded)
             except DECODING_ERRORS as error:
-                raise self._unreadable(name, error) from None
+                raise self._unreadable_error(name, error) from None
         return batch
 
     def _content(self, name: str) -> bytes:
@@ -164,12 +164,12 @@ class ImageFolderTarget(DiskTarget):
             with open_regular(self.path / name) as file:
                 return file.read()
         except OSError as error:
-            raise self._unreadable(name, error) from None
+            raise self._unreadable_error(name, error) from None
 
-    def _unreadable(self, name: str, error: BaseException) -> SourceError:
+    def _unreadable_error(self, name: str, error: BaseException) -> SourceError:
         return SourceError(
             f"{self.path / name} cannot be read: {describe_error(error)}",
-            "restore the dataset again",
+            "rerun the restore with --restart",
         )
 
     def _files(self, start: int, stop: int) -> Iterator[str | None]:
@@ -218,20 +218,20 @@ def _suffix_repeats(paths: Callable[[], Iterable[str]], suffix: str) -> int:
     >>> _suffix_repeats(lambda: ["a.jpg", "a.bmp"], ".png")
     1
     """
-    repeated, _ = find_repeated(name_hashes(os.fsencode(path) for path in paths()))
+    repeated, _ = find_duplicates(hash_names(os.fsencode(path) for path in paths()))
     if len(repeated):
         path = next(itertools.islice(paths(), repeated[0], None))
         raise SourceError(
             f"the index names {path!r} twice", "restore the index that was written with the dataset"
         )
     folders = np.unique(
-        name_hashes(
+        hash_names(
             os.fsencode(str(folder)) for path in paths() for folder in PurePosixPath(path).parents
         )
     )
     repeats = 0
     while True:
-        names = name_hashes(_encode_name(_with_suffix(path, suffix, repeats)) for path in paths())
+        names = hash_names(_encode_name(_with_suffix(path, suffix, repeats)) for path in paths())
         if len(np.unique(names)) == len(names) and not np.isin(names, folders).any():
             return repeats
         repeats += 1

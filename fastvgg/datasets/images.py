@@ -1,4 +1,4 @@
-"""Sources of encoded images: the part that directories and tar shards share, and directories.
+"""Sources of encoded images: the base of directories and tar shards, and directories.
 
 The images of a directory are all files with an image suffix, sorted bytewise by relative path.
 """
@@ -25,7 +25,7 @@ from fastvgg.datasets.base import (
 )
 from fastvgg.datasets.index import PackedNames
 from fastvgg.errors import SourceError
-from fastvgg.imaging.decode import SUFFIXES, DecodeOptions, Decoder, describe_error
+from fastvgg.imaging.decode import IMAGE_SUFFIXES, DecodeOptions, Decoder, describe_error
 from fastvgg.parallel import parallel_for
 from fastvgg.storage.location import Location
 
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-SIZES_SHOWN: Final = 5
+MAX_SIZES_SHOWN: Final = 5
 SIZES_PER_TASK: Final = 64
-SUFFIX_BYTES: Final = frozenset(suffix.encode() for suffix in SUFFIXES)
+ENCODED_SUFFIXES: Final = frozenset(suffix.encode() for suffix in IMAGE_SUFFIXES)
 
 
 def is_image_name(name: bytes) -> bool:
@@ -47,7 +47,7 @@ def is_image_name(name: bytes) -> bool:
     (True, False, False)
     """
     dot = name.rfind(b".")
-    return name[dot:].lower() in SUFFIX_BYTES and dot > 0 and name[dot - 1 : dot] != b"/"
+    return name[dot:].lower() in ENCODED_SUFFIXES and dot > 0 and name[dot - 1 : dot] != b"/"
 
 
 def first_folder(path: bytes) -> bytes:
@@ -132,7 +132,7 @@ class ImageSource(Source):
     threads
         Number of threads that read image sizes if `decoding` gives none.
     listing
-        The listing of the images, if it is already known; any other kind of listing is ignored.
+        The listing of the images, if it is already known; a listing of another class is ignored.
 
     Raises
     ------
@@ -140,7 +140,7 @@ class ImageSource(Source):
         If there are no images, they cannot be listed, or sizes differ and `decoding` gives none.
     """
 
-    lists: type[ImageListing]
+    listing_class: type[ImageListing]
     """The listing of the images at a path."""
 
     def __init__(
@@ -153,8 +153,8 @@ class ImageSource(Source):
         listing: ImageListing | None = None,
     ) -> None:
         super().__init__(Location(path))
-        if not isinstance(listing, self.lists):  # none is given, or of what the path was before
-            listing = self.lists(path)
+        if not isinstance(listing, self.listing_class):  # None, or of another kind of source
+            listing = self.listing_class(path)
         self.listing = listing
         self.decoding = decoding
         self._decoder = decoder
@@ -164,7 +164,7 @@ class ImageSource(Source):
         if not len(listing):
             raise SourceError(
                 f"{path} contains no images ({listing.skipped} other files)",
-                f"give images with one of the suffixes {', '.join(sorted(SUFFIXES))}",
+                f"give images with one of the suffixes {', '.join(sorted(IMAGE_SUFFIXES))}",
             )
         height, width = decoding.size or self._common_size(threads)
         self.header = Header((len(listing), height, width, 3), "uint8", "NHWC")
@@ -172,7 +172,7 @@ class ImageSource(Source):
     def fingerprint(self) -> str:
         return self.listing.fingerprint()
 
-    def checksum_of(self, start: int, stop: int, failed: Collection[int]) -> str:
+    def identity_checksum(self, start: int, stop: int, failed: Collection[int]) -> str:
         """Return the xxh3-64 of the identities of the images that did not fail."""
         digest = xxhash.xxh3_64()
         for row in range(start, stop):
@@ -228,9 +228,9 @@ class ImageSource(Source):
             return next(iter(counts))
         shown = ", ".join(
             f"{size[0]}x{size[1]} ({count}, e.g. {self._display_name(sizes.index(size))})"
-            for size, count in counts.most_common(SIZES_SHOWN)
+            for size, count in counts.most_common(MAX_SIZES_SHOWN)
         )
-        more = f" and {len(counts) - SIZES_SHOWN} more" if len(counts) > SIZES_SHOWN else ""
+        more = f" and {len(counts) - MAX_SIZES_SHOWN} more" if len(counts) > MAX_SIZES_SHOWN else ""
         raise SourceError(
             f"{self.path} contains images of {len(counts)} sizes (height x width): {shown}{more}",
             "choose one size for all images: --size 224 224",
@@ -353,4 +353,4 @@ class ImageFolder(ImageSource):
     """The images below a directory."""
 
     kind = "images"
-    lists = FolderImageListing
+    listing_class = FolderImageListing

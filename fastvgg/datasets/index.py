@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-NUMBER: Final = re.compile("[0-9]{1,15}")
+NUMBER_PATTERN: Final = re.compile("[0-9]{1,15}")
 COLUMNS: Final = ("row", "path", "label", "width", "height", "status", "reason")
-INDEX_HEAD: Final = ",".join(COLUMNS) + "\n"
-STATUS: Final = ("ok", "failed")
+INDEX_HEADER: Final = ",".join(COLUMNS) + "\n"
+STATUSES: Final = ("ok", "failed")
 REMEDY: Final = "restore the index that was written with the dataset, or remove it"
 
 
@@ -38,24 +38,24 @@ def index_path(dataset: Path) -> Path:
     return sidecar_path(dataset, ".index.csv")
 
 
-def index_text(records: Iterable[ImageRecord], start: int = 0) -> str:
+def format_records(records: Iterable[ImageRecord], start: int = 0) -> str:
     """Format records as lines of an index, from row `start` on, without the header line.
 
-    >>> print(index_text([ImageRecord("cat/a.jpg", "cat", 500, 375, False, "")], 7), end="")
+    >>> print(format_records([ImageRecord("cat/a.jpg", "cat", 500, 375, False, "")], 7), end="")
     7,cat/a.jpg,cat,500,375,ok,
     """
     rows = [
-        (row, path, label, width, height, STATUS[failed], reason)
+        (row, path, label, width, height, STATUSES[failed], reason)
         for row, (path, label, width, height, failed, reason) in enumerate(records, start)
     ]
-    text = _csv(rows, "\n")
+    text = _format_csv(rows, "\n")
     if "\r" not in text:
         return text
     # csv.writer quotes a carriage return only if its line terminator contains one.
-    return "".join(_csv([row], "\r\n").removesuffix("\r\n") + "\n" for row in rows)
+    return "".join(_format_csv([row], "\r\n").removesuffix("\r\n") + "\n" for row in rows)
 
 
-def _csv(rows: Iterable[Iterable[object]], line_end: str) -> str:
+def _format_csv(rows: Iterable[Iterable[object]], line_end: str) -> str:
     lines = io.StringIO(newline="")
     csv.writer(lines, lineterminator=line_end).writerows(rows)
     return lines.getvalue()
@@ -175,9 +175,9 @@ def is_valid_name(name: str) -> bool:
 def _record(path: Path, expected_row: int, fields: list[str]) -> ImageRecord:
     line = expected_row + 2
     row, name, label, width, height, status, reason = fields if len(fields) == 7 else [""] * 7
-    numbers = all(NUMBER.fullmatch(field) for field in (row, width, height))
+    numbers = all(NUMBER_PATTERN.fullmatch(field) for field in (row, width, height))
     failed = status == "failed"
-    is_known = status in STATUS and (reason or not failed)
+    is_known = status in STATUSES and (reason or not failed)
     if not (numbers and is_known and int(row) == expected_row):
         raise SourceError(
             f"{path} line {line} is not a valid record for row {expected_row}: {str(fields)[:200]}",
@@ -229,13 +229,13 @@ class PackedNames(Sequence[bytes]):
         return bytes(self._text[self._ends[row] : self._ends[row + 1]])
 
 
-def find_repeated(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def find_duplicates(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the rows whose name occurred before, and the first row of each such name.
 
     Names are compared by their 64-bit hashes. For a million distinct names, the probability of a
     collision is 1 in 37 million.
 
-    >>> rows, firsts = find_repeated(np.array([7, 8, 7, 9, 8, 7], np.uint64))
+    >>> rows, firsts = find_duplicates(np.array([7, 8, 7, 9, 8, 7], np.uint64))
     >>> rows.tolist(), firsts.tolist()
     ([2, 4, 5], [0, 1, 0])
     """
@@ -245,6 +245,6 @@ def find_repeated(hashes: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArra
     return rows, firsts[rows]
 
 
-def name_hashes(names: Iterable[bytes]) -> NDArray[np.uint64]:
+def hash_names(names: Iterable[bytes]) -> NDArray[np.uint64]:
     """Return the 64-bit hash of every name."""
     return np.fromiter((xxhash.xxh3_64_intdigest(name) for name in names), np.uint64)

@@ -24,11 +24,11 @@ import numpy as np
 import xxhash
 
 from fastvgg.datasets.base import (
-    STORED_TYPES,
+    NUMPY_DTYPES,
     ArraySource,
     Header,
     changed_during_run_error,
-    check_array,
+    check_shape,
 )
 from fastvgg.datasets.contiguous import ContiguousSource, ContiguousTarget
 from fastvgg.datasets.images import is_image_name
@@ -48,9 +48,9 @@ if TYPE_CHECKING:
 
 MAGIC: Final = b"\x93NUMPY"
 MAX_HEADER_BYTES: Final = 10_000  # NumPy's own default limit
-MAX_AXIS: Final = 2**48
+MAX_AXIS_LENGTH: Final = 2**48
 MAX_OPEN_PARTS: Final = 64  # a process may commonly have 1,024 open files
-DTYPES: Final = {
+DTYPE_BY_DESCR: Final = {
     "|u1": "uint8",
     "<f2": "float16",
     "<f4": "float32",
@@ -101,13 +101,13 @@ def read_header(file: BinaryIO, path: Path) -> ArrayHeader:
     if length > MAX_HEADER_BYTES:
         raise SourceError(
             f"{path} claims a header of {length} bytes; the limit is {MAX_HEADER_BYTES}",
-            "the file is damaged or malicious: get it again, or rewrite it with numpy.save",
+            "the file is damaged or malicious: replace it, or rewrite it with numpy.save",
         )
     text = (start[offset:] + file.read(max(0, length - len(start[offset:]))))[:length]
     if len(text) != length:
         raise SourceError(
             f"{path} ends after {offset + len(text)} bytes, inside its header of {length} bytes",
-            "the file is truncated: get it again",
+            "the file is truncated: replace it with a complete copy",
         )
     descr, fortran, shape = _parse(text, path)
     if fortran:
@@ -125,28 +125,34 @@ def _parse(text: bytes, path: Path) -> tuple[str, bool, tuple[int, ...]]:
             raise ValueError("Python would warn about it")
         fields = ast.literal_eval(text.decode("utf-8"))
     except LITERAL_ERRORS as error:
-        raise _damaged(path, f"a header that cannot be read: {type(error).__name__}") from None
+        raise _damaged_error(
+            path, f"a header that cannot be read: {type(error).__name__}"
+        ) from None
     if not isinstance(fields, dict) or set(fields) != {"descr", "fortran_order", "shape"}:
-        raise _damaged(path, "a header whose fields are not exactly descr, fortran_order and shape")
+        raise _damaged_error(
+            path, "a header whose fields are not exactly descr, fortran_order and shape"
+        )
     descr, fortran, shape = fields["descr"], fields["fortran_order"], fields["shape"]
     if type(fortran) is not bool or not isinstance(shape, tuple):
-        raise _damaged(path, f"a header with fields of the wrong types: {_display(fields)}")
-    if any(type(axis) is not int or not 0 <= axis <= MAX_AXIS for axis in shape):
-        raise _damaged(
+        raise _damaged_error(path, f"a header with fields of the wrong types: {_display(fields)}")
+    if any(type(axis) is not int or not 0 <= axis <= MAX_AXIS_LENGTH for axis in shape):
+        raise _damaged_error(
             path,
-            f"shape {_display(shape)}; an axis must be an integer from 0 to {MAX_AXIS}",
+            f"shape {_display(shape)}; an axis must be an integer from 0 to {MAX_AXIS_LENGTH}",
         )
     return _validate_descr(descr, path), fortran, shape
 
 
-def _damaged(path: Path, problem: str) -> SourceError:
-    return SourceError(f"{path} has {problem}", "the file is damaged: get it again")
+def _damaged_error(path: Path, problem: str) -> SourceError:
+    return SourceError(
+        f"{path} has {problem}", "the file is damaged: replace it with an intact copy"
+    )
 
 
 def _validate_descr(descr: object, path: Path) -> str:
-    if isinstance(descr, str) and descr in DTYPES:
+    if isinstance(descr, str) and descr in DTYPE_BY_DESCR:
         return descr
-    remedy = f"store it as one of {', '.join(STORED_TYPES)}"
+    remedy = f"store it as one of {', '.join(NUMPY_DTYPES)}"
     if isinstance(descr, str) and descr.endswith("O"):
         problem = "contains pickled Python objects, which are never loaded"
         remedy += " instead"
@@ -203,14 +209,14 @@ class NpySource(ContiguousSource):
 
     def _validate(self, npy: ArrayHeader, layout: Layout, dtype_hint: str | None) -> None:
         path = self.path
-        dtype = DTYPES[npy.descr]
+        dtype = DTYPE_BY_DESCR[npy.descr]
         if dtype == "bfloat16" and dtype_hint != "bfloat16":
             raise SourceError(
                 f"{path} has two-byte elements whose dtype its header does not name",
                 "if they are bfloat16, put the manifest (.fastvgg.json) that was written with the "
                 "file next to it",
             )
-        check_array(path, npy.shape)
+        check_shape(path, npy.shape)
         self.header = Header(npy.shape, dtype, layout)
         self._offset = npy.offset
         self.stored_bytes = self._file_bytes()
@@ -220,7 +226,7 @@ class NpySource(ContiguousSource):
             raise SourceError(
                 f"{path} is {state}: expected {expected} bytes for shape {npy.shape} of {dtype} "
                 f"and the header, but the file has {self.stored_bytes}",
-                "get the file again, or rewrite it with numpy.save",
+                "replace the file with an intact copy, or rewrite it with numpy.save",
             )
 
 
@@ -232,13 +238,13 @@ class NpyTarget(ContiguousTarget):
     def __init__(self, path: Path, header: Header, storage: Storage) -> None:
         super().__init__(path, header, storage, _header_bytes(header))
 
-    def published(self) -> NpySource:
+    def open_published(self) -> NpySource:
         return NpySource(self.path, layout=self.header.layout, dtype_hint=self.header.dtype)
 
 
 def _header_bytes(header: Header) -> bytes:
     """Return a version 1.0 header, padded to a multiple of 64 bytes."""
-    descr = next(descr for descr, name in DTYPES.items() if name == header.dtype)
+    descr = next(descr for descr, name in DTYPE_BY_DESCR.items() if name == header.dtype)
     text = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         text, {"descr": descr, "fortran_order": False, "shape": header.shape}
@@ -274,7 +280,7 @@ def part_names(directory: Path) -> list[str]:
 class PartitionedNpySource(ArraySource):
     """An array that is partitioned by rows into the .npy files `names` of a directory.
 
-    Other parameters are those of `NpySource`.
+    The other parameters are the same as for `NpySource`.
 
     Raises
     ------
@@ -316,7 +322,7 @@ class PartitionedNpySource(ArraySource):
                 raise SourceError(
                     f"{self.path / name} contains images of {header.shape[1:]} {header.dtype}, but "
                     f"{self._names[0]} of {first.shape[1:]} {first.dtype}",
-                    "all parts must have the same image shape and dtype; move others elsewhere",
+                    "all parts must have the same image shape and dtype; move the others elsewhere",
                 )
             yield header
 
@@ -328,14 +334,14 @@ class PartitionedNpySource(ArraySource):
         return digest.hexdigest()
 
     def read(self, start: int, stop: int) -> Chunk:
-        number = self._part_of(start)
+        number = self._find_part(start)
         if stop > self._starts[number + 1]:
             return super().read(start, stop)
         first = self._starts[number]
         return self._part(number).read(start - first, stop - first)
 
     def read_into(self, start: int, out: NDArray[Any]) -> None:
-        number, row, stop = self._part_of(start), start, start + len(out)
+        number, row, stop = self._find_part(start), start, start + len(out)
         while row < stop:
             first, end = self._starts[number], min(stop, self._starts[number + 1])
             self._part(number).read_into(row - first, out[row - start : end - start])
@@ -344,7 +350,7 @@ class PartitionedNpySource(ArraySource):
     def close(self) -> None:
         self._part.cache_clear()
 
-    def _part_of(self, row: int) -> int:
+    def _find_part(self, row: int) -> int:
         """Return the number of the part that contains a row."""
         return bisect.bisect_right(self._starts, row) - 1
 

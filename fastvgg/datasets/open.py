@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from fastvgg.datasets.image_writer import FileFormat, ImageFolderTarget
 from fastvgg.datasets.images import ImageFolder, ImageSource
 from fastvgg.datasets.npy import NpySource, NpyTarget, PartitionedNpySource, part_names
-from fastvgg.datasets.tar import TarShards, names_tar
+from fastvgg.datasets.tar import TarShards, is_tar_name
 from fastvgg.errors import SourceError, TargetError
 from fastvgg.imaging import resize
 from fastvgg.imaging.decode import DecodeOptions, Decoder
 from fastvgg.storage.local import Storage
-from fastvgg.storage.objects import StoreStorage
+from fastvgg.storage.objects import ObjectStorage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fastvgg.transform import Layout, Transform
 
 IMAGE_SOURCES: Final[dict[str, type[ImageSource]]] = {"images": ImageFolder, "tar": TarShards}
-DECODING_BYTES: Final = 512 * 2**20
+DEFAULT_DECODING_BYTES: Final = 512 * 2**20
 ARRAY_FORMATS: Final = {".npy": "npy", ".h5": "hdf5", ".hdf5": "hdf5", ".zarr": "zarr"}
 ZARR_METADATA: Final = ("zarr.json", ".zarray", ".zgroup")
 
@@ -42,7 +42,7 @@ def open_source(
     layout: Layout = "NHWC",
     dtype_hint: str | None = None,
     decoding: DecodeOptions | None = None,
-    decoding_bytes: int = DECODING_BYTES,
+    decoding_bytes: int = DEFAULT_DECODING_BYTES,
     threads: int = 1,
     gather: Gather = resize.gather,
     listing: ImageListing | None = None,
@@ -103,7 +103,7 @@ def source_format(location: Location) -> str:
     if _is_directory(location):
         return "parts" if part_names(location.container) else "images"
     exists = os.path.lexists(location.container)
-    if names_tar(location.container) and (exists or "{" in str(location)):  # or a range
+    if is_tar_name(location.container) and (exists or "{" in str(location)):  # or a range
         return "tar"
     if not exists:
         raise SourceError(f"{location} does not exist", "check the path; nothing was written")
@@ -132,11 +132,11 @@ def _open_array(
         )
     path = location.container
     if kind == "hdf5":
-        with _installed("hdf5", location):
+        with _require_extra("hdf5", location):
             from fastvgg.datasets.hdf5 import Hdf5Source
         return Hdf5Source(location, layout=layout, use_index=use_index)
     if kind == "zarr":
-        with _installed("zarr", location):
+        with _require_extra("zarr", location):
             from fastvgg.datasets.zarr import ZarrSource
         return ZarrSource(path, layout=layout)
     if kind == "parts":
@@ -155,7 +155,7 @@ def embedded_transform(location: Location) -> Any:  # noqa: ANN401  # any JSON v
     """
     if not (location.is_remote or _is_zarr(location)):
         return None
-    with _installed("zarr", location):
+    with _require_extra("zarr", location):
         from fastvgg.datasets.zarr import ZarrArray
     return ZarrArray(location.container).transform
 
@@ -170,16 +170,16 @@ def check_target_name(location: Location) -> None:
     """
     kind = target_format(location)
     if kind == "zarr":
-        with _installed("zarr", location):
+        with _require_extra("zarr", location):
             import zarr  # noqa: F401
     if kind == "hdf5":
-        with _installed("hdf5", location):
-            from fastvgg.datasets.hdf5 import check_name
-        check_name(location)
+        with _require_extra("hdf5", location):
+            from fastvgg.datasets.hdf5 import check_dataset_name
+        check_dataset_name(location)
 
 
 @contextlib.contextmanager
-def _installed(extra: str, location: Location) -> Iterator[None]:
+def _require_extra(extra: str, location: Location) -> Iterator[None]:
     """Convert an ImportError of a format's package into an error that names the extra."""
     try:
         yield
@@ -225,7 +225,7 @@ def _array_format(location: Location) -> str | None:
 def open_target(
     location: Location,
     header: Header,
-    storage: Storage | StoreStorage | None = None,
+    storage: Storage | ObjectStorage | None = None,
     *,
     chunk_images: int,
     transform: Transform | None = None,
@@ -242,7 +242,7 @@ def open_target(
         Performs the durable I/O of a disk or a store, whichever the location is on. Default: one
         that syncs.
     chunk_images
-        Number of images in a chunk of the run; a Zarr shard holds as many.
+        Number of images in a chunk of the run, and in a Zarr shard.
     transform
         Recorded in the array's metadata if the format supports that.
     records
@@ -254,20 +254,20 @@ def open_target(
     kind = target_format(location)
     shards = {"chunk_images": chunk_images, "transform": transform}
     if location.is_remote:
-        with _installed("zarr", location):
+        with _require_extra("zarr", location):
             from fastvgg.datasets.zarr_writer import StoreZarrTarget
         return StoreZarrTarget(
-            path, header, cast("StoreStorage", storage or StoreStorage()), **shards
+            path, header, cast("ObjectStorage", storage or ObjectStorage()), **shards
         )
     disk = cast("Storage", storage or Storage())
     if kind == "npy":
         return NpyTarget(path, header, disk)
     if kind == "hdf5":
-        with _installed("hdf5", location):
+        with _require_extra("hdf5", location):
             from fastvgg.datasets.hdf5 import Hdf5Target
         return Hdf5Target(location, header, disk)
     if kind == "zarr":
-        with _installed("zarr", location):
+        with _require_extra("zarr", location):
             from fastvgg.datasets.zarr_writer import ZarrTarget
         return ZarrTarget(path, header, disk, **shards)
     return ImageFolderTarget(path, header, disk, records, file_format)

@@ -4,7 +4,7 @@ The headers of each shard are read once, in sequence; images are then read at th
 
 Rows follow the order of the shards, and of the entries in each shard. As in WebDataset, adjacent
 entries with the same key (the path up to the first dot of the file name) form a sample, and its
-`.cls` entry contains the label of its images. Any other image is labelled by the first folder of
+`.cls` entry contains the label of its images. Any other image is labeled by the first folder of
 its path.
 
 If a name occurs several times, only its first image is read. The others become failed rows with
@@ -28,7 +28,7 @@ import xxhash
 
 from fastvgg.datasets.base import READ_FLAGS, changed_during_run_error, open_regular, read_at
 from fastvgg.datasets.images import ImageListing, ImageSource, first_folder, is_image_name
-from fastvgg.datasets.index import PackedNames, find_repeated, name_hashes
+from fastvgg.datasets.index import PackedNames, find_duplicates, hash_names
 from fastvgg.datasets.tar_headers import (
     COMPLETE,
     DEVICE,
@@ -42,7 +42,7 @@ from fastvgg.errors import SourceError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-COMPRESSED: Final = {
+COMPRESSION_SUFFIXES: Final = {
     ".tgz": "gzip",
     ".tbz": "bzip2",
     ".tbz2": "bzip2",
@@ -57,16 +57,16 @@ COMPRESSED: Final = {
     ".tar.lz4": "lz4",
     ".tar.lz": "lzip",
 }
-RANGE: Final = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
+BRACE_RANGE: Final = re.compile(r"\{([0-9]+)\.\.([0-9]+)\}")
 MAX_SHARDS: Final = 1_000_000
 MAX_DIGITS: Final = 18
-MISSING_SHOWN: Final = 5
+MAX_MISSING_SHOWN: Final = 5
 LABEL_SUFFIX: Final = b".cls"
 MAX_LABEL_BYTES: Final = 64
 
 # States of a row, in addition to those of an entry.
 LABEL_TRUNCATED, REPEATED = TRUNCATED + 1, TRUNCATED + 2
-REASONS: Final = {
+FAILURE_REASONS: Final = {
     LINK: "a link: links in a tar are not followed",
     DEVICE: "a device or a pipe, not a regular file",
     UNKNOWN: "an entry of unknown type, not a regular file",
@@ -75,7 +75,7 @@ REASONS: Final = {
 }
 
 
-class _Shard(NamedTuple):
+class _TarShard(NamedTuple):
     """The state of a tar file when it was listed."""
 
     path: str
@@ -111,22 +111,22 @@ class TarListing(ImageListing):
         super().__init__(path)
         self.unterminated: list[str] = []
         """Shards without an end-of-archive marker, which may be truncated."""
-        self._shards: list[_Shard] = []
+        self._shards: list[_TarShard] = []
         self._ends = array("q")
         """Total number of rows up to the end of each shard."""
         self._offsets = array("q")
         self._states = array("B")
-        self._labelled_rows = array("q")
+        self._labeled_rows = array("q")
         self._labels = PackedNames()
         for shard, prefix in shard_paths(path):
             self._list(shard, prefix)
-        hashes = name_hashes(self._names)
+        hashes = hash_names(self._names)
         self._fingerprint = self._hash(hashes)
-        self._repeated_rows, self._first_rows = find_repeated(hashes)
+        self._repeated_rows, self._first_rows = find_duplicates(hashes)
         if len(self._repeated_rows):
             for row in self._repeated_rows:
                 self._states[row] = REPEATED
-            self._names = _rename(self._names, self._states, hashes)
+            self._names = _make_unique(self._names, self._states, hashes)
 
     @property
     def notes(self) -> list[str]:
@@ -141,8 +141,8 @@ class TarListing(ImageListing):
 
     def label(self, row: int) -> bytes:
         """Return the content of the sample's .cls, or else the first folder of the path."""
-        index = bisect_left(self._labelled_rows, row)
-        if index < len(self._labelled_rows) and self._labelled_rows[index] == row:
+        index = bisect_left(self._labeled_rows, row)
+        if index < len(self._labeled_rows) and self._labeled_rows[index] == row:
             return self._labels[index]
         return first_folder(self._names[row].removeprefix(self._shard(row).prefix))
 
@@ -179,7 +179,7 @@ class TarListing(ImageListing):
             unchanged = False
         return self._fingerprint if unchanged else TarListing(self._path).fingerprint()
 
-    def _shard(self, row: int) -> _Shard:
+    def _shard(self, row: int) -> _TarShard:
         return self._shards[bisect_right(self._ends, row)]
 
     def _reason(self, row: int) -> str:
@@ -187,7 +187,7 @@ class TarListing(ImageListing):
         if self._states[row] == REPEATED:
             first = self._first_rows[np.searchsorted(self._repeated_rows, row)]
             return f"the name occurs twice, first in row {first}"
-        return REASONS[self._states[row]]
+        return FAILURE_REASONS[self._states[row]]
 
     def _hash(self, hashes: NDArray[np.uint64]) -> str:
         digest = xxhash.xxh3_128()
@@ -204,7 +204,7 @@ class TarListing(ImageListing):
         try:
             with open_regular(Path(path)) as file:
                 status = os.fstat(file.fileno())
-                self._shards.append(_Shard(path, prefix, status.st_size, status.st_mtime_ns))
+                self._shards.append(_TarShard(path, prefix, status.st_size, status.st_mtime_ns))
                 entries = TarHeaderReader(path, file.fileno(), status.st_size)
                 self._add(entries, prefix)
         except OSError as error:
@@ -213,7 +213,7 @@ class TarListing(ImageListing):
                 "check that it is a tar file, and check its permissions and its disk",
             ) from None
         self._ends.append(len(self._names))
-        if not entries.is_ended:
+        if not entries.has_end_marker:
             self.unterminated.append(path)
 
     def _add(self, entries: TarHeaderReader, prefix: bytes) -> None:
@@ -246,7 +246,7 @@ class TarListing(ImageListing):
             if sample.is_truncated:
                 self._states[row] = self._states[row] or LABEL_TRUNCATED
             elif sample.label:
-                self._labelled_rows.append(row)
+                self._labeled_rows.append(row)
                 self._labels.append(sample.label)
 
 
@@ -254,7 +254,7 @@ class TarShards(ImageSource):
     """The images in tar shards."""
 
     kind = "tar"
-    lists = TarListing
+    listing_class = TarListing
 
 
 @dataclass
@@ -283,11 +283,11 @@ def _is_label(path: bytes, key: bytes, state: int, available_bytes: int) -> bool
     return has_suffix and state in (COMPLETE, TRUNCATED) and available_bytes <= MAX_LABEL_BYTES
 
 
-def _rename(names: PackedNames, states: array[int], hashes: NDArray[np.uint64]) -> PackedNames:
+def _make_unique(names: PackedNames, states: array[int], hashes: NDArray[np.uint64]) -> PackedNames:
     """Return the names, made unique by inserting the row number into those that are repeated.
 
     >>> names = PackedNames([b"cat/a.jpg", b"cat/a.jpg"])
-    >>> _rename(names, array("B", [COMPLETE, REPEATED]), name_hashes(names))[:]
+    >>> _make_unique(names, array("B", [COMPLETE, REPEATED]), hash_names(names))[:]
     [b'cat/a.jpg', b'cat/a#1.jpg']
     """
     used = np.sort(hashes)
@@ -302,21 +302,21 @@ def _unique_name(name: bytes, row: int, used: NDArray[np.uint64]) -> bytes:
     mark = b"#%d" % row
     while True:
         candidate = stem + mark + dot + suffix
-        hashed = name_hashes([candidate])
+        hashed = hash_names([candidate])
         index = np.searchsorted(used, hashed)[0]
         if index == len(used) or used[index] != hashed[0]:
             return candidate
         mark = b"#" + mark
 
 
-def names_tar(path: Path) -> bool:
+def is_tar_name(path: Path) -> bool:
     """Whether a path names tar shards, including compressed ones, which `TarListing` rejects.
 
     >>> from pathlib import Path
-    >>> [names_tar(Path(name)) for name in ("a.tar", "{00..99}.TAR", "a.tar.gz", "a.npy")]
+    >>> [is_tar_name(Path(name)) for name in ("a.tar", "{00..99}.TAR", "a.tar.gz", "a.npy")]
     [True, True, True, False]
     """
-    return path.name.lower().endswith((".tar", *COMPRESSED))
+    return path.name.lower().endswith((".tar", *COMPRESSION_SUFFIXES))
 
 
 def shard_paths(path: Path) -> list[tuple[str, bytes]]:
@@ -341,8 +341,12 @@ def shard_paths(path: Path) -> list[tuple[str, bytes]]:
     paths = [text[:start] + number + text[end:] for number in numbers]
     missing = [shard for shard in paths if not os.path.lexists(shard)]
     if missing:
-        shown = ", ".join(missing[:MISSING_SHOWN])
-        more = f" and {len(missing) - MISSING_SHOWN} more" if len(missing) > MISSING_SHOWN else ""
+        shown = ", ".join(missing[:MAX_MISSING_SHOWN])
+        more = (
+            f" and {len(missing) - MAX_MISSING_SHOWN} more"
+            if len(missing) > MAX_MISSING_SHOWN
+            else ""
+        )
         raise SourceError(
             f"{path}: {len(missing)} of {len(paths)} shards are missing: {shown}{more}",
             "get the missing shards, or give the range that exists",
@@ -359,12 +363,12 @@ def _parse_range(text: str) -> tuple[int, int, list[str]] | None:
     >>> _parse_range("shards/{08..11}.tar")
     (7, 15, ['08', '09', '10', '11'])
     """
-    ranges = [*RANGE.finditer(text)]
+    ranges = [*BRACE_RANGE.finditer(text)]
     if not ranges:
         return None
     if len(ranges) > 1:
         raise SourceError(
-            f"{text} has {len(ranges)} ranges", "give one range, and use a run for each"
+            f"{text} has {len(ranges)} ranges", "give one range, and start a run for each"
         )
     first, last = ranges[0].groups()
     is_short = max(len(first), len(last)) <= MAX_DIGITS
@@ -379,7 +383,10 @@ def _parse_range(text: str) -> tuple[int, int, list[str]] | None:
 
 def _check_not_compressed(path: Path, *, is_range: bool) -> None:
     name = path.name.lower()
-    program = next((COMPRESSED[suffix] for suffix in COMPRESSED if name.endswith(suffix)), None)
+    program = next(
+        (COMPRESSION_SUFFIXES[suffix] for suffix in COMPRESSION_SUFFIXES if name.endswith(suffix)),
+        None,
+    )
     if program is not None:
         shown = path if is_range else shlex.quote(os.fspath(path))
         raise SourceError(

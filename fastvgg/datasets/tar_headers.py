@@ -27,41 +27,41 @@ TarEntry: TypeAlias = tuple[bytes, int, int, int]
 # The state of an entry, as known from its headers.
 COMPLETE, LINK, DEVICE, UNKNOWN, TRUNCATED = range(5)
 
-COMPRESSED_STARTS: Final = {
+COMPRESSION_MAGIC: Final = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
     b"\xfd7zXZ": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
     b"\x04\x22\x4d\x18": "lz4",
 }
-BLOCK: Final = tarfile.BLOCKSIZE
+BLOCK_BYTES: Final = tarfile.BLOCKSIZE
 ADLER_MODULUS: Final = 65521
 # Name, size, checksum, type, magic, prefix.
-HEADER: Final = struct.Struct("100s24x12s12x8sc100x6s82x155s12x")
+HEADER_STRUCT: Final = struct.Struct("100s24x12s12x8sc100x6s82x155s12x")
 POSIX_MAGIC: Final = b"ustar\0"  # GNU tar has a different magic, and times in place of the prefix
 PAX_EXTENSIONS: Final = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 GNU_EXTENSIONS: Final = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-EXTENSIONS: Final = frozenset((*PAX_EXTENSIONS, *GNU_EXTENSIONS))
+EXTENSION_TYPES: Final = frozenset((*PAX_EXTENSIONS, *GNU_EXTENSIONS))
 # A path has at most 4096 bytes; an extended attribute in the same header at most 65,536.
 MAX_EXTENSION_BYTES: Final = 2**20
-PAX_RECORD: Final = re.compile(rb"([0-9]{1,7}) ([^=]+)=")
-PAX_SIZE: Final = re.compile(rb"[0-9]{1,20}")
+PAX_RECORD_PATTERN: Final = re.compile(rb"([0-9]{1,7}) ([^=]+)=")
+PAX_SIZE_PATTERN: Final = re.compile(rb"[0-9]{1,20}")
 PAX_KEYWORDS: Final = (b"path=", b"size=", b"GNU.sparse.")  # other keywords are irrelevant here
-LINKS: Final = (tarfile.LNKTYPE, tarfile.SYMTYPE)
-DEVICES: Final = (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
-WITHOUT_DATA: Final = frozenset((*LINKS, *DEVICES, tarfile.DIRTYPE))
-STATES: Final = {
+LINK_TYPES: Final = (tarfile.LNKTYPE, tarfile.SYMTYPE)
+DEVICE_TYPES: Final = (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
+TYPES_WITHOUT_DATA: Final = frozenset((*LINK_TYPES, *DEVICE_TYPES, tarfile.DIRTYPE))
+STATE_BY_TYPE: Final = {
     **dict.fromkeys((tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE), COMPLETE),
-    **dict.fromkeys(LINKS, LINK),
-    **dict.fromkeys(DEVICES, DEVICE),
+    **dict.fromkeys(LINK_TYPES, LINK),
+    **dict.fromkeys(DEVICE_TYPES, DEVICE),
 }
-GNU_DIRECTORY: Final = b"D"  # its data lists the directory's content
-DIRECTORIES: Final = frozenset((tarfile.DIRTYPE, GNU_DIRECTORY))
+GNU_DIRECTORY_TYPE: Final = b"D"  # its data lists the directory's content
+DIRECTORY_TYPES: Final = frozenset((tarfile.DIRTYPE, GNU_DIRECTORY_TYPE))
 
 # Read size if the next header is near, and if it is not.
-NEAR_BYTES: Final = 64 * 2**10
-FAR_BYTES: Final = 4 * 2**10
-NEAR_GAP_BYTES: Final = 16 * 2**10
+NEAR_READ_BYTES: Final = 64 * 2**10
+FAR_READ_BYTES: Final = 4 * 2**10
+MAX_NEAR_GAP_BYTES: Final = 16 * 2**10
 
 
 class TarHeaderReader:
@@ -76,7 +76,7 @@ class TarHeaderReader:
     """
 
     def __init__(self, shard: str, descriptor: int, size: int) -> None:
-        self.is_ended = False
+        self.has_end_marker = False
         """Whether the end-of-archive marker (a block of zeros) was found."""
         self._shard = shard
         self._descriptor = descriptor
@@ -88,31 +88,31 @@ class TarHeaderReader:
         at, extended_at = 0, -1
         extension: dict[bytes, bytes] = {}
         while (header := self._header(at)) is not None:
-            name, kind, size = header
-            offset = at + BLOCK
-            if kind in EXTENSIONS:
+            name, typeflag, size = header
+            offset = at + BLOCK_BYTES
+            if typeflag in EXTENSION_TYPES:
                 data = self._extension_data(at, size)
                 # The first of several headers takes precedence, as in tarfile.
-                extension = self._parse_extension(kind, data, at) | extension
+                extension = self._parse_extension(typeflag, data, at) | extension
                 at, extended_at = offset + _padded(size), at
                 continue
-            if kind == tarfile.GNUTYPE_SPARSE:
+            if typeflag == tarfile.GNUTYPE_SPARSE:
                 raise self._sparse_error(at)
             if extension:
                 name, size = extension.get(b"path", name), int(extension.get(b"size", size))
                 extension = {}
-            if kind in WITHOUT_DATA:
+            if typeflag in TYPES_WITHOUT_DATA:
                 size = 0
             if not name or name[0] in b"./" or b"/." in name or b"//" in name or b"\0" in name:
-                name = self._normalize(name, kind, at)
-            if kind not in DIRECTORIES:
-                state, available_bytes = STATES.get(kind, UNKNOWN), size
+                name = self._normalize(name, typeflag, at)
+            if typeflag not in DIRECTORY_TYPES:
+                state, available_bytes = STATE_BY_TYPE.get(typeflag, UNKNOWN), size
                 if offset + size > self._size:
                     state, available_bytes = state or TRUNCATED, max(0, self._size - offset)
                 yield name, state, offset, available_bytes
             at, extended_at = offset + _padded(size), -1
         if extended_at >= 0:
-            raise self._damaged(extended_at, "no entry follows this extension header")
+            raise self._damaged_error(extended_at, "no entry follows this extension header")
 
     def bytes_at(self, at: int, count: int) -> bytes:
         """Return `count` bytes at offset `at`, fewer only at the shard's end; reads ahead."""
@@ -120,90 +120,90 @@ class TarHeaderReader:
         if not 0 <= start <= len(self._buffer) - count:
             if at >= self._size:
                 return b""
-            is_near = 0 <= start - len(self._buffer) <= NEAR_GAP_BYTES
-            buffer_bytes = NEAR_BYTES if is_near else FAR_BYTES
+            is_near = 0 <= start - len(self._buffer) <= MAX_NEAR_GAP_BYTES
+            buffer_bytes = NEAR_READ_BYTES if is_near else FAR_READ_BYTES
             self._buffer = read_at(self._descriptor, max(count, buffer_bytes), at)
             self._buffer_offset, start = at, 0
         return self._buffer[start : start + count]
 
     def _header(self, at: int) -> tuple[bytes, bytes, int] | None:
         """Return the name, type and size in a header, or None at the end of the tar."""
-        block = self.bytes_at(at, BLOCK)
-        if len(block) < BLOCK:
+        block = self.bytes_at(at, BLOCK_BYTES)
+        if len(block) < BLOCK_BYTES:
             if any(block):
-                raise self._damaged(at, "the file ends inside a header")
+                raise self._damaged_error(at, "the file ends inside a header")
             return None
-        name, size_text, sum_text, kind, magic, prefix = HEADER.unpack(block)
+        name, size_text, sum_text, typeflag, magic, prefix = HEADER_STRUCT.unpack(block)
         size = _plain_size(block, size_text, sum_text)
         if size is None:
             size = self._rare_size(block, at)
             if size is None:
                 return None
         name = name.partition(b"\0")[0]
-        if kind == tarfile.AREGTYPE and name.endswith(b"/"):  # the convention before DIRTYPE
-            kind = tarfile.DIRTYPE
+        if typeflag == tarfile.AREGTYPE and name.endswith(b"/"):  # the convention before DIRTYPE
+            typeflag = tarfile.DIRTYPE
         if magic == POSIX_MAGIC and prefix[0]:
             name = prefix.partition(b"\0")[0] + b"/" + name
-        return name, kind, size
+        return name, typeflag, size
 
     def _rare_size(self, block: bytes, at: int) -> int | None:
         """Return the size in an unusual header, or None for the end-of-archive marker."""
         if not any(block):
-            self.is_ended = True
+            self.has_end_marker = True
             return None
         try:
             size = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size
         except tarfile.HeaderError as error:
             if at == 0:
                 raise self._not_tar_error(block) from None
-            raise self._damaged(at, f"expected the header of an entry ({error})") from None
+            raise self._damaged_error(at, f"expected the header of an entry ({error})") from None
         if size < 0:
-            raise self._damaged(at, f"an entry has {size} bytes")
+            raise self._damaged_error(at, f"an entry has {size} bytes")
         return size
 
     def _extension_data(self, at: int, size: int) -> bytes:
         """Return the data of an extension header."""
         if size > MAX_EXTENSION_BYTES:
-            raise self._damaged(
+            raise self._damaged_error(
                 at, f"an extension header has {size} bytes; the limit is {MAX_EXTENSION_BYTES}"
             )
-        data = self.bytes_at(at + BLOCK, size)
+        data = self.bytes_at(at + BLOCK_BYTES, size)
         if len(data) < size:
-            raise self._damaged(at, "the file ends inside a header")
+            raise self._damaged_error(at, "the file ends inside a header")
         return data
 
-    def _parse_extension(self, kind: bytes, data: bytes, at: int) -> dict[bytes, bytes]:
+    def _parse_extension(self, typeflag: bytes, data: bytes, at: int) -> dict[bytes, bytes]:
         """Return the path and the size that an extension header sets for the next entry."""
-        if kind == tarfile.GNUTYPE_LONGNAME:
+        if typeflag == tarfile.GNUTYPE_LONGNAME:
             return {b"path": data.partition(b"\0")[0]}
-        if kind == tarfile.GNUTYPE_LONGLINK or not any(key in data for key in PAX_KEYWORDS):
+        if typeflag == tarfile.GNUTYPE_LONGLINK or not any(key in data for key in PAX_KEYWORDS):
             return {}
         records = self._parse_pax(data, at)
         if any(keyword.startswith(b"GNU.sparse.") for keyword in records):
             raise self._sparse_error(at)
         extension = {key: records[key] for key in (b"path", b"size") if records.get(key)}
-        if extension and kind == tarfile.XGLTYPE:
-            raise self._damaged(at, "a global header sets the path or size of all entries")
-        if not PAX_SIZE.fullmatch(extension.get(b"size", b"0")):
-            raise self._damaged(at, f"an entry has {extension[b'size'][:40]!r} bytes")
+        if extension and typeflag == tarfile.XGLTYPE:
+            raise self._damaged_error(at, "a global header sets the path or size of all entries")
+        if not PAX_SIZE_PATTERN.fullmatch(extension.get(b"size", b"0")):
+            raise self._damaged_error(at, f"an entry has {extension[b'size'][:40]!r} bytes")
         return extension
 
     def _parse_pax(self, data: bytes, at: int) -> dict[bytes, bytes]:
         """Return the records of a pax header by keyword."""
         records, begin = {}, 0
         while begin < len(data):
-            match = PAX_RECORD.match(data, begin)
+            match = PAX_RECORD_PATTERN.match(data, begin)
             end = begin + int(match[1]) if match else 0
             if match is None or end <= match.end() or data[end - 1 : end] != b"\n":
-                raise self._damaged(at, "a pax header cannot be read")
+                raise self._damaged_error(at, "a pax header cannot be read")
             records[match[2]] = data[match.end() : end - 1]
             begin = end
         return records
 
-    def _normalize(self, name: bytes, kind: bytes, at: int) -> bytes:
+    def _normalize(self, name: bytes, typeflag: bytes, at: int) -> bytes:
         """Return an entry's path without empty and "." components; reject one that has ".."."""
         parts = [part for part in name.split(b"/") if part not in (b"", b".")]
-        if b".." in parts or b"\0" in name or (not parts and kind not in DIRECTORIES):
+        if b".." in parts or b"\0" in name or (not parts and typeflag not in DIRECTORY_TYPES):
             raise SourceError(
                 f"{self._shard}: the entry at offset {at} has the invalid path "
                 f"{os.fsdecode(name)!r}",
@@ -217,22 +217,22 @@ class TarHeaderReader:
             "extract the tar, and create it without --sparse (-S)",
         )
 
-    def _damaged(self, at: int, problem: str) -> SourceError:
+    def _damaged_error(self, at: int, problem: str) -> SourceError:
         return SourceError(
             f"{self._shard} is damaged at offset {at}: {problem}",
-            f"get the file again; to list its readable part: tar -tvf {shlex.quote(self._shard)}",
+            f"replace the file; to list its readable part: tar -tvf {shlex.quote(self._shard)}",
         )
 
     def _not_tar_error(self, block: bytes) -> SourceError:
         path = shlex.quote(self._shard)
-        for start, program in COMPRESSED_STARTS.items():
+        for start, program in COMPRESSION_MAGIC.items():
             if block.startswith(start):
                 return SourceError(
                     f"{self._shard} is compressed with {program}: entries have no fixed offsets",
                     f"decompress it, and give the result: {program} -dc < {path} > NEW.tar",
                 )
         return SourceError(
-            f"{self._shard} is not a tar: there is no entry's header at offset 0",
+            f"{self._shard} is not a tar: there is no entry header at offset 0",
             f"check the file's type: file {path}",
         )
 
@@ -252,4 +252,4 @@ def _plain_size(block: bytes, size_text: bytes, sum_text: bytes) -> int | None:
 
 
 def _padded(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
+    return -(-size // BLOCK_BYTES) * BLOCK_BYTES

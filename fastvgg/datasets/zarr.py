@@ -23,11 +23,11 @@ from zarr.storage import FsspecStore, LocalStore, WrapperStore
 
 from fastvgg.datasets.base import (
     MAX_ELEMENTS,
-    SHOWN_CHARACTERS,
+    MAX_SHAPE_CHARACTERS,
     ArraySource,
     Header,
-    check_array,
     check_dtype,
+    check_shape,
 )
 from fastvgg.datasets.index import read_index
 from fastvgg.errors import SourceError, StoppedError
@@ -44,11 +44,11 @@ if TYPE_CHECKING:
 
     from fastvgg.transform import Layout
 
-ARRAY_METADATA: Final = ("/zarr.json", "/.zarray")
-METADATA: Final = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
+ARRAY_METADATA_SUFFIXES: Final = ("/zarr.json", "/.zarray")
+METADATA_KEYS: Final = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
 ATTRIBUTE_KEY: Final = "fastvgg"
 """The attribute that records the transform applied to the images."""
-NAMES_SHOWN: Final = 10
+MAX_NAMES_SHOWN: Final = 10
 MAX_COUNTED_CHUNKS: Final = 10**6  # metadata may claim any number
 # What zarr-python and its codecs raise on damaged metadata and damaged chunks.
 METADATA_ERRORS: Final = (
@@ -91,10 +91,10 @@ class _StrictStore(WrapperStore[Store]):
         if key in self._metadata:
             return prototype.buffer.from_bytes(self._metadata[key])
         data: Buffer | None = await self._store.get(key, prototype, byte_range)
-        # zarr treats an empty shard, too, as one that was never written.
-        if not data and not key.endswith(METADATA):
+        # zarr also treats an empty shard as one that was never written.
+        if not data and not key.endswith(METADATA_KEYS):
             raise MissingChunkError(key)
-        if data and self.uses_blosc and byte_range is None and not key.endswith(METADATA):
+        if data and self.uses_blosc and byte_range is None and not key.endswith(METADATA_KEYS):
             expected = int.from_bytes(data[12:16].to_bytes(), "little")
             if expected != len(data):
                 raise ValueError(f"it has {len(data)} bytes; its header says {expected}")
@@ -116,7 +116,7 @@ class ZarrArray(ArraySource):
     Raises
     ------
     SourceError
-        If the metadata cannot be read, or do not describe an array of images.
+        If the metadata cannot be read, or does not describe an array of images.
     """
 
     kind = "zarr"
@@ -129,11 +129,11 @@ class ZarrArray(ArraySource):
         metadata: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
         super().__init__(Location(path))
-        _check_regular(path)
+        _check_metadata_regular(path)
         try:
             with objects.os_errors(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about deviations that zarr tolerates
-                store = _StrictStore(_open(path), metadata)
+                store = _StrictStore(_open_store(path), metadata)
                 array = zarr.open(store, mode="r")
         except FileNotFoundError:
             raise SourceError(
@@ -143,7 +143,7 @@ class ZarrArray(ArraySource):
         except METADATA_ERRORS as error:
             raise SourceError(
                 f"{path} cannot be opened as Zarr: {type(error).__name__}: {_display(error)}",
-                "check the connection, or get the array again",
+                "check the connection, or replace the array with an intact copy",
             ) from None
         if isinstance(array, zarr.Group):
             raise SourceError(
@@ -153,7 +153,7 @@ class ZarrArray(ArraySource):
         codecs = [] if array.shards else [type(codec).__name__ for codec in array.compressors]
         store.uses_blosc = "Blosc" in "".join(codecs[-1:])
         self._array = array
-        check_array(path, array.shape)
+        check_shape(path, array.shape)
         # zarr converts elements of a different byte order.
         dtype = check_dtype(path, array.dtype.name if array.dtype.kind in "uf" else "", array.dtype)
         self.header = Header(array.shape, dtype, layout)
@@ -161,8 +161,8 @@ class ZarrArray(ArraySource):
         self._chunk_shape: tuple[int, ...] = array.shards or array.chunks
         # For chunks larger than memory can be, zarr returns uninitialized memory.
         if min(self._chunk_shape) < 1 or math.prod(self._chunk_shape) > MAX_ELEMENTS:
-            shown = str(self._chunk_shape)[:SHOWN_CHARACTERS]
-            raise SourceError(f"{path} has invalid chunk shape {shown}", "get the array again")
+            shown = str(self._chunk_shape)[:MAX_SHAPE_CHARACTERS]
+            raise SourceError(f"{path} has invalid chunk shape {shown}", "replace the array")
         counts = (-(-a // b) for a, b in zip(array.shape, self._chunk_shape, strict=True))
         self._counts = tuple(counts)
         self.read_granularity = min(array.chunks[0], array.shape[0])
@@ -179,7 +179,7 @@ class ZarrArray(ArraySource):
 
     def fingerprint(self) -> str:
         digest = xxhash.xxh3_128()
-        for key, (size, version) in sorted(_files(self.path).items()):
+        for key, (size, version) in sorted(_list_files(self.path).items()):
             digest.update(f"{size} {version} {key}\0".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
@@ -213,14 +213,14 @@ class ZarrArray(ArraySource):
             with objects.os_errors():
                 self._array.get_basic_selection(selection, **options)
         except MissingChunkError as error:
-            raise self._damaged(str(error), "it is missing or empty") from None
+            raise self._damaged_error(str(error), "it is missing or empty") from None
         except CHUNK_ERRORS as error:
             if _is_system_error(error):
                 where = str(error.filename or self.path)
                 raise StoppedError.from_os_error(
                     error, "read", where, selection[0].start
                 ) from error
-            raise self._damaged(key, _display(error)) from None
+            raise self._damaged_error(key, _display(error)) from None
 
     def _locate_damaged_chunk(self, start: int, stop: int) -> None:
         """Read the chunks one by one, and raise an error that names the first damaged one."""
@@ -232,10 +232,10 @@ class ZarrArray(ArraySource):
             key = self._array.metadata.encode_chunk_key(coordinates)
             self._select(tuple(map(slice, begins, ends)), key)
 
-    def _damaged(self, key: str, why: str) -> DamagedChunkError:
+    def _damaged_error(self, key: str, why: str) -> DamagedChunkError:
         return DamagedChunkError(
             f"{self.path}: chunk {key} is damaged: {why}",
-            "get the array again, or recreate it from its source; then rerun with --restart",
+            "replace the array, or recreate it from its source; then rerun with --restart",
         )
 
 
@@ -250,16 +250,16 @@ class ZarrSource(ZarrArray):
 
     def __init__(self, path: Path, *, layout: Layout = "NHWC") -> None:
         super().__init__(path, layout=layout)
-        files = _files(path)
+        files = _list_files(path)
         self._check_no_missing_chunks(files)
         self.stored_bytes = sum(size for size, _ in files.values())
         self.records = read_index(path, self.header.images)
 
     def _check_no_missing_chunks(self, files: Mapping[str, tuple[int, str]]) -> None:
         expected = math.prod(self._counts)
-        missing = expected - sum(not key.endswith(METADATA) for key in files)
+        missing = expected - sum(not key.endswith(METADATA_KEYS) for key in files)
         absent = (key for key in self.keys(0, self.header.images) if key not in files)
-        first = list(itertools.islice(absent, NAMES_SHOWN))
+        first = list(itertools.islice(absent, MAX_NAMES_SHOWN))
         if missing < MAX_COUNTED_CHUNKS:  # count exactly: unrelated files may have been counted
             missing = len(first) + sum(1 for _ in absent)
         if missing:
@@ -267,12 +267,12 @@ class ZarrSource(ZarrArray):
             raise SourceError(
                 f"{self.path}: {missing} of {expected} chunks are missing, e.g. {shown}; zarr "
                 "would read them as the fill value",
-                "finish writing the array, or get it again; zarr omits chunks that equal the fill "
+                "finish writing the array, or replace it; zarr omits chunks that equal the fill "
                 "value, unless zarr.config.set({'array.write_empty_chunks': True})",
             )
 
 
-def _open(path: Path) -> Store:
+def _open_store(path: Path) -> Store:
     """Return a read-only zarr store."""
     if is_remote(path):
         return FsspecStore.from_url(str(path), read_only=True)
@@ -300,17 +300,17 @@ def _display(error: Exception) -> str:
     return ascii(str(error)[:200])[1:-1]
 
 
-def _check_regular(path: Path) -> None:
-    """Check that metadata are regular files: opening a pipe could block for ever."""
+def _check_metadata_regular(path: Path) -> None:
+    """Check that metadata keys are regular files: opening a pipe could block forever."""
     if is_remote(path):
         return
-    for name in METADATA:
+    for name in METADATA_KEYS:
         file = path / name
         if os.path.exists(file) and not os.path.isfile(file):  # noqa: PTH110, PTH113  # may raise
-            raise SourceError(f"{file} is not a regular file", "get the array again")
+            raise SourceError(f"{file} is not a regular file", "replace the array")
 
 
-def _files(path: Path) -> dict[str, tuple[int, str]]:
+def _list_files(path: Path) -> dict[str, tuple[int, str]]:
     """Return the size and a version string of every file of an array, by key.
 
     Raises
@@ -319,7 +319,7 @@ def _files(path: Path) -> dict[str, tuple[int, str]]:
         If they cannot be listed, or one is not a regular file.
     """
     try:
-        return objects.listing(path) if is_remote(path) else _list_directory(path)
+        return objects.list_objects(path) if is_remote(path) else _list_directory(path)
     except OSError as error:
         raise SourceError(
             f"{error.filename or path} cannot be read: {error.strerror or error}",
@@ -341,11 +341,11 @@ def _list_directory(path: Path) -> dict[str, tuple[int, str]]:
                     status = entry.stat()
                     files[key] = status.st_size, str(status.st_mtime_ns)
                 else:
-                    raise SourceError(f"{path / key} is not a regular file", "get the array again")
+                    raise SourceError(f"{path / key} is not a regular file", "replace the array")
     return files
 
 
 def _arrays(path: Path) -> list[str]:
     """Return the names of the first few arrays in a group."""
-    arrays = sorted(key for key in _files(path) if key.endswith(ARRAY_METADATA))
-    return [key.rpartition("/")[0] for key in arrays[:NAMES_SHOWN]]
+    arrays = sorted(key for key in _list_files(path) if key.endswith(ARRAY_METADATA_SUFFIXES))
+    return [key.rpartition("/")[0] for key in arrays[:MAX_NAMES_SHOWN]]

@@ -2,7 +2,7 @@
 
 Each chunk of the run becomes one shard, a separate file, with inner chunks of about 8 MiB that can
 be read individually. Every inner chunk and every shard index has a CRC32C. Shards that are full of
-the fill value are written, too.
+the fill value are written as well.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.storage import MemoryStore
 
-from fastvgg.datasets.base import DiskTarget, Header, SharedTarget, bytes_of, inner_chunk_images
+from fastvgg.datasets.base import DiskTarget, Header, SharedTarget, byte_view, inner_chunk_images
 from fastvgg.datasets.zarr import ATTRIBUTE_KEY, DamagedChunkError, ZarrArray
 from fastvgg.errors import ResumeError, VerificationError
 
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from zarr.core.buffer import Buffer
 
     from fastvgg.datasets.base import PartialPages, Payload
-    from fastvgg.storage.objects import StoreStorage
+    from fastvgg.storage.objects import ObjectStorage
     from fastvgg.transform import Transform
 
-AXES: Final = {
+DIMENSION_NAMES: Final = {
     "NHWC": ("image", "height", "width", "channel"),
     "NCHW": ("image", "channel", "height", "width"),
 }
@@ -71,7 +71,7 @@ class ShardEncoder:
             compressors=None,
             fill_value=0,
             chunk_key_encoding={"name": "default", "separator": "."},
-            dimension_names=AXES[header.layout],
+            dimension_names=DIMENSION_NAMES[header.layout],
             attributes={ATTRIBUTE_KEY: {"transform": transform.to_dict()}} if transform else {},
             config={"write_empty_chunks": True},
         )
@@ -128,7 +128,7 @@ def _inner_chunk_images(header: Header, chunk_images: int) -> int:
     return next(images for images in range(limit, 0, -1) if chunk_images % images == 0)
 
 
-class _Shard(NamedTuple):
+class _EncodedShard(NamedTuple):
     """An encoded shard, and the buffer that contains it."""
 
     memory: bytearray
@@ -149,7 +149,7 @@ class _ShardTarget(SharedTarget):
     """
 
     kind = "zarr"
-    _aligned_bytes = 1
+    _alignment_bytes = 1
     """Alignment of a shard's buffer."""
 
     def __init__(
@@ -157,13 +157,13 @@ class _ShardTarget(SharedTarget):
     ) -> None:
         super().__init__(path, header)
         self._encoder = ShardEncoder(header, chunk_images, transform)
-        self._encoded: deque[tuple[str, _Shard]] = deque()
+        self._encoded: deque[tuple[str, _EncodedShard]] = deque()
         self._memory: list[bytearray] = []
 
     def write(self, start: int, stored: Payload) -> None:
         """Encode rows as a shard, which `sync` writes.
 
-        So a shard is encoded while the previous one is being written.
+        This encodes a shard while the previous one is being written.
         """
         self._encoded.append((self._encoder.key(start), self._encode(stored)))
 
@@ -174,21 +174,21 @@ class _ShardTarget(SharedTarget):
     def write_unaligned(self, edges: PartialPages) -> None:
         """Do nothing: there are no partial pages."""
 
-    def _encode(self, stored: Payload) -> _Shard:
+    def _encode(self, stored: Payload) -> _EncodedShard:
         """Encode rows as a shard in a buffer from the pool; `sync` returns it there."""
         nbytes = self._encoder.shard_bytes
         try:
             memory = self._memory.pop()
         except IndexError:
-            memory = bytearray(nbytes + self._aligned_bytes - 1)
+            memory = bytearray(nbytes + self._alignment_bytes - 1)
         whole = np.frombuffer(memory, np.uint8)
-        content = whole[-whole.ctypes.data % self._aligned_bytes :][:nbytes]
+        content = whole[-whole.ctypes.data % self._alignment_bytes :][:nbytes]
         (data,) = stored
         self._encoder.encode(data, content)
-        return _Shard(memory, content)
+        return _EncodedShard(memory, content)
 
     @abstractmethod
-    def _store(self, name: str, shard: _Shard) -> None:
+    def _store(self, name: str, shard: _EncodedShard) -> None:
         """Write an encoded shard durably."""
 
     def sync(self) -> None:
@@ -201,7 +201,7 @@ class _ShardTarget(SharedTarget):
     def read_unfinished(self, start: int, stop: int) -> Payload:
         """Read rows of the partial; empty if their shard is missing or damaged."""
         try:
-            return [bytes_of(self._unfinished.read(start, stop).batch)]
+            return [byte_view(self._unfinished.read(start, stop).batch)]
         except DamagedChunkError:
             return []
 
@@ -225,7 +225,7 @@ class _ShardTarget(SharedTarget):
 class ZarrTarget(DiskTarget, _ShardTarget):
     """A Zarr array in a directory, with one file per shard."""
 
-    _aligned_bytes = mmap.PAGESIZE  # for direct I/O
+    _alignment_bytes = mmap.PAGESIZE  # for direct I/O
 
     def create(self) -> None:
         self._storage.remove(self.partial)
@@ -250,7 +250,7 @@ class ZarrTarget(DiskTarget, _ShardTarget):
                     "the file was changed in the meantime: start over with --restart",
                 )
 
-    def _store(self, name: str, shard: _Shard) -> None:
+    def _store(self, name: str, shard: _EncodedShard) -> None:
         self._write(name, shard.content.data)
 
     def _write(self, name: str, data: memoryview) -> None:
@@ -268,9 +268,9 @@ class ZarrTarget(DiskTarget, _ShardTarget):
 
 
 class StoreZarrTarget(_ShardTarget):
-    """A Zarr array in a store. Shards get their final keys; the metadata are written last."""
+    """A Zarr array in a store. Shards get their final keys; the metadata is written last."""
 
-    def __init__(self, path: Path, header: Header, storage: StoreStorage, **options: Any) -> None:
+    def __init__(self, path: Path, header: Header, storage: ObjectStorage, **options: Any) -> None:
         super().__init__(path, header, **options)
         self._storage = storage
 
@@ -287,7 +287,7 @@ class StoreZarrTarget(_ShardTarget):
     def attach(self) -> None:
         """Do nothing: until it is published, the array consists of shards only."""
 
-    def _store(self, name: str, shard: _Shard) -> None:
+    def _store(self, name: str, shard: _EncodedShard) -> None:
         self._storage.put(self.path / name, shard.memory)
 
     def publish(self) -> None:

@@ -1,1 +1,1 @@
-"""Where the chunks of a run are computed: threads of this process, or workers of a cluster."""
+"""Executors: compute the chunks of a run on the threads of this process, or on a cluster."""

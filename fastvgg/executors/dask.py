@@ -39,12 +39,12 @@ if TYPE_CHECKING:
     from fastvgg.stream.plan import Plan
     from fastvgg.stream.run import Run
 
-LOCAL: Final = "local"
+LOCAL_ADDRESS: Final = "local"
 CONNECT_SECONDS: Final = 10
 JOIN_SECONDS: Final = 60
 # Results that arrive within this time are gathered and committed as a batch: one by one they take a
 # third more of the scheduler's time.
-GATHERING_SECONDS: Final = 0.05
+GATHER_SECONDS: Final = 0.05
 MIN_IN_FLIGHT: Final = 1024  # tasks, of a few kB each
 IN_FLIGHT_PER_THREAD: Final = 8
 # Chunks per task of a large run: a task writes a chunk while it computes the next, and Dask's
@@ -63,7 +63,7 @@ def connect(address: str) -> Iterator[Client]:
         If no scheduler responds.
     """
     with contextlib.ExitStack() as opened:
-        if address == LOCAL:
+        if address == LOCAL_ADDRESS:
             workers = {"n_workers": available_cpus(), "threads_per_worker": 1}
             address = opened.enter_context(LocalCluster(**workers)).scheduler_address
         try:
@@ -101,7 +101,7 @@ class DaskExecutor(Executor):
 
         Workers that join later fail on their first task instead.
         """
-        _check_shareable(plan)
+        _check_idempotent(plan)
         plan, client = dataclasses.replace(plan, threads=1), self._client
         try:
             client.wait_for_workers(1, timeout=JOIN_SECONDS)
@@ -111,7 +111,9 @@ class DaskExecutor(Executor):
                 "start one with 'dask worker', or scale the cluster to at least one",
             ) from None
         shared = pickle.dumps(dataclasses.replace(plan, listing=None))
-        _check_no_problems(client.run(_probe_worker, shared, package_versions(), on_error="return"))
+        _check_worker_results(
+            client.run(_probe_worker, shared, package_versions(), on_error="return")
+        )
         return plan
 
     def open(self, run: Run) -> None:
@@ -120,9 +122,9 @@ class DaskExecutor(Executor):
             shared = secrets.token_hex(8), dataclasses.replace(run.plan, listing=None)
             self._shared_plan = pickle.dumps(shared)
             self._name = f"{run.plan.transform.direction}-{shared[0]}"
-        with self._stopping_on_disconnect():
+        with self._disconnect_errors():
             found = self._client.run(open_run, self._shared_plan, on_error="return")
-        _check_no_problems(found)
+        _check_worker_results(found)
 
     def close(self) -> None:
         """Have the workers release the files of the run."""
@@ -132,16 +134,16 @@ class DaskExecutor(Executor):
                 self._client.run(close_run, shared, on_error="ignore")
 
     @contextlib.contextmanager
-    def _stopping_on_disconnect(self) -> Iterator[None]:
+    def _disconnect_errors(self) -> Iterator[None]:
         """Raise StoppedError if the connection to the scheduler is lost."""
         try:
             yield
         except (OSError, RuntimeError) as error:  # from Dask: file errors are already StoppedError
             if isinstance(error, RuntimeError) and self._client.status == "running":
                 raise
-            raise self._scheduler_lost(str(error)) from error
+            raise self._scheduler_lost_error(str(error)) from error
 
-    def _scheduler_lost(self, reason: str) -> StoppedError:
+    def _scheduler_lost_error(self, reason: str) -> StoppedError:
         return StoppedError(
             f"the scheduler {self._client.scheduler.address} is gone or was restarted: {reason}",
             "rerun the same command to resume after the last committed chunk",
@@ -154,7 +156,7 @@ class DaskExecutor(Executor):
         results: Generator[list[ChunkCommit], None, None] = self._results(
             run_task, self._name, self._group(tasks, run.plan.chunks)
         )
-        with contextlib.closing(results), self._stopping_on_disconnect():
+        with contextlib.closing(results), self._disconnect_errors():
             for batch in results:
                 edges = [edge for result in batch for edge in result.edges]
                 if edges:
@@ -174,7 +176,7 @@ class DaskExecutor(Executor):
         results = self._results(
             stored_checksums, f"check-{self._name}", self._group(tasks, run.plan.chunks)
         )
-        with contextlib.closing(results), self._stopping_on_disconnect():
+        with contextlib.closing(results), self._disconnect_errors():
             yield from itertools.chain.from_iterable(results)
 
     def _group(self, tasks: Iterable[ChunkTask], chunks: int) -> Iterator[Task]:
@@ -208,7 +210,7 @@ class DaskExecutor(Executor):
         try:
             submit()
             for batch in completed.batches():
-                time.sleep(GATHERING_SECONDS)
+                time.sleep(GATHER_SECONDS)
                 batch += completed.next_batch(block=False)
                 results = self._client.gather(batch, errors="skip")
                 yield list(itertools.chain.from_iterable(results))
@@ -226,7 +228,7 @@ class DaskExecutor(Executor):
         """Return the error that stops the run after one of these tasks failed."""
         failed = [future for future in futures if future.status == "error"]
         if not failed:
-            return self._scheduler_lost(f"it does not know the task {futures[0].key}")
+            return self._scheduler_lost_error(f"it does not know the task {futures[0].key}")
         error: BaseException = failed[0].exception()
         if isinstance(error, FastvggError) and not isinstance(error, StoppedError):
             return StoppedError(error.problem, error.remedy)
@@ -239,7 +241,7 @@ class DaskExecutor(Executor):
         return error
 
 
-def _check_shareable(plan: Plan) -> None:
+def _check_idempotent(plan: Plan) -> None:
     """Check that the plan is safe if a task runs twice."""
     if plan.job.in_place:
         problem = "a cluster may run a task twice, which would corrupt a file changed in place"
@@ -255,7 +257,7 @@ def _check_shareable(plan: Plan) -> None:
     raise UsageError(f"{plan.target}: {problem}", remedy)
 
 
-def _check_no_problems(found: dict[str, str | BaseException | None]) -> None:
+def _check_worker_results(found: dict[str, str | BaseException | None]) -> None:
     """Raise ClusterError if a worker reported a problem."""
     for address, problem in sorted(found.items()):
         if isinstance(problem, CommClosedError):  # the worker died, so it gets no tasks

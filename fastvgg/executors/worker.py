@@ -21,10 +21,10 @@ from fastvgg.datasets.base import SharedTarget
 from fastvgg.datasets.open import open_target
 from fastvgg.errors import StoppedError
 from fastvgg.stream.commit_pipeline import CommitPipeline
-from fastvgg.stream.compute import BufferRing, compute, make_commit, stored_checksum
+from fastvgg.stream.compute import ChunkBufferRing, compute, make_commit, stored_checksum
 from fastvgg.stream.journal import journal_path, read_journal_header
 from fastvgg.stream.source import reopen_source
-from fastvgg.stream.target import destination_of
+from fastvgg.stream.target import make_destination
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -76,12 +76,12 @@ def stored_checksums(task: Task) -> list[tuple[int, str | None]]:
 
 
 class _WorkerSlot:
-    """The buffers, threads and open target that one task uses at a time."""
+    """The buffers, threads and open target of one task at a time."""
 
     def __init__(self, plan: Plan, source: Source) -> None:
         self._plan = plan
         self._source = source
-        self._destination = destination_of(plan)
+        self._destination = make_destination(plan)
         target = open_target(
             plan.target,
             plan.result,
@@ -95,7 +95,7 @@ class _WorkerSlot:
         weakref.finalize(self, target.close)
         self._check_same_run()
         self.target = target
-        self._buffers = BufferRing(plan, source)
+        self._buffers = ChunkBufferRing(plan, source)
         self.pipeline = CommitPipeline[ChunkCommit]()
 
     def _check_same_run(self) -> None:

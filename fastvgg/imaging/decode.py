@@ -42,10 +42,12 @@ if TYPE_CHECKING:
 
 Gray16: TypeAlias = Literal["error", "scale"]
 
-# Those of keras.utils.image_dataset_from_directory, and others that Pillow reads by default.
-SUFFIXES: Final = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
+# The suffixes of keras.utils.image_dataset_from_directory, and others that Pillow reads.
+IMAGE_SUFFIXES: Final = frozenset(
+    (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+)
 
-FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+PILLOW_FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 INTERPOLATIONS: Final = {
     "nearest": Image.Resampling.NEAREST,
@@ -74,28 +76,28 @@ DECODING_ERRORS: Final = (
     Warning,
 )
 
-JPEG_START: Final = b"\xff\xd8\xff"
+JPEG_SIGNATURE: Final = b"\xff\xd8\xff"
 # The start of a progressive frame, for which libjpeg holds the coefficients of the whole image.
 # Compressed data cannot contain it: there, every ff byte is followed by 00.
-PROGRESSIVE: Final = b"\xff\xc2"
+SOF2_MARKER: Final = b"\xff\xc2"
 SIMPLEJPEG_COLORS: Final = ("YCbCr", "Gray")
 FAST_JPEG_FACTOR: Final = 2
 # EXIF orientations: unrotated, and those that swap height and width.
-UPRIGHT: Final = 1
-TRANSPOSED: Final = (5, 6, 7, 8)
+ORIENTATION_NORMAL: Final = 1
+TRANSPOSED_ORIENTATIONS: Final = (5, 6, 7, 8)
 # Pillow's threshold for a warning; it rejects images of more than twice as many.
 MAX_PIXELS: Final = 89_478_485
 # Measured peak bytes per pixel: decoded JPEG, and coefficients if it is progressive; Pillow's RGB,
 # the image converted to it, and a transposed copy; scaled 16-bit grayscale; WebP decoder overhead.
 JPEG_PIXEL_BYTES: Final = 3
-COEFFICIENTS_BYTES: Final = 6
+COEFFICIENT_PIXEL_BYTES: Final = 6
 RGB_PIXEL_BYTES: Final = 4
 CONVERTED_PIXEL_BYTES: Final = 5
 TRANSPOSED_PIXEL_BYTES: Final = 4
 SCALED_PIXEL_BYTES: Final = 12
 WEBP_PIXEL_BYTES: Final = 18
 UNRESIZED_PIXEL_BYTES: Final = 6
-SMALL_PIXEL_BYTES: Final = 14  # the most a JPEG takes, including a compressed byte per pixel
+MAX_JPEG_PIXEL_BYTES: Final = 14  # the most a JPEG takes, including a compressed byte per pixel
 # Limit of the file size: an uncompressed image with four channels of 16 bits, and its headers.
 FILE_PIXEL_BYTES: Final = 8
 FILE_HEADER_BYTES: Final = 2**20
@@ -103,7 +105,7 @@ FILE_HEADER_BYTES: Final = 2**20
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """Options for decoding images: those of Keras' `load_img`, and some that it lacks.
+    """Options for decoding images: the options of Keras' `load_img`, and some that it lacks.
 
     Parameters
     ----------
@@ -204,7 +206,7 @@ def _parse_size(size: Iterable[Any]) -> tuple[int, int]:
     raise UsageError(f"invalid size {size!r}", "give height and width in pixels: --size 224 224")
 
 
-class Decoded(NamedTuple):
+class DecodeResult(NamedTuple):
     """The outcome of decoding an image."""
 
     width: int
@@ -248,10 +250,10 @@ class Decoder:
         self._gather = gather
         self._large_bytes = memory_bytes // 2
         self._share_bytes = (memory_bytes - self._large_bytes) // threads
-        self._one_large = threading.Lock()
+        self._large_image_lock = threading.Lock()
         # JPEGs of up to this many pixels always fit: their memory need not be estimated. To search
         # 70 kB for a progressive frame takes 160 us.
-        self._small_pixels = min(decoding.max_pixels, self._share_bytes // SMALL_PIXEL_BYTES)
+        self._small_pixels = min(decoding.max_pixels, self._share_bytes // MAX_JPEG_PIXEL_BYTES)
         self._indices = functools.lru_cache(maxsize=256)(self._index_for)
 
     def size(self, data: bytes) -> tuple[int, int] | str:
@@ -266,12 +268,12 @@ class Decoder:
                 self._check_pixel_count(height * width)
                 needed_bytes = self._pillow_pixel_bytes(image, data) * height * width
                 with self._memory(len(data) + needed_bytes):
-                    is_transposed = _orientation(data) in TRANSPOSED
+                    is_transposed = _orientation(data) in TRANSPOSED_ORIENTATIONS
                 return (width, height) if is_transposed else (height, width)
         except (*DECODING_ERRORS, _RejectedError) as error:
             return describe_error(error)
 
-    def decode(self, data: bytes, out: NDArray[np.uint8]) -> Decoded:
+    def decode(self, data: bytes, out: NDArray[np.uint8]) -> DecodeResult:
         """Decode an image into `out`, whose content is undefined if decoding fails.
 
         Parameters
@@ -282,7 +284,7 @@ class Decoder:
             A contiguous array of shape (height, width, 3).
         """
         warning = ""
-        if data.startswith(JPEG_START):
+        if data.startswith(JPEG_SIGNATURE):
             try:
                 decoded = self._decode_jpeg(data, out)
             except DECODING_ERRORS as error:  # simplejpeg raises libjpeg's warnings
@@ -296,14 +298,16 @@ class Decoder:
                 width, height = image.size
                 self._decode_image(image, data, out)
         except (*DECODING_ERRORS, _RejectedError) as error:
-            return Decoded(width, height, True, describe_error(error))
-        return Decoded(width, height, False, warning)
+            return DecodeResult(width, height, True, describe_error(error))
+        return DecodeResult(width, height, False, warning)
 
-    def _decode_jpeg(self, data: bytes, out: NDArray[np.uint8]) -> Decoded | None:
+    def _decode_jpeg(self, data: bytes, out: NDArray[np.uint8]) -> DecodeResult | None:
         """Decode a JPEG with simplejpeg; return None if only Pillow can decode it."""
         decoding = self._decoding
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-        if colors not in SIMPLEJPEG_COLORS or (decoding.exif and _orientation(data) != UPRIGHT):
+        if colors not in SIMPLEJPEG_COLORS or (
+            decoding.exif and _orientation(data) != ORIENTATION_NORMAL
+        ):
             return None
         scaling = self._dct_scaling(data, height, width) if decoding.fast_jpeg else {}
         try:
@@ -314,15 +318,15 @@ class Decoder:
             with self._memory(needed_bytes):
                 self._store_rgb(simplejpeg.decode_jpeg(data, **scaling), out)
         except _RejectedError as error:
-            return Decoded(width, height, True, str(error))
-        return Decoded(width, height, False, "")
+            return DecodeResult(width, height, True, str(error))
+        return DecodeResult(width, height, False, "")
 
     def _jpeg_bytes(self, data: bytes, pixels: int) -> int:
         """Return the memory needed to decode a JPEG."""
         needed_bytes = len(data) + JPEG_PIXEL_BYTES * pixels
         if self._decoding.interpolation != "nearest":
             needed_bytes += RGB_PIXEL_BYTES * pixels
-        return needed_bytes + COEFFICIENTS_BYTES * pixels * (PROGRESSIVE in data)
+        return needed_bytes + COEFFICIENT_PIXEL_BYTES * pixels * (SOF2_MARKER in data)
 
     def _dct_scaling(self, data: bytes, height: int, width: int) -> dict[str, Any]:
         """Return simplejpeg's options for DCT scaling by at least 2, or none if not possible."""
@@ -372,7 +376,7 @@ class Decoder:
             + TRANSPOSED_PIXEL_BYTES * self._decoding.exif
             + SCALED_PIXEL_BYTES * image.mode.startswith("I")
             + WEBP_PIXEL_BYTES * (image.format == "WEBP")
-            + COEFFICIENTS_BYTES * (image.format in ("JPEG", "MPO") and PROGRESSIVE in data)
+            + COEFFICIENT_PIXEL_BYTES * (image.format in ("JPEG", "MPO") and SOF2_MARKER in data)
             + UNRESIZED_PIXEL_BYTES * (self._decoding.size in (None, (image.height, image.width)))
         )
 
@@ -415,7 +419,7 @@ class Decoder:
                 f"decoding takes {needed_bytes} bytes of memory, but only {self._large_bytes} are "
                 "available: increase --memory"
             )
-        return self._one_large
+        return self._large_image_lock
 
 
 def open_image(stream: IO[bytes]) -> Image.Image:
@@ -423,13 +427,13 @@ def open_image(stream: IO[bytes]) -> Image.Image:
 
     Pillow supports many more; for one of them, EPS, it would run Ghostscript on the file.
     """
-    return Image.open(stream, formats=FORMATS)
+    return Image.open(stream, formats=PILLOW_FORMATS)
 
 
 def _orientation(data: bytes) -> int:
     """Return the EXIF orientation of an image, or 1 if it has none."""
     with open_image(io.BytesIO(data)) as image:
-        orientation: int = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
+        orientation: int = image.getexif().get(ExifTags.Base.Orientation, ORIENTATION_NORMAL)
         return orientation
 
 

@@ -1,7 +1,7 @@
-"""Nearest-neighbour resizing: a gather of rows and columns.
+"""Nearest-neighbor resizing: a gather of rows and columns.
 
 Pillow computes the indices, because its rule accumulates rounded steps: a rule that is nearly the
-same selects a different pixel here and there.
+same selects a different pixel in some places.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class NearestIndex:
 def nearest_index(
     height: int, width: int, box: tuple[int, int, int, int], size: tuple[int, int]
 ) -> NearestIndex:
-    """Return the indices that Pillow selects for a nearest-neighbour resize.
+    """Return the indices that Pillow selects for a nearest-neighbor resize.
 
     Parameters
     ----------

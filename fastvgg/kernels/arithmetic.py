@@ -25,9 +25,9 @@ from fastvgg.kernels.vector import (
     I32,
     I64,
     concat,
+    elementwise_intrinsic,
     like,
     map_vectors,
-    on_each_vector,
     shuffle,
     splat,
 )
@@ -43,7 +43,7 @@ F16_INFINITY: Final = 0x7C00
 F16_NAN: Final = 0x7E00
 F16_OVERFLOW: Final = 0x477FF000  # 65520 as float32: rounds to infinity
 F16_SMALLEST_NORMAL: Final = 0x38800000  # 2**-14 as float32
-SIGN: Final = 0x8000
+F16_SIGN: Final = 0x8000
 
 ROUNDING_MAGIC: Final = {FLOAT: 2.0**23, DOUBLE: 2.0**52}
 
@@ -67,14 +67,14 @@ def widen(storage: str, compute: str, *, split: bool = False) -> Any:
             return _convert(b, wide, kind)
         return _convert(b, stored, kind)
 
-    return on_each_vector(lambda block: block.of(compute), emit)
+    return elementwise_intrinsic(lambda block: block.of(compute), emit)
 
 
 @functools.cache
-def narrow(storage: str, *, may_tie: bool = True, split: bool = False) -> Any:
+def narrow(storage: str, *, has_ties: bool = True, split: bool = False) -> Any:
     """Convert values to a floating storage type, rounding half to even; NaN must be canonical.
 
-    Without `may_tie`, no value may be halfway between two bfloat16, which saves two instructions.
+    Without `has_ties`, no value may be halfway between two bfloat16, which saves two instructions.
     With `split`, split vectors become bfloat16 in the original order.
     """
 
@@ -82,13 +82,13 @@ def narrow(storage: str, *, may_tie: bool = True, split: bool = False) -> Any:
         if storage == "float16":
             return _narrow_float16(b, _convert(b, values, like(values, FLOAT)))
         if storage == "bfloat16":
-            rounded = _round_to_bfloat16(b, _convert(b, values, like(values, FLOAT)), may_tie)
+            rounded = _round_to_bfloat16(b, _convert(b, values, like(values, FLOAT)), has_ties)
             if split:
                 return _merge_bfloat16(b, rounded)
             return b.trunc(b.lshr(rounded, splat(rounded.type, 16)), like(rounded, I16))
         return _convert(b, values, like(values, ELEMENTS[storage]))
 
-    return on_each_vector(lambda block: block.of(storage), emit)
+    return elementwise_intrinsic(lambda block: block.of(storage), emit)
 
 
 def _convert(b: Any, values: Any, kind: ir.VectorType) -> Any:
@@ -102,7 +102,7 @@ def _widen_float16(b: Any, halves: Any) -> Any:
     if jit.processor().has_f16c:
         return b.fpext(b.bitcast(halves, like(halves, HALF)), floats)
     wide = b.zext(halves, words)
-    sign = b.shl(b.and_(wide, splat(words, SIGN)), splat(words, 16))
+    sign = b.shl(b.and_(wide, splat(words, F16_SIGN)), splat(words, 16))
     magnitude = b.shl(b.and_(wide, splat(words, 0x7FFF)), splat(words, 13))
     # The exponent is 112 too small. A multiplication corrects it, for subnormal halves too.
     number = b.bitcast(b.fmul(b.bitcast(magnitude, floats), splat(floats, 2.0**112)), words)
@@ -116,7 +116,7 @@ def _narrow_float16(b: Any, floats: Any) -> Any:
         return b.bitcast(b.fptrunc(floats, like(floats, HALF)), like(floats, I16))
     words = like(floats, I32)
     bits = b.bitcast(floats, words)
-    sign = b.and_(b.lshr(bits, splat(words, 16)), splat(words, SIGN))
+    sign = b.and_(b.lshr(bits, splat(words, 16)), splat(words, F16_SIGN))
     magnitude = b.and_(bits, splat(words, 0x7FFFFFFF))
     # Round half to even: add just under half, and the last bit that is kept.
     odd = b.and_(b.lshr(magnitude, splat(words, 13)), splat(words, 1))
@@ -146,11 +146,11 @@ def _split_bfloat16(b: Any, halves: Any) -> Any:
     return b.bitcast(concat(b, (even, odd)), like(halves, FLOAT))
 
 
-def _round_to_bfloat16(b: Any, floats: Any, may_tie: bool) -> Any:
+def _round_to_bfloat16(b: Any, floats: Any, has_ties: bool) -> Any:
     """Round floats to bfloat16, in the upper halves of the returned words."""
     words = like(floats, I32)
     bits = b.bitcast(floats, words)
-    if not may_tie:
+    if not has_ties:
         return b.add(bits, splat(words, 0x8000))
     odd = b.and_(b.lshr(bits, splat(words, 16)), splat(words, 1))
     return b.add(b.add(bits, splat(words, 0x7FFF)), odd)
@@ -172,7 +172,7 @@ def divide(division: str) -> Any:
     "division" divides; "none" returns x. "reciprocal" multiplies instead: the reciprocal and its
     rounding error together have twice the precision, and the products of both with x are added
     with one rounding (N. Brisebarre, J.-M. Muller, "Correctly rounded multiplication by arbitrary
-    precision constants", IEEE Trans. Computers 57, 2008). `spec.reciprocal_is_exact` tests for
+    precision constants", IEEE Trans. Computers 57, 2008). `spec.is_reciprocal_exact` tests for
     which numbers the result is the exact quotient.
     """
 
@@ -216,7 +216,7 @@ def _emit_canonical_nan(b: Any, values: Any) -> Any:
     return b.select(b.fcmp_ordered("ord", values, values), values, b.bitcast(quiet, kind))
 
 
-canonical_nan: Final = on_each_vector(lambda block: block, _emit_canonical_nan)
+canonical_nan: Final = elementwise_intrinsic(lambda block: block, _emit_canonical_nan)
 """Replace every NaN with the canonical quiet NaN."""
 
 
@@ -241,7 +241,7 @@ def round_to_uint8(rounding: Rounding) -> Any:
         convert = b.module.declare_intrinsic(name, fnty=ir.FunctionType(integers, [x.type]))
         return _saturate(b, b.call(convert, [x]))
 
-    return on_each_vector(lambda block: block.of("uint8"), emit)
+    return elementwise_intrinsic(lambda block: block.of("uint8"), emit)
 
 
 def _saturate(b: Any, integers: Any) -> Any:
@@ -286,7 +286,7 @@ def round_to_float(rounding: Rounding) -> Any:
         rounded = _clamp(b, b.fadd(x, splat(x.type, magic)), magic, magic + 255.0)
         return b.fsub(rounded, splat(x.type, magic))
 
-    return on_each_vector(lambda block: block, emit)
+    return elementwise_intrinsic(lambda block: block, emit)
 
 
 def _clamp(b: Any, x: Any, low: float, high: float) -> Any:

@@ -1,4 +1,4 @@
-"""Memory-bandwidth probes (as in STREAM), the roofline that kernels are compared with."""
+"""Memory-bandwidth probes (as in STREAM), the roofline against which kernels are compared."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from fastvgg.kernels.memory import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-LINES: Final = 3
-STEP_BYTES: Final = LINES * CACHE_LINE_BYTES
+LINES_PER_STEP: Final = 3
+STEP_BYTES: Final = LINES_PER_STEP * CACHE_LINE_BYTES
 """The bytes that a step writes: sixteen float32 pixels."""
 
 
 @functools.cache
-def streaming_copy(read_bytes: int, written_bytes: int, *, prefetches: bool) -> Callable[..., None]:
+def streaming_copy(
+    read_bytes: int, written_bytes: int, *, has_prefetch: bool
+) -> Callable[..., None]:
     """Return a loop that copies with a ratio of bytes read to bytes written; non-temporal stores.
 
     Its arguments are the addresses of source and target, and a number of steps. Every byte is read:
@@ -40,8 +42,8 @@ def streaming_copy(read_bytes: int, written_bytes: int, *, prefetches: bool) -> 
     @kernel(3)
     def copy(source, target, steps):
         align_stack()
-        for _ in range(LINES * steps):
-            if prefetches:
+        for _ in range(LINES_PER_STEP * steps):
+            if has_prefetch:
                 prefetch(source, 0)
             store(target, 0, load(source))
             source += source_bytes
@@ -52,14 +54,14 @@ def streaming_copy(read_bytes: int, written_bytes: int, *, prefetches: bool) -> 
 
 
 @functools.cache
-def scale_in_place(*, prefetches: bool) -> Callable[..., None]:
+def scale_in_place(*, has_prefetch: bool) -> Callable[..., None]:
     """Return a loop that multiplies float32 values in place.
 
     Its arguments are the addresses of the values and of a cache line of factors, and a number of
     steps.
     """
     prefetch = memory.prefetch(STEP_BYTES, 1, prefetch_distance(1, 1))
-    load = memory.load("float32", 16, LINES)
+    load = memory.load("float32", 16, LINES_PER_STEP)
     store = memory.store(nontemporal=False)
 
     @kernel(3)
@@ -67,7 +69,7 @@ def scale_in_place(*, prefetches: bool) -> Callable[..., None]:
         align_stack()
         factor = load(factors, 0)
         for _ in range(steps):
-            if prefetches:
+            if has_prefetch:
                 prefetch(target, 0)
             store(target, CACHE_LINE_BYTES, load(target, CACHE_LINE_BYTES) * factor)
             target += STEP_BYTES
@@ -81,7 +83,10 @@ def fill() -> Callable[..., None]:
 
     Its arguments are the addresses of the line and of the target, and a number of steps.
     """
-    load, store = memory.load("uint8", CACHE_LINE_BYTES, LINES), memory.store(nontemporal=True)
+    load, store = (
+        memory.load("uint8", CACHE_LINE_BYTES, LINES_PER_STEP),
+        memory.store(nontemporal=True),
+    )
 
     @kernel(3)
     def fill_lines(line, target, steps):

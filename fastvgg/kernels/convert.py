@@ -13,7 +13,7 @@ import functools
 from typing import TYPE_CHECKING, Any, Final
 
 from fastvgg.kernels import arithmetic, memory, order
-from fastvgg.kernels.jit import inlined, kernel
+from fastvgg.kernels.jit import always_inline, kernel
 from fastvgg.kernels.memory import (
     CACHE_LINE_BYTES,
     align_stack,
@@ -28,41 +28,41 @@ if TYPE_CHECKING:
     from fastvgg.kernels.spec import KernelSpec
 
 TILE_PIXELS: Final = 1024  # 3 KiB of uint8, 12 KiB of float32
-ARGUMENTS: Final = 9
-TWO_STREAMS_BYTES: Final = 6144
+ARGUMENT_COUNT: Final = 9
+STREAM_DISTANCE_BYTES: Final = 6144
 """The distance between two streams is an odd multiple of this: a page and a half, and whole blocks.
 Loads at the same offset in two pages compete for cache lines and reach 0.89 of the limit; this
 distance reaches 1."""
 
 
 @functools.cache
-def compiled(spec: KernelSpec) -> Callable[..., None]:
+def compile_kernel(spec: KernelSpec) -> Callable[..., None]:
     """Return the kernel of a spec. A spec has no constants of modes, so there are finitely many.
 
     Its arguments are the addresses of source, target and constant table; the number of images, and
     of pixels in each; then the strides in bytes between images and between planes, of the source
     and of the target. The plane stride of an interleaved side is not used.
     """
-    return _plane_by_plane(spec) if spec.plane_by_plane else _pixel_by_pixel(spec)
+    return _plane_by_plane(spec) if spec.is_plane_by_plane else _pixel_by_pixel(spec)
 
 
 def _pixel_by_pixel(spec: KernelSpec) -> Callable[..., None]:
     """Return a kernel that writes the three channels of a block together."""
     lanes, nontemporal = spec.lanes, spec.nontemporal
     convert_run = _run_converter(spec)
-    planar_source, planar_target = spec.planar_source, spec.planar_target
+    is_source_planar, is_target_planar = spec.is_source_planar, spec.is_target_planar
     source_element, element = ELEMENT_BYTES[spec.source], ELEMENT_BYTES[spec.target]
-    pixel = element * (1 if planar_target else 3)
+    pixel = element * (1 if is_target_planar else 3)
 
-    @kernel(ARGUMENTS)
+    @kernel(ARGUMENT_COUNT)
     def convert_pixels(
         source, target, table, images, pixels, source_image, source_plane, image_bytes, plane_bytes
     ):
         align_stack()
-        source_step = source_plane if planar_source else source_element
-        step = plane_bytes if planar_target else element
-        source_block_step = source_plane if planar_source else lanes * source_element
-        block_step = plane_bytes if planar_target else lanes * element
+        source_step = source_plane if is_source_planar else source_element
+        step = plane_bytes if is_target_planar else element
+        source_block_step = source_plane if is_source_planar else lanes * source_element
+        block_step = plane_bytes if is_target_planar else lanes * element
         for image in range(images):
             x = source + image * source_image
             y = target + image * image_bytes
@@ -79,23 +79,23 @@ def _plane_by_plane(spec: KernelSpec) -> Callable[..., None]:
 
     Interleaved images are split into tiles that stay in the cache until all planes are written.
     """
-    nontemporal, planar_source = spec.nontemporal, spec.planar_source
+    nontemporal, is_source_planar = spec.nontemporal, spec.is_source_planar
     convert_run = _run_converter(spec)
-    reverses_channels, constant = spec.reverses_channels, ELEMENT_BYTES[spec.compute]
+    has_reversed_channels, constant = spec.has_reversed_channels, ELEMENT_BYTES[spec.compute]
     source_element, element = ELEMENT_BYTES[spec.source], ELEMENT_BYTES[spec.target]
-    source_pixel = source_element * (1 if planar_source else 3)
+    source_pixel = source_element * (1 if is_source_planar else 3)
 
-    @kernel(ARGUMENTS)
+    @kernel(ARGUMENT_COUNT)
     def convert_planes(
         source, target, table, images, pixels, source_image, source_plane, image_bytes, plane_bytes
     ):
         align_stack()
-        channel_bytes = source_plane if planar_source else source_element
-        tile_pixels = max(1, pixels) if planar_source else TILE_PIXELS
+        channel_bytes = source_plane if is_source_planar else source_element
+        tile_pixels = max(1, pixels) if is_source_planar else TILE_PIXELS
         for image in range(images):
             for tile in range(0, pixels, tile_pixels):
                 for plane in range(3):
-                    channel = 2 - plane if reverses_channels else plane
+                    channel = 2 - plane if has_reversed_channels else plane
                     x = source + image * source_image + channel * channel_bytes
                     y = target + image * image_bytes + plane * plane_bytes
                     # All tiles except the first start at a cache line of their plane.
@@ -119,17 +119,17 @@ def _run_converter(spec: KernelSpec) -> Any:
     """
     lanes, nontemporal = spec.lanes, spec.nontemporal
     convert_blocks, convert_pixel = _blocks_converter(spec), _converter(spec, 1)
-    channels = 1 if spec.plane_by_plane else 3
+    channels = 1 if spec.is_plane_by_plane else 3
     load_block_constants = (
         memory.load_channel_constants(spec.compute, lanes, channels)
-        if spec.computes_planes
-        else memory.load_interleaved_constants(spec.compute, lanes, split=spec.splits)
+        if spec.is_compute_planar
+        else memory.load_interleaved_constants(spec.compute, lanes, split=spec.is_split)
     )
     load_pixel_constants = memory.load_channel_constants(spec.compute, 1, channels)
-    source_pixel = ELEMENT_BYTES[spec.source] * (1 if spec.planar_source else 3)
-    pixel = ELEMENT_BYTES[spec.target] * (1 if spec.planar_target else 3)
+    source_pixel = ELEMENT_BYTES[spec.source] * (1 if spec.is_source_planar else 3)
+    pixel = ELEMENT_BYTES[spec.target] * (1 if spec.is_target_planar else 3)
 
-    @inlined
+    @always_inline
     def convert_run(x, source_block_step, source_step, y, block_step, step, end, table):
         while y < end:
             if not nontemporal or y % CACHE_LINE_BYTES == 0:
@@ -144,10 +144,10 @@ def _run_converter(spec: KernelSpec) -> Any:
     return convert_run
 
 
-@inlined
-def stream_blocks(blocks: int, apart: int) -> int:
-    """Return the blocks in each of two streams: an odd multiple of `apart`, or 0."""
-    return max(0, (blocks // (2 * apart) - 1) | 1) * apart
+@always_inline
+def stream_blocks(blocks: int, distance_blocks: int) -> int:
+    """Return the blocks in each of two streams: an odd multiple of `distance_blocks`, or 0."""
+    return max(0, (blocks // (2 * distance_blocks) - 1) | 1) * distance_blocks
 
 
 def _blocks_converter(spec: KernelSpec) -> Any:
@@ -157,11 +157,11 @@ def _blocks_converter(spec: KernelSpec) -> Any:
     them.
     """
     convert_block = _converter(spec, spec.lanes)
-    source_block = spec.lanes * ELEMENT_BYTES[spec.source] * (1 if spec.planar_source else 3)
-    block = spec.lanes * ELEMENT_BYTES[spec.target] * (1 if spec.planar_target else 3)
-    apart = TWO_STREAMS_BYTES // source_block
+    source_block = spec.lanes * ELEMENT_BYTES[spec.source] * (1 if spec.is_source_planar else 3)
+    block = spec.lanes * ELEMENT_BYTES[spec.target] * (1 if spec.is_target_planar else 3)
+    distance_blocks = STREAM_DISTANCE_BYTES // source_block
 
-    @inlined
+    @always_inline
     def convert_stream(x, source_step, y, step, constants, blocks):
         for _ in range(blocks):
             convert_block(x, source_step, y, step, constants)
@@ -169,9 +169,9 @@ def _blocks_converter(spec: KernelSpec) -> Any:
             y += block
         return x, y
 
-    @inlined
+    @always_inline
     def convert_two_streams(x, source_step, y, step, constants, blocks):
-        pairs = stream_blocks(blocks, apart)
+        pairs = stream_blocks(blocks, distance_blocks)
         # Hop to the other stream, then back to the next block of this one.
         hop, target_hop = pairs * source_block, pairs * block
         for _ in range(2 * pairs):
@@ -183,7 +183,7 @@ def _blocks_converter(spec: KernelSpec) -> Any:
         y += pairs * block
         return convert_stream(x, source_step, y, step, constants, blocks - 2 * pairs)
 
-    return convert_two_streams if spec.two_streams else convert_stream
+    return convert_two_streams if spec.has_two_streams else convert_stream
 
 
 def _converter(spec: KernelSpec, lanes: int) -> Any:
@@ -192,27 +192,27 @@ def _converter(spec: KernelSpec, lanes: int) -> Any:
     Its arguments are the address and the vector stride of the source, those of the target, and the
     constants. It loads everything before it stores anything. A single pixel is not prefetched.
     """
-    split, places = spec.splits and lanes > 1, _source_places(spec)
-    pixel = ELEMENT_BYTES[spec.source] * (1 if spec.planar_source else 3)
+    split, places = spec.is_split and lanes > 1, _source_places(spec)
+    pixel = ELEMENT_BYTES[spec.source] * (1 if spec.is_source_planar else 3)
     prefetch_bytes = lanes * pixel if lanes > 1 else 0
     prefetch = memory.prefetch(prefetch_bytes, places, spec.prefetch_distance)
     read, calculate = _reader(spec, lanes, split), _calculation(spec, split=split)
-    shuffle, shuffles_results = _shuffle(spec), spec.shuffles_results
+    shuffle, is_result_shuffled = _shuffle(spec), spec.is_result_shuffled
     store = memory.store(nontemporal=spec.nontemporal and lanes > 1)
 
-    @inlined
+    @always_inline
     def convert(x, source_step, y, step, constants):
         compiler_barrier()
         prefetch(x, source_step)
         result = calculate(read(x, source_step), constants)
-        store(y, step, shuffle(result) if shuffles_results else result)
+        store(y, step, shuffle(result) if is_result_shuffled else result)
 
     return convert
 
 
 def _source_places(spec: KernelSpec) -> int:
     """Return at how many places a kernel reads: in each plane if it reads planes together."""
-    return 3 if spec.planar_source and not spec.plane_by_plane else 1
+    return 3 if spec.is_source_planar and not spec.is_plane_by_plane else 1
 
 
 def _reader(spec: KernelSpec, lanes: int, split: bool) -> Any:
@@ -220,7 +220,7 @@ def _reader(spec: KernelSpec, lanes: int, split: bool) -> Any:
 
     The values have the type and the order of the arithmetic.
     """
-    interleaved, by_plane = not spec.planar_source and lanes > 1, spec.plane_by_plane
+    interleaved, by_plane = not spec.is_source_planar and lanes > 1, spec.is_plane_by_plane
     if spec.source == "uint8" and (interleaved or split):
         block_bytes = 3 * lanes if interleaved else lanes
         if interleaved and by_plane:
@@ -232,9 +232,9 @@ def _reader(spec: KernelSpec, lanes: int, split: bool) -> Any:
     else:
         load = memory.load(spec.source, lanes, 1 if by_plane else 3)
     widen = arithmetic.widen(spec.source, spec.compute, split=split)
-    shuffle, shuffles_first = _shuffle(spec), not (by_plane or spec.shuffles_results)
+    shuffle, shuffles_first = _shuffle(spec), not (by_plane or spec.is_result_shuffled)
 
-    @inlined
+    @always_inline
     def read(x, step):
         block = load(x, step)
         return widen(shuffle(block) if shuffles_first else block)
@@ -244,13 +244,13 @@ def _reader(spec: KernelSpec, lanes: int, split: bool) -> Any:
 
 def _byte_offsets(spec: KernelSpec, lanes: int) -> tuple[int, ...]:
     """Return the source offset of each value of a block, in the order of the arithmetic."""
-    values = order.split_order(lanes) if spec.splits else tuple(range(lanes))
-    if spec.planar_source:
+    values = order.even_odd_order(lanes) if spec.is_split else tuple(range(lanes))
+    if spec.is_source_planar:
         return values
-    if spec.plane_by_plane:
+    if spec.is_plane_by_plane:
         return tuple(range(0, 3 * lanes, 3))
-    channels = (2, 1, 0) if spec.reverses_channels else (0, 1, 2)
-    if spec.planar_target:
+    channels = (2, 1, 0) if spec.has_reversed_channels else (0, 1, 2)
+    if spec.is_target_planar:
         return tuple(3 * pixel + channel for channel in channels for pixel in range(lanes))
     values = tuple(lanes * number + value for number in range(3) for value in values)
     return tuple(value // 3 * 3 + channels[value % 3] for value in values)
@@ -260,12 +260,12 @@ def _shuffle(spec: KernelSpec) -> Any:
     """Return the function that shuffles a block from the order of the source to the target's."""
     reverse_planes, reverse_channels = order.reverse_planes, order.reverse_channels
     interleave, deinterleave = order.interleave, order.deinterleave
-    planar_source, reverses = spec.planar_source, spec.reverses_channels
-    interleaves = planar_source and not spec.planar_target
-    deinterleaves = spec.planar_target and not planar_source
-    reverses_planes = reverses and (planar_source or deinterleaves)
+    is_source_planar, reverses = spec.is_source_planar, spec.has_reversed_channels
+    interleaves = is_source_planar and not spec.is_target_planar
+    deinterleaves = spec.is_target_planar and not is_source_planar
+    reverses_planes = reverses and (is_source_planar or deinterleaves)
 
-    @inlined
+    @always_inline
     def shuffle(block):
         if deinterleaves:
             block = deinterleave(block)
@@ -281,33 +281,33 @@ def _shuffle(spec: KernelSpec) -> Any:
 def _calculation(spec: KernelSpec, *, split: bool) -> Any:
     """Return the function that computes results from values of the compute type."""
     divide, scale = arithmetic.divide(spec.divide), arithmetic.divide(spec.scale)
-    affine, divides, scales = spec.affine, spec.divide != "none", spec.scale != "none"
+    is_affine, divides, scales = spec.is_affine, spec.divide != "none", spec.scale != "none"
     may_be_nan, to_uint8 = spec.source != "uint8", spec.target == "uint8"
-    narrow = arithmetic.narrow(spec.target, may_tie=spec.may_tie, split=split)
+    narrow = arithmetic.narrow(spec.target, has_ties=spec.has_ties, split=split)
     canonical_nan, merge = arithmetic.canonical_nan, order.merge
     round_to_uint8 = arithmetic.round_to_uint8(spec.rounding)
     round_to_float = arithmetic.round_to_float(spec.rounding)
     multiply_add: Any = arithmetic.multiply_add
 
-    @inlined
+    @always_inline
     def preprocess(x, c):
-        if affine:
+        if is_affine:
             return narrow(multiply_add(x, c.slope, c.intercept))
-        y = divide(x, c.divide, c.divide_reciprocal, c.divide_remainder) - c.mean
-        y = scale(y, c.std, c.std_reciprocal, c.std_remainder)
+        y = divide(x, c.divide, c.divide_reciprocal, c.divide_reciprocal_low) - c.mean
+        y = scale(y, c.std, c.std_reciprocal, c.std_reciprocal_low)
         return narrow(canonical_nan(y) if may_be_nan else y)
 
-    @inlined
+    @always_inline
     def saturate(x):
         if not to_uint8:
             return narrow(round_to_float(x))
         return merge(round_to_uint8(x)) if split else round_to_uint8(x)
 
-    @inlined
+    @always_inline
     def restore(y, c):
-        if affine:
+        if is_affine:
             return saturate(multiply_add(y, c.slope, c.intercept))
         x = (y * c.std if scales else y) + c.mean
         return saturate(x * c.divide if divides else x)
 
-    return restore if spec.restores else preprocess
+    return restore if spec.is_restore else preprocess

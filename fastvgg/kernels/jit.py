@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]  # read from the environment
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
-inlined: Final[Any] = numba.njit(inline="always")
+always_inline: Final[Any] = numba.njit(inline="always")
 """Decorate a part of a kernel; it is inlined into each kernel that calls it."""
 
 
@@ -40,7 +40,7 @@ class Processor(NamedTuple):
     """Whether an instruction computes a * b + c with one rounding."""
     vector_bytes: int
     """The size of the widest vector register: 16, 32 or 64."""
-    permuted_bytes: int
+    min_permute_bytes: int
     """The size of the smallest elements that one instruction permutes across two vectors.
 
     16 if there is no such instruction for elements of one or two bytes.
@@ -60,7 +60,7 @@ class Processor(NamedTuple):
     def name(self) -> str:
         """The common name of the instruction set.
 
-        >>> avx2 = Processor(True, has_f16c=True, has_fma=True, vector_bytes=32, permuted_bytes=16)
+        >>> avx2 = Processor(True, True, True, vector_bytes=32, min_permute_bytes=16)
         >>> avx2.name
         'AVX2'
         """
@@ -80,11 +80,11 @@ def processor() -> Processor:
         has_f16c=is_arm or "f16c" in features,
         has_fma=is_arm or "fma" in features,
         vector_bytes=64 if "avx512f" in features else 32 if "avx2" in features else 16,
-        permuted_bytes=_permuted_bytes(features, is_arm=is_arm),
+        min_permute_bytes=_min_permute_bytes(features, is_arm=is_arm),
     )
 
 
-def _permuted_bytes(features: frozenset[str], *, is_arm: bool) -> int:
+def _min_permute_bytes(features: frozenset[str], *, is_arm: bool) -> int:
     if is_arm or "avx512vbmi" in features:
         return 1  # tbl, vpermi2b
     return 2 if "avx512bw" in features else 16  # vpermi2w
@@ -97,9 +97,9 @@ def _features() -> frozenset[str]:
         names = listed.split(",")
         return frozenset(name[1:] for name in names if name.startswith("+"))
     host = binding.get_host_cpu_features()
-    with_avx = numba.config.ENABLE_AVX  # type: ignore[attr-defined]
+    has_avx = numba.config.ENABLE_AVX  # type: ignore[attr-defined]
     return frozenset(
-        name for name, is_there in host.items() if is_there and (with_avx or "avx" not in name)
+        name for name, is_enabled in host.items() if is_enabled and (has_avx or "avx" not in name)
     )
 
 

@@ -10,7 +10,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from fastvgg.kernels import jit
-from fastvgg.kernels.order import split_order
+from fastvgg.kernels.order import even_odd_order
 from fastvgg.kernels.vector import (
     ELEMENT_BYTES,
     ELEMENTS,
@@ -51,7 +51,7 @@ def _load(b: Any, address: Any, storage: str, lanes: int) -> Any:
     return b.load(pointer, align=1, typ=ir.VectorType(ELEMENTS[storage], lanes))
 
 
-def _loader(kind: Any, emit: Callable[[Any, Any], Any]) -> Any:
+def _load_intrinsic(kind: Any, emit: Callable[[Any, Any], Any]) -> Any:
     """Return an intrinsic(address) whose result is of type `kind`."""
 
     @intrinsic
@@ -61,7 +61,7 @@ def _loader(kind: Any, emit: Callable[[Any, Any], Any]) -> Any:
     return load_block
 
 
-def _strided(kind: Any, emit: Callable[[Any, Any, Any], Any]) -> Any:
+def _strided_intrinsic(kind: Any, emit: Callable[[Any, Any, Any], Any]) -> Any:
     """Return an intrinsic(address, step) whose result is of type `kind`."""
 
     @intrinsic
@@ -80,7 +80,7 @@ def load(storage: str, lanes: int, vectors: int) -> Any:
         starts = _addresses(b, address, step, vectors)
         return pack(b, [_load(b, start, storage, lanes) for start in starts])
 
-    return _strided(Block(storage, lanes, vectors), emit)
+    return _strided_intrinsic(Block(storage, lanes, vectors), emit)
 
 
 @functools.cache
@@ -90,7 +90,7 @@ def load_bytes(
     """Load the bytes at given offsets and convert them to the compute type.
 
     The intrinsic(address, step) does so at each of `places` places `step` bytes apart. One byte
-    shuffle of a window of sixteen bytes fills four neighbouring lanes and extends them to 32 bits.
+    shuffle of a window of sixteen bytes fills four neighboring lanes and extends them to 32 bits.
     No window extends beyond `block_bytes` from the address, which must be at least sixteen.
     """
     if block_bytes < SHUFFLE_BYTES:
@@ -120,7 +120,7 @@ def load_bytes(
         starts, firsts = _addresses(b, address, step, places), range(0, len(offsets), lanes)
         return pack(b, [load_vector(b, start, at) for start in starts for at in firsts])
 
-    return _strided(Block(compute, lanes, places * len(offsets) // lanes), emit)
+    return _strided_intrinsic(Block(compute, lanes, places * len(offsets) // lanes), emit)
 
 
 def _window_start(offsets: Sequence[int], first: int) -> int:
@@ -155,7 +155,7 @@ def load_channel(storage: str, lanes: int) -> Any:
         wanted = range(0, 3 * lanes, 3)
         return pack(b, [permute(b, vectors, [at if at < 2 * lanes else at + 2 for at in wanted])])
 
-    return _strided(Block(storage, lanes, 1), emit)
+    return _strided_intrinsic(Block(storage, lanes, 1), emit)
 
 
 @functools.cache
@@ -170,10 +170,10 @@ def load_line(nbytes: int) -> Any:
         parts = [_load(b, _offset(b, address, at), "uint8", CACHE_LINE_BYTES) for at in starts]
         return pack(b, [functools.reduce(b.xor, parts)])
 
-    return _loader(Block("uint8", CACHE_LINE_BYTES, 1), emit)
+    return _load_intrinsic(Block("uint8", CACHE_LINE_BYTES, 1), emit)
 
 
-load_int64: Final = _loader(
+load_int64: Final = _load_intrinsic(
     types.int64, lambda b, address: b.load(b.inttoptr(address, ir.PointerType()), align=8, typ=I64)
 )
 """Load an aligned 64-bit integer."""
@@ -184,11 +184,11 @@ class Constants(NamedTuple):
 
     divide: Any
     divide_reciprocal: Any
-    divide_remainder: Any
+    divide_reciprocal_low: Any
     mean: Any
     std: Any
     std_reciprocal: Any
-    std_remainder: Any
+    std_reciprocal_low: Any
     slope: Any
     intercept: Any
 
@@ -231,7 +231,7 @@ def load_interleaved_constants(compute: str, lanes: int, *, split: bool = False)
     size = ELEMENT_BYTES[compute]
     width = min(lanes, jit.processor().vector_bytes // size)
     each = lanes // width
-    values = split_order(lanes) if split else range(lanes)
+    values = even_odd_order(lanes) if split else range(lanes)
     starts = [lanes * number + values[at] for number in range(3) for at in range(0, lanes, width)]
 
     def load_one(b: Any, address: Any) -> Any:
@@ -314,11 +314,11 @@ def prefetch(nbytes: int, count: int, distance: int) -> Any:
                 pointer = b.inttoptr(_offset(b, start, ahead), ir.PointerType())
                 b.call(declared, [pointer, read, streaming, data])
 
-    return _strided(types.void, emit)
+    return _strided_intrinsic(types.void, emit)
 
 
-def _effect(emit: Callable[[Any], None]) -> Any:
-    """Decorate what emits an intrinsic without arguments or result."""
+def _void_intrinsic(emit: Callable[[Any], None]) -> Any:
+    """Decorate a function that emits an intrinsic without arguments or result."""
 
     @intrinsic
     def effect(_context: Any) -> Any:
@@ -327,7 +327,7 @@ def _effect(emit: Callable[[Any], None]) -> Any:
     return effect
 
 
-@_effect
+@_void_intrinsic
 def compiler_barrier(b: Any) -> None:
     """Compiler-only memory barrier; emits no instruction.
 
@@ -337,7 +337,7 @@ def compiler_barrier(b: Any) -> None:
     b.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
 
 
-@_effect
+@_void_intrinsic
 def store_fence(b: Any) -> None:
     """Order non-temporal stores before later stores.
 
@@ -349,7 +349,7 @@ def store_fence(b: Any) -> None:
         b.call(b.module.declare_intrinsic("llvm.x86.sse.sfence", fnty=kind), [])
 
 
-@_effect
+@_void_intrinsic
 def align_stack(b: Any) -> None:
     """Align the stack of the calling kernel to 64 bytes.
 

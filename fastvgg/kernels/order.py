@@ -22,7 +22,7 @@ from fastvgg.kernels import jit
 from fastvgg.kernels.vector import (
     ELEMENT_BYTES,
     SHUFFLE_BYTES,
-    on_each_vector,
+    elementwise_intrinsic,
     pack,
     permute,
     shuffle,
@@ -32,14 +32,14 @@ from fastvgg.kernels.vector import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-Place: TypeAlias = tuple[int, int, int]
+LaneIndex: TypeAlias = tuple[int, int, int]
 """A lane of a block: its vector, its group in the vector, and its lane in the group."""
 
-Step: TypeAlias = "Callable[[int, int, int, int, int], Place]"
+Permutation: TypeAlias = "Callable[[int, int, int, int, int], LaneIndex]"
 """The origin of a lane, as a function of its place, the number of groups and their lanes."""
 
 
-def _reordering(*steps: Step) -> Any:
+def _permute_intrinsic(*steps: Permutation) -> Any:
     """Return an intrinsic that reorders the lanes of three vectors.
 
     A vector consists of groups of sixteen bytes, which most byte shuffles do not cross. A step
@@ -49,13 +49,13 @@ def _reordering(*steps: Step) -> Any:
 
     @intrinsic
     def reorder(_context: Any, block: Any) -> Any:
-        shuffles = [_origins(step, block) for step in steps]
+        shuffles = [_shuffle_mask(step, block) for step in steps]
         composed = [functools.reduce(lambda first, then: [first[at] for at in then], shuffles)]
 
         def emit(_: Any, b: Any, __: Any, blocks: Any) -> Any:
             vectors, firsts = unpack(b, blocks[0]), range(0, 3 * block.lanes, block.lanes)
             size = ELEMENT_BYTES[block.storage]
-            for origins in composed if size >= jit.processor().permuted_bytes else shuffles:
+            for origins in composed if size >= jit.processor().min_permute_bytes else shuffles:
                 vectors = [permute(b, vectors, origins[i : i + block.lanes]) for i in firsts]
             return pack(b, vectors)
 
@@ -64,7 +64,7 @@ def _reordering(*steps: Step) -> Any:
     return reorder
 
 
-def _origins(step: Step, block: Any) -> list[int]:
+def _shuffle_mask(step: Permutation, block: Any) -> list[int]:
     """Return the origin of each lane of a block, both numbered through its three vectors."""
     width = min(block.lanes, SHUFFLE_BYTES // ELEMENT_BYTES[block.storage])
     groups = block.lanes // width
@@ -73,65 +73,65 @@ def _origins(step: Step, block: Any) -> list[int]:
     return [(v * groups + g) * width + at for v, g, at in origins]
 
 
-def _gather_pixels(v: int, g: int, at: int, groups: int, _width: int) -> Place:
+def _gather_pixels(v: int, g: int, at: int, groups: int, _width: int) -> LaneIndex:
     """Move the three groups of the same pixels to the same place in the three vectors."""
     return *divmod(3 * g + v, groups), at
 
 
-def _scatter_pixels(v: int, g: int, at: int, groups: int, _width: int) -> Place:
+def _scatter_pixels(v: int, g: int, at: int, groups: int, _width: int) -> LaneIndex:
     """Move three groups at the same place of the three vectors next to each other."""
     g, v = divmod(v * groups + g, 3)
     return v, g, at
 
 
-def _gather_channel(v: int, g: int, at: int, _groups: int, width: int) -> Place:
+def _gather_channel(v: int, g: int, at: int, _groups: int, width: int) -> LaneIndex:
     """Blend the values of channel `v`; their lanes differ, as a width is not a multiple of 3."""
     return (v - at) * width % 3, g, at
 
 
-def _scatter_channels(v: int, g: int, at: int, _groups: int, width: int) -> Place:
+def _scatter_channels(v: int, g: int, at: int, _groups: int, width: int) -> LaneIndex:
     """Blend three channels whose values are in the lanes of their pixels."""
     return (v * width + at) % 3, g, at
 
 
-def _sort_channel(v: int, g: int, at: int, _groups: int, width: int) -> Place:
+def _sort_channel(v: int, g: int, at: int, _groups: int, width: int) -> LaneIndex:
     """Shuffle the result of `_gather_channel` into the order of the pixels."""
     return v, g, (3 * at + v) % width
 
 
-def _unsort_channel(v: int, g: int, at: int, _groups: int, width: int) -> Place:
+def _unsort_channel(v: int, g: int, at: int, _groups: int, width: int) -> LaneIndex:
     """Shuffle a channel into the lanes that `_scatter_channels` expects."""
     return v, g, (at - v) * pow(3, -1, width) % width
 
 
-def _reverse_pixels(v: int, g: int, at: int, _groups: int, width: int) -> Place:
+def _reverse_pixels(v: int, g: int, at: int, _groups: int, width: int) -> LaneIndex:
     """Reverse the channels of pixels whose three groups are at the same place."""
     value = v * width + at
     v, at = divmod(value + 2 - 2 * (value % 3), width)
     return v, g, at
 
 
-def _reverse_vectors(v: int, g: int, at: int, _groups: int, _width: int) -> Place:
+def _reverse_vectors(v: int, g: int, at: int, _groups: int, _width: int) -> LaneIndex:
     return 2 - v, g, at
 
 
-reverse_channels: Final = _reordering(_gather_pixels, _reverse_pixels, _scatter_pixels)
+reverse_channels: Final = _permute_intrinsic(_gather_pixels, _reverse_pixels, _scatter_pixels)
 """Reverse the channels of interleaved pixels: r g b r g b  ->  b g r b g r."""
 
-reverse_planes: Final = _reordering(_reverse_vectors)
+reverse_planes: Final = _permute_intrinsic(_reverse_vectors)
 """Reverse the channels of planar pixels: r r, g g, b b  ->  b b, g g, r r."""
 
-interleave: Final = _reordering(_unsort_channel, _scatter_channels, _scatter_pixels)
+interleave: Final = _permute_intrinsic(_unsort_channel, _scatter_channels, _scatter_pixels)
 """Interleave planar pixels: r r, g g, b b  ->  r g b r g b."""
 
-deinterleave: Final = _reordering(_gather_pixels, _gather_channel, _sort_channel)
+deinterleave: Final = _permute_intrinsic(_gather_pixels, _gather_channel, _sort_channel)
 """Deinterleave pixels into planes: r g b r g b  ->  r r, g g, b b."""
 
 
-def split_order(lanes: int) -> tuple[int, ...]:
+def even_odd_order(lanes: int) -> tuple[int, ...]:
     """Return the index of the value in each lane of a split vector: even values, then odd values.
 
-    >>> split_order(8)
+    >>> even_odd_order(8)
     (0, 2, 4, 6, 1, 3, 5, 7)
     """
     return *range(0, lanes, 2), *range(1, lanes, 2)
@@ -142,5 +142,5 @@ def _emit_merge(b: Any, vector: Any) -> Any:
     return shuffle(b, vector, None, [at // 2 + at % 2 * half for at in range(2 * half)])
 
 
-merge: Final = on_each_vector(lambda block: block, _emit_merge)
+merge: Final = elementwise_intrinsic(lambda block: block, _emit_merge)
 """Merge the halves of split vectors into the original order."""

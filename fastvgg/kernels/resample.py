@@ -1,4 +1,4 @@
-"""Nearest-neighbour resampling: a gather of pixels by row and column.
+"""Nearest-neighbor resampling: a gather of pixels by row and column.
 
 Resizing from 500x375 to 224x224 takes 20 us; decoding takes 550 us.
 """

@@ -29,71 +29,75 @@ MIN_LANES: Final = 16
 class KernelSpec(NamedTuple):
     """Everything that distinguishes one kernel from another."""
 
-    restores: bool
+    is_restore: bool
     source: str
     """The storage type of the input."""
     target: str
     """The storage type of the result."""
     compute: str
-    planar_source: bool
-    planar_target: bool
-    reverses_channels: bool
-    affine: bool
+    is_source_planar: bool
+    is_target_planar: bool
+    has_reversed_channels: bool
+    is_affine: bool
     """Whether one multiplication and one addition give the result, as tested for all inputs."""
     divide: Division
     """How preprocessing divides by the divisor of all channels."""
     scale: Division
     """How preprocessing divides by the std of each channel."""
-    may_tie: bool
+    has_ties: bool
     """Whether a result can lie halfway between two values of bfloat16."""
     rounding: Rounding
     nontemporal: bool
     """Whether results bypass the caches."""
-    plane_by_plane: bool
+    is_plane_by_plane: bool
     """Whether the planes of the result are written one after the other, each aligned separately."""
 
     @classmethod
     def of(
         cls,
         transform: Transform,
-        input_name: str,
+        input_type: str,
         *,
-        reversed_input: bool = False,
+        has_reversed_input: bool = False,
         in_place: bool = False,
         nontemporal: bool = False,
-        aligned_planes: bool = False,
+        has_aligned_planes: bool = False,
     ) -> KernelSpec:
-        """Return the spec of a transform for inputs of one storage type.
+        """Return the spec of a transform for an input storage type.
 
-        `reversed_input`: the channels are stored in reverse of the order that the transform
+        `has_reversed_input`: the channels are stored in reverse of the order that the transform
         assumes. `in_place`: the result overwrites the input. `nontemporal`: it bypasses the caches.
-        `aligned_planes`: the distance between its planes is a multiple of a cache line.
+        `has_aligned_planes`: the distance between its planes is a multiple of a cache line.
         """
-        mode, restores = transform.mode, transform.direction == "restore"
-        compute, target = transform.compute_name(input_name), transform.output_name(input_name)
-        bytes_only = input_name == "uint8" and compute == "float32"
-        affine = _is_affine(transform, input_name, target)
-        divide, scale = _divisions(mode, compute, bytes_only=input_name == "uint8")
-        planar_source, planar_target = transform.layout == "NCHW", transform.out_layout == "NCHW"
-        shrinks = ELEMENT_BYTES[target] < ELEMENT_BYTES[input_name]
+        mode, is_restore = transform.mode, transform.direction == "restore"
+        compute, target = transform.compute_type(input_type), transform.output_type(input_type)
+        is_byte_input = input_type == "uint8" and compute == "float32"
+        is_affine = _is_affine(transform, input_type, target)
+        divide, scale = _choose_divisions(mode, compute, is_byte_input=input_type == "uint8")
+        is_source_planar, is_target_planar = (
+            transform.layout == "NCHW",
+            transform.out_layout == "NCHW",
+        )
+        shrinks = ELEMENT_BYTES[target] < ELEMENT_BYTES[input_type]
         return cls(
-            restores=restores,
-            source=input_name,
+            is_restore=is_restore,
+            source=input_type,
             target=target,
             compute=compute,
-            planar_source=planar_source,
-            planar_target=planar_target,
-            reverses_channels=mode.is_bgr != reversed_input,
-            affine=affine,
-            divide="none" if affine else divide,
-            scale="none" if affine else scale,
-            may_tie=target == "bfloat16" and (not bytes_only or _has_ties(mode, affine=affine)),
-            rounding=transform.rounding if restores else "nearest",
+            is_source_planar=is_source_planar,
+            is_target_planar=is_target_planar,
+            has_reversed_channels=mode.is_bgr != has_reversed_input,
+            is_affine=is_affine,
+            divide="none" if is_affine else divide,
+            scale="none" if is_affine else scale,
+            has_ties=target == "bfloat16"
+            and (not is_byte_input or _has_ties(mode, is_affine=is_affine)),
+            rounding=transform.rounding if is_restore else "nearest",
             nontemporal=nontemporal,
-            plane_by_plane=planar_target
+            is_plane_by_plane=is_target_planar
             and not in_place
-            and not (aligned_planes and shrinks)
-            and (planar_source or nontemporal),
+            and not (has_aligned_planes and shrinks)
+            and (is_source_planar or nontemporal),
         )
 
     @property
@@ -105,7 +109,7 @@ class KernelSpec(NamedTuple):
         """
         processor = jit.processor()
         filled = processor.store_bytes
-        if self.plane_by_plane and processor.vector_bytes > 16:
+        if self.is_plane_by_plane and processor.vector_bytes > 16:
             filled = CACHE_LINE_BYTES
         lanes = filled // ELEMENT_BYTES[self.target]
         if processor.is_x86:
@@ -118,7 +122,7 @@ class KernelSpec(NamedTuple):
         return prefetch_distance(ELEMENT_BYTES[self.source], ELEMENT_BYTES[self.target])
 
     @property
-    def two_streams(self) -> bool:
+    def has_two_streams(self) -> bool:
         """Whether blocks are read alternately from two streams.
 
         That keeps more loads in flight: float32 to uint8 ran 7 to 10 % faster, 16-bit floats 4 %.
@@ -126,52 +130,52 @@ class KernelSpec(NamedTuple):
         has three streams already. 16-bit floats to planes lose 30 %: they write six lines at a
         time.
         """
-        if self.planar_source or self.plane_by_plane:
+        if self.is_source_planar or self.is_plane_by_plane:
             return False
-        min_ratio = 4 if self.planar_target else 2
+        min_ratio = 4 if self.is_target_planar else 2
         return ELEMENT_BYTES[self.source] >= min_ratio * ELEMENT_BYTES[self.target]
 
     @property
-    def shuffles_results(self) -> bool:
+    def is_result_shuffled(self) -> bool:
         """Whether lanes are shuffled after the arithmetic instead of before.
 
         That pays off if results are smaller than inputs. 16-bit floats are interleaved in half as
         many registers as float32, and planes of bytes are widened by their loads.
         """
-        if self.plane_by_plane:
+        if self.is_plane_by_plane:
             return False
-        interleaves = self.planar_source and not self.planar_target
+        interleaves = self.is_source_planar and not self.is_target_planar
         size, source_size = ELEMENT_BYTES[self.target], ELEMENT_BYTES[self.source]
         return size < source_size or (interleaves and (source_size, size) == (1, 2))
 
     @property
-    def splits(self) -> bool:
+    def is_split(self) -> bool:
         """Whether blocks are split into even and odd values; see `order`.
 
         That does not pay off if the CPU permutes the elements of whole vectors. In interleaved
         pixels the bytes of a channel are too far apart for it.
         """
-        if jit.processor().permuted_bytes <= 2:
+        if jit.processor().min_permute_bytes <= 2:
             return False
         if (self.source, self.target) == ("uint8", "bfloat16"):
-            return not self.planar_target or (self.planar_source and self.plane_by_plane)
+            return not self.is_target_planar or (self.is_source_planar and self.is_plane_by_plane)
         return (self.source, self.target) == ("bfloat16", "uint8")
 
     @property
-    def computes_planes(self) -> bool:
+    def is_compute_planar(self) -> bool:
         """Whether the arithmetic is applied to planes."""
-        return self.planar_source if self.shuffles_results else self.planar_target
+        return self.is_source_planar if self.is_result_shuffled else self.is_target_planar
 
 
 def _is_affine(transform: Transform, source: str, target: str) -> bool:
-    """Return whether a transform between bytes and a 16-bit float type is affine."""
-    mode, restores = transform.mode, transform.direction == "restore"
-    image, half = (target, source) if restores else (source, target)
+    """Return whether one multiplication and addition replace a transform from or to uint8."""
+    mode, is_restore = transform.mode, transform.direction == "restore"
+    image, half = (target, source) if is_restore else (source, target)
     if image != "uint8" or ELEMENT_BYTES[half] != 2:
         return False
-    if restores and transform.rounding != "nearest":
+    if is_restore and transform.rounding != "nearest":
         return False
-    return affine_constants(mode, half, restores=restores) is not None
+    return affine_constants(mode, half, is_restore=is_restore) is not None
 
 
 @np.errstate(all="ignore")
@@ -182,14 +186,14 @@ def constant_table(mode: Mode, spec: KernelSpec) -> NDArray[Any]:
     neutral values.
     """
     scalar = np.dtype(spec.compute).type
-    reverses_results = spec.reverses_channels and spec.shuffles_results
-    is_reversed = (mode.is_bgr and spec.restores) != reverses_results
+    reverses_results = spec.has_reversed_channels and spec.is_result_shuffled
+    is_reversed = (mode.is_bgr and spec.is_restore) != reverses_results
     step = -1 if is_reversed else 1
     divide = np.full(3, 1.0 if mode.divide is None else mode.divide, scalar)
     mean = np.array(mode.mean or (0.0, 0.0, 0.0), scalar)[::step]
     std = np.array(mode.std or (1.0, 1.0, 1.0), scalar)[::step]
-    half = spec.source if spec.restores else spec.target
-    found = affine_constants(mode, half, restores=spec.restores) if spec.affine else None
+    half = spec.source if spec.is_restore else spec.target
+    found = affine_constants(mode, half, is_restore=spec.is_restore) if spec.is_affine else None
     slope, intercept = found or (np.ones(3, scalar), np.zeros(3, scalar))
     rows = Constants(
         *(divide, *_reciprocal(divide), mean, std, *_reciprocal(std)),
@@ -199,8 +203,8 @@ def constant_table(mode: Mode, spec: KernelSpec) -> NDArray[Any]:
     return np.stack([np.tile(row, TABLE_COLUMNS // len(row)) for row in rows])
 
 
-BYTES: Final = np.arange(256, dtype=np.float32)
-NEIGHBOURS: Final = sorted(
+ALL_BYTES: Final = np.arange(256, dtype=np.float32)
+NEIGHBOR_STEPS: Final = sorted(
     itertools.product(range(-3, 4), repeat=2), key=lambda steps: abs(steps[0]) + abs(steps[1])
 )
 """Steps of a slope and of an intercept, the nearest first."""
@@ -209,17 +213,17 @@ NEIGHBOURS: Final = sorted(
 @functools.lru_cache(maxsize=64)
 @np.errstate(all="ignore")
 def affine_constants(
-    mode: Mode, half: str, *, restores: bool
+    mode: Mode, half: str, *, is_restore: bool
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
     """Return the slope and intercept of a mode between bytes and a 16-bit float type.
 
     One multiplication and addition differ from the operations of a mode in the last bits of
     float32, which rounding to a 16-bit float, or to a byte, nearly always removes. All 256 bytes,
-    or all 65,536 floats, are tried, with the constants and their neighbours. The result is None if
-    no candidate is exact for every input, or if the mode takes a single operation anyway.
+    or all 65,536 floats, are tried, with the constants and their neighbors. The result is None if
+    no candidate is exact for every input, or if the mode is already a single operation.
 
     >>> from fastvgg.transform import Mode
-    >>> slope, intercept = affine_constants(Mode.TORCH, "float16", restores=False)
+    >>> slope, intercept = affine_constants(Mode.TORCH, "float16", is_restore=False)
     >>> [f"{a:.4f} x {b:+.4f}" for a, b in zip(slope, intercept)]
     ['0.0171 x -2.1179', '0.0175 x -2.0357', '0.0174 x -1.8044']
     """
@@ -229,14 +233,14 @@ def affine_constants(
     mean = np.array(mode.mean or (0.0, 0.0, 0.0), np.float32).astype(np.float64)
     std = np.array(mode.std or (1.0, 1.0, 1.0), np.float32).astype(np.float64)
     slopes, intercepts = (
-        (std * divide, mean * divide) if restores else (1 / (divide * std), -mean / std)
+        (std * divide, mean * divide) if is_restore else (1 / (divide * std), -mean / std)
     )
     halves = np.arange(65536, dtype=np.uint16).view(storage_dtype(half))
-    x = halves.astype(np.float32) if restores else BYTES
-    y = _restored(x, mode) if restores else _preprocessed(x, mode)
+    x = halves.astype(np.float32) if is_restore else ALL_BYTES
+    y = _restore_channels(x, mode) if is_restore else _preprocess_channels(x, mode)
 
     def round_to_result(values: NDArray[np.float32]) -> NDArray[Any]:
-        if restores:
+        if is_restore:
             return oracle.saturate(values, "nearest")
         return values.astype(halves.dtype).view(np.uint16)
 
@@ -244,9 +248,9 @@ def affine_constants(
     for channel in range(3):
         slope, intercept = np.float32(slopes[channel]), np.float32(intercepts[channel])
         expected = round_to_result(y[:, channel])
-        for i, j in NEIGHBOURS:
-            a, b = _step(slope, i), _step(intercept, j)
-            if (round_to_result(_affine(x, a, b)) == expected).all():
+        for i, j in NEIGHBOR_STEPS:
+            a, b = _add_ulps(slope, i), _add_ulps(intercept, j)
+            if (round_to_result(_multiply_add(x, a, b)) == expected).all():
                 found.append((a, b))
                 break
         else:
@@ -255,23 +259,23 @@ def affine_constants(
     return slope, intercept
 
 
-def _affine(x: NDArray[Any], slope: Any, intercept: Any) -> NDArray[Any]:
-    """Compute what `arithmetic.multiply_add` computes."""
-    return _fused(x, slope, intercept) if jit.processor().has_fma else x * slope + intercept
+def _multiply_add(x: NDArray[Any], slope: Any, intercept: Any) -> NDArray[Any]:
+    """Emulate `arithmetic.multiply_add` in NumPy."""
+    return _fma(x, slope, intercept) if jit.processor().has_fma else x * slope + intercept
 
 
-def _step(number: np.float32, steps: int) -> np.float32:
+def _add_ulps(number: np.float32, steps: int) -> np.float32:
     """Return the float32 `steps` steps from a number, towards larger magnitudes if positive."""
     stepped: np.float32 = (number.view(np.int32) + np.int32(steps)).view(np.float32)
     return stepped
 
 
-def _preprocessed(x: NDArray[np.float32], mode: Mode) -> NDArray[np.float32]:
+def _preprocess_channels(x: NDArray[np.float32], mode: Mode) -> NDArray[np.float32]:
     """Preprocess numbers in every channel; return a column for each channel of y."""
     return oracle.forward(np.repeat(x[:, np.newaxis], 3, axis=1), mode)
 
 
-def _restored(y: NDArray[np.float32], mode: Mode) -> NDArray[np.float32]:
+def _restore_channels(y: NDArray[np.float32], mode: Mode) -> NDArray[np.float32]:
     """Restore numbers in every channel; return a column for each channel of y."""
     x: NDArray[np.float32] = oracle.inverse(np.repeat(y[:, np.newaxis], 3, axis=1), mode)
     return x[:, ::-1] if mode.is_bgr else x
@@ -279,21 +283,23 @@ def _restored(y: NDArray[np.float32], mode: Mode) -> NDArray[np.float32]:
 
 @functools.lru_cache(maxsize=64)
 @np.errstate(all="ignore")
-def _has_ties(mode: Mode, *, affine: bool) -> bool:
+def _has_ties(mode: Mode, *, is_affine: bool) -> bool:
     """Return whether any byte becomes a float32 halfway between two bfloat16 values."""
-    constants = affine_constants(mode, "bfloat16", restores=False) if affine else None
+    constants = affine_constants(mode, "bfloat16", is_restore=False) if is_affine else None
     if constants is None:
-        y = _preprocessed(BYTES, mode)
+        y = _preprocess_channels(ALL_BYTES, mode)
     else:
-        y = _affine(BYTES[:, np.newaxis], *constants)
+        y = _multiply_add(ALL_BYTES[:, np.newaxis], *constants)
     return bool((y.view(np.uint32) & 0xFFFF == 0x8000).any())
 
 
 @np.errstate(all="ignore")
-def _divisions(mode: Mode, compute: str, *, bytes_only: bool) -> tuple[Division, Division]:
+def _choose_divisions(
+    mode: Mode, compute: str, *, is_byte_input: bool
+) -> tuple[Division, Division]:
     """Return how to divide by the divisor of a mode and by its std.
 
-    With `bytes_only`, x is one of 256 integers, which are all tried.
+    With `is_byte_input`, x is one of 256 integers, which are all tried.
     """
     scalar = np.dtype(compute).type
     x = np.arange(256, dtype=compute)
@@ -301,31 +307,31 @@ def _divisions(mode: Mode, compute: str, *, bytes_only: bool) -> tuple[Division,
     scale: Division = "none"
     if mode.divide is not None:
         divisor = scalar(mode.divide)
-        divide = "reciprocal" if bytes_only and reciprocal_is_exact(x, divisor) else "division"
+        divide = "reciprocal" if is_byte_input and is_reciprocal_exact(x, divisor) else "division"
         x = x / divisor
     if mode.std is not None:
         means = mode.mean or (0.0, 0.0, 0.0)
         channels = [(x - scalar(m), scalar(s)) for m, s in zip(means, mode.std, strict=True)]
-        proven = bytes_only and all(reciprocal_is_exact(y, divisor) for y, divisor in channels)
+        proven = is_byte_input and all(is_reciprocal_exact(y, divisor) for y, divisor in channels)
         scale = "reciprocal" if proven else "division"
     return divide, scale
 
 
-def reciprocal_is_exact(x: NDArray[Any], divisor: Any) -> bool:
+def is_reciprocal_exact(x: NDArray[Any], divisor: Any) -> bool:
     """Return whether the reciprocal of `arithmetic.divide` gives the exact quotient for every x.
 
     Both arguments are float32, or both float64.
 
-    >>> reciprocal_is_exact(np.arange(256, dtype=np.float32), np.float32(127.5))
+    >>> is_reciprocal_exact(np.arange(256, dtype=np.float32), np.float32(127.5))
     True
-    >>> reciprocal_is_exact(np.arange(256, dtype=np.float32), np.float32(3e38))
+    >>> is_reciprocal_exact(np.arange(256, dtype=np.float32), np.float32(3e38))
     False
     """
     with np.errstate(all="ignore"):
         reciprocal, remainder = _reciprocal(divisor)
         if not np.isfinite(remainder):
             return False
-        quotient = _affine(x, reciprocal, x * remainder)
+        quotient = _multiply_add(x, reciprocal, x * remainder)
         expected: bytes = (x / divisor).tobytes()
         return quotient.tobytes() == expected
 
@@ -340,10 +346,10 @@ def _reciprocal(divisor: Any) -> tuple[Any, Any]:
     if not jit.processor().has_fma:
         bits = np.int64 if divisor.dtype == np.float64 else np.int32
         reciprocal = (reciprocal.view(bits) & ~bits(0xFF)).view(divisor.dtype)
-    return reciprocal, _fused(-reciprocal, divisor, divisor.dtype.type(1)) / divisor
+    return reciprocal, _fma(-reciprocal, divisor, divisor.dtype.type(1)) / divisor
 
 
-def _fused(a: NDArray[Any], b: Any, c: Any) -> NDArray[Any]:
+def _fma(a: NDArray[Any], b: Any, c: Any) -> NDArray[Any]:
     """Return a * b + c, rounded once.
 
     For float32 the product is exact in float64. The sum is rounded to odd, from which rounding to
@@ -352,7 +358,7 @@ def _fused(a: NDArray[Any], b: Any, c: Any) -> NDArray[Any]:
     2008). float64 is computed with fractions.
     """
     if a.dtype == np.float64:
-        exact: NDArray[np.float64] = _fused_in_fractions(a, b, c)
+        exact: NDArray[np.float64] = _fma_float64(a, b, c)
         return exact
     product = a.astype(np.float64) * np.asarray(b, np.float64)
     total = product + c
@@ -364,10 +370,10 @@ def _fused(a: NDArray[Any], b: Any, c: Any) -> NDArray[Any]:
     return odd.astype(np.float32)
 
 
-def _exact_fused(a: float, b: float, c: float) -> float:
+def _exact_fma(a: float, b: float, c: float) -> float:
     if not all(map(math.isfinite, (a, b, c))) or a == 0:
         return a * b + c  # exact, with the sign of a zero
     return float(Fraction(a) * Fraction(b) + Fraction(c))
 
 
-_fused_in_fractions = np.vectorize(_exact_fused, otypes=[np.float64])
+_fma_float64 = np.vectorize(_exact_fma, otypes=[np.float64])

@@ -108,14 +108,14 @@ for _function, _instruction in (
     _define_operator(_function, _instruction)
 
 
-def on_each_vector(result: Callable[[Block], Block], emit: Callable[[Any, Any], Any]) -> Any:
+def elementwise_intrinsic(result: Callable[[Block], Block], emit: Callable[[Any, Any], Any]) -> Any:
     """Return an intrinsic from a block to a block of type `result`."""
 
     @intrinsic
-    def on_each_vector(_context: Any, block: Any) -> Any:
+    def elementwise_intrinsic(_context: Any, block: Any) -> Any:
         return result(block)(block), lambda _, b, __, blocks: map_vectors(b, emit, *blocks)
 
-    return on_each_vector
+    return elementwise_intrinsic
 
 
 def like(vector: Any, element: ir.Type) -> ir.VectorType:

@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-NETWORKED: Final = (
+NETWORK_FILE_SYSTEMS: Final = (
     *("9p", "afs", "ceph", "cifs", "coda", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4"),
     *("ocfs2", "smb2", "smb3", "smbfs", "virtiofs"),
 )
 
-# What opening or writing with O_DIRECT fails with where direct I/O is not possible.
-NO_DIRECT_IO: Final = (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM)
+# The errors of open and write with O_DIRECT where direct I/O is not possible.
+DIRECT_IO_ERRORS: Final = (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM)
 WRITE_BUFFER_BYTES: Final = 2**20
 
 
-def file_system(path: Path) -> str:
+def file_system_type(path: Path) -> str:
     """Return the type of the file system that contains a path, or "" if it is not known."""
     device = path.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
@@ -49,14 +49,14 @@ def file_system(path: Path) -> str:
     return ""
 
 
-def is_networked(system: str) -> bool:
-    """Whether another machine may write to it, or locks and syncs may be ineffective."""
-    return system in NETWORKED or system.startswith("fuse.")
+def is_network_file_system(system: str) -> bool:
+    """Whether other machines may write to it, or its locks and syncs may have no effect."""
+    return system in NETWORK_FILE_SYSTEMS or system.startswith("fuse.")
 
 
 def check_in_place_supported(path: Path) -> None:
     """Check that a file can be overwritten in place safely; raise TargetError otherwise."""
-    status, system = path.lstat(), file_system(path)
+    status, system = path.lstat(), file_system_type(path)
     if path.is_symlink():
         problem, remedy = "is a symbolic link", f"give the file itself: {path.resolve()}"
     elif status.st_nlink > 1:
@@ -68,7 +68,7 @@ def check_in_place_supported(path: Path) -> None:
             "are allocated on disk"
         )
         remedy = "make a copy without holes: cp --sparse=never"
-    elif is_networked(system):
+    elif is_network_file_system(system):
         problem = f"is on {system}, where another machine may write it at the same time"
         remedy = "write a new file: give a DST"
     elif not os.access(path, os.R_OK | os.W_OK):
@@ -78,7 +78,7 @@ def check_in_place_supported(path: Path) -> None:
     raise TargetError(f"{path} {problem}", remedy)
 
 
-class StoredFile(NamedTuple):
+class OpenFile(NamedTuple):
     """An open file, and its path for error messages."""
 
     descriptor: int
@@ -102,22 +102,22 @@ class Storage:
     def __init__(self, *, fsync: bool = True) -> None:
         self.fsync = fsync
 
-    def create(self, path: Path) -> StoredFile:
+    def create(self, path: Path) -> OpenFile:
         """Create an empty file, truncating an existing one."""
         return self._open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, "create")
 
-    def open(self, path: Path, *, create: bool = False) -> StoredFile:
+    def open(self, path: Path, *, create: bool = False) -> OpenFile:
         """Open a file for reading and writing."""
         return self._open(path, os.O_RDWR | (os.O_CREAT if create else 0), "open")
 
-    def _open(self, path: Path, flags: int, call: str) -> StoredFile:
+    def _open(self, path: Path, flags: int, call: str) -> OpenFile:
         with io_errors(call, path):
-            return StoredFile(self._descriptor(path, flags), path)
+            return OpenFile(self._descriptor(path, flags), path)
 
     def _descriptor(self, path: Path, flags: int) -> int:
         return os.open(path, flags | _common_flags(), 0o666)
 
-    def direct(self, file: StoredFile) -> StoredFile:
+    def direct(self, file: OpenFile) -> OpenFile:
         """Enable direct I/O for the whole pages written to a file, where the system supports it.
 
         Direct I/O avoids a copy into the page cache: a GiB takes 0.05 s of CPU time instead of 0.2
@@ -128,12 +128,12 @@ class Storage:
         if not (self.fsync and hasattr(os, "O_DIRECT")):
             return file
         with io_errors("open", file.path):
-            if is_networked(file_system(file.path)):
+            if is_network_file_system(file_system_type(file.path)):
                 return file
             try:
                 direct = self._descriptor(file.path, os.O_WRONLY | os.O_DIRECT)
             except OSError as error:
-                if error.errno not in NO_DIRECT_IO:
+                if error.errno not in DIRECT_IO_ERRORS:
                     raise
                 return file
             if not os.path.samestat(os.fstat(direct), os.fstat(file.descriptor)):
@@ -141,7 +141,7 @@ class Storage:
                 raise OSError(errno.ESTALE, "another file has replaced it")
             return file._replace(direct=direct)
 
-    def close(self, file: StoredFile) -> None:
+    def close(self, file: OpenFile) -> None:
         """Close a file; some file systems report a failed write only here."""
         with io_errors("close", file.path):
             try:
@@ -150,7 +150,7 @@ class Storage:
             finally:
                 os.close(file.descriptor)
 
-    def lock(self, file: StoredFile) -> bool:
+    def lock(self, file: OpenFile) -> bool:
         """Lock the file exclusively; return False if another process holds the lock.
 
         The system releases the lock when the process ends, however it ends.
@@ -167,12 +167,12 @@ class Storage:
             except (BlockingIOError, FileNotFoundError):
                 return False
 
-    def size(self, file: StoredFile) -> int:
+    def size(self, file: OpenFile) -> int:
         """Return the size of a file in bytes."""
         with io_errors("fstat", file.path):
             return os.fstat(file.descriptor).st_size
 
-    def reserve(self, file: StoredFile, nbytes: int) -> None:
+    def reserve(self, file: OpenFile, nbytes: int) -> None:
         """Allocate disk space for the whole file.
 
         Raises
@@ -193,7 +193,7 @@ class Storage:
                 "free disk space or choose another disk; nothing was written",
             ) from error
 
-    def write(self, file: StoredFile, data: bytes | memoryview, offset: int) -> None:
+    def write(self, file: OpenFile, data: bytes | memoryview, offset: int) -> None:
         """Write all of `data` at `offset`."""
         remaining = memoryview(data).cast("B")
         while remaining:
@@ -204,12 +204,12 @@ class Storage:
             offset += written
             remaining = remaining[written:]
 
-    def truncate(self, file: StoredFile, nbytes: int) -> None:
+    def truncate(self, file: OpenFile, nbytes: int) -> None:
         """Set the length of a file."""
         with io_errors("truncate", file.path, nbytes):
             os.ftruncate(file.descriptor, nbytes)
 
-    def read(self, file: StoredFile, offset: int, nbytes: int) -> bytes:
+    def read(self, file: OpenFile, offset: int, nbytes: int) -> bytes:
         """Read exactly `nbytes` at `offset`."""
         parts = []
         while nbytes:
@@ -222,7 +222,7 @@ class Storage:
             nbytes -= len(part)
         return b"".join(parts)
 
-    def sync(self, file: StoredFile) -> None:
+    def sync(self, file: OpenFile) -> None:
         """Flush a file's data to the disk (fsync)."""
         if not self.fsync:
             return
@@ -249,9 +249,9 @@ class Storage:
     def has_syncfs(self, directory: Path) -> bool:
         """Whether `syncfs` is reliable there; if not, every file must be synced separately."""
         with io_errors("stat", directory):
-            return not is_networked(file_system(directory))
+            return not is_network_file_system(file_system_type(directory))
 
-    def drop_cache(self, file: StoredFile) -> None:
+    def drop_cache(self, file: OpenFile) -> None:
         """Drop a file's pages from the page cache, so that it is read from the disk.
 
         After a failed write the cache may differ from the disk.
@@ -278,13 +278,13 @@ class Storage:
             else:
                 path.unlink(missing_ok=True)
 
-    def write_atomic(self, path: Path, pieces: Iterable[bytes]) -> None:
+    def write_atomic(self, path: Path, buffers: Iterable[bytes]) -> None:
         """Replace a file atomically: readers see the old or the new content, never a mixture."""
         temporary = path.with_name(path.name + ".tmp")
         file = self.create(temporary)
         try:
             offset = 0
-            for data in _coalesce(pieces):
+            for data in _coalesce(buffers):
                 self.write(file, data, offset)
                 offset += len(data)
             self.sync(file)
@@ -307,7 +307,7 @@ class SharedStorage(Storage):
             self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | _common_flags())
         weakref.finalize(self, os.close, self._directory)
 
-    def create(self, path: Path) -> StoredFile:
+    def create(self, path: Path) -> OpenFile:
         """Create a file, or open an existing one without truncating it."""
         return self.open(path, create=True)
 
@@ -326,10 +326,10 @@ def _common_flags() -> int:
     return getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
 
 
-def _write_some(file: StoredFile, data: memoryview, offset: int) -> int:
+def _write_some(file: OpenFile, data: memoryview, offset: int) -> int:
     """Write a prefix of the data in one call, and return its length.
 
-    Whole pages in an equally aligned buffer use direct I/O; what is before and after them does not.
+    Whole pages in an equally aligned buffer use direct I/O; the bytes before and after them do not.
     """
     if file.direct is None:
         return os.pwrite(file.descriptor, data, offset)
@@ -343,15 +343,15 @@ def _write_some(file: StoredFile, data: memoryview, offset: int) -> int:
     try:
         return os.pwrite(file.direct, data[:pages], offset)
     except OSError as error:
-        if error.errno not in NO_DIRECT_IO:  # some disks require more than page alignment
+        if error.errno not in DIRECT_IO_ERRORS:  # some disks require more than page alignment
             raise
         return os.pwrite(file.descriptor, data[:pages], offset)
 
 
-def _coalesce(pieces: Iterable[bytes]) -> Iterator[bytes]:
+def _coalesce(buffers: Iterable[bytes]) -> Iterator[bytes]:
     buffer = bytearray()
-    for piece in pieces:
-        buffer += piece
+    for data in buffers:
+        buffer += data
         if len(buffer) >= WRITE_BUFFER_BYTES:
             yield bytes(buffer)
             buffer.clear()

@@ -11,14 +11,14 @@ from typing import Final, cast
 from fastvgg.errors import UsageError
 
 # The path of an HDF5 file, and the name of a dataset within it.
-IN_FILE: Final = re.compile(r"(.*?\.(?:h5|hdf5))(?:::(.*))?", re.DOTALL | re.IGNORECASE)
-URL: Final = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+HDF5_LOCATION: Final = re.compile(r"(.*?\.(?:h5|hdf5))(?:::(.*))?", re.DOTALL | re.IGNORECASE)
+URL_PATTERN: Final = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 FILE_SCHEME: Final = "file://"
 
 
 @dataclass(frozen=True)
 class Location:
-    """Where a dataset is: parsed once, from what the user wrote."""
+    """The location of a dataset, parsed once from the text that the user gave."""
 
     container: Path
     """The file or directory, absolute and normalized. In a store it is a `upath.UPath`; only the
@@ -51,9 +51,9 @@ class Location:
         except TypeError:
             raise UsageError(f"{text!r} is not a path", "give a string or a path") from None
         path = path.removeprefix(FILE_SCHEME)
-        if URL.match(path):
+        if URL_PATTERN.match(path):
             return cls(_parse_url(path))
-        match = IN_FILE.fullmatch(path)
+        match = HDF5_LOCATION.fullmatch(path)
         file, name = (match[1], match[2] or "") if match else (path, "")
         if not file or "\0" in file:
             raise UsageError(f"{path!r} is not a path", "give the path of a dataset")
@@ -65,10 +65,10 @@ class Location:
         """Whether the dataset is in an object store rather than on a file system."""
         return is_remote(self.container)
 
-    def within(self, name: str) -> Location:
+    def with_inner(self, name: str) -> Location:
         """Return the location of a dataset in the same container.
 
-        >>> str(Location(Path("/data/x.h5")).within("/images"))
+        >>> str(Location(Path("/data/x.h5")).with_inner("/images"))
         '/data/x.h5::/images'
         """
         return replace(self, inner=name)

@@ -47,13 +47,13 @@ def os_errors() -> Iterator[None]:
 def exists(path: Path) -> bool:
     """Whether an object exists at a path or below it."""
     with os_errors():
-        return bool(_fresh(path).exists(_name(path)))
+        return bool(_get_file_system(path).exists(_key(path)))
 
 
-def opened(path: Path) -> BinaryIO:
+def open_object(path: Path) -> BinaryIO:
     """Open an object for random-access reads."""
     with os_errors():
-        file: BinaryIO = _fresh(path).open(_name(path), "rb")
+        file: BinaryIO = _get_file_system(path).open(_key(path), "rb")
     return file
 
 
@@ -61,7 +61,7 @@ def read(path: Path) -> bytes | None:
     """Return the content of an object, or None if it does not exist."""
     try:
         with os_errors():
-            content: bytes = _fresh(path).cat_file(_name(path))
+            content: bytes = _get_file_system(path).cat_file(_key(path))
     except FileNotFoundError:
         return None
     return content
@@ -69,20 +69,20 @@ def read(path: Path) -> bytes | None:
 
 def read_all(path: Path) -> dict[str, bytes]:
     """Read all objects below a path concurrently; return their contents by relative name."""
-    names = [f"{_name(path)}/{key}" for key in listing(path)]
+    names = [f"{_key(path)}/{key}" for key in list_objects(path)]
     if not names:
         return {}
     with os_errors():
         # Omits an object that was removed after the listing.
-        contents = _fresh(path).cat(names, on_error="omit")
-    return {name.rpartition(_name(path) + "/")[2]: content for name, content in contents.items()}
+        contents = _get_file_system(path).cat(names, on_error="omit")
+    return {name.rpartition(_key(path) + "/")[2]: content for name, content in contents.items()}
 
 
-def listing(path: Path) -> dict[str, tuple[int, str]]:
+def list_objects(path: Path) -> dict[str, tuple[int, str]]:
     """Return the size and a version string of every object below a path, by relative name."""
-    name = _name(path)
+    name = _key(path)
     with os_errors():
-        objects = _fresh(path).find(name, detail=True)
+        objects = _get_file_system(path).find(name, detail=True)
     return {
         key.rpartition(name + "/")[2]: (
             int(status["size"]),
@@ -96,32 +96,32 @@ def listing(path: Path) -> dict[str, tuple[int, str]]:
 def put(path: Path, data: bytes | bytearray) -> None:
     """Write an object atomically."""
     with os_errors():
-        _fresh(path).pipe_file(_name(path), data)
+        _get_file_system(path).pipe_file(_key(path), data)
 
 
 def remove(path: Path) -> None:
     """Remove an object and all below it; do nothing if there are none."""
     try:
         with os_errors():
-            if _fresh(path).exists(_name(path)):
-                _fresh(path).rm(_name(path), recursive=True)
+            if _get_file_system(path).exists(_key(path)):
+                _get_file_system(path).rm(_key(path), recursive=True)
     except FileNotFoundError:  # removed concurrently
         return
 
 
-def _fresh(path: Path) -> Any:  # noqa: ANN401  # fsspec has no types
+def _get_file_system(path: Path) -> Any:  # noqa: ANN401  # fsspec has no types
     """Return the file system of a path, with its listing cache invalidated."""
     file_system = path.fs  # type: ignore[attr-defined]  # a UPath
     file_system.invalidate_cache()
     return file_system
 
 
-def _name(path: Path) -> str:
+def _key(path: Path) -> str:
     name: str = path.path  # type: ignore[attr-defined]
     return name.rstrip("/")  # a bucket's name ends in one
 
 
-class StoreStorage:
+class ObjectStorage:
     """The calls that modify a store. An object is durable once it is put.
 
     Every method raises `StoppedError` if the call fails.
@@ -137,6 +137,6 @@ class StoreStorage:
         with io_errors("remove", path):
             remove(path)
 
-    def write_atomic(self, path: Path, pieces: Iterable[bytes]) -> None:
-        """Concatenate the pieces and write them as one object."""
-        self.put(path, b"".join(pieces))
+    def write_atomic(self, path: Path, buffers: Iterable[bytes]) -> None:
+        """Concatenate the buffers and write them as one object."""
+        self.put(path, b"".join(buffers))

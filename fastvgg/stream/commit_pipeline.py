@@ -104,4 +104,4 @@ class CommitPipeline(Generic[Result]):
         if interruption is not None:
             raise interruption
         if isinstance(error, Exception) and self._error not in (None, error):
-            raise self._error  # the first cause, not what it led to
+            raise self._error  # the first error, not one that it caused

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 import numpy as np
 
 from fastvgg import engine
-from fastvgg.datasets.base import ImageRecord, bytes_of
+from fastvgg.datasets.base import ImageRecord, byte_view
 from fastvgg.datasets.image_writer import ImageFolderTarget
 from fastvgg.datasets.images import ImageSource
 from fastvgg.errors import StoppedError
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fastvgg.stream.plan import Plan
 
 MAX_IN_FLIGHT: Final = 2  # chunks that are computed row by row at the same time
-UNREAD: Final = ImageRecord("", "", 0, 0, True, "not read yet")
+UNREAD_RECORD: Final = ImageRecord("", "", 0, 0, True, "not read yet")
 
 
 class ChunkTask(NamedTuple):
@@ -61,7 +61,7 @@ RowTasks: TypeAlias = "tuple[ChunkResult, Iterable[int], Callable[[int], None]]"
 """A chunk to be computed row by row, the rows to compute, and the function that computes one."""
 
 
-class BufferRing:
+class ChunkBufferRing:
     """A ring of reusable output buffers; page-faulting fresh memory is slow.
 
     It has one buffer for each chunk that is computed or written at the same time.
@@ -88,7 +88,7 @@ def compute(
     source: Source,
     target: Target,
     tasks: Iterable[ChunkTask],
-    buffers: BufferRing | None = None,
+    buffers: ChunkBufferRing | None = None,
 ) -> Generator[ChunkResult, None, None]:
     """Compute chunks in order, into `buffers` or a new ring.
 
@@ -96,7 +96,7 @@ def compute(
     """
     if isinstance(target, ImageFolderTarget):
         return _compute_rows(plan, tasks, _encoder(plan, source, target))
-    buffers = buffers or BufferRing(plan, source)
+    buffers = buffers or ChunkBufferRing(plan, source)
     if isinstance(source, ImageSource):
         return _compute_rows(plan, tasks, _decoder(plan, source, target, buffers))
     return _compute_batches(plan, source, target, tasks, buffers)
@@ -109,7 +109,7 @@ def make_commit(plan: Plan, source: Source, computed: ChunkResult) -> Commit:
     check_no_failures(plan, failures)
     identity = ""
     if isinstance(source, ImageSource):
-        identity = source.checksum_of(start, stop, {row for row, _ in failures})
+        identity = source.identity_checksum(start, stop, {row for row, _ in failures})
     return Commit(chunk, checksum(stored), identity, records)
 
 
@@ -130,7 +130,7 @@ def check_no_failures(plan: Plan, failures: list[tuple[int, ImageRecord]]) -> No
 
 
 def _compute_batches(
-    plan: Plan, source: Source, target: Target, tasks: Iterable[ChunkTask], buffers: BufferRing
+    plan: Plan, source: Source, target: Target, tasks: Iterable[ChunkTask], buffers: ChunkBufferRing
 ) -> Generator[ChunkResult, None, None]:
     for chunk, start, stop, _ in tasks:
         out = buffers.rows(target.offset(start))[: stop - start]
@@ -147,7 +147,7 @@ def _compute_batches(
         for row, record in enumerate(records):
             if record.failed:
                 out[row] = 0
-        yield ChunkResult(chunk, start, stop, [bytes_of(out)], records)
+        yield ChunkResult(chunk, start, stop, [byte_view(out)], records)
 
 
 def _compute_rows(
@@ -172,7 +172,7 @@ def _compute_rows(
 
 
 def _decoder(
-    plan: Plan, source: ImageSource, target: Target, buffers: BufferRing
+    plan: Plan, source: ImageSource, target: Target, buffers: ChunkBufferRing
 ) -> Callable[[ChunkTask], RowTasks]:
     """Return a function that starts to decode the images of a chunk into rows of an array."""
     images = np.empty((plan.threads, *source.header.shape[1:]), np.uint8)
@@ -183,7 +183,7 @@ def _decoder(
         backend = plan.choose_backend()
         transform = engine.bind_rows(plan.transform, images, buffer, backend=backend)
         out = buffer[: task.stop - task.start]
-        records = [UNREAD] * len(out)
+        records = [UNREAD_RECORD] * len(out)
         rows: Sequence[int] = range(len(out))
         if task.load_existing is not None:
             records = task.load_existing(out)
@@ -200,7 +200,7 @@ def _decoder(
             else:
                 transform(slot, row)
 
-        computed = ChunkResult(*task[:3], [bytes_of(out)], records)
+        computed = ChunkResult(*task[:3], [byte_view(out)], records)
         return computed, rows, pack if plan.transform.direction == "pack" else preprocess
 
     return start

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from fastvgg import engine
-from fastvgg.datasets.base import bytes_of
+from fastvgg.datasets.base import byte_view
 from fastvgg.datasets.npy import NpySource
 from fastvgg.errors import TargetError
 from fastvgg.storage.local import Storage, check_in_place_supported
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fastvgg.datasets.base import Header
-    from fastvgg.storage.local import StoredFile
+    from fastvgg.storage.local import OpenFile
     from fastvgg.stream.plan import Plan
     from fastvgg.stream.redo_log_layout import RedoLogHeader, RedoLogLayout, RedoRecord
     from fastvgg.stream.report import Progress, Report
@@ -69,18 +69,18 @@ def run(
             )
         layout, dtype = plan.header.layout, plan.header.dtype
         with contextlib.closing(NpySource(path, layout=layout, dtype_hint=dtype)) as source:
-            return _InPlace(plan, source, data, storage, progress, started_at).finish()
+            return _InPlaceRun(plan, source, data, storage, progress, started_at).finish()
     finally:
         storage.close(data)
 
 
 @dataclass(frozen=True)
-class _InPlace:
-    """A run in place; holds the lock of the file."""
+class _InPlaceRun:
+    """An in-place run, which holds the lock of the file."""
 
     plan: Plan
     source: NpySource
-    data: StoredFile
+    data: OpenFile
     storage: Storage
     progress: Callable[[Progress], None] | None
     started_at: float
@@ -96,7 +96,7 @@ class _InPlace:
             committed = 0 if header is None else log.recover()
             tracker = ProgressTracker(self.plan, range(committed), self.progress, self.started_at)
             self._compute(log, committed, tracker)
-            manifest = Manifest.of_now(
+            manifest = Manifest.new(
                 self.plan.job,
                 self.plan.chunk_images,
                 checksums=log.finish(),
@@ -134,7 +134,7 @@ class _InPlace:
                 new.move_to(chunk, self.storage, self.data, before)
                 start, stop = rows[chunk]
                 old = self._transform(start, stop, new.images(self.plan.result))
-                record = log.record_of(chunk, new.bytes.data, old=old)
+                record = log.make_record(chunk, new.bytes.data, old=old)
                 pipeline.submit(
                     functools.partial(log.stage, chunk, new.bytes.data),
                     functools.partial(self._commit, log, record, new.bytes.data, stop - start),
@@ -158,7 +158,7 @@ class _InPlace:
             backend=plan.choose_backend(),
             cached_output=True,
         )
-        return checksum([bytes_of(batch)])
+        return checksum([byte_view(batch)])
 
 
 class _PageBuffer:
@@ -172,7 +172,7 @@ class _PageBuffer:
         self.image_bytes = self._memory[:0]
 
     def move_to(
-        self, chunk: int, storage: Storage, data: StoredFile, before: _PageBuffer | None
+        self, chunk: int, storage: Storage, data: OpenFile, before: _PageBuffer | None
     ) -> None:
         """Point the buffer at a chunk, and fill in the other bytes of its first and last page.
 

@@ -28,7 +28,7 @@ Schema: TypeAlias = "Mapping[str, type | tuple[type, ...]]"
 
 SOURCE_KINDS: Final = ("npy", "parts", "hdf5", "zarr", "images", "tar")
 TARGET_FORMATS: Final = ("npy", "hdf5", "zarr", "images")
-DECODED: Final = ("images", "tar")
+IMAGE_SOURCE_FORMATS: Final = ("images", "tar")
 """Kinds of sources whose images are decoded."""
 JOB_SCHEMA: Final[Schema] = {"source": dict, "transform": dict, "result": dict}
 HEADER_SCHEMA: Final[Schema] = {"kind": str, "shape": list, "dtype": str, "layout": str}
@@ -87,7 +87,7 @@ class Job:
     @property
     def is_decoded(self) -> bool:
         """Whether the source consists of encoded images."""
-        return self.source_kind in DECODED
+        return self.source_kind in IMAGE_SOURCE_FORMATS
 
     def to_dict(self) -> dict[str, Any]:
         """Return the job as JSON types."""
@@ -114,7 +114,7 @@ class Job:
         """Return the job that `to_dict` wrote; raise ValueError if a field is inconsistent."""
         check_fields(fields, JOB_SCHEMA)
         source, result = fields["source"], fields["result"]
-        is_decoded = source.get("kind") in DECODED
+        is_decoded = source.get("kind") in IMAGE_SOURCE_FORMATS
         check_fields(
             source, {**SOURCE_SCHEMA, **IMAGE_SOURCE_SCHEMA} if is_decoded else SOURCE_SCHEMA
         )
@@ -127,7 +127,7 @@ class Job:
                 check_format(result["format"], *header.shape[1:3])
             if result.get("dataset") == "":
                 raise ValueError("the dataset of an HDF5 file has no name")
-            transform = transform_of_fields(fields["transform"])
+            transform = parse_transform(fields["transform"])
             transform.check_input(header.shape, header.dtype)
             job = cls(
                 source["path"],
@@ -199,7 +199,7 @@ def check_sizes(sizes: Iterable[object], *, minimum: int = 1, maximum: int = MAX
         raise ValueError(f"a size is not an integer from {minimum} to {maximum}")
 
 
-def transform_of_fields(fields: dict[str, Any]) -> Transform:
+def parse_transform(fields: dict[str, Any]) -> Transform:
     """Parse a transform from JSON types.
 
     Raises
@@ -223,7 +223,7 @@ def result_header(header: Header, transform: Transform) -> Header:
     """Return the header of a transformed dataset."""
     return Header(
         transform.output_shape(header.shape),
-        transform.output_name(header.dtype),
+        transform.output_type(header.dtype),
         transform.out_layout,
     )
 

@@ -47,10 +47,10 @@ COMMIT_SCHEMA: Final[Schema] = {
     "source_checksum": str,
     "records": list,
 }
-CHECKSUM: Final = re.compile("[0-9a-f]{16}")
-LINE_NAME: Final = re.compile("[0-9]{9}")  # see `line_name`
-SUM_BYTES: Final = 16  # of the checksum that begins a line
-TEXT_START: Final = b' {"fastvgg-'  # what follows it in a header, also of a run in place
+CHECKSUM_PATTERN: Final = re.compile("[0-9a-f]{16}")
+LINE_NAME_PATTERN: Final = re.compile("[0-9]{9}")  # see `line_name`
+CHECKSUM_DIGITS: Final = 16  # hexadecimal digits of the checksum at the start of a line
+HEADER_PREFIX: Final = b' {"fastvgg-'  # follows the checksum in a header, also of a redo log
 RECORD_TYPES: Final = (str, str, int, int, bool, str)  # the types of the fields of an `ImageRecord`
 
 
@@ -79,7 +79,7 @@ class Commit:
     def from_dict(cls, fields: dict[str, Any]) -> Commit:
         """Return the commit of a decoded line; raise ValueError if a field is wrong."""
         check_fields(fields, COMMIT_SCHEMA)
-        if not CHECKSUM.fullmatch(fields["checksum"]):
+        if not CHECKSUM_PATTERN.fullmatch(fields["checksum"]):
             raise ValueError(f"{ascii(fields['checksum'])[:40]} is not a checksum")
         return cls(**{**fields, "records": [_parse_record(record) for record in fields["records"]]})
 
@@ -234,10 +234,10 @@ def _read(path: Path, lines: Iterable[bytes]) -> JournalState | None:
 
 
 def check_is_journal(path: Path) -> bool:
-    """Check that what has the name of a journal, if anything, was written by fastvgg.
+    """Check that the file or prefix with the name of a journal, if any, was written by fastvgg.
 
-    Returns whether there is a header, even a damaged one: False for what a crash leaves of its
-    line, which is at most its start, or zeros.
+    Returns whether there is a header, even a damaged one. A crash during its creation can leave
+    a prefix of the header line, or zeros, for which the result is False.
 
     Raises
     ------
@@ -246,14 +246,16 @@ def check_is_journal(path: Path) -> bool:
     """
     if is_remote(path):
         with _store_errors(path):
-            names = objects.listing(path)
+            names = objects.list_objects(path)
         has_header = HEADER_NAME in names
-        is_ours = all(name == HEADER_NAME or LINE_NAME.fullmatch(name) for name in names)
+        is_ours = all(name == HEADER_NAME or LINE_NAME_PATTERN.fullmatch(name) for name in names)
     else:
-        start = (read_sidecar(path, max_bytes=SUM_BYTES + len(TEXT_START)) or b"").rstrip(b"\0")
-        digits, text = start[:SUM_BYTES], start[SUM_BYTES:]
-        has_header = text == TEXT_START
-        is_ours = not digits.strip(b"0123456789abcdef") and TEXT_START.startswith(text)
+        start = (read_sidecar(path, max_bytes=CHECKSUM_DIGITS + len(HEADER_PREFIX)) or b"").rstrip(
+            b"\0"
+        )
+        digits, text = start[:CHECKSUM_DIGITS], start[CHECKSUM_DIGITS:]
+        has_header = text == HEADER_PREFIX
+        is_ours = not digits.strip(b"0123456789abcdef") and HEADER_PREFIX.startswith(text)
     if not is_ours:
         raise TargetError(
             f"{path} exists, but is not a journal of fastvgg",

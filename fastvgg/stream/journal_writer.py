@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from fastvgg.storage.local import Storage, StoredFile
-    from fastvgg.storage.objects import StoreStorage
+    from fastvgg.storage.local import OpenFile, Storage
+    from fastvgg.storage.objects import ObjectStorage
     from fastvgg.stream.job import Job
     from fastvgg.stream.journal import Commit
 
@@ -114,8 +114,8 @@ class FileJournal(Journal):
         super().__init__(journal_path(target))
         self._storage = storage
         self._temporary = self.path.with_name(self.path.name + ".tmp")
-        self._replaced: StoredFile | None = None
-        self._file: StoredFile = storage.open(self.path, create=True)
+        self._replaced: OpenFile | None = None
+        self._file: OpenFile = storage.open(self.path, create=True)
         try:
             if not storage.lock(self._file):
                 raise TargetError(
@@ -171,7 +171,7 @@ class FileJournal(Journal):
 class StoreJournal(Journal):
     """The journal of a target in a store; a restart ignores its contents."""
 
-    def __init__(self, target: Path, storage: StoreStorage, *, restart: bool) -> None:
+    def __init__(self, target: Path, storage: ObjectStorage, *, restart: bool) -> None:
         super().__init__(journal_path(target))
         self._storage = storage
         self.state = None if restart else read_journal(self.path)

@@ -1,4 +1,4 @@
-"""Lines of JSON with checksums, of which the journal and the redo log consist.
+"""Lines of JSON with checksums: the format of the journal and the redo log.
 
 A line is the xxh3 of its text, a space, the text and a line feed. The checksum detects a line that
 a crash truncated.

@@ -23,7 +23,7 @@ from fastvgg.stream.job import (
     check_fields,
     check_sizes,
     check_version,
-    transform_of_fields,
+    parse_transform,
 )
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from fastvgg.transform import Transform
 
 FORMAT_VERSION: Final = 1
-VERSION: Final = "fastvgg-manifest"
+VERSION_FIELD: Final = "fastvgg-manifest"
 MANIFEST_SCHEMA: Final[Schema] = {
-    VERSION: int,
+    VERSION_FIELD: int,
     "job": dict,
     "chunk_images": int,
     "checksums": list,
@@ -64,7 +64,7 @@ class Manifest:
     packages: dict[str, str]
 
     @classmethod
-    def of_now(
+    def new(
         cls,
         job: Job,
         chunk_images: int,
@@ -84,7 +84,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Encode the manifest as JSON."""
-        fields = {VERSION: FORMAT_VERSION, **vars(self), "job": self.job.to_dict()}
+        fields = {VERSION_FIELD: FORMAT_VERSION, **vars(self), "job": self.job.to_dict()}
         return json.dumps(fields, indent=1).encode() + b"\n"
 
     @classmethod
@@ -92,7 +92,7 @@ class Manifest:
         """Return the manifest; raise ValueError if a field is invalid or inconsistent."""
         check_fields(fields, MANIFEST_SCHEMA)
         check_fields(fields["counts"], COUNTS_SCHEMA)
-        recorded = {name: fields[name] for name in MANIFEST_SCHEMA if name != VERSION}
+        recorded = {name: fields[name] for name in MANIFEST_SCHEMA if name != VERSION_FIELD}
         manifest = cls(**{**recorded, "job": Job.from_dict(fields["job"])})
         images, counts = manifest.header.images, manifest.counts
         check_sizes([manifest.chunk_images])
@@ -126,7 +126,7 @@ def read_manifest(container: Path) -> Manifest | None:
         return None
     try:
         fields = json.loads(data)
-        found = fields.get(VERSION) if isinstance(fields, dict) else None
+        found = fields.get(VERSION_FIELD) if isinstance(fields, dict) else None
         remedy = "use the version of fastvgg that wrote it, or a newer one"
         check_version(path, found, FORMAT_VERSION, remedy, SourceError)
         return Manifest.from_dict(fields)
@@ -144,7 +144,7 @@ def _read_transform(location: Location) -> Transform | None:
     if recorded is None:
         return None
     try:
-        return transform_of_fields(recorded)
+        return parse_transform(recorded)
     except (ValueError, RecursionError) as error:
         raise SourceError(
             f"{location}: the attribute 'fastvgg' is not a valid transform: {str(error)[:200]}",
@@ -154,7 +154,7 @@ def _read_transform(location: Location) -> Transform | None:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What is recorded of a dataset: by its manifest, or by its own attributes.
+    """What the manifest of a dataset, or its own attributes, record about it.
 
     In an HDF5 file, the manifest and the index describe only the dataset that fastvgg wrote.
     """
@@ -167,7 +167,7 @@ class Provenance:
 
     @classmethod
     def read(cls, location: Location) -> Provenance:
-        """Read what is recorded of a dataset; raise SourceError if a record is damaged."""
+        """Read what is recorded about a dataset; raise SourceError if a record is damaged."""
         manifest = read_manifest(location.container)
         if manifest is None:
             return cls(None, _read_transform(location), has_index=True)
@@ -179,6 +179,6 @@ class Provenance:
 def checksum(stored: Payload) -> str:
     """Return the xxh3-64 of a payload."""
     digest = xxhash.xxh3_64()
-    for piece in stored:
-        digest.update(piece)
+    for data in stored:
+        digest.update(data)
     return digest.hexdigest()

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from fastvgg.backend import choose_for
+from fastvgg.backend import choose_for_size
 from fastvgg.errors import TargetError
 from fastvgg.formatting import format_bytes, html_table
-from fastvgg.stream.job import DECODED
+from fastvgg.stream.job import IMAGE_SOURCE_FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -50,24 +50,24 @@ RETAINED_BYTES: Final = {"zarr": 32 * 1024 * 1024}
 RUN_BYTES: Final = 2 * 1024 * 1024
 
 
-def chunk_bytes(
+def max_chunk_bytes(
     source_kind: str, target_format: str, dataset_work_bytes: int, *, in_place: bool = False
 ) -> int:
     """Return the maximum memory of a chunk for a dataset that needs `dataset_work_bytes` in all.
 
-    >>> [chunk_bytes("npy", "npy", gib * 2**30) // 2**20 for gib in (1, 4, 100)]
+    >>> [max_chunk_bytes("npy", "npy", gib * 2**30) // 2**20 for gib in (1, 4, 100)]
     [64, 128, 256]
     """
     if target_format in FORMAT_CHUNK_BYTES:
         return FORMAT_CHUNK_BYTES[target_format]
-    if source_kind in DECODED:
+    if source_kind in IMAGE_SOURCE_FORMATS:
         return DECODED_CHUNK_BYTES
     if in_place:
         return CHUNK_BYTES
     return min(max(CHUNK_BYTES, dataset_work_bytes // MIN_LARGE_CHUNKS), MAX_CHUNK_BYTES)
 
 
-def chunk_images(
+def choose_chunk_images(
     images: int,
     bytes_per_image: int,
     scratch_bytes: int,
@@ -78,8 +78,8 @@ def chunk_images(
 ) -> int:
     """Return the number of images per chunk that keeps a run within its memory limit.
 
-    `bytes_per_image` is the memory per image of the chunks in flight, and `scratch_bytes` what is
-    needed in addition. The source is read in whole units of `read_granularity` images, which may
+    `bytes_per_image` is the memory per image of the chunks in flight, and `scratch_bytes` the
+    additional memory. The source is read in whole units of `read_granularity` images, which may
     exceed the preferred `max_bytes`. The target prefers multiples of `write_granularity` images.
 
     Raises
@@ -89,9 +89,9 @@ def chunk_images(
 
     Examples
     --------
-    >>> chunk_images(10**6, 752_640, scratch_bytes=0, limit_bytes=512 * 2**20)
+    >>> choose_chunk_images(10**6, 752_640, scratch_bytes=0, limit_bytes=512 * 2**20)
     89
-    >>> chunk_images(10**6, 752_640, scratch_bytes=0, limit_bytes=512 * 2**20, read_granularity=32)
+    >>> choose_chunk_images(10**6, 752_640, 0, limit_bytes=512 * 2**20, read_granularity=32)
     64
     """
     read_granularity = min(read_granularity, images)
@@ -171,7 +171,7 @@ class Plan(RunOptions):
         """Return the backend: Numba if the work pays for its compilation, otherwise NumPy."""
         is_pack = self.transform.direction == "pack"
         nbytes = 0 if is_pack else self.header.nbytes + self.result.nbytes
-        return choose_for(self.backend, nbytes, self.threads)
+        return choose_for_size(self.backend, nbytes, self.threads)
 
     @property
     def write_bytes(self) -> int:

@@ -21,14 +21,14 @@ from fastvgg.imaging.decode import MAX_PIXELS, DecodeOptions
 from fastvgg.parallel import check_threads
 from fastvgg.storage.local import check_in_place_supported
 from fastvgg.storage.location import Location
-from fastvgg.stream.job import DECODED, Job
+from fastvgg.stream.job import IMAGE_SOURCE_FORMATS, Job
 from fastvgg.stream.journal import check_is_journal, journal_path, read_journal
 from fastvgg.stream.manifest import Provenance, manifest_path
-from fastvgg.stream.plan import Plan, RunOptions, chunk_bytes, chunk_images
+from fastvgg.stream.plan import Plan, RunOptions, choose_chunk_images, max_chunk_bytes
 from fastvgg.stream.preflight import (
-    check_choices,
     check_directory,
     check_free_space,
+    check_options,
     check_target,
     plan_result,
 )
@@ -42,7 +42,7 @@ from fastvgg.stream.redo_log import (
 from fastvgg.stream.redo_log_layout import RedoLogHeader
 from fastvgg.stream.retry import plan_retry
 from fastvgg.stream.source import check_exists, check_not_already_done
-from fastvgg.stream.target import destination_of, inspect_target, with_committed
+from fastvgg.stream.target import inspect_target, make_destination, with_committed
 from fastvgg.transform import Mode, Transform
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def _read_redo_log(location: Location, *, in_place: bool, restart: bool) -> Redo
 
 def _check_manifest(manifest: Manifest | None, source: Source) -> None:
     """Check that a manifest matches its dataset; image files have no header to compare."""
-    if manifest is None or source.kind in DECODED:
+    if manifest is None or source.kind in IMAGE_SOURCE_FORMATS:
         return
     if source.header != manifest.header:
         raise SourceError(
@@ -271,12 +271,12 @@ def _plan(
     file_format: FileFormat,
     options: RunOptions,
 ) -> Plan:
-    job = _job_of(source, target, transform, file_format)
+    job = _make_job(source, target, transform, file_format)
     check_target(source, target, job.result)
-    check_choices(target, job, options)
+    check_options(target, job, options)
     planned = _build_plan(source, target, job, options)
     journal_state = None if planned.restart else read_journal(journal_path(target.container))
-    found = inspect_target(planned, destination_of(planned), journal_state)
+    found = inspect_target(planned, make_destination(planned), journal_state)
     if found.name == "failed" and isinstance(source, ImageSource):
         return plan_retry(planned, source, found.manifest)
     if found.name == "fresh" and job.target_format != "images" and not target.is_remote:
@@ -298,7 +298,7 @@ def _plan_in_place(
         )
     if header.dtype != "uint8":
         transform = dataclasses.replace(transform, dtype=transform.dtype or header.dtype)
-    job = _job_of(source, source.location, transform, file_format)
+    job = _make_job(source, source.location, transform, file_format)
     if job.result != header:
         raise UsageError(
             f"{path} has shape {header.shape} and dtype {header.dtype}, but the result would have "
@@ -320,7 +320,9 @@ def _plan_in_place(
     return with_committed(planned, redo_log.chunk_images, committed_chunks(redo_log, path))
 
 
-def _job_of(source: Source, target: Location, transform: Transform, file_format: FileFormat) -> Job:
+def _make_job(
+    source: Source, target: Location, transform: Transform, file_format: FileFormat
+) -> Job:
     result = plan_result(source, transform)
     return Job(
         source=str(source.location),
@@ -351,12 +353,12 @@ def _build_plan(source: Source, target: Location, job: Job, options: RunOptions)
     scratch_bytes = planned.min_scratch_bytes
     if job.is_decoded:
         scratch_bytes = max(scratch_bytes, options.memory_bytes // 2)  # to decode large images
-    largest = chunk_images(
+    largest = choose_chunk_images(
         images,
         planned.image_memory_bytes,
         scratch_bytes,
         options.memory_bytes,
-        chunk_bytes(*formats, images * planned.image_memory_bytes, in_place=job.in_place),
+        max_chunk_bytes(*formats, images * planned.image_memory_bytes, in_place=job.in_place),
         source.read_granularity,
         inner_chunk_images(job.result.image_bytes) if job.target_format == "zarr" else 1,
     )
@@ -364,7 +366,7 @@ def _build_plan(source: Source, target: Location, job: Job, options: RunOptions)
 
 
 def _losses(job: Job) -> list[str]:
-    """Return notes on what the result cannot restore exactly."""
+    """Return notes about values that cannot be restored exactly from the result."""
     if job.target_format == "images" and is_lossy(job.file_format):
         exact = "the files are not the exact images; use png or webp for that"
         return [f"{job.file_format} is lossy: {exact}"]

@@ -31,7 +31,7 @@ SIDECARS: Final = (
     ".fastvgg-replaced",
     *(".index.csv.tmp", ".fastvgg.json.tmp", ".fastvgg-journal.tmp"),
 )
-IMAGES: Final = ("uint8", "NHWC")  # the dtype and layout that image files can store
+IMAGE_TYPE: Final = ("uint8", "NHWC")  # the dtype and layout that image files can store
 
 
 def check_target(source: Source, target: Location, result: Header) -> None:
@@ -42,9 +42,9 @@ def check_target(source: Source, target: Location, result: Header) -> None:
     file = target.container
     check_target_name(target)
     check_directory(file)
-    if target_format(target) == "images" and (result.dtype, result.layout) != IMAGES:
+    if target_format(target) == "images" and (result.dtype, result.layout) != IMAGE_TYPE:
         raise TargetError(
-            f"{target}: image files store {' '.join(IMAGES)}, but the result is {result.dtype} "
+            f"{target}: image files store {' '.join(IMAGE_TYPE)}, but the result is {result.dtype} "
             f"{result.layout}",
             "give a name that ends in .npy; only restore to NHWC writes image files",
         )
@@ -76,11 +76,11 @@ def _check_store(source: Source, target: Location) -> None:
         )
 
 
-def check_choices(target: Location, job: Job, options: RunOptions) -> None:
+def check_options(target: Location, job: Job, options: RunOptions) -> None:
     """Check that the options fit the source and target."""
     if job.transform.direction == "pack" and not job.is_decoded:
         raise UsageError(
-            f"{job.source} is already an array: pack takes image files",
+            f"{job.source} is already an array, but pack takes image files",
             "preprocess it, or give a directory of images",
         )
     if job.target_format == "zarr" and job.result.dtype == "bfloat16":
@@ -133,7 +133,7 @@ def check_free_space(target: Path, needed_bytes: int, alternative: str) -> None:
 
 
 def plan_result(source: Source, transform: Transform) -> Header:
-    """Return the header of the result of a transform; raise if the source does not fit it."""
+    """Return the header of a transform's result; raise if it cannot be applied to the source."""
     header = source.header
     try:
         transform.check_input(header.shape, header.dtype)

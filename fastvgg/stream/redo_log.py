@@ -17,7 +17,7 @@ from xxhash import xxh3_64_hexdigest
 
 from fastvgg.datasets.base import open_regular, read_sidecar
 from fastvgg.errors import ResumeError, SourceError, TargetError
-from fastvgg.storage.local import StoredFile
+from fastvgg.storage.local import OpenFile
 from fastvgg.storage.location import is_remote
 from fastvgg.stream.job import check_fields, check_sizes, check_version
 from fastvgg.stream.journal import journal_path
@@ -84,18 +84,19 @@ def check_same_file(header: RedoLogHeader, path: Path) -> None:
         raise ResumeError(
             f"{path} is not the file that the unfinished run in place was changing: "
             f"{journal} belongs to another file",
-            "put back that file; or, if this file is intact, give --restart",
+            "restore that file; or, if this file is intact, give --restart",
         )
     found, expected = journal.stat().st_size, header.file_layout.journal_bytes
     if found != expected:
         raise ResumeError(
-            f"{journal} has {found} bytes, expected {expected}", "put it back as the run left it"
+            f"{journal} has {found} bytes, expected {expected}",
+            "restore the journal that the run left",
         )
 
 
 def check_restart(header: RedoLogHeader, path: Path) -> None:
     """Check that a file is not that of an unfinished run, or a copy: part would be done twice."""
-    if path.stat().st_ino == header.inode or _starts_converted(header, path):
+    if path.stat().st_ino == header.inode or _is_first_chunk_converted(header, path):
         raise ResumeError(
             f"{path} is partly converted, so its run cannot start over",
             f"finish it: {header.command(path)}",
@@ -132,7 +133,7 @@ def _records(header: RedoLogHeader, file_path: Path) -> Iterator[RedoRecord]:
         yield record
 
 
-def _starts_converted(header: RedoLogHeader, path: Path) -> bool:
+def _is_first_chunk_converted(header: RedoLogHeader, path: Path) -> bool:
     """Return whether the first chunk of a file, perhaps a copy, is already converted."""
     first = next(_records(header, path), None)
     if first is None or first.new == first.old:
@@ -147,7 +148,7 @@ def _damaged_error(file: Path, what: str) -> ResumeError:
     return ResumeError(
         f"{journal_path(file)} is damaged ({what}): it is unknown which bytes of {file} are old "
         "and which are new",
-        "restore both files from the same backup; or create the file again from its source and "
+        "restore both files from the same backup; or recreate the file from its source and "
         "remove the journal",
     )
 
@@ -156,7 +157,7 @@ class RedoLog:
     """The open redo log, `journal`, of a data file; the caller holds the lock of that file."""
 
     def __init__(
-        self, storage: Storage, data: StoredFile, journal: StoredFile, header: RedoLogHeader
+        self, storage: Storage, data: OpenFile, journal: OpenFile, header: RedoLogHeader
     ) -> None:
         self.file_layout = header.file_layout
         self._storage = storage
@@ -170,7 +171,7 @@ class RedoLog:
         self._generation = 0
 
     @classmethod
-    def begin(cls, storage: Storage, data: StoredFile, job: Job, chunk_images: int) -> RedoLog:
+    def begin(cls, storage: Storage, data: OpenFile, job: Job, chunk_images: int) -> RedoLog:
         """Create the log for an unchanged data file; raise TargetError if the disk is full."""
         header = RedoLogHeader.new(job, chunk_images, os.fstat(data.descriptor))
         file_layout = header.file_layout
@@ -180,7 +181,7 @@ class RedoLog:
         file = storage.create(temporary)
         try:
             storage.reserve(file, file_layout.journal_bytes)
-            log = cls(storage, data, StoredFile(file.descriptor, path), header)
+            log = cls(storage, data, OpenFile(file.descriptor, path), header)
             storage.write(file, header.to_bytes().ljust(file_layout.header_bytes, b"\0"), 0)
             log._write_checkpoint(0)
             storage.sync(file)
@@ -194,7 +195,7 @@ class RedoLog:
         return log
 
     @classmethod
-    def reopen(cls, storage: Storage, data: StoredFile, header: RedoLogHeader) -> RedoLog:
+    def reopen(cls, storage: Storage, data: OpenFile, header: RedoLogHeader) -> RedoLog:
         """Open the log of an earlier run, and make the page cache agree with the disk.
 
         A killed run may not have synced the log: a power failure could then lose a slot whose
@@ -263,7 +264,7 @@ class RedoLog:
             record = self.record(chunk)
             if record is None:
                 break
-            is_intact = self.record_of(chunk, self._pages(chunk), old=record.old) == record
+            is_intact = self.make_record(chunk, self._pages(chunk), old=record.old) == record
             if not is_intact:
                 found = self.checksum_in_file(chunk)
                 if found == record.old:
@@ -291,7 +292,7 @@ class RedoLog:
                 return record
         return None
 
-    def record_of(self, chunk: int, pages: memoryview, *, old: str) -> RedoRecord:
+    def make_record(self, chunk: int, pages: memoryview, *, old: str) -> RedoRecord:
         """Return the record of a chunk with these new pages; `old` is of its images in the file."""
         (begin, _), (first, last) = (
             self.file_layout.page_span(chunk),

@@ -44,7 +44,7 @@ CHUNKS_PER_CHECKPOINT: Final = 3  # chunks written to the data file per checkpoi
 SLOTS: Final = CHUNKS_PER_CHECKPOINT + 2
 
 
-def pages(nbytes: int) -> int:
+def round_up_to_pages(nbytes: int) -> int:
     """Round a length up to whole pages."""
     return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
 
@@ -90,7 +90,7 @@ class RedoLogLayout(NamedTuple):
     def page_span(self, chunk: int) -> tuple[int, int]:
         """Return the byte range of the whole pages that contain a chunk's images."""
         begin, end = self.image_span(chunk)
-        return begin - begin % PAGE_BYTES, min(pages(end), self.file_bytes)
+        return begin - begin % PAGE_BYTES, min(round_up_to_pages(end), self.file_bytes)
 
     def checkpoint(self, copy: int) -> int:
         """Return the log offset of a copy of the checkpoint."""
@@ -102,13 +102,13 @@ class RedoLogLayout(NamedTuple):
 
     def slot(self, chunk: int) -> int:
         """Return the log offset of a chunk's slot: a page with its record, then its pages."""
-        first = self.checkpoint(2) + pages(self.chunks * RECORD_BYTES)
+        first = self.checkpoint(2) + round_up_to_pages(self.chunks * RECORD_BYTES)
         return first + chunk % SLOTS * (PAGE_BYTES + self.slot_bytes)
 
     @property
     def slot_bytes(self) -> int:
         """Maximum size of the pages of a chunk, in bytes."""
-        return pages(self.chunk_images * self.image_bytes) + PAGE_BYTES
+        return round_up_to_pages(self.chunk_images * self.image_bytes) + PAGE_BYTES
 
     @property
     def journal_bytes(self) -> int:
@@ -161,7 +161,7 @@ class RedoLogHeader(NamedTuple):
             result.image_bytes,
             result.images,
             self.chunk_images,
-            pages(len(self.to_bytes())),
+            round_up_to_pages(len(self.to_bytes())),
         )
 
     def command(self, path: Path) -> str:

@@ -7,8 +7,8 @@ from typing import Final, NamedTuple
 
 from fastvgg.formatting import html_table
 
-FAILURES_KEPT: Final = 1000
-FAILURES_SHOWN: Final = 10
+MAX_FAILURES_KEPT: Final = 1000
+MAX_FAILURES_SHOWN: Final = 10
 
 
 class Progress(NamedTuple):
@@ -64,7 +64,7 @@ class Report:
         return f"{self.target}: {', '.join(value for _, value in self._summary_rows())}"
 
     def _repr_html_(self) -> str:
-        shown = self.failures[:FAILURES_SHOWN]
+        shown = self.failures[:MAX_FAILURES_SHOWN]
         failures = [
             (f"row {failure.row}", f"{failure.path}: {failure.reason}") for failure in shown
         ]

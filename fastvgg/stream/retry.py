@@ -12,7 +12,7 @@ import itertools
 import os
 from typing import TYPE_CHECKING, Any
 
-from fastvgg.datasets.base import bytes_of
+from fastvgg.datasets.base import byte_view
 from fastvgg.datasets.index import index_path, read_index
 from fastvgg.errors import ResumeError, TargetError
 from fastvgg.stream.compute import ChunkTask
@@ -106,7 +106,7 @@ class FailureRetry:
             for row, record in enumerate(records):
                 if record.failed:  # an interrupted retry may have written here
                     out[row] = 0
-            if checksum([bytes_of(out)]) != self.manifest.checksums[chunk]:
+            if checksum([byte_view(out)]) != self.manifest.checksums[chunk]:
                 raise ResumeError(
                     f"{target.partial}: images {start} to {stop - 1} do not match their checksum",
                     "the file was changed or damaged: give --restart to start over",
@@ -120,5 +120,5 @@ class FailureRetry:
         """Return whether the source images of a chunk's good rows are unchanged."""
         first = chunk * self.manifest.chunk_images
         failed = {row for row, record in enumerate(records, first) if record.failed}
-        found = self.source.checksum_of(first, first + len(records), failed)
+        found = self.source.identity_checksum(first, first + len(records), failed)
         return found == self.manifest.source_checksums[chunk]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 
 from fastvgg.datasets.contiguous import ContiguousTarget
 from fastvgg.datasets.images import ImageSource
-from fastvgg.datasets.index import INDEX_HEAD, index_path, index_text, read_index
+from fastvgg.datasets.index import INDEX_HEADER, format_records, index_path, read_index
 from fastvgg.datasets.open import open_target
 from fastvgg.errors import ClusterError, ResumeError, StoppedError, TargetError, VerificationError
 from fastvgg.stream import in_place
@@ -23,17 +23,22 @@ from fastvgg.stream.compute import ChunkTask, check_no_failures, stored_checksum
 from fastvgg.stream.journal import journal_path
 from fastvgg.stream.manifest import Manifest, checksum, manifest_path
 from fastvgg.stream.progress import ProgressTracker
-from fastvgg.stream.report import FAILURES_KEPT, Failure
+from fastvgg.stream.report import MAX_FAILURES_KEPT, Failure
 from fastvgg.stream.retry import FailureRetry
 from fastvgg.stream.source import check_values, is_changed, reopen_source
-from fastvgg.stream.target import check_not_occupied, destination_of, inspect_target, with_committed
+from fastvgg.stream.target import (
+    check_not_occupied,
+    inspect_target,
+    make_destination,
+    with_committed,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from fastvgg.datasets.base import ImageRecord, Source
     from fastvgg.storage.local import Storage
-    from fastvgg.storage.objects import StoreStorage
+    from fastvgg.storage.objects import ObjectStorage
     from fastvgg.stream.journal import JournalState
     from fastvgg.stream.journal_writer import Journal
     from fastvgg.stream.plan import Plan
@@ -78,7 +83,7 @@ class Executor(ABC):
 def run(
     plan: Plan,
     progress: Callable[[Progress], None] | None = None,
-    storage: Storage | StoreStorage | None = None,
+    storage: Storage | ObjectStorage | None = None,
     executor: Executor | None = None,
 ) -> Report:
     """Execute a plan, or resume an interrupted run of it.
@@ -114,14 +119,14 @@ def run(
     if plan.job.in_place:
         return in_place.run(plan, progress, cast("Storage | None", storage))
     started_at = time.monotonic()
-    destination = destination_of(plan, storage)
+    destination = make_destination(plan, storage)
     with ExitStack() as opened:
         source = opened.enter_context(closing(reopen_source(plan)))
         if not (plan.restart or destination.exists(journal_path(destination.path))):
             found = inspect_target(plan, destination, None)
             if found.name == "complete":  # reported without creating a journal
                 destination.sync_existing()
-                return _report_of_complete(found, started_at)
+                return _report_complete(found, started_at)
         journal = opened.enter_context(closing(destination.open_journal(restart=plan.restart)))
         opened.enter_context(closing(executor))
         return Run(plan, source, destination, journal, executor, progress, started_at).finish()
@@ -186,7 +191,7 @@ class Run:
         if self.found.name != "fresh":  # a killed run may not have synced anything
             self.destination.sync_existing()
         if self.found.name == "complete":
-            return _report_of_complete(self.found, self.started_at)
+            return _report_complete(self.found, self.started_at)
         check_values(self.plan, self.source)
         resumes = self.found.name == "resumable" and self._journal_state.complete
         if resumes and self.destination.is_published():  # without its manifest
@@ -198,7 +203,7 @@ class Run:
             finally:
                 self.target.close()
             self._publish()
-        return self._describe()
+        return self._finalize()
 
     def _check_checksums(self) -> None:
         for chunk, (start, stop) in enumerate(self.plan.chunk_rows()):
@@ -280,14 +285,14 @@ class Run:
             elif ref.failed and self.plan.strict:
                 check_no_failures(self.plan, self._journal_state.failures(chunk))
 
-    def _describe(self) -> Report:
+    def _finalize(self) -> Report:
         """Write the index and the manifest of the published data, and remove the journal."""
         refs = [self.journal.commits[chunk] for chunk in range(self.plan.chunks)]
         path = self.target.path
         self._write_index()
         rows_of = self._journal_state.failures
         failures = _first_failures(row for chunk in range(len(refs)) for row in rows_of(chunk))
-        manifest = Manifest.of_now(
+        manifest = Manifest.new(
             self.plan.job,
             self.plan.chunk_images,
             checksums=[ref.checksum for ref in refs],
@@ -306,17 +311,17 @@ class Run:
             self.storage.remove(path)
             return
         rows = enumerate(self.plan.chunk_rows())
-        lines = (index_text(read(chunk).records, start) for chunk, (start, _) in rows)
-        texts = itertools.chain([INDEX_HEAD], lines)
+        lines = (format_records(read(chunk).records, start) for chunk, (start, _) in rows)
+        texts = itertools.chain([INDEX_HEADER], lines)
         self.storage.write_atomic(path, (text.encode("utf-8", "surrogateescape") for text in texts))
 
 
 def _first_failures(rows: Iterable[tuple[int, ImageRecord]]) -> list[Failure]:
     failures = (Failure(row, record.path, record.reason) for row, record in rows if record.failed)
-    return list(itertools.islice(failures, FAILURES_KEPT))
+    return list(itertools.islice(failures, MAX_FAILURES_KEPT))
 
 
-def _report_of_complete(found: TargetState, started_at: float) -> Report:
+def _report_complete(found: TargetState, started_at: float) -> Report:
     """Return the report of a target that this job finished; raise SourceError if it changed."""
     plan, manifest = found.plan, found.manifest
     if manifest is None:

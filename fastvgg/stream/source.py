@@ -22,7 +22,7 @@ CHECKED_IMAGES: Final = 16
 
 
 def check_exists(source: Location) -> None:
-    """Check that a source exists and is a dataset; name the run that has not finished it."""
+    """Check that a source exists and is a dataset that no unfinished run is writing."""
     try:
         source_format(source)
     except SourceError:

@@ -21,7 +21,7 @@ from fastvgg.formatting import format_bytes
 from fastvgg.storage import objects
 from fastvgg.storage.local import SharedStorage, Storage
 from fastvgg.storage.location import Location, is_remote, sidecar_path
-from fastvgg.storage.objects import StoreStorage
+from fastvgg.storage.objects import ObjectStorage
 from fastvgg.stream.journal import check_is_journal, journal_path, read_journal
 from fastvgg.stream.journal_writer import FileJournal, StoreJournal
 from fastvgg.stream.manifest import read_manifest
@@ -40,7 +40,7 @@ FILES: Final = ("npy", "hdf5")  # formats whose target is a file, not a director
 
 
 class TargetState(NamedTuple):
-    """What was found at the name of a target."""
+    """The dataset or unfinished run that was found at the name of a target."""
 
     name: Literal["fresh", "resumable", "complete", "failed"]
     """Absent, unfinished or finished; "failed" if the failed images of a finished target are to
@@ -48,23 +48,23 @@ class TargetState(NamedTuple):
     plan: Plan
     """The plan, with the chunk size and progress of a run that it resumes."""
     manifest: Manifest | None = None
-    """The manifest of the finished target, or of the target of which a run retries the failures."""
+    """The manifest of the finished target, or of the target whose failures a run retries."""
     replaces: str | None = None
     """Identity of what a restart replaces."""
 
 
-def destination_of(plan: Plan, storage: Storage | StoreStorage | None = None) -> Destination:
+def make_destination(plan: Plan, storage: Storage | ObjectStorage | None = None) -> Destination:
     """Return the destination of a plan; `storage` performs its durable I/O."""
     path, kind = plan.target.container, plan.job.target_format
     if plan.target.is_remote:
-        return StoreDestination(path, kind, cast("StoreStorage", storage or StoreStorage()))
+        return StoreDestination(path, kind, cast("ObjectStorage", storage or ObjectStorage()))
     return DiskDestination(path, kind, cast("Storage", storage or Storage(fsync=plan.fsync)))
 
 
 class Destination(ABC):
     """Where a target of the format `kind` is written: a file or directory, or a name in a store."""
 
-    storage: Storage | StoreStorage
+    storage: Storage | ObjectStorage
     """Performs durable I/O here."""
     partial: Path
     """Path of the data of an unfinished run."""
@@ -75,7 +75,7 @@ class Destination(ABC):
         self.replaced = sidecar_path(path, ".fastvgg-replaced")
         """Temporary name of a directory that is being replaced."""
 
-    def shared_storage(self) -> Storage | StoreStorage:
+    def shared_storage(self) -> Storage | ObjectStorage:
         """Return the storage for a worker, which writes to a target that another process made."""
         return self.storage
 
@@ -110,7 +110,7 @@ class Destination(ABC):
     def _is_ours(self, manifest: Manifest | None) -> bool:
         """Return whether a manifest, or the journal of an interrupted run, proves it ours."""
 
-    def replaceable(self) -> str | None:
+    def check_replaceable(self) -> str | None:
         """Return the identity of what a restart may replace; None if the name is free.
 
         Raises
@@ -244,9 +244,9 @@ class StoreDestination(Destination):
     Readers can open the array once its metadata exists, which is written last.
     """
 
-    def __init__(self, path: Path, kind: str, storage: StoreStorage) -> None:
+    def __init__(self, path: Path, kind: str, storage: ObjectStorage) -> None:
         super().__init__(path, kind)
-        self.storage: StoreStorage = storage
+        self.storage: ObjectStorage = storage
         self.partial = path
 
     def open_journal(self, *, restart: bool) -> Journal:
@@ -298,7 +298,7 @@ def inspect_target(
         resumes needs more memory.
     """
     if plan.restart:
-        return TargetState("fresh", plan, replaces=destination.replaceable())
+        return TargetState("fresh", plan, replaces=destination.check_replaceable())
     if journal_state is not None:
         journal_state.job.check_same(plan.job, str(plan.target))
         if destination.predates_run(journal_state):
@@ -335,7 +335,7 @@ def check_not_occupied(destination: Destination, replaces: str | None) -> None:
 def _remedy(destination: Destination) -> str:
     """Return how to free the names of a run: --restart only if it would not be refused."""
     try:
-        destination.replaceable()
+        destination.check_replaceable()
     except TargetError as error:
         return error.remedy
     return "choose another name, or give --restart to replace it"

@@ -75,7 +75,7 @@ def verify(path: str | os.PathLike[str], *, full: bool = False) -> Verification:
             f"{location} has no manifest, so there are no checksums to compare with",
             "give a dataset that fastvgg has finished; 'fastvgg info' shows what this is",
         )
-    location = location.within(manifest.job.dataset)
+    location = location.with_inner(manifest.job.dataset)
     records = read_index(location.container, manifest.header.images)
     stored = open_target(
         location,
@@ -99,7 +99,7 @@ def _check_checksums(stored: Target, manifest: Manifest) -> None:
             raise VerificationError(
                 f"{stored.path}: images {start} to {stop - 1} have checksum {actual}, expected "
                 f"{expected}",
-                "the file was changed or damaged: create it again from its source",
+                "the file was changed or damaged: recreate it from its source",
             )
 
 
@@ -154,5 +154,5 @@ def _check_row(
         raise VerificationError(
             f"{stored.path}: image {row} differs in {differing} of {expected.nbytes} bytes from "
             f"the result recomputed from {source.location}",
-            "the source or the dataset was changed: create it again from its source",
+            "the source or the dataset was changed: recreate the dataset from its source",
         )

@@ -1,4 +1,4 @@
-"""What importing fastvgg brings in, and which file may import which."""
+"""Imports: what `import fastvgg` loads, and which modules may import which."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def test_importing_fastvgg_imports_nothing_heavy():
     assert not [name for name in loaded if name.startswith("fastvgg.")]
 
 
-def test_catching_an_error_by_its_name_needs_no_numpy():
+def test_importing_errors_imports_nothing_heavy():
     script = "import json, sys, fastvgg.errors; print(json.dumps(sorted(sys.modules)))"
     assert not set(json.loads(run_script(script))) & HEAVY
 
 
-def test_reading_the_version_and_the_names_imports_nothing_heavy():
+def test_version_and_dir_import_nothing_heavy():
     script = (
         "import json, sys, fastvgg; fastvgg.__version__; dir(fastvgg); "
         "print(json.dumps(sorted(sys.modules)))"
@@ -59,7 +59,7 @@ def test_reading_the_version_and_the_names_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize("name", fastvgg.__all__)
-def test_every_public_name_resolves_and_is_the_same_thing_again(name):
+def test_public_names_resolve_to_the_same_object_every_time(name):
     value = getattr(fastvgg, name)
     assert value is not None
     assert getattr(fastvgg, name) is value
@@ -71,18 +71,18 @@ def test_dir_lists_the_public_names():
     assert expected <= set(dir(fastvgg))
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_unknown_attribute_raises_attribute_error():
     with pytest.raises(AttributeError, match=r"module 'fastvgg' has no attribute 'presto'"):
         _ = fastvgg.presto
 
 
-def test_a_star_import_brings_the_public_names_and_no_other():
+def test_star_import_exports_exactly_the_public_names():
     script = "from fastvgg import *; print(*sorted(n for n in dir() if not n.startswith('_')))"
     public = sorted(name for name in fastvgg.__all__ if not name.startswith("_"))
     assert run_script(script).split() == public
 
 
-def test_the_package_says_that_it_is_typed():
+def test_package_is_marked_as_typed():
     assert (PACKAGE / "py.typed").exists()
 
 
@@ -91,7 +91,7 @@ def is_type_checking(node):
 
 
 def module_of(name):
-    """The module that a dotted name stands for or lies in: fastvgg.engine.apply is in engine."""
+    """Return the module of a dotted name: fastvgg.engine for fastvgg.engine.apply."""
     parts = name.split(".")
     while len(parts) > 1 and parts[0] == "fastvgg":
         path = PACKAGE.joinpath(*parts[1:])
@@ -102,7 +102,7 @@ def module_of(name):
 
 
 def imports_in(source, file, functions=True, types=False):
-    """The modules that a module imports: in functions, and for type checkers, only if asked."""
+    """Return the modules that a module imports, optionally in functions and for type checkers."""
     package = ["fastvgg", *Path(file).parent.parts]
     found = set()
     nodes = [ast.parse(source)]
@@ -134,13 +134,13 @@ def within(modules, *parents):
 
 
 def files_in(*patterns):
-    """The files of those named: files, or folders with all that is in them; each has to exist."""
+    """Return the named files and the files in the named folders; every name must exist."""
     found = {p: [f for f in FILES if f == p or f.startswith(p + "/")] for p in patterns}
     assert all(found.values()), found
     return [file for files in found.values() for file in files]
 
 
-def test_the_reader_of_imports_sees_every_form_and_leaves_out_what_only_types_need():
+def test_imports_in_finds_every_import_form_and_omits_type_checking_imports():
     source = (
         "import os.path\n"
         "from typing import TYPE_CHECKING\n"
@@ -174,7 +174,7 @@ def test_the_reader_of_imports_sees_every_form_and_leaves_out_what_only_types_ne
     }
 
 
-# From the bottom to the top. A folder is in a layer with all of its modules.
+# From bottom to top. A folder is in a layer with all of its modules.
 LAYERS = (
     ("errors", "formatting"),
     ("models",),
@@ -195,7 +195,7 @@ LAYERS = (
     ("cli",),
     ("__main__",),
 )
-# A value that is called or run hands itself to what executes it, and only then needs that.
+# These modules import their executor lazily, when a transform is called or a plan is run.
 FACADES = {
     ("transform", "fastvgg.engine"),
     ("stream", "fastvgg.executors.dask"),
@@ -203,18 +203,18 @@ FACADES = {
 }
 
 
-def part_of(file):
+def layer_name(file):
     return Path(file).parts[0].removesuffix(".py")
 
 
-def test_every_module_is_in_a_layer():
+def test_every_module_belongs_to_a_layer():
     layered = {part for layer in LAYERS for part in layer}
-    assert {part_of(file) for file in FILES} == layered | {"__init__"}
+    assert {layer_name(file) for file in FILES} == layered | {"__init__"}
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file != "__init__.py"])
-def test_a_module_imports_only_its_own_layer_and_those_below_also_for_types(file):
-    part = part_of(file)
+def test_modules_import_only_from_their_own_and_lower_layers(file):
+    part = layer_name(file)
     height = next(number for number, layer in enumerate(LAYERS) if part in layer)
     allowed = {f"fastvgg.{name}" for layer in LAYERS[: height + 1] for name in layer}
     facades = {module for name, module in FACADES if name == part}
@@ -223,7 +223,7 @@ def test_a_module_imports_only_its_own_layer_and_those_below_also_for_types(file
     assert not within(imports_of(file, functions=False, types=True), *facades)
 
 
-def test_no_modules_import_each_other_also_for_types():
+def test_there_are_no_import_cycles():
     graph = {}
     for file in FILES:
         name = ".".join(["fastvgg", *Path(file).with_suffix("").parts]).removesuffix(".__init__")
@@ -237,13 +237,13 @@ def test_no_modules_import_each_other_also_for_types():
 
 
 @pytest.mark.parametrize("file", files_in("kernels"))
-def test_kernels_import_nothing_of_fastvgg_but_kernels_and_what_they_mean(file):
+def test_kernels_import_only_kernels_oracle_and_transform(file):
     modules = within(imports_of(file), "fastvgg")
     assert modules == within(modules, "fastvgg.kernels", "fastvgg.oracle", "fastvgg.transform")
 
 
 @pytest.mark.parametrize("file", files_in("kernels"))
-def test_kernels_use_what_numba_and_llvmlite_make_public(file):
+def test_kernels_use_only_public_numba_and_llvmlite_apis(file):
     modules = within(imports_of(file), "numba", "llvmlite")
     extending = ("intrinsic", "lower_builtin", "models", "register_model", "type_callable")
     public = {"numba", "numba.types", "llvmlite.ir", "llvmlite.binding"}
@@ -252,12 +252,12 @@ def test_kernels_use_what_numba_and_llvmlite_make_public(file):
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file != "torch.py"])
-def test_only_what_is_for_pytorch_imports_it(file):
+def test_only_the_torch_module_imports_pytorch(file):
     assert not within(imports_of(file), "torch", "fastvgg.torch")
 
 
 @pytest.mark.parametrize("package", ["h5py", "zarr"])
-def test_only_what_is_for_a_format_imports_its_package(package):
+def test_only_format_modules_import_the_format_package(package):
     of_package = {"h5py": ["hdf5"], "zarr": ["zarr", "zarr_writer"]}[package]
     importing = [file for file in FILES if within(imports_of(file, functions=False), package)]
     assert importing == [f"datasets/{name}.py" for name in of_package]
@@ -271,25 +271,25 @@ def test_only_kernels_import_numba(file):
     assert not within(imports_of(file), "numba", "llvmlite")
 
 
-def test_the_kernels_do_import_numba():
+def test_kernels_import_numba():
     assert any(within(imports_of(file), "numba") for file in files_in("kernels"))
 
 
 @pytest.mark.parametrize(
     "file", files_in("stream/redo_log.py", "stream/redo_log_layout.py", "stream/commit_pipeline.py")
 )
-def test_what_makes_changes_last_knows_nothing_of_pixels(file):
+def test_durability_modules_do_not_depend_on_pixels(file):
     pixels = ("numpy", "PIL", "fastvgg.engine", "fastvgg.oracle", "fastvgg.kernels")
     assert not within(imports_of(file), *pixels, "fastvgg.datasets.npy", "fastvgg.datasets.images")
 
 
 @pytest.mark.parametrize("file", files_in("stream/plan.py"))
-def test_planning_is_arithmetic_and_touches_no_file(file):
+def test_planning_does_no_io(file):
     assert not within(imports_of(file), "os", "pathlib", "io", "shutil", "fastvgg.datasets")
 
 
 @pytest.mark.parametrize("file", files_in("engine.py"))
-def test_the_engine_knows_nothing_of_disks_and_terminals(file):
+def test_engine_does_not_depend_on_storage_or_cli(file):
     above = ("fastvgg.stream", "fastvgg.datasets", "fastvgg.cli", "fastvgg.bench", "fastvgg.dask")
     assert not within(imports_of(file), *above)
 
@@ -310,11 +310,11 @@ def public_methods(module):
 
 
 @pytest.mark.parametrize("file", files_in("datasets"))
-def test_a_public_method_of_a_dataset_is_documented_there_or_in_its_interface(file):
+def test_public_dataset_methods_have_or_inherit_a_docstring(file):
     methods = public_methods(file.removesuffix(".py").replace("/", "."))
     assert not [method for method in methods if not inspect.getdoc(getattr(*method))]
 
 
-def test_no_module_is_called_after_nothing():
+def test_no_module_has_a_generic_name():
     names = {part for file in FILES for part in Path(file).with_suffix("").parts}
     assert not names & {"common", "helper", "helpers", "misc", "util", "utils"}

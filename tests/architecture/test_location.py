@@ -1,4 +1,4 @@
-"""A location is parsed where the user's text arrives, and nowhere below."""
+"""A location is parsed once, where user input arrives."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_planning_and_running_parse_each_path_once(tmp_path, parsed, kind, name)
     assert parsed == [str(source), target] * 2
 
 
-def test_verifying_parses_the_path_and_that_of_the_source(tmp_path, parsed):
+def test_verify_parses_the_target_path_and_the_source_path_once(tmp_path, parsed):
     source = save_npy(tmp_path / "x.npy", pixels(5))
     fastvgg.plan(source, tmp_path / "y.npy", mode="caffe").run()
     parsed.clear()

@@ -15,7 +15,7 @@ TOP = PACKAGE.parent
 MODULES = sorted(path.relative_to(TOP).as_posix() for path in PACKAGE.rglob("*.py"))
 DOCUMENTS = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md")), TOP / "CONTRIBUTING.md"]
 
-# Each home-made word with the standard term. Words that also have an ordinary meaning are left out.
+# Non-standard word -> standard term. Words that also have an ordinary meaning are omitted.
 IDENTIFIERS = {
     "woven": "interleaved",
     "weave": "interleave",
@@ -60,7 +60,7 @@ PHRASES = {
 
 
 def identifiers_of(module):
-    """The names that a module defines: what it only uses may be another library's."""
+    """Yield the names that a module defines; names that it only uses may come from a library."""
     for node in ast.walk(ast.parse((TOP / module).read_text("utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name
@@ -78,13 +78,13 @@ def words_of(identifier):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_identifiers_are_terms_of_the_field(module):
+def test_identifiers_use_standard_terms(module):
     found = {name: words_of(name) & IDENTIFIERS.keys() for name in identifiers_of(module)}
     assert not {name: words for name, words in found.items() if words}
 
 
 @pytest.mark.parametrize("path", [*(TOP / module for module in MODULES), *DOCUMENTS], ids=str)
-def test_prose_has_the_term_where_there_is_one(path):
+def test_prose_uses_standard_terms(path):
     text = " ".join(path.read_text("utf-8").split())
     found = {
         text[max(0, match.start() - 30) : match.end() + 30]: term

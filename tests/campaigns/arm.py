@@ -49,7 +49,7 @@ import numpy as np
 import fastvgg
 from fastvgg.bench.timing import machine
 from fastvgg.parallel import available_cpus
-from tests.campaigns.command import RESULTS, told
+from tests.campaigns.command import RESULTS, format_counts
 from tests.helpers.batches import (
     FLOATS,
     KERAS_MODES,
@@ -62,7 +62,7 @@ from tests.helpers.batches import (
     unchanged,
 )
 from tests.helpers.checkout import CHECKOUT
-from tests.helpers.private_disks import mount, private_mounts
+from tests.helpers.private_disks import mount, use_private_mounts
 
 # The machine.
 DEBIAN, PYTHON = "bookworm", "3.11"  # the Python of this Debian
@@ -83,8 +83,8 @@ CPUS = {
 }
 
 # The cases.
-OWN = fastvgg.Mode("own", 3.0, mean=(-0.25, 11.5, 70.7), std=(0.75, -2.5, 17.3), order="BGR")
-MODES = (*KERAS_MODES, "identity", OWN)
+CUSTOM = fastvgg.Mode("own", 3.0, mean=(-0.25, 11.5, 70.7), std=(0.75, -2.5, 17.3), order="BGR")
+MODES = (*KERAS_MODES, "identity", CUSTOM)
 LARGE = (
     ("torch", "preprocess", "uint8", "float32", "NHWC", "NCHW"),
     ("tf", "preprocess", "uint8", "float16", "NHWC", "NHWC"),
@@ -96,7 +96,7 @@ LARGE_WIDTH = 1999
 LINE_BYTES = 64
 GUARD = 0xA5
 
-CASES_OF_A_WORKER = 40
+CASES_PER_WORKER = 40
 CASE_SECONDS = 600  # a case that takes longer hangs, and SIGALRM ends its process
 QUICK_STEP = 77  # for 12 cases, of every mode and layout
 
@@ -219,7 +219,7 @@ def results(case, x, expected):
     for offset in (0, 1, 5):
         yield (
             f"out {offset} elements after a cache line begins",
-            into_guarded(case, x, expected, offset),
+            apply_to_guarded(case, x, expected, offset),
         )
     if case.is_large:
         return
@@ -231,7 +231,7 @@ def results(case, x, expected):
         yield "in place", case.apply(y, out=y)
 
 
-def into_guarded(case, x, expected, offset):
+def apply_to_guarded(case, x, expected, offset):
     """Return a result in `out`, so many elements after a cache line begins, between guards."""
     memory = np.full(expected.nbytes + 4 * LINE_BYTES, GUARD, np.uint8)
     start = -memory.ctypes.data % LINE_BYTES + LINE_BYTES + offset * expected.itemsize
@@ -244,7 +244,7 @@ def into_guarded(case, x, expected, offset):
 
 
 def differences(case):
-    """Yield in words where a case differs from the oracle."""
+    """Yield a description of each difference from the oracle."""
     for x in batches_of(case):
         expected = case.apply(x, backend="numpy")
         with unchanged(x):
@@ -254,7 +254,7 @@ def differences(case):
 
 
 def difference(actual, expected):
-    """Return in words which bits of two arrays differ first, and in how many elements."""
+    """Describe the first differing element of two arrays and the number of differences."""
     actual, expected = (each.view(f"u{each.itemsize}").ravel() for each in (actual, expected))
     (at,) = np.nonzero(actual != expected)
     if not len(at):
@@ -264,26 +264,28 @@ def difference(actual, expected):
 
 
 def work(numbers):
-    """Run some cases in this process, on the emulated machine; tell of each before and after it."""
+    """Run cases in this process on the emulated machine; print a line before and after each."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for number in numbers:
         signal.alarm(CASE_SECONDS)
-        say(f"begin {number}")
+        print_line(f"begin {number}")
         for found in differences(CASES[number]):
-            say(f"differs {number} {found}")
-        say(f"end {number}")
+            print_line(f"differs {number} {found}")
+        print_line(f"end {number}")
 
 
-def tell_versions():
+def print_versions():
     """Print what this process, on the emulated machine, runs on."""
     packages = {
         name: metadata.version(name) for name in ("numba", "llvmlite", "numpy", "ml_dtypes")
     }
-    say(json.dumps({"machine": platform.machine(), "python": platform.python_version()} | packages))
+    print_line(
+        json.dumps({"machine": platform.machine(), "python": platform.python_version()} | packages)
+    )
 
 
-def say(line):
-    """Print a line at once."""
+def print_line(line):
+    """Print a line and flush."""
     print(line, flush=True)  # noqa: T201  # what a campaign is for
 
 
@@ -309,7 +311,7 @@ class Machine:
 
         All mounts are private to this process and its children, and vanish with them.
         """
-        private_mounts()
+        use_private_mounts()
         register_handler()
         if not self.root.exists():
             self._bootstrap()
@@ -345,11 +347,11 @@ class Machine:
     def versions(self):
         """Return what Python runs on there."""
         return json.loads(
-            checked(self.python("from tests.campaigns import arm; arm.tell_versions()"))
+            check_output(self.python("from tests.campaigns import arm; arm.print_versions()"))
         )
 
     def _bootstrap(self):
-        say("creating the emulated machine")
+        print_line("creating the emulated machine")
         self._installed.unlink(missing_ok=True)
         unfinished = self.root.with_suffix(".unfinished")
         if unfinished.exists():
@@ -361,7 +363,7 @@ class Machine:
         unfinished.rename(self.root)
 
     def _install(self, requirements):
-        say("installing the packages of the core install there")
+        print_line("installing the packages of the core install there")
         wheels = self.root / "wheels"
         shutil.rmtree(wheels, ignore_errors=True)
         platforms = [f"--platform=manylinux_2_{minor}_aarch64" for minor in GLIBC_MINORS]
@@ -369,8 +371,8 @@ class Machine:
         wanted = (*platforms, "--platform=manylinux2014_aarch64", *kind, *requirements.splitlines())
         output_of(sys.executable, "-m", "pip", "download", f"--dest={wheels}", *wanted)
         found = ("--no-index", "--find-links=/wheels", *requirements.splitlines())
-        checked(self.run("python3", "-m", "venv", "--clear", "/venv"))
-        checked(self.run("/venv/bin/pip", "install", *found))
+        check_output(self.run("python3", "-m", "venv", "--clear", "/venv"))
+        check_output(self.run("/venv/bin/pip", "install", *found))
         self._installed.write_text(requirements)
 
     def _copy_checkout(self):
@@ -385,10 +387,10 @@ class Machine:
 
 def output_of(*command):
     """Return what a command prints; stop with its output if it fails."""
-    return checked(subprocess.run(command, capture_output=True, text=True, check=False))
+    return check_output(subprocess.run(command, capture_output=True, text=True, check=False))
 
 
-def checked(done):
+def check_output(done):
     """Return what a process printed; stop with its last lines if it failed."""
     if done.returncode:
         last = (done.stdout + done.stderr)[-2000:]
@@ -414,12 +416,12 @@ def debian_mirror():
 
 
 def core_requirements():
-    """Return what the core install needs, a requirement a line."""
+    """Return the requirements of the core install, one per line."""
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
     return "\n".join(project["dependencies"])
 
 
-def check_needs():
+def check_prerequisites():
     """Stop where something is missing that the campaign needs."""
     if os.geteuid() != 0:
         raise SystemExit("arm.py enters another root directory: run it as root")
@@ -445,18 +447,20 @@ def run_cases(emulated, numbers):
             differing.setdefault(int(number), found)
         left = [number for number in left if ["end", str(number)] not in lines]
         if left and ["begin", str(left[0])] not in lines:
-            checked(done)
+            check_output(done)
         if left:
-            aborts[left.pop(0)] = f"{ending(done.returncode)} {last_words(done.stderr)}".strip()
+            aborts[left.pop(0)] = (
+                f"{describe_exit(done.returncode)} {last_error_line(done.stderr)}".strip()
+            )
     return differing, aborts
 
 
-def ending(returncode):
-    """Say how a process ended."""
+def describe_exit(returncode):
+    """Describe how a process ended."""
     return signal.Signals(-returncode).name if returncode < 0 else f"exit code {returncode}"
 
 
-def last_words(errors):
+def last_error_line(errors):
     """Return the last line of a process's errors that is its own, without names of folders."""
     lines = [line for line in errors.splitlines() if not line.startswith("qemu: ")]
     return re.sub(r"\S*/", "", lines[-1]) if lines else ""
@@ -465,8 +469,8 @@ def last_words(errors):
 def campaign(emulated, numbers):
     """Run cases on as many workers as there are cores; return the differing ones and the aborts."""
     differing, aborts, ran = {}, {}, 0
-    starts = range(0, len(numbers), CASES_OF_A_WORKER)
-    shares = [numbers[start : start + CASES_OF_A_WORKER] for start in starts]
+    starts = range(0, len(numbers), CASES_PER_WORKER)
+    shares = [numbers[start : start + CASES_PER_WORKER] for start in starts]
     with ThreadPoolExecutor(available_cpus()) as workers:
         for share, found in zip(
             shares, workers.map(partial(run_cases, emulated), shares), strict=True
@@ -474,17 +478,19 @@ def campaign(emulated, numbers):
             differing |= found[0]
             aborts |= found[1]
             ran += len(share)
-            say(f"{ran} of {len(numbers)} cases: {len(differing)} differing, {len(aborts)} aborts")
-    return named(differing), named(aborts)
+            print_line(
+                f"{ran} of {len(numbers)} cases: {len(differing)} differing, {len(aborts)} aborts"
+            )
+    return by_case_name(differing), by_case_name(aborts)
 
 
-def named(found):
+def by_case_name(found):
     """Return what was found by the name of its case, in the order of the cases."""
     return {str(CASES[number]): found[number] for number in sorted(found)}
 
 
 def parsed_arguments():
-    """Return what the command line says."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--machine",
@@ -503,20 +509,20 @@ def parsed_arguments():
 
 
 def main():
-    """Set the machine up, run the cases there, and say what was found."""
+    """Set up the machine, run the cases on it, and print the results."""
     arguments = parsed_arguments()
-    check_needs()
+    check_prerequisites()
     emulated = Machine(arguments.machine.absolute(), arguments.cpu)
     emulated.set_up()
     numbers = range(len(CASES))[:: QUICK_STEP if arguments.quick else arguments.every]
     numbers = [number for number in numbers if arguments.only in str(CASES[number])]
-    begun = time.monotonic()
+    start_seconds = time.monotonic()
     differing, aborts = campaign(emulated, numbers)
-    seconds = round(time.monotonic() - begun, 1)
+    seconds = round(time.monotonic() - start_seconds, 1)
     counts = {"cases": len(numbers), "differing": len(differing), "aborts": len(aborts)}
     for name, what in (differing | aborts).items():
-        say(f"{name}: {what}")
-    say(f"arm {arguments.cpu}: {told(counts)}, {seconds} s")
+        print_line(f"{name}: {what}")
+    print_line(f"arm {arguments.cpu}: {format_counts(counts)}, {seconds} s")
     if not (arguments.quick or arguments.only):
         record = {"machine": machine(), "QEMU_CPU": arguments.cpu, "emulated": emulated.versions()}
         record |= {"every": arguments.every}

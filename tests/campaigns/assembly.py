@@ -25,7 +25,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.helpers.checkout import importing_checkout
+from tests.helpers.checkout import checkout_environment
 
 TABLE = Path(__file__).parent / "instructions.json"
 TOLERANCE = 1.15
@@ -68,7 +68,10 @@ def contract():
             for layouts in LAYOUT_PAIRS:
                 transform = Transform(mode, direction, *layouts, target)
                 name = f"{direction} {mode} {source}-{target} {'-'.join(layouts)}"
-                yield name, KernelSpec.of(transform, source, nontemporal=True, aligned_planes=True)
+                yield (
+                    name,
+                    KernelSpec.of(transform, source, nontemporal=True, has_aligned_planes=True),
+                )
 
 
 def innermost_loops(lines):
@@ -91,15 +94,15 @@ def stored_bytes(lines):
     return sum(STORE_BYTES[match[1] or match[2]] for match in found)
 
 
-def look(spec, text):
+def analyze(spec, text):
     """The instructions per pixel of a kernel, and its faults."""
     from fastvgg.kernels.vector import ELEMENT_BYTES
 
     lines = text[: text.index(".Lfunc_end0")].splitlines()
     loops = innermost_loops(lines)
-    most = max(map(stored_bytes, loops))
+    max_bytes = max(map(stored_bytes, loops))
     faults = []
-    if not most:
+    if not max_bytes:
         return {"instructions": None, "faults": ["no non-temporal store in any loop"]}
     is_x86 = "%rsp" in text or "%rdi" in text
     if is_x86 and returns_unfenced(lines):
@@ -107,9 +110,9 @@ def look(spec, text):
     if re.search(r"%[yz]mm", text):
         faults += [f"legacy SSE: {line.strip()}" for line in lines if is_legacy(line)]
     faults += [f"unaligned: {line.strip()}" for line in lines if UNALIGNED_SLOT.match(line)]
-    channels = 1 if spec.plane_by_plane else 3
-    pixels = most / (channels * ELEMENT_BYTES[spec.target])
-    hot = (loop for loop in loops if stored_bytes(loop) == most)
+    channels = 1 if spec.is_plane_by_plane else 3
+    pixels = max_bytes / (channels * ELEMENT_BYTES[spec.target])
+    hot = (loop for loop in loops if stored_bytes(loop) == max_bytes)
     count = max(sum(bool(INSTRUCTION.match(line)) for line in loop) for loop in hot)
     return {"instructions": round(count / pixels, 2), "faults": faults}
 
@@ -117,19 +120,19 @@ def look(spec, text):
 def returns_unfenced(lines):
     """Whether the return can be reached from a non-temporal store without a store fence."""
     labels = {found[1]: at for at, line in enumerate(lines) if (found := LABEL.match(line))}
-    following = [at + 1 for at, line in enumerate(lines) if NONTEMPORAL.match(line)]
+    pending = [at + 1 for at, line in enumerate(lines) if NONTEMPORAL.match(line)]
     seen = set()
-    while following:
-        at = following.pop()
+    while pending:
+        at = pending.pop()
         if at in seen or at >= len(lines) or re.match(r"\s+sfence", lines[at]):
             continue
         seen.add(at)
         if re.match(r"\s+ret", lines[at]):
             return True
         if found := JUMP.match(lines[at]):
-            following.append(labels[found[1]])
+            pending.append(labels[found[1]])
         if not re.match(r"\s+jmp", lines[at]):
-            following.append(at + 1)
+            pending.append(at + 1)
     return False
 
 
@@ -138,24 +141,24 @@ def is_legacy(line):
     return bool(re.match(r"\s+[a-uw-z]\w*\s.*%xmm", line))
 
 
-def compiled_here(every, first):
+def analyze_native(every, first):
     """What kernels compile to in this process, for the processor of the environment."""
     from fastvgg.kernels import convert
 
     for name, spec in [*contract()][first::every]:
         print(name, file=sys.stderr, flush=True)  # the last one, if LLVM ends the process
-        (text,) = convert.compiled(spec).inspect_asm().values()
-        yield name, look(spec, text)
+        (text,) = convert.compile_kernel(spec).inspect_asm().values()
+        yield name, analyze(spec, text)
 
 
-def compiled_for_arm(cpu, every, first):
+def analyze_arm(cpu, every, first):
     """What kernels compile to for an Arm processor."""
     from llvmlite import binding
 
     from fastvgg.kernels import convert, jit
 
     arm = jit.Processor(
-        is_x86=False, has_f16c=True, has_fma=True, vector_bytes=16, permuted_bytes=1
+        is_x86=False, has_f16c=True, has_fma=True, vector_bytes=16, min_permute_bytes=1
     )
     jit.processor = lambda: arm
     binding.initialize_all_targets()
@@ -163,18 +166,18 @@ def compiled_for_arm(cpu, every, first):
     target = binding.Target.from_triple(ARM_TRIPLE).create_target_machine(cpu=cpu, opt=3)
     for name, kernel_spec in [*contract()][first::every]:
         print(name, file=sys.stderr, flush=True)
-        (text,) = convert.compiled(kernel_spec).inspect_llvm().values()
+        (text,) = convert.compile_kernel(kernel_spec).inspect_llvm().values()
         text = re.sub(r'(?m)^target triple = ".*"$', f'target triple = "{ARM_TRIPLE}"', text)
         layout = f'target datalayout = "{target.target_data}"'
         text = re.sub(r'(?m)^target datalayout = ".*"$', layout, text)
         module = binding.parse_assembly(text)
         module.verify()
-        yield name, look(kernel_spec, target.emit_assembly(module))
+        yield name, analyze(kernel_spec, target.emit_assembly(module))
 
 
 def compiled(processor, every=1, first=0):
     """What kernels compile to for a processor, from a process of its own."""
-    environment = importing_checkout()
+    environment = checkout_environment()
     if processor in X86:
         environment |= {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": X86[processor]}
     command = [
@@ -192,14 +195,18 @@ def compiled(processor, every=1, first=0):
     return json.loads(done.stdout)
 
 
-def faults_of(processor, found, allowed):
+def list_faults(processor, found, allowed):
     """What is wrong with the kernels of a processor, a line each."""
     lines = [f"{name}: {fault}" for name, row in found.items() for fault in row["faults"]]
     for name, row in found.items():
-        most = allowed[processor].get(name)
-        if most is None or row["instructions"] is None or row["instructions"] > TOLERANCE * most:
+        max_bytes = allowed[processor].get(name)
+        if (
+            max_bytes is None
+            or row["instructions"] is None
+            or row["instructions"] > TOLERANCE * max_bytes
+        ):
             lines.append(
-                f"{name}: {row['instructions']} instructions per pixel, in the table {most}"
+                f"{name}: {row['instructions']} instructions per pixel, in the table {max_bytes}"
             )
     return [f"{processor}: {line}" for line in lines]
 
@@ -208,7 +215,7 @@ def main():
     if sys.argv[1:2] == ["--here"]:
         processor, every, first = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
         is_x86 = processor in X86
-        rows = compiled_here(every, first) if is_x86 else compiled_for_arm(processor, every, first)
+        rows = analyze_native(every, first) if is_x86 else analyze_arm(processor, every, first)
         print(json.dumps(dict(rows)))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -226,7 +233,7 @@ def main():
         table |= counts
         TABLE.write_text(json.dumps(table, indent=1) + "\n")
     faults = [
-        line for processor, rows in found.items() for line in faults_of(processor, rows, table)
+        line for processor, rows in found.items() for line in list_faults(processor, rows, table)
     ]
     print(*faults, sep="\n")
     for processor, rows in counts.items():

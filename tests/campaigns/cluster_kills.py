@@ -1,4 +1,4 @@
-"""Workers and coordinators of a Dask cluster are killed at random, and tasks run twice at once.
+"""Kill workers and coordinators of a Dask cluster at random, and run tasks twice concurrently.
 
     python -m tests.campaigns.cluster_kills            # some minutes; prints its counts
     python -m tests.campaigns.cluster_kills --size 10  # so many workers; a quarter, coordinators
@@ -31,22 +31,24 @@ from fastvgg.executors.worker import Task, run_task
 from fastvgg.storage.location import Location
 from fastvgg.stream.compute import ChunkTask
 from tests.campaigns.command import main
-from tests.helpers.checkout import importing_checkout
+from tests.helpers.checkout import checkout_environment
 from tests.helpers.datasets_on_disk import commits_in, pixels, plan_of, save_npy
-from tests.helpers.faults import quick_directory
+from tests.helpers.faults import memory_directory
 
 WORKERS = 2
 CHUNKS = 100  # three of them a task
 NAMES = ("y.npy", "y.zarr", "y.h5::/images")
-SECONDS = 0.5  # between kills, at most: a worker begins to work two seconds after it is started
-PATIENCE = 60
-COORDINATE = """
+MAX_KILL_INTERVAL_SECONDS = (
+    0.5  # between kills, at most: a worker begins to work two seconds after it is started
+)
+TIMEOUT_SECONDS = 60
+COORDINATOR_SCRIPT = """
 import sys
 from tests.helpers.datasets_on_disk import plan_of
 from distributed import Client
 address, source, target = sys.argv[1:]
 with Client(address) as client:
-    plan_of(source, target, mode="caffe", together=2).run(client=client)
+    plan_of(source, target, mode="caffe", images_per_chunk=2).run(client=client)
 """
 
 
@@ -61,21 +63,21 @@ class Workers:
 
     def __init__(self, directory):
         self._file = directory / "scheduler.json"
-        self._scheduler = self._started("scheduler", "--port", "0")
-        self._workers = [self._worker() for _ in range(WORKERS)]
+        self._scheduler = self._start("scheduler", "--port", "0")
+        self._workers = [self._start_worker() for _ in range(WORKERS)]
 
-    def _worker(self):
-        return self._started("worker", "--nthreads", "1", "--no-nanny")
+    def _start_worker(self):
+        return self._start("worker", "--nthreads", "1", "--no-nanny")
 
-    def _started(self, kind, *options):
+    def _start(self, kind, *options):
         module = f"distributed.cli.dask_{kind}"
         command = [sys.executable, "-m", module, "--scheduler-file", self._file, *options]
         environment = {**os.environ, "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "1000000"}
         silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         return subprocess.Popen([*command, "--no-dashboard"], env=environment, **silent)
 
-    def connect(self, timeout=PATIENCE):
-        """Connect to the scheduler, and to it again, for so many seconds, should it go."""
+    def connect(self, timeout=TIMEOUT_SECONDS):
+        """Connect to the scheduler; reconnect for `timeout` seconds if it is lost."""
         return Client(scheduler_file=self._file, timeout=timeout, set_as_default=False)
 
     def kill(self, pid):
@@ -84,7 +86,7 @@ class Workers:
             if process.pid == pid and process.poll() is None:
                 process.kill()
                 process.wait()
-                self._workers[number] = self._worker()
+                self._workers[number] = self._start_worker()
                 return 1
         return 0
 
@@ -96,7 +98,7 @@ class Workers:
 
 
 class Runs:
-    """Runs of one plan into one of three formats, each of which is to end alike."""
+    """Runs of one plan into one of three formats, each with an expected result."""
 
     def __init__(self, place, workers, client, draw):
         self._workers = workers
@@ -118,7 +120,7 @@ class Runs:
         self._target = self._place / self._name
 
     def _planned(self):
-        return plan_of(self._source, self._target, mode="caffe", together=2)
+        return plan_of(self._source, self._target, mode="caffe", images_per_chunk=2)
 
     def _contents(self):
         path = Location.parse(self._target).container
@@ -131,7 +133,7 @@ class Runs:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def finish(self, computed=None):
-        """Run to the end, and check that all is as it should be."""
+        """Run to the end, and check the result."""
         report = self._planned().run(client=self._client)
         self._check(report, computed)
 
@@ -155,10 +157,10 @@ class Runs:
         killed, ended = [], threading.Event()
 
         def kill():
-            while not ended.wait(self._draw.uniform(0, SECONDS)):
-                at_work = self._client.run(os.getpid, on_error="ignore")
-                if at_work:
-                    killed.append(self._workers.kill(self._draw.choice([*at_work.values()])))
+            while not ended.wait(self._draw.uniform(0, MAX_KILL_INTERVAL_SECONDS)):
+                pids = self._client.run(os.getpid, on_error="ignore")
+                if pids:
+                    killed.append(self._workers.kill(self._draw.choice([*pids.values()])))
 
         killer = threading.Thread(target=kill)
         killer.start()
@@ -174,21 +176,21 @@ class Runs:
         """Kill a coordinator at work, and have another go on; return how many were killed."""
         wanted = self._draw.randrange(1, CHUNKS)
         arguments = [self._client.scheduler.address, str(self._source), str(self._target)]
-        command = [sys.executable, "-c", COORDINATE, *arguments]
-        environment = importing_checkout()
+        command = [sys.executable, "-c", COORDINATOR_SCRIPT, *arguments]
+        environment = checkout_environment()
         with subprocess.Popen(command, env=environment) as process:
-            given_up = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + TIMEOUT_SECONDS
             while process.poll() is None and self._committed() < wanted:
-                assert time.monotonic() < given_up, "a coordinator does nothing"
+                assert time.monotonic() < deadline, "the coordinator makes no progress"
                 time.sleep(0.001)
             process.send_signal(signal.SIGKILL)
         killed = process.returncode == -signal.SIGKILL
         assert killed or process.returncode == 0
-        done = self._committed() if self._begun() else 0
-        self.finish(CHUNKS - done if killed and self._begun() else None)
+        done = self._committed() if self._has_journal() else 0
+        self.finish(CHUNKS - done if killed and self._has_journal() else None)
         return int(killed)
 
-    def _begun(self):
+    def _has_journal(self):
         return Path(f"{Location.parse(self._target).container}.fastvgg-journal").exists()
 
     def _committed(self):
@@ -198,13 +200,13 @@ class Runs:
             return 0
 
     def run_twice(self):
-        """Have workers do tasks at once that a run has them do as well; return how many."""
+        """Submit tasks of a run a second time; return how many chunks were done twice."""
         plan = dataclasses.replace(self._planned(), threads=1)
         shared = pickle.dumps((secrets.token_hex(8), plan))
         rows = [*enumerate(plan.chunk_rows())]
         futures = []
 
-        def again(progress):
+        def submit_duplicates(progress):
             if futures or progress.images > CHUNKS:
                 return
             chunks = [ChunkTask(chunk, *span) for chunk, span in self._draw.sample(rows, 20)]
@@ -215,7 +217,7 @@ class Runs:
                 for address in self._client.nthreads()
             )
 
-        report = plan.run(again, client=self._client)
+        report = plan.run(submit_duplicates, client=self._client)
         done = self._client.gather(futures, errors="skip")  # some come too late
         self._check(report, CHUNKS)
         return sum(map(len, done)) // 2
@@ -226,7 +228,7 @@ def campaign(seed, size):
     draw = random.Random(seed)  # noqa: S311  # not for secrets
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # it warns of each death
     counts = {"workers killed": 0, "coordinators killed": 0, "chunks computed twice": 0, "runs": 0}
-    place = Path(tempfile.mkdtemp(prefix="fastvgg-cluster-", dir=quick_directory()))
+    place = Path(tempfile.mkdtemp(prefix="fastvgg-cluster-", dir=memory_directory()))
     wanted = {
         "workers killed": size,
         "coordinators killed": size // 4,
@@ -235,15 +237,15 @@ def campaign(seed, size):
     workers = Workers(place)
     try:
         with workers.connect() as client:
-            client.wait_for_workers(WORKERS, timeout=PATIENCE)
+            client.wait_for_workers(WORKERS, timeout=TIMEOUT_SECONDS)
             runs = Runs(place, workers, client, draw)
-            ways = (runs.kill_workers, runs.kill_coordinator, runs.run_twice)
-            for (name, least), way in zip(wanted.items(), ways, strict=True):
-                while counts[name] < least:
+            actions = (runs.kill_workers, runs.kill_coordinator, runs.run_twice)
+            for (name, minimum), action in zip(wanted.items(), actions, strict=True):
+                while counts[name] < minimum:
                     runs.begin()
-                    counts[name] += way()
+                    counts[name] += action()
                     counts["runs"] += 1
-                    client.wait_for_workers(WORKERS, timeout=PATIENCE)
+                    client.wait_for_workers(WORKERS, timeout=TIMEOUT_SECONDS)
     finally:
         workers.close()
         shutil.rmtree(place)

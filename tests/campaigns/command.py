@@ -1,4 +1,4 @@
-"""What the long campaigns have in common: a seed, one line of counts, and a record of the last run.
+"""The command line of the campaigns: a seed, one line of counts, and a record of the last run.
 
     python -m tests.campaigns.crash_states --seed 1
 
@@ -28,16 +28,16 @@ def main(campaign, description, *, size):
     parser.add_argument("--size", type=int, default=size, help="how much; see the module")
     arguments = parser.parse_args()
     name = Path(sys.argv[0]).stem
-    begun = time.monotonic()
+    start_seconds = time.monotonic()
     counts = campaign(arguments.seed, arguments.size)
-    seconds = round(time.monotonic() - begun, 1)
-    print(f"{name}: {told(counts)}, {seconds} s")
+    seconds = round(time.monotonic() - start_seconds, 1)
+    print(f"{name}: {format_counts(counts)}, {seconds} s")
     record = {"machine": machine(), "seed": arguments.seed, "size": arguments.size}
     record |= {"counts": counts, "seconds": seconds}
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def told(counts):
-    """The counts in one line."""
+def format_counts(counts):
+    """Format the counts on one line."""
     return ", ".join(f"{count:,} {what}" for what, count in counts.items())

@@ -1,4 +1,4 @@
-"""Every state that a crash can leave on the disk, and the shipped code run on each.
+"""Enumerate every state that a crash can leave on the disk, and run the command on each.
 
     python -m tests.campaigns.crash_states             # some minutes; prints its counts
     python -m tests.campaigns.crash_states --size 500  # no more than so many runs for each job
@@ -45,8 +45,8 @@ from fastvgg.executors import threads
 from fastvgg.storage.local import Storage
 from fastvgg.stream import in_place, manifest, redo_log_layout
 from tests.campaigns.command import main
-from tests.helpers.faults import quick_directory
-from tests.helpers.jobs import DATA, LARGER, SETTINGS, Job, Wrong, jobs
+from tests.helpers.faults import memory_directory
+from tests.helpers.jobs import DATA, LARGER, SETTINGS, IncorrectStateError, Job, jobs
 
 SECTOR_BYTES = 512
 PAGE_BYTES = 4096
@@ -75,7 +75,7 @@ class Sync(NamedTuple):
 
     file: int | None
 
-    def makes_lasting(self, event):
+    def makes_durable(self, event):
         """Whether what happened before lasts from now on."""
         if isinstance(event, Name):
             return self.file is None
@@ -99,19 +99,19 @@ class Turn(NamedTuple):
     """How many pieces are committed when it is given."""
 
 
-class OneByOne:
+class SerialCommitPipeline:
     """`CommitPipeline` on the thread that gives the work, so that every recording is the same."""
 
     turn = None
-    is_late = False
+    has_late_commits = False
     """Whether a piece is committed when it is waited for, and not when it is given."""
 
     def __class_getitem__(cls, _):
         return cls
 
     def __init__(self):
-        self._given = 0
-        self._waited_for = 0
+        self._submitted = 0
+        self._drained = 0
         self._to_commit = deque()
         self._results = deque()
 
@@ -119,20 +119,20 @@ class OneByOne:
         return self
 
     def __exit__(self, *_):
-        OneByOne.turn = None
+        SerialCommitPipeline.turn = None
 
     def submit(self, write, commit):
         """Write a piece, and commit it now or later."""
-        self._do(Turn(False, self._given, self._waited_for), write)
-        self._to_commit.append((Turn(True, self._given, self._waited_for), commit))
-        self._given += 1
-        if not OneByOne.is_late:
+        self._do(Turn(False, self._submitted, self._drained), write)
+        self._to_commit.append((Turn(True, self._submitted, self._drained), commit))
+        self._submitted += 1
+        if not SerialCommitPipeline.has_late_commits:
             self._commit()
 
     def _do(self, turn, work):
-        OneByOne.turn = turn
+        SerialCommitPipeline.turn = turn
         result = work()
-        OneByOne.turn = None
+        SerialCommitPipeline.turn = None
         return result
 
     def _commit(self):
@@ -143,11 +143,11 @@ class OneByOne:
         while len(self._to_commit) + len(self._results) > max_pending:
             if not self._results:
                 self._commit()
-            self._waited_for += 1
+            self._drained += 1
             yield self._results.popleft()
 
 
-def interleaved(log, draw):
+def interleave(log, draw):
     """Return the events of a log in an order that two threads may take.
 
     A piece is written when the one before it is, and as many are committed as were waited for; it
@@ -157,11 +157,11 @@ def interleaved(log, draw):
     commits = deque((turn, event) for turn, event in log if turn and turn.is_commit)
     first = next((at for at, (turn, _) in enumerate(log) if turn), len(log))
     merged = [event for _, event in log[:first]]
-    likes_writing = draw.choice((0, 0.5, 1))
+    write_probability = draw.choice((0, 0.5, 1))
     while writes or commits:
         may_write = writes and (not commits or commits[0][0].piece >= writes[0][0].after)
         may_commit = commits and (not writes or writes[0][0].piece > commits[0][0].piece)
-        write = may_write and (not may_commit or draw.random() < likes_writing)
+        write = may_write and (not may_commit or draw.random() < write_probability)
         merged.append((writes if write else commits).popleft()[1])
     return merged + [event for turn, event in log[first:] if not turn]
 
@@ -173,22 +173,22 @@ class RecordingStorage(Storage):
     ----------
     names
         Which file, by number, each name is of.
-    forgets
-        Where a sync is called that does nothing, to see what it is for.
+    omitted_sync
+        The call site of a sync that is omitted, to test that the omission is detected.
     """
 
-    def __init__(self, names, forgets=None, *, fsync=True):
+    def __init__(self, names, omitted_sync=None, *, fsync=True):
         super().__init__(fsync=fsync)
         self.log = []
         self.places = set()
-        self.has_done = False  # what it was made for
+        self.is_done = False  # whether the command finished
         self._names = dict(names)
         self._files = {}
         self._next = itertools.count(max(names.values(), default=0) + 1)
-        self._forgets = forgets
+        self._omitted_sync = omitted_sync
 
     def _record(self, event):
-        self.log.append((OneByOne.turn, event))
+        self.log.append((SerialCommitPipeline.turn, event))
 
     def _open(self, path, flags, call):
         if path.name not in self._names:
@@ -212,24 +212,24 @@ class RecordingStorage(Storage):
         super().truncate(file, nbytes)
         self._record(Write(self._files[file.descriptor], nbytes, None))
 
-    def _syncs_here(self):
-        """Whether the call is not one to be forgotten."""
+    def _is_synced(self):
+        """Whether a sync at this call site is not omitted."""
         frame = sys._getframe(2)
         function = f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}"
         place = Place(function, frame.f_lineno - frame.f_code.co_firstlineno)
         self.places.add(place)
-        return self.fsync and place != self._forgets
+        return self.fsync and place != self._omitted_sync
 
     def sync(self, file):
-        if self._syncs_here():
+        if self._is_synced():
             self._record(Sync(self._files[file.descriptor]))
 
     def sync_directory(self, path):
-        if self._syncs_here():
+        if self._is_synced():
             self._record(Sync(None))
 
     def syncfs(self, directory):
-        if self._syncs_here():
+        if self._is_synced():
             for file in (*sorted(set(self._names.values())), None):
                 self._record(Sync(file))
 
@@ -246,7 +246,7 @@ class RecordingStorage(Storage):
 
 
 class State(NamedTuple):
-    """What lies on a disk: the names of a directory, and the bytes of each file."""
+    """The content of a disk: the names of a directory, and the bytes of each file."""
 
     names: tuple[tuple[str, int], ...]
     contents: tuple[tuple[int, bytes], ...]
@@ -259,23 +259,23 @@ class State(NamedTuple):
         return digest.digest()
 
 
-class Left(NamedTuple):
-    """What a crash left: a state that lasts, and what only the system remembers."""
+class CrashState(NamedTuple):
+    """What a crash leaves: the durable state, and unsynced changes in the page cache."""
 
-    lasting: State
+    durable: State
     unsynced: tuple[Write | Name, ...] = ()
     fsync: bool = True
     """What the commits in it survive, before all of it is synced."""
 
     def digest(self):
         """Return what tells it from others."""
-        return self.lasting.digest() + xxhash.xxh3_128_digest(repr(self.unsynced).encode())
+        return self.durable.digest() + xxhash.xxh3_128_digest(repr(self.unsynced).encode())
 
     def visible(self):
         """Return the state that the next command finds."""
-        disk = Disk(self.lasting, 0, 0)
+        disk = Disk(self.durable, 0, 0)
         for event in self.unsynced:
-            disk.happens(event)
+            disk.apply(event)
         for file in [*disk.writes, None]:
             disk.sync(file)
         return disk.state(disk.names, disk.contents)
@@ -298,22 +298,22 @@ class Disk:
         What is durable at first.
     seed
         Chooses how a write that is lost in part is lost.
-    max_at_once
+    max_states_per_crash
         How many ways of losing something are looked at in one moment, where files are of a page or
         less, and fewer where they are longer; of more, so many are drawn.
     """
 
-    def __init__(self, state, seed, max_at_once):
+    def __init__(self, state, seed, max_states_per_crash):
         self.names = dict(state.names)
         self.contents = dict(state.contents)
         self.writes = {}
         self.changes = []
         self._seed = seed
-        self._max_at_once = max_at_once
+        self._max_states_per_crash = max_states_per_crash
         self.data = self.names.get(DATA)
 
-    def happens(self, event):
-        """Let something happen that is not a sync."""
+    def apply(self, event):
+        """Apply an event that is not a sync."""
         if isinstance(event, Name):
             self.changes.append(event)
         else:
@@ -325,10 +325,10 @@ class Disk:
             for write in self.writes.pop(file, ()):
                 self.contents[file] = written(self.contents.get(file, b""), write)
             return
-        self.names = self._named(self.changes)
+        self.names = self._apply_names(self.changes)
         self.changes = []
 
-    def lasting(self):
+    def durable(self):
         """Return what no power cut can change any more, also of files whose names it can."""
         return State(tuple(sorted(self.names.items())), tuple(sorted(self.contents.items())))
 
@@ -337,7 +337,7 @@ class Disk:
         names = tuple(sorted(names.items()))
         return State(names, tuple(sorted((file, contents.get(file, b"")) for _, file in names)))
 
-    def _named(self, changes):
+    def _apply_names(self, changes):
         names = dict(self.names)
         for change in changes:
             if change.file is None:
@@ -351,19 +351,21 @@ class Disk:
     def crashes(self):
         """Return states that a power cut can leave, and how many ways to them were looked at."""
         files = {
-            file: self._sectors(file) if file == self.data else self._lost_writes(file)
+            file: self._sector_axes(file) if file == self.data else self._lost_write_axes(file)
             for file in self.writes
         }
         axes = [axis for _, found, _ in files.values() for axis in found]
         ways = math.prod(count for _, _, count in files.values()) * 2 ** len(self.changes)
         choices = itertools.product(*map(range, map(len, axes)))
         longest = max(map(len, self.contents.values()), default=0)
-        max_at_once = max(100, self._max_at_once * PAGE_BYTES // max(PAGE_BYTES, longest))
-        if math.prod(map(len, axes)) > max_at_once:
-            ways = max_at_once
+        max_states_per_crash = max(
+            100, self._max_states_per_crash * PAGE_BYTES // max(PAGE_BYTES, longest)
+        )
+        if math.prod(map(len, axes)) > max_states_per_crash:
+            ways = max_states_per_crash
             draw = random.Random(self._seed)  # noqa: S311  # not for secrets
             choices = [[draw.randrange(len(axis)) for axis in axes] for _ in range(ways)]
-        every_named = [self._named(some) for some in _subsets(self.changes)]
+        every_named = [self._apply_names(some) for some in _subsets(self.changes)]
         states, kept = set(), {}  # one copy of bytes that many states have
         for choice in choices:
             chosen = iter([axis[index] for axis, index in zip(axes, choice, strict=True)])
@@ -374,13 +376,13 @@ class Disk:
             states |= {self.state(named, contents) for named in every_named}
         return states, ways
 
-    def _lost_writes(self, file):
+    def _lost_write_axes(self, file):
         """How to make a file of its writes, each of which may be lost, or lost in part."""
         axes = [self._parts(write) for write in self.writes[file]]
         ways = math.prod(2 if write.data is None else 6 for write in self.writes[file])
-        return self._with, axes, ways
+        return self._apply_writes, axes, ways
 
-    def _with(self, file, writes):
+    def _apply_writes(self, file, writes):
         content = self.contents.get(file, b"")
         for write in writes:
             content = content if write is None else written(content, write)
@@ -399,7 +401,7 @@ class Disk:
         which = xxhash.xxh3_64_intdigest(write.data, self._seed) % len(broken)
         return [None, write, broken[which]]
 
-    def _sectors(self, file):
+    def _sector_axes(self, file):
         """How to make a file of its sectors, each of which may be of any version, or torn."""
         versions = [self.contents[file]]
         for write in self.writes[file]:
@@ -427,7 +429,7 @@ def _by_name(state):
     return {name: contents[file] for name, file in state.names}
 
 
-class Explored(Job):
+class ExploredJob(Job):
     """A job of which every state of its directory can be made for real."""
 
     def __init__(self, directory, **settings):
@@ -442,7 +444,7 @@ class Explored(Job):
             tuple((number, path.read_bytes()) for number, path in enumerate(paths)),
         )
 
-    def put(self, state):
+    def restore(self, state):
         """Make a state for real; what is changed in place keeps its inode, as on a disk."""
         contents = dict(state.contents)
         for path in list(self.directory.iterdir()):
@@ -454,10 +456,10 @@ class Explored(Job):
                 stream.write(contents[file])
                 stream.truncate()
 
-    def check_left(self, state):
+    def check_crash_state(self, state):
         """Check what anyone may find after a crash."""
         names, contents = dict(state.names), dict(state.contents)
-        self.check_in_between({name: contents[file] for name, file in names.items()})
+        self.check_intermediate_state({name: contents[file] for name, file in names.items()})
 
 
 class Exploration:
@@ -469,18 +471,18 @@ class Exploration:
         What is run.
     seed
         Chooses among what is left by crashes.
-    max_at_once, forgets
+    max_states_per_crash, omitted_sync
         As for `Disk` and `RecordingStorage`.
     """
 
-    def __init__(self, job, seed, *, max_at_once=20_000, forgets=None):
+    def __init__(self, job, seed, *, max_states_per_crash=20_000, omitted_sync=None):
         self.states = self.runs = 0
         self.places = set()
         self._job = job
         self._seed = seed
         self._draw = random.Random(seed)  # noqa: S311  # not for secrets
-        self._max_at_once = max_at_once
-        self._forgets = forgets
+        self._max_states_per_crash = max_states_per_crash
+        self._omitted_sync = omitted_sync
         self._seen = set()
         self._waiting = {}  # for each cause and names that are left, what a command may be run on
         self._dropped = 0
@@ -488,7 +490,7 @@ class Exploration:
     def run(self, max_runs):
         """Run the job on what it begins with, and then on what crashes leave; return counts."""
         for fsync in (True, True, True, False):  # in different orders
-            self._crash_in(Left(self._job.start, fsync=fsync), fsync)
+            self._run_and_crash(CrashState(self._job.start, fsync=fsync), fsync)
         while self.runs < max_runs and any(self._waiting.values()):
             # Where names are lost there is little else to lose, and little of it would be drawn.
             kinds = [some for some in self._waiting.values() if some]
@@ -496,7 +498,7 @@ class Exploration:
             (waiting,) = self._draw.choices(kinds, weights)
             at = self._draw.randrange(len(waiting))
             waiting[at], waiting[-1] = waiting[-1], waiting[at]
-            self._crash_in(waiting.pop())
+            self._run_and_crash(waiting.pop())
         return {"states": self.states, "runs": self.runs, "left": self.left}
 
     @property
@@ -504,46 +506,46 @@ class Exploration:
         """How many states no command was run on."""
         return sum(map(len, self._waiting.values())) + self._dropped
 
-    def _crash_in(self, left, fsync=True):
-        OneByOne.is_late = self._draw.random() < 0.5
-        storage = run_on(self._job, left, forgets=self._forgets, fsync=fsync)
+    def _run_and_crash(self, left, fsync=True):
+        SerialCommitPipeline.has_late_commits = self._draw.random() < 0.5
+        storage = run_from(self._job, left, omitted_sync=self._omitted_sync, fsync=fsync)
         self.runs += 1
         self.places |= storage.places
-        disk = Disk(left.lasting, self._seed, self._max_at_once)
+        disk = Disk(left.durable, self._seed, self._max_states_per_crash)
         for event in left.unsynced:
-            disk.happens(event)
-        unsynced, survives = list(left.unsynced), left.fsync
-        for event in interleaved(storage.log, self._draw):
+            disk.apply(event)
+        unsynced, is_durable = list(left.unsynced), left.fsync
+        for event in interleave(storage.log, self._draw):
             if isinstance(event, Sync):
-                if survives:
+                if is_durable:
                     self._cut_power(disk)
                 disk.sync(event.file)
-                unsynced = [of for of in unsynced if not event.makes_lasting(of)]
-                survives = survives or not unsynced
+                unsynced = [of for of in unsynced if not event.makes_durable(of)]
+                is_durable = is_durable or not unsynced
             else:
-                disk.happens(event)
+                disk.apply(event)
                 unsynced.append(event)
-            self._meet(Left(disk.lasting(), tuple(unsynced), survives))
-        if storage.has_done and fsync:
+            self._enqueue(CrashState(disk.durable(), tuple(unsynced), is_durable))
+        if storage.is_done and fsync:
             done = _by_name(self._job.found())
             for state in self._cut_power(disk):  # the command has said that it is done
-                self._job.expect(_by_name(state) == done, "what is done can be undone")
+                self._job.check(_by_name(state) == done, "what is done can be undone")
 
     def _cut_power(self, disk):
         states, ways = disk.crashes()
         self.states += ways
         for state in sorted(states, key=State.digest):
-            self._meet(Left(state))
+            self._enqueue(CrashState(state))
         return states
 
-    def _meet(self, left):
-        """Look at what is left by a crash, and have the command run on it some time."""
+    def _enqueue(self, left):
+        """Check a crash state, and queue it for a run unless it was seen before."""
         digest = left.digest()
         if digest in self._seen:
             return
         self._seen.add(digest)
         visible = left.visible()
-        self._job.check_left(visible)
+        self._job.check_crash_state(visible)
         names = tuple(name for name, _ in visible.names)
         waiting = self._waiting.setdefault((bool(left.unsynced), names), [])
         if len(waiting) < MAX_WAITING:
@@ -553,40 +555,40 @@ class Exploration:
             self._dropped += 1
 
 
-def run_on(job, left, forgets=None, fsync=True):
-    """Run a job on what a crash left, and see that it ends with the right bytes."""
+def run_from(job, left, omitted_sync=None, fsync=True):
+    """Run a job on a crash state, and check that it ends with the right bytes."""
     state = left.visible()
-    job.put(state)
-    storage = RecordingStorage(dict(state.names), forgets, fsync=fsync)
+    job.restore(state)
+    storage = RecordingStorage(dict(state.names), omitted_sync, fsync=fsync)
     try:
-        storage.has_done = job.command(storage)
-        job.check_end()
-    except (FastvggError, Wrong) as error:
-        raise Wrong(f"{error}; from {str(left)[:2000]}") from error
+        storage.is_done = job.command(storage)
+        job.check_final_state()
+    except (FastvggError, IncorrectStateError) as error:
+        raise IncorrectStateError(f"{error}; from {str(left)[:2000]}") from error
     return storage
 
 
-def freeze():
-    """Have every run do the same: no threads, no random numbers, no date, no versions."""
-    threads.CommitPipeline = in_place.CommitPipeline = OneByOne
+def make_deterministic():
+    """Make runs deterministic: no threads, random numbers, dates or versions."""
+    threads.CommitPipeline = in_place.CommitPipeline = SerialCommitPipeline
     redo_log_layout.secrets = SimpleNamespace(token_hex=lambda count: "0" * 2 * count)
     moment = SimpleNamespace(isoformat=lambda timespec: "then")
     manifest.dt = SimpleNamespace(UTC=None, datetime=SimpleNamespace(now=lambda zone: moment))
     manifest.package_versions = dict
 
 
-def explored(place):
-    """The jobs that are explored."""
-    return jobs(place, Explored, SETTINGS + LARGER[:1])
+def exploration_jobs(place):
+    """Return the jobs to explore."""
+    return jobs(place, ExploredJob, SETTINGS + LARGER[:1])
 
 
 def campaign(seed, size):
     """Explore each job with no more than `size` runs."""
-    place = Path(tempfile.mkdtemp(prefix="fastvgg-crash-", dir=quick_directory()))
-    freeze()
+    place = Path(tempfile.mkdtemp(prefix="fastvgg-crash-", dir=memory_directory()))
+    make_deterministic()
     total = {"states": 0, "runs": 0, "left": 0}
     try:
-        for job in explored(place):
+        for job in exploration_jobs(place):
             counts = Exploration(job, seed).run(size)
             total = {name: total[name] + count for name, count in counts.items()}
     finally:

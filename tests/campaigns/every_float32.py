@@ -1,4 +1,4 @@
-"""Restore every float32 there is to uint8, in each mode, and compare with the oracle.
+"""Restore every float32 to uint8 in each mode, and compare with the oracle.
 
     python -m tests.campaigns.every_float32  # all 2**32 bit patterns in each of three channels
     python -m tests.campaigns.every_float32 --every 4099
@@ -19,12 +19,12 @@ from fastvgg.parallel import available_cpus, parallel_for
 from tests.helpers.batches import KERAS_MODES
 
 PATTERNS = 2**32
-PIECE = 2**15  # with what the oracle makes of it, it stays in the second-level cache
+TILE_PATTERNS = 2**15  # fits into the L2 cache together with the oracle's result
 
 
-def differing(mode, first, step):
-    """How many bytes of one piece, which begins at pattern `first`, the engine has otherwise."""
-    patterns = np.arange(first, min(first + PIECE * step, PATTERNS), step, dtype=np.uint64)
+def count_differences(mode, first, step):
+    """Return the number of patterns from `first`, and of bytes that differ from the oracle."""
+    patterns = np.arange(first, min(first + TILE_PATTERNS * step, PATTERNS), step, dtype=np.uint64)
     floats = patterns.astype(np.uint32).view(np.float32)
     y = np.repeat(floats, 3).reshape(1, -1, 3)
     y.flags.writeable = False
@@ -39,16 +39,18 @@ def main():
     step = parser.parse_args().every
     wrong = 0
     for mode in (*KERAS_MODES, "identity"):
-        begun = time.perf_counter()
+        start_seconds = time.perf_counter()
         results = []
         parallel_for(
-            range(0, PATTERNS, PIECE * step),
-            lambda first, mode=mode, into=results: into.append(differing(mode, first, step)),
+            range(0, PATTERNS, TILE_PATTERNS * step),
+            lambda first, mode=mode, into=results: into.append(
+                count_differences(mode, first, step)
+            ),
             available_cpus(),
         )
         count, differ = (sum(column) for column in zip(*results, strict=True))
         wrong += differ
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start_seconds
         print(f"{mode}: {count} patterns in 3 channels, {differ} bytes differ, {seconds:.0f} s")
     sys.exit(1 if wrong else 0)
 

@@ -1,4 +1,4 @@
-"""Errors, and half done work, at every system call; and every command ends in words or well.
+"""Fail or truncate every system call; every command succeeds or fails with a typed error.
 
     python -m tests.campaigns.failing_calls             # some minutes; prints its counts
     python -m tests.campaigns.failing_calls --size 500  # about so many runs
@@ -18,8 +18,15 @@ from pathlib import Path
 
 from fastvgg.errors import FastvggError, StoppedError, TargetError
 from tests.campaigns.command import main
-from tests.helpers.faults import FaultyOs, HalvingOs, quick_directory, system_calls
-from tests.helpers.jobs import LARGER, OF_FORMATS, OF_IMAGES, SETTINGS, Wrong, jobs
+from tests.helpers.faults import FaultyOs, ShortIoOs, memory_directory, system_calls
+from tests.helpers.jobs import (
+    FORMAT_SETTINGS,
+    IMAGE_SETTINGS,
+    LARGER,
+    SETTINGS,
+    IncorrectStateError,
+    jobs,
+)
 
 ERRORS = (
     *(errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.EFBIG),
@@ -27,17 +34,17 @@ ERRORS = (
 )
 
 
-def calls_of(job):
+def count_calls(job):
     """How many calls an uninterrupted run makes."""
     job.reset()
     with system_calls(FaultyOs()) as system:
         job.command()
-    job.check_end()
+    job.check_final_state()
     return len(system.calls)
 
 
-def outcome(job, system):
-    """What becomes of a run on such a system, and of the same command on a whole one."""
+def run_and_rerun(job, system):
+    """Run on a faulty system, rerun on an intact one, and return how the first run ended."""
     job.reset()
     try:
         with system_calls(system):
@@ -46,35 +53,35 @@ def outcome(job, system):
     except (StoppedError, TargetError) as error:
         name = errno.errorcode[system.number]
         if isinstance(error, StoppedError) and name not in str(error):
-            raise Wrong(f"{error} does not name {name}") from error
+            raise IncorrectStateError(f"{error} does not name {name}") from error
         ended = "stopped" if isinstance(error, StoppedError) else "refused"
     except FastvggError as error:
-        raise Wrong(f"{type(error).__name__} for {system}: {error}") from error
+        raise IncorrectStateError(f"{type(error).__name__} for {system}: {error}") from error
     if ended == "ended well":
-        job.check_end()
+        job.check_final_state()
     else:
-        job.check_in_between(job.contents())
+        job.check_intermediate_state(job.contents())
     job.command()
-    job.check_end()
+    job.check_final_state()
     return ended
 
 
 def campaign(seed, size):
     """Run about `size` times, spread evenly over jobs, calls and errors."""
-    place = Path(tempfile.mkdtemp(prefix="fastvgg-errors-", dir=quick_directory()))
+    place = Path(tempfile.mkdtemp(prefix="fastvgg-errors-", dir=memory_directory()))
     try:
         every = []
-        for job in jobs(place, settings=SETTINGS + LARGER + OF_IMAGES + OF_FORMATS):
-            numbers = range(1, calls_of(job) + 1)
+        for job in jobs(place, settings=SETTINGS + LARGER + IMAGE_SETTINGS + FORMAT_SETTINGS):
+            numbers = range(1, count_calls(job) + 1)
             every += [
-                (job, FaultyOs(number, error, for_ever=for_ever))
-                for number, error, for_ever in itertools.product(numbers, ERRORS, (False, True))
+                (job, FaultyOs(number, error, persistent=persistent))
+                for number, error, persistent in itertools.product(numbers, ERRORS, (False, True))
             ]
-            every += [(job, HalvingOs(number)) for number in (0, *numbers)]
+            every += [(job, ShortIoOs(number)) for number in (0, *numbers)]
         counts = {"runs": 0, "ended well": 0, "stopped": 0, "refused": 0}
         for job, system in every[seed % 7 :: max(1, len(every) // size)]:
             counts["runs"] += 1
-            counts[outcome(job, system)] += 1
+            counts[run_and_rerun(job, system)] += 1
     finally:
         shutil.rmtree(place)
     return {**counts, "wrong": 0}

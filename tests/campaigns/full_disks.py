@@ -1,4 +1,4 @@
-"""Disks of every size from much too small to large enough, and every command ends in words or well.
+"""Run on disks of every size; every command succeeds or fails with a typed error.
 
     python -m tests.campaigns.full_disks             # a minute; prints its counts
     python -m tests.campaigns.full_disks --size 100  # about so many sizes
@@ -24,18 +24,18 @@ from pathlib import Path
 from fastvgg.errors import StoppedError, TargetError
 from fastvgg.storage.local import Storage
 from tests.campaigns.command import main
-from tests.helpers.faults import quick_directory
+from tests.helpers.faults import memory_directory
 from tests.helpers.jobs import LARGER, SETTINGS, Job, jobs
-from tests.helpers.private_disks import REMOUNT, mount, private_mounts, unmount
+from tests.helpers.private_disks import REMOUNT, mount, unmount, use_private_mounts
 
 PAGE_BYTES = 4096
-PLENTY_BYTES = 64 * 1024 * 1024
-BEYOND = 8  # pages more than what suffices
-NEAR = slice(-BEYOND - 5, -BEYOND + 1)  # the sizes that are never left out
+AMPLE_BYTES = 64 * 1024 * 1024
+EXTRA_PAGES = 8  # pages beyond the sufficient size
+ALWAYS_TESTED = slice(-EXTRA_PAGES - 5, -EXTRA_PAGES + 1)  # sizes that are always tested
 WIDE = (
-    {"in_place": True, "images": 7, "together": 1, "width": 6011},
-    {"in_place": True, "images": 7, "together": 2, "width": 6011},
-    {"in_place": False, "images": 11, "together": 2, "width": 6011},
+    {"in_place": True, "images": 7, "images_per_chunk": 1, "width": 6011},
+    {"in_place": True, "images": 7, "images_per_chunk": 2, "width": 6011},
+    {"in_place": False, "images": 11, "images_per_chunk": 2, "width": 6011},
 )
 OUTCOMES = ("ended well", "refused", "stopped at the manifest")
 
@@ -44,21 +44,21 @@ class OnSmallDisk(Job):
     """A job in a directory that is a disk of its own; of a new file, the source lies outside."""
 
     def __init__(self, directory, **settings):
-        mount("none", directory, "tmpfs", options=f"size={PLENTY_BYTES}")
+        mount("none", directory, "tmpfs", options=f"size={AMPLE_BYTES}")
         super().__init__(directory, **settings)
         self.min_bytes = self.used_bytes()
 
-    def resize(self, nbytes=PLENTY_BYTES):
-        """Let the disk have another size."""
+    def resize(self, nbytes=AMPLE_BYTES):
+        """Change the size of the disk."""
         mount("none", self.directory, "none", REMOUNT, f"size={nbytes}")
 
     def reset(self):
         self.resize()
         super().reset()
-        self.expect(self.used_bytes() == self.min_bytes, "what was removed is still open")
+        self.check(self.used_bytes() == self.min_bytes, "what was removed is still open")
 
     def used_bytes(self):
-        """How much of the disk is taken."""
+        """Return the used space of the disk."""
         found = os.statvfs(self.directory)
         return (found.f_blocks - found.f_bfree) * found.f_bsize
 
@@ -86,11 +86,11 @@ def sizes_for(job):
     storage = WatchingStorage(job)
     job.command(storage)
     min_bytes = max(PAGE_BYTES, job.min_bytes)  # 0 would mean that there is no limit
-    return range(min_bytes, storage.max_bytes + (BEYOND + 1) * PAGE_BYTES, PAGE_BYTES)
+    return range(min_bytes, storage.max_bytes + (EXTRA_PAGES + 1) * PAGE_BYTES, PAGE_BYTES)
 
 
-def outcome(job, disk_bytes):
-    """What becomes of a command on a disk of some size, and of the same one on a large disk."""
+def run_and_rerun(job, disk_bytes):
+    """Run on a disk of some size, rerun on a large one, and return how the first run ended."""
     job.reset()
     before = job.contents()
     job.resize(disk_bytes)
@@ -98,41 +98,45 @@ def outcome(job, disk_bytes):
         job.command()
     except TargetError:
         ended = "refused"
-        job.expect(job.contents() == before, "something is left of what was refused")
+        job.check(job.contents() == before, "something is left of what was refused")
     except StoppedError:
         ended = "stopped at the manifest"
         contents = job.contents()
-        job.check_in_between(contents)
-        job.expect(contents.get(job.target.name) == job.expected, "no room was kept for its data")
+        job.check_intermediate_state(contents)
+        job.check(contents.get(job.target.name) == job.expected, "no room was kept for its data")
     else:
         ended = "ended well"
-        job.check_end()
-    job.expect(job.in_place or job.source.read_bytes() == job.original, "changed source")
+        job.check_final_state()
+    job.check(job.in_place or job.source.read_bytes() == job.original, "changed source")
     job.resize()
     job.command()
-    job.check_end()
+    job.check_final_state()
     return ended
 
 
-def outcomes(job, sizes):
-    """How often a command ended how."""
-    return Counter(outcome(job, disk_bytes) for disk_bytes in sizes)
+def count_outcomes(job, sizes):
+    """Count how runs on disks of several sizes ended."""
+    return Counter(run_and_rerun(job, disk_bytes) for disk_bytes in sizes)
 
 
 def campaign(seed, size):
     """Try about `size` sizes of all that there are, and those near to what is needed."""
     draw = random.Random(seed)  # noqa: S311  # not for secrets
-    private_mounts()
+    use_private_mounts()
     forking = multiprocessing.get_context("fork")
-    place = Path(tempfile.mkdtemp(prefix="fastvgg-full-", dir=quick_directory()))
+    place = Path(tempfile.mkdtemp(prefix="fastvgg-full-", dir=memory_directory()))
     total = Counter(dict.fromkeys(OUTCOMES, 0))
     try:
         every = {job: sizes_for(job) for job in jobs(place, OnSmallDisk, SETTINGS + LARGER + WIDE)}
         share = size / sum(map(len, every.values()))
-        for job, of_job in every.items():
-            sizes = [each for each in of_job if each in of_job[NEAR] or draw.random() < share]
+        for job, job_settings in every.items():
+            sizes = [
+                each
+                for each in job_settings
+                if each in job_settings[ALWAYS_TESTED] or draw.random() < share
+            ]
             with ProcessPoolExecutor(1, forking) as process:  # an error here too if it is killed
-                total += process.submit(outcomes, job, sizes).result()
+                total += process.submit(count_outcomes, job, sizes).result()
     finally:
         for directory in place.glob("*/"):
             unmount(directory, at_once=False)

@@ -1,10 +1,10 @@
-"""Whatever lies on the disk is read as what it is, or refused in words: damaged files.
+"""Damaged files are read correctly or rejected with a typed error.
 
     python -m tests.campaigns.fuzz --seed 1      # a million inputs, some minutes; prints its counts
     python -m tests.campaigns.fuzz --size 20000  # so many inputs in all
 
 What is read: headers and files of .npy arrays, files of Zarr arrays, journals of runs into a new
-file, journals (rings) of runs in place, manifests. An input is a whole one that was cut at some
+file, redo logs of runs in place, manifests. An input is a valid file that was truncated at some
 byte, or of which some bit was flipped; or that was edited in several places; or whose fields were
 exchanged for others and sealed again, with the right checksum, as someone does who means harm. Of
 each input is asked:
@@ -14,14 +14,14 @@ each input is asked:
 - what numpy refuses in a .npy file is refused, and what both accept is the same to both;
 - what zarr-python reads of an array is what is read of it, and no damage that a checksum or a
   compressor notices is passed over;
-- of a journal all lines before the first one that is not whole are believed, and no others;
-- the numbers that are believed are whole numbers in their range, not true or 1.0;
-- a ring of which one bit is wrong is refused, or brings the file to what it should be;
+- of a journal only the lines before the first incomplete one are accepted;
+- accepted numbers are integers in their range, not true or 1.0;
+- a redo log with one wrong bit is rejected, or recovers the right bytes;
 - nothing on the disk grows, and what is read stays as it is;
 - it takes little time, and little memory.
 
 One input in `SAMPLED` is read with every allocation counted; the time of the others is measured,
-and what would take more than `ROOM_BYTES` is refused by the system.
+and what would take more than `ADDRESS_SPACE_BYTES` is refused by the system.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 import fastvgg
 from fastvgg.datasets.base import ImageRecord
 from fastvgg.datasets.npy import NpySource, read_header
-from fastvgg.datasets.zarr import METADATA, ZarrSource
+from fastvgg.datasets.zarr import METADATA_KEYS, ZarrSource
 from fastvgg.errors import FastvggError, ResumeError, SourceError
 from fastvgg.imaging.decode import INTERPOLATIONS
 from fastvgg.storage.local import Storage
-from fastvgg.stream import redo_log_layout as ring_module
+from fastvgg.stream import redo_log_layout
 from fastvgg.stream.info import info
 from fastvgg.stream.journal import Commit, journal_path, read_journal
 from fastvgg.stream.lines import decode_line, encode_line
@@ -68,7 +68,7 @@ from fastvgg.stream.redo_log import (
     committed_chunks,
     read_redo_log_header,
 )
-from fastvgg.stream.target import destination_of, inspect_target, with_committed
+from fastvgg.stream.target import inspect_target, make_destination, with_committed
 from tests.campaigns.command import main
 from tests.helpers.bad_arrays import MAX_HEADER_BYTES, header_text, npy_of
 from tests.helpers.batches import dtype_of
@@ -76,15 +76,15 @@ from tests.helpers.damage import (
     RUN,
     TOKENS,
     VALUES,
-    by_turns,
-    cut_and_flipped,
+    corrupt_json,
     damaged,
-    resealed,
-    twisted,
-    whole_bytes,
+    interleave_inputs,
+    line_with_checksum,
+    truncations_and_bit_flips,
+    valid_prefix_bytes,
 )
 from tests.helpers.datasets_on_disk import (
-    must_say,
+    check_error,
     names_in,
     npy_bytes,
     pixels,
@@ -92,21 +92,21 @@ from tests.helpers.datasets_on_disk import (
     save_images,
     save_npy,
 )
-from tests.helpers.faults import quick_directory
+from tests.helpers.faults import memory_directory
 from tests.helpers.zarr_on_disk import chunk_files, load_zarr, metadata_of, save_zarr
 
 SIZE = 1_000_000
 SAMPLED = 64
 MEMORY_BYTES = 8 * 2**20  # at most, for any input; the longest has some tens of kilobytes
-ROOM_BYTES = 2**30  # for all that is allocated in the campaign
-SLOWEST_S = 1.0  # of one core's time, at most
-HANG_S = 120
-MAX_MESSAGE = 1000
+ADDRESS_SPACE_BYTES = 2**30  # for all that is allocated in the campaign
+MAX_SECONDS = 1.0  # of one core's time, at most
+HANG_SECONDS = 120
+MAX_MESSAGE_CHARACTERS = 1000
 FINGERPRINT = "f" * 32
 
 
-class Reused:
-    """A file that is written again and again, and open all the time."""
+class ReusedFile:
+    """A file that stays open and is rewritten for each input."""
 
     def __init__(self, path):
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
@@ -123,7 +123,7 @@ class Reused:
 
 
 class Kind:
-    """What inputs there are of a kind, how one is read, and how that must end.
+    """A kind of input: how inputs are generated, read and checked.
 
     Parameters
     ----------
@@ -133,8 +133,8 @@ class Kind:
         Where all choices come from.
     """
 
-    wholes = ()  # must be accepted
-    refusal = FastvggError  # what the others may be refused with
+    valid_inputs = ()  # must be accepted
+    error_type = FastvggError  # what the others may be refused with
 
     def __init__(self, place, random):
         self.place = place
@@ -142,7 +142,7 @@ class Kind:
         self._opened = []
 
     def reused(self, path):
-        self._opened.append(Reused(path))
+        self._opened.append(ReusedFile(path))
         return self._opened[-1]
 
     def close(self):
@@ -150,17 +150,21 @@ class Kind:
             file.close()
 
     def inputs(self):
-        return by_turns(self.random, cut_and_flipped(self.random, self.wholes), self._input)
+        return interleave_inputs(
+            self.random, truncations_and_bit_flips(self.random, self.valid_inputs), self._input
+        )
 
     def _input(self):
-        return self.random.choice(self.wholes) if self.random.random() < 0.05 else self.invented()
+        return (
+            self.random.choice(self.valid_inputs) if self.random.random() < 0.05 else self.mutated()
+        )
 
 
 class NpyHeaders(Kind):
     """The first bytes of .npy files, in memory."""
 
     name, share = "npy headers", 0.46
-    refusal = SourceError
+    error_type = SourceError
     path = Path("x.npy")
 
     VERSIONS = ((1, 0), (1, 0), (2, 0), (3, 0))
@@ -187,15 +191,15 @@ class NpyHeaders(Kind):
     def __init__(self, place, random):
         super().__init__(place, random)
         texts = [header_text(f"'{descr}'") for descr in ("<f4", "|u1", "<f2", "<f8", "<V2")]
-        self.wholes = [npy_of(text, data=b"") for text in texts]
-        self.wholes += [npy_of(texts[0], version, b"") for version in ((2, 0), (3, 0))]
-        self.wholes += [npy_bytes(np.zeros((1, 2, 1, 3), np.float16))[:128]]
+        self.valid_inputs = [npy_of(text, data=b"") for text in texts]
+        self.valid_inputs += [npy_of(texts[0], version, b"") for version in ((2, 0), (3, 0))]
+        self.valid_inputs += [npy_bytes(np.zeros((1, 2, 1, 3), np.float16))[:128]]
 
-    def invented(self):
+    def mutated(self):
         random = self.random
         what = random.random()
         if what < 0.2:
-            return damaged(random, random.choice(self.wholes))
+            return damaged(random, random.choice(self.valid_inputs))
         text = self._text()
         if what < 0.35:
             text = damaged(random, text)
@@ -236,14 +240,14 @@ class NpyHeaders(Kind):
         if found is None:
             return
         stream = io.BytesIO(content)
-        shape, fortran, dtype = header_as_numpy_reads_it(stream)
+        shape, fortran, dtype = read_header_with_numpy(stream)
         assert (found.shape, False) == (shape, fortran)
         assert all(type(axis) is int and axis >= 0 for axis in found.shape)
         assert np.dtype(found.descr) == dtype
         assert found.offset == stream.tell()
 
 
-def header_as_numpy_reads_it(stream):
+def read_header_with_numpy(stream):
     """Shape, order and type; numpy raises where it refuses."""
     version = np.lib.format.read_magic(stream)
     if version == (1, 0):
@@ -259,7 +263,7 @@ class NpyFiles(Kind):
     """Whole .npy files, opened as sources and read."""
 
     name, share = "npy files", 0.07
-    refusal = SourceError
+    error_type = SourceError
 
     def __init__(self, place, random):
         super().__init__(place, random)
@@ -273,11 +277,11 @@ class NpyFiles(Kind):
             for shape in shapes
         ]
         arrays.append(np.zeros((1, 1, 2, 3), dtype_of("bfloat16")))
-        self.wholes = [npy_bytes(array) for array in arrays]
+        self.valid_inputs = [npy_bytes(array) for array in arrays]
         others = (np.asfortranarray(arrays[3]), arrays[0].view(bool), arrays[9].astype(">f4"))
         self._others = [npy_bytes(array) for array in others]
 
-    def invented(self):
+    def mutated(self):
         random = self.random
         if random.random() < 0.3:  # a shape, and as many bytes as it takes, or nearly
             shape = [0 if random.random() < 0.05 else random.randint(1, 3) for _ in range(4)]
@@ -288,7 +292,7 @@ class NpyFiles(Kind):
             return npy_of(text, random.choice(NpyHeaders.VERSIONS), data)
         if random.random() < 0.05:
             return random.choice(self._others)
-        return damaged(random, random.choice(self.wholes))
+        return damaged(random, random.choice(self.valid_inputs))
 
     def read(self, content):
         self._file.put(content)
@@ -318,7 +322,7 @@ class ZarrArrays(Kind):
     name, share = "zarr arrays", 0.02
     path = Path("x.zarr")
 
-    NOTICED = ("shards", "zstd")  # zlib's Adler-32 of a few bytes is met by some two bits
+    CHECKED_ENCODINGS = ("shards", "zstd")  # zlib's Adler-32 of a few bytes is met by some two bits
     MAX_BYTES = 2**16  # to be read: what metadata claim may be more than there is
 
     def __init__(self, place, random):
@@ -341,25 +345,25 @@ class ZarrArrays(Kind):
     def inputs(self):
         """Which array, which file of it, and what the file holds instead."""
         while True:
-            name, path, file, whole = self.random.choice(self._files)
-            content = self._changed(whole, is_text=file.name in METADATA)
-            yield name, path, file, whole, content
+            name, path, file, intact = self.random.choice(self._files)
+            content = self._changed(intact, is_text=file.name in METADATA_KEYS)
+            yield name, path, file, intact, content
 
-    def _changed(self, whole, *, is_text):
+    def _changed(self, intact, *, is_text):
         random = self.random
         what = random.random()
         if what < 0.05:
-            return whole
+            return intact
         if what < 0.15:
-            return whole[: random.choice([0, random.randrange(len(whole))])]
+            return intact[: random.choice([0, random.randrange(len(intact))])]
         if what < 0.25:
-            begin = random.randrange(len(whole))
-            end = min(len(whole), begin + random.randint(1, 40))
-            return whole[:begin] + bytes(end - begin) + whole[end:]
-        return twisted(random, whole) if is_text and what < 0.8 else damaged(random, whole)
+            begin = random.randrange(len(intact))
+            end = min(len(intact), begin + random.randint(1, 40))
+            return intact[:begin] + bytes(end - begin) + intact[end:]
+        return corrupt_json(random, intact) if is_text and what < 0.8 else damaged(random, intact)
 
     def read(self, case):
-        _, path, file, whole, content = case
+        _, path, file, intact, content = case
         file.write_bytes(content)
         try:
             # Where metadata say that a shard's index has no checksum, zarr adds what is in it.
@@ -371,11 +375,11 @@ class ZarrArrays(Kind):
                 warnings.simplefilter("ignore")
                 return batch, load_zarr(path)
         finally:
-            file.write_bytes(whole)
+            file.write_bytes(intact)
 
     def check(self, case, found, error):
-        name, _, file, whole, content = case
-        if content == whole:
+        name, _, file, intact, content = case
+        if content == intact:
             assert found is not None
         if found is None or found[0] is None:
             return
@@ -383,22 +387,22 @@ class ZarrArrays(Kind):
         assert batch.shape == expected.shape
         assert batch.dtype == expected.dtype.newbyteorder("=")
         assert np.array_equal(batch, expected, equal_nan=batch.dtype.kind == "f")
-        if content == whole or (name in self.NOTICED and file.name not in METADATA):
+        if content == intact or (name in self.CHECKED_ENCODINGS and file.name not in METADATA_KEYS):
             assert np.array_equal(batch, self._batch)
 
 
 def check_info(path, *, expected):
-    """Whether it is told what a path is, in JSON types."""
+    """Check that `info` describes a path in JSON types."""
     try:
-        told = info(path)
+        described = info(path)
     except FastvggError:
         assert not expected
     else:
-        json.dumps(told)
-        assert told["path"] == str(path)
+        json.dumps(described)
+        assert described["path"] == str(path)
 
 
-class Sealed(Kind):
+class ChecksummedLines(Kind):
     """Lines with a checksum, in memory."""
 
     name, share = "sealed lines", 0.15
@@ -414,18 +418,20 @@ class Sealed(Kind):
             json.dumps({"a": [1, 2.5, None, {"b": "\u00e9"}], "c": True}).encode(),
         ]
         for text in self._texts:
-            assert encode_line(json.loads(text)) == resealed(text)
-        self.wholes = [resealed(text) for text in self._texts]
+            assert encode_line(json.loads(text)) == line_with_checksum(text)
+        self.valid_inputs = [line_with_checksum(text) for text in self._texts]
 
-    def invented(self):
+    def mutated(self):
         random = self.random
         text = random.choice(self._texts)
         what = random.random()
         if what < 0.3:
-            return damaged(random, resealed(text))
+            return damaged(random, line_with_checksum(text))
         if what < 0.35:
-            return resealed(json.dumps(random.choice(VALUES)).encode())
-        return resealed(twisted(random, text) if what < 0.7 else damaged(random, text))
+            return line_with_checksum(json.dumps(random.choice(VALUES)).encode())
+        return line_with_checksum(
+            corrupt_json(random, text) if what < 0.7 else damaged(random, text)
+        )
 
     def read(self, content):
         try:
@@ -434,16 +440,16 @@ class Sealed(Kind):
             raise FastvggError(str(self.path), "make it again") from error
 
     def check(self, content, found, error):
-        line = content.endswith(b"\n") and content == resealed(content[17:-1])
+        line = content.endswith(b"\n") and content == line_with_checksum(content[17:-1])
         assert line == (found is not None or error is not None)
         assert found is None or isinstance(found, dict)
 
 
-class Ledgers(Kind):
+class Journals(Kind):
     """Journals of runs into a new file."""
 
     name, share = "journals", 0.12
-    refusal = ResumeError
+    error_type = ResumeError
 
     def __init__(self, place, random):
         super().__init__(place, random)
@@ -451,7 +457,7 @@ class Ledgers(Kind):
         self.dataset = place / "y.npy"
         self.path = place / "y.npy.fastvgg-journal"
         self._file = self.reused(self.path)
-        self.wholes = []
+        self.valid_inputs = []
         for plan, records in zip(self._plans, ([], RECORDS, RECORDS), strict=True):
             first = {"fastvgg-journal": 2, "job": plan.job.to_dict(), "chunk_images": 2}
             first |= {"replaces": None, "retries": bool(records)}
@@ -459,22 +465,24 @@ class Ledgers(Kind):
                 make_commit(chunk, records[2 * chunk : 2 * chunk + 2])
                 for chunk in range(plan.chunks)
             ]
-            self.wholes.append(encode_line(first) + b"".join(each.to_line() for each in commits))
+            self.valid_inputs.append(
+                encode_line(first) + b"".join(each.to_line() for each in commits)
+            )
 
-    def invented(self):
+    def mutated(self):
         random = self.random
-        whole = random.choice(self.wholes)
+        intact = random.choice(self.valid_inputs)
         what = random.random()
         if what < 0.15:
-            return damaged(random, whole)
-        lines = whole.splitlines(keepends=True)
+            return damaged(random, intact)
+        lines = intact.splitlines(keepends=True)
         at = random.choice([0, 0, *range(len(lines))])
         if what < 0.2:
-            lines[0] = resealed(forged(random, lines[0][17:-1]))
+            lines[0] = line_with_checksum(consistent_changes(random, lines[0][17:-1]))
         elif what < 0.8:
-            lines[at] = resealed(twisted(random, lines[at][17:-1]))
+            lines[at] = line_with_checksum(corrupt_json(random, lines[at][17:-1]))
         elif what < 0.9:
-            lines[at] = resealed(damaged(random, lines[at][17:-1]))
+            lines[at] = line_with_checksum(damaged(random, lines[at][17:-1]))
         elif what < 0.95:
             lines.insert(random.randrange(len(lines)), lines[at])
         else:
@@ -488,7 +496,7 @@ class Ledgers(Kind):
             for plan in self._plans:
                 with contextlib.suppress(FastvggError):
                     assert (
-                        inspect_target(plan, destination_of(plan), journal_state).name
+                        inspect_target(plan, make_destination(plan), journal_state).name
                         == "resumable"
                     )
                 with contextlib.suppress(FastvggError):
@@ -497,8 +505,8 @@ class Ledgers(Kind):
 
     def check(self, content, found, error):
         assert self._file.get() == content
-        length = whole_bytes(content)
-        if any(whole.startswith(content[:length]) for whole in self.wholes):
+        length = valid_prefix_bytes(content)
+        if any(intact.startswith(content[:length]) for intact in self.valid_inputs):
             assert error is None
         if error is None:
             assert length == (0 if found is None else found.valid_bytes)
@@ -506,7 +514,7 @@ class Ledgers(Kind):
             check_info(self.dataset, expected=found is not None)
         if found is None:
             return
-        images = check_job_of(found.job)
+        images = check_job(found.job)
         check_counts(found.chunk_images)
         chunks = -(-images // found.chunk_images)
         assert found.complete == (len(found.commits) == chunks)
@@ -514,11 +522,13 @@ class Ledgers(Kind):
             assert type(chunk) is int
             assert 0 <= chunk < chunks
             assert {type(commit.checksum), type(commit.source_checksum)} == {str}
-            of_chunk = min(images, (chunk + 1) * found.chunk_images) - chunk * found.chunk_images
-            whole = found.commit(chunk)
-            assert (whole.chunk, whole.checksum) == (chunk, commit.checksum)
-            assert len(whole.records) in (0, of_chunk)
-            assert commit.failed == whole.failed == len(found.failures(chunk))
+            chunk_image_count = (
+                min(images, (chunk + 1) * found.chunk_images) - chunk * found.chunk_images
+            )
+            intact = found.commit(chunk)
+            assert (intact.chunk, intact.checksum) == (chunk, commit.checksum)
+            assert len(intact.records) in (0, chunk_image_count)
+            assert commit.failed == intact.failed == len(found.failures(chunk))
 
 
 RECORDS = [
@@ -532,14 +542,14 @@ def make_commit(chunk, records):
 
 def plans(place):
     """Plans of which nothing depends on where and when they were made but the target."""
-    batch = pixels(5, height=1)  # true is 1
+    batch = pixels(5, height=1)  # so that true equals a valid size
     arrays, photos = save_npy(place / "a.npy", batch), save_images(place / "photos", batch)
     target = place / "y.npy"
     own = fastvgg.Mode("own", divide=2.0, mean=(1.5, 2.0, 3.0), std=(0.5, 0.25, 1.0), order="BGR")
     made = (
-        plan_of(arrays, target, mode=own, dtype="float16", together=2),
-        plan_of(photos, target, mode="torch", out_layout="NCHW", size=(1, 6), together=2),
-        plan_of(photos, target, direction="pack", gray16="scale", exif=True, together=2),
+        plan_of(arrays, target, mode=own, dtype="float16", images_per_chunk=2),
+        plan_of(photos, target, mode="torch", out_layout="NCHW", size=(1, 6), images_per_chunk=2),
+        plan_of(photos, target, direction="pack", gray16="scale", exif=True, images_per_chunk=2),
     )
     jobs = [
         dataclasses.replace(
@@ -559,7 +569,7 @@ def check_counts(*numbers):
         assert number >= 1
 
 
-def check_job_of(typed):
+def check_job(typed):
     """Check the numbers of a job that was believed; return how many images it has."""
     job = typed.to_dict()
     for part in ("source", "result"):
@@ -576,7 +586,7 @@ def check_job_of(typed):
     return job["result"]["shape"][0]
 
 
-def forged(random, text):
+def consistent_changes(random, text):
     """Fields with a job that was changed in several places at once, so that they still fit."""
     fields = json.loads(text)
     source, transform, result = (fields["job"][part] for part in ("source", "transform", "result"))
@@ -586,7 +596,7 @@ def forged(random, text):
         source["shape"][0] = result["shape"][0] = images
         fields["chunk_images"] = random.choice([1, 2, images, 2 * images])
         if "file_bytes" in fields:
-            fields["file_bytes"] = 128 + images * RingFiles.IMAGE_BYTES
+            fields["file_bytes"] = 128 + images * RedoLogFiles.IMAGE_BYTES
     elif what == 1:
         shapes = ([5, 9, 3], [5, 1, 9, 4], [5, 3, 1, 9], [5, 1, 9, 3, 1], [5] * 4)
         source["shape"] = result["shape"] = random.choice(shapes)
@@ -614,13 +624,13 @@ class Manifests(Kind):
     """Manifests of finished datasets."""
 
     name, share = "manifests", 0.08
-    refusal = SourceError
+    error_type = SourceError
 
     def __init__(self, place, random):
         super().__init__(place, random)
         self.dataset = place / "y.npy"
         self.path = place / "y.npy.fastvgg.json"
-        self.wholes = [
+        self.valid_inputs = [
             Manifest(
                 job=plan.job,
                 chunk_images=2,
@@ -634,11 +644,11 @@ class Manifests(Kind):
         ]
         self._file = self.reused(self.path)
 
-    def invented(self):
-        whole = self.random.choice(self.wholes)
+    def mutated(self):
+        intact = self.random.choice(self.valid_inputs)
         what = self.random.random()
-        change = forged if what < 0.05 else twisted if what < 0.7 else damaged
-        return change(self.random, whole)
+        change = consistent_changes if what < 0.05 else corrupt_json if what < 0.7 else damaged
+        return change(self.random, intact)
 
     def read(self, content):
         self._file.put(content)
@@ -652,7 +662,7 @@ class Manifests(Kind):
             assert error is not None
             return
         assert json.loads(found.to_json()) == json.loads(content)
-        images = check_job_of(found.job)
+        images = check_job(found.job)
         check_counts(found.chunk_images, found.counts["images"], found.counts["failed"] + 1)
         assert found.counts["images"] == images >= found.counts["failed"]
         chunks = -(-images // found.chunk_images)
@@ -662,22 +672,22 @@ class Manifests(Kind):
         assert found.header.shape == tuple(found.job.transform.output_shape(found.job.header.shape))
 
 
-class FixedFile(PosixPath):
-    """A path of which everyone is told the same inode, and the true length."""
+class FixedInodePath(PosixPath):
+    """A path whose `stat` has a fixed inode and the true size."""
 
     def stat(self, **settings):
         return SimpleNamespace(st_dev=1, st_ino=2, st_size=super().stat(**settings).st_size)
 
 
-class RingFiles:
-    """A .npy file in which a part is new, and its ring, after each of the chunks."""
+class RedoLogFiles:
+    """A partly converted .npy file and its redo log, after each chunk."""
 
     SHAPE = (15, 11, 11, 3)
     IMAGE_BYTES = 11 * 11 * 3 * 4
     TOGETHER = 2
 
     def __init__(self, place):
-        self.path = FixedFile(place / "r.npy")
+        self.path = FixedInodePath(place / "r.npy")
         self.storage = Storage(fsync=False)
         old = np.arange(math.prod(self.SHAPE), dtype=np.float32).reshape(self.SHAPE)
         save_npy(self.path, old)
@@ -686,20 +696,20 @@ class RingFiles:
         self.job = dataclasses.replace(job, source="/data/r.npy", fingerprint=FINGERPRINT)
         self.data = self.storage.open(self.path)
         self._record()
-        self.journal = Reused(journal_path(self.path))
+        self.journal = ReusedFile(journal_path(self.path))
 
     def split(self, content):
         """A journal's header, and the rest of it."""
         return content[: self.file_layout.header_bytes], content[self.file_layout.header_bytes :]
 
     def _record(self):
-        """Carry out the run, and keep both files as they are after each commit."""
-        drawn = ring_module.secrets
-        ring_module.secrets = SimpleNamespace(token_hex=lambda count: RUN)
+        """Run the conversion, and record both files after each commit."""
+        original_secrets = redo_log_layout.secrets
+        redo_log_layout.secrets = SimpleNamespace(token_hex=lambda count: RUN)
         try:
             ring = RedoLog.begin(self.storage, self.data, self.job, self.TOGETHER)
         finally:
-            ring_module.secrets = drawn
+            redo_log_layout.secrets = original_secrets
         self.file_layout = ring.file_layout
         self.header = read_redo_log_header(self.path)._replace(inode=2)
         first = self.header.to_bytes().ljust(self.file_layout.header_bytes, b"\0")
@@ -708,48 +718,48 @@ class RingFiles:
         for chunk in range(self.file_layout.chunks + 1):
             content = first + self.split(journal.read_bytes())[1]
             if chunk in (0, 1, 3, 6, self.file_layout.chunks):
-                self.states.append((content, self.with_new(chunk), chunk))
+                self.states.append((content, self.file_after(chunk), chunk))
             if chunk in (1, 2, 5):  # committed, and not in the file yet: no checkpoint counts it
-                self.states.append((content, self.with_new(chunk - 1), chunk))
+                self.states.append((content, self.file_after(chunk - 1), chunk))
             if chunk < self.file_layout.chunks:
                 self._put(ring, chunk)
         ring.close()
 
-    def with_new(self, chunks):
-        """What the file is when so many chunks of it are new."""
+    def file_after(self, chunks):
+        """Return the content of the file after a number of converted chunks."""
         begin = self.file_layout.data_offset
         end = self.file_layout.image_span(chunks - 1)[1] if chunks else begin
         new = np.bitwise_not(np.frombuffer(self.old[begin:end], np.uint8)).tobytes()
         return self.old[:begin] + new + self.old[end:]
 
     def _put(self, ring, chunk):
-        before, after = self.with_new(chunk), self.with_new(chunk + 1)
+        before, after = self.file_after(chunk), self.file_after(chunk + 1)
         begin, end = self.file_layout.page_span(chunk)
         first, last = self.file_layout.image_span(chunk)
         old = xxhash.xxh3_64_hexdigest(before[first:last])
         pages = memoryview(after[begin:end])
         ring.stage(chunk, pages)
-        ring.commit(ring.record_of(chunk, pages, old=old), pages)
+        ring.commit(ring.make_record(chunk, pages, old=old), pages)
 
     def close(self):
         self.storage.close(self.data)
         self.journal.close()
 
 
-class KindOfRing(Kind):
-    """A part of a ring, or a whole one, next to the file that it changes."""
+class RedoLogKind(Kind):
+    """A redo log, or a part of one, next to the file that it changes."""
 
-    refusal = ResumeError
+    error_type = ResumeError
 
     def __init__(self, place, random):
         super().__init__(place, random)
-        self._files = RingFiles(place)
+        self._files = RedoLogFiles(place)
         self.path = self._files.path
         self.close = self._files.close
 
 
-class RingHeaders(KindOfRing):
-    """The first lines of rings, in front of whole ones."""
+class RedoLogHeaders(RedoLogKind):
+    """Header lines of redo logs, followed by a valid rest."""
 
     name, share = "ring headers", 0.05
 
@@ -757,22 +767,22 @@ class RingHeaders(KindOfRing):
         super().__init__(place, random)
         self._line = self._files.header.to_bytes()
         first, self._rest = self._files.split(self._files.states[-1][0])
-        self.wholes = [first]
+        self.valid_inputs = [first]
 
     def inputs(self):
-        lines = cut_and_flipped(self.random, [self._line])
-        return by_turns(self.random, map(self._padded, lines), self._input)
+        lines = truncations_and_bit_flips(self.random, [self._line])
+        return interleave_inputs(self.random, map(self._pad, lines), self._input)
 
-    def _padded(self, line):
+    def _pad(self, line):
         return line.ljust(self._files.file_layout.header_bytes, b"\0")
 
-    def invented(self):
+    def mutated(self):
         random, text = self.random, self._line[17:-1]
         what = random.random()
         if what < 0.2:
-            return self._padded(damaged(random, self._line))
-        change = forged if what < 0.4 else twisted if what < 0.9 else damaged
-        return self._padded(resealed(change(random, text)))
+            return self._pad(damaged(random, self._line))
+        change = consistent_changes if what < 0.4 else corrupt_json if what < 0.9 else damaged
+        return self._pad(line_with_checksum(change(random, text)))
 
     def read(self, content):
         self._files.journal.put(content + self._rest)
@@ -788,8 +798,8 @@ class RingHeaders(KindOfRing):
 
     def check(self, content, found, error):
         assert self._files.journal.get() == content + self._rest
-        length = whole_bytes(content.partition(b"\n")[0] + b"\n")
-        if length == 0:  # a ring is never taken for something else, unless it says that it is
+        length = valid_prefix_bytes(content.partition(b"\n")[0] + b"\n")
+        if length == 0:  # only a header of another kind is not an error
             assert error is not None or b"fastvgg-journal" in content[:40]
         if content[:length] == self._line:
             assert found == self._files.header
@@ -798,14 +808,14 @@ class RingHeaders(KindOfRing):
         if found is None:
             return
         assert found.to_bytes() == content[:length]
-        images = check_job_of(found.job)
+        images = check_job(found.job)
         check_counts(found.chunk_images, found.file_bytes, found.file_layout.chunks)
         assert found.file_layout.chunks == -(-images // found.chunk_images)
         assert 0 <= found.file_layout.data_offset < found.file_bytes
 
 
-class Rings(KindOfRing):
-    """Whole rings, opened and brought to an end."""
+class RedoLogs(RedoLogKind):
+    """Complete redo logs, opened and recovered."""
 
     name, share = "rings", 0.05
 
@@ -813,7 +823,7 @@ class Rings(KindOfRing):
         super().__init__(place, random)
         places = self._files.file_layout
         self._checkpoints = [places.checkpoint(copy) for copy in range(2)]
-        self._slots = [places.slot(chunk) for chunk in range(ring_module.SLOTS)]
+        self._slots = [places.slot(chunk) for chunk in range(redo_log_layout.SLOTS)]
         self._records = [places.record(chunk) for chunk in range(places.chunks)] + self._slots
 
     def inputs(self):
@@ -822,24 +832,24 @@ class Rings(KindOfRing):
             content, data, committed = self.random.choice(self._files.states)
             what = self.random.random()
             if what < 0.5:
-                content = self._flipped(content)
+                content = self._flip_bit(content)
             elif what < 0.6:
-                content = self._of_another_length(content)
+                content = self._change_length(content)
             else:
                 content = self._changed(content)
             yield what < 0.5, content, data, committed
 
-    def _flipped(self, content):
+    def _flip_bit(self, content):
         random = self.random
         if random.random() < 0.3:
-            begin = random.choice(self._slots) + ring_module.PAGE_BYTES
+            begin = random.choice(self._slots) + redo_log_layout.PAGE_BYTES
             length = self._files.file_layout.slot_bytes
         else:
             begin, length = random.choice([0, *self._checkpoints, *self._records]), 200
         at = begin + random.randrange(length)
         return content[:at] + bytes([content[at] ^ 1 << random.randrange(8)]) + content[at + 1 :]
 
-    def _of_another_length(self, content):
+    def _change_length(self, content):
         if self.random.random() < 0.2:
             return content + self.random.choice(TOKENS)
         return content[: self.random.randrange(len(content))]
@@ -849,9 +859,9 @@ class Rings(KindOfRing):
         random = self.random
         place = random.choice(self._checkpoints if random.random() < 0.4 else self._records)
         found = place if content[place] else self._checkpoints[0]
-        text = content[found : found + ring_module.RECORD_BYTES].partition(b"\n")[0][17:]
-        change = twisted if random.random() < 0.8 else damaged
-        line = resealed(change(random, text))[: ring_module.RECORD_BYTES]
+        text = content[found : found + redo_log_layout.RECORD_BYTES].partition(b"\n")[0][17:]
+        change = corrupt_json if random.random() < 0.8 else damaged
+        line = line_with_checksum(change(random, text))[: redo_log_layout.RECORD_BYTES]
         return content[:place] + line + content[place + len(line) :]
 
     def read(self, case):
@@ -889,19 +899,28 @@ class Rings(KindOfRing):
         assert 0 <= done <= places.chunks == len(checksums)
         if single:
             assert committed - 1 <= done <= committed
-            assert after == self._files.with_new(done)
+            assert after == self._files.file_after(done)
             spans = [slice(*places.image_span(chunk)) for chunk in range(done)]
             assert checksums[:done] == [xxhash.xxh3_64_hexdigest(after[span]) for span in spans]
 
 
-KINDS = (NpyHeaders, NpyFiles, ZarrArrays, Sealed, Ledgers, Manifests, RingHeaders, Rings)
+KINDS = (
+    NpyHeaders,
+    NpyFiles,
+    ZarrArrays,
+    ChecksummedLines,
+    Journals,
+    Manifests,
+    RedoLogHeaders,
+    RedoLogs,
+)
 
 
 # The campaign
 
 
 class WrongError(AssertionError):
-    """An input that was not read as it should be."""
+    """An input that was not handled correctly."""
 
 
 class Reader:
@@ -915,35 +934,35 @@ class Reader:
         self.largest_bytes = 0
 
     def read(self, content):
-        """Read an input; whatever is wrong with how that goes is raised, with the input."""
+        """Read an input; raise `WrongError` with the input if a check fails."""
         self.inputs += 1
         try:
             if self.inputs % SAMPLED:
-                self._check(content, *self._timed(content))
+                self._check(content, *self._read_timed(content))
             else:
-                self._check(content, *self._counted(content))
+                self._check(content, *self._read_traced(content))
         except Exception as error:
             which = f"{self._kind.name}, input {self.inputs}"
             raise WrongError(f"{which}: {error!r}: {content!r}"[:20_000]) from error
 
-    def _tried(self, content):
+    def _try_read(self, content):
         try:
             return self._kind.read(content), None
-        except self._kind.refusal as error:
+        except self._kind.error_type as error:
             return None, error
 
-    def _timed(self, content):
+    def _read_timed(self, content):
         begun = time.thread_time_ns()
-        found, error = self._tried(content)
+        found, error = self._try_read(content)
         took_ns = time.thread_time_ns() - begun
         self.slowest_ns = max(self.slowest_ns, took_ns)
-        assert took_ns < SLOWEST_S * 1e9
+        assert took_ns < MAX_SECONDS * 1e9
         return found, error
 
-    def _counted(self, content):
+    def _read_traced(self, content):
         tracemalloc.start()
         try:
-            found, error = self._tried(content)
+            found, error = self._try_read(content)
             peak_bytes = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -952,17 +971,17 @@ class Reader:
         return found, error
 
     def _check(self, content, found, error):
-        assert error is None or content not in self._kind.wholes
+        assert error is None or content not in self._kind.valid_inputs
         self._kind.check(content, found, error)
         self.accepted += found is not None
         if error is not None:
-            must_say(error, self._kind.path.name)
-            said = str(error)
-            assert len(said) < MAX_MESSAGE
-            assert said.replace("\n", "").isprintable(), ascii(said)
+            check_error(error, self._kind.path.name)
+            message = str(error)
+            assert len(message) < MAX_MESSAGE_CHARACTERS
+            assert message.replace("\n", "").isprintable(), ascii(message)
 
 
-def refuse_warning(message, category, filename, lineno, file=None, line=None):
+def raise_warning(message, category, filename, lineno, file=None, line=None):
     raise AssertionError(f"warned: {category.__name__}: {message}")
 
 
@@ -974,7 +993,7 @@ def read_all(kind, share):
         try:
             for number, content in enumerate(islice(kind.inputs(), share)):
                 if number % 1000 == 0:
-                    faulthandler.dump_traceback_later(HANG_S, exit=True, file=sys.__stderr__)
+                    faulthandler.dump_traceback_later(HANG_SECONDS, exit=True, file=sys.__stderr__)
                 reader.read(content)
         finally:  # or what calls this is ended after a reading that went wrong
             faulthandler.cancel_dump_traceback_later()
@@ -983,11 +1002,13 @@ def read_all(kind, share):
 
 
 @contextlib.contextmanager
-def little_room():
-    """Let nothing be allocated beyond `ROOM_BYTES`, whether that memory is used or not."""
+def limited_memory():
+    """Limit the address space to `ADDRESS_SPACE_BYTES` more than is in use."""
     before, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM_BYTES, hard))
+    resource.setrlimit(
+        resource.RLIMIT_AS, (pages * resource.getpagesize() + ADDRESS_SPACE_BYTES, hard)
+    )
     try:
         yield
     finally:
@@ -998,11 +1019,11 @@ def campaign(seed, size):
     """Read inputs of every kind, `size` in all; raise at the first that goes wrong."""
     counts = {"inputs": 0}
     readers = []
-    with warnings.catch_warnings(), little_room():
+    with warnings.catch_warnings(), limited_memory():
         warnings.simplefilter("always")
-        warnings.showwarning = refuse_warning
+        warnings.showwarning = raise_warning
         for kind in KINDS:
-            with tempfile.TemporaryDirectory(dir=quick_directory()) as directory:
+            with tempfile.TemporaryDirectory(dir=memory_directory()) as directory:
                 random = Random(f"{seed} {kind.name}")  # noqa: S311  # not for secrets
                 readers.append(read_all(kind(Path(directory), random), round(size * kind.share)))
             counts[kind.name] = readers[-1].inputs

@@ -1,8 +1,8 @@
-"""HDF5 files that were damaged are read as h5py reads them, or refused in words.
+"""Damaged HDF5 files are read like h5py reads them, or rejected with a typed error.
 
     python -m tests.campaigns.fuzz_hdf5 --seed 1  # a hundred thousand inputs, some minutes
 
-An input is a whole file that was cut at some byte, or of which some bits were flipped, or some
+An input is a intact file that was cut at some byte, or of which some bits were flipped, or some
 bytes zeroed. Of each is asked that it is accepted, and then is to fastvgg what it is to h5py; or
 that it is refused with an error of fastvgg that names the file and says what to do, on lines that a
 terminal shows as they are. Where all that there is in a file has a checksum, what is accepted is
@@ -30,23 +30,23 @@ from random import Random
 import h5py
 import numpy as np
 
-from fastvgg.datasets.base import Header, bytes_of
+from fastvgg.datasets.base import Header, byte_view
 from fastvgg.datasets.open import open_source, open_target
 from fastvgg.errors import FastvggError
 from fastvgg.storage.local import Storage
 from fastvgg.storage.location import Location
 from tests.campaigns.command import main
-from tests.helpers.datasets_on_disk import must_say, pixels
-from tests.helpers.faults import quick_directory
+from tests.helpers.datasets_on_disk import check_error, pixels
+from tests.helpers.faults import memory_directory
 
 SIZE = 100_000
 NAME = "/deep/images"
-HANG_S = 10  # of one core's time
+HANG_SECONDS = 10  # of one core's time
 BATCH = pixels(5, 3, 5)
 CHUNKED = {"chunks": (2, 3, 2, 3), "compression": "gzip"}
 
 
-def made(file=(), **settings):
+def save_with_h5py(file=(), **settings):
     """The bytes of a file that h5py writes, with a link to its only dataset."""
     written = io.BytesIO()
     with h5py.File(written, "w", **dict(file)) as opened:
@@ -55,7 +55,7 @@ def made(file=(), **settings):
     return written.getvalue()
 
 
-def ours():
+def save_with_fastvgg():
     """The bytes of a file that fastvgg writes."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "y.h5"
@@ -64,23 +64,32 @@ def ours():
             Location.parse(Path(f"{path}::{NAME}")), header, Storage(fsync=False), chunk_images=1
         )
         target.create()
-        target.write(0, [bytes_of(BATCH)])
+        target.write(0, [byte_view(BATCH)])
         target.publish()
         return path.read_bytes()
 
 
 LATEST = {"libver": "latest"}
-SEALED = made(LATEST, **CHUNKED, shuffle=True, fletcher32=True)  # all of it has checksums
-WHOLES = (SEALED, made(), made(LATEST), made(**CHUNKED), made(maxshape=(9, 3, 5, 3)), ours())
+CHECKSUMMED = save_with_h5py(
+    LATEST, **CHUNKED, shuffle=True, fletcher32=True
+)  # all of it has checksums
+VALID_FILES = (
+    CHECKSUMMED,
+    save_with_h5py(),
+    save_with_h5py(LATEST),
+    save_with_h5py(**CHUNKED),
+    save_with_h5py(maxshape=(9, 3, 5, 3)),
+    save_with_fastvgg(),
+)
 
 
-def damaged(random, whole):
-    """Bytes of which some are not what they were, and whether any is."""
-    content = bytearray(whole)
+def damaged(random, intact):
+    """Return a damaged copy of a file, or sometimes the file itself."""
+    content = bytearray(intact)
     if random.random() < 0.02:
-        return whole
+        return intact
     if random.random() < 0.1:
-        return whole[: random.randrange(len(whole))]
+        return intact[: random.randrange(len(intact))]
     for _ in range(random.choice([1, 1, 1, 2, 4])):
         at = random.randrange(len(content))
         if random.random() < 0.7:
@@ -91,64 +100,64 @@ def damaged(random, whole):
     return bytes(content)
 
 
-def as_h5py_reads(path):
+def load_h5(path):
     with h5py.File(path, "r") as file:
         stored = file[NAME]
         return stored[...].astype(stored.dtype.newbyteorder("="), copy=False)
 
 
-def check(path, whole, content):
+def check(path, intact, content):
     """Read an input; return whether it was accepted."""
     path.write_bytes(content)
-    refusal = None
+    rejection = None
     try:
         with contextlib.closing(open_source(Location.parse(Path(f"{path}::{NAME}")))) as source:
             header = source.header
             batch = source.read(0, header.images).batch
-            again = np.empty_like(batch)
-            source.read_into(0, again)
+            reread = np.empty_like(batch)
+            source.read_into(0, reread)
     except FastvggError as error:
-        refusal = error
+        rejection = error
     assert path.read_bytes() == content
-    if refusal is not None:
-        assert content != whole
-        must_say(refusal, path.name)
-        assert str(refusal).replace("\n", "").isprintable(), ascii(str(refusal))
+    if rejection is not None:
+        assert content != intact
+        check_error(rejection, path.name)
+        assert str(rejection).replace("\n", "").isprintable(), ascii(str(rejection))
         return False
-    expected = BATCH if whole in (SEALED, content) else as_h5py_reads(path)
+    expected = BATCH if intact in (CHECKSUMMED, content) else load_h5(path)
     assert (header.shape, header.dtype) == (expected.shape, str(expected.dtype))
-    assert batch.tobytes() == again.tobytes() == expected.tobytes()
+    assert batch.tobytes() == reread.tobytes() == expected.tobytes()
     return True
 
 
-def read_some(path, seed, numbers, told):
-    """Read inputs of these numbers; tell of each before it is read, and after."""
+def read_inputs(path, seed, numbers, output):
+    """Read inputs by number; print a message before and after each."""
     for number in numbers:
-        print(json.dumps({"began": number}), file=told, flush=True)
+        print(json.dumps({"began": number}), file=output, flush=True)
         random = Random(f"{seed} {number}")  # noqa: S311  # not for secrets
-        whole = random.choice(WHOLES)
-        content = damaged(random, whole)
-        signal.setitimer(signal.ITIMER_VIRTUAL, HANG_S)  # whose signal ends the process
+        intact = random.choice(VALID_FILES)
+        content = damaged(random, intact)
+        signal.setitimer(signal.ITIMER_VIRTUAL, HANG_SECONDS)  # whose signal ends the process
         try:
-            outcome = {"accepted": check(path, whole, content)}
+            outcome = {"accepted": check(path, intact, content)}
         except Exception:  # noqa: BLE001  # whatever it is, it is wrong
             outcome = {"wrong": f"input {number}: {traceback.format_exc()}\n{content!r}"}
-        print(json.dumps(outcome), file=told, flush=True)
+        print(json.dumps(outcome), file=output, flush=True)
 
 
-def in_a_process(path, seed, numbers):
-    """Read inputs in a process of their own; yield what it told, and what ended it."""
+def run_in_child_process(path, seed, numbers):
+    """Read inputs in a child process; yield its messages and how it ended."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         warnings.simplefilter("error")
         os.close(reading)
         with contextlib.suppress(BrokenPipeError):
-            read_some(path, seed, numbers, os.fdopen(writing, "w"))
+            read_inputs(path, seed, numbers, os.fdopen(writing, "w"))
         os._exit(0)
     os.close(writing)
-    with os.fdopen(reading) as told:  # which, closed before its end, ends the other too
-        yield from map(json.loads, told)
+    with os.fdopen(reading) as output:  # which, closed before its end, ends the other too
+        yield from map(json.loads, output)
     yield {"ended": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}
 
 
@@ -156,19 +165,21 @@ def campaign(seed, size):
     """Read damaged files; raise at the first that goes wrong."""
     counts = {"inputs": size, "accepted": 0, "refused": 0, "ended by HDF5": 0}
     begin = 0
-    with tempfile.TemporaryDirectory(dir=quick_directory()) as directory:
+    with tempfile.TemporaryDirectory(dir=memory_directory()) as directory:
         while begin < size:
-            process = in_a_process(Path(directory) / "x.h5", seed, range(begin, size))
+            process = run_in_child_process(Path(directory) / "x.h5", seed, range(begin, size))
             with contextlib.closing(process):
-                for told in process:
-                    if "began" in told:
-                        begin = told["began"] + 1
-                    elif "accepted" in told:
-                        counts["accepted" if told["accepted"] else "refused"] += 1
-                    elif told.get("ended") == -signal.SIGSEGV:
+                for output in process:
+                    if "began" in output:
+                        begin = output["began"] + 1
+                    elif "accepted" in output:
+                        counts["accepted" if output["accepted"] else "refused"] += 1
+                    elif output.get("ended") == -signal.SIGSEGV:
                         counts["ended by HDF5"] += 1
                     else:
-                        assert told == {"ended": 0}, f"input {begin - 1}: {told.get('wrong', told)}"
+                        assert output == {"ended": 0}, (
+                            f"input {begin - 1}: {output.get('wrong', output)}"
+                        )
     return counts
 
 

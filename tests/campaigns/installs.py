@@ -1,4 +1,4 @@
-"""Wheel and source archive, installed on every Python there is, with the lowest and the newest.
+"""Install the wheel on every available Python, with the lowest and the newest dependencies.
 
     PATH=...:$PATH python -m tests.campaigns.installs  # some minutes; prints its counts
     python -m tests.campaigns.installs --size 1        # on one Python alone
@@ -18,7 +18,13 @@ import venv
 from pathlib import Path
 
 from tests.campaigns.command import main
-from tests.helpers.archives import MAX_PACKAGES, TYPED_PROGRAM, built, names_in, requirements_of
+from tests.helpers.archives import (
+    MAX_PACKAGES,
+    TYPED_PROGRAM,
+    build_archives,
+    names_in,
+    requirements_of,
+)
 
 PYTHONS = ("python3.11", "python3.12", "python3.13", "python3.14")
 RESOLUTIONS = ("lowest-direct", "highest")
@@ -52,8 +58,8 @@ COMMANDS = (
 )
 
 
-def ran(*command, cwd):
-    """What a command prints, without anything of this process in its way."""
+def run_command(*command, cwd):
+    """Run a command without this process's Python environment; return its output."""
     environment = {n: v for n, v in os.environ.items() if not n.startswith(("PYTHON", "VIRTUAL"))}
     done = subprocess.run(
         [*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, check=False
@@ -65,7 +71,7 @@ def ran(*command, cwd):
 
 def check_archives(place, tool):
     """The same wheel from the checkout and from the source archive, with the package alone."""
-    made = built(tool, place)
+    made = build_archives(tool, place)
     wheel = made["wheel"]
     names = names_in(wheel)
     assert "fastvgg/py.typed" in names
@@ -73,7 +79,9 @@ def check_archives(place, tool):
     assert any(name.endswith("licenses/LICENSE") for name in names)
     shutil.unpack_archive(made["sdist"], place / "unpacked", filter="data")
     (unpacked,) = (place / "unpacked").iterdir()
-    assert built(tool, place / "again", unpacked)["wheel"].read_bytes() == wheel.read_bytes()
+    assert (
+        build_archives(tool, place / "again", unpacked)["wheel"].read_bytes() == wheel.read_bytes()
+    )
     return wheel
 
 
@@ -85,7 +93,7 @@ class Install:
         self.uv = uv
         self.python = place / "venv" / "bin" / "python"
         (place / "photos").mkdir(parents=True)
-        ran(uv, "venv", "--quiet", "--python", python, place / "venv", cwd=place)
+        run_command(uv, "venv", "--quiet", "--python", python, place / "venv", cwd=place)
 
     def add(self, wheel, resolution, extra=None):
         """Install a wheel with its requirements, at their lowest or newest."""
@@ -93,31 +101,31 @@ class Install:
         wanted.write_text("\n".join(requirements_of(wheel, extra)) + "\n")
         install = (self.uv, "pip", "install", "--quiet", "--python", self.python)
         binary = ("--only-binary", ":all:")
-        ran(*install, *binary, "--resolution", resolution, "-r", wanted, cwd=self.place)
-        ran(*install, "--no-deps", "--reinstall", wheel, cwd=self.place)
+        run_command(*install, *binary, "--resolution", resolution, "-r", wanted, cwd=self.place)
+        run_command(*install, "--no-deps", "--reinstall", wheel, cwd=self.place)
 
     def packages(self):
         """What is installed, by name."""
         freeze = (self.uv, "pip", "freeze", "--quiet", "--python", self.python)
-        return ran(*freeze, cwd=self.place).splitlines()
+        return run_command(*freeze, cwd=self.place).splitlines()
 
-    def smoke(self):
+    def smoke_test(self):
         """Use what is installed, in memory and on the command line; warnings are errors."""
-        ran(self.python, "-W", "error", "-c", ROUND_TRIP, cwd=self.place)
+        run_command(self.python, "-W", "error", "-c", ROUND_TRIP, cwd=self.place)
         for command in COMMANDS:
-            ran(self.python, "-W", "error", "-m", "fastvgg", *command, cwd=self.place)
+            run_command(self.python, "-W", "error", "-m", "fastvgg", *command, cwd=self.place)
 
     def check_types(self):
         """Check a typed program against what is installed."""
         install = (self.uv, "pip", "install", "--quiet", "--python", self.python, "mypy>=1.14")
-        ran(*install, cwd=self.place)
+        run_command(*install, cwd=self.place)
         program = shutil.copy(TYPED_PROGRAM, self.place)
-        ran(self.python, "-m", "mypy", "--strict", program, cwd=self.place)
+        run_command(self.python, "-m", "mypy", "--strict", program, cwd=self.place)
 
     def import_extra(self, extra):
-        """Use what an extra is for, in short."""
-        rooms = {"zarr": "datasets.zarr", "hdf5": "datasets.hdf5", "dask": "dask", "demo": "demo"}
-        ran(self.python, "-c", f"import fastvgg.{rooms[extra]}", cwd=self.place)
+        """Import the module that needs an extra."""
+        modules = {"zarr": "datasets.zarr", "hdf5": "datasets.hdf5", "dask": "dask", "demo": "demo"}
+        run_command(self.python, "-c", f"import fastvgg.{modules[extra]}", cwd=self.place)
 
 
 def campaign(_seed, size):
@@ -127,7 +135,7 @@ def campaign(_seed, size):
         place = Path(name)
         venv.create(place / "tool", with_pip=True)
         tool = place / "tool" / "bin" / "python"
-        ran(tool, "-m", "pip", "install", "--quiet", "hatchling>=1.26", "uv", cwd=place)
+        run_command(tool, "-m", "pip", "install", "--quiet", "hatchling>=1.26", "uv", cwd=place)
         wheel = check_archives(place / "archives", tool)
         pythons = [found for python in PYTHONS if (found := shutil.which(python))][:size]
         for python in pythons:
@@ -139,7 +147,7 @@ def campaign(_seed, size):
                 packages = install.packages()
                 assert len(packages) <= MAX_PACKAGES, packages
                 counts["most packages"] = max(counts["most packages"], len(packages))
-                install.smoke()
+                install.smoke_test()
                 install.check_types()
                 counts["installs"] += 1
                 for extra in EXTRAS:

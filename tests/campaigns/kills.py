@@ -3,9 +3,9 @@
     python -m tests.campaigns.kills              # some minutes; prints its counts
     python -m tests.campaigns.kills --size 1000  # about so many kills
 
-A process dies before a call of `stream.storage`, or half way through it, where half of it can be
-done. What it did until then stays, as it does when a process is killed. Every first death is taken
-with every second; the third is drawn.
+A process is killed before a call of `stream.storage`, or half way through one. What
+it did until then stays, as after a real kill. Every first crash point is combined with every
+second; the third is random.
 """
 
 from __future__ import annotations
@@ -17,43 +17,43 @@ import tempfile
 from pathlib import Path
 
 from tests.campaigns.command import main
-from tests.helpers.faults import Death, MortalStorage, quick_directory
-from tests.helpers.jobs import LARGER, OF_FORMATS, OF_IMAGES, SETTINGS, jobs
+from tests.helpers.faults import CrashingStorage, SimulatedCrash, memory_directory
+from tests.helpers.jobs import FORMAT_SETTINGS, IMAGE_SETTINGS, LARGER, SETTINGS, jobs
 
 
-def dies(job, number, *, half_done, fsync):
-    """Whether the command dies at its `number`-th call, and does not come to its end before."""
-    storage = MortalStorage(number, half_done=half_done, fsync=fsync)
+def crashes(job, number, *, partially_done, fsync):
+    """Run the command; return whether it was killed at its `number`-th call before finishing."""
+    storage = CrashingStorage(number, partially_done=partially_done, fsync=fsync)
     try:
         job.command(storage)
-    except Death:
+    except SimulatedCrash:
         return True
     else:
         return False
     finally:
-        storage.bury()
+        storage.finish_crash()
 
 
-def calls_of(job):
+def count_calls(job):
     """How many calls an uninterrupted run makes."""
     job.reset()
-    storage = MortalStorage()
+    storage = CrashingStorage()
     job.command(storage)
-    storage.bury()
-    job.check_end()
+    storage.finish_crash()
+    job.check_final_state()
     return len(storage.calls)
 
 
 def campaign(seed, size):
-    """Kill about `size` processes, spread evenly over jobs and pairs of deaths."""
+    """Kill about `size` processes, spread evenly over jobs and pairs of crash points."""
     draw = random.Random(seed)  # noqa: S311  # not for secrets
-    place = Path(tempfile.mkdtemp(prefix="fastvgg-kills-", dir=quick_directory()))
+    place = Path(tempfile.mkdtemp(prefix="fastvgg-kills-", dir=memory_directory()))
     try:
-        made = jobs(place, settings=SETTINGS + LARGER + OF_IMAGES + OF_FORMATS)
+        made = jobs(place, settings=SETTINGS + LARGER + IMAGE_SETTINGS + FORMAT_SETTINGS)
         pairs = [
             (job, first, second)
             for job in made
-            for calls in (calls_of(job),)
+            for calls in (count_calls(job),)
             for first, second in itertools.product(range(1, calls + 1), repeat=2)
         ]
         kills = 0
@@ -66,20 +66,20 @@ def campaign(seed, size):
     return {"kills": kills, "pairs of boundaries": len(chosen), "wrong": 0}
 
 
-def kill(job, deaths, draw):
-    """Let commands die one after another, then one come to its end; return how many died."""
+def kill(job, crash_points, draw):
+    """Kill commands one after another, then run one to its end; return the number of kills."""
     job.reset()
-    died = 0
-    for death in deaths:
-        settings = {"half_done": draw.random() < 0.5}
+    killed = 0
+    for crash_point in crash_points:
+        settings = {"partially_done": draw.random() < 0.5}
         settings["fsync"] = draw.choice((True, False))
-        if not dies(job, death, **settings):
+        if not crashes(job, crash_point, **settings):
             break
-        died += 1
-        job.check_in_between(job.contents())
+        killed += 1
+        job.check_intermediate_state(job.contents())
     job.command()
-    job.check_end()
-    return died
+    job.check_final_state()
+    return killed
 
 
 if __name__ == "__main__":

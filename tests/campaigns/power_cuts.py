@@ -30,18 +30,32 @@ from pathlib import Path
 
 from fastvgg.errors import FastvggError
 from tests.campaigns.command import main
-from tests.campaigns.kills import calls_of
-from tests.helpers.faults import Death, MortalStorage, quick_directory
-from tests.helpers.jobs import LARGER, OF_FORMATS, SETTINGS, FormatJob, Wrong, jobs
-from tests.helpers.private_disks import NO, NotAllowed, called, mount, private_mounts, unmount
+from tests.campaigns.kills import count_calls
+from tests.helpers.faults import CrashingStorage, SimulatedCrash, memory_directory
+from tests.helpers.jobs import (
+    FORMAT_SETTINGS,
+    LARGER,
+    SETTINGS,
+    FormatJob,
+    IncorrectStateError,
+    jobs,
+)
+from tests.helpers.private_disks import (
+    NOT_ALLOWED,
+    PrivateDiskUnavailable,
+    call_libc,
+    mount,
+    unmount,
+    use_private_mounts,
+)
 
 DISK_BYTES = 32 * 1024 * 1024
 SHUT_DOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN
-FORGET = 0x1261  # BLKFLSBUF
-COMMITTING, AT_ONCE = 1, 2  # whether its journal is committed first
+FLUSH_BUFFERS = 0x1261  # BLKFLSBUF
+WITH_COMMIT, NO_COMMIT = 1, 2  # whether ext4 commits its journal first
 WRITE_OUT = 1 | 2 | 4  # of sync_file_range: wait, begin, and wait until it is done
 MODES = ("errors=remount-ro,data=ordered", "errors=remount-ro,data=writeback,noauto_da_alloc")
-DEEPEST = 3
+MAX_DEPTH = 3
 SYNCS = (
     "redo_log.commit",
     "redo_log.finish",
@@ -71,51 +85,51 @@ class Disk:
             file.truncate(DISK_BYTES)
         made = "-J size=4 -E lazy_itable_init=0,lazy_journal_init=0,nodiscard"
         try:
-            printed("mkfs.ext4", "-q", *made.split(), image)
-            self._device = printed("losetup", "--find", "--show", image)
-            self._held = os.open(self._device, os.O_RDWR)
-            printed("losetup", "--detach", self._device)  # as soon as nobody has it open
+            run_command("mkfs.ext4", "-q", *made.split(), image)
+            self._device = run_command("losetup", "--find", "--show", image)
+            self._device_descriptor = os.open(self._device, os.O_RDWR)
+            run_command("losetup", "--detach", self._device)  # when the last user closes it
             self._mount()
         except OSError as error:
-            raise NotAllowed(f"{NO} loop mounts: {error}") from error
+            raise PrivateDiskUnavailable(f"{NOT_ALLOWED} loop mounts: {error}") from error
 
     def _mount(self):
         mount(self._device, self.place, "ext4", options=self._draw.choice(MODES))
 
     def sync(self):
-        """Let all of it be durable."""
-        self._on_it(lambda descriptor: called("syncfs", descriptor))
+        """Make the whole disk durable."""
+        self._with_descriptor(lambda descriptor: call_libc("syncfs", descriptor))
 
     def cut(self):
         """Cut the power."""
-        how = struct.pack("I", self._draw.choice((COMMITTING, AT_ONCE, AT_ONCE)))
-        self._on_it(lambda descriptor: fcntl.ioctl(descriptor, SHUT_DOWN, how))
+        how = struct.pack("I", self._draw.choice((WITH_COMMIT, NO_COMMIT, NO_COMMIT)))
+        self._with_descriptor(lambda descriptor: fcntl.ioctl(descriptor, SHUT_DOWN, how))
 
-    def _on_it(self, do):
+    def _with_descriptor(self, do):
         descriptor = os.open(self.place, os.O_RDONLY)
         try:
             do(descriptor)
         finally:
             os.close(descriptor)
 
-    def mount_again(self):
-        """Mount what is left."""
+    def remount(self):
+        """Mount the disk again after a cut."""
         try:
             unmount(self.place)
         except OSError:  # a dead run's frames may hold a mapped window in a cycle
             gc.collect()
             unmount(self.place)
-        fcntl.ioctl(self._held, FORGET)
+        fcntl.ioctl(self._device_descriptor, FLUSH_BUFFERS)
         self._mount()
 
     def close(self):
-        """Give all of it back, now or when nothing of it is in use."""
+        """Unmount the disk, now or when it is no longer in use."""
         unmount(self.place, at_once=False)
-        os.close(self._held)
+        os.close(self._device_descriptor)
 
 
-def printed(*command):
-    """What a command printed; an error of the system if it failed."""
+def run_command(*command):
+    """Return the output of a command; raise OSError if it failed."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except subprocess.CalledProcessError as error:
@@ -123,7 +137,7 @@ def printed(*command):
     return done.stdout.strip()
 
 
-class PoweredStorage(MortalStorage):
+class PoweredStorage(CrashingStorage):
     """Storage whose process dies at its n-th call, on a system that writes files out by itself.
 
     Parameters
@@ -132,19 +146,19 @@ class PoweredStorage(MortalStorage):
         Where the files are.
     draw
         Chooses what is written out.
-    forgets
-        A function whose syncs do nothing, to see what they are for.
+    omitted_sync
+        A function whose syncs are omitted, to test that the omission is detected.
     """
 
-    def __init__(self, dies_at, directory, draw, *, forgets=None):
-        super().__init__(dies_at, half_done=draw.random() < 0.5)
+    def __init__(self, crash_at, directory, draw, *, omitted_sync=None):
+        super().__init__(crash_at, partially_done=draw.random() < 0.5)
         self._directory = directory
         self._draw = draw
-        self._forgets = forgets
-        self._write_out_at = (draw.randrange(1, dies_at + 1), draw.choice((0, dies_at)))
+        self._omitted_sync = omitted_sync
+        self._write_out_at = (draw.randrange(1, crash_at + 1), draw.choice((0, crash_at)))
 
     def _call(self, name, do, half=None):
-        with self._one_at_a_time:
+        with self._call_lock:
             if len(self.calls) + 1 in self._write_out_at and not self._dead:
                 self._write_out()
             return super()._call(name, do, half)
@@ -158,75 +172,77 @@ class PoweredStorage(MortalStorage):
             if nbytes:
                 with path.open("rb") as file:
                     where = ctypes.c_int64(begin), ctypes.c_int64(nbytes)
-                    called("sync_file_range", file.fileno(), *where, WRITE_OUT)
+                    call_libc("sync_file_range", file.fileno(), *where, WRITE_OUT)
 
-    def _syncs_here(self):
-        """Whether the call is not one to be forgotten."""
+    def _is_synced(self):
+        """Whether a sync in the calling function is not omitted."""
         frame = sys._getframe(2)
         function = f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}"
-        return function != self._forgets
+        return function != self._omitted_sync
 
     def sync(self, file):
-        if self._syncs_here():
+        if self._is_synced():
             super().sync(file)
 
     def sync_directory(self, path):
-        if self._syncs_here():
+        if self._is_synced():
             super().sync_directory(path)
 
     def syncfs(self, directory):
-        if self._syncs_here():
+        if self._is_synced():
             super().syncfs(directory)
 
 
-def outcome(disk, job, first, draw, forgets=None):
+def cut_and_recover(disk, job, first, draw, omitted_sync=None):
     """Cut the power at a call, and perhaps in what comes after; return how many cuts there were."""
     job.reset()
     disk.sync()
     numbers = [first]
     killed = draw.random() < 1 / 4
-    while len(numbers) < DEEPEST and draw.random() < (1 if killed and len(numbers) == 1 else 1 / 3):
+    while len(numbers) < MAX_DEPTH and draw.random() < (
+        1 if killed and len(numbers) == 1 else 1 / 3
+    ):
         numbers.append(draw.randrange(1, numbers[-1] + 10))
     for depth, number in enumerate(numbers):
-        storage = PoweredStorage(number, job.directory, draw, forgets=forgets)
+        storage = PoweredStorage(number, job.directory, draw, omitted_sync=omitted_sync)
         is_cut = depth > 0 or not killed
-        ended = ends_before(disk, job, storage, is_cut=is_cut)
+        ended = run_and_cut(disk, job, storage, is_cut=is_cut)
         if is_cut:
-            disk.mount_again()
-        job.check_in_between(job.contents())
+            disk.remount()
+        job.check_intermediate_state(job.contents())
         if ended:
-            job.check_end()
+            job.check_final_state()
     job.command()
-    job.check_end()
+    job.check_final_state()
     return len(numbers) - killed
 
 
-def ends_before(disk, job, storage, *, is_cut):
+def run_and_cut(disk, job, storage, *, is_cut):
     """Whether a command does its work before it dies; the power fails in any case, or in none."""
     try:
         return job.command(storage)
-    except Death:
+    except SimulatedCrash:
         return False
     finally:
         if is_cut:
             disk.cut()
-        storage.bury()
+        storage.finish_crash()
 
 
 def moments(made):
     """Every call of every job, and the moment after its last."""
-    return [(job, number) for job in made for number in range(1, calls_of(job) + 2)]
+    return [(job, number) for job in made for number in range(1, count_calls(job) + 2)]
 
 
 @contextlib.contextmanager
 def powered_jobs(draw):
     """A disk, and jobs on it."""
-    private_mounts()
-    directory = Path(tempfile.mkdtemp(prefix="fastvgg-power-", dir=quick_directory()))
+    use_private_mounts()
+    directory = Path(tempfile.mkdtemp(prefix="fastvgg-power-", dir=memory_directory()))
     try:
         disk = Disk(directory, draw)
         try:
-            yield disk, jobs(disk.place, settings=SETTINGS + LARGER + OF_FORMATS)
+            yield disk, jobs(disk.place, settings=SETTINGS + LARGER + FORMAT_SETTINGS)
         finally:
             disk.close()
     finally:
@@ -242,47 +258,47 @@ def campaign(seed, size):
         gc.freeze()  # what is there now stays
         cuts = 0
         for job, number in itertools.cycle(chosen):
-            cuts += outcome(disk, job, number, draw)
+            cuts += cut_and_recover(disk, job, number, draw)
             if cuts >= size:
                 break
     return {"power cuts": cuts, "moments": len(chosen), "wrong": 0}
 
 
-def needs(job, forgets):
-    """Whether a job does what a function is for whose syncs are left out."""
+def is_affected(job, omitted_sync):
+    """Whether a job calls the function whose syncs are omitted."""
     is_zarr = isinstance(job, FormatJob) and job.form == "zarr"
-    if forgets == "zarr_writer._write":
+    if omitted_sync == "zarr_writer._write":
         return is_zarr
-    return not is_zarr if forgets == "contiguous.sync" else job.in_place
+    return not is_zarr if omitted_sync == "contiguous.sync" else job.in_place
 
 
-def teeth(seed, size, enough=1_000_000):
-    """Leave out the syncs of one function at a time; return how many of `size` runs went wrong.
+def count_detected_omissions(seed, size, stop_after=1_000_000):
+    """Omit the syncs of one function at a time; return how many of `size` runs went wrong.
 
-    No more are run when `enough` have.
+    Stops after that many detections.
     """
     draw = random.Random(seed)  # noqa: S311  # not for secrets
     wrong = dict.fromkeys(SYNCS, 0)
     with powered_jobs(draw) as (disk, made):
         every = moments(made)
-        for forgets in SYNCS:
-            of_these = [moment for moment in every if needs(moment[0], forgets)]
+        for omitted_sync in SYNCS:
+            of_these = [moment for moment in every if is_affected(moment[0], omitted_sync)]
             for job, number in draw.choices(of_these, k=size):
-                wrong[forgets] += goes_wrong(disk, job, number, draw, forgets)
-                if wrong[forgets] == enough:
+                wrong[omitted_sync] += is_detected(disk, job, number, draw, omitted_sync)
+                if wrong[omitted_sync] == stop_after:
                     break
     return wrong
 
 
-def goes_wrong(disk, job, number, draw, forgets):
-    """Whether anything is wrong after power cuts, where a sync is left out."""
+def is_detected(disk, job, number, draw, omitted_sync):
+    """Whether power cuts lead to a wrong result with an omitted sync."""
     try:
-        outcome(disk, job, number, draw, forgets)
-    except (Wrong, FastvggError):
+        cut_and_recover(disk, job, number, draw, omitted_sync)
+    except (IncorrectStateError, FastvggError):
         pass
     else:
         return False
-    disk.mount_again()
+    disk.remount()
     return True
 
 

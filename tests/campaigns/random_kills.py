@@ -1,4 +1,4 @@
-"""SIGKILL at random times, of one process and of four at once that want the same target.
+"""SIGKILL at random times: of one process, and of four that compete for the same target.
 
     python -m tests.campaigns.random_kills             # some minutes; prints its counts
     python -m tests.campaigns.random_kills --size 100  # about so many kills
@@ -24,27 +24,27 @@ from pathlib import Path
 
 from fastvgg.errors import ResumeError, SourceError, TargetError
 from tests.campaigns.command import main
-from tests.helpers.faults import quick_directory
-from tests.helpers.jobs import Wrong, jobs
+from tests.helpers.faults import memory_directory
+from tests.helpers.jobs import IncorrectStateError, jobs
 
 SETTINGS = (
-    {"in_place": True, "images": 120, "together": 1, "width": 577},
-    {"in_place": False, "images": 120, "together": 1, "width": 577},
-    {"kind": "folder", "images": 120, "together": 1},
-    {"kind": "tar", "images": 120, "together": 1},
-    {"kind": "failed", "images": 120, "together": 120},
+    {"in_place": True, "images": 120, "images_per_chunk": 1, "width": 577},
+    {"in_place": False, "images": 120, "images_per_chunk": 1, "width": 577},
+    {"kind": "folder", "images": 120, "images_per_chunk": 1},
+    {"kind": "tar", "images": 120, "images_per_chunk": 1},
+    {"kind": "failed", "images": 120, "images_per_chunk": 120},
 )
-TOGETHER = 4
-LONGER = 1.2  # than an uninterrupted run: how long a process may live
-MEASURED = 5
-# What a command may find while another goes on, before it has the lock.
-OVERTAKEN = (
+CONCURRENT_PROCESSES = 4
+MAX_LIFETIME_RATIO = 1.2  # than an uninterrupted run: how long a process may live
+MEASUREMENTS = 5
+# Messages of a command that runs concurrently with another, before it has the lock.
+CONCURRENT_RUN_MESSAGES = (
     *("by another process", "has changed since the run was planned"),
     *("no journal shows", "with other settings", "was not written by fastvgg"),
 )
 
 
-def started(work):
+def start_process(work):
     """The number of a process that has begun to do something; its exit says how that ended."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -52,7 +52,7 @@ def started(work):
         os.write(writing, b"!")
         try:
             work()
-        except BaseException:  # noqa: BLE001  # it ends here
+        except BaseException:  # noqa: BLE001  # the child exits here
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
@@ -68,40 +68,42 @@ def was_killed(child):
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
         return True
     if status:
-        raise Wrong(f"a process ended with {os.waitstatus_to_exitcode(status)}, as it said above")
+        raise IncorrectStateError(
+            f"a process ended with {os.waitstatus_to_exitcode(status)}, see above"
+        )
     return False
 
 
-def usual_seconds(job):
-    """How long an uninterrupted run takes."""
+def median_seconds(job):
+    """Return the median duration of an uninterrupted run."""
     taken = []
-    for _ in range(MEASURED):
+    for _ in range(MEASUREMENTS):
         job.reset()
-        child = started(job.command)
+        child = start_process(job.command)
         begun = time.monotonic()
         was_killed(child)
         taken.append(time.monotonic() - begun)
-    job.check_end()
+    job.check_final_state()
     return statistics.median(taken)
 
 
-def insist(job):
-    """Give a command until no other process has its target."""
+def run_until_unlocked(job):
+    """Rerun a command until no other process has locked its target."""
     while True:
         try:
             job.command()
         except (ResumeError, SourceError, TargetError) as error:
-            if not any(words in error.problem for words in OVERTAKEN):
+            if not any(words in error.problem for words in CONCURRENT_RUN_MESSAGES):
                 raise
         else:
             return
 
 
-def kill_after(lives, work):
-    """Let processes work for so many seconds each; return how many had not ended before."""
+def kill_after(lifetimes, work):
+    """Kill processes after their lifetimes; return how many were still running."""
     ends = []
-    for seconds in lives:
-        child = started(work)
+    for seconds in lifetimes:
+        child = start_process(work)
         ends.append((time.monotonic() + seconds, child))
     for end, child in sorted(ends):
         time.sleep(max(0, end - time.monotonic()))
@@ -109,33 +111,37 @@ def kill_after(lives, work):
     return sum([was_killed(child) for _, child in ends])
 
 
-def outcome(job, lives):
-    """Kill processes after so many seconds each; return how many, and whether they left work."""
+def kill_and_rerun(job, lifetimes):
+    """Kill processes, then rerun; return how many were killed and whether a run was unfinished."""
     job.reset()
-    killed = kill_after(lives, job.command if len(lives) == 1 else lambda: insist(job))
+    killed = kill_after(
+        lifetimes, job.command if len(lifetimes) == 1 else lambda: run_until_unlocked(job)
+    )
     contents = job.contents()
-    job.check_in_between(contents)
+    job.check_intermediate_state(contents)
     journal = contents.get(f"{job.target.name}.fastvgg-journal", b"")
     job.command()
-    job.check_end()
+    job.check_final_state()
     return killed, bool(journal)
 
 
 def campaign(seed, size):
     """Kill about `size` processes, half of them with others beside them."""
     draw = random.Random(seed)  # noqa: S311  # not for secrets
-    place = Path(tempfile.mkdtemp(prefix="fastvgg-random-", dir=quick_directory()))
+    place = Path(tempfile.mkdtemp(prefix="fastvgg-random-", dir=memory_directory()))
     counts = {"kills": 0, "of one in four": 0, "runs": 0, "runs left unfinished": 0}
     try:
-        made = [(job, usual_seconds(job)) for job in jobs(place, settings=SETTINGS)]
+        made = [(job, median_seconds(job)) for job in jobs(place, settings=SETTINGS)]
         gc.freeze()  # a child that collects garbage copies all of it
         while counts["kills"] < size:
             job, seconds = draw.choice(made)
-            together = TOGETHER if counts["of one in four"] < counts["kills"] / 2 else 1
-            lives = [draw.uniform(0, LONGER * seconds) for _ in range(together)]
-            killed, unfinished = outcome(job, lives)
+            processes = (
+                CONCURRENT_PROCESSES if counts["of one in four"] < counts["kills"] / 2 else 1
+            )
+            lifetimes = [draw.uniform(0, MAX_LIFETIME_RATIO * seconds) for _ in range(processes)]
+            killed, unfinished = kill_and_rerun(job, lifetimes)
             counts["kills"] += killed
-            counts["of one in four"] += killed if together > 1 else 0
+            counts["of one in four"] += killed if processes > 1 else 0
             counts["runs"] += 1
             counts["runs left unfinished"] += unfinished
     finally:

@@ -1,4 +1,4 @@
-"""The crash model in short, and that it sees each sync of the protocol that is left out."""
+"""A short crash exploration, and that it detects the omission of each sync."""
 
 from __future__ import annotations
 
@@ -13,15 +13,22 @@ from fastvgg.stream import in_place, manifest, redo_log, redo_log_layout
 from fastvgg.stream.redo_log import RedoLog, read_redo_log_header
 from fastvgg.stream.redo_log_layout import PAGE_BYTES, SLOTS
 from tests.campaigns import crash_states
-from tests.campaigns.crash_states import Exploration, Left, Sync, Write, explored, run_on
-from tests.helpers.faults import CuttingStorage, Death, quick_directory
-from tests.helpers.jobs import DATA, Wrong
+from tests.campaigns.crash_states import (
+    CrashState,
+    Exploration,
+    Sync,
+    Write,
+    exploration_jobs,
+    run_from,
+)
+from tests.helpers.faults import InterruptedStorage, SimulatedCrash, memory_directory
+from tests.helpers.jobs import DATA, IncorrectStateError
 
 JOURNAL = f"{DATA}.fastvgg-journal"
 
-# What the model cannot see to be needed, and why it is there.
-SPARE = {
-    # What was durable before the command was given; of the rest see the test below.
+# Syncs whose omission the model cannot detect, and why they are there.
+UNDETECTABLE = {
+    # Already durable before the command; the last test covers the rest.
     ("redo_log.begin", 0),
     # Where the file lies on another disk than the names beside it, or a write failed before: the
     # model has neither.
@@ -36,23 +43,23 @@ def place(monkeypatch, tmp_path):
     frozen = [(redo_log_layout, "secrets"), (manifest, "dt"), (manifest, "package_versions")]
     frozen += [(threads, "CommitPipeline"), (in_place, "CommitPipeline")]
     for module, name in frozen:
-        monkeypatch.setattr(module, name, getattr(module, name))  # to be put back at the end
-    crash_states.freeze()
-    directory = Path(tempfile.mkdtemp(prefix="fastvgg-test-", dir=quick_directory() or tmp_path))
+        monkeypatch.setattr(module, name, getattr(module, name))  # restored at teardown
+    crash_states.make_deterministic()
+    directory = Path(tempfile.mkdtemp(prefix="fastvgg-test-", dir=memory_directory() or tmp_path))
     yield directory
     shutil.rmtree(directory)
 
 
-def seen_without(job, place, seeds=(1,)):
+def is_omission_detected(job, place, seeds=(1,)):
     for seed in seeds:
         try:
-            Exploration(job, seed, max_at_once=300, forgets=place).run(700)
-        except Wrong:
+            Exploration(job, seed, max_states_per_crash=300, omitted_sync=place).run(700)
+        except IncorrectStateError:
             return True
     return False
 
 
-def numbered(places):
+def number_syncs(places):
     """The syncs of each function, in the order of their lines."""
     by_function = {}
     for function, line in sorted(places):
@@ -65,45 +72,47 @@ def numbered(places):
 
 
 @pytest.mark.parametrize("runs", [30, pytest.param(150, marks=pytest.mark.slow)])
-def test_no_state_that_a_crash_leaves_leads_to_wrong_bytes(place, runs):
-    for job in explored(place):
-        counts = Exploration(job, 1, max_at_once=1000).run(runs)
+def test_no_crash_state_leads_to_wrong_bytes(place, runs):
+    for job in exploration_jobs(place):
+        counts = Exploration(job, 1, max_states_per_crash=1000).run(runs)
         assert counts["runs"] == runs
         assert counts["states"] > runs * 30
 
 
 @pytest.mark.slow
-def test_without_any_one_sync_some_crash_leads_to_wrong_bytes(place):
+def test_omitting_any_sync_leads_to_wrong_bytes(place):
     found, seen = set(), set()
-    for job in explored(place)[1:3]:
-        exploration = Exploration(job, 1, max_at_once=300)
+    for job in exploration_jobs(place)[1:3]:
+        exploration = Exploration(job, 1, max_states_per_crash=300)
         exploration.run(60)
-        syncs = numbered(exploration.places)
+        syncs = number_syncs(exploration.places)
         found |= set(syncs)
-        unseen = {name: at for name, at in syncs.items() if name not in seen}
-        # Which states are drawn hangs on the length of paths and inodes, so one draw may miss one.
-        seeds = {name: (1,) if name in SPARE else (1, 2, 3, 4) for name in unseen}
-        seen |= {name for name, at in unseen.items() if seen_without(job, at, seeds[name])}
+        undetected = {name: at for name, at in syncs.items() if name not in seen}
+        # The drawn states depend on path lengths and inodes, so one seed may miss an omission.
+        seeds = {name: (1,) if name in UNDETECTABLE else (1, 2, 3, 4) for name in undetected}
+        seen |= {
+            name for name, at in undetected.items() if is_omission_detected(job, at, seeds[name])
+        }
     assert len(found) > 15
-    assert found - seen == SPARE
+    assert found - seen == UNDETECTABLE
 
 
-def test_a_checkpoint_after_recovery_is_durable_before_anything_else_is_written(place):
-    job = explored(place)[0]
-    with pytest.raises(Death):
-        job.command(CuttingStorage(3))
-    left = Left(job.found())
-    events = [event for _, event in run_on(job, left).log]
+def test_checkpoint_after_recovery_is_durable_before_further_writes(place):
+    job = exploration_jobs(place)[0]
+    with pytest.raises(SimulatedCrash):
+        job.command(InterruptedStorage(3))
+    left = CrashState(job.found())
+    events = [event for _, event in run_from(job, left).log]
     writes = [event for event in events if isinstance(event, Write) and event.data is not None]
     checkpoint = next(event for event in writes if b'"generation"' in event.data)
-    assert events[events.index(checkpoint) + 1] == Sync(dict(left.lasting.names)[JOURNAL])
+    assert events[events.index(checkpoint) + 1] == Sync(dict(left.durable.names)[JOURNAL])
 
 
 @pytest.mark.parametrize("part", ["images", "edges"])
-def test_a_slot_of_which_a_part_is_lost_is_not_used(place, part):
-    job = explored(place)[1]
-    with pytest.raises(Death):
-        job.command(CuttingStorage(2))
+def test_partially_lost_slot_is_not_used(place, part):
+    job = exploration_jobs(place)[1]
+    with pytest.raises(SimulatedCrash):
+        job.command(InterruptedStorage(2))
     places = read_redo_log_header(job.source).file_layout
     begin, (first, last) = places.page_span(1)[0], places.image_span(1)
     at = places.slot(1) + PAGE_BYTES + (first if part == "images" else last) - begin
@@ -113,35 +122,35 @@ def test_a_slot_of_which_a_part_is_lost_is_not_used(place, part):
         journal.seek(at)
         journal.write(bytes([byte ^ 1]))
     job.command()
-    job.check_end()
+    job.check_final_state()
 
 
 @pytest.fixture
-def no_checksum_helps(monkeypatch):
-    """Have what is in the file taken for old bytes, whatever it is."""
+def without_data_checksums(monkeypatch):
+    """Treat any content of the file as old bytes."""
     real = RedoLog.checksum_in_file
 
-    def as_if_old(self, chunk):
+    def old_checksum(self, chunk):
         record = self.record(chunk)
         return real(self, chunk) if record is None else record.old
 
-    monkeypatch.setattr(RedoLog, "checksum_in_file", as_if_old)
+    monkeypatch.setattr(RedoLog, "checksum_in_file", old_checksum)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_checksum_helps")
-def test_a_ring_has_slots_enough_where_no_checksum_helps(place):
-    assert not seen_without(explored(place)[0], None)
+@pytest.mark.usefixtures("without_data_checksums")
+def test_redo_log_has_enough_slots_without_checksums(place):
+    assert not is_omission_detected(exploration_jobs(place)[0], None)
 
 
-def test_a_ring_of_one_slot_less_is_noticed(place, monkeypatch):
+def test_redo_log_with_one_slot_less_is_detected(place, monkeypatch):
     for module in (redo_log, redo_log_layout):
         monkeypatch.setattr(module, "SLOTS", SLOTS - 1)
     with pytest.raises(RuntimeError, match="slot that is still needed"):
-        seen_without(explored(place)[0], None)
+        is_omission_detected(exploration_jobs(place)[0], None)
 
 
-def test_what_is_to_be_changed_is_durable_before_anything_else_is(place):
-    job = explored(place)[0]
-    storage = run_on(job, Left(job.start))
+def test_original_file_is_durable_before_further_writes(place):
+    job = exploration_jobs(place)[0]
+    storage = run_from(job, CrashState(job.start))
     assert storage.log[0] == (None, crash_states.Sync(dict(job.start.names)[DATA]))

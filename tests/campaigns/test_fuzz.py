@@ -1,4 +1,4 @@
-"""The campaign of damaged files in short, and that it goes red where reading them is broken."""
+"""A short fuzz campaign, and that it fails if a parser is broken."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZE = 20_000
 
 
 @pytest.mark.parametrize("size", [SIZE // 4, pytest.param(SIZE, marks=pytest.mark.slow)])
-def test_whatever_is_on_the_disk_is_read_as_what_it_is_or_refused_in_words(size):
+def test_damaged_files_are_read_correctly_or_rejected_with_a_message(size):
     counts = fuzz.campaign(seed=5, size=size)
     assert counts["inputs"] == size
     assert counts["wrong"] == 0
@@ -28,14 +28,14 @@ def test_whatever_is_on_the_disk_is_read_as_what_it_is_or_refused_in_words(size)
     assert counts["refused"] > size // 2
 
 
-def test_the_same_seed_reads_the_same_inputs():
+def test_same_seed_generates_the_same_inputs():
     first, second = (fuzz.campaign(seed=3, size=1000) for _ in range(2))
     measured = {"slowest_us": 0, "largest_kib": 0}
     assert {**first, **measured} == {**second, **measured}
 
 
-class Watch:
-    """The watchdog that ends the process of a campaign that hangs, as the campaign sees it."""
+class FakeFaulthandler:
+    """A stand-in for `faulthandler`, the watchdog of a campaign that hangs."""
 
     is_on = False
 
@@ -47,18 +47,18 @@ class Watch:
         self.is_on = False
 
 
-def test_a_campaign_that_ended_by_what_it_saw_is_watched_no_longer(monkeypatch):
-    watch = Watch()
-    monkeypatch.setattr(fuzz, "faulthandler", watch)
+def test_watchdog_is_cancelled_after_a_failed_campaign(monkeypatch):
+    faulthandler = FakeFaulthandler()
+    monkeypatch.setattr(fuzz, "faulthandler", faulthandler)
     monkeypatch.setattr(fuzz, "KINDS", (fuzz.NpyHeaders,))
-    fortran_order(monkeypatch)
+    accept_fortran_order(monkeypatch)
     with pytest.raises(fuzz.WrongError):
         fuzz.campaign(seed=5, size=SIZE)
-    assert not watch.is_on
+    assert not faulthandler.is_on
 
 
-class EqualToAll(str):
-    """A checksum that is right for every line."""
+class EqualToAny(str):
+    """A checksum that equals any other."""
 
     __slots__ = ()
     __hash__ = str.__hash__
@@ -70,18 +70,18 @@ class EqualToAll(str):
         return False
 
 
-def no_checksums(patch):
+def accept_any_checksum(patch):
     def checksum(text):
-        return EqualToAll(xxhash.xxh3_64_hexdigest(text))
+        return EqualToAny(xxhash.xxh3_64_hexdigest(text))
 
     patch.setattr(lines, "xxhash", SimpleNamespace(xxh3_64_hexdigest=checksum))
 
 
-def headers_of_any_length(patch):
+def accept_any_header_length(patch):
     patch.setattr(npy, "MAX_HEADER_BYTES", 2**32)
 
 
-def fortran_order(patch):
+def accept_fortran_order(patch):
     parse = npy._parse
 
     def parsed(text, path):
@@ -91,20 +91,20 @@ def fortran_order(patch):
     patch.setattr(npy, "_parse", parsed)
 
 
-def big_endian(patch):
-    patch.setattr(npy, "DTYPES", {**npy.DTYPES, ">f4": "float32"})
+def accept_big_endian(patch):
+    patch.setattr(npy, "DTYPE_BY_DESCR", {**npy.DTYPE_BY_DESCR, ">f4": "float32"})
 
 
-def numbers_that_overflow(patch):
+def raise_overflow_error(patch):
     errors = tuple(error for error in npy.LITERAL_ERRORS if error is not OverflowError)
     patch.setattr(npy, "LITERAL_ERRORS", errors)
 
 
-def warnings_of_the_parser(patch):
+def allow_parser_warnings(patch):
     patch.setattr(npy, "DUBIOUS_SYNTAX", re.compile(b"nothing that there is"))
 
 
-def files_of_any_length(patch):
+def accept_extra_bytes(patch):
     check = npy.NpySource._validate
 
     def checked(source, *arguments):
@@ -117,7 +117,7 @@ def files_of_any_length(patch):
     patch.setattr(npy.NpySource, "_validate", checked)
 
 
-def files_that_grow(patch):
+def grow_files(patch):
     opened = contiguous.open_regular
 
     def grown(path):
@@ -127,52 +127,52 @@ def files_that_grow(patch):
     patch.setattr(contiguous, "open_regular", grown)
 
 
-def chunks_that_may_be_missing(patch):
+def accept_missing_chunks(patch):
     patch.setattr(zarr._StrictStore, "get", WrapperStore.get)
 
 
-def metadata_of_any_kind(patch):
+def raise_metadata_type_error(patch):
     errors = tuple(error for error in zarr.METADATA_ERRORS if error is not TypeError)
     patch.setattr(zarr, "METADATA_ERRORS", errors)
 
 
-def chunks_of_any_kind(patch):
+def raise_chunk_runtime_error(patch):
     errors = tuple(error for error in zarr.CHUNK_ERRORS if error is not RuntimeError)
     patch.setattr(zarr, "CHUNK_ERRORS", errors)
 
 
-def fields_of_any_type(patch):
-    for room in (job, journal, manifest, redo_log, redo_log_layout):
-        patch.setattr(room, "check_fields", lambda fields, kinds: None)
+def accept_any_field_type(patch):
+    for module in (job, journal, manifest, redo_log, redo_log_layout):
+        patch.setattr(module, "check_fields", lambda fields, kinds: None)
 
 
-def sizes_that_are_true(patch):
+def accept_bool_sizes(patch):
     def check_sizes(sizes, *, minimum=1, maximum=job.MAX_COUNT):
         if any(not isinstance(size, int) or not minimum <= size <= maximum for size in sizes):
             raise ValueError(sizes)
 
-    for room in (job, journal, manifest, redo_log, redo_log_layout):
-        patch.setattr(room, "check_sizes", check_sizes)
+    for module in (job, journal, manifest, redo_log, redo_log_layout):
+        patch.setattr(module, "check_sizes", check_sizes)
 
 
-def sizes_of_any_value(patch):
-    for room in (job, journal, manifest, redo_log, redo_log_layout):
-        patch.setattr(room, "check_sizes", lambda sizes, **limits: None)
+def accept_any_size(patch):
+    for module in (job, journal, manifest, redo_log, redo_log_layout):
+        patch.setattr(module, "check_sizes", lambda sizes, **limits: None)
 
 
-def results_of_any_shape(patch):
+def accept_any_result_shape(patch):
     patch.setattr(job, "result_header", lambda header, transform: ANY)
 
 
-def headers_of_rings_that_are_passed_over(patch):
+def ignore_damaged_redo_log_headers(patch):
     patch.setattr(redo_log, "_is_redo_log", lambda start: b'{"fastvgg-in-place"' in start[:40])
 
 
-def rings_of_any_length(patch):
+def accept_any_redo_log_length(patch):
     patch.setattr(fuzz, "check_same_file", lambda header, path: None)
 
 
-def records_that_are_torn(patch):
+def accept_torn_records(patch):
     def from_bytes(data, chunk, run):
         fields = journal.json.loads(data.partition(b"\n")[0][17:] or "{}")
         record = redo_log.RedoRecord(**fields) if fields else None
@@ -181,7 +181,7 @@ def records_that_are_torn(patch):
     patch.setattr(redo_log.RedoRecord, "from_bytes", from_bytes)
 
 
-def memory_for_all_that_is_claimed(patch):
+def read_claimed_length(patch):
     read = redo_log.read_sidecar
 
     def read_sidecar(path, max_bytes=-1):
@@ -196,39 +196,39 @@ def memory_for_all_that_is_claimed(patch):
 @pytest.mark.parametrize(
     ("kind", "broken"),
     [
-        (fuzz.NpyHeaders, headers_of_any_length),
-        (fuzz.NpyHeaders, fortran_order),
-        (fuzz.NpyHeaders, numbers_that_overflow),
-        (fuzz.NpyHeaders, warnings_of_the_parser),
-        (fuzz.NpyFiles, fortran_order),
-        (fuzz.NpyFiles, big_endian),
-        (fuzz.NpyFiles, files_of_any_length),
-        (fuzz.NpyFiles, files_that_grow),
-        (fuzz.ZarrArrays, chunks_that_may_be_missing),
-        (fuzz.ZarrArrays, metadata_of_any_kind),
-        (fuzz.ZarrArrays, chunks_of_any_kind),
-        (fuzz.Sealed, no_checksums),
-        (fuzz.Ledgers, no_checksums),
-        (fuzz.Ledgers, fields_of_any_type),
-        (fuzz.Ledgers, sizes_that_are_true),
-        (fuzz.Ledgers, sizes_of_any_value),
-        (fuzz.Ledgers, results_of_any_shape),
-        (fuzz.Manifests, fields_of_any_type),
-        (fuzz.Manifests, sizes_that_are_true),
-        (fuzz.Manifests, results_of_any_shape),
-        (fuzz.RingHeaders, fields_of_any_type),
-        (fuzz.RingHeaders, sizes_of_any_value),
-        (fuzz.RingHeaders, results_of_any_shape),
-        (fuzz.RingHeaders, headers_of_rings_that_are_passed_over),
-        (fuzz.RingHeaders, memory_for_all_that_is_claimed),
-        (fuzz.Rings, no_checksums),
-        (fuzz.Rings, fields_of_any_type),
-        (fuzz.Rings, sizes_of_any_value),
-        (fuzz.Rings, rings_of_any_length),
-        (fuzz.Rings, records_that_are_torn),
+        (fuzz.NpyHeaders, accept_any_header_length),
+        (fuzz.NpyHeaders, accept_fortran_order),
+        (fuzz.NpyHeaders, raise_overflow_error),
+        (fuzz.NpyHeaders, allow_parser_warnings),
+        (fuzz.NpyFiles, accept_fortran_order),
+        (fuzz.NpyFiles, accept_big_endian),
+        (fuzz.NpyFiles, accept_extra_bytes),
+        (fuzz.NpyFiles, grow_files),
+        (fuzz.ZarrArrays, accept_missing_chunks),
+        (fuzz.ZarrArrays, raise_metadata_type_error),
+        (fuzz.ZarrArrays, raise_chunk_runtime_error),
+        (fuzz.ChecksummedLines, accept_any_checksum),
+        (fuzz.Journals, accept_any_checksum),
+        (fuzz.Journals, accept_any_field_type),
+        (fuzz.Journals, accept_bool_sizes),
+        (fuzz.Journals, accept_any_size),
+        (fuzz.Journals, accept_any_result_shape),
+        (fuzz.Manifests, accept_any_field_type),
+        (fuzz.Manifests, accept_bool_sizes),
+        (fuzz.Manifests, accept_any_result_shape),
+        (fuzz.RedoLogHeaders, accept_any_field_type),
+        (fuzz.RedoLogHeaders, accept_any_size),
+        (fuzz.RedoLogHeaders, accept_any_result_shape),
+        (fuzz.RedoLogHeaders, ignore_damaged_redo_log_headers),
+        (fuzz.RedoLogHeaders, read_claimed_length),
+        (fuzz.RedoLogs, accept_any_checksum),
+        (fuzz.RedoLogs, accept_any_field_type),
+        (fuzz.RedoLogs, accept_any_size),
+        (fuzz.RedoLogs, accept_any_redo_log_length),
+        (fuzz.RedoLogs, accept_torn_records),
     ],
 )
-def test_the_campaign_sees_what_is_broken(monkeypatch, kind, broken):
+def test_fuzz_campaign_detects_a_broken_parser(monkeypatch, kind, broken):
     monkeypatch.setattr(fuzz, "KINDS", (kind,))
     broken(monkeypatch)
     with pytest.raises(fuzz.WrongError, match=f"{kind.name}, input "):

@@ -24,13 +24,13 @@ from fastvgg.cli import output
 from fastvgg.datasets.index import index_path
 from fastvgg.stream.manifest import manifest_path
 from fastvgg.stream.plan import RUN_BYTES
-from fastvgg.stream.report import FAILURES_SHOWN
+from fastvgg.stream.report import MAX_FAILURES_SHOWN
 from fastvgg.stream.run import run
 from fastvgg.transform import Transform
-from tests.helpers.bad_arrays import REFUSED
+from tests.helpers.bad_arrays import INVALID
 from tests.helpers.datasets_on_disk import (
+    ascii_failures,
     commits_in,
-    failing_in_ascii,
     images_in,
     names_in,
     network_inputs,
@@ -38,14 +38,14 @@ from tests.helpers.datasets_on_disk import (
     permissions,
     pixels,
     plan_of,
-    printed_by,
-    printed_on_small_disk,
     python,
     save_images,
     save_npy,
+    stdout_of,
+    stdout_on_small_disk,
     tree,
 )
-from tests.helpers.faults import CuttingStorage, Death, FaultyOs, system_calls
+from tests.helpers.faults import FaultyOs, InterruptedStorage, SimulatedCrash, system_calls
 
 
 @pytest.fixture
@@ -79,8 +79,8 @@ def run_command(*arguments, **settings):
     )
 
 
-# The command line as it is where there is no Numba, which takes a second to compile a kernel.
-UNCOMPILED = """
+# The command line without Numba, which takes a second to compile a kernel.
+WITHOUT_NUMBA_SCRIPT = """
 import sys, warnings
 sys.modules["numba"] = None
 warnings.filterwarnings("ignore", "Numba is not usable")
@@ -89,12 +89,12 @@ main()
 """
 
 
-def uncompiled(*arguments, **settings):
+def run_without_numba(*arguments, **settings):
     """Run a command in a process of its own that has no Numba."""
-    return python(UNCOMPILED, *arguments, **settings)
+    return python(WITHOUT_NUMBA_SCRIPT, *arguments, **settings)
 
 
-def chunks_of(images, kind="preprocess"):
+def options_for_chunks(images, kind="preprocess"):
     """The memory limit for chunks of that many images, of pixels() as uint8 and as float32.
 
     An image is read, while the result of it and that of another are in memory.
@@ -103,10 +103,10 @@ def chunks_of(images, kind="preprocess"):
     return ["--memory", str(RUN_BYTES + images * image_bytes[kind]), "--threads", "1"]
 
 
-# What the commands do
+# Commands
 
 
-def test_the_essential_commands_work_from_a_shell(tmp_path, photos):
+def test_essential_commands_work_in_a_subprocess(tmp_path, photos):
     stored, back = tmp_path / "y.npy", tmp_path / "back"
     done = run_command("preprocess", photos, stored, "--model", "vgg19")
     assert (done.returncode, done.stderr) == (0, "")
@@ -120,13 +120,13 @@ def test_the_essential_commands_work_from_a_shell(tmp_path, photos):
         assert images_in(back)[name].tobytes() == expected.tobytes()
 
 
-def test_preprocess_hands_every_option_on(tmp_path, photos):
+def test_preprocess_passes_every_option(tmp_path, photos):
     target = tmp_path / "y.npy"
     options = ["--mode", "torch", "--size", "5", "11", "--interpolation", "box"]
     options += ["--out-layout", "NCHW", "--dtype", "float16", "--memory", "32MiB", "--threads", "2"]
     options += ["--keep-aspect-ratio", "--fast-jpeg", "--exif", "--gray16", "scale"]
     options += ["--max-pixels", "12345"]
-    assert uncompiled("preprocess", photos, target, *options).returncode == 0
+    assert run_without_numba("preprocess", photos, target, *options).returncode == 0
     job = json.loads(manifest_path(target).read_bytes())["job"]
     assert job["source"]["size"] == [5, 11]
     assert job["source"]["interpolation"] == "box"
@@ -141,11 +141,11 @@ def test_preprocess_hands_every_option_on(tmp_path, photos):
     assert np.load(target).shape == (11, 3, 5, 11)
 
 
-def test_restore_hands_every_option_on(tmp_path):
+def test_restore_passes_every_option(tmp_path):
     stored = save_npy(tmp_path / "y.npy", network_inputs(pixels(5), "tf", out_layout="NCHW"))
     options = ["--mode", "tf", "--layout", "NCHW", "--out-layout", "NHWC", "--rounding", "truncate"]
     options += ["--dtype", "float32", "--memory", "3MiB", "--threads", "2"]
-    assert uncompiled("restore", stored, tmp_path / "z.npy", *options).returncode == 0
+    assert run_without_numba("restore", stored, tmp_path / "z.npy", *options).returncode == 0
     job = json.loads(manifest_path(tmp_path / "z.npy").read_bytes())["job"]
     assert job["transform"]["rounding"] == "truncate"
     assert job["result"] == {
@@ -157,15 +157,15 @@ def test_restore_hands_every_option_on(tmp_path):
     }
 
 
-def test_a_layout_of_the_source_can_be_given(tmp_path):
+def test_source_layout_can_be_given(tmp_path):
     source = save_npy(tmp_path / "x.npy", np.ascontiguousarray(np.moveaxis(pixels(5), -1, 1)))
     arguments = ["preprocess", source, tmp_path / "y.npy", "--mode", "caffe"]
     assert invoke(*arguments).exit_code == 3
-    assert uncompiled(*arguments, "--layout", "NCHW").returncode == 0
+    assert run_without_numba(*arguments, "--layout", "NCHW").returncode == 0
 
 
 @pytest.mark.parametrize("model", ["vgg19", "VGG-19", "ResNet50"])
-def test_a_model_stands_for_its_mode(tmp_path, array, model):
+def test_model_selects_its_mode(tmp_path, array, model):
     assert invoke("preprocess", array, tmp_path / "y.npy", "--model", model).exit_code == 0
     assert json.loads(manifest_path(tmp_path / "y.npy").read_bytes())["job"]["transform"]["mode"][
         "name"
@@ -174,14 +174,14 @@ def test_a_model_stands_for_its_mode(tmp_path, array, model):
     assert (tmp_path / "y.npy").read_bytes() == npy_bytes(expected)
 
 
-def test_a_mode_and_a_model_that_agree_are_fine(tmp_path, array):
+def test_consistent_mode_and_model_are_accepted(tmp_path, array):
     result = invoke("preprocess", array, tmp_path / "y.npy", "--model", "vgg16", "--mode", "caffe")
     assert result.exit_code == 0
 
 
 @pytest.mark.parametrize("as_json", [False, True])
 @pytest.mark.parametrize("command", ["preprocess", "restore"])
-def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, array, command, as_json):
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, array, command, as_json):
     stored = tmp_path / "y.npy"
     plan_of(array, stored, mode="caffe").run()
     source, options = (array, ["--mode", "caffe"]) if command == "preprocess" else (stored, [])
@@ -203,13 +203,13 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, array, command, 
 
 
 @pytest.mark.parametrize("command", ["preprocess", "restore", "verify", "info", "models"])
-def test_json_is_alone_on_stdout(tmp_path, array, monkeypatch, command):
+def test_json_is_the_only_output_on_stdout(tmp_path, array, monkeypatch, command):
     monkeypatch.setattr(output, "SECONDS_BETWEEN_LINES", 0.0)
     stored = tmp_path / "y.npy"
     plan_of(array, stored, mode="caffe").run()
     arguments = {
-        "preprocess": [array, tmp_path / "z.npy", "--mode", "caffe", *chunks_of(4)],
-        "restore": [stored, tmp_path / "z.npy", *chunks_of(4, "restore")],
+        "preprocess": [array, tmp_path / "z.npy", "--mode", "caffe", *options_for_chunks(4)],
+        "restore": [stored, tmp_path / "z.npy", *options_for_chunks(4, "restore")],
         "models": [],
     }.get(command, [stored])
     result = invoke(command, *arguments, "--json")
@@ -223,9 +223,9 @@ def test_json_is_alone_on_stdout(tmp_path, array, monkeypatch, command):
         assert result.stderr == ""
 
 
-def test_json_of_verify_and_info_and_models_says_what_is_known(tmp_path, array):
+def test_json_of_verify_info_and_models_is_complete(tmp_path, array):
     stored = tmp_path / "y.npy"
-    plan_of(array, stored, mode="caffe", together=4).run()
+    plan_of(array, stored, mode="caffe", images_per_chunk=4).run()
     verified = json.loads(invoke("verify", stored, "--json").stdout)
     assert (verified["images"], verified["chunks"], verified["recomputed_images"]) == (11, 3, 11)
     known = json.loads(invoke("info", stored, "--json").stdout)
@@ -234,41 +234,43 @@ def test_json_of_verify_and_info_and_models_says_what_is_known(tmp_path, array):
     assert listed == models.MODES_BY_MODEL
 
 
-def test_progress_is_a_line_at_a_time_where_there_is_no_terminal(tmp_path, array, monkeypatch):
+def test_progress_is_printed_line_by_line_without_a_terminal(tmp_path, array, monkeypatch):
     monkeypatch.setattr(output, "SECONDS_BETWEEN_LINES", 0.0)
-    result = invoke("preprocess", array, tmp_path / "y.npy", "--mode", "caffe", *chunks_of(4))
+    result = invoke(
+        "preprocess", array, tmp_path / "y.npy", "--mode", "caffe", *options_for_chunks(4)
+    )
     lines = result.stderr.splitlines()
     assert [line.split(" images")[0] for line in lines] == ["4 of 11", "8 of 11", "11 of 11"]
     assert all(re.search(r"\d+ images/s, \d+ MB/s, \d+:\d\d:\d\d left$", line) for line in lines)
 
 
-def test_a_short_run_prints_no_progress_where_there_is_no_terminal(tmp_path, array):
+def test_short_run_prints_no_progress_without_a_terminal(tmp_path, array):
     result = invoke("preprocess", array, tmp_path / "y.npy", "--mode", "caffe")
     assert result.stderr == ""
 
 
-def test_quiet_is_silent(tmp_path, photos, monkeypatch):
+def test_quiet_prints_nothing_on_stderr(tmp_path, photos, monkeypatch):
     monkeypatch.setattr(output, "SECONDS_BETWEEN_LINES", 0.0)
     (photos / "labels.csv").touch()
     arguments = ["preprocess", photos, tmp_path / "y.npy", "--mode", "caffe"]
-    loud = invoke(*arguments, "--restart")
-    assert "note: " in loud.stderr
+    verbose = invoke(*arguments, "--restart")
+    assert "note: " in verbose.stderr
     result = invoke(*arguments, "--restart", "--quiet")
     assert result.exit_code == 0
     assert result.stderr == ""
 
 
-def on_a_terminal(*arguments):
+def run_on_pty(*arguments):
     """Run a command whose standard error is a terminal; return its end and what it wrote there."""
-    ours, theirs = pty.openpty()
+    ours, slave = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", UNCOMPILED, *map(os.fspath, arguments)],
+        [sys.executable, "-c", WITHOUT_NUMBA_SCRIPT, *map(os.fspath, arguments)],
         env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=theirs,
+        stderr=slave,
     )
-    os.close(theirs)
+    os.close(slave)
     written = b""
     while True:
         try:
@@ -283,9 +285,9 @@ def on_a_terminal(*arguments):
     return process.returncode, stdout.decode(), written.decode()
 
 
-def test_a_terminal_shows_a_bar_with_images_per_second(tmp_path, array):
-    code, stdout, shown = on_a_terminal(
-        "preprocess", array, tmp_path / "y.npy", "--mode", "caffe", *chunks_of(2), "--json"
+def test_terminal_shows_a_progress_bar_with_images_per_second(tmp_path, array):
+    code, stdout, shown = run_on_pty(
+        "preprocess", array, tmp_path / "y.npy", "--mode", "caffe", *options_for_chunks(2), "--json"
     )
     assert code == 0
     assert json.loads(stdout)["counts"]["images"] == 11
@@ -297,27 +299,27 @@ def test_a_terminal_shows_a_bar_with_images_per_second(tmp_path, array):
     assert "Traceback" not in shown
 
 
-def test_a_quiet_terminal_shows_nothing(tmp_path, array):
+def test_quiet_shows_nothing_on_a_terminal(tmp_path, array):
     target = tmp_path / "y.npy"
-    code, _, shown = on_a_terminal("preprocess", array, target, "--mode", "caffe", "--quiet")
+    code, _, shown = run_on_pty("preprocess", array, target, "--mode", "caffe", "--quiet")
     assert (code, shown) == (0, "")
 
 
-def test_info_tells_of_a_source_an_unfinished_and_a_finished_run(tmp_path, array):
+def test_info_describes_source_unfinished_and_finished_datasets(tmp_path, array):
     target = tmp_path / "y.npy"
     result = invoke("info", array)
     assert result.exit_code == 0
     assert re.search(r"state +source", result.stdout)
     assert re.search(r"shape +11 x 7 x 9 x 3", result.stdout)
-    with pytest.raises(Death):
-        run(plan_of(array, target, mode="torch", together=4), storage=CuttingStorage(1))
+    with pytest.raises(SimulatedCrash):
+        run(plan_of(array, target, mode="torch", images_per_chunk=4), storage=InterruptedStorage(1))
     result = invoke("info", target)
     assert re.search(r"state +unfinished", result.stdout)
     assert re.search(r"committed_chunks +1", result.stdout)
     assert re.search(r"chunks +3", result.stdout)
     assert re.search(r"mode +torch", result.stdout)
     assert "--restart" in result.stdout
-    plan_of(array, target, mode="torch", together=4).run()
+    plan_of(array, target, mode="torch", images_per_chunk=4).run()
     result = invoke("info", target)
     assert re.search(r"state +finished", result.stdout)
     assert re.search(r"mode +torch", result.stdout)
@@ -333,22 +335,22 @@ def test_models_lists_every_model_with_its_mode():
     assert dict(line.split() for line in result.stdout.splitlines()) == models.MODES_BY_MODEL
 
 
-def test_demo_goes_the_whole_way(tmp_path):
+def test_demo_runs_to_the_end(tmp_path):
     result = invoke("demo", tmp_path / "demo")
     assert result.exit_code == 0
-    assert "every byte came back" in result.stdout
+    assert "every byte was restored" in result.stdout
     assert "0 differ" in result.stdout
     assert (tmp_path / "demo" / "contact-sheet.png").exists()
 
 
-def test_the_version_is_that_of_the_package():
+def test_version_matches_the_package():
     assert invoke("--version").stdout == f"fastvgg {fastvgg.__version__}\n"
 
 
 @pytest.mark.parametrize(
     "command", [None, "preprocess", "restore", "verify", "info", "bench", "demo"]
 )
-def test_help_is_there_with_an_example(command):
+def test_help_contains_an_example(command):
     result = invoke(*([command] if command else []), "--help")
     assert result.exit_code == 0
     assert command is None or f"Example: fastvgg {command} " in result.stdout
@@ -368,14 +370,14 @@ def floats(tmp_path):
 
 
 def in_place(transform):
-    """What the definition of correct makes of the floats, as a file."""
+    """Return the expected file content: the floats transformed by the oracle."""
     return npy_bytes(oracle.apply(transform, floats_of(pixels(11))))
 
 
 @pytest.mark.parametrize("mode", ["caffe", "tf", "torch"])
-def test_a_file_is_preprocessed_in_place_and_restored_in_place(floats, mode):
+def test_file_is_preprocessed_and_restored_in_place(floats, mode):
     before = floats.read_bytes()
-    options = ["--in-place", "--json", *chunks_of(4, "in place")]
+    options = ["--in-place", "--json", *options_for_chunks(4, "in place")]
     changed = invoke("preprocess", floats, "--mode", mode, *options)
     assert changed.exit_code == 0
     answer = json.loads(changed.stdout)
@@ -396,7 +398,7 @@ def test_a_file_is_preprocessed_in_place_and_restored_in_place(floats, mode):
     assert names_in(floats.parent) == ["floats.npy", "floats.npy.fastvgg.json"]
 
 
-def test_a_file_that_was_never_ours_is_restored_in_place_in_the_mode_that_is_given(tmp_path):
+def test_foreign_file_is_restored_in_place_in_the_given_mode(tmp_path):
     values = np.random.default_rng(1).normal(0, 200, (5, 7, 9, 3)).astype(np.float32)
     path = save_npy(tmp_path / "y.npy", values)
     options = ["--mode", "torch", "--rounding", "truncate", "--in-place"]
@@ -405,7 +407,7 @@ def test_a_file_that_was_never_ours_is_restored_in_place_in_the_mode_that_is_giv
     assert path.read_bytes() == npy_bytes(oracle.apply(transform, values))
 
 
-def test_a_shell_preprocesses_in_place(floats):
+def test_in_place_preprocess_works_in_a_subprocess(floats):
     done = run_command("preprocess", floats, "--in-place", "--model", "vgg19")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"{floats}: 11 images in ")
@@ -413,7 +415,7 @@ def test_a_shell_preprocesses_in_place(floats):
 
 
 @pytest.mark.parametrize("command", ["preprocess", "restore"])
-def test_in_place_a_second_time_exits_with_3_and_changes_no_byte(floats, command):
+def test_second_in_place_run_exits_with_3_and_changes_nothing(floats, command):
     assert invoke("preprocess", floats, "--mode", "caffe", "--in-place").exit_code == 0
     if command == "restore":
         assert invoke("restore", floats, "--in-place").exit_code == 0
@@ -421,7 +423,7 @@ def test_in_place_a_second_time_exits_with_3_and_changes_no_byte(floats, command
         tree(floats.parent),
         {"preprocess": "preprocessed", "restore": "restored"}[command],
     )
-    # Neither in the same mode nor in another, and whatever is omitted.
+    # In the same mode, another mode, or none.
     for options in ([], ["--mode", "caffe"], ["--mode", "tf"], ["--restart"]):
         result = invoke(command, floats, "--in-place", *options)
         result.returncode = result.exit_code
@@ -430,7 +432,7 @@ def test_in_place_a_second_time_exits_with_3_and_changes_no_byte(floats, command
 
 
 @pytest.mark.parametrize("command", ["preprocess", "restore"])
-def test_a_dry_run_in_place_writes_nothing(floats, command):
+def test_in_place_dry_run_writes_nothing(floats, command):
     if command == "restore":
         assert invoke("preprocess", floats, "--mode", "caffe", "--in-place").exit_code == 0
     before, times = tree(floats.parent), floats.stat().st_mtime_ns
@@ -449,26 +451,24 @@ def test_a_dry_run_in_place_writes_nothing(floats, command):
     ("command", "rounding"),
     [("preprocess", "nearest"), ("restore", "nearest"), ("restore", "truncate")],
 )
-def test_info_tells_of_an_unfinished_run_in_place_and_the_command_that_finishes_it(
-    tmp_path, command, rounding
-):
-    path = tmp_path / "some floats.npy"  # a name that a shell must be told in quotes
+def test_info_shows_the_command_that_finishes_an_in_place_run(tmp_path, command, rounding):
+    path = tmp_path / "some floats.npy"  # a name that needs shell quoting
     values = pixels(11).astype(np.float32) - (40 if command == "restore" else 0)
     save_npy(path, values)
     transform = Transform("torch", command, dtype="float32", rounding=rounding)
     settings = {"mode": "torch", "direction": command, "rounding": rounding, "in_place": True}
-    with pytest.raises(Death):
-        run(plan_of(path, None, together=4, **settings), storage=CuttingStorage(2))
+    with pytest.raises(SimulatedCrash):
+        run(plan_of(path, None, images_per_chunk=4, **settings), storage=InterruptedStorage(2))
     before = tree(tmp_path)
-    told = invoke("info", path)
-    assert told.exit_code == 0
-    assert re.search(r"state +unfinished in place\n", told.stdout)
-    assert re.search(r"committed_chunks +2\n", told.stdout)
-    assert re.search(r"chunks +3\n", told.stdout)
-    assert re.search(r"mode +torch\n", told.stdout)
+    reported = invoke("info", path)
+    assert reported.exit_code == 0
+    assert re.search(r"state +unfinished in place\n", reported.stdout)
+    assert re.search(r"committed_chunks +2\n", reported.stdout)
+    assert re.search(r"chunks +3\n", reported.stdout)
+    assert re.search(r"mode +torch\n", reported.stdout)
     known = json.loads(invoke("info", path, "--json").stdout)
     assert (known["state"], known["committed_chunks"]) == ("unfinished in place", 2)
-    # Until then it is neither source nor result.
+    # Until then other commands reject it.
     for arguments in (["verify", path], ["restore", path, tmp_path / "z.npy", "--mode", "tf"]):
         result = invoke(*arguments)
         result.returncode = result.exit_code
@@ -482,12 +482,12 @@ def test_info_tells_of_an_unfinished_run_in_place_and_the_command_that_finishes_
     assert "finished" in invoke("info", path).stdout
 
 
-# What a commit survives
+# Durability
 
 
 @pytest.mark.parametrize("kind", ["preprocess", "restore", "in place"])
 @pytest.mark.parametrize("options", [[], ["--fsync"], ["--no-fsync"]])
-def test_without_fsync_nothing_is_synced(tmp_path, array, floats, options, kind):
+def test_no_fsync_disables_syncing(tmp_path, array, floats, options, kind):
     stored = tmp_path / "y.npy"
     plan_of(array, stored, mode="caffe").run()
     arguments = {
@@ -524,7 +524,7 @@ def check_refused(code, *arguments, contains=(), result=None):
 
 
 def bad_inputs(place):
-    """What is wrong -> (arguments, exit code, what the message must say)."""
+    """Return (arguments, exit code, words of the message) by description."""
     array = save_npy(place / "x.npy", pixels(5))
     photos = save_images(place / "photos", pixels(5))
     (place / "empty").mkdir()
@@ -713,7 +713,7 @@ BAD_INPUTS = [
 
 
 @pytest.mark.parametrize("wrong", BAD_INPUTS)
-def test_bad_input_is_refused_in_words_and_nothing_is_written(inputs, wrong):
+def test_bad_input_is_rejected_with_a_message_and_nothing_is_written(inputs, wrong):
     place, all_inputs = inputs
     arguments, code, words = all_inputs[wrong]
     before = tree(place)
@@ -723,7 +723,7 @@ def test_bad_input_is_refused_in_words_and_nothing_is_written(inputs, wrong):
     assert tree(place) == before
 
 
-def test_every_bad_input_is_tried(inputs):
+def test_every_bad_input_is_tested(inputs):
     assert sorted(inputs[1]) == sorted(BAD_INPUTS)
 
 
@@ -731,15 +731,15 @@ def test_every_bad_input_is_tried(inputs):
     ("wrong", "code"),
     [("a missing source", 3), ("no mode", 2), ("preprocessing twice", 3)],
 )
-def test_a_shell_sees_the_same_exit_code(inputs, wrong, code):
+def test_subprocess_returns_the_same_exit_code(inputs, wrong, code):
     arguments, expected, words = inputs[1][wrong]
     assert code == expected
     check_refused(code, *arguments, contains=words)
 
 
-@pytest.mark.parametrize("wrong", REFUSED)
-def test_a_bad_array_is_refused_in_words_and_left_as_it_is(tmp_path, wrong):
-    content, words = REFUSED[wrong]
+@pytest.mark.parametrize("wrong", INVALID)
+def test_bad_array_is_rejected_with_a_message_and_unchanged(tmp_path, wrong):
+    content, words = INVALID[wrong]
     path = tmp_path / "x.npy"
     path.write_bytes(content)
     result = invoke("preprocess", path, tmp_path / "y.npy", "--mode", "caffe")
@@ -752,20 +752,20 @@ def test_a_bad_array_is_refused_in_words_and_left_as_it_is(tmp_path, wrong):
     "arguments",
     [["--nonsense"], ["preprocess"], ["restore"], ["nonsense"], ["verify", "--full"]],
 )
-def test_a_command_that_makes_no_sense_exits_with_2(arguments):
+def test_invalid_command_exits_with_2(arguments):
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert "Usage:" in result.stderr
 
 
 @pytest.mark.parametrize("size", [["224"], ["224", "x"], ["2.5", "7"]])
-def test_a_size_that_is_not_two_numbers_exits_with_2(tmp_path, photos, size):
+def test_invalid_size_exits_with_2(tmp_path, photos, size):
     result = invoke("preprocess", photos, tmp_path / "y.npy", "--mode", "caffe", "--size", *size)
     assert result.exit_code == 2
 
 
 @pytest.mark.parametrize("bad", ["truncated", "text", "empty", "directory"])
-def test_an_image_that_cannot_be_read_exits_with_1_and_is_listed(tmp_path, photos, bad):
+def test_unreadable_image_exits_with_1_and_is_listed(tmp_path, photos, bad):
     path = photos / "a" / "bad.jpg"
     if bad == "directory":
         path.mkdir()
@@ -780,26 +780,26 @@ def test_an_image_that_cannot_be_read_exits_with_1_and_is_listed(tmp_path, photo
     assert "1 could not be read" in result.stdout
     assert "a/bad.jpg" in index_path(target).read_text(encoding="utf-8")
     assert not np.load(target)[6].any()
-    again = invoke("preprocess", photos, target, "--mode", "caffe")
-    assert again.exit_code == 1
-    assert "a/bad.jpg" in again.stderr
-    assert again.stderr.endswith("rerun the same command with --retry-failed\n")
+    rerun = invoke("preprocess", photos, target, "--mode", "caffe")
+    assert rerun.exit_code == 1
+    assert "a/bad.jpg" in rerun.stderr
+    assert rerun.stderr.endswith("rerun the same command with --retry-failed\n")
     back = invoke("restore", target, tmp_path / "back")
     assert back.exit_code == 1
     assert "--retry-failed" not in back.stderr
 
 
-def test_of_very_many_failures_some_are_listed_and_the_index_is_named(tmp_path, photos):
+def test_long_failure_list_is_truncated_and_names_the_index(tmp_path, photos):
     for row in range(17):
         (photos / f"bad{row:02d}.jpg").touch()
     result = invoke("preprocess", photos, tmp_path / "y.npy", "--mode", "caffe")
     assert result.exit_code == 1
-    assert result.stderr.count("failed: row") == FAILURES_SHOWN
-    assert f"and {17 - FAILURES_SHOWN} more" in result.stderr
+    assert result.stderr.count("failed: row") == MAX_FAILURES_SHOWN
+    assert f"and {17 - MAX_FAILURES_SHOWN} more" in result.stderr
     assert str(index_path(tmp_path / "y.npy")) in result.stderr
 
 
-def test_strict_exits_with_5_at_the_first_image_that_cannot_be_read(tmp_path, photos):
+def test_strict_exits_with_5_at_the_first_unreadable_image(tmp_path, photos):
     (photos / "bad.jpg").touch()
     target = tmp_path / "y.npy"
     result = invoke("preprocess", photos, target, "--mode", "caffe", "--strict")
@@ -808,17 +808,17 @@ def test_strict_exits_with_5_at_the_first_image_that_cannot_be_read(tmp_path, ph
     assert not target.exists()
 
 
-def test_another_job_exits_with_3_and_restart_with_0(tmp_path, array):
+def test_another_job_exits_with_3_and_with_0_after_restart(tmp_path, array):
     arguments = ["preprocess", array, tmp_path / "y.npy", "--mode"]
     assert invoke(*arguments, "caffe").exit_code == 0
     assert invoke(*arguments, "tf").exit_code == 3
     assert invoke(*arguments, "tf", "--restart").exit_code == 0
-    again = invoke(*arguments, "tf")
-    assert again.exit_code == 0
-    assert "already" in again.stdout
+    rerun = invoke(*arguments, "tf")
+    assert rerun.exit_code == 0
+    assert "already" in rerun.stdout
 
 
-def test_a_wrong_byte_exits_with_4(tmp_path, array):
+def test_wrong_byte_exits_with_4(tmp_path, array):
     target = tmp_path / "y.npy"
     plan_of(array, target, mode="caffe").run()
     with target.open("r+b") as file:
@@ -828,27 +828,27 @@ def test_a_wrong_byte_exits_with_4(tmp_path, array):
     assert "checksum" in message
 
 
-def test_a_full_disk_exits_with_3_before_and_with_5_in_the_middle(tmp_path):
+def test_full_disk_exits_with_3_before_and_with_5_during_the_run(tmp_path):
     plan_of(save_npy(tmp_path / "x.npy", pixels(11, 37, 41)), tmp_path / "y.npy", mode="tf").run()
     (tmp_path / "small").mkdir()
-    actual = printed_on_small_disk(
+    actual = stdout_on_small_disk(
         tmp_path / "small",
         disk_bytes=512 * 1024,
         source=f"""
 import json, pathlib, subprocess, sys
 small = pathlib.Path({str(tmp_path / "small")!r})
 (small / "other").write_bytes(bytes(490 * 1024))
-told = []
+reported = []
 def fastvgg(*arguments):
     done = subprocess.run(
-        [sys.executable, "-c", {UNCOMPILED!r}, *map(str, arguments)],
+        [sys.executable, "-c", {WITHOUT_NUMBA_SCRIPT!r}, *map(str, arguments)],
         capture_output=True, text=True, check=False)
-    told.append((done.returncode, done.stderr))
+    reported.append((done.returncode, done.stderr))
 fastvgg("preprocess", {str(tmp_path / "x.npy")!r}, small / "z.npy", "--mode", "caffe")
 fastvgg("restore", {str(tmp_path / "y.npy")!r}, small / "out", "--threads", "1")
 (small / "other").unlink()
 fastvgg("restore", {str(tmp_path / "y.npy")!r}, small / "out", "--threads", "1")
-print(json.dumps(told))
+print(json.dumps(reported))
 """,
     )
     (before, refusal), (middle, stop), (after, silence) = json.loads(actual)
@@ -859,16 +859,16 @@ print(json.dumps(told))
     assert "Traceback" not in refusal + stop + silence
 
 
-WITHOUT_PRIVILEGES = """
-from tests.helpers.datasets_on_disk import obey_permissions
+UNPRIVILEGED_SCRIPT = """
+from tests.helpers.datasets_on_disk import drop_permission_override
 from fastvgg.cli import main
-obey_permissions()
+drop_permission_override()
 main()
 """
 
 
 @pytest.mark.parametrize("closed", ["source", "its directory", "target directory", "photos"])
-def test_what_is_not_permitted_exits_with_3(tmp_path, photos, closed):
+def test_missing_permission_exits_with_3(tmp_path, photos, closed):
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
     source = save_npy(tmp_path / "in" / "x.npy", pixels(5))
@@ -881,12 +881,12 @@ def test_what_is_not_permitted_exits_with_3(tmp_path, photos, closed):
     given = photos if closed == "photos" else source
     arguments = ["preprocess", given, tmp_path / "out" / "y.npy", "--mode", "caffe"]
     with permissions(place, 0o555 if closed == "target directory" else 0):
-        check_refused(3, contains=[place], result=python(WITHOUT_PRIVILEGES, *arguments))
+        check_refused(3, contains=[place], result=python(UNPRIVILEGED_SCRIPT, *arguments))
     assert names_in(tmp_path / "out") == []
 
 
-# Progress that prints a line and waits, while the next chunk may be written.
-WAITING = """
+# A progress callback that prints a line and waits; the next chunk may be written meanwhile.
+WAITING_PROGRESS_SCRIPT = """
 import contextlib, sys, warnings
 from fastvgg import cli
 from fastvgg.cli import commands
@@ -905,11 +905,11 @@ cli.main()
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("commits", [1, 2])
-def test_a_signal_exits_with_130_and_the_same_command_resumes(tmp_path, array, number, commits):
+def test_signal_exits_with_130_and_a_rerun_resumes(tmp_path, array, number, commits):
     target = tmp_path / "y.npy"
-    arguments = ["preprocess", array, target, "--mode", "caffe", *chunks_of(4)]
+    arguments = ["preprocess", array, target, "--mode", "caffe", *options_for_chunks(4)]
     with subprocess.Popen(
-        [sys.executable, "-c", WAITING, *map(str, arguments)],
+        [sys.executable, "-c", WAITING_PROGRESS_SCRIPT, *map(str, arguments)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -929,20 +929,20 @@ def test_a_signal_exits_with_130_and_the_same_command_resumes(tmp_path, array, n
     assert not target.exists()
     committed = commits_in(target)
     assert commits <= committed <= 3
-    again = invoke(*arguments, "--json")
-    assert again.exit_code == 0
-    assert json.loads(again.stdout)["counts"]["computed_chunks"] == 3 - committed
+    rerun = invoke(*arguments, "--json")
+    assert rerun.exit_code == 0
+    assert json.loads(rerun.stdout)["counts"]["computed_chunks"] == 3 - committed
     assert target.read_bytes() == npy_bytes(network_inputs(pixels(11), "caffe"))
 
 
 # A disk that prints a line and waits while the second of three chunks is written.
-WRITING = """
+WAITING_DISK_SCRIPT = """
 import os, signal, sys, threading, warnings
 sys.modules["numba"] = None
 warnings.simplefilter("ignore")
 from fastvgg import cli
 from fastvgg.cli import errors
-from fastvgg.stream import destination
+from fastvgg.stream import target
 from fastvgg.stream import in_place
 from fastvgg.stream.commit_pipeline import CommitPipeline
 from fastvgg.storage.local import Storage
@@ -964,42 +964,42 @@ def main_leaves():
     while frame is not None and frame.f_code is not CommitPipeline.__exit__.__code__:
         frame = frame.f_back
     return frame is not None and frame.f_locals["self"]._is_closed
-destination.Storage = in_place.Storage = Waiting
+target.Storage = in_place.Storage = Waiting
 interrupt = errors.interrupt
-def told(*arguments):
+def reported(*arguments):
     try:
         interrupt(*arguments)
     finally:
         os.write(1, b"interrupted\\n")
-errors.interrupt = told
+errors.interrupt = reported
 signal.signal(signal.SIGWINCH, lambda *_: None)
 cli.main()
 """
 
 
-def noticed(process, number, happens):
-    """Send a signal to a process, and wait for what happens then."""
+def send_until(process, number, happens):
+    """Send a signal to a process, and wait for its effect."""
     process.send_signal(number)
     for _ in range(600):
         if happens(0.1):
             return
-        # A signal that comes just before the main thread blocks is noticed at the next one.
+        # A signal just before the main thread blocks is handled only after the next signal.
         process.send_signal(signal.SIGWINCH)
     raise AssertionError(f"nothing happens at signal {number}")
 
 
 @contextlib.contextmanager
 def interrupted(arguments, number):
-    """Run a command that has had a signal while it was writing its second chunk."""
+    """Run a command and send a signal while it writes its second chunk."""
     with subprocess.Popen(
-        [sys.executable, "-c", WRITING, *map(str, arguments)],
+        [sys.executable, "-c", WAITING_DISK_SCRIPT, *map(str, arguments)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
         assert process.stdout.readline() == "writing\n"
-        noticed(process, number, lambda limit: select.select([process.stdout], [], [], limit)[0])
+        send_until(process, number, lambda limit: select.select([process.stdout], [], [], limit)[0])
         assert process.stdout.readline() == "interrupted\n"
         try:
             yield process
@@ -1007,24 +1007,22 @@ def interrupted(arguments, number):
             process.kill()
 
 
-def of_three_chunks(kind, tmp_path):
-    """A command, the file that it makes, and what must be in that."""
+def three_chunk_command(kind, tmp_path):
+    """Return a command, its target, and the expected content."""
     if kind == "in place":
         path = save_npy(tmp_path / "x.npy", floats_of(pixels(11)))
-        options = ["--mode", "caffe", "--in-place", *chunks_of(4, kind)]
+        options = ["--mode", "caffe", "--in-place", *options_for_chunks(4, kind)]
         return ["preprocess", path, *options], path, in_place(Transform("caffe"))
     path = tmp_path / "y.npy"
     source = save_npy(tmp_path / "x.npy", pixels(11))
     expected = npy_bytes(network_inputs(pixels(11), "caffe"))
-    return ["preprocess", source, path, "--mode", "caffe", *chunks_of(4)], path, expected
+    return ["preprocess", source, path, "--mode", "caffe", *options_for_chunks(4)], path, expected
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("kind", ["array", "in place"])
-def test_a_signal_while_a_chunk_is_written_exits_with_130_when_that_is_committed(
-    tmp_path, kind, number
-):
-    arguments, target, expected = of_three_chunks(kind, tmp_path)
+def test_signal_during_a_write_exits_with_130_after_the_commit(tmp_path, kind, number):
+    arguments, target, expected = three_chunk_command(kind, tmp_path)
     with interrupted(arguments, number) as process:
         assert process.poll() is None
         stdout, stderr = process.communicate("\n", timeout=60)
@@ -1035,11 +1033,11 @@ def test_a_signal_while_a_chunk_is_written_exits_with_130_when_that_is_committed
     assert "Traceback" not in stderr
     assert json.loads(invoke("info", target, "--json").stdout)["committed_chunks"] == 2
     written = target if kind == "in place" else tmp_path / "y.npy.partial"
-    of_two_chunks = 128 + 2 * 4 * 756
-    assert written.read_bytes()[:of_two_chunks] == expected[:of_two_chunks]
-    again = invoke(*arguments, "--json")
-    assert again.exit_code == 0
-    assert json.loads(again.stdout)["counts"]["computed_chunks"] == 1
+    two_chunk_bytes = 128 + 2 * 4 * 756
+    assert written.read_bytes()[:two_chunk_bytes] == expected[:two_chunk_bytes]
+    rerun = invoke(*arguments, "--json")
+    assert rerun.exit_code == 0
+    assert json.loads(rerun.stdout)["counts"]["computed_chunks"] == 1
     assert target.read_bytes() == expected
 
 
@@ -1053,10 +1051,10 @@ def test_a_signal_while_a_chunk_is_written_exits_with_130_when_that_is_committed
     ],
 )
 @pytest.mark.parametrize("kind", ["array", "in place"])
-def test_a_second_signal_exits_with_130_at_once_and_the_same_command_resumes(
+def test_second_signal_exits_with_130_immediately_and_a_rerun_resumes(
     tmp_path, kind, first, second
 ):
-    arguments, target, expected = of_three_chunks(kind, tmp_path)
+    arguments, target, expected = three_chunk_command(kind, tmp_path)
 
     def ends(limit):
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -1064,24 +1062,24 @@ def test_a_second_signal_exits_with_130_at_once_and_the_same_command_resumes(
         return process.returncode is not None
 
     with interrupted(arguments, first) as process:
-        noticed(process, second, ends)  # and the chunk is still waiting for its disk
+        send_until(process, second, ends)  # while the chunk still waits for the disk
         assert process.returncode == 130
         stdout, stderr = process.communicate()
     assert (stdout, stderr) == ("", "")
     assert (kind == "in place") == target.exists()
     assert not manifest_path(target).exists()
-    again = invoke(*arguments, "--json")
-    assert again.exit_code == 0
-    # In place the new bytes are committed before they are written, and else when they are.
+    rerun = invoke(*arguments, "--json")
+    assert rerun.exit_code == 0
+    # In place, a chunk is committed before it is written; otherwise after.
     left = {"array": 2, "in place": 1}[kind]
-    assert json.loads(again.stdout)["counts"]["computed_chunks"] == left
+    assert json.loads(rerun.stdout)["counts"]["computed_chunks"] == left
     assert target.read_bytes() == expected
 
 
 # Internal errors
 
 
-def test_traceback_shows_where_an_error_came_from_and_exits_the_same(tmp_path):
+def test_traceback_option_shows_the_traceback_and_keeps_the_exit_code(tmp_path):
     arguments = ["preprocess", tmp_path / "missing", tmp_path / "y.npy", "--mode", "caffe"]
     plain, traced = run_command(*arguments), run_command(*arguments, "--traceback")
     assert "Traceback" not in plain.stderr
@@ -1090,7 +1088,7 @@ def test_traceback_shows_where_an_error_came_from_and_exits_the_same(tmp_path):
     assert plain.returncode == traced.returncode == 3
 
 
-FAILING_PLAN = """
+FAILING_PLAN_SCRIPT = """
 import sys
 import fastvgg
 from fastvgg import cli
@@ -1102,8 +1100,8 @@ cli.main()
 """
 
 
-def test_an_internal_error_is_a_problem_and_a_remedy_and_exits_with_70():
-    done = python(FAILING_PLAN.format(error="ZeroDivisionError('an unforeseen thing')"))
+def test_internal_error_has_a_remedy_and_exits_with_70():
+    done = python(FAILING_PLAN_SCRIPT.format(error="ZeroDivisionError('an unforeseen thing')"))
     assert done.returncode == 70
     assert "Traceback" not in done.stderr
     assert "internal error (a bug in fastvgg)" in done.stderr
@@ -1112,18 +1110,18 @@ def test_an_internal_error_is_a_problem_and_a_remedy_and_exits_with_70():
     assert len(done.stderr.splitlines()) == 2
 
 
-def test_an_internal_error_shows_its_traceback_on_request():
+def test_internal_error_shows_its_traceback_on_request():
     done = python(
-        FAILING_PLAN.format(error="ZeroDivisionError('an unforeseen thing')"), "--traceback"
+        FAILING_PLAN_SCRIPT.format(error="ZeroDivisionError('an unforeseen thing')"), "--traceback"
     )
     assert done.returncode == 70
     assert "Traceback (most recent call last)" in done.stderr
 
 
 @pytest.mark.parametrize("traceback", [[], ["--traceback"]])
-def test_an_error_of_the_system_exits_with_5(traceback):
+def test_system_error_exits_with_5(traceback):
     done = python(
-        FAILING_PLAN.format(error="OSError(5, 'Input/output error', 'disk.npy')"), *traceback
+        FAILING_PLAN_SCRIPT.format(error="OSError(5, 'Input/output error', 'disk.npy')"), *traceback
     )
     assert done.returncode == 5
     assert "disk.npy" in done.stderr
@@ -1131,7 +1129,7 @@ def test_an_error_of_the_system_exits_with_5(traceback):
     assert ("Traceback" in done.stderr) == bool(traceback)
 
 
-def test_a_reader_that_goes_away_is_no_traceback():
+def test_closed_stdout_prints_no_traceback():
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
@@ -1147,30 +1145,30 @@ def test_a_reader_that_goes_away_is_no_traceback():
     assert "internal error" not in done.stderr
 
 
-@failing_in_ascii()
-def test_names_that_are_no_text_are_printed_somehow(tmp_path):
+@ascii_failures()
+def test_undecodable_names_are_printed(tmp_path):
     photos = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     save_images(photos, pixels(5))
     (photos / "bad.jpg").touch()
     environment = {"PYTHONIOENCODING": "ascii"}
     target = photos.with_name(photos.name + ".npy")
-    done = uncompiled("preprocess", photos, target, "--mode", "caffe", env=environment)
+    done = run_without_numba("preprocess", photos, target, "--mode", "caffe", env=environment)
     assert done.returncode == 1, done.stderr
     assert "bad.jpg" in done.stderr
-    done = uncompiled("info", target, env=environment)
+    done = run_without_numba("info", target, env=environment)
     assert done.returncode == 0
     assert "caf" in done.stdout
-    done = uncompiled("verify", target, "--full", "--json", env=environment)
+    done = run_without_numba("verify", target, "--full", "--json", env=environment)
     assert done.returncode == 0
 
 
-def test_a_warning_is_a_note_and_shows_no_line_of_code(tmp_path, array):
-    done = uncompiled("preprocess", array, tmp_path / "y.npy", "--model", "EfficientNetB0")
+def test_warning_is_printed_as_a_note_without_source_lines(tmp_path, array):
+    done = run_without_numba("preprocess", array, tmp_path / "y.npy", "--model", "EfficientNetB0")
     assert done.returncode == 0
     assert "identity" in done.stderr
     assert "warn" not in done.stderr
     assert ".py" not in done.stderr
 
 
-def test_the_module_and_the_script_are_the_same_program():
-    assert printed_by("import fastvgg.__main__", "--version") == f"fastvgg {fastvgg.__version__}"
+def test_module_and_script_are_the_same_program():
+    assert stdout_of("import fastvgg.__main__", "--version") == f"fastvgg {fastvgg.__version__}"

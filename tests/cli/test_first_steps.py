@@ -1,4 +1,4 @@
-"""What a newcomer meets: the welcome, help, mistyped commands, completion, and remedies."""
+"""The first experience of a new user: welcome, help, typos, completion, and remedies."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.pixels
 PACKAGE = Path(fastvgg.__file__).parent
 README = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
 COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
-SEVERAL_VALUES = {
+OPTION_CHOICES = {
     "--mode": [mode.name for mode in (Mode.CAFFE, Mode.TF, Mode.TORCH, Mode.IDENTITY)],
     "--dtype": STORAGE_TYPES[1:],
     "--layout": LAYOUTS,
@@ -51,11 +51,11 @@ def output_of(*arguments):
 # The welcome
 
 
-def test_a_command_without_arguments_shows_the_welcome_on_stdout():
+def test_command_without_arguments_prints_the_welcome():
     assert output_of() == (0, WELCOME + "\n", "")
 
 
-def test_the_welcome_is_short_and_shows_commands_in_the_order_they_are_needed():
+def test_welcome_is_short_and_lists_commands_in_order_of_use():
     lines = WELCOME.splitlines()
     assert len(lines) <= 15
     commands = [shlex.split(line) for line in lines if line.startswith("  fastvgg ")]
@@ -65,7 +65,7 @@ def test_the_welcome_is_short_and_shows_commands_in_the_order_they_are_needed():
     assert "--help" in WELCOME
 
 
-def test_what_the_welcome_shows_can_be_typed_in_that_order(tmp_path, monkeypatch):
+def test_commands_in_the_welcome_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_images(tmp_path / "photos", pixels(5))
     commands = [shlex.split(line) for line in WELCOME.splitlines() if line.startswith("  fastvgg ")]
@@ -78,7 +78,7 @@ def test_what_the_welcome_shows_can_be_typed_in_that_order(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_says_what_then_how_and_where_the_exit_codes_are(command):
+def test_command_help_has_usage_summary_example_and_exit_code_hint(command):
     code, stdout, stderr = output_of(command, "--help")
     assert (code, stderr) == (0, "")
     paragraphs = [paragraph.strip() for paragraph in stdout.split("\n\n")]
@@ -89,7 +89,7 @@ def test_help_says_what_then_how_and_where_the_exit_codes_are(command):
     assert paragraphs[-1] == "Exit codes: 'fastvgg --help' lists them."
 
 
-def test_the_list_of_commands_cuts_nothing_off_and_lists_the_exit_codes():
+def test_help_lists_commands_with_full_summaries_and_exit_codes():
     code, stdout, _ = output_of("--help")
     assert code == 0
     listed = dict(re.findall(r"^  (\w+) {2,}(\S.*)$", stdout.split("Commands:")[1], re.MULTILINE))
@@ -113,13 +113,13 @@ def test_help_groups_the_options():
 
 
 @pytest.mark.parametrize("command", ["preprocess", "restore", "pack"])
-def test_help_names_the_values_of_each_option_that_has_few(command):
+def test_help_lists_the_choices_of_each_option(command):
     text = " ".join(output_of(command, "--help")[1].split())
-    asked = {**SEVERAL_VALUES, "--rounding": ROUNDINGS, "--format": get_args(FileFormat)}
-    for flag in set(re.findall(r" (--[a-z-]+) [A-Z]", text)) & set(asked):
-        about = text.split(f" {flag} ")[1].split(" --")[0]
-        for value in asked[flag]:
-            assert value in about, flag
+    choices = {**OPTION_CHOICES, "--rounding": ROUNDINGS, "--format": get_args(FileFormat)}
+    for flag in set(re.findall(r" (--[a-z-]+) [A-Z]", text)) & set(choices):
+        description = text.split(f" {flag} ")[1].split(" --")[0]
+        for value in choices[flag]:
+            assert value in description, flag
 
 
 # Mistyped commands
@@ -142,7 +142,7 @@ def test_help_names_the_values_of_each_option_that_has_few(command):
         (["info"], " info", "Missing argument 'PATH'"),
     ],
 )
-def test_a_usage_error_says_what_is_wrong_and_where_help_is(arguments, command, expected):
+def test_usage_error_names_the_problem_and_the_help_command(arguments, command, expected):
     code, stdout, stderr = output_of(*arguments)
     assert (code, stdout) == (2, "")
     assert expected in stderr
@@ -152,7 +152,7 @@ def test_a_usage_error_says_what_is_wrong_and_where_help_is(arguments, command, 
 # Remedies
 
 
-def raised_errors():
+def find_error_calls():
     """Yield the module and the constructor call of every error."""
     kinds = {name for name in dir(errors) if name.endswith("Error")}
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -161,8 +161,8 @@ def raised_errors():
                 yield path.relative_to(PACKAGE).as_posix(), node
 
 
-def test_every_error_has_a_remedy_of_its_own():
-    found = list(raised_errors())
+def test_every_error_has_a_remedy():
+    found = list(find_error_calls())
     assert len(found) > 100
     for module, node in found:
         problem, remedy = node.args
@@ -174,7 +174,7 @@ def test_every_error_has_a_remedy_of_its_own():
 # Completion
 
 
-def completed(*words):
+def completions_of(*words):
     """Return bash's completions of the last word, by the protocol of Typer's script."""
     line = shlex.join(words) if words[-1] else shlex.join(words[:-1]) + " "
     done = subprocess.run(
@@ -195,24 +195,24 @@ def completed(*words):
 
 
 def test_commands_are_completed():
-    assert completed("fastvgg", "") == COMMANDS
-    assert completed("fastvgg", "pre") == ["preprocess"]
+    assert completions_of("fastvgg", "") == COMMANDS
+    assert completions_of("fastvgg", "pre") == ["preprocess"]
 
 
 def test_options_are_completed():
-    assert completed("fastvgg", "preprocess", "--m") == [
+    assert completions_of("fastvgg", "preprocess", "--m") == [
         "--model",
         "--mode",
         "--max-pixels",
         "--memory",
     ]
-    assert completed("fastvgg", "restore", "--fo") == ["--format"]
+    assert completions_of("fastvgg", "restore", "--fo") == ["--format"]
 
 
-@pytest.mark.parametrize("flag", SEVERAL_VALUES)
-def test_the_values_that_an_option_takes_are_completed(flag):
-    assert sorted(completed("fastvgg", "preprocess", "a", "b", flag, "")) == sorted(
-        SEVERAL_VALUES[flag]
+@pytest.mark.parametrize("flag", OPTION_CHOICES)
+def test_option_values_are_completed(flag):
+    assert sorted(completions_of("fastvgg", "preprocess", "a", "b", flag, "")) == sorted(
+        OPTION_CHOICES[flag]
     )
 
 
@@ -220,20 +220,20 @@ def test_the_values_that_an_option_takes_are_completed(flag):
     ("flag", "values"),
     [("--rounding", ROUNDINGS), ("--format", get_args(FileFormat)), ("--dtype", STORAGE_TYPES)],
 )
-def test_the_values_that_only_restore_takes_are_completed(flag, values):
-    assert sorted(completed("fastvgg", "restore", "a", "b", flag, "")) == sorted(values)
+def test_values_of_restore_options_are_completed(flag, values):
+    assert sorted(completions_of("fastvgg", "restore", "a", "b", flag, "")) == sorted(values)
 
 
 def test_models_are_completed():
-    assert completed("fastvgg", "preprocess", "a", "b", "--model", "") == list(
+    assert completions_of("fastvgg", "preprocess", "a", "b", "--model", "") == list(
         models.MODES_BY_MODEL
     )
-    assert completed("fastvgg", "preprocess", "a", "b", "--model", "VGG") == ["VGG16", "VGG19"]
-    assert completed("fastvgg", "preprocess", "a", "b", "--mode", "x") == []
+    assert completions_of("fastvgg", "preprocess", "a", "b", "--model", "VGG") == ["VGG16", "VGG19"]
+    assert completions_of("fastvgg", "preprocess", "a", "b", "--mode", "x") == []
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
-def test_a_real_bash_completes(tmp_path):
+def test_bash_completion_works(tmp_path):
     command = tmp_path / "fastvgg"
     command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m fastvgg "$@"\n')
     command.chmod(0o755)

@@ -17,16 +17,16 @@ from tests.helpers.datasets_on_disk import pixels, plan_of, save_images, save_np
 from tests.helpers.samples import sampled
 from tests.helpers.terminals import run_on_terminal
 
-# The command line as it is where there is no Numba, which takes a second to compile a kernel.
-UNCOMPILED = """
+# The command line without Numba, which takes a second to compile a kernel.
+WITHOUT_NUMBA_SCRIPT = """
 import sys, warnings
 sys.modules["numba"] = None
 warnings.filterwarnings("ignore", "Numba is not usable")
 from fastvgg.cli import main
 main()
 """
-# Of a run that is too long for a test, by its last words.
-FAR = """
+# The progress bar at the end of a run that is too long for a test.
+LONG_RUN_SCRIPT = """
 import sys
 from fastvgg.cli.output import _terminal_bar
 from fastvgg.stream.report import Progress
@@ -34,8 +34,8 @@ with _terminal_bar("preprocess", 1_281_167) as on_progress:
     on_progress(Progress(1_281_166, 1_281_167, 1_281_166, 192_863_360_000, 771_453_440_000, 4321.0))
 print("after", file=sys.stderr)
 """
-PLAIN = {
-    "a common one": {},
+TERMINALS = {
+    "common": {},
     "no colour": {"NO_COLOR": "1"},
     "dumb": {"TERM": "dumb"},
     "ASCII": {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"},
@@ -50,14 +50,14 @@ def place(tmp_path, monkeypatch):
 
 
 def fastvgg(*arguments, columns=80, stdout=None, **environment):
-    command = [sys.executable, "-c", UNCOMPILED, *arguments]
+    command = [sys.executable, "-c", WITHOUT_NUMBA_SCRIPT, *arguments]
     return run_on_terminal(command, columns, stdout=stdout, **environment)
 
 
 def check_screen(shown, columns):
     """Check that no line is cut or wrapped inside a word, and that the cursor is at column 0."""
     assert shown.cursor_column == 0
-    # What is as long as the screen is wide may have been broken by the terminal.
+    # The terminal may have wrapped a line as long as the screen is wide.
     assert max(len(line) for line in shown.lines) <= columns
     text = shown.written.decode()
     assert "Traceback" not in text
@@ -66,16 +66,16 @@ def check_screen(shown, columns):
     assert all(len(line) <= columns for line in lines if "/" not in line.split(" ")[0]), lines
 
 
-@sampled("kind, columns", PLAIN, [80, 60], one_in=2)
-def test_a_bar_and_a_report_are_a_line_each_on_any_terminal(place, kind, columns):
+@sampled("kind, columns", TERMINALS, [80, 60], one_in=2)
+def test_progress_bar_and_report_take_one_line_each_on_any_terminal(place, kind, columns):
     save_npy(place / "x.npy", pixels(11))
     memory = ["--memory", str(RUN_BYTES + 2 * (189 + 2 * 756)), "--threads", "1"]
     command = ["preprocess", "x.npy", "y.npy", "--mode", "caffe", *memory]
-    shown = fastvgg(*command, columns=columns, stdout=subprocess.PIPE, **PLAIN[kind])
+    shown = fastvgg(*command, columns=columns, stdout=subprocess.PIPE, **TERMINALS[kind])
     assert shown.returncode == 0, shown.lines
     assert b"11 images in" in shown.stdout
     assert b"\x1b" not in shown.stdout
-    if kind == "dumb":  # where no line is drawn again
+    if kind == "dumb":  # which cannot redraw a line
         assert shown.lines == []
         return
     check_screen(shown, columns)
@@ -86,17 +86,17 @@ def test_a_bar_and_a_report_are_a_line_each_on_any_terminal(place, kind, columns
     assert found, line
     assert len(found[1]) >= 5
     assert shown.written.endswith(b"\r\n") or shown.written.endswith(b"\x1b[?25h")
-    coloured = re.search(rb"\x1b\[[0-9;]*3[0-9]", shown.written) is not None
-    assert coloured == (kind != "no colour")
+    is_colored = re.search(rb"\x1b\[[0-9;]*3[0-9]", shown.written) is not None
+    assert is_colored == (kind != "no colour")
     if kind == "ASCII":
         shown.written.decode("ascii")
 
 
 @pytest.mark.parametrize("columns", [80, 60])
-@pytest.mark.parametrize("kind", ["a common one", "ASCII"])
-def test_a_bar_of_very_many_images_is_one_line_with_all_figures_that_fit(kind, columns):
-    command = [sys.executable, "-c", FAR]
-    shown = run_on_terminal(command, columns, **PLAIN[kind])
+@pytest.mark.parametrize("kind", ["common", "ASCII"])
+def test_progress_bar_of_a_long_run_fits_on_one_line(kind, columns):
+    command = [sys.executable, "-c", LONG_RUN_SCRIPT]
+    shown = run_on_terminal(command, columns, **TERMINALS[kind])
     assert shown.returncode == 0, shown.lines
     check_screen(shown, columns)
     line, after = shown.lines
@@ -107,7 +107,7 @@ def test_a_bar_of_very_many_images_is_one_line_with_all_figures_that_fit(kind, c
 
 
 @pytest.mark.parametrize("columns", [80, 60])
-def test_a_plan_fits_and_has_its_figures_below_each_other(place, columns):
+def test_plan_fits_the_screen_with_aligned_figures(place, columns):
     save_npy(place / "x.npy", pixels(11))
     shown = fastvgg("preprocess", "x.npy", "y.npy", "--mode", "tf", "--dry-run", columns=columns)
     assert shown.returncode == 0
@@ -120,7 +120,7 @@ def test_a_plan_fits_and_has_its_figures_below_each_other(place, columns):
 
 
 @pytest.mark.parametrize("columns", [80, 60])
-def test_info_puts_each_thing_on_a_line_that_fits(place, columns):
+def test_info_prints_one_field_per_line_that_fits(place, columns):
     save_npy(place / "x.npy", pixels(11))
     plan_of("x.npy", "y.npy", mode="caffe").run()
     shown = fastvgg("info", "y.npy", columns=columns)
@@ -140,29 +140,29 @@ def first_package(shown):
     return next(line for line in shown.lines if line.startswith("packages"))
 
 
-def test_a_path_that_is_longer_than_a_line_is_not_broken(place):
+def test_long_path_is_not_wrapped(place):
     path = place / "-".join(["photos"] * 20)
     shown = fastvgg("info", str(path), columns=60)
     assert shown.returncode == 3
     assert os.fsencode(path) in shown.written
 
 
-@sampled("kind, columns", PLAIN, [80, 60], one_in=2)
-def test_failures_notes_and_errors_are_broken_between_words(place, kind, columns):
+@sampled("kind, columns", TERMINALS, [80, 60], one_in=2)
+def test_failures_notes_and_errors_are_wrapped_between_words(place, kind, columns):
     save_images(place / "photos", pixels(5))
     (place / "photos" / "bad.jpg").write_text("x" * 1000)
     (place / "photos" / "labels.csv").touch()
     arguments = ["preprocess", "photos", "y.npy", "--mode", "caffe", "--size", "9", "9"]
-    shown = fastvgg(*arguments, columns=columns, **PLAIN[kind])
+    shown = fastvgg(*arguments, columns=columns, **TERMINALS[kind])
     assert shown.returncode == 1, shown.lines
-    said = " ".join(line.strip() for line in shown.lines)
-    assert "note: skipped files without an image suffix: 1" in said
-    assert "failed: row 5, bad.jpg: not an image in a supported format" in said
+    message = " ".join(line.strip() for line in shown.lines)
+    assert "note: skipped files without an image suffix: 1" in message
+    assert "failed: row 5, bad.jpg: not an image in a supported format" in message
     arguments[arguments.index("caffe")] = "vgg"
-    shown = fastvgg(*arguments, columns=columns, **PLAIN[kind])
+    shown = fastvgg(*arguments, columns=columns, **TERMINALS[kind])
     check_screen(shown, columns)
-    said = " ".join(line.strip() for line in shown.lines)
-    assert said == (
+    message = " ".join(line.strip() for line in shown.lines)
+    assert message == (
         "fastvgg: unknown mode 'vgg' "
         "give one of caffe, tf, torch, identity, or a custom fastvgg.Mode"
     )
@@ -173,13 +173,13 @@ def test_failures_notes_and_errors_are_broken_between_words(place, kind, columns
 @pytest.mark.parametrize(
     "command", ["", "preprocess", "pack", "restore", "verify", "info", "bench", "demo"]
 )
-def test_help_fits(command, columns):
+def test_help_fits_the_screen(command, columns):
     shown = fastvgg(*([command] if command else []), "--help", columns=columns)
     check_screen(shown, columns)
     assert "..." not in " ".join(shown.lines).replace("[ARGS]...", "")
 
 
-def test_the_welcome_fits_on_the_smallest_screen():
+def test_welcome_fits_the_smallest_screen():
     shown = fastvgg()
     assert shown.returncode == 0
     check_screen(shown, 80)

@@ -18,10 +18,10 @@ from PIL import Image
 
 from fastvgg.datasets.index import read_index
 from fastvgg.stream.manifest import manifest_path
-from tests.helpers.datasets_on_disk import PHOTOGRAPHS, failing_in_ascii, names_in, plan_of
+from tests.helpers.datasets_on_disk import PHOTOGRAPHS, ascii_failures, names_in, plan_of
 
 SIZE = (37, 53)
-KINDS = {
+SAVE_OPTIONS = {
     "jpg": {"format": "jpeg", "quality": 90},
     "progressive.jpg": {"format": "jpeg", "progressive": True},
     "png": {"format": "png"},
@@ -32,24 +32,24 @@ KINDS = {
 }
 
 
-def encoded(kind, **options):
+def encode(kind, **options):
     with Image.open(PHOTOGRAPHS / "chelsea.png") as photograph:
         image = photograph.convert("RGB").resize((61, 47))
     written = io.BytesIO()
-    image.save(written, **KINDS[kind], **options)
+    image.save(written, **SAVE_OPTIONS[kind], **options)
     return written.getvalue()
 
 
 def bomb():
     """A PNG of a few bytes that claims a billion pixels."""
-    png = bytearray(encoded("png"))
+    png = bytearray(encode("png"))
     png[16:24] = (40_001).to_bytes(4) + (30_001).to_bytes(4)
     png[29:33] = zlib.crc32(png[12:29]).to_bytes(4)
     return bytes(png)
 
 
-def put(folder, name, content):
-    """Create a file, or what a function creates, of a name in bytes."""
+def create_entry(folder, name, content):
+    """Create an entry with a name in bytes: a file, a socket, or what a function creates."""
     path = os.fsencode(folder) + b"/" + name
     if content is socket:
         here = os.open(folder, os.O_RDONLY)  # the address of a socket must be short
@@ -59,25 +59,25 @@ def put(folder, name, content):
         finally:
             os.close(here)
     elif isinstance(content, bytes):
-        with open(path, "wb") as file:  # noqa: PTH123  # a name that is not text
+        with open(path, "wb") as file:  # noqa: PTH123  # the name is not text
             file.write(content)
     else:
         content(path)
 
 
 @pytest.fixture
-def bad(tmp_path):
-    """A folder, and the repaired contents of its unreadable files by name."""
+def bad_folder(tmp_path):
+    """Return a folder and, by name, the repaired contents of its unreadable files."""
     folder = tmp_path / "photos"
     folder.mkdir()
     repaired = {}
-    for kind in KINDS:
-        whole = encoded(kind)
-        put(folder, f"good.{kind}".encode(), whole)
+    for kind in SAVE_OPTIONS:
+        intact = encode(kind)
+        create_entry(folder, f"good.{kind}".encode(), intact)
         for tenth in range(10):
             name = f"{tenth}-tenths.{kind}".encode()
-            put(folder, name, whole[: len(whole) * tenth // 10])
-            repaired[name] = whole
+            create_entry(folder, name, intact[: len(intact) * tenth // 10])
+            repaired[name] = intact
     for name, content in {
         b"text.jpg": b"a text",
         b"bomb.png": bomb(),
@@ -87,10 +87,10 @@ def bad(tmp_path):
         b"directory.gif": os.mkdir,
         b'caf\xe9 \n,".jpg': b"torn",
     }.items():
-        put(folder, name, content)
-        repaired[name] = encoded("png")
-    put(folder, b"a png in truth.jpg", encoded("png"))
-    put(folder, b"caf\xe8.png", encoded("png"))
+        create_entry(folder, name, content)
+        repaired[name] = encode("png")
+    create_entry(folder, b"png with jpg suffix.jpg", encode("png"))
+    create_entry(folder, b"caf\xe8.png", encode("png"))
     return folder, repaired
 
 
@@ -103,7 +103,7 @@ def command(*arguments):
     )
 
 
-def as_keras_reads(path):
+def load_with_keras(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow only warns of some damage
@@ -113,9 +113,9 @@ def as_keras_reads(path):
     return np.asarray(image)
 
 
-@failing_in_ascii()
-def test_unreadable_files_are_in_the_index_and_are_retried_once_repaired(tmp_path, bad):
-    folder, repaired = bad
+@ascii_failures()
+def test_unreadable_files_are_indexed_and_retried_after_repair(tmp_path, bad_folder):
+    folder, repaired = bad_folder
     target = tmp_path / "x.npy"
     options = ["--size", *map(str, SIZE), "--threads", "2", "--json", "--quiet"]
     done = command("pack", folder, target, *options)
@@ -134,16 +134,16 @@ def test_unreadable_files_are_in_the_index_and_are_retried_once_repaired(tmp_pat
             assert "\n" not in record.reason
             assert not image.any()
         else:
-            expected = as_keras_reads(path)
+            expected = load_with_keras(path)
             assert expected is not None, record
             assert image.tobytes() == expected.tobytes()
         if path.is_file() and not path.is_symlink():
-            assert record.failed == (as_keras_reads(path) is None), record
+            assert record.failed == (load_with_keras(path) is None), record
 
     for name, content in repaired.items():
         path = os.fsencode(folder) + b"/" + name
         os.rmdir(path) if os.path.isdir(path) else os.unlink(path)  # noqa: PTH106, PTH108, PTH112
-        put(folder, name, content)
+        create_entry(folder, name, content)
     done = command("pack", folder, target, *options, "--retry-failed")
     assert done.returncode == 0, done.stderr
     fresh = tmp_path / "fresh" / "x.npy"

@@ -1,4 +1,4 @@
-"""Targets of image files: their names, their encoding and their damage."""
+"""Image file targets: names, encoding and damage."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ from PIL import Image
 
 from fastvgg.datasets.base import Header, ImageRecord
 from fastvgg.datasets.image_writer import FORMAT_SUFFIXES, ImageFolderTarget, check_format, is_lossy
-from fastvgg.datasets.index import INDEX_HEAD, index_path, index_text, read_index
+from fastvgg.datasets.index import INDEX_HEADER, format_records, index_path, read_index
 from fastvgg.datasets.open import open_target, target_format
 from fastvgg.errors import SourceError, TargetError, UsageError
 from fastvgg.storage.local import Storage
 from fastvgg.storage.location import Location
 from tests.helpers.batches import frozen
-from tests.helpers.datasets_on_disk import failing_in_ascii, must_say, names_in, pixels, tree
+from tests.helpers.datasets_on_disk import ascii_failures, check_error, names_in, pixels, tree
 
 LOSSLESS = ("png", "webp")
-PILLOWS_NAMES = {"png": "PNG", "webp": "WEBP", "jpeg": "JPEG"}
+PILLOW_FORMATS = {"png": "PNG", "webp": "WEBP", "jpeg": "JPEG"}
 
 
 def record(path, reason="", *, failed=False):
     return ImageRecord(path, "", 9, 7, failed, reason)
 
 
-def torn(path):
-    return record(path, "it is torn", failed=True)
+def failed_record(path):
+    return record(path, "truncated", failed=True)
 
 
-def encoded(target, batch, records=()):
-    """Return the payload of a batch: empty for a failed row."""
+def encode_batch(target, batch, records=()):
+    """Return the payload of a batch; a failed row is empty."""
     failed = [found.failed for found in records] or [False] * len(batch)
     return [b"" if bad else target.encode(image) for image, bad in zip(batch, failed, strict=True)]
 
 
-def target_of(path, batch, records=(), **settings):
+def make_target(path, batch, records=(), **settings):
     return ImageFolderTarget(
         path, Header(batch.shape, "uint8", "NHWC"), Storage(), records, **settings
     )
 
 
-def written(path, batch, records=(), **settings):
-    target = target_of(path, batch, records, **settings)
+def write_target(path, batch, records=(), **settings):
+    target = make_target(path, batch, records, **settings)
     target.create()
-    target.write(0, encoded(target, batch, records))
+    target.write(0, encode_batch(target, batch, records))
     target.sync()
     return target
 
@@ -60,12 +60,12 @@ def files_in(directory):
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_files_are_written_in_any_order_and_twice(tmp_path, named):
+def test_files_can_be_written_in_any_order_and_rewritten(tmp_path, named):
     expected = pixels(9)
     records = [record(f"{'ab'[row % 2]}/{row}.jpg") for row in range(9)] if named else []
-    target = target_of(tmp_path / "out", expected, records)
+    target = make_target(tmp_path / "out", expected, records)
     target.create()
-    stored = encoded(target, expected)
+    stored = encode_batch(target, expected)
     for start, stop in ((5, 9), (0, 3), (3, 5), (3, 5), (0, 9)):
         target.write(start, stored[start:stop])
         target.sync()
@@ -76,7 +76,7 @@ def test_files_are_written_in_any_order_and_twice(tmp_path, named):
     assert len(files_in(tmp_path / "out")) == 9
 
 
-@pytest.mark.parametrize("file_format", PILLOWS_NAMES)
+@pytest.mark.parametrize("file_format", PILLOW_FORMATS)
 @pytest.mark.parametrize(
     ("paths", "stems"),
     [
@@ -91,11 +91,11 @@ def test_files_are_written_in_any_order_and_twice(tmp_path, named):
     ],
     ids=["no names", "names", "same stem", "same but for case", "nested", "dots", "odd", "no text"],
 )
-@failing_in_ascii()
-def test_files_are_named_by_the_records_or_by_row(tmp_path, paths, stems, file_format):
+@ascii_failures()
+def test_files_are_named_after_records_or_rows(tmp_path, paths, stems, file_format):
     expected = pixels(2)
     records = [record(path) for path in paths or ()]
-    target = written(tmp_path / "out", expected, records, file_format=file_format)
+    target = write_target(tmp_path / "out", expected, records, file_format=file_format)
     assert not (tmp_path / "out").exists()
     target.publish()
     assert not target.partial.exists()
@@ -103,7 +103,7 @@ def test_files_are_named_by_the_records_or_by_row(tmp_path, paths, stems, file_f
     assert files_in(tmp_path / "out") == set(names)
     for name, image in zip(names, expected, strict=True):
         with Image.open(tmp_path / "out" / name) as stored:
-            assert stored.format == PILLOWS_NAMES[file_format]
+            assert stored.format == PILLOW_FORMATS[file_format]
             assert file_format == "jpeg" or np.asarray(stored).tobytes() == image.tobytes()
     stored = target.read_stored(0, 2)
     assert stored == [(tmp_path / "out" / name).read_bytes() for name in names]
@@ -114,7 +114,7 @@ def test_files_are_named_by_the_records_or_by_row(tmp_path, paths, stems, file_f
 def test_png_and_webp_are_lossless(tmp_path, file_format, size):
     noise = pixels(3, *size, seed=5)
     noise[2] = np.arange(noise[2].size, dtype=np.uint8).reshape(noise[2].shape)  # smooth
-    target = written(tmp_path / "out", frozen(noise), file_format=file_format)
+    target = write_target(tmp_path / "out", frozen(noise), file_format=file_format)
     target.publish()
     assert target.read_back(0, 3).tobytes() == noise.tobytes()
     for row, image in enumerate(noise):
@@ -124,10 +124,10 @@ def test_png_and_webp_are_lossless(tmp_path, file_format, size):
     assert not is_lossy(file_format)
 
 
-def test_jpeg_has_the_bytes_of_simplejpeg_at_quality_95(tmp_path):
+def test_jpeg_matches_simplejpeg_at_quality_95(tmp_path):
     batch = pixels(2, 37, 53)
     batch[1] = np.linspace(0, 255, 37 * 53 * 3).reshape(37, 53, 3)
-    target = written(tmp_path / "out", frozen(batch), file_format="jpeg")
+    target = write_target(tmp_path / "out", frozen(batch), file_format="jpeg")
     target.publish()
     for row, image in enumerate(batch):
         expected = simplejpeg.encode_jpeg(image, quality=95, colorsubsampling="444")
@@ -139,11 +139,11 @@ def test_jpeg_has_the_bytes_of_simplejpeg_at_quality_95(tmp_path):
     assert is_lossy("jpeg")
 
 
-@pytest.mark.parametrize("file_format", PILLOWS_NAMES)
-def test_many_threads_encode_as_one_does(tmp_path, file_format):
+@pytest.mark.parametrize("file_format", PILLOW_FORMATS)
+def test_encoding_does_not_depend_on_threads(tmp_path, file_format):
     batch = pixels(40, 31, 17)
-    target = target_of(tmp_path / "out", batch, file_format=file_format)
-    expected = encoded(target, batch)
+    target = make_target(tmp_path / "out", batch, file_format=file_format)
+    expected = encode_batch(target, batch)
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(target.encode, batch)) == expected
     assert len(set(expected)) == 40
@@ -153,38 +153,38 @@ LIMITS = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}
 
 
 @pytest.mark.parametrize("name", LIMITS)
-def test_images_too_large_for_a_format_are_refused(name):
-    longest = LIMITS[name]
-    for sides in ((longest, 1), (1, longest), (1, 1)):
+def test_images_too_large_for_a_format_are_rejected(name):
+    max_side = LIMITS[name]
+    for sides in ((max_side, 1), (1, max_side), (1, 1)):
         check_format(name, *sides)
-    for sides in ((longest + 1, 1), (1, longest + 1)):
+    for sides in ((max_side + 1, 1), (1, max_side + 1)):
         with pytest.raises(TargetError) as caught:
             check_format(name, *sides)
-        must_say(caught.value, f"{sides[0]}x{sides[1]}", name, longest, "--format png")
+        check_error(caught.value, f"{sides[0]}x{sides[1]}", name, max_side, "--format png")
 
 
 @pytest.mark.parametrize("name", ["jpeg", "webp"])
-def test_a_format_can_encode_its_longest_side(tmp_path, name):
-    longest = LIMITS[name]
-    image = pixels(1, 1, longest)
-    target = written(tmp_path / "out", image, file_format=name)
+def test_format_encodes_images_up_to_its_maximum_side(tmp_path, name):
+    max_side = LIMITS[name]
+    image = pixels(1, 1, max_side)
+    target = write_target(tmp_path / "out", image, file_format=name)
     target.publish()
-    assert target.read_back(0, 1).shape == (1, 1, longest, 3)
+    assert target.read_back(0, 1).shape == (1, 1, max_side, 3)
     with pytest.raises(ValueError, match=r"."):  # of the encoder
         target.encode(pixels(1, 1, 65_536)[0])
 
 
 @pytest.mark.parametrize("name", ["gif", "", "PNG", "jpg", ".png"])
-def test_an_unknown_format_is_refused(name):
+def test_unknown_format_is_rejected(name):
     with pytest.raises(UsageError) as caught:
         check_format(name, 7, 9)
-    must_say(caught.value, repr(name), "png, jpeg, webp")
+    check_error(caught.value, repr(name), "png, jpeg, webp")
 
 
-def test_a_file_and_a_folder_never_get_the_same_name(tmp_path):
+def test_file_and_directory_names_do_not_collide(tmp_path):
     paths = ["a.jpg", "a.bmp", "x.png", "./x.png.png/y.jpg"]
     expected = pixels(4)
-    target = written(tmp_path / "out", expected, [record(path) for path in paths])
+    target = write_target(tmp_path / "out", expected, [record(path) for path in paths])
     target.publish()
     assert target.read_back(0, 4).tobytes() == expected.tobytes()
 
@@ -205,15 +205,20 @@ def test_any_paths_get_names_that_can_coexist(paths):
     kept = len(set(ends)) == 1 and set(ends[0].split(".png")) == {""}
     assert names == stems or kept
     if names != stems:  # only if necessary
-        above = {str(folder) for path in paths for folder in PurePosixPath(path).parents}
-        assert len(set(stems)) < len(paths) or not above.isdisjoint(stems)
+        parents = {str(folder) for path in paths for folder in PurePosixPath(path).parents}
+        assert len(set(stems)) < len(paths) or not parents.isdisjoint(stems)
 
 
-def test_a_failed_row_has_no_file_and_reads_back_as_zeros(tmp_path):
+def test_failed_row_has_no_file_and_reads_back_as_zeros(tmp_path):
     expected = pixels(4)
     expected[[1, 3]] = 0
-    records = [record("a.jpg", "libjpeg warned"), torn("x/b.jpg"), record("c.jpg"), torn("d.jpg")]
-    target = written(tmp_path / "out", expected, records)
+    records = [
+        record("a.jpg", "libjpeg warned"),
+        failed_record("x/b.jpg"),
+        record("c.jpg"),
+        failed_record("d.jpg"),
+    ]
+    target = write_target(tmp_path / "out", expected, records)
     target.publish()
     assert names_in(tmp_path / "out") == ["a.png", "c.png"]
     assert target.read_back(0, 4).tobytes() == expected.tobytes()
@@ -221,10 +226,10 @@ def test_a_failed_row_has_no_file_and_reads_back_as_zeros(tmp_path):
     assert [bool(data) for data in target.read_stored(0, 4)] == [True, False, True, False]
 
 
-def test_an_index_of_a_dataset_names_its_files(tmp_path):
+def test_target_files_are_named_after_the_index(tmp_path):
     expected = pixels(3)
-    records = [record("cat/é\n.jpg"), torn("cat/b.jpg"), record("dog/a.jpg", "warned")]
-    text = INDEX_HEAD + index_text(records)
+    records = [record("cat/é\n.jpg"), failed_record("cat/b.jpg"), record("dog/a.jpg", "warned")]
+    text = INDEX_HEADER + format_records(records)
     index_path(tmp_path / "train.npy").write_text(text, encoding="utf-8")
     index = read_index(tmp_path / "train.npy", 3)
     expected[1] = 0
@@ -234,17 +239,17 @@ def test_an_index_of_a_dataset_names_its_files(tmp_path):
         Location.parse(tmp_path / "out"), header, Storage(), chunk_images=1, **named
     )
     target.create()
-    target.write(0, encoded(target, expected, records))
+    target.write(0, encode_batch(target, expected, records))
     target.publish()
     assert files_in(tmp_path / "out") == {"cat/é\n.webp", "dog/a.webp"}
     assert target.read_back(0, 3).tobytes() == expected.tobytes()
 
 
-def test_an_index_that_names_one_file_twice_is_refused(tmp_path):
-    records = [record("y.jpg"), record("x/a.jpg"), torn("z.jpg"), record("x/a.jpg")]
+def test_index_with_duplicate_paths_is_rejected(tmp_path):
+    records = [record("y.jpg"), record("x/a.jpg"), failed_record("z.jpg"), record("x/a.jpg")]
     with pytest.raises(SourceError) as caught:
-        target_of(tmp_path / "out", pixels(4), records)
-    must_say(caught.value, "x/a.jpg", "twice")
+        make_target(tmp_path / "out", pixels(4), records)
+    check_error(caught.value, "x/a.jpg", "twice")
     assert names_in(tmp_path) == []
 
 
@@ -256,8 +261,8 @@ def test_an_index_that_names_one_file_twice_is_refused(tmp_path):
         pytest.param(b"", id="empty"),
     ],
 )
-def test_a_published_image_that_was_damaged_is_named(tmp_path, content):
-    target = written(tmp_path / "out", pixels(2))
+def test_damaged_published_image_is_reported_by_path(tmp_path, content):
+    target = write_target(tmp_path / "out", pixels(2))
     target.publish()
     path = tmp_path / "out" / "00000001.png"
     path.unlink()
@@ -265,31 +270,31 @@ def test_a_published_image_that_was_damaged_is_named(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(SourceError) as caught:
         target.read_back(0, 2)
-    must_say(caught.value, path)
+    check_error(caught.value, path)
     assert target.read_back(0, 1).tobytes() == pixels(2)[:1].tobytes()
 
 
-def test_a_truncated_published_image_is_named(tmp_path):
-    target = written(tmp_path / "out", pixels(2, 37, 53))
+def test_truncated_published_image_is_reported_by_path(tmp_path):
+    target = write_target(tmp_path / "out", pixels(2, 37, 53))
     target.publish()
     path = tmp_path / "out" / "00000000.png"
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(SourceError) as caught:
         target.read_back(0, 2)
-    must_say(caught.value, path, "truncated")
+    check_error(caught.value, path, "truncated")
     assert len(target.read_stored(0, 2)[0]) == path.stat().st_size
 
 
-class Recording(Storage):
+class RecordingStorage(Storage):
     """Storage that records its syncs."""
 
-    def __init__(self, *, relied_on):
+    def __init__(self, *, has_reliable_syncfs):
         super().__init__()
         self.calls = []
-        self._relied_on = relied_on
+        self._has_reliable_syncfs = has_reliable_syncfs
 
     def has_syncfs(self, directory):
-        return self._relied_on
+        return self._has_reliable_syncfs
 
     def sync(self, file):
         self.calls.append(file.path.name)
@@ -300,43 +305,43 @@ class Recording(Storage):
         super().syncfs(directory)
 
 
-@pytest.mark.parametrize("begin", ["create", "reopen"])
-def test_files_are_synced_one_by_one_where_syncfs_is_unreliable(tmp_path, begin):
+@pytest.mark.parametrize("start_method", ["create", "reopen"])
+def test_files_are_synced_individually_where_syncfs_is_unreliable(tmp_path, start_method):
     batch = pixels(2)
-    for relied_on, calls in (
+    for has_reliable_syncfs, calls in (
         (True, ["the disk"]),
         (False, ["00000000.png", "00000001.png", "the disk"]),
     ):
-        storage = Recording(relied_on=relied_on)
+        storage = RecordingStorage(has_reliable_syncfs=has_reliable_syncfs)
         target = ImageFolderTarget(tmp_path / "out", Header(batch.shape, "uint8", "NHWC"), storage)
-        if begin == "create":
+        if start_method == "create":
             target.create()
         else:
             target.partial.mkdir(exist_ok=True)
             target.reopen()
-        target.write(0, encoded(target, batch))
+        target.write(0, encode_batch(target, batch))
         target.sync()
         assert storage.calls == calls
 
 
 @pytest.mark.parametrize(("name", "kind"), [("a.npy", "npy"), ("A.NPY", "npy"), ("out", "images")])
-def test_the_name_of_a_target_selects_its_format(tmp_path, name, kind):
+def test_target_suffix_selects_the_format(tmp_path, name, kind):
     assert target_format(Location.parse(tmp_path / name)) == kind
 
 
-def test_an_existing_directory_is_one_whatever_its_suffix(tmp_path):
+def test_existing_directory_is_an_image_target_regardless_of_its_suffix(tmp_path):
     (tmp_path / "v1.0").mkdir()
     assert target_format(Location.parse(tmp_path / "v1.0")) == "images"
 
 
-def test_a_target_of_no_known_format_is_refused(tmp_path):
+def test_unknown_target_suffix_is_rejected(tmp_path):
     with pytest.raises(TargetError) as caught:
         target_format(Location.parse(tmp_path / "out.zip"))
-    must_say(caught.value, tmp_path / "out.zip", "'.zip'", ".npy")
+    check_error(caught.value, tmp_path / "out.zip", "'.zip'", ".npy")
 
 
-def test_an_encoded_image_is_a_complete_file(tmp_path):
-    target = target_of(tmp_path / "out", pixels(2))
+def test_encoded_image_is_a_complete_file(tmp_path):
+    target = make_target(tmp_path / "out", pixels(2))
     data = target.encode(frozen(pixels(1, 5, 8)[0]))
     assert type(data) is bytes
     with Image.open(io.BytesIO(data)) as image:

@@ -22,12 +22,12 @@ from fastvgg.imaging.decode import DecodeOptions, Decoder
 from fastvgg.storage.location import Location
 from tests.helpers.datasets_on_disk import (
     PHOTOGRAPHS,
-    failing_in_ascii,
-    must_say,
+    ascii_failures,
+    check_error,
     permissions,
     pixels,
-    printed_by,
     save_images,
+    stdout_of,
     tree,
 )
 from tests.helpers.formats import CHANGES
@@ -36,18 +36,18 @@ SIZE = (37, 53)
 MEMORY_BYTES = 2**28
 
 
-def opened(path, *, threads=1, listing=None, **settings):
+def open_folder(path, *, threads=1, listing=None, **settings):
     decoding = DecodeOptions(**settings)
     decoder = Decoder(decoding, memory_bytes=MEMORY_BYTES, threads=threads)
     return ImageFolder(path, decoding, decoder, threads=threads, listing=listing)
 
 
 def read_folder(path, **settings):
-    with closing(opened(path, **settings)) as source:
+    with closing(open_folder(path, **settings)) as source:
         return source.read(0, source.header.images)
 
 
-def decoded_by_threads(source, threads):
+def decode_in_threads(source, threads):
     """Decode every image of a source in a pool of threads."""
     batch = np.full(source.header.shape, 77, np.uint8)
     with ThreadPoolExecutor(threads) as pool:
@@ -55,18 +55,18 @@ def decoded_by_threads(source, threads):
     return batch, records
 
 
-def as_keras_loads(path, size=None, interpolation="nearest"):
+def load_with_keras(path, size=None, interpolation="nearest"):
     image = keras.utils.load_img(path, target_size=size, interpolation=interpolation)
     return keras.utils.img_to_array(image).astype(np.uint8)
 
 
-def a_photograph():
+def load_photograph():
     with Image.open(PHOTOGRAPHS / "chelsea.png") as image:
         return image.convert("RGB").resize((61, 47))
 
 
 def save_as(path, kind, image=None, **options):
-    (image or a_photograph()).save(path, kind, **options)
+    (image or load_photograph()).save(path, kind, **options)
     return path
 
 
@@ -76,18 +76,18 @@ def folder(tmp_path):
     return tmp_path / "photos"
 
 
-@pytest.mark.parametrize("size", [None, SIZE], ids=["as it is", "resized"])
+@pytest.mark.parametrize("size", [None, SIZE], ids=["original size", "resized"])
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
         *(("a.jpg", "jpeg"), ("a.jpeg", "jpeg"), ("a.JPG", "jpeg"), ("a.png", "png")),
         *(("a.webp", "webp"), ("a.bmp", "bmp"), ("a.gif", "gif"), ("a.tif", "tiff")),
-        *(("a.tiff", "tiff"), ("a.tIFF", "tiff"), ("in truth.jpg", "png"), ("b.webp", "jpeg")),
+        *(("a.tiff", "tiff"), ("a.tIFF", "tiff"), ("png content.jpg", "png"), ("b.webp", "jpeg")),
     ],
 )
-def test_an_image_of_any_format_has_the_pixels_that_keras_loads(folder, name, kind, size):
+def test_images_of_every_format_match_keras(folder, name, kind, size):
     path = save_as(folder / name, kind)
-    expected = as_keras_loads(path, size)
+    expected = load_with_keras(path, size)
     batch, (record,) = read_folder(folder, size=size)
     assert record == (name, "", 61, 47, False, "")
     assert batch.dtype == np.uint8
@@ -95,7 +95,7 @@ def test_an_image_of_any_format_has_the_pixels_that_keras_loads(folder, name, ki
     assert batch[0].tobytes() == expected.tobytes()
 
 
-def test_photographs_of_different_sizes_become_one_batch_in_name_order(folder):
+def test_photographs_of_different_sizes_are_resized_in_path_order(folder):
     names = ["rocket.jpg", "camera.png", "coffee.png", "astronaut.png", "retina.jpg"]
     for number, name in enumerate(names):
         directory = folder / f"class {number % 2}"
@@ -111,13 +111,13 @@ def test_photographs_of_different_sizes_become_one_batch_in_name_order(folder):
         ("class 1/camera.png", "class 1"),
     ]
     for image, record in zip(batch, records, strict=True):
-        assert image.tobytes() == as_keras_loads(folder / record.path, SIZE).tobytes()
+        assert image.tobytes() == load_with_keras(folder / record.path, SIZE).tobytes()
         with Image.open(folder / record.path) as original:
             assert (record.width, record.height) == original.size
 
 
-@failing_in_ascii()
-def test_images_are_sorted_by_the_bytes_of_their_paths(folder):
+@ascii_failures()
+def test_images_are_sorted_by_path_bytes(folder):
     names = [
         *("a.png", "a/b.png", "a-b.png", "a b.png", "ab.png", "B.png", "z/a.png", "z.png"),
         *("10.png", "9.png", "é.png", "e\u0301.png", "z/é/q.png", "\uff5e.png", "\U0001f600.png"),
@@ -127,7 +127,7 @@ def test_images_are_sorted_by_the_bytes_of_their_paths(folder):
         save_images(folder, pixels(1, seed=row), [name])
     # Not UTF-8: as text it sorts before U+FF5E, as bytes after it.
     stray = os.fsencode(folder) + b"/\xff.png"
-    with open(stray, "wb") as file:  # noqa: PTH123  # a name that is no text
+    with open(stray, "wb") as file:  # noqa: PTH123  # the name is not text
         Image.fromarray(pixels(1, seed=77)[0]).save(file, "png")
     expected = sorted([os.fsencode(name) for name in names] + [b"\xff.png", b"x.jpg"])
     batch, records = read_folder(folder)
@@ -140,7 +140,7 @@ def test_images_are_sorted_by_the_bytes_of_their_paths(folder):
         assert image.tobytes() == pixels(1, seed=seed)[0].tobytes()
 
 
-def test_the_label_is_the_first_folder(folder):
+def test_label_is_the_top_level_folder(folder):
     save_images(folder, pixels(4), ["top.png", "cat/a.png", "cat/old/b.png", "dog.x/c.png"])
     actual = [(record.path, record.label) for record in read_folder(folder).records]
     assert actual == [
@@ -151,10 +151,10 @@ def test_the_label_is_the_first_folder(folder):
     ]
 
 
-def test_the_settings_are_the_decoding_options(folder):
+def test_settings_are_the_decode_options(folder):
     save_images(folder, pixels(2), ["a.png", "cat/b.png"])
     given = {"interpolation": "bicubic", "fast_jpeg": True, "gray16": "scale"}
-    with closing(opened(folder, size=SIZE, **given)) as source:
+    with closing(open_folder(folder, size=SIZE, **given)) as source:
         assert source.kind == "images"
         stored = (folder / "a.png").stat().st_size + (folder / "cat" / "b.png").stat().st_size
         assert source.stored_bytes == stored
@@ -163,54 +163,54 @@ def test_the_settings_are_the_decoding_options(folder):
         assert len(source.records) == 0
 
 
-def test_size_is_height_and_width_in_that_order(folder):
+def test_size_is_height_then_width(folder):
     save_images(folder, pixels(1, height=40, width=20), ["a.png"])
     assert read_folder(folder, size=(11, 23)).batch.shape == (1, 11, 23, 3)
 
 
-def test_images_of_one_size_need_no_size(folder):
+def test_size_is_optional_if_all_images_have_one_size(folder):
     expected = pixels(200, height=11, width=23)
     save_images(folder, expected, [f"{row:03d}.png" for row in range(200)])
     for threads in (1, 3):
         assert read_folder(folder, threads=threads).batch.tobytes() == expected.tobytes()
 
 
-def test_rotation_by_exif_comes_before_the_comparison_of_sizes(folder):
+def test_exif_rotation_precedes_the_size_check(folder):
     exif = Image.Exif()
     exif[0x0112] = 6
     save_as(folder / "a.jpg", "jpeg")
-    save_as(folder / "b.jpg", "jpeg", a_photograph().rotate(90, expand=True), exif=exif)
+    save_as(folder / "b.jpg", "jpeg", load_photograph().rotate(90, expand=True), exif=exif)
     batch, records = read_folder(folder, exif=True)
     assert batch.shape == (2, 47, 61, 3)
     assert [(record.width, record.height) for record in records] == [(61, 47), (47, 61)]
     with pytest.raises(SourceError, match="2 sizes"):
-        opened(folder)
+        open_folder(folder)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_images_of_different_sizes_are_refused_with_the_sizes(folder, threads):
+def test_different_image_sizes_are_rejected_with_the_sizes(folder, threads):
     save_images(folder, pixels(150, height=11, width=23), [f"a{row:03d}.png" for row in range(150)])
     save_images(folder, pixels(2, height=13, width=29), [f"b{row}.png" for row in range(2)])
     with pytest.raises(SourceError) as caught:
-        opened(folder, threads=threads)
-    must_say(
+        open_folder(folder, threads=threads)
+    check_error(
         caught.value, folder, "2 sizes", "11x23 (150, e.g. a000.png)", "13x29 (2, e.g. b0.png)"
     )
     assert "--size" in caught.value.remedy
 
 
-def test_the_most_common_sizes_are_listed_first(folder):
+def test_most_common_sizes_are_listed_first(folder):
     for height in range(1, 10):
         count = 2 if height == 9 else 1
         for row in range(count):
             save_images(folder, pixels(1, height=height, width=5), [f"{height}-{row}.png"])
     with pytest.raises(SourceError) as caught:
-        opened(folder)
-    must_say(caught.value, "9 sizes", "9x5 (2, e.g. 9-0.png)", "and 4 more")
+        open_folder(folder)
+    check_error(caught.value, "9 sizes", "9x5 (2, e.g. 9-0.png)", "and 4 more")
 
 
 @pytest.mark.parametrize("kind", ["empty", "text only", "broken only", "empty files only"])
-def test_a_folder_without_an_image_is_refused(folder, kind):
+def test_folder_without_readable_images_is_rejected(folder, kind):
     words = ["contains no images", "0 other files"]
     if kind == "text only":
         (folder / "labels.csv").write_text("a.jpg,cat\n")
@@ -226,23 +226,23 @@ def test_a_folder_without_an_image_is_refused(folder, kind):
         words = ["none of the 1 images", "a.jpg"]
     before = tree(folder)
     with pytest.raises(SourceError) as caught:
-        opened(folder)
-    must_say(caught.value, folder, *words)
+        open_folder(folder)
+    check_error(caught.value, folder, *words)
     assert tree(folder) == before
 
 
-def test_a_folder_of_only_broken_images_is_read_if_a_size_is_given(folder):
+def test_folder_of_broken_images_is_read_if_a_size_is_given(folder):
     (folder / "a.jpg").write_text("not an image")
     batch, (record,) = read_folder(folder, size=SIZE)
     assert not batch.any()
     assert record.failed
 
 
-def test_skipped_files_are_counted_in_a_note(folder):
+def test_skipped_files_are_counted_in_the_notes(folder):
     save_images(folder, pixels(1), ["a.png"])
     for name in ("labels.csv", "b.txt", ".jpg", "png", "c.png~", "d.jpg.txt"):
         (folder / name).touch()
-    with closing(opened(folder)) as source:
+    with closing(open_folder(folder)) as source:
         assert source.header.images == 1
         (note,) = source.notes
         assert "skipped files" in note
@@ -250,7 +250,7 @@ def test_skipped_files_are_counted_in_a_note(folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "is_one"),
+    ("name", "expected"),
     [
         *((b"a.jpg", True), (b"a.JpEg", True), (b"x/.a.png", True), (b"x.y/a.b.webp", True)),
         *((b"\xff.tif", True), (b" .bmp", True), (b"..gif", True), (b"a.tiff", True)),
@@ -259,14 +259,14 @@ def test_skipped_files_are_counted_in_a_note(folder):
         *((b"a.jpg\n", False), (b"a.jpg ", False), (b"a.heic", False), (b"a.\xe9", False)),
     ],
 )
-def test_the_suffix_makes_a_name_an_image(name, is_one):
-    assert is_image_name(name) is is_one
+def test_images_are_recognized_by_suffix(name, expected):
+    assert is_image_name(name) is expected
 
 
-def spoil(folder):
-    """Put one of every kind of unreadable entry in a folder; return their names.
+def add_unreadable_entries(folder):
+    """Add one unreadable entry of every kind to a folder; return their names.
 
-    All but a pipe: who opens one may wait for ever, which a process of its own has to try.
+    Except a pipe: opening one may block forever, which needs a separate process to test.
     """
     jpeg = save_as(folder / "x.jpg", "jpeg").read_bytes()
     png = save_as(folder / "x.png", "png").read_bytes()
@@ -300,15 +300,15 @@ def spoil(folder):
     return sorted([*broken, *skipped, "socket.jpg"])
 
 
-@pytest.mark.parametrize("size", [None, SIZE], ids=["as they are", "resized"])
+@pytest.mark.parametrize("size", [None, SIZE], ids=["original size", "resized"])
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_an_unreadable_image_is_a_row_of_zeros_with_a_reason(folder, size, threads):
-    # As large as the broken ones claim: a header can be intact where the rest is not.
+def test_unreadable_image_is_a_row_of_zeros_with_a_reason(folder, size, threads):
+    # The size that the broken images claim: a header can be intact where the data is not.
     good = [f"{row} good.png" for row in range(5)]
     save_images(folder, pixels(5, height=47, width=61), good)
-    bad = spoil(folder)
-    with closing(opened(folder, size=size, threads=threads)) as source:
-        batch, records = decoded_by_threads(source, threads)
+    bad = add_unreadable_entries(folder)
+    with closing(open_folder(folder, size=size, threads=threads)) as source:
+        batch, records = decode_in_threads(source, threads)
     assert [record.path for record in records] == sorted(good + bad)
     for image, record in zip(batch, records, strict=True):
         if record.path in bad:
@@ -318,11 +318,11 @@ def test_an_unreadable_image_is_a_row_of_zeros_with_a_reason(folder, size, threa
         else:
             assert not record.failed
             assert record.reason == ""
-            assert image.tobytes() == as_keras_loads(folder / record.path, size).tobytes()
+            assert image.tobytes() == load_with_keras(folder / record.path, size).tobytes()
 
 
-def test_reasons_name_the_cause(folder):
-    spoil(folder)
+def test_failure_reasons_name_the_cause(folder):
+    add_unreadable_entries(folder)
     reasons = {record.path: record.reason for record in read_folder(folder, size=SIZE).records}
     for name, cause in {
         "text.jpg": "not an image",
@@ -340,57 +340,57 @@ def test_reasons_name_the_cause(folder):
 
 def test_results_do_not_depend_on_the_number_of_threads(folder):
     save_images(folder, pixels(17), [f"{row}.png" for row in range(17)])
-    spoil(folder)
+    add_unreadable_entries(folder)
     expected = read_folder(folder, size=SIZE)
     for threads in (1, 2, 5, 2):
-        with closing(opened(folder, size=SIZE, threads=threads)) as source:
-            batch, records = decoded_by_threads(source, threads)
+        with closing(open_folder(folder, size=SIZE, threads=threads)) as source:
+            batch, records = decode_in_threads(source, threads)
         assert batch.tobytes() == expected.batch.tobytes()
         assert records == expected.records
 
 
-def test_a_warning_of_the_decoder_is_the_reason_of_a_good_row(folder):
+def test_decoder_warning_is_the_reason_of_a_successful_row(folder):
     jpeg = save_as(folder / "a.jpg", "jpeg").read_bytes()
     (folder / "b.jpg").write_bytes(jpeg[:20] + b"abc" + jpeg[20:])
     batch, records = read_folder(folder)
     assert [record.failed for record in records] == [False, False]
     assert records[0].reason == ""
     assert "extraneous bytes" in records[1].reason
-    assert batch[0].tobytes() == batch[1].tobytes() == as_keras_loads(folder / "b.jpg").tobytes()
+    assert batch[0].tobytes() == batch[1].tobytes() == load_with_keras(folder / "b.jpg").tobytes()
 
 
-def test_one_image_of_another_size_is_refused(folder):
+def test_single_image_of_another_size_is_rejected(folder):
     save_images(folder, pixels(2), ["a.png", "b.png"])
     save_images(folder, pixels(1, height=11), ["c.png"])
     with pytest.raises(SourceError, match="2 sizes"):
-        opened(folder)
+        open_folder(folder)
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("linked", [False, True])
-def test_an_image_that_changed_after_it_was_listed_stops_the_run(folder, change, linked):
+def test_image_changed_after_listing_stops_the_run(folder, change, linked):
     save_images(folder, pixels(3), ["a.png", "b.png", "c.png"])
     if linked:
         (folder / "b.png").rename(folder / "other")
         (folder / "b.png").symlink_to("other")
     listing = FolderImageListing(folder)
-    with closing(opened(folder, size=SIZE, listing=listing)) as source:
+    with closing(open_folder(folder, size=SIZE, listing=listing)) as source:
         change((folder / "b.png").resolve())
         assert not source.decode(0, np.empty((*SIZE, 3), np.uint8)).failed
         for read in (
             lambda: source.read(0, 3),
             lambda: source.decode(1, np.empty((*SIZE, 3), np.uint8)),
-            lambda: opened(folder, listing=listing),  # reads the sizes
+            lambda: open_folder(folder, listing=listing),  # reads the sizes
         ):
             with pytest.raises(StoppedError) as caught:
                 read()
-            must_say(caught.value, folder / "b.png", "changed", "--restart")
+            check_error(caught.value, folder / "b.png", "changed", "--restart")
             assert caught.value.exit_code == 5
 
 
-def test_an_image_that_was_removed_is_a_failed_row(folder):
+def test_removed_image_is_a_failed_row(folder):
     save_images(folder, pixels(2), ["a.png", "b.png"])
-    with closing(opened(folder)) as source:
+    with closing(open_folder(folder)) as source:
         (folder / "a.png").unlink()
         batch, records = source.read(0, 2)
     assert [record.reason for record in records] == ["No such file or directory", ""]
@@ -398,7 +398,7 @@ def test_an_image_that_was_removed_is_a_failed_row(folder):
     assert not batch[0].any()
 
 
-def test_images_inside_a_directory_that_is_named_like_an_image_are_rows_too(folder):
+def test_images_in_a_directory_named_like_an_image_are_rows(folder):
     save_images(folder, pixels(2), ["x.jpg/a.png", "x.jpg/deep.png/b.png"])
     batch, records = read_folder(folder)
     actual = [(record.path, record.label, record.failed) for record in records]
@@ -411,11 +411,11 @@ def test_images_inside_a_directory_that_is_named_like_an_image_are_rows_too(fold
     assert batch[[1, 3]].tobytes() == pixels(2).tobytes()
 
 
-OUT = "a symbolic link to a file outside of the directory"
+OUTSIDE_REASON = "a symbolic link to a file outside of the directory"
 
 
-@pytest.mark.parametrize("through", ["the directory", "a link to it"])
-def test_links_are_followed_within_the_directory_only(folder, tmp_path, through):
+@pytest.mark.parametrize("path_kind", ["the directory", "a link to it"])
+def test_links_are_followed_only_within_the_directory(folder, tmp_path, path_kind):
     save_images(folder, pixels(2), ["a.png", "cat/b.png"])
     save_images(tmp_path / "photos-other", pixels(2, seed=9), ["a.png", "b.png"])
     outside = tmp_path / "photos-other"
@@ -426,24 +426,24 @@ def test_links_are_followed_within_the_directory_only(folder, tmp_path, through)
         "l3.png": ("l1.png", ""),
         "cat/l4.png": ("../a.png", ""),
         "cat/l5.png": ("../../photos/cat/b.png", ""),
-        "m0.png": (outside / "a.png", OUT),
-        "m1.png": ("../photos-other/a.png", OUT),
-        "m2.png": ("cat/../../photos-other/b.png", OUT),
-        "m3.png": ("m0.png", OUT),
-        "m4.png": ("walked/a.png", OUT),
-        "m5.png": (outside / "nowhere.png", OUT),
+        "m0.png": (outside / "a.png", OUTSIDE_REASON),
+        "m1.png": ("../photos-other/a.png", OUTSIDE_REASON),
+        "m2.png": ("cat/../../photos-other/b.png", OUTSIDE_REASON),
+        "m3.png": ("m0.png", OUTSIDE_REASON),
+        "m4.png": ("walked/a.png", OUTSIDE_REASON),
+        "m5.png": (outside / "nowhere.png", OUTSIDE_REASON),
         "m6.png": ("nowhere.png", "No such file or directory"),
         "m7.png": ("m8.png", "Too many levels of symbolic links"),
         "m8.png": ("m7.png", "Too many levels of symbolic links"),
         "m9.png": ("cat", "it is a directory"),
-        "ma.png": (".", OUT),
+        "ma.png": (".", OUTSIDE_REASON),
     }
     for name, (target, _) in links.items():
         (folder / name).symlink_to(target)
     (folder / "walked").symlink_to(outside)  # links to directories are not followed
     (folder / "self").symlink_to(folder)
     path = folder
-    if through == "a link to it":
+    if path_kind == "a link to it":
         path = tmp_path / "link"
         path.symlink_to(folder)
     for size in (None, (7, 9)):
@@ -460,8 +460,8 @@ def test_links_are_followed_within_the_directory_only(folder, tmp_path, through)
             assert image.tobytes() == expected.tobytes(), record
 
 
-def test_a_file_above_the_limit_fails_before_it_is_read(folder):
-    """One of them is a sparse file, larger than memory."""
+def test_file_above_max_bytes_fails_without_being_read(folder):
+    """One of the files is sparse and larger than memory."""
     png = save_as(folder / "a.png", "png", Image.new("RGB", (3, 2))).read_bytes()
     limit = DecodeOptions(max_pixels=6).max_bytes
     (folder / "b.png").write_bytes(png + bytes(limit - len(png)))
@@ -478,24 +478,24 @@ def test_a_file_above_the_limit_fails_before_it_is_read(folder):
         ]
 
 
-def test_a_regular_file_is_read_with_its_status(tmp_path):
+def test_read_regular_returns_content_and_status(tmp_path):
     content = np.random.default_rng(1).bytes(70_001)
     path = tmp_path / "a.png"
     path.write_bytes(content)
-    for most in (70_001, 10**9):
-        data, status = read_regular(os.fsencode(path), most)
+    for max_bytes in (70_001, 10**9):
+        data, status = read_regular(os.fsencode(path), max_bytes)
         assert data == content
         assert status.st_mtime_ns == path.stat().st_mtime_ns
     with pytest.raises(OSError, match="70001 bytes"):
         read_regular(os.fsencode(path), 70_000)
 
 
-def test_a_file_whose_status_has_no_size_is_empty():
+def test_file_with_zero_size_in_its_status_is_empty():
     data, status = read_regular(b"/proc/self/status", 100)
     assert (data, status.st_size) == (b"", 0)
 
 
-def test_an_image_above_the_limit_of_pixels_is_a_failed_row(folder):
+def test_image_above_max_pixels_is_a_failed_row(folder):
     save_images(folder, pixels(1), ["a.png"])
     save_as(folder / "b.jpg", "jpeg", Image.new("RGB", (60, 70)))
     save_as(folder / "c.webp", "webp", Image.new("RGB", (60, 70)))
@@ -508,7 +508,7 @@ def test_an_image_above_the_limit_of_pixels_is_a_failed_row(folder):
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "tiff"])
-def test_damage_to_an_image_does_not_affect_the_others(folder, kind):
+def test_damaged_image_does_not_affect_other_rows(folder, kind):
     whole = save_as(folder / "0 whole.png", kind).read_bytes()
     random = np.random.default_rng(len(kind))
     for number in range(60):
@@ -519,17 +519,17 @@ def test_damage_to_an_image_does_not_affect_the_others(folder, kind):
         (folder / f"{number:03d}.png").write_bytes(damaged)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow only warns of some damage
-        with closing(opened(folder, size=SIZE, threads=2)) as source:
-            batch, records = decoded_by_threads(source, 2)
+        with closing(open_folder(folder, size=SIZE, threads=2)) as source:
+            batch, records = decode_in_threads(source, 2)
     assert len(records) == 61
-    assert batch[0].tobytes() == as_keras_loads(folder / "0 whole.png", SIZE).tobytes()
+    assert batch[0].tobytes() == load_with_keras(folder / "0 whole.png", SIZE).tobytes()
     assert {record.failed for record in records} == {True, False}
     for image, record in zip(batch, records, strict=True):
         assert not (record.failed and image.any())
 
 
-@failing_in_ascii()
-def test_a_name_that_is_not_utf8_is_kept(folder):
+@ascii_failures()
+def test_non_utf8_name_is_preserved(folder):
     expected = pixels(1)
     with open(os.fsencode(folder) + b"/caf\xe9.png", "wb") as file:  # noqa: PTH123
         Image.fromarray(expected[0]).save(file, "png")
@@ -541,10 +541,10 @@ def test_a_name_that_is_not_utf8_is_kept(folder):
 READ_WITHOUT_PRIVILEGES = """
 import sys
 from fastvgg.storage.location import Location
-from tests.helpers.datasets_on_disk import obey_permissions
+from tests.helpers.datasets_on_disk import drop_permission_override
 from fastvgg.datasets.open import open_source
 from fastvgg.errors import FastvggError
-obey_permissions()
+drop_permission_override()
 try:
     source = open_source(Location.parse(sys.argv[1]))
 except FastvggError as error:
@@ -557,18 +557,18 @@ else:
 """
 
 
-def test_a_file_without_read_permission_is_a_failed_row(folder):
+def test_file_without_read_permission_is_a_failed_row(folder):
     save_images(folder, pixels(2), ["a.png", "b.png"])
     with permissions(folder / "a.png", 0):
-        actual = printed_by(READ_WITHOUT_PRIVILEGES, folder)
+        actual = stdout_of(READ_WITHOUT_PRIVILEGES, folder)
     assert actual.splitlines() == ["a.png Permission denied False", "b.png ok True"]
 
 
 @pytest.mark.parametrize("closed", ["cat", "."])
-def test_a_directory_without_permission_is_refused(folder, closed):
+def test_directory_without_permission_is_rejected(folder, closed):
     save_images(folder, pixels(2), ["a.png", "cat/b.png"])
     with permissions(folder / closed, 0):
-        actual = printed_by(READ_WITHOUT_PRIVILEGES, folder)
+        actual = stdout_of(READ_WITHOUT_PRIVILEGES, folder)
     assert actual.startswith("SourceError ")
     assert str(folder / closed) in actual
     assert "Permission denied" in actual
@@ -576,11 +576,11 @@ def test_a_directory_without_permission_is_refused(folder, closed):
 
 
 def folder_fingerprint(path):
-    with closing(opened(path, size=SIZE)) as source:
+    with closing(open_folder(path, size=SIZE)) as source:
         return source.fingerprint()
 
 
-def test_a_fingerprint_ignores_files_that_are_not_images(folder):
+def test_fingerprint_ignores_non_image_files(folder):
     save_images(folder, pixels(5))
     expected = folder_fingerprint(folder)
     (folder / "labels.csv").write_text("a,b\n")
@@ -610,47 +610,50 @@ def replace(folder):
 
 
 @pytest.mark.parametrize("change", [add, add_in_a_folder, delete, rename, replace])
-def test_the_fingerprint_of_an_open_source_changes_with_the_names(folder, change):
+def test_fingerprint_of_an_open_source_detects_renamed_added_and_removed_images(folder, change):
     save_images(folder, pixels(5))
     for directory in (folder, folder / "a", folder / "b"):
-        os.utime(directory, ns=(0, 0))  # long ago: a file system's clock may tick slowly
-    with closing(opened(folder, size=SIZE)) as source:
+        os.utime(directory, ns=(0, 0))  # long ago: file system clocks are coarse
+    with closing(open_folder(folder, size=SIZE)) as source:
         expected = source.fingerprint()
         assert source.fingerprint() == expected
         change(folder)
         assert source.fingerprint() == folder_fingerprint(folder) != expected
 
 
-def test_the_fingerprint_of_an_open_source_ignores_other_files(folder):
+def test_fingerprint_of_an_open_source_ignores_other_files(folder):
     save_images(folder, pixels(5))
     os.utime(folder, ns=(0, 0))
-    with closing(opened(folder, size=SIZE)) as source:
+    with closing(open_folder(folder, size=SIZE)) as source:
         expected = source.fingerprint()
         (folder / "labels.csv").write_text("a,b\n")  # lists the directory anew
         assert source.fingerprint() == expected
 
 
-def test_a_checksum_identifies_the_images_that_did_not_fail(folder):
+def test_identity_checksum_covers_only_successful_images(folder):
     save_images(folder, pixels(4), [f"{row}.png" for row in range(4)])
-    with closing(opened(folder)) as source:
-        before = [source.checksum_of(row, row + 1, ()) for row in range(4)]
-        both = source.checksum_of(1, 3, ())
-        assert source.checksum_of(1, 4, {3}) == source.checksum_of(0, 3, {0}) == both
-        assert source.checksum_of(1, 3, [2]) == before[1]
-    assert len({*before, both, source.checksum_of(0, 4, ()), source.checksum_of(1, 1, ())}) == 7
+    with closing(open_folder(folder)) as source:
+        before = [source.identity_checksum(row, row + 1, ()) for row in range(4)]
+        both = source.identity_checksum(1, 3, ())
+        assert source.identity_checksum(1, 4, {3}) == source.identity_checksum(0, 3, {0}) == both
+        assert source.identity_checksum(1, 3, [2]) == before[1]
+    assert (
+        len({*before, both, source.identity_checksum(0, 4, ()), source.identity_checksum(1, 1, ())})
+        == 7
+    )
     os.utime(folder / "2.png", ns=(0, 1))
-    with closing(opened(folder)) as source:
-        after = [source.checksum_of(row, row + 1, ()) for row in range(4)]
+    with closing(open_folder(folder)) as source:
+        after = [source.identity_checksum(row, row + 1, ()) for row in range(4)]
         assert [a == b for a, b in zip(before, after, strict=True)] == [True, True, False, True]
-        assert source.checksum_of(1, 3, ()) != both
-        assert source.checksum_of(1, 3, {2}) == before[1]
+        assert source.identity_checksum(1, 3, ()) != both
+        assert source.identity_checksum(1, 3, {2}) == before[1]
 
 
-def test_a_given_listing_is_used(folder):
+def test_given_listing_is_reused(folder):
     save_images(folder, pixels(2), ["a.png", "b.png"])
     listing = FolderImageListing(folder)
     save_images(folder, pixels(1), ["c.png"])
-    with closing(opened(folder, listing=listing)) as source:
+    with closing(open_folder(folder, listing=listing)) as source:
         assert source.listing is listing
         assert source.header.images == 2
     with closing(open_source(Location.parse(folder), listing=listing)) as source:
@@ -658,7 +661,7 @@ def test_a_given_listing_is_used(folder):
     assert len(FolderImageListing(folder)) == 3
 
 
-def test_a_listing_takes_less_than_70_bytes_a_file(folder):
+def test_listing_takes_less_than_70_bytes_per_file(folder):
     for number in range(20):
         (folder / f"class {number:03d}").mkdir()
     (folder / "first.jpg").touch()
@@ -681,22 +684,22 @@ def test_a_listing_takes_less_than_70_bytes_a_file(folder):
     assert FolderImageListing(folder).stored_bytes == 16 * 20_000
 
 
-def test_images_have_one_layout(folder):
+def test_images_support_only_channels_last(folder):
     save_images(folder, pixels(1), ["a.png"])
     with pytest.raises(SourceError) as caught:
         open_source(Location.parse(folder), layout="NCHW")
-    must_say(caught.value, folder, "NCHW", "--layout")
+    check_error(caught.value, folder, "NCHW", "--layout")
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a", "a.npz"])
-def test_a_file_of_an_unsupported_format_is_refused(tmp_path, name):
+def test_file_of_an_unsupported_format_is_rejected(tmp_path, name):
     save_as(tmp_path / name, "jpeg")
     with pytest.raises(SourceError) as caught:
         open_source(Location.parse(tmp_path / name))
-    must_say(caught.value, tmp_path / name, "not a directory of images, a .npy", "HDF5")
+    check_error(caught.value, tmp_path / name, "not a directory of images, a .npy", "HDF5")
 
 
-def test_a_folder_is_opened_with_what_is_given(folder):
+def test_open_source_passes_decode_options_gather_and_memory_limit(folder):
     save_as(folder / "a.jpg", "jpeg")
     gathered = []
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvgg.datasets import contiguous, npy
-from fastvgg.datasets.base import Header, bytes_of
+from fastvgg.datasets.base import Header, byte_view
 from fastvgg.datasets.contiguous import ContiguousSource
 from fastvgg.datasets.npy import NpySource, NpyTarget
 from fastvgg.datasets.open import open_source
@@ -24,16 +24,16 @@ from fastvgg.errors import SourceError
 from fastvgg.storage.local import Storage
 from fastvgg.storage.location import Location
 from fastvgg.transform import STORAGE_TYPES
-from tests.helpers.bad_arrays import MAX_HEADER_BYTES, REFUSED, SHAPE, WHOLE, header_text, npy_of
+from tests.helpers.bad_arrays import INVALID, MAX_HEADER_BYTES, SHAPE, VALID, header_text, npy_of
 from tests.helpers.batches import dtype_of
 from tests.helpers.datasets_on_disk import (
+    check_error,
     load,
-    must_say,
     names_in,
     npy_bytes,
     pixels,
-    printed_by,
     save_npy,
+    stdout_of,
 )
 
 
@@ -41,21 +41,21 @@ def values(name, shape=SHAPE):
     return pixels(*shape[:3]).astype(dtype_of(name)) if shape[3] == 3 else np.zeros(shape, name)
 
 
-def numpy_loads(content):
+def load_with_numpy(content):
     """Return what numpy.load reads from a file in memory; None if it refuses."""
     try:
         return np.load(io.BytesIO(content), allow_pickle=False)
-    except Exception:  # noqa: BLE001  # it has raised five kinds of them
+    except Exception:  # noqa: BLE001  # five exception types have been observed
         return None
 
 
 @pytest.mark.parametrize("name", STORAGE_TYPES)
-def test_a_target_has_the_bytes_that_numpy_saves(tmp_path, name):
+def test_target_matches_numpy_save(tmp_path, name):
     expected = values(name)
     target = NpyTarget(tmp_path / "y.npy", Header(SHAPE, name, "NHWC"), Storage())
     target.create()
     for start, stop in ((4, 5), (0, 2), (2, 4)):  # in any order
-        target.write(start, [bytes_of(expected[start:stop])])
+        target.write(start, [byte_view(expected[start:stop])])
         target.sync()
     assert not target.path.exists()
     target.publish()
@@ -66,7 +66,7 @@ def test_a_target_has_the_bytes_that_numpy_saves(tmp_path, name):
 
 
 @pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
-def test_every_version_of_the_format_is_read(tmp_path, version):
+def test_every_format_version_is_read(tmp_path, version):
     expected = values("float32")
     path = tmp_path / "x.npy"
     with path.open("wb") as file:
@@ -76,19 +76,19 @@ def test_every_version_of_the_format_is_read(tmp_path, version):
         assert source.read(0, 5).batch.tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("wrong", REFUSED)
-def test_an_invalid_file_is_refused_and_unchanged(tmp_path, wrong):
-    content, words = REFUSED[wrong]
+@pytest.mark.parametrize("wrong", INVALID)
+def test_invalid_file_is_rejected_and_unchanged(tmp_path, wrong):
+    content, words = INVALID[wrong]
     path = tmp_path / "x.npy"
     path.write_bytes(content)
     with pytest.raises(SourceError) as caught:
         open_source(Location.parse(path))
-    must_say(caught.value, path, *words)
+    check_error(caught.value, path, *words)
     assert path.read_bytes() == content
     assert names_in(tmp_path) == ["x.npy"]
 
 
-def test_the_longest_header_that_is_allowed_is_read(tmp_path):
+def test_longest_allowed_header_is_read(tmp_path):
     text = header_text()
     path = tmp_path / "x.npy"
     path.write_bytes(npy_of(text + " " * (MAX_HEADER_BYTES - 1 - 64 - len(text))))
@@ -96,20 +96,20 @@ def test_the_longest_header_that_is_allowed_is_read(tmp_path):
         assert source.header.shape == SHAPE
 
 
-def test_unnamed_elements_are_not_bfloat16_because_a_manifest_says_float16(tmp_path):
+def test_void_dtype_is_not_read_as_bfloat16_with_a_float16_hint(tmp_path):
     path = save_npy(tmp_path / "x.npy", values("bfloat16"))
     with pytest.raises(SourceError, match="two-byte elements"):
         NpySource(path, dtype_hint="float16")
 
 
-def test_a_truncated_file_is_refused_and_not_grown_as_numpy_does(tmp_path):
+def test_truncated_file_is_rejected_and_not_extended(tmp_path):
     path = tmp_path / "x.npy"
-    path.write_bytes(WHOLE[:-100])
+    path.write_bytes(VALID[:-100])
     with pytest.raises(SourceError):
         NpySource(path)
-    assert path.read_bytes() == WHOLE[:-100]
+    assert path.read_bytes() == VALID[:-100]
     np.load(path, mmap_mode="r+")
-    assert path.stat().st_size == len(WHOLE)
+    assert path.stat().st_size == len(VALID)
 
 
 @st.composite
@@ -142,15 +142,15 @@ def damaged_files(draw):
 
 @settings(max_examples=500)
 @given(damaged_files())
-def test_a_damaged_file_is_refused_or_read_as_numpy_reads_it(tmp_path_factory, content):
+def test_damaged_file_is_rejected_or_matches_numpy(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "damaged.npy"
     path.write_bytes(content)
     try:
         source = NpySource(path)
     except SourceError as error:
-        must_say(error, path)
+        check_error(error, path)
     else:
-        expected = numpy_loads(content)
+        expected = load_with_numpy(content)
         assert expected is not None
         assert source.header.shape == expected.shape
         assert source.header.dtype == expected.dtype.name
@@ -159,12 +159,12 @@ def test_a_damaged_file_is_refused_or_read_as_numpy_reads_it(tmp_path_factory, c
     assert path.read_bytes() == content
 
 
-def test_no_flipped_bit_of_a_header_changes_what_is_read(tmp_path):
+def test_flipped_header_bit_never_changes_the_data(tmp_path):
     path = tmp_path / "x.npy"
-    whole = npy_bytes(values("float32"))
+    intact = npy_bytes(values("float32"))
     accepted = 0
     for bit in range(128 * 8):
-        content = bytearray(whole)
+        content = bytearray(intact)
         content[bit // 8] ^= 1 << bit % 8
         path.write_bytes(content)
         try:
@@ -172,13 +172,13 @@ def test_no_flipped_bit_of_a_header_changes_what_is_read(tmp_path):
         except SourceError:
             continue
         accepted += 1
-        assert numpy_loads(bytes(content)) is not None
-        assert source.read(0, 5).batch.tobytes() == whole[128:]
+        assert load_with_numpy(bytes(content)) is not None
+        assert source.read(0, 5).batch.tobytes() == intact[128:]
         source.close()
     assert accepted < 20  # other white space
 
 
-SHRINKING = """
+TRUNCATION_SCRIPT = """
 import os, pathlib, sys
 from fastvgg.datasets.contiguous import ContiguousSource
 from fastvgg.datasets.npy import NpySource
@@ -218,11 +218,11 @@ ContiguousSource._populate = staticmethod(late)""",
             [0, 29, 64],
         ),
     ],
-    ids=["to nothing", "to its header", "by a byte", "by half", "after the look", "once mapped"],
+    ids=["to zero", "to the header", "by a byte", "by half", "after the size check", "once mapped"],
 )
-def test_a_file_that_is_truncated_while_it_is_read_raises_no_signal(tmp_path, change, failing):
+def test_truncation_while_reading_raises_instead_of_sigbus(tmp_path, change, failing):
     path = save_npy(tmp_path / "x.npy", values("float32", (66, 37, 41, 3)))
-    actual = printed_by(SHRINKING.format(change=change), path)
+    actual = stdout_of(TRUNCATION_SCRIPT.format(change=change), path)
     assert [int(start) for start in re.findall(r"(?m)^(\d+) ", actual)] == failing
     for start in failing:
         offset = 128 + start * 37 * 41 * 3 * 4
@@ -230,18 +230,18 @@ def test_a_file_that_is_truncated_while_it_is_read_raises_no_signal(tmp_path, ch
     assert actual.count("rerun the same command") == len(failing)
 
 
-def test_a_kernel_without_populate_reads_the_same(tmp_path, monkeypatch):
+def test_source_works_without_madv_populate_read(tmp_path, monkeypatch):
     expected = values("uint8")
     source = NpySource(save_npy(tmp_path / "x.npy", expected))
     monkeypatch.setattr(contiguous, "MADV_POPULATE_READ", 9999)
-    with pytest.raises(OSError) as caught:  # noqa: PT011  # the number is looked at
+    with pytest.raises(OSError) as caught:  # noqa: PT011  # errno is checked below
         mmap.mmap(-1, 4096).madvise(9999)
     assert caught.value.errno == errno.EINVAL
     assert source.read(1, 4).batch.tobytes() == expected[1:4].tobytes()
     source.close()
 
 
-def test_a_python_without_madvise_reads_the_same(tmp_path, monkeypatch):
+def test_source_works_without_madvise(tmp_path, monkeypatch):
     class Map(mmap.mmap):
         @property
         def madvise(self):
@@ -254,7 +254,7 @@ def test_a_python_without_madvise_reads_the_same(tmp_path, monkeypatch):
     source.close()
 
 
-def test_another_failure_to_populate_is_not_taken_for_a_missing_call():
+def test_other_madvise_errors_are_raised():
     class Window:
         def madvise(self, advice):
             raise OSError(errno.EFAULT, "Bad address")
@@ -263,15 +263,15 @@ def test_another_failure_to_populate_is_not_taken_for_a_missing_call():
         ContiguousSource._populate(Window())
 
 
-def test_a_read_prefetches_the_next_window_of_the_same_size(tmp_path, monkeypatch):
+def test_read_prefetches_the_next_window_of_the_same_size(tmp_path, monkeypatch):
     expected, advised = values("float32", (66, 37, 41, 3)), []
     advise = os.posix_fadvise
 
-    def noted(file, begin, length, advice):
+    def recording_fadvise(file, begin, length, advice):
         advised.append((begin, length, advice))
         advise(file, begin, length, advice)
 
-    monkeypatch.setattr(os, "posix_fadvise", noted)
+    monkeypatch.setattr(os, "posix_fadvise", recording_fadvise)
     with closing(NpySource(save_npy(tmp_path / "x.npy", expected))) as source:
         for start, stop in ((0, 29), (29, 58), (58, 66)):
             assert source.read(start, stop).batch.tobytes() == expected[start:stop].tobytes()
@@ -284,7 +284,7 @@ def test_a_read_prefetches_the_next_window_of_the_same_size(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("reason", ["no such call in Python", "no such call in the kernel"])
-def test_a_system_without_fadvise_reads_the_same(tmp_path, monkeypatch, reason):
+def test_source_works_without_fadvise(tmp_path, monkeypatch, reason):
     def unknown(*arguments):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
@@ -302,11 +302,11 @@ def fingerprint(path):
         return source.fingerprint()
 
 
-def restamped(path, status):
+def restore_mtime(path, status):
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def test_a_fingerprint_changes_with_any_byte_of_a_small_file(tmp_path):
+def test_fingerprint_of_a_small_file_covers_every_byte(tmp_path):
     content = npy_bytes(values("uint8"))
     path = tmp_path / "x.npy"
     path.write_bytes(content)
@@ -315,34 +315,34 @@ def test_a_fingerprint_changes_with_any_byte_of_a_small_file(tmp_path):
     changed = range(128, len(content), 7)
     for at in changed:
         path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-        restamped(path, status)
+        restore_mtime(path, status)
         seen.add(fingerprint(path))
     assert len(seen) == len(changed) + 1
 
 
-def test_a_fingerprint_of_a_large_file_samples_its_start_middle_and_end(tmp_path):
+def test_fingerprint_of_a_large_file_samples_its_start_middle_and_end(tmp_path):
     path = save_npy(tmp_path / "x.npy", np.zeros((5, 1001, 1003, 3), np.uint8))
     status = path.stat()
     seen = {fingerprint(path)}
     last_sample = status.st_size - contiguous.SAMPLE_BYTES
-    places = [128, last_sample * 7 // (contiguous.SAMPLES - 1) + 11, status.st_size - 1]
+    places = [128, last_sample * 7 // (contiguous.SAMPLE_COUNT - 1) + 11, status.st_size - 1]
     for at in places:
         with path.open("r+b") as file:
             file.seek(at)
             file.write(b"\1")
-        restamped(path, status)
+        restore_mtime(path, status)
         seen.add(fingerprint(path))
     assert len(seen) == 1 + len(places)
 
 
-def test_a_target_must_be_created_before_it_is_written(tmp_path):
+def test_target_must_be_created_before_writing(tmp_path):
     target = NpyTarget(tmp_path / "y.npy", Header(SHAPE, "uint8", "NHWC"), Storage())
     with pytest.raises(RuntimeError, match="created or reopened before"):
-        target.write(0, [bytes_of(values("uint8"))])
+        target.write(0, [byte_view(values("uint8"))])
     target.close()
     assert names_in(tmp_path) == []
 
 
-def test_bfloat16_has_the_descr_that_numpy_writes():
-    assert npy.DTYPES["<V2"] == "bfloat16"
+def test_bfloat16_descr_matches_numpy():
+    assert npy.DTYPE_BY_DESCR["<V2"] == "bfloat16"
     assert npy_bytes(np.zeros(SHAPE, ml_dtypes.bfloat16))[:40].count(b"'<V2'") == 1

@@ -1,4 +1,4 @@
-"""An array in parts: their order, and parts that do not match or change."""
+"""Arrays in parts: order, mismatched parts, and parts that change."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def batch_of(dtype="uint8", images=10):
     return values.astype(dtype_of(dtype))
 
 
-def written(directory, batch, sizes=SIZES, names="part-{:03d}.npy"):
+def save_parts(directory, batch, sizes=SIZES, names="part-{:03d}.npy"):
     directory.mkdir()
     starts = np.cumsum([0, *sizes])
     for number, (start, stop) in enumerate(itertools.pairwise(starts)):
@@ -33,10 +33,10 @@ def written(directory, batch, sizes=SIZES, names="part-{:03d}.npy"):
 
 @pytest.fixture
 def parts(tmp_path):
-    return written(tmp_path / "parts", batch_of())
+    return save_parts(tmp_path / "parts", batch_of())
 
 
-def test_parts_are_sorted_by_the_bytes_of_their_names(tmp_path):
+def test_parts_are_sorted_by_name_bytes(tmp_path):
     directory = tmp_path / "parts"
     directory.mkdir()
     batch = batch_of(images=4)
@@ -55,7 +55,7 @@ def test_other_files_are_ignored(parts):
     source.close()
 
 
-def test_parts_among_images_are_refused(parts):
+def test_parts_mixed_with_images_are_rejected(parts):
     (parts / "cat.jpg").write_bytes(b"")
     with pytest.raises(SourceError, match=r"'part-000.npy', and images, e.g. 'cat.jpg'"):
         opened(parts)
@@ -69,7 +69,7 @@ def test_parts_among_images_are_refused(parts):
         np.zeros((2, 5, 7, 4), np.uint8),
     ],
 )
-def test_parts_of_different_shapes_or_dtypes_are_refused_with_both(parts, other):
+def test_parts_of_different_shapes_or_dtypes_are_rejected_with_both(parts, other):
     np.save(parts / "part-002.npy", other)
     with pytest.raises(SourceError) as raised:
         opened(parts)
@@ -78,13 +78,13 @@ def test_parts_of_different_shapes_or_dtypes_are_refused_with_both(parts, other)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"not an array at all"])
-def test_a_damaged_part_is_refused_with_its_path(parts, content):
+def test_damaged_part_is_rejected_with_its_path(parts, content):
     (parts / "part-001.npy").write_bytes(content)
     with pytest.raises(SourceError, match=r"parts/part-001.npy"):
         opened(parts)
 
 
-def test_a_truncated_part_is_refused(parts):
+def test_truncated_part_is_rejected(parts):
     path = parts / "part-003.npy"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(SourceError, match=r"part-003.npy is truncated"):
@@ -100,7 +100,7 @@ def test_a_truncated_part_is_refused(parts):
     ],
     ids=["gone", "shorter", "another type"],
 )
-def test_a_part_that_changed_before_it_is_read_stops_the_run(parts, change):
+def test_part_changed_after_planning_stops_the_run(parts, change):
     source = opened(parts)
     change(parts / "part-002.npy")
     with pytest.raises(StoppedError, match=r"part-002.npy changed after the run was planned"):
@@ -108,7 +108,7 @@ def test_a_part_that_changed_before_it_is_read_stops_the_run(parts, change):
     source.close()
 
 
-def test_a_part_that_is_truncated_while_it_is_open_stops_the_run(parts):
+def test_part_truncated_while_open_stops_the_run(parts):
     source = opened(parts)
     source.read(4, 5)
     with (parts / "part-002.npy").open("r+b") as file:
@@ -124,10 +124,10 @@ def open_parts():
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no list of open files here")
-def test_many_parts_are_read_by_many_threads_with_few_open(tmp_path, monkeypatch):
+def test_concurrent_reads_keep_few_parts_open(tmp_path, monkeypatch):
     monkeypatch.setattr(npy, "MAX_OPEN_PARTS", 3)
     batch = batch_of(images=60)
-    source = opened(written(tmp_path / "parts", batch, sizes=[1] * 60))
+    source = opened(save_parts(tmp_path / "parts", batch, sizes=[1] * 60))
     wrong = []
 
     def read(seed):
@@ -148,7 +148,7 @@ def test_many_parts_are_read_by_many_threads_with_few_open(tmp_path, monkeypatch
     assert open_parts() == []
 
 
-def test_a_part_written_through_a_map_is_read(tmp_path):
+def test_part_written_through_a_memory_map_is_read(tmp_path):
     directory = tmp_path / "parts"
     directory.mkdir()
     batch = batch_of()

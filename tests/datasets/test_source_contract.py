@@ -1,4 +1,4 @@
-"""What every source does, whatever its format; `tests.helpers.formats` describes the formats."""
+"""The contract of every source; `tests.helpers.formats` describes the formats."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 import fastvgg
 from fastvgg.datasets.base import Header, ImageRecord
-from fastvgg.datasets.index import INDEX_HEAD, index_path, index_text
+from fastvgg.datasets.index import INDEX_HEADER, format_records, index_path
 from fastvgg.datasets.open import open_source
 from fastvgg.errors import SourceError, StoppedError, UsageError
 from fastvgg.imaging.decode import DecodeOptions
@@ -21,19 +21,19 @@ from fastvgg.stream.info import info
 from fastvgg.stream.run import run
 from tests.helpers.batches import assert_same, dtype_of, in_layout
 from tests.helpers.datasets_on_disk import (
-    ending_within,
+    check_error,
     images_in,
-    must_say,
     names_in,
     network_inputs,
     pixels,
     plan_of,
+    time_limit,
     tree,
 )
-from tests.helpers.faults import CuttingStorage, Death
+from tests.helpers.faults import InterruptedStorage, SimulatedCrash
 from tests.helpers.formats import (
     CHANGES,
-    REPLACED,
+    REPLACEMENTS,
     SOURCES,
     TARGETS,
     change_byte,
@@ -65,13 +65,13 @@ def batch_of(dtype, images=11):
 
 def check_names(error, *locations):
     """Check that an error names one of the locations, and what to do."""
-    must_say(error)
+    check_error(error)
     assert any(str(container(location)) in str(error) for location in locations)
     assert error.exit_code == (5 if isinstance(error, StoppedError) else 3)
 
 
 @pytest.mark.parametrize(("name", "dtype"), DTYPES)
-def test_every_span_is_read_as_it_was_written(tmp_path, name, dtype):
+def test_every_span_is_read_back_as_written(tmp_path, name, dtype):
     expected = batch_of(dtype)
     with opened(SOURCES[name].write(tmp_path, expected), dtype) as source:
         assert source.kind == SOURCES[name].kind
@@ -81,7 +81,7 @@ def test_every_span_is_read_as_it_was_written(tmp_path, name, dtype):
 
 
 @every_format
-def test_a_source_describes_itself(tmp_path, name):
+def test_source_attributes_describe_the_dataset(tmp_path, name):
     location = SOURCES[name].write(tmp_path, BATCH)
     expected_bytes = SOURCES[name].stored_bytes(location)
     with opened(location) as source:
@@ -103,11 +103,13 @@ def test_a_source_describes_itself(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if SOURCES[name].has_index])
-def test_an_index_next_to_an_array_gives_its_records(tmp_path, name):
+def test_index_sidecar_of_an_array_provides_its_records(tmp_path, name):
     location = SOURCES[name].write(tmp_path, BATCH)
     records = [ImageRecord(f"cat/{row}.jpg", "cat", 9, 7, False, "") for row in range(11)]
-    records[4] = records[4]._replace(failed=True, reason="it is torn")
-    index_path(container(location)).write_text(INDEX_HEAD + index_text(records), encoding="utf-8")
+    records[4] = records[4]._replace(failed=True, reason="truncated")
+    index_path(container(location)).write_text(
+        INDEX_HEADER + format_records(records), encoding="utf-8"
+    )
     with opened(location) as source:
         assert [*source.records] == records
         assert source.read(3, 6).records == records[3:6]
@@ -129,19 +131,19 @@ def test_images_have_records(tmp_path, name):
 
 
 @every_array
-def test_an_array_has_the_given_layout(tmp_path, name):
+def test_array_has_the_given_layout(tmp_path, name):
     location = SOURCES[name].write(tmp_path, in_layout(BATCH, "NCHW"))
     with opened(location, layout="NCHW") as source:
         assert source.header == Header((11, 3, 7, 9), "uint8", "NCHW")
     layouts = {"layout": "NCHW", "out_layout": "NHWC"}
-    plan_of(location, tmp_path / "y.npy", mode="tf", together=3, **layouts).run()
+    plan_of(location, tmp_path / "y.npy", mode="tf", images_per_chunk=3, **layouts).run()
     assert_same(np.load(tmp_path / "y.npy"), network_inputs(BATCH, "tf"))
     with pytest.raises(SourceError, match="NCHW"):
         plan_of(location, tmp_path / "z.npy", mode="tf")
 
 
 @every_format
-def test_threads_read_one_source_concurrently(tmp_path, name):
+def test_concurrent_reads_of_one_source_are_correct(tmp_path, name):
     expected = pixels(37)
     with opened(SOURCES[name].write(tmp_path, expected), threads=2) as source:
 
@@ -164,7 +166,7 @@ def test_threads_read_one_source_concurrently(tmp_path, name):
 
 
 @every_format
-def test_a_batch_outlives_its_source(tmp_path, name):
+def test_batch_outlives_its_source(tmp_path, name):
     with opened(SOURCES[name].write(tmp_path, BATCH)) as source:
         batches = [source.read(start, start + 2).batch for start in range(10)]
     for start, batch in enumerate(batches):
@@ -176,7 +178,7 @@ def test_a_batch_outlives_its_source(tmp_path, name):
 
 
 @every_array
-def test_batches_are_the_images_in_order_or_shuffled(tmp_path, name):
+def test_batches_yield_all_images_in_order_or_shuffled(tmp_path, name):
     location = SOURCES[name].write(tmp_path, BATCH)
     batches = [(batch.copy(), [*rows]) for batch, rows in fastvgg.batches(location, 4, threads=1)]
     assert_same(np.concatenate([batch for batch, _ in batches]), BATCH)
@@ -191,7 +193,7 @@ def test_batches_are_the_images_in_order_or_shuffled(tmp_path, name):
 # Changes
 
 
-def fingerprint_of(location):
+def fingerprint_or_none(location):
     """The fingerprint, or None if the dataset is refused."""
     try:
         with opened(location, decoding=None) as source:
@@ -201,45 +203,45 @@ def fingerprint_of(location):
 
 
 @every_format
-def test_a_fingerprint_is_stable(tmp_path, name):
+def test_fingerprint_is_stable(tmp_path, name):
     location = SOURCES[name].write(tmp_path, BATCH)
     with opened(location) as source:
         expected = source.fingerprint()
         source.read(0, 11)
-        assert source.fingerprint() == expected == fingerprint_of(location)
+        assert source.fingerprint() == expected == fingerprint_or_none(location)
 
 
 @pytest.mark.parametrize("change", CHANGES)
 @every_format
-def test_a_fingerprint_changes_with_every_file(tmp_path, name, change):
+def test_fingerprint_covers_every_file(tmp_path, name, change):
     location = SOURCES[name].write(tmp_path, BATCH)
-    seen = {fingerprint_of(location)}
+    seen = {fingerprint_or_none(location)}
     files = files_of(location)
     refused = 0
     for file in files:
         CHANGES[change](file)
-        found = fingerprint_of(location)
+        found = fingerprint_or_none(location)
         refused += found is None
         seen.add(found or refused)
     assert len(seen) == 1 + len(files)
     # The same size and date do not hide another byte where the format reads samples of the data.
     if change == "another byte" and SOURCES[name].kind in ("npy", "parts", "hdf5"):
-        before = fingerprint_of(location)
+        before = fingerprint_or_none(location)
         dates = files[0].stat().st_mtime_ns
         change_byte(files[0], -7)
         os.utime(files[0], ns=(0, dates))
-        assert fingerprint_of(location) != before
+        assert fingerprint_or_none(location) != before
 
 
 @pytest.mark.parametrize("name", ["parts", "zarr", "images", "zarr in a store"])
-def test_a_fingerprint_changes_when_files_come_go_or_change_their_names(tmp_path, name):
+def test_fingerprint_changes_if_a_file_is_added_removed_or_renamed(tmp_path, name):
     location = SOURCES[name].write(tmp_path, BATCH)
     file = data_files(location)[-1]
     content = file.read_bytes()
     other = file.with_name(file.name.replace(file.suffix or file.name, f"-other{file.suffix}"))
     if container(location).is_dir() and name in ON_DISK:
         for directory in [container(location), *container(location).rglob("*/")]:
-            os.utime(directory, ns=(0, 0))  # long ago: the clock of a file system may tick slowly
+            os.utime(directory, ns=(0, 0))  # long ago: file system clocks are coarse
     with opened(location) as source:
         seen = [source.fingerprint()]
         other.write_bytes(content)
@@ -254,7 +256,7 @@ def test_a_fingerprint_changes_when_files_come_go_or_change_their_names(tmp_path
 
 
 def check_never_wrong(source, expected, *locations):
-    """Check that all images are right, or fail as rows, or stop the run with a path."""
+    """Check that every image is correct or a failed row, or that the run stops with a path."""
     try:
         batch, records = source.read(0, len(expected))
     except StoppedError as error:
@@ -268,7 +270,7 @@ def check_never_wrong(source, expected, *locations):
 
 @pytest.mark.parametrize("nbytes", [0, 0.5, -1])
 @every_format
-def test_a_source_that_is_truncated_after_it_was_opened_stops_the_run(tmp_path, name, nbytes):
+def test_source_truncated_after_opening_stops_the_run(tmp_path, name, nbytes):
     expected = pixels(11, 37, 41)
     location = SOURCES[name].write(tmp_path, expected)
     for file in [data_files(location)[0], data_files(location)[-1]]:
@@ -280,33 +282,33 @@ def test_a_source_that_is_truncated_after_it_was_opened_stops_the_run(tmp_path, 
 
 
 @every_format
-def test_a_source_that_is_removed_after_it_was_opened_gives_no_wrong_bytes(tmp_path, name):
+def test_source_removed_after_opening_never_returns_wrong_bytes(tmp_path, name):
     location = SOURCES[name].write(tmp_path, BATCH)
     with opened(location) as source:
         data_files(location)[0].unlink()
         check_never_wrong(source, BATCH, tmp_path)
 
 
-@pytest.mark.parametrize("change", [*CHANGES, *REPLACED])
+@pytest.mark.parametrize("change", [*CHANGES, *REPLACEMENTS])
 @pytest.mark.parametrize("name", ["images", "tar", "tar shards"])
-def test_an_encoded_image_that_changed_since_it_was_listed_stops_the_run(tmp_path, name, change):
+def test_encoded_image_changed_after_listing_stops_the_run(tmp_path, name, change):
     location = SOURCES[name].write(tmp_path, BATCH)
     file = data_files(location)[-1]
     with opened(location) as source:
-        if change in REPLACED:
+        if change in REPLACEMENTS:
             file.unlink()
-        (CHANGES | REPLACED)[change](file)
+        (CHANGES | REPLACEMENTS)[change](file)
         if name != "tar":  # whose only file has changed
             assert source.read(0, 1).batch.tobytes() == BATCH[:1].tobytes()
-        with ending_within(10):
+        with time_limit(10):
             is_stopped = check_never_wrong(source, BATCH, location, file)
-        # What cannot be opened at all is a failed row.
-        is_unreadable = change in REPLACED if name == "images" else change == "a circular link"
+        # A file that cannot be opened is a failed row.
+        is_unreadable = change in REPLACEMENTS if name == "images" else change == "a circular link"
         assert is_stopped or is_unreadable
 
 
 @every_format
-def test_a_source_that_changed_since_it_was_planned_is_refused(tmp_path, name):
+def test_source_changed_after_planning_is_rejected(tmp_path, name):
     location = SOURCES[name].write(tmp_path, BATCH)
     plan = plan_of(location, tmp_path / "y.npy", mode="caffe")
     replace_content(files_of(location)[0], files_of(location)[0].read_bytes())
@@ -318,19 +320,19 @@ def test_a_source_that_changed_since_it_was_planned_is_refused(tmp_path, name):
 
 
 @every_format
-def test_a_source_that_changes_during_a_run_is_not_published(tmp_path, name):
+def test_source_changed_during_a_run_is_not_published(tmp_path, name):
     location = SOURCES[name].write(tmp_path, BATCH)
-    plan = plan_of(location, tmp_path / "y.npy", mode="caffe", together=3)
+    plan = plan_of(location, tmp_path / "y.npy", mode="caffe", images_per_chunk=3)
     file = data_files(location)[-1]
 
     def change(progress):
         if progress.images < 9 and file.exists():
-            # A file of a directory that is read already matters only if its name changes.
+            # A file that was read already is detected only by a changed name.
             file.unlink() if SOURCES[name].kind == "images" else change_byte(file)
 
     with pytest.raises(StoppedError) as caught:
         run(plan, change)
-    must_say(caught.value, "--restart")
+    check_error(caught.value, "--restart")
     check_names(caught.value, location, file)
     assert not (tmp_path / "y.npy").exists()
 
@@ -348,34 +350,32 @@ def remove(path):
     [
         (name, kind)
         for name in ON_DISK
-        for kind in REPLACED
+        for kind in REPLACEMENTS
         if (name, kind) != ("tar shards", "an empty file")
     ],
 )
-def test_what_is_not_a_dataset_is_refused_by_its_path(tmp_path, name, kind):
+def test_non_dataset_is_rejected_with_its_path(tmp_path, name, kind):
     location = SOURCES[name].write(tmp_path, BATCH)
     path = container(location)
     path = files_of(location)[-1] if "{" in path.name else path
     remove(path)
-    REPLACED[kind](path)
+    REPLACEMENTS[kind](path)
     before = tree(tmp_path)
-    with ending_within(10), pytest.raises(SourceError) as caught:
+    with time_limit(10), pytest.raises(SourceError) as caught:
         open_source(Location.parse(location))
     check_names(caught.value, path)
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("kind", REPLACED)
+@pytest.mark.parametrize("kind", REPLACEMENTS)
 @pytest.mark.parametrize("name", ON_DISK)
-def test_what_replaces_a_file_of_a_dataset_is_refused_or_fails_where_it_is_read(
-    tmp_path, name, kind
-):
+def test_replaced_data_file_is_rejected_or_fails_on_read(tmp_path, name, kind):
     location = SOURCES[name].write(tmp_path, BATCH)
     file = data_files(location)[-1]
     file.unlink()
-    REPLACED[kind](file)
+    REPLACEMENTS[kind](file)
     try:
-        with ending_within(10), opened(location) as source:
+        with time_limit(10), opened(location) as source:
             assert kind != "nothing" or SOURCES[name].kind in ("images", "parts")
             check_never_wrong(source, BATCH[: source.header.images], location)
     except SourceError as error:
@@ -384,7 +384,7 @@ def test_what_replaces_a_file_of_a_dataset_is_refused_or_fails_where_it_is_read(
 
 @pytest.mark.parametrize("content", [None, b""], ids=["missing", "empty"])
 @pytest.mark.parametrize("key", ["zarr.json", "c/2/0/0/0"])
-def test_a_missing_or_empty_object_is_refused_or_stops_the_run(tmp_path, key, content):
+def test_missing_or_empty_object_is_rejected_or_stops_the_run(tmp_path, key, content):
     location = SOURCES["zarr in a store"].write(tmp_path, BATCH)
     file = container(location) / key
     file.unlink() if content is None else file.write_bytes(content)
@@ -397,7 +397,7 @@ def test_a_missing_or_empty_object_is_refused_or_stops_the_run(tmp_path, key, co
 
 
 @pytest.mark.parametrize("name", [*ON_DISK, "zarr in a store"])
-def test_a_missing_path_is_refused(tmp_path, name):
+def test_missing_path_is_rejected(tmp_path, name):
     location = SOURCES[name].write(tmp_path, BATCH)
     for file in files_of(location):
         file.unlink()
@@ -410,7 +410,7 @@ def test_a_missing_path_is_refused(tmp_path, name):
 
 
 @every_array
-def test_options_of_images_do_not_apply_to_an_array(tmp_path, name):
+def test_image_options_are_rejected_for_arrays(tmp_path, name):
     location = SOURCES[name].write(tmp_path, BATCH)
     for decoding in (DecodeOptions((5, 7)), DecodeOptions(exif=True), DecodeOptions(max_pixels=5)):
         with pytest.raises(SourceError, match="such as --size apply only to image files"):
@@ -429,12 +429,12 @@ def test_options_of_images_do_not_apply_to_an_array(tmp_path, name):
 
 @pytest.mark.parametrize("target", [name for name in TARGETS if TARGETS[name].is_array])
 @every_format
-def test_a_run_gives_the_bytes_of_the_oracle_and_they_come_back(tmp_path, name, target):
+def test_run_matches_oracle_and_round_trips(tmp_path, name, target):
     form = TARGETS[target]
     there, back = form.location(tmp_path), form.location(tmp_path, "back")
-    plan_of(SOURCES[name].write(tmp_path, BATCH), there, mode="caffe", together=3).run()
+    plan_of(SOURCES[name].write(tmp_path, BATCH), there, mode="caffe", images_per_chunk=3).run()
     assert_same(form.load(there, "float32"), network_inputs(BATCH, "caffe"))
-    plan_of(there, back, direction="restore", together=3).run()
+    plan_of(there, back, direction="restore", images_per_chunk=3).run()
     assert_same(form.load(back, "uint8"), BATCH)
     for location in (there, back):
         assert fastvgg.verify(location, full=True).recomputed_images == len(BATCH)
@@ -443,20 +443,20 @@ def test_a_run_gives_the_bytes_of_the_oracle_and_they_come_back(tmp_path, name, 
 @every_array
 def test_network_inputs_are_restored_to_image_files(tmp_path, name):
     location = SOURCES[name].write(tmp_path, network_inputs(BATCH, "caffe"))
-    plan_of(location, tmp_path / "out", mode="caffe", direction="restore", together=3).run()
+    plan_of(location, tmp_path / "out", mode="caffe", direction="restore", images_per_chunk=3).run()
     images = images_in(tmp_path / "out")
     assert_same(np.stack([images[name] for name in sorted(images)]), BATCH)
 
 
 @every_format
-def test_a_run_that_was_cut_off_resumes(tmp_path, name):
+def test_interrupted_run_resumes_from_every_source_format(tmp_path, name):
     location = SOURCES[name].write(tmp_path, BATCH)
 
     def planned():
-        return plan_of(location, tmp_path / "y.npy", mode="torch", together=3)
+        return plan_of(location, tmp_path / "y.npy", mode="torch", images_per_chunk=3)
 
-    with pytest.raises(Death):
-        run(planned(), storage=CuttingStorage(2))
+    with pytest.raises(SimulatedCrash):
+        run(planned(), storage=InterruptedStorage(2))
     assert not (tmp_path / "y.npy").exists()
     before = contents_of(location)
     plan = planned()

@@ -1,4 +1,4 @@
-"""What every target does, whatever its format; `tests.helpers.formats` describes the formats."""
+"""The contract of every target; `tests.helpers.formats` describes the formats."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fastvgg.datasets.open import open_source, open_target
 from fastvgg.errors import FastvggError, ResumeError, SourceError, TargetError, VerificationError
 from fastvgg.storage import objects
 from fastvgg.storage.location import Location
-from fastvgg.storage.objects import StoreStorage
+from fastvgg.storage.objects import ObjectStorage
 from fastvgg.stream.info import info
 from fastvgg.stream.manifest import checksum, manifest_path, read_manifest
 from fastvgg.stream.run import run
 from tests.helpers.batches import KERAS_MODES, assert_same, dtype_of
 from tests.helpers.datasets_on_disk import (
+    check_error,
     commits_in,
     data_tree,
     images_in,
-    must_say,
     names_in,
     network_inputs,
     pixels,
@@ -33,7 +33,7 @@ from tests.helpers.datasets_on_disk import (
     save_images,
     save_npy,
 )
-from tests.helpers.faults import CuttingStorage, Death
+from tests.helpers.faults import InterruptedStorage, SimulatedCrash
 from tests.helpers.formats import (
     TARGETS,
     change_byte,
@@ -57,7 +57,7 @@ def batch_of(dtype, images=7, height=7, width=9):
     return pixels(images, height, width).astype(dtype_of(dtype))
 
 
-def opened(location, name, batch):
+def make_target(location, name, batch):
     header = Header(batch.shape, str(batch.dtype), "NHWC")
     options = TARGETS[name].options
     return open_target(Location.parse(location), header, chunk_images=CHUNK, **options)
@@ -70,19 +70,19 @@ def write(target, batch, *starts):
         target.sync()
 
 
-def published(location, name, batch):
-    target = opened(location, name, batch)
+def publish_target(location, name, batch):
+    target = make_target(location, name, batch)
     target.create()
     write(target, batch)
     target.publish()
     return target
 
 
-def below(directory, name):
-    """Everything in the place of a target: names and contents."""
+def files_below(directory, name):
+    """Return the content of every file or object in a directory, by name."""
     root = container(f"memory://{directory}") if TARGETS[name].is_remote else directory
     if TARGETS[name].is_remote:
-        return {key: (root / key).read_bytes() for key in objects.listing(root)}
+        return {key: (root / key).read_bytes() for key in objects.list_objects(root)}
     return {
         str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()
     }
@@ -92,10 +92,10 @@ def below(directory, name):
 
 
 @pytest.mark.parametrize(("name", "dtype"), DTYPES)
-def test_what_is_written_is_read_back_and_by_the_formats_own_library(tmp_path, name, dtype):
+def test_written_data_reads_back_and_matches_the_format_library(tmp_path, name, dtype):
     expected, form = batch_of(dtype), TARGETS[name]
     location = form.location(tmp_path)
-    target = opened(location, name, expected)
+    target = make_target(location, name, expected)
     assert target.kind == form.kind
     target.create()
     write(target, expected, 4, 0, 6, 2)
@@ -118,9 +118,9 @@ def test_what_is_written_is_read_back_and_by_the_formats_own_library(tmp_path, n
 
 
 @every_format
-def test_rows_may_be_written_twice(tmp_path, name):
+def test_rows_can_be_rewritten(tmp_path, name):
     expected = batch_of("uint8")
-    target = opened(TARGETS[name].location(tmp_path), name, expected)
+    target = make_target(TARGETS[name].location(tmp_path), name, expected)
     target.create()
     write(target, expected[::-1].copy())
     write(target, expected)
@@ -129,70 +129,70 @@ def test_rows_may_be_written_twice(tmp_path, name):
 
 
 @every_format
-def test_a_target_that_was_cut_off_is_reopened(tmp_path, name):
+def test_interrupted_target_can_be_reopened(tmp_path, name):
     expected, location = batch_of("uint8"), TARGETS[name].location(tmp_path)
-    first = opened(location, name, expected)
+    first = make_target(location, name, expected)
     first.create()
     write(first, expected, 0, 4)
     first.close()
-    second = opened(location, name, expected)
+    second = make_target(location, name, expected)
     second.reopen()
     unfinished = second.read_unfinished(4, 6)
     assert unfinished is None or b"".join(unfinished) == expected[4:6].tobytes()
-    assert bool(unfinished) == bool(TARGETS[name].repaired)
+    assert bool(unfinished) == bool(TARGETS[name].repairable_damages)
     write(second, expected, 2, 6)
     second.publish()
     assert_same(second.read_back(0, 7), expected)
     (tmp_path / "other").mkdir()
-    published(TARGETS[name].location(tmp_path / "other"), name, expected)
-    found = below(tmp_path, name)
-    assert {key: found[key] for key in found if not key.startswith("other/")} == below(
+    publish_target(TARGETS[name].location(tmp_path / "other"), name, expected)
+    found = files_below(tmp_path, name)
+    assert {key: found[key] for key in found if not key.startswith("other/")} == files_below(
         tmp_path / "other", name
     )
 
 
 @every_format
-def test_creating_starts_from_nothing(tmp_path, name):
+def test_create_discards_an_earlier_partial_target(tmp_path, name):
     location = TARGETS[name].location(tmp_path)
-    longer = opened(location, name, batch_of("uint8", 12))
+    longer = make_target(location, name, batch_of("uint8", 12))
     longer.create()
     write(longer, batch_of("uint8", 12))
     longer.close()
-    target = published(location, name, batch_of("uint8"))
+    target = publish_target(location, name, batch_of("uint8"))
     assert len(data_files(location)) == {"images": 7, "zarr": 4}.get(target.kind, 1)
     assert_same(TARGETS[name].load(location, "uint8"), batch_of("uint8"))
 
 
 @pytest.mark.parametrize("name", ON_DISK)
-def test_what_was_not_created_cannot_be_reopened(tmp_path, name):
-    target = opened(TARGETS[name].location(tmp_path), name, batch_of("uint8"))
+def test_target_cannot_be_reopened_before_it_is_created(tmp_path, name):
+    target = make_target(TARGETS[name].location(tmp_path), name, batch_of("uint8"))
     with pytest.raises(ResumeError) as caught:
         target.reopen()
-    must_say(caught.value, target.partial, "--restart")
+    check_error(caught.value, target.partial, "--restart")
     assert names_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ON_DISK)
-def test_publishing_touches_nothing_with_a_similar_name(tmp_path, name):
+def test_publish_does_not_touch_similarly_named_files(tmp_path, name):
     location = TARGETS[name].location(tmp_path)
     neighbor = tmp_path / f"{container(location).name}.fastvgg-replaced"
     neighbor.mkdir()
     (neighbor / "keep.txt").write_text("precious")
-    published(location, name, batch_of("uint8"))
+    publish_target(location, name, batch_of("uint8"))
     assert (neighbor / "keep.txt").read_text() == "precious"
 
 
 @every_array
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
-def test_writers_that_share_a_target_write_the_bytes_of_one(tmp_path, name, dtype):
+def test_shared_writers_write_the_same_bytes_as_one_writer(tmp_path, name, dtype):
     # A chunk has several pages, and shares the pages at its ends with its neighbors.
     expected = batch_of(dtype, 11, 37, 41)
-    alone, shared = tmp_path / "alone", tmp_path / "shared"
-    alone.mkdir()
+    single, shared = tmp_path / "single", tmp_path / "shared"
+    single.mkdir()
     shared.mkdir()
-    published(TARGETS[name].location(alone), name, expected)
+    publish_target(TARGETS[name].location(single), name, expected)
     location = TARGETS[name].location(shared)
-    first, second = (opened(location, name, expected) for _ in range(2))
+    first, second = (make_target(location, name, expected) for _ in range(2))
     first.create()
     second.attach()
     edges = []
@@ -206,15 +206,15 @@ def test_writers_that_share_a_target_write_the_bytes_of_one(tmp_path, name, dtyp
     first.write_unaligned(edges)
     first.sync()
     first.publish()
-    assert below(shared, name) == below(alone, name)
+    assert files_below(shared, name) == files_below(single, name)
     assert_same(first.read_back(0, 11), expected)
 
 
 @pytest.mark.parametrize("name", ["npy", "hdf5"])
 @pytest.mark.parametrize(("height", "width"), [(7, 9), (37, 41)], ids=["a page", "several pages"])
-def test_a_shared_writer_writes_whole_pages_only(tmp_path, name, height, width):
+def test_shared_writer_writes_only_whole_pages(tmp_path, name, height, width):
     expected = batch_of("uint8", 7, height, width)
-    target = opened(TARGETS[name].location(tmp_path), name, expected)
+    target = make_target(TARGETS[name].location(tmp_path), name, expected)
     target.create()
     edges = target.write_aligned(2, payload_of(target, expected[2:4]))
     target.sync()
@@ -234,20 +234,20 @@ def test_a_shared_writer_writes_whole_pages_only(tmp_path, name, height, width):
 # Runs
 
 
-def source_of(directory, images=11, seed=1):
+def save_source(directory, images=11, seed=1):
     return save_npy(directory / "x.npy", pixels(images, seed=seed))
 
 
-def planned(directory, name, *, together=CHUNK, **settings):
-    """A run that preprocesses x.npy, or restores it if the target is of images."""
+def make_plan(directory, name, *, images_per_chunk=CHUNK, **settings):
+    """Plan to preprocess x.npy, or to restore it if the target is image files."""
     form, source = TARGETS[name], directory / "x.npy"
     if not form.is_array:
         source = save_npy(directory / "z.npy", network_inputs(np.load(source), "tf"))
-        os.utime(source, ns=(0, 0))  # the same source, however often it is written
+        os.utime(source, ns=(0, 0))  # the same fingerprint each time it is written
         settings = {"direction": "restore", "mode": "tf", **settings}
         settings["format"] = form.options["file_format"]
     settings = {"mode": "caffe", "fsync": False, **settings}
-    return plan_of(source, form.location(directory), together=together, **settings)
+    return plan_of(source, form.location(directory), images_per_chunk=images_per_chunk, **settings)
 
 
 def expected_of(directory, name, mode="caffe"):
@@ -255,13 +255,13 @@ def expected_of(directory, name, mode="caffe"):
     return network_inputs(batch, mode) if TARGETS[name].is_array else batch
 
 
-def loaded(directory, name):
+def load_target(directory, name):
     dtype = "float32" if TARGETS[name].is_array else "uint8"
     return TARGETS[name].load(TARGETS[name].location(directory), dtype)
 
 
-class CuttingStore(StoreStorage):
-    """A store whose client dies before it commits another chunk than the first ones."""
+class InterruptedObjectStorage(ObjectStorage):
+    """Object storage whose client crashes after a number of commits."""
 
     def __init__(self, commits):
         self._left = commits + 1  # and the header of the journal
@@ -269,45 +269,45 @@ class CuttingStore(StoreStorage):
     def put(self, path, data):
         self._left -= path.parent.name.endswith(".fastvgg-journal")
         if self._left < 0:
-            raise Death
+            raise SimulatedCrash
         super().put(path, data)
 
 
-def cut_off(directory, name, commits=2, images=11):
-    source_of(directory, images)
-    storage = (CuttingStore if TARGETS[name].is_remote else CuttingStorage)(commits)
-    with pytest.raises(Death):
-        run(planned(directory, name), storage=storage)
+def interrupt_run(directory, name, commits=2, images=11):
+    save_source(directory, images)
+    storage = (InterruptedObjectStorage if TARGETS[name].is_remote else InterruptedStorage)(commits)
+    with pytest.raises(SimulatedCrash):
+        run(make_plan(directory, name), storage=storage)
 
 
 @every_array
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("mode", KERAS_MODES)
-def test_every_mode_and_dtype_comes_back(tmp_path, name, mode, dtype):
+def test_every_mode_and_dtype_round_trips(tmp_path, name, mode, dtype):
     if dtype not in TARGETS[name].dtypes:
         with pytest.raises(TargetError, match=dtype):
-            plan_of(source_of(tmp_path), TARGETS[name].location(tmp_path), mode=mode, dtype=dtype)
+            plan_of(save_source(tmp_path), TARGETS[name].location(tmp_path), mode=mode, dtype=dtype)
         return
     form = TARGETS[name]
-    there, back = form.location(tmp_path), form.location(tmp_path, "back")
-    settings = {"mode": mode, "dtype": dtype, "together": 4, "fsync": False}
-    plan_of(source_of(tmp_path), there, **settings).run()
+    forward, back = form.location(tmp_path), form.location(tmp_path, "back")
+    settings = {"mode": mode, "dtype": dtype, "images_per_chunk": 4, "fsync": False}
+    plan_of(save_source(tmp_path), forward, **settings).run()
     expected = network_inputs(pixels(11), mode, dtype=dtype)
-    actual = form.load(there, dtype)
+    actual = form.load(forward, dtype)
     assert actual.tobytes() == expected.tobytes()
     assert actual.shape == expected.shape
-    plan_of(there, back, direction="restore", together=4, fsync=False).run()
+    plan_of(forward, back, direction="restore", images_per_chunk=4, fsync=False).run()
     assert_same(form.load(back, "uint8"), pixels(11))
-    for location in (there, back):
+    for location in (forward, back):
         assert fastvgg.verify(location, full=True).recomputed_images == 11
 
 
 @every_format
-def test_a_run_leaves_a_verified_dataset_and_its_manifest(tmp_path, name):
-    source_of(tmp_path)
+def test_run_writes_a_verified_dataset_and_its_manifest(tmp_path, name):
+    save_source(tmp_path)
     location = TARGETS[name].location(tmp_path)
-    planned(tmp_path, name).run()
-    assert_same(loaded(tmp_path, name), expected_of(tmp_path, name))
+    make_plan(tmp_path, name).run()
+    assert_same(load_target(tmp_path, name), expected_of(tmp_path, name))
     verified = fastvgg.verify(location, full=True)
     assert (verified.images, verified.chunks, verified.recomputed_images) == (11, 6, 11)
     manifest = read_manifest(container(location))
@@ -320,39 +320,39 @@ def test_a_run_leaves_a_verified_dataset_and_its_manifest(tmp_path, name):
     assert [*manifest.checksums] == expected
     described = info(location)
     assert (described["state"], described["kind"]) == ("finished", TARGETS[name].kind)
-    left = {key.split("/")[0] for key in below(tmp_path, name)} - {"x.npy", "z.npy"}
+    left = {key.split("/")[0] for key in files_below(tmp_path, name)} - {"x.npy", "z.npy"}
     path = container(location)
     assert left == {path.name, manifest_path(path).name}
 
 
 @every_format
-def test_the_same_run_finds_its_work_done(tmp_path, name):
-    source_of(tmp_path)
-    planned(tmp_path, name).run()
-    before = below(tmp_path, name)
-    assert planned(tmp_path, name).run().counts["computed_chunks"] == 0
-    assert below(tmp_path, name) == before
+def test_rerun_of_a_finished_target_recomputes_nothing(tmp_path, name):
+    save_source(tmp_path)
+    make_plan(tmp_path, name).run()
+    before = files_below(tmp_path, name)
+    assert make_plan(tmp_path, name).run().counts["computed_chunks"] == 0
+    assert files_below(tmp_path, name) == before
 
 
 @every_format
-def test_the_bytes_do_not_depend_on_chunks_or_threads(tmp_path, name):
+def test_output_does_not_depend_on_chunks_or_threads(tmp_path, name):
     found = []
-    for together, threads in ((2, 1), (2, 3), (4, 2), (11, 1)):
-        if TARGETS[name].is_sharded and together != 2:
+    for images_per_chunk, threads in ((2, 1), (2, 3), (4, 2), (11, 1)):
+        if TARGETS[name].is_sharded and images_per_chunk != 2:
             continue  # a chunk is a shard
-        directory = tmp_path / f"{together}-{threads}"
+        directory = tmp_path / f"{images_per_chunk}-{threads}"
         directory.mkdir()
-        source_of(directory)
-        planned(directory, name, together=together, threads=threads).run()
+        save_source(directory)
+        make_plan(directory, name, images_per_chunk=images_per_chunk, threads=threads).run()
         found.append(contents_of(TARGETS[name].location(directory)).values())
     assert all([*content] == [*found[0]] for content in found)
 
 
 @every_format
-def test_a_flipped_bit_is_found_and_its_chunk_named(tmp_path, name):
-    source_of(tmp_path)
+def test_verify_reports_the_chunk_of_a_flipped_bit(tmp_path, name):
+    save_source(tmp_path)
     location = TARGETS[name].location(tmp_path)
-    planned(tmp_path, name).run()
+    make_plan(tmp_path, name).run()
     files = data_files(location)
     image_bytes = 7 * 9 * 3 * 4
     for number, file in enumerate(files):
@@ -363,7 +363,7 @@ def test_a_flipped_bit_is_found_and_its_chunk_named(tmp_path, name):
             change_byte(file, at)
             with pytest.raises((VerificationError, SourceError)) as caught:
                 fastvgg.verify(location)
-            must_say(caught.value, container(location))
+            check_error(caught.value, container(location))
             row = {1: (at - begin) // image_bytes, 11: number}.get(len(files), CHUNK * number)
             first = row - row % CHUNK
             rows = f"images {first} to {min(first + CHUNK - 1, 10)} "
@@ -374,7 +374,7 @@ def test_a_flipped_bit_is_found_and_its_chunk_named(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("name", "damage"),
-    # HDF5 takes bytes after the end of its own structures for no part of the file.
+    # HDF5 ignores bytes after the end of its own structures.
     [
         (name, damage)
         for name in TARGETS
@@ -382,10 +382,10 @@ def test_a_flipped_bit_is_found_and_its_chunk_named(tmp_path, name):
         if (name, damage) != ("hdf5", "a byte more")
     ],
 )
-def test_a_finished_target_that_was_damaged_is_not_taken_for_done(tmp_path, name, damage):
-    source_of(tmp_path)
+def test_damaged_finished_target_is_detected(tmp_path, name, damage):
+    save_source(tmp_path)
     location = TARGETS[name].location(tmp_path)
-    planned(tmp_path, name).run()
+    make_plan(tmp_path, name).run()
     file = data_files(location)[0]
     content = file.read_bytes()
     if damage == "missing":
@@ -395,30 +395,30 @@ def test_a_finished_target_that_was_damaged_is_not_taken_for_done(tmp_path, name
     attempts = [lambda: fastvgg.verify(location)]
     # A rerun reads the header and the first image of an array; it creates a missing file.
     if TARGETS[name].is_array and (damage != "missing" or TARGETS[name].is_sharded):
-        attempts.append(lambda: planned(tmp_path, name).run())
+        attempts.append(lambda: make_plan(tmp_path, name).run())
     for attempt in attempts:
         with pytest.raises((VerificationError, SourceError)) as caught:
             attempt()
-        must_say(caught.value, container(location))
+        check_error(caught.value, container(location))
 
 
 @every_array
-def test_another_array_of_the_same_name_is_not_the_target(tmp_path, name):
-    source_of(tmp_path)
+def test_replaced_array_is_rejected_as_the_target(tmp_path, name):
+    save_source(tmp_path)
     location = TARGETS[name].location(tmp_path)
     for other in (
         batch_of("float64", 11),
         batch_of("float32", 10),
         batch_of("float32", 11, 9, 7),
     ):
-        planned(tmp_path, name, restart=True).run()
+        make_plan(tmp_path, name, restart=True).run()
         for file in data_files(location):
             file.unlink()
         TARGETS[name].save(location, other, **({"overwrite": True} if "zarr" in name else {}))
-        for attempt in (lambda: fastvgg.verify(location), lambda: planned(tmp_path, name).run()):
+        for attempt in (lambda: fastvgg.verify(location), lambda: make_plan(tmp_path, name).run()):
             with pytest.raises(SourceError) as caught:
                 attempt()
-            must_say(caught.value, container(location), str(other.shape))
+            check_error(caught.value, container(location), str(other.shape))
         for file in (container(location), manifest_path(container(location))):
             objects.remove(file) if TARGETS[name].is_remote else remove(file)
 
@@ -433,8 +433,8 @@ def remove(path):
 
 
 @every_format
-def test_a_run_that_was_cut_off_has_published_nothing_and_resumes(tmp_path, name):
-    cut_off(tmp_path, name)
+def test_interrupted_run_publishes_nothing_and_resumes(tmp_path, name):
+    interrupt_run(tmp_path, name)
     location = TARGETS[name].location(tmp_path)
     assert commits_of(location) == 2
     with pytest.raises(FastvggError):
@@ -445,8 +445,8 @@ def test_a_run_that_was_cut_off_has_published_nothing_and_resumes(tmp_path, name
         2,
         6,
     )
-    assert planned(tmp_path, name).run().counts["computed_chunks"] == 4
-    assert_same(loaded(tmp_path, name), expected_of(tmp_path, name))
+    assert make_plan(tmp_path, name).run().counts["computed_chunks"] == 4
+    assert_same(load_target(tmp_path, name), expected_of(tmp_path, name))
     fastvgg.verify(location, full=True)
 
 
@@ -461,35 +461,35 @@ def commits_of(location):
     ("name", "damage"),
     [(name, damage) for name, form in TARGETS.items() for damage in form.damages],
 )
-def test_a_partial_that_was_damaged_is_refused_and_replaced_by_a_restart(tmp_path, name, damage):
-    cut_off(tmp_path, name)
+def test_damaged_partial_target_is_rejected_and_restart_replaces_it(tmp_path, name, damage):
+    interrupt_run(tmp_path, name)
     path = container(TARGETS[name].location(tmp_path))
     partial = path.with_name(f"{path.name}.partial")
     TARGETS[name].damages[damage](partial)
-    before = below(tmp_path, name)
+    before = files_below(tmp_path, name)
     with pytest.raises(ResumeError) as caught:
-        planned(tmp_path, name).run()
-    must_say(caught.value, partial, "--restart")
+        make_plan(tmp_path, name).run()
+    check_error(caught.value, partial, "--restart")
     assert caught.value.exit_code == 3
-    assert below(tmp_path, name) == before
-    planned(tmp_path, name, restart=True).run()
-    assert_same(loaded(tmp_path, name), expected_of(tmp_path, name))
+    assert files_below(tmp_path, name) == before
+    make_plan(tmp_path, name, restart=True).run()
+    assert_same(load_target(tmp_path, name), expected_of(tmp_path, name))
 
 
 @pytest.mark.parametrize(
     ("name", "damage"),
-    [(name, damage) for name, form in TARGETS.items() for damage in form.repaired],
+    [(name, damage) for name, form in TARGETS.items() for damage in form.repairable_damages],
 )
-def test_a_chunk_that_was_damaged_after_its_commit_is_recomputed(tmp_path, name, damage):
-    cut_off(tmp_path, name, commits=3)
+def test_chunk_damaged_after_its_commit_is_recomputed(tmp_path, name, damage):
+    interrupt_run(tmp_path, name, commits=3)
     path = container(TARGETS[name].location(tmp_path))
     partial = path if TARGETS[name].is_remote else path.with_name(f"{path.name}.partial")
-    TARGETS[name].repaired[damage](partial)
+    TARGETS[name].repairable_damages[damage](partial)
     seen = []
-    report = run(planned(tmp_path, name), seen.append)
+    report = run(make_plan(tmp_path, name), seen.append)
     assert report.counts["computed_chunks"] == 4
     assert [progress.images for progress in seen] == [6, 8, 10, 11]
-    assert_same(loaded(tmp_path, name), expected_of(tmp_path, name))
+    assert_same(load_target(tmp_path, name), expected_of(tmp_path, name))
     fastvgg.verify(TARGETS[name].location(tmp_path), full=True)
 
 
@@ -498,46 +498,46 @@ def test_a_chunk_that_was_damaged_after_its_commit_is_recomputed(tmp_path, name,
 
 @pytest.mark.parametrize("restart", [False, True])
 @every_format
-def test_what_fastvgg_did_not_write_is_never_replaced(tmp_path, name, restart):
-    source_of(tmp_path)
+def test_foreign_data_is_never_replaced(tmp_path, name, restart):
+    save_source(tmp_path)
     location = TARGETS[name].location(tmp_path)
     if TARGETS[name].kind == "hdf5":  # another dataset of the file counts, too
         TARGETS[name].save(location.replace("deep", "other"), pixels(3, seed=2))
     else:
         TARGETS[name].save(location, pixels(3, seed=2))
-    before = below(tmp_path, name)
+    before = files_below(tmp_path, name)
     with pytest.raises(TargetError) as caught:
-        planned(tmp_path, name, restart=restart)
-    maker = "did not write" if restart else "was not written by fastvgg"
-    must_say(caught.value, container(location), maker, "another name")
-    found = below(tmp_path, name)
+        make_plan(tmp_path, name, restart=restart)
+    message = "did not write" if restart else "was not written by fastvgg"
+    check_error(caught.value, container(location), message, "another name")
+    found = files_below(tmp_path, name)
     assert {key: found[key] for key in before} == before
 
 
 @every_format
-def test_a_finished_target_is_replaced_by_a_restart_only(tmp_path, name):
-    source_of(tmp_path)
-    planned(tmp_path, name).run()
-    source_of(tmp_path, 7, seed=3)
+def test_only_restart_replaces_a_finished_target(tmp_path, name):
+    save_source(tmp_path)
+    make_plan(tmp_path, name).run()
+    save_source(tmp_path, 7, seed=3)
     with pytest.raises(TargetError) as caught:
-        planned(tmp_path, name)
-    must_say(caught.value, container(TARGETS[name].location(tmp_path)), "exists", "--restart")
-    planned(tmp_path, name, restart=True).run()
-    assert_same(loaded(tmp_path, name), expected_of(tmp_path, name))
+        make_plan(tmp_path, name)
+    check_error(caught.value, container(TARGETS[name].location(tmp_path)), "exists", "--restart")
+    make_plan(tmp_path, name, restart=True).run()
+    assert_same(load_target(tmp_path, name), expected_of(tmp_path, name))
     manifest_path(container(TARGETS[name].location(tmp_path))).unlink()
     for restart in (False, True):
         with pytest.raises(TargetError):
-            planned(tmp_path, name, restart=restart)
+            make_plan(tmp_path, name, restart=restart)
 
 
 @every_format
-def test_an_unfinished_run_is_continued_with_the_same_settings_only(tmp_path, name):
-    cut_off(tmp_path, name)
-    before = below(tmp_path, name)
+def test_unfinished_run_resumes_only_with_the_same_settings(tmp_path, name):
+    interrupt_run(tmp_path, name)
+    before = files_below(tmp_path, name)
     with pytest.raises(ResumeError) as caught:
-        planned(tmp_path, name, mode="torch")
-    must_say(caught.value, "--restart")
-    assert below(tmp_path, name) == before
+        make_plan(tmp_path, name, mode="torch")
+    check_error(caught.value, "--restart")
+    assert files_below(tmp_path, name) == before
 
 
 # Images
@@ -545,7 +545,7 @@ def test_an_unfinished_run_is_continued_with_the_same_settings_only(tmp_path, na
 
 @pytest.fixture(params=["images", "tar"])
 def photos(request, tmp_path):
-    """Eleven images of which one is torn, the row of that, and a function that repairs it."""
+    """Eleven images, one of them truncated, and a function that repairs it."""
     folder = tmp_path / "photos"
     names = [f"{'ab'[row // 6]}/{row:02d}.png" for row in range(11)]
     save_images(folder, pixels(11), names)
@@ -563,7 +563,7 @@ def photos(request, tmp_path):
 
 
 def inodes(location):
-    """The inode of every file of an array on disk, by name; of a store there are none."""
+    """The inode of every file of an array on disk, by name; empty for an object store."""
     path = container(location)
     files = [path, *path.rglob("*")] if isinstance(path, Path) else []
     return {file.name: file.stat().st_ino for file in files if file.is_file()}
@@ -575,12 +575,12 @@ def test_images_keep_their_names_and_failures_are_retried(tmp_path, photos, name
     form, expected = TARGETS[name], pixels(11)
     expected[4] = 0
     packed, inputs = form.location(tmp_path, "packed-y"), form.location(tmp_path)
-    settings = {"direction": "pack", "together": 3, "fsync": False}
+    settings = {"direction": "pack", "images_per_chunk": 3, "fsync": False}
     assert plan_of(source, packed, **settings).run().counts["failed"] == 1
     assert_same(form.load(packed, "uint8"), expected)
     index = [*read_index(container(packed), 11)]
     assert [record.failed for record in index] == [row == 4 for row in range(11)]
-    plan_of(packed, inputs, mode="torch", together=4).run()
+    plan_of(packed, inputs, mode="torch", images_per_chunk=4).run()
     assert [*read_index(container(inputs), 11)] == index
     plan_of(inputs, tmp_path / "out", direction="restore").run()
     found = images_in(tmp_path / "out")
@@ -591,10 +591,10 @@ def test_images_keep_their_names_and_failures_are_retried(tmp_path, photos, name
     before = inodes(packed)
     repair()
     counts = plan_of(source, packed, retry_failed=True, **settings).run().counts
-    # All rows of a shard have its date in their identity, so none is known to be unchanged.
+    # Every row's identity includes the mtime of its shard, so no row is known to be unchanged.
     computed = 1 if source.is_dir() else 4
     assert counts == {"images": 11, "failed": 0, "chunks": 4, "computed_chunks": computed}
-    assert inodes(packed) == before  # each file is written where it is
+    assert inodes(packed) == before  # files are updated in place
     assert_same(form.load(packed, "uint8"), pixels(11))
     assert not any(record.failed for record in read_index(container(packed), 11))
     fastvgg.verify(packed, full=True)

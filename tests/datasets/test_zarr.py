@@ -39,15 +39,15 @@ from fastvgg.stream.manifest import Provenance, manifest_path
 from fastvgg.stream.run import run
 from tests.helpers.batches import assert_same
 from tests.helpers.datasets_on_disk import (
-    must_say,
+    check_error,
     names_in,
     network_inputs,
     pixels,
     plan_of,
-    printed_by,
     rows_by_name,
     save_images,
     save_npy,
+    stdout_of,
 )
 from tests.helpers.formats import check_spans
 from tests.helpers.zarr_on_disk import (
@@ -62,14 +62,14 @@ from tests.helpers.zarr_on_disk import (
 
 # Encodings of ten images of 7x9 pixels.
 V2 = {"zarr_format": 2}
-DOTS = {"name": "default", "separator": "."}
-STORED = {
+DOT_KEYS = {"name": "default", "separator": "."}
+ENCODINGS = {
     "plain": {},
     "one chunk": {"chunks": (10, 7, 9, 3)},
     "larger chunks than the array": {"chunks": (16, 8, 16, 4)},
     "chunks that divide no axis": {"chunks": (3, 4, 5, 2)},
     "a chunk for each row and channel": {"chunks": (4, 1, 9, 1)},
-    "dots in the keys": {"chunks": (3, 4, 5, 2), "chunk_key_encoding": DOTS},
+    "dots in the keys": {"chunks": (3, 4, 5, 2), "chunk_key_encoding": DOT_KEYS},
     "keys of the second version": {"chunk_key_encoding": {"name": "v2", "separator": "."}},
     "shards": {"chunks": (2, 7, 9, 3), "shards": (4, 7, 9, 3)},
     "shards that divide no axis": {"chunks": (2, 2, 3, 1), "shards": (4, 4, 6, 2)},
@@ -90,7 +90,7 @@ STORED = {
     "v2, zlib": {**V2, "compressors": numcodecs.Zlib()},
     "v2, in Fortran's order": {**V2, "order": "F"},
 }
-NOTICED = {  # damage is noticed by a checksum or by the compressor
+CHECKED_ENCODINGS = {  # a checksum or the compressor detects damage
     "shards": {"shards": (4, 7, 9, 3), "compressors": Crc32cCodec()},
     "zstd": {"compressors": ZstdCodec(checksum=True)},
     "gzip": {"compressors": GzipCodec()},
@@ -116,10 +116,10 @@ def opened(path, **settings):
 # Sources
 
 
-@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("name", ENCODINGS)
 def test_every_encoding_is_read(tmp_path, name):
     batch = pixels(10)
-    path = save_zarr(tmp_path / "x.zarr", batch, **STORED[name])
+    path = save_zarr(tmp_path / "x.zarr", batch, **ENCODINGS[name])
     source = opened(path)
     assert source.header == Header(batch.shape, "uint8", "NHWC")
     assert np.array_equal(load_zarr(path), batch)
@@ -130,7 +130,7 @@ def test_every_encoding_is_read(tmp_path, name):
 @pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("dtype", ["uint8", "float16", "float32", "float64"])
-def test_numbers_of_every_type_and_byte_order_are_read(tmp_path, dtype, order, version):
+def test_every_dtype_and_byte_order_is_read(tmp_path, dtype, order, version):
     batch = network_inputs(pixels(5), "torch", dtype="float64").astype(dtype)
     swapped = batch.astype(batch.dtype.newbyteorder(order))
     path = save_zarr(tmp_path / "x.zarr", swapped, zarr_format=version)
@@ -140,7 +140,7 @@ def test_numbers_of_every_type_and_byte_order_are_read(tmp_path, dtype, order, v
 
 
 @pytest.mark.parametrize("version", [2, 3])
-def test_an_array_in_a_group_is_read_and_a_group_is_refused_with_its_names(tmp_path, version):
+def test_array_in_a_group_is_read_and_a_group_is_rejected_with_its_names(tmp_path, version):
     group = zarr.create_group(tmp_path / "x.zarr", zarr_format=version)
     group.create_group("more")
     for name in ("labels", "images"):
@@ -148,19 +148,19 @@ def test_an_array_in_a_group_is_read_and_a_group_is_refused_with_its_names(tmp_p
     assert_same(opened(tmp_path / "x.zarr" / "images").read(0, 3).batch, pixels(3))
     with pytest.raises(SourceError) as caught:
         opened(tmp_path / "x.zarr")
-    must_say(caught.value, tmp_path / "x.zarr", "group", "images, labels", "x.zarr/NAME")
+    check_error(caught.value, tmp_path / "x.zarr", "group", "images, labels", "x.zarr/NAME")
     with pytest.raises(SourceError) as caught:
         opened(tmp_path / "x.zarr" / "more")
-    must_say(caught.value, tmp_path / "x.zarr" / "more", "none")
+    check_error(caught.value, tmp_path / "x.zarr" / "more", "none")
 
 
-def test_an_array_needs_no_suffix(tmp_path):
+def test_array_path_needs_no_suffix(tmp_path):
     path = save_zarr(tmp_path / "images", pixels(3))
     assert opened(path).header.images == 3
 
 
 @pytest.mark.parametrize(
-    ("settings", "together"),
+    ("settings", "images_per_chunk"),
     [
         ({}, 2),
         ({"chunks": (3, 4, 5, 2)}, 3),
@@ -169,31 +169,33 @@ def test_an_array_needs_no_suffix(tmp_path):
     ],
     ids=["chunks", "in pieces", "larger than the array", "shards"],
 )
-def test_a_run_reads_whole_chunks(tmp_path, settings, together):
+def test_run_reads_whole_chunks(tmp_path, settings, images_per_chunk):
     batch = pixels(40)
     path = save_zarr(tmp_path / "x.zarr", batch, **settings)
-    assert opened(path).read_granularity == together
-    plan = plan_of(path, tmp_path / "y.npy", mode="caffe", together=together)
-    assert plan.chunk_images == together
-    assert plan.chunks == -(-40 // together)
-    if together < 40:
-        more = plan_of(path, tmp_path / "y.npy", mode="caffe", together=2 * together + 1)
-        assert more.chunk_images == 2 * together
+    assert opened(path).read_granularity == images_per_chunk
+    plan = plan_of(path, tmp_path / "y.npy", mode="caffe", images_per_chunk=images_per_chunk)
+    assert plan.chunk_images == images_per_chunk
+    assert plan.chunks == -(-40 // images_per_chunk)
+    if images_per_chunk < 40:
+        more = plan_of(
+            path, tmp_path / "y.npy", mode="caffe", images_per_chunk=2 * images_per_chunk + 1
+        )
+        assert more.chunk_images == 2 * images_per_chunk
     plan.run()
     assert_same(np.load(tmp_path / "y.npy"), network_inputs(batch, "caffe"))
 
 
-def test_a_memory_limit_below_a_chunk_is_refused_with_one_that_suffices(tmp_path):
+def test_memory_limit_below_a_chunk_is_rejected_with_a_sufficient_one(tmp_path):
     path = save_zarr(tmp_path / "x.zarr", pixels(3000, 9, 19), chunks=(2500, 9, 19, 3))
     with pytest.raises(TargetError) as caught:
         plan_of(path, tmp_path / "y.npy", mode="caffe", memory="6MiB")
-    must_say(caught.value, "2500 images, stored together", "6.0 MiB", "give --memory ")
-    enough = caught.value.remedy.split()[2]
-    plan = plan_of(path, tmp_path / "y.npy", mode="caffe", memory=enough)
+    check_error(caught.value, "2500 images, stored together", "6.0 MiB", "give --memory ")
+    sufficient = caught.value.remedy.split()[2]
+    plan = plan_of(path, tmp_path / "y.npy", mode="caffe", memory=sufficient)
     assert plan.chunk_images == 2500
 
 
-def test_the_memory_of_a_plan_includes_the_copies_that_zarr_makes(tmp_path):
+def test_plan_memory_includes_the_copies_of_zarr(tmp_path):
     save_npy(tmp_path / "x.npy", pixels(10))
     path = save_zarr(tmp_path / "x.zarr", pixels(10))
     image, result = 7 * 9 * 3, 7 * 9 * 3 * 4
@@ -215,11 +217,11 @@ def test_the_memory_of_a_plan_includes_the_copies_that_zarr_makes(tmp_path):
 # Refused arrays
 
 
-def refused(path, *words, error=SourceError, **settings):
-    """Check that an array is refused as a source and by a plan, with these words."""
+def assert_rejected(path, *words, error=SourceError, **settings):
+    """Check that a source and a plan reject an array with a message that contains `words`."""
     with pytest.raises(error) as caught:
         open_source(Location.parse(path), **settings)
-    must_say(caught.value, path, *words)
+    check_error(caught.value, path, *words)
     assert caught.value.exit_code == 3
     assert str(caught.value).replace("\n", "").isprintable()
     assert len(str(caught.value)) < 1000
@@ -242,37 +244,37 @@ def refused(path, *words, error=SourceError, **settings):
 )
 @pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.filterwarnings("ignore::zarr.errors.UnstableSpecificationWarning")
-def test_an_array_that_is_not_of_images_is_refused(tmp_path, array, words, version):
+def test_non_image_array_is_rejected(tmp_path, array, words, version):
     path = tmp_path / "x.zarr"
     zarr.create_array(path, shape=array.shape, dtype=array.dtype, zarr_format=version)
-    refused(path, *words)
+    assert_rejected(path, *words)
 
 
 @pytest.mark.parametrize("dtype", ["U3", "S3", [("a", "f4"), ("b", "u1")], str])
 @pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.filterwarnings("ignore::zarr.errors.UnstableSpecificationWarning")
-def test_texts_and_records_are_refused(tmp_path, dtype, version):
+def test_strings_and_structured_dtypes_are_rejected(tmp_path, dtype, version):
     path = tmp_path / "x.zarr"
     zarr.create_array(path, shape=(2, 7, 9, 3), dtype=dtype, zarr_format=version)
-    refused(path, "unsupported dtype")
+    assert_rejected(path, "unsupported dtype")
 
 
 def test_pickles_are_never_loaded(tmp_path):
     path = save_zarr(tmp_path / "x.zarr", pixels(3), **V2)
     change_metadata(path, filters=[{"id": "pickle", "protocol": 5}])
-    refused(path, "pickle")
+    assert_rejected(path, "pickle")
     change_metadata(path, filters=None, compressor={"id": "pickle", "protocol": 5})
-    refused(path, "pickle")
+    assert_rejected(path, "pickle")
     change_metadata(path, filters=[{"id": "pickle"}], compressor=None, dtype="|O", fill_value=None)
-    refused(path)
+    assert_rejected(path)
 
 
-def test_the_word_pickle_in_attributes_is_not_a_codec(tmp_path):
+def test_word_pickle_in_attributes_is_not_a_codec(tmp_path):
     path = save_zarr(tmp_path / "x.zarr", pixels(3), attributes={"shown": "Pickles, in a jar"})
     assert_same(opened(path).read(0, 3).batch, pixels(3))
 
 
-def in_v3(**fields):
+def changing_metadata(**fields):
     return lambda path: change_metadata(path, **fields)
 
 
@@ -296,122 +298,126 @@ def damage_shards(path, **fields):
         lambda path: metadata_of(path).write_text("{}"),
         lambda path: (metadata_of(path).unlink(), os.mkfifo(path / "zarr.json")),
         lambda path: (metadata_of(path).unlink(), (path / "zarr.json").mkdir()),
-        in_v3(zarr_format=4),
-        in_v3(shape="many"),
-        in_v3(shape=[-1, 7, 9, 3]),
-        in_v3(data_type="uint7"),
-        in_v3(data_type={"name": "\x1b[2J"}),
-        in_v3(codecs=[{"name": "\x1b[2J", "configuration": {}}]),
-        in_v3(codecs=[{"name": "bytes"}, {"name": "zpaq", "configuration": {}}]),
-        in_v3(codecs=[]),
-        in_v3(codecs=7),
-        in_v3(fill_value=2**70),
-        in_v3(fill_value="x"),
-        in_v3(chunk_grid={"name": "regular", "configuration": {"chunk_shape": [0, 7, 9, 3]}}),
-        in_v3(chunk_grid={"name": "regular", "configuration": {"chunk_shape": [2, 7, 9]}}),
-        in_v3(chunk_grid={"name": "irregular"}),
+        changing_metadata(zarr_format=4),
+        changing_metadata(shape="many"),
+        changing_metadata(shape=[-1, 7, 9, 3]),
+        changing_metadata(data_type="uint7"),
+        changing_metadata(data_type={"name": "\x1b[2J"}),
+        changing_metadata(codecs=[{"name": "\x1b[2J", "configuration": {}}]),
+        changing_metadata(codecs=[{"name": "bytes"}, {"name": "zpaq", "configuration": {}}]),
+        changing_metadata(codecs=[]),
+        changing_metadata(codecs=7),
+        changing_metadata(fill_value=2**70),
+        changing_metadata(fill_value="x"),
+        changing_metadata(
+            chunk_grid={"name": "regular", "configuration": {"chunk_shape": [0, 7, 9, 3]}}
+        ),
+        changing_metadata(
+            chunk_grid={"name": "regular", "configuration": {"chunk_shape": [2, 7, 9]}}
+        ),
+        changing_metadata(chunk_grid={"name": "irregular"}),
         lambda path: damage_shards(path, chunk_shape=[0, 7, 9, 3]),
         lambda path: damage_shards(path, chunk_shape=[-2, 7, 9, 3]),
-        in_v3(storage_transformers="\x1b[2J"),
-        in_v3(storage_transformers="x" * 5000),
-        in_v3(node_type="grope"),
-        in_v3(something={"must_understand": True}),
+        changing_metadata(storage_transformers="\x1b[2J"),
+        changing_metadata(storage_transformers="x" * 5000),
+        changing_metadata(node_type="grope"),
+        changing_metadata(something={"must_understand": True}),
     ],
 )
-def test_damaged_metadata_are_refused(stored, damage):
+def test_damaged_metadata_is_rejected(stored, damage):
     damage(stored)
-    refused(stored)
+    assert_rejected(stored)
 
 
-def test_metadata_cut_off_anywhere_are_refused(stored):
-    whole = metadata_of(stored).read_bytes()
-    for length in range(0, len(whole), 7):
-        metadata_of(stored).write_bytes(whole[:length])
+def test_truncated_metadata_is_rejected(stored):
+    intact = metadata_of(stored).read_bytes()
+    for length in range(0, len(intact), 7):
+        metadata_of(stored).write_bytes(intact[:length])
         with pytest.raises(SourceError) as caught:
             opened(stored)
-        must_say(caught.value, stored)
+        check_error(caught.value, stored)
 
 
 @pytest.mark.parametrize("shape", [[10**12, 7, 9, 3], [10, 10**6, 10**6, 3], [10**18, 1, 3, 3]])
 @pytest.mark.parametrize("chunks", [[1, 1, 1, 1], [2, 7, 9, 3]])
-def test_missing_chunks_of_any_number_are_counted_without_listing_them(stored, shape, chunks):
+def test_missing_chunks_are_counted_without_listing_them(stored, shape, chunks):
     grid = {"name": "regular", "configuration": {"chunk_shape": chunks}}
     change_metadata(stored, shape=shape, chunk_grid=grid)
     expected = math.prod(-(-a // b) for a, b in zip(shape, chunks, strict=True))
-    refused(stored, f"of {expected} chunks are missing")
+    assert_rejected(stored, f"of {expected} chunks are missing")
 
 
 @pytest.mark.parametrize("images", [2**63 // (7 * 9 * 3) + 1, 10**18, 10**400])
-def test_more_elements_than_an_array_can_have_are_refused(stored, images):
+def test_shape_with_too_many_elements_is_rejected(stored, images):
     change_metadata(stored, shape=[images, 7, 9, 3])
-    refused(stored, f"has shape ({images}"[:100], "more elements than an array can have")
+    assert_rejected(stored, f"has shape ({images}"[:100], "more elements than an array can have")
 
 
 @pytest.mark.parametrize("size", [2**63, 10**400])
-def test_chunks_larger_than_an_array_can_be_are_refused(stored, size):
+def test_oversized_chunk_shape_is_rejected(stored, size):
     for chunks in ([size, 7, 9, 3], [2**21, 2**21, 2**21, 3], [1, 7, 9, size]):
         grid = {"name": "regular", "configuration": {"chunk_shape": chunks}}
         change_metadata(stored, chunk_grid=grid)
-        refused(stored, f"has invalid chunk shape ({chunks[0]}"[:100])
+        assert_rejected(stored, f"has invalid chunk shape ({chunks[0]}"[:100])
 
 
-def test_missing_chunks_are_counted_and_the_first_is_named(tmp_path, stored):
+def test_missing_chunks_are_counted_and_the_first_are_listed(tmp_path, stored):
     for number in (1, 3):
         shutil.rmtree(stored / "c" / str(number))
-    refused(stored, "2 of 5 chunks", "c/1/0/0/0", "write_empty_chunks")
+    assert_rejected(stored, "2 of 5 chunks", "c/1/0/0/0", "write_empty_chunks")
     (stored / "notes.txt").write_text("of no chunk")
-    refused(stored, "2 of 5 chunks", "c/1/0/0/0, c/3/0/0/0")
+    assert_rejected(stored, "2 of 5 chunks", "c/1/0/0/0, c/3/0/0/0")
     for number in range(20):  # other files are not counted as chunks
         (stored / f"c.{number}").write_bytes(b"")
-    refused(stored, "2 of 5 chunks", "c/1/0/0/0, c/3/0/0/0")
+    assert_rejected(stored, "2 of 5 chunks", "c/1/0/0/0, c/3/0/0/0")
 
 
-def test_chunks_that_zarr_omits_are_missing(tmp_path):
+def test_chunks_omitted_by_zarr_are_missing(tmp_path):
     batch = pixels(10)
     batch[4:6] = 0
     made = zarr.create_array(
         tmp_path / "x.zarr", shape=batch.shape, dtype="uint8", chunks=(2, 7, 9, 3)
     )
     made[...] = batch
-    refused(tmp_path / "x.zarr", "1 of 5 chunks", "c/2/0/0/0", "zarr.config.set")
+    assert_rejected(tmp_path / "x.zarr", "1 of 5 chunks", "c/2/0/0/0", "zarr.config.set")
     with zarr.config.set({"array.write_empty_chunks": True}):  # as the message suggests
         zarr.open_array(tmp_path / "x.zarr")[...] = batch
     assert_same(opened(tmp_path / "x.zarr").read(0, 10).batch, batch)
 
 
-def test_a_chunk_that_is_not_a_regular_file_is_refused(stored):
+def test_chunk_that_is_not_a_regular_file_is_rejected(stored):
     chunk = chunk_files(stored)[2]
     chunk.unlink()
     chunk.mkdir()
-    refused(stored, "c/2/0/0/0")
+    assert_rejected(stored, "c/2/0/0/0")
     chunk.rmdir()
     os.mkfifo(chunk)
-    refused(stored, "c/2/0/0/0", "not a regular file")
+    assert_rejected(stored, "c/2/0/0/0", "not a regular file")
     chunk.unlink()
     chunk.symlink_to("nowhere")
-    refused(stored, "c/2/0/0/0")
+    assert_rejected(stored, "c/2/0/0/0")
 
 
-def test_an_unreadable_file_is_refused(tmp_path):
+def test_unreadable_file_is_rejected(tmp_path):
     script = (
         "import sys; from pathlib import Path\n"
-        "from tests.helpers.datasets_on_disk import *; obey_permissions()\n"
+        "from tests.helpers.datasets_on_disk import *; drop_permission_override()\n"
         "from tests.helpers.zarr_on_disk import *; from fastvgg.errors import *\n"
         "from fastvgg.datasets.open import open_source\n"
         "from fastvgg.storage.location import Location\n"
         "place = Path(sys.argv[1])\n"
         "path = save_zarr(place / 'x.zarr', pixels(10))\n"
-        "def refused(what, *words):\n"
+        "def assert_rejected(what, *words):\n"
         "    with permissions(what, 0):\n"
         "        try: open_source(Location(path)).read(0, 10)\n"
-        "        except FastvggError as error: must_say(error, *words); print(error.exit_code)\n"
-        "refused(path, path, 'Permission')\n"
-        "refused(path / 'zarr.json', path, 'Permission')\n"
-        "refused(path / 'c', path / 'c', 'permissions')\n"
-        "refused(path / 'c' / '3' / '0', path / 'c' / '3' / '0', 'permissions')\n"
-        "refused(path / 'c' / '3' / '0' / '0' / '0', 'c/3/0/0/0', 'EACCES')\n"
+        "        except FastvggError as error: check_error(error, *words); print(error.exit_code)\n"
+        "assert_rejected(path, path, 'Permission')\n"
+        "assert_rejected(path / 'zarr.json', path, 'Permission')\n"
+        "assert_rejected(path / 'c', path / 'c', 'permissions')\n"
+        "assert_rejected(path / 'c' / '3' / '0', path / 'c' / '3' / '0', 'permissions')\n"
+        "assert_rejected(path / 'c' / '3' / '0' / '0' / '0', 'c/3/0/0/0', 'EACCES')\n"
     )
-    assert printed_by(script, tmp_path).split() == ["3", "3", "3", "3", "5"]
+    assert stdout_of(script, tmp_path).split() == ["3", "3", "3", "3", "5"]
 
 
 def test_without_zarr_the_error_names_the_extra_and_nothing_is_written(tmp_path, stored):
@@ -431,7 +437,7 @@ def test_without_zarr_the_error_names_the_extra_and_nothing_is_written(tmp_path,
         "    try: attempt()\n"
         "    except FastvggError as error: print(error.exit_code, error.remedy)\n"
     )
-    printed = printed_by(script, stored, tmp_path / "x.npy", tmp_path / "y.zarr")
+    printed = stdout_of(script, stored, tmp_path / "x.npy", tmp_path / "y.zarr")
     assert printed.splitlines() == ["3 in a clone of fastvgg: pip install '.[zarr]'"] * 4
     assert names_in(tmp_path) == ["x.npy", "x.zarr"]
 
@@ -439,31 +445,31 @@ def test_without_zarr_the_error_names_the_extra_and_nothing_is_written(tmp_path,
 # Damaged chunks
 
 
-def stops(source, *words):
+def assert_read_stops(source, *words):
     with pytest.raises(StoppedError) as caught:
         source.read(0, 10)
-    must_say(caught.value, *words, "--restart")
+    check_error(caught.value, *words, "--restart")
     assert caught.value.exit_code == 5
     assert str(caught.value).replace("\n", "").isprintable()
 
 
-@pytest.mark.parametrize("name", NOTICED)
-def test_a_chunk_with_any_bit_flipped_or_cut_off_anywhere_stops_the_run(tmp_path, name):
-    path = save_zarr(tmp_path / "x.zarr", pixels(10), **NOTICED[name])
+@pytest.mark.parametrize("name", CHECKED_ENCODINGS)
+def test_truncated_or_bit_flipped_chunk_stops_the_run(tmp_path, name):
+    path = save_zarr(tmp_path / "x.zarr", pixels(10), **CHECKED_ENCODINGS[name])
     source = opened(path)
     for file in chunk_files(path)[1::3]:
-        whole = file.read_bytes()
-        for at in range(0, len(whole), 1 + len(whole) // 11):
-            file.write_bytes(whole[:at])
-            stops(source, path, f"chunk {key_of(path, file)} is damaged")
-            file.write_bytes(whole)
+        intact = file.read_bytes()
+        for at in range(0, len(intact), 1 + len(intact) // 11):
+            file.write_bytes(intact[:at])
+            assert_read_stops(source, path, f"chunk {key_of(path, file)} is damaged")
+            file.write_bytes(intact)
             flip(file, 8 * at + at % 8)
             if name == "gzip" and at < 10:  # the date and the system in the header of gzip
                 with contextlib.suppress(StoppedError):
                     assert_same(source.read(0, 10).batch, pixels(10))
             else:
-                stops(source, path, f"chunk {key_of(path, file)} is damaged")
-            file.write_bytes(whole)
+                assert_read_stops(source, path, f"chunk {key_of(path, file)} is damaged")
+            file.write_bytes(intact)
     assert_same(source.read(0, 10).batch, pixels(10))
 
 
@@ -479,51 +485,55 @@ def test_a_chunk_with_any_bit_flipped_or_cut_off_anywhere_stops_the_run(tmp_path
     ],
     ids=["v3", "v2", "blosc", "v2, blosc", "blosc of a checksum", "a checksum of blosc"],
 )
-def test_a_chunk_of_another_length_stops_the_run(tmp_path, settings):
+def test_chunk_of_wrong_length_stops_the_run(tmp_path, settings):
     batch = pixels(10) // 64
     path = save_zarr(tmp_path / "x.zarr", batch, **settings)
     source = opened(path)
     file = chunk_files(path)[3]
-    whole = file.read_bytes()
-    for length in [*range(0, len(whole), 19), 1, 15, 16, len(whole) - 1, len(whole) + 1]:
-        file.write_bytes((whole + b"\0")[:length])
-        stops(source, path, f"chunk {key_of(path, file)} is damaged")
-    file.write_bytes(whole)
+    intact = file.read_bytes()
+    for length in [*range(0, len(intact), 19), 1, 15, 16, len(intact) - 1, len(intact) + 1]:
+        file.write_bytes((intact + b"\0")[:length])
+        assert_read_stops(source, path, f"chunk {key_of(path, file)} is damaged")
+    file.write_bytes(intact)
     assert_same(source.read(0, 10).batch, batch)
 
 
-def test_the_damaged_one_of_many_chunks_is_named(tmp_path):
+def test_damaged_chunk_among_many_is_reported_by_key(tmp_path):
     settings = {"chunks": (3, 4, 5, 2), "compressors": Crc32cCodec()}
     path = save_zarr(tmp_path / "x.zarr", pixels(10), **settings)
     source = opened(path)
     for file in chunk_files(path):
         flip(file, 77)
-        stops(source, path, f"chunk {key_of(path, file)} is damaged: Stored and computed")
+        assert_read_stops(
+            source, path, f"chunk {key_of(path, file)} is damaged: Stored and computed"
+        )
         flip(file, 77)
     flip(path / "c" / "3" / "1" / "1" / "1", 9)
     assert_same(source.read(0, 9).batch, pixels(10)[:9])  # does not need that chunk
 
 
-def test_a_chunk_that_disappears_never_becomes_the_fill_value(tmp_path):
+def test_missing_chunk_is_never_read_as_the_fill_value(tmp_path):
     path = save_zarr(tmp_path / "x.zarr", pixels(10), chunks=(3, 4, 5, 2))
     source = opened(path)
     for file in chunk_files(path):
         moved = file.rename(tmp_path / "moved")
-        stops(source, path, f"chunk {key_of(path, file)} is damaged: it is missing or empty")
+        assert_read_stops(
+            source, path, f"chunk {key_of(path, file)} is damaged: it is missing or empty"
+        )
         moved.rename(file)
 
 
 # Targets
 
 
-class CreatingStorage(Storage):
+class RecordingStorage(Storage):
     """Storage that records which files are created, opened for direct I/O, and how aligned."""
 
     def __init__(self):
         super().__init__(fsync=False)
         self.created = []
         self.direct_files = []
-        self.places = {}
+        self.alignments = {}
 
     def create(self, path):
         self.created.append(path.name)
@@ -535,26 +545,26 @@ class CreatingStorage(Storage):
 
     def write(self, file, data, offset):
         address = np.frombuffer(data, np.uint8).ctypes.data
-        self.places[file.path.name] = (address - offset) % mmap.PAGESIZE
+        self.alignments[file.path.name] = (address - offset) % mmap.PAGESIZE
         super().write(file, data, offset)
 
 
 def set_inner_chunk_bytes(monkeypatch, nbytes):
-    """Make inner chunks small, so that a small shard has several."""
+    """Limit the size of inner chunks, so that a small shard has several."""
     monkeypatch.setattr(base, "INNER_CHUNK_BYTES", nbytes)
 
 
-def written(directory, images=10, together=4, **settings):
+def write_zarr(directory, images=10, images_per_chunk=4, **settings):
     """Preprocess images into y.zarr."""
     source = save_npy(directory / "x.npy", pixels(images))
     settings = {"mode": "caffe", "fsync": False, **settings}
-    plan_of(source, directory / "y.zarr", together=together, **settings).run()
+    plan_of(source, directory / "y.zarr", images_per_chunk=images_per_chunk, **settings).run()
     return directory / "y.zarr"
 
 
-def test_a_target_is_sharded_has_checksums_and_records_its_transform(tmp_path, monkeypatch):
+def test_target_is_sharded_with_checksums_and_records_its_transform(tmp_path, monkeypatch):
     set_inner_chunk_bytes(monkeypatch, 2 * 756)
-    path = written(tmp_path, out_layout="NCHW")
+    path = write_zarr(tmp_path, out_layout="NCHW")
     assert sorted(names_in(path)) == ["c.0.0.0.0", "c.1.0.0.0", "c.2.0.0.0", "zarr.json"]
     array = zarr.open_array(path, mode="r")
     assert array.shape == (10, 3, 7, 9)
@@ -580,22 +590,22 @@ def test_inner_chunks_divide_a_shard_and_are_consecutive(tmp_path, monkeypatch):
     encoder = ShardEncoder(Header(batch.shape, "float32", "NHWC"), 6, None)
     shards = [encoded(encoder, batch[start : start + 6]) for start in (0, 6, 12)]
     assert [encoder.key(start) for start in (0, 6, 12)] == [f"c.{n}.0.0.0" for n in range(3)]
-    piece_bytes = 3 * 756 + 4
-    assert [len(shard) for shard in shards] == [2 * piece_bytes + 2 * 16 + 4] * 3
+    inner_chunk_bytes = 3 * 756 + 4
+    assert [len(shard) for shard in shards] == [2 * inner_chunk_bytes + 2 * 16 + 4] * 3
     last = np.zeros((6, 7, 9, 3), np.float32)
     last[:2] = batch[12:]
     for shard, images in zip(shards, (batch[:6], batch[6:12], last), strict=True):
-        assert crc_is_right(shard[-36:])
+        assert is_crc_valid(shard[-36:])
         index = np.frombuffer(shard[-36:-4], "<u8").reshape(2, 2)
-        assert index.tolist() == [[0, piece_bytes], [piece_bytes, piece_bytes]]
+        assert index.tolist() == [[0, inner_chunk_bytes], [inner_chunk_bytes, inner_chunk_bytes]]
         for number, (offset, nbytes) in enumerate(index.tolist()):
-            piece = shard[offset : offset + nbytes]
-            assert crc_is_right(piece)
-            assert piece[:-4] == images[3 * number : 3 * number + 3].tobytes()
+            inner_chunk = shard[offset : offset + nbytes]
+            assert is_crc_valid(inner_chunk)
+            assert inner_chunk[:-4] == images[3 * number : 3 * number + 3].tobytes()
 
 
 def encoded(encoder, batch):
-    """Encode a shard into a buffer of other bytes, and check that it is not exceeded."""
+    """Encode a shard into a buffer with a guard, and check that the guard is not overwritten."""
     memory = np.full(encoder.shard_bytes + 9, 171, np.uint8)
     encoder.encode(batch.data.cast("B"), memory[:-9])
     assert (memory[-9:] == 171).all()
@@ -603,28 +613,30 @@ def encoded(encoder, batch):
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float16", "float32", "float64"])
-@pytest.mark.parametrize("together", [1, 5, 6, 14, 20])
-def test_a_shard_has_the_bytes_that_zarr_writes(monkeypatch, dtype, together):
+@pytest.mark.parametrize("images_per_chunk", [1, 5, 6, 14, 20])
+def test_shard_bytes_match_zarr(monkeypatch, dtype, images_per_chunk):
     set_inner_chunk_bytes(monkeypatch, 2 * 189 * np.dtype(dtype).itemsize)
-    whole = -(-14 // together) * together  # zarr omits inner chunks after the last image
-    batch = np.zeros((whole, 7, 9, 3), dtype)
+    intact = (
+        -(-14 // images_per_chunk) * images_per_chunk
+    )  # zarr omits inner chunks after the last image
+    batch = np.zeros((intact, 7, 9, 3), dtype)
     batch[:14] = pixels(14)
-    encoder = ShardEncoder(Header(batch.shape, dtype, "NHWC"), together, None)
+    encoder = ShardEncoder(Header(batch.shape, dtype, "NHWC"), images_per_chunk, None)
     stored = {name: cpu.Buffer.from_bytes(data) for name, data in encoder.metadata.items()}
     with zarr.config.set({"array.write_empty_chunks": True}):
         zarr.open_array(MemoryStore(stored))[:] = batch
-    assert len(stored) == 1 + whole // together
-    for start in range(0, whole, together):
+    assert len(stored) == 1 + intact // images_per_chunk
+    for start in range(0, intact, images_per_chunk):
         expected = stored[encoder.key(start)].to_bytes()
-        assert encoded(encoder, batch[start : min(14, start + together)]) == expected
+        assert encoded(encoder, batch[start : min(14, start + images_per_chunk)]) == expected
 
 
-def crc_is_right(content):
+def is_crc_valid(content):
     return google_crc32c.value(content[:-4]) == int.from_bytes(content[-4:], "little")
 
 
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
-def test_the_axes_have_names(layout):
+def test_dimensions_are_named(layout):
     shape = (5, 7, 9, 3) if layout == "NHWC" else (5, 3, 7, 9)
     encoder = ShardEncoder(Header(shape, "uint8", layout), 2, None)
     metadata = json.loads(encoder.metadata["zarr.json"])
@@ -634,20 +646,26 @@ def test_the_axes_have_names(layout):
     assert metadata["attributes"] == {}
 
 
-def test_a_plan_for_shards_rounds_to_whole_inner_chunks(tmp_path, monkeypatch):
+def test_plan_rounds_shards_to_whole_inner_chunks(tmp_path, monkeypatch):
     set_inner_chunk_bytes(monkeypatch, 4 * 756)
     source = save_npy(tmp_path / "x.npy", pixels(40))
-    plans = [plan_of(source, tmp_path / "y.zarr", mode="tf", together=n) for n in (3, 7, 8, 11)]
+    plans = [
+        plan_of(source, tmp_path / "y.zarr", mode="tf", images_per_chunk=n) for n in (3, 7, 8, 11)
+    ]
     assert [plan.chunk_images for plan in plans] == [3, 4, 8, 8]
     stored = save_zarr(tmp_path / "x.zarr", pixels(40), chunks=(3, 7, 9, 3))
-    plans = [plan_of(stored, tmp_path / "y.zarr", mode="tf", together=n) for n in (6, 14, 39)]
+    plans = [
+        plan_of(stored, tmp_path / "y.zarr", mode="tf", images_per_chunk=n) for n in (6, 14, 39)
+    ]
     assert [plan.chunk_images for plan in plans] == [6, 12, 36]
 
 
 def test_images_that_equal_the_fill_value_are_written(tmp_path, monkeypatch):
     set_inner_chunk_bytes(monkeypatch, 756)
     source = save_npy(tmp_path / "x.npy", np.zeros((10, 7, 9, 3), np.float32))
-    plan_of(source, tmp_path / "y.zarr", mode="identity", direction="restore", together=4).run()
+    plan_of(
+        source, tmp_path / "y.zarr", mode="identity", direction="restore", images_per_chunk=4
+    ).run()
     path = tmp_path / "y.zarr"
     assert len(chunk_files(path)) == 3
     assert len({file.stat().st_size for file in chunk_files(path)}) == 1
@@ -660,11 +678,11 @@ def test_images_that_equal_the_fill_value_are_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("images", [1, 8, 9, 11])
-@pytest.mark.parametrize("together", [1, 4, 100])
-def test_every_shard_is_written_once(tmp_path, images, together):
+@pytest.mark.parametrize("images_per_chunk", [1, 4, 100])
+def test_every_shard_is_written_once(tmp_path, images, images_per_chunk):
     source = save_npy(tmp_path / "x.npy", pixels(images))
-    plan = plan_of(source, tmp_path / "y.zarr", mode="torch", together=together)
-    storage = CreatingStorage()
+    plan = plan_of(source, tmp_path / "y.zarr", mode="torch", images_per_chunk=images_per_chunk)
+    storage = RecordingStorage()
     run(plan, storage=storage)
     made = [name for name in storage.created if name.startswith(("c.", "zarr"))]
     assert made == ["zarr.json", *(f"c.{number}.0.0.0" for number in range(plan.chunks))]
@@ -675,21 +693,21 @@ def test_every_shard_is_written_once(tmp_path, images, together):
 
 def test_shards_are_written_with_direct_io_from_aligned_buffers(tmp_path):
     source = save_npy(tmp_path / "x.npy", pixels(10))
-    storage = CreatingStorage()
-    run(plan_of(source, tmp_path / "y.zarr", mode="torch", together=2), storage=storage)
+    storage = RecordingStorage()
+    run(plan_of(source, tmp_path / "y.zarr", mode="torch", images_per_chunk=2), storage=storage)
     shards = [f"c.{number}.0.0.0" for number in range(5)]
     assert storage.direct_files == ["zarr.json", *shards]
-    assert [storage.places[name] for name in shards] == [0] * 5
+    assert [storage.alignments[name] for name in shards] == [0] * 5
 
 
-def test_an_image_larger_than_an_inner_chunk_is_one(tmp_path, monkeypatch):
+def test_image_larger_than_an_inner_chunk_is_its_own_chunk(tmp_path, monkeypatch):
     set_inner_chunk_bytes(monkeypatch, 755)
-    path = written(tmp_path)
+    path = write_zarr(tmp_path)
     assert zarr.open_array(path, mode="r").chunks == (1, 7, 9, 3)
     assert_same(load_zarr(path), network_inputs(pixels(10), "caffe"))
 
 
-def test_a_shard_takes_its_part_of_the_memory_at_most(tmp_path):
+def test_shard_size_respects_the_memory_limit(tmp_path):
     large = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.uint8, (20_000, 31, 33, 3))
     del large  # a sparse file
     plan = plan_of(tmp_path / "x.npy", tmp_path / "y.zarr", mode="tf", memory="4GiB")
@@ -705,12 +723,12 @@ def test_a_shard_takes_its_part_of_the_memory_at_most(tmp_path):
 @pytest.fixture
 def without_manifest(tmp_path):
     """A preprocessed array without its manifest."""
-    path = written(tmp_path, out_layout="NCHW")
+    path = write_zarr(tmp_path, out_layout="NCHW")
     manifest_path(path).unlink()
     return path
 
 
-def test_the_recorded_transform_suffices_to_restore(tmp_path, without_manifest):
+def test_recorded_transform_suffices_to_restore(tmp_path, without_manifest):
     plan = plan_of(without_manifest, tmp_path / "back.npy", direction="restore")
     assert plan.transform.mode.name == "caffe"
     assert plan.transform.layout == "NCHW"
@@ -722,23 +740,25 @@ def test_the_recorded_transform_suffices_to_restore(tmp_path, without_manifest):
         plan_of(without_manifest, tmp_path / "z.npy", direction="restore", layout="NHWC")
 
 
-def test_the_recorded_transform_prevents_doing_the_same_twice(tmp_path, without_manifest):
+def test_recorded_transform_prevents_repeated_preprocessing_or_restoring(
+    tmp_path, without_manifest
+):
     with pytest.raises(SourceError) as caught:
         plan_of(without_manifest, tmp_path / "z.npy", mode="caffe")
-    must_say(caught.value, without_manifest)
+    check_error(caught.value, without_manifest)
     plan_of(without_manifest, tmp_path / "back.zarr", direction="restore").run()
     manifest_path(tmp_path / "back.zarr").unlink()
     with pytest.raises(SourceError) as caught:
         plan_of(tmp_path / "back.zarr", tmp_path / "z.npy", direction="restore", mode="caffe")
-    must_say(caught.value, tmp_path / "back.zarr")
+    check_error(caught.value, tmp_path / "back.zarr")
     transform = fastvgg.Transform("caffe", layout="NCHW")
     with pytest.raises(SourceError, match="already preprocessed"):
         fastvgg.batches(without_manifest, 2, transform=transform)
     assert len([*fastvgg.batches(without_manifest, 2, transform=transform.inverse())]) == 5
 
 
-def test_inputs_that_look_like_images_are_restored_by_the_recorded_transform(tmp_path):
-    path = written(tmp_path, mode=fastvgg.Mode("mine"))
+def test_image_like_inputs_are_restored_with_the_recorded_transform(tmp_path):
+    path = write_zarr(tmp_path, mode=fastvgg.Mode("mine"))
     manifest_path(path).unlink()
     plan_of(path, tmp_path / "back.npy", direction="restore").run()
     assert_same(np.load(tmp_path / "back.npy"), pixels(10))
@@ -761,8 +781,8 @@ def test_batches_have_the_recorded_layout(without_manifest):
     assert_same(actual, expected)
 
 
-def test_a_manifest_takes_precedence_over_the_recorded_transform(tmp_path):
-    path = written(tmp_path)
+def test_manifest_takes_precedence_over_the_recorded_transform(tmp_path):
+    path = write_zarr(tmp_path)
     change_metadata(path, attributes={"fastvgg": {"transform": "nonsense"}})
     assert Provenance.read(Location(path)).transform == fastvgg.Transform("caffe")
 
@@ -787,7 +807,7 @@ def test_a_manifest_takes_precedence_over_the_recorded_transform(tmp_path):
         [],
     ],
 )
-def test_an_invalid_recorded_transform_is_refused(tmp_path, without_manifest, change):
+def test_invalid_recorded_transform_is_rejected(tmp_path, without_manifest, change):
     recorded = Provenance.read(Location(without_manifest)).transform.to_dict()
     if callable(change):
         change(recorded)
@@ -803,19 +823,19 @@ def test_an_invalid_recorded_transform_is_refused(tmp_path, without_manifest, ch
     ):
         with pytest.raises(SourceError) as caught:
             attempt()
-        must_say(caught.value, without_manifest, "'fastvgg'", "--mode")
+        check_error(caught.value, without_manifest, "'fastvgg'", "--mode")
         assert str(caught.value).replace("\n", "").isprintable()
 
 
 # Existing directories
 
 
-def test_an_empty_directory_is_replaced(tmp_path):
+def test_empty_directory_is_replaced(tmp_path):
     (tmp_path / "y.zarr").mkdir()
-    assert_same(load_zarr(written(tmp_path)), network_inputs(pixels(10), "caffe"))
+    assert_same(load_zarr(write_zarr(tmp_path)), network_inputs(pixels(10), "caffe"))
 
 
-def test_a_target_inside_the_source_is_refused(tmp_path, stored):
+def test_target_inside_the_source_is_rejected(tmp_path, stored):
     for target in (stored, stored / "y.zarr"):
         with pytest.raises(TargetError):
             plan_of(stored, target, mode="caffe")
@@ -824,15 +844,15 @@ def test_a_target_inside_the_source_is_refused(tmp_path, stored):
 # Retries
 
 
-def test_a_damaged_shard_is_recomputed_with_the_failed_images(tmp_path):
+def test_retry_recomputes_a_damaged_shard(tmp_path):
     folder = save_images(tmp_path / "photos", pixels(11))
     torn = folder / "a" / "04.png"
-    whole = torn.read_bytes()
-    torn.write_bytes(whole[:60])
+    intact = torn.read_bytes()
+    torn.write_bytes(intact[:60])
     path = tmp_path / "packed.zarr"
-    plan_of(folder, path, direction="pack", together=3).run()
+    plan_of(folder, path, direction="pack", images_per_chunk=3).run()
     flip(chunk_files(path)[3], 99)
-    torn.write_bytes(whole)
+    torn.write_bytes(intact)
     report = plan_of(folder, path, direction="pack", retry_failed=True).run()
     assert report.counts["computed_chunks"] == 2
     assert_same(load_zarr(path), rows_by_name(folder, pixels(11)))
@@ -841,16 +861,16 @@ def test_a_damaged_shard_is_recomputed_with_the_failed_images(tmp_path):
 # Verification
 
 
-def test_a_bit_flipped_anywhere_in_a_shard_is_found_and_its_chunk_named(tmp_path, monkeypatch):
+def test_verify_reports_the_shard_of_a_flipped_bit(tmp_path, monkeypatch):
     set_inner_chunk_bytes(monkeypatch, 2 * 756)
-    path = written(tmp_path, images=12)
+    path = write_zarr(tmp_path, images=12)
     for file in chunk_files(path):
         length = file.stat().st_size
         for at in [*range(0, length, 211), *range(length - 36, length, 5), length - 1]:
             flip(file, 8 * at + at % 8)
             with pytest.raises(VerificationError) as caught:
                 fastvgg.verify(path)
-            must_say(caught.value, path, file.name)
+            check_error(caught.value, path, file.name)
             assert caught.value.exit_code == 4
             flip(file, 8 * at + at % 8)
     fastvgg.verify(path, full=True)
@@ -866,11 +886,11 @@ def test_a_bit_flipped_anywhere_in_a_shard_is_found_and_its_chunk_named(tmp_path
         {"zarr_format": 9},
     ],
 )
-def test_verify_finds_changed_metadata(tmp_path, fields):
-    path = written(tmp_path)
+def test_verify_detects_changed_metadata(tmp_path, fields):
+    path = write_zarr(tmp_path)
     change_metadata(path, **fields)
     with pytest.raises(FastvggError) as caught:
         fastvgg.verify(path)
-    must_say(caught.value, path)
+    check_error(caught.value, path)
     with pytest.raises(FastvggError):
-        plan_of(tmp_path / "x.npy", path, mode="caffe", together=4).run()
+        plan_of(tmp_path / "x.npy", path, mode="caffe", images_per_chunk=4).run()

@@ -1,4 +1,4 @@
-"""The wheel and the source archive of a checkout."""
+"""Build the wheel and the source archive of a checkout, and inspect them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ print(build.build_sdist(sys.argv[1]))
 """
 
 
-def built(python, place, source=CHECKOUT):
-    """Build both with the hatchling of a Python; return their paths by kind."""
-    place.mkdir(parents=True, exist_ok=True)
+def build_archives(python, directory, source=CHECKOUT):
+    """Build the wheel and the sdist with the hatchling of a Python; return their paths by kind."""
+    directory.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
-        [python, "-c", BUILD, str(place)], cwd=source, capture_output=True, text=True, check=True
+        [python, "-c", BUILD, str(directory)],
+        cwd=source,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     wheel, sdist = done.stdout.split()
-    return {"wheel": place / wheel, "sdist": place / sdist}
+    return {"wheel": directory / wheel, "sdist": directory / sdist}
 
 
 def names_in(archive):

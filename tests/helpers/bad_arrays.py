@@ -1,4 +1,4 @@
-"""Files that are named .npy and are not what fastvgg reads, and what it must say of each."""
+"""Invalid .npy files, each with the words that its error message must contain."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def npy_of(text, version=(1, 0), data=b"\0" * (5 * 7 * 9 * 3 * 4)):
     return b"\x93NUMPY" + bytes(version) + length + encoded + data
 
 
-# What is wrong -> (content, what the message must say). Every number in it can be looked up.
-WHOLE = npy_of(header_text())
-REFUSED = {
-    "one byte short": (WHOLE[:-1], ["truncated", len(WHOLE), len(WHOLE) - 1, SHAPE]),
-    "half": (WHOLE[: len(WHOLE) // 2], ["truncated", len(WHOLE), len(WHOLE) // 2]),
-    "only a header": (WHOLE[:128], ["truncated", len(WHOLE), "128"]),
-    "cut in its header": (WHOLE[:77], ["ends after 77 bytes", "118"]),
-    "cut after its length": (WHOLE[:12], ["ends after 12 bytes", "118"]),
-    "cut in its length": (WHOLE[:9], ["not a .npy file"]),
+# Defect -> (content, words that the message must contain).
+VALID = npy_of(header_text())
+INVALID = {
+    "one byte short": (VALID[:-1], ["truncated", len(VALID), len(VALID) - 1, SHAPE]),
+    "half": (VALID[: len(VALID) // 2], ["truncated", len(VALID), len(VALID) // 2]),
+    "only a header": (VALID[:128], ["truncated", len(VALID), "128"]),
+    "cut in its header": (VALID[:77], ["ends after 77 bytes", "118"]),
+    "cut after its length": (VALID[:12], ["ends after 12 bytes", "118"]),
+    "cut in its length": (VALID[:9], ["not a .npy file"]),
     "empty": (b"", ["is empty"]),
-    "one byte long": (WHOLE[:1], ["not a .npy file"]),
-    "one byte too many": (WHOLE + b"\0", ["followed by extra bytes", len(WHOLE), len(WHOLE) + 1]),
-    "two arrays": (WHOLE + WHOLE, ["followed by extra bytes", len(WHOLE), 2 * len(WHOLE)]),
+    "one byte long": (VALID[:1], ["not a .npy file"]),
+    "one byte too many": (VALID + b"\0", ["followed by extra bytes", len(VALID), len(VALID) + 1]),
+    "two arrays": (VALID + VALID, ["followed by extra bytes", len(VALID), 2 * len(VALID)]),
     "text": (b"row,path,label\n0,a.jpg,\n", ["not a .npy file", "row,pa"]),
     "a png": (b"\x89PNG\r\n\x1a\n" + b"\0" * 100, ["not a .npy file"]),
     "a zip": (b"PK\x03\x04" + b"\0" * 100, ["not a .npy file"]),
@@ -98,7 +98,7 @@ REFUSED = {
     "an unhashable key": (npy_of("{[]: 1}"), ["cannot be read"]),
     "a call": (npy_of(header_text(shape="__import__('os').getpid()")), ["cannot be read"]),
     "a zero byte": (npy_of(header_text() + "\0"), ["cannot be read"]),
-    "bytes that are no text": (npy_of(header_text().encode() + b"\xff"), ["cannot be read"]),
+    "bytes that are not text": (npy_of(header_text().encode() + b"\xff"), ["cannot be read"]),
     "a backslash": (npy_of(header_text(r"'\d'")), []),
     "no header text": (npy_of(""), ["cannot be read"]),
     "an extra key": (npy_of(header_text(extra="'x': 1")), ["exactly"]),

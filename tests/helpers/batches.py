@@ -1,4 +1,4 @@
-"""Batches that the tests share, how two of them are compared, and a Python of its own."""
+"""Sample batches, bitwise comparison, and scripts run in a separate process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import ml_dtypes
 import numpy as np
 
-from tests.helpers.checkout import importing_checkout
+from tests.helpers.checkout import checkout_environment
 
 LAYOUTS = ("NHWC", "NCHW")
 LAYOUT_PAIRS = tuple((layout, out_layout) for layout in LAYOUTS for out_layout in LAYOUTS)
@@ -24,38 +24,38 @@ def dtype_of(name):
 
 
 def frozen(array):
-    """The same array, read-only."""
+    """Make an array read-only and return it."""
     array.flags.writeable = False
     return array
 
 
 def in_layout(batch, layout):
-    """A batch that has its channels last, as a contiguous one in `layout`."""
+    """Convert a channels-last batch to a contiguous batch in `layout`."""
     return np.ascontiguousarray(np.moveaxis(batch, -1, CHANNEL_AXIS[layout]))
 
 
-def in_memory(batch, layout, turned, reverses, start):
-    """A view that shows a batch of memory which holds it otherwise, and this memory.
+def view_in_memory(batch, layout, transposed, reverses, start):
+    """Return a view equal to a batch, and its base, which stores the batch in another order.
 
-    The memory begins `start` bytes after where its type wants to begin.
+    The base starts `start` bytes after an aligned address.
     """
     axis = CHANNEL_AXIS[layout]
     x = np.flip(batch, axis) if reverses else batch
-    x = np.moveaxis(x, axis, -4 - axis) if turned else x
-    held = np.zeros(start + x.nbytes, np.uint8)[start:].view(x.dtype).reshape(x.shape)
-    held[...] = x
-    view = np.moveaxis(held, -4 - axis, axis) if turned else held
-    return (np.flip(view, axis) if reverses else view), held
+    x = np.moveaxis(x, axis, -4 - axis) if transposed else x
+    stored = np.zeros(start + x.nbytes, np.uint8)[start:].view(x.dtype).reshape(x.shape)
+    stored[...] = x
+    view = np.moveaxis(stored, -4 - axis, axis) if transposed else stored
+    return (np.flip(view, axis) if reverses else view), stored
 
 
 def every_pattern(count, shape):
-    """The whole numbers below `count`, a power of two, in each of three channels (last axis).
+    """Return all integers below `count`, a power of two, in each of three channels (last axis).
 
-    Each channel has an order of its own, so that no two channels can be taken for each other.
+    Each channel has a different order, so that swapped channels are detected.
     """
     pixels = np.arange(int(np.prod(shape)))
     assert len(pixels) >= count
-    # An odd step visits all of them before it comes to one again.
+    # An odd step visits every value once before it repeats.
     channels = [(pixels * step + start) % count for step, start in ((1, 0), (77, 13), (201, 100))]
     return np.stack(channels, axis=-1).reshape((*shape, 3))
 
@@ -81,7 +81,7 @@ def filled_with(values, layout="NHWC"):
 
 
 def unaligned(array):
-    """A copy that starts one byte after where its type wants to start."""
+    """Copy an array to an address one byte past an aligned address."""
     memory = np.zeros(array.nbytes + 1, np.uint8)
     copy = memory[1:].view(array.dtype).reshape(array.shape)
     copy[...] = array
@@ -89,7 +89,7 @@ def unaligned(array):
 
 
 def byte_swapped(array):
-    """A copy whose elements have their bytes in the other order."""
+    """Copy an array with the opposite byte order."""
     return array.astype(array.dtype.newbyteorder("S"))
 
 
@@ -100,9 +100,9 @@ def cast(array, name):
 
 
 def with_canonical_nan(array):
-    """The array after every NaN in it became the canonical quiet NaN of its type."""
+    """Replace every NaN by the canonical quiet NaN of the dtype, in place."""
     if array.dtype != np.uint8:
-        with np.errstate(invalid="ignore"):  # asking a signalling NaN what it is counts as invalid
+        with np.errstate(invalid="ignore"):  # isnan of a signaling NaN raises the invalid flag
             array[np.isnan(array)] = np.nan
     return array
 
@@ -114,7 +114,7 @@ def bits(array):
 
 
 def assert_same(actual, expected):
-    """Same type, shape and bits, -0.0 apart from 0.0; and `actual` lies in memory as C would."""
+    """Check that dtype, shape and bits are equal, and that `actual` is C-contiguous."""
     assert type(actual) is np.ndarray
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
@@ -127,7 +127,7 @@ def assert_same(actual, expected):
 
 @contextlib.contextmanager
 def unchanged(*arrays):
-    """Check that no byte of the memory behind the arrays changes, theirs or next to theirs."""
+    """Check that no byte of the arrays or of their base arrays changes."""
     memories = []
     for array in arrays:
         while isinstance(array.base, np.ndarray):
@@ -139,13 +139,13 @@ def unchanged(*arrays):
 
 
 def run_script(source, **environment):
-    """Run Python source in a process of its own; return what it wrote to its standard output.
+    """Run Python source in a separate process; return its standard output.
 
-    The limit is for a process that hangs, not for a slow one.
+    The timeout detects a hanging process, not a slow one.
     """
     done = subprocess.run(
         [sys.executable, "-c", source],
-        env=importing_checkout(**environment),
+        env=checkout_environment(**environment),
         capture_output=True,
         text=True,
         timeout=300,

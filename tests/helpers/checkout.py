@@ -1,4 +1,4 @@
-"""The checkout, and processes that import from it."""
+"""The path of the checkout, and an environment for processes that import from it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 CHECKOUT = Path(__file__).parents[2]
 
 
-def importing_checkout(**environment):
-    """Return this process's environment, where Python imports fastvgg and tests from the checkout.
+def checkout_environment(**environment):
+    """Return a copy of the environment in which Python imports fastvgg and tests from the checkout.
 
-    What is given replaces variables, or is added to them.
+    Keyword arguments add or override variables.
     """
     inherited = os.environ.get("PYTHONPATH")
     path = os.pathsep.join([str(CHECKOUT), *([inherited] if inherited else [])])

@@ -1,4 +1,4 @@
-"""Damage to files, drawn at random: to their bytes, and to the fields of what is JSON in them."""
+"""Random corruption of files: of their bytes, and of fields of JSON."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def repeat(random, content):
 
 
 def digit(random, content):
-    """Change the next digit after some place."""
+    """Change the next digit after a random offset."""
     start = random.randrange(len(content))
     for at in range(start, min(len(content), start + 200)):
         if 48 <= content[at] < 58:
@@ -74,7 +74,7 @@ TOKENS = [
 
 
 def damaged(random, whole):
-    """Some bytes after one to four edits."""
+    """Apply one to four random edits to a file's content."""
     content = bytearray(whole)
     for _ in range(random.randint(1, 4)):
         if content:
@@ -82,8 +82,8 @@ def damaged(random, whole):
     return bytes(content)
 
 
-def cut_and_flipped(random, wholes):
-    """Each of some files cut off at each byte, and with each bit flipped, in any order."""
+def truncations_and_bit_flips(random, wholes):
+    """Yield every truncation and every single bit flip of some files, in random order."""
     places = [
         (whole, at, bit)
         for whole in wholes
@@ -98,8 +98,8 @@ def cut_and_flipped(random, wholes):
             yield whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :]
 
 
-def by_turns(random, plain, invented):
-    """All of some inputs that come to an end, each after as many others as luck will have."""
+def interleave_inputs(random, plain, invented):
+    """Yield all of `plain`, a random number of invented inputs before each; then invented only."""
     for content in plain:
         while random.random() < 0.5:
             yield invented()
@@ -126,7 +126,7 @@ VALUES = [
 
 
 def other(random, value):
-    """Something to put in place of a value: like it, or not."""
+    """Return a random replacement for a value, of the same or of another type."""
     if random.random() < 0.4:
         return copy.deepcopy(random.choice(VALUES))
     if isinstance(value, bool):
@@ -145,8 +145,8 @@ def other(random, value):
     return random.choice([0, "", {}, [], False, list(value or ())])
 
 
-def place_in(random, fields):
-    """Some object or list in the fields, and some key of it."""
+def random_location(random, fields):
+    """Return a random object or list in the fields, and one of its keys."""
     while True:
         key = random.choice(list(fields) if isinstance(fields, dict) else range(len(fields)))
         if not isinstance(fields[key], dict | list) or not fields[key] or random.random() < 0.15:
@@ -154,30 +154,30 @@ def place_in(random, fields):
         fields = fields[key]
 
 
-def numbers_in(fields):
-    """The places of all whole numbers, as an object or list and a key."""
+def integer_locations(fields):
+    """Yield the location of every integer, as an object or list and a key."""
     for key, value in fields.items() if isinstance(fields, dict) else enumerate(fields):
         if isinstance(value, dict | list):
-            yield from numbers_in(value)
+            yield from integer_locations(value)
         elif isinstance(value, int):
             yield fields, key
 
 
-def liken(random, fields):
-    """Make a whole number something that is equal to it, and is none."""
-    places = list(numbers_in(fields))
+def change_number_type(random, fields):
+    """Replace an integer by an equal value of another type (bool or float)."""
+    places = list(integer_locations(fields))
     if places:
         inside, key = random.choice(places)
         value = inside[key]
         inside[key] = bool(value) if value in (0, 1) else float(value) if value < 2**53 else 1.0
 
 
-def twist(random, fields):
-    """Change something in the fields, which are not empty."""
+def change_field(random, fields):
+    """Change, remove or insert a random field; `fields` must not be empty."""
     if random.random() < 0.15:
-        liken(random, fields)
+        change_number_type(random, fields)
         return
-    inside, key = place_in(random, fields)
+    inside, key = random_location(random, fields)
     what = random.random()
     if what < 0.75:
         inside[key] = other(random, inside[key])
@@ -189,12 +189,12 @@ def twist(random, fields):
         inside.insert(key, other(random, inside[key]))
 
 
-def twisted(random, text):
-    """JSON whose fields were changed in one to three places, or that says something twice."""
+def corrupt_json(random, text):
+    """Return JSON with one to three changed fields, or with a duplicate key."""
     fields = json.loads(text)
     for _ in range(random.choice([1, 1, 1, 2, 3])):
         if fields:
-            twist(random, fields)
+            change_field(random, fields)
     changed = json.dumps(fields, indent=random.choice([None, None, None, 1]))
     if HUGE in changed:
         changed = changed.replace(f'"{HUGE}"', "9" * 5000)
@@ -210,16 +210,16 @@ def twisted(random, text):
     return damaged(random, changed.encode()) if 0.1 < what < 0.2 else changed.encode()
 
 
-def resealed(text):
-    """A line with the right checksum."""
+def line_with_checksum(text):
+    """Return a line preceded by its checksum."""
     return xxhash.xxh3_64_hexdigest(text).encode() + b" " + text + b"\n"
 
 
-def whole_bytes(content):
-    """How long the whole lines are with which a journal begins."""
+def valid_prefix_bytes(content):
+    """Return the length of the longest prefix of a journal whose lines are complete and valid."""
     length = 0
     for line in io.BytesIO(content):
-        if not line.endswith(b"\n") or line != resealed(line[17:-1]):
+        if not line.endswith(b"\n") or line != line_with_checksum(line[17:-1]):
             break
         length += len(line)
     return length

@@ -1,4 +1,4 @@
-"""Datasets on disk, and separate processes that read and write them."""
+"""Create, read and compare datasets on disk, also from separate processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fastvgg.datasets.open import open_source
 from fastvgg.storage.location import Location
 from fastvgg.transform import Transform
 from tests.helpers.batches import dtype_of
-from tests.helpers.checkout import importing_checkout
+from tests.helpers.checkout import checkout_environment
 
 # Part of the wheel of scikit-image: nothing is downloaded.
 PHOTOGRAPHS = Path(skimage.__file__).parent / "data"
@@ -88,24 +88,24 @@ def images_in(directory):
 
 
 def opened(location, **options):
-    """Open the source at a location that is given as a user writes it."""
+    """Open the source at a location given as a string or path."""
     return open_source(Location.parse(location), **options)
 
 
-def plan_of(source, target, *, together=None, **settings):
-    """Plan with the NumPy backend, which needs no compilation, in chunks of `together` images."""
+def plan_of(source, target, *, images_per_chunk=None, **settings):
+    """Plan with the NumPy backend, in chunks of `images_per_chunk` images."""
     settings = {"backend": "numpy", "threads": 1, **settings}
-    if together is None:
+    if images_per_chunk is None:
         return fastvgg.plan(source, target, **settings)
     return fastvgg.plan(
-        source, target, **settings, memory=memory_for(together, source, target, **settings)
+        source, target, **settings, memory=memory_for(images_per_chunk, source, target, **settings)
     )
 
 
-def memory_for(together, source, target, **settings):
-    """Return the memory limit for which `plan_of` has chunks of `together` images."""
+def memory_for(images_per_chunk, source, target, **settings):
+    """Return the memory limit for which `plan_of` has chunks of `images_per_chunk` images."""
     plan = plan_of(source, target, **settings)
-    chunk_bytes = together * plan.image_memory_bytes
+    chunk_bytes = images_per_chunk * plan.image_memory_bytes
     limit_bytes = chunk_bytes + plan.min_scratch_bytes
     if plan.job.is_decoded:  # half of the limit is for decoding
         limit_bytes = max(limit_bytes, 2 * chunk_bytes)
@@ -145,13 +145,13 @@ def data_tree(directory):
 
 
 def python(source, *arguments, **settings):
-    """Run Python source in a process of its own, which imports from this checkout.
+    """Run Python source in a separate process that imports from this checkout.
 
-    The limit is for a process that hangs, not for a slow one.
+    The timeout detects a hanging process, not a slow one.
     """
     return subprocess.run(
         [sys.executable, "-c", source, *map(os.fspath, arguments)],
-        env=importing_checkout(**settings.pop("env", {})),
+        env=checkout_environment(**settings.pop("env", {})),
         capture_output=True,
         text=True,
         timeout=120,
@@ -160,14 +160,14 @@ def python(source, *arguments, **settings):
     )
 
 
-def printed_by(source, *arguments, **settings):
-    """Return the output of a process that must succeed."""
+def stdout_of(source, *arguments, **settings):
+    """Return the standard output of a process, which must succeed."""
     done = python(source, *arguments, **settings)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout.strip()
 
 
-def obey_permissions():
+def drop_permission_override():
     """Drop root's privilege to ignore the permissions of files."""
     if os.geteuid() != 0:
         return
@@ -193,7 +193,7 @@ def permissions(path, mode):
         path.chmod(before)
 
 
-def printed_on_small_disk(directory, disk_bytes, source):
+def stdout_on_small_disk(directory, disk_bytes, source):
     """Run Python source in a process that has a small private disk at `directory`."""
     unshare = shutil.which("unshare")
     if unshare is None:
@@ -201,10 +201,10 @@ def printed_on_small_disk(directory, disk_bytes, source):
     private = [unshare, "-m"] if os.geteuid() == 0 else [unshare, "-rm"]
     mount = f"mount -t tmpfs -o size={disk_bytes} tmpfs {directory}"
     if subprocess.run([*private, "sh", "-c", mount], capture_output=True, check=False).returncode:
-        pytest.skip("this machine does not allow a mount in a namespace of its own")
+        pytest.skip("this machine does not allow mounts in a private namespace")
     done = subprocess.run(
         [*private, "sh", "-c", f'{mount} && exec "$0" -c "$1"', sys.executable, source],
-        env=importing_checkout(),
+        env=checkout_environment(),
         capture_output=True,
         text=True,
         timeout=120,
@@ -215,7 +215,7 @@ def printed_on_small_disk(directory, disk_bytes, source):
 
 
 @contextlib.contextmanager
-def failing_in_ascii():
+def ascii_failures():
     """Fail with an ASCII message, which pytest-xdist can send between processes."""
     try:
         yield
@@ -223,21 +223,21 @@ def failing_in_ascii():
         raise AssertionError(ascii(error)) from None
 
 
-WAYS_OUT = re.compile(
+REMEDY_VERBS = re.compile(
     r"\b(change|check|choose|convert|copy|create|decompress|download|finish|fix|free|get|give|"
-    r"install|make|move|name|omit|preprocess|put|recreate|remove|repair|rerun|restore|rewrite|run|"
+    r"install|make|move|name|omit|preprocess|put|recreate|remove|repair|replace|rerun|restore|rewrite|run|"
     r"start|store|use|wait|write)\b"
 )
 
 
-def must_say(error, *words):
+def check_error(error, *words):
     """Check that the message of an error contains all words, and its remedy an action."""
     missing = [word for word in map(str, words) if word not in str(error)]
     assert not missing, f"{missing} not in: {error}"
-    assert WAYS_OUT.search(error.remedy), f"nothing to do: {error.remedy!r}"
+    assert REMEDY_VERBS.search(error.remedy), f"remedy without an action: {error.remedy!r}"
 
 
-def pages_in_memory(descriptor):
+def count_cached_pages(descriptor):
     """Return how many pages of a file that is open for writing are in the page cache."""
     with mmap.mmap(descriptor, 0) as mapped:
         pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
@@ -249,8 +249,8 @@ def pages_in_memory(descriptor):
 
 
 @contextlib.contextmanager
-def ending_within(seconds):
-    """Raise in a main thread that waits, for example for someone to write into a pipe."""
+def time_limit(seconds):
+    """Raise in the main thread if the block takes longer, for example if it blocks on a pipe."""
 
     def end(*_):
         raise AssertionError(f"still waiting after {seconds} seconds")

@@ -1,4 +1,4 @@
-"""Ways for a run to end: dying at any system call, losing power there, or being told no."""
+"""Fault injection: crashes, power failures and errors at any system call."""
 
 from __future__ import annotations
 
@@ -14,69 +14,69 @@ from fastvgg.storage import local as storage_module
 from fastvgg.storage.local import Storage
 
 
-class Death(BaseException):
-    """The end of the process; nothing may catch it, as nothing catches SIGKILL."""
+class SimulatedCrash(BaseException):
+    """A simulated process death; like SIGKILL, nothing may catch it."""
 
 
-class MortalStorage(Storage):
-    """Real storage whose process dies at its n-th call.
+class CrashingStorage(Storage):
+    """Real storage that simulates the death of the process at its n-th call.
 
-    What runs on the way out of a real death is nothing, so from then on no call does anything. Who
-    simulates one calls `bury`, for the system closes the files of a dead process, and its locks go.
+    A killed process runs no cleanup, so all later calls do nothing. The caller then calls
+    `finish_crash`, which closes its files and thereby releases its locks.
 
     Parameters
     ----------
-    dies_at
-        The number of the call, from 1; 0 for never.
-    half_done
-        Die when the call is half done, where a half of it can be done, and not before it.
-    graveyard
-        A directory on the same file system, to lose power at the death: all that was not synced
-        is then undone, names and bytes apart. Without it the system outlives the process.
+    crash_at
+        The 1-based number of the call; 0 for never.
+    partially_done
+        Crash halfway through the call instead of before it, if the call can be split.
+    snapshot_directory
+        A directory on the same file system. If given, the crash is a power failure: everything
+        not synced is undone, names and bytes independently. Otherwise only the process dies.
     fsync
         As for `Storage`.
     """
 
-    def __init__(self, dies_at=0, *, half_done=False, graveyard=None, fsync=True):
+    def __init__(self, crash_at=0, *, partially_done=False, snapshot_directory=None, fsync=True):
         super().__init__(fsync=fsync)
         self.calls = []
-        self.divisible = []  # the numbers of the calls that can be half done
-        self._dies_at = dies_at
-        self._half_done = half_done
-        self._graveyard = graveyard
+        self.divisible_calls = []  # the numbers of the calls that can be done partially
+        self._crash_at = crash_at
+        self._partially_done = partially_done
+        self._snapshot_directory = snapshot_directory
         self._dead = False
         self._open_descriptors = set()
-        self._undo = []  # (what a sync makes lasting, how to undo it)
-        self._kept = {}  # inode -> a descriptor that outlives names and the run's own
-        self._one_at_a_time = threading.RLock()
+        self._undo = []  # (what a sync makes durable, how to undo it)
+        self._snapshot_descriptors = {}  # inode -> a descriptor that outlives those of the run
+        self._call_lock = threading.RLock()
 
-    def bury(self):
+    def finish_crash(self):
         for descriptor in self._open_descriptors:
             os.close(descriptor)
         self._open_descriptors.clear()
-        if self._dead and self._graveyard is not None:
+        if self._dead and self._snapshot_directory is not None:
             for _, undo in reversed(self._undo):
                 undo()
-        for descriptor in self._kept.values():
+        for descriptor in self._snapshot_descriptors.values():
             os.close(descriptor)
-        self._kept.clear()
+        self._snapshot_descriptors.clear()
 
     def _call(self, name, do, half=None):
-        with self._one_at_a_time:
+        with self._call_lock:
             if self._dead:
                 return None
             self.calls.append(name)
             if half is not None:
-                self.divisible.append(len(self.calls))
-            if len(self.calls) == self._dies_at:
-                if self._half_done and half is not None:
+                self.divisible_calls.append(len(self.calls))
+            if len(self.calls) == self._crash_at:
+                if self._partially_done and half is not None:
                     half()
                 self._dead = True
-                raise Death
+                raise SimulatedCrash
             return do()
 
     def _unsynced(self, what, undo):
-        if self._graveyard is not None:
+        if self._snapshot_directory is not None:
             self._undo.append((what, undo))
 
     def _synced(self, what):
@@ -84,17 +84,20 @@ class MortalStorage(Storage):
 
     def _inode(self, descriptor):
         inode = os.fstat(descriptor).st_ino
-        if inode not in self._kept:
-            # Opened anew, not duplicated, which would hold the lock too.
-            self._kept[inode] = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR)
+        if inode not in self._snapshot_descriptors:
+            # Reopened instead of duplicated: a duplicate would share the lock.
+            self._snapshot_descriptors[inode] = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR)
         return inode
 
-    def _keep_bytes(self, descriptor, begin, end):
-        """Remember what a file holds from `begin` to `end`, and how long it is."""
-        if self._graveyard is None:
+    def _snapshot_bytes(self, descriptor, begin, end):
+        """Record the bytes of a file from `begin` to `end`, and its size."""
+        if self._snapshot_directory is None:
             return
         inode, size = self._inode(descriptor), os.fstat(descriptor).st_size
-        kept, old = self._kept[inode], os.pread(descriptor, max(0, end - begin), begin)
+        kept, old = (
+            self._snapshot_descriptors[inode],
+            os.pread(descriptor, max(0, end - begin), begin),
+        )
 
         def undo():
             os.ftruncate(kept, size)
@@ -102,11 +105,11 @@ class MortalStorage(Storage):
 
         self._unsynced(("bytes", inode), undo)
 
-    def _keep_name(self, path):
-        """Remember what has a name, so that losing the change of it brings it back."""
-        if self._graveyard is None:
+    def _snapshot_name(self, path):
+        """Record what a name refers to, so that an unsynced change can be undone."""
+        if self._snapshot_directory is None:
             return
-        old = self._graveyard / f"{len(self._undo)}-{len(self.calls)}"
+        old = self._snapshot_directory / f"{len(self._undo)}-{len(self.calls)}"
         if path.is_dir() and not path.is_symlink():
             shutil.copytree(path, old, copy_function=os.link)
         elif os.path.lexists(path):
@@ -124,28 +127,28 @@ class MortalStorage(Storage):
 
     def _open(self, path, flags, call):
         if not path.exists():
-            self._keep_name(path)
-        elif flags & os.O_TRUNC and self._graveyard is not None:
+            self._snapshot_name(path)
+        elif flags & os.O_TRUNC and self._snapshot_directory is not None:
             with path.open("rb") as there:
-                self._keep_bytes_of(there, path)
+                self._snapshot_all_bytes(there, path)
         file = super()._open(path, flags, call)
         self._open_descriptors.add(file.descriptor)
         return file
 
-    def _keep_bytes_of(self, there, path):
+    def _snapshot_all_bytes(self, there, path):
         descriptor = os.open(path, os.O_RDWR)
-        self._keep_bytes(descriptor, 0, len(there.read()))
+        self._snapshot_bytes(descriptor, 0, len(there.read()))
         os.close(descriptor)
 
     def create(self, path):
-        return self._call("create", lambda: super(MortalStorage, self).create(path))
+        return self._call("create", lambda: super(CrashingStorage, self).create(path))
 
     def open(self, path, *, create=False):
-        return self._call("open", lambda: super(MortalStorage, self).open(path, create=create))
+        return self._call("open", lambda: super(CrashingStorage, self).open(path, create=create))
 
     def direct(self, file):
         def do():
-            opened = super(MortalStorage, self).direct(file)
+            opened = super(CrashingStorage, self).direct(file)
             if opened.direct is not None:
                 self._open_descriptors.add(opened.direct)
             return opened
@@ -155,20 +158,20 @@ class MortalStorage(Storage):
     def close(self, file):
         def do():
             self._open_descriptors -= {file.descriptor, file.direct}
-            super(MortalStorage, self).close(file)
+            super(CrashingStorage, self).close(file)
 
         return self._call("close", do)
 
     def lock(self, file):
-        return self._call("lock", lambda: super(MortalStorage, self).lock(file))
+        return self._call("lock", lambda: super(CrashingStorage, self).lock(file))
 
     def size(self, file):
-        return self._call("size", lambda: super(MortalStorage, self).size(file))
+        return self._call("size", lambda: super(CrashingStorage, self).size(file))
 
     def reserve(self, file, nbytes):
         def do(nbytes=nbytes):
-            self._keep_bytes(file.descriptor, 0, 0)
-            super(MortalStorage, self).reserve(file, nbytes)
+            self._snapshot_bytes(file.descriptor, 0, 0)
+            super(CrashingStorage, self).reserve(file, nbytes)
 
         return self._call("reserve", do, half=lambda: do(nbytes // 2))
 
@@ -176,35 +179,35 @@ class MortalStorage(Storage):
         data = memoryview(data).cast("B")
 
         def do(data=data):
-            self._keep_bytes(file.descriptor, offset, offset + len(data))
-            super(MortalStorage, self).write(file, data, offset)
+            self._snapshot_bytes(file.descriptor, offset, offset + len(data))
+            super(CrashingStorage, self).write(file, data, offset)
 
         return self._call("write", do, half=lambda: do(data[: len(data) // 2]))
 
     def truncate(self, file, nbytes):
         def do():
-            self._keep_bytes(file.descriptor, nbytes, os.fstat(file.descriptor).st_size)
-            super(MortalStorage, self).truncate(file, nbytes)
+            self._snapshot_bytes(file.descriptor, nbytes, os.fstat(file.descriptor).st_size)
+            super(CrashingStorage, self).truncate(file, nbytes)
 
         return self._call("truncate", do)
 
     def sync(self, file):
         def do():
-            super(MortalStorage, self).sync(file)
+            super(CrashingStorage, self).sync(file)
             self._synced(("bytes", os.fstat(file.descriptor).st_ino))
 
         return self._call("sync", do)
 
     def sync_directory(self, path):
         def do():
-            super(MortalStorage, self).sync_directory(path)
+            super(CrashingStorage, self).sync_directory(path)
             self._synced(("names", path))
 
         return self._call("sync_directory", do)
 
     def syncfs(self, directory):
         def do():
-            super(MortalStorage, self).syncfs(directory)
+            super(CrashingStorage, self).syncfs(directory)
             self._undo.clear()
 
         return self._call("syncfs", do)
@@ -213,26 +216,26 @@ class MortalStorage(Storage):
         def do():
             for directory in [*reversed(path.parents), path]:
                 if not directory.exists():
-                    self._keep_name(directory)
+                    self._snapshot_name(directory)
                     directory.mkdir()
-            super(MortalStorage, self).make_directory(path)
+            super(CrashingStorage, self).make_directory(path)
 
         return self._call("make_directory", do)
 
     def rename(self, old, new):
         def do():
-            if self._graveyard is not None:
-                self._keep_name(new)
-                self._keep_name(old)
-            super(MortalStorage, self).rename(old, new)
+            if self._snapshot_directory is not None:
+                self._snapshot_name(new)
+                self._snapshot_name(old)
+            super(CrashingStorage, self).rename(old, new)
 
         return self._call("rename", do)
 
     def remove(self, path):
         def do():
             if os.path.lexists(path):
-                self._keep_name(path)
-            super(MortalStorage, self).remove(path)
+                self._snapshot_name(path)
+            super(CrashingStorage, self).remove(path)
 
         def half():
             if path.is_dir() and not path.is_symlink():
@@ -244,16 +247,16 @@ class MortalStorage(Storage):
 
 
 class FaultyOs:
-    """The os module as storage sees it, in which some call fails.
+    """A stand-in for the os module of the storage, in which one call fails.
 
     Parameters
     ----------
     fails_at
-        The number of the call that fails, from 1; 0 for none.
+        The 1-based number of the call that fails; 0 for none.
     number
-        The error's number.
-    for_ever
-        Fail at every call after it too, as a disk that is gone does.
+        The errno of the failure.
+    persistent
+        Also fail at every later call, like a disk that disappeared.
     """
 
     CALLS = (
@@ -261,11 +264,11 @@ class FaultyOs:
         *("replace", "posix_fadvise"),
     )
 
-    def __init__(self, fails_at=0, number=errno.EIO, *, for_ever=False):
+    def __init__(self, fails_at=0, number=errno.EIO, *, persistent=False):
         self.calls = []
         self._fails_at = fails_at
         self.number = number
-        self._for_ever = for_ever
+        self._persistent = persistent
         self._counting = threading.Lock()
 
     def _count(self, name):
@@ -281,36 +284,36 @@ class FaultyOs:
         def call(*arguments, **options):
             count = self._count(name)
             fails = self._fails_at and (
-                count >= self._fails_at if self._for_ever else count == self._fails_at
+                count >= self._fails_at if self._persistent else count == self._fails_at
             )
             if not fails:
                 return real(*arguments, **options)
-            if name == "close":  # a descriptor is gone even where closing it fails
+            if name == "close":  # close releases the descriptor even if it fails
                 real(*arguments, **options)
             raise OSError(self.number, os.strerror(self.number))
 
         return call
 
 
-class HalvingOs(FaultyOs):
-    """The os module as storage sees it, in which a read or a write does half of what it is told.
+class ShortIoOs(FaultyOs):
+    """A stand-in for the os module of the storage, in which a read or write is short.
 
     Parameters
     ----------
-    halves_at
-        The number of the call that does, from 1; 0 for every one.
+    short_at
+        The 1-based number of the short call; 0 for every call.
     """
 
-    def __init__(self, halves_at):
+    def __init__(self, short_at):
         super().__init__()
-        self._halves_at = halves_at
+        self._short_at = short_at
 
     def __getattr__(self, name):
         if name not in ("pread", "pwrite"):
             return super().__getattr__(name)
 
         def call(descriptor, what, offset):
-            if self._halves_at in (0, self._count(name)):
+            if self._short_at in (0, self._count(name)):
                 half = what // 2 if name == "pread" else what[: len(what) // 2]
                 what = half or what
             return getattr(os, name)(descriptor, what, offset)
@@ -318,8 +321,8 @@ class HalvingOs(FaultyOs):
         return call
 
 
-class RefusingStorage(Storage):
-    """Real storage whose n-th call of one of its methods is refused by the system."""
+class FailingStorage(Storage):
+    """Real storage in which the n-th call of one method fails with EIO."""
 
     def __init__(self, name, fails_at):
         super().__init__()
@@ -348,22 +351,22 @@ class RefusingStorage(Storage):
         super().remove(path)
 
 
-class CuttingStorage(Storage):
-    """Real storage whose process dies, or ends otherwise, right after a sync of its journal.
+class InterruptedStorage(Storage):
+    """Real storage that simulates a crash, or calls `end`, right after a sync of the journal.
 
-    No more chunks are committed than were then, however far the rest of the run had come.
+    No further chunks are committed, regardless of the progress of the rest of the run.
 
     Parameters
     ----------
     commits
-        How many chunks of the run are committed when it ends.
+        The number of chunks that are committed at that point.
     end
-        What ends it; a death, if not given.
+        Called instead of the simulated crash, if given.
     """
 
     def __init__(self, commits, *, end=None):
         super().__init__()
-        self._left = commits + 1  # and the header, which is synced under a temporary name
+        self._left = commits + 1  # plus the header, which is synced under a temporary name
         self._end = end
 
     def sync(self, file):
@@ -372,12 +375,12 @@ class CuttingStorage(Storage):
         if self._left == 0:
             if self._end is not None:
                 self._end()
-            raise Death
+            raise SimulatedCrash
 
 
 @contextlib.contextmanager
 def system_calls(faulty):
-    """Let storage see a faulty system."""
+    """Replace the os module of the storage temporarily."""
     real = storage_module.os
     storage_module.os = faulty
     try:
@@ -386,7 +389,7 @@ def system_calls(faulty):
         storage_module.os = real
 
 
-def quick_directory():
-    """Where a sync takes no time: memory, where there is such a file system."""
+def memory_directory():
+    """Return a directory on a memory file system, where syncs are fast; None if there is none."""
     memory = Path("/dev/shm")  # noqa: S108
     return memory if memory.is_dir() and os.access(memory, os.W_OK) else None

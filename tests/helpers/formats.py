@@ -1,4 +1,4 @@
-"""Every dataset format, described once for the contracts that all sources and all targets satisfy.
+"""A description of every dataset format, for the contract tests of all sources and targets.
 
 A new format needs one entry in `SOURCES` or `TARGETS`.
 """
@@ -15,15 +15,15 @@ import h5py
 import numpy as np
 from PIL import Image
 
-from fastvgg.datasets.base import ArraySource, bytes_of
+from fastvgg.datasets.base import ArraySource, byte_view
 from fastvgg.storage import objects
 from fastvgg.storage.location import Location
 from tests.helpers.batches import assert_same
 from tests.helpers.datasets_on_disk import load, save_images, save_npy
 from tests.helpers.hdf5_on_disk import (
-    as_h5py_reads,
-    bits_in,
     hdf5_type,
+    load_h5,
+    load_h5_bits,
     save_h5,
     save_of_type,
 )
@@ -46,7 +46,7 @@ class SourceFormat:
     write: Callable[[Path, Any], Any]
     """Write a batch below a directory, and return the location to open."""
     stored_bytes: Callable[[Any], int]
-    """The size that a location has on disk, for what counts as the data of the format."""
+    """The size of the data of a location on disk."""
     dtypes: tuple[str, ...] = ARRAYS
     granularity: int = 1
     notes: tuple[str, ...] = ()
@@ -77,7 +77,7 @@ class TargetFormat:
     options: dict[str, Any] = field(default_factory=dict)
     damages: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
     """Damage to a partial that the rerun of the command must refuse."""
-    repaired: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
+    repairable_damages: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
     """Damage to a partial that the rerun of the command must recompute."""
 
     @property
@@ -98,7 +98,7 @@ def files_of(location):
     """All files, or objects, of a dataset, in the order of their names."""
     path = container(location)
     if Location.parse(location).is_remote:
-        return [path / key for key in sorted(objects.listing(path))]
+        return [path / key for key in sorted(objects.list_objects(path))]
     if "{" in path.name:
         return sorted(path.parent.glob(path.name.replace("{0..1}", "[01]")))
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
@@ -115,7 +115,7 @@ def contents_of(location):
 
 
 def replace_content(file, content):
-    """Give a file other content and a later date, however coarse the clock of its file system."""
+    """Replace the content of a file and give it a later mtime, even if the clock is coarse."""
     changed_ns = file.stat().st_mtime_ns if isinstance(file, Path) else None
     file.write_bytes(content)
     if changed_ns is not None:
@@ -141,13 +141,13 @@ def grow(file):
 
 CHANGES = {  # of a file
     "another byte": change_byte,
-    "another date": lambda file: replace_content(file, file.read_bytes()),
-    "a byte less": lambda file: shorten(file, -1),
-    "a byte more of the same date": grow,
-    "a byte more": lambda file: replace_content(file, file.read_bytes() + b"\0"),
+    "another mtime": lambda file: replace_content(file, file.read_bytes()),
+    "one byte fewer": lambda file: shorten(file, -1),
+    "one byte more with the same mtime": grow,
+    "one byte more": lambda file: replace_content(file, file.read_bytes() + b"\0"),
 }
 
-REPLACED = {  # what is created in place of a removed file
+REPLACEMENTS = {  # what is created in place of a removed file
     "nothing": lambda path: None,
     "an empty file": lambda path: path.touch(),
     "a pipe": os.mkfifo,
@@ -260,7 +260,7 @@ SOURCES = {
 
 
 def _load_hdf5(location, dtype):
-    return bits_in(location) if dtype == "bfloat16" else as_h5py_reads(location)
+    return load_h5_bits(location) if dtype == "bfloat16" else load_h5(location)
 
 
 def _load_images(location, dtype):
@@ -332,7 +332,7 @@ TARGETS = {
         save_zarr,
         is_sharded=True,
         damages=METADATA_DAMAGES,
-        repaired=SHARD_DAMAGES,
+        repairable_damages=SHARD_DAMAGES,
     ),
     "zarr in a store": TargetFormat(
         "zarr",
@@ -341,7 +341,7 @@ TARGETS = {
         save_zarr,
         is_remote=True,
         is_sharded=True,
-        repaired=SHARD_DAMAGES,
+        repairable_damages=SHARD_DAMAGES,
     ),
     "png": _images("png"),
     "webp": _images("webp"),
@@ -349,12 +349,12 @@ TARGETS = {
 
 
 def payload_of(target, batch):
-    """What a run gives to `Target.write` for a batch."""
-    return [*map(target.encode, batch)] if target.kind == "images" else [bytes_of(batch)]
+    """Return the payload that a run passes to `Target.write` for a batch."""
+    return [*map(target.encode, batch)] if target.kind == "images" else [byte_view(batch)]
 
 
 def check_spans(source, expected):
-    """Check that every span is read, as a new batch and into the rows of a larger one."""
+    """Check reading of every span, into a new batch and into rows of a larger batch."""
     for start in range(len(expected)):
         for stop in range(start + 1, len(expected) + 1):
             assert_same(source.read(start, stop).batch, expected[start:stop])

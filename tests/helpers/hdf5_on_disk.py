@@ -11,7 +11,7 @@ from fastvgg.storage.location import Location
 
 
 def hdf5_type(name):
-    """Return the HDF5 type of a dtype, made independently of the package."""
+    """Return the HDF5 type of a dtype, built independently of the package."""
     if name != "bfloat16":
         return h5py.h5t.py_create(np.dtype(name).newbyteorder("<"))
     made = h5py.h5t.IEEE_F32LE.copy()
@@ -33,26 +33,26 @@ def save_of_type(path, batch, stored_type, *, chunks=None, layout=None):
         space = h5py.h5s.create_simple(batch.shape)
         dataset = h5py.h5d.create(file.id, b"images", stored_type, space, made)
         dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, batch, stored_type)
-    return within(path)
+    return dataset_path(path)
 
 
 def save_h5(path, batch, name="/images", *, file=(), **settings):
     """Write one dataset with h5py."""
     with h5py.File(path, "w", **dict(file)) as opened:
         opened.create_dataset(name, data=batch, **settings)
-    return within(path, name)
+    return dataset_path(path, name)
 
 
-def within(path, name="/images"):
+def dataset_path(path, name="/images"):
     return Path(f"{path}::{name}")
 
 
-def as_h5py_reads(location):
+def load_h5(location):
     with h5py.File(Location.parse(location).container, "r") as opened:
         return opened[Location.parse(location).inner][...]
 
 
-def bits_in(location):
+def load_h5_bits(location):
     """Read a dataset of two-byte elements as unsigned integers."""
     with h5py.File(Location.parse(location).container, "r") as opened:
         found = opened[Location.parse(location).inner]

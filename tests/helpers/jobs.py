@@ -1,4 +1,4 @@
-"""Small jobs whose command can be given again and again, as after a crash."""
+"""Small jobs whose command can be rerun, as after a crash."""
 
 from __future__ import annotations
 
@@ -11,45 +11,54 @@ import zarr
 
 import fastvgg
 from fastvgg import oracle
-from fastvgg.datasets.index import INDEX_HEAD
+from fastvgg.datasets.index import INDEX_HEADER
 from fastvgg.errors import SourceError
 from fastvgg.stream.plan import RUN_BYTES
 from fastvgg.stream.run import run
 from tests.helpers.datasets_on_disk import npy_bytes, pixels, save_images
 
-__all__ = ["DATA", "OF_FORMATS", "OF_IMAGES", "FormatJob", "ImageJob", "Job", "Wrong", "jobs"]
+__all__ = [
+    "DATA",
+    "FORMAT_SETTINGS",
+    "IMAGE_SETTINGS",
+    "FormatJob",
+    "ImageJob",
+    "IncorrectStateError",
+    "Job",
+    "jobs",
+]
 
-DATA = "x.npy"  # what is changed in place
+DATA = "x.npy"  # the file that is changed in place
 TORN_REASON = "image file is truncated"
-# Chunks of one and of two images, which share sectors and pages, and more of them than a ring has
-# slots; and images of several pages.
+# Chunks of one and of two images, which share sectors and pages; more chunks than the redo log has
+# slots; and images that span several pages.
 SETTINGS = (
-    {"in_place": True, "images": 8, "together": 1, "width": 11},
-    {"in_place": True, "images": 13, "together": 2, "width": 17},
-    {"in_place": False, "images": 5, "together": 2, "width": 11},
+    {"in_place": True, "images": 8, "images_per_chunk": 1, "width": 11},
+    {"in_place": True, "images": 13, "images_per_chunk": 2, "width": 17},
+    {"in_place": False, "images": 5, "images_per_chunk": 2, "width": 11},
 )
 LARGER = (
-    {"in_place": True, "images": 9, "together": 1, "width": 577},
-    {"in_place": False, "images": 5, "together": 1, "width": 577},
+    {"in_place": True, "images": 9, "images_per_chunk": 1, "width": 577},
+    {"in_place": False, "images": 5, "images_per_chunk": 1, "width": 577},
 )
 
 
-class Wrong(AssertionError):  # noqa: N818  # what it says
-    """Bytes, names or words that are not what they should be."""
+class IncorrectStateError(AssertionError):
+    """The bytes, names or messages on disk are not as expected."""
 
 
 class Job:
-    """A command that can be given again and again in one directory.
+    """A command that can be rerun in one directory.
 
     Parameters
     ----------
     directory
-        An empty one. What is in it besides the source is what the command left.
-    in_place, images, together, width
-        What it does, to how many images, how many in a chunk, and how wide they are.
+        An empty directory. Everything in it except the source is left by the command.
+    in_place, images, images_per_chunk, width
+        Whether it runs in place, on how many images, images per chunk, and image width.
     """
 
-    def __init__(self, directory, *, in_place, images, together, width):
+    def __init__(self, directory, *, in_place, images, images_per_chunk, width):
         batch = pixels(images, height=1, width=width, seed=7).astype(np.float32)
         self.directory = directory
         self.in_place = in_place
@@ -59,7 +68,7 @@ class Job:
         stored = self.source.read_bytes()
         image_bytes = batch.nbytes // images
         self.settings = {"mode": "caffe", "threads": 1, "backend": "numpy", "in_place": in_place}
-        self.settings["memory"] = RUN_BYTES + 3 * image_bytes * together
+        self.settings["memory"] = RUN_BYTES + 3 * image_bytes * images_per_chunk
         self.original = stored
         self.before = stored if in_place else None
         computed = oracle.apply(fastvgg.Transform("caffe"), batch)
@@ -73,9 +82,9 @@ class Job:
             self.source.write_bytes(self.original)
 
     def command(self, storage=None):
-        """Give the command, and return whether it did its work, or had before.
+        """Run the command; return False if the dataset was already processed in place.
 
-        What was done in place is refused, and must then be right as it is.
+        A finished in-place job is rejected; the data must then already be right.
         """
         target = None if self.in_place else self.target
         try:
@@ -90,44 +99,44 @@ class Job:
         """What the directory holds, by name."""
         return {path.name: path.read_bytes() for path in self.directory.iterdir()}
 
-    def check_in_between(self, contents):
-        """Check what anyone may find at any time: all of it, or nothing, or a journal."""
+    def check_intermediate_state(self, contents):
+        """Check the state after a crash at any point: all, nothing, or an unfinished journal."""
         target = self.target.name
         whole = [self.expected, self.before]
         if f"{target}.fastvgg.json" in contents:
             whole.remove(self.before)
         if not self.in_place or f"{target}.fastvgg-journal" not in contents:
-            self.expect(contents.get(target) in whole, f"{target} is not whole, and none says so")
+            self.check(contents.get(target) in whole, f"{target} is incomplete, without a journal")
 
-    def check_end(self):
+    def check_final_state(self):
         """Check what is there when the command has come to its end."""
-        self.expect(self.target.read_bytes() == self.expected, "wrong bytes")
-        self.expect(self.source.read_bytes() in (self.original, self.expected), "changed source")
+        self.check(self.target.read_bytes() == self.expected, "wrong bytes")
+        self.check(self.source.read_bytes() in (self.original, self.expected), "changed source")
         names = {path.name for path in self.directory.iterdir()}
         expected = {self.target.name, f"{self.target.name}.fastvgg.json"}
-        self.expect(names == expected, f"{names} are left")
+        self.check(names == expected, f"{names} are left")
         fastvgg.verify(self.target)
 
-    def expect(self, right, problem):
-        """Raise if something is not right."""
+    def check(self, right, problem):
+        """Raise if a condition does not hold."""
         if not right:
-            raise Wrong(f"{problem}: {self.target}")
+            raise IncorrectStateError(f"{problem}: {self.target}")
 
 
 class ImageJob(Job):
-    """Images, one of them torn, from a folder or a tar into an array and its index.
+    """Decode images, one of them truncated, from a folder or tar into an array and its index.
 
     Parameters
     ----------
     directory
         An empty one.
     kind
-        "folder", or "tar", or "failed": a finished array with failures, whose images were mended.
+        "folder", or "tar", or "failed": a finished array with failures, whose images were fixed.
     images, together
         How many, and how many in a chunk.
     """
 
-    def __init__(self, directory, *, kind, images, together):
+    def __init__(self, directory, *, kind, images, images_per_chunk):
         self.directory = directory
         self.in_place = False
         self.target = directory / "y.npy"
@@ -141,11 +150,11 @@ class ImageJob(Job):
         self.settings = {"mode": "torch", "size": (3, 5), "threads": 2, "backend": "numpy"}
         if kind == "tar":
             self.source = self._packed(directory.with_suffix(".tar"), names)
-        self.settings["memory"] = self._memory(together)
-        self._begun_with = {}
+        self.settings["memory"] = self._memory(images_per_chunk)
+        self._initial_contents = {}
         if kind == "failed":
             self.command()
-            self._begun_with = self.contents()
+            self._initial_contents = self.contents()
             self.settings["retry_failed"] = True
             torn.write_bytes(whole)
         else:
@@ -156,8 +165,8 @@ class ImageJob(Job):
             rows[1] = 0
             lines[1] = f"1,{names[1]},a,5,3,failed,{TORN_REASON}\n"
         self.expected = npy_bytes(rows)
-        self.expected_index = (INDEX_HEAD + "".join(lines)).encode()
-        self.before = self._begun_with.get("y.npy")
+        self.expected_index = (INDEX_HEADER + "".join(lines)).encode()
+        self.before = self._initial_contents.get("y.npy")
 
     def _packed(self, path, names):
         with tarfile.open(path, "w") as shard:
@@ -165,35 +174,35 @@ class ImageJob(Job):
                 shard.add(self.source / name, name)
         return path
 
-    def _memory(self, together):
+    def _memory(self, images_per_chunk):
         plan = fastvgg.plan(self.source, self.target, **self.settings)
-        chunk_bytes = together * plan.image_memory_bytes
+        chunk_bytes = images_per_chunk * plan.image_memory_bytes
         return max(2 * chunk_bytes, chunk_bytes + plan.min_scratch_bytes)
 
     def reset(self):
         """Make the directory what it was before any command."""
         for path in list(self.directory.iterdir()):
             path.unlink()
-        for name, content in self._begun_with.items():
+        for name, content in self._initial_contents.items():
             (self.directory / name).write_bytes(content)
 
-    def check_in_between(self, contents):
+    def check_intermediate_state(self, contents):
         """Check what anyone may find at any time."""
         found = contents.get("y.npy")
-        self.expect(found in (None, self.before, self.expected), "y.npy is not whole")
+        self.check(found in (None, self.before, self.expected), "y.npy is not whole")
 
-    def check_end(self):
+    def check_final_state(self):
         """Check what is there when the command has come to its end."""
         contents = self.contents()
         names = {"y.npy", "y.npy.fastvgg.json", "y.npy.index.csv"}
-        self.expect(contents.keys() == names, f"{contents.keys()} are left")
-        self.expect(contents["y.npy"] == self.expected, "wrong bytes")
-        self.expect(contents["y.npy.index.csv"] == self.expected_index, "wrong index")
+        self.check(contents.keys() == names, f"{contents.keys()} are left")
+        self.check(contents["y.npy"] == self.expected, "wrong bytes")
+        self.check(contents["y.npy.index.csv"] == self.expected_index, "wrong index")
         fastvgg.verify(self.target)
 
 
 class FormatJob(Job):
-    """An array into another format than .npy.
+    """Convert an array into a format other than .npy.
 
     Parameters
     ----------
@@ -205,7 +214,7 @@ class FormatJob(Job):
         How many, and how many in a chunk.
     """
 
-    def __init__(self, directory, *, form, images, together):
+    def __init__(self, directory, *, form, images, images_per_chunk):
         self.directory = directory
         self.in_place = False
         self.form = form
@@ -218,20 +227,22 @@ class FormatJob(Job):
         self.name = f"{self.target}::/x" if form == "hdf5" else self.target
         self.settings = {"mode": "caffe", "threads": 1, "backend": "numpy"}
         plan = fastvgg.plan(self.source, self.name, **self.settings)
-        self.settings["memory"] = plan.min_scratch_bytes + together * plan.image_memory_bytes
+        self.settings["memory"] = (
+            plan.min_scratch_bytes + images_per_chunk * plan.image_memory_bytes
+        )
         self.command()
         self._check_bits(oracle.apply(fastvgg.Transform("caffe"), batch))
-        self.expected = self._of_target(self.contents())
+        self.expected = self._target_contents(self.contents())
         self.reset()
 
     def _check_bits(self, expected):
-        """Check what the packages of the format read."""
+        """Check what the library of the format reads."""
         if self.form == "zarr":
             actual = zarr.open_array(self.target, mode="r")[:]
         else:
             with h5py.File(self.target) as file:
                 actual = file["x"][:]
-        self.expect(actual.tobytes() == expected.tobytes(), "wrong bits")
+        self.check(actual.tobytes() == expected.tobytes(), "wrong bits")
 
     def reset(self):
         """Make the directory what it was before any command."""
@@ -239,7 +250,7 @@ class FormatJob(Job):
         self.directory.mkdir()
 
     def command(self, storage=None):
-        """Give the command."""
+        """Run the command."""
         run(fastvgg.plan(self.source, self.name, **self.settings), storage=storage)
         return True
 
@@ -248,8 +259,8 @@ class FormatJob(Job):
         paths = [path for path in self.directory.rglob("*") if path.is_file()]
         return {str(path.relative_to(self.directory)): path.read_bytes() for path in paths}
 
-    def _of_target(self, contents):
-        """What has the target's name, or names within it."""
+    def _target_contents(self, contents):
+        """Return the contents of the target: the file, or all files below it."""
         target = self.target.name
         return {
             name: content
@@ -257,43 +268,43 @@ class FormatJob(Job):
             if name == target or name.startswith(f"{target}/")
         }
 
-    def check_in_between(self, contents):
+    def check_intermediate_state(self, contents):
         """Check what anyone may find at any time."""
-        found = self._of_target(contents)
-        self.expect(found in ({}, self.expected), f"{self.target.name} is not whole")
+        found = self._target_contents(contents)
+        self.check(found in ({}, self.expected), f"{self.target.name} is not whole")
 
-    def check_end(self):
+    def check_final_state(self):
         """Check what is there when the command has come to its end."""
         contents = self.contents()
         names = {*self.expected, f"{self.target.name}.fastvgg.json"}
-        self.expect(contents.keys() == names, f"{contents.keys()} are left")
-        self.expect(self._of_target(contents) == self.expected, "wrong bytes")
+        self.check(contents.keys() == names, f"{contents.keys()} are left")
+        self.check(self._target_contents(contents) == self.expected, "wrong bytes")
         fastvgg.verify(self.name)
 
 
-OF_FORMATS = (
-    {"form": "zarr", "images": 7, "together": 2},
-    {"form": "hdf5", "images": 5, "together": 2},
+FORMAT_SETTINGS = (
+    {"form": "zarr", "images": 7, "images_per_chunk": 2},
+    {"form": "hdf5", "images": 5, "images_per_chunk": 2},
 )
-OF_IMAGES = (
-    {"kind": "folder", "images": 9, "together": 2},
-    {"kind": "tar", "images": 5, "together": 2},
-    {"kind": "failed", "images": 7, "together": 2},
+IMAGE_SETTINGS = (
+    {"kind": "folder", "images": 9, "images_per_chunk": 2},
+    {"kind": "tar", "images": 5, "images_per_chunk": 2},
+    {"kind": "failed", "images": 7, "images_per_chunk": 2},
 )
 
 
-def kind_of(of_job, otherwise):
-    """The class of a job, by its settings."""
-    if "form" in of_job:
+def kind_of(job_settings, default):
+    """Return the class of a job with these settings."""
+    if "form" in job_settings:
         return FormatJob
-    return ImageJob if "kind" in of_job else otherwise
+    return ImageJob if "kind" in job_settings else default
 
 
 def jobs(place, kind=Job, settings=SETTINGS):
-    """Make jobs, each in a directory of its own."""
+    """Create jobs, each in its own directory."""
     made = []
-    for number, of_job in enumerate(settings):
+    for number, job_settings in enumerate(settings):
         directory = place / str(number)
         directory.mkdir()
-        made.append(kind_of(of_job, kind)(directory, **of_job))
+        made.append(kind_of(job_settings, kind)(directory, **job_settings))
     return made

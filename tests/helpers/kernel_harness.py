@@ -1,4 +1,4 @@
-"""Loops called by hand, on memory that a test lays out byte by byte."""
+"""Direct kernel calls on memory whose layout a test controls byte by byte."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ TYPE_PAIRS = (
     *(("preprocess", *pair) for pair in itertools.product(("uint8", *FLOATS), FLOATS)),
     *(("restore", *pair) for pair in itertools.product(FLOATS, ("uint8", *FLOATS))),
 )
-OWN = Mode("own", divide=2.5, mean=(10.25, -3.7, 48.1), std=(0.7, -13.0, 5.3), order="BGR")
-# With FMA, no reciprocal is exact.
+CUSTOM = Mode("own", divide=2.5, mean=(10.25, -3.7, 48.1), std=(0.7, -13.0, 5.3), order="BGR")
+# Even with FMA, none of its reciprocals is exact.
 SMALL = Mode("small", divide=1e-39, std=(1e3, 1e-3, 7.0), order="BGR")
-MODES = (Mode.CAFFE, Mode.TF, Mode.TORCH, OWN, SMALL)
+MODES = (Mode.CAFFE, Mode.TF, Mode.TORCH, CUSTOM, SMALL)
 
 
 class Task(NamedTuple):
-    """What one compiled loop is for."""
+    """The specification of one compiled kernel."""
 
     transform: Transform
     source: str
-    reversed_input: bool = False
+    has_reversed_input: bool = False
     in_place: bool = False
     nontemporal: bool = False
 
@@ -42,33 +42,33 @@ class Task(NamedTuple):
         t = self.transform
         words = [t.direction, t.mode.name, self.source, self.target, t.layout, t.out_layout]
         words += [t.rounding] * (t.rounding == "truncate")
-        words += ["reversed"] * self.reversed_input + ["in place"] * self.in_place
+        words += ["reversed"] * self.has_reversed_input + ["in place"] * self.in_place
         return "-".join(words + ["streaming"] * self.nontemporal)
 
     @property
     def target(self):
-        return self.transform.output_name(self.source)
+        return self.transform.output_type(self.source)
 
     @property
     def spec(self):
-        return self.spec_for(aligned_planes=False)
+        return self.spec_for(has_aligned_planes=False)
 
-    def spec_for(self, *, aligned_planes):
+    def spec_for(self, *, has_aligned_planes):
         return KernelSpec.of(
             self.transform,
             self.source,
-            reversed_input=self.reversed_input,
+            has_reversed_input=self.has_reversed_input,
             in_place=self.in_place,
             nontemporal=self.nontemporal,
-            aligned_planes=aligned_planes,
+            has_aligned_planes=has_aligned_planes,
         )
 
 
 def rotating_tasks(number):
-    """Four tasks for the type pair of this number, in all four pairs of layouts.
+    """Yield four tasks for the type pair of this number, one for each pair of layouts.
 
-    Over all type pairs, every mode meets every pair of layouts, both ways of writing, channels
-    as they should lie and reversed, and both ways of rounding.
+    Over all type pairs, every mode is combined with every pair of layouts, both store types,
+    reversed and non-reversed input channels, and both roundings.
     """
     direction, source, target = TYPE_PAIRS[number]
     row = number // 5
@@ -76,16 +76,18 @@ def rotating_tasks(number):
         mode = MODES[(number + row + at) % len(MODES)]
         rounding = "truncate" if direction == "restore" and (row + at) % 3 == 0 else "nearest"
         transform = Transform(mode, direction, *layouts, target, rounding)
-        reversed_input, nontemporal = (number + row + at // 2) % 3 == 0, (row + at) % 2 == 0
-        yield Task(transform, source, reversed_input=reversed_input, nontemporal=nontemporal)
+        has_reversed_input, nontemporal = (number + row + at // 2) % 3 == 0, (row + at) % 2 == 0
+        yield Task(
+            transform, source, has_reversed_input=has_reversed_input, nontemporal=nontemporal
+        )
 
 
 @functools.cache
 def pixels_of(direction, mode, source):
-    """Pixels, channels last, at which something happens, and others: no result is NaN.
+    """Return channels-last pixels with special and ordinary values; no result is NaN.
 
-    All values there are of uint8, and of other types what images and network inputs hold, ties,
-    infinities, subnormal numbers, both zeros. NaN only where it becomes a number.
+    All values of uint8; of other types the values of images and network inputs, ties,
+    infinities, subnormal numbers and both zeros. NaN only where the result is a number.
     """
     count = 5 * convert.TILE_PIXELS
     if source == "uint8":
@@ -106,14 +108,14 @@ def pixels_of(direction, mode, source):
 
 @functools.cache
 def results_of(transform, source):
-    """What the oracle makes of `pixels_of`: channels last."""
+    """Return the channels-last results of the oracle for `pixels_of`."""
     plain = dataclasses.replace(transform, layout="NHWC", out_layout="NHWC")
     pixels = pixels_of(transform.direction, transform.mode, source)
     return frozen(oracle.apply(plain, pixels[np.newaxis])[0])
 
 
 class Steps(NamedTuple):
-    """The bytes from one image, pixel and channel to the next."""
+    """The strides of images, pixels and channels, in bytes."""
 
     image: int
     pixel: int
@@ -129,16 +131,16 @@ class Steps(NamedTuple):
         return cls(3 * plane, size, plane)
 
     @classmethod
-    def with_a_run_each(cls, dtype, layout, run_step):
-        """For images (NHWC) or planes (NCHW) that begin `run_step` bytes after one another."""
+    def with_separate_runs(cls, dtype, layout, run_step):
+        """For images (NHWC) or planes (NCHW) that start `run_step` bytes apart."""
         size = dtype.itemsize
         if layout == "NHWC":
             return cls(run_step, 3 * size, size)
         return cls(3 * run_step, size, run_step)
 
 
-class Room(NamedTuple):
-    """Where pixels lie: an address, the steps from there, and a view with the channels last."""
+class PixelBuffer(NamedTuple):
+    """Pixels in memory: their address, their steps, and a channels-last view."""
 
     address: int
     steps: Steps
@@ -146,36 +148,36 @@ class Room(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes, and the address at which they begin."""
+    """Bytes and their address."""
 
     bytes: np.ndarray
     address: int
 
-    def room(self, start, dtype, steps, images, count):
-        """Room for pixels, `start` bytes from the beginning."""
+    def pixel_buffer(self, start, dtype, steps, images, count):
+        """Return a buffer for pixels that starts `start` bytes into the memory."""
         view = np.ndarray((images, count, 3), dtype, self.bytes, start, steps)
-        return Room(self.address + start, steps, view)
+        return PixelBuffer(self.address + start, steps, view)
 
 
-def at_a_line(size):
-    """Memory that begins where a cache line does."""
+def line_aligned_memory(size):
+    """Allocate memory aligned to a cache line."""
     longer = np.zeros(size + LINE, np.uint8)
     start = -longer.ctypes.data % LINE
     return Memory(longer[start : start + size], longer.ctypes.data + start)
 
 
 def protect(address, size, access):
-    """Say what may be done with pages: mmap.PROT_READ, for example, or nothing."""
+    """Set the access to pages, for example mmap.PROT_READ, or 0 for none."""
     libc = ctypes.CDLL(None, use_errno=True)
     pages = (ctypes.c_void_p(address), ctypes.c_size_t(size), access)
     if libc.mprotect(*pages):
         raise OSError(ctypes.get_errno(), "mprotect")
 
 
-def between_guards(runs, run_bytes):
-    """Memory of some runs of bytes, each between two pages that nobody may touch.
+def guarded_memory(runs, run_bytes):
+    """Allocate some runs of bytes, each between two inaccessible guard pages.
 
-    The first run begins one page from the beginning; the next, a page after its end.
+    The first run starts one page into the memory; each further run, a page after the previous one.
     """
     step = run_bytes + mmap.PAGESIZE
     area = mmap.mmap(-1, runs * step + mmap.PAGESIZE)
@@ -186,8 +188,8 @@ def between_guards(runs, run_bytes):
 
 
 def call(task, x, y, numbers=None):
-    """Call the loop of a task on two rooms; the constants lie where they are, or somewhere else."""
-    loop, own_numbers = loop_of(task, aligned_planes=y.steps.channel % LINE == 0)
+    """Call the kernel of a task on two buffers; `numbers` is the address of the constants."""
+    loop, own_numbers = compiled_kernel(task, has_aligned_planes=y.steps.channel % LINE == 0)
     images, count, _ = y.pixels.shape
     loop(
         *(x.address, y.address, own_numbers.ctypes.data if numbers is None else numbers),
@@ -197,90 +199,102 @@ def call(task, x, y, numbers=None):
 
 
 @functools.cache
-def loop_of(task, *, aligned_planes):
-    """The kernel of a task and its constants."""
-    spec = task.spec_for(aligned_planes=aligned_planes)
-    return convert.compiled(spec), constant_table(task.transform.mode, spec)
+def compiled_kernel(task, *, has_aligned_planes):
+    """Return the kernel of a task and its constants."""
+    spec = task.spec_for(has_aligned_planes=has_aligned_planes)
+    return convert.compile_kernel(spec), constant_table(task.transform.mode, spec)
 
 
 def check(task, images, counts, offsets, every=1):
-    """Call the loop of a task on counts of pixels at offsets of the target from a line.
+    """Check the kernel of a task for counts of pixels and offsets of the target from a cache line.
 
-    Of all pairs of a count and an offset, one in `every`. The source begins at every byte of a line
-    in turn. Neither its bytes change, nor those of the target that are beside the pixels.
+    Uses one in `every` of all pairs of a count and an offset. The source starts at each byte of a
+    line in turn. Neither the source nor the bytes around the target pixels may change.
     """
     t = task.transform
     source, target = dtype_of(task.source), dtype_of(task.target)
-    have = pixels_of(t.direction, t.mode, task.source)
-    want = results_of(t, task.source)
-    if len(have) <= max(counts):
-        have, want = (np.resize(pixels, (2 * max(counts), 3)) for pixels in (have, want))
+    inputs = pixels_of(t.direction, t.mode, task.source)
+    results = results_of(t, task.source)
+    if len(inputs) <= max(counts):
+        inputs, results = (np.resize(pixels, (2 * max(counts), 3)) for pixels in (inputs, results))
     gap = 5
-    largest = images * 3 * (max(counts) + LINE) * max(source.itemsize, target.itemsize) + 3 * LINE
-    taken, given, expected = at_a_line(largest), at_a_line(largest), at_a_line(largest)
+    max_bytes = images * 3 * (max(counts) + LINE) * max(source.itemsize, target.itemsize) + 3 * LINE
+    source_memory, target_memory, expected = (
+        line_aligned_memory(max_bytes),
+        line_aligned_memory(max_bytes),
+        line_aligned_memory(max_bytes),
+    )
     pairs = itertools.islice(enumerate(itertools.product(counts, offsets)), 0, None, every)
     for number, (count, offset) in pairs:
         # Other pixels for each image and each count.
-        starts = [(13 * count + 71 * image) % (len(have) - count) for image in range(images)]
+        starts = [(13 * count + 71 * image) % (len(inputs) - count) for image in range(images)]
         x_steps = Steps.with_gaps(source, t.layout, count, gap)
-        # Planes that begin at the same place of a line, and others.
+        # Planes with equal and with different alignment to a cache line.
         y_gap = -count % LINE if number % 2 else gap
         y_steps = Steps.with_gaps(target, t.out_layout, count, y_gap)
         end = LINE + offset + images * y_steps.image + LINE
-        given.bytes[:end] = expected.bytes[:end] = CANARY
-        y = given.room(LINE + offset, target, y_steps, images, count)
-        x = taken.room(LINE + number % LINE, source, x_steps, images, count)
+        target_memory.bytes[:end] = expected.bytes[:end] = CANARY
+        y = target_memory.pixel_buffer(LINE + offset, target, y_steps, images, count)
+        x = source_memory.pixel_buffer(LINE + number % LINE, source, x_steps, images, count)
         x = y if task.in_place else x
-        wanted = expected.room(LINE + offset, target, y_steps, images, count)
+        expected_pixels = expected.pixel_buffer(LINE + offset, target, y_steps, images, count)
         for image, start in enumerate(starts):
-            pixels = have[start : start + count]
-            x.pixels[image] = pixels[:, ::-1] if task.reversed_input else pixels
-            wanted.pixels[image] = want[start : start + count]
-        before = taken.bytes.tobytes()
+            pixels = inputs[start : start + count]
+            x.pixels[image] = pixels[:, ::-1] if task.has_reversed_input else pixels
+            expected_pixels.pixels[image] = results[start : start + count]
+        before = source_memory.bytes.tobytes()
         call(task, x, y)
         where = f"{task}: {images} x {count} pixels, {offset} bytes past a line"
-        assert given.bytes[:end].tobytes() == expected.bytes[:end].tobytes(), where
-        assert taken.bytes.tobytes() == before, where
+        assert target_memory.bytes[:end].tobytes() == expected.bytes[:end].tobytes(), where
+        assert source_memory.bytes.tobytes() == before, where
 
 
 def check_between_guards(task, counts):
-    """Call the loop of a task where all that it reads and writes ends, or begins, at a page."""
+    """Check the kernel of a task on memory that ends, or starts, at a guard page."""
     for ends in (True, False):
         _check_at_pages(task, counts, ends)
 
 
 def _check_at_pages(task, counts, ends):
-    t, images, most = task.transform, 2, max(counts)
+    t, images, max_count = task.transform, 2, max(counts)
     source, target = dtype_of(task.source), dtype_of(task.target)
-    run_bytes = -(-3 * most * 8 // mmap.PAGESIZE) * mmap.PAGESIZE
+    run_bytes = -(-3 * max_count * 8 // mmap.PAGESIZE) * mmap.PAGESIZE
     run_step = run_bytes + mmap.PAGESIZE
-    x_steps = Steps.with_a_run_each(source, t.layout, run_step)
-    y_steps = Steps.with_a_run_each(target, t.out_layout, run_step)
-    taken, given = between_guards(3 * images, run_bytes), between_guards(3 * images, run_bytes)
+    x_steps = Steps.with_separate_runs(source, t.layout, run_step)
+    y_steps = Steps.with_separate_runs(target, t.out_layout, run_step)
+    source_memory, target_memory = (
+        guarded_memory(3 * images, run_bytes),
+        guarded_memory(3 * images, run_bytes),
+    )
 
-    def room(memory, dtype, steps, count):
+    def pixel_buffer(memory, dtype, steps, count):
         start = mmap.PAGESIZE + (run_bytes - count * steps.pixel if ends else 0)
-        return memory.room(start, dtype, steps, images, count)
+        return memory.pixel_buffer(start, dtype, steps, images, count)
 
-    have = pixels_of(t.direction, t.mode, task.source)[: images * most].reshape(images, most, 3)
-    want = results_of(t, task.source)[: images * most].reshape(images, most, 3)
-    room(taken, source, x_steps, most).pixels[...] = (
-        have[..., ::-1] if task.reversed_input else have
+    inputs = pixels_of(t.direction, t.mode, task.source)[: images * max_count].reshape(
+        images, max_count, 3
+    )
+    results = results_of(t, task.source)[: images * max_count].reshape(images, max_count, 3)
+    pixel_buffer(source_memory, source, x_steps, max_count).pixels[...] = (
+        inputs[..., ::-1] if task.has_reversed_input else inputs
     )
     if not task.in_place:
         for run in range(3 * images):
-            begins = taken.address + mmap.PAGESIZE + run * run_step
-            protect(begins, run_bytes, mmap.PROT_READ)
-    numbers = loop_of(task, aligned_planes=y_steps.channel % LINE == 0)[1]
+            run_address = source_memory.address + mmap.PAGESIZE + run * run_step
+            protect(run_address, run_bytes, mmap.PROT_READ)
+    numbers = compiled_kernel(task, has_aligned_planes=y_steps.channel % LINE == 0)[1]
     constant_bytes = -(-numbers.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    rows = between_guards(1, constant_bytes)
+    rows = guarded_memory(1, constant_bytes)
     start = mmap.PAGESIZE + (constant_bytes - numbers.nbytes if ends else 0)
     rows.bytes[start : start + numbers.nbytes] = numbers.view(np.uint8).ravel()
     for count in counts:
-        x, y = room(taken, source, x_steps, count), room(given, target, y_steps, count)
-        part = slice(most - count, most) if ends else slice(count)
+        x, y = (
+            pixel_buffer(source_memory, source, x_steps, count),
+            pixel_buffer(target_memory, target, y_steps, count),
+        )
+        part = slice(max_count - count, max_count) if ends else slice(count)
         if task.in_place:
             x = y
-            x.pixels[...] = have[:, part]
+            x.pixels[...] = inputs[:, part]
         call(task, x, y, rows.address + start)
-        assert y.pixels.tobytes() == want[:, part].tobytes(), (task, count, ends)
+        assert y.pixels.tobytes() == results[:, part].tobytes(), (task, count, ends)

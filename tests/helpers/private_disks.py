@@ -1,4 +1,4 @@
-"""Disks that one process alone sees, to lose power or to be too small."""
+"""Disks mounted for one process only, to simulate power failures or a full disk."""
 
 from __future__ import annotations
 
@@ -8,58 +8,66 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["NO", "REMOUNT", "NotAllowed", "called", "mount", "private_mounts", "unmount"]
+__all__ = [
+    "NOT_ALLOWED",
+    "REMOUNT",
+    "PrivateDiskUnavailable",
+    "call_libc",
+    "mount",
+    "unmount",
+    "use_private_mounts",
+]
 
 LIBRARY = ctypes.CDLL(None, use_errno=True)
 NEW_MOUNTS = 0x20000  # of unshare(2)
 REMOUNT, RECURSIVE, PRIVATE = 0x20, 0x4000, 0x40000  # of mount(2)
 DETACH = 2  # of umount2(2)
 
-NO = "this machine does not allow"
+NOT_ALLOWED = "this machine does not allow"
 
 
-class NotAllowed(SystemExit):
-    """Why this machine does not give a process such a disk: what a command says as it ends."""
+class PrivateDiskUnavailable(SystemExit):
+    """Private disks are unavailable on this machine; exits the command with the reason."""
 
 
-def called(name, *arguments):
-    """Call the C library, which tells the system."""
-    passed = [os.fsencode(each) if isinstance(each, str | Path) else each for each in arguments]
-    result = getattr(LIBRARY, name)(*passed)
+def call_libc(name, *arguments):
+    """Call a function of the C library; raise OSError if it fails."""
+    encoded = [os.fsencode(each) if isinstance(each, str | Path) else each for each in arguments]
+    result = getattr(LIBRARY, name)(*encoded)
     if result:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
 
 
-def mount(device, place, system, flags=0, options=""):
+def mount(device, directory, system, flags=0, options=""):
     """Mount a file system."""
-    called("mount", device, place, system, ctypes.c_ulong(flags), options)
+    call_libc("mount", device, directory, system, ctypes.c_ulong(flags), options)
 
 
-def unmount(place, *, at_once=True):
-    """Unmount one; if at once, an error where anything of it is in use."""
-    called("umount2", place, 0 if at_once else DETACH)
+def unmount(directory, *, at_once=True):
+    """Unmount a file system; with `at_once`, fail if it is in use."""
+    call_libc("umount2", directory, 0 if at_once else DETACH)
 
 
-def private_mounts():
-    """Let what this process mounts be seen by it and its children alone, and go with them.
+def use_private_mounts():
+    """Make mounts visible only to this process and its children, and remove them with it.
 
-    Who is not root begins again in a name space where it is, and can mount a disk in memory.
+    A process that is not root reruns itself as root of a user namespace, where it can mount tmpfs.
     """
     if os.geteuid() != 0:
-        begin_again_as_root()
+        rerun_as_root()
     try:
-        called("unshare", NEW_MOUNTS)
+        call_libc("unshare", NEW_MOUNTS)
         mount("none", "/", "none", RECURSIVE | PRIVATE)
     except OSError as error:
-        raise NotAllowed(f"{NO} mounts of one's own: {error}") from error
+        raise PrivateDiskUnavailable(f"{NOT_ALLOWED} mounts of one's own: {error}") from error
 
 
-def begin_again_as_root():
-    """Run the command of this process once more, as root in a name space of its own."""
+def rerun_as_root():
+    """Rerun the command of this process as root in a new user namespace."""
     python = ["unshare", "-rm", sys.executable]
     try:
         subprocess.run([*python, "-c", ""], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise NotAllowed(f"{NO} users of one's own: {error}") from error
+        raise PrivateDiskUnavailable(f"{NOT_ALLOWED} users of one's own: {error}") from error
     raise SystemExit(subprocess.run([*python, *sys.orig_argv[1:]], check=False).returncode)

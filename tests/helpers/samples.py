@@ -1,4 +1,4 @@
-"""Samples of what is exhaustive: a part of the cases by default, and all others as slow tests."""
+"""Samples of exhaustive tests: some cases run by default, all others are slow tests."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import pytest
 def parts(count):
     """Parametrize a test by `part`; every part but the first is a slow test.
 
-    The cases of a part are those whose number leaves that remainder when divided by `count`, so
-    that the parts together are all cases, and none is run twice.
+    Part p consists of the cases whose number modulo `count` is p, so every case is in exactly
+    one part.
     """
     others = (pytest.param(part, marks=pytest.mark.slow) for part in range(1, count))
     return pytest.mark.parametrize("part", [0, *others], ids=f"part {{}} of {count}".format)
 
 
 def sampled(names, *values, one_in):
-    """Parametrize a test by the product of values, of which all but one in `one_in` are slow.
+    """Parametrize a test by the product of values; all but one in `one_in` cases are slow.
 
     By default every value is used, and every two values of different names together wherever one
     name has at least `one_in` values besides.

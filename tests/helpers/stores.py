@@ -1,4 +1,4 @@
-"""A real S3 API to test with, that fails when it is told to."""
+"""A local S3 server with fault injection."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from s3fs import S3FileSystem
 from werkzeug.serving import make_server
 
-__all__ = ["BUCKET", "ENVIRONMENT", "S3", "serving_s3"]
+__all__ = ["BUCKET", "ENVIRONMENT", "S3", "serve_s3"]
 
 BUCKET = "bucket"
 ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "none",
     "AWS_SECRET_ACCESS_KEY": "none",
     "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_MAX_ATTEMPTS": "2",  # of a call, beside what fsspec tries again
+    "AWS_MAX_ATTEMPTS": "2",  # per call, in addition to the retries of fsspec
 }
 
 
 class S3:
-    """An S3 API on a port of this machine.
+    """An S3 server on a local port.
 
-    Requests whose method and path match `failing` get the answer `status`: as many as `times`, or
-    all where that is None. Those whose path matches `counted` are counted by method.
+    After `fail`, requests whose method and path match get the response `status`: the first `times`,
+    or all if that is None. All requests are recorded in `requests`.
     """
 
     def __init__(self):
@@ -40,11 +40,11 @@ class S3:
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
     def work(self):
-        """Answer everything from now on."""
+        """Stop injecting faults."""
         self.fail("never", "never", 503, 0)
 
     def fail(self, method, path, status, times=None):
-        """Fail from now on: requests whose method is one and whose path holds an expression."""
+        """Inject faults into requests whose method and path match regular expressions."""
         self._failing = re.compile(method), re.compile(path)
         self._status, self._times = status, times
 
@@ -63,7 +63,7 @@ class S3:
         environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         code = {403: "AccessDenied", 503: "SlowDown"}[self._status]
         start_response(f"{self._status} {code}", [("Content-Type", "application/xml")])
-        return [f"<Error><Code>{code}</Code><Message>told to</Message></Error>".encode()]
+        return [f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()]
 
     def __enter__(self):
         self._thread.start()
@@ -78,7 +78,7 @@ class S3:
         return boto3.client("s3", endpoint_url=self.url)
 
     def objects(self):
-        """Every object in the bucket: its content by its key."""
+        """Return the content of every object in the bucket, by key."""
         client = self.client()
         listed = client.list_objects_v2(Bucket=BUCKET).get("Contents", [])
         return {
@@ -87,21 +87,21 @@ class S3:
         }
 
     def clear(self):
-        """Remove every object: servers of one process share their buckets."""
+        """Remove every object; servers in one process share their buckets."""
         client = self.client()
         for key in self.objects():
             client.delete_object(Bucket=BUCKET, Key=key)
 
 
 @contextlib.contextmanager
-def serving_s3():
-    """Serve S3 to this process and those that it starts."""
+def serve_s3():
+    """Serve S3 to this process and its children."""
     before = dict(os.environ)
     os.environ.update(ENVIRONMENT)
     try:
         with S3() as served:
             os.environ["AWS_ENDPOINT_URL"] = served.url
-            S3FileSystem.clear_instance_cache()  # of one that was served before
+            S3FileSystem.clear_instance_cache()  # may refer to a previous server
             served.client().create_bucket(Bucket=BUCKET)
             served.clear()
             yield served

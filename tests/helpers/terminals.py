@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pyte
 
 
-class Shown(NamedTuple):
+class FinalScreen(NamedTuple):
     """The final screen of a program."""
 
     returncode: int
@@ -22,14 +22,14 @@ class Shown(NamedTuple):
     cursor_column: int
     written: bytes
     stdout: bytes
-    """Empty if it was the terminal."""
+    """Empty if standard output was the terminal."""
 
 
 def run_on_terminal(arguments, columns=80, rows=50, *, stdout=None, **environment):
     """Run a program on a pseudo-terminal; `stdout` redirects its standard output."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-    inherited = {name: os.environ[name] for name in os.environ if name not in SIZED}
+    inherited = {name: os.environ[name] for name in os.environ if name not in TERMINAL_VARIABLES}
     with subprocess.Popen(
         [os.fspath(argument) for argument in arguments],
         env={**inherited, "TERM": "xterm-256color", **environment},
@@ -45,10 +45,17 @@ def run_on_terminal(arguments, columns=80, rows=50, *, stdout=None, **environmen
     pyte.ByteStream(screen).feed(written)
     text = "\n".join(line.rstrip() for line in screen.display).rstrip("\n")
     lines = text.split("\n") if text else []
-    return Shown(process.returncode, lines, screen.cursor.x, written, piped or b"")
+    return FinalScreen(process.returncode, lines, screen.cursor.x, written, piped or b"")
 
 
-SIZED = {"COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"}
+TERMINAL_VARIABLES = {
+    "COLUMNS",
+    "LINES",
+    "NO_COLOR",
+    "FORCE_COLOR",
+    "TTY_COMPATIBLE",
+    "TTY_INTERACTIVE",
+}
 
 
 def read_some(descriptor):

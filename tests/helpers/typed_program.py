@@ -1,4 +1,4 @@
-"""A program of a user's, for type checkers: what is wrong is said to be, and they must agree."""
+"""A user program for type checkers: every intended error has a `type: ignore` comment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmarks can be run, and their tables say what was measured."""
+"""The benchmarks run, and their tables show what was measured."""
 
 import importlib
 import json
@@ -18,14 +18,14 @@ def tables():
     return runpy.run_path(str(CHECKOUT / "benchmarks" / "tables.py"))
 
 
-def test_contenders_enter_and_fastvgg_has_the_bits_of_keras():
+def test_peer_benchmarks_run_and_fastvgg_matches_keras():
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-disable", "--images=3"]
     command += ["-p", "no:cacheprovider", "-p", "no:xdist", "-k", QUICKLY_IMPORTED]
     ran = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-def test_every_contender_is_of_one_library_of_the_overview(tables, monkeypatch):
+def test_every_contender_belongs_to_one_library_of_the_overview(tables, monkeypatch):
     monkeypatch.syspath_prepend(CHECKOUT / "benchmarks")
     contenders = importlib.import_module("contenders").CONTENDERS
     listed = [name for names, *_ in tables["LIBRARIES"].values() for name in names]
@@ -44,7 +44,7 @@ def test_every_contender_is_of_one_library_of_the_overview(tables, monkeypatch):
         (1, "100%"),
     ],
 )
-def test_share_is_0_or_100_percent_only_where_it_is(tables, share, expected):
+def test_percent_is_0_or_100_only_if_exact(tables, share, expected):
     assert tables["percent"](share) == expected
 
 
@@ -58,7 +58,7 @@ def row(contender, task, images_per_second, differing, memory="new"):
     }
 
 
-def test_overview_shows_the_fastest_way_and_the_worst_difference(tables):
+def test_overview_shows_the_fastest_call_and_the_worst_difference(tables):
     function = "deprocess_img (StackOverflow)"
     elements = 10 * tables["ELEMENTS_OF_AN_IMAGE"]
     rows = [
@@ -71,7 +71,7 @@ def test_overview_shows_the_fastest_way_and_the_worst_difference(tables):
     assert line.startswith("| StackOverflow |  |  | 2,000 | 50% |")
 
 
-def test_peers_that_differ_a_little_are_not_shown_as_exact(tables):
+def test_peers_with_small_differences_are_not_shown_as_exact(tables):
     record = json.loads((CHECKOUT / "benchmarks" / "results" / "peers.json").read_text("utf-8"))
     for one in record["rows"]:
         one["differing"] += one["contender"] == "Keras"
@@ -82,12 +82,12 @@ def test_peers_that_differ_a_little_are_not_shown_as_exact(tables):
     ]
 
 
-def test_missing_place_for_a_table_is_named(tables):
+def test_missing_table_marker_is_named(tables):
     with pytest.raises(SystemExit, match=r"0 places .*'bench'.*<!-- table: bench -->"):
-        tables["written_into"](["no table"])
+        tables["with_tables"](["no table"])
 
 
-def test_backend_that_is_missing_is_missing_for_keras_alone(monkeypatch):
+def test_missing_backend_only_affects_keras(monkeypatch):
     monkeypatch.syspath_prepend(CHECKOUT / "benchmarks")
     monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
     present, _, missing = importlib.import_module("contenders").importable("torch")

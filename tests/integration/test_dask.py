@@ -1,4 +1,4 @@
-"""Dask arrays: the bytes of the function in memory, for any chunks, and nothing too early."""
+"""Dask arrays: lazy, and the in-memory results for any chunks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import fastvgg
 import fastvgg.dask
 from fastvgg.errors import DtypeError, ModeError, ShapeError, UsageError
 from tests.helpers.batches import FLOATS, dtype_of
-from tests.helpers.datasets_on_disk import must_say, network_inputs, pixels
+from tests.helpers.datasets_on_disk import check_error, network_inputs, pixels
 from tests.helpers.samples import sampled
 
 pytestmark = pytest.mark.pixels
@@ -25,15 +25,15 @@ def _two_threads():
         yield
 
 
-def lazily(batch, chunks=CHUNKS):
+def as_dask_array(batch, chunks=CHUNKS):
     batch.flags.writeable = False
     return da.from_array(batch, chunks=chunks)
 
 
 @sampled("mode, dtype", ["caffe", "tf", "torch", "identity"], FLOATS, one_in=2)
-def test_a_lazy_array_is_computed_to_the_bytes_of_one_in_memory(mode, dtype, backend):
+def test_computed_dask_array_matches_the_in_memory_result(mode, dtype, backend):
     batch = pixels()
-    actual = fastvgg.dask.preprocess(lazily(batch), mode, dtype=dtype, backend=backend)
+    actual = fastvgg.dask.preprocess(as_dask_array(batch), mode, dtype=dtype, backend=backend)
     expected = network_inputs(batch, mode, dtype=dtype)
     assert (actual.shape, actual.dtype, actual.chunks) == (batch.shape, dtype_of(dtype), CHUNKS)
     assert actual._meta.dtype == dtype_of(dtype)
@@ -49,12 +49,12 @@ def test_a_lazy_array_is_computed_to_the_bytes_of_one_in_memory(mode, dtype, bac
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
 @pytest.mark.parametrize("out_layout", ["NHWC", "NCHW"])
 def test_chunks_follow_the_layout(layout, out_layout):
-    woven = pixels()
+    interleaved = pixels()
     axes = {"NHWC": (0, 1, 2, 3), "NCHW": (0, 3, 1, 2)}
-    batch = np.ascontiguousarray(woven.transpose(axes[layout]))
+    batch = np.ascontiguousarray(interleaved.transpose(axes[layout]))
     chunks = tuple(CHUNKS[axis] for axis in axes[layout])
     options = {"layout": layout, "out_layout": out_layout}
-    actual = fastvgg.dask.preprocess(lazily(batch, chunks), "caffe", **options)
+    actual = fastvgg.dask.preprocess(as_dask_array(batch, chunks), "caffe", **options)
     assert actual.chunks == tuple(CHUNKS[axis] for axis in axes[out_layout])
     expected = fastvgg.preprocess(batch, "caffe", **options)
     assert actual.compute().tobytes() == expected.tobytes()
@@ -62,34 +62,36 @@ def test_chunks_follow_the_layout(layout, out_layout):
     assert back.compute().tobytes() == batch.tobytes()
 
 
-def test_one_image_and_other_roundings_are_those_of_memory():
+def test_single_image_and_both_roundings_match_the_in_memory_result():
     image = pixels()[0] + np.float32(0.5)
     for rounding in ("nearest", "truncate"):
-        actual = fastvgg.dask.restore(lazily(image, (4, 5, 3)), "tf", rounding=rounding)
+        actual = fastvgg.dask.restore(as_dask_array(image, (4, 5, 3)), "tf", rounding=rounding)
         assert actual.shape == image.shape
         expected = fastvgg.restore(image, "tf", rounding=rounding)
         assert actual.compute().tobytes() == expected.tobytes()
 
 
-def test_lengths_need_not_be_known():
+def test_unknown_chunk_lengths_are_supported():
     batch = pixels()
-    lazy = lazily(batch)
+    lazy = as_dask_array(batch)
     some = lazy[da.from_array(np.array([True, False, True, True, False]), chunks=2)]
     assert np.isnan(some.shape[0])
     actual = fastvgg.dask.preprocess(some, "caffe").compute()
     assert actual.tobytes() == network_inputs(batch[[0, 2, 3]], "caffe").tobytes()
 
 
-def test_nothing_is_computed_before_it_is_asked_for():
+def test_nothing_is_computed_until_compute():
     def computed(block):
         raise AssertionError("computed")
 
-    lazy = lazily(pixels()).map_blocks(computed, dtype=np.uint8, meta=np.empty((0,) * 4, np.uint8))
+    lazy = as_dask_array(pixels()).map_blocks(
+        computed, dtype=np.uint8, meta=np.empty((0,) * 4, np.uint8)
+    )
     fastvgg.dask.restore(fastvgg.dask.preprocess(lazy, "caffe"), "caffe")
 
 
-def test_the_same_is_one_task_and_anything_else_another():
-    lazy = lazily(pixels())
+def test_task_name_depends_on_input_and_arguments():
+    lazy = as_dask_array(pixels())
     one = fastvgg.dask.preprocess(lazy, "caffe")
     assert one.name == fastvgg.dask.preprocess(lazy, "caffe").name
     assert one.name.startswith("preprocess-")
@@ -105,27 +107,27 @@ def test_the_same_is_one_task_and_anything_else_another():
 def test_invalid_arguments_are_rejected_when_the_graph_is_built():
     batch = pixels()
     with pytest.raises(ShapeError) as caught:
-        fastvgg.dask.preprocess(lazily(batch, (5, 7, 9, 2)), "caffe")
-    must_say(caught.value, "(2, 1)", "x.rechunk({3: -1})")
+        fastvgg.dask.preprocess(as_dask_array(batch, (5, 7, 9, 2)), "caffe")
+    check_error(caught.value, "(2, 1)", "x.rechunk({3: -1})")
     with pytest.raises(ShapeError) as caught:
         fastvgg.dask.preprocess(
-            lazily(batch.transpose(0, 3, 1, 2), (5, 1, 7, 9)), "tf", layout="NCHW"
+            as_dask_array(batch.transpose(0, 3, 1, 2), (5, 1, 7, 9)), "tf", layout="NCHW"
         )
-    must_say(caught.value, "x.rechunk({1: -1})")
+    check_error(caught.value, "x.rechunk({1: -1})")
     with pytest.raises(ShapeError):
-        fastvgg.dask.preprocess(lazily(batch), "tf", layout="NCHW")
+        fastvgg.dask.preprocess(as_dask_array(batch), "tf", layout="NCHW")
     with pytest.raises(DtypeError):
-        fastvgg.dask.restore(lazily(batch), "caffe")
+        fastvgg.dask.restore(as_dask_array(batch), "caffe")
     with pytest.raises(DtypeError):
-        fastvgg.dask.preprocess(lazily(batch.astype(np.int64)), "caffe")
+        fastvgg.dask.preprocess(as_dask_array(batch.astype(np.int64)), "caffe")
     with pytest.raises(ModeError):
-        fastvgg.dask.preprocess(lazily(batch), "coffee")
+        fastvgg.dask.preprocess(as_dask_array(batch), "coffee")
     with pytest.raises(UsageError, match="ndarray"):
         fastvgg.dask.preprocess(batch, "caffe")
 
 
-def test_the_suggested_rechunk_works():
-    lazy = lazily(pixels(), (5, 7, 9, 2)).rechunk({3: -1})
+def test_suggested_rechunk_works():
+    lazy = as_dask_array(pixels(), (5, 7, 9, 2)).rechunk({3: -1})
     assert fastvgg.dask.preprocess(lazy, "caffe").compute().tobytes() == (
         network_inputs(pixels(), "caffe").tobytes()
     )

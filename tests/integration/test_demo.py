@@ -1,4 +1,4 @@
-"""The demo: real photographs, every byte back, and a picture that shows it."""
+"""The demo: real photographs, an exact round trip, and a contact sheet."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from PIL import Image
 import fastvgg
 from fastvgg import demo
 from fastvgg.datasets.index import read_index
-from fastvgg.demo import demonstrate
+from fastvgg.demo import run_demo
 from fastvgg.errors import TargetError
 from tests.helpers.batches import assert_same
-from tests.helpers.datasets_on_disk import PHOTOGRAPHS, images_in, must_say, tree
+from tests.helpers.datasets_on_disk import PHOTOGRAPHS, check_error, images_in, tree
 
 pytestmark = pytest.mark.pixels
 
@@ -22,34 +22,34 @@ SIDE = 224
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory):
-    """A demo that was run once: its directory, what it said, what it showed."""
+def demo_run(tmp_path_factory):
+    """Run the demo once; return its directory, its messages and its result."""
     directory = tmp_path_factory.mktemp("demo") / "new"
-    said = []
-    return directory, said, demonstrate(directory, said.append)
+    messages = []
+    return directory, messages, run_demo(directory, messages.append)
 
 
-def test_every_byte_of_every_photograph_comes_back(shown):
-    _, said, demonstration = shown
+def test_every_byte_of_every_photograph_is_restored(demo_run):
+    _, messages, demonstration = demo_run
     assert demonstration.images == len(demo.PHOTOGRAPHS) >= 5
     assert demonstration.compared_bytes == demonstration.images * SIDE * SIDE * 3
-    assert len(said) >= 4
-    assert any("match the NumPy reference" in line for line in said)
+    assert len(messages) >= 4
+    assert any("match the NumPy reference" in line for line in messages)
 
 
-def test_the_reported_files_exist(shown):
-    directory, said, demonstration = shown
+def test_reported_files_exist(demo_run):
+    directory, messages, demonstration = demo_run
     assert demonstration.contact_sheet == directory / "contact-sheet.png"
     assert {path.name for path in directory.iterdir()} == {
         *("photos", "train.npy", "train.npy.fastvgg.json", "train.npy.index.csv", "restored"),
         *("restored.fastvgg.json", "restored.index.csv", "contact-sheet.png"),
     }
     for path in ("photos", "train.npy", "restored", "contact-sheet.png"):
-        assert any(str(directory / path) in line for line in said)
+        assert any(str(directory / path) in line for line in messages)
 
 
-def test_the_photographs_are_real_and_of_several_formats_and_sizes(shown):
-    directory = shown[0] / "photos"
+def test_photographs_are_real_and_vary_in_format_and_size(demo_run):
+    directory = demo_run[0] / "photos"
     found = []
     for path in directory.rglob("*.*"):
         with Image.open(path) as image:
@@ -63,8 +63,8 @@ def test_the_photographs_are_real_and_of_several_formats_and_sizes(shown):
     assert rocket.read_bytes() == (PHOTOGRAPHS / "rocket.jpg").read_bytes()
 
 
-def test_the_network_input_is_what_keras_makes_of_the_photographs(shown):
-    directory = shown[0]
+def test_network_input_matches_keras(demo_run):
+    directory = demo_run[0]
     stored = np.load(directory / "train.npy")
     records = read_index(directory / "train.npy", len(stored))
     for row, record in zip(stored, records, strict=True):
@@ -73,8 +73,8 @@ def test_the_network_input_is_what_keras_makes_of_the_photographs(shown):
         assert_same(row, np.ascontiguousarray(expected))
 
 
-def test_the_restored_files_are_the_resized_photographs(shown):
-    directory = shown[0]
+def test_restored_files_match_the_resized_photographs(demo_run):
+    directory = demo_run[0]
     restored = images_in(directory / "restored")
     assert len(restored) == len(demo.PHOTOGRAPHS)
     for relative in demo.PHOTOGRAPHS.values():
@@ -83,8 +83,8 @@ def test_the_restored_files_are_the_resized_photographs(shown):
         assert restored[name].tobytes() == np.asarray(loaded).tobytes()
 
 
-def test_the_contact_sheet_shows_originals_inputs_restored_and_black_differences(shown):
-    directory, _, demonstration = shown
+def test_contact_sheet_shows_original_input_restored_and_zero_difference(demo_run):
+    directory, _, demonstration = demo_run
     sheet = np.asarray(Image.open(demonstration.contact_sheet))
     rows, margin, caption = demonstration.images, demo.MARGIN, demo.CAPTION_HEIGHT
     cell_width, cell_height = SIDE + margin, SIDE + margin + caption
@@ -108,10 +108,10 @@ def test_the_contact_sheet_shows_originals_inputs_restored_and_black_differences
         assert (captions < 128).any()
 
 
-def test_it_runs_a_second_time_in_its_own_directory(shown):
-    directory, _, expected = shown
+def test_demo_can_be_rerun_in_its_own_directory(demo_run):
+    directory, _, expected = demo_run
     before = (directory / "train.npy").read_bytes()
-    actual = demonstrate(directory, lambda line: None)
+    actual = run_demo(directory, lambda line: None)
     assert actual == expected
     assert (directory / "train.npy").read_bytes() == before
     fastvgg.verify(directory / "restored", full=True)
@@ -120,29 +120,29 @@ def test_it_runs_a_second_time_in_its_own_directory(shown):
 @pytest.mark.parametrize(
     "name", ["notes.txt", "photos-of-my-own", "train.npy.backup", "restored-by-hand.png", ".git"]
 )
-def test_a_directory_with_other_files_is_rejected_and_unchanged(tmp_path, name):
+def test_directory_with_other_files_is_rejected_and_unchanged(tmp_path, name):
     (tmp_path / name).write_text("precious")
     before = tree(tmp_path)
     with pytest.raises(TargetError) as caught:
-        demonstrate(tmp_path, lambda line: None)
-    must_say(caught.value, tmp_path, name, "fastvgg demo")
+        run_demo(tmp_path, lambda line: None)
+    check_error(caught.value, tmp_path, name, "fastvgg demo")
     assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", ["photos/my own.jpg", "train.npy", "restored/a.png"])
-def test_what_only_has_the_names_of_a_demo_is_rejected_and_unchanged(tmp_path, name):
+def test_foreign_files_with_demo_names_are_rejected_and_unchanged(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("precious")
     before = tree(tmp_path)
     with pytest.raises(TargetError) as caught:
-        demonstrate(tmp_path, lambda line: None)
-    must_say(caught.value, tmp_path)
+        run_demo(tmp_path, lambda line: None)
+    check_error(caught.value, tmp_path)
     assert tree(tmp_path) == before
 
 
-def test_a_file_in_place_of_the_directory_is_rejected(tmp_path):
+def test_file_at_the_directory_path_is_rejected(tmp_path):
     (tmp_path / "file").write_text("precious")
     with pytest.raises(TargetError) as caught:
-        demonstrate(tmp_path / "file", lambda line: None)
-    must_say(caught.value, tmp_path / "file", "fastvgg demo")
+        run_demo(tmp_path / "file", lambda line: None)
+    check_error(caught.value, tmp_path / "file", "fastvgg demo")
     assert (tmp_path / "file").read_text() == "precious"

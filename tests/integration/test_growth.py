@@ -1,4 +1,4 @@
-"""What the benchmark of growth measures can be written as tables and drawn, and hides nothing."""
+"""The growth benchmark: its tables and figures show every measurement."""
 
 import copy
 import importlib
@@ -18,8 +18,8 @@ TEXT = "{http://www.w3.org/2000/svg}text"
 
 
 @pytest.fixture(scope="module")
-def imported():
-    """Return what imports a module of the benchmarks."""
+def import_benchmark():
+    """Return a function that imports a benchmark module."""
     with pytest.MonkeyPatch.context() as patched:
         patched.syspath_prepend(BENCHMARKS)
         before = set(sys.modules)
@@ -30,10 +30,10 @@ def imported():
 
 
 @pytest.fixture(scope="module")
-def record(imported, tmp_path_factory):
-    """Return a record of one run in a process, whose line stands for all points."""
-    growth = imported("growth")
-    files = imported("streams").Files(tmp_path_factory.mktemp("growth"), 2)
+def record(import_benchmark, tmp_path_factory):
+    """Return a record of one run in a child process, whose row is used for all points."""
+    growth = import_benchmark("growth")
+    files = import_benchmark("streams").Files(tmp_path_factory.mktemp("growth"), 2)
     run = growth.Run(files, 300, 32, threads=2, memory="4MiB")
     run.call()
     line = run.line([0.02, 0.03], [0.01, 0.02])
@@ -41,32 +41,32 @@ def record(imported, tmp_path_factory):
         {**line, "images": count, "seconds": count / 1e4, "middle_half": [count / 1e4] * 2}
         for count in (300, 600, 1200)
     ]
-    far = growth.quick_lengths(2)._replace(threads=(1,), working_set_bytes=10**6)
+    quick_sizes = growth.quick_sweep_sizes(2)._replace(threads=(1,), working_set_bytes=10**6)
     return {
         "machine": machine(),
         "threads": 2,
         "rounds": 2,
         "sweeps": {"images": lines, "side": [line], "threads": [line], "chunk": [line]},
-        "line": growth.held_against_a_line(lines),
-        "in_memory": list(growth.measured_in_memory(far, 2)),
+        "line": growth.add_deviations_from_linear_fit(lines),
+        "in_memory": list(growth.measured_in_memory(quick_sizes, 2)),
     }
 
 
 @pytest.fixture
 def above(record):
-    """Return the record of a run that took more memory than its plan said."""
+    """Return a record whose peak memory exceeds the plan."""
     changed = copy.deepcopy(record)
     row = changed["sweeps"]["side"][0]
     row["peak_mib"] = row["planned_mib"] + 1
     return changed
 
 
-def drawn(imported, record, path):
-    imported("plots").growth(record, path)
+def figure_texts(import_benchmark, record, path):
+    import_benchmark("plots").growth(record, path)
     return {text.text for text in ET.parse(path).iter(TEXT)}  # noqa: S314  # our own
 
 
-def test_a_run_in_a_process_takes_no_more_memory_than_was_planned(record):
+def test_child_process_uses_no_more_memory_than_planned(record):
     row = record["sweeps"]["side"][0]
     assert 0 < row["peak_mib"] <= row["planned_mib"] <= row["memory_limit_mib"] == 4
     assert row["chunk_images"] < row["images"] == 300
@@ -74,21 +74,21 @@ def test_a_run_in_a_process_takes_no_more_memory_than_was_planned(record):
     assert row["idle_mib"] > row["peak_mib"]
 
 
-def test_what_grows_as_a_line_is_on_it(record):
+def test_linear_growth_has_no_deviation_from_the_fit(record):
     assert record["line"] == {"start_ms": 0.0, "microseconds_an_image": 100.0}
     assert [row["deviation"] for row in record["sweeps"]["images"]] == [0, 0, 0]
 
 
-def test_tables_have_a_row_for_every_point(record, imported):
-    text = "\n".join(imported("tables").growth(record))
+def test_tables_have_a_row_per_point(record, import_benchmark):
+    text = "\n".join(import_benchmark("tables").growth(record))
     assert "| 1,200 | 0.120 | 100.0 | " in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) == 4 + 3 + 1 + 1 + 1  # headers first
     assert all(line.count("|") == 9 for line in rows[:4])
 
 
-def test_figure_has_its_labels_as_text(record, imported, tmp_path):
-    texts = drawn(imported, record, tmp_path / "growth.svg")
+def test_figure_labels_are_text(record, import_benchmark, tmp_path):
+    texts = figure_texts(import_benchmark, record, tmp_path / "growth.svg")
     assert {
         "images of 32x32",
         "height and width of an image, pixels",
@@ -105,17 +105,17 @@ def test_figure_has_its_labels_as_text(record, imported, tmp_path):
     } <= texts
 
 
-def test_the_same_record_gives_the_same_bytes(record, imported, tmp_path):
+def test_figure_of_a_record_is_reproducible(record, import_benchmark, tmp_path):
     first, second = tmp_path / "first.svg", tmp_path / "second.svg"
-    drawn(imported, record, first)
-    drawn(imported, record, second)
+    figure_texts(import_benchmark, record, first)
+    figure_texts(import_benchmark, record, second)
     assert first.read_bytes() == second.read_bytes()
     assert b"<dc:date>" not in first.read_bytes()
 
 
-def test_more_memory_than_was_planned_is_seen(record, above, imported, tmp_path):
-    tables, path = imported("tables"), tmp_path / "growth.svg"
-    assert "above the plan" not in drawn(imported, record, path)
+def test_memory_above_the_plan_is_reported(record, above, import_benchmark, tmp_path):
+    tables, path = import_benchmark("tables"), tmp_path / "growth.svg"
+    assert "above the plan" not in figure_texts(import_benchmark, record, path)
     assert "above the plan" not in "\n".join(tables.growth(record))
-    assert "above the plan" in drawn(imported, above, path)
+    assert "above the plan" in figure_texts(import_benchmark, above, path)
     assert "above the plan" in "\n".join(tables.growth(above))

@@ -1,4 +1,4 @@
-"""The drop-ins against the originals: the same type and bits, and no other side effects."""
+"""The drop-in functions match the originals in dtype and bits, without side effects."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ SHAPES = {3: (5, 7), 4: (2, 5, 7)}
 
 
 def add_means_and_reverse(y, layout):
-    """What the StackOverflow function returns, said again; the original does it to its argument."""
+    """Return the result of the StackOverflow function, which changes its argument."""
     x = y.copy()
     axis = CHANNEL_AXIS[layout]
     for channel, mean in enumerate(CAFFE_MEANS):
-        # A Python float leaves the type of the array alone, as in the original.
+        # A Python float does not change the dtype, as in the original.
         np.moveaxis(x, axis, 0)[channel] += mean
     return np.flip(x, axis)
 
 
 def truncated_image(y):
-    """What the style-transfer tutorials' function returns, said again."""
+    """Return the result of the function in style-transfer tutorials."""
     x = add_means_and_reverse(np.squeeze(y, 0) if y.ndim == 4 else y, "NHWC")
     return np.clip(x, 0, 255).astype(np.uint8)
 
 
-def numbers(dtype, rank=4, layout="NHWC", seed=0):
-    """A read-only batch of what `preprocess_input` may be given, beyond 0..255 where it can be."""
+def random_batch(dtype, rank=4, layout="NHWC", seed=0):
+    """Return a read-only batch for `preprocess_input`, beyond 0..255 if the dtype allows."""
     shape = (*SHAPES[rank], 3)
     random = np.random.default_rng(seed)
     if dtype in ("uint8", "bool"):
@@ -63,7 +63,7 @@ def numbers(dtype, rank=4, layout="NHWC", seed=0):
 
 
 def noisy_input(dtype, rank=4, layout="NHWC", seed=0):
-    """A read-only batch as an optimiser leaves it: caffe network input with noise on it."""
+    """Return a read-only batch like an optimizer's output: caffe network input with noise."""
     random = np.random.default_rng(seed)
     batch = random.uniform(-160, 190, (*SHAPES[rank], 3)) + random.normal(0, 0.2, 3)
     return frozen(in_layout(batch.astype(dtype), layout))
@@ -71,7 +71,7 @@ def noisy_input(dtype, rank=4, layout="NHWC", seed=0):
 
 @pytest.fixture
 def keras_config():
-    """The settings of Keras, put back afterwards."""
+    """Yield the Keras settings, and restore them afterwards."""
     floatx, data_format = keras.config.floatx(), keras.config.image_data_format()
     yield keras.config
     keras.config.set_floatx(floatx)
@@ -82,9 +82,9 @@ def keras_config():
 @pytest.mark.parametrize("rank", [3, 4])
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first", None])
 @pytest.mark.parametrize("mode", KERAS_MODES)
-def test_preprocess_input_gives_the_type_and_the_bits_of_keras(mode, data_format, rank, dtype):
+def test_preprocess_input_matches_keras_dtype_and_bits(mode, data_format, rank, dtype):
     layout = LAYOUT_OF[data_format or keras.config.image_data_format()]
-    x = numbers(dtype, rank, layout)
+    x = random_batch(dtype, rank, layout)
     expected = imagenet_utils.preprocess_input(x.copy(), data_format, mode)
     with unchanged(x):
         actual = preprocess_input(x, data_format, mode)
@@ -92,15 +92,15 @@ def test_preprocess_input_gives_the_type_and_the_bits_of_keras(mode, data_format
     assert not np.shares_memory(actual, x)
 
 
-def test_preprocess_input_has_the_defaults_of_keras():
-    x = numbers("uint8")
+def test_preprocess_input_defaults_match_keras():
+    x = random_batch("uint8")
     assert_same(preprocess_input(x), imagenet_utils.preprocess_input(x.copy()))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", KERAS_MODES)
-def test_preprocess_input_gives_the_bits_of_keras_for_every_value(mode, layout, dtype):
+def test_preprocess_input_matches_keras_for_every_value(mode, layout, dtype):
     x = frozen(every_value(layout).astype(dtype))
     data_format = {"NHWC": "channels_last", "NCHW": "channels_first"}[layout]
     expected = imagenet_utils.preprocess_input(x.copy(), data_format, mode)
@@ -110,7 +110,7 @@ def test_preprocess_input_gives_the_bits_of_keras_for_every_value(mode, layout, 
 
 
 @pytest.mark.parametrize("mode", KERAS_MODES)
-def test_preprocess_input_computes_all_65536_halves_as_halves(mode):
+def test_preprocess_input_matches_keras_for_all_65536_float16(mode):
     x = every_half("float16")
     with np.errstate(over="ignore", invalid="ignore"):
         expected = imagenet_utils.preprocess_input(x.copy(), mode=mode)
@@ -120,8 +120,8 @@ def test_preprocess_input_computes_all_65536_halves_as_halves(mode):
 
 @pytest.mark.parametrize("dtype", ["int32", "uint16", "float16", "float32", "float64"])
 @pytest.mark.parametrize("mode", KERAS_MODES)
-def test_preprocess_input_gives_the_values_of_keras_for_the_other_byte_order(mode, dtype):
-    x = frozen(byte_swapped(numbers("uint8").astype(dtype)))
+def test_preprocess_input_matches_keras_for_swapped_byte_order(mode, dtype):
+    x = frozen(byte_swapped(random_batch("uint8").astype(dtype)))
     expected = imagenet_utils.preprocess_input(x.copy(), mode=mode)
     with unchanged(x):
         actual = preprocess_input(x, mode=mode)
@@ -134,8 +134,8 @@ def test_preprocess_input_gives_the_values_of_keras_for_the_other_byte_order(mod
     [lambda x: x[:, ::-1, ::2], lambda x: np.flip(np.flip(x).copy()), np.asfortranarray, unaligned],
     ids=["stepped", "reversed", "in Fortran order", "unaligned"],
 )
-def test_preprocess_input_reads_any_strides(view, dtype):
-    x = frozen(view(numbers(dtype)))
+def test_preprocess_input_supports_any_strides(view, dtype):
+    x = frozen(view(random_batch(dtype)))
     expected = imagenet_utils.preprocess_input(x.copy())
     with unchanged(x):
         actual = preprocess_input(x)
@@ -147,7 +147,7 @@ def test_preprocess_input_reads_any_strides(view, dtype):
 @pytest.mark.parametrize("mode", KERAS_MODES)
 def test_preprocess_input_follows_the_floatx_of_keras(keras_config, mode, dtype, floatx):
     keras_config.set_floatx(floatx)
-    x = numbers(dtype)
+    x = random_batch(dtype)
     expected = imagenet_utils.preprocess_input(x.copy(), mode=mode)
     with unchanged(x):
         actual = preprocess_input(x, mode=mode)
@@ -157,12 +157,12 @@ def test_preprocess_input_follows_the_floatx_of_keras(keras_config, mode, dtype,
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 def test_preprocess_input_follows_the_image_data_format_of_keras(keras_config, data_format):
     keras_config.set_image_data_format(data_format)
-    x = numbers("uint8", layout=LAYOUT_OF[data_format])
+    x = random_batch("uint8", layout=LAYOUT_OF[data_format])
     assert_same(preprocess_input(x), imagenet_utils.preprocess_input(x.copy()))
     assert_same(preprocess_input(x), preprocess_input(x, data_format))
 
 
-def test_without_keras_the_defaults_are_its_defaults_and_it_is_not_imported():
+def test_without_keras_the_defaults_are_the_same_and_keras_is_not_imported():
     run_script(
         "import sys\n"
         "import numpy as np\n"
@@ -185,8 +185,8 @@ def test_without_keras_the_defaults_are_its_defaults_and_it_is_not_imported():
         ({"data_format": ""}, "''"),
     ],
 )
-def test_preprocess_input_rejects_what_keras_refuses(arguments, shown):
-    x = numbers("float32")
+def test_preprocess_input_rejects_what_keras_rejects(arguments, shown):
+    x = random_batch("float32")
     with pytest.raises(ValueError, match=r"(?i)expected|invalid"):
         imagenet_utils.preprocess_input(x.copy(), **arguments)
     with unchanged(x), pytest.raises(UsageError) as caught:
@@ -199,7 +199,7 @@ def test_preprocess_input_rejects_what_keras_refuses(arguments, shown):
 @pytest.mark.parametrize(
     "shape", [(5, 7), (2, 5, 7, 1), (2, 5, 7, 4), (2, 3, 5, 7), (1, 2, 5, 7, 3), (7,)]
 )
-def test_preprocess_input_rejects_other_shapes_before_it_begins(shape, dtype):
+def test_preprocess_input_rejects_wrong_shapes_before_writing(shape, dtype):
     x = np.zeros(shape, dtype)
     with unchanged(x), pytest.raises(ShapeError) as caught:
         preprocess_input(x)
@@ -207,8 +207,8 @@ def test_preprocess_input_rejects_other_shapes_before_it_begins(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float16", "float32"])
-def test_a_masked_array_is_rejected_in_every_type(dtype):
-    x = np.ma.masked_array(numbers(dtype), mask=True)
+def test_masked_array_is_rejected_for_every_dtype(dtype):
+    x = np.ma.masked_array(random_batch(dtype), mask=True)
     with pytest.raises(DtypeError, match="masked"):
         preprocess_input(x)
 
@@ -217,7 +217,7 @@ def test_a_masked_array_is_rejected_in_every_type(dtype):
     "drop_in", [preprocess_input, restore_original_image_from_array, deprocess_img]
 )
 @pytest.mark.parametrize("x", [[[[0.0, 0.0, 0.0]]], None, "photo.jpg"], ids=["list", "None", "str"])
-def test_a_value_that_is_not_an_array_is_rejected_by_name(drop_in, x):
+def test_non_array_is_rejected_by_type_name(drop_in, x):
     with pytest.raises(DtypeError, match=type(x).__name__):
         drop_in(x)
 
@@ -234,7 +234,9 @@ def test_long_double_is_rejected(drop_in):
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("rank", [3, 4])
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
-def test_restore_original_image_from_array_adds_the_means_and_reverses(data_format, rank, dtype):
+def test_restore_original_image_from_array_adds_means_and_reverses_channels(
+    data_format, rank, dtype
+):
     layout = LAYOUT_OF[data_format]
     y = noisy_input(dtype, rank, layout)
     expected = add_means_and_reverse(y, layout)
@@ -260,7 +262,7 @@ def test_restore_original_image_from_array_keeps_nan_and_does_not_clip(dtype):
     assert np.nanmin(actual) < 0 < 255 < np.nanmax(actual)
 
 
-def test_restore_original_image_from_array_undoes_keras_on_every_value():
+def test_restore_original_image_from_array_inverts_keras_for_every_value():
     x = frozen(every_value().astype(np.float32))
     y = imagenet_utils.preprocess_input(x.copy(), mode="caffe")
     assert y.strides[-1] < 0
@@ -268,12 +270,12 @@ def test_restore_original_image_from_array_undoes_keras_on_every_value():
 
 
 @pytest.mark.parametrize("data_format", ["NCHW", "", "channels"])
-def test_restore_original_image_from_array_rejects_an_unknown_format(data_format):
+def test_restore_original_image_from_array_rejects_unknown_data_format(data_format):
     with pytest.raises(UsageError, match="channels_first"):
         restore_original_image_from_array(noisy_input("float32"), data_format)
 
 
-def test_restore_original_image_from_array_rejects_the_other_layout_and_names_it():
+def test_restore_original_image_from_array_rejects_the_other_layout_by_name():
     y = noisy_input("float32", layout="NHWC")
     with unchanged(y), pytest.raises(ShapeError) as caught:
         restore_original_image_from_array(y, "channels_first")
@@ -283,7 +285,7 @@ def test_restore_original_image_from_array_rejects_the_other_layout_and_names_it
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("rank", [3, 4])
-def test_deprocess_img_truncates_as_the_tutorials_do(rank, dtype):
+def test_deprocess_img_truncates_like_the_tutorials(rank, dtype):
     y = noisy_input(dtype, rank)
     y = y[:1] if rank == 4 else y
     expected = truncated_image(y)
@@ -295,7 +297,7 @@ def test_deprocess_img_truncates_as_the_tutorials_do(rank, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_deprocess_img_truncates_every_value_as_the_tutorials_do(dtype):
+def test_deprocess_img_truncates_every_value_like_the_tutorials(dtype):
     x = every_value(rank=3)
     y = frozen(imagenet_utils.preprocess_input(x.astype(dtype), mode="caffe"))
     with unchanged(y):
@@ -303,7 +305,7 @@ def test_deprocess_img_truncates_every_value_as_the_tutorials_do(dtype):
     assert_same(actual, truncated_image(y))
 
 
-def test_deprocess_img_loses_values_that_restore_keeps():
+def test_deprocess_img_loses_values_that_restore_preserves():
     x = every_value(rank=3)
     y = fastvgg.preprocess(x, "caffe", dtype="float16").astype(np.float32)
     assert (deprocess_img(y) != x).any()
@@ -312,13 +314,13 @@ def test_deprocess_img_loses_values_that_restore_keeps():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_deprocess_img_saturates_nan_and_the_infinities(dtype):
+def test_deprocess_img_saturates_nan_and_infinities(dtype):
     for value, expected in ((np.nan, 0), (-np.nan, 0), (-np.inf, 0), (np.inf, 255)):
         y = frozen(np.full((5, 7, 3), value, dtype))
         assert_same(deprocess_img(y), np.full((5, 7, 3), expected, np.uint8))
 
 
-def test_deprocess_img_computes_all_65536_halves_as_halves():
+def test_deprocess_img_is_correct_for_all_65536_float16():
     y = frozen(every_half("float16").reshape(256, 256, 3))
     number = ~np.isnan(y)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -328,7 +330,7 @@ def test_deprocess_img_computes_all_65536_halves_as_halves():
 
 
 @pytest.mark.parametrize("images", [0, 2, 5])
-def test_deprocess_img_rejects_a_batch_and_names_what_takes_one(images):
+def test_deprocess_img_rejects_a_batch_and_suggests_restore(images):
     y = np.zeros((images, 5, 7, 3), np.float32)
     with unchanged(y), pytest.raises(ShapeError) as caught:
         deprocess_img(y)
@@ -338,14 +340,14 @@ def test_deprocess_img_rejects_a_batch_and_names_what_takes_one(images):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 4), (3, 5, 7), (1, 3, 5, 7), (1, 1, 5, 7, 3)])
-def test_deprocess_img_rejects_other_shapes(shape, dtype):
+def test_deprocess_img_rejects_wrong_shapes(shape, dtype):
     with pytest.raises(ShapeError):
         deprocess_img(np.zeros(shape, dtype))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.bool_, ml_dtypes.bfloat16, np.complex64])
 @pytest.mark.parametrize("drop_in", [restore_original_image_from_array, deprocess_img])
-def test_types_that_preprocess_input_never_returns_are_rejected(drop_in, dtype):
+def test_dtypes_that_preprocess_input_never_returns_are_rejected(drop_in, dtype):
     x = np.zeros((3, 5, 3), dtype)
     with unchanged(x), pytest.raises(DtypeError) as caught:
         drop_in(x)
@@ -353,7 +355,7 @@ def test_types_that_preprocess_input_never_returns_are_rejected(drop_in, dtype):
     assert isinstance(caught.value, FastvggError)
 
 
-def test_the_three_undo_one_another_in_float32():
+def test_drop_ins_round_trip_in_float32():
     x = every_value(rank=3)
     y = preprocess_input(x)
     assert_same(deprocess_img(y), x)

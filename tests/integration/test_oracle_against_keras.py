@@ -1,4 +1,4 @@
-"""fastvgg against Keras itself: 0 differences, for every value that an image can hold."""
+"""The oracle and the engine equal Keras for every value of an image."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PHOTOGRAPH = Path(skimage.data_dir) / "rocket.jpg"
 
 
 def keras_result(x, mode, layout, dtype):
-    """What Keras makes of a copy of `x` in `dtype`; it writes into what it is given."""
+    """Return Keras's result for a copy of `x` in `dtype`; Keras writes to its input."""
     return preprocess_input(x.astype(dtype), data_format=DATA_FORMATS[layout], mode=mode)
 
 
@@ -55,7 +55,7 @@ def photograph():
 @pytest.mark.parametrize("rank", [3, 4])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", KERAS_MODES)
-def test_the_oracle_equals_keras_for_every_value(mode, layout, rank, dtype):
+def test_oracle_matches_keras_for_every_value(mode, layout, rank, dtype):
     x = frozen(every_value(layout, rank).astype(dtype))
     expected = keras_result(x, mode, layout, dtype)
     with unchanged(x):
@@ -67,7 +67,7 @@ def test_the_oracle_equals_keras_for_every_value(mode, layout, rank, dtype):
 @pytest.mark.parametrize("rank", [3, 4])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", KERAS_MODES)
-def test_the_engine_equals_keras_for_every_value(backend, mode, layout, rank, dtype):
+def test_engine_matches_keras_for_every_value(backend, mode, layout, rank, dtype):
     x = frozen(every_value(layout, rank).astype(dtype))
     expected = keras_result(x, mode, layout, dtype)
     with unchanged(x):
@@ -78,9 +78,7 @@ def test_the_engine_equals_keras_for_every_value(backend, mode, layout, rank, dt
 @pytest.mark.parametrize("rank", [3, 4])
 @pytest.mark.parametrize(("layout", "out_layout"), LAYOUT_PAIRS)
 @pytest.mark.parametrize("mode", KERAS_MODES)
-def test_uint8_images_become_what_keras_makes_of_them_in_either_layout(
-    backend, mode, layout, out_layout, rank
-):
+def test_uint8_images_match_keras_for_every_layout_pair(backend, mode, layout, out_layout, rank):
     x = every_value(layout, rank)
     result = keras_result(x, mode, layout, "float32")
     expected = np.moveaxis(result, CHANNEL_AXIS[layout], CHANNEL_AXIS[out_layout])
@@ -92,7 +90,7 @@ def test_uint8_images_become_what_keras_makes_of_them_in_either_layout(
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", KERAS_MODES)
-def test_half_types_hold_the_float32_result_of_keras_rounded_once(backend, mode, layout, dtype):
+def test_16_bit_results_are_float32_keras_results_rounded_once(backend, mode, layout, dtype):
     x = every_value(layout)
     expected = keras_result(x, mode, layout, "float32").astype(dtype_of(dtype))
     assert_same(oracle.apply(Transform(mode, layout=layout, dtype=dtype), x), expected)
@@ -102,7 +100,7 @@ def test_half_types_hold_the_float32_result_of_keras_rounded_once(backend, mode,
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("mode", KERAS_MODES)
-def test_the_golden_vectors_come_out_of_the_oracle_and_of_the_engine(backend, golden, mode, dtype):
+def test_oracle_and_engine_match_golden_vectors(backend, golden, mode, dtype):
     expected = golden[f"{mode}_{dtype}"]
     assert_same(oracle.apply(Transform(mode, dtype=dtype), golden["x"]), expected)
     assert_same(fastvgg.preprocess(golden["x"], mode, dtype=dtype, backend=backend), expected)
@@ -110,12 +108,12 @@ def test_the_golden_vectors_come_out_of_the_oracle_and_of_the_engine(backend, go
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("mode", KERAS_MODES)
-def test_the_golden_vectors_are_restored_to_the_images_they_came_from(backend, golden, mode, dtype):
+def test_golden_vectors_restore_to_their_images(backend, golden, mode, dtype):
     actual = fastvgg.restore(golden[f"{mode}_{dtype}"], mode, backend=backend)
     assert_same(actual, golden["x"])
 
 
-def test_the_golden_vectors_hold_every_value_and_say_what_made_them(golden):
+def test_golden_vectors_contain_every_value_and_record_versions(golden):
     for channel in range(3):
         assert sorted(golden["x"][..., channel].ravel()) == list(range(256))
     assert str(golden["keras_version"]).startswith("3.")
@@ -123,7 +121,7 @@ def test_the_golden_vectors_hold_every_value_and_say_what_made_them(golden):
 
 
 @sampled("mode, layouts, dtype", KERAS_MODES, LAYOUT_PAIRS, FLOATS, one_in=5)
-def test_every_byte_comes_back_from_every_storage_type(backend, mode, layouts, dtype):
+def test_every_value_round_trips_through_every_storage_dtype(backend, mode, layouts, dtype):
     layout, out_layout = layouts
     x = every_value(layout)
     y = fastvgg.preprocess(
@@ -138,7 +136,7 @@ def test_every_byte_comes_back_from_every_storage_type(backend, mode, layouts, d
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("mode", KERAS_MODES)
-def test_every_byte_comes_back_from_the_oracle(mode, dtype):
+def test_every_value_round_trips_through_the_oracle(mode, dtype):
     x = every_value()
     preprocess = Transform(mode, dtype=dtype, out_layout="NCHW")
     assert_same(oracle.apply(preprocess.inverse(), oracle.apply(preprocess, x)), x)
@@ -147,9 +145,7 @@ def test_every_byte_comes_back_from_the_oracle(mode, dtype):
 @pytest.mark.parametrize(
     ("model", "module"), [("VGG19", vgg19), ("ResNet50V2", resnet_v2), ("DenseNet121", densenet)]
 )
-def test_a_photograph_that_keras_preprocessed_is_restored_to_every_byte(
-    backend, photograph, model, module
-):
+def test_photograph_preprocessed_by_keras_is_restored_exactly(backend, photograph, model, module):
     expected = np.asarray(photograph)
     x = keras.utils.img_to_array(photograph)
     y = frozen(module.preprocess_input(x.copy()))
@@ -161,7 +157,7 @@ def test_a_photograph_that_keras_preprocessed_is_restored_to_every_byte(
 @pytest.mark.parametrize(
     ("model", "module"), [("VGG19", vgg19), ("ResNet50V2", resnet_v2), ("DenseNet121", densenet)]
 )
-def test_a_photograph_is_preprocessed_as_keras_does_it(backend, photograph, model, module):
+def test_preprocessed_photograph_matches_keras(backend, photograph, model, module):
     x = frozen(keras.utils.img_to_array(photograph))
     expected = module.preprocess_input(x.copy())
     mode = Mode.for_model(model)
@@ -172,7 +168,7 @@ def test_a_photograph_is_preprocessed_as_keras_does_it(backend, photograph, mode
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("mode", KERAS_MODES)
-def test_a_photograph_survives_being_stored_in_two_bytes_a_value(backend, photograph, mode, dtype):
+def test_photograph_round_trips_through_16_bit_storage(backend, photograph, mode, dtype):
     expected = np.asarray(photograph)
     x = keras.utils.img_to_array(photograph)
     y = preprocess_input(x, mode=mode).astype(dtype_of(dtype))

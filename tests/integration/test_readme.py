@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import fastvgg
 from fastvgg import bench
 from fastvgg.cli import app
-from fastvgg.demo import CAPTION_HEIGHT, MARGIN, SIZE, demonstrate
+from fastvgg.demo import CAPTION_HEIGHT, MARGIN, SIZE, run_demo
 from fastvgg.errors import BackendError
 from tests.helpers.checkout import CHECKOUT
 
@@ -64,7 +64,7 @@ COMMANDS = [
 def shown(tmp_path_factory):
     """A directory in which `fastvgg demo demo/` was run."""
     directory = tmp_path_factory.mktemp("shown")
-    demonstrate(directory / "demo", lambda line: None)
+    run_demo(directory / "demo", lambda line: None)
     return directory
 
 
@@ -90,7 +90,7 @@ def test_python_example_runs(example, in_demo_directory):
     assert ran.returncode == 0, ran.stderr
 
 
-def test_quickstarts_are_short_and_do_what_they_say(in_demo_directory):
+def test_quickstarts_are_short_and_print_the_documented_results(in_demo_directory):
     undo, to_batches = blocks("python", "README.md")
     for example in (undo, to_batches):
         assert len([line for line in example.splitlines() if line.strip()]) <= 12
@@ -105,7 +105,7 @@ def test_quickstarts_are_short_and_do_what_they_say(in_demo_directory):
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_a_cluster_is_three_lines_away(number, tmp_path, monkeypatch):
+def test_cluster_examples_run(number, tmp_path, monkeypatch):
     from distributed import LocalCluster, default_client
 
     class Cluster(LocalCluster):
@@ -135,19 +135,19 @@ def test_a_cluster_is_three_lines_away(number, tmp_path, monkeypatch):
 # Commands
 
 
-def parsed(block):
+def parse_commands(block):
     """The commands of a block that are of fastvgg."""
     lines = [line for line in block.splitlines() if line.startswith("fastvgg ")]
     return [shlex.split(line, comments=True) for line in lines]
 
 
 @pytest.mark.parametrize("block", COMMANDS)
-def test_commands_run_in_the_order_they_are_listed(block, in_demo_directory, monkeypatch):
-    monkeypatch.setattr(bench, "QUICK", bench.BenchConfig(2**23, 2, 1, 2**20, every_path=False))
+def test_documented_commands_run_in_order(block, in_demo_directory, monkeypatch):
+    monkeypatch.setattr(bench, "QUICK", bench.BenchConfig(2**23, 2, 1, 2**20, has_all_paths=False))
     images = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)
     np.save("images.npy", images)
     np.save("floats.npy", images.astype(np.float32))
-    for command in parsed(block):
+    for command in parse_commands(block):
         if command[1] == "demo":
             command[2] = "another_demo"  # the one of the fixture is shared
         actual = CliRunner().invoke(app, command[1:])
@@ -158,15 +158,17 @@ def test_commands_run_in_the_order_they_are_listed(block, in_demo_directory, mon
         )
 
 
-def test_every_command_is_shown():
-    shown = {command[1] for block in blocks("sh", "docs/usage.md") for command in parsed(block)}
+def test_every_command_is_documented():
+    shown = {
+        command[1] for block in blocks("sh", "docs/usage.md") for command in parse_commands(block)
+    }
     assert shown == {
         command.name or command.callback.__name__ for command in app.registered_commands
     }
 
 
 @pytest.mark.parametrize("document", [name for name in DOCUMENTS if "benchmarks" not in name])
-def test_options_that_are_mentioned_exist(document):
+def test_mentioned_options_exist(document):
     known = {
         option
         for command in typer.main.get_command(app).commands.values()
@@ -178,11 +180,11 @@ def test_options_that_are_mentioned_exist(document):
         r"`([^`\n]+)`",
         re.sub(r"^```.*?^```$", "", DOCUMENTS[document], flags=re.MULTILINE | re.DOTALL),
     )
-    of_others = ("python", ".ci/", "pytest", "git", "ruff", "mypy", "tar")
+    other_programs = ("python", ".ci/", "pytest", "git", "ruff", "mypy", "tar")
     mentioned = {
         option
         for text in code
-        if not text.startswith(of_others)
+        if not text.startswith(other_programs)
         for option in re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", text)
     }
     assert mentioned <= known
@@ -194,7 +196,7 @@ def test_setup_commands_are_single_lines_that_need_only_python(name):
     assert command.startswith("python3 -m venv .venv && ")
 
 
-def test_exit_codes_are_those_of_the_errors():
+def test_documented_exit_codes_match_the_errors():
     from fastvgg import errors
     from fastvgg.cli import errors as exits
 
@@ -206,10 +208,10 @@ def test_exit_codes_are_those_of_the_errors():
 # Figures
 
 
-def test_tables_are_what_the_results_say():
+def test_tables_match_the_results():
     tables = runpy.run_path(str(CHECKOUT / "benchmarks" / "tables.py"))
     texts = [document.read_text(encoding="utf-8") for document in tables["DOCUMENTS"]]
-    assert tables["written_into"](texts) == texts
+    assert tables["with_tables"](texts) == texts
     marked = re.findall(r"<!-- table: (\w+) -->", "".join(texts))
     assert sorted(marked) == sorted(tables["TABLES"])
 
@@ -250,14 +252,14 @@ def figures():
 
 
 @pytest.mark.parametrize("sentence", figures())
-def test_figures_in_prose_are_what_the_results_say(sentence):
+def test_figures_in_prose_match_the_results(sentence):
     assert sentence in " ".join(README.split())
 
 
 # Pictures and links
 
 
-def test_pictures_are_what_the_results_say(tmp_path, monkeypatch):
+def test_pictures_match_the_results(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(CHECKOUT / "benchmarks")
     plots = runpy.run_path(str(CHECKOUT / "benchmarks" / "plots.py"))
     shown = re.findall(r"\]\([./\w]*results/([\w-]+)\.svg\)", "".join(DOCUMENTS.values()))
@@ -265,15 +267,17 @@ def test_pictures_are_what_the_results_say(tmp_path, monkeypatch):
     for name, draw in plots["PLOTS"].items():
         kept = RESULTS / f"{name}.svg"
         draw(json.loads(kept.with_suffix(".json").read_text("utf-8")), tmp_path / kept.name)
-        assert texts_of(tmp_path / kept.name) == texts_of(kept)  # curves vary with the version
+        assert picture_texts(tmp_path / kept.name) == picture_texts(
+            kept
+        )  # curves vary with the version
 
 
-def texts_of(picture):
+def picture_texts(picture):
     root = ET.parse(picture).getroot()  # noqa: S314  # our own
     return [text.strip() for text in root.itertext() if text.strip()]
 
 
-def test_picture_of_the_demo_is_what_the_demo_draws(shown):
+def test_demo_picture_matches_the_demo(shown):
     picture = np.asarray(Image.open(CHECKOUT / "docs" / "demo.png"))
     sheet = np.asarray(Image.open(shown / "demo" / "contact-sheet.png"))
     height = SIZE[0] + MARGIN + CAPTION_HEIGHT
@@ -290,7 +294,7 @@ def anchors(document):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_links_lead_somewhere(document):
+def test_links_resolve(document):
     links = re.findall(r"\]\((?!https?:)([^)\s]*)\)", DOCUMENTS[document])
     for link in links:
         name, _, anchor = link.partition("#")
@@ -309,7 +313,7 @@ def test_readme_is_short():
     assert len(README.splitlines()) <= 200
 
 
-def test_layout_lists_exactly_the_files_there_are():
+def test_documented_layout_matches_the_package_files():
     architecture = DOCUMENTS["docs/architecture.md"]
     (tree,) = re.findall(r"^```\n(fastvgg/.*?)^```$", architecture, re.MULTILINE | re.DOTALL)
     expected = {

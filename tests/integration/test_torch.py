@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from tests.helpers.datasets_on_disk import printed_by
+from tests.helpers.datasets_on_disk import stdout_of
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install torch")
 
@@ -23,18 +23,18 @@ IMAGES = 23
 TRANSFORM = Transform("torch", out_layout="NCHW")
 
 
-def x_of():
+def make_images():
     return np.random.default_rng(7).integers(0, 256, (IMAGES, 5, 7, 3), np.uint8)
 
 
 @pytest.fixture
 def path(tmp_path):
-    np.save(tmp_path / "x.npy", x_of())
+    np.save(tmp_path / "x.npy", make_images())
     return tmp_path / "x.npy"
 
 
-def loader_of(dataset, workers):
-    # This process may have threads of JAX, and is not to be forked.
+def make_loader(dataset, workers):
+    # This process may have JAX threads and must not be forked.
     context = "forkserver" if workers else None
     return torch.utils.data.DataLoader(
         dataset, batch_size=None, num_workers=workers, multiprocessing_context=context
@@ -43,21 +43,21 @@ def loader_of(dataset, workers):
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_all_workers_together_give_every_row_once(path, workers, shuffle):
+def test_workers_yield_every_row_once(path, workers, shuffle):
     dataset = BatchesDataset(path, 4, transform=TRANSFORM, shuffle=shuffle)
-    held = list(loader_of(dataset, workers))
-    rows = torch.cat([rows for _, rows in held])
+    batches = list(make_loader(dataset, workers))
+    rows = torch.cat([rows for _, rows in batches])
     assert sorted(rows.tolist()) == list(range(IMAGES))
-    expected = oracle.apply(TRANSFORM, x_of())
-    for images, rows in held:
+    expected = oracle.apply(TRANSFORM, make_images())
+    for images, rows in batches:
         assert images.dtype == torch.float32
         assert images.numpy().tobytes() == expected[rows.numpy()].tobytes()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_has_the_order_of_its_number(path, workers):
+def test_row_order_depends_only_on_the_epoch(path, workers):
     dataset = BatchesDataset(path, 4, shuffle=True)
-    loader = loader_of(dataset, workers)
+    loader = make_loader(dataset, workers)
 
     def order(epoch):
         dataset.set_epoch(epoch)
@@ -66,7 +66,7 @@ def test_an_epoch_has_the_order_of_its_number(path, workers):
     assert order(0) == order(0) != order(1)
 
 
-FORKING = """
+FORK_SCRIPT = """
 import sys
 import torch
 from fastvgg.torch import BatchesDataset
@@ -80,11 +80,11 @@ for epoch in range(2):
 """
 
 
-def test_workers_may_be_forked(path):
-    assert printed_by(FORKING, path).split() == ["True", "True"]
+def test_workers_can_be_forked(path):
+    assert stdout_of(FORK_SCRIPT, path).split() == ["True", "True"]
 
 
-RANK = """
+RANK_SCRIPT = """
 import sys
 import torch
 from fastvgg.torch import BatchesDataset
@@ -98,25 +98,27 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_ranks_share_the_rows_out(path, tmp_path):
+def test_ranks_partition_the_rows(path, tmp_path):
     whole = torch.cat([rows for _, rows in BatchesDataset(path, 4, shuffle=True, seed=5)])
     with ThreadPoolExecutor(2) as pool:
-        printed = pool.map(printed_by, [RANK] * 2, [path] * 2, [tmp_path / "meeting"] * 2, "01")
+        printed = pool.map(
+            stdout_of, [RANK_SCRIPT] * 2, [path] * 2, [tmp_path / "meeting"] * 2, "01"
+        )
         orders = [json.loads(text.splitlines()[-1]) for text in printed]
     assert orders[0] + orders[1] == whole.tolist()
     assert len(orders[0]) == 11
 
 
-def test_a_worker_resumes_from_its_state(path):
+def test_worker_resumes_from_its_state(path):
     dataset, whole = (BatchesDataset(path, 4, shuffle=True) for _ in range(2))
-    given = iter(dataset)
-    first = [next(given)[1] for _ in range(2)]
-    with_committed = BatchesDataset(path, 4, shuffle=True)
-    with_committed.load_state_dict(dataset.state_dict())
-    rows = torch.cat(first + [rows for _, rows in with_committed])
+    iterator = iter(dataset)
+    first = [next(iterator)[1] for _ in range(2)]
+    resumed = BatchesDataset(path, 4, shuffle=True)
+    resumed.load_state_dict(dataset.state_dict())
+    rows = torch.cat(first + [rows for _, rows in resumed])
     assert rows.tolist() == torch.cat([rows for _, rows in whole]).tolist()
 
 
-def test_a_missing_path_is_rejected_when_the_dataset_is_created(path):
+def test_missing_path_is_rejected_when_the_dataset_is_created(path):
     with pytest.raises(SourceError, match="does not exist"):
         BatchesDataset(path.with_name("none.npy"), 4)

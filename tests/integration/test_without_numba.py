@@ -1,4 +1,4 @@
-"""Everything works without Numba: the tests run once more, as if it were not installed."""
+"""The pixel tests pass in a process in which Numba cannot be imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.checkout import CHECKOUT
 
 @pytest.mark.compiled
 @pytest.mark.parametrize(
-    ("tests", "at_least"),
+    ("tests", "min_passed"),
     [
         pytest.param(
             [
@@ -30,8 +30,8 @@ from tests.helpers.checkout import CHECKOUT
         pytest.param([""], 1000, id="all", marks=pytest.mark.slow),
     ],
 )
-def test_the_tests_of_pixels_pass_as_if_numba_were_not_installed(tests, at_least):
-    # What pytest and its plugins tell their own processes is not meant for this one.
+def test_pixel_tests_pass_without_numba(tests, min_passed):
+    # Environment variables of pytest and its plugins are not meant for this process.
     environment = {name: value for name, value in os.environ.items() if "PYTEST" not in name}
     done = subprocess.run(
         [
@@ -46,6 +46,6 @@ def test_the_tests_of_pixels_pass_as_if_numba_were_not_installed(tests, at_least
         check=False,
     )
     assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= at_least
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= min_passed
     skipped = re.findall(r"^SKIPPED .*", done.stdout, re.MULTILINE)
     assert not [line for line in skipped if "PyTorch is not installed" not in line]

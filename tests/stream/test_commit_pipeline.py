@@ -1,7 +1,7 @@
-"""Written and committed on threads of their own: in order, none after an error, none left over.
+"""The commit pipeline: order, errors, signals, and no thread left running.
 
-Where a piece of work must still be under way, it waits for an event, or until signals find the main
-thread waiting for it; nothing here waits for time to pass.
+Work that must still be running waits for an event, or until signals show that the main thread is
+blocked. No test depends on a delay.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ import pytest
 
 from fastvgg.stream.commit_pipeline import CommitPipeline
 
-LIMIT_SECONDS = 60  # for a test that would never end, and not for one that is slow
+LIMIT_SECONDS = 60  # ends a test that hangs; not a performance limit
 
 
-def come(event):
+def wait_for(event):
     """Wait until something has happened."""
-    assert event.wait(LIMIT_SECONDS), "what a piece of work waits for does not happen"
+    assert event.wait(LIMIT_SECONDS), "timed out waiting for an event"
 
 
-class Main:
-    """The main thread, as a piece of work sees it that sends it signals."""
+class MainThread:
+    """The main thread, observed from another thread by signals."""
 
     def __init__(self):
-        self.has_left = threading.Event()
+        self.has_exited = threading.Event()
         self._handled = threading.Semaphore(0)
         self._codes = set()
 
     def handle(self, number, frame):
-        """Look at what the main thread is doing, and interrupt that where it is asked for."""
+        """Record the main thread's stack, and raise for SIGINT and SIGTERM."""
         if number == signal.SIGUSR2:
             return
         self._codes = set()
@@ -45,28 +45,28 @@ class Main:
         if number == signal.SIGTERM:
             raise SystemExit(7)
 
-    def is_in(self, function, number=signal.SIGUSR1):
-        """Whether a signal finds the main thread inside of a function."""
+    def signal_and_check(self, function, number=signal.SIGUSR1):
+        """Send a signal; return whether the main thread was inside `function`."""
         signal.pthread_kill(threading.main_thread().ident, number)
-        # A signal that comes just before the main thread blocks is noticed at the next one.
+        # A signal just before the main thread blocks is handled only after the next signal.
         while not self._handled.acquire(timeout=0.01):
             signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR2)
         return function.__code__ in self._codes
 
-    def stays_in(self, function):
-        """Come back when the main thread does not get any further than a function.
+    def wait_until_blocked_in(self, function):
+        """Wait until the main thread is blocked inside a function.
 
-        That is when signals find it there again and again, each of which has let it go on.
+        Five consecutive signals, each of which lets the thread continue, must find it there.
         """
         found = 0
         while found < 5:
-            assert not self.has_left.is_set(), "the block was left under work"
-            found = found + 1 if self.is_in(function) else 0
+            assert not self.has_exited.is_set(), "the block was left under work"
+            found = found + 1 if self.signal_and_check(function) else 0
 
 
 @pytest.fixture
 def main():
-    main = Main()
+    main = MainThread()
     before = {
         number: signal.signal(number, main.handle)
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM)
@@ -76,188 +76,194 @@ def main():
         signal.signal(number, handler)
 
 
-class Witness:
-    """A piece of work that ends when the main thread waits for that in leaving the block."""
+class ExitWitness:
+    """A work item that ends once the main thread waits for it in `__exit__`."""
 
     def __init__(self, main, *before):
         self._main = main
         self._before = before
-        self.begun = threading.Event()
+        self.started = threading.Event()
         self.ended = threading.Event()
-        self.is_gone = threading.Event()
+        self.finished = threading.Event()
 
     def __call__(self):
-        self.begun.set()
+        self.started.set()
         try:
             for step in self._before:
                 step()
-            self._main.stays_in(CommitPipeline.__exit__)
+            self._main.wait_until_blocked_in(CommitPipeline.__exit__)
             self.ended.set()
         finally:
-            self.is_gone.set()
+            self.finished.set()
 
 
-def threads():
+def pipeline_threads():
     names = ("fastvgg-writer", "fastvgg-committer")
     return [thread for thread in threading.enumerate() if thread.name.startswith(names)]
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left_running():
-    earlier = set(threads())  # of pipelines that other tests keep
+def no_thread_is_left_running():
+    earlier = set(pipeline_threads())  # of pipelines that other tests keep
     yield
-    assert set(threads()) <= earlier
+    assert set(pipeline_threads()) <= earlier
 
 
-def nothing():
+def noop():
     return None
 
 
 STAGES = ("write", "commit")
 
 
-def submit(working, stage, work):
-    """Give a piece that does something when it is written, or when it is committed."""
+def submit(pipeline, stage, work):
+    """Submit an item whose write or commit stage calls `work`."""
     if stage == "write":
         done = []
-        working.submit(lambda: done.append(work()), lambda: done[0])
+        pipeline.submit(lambda: done.append(work()), lambda: done[0])
     else:
-        working.submit(nothing, work)
+        pipeline.submit(noop, work)
 
 
 # In order
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_results_come_in_the_order_in_which_the_work_was_given(stage):
-    with CommitPipeline() as working:
+def test_results_are_in_submission_order(stage):
+    with CommitPipeline() as pipeline:
         for number in range(67):
-            submit(working, stage, lambda number=number: number * number)
-        assert list(working.drain(0)) == [number * number for number in range(67)]
-        assert list(working.drain(0)) == []
+            submit(pipeline, stage, lambda number=number: number * number)
+        assert list(pipeline.drain(0)) == [number * number for number in range(67)]
+        assert list(pipeline.drain(0)) == []
 
 
-def test_a_piece_is_committed_when_it_is_written_and_when_the_one_before_it_is_committed():
-    told = []
-    with CommitPipeline() as working:
+def test_item_is_committed_after_its_write_and_after_the_previous_commit():
+    events = []
+    with CommitPipeline() as pipeline:
         for name in "abcdefg":
-            working.submit(
-                lambda name=name: told.append((name, "written")),
-                lambda name=name: told.append((name, "committed")),
+            pipeline.submit(
+                lambda name=name: events.append((name, "written")),
+                lambda name=name: events.append((name, "committed")),
             )
-        list(working.drain(0))
+        list(pipeline.drain(0))
     for stage in ("written", "committed"):
-        assert [name for name, what in told if what == stage] == list("abcdefg")
+        assert [name for name, what in events if what == stage] == list("abcdefg")
     for name in "abcdefg":
-        assert told.index((name, "written")) < told.index((name, "committed"))
+        assert events.index((name, "written")) < events.index((name, "committed"))
 
 
-def test_a_piece_is_written_while_those_before_it_wait_to_be_committed():
-    go = threading.Event()
+def test_writes_continue_while_earlier_commits_are_pending():
+    release = threading.Event()
     written = []
-    with CommitPipeline() as working:
-        working.submit(nothing, lambda: come(go))
-        working.submit(nothing, go.is_set)
-        working.submit(lambda: written.append(go.is_set()), lambda: go.set() or written)
-        working.submit(lambda: go.set(), nothing)
-        assert list(working.drain(0)) == [None, True, [False], None]
+    with CommitPipeline() as pipeline:
+        pipeline.submit(noop, lambda: wait_for(release))
+        pipeline.submit(noop, release.is_set)
+        pipeline.submit(lambda: written.append(release.is_set()), lambda: release.set() or written)
+        pipeline.submit(lambda: release.set(), noop)
+        assert list(pipeline.drain(0)) == [None, True, [False], None]
 
 
-def test_a_commit_is_begun_when_the_one_before_it_has_ended():
-    told, go = [], threading.Event()
+def test_commits_do_not_overlap():
+    events, release = [], threading.Event()
 
     def piece(name):
-        told.append(f"{name} begins")
-        come(go)
-        told.append(f"{name} ends")
+        events.append(f"{name} begins")
+        wait_for(release)
+        events.append(f"{name} ends")
 
-    with CommitPipeline() as working:
+    with CommitPipeline() as pipeline:
         for name in "abc":
-            working.submit(nothing, lambda name=name: piece(name))
-        go.set()
-        assert list(working.drain(0)) == [None, None, None]
-    assert told == [f"{name} {what}" for name in "abc" for what in ("begins", "ends")]
+            pipeline.submit(noop, lambda name=name: piece(name))
+        release.set()
+        assert list(pipeline.drain(0)) == [None, None, None]
+    assert events == [f"{name} {what}" for name in "abc" for what in ("begins", "ends")]
 
 
-def test_each_stage_is_on_one_thread_that_is_not_the_callers():
-    with CommitPipeline() as working:
+def test_each_stage_runs_on_its_own_thread():
+    with CommitPipeline() as pipeline:
         for stage in STAGES * 5:
-            submit(working, stage, threading.get_ident)
-        found = list(working.drain(0))
+            submit(pipeline, stage, threading.get_ident)
+        found = list(pipeline.drain(0))
     assert set(found[::2]) == {found[0]}
     assert set(found[1::2]) == {found[1]}
     assert len({found[0], found[1], threading.get_ident()}) == 3
 
 
-def test_giving_waits_until_what_was_given_before_is_written(main):
+def test_submit_waits_for_earlier_writes(main):
     written = []
 
     def write():
-        main.stays_in(CommitPipeline.submit)
+        main.wait_until_blocked_in(CommitPipeline.submit)
         written.append("first")
 
-    with CommitPipeline() as working:
-        working.submit(write, nothing)
-        working.submit(nothing, nothing)
-        main.has_left.set()
+    with CommitPipeline() as pipeline:
+        pipeline.submit(write, noop)
+        pipeline.submit(noop, noop)
+        main.has_exited.set()
         assert written == ["first"]
-        list(working.drain(0))
+        list(pipeline.drain(0))
 
 
-def test_giving_does_not_wait_until_anything_is_committed():
-    go = threading.Event()
-    with CommitPipeline() as working:
+def test_submit_does_not_wait_for_commits():
+    release = threading.Event()
+    with CommitPipeline() as pipeline:
         for _ in range(5):
-            working.submit(nothing, lambda: come(go))
-        go.set()
-        assert list(working.drain(0)) == [None] * 5
+            pipeline.submit(noop, lambda: wait_for(release))
+        release.set()
+        assert list(pipeline.drain(0)) == [None] * 5
 
 
-def test_no_more_is_waited_for_than_is_asked_for():
-    go = threading.Event()
-    with CommitPipeline() as working:
-        working.submit(nothing, lambda: "first")
-        working.submit(nothing, lambda: "second")
-        working.submit(nothing, lambda: come(go))
-        assert list(working.drain(3)) == []
-        assert list(working.drain(1)) == ["first", "second"]
-        go.set()
-        assert list(working.drain(0)) == [None]
+def test_drain_waits_only_until_max_pending():
+    release = threading.Event()
+    with CommitPipeline() as pipeline:
+        pipeline.submit(noop, lambda: "first")
+        pipeline.submit(noop, lambda: "second")
+        pipeline.submit(noop, lambda: wait_for(release))
+        assert list(pipeline.drain(3)) == []
+        assert list(pipeline.drain(1)) == ["first", "second"]
+        release.set()
+        assert list(pipeline.drain(0)) == [None]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_nothing_is_waited_for_before_the_next_result_is_asked_for(stage):
-    go = threading.Event()
-    with CommitPipeline() as working:
-        submit(working, stage, lambda: come(go))
-        results = working.drain(0)
-        go.set()
+def test_drain_does_not_wait_before_the_next_result_is_requested(stage):
+    release = threading.Event()
+    with CommitPipeline() as pipeline:
+        submit(pipeline, stage, lambda: wait_for(release))
+        results = pipeline.drain(0)
+        release.set()
         assert list(results) == [None]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_result_is_handed_over_while_the_next_piece_is_under_way(stage):
-    go = threading.Event()
-    with CommitPipeline() as working:
-        working.submit(nothing, lambda: "first")
-        submit(working, stage, lambda: come(go))
-        results = working.drain(0)
+def test_drain_yields_a_result_while_the_next_item_is_running(stage):
+    release = threading.Event()
+    with CommitPipeline() as pipeline:
+        pipeline.submit(noop, lambda: "first")
+        submit(pipeline, stage, lambda: wait_for(release))
+        results = pipeline.drain(0)
         assert next(results) == "first"
-        go.set()
+        release.set()
         assert list(results) == [None]
 
 
 # After an error
 
 
-class Torn(BaseException):
-    """An error that no Exception is."""
+class NonException(BaseException):
+    """An error that is not an Exception."""
 
 
-ERRORS = [OSError(5, "torn"), ValueError("wrong"), Torn("torn"), KeyboardInterrupt(), SystemExit(7)]
+ERRORS = [
+    OSError(5, "torn"),
+    ValueError("wrong"),
+    NonException("torn"),
+    KeyboardInterrupt(),
+    SystemExit(7),
+]
 
 
-def failing(error):
+def raising(error):
     def fail():
         raise error
 
@@ -266,163 +272,165 @@ def failing(error):
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_an_error_is_raised_by_whatever_comes_next_and_nothing_else_is_begun(error, stage):
-    begun = []
+def test_error_is_raised_by_the_next_call_and_stops_later_work(error, stage):
+    started = []
 
     def fail():
         raise error
 
-    def raised_by(call, *arguments):
+    def assert_raised_by(call, *arguments):
         with pytest.raises(type(error)) as caught:
             call(*arguments)
         assert caught.value is error
 
-    with CommitPipeline() as working:
-        working.submit(nothing, lambda: "before")
-        submit(working, stage, fail)
-        results = working.drain(0)
+    with CommitPipeline() as pipeline:
+        pipeline.submit(noop, lambda: "before")
+        submit(pipeline, stage, fail)
+        results = pipeline.drain(0)
         assert next(results) == "before"
-        raised_by(next, results)
+        assert_raised_by(next, results)
         for later in STAGES:
-            raised_by(submit, working, later, lambda: begun.append("after it was known"))
-        assert list(working.drain(0)) == []
-    assert begun == []
+            assert_raised_by(submit, pipeline, later, lambda: started.append("after it was known"))
+        assert list(pipeline.drain(0)) == []
+    assert started == []
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_after_an_error_what_was_given_meanwhile_is_not_committed(error):
-    begun, go = [], threading.Event()
+def test_items_submitted_before_an_error_is_raised_are_not_committed(error):
+    started, release = [], threading.Event()
 
     def fail():
-        come(go)
+        wait_for(release)
         raise error
 
-    with CommitPipeline() as working:
-        working.submit(nothing, fail)
+    with CommitPipeline() as pipeline:
+        pipeline.submit(noop, fail)
         for _ in range(2):
-            working.submit(nothing, lambda: begun.append("while it was under way"))
-        go.set()
+            pipeline.submit(noop, lambda: started.append("while it was under way"))
+        release.set()
         for _ in range(3):
             with pytest.raises(type(error)) as caught:
-                next(working.drain(0))
+                next(pipeline.drain(0))
             assert caught.value is error
-    assert begun == []
+    assert started == []
 
 
-def test_giving_raises_the_error_of_what_was_given_before():
-    with CommitPipeline() as working:
-        working.submit(failing(OSError(5, "torn")), nothing)
+def test_submit_raises_the_error_of_an_earlier_write():
+    with CommitPipeline() as pipeline:
+        pipeline.submit(raising(OSError(5, "torn")), noop)
         with pytest.raises(OSError, match="torn"):
-            working.submit(nothing, nothing)
+            pipeline.submit(noop, noop)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_an_error_of_the_work_ends_the_block_that_waits_for_it(stage):
-    begun = []
+def test_drain_raises_the_error_of_a_work_item(stage):
+    started = []
 
     def run():
-        with CommitPipeline() as working:
-            submit(working, stage, failing(OSError(5, "torn")))
-            begun.extend(working.drain(0))
+        with CommitPipeline() as pipeline:
+            submit(pipeline, stage, raising(OSError(5, "torn")))
+            started.extend(pipeline.drain(0))
 
     with pytest.raises(OSError, match="torn"):
         run()
-    assert begun == []
+    assert started == []
 
 
-def test_what_is_not_written_is_not_committed():
-    begun = []
-    with CommitPipeline() as working:
-        working.submit(failing(ValueError("wrong")), lambda: begun.append("committed"))
+def test_failed_write_is_not_committed():
+    started = []
+    with CommitPipeline() as pipeline:
+        pipeline.submit(raising(ValueError("wrong")), lambda: started.append("committed"))
         with pytest.raises(ValueError, match="wrong"):
-            next(working.drain(0))
-    assert begun == []
+            next(pipeline.drain(0))
+    assert started == []
 
 
 # Leaving
 
 
-def leave(main, witness, stage, error=None, wait=False, give_more=False, finishes=False):
-    """Leave a block in which a piece of work is under way, and see whether it is the last."""
-    begun = []
+def exit_while_running(
+    main, witness, stage, error=None, wait=False, submit_more=False, is_finished=False
+):
+    """Exit the context while an item is running, and check which later work was done."""
+    started = []
     try:
-        with CommitPipeline() as working:
-            later = functools.partial(begun.append, "later")
+        with CommitPipeline() as pipeline:
+            later = functools.partial(started.append, "later")
             if stage == "write":  # its own commit comes later
-                working.submit(witness, later)
+                pipeline.submit(witness, later)
             else:
-                working.submit(nothing, witness)
-                working.submit(nothing, later)
-            come(witness.begun)
-            if give_more:
-                working.submit(later, later)
+                pipeline.submit(noop, witness)
+                pipeline.submit(noop, later)
+            wait_for(witness.started)
+            if submit_more:
+                pipeline.submit(later, later)
             if wait:
-                begun += working.drain(0)
+                started += pipeline.drain(0)
             if error is not None:
                 raise error
     finally:
         ended = witness.ended.is_set()
-        main.has_left.set()
-        come(witness.is_gone)  # before its signals have nobody who handles them
+        main.has_exited.set()
+        wait_for(witness.finished)  # before the signal handlers are restored
         assert ended, "the block was left under work"
-        assert begun == ["later"] * finishes
+        assert started == ["later"] * is_finished
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_leaving_finishes_what_was_given(main, stage):
-    leave(main, Witness(main), stage, finishes=True)
+def test_exit_finishes_submitted_work(main, stage):
+    exit_while_running(main, ExitWitness(main), stage, is_finished=True)
 
 
-def test_leaving_waits_for_both_threads(main):
-    writing = Witness(main)
-    committing = Witness(main, lambda: come(writing.is_gone))
+def test_exit_waits_for_both_threads(main):
+    writing = ExitWitness(main)
+    committing = ExitWitness(main, lambda: wait_for(writing.finished))
     try:
-        with CommitPipeline() as working:
-            working.submit(nothing, committing)
-            working.submit(writing, nothing)
-            come(writing.begun)
-            come(committing.begun)
+        with CommitPipeline() as pipeline:
+            pipeline.submit(noop, committing)
+            pipeline.submit(writing, noop)
+            wait_for(writing.started)
+            wait_for(committing.started)
     finally:
         ended = writing.ended.is_set() and committing.ended.is_set()
-        main.has_left.set()
-        come(writing.is_gone)
-        come(committing.is_gone)
+        main.has_exited.set()
+        wait_for(writing.finished)
+        wait_for(committing.finished)
         assert ended, "the block was left under work"
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_leaving_by_an_error_finishes_what_was_given_and_by_an_interruption_what_is_under_way(
-    main, error, stage
-):
+def test_exit_on_error_finishes_all_work_and_on_interrupt_only_running_work(main, error, stage):
     with pytest.raises(type(error)) as caught:
-        leave(main, Witness(main), stage, error, finishes=isinstance(error, Exception))
+        exit_while_running(
+            main, ExitWitness(main), stage, error, is_finished=isinstance(error, Exception)
+        )
     assert caught.value is error
 
 
-def test_what_was_written_before_a_write_that_fails_is_committed():
-    go, committed = threading.Event(), []
+def test_writes_completed_before_a_failed_write_are_committed():
+    release, committed = threading.Event(), []
 
     def fail():
-        go.set()
+        release.set()
         raise OSError(28, "no room")
 
     def run():
-        with CommitPipeline() as working:
-            working.submit(nothing, lambda: come(go))
-            working.submit(nothing, lambda: committed.append("before"))
-            working.submit(fail, lambda: committed.append("that"))
-            working.submit(nothing, lambda: committed.append("later"))
+        with CommitPipeline() as pipeline:
+            pipeline.submit(noop, lambda: wait_for(release))
+            pipeline.submit(noop, lambda: committed.append("before"))
+            pipeline.submit(fail, lambda: committed.append("that"))
+            pipeline.submit(noop, lambda: committed.append("later"))
 
     with pytest.raises(OSError, match="no room"):
         run()
     assert committed == ["before"]
 
 
-def test_a_disk_that_fails_is_told_of_before_what_the_main_thread_fails_at_later():
+def test_worker_error_takes_precedence_over_a_later_error_in_the_body():
     def run():
-        with CommitPipeline() as working:
-            working.submit(nothing, failing(OSError(5, "torn")))
+        with CommitPipeline() as pipeline:
+            pipeline.submit(noop, raising(OSError(5, "torn")))
             raise ValueError("wrong")
 
     with pytest.raises(OSError, match="torn") as caught:
@@ -430,48 +438,44 @@ def test_a_disk_that_fails_is_told_of_before_what_the_main_thread_fails_at_later
     assert isinstance(caught.value.__context__, ValueError)
 
 
-ENDS = [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+EXIT_SIGNALS = [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize(("number", "kind"), ENDS, ids=["interrupt", "exit"])
-def test_a_signal_while_a_result_is_waited_for_leaves_when_the_piece_under_way_has_ended(
-    main, number, kind, stage
-):
+@pytest.mark.parametrize(("number", "kind"), EXIT_SIGNALS, ids=["interrupt", "exit"])
+def test_signal_during_drain_exits_after_the_running_item(main, number, kind, stage):
     def interrupt():
-        main.stays_in(CommitPipeline.drain)
-        assert main.is_in(CommitPipeline.drain, number)
+        main.wait_until_blocked_in(CommitPipeline.drain)
+        assert main.signal_and_check(CommitPipeline.drain, number)
 
     with pytest.raises(kind):
-        leave(main, Witness(main, interrupt), stage, wait=True)
+        exit_while_running(main, ExitWitness(main, interrupt), stage, wait=True)
 
 
-@pytest.mark.parametrize(("number", "kind"), ENDS, ids=["interrupt", "exit"])
-def test_a_signal_while_a_piece_is_given_leaves_when_the_one_under_way_has_ended(
-    main, number, kind
-):
+@pytest.mark.parametrize(("number", "kind"), EXIT_SIGNALS, ids=["interrupt", "exit"])
+def test_signal_during_submit_exits_after_the_running_item(main, number, kind):
     def interrupt():
-        main.stays_in(concurrent.futures.wait)  # and not in starting a thread
-        assert main.is_in(CommitPipeline.submit, number)
+        main.wait_until_blocked_in(concurrent.futures.wait)  # and not in starting a thread
+        assert main.signal_and_check(CommitPipeline.submit, number)
 
     with pytest.raises(kind):
-        leave(main, Witness(main, interrupt), "write", give_more=True)
+        exit_while_running(main, ExitWitness(main, interrupt), "write", submit_more=True)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("error", [None, ValueError("wrong")], ids=["well", "by an error"])
 @pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize(("number", "kind"), ENDS, ids=["interrupt", "exit"])
-def test_a_signal_while_the_block_is_left_is_raised_when_the_piece_under_way_has_ended(
+@pytest.mark.parametrize(("number", "kind"), EXIT_SIGNALS, ids=["interrupt", "exit"])
+def test_signal_during_exit_is_raised_after_the_running_item(
     main, number, kind, count, error, stage
 ):
     def interrupt():
-        main.stays_in(CommitPipeline.__exit__)
-        assert main.is_in(CommitPipeline.__exit__, number)
+        main.wait_until_blocked_in(CommitPipeline.__exit__)
+        assert main.signal_and_check(CommitPipeline.__exit__, number)
 
     with pytest.raises(kind) as caught:
-        leave(main, Witness(main, *[interrupt] * count), stage, error)
-    # Whoever looks at the signal still finds the error.
+        exit_while_running(main, ExitWitness(main, *[interrupt] * count), stage, error)
+    # The error is in the context chain of the signal's exception.
     found = caught.value
     while found is not None and found is not error:
         found = found.__context__
@@ -479,14 +483,14 @@ def test_a_signal_while_the_block_is_left_is_raised_when_the_piece_under_way_has
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_results_that_nobody_waited_for_do_not_keep_the_block(stage):
-    with CommitPipeline() as working:
+def test_undrained_results_do_not_block_exit(stage):
+    with CommitPipeline() as pipeline:
         for number in range(5):
-            submit(working, stage, lambda number=number: number)
+            submit(pipeline, stage, lambda number=number: number)
 
 
-def test_without_work_there_is_no_thread():
-    earlier = threads()
-    with CommitPipeline() as working:
-        assert list(working.drain(0)) == []
-        assert threads() == earlier
+def test_no_thread_starts_without_work():
+    earlier = pipeline_threads()
+    with CommitPipeline() as pipeline:
+        assert list(pipeline.drain(0)) == []
+        assert pipeline_threads() == earlier

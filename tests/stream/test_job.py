@@ -1,4 +1,4 @@
-"""The job: what determines a result's bytes, and what is accepted of one in a record."""
+"""Jobs: the settings that determine the output, and the validation of recorded jobs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def photos(tmp_path):
         {"size": (8, 5), "max_pixels": np.int32(10_000)},
     ],
 )
-def test_a_job_is_read_back_as_it_was_whatever_the_types_of_its_options(tmp_path, photos, options):
+def test_job_round_trips_for_any_option_types(tmp_path, photos, options):
     plan = fastvgg.plan(photos, tmp_path / "y.npy", mode="torch", **options)
     assert Job.from_dict(plan.job.to_dict()) == plan.job
     plan.run()
@@ -39,7 +39,7 @@ def test_a_job_is_read_back_as_it_was_whatever_the_types_of_its_options(tmp_path
 @pytest.mark.parametrize(
     "size", ["22", 8, (8.0, 8), (True, 8), (0, 3), (1, 2, 3), (True, 8, 8), np.array(8)]
 )
-def test_what_is_not_a_height_and_a_width_is_refused(tmp_path, photos, size):
+def test_invalid_size_is_rejected(tmp_path, photos, size):
     with pytest.raises(UsageError, match="invalid size"):
         fastvgg.plan(photos, tmp_path / "y.npy", mode="torch", size=size)
 
@@ -60,13 +60,13 @@ def fields(tmp_path):
         ("result", {"kind": "hdf5", "dataset": ""}),
     ],
 )
-def test_a_record_whose_fields_cannot_be_together_is_refused(fields, section, change):
+def test_inconsistent_record_fields_are_rejected(fields, section, change):
     assert Job.from_dict(fields).to_dict() == fields
     with pytest.raises(ValueError, match=r"format|in place|dataset"):
         Job.from_dict({**fields, section: {**fields[section], **change}})
 
 
-def test_a_journal_that_retries_arrays_is_refused(tmp_path, fields):
+def test_journal_that_retries_arrays_is_rejected(tmp_path, fields):
     job, path = Job.from_dict(fields), journal_path(tmp_path / "y.npy")
     state = JournalState(path, job, 1, None, retries=False)
     path.write_bytes(state.header_line())
@@ -77,7 +77,7 @@ def test_a_journal_that_retries_arrays_is_refused(tmp_path, fields):
 
 
 @pytest.mark.parametrize("checksum", ["", "x", "0" * 15, "0" * 17, "G" * 16])
-def test_a_commit_without_a_checksum_is_refused(tmp_path, fields, checksum):
+def test_commit_with_an_invalid_checksum_is_rejected(tmp_path, fields, checksum):
     path = journal_path(tmp_path / "y.npy")
     header = JournalState(path, Job.from_dict(fields), 1, None, retries=False).header_line()
     path.write_bytes(header + Commit(0, checksum, "", []).to_line())

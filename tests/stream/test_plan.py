@@ -1,4 +1,4 @@
-"""The plan: the arithmetic of chunks and memory, what is refused early, and nothing written."""
+"""Plans: chunk and memory arithmetic, early rejection, and no writes."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from fastvgg.errors import DtypeError, ModeError, SourceError, TargetError, Usag
 from fastvgg.formatting import format_bytes, parse_bytes
 from fastvgg.storage.location import Location
 from fastvgg.stream.job import Job, result_header
-from fastvgg.stream.plan import CHUNK_BYTES, RUN_BYTES, Plan, chunk_bytes, chunk_images
+from fastvgg.stream.plan import CHUNK_BYTES, RUN_BYTES, Plan, choose_chunk_images, max_chunk_bytes
 from fastvgg.stream.run import run
 from fastvgg.transform import Transform
 from tests.helpers.datasets_on_disk import (
-    must_say,
+    check_error,
     names_in,
     permissions,
     pixels,
     plan_of,
-    printed_by,
     save_images,
     save_npy,
+    stdout_of,
     tree,
 )
-from tests.helpers.faults import CuttingStorage, Death
+from tests.helpers.faults import InterruptedStorage, SimulatedCrash
 
 pytestmark = pytest.mark.pixels
 
@@ -57,28 +57,28 @@ def array(tmp_path):
         ("3GiB", 3 * 2**30),
     ],
 )
-def test_an_amount_of_memory_is_read(text, expected):
+def test_memory_sizes_are_parsed(text, expected):
     assert parse_bytes(text) == expected
 
 
 @pytest.mark.parametrize(
     "text", ["", "MiB", "much", "1 MiB 2", "-1", "1e9", "0x10", "1,5GB", "5 apples", "nan", "1..5"]
 )
-def test_what_is_no_amount_of_memory_is_refused(text):
+def test_invalid_memory_size_is_rejected(text):
     with pytest.raises(UsageError) as caught:
         parse_bytes(text)
-    must_say(caught.value, repr(text), "512MiB")
+    check_error(caught.value, repr(text), "512MiB")
 
 
 @pytest.mark.parametrize("count", [0, 1, 1023, 1024, 10**6, 2**30, 2**40, 10**15])
-def test_an_amount_for_people_is_the_amount(count):
+def test_formatted_size_is_close_to_the_number_of_bytes(count):
     number, unit = format_bytes(count).split()
     factor = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}[unit]
     assert float(number) * factor == pytest.approx(count, rel=0.06)
 
 
 @pytest.mark.parametrize("unit", ["B", "KiB", "MiB", "GiB", "TiB"])
-def test_every_unit_that_is_printed_is_also_read(unit):
+def test_every_printed_unit_can_be_parsed(unit):
     factor = 1024 ** ["B", "KiB", "MiB", "GiB", "TiB"].index(unit)
     assert format_bytes(2 * factor).split()[1] == unit
     assert parse_bytes(format_bytes(2 * factor)) == 2 * factor
@@ -94,21 +94,21 @@ counts = st.integers(1, 10**9)
     st.integers(0, 10**11),
     st.one_of(st.just(1), st.integers(2, 10**4)),
 )
-def test_a_chunk_fits_into_the_limit_and_is_no_more_than_all(images, image, scratch, limit, stored):
-    piece = image * min(stored, images)
+def test_chunk_fits_the_memory_limit_and_the_dataset(images, image, scratch, limit, stored):
+    read_unit_bytes = image * min(stored, images)
     try:
-        actual = chunk_images(images, image, scratch, limit, read_granularity=stored)
+        actual = choose_chunk_images(images, image, scratch, limit, read_granularity=stored)
     except TargetError as error:
-        assert scratch + piece > limit
-        must_say(error, format_bytes(scratch + piece), format_bytes(limit), "--memory")
+        assert scratch + read_unit_bytes > limit
+        check_error(error, format_bytes(scratch + read_unit_bytes), format_bytes(limit), "--memory")
         return
-    assert scratch + piece <= limit
+    assert scratch + read_unit_bytes <= limit
     assert 1 <= actual <= images
     assert scratch + actual * image <= limit
-    # What is stored together is never parted.
+    # A read unit is never split.
     assert actual == images or actual % stored == 0
-    # No smaller than it may be: one more piece would be too much of something.
-    more = actual * image + piece
+    # As large as possible: one more read unit would exceed a limit.
+    more = actual * image + read_unit_bytes
     assert actual == images or scratch + more > limit or more > CHUNK_BYTES
 
 
@@ -126,12 +126,12 @@ def test_a_chunk_fits_into_the_limit_and_is_no_more_than_all(images, image, scra
         (("npy", "images"), False, (256, 256, 256)),
     ],
 )
-def test_a_large_array_is_done_in_larger_chunks(kinds, in_place, mib):
-    actual = [chunk_bytes(*kinds, gib * 2**30, in_place=in_place) for gib in (1, 4, 1024)]
+def test_large_arrays_use_larger_chunks(kinds, in_place, mib):
+    actual = [max_chunk_bytes(*kinds, gib * 2**30, in_place=in_place) for gib in (1, 4, 1024)]
     assert actual == [size * 2**20 for size in mib]
 
 
-def test_work_in_place_keeps_its_chunks_small(tmp_path, monkeypatch):
+def test_in_place_runs_use_small_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr("fastvgg.stream.plan.CHUNK_BYTES", 1)
     array = save_npy(tmp_path / "x.npy", pixels(96).astype(np.float32))
     settings = {"direction": "restore", "mode": "tf"}
@@ -140,14 +140,19 @@ def test_work_in_place_keeps_its_chunks_small(tmp_path, monkeypatch):
 
 
 @given(st.integers(1, 10**8), st.integers(0, 10**8), st.integers(1, 5))
-def test_the_memory_that_a_refusal_names_is_enough(image, scratch, stored):
+def test_suggested_memory_limit_is_sufficient(image, scratch, stored):
     with pytest.raises(TargetError) as caught:
-        chunk_images(5, image, scratch, scratch + stored * image - 1, read_granularity=stored)
+        choose_chunk_images(
+            5, image, scratch, scratch + stored * image - 1, read_granularity=stored
+        )
     wanted = caught.value.remedy.split("--memory ")[1].split()[0]
-    assert chunk_images(5, image, scratch, parse_bytes(wanted), read_granularity=stored) >= stored
+    assert (
+        choose_chunk_images(5, image, scratch, parse_bytes(wanted), read_granularity=stored)
+        >= stored
+    )
 
 
-def a_plan(images, together, limit=10**12, source_kind="npy"):
+def make_plan(images, images_per_chunk, limit=10**12, source_kind="npy"):
     header = Header((images, 7, 9, 3), "uint8", "NHWC")
     transform = Transform("caffe")
     job = Job(
@@ -165,7 +170,7 @@ def a_plan(images, together, limit=10**12, source_kind="npy"):
         target=Location(Path("/y.npy")),
         job=job,
         read_bytes=header.nbytes,
-        chunk_images=together,
+        chunk_images=images_per_chunk,
         memory_bytes=limit,
         threads=1,
         backend="numpy",
@@ -178,40 +183,40 @@ def a_plan(images, together, limit=10**12, source_kind="npy"):
 
 
 @given(st.integers(1, 1000), st.integers(1, 1100))
-def test_the_chunks_are_a_partition_of_all_rows(images, together):
-    plan = a_plan(images, together)
+def test_chunks_partition_the_rows(images, images_per_chunk):
+    plan = make_plan(images, images_per_chunk)
     chunks = list(plan.chunk_rows())
     assert len(chunks) == plan.chunks
     rows = [row for start, stop in chunks for row in range(start, stop)]
     assert rows == list(range(images))
-    assert all(stop - start == together for start, stop in chunks[:-1])
-    assert 1 <= chunks[-1][1] - chunks[-1][0] <= together
+    assert all(stop - start == images_per_chunk for start, stop in chunks[:-1])
+    assert 1 <= chunks[-1][1] - chunks[-1][0] <= images_per_chunk
 
 
 @given(st.integers(1, 10**7), st.integers(10**4, 10**9))
-def test_what_a_plan_projects_is_within_its_limit(images, limit):
+def test_projected_memory_is_within_the_limit(images, limit):
     image_bytes = 7 * 9 * 3 * (1 + 2 * 4)
     try:
-        together = chunk_images(images, image_bytes, RUN_BYTES, limit)
+        images_per_chunk = choose_chunk_images(images, image_bytes, RUN_BYTES, limit)
     except TargetError:
         return
-    plan = a_plan(images, together, limit)
+    plan = make_plan(images, images_per_chunk, limit)
     assert plan.image_memory_bytes == image_bytes
-    assert plan.projected_bytes == RUN_BYTES + together * image_bytes
+    assert plan.projected_bytes == RUN_BYTES + images_per_chunk * image_bytes
     assert plan.projected_bytes <= limit
     assert plan.write_bytes == images * 7 * 9 * 3 * 4
 
 
-@pytest.mark.parametrize("room", [1701, 1702, 2 * 1701 - 1, 2 * 1701, 9000, 2**29])
-def test_a_real_plan_is_within_the_limit_that_it_was_given(tmp_path, array, room):
-    memory = RUN_BYTES + room
+@pytest.mark.parametrize("extra_bytes", [1701, 1702, 2 * 1701 - 1, 2 * 1701, 9000, 2**29])
+def test_plan_respects_the_given_memory_limit(tmp_path, array, extra_bytes):
+    memory = RUN_BYTES + extra_bytes
     plan = fastvgg.plan(array, tmp_path / "y.npy", mode="caffe", memory=memory)
     assert plan.memory_bytes == memory
     assert plan.projected_bytes <= plan.memory_bytes
-    assert plan.chunk_images == min(11, room // (189 + 2 * 756))
+    assert plan.chunk_images == min(11, extra_bytes // (189 + 2 * 756))
 
 
-def test_a_plan_of_a_folder_counts_what_decoding_needs(tmp_path):
+def test_plan_of_a_folder_includes_decoding_memory(tmp_path):
     save_images(tmp_path / "photos", pixels(5, height=47, width=61))
     row_bytes, memory = 11 * 23 * 3, 2**26
     plan = fastvgg.plan(
@@ -224,7 +229,7 @@ def test_a_plan_of_a_folder_counts_what_decoding_needs(tmp_path):
     assert plan.decoding_bytes == rest
 
 
-def test_chunks_leave_half_of_the_memory_to_decoding(tmp_path):
+def test_chunks_leave_half_of_the_memory_for_decoding(tmp_path):
     save_images(tmp_path / "photos", pixels(50, height=47, width=61))
     memory = 2**24 + 2 * 7 * 3 * 101 * 203 * 3 * 4
     plan = fastvgg.plan(
@@ -234,33 +239,33 @@ def test_chunks_leave_half_of_the_memory_to_decoding(tmp_path):
     assert (plan.chunk_images + 1) * plan.image_memory_bytes > memory // 2
 
 
-def test_a_folder_is_refused_where_no_image_could_be_decoded(tmp_path):
+def test_folder_is_rejected_if_no_image_could_be_decoded(tmp_path):
     save_images(tmp_path / "photos", pixels(5, height=47, width=61))
     with pytest.raises(TargetError) as caught:
         fastvgg.plan(tmp_path / "photos", tmp_path / "y.npy", mode="tf", threads=2, memory="10MiB")
-    must_say(caught.value, "one image needs 10.1 MiB", "--memory 11MiB")
+    check_error(caught.value, "one image needs 10.1 MiB", "--memory 11MiB")
 
 
 @pytest.mark.parametrize(
     ("memory", "limit"), [(944, "944 B"), (RUN_BYTES + 1700, "2.0 MiB"), (1700, "1.7 KiB")]
 )
-def test_too_little_memory_is_refused_with_both_numbers_and_what_to_give(
+def test_insufficient_memory_is_rejected_with_both_numbers_and_a_remedy(
     tmp_path, array, memory, limit
 ):
     with pytest.raises(TargetError) as caught:
         fastvgg.plan(array, tmp_path / "y.npy", mode="caffe", memory=memory)
-    must_say(caught.value, "needs 2.0 MiB", f"the limit is {limit}", "--memory 3MiB")
+    check_error(caught.value, "needs 2.0 MiB", f"the limit is {limit}", "--memory 3MiB")
     assert names_in(tmp_path) == ["x.npy"]
 
 
 @pytest.mark.parametrize("memory", [0, "0", -1])
-def test_no_memory_is_refused(tmp_path, array, memory):
+def test_zero_or_negative_memory_is_rejected(tmp_path, array, memory):
     with pytest.raises((TargetError, UsageError)):
         fastvgg.plan(array, tmp_path / "y.npy", mode="caffe", memory=memory)
 
 
-def everything_about(directory):
-    """Names, contents, sizes, modes and times: all that a write would change."""
+def snapshot(directory):
+    """Return names, contents, sizes, modes and times: everything that a write would change."""
     facts = {}
     for path in [directory, *sorted(directory.rglob("*"))]:
         status = path.lstat()
@@ -269,36 +274,36 @@ def everything_about(directory):
 
 
 @pytest.mark.parametrize("kind", ["array", "folder"])
-def test_a_plan_writes_nothing_anywhere(tmp_path, kind):
+def test_planning_writes_nothing(tmp_path, kind):
     save_npy(tmp_path / "x.npy", pixels(11))
     save_images(tmp_path / "photos", pixels(5))
     (tmp_path / "out").mkdir()
     source = tmp_path / ("x.npy" if kind == "array" else "photos")
-    before = everything_about(tmp_path)
+    before = snapshot(tmp_path)
     for _ in range(2):
-        assert str(plan_of(source, tmp_path / "out" / "y.npy", mode="caffe", together=2))
-    assert everything_about(tmp_path) == before
+        assert str(plan_of(source, tmp_path / "out" / "y.npy", mode="caffe", images_per_chunk=2))
+    assert snapshot(tmp_path) == before
 
 
-def test_a_source_that_may_only_be_read_is_planned_and_run(tmp_path):
+def test_read_only_source_can_be_planned_and_run(tmp_path):
     (tmp_path / "source").mkdir()
     source = save_npy(tmp_path / "source" / "x.npy", pixels(11))
     with permissions(source, 0o444), permissions(source.parent, 0o555):
-        before = everything_about(source.parent)
-        printed_by(
+        before = snapshot(source.parent)
+        stdout_of(
             "import sys\n"
-            "from tests.helpers.datasets_on_disk import obey_permissions, plan_of\n"
-            "obey_permissions()\n"
+            "from tests.helpers.datasets_on_disk import drop_permission_override, plan_of\n"
+            "drop_permission_override()\n"
             "plan_of(sys.argv[1], sys.argv[2], mode='tf').run()",
             source,
             tmp_path / "y.npy",
         )
-        assert everything_about(source.parent) == before
+        assert snapshot(source.parent) == before
     assert (tmp_path / "y.npy.fastvgg.json").exists()
 
 
-def test_a_plan_says_its_numbers(tmp_path, array):
-    plan = plan_of(array, tmp_path / "y.npy", mode="torch", dtype="float16", together=2)
+def test_plan_text_shows_all_figures(tmp_path, array):
+    plan = plan_of(array, tmp_path / "y.npy", mode="torch", dtype="float16", images_per_chunk=2)
     text = str(plan)
     assert str(array) in text
     assert str(tmp_path / "y.npy") in text
@@ -317,7 +322,7 @@ def test_a_plan_says_its_numbers(tmp_path, array):
     assert "note" not in text
 
 
-def test_a_plan_says_what_is_left_out_of_a_folder(tmp_path):
+def test_plan_notes_skipped_files(tmp_path):
     save_images(tmp_path / "photos", pixels(5))
     (tmp_path / "photos" / "labels.csv").touch()
     plan = plan_of(tmp_path / "photos", tmp_path / "y.npy", mode="caffe")
@@ -325,25 +330,25 @@ def test_a_plan_says_what_is_left_out_of_a_folder(tmp_path):
     assert "skipped files" in str(plan)
 
 
-def test_a_plan_says_how_many_values_a_mode_of_ones_own_loses(tmp_path, array):
+def test_plan_notes_how_many_values_a_custom_mode_loses(tmp_path, array):
     mode = fastvgg.Mode("washed out", divide=1e6, mean=(1.0, 1.0, 1.0))
     plan = plan_of(array, tmp_path / "y.npy", mode=mode, dtype="float16")
     assert any("762" in note for note in plan.notes)
 
 
-def test_a_plan_says_which_chunks_are_done(tmp_path, array):
-    plan = plan_of(array, tmp_path / "y.npy", mode="caffe", together=2)
-    with pytest.raises(Death):
-        run(plan, storage=CuttingStorage(1))
-    again = plan_of(array, tmp_path / "y.npy", mode="caffe", together=2)
-    assert again.committed_chunks == 1
-    assert "chunks   6 of 2 images, 1 done" in str(again)
+def test_plan_text_shows_completed_chunks(tmp_path, array):
+    plan = plan_of(array, tmp_path / "y.npy", mode="caffe", images_per_chunk=2)
+    with pytest.raises(SimulatedCrash):
+        run(plan, storage=InterruptedStorage(1))
+    resumed = plan_of(array, tmp_path / "y.npy", mode="caffe", images_per_chunk=2)
+    assert resumed.committed_chunks == 1
+    assert "chunks   6 of 2 images, 1 done" in str(resumed)
 
 
-def test_a_job_is_the_same_for_any_memory_threads_backend_and_fsync(tmp_path, array):
+def test_job_does_not_depend_on_memory_threads_backend_or_fsync(tmp_path, array):
     target = tmp_path / "y.npy"
     expected = plan_of(array, target, mode="caffe").job
-    assert plan_of(array, target, mode="caffe", together=2, threads=2).job == expected
+    assert plan_of(array, target, mode="caffe", images_per_chunk=2, threads=2).job == expected
     assert plan_of(array, target, mode="caffe", strict=True, restart=True).job == expected
     assert plan_of(array, target, mode="caffe", backend="auto").job == expected
     assert plan_of(array, target, mode="caffe", fsync=False).job == expected
@@ -357,12 +362,12 @@ def test_a_job_is_the_same_for_any_memory_threads_backend_and_fsync(tmp_path, ar
         {"mode": "caffe", "out_layout": "NCHW"},
     ],
 )
-def test_a_job_is_another_for_anything_that_changes_the_bytes(tmp_path, array, settings):
+def test_job_depends_on_every_setting_that_changes_the_output(tmp_path, array, settings):
     target = tmp_path / "y.npy"
     assert plan_of(array, target, **settings).job != plan_of(array, target, mode="caffe").job
 
 
-def test_a_job_of_a_folder_is_another_for_another_size_or_interpolation(tmp_path):
+def test_job_of_a_folder_depends_on_size_and_interpolation(tmp_path):
     photos, target = save_images(tmp_path / "photos", pixels(5)), tmp_path / "y.npy"
     jobs = [
         plan_of(photos, target, mode="caffe", **settings).job
@@ -376,7 +381,7 @@ def test_a_job_of_a_folder_is_another_for_another_size_or_interpolation(tmp_path
     assert all(one != other for row, one in enumerate(jobs) for other in jobs[:row])
 
 
-REFUSED = {
+INVALID = {
     "no mode": ({}, UsageError, ["the mode is not given", "--mode"]),
     "an empty mode": ({"mode": ""}, ModeError, ["''"]),
     "an unknown mode": ({"mode": "vgg"}, ModeError, ["'vgg'", "caffe, tf, torch"]),
@@ -395,52 +400,52 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("wrong", REFUSED)
-def test_what_makes_no_sense_is_refused_before_anything_is_written(tmp_path, array, wrong):
-    settings, kind, words = REFUSED[wrong]
+@pytest.mark.parametrize("wrong", INVALID)
+def test_invalid_settings_are_rejected_before_writing(tmp_path, array, wrong):
+    settings, kind, words = INVALID[wrong]
     with pytest.raises(kind) as caught:
         fastvgg.plan(array, tmp_path / "y.npy", **settings)
-    must_say(caught.value, *words)
+    check_error(caught.value, *words)
     assert names_in(tmp_path) == ["x.npy"]
 
 
 @pytest.mark.parametrize("name", ["photos", "x.npy", "file/x.npy", "file/photos", "n" * 300])
-def test_a_source_that_is_not_there_is_refused(tmp_path, name):
+def test_missing_source_is_rejected(tmp_path, name):
     (tmp_path / "file").write_text("a file, and no directory")
     with pytest.raises(SourceError) as caught:
         fastvgg.plan(tmp_path / name, tmp_path / "y.npy", mode="caffe")
-    must_say(caught.value, tmp_path / name)
+    check_error(caught.value, tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["missing/y.npy", "file/y.npy", "n" * 251 + ".npy"])
-def test_a_target_that_cannot_be_made_is_refused(tmp_path, array, name):
+def test_target_that_cannot_be_created_is_rejected(tmp_path, array, name):
     (tmp_path / "file").write_text("a file, and no directory")
     before = tree(tmp_path)
     with pytest.raises(TargetError) as caught:
         fastvgg.plan(array, tmp_path / name, mode="caffe")
-    must_say(caught.value, (tmp_path / name).parent)
+    check_error(caught.value, (tmp_path / name).parent)
     assert tree(tmp_path) == before
 
 
-def test_a_missing_directory_is_refused_with_the_command_that_makes_it(tmp_path, array):
+def test_missing_target_directory_is_rejected_with_the_mkdir_command(tmp_path, array):
     with pytest.raises(TargetError) as caught:
         fastvgg.plan(array, tmp_path / "new" / "y.npy", mode="caffe")
-    must_say(caught.value, f"mkdir -p {tmp_path / 'new'}")
+    check_error(caught.value, f"mkdir -p {tmp_path / 'new'}")
 
 
-def test_a_name_of_no_known_format_is_refused(tmp_path, array):
+def test_unknown_target_format_is_rejected(tmp_path, array):
     with pytest.raises(TargetError) as caught:
         fastvgg.plan(array, tmp_path / "y.zip", mode="caffe")
-    must_say(caught.value, tmp_path / "y.zip", ".npy")
+    check_error(caught.value, tmp_path / "y.zip", ".npy")
 
 
-def test_network_inputs_are_not_written_as_image_files(tmp_path, array):
+def test_network_inputs_cannot_be_written_as_image_files(tmp_path, array):
     with pytest.raises(TargetError) as caught:
         fastvgg.plan(array, tmp_path / "out", mode="caffe")
-    must_say(caught.value, tmp_path / "out", "float32", ".npy")
+    check_error(caught.value, tmp_path / "out", "float32", ".npy")
 
 
-def test_channels_first_images_are_not_written_as_image_files(tmp_path):
+def test_channels_first_images_cannot_be_written_as_image_files(tmp_path):
     save_npy(tmp_path / "y.npy", np.zeros((5, 3, 7, 9), np.float32))
     settings = {"mode": "caffe", "direction": "restore", "layout": "NCHW"}
     with pytest.raises(TargetError, match="NCHW"):
@@ -449,7 +454,7 @@ def test_channels_first_images_are_not_written_as_image_files(tmp_path):
     assert plan.result == Header((5, 7, 9, 3), "uint8", "NHWC")
 
 
-def test_relative_paths_are_those_of_the_directory_the_plan_was_made_in(tmp_path, monkeypatch):
+def test_relative_paths_are_resolved_when_planning(tmp_path, monkeypatch):
     save_npy(tmp_path / "x.npy", pixels(5))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -462,15 +467,18 @@ def test_relative_paths_are_those_of_the_directory_the_plan_was_made_in(tmp_path
 
 @pytest.mark.parametrize("direction", ["preprocess", "restore", "pack"])
 @pytest.mark.parametrize("name", ["none.npy", "none", "none.tar", "none.h5::/images"])
-def test_that_a_source_does_not_exist_is_said_before_all_else(tmp_path, direction, name):
+def test_missing_source_is_reported_before_other_errors(tmp_path, direction, name):
     with pytest.raises(SourceError, match="does not exist"):
         fastvgg.plan(tmp_path / name, tmp_path / "y.npy", direction=direction)
 
 
-def test_a_source_that_an_interrupted_run_has_not_finished_is_named_as_such(tmp_path, array):
+def test_unfinished_source_is_reported_as_unfinished(tmp_path, array):
     unfinished = tmp_path / "y.npy"
-    with pytest.raises(Death):
-        run(plan_of(array, unfinished, mode="caffe", together=2), storage=CuttingStorage(2))
+    with pytest.raises(SimulatedCrash):
+        run(
+            plan_of(array, unfinished, mode="caffe", images_per_chunk=2),
+            storage=InterruptedStorage(2),
+        )
     for read in (
         lambda: fastvgg.plan(unfinished, tmp_path / "z.npy", direction="restore"),
         lambda: fastvgg.verify(unfinished),
@@ -478,4 +486,4 @@ def test_a_source_that_an_interrupted_run_has_not_finished_is_named_as_such(tmp_
     ):
         with pytest.raises(SourceError) as caught:
             read()
-        must_say(caught.value, unfinished, "is unfinished", "rerun the command")
+        check_error(caught.value, unfinished, "is unfinished", "rerun the command")

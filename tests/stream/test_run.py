@@ -1,4 +1,4 @@
-"""Runs from disk to disk: equal to the definition of correct, and what they refuse to do."""
+"""Runs from disk to disk: the same output as the oracle, and what is rejected."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ import xxhash
 import fastvgg
 from fastvgg import engine, oracle
 from fastvgg.datasets.base import ImageRecord
-from fastvgg.datasets.index import INDEX_HEAD, index_path, index_text, read_index
+from fastvgg.datasets.index import INDEX_HEADER, format_records, index_path, read_index
 from fastvgg.datasets.npy import NpySource
 from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError, UsageError
-from fastvgg.storage.local import Storage, file_system
+from fastvgg.storage.local import Storage, file_system_type
 from fastvgg.stream.commit_pipeline import CommitPipeline
 from fastvgg.stream.journal import journal_path
 from fastvgg.stream.manifest import manifest_path, read_manifest
 from fastvgg.stream.run import run
 from fastvgg.transform import Mode, Transform
 from tests.helpers.batches import FLOATS, KERAS_MODES, every_value, in_layout
-from tests.helpers.checkout import importing_checkout
+from tests.helpers.checkout import checkout_environment
 from tests.helpers.datasets_on_disk import (
+    ascii_failures,
+    check_error,
     commits_in,
+    count_cached_pages,
     data_tree,
-    failing_in_ascii,
     images_in,
     load,
-    must_say,
     names_in,
     network_inputs,
     npy_bytes,
-    pages_in_memory,
     permissions,
     pixels,
     plan_of,
-    printed_by,
-    printed_on_small_disk,
     python,
     rows_by_name,
     save_images,
     save_npy,
+    stdout_of,
+    stdout_on_small_disk,
     tree,
 )
-from tests.helpers.faults import CuttingStorage, Death, FaultyOs, system_calls
+from tests.helpers.faults import FaultyOs, InterruptedStorage, SimulatedCrash, system_calls
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def photos(tmp_path):
 
 
 def folder_with_failures(directory):
-    """Five images and two that cannot be read; the batch that is expected of them."""
+    """Save five images and two unreadable ones; return all names and the expected batch."""
     batch = pixels(5)
     save_images(directory, batch, [f"{row}.png" for row in range(5)])
     (directory / "1-torn.png").write_bytes((directory / "1.png").read_bytes()[:-30])
@@ -81,7 +81,7 @@ def folder_with_failures(directory):
     return sorted(names), expected[[names.index(name) for name in sorted(names)]]
 
 
-# Not all of them: each mode, type and layout at least once.
+# A sample: each mode, dtype and layout occurs.
 COMBINATIONS = [
     ("caffe", "NHWC", "float32"),
     ("caffe", "NCHW", "float16"),
@@ -93,13 +93,11 @@ COMBINATIONS = [
 
 
 @pytest.mark.parametrize(("mode", "out_layout", "dtype"), COMBINATIONS)
-def test_an_array_becomes_what_the_oracle_makes_of_all_of_it_at_once(
-    tmp_path, backend, mode, out_layout, dtype
-):
+def test_array_output_matches_oracle(tmp_path, backend, mode, out_layout, dtype):
     batch = every_value()
     source = save_npy(tmp_path / "x.npy", batch)
     settings = {"mode": mode, "out_layout": out_layout, "dtype": dtype}
-    plan = plan_of(source, tmp_path / "y.npy", together=1, backend=backend, **settings)
+    plan = plan_of(source, tmp_path / "y.npy", images_per_chunk=1, backend=backend, **settings)
     report = plan.run()
     expected = network_inputs(batch, mode, out_layout=out_layout, dtype=dtype)
     assert (tmp_path / "y.npy").read_bytes() == npy_bytes(expected)
@@ -108,49 +106,56 @@ def test_an_array_becomes_what_the_oracle_makes_of_all_of_it_at_once(
 
 
 @pytest.mark.parametrize("layouts", [("NCHW", "NHWC"), ("NCHW", "NCHW")])
-def test_an_array_with_its_channels_first_is_read_as_one(tmp_path, backend, layouts):
+def test_channels_first_array_is_read(tmp_path, backend, layouts):
     layout, out_layout = layouts
     batch = pixels(5)
     source = save_npy(tmp_path / "x.npy", in_layout(batch, layout))
     settings = {"mode": "caffe", "layout": layout, "out_layout": out_layout}
-    plan_of(source, tmp_path / "y.npy", together=2, backend=backend, **settings).run()
+    plan_of(source, tmp_path / "y.npy", images_per_chunk=2, backend=backend, **settings).run()
     expected = network_inputs(batch, "caffe", out_layout=out_layout)
     assert (tmp_path / "y.npy").read_bytes() == npy_bytes(expected)
 
 
 @pytest.mark.parametrize(("mode", "out_layout", "dtype"), COMBINATIONS[::2])
-def test_a_folder_becomes_what_the_oracle_makes_of_its_images(
-    tmp_path, photos, backend, mode, out_layout, dtype
-):
+def test_folder_output_matches_oracle(tmp_path, photos, backend, mode, out_layout, dtype):
     settings = {"mode": mode, "out_layout": out_layout, "dtype": dtype}
-    plan_of(photos, tmp_path / "y.npy", together=4, backend=backend, **settings).run()
+    plan_of(photos, tmp_path / "y.npy", images_per_chunk=4, backend=backend, **settings).run()
     batch = rows_by_name(photos, pixels(11))
     expected = network_inputs(batch, mode, out_layout=out_layout, dtype=dtype)
     assert (tmp_path / "y.npy").read_bytes() == npy_bytes(expected)
 
 
 @pytest.mark.parametrize("name", ["float16", "float32", "float64"])
-def test_images_that_are_stored_as_floats_are_preprocessed_too(tmp_path, name):
+def test_images_stored_as_floats_are_preprocessed(tmp_path, name):
     batch = pixels(5).astype(name)
     source = save_npy(tmp_path / "x.npy", batch)
-    plan_of(source, tmp_path / "y.npy", mode="torch", together=2).run()
+    plan_of(source, tmp_path / "y.npy", mode="torch", images_per_chunk=2).run()
     expected = oracle.apply(Transform("torch"), batch)
     assert (tmp_path / "y.npy").read_bytes() == npy_bytes(expected)
 
 
 @pytest.mark.parametrize("kind", ["array", "folder"])
-def test_the_files_are_the_same_for_any_chunk_thread_and_backend(tmp_path, kind, backend):
+def test_output_does_not_depend_on_chunks_threads_or_backend(tmp_path, kind, backend):
     if kind == "array":
         source = save_npy(tmp_path / "x.npy", pixels(11, 37, 41))
     else:
         source = save_images(tmp_path / "photos", pixels(11, 37, 41))
         (source / "b" / "torn.png").write_bytes(b"torn")
     results = []
-    for together, threads in ((1, 1), (1, 3), (2, 2), (4, 3), (5, 1), (11, 2), (50, 3), (None, 2)):
-        target = tmp_path / f"{together}-{threads}" / "y.npy"
+    for images_per_chunk, threads in (
+        (1, 1),
+        (1, 3),
+        (2, 2),
+        (4, 3),
+        (5, 1),
+        (11, 2),
+        (50, 3),
+        (None, 2),
+    ):
+        target = tmp_path / f"{images_per_chunk}-{threads}" / "y.npy"
         target.parent.mkdir()
         settings = {"mode": "caffe", "backend": backend, "threads": threads}
-        plan = plan_of(source, target, together=together, **settings)
+        plan = plan_of(source, target, images_per_chunk=images_per_chunk, **settings)
         report = plan.run()
         assert report.counts["computed_chunks"] == plan.chunks
         index = index_path(target)
@@ -159,38 +164,38 @@ def test_the_files_are_the_same_for_any_chunk_thread_and_backend(tmp_path, kind,
     assert len(results[0][1]) > 0 or kind == "array"
 
 
-def test_a_plan_can_be_run_through_the_plan(tmp_path, array):
+def test_plan_run_method_executes_the_plan(tmp_path, array):
     report = fastvgg.plan(array, tmp_path / "y.npy", mode="caffe", backend="numpy").run()
     assert report.target == str(tmp_path / "y.npy")
     assert str(report).startswith(f"{tmp_path / 'y.npy'}: 11 images in ")
 
 
-def test_progress_is_told_after_every_commit(tmp_path, array):
-    told = []
-    plan = plan_of(array, tmp_path / "y.npy", mode="caffe", together=4)
-    plan.run(told.append)
-    assert [at.images for at in told] == [4, 8, 11]
-    assert [at.computed_images for at in told] == [4, 8, 11]
-    assert {at.total_images for at in told} == {11}
-    assert told[-1].read_bytes == array.stat().st_size
-    assert [at.written_bytes for at in told] == [n * 756 for n in (4, 8, 11)]
+def test_progress_is_reported_after_every_commit(tmp_path, array):
+    reports = []
+    plan = plan_of(array, tmp_path / "y.npy", mode="caffe", images_per_chunk=4)
+    plan.run(reports.append)
+    assert [at.images for at in reports] == [4, 8, 11]
+    assert [at.computed_images for at in reports] == [4, 8, 11]
+    assert {at.total_images for at in reports} == {11}
+    assert reports[-1].read_bytes == array.stat().st_size
+    assert [at.written_bytes for at in reports] == [n * 756 for n in (4, 8, 11)]
 
 
-def test_progress_is_told_of_what_is_committed_on_the_thread_of_the_caller(tmp_path, array):
+def test_progress_is_reported_on_the_calling_thread_after_the_commit(tmp_path, array):
     committed, threads = [], set()
 
     def progress(at):
         committed.append((at.images, commits_in(tmp_path / "y.npy")))
         threads.add(threading.get_ident())
 
-    plan_of(array, tmp_path / "y.npy", mode="caffe", together=2).run(progress)
+    plan_of(array, tmp_path / "y.npy", mode="caffe", images_per_chunk=2).run(progress)
     assert len(committed) == 6
     assert all(images <= 2 * commits for images, commits in committed)
     assert threads == {threading.get_ident()}
 
 
-def test_a_report_says_what_was_done(tmp_path, array):
-    report = plan_of(array, tmp_path / "y.npy", mode="caffe", together=4).run()
+def test_report_contains_byte_counts_time_and_peak_memory(tmp_path, array):
+    report = plan_of(array, tmp_path / "y.npy", mode="caffe", images_per_chunk=4).run()
     assert report.read_bytes == array.stat().st_size
     assert report.written_bytes == 11 * 756
     assert report.seconds > 0
@@ -198,11 +203,11 @@ def test_a_report_says_what_was_done(tmp_path, array):
     assert "already" not in str(report)
 
 
-def test_a_source_is_never_changed(tmp_path, array, photos):
+def test_source_is_never_changed(tmp_path, array, photos):
     before = {path: (path.stat().st_mtime_ns, tree(photos)) for path in (array, photos)}
     content = array.read_bytes()
-    plan_of(array, tmp_path / "y.npy", mode="caffe", together=4).run()
-    plan_of(photos, tmp_path / "z.npy", mode="caffe", together=4).run()
+    plan_of(array, tmp_path / "y.npy", mode="caffe", images_per_chunk=4).run()
+    plan_of(photos, tmp_path / "z.npy", mode="caffe", images_per_chunk=4).run()
     assert array.read_bytes() == content
     assert before == {path: (path.stat().st_mtime_ns, tree(photos)) for path in (array, photos)}
 
@@ -210,22 +215,22 @@ def test_a_source_is_never_changed(tmp_path, array, photos):
 # One chunk is written while the next is computed
 
 
-class ChunkResult:
-    """The engine, and storage whose writes wait until it has come so far."""
+class ComputedChunks:
+    """Events for each computed chunk, and storage whose writes wait for them."""
 
     def __init__(self, monkeypatch, chunks, until):
         self.chunks = [threading.Event() for _ in range(chunks)]
-        self._begun = itertools.count()
+        self._computed = itertools.count()
         self._until = until
         self._apply = engine.apply
-        monkeypatch.setattr(engine, "apply", self._computing)
+        monkeypatch.setattr(engine, "apply", self._apply_and_signal)
 
-    def _computing(self, *arguments, **settings):
+    def _apply_and_signal(self, *arguments, **settings):
         self._apply(*arguments, **settings)
-        self.chunks[next(self._begun)].set()
+        self.chunks[next(self._computed)].set()
 
     def storage(self):
-        """Return storage that writes a chunk when `until` comes back."""
+        """Return storage that writes a chunk once `until` returns."""
         written, until = itertools.count(), self._until
 
         class Waiting(Storage):
@@ -237,20 +242,20 @@ class ChunkResult:
         return Waiting()
 
 
-def test_a_chunk_is_computed_while_the_one_before_it_is_written(tmp_path, array, monkeypatch):
+def test_chunk_is_computed_while_the_previous_one_is_written(tmp_path, array, monkeypatch):
     def until(chunk):
         if chunk < 5:
             assert computed.chunks[chunk + 1].wait(60), "the next chunk is not computed"
 
-    computed = ChunkResult(monkeypatch, 6, until)
-    plan = plan_of(array, tmp_path / "y.npy", mode="caffe", together=2)
+    computed = ComputedChunks(monkeypatch, 6, until)
+    plan = plan_of(array, tmp_path / "y.npy", mode="caffe", images_per_chunk=2)
     report = run(plan, storage=computed.storage())
     assert report.counts["computed_chunks"] == 6
     assert (tmp_path / "y.npy").read_bytes() == npy_bytes(network_inputs(pixels(11), "caffe"))
 
 
-def main_waits():
-    """Whether the main thread waits for something that is done behind it."""
+def main_thread_waits():
+    """Whether the main thread waits for the commit pipeline."""
     codes, frame = set(), sys._current_frames()[threading.main_thread().ident]
     while frame is not None:
         codes.add(frame.f_code)
@@ -261,22 +266,25 @@ def main_waits():
     )
 
 
-def test_no_chunk_is_computed_into_memory_that_is_still_to_be_written(tmp_path, array, monkeypatch):
+def test_buffer_is_not_reused_before_it_is_written(tmp_path, array, monkeypatch):
     def until(chunk):
-        # As far as the engine comes without what is being written.
-        while not (main_waits() or computed.chunks[-1].is_set()):
+        # Until the engine cannot continue without the buffer that is being written.
+        while not (main_thread_waits() or computed.chunks[-1].is_set()):
             pass
 
-    computed = ChunkResult(monkeypatch, 6, until)
-    run(plan_of(array, tmp_path / "y.npy", mode="tf", together=2), storage=computed.storage())
+    computed = ComputedChunks(monkeypatch, 6, until)
+    run(
+        plan_of(array, tmp_path / "y.npy", mode="tf", images_per_chunk=2),
+        storage=computed.storage(),
+    )
     assert (tmp_path / "y.npy").read_bytes() == npy_bytes(network_inputs(pixels(11), "tf"))
     fastvgg.verify(tmp_path / "y.npy", full=True)
 
 
-# What a commit survives
+# Durability
 
 
-DATASETS = {  # source, target, settings, the least that power asks for
+DATASETS = {  # source, target, settings, minimum number of fsync calls
     "array": ("x.npy", "y.npy", {"mode": "caffe"}, 3 * 2),
     "folder": ("photos", "y.npy", {"mode": "caffe"}, 3 * 2),
     "files": ("stored.npy", "out", {"direction": "restore"}, 3 + 2),
@@ -285,7 +293,7 @@ DATASETS = {  # source, target, settings, the least that power asks for
 
 
 @pytest.mark.parametrize("kind", DATASETS)
-def test_for_the_process_alone_nothing_is_synced_and_the_files_are_the_same(tmp_path, kind):
+def test_without_fsync_nothing_is_synced_and_output_is_the_same(tmp_path, kind):
     source, target, settings, least = DATASETS[kind]
     save_npy(tmp_path / "x.npy", pixels(11))
     save_images(tmp_path / "photos", pixels(11))
@@ -300,7 +308,7 @@ def test_for_the_process_alone_nothing_is_synced_and_the_files_are_the_same(tmp_
         plan = plan_of(
             tmp_path / source,
             None if target is None else place / target,
-            together=4,
+            images_per_chunk=4,
             fsync=fsync,
             **settings,
         )
@@ -314,7 +322,7 @@ def test_for_the_process_alone_nothing_is_synced_and_the_files_are_the_same(tmp_
     assert files[False] == files[True]
 
 
-def test_a_run_for_power_syncs_each_chunk_and_then_its_commit(tmp_path, array):
+def test_each_chunk_is_synced_before_its_commit(tmp_path, array):
     synced = []
 
     class RecordingStorage(Storage):
@@ -326,7 +334,10 @@ def test_a_run_for_power_syncs_each_chunk_and_then_its_commit(tmp_path, array):
             super().sync_directory(path)
             synced.append(path.name)
 
-    run(plan_of(array, tmp_path / "y.npy", mode="caffe", together=4), storage=RecordingStorage())
+    run(
+        plan_of(array, tmp_path / "y.npy", mode="caffe", images_per_chunk=4),
+        storage=RecordingStorage(),
+    )
     partial, journal, here = "y.npy.partial", "y.npy.fastvgg-journal", tmp_path.name
     assert synced == [
         *(f"{journal}.tmp", here),  # the run is begun
@@ -338,9 +349,7 @@ def test_a_run_for_power_syncs_each_chunk_and_then_its_commit(tmp_path, array):
     ]
 
 
-def test_a_run_for_power_syncs_the_files_of_each_chunk_together_and_then_its_commit(
-    tmp_path, array
-):
+def test_files_of_a_chunk_are_synced_together_before_its_commit(tmp_path, array):
     plan_of(array, tmp_path / "stored.npy", mode="caffe").run()
     synced = []
 
@@ -358,7 +367,9 @@ def test_a_run_for_power_syncs_the_files_of_each_chunk_together_and_then_its_com
             super().syncfs(directory)
             synced.append(directory.name)
 
-    plan = plan_of(tmp_path / "stored.npy", tmp_path / "out", direction="restore", together=11)
+    plan = plan_of(
+        tmp_path / "stored.npy", tmp_path / "out", direction="restore", images_per_chunk=11
+    )
     run(plan, storage=RecordingStorage())
     assert synced == [
         "out.fastvgg-journal.tmp",
@@ -367,11 +378,11 @@ def test_a_run_for_power_syncs_the_files_of_each_chunk_together_and_then_its_com
     ]
 
 
-def test_files_are_synced_one_by_one_where_the_disk_as_a_whole_may_not_be(tmp_path, array):
+def test_files_are_synced_individually_without_syncfs(tmp_path, array):
     plan_of(array, tmp_path / "stored.npy", mode="caffe").run()
     synced = []
 
-    class Networked(Storage):
+    class NoSyncfsStorage(Storage):
         def has_syncfs(self, directory):
             assert directory == tmp_path / "out.partial"
             return False
@@ -382,14 +393,14 @@ def test_files_are_synced_one_by_one_where_the_disk_as_a_whole_may_not_be(tmp_pa
 
     run(
         plan_of(tmp_path / "stored.npy", tmp_path / "out", direction="restore"),
-        storage=Networked(),
+        storage=NoSyncfsStorage(),
     )
     assert [name for name in synced if name.endswith(".png")] == names_in(tmp_path / "out")
 
 
 @pytest.mark.parametrize("then", [True, False])
-def test_a_run_may_resume_with_or_without_fsync(tmp_path, array, then):
-    target = unfinished(array, tmp_path / "y.npy", mode="caffe", fsync=not then)
+def test_run_can_resume_with_or_without_fsync(tmp_path, array, then):
+    target = interrupt_run(array, tmp_path / "y.npy", mode="caffe", fsync=not then)
     report = plan_of(array, target, mode="caffe", fsync=then).run()
     assert report.counts["computed_chunks"] == 5
     assert target.read_bytes() == npy_bytes(network_inputs(pixels(11), "caffe"))
@@ -401,28 +412,28 @@ def test_a_run_may_resume_with_or_without_fsync(tmp_path, array, then):
 @pytest.mark.parametrize("mode", [*KERAS_MODES, "identity"])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("out_layout", ["NHWC", "NCHW"])
-def test_every_byte_comes_back_from_a_stored_array(tmp_path, mode, dtype, out_layout):
+def test_stored_arrays_restore_every_byte(tmp_path, mode, dtype, out_layout):
     batch = every_value()
     source, stored, back = (tmp_path / name for name in ("x.npy", "y.npy", "z.npy"))
     save_npy(source, batch)
-    plan_of(source, stored, mode=mode, dtype=dtype, out_layout=out_layout, together=1).run()
-    plan_of(stored, back, direction="restore", together=1).run()
+    plan_of(source, stored, mode=mode, dtype=dtype, out_layout=out_layout, images_per_chunk=1).run()
+    plan_of(stored, back, direction="restore", images_per_chunk=1).run()
     assert back.read_bytes() == source.read_bytes()
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_images_come_back_as_files_with_their_names(tmp_path, photos, threads):
+def test_restored_image_files_keep_their_names(tmp_path, photos, threads):
     stored, back = tmp_path / "y.npy", tmp_path / "back"
-    plan_of(photos, stored, mode="caffe", dtype="bfloat16", together=4).run()
-    plan_of(stored, back, direction="restore", together=2, threads=threads).run()
+    plan_of(photos, stored, mode="caffe", dtype="bfloat16", images_per_chunk=4).run()
+    plan_of(stored, back, direction="restore", images_per_chunk=2, threads=threads).run()
     assert sorted(images_in(back)) == sorted(images_in(photos))
     for name, expected in images_in(photos).items():
         assert images_in(back)[name].tobytes() == expected.tobytes()
 
 
-def test_what_came_back_as_files_is_preprocessed_to_the_same_bytes(tmp_path, photos):
+def test_restored_image_files_preprocess_to_the_same_bytes(tmp_path, photos):
     stored, back, again = tmp_path / "y.npy", tmp_path / "back", tmp_path / "again.npy"
-    plan_of(photos, stored, mode="torch", together=4).run()
+    plan_of(photos, stored, mode="torch", images_per_chunk=4).run()
     plan_of(stored, back, direction="restore").run()
     plan_of(back, again, mode="torch").run()
     assert again.read_bytes() == stored.read_bytes()
@@ -437,19 +448,19 @@ def test_images_without_names_are_numbered(tmp_path, array):
     assert actual.tobytes() == pixels(11).tobytes()
 
 
-def test_any_floats_are_restored_as_the_oracle_does(tmp_path, backend):
+def test_restoring_arbitrary_floats_matches_oracle(tmp_path, backend):
     values = np.random.default_rng(1).normal(0, 200, (5, 7, 9, 3)).astype(np.float32)
     values[0, 0, :, 0] = [np.nan, np.inf, -np.inf, -0.0, 1e30, -1e30, 0.5, 1.5, 254.5]
     source = save_npy(tmp_path / "y.npy", values)
     for rounding in ("nearest", "truncate"):
         target = tmp_path / f"{rounding}.npy"
         settings = {"mode": "caffe", "direction": "restore", "rounding": rounding}
-        plan_of(source, target, together=2, backend=backend, **settings).run()
+        plan_of(source, target, images_per_chunk=2, backend=backend, **settings).run()
         expected = oracle.apply(Transform("caffe", "restore", rounding=rounding), values)
         assert target.read_bytes() == npy_bytes(expected)
 
 
-def test_an_array_that_was_never_ours_is_restored_in_the_mode_that_is_given(tmp_path):
+def test_foreign_array_is_restored_in_the_given_mode(tmp_path):
     batch = pixels(5)
     source = save_npy(tmp_path / "y.npy", network_inputs(batch, "tf", out_layout="NCHW"))
     settings = {"mode": "tf", "layout": "NCHW", "out_layout": "NHWC", "direction": "restore"}
@@ -457,17 +468,17 @@ def test_an_array_that_was_never_ours_is_restored_in_the_mode_that_is_given(tmp_
     assert (tmp_path / "x.npy").read_bytes() == npy_bytes(batch)
 
 
-# What lies beside the data
+# Sidecars
 
 
 NAMED_PACKAGES = ("fastvgg", "numpy", "numba", "pillow", "simplejpeg", "h5py", "zarr")
 
 
-def test_the_manifest_holds_all_that_it_should(tmp_path, photos):
+def test_manifest_records_job_counts_and_packages(tmp_path, photos):
     names, _ = folder_with_failures(tmp_path / "some")
     target = tmp_path / "y.npy"
     settings = {"mode": "torch", "dtype": "float16", "out_layout": "NCHW", "size": (11, 5)}
-    plan = plan_of(tmp_path / "some", target, together=3, interpolation="box", **settings)
+    plan = plan_of(tmp_path / "some", target, images_per_chunk=3, interpolation="box", **settings)
     plan.run()
     manifest = read_manifest(target)
     fields = json.loads(manifest_path(target).read_bytes())
@@ -491,22 +502,22 @@ def test_the_manifest_holds_all_that_it_should(tmp_path, photos):
     }
 
 
-@pytest.mark.parametrize("together", [1, 2, 4, 11])
-def test_the_checksums_are_those_of_the_bytes_of_every_chunk(tmp_path, array, together):
+@pytest.mark.parametrize("images_per_chunk", [1, 2, 4, 11])
+def test_manifest_checksums_match_the_chunk_bytes(tmp_path, array, images_per_chunk):
     target = tmp_path / "y.npy"
-    plan_of(array, target, mode="caffe", together=together).run()
+    plan_of(array, target, mode="caffe", images_per_chunk=images_per_chunk).run()
     manifest = read_manifest(target)
-    assert manifest.chunk_images == together
+    assert manifest.chunk_images == images_per_chunk
     data = target.read_bytes()[128:]
     expected = [
-        xxhash.xxh3_64_hexdigest(data[start : start + together * 756])
-        for start in range(0, len(data), together * 756)
+        xxhash.xxh3_64_hexdigest(data[start : start + images_per_chunk * 756])
+        for start in range(0, len(data), images_per_chunk * 756)
     ]
     assert manifest.checksums == expected
     assert len(set(expected)) == len(expected)
 
 
-def test_a_mode_of_ones_own_comes_back_from_the_manifest(tmp_path, array):
+def test_custom_mode_round_trips_through_the_manifest(tmp_path, array):
     mode = Mode("mine", divide=3.0, mean=(1.0, 2.0, 4.0), std=(0.5, 2.0, 8.0), order="BGR")
     target, back = tmp_path / "y.npy", tmp_path / "z.npy"
     plan_of(array, target, mode=mode).run()
@@ -515,10 +526,10 @@ def test_a_mode_of_ones_own_comes_back_from_the_manifest(tmp_path, array):
     assert back.read_bytes() == array.read_bytes()
 
 
-def test_the_index_names_every_image_failed_ones_too(tmp_path):
+def test_index_lists_every_image_including_failures(tmp_path):
     names, _ = folder_with_failures(tmp_path / "some")
     target = tmp_path / "y.npy"
-    plan_of(tmp_path / "some", target, mode="caffe", together=3).run()
+    plan_of(tmp_path / "some", target, mode="caffe", images_per_chunk=3).run()
     records = read_index(target, 7)
     assert [record.path for record in records] == names
     assert [record.failed for record in records] == ["-" in name for name in names]
@@ -529,13 +540,13 @@ def test_the_index_names_every_image_failed_ones_too(tmp_path):
     assert lines[1 + names.index("3-text.jpg")].startswith("4,3-text.jpg,,0,0,failed,not an image")
 
 
-def test_an_array_without_names_has_no_index(tmp_path, array):
+def test_array_without_names_has_no_index(tmp_path, array):
     plan_of(array, tmp_path / "y.npy", mode="caffe").run()
     assert names_in(tmp_path) == ["x.npy", "y.npy", "y.npy.fastvgg.json"]
 
 
-@failing_in_ascii()
-def test_names_go_along_from_folder_to_array_and_back(tmp_path):
+@ascii_failures()
+def test_names_are_preserved_from_folder_to_array_and_back(tmp_path):
     photos, stored, back = tmp_path / "photos", tmp_path / "y.npy", tmp_path / "z.npy"
     photos.mkdir()
     for row, name in enumerate(
@@ -554,10 +565,10 @@ def test_names_go_along_from_folder_to_array_and_back(tmp_path):
         assert actual.tobytes() == images_in(photos)[path.name].tobytes()
 
 
-def test_the_data_alone_is_a_plain_array(tmp_path, array):
+def test_array_is_readable_without_its_sidecars(tmp_path, array):
     (tmp_path / "elsewhere").mkdir()
     for name in FLOATS:
-        plan_of(array, tmp_path / f"{name}.npy", mode="caffe", dtype=name, together=4).run()
+        plan_of(array, tmp_path / f"{name}.npy", mode="caffe", dtype=name, images_per_chunk=4).run()
         alone = (tmp_path / f"{name}.npy").rename(tmp_path / "elsewhere" / "train.npy")
         expected = network_inputs(pixels(11), "caffe", dtype=name)
         assert load(alone, name).tobytes() == expected.tobytes()
@@ -567,10 +578,10 @@ def test_the_data_alone_is_a_plain_array(tmp_path, array):
 # Images that cannot be read
 
 
-def test_a_failed_image_is_a_row_of_zeros_in_the_network_input(tmp_path, backend):
+def test_failed_image_is_a_row_of_zeros_in_the_network_input(tmp_path, backend):
     names, batch = folder_with_failures(tmp_path / "some")
     target = tmp_path / "y.npy"
-    settings = {"mode": "caffe", "together": 3, "backend": backend}
+    settings = {"mode": "caffe", "images_per_chunk": 3, "backend": backend}
     report = plan_of(tmp_path / "some", target, **settings).run()
     expected = network_inputs(batch, "caffe")
     failed = [row for row, name in enumerate(names) if "-" in name]
@@ -582,12 +593,12 @@ def test_a_failed_image_is_a_row_of_zeros_in_the_network_input(tmp_path, backend
     assert "2 could not be read" in str(report)
 
 
-def test_a_failed_image_stays_failed_when_the_rest_is_restored(tmp_path):
+def test_failed_image_stays_failed_after_restoring(tmp_path):
     names, batch = folder_with_failures(tmp_path / "some")
     stored, back, files = (tmp_path / name for name in ("y.npy", "z.npy", "files"))
-    plan_of(tmp_path / "some", stored, mode="caffe", together=3).run()
+    plan_of(tmp_path / "some", stored, mode="caffe", images_per_chunk=3).run()
     for target in (back, files):
-        report = plan_of(stored, target, direction="restore", together=2).run()
+        report = plan_of(stored, target, direction="restore", images_per_chunk=2).run()
         assert report.counts["failed"] == 2
         assert [failure.path for failure in report.failures] == ["1-torn.png", "3-text.jpg"]
     assert back.read_bytes() == npy_bytes(batch)
@@ -598,23 +609,25 @@ def test_a_failed_image_stays_failed_when_the_rest_is_restored(tmp_path):
 
 
 @pytest.mark.parametrize("first", ["1-torn.png", "3-text.jpg"])
-def test_strict_stops_at_the_first_image_that_cannot_be_read(tmp_path, first):
+def test_strict_stops_at_the_first_unreadable_image(tmp_path, first):
     names, _ = folder_with_failures(tmp_path / "some")
     if first == "3-text.jpg":
         (tmp_path / "some" / "1-torn.png").unlink()
         names.remove("1-torn.png")
     target = tmp_path / "y.npy"
-    told = []
+    reports = []
     with pytest.raises(StoppedError) as caught:
-        plan_of(tmp_path / "some", target, mode="caffe", together=1, strict=True).run(told.append)
+        plan_of(tmp_path / "some", target, mode="caffe", images_per_chunk=1, strict=True).run(
+            reports.append
+        )
     row = names.index(first)
-    must_say(caught.value, tmp_path / "some" / first, f"row {row}")
-    # The two before it were still to be written and committed when this one was read.
-    assert [at.images for at in told] == list(range(1, row - 1))
+    check_error(caught.value, tmp_path / "some" / first, f"row {row}")
+    # The two preceding chunks were still in the pipeline when this one was read.
+    assert [at.images for at in reports] == list(range(1, row - 1))
     assert commits_in(target) == row
     assert not target.exists()
     assert not manifest_path(target).exists()
-    report = plan_of(tmp_path / "some", target, mode="caffe", together=1).run()
+    report = plan_of(tmp_path / "some", target, mode="caffe", images_per_chunk=1).run()
     assert report.counts == {
         "images": len(names),
         "failed": sum("-" in name for name in names),
@@ -628,7 +641,7 @@ def test_strict_accepts_a_folder_without_failures(tmp_path, photos):
     assert report.counts["failed"] == 0
 
 
-def test_strict_stops_at_what_an_earlier_run_let_pass(tmp_path):
+def test_strict_stops_at_failures_of_an_earlier_run(tmp_path):
     folder_with_failures(tmp_path / "some")
     target = tmp_path / "y.npy"
 
@@ -637,16 +650,23 @@ def test_strict_stops_at_what_an_earlier_run_let_pass(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        plan_of(tmp_path / "some", target, mode="caffe", together=1).run(stop_after_failures)
+        plan_of(tmp_path / "some", target, mode="caffe", images_per_chunk=1).run(
+            stop_after_failures
+        )
     with pytest.raises(StoppedError, match=r"1-torn\.png"):
-        plan_of(tmp_path / "some", target, mode="caffe", together=1, strict=True).run()
+        plan_of(tmp_path / "some", target, mode="caffe", images_per_chunk=1, strict=True).run()
     assert not target.exists()
 
 
-def test_no_thread_decodes_on_after_a_run_that_ended_by_an_error(tmp_path):
+def test_no_decoding_thread_is_left_after_a_failed_run(tmp_path):
     names, _ = folder_with_failures(tmp_path / "some")
     plan = plan_of(
-        tmp_path / "some", tmp_path / "y.npy", mode="caffe", together=1, strict=True, size=(7, 9)
+        tmp_path / "some",
+        tmp_path / "y.npy",
+        mode="caffe",
+        images_per_chunk=1,
+        strict=True,
+        size=(7, 9),
     )
     with pytest.raises(StoppedError) as caught:
         plan.run()
@@ -655,76 +675,76 @@ def test_no_thread_decodes_on_after_a_run_that_ended_by_an_error(tmp_path):
     assert left == []
 
 
-# Killed, and run again
+# Killed and resumed runs
 
-KILLED = """
+KILL_SCRIPT = """
 import os, signal, sys
 from tests.helpers.datasets_on_disk import plan_of
-from tests.helpers.faults import CuttingStorage
+from tests.helpers.faults import InterruptedStorage
 from fastvgg.stream.run import run
 source, target, direction, commits = sys.argv[1:]
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 mode = "caffe" if direction == "preprocess" else None
-plan = plan_of(source, target, mode=mode, direction=direction, together=2, threads=2)
-run(plan, storage=CuttingStorage(int(commits), end=kill))
+plan = plan_of(source, target, mode=mode, direction=direction, images_per_chunk=2, threads=2)
+run(plan, storage=InterruptedStorage(int(commits), end=kill))
 """
 
 
 @pytest.mark.parametrize("commits", [1, 2, 5, 6])
 @pytest.mark.parametrize("kind", ["array", "folder", "files"])
-def test_a_killed_run_goes_on_where_it_was(tmp_path, array, photos, kind, commits):
+def test_killed_run_resumes_after_its_last_commit(tmp_path, array, photos, kind, commits):
     source, name, direction = array, "y.npy", "preprocess"
-    settings = {"together": 2, "mode": "caffe"}
+    settings = {"images_per_chunk": 2, "mode": "caffe"}
     if kind == "folder":
         source = photos
     elif kind == "files":
         source, name, direction = tmp_path / "inputs.npy", "out", "restore"
         plan_of(photos, source, mode="caffe").run()
-        settings = {"together": 2, "direction": "restore"}
+        settings = {"images_per_chunk": 2, "direction": "restore"}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
     plan_of(source, whole / name, **settings).run()
 
-    died = python(KILLED, source, cut / name, direction, str(commits))
+    died = python(KILL_SCRIPT, source, cut / name, direction, str(commits))
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert not (cut / name).exists()
     assert not manifest_path(cut / name).exists()
     again = plan_of(source, cut / name, **settings)
     assert again.committed_chunks == commits
-    told = []
-    report = again.run(told.append)
+    reports = []
+    report = again.run(reports.append)
     assert report.counts["chunks"] == 6
     assert report.counts["computed_chunks"] == 6 - commits
-    assert len(told) == 6 - commits
+    assert len(reports) == 6 - commits
     assert data_tree(cut) == data_tree(whole)
 
 
-def test_a_run_that_raised_in_its_progress_goes_on_where_it_was(tmp_path, array):
+def test_run_whose_progress_callback_raised_resumes(tmp_path, array):
     target = tmp_path / "y.npy"
 
     def fail(progress):
-        raise RuntimeError("a defect of the caller")
+        raise RuntimeError("a bug in the caller")
 
     committed = 0
     while committed < 6:
-        plan = plan_of(array, target, mode="caffe", together=2)
+        plan = plan_of(array, target, mode="caffe", images_per_chunk=2)
         assert plan.committed_chunks == committed
-        with pytest.raises(RuntimeError, match="a defect of the caller"):
+        with pytest.raises(RuntimeError, match="a bug in the caller"):
             plan.run(fail)
-        # The chunk that was told of, and the two that were given after it.
+        # The reported chunk, and the two submitted after it.
         assert commits_in(target) - committed == 3
         committed = commits_in(target)
-    report = plan_of(array, target, mode="caffe", together=2).run()
+    report = plan_of(array, target, mode="caffe", images_per_chunk=2).run()
     assert report.counts["computed_chunks"] == 0
     assert target.read_bytes() == npy_bytes(network_inputs(pixels(11), "caffe"))
 
 
-def test_a_resumed_run_keeps_the_chunks_it_began_with(tmp_path, array):
+def test_resumed_run_keeps_its_chunk_size(tmp_path, array):
     target = tmp_path / "y.npy"
-    python(KILLED, array, target, "preprocess", "2")
-    plan = plan_of(array, target, mode="caffe", together=5)
+    python(KILL_SCRIPT, array, target, "preprocess", "2")
+    plan = plan_of(array, target, mode="caffe", images_per_chunk=5)
     assert plan.chunk_images == 2
     assert plan.run().counts["computed_chunks"] == 4
     assert target.read_bytes() == npy_bytes(network_inputs(pixels(11), "caffe"))
@@ -734,10 +754,10 @@ def test_a_resumed_run_keeps_the_chunks_it_began_with(tmp_path, array):
 # What another command finds
 
 
-def unfinished(source, target, **settings):
-    """Leave a run behind that stopped after its first commit."""
-    with pytest.raises(Death):
-        run(plan_of(source, target, together=2, **settings), storage=CuttingStorage(1))
+def interrupt_run(source, target, **settings):
+    """Crash a run after its first commit; return the target."""
+    with pytest.raises(SimulatedCrash):
+        run(plan_of(source, target, images_per_chunk=2, **settings), storage=InterruptedStorage(1))
     return target
 
 
@@ -749,12 +769,12 @@ def unfinished(source, target, **settings):
         ({"mode": "caffe", "out_layout": "NCHW"}, ["result.layout", "'NHWC'", "'NCHW'"]),
     ],
 )
-def test_an_unfinished_run_of_other_settings_is_refused_with_both(tmp_path, array, now, words):
-    target = unfinished(array, tmp_path / "y.npy", mode="caffe")
+def test_unfinished_run_with_other_settings_is_rejected_with_both(tmp_path, array, now, words):
+    target = interrupt_run(array, tmp_path / "y.npy", mode="caffe")
     before = tree(tmp_path)
     with pytest.raises(ResumeError) as caught:
         plan_of(array, target, **now)
-    must_say(caught.value, target, *words, "--restart")
+    check_error(caught.value, target, *words, "--restart")
     assert tree(tmp_path) == before
     plan_of(array, target, restart=True, **now).run()
     expected = network_inputs(
@@ -767,60 +787,60 @@ def test_an_unfinished_run_of_other_settings_is_refused_with_both(tmp_path, arra
     assert not journal_path(target).exists()
 
 
-def test_an_unfinished_run_of_another_size_is_refused_with_both(tmp_path, photos):
-    target = unfinished(photos, tmp_path / "y.npy", mode="caffe", size=(5, 11))
+def test_unfinished_run_with_another_size_is_rejected_with_both(tmp_path, photos):
+    target = interrupt_run(photos, tmp_path / "y.npy", mode="caffe", size=(5, 11))
     with pytest.raises(ResumeError) as caught:
         plan_of(photos, target, mode="caffe", size=(11, 5))
-    must_say(caught.value, "source.size", "[5, 11]", "[11, 5]", "--restart")
+    check_error(caught.value, "source.size", "[5, 11]", "[11, 5]", "--restart")
     with pytest.raises(ResumeError, match=r"source\.interpolation: 'nearest' then, 'box' now"):
         plan_of(photos, target, mode="caffe", size=(5, 11), interpolation="box")
 
 
-def test_an_unfinished_run_of_another_source_is_refused_with_both(tmp_path, array):
-    target = unfinished(array, tmp_path / "y.npy", mode="caffe")
+def test_unfinished_run_of_another_source_is_rejected_with_both(tmp_path, array):
+    target = interrupt_run(array, tmp_path / "y.npy", mode="caffe")
     other = save_npy(tmp_path / "other.npy", pixels(11, seed=2))
     with pytest.raises(ResumeError) as caught:
         plan_of(other, target, mode="caffe")
-    must_say(caught.value, "source.path", array, other, "source.fingerprint")
+    check_error(caught.value, "source.path", array, other, "source.fingerprint")
 
 
-def test_an_unfinished_run_whose_source_has_changed_is_refused(tmp_path, array):
-    target = unfinished(array, tmp_path / "y.npy", mode="caffe")
+def test_unfinished_run_of_a_changed_source_is_rejected(tmp_path, array):
+    target = interrupt_run(array, tmp_path / "y.npy", mode="caffe")
     save_npy(array, pixels(11, seed=2))
     os.utime(array, ns=(0, 1))
     with pytest.raises(ResumeError) as caught:
         plan_of(array, target, mode="caffe")
-    must_say(caught.value, "source.fingerprint", "--restart")
+    check_error(caught.value, "source.fingerprint", "--restart")
     plan_of(array, target, mode="caffe", restart=True).run()
     assert target.read_bytes() == npy_bytes(network_inputs(pixels(11, seed=2), "caffe"))
 
 
 @pytest.mark.parametrize("change", [-1, 1, 4096])
-def test_a_partial_of_another_size_is_refused(tmp_path, array, change):
-    target = unfinished(array, tmp_path / "y.npy", mode="caffe")
+def test_partial_target_of_wrong_size_is_rejected(tmp_path, array, change):
+    target = interrupt_run(array, tmp_path / "y.npy", mode="caffe")
     partial = tmp_path / "y.npy.partial"
     size = partial.stat().st_size
     os.truncate(partial, size + change)
     with pytest.raises(ResumeError) as caught:
         plan_of(array, target, mode="caffe").run()
-    must_say(caught.value, partial, size, size + change, "--restart")
+    check_error(caught.value, partial, size, size + change, "--restart")
     assert not target.exists()
     plan_of(array, target, mode="caffe", restart=True).run()
     assert target.read_bytes() == npy_bytes(network_inputs(pixels(11), "caffe"))
 
 
-def test_a_partial_that_no_journal_knows_is_refused_and_kept(tmp_path, array):
+def test_partial_target_without_a_journal_is_rejected_and_kept(tmp_path, array):
     partial = tmp_path / "y.npy.partial"
     partial.write_text("someone's own")
     with pytest.raises(TargetError) as caught:
         plan_of(array, tmp_path / "y.npy", mode="caffe")
-    must_say(caught.value, partial, "move it away")
+    check_error(caught.value, partial, "move it away")
     assert partial.read_text() == "someone's own"
 
 
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("kind", ["file", "empty file", "link", "dangling link"])
-def test_something_else_of_the_targets_name_is_refused_and_kept(tmp_path, array, kind, restart):
+def test_foreign_target_is_rejected_and_kept(tmp_path, array, kind, restart):
     target = tmp_path / "y.npy"
     if kind == "file":
         save_npy(target, pixels(1))
@@ -832,7 +852,7 @@ def test_something_else_of_the_targets_name_is_refused_and_kept(tmp_path, array,
     before = tree(tmp_path)
     with pytest.raises(TargetError) as caught:
         plan_of(array, target, mode="caffe", restart=restart)
-    must_say(caught.value, target, "move it away", "another name")
+    check_error(caught.value, target, "move it away", "another name")
     assert "--restart" not in str(caught.value)
     assert tree(tmp_path) == before
 
@@ -852,7 +872,7 @@ FOREIGN = {
 @pytest.mark.parametrize(
     ("target", "suffix"), [(target, suffix) for target in FOREIGN for suffix in FOREIGN[target]]
 )
-def test_what_fastvgg_did_not_write_is_never_replaced(tmp_path, photos, target, suffix, restart):
+def test_foreign_data_is_never_replaced(tmp_path, photos, target, suffix, restart):
     source, settings = photos, {"mode": "caffe"}
     if target == "out":
         source, settings = preprocessed(tmp_path), {"direction": "restore"}
@@ -863,44 +883,44 @@ def test_what_fastvgg_did_not_write_is_never_replaced(tmp_path, photos, target, 
     location = f"{tmp_path / target}{'::/images' if target == 'y.h5' else ''}"
     with pytest.raises((TargetError, SourceError)) as caught:
         plan_of(source, location, restart=restart, **settings)
-    must_say(caught.value, foreign.parent if "/" in suffix else foreign)
+    check_error(caught.value, foreign.parent if "/" in suffix else foreign)
     assert "--restart" not in str(caught.value)
     assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("suffix", FOREIGN["y.npy"])
-def test_what_appears_after_planning_is_never_replaced(tmp_path, array, suffix, restart):
+def test_foreign_file_created_after_planning_is_never_replaced(tmp_path, array, suffix, restart):
     plan = plan_of(array, tmp_path / "y.npy", mode="caffe", restart=restart)
     foreign = tmp_path / f"y.npy{suffix}"
     foreign.write_text("precious")
     before = tree(tmp_path)
     with pytest.raises((TargetError, SourceError)) as caught:
         plan.run()
-    must_say(caught.value, foreign)
+    check_error(caught.value, foreign)
     assert "--restart" not in str(caught.value)
     assert tree(tmp_path) == before
 
 
-def test_a_refused_restart_leaves_the_unfinished_run_resumable(tmp_path, array):
+def test_rejected_restart_leaves_the_unfinished_run_resumable(tmp_path, array):
     target = tmp_path / "y.npy"
-    with pytest.raises(Death):
-        run(plan_of(array, target, mode="caffe", together=2), storage=CuttingStorage(2))
+    with pytest.raises(SimulatedCrash):
+        run(plan_of(array, target, mode="caffe", images_per_chunk=2), storage=InterruptedStorage(2))
     inputs = save_npy(tmp_path / "inputs.npy", network_inputs(pixels(11), "caffe"))
     restart = plan_of(inputs, target, mode="caffe", restart=True)
     before = tree(tmp_path)
     with pytest.raises(SourceError, match="not images"):
         restart.run()
     assert tree(tmp_path) == before
-    report = plan_of(array, target, mode="caffe", together=2).run()
+    report = plan_of(array, target, mode="caffe", images_per_chunk=2).run()
     assert report.counts["computed_chunks"] == 4
 
 
-def test_a_damaged_journal_is_kept_where_a_run_is_refused(tmp_path, array):
+def test_damaged_journal_is_kept_if_a_run_is_rejected(tmp_path, array):
     target = tmp_path / "y.npy"
-    late = plan_of(array, target, mode="caffe", together=2)
-    with pytest.raises(Death):
-        run(plan_of(array, target, mode="caffe", together=2), storage=CuttingStorage(2))
+    late = plan_of(array, target, mode="caffe", images_per_chunk=2)
+    with pytest.raises(SimulatedCrash):
+        run(plan_of(array, target, mode="caffe", images_per_chunk=2), storage=InterruptedStorage(2))
     journal = tmp_path / "y.npy.fastvgg-journal"
     content = bytearray(journal.read_bytes())
     content[100] ^= 1  # in the header line
@@ -914,7 +934,7 @@ def test_a_damaged_journal_is_kept_where_a_run_is_refused(tmp_path, array):
 
 
 @pytest.mark.parametrize("change", [-1, 1])
-def test_a_file_that_was_changed_since_is_not_replaced(tmp_path, array, change):
+def test_finished_target_changed_later_is_not_replaced(tmp_path, array, change):
     target = tmp_path / "y.npy"
     plan_of(array, target, mode="caffe").run()
     os.truncate(target, target.stat().st_size + change)
@@ -922,14 +942,14 @@ def test_a_file_that_was_changed_since_is_not_replaced(tmp_path, array, change):
     for restart in (False, True):
         with pytest.raises(TargetError) as caught:
             plan_of(array, target, mode="tf", restart=restart)
-        must_say(caught.value, target, "move it away")
+        check_error(caught.value, target, "move it away")
         assert "--restart" not in str(caught.value)
     assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("kind", ["empty", "full"])
-def test_a_directory_that_has_the_name_of_an_array_is_refused_before_anything_is_computed(
+def test_directory_with_the_name_of_an_array_is_rejected_before_computing(
     tmp_path, array, kind, restart
 ):
     (tmp_path / "y.npy").mkdir()
@@ -938,40 +958,40 @@ def test_a_directory_that_has_the_name_of_an_array_is_refused_before_anything_is
     before = tree(tmp_path)
     with pytest.raises(TargetError) as caught:
         plan_of(array, tmp_path / "y.npy", mode="caffe", restart=restart)
-    must_say(caught.value, tmp_path / "y.npy")
+    check_error(caught.value, tmp_path / "y.npy")
     assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("suffix", [".partial", ".index.csv", ".fastvgg-replaced"])
 @pytest.mark.parametrize("journal", [b"", b"0123456789ab", b"0" * 16 + b' {"fastv', bytes(100)])
-def test_what_a_crash_leaves_of_a_journal_proves_nothing(tmp_path, array, suffix, restart, journal):
+def test_incomplete_journal_does_not_prove_ownership(tmp_path, array, suffix, restart, journal):
     (tmp_path / "y.npy.fastvgg-journal").write_bytes(journal)
     (tmp_path / f"y.npy{suffix}").write_text("precious")
     before = tree(tmp_path)
     with pytest.raises(TargetError) as caught:
         plan_of(array, tmp_path / "y.npy", mode="caffe", restart=restart)
-    must_say(caught.value, tmp_path / f"y.npy{suffix}", "move it away")
+    check_error(caught.value, tmp_path / f"y.npy{suffix}", "move it away")
     assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("journal", [b"", b"0123456789ab", b"0" * 16 + b' {"fastv', bytes(100)])
-def test_what_a_crash_leaves_of_a_journal_is_replaced(tmp_path, array, journal):
+def test_incomplete_journal_is_replaced(tmp_path, array, journal):
     (tmp_path / "y.npy.fastvgg-journal").write_bytes(journal)
     plan_of(array, tmp_path / "y.npy", mode="caffe").run()
     assert names_in(tmp_path) == ["x.npy", "y.npy", "y.npy.fastvgg.json"]
 
 
-class DyingBeforeTheManifest(Storage):
-    def write_atomic(self, path, pieces):
-        raise Death
+class CrashBeforeManifestStorage(Storage):
+    def write_atomic(self, path, buffers):
+        raise SimulatedCrash
 
 
 @pytest.mark.parametrize("restart", [False, True])
-def test_what_took_the_name_of_a_published_file_is_never_replaced(tmp_path, array, restart):
+def test_file_replaced_after_publish_is_never_replaced(tmp_path, array, restart):
     target = tmp_path / "y.npy"
-    with pytest.raises(Death):
-        run(plan_of(array, target, mode="caffe"), storage=DyingBeforeTheManifest())
+    with pytest.raises(SimulatedCrash):
+        run(plan_of(array, target, mode="caffe"), storage=CrashBeforeManifestStorage())
     assert target.exists()
     target.write_text("precious")
     with pytest.raises((SourceError, TargetError)):
@@ -979,7 +999,7 @@ def test_what_took_the_name_of_a_published_file_is_never_replaced(tmp_path, arra
     assert target.read_text() == "precious"
 
 
-def test_an_empty_directory_may_become_the_target(tmp_path, photos):
+def test_empty_directory_can_become_the_target(tmp_path, photos):
     stored, back = tmp_path / "y.npy", tmp_path / "back"
     plan_of(photos, stored, mode="caffe").run()
     back.mkdir()
@@ -988,7 +1008,7 @@ def test_an_empty_directory_may_become_the_target(tmp_path, photos):
 
 
 @pytest.mark.parametrize("restart", [False, True])
-def test_a_directory_that_fastvgg_did_not_write_is_never_replaced(tmp_path, array, restart):
+def test_foreign_directory_is_never_replaced(tmp_path, array, restart):
     stored, back = tmp_path / "y.npy", tmp_path / "back"
     plan_of(array, stored, mode="caffe").run()
     back.mkdir()
@@ -996,11 +1016,11 @@ def test_a_directory_that_fastvgg_did_not_write_is_never_replaced(tmp_path, arra
     before = tree(tmp_path)
     with pytest.raises(TargetError) as caught:
         plan_of(stored, back, direction="restore", restart=restart)
-    must_say(caught.value, back)
+    check_error(caught.value, back)
     assert tree(tmp_path) == before
 
 
-def test_restart_replaces_a_directory_that_fastvgg_wrote(tmp_path, array):
+def test_restart_replaces_a_directory_written_by_fastvgg(tmp_path, array):
     stored, back = tmp_path / "y.npy", tmp_path / "back"
     plan_of(array, stored, mode="caffe").run()
     plan_of(stored, back, direction="restore").run()
@@ -1011,16 +1031,16 @@ def test_restart_replaces_a_directory_that_fastvgg_wrote(tmp_path, array):
 
 
 @pytest.mark.parametrize("kind", ["array", "files"])
-def test_the_same_command_again_finds_the_work_done(tmp_path, array, kind):
+def test_rerun_of_a_finished_run_does_nothing(tmp_path, array, kind):
     stored, target = tmp_path / "y.npy", tmp_path / "y.npy"
     settings = {"mode": "caffe"}
-    plan_of(array, stored, together=2, **settings).run()
+    plan_of(array, stored, images_per_chunk=2, **settings).run()
     source = array
     if kind == "files":
         source, target, settings = stored, tmp_path / "back", {"direction": "restore"}
-        plan_of(source, target, together=2, **settings).run()
+        plan_of(source, target, images_per_chunk=2, **settings).run()
     before = tree(tmp_path)
-    report = plan_of(source, target, together=2, **settings).run()
+    report = plan_of(source, target, images_per_chunk=2, **settings).run()
     assert report.counts["computed_chunks"] == 0
     assert report.counts["chunks"] == 6
     assert report.counts["images"] == 11
@@ -1029,7 +1049,7 @@ def test_the_same_command_again_finds_the_work_done(tmp_path, array, kind):
     assert tree(tmp_path) == before
 
 
-def test_the_same_command_again_still_tells_of_failures(tmp_path):
+def test_rerun_of_a_finished_run_reports_failures(tmp_path):
     folder_with_failures(tmp_path / "some")
     expected = plan_of(tmp_path / "some", tmp_path / "y.npy", mode="caffe").run()
     actual = plan_of(tmp_path / "some", tmp_path / "y.npy", mode="caffe").run()
@@ -1037,7 +1057,7 @@ def test_the_same_command_again_still_tells_of_failures(tmp_path):
     assert actual.counts == {**expected.counts, "computed_chunks": 0}
 
 
-def test_the_same_command_again_does_not_call_a_truncated_result_done(tmp_path, array):
+def test_rerun_rejects_a_truncated_result(tmp_path, array):
     target = tmp_path / "y.npy"
     plan_of(array, target, mode="caffe").run()
     os.truncate(target, target.stat().st_size // 2)
@@ -1045,27 +1065,27 @@ def test_the_same_command_again_does_not_call_a_truncated_result_done(tmp_path, 
         plan_of(array, target, mode="caffe").run()
 
 
-def test_another_command_for_a_finished_target_is_refused(tmp_path, array):
+def test_finished_target_of_another_job_is_rejected(tmp_path, array):
     target = tmp_path / "y.npy"
     plan_of(array, target, mode="caffe").run()
     before = tree(tmp_path)
     with pytest.raises(TargetError) as caught:
         plan_of(array, target, mode="tf")
-    must_say(caught.value, target, "with other settings", "--restart")
+    check_error(caught.value, target, "with other settings", "--restart")
     assert tree(tmp_path) == before
     plan_of(array, target, mode="tf", restart=True).run()
     assert target.read_bytes() == npy_bytes(network_inputs(pixels(11), "tf"))
     assert read_manifest(target).job.transform.mode is Mode.TF
 
 
-def test_restart_does_the_work_again(tmp_path, array):
+def test_restart_recomputes_every_chunk(tmp_path, array):
     target = tmp_path / "y.npy"
-    plan_of(array, target, mode="caffe", together=2).run()
-    report = plan_of(array, target, mode="caffe", together=2, restart=True).run()
+    plan_of(array, target, mode="caffe", images_per_chunk=2).run()
+    report = plan_of(array, target, mode="caffe", images_per_chunk=2, restart=True).run()
     assert report.counts["computed_chunks"] == 6
 
 
-def test_replacing_an_array_with_names_by_one_without_leaves_no_names(tmp_path, array, photos):
+def test_restart_removes_the_index_of_the_replaced_array(tmp_path, array, photos):
     target = tmp_path / "y.npy"
     plan_of(photos, target, mode="caffe").run()
     assert index_path(target).exists()
@@ -1076,19 +1096,19 @@ def test_replacing_an_array_with_names_by_one_without_leaves_no_names(tmp_path, 
 
 @pytest.mark.parametrize("where", ["partial", "inside partial", "replaced"])
 def test_restart_never_removes_the_source(tmp_path, where):
-    """The names that a run makes beside its target may be those of the source."""
+    """The source may have the name of a sidecar."""
     place = {"partial": "y.npy.partial", "inside partial": "y.npy.partial/photos"}
     source = save_images(tmp_path / place.get(where, "y.npy.fastvgg-replaced"), pixels(5))
     before = tree(source)
     try:
         plan_of(source, tmp_path / "y.npy", mode="caffe", restart=True).run()
     except TargetError as error:
-        must_say(error, tmp_path / "y.npy")
+        check_error(error, tmp_path / "y.npy")
     assert tree(source) == before
 
 
-def appears_while_it_runs(plan, make):
-    """Run a plan during whose first chunk something appears."""
+def run_with_event(plan, make):
+    """Run a plan, and call `make` after its first chunk."""
 
     def progress(at):
         nonlocal make
@@ -1099,50 +1119,48 @@ def appears_while_it_runs(plan, make):
     return plan.run(progress)
 
 
-def test_a_file_that_appears_while_it_runs_is_not_replaced(tmp_path, array):
+def test_file_created_during_a_run_is_not_replaced(tmp_path, array):
     target = tmp_path / "y.npy"
-    plan = plan_of(array, target, mode="caffe", together=2)
+    plan = plan_of(array, target, mode="caffe", images_per_chunk=2)
     with pytest.raises(TargetError) as caught:
-        appears_while_it_runs(plan, lambda: target.write_text("precious"))
-    must_say(caught.value, target, "was not written by fastvgg")
+        run_with_event(plan, lambda: target.write_text("precious"))
+    check_error(caught.value, target, "was not written by fastvgg")
     assert target.read_text() == "precious"
     target.unlink()
-    report = plan_of(array, target, mode="caffe", together=2).run()
+    report = plan_of(array, target, mode="caffe", images_per_chunk=2).run()
     assert report.counts["computed_chunks"] == 0
     assert target.read_bytes() == npy_bytes(network_inputs(pixels(11), "caffe"))
 
 
-def test_a_file_that_appears_after_a_run_was_cut_off_is_not_replaced(tmp_path, array):
-    target = unfinished(array, tmp_path / "y.npy", mode="caffe")
+def test_file_created_after_an_interrupted_run_is_not_replaced(tmp_path, array):
+    target = interrupt_run(array, tmp_path / "y.npy", mode="caffe")
     target.write_text("precious")
     before = tree(tmp_path)
     with pytest.raises(TargetError) as caught:
-        plan_of(array, target, mode="caffe", together=2)
-    must_say(caught.value, target, "was not written by fastvgg")
+        plan_of(array, target, mode="caffe", images_per_chunk=2)
+    check_error(caught.value, target, "was not written by fastvgg")
     assert tree(tmp_path) == before
 
 
-def test_a_directory_that_appears_while_it_runs_is_never_replaced(tmp_path, array):
+def test_directory_created_during_a_run_is_never_replaced(tmp_path, array):
     stored, back = tmp_path / "y.npy", tmp_path / "back"
     plan_of(array, stored, mode="caffe").run()
-    plan = plan_of(stored, back, together=2, direction="restore", restart=True)
+    plan = plan_of(stored, back, images_per_chunk=2, direction="restore", restart=True)
 
     def appear():
         back.mkdir()
         (back / "keep.txt").write_text("precious")
 
     with pytest.raises(TargetError):
-        appears_while_it_runs(plan, appear)
+        run_with_event(plan, appear)
     assert (back / "keep.txt").read_text() == "precious"
 
 
 @pytest.mark.parametrize("restart", [False, True])
-def test_a_directory_that_appears_after_a_run_was_cut_off_is_never_replaced(
-    tmp_path, array, restart
-):
+def test_directory_created_after_an_interrupted_run_is_never_replaced(tmp_path, array, restart):
     stored, back = tmp_path / "y.npy", tmp_path / "back"
     plan_of(array, stored, mode="caffe").run()
-    unfinished(stored, back, direction="restore", restart=True)
+    interrupt_run(stored, back, direction="restore", restart=True)
     back.mkdir()
     (back / "keep.txt").write_text("precious")
     with pytest.raises(TargetError):
@@ -1151,52 +1169,52 @@ def test_a_directory_that_appears_after_a_run_was_cut_off_is_never_replaced(
 
 
 @pytest.mark.parametrize("restart", [False, True])
-def test_a_directory_made_in_place_of_one_that_was_to_be_replaced_is_never_replaced(
+def test_directory_recreated_after_an_interrupted_restart_is_never_replaced(
     tmp_path, array, restart
 ):
     stored, back = tmp_path / "y.npy", tmp_path / "back"
     plan_of(array, stored, mode="caffe").run()
     plan_of(stored, back, direction="restore").run()
-    unfinished(stored, back, direction="restore", restart=True)
+    interrupt_run(stored, back, direction="restore", restart=True)
     shutil.rmtree(back)
     manifest_path(back).unlink()
-    back.mkdir()  # which may well get the inode of the one that is gone
+    back.mkdir()  # may reuse the inode of the removed directory
     (back / "keep.txt").write_text("precious")
     with pytest.raises(TargetError):
         plan_of(stored, back, direction="restore", restart=restart).run()
     assert (back / "keep.txt").read_text() == "precious"
 
 
-def test_what_an_index_names_outside_of_the_directory_is_never_written(tmp_path, array):
+def test_index_paths_outside_the_target_directory_are_never_written(tmp_path, array):
     stored = tmp_path / "y.npy"
     plan_of(array, stored, mode="caffe").run()
     outside = tmp_path / "outside.png"
     names = [f"{row}.png" for row in range(10)]
-    for evil in (str(outside), f"/{outside}", "../outside.png", "x/../../outside.png"):
-        records = [ImageRecord(name, "", 9, 7, False, "") for name in [*names, evil]]
-        index_path(stored).write_text(INDEX_HEAD + index_text(records), encoding="utf-8")
+    for escaping_path in (str(outside), f"/{outside}", "../outside.png", "x/../../outside.png"):
+        records = [ImageRecord(name, "", 9, 7, False, "") for name in [*names, escaping_path]]
+        index_path(stored).write_text(INDEX_HEADER + format_records(records), encoding="utf-8")
         with pytest.raises(SourceError):
             plan_of(stored, tmp_path / "back", direction="restore").run()
         assert not outside.exists()
 
 
-# Two at once
+# Concurrent runs
 
-HOLDS = """
+WAITING_RUN_SCRIPT = """
 import sys
 from tests.helpers.datasets_on_disk import plan_of
 def progress(at):
     print("committed", flush=True)
     sys.stdin.readline()
-plan_of(sys.argv[1], sys.argv[2], mode="caffe", together=2).run(progress)
+plan_of(sys.argv[1], sys.argv[2], mode="caffe", images_per_chunk=2).run(progress)
 """
 
 
-def holding(source, target):
-    """Start a process that is in the middle of a run, and wait until it is."""
+def running_process(source, target):
+    """Start a process, and wait until it is in the middle of a run."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLDS, source, target],
-        env=importing_checkout(),
+        [sys.executable, "-c", WAITING_RUN_SCRIPT, source, target],
+        env=checkout_environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -1205,13 +1223,13 @@ def holding(source, target):
     return process
 
 
-def test_a_second_run_of_one_target_is_refused_and_the_first_ends_well(tmp_path, array):
+def test_concurrent_run_of_the_same_target_is_rejected(tmp_path, array):
     target = tmp_path / "y.npy"
-    with holding(array, target) as first:
+    with running_process(array, target) as first:
         for settings in ({}, {"restart": True}):
             with pytest.raises(TargetError) as caught:
-                plan_of(array, target, mode="caffe", together=2, **settings).run()
-            must_say(caught.value, target, "another process")
+                plan_of(array, target, mode="caffe", images_per_chunk=2, **settings).run()
+            check_error(caught.value, target, "another process")
         first.communicate("\n" * 6)
     assert first.returncode == 0
     assert target.read_bytes() == npy_bytes(network_inputs(pixels(11), "caffe"))
@@ -1219,26 +1237,26 @@ def test_a_second_run_of_one_target_is_refused_and_the_first_ends_well(tmp_path,
     fastvgg.verify(target, full=True)
 
 
-def test_the_next_run_goes_on_when_the_first_is_killed(tmp_path, array):
+def test_rerun_resumes_after_a_concurrent_run_is_killed(tmp_path, array):
     target = tmp_path / "y.npy"
-    with holding(array, target) as first:
+    with running_process(array, target) as first:
         first.kill()
         first.communicate()
     committed = commits_in(target)
-    assert 1 <= committed <= 3  # it was told of one, and may have committed the two given since
-    report = plan_of(array, target, mode="caffe", together=2).run()
+    assert 1 <= committed <= 3  # one was reported, and up to two more were in the pipeline
+    report = plan_of(array, target, mode="caffe", images_per_chunk=2).run()
     assert report.counts["computed_chunks"] == 6 - committed
     assert target.read_bytes() == npy_bytes(network_inputs(pixels(11), "caffe"))
 
 
-def test_two_targets_are_written_at_once(tmp_path, array):
-    with holding(array, tmp_path / "y.npy") as first:
+def test_two_targets_can_be_written_concurrently(tmp_path, array):
+    with running_process(array, tmp_path / "y.npy") as first:
         plan_of(array, tmp_path / "z.npy", mode="caffe").run()
         first.communicate("\n" * 6)
     assert (tmp_path / "y.npy").read_bytes() == (tmp_path / "z.npy").read_bytes()
 
 
-# A source that does not hold still
+# Sources that change
 
 
 def change_content(source):
@@ -1260,56 +1278,56 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_an_array_that_changes_while_it_is_read_is_not_published(tmp_path, array, change):
+def test_array_changed_during_a_run_is_not_published(tmp_path, array, change):
     target = tmp_path / "y.npy"
-    plan = plan_of(array, target, mode="caffe", together=2)
+    plan = plan_of(array, target, mode="caffe", images_per_chunk=2)
     with pytest.raises(StoppedError) as caught:
-        appears_while_it_runs(plan, lambda: CHANGES[change](array))
-    must_say(caught.value, array, "changed while it was read", "--restart")
+        run_with_event(plan, lambda: CHANGES[change](array))
+    check_error(caught.value, array, "changed while it was read", "--restart")
     assert not target.exists()
     assert not manifest_path(target).exists()
     plan_of(array, target, mode="caffe", restart=True).run()
     assert target.read_bytes() == npy_bytes(network_inputs(np.load(array), "caffe"))
 
 
-def test_an_array_that_shrinks_while_it_is_read_stops_the_run(tmp_path, array):
+def test_array_truncated_during_a_run_stops_it(tmp_path, array):
     target = tmp_path / "y.npy"
-    plan = plan_of(array, target, mode="caffe", together=2)
+    plan = plan_of(array, target, mode="caffe", images_per_chunk=2)
     with pytest.raises(StoppedError) as caught:
-        appears_while_it_runs(plan, lambda: os.truncate(array, 128))
-    must_say(caught.value, array, "truncated")
+        run_with_event(plan, lambda: os.truncate(array, 128))
+    check_error(caught.value, array, "truncated")
     assert not target.exists()
 
 
-def test_a_folder_that_changes_while_it_is_read_is_not_published(tmp_path, photos):
+def test_folder_changed_during_a_run_is_not_published(tmp_path, photos):
     target = tmp_path / "y.npy"
-    plan = plan_of(photos, target, mode="caffe", together=2)
+    plan = plan_of(photos, target, mode="caffe", images_per_chunk=2)
     with pytest.raises(StoppedError) as caught:
-        appears_while_it_runs(plan, lambda: save_images(photos, pixels(1), ["new.png"]))
-    must_say(caught.value, photos, "changed while it was read")
+        run_with_event(plan, lambda: save_images(photos, pixels(1), ["new.png"]))
+    check_error(caught.value, photos, "changed while it was read")
     assert not target.exists()
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_source_that_changed_since_the_plan_is_refused(tmp_path, array, change):
+def test_source_changed_before_the_run_is_rejected(tmp_path, array, change):
     plan = plan_of(array, tmp_path / "y.npy", mode="caffe")
     CHANGES[change](array)
     with pytest.raises(SourceError) as caught:
         plan.run()
-    must_say(caught.value, array, "has changed since", "rerun the same command")
+    check_error(caught.value, array, "has changed since", "rerun the same command")
     assert names_in(tmp_path) == ["x.npy"]
 
 
-def test_a_source_that_was_removed_since_the_plan_is_refused(tmp_path, array):
+def test_source_removed_after_planning_is_rejected(tmp_path, array):
     plan = plan_of(array, tmp_path / "y.npy", mode="caffe")
     array.unlink()
     with pytest.raises(SourceError) as caught:
         plan.run()
-    must_say(caught.value, array)
+    check_error(caught.value, array)
     assert names_in(tmp_path) == []
 
 
-# What must not be done
+# Rejected conversions
 
 
 def preprocessed(tmp_path, mode="caffe", **settings):
@@ -1319,127 +1337,127 @@ def preprocessed(tmp_path, mode="caffe", **settings):
 
 
 @pytest.mark.parametrize("again", KERAS_MODES)
-def test_preprocessing_what_was_preprocessed_is_refused_by_its_manifest(tmp_path, again):
+def test_preprocessing_twice_is_rejected_by_the_manifest(tmp_path, again):
     stored = preprocessed(tmp_path)
     before = tree(tmp_path)
     with pytest.raises(SourceError) as caught:
         plan_of(stored, tmp_path / "z.npy", mode=again)
-    must_say(caught.value, stored, "already preprocessed", "caffe")
+    check_error(caught.value, stored, "already preprocessed", "caffe")
     assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("mode", KERAS_MODES)
-def test_preprocessing_what_was_preprocessed_is_refused_by_its_values(tmp_path, mode):
+def test_preprocessing_twice_is_rejected_by_the_values(tmp_path, mode):
     stored = save_npy(tmp_path / "y.npy", network_inputs(pixels(67), mode))
     with pytest.raises(SourceError) as caught:
         plan_of(stored, tmp_path / "z.npy", mode=mode).run()
-    must_say(caught.value, stored, "may be already preprocessed", "values from -")
+    check_error(caught.value, stored, "may be already preprocessed", "values from -")
     assert names_in(tmp_path) == ["y.npy"]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -1.0, 255.5])
-def test_floats_that_no_image_holds_are_not_preprocessed(tmp_path, value):
+def test_floats_outside_the_image_range_are_not_preprocessed(tmp_path, value):
     batch = pixels(5).astype(np.float32)
     batch[2, 3, 4, 1] = value
     source = save_npy(tmp_path / "x.npy", batch)
     with pytest.raises(SourceError) as caught:
         plan_of(source, tmp_path / "y.npy", mode="caffe").run()
-    must_say(caught.value, source, f"{value:g}".replace("-inf", "inf"))
+    check_error(caught.value, source, f"{value:g}".replace("-inf", "inf"))
     assert names_in(tmp_path) == ["x.npy"]
 
 
 @pytest.mark.parametrize("kind", ["array", "photos"])
-def test_restoring_images_is_refused_by_their_type(tmp_path, request, kind):
+def test_restoring_images_is_rejected_by_their_dtype(tmp_path, request, kind):
     source = request.getfixturevalue(kind)
     with pytest.raises(SourceError) as caught:
         plan_of(source, tmp_path / "z.npy", mode="caffe", direction="restore")
-    must_say(caught.value, source, "uint8", "nothing to restore")
+    check_error(caught.value, source, "uint8", "nothing to restore")
 
 
 @pytest.mark.parametrize("name", ["float16", "float32", "float64"])
-def test_restoring_images_that_are_stored_as_floats_is_refused_by_their_values(tmp_path, name):
+def test_restoring_images_stored_as_floats_is_rejected_by_their_values(tmp_path, name):
     source = save_npy(tmp_path / "x.npy", pixels(5).astype(name))
     with pytest.raises(SourceError) as caught:
         plan_of(source, tmp_path / "z.npy", mode="caffe", direction="restore").run()
-    must_say(caught.value, source, "never preprocessed", "from 0 to 255")
+    check_error(caught.value, source, "never preprocessed", "from 0 to 255")
     assert names_in(tmp_path) == ["x.npy"]
 
 
 @pytest.mark.parametrize("kind", ["z.npy", "back", "float.npy"])
-def test_restoring_twice_is_refused(tmp_path, kind):
+def test_restoring_twice_is_rejected(tmp_path, kind):
     stored = preprocessed(tmp_path)
     dtype = "float32" if kind == "float.npy" else None
     plan_of(stored, tmp_path / kind, direction="restore", dtype=dtype).run()
     with pytest.raises(SourceError) as caught:
         plan_of(tmp_path / kind, tmp_path / "again.npy", direction="restore")
-    must_say(caught.value, tmp_path / kind, "already restored")
+    check_error(caught.value, tmp_path / kind, "already restored")
 
 
-def test_a_mode_that_the_manifest_contradicts_is_refused(tmp_path):
+def test_mode_that_conflicts_with_the_manifest_is_rejected(tmp_path):
     stored = preprocessed(tmp_path)
     with pytest.raises(UsageError) as caught:
         plan_of(stored, tmp_path / "z.npy", mode="torch", direction="restore")
-    must_say(caught.value, stored, "caffe", "torch")
+    check_error(caught.value, stored, "caffe", "torch")
     plan_of(stored, tmp_path / "z.npy", mode="caffe", direction="restore").run()
 
 
-def test_a_layout_that_the_manifest_contradicts_is_refused(tmp_path):
+def test_layout_that_conflicts_with_the_manifest_is_rejected(tmp_path):
     stored = preprocessed(tmp_path, out_layout="NCHW")
     with pytest.raises(UsageError) as caught:
         plan_of(stored, tmp_path / "z.npy", layout="NHWC", direction="restore")
-    must_say(caught.value, stored, "NCHW", "NHWC")
+    check_error(caught.value, stored, "NCHW", "NHWC")
 
 
-def test_without_a_manifest_the_mode_must_be_given(tmp_path):
+def test_mode_is_required_without_a_manifest(tmp_path):
     stored = preprocessed(tmp_path)
     manifest_path(stored).unlink()
     with pytest.raises(UsageError) as caught:
         plan_of(stored, tmp_path / "z.npy", direction="restore")
-    must_say(caught.value, stored, "--mode", "no manifest")
+    check_error(caught.value, stored, "--mode", "no manifest")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b'{"fastvgg-manifest": 1}'])
-def test_a_damaged_manifest_is_refused_and_not_passed_over(tmp_path, content):
+def test_damaged_manifest_is_rejected_and_not_ignored(tmp_path, content):
     stored = preprocessed(tmp_path)
     manifest_path(stored).write_bytes(content)
     with pytest.raises(SourceError) as caught:
         plan_of(stored, tmp_path / "z.npy", mode="caffe", direction="restore")
-    must_say(caught.value, manifest_path(stored))
+    check_error(caught.value, manifest_path(stored))
 
 
-def test_a_manifest_of_other_data_is_refused(tmp_path):
+def test_manifest_of_other_data_is_rejected(tmp_path):
     stored = preprocessed(tmp_path)
     save_npy(stored, network_inputs(pixels(5), "torch"))
     with pytest.raises(SourceError) as caught:
         plan_of(stored, tmp_path / "z.npy", direction="restore")
-    must_say(caught.value, stored, "(5, 7, 9, 3)", "(11, 7, 9, 3)")
+    check_error(caught.value, stored, "(5, 7, 9, 3)", "(11, 7, 9, 3)")
 
 
-# Where a target may not be
+# Invalid target locations
 
 
-def test_a_target_inside_the_source_is_refused(tmp_path, photos):
+def test_target_inside_the_source_is_rejected(tmp_path, photos):
     before = tree(tmp_path)
     for place in (photos, photos / "a"):
         with pytest.raises(TargetError) as caught:
             plan_of(photos, place / "y.npy", mode="caffe")
-        must_say(caught.value, place / "y.npy", photos)
+        check_error(caught.value, place / "y.npy", photos)
     assert tree(tmp_path) == before
 
 
-def test_a_source_inside_the_target_is_refused(tmp_path):
+def test_source_inside_the_target_is_rejected(tmp_path):
     (tmp_path / "back").mkdir()
     stored = preprocessed(tmp_path / "back")
     before = tree(tmp_path)
     for restart in (False, True):
         with pytest.raises(TargetError) as caught:
             plan_of(stored, tmp_path / "back", direction="restore", restart=restart)
-        must_say(caught.value, tmp_path / "back")
+        check_error(caught.value, tmp_path / "back")
     assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("kind", ["same", "dots", "link", "link to directory"])
-def test_a_target_that_is_the_source_is_refused(tmp_path, array, kind):
+def test_target_that_is_the_source_is_rejected(tmp_path, array, kind):
     target = array
     if kind == "dots":
         (tmp_path / "sub").mkdir()
@@ -1454,11 +1472,11 @@ def test_a_target_that_is_the_source_is_refused(tmp_path, array, kind):
     for restart in (False, True) if kind != "link" else (False,):
         with pytest.raises(TargetError) as caught:
             plan_of(array, target, mode="caffe", restart=restart)
-        must_say(caught.value, "is the source itself")
+        check_error(caught.value, "is the source itself")
     assert tree(tmp_path) == before
 
 
-def test_a_target_inside_the_source_by_way_of_a_link_is_refused(tmp_path, photos):
+def test_target_inside_the_source_through_a_link_is_rejected(tmp_path, photos):
     (tmp_path / "link").symlink_to(photos / "a")
     with pytest.raises(TargetError):
         plan_of(photos, tmp_path / "link" / "y.npy", mode="caffe")
@@ -1467,9 +1485,9 @@ def test_a_target_inside_the_source_by_way_of_a_link_is_refused(tmp_path, photos
 
 WITHOUT_PRIVILEGES = """
 import sys
-from tests.helpers.datasets_on_disk import obey_permissions, plan_of
+from tests.helpers.datasets_on_disk import drop_permission_override, plan_of
 from fastvgg.errors import FastvggError
-obey_permissions()
+drop_permission_override()
 try:
     plan_of(sys.argv[1], sys.argv[2], mode="caffe")
 except FastvggError as error:
@@ -1477,10 +1495,10 @@ except FastvggError as error:
 """
 
 
-def test_a_directory_that_may_not_be_written_to_is_refused(tmp_path, array):
+def test_read_only_target_directory_is_rejected(tmp_path, array):
     (tmp_path / "closed").mkdir()
     with permissions(tmp_path / "closed", 0o555):
-        actual = printed_by(WITHOUT_PRIVILEGES, array, tmp_path / "closed" / "y.npy")
+        actual = stdout_of(WITHOUT_PRIVILEGES, array, tmp_path / "closed" / "y.npy")
     assert actual.startswith("TargetError ")
     assert f"{tmp_path / 'closed'} is not writable" in actual
     assert "permissions" in actual
@@ -1488,7 +1506,7 @@ def test_a_directory_that_may_not_be_written_to_is_refused(tmp_path, array):
 
 
 @pytest.mark.parametrize("closed", ["source", "directory above", "manifest", "index"])
-def test_what_may_not_be_read_is_refused(tmp_path, closed):
+def test_unreadable_source_or_sidecar_is_rejected(tmp_path, closed):
     (tmp_path / "in").mkdir()
     source = save_npy(tmp_path / "in" / "x.npy", pixels(5))
     place = {
@@ -1500,20 +1518,20 @@ def test_what_may_not_be_read_is_refused(tmp_path, closed):
     if not place.exists():
         place.write_text("anything")
     with permissions(place, 0):
-        actual = printed_by(WITHOUT_PRIVILEGES, source, tmp_path / "z.npy")
+        actual = stdout_of(WITHOUT_PRIVILEGES, source, tmp_path / "z.npy")
     assert actual.startswith("SourceError ")
     assert str(place) in actual
     assert "Permission denied" in actual
 
 
-# Where there is no room
+# Disk space
 
 
 @pytest.mark.parametrize("name", ["y.npy", "y.h5::/a"])
-def test_a_disk_without_room_is_refused_with_both_numbers(tmp_path, name):
+def test_insufficient_disk_space_is_rejected_with_both_numbers(tmp_path, name):
     save_npy(tmp_path / "x.npy", pixels(67, 37, 41))
     (tmp_path / "small").mkdir()
-    actual = printed_on_small_disk(
+    actual = stdout_on_small_disk(
         tmp_path / "small",
         disk_bytes=256 * 1024,
         source=f"""
@@ -1533,10 +1551,10 @@ print(names_in({str(tmp_path / "small")!r}))
     assert actual.endswith("[]")
 
 
-def test_a_disk_that_was_filled_since_the_plan_leaves_nothing_behind(tmp_path):
+def test_disk_filled_after_planning_is_rejected_and_leaves_no_files(tmp_path):
     save_npy(tmp_path / "x.npy", pixels(11, 37, 41))
     (tmp_path / "small").mkdir()
-    actual = printed_on_small_disk(
+    actual = stdout_on_small_disk(
         tmp_path / "small",
         disk_bytes=512 * 1024,
         source=f"""
@@ -1544,7 +1562,7 @@ import pathlib
 from tests.helpers.datasets_on_disk import names_in, plan_of
 from fastvgg.errors import FastvggError
 small = pathlib.Path({str(tmp_path / "small")!r})
-plan = plan_of({str(tmp_path / "x.npy")!r}, small / "y.npy", mode="caffe", together=2)
+plan = plan_of({str(tmp_path / "x.npy")!r}, small / "y.npy", mode="caffe", images_per_chunk=2)
 (small / "other").write_bytes(bytes(400 * 1024))
 try:
     plan.run()
@@ -1552,7 +1570,7 @@ except FastvggError as error:
     print(type(error).__name__, error)
 print(names_in(small))
 (small / "other").unlink()
-print(plan_of(plan.source, plan.target, mode="caffe", together=2).run().counts)
+print(plan_of(plan.source, plan.target, mode="caffe", images_per_chunk=2).run().counts)
 """,
     )
     lines = actual.splitlines()
@@ -1563,12 +1581,12 @@ print(plan_of(plan.source, plan.target, mode="caffe", together=2).run().counts)
     assert "'computed_chunks': 6" in lines[3]
 
 
-def test_files_that_no_longer_fit_stop_the_run_and_it_goes_on_with_room(tmp_path):
+def test_full_disk_stops_an_image_run_which_resumes_with_free_space(tmp_path):
     plan_of(
         save_npy(tmp_path / "x.npy", pixels(11, 37, 41)), tmp_path / "y.npy", mode="caffe"
     ).run()
     (tmp_path / "small").mkdir()
-    actual = printed_on_small_disk(
+    actual = stdout_on_small_disk(
         tmp_path / "small",
         disk_bytes=512 * 1024,
         source=f"""
@@ -1577,7 +1595,7 @@ from tests.helpers.datasets_on_disk import images_in, pixels, plan_of
 from fastvgg.errors import FastvggError
 small = pathlib.Path({str(tmp_path / "small")!r})
 (small / "other").write_bytes(bytes(480 * 1024))
-settings = dict(direction="restore", together=2)
+settings = dict(direction="restore", images_per_chunk=2)
 try:
     plan_of({str(tmp_path / "y.npy")!r}, small / "out", **settings).run()
 except FastvggError as error:
@@ -1596,13 +1614,13 @@ print(b"".join(image.tobytes() for image in found) == pixels(11, 37, 41).tobytes
     assert lines[2:] == ["False", "True", "True"]
 
 
-def test_a_limit_on_the_size_of_files_is_no_room_and_leaves_nothing_behind(tmp_path, array):
-    actual = printed_by(
+def test_file_size_limit_is_rejected_and_leaves_no_files(tmp_path, array):
+    actual = stdout_of(
         """
 import os, resource, sys
 from tests.helpers.datasets_on_disk import names_in, plan_of
 from fastvgg.errors import FastvggError
-plan = plan_of(sys.argv[1], sys.argv[2], mode="caffe", together=2)
+plan = plan_of(sys.argv[1], sys.argv[2], mode="caffe", images_per_chunk=2)
 resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))
 try:
     plan.run()
@@ -1620,36 +1638,36 @@ print(names_in(os.path.dirname(sys.argv[2])))
     assert lines[-1] == "['x.npy']"
 
 
-def test_no_room_for_the_file_is_refused_and_leaves_nothing_behind(tmp_path, array):
-    class Full(FaultyOs):
+def test_failed_allocation_is_rejected_and_leaves_no_files(tmp_path, array):
+    class FullDiskOs(FaultyOs):
         CALLS = ("posix_fallocate",)
 
     plan = plan_of(array, tmp_path / "y.npy", mode="caffe")
-    with system_calls(Full(1, errno.ENOSPC)), pytest.raises(TargetError) as caught:
+    with system_calls(FullDiskOs(1, errno.ENOSPC)), pytest.raises(TargetError) as caught:
         plan.run()
-    must_say(caught.value, tmp_path / "y.npy", 11 * 756 + 128)
+    check_error(caught.value, tmp_path / "y.npy", 11 * 756 + 128)
     assert names_in(tmp_path) == ["x.npy"]
 
 
-def test_short_writes_are_completed(tmp_path, photos):
-    class Hesitant(FaultyOs):
+def test_short_writes_are_continued(tmp_path, photos):
+    class PartialIoOs(FaultyOs):
         def __getattr__(self, name):
             if name != "pwrite":
                 return getattr(os, name)
             return lambda file, data, offset: os.pwrite(file, data[:1013], offset)
 
     stored, back = tmp_path / "y.npy", tmp_path / "back"
-    with system_calls(Hesitant()):
-        plan_of(photos, stored, mode="caffe", together=4).run()
-        plan_of(stored, back, direction="restore", together=4).run()
+    with system_calls(PartialIoOs()):
+        plan_of(photos, stored, mode="caffe", images_per_chunk=4).run()
+        plan_of(stored, back, direction="restore", images_per_chunk=4).run()
     batch = rows_by_name(photos, pixels(11))
     assert stored.read_bytes() == npy_bytes(network_inputs(batch, "caffe"))
     fastvgg.verify(stored, full=True)
     fastvgg.verify(back, full=True)
 
 
-def test_a_disk_that_takes_nothing_is_an_error_and_no_endless_loop(tmp_path, array):
-    class Stuck(FaultyOs):
+def test_zero_length_writes_raise_instead_of_looping(tmp_path, array):
+    class ZeroWriteOs(FaultyOs):
         def __getattr__(self, name):
             if name != "pwrite":
                 return getattr(os, name)
@@ -1657,39 +1675,41 @@ def test_a_disk_that_takes_nothing_is_an_error_and_no_endless_loop(tmp_path, arr
             assert len(self.calls) < 1000, "an endless loop"
             return lambda file, data, offset: 0
 
-    with system_calls(Stuck()), pytest.raises(StoppedError):
+    with system_calls(ZeroWriteOs()), pytest.raises(StoppedError):
         plan_of(array, tmp_path / "y.npy", mode="caffe").run()
 
 
-def test_a_system_with_nothing_but_the_plain_calls_writes_the_same(tmp_path, array, monkeypatch):
-    class Plain(FaultyOs):
+def test_output_is_the_same_without_optional_system_calls(tmp_path, array, monkeypatch):
+    class MinimalOs(FaultyOs):
         def __getattr__(self, name):
             if name in ("posix_fallocate", "O_NOFOLLOW", "O_CLOEXEC", "O_DIRECT"):
                 raise AttributeError(name)
             return getattr(os, name)
 
     monkeypatch.setitem(sys.modules, "fcntl", None)
-    with system_calls(Plain()):
-        plan_of(array, tmp_path / "y.npy", mode="caffe", together=4).run()
+    with system_calls(MinimalOs()):
+        plan_of(array, tmp_path / "y.npy", mode="caffe", images_per_chunk=4).run()
     assert (tmp_path / "y.npy").read_bytes() == npy_bytes(network_inputs(pixels(11), "caffe"))
 
 
-def test_a_run_that_goes_on_writes_past_the_systems_cache_too(tmp_path):
-    if file_system(tmp_path) == "tmpfs":
+def test_resumed_run_bypasses_the_page_cache(tmp_path):
+    if file_system_type(tmp_path) == "tmpfs":
         pytest.skip("a file in memory is nowhere else")
     batch = pixels(12, 67, 71)
-    plan = plan_of(save_npy(tmp_path / "x.npy", batch), tmp_path / "y.npy", mode="tf", together=3)
-    with pytest.raises(Death):
-        run(plan, storage=CuttingStorage(1))
+    plan = plan_of(
+        save_npy(tmp_path / "x.npy", batch), tmp_path / "y.npy", mode="tf", images_per_chunk=3
+    )
+    with pytest.raises(SimulatedCrash):
+        run(plan, storage=InterruptedStorage(1))
     plan.run()
     with (tmp_path / "y.npy").open("r+b") as file:
-        assert pages_in_memory(file.fileno()) <= 1 + plan.chunks
+        assert count_cached_pages(file.fileno()) <= 1 + plan.chunks
     assert (tmp_path / "y.npy").read_bytes() == npy_bytes(network_inputs(batch, "tf"))
 
 
 @pytest.mark.parametrize("kind", ["array", "folder"])
-def test_whole_pages_of_every_chunk_are_written_past_the_systems_cache(tmp_path, kind):
-    if file_system(tmp_path) == "tmpfs":
+def test_whole_pages_of_every_chunk_bypass_the_page_cache(tmp_path, kind):
+    if file_system_type(tmp_path) == "tmpfs":
         pytest.skip("a file in memory is nowhere else")
     batch = pixels(11, 67, 71)
     source = tmp_path / ("photos" if kind == "folder" else "x.npy")
@@ -1698,26 +1718,26 @@ def test_whole_pages_of_every_chunk_are_written_past_the_systems_cache(tmp_path,
         batch = rows_by_name(source, batch)
     else:
         save_npy(source, batch)
-    for together in (2, 4, 11):  # no chunk begins or ends with a page
-        target = tmp_path / f"{together}.npy"
-        plan_of(source, target, mode="caffe", together=together).run()
+    for images_per_chunk in (2, 4, 11):  # no chunk starts or ends at a page boundary
+        target = tmp_path / f"{images_per_chunk}.npy"
+        plan_of(source, target, mode="caffe", images_per_chunk=images_per_chunk).run()
         with target.open("r+b") as file:
-            held = pages_in_memory(file.fileno())
-        assert held <= 1 + -(-11 // together)
+            held = count_cached_pages(file.fileno())
+        assert held <= 1 + -(-11 // images_per_chunk)
         assert target.read_bytes() == npy_bytes(network_inputs(batch, "caffe"))
 
 
-def test_a_complete_target_is_reported_without_creating_a_journal(array, tmp_path):
-    class OpeningNothing(Storage):
+def test_complete_target_is_reported_without_creating_a_journal(array, tmp_path):
+    class NoOpenStorage(Storage):
         def open(self, path, *, create=False):
             raise AssertionError(path)
 
     plan_of(array, tmp_path / "y.npy", mode="caffe").run()
-    report = run(plan_of(array, tmp_path / "y.npy", mode="caffe"), storage=OpeningNothing())
+    report = run(plan_of(array, tmp_path / "y.npy", mode="caffe"), storage=NoOpenStorage())
     assert report.counts["computed_chunks"] == 0
 
 
-def test_a_journal_that_says_nothing_beside_a_complete_target_goes(array, tmp_path):
+def test_empty_journal_next_to_a_complete_target_is_removed(array, tmp_path):
     plan_of(array, tmp_path / "y.npy", mode="caffe").run()
     finished = tree(tmp_path)
     journal_path(tmp_path / "y.npy").write_bytes(b"")
@@ -1726,22 +1746,22 @@ def test_a_journal_that_says_nothing_beside_a_complete_target_goes(array, tmp_pa
     assert tree(tmp_path) == finished
 
 
-@pytest.mark.parametrize(("target", "most"), [("y.npy", 1), ("images", 2)])
-def test_no_more_windows_of_the_source_are_held_than_are_reckoned(
-    tmp_path, monkeypatch, target, most
+@pytest.mark.parametrize(("target", "max_windows"), [("y.npy", 1), ("images", 2)])
+def test_live_source_windows_do_not_exceed_the_planned_number(
+    tmp_path, monkeypatch, target, max_windows
 ):
     y = save_npy(tmp_path / "x.npy", network_inputs(pixels(12), "caffe"))
     windows, held = [], []
     read = NpySource.read
 
-    def noted(source, start, stop):
+    def recording_read(source, start, stop):
         chunk = read(source, start, stop)
         windows.append(weakref.ref(chunk.batch))
         held.append(sum(window() is not None for window in windows))
         return chunk
 
-    monkeypatch.setattr(NpySource, "read", noted)
-    plan = plan_of(y, tmp_path / target, together=2, direction="restore", mode="caffe")
+    monkeypatch.setattr(NpySource, "read", recording_read)
+    plan = plan_of(y, tmp_path / target, images_per_chunk=2, direction="restore", mode="caffe")
     plan.run()
     assert len(windows) >= plan.chunks == 6
-    assert max(held) == most
+    assert max(held) == max_windows

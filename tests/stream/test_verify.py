@@ -1,4 +1,4 @@
-"""Verifying: what is right is said to be right, and any wrong byte is found and named."""
+"""Verification: valid datasets pass, and any wrong byte is detected and located."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fastvgg.stream.manifest import manifest_path
 from fastvgg.stream.verify import SAMPLED_IMAGES
 from tests.helpers.batches import KERAS_MODES
 from tests.helpers.datasets_on_disk import (
+    check_error,
     images_in,
-    must_say,
     npy_bytes,
     pixels,
     plan_of,
@@ -31,18 +31,18 @@ from tests.helpers.datasets_on_disk import (
 def stored(tmp_path):
     """Eleven images in chunks of four."""
     source = save_npy(tmp_path / "x.npy", pixels(11))
-    plan_of(source, tmp_path / "y.npy", mode="caffe", together=4).run()
+    plan_of(source, tmp_path / "y.npy", mode="caffe", images_per_chunk=4).run()
     return tmp_path / "y.npy"
 
 
 @pytest.fixture
 def restored(tmp_path, stored):
-    plan_of(stored, tmp_path / "out", direction="restore", together=4).run()
+    plan_of(stored, tmp_path / "out", direction="restore", images_per_chunk=4).run()
     return tmp_path / "out"
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_a_right_dataset_is_said_to_be_right(stored, full):
+def test_valid_dataset_passes_verification(stored, full):
     actual = fastvgg.verify(stored, full=full)
     assert actual.path == str(stored)
     assert (actual.images, actual.chunks) == (11, 3)
@@ -52,9 +52,9 @@ def test_a_right_dataset_is_said_to_be_right(stored, full):
 
 
 @pytest.mark.parametrize("images", [1, 2, 16, 17, 67])
-def test_a_sample_is_of_sixteen_images_and_full_is_all(tmp_path, images):
+def test_verify_recomputes_sixteen_images_or_all_if_full(tmp_path, images):
     source = save_npy(tmp_path / "x.npy", pixels(images))
-    plan_of(source, tmp_path / "y.npy", mode="tf", together=5).run()
+    plan_of(source, tmp_path / "y.npy", mode="tf", images_per_chunk=5).run()
     sampled = fastvgg.verify(tmp_path / "y.npy").recomputed_images
     assert sampled == min(SAMPLED_IMAGES, images)
     assert fastvgg.verify(tmp_path / "y.npy", full=True).recomputed_images == images
@@ -63,22 +63,24 @@ def test_a_sample_is_of_sixteen_images_and_full_is_all(tmp_path, images):
 @pytest.mark.parametrize("mode", KERAS_MODES)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
-def test_every_kind_of_dataset_can_be_verified(tmp_path, mode, dtype, layout):
+def test_every_mode_dtype_and_layout_can_be_verified(tmp_path, mode, dtype, layout):
     source = save_npy(tmp_path / "x.npy", pixels(5))
     settings = {"mode": mode, "dtype": dtype, "out_layout": layout}
-    plan_of(source, tmp_path / "y.npy", together=2, **settings).run()
+    plan_of(source, tmp_path / "y.npy", images_per_chunk=2, **settings).run()
     assert fastvgg.verify(tmp_path / "y.npy", full=True).recomputed_images == 5
-    plan_of(tmp_path / "y.npy", tmp_path / "z.npy", together=2, direction="restore").run()
+    plan_of(tmp_path / "y.npy", tmp_path / "z.npy", images_per_chunk=2, direction="restore").run()
     assert fastvgg.verify(tmp_path / "z.npy", full=True).recomputed_images == 5
 
 
-def test_a_dataset_made_of_a_folder_with_failures_can_be_verified(tmp_path):
+def test_dataset_with_failed_images_can_be_verified(tmp_path):
     photos = save_images(tmp_path / "photos", pixels(5, 11, 13))
     (photos / "a" / "0.png").write_bytes(b"torn")
-    plan_of(photos, tmp_path / "y.npy", mode="torch", size=(7, 9), together=2).run()
+    plan_of(photos, tmp_path / "y.npy", mode="torch", size=(7, 9), images_per_chunk=2).run()
     assert fastvgg.verify(tmp_path / "y.npy", full=True).recomputed_images == 6
     for target in ("z.npy", "out"):
-        plan_of(tmp_path / "y.npy", tmp_path / target, together=4, direction="restore").run()
+        plan_of(
+            tmp_path / "y.npy", tmp_path / target, images_per_chunk=4, direction="restore"
+        ).run()
         assert fastvgg.verify(tmp_path / target, full=True).recomputed_images == 6
 
 
@@ -91,7 +93,7 @@ def flip(path, bit):
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_a_flipped_bit_anywhere_in_the_data_is_found_and_its_chunk_named(stored, full):
+def test_flipped_data_bit_is_reported_with_its_chunk(stored, full):
     size = stored.stat().st_size
     chunks = {0: "images 0 to 3 ", 1: "images 4 to 7 ", 2: "images 8 to 10 "}
     bits = [128 * 8, size * 8 - 1, *range(128 * 8 + 5, size * 8, 1009)]
@@ -99,50 +101,50 @@ def test_a_flipped_bit_anywhere_in_the_data_is_found_and_its_chunk_named(stored,
         flip(stored, bit)
         with pytest.raises(VerificationError) as caught:
             fastvgg.verify(stored, full=full)
-        must_say(caught.value, stored, chunks[(bit // 8 - 128) // (4 * 756)])
+        check_error(caught.value, stored, chunks[(bit // 8 - 128) // (4 * 756)])
         assert caught.value.exit_code == 4
         flip(stored, bit)
     fastvgg.verify(stored, full=full)
 
 
-def test_no_flipped_bit_of_the_header_is_passed_over(stored):
+def test_flipped_header_bit_is_detected_or_harmless(stored):
     expected = stored.read_bytes()
     for bit in range(0, 128 * 8, 3):
         flip(stored, bit)
         try:
             fastvgg.verify(stored)
         except FastvggError as error:
-            must_say(error, stored)
-        else:  # a blank that became another blank
+            check_error(error, stored)
+        else:  # one white-space character became another
             assert np.load(stored).tobytes() == expected[128:]
         flip(stored, bit)
     assert stored.read_bytes() == expected
 
 
-def test_the_same_bytes_under_another_shape_are_not_the_same_dataset(stored):
+def test_same_bytes_with_another_shape_are_rejected(stored):
     stored.write_bytes(npy_bytes(np.load(stored).reshape(11, 9, 7, 3)))
     with pytest.raises(FastvggError) as caught:
         fastvgg.verify(stored)
-    must_say(caught.value, stored, "(11, 9, 7, 3)", "(11, 7, 9, 3)")
+    check_error(caught.value, stored, "(11, 9, 7, 3)", "(11, 7, 9, 3)")
 
 
-def test_the_same_bytes_under_another_type_are_not_the_same_dataset(tmp_path, stored):
-    (tmp_path / "x.npy").unlink()  # so that nothing can be computed again
+def test_same_bytes_with_another_dtype_are_rejected(tmp_path, stored):
+    (tmp_path / "x.npy").unlink()  # so that nothing can be recomputed
     stored.write_bytes(npy_bytes(np.load(stored).view(np.float16).reshape(11, 14, 9, 3)))
     with pytest.raises(FastvggError):
         fastvgg.verify(stored)
 
 
 @pytest.mark.parametrize("nbytes", [-1, 1, -8000])
-def test_a_dataset_of_another_length_is_refused(stored, nbytes):
+def test_dataset_of_wrong_length_is_rejected(stored, nbytes):
     size = stored.stat().st_size
     os.truncate(stored, size + nbytes)
     with pytest.raises(SourceError) as caught:
         fastvgg.verify(stored)
-    must_say(caught.value, stored, size, size + nbytes)
+    check_error(caught.value, stored, size, size + nbytes)
 
 
-def test_wrong_checksums_are_found(stored):
+def test_wrong_checksums_are_detected(stored):
     manifest = json.loads(manifest_path(stored).read_bytes())
     manifest["checksums"][2] = "0" * 16
     manifest_path(stored).write_text(json.dumps(manifest))
@@ -151,7 +153,7 @@ def test_wrong_checksums_are_found(stored):
 
 
 @pytest.mark.parametrize("change", ["fewer", "more", "none"])
-def test_a_manifest_that_is_not_of_all_the_chunks_is_refused(stored, change):
+def test_manifest_with_a_wrong_number_of_checksums_is_rejected(stored, change):
     manifest = json.loads(manifest_path(stored).read_bytes())
     checksums = manifest["checksums"]
     manifest["checksums"] = {"fewer": checksums[:-1], "more": [*checksums, "0" * 16], "none": []}[
@@ -162,7 +164,7 @@ def test_a_manifest_that_is_not_of_all_the_chunks_is_refused(stored, change):
         fastvgg.verify(stored)
 
 
-def test_a_source_with_another_date_is_said_not_to_be_compared(tmp_path, stored):
+def test_source_with_another_mtime_is_reported_as_not_compared(tmp_path, stored):
     os.utime(tmp_path / "x.npy", ns=(0, 1))
     actual = fastvgg.verify(stored)
     assert actual.recomputed_images == 0
@@ -172,7 +174,7 @@ def test_a_source_with_another_date_is_said_not_to_be_compared(tmp_path, stored)
     assert fastvgg.verify(stored, full=True).recomputed_images == 11
 
 
-def test_a_source_with_another_image_is_found_when_all_are_asked_for(tmp_path, stored):
+def test_full_verify_detects_a_changed_source_image(tmp_path, stored):
     batch = pixels(11)
     batch[6, 3, 5, 1] ^= 1
     save_npy(tmp_path / "x.npy", batch)
@@ -180,11 +182,11 @@ def test_a_source_with_another_image_is_found_when_all_are_asked_for(tmp_path, s
     assert fastvgg.verify(stored).recomputed_images == 0
     with pytest.raises(VerificationError) as caught:
         fastvgg.verify(stored, full=True)
-    must_say(caught.value, stored, "image 6 ", tmp_path / "x.npy")
+    check_error(caught.value, stored, "image 6 ", tmp_path / "x.npy")
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_a_source_that_is_gone_is_said_not_to_be_compared(tmp_path, stored, full):
+def test_missing_source_is_reported_as_not_compared(tmp_path, stored, full):
     (tmp_path / "x.npy").unlink()
     actual = fastvgg.verify(stored, full=full)
     assert (actual.chunks, actual.recomputed_images) == (3, 0)
@@ -192,24 +194,24 @@ def test_a_source_that_is_gone_is_said_not_to_be_compared(tmp_path, stored, full
     assert str(tmp_path / "x.npy") in actual.note
 
 
-def test_what_lies_beside_the_source_is_not_asked(tmp_path, stored):
+def test_sidecars_of_the_source_are_ignored(tmp_path, stored):
     manifest_path(tmp_path / "x.npy").write_bytes(b"not a manifest")
     assert fastvgg.verify(stored).recomputed_images == 11
 
 
-def test_a_source_of_another_shape_is_said_not_to_be_compared(tmp_path, stored):
+def test_source_of_another_shape_is_reported_as_not_compared(tmp_path, stored):
     save_npy(tmp_path / "x.npy", pixels(5))
     assert "has changed" in fastvgg.verify(stored, full=True).note
 
 
-def test_a_dataset_can_be_verified_where_it_was_moved_to(tmp_path, stored):
+def test_moved_dataset_can_be_verified(tmp_path, stored):
     (tmp_path / "elsewhere").mkdir()
     for path in (stored, manifest_path(stored)):
         path.rename(tmp_path / "elsewhere" / path.name)
     assert fastvgg.verify(tmp_path / "elsewhere" / "y.npy", full=True).recomputed_images == 11
 
 
-def test_bytes_and_checksums_that_are_wrong_together_differ_from_the_oracle(stored):
+def test_wrong_bytes_with_matching_checksums_are_detected_by_recomputation(stored):
     import xxhash
 
     flip(stored, (128 + 5 * 756) * 8)
@@ -219,34 +221,34 @@ def test_bytes_and_checksums_that_are_wrong_together_differ_from_the_oracle(stor
     manifest_path(stored).write_text(json.dumps(manifest))
     with pytest.raises(VerificationError) as caught:
         fastvgg.verify(stored)
-    must_say(caught.value, stored, "image 5 ", "differs in 1 of 756 bytes")
+    check_error(caught.value, stored, "image 5 ", "differs in 1 of 756 bytes")
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_a_directory_of_images_is_verified(restored, full):
+def test_directory_of_images_is_verified(restored, full):
     actual = fastvgg.verify(restored, full=full)
     assert (actual.images, actual.chunks, actual.recomputed_images) == (11, 3, 11)
 
 
-def test_a_changed_pixel_of_an_image_file_is_found_and_its_chunk_named(restored):
+def test_changed_pixel_of_an_image_file_is_reported_with_its_chunk(restored):
     image = images_in(restored)["00000009.png"].copy()
     image[6, 8, 2] ^= 1
     Image.fromarray(image).save(restored / "00000009.png")
     with pytest.raises(VerificationError) as caught:
         fastvgg.verify(restored)
-    must_say(caught.value, restored, "images 8 to 10 ")
+    check_error(caught.value, restored, "images 8 to 10 ")
 
 
-def test_an_image_file_that_was_saved_anew_is_another_file(restored):
+def test_reencoded_image_file_is_detected(restored):
     image = images_in(restored)["00000009.png"]
     Image.fromarray(image).save(restored / "00000009.png", compress_level=1)
     with pytest.raises(VerificationError) as caught:
         fastvgg.verify(restored)
-    must_say(caught.value, restored, "images 8 to 10 ")
+    check_error(caught.value, restored, "images 8 to 10 ")
 
 
 @pytest.mark.parametrize("change", ["removed", "torn", "grey", "smaller", "one pixel"])
-def test_an_image_file_that_is_not_as_it_was_is_found(restored, change):
+def test_changed_or_missing_image_file_is_detected(restored, change):
     path = restored / "00000009.png"
     image = Image.open(path)
     image.load()
@@ -260,25 +262,25 @@ def test_an_image_file_that_is_not_as_it_was_is_found(restored, change):
         image.resize((5, 5) if change == "smaller" else (1, 1)).save(path)
     with pytest.raises(FastvggError) as caught:
         fastvgg.verify(restored)
-    must_say(caught.value, restored)
+    check_error(caught.value, restored)
 
 
-def test_the_missing_file_of_a_black_image_is_found(tmp_path):
+def test_missing_file_of_a_black_image_is_detected(tmp_path):
     source = save_npy(tmp_path / "x.npy", np.zeros((5, 7, 9, 3), np.uint8))
     plan_of(source, tmp_path / "y.npy", mode="caffe").run()
     plan_of(tmp_path / "y.npy", tmp_path / "out", direction="restore").run()
     (tmp_path / "out" / "00000002.png").unlink()
     with pytest.raises(FastvggError) as caught:
         fastvgg.verify(tmp_path / "out")
-    must_say(caught.value, tmp_path / "out")
+    check_error(caught.value, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["x.npy", "nothing.npy", "nothing"])
-def test_what_has_no_manifest_cannot_be_verified(tmp_path, stored, name):
+def test_dataset_without_a_manifest_cannot_be_verified(tmp_path, stored, name):
     with pytest.raises(SourceError) as caught:
         fastvgg.verify(tmp_path / name)
     words = "has no manifest" if name == "x.npy" else "does not exist"
-    must_say(caught.value, tmp_path / name, words)
+    check_error(caught.value, tmp_path / name, words)
 
 
 @pytest.mark.parametrize(
@@ -293,16 +295,16 @@ def test_what_has_no_manifest_cannot_be_verified(tmp_path, stored, name):
         "half",
     ],
 )
-def test_a_damaged_manifest_is_refused(stored, content):
+def test_damaged_manifest_is_rejected(stored, content):
     path = manifest_path(stored)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
     with pytest.raises(SourceError) as caught:
         fastvgg.verify(stored)
-    must_say(caught.value, path)
+    check_error(caught.value, path)
 
 
-def test_no_manifest_with_a_field_of_another_kind_raises_anything_else(stored):
+def test_malformed_manifest_field_raises_only_typed_errors(stored):
     path = manifest_path(stored)
     whole = json.loads(path.read_bytes())
 
@@ -323,30 +325,30 @@ def test_no_manifest_with_a_field_of_another_kind_raises_anything_else(stored):
             try:
                 fastvgg.verify(stored)
             except FastvggError as error:
-                must_say(error)
+                check_error(error)
 
 
-def test_a_dataset_that_is_gone_is_not_right(stored, restored):
+def test_missing_dataset_fails_verification(stored, restored):
     stored.unlink()
     with pytest.raises(SourceError) as caught:
         fastvgg.verify(stored)
-    must_say(caught.value, stored)
+    check_error(caught.value, stored)
     shutil.rmtree(restored)
     with pytest.raises(FastvggError):
         fastvgg.verify(restored)
 
 
-def test_an_index_that_does_not_fit_is_refused(tmp_path):
+def test_index_of_wrong_length_is_rejected(tmp_path):
     photos = save_images(tmp_path / "photos", pixels(5))
     plan_of(photos, tmp_path / "y.npy", mode="caffe").run()
     lines = index_path(tmp_path / "y.npy").read_text(encoding="utf-8").splitlines()
     index_path(tmp_path / "y.npy").write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
     with pytest.raises(SourceError) as caught:
         fastvgg.verify(tmp_path / "y.npy")
-    must_say(caught.value, index_path(tmp_path / "y.npy"))
+    check_error(caught.value, index_path(tmp_path / "y.npy"))
 
 
-def test_verifying_writes_nothing(tmp_path, stored, restored):
+def test_verify_writes_nothing(tmp_path, stored, restored):
     before = {path: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.rglob("*")]}
     fastvgg.verify(stored, full=True)
     fastvgg.verify(restored, full=True)

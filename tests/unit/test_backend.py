@@ -1,4 +1,4 @@
-"""NumPy works until a kernel pays off; forks, late threads and exit handlers work too."""
+"""Backend selection: NumPy until a kernel pays off; forks, late threads and exit handlers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.helpers.batches import run_script
 
 pytestmark = pytest.mark.pixels
 
-BEGIN = """
+SCRIPT_PROLOGUE = """
 import sys
 import numpy as np
 import fastvgg
@@ -28,22 +28,23 @@ def has_started():
 """
 
 
-def test_a_few_images_are_preprocessed_without_importing_numba():
+def test_small_batches_do_not_import_numba():
     run_script(
-        BEGIN + "for mode in ('caffe', 'tf', 'torch'):\n    check(mode)\nassert not has_started()"
+        SCRIPT_PROLOGUE
+        + "for mode in ('caffe', 'tf', 'torch'):\n    check(mode)\nassert not has_started()"
     )
 
 
 @pytest.mark.compiled
-def test_numba_asked_for_by_name_compiles_at_the_first_call():
-    run_script(BEGIN + "check(backend='numba')\nassert has_started()")
+def test_explicit_numba_backend_compiles_on_the_first_call():
+    run_script(SCRIPT_PROLOGUE + "check(backend='numba')\nassert has_started()")
 
 
 @pytest.mark.compiled
-def test_a_kernel_is_compiled_once_the_work_on_numpy_would_have_paid_for_it():
+def test_kernel_is_compiled_once_accumulated_numpy_time_exceeds_its_cost():
     run_script(
-        BEGIN
-        + "backend.START_SECONDS, backend.KERNEL_SECONDS = 0.0, 0.05\n"
+        SCRIPT_PROLOGUE
+        + "backend.NUMBA_START_SECONDS, backend.COMPILE_SECONDS = 0.0, 0.05\n"
         + "check()\n"
         + "assert not has_started()\n"
         + "for number in range(10_000):\n"
@@ -55,43 +56,43 @@ def test_a_kernel_is_compiled_once_the_work_on_numpy_would_have_paid_for_it():
 
 
 @pytest.mark.compiled
-def test_the_start_of_numba_has_to_be_paid_for_by_all_work_and_a_kernel_by_its_own():
+def test_numba_start_is_amortized_by_all_work_and_each_kernel_by_its_own():
     run_script(
-        BEGIN
-        + "backend.START_SECONDS, backend.KERNEL_SECONDS = float('inf'), 0.0\n"
+        SCRIPT_PROLOGUE
+        + "backend.NUMBA_START_SECONDS, backend.COMPILE_SECONDS = float('inf'), 0.0\n"
         + "check(x=np.repeat(image, 100, axis=0))\n"
         + "assert not has_started()\n"
-        + "backend.START_SECONDS = 0.0\n"
+        + "backend.NUMBA_START_SECONDS = 0.0\n"
         + "check()\n"
         + "assert has_started()\n"
         + "from fastvgg.kernels import convert\n"
-        + "compiled = convert.compiled.cache_info().currsize\n"
+        + "compiled = convert.compile_kernel.cache_info().currsize\n"
         + "assert compiled == 1\n"
-        + "backend.START_SECONDS, backend.KERNEL_SECONDS = float('inf'), 1e-6\n"
-        + "check('tf', image[:, :1, :1])\n"  # has started, but the work is next to nothing
-        + "assert convert.compiled.cache_info().currsize == 1\n"
+        + "backend.NUMBA_START_SECONDS, backend.COMPILE_SECONDS = float('inf'), 1e-6\n"
+        + "check('tf', image[:, :1, :1])\n"  # Numba has started, but the work is tiny
+        + "assert convert.compile_kernel.cache_info().currsize == 1\n"
         + "check('tf', np.repeat(image, 100, axis=0))\n"
-        + "assert convert.compiled.cache_info().currsize == 2\n"
+        + "assert convert.compile_kernel.cache_info().currsize == 2\n"
     )
 
 
 @pytest.mark.compiled
-def test_packing_neither_uses_a_kernel_nor_pays_for_one():
+def test_packing_does_not_count_toward_compilation():
     run_script(
-        BEGIN
+        SCRIPT_PROLOGUE
         + "large = np.repeat(image, 100, axis=0)\n"
         + "pack = Transform('identity', 'pack')\n"
         + "assert (pack(large) == large).all()\n"
-        + "backend.START_SECONDS, backend.KERNEL_SECONDS = 1e-5, 0.0\n"
-        + "assert backend.choose_for('auto', 0, 1) == 'numpy'\n"
+        + "backend.NUMBA_START_SECONDS, backend.COMPILE_SECONDS = 1e-5, 0.0\n"
+        + "assert backend.choose_for_size('auto', 0, 1) == 'numpy'\n"
         + "assert not has_started()\n"
     )
 
 
 @pytest.mark.compiled
-def test_a_kernel_that_is_compiled_is_used_for_the_smallest_call():
+def test_compiled_kernel_is_used_for_calls_of_any_size():
     run_script(
-        BEGIN
+        SCRIPT_PROLOGUE
         + "check(backend='numba')\n"
         + "work, other = (backend.workload(Transform(m), 'uint8') for m in ('caffe', 'tf'))\n"
         + "assert backend.choose('auto', work, 1, 1) == 'numba'\n"
@@ -100,10 +101,10 @@ def test_a_kernel_that_is_compiled_is_used_for_the_smallest_call():
 
 
 @pytest.mark.compiled
-def test_a_large_call_compiles_at_once():
+def test_large_call_compiles_immediately():
     run_script(
-        BEGIN
-        + "backend.START_SECONDS, backend.KERNEL_SECONDS = 1e-3, 1e-4\n"
+        SCRIPT_PROLOGUE
+        + "backend.NUMBA_START_SECONDS, backend.COMPILE_SECONDS = 1e-3, 1e-4\n"
         + "large = np.repeat(image, 800, axis=0)\n"  # 6 MB in and out: 6 ms at the assumed rate
         + "check(x=large, threads=1)\n"
         + "assert has_started()\n"
@@ -111,25 +112,25 @@ def test_a_large_call_compiles_at_once():
 
 
 @pytest.mark.compiled
-def test_work_of_a_known_size_is_judged_as_a_whole():
+def test_choose_for_considers_the_total_work():
     run_script(
-        BEGIN
-        + "assert backend.choose_for('auto', 10**6, 1) == 'numpy'\n"
+        SCRIPT_PROLOGUE
+        + "assert backend.choose_for_size('auto', 10**6, 1) == 'numpy'\n"
         + "assert not has_started()\n"
-        + "assert backend.choose_for('auto', 10**10, 1) == 'numba'\n"
+        + "assert backend.choose_for_size('auto', 10**10, 1) == 'numba'\n"
         + "assert has_started()\n"
-        + "assert backend.choose_for('numpy', 10**10, 1) == 'numpy'\n"
-        + "assert backend.choose_for('numba', 0, 1) == 'numba'\n"
-        + "cheaper = int(2 * backend.KERNEL_SECONDS / backend.ORACLE_SECONDS_PER_BYTE)\n"
-        + "assert backend.choose_for('auto', cheaper, 1) == 'numba'\n"
-        + "assert backend.choose_for('auto', cheaper, 4) == 'numpy'\n"
+        + "assert backend.choose_for_size('numpy', 10**10, 1) == 'numpy'\n"
+        + "assert backend.choose_for_size('numba', 0, 1) == 'numba'\n"
+        + "cheaper = int(2 * backend.COMPILE_SECONDS / backend.ORACLE_SECONDS_PER_BYTE)\n"
+        + "assert backend.choose_for_size('auto', cheaper, 1) == 'numba'\n"
+        + "assert backend.choose_for_size('auto', cheaper, 4) == 'numpy'\n"
     )
 
 
 @pytest.mark.compiled
-def test_a_plan_of_little_work_runs_on_numpy_and_a_large_one_on_a_kernel(tmp_path):
+def test_small_plans_run_on_numpy_and_large_plans_on_numba(tmp_path):
     run_script(
-        BEGIN
+        SCRIPT_PROLOGUE
         + f"import os\nos.chdir({str(tmp_path)!r})\n"
         + "np.save('x.npy', image)\n"
         + "plan = fastvgg.plan('x.npy', 'y.npy', mode='caffe')\n"
@@ -148,12 +149,12 @@ def test_an_unknown_backend_is_rejected():
     with pytest.raises(UsageError, match="backend is 'cuda'"):
         backend.choose("cuda", backend.Workload(), 0, 1)
     with pytest.raises(UsageError, match="backend is 'cuda'"):
-        backend.choose_for("cuda", 0, 1)
+        backend.choose_for_size("cuda", 0, 1)
 
 
-# A child has none of the other threads: what they hold while it is born, nobody ever releases.
+# A forked child has no other threads: locks that they hold during the fork are never released.
 FORK = (
-    BEGIN
+    SCRIPT_PROLOGUE
     + """
 import os, threading, warnings
 warnings.simplefilter("ignore")  # Python warns of forks in a process that has threads
@@ -164,7 +165,7 @@ def compile_all():
     for mode in modes:
         fastvgg.preprocess(image, mode, backend="numba")
 
-check("tf")  # what is imported lazily is there
+check("tf")  # triggers the lazy imports
 other = threading.Thread(target=compile_all)
 other.start()
 children = []
@@ -182,7 +183,7 @@ for child in children:
     assert os.waitpid(child, 0)[1] == 0
 """
 )
-STUCK = """
+ALARM_IF_STUCK = """
 import signal
 def signal_if_stuck():
     signal.alarm(120)
@@ -190,15 +191,15 @@ def signal_if_stuck():
 
 
 @pytest.mark.compiled
-def test_a_child_that_is_forked_while_another_thread_compiles_can_compile_too():
-    run_script(STUCK + FORK)
+def test_child_forked_during_compilation_can_compile():
+    run_script(ALARM_IF_STUCK + FORK)
 
 
-LATE = (
-    BEGIN
+LATE_THREADS_SCRIPT = (
+    SCRIPT_PROLOGUE
     + """
 import atexit, threading
-large = np.repeat(image, 4000, axis=0)  # in several pieces
+large = np.repeat(image, 4000, axis=0)  # several tiles
 
 def work(name):
     for how in ({names}):
@@ -217,7 +218,7 @@ threading.Thread(target=outlive).start()
 
 
 @pytest.mark.parametrize("first", ["", "check('caffe', large, threads=3)"])
-def test_threads_that_outlive_the_main_thread_and_exit_handlers_may_work(first, request):
+def test_exit_handlers_and_threads_that_outlive_the_main_thread_can_run(first, request):
     names = '"numpy",' if request.config.getoption("--without-numba") else '"numpy", "numba"'
-    printed = run_script(LATE.format(names=names, first=first))
+    printed = run_script(LATE_THREADS_SCRIPT.format(names=names, first=first))
     assert printed.splitlines() == ["thread", "exit handler"]

@@ -1,4 +1,4 @@
-"""Encoded images become the pixels that Keras' `load_img` gives, or a reason why not."""
+"""DecodeResult images match Keras' `load_img`, or fail with a reason."""
 
 from __future__ import annotations
 
@@ -26,16 +26,22 @@ from PIL import Image, ImageOps
 
 from fastvgg.errors import UsageError
 from fastvgg.imaging import decode, resize
-from fastvgg.imaging.decode import INTERPOLATIONS, Decoded, DecodeOptions, Decoder, describe_error
-from tests.helpers.datasets_on_disk import PHOTOGRAPHS, must_say, printed_by
+from fastvgg.imaging.decode import (
+    INTERPOLATIONS,
+    DecodeOptions,
+    Decoder,
+    DecodeResult,
+    describe_error,
+)
+from tests.helpers.datasets_on_disk import PHOTOGRAPHS, check_error, stdout_of
 
-# Pillow says so of each, and reads it; so does Keras.
+# Pillow warns about each of them and decodes it; so does Keras.
 pytestmark = pytest.mark.filterwarnings("ignore:Palette images with Transparency:UserWarning")
 
-PLENTY = 2**29
+AMPLE_MEMORY_BYTES = 2**29
 CANARY = 77
 SIZE = (37, 53)
-# As they are, smaller, larger, smaller one way and larger the other.
+# Original size, smaller, larger, and smaller along one axis and larger along the other.
 SIZES = (None, SIZE, (301, 263), (301, 20), (20, 301), (1, 1))
 
 
@@ -51,8 +57,8 @@ def as_keras_loads(data, decoding=None):
     return keras.utils.img_to_array(image).astype(np.uint8)
 
 
-def decoded(data, shape, decoding=None, *, memory_bytes=PLENTY, **settings):
-    """What a decoder makes of an image, in memory of which nothing else may be touched."""
+def decoded(data, shape, decoding=None, *, memory_bytes=AMPLE_MEMORY_BYTES, **settings):
+    """Decode an image; check that nothing outside the output is written."""
     memory = np.full((shape[0] + 2, *shape[1:]), CANARY, np.uint8)
     decoder = Decoder(decoding or DecodeOptions(), memory_bytes=memory_bytes, **settings)
     result = decoder.decode(data, memory[1:-1])
@@ -66,12 +72,12 @@ def check(data, decoding=None, *, reason="", **settings):
     expected = as_keras_loads(data, decoding)
     result, actual = decoded(data, expected.shape, decoding, **settings)
     with Image.open(io.BytesIO(data)) as image:
-        assert result == Decoded(*image.size, False, reason), decoding
+        assert result == DecodeResult(*image.size, False, reason), decoding
     assert actual.tobytes() == expected.tobytes(), decoding
 
 
 def failure(data, decoding, **settings):
-    """Why an image cannot be read."""
+    """Return the reason for which an image cannot be decoded."""
     shape = (*(decoding.size or (7, 9)), 3)
     result, _ = decoded(data, shape, decoding, **settings)
     assert result.failed
@@ -85,7 +91,7 @@ def photograph(height=47, width=61, name="chelsea.png"):
         return image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
 
 
-def see_through(image, mode="RGBA"):
+def with_alpha(image, mode="RGBA"):
     image = image.convert(mode)
     image.putalpha(Image.linear_gradient("L").resize(image.size))
     return image
@@ -107,7 +113,7 @@ def with_byte(data, at, value):
 
 
 def segments(jpeg):
-    """Where the marker segments of a JPEG begin and end, up to its first scan."""
+    """Yield the marker segments of a JPEG up to its first scan: marker, start, end."""
     at = 2
     while True:
         end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4])
@@ -117,8 +123,8 @@ def segments(jpeg):
         at = end
 
 
-def without(jpeg, *markers):
-    """A JPEG without some of its segments."""
+def without_segments(jpeg, *markers):
+    """Remove segments from a JPEG."""
     kept = [(at, end) for marker, at, end in segments(jpeg) if marker not in markers]
     scan = list(segments(jpeg))[-1][2]
     return jpeg[:2] + b"".join(jpeg[at:end] for at, end in kept) + jpeg[scan:]
@@ -129,12 +135,12 @@ def segment(marker, content):
 
 
 def with_segment(jpeg, marker, content):
-    """A JPEG with one more segment in front of the others."""
+    """Insert a segment before the others."""
     return jpeg[:2] + segment(marker, content) + jpeg[2:]
 
 
-def called(jpeg, names):
-    """A JPEG whose components have other names."""
+def with_component_ids(jpeg, names):
+    """Change the component IDs of a JPEG."""
     changed = bytearray(jpeg)
     for marker, at, _ in segments(jpeg):
         first, step = {0xC0: (at + 10, 3), 0xDA: (at + 5, 2)}.get(marker, (0, 0))
@@ -156,13 +162,13 @@ def saved(mode="RGB", **options):
 
 
 def adobe(image, transform, mode="CMYK", **options):
-    """A JPEG whose Adobe marker says another transform than it was written with."""
+    """Encode a JPEG and change the transform in its Adobe marker."""
     jpeg = encoded(image.convert(mode), "jpeg", **options)
     return with_byte(jpeg, jpeg.index(b"Adobe") + 11, transform)
 
 
-# Those that simplejpeg decodes.
-USUAL = {
+# DecodeResult by simplejpeg.
+COMMON_JPEGS = {
     **{f"4{kind[0]}{kind[1]}": sampled(f"4{kind}") for kind in ("44", "22", "20", "40", "11")},
     "optimised": saved(optimize=True),
     "progressive": saved(progressive=True),
@@ -171,77 +177,79 @@ USUAL = {
     "progressive grey": saved("L", progressive=True),
     "restart rows": saved(restart_marker_rows=1),
     "restart blocks": saved(restart_marker_blocks=3, subsampling=1),
-    "no JFIF": lambda image: without(saved()(image), 0xE0),
+    "no JFIF": lambda image: without_segments(saved()(image), 0xE0),
     "Adobe's own": lambda image: adobe(image, 1, "RGB", keep_rgb=True),
-    "names that mean nothing": lambda image: called(without(saved()(image), 0xE0), (7, 8, 9)),
+    "unusual component IDs": lambda image: with_component_ids(
+        without_segments(saved()(image), 0xE0), (7, 8, 9)
+    ),
     "more than one": lambda image: encoded(
         image, "mpo", save_all=True, append_images=[image.rotate(180)]
     ),
-    "something behind": lambda image: saved()(image) + b"\0" * 7 + b"trailer",
+    "trailing data": lambda image: saved()(image) + b"\0" * 7 + b"trailer",
     "padded": lambda image: b"\xff\xd8\xff\xff\xff" + saved()(image)[2:],
     "comments": saved(comment=b"\xff\xda\xff\xc2 not a scan", icc_profile=b"no profile" * 7000),
     "broken EXIF": lambda image: with_segment(saved()(image), 0xE1, b"Exif\0\0MM\0*"),
 }
-# Those that Pillow decodes.
-UNUSUAL = {
+# DecodeResult by Pillow.
+UNCOMMON_JPEGS = {
     "CMYK": saved("CMYK"),
     "progressive CMYK": saved("CMYK", progressive=True),
     "YCCK": lambda image: adobe(image, 2),
-    "CMYK without Adobe's marker": lambda image: without(saved("CMYK")(image), 0xEE),
+    "CMYK without Adobe's marker": lambda image: without_segments(saved("CMYK")(image), 0xEE),
     "RGB": saved(keep_rgb=True),
-    "RGB by its names": lambda image: without(saved(keep_rgb=True)(image), 0xEE),
+    "RGB by its names": lambda image: without_segments(saved(keep_rgb=True)(image), 0xEE),
     "Adobe says RGB": lambda image: adobe(image, 0, "RGB", keep_rgb=True, quality=50),
 }
-JPEGS = USUAL | UNUSUAL
+JPEGS = COMMON_JPEGS | UNCOMMON_JPEGS
 JPEG_SIZES = ((1, 1), (1, 9), (7, 1), (8, 8), (15, 17), (16, 16), (33, 31), (227, 149))
 
 
-def refused(*_arguments, **_settings):
-    raise RuntimeError("the other decoder was to be used")
+def unexpected_call(*_arguments, **_settings):
+    raise RuntimeError("the wrong decoder was used")
 
 
-@pytest.mark.parametrize("kind", USUAL)
-def test_a_usual_jpeg_is_decoded_by_simplejpeg_to_keras_pixels(monkeypatch, kind):
+@pytest.mark.parametrize("kind", COMMON_JPEGS)
+def test_common_jpegs_are_decoded_by_simplejpeg_and_match_keras(monkeypatch, kind):
     for height, width in JPEG_SIZES:
-        data = USUAL[kind](photograph(height, width))
+        data = COMMON_JPEGS[kind](photograph(height, width))
         for size in (None, SIZE):
             decoding = DecodeOptions(size)
             expected = as_keras_loads(data, decoding)
             with monkeypatch.context() as patch:
-                patch.setattr(decode, "open_image", refused)
+                patch.setattr(decode, "open_image", unexpected_call)
                 result, actual = decoded(data, expected.shape, decoding)
-            assert result == Decoded(width, height, False, "")
+            assert result == DecodeResult(width, height, False, "")
             assert actual.tobytes() == expected.tobytes(), (height, width, size)
 
 
-@pytest.mark.parametrize("kind", UNUSUAL)
-def test_an_unusual_jpeg_is_decoded_by_pillow_to_keras_pixels(monkeypatch, kind):
-    monkeypatch.setattr(simplejpeg, "decode_jpeg", refused)
+@pytest.mark.parametrize("kind", UNCOMMON_JPEGS)
+def test_uncommon_jpegs_are_decoded_by_pillow_and_match_keras(monkeypatch, kind):
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", unexpected_call)
     for height, width in JPEG_SIZES:
-        data = UNUSUAL[kind](photograph(height, width))
+        data = UNCOMMON_JPEGS[kind](photograph(height, width))
         for size in (None, SIZE):
             check(data, DecodeOptions(size))
 
 
-def test_the_kinds_of_jpeg_are_what_they_are_called():
+def test_jpeg_samples_have_the_properties_of_their_names():
     image = photograph()
     headers = {kind: simplejpeg.decode_jpeg_header(make(image)) for kind, make in JPEGS.items()}
     assert {height for height, *_ in headers.values()} == {47}
     for kind in ("444", "422", "420", "440", "411"):
         assert headers[kind][2:] == ("YCbCr", kind)
-    colours = {kind: header[2] for kind, header in headers.items()}
-    assert {colours[kind] for kind in UNUSUAL} == {"CMYK", "YCCK", "RGB"}
-    assert {colours[kind] for kind in USUAL} == {"YCbCr", "Gray"}
+    color_type = {kind: header[2] for kind, header in headers.items()}
+    assert {color_type[kind] for kind in UNCOMMON_JPEGS} == {"CMYK", "YCCK", "RGB"}
+    assert {color_type[kind] for kind in COMMON_JPEGS} == {"YCbCr", "Gray"}
     for kind, make in JPEGS.items():
         first = {marker for marker, *_ in segments(make(image))} if kind != "padded" else {0xC0}
         assert (0xC2 in first) == ("progressive" in kind)
         assert (0xDD in first) == ("restart" in kind)
-    with Image.open(io.BytesIO(USUAL["more than one"](image))) as opened:
+    with Image.open(io.BytesIO(COMMON_JPEGS["more than one"](image))) as opened:
         assert (opened.format, opened.n_frames) == ("MPO", 2)
 
 
 @pytest.mark.parametrize("kind", ["444", "420", "progressive", "grey"])
-def test_every_quality_of_a_jpeg_has_keras_pixels(kind):
+def test_every_jpeg_quality_matches_keras(kind):
     image = photograph(33, 31)
     for quality in range(1, 101):
         if kind.isdigit():
@@ -253,7 +261,7 @@ def test_every_quality_of_a_jpeg_has_keras_pixels(kind):
 
 
 @pytest.mark.parametrize("name", ["rocket.jpg", "hubble_deep_field.jpg", "retina.jpg"])
-def test_photographs_from_cameras_and_programs_have_keras_pixels(monkeypatch, name):
+def test_real_photographs_match_keras(monkeypatch, name):
     data = (PHOTOGRAPHS / name).read_bytes()
     for decoding in (
         DecodeOptions(),
@@ -261,7 +269,7 @@ def test_photographs_from_cameras_and_programs_have_keras_pixels(monkeypatch, na
         DecodeOptions((97, 300), "bilinear"),
     ):
         check(data, decoding)
-    monkeypatch.setattr(decode, "open_image", refused)
+    monkeypatch.setattr(decode, "open_image", unexpected_call)
     assert not decoded(data, (224, 224, 3), DecodeOptions((224, 224)))[0].failed
 
 
@@ -271,9 +279,9 @@ INTERLACED = (
     *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)),
     *((0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)),
 )
-GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6
-CHANNELS = {GREY: 1, RGB: 3, PALETTE: 1, GREY_ALPHA: 2, RGBA: 4}
-DEPTHS = {GREY: (1, 2, 4, 8), RGB: (8, 16), PALETTE: (1, 2, 4, 8), GREY_ALPHA: (8, 16)}
+GRAY, RGB, PALETTE, GRAY_ALPHA, RGBA = 0, 2, 3, 4, 6
+CHANNELS = {GRAY: 1, RGB: 3, PALETTE: 1, GRAY_ALPHA: 2, RGBA: 4}
+DEPTHS = {GRAY: (1, 2, 4, 8), RGB: (8, 16), PALETTE: (1, 2, 4, 8), GRAY_ALPHA: (8, 16)}
 
 
 def chunk(name, content):
@@ -281,7 +289,7 @@ def chunk(name, content):
 
 
 def png_rows(samples, depth):
-    """The rows of a PNG, each after the number of no filter."""
+    """Yield the rows of a PNG, each with filter type 0."""
     for row in samples:
         if depth == 16:
             yield b"\0" + row.astype(">u2").tobytes()
@@ -290,10 +298,12 @@ def png_rows(samples, depth):
             yield b"\0" + np.packbits(ones[:, 8 - depth :]).tobytes()
 
 
-def png(colours, depth, height=21, width=19, *, interlaced=False, transparency=b"", samples=None):
-    """A PNG of a kind that Pillow may not write, with noise in it."""
+def png(
+    color_type, depth, height=21, width=19, *, interlaced=False, transparency=b"", samples=None
+):
+    """Encode noise as a kind of PNG that Pillow may not write."""
     if samples is None:
-        shape = height, width, CHANNELS[colours]
+        shape = height, width, CHANNELS[color_type]
         samples = np.random.default_rng(depth).integers(0, 2**depth, shape)
     passes = INTERLACED if interlaced else [(0, 0, 1, 1)]
     parts = [samples[y::down, x::across] for x, y, across, down in passes]
@@ -303,8 +313,8 @@ def png(colours, depth, height=21, width=19, *, interlaced=False, transparency=b
     return b"".join(
         [
             b"\x89PNG\r\n\x1a\n",
-            chunk(b"IHDR", size + bytes([depth, colours, 0, 0, interlaced])),
-            chunk(b"PLTE", palette) if colours == PALETTE else b"",
+            chunk(b"IHDR", size + bytes([depth, color_type, 0, 0, interlaced])),
+            chunk(b"PLTE", palette) if color_type == PALETTE else b"",
             chunk(b"tRNS", transparency) if transparency else b"",
             chunk(b"IDAT", zlib.compress(rows)),
             chunk(b"IEND", b""),
@@ -313,7 +323,7 @@ def png(colours, depth, height=21, width=19, *, interlaced=False, transparency=b
 
 
 def tiff(pixels, **options):
-    """A TIFF of a kind that Pillow may not write."""
+    """Encode a kind of TIFF that Pillow may not write."""
     written = io.BytesIO()
     tifffile.imwrite(written, pixels, **options)
     return written.getvalue()
@@ -323,39 +333,39 @@ def pixels_of(image):
     return np.ascontiguousarray(image)
 
 
-def moving(image, kind, **options):
+def animated(image, kind, **options):
     others = [image.rotate(90), image.rotate(180)]
     return encoded(image, kind, save_all=True, append_images=others, **options)
 
 
-OTHERS = {
+OTHER_FORMATS = {
     "1-bit PNG": lambda image: encoded(image.convert("1"), "png"),
     "grey PNG": lambda image: encoded(image.convert("L"), "png"),
-    "grey PNG with alpha": lambda image: encoded(see_through(image, "LA"), "png"),
+    "grey PNG with alpha": lambda image: encoded(with_alpha(image, "LA"), "png"),
     "PNG": lambda image: encoded(image, "png"),
-    "PNG with alpha": lambda image: encoded(see_through(image), "png"),
+    "PNG with alpha": lambda image: encoded(with_alpha(image), "png"),
     "2-bit palette PNG": lambda image: encoded(image.quantize(4), "png"),
     "4-bit palette PNG": lambda image: encoded(image.quantize(13), "png"),
     "palette PNG": lambda image: encoded(image.quantize(200), "png"),
     "palette PNG with alpha": lambda image: encoded(
         image.quantize(17), "png", transparency=bytes(range(17))
     ),
-    "PNG with a colour seen through": lambda image: encoded(image, "png", transparency=(1, 2, 3)),
+    "PNG with a transparent color": lambda image: encoded(image, "png", transparency=(1, 2, 3)),
     "lossy WebP": lambda image: encoded(image, "webp", quality=70),
     "lossless WebP": lambda image: encoded(image, "webp", lossless=True),
-    "lossy WebP with alpha": lambda image: encoded(see_through(image), "webp"),
-    "lossless WebP with alpha": lambda image: encoded(see_through(image), "webp", lossless=True),
-    "moving WebP": lambda image: moving(image, "webp"),
-    "moving WebP with alpha": lambda image: moving(see_through(image), "webp", lossless=True),
+    "lossy WebP with alpha": lambda image: encoded(with_alpha(image), "webp"),
+    "lossless WebP with alpha": lambda image: encoded(with_alpha(image), "webp", lossless=True),
+    "animated WebP": lambda image: animated(image, "webp"),
+    "animated WebP with alpha": lambda image: animated(with_alpha(image), "webp", lossless=True),
     "BMP": lambda image: encoded(image, "bmp"),
     "grey BMP": lambda image: encoded(image.convert("L"), "bmp"),
     "1-bit BMP": lambda image: encoded(image.convert("1"), "bmp"),
     "palette BMP": lambda image: encoded(image.quantize(17), "bmp"),
-    "BMP with alpha": lambda image: encoded(see_through(image), "bmp"),
+    "BMP with alpha": lambda image: encoded(with_alpha(image), "bmp"),
     "GIF": lambda image: encoded(image.quantize(100), "gif", interlace=False),
     "interlaced GIF": lambda image: encoded(image.convert("L"), "gif", interlace=True),
-    "moving GIF": lambda image: moving(image, "gif"),
-    "GIF with a colour seen through": lambda image: encoded(
+    "animated GIF": lambda image: animated(image, "gif"),
+    "GIF with a transparent color": lambda image: encoded(
         image.quantize(30), "gif", transparency=3
     ),
     "TIFF": lambda image: encoded(image, "tiff"),
@@ -367,7 +377,7 @@ OTHERS = {
     "1-bit TIFF": lambda image: encoded(image.convert("1"), "tiff"),
     "grey TIFF": lambda image: encoded(image.convert("L"), "tiff"),
     "palette TIFF": lambda image: encoded(image.quantize(17), "tiff"),
-    "TIFF with alpha": lambda image: encoded(see_through(image), "tiff"),
+    "TIFF with alpha": lambda image: encoded(with_alpha(image), "tiff"),
     "CMYK TIFF": lambda image: encoded(image.convert("CMYK"), "tiff"),
     "LAB TIFF": lambda image: encoded(image.convert("LAB"), "tiff"),
     "float TIFF": lambda image: encoded(image.convert("F"), "tiff"),
@@ -384,47 +394,48 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("kind", OTHERS)
-def test_every_other_format_has_keras_pixels(kind):
+@pytest.mark.parametrize("kind", OTHER_FORMATS)
+def test_every_other_format_matches_keras(kind):
     for height, width in ((47, 61), (1, 9), (7, 1), (1, 1)):
-        data = OTHERS[kind](photograph(height, width))
+        data = OTHER_FORMATS[kind](photograph(height, width))
         for decoding in (DecodeOptions(), DecodeOptions(SIZE), DecodeOptions((20, 301), "bicubic")):
             check(data, decoding)
 
 
 @pytest.mark.parametrize("interlaced", [False, True])
 @pytest.mark.parametrize(
-    ("colours", "depth"), [(colours, depth) for colours in DEPTHS for depth in DEPTHS[colours]]
+    ("color_type", "depth"),
+    [(color_type, depth) for color_type in DEPTHS for depth in DEPTHS[color_type]],
 )
-def test_every_kind_of_png_has_keras_pixels(colours, depth, interlaced):
+def test_every_png_color_type_and_depth_matches_keras(color_type, depth, interlaced):
     for height, width in ((21, 19), (1, 1), (2, 5)):
-        check(png(colours, depth, height, width, interlaced=interlaced))
-    seen = {GREY: b"\0\1", RGB: b"\0\1\0\2\0\3", PALETTE: b"\0\x80"}.get(colours, b"")
-    check(png(colours, depth, interlaced=interlaced, transparency=seen), DecodeOptions(SIZE))
+        check(png(color_type, depth, height, width, interlaced=interlaced))
+    seen = {GRAY: b"\0\1", RGB: b"\0\1\0\2\0\3", PALETTE: b"\0\x80"}.get(color_type, b"")
+    check(png(color_type, depth, interlaced=interlaced, transparency=seen), DecodeOptions(SIZE))
 
 
-def test_interlaced_pixels_are_those_of_the_plain_image():
+def test_interlaced_png_has_the_same_pixels_as_plain_png():
     actual = decoded(png(RGB, 8, interlaced=True), (21, 19, 3))[1]
     expected = np.random.default_rng(8).integers(0, 2**8, (21, 19, 3))
     assert (actual == expected).all()
 
 
-def test_of_a_moving_image_the_first_frame_is_read():
+def test_first_frame_of_an_animation_is_decoded():
     for kind in ("gif", "webp"):
-        first = moving(photograph(), kind, **({"lossless": True} if kind == "webp" else {}))
+        first = animated(photograph(), kind, **({"lossless": True} if kind == "webp" else {}))
         with Image.open(io.BytesIO(first)) as image:
             assert image.n_frames == 3
         actual = decoded(first, (47, 61, 3))[1].astype(int)
         assert abs(actual - pixels_of(photograph())).mean() < (10 if kind == "gif" else 1e-9)
 
 
-def test_other_formats_are_not_read_whatever_pillow_knows():
+def test_unsupported_pillow_formats_are_rejected():
     # Pillow hands PostScript to Ghostscript where that is installed.
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 7\n%%EndComments\n(%stderr) print\n"
     others = [encoded(photograph(), kind) for kind in ("ppm", "tga", "pcx", "ico", "eps")]
     for data in (script, *others, b"", b"\xff", b"\xff\xd8\xff", b"this is not an image"):
         assert failure(data, DecodeOptions(SIZE)) == "not an image in a supported format"
-        assert Decoder(DecodeOptions(), memory_bytes=PLENTY).size(data) == (
+        assert Decoder(DecodeOptions(), memory_bytes=AMPLE_MEMORY_BYTES).size(data) == (
             "not an image in a supported format"
         )
 
@@ -432,13 +443,13 @@ def test_other_formats_are_not_read_whatever_pillow_knows():
 # --------------------------------------------------------------------------------- resizing
 
 RESIZED = {
-    "a JPEG": USUAL["420"],
-    "a progressive JPEG": USUAL["progressive"],
-    "a grey JPEG": USUAL["grey"],
-    "a CMYK JPEG": UNUSUAL["CMYK"],
-    "a PNG with alpha": OTHERS["PNG with alpha"],
-    "a palette PNG": OTHERS["palette PNG"],
-    "a 1-bit TIFF": OTHERS["1-bit TIFF"],
+    "a JPEG": COMMON_JPEGS["420"],
+    "a progressive JPEG": COMMON_JPEGS["progressive"],
+    "a grey JPEG": COMMON_JPEGS["grey"],
+    "a CMYK JPEG": UNCOMMON_JPEGS["CMYK"],
+    "a PNG with alpha": OTHER_FORMATS["PNG with alpha"],
+    "a palette PNG": OTHER_FORMATS["palette PNG"],
+    "a 1-bit TIFF": OTHER_FORMATS["1-bit TIFF"],
 }
 
 
@@ -450,21 +461,21 @@ def resized_files():
 
 @pytest.mark.parametrize("keep_aspect_ratio", [False, True])
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
-def test_every_way_to_resize_has_keras_pixels(backend, interpolation, keep_aspect_ratio):
+def test_every_resize_option_matches_keras(backend, interpolation, keep_aspect_ratio):
     gather = resize.gather_function(backend)
     for data in resized_files():
         for size in SIZES[1:]:
             decoding = DecodeOptions(size, interpolation, keep_aspect_ratio)
             try:
                 as_keras_loads(data, decoding)
-            except ValueError:  # nothing is left of a line that is cut to such a shape
+            except ValueError:  # the crop of a line to this shape is empty
                 assert "empty" in failure(data, decoding, gather=gather)
             else:
                 check(data, decoding, gather=gather)
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
-def test_whole_photographs_have_keras_pixels_in_every_interpolation(interpolation):
+def test_full_photographs_match_keras_in_every_interpolation(interpolation):
     for name in ("astronaut.png", "chelsea.png", "rocket.jpg", "camera.png"):
         data = (PHOTOGRAPHS / name).read_bytes()
         for size in ((225, 223), (701, 11)):
@@ -475,9 +486,9 @@ sides = st.integers(1, 60)
 
 
 @given(sides, sides, st.tuples(sides, sides), st.sampled_from([*INTERPOLATIONS]), st.booleans())
-def test_any_size_is_cut_and_resized_to_any_size_as_in_keras(height, width, size, how, keep):
+def test_any_size_is_cropped_and_resized_like_keras(height, width, size, how, keep):
     decoding = DecodeOptions(size, how, keep)
-    for make in (USUAL["444"], OTHERS["PNG"]):
+    for make in (COMMON_JPEGS["444"], OTHER_FORMATS["PNG"]):
         data = make(photograph(height, width))
         try:
             as_keras_loads(data, decoding)
@@ -487,39 +498,41 @@ def test_any_size_is_cut_and_resized_to_any_size_as_in_keras(height, width, size
             check(data, decoding)
 
 
-def test_the_interpolations_are_those_that_keras_names():
+def test_interpolations_are_those_of_keras():
     with pytest.raises(ValueError, match="Supported") as caught:
-        as_keras_loads(USUAL["444"](photograph()), unchecked(size=SIZE, interpolation="lanczos3"))
+        as_keras_loads(
+            COMMON_JPEGS["444"](photograph()), unchecked(size=SIZE, interpolation="lanczos3")
+        )
     named = re.findall(r"\w+", str(caught.value).partition(" are ")[2])
     assert sorted(named) == sorted(INTERPOLATIONS)
 
 
 def unchecked(**settings):
-    """Settings that `DecodeOptions` would refuse."""
+    """Build options that `DecodeOptions` would reject."""
     decoding = DecodeOptions()
     for name, value in settings.items():
         object.__setattr__(decoding, name, value)
     return decoding
 
 
-@pytest.mark.parametrize("make", [USUAL["444"], OTHERS["PNG"]], ids=["JPEG", "PNG"])
-def test_an_image_of_another_size_than_all_others_fails(make):
+@pytest.mark.parametrize("make", [COMMON_JPEGS["444"], OTHER_FORMATS["PNG"]], ids=["JPEG", "PNG"])
+def test_image_of_a_different_size_is_a_failure(make):
     result, _ = decoded(make(photograph(11, 13)), (7, 9, 3))
-    assert result == Decoded(13, 11, True, "the image is 11x13, expected 7x9")
+    assert result == DecodeResult(13, 11, True, "the image is 11x13, expected 7x9")
 
 
-def test_size_is_height_and_width_of_every_format():
-    decoder = Decoder(DecodeOptions(), memory_bytes=PLENTY)
-    for make in (*JPEGS.values(), *OTHERS.values()):
+def test_size_returns_height_and_width_for_every_format():
+    decoder = Decoder(DecodeOptions(), memory_bytes=AMPLE_MEMORY_BYTES)
+    for make in (*JPEGS.values(), *OTHER_FORMATS.values()):
         assert decoder.size(make(photograph(7, 13))) == (7, 13)
 
 
-def test_many_threads_decode_at_once_as_one_does():
+def test_concurrent_decoding_matches_keras():
     decoding = DecodeOptions(SIZE)
-    kinds = [*USUAL.values(), *UNUSUAL.values(), *OTHERS.values()] * 3
+    kinds = [*COMMON_JPEGS.values(), *UNCOMMON_JPEGS.values(), *OTHER_FORMATS.values()] * 3
     files = [make(photograph()) for make in kinds]
     expected = [as_keras_loads(data, decoding).tobytes() for data in files]
-    # Some of them fit into the share of a thread, and some are read one at a time.
+    # Some fit into a thread's share of the memory, and some are decoded one at a time.
     decoder = Decoder(decoding, memory_bytes=400_000, threads=4)
 
     def read(data):
@@ -534,7 +547,7 @@ def test_many_threads_decode_at_once_as_one_does():
 
 # ------------------------------------------------------------------------------------- EXIF
 
-TURNED = {
+ORIENTED_FORMATS = {
     "jpeg": {},
     "jpeg, grey": {},
     "jpeg, progressive": {"progressive": True},
@@ -546,17 +559,17 @@ TURNED = {
 }
 
 
-def turned(kind, orientation, image=None):
-    """An image that asks a viewer to turn it."""
+def oriented(kind, orientation, image=None):
+    """Encode an image with an EXIF orientation."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = image or photograph(25, 40)
     image = image.convert("L") if "grey" in kind else image
-    return encoded(image, kind.partition(",")[0], exif=exif, **TURNED[kind])
+    return encoded(image, kind.partition(",")[0], exif=exif, **ORIENTED_FORMATS[kind])
 
 
 def as_a_viewer_loads(data, decoding):
-    """The oracle: Pillow turns the image, and Keras takes it from there."""
+    """The oracle: Pillow applies the EXIF orientation, then Keras loads the image."""
     with Image.open(io.BytesIO(data)) as image:
         upright = ImageOps.exif_transpose(image).convert("RGB")
     return as_keras_loads(encoded(upright, "png"), decoding)
@@ -565,40 +578,40 @@ def as_a_viewer_loads(data, decoding):
 ORIENTATIONS = (*range(10), 65535)
 
 
-@pytest.mark.parametrize("kind", TURNED)
-def test_orientations_are_ignored_as_keras_does_unless_they_are_asked_for(kind):
+@pytest.mark.parametrize("kind", ORIENTED_FORMATS)
+def test_exif_orientation_is_ignored_like_keras_unless_requested(kind):
     differ = set()
     for orientation in range(1, 9) if "tiff" in kind else ORIENTATIONS:
-        data = turned(kind, orientation)
+        data = oriented(kind, orientation)
         for decoding in (
             *(DecodeOptions(), DecodeOptions(SIZE), DecodeOptions((11, 29), "bilinear")),
             DecodeOptions((31, 17), keep_aspect_ratio=True),
         ):
             check(data, decoding)
-            asked = dataclasses.replace(decoding, exif=True)
-            expected = as_a_viewer_loads(data, asked)
-            result, actual = decoded(data, expected.shape, asked)
+            requested = dataclasses.replace(decoding, exif=True)
+            expected = as_a_viewer_loads(data, requested)
+            result, actual = decoded(data, expected.shape, requested)
             assert not result.failed
             assert result.reason == ""
-            assert actual.tobytes() == expected.tobytes(), (orientation, asked)
+            assert actual.tobytes() == expected.tobytes(), (orientation, requested)
             if actual.tobytes() != decoded(data, expected.shape, decoding)[1].tobytes():
                 differ.add(orientation)
-    # Pillow turns every TIFF that it opens, and so does Keras.
+    # Pillow, and hence Keras, applies the orientation of every TIFF.
     assert differ == (set() if "tiff" in kind else set(range(2, 9)))
 
 
-@pytest.mark.parametrize("kind", TURNED)
-def test_the_size_that_is_told_is_that_of_what_is_read(kind):
+@pytest.mark.parametrize("kind", ORIENTED_FORMATS)
+def test_reported_size_matches_the_decoded_size(kind):
     for orientation in range(1, 9):
-        data = turned(kind, orientation)
+        data = oriented(kind, orientation)
         for exif in (False, True):
             decoding = DecodeOptions(exif=exif)
             load = as_a_viewer_loads if exif else as_keras_loads
-            size = Decoder(decoding, memory_bytes=PLENTY).size(data)
+            size = Decoder(decoding, memory_bytes=AMPLE_MEMORY_BYTES).size(data)
             assert size == load(data, decoding).shape[:2], (orientation, exif)
 
 
-def test_each_orientation_is_what_exif_says_it_is():
+def test_each_exif_orientation_is_applied():
     image = pixels_of(photograph(5, 8))
     expected = {
         1: image,
@@ -611,30 +624,30 @@ def test_each_orientation_is_what_exif_says_it_is():
         8: np.rot90(image),
     }
     for orientation, upright in expected.items():
-        data = turned("png", orientation, photograph(5, 8))
+        data = oriented("png", orientation, photograph(5, 8))
         result, actual = decoded(data, upright.shape, DecodeOptions(exif=True))
-        assert result == Decoded(8, 5, False, "")
+        assert result == DecodeResult(8, 5, False, "")
         assert (actual == upright).all()
 
 
-def test_an_upright_jpeg_is_decoded_by_simplejpeg_where_orientations_count(monkeypatch):
-    monkeypatch.setattr(simplejpeg, "decode_jpeg", refused)
+def test_upright_jpeg_is_decoded_by_simplejpeg_with_exif_enabled(monkeypatch):
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", unexpected_call)
     decoding = DecodeOptions(SIZE, exif=True)
-    for data in (turned("jpeg", 1), USUAL["444"](photograph())):
-        with pytest.raises(RuntimeError, match="the other decoder"):
+    for data in (oriented("jpeg", 1), COMMON_JPEGS["444"](photograph())):
+        with pytest.raises(RuntimeError, match="the wrong decoder"):
             decoded(data, (*SIZE, 3), decoding)
-    assert not decoded(turned("jpeg", 6), (*SIZE, 3), decoding)[0].failed
+    assert not decoded(oriented("jpeg", 6), (*SIZE, 3), decoding)[0].failed
 
 
-def test_damaged_exif_is_read_as_a_viewer_reads_it_or_is_a_failure():
+def test_damaged_exif_is_decoded_like_pillow_or_is_a_failure():
     random = np.random.default_rng(1)
     decoding = DecodeOptions(SIZE, exif=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of some of it, and goes on
+        warnings.simplefilter("ignore")  # Pillow warns about some damage and continues
         for number in range(120):
             kind = ["jpeg", "png", "webp", "mpo"][number % 4]
-            data = bytearray(turned(kind, 6))
-            # Its entries: Pillow's PNG and WebP have a sum behind, or none.
+            data = bytearray(oriented(kind, 6))
+            # Damage the EXIF entries; a PNG has a checksum after them.
             begin = max(data.find(b"II*\0"), data.find(b"MM\0*"))
             for _ in range(random.integers(1, 4)):
                 data[begin + random.integers(0, 26)] = random.integers(256)
@@ -657,40 +670,40 @@ def test_damaged_exif_is_read_as_a_viewer_reads_it_or_is_a_failure():
 
 # ---------------------------------------------------------------------------------- 16 bits
 
-EVERY_16_BITS = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-REFUSED_16 = "16-bit grayscale, which Keras clips to white; use --gray16 scale to scale it"
-SIXTEEN = {
-    "PNG": encoded(Image.fromarray(EVERY_16_BITS), "png"),
+ALL_16_BIT_VALUES = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+GRAY16_REASON = "16-bit grayscale, which Keras clips to white; use --gray16 scale to scale it"
+GRAY16_FILES = {
+    "PNG": encoded(Image.fromarray(ALL_16_BIT_VALUES), "png"),
     "interlaced PNG": png(
-        *(GREY, 16, 256, 256), interlaced=True, samples=EVERY_16_BITS[:, :, np.newaxis]
+        *(GRAY, 16, 256, 256), interlaced=True, samples=ALL_16_BIT_VALUES[:, :, np.newaxis]
     ),
-    "TIFF": encoded(Image.fromarray(EVERY_16_BITS), "tiff"),
-    "packed TIFF": encoded(Image.fromarray(EVERY_16_BITS), "tiff", compression="tiff_lzw"),
-    "big-endian TIFF": tiff(EVERY_16_BITS, byteorder=">"),
+    "TIFF": encoded(Image.fromarray(ALL_16_BIT_VALUES), "tiff"),
+    "packed TIFF": encoded(Image.fromarray(ALL_16_BIT_VALUES), "tiff", compression="tiff_lzw"),
+    "big-endian TIFF": tiff(ALL_16_BIT_VALUES, byteorder=">"),
 }
 
 
-@pytest.mark.parametrize("kind", SIXTEEN)
-def test_a_grey_of_16_bits_is_refused_or_scaled_in_every_value(kind):
+@pytest.mark.parametrize("kind", GRAY16_FILES)
+def test_16_bit_grayscale_is_rejected_or_scaled_for_every_value(kind):
     for size in (None, (256, 256), SIZE):
-        result, _ = decoded(SIXTEEN[kind], (*(size or (256, 256)), 3), DecodeOptions(size))
-        assert result == Decoded(256, 256, True, REFUSED_16)
-    # 65535 is 257 times 255: no value lies in the middle between two.
-    expected = np.rint(EVERY_16_BITS * 255.0 / 65535.0)
-    result, actual = decoded(SIXTEEN[kind], (256, 256, 3), DecodeOptions(gray16="scale"))
-    assert result == Decoded(256, 256, False, "")
+        result, _ = decoded(GRAY16_FILES[kind], (*(size or (256, 256)), 3), DecodeOptions(size))
+        assert result == DecodeResult(256, 256, True, GRAY16_REASON)
+    # 65535 is 257 * 255, so there are no ties.
+    expected = np.rint(ALL_16_BIT_VALUES * 255.0 / 65535.0)
+    result, actual = decoded(GRAY16_FILES[kind], (256, 256, 3), DecodeOptions(gray16="scale"))
+    assert result == DecodeResult(256, 256, False, "")
     assert (actual == expected[:, :, np.newaxis]).all()
 
 
-def test_the_two_byte_orders_of_a_tiff_are_two_kinds_of_image():
+def test_tiff_byte_orders_have_different_pillow_modes():
     modes = set()
     for kind in ("TIFF", "big-endian TIFF"):
-        with Image.open(io.BytesIO(SIXTEEN[kind])) as image:
+        with Image.open(io.BytesIO(GRAY16_FILES[kind])) as image:
             modes.add(image.mode)
     assert modes == {"I;16", "I;16B"}
 
 
-def test_a_scaled_grey_is_resized_and_turned_like_any_other():
+def test_scaled_grayscale_is_resized_and_rotated_like_8_bit_images():
     samples = np.random.default_rng(1).integers(0, 65536, (25, 40), np.uint16)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -703,19 +716,19 @@ def test_a_scaled_grey_is_resized_and_turned_like_any_other():
     ):
         expected = as_keras_loads(encoded(Image.fromarray(pixels.copy()), "png"), decoding)
         result, actual = decoded(data, (*SIZE, 3), decoding)
-        assert result == Decoded(40, 25, False, "")
+        assert result == DecodeResult(40, 25, False, "")
         assert actual.tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("gray16", ["error", "scale"])
-def test_a_grey_of_32_bits_is_refused(gray16):
+def test_32_bit_grayscale_is_rejected(gray16):
     data = encoded(Image.fromarray(np.arange(63, dtype=np.int32).reshape(7, 9) * 77_777), "tiff")
     reason = failure(data, DecodeOptions(gray16=gray16))
     assert reason == "32-bit grayscale, which Keras clips to white"
 
 
-def test_colours_of_16_bits_are_what_keras_makes_of_them():
-    for data in (png(RGB, 16), png(GREY_ALPHA, 16), png(RGBA, 16)):
+def test_16_bit_color_matches_keras():
+    for data in (png(RGB, 16), png(GRAY_ALPHA, 16), png(RGBA, 16)):
         for gray16 in ("error", "scale"):
             check(data, DecodeOptions(SIZE, gray16=gray16))
 
@@ -723,8 +736,8 @@ def test_colours_of_16_bits_are_what_keras_makes_of_them():
 # -------------------------------------------------------------------------------- fast JPEG
 
 
-def reduced(data, decoding):
-    """The size to which a JPEG is decoded before its pixels are gathered."""
+def decoded_size(data, decoding):
+    """Return the size to which a JPEG is decoded before pixels are gathered."""
     shapes = []
 
     def gather(pixels, index, out):
@@ -733,34 +746,34 @@ def reduced(data, decoding):
 
     result, _ = decoded(data, (*decoding.size, 3), decoding, gather=gather)
     assert not result.failed
-    return shapes[0][:2] if shapes else decoding.size  # that is what it was decoded to
+    return shapes[0][:2] if shapes else decoding.size  # gather is not called if the sizes are equal
 
 
 @pytest.mark.parametrize("name", ["rocket.jpg", "retina.jpg"])
-def test_fast_jpeg_gives_nearly_the_same_image_of_large_photographs(name):
+def test_fast_jpeg_is_close_to_the_exact_result_for_large_photographs(name):
     data = (PHOTOGRAPHS / name).read_bytes()
     for size in ((96, 128), (31, 53)):
         for interpolation, most in (("bilinear", 2), ("nearest", 12)):
-            usual, fast = (
+            default, fast = (
                 decoded(data, (*size, 3), DecodeOptions(size, interpolation, fast_jpeg=fast))
                 for fast in (False, True)
             )
-            assert usual[0] == fast[0]
+            assert default[0] == fast[0]
             assert not fast[0].failed
-            assert usual[1].tobytes() != fast[1].tobytes()
-            assert abs(usual[1].astype(int) - fast[1]).mean() < most
+            assert default[1].tobytes() != fast[1].tobytes()
+            assert abs(default[1].astype(int) - fast[1]).mean() < most
 
 
-def test_fast_jpeg_halves_as_often_as_it_can():
+def test_fast_jpeg_uses_the_smallest_sufficient_scale():
     data = sampled("420")(photograph(321, 483))
     sizes = [(321, 483), (161, 242), (121, 182), (81, 121), (41, 61)]
     for target in (*((161, 242), (160, 200), (100, 242), (121, 182), (81, 122)), (81, 121), (9, 7)):
         fitting = [size for size in sizes if size[0] >= target[0] and size[1] >= target[1]]
-        assert reduced(data, DecodeOptions(target, fast_jpeg=True)) == fitting[-1]
+        assert decoded_size(data, DecodeOptions(target, fast_jpeg=True)) == fitting[-1]
 
 
 @pytest.mark.parametrize("keep_aspect_ratio", [False, True])
-def test_fast_jpeg_never_decodes_to_less_than_is_wanted(keep_aspect_ratio):
+def test_fast_jpeg_never_decodes_below_the_target_size(keep_aspect_ratio):
     random = np.random.default_rng(5)
     smaller = 0
     for _ in range(150):
@@ -771,7 +784,7 @@ def test_fast_jpeg_never_decodes_to_less_than_is_wanted(keep_aspect_ratio):
         decoding = DecodeOptions(tuple(size), "nearest", keep_aspect_ratio, True)
         if tuple(size) == (height, width):
             continue
-        high, wide = reduced(data, decoding)
+        high, wide = decoded_size(data, decoding)
         parts = []
         for sides in ((height, width), (high, wide)):
             part = list(sides)
@@ -779,8 +792,8 @@ def test_fast_jpeg_never_decodes_to_less_than_is_wanted(keep_aspect_ratio):
                 part[0] = min(sides[0], sides[1] * size[0] // size[1])
                 part[1] = min(sides[1], sides[0] * size[1] // size[0])
             parts.append(part)
-        for before, after, target in zip(*parts, size, strict=True):
-            assert after >= min(before, target), (height, width, size, high, wide)
+        for before, with_junk_after, target in zip(*parts, size, strict=True):
+            assert with_junk_after >= min(before, target), (height, width, size, high, wide)
         if (high, wide) != (height, width):
             smaller += 1
             assert high <= -(-height // 2)
@@ -788,23 +801,28 @@ def test_fast_jpeg_never_decodes_to_less_than_is_wanted(keep_aspect_ratio):
     assert smaller > 20
 
 
-def test_fast_jpeg_changes_nothing_where_an_image_is_not_shrunk_to_a_half():
-    for make in (USUAL["420"], USUAL["444"]):
+def test_fast_jpeg_has_no_effect_unless_the_image_shrinks_by_half():
+    for make in (COMMON_JPEGS["420"], COMMON_JPEGS["444"]):
         data = make(photograph(60, 80))
         for size in ((60, 80), (31, 40), (30, 41), (99, 99)):
             check(data, DecodeOptions(size, fast_jpeg=True))
 
 
-def test_fast_jpeg_leaves_other_formats_and_unusual_jpegs_alone():
-    for make in (*UNUSUAL.values(), OTHERS["PNG"], OTHERS["lossy WebP"], OTHERS["JPEG TIFF"]):
+def test_fast_jpeg_has_no_effect_on_other_formats_and_uncommon_jpegs():
+    for make in (
+        *UNCOMMON_JPEGS.values(),
+        OTHER_FORMATS["PNG"],
+        OTHER_FORMATS["lossy WebP"],
+        OTHER_FORMATS["JPEG TIFF"],
+    ):
         check(make(photograph(90, 120)), DecodeOptions((9, 7), fast_jpeg=True))
 
 
 # ----------------------------------------------------------------------------------- limits
 
 
-def claiming(jpeg, height, width):
-    """A JPEG that says that it is larger than it is."""
+def with_claimed_size(jpeg, height, width):
+    """Change the size in the header of a JPEG."""
     changed = bytearray(jpeg)
     at = next(at for marker, at, _ in segments(jpeg) if marker in (0xC0, 0xC2))
     changed[at + 5 : at + 9] = height.to_bytes(2) + width.to_bytes(2)
@@ -812,38 +830,40 @@ def claiming(jpeg, height, width):
 
 
 LIMITED = {
-    "JPEG": USUAL["420"],
-    "progressive JPEG": USUAL["progressive"],
-    "CMYK JPEG": UNUSUAL["CMYK"],
-    **{kind: OTHERS[kind] for kind in ("PNG", "GIF", "lossy WebP", "BMP", "TIFF")},
+    "JPEG": COMMON_JPEGS["420"],
+    "progressive JPEG": COMMON_JPEGS["progressive"],
+    "CMYK JPEG": UNCOMMON_JPEGS["CMYK"],
+    **{kind: OTHER_FORMATS[kind] for kind in ("PNG", "GIF", "lossy WebP", "BMP", "TIFF")},
 }
 
 
 @pytest.mark.parametrize("kind", LIMITED)
-def test_an_image_of_more_pixels_than_the_limit_is_refused(kind):
+def test_image_above_max_pixels_is_rejected(kind):
     data = LIMITED[kind](photograph(7, 9))
     check(data, DecodeOptions(SIZE, max_pixels=63))
     result, _ = decoded(data, (*SIZE, 3), DecodeOptions(SIZE, max_pixels=62))
-    assert result == Decoded(9, 7, True, "the image has 63 pixels; --max-pixels is 62")
+    assert result == DecodeResult(9, 7, True, "the image has 63 pixels; --max-pixels is 62")
 
 
-def test_an_image_of_very_many_pixels_is_refused_before_it_is_decoded(monkeypatch):
-    jpegs = [USUAL[kind](photograph(7, 9)) for kind in ("444", "progressive", "grey")]
-    monkeypatch.setattr(simplejpeg, "decode_jpeg", refused)
-    monkeypatch.setattr(Image.Image, "convert", refused)
+def test_image_above_max_pixels_is_rejected_before_decoding(monkeypatch):
+    jpegs = [COMMON_JPEGS[kind](photograph(7, 9)) for kind in ("444", "progressive", "grey")]
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", unexpected_call)
+    monkeypatch.setattr(Image.Image, "convert", unexpected_call)
     for jpeg in jpegs:
-        result, _ = decoded(claiming(jpeg, 65_000, 65_001), (*SIZE, 3), DecodeOptions(SIZE))
+        result, _ = decoded(
+            with_claimed_size(jpeg, 65_000, 65_001), (*SIZE, 3), DecodeOptions(SIZE)
+        )
         assert result.failed
         assert result.reason == "the image has 4225065000 pixels; --max-pixels is 89478485"
     zeros = chunk(b"IDAT", zlib.compress(bytes(2**20)))
     for height, width in ((40_001, 30_001), (9_000, 8_999)):
-        head = width.to_bytes(4) + height.to_bytes(4) + bytes([1, GREY, 0, 0, 0])
+        head = width.to_bytes(4) + height.to_bytes(4) + bytes([1, GRAY, 0, 0, 0])
         bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + zeros + chunk(b"IEND", b"")
         reason = failure(bomb, DecodeOptions(SIZE, max_pixels=10_000_000))
         assert "pixels" in reason
 
 
-BOMBS = """
+BOMB_SCRIPT = """
 import io, resource, sys, zlib
 import numpy as np
 from tests.helpers.datasets_on_disk import PHOTOGRAPHS
@@ -867,15 +887,15 @@ assert not decoded(small).failed
 """
 
 
-def test_a_bomb_is_refused_without_the_memory_that_it_would_take():
-    memory, pixels = printed_by(BOMBS).splitlines()
+def test_decompression_bomb_is_rejected_without_allocating_memory():
+    memory, pixels = stdout_of(BOMB_SCRIPT).splitlines()
     assert "bytes of memory" in memory
     assert "increase --memory" in memory
     assert pixels == "the image has 80991000 pixels; --max-pixels is 80000000"
 
 
 def memory_needed(data, decoding, memory_bytes=2):
-    """The memory that decoding an image is reported to take where there is too little."""
+    """Return the memory that the error for insufficient memory reports."""
     reason = failure(data, decoding, memory_bytes=memory_bytes)
     needed, there = map(int, re.findall(r"[0-9]+", reason))
     assert reason == (
@@ -888,7 +908,7 @@ def memory_needed(data, decoding, memory_bytes=2):
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
 @pytest.mark.parametrize("kind", LIMITED)
-def test_an_image_that_takes_more_than_half_of_the_memory_is_refused(kind, interpolation):
+def test_image_that_needs_more_than_half_the_memory_is_rejected(kind, interpolation):
     decoding = DecodeOptions(SIZE, interpolation)
     data = LIMITED[kind](photograph())
     needed = memory_needed(data, decoding)
@@ -898,59 +918,64 @@ def test_an_image_that_takes_more_than_half_of_the_memory_is_refused(kind, inter
     assert memory_needed(data, decoding, 2 * needed - 2) == needed
 
 
-def test_a_progressive_jpeg_takes_the_memory_of_its_coefficients():
+def test_progressive_jpeg_memory_includes_its_coefficients():
     decoding = DecodeOptions(SIZE)
     baseline, progressive = (
         memory_needed(data, decoding) - len(data)
-        for data in (USUAL["420"](photograph()), USUAL["progressive"](photograph()))
+        for data in (COMMON_JPEGS["420"](photograph()), COMMON_JPEGS["progressive"](photograph()))
     )
     assert baseline == 47 * 61 * 3
     assert progressive >= baseline + 2 * 47 * 61 * 3
 
 
-class Watched:
-    """A lock that tells who comes to it."""
+class RecordingLock:
+    """A lock that records every acquisition attempt."""
 
     def __init__(self):
         self._lock = threading.Lock()
         self.seen = queue.SimpleQueue()
 
     def __enter__(self):
-        self.seen.put("comes to the lock")
+        self.seen.put("waits for the lock")
         self._lock.acquire()
 
     def __exit__(self, *_error):
         self._lock.release()
 
 
-def watched(decoding, **settings):
+def decoder_with_recording_lock(decoding, **settings):
     decoder = Decoder(decoding, **settings)
-    decoder._one_large = Watched()
-    return decoder, decoder._one_large.seen
+    decoder._large_image_lock = RecordingLock()
+    return decoder, decoder._large_image_lock.seen
 
 
 @pytest.mark.parametrize("kind", LIMITED)
-def test_an_image_that_does_not_fit_into_a_thread_s_share_is_a_large_one(kind):
+def test_image_larger_than_a_thread_share_takes_the_large_image_lock(kind):
     decoding = DecodeOptions(SIZE, "bilinear")
     data = LIMITED[kind](photograph())
     needed = memory_needed(data, decoding)
     for threads in (1, 2, 7):
         out = np.empty((*SIZE, 3), np.uint8)
-        for share, comes in ((needed, False), (needed - 1, True)):
-            # A half is for large ones; of an odd number the other half has one more.
+        for share, waits in ((needed, False), (needed - 1, True)):
+            # Half of the memory is reserved for large images.
             memory_bytes = 2 * threads * share
-            if comes:
+            if waits:
                 memory_bytes = max(memory_bytes, 2 * needed)
-                if threads == 1:  # a share as large as the half for large ones
+                if threads == 1:  # the share equals the half for large images
                     continue
-            decoder, seen = watched(decoding, memory_bytes=memory_bytes, threads=threads)
+            decoder, seen = decoder_with_recording_lock(
+                decoding, memory_bytes=memory_bytes, threads=threads
+            )
             result = decoder.decode(data, out)
             assert not result.failed, result
-            assert seen.empty() != comes
+            assert seen.empty() != waits
 
 
 def test_large_images_are_decoded_one_at_a_time():
-    large, small = USUAL["420"](photograph(227, 149)), USUAL["420"](photograph(33, 31))
+    large, small = (
+        COMMON_JPEGS["420"](photograph(227, 149)),
+        COMMON_JPEGS["420"](photograph(33, 31)),
+    )
     others, order = [], []
 
     def decode_it(data):
@@ -958,27 +983,27 @@ def test_large_images_are_decoded_one_at_a_time():
 
     def gather(pixels, index, out):
         if len(pixels) == 227:
-            seen.put("picks")
+            seen.put("gathers")
             if not others:
-                assert decode_it(small) == ""  # a small one does not wait for it
+                assert decode_it(small) == ""  # a small image does not wait
                 others.append(pool.submit(decode_it, large))
                 order.extend(seen.get(timeout=20) for _ in range(3))
         resize.gather(pixels, index, out)
 
     memory_bytes = 2 * memory_needed(large, DecodeOptions(SIZE))
-    decoder, seen = watched(
+    decoder, seen = decoder_with_recording_lock(
         DecodeOptions(SIZE), memory_bytes=memory_bytes, threads=4, gather=gather
     )
     with ThreadPoolExecutor(1) as pool:
         assert decode_it(large) == ""
         assert others[0].result() == ""
-    assert order == ["comes to the lock", "picks", "comes to the lock"]
-    assert seen.get_nowait() == "picks"
+    assert order == ["waits for the lock", "gathers", "waits for the lock"]
+    assert seen.get_nowait() == "gathers"
     assert seen.empty()
 
 
 @pytest.mark.parametrize("kind", LIMITED)
-def test_a_large_image_that_fails_lets_the_next_one_in(kind):
+def test_failed_large_image_releases_the_lock(kind):
     data = LIMITED[kind](photograph())
     needed = memory_needed(data, DecodeOptions(SIZE))
     decoder = Decoder(DecodeOptions(SIZE), memory_bytes=2 * needed, threads=3)
@@ -988,7 +1013,7 @@ def test_a_large_image_that_fails_lets_the_next_one_in(kind):
     assert not result.failed
 
 
-PEAK = """
+PEAK_MEMORY_SCRIPT = """
 import io, pathlib, re, sys
 import numpy as np
 from PIL import Image
@@ -1023,12 +1048,12 @@ def large_file(kind):
     if kind == "WebP":
         return encoded(image, "webp", method=0)
     if "PNG" in kind:
-        image = see_through(image) if "alpha" in kind else image
+        image = with_alpha(image) if "alpha" in kind else image
         return encoded(image, "png", compress_level=1)
     return encoded(image, "jpeg", progressive=kind == "progressive JPEG")
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
 @pytest.mark.parametrize(
     ("kind", "how"),
     [
@@ -1041,33 +1066,42 @@ def large_file(kind):
         ("WebP", "nearest"),
     ],
 )
-def test_an_image_takes_no_more_memory_than_it_is_counted_with(tmp_path, kind, how):
+def test_decoding_uses_no_more_memory_than_estimated(tmp_path, kind, how):
     (tmp_path / "image").write_bytes(large_file(kind))
-    counted, used = map(int, printed_by(PEAK, tmp_path / "image", how).split())
-    assert used < counted + 3 * 2**20  # what Python and its memory's pages add
+    counted, used = map(int, stdout_of(PEAK_MEMORY_SCRIPT, tmp_path / "image", how).split())
+    assert used < counted + 3 * 2**20  # overhead of Python and of page granularity
 
 
 # ----------------------------------------------------------------------------------- damage
 
 DAMAGED = {
-    "JPEG": USUAL["444"],
-    "subsampled JPEG": USUAL["420"],
-    "progressive JPEG": USUAL["progressive"],
-    "grey JPEG": USUAL["grey"],
-    "restart JPEG": USUAL["restart blocks"],
-    "CMYK JPEG": UNUSUAL["CMYK"],
-    "MPO": USUAL["more than one"],
-    **{kind: OTHERS[kind] for kind in ("PNG", "palette PNG with alpha", "GIF", "moving GIF")},
+    "JPEG": COMMON_JPEGS["444"],
+    "subsampled JPEG": COMMON_JPEGS["420"],
+    "progressive JPEG": COMMON_JPEGS["progressive"],
+    "grey JPEG": COMMON_JPEGS["grey"],
+    "restart JPEG": COMMON_JPEGS["restart blocks"],
+    "CMYK JPEG": UNCOMMON_JPEGS["CMYK"],
+    "MPO": COMMON_JPEGS["more than one"],
+    **{
+        kind: OTHER_FORMATS[kind]
+        for kind in ("PNG", "palette PNG with alpha", "GIF", "animated GIF")
+    },
     "interlaced PNG": lambda image: png(RGB, 8, interlaced=True),
-    **{kind: OTHERS[kind] for kind in ("lossy WebP", "lossless WebP with alpha", "moving WebP")},
-    **{kind: OTHERS[kind] for kind in ("BMP", "palette BMP", "TIFF", "LZW TIFF", "JPEG TIFF")},
+    **{
+        kind: OTHER_FORMATS[kind]
+        for kind in ("lossy WebP", "lossless WebP with alpha", "animated WebP")
+    },
+    **{
+        kind: OTHER_FORMATS[kind]
+        for kind in ("BMP", "palette BMP", "TIFF", "LZW TIFF", "JPEG TIFF")
+    },
 }
 
 
 def check_damaged(data, decoding):
-    """Compare with Keras what may not be readable; return whether it is."""
+    """Compare a possibly undecodable file with Keras; return whether it is decodable."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of some damage and goes on
+        warnings.simplefilter("ignore")  # Pillow warns about some damage and goes on
         try:
             expected = as_keras_loads(data, decoding)
         except Exception:  # noqa: BLE001  # whatever Pillow raises
@@ -1083,7 +1117,7 @@ def check_damaged(data, decoding):
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_a_file_that_was_cut_off_fails_exactly_where_keras_fails(kind):
+def test_truncated_file_fails_exactly_where_keras_fails(kind):
     data = DAMAGED[kind](photograph())
     random = np.random.default_rng(len(data))
     lengths = {
@@ -1096,7 +1130,7 @@ def test_a_file_that_was_cut_off_fails_exactly_where_keras_fails(kind):
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_any_damage_is_a_failure_with_a_reason_or_gives_keras_pixels(kind):
+def test_damaged_file_is_a_failure_with_a_reason_or_matches_keras(kind):
     data = DAMAGED[kind](photograph())
     random = np.random.default_rng(len(data))
     outcomes = set()
@@ -1107,14 +1141,17 @@ def test_any_damage_is_a_failure_with_a_reason_or_gives_keras_pixels(kind):
             damaged[int(len(data) * random.random() ** (1 + number % 4))] = random.integers(256)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            size = Decoder(DecodeOptions(), memory_bytes=PLENTY).size(bytes(damaged))
+            size = Decoder(DecodeOptions(), memory_bytes=AMPLE_MEMORY_BYTES).size(bytes(damaged))
         if isinstance(size, str) or size[0] * size[1] < 10**6:
             outcomes.add(check_damaged(bytes(damaged), DecodeOptions(SIZE)))
     assert False in outcomes
 
 
-JUNK = {
-    "junk before a marker": (lambda jpeg: after(jpeg, 0xE0, b"abc"), "3 extraneous bytes before"),
+LIBJPEG_WARNINGS = {
+    "junk before a marker": (
+        lambda jpeg: with_junk_after(jpeg, 0xE0, b"abc"),
+        "3 extraneous bytes before",
+    ),
     "a stuffed byte": (lambda jpeg: jpeg[:2] + b"\xff\x00" + jpeg[2:], "extraneous bytes before"),
     "a lost restart": (lambda jpeg: jpeg.replace(b"\xff\xd3", b"\xff\xd5", 1), "found marker 0xd5"),
     "a scan cut short": (
@@ -1124,15 +1161,15 @@ JUNK = {
 }
 
 
-def after(jpeg, marker, junk):
+def with_junk_after(jpeg, marker, junk):
     end = next(end for found, _, end in segments(jpeg) if found == marker)
     return jpeg[:end] + junk + jpeg[end:]
 
 
-@pytest.mark.parametrize("kind", JUNK)
-def test_what_libjpeg_warns_of_is_read_as_keras_reads_it_and_told(kind):
-    damage, warning = JUNK[kind]
-    data = damage(USUAL["restart blocks"](photograph()))
+@pytest.mark.parametrize("kind", LIBJPEG_WARNINGS)
+def test_libjpeg_warnings_are_reported_and_pixels_match_keras(kind):
+    damage, warning = LIBJPEG_WARNINGS[kind]
+    data = damage(COMMON_JPEGS["restart blocks"](photograph()))
     for decoding in (
         DecodeOptions(),
         DecodeOptions(SIZE),
@@ -1145,8 +1182,8 @@ def test_what_libjpeg_warns_of_is_read_as_keras_reads_it_and_told(kind):
         assert actual.tobytes() == expected.tobytes()
 
 
-def test_a_warning_is_a_failure_where_warnings_are_errors_and_nothing_elsewhere():
-    data = OTHERS["palette PNG with alpha"](photograph())
+def test_pillow_warning_is_a_failure_only_when_warnings_are_errors():
+    data = OTHER_FORMATS["palette PNG with alpha"](photograph())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "Transparency" in failure(data, DecodeOptions(SIZE))
@@ -1154,7 +1191,7 @@ def test_a_warning_is_a_failure_where_warnings_are_errors_and_nothing_elsewhere(
         assert not decoded(data, (*SIZE, 3), DecodeOptions(SIZE))[0].failed
 
 
-def test_what_pillow_may_raise_is_caught():
+def test_decoding_errors_cover_everything_pillow_raises():
     for error in (
         *(Image.UnidentifiedImageError, Image.DecompressionBombError, struct.error, zlib.error),
         *(OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError),
@@ -1176,30 +1213,30 @@ def test_what_pillow_may_raise_is_caught():
         (ValueError(" \n"), "ValueError"),
     ],
 )
-def test_a_reason_is_one_line_that_says_something(error, reason):
+def test_failure_reason_is_one_nonempty_line(error, reason):
     assert describe_error(error).startswith(reason)
     assert "\n" not in describe_error(error)
 
 
 # --------------------------------------------------------------------------------- settings
 
-GIVEN = DecodeOptions((37, 53), "bicubic", True, True, True, "scale", 12_345)
+NON_DEFAULT = DecodeOptions((37, 53), "bicubic", True, True, True, "scale", 12_345)
 
 
-def test_settings_come_back_from_json_whatever_stands_beside_them():
-    for decoding in (DecodeOptions(), GIVEN):
+def test_decode_options_round_trip_through_json_with_extra_keys():
+    for decoding in (DecodeOptions(), NON_DEFAULT):
         fields = json.loads(json.dumps({"path": "photos", **decoding.to_dict(), "kind": "images"}))
         assert DecodeOptions.from_dict(fields) == decoding
-    assert DecodeOptions.from_dict(json.loads(json.dumps(GIVEN.to_dict()))).size == (37, 53)
+    assert DecodeOptions.from_dict(json.loads(json.dumps(NON_DEFAULT.to_dict()))).size == (37, 53)
 
 
-def test_every_setting_is_told():
-    usual, given_ = DecodeOptions().to_dict(), GIVEN.to_dict()
-    assert {name for name in usual if usual[name] != given_[name]} == {
+def test_to_dict_contains_every_option():
+    default, non_default = DecodeOptions().to_dict(), NON_DEFAULT.to_dict()
+    assert {name for name in default if default[name] != non_default[name]} == {
         *("size", "interpolation", "keep_aspect_ratio", "fast_jpeg", "exif", "gray16"),
         "max_pixels",
     }
-    json.dumps(given_)
+    json.dumps(non_default)
 
 
 @pytest.mark.parametrize(
@@ -1218,13 +1255,13 @@ def test_every_setting_is_told():
         ({"fast_jpeg": True}, ["fast_jpeg", "requires a size", "--size 224 224"]),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings, words):
+def test_invalid_decode_options_are_rejected(settings, words):
     with pytest.raises(UsageError) as caught:
         DecodeOptions(**settings)
-    must_say(caught.value, *words)
+    check_error(caught.value, *words)
 
 
-def test_no_image_of_as_many_pixels_as_are_allowed_has_a_file_that_is_too_long():
+def test_max_bytes_admits_every_image_within_max_pixels():
     for height, width in ((7, 9), (1, 300), (800, 801)):
         data = png(RGBA, 16, height, width)  # noise, which no compression makes shorter
         assert len(data) > 8 * height * width

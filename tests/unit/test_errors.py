@@ -1,4 +1,4 @@
-"""The typed errors: what a program can catch, and how the command line exits."""
+"""Typed errors: what a program can catch, and the exit codes of the command line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EXIT_CODES = {
 
 
 @pytest.mark.parametrize("name", sorted(EXIT_CODES))
-def test_each_error_is_a_fastvgg_error_with_the_exit_code_of_the_contract(name):
+def test_every_error_has_its_documented_exit_code(name):
     error = getattr(errors, name)("what is wrong", "the way out")
     assert isinstance(error, errors.FastvggError)
     assert error.exit_code == EXIT_CODES[name]
@@ -53,16 +53,16 @@ def test_every_public_error_is_in_the_table():
         ("BackendError", RuntimeError),
     ],
 )
-def test_code_that_catches_pythons_own_errors_catches_ours(name, builtin):
+def test_errors_subclass_builtin_exceptions(name, builtin):
     assert issubclass(getattr(errors, name), builtin)
 
 
 @pytest.mark.parametrize("name", ["ShapeError", "DtypeError", "OutputError"])
-def test_what_is_wrong_with_a_batch_can_be_caught_as_one(name):
+def test_batch_errors_subclass_array_error(name):
     assert issubclass(getattr(errors, name), errors.ArrayError)
 
 
-def test_a_stopped_run_names_the_call_the_file_the_offset_and_the_reason():
+def test_stopped_error_reports_call_file_offset_and_reason():
     cause = OSError(errno.ENOSPC, "No space left on device")
     error = errors.StoppedError.from_os_error(cause, "pwrite", "train.npy", 4096)
     assert "train.npy: pwrite at offset 4096 failed" in error.problem
@@ -70,6 +70,6 @@ def test_a_stopped_run_names_the_call_the_file_the_offset_and_the_reason():
     assert "rerun the same command" in error.remedy
 
 
-def test_a_stopped_run_without_a_number_from_the_system_is_still_described():
+def test_stopped_error_without_errno_reports_call_and_file():
     error = errors.StoppedError.from_os_error(OSError("torn"), "fsync", "train.npy", 0)
     assert "train.npy: fsync at offset 0 failed" in error.problem

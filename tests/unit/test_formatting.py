@@ -1,4 +1,4 @@
-"""What a notebook shows: the same facts as str, escaped, in well-formed tables."""
+"""HTML representations: the same content as str, escaped, in well-formed tables."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import pytest
 import fastvgg
 from fastvgg import Mode, Transform
 from fastvgg.formatting import html_table
-from fastvgg.stream.report import FAILURES_SHOWN
+from fastvgg.stream.report import MAX_FAILURES_SHOWN
 from tests.helpers.datasets_on_disk import pixels, plan_of, save_images, save_npy
 
 
 def read(html):
     """Return the caption of a table, and its rows, as a browser would show them."""
-    root = ET.fromstring(html)  # noqa: S314  # our own, and it refuses what is not well-formed
+    root = ET.fromstring(html)  # noqa: S314  # our own output; raises if it is not well-formed
     assert root.tag == "table"
     assert {element.tag for element in root.iter()} <= {"table", "caption", "tr", "th", "td"}
     rows = [(row.findtext("th"), row.findtext("td")) for row in root.iter("tr")]
     return root.findtext("caption"), rows
 
 
-def test_a_table_escapes_what_means_something_in_html():
+def test_html_table_escapes_special_characters():
     odd = "<script>alert(1)</script> & \"quoted\" 'too'"
     html = html_table(odd, [(odd, odd), ("empty", "")])
     assert "<script>" not in html
@@ -35,7 +35,7 @@ def photos(tmp_path):
     return save_images(tmp_path / "<script>&photos", pixels(11))
 
 
-def test_a_plan_has_all_that_its_text_has_and_in_that_order(tmp_path, photos):
+def test_plan_repr_html_matches_its_text(tmp_path, photos):
     (photos / "labels.csv").touch()
     plan = fastvgg.plan(photos, tmp_path / "<b>.npy", mode="caffe")
     html = plan._repr_html_()
@@ -49,7 +49,7 @@ def test_a_plan_has_all_that_its_text_has_and_in_that_order(tmp_path, photos):
     assert dict(rows)["note"] == "skipped files without an image suffix: 1"
 
 
-def test_a_plan_in_place_and_of_very_many_images_says_so(tmp_path):
+def test_plan_repr_html_shows_in_place_and_thousands_separators(tmp_path):
     plan = plan_of(save_npy(tmp_path / "x.npy", pixels(1234, 1, 1)), tmp_path / "y.npy", mode="tf")
     assert dict(read(plan._repr_html_())[1])["images"] == "1,234"
     floats = save_npy(tmp_path / "floats.npy", pixels(3).astype("float32"))
@@ -57,8 +57,8 @@ def test_a_plan_in_place_and_of_very_many_images_says_so(tmp_path):
     assert dict(read(in_place._repr_html_())[1])["writes"] == "2.2 KiB twice, in place"
 
 
-@pytest.mark.parametrize("bad", [0, 1, FAILURES_SHOWN, FAILURES_SHOWN + 3])
-def test_a_report_has_what_its_text_has_and_some_of_its_failures(tmp_path, photos, bad):
+@pytest.mark.parametrize("bad", [0, 1, MAX_FAILURES_SHOWN, MAX_FAILURES_SHOWN + 3])
+def test_report_repr_html_matches_its_text_and_limits_failures(tmp_path, photos, bad):
     for number in range(bad):
         (photos / f"z<i>{number:02d}.jpg").touch()
     report = plan_of(photos, tmp_path / "y.npy", mode="caffe").run()
@@ -72,22 +72,22 @@ def test_a_report_has_what_its_text_has_and_some_of_its_failures(tmp_path, photo
     listed = [(name, value) for name, value in rows if name.startswith("row ")]
     assert listed == [
         (f"row {failure.row}", f"{failure.path}: {failure.reason}")
-        for failure in report.failures[:FAILURES_SHOWN]
+        for failure in report.failures[:MAX_FAILURES_SHOWN]
     ]
-    assert len(listed) == min(bad, FAILURES_SHOWN)
+    assert len(listed) == min(bad, MAX_FAILURES_SHOWN)
     more = dict(rows).get("and")
     expected = f"3 more, all listed in {report.target}.index.csv"
-    assert more == (expected if bad > FAILURES_SHOWN else None)
+    assert more == (expected if bad > MAX_FAILURES_SHOWN else None)
 
 
-def test_a_report_of_a_run_that_went_on_tells_of_the_chunks_before(tmp_path):
+def test_report_of_a_resumed_run_shows_the_chunks_already_done(tmp_path):
     plan = plan_of(save_npy(tmp_path / "x.npy", pixels(11)), tmp_path / "y.npy", mode="caffe")
     plan.run()
-    again = fastvgg.plan(tmp_path / "x.npy", tmp_path / "y.npy", mode="caffe").run()
-    assert dict(read(again._repr_html_())[1])["resumed"] == "1 of 1 chunks were already done"
+    resumed = fastvgg.plan(tmp_path / "x.npy", tmp_path / "y.npy", mode="caffe").run()
+    assert dict(read(resumed._repr_html_())[1])["resumed"] == "1 of 1 chunks were already done"
 
 
-def test_a_transform_tells_its_mode_layouts_type_and_formula():
+def test_transform_repr_html_shows_mode_layouts_dtype_and_formula():
     transform = Transform("torch", out_layout="NCHW", dtype="float16")
     caption, rows = read(transform._repr_html_())
     assert caption == "preprocess"
@@ -100,7 +100,7 @@ def test_a_transform_tells_its_mode_layouts_type_and_formula():
     ]
 
 
-def test_a_transform_that_restores_tells_its_rounding():
+def test_restore_repr_html_shows_rounding():
     caption, rows = read(Transform("caffe", "restore", rounding="truncate")._repr_html_())
     assert caption == "restore"
     assert rows == [
@@ -113,12 +113,12 @@ def test_a_transform_that_restores_tells_its_rounding():
     ]
 
 
-def test_a_transform_that_keeps_bytes_says_so():
+def test_pack_repr_html_shows_identity_formula():
     facts = dict(read(Transform("identity", "pack")._repr_html_())[1])
     assert (facts["formula"], facts["type"]) == ("y = x", "uint8")
 
 
-def test_a_mode_of_ones_own_is_escaped():
+def test_custom_mode_name_is_escaped():
     transform = Transform(Mode("<b>mine</b>", divide=2.0, std=(1.0, 2.0, 4.0)))
     html = transform._repr_html_()
     assert not re.search(r"<b>", html)
@@ -131,7 +131,7 @@ def test_a_mode_of_ones_own_is_escaped():
 
 @pytest.mark.parametrize("direction", ["preprocess", "restore"])
 @pytest.mark.parametrize("mode", ["caffe", "tf", "torch", "identity"])
-def test_a_formula_is_what_the_oracle_computes(mode, direction):
+def test_displayed_formula_matches_oracle(mode, direction):
     import numpy as np
 
     from fastvgg import oracle

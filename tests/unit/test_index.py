@@ -1,4 +1,4 @@
-"""The index: every name comes back, and one that does not fit its dataset is refused."""
+"""The index: every name round-trips, and an index that does not match its dataset is rejected."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 
 from fastvgg.datasets import index as index_module
 from fastvgg.datasets.base import ImageRecord
-from fastvgg.datasets.index import INDEX_HEAD, index_path, index_text, read_index
+from fastvgg.datasets.index import INDEX_HEADER, format_records, index_path, read_index
 from fastvgg.datasets.npy import NpySource
 from fastvgg.errors import SourceError
-from tests.helpers.datasets_on_disk import failing_in_ascii, must_say, names_in, npy_bytes, pixels
+from tests.helpers.datasets_on_disk import ascii_failures, check_error, names_in, npy_bytes, pixels
 
 HEADER = "row,path,label,width,height,status,reason"
 
 
 def write_index(dataset, records):
-    text = INDEX_HEAD + index_text(records)
+    text = INDEX_HEADER + format_records(records)
     index_path(dataset).write_bytes(text.encode("utf-8", "surrogateescape"))
 
 
@@ -38,11 +38,11 @@ def dataset(tmp_path):
     return tmp_path / "train.npy"
 
 
-def test_the_index_lies_beside_the_dataset(dataset):
+def test_index_path_is_a_sidecar_of_the_dataset(dataset):
     assert index_path(dataset) == dataset.with_name("train.npy.index.csv")
 
 
-def test_a_dataset_without_an_index_has_no_records(dataset):
+def test_dataset_without_index_has_no_records(dataset):
     assert len(read_index(dataset, 5)) == 0
 
 
@@ -53,8 +53,8 @@ NAMES = [
 ]
 
 
-@failing_in_ascii()
-def test_every_name_and_reason_comes_back_as_it_was(dataset):
+@ascii_failures()
+def test_names_and_reasons_round_trip(dataset):
     expected = [
         ImageRecord(
             name, name.partition("/")[0], row, 7, row % 2 == 1, name if row % 3 else "?" * row
@@ -66,7 +66,7 @@ def test_every_name_and_reason_comes_back_as_it_was(dataset):
     assert [*actual] == expected
     assert [actual[row] for row in range(len(NAMES))] == expected
     assert actual[:] == expected
-    parts = INDEX_HEAD + index_text(expected[:7]) + index_text(expected[7:], 7)
+    parts = INDEX_HEADER + format_records(expected[:7]) + format_records(expected[7:], 7)
     assert index_path(dataset).read_bytes() == parts.encode("utf-8", "surrogateescape")
 
 
@@ -77,9 +77,9 @@ names = st.text(
 ).filter(lambda name: name not in (".", ".."))
 
 
-@failing_in_ascii()
+@ascii_failures()
 @given(st.lists(st.tuples(st.lists(names, min_size=1, max_size=3), st.booleans()), max_size=7))
-def test_any_path_that_a_file_system_can_hold_comes_back(tmp_path_factory, entries):
+def test_any_valid_path_round_trips(tmp_path_factory, entries):
     dataset = tmp_path_factory.getbasetemp() / "any.npy"
     expected = [
         record("/".join(parts), parts[0], "torn" * bad, failed=bad) for parts, bad in entries
@@ -90,8 +90,8 @@ def test_any_path_that_a_file_system_can_hold_comes_back(tmp_path_factory, entri
     assert [actual[row] for row in range(-len(expected), 0)] == expected
 
 
-def some_index(dataset, rows=11):
-    """An index some of whose names have line feeds, and its records."""
+def make_index(dataset, rows=11):
+    """Write an index with line feeds in some names; return it and the expected records."""
     expected = [
         record(f"{row}\n,'\"\r\n.jpg" if row % 3 else f"{row}.jpg", reason="warned" * (row % 2))
         for row in range(rows)
@@ -100,8 +100,8 @@ def some_index(dataset, rows=11):
     return read_index(dataset, len(expected)), expected
 
 
-def test_any_slice_of_an_index_is_a_list_of_its_records(dataset):
-    index, expected = some_index(dataset)
+def test_slices_return_lists_of_records(dataset):
+    index, expected = make_index(dataset)
     bounds = (None, 0, 1, 5, 10, 11, 12, -1, -4, -11, -12)
     for start, stop, step in itertools.product(bounds, bounds, (None, 1, 2, 5, -1, -3)):
         actual = index[start:stop:step]
@@ -109,8 +109,8 @@ def test_any_slice_of_an_index_is_a_list_of_its_records(dataset):
         assert actual == expected[start:stop:step], (start, stop, step)
 
 
-def test_an_index_can_be_read_again_and_from_its_end(dataset):
-    index, expected = some_index(dataset)
+def test_index_supports_the_sequence_protocol(dataset):
+    index, expected = make_index(dataset)
     assert len(index) == 11
     assert [*index] == [*index] == expected
     assert [*reversed(index)] == expected[::-1]
@@ -123,40 +123,40 @@ def test_an_index_can_be_read_again_and_from_its_end(dataset):
 
 
 @pytest.mark.parametrize("row", [11, -12, 10**9])
-def test_an_index_has_no_row_outside(dataset, row):
-    index, _ = some_index(dataset)
+def test_out_of_range_row_raises_index_error(dataset, row):
+    index, _ = make_index(dataset)
     with pytest.raises(IndexError):
         index[row]
 
 
-def test_an_index_of_many_rows_takes_a_few_bytes_for_each(dataset):
+def test_large_index_uses_a_few_bytes_per_row(dataset):
     expected = [record(f"class {row % 77}/{row:07d}.jpg", reason="w" * 40) for row in range(20_000)]
     write_index(dataset, expected)
-    # Of the index's own: pathlib keeps its parts in a table of Python's.
-    own = tracemalloc.Filter(True, index_module.__file__)
+    # Only allocations of the index module: pathlib interns path components.
+    own_traces = tracemalloc.Filter(True, index_module.__file__)
     tracemalloc.start()
     try:
         index = read_index(dataset, 20_000)
         read = index[19_999], index[10_000:10_003], sum(found.width for found in index)
-        taken = tracemalloc.take_snapshot().filter_traces([own])
+        snapshot = tracemalloc.take_snapshot().filter_traces([own_traces])
     finally:
         tracemalloc.stop()
-    assert sum(trace.size for trace in taken.traces) < 20_000 * 20
+    assert sum(trace.size for trace in snapshot.traces) < 20_000 * 20
     assert read == (expected[-1], expected[10_000:10_003], 20_000 * 9)
 
 
-def test_an_index_that_is_damaged_after_it_was_opened_is_refused_when_it_is_read(dataset):
-    index, expected = some_index(dataset)
+def test_index_damaged_after_opening_raises_on_read(dataset):
+    index, expected = make_index(dataset)
     text = index_path(dataset).read_bytes()
     index_path(dataset).write_bytes(text.replace(b"\n9.jpg", b"\n9,jpg").replace(b"\n9,", b"\nx,"))
     assert index[0] == expected[0]
     for read in (lambda: index[9], lambda: index[8:10], lambda: [*index]):
         with pytest.raises(SourceError) as caught:
             read()
-        must_say(caught.value, index_path(dataset), "row 9")
+        check_error(caught.value, index_path(dataset), "row 9")
 
 
-def test_an_image_that_was_read_may_have_a_reason_and_a_failed_one_must_have_one(dataset):
+def test_successful_image_can_have_a_reason(dataset):
     expected = [
         record("a.jpg", reason="Corrupt JPEG data"),
         record("b.jpg", reason="?", failed=True),
@@ -167,7 +167,7 @@ def test_an_image_that_was_read_may_have_a_reason_and_a_failed_one_must_have_one
     assert read_index(dataset, 2)[:] == expected
 
 
-def test_another_program_reads_the_index_as_csv(dataset):
+def test_index_is_readable_by_the_csv_module(dataset):
     records = [
         record('a,"b"\n.jpg'),
         record("cat/c.jpg", "cat", "it is torn", failed=True, width=0, height=0),
@@ -183,19 +183,19 @@ def test_another_program_reads_the_index_as_csv(dataset):
 
 
 GOOD = ["0,a.jpg,,9,7,ok,", "1,b.jpg,,9,7,failed,torn", "2,c.jpg,,9,7,ok,"]
-REFUSED = {
+INVALID = {
     "too few": ([HEADER, *GOOD[:2]], ["lists 2 images", "has 3"]),
     "too many": ([HEADER, *GOOD, "3,d.jpg,,9,7,ok,"], ["lists 4 images", "has 3"]),
-    "nothing": ([], ["lists 0 images", "has 3"]),
-    "a header alone": ([HEADER], ["lists 0 images", "has 3"]),
+    "an empty file": ([], ["lists 0 images", "has 3"]),
+    "only a header": ([HEADER], ["lists 0 images", "has 3"]),
     "no header": (GOOD, ["line 1"]),
     "another header": (["row,path", *GOOD], ["line 1"]),
     "rows in another order": ([HEADER, GOOD[1], GOOD[0], GOOD[2]], ["line 2", "row 0", "b.jpg"]),
-    "a row twice": ([HEADER, GOOD[0], GOOD[0], GOOD[2]], ["line 3", "row 1"]),
-    "a row left out": ([HEADER, GOOD[0], GOOD[2]], ["line 3", "row 1", "c.jpg"]),
-    "a row that is no number": ([HEADER, "x,a.jpg,,9,7,ok,", *GOOD[1:]], ["line 2", "row 0"]),
+    "a duplicate row": ([HEADER, GOOD[0], GOOD[0], GOOD[2]], ["line 3", "row 1"]),
+    "a missing row": ([HEADER, GOOD[0], GOOD[2]], ["line 3", "row 1", "c.jpg"]),
+    "a row that is not a number": ([HEADER, "x,a.jpg,,9,7,ok,", *GOOD[1:]], ["line 2", "row 0"]),
     "a negative row": ([HEADER, "-0,a.jpg,,9,7,ok,", *GOOD[1:]], ["line 2", "row 0"]),
-    "a width that is no number": ([HEADER, "0,a.jpg,,w,7,ok,", *GOOD[1:]], ["line 2", "'w'"]),
+    "a width that is not a number": ([HEADER, "0,a.jpg,,w,7,ok,", *GOOD[1:]], ["line 2", "'w'"]),
     "a negative height": ([HEADER, "0,a.jpg,,9,-7,ok,", *GOOD[1:]], ["line 2", "'-7'"]),
     "a width of 5000 digits": ([HEADER, f"0,a.jpg,,{'9' * 5000},7,ok,", *GOOD[1:]], ["line 2"]),
     "too few columns": ([HEADER, "0,a.jpg,,9,7,ok", *GOOD[1:]], ["line 2"]),
@@ -216,40 +216,40 @@ REFUSED = {
     "no path": ([HEADER, "0,,,9,7,ok,", *GOOD[1:]], ["''", "outside"]),
     "a dot": ([HEADER, "0,.,,9,7,ok,", *GOOD[1:]], ["'.'", "outside"]),
     "a zero byte": ([HEADER, "0,a\0.jpg,,9,7,ok,", *GOOD[1:]], ["outside"]),
-    # A quote that came to stand in front of a name takes the rest of the file for one field.
+    # A stray quote before a name turns the rest of the file into one field.
     "a stray quote": ([HEADER, '0,"a.jpg,,9,7,ok,', *GOOD[1:]], ["line 2"]),
-    "a stray quote before very much": (
+    "a stray quote before a long file": (
         [HEADER, '0,"a.jpg,,9,7,ok,', *(f"{row},{'x' * 90},,9,7,ok," for row in range(2000))],
         [],
     ),
 }
 
 
-@pytest.mark.parametrize("wrong", REFUSED)
-def test_an_index_that_does_not_fit_is_refused_and_left_as_it_is(dataset, wrong):
-    lines, words = REFUSED[wrong]
+@pytest.mark.parametrize("wrong", INVALID)
+def test_invalid_index_is_rejected_and_not_modified(dataset, wrong):
+    lines, words = INVALID[wrong]
     write_lines(dataset, *lines)
     before = index_path(dataset).read_bytes()
     with pytest.raises(SourceError) as caught:
         read_index(dataset, 3)
-    must_say(caught.value, index_path(dataset), *words)
+    check_error(caught.value, index_path(dataset), *words)
     assert index_path(dataset).read_bytes() == before
 
 
-def test_the_index_that_the_refused_ones_were_made_from_is_read(dataset):
+def test_unmodified_index_is_accepted(dataset):
     write_lines(dataset, HEADER, *GOOD)
     expected = [record("a.jpg"), record("b.jpg", reason="torn", failed=True), record("c.jpg")]
     assert [*read_index(dataset, 3)] == expected
 
 
-def test_an_index_that_cannot_be_read_is_refused(dataset):
+def test_unreadable_index_is_rejected(dataset):
     index_path(dataset).mkdir()
     with pytest.raises(SourceError) as caught:
         read_index(dataset, 3)
-    must_say(caught.value, index_path(dataset))
+    check_error(caught.value, index_path(dataset))
 
 
-def test_an_array_brings_the_records_of_its_index(dataset):
+def test_npy_source_returns_the_records_of_its_index(dataset):
     dataset.write_bytes(npy_bytes(pixels(5)))
     expected = [record(f"{row}.jpg") for row in range(5)]
     write_index(dataset, expected)
@@ -259,10 +259,10 @@ def test_an_array_brings_the_records_of_its_index(dataset):
     source.close()
 
 
-def test_an_array_with_an_index_of_another_is_refused(dataset):
+def test_npy_source_rejects_an_index_of_another_length(dataset):
     dataset.write_bytes(npy_bytes(pixels(5)))
     write_index(dataset, [record("a.jpg")])
     with pytest.raises(SourceError) as caught:
         NpySource(dataset)
-    must_say(caught.value, index_path(dataset), "lists 1 images", "has 5")
+    check_error(caught.value, index_path(dataset), "lists 1 images", "has 5")
     assert names_in(dataset.parent) == ["train.npy", "train.npy.index.csv"]

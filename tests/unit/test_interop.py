@@ -1,6 +1,6 @@
-"""Arrays of other libraries: the same bits as from NumPy, without a copy, and what is rejected.
+"""Arrays of other libraries: the same bits as NumPy arrays, without a copy; and rejections.
 
-PyTorch is not installed with the tests, as its usual build takes gigabytes; with it they take it.
+PyTorch is not a test dependency, as its default build takes gigabytes; its tests need it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ODD = (2, 5, 27, 3)
 
 
 class OnlyInterface:
-    """An array that offers the array interface, and nothing else."""
+    """An array that only offers the array interface."""
 
     def __init__(self, array):
         self._held = array
@@ -33,7 +33,7 @@ class OnlyInterface:
 
 
 class OnlyDlpack:
-    """An array that offers DLPack, and nothing else."""
+    """An array that only offers DLPack."""
 
     def __init__(self, array, device=None):
         self._array = array
@@ -47,7 +47,7 @@ class OnlyDlpack:
 
 
 class OnlyArray:
-    """An array that is made when it is asked for."""
+    """An array that only offers `__array__`."""
 
     def __init__(self, array, error=None):
         self._array = array
@@ -59,7 +59,7 @@ class OnlyArray:
         return self._array
 
 
-def same(actual, expected):
+def assert_identical(actual, expected):
     assert type(actual) is np.ndarray
     assert actual.dtype == expected.dtype
     assert actual.strides == expected.strides
@@ -71,11 +71,11 @@ def torch():
     return pytest.importorskip("torch", reason="PyTorch is not installed: pip install torch")
 
 
-# What shares memory
+# Shared memory
 
 
 @pytest.mark.parametrize("wrap", [OnlyInterface, OnlyDlpack, OnlyArray])
-def test_an_exported_array_is_viewed_without_a_copy(wrap):
+def test_exported_arrays_are_viewed_without_a_copy(wrap):
     x = np.array(every_value())
     seen = interop.as_numpy(wrap(x))
     assert type(seen) is np.ndarray
@@ -83,7 +83,7 @@ def test_an_exported_array_is_viewed_without_a_copy(wrap):
     assert (seen.shape, seen.dtype, seen.strides) == (x.shape, x.dtype, x.strides)
 
 
-def test_a_numpy_array_is_returned_as_it_is():
+def test_numpy_array_is_returned_unchanged():
     x = every_value()
     assert interop.as_numpy(x) is x
 
@@ -95,24 +95,24 @@ def test_transposed_memory_keeps_its_strides():
 
 @pytest.mark.parametrize("wrap", [OnlyInterface, OnlyDlpack, OnlyArray])
 @pytest.mark.parametrize("mode", ["caffe", "tf", "torch"])
-def test_arrays_of_other_libraries_give_the_bits_that_numpy_arrays_give(wrap, mode):
+def test_foreign_arrays_match_numpy_results(wrap, mode):
     x = np.array(every_value())
     before = x.copy()
     y = fastvgg.preprocess(wrap(x), mode, out_layout="NCHW")
-    same(y, oracle.apply(fastvgg.Transform(mode, out_layout="NCHW"), x))
-    same(fastvgg.restore(wrap(y), mode, layout="NCHW", out_layout="NHWC"), before)
-    same(x, before)
+    assert_identical(y, oracle.apply(fastvgg.Transform(mode, out_layout="NCHW"), x))
+    assert_identical(fastvgg.restore(wrap(y), mode, layout="NCHW", out_layout="NHWC"), before)
+    assert_identical(x, before)
 
 
 @pytest.mark.parametrize("name", FLOATS[:-1])
-def test_jax_arrays_give_the_bits_that_numpy_arrays_give(name):
+def test_jax_arrays_match_numpy_results(name):
     x = jnp.asarray(every_value())
     y = fastvgg.preprocess(x, "caffe", dtype=name)
     expected = oracle.apply(fastvgg.Transform("caffe", dtype=name), np.asarray(x))
-    same(y, expected)
+    assert_identical(y, expected)
     in_jax = jnp.asarray(y)
     assert in_jax.dtype == dtype_of(name)
-    same(fastvgg.restore(in_jax, "caffe"), every_value())
+    assert_identical(fastvgg.restore(in_jax, "caffe"), every_value())
 
 
 def test_a_jax_array_is_not_copied():
@@ -121,36 +121,36 @@ def test_a_jax_array_is_not_copied():
     assert seen.ctypes.data == x.unsafe_buffer_pointer()
 
 
-def test_a_jax_array_cannot_be_written():
+def test_jax_array_as_out_is_rejected():
     y = jnp.asarray(fastvgg.preprocess(every_value(), "tf"))
     with pytest.raises(OutputError, match="give a plain NumPy array or a PyTorch tensor"):
         fastvgg.restore(y, "tf", out=y)
 
 
-def test_an_image_of_pillow_is_an_image():
+def test_pillow_image_is_accepted():
     pixels = every_value(rank=3)
-    same(
+    assert_identical(
         fastvgg.preprocess(Image.fromarray(pixels), "torch"),
         oracle.apply(fastvgg.Transform("torch"), pixels),
     )
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
-def test_an_image_of_other_colours_is_rejected_with_its_shape(mode):
+def test_pillow_image_without_three_channels_is_rejected(mode):
     image = Image.new(mode, (7, 5))
     with pytest.raises(ShapeError, match=r"shape \(5, 7"):
         fastvgg.preprocess(image, "caffe")
 
 
-def test_transforms_take_arrays_of_other_libraries():
+def test_transforms_accept_foreign_arrays():
     transform = fastvgg.Transform("caffe", out_layout="NCHW")
     x = np.array(every_value())
     expected = oracle.apply(transform, x)
-    same(transform(OnlyDlpack(x)), expected)
+    assert_identical(transform(OnlyDlpack(x)), expected)
     out = np.empty_like(expected)
     assert transform(OnlyDlpack(x), out=out) is out
-    same(out, expected)
-    same(pickle.loads(pickle.dumps(transform))(OnlyInterface(x)), expected)  # noqa: S301
+    assert_identical(out, expected)
+    assert_identical(pickle.loads(pickle.dumps(transform))(OnlyInterface(x)), expected)  # noqa: S301
 
 
 # Lists
@@ -160,7 +160,9 @@ def test_transforms_take_arrays_of_other_libraries():
 def test_a_list_of_images_is_a_batch(kind):
     batch = every_value()
     images = kind([OnlyDlpack(np.array(batch[0])), Image.fromarray(batch[1])])
-    same(fastvgg.preprocess(images, "caffe"), oracle.apply(fastvgg.Transform("caffe"), batch))
+    assert_identical(
+        fastvgg.preprocess(images, "caffe"), oracle.apply(fastvgg.Transform("caffe"), batch)
+    )
 
 
 @pytest.mark.parametrize(
@@ -193,7 +195,7 @@ def test_a_list_that_is_not_a_batch_is_rejected(images, error, shown):
         fastvgg.preprocess(images, "caffe")
 
 
-# What is refused
+# Rejections
 
 
 @pytest.mark.parametrize("kind", [2, 8, 10])
@@ -206,11 +208,11 @@ def test_an_array_on_a_gpu_is_rejected(kind):
 
 
 @pytest.mark.parametrize("kind", [1, 3, 11, 13])
-def test_memory_that_the_cpu_reads_too_is_taken(kind):
+def test_cpu_accessible_dlpack_devices_are_accepted(kind):
     x = np.array(every_value())
     x_elsewhere = OnlyArray(x)
     x_elsewhere.__dlpack_device__ = lambda: (kind, 0)
-    same(interop.as_numpy(x_elsewhere), x)
+    assert_identical(interop.as_numpy(x_elsewhere), x)
 
 
 @pytest.mark.parametrize(
@@ -221,14 +223,14 @@ def test_memory_that_the_cpu_reads_too_is_taken(kind):
         ("tensorflow.python.framework.ops", "x.cpu()"),
     ],
 )
-def test_the_line_that_moves_an_array_is_that_of_its_framework(module, move):
+def test_gpu_remedy_names_the_copy_call_of_the_framework(module, move):
     kind = type("Tensor", (OnlyDlpack,), {"__module__": module})
     with pytest.raises(DtypeError) as raised:
         fastvgg.restore(kind(np.zeros((5, 7, 3), np.float32), device=(2, 0)), "caffe")
     assert raised.value.remedy == f"copy it to the CPU: {move}"
 
 
-def test_a_tensor_whose_device_is_named_is_rejected_on_a_gpu():
+def test_tensor_with_a_gpu_device_string_is_rejected():
     x = OnlyArray(every_value())
     x.device = "/job:localhost/replica:0/task:0/device:GPU:0"
     with pytest.raises(DtypeError, match="device:GPU:0, but fastvgg runs on the CPU"):
@@ -238,7 +240,7 @@ def test_a_tensor_whose_device_is_named_is_rejected_on_a_gpu():
 
 
 @pytest.mark.parametrize("error", [TypeError, ValueError, RuntimeError, BufferError])
-def test_an_array_that_cannot_export_its_memory_is_rejected_with_what_it_says(error):
+def test_failed_export_is_rejected_with_the_library_message(error):
     with pytest.raises(DtypeError, match="OnlyArray, which cannot export its memory: a symbol"):
         fastvgg.preprocess(OnlyArray(None, error("a symbol")), "caffe")
 
@@ -249,7 +251,7 @@ def test_a_value_that_is_not_an_array_is_rejected(x):
         fastvgg.preprocess(x, "caffe")
 
 
-def test_a_masked_array_is_rejected_in_a_list_too():
+def test_masked_array_is_rejected_alone_and_in_a_list():
     masked = np.ma.masked_array(every_value(rank=3), mask=False)
     for x in (masked, [masked]):
         with pytest.raises(DtypeError, match="masked"):
@@ -271,7 +273,7 @@ def test_no_framework_is_imported():
 
 
 @pytest.mark.parametrize("name", FLOATS)
-def test_a_tensor_comes_back_for_a_tensor(torch, name):
+def test_tensor_input_returns_a_tensor(torch, name):
     x = torch.from_numpy(np.array(every_value()))
     y = fastvgg.preprocess(x, "torch", dtype=name, out_layout="NCHW")
     assert type(y) is torch.Tensor
@@ -284,11 +286,11 @@ def test_a_tensor_comes_back_for_a_tensor(torch, name):
     assert y.view(torch.uint8).numpy().tobytes() == expected.tobytes()
     back = fastvgg.restore(y, "torch", layout="NCHW", out_layout="NHWC")
     assert back.dtype == torch.uint8
-    same(back.numpy(), np.array(every_value()))
+    assert_identical(back.numpy(), np.array(every_value()))
 
 
 @pytest.mark.parametrize("name", FLOATS)
-def test_a_tensor_is_viewed_without_a_copy_and_writable(torch, name):
+def test_tensor_is_viewed_writable_without_a_copy(torch, name):
     x = torch.zeros(ODD, dtype=getattr(torch, name)).permute(0, 2, 1, 3)
     seen = interop.as_numpy(x)
     assert seen.ctypes.data == x.data_ptr()
@@ -298,38 +300,38 @@ def test_a_tensor_is_viewed_without_a_copy_and_writable(torch, name):
     assert (x == 7).all()
 
 
-def test_a_tensor_is_worked_on_in_place(torch):
+def test_tensor_is_processed_in_place(torch):
     images = np.array(every_value()).astype(np.float32)
     y = torch.from_numpy(images.copy())
     assert fastvgg.preprocess(y, "caffe", out=y) is y
-    same(y.numpy(), oracle.apply(fastvgg.Transform("caffe"), images))
+    assert_identical(y.numpy(), oracle.apply(fastvgg.Transform("caffe"), images))
     assert fastvgg.restore(y, "caffe", out=y) is y
-    same(y.numpy(), images)
+    assert_identical(y.numpy(), images)
 
 
-def test_a_tensor_is_written_for_an_array_and_an_array_for_a_tensor(torch):
+def test_tensor_and_array_out_can_be_mixed(torch):
     x = every_value()
     expected = oracle.apply(fastvgg.Transform("tf"), x)
     tensor, array = torch.empty(ODD), np.empty(ODD, np.float32)
     assert fastvgg.preprocess(x, "tf", out=tensor) is tensor
     assert fastvgg.preprocess(torch.from_numpy(np.array(x)), "tf", out=array) is array
-    same(tensor.numpy(), expected)
-    same(array, expected)
+    assert_identical(tensor.numpy(), expected)
+    assert_identical(array, expected)
 
 
-def test_a_list_of_tensors_gives_a_tensor(torch):
+def test_list_of_tensors_returns_a_tensor(torch):
     images = [torch.from_numpy(np.array(image)) for image in every_value()]
     y = fastvgg.preprocess(images, "caffe")
     assert type(y) is torch.Tensor
-    same(y.numpy(), oracle.apply(fastvgg.Transform("caffe"), every_value()))
+    assert_identical(y.numpy(), oracle.apply(fastvgg.Transform("caffe"), every_value()))
 
 
-def test_a_tensor_of_no_pixels_comes_back(torch):
+def test_empty_tensor_returns_an_empty_tensor(torch):
     y = fastvgg.preprocess(torch.empty((0, 5, 7, 3), dtype=torch.uint8), "caffe")
     assert (tuple(y.shape), y.dtype) == ((0, 5, 7, 3), torch.float32)
 
 
-def test_a_tensor_with_a_gradient_is_rejected_and_stays_as_it_is(torch):
+def test_tensor_that_requires_grad_is_rejected_and_not_modified(torch):
     y = torch.zeros(ODD, requires_grad=True)
     with pytest.raises(DtypeError, match=r"give x.detach\(\)"):
         fastvgg.restore(y, "caffe")
@@ -338,7 +340,7 @@ def test_a_tensor_with_a_gradient_is_rejected_and_stays_as_it_is(torch):
     assert not y.detach().any()
 
 
-def test_a_tensor_that_is_elsewhere_is_rejected_with_the_line_that_moves_it(torch):
+def test_tensor_on_another_device_is_rejected_with_a_remedy(torch):
     y = torch.zeros(ODD, device="meta")
     with pytest.raises(DtypeError, match=r"on meta, but fastvgg runs on the CPU\n.*x.cpu\(\)"):
         fastvgg.restore(y, "caffe")
@@ -349,12 +351,12 @@ def test_a_sparse_tensor_is_rejected(torch):
         fastvgg.restore(torch.zeros(ODD).to_sparse(), "caffe")
 
 
-def test_an_integer_tensor_is_rejected_by_its_type(torch):
+def test_int64_tensor_is_rejected(torch):
     with pytest.raises(DtypeError, match="int64"):
         fastvgg.preprocess(torch.zeros(ODD, dtype=torch.int64), "caffe")
 
 
-def test_bfloat16_as_numpy_is_that_of_ml_dtypes(torch):
+def test_bfloat16_tensors_convert_to_ml_dtypes(torch):
     x = torch.ones(ODD, dtype=torch.bfloat16)
     assert interop.as_numpy(x).dtype == ml_dtypes.bfloat16
     assert interop.as_torch(interop.as_numpy(x)).dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""Where a dataset is: its file, its name within, and what lies beside them."""
+"""Locations: the container, the dataset within it, and sidecars."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from fastvgg.storage.location import Location, sidecar_path
         ("x.h5.d/y.h5::/a", "x.h5.d/y.h5", "/a"),
         ("a::b/x.h5::/a", "a::b/x.h5", "/a"),
         ("a::b/x.h5", "a::b/x.h5", ""),
-        # What is no HDF5 file is all name of a file.
+        # Without an HDF5 suffix the whole path is the file.
         ("x.npy", "x.npy", ""),
         ("x.npy::/a", "x.npy::/a", ""),
         ("x.h5.npy", "x.h5.npy", ""),
@@ -41,7 +41,7 @@ from fastvgg.storage.location import Location, sidecar_path
         ("photos", "photos", ""),
     ],
 )
-def test_a_location_has_a_container_and_the_name_of_a_dataset_in_it(
+def test_path_is_parsed_into_container_and_inner_dataset(
     tmp_path, monkeypatch, path, file, dataset
 ):
     monkeypatch.chdir(tmp_path)
@@ -55,26 +55,26 @@ def test_a_sidecar_is_named_after_the_container():
 @pytest.mark.parametrize(
     "path", ["x.h5::/a/b", "./x.h5::a/b", "no/../x.h5::/a/b/", "x.h5::a//b", "x.h5::/./a/./b"]
 )
-def test_a_dataset_has_one_name_however_it_is_written(tmp_path, monkeypatch, path):
+def test_equivalent_paths_parse_to_the_same_location(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     assert Location.parse(path) == Location(tmp_path / "x.h5", "/a/b")
     assert str(Location.parse(path)) == f"{tmp_path}/x.h5::/a/b"
 
 
-def test_a_step_up_within_a_file_does_not_lead_out_of_it(tmp_path):
+def test_parent_references_do_not_escape_the_container(tmp_path):
     assert Location.parse(tmp_path / "x.h5::/../y").container == tmp_path / "x.h5"
     assert Location.parse(f"{tmp_path}/x.h5::/..").container == tmp_path / "x.h5"
 
 
 @pytest.mark.parametrize("path", ["/d/x.npy", "/d/x.h5", "/d/x.h5::/a"])
-def test_a_location_is_written_as_it_is_parsed(path):
+def test_location_string_round_trips(path):
     location = Location.parse(path)
     assert str(location) == path
     assert Location.parse(str(location)) == location
-    assert location.within("/b") == Location(location.container, "/b")
+    assert location.with_inner("/b") == Location(location.container, "/b")
 
 
-def test_a_path_is_made_absolute_and_keeps_its_links(tmp_path, monkeypatch):
+def test_path_becomes_absolute_without_resolving_symlinks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path)
     assert Location.parse("link/x.h5::/b") == Location(tmp_path / "link" / "x.h5", "/b")
@@ -82,7 +82,7 @@ def test_a_path_is_made_absolute_and_keeps_its_links(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["memory://a/x.zarr", "memory://a/b/x.zarr"])
-def test_a_url_stays_one(url):
+def test_url_round_trips(url):
     location = Location.parse(url)
     assert location.is_remote
     assert str(location) == url
@@ -92,19 +92,19 @@ def test_a_url_stays_one(url):
     assert str(location.container / "c") == f"{url}/c"
 
 
-def test_every_kind_of_path_is_a_path(tmp_path):
+def test_path_like_and_bytes_paths_are_accepted(tmp_path):
     (tmp_path / "x.npy").touch()
     (entry,) = os.scandir(tmp_path)
     for path in (entry, os.fsencode(tmp_path / "x.npy"), Location(tmp_path / "x.npy")):
         assert Location.parse(path) == Location(tmp_path / "x.npy")
 
 
-def test_the_options_of_a_store_are_kept():
+def test_storage_options_are_kept():
     path = UPath("memory://a/x.zarr", auto_mkdir=True)
     assert Location.parse(path).container is path
 
 
 @pytest.mark.parametrize("path", ["", b"", "file://", "a\0b", None, 7, ["x.npy"]])
-def test_what_is_not_a_path_is_refused(path):
+def test_non_path_is_rejected(path):
     with pytest.raises(UsageError, match="is not a path"):
         Location.parse(path)

@@ -25,7 +25,7 @@ PUBLISHED = sorted(
 
 
 @pytest.mark.parametrize("model", sorted(MODES_BY_MODEL))
-def test_the_mode_of_a_model_gives_the_bits_of_the_models_own_preprocess_input(model):
+def test_model_mode_matches_keras_preprocess_input(model):
     build = getattr(keras.applications, model)
     preprocess_input = sys.modules[build.__module__].preprocess_input
     x = frozen(every_value().astype(np.float32))
@@ -35,12 +35,12 @@ def test_the_mode_of_a_model_gives_the_bits_of_the_models_own_preprocess_input(m
     assert_same(actual, expected)
 
 
-def test_the_table_has_every_model_of_keras_and_no_other():
+def test_table_lists_exactly_the_keras_models():
     assert len(PUBLISHED) > 30
     assert sorted(MODES_BY_MODEL) == PUBLISHED
 
 
-def test_no_two_models_differ_only_in_how_loosely_they_are_written():
+def test_model_names_are_unique_ignoring_case():
     bare = {name.lower() for name in MODES_BY_MODEL}
     assert len(bare) == len(MODES_BY_MODEL)
 
@@ -63,7 +63,7 @@ def test_no_two_models_differ_only_in_how_loosely_they_are_written():
         ("convnext-tiny", "identity"),
     ],
 )
-def test_a_model_is_found_whatever_its_case_dashes_and_underscores(written, expected):
+def test_model_lookup_ignores_case_dashes_and_underscores(written, expected):
     assert mode_name(written) == expected
 
 
@@ -84,7 +84,7 @@ def test_an_unknown_model_is_rejected_by_name_with_a_remedy(written):
     ("model", "expected"),
     [("vgg16", Mode.CAFFE), ("xception", Mode.TF), ("densenet169", Mode.TORCH)],
 )
-def test_for_model_returns_the_mode_itself_and_does_not_warn(model, expected):
+def test_for_model_returns_the_mode_without_a_warning(model, expected):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         actual = Mode.for_model(model)
@@ -92,7 +92,7 @@ def test_for_model_returns_the_mode_itself_and_does_not_warn(model, expected):
 
 
 @pytest.mark.parametrize("model", ["EfficientNetB0", "convnext_tiny", "MobileNetV3Large"])
-def test_for_model_warns_where_the_network_scales_by_itself(model):
+def test_for_model_warns_if_the_network_rescales_its_input(model):
     with pytest.warns(UserWarning, match=f"{model}.*identity") as caught:
         actual = Mode.for_model(model)
     assert actual is Mode.IDENTITY
@@ -100,7 +100,7 @@ def test_for_model_warns_where_the_network_scales_by_itself(model):
 
 
 def test_every_mode_in_the_table_exists():
-    assert {Mode.named(name).name for name in set(MODES_BY_MODEL.values())} == {
+    assert {Mode.from_name(name).name for name in set(MODES_BY_MODEL.values())} == {
         "caffe",
         "tf",
         "torch",

@@ -1,4 +1,4 @@
-"""The oracle against expectations that owe nothing to NumPy's arithmetic on arrays."""
+"""The oracle against expectations computed without NumPy's array arithmetic."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MIN_SUBNORMAL = {
 }
 
 # The pixels (0, 0, 0), (10, 20, 30), (255, 255, 255) in float32: exact fractions,
-# rounded after every step. The hexadecimal form leaves no doubt about the last bit.
+# rounded after every step. Hexadecimal literals are exact.
 LITERALS = {
     "caffe": [
         ("-0x1.9fc18ap+6", "-0x1.d31db2p+6", "-0x1.eeb852p+6"),
@@ -72,7 +72,7 @@ def rounded_to_float64(value):
 
 ROUNDED = {"float32": rounded_to_float32, "float64": rounded_to_float64}
 
-# Divisor, means and deviations in the channel order of y, and where each channel of y comes from.
+# Divisor, means and deviations in the channel order of y, and the channel of x for each.
 CONSTANTS = {
     "caffe": (None, (103.939, 116.779, 123.68), None, (2, 1, 0)),
     "tf": (127.5, (1.0, 1.0, 1.0), None, (0, 1, 2)),
@@ -81,7 +81,7 @@ CONSTANTS = {
 
 
 def network_input(pixel, mode, rounded):
-    """One pixel of three Python floats, preprocessed with a rounding after every operation."""
+    """Preprocess one pixel of three Python floats, rounding after every operation."""
     divide, mean, std, origins = CONSTANTS[mode]
     y = []
     for channel, origin in enumerate(origins):
@@ -96,7 +96,7 @@ def network_input(pixel, mode, rounded):
 
 
 def image_value(y, mode, rounded):
-    """One pixel of network input, back to floats that are neither clipped nor rounded."""
+    """Invert one pixel of network input, without clipping and rounding to integers."""
     divide, mean, std, origins = CONSTANTS[mode]
     pixel = [0.0, 0.0, 0.0]
     for channel, origin in enumerate(origins):
@@ -111,7 +111,7 @@ def image_value(y, mode, rounded):
 
 
 def is_correctly_rounded(actual, exact):
-    """Whether no float is closer to the exact number, and a tie went to the even one."""
+    """Return whether a float is nearest to the exact value, with ties to even."""
     value = Fraction(float(actual))
     for direction in (-np.inf, np.inf):
         neighbour = Fraction(float(np.nextafter(actual, actual.dtype.type(direction))))
@@ -123,7 +123,7 @@ def is_correctly_rounded(actual, exact):
 
 
 @pytest.mark.parametrize("mode", KERAS_MODES)
-def test_three_pixels_have_the_values_that_are_written_here(mode):
+def test_three_pixels_match_literal_values(mode):
     x = frozen(np.array([[[0, 0, 0], [10, 20, 30], [255, 255, 255]]], np.uint8))
     literals = [[float.fromhex(value) for value in pixel] for pixel in LITERALS[mode]]
     expected = np.array([literals], np.float32)
@@ -132,7 +132,7 @@ def test_three_pixels_have_the_values_that_are_written_here(mode):
     assert_same(oracle.apply(Transform(mode, "restore"), frozen(expected)), x)
 
 
-def test_in_caffe_mode_blue_comes_first_and_the_means_follow_it():
+def test_caffe_mode_is_bgr_with_bgr_means():
     x = frozen(np.array([[[10, 20, 30]]], np.float64))
     expected = np.array([[[30 - 103.939, 20 - 116.779, 10 - 123.68]]])
     assert_same(oracle.apply(Transform("caffe"), x), expected)
@@ -140,7 +140,7 @@ def test_in_caffe_mode_blue_comes_first_and_the_means_follow_it():
 
 @pytest.mark.parametrize("compute", ["float32", "float64"])
 @pytest.mark.parametrize("mode", KERAS_MODES)
-def test_every_value_is_what_python_computes_when_it_rounds_after_every_step(mode, compute):
+def test_forward_matches_stepwise_rounded_python_arithmetic(mode, compute):
     x = every_value()
     pixels = x.reshape(-1, 3).tolist()
     expected = [network_input(pixel, mode, ROUNDED[compute]) for pixel in pixels]
@@ -150,19 +150,19 @@ def test_every_value_is_what_python_computes_when_it_rounds_after_every_step(mod
 
 @pytest.mark.parametrize("compute", ["float32", "float64"])
 @pytest.mark.parametrize("mode", KERAS_MODES)
-def test_every_inverse_is_what_python_computes_when_it_rounds_after_every_step(mode, compute):
-    y = oracle.forward(every_value().astype(compute), Mode.named(mode))
-    # Neither whole numbers nor in range: what an optimised image may hold.
+def test_inverse_matches_stepwise_rounded_python_arithmetic(mode, compute):
+    y = oracle.forward(every_value().astype(compute), Mode.from_name(mode))
+    # Neither integers nor in range, like the values of an optimized image.
     y = frozen(y * y.dtype.type(1.37))
     expected = [image_value(pixel, mode, ROUNDED[compute]) for pixel in y.reshape(-1, 3).tolist()]
     with unchanged(y):
-        actual = oracle.inverse(y, Mode.named(mode))
+        actual = oracle.inverse(y, Mode.from_name(mode))
     assert np.array_equal(actual, np.array(expected, compute).reshape(y.shape))
     assert actual.dtype == y.dtype
 
 
 @pytest.mark.parametrize("compute", ["float32", "float64"])
-def test_each_step_of_the_torch_mode_is_the_exact_quotient_or_difference_rounded_once(compute):
+def test_each_forward_step_is_correctly_rounded(compute):
     scalar = np.dtype(compute).type
     divide, mean, std, _ = CONSTANTS["torch"]
     x = every_value().astype(compute)
@@ -180,7 +180,7 @@ def test_each_step_of_the_torch_mode_is_the_exact_quotient_or_difference_rounded
 
 
 @pytest.mark.parametrize("compute", ["float32", "float64"])
-def test_each_step_back_is_the_exact_product_or_sum_rounded_once(compute):
+def test_each_inverse_step_is_correctly_rounded(compute):
     scalar = np.dtype(compute).type
     divide, mean, std, _ = CONSTANTS["torch"]
     y = oracle.forward(every_value().astype(compute), Mode.TORCH)
@@ -196,7 +196,7 @@ def test_each_step_back_is_the_exact_product_or_sum_rounded_once(compute):
         assert is_correctly_rounded(result[at], before[2] * by[2])
 
 
-def test_the_check_of_rounding_tells_a_neighbour_and_an_odd_tie_apart():
+def test_is_correctly_rounded_detects_neighbors_and_odd_ties():
     one = np.float32(1)
     above = np.nextafter(one, np.float32(2))
     tie = (Fraction(float(one)) + Fraction(float(above))) / 2
@@ -248,7 +248,7 @@ SATURATED = [
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_saturation_follows_the_table(dtype, rounding, column):
     table = SATURATED
-    if dtype == "float32":  # float32 cannot tell these two from 0.5
+    if dtype == "float32":  # equal to 0.5 in float32
         table = [row for row in table if row[0] not in (BELOW_HALF, math.nextafter(0.5, 1))]
     x = frozen(np.array([row[0] for row in table], dtype))
     expected = np.array([row[column] for row in table], dtype)
@@ -258,7 +258,7 @@ def test_saturation_follows_the_table(dtype, rounding, column):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_numbers_next_to_a_half_go_to_their_own_side(dtype):
+def test_values_next_to_a_tie_round_to_the_nearest_integer(dtype):
     scalar = np.dtype(dtype).type
     halves = np.arange(255, dtype=dtype) + scalar(0.5)
     below, above = np.nextafter(halves, scalar(0)), np.nextafter(halves, scalar(256))
@@ -269,24 +269,26 @@ def test_the_numbers_next_to_a_half_go_to_their_own_side(dtype):
     assert_same(oracle.saturate(above, "truncate"), whole)
 
 
-def is_held_by(value, dtype):
+def is_representable(value, dtype):
     with np.errstate(over="ignore"):
         return math.isnan(value) or float(dtype_of(dtype).type(value)) == value
 
 
 @pytest.mark.parametrize("target", ["uint8", *FLOATS])
 @pytest.mark.parametrize("source", FLOATS)
-def test_restore_saturates_from_and_to_every_type(source, target):
-    # What float32 cannot hold is rounded to it first where the two types differ.
-    held = [
-        row for row in SATURATED if is_held_by(row[0], source) and is_held_by(row[0], "float32")
+def test_restore_saturates_for_every_dtype_pair(source, target):
+    # If the dtypes differ, values are first rounded to float32.
+    representable = [
+        row
+        for row in SATURATED
+        if is_representable(row[0], source) and is_representable(row[0], "float32")
     ]
     tiny = MIN_SUBNORMAL[source]
-    y = filled_with(np.array([row[0] for row in held] + [tiny, -tiny], dtype_of(source)))
-    expected = filled_with(np.array([row[1] for row in held] + [0, 0], dtype_of(target)))
+    y = filled_with(np.array([row[0] for row in representable] + [tiny, -tiny], dtype_of(source)))
+    expected = filled_with(np.array([row[1] for row in representable] + [0, 0], dtype_of(target)))
     with unchanged(y):
         actual = oracle.apply(Transform("identity", "restore", dtype=target), y)
-    assert len(held) > 20
+    assert len(representable) > 20
     assert_same(actual, expected)
 
 
@@ -297,7 +299,7 @@ def test_no_restored_zero_is_negative(target):
     assert_same(actual, np.zeros(y.shape, dtype_of(target)))
 
 
-def test_the_sign_of_zero_and_the_infinities_pass_through_preprocess():
+def test_preprocess_keeps_the_sign_of_zero_and_infinities():
     x = filled_with(np.array([-0.0, 0.0, INF, -INF, NAN, 2.0**-149], np.float32))
     assert_same(oracle.apply(Transform("identity"), x), x)
 
@@ -316,14 +318,14 @@ NEAR_MEAN = 103.9390001
         ("float32", "float32", 0.0),
     ],
 )
-def test_preprocess_computes_in_the_narrower_of_the_two_types(source, target, expected):
+def test_preprocess_computes_in_the_narrower_dtype(source, target, expected):
     x = frozen(np.full((5, 7, 3), NEAR_MEAN, source))
     actual = oracle.apply(Transform("caffe", dtype=target), x)
     assert actual.dtype == target
     assert float(actual[0, 0, 0]) == expected
 
 
-def test_uint8_asked_for_as_float64_is_computed_in_float64():
+def test_uint8_to_float64_is_computed_in_float64():
     x = frozen(np.full((5, 7, 3), 100, np.uint8))
     actual = oracle.apply(Transform("torch", dtype="float64"), x)
     assert actual[0, 0].tolist() == [
@@ -343,26 +345,26 @@ def test_restore_to_uint8_computes_float64_in_float64():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_halves_are_computed_in_float32_and_rounded_once(dtype):
+def test_16_bit_results_are_computed_in_float32_and_rounded_once(dtype):
     x = every_value()
     values = [
         network_input(pixel, "torch", rounded_to_float32) for pixel in x.reshape(-1, 3).tolist()
     ]
     expected = np.array(values, np.float32).astype(dtype_of(dtype)).reshape(x.shape)
     assert_same(oracle.apply(Transform("torch", dtype=dtype), x), expected)
-    # The same arithmetic in the half type itself loses bits, or this test would show nothing.
+    # Computing in the half dtype loses bits; otherwise this test could not fail.
     lossy = oracle.forward(x.astype(dtype_of(dtype)), Mode.TORCH)
     assert (lossy != expected).any()
 
 
-def test_what_float16_cannot_hold_becomes_infinity_without_a_warning():
+def test_float16_overflow_becomes_infinity_without_a_warning():
     x = filled_with(np.array([65519.0, 65520.0, -65520.0, 1e30], np.float32))
     expected = filled_with(np.array([65504.0, INF, -INF, INF], np.float16))
     assert_same(oracle.apply(Transform("identity", dtype="float16"), x), expected)
 
 
 @pytest.mark.parametrize(("layout", "out_layout"), LAYOUT_PAIRS)
-def test_layouts_move_the_channels_and_nothing_else(layout, out_layout):
+def test_layouts_only_move_the_channel_axis(layout, out_layout):
     pixels = np.arange(2 * 5 * 7 * 3, dtype=np.uint8).reshape(2, 5, 7, 3)
     x = frozen(in_layout(pixels, layout))
     transform = Transform("identity", "preprocess", layout, out_layout)
@@ -373,7 +375,7 @@ def test_layouts_move_the_channels_and_nothing_else(layout, out_layout):
         assert_same(oracle.apply(transform, x[n]), actual[n])
 
 
-def test_a_transform_that_has_nothing_to_do_still_gives_an_array_of_its_own():
+def test_identity_transform_returns_a_new_array():
     x = frozen(every_value().astype(np.float32))
     actual = oracle.apply(Transform("identity"), x)
     assert_same(actual, x)
@@ -381,29 +383,29 @@ def test_a_transform_that_has_nothing_to_do_still_gives_an_array_of_its_own():
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 7, 3), (2, 0, 7, 3), (2, 5, 0, 3), (0, 7, 3)])
-def test_an_empty_batch_gives_an_empty_result(shape):
+def test_empty_batch_returns_an_empty_result(shape):
     assert_same(oracle.apply(Transform("torch"), np.empty(shape, np.uint8)), np.empty(shape, "f4"))
 
 
 @pytest.mark.parametrize("direction", ["preprocess", "restore"])
 @pytest.mark.parametrize("dtype", ["int32", "complex64", "object", "bool"])
-def test_a_type_that_is_not_supported_is_rejected(direction, dtype):
+def test_unsupported_dtype_is_rejected(direction, dtype):
     with pytest.raises(DtypeError):
         oracle.apply(Transform("tf", direction, dtype="float32"), np.zeros((5, 7, 3), dtype))
 
 
-def test_a_wrong_shape_is_rejected():
+def test_wrong_shape_is_rejected():
     with pytest.raises(ShapeError):
         oracle.apply(Transform("tf"), np.zeros((2, 5, 7, 4), np.uint8))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("mode", ["caffe", "tf", "torch", "identity"])
-def test_the_known_modes_lose_no_value_in_any_storage_type(mode, dtype):
-    assert oracle.unrestorable(Mode.named(mode), dtype) == 0
+def test_built_in_modes_are_restorable_in_every_storage_dtype(mode, dtype):
+    assert oracle.unrestorable(Mode.from_name(mode), dtype) == 0
 
 
-def test_unrestorable_counts_the_values_that_a_mode_of_ones_own_loses():
+def test_unrestorable_counts_the_values_lost_by_custom_modes():
     # bfloat16 next to -1 has steps of 2**-8: all 256 values become -1, and -1 becomes 0.
     squeezed = Mode("squeezed", divide=2.0**20, mean=(1.0, 1.0, 1.0))
     assert oracle.unrestorable(squeezed, "bfloat16") == 3 * 255
@@ -412,6 +414,6 @@ def test_unrestorable_counts_the_values_that_a_mode_of_ones_own_loses():
     assert oracle.unrestorable(one_channel, "float32") == 255
 
 
-def test_the_bfloat16_of_the_oracle_is_the_one_of_ml_dtypes():
+def test_oracle_bfloat16_is_the_ml_dtypes_type():
     x = every_value()
     assert oracle.apply(Transform("tf", dtype="bfloat16"), x).dtype == ml_dtypes.bfloat16

@@ -1,4 +1,4 @@
-"""Work sharing: every item runs once, exceptions reach the caller, any number of callers."""
+"""parallel_for and TaskQueue: items run once, errors reach the caller, calls may be concurrent."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_item_runs_once(threads, count):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_an_error_in_an_item_reaches_the_caller_and_the_next_call_works(threads):
+def test_parallel_for_reraises_an_error_and_remains_usable(threads):
     def fail_in_the_middle(item):
         if item == ITEMS[20]:
             raise MemoryError("no memory to gather this item in")
@@ -39,7 +39,7 @@ def test_an_error_in_an_item_reaches_the_caller_and_the_next_call_works(threads)
     assert sorted(done) == sorted(ITEMS)
 
 
-def test_an_error_ends_the_work():
+def test_error_stops_remaining_items():
     done = []
 
     def fail_at_once(item):
@@ -51,12 +51,12 @@ def test_an_error_ends_the_work():
     assert 1 <= len(done) <= 3
 
 
-def test_an_error_on_another_thread_reaches_the_caller():
+def test_error_on_a_worker_thread_reaches_the_caller():
     caller, failed = threading.current_thread(), threading.Event()
 
     def fail_elsewhere(_item):
         if threading.current_thread() is caller:
-            assert failed.wait(60)  # the other thread has an item, and needs the time to fail
+            assert failed.wait(60)  # the other thread has an item and is about to fail
         else:
             failed.set()
             raise MemoryError("no memory to gather this item in")
@@ -65,7 +65,7 @@ def test_an_error_on_another_thread_reaches_the_caller():
         parallel_for(ITEMS, fail_elsewhere, threads=2)
 
 
-def test_an_error_on_another_thread_ends_the_work_of_the_caller():
+def test_error_on_a_worker_thread_stops_the_caller():
     caller, failed, done = threading.current_thread(), threading.Event(), []
 
     def fail_elsewhere(item):
@@ -83,12 +83,12 @@ def test_an_error_on_another_thread_ends_the_work_of_the_caller():
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-def test_as_many_threads_as_asked_for_work_at_the_same_time(threads):
-    met, workers = threading.Barrier(threads), set()
+def test_parallel_for_runs_on_the_requested_number_of_threads(threads):
+    barrier, workers = threading.Barrier(threads), set()
 
     def wait_for_the_others(_item):
         workers.add(threading.current_thread())
-        met.wait(60)
+        barrier.wait(60)
 
     parallel_for(range(threads), wait_for_the_others, threads)
     assert len(workers) == threads
@@ -96,7 +96,7 @@ def test_as_many_threads_as_asked_for_work_at_the_same_time(threads):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-def test_no_more_threads_work_than_were_asked_for(monkeypatch, threads):
+def test_parallel_for_uses_at_most_the_requested_threads(monkeypatch, threads):
     helpers, done = [], []
 
     class Recording(ThreadPoolExecutor):
@@ -111,14 +111,14 @@ def test_no_more_threads_work_than_were_asked_for(monkeypatch, threads):
     assert sorted(done) == sorted(ITEMS)
 
 
-def test_one_item_or_one_thread_stays_with_the_caller():
+def test_single_item_or_thread_runs_on_the_caller():
     workers = []
     parallel_for([1], lambda _: workers.append(threading.current_thread()), threads=7)
     parallel_for(ITEMS, lambda _: workers.append(threading.current_thread()), threads=1)
     assert set(workers) == {threading.current_thread()}
 
 
-def test_many_threads_may_share_work_at_once_and_from_within():
+def test_parallel_for_supports_concurrent_and_nested_calls():
     def sums(first):
         found = []
         parallel_for(range(first, first + 40), found.append, threads=5)
@@ -158,11 +158,11 @@ assert parallel._pool() is parents
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-def test_a_forked_child_has_threads_of_its_own():
+def test_forked_child_creates_its_own_thread_pool():
     run_script(FORK)
 
 
-def test_available_cpus_are_those_that_the_process_may_run_on():
+def test_available_cpus_respects_the_affinity_mask():
     assert 1 <= available_cpus() <= (os.cpu_count() or 1)
     if hasattr(os, "sched_setaffinity"):
         one = min(os.sched_getaffinity(0))
@@ -174,7 +174,7 @@ def test_available_cpus_are_those_that_the_process_may_run_on():
         )
 
 
-def test_a_system_without_affinity_counts_all_its_cpus(monkeypatch):
+def test_available_cpus_without_affinity_is_the_cpu_count(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 5)
     assert available_cpus() == 5
@@ -182,7 +182,7 @@ def test_a_system_without_affinity_counts_all_its_cpus(monkeypatch):
     assert available_cpus() == 1
 
 
-def test_a_number_of_threads_is_taken_as_it_is():
+def test_check_threads_returns_valid_counts_unchanged():
     assert check_threads(3) == 3
     assert check_threads(1) == 1
     assert check_threads(None) == available_cpus()
@@ -200,11 +200,11 @@ def test_every_item_of_every_group_runs_once(threads):
     done = []
     with TaskQueue(threads) as tasks:
         sizes = [1, 37, 0, 2, 19, 5]
-        begun = [
+        started = [
             tasks.submit([(group, item) for item in range(size)], done.append)
             for group, size in enumerate(sizes)
         ]
-        for group in begun:
+        for group in started:
             group.wait()
             assert group.is_done()
         expected = [(group, item) for group, size in enumerate(sizes) for item in range(size)]
@@ -214,25 +214,25 @@ def test_every_item_of_every_group_runs_once(threads):
 def test_items_and_groups_start_in_order():
     order = []
     with TaskQueue(1) as tasks:
-        begun = [
+        started = [
             tasks.submit(range(10 * group, 10 * group + 7), order.append) for group in range(5)
         ]
-        begun[-1].wait()  # and with it all before
+        started[-1].wait()  # and thus for all earlier groups
     assert order == [10 * group + item for group in range(5) for item in range(7)]
 
 
 def test_items_of_a_later_group_start_after_those_of_earlier_ones():
-    begun, counted = [], itertools.count()
+    started, counted = [], itertools.count()
 
     def take(item):
-        begun.append((next(counted), item))
+        started.append((next(counted), item))
 
     with TaskQueue(3) as tasks:
         made = [tasks.submit([group] * 50, take) for group in range(4)]
         for group in made:
             group.wait()
-    # Each thread takes an item and then notes it: at most the others' items come in between.
-    late = [item for _, item in sorted(begun)]
+    # A thread takes an item before it records it, so items of other threads may come between.
+    late = [item for _, item in sorted(started)]
     for group in range(4):
         assert late.index(group) >= 50 * group - 3
 
@@ -258,12 +258,12 @@ def test_no_thread_waits_for_the_slowest_item_of_a_group():
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_as_many_threads_as_there_are_work_on_a_group(threads):
-    met, workers = threading.Barrier(threads), set()
+def test_task_group_runs_on_all_threads(threads):
+    barrier, workers = threading.Barrier(threads), set()
 
     def meet(_item):
         workers.add(threading.current_thread())
-        met.wait(60)
+        barrier.wait(60)
 
     with TaskQueue(threads) as tasks:
         tasks.submit(range(threads), meet).wait()
@@ -273,19 +273,19 @@ def test_as_many_threads_as_there_are_work_on_a_group(threads):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_no_more_threads_work_on_groups_than_there_are(threads):
+def test_task_queue_uses_at_most_its_threads(threads):
     workers = set()
     with TaskQueue(threads) as tasks:
-        begun = [
+        started = [
             tasks.submit(range(20), lambda _: workers.add(threading.current_thread()))
             for _ in range(20)
         ]
-        for group in begun:
+        for group in started:
             group.wait()
     assert 1 <= len(workers) <= threads
 
 
-def test_an_error_in_a_group_ends_its_work_and_is_raised_by_waiting_for_it():
+def test_group_error_stops_the_group_and_is_raised_by_wait():
     done = []
 
     def fail_in_the_middle(item):
@@ -304,7 +304,7 @@ def test_an_error_in_a_group_ends_its_work_and_is_raised_by_waiting_for_it():
     assert done == [*ITEMS[:20], *range(5)]
 
 
-def test_an_error_on_any_thread_ends_the_group_for_all():
+def test_group_error_stops_all_threads():
     failed, done = threading.Event(), []
     many = range(1_000_000)  # more than one thread can do before the other one has failed
 
@@ -320,32 +320,32 @@ def test_an_error_on_any_thread_ends_the_group_for_all():
     assert len(done) < len(many) // 2
 
 
-class LeftError(Exception):
+class BodyError(Exception):
     pass
 
 
-@pytest.mark.parametrize("error", [None, LeftError], ids=["at its end", "by an error"])
-def test_leaving_the_block_cancels_waiting_items_and_waits_for_running_ones(error):
-    begun, ended = [], []
-    under_way = threading.Barrier(3)
+@pytest.mark.parametrize("error", [None, BodyError], ids=["normally", "with an error"])
+def test_context_exit_cancels_queued_items_and_waits_for_running_items(error):
+    started, ended = [], []
+    both_running = threading.Barrier(3)
 
     def take(item):
-        begun.append(item)
-        under_way.wait(60)
+        started.append(item)
+        both_running.wait(60)
         for _ in range(1_000_000):
-            if not group._remaining:  # the work is given up
+            if not group._remaining:  # the group was canceled
                 break
             os.sched_yield()
         ended.append(item)
 
-    left = pytest.raises(LeftError) if error else contextlib.nullcontext()
+    left = pytest.raises(BodyError) if error else contextlib.nullcontext()
     with left, TaskQueue(2) as tasks:
         group = tasks.submit(range(100), take)
-        later = tasks.submit(range(100, 200), begun.append)
-        under_way.wait(60)
+        later = tasks.submit(range(100, 200), started.append)
+        both_running.wait(60)
         if error:
             raise error
-    assert sorted(begun) == sorted(ended) == [0, 1]
+    assert sorted(started) == sorted(ended) == [0, 1]
     assert not later._remaining
 
 

@@ -1,4 +1,4 @@
-"""Picking pixels on each backend: NumPy's bytes, and nothing touched beside them."""
+"""gather on each backend matches NumPy indexing and writes nothing else."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def expected_of(pixels, index):
     return pixels[index.rows][:, index.columns]
 
 
-def placed(pixels, start):
-    """A read-only copy of pixels that begins so many bytes into a cache line."""
+def at_line_offset(pixels, start):
+    """Copy pixels to an address `start` bytes into a cache line; read-only."""
     memory = np.full(pixels.nbytes + 2 * LINE, CANARY, np.uint8)
     begin = -memory.ctypes.data % LINE + start
     part = memory[begin : begin + pixels.nbytes].reshape(pixels.shape)
@@ -31,7 +31,7 @@ def placed(pixels, start):
 
 @pytest.fixture(params=["numpy", pytest.param("numba", marks=pytest.mark.compiled)])
 def gather(request):
-    """What gathers pixels on each backend."""
+    """The gather function of each backend."""
     return resize.gather_function(request.param)
 
 
@@ -48,49 +48,49 @@ def check(pixels, index, start, gather):
     assert (memory[begin + length :] == CANARY).all()
 
 
-def test_what_is_picked_is_what_numpy_picks(gather):
+def test_gather_matches_numpy_indexing(gather):
     for case in cases(200, 60, seed=3):
         check(noise(*case[:2]), resize.nearest_index(*case), 0, gather)
 
 
-def test_every_alignment_of_image_and_result_gives_the_same(gather):
+def test_gather_result_does_not_depend_on_alignment(gather):
     pixels = noise(13, 17)
     for start in range(LINE):
         for box, target_size in (((0, 0, 17, 13), (6, 11)), ((3, 2, 16, 13), (5, 7))):
             index = resize.nearest_index(13, 17, box, target_size)
-            check(placed(pixels, start), index, (7 * start + 3) % LINE, gather)
-            check(placed(pixels, (5 * start) % LINE), index, start, gather)
+            check(at_line_offset(pixels, start), index, (7 * start + 3) % LINE, gather)
+            check(at_line_offset(pixels, (5 * start) % LINE), index, start, gather)
 
 
 @pytest.mark.parametrize("target_size", [(1, 1), (1, 7), (7, 1), (9, 11)])
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1), (2, 2), (3, 4)])
-def test_the_smallest_images_and_results_are_picked_too(gather, size, target_size):
+def test_gather_supports_tiny_images_and_results(gather, size, target_size):
     index = resize.nearest_index(*size, (0, 0, size[1], size[0]), target_size)
     for start in (0, 1, 2, 3):
-        check(placed(noise(*size), start), index, start, gather)
+        check(at_line_offset(noise(*size), start), index, start, gather)
 
 
-def test_a_photograph_is_picked_as_pillow_resizes_it(gather):
+def test_gather_resizes_photograph_sizes_correctly(gather):
     pixels = noise(375, 500)
     for target_size in ((224, 224), (375, 499), (700, 300)):
         check(pixels, resize.nearest_index(375, 500, (0, 0, 500, 375), target_size), 1, gather)
 
 
-def test_an_unknown_backend_is_refused():
+def test_unknown_gather_backend_is_rejected():
     with pytest.raises(UsageError, match="backend is 'cuda'"):
         resize.gather_function("cuda")
 
 
-BETWEEN_GUARDS = """
+GUARDED_SCRIPT = """
 import mmap
 import numpy as np
-from tests.helpers.kernel_harness import between_guards, protect
+from tests.helpers.kernel_harness import guarded_memory, protect
 from tests.unit.test_resize import cases
 from fastvgg import engine
 from fastvgg.imaging import resize
 
 run = 2 * mmap.PAGESIZE
-taken, given = (between_guards(1, run) for _ in range(2))
+taken, given = (guarded_memory(1, run) for _ in range(2))
 random = np.random.default_rng(1)
 noise = random.integers(0, 256, run, np.uint8)
 taken.bytes[mmap.PAGESIZE : mmap.PAGESIZE + run] = noise
@@ -119,5 +119,5 @@ print("done")
 
 
 @pytest.mark.compiled
-def test_the_kernel_touches_nothing_before_and_after_what_it_is_given():
-    assert run_script(BETWEEN_GUARDS).endswith("done\n")
+def test_gather_kernel_does_not_access_memory_outside_its_arguments():
+    assert run_script(GUARDED_SCRIPT).endswith("done\n")

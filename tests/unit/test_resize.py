@@ -1,4 +1,4 @@
-"""Nearest neighbour resizing picks what Pillow picks, pixel for pixel."""
+"""Nearest-neighbor resizing matches Pillow pixel for pixel."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def as_pillow_resizes(pixels, box, target_size):
 
 
 def cases(count, longest, seed):
-    """Random sizes, parts and target sizes: smaller, larger and both."""
+    """Yield random sizes, boxes and target sizes: smaller, larger and both."""
     random = np.random.default_rng(seed)
     for _ in range(count):
         height, width, *target_size = (int(side) for side in random.integers(1, longest, 4))
@@ -51,21 +51,21 @@ def check(height, width, box, target_size):
 
 
 @pytest.mark.parametrize("longest", [4, 30, 400])
-def test_pillow_picks_the_same_of_any_part_for_any_size(longest):
+def test_nearest_index_matches_pillow_for_random_boxes_and_sizes(longest):
     for case in cases(150, longest, seed=longest):
         check(*case)
 
 
 @pytest.mark.parametrize("target_size", [(1, 1), (2, 3), (224, 224), (375, 500), (1000, 999)])
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (375, 1), (375, 500), (500, 375)])
-def test_pillow_picks_the_same_of_photographs_and_lines(size, target_size):
+def test_nearest_index_matches_pillow_for_photographs_and_lines(size, target_size):
     height, width = size
     check(height, width, (0, 0, width, height), target_size)
     check(height, width, (width // 3, height // 4, width, height), target_size)
 
 
-def test_where_a_rule_of_thumb_picks_another_pixel_pillow_is_followed():
-    """The usual formula is another one somewhere: that is why Pillow is asked."""
+def test_nearest_index_follows_pillow_where_the_usual_formula_differs():
+    """The usual formula differs for some pixels, which is why Pillow is the reference."""
     different = 0
     for length in range(1, 400):
         index = nearest_index(1, length, (0, 0, length, 1), (1, 224)).columns
@@ -77,21 +77,21 @@ def test_where_a_rule_of_thumb_picks_another_pixel_pillow_is_followed():
     assert 0 < different < 400 * 224 // 100
 
 
-def test_positions_of_more_than_a_byte_or_two_are_exact():
+def test_nearest_index_is_exact_for_lengths_above_16_bits():
     for length in (257, 65_537, 70_001):
         index = nearest_index(3, length, (0, 0, length, 3), (3, length)).columns
         assert (index == np.arange(length)).all()
         assert nearest_index(length, 3, (0, 1, 3, length), (length - 1, 3)).rows[-1] == length - 1
 
 
-def test_a_part_without_width_or_height_is_what_pillow_makes_of_it():
-    """Keras cuts such parts out of lines, and Pillow repeats one pixel."""
+def test_empty_boxes_match_pillow():
+    """Keras crops such boxes from lines, and Pillow repeats one pixel."""
     for box in ((3, 0, 3, 7), (0, 2, 9, 2), (4, 3, 4, 3)):
         for target_size in ((5, 5), (1, 20)):
             check(7, 9, box, target_size)
 
 
-def test_picks_of_two_parts_of_one_size_are_not_taken_for_each_other():
+def test_boxes_of_equal_size_are_not_confused():
     for case in (
         (7, 9, (0, 0, 5, 5), (3, 3)),
         (7, 9, (2, 1, 7, 6), (3, 3)),

@@ -1,4 +1,4 @@
-"""Rows transformed one by one: what `apply` makes of them, by any number of threads."""
+"""bind_rows: single rows match `apply`, from any number of threads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def images(layout="NHWC"):
 
 
 def empty_rows(transform, x, count=4):
-    name = transform.output_name(x.dtype.name)
+    name = transform.output_type(x.dtype.name)
     out = np.empty((count, *transform.output_shape(x.shape)[1:]), dtype_of(name))
     out.view(np.uint8)[...] = 0xA5
     return out
@@ -42,7 +42,7 @@ def empty_rows(transform, x, count=4):
 @pytest.mark.parametrize(("layout", "out_layout"), LAYOUT_PAIRS)
 @pytest.mark.parametrize("mode", ["caffe", "torch"])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_a_row_is_what_the_oracle_makes_of_it_and_no_other_is_touched(
+def test_row_matches_oracle_and_other_rows_are_not_written(
     backend, layout, out_layout, mode, dtype
 ):
     transform = Transform(mode, "preprocess", layout, out_layout, dtype)
@@ -56,7 +56,7 @@ def test_a_row_is_what_the_oracle_makes_of_it_and_no_other_is_touched(
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_rows_are_restored_from_wherever_they_lie(backend, dtype):
+def test_rows_are_restored_from_unaligned_memory(backend, dtype):
     forward = Transform("tf", out_layout="NCHW", dtype=dtype)
     y = frozen(unaligned(oracle.apply(forward, images())))
     back = forward.inverse()
@@ -65,7 +65,7 @@ def test_rows_are_restored_from_wherever_they_lie(backend, dtype):
     assert_same(out[0], images()[4])
 
 
-def test_packed_rows_are_the_images(backend):
+def test_packed_rows_equal_the_images(backend):
     transform = Transform("identity", "pack")
     out = empty_rows(transform, images())
     bind_rows(transform, images(), out, backend=backend)(2, 3)
@@ -73,7 +73,7 @@ def test_packed_rows_are_the_images(backend):
 
 
 @pytest.mark.parametrize("streams", [False, True])
-def test_many_threads_may_write_rows_at_once(monkeypatch, streams):
+def test_rows_can_be_written_concurrently(monkeypatch, streams):
     monkeypatch.setattr(engine, "MIN_NONTEMPORAL_BYTES", 0 if streams else 2**40)
     x = frozen(pixels(60, height=13, width=17))
     transform = Transform("caffe")
@@ -84,7 +84,7 @@ def test_many_threads_may_write_rows_at_once(monkeypatch, streams):
 
 
 @pytest.mark.compiled
-def test_rows_that_fit_the_caches_use_ordinary_stores(monkeypatch):
+def test_nontemporal_stores_are_used_only_for_large_row_outputs(monkeypatch):
     seen = []
     kernel_of = engine.bind_kernel
 
@@ -100,26 +100,26 @@ def test_rows_that_fit_the_caches_use_ordinary_stores(monkeypatch):
     assert seen == [False, True]
 
 
-class Watched(np.ndarray):
-    """An array whose end can be waited for."""
+class WeakReferableArray(np.ndarray):
+    """An array that supports weak references."""
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_the_batches_live_as_long_as_what_works_on_them(side):
+def test_bound_rows_keep_their_batches_alive(side):
     batches = [pixels(2), np.zeros((2, 7, 9, 3), np.float32)]
-    batches = [batch.view(Watched) for batch in batches]
+    batches = [batch.view(WeakReferableArray) for batch in batches]
     apply = bind_rows(Transform("caffe"), *batches)
-    held = weakref.ref(batches[side])
+    reference = weakref.ref(batches[side])
     del batches
     gc.collect()
-    assert held() is not None
+    assert reference() is not None
     apply(0, 1)
     del apply
     gc.collect()
-    assert held() is None
+    assert reference() is None
 
 
-def test_invalid_arguments_are_rejected_before_anything_is_written():
+def test_bind_rows_rejects_invalid_arguments_before_writing():
     transform, x = Transform("caffe"), images()
     out = empty_rows(transform, x)
     for refused, arguments in {
@@ -137,7 +137,7 @@ def test_invalid_arguments_are_rejected_before_anything_is_written():
     assert (out.view(np.uint8) == 0xA5).all()
 
 
-def test_every_row_goes_into_every_row():
+def test_any_row_can_be_written_to_any_output_row():
     transform, x = Transform("torch", out_layout="NCHW"), images()
     out = empty_rows(transform, x, count=3)
     apply, expected = bind_rows(transform, x, out), oracle.apply(transform, x)

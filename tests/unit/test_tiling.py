@@ -1,4 +1,4 @@
-"""Tiles cover every row of every image once; a base describes where the pixels of a view are."""
+"""Tiles cover every row of every image once; a base locates the pixels of a view."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvgg import tiling
-from tests.helpers.batches import FLOATS, LAYOUTS, dtype_of, in_layout, in_memory
+from tests.helpers.batches import FLOATS, LAYOUTS, dtype_of, in_layout, view_in_memory
 
 CHANNELS_LAST = {"NHWC": (0, 1, 2, 3), "NCHW": (0, 2, 3, 1)}
 
@@ -24,7 +24,7 @@ CHANNELS_LAST = {"NHWC": (0, 1, 2, 3), "NCHW": (0, 2, 3, 1)}
     lead=st.integers(0, 63),
 )
 @settings(max_examples=500)
-def test_the_tiles_cover_every_row_of_every_image_once(
+def test_tiles_cover_every_row_of_every_image_once(
     images, rows, row_bytes, tile_bytes, multiple, lead
 ):
     lead %= multiple
@@ -34,9 +34,11 @@ def test_the_tiles_cover_every_row_of_every_image_once(
         assert tile.rows > 0
         assert tile.images == 1 or tile.rows == rows
         assert tile.row == 0 or tile.row % multiple == lead
-        rows_held = tile.images * tile.rows
-        most = max(multiple * row_bytes, tile_bytes) + (lead * row_bytes if not tile.row else 0)
-        assert rows_held * row_bytes <= most
+        tile_rows = tile.images * tile.rows
+        max_bytes = max(multiple * row_bytes, tile_bytes) + (
+            lead * row_bytes if not tile.row else 0
+        )
+        assert tile_rows * row_bytes <= max_bytes
         assert tile.image + tile.images <= images
         assert tile.row + tile.rows <= rows
         seen[tile.image : tile.image + tile.images, tile.row : tile.row + tile.rows] += 1
@@ -44,7 +46,7 @@ def test_the_tiles_cover_every_row_of_every_image_once(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_tile_is_a_view_of_its_images_and_rows(layout):
+def test_tile_view_selects_its_images_and_rows(layout):
     batch = in_layout(np.arange(4 * 5 * 7 * 3).reshape(4, 5, 7, 3), layout)
     part = tiling.Tile(image=1, images=2, row=3, rows=2).view(batch, layout)
     assert np.shares_memory(part, batch)
@@ -65,10 +67,10 @@ def test_pixels_to_cache_line_reaches_the_first_aligned_pixel(dtype, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("reverses", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_the_base_of_a_view_has_its_pixels_where_they_are(layout, transposed, reverses):
+def test_find_base_locates_the_pixels_of_a_view(layout, transposed, reverses):
     for shape in itertools.product((1, 2), (1, 3, 5), (1, 3, 7)):
         batch = in_layout(np.zeros((*shape, 3), np.float32), layout)
-        view, _ = in_memory(batch, layout, transposed, reverses, start=0)
+        view, _ = view_in_memory(batch, layout, transposed, reverses, start=0)
         for x in (view, view[0]):
             base = tiling.find_base(layout, x.dtype, x.shape, x.strides)
             between = 4 if base.layout == "NHWC" else base.strides.plane

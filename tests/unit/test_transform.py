@@ -1,4 +1,4 @@
-"""Mode and Transform: values that describe what happens to pixels, and their checks."""
+"""Mode and Transform: values, validation, serialization and shape rules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastvgg.transform import (
     Mode,
     Transform,
     storage_dtype,
-    storage_name,
+    storage_type,
 )
 from tests.helpers.batches import (
     FLOATS,
@@ -30,15 +30,15 @@ from tests.helpers.batches import (
     run_script,
 )
 
-OWN = Mode("own", divide=255, mean=[0.5, 0.25, 0.125], std=(1, 2, 4), order="BGR")
+CUSTOM = Mode("own", divide=255, mean=[0.5, 0.25, 0.125], std=(1, 2, 4), order="BGR")
 
 TRANSFORMS = [
     Transform("caffe"),
     Transform("tf", "restore", "NCHW"),
     Transform("torch", "preprocess", "NHWC", "NCHW", "float16"),
     Transform("identity", "restore", "NCHW", "NHWC", "bfloat16", "truncate"),
-    Transform(OWN, dtype="float64"),
-    Transform(OWN, "restore", dtype="uint8"),
+    Transform(CUSTOM, dtype="float64"),
+    Transform(CUSTOM, "restore", dtype="uint8"),
 ]
 
 # Each differs from Transform("caffe") in one field of the transform, or of its mode.
@@ -58,33 +58,33 @@ ONE_FIELD_CHANGED = {
 
 
 @pytest.mark.parametrize("name", STORAGE_TYPES)
-def test_a_storage_type_and_its_name_stand_for_each_other_in_any_byte_order(name):
+def test_storage_dtype_and_storage_name_round_trip_in_any_byte_order(name):
     dtype = storage_dtype(name)
     assert dtype == dtype_of(name)
-    assert storage_name(dtype) == name
-    assert storage_name(dtype.newbyteorder("S")) == name
-    assert storage_name(dtype.type) == name
-    assert storage_name(name) == name
+    assert storage_type(dtype) == name
+    assert storage_type(dtype.newbyteorder("S")) == name
+    assert storage_type(dtype.type) == name
+    assert storage_type(name) == name
 
 
 @pytest.mark.parametrize(
     "dtype",
     ["int32", np.int8, np.complex64, object, np.longdouble, bool, "U3", "M8[s]", "nonsense"],
 )
-def test_a_type_that_is_not_supported_is_rejected_by_name(dtype):
+def test_unsupported_dtype_is_rejected_by_name(dtype):
     with pytest.raises(DtypeError) as caught:
-        storage_name(dtype)
+        storage_type(dtype)
     shown = dtype if dtype == "nonsense" else np.dtype(dtype).name
     assert shown in caught.value.problem
     assert all(name in caught.value.remedy for name in STORAGE_TYPES)
 
 
-def test_a_name_that_is_not_a_storage_type_is_rejected():
+def test_storage_dtype_rejects_unknown_name():
     with pytest.raises(DtypeError, match="'int32' is not a storage type"):
         storage_dtype("int32")
 
 
-def test_the_modes_of_keras_have_the_constants_of_keras():
+def test_keras_modes_have_keras_constants():
     assert dataclasses.astuple(Mode.CAFFE) == (
         "caffe",
         None,
@@ -105,13 +105,13 @@ def test_the_modes_of_keras_have_the_constants_of_keras():
 
 @pytest.mark.parametrize("mode", [Mode.CAFFE, Mode.TF, Mode.TORCH, Mode.IDENTITY])
 def test_a_mode_is_found_by_its_name(mode):
-    assert Mode.named(mode.name) is mode
+    assert Mode.from_name(mode.name) is mode
 
 
 @pytest.mark.parametrize("name", ["", "Caffe", "vgg19"])
-def test_an_unknown_mode_is_rejected_and_the_known_ones_are_listed(name):
+def test_unknown_mode_is_rejected_with_the_known_modes(name):
     with pytest.raises(ModeError) as caught:
-        Mode.named(name)
+        Mode.from_name(name)
     assert repr(name) in caught.value.problem
     assert all(known in caught.value.remedy for known in (*KERAS_MODES, "identity"))
     with pytest.raises(ModeError):
@@ -119,7 +119,7 @@ def test_an_unknown_mode_is_rejected_and_the_known_ones_are_listed(name):
 
 
 @pytest.mark.parametrize("mode", [None, 7, Mode, ("caffe",)])
-def test_what_is_neither_a_mode_nor_a_name_is_rejected(mode):
+def test_value_that_is_neither_a_mode_nor_a_name_is_rejected(mode):
     with pytest.raises(ModeError) as caught:
         Transform(mode)
     assert repr(mode) in caught.value.problem
@@ -129,20 +129,20 @@ def test_only_caffe_is_bgr():
     assert [mode.is_bgr for mode in (Mode.CAFFE, Mode.TF, Mode.TORCH)] == [True, False, False]
 
 
-def test_the_numbers_of_a_mode_become_floats_in_tuples():
-    assert dataclasses.astuple(OWN) == (
+def test_mode_constants_are_converted_to_float_tuples():
+    assert dataclasses.astuple(CUSTOM) == (
         "own",
         255.0,
         (0.5, 0.25, 0.125),
         (1.0, 2.0, 4.0),
         "BGR",
     )
-    assert isinstance(OWN.divide, float)
-    assert all(type(part) is tuple for part in (OWN.mean, OWN.std))
-    assert all(type(value) is float for value in OWN.mean + OWN.std)
+    assert isinstance(CUSTOM.divide, float)
+    assert all(type(part) is tuple for part in (CUSTOM.mean, CUSTOM.std))
+    assert all(type(value) is float for value in CUSTOM.mean + CUSTOM.std)
     numpy_numbers = Mode("own", np.float32(255), np.array([0.5, 0.25, 0.125]), (1, 2, 4), "BGR")
-    assert numpy_numbers == OWN
-    assert hash(numpy_numbers) == hash(OWN)
+    assert numpy_numbers == CUSTOM
+    assert hash(numpy_numbers) == hash(CUSTOM)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_the_numbers_of_a_mode_become_floats_in_tuples():
         ({"mean": (0.0, 0.0, -1e300)}, "-1e+300"),
     ],
 )
-def test_a_mode_that_no_arithmetic_can_use_is_rejected_with_its_name_and_its_number(parts, shown):
+def test_mode_with_unusable_constants_is_rejected(parts, shown):
     with pytest.raises(ModeError) as caught:
         Mode("mine", **parts)
     assert "mine" in caught.value.problem
@@ -185,7 +185,7 @@ def test_a_mode_that_no_arithmetic_can_use_is_rejected_with_its_name_and_its_num
         {"std": (1e-45, -1.0, 3e38)},
     ],
 )
-def test_a_mode_with_finite_constants_and_divisors_that_are_not_zero_is_accepted(parts):
+def test_mode_with_finite_constants_and_nonzero_divisors_is_accepted(parts):
     mode = Mode("mine", **parts)
     assert {name: getattr(mode, name) for name in parts} == parts
 
@@ -199,7 +199,7 @@ def test_modes_and_transforms_are_frozen(value, field):
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=repr)
-def test_a_copy_is_equal_and_has_the_same_hash_and_fingerprint(transform):
+def test_copies_have_equal_value_hash_and_fingerprint(transform):
     fields = {name: getattr(transform, name) for name in transform.to_dict()}
     copies = [Transform(**fields), pickle.loads(pickle.dumps(transform))]  # noqa: S301, our own
     copies.append(Transform.from_dict(json.loads(json.dumps(transform.to_dict()))))
@@ -210,35 +210,35 @@ def test_a_copy_is_equal_and_has_the_same_hash_and_fingerprint(transform):
         assert repr(copy) == repr(transform)
 
 
-def test_transforms_that_differ_are_different_keys():
+def test_different_transforms_are_distinct_set_members():
     assert len(set(TRANSFORMS)) == len(TRANSFORMS)
     assert Transform("caffe") != "caffe"
 
 
 @pytest.mark.parametrize("mode", [Mode.CAFFE, Mode.TF, Mode.TORCH, Mode.IDENTITY])
-def test_a_mode_of_keras_read_from_json_is_the_same_object_again(mode):
+def test_keras_mode_read_from_json_is_the_same_object(mode):
     assert Mode.from_dict(json.loads(json.dumps(mode.to_dict()))) is mode
 
 
-def test_a_mode_that_only_borrows_a_known_name_keeps_its_own_constants():
+def test_custom_mode_with_a_keras_name_keeps_its_constants():
     borrowed = Mode("caffe", mean=(1.0, 2.0, 3.0))
     assert Mode.from_dict(borrowed.to_dict()) == borrowed
     assert borrowed != Mode.CAFFE
 
 
 @pytest.mark.parametrize("field", sorted(ONE_FIELD_CHANGED))
-def test_the_fingerprint_and_equality_notice_every_field(field):
+def test_every_field_affects_equality_and_fingerprint(field):
     changed = ONE_FIELD_CHANGED[field]
     assert changed != Transform("caffe")
     assert changed.fingerprint() != Transform("caffe").fingerprint()
 
 
-def test_all_those_fingerprints_differ_from_one_another():
+def test_fingerprints_of_single_field_changes_are_distinct():
     fingerprints = {transform.fingerprint() for transform in ONE_FIELD_CHANGED.values()}
     assert len(fingerprints) == len(ONE_FIELD_CHANGED)
 
 
-def test_two_ways_to_write_the_same_transform_share_a_fingerprint():
+def test_equivalent_arguments_share_a_fingerprint():
     written_out = Transform(Mode.CAFFE, "preprocess", "NHWC", "NHWC", np.dtype(">f4"), "nearest")
     assert written_out.fingerprint() == Transform("caffe", dtype="float32").fingerprint()
 
@@ -255,16 +255,16 @@ def test_a_fingerprint_is_the_same_in_another_process():
 
 
 @pytest.mark.parametrize(("layout", "out_layout"), LAYOUT_PAIRS)
-@pytest.mark.parametrize("mode", ["caffe", OWN])
-def test_the_inverse_goes_back_between_the_same_layouts(mode, layout, out_layout):
-    forth = Transform(mode, "preprocess", layout, out_layout)
-    back = forth.inverse()
+@pytest.mark.parametrize("mode", ["caffe", CUSTOM])
+def test_inverse_swaps_direction_and_layouts(mode, layout, out_layout):
+    forward = Transform(mode, "preprocess", layout, out_layout)
+    back = forward.inverse()
     assert back == Transform(mode, "restore", out_layout, layout)
-    assert back.inverse() == forth
+    assert back.inverse() == forward
 
 
 @pytest.mark.parametrize("dtype", [None, "float16"])
-def test_a_transform_is_called_on_a_batch_and_its_inverse_undoes_it(dtype):
+def test_inverse_transform_restores_the_batch(dtype):
     x = every_value()
     transform = Transform("torch", out_layout="NCHW", dtype=dtype)
     y = transform(x)
@@ -297,7 +297,7 @@ def test_a_transform_is_called_on_a_batch_and_its_inverse_undoes_it(dtype):
         ),
     ],
 )
-def test_the_repr_says_everything_that_is_not_the_default(transform, expected):
+def test_repr_shows_non_default_fields(transform, expected):
     assert repr(transform) == expected
 
 
@@ -315,19 +315,17 @@ def test_the_repr_says_everything_that_is_not_the_default(transform, expected):
         ("NHWC", "NCHW", (0, 5, 7, 3), (0, 3, 5, 7)),
     ],
 )
-def test_the_shape_of_the_result_has_the_channels_where_out_layout_says(
-    layout, out_layout, shape, expected
-):
+def test_output_shape_follows_out_layout(layout, out_layout, shape, expected):
     assert Transform("tf", "preprocess", layout, out_layout).output_shape(shape) == expected
     assert Transform("tf", "restore", layout, out_layout).output_shape(shape) == expected
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_result_keeps_the_layout_where_no_other_is_given(layout):
+def test_out_layout_defaults_to_layout(layout):
     assert Transform("tf", layout=layout).out_layout == layout
 
 
-def test_the_channel_axes_count_from_the_end_so_that_they_fit_rank_3_and_4():
+def test_channel_axes_are_negative_to_fit_rank_3_and_4():
     assert CHANNEL_AXES == {"NHWC": -1, "NCHW": -3}
 
 
@@ -347,33 +345,31 @@ def test_the_channel_axes_count_from_the_end_so_that_they_fit_rank_3_and_4():
         ("restore", "float64", "float16", "float64"),
     ],
 )
-def test_the_type_of_the_result_is_the_one_asked_for_or_the_natural_one(
-    direction, dtype, source, expected
-):
-    assert Transform("tf", direction, dtype=dtype).output_name(source) == expected
+def test_output_dtype_is_requested_or_default(direction, dtype, source, expected):
+    assert Transform("tf", direction, dtype=dtype).output_type(source) == expected
 
 
 @pytest.mark.parametrize("source", ["uint8", *FLOATS])
 @pytest.mark.parametrize("target", FLOATS)
-def test_preprocess_computes_in_float64_only_where_no_narrower_float_takes_part(source, target):
+def test_preprocess_uses_float64_only_without_narrower_floats(source, target):
     expected = "float64" if target == "float64" and source in ("uint8", "float64") else "float32"
-    assert Transform("tf", dtype=target).compute_name(source) == expected
+    assert Transform("tf", dtype=target).compute_type(source) == expected
 
 
 @pytest.mark.parametrize("source", FLOATS)
 @pytest.mark.parametrize("target", [None, "uint8", *FLOATS])
-def test_restore_computes_in_float64_only_where_no_narrower_float_takes_part(source, target):
+def test_restore_uses_float64_only_without_narrower_floats(source, target):
     wide = source == "float64" and target in (None, "uint8", "float64")
     expected = "float64" if wide else "float32"
-    assert Transform("tf", "restore", dtype=target).compute_name(source) == expected
+    assert Transform("tf", "restore", dtype=target).compute_type(source) == expected
 
 
 @pytest.mark.parametrize("dtype", [np.float16, "f2", ">f2", np.dtype("float16"), "float16"])
-def test_a_transform_keeps_the_name_of_its_type_however_it_was_written(dtype):
+def test_dtype_argument_is_normalized_to_its_name(dtype):
     assert Transform("tf", dtype=dtype).dtype == "float16"
 
 
-def test_bfloat16_may_be_given_as_its_class():
+def test_bfloat16_class_is_accepted():
     assert Transform("tf", dtype=ml_dtypes.bfloat16) == Transform("tf", dtype="bfloat16")
 
 
@@ -387,7 +383,7 @@ def test_bfloat16_may_be_given_as_its_class():
         ("rounding", "up", ("'nearest'", "'truncate'")),
     ],
 )
-def test_an_unknown_choice_is_rejected_and_the_known_ones_are_listed(argument, value, choices):
+def test_invalid_choice_is_rejected_with_the_valid_choices(argument, value, choices):
     with pytest.raises(UsageError) as caught:
         Transform("tf", **{argument: value})
     assert f"{argument} is {value!r}" in caught.value.problem
@@ -395,14 +391,14 @@ def test_an_unknown_choice_is_rejected_and_the_known_ones_are_listed(argument, v
     assert "None" not in caught.value.remedy
 
 
-def test_network_inputs_are_not_stored_as_uint8():
+def test_preprocess_to_uint8_is_rejected():
     with pytest.raises(DtypeError) as caught:
         Transform("tf", dtype="uint8")
     assert all(name in caught.value.remedy for name in FLOATS)
 
 
 @pytest.mark.parametrize("dtype", ["int32", complex, object])
-def test_a_result_type_that_is_not_supported_is_rejected(dtype):
+def test_unsupported_output_dtype_is_rejected(dtype):
     with pytest.raises(DtypeError):
         Transform("tf", dtype=dtype)
     with pytest.raises(DtypeError):
@@ -411,7 +407,7 @@ def test_a_result_type_that_is_not_supported_is_rejected(dtype):
 
 @pytest.mark.parametrize("shape", [(), (3,), (5, 3), (2, 2, 5, 7, 3)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_batch_of_the_wrong_rank_is_rejected_with_its_shape(layout, shape):
+def test_wrong_rank_is_rejected_with_the_shape(layout, shape):
     with pytest.raises(ShapeError) as caught:
         Transform("tf", layout=layout).check_input(shape, "uint8")
     assert f"shape {shape} has rank {len(shape)}" in caught.value.problem
@@ -433,9 +429,7 @@ def test_a_batch_of_the_wrong_rank_is_rejected_with_its_shape(layout, shape):
         ("NHWC", (0, 5, 7, 0), "NHWC", 0),
     ],
 )
-def test_images_without_three_channels_are_rejected_with_shape_and_number(
-    layout, shape, read_as, found
-):
+def test_channel_count_other_than_three_is_rejected_with_the_shape(layout, shape, read_as, found):
     with pytest.raises(ShapeError) as caught:
         Transform("tf", layout=layout).check_input(shape, "uint8")
     assert f"shape {shape} read as {read_as}:" in caught.value.problem
@@ -452,7 +446,7 @@ def test_images_without_three_channels_are_rejected_with_shape_and_number(
         ("NCHW", (5, 7, 3), "axis -1 has length 3: give layout 'NHWC'"),
     ],
 )
-def test_a_batch_in_the_other_layout_is_rejected_and_the_layout_is_named(layout, shape, remedy):
+def test_batch_in_the_other_layout_is_rejected_with_the_layout(layout, shape, remedy):
     with pytest.raises(ShapeError) as caught:
         Transform("tf", layout=layout).check_input(shape, "uint8")
     assert str(shape) in caught.value.problem
@@ -464,7 +458,7 @@ def test_a_batch_with_three_channels_is_accepted(shape):
     Transform("tf").check_input(shape, "uint8")
 
 
-def test_there_is_nothing_to_restore_in_uint8():
+def test_restore_from_uint8_is_rejected():
     with pytest.raises(DtypeError, match="uint8 is the dtype of images"):
         Transform("tf", "restore").check_input((2, 5, 7, 3), "uint8")
 
@@ -492,12 +486,12 @@ def test_the_name_of_a_mode_is_a_string(name):
         Mode(name, divide=2.0)
 
 
-def test_a_number_that_no_float_holds_is_a_mode_error():
+def test_constant_too_large_for_float_is_a_mode_error():
     with pytest.raises(ModeError, match="big: a constant is not a number"):
         Mode("big", divide=10**400)
 
 
 @pytest.mark.parametrize("name", [["caffe"], None, 7])
-def test_a_mode_that_is_not_a_name_is_a_mode_error(name):
+def test_mode_of_wrong_type_is_a_mode_error(name):
     with pytest.raises(ModeError, match="unknown mode"):
         Transform(name)

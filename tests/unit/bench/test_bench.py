@@ -19,32 +19,32 @@ from fastvgg.kernels import bandwidth
 from fastvgg.kernels.jit import processor
 from fastvgg.storage.location import Location
 from tests.helpers.batches import FLOATS, KERAS_MODES, LAYOUT_PAIRS
-from tests.helpers.datasets_on_disk import PHOTOGRAPHS, printed_on_small_disk
+from tests.helpers.datasets_on_disk import PHOTOGRAPHS, stdout_on_small_disk
 
-TINY = bench.BenchConfig(8 * 2**20, 2, 4, 2**20 + 4097, every_path=False)
+TINY = bench.BenchConfig(8 * 2**20, 2, 4, 2**20 + 4097, has_all_paths=False)
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """The record of a run with everything, and the figures that the callback received."""
+    """Return the record of a full run, and the figures that the callback received."""
     photos = tmp_path_factory.mktemp("photos")
     for name in ("rocket.jpg", "coffee.png", "camera.png"):
         (photos / name).write_bytes((PHOTOGRAPHS / name).read_bytes())
     (photos / "bad.jpg").write_bytes(b"\xff\xd8 no more than that")
-    there = tmp_path_factory.mktemp("disk")
+    scratch = tmp_path_factory.mktemp("disk")
     received = []
     record = bench.measure(
         TINY,
         images=photos,
-        disk=there,
+        disk=scratch,
         threads=2,
         on_figure=lambda part, row: received.append((part, row)),
     )
-    assert not list(there.iterdir())
+    assert not list(scratch.iterdir())
     return record, received
 
 
-def test_a_record_has_every_path_and_is_json(measured):
+def test_record_has_every_path_and_serializes_to_json(measured):
     record, received = measured
     assert [row["path"] for row in record["kernels"]] == [
         path.name for path in kernels.COMMON_PATHS
@@ -60,13 +60,13 @@ def test_a_record_has_every_path_and_is_json(measured):
     assert received == expected
 
 
-def test_images_that_cannot_be_read_are_counted(measured):
+def test_unreadable_images_are_counted(measured):
     decoded = measured[0]["decoding"]
     assert (decoded["images"], decoded["failed"]) == (4, 1)
     assert decoded["images_per_second"] > 0
 
 
-def test_every_line_fits_into_80_columns(measured):
+def test_lines_fit_80_columns(measured):
     lines = [*report.HEADINGS.values(), *(report.line(part, row) for part, row in measured[1])]
     assert max(len(line) for text in lines for line in text.splitlines()) <= 80
     figures = measured[0]["kernels"][0]
@@ -74,7 +74,7 @@ def test_every_line_fits_into_80_columns(measured):
 
 
 @pytest.mark.parametrize("name", ["uint8-float16 caffe NHWC", "float32-uint8 tf NHWC-NCHW"])
-def test_one_wrong_bit_in_the_last_image_is_an_error(name, monkeypatch):
+def test_one_wrong_bit_in_the_last_image_raises(name, monkeypatch):
     (path,) = (path for path in kernels.PATHS if path.name == name)
     right = kernels.engine.apply
 
@@ -90,7 +90,7 @@ def test_one_wrong_bit_in_the_last_image_is_an_error(name, monkeypatch):
         kernels.measure_path(path, Arena(TINY.working_set_bytes), 2, 2)
 
 
-def test_every_mode_type_and_pair_of_layouts_is_measured_there_and_back():
+def test_paths_cover_every_mode_dtype_and_layout_pair_in_both_directions():
     names = [path.name for path in kernels.PATHS]
     assert len(set(names)) == len(names)
     for mode, float_, (layout, out_layout) in itertools.product(
@@ -102,7 +102,7 @@ def test_every_mode_type_and_pair_of_layouts_is_measured_there_and_back():
     assert set(kernels.COMMON_PATHS) < set(kernels.PATHS)
 
 
-def test_kernels_below_the_limit_are_marked_and_named():
+def test_kernels_below_the_limit_are_marked_and_listed():
     row = {"path": "uint8-float32 tf NHWC", "images_per_second": 10, "gigabytes_per_second": 1.0}
     row |= {"numpy_images_per_second": 1}
     shares = {0.89: True, 0.9: False, 1.02: False}
@@ -115,7 +115,7 @@ def test_kernels_below_the_limit_are_marked_and_named():
 
 
 @pytest.mark.parametrize("path", kernels.COMMON_PATHS, ids=lambda path: path.name)
-def test_what_a_path_is_checked_against_comes_from_the_image_alone(path):
+def test_expected_result_of_a_path_is_derived_from_the_image_only(path):
     one, expected = kernels.example(path.transform, path.dtype)
     image = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
     assert one.dtype.name == path.dtype
@@ -129,7 +129,7 @@ def test_what_a_path_is_checked_against_comes_from_the_image_alone(path):
 
 @pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_copy_moves_every_byte_and_no_other(prefetch, threads):
+def test_copy_writes_exactly_the_output_bytes(prefetch, threads):
     rng = np.random.default_rng(0)
     buffer = rng.integers(0, 256, 3 * bandwidth.STEP_BYTES * 41 + 128, dtype=np.uint8)
     before = buffer.copy()
@@ -142,7 +142,7 @@ def test_a_copy_moves_every_byte_and_no_other(prefetch, threads):
     assert np.array_equal(buffer[start + x.size :], before[start + x.size :])
 
 
-def test_of_what_is_read_every_byte_counts():
+def test_copy_reads_every_input_byte():
     parts = np.random.default_rng(0).integers(0, 256, (7 * 3, 4, 64), np.uint8)  # of cache lines
     x = parts.reshape(-1).view(np.float32)
     buffer = np.zeros(parts[:, 0].size + 64, np.uint8)
@@ -152,7 +152,7 @@ def test_of_what_is_read_every_byte_counts():
     assert np.array_equal(out, np.bitwise_xor.reduce(parts, axis=1).reshape(-1))
 
 
-def test_a_fill_writes_every_byte_and_no_other():
+def test_fill_writes_exactly_the_output_bytes():
     buffer = np.zeros(bandwidth.STEP_BYTES * 7 + 128, np.uint8)
     start = -buffer.ctypes.data % 64 + 64
     memory.fill(buffer[start : start + bandwidth.STEP_BYTES * 7 - 64], 2)
@@ -161,13 +161,13 @@ def test_a_fill_writes_every_byte_and_no_other():
     assert np.array_equal(buffer, expected)
 
 
-def test_scaling_in_place_scales_every_number():
+def test_scale_multiplies_every_element_in_place():
     y = np.full(bandwidth.STEP_BYTES * 5, 3, np.float32)
     memory.scale(y, 2, prefetch=True)
     assert np.array_equal(y, np.full_like(y, np.float32(3) * np.float32(1.0000001)))
 
 
-def test_an_arena_gives_batches_that_do_not_overlap():
+def test_arena_returns_non_overlapping_batches():
     arena = Arena(10_000)
     one, result = np.arange(3, dtype=np.uint8), np.arange(3, dtype=np.float64)
     x, out = arena.pair(10_000 // 27, one, result)
@@ -177,36 +177,36 @@ def test_an_arena_gives_batches_that_do_not_overlap():
     assert out.ctypes.data % memory.PAGE_BYTES == 0
 
 
-def test_an_array_needs_no_decoding(tmp_path):
+def test_measuring_decoding_of_an_array_is_rejected(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((1, 5, 7, 3), np.uint8))
     with pytest.raises(SourceError, match="is an array"):
         io.measure_decoding(Location.parse(tmp_path / "x.npy"), 4, 2, 1)
 
 
-def test_images_that_are_not_there_are_refused_before_anything_is_measured(tmp_path):
+def test_missing_images_are_rejected_before_measuring(tmp_path):
     with pytest.raises(SourceError, match="does not exist"):
         bench.measure(TINY, images=tmp_path / "no", on_figure=lambda *_: pytest.fail("measured"))
 
 
-def test_pixels_that_are_not_pillows_are_an_error(tmp_path, monkeypatch):
+def test_pixels_that_differ_from_pillow_raise(tmp_path, monkeypatch):
     (tmp_path / "rocket.jpg").write_bytes((PHOTOGRAPHS / "rocket.jpg").read_bytes())
-    monkeypatch.setattr(io, "DecodeOptions", lambda size: decoding_that_crops(size))
+    monkeypatch.setattr(io, "DecodeOptions", lambda size: cropping_decode_options(size))
     with pytest.raises(VerificationError, match=r"rocket\.jpg"):
         io.measure_decoding(Location.parse(tmp_path), 4, 2, 1)
 
 
-def decoding_that_crops(size):
+def cropping_decode_options(size):
     from fastvgg.imaging.decode import DecodeOptions
 
     return DecodeOptions(size=size, keep_aspect_ratio=True)
 
 
-def test_a_disk_that_is_missing_is_refused(tmp_path):
+def test_missing_disk_directory_is_rejected(tmp_path):
     with pytest.raises(TargetError, match="cannot be measured"):
         io.measure_disk(tmp_path / "no", 4096, 2)
 
 
-def test_a_disk_without_room_is_refused_before_a_byte_is_written(tmp_path):
+def test_insufficient_disk_space_is_rejected_before_writing(tmp_path):
     source = f"""
 from pathlib import Path
 from fastvgg.bench import io
@@ -217,11 +217,11 @@ try:
 except TargetError as error:
     print(error.problem, list(there.iterdir()))
 """
-    actual = printed_on_small_disk(tmp_path, 2**20, source)
+    actual = stdout_on_small_disk(tmp_path, 2**20, source)
     assert actual.endswith("has 1048576 bytes of free space, needs 2097152 []")
 
 
-def test_a_disk_is_written_and_read_whole(tmp_path):
+def test_disk_benchmark_writes_and_reads_every_byte(tmp_path):
     actual = io.measure_disk(tmp_path, 2**20 + 5, 2)
     assert actual["bytes"] == 2**20 + 5
     assert actual["write_gigabytes_per_second"] >= 0 <= actual["read_gigabytes_per_second"]
@@ -229,13 +229,13 @@ def test_a_disk_is_written_and_read_whole(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["svg", "png"])
-def test_the_same_record_is_the_same_picture(measured, tmp_path, ending):
+def test_plot_of_a_record_is_reproducible(measured, tmp_path, ending):
     for name in ("one", "other"):
         report.draw_roofline(measured[0], tmp_path / f"{name}.{ending}")
     assert (tmp_path / f"one.{ending}").read_bytes() == (tmp_path / f"other.{ending}").read_bytes()
 
 
-def test_a_picture_has_every_path_and_its_figure(measured, tmp_path):
+def test_plot_shows_the_throughput_of_every_nhwc_path(measured, tmp_path):
     report.draw_roofline(measured[0], tmp_path / "roofline.svg")
     root = ET.parse(tmp_path / "roofline.svg").getroot()  # noqa: S314  # our own
     texts = [text.strip() for text in root.itertext()]
@@ -246,14 +246,14 @@ def test_a_picture_has_every_path_and_its_figure(measured, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "says"), [("x.txt", "suffix is not one of"), ("no/x.svg", "no is not a directory")]
+    ("path", "message"), [("x.txt", "suffix is not one of"), ("no/x.svg", "no is not a directory")]
 )
-def test_a_picture_that_cannot_be_drawn_is_refused_before(path, says):
-    with pytest.raises(UsageError, match=says):
+def test_invalid_plot_path_is_rejected(path, message):
+    with pytest.raises(UsageError, match=message):
         report.check_plot_path(Path(path))
 
 
-def test_without_matplotlib_a_picture_is_refused_with_the_way_out(monkeypatch):
+def test_missing_matplotlib_is_reported_with_the_extra_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UsageError, match=r"\.\[plot\]"):
         report.check_plot_path(Path("x.svg"))
@@ -264,7 +264,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(bench, "QUICK", TINY)
 
 
-def test_the_command_prints_every_figure_and_that_all_are_right(tiny, tmp_path):
+def test_bench_command_prints_every_figure_and_confirms_all_results(tiny, tmp_path):
     result = CliRunner().invoke(app, ["bench", "--quick", "--disk", str(tmp_path)])
     assert result.exit_code == 0, result.output
     for part in ("disk", "memory", "kernels"):
@@ -275,7 +275,7 @@ def test_the_command_prints_every_figure_and_that_all_are_right(tiny, tmp_path):
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
-def test_json_of_the_command_is_alone_and_the_picture_is_drawn(tiny, tmp_path):
+def test_bench_json_output_is_pure_json_and_the_plot_is_written(tiny, tmp_path):
     picture = tmp_path / "roofline.svg"
     result = CliRunner().invoke(app, ["bench", "--quick", "--json", "--plot", str(picture)])
     assert result.exit_code == 0, result.output
@@ -295,7 +295,7 @@ def test_json_of_the_command_is_alone_and_the_picture_is_drawn(tiny, tmp_path):
         (["--threads", "0"], 2),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before(options, code, tmp_path, monkeypatch):
+def test_invalid_bench_options_exit_before_measuring(options, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["bench", *options])
     assert result.exit_code == code

@@ -1,4 +1,4 @@
-"""Kernels for every processor that is named: some of `assembly.py`, which compiles all of them."""
+"""Kernels compiled for every named processor: a sample of `assembly.py`, which compiles all."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fastvgg.transform import Transform
 from tests.campaigns.assembly import (
     PROCESSORS,
     TABLE,
+    analyze,
     compiled,
     contract,
-    faults_of,
     is_legacy,
-    look,
+    list_faults,
 )
 from tests.helpers.kernel_harness import Task
 from tests.helpers.samples import parts
@@ -28,14 +28,14 @@ PARTS = 13
 
 @parts(PARTS)
 @pytest.mark.parametrize("number", range(len(PROCESSORS)), ids=lambda number: PROCESSORS[number])
-def test_kernels_compile_to_what_is_fast_on_every_processor(number, part):
+def test_kernels_compile_to_fast_code_on_every_processor(number, part):
     name = PROCESSORS[number]
     found = compiled(name, EVERY * PARTS, number + EVERY * part)
     assert len(found) >= len([*contract()]) // (EVERY * PARTS)
-    assert faults_of(name, found, json.loads(TABLE.read_text())) == []
+    assert list_faults(name, found, json.loads(TABLE.read_text())) == []
 
 
-def test_the_table_has_every_kernel_and_every_processor():
+def test_table_covers_every_kernel_and_processor():
     table = json.loads(TABLE.read_text())
     kernels = {name for name, _ in contract()}
     assert set(table) == set(PROCESSORS)
@@ -48,7 +48,7 @@ RESTORE = Task(Transform("caffe", "restore"), "float32", nontemporal=True)
 
 
 def assembly_of(task):
-    (text,) = convert.compiled(task.spec).inspect_asm().values()
+    (text,) = convert.compile_kernel(task.spec).inspect_asm().values()
     return text
 
 
@@ -64,22 +64,22 @@ def assembly_of(task):
         (r"(?m)^(\tsfence)", r"\textrq\t$0, $40, %xmm7\n\tvpor %ymm1, %ymm2, %ymm3\n\1", "extrq"),
     ],
 )
-def test_a_kernel_with_a_fault_is_found_to_have_it(pattern, replacement, fault):
+def test_assembly_faults_are_detected(pattern, replacement, fault):
     text = assembly_of(RESTORE)
-    assert look(RESTORE.spec, text)["faults"] == []
+    assert analyze(RESTORE.spec, text)["faults"] == []
     broken, count = re.subn(pattern, replacement, text)
     assert count
-    assert any(fault in line for line in look(RESTORE.spec, broken)["faults"])
+    assert any(fault in line for line in analyze(RESTORE.spec, broken)["faults"])
 
 
-def test_more_instructions_than_allowed_are_a_fault():
+def test_excess_instructions_are_a_fault():
     found = {"a": {"instructions": 4.7, "faults": []}, "b": {"instructions": 4.5, "faults": []}}
-    faults = faults_of("haswell", found, {"haswell": {"a": 4.0, "b": 4.0}})
+    faults = list_faults("haswell", found, {"haswell": {"a": 4.0, "b": 4.0}})
     assert faults == ["haswell: a: 4.7 instructions per pixel, in the table 4.0"]
-    assert len(faults_of("haswell", found, {"haswell": {"a": 5.0}})) == 1
+    assert len(list_faults("haswell", found, {"haswell": {"a": 5.0}})) == 1
 
 
-def test_legacy_instructions_are_told_from_others():
+def test_legacy_sse_instructions_are_recognized():
     assert is_legacy("\textrq\t$0, $40, %xmm7")
     assert is_legacy("\tmovaps\t%xmm0, (%rax)")
     assert not is_legacy("\tvpand\t%xmm0, %xmm1, %xmm2")

@@ -1,4 +1,4 @@
-"""What is compiled for other processors: the same bits without AVX2, F16C and FMA."""
+"""Kernels compiled for other processors: the same bits without AVX2, F16C and FMA."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from tests.helpers.batches import run_script
 from tests.helpers.samples import parts
 
 needs_x86 = pytest.mark.skipif(
-    not processor().is_x86, reason="asks for kinds of x86-64 processors by name"
+    not processor().is_x86, reason="compiles for named x86-64 processors"
 )
 
-# What this processor has, whatever the environment says.
+# The features of this processor, ignoring the environment.
 FEATURES = binding.get_host_cpu_features().flatten().split(",")
 
-# Every pair of types, in one pair of layouts each, by turns; both ways of writing.
-EXACT = """
+# Every pair of types, each in one rotating pair of layouts; both store types.
+EXACT_RESULTS_SCRIPT = """
 import re
 import numpy as np
 from tests.helpers.batches import assert_same, every_half
@@ -36,7 +36,7 @@ for number in range({first}, len(TYPE_PAIRS), {step}):
     check(task, 2, range(0, LINE + LINE // size, 3), range(0, LINE, max(8, size)))
     check(task, 1, [convert.TILE_PIXELS + 37], [0, size])
     check(task, 256, [1], [0])
-    (assembly,) = convert.compiled(task.spec).inspect_asm().values()
+    (assembly,) = convert.compile_kernel(task.spec).inspect_asm().values()
     assert not re.search({forbidden!r}, assembly), task
     assert re.search({expected!r}, assembly), task
 if {first}:
@@ -68,17 +68,19 @@ HALVES = r"vcvtph2ps|vcvtps2ph"
 
 @needs_x86
 @parts(8)
-def test_every_bit_is_right_on_the_least_processor_of_its_kind(part):
+def test_results_are_exact_on_baseline_x86_64(part):
     forbidden = rf"{FUSED}|{HALVES}|%[yz]mm"
-    script = EXACT.format(first=part, step=8, forbidden=forbidden, expected="%xmm")
+    script = EXACT_RESULTS_SCRIPT.format(first=part, step=8, forbidden=forbidden, expected="%xmm")
     run_script(script, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="")
 
 
 @needs_x86
 @pytest.mark.skipif("+avx2" not in FEATURES, reason="this processor has no AVX2")
 @parts(5)
-def test_every_bit_is_right_with_avx2_and_neither_half_nor_fused_instructions(part):
+def test_results_are_exact_with_avx2_but_without_f16c_and_fma(part):
     forbidden = rf"{FUSED}|{HALVES}|%zmm"
-    script = EXACT.format(first=3 * part, step=15, forbidden=forbidden, expected="%ymm")
+    script = EXACT_RESULTS_SCRIPT.format(
+        first=3 * part, step=15, forbidden=forbidden, expected="%ymm"
+    )
     features = "+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx,+avx2"
     run_script(script, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES=features)

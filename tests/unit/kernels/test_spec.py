@@ -1,4 +1,4 @@
-"""Which loop is meant, which constants it reads, and when a reciprocal may stand for a division."""
+"""KernelSpec, constant tables, and when a reciprocal may replace a division."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from fastvgg.kernels.spec import (
     KernelSpec,
     affine_constants,
     constant_table,
-    reciprocal_is_exact,
+    is_reciprocal_exact,
 )
 from fastvgg.transform import Mode, Transform
 from tests.helpers.batches import FLOATS, LAYOUT_PAIRS, LAYOUTS, assert_same, bits, dtype_of
-from tests.helpers.kernel_harness import MODES, OWN, SMALL
+from tests.helpers.kernel_harness import CUSTOM, MODES, SMALL
 
-fuses = pytest.mark.skipif(
+needs_fma = pytest.mark.skipif(
     not processor().has_fma, reason="the processor has no fused multiply-add"
 )
 BYTES = np.arange(256, dtype=np.float32)
 
 
 def nearest_float32(exact, zero=0.0):
-    """The float32 nearest to a fraction, half to even; `zero` where the fraction is none."""
+    """Return the float32 nearest to a fraction, half to even; `zero` if the fraction is zero."""
     if exact == 0:
         return np.float32(zero)
     magnitude = abs(exact)
@@ -44,17 +44,17 @@ def nearest_float32(exact, zero=0.0):
     return np.float32(math.copysign(value, exact))
 
 
-def fused_exactly(a, b, c):
-    """Finite a * b + c, rounded once from the exact number."""
+def exact_fused_multiply_add(a, b, c):
+    """Return finite a * b + c, rounded once from the exact value."""
     product = Fraction(float(a)) * Fraction(float(b))
-    # Where all is zero, the sum of two zeros of different signs is the positive one.
+    # The sum of two zeros of different signs is positive zero.
     with np.errstate(under="ignore"):
         zero = float(np.float64(a) * np.float64(b)) + float(c) if product == 0 else 0.0
     return nearest_float32(product + Fraction(float(c)), zero)
 
 
 def reciprocal_of(divisor):
-    """The reciprocal and what rounding took from it; None where that is infinite."""
+    """Return the reciprocal and its rounding error; None if the reciprocal is infinite."""
     with np.errstate(all="ignore"):
         reciprocal = np.float32(1) / divisor
     if not np.isfinite(reciprocal):
@@ -64,7 +64,7 @@ def reciprocal_of(divisor):
 
 
 def divided_by_reciprocal(x, divisor):
-    """The two operations on one number; None where the reciprocal is infinite."""
+    """Divide one number by its reciprocal; None if the reciprocal is infinite."""
     if reciprocal_of(divisor) is None:
         return None
     reciprocal, rest = reciprocal_of(divisor)
@@ -72,10 +72,10 @@ def divided_by_reciprocal(x, divisor):
         correction = x * rest
     if np.isinf(correction):
         return correction
-    return fused_exactly(x, reciprocal, correction)
+    return exact_fused_multiply_add(x, reciprocal, correction)
 
 
-def test_the_exact_rounding_is_that_of_numpy():
+def test_nearest_float32_rounds_like_numpy():
     random = np.random.default_rng(0)
     doubles = random.uniform(1, 2, 4000) * 2.0 ** random.integers(-155, 130, 4000)
     doubles = np.concatenate([doubles, -doubles, [2.0**-150, 3 * 2.0**-150, 2.0**128 - 2.0**103]])
@@ -91,13 +91,13 @@ finite = floats.filter(np.isfinite)
 
 @given(a=finite, b=finite, c=finite)
 @settings(max_examples=500)
-def test_the_fused_operation_rounds_once(a, b, c):
+def test_fused_multiply_add_rounds_once(a, b, c):
     check_fused(a, b, c)
 
 
 @given(a=finite, b=finite, steps=st.integers(-3, 3), doubled=st.integers(-30, 30))
 @settings(max_examples=500)
-def test_the_fused_operation_rounds_once_where_nearly_everything_cancels(a, b, steps, doubled):
+def test_fused_multiply_add_rounds_once_under_cancellation(a, b, steps, doubled):
     with np.errstate(all="ignore"):
         near = -(a * b)
         pattern = (near.view(np.uint32).astype(np.int64) + steps) % 2**32
@@ -108,11 +108,11 @@ def test_the_fused_operation_rounds_once_where_nearly_everything_cancels(a, b, s
 
 def check_fused(a, b, c):
     with np.errstate(all="ignore"):
-        actual = spec._fused(np.array([a]), b, np.array([c]))
-    assert bits(actual) == bits(fused_exactly(a, b, c).reshape(1)), (a, b, c)
+        actual = spec._fma(np.array([a]), b, np.array([c]))
+    assert bits(actual) == bits(exact_fused_multiply_add(a, b, c).reshape(1)), (a, b, c)
 
 
-def test_the_fused_operation_rounds_once_where_twice_is_not_the_same():
+def test_fused_multiply_add_rounds_once_where_double_rounding_differs():
     # The product is 64 but for 2**-40: next to 2**30 nearly half of the step to the next float.
     a, b = np.float32(8 + 2**-20), np.float32(8 - 2**-20)
     twice = []
@@ -121,12 +121,12 @@ def test_the_fused_operation_rounds_once_where_twice_is_not_the_same():
             for c in (np.float32(number), np.float32(-number)):
                 check_fused(a, sign * b, c)
                 in_two_roundings = np.float32(float(a) * float(sign * b) + float(c))
-                twice.append(in_two_roundings == fused_exactly(a, sign * b, c))
+                twice.append(in_two_roundings == exact_fused_multiply_add(a, sign * b, c))
     assert not all(twice)
 
 
 def agrees_with_exact_arithmetic(x, divisor):
-    """Whether the spec's answer for some numbers is that of exact arithmetic; and that answer."""
+    """Check `is_reciprocal_exact` against exact arithmetic, and return its result."""
     with np.errstate(all="ignore"):
         quotients = x / divisor
     expected = [divided_by_reciprocal(number, divisor) for number in x]
@@ -134,7 +134,7 @@ def agrees_with_exact_arithmetic(x, divisor):
         got is not None and got.tobytes() == quotient.tobytes()
         for got, quotient in zip(expected, quotients, strict=True)
     )
-    assert reciprocal_is_exact(x, divisor) == exact, (divisor, x)
+    assert is_reciprocal_exact(x, divisor) == exact, (divisor, x)
     return exact
 
 
@@ -146,28 +146,28 @@ ADVERSARIAL = [
 ]
 
 
-@fuses
+@needs_fma
 @pytest.mark.parametrize("divisor", ADVERSARIAL, ids=str)
-def test_a_reciprocal_is_exact_for_bytes_where_exact_arithmetic_says_so(divisor):
+def test_reciprocal_is_exact_for_bytes_agrees_with_exact_arithmetic(divisor):
     agrees_with_exact_arithmetic(BYTES, np.float32(divisor))
 
 
-@fuses
-def test_exact_arithmetic_says_both_of_reciprocals():
+@needs_fma
+def test_adversarial_divisors_include_exact_and_inexact_reciprocals():
     answers = [agrees_with_exact_arithmetic(BYTES[::5], np.float32(d)) for d in ADVERSARIAL]
     assert 0 < sum(answers) < len(answers)
 
 
-@fuses
+@needs_fma
 @given(divisor=finite.filter(bool), x=st.lists(finite, min_size=1, max_size=20))
 @settings(max_examples=300)
-def test_a_reciprocal_is_exact_for_any_numbers_where_exact_arithmetic_says_so(divisor, x):
+def test_reciprocal_is_exact_for_any_values_agrees_with_exact_arithmetic(divisor, x):
     agrees_with_exact_arithmetic(np.array(x, np.float32), divisor)
 
 
-@fuses
+@needs_fma
 @pytest.mark.parametrize("divisor", [127.5, 255.0, 0.229, 3.0, -7.0, 1e300, 5e-324, 1.7e308])
-def test_a_reciprocal_is_exact_in_float64_where_exact_arithmetic_says_so(divisor):
+def test_reciprocal_is_exact_in_float64_agrees_with_exact_arithmetic(divisor):
     x, number = np.arange(256, dtype=np.float64), np.float64(divisor)
     with np.errstate(all="ignore"):
         reciprocal = 1 / number
@@ -189,32 +189,32 @@ def test_a_reciprocal_is_exact_in_float64_where_exact_arithmetic_says_so(divisor
         zero = 0.0 * float(reciprocal) + 0.0 * remainder
         expected = fused == quotients and same_signs
         expected &= math.copysign(1, zero) == math.copysign(1, quotients[0])
-    assert reciprocal_is_exact(x, number) == expected
+    assert is_reciprocal_exact(x, number) == expected
 
 
-@fuses
-def test_bytes_are_divided_by_reciprocals_in_float64():
+@needs_fma
+def test_float64_divides_bytes_by_reciprocals():
     for mode, expected in ((Mode.TF, ("reciprocal", "none")), (Mode.TORCH, ("reciprocal",) * 2)):
         found = KernelSpec.of(Transform(mode, dtype="float64"), "uint8")
         assert (found.divide, found.scale) == expected
 
 
-@fuses
+@needs_fma
 @pytest.mark.parametrize(
     ("x", "divisor"),
     [
         ([1.0], 2e-39),  # the reciprocal is infinite
-        (BYTES, 3e38),  # what rounding took from the reciprocal has too few places
-        ([-0.0], 3.0),  # comes out as +0.0
+        (BYTES, 3e38),  # the rounding error of the reciprocal is subnormal
+        ([-0.0], 3.0),  # results in +0.0
         ([0.0], -3.0),  # so does this
     ],
 )
-def test_a_reciprocal_is_not_exact_where_a_step_leaves_the_numbers_with_all_places(x, divisor):
+def test_reciprocal_is_not_exact_on_overflow_underflow_or_negative_zero(x, divisor):
     assert not agrees_with_exact_arithmetic(np.array(x, np.float32), np.float32(divisor))
 
 
 def divided_without_fma(x, divisor):
-    """What two products and their sum make of bytes, each rounded by itself."""
+    """Divide bytes by the sum of two products, rounding each operation."""
     with np.errstate(all="ignore"):
         reciprocal = np.float32(1) / divisor
         if not np.isfinite(reciprocal):
@@ -226,50 +226,48 @@ def divided_without_fma(x, divisor):
 
 
 @pytest.mark.parametrize("divisor", ADVERSARIAL, ids=str)
-def test_without_a_fused_operation_a_reciprocal_is_exact_where_three_others_are(
-    monkeypatch, divisor
-):
-    lesser = processor()._replace(has_fma=False)
-    monkeypatch.setattr(jit, "processor", lambda: lesser)
+def test_reciprocal_without_fma_is_exact_where_split_products_are(monkeypatch, divisor):
+    restricted = processor()._replace(has_fma=False)
+    monkeypatch.setattr(jit, "processor", lambda: restricted)
     found = divided_without_fma(BYTES, np.float32(divisor))
     with np.errstate(all="ignore"):
         exact = found is not None and found.tobytes() == (BYTES / np.float32(divisor)).tobytes()
-    assert reciprocal_is_exact(BYTES, np.float32(divisor)) == exact
+    assert is_reciprocal_exact(BYTES, np.float32(divisor)) == exact
     assert exact or divisor not in (127.5, 255.0, 0.229, 0.224, 0.225)
 
 
-def test_without_a_fused_operation_only_bytes_are_divided_by_reciprocals(monkeypatch):
-    lesser = processor()._replace(has_fma=False)
-    monkeypatch.setattr(jit, "processor", lambda: lesser)
+def test_without_fma_only_bytes_are_divided_by_reciprocals(monkeypatch):
+    restricted = processor()._replace(has_fma=False)
+    monkeypatch.setattr(jit, "processor", lambda: restricted)
     for dtype in ("float32", "float64"):
         for mode, scale in ((Mode.TF, "none"), (Mode.TORCH, "division")):
             found = KernelSpec.of(Transform(mode, dtype=dtype), "uint8")
             assert (found.divide, found.scale) == ("reciprocal", scale)
 
 
-@fuses
+@needs_fma
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_bytes_are_divided_by_reciprocals_where_those_are_exact(dtype):
+def test_bytes_are_divided_by_reciprocals_only_where_exact(dtype):
     divisions = {
         mode: (found.divide, found.scale)
         for mode in (Mode.IDENTITY, *MODES)
-        if not (found := KernelSpec.of(Transform(mode, dtype=dtype), "uint8")).affine
+        if not (found := KernelSpec.of(Transform(mode, dtype=dtype), "uint8")).is_affine
     }
     expected = {
         Mode.IDENTITY: ("none", "none"),
         Mode.CAFFE: ("none", "none"),
         Mode.TF: ("reciprocal", "none"),
         Mode.TORCH: ("reciprocal", "reciprocal"),
-        OWN: ("reciprocal", "reciprocal"),
+        CUSTOM: ("reciprocal", "reciprocal"),
         SMALL: ("division", "division"),
     }
     assert divisions == {mode: expected[mode] for mode in divisions}
-    affine = {
-        "float16": {Mode.TF, Mode.TORCH, OWN, SMALL},
-        "bfloat16": {Mode.TF, Mode.TORCH, OWN},
+    is_affine = {
+        "float16": {Mode.TF, Mode.TORCH, CUSTOM, SMALL},
+        "bfloat16": {Mode.TF, Mode.TORCH, CUSTOM},
         "float32": set(),
     }[dtype]
-    assert set(divisions) == set(expected) - affine
+    assert set(divisions) == set(expected) - is_affine
 
 
 MEANS, STDS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -278,33 +276,33 @@ CLIP = Mode("clip", divide=255.0, mean=MEANS, std=STDS)
 
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
 @pytest.mark.parametrize("mode", [Mode.TF, Mode.TORCH, CLIP], ids=lambda mode: mode.name)
-def test_one_multiplication_and_addition_has_the_results_of_the_oracle_for_every_input(mode, half):
+def test_affine_formula_matches_oracle_for_every_input(mode, half):
     x = np.repeat(np.arange(256, dtype=np.uint8), 3).reshape(1, 256, 3)
     y = np.repeat(np.arange(65536, dtype=np.uint16), 3).view(dtype_of(half)).reshape(1, 65536, 3)
-    for restores, values in ((False, x), (True, y)):
+    for is_restore, values in ((False, x), (True, y)):
         transform = Transform(
-            mode, "restore" if restores else "preprocess", dtype=None if restores else half
+            mode, "restore" if is_restore else "preprocess", dtype=None if is_restore else half
         )
-        assert KernelSpec.of(transform, values.dtype.name).affine
-        slope, intercept = affine_constants(mode, half, restores=restores)
+        assert KernelSpec.of(transform, values.dtype.name).is_affine
+        slope, intercept = affine_constants(mode, half, is_restore=is_restore)
         with np.errstate(all="ignore"):
             wide = values.astype(np.float32)
             if processor().has_fma:
-                result = spec._fused(wide, slope, intercept)
+                result = spec._fma(wide, slope, intercept)
             else:
                 result = wide * slope + intercept
-            if restores:
+            if is_restore:
                 result = oracle.saturate(result, "nearest").astype(np.uint8)
             else:
                 result = result.astype(dtype_of(half))
         assert_same(np.ascontiguousarray(result), oracle.apply(transform, values))
 
 
-def test_no_affine_formula_is_taken_where_it_has_other_results():
-    assert affine_constants(OWN, "float16", restores=True) is None
-    assert affine_constants(SMALL, "bfloat16", restores=False) is None
-    assert not KernelSpec.of(Transform(OWN, "restore"), "float16").affine
-    assert not KernelSpec.of(Transform(SMALL, dtype="bfloat16"), "uint8").affine
+def test_affine_formula_is_not_used_where_results_would_differ():
+    assert affine_constants(CUSTOM, "float16", is_restore=True) is None
+    assert affine_constants(SMALL, "bfloat16", is_restore=False) is None
+    assert not KernelSpec.of(Transform(CUSTOM, "restore"), "float16").is_affine
+    assert not KernelSpec.of(Transform(SMALL, dtype="bfloat16"), "uint8").is_affine
     for transform, source in (
         (Transform(Mode.TORCH, dtype="float16"), "float32"),
         (Transform(Mode.TORCH), "uint8"),
@@ -312,27 +310,27 @@ def test_no_affine_formula_is_taken_where_it_has_other_results():
         (Transform(Mode.TORCH, "restore", dtype="float32"), "float16"),
         (Transform(Mode.TORCH, "restore"), "float32"),
     ):
-        assert not KernelSpec.of(transform, source).affine
+        assert not KernelSpec.of(transform, source).is_affine
 
 
-def test_ties_are_expected_where_a_byte_becomes_one():
+def test_may_tie_is_set_only_where_an_input_byte_can_tie():
     tying = Mode("tying", mean=(-256.0, 0.0, 0.0))  # 256 + 1 lies halfway between two of bfloat16
-    assert KernelSpec.of(Transform(tying, dtype="bfloat16"), "uint8").may_tie
-    assert not KernelSpec.of(Transform(Mode.CAFFE, dtype="bfloat16"), "uint8").may_tie
-    assert KernelSpec.of(Transform(Mode.CAFFE, dtype="bfloat16"), "float32").may_tie
+    assert KernelSpec.of(Transform(tying, dtype="bfloat16"), "uint8").has_ties
+    assert not KernelSpec.of(Transform(Mode.CAFFE, dtype="bfloat16"), "uint8").has_ties
+    assert KernelSpec.of(Transform(Mode.CAFFE, dtype="bfloat16"), "float32").has_ties
 
 
 @pytest.mark.parametrize("direction", ["preprocess", "restore"])
 @pytest.mark.parametrize("source", FLOATS)
 @pytest.mark.parametrize("target", FLOATS)
-def test_floats_are_divided(direction, source, target):
+def test_floats_are_divided_without_reciprocals(direction, source, target):
     for mode, expected in ((Mode.TF, ("division", "none")), (Mode.TORCH, ("division",) * 2)):
         found = KernelSpec.of(Transform(mode, direction, dtype=target), source)
         assert (found.divide, found.scale) == expected
 
 
-@fuses
-def test_one_std_without_an_exact_reciprocal_is_enough_to_divide_all():
+@needs_fma
+def test_one_std_without_exact_reciprocal_disables_reciprocals():
     for at in range(3):
         std = [0.5, 0.3, 0.7]
         std[at] = 1e-39
@@ -340,9 +338,9 @@ def test_one_std_without_an_exact_reciprocal_is_enough_to_divide_all():
         assert (found.divide, found.scale) == ("none", "division")
 
 
-@fuses
-def test_what_a_std_divides_is_what_the_divisor_and_the_mean_have_left():
-    # Of whole numbers 0 alone is divided wrongly by a negative number: it comes out as +0.0.
+@needs_fma
+def test_std_reciprocal_is_checked_for_the_values_after_divide_and_mean():
+    # Among integers, only 0 is wrong with a negative divisor: it results in +0.0.
     std = (-3.0,) * 3
     means = {"a": (0.0, 255.0, 17.0), "b": (0.5, -1.0, 256.0)}
     found = {
@@ -354,43 +352,43 @@ def test_what_a_std_divides_is_what_the_divisor_and_the_mean_have_left():
     assert KernelSpec.of(Transform(halves), "uint8").scale == "division"
 
 
-def test_a_spec_says_what_a_transform_does():
+def test_spec_describes_the_transform():
     transform = Transform("caffe", "restore", "NCHW", "NHWC", "float16", "truncate")
     assert KernelSpec.of(transform, "float64", nontemporal=True) == KernelSpec(
-        restores=True,
+        is_restore=True,
         source="float64",
         target="float16",
         compute="float32",
-        planar_source=True,
-        planar_target=False,
-        reverses_channels=True,
-        affine=False,
+        is_source_planar=True,
+        is_target_planar=False,
+        has_reversed_channels=True,
+        is_affine=False,
         divide="none",
         scale="none",
-        may_tie=False,
+        has_ties=False,
         rounding="truncate",
         nontemporal=True,
-        plane_by_plane=False,
+        is_plane_by_plane=False,
     )
 
 
-def test_transforms_that_differ_in_numbers_alone_have_one_spec():
+def test_transforms_that_differ_only_in_constants_share_a_spec():
     other = Mode("other means", mean=(1.0, 2.0, 3.0), order="BGR")
     assert KernelSpec.of(Transform(other), "uint8") == KernelSpec.of(Transform("caffe"), "uint8")
-    truncating = Transform("caffe", rounding="truncate")  # nothing is rounded forwards
+    truncating = Transform("caffe", rounding="truncate")  # preprocess does not round
     assert KernelSpec.of(truncating, "uint8") == KernelSpec.of(Transform("caffe"), "uint8")
 
 
 @pytest.mark.parametrize("mode", ["caffe", "torch"])
 @pytest.mark.parametrize("direction", ["preprocess", "restore"])
-def test_channels_stored_in_reverse_are_reversed_where_others_are_not(direction, mode):
+def test_reversed_input_inverts_reverses_channels(direction, mode):
     for layouts in LAYOUT_PAIRS:
         transform = Transform(mode, direction, *layouts, "float32")
         plain = KernelSpec.of(transform, "float32")
-        reversed_ = KernelSpec.of(transform, "float32", reversed_input=True)
-        assert plain.reverses_channels == (mode == "caffe")
-        assert reversed_.reverses_channels != plain.reverses_channels
-        assert reversed_._replace(reverses_channels=plain.reverses_channels) == plain
+        reversed_ = KernelSpec.of(transform, "float32", has_reversed_input=True)
+        assert plain.has_reversed_channels == (mode == "caffe")
+        assert reversed_.has_reversed_channels != plain.has_reversed_channels
+        assert reversed_._replace(has_reversed_channels=plain.has_reversed_channels) == plain
 
 
 @pytest.mark.parametrize(
@@ -404,14 +402,14 @@ def test_channels_stored_in_reverse_are_reversed_where_others_are_not(direction,
         ("float16", "float32", False),
     ],
 )
-def test_lanes_are_shuffled_where_their_elements_are_smaller(source, target, late):
+def test_lanes_are_shuffled_in_the_smaller_element_type(source, target, late):
     for layout, out_layout in LAYOUT_PAIRS:
         transform = Transform("caffe", "restore", layout, out_layout, target)
         found = KernelSpec.of(transform, source)
-        plane_by_plane = (layout, out_layout) == ("NCHW", "NCHW")
-        assert found.plane_by_plane == plane_by_plane
-        assert found.shuffles_results == (late and not plane_by_plane)
-        assert found.computes_planes == ((layout if late else out_layout) == "NCHW")
+        is_plane_by_plane = (layout, out_layout) == ("NCHW", "NCHW")
+        assert found.is_plane_by_plane == is_plane_by_plane
+        assert found.is_result_shuffled == (late and not is_plane_by_plane)
+        assert found.is_compute_planar == ((layout if late else out_layout) == "NCHW")
 
 
 @pytest.mark.parametrize(
@@ -425,25 +423,23 @@ def test_lanes_are_shuffled_where_their_elements_are_smaller(source, target, lat
         ("uint8", "float32", ()),
     ],
 )
-def test_interleaved_pixels_are_taken_from_two_places_where_most_traffic_is_reads(
-    source, target, out_layouts
-):
+def test_two_streams_are_used_for_read_heavy_interleaved_input(source, target, out_layouts):
     for layout, out_layout in LAYOUT_PAIRS:
         direction = "restore" if target == "uint8" else "preprocess"
         transform = Transform("caffe", direction, layout, out_layout, target)
         found = KernelSpec.of(transform, source)
-        assert found.two_streams == (layout == "NHWC" and out_layout in out_layouts)
-    plane_by_plane = KernelSpec.of(
+        assert found.has_two_streams == (layout == "NHWC" and out_layout in out_layouts)
+    is_plane_by_plane = KernelSpec.of(
         Transform("caffe", "restore", "NHWC", "NCHW"), "float32", nontemporal=True
     )
-    assert plane_by_plane.plane_by_plane
-    assert not plane_by_plane.two_streams
+    assert is_plane_by_plane.is_plane_by_plane
+    assert not is_plane_by_plane.has_two_streams
 
 
-SSE = Processor(True, has_f16c=False, has_fma=False, vector_bytes=16, permuted_bytes=16)
-AVX2 = Processor(True, has_f16c=True, has_fma=True, vector_bytes=32, permuted_bytes=16)
-AVX512 = Processor(True, has_f16c=True, has_fma=True, vector_bytes=64, permuted_bytes=2)
-NEON = Processor(False, has_f16c=True, has_fma=True, vector_bytes=16, permuted_bytes=1)
+SSE = Processor(True, has_f16c=False, has_fma=False, vector_bytes=16, min_permute_bytes=16)
+AVX2 = Processor(True, has_f16c=True, has_fma=True, vector_bytes=32, min_permute_bytes=16)
+AVX512 = Processor(True, has_f16c=True, has_fma=True, vector_bytes=64, min_permute_bytes=2)
+NEON = Processor(False, has_f16c=True, has_fma=True, vector_bytes=16, min_permute_bytes=1)
 
 
 @pytest.mark.parametrize(
@@ -456,9 +452,7 @@ NEON = Processor(False, has_f16c=True, has_fma=True, vector_bytes=16, permuted_b
         ("float64", "uint8", (16, 16, 64, 32)),
     ],
 )
-def test_results_fill_a_store_and_three_vectors_fit_into_registers(
-    monkeypatch, source, target, lanes
-):
+def test_lanes_fill_a_store_and_fit_three_vectors_in_registers(monkeypatch, source, target, lanes):
     direction = "restore" if target == "uint8" else "preprocess"
     spec = KernelSpec.of(Transform("caffe", direction, dtype=target), source)
     for one, expected in zip((SSE, AVX2, AVX512, NEON), lanes, strict=True):
@@ -468,42 +462,47 @@ def test_results_fill_a_store_and_three_vectors_fit_into_registers(
 
 @pytest.mark.parametrize("layouts", LAYOUT_PAIRS, ids="-".join)
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
-def test_halves_are_shuffled_rather_than_planes_of_bytes(layouts, half):
+def test_16_bit_results_are_shuffled_instead_of_byte_planes(layouts, half):
     found = KernelSpec.of(Transform("caffe", "preprocess", *layouts, half), "uint8")
-    assert found.shuffles_results == (layouts == ("NCHW", "NHWC"))
+    assert found.is_result_shuffled == (layouts == ("NCHW", "NHWC"))
 
 
 @pytest.mark.parametrize("layouts", LAYOUT_PAIRS, ids="-".join)
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
-@pytest.mark.parametrize("permuted_bytes", [1, 2, 16])
-def test_blocks_are_split_between_bytes_and_bfloat16(monkeypatch, layouts, half, permuted_bytes):
-    changed = processor()._replace(permuted_bytes=permuted_bytes)
+@pytest.mark.parametrize("min_permute_bytes", [1, 2, 16])
+def test_blocks_are_split_only_for_bytes_and_bfloat16_without_byte_permutes(
+    monkeypatch, layouts, half, min_permute_bytes
+):
+    changed = processor()._replace(min_permute_bytes=min_permute_bytes)
     monkeypatch.setattr(jit, "processor", lambda: changed)
     bytes_to_half = KernelSpec.of(Transform("caffe", "preprocess", *layouts, half), "uint8")
     half_to_bytes = KernelSpec.of(Transform("caffe", "restore", *layouts), half)
-    splits = half == "bfloat16" and permuted_bytes == 16
-    assert half_to_bytes.splits == splits
-    assert bytes_to_half.splits == (splits and layouts != ("NHWC", "NCHW"))
+    is_split = half == "bfloat16" and min_permute_bytes == 16
+    assert half_to_bytes.is_split == is_split
+    assert bytes_to_half.is_split == (is_split and layouts != ("NHWC", "NCHW"))
 
 
 @pytest.mark.parametrize("layouts", LAYOUT_PAIRS, ids="-".join)
 @pytest.mark.parametrize(
-    ("source", "target", "together"), [("float32", "uint8", True), ("uint8", "float32", False)]
+    ("source", "target", "aligned_together"),
+    [("float32", "uint8", True), ("uint8", "float32", False)],
 )
-def test_planes_are_aligned_by_themselves_where_non_temporal_stores_need_it(
-    layouts, source, target, together
+def test_planes_are_aligned_individually_where_nontemporal_stores_need_it(
+    layouts, source, target, aligned_together
 ):
     direction = "restore" if target == "uint8" else "preprocess"
     transform = Transform("tf", direction, *layouts, target)
     for nontemporal, aligned in itertools.product([True, False], repeat=2):
-        found = KernelSpec.of(transform, source, nontemporal=nontemporal, aligned_planes=aligned)
-        needed = not (aligned and together) and (layouts[0] == "NCHW" or nontemporal)
-        assert found.plane_by_plane == (layouts[1] == "NCHW" and needed)
+        found = KernelSpec.of(
+            transform, source, nontemporal=nontemporal, has_aligned_planes=aligned
+        )
+        needed = not (aligned and aligned_together) and (layouts[0] == "NCHW" or nontemporal)
+        assert found.is_plane_by_plane == (layouts[1] == "NCHW" and needed)
     in_place = KernelSpec.of(Transform("tf", layout="NCHW"), "float32", in_place=True)
-    assert not in_place.plane_by_plane
+    assert not in_place.is_plane_by_plane
 
 
-# What each row holds of a mode, in the channel order of y.
+# The expected rows for a mode, in the channel order of y.
 def rows_of(mode):
     means, std = mode.mean or (0, 0, 0), mode.std or (1, 1, 1)
     divide = 1 if mode.divide is None else mode.divide
@@ -512,7 +511,7 @@ def rows_of(mode):
 
 @pytest.mark.parametrize("mode", [Mode.IDENTITY, *MODES], ids=lambda mode: mode.name)
 @pytest.mark.parametrize(
-    ("direction", "source", "target", "reversed_input"),
+    ("direction", "source", "target", "has_reversed_input"),
     [
         ("preprocess", "uint8", "float32", False),
         ("preprocess", "float64", "float64", True),
@@ -521,18 +520,20 @@ def rows_of(mode):
     ],
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_rows_of_constants_are_in_the_order_that_the_loop_computes_in(
-    mode, direction, source, target, reversed_input, layout
+def test_constant_table_rows_are_in_kernel_channel_order(
+    mode, direction, source, target, has_reversed_input, layout
 ):
     found = KernelSpec.of(
-        Transform(mode, direction, layout, layout, target), source, reversed_input=reversed_input
+        Transform(mode, direction, layout, layout, target),
+        source,
+        has_reversed_input=has_reversed_input,
     )
     table = constant_table(mode, found)
     assert table.dtype == found.compute
     assert table.shape == (len(Constants._fields), TABLE_COLUMNS)
     assert table.flags.c_contiguous
     # y has the order of the mode, x the order RGB; and what is reversed later is computed before.
-    late = found.reverses_channels and found.shuffles_results
+    late = found.has_reversed_channels and found.is_result_shuffled
     reversed_ = (direction == "restore" and mode.is_bgr) != late
     scalar = np.dtype(found.compute).type
     for name, values in rows_of(mode).items():
@@ -550,7 +551,7 @@ def test_the_rows_of_constants_are_in_the_order_that_the_loop_computes_in(
                 nearest_float32(1 / Fraction(float(number)) - Fraction(float(reciprocal)))
                 for number, reciprocal in zip(expected, reciprocals, strict=True)
             ]
-            rows[f"{name}_remainder"] = np.array(rests)
+            rows[f"{name}_reciprocal_low"] = np.array(rests)
         for row, numbers in rows.items():
             assert_same(
                 table[Constants._fields.index(row)].reshape(-1, 3),
@@ -558,7 +559,7 @@ def test_the_rows_of_constants_are_in_the_order_that_the_loop_computes_in(
             )
 
 
-def test_a_mode_of_tiny_numbers_does_not_raise_the_callers_errors():
+def test_subnormal_constants_ignore_errstate_when_building_the_spec():
     tiny = Mode("tiny", divide=1e-39, mean=(1e-40, 0.0, 1e-45), std=(1e3, 1e-39, 7.0))
     for source, dtype in (("uint8", "float32"), ("float64", "float64")):
         with np.errstate(all="raise"):

@@ -1,4 +1,4 @@
-"""Vector blocks one by one, each in a kernel of its own, against NumPy."""
+"""Vector operations, each in a separate kernel, compared with NumPy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from fastvgg import oracle
 from fastvgg.kernels import arithmetic, jit, memory, order, vector
-from fastvgg.kernels.jit import inlined, kernel, processor
+from fastvgg.kernels.jit import always_inline, kernel, processor
 from fastvgg.kernels.memory import TABLE_COLUMNS
 from fastvgg.kernels.vector import ELEMENT_BYTES
 from tests.helpers.batches import assert_same, cast, dtype_of, frozen, with_canonical_nan
@@ -20,12 +20,12 @@ HALVES = frozen(np.arange(65536, dtype=np.uint16))
 LANES = (1, 16)  # a pixel or a value, and a block
 
 
-@pytest.fixture(params=["its own instructions for halves", "none"])
+@pytest.fixture(params=["F16C if available", "none"])
 def halves(request, monkeypatch):
-    """Blocks for this processor, and for one that has no instructions for halves."""
+    """Test on this processor, and as if it had no F16C instructions."""
     if request.param == "none":
-        lesser = processor()._replace(has_f16c=False)
-        monkeypatch.setattr(jit, "processor", lambda: lesser)
+        restricted = processor()._replace(has_f16c=False)
+        monkeypatch.setattr(jit, "processor", lambda: restricted)
     for made in (arithmetic.widen, arithmetic.narrow):
         made.cache_clear()
     yield
@@ -34,12 +34,12 @@ def halves(request, monkeypatch):
 
 
 def padded(values, lanes):
-    """The values, repeated until they fill whole vectors."""
+    """Repeat values until they fill complete vectors."""
     return np.resize(values, -(-len(values) // lanes) * lanes)
 
 
-def each(operation, values, source, target, lanes, vectors=1):
-    """What an operation on blocks makes of values of a storage type, block after block."""
+def apply_blocks(operation, values, source, target, lanes, vectors=1):
+    """Apply an operation to blocks of values; return the padded values and the results."""
     values = padded(values, lanes * vectors)
     result = np.zeros(len(values), dtype_of(target))
     load, store = memory.load(source, lanes, vectors), memory.store(nontemporal=False)
@@ -57,7 +57,7 @@ def each(operation, values, source, target, lanes, vectors=1):
 
 
 def loaded(load, storage, lanes, vectors, address):
-    """What an intrinsic loads from an address, as an array of its vectors."""
+    """Return the vectors that an intrinsic loads from an address."""
     result = np.zeros((vectors, lanes), dtype_of(storage))
     store, step = memory.store(nontemporal=False), lanes * ELEMENT_BYTES[storage]
 
@@ -70,7 +70,7 @@ def loaded(load, storage, lanes, vectors, address):
 
 
 def split(values, lanes):
-    """The values of vectors, the even ones of each before the odd ones."""
+    """Reorder each vector: even lanes before odd lanes."""
     vectors = values.reshape(-1, lanes)
     return np.concatenate([vectors[:, ::2], vectors[:, 1::2]], axis=1).ravel()
 
@@ -80,7 +80,7 @@ def split(values, lanes):
 
 @pytest.mark.parametrize("storage", sorted(vector.ELEMENTS))
 @pytest.mark.parametrize(("lanes", "vectors"), [(1, 1), (1, 3), (16, 1), (16, 3)])
-def test_vectors_are_loaded_and_stored_wherever_they_begin(storage, lanes, vectors):
+def test_vectors_are_loaded_and_stored_at_any_alignment(storage, lanes, vectors):
     width = lanes * ELEMENT_BYTES[storage]
     source = np.arange(64 + 2 * vectors * width + 7, dtype=np.uint8)
     load, store = memory.load(storage, lanes, vectors), memory.store(nontemporal=False)
@@ -97,13 +97,13 @@ def test_vectors_are_loaded_and_stored_wherever_they_begin(storage, lanes, vecto
             assert row.tolist() == [*source[first : first + width], *[CANARY] * 5]
 
 
-def test_the_sizes_of_elements_are_those_of_numpy():
+def test_element_sizes_match_numpy():
     sizes = {name: dtype_of(name).itemsize for name in vector.ELEMENTS}
     assert sizes == ELEMENT_BYTES
 
 
 @pytest.mark.parametrize("nbytes", [8, 16, 64, 256])
-def test_a_cache_line_is_repeated_or_combined(nbytes):
+def test_load_line_repeats_or_combines_bytes(nbytes):
     source = np.random.default_rng(0).integers(0, 256, nbytes, np.uint8)
     (line,) = loaded(memory.load_line(nbytes), "uint8", 64, 1, source.ctypes.data)
     if nbytes < 64:
@@ -117,7 +117,7 @@ def test_a_cache_line_is_repeated_or_combined(nbytes):
 def test_one_channel_of_interleaved_pixels_is_loaded(storage, lanes):
     source = cast(np.arange(1, 1 + 3 * lanes), storage)
     load_channel = memory.load_channel(storage, lanes)
-    load = inlined(lambda address: load_channel(address, 0))
+    load = always_inline(lambda address: load_channel(address, 0))
     for channel in range(3):
         start = source.ctypes.data + channel * source.itemsize
         actual = loaded(load, storage, lanes, 1, start)
@@ -133,12 +133,12 @@ def test_bytes_are_loaded_in_any_order_of_channels(compute, lanes):
     planes = numbers.T.ravel(), numbers.T[::-1].ravel()
     for offsets in (*both, *planes, *(split(values, lanes) for values in both)):
         load_bytes = memory.load_bytes(tuple(offsets.tolist()), lanes, 3 * lanes, compute)
-        load = inlined(lambda x, load_bytes=load_bytes: load_bytes(x, 0))
+        load = always_inline(lambda x, load_bytes=load_bytes: load_bytes(x, 0))
         actual = loaded(load, compute, lanes, 3, source.ctypes.data)
         assert_same(actual.ravel(), source[offsets].astype(compute))
 
 
-def test_bytes_that_are_too_far_apart_or_too_few_for_a_shuffle_are_refused():
+def test_load_bytes_rejects_offsets_that_one_shuffle_cannot_reach():
     with pytest.raises(ValueError, match="15 bytes are less than a window of 16"):
         memory.load_bytes((0, 1, 2, 3), 4, 15, "float32")
     with pytest.raises(ValueError, match=r"16 bytes .* offsets 0, 6, 12, 18$"):
@@ -146,18 +146,18 @@ def test_bytes_that_are_too_far_apart_or_too_few_for_a_shuffle_are_refused():
 
 
 @pytest.mark.parametrize("lanes", [16, 32])
-def test_bytes_are_loaded_from_three_places(lanes):
+def test_bytes_are_loaded_from_three_planes(lanes):
     source = np.random.default_rng(0).permutation(256).astype(np.uint8)[: 3 * 35]
     offsets = split(np.arange(lanes), lanes)
     load_bytes = memory.load_bytes(tuple(offsets.tolist()), lanes, lanes, "float32", places=3)
-    load = inlined(lambda x: load_bytes(x, 35))
+    load = always_inline(lambda x: load_bytes(x, 35))
     actual = loaded(load, "float32", lanes, 3, source.ctypes.data)
     assert_same(actual, source.reshape(3, 35)[:, offsets].astype(np.float32))
 
 
 @pytest.mark.parametrize("lanes", [16, 32, 64])
 @pytest.mark.parametrize("compute", ["float32", "float64"])
-def test_constants_are_loaded_for_interleaved_pixels_and_for_channels(compute, lanes):
+def test_constants_are_loaded_interleaved_split_and_per_channel(compute, lanes):
     table = np.arange(9 * 3, dtype=compute).reshape(9, 3)
     table[:3] = table[:3, :1]  # the same for all channels
     rows = np.ascontiguousarray(np.tile(table, TABLE_COLUMNS // 3))
@@ -169,15 +169,15 @@ def test_constants_are_loaded_for_interleaved_pixels_and_for_channels(compute, l
     store = memory.store(nontemporal=False)
     interleaved, halved, channels, last = (np.zeros((9, 3, lanes), compute) for _ in range(4))
 
-    @inlined
+    @always_inline
     def store_all(y, step, c):
         store(y, step, c.divide)
         store(y + 3 * step, step, c.divide_reciprocal)
-        store(y + 6 * step, step, c.divide_remainder)
+        store(y + 6 * step, step, c.divide_reciprocal_low)
         store(y + 9 * step, step, c.mean)
         store(y + 12 * step, step, c.std)
         store(y + 15 * step, step, c.std_reciprocal)
-        store(y + 18 * step, step, c.std_remainder)
+        store(y + 18 * step, step, c.std_reciprocal_low)
         store(y + 21 * step, step, c.slope)
         store(y + 24 * step, step, c.intercept)
 
@@ -196,12 +196,14 @@ def test_constants_are_loaded_for_interleaved_pixels_and_for_channels(compute, l
 
 
 @sampled(
-    "storage, lanes, permuted_bytes",
+    "storage, lanes, min_permute_bytes",
     *(["uint8", "bfloat16", "float32", "float64"], [*LANES, 32, 64], [1, 16]),
     one_in=2,
 )
-def test_channels_are_reversed_and_planes_interleaved(monkeypatch, storage, lanes, permuted_bytes):
-    changed = processor()._replace(permuted_bytes=permuted_bytes)
+def test_channels_are_reversed_and_planes_interleaved(
+    monkeypatch, storage, lanes, min_permute_bytes
+):
+    changed = processor()._replace(min_permute_bytes=min_permute_bytes)
     monkeypatch.setattr(jit, "processor", lambda: changed)
     values = cast(np.arange(1, 1 + 3 * lanes), storage)
     pixels = values.reshape(lanes, 3)
@@ -212,14 +214,14 @@ def test_channels_are_reversed_and_planes_interleaved(monkeypatch, storage, lane
         (order.interleave, planes.T),
         (order.deinterleave, pixels.T),
     ):
-        _, actual = each(operation, values, storage, storage, lanes, vectors=3)
+        _, actual = apply_blocks(operation, values, storage, storage, lanes, vectors=3)
         assert_same(actual, np.ascontiguousarray(expected).ravel())
 
 
 @pytest.mark.parametrize("lanes", [16, 32, 64])
 def test_split_vectors_are_merged(lanes):
     values = np.arange(3 * lanes, dtype=np.uint8)
-    _, actual = each(order.merge, split(values, lanes), "uint8", "uint8", lanes, vectors=3)
+    _, actual = apply_blocks(order.merge, split(values, lanes), "uint8", "uint8", lanes, vectors=3)
     assert_same(actual, values)
 
 
@@ -227,10 +229,10 @@ def test_split_vectors_are_merged(lanes):
 
 
 @pytest.mark.parametrize("lanes", [16, 32])
-def test_every_bfloat16_becomes_split_vectors_and_returns(lanes):
+def test_every_bfloat16_round_trips_through_split_vectors(lanes):
     widen = arithmetic.widen("bfloat16", "float32", split=True)
-    values, actual = each(
-        inlined(lambda block: arithmetic.canonical_nan(widen(block))),
+    values, actual = apply_blocks(
+        always_inline(lambda block: arithmetic.canonical_nan(widen(block))),
         HALVES.view(dtype_of("bfloat16")),
         "bfloat16",
         "float32",
@@ -238,21 +240,21 @@ def test_every_bfloat16_becomes_split_vectors_and_returns(lanes):
     )
     assert_same(actual, split(cast(values, "float32"), lanes))
     narrow = arithmetic.narrow("bfloat16", split=True)
-    _, narrowed = each(narrow, actual, "float32", "bfloat16", lanes)
+    _, narrowed = apply_blocks(narrow, actual, "float32", "bfloat16", lanes)
     assert_same(narrowed, with_canonical_nan(values))
 
 
 @pytest.mark.parametrize("compute", ["float32", "float64"])
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
 @pytest.mark.parametrize("lanes", LANES)
-def test_every_half_is_widened_as_numpy_widens_it(halves, lanes, half, compute):
+def test_every_16_bit_float_is_widened_like_numpy(halves, lanes, half, compute):
     widen, canonical_nan = arithmetic.widen(half, compute), arithmetic.canonical_nan
 
-    @inlined
+    @always_inline
     def operation(block):
         return canonical_nan(widen(block))
 
-    values, actual = each(
+    values, actual = apply_blocks(
         operation,
         HALVES.view(dtype_of(half)),
         half,
@@ -263,26 +265,26 @@ def test_every_half_is_widened_as_numpy_widens_it(halves, lanes, half, compute):
 
 
 def narrowed(values, half, lanes=16, compute="float32"):
-    """Values of the compute type, and what narrowing makes of them."""
+    """Narrow values of the compute type; return the padded values and results."""
     narrow, canonical_nan = arithmetic.narrow(half), arithmetic.canonical_nan
 
-    @inlined
+    @always_inline
     def operation(block):
         return narrow(canonical_nan(block))
 
-    return each(operation, values, compute, half, lanes)
+    return apply_blocks(operation, values, compute, half, lanes)
 
 
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
 @pytest.mark.parametrize("lanes", LANES)
-def test_every_half_is_narrowed_to_itself(halves, lanes, half):
+def test_every_16_bit_float_is_narrowed_to_itself(halves, lanes, half):
     values = HALVES.view(dtype_of(half))
     _, actual = narrowed(cast(values, "float32"), half, lanes)
     assert_same(actual[: len(values)], with_canonical_nan(values.copy()))
 
 
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
-def test_floats_with_any_upper_half_are_narrowed_as_numpy_narrows_them(halves, half):
+def test_floats_with_any_upper_16_bits_are_narrowed_like_numpy(halves, half):
     # The bits that are lost: just below, at and just above a tie, and the ends.
     ties = [0x1000, 0x2000, 0x8000]
     lowers = {0, 1, 0xFFFF, *ties, *(tie - 1 for tie in ties), *(tie + 1 for tie in ties)}
@@ -294,7 +296,7 @@ def test_floats_with_any_upper_half_are_narrowed_as_numpy_narrows_them(halves, h
 
 
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
-def test_what_lies_between_two_halves_is_narrowed_to_the_nearer_or_the_even_one(halves, half):
+def test_midpoints_of_16_bit_floats_are_narrowed_half_to_even(halves, half):
     patterns = HALVES[:-1]
     here = cast(patterns.view(dtype_of(half)), "float64")
     after = cast((patterns + np.uint16(1)).view(dtype_of(half)), "float64")
@@ -309,9 +311,9 @@ def test_what_lies_between_two_halves_is_narrowed_to_the_nearer_or_the_even_one(
 
 
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
-def test_a_double_is_rounded_to_float_first_and_then_to_half(halves, half):
+def test_float64_is_narrowed_through_float32(halves, half):
     random = np.random.default_rng(0)
-    # Doubles beside what a half is rounded at, where once is not the same as twice.
+    # Doubles next to the ties of a half, where double rounding differs from single rounding.
     ties = HALVES.astype(np.uint32) << 16 | (0x1000 if half == "float16" else 0x8000)
     near = cast(ties.view(np.float32), "float64")
     values = np.concatenate([near * (1 + step * 2.0**-40) for step in (-1, 0, 1)])
@@ -320,13 +322,13 @@ def test_a_double_is_rounded_to_float_first_and_then_to_half(halves, half):
     assert_same(actual, cast(cast(values, "float32"), half))
 
 
-def test_without_ties_floats_are_narrowed_to_the_nearest_bfloat16():
+def test_narrowing_without_ties_rounds_to_the_nearest_bfloat16():
     uppers = HALVES.astype(np.uint32) << 16
     values = np.concatenate([uppers | lower for lower in (0, 1, 0x7FFF, 0x8001, 0xFFFF)])
     values = values.view(np.float32)
     values = values[np.isfinite(values)]
-    values, actual = each(
-        arithmetic.narrow("bfloat16", may_tie=False), values, "float32", "bfloat16", 16
+    values, actual = apply_blocks(
+        arithmetic.narrow("bfloat16", has_ties=False), values, "float32", "bfloat16", 16
     )
     assert_same(actual, cast(values, "bfloat16"))
 
@@ -334,16 +336,16 @@ def test_without_ties_floats_are_narrowed_to_the_nearest_bfloat16():
 @pytest.mark.parametrize("target", ["float32", "float64"])
 @pytest.mark.parametrize("source", ["uint8", "float32", "float64"])
 @pytest.mark.parametrize("lanes", LANES)
-def test_other_types_are_converted_as_numpy_converts_them(source, target, lanes):
+def test_other_dtypes_are_converted_like_numpy(source, target, lanes):
     random = np.random.default_rng(0)
     values = padded(np.arange(256), 768).astype(source)
     if source != "uint8":
         values[256:] = random.uniform(-300, 300, 512)
         values[256:264] = [np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-40, np.nan, 1e30]
-    values, actual = each(arithmetic.widen(source, target), values, source, target, lanes)
+    values, actual = apply_blocks(arithmetic.widen(source, target), values, source, target, lanes)
     assert_same(actual, cast(values, target))
     if source != "uint8":
-        values, actual = each(arithmetic.narrow(target), values, source, target, lanes)
+        values, actual = apply_blocks(arithmetic.narrow(target), values, source, target, lanes)
         assert_same(actual, cast(values, target))
 
 
@@ -351,11 +353,11 @@ def test_other_types_are_converted_as_numpy_converts_them(source, target, lanes)
 
 
 def rounded(values, compute, rounding, target, lanes=16):
-    """What saturating and rounding make of values of the compute type."""
+    """Saturate and round values of the compute type; return the padded values and results."""
 
     if target == "uint8":
-        return each(arithmetic.round_to_uint8(rounding), values, compute, target, lanes)
-    return each(arithmetic.round_to_float(rounding), values, compute, target, lanes)
+        return apply_blocks(arithmetic.round_to_uint8(rounding), values, compute, target, lanes)
+    return apply_blocks(arithmetic.round_to_float(rounding), values, compute, target, lanes)
 
 
 TABLE = [  # a value, what it is rounded to, and what it is truncated to
@@ -382,7 +384,7 @@ TABLE = [  # a value, what it is rounded to, and what it is truncated to
 
 @pytest.mark.parametrize("lanes", [*LANES, 32, 64])
 @pytest.mark.parametrize("compute", ["float32", "float64"])
-def test_the_blocks_that_saturate_and_round_follow_the_table(compute, lanes):
+def test_saturate_and_round_blocks_follow_the_table(compute, lanes):
     values, nearest, truncated = np.array(TABLE).T
     for rounding, expected in (("nearest", nearest), ("truncate", truncated)):
         for target in ("uint8", compute):
@@ -393,9 +395,7 @@ def test_the_blocks_that_saturate_and_round_follow_the_table(compute, lanes):
 @pytest.mark.parametrize("rounding", ["nearest", "truncate"])
 @pytest.mark.parametrize("compute", ["float32", "float64"])
 @pytest.mark.parametrize("lanes", [16, 32, 64])
-def test_every_value_beside_a_boundary_is_saturated_and_rounded_as_by_the_oracle(
-    compute, rounding, lanes
-):
+def test_values_next_to_rounding_boundaries_match_oracle(compute, rounding, lanes):
     scalar = np.dtype(compute).type
     places = np.arange(-4, 262, 0.25, dtype=compute)
     near = [places, np.nextafter(places, scalar(np.inf)), np.nextafter(places, scalar(-np.inf))]
@@ -424,9 +424,9 @@ DIVISORS = (127.5, 255.0, 0.229, 0.224, 0.225, 3.0, 1.9999999, 1e30, 1e-30)
 
 
 @pytest.mark.parametrize("compute", ["float32", "float64"])
-def test_without_a_fused_operation_a_reciprocal_and_its_rest_are_two_products(compute, monkeypatch):
-    lesser = processor()._replace(has_fma=False)
-    monkeypatch.setattr(jit, "processor", lambda: lesser)
+def test_reciprocal_division_without_fma_is_the_sum_of_two_products(compute, monkeypatch):
+    restricted = processor()._replace(has_fma=False)
+    monkeypatch.setattr(jit, "processor", lambda: restricted)
     x = np.random.default_rng(0).uniform(-1e3, 1e3, 256).astype(compute)
     number, rest = x.dtype.type(1 / 0.229), x.dtype.type(1e-4)
     assert_same(divided("reciprocal", x, x[0], number, rest), x * number + x * rest)
@@ -434,7 +434,7 @@ def test_without_a_fused_operation_a_reciprocal_and_its_rest_are_two_products(co
 
 @pytest.mark.skipif(not processor().has_fma, reason="the processor has no fused multiply-add")
 @pytest.mark.parametrize("divisor", DIVISORS)
-def test_to_divide_by_a_reciprocal_has_the_bits_of_a_division(divisor):
+def test_reciprocal_division_matches_true_division(divisor):
     x = np.arange(256, dtype=np.float32)
     number = np.float32(divisor)
     with np.errstate(over="ignore"):
@@ -444,36 +444,40 @@ def test_to_divide_by_a_reciprocal_has_the_bits_of_a_division(divisor):
 
 
 @pytest.mark.parametrize("compute", ["float32", "float64"])
-def test_a_division_divides_or_does_nothing(compute):
+def test_divide_supports_division_and_none(compute):
     x = np.random.default_rng(0).uniform(-1e3, 1e3, 256).astype(compute)
     number = x.dtype.type(0.229)
     assert_same(divided("division", x, number, x[1], x[2]), x / number)
     assert_same(divided("none", x, number, x[1], x[2]), x)
 
 
-@pytest.mark.parametrize("lesser", [False, True])
-def test_a_product_and_a_sum_are_rounded_once_or_twice(lesser, monkeypatch):
+@pytest.mark.parametrize("restricted", [False, True])
+def test_multiply_add_rounds_once_with_fma_and_twice_without(restricted, monkeypatch):
     x = np.arange(256, dtype=np.float32)
     slope, intercept = np.float32(1 / 255 / 0.229), np.float32(-0.485 / 0.229)
-    if lesser:
+    if restricted:
         monkeypatch.setattr(jit, "processor", lambda: processor()._replace(has_fma=False))
     multiply_add = arithmetic.multiply_add
-    actual = with_rows(lambda x, a, b, _: multiply_add(x, a, b), x, (slope, intercept, slope))
+    actual = apply_with_constants(
+        lambda x, a, b, _: multiply_add(x, a, b), x, (slope, intercept, slope)
+    )
     once = (x.astype(np.float64) * slope + intercept).astype(np.float32)
     twice = x * slope + intercept
     assert (once != twice).any()
-    assert_same(actual, twice if lesser or not processor().has_fma else once)
+    assert_same(actual, twice if restricted or not processor().has_fma else once)
 
 
 def divided(division, x, divisor, reciprocal, remainder):
-    """What `divide` makes of numbers and of the three numbers that it is given."""
+    """Apply `divide` to numbers with a divisor, its reciprocal and its remainder."""
     divide = arithmetic.divide(division)
-    return with_rows(lambda x, a, b, c: divide(x, a, b, c), x, (divisor, reciprocal, remainder))
+    return apply_with_constants(
+        lambda x, a, b, c: divide(x, a, b, c), x, (divisor, reciprocal, remainder)
+    )
 
 
-def with_rows(operation, x, numbers):
-    """What an operation makes of an array and three numbers."""
-    operation, compute = inlined(operation), x.dtype.name
+def apply_with_constants(operation, x, numbers):
+    """Apply an operation to an array and three broadcast constants."""
+    operation, compute = always_inline(operation), x.dtype.name
     load, store, step = (
         memory.load(compute, 16, 1),
         memory.store(nontemporal=False),
@@ -495,7 +499,7 @@ def with_rows(operation, x, numbers):
 
 
 @pytest.mark.parametrize("compute", ["float32", "float64"])
-def test_the_operators_of_python_are_those_of_numpy(compute):
+def test_vector_operators_match_numpy(compute):
     random = np.random.default_rng(0)
     x, y = (random.uniform(-1e3, 1e3, 48).astype(compute) for _ in range(2))
     load, store, step = (
@@ -518,7 +522,7 @@ def test_the_operators_of_python_are_those_of_numpy(compute):
 
 
 @pytest.mark.parametrize(("compute", "quiet"), [("float32", 0x7FC00000), ("float64", 0x7FF8 << 48)])
-def test_every_nan_becomes_the_canonical_one_and_no_number_changes(compute, quiet):
+def test_canonical_nan_changes_only_nan(compute, quiet):
     bits = np.dtype(f"u{np.dtype(compute).itemsize}")
     digits = 8 * bits.itemsize
     random = np.random.default_rng(0)
@@ -528,7 +532,7 @@ def test_every_nan_becomes_the_canonical_one_and_no_number_changes(compute, quie
     patterns[:quarter] |= infinity  # NaN, quiet and signalling, of both signs
     patterns[0:2] = infinity, infinity | 1 << digits - 1
     x = patterns.view(compute)
-    x, actual = each(arithmetic.canonical_nan, x, compute, compute, 16)
+    x, actual = apply_blocks(arithmetic.canonical_nan, x, compute, compute, 16)
     expected = np.where(np.isnan(x), quiet, patterns).astype(bits)
     assert (actual.view(bits) == expected).all()
     assert np.isnan(x).sum() > quarter - 10
