@@ -30,7 +30,7 @@ from fastvgg.parallel import available_cpus, parallel_for
 RESULT = Path(__file__).parent / "results" / "c_roofline.json"
 WANTED = 1.03
 LINE_BYTES = 64
-PIECES = 8
+PARTS_PER_THREAD = 8
 # Bytes read and written for a value, as between the storage types of the contract.
 RATIOS = {"1:8": (1, 8), "1:4": (1, 4), "1:2": (1, 2), "1:1": (4, 4), "2:1": (2, 1), "4:1": (4, 1)}
 RATIOS |= {"8:1": (8, 1)}
@@ -94,7 +94,7 @@ def compiled(place):
 def copy(loop, x, out, threads, *, prefetches):
     """Copy the bytes of one array into another, split between all threads."""
     lines, read = out.nbytes // LINE_BYTES, LINE_BYTES * x.nbytes // out.nbytes
-    size = -(-lines // (threads * PIECES))
+    size = -(-lines // (threads * PARTS_PER_THREAD))
 
     def work_on(first):
         count = min(size, lines - first)

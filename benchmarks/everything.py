@@ -4,8 +4,8 @@
     python benchmarks/everything.py --only streams growth
     python benchmarks/everything.py --quick               # of those that have a quick form
 
-One that fails, or needs what is not installed, is named at the end with the last line that it said,
-as is every part that a benchmark left out; the others run all the same.
+One that fails, or needs what is not installed, is named at the end with the last line that it printed,
+as is every part that a benchmark omitted; the others still run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NOT_MEASURED = "not measured"
 def run_and_list_failures(name, script, *options):
     """Run a program, forward its output, and return a line for each failure or omission."""
     command = [sys.executable, Path(__file__).parent / script, *options]
-    said, found = "it said nothing", []
+    last_line, found = "it printed nothing", []
     started = time.perf_counter()
     with subprocess.Popen(
         command,
@@ -55,12 +55,12 @@ def run_and_list_failures(name, script, *options):
     ) as ran:
         for line in ran.stdout:
             print(line, end="", flush=True)
-            said = line.strip() or said
+            last_line = line.strip() or last_line
             if NOT_MEASURED in line:
-                found.append(f"{name}: {said}")
+                found.append(f"{name}: {last_line}")
     print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
     if ran.returncode:
-        found.append(f"{name}: failed with exit code {ran.returncode}: {said}")
+        found.append(f"{name}: failed with exit code {ran.returncode}: {last_line}")
     return found
 
 

@@ -56,7 +56,7 @@ from fastvgg.parallel import available_cpus
 RESULT = Path(__file__).parent / "results" / "formats.json"
 WANTED_ZARR_SHARE, WANTED_HDF5_SHARE = 0.90, 0.85
 IMAGE = (HEIGHT, WIDTH, 3)
-SHARD_IMAGES, PIECE_IMAGES = 39, 13  # as a run of these images has them
+SHARD_IMAGES, INNER_CHUNK_IMAGES = 39, 13  # as a run of these images has them
 
 
 def remove(files, name):
@@ -65,13 +65,13 @@ def remove(files, name):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def sharded(path, images, dtype, together, piece):
+def sharded(path, images, dtype, shard, inner_chunk):
     """Make an array of shards as a run makes them."""
     return zarr.create_array(
         path,
         shape=(images, *IMAGE),
-        chunks=(piece, *IMAGE),
-        shards=(together, *IMAGE),
+        chunks=(inner_chunk, *IMAGE),
+        shards=(shard, *IMAGE),
         dtype=dtype,
         compressors=zarr.codecs.Crc32cCodec(),
         fill_value=0,
@@ -82,8 +82,8 @@ def sharded(path, images, dtype, together, piece):
 
 def rows_of(array):
     """Return the start and stop row of each shard."""
-    images, together = array.shape[0], array.shards[0]
-    return [(start, min(start + together, images)) for start in range(0, images, together)]
+    images, shard = array.shape[0], array.shards[0]
+    return [(start, min(start + shard, images)) for start in range(0, images, shard)]
 
 
 def copy_with_zarr_only(source_path, path, like, values, *, threads, syncs):
@@ -110,7 +110,7 @@ def zarr_of(files, images):
     source = files.array("packed.npy", images, "uint8")
     path = files.path("source.zarr")
     packed = np.load(source, mmap_mode="r")
-    made = sharded(path, images, "uint8", SHARD_IMAGES, PIECE_IMAGES)
+    made = sharded(path, images, "uint8", SHARD_IMAGES, INNER_CHUNK_IMAGES)
     for start, stop in rows_of(made):
         made[start:stop] = packed[start:stop]
     files.remove("packed.npy")
@@ -156,12 +156,12 @@ def measured_zarr(files, arguments):
 
 def hdf5_of(files, name, images):
     """Make a contiguous dataset of float32 images."""
-    together = fastvgg.preprocess(batch(SMALL_IMAGES, "NHWC", "uint8"), "caffe")
+    shard = fastvgg.preprocess(batch(SMALL_IMAGES, "NHWC", "uint8"), "caffe")
     path = files.path(name)
     with h5py.File(path, "w") as file:
         made = file.create_dataset("images", (images, *IMAGE), "float32")
         for start in range(0, images, SMALL_IMAGES):
-            made[start : start + SMALL_IMAGES] = together[: images - start]
+            made[start : start + SMALL_IMAGES] = shard[: images - start]
     return path
 
 

@@ -67,5 +67,5 @@ class Peer:
         if line:
             return json.loads(line)
         self._log.seek(0)
-        said = self._log.read().strip().splitlines()
-        raise PeerError(said[-1] if said else "it exited without output")
+        lines = self._log.read().strip().splitlines()
+        raise PeerError(lines[-1] if lines else "it exited without output")

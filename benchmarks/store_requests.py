@@ -17,7 +17,7 @@ from pathlib import Path
 
 from arrays import batch
 from distributed import Client, LocalCluster
-from formats import PIECE_IMAGES, SHARD_IMAGES, sharded
+from formats import INNER_CHUNK_IMAGES, SHARD_IMAGES, sharded
 
 import fastvgg
 from fastvgg.bench.timing import machine
@@ -42,7 +42,7 @@ def requests_of(s3, client, chunks, dtype):
     source, target = (f"s3://{BUCKET}/{chunks}-{name}.zarr" for name in (f"to-{dtype}", dtype))
     images = chunks * SHARD_IMAGES
     together = batch(SHARD_IMAGES, "NHWC", "uint8")
-    packed = sharded(source, images, "uint8", SHARD_IMAGES, PIECE_IMAGES)
+    packed = sharded(source, images, "uint8", SHARD_IMAGES, INNER_CHUNK_IMAGES)
     for start in range(0, images, SHARD_IMAGES):
         packed[start : start + SHARD_IMAGES] = together
     plan = fastvgg.plan(source, target, mode="caffe", dtype=dtype)

@@ -213,7 +213,7 @@ def write(file, data, offset):
         raise RuntimeError(f"less than {len(data)} bytes were written at {offset}")
 
 
-def pieces(nbytes, buffer):
+def split_buffer(nbytes, buffer):
     """Return where each chunk begins, and as much of the buffer as it takes, in whole pages."""
     nbytes -= nbytes % mmap.PAGESIZE
     for offset in range(0, nbytes, len(buffer)):
@@ -244,7 +244,7 @@ def published(path, nbytes):
 def write_new(path, nbytes, buffer):
     """Write a new file of one buffer, chunk by chunk."""
     with published(path, nbytes) as file:
-        for offset, data in pieces(nbytes, buffer):
+        for offset, data in split_buffer(nbytes, buffer):
             write(file, data, offset)
             os.fsync(file)
 
@@ -253,7 +253,7 @@ def write_twice(path, scratch_path, nbytes, buffer):
     """Write one buffer over a file, each chunk to a ring in another file first."""
     file, scratch = os.open(path, os.O_RDWR), os.open(scratch_path, os.O_RDWR)
     try:
-        for chunk, (offset, data) in enumerate(pieces(nbytes, buffer)):
+        for chunk, (offset, data) in enumerate(split_buffer(nbytes, buffer)):
             write(scratch, data, chunk % SLOTS * len(buffer))
             os.fsync(scratch)
             write(file, data, offset)

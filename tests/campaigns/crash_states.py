@@ -11,7 +11,7 @@ them may keep or lose anything that was not synced:
 - of each other write all, nothing, its first or its second half, all but its middle, or garbage;
 - of the changes of names any, in their order, where a rename is one change.
 
-What the threads of a run do is recorded one piece after another, and then looked at in orders drawn
+What the threads of a run do is recorded one chunk after another, and then replayed in orders drawn
 from those that there can be. Only the moments before a sync and after the last call are looked at:
 what can be lost at any other is a part of what can be lost then. A process that is killed, between
 any two calls, leaves all it did, and the next power cut may still lose what it did not sync. Each
@@ -91,10 +91,10 @@ class Place(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """On which of two threads something is done, and of which piece."""
+    """On which of two threads something is done, and of which chunk."""
 
     is_commit: bool
-    piece: int
+    chunk: int
     after: int
     """How many pieces are committed when it is given."""
 
@@ -104,7 +104,7 @@ class SerialCommitPipeline:
 
     turn = None
     has_late_commits = False
-    """Whether a piece is committed when it is waited for, and not when it is given."""
+    """Whether a chunk is committed when it is waited for, and not when it is given."""
 
     def __class_getitem__(cls, _):
         return cls
@@ -122,7 +122,7 @@ class SerialCommitPipeline:
         SerialCommitPipeline.turn = None
 
     def submit(self, write, commit):
-        """Write a piece, and commit it now or later."""
+        """Write a chunk, and commit it now or later."""
         self._do(Turn(False, self._submitted, self._drained), write)
         self._to_commit.append((Turn(True, self._submitted, self._drained), commit))
         self._submitted += 1
@@ -150,7 +150,7 @@ class SerialCommitPipeline:
 def interleave(log, draw):
     """Return the events of a log in an order that two threads may take.
 
-    A piece is written when the one before it is, and as many are committed as were waited for; it
+    A chunk is written when the one before it is, and as many are committed as were waited for; it
     is committed when it is written, and the one before it is committed.
     """
     writes = deque((turn, event) for turn, event in log if turn and not turn.is_commit)
@@ -159,8 +159,8 @@ def interleave(log, draw):
     merged = [event for _, event in log[:first]]
     write_probability = draw.choice((0, 0.5, 1))
     while writes or commits:
-        may_write = writes and (not commits or commits[0][0].piece >= writes[0][0].after)
-        may_commit = commits and (not writes or writes[0][0].piece > commits[0][0].piece)
+        may_write = writes and (not commits or commits[0][0].chunk >= writes[0][0].after)
+        may_commit = commits and (not writes or writes[0][0].chunk > commits[0][0].chunk)
         write = may_write and (not may_commit or draw.random() < write_probability)
         merged.append((writes if write else commits).popleft()[1])
     return merged + [event for turn, event in log[first:] if not turn]

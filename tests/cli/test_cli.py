@@ -419,7 +419,7 @@ def test_second_in_place_run_exits_with_3_and_changes_nothing(floats, command):
     assert invoke("preprocess", floats, "--mode", "caffe", "--in-place").exit_code == 0
     if command == "restore":
         assert invoke("restore", floats, "--in-place").exit_code == 0
-    before, said = (
+    before, applied = (
         tree(floats.parent),
         {"preprocess": "preprocessed", "restore": "restored"}[command],
     )
@@ -427,7 +427,7 @@ def test_second_in_place_run_exits_with_3_and_changes_nothing(floats, command):
     for options in ([], ["--mode", "caffe"], ["--mode", "tf"], ["--restart"]):
         result = invoke(command, floats, "--in-place", *options)
         result.returncode = result.exit_code
-        check_refused(3, contains=[floats, f"already {said}"], result=result)
+        check_refused(3, contains=[floats, f"already {applied}"], result=result)
         assert tree(floats.parent) == before
 
 

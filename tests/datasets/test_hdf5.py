@@ -635,8 +635,8 @@ def test_run_stopped_by_a_damaged_chunk_resumes_only_after_an_exact_restore(tmp_
         os.utime(tmp_path / "x.h5", ns=(0, 1))
         with pytest.raises(ResumeError, match="--restart"):
             plan_of(location, target, **settings)
-        again = plan_of(location, target, restart=True, **settings).run()
-        assert again.counts["computed_chunks"] == 4
+        rerun = plan_of(location, target, restart=True, **settings).run()
+        assert rerun.counts["computed_chunks"] == 4
     assert np.array_equal(load_h5(target), network_inputs(batch, "tf", dtype="float16"))
 
 
@@ -761,8 +761,8 @@ def test_equivalent_locations_are_the_same_job(tmp_path, monkeypatch):
     save_h5(tmp_path / "x.h5", pixels(), "/a/b")
     plan_of(tmp_path / "x.h5::/a/b", tmp_path / "y.h5::/c/d", mode="caffe").run()
     monkeypatch.chdir(tmp_path)
-    again = plan_of("x.h5::a/b/", "./y.h5::c//d", mode="caffe").run()
-    assert again.counts["computed_chunks"] == 0
+    rerun = plan_of("x.h5::a/b/", "./y.h5::c//d", mode="caffe").run()
+    assert rerun.counts["computed_chunks"] == 0
 
 
 @pytest.fixture

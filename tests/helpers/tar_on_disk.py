@@ -56,8 +56,8 @@ def padded(content):
     return content + bytes(-len(content) % BLOCK)
 
 
-def saved(path, *pieces):
-    path.write_bytes(b"".join(pieces))
+def saved(path, *blocks):
+    path.write_bytes(b"".join(blocks))
     return path
 
 

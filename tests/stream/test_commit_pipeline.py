@@ -166,14 +166,14 @@ def test_writes_continue_while_earlier_commits_are_pending():
 def test_commits_do_not_overlap():
     events, release = [], threading.Event()
 
-    def piece(name):
+    def record_chunk(name):
         events.append(f"{name} begins")
         wait_for(release)
         events.append(f"{name} ends")
 
     with CommitPipeline() as pipeline:
         for name in "abc":
-            pipeline.submit(noop, lambda name=name: piece(name))
+            pipeline.submit(noop, lambda name=name: record_chunk(name))
         release.set()
         assert list(pipeline.drain(0)) == [None, None, None]
     assert events == [f"{name} {what}" for name in "abc" for what in ("begins", "ends")]

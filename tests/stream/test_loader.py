@@ -108,8 +108,8 @@ def test_permutation_depends_only_on_seed_and_epoch(path):
     batches = fastvgg.batches(path, 5, shuffle=True, seed=3)
     orders = [rows_of(copy_all(batches)) for _ in range(3)]
     assert len({tuple(order) for order in orders}) == 3
-    again = fastvgg.batches(path, 7, shuffle=True, seed=3)
-    assert [rows_of(copy_all(again)) for _ in range(3)] == orders
+    repeated = fastvgg.batches(path, 7, shuffle=True, seed=3)
+    assert [rows_of(copy_all(repeated)) for _ in range(3)] == orders
     assert rows_of(copy_all(fastvgg.batches(path, 5, shuffle=True, seed=4))) != orders[0]
 
 
@@ -325,7 +325,7 @@ def test_layout_of_a_stored_dataset_comes_from_its_manifest(path, tmp_path):
     assert fastvgg.batches(path, 4).header.layout == "NHWC"
 
 
-def test_stored_network_inputs_are_not_preprocessed_again(path, tmp_path):
+def test_stored_network_inputs_are_not_preprocessed_twice(path, tmp_path):
     fastvgg.plan(path, tmp_path / "y.npy", mode="caffe").run()
     with pytest.raises(SourceError, match="already preprocessed"):
         fastvgg.batches(tmp_path / "y.npy", 4, transform=Transform("caffe"))

@@ -432,11 +432,11 @@ def test_restored_image_files_keep_their_names(tmp_path, photos, threads):
 
 
 def test_restored_image_files_preprocess_to_the_same_bytes(tmp_path, photos):
-    stored, back, again = tmp_path / "y.npy", tmp_path / "back", tmp_path / "again.npy"
+    stored, back, repacked = tmp_path / "y.npy", tmp_path / "back", tmp_path / "again.npy"
     plan_of(photos, stored, mode="torch", images_per_chunk=4).run()
     plan_of(stored, back, direction="restore").run()
-    plan_of(back, again, mode="torch").run()
-    assert again.read_bytes() == stored.read_bytes()
+    plan_of(back, repacked, mode="torch").run()
+    assert repacked.read_bytes() == stored.read_bytes()
 
 
 def test_images_without_names_are_numbered(tmp_path, array):
@@ -711,10 +711,10 @@ def test_killed_run_resumes_after_its_last_commit(tmp_path, array, photos, kind,
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert not (cut / name).exists()
     assert not manifest_path(cut / name).exists()
-    again = plan_of(source, cut / name, **settings)
-    assert again.committed_chunks == commits
+    resumed = plan_of(source, cut / name, **settings)
+    assert resumed.committed_chunks == commits
     reports = []
-    report = again.run(reports.append)
+    report = resumed.run(reports.append)
     assert report.counts["chunks"] == 6
     assert report.counts["computed_chunks"] == 6 - commits
     assert len(reports) == 6 - commits
@@ -1336,12 +1336,12 @@ def preprocessed(tmp_path, mode="caffe", **settings):
     return stored
 
 
-@pytest.mark.parametrize("again", KERAS_MODES)
-def test_preprocessing_twice_is_rejected_by_the_manifest(tmp_path, again):
+@pytest.mark.parametrize("second_mode", KERAS_MODES)
+def test_preprocessing_twice_is_rejected_by_the_manifest(tmp_path, second_mode):
     stored = preprocessed(tmp_path)
     before = tree(tmp_path)
     with pytest.raises(SourceError) as caught:
-        plan_of(stored, tmp_path / "z.npy", mode=again)
+        plan_of(stored, tmp_path / "z.npy", mode=second_mode)
     check_error(caught.value, stored, "already preprocessed", "caffe")
     assert tree(tmp_path) == before
 
