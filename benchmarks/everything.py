@@ -4,8 +4,8 @@
     python benchmarks/everything.py --only streams growth
     python benchmarks/everything.py --quick               # of those that have a quick form
 
-One that fails, or needs what is not installed, is named at the end with the last line that it printed,
-as is every part that a benchmark omitted; the others still run.
+One that fails, or needs what is not installed, is named at the end with the last line that it
+printed, as is every part that a benchmark omitted; the others still run.
 """
 
 from __future__ import annotations
