@@ -417,6 +417,10 @@ def test_unfinished_run_is_described_and_cannot_be_opened(store, array):
     [
         *(("memory", damage) for damage in ("cut", "flipped", "gone", "another", "empty")),
         *(("s3", damage) for damage in ("cut", "gone")),
+        *(
+            pytest.param("s3", damage, marks=pytest.mark.slow)
+            for damage in ("flipped", "another", "empty")
+        ),
     ],
     indirect=["store"],
 )

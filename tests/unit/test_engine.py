@@ -210,7 +210,6 @@ own_modes = st.builds(
 
 
 @given(mode=own_modes, seed=seeds)
-@settings(max_examples=20)
 def test_custom_modes_match_oracle(backend, mode, seed):
     x = frozen(random_batch(seed, (2, 5, 7), "float32", "NHWC"))
     forward, back = Transform(mode), Transform(mode, "restore")
@@ -1326,9 +1325,10 @@ def test_layout_that_is_not_a_string_is_rejected(layout):
         fastvgg.preprocess(every_value(), "caffe", layout=layout)
 
 
-def test_threads_must_be_an_integer(backend):
+@pytest.mark.parametrize("threads", [True, 1.5, "2", 0, -1])
+def test_threads_must_be_an_integer(backend, threads):
     with pytest.raises(UsageError, match="integer"):
-        fastvgg.preprocess(every_value(), "caffe", threads=1.5, backend=backend)
+        fastvgg.preprocess(every_value(), "caffe", threads=threads, backend=backend)
 
 
 def test_masked_out_is_rejected(backend):
