@@ -18,8 +18,8 @@ used and given back: what the owner of a virtual machine took back in the meanti
 fetched, four times slower than the disk writes, by whichever comes first. After that the machine
 rests, and a call during which its owner took processors away is made again.
 
-Memory is measured in a process of its own, of which a small run of the same kind is done before:
-the most that is resident, above what was resident then.
+Memory is measured in a process of its own, in which a small run of the same kind loads Numba and
+compiles the kernel first: the most that is resident, above what was resident then.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def look():
 
 
 small, large, options = json.loads(sys.argv[1])
-fastvgg.plan(*small, **options).run()
+fastvgg.plan(*small, backend="numba", **options).run()  # loads Numba
 done, page_tables = threading.Event(), []
 looking = threading.Thread(target=look)
 looking.start()

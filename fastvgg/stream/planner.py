@@ -123,7 +123,8 @@ def plan(
     format
         Format of restored image files: "png", "webp" (lossless), or "jpeg" (lossy).
     memory
-        Memory limit, excluding the idle process: a number of bytes, or a string like "512MiB".
+        Memory limit, excluding the idle process (about 45 MiB, 180 MiB once Numba is loaded): a
+        number of bytes, or a string like "512MiB".
     threads
         Number of threads. Default: all available CPUs.
     backend
