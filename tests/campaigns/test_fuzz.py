@@ -15,6 +15,10 @@ from fastvgg.datasets import contiguous, npy, zarr
 from fastvgg.errors import SourceError
 from fastvgg.stream import job, journal, lines, manifest, redo_log, redo_log_layout
 from tests.campaigns import fuzz
+from tests.campaigns.fuzz_kinds import redo_logs
+from tests.campaigns.fuzz_kinds.arrays import NpyFiles, NpyHeaders, ZarrArrays
+from tests.campaigns.fuzz_kinds.records import ChecksummedLines, Journals, Manifests
+from tests.campaigns.fuzz_kinds.redo_logs import RedoLogHeaders, RedoLogs
 
 SIZE = 20_000
 
@@ -50,7 +54,7 @@ class FakeFaulthandler:
 def test_watchdog_is_cancelled_after_a_failed_campaign(monkeypatch):
     faulthandler = FakeFaulthandler()
     monkeypatch.setattr(fuzz, "faulthandler", faulthandler)
-    monkeypatch.setattr(fuzz, "KINDS", (fuzz.NpyHeaders,))
+    monkeypatch.setattr(fuzz, "KINDS", (NpyHeaders,))
     accept_fortran_order(monkeypatch)
     with pytest.raises(fuzz.WrongError):
         fuzz.campaign(seed=5, size=SIZE)
@@ -169,7 +173,7 @@ def ignore_damaged_redo_log_headers(patch):
 
 
 def accept_any_redo_log_length(patch):
-    patch.setattr(fuzz, "check_same_file", lambda header, path: None)
+    patch.setattr(redo_logs, "check_same_file", lambda header, path: None)
 
 
 def accept_torn_records(patch):
@@ -196,36 +200,36 @@ def read_claimed_length(patch):
 @pytest.mark.parametrize(
     ("kind", "broken"),
     [
-        (fuzz.NpyHeaders, accept_any_header_length),
-        (fuzz.NpyHeaders, accept_fortran_order),
-        (fuzz.NpyHeaders, raise_overflow_error),
-        (fuzz.NpyHeaders, allow_parser_warnings),
-        (fuzz.NpyFiles, accept_fortran_order),
-        (fuzz.NpyFiles, accept_big_endian),
-        (fuzz.NpyFiles, accept_extra_bytes),
-        (fuzz.NpyFiles, grow_files),
-        (fuzz.ZarrArrays, accept_missing_chunks),
-        (fuzz.ZarrArrays, raise_metadata_type_error),
-        (fuzz.ZarrArrays, raise_chunk_runtime_error),
-        (fuzz.ChecksummedLines, accept_any_checksum),
-        (fuzz.Journals, accept_any_checksum),
-        (fuzz.Journals, accept_any_field_type),
-        (fuzz.Journals, accept_bool_sizes),
-        (fuzz.Journals, accept_any_size),
-        (fuzz.Journals, accept_any_result_shape),
-        (fuzz.Manifests, accept_any_field_type),
-        (fuzz.Manifests, accept_bool_sizes),
-        (fuzz.Manifests, accept_any_result_shape),
-        (fuzz.RedoLogHeaders, accept_any_field_type),
-        (fuzz.RedoLogHeaders, accept_any_size),
-        (fuzz.RedoLogHeaders, accept_any_result_shape),
-        (fuzz.RedoLogHeaders, ignore_damaged_redo_log_headers),
-        (fuzz.RedoLogHeaders, read_claimed_length),
-        (fuzz.RedoLogs, accept_any_checksum),
-        (fuzz.RedoLogs, accept_any_field_type),
-        (fuzz.RedoLogs, accept_any_size),
-        (fuzz.RedoLogs, accept_any_redo_log_length),
-        (fuzz.RedoLogs, accept_torn_records),
+        (NpyHeaders, accept_any_header_length),
+        (NpyHeaders, accept_fortran_order),
+        (NpyHeaders, raise_overflow_error),
+        (NpyHeaders, allow_parser_warnings),
+        (NpyFiles, accept_fortran_order),
+        (NpyFiles, accept_big_endian),
+        (NpyFiles, accept_extra_bytes),
+        (NpyFiles, grow_files),
+        (ZarrArrays, accept_missing_chunks),
+        (ZarrArrays, raise_metadata_type_error),
+        (ZarrArrays, raise_chunk_runtime_error),
+        (ChecksummedLines, accept_any_checksum),
+        (Journals, accept_any_checksum),
+        (Journals, accept_any_field_type),
+        (Journals, accept_bool_sizes),
+        (Journals, accept_any_size),
+        (Journals, accept_any_result_shape),
+        (Manifests, accept_any_field_type),
+        (Manifests, accept_bool_sizes),
+        (Manifests, accept_any_result_shape),
+        (RedoLogHeaders, accept_any_field_type),
+        (RedoLogHeaders, accept_any_size),
+        (RedoLogHeaders, accept_any_result_shape),
+        (RedoLogHeaders, ignore_damaged_redo_log_headers),
+        (RedoLogHeaders, read_claimed_length),
+        (RedoLogs, accept_any_checksum),
+        (RedoLogs, accept_any_field_type),
+        (RedoLogs, accept_any_size),
+        (RedoLogs, accept_any_redo_log_length),
+        (RedoLogs, accept_torn_records),
     ],
 )
 def test_fuzz_campaign_detects_a_broken_parser(monkeypatch, kind, broken):

@@ -1,0 +1,1 @@
+"""The kinds of inputs of the fuzz campaign."""
