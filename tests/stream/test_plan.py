@@ -34,11 +34,6 @@ from tests.helpers.faults import InterruptedStorage, SimulatedCrash
 pytestmark = pytest.mark.pixels
 
 
-@pytest.fixture
-def array(tmp_path):
-    return save_npy(tmp_path / "x.npy", pixels(11))
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

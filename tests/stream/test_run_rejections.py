@@ -1,0 +1,288 @@
+"""Runs that are rejected: sources that change, wrong conversions, invalid targets."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+
+from fastvgg.datasets.index import index_path
+from fastvgg.errors import SourceError, StoppedError, TargetError, UsageError
+from fastvgg.stream.manifest import manifest_path
+from tests.helpers.batches import KERAS_MODES
+from tests.helpers.datasets_on_disk import (
+    check_error,
+    names_in,
+    network_inputs,
+    npy_bytes,
+    permissions,
+    pixels,
+    plan_of,
+    save_images,
+    save_npy,
+    stdout_of,
+    tree,
+)
+
+# Sources that change
+from tests.helpers.runs import preprocessed, run_with_event
+
+
+def change_content(source):
+    save_npy(source, pixels(11, seed=2))
+    os.utime(source, ns=(0, 1))
+
+
+def change_one_byte(source):
+    with source.open("r+b") as file:
+        file.seek(1000)
+        file.write(bytes([file.read(1)[0] ^ 1]))
+
+
+CHANGES = {
+    "other content": change_content,
+    "another time": lambda source: os.utime(source, ns=(0, 1)),
+    "one byte": change_one_byte,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_array_changed_during_a_run_is_not_published(tmp_path, array, change):
+    target = tmp_path / "y.npy"
+    plan = plan_of(array, target, mode="caffe", images_per_chunk=2)
+    with pytest.raises(StoppedError) as caught:
+        run_with_event(plan, lambda: CHANGES[change](array))
+    check_error(caught.value, array, "changed while it was read", "--restart")
+    assert not target.exists()
+    assert not manifest_path(target).exists()
+    plan_of(array, target, mode="caffe", restart=True).run()
+    assert target.read_bytes() == npy_bytes(network_inputs(np.load(array), "caffe"))
+
+
+def test_array_truncated_during_a_run_stops_it(tmp_path, array):
+    target = tmp_path / "y.npy"
+    plan = plan_of(array, target, mode="caffe", images_per_chunk=2)
+    with pytest.raises(StoppedError) as caught:
+        run_with_event(plan, lambda: os.truncate(array, 128))
+    check_error(caught.value, array, "truncated")
+    assert not target.exists()
+
+
+def test_folder_changed_during_a_run_is_not_published(tmp_path, photos):
+    target = tmp_path / "y.npy"
+    plan = plan_of(photos, target, mode="caffe", images_per_chunk=2)
+    with pytest.raises(StoppedError) as caught:
+        run_with_event(plan, lambda: save_images(photos, pixels(1), ["new.png"]))
+    check_error(caught.value, photos, "changed while it was read")
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_source_changed_before_the_run_is_rejected(tmp_path, array, change):
+    plan = plan_of(array, tmp_path / "y.npy", mode="caffe")
+    CHANGES[change](array)
+    with pytest.raises(SourceError) as caught:
+        plan.run()
+    check_error(caught.value, array, "has changed since", "rerun the same command")
+    assert names_in(tmp_path) == ["x.npy"]
+
+
+def test_source_removed_after_planning_is_rejected(tmp_path, array):
+    plan = plan_of(array, tmp_path / "y.npy", mode="caffe")
+    array.unlink()
+    with pytest.raises(SourceError) as caught:
+        plan.run()
+    check_error(caught.value, array)
+    assert names_in(tmp_path) == []
+
+
+# Rejected conversions
+
+
+@pytest.mark.parametrize("second_mode", KERAS_MODES)
+def test_preprocessing_twice_is_rejected_by_the_manifest(tmp_path, second_mode):
+    stored = preprocessed(tmp_path)
+    before = tree(tmp_path)
+    with pytest.raises(SourceError) as caught:
+        plan_of(stored, tmp_path / "z.npy", mode=second_mode)
+    check_error(caught.value, stored, "already preprocessed", "caffe")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("mode", KERAS_MODES)
+def test_preprocessing_twice_is_rejected_by_the_values(tmp_path, mode):
+    stored = save_npy(tmp_path / "y.npy", network_inputs(pixels(67), mode))
+    with pytest.raises(SourceError) as caught:
+        plan_of(stored, tmp_path / "z.npy", mode=mode).run()
+    check_error(caught.value, stored, "may be already preprocessed", "values from -")
+    assert names_in(tmp_path) == ["y.npy"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -1.0, 255.5])
+def test_floats_outside_the_image_range_are_not_preprocessed(tmp_path, value):
+    batch = pixels(5).astype(np.float32)
+    batch[2, 3, 4, 1] = value
+    source = save_npy(tmp_path / "x.npy", batch)
+    with pytest.raises(SourceError) as caught:
+        plan_of(source, tmp_path / "y.npy", mode="caffe").run()
+    check_error(caught.value, source, f"{value:g}".replace("-inf", "inf"))
+    assert names_in(tmp_path) == ["x.npy"]
+
+
+@pytest.mark.parametrize("kind", ["array", "photos"])
+def test_restoring_images_is_rejected_by_their_dtype(tmp_path, request, kind):
+    source = request.getfixturevalue(kind)
+    with pytest.raises(SourceError) as caught:
+        plan_of(source, tmp_path / "z.npy", mode="caffe", direction="restore")
+    check_error(caught.value, source, "uint8", "nothing to restore")
+
+
+@pytest.mark.parametrize("name", ["float16", "float32", "float64"])
+def test_restoring_images_stored_as_floats_is_rejected_by_their_values(tmp_path, name):
+    source = save_npy(tmp_path / "x.npy", pixels(5).astype(name))
+    with pytest.raises(SourceError) as caught:
+        plan_of(source, tmp_path / "z.npy", mode="caffe", direction="restore").run()
+    check_error(caught.value, source, "never preprocessed", "from 0 to 255")
+    assert names_in(tmp_path) == ["x.npy"]
+
+
+@pytest.mark.parametrize("kind", ["z.npy", "back", "float.npy"])
+def test_restoring_twice_is_rejected(tmp_path, kind):
+    stored = preprocessed(tmp_path)
+    dtype = "float32" if kind == "float.npy" else None
+    plan_of(stored, tmp_path / kind, direction="restore", dtype=dtype).run()
+    with pytest.raises(SourceError) as caught:
+        plan_of(tmp_path / kind, tmp_path / "again.npy", direction="restore")
+    check_error(caught.value, tmp_path / kind, "already restored")
+
+
+def test_mode_that_conflicts_with_the_manifest_is_rejected(tmp_path):
+    stored = preprocessed(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        plan_of(stored, tmp_path / "z.npy", mode="torch", direction="restore")
+    check_error(caught.value, stored, "caffe", "torch")
+    plan_of(stored, tmp_path / "z.npy", mode="caffe", direction="restore").run()
+
+
+def test_layout_that_conflicts_with_the_manifest_is_rejected(tmp_path):
+    stored = preprocessed(tmp_path, out_layout="NCHW")
+    with pytest.raises(UsageError) as caught:
+        plan_of(stored, tmp_path / "z.npy", layout="NHWC", direction="restore")
+    check_error(caught.value, stored, "NCHW", "NHWC")
+
+
+def test_mode_is_required_without_a_manifest(tmp_path):
+    stored = preprocessed(tmp_path)
+    manifest_path(stored).unlink()
+    with pytest.raises(UsageError) as caught:
+        plan_of(stored, tmp_path / "z.npy", direction="restore")
+    check_error(caught.value, stored, "--mode", "no manifest")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b'{"fastvgg-manifest": 1}'])
+def test_damaged_manifest_is_rejected_and_not_ignored(tmp_path, content):
+    stored = preprocessed(tmp_path)
+    manifest_path(stored).write_bytes(content)
+    with pytest.raises(SourceError) as caught:
+        plan_of(stored, tmp_path / "z.npy", mode="caffe", direction="restore")
+    check_error(caught.value, manifest_path(stored))
+
+
+def test_manifest_of_other_data_is_rejected(tmp_path):
+    stored = preprocessed(tmp_path)
+    save_npy(stored, network_inputs(pixels(5), "torch"))
+    with pytest.raises(SourceError) as caught:
+        plan_of(stored, tmp_path / "z.npy", direction="restore")
+    check_error(caught.value, stored, "(5, 7, 9, 3)", "(11, 7, 9, 3)")
+
+
+# Invalid target locations
+
+
+def test_target_inside_the_source_is_rejected(tmp_path, photos):
+    before = tree(tmp_path)
+    for place in (photos, photos / "a"):
+        with pytest.raises(TargetError) as caught:
+            plan_of(photos, place / "y.npy", mode="caffe")
+        check_error(caught.value, place / "y.npy", photos)
+    assert tree(tmp_path) == before
+
+
+def test_source_inside_the_target_is_rejected(tmp_path):
+    (tmp_path / "back").mkdir()
+    stored = preprocessed(tmp_path / "back")
+    before = tree(tmp_path)
+    for restart in (False, True):
+        with pytest.raises(TargetError) as caught:
+            plan_of(stored, tmp_path / "back", direction="restore", restart=restart)
+        check_error(caught.value, tmp_path / "back")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["same", "dots", "link", "link to directory"])
+def test_target_that_is_the_source_is_rejected(tmp_path, array, kind):
+    target = array
+    if kind == "dots":
+        (tmp_path / "sub").mkdir()
+        target = tmp_path / "sub" / ".." / "x.npy"
+    elif kind == "link":
+        target = tmp_path / "link.npy"
+        target.symlink_to(array)
+    elif kind == "link to directory":
+        (tmp_path / "again").symlink_to(tmp_path)
+        target = tmp_path / "again" / "x.npy"
+    before = tree(tmp_path)
+    for restart in (False, True) if kind != "link" else (False,):
+        with pytest.raises(TargetError) as caught:
+            plan_of(array, target, mode="caffe", restart=restart)
+        check_error(caught.value, "is the source itself")
+    assert tree(tmp_path) == before
+
+
+def test_target_inside_the_source_through_a_link_is_rejected(tmp_path, photos):
+    (tmp_path / "link").symlink_to(photos / "a")
+    with pytest.raises(TargetError):
+        plan_of(photos, tmp_path / "link" / "y.npy", mode="caffe")
+    assert sorted(tree(tmp_path / "link")) == sorted(tree(photos / "a"))
+
+
+WITHOUT_PRIVILEGES = """
+import sys
+from tests.helpers.datasets_on_disk import drop_permission_override, plan_of
+from fastvgg.errors import FastvggError
+drop_permission_override()
+try:
+    plan_of(sys.argv[1], sys.argv[2], mode="caffe")
+except FastvggError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_read_only_target_directory_is_rejected(tmp_path, array):
+    (tmp_path / "closed").mkdir()
+    with permissions(tmp_path / "closed", 0o555):
+        actual = stdout_of(WITHOUT_PRIVILEGES, array, tmp_path / "closed" / "y.npy")
+    assert actual.startswith("TargetError ")
+    assert f"{tmp_path / 'closed'} is not writable" in actual
+    assert "permissions" in actual
+    assert names_in(tmp_path / "closed") == []
+
+
+@pytest.mark.parametrize("closed", ["source", "directory above", "manifest", "index"])
+def test_unreadable_source_or_sidecar_is_rejected(tmp_path, closed):
+    (tmp_path / "in").mkdir()
+    source = save_npy(tmp_path / "in" / "x.npy", pixels(5))
+    place = {
+        "source": source,
+        "directory above": tmp_path / "in",
+        "manifest": manifest_path(source),
+        "index": index_path(source),
+    }[closed]
+    if not place.exists():
+        place.write_text("anything")
+    with permissions(place, 0):
+        actual = stdout_of(WITHOUT_PRIVILEGES, source, tmp_path / "z.npy")
+    assert actual.startswith("SourceError ")
+    assert str(place) in actual
+    assert "Permission denied" in actual
