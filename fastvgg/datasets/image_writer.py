@@ -131,13 +131,7 @@ class ImageFolderTarget(DiskTarget):
             if path.parent != self._last_directory:
                 self._storage.make_directory(path.parent)
                 self._last_directory = path.parent
-            file = self._storage.create(path)
-            try:
-                self._storage.write(file, data, 0)
-                if self._syncs_each:
-                    self._storage.sync(file)
-            finally:
-                self._storage.close(file)
+            self._storage.write_file(path, [data], sync=self._syncs_each)
 
     def sync(self) -> None:
         self._storage.syncfs(self.partial)

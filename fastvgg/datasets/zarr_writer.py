@@ -231,7 +231,7 @@ class ZarrTarget(DiskTarget, _ShardTarget):
         self._storage.remove(self.partial)
         self._storage.make_directory(self.partial)
         for name, data in self._encoder.metadata.items():
-            self._write(name, memoryview(data))
+            self._storage.write_file(self.partial / name, [data], direct=True)
         self._storage.sync_directory(self.partial)
         self._storage.sync_directory(self.path.parent)
 
@@ -251,15 +251,7 @@ class ZarrTarget(DiskTarget, _ShardTarget):
                 )
 
     def _store(self, name: str, shard: _EncodedShard) -> None:
-        self._write(name, shard.content.data)
-
-    def _write(self, name: str, data: memoryview) -> None:
-        file = self._storage.direct(self._storage.create(self.partial / name))
-        try:
-            self._storage.write(file, data, 0)
-            self._storage.sync(file)
-        finally:
-            self._storage.close(file)
+        self._storage.write_file(self.partial / name, [shard.content.data], direct=True)
 
     def sync(self) -> None:
         """Write the encoded shards, and make their directory entries durable."""
