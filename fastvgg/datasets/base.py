@@ -15,6 +15,7 @@ import numpy as np
 
 from fastvgg.errors import SourceError, StoppedError
 from fastvgg.storage import objects
+from fastvgg.storage.local import NO_FOLLOW
 from fastvgg.storage.location import is_remote, sidecar_path
 from fastvgg.transform import storage_dtype
 
@@ -36,7 +37,6 @@ NUMPY_DTYPES: Final = ("uint8", "float16", "float32", "float64")
 MAX_ELEMENTS: Final = 2**63 - 1
 MAX_SHAPE_CHARACTERS: Final = 100  # of a shape in a message: a damaged header may claim any shape
 READ_FLAGS: Final = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
-NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -16,6 +16,7 @@ import math
 from typing import TYPE_CHECKING, Any, Final
 
 import h5py
+import numpy as np
 
 from fastvgg.datasets.base import ArraySource, Header, check_dtype, check_shape
 from fastvgg.datasets.contiguous import ContiguousSource, ContiguousTarget
@@ -69,7 +70,14 @@ class Hdf5Source(ContiguousSource):
         super().__init__(location)
         with contextlib.ExitStack() as stack:
             stack.callback(self._file.close)
-            self._hdf5 = stack.enter_context(self._open_hdf5())
+            try:
+                self._hdf5 = stack.enter_context(h5py.File(self.path, "r"))  # locks out writers
+            except OSError as error:
+                raise SourceError(
+                    f"{self.path} cannot be opened: {error}",
+                    "if another process is writing the file, wait for it to end; otherwise replace "
+                    "the file with an intact copy",
+                ) from None
             try:
                 self._dataset = self._find(location.inner.encode(errors="surrogateescape"))
                 self._validate(layout)
@@ -78,18 +86,6 @@ class Hdf5Source(ContiguousSource):
             self.records = read_index(self.path, self.header.images) if use_index else ()
             self._opened_bytes = self._file_bytes()
             self._open_files = stack.pop_all()
-
-    def _open_hdf5(self) -> h5py.File:
-        """Open the file with h5py, which locks it against writers."""
-        try:
-            file: h5py.File = h5py.File(self.path, "r")
-        except OSError as error:
-            raise SourceError(
-                f"{self.path} cannot be opened: {error}",
-                "if another process is writing the file, wait for it to end; otherwise replace the "
-                "file with an intact copy",
-            ) from None
-        return file
 
     def _find(self, name: bytes) -> h5py.Dataset:
         """Return a dataset, following only links within the file.
@@ -214,7 +210,8 @@ class Hdf5Source(ContiguousSource):
     def _count_chunks(self) -> tuple[int, int]:
         """Return the expected and the actual number of chunks of a dataset."""
         dataset = self._dataset
-        counts = [-(-a // b) for a, b in zip(dataset.shape, dataset.chunks, strict=True)]
+        lengths = dataset.chunks
+        counts = [-(-a // b) for a, b in zip(dataset.shape, lengths, strict=True)]
         expected, written = math.prod(counts), dataset.id.get_num_chunks()
         if written < expected:
             return expected, written
@@ -225,25 +222,21 @@ class Hdf5Source(ContiguousSource):
             )
         # A damaged chunk index may list one chunk twice and omit another. For a chunk without data
         # HDF5 returns uninitialized memory, or crashes the process.
-        is_present = bytearray(expected)
-        chunk_bytes = math.prod(dataset.chunks) * dataset.id.get_type().get_size()
-        lengths = tuple(zip(dataset.chunks, counts, strict=True))
+        is_present = np.zeros(counts, bool)
+        chunk_bytes = math.prod(lengths) * dataset.id.get_type().get_size()
         unfiltered = (1 << dataset.id.get_create_plist().get_nfilters()) - 1
 
         def visit(chunk: h5py.h5d.StoreInfo) -> None:
             min_bytes = chunk_bytes if chunk.filter_mask & unfiltered == unfiltered else 1
-            if chunk.byte_offset is None or chunk.size < min_bytes:
-                return
-            number = 0
-            for start, (length, count) in zip(chunk.chunk_offset, lengths, strict=True):
-                if start >= length * count:
-                    return
-                number = number * count + start // length
-            is_present[number] = 1
+            has_data = chunk.byte_offset is not None and chunk.size >= min_bytes
+            index = tuple(a // b for a, b in zip(chunk.chunk_offset, lengths, strict=True))
+            if has_data and all(a < b for a, b in zip(index, counts, strict=True)):
+                is_present[index] = True
 
         dataset.id.chunk_iter(visit)
-        if not all(is_present):
-            raise self._damaged_error(f"{is_present.count(0)} of {expected} chunks have no data")
+        if not is_present.all():
+            missing = expected - np.count_nonzero(is_present)
+            raise self._damaged_error(f"{missing} of {expected} chunks have no data")
         return expected, written
 
     def _damaged_error(self, problem: str) -> SourceError:

@@ -125,31 +125,25 @@ class ImageFolderTarget(DiskTarget):
     def write(self, start: int, stored: Payload) -> None:
         """Write the encoded images of rows; an empty one marks a failed row, which has no file."""
         for name, data in zip(self._names(start, start + len(stored)), stored, strict=True):
-            if not len(data):
+            if name is None or not len(data):
                 continue
             path = self.partial / name
             if path.parent != self._last_directory:
                 self._storage.make_directory(path.parent)
                 self._last_directory = path.parent
-            file = self._storage.create(path)
-            try:
-                self._storage.write(file, data, 0)
-                if self._syncs_each:
-                    self._storage.sync(file)
-            finally:
-                self._storage.close(file)
+            self._storage.write_file(path, [data], sync=self._syncs_each)
 
     def sync(self) -> None:
         self._storage.syncfs(self.partial)
 
     def read_stored(self, start: int, stop: int) -> Payload:
         """Return the encoded images of rows; empty for failed rows."""
-        return [b"" if name is None else self._content(name) for name in self._files(start, stop)]
+        return [b"" if name is None else self._content(name) for name in self._names(start, stop)]
 
     def read_back(self, start: int, stop: int) -> NDArray[Any]:
         """Decode rows; failed rows are zeros."""
         batch = np.zeros((stop - start, *self.header.shape[1:]), np.uint8)
-        for image, name in zip(batch, self._files(start, stop), strict=True):
+        for image, name in zip(batch, self._names(start, stop), strict=True):
             if name is None:
                 continue
             try:
@@ -172,20 +166,14 @@ class ImageFolderTarget(DiskTarget):
             "rerun the restore with --restart",
         )
 
-    def _files(self, start: int, stop: int) -> Iterator[str | None]:
+    def _names(self, start: int, stop: int) -> Iterator[str | None]:
         """Return the file name of each row; None for failed rows."""
         if not self._records:
-            return self._names(start, stop)
-        names, records = self._names(start, stop), self._records[start:stop]
-        return (
-            None if record.failed else name for name, record in zip(names, records, strict=True)
-        )
-
-    def _names(self, start: int, stop: int) -> Iterator[str]:
-        if not self._records:
             return (f"{row:08d}{self._suffix}" for row in range(start, stop))
-        paths = (record.path for record in self._records[start:stop])
-        return (_with_suffix(path, self._suffix, self._repeats) for path in paths)
+        return (
+            None if record.failed else _with_suffix(record.path, self._suffix, self._repeats)
+            for record in self._records[start:stop]
+        )
 
 
 def _encode_name(name: str) -> bytes:

@@ -207,12 +207,16 @@ class ImageSource(Source):
     def _common_size(self, threads: int) -> tuple[int, int]:
         """Return the height and width of all readable images, which must be equal."""
         images, step = len(self.listing), SIZES_PER_TASK
+        # The height and width of every image, or the reason why they cannot be read.
         sizes: list[tuple[int, int] | str] = [""] * images
         distinct: dict[tuple[int, int] | str, tuple[int, int] | str] = {}
 
         def inspect(rows: range) -> None:
             for row in rows:
-                size = self._size(row)
+                try:
+                    size = self._decoder.size(self.listing.read(row, self.decoding.max_bytes))
+                except OSError as error:
+                    size = describe_error(error)
                 sizes[row] = distinct.setdefault(size, size)  # a row takes 8 bytes
 
         tasks = [range(start, min(start + step, images)) for start in range(0, images, step)]
@@ -235,13 +239,6 @@ class ImageSource(Source):
             f"{self.path} contains images of {len(counts)} sizes (height x width): {shown}{more}",
             "choose one size for all images: --size 224 224",
         )
-
-    def _size(self, row: int) -> tuple[int, int] | str:
-        """Return the height and width, or the reason why they cannot be read."""
-        try:
-            return self._decoder.size(self.listing.read(row, self.decoding.max_bytes))
-        except OSError as error:
-            return describe_error(error)
 
     def _display_name(self, row: int) -> str:
         return os.fsdecode(self.listing.name(row))

@@ -28,6 +28,7 @@ from fastvgg.datasets.base import (
     ArraySource,
     Header,
     changed_during_run_error,
+    check_dtype,
     check_shape,
 )
 from fastvgg.datasets.contiguous import ContiguousSource, ContiguousTarget
@@ -37,7 +38,7 @@ from fastvgg.errors import SourceError
 from fastvgg.storage.location import Location
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -152,19 +153,18 @@ def _damaged_error(path: Path, problem: str) -> SourceError:
 def _validate_descr(descr: object, path: Path) -> str:
     if isinstance(descr, str) and descr in DTYPE_BY_DESCR:
         return descr
-    remedy = f"store it as one of {', '.join(NUMPY_DTYPES)}"
     if isinstance(descr, str) and descr.endswith("O"):
-        problem = "contains pickled Python objects, which are never loaded"
-        remedy += " instead"
-    elif isinstance(descr, str) and descr.startswith(">"):
-        problem = f"is big-endian ({_display(descr)})"
-        remedy = (
-            "rewrite it as little-endian: a = numpy.load(old, mmap_mode='r'); "
-            "numpy.save(new, a.astype(a.dtype.newbyteorder('<')))"
+        raise SourceError(
+            f"{path} contains pickled Python objects, which are never loaded",
+            f"store it as one of {', '.join(NUMPY_DTYPES)} instead",
         )
-    else:
-        problem = f"has unsupported dtype {_display(descr)}"
-    raise SourceError(f"{path} {problem}", remedy)
+    if isinstance(descr, str) and descr.startswith(">"):
+        raise SourceError(
+            f"{path} is big-endian ({_display(descr)})",
+            "rewrite it as little-endian: a = numpy.load(old, mmap_mode='r'); "
+            "numpy.save(new, a.astype(a.dtype.newbyteorder('<')))",
+        )
+    return check_dtype(path, "", _display(descr))
 
 
 def _display(value: object) -> str:
@@ -236,20 +236,15 @@ class NpyTarget(ContiguousTarget):
     kind = "npy"
 
     def __init__(self, path: Path, header: Header, storage: Storage) -> None:
-        super().__init__(path, header, storage, _header_bytes(header))
+        descr = next(descr for descr, name in DTYPE_BY_DESCR.items() if name == header.dtype)
+        preamble = io.BytesIO()
+        np.lib.format.write_array_header_1_0(  # pads it to a multiple of 64 bytes
+            preamble, {"descr": descr, "fortran_order": False, "shape": header.shape}
+        )
+        super().__init__(path, header, storage, preamble.getvalue())
 
     def open_published(self) -> NpySource:
         return NpySource(self.path, layout=self.header.layout, dtype_hint=self.header.dtype)
-
-
-def _header_bytes(header: Header) -> bytes:
-    """Return a version 1.0 header, padded to a multiple of 64 bytes."""
-    descr = next(descr for descr, name in DTYPE_BY_DESCR.items() if name == header.dtype)
-    text = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        text, {"descr": descr, "fortran_order": False, "shape": header.shape}
-    )
-    return text.getvalue()
 
 
 def part_names(directory: Path) -> list[str]:
@@ -304,27 +299,21 @@ class PartitionedNpySource(ArraySource):
         self._layout = layout
         self._dtype_hint = dtype_hint
         self._part = functools.lru_cache(MAX_OPEN_PARTS)(self._reopen)
-        headers = list(self._read_headers())
-        self._starts = [0, *itertools.accumulate(header.images for header in headers)]
-        first = headers[0]
-        self.header = Header((self._starts[-1], *first.shape[1:]), first.dtype, layout)
-
-    def _read_headers(self) -> Iterator[Header]:
-        """Yield the header of every part, and set `stored_bytes` to the sum of their sizes."""
-        first = None
         self.stored_bytes = 0
-        for name in self._names:
+        headers: list[Header] = []
+        for name in names:
             with contextlib.closing(self._open_part(name)) as part:
-                header = part.header
+                headers.append(part.header)
                 self.stored_bytes += part.stored_bytes
-            first = first or header
+            header, first = headers[-1], headers[0]
             if (header.shape[1:], header.dtype) != (first.shape[1:], first.dtype):
                 raise SourceError(
-                    f"{self.path / name} contains images of {header.shape[1:]} {header.dtype}, but "
-                    f"{self._names[0]} of {first.shape[1:]} {first.dtype}",
+                    f"{path / name} contains images of {header.shape[1:]} {header.dtype}, but "
+                    f"{names[0]} of {first.shape[1:]} {first.dtype}",
                     "all parts must have the same image shape and dtype; move the others elsewhere",
                 )
-            yield header
+        self._starts = [0, *itertools.accumulate(header.images for header in headers)]
+        self.header = Header((self._starts[-1], *first.shape[1:]), first.dtype, layout)
 
     def fingerprint(self) -> str:
         digest = xxhash.xxh3_128()

@@ -14,12 +14,12 @@ as in `cat/a#12.jpg`.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
 from array import array
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -218,36 +218,27 @@ class TarListing(ImageListing):
 
     def _add(self, entries: TarHeaderReader, prefix: bytes) -> None:
         """Add a row for each image, sample by sample, and count the skipped entries."""
-        sample = _Sample(b"", len(self))
-        for path, state, offset, available_bytes in entries:
-            key = _key(path)
-            if key != sample.key:
-                self._label_sample(sample)
-                sample = _Sample(key, len(self))
-            if is_image_name(path):
-                self._names.append(prefix + path)
-                self._offsets.append(offset)
-                self._sizes.append(available_bytes)
-                self._states.append(state)
-            elif sample.label is None and _is_label(path, key, state, available_bytes):
-                sample.is_truncated = state == TRUNCATED
-                sample.label = entries.bytes_at(offset, available_bytes).strip()
-            else:
-                self.skipped += 1
-        self._label_sample(sample)
-
-    def _label_sample(self, sample: _Sample) -> None:
-        """Label the images of a finished sample; a .cls without images counts as skipped."""
-        if sample.label is None:
-            return
-        rows = range(sample.first_row, len(self))
-        self.skipped += not rows
-        for row in rows:
-            if sample.is_truncated:
-                self._states[row] = self._states[row] or LABEL_TRUNCATED
-            elif sample.label:
-                self._labeled_rows.append(row)
-                self._labels.append(sample.label)
+        for key, sample in itertools.groupby(entries, lambda entry: _key(entry[0])):
+            first_row, label, is_label_truncated = len(self), None, False
+            for path, state, offset, available_bytes in sample:
+                if is_image_name(path):
+                    self._names.append(prefix + path)
+                    self._offsets.append(offset)
+                    self._sizes.append(available_bytes)
+                    self._states.append(state)
+                elif label is None and _is_label(path, key, state, available_bytes):
+                    is_label_truncated = state == TRUNCATED
+                    label = entries.bytes_at(offset, available_bytes).strip()
+                else:
+                    self.skipped += 1
+            rows = range(first_row, len(self))
+            self.skipped += label is not None and not rows  # a .cls without images
+            for row in rows:
+                if is_label_truncated:
+                    self._states[row] = self._states[row] or LABEL_TRUNCATED
+                elif label:
+                    self._labeled_rows.append(row)
+                    self._labels.append(label)
 
 
 class TarShards(ImageSource):
@@ -255,17 +246,6 @@ class TarShards(ImageSource):
 
     kind = "tar"
     listing_class = TarListing
-
-
-@dataclass
-class _Sample:
-    """Adjacent entries with the same key."""
-
-    key: bytes
-    first_row: int
-    label: bytes | None = None
-    is_truncated: bool = False
-    """Whether the shard ends inside the sample's .cls."""
 
 
 def _key(path: bytes) -> bytes:
@@ -342,11 +322,8 @@ def shard_paths(path: Path) -> list[tuple[str, bytes]]:
     missing = [shard for shard in paths if not os.path.lexists(shard)]
     if missing:
         shown = ", ".join(missing[:MAX_MISSING_SHOWN])
-        more = (
-            f" and {len(missing) - MAX_MISSING_SHOWN} more"
-            if len(missing) > MAX_MISSING_SHOWN
-            else ""
-        )
+        others = len(missing) - MAX_MISSING_SHOWN
+        more = f" and {others} more" if others > 0 else ""
         raise SourceError(
             f"{path}: {len(missing)} of {len(paths)} shards are missing: {shown}{more}",
             "get the missing shards, or give the range that exists",
@@ -382,17 +359,13 @@ def _parse_range(text: str) -> tuple[int, int, list[str]] | None:
 
 
 def _check_not_compressed(path: Path, *, is_range: bool) -> None:
-    name = path.name.lower()
-    program = next(
-        (COMPRESSION_SUFFIXES[suffix] for suffix in COMPRESSION_SUFFIXES if name.endswith(suffix)),
-        None,
-    )
-    if program is not None:
-        shown = path if is_range else shlex.quote(os.fspath(path))
-        raise SourceError(
-            f"{path} is compressed: its entries have no fixed offsets",
-            f"decompress it, and give the result: {program} -dk {shown}",
-        )
+    for suffix, program in COMPRESSION_SUFFIXES.items():
+        if path.name.lower().endswith(suffix):
+            shown = path if is_range else shlex.quote(os.fspath(path))
+            raise SourceError(
+                f"{path} is compressed: its entries have no fixed offsets",
+                f"decompress it, and give the result: {program} -dk {shown}",
+            )
 
 
 def _prefix(path: str) -> bytes:

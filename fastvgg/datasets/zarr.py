@@ -12,7 +12,7 @@ import os
 import warnings
 import zlib
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, TypeGuard
+from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
 import zarr
@@ -215,7 +215,9 @@ class ZarrArray(ArraySource):
         except MissingChunkError as error:
             raise self._damaged_error(str(error), "it is missing or empty") from None
         except CHUNK_ERRORS as error:
-            if _is_system_error(error):
+            # A disk or a connection failed, rather than a codec, whose errors have no errno.
+            is_access_error = isinstance(error, PermissionError | ConnectionError | TimeoutError)
+            if isinstance(error, OSError) and (is_access_error or error.errno is not None):
                 where = str(error.filename or self.path)
                 raise StoppedError.from_os_error(
                     error, "read", where, selection[0].start
@@ -287,12 +289,6 @@ def _product(ranges: Sequence[range]) -> Iterator[tuple[int, ...]]:
     for number in ranges[0]:
         for rest in _product(ranges[1:]):
             yield number, *rest
-
-
-def _is_system_error(error: BaseException) -> TypeGuard[OSError]:
-    """Whether a disk or a connection failed, rather than a codec, whose errors have no errno."""
-    is_access_error = isinstance(error, PermissionError | ConnectionError | TimeoutError)
-    return is_access_error or (isinstance(error, OSError) and error.errno is not None)
 
 
 def _display(error: Exception) -> str:

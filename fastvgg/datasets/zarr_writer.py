@@ -57,7 +57,9 @@ class ShardEncoder:
     def __init__(self, header: Header, chunk_images: int, transform: Transform | None) -> None:
         stored: dict[str, Buffer] = {}
         image = header.shape[1:]
-        inner_images = _inner_chunk_images(header, chunk_images)
+        limit = min(chunk_images, inner_chunk_images(header.image_bytes))
+        # The number of images per inner chunk must divide that of a shard.
+        inner_images = next(count for count in range(limit, 0, -1) if chunk_images % count == 0)
         codecs = BytesCodec(endian="little"), Crc32cCodec()
         self._array = zarr.create_array(
             MemoryStore(stored),
@@ -122,15 +124,10 @@ def _append_crc32c(buffer: NDArray[np.uint8]) -> None:
     buffer[-CHECKSUM_BYTES:] = np.array([checksum], "<u4").view(np.uint8)
 
 
-def _inner_chunk_images(header: Header, chunk_images: int) -> int:
-    """Return the number of images per inner chunk, which must divide that of a shard."""
-    limit = min(chunk_images, inner_chunk_images(header.image_bytes))
-    return next(images for images in range(limit, 0, -1) if chunk_images % images == 0)
-
-
 class _EncodedShard(NamedTuple):
-    """An encoded shard, and the buffer that contains it."""
+    """An encoded shard, its key, and the buffer that contains it."""
 
+    key: str
     memory: bytearray
     content: NDArray[np.uint8]
 
@@ -157,25 +154,14 @@ class _ShardTarget(SharedTarget):
     ) -> None:
         super().__init__(path, header)
         self._encoder = ShardEncoder(header, chunk_images, transform)
-        self._encoded: deque[tuple[str, _EncodedShard]] = deque()
+        self._encoded: deque[_EncodedShard] = deque()
         self._memory: list[bytearray] = []
 
     def write(self, start: int, stored: Payload) -> None:
-        """Encode rows as a shard, which `sync` writes.
+        """Encode rows as a shard in a buffer from the pool; `sync` writes it.
 
         This encodes a shard while the previous one is being written.
         """
-        self._encoded.append((self._encoder.key(start), self._encode(stored)))
-
-    def write_aligned(self, start: int, stored: Payload) -> PartialPages:
-        self.write(start, stored)
-        return []  # a shard has a single writer
-
-    def write_unaligned(self, edges: PartialPages) -> None:
-        """Do nothing: there are no partial pages."""
-
-    def _encode(self, stored: Payload) -> _EncodedShard:
-        """Encode rows as a shard in a buffer from the pool; `sync` returns it there."""
         nbytes = self._encoder.shard_bytes
         try:
             memory = self._memory.pop()
@@ -185,17 +171,24 @@ class _ShardTarget(SharedTarget):
         content = whole[-whole.ctypes.data % self._alignment_bytes :][:nbytes]
         (data,) = stored
         self._encoder.encode(data, content)
-        return _EncodedShard(memory, content)
+        self._encoded.append(_EncodedShard(self._encoder.key(start), memory, content))
+
+    def write_aligned(self, start: int, stored: Payload) -> PartialPages:
+        self.write(start, stored)
+        return []  # a shard has a single writer
+
+    def write_unaligned(self, edges: PartialPages) -> None:
+        """Do nothing: there are no partial pages."""
 
     @abstractmethod
-    def _store(self, name: str, shard: _EncodedShard) -> None:
+    def _store(self, shard: _EncodedShard) -> None:
         """Write an encoded shard durably."""
 
     def sync(self) -> None:
         """Write the encoded shards."""
         for _ in range(len(self._encoded)):  # not shards that `write` adds in the meantime
-            name, shard = self._encoded.popleft()
-            self._store(name, shard)
+            shard = self._encoded.popleft()
+            self._store(shard)
             self._memory.append(shard.memory)
 
     def read_unfinished(self, start: int, stop: int) -> Payload:
@@ -231,7 +224,7 @@ class ZarrTarget(DiskTarget, _ShardTarget):
         self._storage.remove(self.partial)
         self._storage.make_directory(self.partial)
         for name, data in self._encoder.metadata.items():
-            self._write(name, memoryview(data))
+            self._storage.write_file(self.partial / name, [data], direct=True)
         self._storage.sync_directory(self.partial)
         self._storage.sync_directory(self.path.parent)
 
@@ -250,16 +243,8 @@ class ZarrTarget(DiskTarget, _ShardTarget):
                     "the file was changed in the meantime: start over with --restart",
                 )
 
-    def _store(self, name: str, shard: _EncodedShard) -> None:
-        self._write(name, shard.content.data)
-
-    def _write(self, name: str, data: memoryview) -> None:
-        file = self._storage.direct(self._storage.create(self.partial / name))
-        try:
-            self._storage.write(file, data, 0)
-            self._storage.sync(file)
-        finally:
-            self._storage.close(file)
+    def _store(self, shard: _EncodedShard) -> None:
+        self._storage.write_file(self.partial / shard.key, [shard.content.data], direct=True)
 
     def sync(self) -> None:
         """Write the encoded shards, and make their directory entries durable."""
@@ -287,8 +272,8 @@ class StoreZarrTarget(_ShardTarget):
     def attach(self) -> None:
         """Do nothing: until it is published, the array consists of shards only."""
 
-    def _store(self, name: str, shard: _EncodedShard) -> None:
-        self._storage.put(self.path / name, shard.memory)
+    def _store(self, shard: _EncodedShard) -> None:
+        self._storage.put(self.path / shard.key, shard.memory)
 
     def publish(self) -> None:
         for name, data in self._encoder.metadata.items():

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from fastvgg.imaging.resize import Gather, NearestIndex
+    from fastvgg.imaging.resize import Gather
 
 Gray16: TypeAlias = Literal["error", "scale"]
 
@@ -176,9 +176,7 @@ class DecodeOptions:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> DecodeOptions:
         """Return the options that `to_dict` wrote, ignoring other fields."""
-        options = {name: fields[name] for name in cls.__dataclass_fields__}
-        size = options["size"]
-        return cls(**{**options, "size": None if size is None else tuple(size)})
+        return cls(**{name: fields[name] for name in cls.__dataclass_fields__})
 
     def crop(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Return the box to resize, computed as Keras does: left, upper, right, lower.
@@ -254,7 +252,7 @@ class Decoder:
         # JPEGs of up to this many pixels always fit: their memory need not be estimated. To search
         # 70 kB for a progressive frame takes 160 us.
         self._small_pixels = min(decoding.max_pixels, self._share_bytes // MAX_JPEG_PIXEL_BYTES)
-        self._indices = functools.lru_cache(maxsize=256)(self._index_for)
+        self._nearest_index = functools.lru_cache(maxsize=256)(resize.nearest_index)
 
     def size(self, data: bytes) -> tuple[int, int] | str:
         """Return the height and width that an image decodes to, or why they are unknown."""
@@ -265,9 +263,7 @@ class Decoder:
                 if not self._decoding.exif or image.format == "TIFF":
                     return height, width
                 # Pillow may have to decode the image to find its orientation.
-                self._check_pixel_count(height * width)
-                needed_bytes = self._pillow_pixel_bytes(image, data) * height * width
-                with self._memory(len(data) + needed_bytes):
+                with self._pillow_memory(image, data):
                     is_transposed = _orientation(data) in TRANSPOSED_ORIENTATIONS
                 return (width, height) if is_transposed else (height, width)
         except (*DECODING_ERRORS, _RejectedError) as error:
@@ -310,23 +306,20 @@ class Decoder:
         ):
             return None
         scaling = self._dct_scaling(data, height, width) if decoding.fast_jpeg else {}
+        memory: AbstractContextManager[Any] = contextlib.nullcontext()
         try:
-            needed_bytes = 0
             if max(height * width, len(data)) > self._small_pixels:
-                self._check_pixel_count(height * width)
-                needed_bytes = self._jpeg_bytes(data, height * width)
-            with self._memory(needed_bytes):
+                pixel_bytes = (
+                    JPEG_PIXEL_BYTES
+                    + RGB_PIXEL_BYTES * (decoding.interpolation != "nearest")
+                    + COEFFICIENT_PIXEL_BYTES * (SOF2_MARKER in data)
+                )
+                memory = self._memory(data, height * width, pixel_bytes)
+            with memory:
                 self._store_rgb(simplejpeg.decode_jpeg(data, **scaling), out)
         except _RejectedError as error:
             return DecodeResult(width, height, True, str(error))
         return DecodeResult(width, height, False, "")
-
-    def _jpeg_bytes(self, data: bytes, pixels: int) -> int:
-        """Return the memory needed to decode a JPEG."""
-        needed_bytes = len(data) + JPEG_PIXEL_BYTES * pixels
-        if self._decoding.interpolation != "nearest":
-            needed_bytes += RGB_PIXEL_BYTES * pixels
-        return needed_bytes + COEFFICIENT_PIXEL_BYTES * pixels * (SOF2_MARKER in data)
 
     def _dct_scaling(self, data: bytes, height: int, width: int) -> dict[str, Any]:
         """Return simplejpeg's options for DCT scaling by at least 2, or none if not possible."""
@@ -349,28 +342,22 @@ class Decoder:
         if self._decoding.size is None or self._decoding.interpolation != "nearest":
             self._store_image(Image.fromarray(pixels), out)
         else:
-            self._gather(pixels, self._indices(*pixels.shape[:2], *out.shape[:2]), out)
-
-    def _index_for(
-        self, height: int, width: int, target_height: int, target_width: int
-    ) -> NearestIndex:
-        box = self._decoding.crop(height, width)
-        return resize.nearest_index(height, width, box, (target_height, target_width))
+            height, width = pixels.shape[:2]
+            box = self._decoding.crop(height, width)
+            self._gather(pixels, self._nearest_index(height, width, box, out.shape[:2]), out)
 
     def _decode_image(self, image: Image.Image, data: bytes, out: NDArray[np.uint8]) -> None:
         """Decode, convert and store an image that Pillow has opened."""
-        pixels = image.width * image.height
-        self._check_pixel_count(pixels)
-        with self._memory(len(data) + self._pillow_pixel_bytes(image, data) * pixels):
+        with self._pillow_memory(image, data):
             if self._decoding.exif:
                 image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
                 image = self._scale_to_uint8(image)
             self._store_image(image if image.mode == "RGB" else image.convert("RGB"), out)
 
-    def _pillow_pixel_bytes(self, image: Image.Image, data: bytes) -> int:
-        """Return the memory that Pillow needs per pixel of an image."""
-        return (
+    def _pillow_memory(self, image: Image.Image, data: bytes) -> AbstractContextManager[Any]:
+        """Return the context manager to hold while Pillow decodes an image."""
+        pixel_bytes = (
             RGB_PIXEL_BYTES
             + CONVERTED_PIXEL_BYTES * (image.mode != "RGB")
             + TRANSPOSED_PIXEL_BYTES * self._decoding.exif
@@ -379,6 +366,7 @@ class Decoder:
             + COEFFICIENT_PIXEL_BYTES * (image.format in ("JPEG", "MPO") and SOF2_MARKER in data)
             + UNRESIZED_PIXEL_BYTES * (self._decoding.size in (None, (image.height, image.width)))
         )
+        return self._memory(data, image.height * image.width, pixel_bytes)
 
     def _scale_to_uint8(self, image: Image.Image) -> Image.Image:
         """Scale 16-bit grayscale to 8 bits if that is enabled, and reject it otherwise."""
@@ -404,14 +392,13 @@ class Decoder:
             )
         out[...] = np.asarray(rgb)
 
-    def _check_pixel_count(self, pixels: int) -> None:
+    def _memory(self, data: bytes, pixels: int, pixel_bytes: int) -> AbstractContextManager[Any]:
+        """Return the context manager to hold while an image of so many pixels is decoded."""
         if pixels > self._decoding.max_pixels:
             raise _RejectedError(
                 f"the image has {pixels} pixels; --max-pixels is {self._decoding.max_pixels}"
             )
-
-    def _memory(self, needed_bytes: int) -> AbstractContextManager[Any]:
-        """Return the context manager to hold while `needed_bytes` are in use."""
+        needed_bytes = len(data) + pixel_bytes * pixels
         if needed_bytes <= self._share_bytes:
             return contextlib.nullcontext()
         if needed_bytes > self._large_bytes:

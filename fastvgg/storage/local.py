@@ -32,6 +32,7 @@ NETWORK_FILE_SYSTEMS: Final = (
 # The errors of open and write with O_DIRECT where direct I/O is not possible.
 DIRECT_IO_ERRORS: Final = (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM)
 WRITE_BUFFER_BYTES: Final = 2**20
+NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
 
 
 def file_system_type(path: Path) -> str:
@@ -115,7 +116,7 @@ class Storage:
             return OpenFile(self._descriptor(path, flags), path)
 
     def _descriptor(self, path: Path, flags: int) -> int:
-        return os.open(path, flags | _common_flags(), 0o666)
+        return os.open(path, flags | NO_FOLLOW, 0o666)
 
     def direct(self, file: OpenFile) -> OpenFile:
         """Enable direct I/O for the whole pages written to a file, where the system supports it.
@@ -278,18 +279,32 @@ class Storage:
             else:
                 path.unlink(missing_ok=True)
 
+    def write_file(
+        self,
+        path: Path,
+        buffers: Iterable[bytes | memoryview],
+        *,
+        direct: bool = False,
+        sync: bool = True,
+    ) -> None:
+        """Write the buffers as a whole file; see `create`, `direct` and `sync`."""
+        file = self.create(path)
+        if direct:
+            file = self.direct(file)
+        try:
+            offset = 0
+            for data in buffers:
+                self.write(file, data, offset)
+                offset += len(data)
+            if sync:
+                self.sync(file)
+        finally:
+            self.close(file)
+
     def write_atomic(self, path: Path, buffers: Iterable[bytes]) -> None:
         """Replace a file atomically: readers see the old or the new content, never a mixture."""
         temporary = path.with_name(path.name + ".tmp")
-        file = self.create(temporary)
-        try:
-            offset = 0
-            for data in _coalesce(buffers):
-                self.write(file, data, offset)
-                offset += len(data)
-            self.sync(file)
-        finally:
-            self.close(file)
+        self.write_file(temporary, _coalesce(buffers))
         self.rename(temporary, path)
         self.sync_directory(path.parent)
 
@@ -304,7 +319,7 @@ class SharedStorage(Storage):
     def __init__(self, directory: Path, *, fsync: bool = True) -> None:
         super().__init__(fsync=fsync)
         with io_errors("open", directory):
-            self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | _common_flags())
+            self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | NO_FOLLOW)
         weakref.finalize(self, os.close, self._directory)
 
     def create(self, path: Path) -> OpenFile:
@@ -312,18 +327,13 @@ class SharedStorage(Storage):
         return self.open(path, create=True)
 
     def _descriptor(self, path: Path, flags: int) -> int:
-        return os.open(path.name, flags | _common_flags(), 0o666, dir_fd=self._directory)
+        return os.open(path.name, flags | NO_FOLLOW, 0o666, dir_fd=self._directory)
 
     def sync_directory(self, path: Path) -> None:
         """Flush the directory's entries to the disk (fsync)."""
         if self.fsync:
             with io_errors("fsync", path):
                 os.fsync(self._directory)
-
-
-def _common_flags() -> int:
-    """Return the flags that every file is opened with, where the system supports them."""
-    return getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
 
 
 def _write_some(file: OpenFile, data: memoryview, offset: int) -> int:
