@@ -55,7 +55,7 @@ def run_demo(directory: Path, echo: Callable[[str], None]) -> DemoResult:
     ----------
     directory
         Created if it is missing. It must be empty or contain only an earlier demo.
-    say
+    echo
         Called with one line of output for each step.
 
     Raises
@@ -74,11 +74,9 @@ def run_demo(directory: Path, echo: Callable[[str], None]) -> DemoResult:
     echo(
         f"{photographs}: {len(PHOTOGRAPHS)} photographs of different sizes, JPEG, PNG and grayscale"
     )
-    report = plan(photographs, stored, mode="caffe", size=SIZE, restart=True).run()
-    echo(str(report))
+    echo(str(plan(photographs, stored, mode="caffe", size=SIZE, restart=True).run()))
     echo(str(verify(stored, full=True)))
-    report = plan(stored, restored, direction="restore", restart=True).run()
-    echo(str(report))
+    echo(str(plan(stored, restored, direction="restore", restart=True).run()))
     originals, results = _read_images(photographs), _read_images(restored)
     differing = int((originals != results).sum())
     names = [record.path for record in read_index(stored, len(PHOTOGRAPHS))]
