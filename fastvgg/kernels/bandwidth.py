@@ -45,7 +45,7 @@ def streaming_copy(
         for _ in range(LINES_PER_STEP * steps):
             if has_prefetch:
                 prefetch(source, 0)
-            store(target, 0, load(source))
+            store(target, 0, load(source, 0))
             source += source_bytes
             target += CACHE_LINE_BYTES
         store_fence()

@@ -52,16 +52,6 @@ def _load(b: Any, address: Any, storage: str, lanes: int) -> Any:
     return b.load(pointer, align=1, typ=ir.VectorType(ELEMENTS[storage], lanes))
 
 
-def _load_intrinsic(kind: Any, emit: Callable[[Any, Any], Any]) -> Any:
-    """Return an intrinsic(address) whose result is of type `kind`."""
-
-    @intrinsic
-    def load_block(_context: Any, _address: Any) -> Any:
-        return kind(types.int64), lambda _, b, __, arguments: emit(b, arguments[0])
-
-    return load_block
-
-
 def _strided_intrinsic(kind: Any, emit: Callable[[Any, Any, Any], Any]) -> Any:
     """Return an intrinsic(address, step) whose result is of type `kind`."""
 
@@ -161,9 +151,12 @@ def load_channel(storage: str, lanes: int) -> Any:
 
 @functools.cache
 def load_line(nbytes: int) -> Any:
-    """Load `nbytes` into a cache line: repeat fewer bytes, combine more with xor."""
+    """Load `nbytes` into a cache line: repeat fewer bytes, combine more with xor.
 
-    def emit(b: Any, address: Any) -> Any:
+    The intrinsic(address, step) ignores the step.
+    """
+
+    def emit(b: Any, address: Any, _step: Any) -> Any:
         if nbytes < CACHE_LINE_BYTES:
             part = _load(b, address, "uint8", nbytes)
             return pack(b, [concat(b, [part] * (CACHE_LINE_BYTES // nbytes))])
@@ -171,13 +164,17 @@ def load_line(nbytes: int) -> Any:
         parts = [_load(b, _offset(b, address, at), "uint8", CACHE_LINE_BYTES) for at in starts]
         return pack(b, [functools.reduce(b.xor, parts)])
 
-    return _load_intrinsic(Block("uint8", CACHE_LINE_BYTES, 1), emit)
+    return _strided_intrinsic(Block("uint8", CACHE_LINE_BYTES, 1), emit)
 
 
-load_int64: Final = _load_intrinsic(
-    types.int64, lambda b, address: b.load(b.inttoptr(address, ir.PointerType()), align=8, typ=I64)
-)
-"""Load an aligned 64-bit integer."""
+@intrinsic
+def load_int64(_context: Any, _address: Any) -> Any:
+    """Load an aligned 64-bit integer."""
+
+    def emit(_: Any, b: Any, __: Any, arguments: Any) -> Any:
+        return b.load(b.inttoptr(arguments[0], ir.PointerType()), align=8, typ=I64)
+
+    return types.int64(types.int64), emit
 
 
 class Constants(NamedTuple):
