@@ -95,10 +95,9 @@ def _check_directory(directory: Path) -> None:
 
     A dataset belongs to an earlier demo if it has a manifest; `plan` replaces no other datasets.
     """
+    remedy = "give a new directory: fastvgg demo demo/"
     if directory.exists() and not directory.is_dir():
-        raise TargetError(
-            f"{directory} is not a directory", "give a new directory: fastvgg demo demo/"
-        )
+        raise TargetError(f"{directory} is not a directory", remedy)
     demo_paths = {f"photos/{path}" for path in PHOTOGRAPHS.values()} | {"contact-sheet.png"}
     for dataset in ("train.npy", "restored"):
         if (directory / dataset).exists() and read_manifest(directory / dataset) is not None:
@@ -109,10 +108,7 @@ def _check_directory(directory: Path) -> None:
         ancestors = {str(parent) for parent in (name, *name.parents)}
         is_demo_folder = path.is_dir() and any(known.startswith(f"{name}/") for known in demo_paths)
         if ancestors.isdisjoint(demo_paths) and not is_demo_folder:
-            raise TargetError(
-                f"{directory} contains other files, such as {name}",
-                "give a new directory: fastvgg demo demo/",
-            )
+            raise TargetError(f"{directory} contains other files, such as {name}", remedy)
 
 
 def _write_photographs(directory: Path) -> None:
