@@ -55,7 +55,7 @@ def run_demo(directory: Path, echo: Callable[[str], None]) -> DemoResult:
     ----------
     directory
         Created if it is missing. It must be empty or contain only an earlier demo.
-    say
+    echo
         Called with one line of output for each step.
 
     Raises
@@ -74,11 +74,9 @@ def run_demo(directory: Path, echo: Callable[[str], None]) -> DemoResult:
     echo(
         f"{photographs}: {len(PHOTOGRAPHS)} photographs of different sizes, JPEG, PNG and grayscale"
     )
-    report = plan(photographs, stored, mode="caffe", size=SIZE, restart=True).run()
-    echo(str(report))
+    echo(str(plan(photographs, stored, mode="caffe", size=SIZE, restart=True).run()))
     echo(str(verify(stored, full=True)))
-    report = plan(stored, restored, direction="restore", restart=True).run()
-    echo(str(report))
+    echo(str(plan(stored, restored, direction="restore", restart=True).run()))
     originals, results = _read_images(photographs), _read_images(restored)
     differing = int((originals != results).sum())
     names = [record.path for record in read_index(stored, len(PHOTOGRAPHS))]
@@ -97,10 +95,9 @@ def _check_directory(directory: Path) -> None:
 
     A dataset belongs to an earlier demo if it has a manifest; `plan` replaces no other datasets.
     """
+    remedy = "give a new directory: fastvgg demo demo/"
     if directory.exists() and not directory.is_dir():
-        raise TargetError(
-            f"{directory} is not a directory", "give a new directory: fastvgg demo demo/"
-        )
+        raise TargetError(f"{directory} is not a directory", remedy)
     demo_paths = {f"photos/{path}" for path in PHOTOGRAPHS.values()} | {"contact-sheet.png"}
     for dataset in ("train.npy", "restored"):
         if (directory / dataset).exists() and read_manifest(directory / dataset) is not None:
@@ -111,10 +108,7 @@ def _check_directory(directory: Path) -> None:
         ancestors = {str(parent) for parent in (name, *name.parents)}
         is_demo_folder = path.is_dir() and any(known.startswith(f"{name}/") for known in demo_paths)
         if ancestors.isdisjoint(demo_paths) and not is_demo_folder:
-            raise TargetError(
-                f"{directory} contains other files, such as {name}",
-                "give a new directory: fastvgg demo demo/",
-            )
+            raise TargetError(f"{directory} contains other files, such as {name}", remedy)
 
 
 def _write_photographs(directory: Path) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import mmap
 import statistics
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from fastvgg.bench.timing import time_interleaved
 from fastvgg.kernels import bandwidth
+from fastvgg.kernels.bandwidth import STEP_BYTES
 from fastvgg.kernels.memory import CACHE_LINE_BYTES
 from fastvgg.parallel import parallel_for
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-PAGE_BYTES: Final = 4096
 TASKS_PER_THREAD: Final = 4
 HUGE_PAGE_BYTES: Final = 2 * 1024 * 1024
 
@@ -28,20 +28,20 @@ class Arena:
     """Memory that all paths reuse, because page-faulting fresh memory is slower than any kernel."""
 
     def __init__(self, nbytes: int) -> None:
-        self._bytes = np.ones(nbytes + 2 * PAGE_BYTES, np.uint8)
-        self._start = -self._bytes.ctypes.data % PAGE_BYTES
+        self._bytes = np.ones(nbytes + 2 * mmap.PAGESIZE, np.uint8)
+        self._start = -self._bytes.ctypes.data % mmap.PAGESIZE
 
     @property
     def nbytes(self) -> int:
         """The size that a batch and its result may have together."""
-        return len(self._bytes) - 2 * PAGE_BYTES
+        return len(self._bytes) - 2 * mmap.PAGESIZE
 
     def pair(
         self, images: int, one: NDArray[Any], result: NDArray[Any]
     ) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return a batch that repeats one image, and an array for as many results."""
         x = self._batch(0, images, one)
-        out = self._batch(-(-x.nbytes // PAGE_BYTES) * PAGE_BYTES, images, result)
+        out = self._batch(-(-x.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE, images, result)
         x[:] = one
         return x, out
 
@@ -76,24 +76,21 @@ def copy(x: NDArray[Any], out: NDArray[Any], threads: int, *, prefetch: bool) ->
     pixels = x.size // 3
     loop = bandwidth.streaming_copy(x.nbytes // pixels, out.nbytes // pixels, has_prefetch=prefetch)
     target, steps = _cache_lines(out)
-    source = _Operand(x.ctypes.data, bandwidth.STEP_BYTES * x.nbytes // out.nbytes)
-    _run_steps(loop, (source, target), steps, threads)
+    source = x.ctypes.data, STEP_BYTES * x.nbytes // out.nbytes
+    _run_steps(loop, steps, threads, source, (target, STEP_BYTES))
 
 
 def scale(y: NDArray[Any], threads: int, *, prefetch: bool) -> None:
     """Multiply a batch of float32 in place."""
     loop = bandwidth.scale_in_place(has_prefetch=prefetch)
-    target = _Operand(y.ctypes.data, bandwidth.STEP_BYTES)
     factors = np.full(CACHE_LINE_BYTES // 4, 1.0000001, np.float32)
-    steps = y.nbytes // bandwidth.STEP_BYTES
-    _run_steps(loop, (target, _Operand(factors.ctypes.data, 0)), steps, threads)
+    target, steps = y.ctypes.data, y.nbytes // STEP_BYTES
+    _run_steps(loop, steps, threads, (target, STEP_BYTES), (factors.ctypes.data, 0))
 
 
 def fill(out: NDArray[Any], threads: int) -> None:
     """Fill a batch with non-temporal stores."""
-    line = np.ones(CACHE_LINE_BYTES, np.uint8)
-    target, steps = _cache_lines(out)
-    _run_steps(bandwidth.fill(), (_Operand(line.ctypes.data, 0), target), steps, threads)
+    _fill(*_cache_lines(out), STEP_BYTES, threads)
 
 
 def first_touch(nbytes: int, threads: int) -> None:
@@ -103,41 +100,34 @@ def first_touch(nbytes: int, threads: int) -> None:
         memory.madvise(mmap.MADV_HUGEPAGE)
     array = np.frombuffer(memory, np.uint8)
     start = array.ctypes.data + -array.ctypes.data % HUGE_PAGE_BYTES
-    byte = np.ones(1, np.uint8)
-    operands = _Operand(byte.ctypes.data, 0), _Operand(start, HUGE_PAGE_BYTES)
-    steps = -(-nbytes // HUGE_PAGE_BYTES)
-    _run_steps(bandwidth.touch(), operands, steps, threads, HUGE_PAGE_BYTES)
+    _fill(start, -(-nbytes // HUGE_PAGE_BYTES), HUGE_PAGE_BYTES, threads)
     del array
     memory.close()
 
 
-class _Operand(NamedTuple):
-    """An argument of a loop."""
-
-    address: int
-    step_bytes: int
-    """The bytes from one step to the next."""
-
-
-def _cache_lines(out: NDArray[Any]) -> tuple[_Operand, int]:
-    """Return the whole cache lines of a batch as an operand, and their number of steps."""
+def _cache_lines(out: NDArray[Any]) -> tuple[int, int]:
+    """Return the address of the first whole cache line of a batch, and the number of steps."""
     lead = -out.ctypes.data % CACHE_LINE_BYTES
-    steps = (out.nbytes - lead) // bandwidth.STEP_BYTES
-    return _Operand(out.ctypes.data + lead, bandwidth.STEP_BYTES), steps
+    return out.ctypes.data + lead, (out.nbytes - lead) // STEP_BYTES
+
+
+def _fill(target: int, steps: int, step_bytes: int, threads: int) -> None:
+    line = np.ones(CACHE_LINE_BYTES, np.uint8)
+    loop = bandwidth.fill(step_bytes)
+    _run_steps(loop, steps, threads, (line.ctypes.data, 0), (target, step_bytes))
 
 
 def _run_steps(
-    loop: Callable[..., None],
-    operands: tuple[_Operand, _Operand],
-    steps: int,
-    threads: int,
-    *arguments: int,
+    loop: Callable[..., None], steps: int, threads: int, *operands: tuple[int, int]
 ) -> None:
-    """Run a loop on consecutive ranges of steps, on several threads."""
+    """Run a loop on consecutive ranges of steps, on several threads.
+
+    An operand is an address, and the bytes from one step to the next.
+    """
     size = -(-steps // (threads * TASKS_PER_THREAD))
 
     def run(first: int) -> None:
         addresses = [address + first * step_bytes for address, step_bytes in operands]
-        loop(*addresses, min(size, steps - first), *arguments)
+        loop(*addresses, min(size, steps - first))
 
     parallel_for(range(0, steps, size), run, threads)

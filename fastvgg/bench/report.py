@@ -109,7 +109,9 @@ def draw_roofline(record: dict[str, Any], path: Path) -> None:
 
 
 def _draw_bars(axes: Any, rows: Sequence[dict[str, Any]]) -> None:  # noqa: ANN401  # untyped
-    positions = range(len(rows))
+    import numpy as np
+
+    positions = np.arange(len(rows))
     speeds = [row["gigabytes_per_second"] for row in rows]
     limits = [row["gigabytes_per_second"] / row["share"] for row in rows]
     numpy_speeds = [
@@ -119,11 +121,7 @@ def _draw_bars(axes: Any, rows: Sequence[dict[str, Any]]) -> None:  # noqa: ANN4
     # Okabe and Ito's palette, distinguishable with color blindness: https://jfly.uni-koeln.de/color/
     axes.barh(positions, speeds, BAR_HEIGHT, color="#0072B2", label="fastvgg")
     axes.barh(positions, numpy_speeds, BAR_HEIGHT, color="#E69F00", label="NumPy, same threads")
-    half = BAR_HEIGHT / 2
-    ends = (
-        [position - half for position in positions],
-        [position + half for position in positions],
-    )
+    ends = positions - BAR_HEIGHT / 2, positions + BAR_HEIGHT / 2
     axes.vlines(limits, *ends, color="#000000", linewidth=2.5, label="memory bandwidth")
     for position, row, limit in zip(positions, rows, limits, strict=True):
         end = max(limit, row["gigabytes_per_second"])

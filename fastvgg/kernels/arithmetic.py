@@ -9,6 +9,7 @@ float16 and bfloat16 are 16-bit integers until `widen` converts them:
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING, Any, Final
 
 from llvmlite import ir
@@ -24,6 +25,7 @@ from fastvgg.kernels.vector import (
     I16,
     I32,
     I64,
+    call_intrinsic,
     concat,
     elementwise_intrinsic,
     like,
@@ -61,10 +63,9 @@ def widen(storage: str, compute: str, *, split: bool = False) -> Any:
         if storage == "uint8":
             return b.sitofp(b.zext(stored, like(stored, I32)), kind)
         if storage == "float16":
-            return _convert(b, _widen_float16(b, stored), kind)
-        if storage == "bfloat16":
-            wide = _split_bfloat16(b, stored) if split else _widen_bfloat16(b, stored)
-            return _convert(b, wide, kind)
+            stored = _widen_float16(b, stored)
+        elif storage == "bfloat16":
+            stored = _split_bfloat16(b, stored) if split else _widen_bfloat16(b, stored)
         return _convert(b, stored, kind)
 
     return elementwise_intrinsic(lambda block: block.of(compute), emit)
@@ -194,10 +195,8 @@ def divide(division: str) -> Any:
 def _emit_multiply_add(b: Any, x: Any, slope: Any, intercept: Any) -> Any:
     if not jit.processor().has_fma:
         return b.fadd(b.fmul(x, slope), intercept)
-    bits = {FLOAT: 32, DOUBLE: 64}[x.type.element]
-    kind = ir.FunctionType(x.type, [x.type] * 3)
-    fma = b.module.declare_intrinsic(f"llvm.fma.v{x.type.count}f{bits}", fnty=kind)
-    return b.call(fma, [x, slope, intercept])
+    name = f"llvm.fma.v{x.type.count}{x.type.element.intrinsic_name}"
+    return call_intrinsic(b, name, x.type, x, slope, intercept)
 
 
 @intrinsic
@@ -208,12 +207,8 @@ def multiply_add(_context: Any, x: Any, slope: Any, intercept: Any) -> Any:
 
 
 def _emit_canonical_nan(b: Any, values: Any) -> Any:
-    kind = values.type
-    quiet = {
-        FLOAT: ir.Constant(ir.VectorType(I32, kind.count), [0x7FC00000] * kind.count),
-        DOUBLE: ir.Constant(ir.VectorType(I64, kind.count), [0x7FF8 << 48] * kind.count),
-    }[kind.element]
-    return b.select(b.fcmp_ordered("ord", values, values), values, b.bitcast(quiet, kind))
+    is_number = b.fcmp_ordered("ord", values, values)
+    return b.select(is_number, values, splat(values.type, math.nan))
 
 
 canonical_nan: Final = elementwise_intrinsic(lambda block: block, _emit_canonical_nan)
@@ -230,16 +225,11 @@ def round_to_uint8(rounding: Rounding) -> Any:
         # The minimum turns infinity into 255 and keeps NaN. The conversion rounds half to even. x86
         # converts NaN and values out of range to the smallest integer; Arm saturates and converts
         # NaN to zero. Saturating either result gives the defined byte.
-        integer, bits = (
-            (I32, 32) if x.type.element == FLOAT or jit.processor().is_x86 else (I64, 64)
-        )
-        integers, maximum = like(x, integer), splat(x.type, 255.0)
+        lanes, real, maximum = x.type.count, x.type.element, splat(x.type, 255.0)
+        integer = I32 if real == FLOAT or jit.processor().is_x86 else I64
         x = b.select(b.fcmp_ordered("<", maximum, x), maximum, x)
-        real = {FLOAT: "f32", DOUBLE: "f64"}[x.type.element]
-        lanes = x.type.count
-        name = f"llvm.lrint.v{lanes}i{bits}.v{lanes}{real}"
-        convert = b.module.declare_intrinsic(name, fnty=ir.FunctionType(integers, [x.type]))
-        return _saturate(b, b.call(convert, [x]))
+        name = f"llvm.lrint.v{lanes}{integer.intrinsic_name}.v{lanes}{real.intrinsic_name}"
+        return _saturate(b, call_intrinsic(b, name, like(x, integer), x))
 
     return elementwise_intrinsic(lambda block: block.of("uint8"), emit)
 
@@ -264,11 +254,10 @@ def _pack_saturated(b: Any, integers: Any) -> Any:
     """
     quarters = [shuffle(b, integers, None, range(at, at + 8)) for at in range(0, 32, 8)]
     words = ir.VectorType(I16, 16)
-    kind = ir.FunctionType(words, [quarters[0].type] * 2)
-    pack_words = b.module.declare_intrinsic("llvm.x86.avx2.packssdw", fnty=kind)
-    kind = ir.FunctionType(ir.VectorType(I8, 32), [words] * 2)
-    pack_bytes = b.module.declare_intrinsic("llvm.x86.avx2.packuswb", fnty=kind)
-    packed = b.call(pack_bytes, [b.call(pack_words, quarters[at : at + 2]) for at in (0, 2)])
+    halves = [
+        call_intrinsic(b, "llvm.x86.avx2.packssdw", words, *quarters[at : at + 2]) for at in (0, 2)
+    ]
+    packed = call_intrinsic(b, "llvm.x86.avx2.packuswb", ir.VectorType(I8, 32), *halves)
     fours = b.bitcast(packed, ir.VectorType(I32, 8))
     ordered = shuffle(b, fours, None, [at % 2 * 4 + at // 2 for at in range(8)])
     return b.bitcast(ordered, packed.type)

@@ -45,7 +45,7 @@ def streaming_copy(
         for _ in range(LINES_PER_STEP * steps):
             if has_prefetch:
                 prefetch(source, 0)
-            store(target, 0, load(source))
+            store(target, 0, load(source, 0))
             source += source_bytes
             target += CACHE_LINE_BYTES
         store_fence()
@@ -78,15 +78,14 @@ def scale_in_place(*, has_prefetch: bool) -> Callable[..., None]:
 
 
 @functools.cache
-def fill() -> Callable[..., None]:
+def fill(step_bytes: int = STEP_BYTES) -> Callable[..., None]:
     """Return a loop that fills memory with copies of a cache line, with non-temporal stores.
 
-    Its arguments are the addresses of the line and of the target, and a number of steps.
+    Its arguments are the addresses of the line and of the target, and a number of steps. Of a
+    step longer than `STEP_BYTES` only the beginning is filled, which is enough to map its page.
     """
-    load, store = (
-        memory.load("uint8", CACHE_LINE_BYTES, LINES_PER_STEP),
-        memory.store(nontemporal=True),
-    )
+    load = memory.load("uint8", CACHE_LINE_BYTES, LINES_PER_STEP)
+    store = memory.store(nontemporal=True)
 
     @kernel(3)
     def fill_lines(line, target, steps):
@@ -94,26 +93,7 @@ def fill() -> Callable[..., None]:
         lines = load(line, 0)
         for _ in range(steps):
             store(target, CACHE_LINE_BYTES, lines)
-            target += STEP_BYTES
+            target += step_bytes
         store_fence()
 
     return fill_lines
-
-
-@functools.cache
-def touch() -> Callable[..., None]:
-    """Return a loop that writes single bytes, for example one in each page.
-
-    Its arguments are the addresses of a byte and of the target, the number of bytes to write, and
-    the distance between them.
-    """
-    load, store = memory.load("uint8", 1, 1), memory.store(nontemporal=False)
-
-    @kernel(4)
-    def touch_bytes(byte, target, count, step_bytes):
-        one = load(byte, 0)
-        for _ in range(count):
-            store(target, 0, one)
-            target += step_bytes
-
-    return touch_bytes

@@ -195,7 +195,8 @@ def _converter(spec: KernelSpec, lanes: int) -> Any:
     split, places = spec.is_split and lanes > 1, _source_places(spec)
     pixel = ELEMENT_BYTES[spec.source] * (1 if spec.is_source_planar else 3)
     prefetch_bytes = lanes * pixel if lanes > 1 else 0
-    prefetch = memory.prefetch(prefetch_bytes, places, spec.prefetch_distance)
+    distance = memory.prefetch_distance(ELEMENT_BYTES[spec.source], ELEMENT_BYTES[spec.target])
+    prefetch = memory.prefetch(prefetch_bytes, places, distance)
     read, calculate = _reader(spec, lanes, split), _calculation(spec, split=split)
     shuffle, is_result_shuffled = _shuffle(spec), spec.is_result_shuffled
     store = memory.store(nontemporal=spec.nontemporal and lanes > 1)
@@ -258,8 +259,6 @@ def _byte_offsets(spec: KernelSpec, lanes: int) -> tuple[int, ...]:
 
 def _shuffle(spec: KernelSpec) -> Any:
     """Return the function that shuffles a block from the order of the source to the target's."""
-    reverse_planes, reverse_channels = order.reverse_planes, order.reverse_channels
-    interleave, deinterleave = order.interleave, order.deinterleave
     is_source_planar, reverses = spec.is_source_planar, spec.has_reversed_channels
     interleaves = is_source_planar and not spec.is_target_planar
     deinterleaves = spec.is_target_planar and not is_source_planar
@@ -268,12 +267,12 @@ def _shuffle(spec: KernelSpec) -> Any:
     @always_inline
     def shuffle(block):
         if deinterleaves:
-            block = deinterleave(block)
+            block = order.deinterleave(block)
         if reverses_planes:
-            block = reverse_planes(block)
+            block = order.reverse_planes(block)
         elif reverses:
-            block = reverse_channels(block)
-        return interleave(block) if interleaves else block
+            block = order.reverse_channels(block)
+        return order.interleave(block) if interleaves else block
 
     return shuffle
 
@@ -284,7 +283,6 @@ def _calculation(spec: KernelSpec, *, split: bool) -> Any:
     is_affine, divides, scales = spec.is_affine, spec.divide != "none", spec.scale != "none"
     may_be_nan, to_uint8 = spec.source != "uint8", spec.target == "uint8"
     narrow = arithmetic.narrow(spec.target, has_ties=spec.has_ties, split=split)
-    canonical_nan, merge = arithmetic.canonical_nan, order.merge
     round_to_uint8 = arithmetic.round_to_uint8(spec.rounding)
     round_to_float = arithmetic.round_to_float(spec.rounding)
     multiply_add: Any = arithmetic.multiply_add
@@ -295,13 +293,13 @@ def _calculation(spec: KernelSpec, *, split: bool) -> Any:
             return narrow(multiply_add(x, c.slope, c.intercept))
         y = divide(x, c.divide, c.divide_reciprocal, c.divide_reciprocal_low) - c.mean
         y = scale(y, c.std, c.std_reciprocal, c.std_reciprocal_low)
-        return narrow(canonical_nan(y) if may_be_nan else y)
+        return narrow(arithmetic.canonical_nan(y) if may_be_nan else y)
 
     @always_inline
     def saturate(x):
         if not to_uint8:
             return narrow(round_to_float(x))
-        return merge(round_to_uint8(x)) if split else round_to_uint8(x)
+        return order.merge(round_to_uint8(x)) if split else round_to_uint8(x)
 
     @always_inline
     def restore(y, c):

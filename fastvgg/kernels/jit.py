@@ -75,19 +75,15 @@ def processor() -> Processor:
     features = _features()
     triple = binding.get_process_triple()
     is_arm = triple.startswith(("aarch64", "arm64"))
+    permutes_bytes = is_arm or "avx512vbmi" in features  # tbl, vpermi2b
+    permutes_words = "avx512bw" in features  # vpermi2w
     return Processor(
         is_x86=triple.startswith("x86_64"),
         has_f16c=is_arm or "f16c" in features,
         has_fma=is_arm or "fma" in features,
         vector_bytes=64 if "avx512f" in features else 32 if "avx2" in features else 16,
-        min_permute_bytes=_min_permute_bytes(features, is_arm=is_arm),
+        min_permute_bytes=1 if permutes_bytes else 2 if permutes_words else 16,
     )
-
-
-def _min_permute_bytes(features: frozenset[str], *, is_arm: bool) -> int:
-    if is_arm or "avx512vbmi" in features:
-        return 1  # tbl, vpermi2b
-    return 2 if "avx512bw" in features else 16  # vpermi2w
 
 
 def _features() -> frozenset[str]:
@@ -106,11 +102,7 @@ def _features() -> frozenset[str]:
 def kernel(arguments: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that compiles a function of `arguments` int64 addresses and sizes."""
     signature = numba.void(*[numba.int64] * arguments)
-
-    def compile_now(function: Callable[..., None]) -> Callable[..., None]:
-        compiled: Callable[..., None] = numba.njit(signature, nogil=True, error_model="numpy")(
-            function
-        )
-        return compiled
-
+    compile_now: Callable[[Callable[..., None]], Callable[..., None]] = numba.njit(
+        signature, nogil=True, error_model="numpy"
+    )
     return compile_now

@@ -18,6 +18,7 @@ from fastvgg.kernels.vector import (
     I64,
     SHUFFLE_BYTES,
     Block,
+    call_intrinsic,
     concat,
     pack,
     permute,
@@ -49,16 +50,6 @@ def _addresses(b: Any, address: Any, step: Any, count: int) -> list[Any]:
 def _load(b: Any, address: Any, storage: str, lanes: int) -> Any:
     pointer = b.inttoptr(address, ir.PointerType())
     return b.load(pointer, align=1, typ=ir.VectorType(ELEMENTS[storage], lanes))
-
-
-def _load_intrinsic(kind: Any, emit: Callable[[Any, Any], Any]) -> Any:
-    """Return an intrinsic(address) whose result is of type `kind`."""
-
-    @intrinsic
-    def load_block(_context: Any, _address: Any) -> Any:
-        return kind(types.int64), lambda _, b, __, arguments: emit(b, arguments[0])
-
-    return load_block
 
 
 def _strided_intrinsic(kind: Any, emit: Callable[[Any, Any, Any], Any]) -> Any:
@@ -160,9 +151,12 @@ def load_channel(storage: str, lanes: int) -> Any:
 
 @functools.cache
 def load_line(nbytes: int) -> Any:
-    """Load `nbytes` into a cache line: repeat fewer bytes, combine more with xor."""
+    """Load `nbytes` into a cache line: repeat fewer bytes, combine more with xor.
 
-    def emit(b: Any, address: Any) -> Any:
+    The intrinsic(address, step) ignores the step.
+    """
+
+    def emit(b: Any, address: Any, _step: Any) -> Any:
         if nbytes < CACHE_LINE_BYTES:
             part = _load(b, address, "uint8", nbytes)
             return pack(b, [concat(b, [part] * (CACHE_LINE_BYTES // nbytes))])
@@ -170,13 +164,17 @@ def load_line(nbytes: int) -> Any:
         parts = [_load(b, _offset(b, address, at), "uint8", CACHE_LINE_BYTES) for at in starts]
         return pack(b, [functools.reduce(b.xor, parts)])
 
-    return _load_intrinsic(Block("uint8", CACHE_LINE_BYTES, 1), emit)
+    return _strided_intrinsic(Block("uint8", CACHE_LINE_BYTES, 1), emit)
 
 
-load_int64: Final = _load_intrinsic(
-    types.int64, lambda b, address: b.load(b.inttoptr(address, ir.PointerType()), align=8, typ=I64)
-)
-"""Load an aligned 64-bit integer."""
+@intrinsic
+def load_int64(_context: Any, _address: Any) -> Any:
+    """Load an aligned 64-bit integer."""
+
+    def emit(_: Any, b: Any, __: Any, arguments: Any) -> Any:
+        return b.load(b.inttoptr(arguments[0], ir.PointerType()), align=8, typ=I64)
+
+    return types.int64(types.int64), emit
 
 
 class Constants(NamedTuple):
@@ -304,15 +302,13 @@ def prefetch(nbytes: int, count: int, distance: int) -> Any:
     falls behind: float32 to uint8 ran at 0.80 to 0.89 of the memory bandwidth without prefetching,
     at 0.94 with it.
     """
-    kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), I32, I32, I32])
-    read, streaming, data = (ir.Constant(I32, number) for number in (0, 0, 1))
+    hints = [ir.Constant(I32, number) for number in (0, 0, 1)]  # read, streaming, data
 
     def emit(b: Any, address: Any, step: Any) -> None:
-        declared = b.module.declare_intrinsic("llvm.prefetch.p0", fnty=kind)
         for start in _addresses(b, address, step, count):
             for ahead in range(distance, distance + nbytes, CACHE_LINE_BYTES):
                 pointer = b.inttoptr(_offset(b, start, ahead), ir.PointerType())
-                b.call(declared, [pointer, read, streaming, data])
+                call_intrinsic(b, "llvm.prefetch.p0", ir.VoidType(), pointer, *hints)
 
     return _strided_intrinsic(types.void, emit)
 
@@ -345,8 +341,7 @@ def store_fence(b: Any) -> None:
     (https://github.com/llvm/llvm-project/issues/64521).
     """
     if jit.processor().is_x86:
-        kind = ir.FunctionType(ir.VoidType(), [])
-        b.call(b.module.declare_intrinsic("llvm.x86.sse.sfence", fnty=kind), [])
+        call_intrinsic(b, "llvm.x86.sse.sfence", ir.VoidType())
 
 
 @_void_intrinsic

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastvgg import oracle
 from fastvgg.kernels import jit
-from fastvgg.kernels.memory import CACHE_LINE_BYTES, TABLE_COLUMNS, Constants, prefetch_distance
+from fastvgg.kernels.memory import CACHE_LINE_BYTES, TABLE_COLUMNS, Constants
 from fastvgg.kernels.vector import ELEMENT_BYTES
 from fastvgg.transform import storage_dtype
 
@@ -74,10 +74,8 @@ class KernelSpec(NamedTuple):
         is_byte_input = input_type == "uint8" and compute == "float32"
         is_affine = _is_affine(transform, input_type, target)
         divide, scale = _choose_divisions(mode, compute, is_byte_input=input_type == "uint8")
-        is_source_planar, is_target_planar = (
-            transform.layout == "NCHW",
-            transform.out_layout == "NCHW",
-        )
+        is_source_planar = transform.layout == "NCHW"
+        is_target_planar = transform.out_layout == "NCHW"
         shrinks = ELEMENT_BYTES[target] < ELEMENT_BYTES[input_type]
         return cls(
             is_restore=is_restore,
@@ -115,11 +113,6 @@ class KernelSpec(NamedTuple):
         if processor.is_x86:
             lanes = min(lanes, processor.block_bytes // (3 * ELEMENT_BYTES[self.compute]))
         return max(MIN_LANES, lanes)
-
-    @property
-    def prefetch_distance(self) -> int:
-        """The prefetch distance in bytes."""
-        return prefetch_distance(ELEMENT_BYTES[self.source], ELEMENT_BYTES[self.target])
 
     @property
     def has_two_streams(self) -> bool:
@@ -237,7 +230,7 @@ def affine_constants(
     )
     halves = np.arange(65536, dtype=np.uint16).view(storage_dtype(half))
     x = halves.astype(np.float32) if is_restore else ALL_BYTES
-    y = _restore_channels(x, mode) if is_restore else _preprocess_channels(x, mode)
+    y = _apply_to_channels(x, mode, is_restore=is_restore)
 
     def round_to_result(values: NDArray[np.float32]) -> NDArray[Any]:
         if is_restore:
@@ -270,14 +263,14 @@ def _add_ulps(number: np.float32, steps: int) -> np.float32:
     return stepped
 
 
-def _preprocess_channels(x: NDArray[np.float32], mode: Mode) -> NDArray[np.float32]:
-    """Preprocess numbers in every channel; return a column for each channel of y."""
-    return oracle.forward(np.repeat(x[:, np.newaxis], 3, axis=1), mode)
-
-
-def _restore_channels(y: NDArray[np.float32], mode: Mode) -> NDArray[np.float32]:
-    """Restore numbers in every channel; return a column for each channel of y."""
-    x: NDArray[np.float32] = oracle.inverse(np.repeat(y[:, np.newaxis], 3, axis=1), mode)
+def _apply_to_channels(
+    numbers: NDArray[np.float32], mode: Mode, *, is_restore: bool
+) -> NDArray[np.float32]:
+    """Preprocess or restore numbers in every channel; return a column for each channel of y."""
+    pixels = np.repeat(numbers[:, np.newaxis], 3, axis=1)
+    if not is_restore:
+        return oracle.forward(pixels, mode)
+    x: NDArray[np.float32] = oracle.inverse(pixels, mode)
     return x[:, ::-1] if mode.is_bgr else x
 
 
@@ -287,7 +280,7 @@ def _has_ties(mode: Mode, *, is_affine: bool) -> bool:
     """Return whether any byte becomes a float32 halfway between two bfloat16 values."""
     constants = affine_constants(mode, "bfloat16", is_restore=False) if is_affine else None
     if constants is None:
-        y = _preprocess_channels(ALL_BYTES, mode)
+        y = _apply_to_channels(ALL_BYTES, mode, is_restore=False)
     else:
         y = _multiply_add(ALL_BYTES[:, np.newaxis], *constants)
     return bool((y.view(np.uint32) & 0xFFFF == 0x8000).any())

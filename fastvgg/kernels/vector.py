@@ -84,11 +84,8 @@ def map_vectors(b: Any, emit: Callable[..., Any], *blocks: Any) -> Any:
     return pack(b, [emit(b, *each) for each in vectors])
 
 
-def _define_operator(function: Callable[..., Any], instruction: str) -> None:
+def _define_operator(function: Callable[..., Any], emit: Callable[..., Any]) -> None:
     """Lower a Python operator between two blocks of the same type to an LLVM instruction."""
-
-    def emit(b: Any, first: Any, second: Any) -> Any:
-        return getattr(b, instruction)(first, second)
 
     @type_callable(function)
     def type_operator(_context: Any) -> Callable[[Any, Any], Any]:
@@ -99,13 +96,10 @@ def _define_operator(function: Callable[..., Any], instruction: str) -> None:
         return map_vectors(b, emit, *blocks)
 
 
-for _function, _instruction in (
-    (operator.add, "fadd"),
-    (operator.sub, "fsub"),
-    (operator.mul, "fmul"),
-    (operator.truediv, "fdiv"),
-):
-    _define_operator(_function, _instruction)
+_define_operator(operator.add, ir.IRBuilder.fadd)
+_define_operator(operator.sub, ir.IRBuilder.fsub)
+_define_operator(operator.mul, ir.IRBuilder.fmul)
+_define_operator(operator.truediv, ir.IRBuilder.fdiv)
 
 
 def elementwise_intrinsic(result: Callable[[Block], Block], emit: Callable[[Any, Any], Any]) -> Any:
@@ -132,6 +126,12 @@ def shuffle(b: Any, first: Any, second: Any, lanes: Sequence[int]) -> Any:
     """Shuffle one vector, or two whose lanes are numbered consecutively."""
     mask = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
     return b.shuffle_vector(first, first if second is None else second, mask)
+
+
+def call_intrinsic(b: Any, name: str, result: ir.Type, *arguments: Any) -> Any:
+    """Call an LLVM intrinsic, whose name includes the suffixes of its types."""
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return b.call(b.module.declare_intrinsic(name, fnty=kind), arguments)
 
 
 def concat(b: Any, parts: Sequence[Any]) -> Any:

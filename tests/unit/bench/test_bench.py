@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import mmap
 import sys
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -174,7 +175,7 @@ def test_arena_returns_non_overlapping_batches():
     out[:] = np.inf
     assert np.array_equal(x, np.tile(one, (len(x), 1)))
     assert not np.shares_memory(x, out)
-    assert out.ctypes.data % memory.PAGE_BYTES == 0
+    assert out.ctypes.data % mmap.PAGESIZE == 0
 
 
 def test_measuring_decoding_of_an_array_is_rejected(tmp_path):

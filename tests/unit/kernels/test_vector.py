@@ -105,7 +105,9 @@ def test_element_sizes_match_numpy():
 @pytest.mark.parametrize("nbytes", [8, 16, 64, 256])
 def test_load_line_repeats_or_combines_bytes(nbytes):
     source = np.random.default_rng(0).integers(0, 256, nbytes, np.uint8)
-    (line,) = loaded(memory.load_line(nbytes), "uint8", 64, 1, source.ctypes.data)
+    load_line = memory.load_line(nbytes)
+    load = always_inline(lambda address: load_line(address, 0))
+    (line,) = loaded(load, "uint8", 64, 1, source.ctypes.data)
     if nbytes < 64:
         assert line.tolist() == np.tile(source, 64 // nbytes).tolist()
     else:
