@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from fastvgg.datasets.base import Header
     from fastvgg.storage.local import OpenFile
     from fastvgg.stream.plan import Plan
-    from fastvgg.stream.redo_log_layout import RedoLogHeader, RedoLogLayout, RedoRecord
+    from fastvgg.stream.redo_log_layout import RedoLogHeader, RedoRecord
     from fastvgg.stream.report import Progress, Report
 
 CACHE_LINE_BYTES: Final = 64
@@ -124,7 +124,7 @@ class _InPlaceRun:
 
     def _compute(self, log: RedoLog, committed: int, tracker: ProgressTracker) -> None:
         """Compute the remaining chunks; write each to the redo log, then to the file."""
-        pages = [_PageBuffer(log.file_layout) for _ in range(2)]
+        pages = [_PageBuffer(log.header) for _ in range(2)]
         rows = list(self.plan.chunk_rows())
         before = None
         with CommitPipeline[int]() as pipeline:
@@ -164,9 +164,9 @@ class _InPlaceRun:
 class _PageBuffer:
     """A buffer for the pages of a chunk, with its images aligned to a cache line."""
 
-    def __init__(self, file_layout: RedoLogLayout) -> None:
-        self._file_layout = file_layout
-        self._memory = np.empty(file_layout.slot_bytes + CACHE_LINE_BYTES, np.uint8)
+    def __init__(self, header: RedoLogHeader) -> None:
+        self._header = header
+        self._memory = np.empty(header.slot_bytes + CACHE_LINE_BYTES, np.uint8)
         self.begin = 0
         self.bytes = self._memory[:0]
         self.image_bytes = self._memory[:0]
@@ -179,8 +179,8 @@ class _PageBuffer:
         They are read from `data`, or from `before`: the previous chunk, if its new bytes may not be
         in the file yet.
         """
-        self.begin, end = self._file_layout.page_span(chunk)
-        first, last = self._file_layout.image_span(chunk)
+        self.begin, end = self._header.page_span(chunk)
+        first, last = self._header.image_span(chunk)
         head, tail = first - self.begin, end - last
         shift = -(self._memory.ctypes.data + head) % CACHE_LINE_BYTES
         self.bytes = self._memory[shift : shift + end - self.begin]

@@ -312,7 +312,7 @@ def _plan_in_place(
     if redo_log is None:
         planned = _build_plan(source, source.location, job, options)
         log_header = RedoLogHeader.new(job, planned.chunk_images, path.stat())
-        check_free_space(path, log_header.file_layout.journal_bytes, "lower --memory")
+        check_free_space(path, log_header.journal_bytes, "lower --memory")
         return planned
     check_same_file(redo_log, path)
     job = dataclasses.replace(job, fingerprint=redo_log.job.fingerprint)

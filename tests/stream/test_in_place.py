@@ -63,7 +63,7 @@ def unfinished(file):
     """A file of which two chunks of six are done."""
     with pytest.raises(SimulatedCrash):
         convert_in_place(file, mode="caffe", images_per_chunk=2, storage=InterruptedStorage(2))
-    assert read_redo_log_header(file).file_layout.chunks == 6
+    assert read_redo_log_header(file).chunks == 6
     return file
 
 
@@ -371,10 +371,10 @@ def test_damaged_redo_log_resumes_correctly_or_is_rejected(tmp_path, stage, part
         convert_in_place(path, mode="caffe", images_per_chunk=2, storage=StoppingStorage(stage))
     header = read_redo_log_header(path)
     content, journal = path.read_bytes(), journal_path(path).read_bytes()
-    places = header.file_layout
+    checkpoint = header.checkpoint_offset(0)
     right, refusals = 0, 0
     offsets = [at for at in range(len(journal)) if journal[at]]
-    damages = [*offsets[::31], *range(places.checkpoint(0), places.checkpoint(0) + 100, 5)]
+    damages = [*offsets[::31], *range(checkpoint, checkpoint + 100, 5)]
     for at in damages[part::8]:
         damaged = bytearray(journal)
         damaged[at] ^= 1 << at % 8
