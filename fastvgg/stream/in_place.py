@@ -24,12 +24,7 @@ from fastvgg.stream.commit_pipeline import CommitPipeline
 from fastvgg.stream.journal import check_is_journal, journal_path
 from fastvgg.stream.manifest import Manifest, checksum, manifest_path
 from fastvgg.stream.progress import ProgressTracker
-from fastvgg.stream.redo_log import (
-    RedoLog,
-    check_restart,
-    check_same_file,
-    read_redo_log_header,
-)
+from fastvgg.stream.redo_log import RedoLog, check_same_file, read_header_to_resume
 from fastvgg.stream.source import changed_error, check_values, is_changed
 from fastvgg.transform import storage_dtype
 
@@ -87,10 +82,7 @@ class _InPlaceRun:
 
     def finish(self) -> Report:
         """Execute the remaining steps and return the report."""
-        header = read_redo_log_header(self.data.path)
-        if header is not None and self.plan.restart:
-            check_restart(header, self.data.path)
-            header = None
+        header = read_header_to_resume(self.data.path, restart=self.plan.restart)
         log = self._begin() if header is None else self._reopen(header)
         with contextlib.closing(log):
             committed = 0 if header is None else log.recover()

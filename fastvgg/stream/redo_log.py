@@ -94,13 +94,21 @@ def check_same_file(header: RedoLogHeader, path: Path) -> None:
         )
 
 
-def check_restart(header: RedoLogHeader, path: Path) -> None:
-    """Check that a file is not that of an unfinished run, or a copy: part would be done twice."""
+def read_header_to_resume(path: Path, *, restart: bool) -> RedoLogHeader | None:
+    """Read the header of the run in place to resume; None if there is none, or it is restarted.
+
+    Raises ResumeError for a restart whose file is that of the unfinished run, or a copy of it: part
+    would be done twice.
+    """
+    header = read_redo_log_header(path)
+    if header is None or not restart:
+        return header
     if path.stat().st_ino == header.inode or _is_first_chunk_converted(header, path):
         raise ResumeError(
             f"{path} is partly converted, so its run cannot start over",
             f"finish it: {header.command(path)}",
         )
+    return None
 
 
 def check_not_in_place(path: Path) -> None:

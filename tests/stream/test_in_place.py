@@ -19,7 +19,7 @@ from fastvgg.stream.info import info
 from fastvgg.stream.journal import journal_path
 from fastvgg.stream.manifest import Provenance, manifest_path, read_manifest
 from fastvgg.stream.plan import RUN_BYTES
-from fastvgg.stream.redo_log import read_redo_log_header
+from fastvgg.stream.redo_log import read_header_to_resume, read_redo_log_header
 from fastvgg.stream.run import run
 from fastvgg.transform import Transform
 from tests.helpers.batches import FLOATS, KERAS_MODES
@@ -455,15 +455,15 @@ def test_run_finished_concurrently_during_planning_is_not_repeated(file, monkeyp
 
 
 def test_run_started_concurrently_during_planning_requires_a_new_plan(file, monkeypatch):
-    def read_before_concurrent_run(path):
-        found = read_redo_log_header(path)
-        monkeypatch.setattr(planner, "read_redo_log_header", read_redo_log_header)
+    def read_before_concurrent_run(path, *, restart):
+        found = read_header_to_resume(path, restart=restart)
+        monkeypatch.setattr(planner, "read_header_to_resume", read_header_to_resume)
         with pytest.raises(SimulatedCrash):
             convert_in_place(file, mode="caffe", images_per_chunk=2, storage=InterruptedStorage(2))
         return found
 
     os.utime(file, ns=(1, 1))  # so that a write changes the mtime
-    monkeypatch.setattr(planner, "read_redo_log_header", read_before_concurrent_run)
+    monkeypatch.setattr(planner, "read_header_to_resume", read_before_concurrent_run)
     late = plan_of(file, None, in_place=True, mode="caffe")
     with pytest.raises(SourceError, match="has changed since"):
         run(late)
