@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastvgg import engine
 from fastvgg.datasets.base import byte_view
 from fastvgg.datasets.npy import NpySource
 from fastvgg.errors import TargetError
 from fastvgg.storage.local import Storage, check_in_place_supported
 from fastvgg.stream.commit_pipeline import CommitPipeline
+from fastvgg.stream.compute import transform_batch
 from fastvgg.stream.journal import check_is_journal, journal_path
 from fastvgg.stream.manifest import Manifest, checksum, manifest_path
 from fastvgg.stream.progress import ProgressTracker
@@ -173,13 +173,5 @@ class _InPlaceRun:
     def _transform(self, start: int, stop: int, out: NDArray[Any]) -> str:
         """Transform images into `out`; return the checksum of the input."""
         batch = self.source.read(start, stop).batch
-        plan = self.plan
-        engine.apply(
-            plan.transform,
-            batch,
-            out,
-            threads=plan.threads,
-            backend=plan.choose_backend(),
-            cached_output=True,
-        )
+        transform_batch(self.plan, batch, out)
         return checksum([byte_view(batch)])

@@ -301,10 +301,8 @@ class RedoLog:
 
     def make_record(self, chunk: int, pages: memoryview, *, old: str) -> RedoRecord:
         """Return the record of a chunk with these new pages; `old` is of its images in the file."""
-        (begin, _), (first, last) = (
-            self.header.page_span(chunk),
-            self.header.image_span(chunk),
-        )
+        begin, _ = self.header.page_span(chunk)
+        first, last = self.header.image_span(chunk)
         new = xxh3_64_hexdigest(pages[first - begin : last - begin])
         edges = bytes(pages[: first - begin]) + bytes(pages[last - begin :])
         return RedoRecord(chunk, self.header.run, old, new, xxh3_64_hexdigest(edges))
