@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import secrets
 import shlex
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from fastvgg.stream.job import Job, check_fields, check_sizes
@@ -63,7 +65,8 @@ def decode_first_line(data: bytes) -> dict[str, Any] | None:
     return decode_line(line + end)
 
 
-class RedoLogHeader(NamedTuple):
+@dataclass(frozen=True)
+class RedoLogHeader:
     """The header of a redo log: which file, which job; its fields determine all offsets."""
 
     job: Job
@@ -85,7 +88,7 @@ class RedoLogHeader(NamedTuple):
         """Decode the header at the start of `data`; raise ValueError if a field is inconsistent."""
         fields = decode_first_line(data) or {}
         check_fields(fields, HEADER_SCHEMA)
-        recorded = {name: fields[name] for name in cls._fields}
+        recorded = {name: fields[name] for name in HEADER_SCHEMA if name != VERSION_FIELD}
         header = cls(**{**recorded, "job": Job.from_dict(fields["job"])})
         check_sizes([header.chunk_images, header.file_bytes])
         if not data.startswith(header.to_bytes()) or header.data_offset < 0:
@@ -94,11 +97,10 @@ class RedoLogHeader(NamedTuple):
 
     def to_bytes(self) -> bytes:
         """Encode the header line."""
-        return encode_line(
-            {VERSION_FIELD: FORMAT_VERSION, **self._asdict(), "job": self.job.to_dict()}
-        )
+        fields = {name: getattr(self, name) for name in HEADER_SCHEMA if name != VERSION_FIELD}
+        return encode_line({VERSION_FIELD: FORMAT_VERSION, **fields, "job": self.job.to_dict()})
 
-    @property
+    @cached_property  # encoding takes 0.2 ms, and every offset depends on it
     def header_bytes(self) -> int:
         """Length of the header in the log, in whole pages."""
         return round_up_to_pages(len(self.to_bytes()))

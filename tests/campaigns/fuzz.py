@@ -710,7 +710,7 @@ class RedoLogFiles:
             ring = RedoLog.begin(self.storage, self.data, self.job, self.TOGETHER)
         finally:
             redo_log_layout.secrets = original_secrets
-        self.header = read_redo_log_header(self.path)._replace(inode=2)
+        self.header = dataclasses.replace(read_redo_log_header(self.path), inode=2)
         first = self.header.to_bytes().ljust(self.header.header_bytes, b"\0")
         journal = journal_path(self.path)
         self.states = []
