@@ -130,7 +130,7 @@ class Batches:
         self._epoch = -1
         self._batches_yielded = 0
         self._has_start = False  # whether the next iteration starts at the two numbers above
-        self._buffers: _BatchBufferRing | None = None
+        self._buffers: deque[NDArray[Any]] | None = None
         with contextlib.closing(self._open()) as source:
             self.header = source.header
             self.result = source.header if transform is None else plan_result(source, transform)
@@ -233,18 +233,24 @@ class Batches:
         return source
 
     @contextlib.contextmanager
-    def _borrow_buffers(self) -> Iterator[_BatchBufferRing]:
-        """Reuse the buffers of an earlier iteration, unless another iteration has them."""
+    def _borrow_buffers(self) -> Iterator[deque[NDArray[Any]]]:
+        """Reuse the buffers of an earlier iteration, unless another iteration has them.
+
+        They are a ring, whose first buffer is that of the next batch: the batch that was yielded
+        last stays valid while the next ones are built. Page-faulting fresh memory is slow.
+        """
         buffers, self._buffers = self._buffers, None
         if buffers is None:
-            shape = (self.batch_size, *self.result.shape[1:])
-            buffers = _BatchBufferRing(
-                shape, storage_dtype(self.result.dtype), is_reused=not self.copy
-            )
+            count = 0 if self.copy else MAX_IN_FLIGHT + 1
+            buffers = deque(self._new_buffer() for _ in range(count))
         try:
             yield buffers
         finally:
             self._buffers = buffers
+
+    def _new_buffer(self) -> NDArray[Any]:
+        shape = (self.batch_size, *self.result.shape[1:])
+        return np.empty(shape, storage_dtype(self.result.dtype))
 
     def _iterate(self, epoch: int, start: int) -> Iterator[Batch]:
         """Yield the batches of an epoch, from batch number `start`."""
@@ -264,39 +270,16 @@ class Batches:
             for number in range(start, count):
                 for ahead in range(number + len(in_flight), min(number + MAX_IN_FLIGHT, count)):
                     rows = order[ahead * size : (ahead + 1) * size]
-                    in_flight.append(builder.submit(rows, buffers.peek(ahead - number)))
+                    buffer = self._new_buffer() if self.copy else buffers[ahead - number]
+                    in_flight.append(builder.submit(rows, buffer))
                 batch, group = in_flight.popleft()
                 group.wait()
-                buffers.advance()
+                buffers.rotate(-1)
                 self._epoch, self._batches_yielded = epoch, number + 1
                 yield batch
 
 
 batches = Batches
-
-
-class _BatchBufferRing:
-    """A ring of reusable batch buffers, or a new buffer for every batch.
-
-    A buffer is overwritten `MAX_IN_FLIGHT` + 1 batches later, so the batch that was yielded last
-    stays valid while the next ones are built. Page-faulting fresh memory is slow.
-    """
-
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], *, is_reused: bool) -> None:
-        self._shape = shape
-        self._dtype = dtype
-        count = MAX_IN_FLIGHT + 1 if is_reused else 0
-        self._buffers = [np.empty(shape, dtype) for _ in range(count)]
-        self._position = 0
-
-    def peek(self, count: int) -> NDArray[Any]:
-        """Return the buffer `count` places ahead of the current one."""
-        if not self._buffers:
-            return np.empty(self._shape, self._dtype)
-        return self._buffers[(self._position + count) % len(self._buffers)]
-
-    def advance(self) -> None:
-        self._position += 1
 
 
 class _BatchBuilder:

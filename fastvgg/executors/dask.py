@@ -15,7 +15,7 @@ import itertools
 import pickle
 import secrets
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from distributed import Client, KilledWorker, LocalCluster, as_completed
 from distributed.comm import CommClosedError
@@ -34,10 +34,11 @@ if TYPE_CHECKING:
 
     from distributed import Future, Worker
 
-    from fastvgg.executors.worker import ChunkCommit
     from fastvgg.stream.compute import ChunkTask
     from fastvgg.stream.plan import Plan
     from fastvgg.stream.run import Run
+
+Result = TypeVar("Result")
 
 LOCAL_ADDRESS: Final = "local"
 CONNECT_SECONDS: Final = 10
@@ -153,9 +154,7 @@ class DaskExecutor(Executor):
         """Have workers compute and write chunks; commit each batch that is done."""
         if not isinstance(run.target, SharedTarget):
             raise TypeError(f"{run.target.kind} cannot be written by several processes")
-        results: Generator[list[ChunkCommit], None, None] = self._results(
-            run_task, self._name, self._group(tasks, run.plan.chunks)
-        )
+        results = self._results(run_task, self._name, run, tasks)
         with contextlib.closing(results), self._disconnect_errors():
             for batch in results:
                 edges = [edge for result in batch for edge in result.edges]
@@ -173,28 +172,25 @@ class DaskExecutor(Executor):
             yield from super().stored_checksums(run, tasks)
             return
         self.open(run)
-        results = self._results(
-            stored_checksums, f"check-{self._name}", self._group(tasks, run.plan.chunks)
-        )
+        results = self._results(stored_checksums, f"check-{self._name}", run, tasks)
         with contextlib.closing(results), self._disconnect_errors():
             yield from itertools.chain.from_iterable(results)
 
-    def _group(self, tasks: Iterable[ChunkTask], chunks: int) -> Iterator[Task]:
+    def _group(self, tasks: Iterable[ChunkTask], chunks: int, threads: int) -> Iterator[Task]:
         """Group chunks, of `chunks` in all, into Dask tasks: several tasks per thread."""
-        chunks_per_task = chunks // (TASKS_PER_THREAD * max(1, self._threads()))
+        chunks_per_task = chunks // (TASKS_PER_THREAD * max(1, threads))
         chunks_per_task = min(max(1, chunks_per_task), MAX_CHUNKS_PER_TASK)
         remaining = iter(tasks)
         while group := tuple(itertools.islice(remaining, chunks_per_task)):
             yield Task(self._shared_plan, group)
 
-    def _threads(self) -> int:
-        return int(sum(self._client.nthreads().values()))
-
     def _results(
-        self, fn: Callable[[Task], list[Any]], name: str, tasks: Iterator[Task]
-    ) -> Generator[list[Any], None, None]:
-        """Run `fn` on all tasks, with a bounded number in flight; yield batches of results."""
-        max_in_flight = max(MIN_IN_FLIGHT, IN_FLIGHT_PER_THREAD * self._threads())
+        self, fn: Callable[[Task], list[Result]], name: str, run: Run, chunks: Iterable[ChunkTask]
+    ) -> Generator[list[Result], None, None]:
+        """Run `fn` on all chunks, with bounded tasks in flight; yield batches of results."""
+        threads = sum(self._client.nthreads().values())
+        tasks = self._group(chunks, run.plan.chunks, threads)
+        max_in_flight = max(MIN_IN_FLIGHT, IN_FLIGHT_PER_THREAD * threads)
         in_flight: dict[str, Any] = {}
         completed = as_completed(loop=self._client.loop)
 

@@ -22,7 +22,7 @@ from fastvgg.datasets.open import open_target
 from fastvgg.errors import StoppedError
 from fastvgg.stream.commit_pipeline import CommitPipeline
 from fastvgg.stream.compute import ChunkBufferRing, compute, make_commit, stored_checksum
-from fastvgg.stream.journal import journal_path, read_journal_header
+from fastvgg.stream.journal import journal_path, read_journal
 from fastvgg.stream.source import reopen_source
 from fastvgg.stream.target import make_destination
 
@@ -100,7 +100,7 @@ class _WorkerSlot:
 
     def _check_same_run(self) -> None:
         path = journal_path(self._destination.path)
-        header = read_journal_header(path)
+        header = read_journal(path, header_only=True)
         expected = self._plan.job, self._plan.chunk_images
         if header is None or (header.job, header.chunk_images) != expected:
             raise StoppedError(

@@ -102,6 +102,18 @@ def compute(
     return _compute_batches(plan, source, target, tasks, buffers)
 
 
+def transform_batch(plan: Plan, batch: NDArray[Any], out: NDArray[Any]) -> None:
+    """Transform a batch into `out` on all threads of the plan."""
+    engine.apply(
+        plan.transform,
+        batch,
+        out,
+        threads=plan.threads,
+        backend=plan.choose_backend(),
+        cached_output=True,
+    )
+
+
 def make_commit(plan: Plan, source: Source, computed: ChunkResult) -> Commit:
     """Return the record of a computed chunk; raise StoppedError if strict and an image failed."""
     chunk, start, stop, stored, records = computed
@@ -135,14 +147,7 @@ def _compute_batches(
     for chunk, start, stop, _ in tasks:
         out = buffers.rows(target.offset(start))[: stop - start]
         batch, records = source.read(start, stop)
-        engine.apply(
-            plan.transform,
-            batch,
-            out,
-            threads=plan.threads,
-            backend=plan.choose_backend(),
-            cached_output=True,
-        )
+        transform_batch(plan, batch, out)
         del batch  # frees its memory before the next chunk is read
         for row, record in enumerate(records):
             if record.failed:

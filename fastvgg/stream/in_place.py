@@ -11,26 +11,22 @@ import contextlib
 import functools
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastvgg import engine
 from fastvgg.datasets.base import byte_view
 from fastvgg.datasets.npy import NpySource
 from fastvgg.errors import TargetError
 from fastvgg.storage.local import Storage, check_in_place_supported
 from fastvgg.stream.commit_pipeline import CommitPipeline
+from fastvgg.stream.compute import transform_batch
 from fastvgg.stream.journal import check_is_journal, journal_path
 from fastvgg.stream.manifest import Manifest, checksum, manifest_path
 from fastvgg.stream.progress import ProgressTracker
-from fastvgg.stream.redo_log import (
-    RedoLog,
-    check_restart,
-    check_same_file,
-    read_redo_log_header,
-)
+from fastvgg.stream.redo_log import RedoLog, check_same_file, read_header_to_resume
 from fastvgg.stream.source import changed_error, check_values, is_changed
+from fastvgg.tiling import CACHE_LINE_BYTES
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
@@ -38,13 +34,19 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from fastvgg.datasets.base import Header
     from fastvgg.storage.local import OpenFile
     from fastvgg.stream.plan import Plan
-    from fastvgg.stream.redo_log_layout import RedoLogHeader, RedoLogLayout, RedoRecord
+    from fastvgg.stream.redo_log_layout import RedoLogHeader, RedoRecord
     from fastvgg.stream.report import Progress, Report
 
-CACHE_LINE_BYTES: Final = 64
+
+class _Pages(NamedTuple):
+    """The new bytes of the pages of a chunk, with its images aligned to a cache line."""
+
+    begin: int
+    """Offset of the first page in the file."""
+    bytes: NDArray[np.uint8]
+    images: NDArray[Any]
 
 
 def run(
@@ -87,10 +89,7 @@ class _InPlaceRun:
 
     def finish(self) -> Report:
         """Execute the remaining steps and return the report."""
-        header = read_redo_log_header(self.data.path)
-        if header is not None and self.plan.restart:
-            check_restart(header, self.data.path)
-            header = None
+        header = read_header_to_resume(self.data.path, restart=self.plan.restart)
         log = self._begin() if header is None else self._reopen(header)
         with contextlib.closing(log):
             committed = 0 if header is None else log.recover()
@@ -124,16 +123,16 @@ class _InPlaceRun:
 
     def _compute(self, log: RedoLog, committed: int, tracker: ProgressTracker) -> None:
         """Compute the remaining chunks; write each to the redo log, then to the file."""
-        pages = [_PageBuffer(log.file_layout) for _ in range(2)]
+        nbytes = log.header.slot_bytes + CACHE_LINE_BYTES
+        buffers = [np.empty(nbytes, np.uint8) for _ in range(2)]
         rows = list(self.plan.chunk_rows())
         before = None
         with CommitPipeline[int]() as pipeline:
             for chunk in range(committed, len(rows)):
                 tracker.count(pipeline.drain(max_pending=1))  # frees one of the two buffers
-                new = pages[chunk % 2]
-                new.move_to(chunk, self.storage, self.data, before)
+                new = self._lay_out_pages(log.header, chunk, buffers[chunk % 2], before)
                 start, stop = rows[chunk]
-                old = self._transform(start, stop, new.images(self.plan.result))
+                old = self._transform(start, stop, new.images)
                 record = log.make_record(chunk, new.bytes.data, old=old)
                 pipeline.submit(
                     functools.partial(log.stage, chunk, new.bytes.data),
@@ -142,6 +141,31 @@ class _InPlaceRun:
                 before = new
             tracker.count(pipeline.drain(max_pending=0))
 
+    def _lay_out_pages(
+        self, header: RedoLogHeader, chunk: int, buffer: NDArray[np.uint8], before: _Pages | None
+    ) -> _Pages:
+        """Lay out a chunk's pages in `buffer`; fill in what they contain besides its images.
+
+        These bytes are read from the file, or, as the new bytes of the previous chunk may not be in
+        the file yet, from the pages of that chunk, `before`.
+        """
+        begin, end = header.page_span(chunk)
+        first, last = header.image_span(chunk)
+        head, tail = first - begin, end - last
+        shift = -(buffer.ctypes.data + head) % CACHE_LINE_BYTES
+        pages = buffer[shift : shift + end - begin]
+        if before is None:
+            pages[:head] = np.frombuffer(self.storage.read(self.data, begin, head), np.uint8)
+        else:
+            pages[:head] = before.bytes[begin - before.begin :][:head]
+        image_bytes = pages[head : len(pages) - tail]
+        pages[len(pages) - tail :] = np.frombuffer(
+            self.storage.read(self.data, last, tail), np.uint8
+        )
+        result = self.plan.result
+        images = image_bytes.view(storage_dtype(result.dtype)).reshape(-1, *result.shape[1:])
+        return _Pages(begin, pages, images)
+
     def _commit(self, log: RedoLog, record: RedoRecord, pages: memoryview, images: int) -> int:
         log.commit(record, pages)
         return images
@@ -149,52 +173,5 @@ class _InPlaceRun:
     def _transform(self, start: int, stop: int, out: NDArray[Any]) -> str:
         """Transform images into `out`; return the checksum of the input."""
         batch = self.source.read(start, stop).batch
-        plan = self.plan
-        engine.apply(
-            plan.transform,
-            batch,
-            out,
-            threads=plan.threads,
-            backend=plan.choose_backend(),
-            cached_output=True,
-        )
+        transform_batch(self.plan, batch, out)
         return checksum([byte_view(batch)])
-
-
-class _PageBuffer:
-    """A buffer for the pages of a chunk, with its images aligned to a cache line."""
-
-    def __init__(self, file_layout: RedoLogLayout) -> None:
-        self._file_layout = file_layout
-        self._memory = np.empty(file_layout.slot_bytes + CACHE_LINE_BYTES, np.uint8)
-        self.begin = 0
-        self.bytes = self._memory[:0]
-        self.image_bytes = self._memory[:0]
-
-    def move_to(
-        self, chunk: int, storage: Storage, data: OpenFile, before: _PageBuffer | None
-    ) -> None:
-        """Point the buffer at a chunk, and fill in the other bytes of its first and last page.
-
-        They are read from `data`, or from `before`: the previous chunk, if its new bytes may not be
-        in the file yet.
-        """
-        self.begin, end = self._file_layout.page_span(chunk)
-        first, last = self._file_layout.image_span(chunk)
-        head, tail = first - self.begin, end - last
-        shift = -(self._memory.ctypes.data + head) % CACHE_LINE_BYTES
-        self.bytes = self._memory[shift : shift + end - self.begin]
-        self.image_bytes = self.bytes[head : len(self.bytes) - tail]
-        if before is None:
-            self.bytes[:head] = np.frombuffer(storage.read(data, self.begin, head), np.uint8)
-        else:
-            start = self.begin - before.begin
-            self.bytes[:head] = before.bytes[start : start + head]
-        self.bytes[len(self.bytes) - tail :] = np.frombuffer(
-            storage.read(data, last, tail), np.uint8
-        )
-
-    def images(self, header: Header) -> NDArray[Any]:
-        """Return the images of the buffer as a batch."""
-        batch: NDArray[Any] = self.image_bytes.view(storage_dtype(header.dtype))
-        return batch.reshape(-1, *header.shape[1:])

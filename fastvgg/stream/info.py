@@ -48,7 +48,7 @@ def _describe(location: Location) -> dict[str, Any]:
         return {
             "state": "unfinished in place",
             "committed_chunks": committed_chunks(redo_log, location.container),
-            "chunks": redo_log.file_layout.chunks,
+            "chunks": redo_log.chunks,
             **_job_fields(redo_log.job),
             "next": f"finish it before using the file: {redo_log.command(location.container)}",
         }

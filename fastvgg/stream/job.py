@@ -95,12 +95,14 @@ class Job:
             "source": {
                 "path": self.source,
                 "fingerprint": self.fingerprint,
-                **_header_fields(self.source_kind, self.header),
+                "kind": self.source_kind,
+                **vars(self.header),
                 **({} if self.decoding is None else self.decoding.to_dict()),
             },
             "transform": self.transform.to_dict(),
             "result": {
-                **_header_fields(self.target_format, self.result),
+                "kind": self.target_format,
+                **vars(self.result),
                 "in_place": self.in_place,
                 **({"format": self.file_format} if self.target_format == "images" else {}),
                 **({"dataset": self.dataset} if self.dataset else {}),
@@ -226,15 +228,6 @@ def result_header(header: Header, transform: Transform) -> Header:
         transform.output_type(header.dtype),
         transform.out_layout,
     )
-
-
-def _header_fields(kind: str, header: Header) -> dict[str, Any]:
-    return {
-        "kind": kind,
-        "shape": list(header.shape),
-        "dtype": header.dtype,
-        "layout": header.layout,
-    }
 
 
 def _parse_header(fields: dict[str, Any]) -> Header:

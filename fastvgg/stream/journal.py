@@ -25,7 +25,7 @@ from fastvgg.stream.job import Job, check_fields, check_sizes, check_version
 from fastvgg.stream.lines import decode_line, encode_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     from fastvgg.stream.job import Schema
@@ -164,8 +164,10 @@ def line_name(chunk: int) -> str:
     return f"{chunk:09d}"
 
 
-def read_journal(path: Path) -> JournalState | None:
+def read_journal(path: Path, *, header_only: bool = False) -> JournalState | None:
     """Read a journal; return None if it does not exist or its header line is incomplete.
+
+    With `header_only`, the commits are not read.
 
     Raises
     ------
@@ -174,12 +176,25 @@ def read_journal(path: Path) -> JournalState | None:
     SourceError
         If the journal cannot be read.
     """
-    return _read(path, _lines(path))
-
-
-def read_journal_header(path: Path) -> JournalState | None:
-    """Read only the header line of a journal; see `read_journal`."""
-    return _read(path, itertools.islice(_lines(path), 1))
+    max_lines = 1 if header_only else None
+    journal_state = None
+    for number, line in enumerate(itertools.islice(_lines(path), max_lines), 1):
+        try:
+            fields = decode_line(line)
+            if fields is None:
+                break
+            if journal_state is None:
+                journal_state = _parse_header(path, fields)
+            else:
+                _add_commit(journal_state, fields)
+        except ValueError as error:
+            raise ResumeError(
+                f"{path} is damaged: line {number} has a valid checksum but is not a journal "
+                f"record: {str(error)[:200]}",
+                "put it back as the run left it, or give --restart to start over",
+            ) from None
+        journal_state.valid_bytes += len(line)
+    return journal_state
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -210,27 +225,6 @@ def _store_errors(path: Path) -> Iterator[None]:
             f"{path} cannot be read: {error.strerror or error}",
             "check the connection and the permission to read there",
         ) from None
-
-
-def _read(path: Path, lines: Iterable[bytes]) -> JournalState | None:
-    journal_state = None
-    for number, line in enumerate(lines, 1):
-        try:
-            fields = decode_line(line)
-            if fields is None:
-                break
-            if journal_state is None:
-                journal_state = _parse_header(path, fields)
-            else:
-                _add_commit(journal_state, fields)
-        except ValueError as error:
-            raise ResumeError(
-                f"{path} is damaged: line {number} has a valid checksum but is not a journal "
-                f"record: {str(error)[:200]}",
-                "put it back as the run left it, or give --restart to start over",
-            ) from None
-        journal_state.valid_bytes += len(line)
-    return journal_state
 
 
 def check_is_journal(path: Path) -> bool:

@@ -168,12 +168,10 @@ class Provenance:
     @classmethod
     def read(cls, location: Location) -> Provenance:
         """Read what is recorded about a dataset; raise SourceError if a record is damaged."""
-        manifest = read_manifest(location.container)
-        if manifest is None:
-            return cls(None, _read_transform(location), has_index=True)
-        if location.inner and manifest.job.dataset not in ("", location.inner):
-            return cls(None, _read_transform(location), has_index=False)
-        return cls(manifest, manifest.job.transform, has_index=True)
+        manifest, inner = read_manifest(location.container), location.inner
+        if manifest is not None and (not inner or manifest.job.dataset in ("", inner)):
+            return cls(manifest, manifest.job.transform, has_index=True)
+        return cls(None, _read_transform(location), has_index=manifest is None)
 
 
 def checksum(stored: Payload) -> str:

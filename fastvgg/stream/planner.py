@@ -34,10 +34,9 @@ from fastvgg.stream.preflight import (
 )
 from fastvgg.stream.redo_log import (
     check_not_in_place,
-    check_restart,
     check_same_file,
     committed_chunks,
-    read_redo_log_header,
+    read_header_to_resume,
 )
 from fastvgg.stream.redo_log_layout import RedoLogHeader
 from fastvgg.stream.retry import plan_retry
@@ -173,7 +172,11 @@ def plan(
         retry_failed=retry_failed,
         fsync=fsync,
     )
-    redo_log = _read_redo_log(location, in_place=in_place, restart=restart)
+    redo_log = None
+    if in_place:
+        redo_log = read_header_to_resume(location.container, restart=restart)
+    else:
+        check_not_in_place(location.container)
     if redo_log is None:
         placeholder = "identity" if mode is None else mode
         requested = Transform(placeholder, direction, layout or "NHWC", out_layout, dtype, rounding)
@@ -198,18 +201,6 @@ def plan(
             return _plan_in_place(opened, transform, redo_log, format, options)
         planned = _plan(opened, destination, transform, format, options)
     return dataclasses.replace(planned, has_index=recorded.has_index)
-
-
-def _read_redo_log(location: Location, *, in_place: bool, restart: bool) -> RedoLogHeader | None:
-    """Return the redo log that the plan resumes; raise SourceError if it must be finished first."""
-    if not in_place:
-        check_not_in_place(location.container)
-        return None
-    redo_log = read_redo_log_header(location.container)
-    if redo_log is not None and restart:
-        check_restart(redo_log, location.container)
-        return None
-    return redo_log
 
 
 def _check_manifest(manifest: Manifest | None, source: Source) -> None:
@@ -312,7 +303,7 @@ def _plan_in_place(
     if redo_log is None:
         planned = _build_plan(source, source.location, job, options)
         log_header = RedoLogHeader.new(job, planned.chunk_images, path.stat())
-        check_free_space(path, log_header.file_layout.journal_bytes, "lower --memory")
+        check_free_space(path, log_header.journal_bytes, "lower --memory")
         return planned
     check_same_file(redo_log, path)
     job = dataclasses.replace(job, fingerprint=redo_log.job.fingerprint)

@@ -86,7 +86,7 @@ def check_same_file(header: RedoLogHeader, path: Path) -> None:
             f"{journal} belongs to another file",
             "restore that file; or, if this file is intact, give --restart",
         )
-    found, expected = journal.stat().st_size, header.file_layout.journal_bytes
+    found, expected = journal.stat().st_size, header.journal_bytes
     if found != expected:
         raise ResumeError(
             f"{journal} has {found} bytes, expected {expected}",
@@ -94,13 +94,21 @@ def check_same_file(header: RedoLogHeader, path: Path) -> None:
         )
 
 
-def check_restart(header: RedoLogHeader, path: Path) -> None:
-    """Check that a file is not that of an unfinished run, or a copy: part would be done twice."""
+def read_header_to_resume(path: Path, *, restart: bool) -> RedoLogHeader | None:
+    """Read the header of the run in place to resume; None if there is none, or it is restarted.
+
+    Raises ResumeError for a restart whose file is that of the unfinished run, or a copy of it: part
+    would be done twice.
+    """
+    header = read_redo_log_header(path)
+    if header is None or not restart:
+        return header
     if path.stat().st_ino == header.inode or _is_first_chunk_converted(header, path):
         raise ResumeError(
             f"{path} is partly converted, so its run cannot start over",
             f"finish it: {header.command(path)}",
         )
+    return None
 
 
 def check_not_in_place(path: Path) -> None:
@@ -120,10 +128,9 @@ def committed_chunks(header: RedoLogHeader, file_path: Path) -> int:
 
 def _records(header: RedoLogHeader, file_path: Path) -> Iterator[RedoRecord]:
     """Yield the records of the committed chunks, without the lock of the file."""
-    file_layout, path = header.file_layout, journal_path(file_path)
-    journal = read_sidecar(path, max_bytes=file_layout.slot(0)) or b""
-    for chunk in range(file_layout.chunks):
-        begin = file_layout.record(chunk)
+    journal = read_sidecar(journal_path(file_path), max_bytes=header.slot_offset(0)) or b""
+    for chunk in range(header.chunks):
+        begin = header.record_offset(chunk)
         try:
             record = RedoRecord.from_bytes(journal[begin : begin + RECORD_BYTES], chunk, header.run)
         except ValueError:
@@ -138,7 +145,7 @@ def _is_first_chunk_converted(header: RedoLogHeader, path: Path) -> bool:
     first = next(_records(header, path), None)
     if first is None or first.new == first.old:
         return False
-    begin, end = header.file_layout.image_span(0)
+    begin, end = header.image_span(0)
     with open_regular(path) as file:
         file.seek(begin)
         return xxh3_64_hexdigest(file.read(end - begin)) == first.new
@@ -159,11 +166,10 @@ class RedoLog:
     def __init__(
         self, storage: Storage, data: OpenFile, journal: OpenFile, header: RedoLogHeader
     ) -> None:
-        self.file_layout = header.file_layout
+        self.header = header
         self._storage = storage
         self._data = data
         self._journal = journal
-        self._run = header.run
         # Chunks counted by the durable checkpoint, and by the one that the next sync of the log
         # makes durable.
         self._durable = 0
@@ -174,15 +180,14 @@ class RedoLog:
     def begin(cls, storage: Storage, data: OpenFile, job: Job, chunk_images: int) -> RedoLog:
         """Create the log for an unchanged data file; raise TargetError if the disk is full."""
         header = RedoLogHeader.new(job, chunk_images, os.fstat(data.descriptor))
-        file_layout = header.file_layout
         storage.sync(data)  # a power failure must not lose the input of later chunks
         path = journal_path(data.path)
         temporary = path.with_name(path.name + ".tmp")
         file = storage.create(temporary)
         try:
-            storage.reserve(file, file_layout.journal_bytes)
+            storage.reserve(file, header.journal_bytes)
             log = cls(storage, data, OpenFile(file.descriptor, path), header)
-            storage.write(file, header.to_bytes().ljust(file_layout.header_bytes, b"\0"), 0)
+            storage.write(file, header.to_bytes().ljust(header.header_bytes, b"\0"), 0)
             log._write_checkpoint(0)
             storage.sync(file)
             storage.rename(temporary, path)
@@ -229,7 +234,7 @@ class RedoLog:
         slots_intact = self._slots_intact()
         for chunk, is_intact in enumerate(slots_intact, self._durable):
             if is_intact:
-                begin, _ = self.file_layout.page_span(chunk)
+                begin, _ = self.header.page_span(chunk)
                 self._storage.write(self._data, self._pages(chunk), begin)
         committed = self._durable + len(slots_intact)
         if slots_intact:
@@ -241,17 +246,19 @@ class RedoLog:
 
     def _read_checkpoint(self, copy: int) -> tuple[int, int] | None:
         """Return the generation and the number of chunks of a copy; None if it is torn."""
-        page = self._storage.read(self._journal, self.file_layout.checkpoint(copy), PAGE_BYTES)
+        page = self._storage.read(self._journal, self.header.checkpoint_offset(copy), PAGE_BYTES)
         try:
             fields = decode_first_line(page)
             if fields is None:
                 return None
             check_fields(fields, CHECKPOINT_SCHEMA)
             check_sizes([fields["generation"]])
-            check_sizes([fields["chunks"]], minimum=0, maximum=self.file_layout.chunks)
+            check_sizes([fields["chunks"]], minimum=0, maximum=self.header.chunks)
         except ValueError:
             raise _damaged_error(self._data.path, f"copy {copy} of its checkpoint") from None
-        return (fields["generation"], fields["chunks"]) if fields["run"] == self._run else None
+        return (
+            (fields["generation"], fields["chunks"]) if fields["run"] == self.header.run else None
+        )
 
     def _slots_intact(self) -> list[bool]:
         """Return whether the slot of each chunk committed after the checkpoint is intact.
@@ -260,7 +267,7 @@ class RedoLog:
         file, or that the file has the chunk and the slot was reused. The bytes of the file decide.
         """
         slots_intact: list[bool] = []
-        for chunk in range(self._durable, self.file_layout.chunks):
+        for chunk in range(self._durable, self.header.chunks):
             record = self.record(chunk)
             if record is None:
                 break
@@ -276,16 +283,16 @@ class RedoLog:
         return slots_intact
 
     def _pages(self, chunk: int) -> memoryview:
-        begin, end = self.file_layout.page_span(chunk)
-        offset = self.file_layout.slot(chunk) + PAGE_BYTES
+        begin, end = self.header.page_span(chunk)
+        offset = self.header.slot_offset(chunk) + PAGE_BYTES
         return memoryview(self._storage.read(self._journal, offset, end - begin))
 
     def record(self, chunk: int) -> RedoRecord | None:
         """Return a chunk's record, from the table or its slot; None if neither is valid."""
-        for offset in (self.file_layout.record(chunk), self.file_layout.slot(chunk)):
+        for offset in (self.header.record_offset(chunk), self.header.slot_offset(chunk)):
             data = self._storage.read(self._journal, offset, RECORD_BYTES)
             try:
-                record = RedoRecord.from_bytes(data, chunk, self._run)
+                record = RedoRecord.from_bytes(data, chunk, self.header.run)
             except ValueError:
                 raise _damaged_error(self._data.path, f"a record of chunk {chunk}") from None
             if record is not None:
@@ -294,24 +301,22 @@ class RedoLog:
 
     def make_record(self, chunk: int, pages: memoryview, *, old: str) -> RedoRecord:
         """Return the record of a chunk with these new pages; `old` is of its images in the file."""
-        (begin, _), (first, last) = (
-            self.file_layout.page_span(chunk),
-            self.file_layout.image_span(chunk),
-        )
+        begin, _ = self.header.page_span(chunk)
+        first, last = self.header.image_span(chunk)
         new = xxh3_64_hexdigest(pages[first - begin : last - begin])
         edges = bytes(pages[: first - begin]) + bytes(pages[last - begin :])
-        return RedoRecord(chunk, self._run, old, new, xxh3_64_hexdigest(edges))
+        return RedoRecord(chunk, self.header.run, old, new, xxh3_64_hexdigest(edges))
 
     def checksum_in_file(self, chunk: int) -> str:
         """Return the checksum of a chunk's images in the data file."""
-        begin, end = self.file_layout.image_span(chunk)
+        begin, end = self.header.image_span(chunk)
         return xxh3_64_hexdigest(self._storage.read(self._data, begin, end - begin))
 
     def stage(self, chunk: int, pages: memoryview) -> None:
         """Write a chunk's new pages into its slot; may overlap the commit of the previous chunk."""
         if self._durable < chunk - SLOTS + 1:
             raise RuntimeError(f"chunk {chunk} would overwrite a slot that is still needed")
-        self._storage.write(self._journal, pages, self.file_layout.slot(chunk) + PAGE_BYTES)
+        self._storage.write(self._journal, pages, self.header.slot_offset(chunk) + PAGE_BYTES)
 
     def commit(self, record: RedoRecord, pages: memoryview) -> None:
         """Make a chunk's new pages durable in its slot, then write them to the file.
@@ -320,13 +325,13 @@ class RedoLog:
         """
         checkpointed, chunk = self._checkpointed, record.chunk
         for offset, nbytes in (
-            (self.file_layout.slot(chunk), PAGE_BYTES),
-            (self.file_layout.record(chunk), RECORD_BYTES),
+            (self.header.slot_offset(chunk), PAGE_BYTES),
+            (self.header.record_offset(chunk), RECORD_BYTES),
         ):
             self._storage.write(self._journal, padded_line(record._asdict(), nbytes), offset)
         self._storage.sync(self._journal)  # commits the record, and an earlier checkpoint
         self._durable = checkpointed
-        self._storage.write(self._data, pages, self.file_layout.page_span(chunk)[0])
+        self._storage.write(self._data, pages, self.header.page_span(chunk)[0])
         if chunk + 1 - checkpointed == CHUNKS_PER_CHECKPOINT:
             self._storage.sync(self._data)
             self._write_checkpoint(chunk + 1)
@@ -334,15 +339,15 @@ class RedoLog:
     def _write_checkpoint(self, chunks: int) -> None:
         """Overwrite the older copy of the checkpoint; a torn write leaves the newer one."""
         self._generation += 1
-        fields = {"run": self._run, "generation": self._generation, "chunks": chunks}
-        offset = self.file_layout.checkpoint(1 - self._generation % 2)
+        fields = {"run": self.header.run, "generation": self._generation, "chunks": chunks}
+        offset = self.header.checkpoint_offset(1 - self._generation % 2)
         self._storage.write(self._journal, padded_line(fields, PAGE_BYTES), offset)
         self._checkpointed = chunks
 
     def finish(self) -> list[str]:
         """Make the data file durable; return the checksums of its chunks."""
         self._storage.sync(self._data)
-        records = (self.record(chunk) for chunk in range(self.file_layout.chunks))
+        records = (self.record(chunk) for chunk in range(self.header.chunks))
         return [
             self.checksum_in_file(chunk) if record is None else record.new
             for chunk, record in enumerate(records)

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import secrets
 import shlex
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from fastvgg.stream.job import Job, check_fields, check_sizes
@@ -63,61 +65,9 @@ def decode_first_line(data: bytes) -> dict[str, Any] | None:
     return decode_line(line + end)
 
 
-class RedoLogLayout(NamedTuple):
-    """Offsets in the data file and in the log."""
-
-    file_bytes: int
-    data_offset: int
-    image_bytes: int
-    images: int
-    chunk_images: int
-    header_bytes: int
-    """Length of the log's header, in whole pages."""
-
-    @property
-    def chunks(self) -> int:
-        """Number of chunks."""
-        return -(-self.images // self.chunk_images)
-
-    def image_span(self, chunk: int) -> tuple[int, int]:
-        """Return the byte range of a chunk's images in the data file."""
-        first, last = chunk * self.chunk_images, min((chunk + 1) * self.chunk_images, self.images)
-        return (
-            self.data_offset + first * self.image_bytes,
-            self.data_offset + last * self.image_bytes,
-        )
-
-    def page_span(self, chunk: int) -> tuple[int, int]:
-        """Return the byte range of the whole pages that contain a chunk's images."""
-        begin, end = self.image_span(chunk)
-        return begin - begin % PAGE_BYTES, min(round_up_to_pages(end), self.file_bytes)
-
-    def checkpoint(self, copy: int) -> int:
-        """Return the log offset of a copy of the checkpoint."""
-        return self.header_bytes + copy * PAGE_BYTES
-
-    def record(self, chunk: int) -> int:
-        """Return the log offset of a chunk's record."""
-        return self.checkpoint(2) + chunk * RECORD_BYTES
-
-    def slot(self, chunk: int) -> int:
-        """Return the log offset of a chunk's slot: a page with its record, then its pages."""
-        first = self.checkpoint(2) + round_up_to_pages(self.chunks * RECORD_BYTES)
-        return first + chunk % SLOTS * (PAGE_BYTES + self.slot_bytes)
-
-    @property
-    def slot_bytes(self) -> int:
-        """Maximum size of the pages of a chunk, in bytes."""
-        return round_up_to_pages(self.chunk_images * self.image_bytes) + PAGE_BYTES
-
-    @property
-    def journal_bytes(self) -> int:
-        """Length of the log, in bytes."""
-        return self.slot(0) + SLOTS * (PAGE_BYTES + self.slot_bytes)
-
-
-class RedoLogHeader(NamedTuple):
-    """The header of a redo log: which file, which job."""
+@dataclass(frozen=True)
+class RedoLogHeader:
+    """The header of a redo log: which file, which job; its fields determine all offsets."""
 
     job: Job
     chunk_images: int
@@ -138,31 +88,67 @@ class RedoLogHeader(NamedTuple):
         """Decode the header at the start of `data`; raise ValueError if a field is inconsistent."""
         fields = decode_first_line(data) or {}
         check_fields(fields, HEADER_SCHEMA)
-        recorded = {name: fields[name] for name in cls._fields}
+        recorded = {name: fields[name] for name in HEADER_SCHEMA if name != VERSION_FIELD}
         header = cls(**{**recorded, "job": Job.from_dict(fields["job"])})
         check_sizes([header.chunk_images, header.file_bytes])
-        if not data.startswith(header.to_bytes()) or header.file_layout.data_offset < 0:
+        if not data.startswith(header.to_bytes()) or header.data_offset < 0:
             raise ValueError("its fields are inconsistent")
         return header
 
     def to_bytes(self) -> bytes:
         """Encode the header line."""
-        return encode_line(
-            {VERSION_FIELD: FORMAT_VERSION, **self._asdict(), "job": self.job.to_dict()}
-        )
+        fields = {name: getattr(self, name) for name in HEADER_SCHEMA if name != VERSION_FIELD}
+        return encode_line({VERSION_FIELD: FORMAT_VERSION, **fields, "job": self.job.to_dict()})
+
+    @cached_property  # encoding takes 0.2 ms, and every offset depends on it
+    def header_bytes(self) -> int:
+        """Length of the header in the log, in whole pages."""
+        return round_up_to_pages(len(self.to_bytes()))
 
     @property
-    def file_layout(self) -> RedoLogLayout:
-        """Offsets in the data file and in the log."""
-        result = self.job.result
-        return RedoLogLayout(
-            self.file_bytes,
-            self.file_bytes - result.nbytes,
-            result.image_bytes,
-            result.images,
-            self.chunk_images,
-            round_up_to_pages(len(self.to_bytes())),
-        )
+    def data_offset(self) -> int:
+        """Offset of the images in the data file, in bytes."""
+        return self.file_bytes - self.job.result.nbytes
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks."""
+        return -(-self.job.result.images // self.chunk_images)
+
+    def image_span(self, chunk: int) -> tuple[int, int]:
+        """Return the byte range of a chunk's images in the data file."""
+        result, first = self.job.result, chunk * self.chunk_images
+        last = min(first + self.chunk_images, result.images)
+        begin = self.data_offset + first * result.image_bytes
+        return begin, begin + (last - first) * result.image_bytes
+
+    def page_span(self, chunk: int) -> tuple[int, int]:
+        """Return the byte range of the whole pages that contain a chunk's images."""
+        begin, end = self.image_span(chunk)
+        return begin - begin % PAGE_BYTES, min(round_up_to_pages(end), self.file_bytes)
+
+    def checkpoint_offset(self, copy: int) -> int:
+        """Return the log offset of a copy of the checkpoint."""
+        return self.header_bytes + copy * PAGE_BYTES
+
+    def record_offset(self, chunk: int) -> int:
+        """Return the log offset of a chunk's record."""
+        return self.checkpoint_offset(2) + chunk * RECORD_BYTES
+
+    def slot_offset(self, chunk: int) -> int:
+        """Return the log offset of a chunk's slot: a page with its record, then its pages."""
+        first = self.checkpoint_offset(2) + round_up_to_pages(self.chunks * RECORD_BYTES)
+        return first + chunk % SLOTS * (PAGE_BYTES + self.slot_bytes)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Maximum size of the pages of a chunk, in bytes."""
+        return round_up_to_pages(self.chunk_images * self.job.result.image_bytes) + PAGE_BYTES
+
+    @property
+    def journal_bytes(self) -> int:
+        """Length of the log, in bytes."""
+        return self.slot_offset(0) + SLOTS * (PAGE_BYTES + self.slot_bytes)
 
     def command(self, path: Path) -> str:
         """Return the shell command that finishes the run."""

@@ -38,7 +38,14 @@ def plan_retry(plan: Plan, source: ImageSource, manifest: Manifest | None) -> Pl
     Raises what `FailureRetry` does, and ResumeError if the source's file names have changed.
     """
     retry = FailureRetry(plan, source, manifest)
-    retry.check_same_names()
+    for row, record in enumerate(retry.records):
+        name = os.fsdecode(source.listing.name(row))
+        if name != record.path:
+            raise ResumeError(
+                f"row {row} is {name!r} in {source.location}, but {record.path!r} in "
+                f"{index_path(retry.target)}",
+                "restore the renamed or removed images, or give --restart to start over",
+            )
     failed = retry.manifest.counts["failed"]
     with_note = dataclasses.replace(plan, notes=(*plan.notes, f"failed images to retry: {failed}"))
     return with_committed(
@@ -76,17 +83,6 @@ class FailureRetry:
         comparable = dataclasses.replace(found, fingerprint=expected.fingerprint, decoding=then)
         comparable.check_same(expected, str(self.plan.target))
         return manifest
-
-    def check_same_names(self) -> None:
-        """Check that the source's image names match the target's index; name the first mismatch."""
-        for row, record in enumerate(self.records):
-            name = os.fsdecode(self.source.listing.name(row))
-            if name != record.path:
-                raise ResumeError(
-                    f"row {row} is {name!r} in {self.source.location}, but {record.path!r} in "
-                    f"{index_path(self.target)}",
-                    "restore the renamed or removed images, or give --restart to start over",
-                )
 
     def good_commits(self) -> Iterator[Commit]:
         """Yield the commits of the chunks that need no retry."""

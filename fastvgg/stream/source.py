@@ -9,7 +9,7 @@ import numpy as np
 from fastvgg.datasets.open import open_source, source_format
 from fastvgg.errors import SourceError
 from fastvgg.imaging.resize import gather_function
-from fastvgg.stream.journal import journal_path, read_journal_header
+from fastvgg.stream.journal import journal_path, read_journal
 from fastvgg.stream.manifest import Provenance
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def check_exists(source: Location) -> None:
     try:
         source_format(source)
     except SourceError:
-        if read_journal_header(journal_path(source.container)) is None:
+        if read_journal(journal_path(source.container), header_only=True) is None:
             raise
         raise SourceError(
             f"{source} is unfinished: the run that writes it was interrupted",

@@ -122,7 +122,10 @@ def _check_against_oracle(
         )
     except SourceError as error:
         return 0, f"not compared with the source: {error.problem}"
-    rows = _rows_to_check(manifest.header.images, full=full)
+    images = manifest.header.images
+    rows: Sequence[int] = range(images)
+    if not full and images > SAMPLED_IMAGES:  # a sample at equal distances
+        rows = [image * (images - 1) // (SAMPLED_IMAGES - 1) for image in range(SAMPLED_IMAGES)]
     with contextlib.closing(source):
         # A copy of the source has another modification time and so another fingerprint, but the
         # same pixels: `full` compares them anyway.
@@ -132,13 +135,6 @@ def _check_against_oracle(
         for row in rows:
             _check_row(stored, source, manifest, records, row)
     return len(rows), ""
-
-
-def _rows_to_check(images: int, *, full: bool) -> Sequence[int]:
-    """Return all rows, or a sample at equal distances."""
-    if full or images <= SAMPLED_IMAGES:
-        return range(images)
-    return [image * (images - 1) // (SAMPLED_IMAGES - 1) for image in range(SAMPLED_IMAGES)]
 
 
 def _check_row(

@@ -113,9 +113,9 @@ def test_partially_lost_slot_is_not_used(place, part):
     job = exploration_jobs(place)[1]
     with pytest.raises(SimulatedCrash):
         job.command(InterruptedStorage(2))
-    places = read_redo_log_header(job.source).file_layout
-    begin, (first, last) = places.page_span(1)[0], places.image_span(1)
-    at = places.slot(1) + PAGE_BYTES + (first if part == "images" else last) - begin
+    header = read_redo_log_header(job.source)
+    begin, (first, last) = header.page_span(1)[0], header.image_span(1)
+    at = header.slot_offset(1) + PAGE_BYTES + (first if part == "images" else last) - begin
     with (job.directory / JOURNAL).open("r+b") as journal:
         journal.seek(at)
         (byte,) = journal.read(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from fastvgg.stream.info import info
 from fastvgg.stream.journal import journal_path
 from fastvgg.stream.manifest import Provenance, manifest_path, read_manifest
 from fastvgg.stream.plan import RUN_BYTES
-from fastvgg.stream.redo_log import read_redo_log_header
+from fastvgg.stream.redo_log import read_header_to_resume, read_redo_log_header
 from fastvgg.stream.run import run
 from fastvgg.transform import Transform
 from tests.helpers.batches import FLOATS, KERAS_MODES
@@ -63,7 +64,7 @@ def unfinished(file):
     """A file of which two chunks of six are done."""
     with pytest.raises(SimulatedCrash):
         convert_in_place(file, mode="caffe", images_per_chunk=2, storage=InterruptedStorage(2))
-    assert read_redo_log_header(file).file_layout.chunks == 6
+    assert read_redo_log_header(file).chunks == 6
     return file
 
 
@@ -337,7 +338,8 @@ def test_copy_of_an_unfinished_file_cannot_be_restarted(unfinished):
 
 def test_redo_log_header_does_not_record_the_device_number(unfinished):
     kept = {"job", "chunk_images", "run", "inode", "file_bytes"}
-    assert set(read_redo_log_header(unfinished)._fields) == kept
+    fields = dataclasses.fields(read_redo_log_header(unfinished))
+    assert {field.name for field in fields} == kept
 
 
 def test_resume_requires_the_memory_of_the_first_run(unfinished):
@@ -371,10 +373,10 @@ def test_damaged_redo_log_resumes_correctly_or_is_rejected(tmp_path, stage, part
         convert_in_place(path, mode="caffe", images_per_chunk=2, storage=StoppingStorage(stage))
     header = read_redo_log_header(path)
     content, journal = path.read_bytes(), journal_path(path).read_bytes()
-    places = header.file_layout
+    checkpoint = header.checkpoint_offset(0)
     right, refusals = 0, 0
     offsets = [at for at in range(len(journal)) if journal[at]]
-    damages = [*offsets[::31], *range(places.checkpoint(0), places.checkpoint(0) + 100, 5)]
+    damages = [*offsets[::31], *range(checkpoint, checkpoint + 100, 5)]
     for at in damages[part::8]:
         damaged = bytearray(journal)
         damaged[at] ^= 1 << at % 8
@@ -455,15 +457,15 @@ def test_run_finished_concurrently_during_planning_is_not_repeated(file, monkeyp
 
 
 def test_run_started_concurrently_during_planning_requires_a_new_plan(file, monkeypatch):
-    def read_before_concurrent_run(path):
-        found = read_redo_log_header(path)
-        monkeypatch.setattr(planner, "read_redo_log_header", read_redo_log_header)
+    def read_before_concurrent_run(path, *, restart):
+        found = read_header_to_resume(path, restart=restart)
+        monkeypatch.setattr(planner, "read_header_to_resume", read_header_to_resume)
         with pytest.raises(SimulatedCrash):
             convert_in_place(file, mode="caffe", images_per_chunk=2, storage=InterruptedStorage(2))
         return found
 
     os.utime(file, ns=(1, 1))  # so that a write changes the mtime
-    monkeypatch.setattr(planner, "read_redo_log_header", read_before_concurrent_run)
+    monkeypatch.setattr(planner, "read_header_to_resume", read_before_concurrent_run)
     late = plan_of(file, None, in_place=True, mode="caffe")
     with pytest.raises(SourceError, match="has changed since"):
         run(late)

@@ -69,7 +69,7 @@ class RedoLogFiles:
 
     def split(self, content):
         """A journal's header, and the rest of it."""
-        return content[: self.file_layout.header_bytes], content[self.file_layout.header_bytes :]
+        return content[: self.header.header_bytes], content[self.header.header_bytes :]
 
     def _record(self):
         """Run the conversion, and record both files after each commit."""
@@ -79,32 +79,31 @@ class RedoLogFiles:
             log = RedoLog.begin(self.storage, self.data, self.job, self.CHUNK_IMAGES)
         finally:
             redo_log_layout.secrets = original_secrets
-        self.file_layout = log.file_layout
-        self.header = read_redo_log_header(self.path)._replace(inode=2)
-        first = self.header.to_bytes().ljust(self.file_layout.header_bytes, b"\0")
+        self.header = dataclasses.replace(read_redo_log_header(self.path), inode=2)
+        first = self.header.to_bytes().ljust(self.header.header_bytes, b"\0")
         journal = journal_path(self.path)
         self.states = []
-        for chunk in range(self.file_layout.chunks + 1):
+        for chunk in range(self.header.chunks + 1):
             content = first + self.split(journal.read_bytes())[1]
-            if chunk in (0, 1, 3, 6, self.file_layout.chunks):
+            if chunk in (0, 1, 3, 6, self.header.chunks):
                 self.states.append((content, self.file_after(chunk), chunk))
             if chunk in (1, 2, 5):  # committed, and not in the file yet: no checkpoint counts it
                 self.states.append((content, self.file_after(chunk - 1), chunk))
-            if chunk < self.file_layout.chunks:
+            if chunk < self.header.chunks:
                 self._put(log, chunk)
         log.close()
 
     def file_after(self, chunks):
         """Return the content of the file after a number of converted chunks."""
-        begin = self.file_layout.data_offset
-        end = self.file_layout.image_span(chunks - 1)[1] if chunks else begin
+        begin = self.header.data_offset
+        end = self.header.image_span(chunks - 1)[1] if chunks else begin
         new = np.bitwise_not(np.frombuffer(self.old[begin:end], np.uint8)).tobytes()
         return self.old[:begin] + new + self.old[end:]
 
     def _put(self, log, chunk):
         before, after = self.file_after(chunk), self.file_after(chunk + 1)
-        begin, end = self.file_layout.page_span(chunk)
-        first, last = self.file_layout.image_span(chunk)
+        begin, end = self.header.page_span(chunk)
+        first, last = self.header.image_span(chunk)
         old = xxhash.xxh3_64_hexdigest(before[first:last])
         pages = memoryview(after[begin:end])
         log.stage(chunk, pages)
@@ -143,7 +142,7 @@ class RedoLogHeaders(RedoLogKind):
         return interleave_inputs(self.random, map(self._pad, lines), self._input)
 
     def _pad(self, line):
-        return line.ljust(self._files.file_layout.header_bytes, b"\0")
+        return line.ljust(self._files.header.header_bytes, b"\0")
 
     def mutated(self):
         random, text = self.random, self._line[17:-1]
@@ -157,7 +156,7 @@ class RedoLogHeaders(RedoLogKind):
         self._files.journal.put(content + self._rest)
         header = read_redo_log_header(self.path)
         if header is not None:
-            assert committed_chunks(header, self.path) <= header.file_layout.chunks
+            assert committed_chunks(header, self.path) <= header.chunks
             assert str(self.path) in header.command(self.path)
             with contextlib.suppress(FastvggError):
                 header.job.check_same(self._files.job, str(self.path))
@@ -178,9 +177,9 @@ class RedoLogHeaders(RedoLogKind):
             return
         assert found.to_bytes() == content[:length]
         images = check_job(found.job)
-        check_counts(found.chunk_images, found.file_bytes, found.file_layout.chunks)
-        assert found.file_layout.chunks == -(-images // found.chunk_images)
-        assert 0 <= found.file_layout.data_offset < found.file_bytes
+        check_counts(found.chunk_images, found.file_bytes, found.chunks)
+        assert found.chunks == -(-images // found.chunk_images)
+        assert 0 <= found.data_offset < found.file_bytes
 
 
 class RedoLogs(RedoLogKind):
@@ -190,10 +189,12 @@ class RedoLogs(RedoLogKind):
 
     def __init__(self, place, random):
         super().__init__(place, random)
-        places = self._files.file_layout
-        self._checkpoints = [places.checkpoint(copy) for copy in range(2)]
-        self._slots = [places.slot(chunk) for chunk in range(redo_log_layout.SLOTS)]
-        self._records = [places.record(chunk) for chunk in range(places.chunks)] + self._slots
+        header = self._files.header
+        self._checkpoints = [header.checkpoint_offset(copy) for copy in range(2)]
+        self._slots = [header.slot_offset(chunk) for chunk in range(redo_log_layout.SLOTS)]
+        self._records = [
+            header.record_offset(chunk) for chunk in range(header.chunks)
+        ] + self._slots
 
     def inputs(self):
         """Whether a single bit is wrong, both files, and how many chunks were committed."""
@@ -212,7 +213,7 @@ class RedoLogs(RedoLogKind):
         random = self.random
         if random.random() < 0.3:
             begin = random.choice(self._slots) + redo_log_layout.PAGE_BYTES
-            length = self._files.file_layout.slot_bytes
+            length = self._files.header.slot_bytes
         else:
             begin, length = random.choice([0, *self._checkpoints, *self._records]), 200
         at = begin + random.randrange(length)
@@ -243,7 +244,7 @@ class RedoLogs(RedoLogKind):
         check_same_file(header, self.path)
         header.job.check_same(self._files.job, str(self.path))
         with contextlib.suppress(ResumeError):
-            assert committed_chunks(header, self.path) <= header.file_layout.chunks
+            assert committed_chunks(header, self.path) <= header.chunks
         log = RedoLog.reopen(self._files.storage, self._files.data, header)
         try:
             return log.recover(), log.finish()
@@ -255,7 +256,7 @@ class RedoLogs(RedoLogKind):
         after = self.path.read_bytes()
         assert len(after) == len(data)
         assert len(self._files.journal.get()) == len(content)
-        if len(content) != self._files.file_layout.journal_bytes:
+        if len(content) != self._files.header.journal_bytes:
             assert found is None
             assert error is not None or len(content) < 40  # too short to say what it is
             return
@@ -263,11 +264,11 @@ class RedoLogs(RedoLogKind):
         if found is None:
             return
         done, checksums = found
-        places = self._files.file_layout
+        header = self._files.header
         assert type(done) is int
-        assert 0 <= done <= places.chunks == len(checksums)
+        assert 0 <= done <= header.chunks == len(checksums)
         if single:
             assert committed - 1 <= done <= committed
             assert after == self._files.file_after(done)
-            spans = [slice(*places.image_span(chunk)) for chunk in range(done)]
+            spans = [slice(*header.image_span(chunk)) for chunk in range(done)]
             assert checksums[:done] == [xxhash.xxh3_64_hexdigest(after[span]) for span in spans]
