@@ -69,9 +69,9 @@ def print_report(report: Report) -> None:
     echo(str(report), sys.stdout)
     for failure in report.failures[:MAX_FAILURES_SHOWN]:
         echo(f"  failed: row {failure.row}, {failure.path}: {failure.reason}", sys.stderr)
-    if len(report.failures) > MAX_FAILURES_SHOWN:
-        more = len(report.failures) - MAX_FAILURES_SHOWN
-        echo(f"  and {more} more, all listed in {report.target}.index.csv", sys.stderr)
+    more = report.counts["failed"] - MAX_FAILURES_SHOWN
+    if more > 0:
+        echo(f"  and {more:,} more, all listed in {report.target}.index.csv", sys.stderr)
 
 
 def print_info(properties: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from fastvgg.cli import output
 from fastvgg.datasets.index import index_path
 from fastvgg.stream.manifest import manifest_path
 from fastvgg.stream.plan import RUN_BYTES
-from fastvgg.stream.report import MAX_FAILURES_SHOWN
+from fastvgg.stream.report import MAX_FAILURES_KEPT, MAX_FAILURES_SHOWN
 from fastvgg.stream.run import run
 from fastvgg.transform import Transform
 from tests.helpers.bad_arrays import INVALID
@@ -789,13 +789,14 @@ def test_unreadable_image_exits_with_1_and_is_listed(tmp_path, photos, bad):
     assert "--retry-failed" not in back.stderr
 
 
-def test_long_failure_list_is_truncated_and_names_the_index(tmp_path, photos):
-    for row in range(17):
-        (photos / f"bad{row:02d}.jpg").touch()
+@pytest.mark.parametrize("count", [17, MAX_FAILURES_KEPT + 17])
+def test_long_failure_list_is_truncated_and_names_the_index(tmp_path, photos, count):
+    for row in range(count):
+        (photos / f"bad{row:04d}.jpg").touch()
     result = invoke("preprocess", photos, tmp_path / "y.npy", "--mode", "caffe")
     assert result.exit_code == 1
     assert result.stderr.count("failed: row") == MAX_FAILURES_SHOWN
-    assert f"and {17 - MAX_FAILURES_SHOWN} more" in result.stderr
+    assert f"and {count - MAX_FAILURES_SHOWN:,} more" in result.stderr
     assert str(index_path(tmp_path / "y.npy")) in result.stderr
 
 
