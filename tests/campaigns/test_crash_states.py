@@ -1,4 +1,4 @@
-"""A short crash exploration, and that it detects the omission of each sync."""
+"""A short crash exploration, and a check that it detects the omission of each sync."""
 
 from __future__ import annotations
 
