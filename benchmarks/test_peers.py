@@ -1,11 +1,11 @@
-"""Every contender of peers.py by itself, to be compared between two states of the code.
+"""Every contender of peers.py on its own, to compare two versions of the code.
 
     python -m pytest benchmarks --benchmark-only -k caffe --benchmark-autosave
     python -m pytest benchmarks --benchmark-only -k caffe --benchmark-compare
 
-Ratios between contenders are those of peers.py, which calls them in turn: here one follows the
-other, and what disturbs the machine disturbs one of them. `KERAS_BACKEND=torch` in the environment
-brings in what Keras does with tensors of that backend.
+For ratios between contenders use peers.py, which interleaves them: here they run one after another,
+so a disturbance of the machine affects only one. `KERAS_BACKEND=torch` in the environment adds
+Keras on tensors of that backend.
 """
 
 import functools
@@ -16,7 +16,7 @@ from contenders import CONTENDERS, importable
 from contenders.task import TASKS, difference, images
 from contenders.ways import MEMORIES, STYLES, ways
 
-pytestmark = pytest.mark.filterwarnings("default")  # other libraries' own
+pytestmark = pytest.mark.filterwarnings("default")  # from other libraries
 
 
 @pytest.fixture(scope="module", params=TASKS, ids=lambda name: name.replace(", ", "-"))
@@ -38,7 +38,7 @@ def calls_by_style(request, task):
     if contender.name in missing:
         pytest.skip(f"cannot be imported: {missing[contender.name]}")
     if contender not in present:
-        pytest.skip(f"wants KERAS_BACKEND={contender.backend}")
+        pytest.skip(f"requires KERAS_BACKEND={contender.backend}")
     peer = contender.peer_for(task)
     if peer is None:
         pytest.skip("does not support this task")
