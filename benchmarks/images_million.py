@@ -67,7 +67,7 @@ def run_in_child_process(*runs, options, is_run):
 
 
 def million_shards(directory, count, different, images_per_shard):
-    """Write shards of `count` JPEGs, of which `different` are distinct; return the distinct ones."""
+    """Write shards of `count` JPEGs, `different` of them distinct; return the distinct ones."""
     images = list(jpegs(different, SMALL))
     directory.mkdir()
     write_shard(directory / "warming.tar", enumerate(images[:WARMING_IMAGES]))

@@ -13,8 +13,8 @@ import os
 
 import pytest
 from contenders import CONTENDERS, importable
+from contenders.configurations import MEMORIES, STYLES, configurations
 from contenders.task import TASKS, difference, images
-from contenders.ways import MEMORIES, STYLES, ways
 
 pytestmark = pytest.mark.filterwarnings("default")  # from other libraries
 
@@ -31,8 +31,8 @@ def available_contenders():
 
 
 @pytest.fixture(scope="module", params=CONTENDERS, ids=lambda contender: contender.name)
-def calls_by_style(request, task):
-    """Return the calls of a contender for a task, by style and memory."""
+def configurations_by_style(request, task):
+    """Return the configurations of a contender for a task, by style and memory."""
     contender = request.param
     present, _, missing = available_contenders()
     if contender.name in missing:
@@ -42,23 +42,23 @@ def calls_by_style(request, task):
     peer = contender.peer_for(task)
     if peer is None:
         pytest.skip("does not support this task")
-    return {(way.style, way.memory): way for way in ways(contender.name, peer, task)}
+    return {(each.style, each.memory): each for each in configurations(contender.name, peer, task)}
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("style", STYLES)
-def test_peer(benchmark, task, calls_by_style, style, memory):
-    way = calls_by_style.get((style, memory))
-    if way is None:
-        pytest.skip("its API does not offer this")
-    way.prepare()
+def test_peer(benchmark, task, configurations_by_style, style, memory):
+    configuration = configurations_by_style.get((style, memory))
+    if configuration is None:
+        pytest.skip("not supported by its API")
+    configuration.prepare()
     task.out.fill(0)
-    differing, _ = difference(way.call(), task.expected)
+    differing, _ = difference(configuration.call(), task.expected)
     benchmark.group = task.name
     benchmark.extra_info |= {
         "images": len(task.x),
         "useful_bytes": task.useful_bytes,
         "differing": differing,
     }
-    benchmark(way.call)
-    assert differing == 0 or way.contender != "fastvgg"
+    benchmark(configuration.call)
+    assert differing == 0 or configuration.contender != "fastvgg"
