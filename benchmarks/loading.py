@@ -44,8 +44,8 @@ RING_BYTES = RING * BATCH * HEIGHT * WIDTH * 3 * np.dtype(np.float32).itemsize
 WORKERS = 2
 TRANSFORM = Transform("torch", out_layout="NCHW")
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
-WANTED = 0.9
-WANTED_LOADER_SPEEDUP = 4.0
+MIN_SHARE = 0.9
+MIN_LOADER_SPEEDUP = 4.0
 
 
 def fastvgg_batches(path, threads, *, shuffle=False):
@@ -137,7 +137,7 @@ def measured_shares(files, arguments, path, x):
             "images_per_second": round(len(x) / median_seconds),
             "limit_images_per_second": round(len(x) / statistics.median(limit)),
         }
-        wanted = WANTED if name == "in order" else None
+        wanted = MIN_SHARE if name == "in order" else None
         yield row(f"batches of uint8 to float32 NCHW, {name}", wanted, share, spread, **figures)
 
 
@@ -157,7 +157,7 @@ def measured_loaders(files, arguments, path, images):
         times, spread, median_seconds = compare(ours, seconds)
         line = {
             "path": f"PyTorch DataLoader, {name}",
-            "wanted": WANTED_LOADER_SPEEDUP,
+            "wanted": MIN_LOADER_SPEEDUP,
             "times": times,
             "spread": spread,
             "images_per_second": round(images / median_seconds),

@@ -306,7 +306,7 @@ class Machine:
         self._installed = directory / "installed.txt"
 
     def set_up(self):
-        """Create what is missing of the machine, and copy the checkout to a tmpfs in it.
+        """Create the missing parts of the machine, and copy the checkout to a tmpfs in it.
 
         All mounts are private to this process and its children, and disappear with them.
         """

@@ -4,7 +4,7 @@
     python -m tests.campaigns.power_cuts --size 1000  # minimum number of cuts
 
 The file system is on a loop device. A cut is ext4's shutdown ioctl: the page cache is lost, and so
-are names that its journal has not committed; in one case in three, names persist whose data was
+are names that its journal has not committed; in one cut in three, names persist whose data was
 never written. Ranges of files are written back before the cut and at random calls, as the kernel
 may do at any time. The file system is then remounted and the command rerun; with a probability of
 1/3 the power fails again, up to three deep. With a probability of 1/4 the first crash is a killed
@@ -52,7 +52,7 @@ from tests.helpers.private_disks import (
 DISK_BYTES = 32 * 1024 * 1024
 SHUT_DOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN
 FLUSH_BUFFERS = 0x1261  # BLKFLSBUF
-WITH_COMMIT, NO_COMMIT = 1, 2  # EXT4_GOING_FLAGS_LOGFLUSH commits ext4's journal, NOLOGFLUSH not
+WITH_COMMIT, NO_COMMIT = 1, 2  # whether ext4 commits its journal before the shutdown
 WRITE_BACK = 1 | 2 | 4  # flags of sync_file_range: wait before, write, wait after
 MODES = ("errors=remount-ro,data=ordered", "errors=remount-ro,data=writeback,noauto_da_alloc")
 MAX_DEPTH = 3

@@ -1,4 +1,4 @@
-"""Redo logs of runs in place, and their headers."""
+"""Redo logs of in-place runs, and their headers."""
 
 from __future__ import annotations
 
