@@ -1,15 +1,14 @@
 """Compare every supported combination on Numba with NumPy, as ratios within one run.
 
-    python benchmarks/against_numpy.py            # all combinations, some minutes
-    python benchmarks/against_numpy.py --quick    # the types that are used most
+    python benchmarks/against_numpy.py            # all combinations, takes minutes
+    python benchmarks/against_numpy.py --quick    # the most common types
 
-The NumPy path is the faster of two ways to do the same: the oracle on the whole batch, and the
-NumPy backend, which runs the oracle in pieces on as many threads. Both backends get an `out` that
-was used before; the oracle allocates its result, as NumPy code does. Times are taken in turn and
-the ratio is that of the medians. Compilation is not in them. A combination counts as slower where
-the NumPy path takes less than 0.95 of Numba's time: these ratios repeat within 5 %. One that seems
-slower is measured twice more, and the middle ratio of the three counts, because another process
-may have had the core.
+The NumPy path is the faster of two: the oracle on the whole batch, and the NumPy backend, which
+runs the oracle in tiles on the same threads. Both backends reuse `out`; the oracle allocates its
+result, as NumPy code does. Rounds are interleaved, and the ratio is that of the medians, without
+compilation. A combination is slower if the NumPy path takes less than 0.95 of Numba's time: these
+ratios repeat within 5 %. An apparently slower one is measured twice more, and the median of the
+three ratios counts, because another process may have used the core.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ VIEWS = {
 
 
 def cases(quick):
-    """Every combination on contiguous batches, and the usual ones on other views."""
+    """Yield every combination on contiguous batches, and the common ones on other views."""
     for transform, source in combinations(quick):
         for shape in SHAPES:
             yield transform, source, shape, "contiguous"
@@ -90,14 +89,14 @@ def cases(quick):
 
 
 def seconds(call, repeats):
-    started = time.perf_counter()
+    start_seconds = time.perf_counter()
     for _ in range(repeats):
         call()
-    return (time.perf_counter() - started) / repeats
+    return (time.perf_counter() - start_seconds) / repeats
 
 
 def measure(transform, x, threads):
-    """Return the median seconds of Numba, and of the faster way on NumPy."""
+    """Return the median seconds of Numba, and of the faster NumPy path."""
     out = engine.apply(transform, x, threads=threads)
     calls = (
         lambda: engine.apply(transform, x, out, threads=threads, backend="numba"),
@@ -105,10 +104,10 @@ def measure(transform, x, threads):
         lambda: oracle.apply(transform, x),
     )
     repeats = [max(1, int(2e-3 / max(seconds(call, 1), 1e-9))) for call in calls]
-    taken = [
+    durations = [
         [seconds(call, n) for call, n in zip(calls, repeats, strict=True)] for _ in range(ROUNDS)
     ]
-    numba, numpy, plain = (statistics.median(column) for column in zip(*taken, strict=True))
+    numba, numpy, plain = (statistics.median(column) for column in zip(*durations, strict=True))
     return numba, min(numpy, plain)
 
 
@@ -146,7 +145,7 @@ def main():
     slower = sum(ratio < NOISE for ratio in ratios)
     print(
         f"{len(rows)} combinations on {arguments.threads} threads: {slower} slower than NumPy, "
-        f"ratio least {ratios[0]}, median {statistics.median(ratios):.2f}, most {ratios[-1]}"
+        f"ratio min {ratios[0]}, median {statistics.median(ratios):.2f}, max {ratios[-1]}"
     )
     if not arguments.quick:
         RESULT.parent.mkdir(exist_ok=True)

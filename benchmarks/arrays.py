@@ -1,4 +1,4 @@
-"""Sample batches for the benchmarks: 224x224 images of known bytes."""
+"""Sample batches for the benchmarks: 224x224 images with deterministic pixels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastvgg.transform import storage_dtype
 
 
 def batch(images, layout, dtype):
-    """Return images of known bytes in a dtype and layout."""
+    """Return deterministic images in a dtype and layout."""
     shape = (HEIGHT, WIDTH, 3) if layout == "NHWC" else (3, HEIGHT, WIDTH)
     one = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     x = np.empty((images, *shape), storage_dtype(dtype))

@@ -1,6 +1,6 @@
 """Run `fastvgg bench` and save the record for its table and plot.
 
-python benchmarks/bench.py            # minutes; writes results/bench-<instruction set>.json
+python benchmarks/bench.py            # takes minutes; writes results/bench-<instruction set>.json
 python benchmarks/bench.py --quick    # 15 seconds; writes nothing
 """
 

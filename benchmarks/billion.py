@@ -1,10 +1,10 @@
-"""Estimate the cost of a plan for a billion images from the measured figures.
+"""Estimate the cost of a plan for a billion images from measured results.
 
-    python benchmarks/billion.py     # a moment; writes a result
+    python benchmarks/billion.py     # takes a second; writes a result
 
-It needs those of benchmarks/cluster.py and benchmarks/store_requests.py. The machine is as many
-c5.4xlarge as one likes, of 16 processors, at the on-demand price and the lasting bandwidth of
-us-east-1, and the store is S3 in the same region, where only requests and what is kept are paid:
+Requires the results of benchmarks/cluster.py and benchmarks/store_requests.py. Assumes any number
+of c5.4xlarge machines with 16 processors, at the on-demand price and the sustained bandwidth of
+us-east-1, and S3 in the same region, where only requests and storage are charged:
 
 - https://docs.aws.amazon.com/autoscaling/ec2/userguide/weights-spot-price-per-unit-hour-example.html
 - https://docs.aws.amazon.com/ec2/latest/instancetypes/co.html
@@ -47,7 +47,7 @@ def line(cluster, request_counts):
     }
     read_bytes = IMAGES * bytes_of_image("uint8")
     written_bytes = chunks * request_counts["chunk_bytes"]
-    # What two workers did beside one disk is the least that their processors can do.
+    # The throughput of two workers on one disk is a lower bound on that of their processors.
     images_per_second = min(
         BYTES_PER_SECOND / ((read_bytes + written_bytes) / IMAGES),
         PROCESSORS * cluster["rows"][0]["gigabytes_per_second"] * 1e9 / 2 / bytes_of_image("uint8"),

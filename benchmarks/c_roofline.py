@@ -1,12 +1,12 @@
-"""The bandwidth that kernels are compared with, beside an independent loop in C.
+"""Validate the roofline of the kernels against an independent loop in C.
 
-    python benchmarks/c_roofline.py            # two minutes; writes results/c_roofline.json
+    python benchmarks/c_roofline.py            # takes two minutes; writes results/c_roofline.json
     python benchmarks/c_roofline.py --quick    # few rounds; writes nothing
 
 The C loop is compiled for this processor with `cc -O3 -march=native`. For each ratio of bytes read
-to bytes written it runs in turn with `fastvgg.bench.memory.copy`, both with and without
-prefetching, on the same memory and threads. Where the faster C loop took less than 0.97 of the time
-of the faster loop of ours, the limit would be drawn too low.
+to bytes written its rounds are interleaved with those of `fastvgg.bench.memory.copy`, both with and
+without prefetching, on the same memory and threads. If the faster C loop took less than 0.97 of the
+time of our faster loop, the roofline would be too low.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from fastvgg.kernels.jit import processor
 from fastvgg.parallel import available_cpus, parallel_for
 
 RESULT = Path(__file__).parent / "results" / "c_roofline.json"
-WANTED = 1.03
+MAX_C_SPEEDUP = 1.03
 LINE_BYTES = 64
 PARTS_PER_THREAD = 8
-# Bytes read and written for a value, as between the storage types of the contract.
+# Bytes read and written per value, as for pairs of the supported storage types.
 RATIOS = {"1:8": (1, 8), "1:4": (1, 4), "1:2": (1, 2), "1:1": (4, 4), "2:1": (2, 1), "4:1": (4, 1)}
 RATIOS |= {"8:1": (8, 1)}
 
@@ -40,8 +40,8 @@ SOURCE = r"""
 #include <stddef.h>
 #include <stdint.h>
 
-/* Write cache lines with streaming stores, each from `read` bytes: fewer are repeated, more are
-   combined by xor. */
+/* Write cache lines with non-temporal stores, each from `read` bytes: fewer than a line are
+   repeated, more are combined by xor. */
 void stream(const char *x, char *y, int64_t lines, int64_t read, int prefetches)
 {
     for (int64_t line = 0; line < lines; line++, x += read, y += 64) {
@@ -80,9 +80,9 @@ void stream(const char *x, char *y, int64_t lines, int64_t read, int prefetches)
 """
 
 
-def compiled(place):
-    """Compile and return the loop; ctypes releases the GIL while it runs."""
-    source, library = place / "stream.c", place / "stream.so"
+def compiled(directory):
+    """Compile the loop and return it; ctypes releases the GIL while it runs."""
+    source, library = directory / "stream.c", directory / "stream.so"
     source.write_text(SOURCE)
     command = ["cc", "-O3", "-march=native", "-funroll-loops", "-shared", "-fPIC", source]
     subprocess.run([*command, "-o", library], check=True)
@@ -92,7 +92,7 @@ def compiled(place):
 
 
 def copy(loop, x, out, threads, *, prefetches):
-    """Copy the bytes of one array into another, split between all threads."""
+    """Copy the bytes of one array into another, split among threads."""
     lines, read = out.nbytes // LINE_BYTES, LINE_BYTES * x.nbytes // out.nbytes
     size = -(-lines // (threads * PARTS_PER_THREAD))
 
@@ -105,7 +105,7 @@ def copy(loop, x, out, threads, *, prefetches):
 
 
 def measured(loop, arena, ratio, rounds, threads):
-    """Compare the C loop with ours for a ratio of bytes read and written."""
+    """Compare the C loop with ours for a ratio of bytes read to bytes written."""
     read, written = RATIOS[ratio]
     one, result = np.zeros(3 * 4096 * read, np.uint8), np.zeros(3 * 4096 * written, np.uint8)
     x, out = arena.pair(arena.nbytes // (one.nbytes + result.nbytes), one, result)
@@ -138,11 +138,11 @@ def main():
     arguments = parser.parse_args()
     rounds, threads = 5 if arguments.quick else 31, available_cpus()
     arena = memory.Arena(400 * 2**20)
-    with tempfile.TemporaryDirectory() as place:
-        loop = compiled(Path(place))
+    with tempfile.TemporaryDirectory() as directory:
+        loop = compiled(Path(directory))
         rows = [measured(loop, arena, ratio, rounds, threads) for ratio in RATIOS]
-    faster = [row["read:written"] for row in rows if row["c_of_ours"] > WANTED]
-    print("C is faster by more than 3 %:", ", ".join(faster) or "nowhere")
+    faster = [row["read:written"] for row in rows if row["c_of_ours"] > MAX_C_SPEEDUP]
+    print("C is faster by more than 3 %:", ", ".join(faster) or "none")
     if not arguments.quick:
         record = {"machine": machine(), "instruction_set": processor().name, "threads": threads}
         RESULT.write_text(json.dumps(record | {"rounds": rounds, "rows": rows}, indent=1) + "\n")

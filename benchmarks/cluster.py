@@ -1,20 +1,20 @@
-"""A plan on a Dask cluster of this machine, beside the same plan in one process.
+"""Compare a plan on a Dask cluster of this machine with the same plan in one process.
 
-    python benchmarks/cluster.py            # half an hour, 40 GB of disk; writes a result
+    python benchmarks/cluster.py            # takes half an hour, 40 GB of disk; writes a result
     python benchmarks/cluster.py --quick    # 256 MiB and 20,000 chunks; writes nothing
 
-**Two workers** of one thread each do what one process does with two threads, in turn, as
-benchmarks/streams.py tells; the source is in memory. Their memory is that of the worker that took
-most, above what it had before the run.
+**Two workers** with one thread each against one process with two threads, in interleaved rounds as
+in benchmarks/streams.py; the source is in the page cache. Memory is the largest increase of a
+worker's resident memory during the run.
 
-**Sizes** from 1 to 16 GiB: the source is on the disk. A line is laid through the seconds of all
-sizes, by least squares of what they are off by in parts of themselves, and how far each is from it
-is the figure. A disk differs from call to call: there are thrice as many rounds.
+**Sizes** from 1 to 16 GiB; the source is on disk. A line is fitted to the seconds of all sizes by
+relative least squares, and the relative residual of each size is reported. Disk throughput varies
+between calls, so there are three times as many rounds.
 
-**Chunks** that take no work: the workers report them done at once, and all else is as ever: a
-million tasks, results, marks of the journal, and the manifest at the end. Scheduler, workers and
-this run's own process are processes of their own here, on the cores of one machine. With few
-threads each waits for messages most of the time; with many the scheduler is the limit.
+**Empty chunks**: workers report chunks as done without computing them; everything else is real: a
+million tasks, results, journal records, and the manifest at the end. Scheduler, workers and
+coordinator are separate processes on one machine. With few threads, each mostly waits for messages;
+with many, the scheduler is the limit.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ from fastvgg.bench.timing import compare, machine
 
 RESULT = Path(__file__).parent / "results" / "cluster.json"
 WORKERS = 2
-WANTED = 0.85
-WANTED_CHUNK_MS, WANTED_MIB = 1, 1024
-WANTED_DEVIATION = 0.05
+MIN_SHARE = 0.85
+MAX_CHUNK_MS, MAX_MIB = 1, 1024
+MAX_DEVIATION = 0.05
 SIZES = (1, 2, 4, 8, 16)
 CHUNKS, QUICK_CHUNKS = 10**6, 20_000
-THREADS = (1, 8)  # of a worker that reports empty work
+THREADS = (1, 8)  # per worker that reports empty chunks
 
 COORDINATE = """
 import dataclasses
@@ -72,30 +72,31 @@ from fastvgg.executors.worker import ChunkCommit
 from fastvgg.stream.journal import Commit
 
 
-def nothing(task):
+def skip_task(task):
     return [ChunkCommit(Commit(part.chunk, "0" * 16, "", []), 1, []) for part in task.chunks]
 
 
-dask.run_task = nothing
+dask.run_task = skip_task
 address, source, target = sys.argv[1:]
 plan = dataclasses.replace(fastvgg.plan(source, target, mode="caffe"), chunk_images=1)
 with Client(address) as client:
-    begun, processor = time.perf_counter(), time.process_time()
+    start_seconds, start_cpu_seconds = time.perf_counter(), time.process_time()
     plan.run(client=client)
-    seconds, processor = time.perf_counter() - begun, time.process_time() - processor
+    seconds = time.perf_counter() - start_seconds
+    cpu_seconds = time.process_time() - start_cpu_seconds
 status = Path("/proc/self/status").read_text()
 peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
-print(json.dumps({"seconds": seconds, "processor_seconds": processor, "peak_mib": peak}))
+print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mib": peak}))
 """
 
 
 def packed(files, name, images):
-    """Make a file of images."""
+    """Create a file of images."""
     return files.array(name, images, "uint8")
 
 
 def network_inputs(files, name, images):
-    """Make a file of what a network expects of them."""
+    """Create a file of network inputs."""
     source = packed(files, "packed.npy", images)
     fastvgg.plan(source, files.path(name), mode="caffe").run()
     files.remove("packed.npy")
@@ -118,7 +119,7 @@ def idle():
 
 
 def measured_workers(files, client, arguments):
-    """Measure two workers beside two threads, there and back."""
+    """Measure two workers against two threads, in both directions."""
     for name, dtype, direction in (
         ("uint8 to Zarr float32", "uint8", "preprocess"),
         ("float32 to Zarr uint8", "float32", "restore"),
@@ -151,13 +152,13 @@ def measured_workers(files, client, arguments):
         after = client.run(functools.partial(mib, "VmHWM"))
         figures["planned_mib"] = round(plan.projected_bytes / 2**20, 1)
         figures["peak_mib"] = round(max(after[worker] - before[worker] for worker in after), 1)
-        yield row(f"two workers, {name}", WANTED, share, spread, **figures)
+        yield row(f"two workers, {name}", MIN_SHARE, share, spread, **figures)
         remove(files, "ours.zarr")
         remove(files, "source.npy")
 
 
 def measured_sizes(files, client, arguments):
-    """Measure sources on the disk, each twice as large as the one before."""
+    """Measure sources on disk, each twice as large as the one before."""
     unit = arguments.bytes // 4
     memory, parts = bytearray(READ_BYTES), []
     for size in SIZES:
@@ -175,11 +176,11 @@ def measured_sizes(files, client, arguments):
             plan.run(client=client)
 
         parts.append(Part(prepare, call))
-    taken = time_interleaved(parts, 3 * arguments.rounds)
+    durations = time_interleaved(parts, 3 * arguments.rounds)
     gib = [size * unit / 2**30 for size in SIZES]
-    seconds = [statistics.median(each) for each in taken]
+    seconds = [statistics.median(each) for each in durations]
     start, slope = line_through(gib, seconds)
-    for size, median, each in zip(gib, seconds, taken, strict=True):
+    for size, median, each in zip(gib, seconds, durations, strict=True):
         expected = start + slope * size
         low, _, high = statistics.quantiles(each, n=4)
         yield {
@@ -188,7 +189,7 @@ def measured_sizes(files, client, arguments):
             "middle_half": [round(low, 3), round(high, 3)],
             "on_the_line": round(expected, 3),
             "deviation": round(median / expected - 1, 3),
-            "wanted": WANTED_DEVIATION,
+            "wanted": MAX_DEVIATION,
         }
     remove(files, "ours.zarr")
     for size in SIZES:
@@ -196,7 +197,7 @@ def measured_sizes(files, client, arguments):
 
 
 def line_through(sizes, seconds):
-    """Return where the line of least relative squares begins, and its slope."""
+    """Return the intercept and the slope of a fit by relative least squares."""
     weights = 1 / np.array(seconds)
     points = np.stack([np.ones(len(sizes)), np.array(sizes)], axis=1) * weights[:, None]
     (start, slope), *_ = np.linalg.lstsq(points, np.ones(len(sizes)), rcond=None)
@@ -205,7 +206,7 @@ def line_through(sizes, seconds):
 
 @contextlib.contextmanager
 def processes(threads, directory):
-    """Start a scheduler and workers, each a process of its own; yield an address and them."""
+    """Start a scheduler and workers as processes; yield the address and the processes."""
     file, started = directory / "scheduler.json", []
 
     def start(kind, *options):
@@ -228,14 +229,14 @@ def processes(threads, directory):
         file.unlink(missing_ok=True)
 
 
-def processor_seconds(process):
+def cpu_seconds(process):
     """Return the CPU time of a process."""
     fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def measured_chunks(files, arguments):
-    """Measure the overhead of an empty chunk."""
+    """Measure the overhead per empty chunk."""
     for threads in THREADS:
         chunks = arguments.chunks if threads == max(THREADS) else arguments.chunks // 10
         images = files.path("tiny.npy")
@@ -253,13 +254,13 @@ def measured_chunks(files, arguments):
                 "threads": WORKERS * threads,
                 "chunks": chunks,
                 "ms": round(found["seconds"] / chunks * 1e3, 3),
-                "wanted_ms": WANTED_CHUNK_MS,
-                "coordinator_ms": round(found["processor_seconds"] / chunks * 1e3, 3),
-                "scheduler_ms": round(processor_seconds(scheduler) / chunks * 1e3, 3),
-                "worker_ms": round(sum(map(processor_seconds, workers)) / chunks * 1e3, 3),
+                "wanted_ms": MAX_CHUNK_MS,
+                "coordinator_ms": round(found["cpu_seconds"] / chunks * 1e3, 3),
+                "scheduler_ms": round(cpu_seconds(scheduler) / chunks * 1e3, 3),
+                "worker_ms": round(sum(map(cpu_seconds, workers)) / chunks * 1e3, 3),
                 "coordinator_mib": round(found["peak_mib"]),
                 "scheduler_mib": round(mib("VmHWM", scheduler.pid)),
-                "wanted_mib": WANTED_MIB,
+                "wanted_mib": MAX_MIB,
             }
         print(f"{chunks:,} chunks", line, flush=True)
         yield line
@@ -270,11 +271,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--directory", type=Path, default=Path(), help="on the disk to measure")
+    parser.add_argument(
+        "--directory", type=Path, default=Path(), help="directory on the disk to measure"
+    )
     arguments = parser.parse_args()
     arguments.bytes = QUICK_BYTES if arguments.quick else FILE_BYTES
     arguments.chunks = QUICK_CHUNKS if arguments.quick else CHUNKS
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # files are removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # removes the files
     with tempfile.TemporaryDirectory(prefix="cluster-", dir=arguments.directory) as directory:
         files = Files(Path(directory).absolute(), WORKERS)
         options = {"n_workers": WORKERS, "threads_per_worker": 1, "dashboard_address": ":0"}

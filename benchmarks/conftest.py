@@ -11,5 +11,5 @@ collect_ignore_glob = ["[!t]*", "tables.py"]
 
 
 def pytest_addoption(parser):
-    parser.addoption("--images", type=int, default=256, help="in a batch")
+    parser.addoption("--images", type=int, default=256, help="images in a batch")
     parser.addoption("--threads", type=int, default=2)

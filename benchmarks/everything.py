@@ -1,11 +1,11 @@
 """Run every benchmark, then generate the tables and figures from the results.
 
-    python benchmarks/everything.py                       # hours, 40 GB of disk
+    python benchmarks/everything.py                       # takes hours, 40 GB of disk
     python benchmarks/everything.py --only streams growth
-    python benchmarks/everything.py --quick               # of those that have a quick form
+    python benchmarks/everything.py --quick               # benchmarks that have a quick mode
 
-One that fails, or needs what is not installed, is named at the end with the last line that it
-printed, as is every part that a benchmark omitted; the others still run.
+A benchmark that fails or lacks a dependency is listed at the end with the last line of its output,
+as is every part that a benchmark omitted; the others still run.
 """
 
 from __future__ import annotations
@@ -44,24 +44,24 @@ NOT_MEASURED = "not measured"
 def run_and_list_failures(name, script, *options):
     """Run a program, forward its output, and return a line for each failure or omission."""
     command = [sys.executable, Path(__file__).parent / script, *options]
-    last_line, found = "it printed nothing", []
-    started = time.perf_counter()
+    last_line, failures = "no output", []
+    start_seconds = time.perf_counter()
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    ) as ran:
-        for line in ran.stdout:
+    ) as process:
+        for line in process.stdout:
             print(line, end="", flush=True)
             last_line = line.strip() or last_line
             if NOT_MEASURED in line:
-                found.append(f"{name}: {last_line}")
-    print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
-    if ran.returncode:
-        found.append(f"{name}: failed with exit code {ran.returncode}: {last_line}")
-    return found
+                failures.append(f"{name}: {last_line}")
+    print(f"{name}: {time.perf_counter() - start_seconds:.0f} s", flush=True)
+    if process.returncode:
+        failures.append(f"{name}: failed with exit code {process.returncode}: {last_line}")
+    return failures
 
 
 def main():
@@ -69,16 +69,16 @@ def main():
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=[*BENCHMARKS])
     parser.add_argument("--quick", action="store_true", help="passed to each benchmark")
     arguments = parser.parse_args()
-    found = []
+    failures = []
     for name in arguments.only:
         if arguments.quick and name in WITHOUT_QUICK_MODE:
-            found.append(f"{name}: not run, it has no quick form")
+            failures.append(f"{name}: not run, it has no quick mode")
             continue
-        found += run_and_list_failures(name, *BENCHMARKS[name], *["--quick"] * arguments.quick)
+        failures += run_and_list_failures(name, *BENCHMARKS[name], *["--quick"] * arguments.quick)
     for name, command in FROM_RESULTS.items():
-        found += run_and_list_failures(name, *command)
-    print("not done:", *(found or ["nothing"]), sep="\n  ")
-    sys.exit(bool(found))
+        failures += run_and_list_failures(name, *command)
+    print("not done:", *(failures or ["nothing"]), sep="\n  ")
+    sys.exit(bool(failures))
 
 
 if __name__ == "__main__":

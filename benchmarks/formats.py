@@ -1,16 +1,16 @@
 """Compare Zarr and HDF5 with the limits of their packages and of the disk; measure memory.
 
-    python benchmarks/formats.py            # some minutes, 12 GB of disk; writes a result
-    python benchmarks/formats.py --quick    # 256 MiB, which fits into caches; writes nothing
+    python benchmarks/formats.py            # takes minutes, 12 GB of disk; writes a result
+    python benchmarks/formats.py --quick    # 256 MiB, which fits in caches; writes nothing
 
-For Zarr the limit is zarr-python alone: as many threads read the same shards of uint8 and write the
-same shards of float32, from one buffer, with no arithmetic. It is measured twice: with each shard
-synced once it is written, as a run's are, and with all of them left to the system, which is less
-than a run promises. For HDF5 to .npy the limit is measured twice as well: reading all of the
-array's bytes and writing a new file of the result's as a run does, at once, each on a thread; and
-each alone, of which the longer counts, as if one disk did both without a loss.
+The Zarr limit is zarr-python only: the same number of threads reads the same uint8 shards and
+writes the same float32 shards from one buffer, without arithmetic. It is measured twice: with a
+sync after each shard, as in a run, and without syncs, which guarantees less than a run. The limit
+of HDF5 to .npy is also measured twice: reading the source and writing a new file of the result's
+size as a run does, concurrently on two threads; and each separately, of which the longer counts, as
+if the disk overlapped both perfectly.
 
-How path and limit take turns, and how memory is measured, benchmarks/streams.py tells.
+See benchmarks/streams.py for the interleaving of path and limit and for the memory measurement.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ from fastvgg.bench.timing import compare, machine
 from fastvgg.parallel import available_cpus
 
 RESULT = Path(__file__).parent / "results" / "formats.json"
-WANTED_ZARR_SHARE, WANTED_HDF5_SHARE = 0.90, 0.85
+MIN_ZARR_SHARE, MIN_HDF5_SHARE = 0.90, 0.85
 IMAGE = (HEIGHT, WIDTH, 3)
-SHARD_IMAGES, INNER_CHUNK_IMAGES = 39, 13  # as a run of these images has them
+SHARD_IMAGES, INNER_CHUNK_IMAGES = 39, 13  # as in a run with these images
 
 
 def remove(files, name):
@@ -66,7 +66,7 @@ def remove(files, name):
 
 
 def sharded(path, images, dtype, shard, inner_chunk):
-    """Make an array of shards as a run makes them."""
+    """Create a sharded array as a run creates it."""
     return zarr.create_array(
         path,
         shape=(images, *IMAGE),
@@ -106,19 +106,19 @@ def copy_with_zarr_only(source_path, path, like, values, *, threads, syncs):
 
 
 def zarr_of(files, images):
-    """Make a Zarr array of uint8 images."""
+    """Create a Zarr array of uint8 images."""
     source = files.array("packed.npy", images, "uint8")
     path = files.path("source.zarr")
     packed = np.load(source, mmap_mode="r")
-    made = sharded(path, images, "uint8", SHARD_IMAGES, INNER_CHUNK_IMAGES)
-    for start, stop in rows_of(made):
-        made[start:stop] = packed[start:stop]
+    array = sharded(path, images, "uint8", SHARD_IMAGES, INNER_CHUNK_IMAGES)
+    for start, stop in rows_of(array):
+        array[start:stop] = packed[start:stop]
     files.remove("packed.npy")
     return path
 
 
 def measured_zarr(files, arguments):
-    """Measure a Zarr array of float32, from one of uint8 in memory."""
+    """Measure uint8 Zarr in the page cache to float32 Zarr."""
     images, threads = arguments.bytes // bytes_of_image("float32"), arguments.threads
     source = zarr_of(files, images)
     planned = functools.partial(
@@ -144,36 +144,36 @@ def measured_zarr(files, arguments):
         functools.partial(alone, syncs=True),
         functools.partial(alone, syncs=False),
     )
-    taken, *limits = time_interleaved([Part(before, call) for call in calls], arguments.rounds)
+    ours, *limits = time_interleaved([Part(before, call) for call in calls], arguments.rounds)
     for name, limit in zip(("which syncs as well", "which syncs nothing"), limits, strict=True):
-        share, spread, seconds = compare(taken, limit)
+        share, spread, seconds = compare(ours, limit)
         figures = throughput(plan.write_bytes, seconds, zarr=(plan.write_bytes, limit))
         path = f"Zarr uint8 to Zarr float32, zarr-python {name}"
-        yield row(path, WANTED_ZARR_SHARE, share, spread, **figures)
+        yield row(path, MIN_ZARR_SHARE, share, spread, **figures)
     for name in ("ours.zarr", "alone.zarr", "source.zarr"):
         remove(files, name)
 
 
 def hdf5_of(files, name, images):
-    """Make a contiguous dataset of float32 images."""
+    """Create a contiguous dataset of float32 images."""
     shard = fastvgg.preprocess(batch(SMALL_IMAGES, "NHWC", "uint8"), "caffe")
     path = files.path(name)
     with h5py.File(path, "w") as file:
-        made = file.create_dataset("images", (images, *IMAGE), "float32")
+        dataset = file.create_dataset("images", (images, *IMAGE), "float32")
         for start in range(0, images, SMALL_IMAGES):
-            made[start : start + SMALL_IMAGES] = shard[: images - start]
+            dataset[start : start + SMALL_IMAGES] = shard[: images - start]
     return path
 
 
 def run_concurrently(*calls):
     """Run calls concurrently, each on its own thread."""
     with ThreadPoolExecutor(len(calls)) as pool:
-        for made in [pool.submit(call) for call in calls]:
-            made.result()
+        for future in [pool.submit(call) for call in calls]:
+            future.result()
 
 
 def measured_hdf5(files, arguments):
-    """Measure a new .npy of uint8 from a contiguous dataset of float32."""
+    """Measure a contiguous float32 dataset to a new uint8 .npy."""
     images = arguments.bytes // bytes_of_image("float32")
     source = hdf5_of(files, "source.h5", images)
     settings = {"mode": "caffe", "direction": "restore", "threads": arguments.threads}
@@ -183,14 +183,14 @@ def measured_hdf5(files, arguments):
     plan = planned()
     nbytes, buffer, memory = plan.write_bytes, chunk_of(plan), bytearray(READ_BYTES)
 
-    def prepare(place):
+    def prepare(source_is):
         files.remove("ours.npy")
         files.remove("plain.npy")
         files.settle(source.stat().st_size)
-        fetch(source, place, memory)
+        fetch(source, source_is, memory)
 
-    for place in ("in memory", "on disk"):
-        before = functools.partial(prepare, place)
+    for source_is in ("in memory", "on disk"):
+        before = functools.partial(prepare, source_is)
         write = functools.partial(write_new, files.path("plain.npy"), nbytes, buffer)
         read = functools.partial(read_file, source, memory)
         calls = (
@@ -207,14 +207,14 @@ def measured_hdf5(files, arguments):
         for name, limit in (("reading and writing at once", both), ("the longer of both", longer)):
             share, spread, seconds = compare(ours, limit)
             figures = throughput(source_bytes, seconds, **limits)
-            path = f"HDF5 float32 {place} to .npy uint8, {name}"
-            yield row(path, WANTED_HDF5_SHARE, share, spread, **figures)
+            path = f"HDF5 float32 {source_is} to .npy uint8, {name}"
+            yield row(path, MIN_HDF5_SHARE, share, spread, **figures)
     for name in ("source.h5", "ours.npy", "plain.npy"):
         files.remove(name)
 
 
 def measured_memory(files, arguments):
-    """Measure the memory of runs from and to both."""
+    """Measure the memory of runs with both formats."""
     images = arguments.bytes // bytes_of_image("float32")
     options = {"memory": "512MiB", "threads": arguments.threads}
     large, small = zarr_of(files, images), files.path("small.zarr")
@@ -237,17 +237,19 @@ def main():
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--directory", type=Path, default=Path(), help="on the disk to measure")
+    parser.add_argument(
+        "--directory", type=Path, default=Path(), help="directory on the disk to measure"
+    )
     arguments = parser.parse_args()
     arguments.bytes = QUICK_BYTES if arguments.quick else FILE_BYTES
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # files are removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # removes the files
     with tempfile.TemporaryDirectory(prefix="formats-", dir=arguments.directory) as directory:
         files = Files(Path(directory).absolute(), arguments.threads)
         measurements = (measured_zarr, measured_hdf5)
         rows = [line for measured in measurements for line in measured(files, arguments)]
         memory = list(measured_memory(files, arguments))
     missed = [line["path"] for line in rows if line["share"] < line["wanted"]]
-    print("below what is wanted:", ", ".join(missed) or "none")
+    print("below target:", ", ".join(missed) or "none")
     if not arguments.quick:
         record = {"machine": machine(), "threads": arguments.threads, "rounds": arguments.rounds}
         RESULT.write_text(json.dumps(record | {"rows": rows, "memory": memory}, indent=1) + "\n")

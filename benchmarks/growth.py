@@ -1,25 +1,24 @@
-"""How seconds and memory grow with the number of images, their size, threads and chunks.
+"""Measure how time and memory grow with the number and size of images, threads and chunk size.
 
-    python benchmarks/growth.py            # a quarter of an hour, 17 GB of disk; writes a result
-    python benchmarks/growth.py --quick    # 32 MiB at most, less than a minute; writes nothing
+    python benchmarks/growth.py            # takes 15 minutes, 17 GB of disk; writes a result
+    python benchmarks/growth.py --quick    # up to 32 MiB, less than a minute; writes nothing
 
-Each run plans uint8 `.npy` to float32 `.npy` on the disk, and carries the plan out, in a process of
-its own. There a run of a few small images was made before: imports and compilation are not in the
-time, nor in the memory, which is the most that is resident above what was resident before. Of all
-rounds the one that took most counts.
+Each run plans and converts uint8 `.npy` to float32 `.npy` on disk, in a separate process. A run of
+a few small images precedes it, so that neither time nor memory include imports and compilation.
+Memory is the peak resident memory above that before the run, the maximum over all rounds.
 
-Beside each is its limit: writing as many bytes of one buffer with the same calls, in chunks of the
-same size. How path and limit take turns benchmarks/streams.py tells; the runs of a sweep take turns
-with each other as well, and the source is in memory before each.
+The limit of each run is writing the same number of bytes of one buffer with the same calls, in
+chunks of the same size. Path and limit are interleaved as in benchmarks/streams.py, and so are the
+runs of a sweep. The source is in the page cache before each.
 
-**Images** of one small size, a thousand to a million. A line is laid through their seconds as
-benchmarks/cluster.py does. A chunk grows with the dataset, up to 256 MiB, and so does the memory.
+**Images** of one small size, a thousand to a million, with a linear fit of the seconds as in
+benchmarks/cluster.py. Chunks grow with the dataset, up to 256 MiB, and the memory with them.
 
-**Image size**, of as many bytes in all. **Threads**, up to twice the cores: to the disk, and on a
-batch in memory that was used before, where the limit is that of `fastvgg bench`.
+**Image size**, at a constant total size. **Threads**, up to twice the cores: to disk, and on a
+batch in memory with a reused result, where the limit is that of `fastvgg bench`.
 
-**Chunks**, as the memory limit makes them. A plan takes no more than it has use for: the largest
-limits leave its chunks as they are.
+**Chunk size**, set by the memory limit. A plan uses only as much memory as it can benefit from, so
+the largest limits do not change its chunks.
 """
 
 from __future__ import annotations
@@ -71,9 +70,9 @@ warming, measured, options = json.loads(sys.argv[1])
 fastvgg.plan(*warming, **options).run()
 Path("/proc/self/clear_refs").write_text("5")
 idle = mib("VmRSS")
-begun = time.perf_counter()
+start_seconds = time.perf_counter()
 fastvgg.plan(*measured, **options).run()
-seconds = time.perf_counter() - begun
+seconds = time.perf_counter() - start_seconds
 print(json.dumps({"seconds": seconds, "idle_mib": idle, "peak_mib": mib("VmHWM") - idle}))
 """
 
@@ -82,18 +81,18 @@ class SweepSizes(NamedTuple):
     """The sizes of each sweep."""
 
     images: tuple[int, ...]
-    """Of the small ones."""
+    """Numbers of small images."""
     result_bytes: int
-    """Of every other sweep."""
+    """Size of the result in every other sweep."""
     sides: tuple[int, ...]
     threads: tuple[int, ...]
     limits_mib: tuple[int, ...]
     working_set_bytes: int
-    """In memory."""
+    """Of the sweep in memory."""
 
 
 def sweep_sizes(cores):
-    """Return the full lengths; threads are powers of two up to the cores, and twice the cores."""
+    """Return the full sizes; threads are powers of two up to the cores, and twice the cores."""
     powers = {2**power for power in range(cores.bit_length())}
     return SweepSizes(
         images=(10**3, 10**4, 10**5, 10**6),
@@ -117,23 +116,23 @@ def quick_sweep_sizes(cores):
 
 
 def images_of(side, result_bytes):
-    """Return how many images of a side there are in so many bytes of float32."""
+    """Return how many float32 images with this side fit in `result_bytes`."""
     return max(1, result_bytes // (side * side * 12))
 
 
 def source_of(files, images, side):
-    """Return a file of images of known bytes, creating it if necessary."""
+    """Return a file of deterministic images, creating it if necessary."""
     path = files.path(f"images-{images}-{side}.npy")
     if path.exists():
         return path
-    together = min(images, max(1, WRITE_BYTES // (side * side * 3)))
-    shape = (together, side, side, 3)
+    block_images = min(images, max(1, WRITE_BYTES // (side * side * 3)))
+    shape = (block_images, side, side, 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     header = np.lib.format.header_data_from_array_1_0(pixels)
     header["shape"] = (images, *shape[1:])
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for first in range(0, images, together):
+        for first in range(0, images, block_images):
             file.write(pixels[: images - first].data)
     return path
 
@@ -148,7 +147,7 @@ class Run:
         self._warming = source_of(files, WARMING_IMAGES, SMALL_SIDE)
         self._source = source_of(files, images, side)
         self._target = files.path("ours.npy")
-        self._found = []
+        self._figures = []
         self.plan = fastvgg.plan(self._source, self._target, **self.options)
 
     def prepare(self):
@@ -161,15 +160,15 @@ class Run:
         pairs = (self._warming, self._files.path("ours-warming.npy")), (self._source, self._target)
         arguments = json.dumps((*pairs, self.options), default=str)
         command = [sys.executable, "-c", CHILD_SCRIPT, arguments]
-        ran = subprocess.run(command, capture_output=True, text=True, check=False)
-        if ran.returncode:
-            raise RuntimeError(f"{self._source}: {ran.stderr}")
-        self._found.append(json.loads(ran.stdout))
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{self._source}: {done.stderr}")
+        self._figures.append(json.loads(done.stdout))
 
     def seconds(self):
         """Return the time of the plan in an undisturbed call, without process startup."""
         Part(self.prepare, self.call).seconds()
-        return self._found[-1]["seconds"]
+        return self._figures[-1]["seconds"]
 
     def limit(self):
         """Return the limit: only writing the same number of bytes."""
@@ -178,7 +177,7 @@ class Run:
         return Part(self.prepare, functools.partial(write_new, path, nbytes, buffer))
 
     def line(self, ours, limit):
-        """Return a line of the result, of the seconds of all rounds, printed as well."""
+        """Print and return a row of the result, from the seconds of all rounds."""
         share, spread, seconds = compare(ours, limit)
         low, _, high = statistics.quantiles(ours, n=4)
         plan = self.plan
@@ -195,8 +194,8 @@ class Run:
             "limit_seconds": round(statistics.median(limit), 4),
             "share": share,
             "spread": spread,
-            "idle_mib": round(max(one["idle_mib"] for one in self._found), 1),
-            "peak_mib": round(max(one["peak_mib"] for one in self._found), 1),
+            "idle_mib": round(max(one["idle_mib"] for one in self._figures), 1),
+            "peak_mib": round(max(one["peak_mib"] for one in self._figures), 1),
             "planned_mib": round(plan.projected_bytes / 2**20, 1),
         }
         print(line, flush=True)
@@ -204,10 +203,10 @@ class Run:
 
 
 def measured(runs, rounds):
-    """Return a line of every run of a sweep."""
+    """Return a row for every run of a sweep."""
     parts = [part for run in runs for part in (run, run.limit())]
-    taken = iter(streams.time_interleaved(parts, rounds))
-    return [run.line(ours, limit) for run, ours, limit in zip(runs, taken, taken, strict=True)]
+    seconds = iter(streams.time_interleaved(parts, rounds))
+    return [run.line(ours, limit) for run, ours, limit in zip(runs, seconds, seconds, strict=True)]
 
 
 def add_deviations_from_linear_fit(rows):
@@ -219,7 +218,7 @@ def add_deviations_from_linear_fit(rows):
 
 
 def measured_in_memory(sweep_sizes, rounds):
-    """Return a line for each number of threads on a batch in memory that was used before."""
+    """Yield a row for each number of threads, for a batch in memory with a reused result."""
     x = batch(max(1, sweep_sizes.working_set_bytes // (HEIGHT * WIDTH * 15)), "NHWC", "uint8")
     out = fastvgg.preprocess(x, "caffe")
 
@@ -228,10 +227,10 @@ def measured_in_memory(sweep_sizes, rounds):
         for prefetch in (False, True):
             yield functools.partial(memory.copy, x, out, threads, prefetch=prefetch)
 
-    taken = iter(
+    durations = iter(
         time_interleaved([c for threads in sweep_sizes.threads for c in calls(threads)], rounds)
     )
-    for threads, ours, *limits in zip(sweep_sizes.threads, taken, taken, taken, strict=True):
+    for threads, ours, *limits in zip(sweep_sizes.threads, *[durations] * 3, strict=True):
         limit = min(limits, key=statistics.median)
         share, spread, seconds = compare(ours, limit)
         low, _, high = statistics.quantiles(ours, n=4)
@@ -249,7 +248,7 @@ def measured_in_memory(sweep_sizes, rounds):
 
 
 def runs_of(files, sweep_sizes, threads):
-    """Return the name of each sweep, and an iterator over its runs, which makes their sources."""
+    """Return an iterator over the runs of each sweep, by name; it creates their sources."""
     sizes = {side: images_of(side, sweep_sizes.result_bytes) for side in (*sweep_sizes.sides, SIDE)}
     run = functools.partial(Run, files)
     usual = functools.partial(run, sizes[SIDE], SIDE)
@@ -275,27 +274,29 @@ def main():
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--directory", type=Path, default=Path(), help="on the disk to measure")
+    parser.add_argument(
+        "--directory", type=Path, default=Path(), help="directory on the disk to measure"
+    )
     arguments = parser.parse_args()
     rounds = arguments.rounds or (2 if arguments.quick else 3)
     chosen_sizes = (quick_sweep_sizes if arguments.quick else sweep_sizes)(available_cpus())
     if arguments.quick:
-        streams.REST_SECONDS = 0  # half of a minute in all
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # files are removed
+        streams.REST_SECONDS = 0  # saves half a minute
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # removes the files
     with tempfile.TemporaryDirectory(prefix="growth-", dir=arguments.directory) as directory:
         files = Files(Path(directory).absolute(), arguments.threads)
         sweeps = measured_sweeps(files, chosen_sizes, arguments.threads, rounds)
-    found = {
+    results = {
         "sweeps": sweeps,
         "line": add_deviations_from_linear_fit(sweeps["images"]),
         "in_memory": list(measured_in_memory(chosen_sizes, MEMORY_ROUNDS)),
     }
     rows = list(itertools.chain.from_iterable(sweeps.values()))
     missed = [row for row in rows if row["peak_mib"] > row["planned_mib"]]
-    print(f"more memory than was planned: {len(missed)} of {len(rows)}", *missed)
+    print(f"above the planned memory: {len(missed)} of {len(rows)}", *missed)
     if not arguments.quick:
         record = {"machine": machine(), "threads": arguments.threads, "rounds": rounds}
-        RESULT.write_text(json.dumps(record | found, indent=1) + "\n")
+        RESULT.write_text(json.dumps(record | results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Check results computed from photographs in some of their rows."""
+"""Check a sample of the rows computed from photographs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def as_keras_loads(data, size):
     return np.asarray(resized)
 
 
-def some_rows(count):
+def sample_rows(count):
     return np.linspace(0, count - 1, CHECKED_ROWS).astype(int).tolist()
 
 
@@ -33,22 +33,22 @@ def check_rows(path, reads, size, transform=None):
     If there are more rows than photographs, the photographs repeat.
     """
     result = np.load(path, mmap_mode="r")
-    for index in some_rows(len(result)):
+    for index in sample_rows(len(result)):
         pixels = as_keras_loads(reads[index % len(reads)](), size)
         expected = pixels if transform is None else oracle.apply(transform, pixels)
         if result[index].tobytes() != expected.tobytes():
-            raise RuntimeError(f"{path}: row {index} is not what Keras' would be")
+            raise RuntimeError(f"{path}: row {index} differs from Keras' result")
 
 
 def mean_difference(path, reads):
-    """Return by how many of 256 levels an array in caffe mode is off Keras' pixels, in the mean."""
+    """Return the mean absolute difference from Keras' pixels, in levels, of a caffe mode array."""
     result = np.load(path, mmap_mode="r")
     distances = [
         np.abs(
             fastvgg.restore(result[index], "caffe").astype(int)
             - as_keras_loads(reads[index](), SIZE)
         ).mean()
-        for index in some_rows(len(result))
+        for index in sample_rows(len(result))
     ]
     return round(float(np.mean(distances)), 2)
 
@@ -58,6 +58,6 @@ def check_files(path, images, image_format):
     files = sorted(path.rglob(f"*{ENCODERS[image_format]}"))
     if len(files) != len(images):
         raise RuntimeError(f"{path} has {len(files)} files of {len(images)} images")
-    for index in some_rows(len(images)):
+    for index in sample_rows(len(images)):
         if files[index].read_bytes() != encode(images[index], image_format):
-            raise RuntimeError(f"{files[index]} is not what its image is encoded as")
+            raise RuntimeError(f"{files[index]} differs from its encoded image")

@@ -1,4 +1,4 @@
-"""Limits of image datasets: only decoding or encoding, and with a file written concurrently."""
+"""Limits of image datasets: decoding or encoding only, or while writing files."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from streams import published, write
 
 from fastvgg.stream.commit_pipeline import CommitPipeline
 
-IMAGES_PER_TASK = 8  # images that a thread takes at a time
+IMAGES_PER_TASK = 8
 MAX_PENDING = 2  # chunks
 ENCODERS = {"png": ".png", "jpeg": ".jpg"}
 
 
-def on_threads(work, items, threads, together):
-    """Work on all items on threads; yield whenever the next `together` of them are done.
+def on_threads(work, items, threads, chunk_items):
+    """Process all items on threads; yield after each chunk of `chunk_items` items.
 
     Threads wait neither for each other nor for the consumer.
     """
 
-    def take(first, stop):
+    def process(first, stop):
         for index in range(first, stop):
             work(items[index])
 
@@ -34,19 +34,19 @@ def on_threads(work, items, threads, together):
     with ThreadPoolExecutor(threads) as pool:
         chunks = [
             [
-                pool.submit(take, first, min(first + IMAGES_PER_TASK, stop))
+                pool.submit(process, first, min(first + IMAGES_PER_TASK, stop))
                 for first in range(start, stop, IMAGES_PER_TASK)
             ]
-            for start in range(0, count, together)
-            for stop in [min(start + together, count)]
+            for start in range(0, count, chunk_items)
+            for stop in [min(start + chunk_items, count)]
         ]
         for chunk in chunks:
-            for taken in chunk:
-                taken.result()
+            for future in chunk:
+                future.result()
             yield
 
 
-def decoded(photographs, threads, together):
+def decoded(photographs, threads, chunk_images):
     """Read and decode all photographs into a reused buffer per thread."""
     memory = threading.local()
     nbytes = photographs.shape[0] * photographs.shape[1] * 3
@@ -56,17 +56,17 @@ def decoded(photographs, threads, together):
             memory.pixels = bytearray(nbytes)
         simplejpeg.decode_jpeg(read(), "RGB", buffer=memory.pixels)
 
-    return on_threads(decode, photographs.reads, threads, together)
+    return on_threads(decode, photographs.reads, threads, chunk_images)
 
 
 def decode(photographs, threads):
-    """Read and decode all photographs, and discard them."""
+    """Read and decode all photographs and discard them."""
     for _ in decoded(photographs, threads, len(photographs.reads)):
         pass
 
 
 def decode_and_write(photographs, path, plan, buffer):
-    """Read and decode all photographs while a new file of one buffer is written, as a run does."""
+    """Read and decode all photographs while writing a new file from one buffer, as in a run."""
     nbytes = plan.write_bytes - plan.write_bytes % mmap.PAGESIZE
     chunks = decoded(photographs, plan.threads, plan.chunk_images)
     with published(path, nbytes) as file, CommitPipeline() as pipeline:
@@ -83,7 +83,7 @@ def decode_and_write(photographs, path, plan, buffer):
 
 
 def encode(pixels, image_format):
-    """Return an image as the file that restoring writes of it."""
+    """Encode an image as a restoring run does."""
     if image_format == "jpeg":
         return simplejpeg.encode_jpeg(pixels, quality=95, colorsubsampling="444")
     data = io.BytesIO()
@@ -100,13 +100,13 @@ def encode_all(images, image_format, threads):
 
 
 def encode_and_write(images, image_format, threads, path):
-    """Encode images on threads, of which each writes its files, and sync the disk at the end."""
+    """Encode images and write their files on threads, and sync the disk at the end."""
     path.mkdir()
-    ending = ENCODERS[image_format]
+    suffix = ENCODERS[image_format]
 
     def encode_into_file(row):
         data = encode(images[row], image_format)
-        file = os.open(f"{path}/{row:08d}{ending}", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        file = os.open(f"{path}/{row:08d}{suffix}", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             write(file, data, 0)
         finally:

@@ -1,11 +1,11 @@
-"""The peers of images.py, each in a process of its own: what it imports need not fit the others.
+"""The peers of images.py, each in a separate process, since their dependencies may conflict.
 
-    python benchmarks/image_peers.py torch photos/ scratch/ 2    # and a line for each epoch
+    python benchmarks/image_peers.py torch photos/ scratch/ 2    # then a line per epoch on stdin
 
-It says in a line of JSON which versions it has, or why it cannot be imported, and does one epoch
-over the directory of photographs for every line that it reads, answering with how many images that
-were, and once more when it is idle. Nothing of fastvgg is imported: an interpreter that has the
-peer, NumPy and Pillow is enough.
+Prints a line of JSON with its versions, or with the reason that it cannot be imported. For every
+line on stdin it runs one epoch over the directory of photographs, prints the number of images, and
+prints another line when it is idle. fastvgg is not imported: an interpreter with the peer, NumPy
+and Pillow is enough.
 
     python -m pip install torch pillow               # torch
     python -m pip install torch webdataset pillow    # webdataset
@@ -15,11 +15,10 @@ peer, NumPy and Pillow is enough.
     python -m pip install assertpy fastargs pandas psutil pytorch-pfn-extras terminaltables tqdm
     python -m pip install --no-deps --no-build-isolation ffcv    # ffcv
 
-What they are asked for is what fastvgg writes: batches of float32, 224x224, in torch mode (PyTorch,
-WebDataset, FFCV) or in caffe mode (the others). They produce them in memory and let them go, which
-spares them the writing; start, compilation, writing shards or a file of their own, and one epoch to
-warm up are not timed. Each works as its documentation shows it, on as many cores as fastvgg has
-threads.
+The task is that of fastvgg: batches of float32, 224x224, in torch mode (PyTorch, WebDataset, FFCV)
+or in caffe mode (the others). Peers produce them in memory and discard them, so they write nothing.
+Startup, compilation, writing shards or FFCV's file, and one warm-up epoch are not timed. Each peer
+is used as its documentation shows, on as many cores as fastvgg has threads.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ from PIL import Image
 
 SIZE = (224, 224)
 BATCH = 64
-SHARDS_PER_WORKER = 2  # a worker takes whole shards
-JPEG_QUALITY = 90  # of what FFCV encodes, as of the photographs
+SHARDS_PER_WORKER = 2  # a worker reads whole shards
+JPEG_QUALITY = 90  # of FFCV's file, as of the photographs
 CAFFE_MEAN = np.array((103.939, 116.779, 123.68), np.float32)
 TORCH_MEAN = np.array((0.485, 0.456, 0.406), np.float32)
 TORCH_STD = np.array((0.229, 0.224, 0.225), np.float32)
@@ -49,19 +48,19 @@ def files_of(photographs):
 
 
 def counted(batches):
-    """Take all batches; return how many images they hold, and the iterator, to be let go of.
+    """Consume all batches; return the number of images, and the iterator for later release.
 
-    Letting go is not timed: tf.data waits with it for the next time at which it would have tuned
-    itself, up to as long again as the epoch took.
+    The release is not timed: tf.data delays it until its next autotuning step, by up to the
+    duration of the epoch.
     """
     iterator = iter(batches)
     return sum(int(batch.shape[0]) for batch in iterator), iterator
 
 
 def torch_input(image):
-    """Do to an image of Pillow's what torchvision's Resize, ToTensor, Normalize do.
+    """Process a Pillow image as torchvision's Resize, ToTensor and Normalize do.
 
-    The package itself does not import beside every build of PyTorch.
+    Not every build of PyTorch has a matching torchvision that can be imported.
     """
     import torch
 
@@ -74,7 +73,7 @@ def torch_input(image):
 
 
 def torch_epochs(photographs, _scratch, threads):
-    """Have workers decode with Pillow."""
+    """Decode with Pillow in worker processes."""
     import torch
     from torch.utils.data import DataLoader, Dataset
 
@@ -93,7 +92,7 @@ def torch_epochs(photographs, _scratch, threads):
 
 
 def webdataset_epochs(photographs, scratch, threads):
-    """Write the same files into tar shards, and have workers read those, each its own."""
+    """Write the same files into tar shards, which worker processes read, each its own."""
     import torch
     import webdataset
 
@@ -117,7 +116,7 @@ def webdataset_epochs(photographs, scratch, threads):
 
 
 def tf_epochs(photographs, _scratch, _threads):
-    """Flip the channels with `tf.reverse`, twice as fast as with a slice."""
+    """Flip the channels with `tf.reverse`, which is twice as fast as a slice."""
     import tensorflow as tf
 
     def read(path):
@@ -132,9 +131,9 @@ def tf_epochs(photographs, _scratch, _threads):
 
 
 def keras_epochs(photographs, _scratch, _threads):
-    """Use what Keras has for it.
+    """Use Keras' own loader and preprocessing.
 
-    What was resized by its nearest pixels is uint8, in which `preprocess_input` would overflow.
+    Nearest-neighbor resizing yields uint8, in which `preprocess_input` would overflow.
     """
     import keras
     import tensorflow as tf
@@ -158,7 +157,7 @@ def keras_epochs(photographs, _scratch, _threads):
 
 
 def loop_epochs(photographs, _scratch, _threads):
-    """Take one image after the other, in one process, as scripts do."""
+    """Process one image at a time, in one process, as scripts do."""
     import keras
     from keras.applications.vgg19 import preprocess_input
 
@@ -171,9 +170,9 @@ def loop_epochs(photographs, _scratch, _threads):
 
 
 def ffcv_epochs(photographs, scratch, threads):
-    """Write FFCV's own file, of JPEGs, and have it read that.
+    """Write FFCV's own file of JPEGs, and read it.
 
-    Its decoders resize a crop, by areas: here the crop is the whole photograph.
+    Its decoders resize a crop by area; here the crop is the whole photograph.
     """
     from ffcv.fields import RGBImageField
     from ffcv.fields.decoders import CenterCropRGBImageDecoder
@@ -181,13 +180,13 @@ def ffcv_epochs(photographs, scratch, threads):
     from ffcv.transforms import NormalizeImage, ToTensor
     from ffcv.writer import DatasetWriter
 
-    class WholeDecoder(CenterCropRGBImageDecoder):
+    class FullImageDecoder(CenterCropRGBImageDecoder):
         @property
         def get_crop_generator(self):
-            def whole(height, width, _scale, _ratio):
+            def full_image(height, width, _scale, _ratio):
                 return 0, 0, height, width
 
-            return whole
+            return full_image
 
     class Photographs:
         paths = files_of(photographs)
@@ -202,7 +201,7 @@ def ffcv_epochs(photographs, scratch, threads):
     path = str(scratch / "photographs.beton")
     field = RGBImageField(write_mode="jpg", jpeg_quality=JPEG_QUALITY)
     DatasetWriter(path, {"image": field}, num_workers=threads).from_indexed_dataset(Photographs())
-    normalise = NormalizeImage(TORCH_MEAN * 255, TORCH_STD * 255, np.float32)
+    normalize = NormalizeImage(TORCH_MEAN * 255, TORCH_STD * 255, np.float32)
     loader = Loader(
         path,
         BATCH,
@@ -210,7 +209,7 @@ def ffcv_epochs(photographs, scratch, threads):
         os_cache=True,
         order=OrderOption.SEQUENTIAL,
         drop_last=False,
-        pipelines={"image": [WholeDecoder(SIZE, ratio=1), normalise, ToTensor()]},
+        pipelines={"image": [FullImageDecoder(SIZE, ratio=1), normalize, ToTensor()]},
     )
     versions = {"ffcv": importlib.metadata.version("ffcv")}
     return versions, lambda: counted(image for (image,) in loader)
@@ -228,21 +227,21 @@ PEERS = {
 
 def main():
     name, photographs, scratch, threads = sys.argv[1:]
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever else a library prints
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # redirect what libraries print
     os.environ.update(ENVIRONMENT)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(threads)])
     try:
         versions, epoch = PEERS[name](Path(photographs), Path(scratch), int(threads))
     except ImportError as error:
-        print(json.dumps({"missing": str(error)}), file=answers)
+        print(json.dumps({"missing": str(error)}), file=replies)
         return
-    print(json.dumps({"versions": versions}), file=answers)
+    print(json.dumps({"versions": versions}), file=replies)
     for _ in sys.stdin:
         images, iterator = epoch()
-        print(json.dumps({"images": images}), file=answers)
+        print(json.dumps({"images": images}), file=replies)
         del iterator
-        print(json.dumps({"idle": True}), file=answers)
+        print(json.dumps({"idle": True}), file=replies)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Folders and shards of JPEGs to arrays beside decoding alone, beside peers, and back to files.
+"""Compare image files to arrays, and back, with decoding or encoding only, and with peers.
 
     python benchmarks/images.py            # half an hour, 8 GB of disk; writes results/images.json
     python benchmarks/images.py --quick    # few photographs; writes nothing
@@ -7,27 +7,26 @@
 
     python benchmarks/images.py --peer-python tf=tf/bin/python --peer-python keras=tf/bin/python
 
-The photographs are crops of those that scikit-image ships, flipped and resized, each another one,
-as JPEG of quality 90 in class folders or tar shards. Their files are in memory before each call.
+The photographs are different crops of those that scikit-image ships, flipped and resized, as JPEGs
+of quality 90 in class folders or tar shards. The files are in the page cache before each call.
 
-The limit of a result is the same files read and decoded by simplejpeg, into memory used before, on
-the same threads; nothing is done with the pixels. Beside that as many bytes of one buffer are
-written with the calls of a run, and its overlap: the space reserved, each chunk written past the
-system's cache and synced on threads of their own, the name given at the end. An array of uint8 is
-held against decoding alone as well. A shard's members are read at offsets that are known
-beforehand. The limit of restored files is encoding alone, of images in memory, with the same
-encoder on the same threads; beside that each thread writes the files of what it encodes, and the
-disk is synced at the end. Nothing small that a run writes beside the data is in any limit.
+The limit of an array is reading and decoding the same files with simplejpeg into reused memory on
+the same threads, discarding the pixels, while the same number of bytes of one buffer is written
+with the calls and the overlap of a run: reserve space, write each chunk with direct I/O and sync it
+on separate threads, rename at the end. uint8 arrays are also compared with decoding only. Offsets
+of shard members are known in advance. The limit of restored files is encoding images in memory with
+the same encoder on the same threads; a second limit also writes the files from these threads and
+syncs the disk at the end. No limit includes the small files that a run writes besides the data.
 
-Path and limit run in turn, in the opposite order each time, into files that are new each time; a
-share is the median of (seconds of the limit / seconds of the path) over the rounds, and the spread
-is the middle half of them; see streams.py for what is done against disturbance. Peers, in processes
-of their own, are timed in the same way beside whole runs of fastvgg to a float32 file, although
-they write nothing: see image_peers.py. One that its interpreter cannot import is not measured.
+Rounds of path and limit are interleaved, in alternating order, with new files each time. A share is
+the median over the rounds of (seconds of the limit / seconds of the path), the spread is their
+interquartile range; see streams.py for the protection against disturbance. Peers, in separate
+processes, are timed in the same way against complete runs of fastvgg to a float32 file, although
+they write nothing: see image_peers.py. A peer that its interpreter cannot import is not measured.
 
-Rows of every result are compared with what Pillow decodes and resizes, as Keras does, and with the
-oracle. A million images and their planning are measured in processes of their own, whose peak of
-resident memory is that of the whole process.
+Rows of every result are compared with Pillow's decoding and resizing, as in Keras, and with the
+oracle. A million images and their planning are measured in separate processes; their memory is the
+peak resident memory of the whole process.
 """
 
 from __future__ import annotations
@@ -61,11 +60,11 @@ RESULTS = Path(__file__).parent / "results"
 IMAGES, QUICK_IMAGES = 4000, 240
 LARGE_IMAGES, QUICK_LARGE_IMAGES = 200, 16
 
-WANTED = 0.92
-WANTED_THREAD_SPEEDUP = 1.85
-WANTED_FAST_JPEG_SPEEDUP = 3.0
+MIN_SHARE = 0.92
+MIN_THREAD_SPEEDUP = 1.85
+MIN_FAST_JPEG_SPEEDUP = 3.0
 
-# The name in image_peers.py and in the results, the mode that is asked for, how many times as fast.
+# The name in image_peers.py and in the results, the mode, and the target speedup.
 PEERS = (
     ("torch", "PyTorch DataLoader", "torch", 3.5),
     ("webdataset", "WebDataset", "torch", None),
@@ -83,13 +82,13 @@ def rate(images, seconds):
 def per_second(images, seconds, **others):
     """Return images per second, ours and those of the alternatives."""
     figures = {"images_per_second": rate(images, seconds)}
-    for name, taken in others.items():
-        figures[f"{name}_images_per_second"] = rate(images, statistics.median(taken))
+    for name, other_seconds in others.items():
+        figures[f"{name}_images_per_second"] = rate(images, statistics.median(other_seconds))
     return figures
 
 
 def times_row(path, wanted, times, spread, **figures):
-    """Return a line of how many times as fast something is, printed as well."""
+    """Print and return a row with a speedup."""
     line = {"path": path, "wanted": wanted, "times": times, "spread": spread, **figures}
     print(f"{path:44s} {times:6.2f} times as fast ({spread[0]}..{spread[1]})", figures, flush=True)
     return line
@@ -116,10 +115,10 @@ class Bench:
         )
 
     def time_interleaved(self, photographs, nbytes, transform, *calls, wait=lambda: None):
-        """Time calls that write so many bytes of what is read of files in memory.
+        """Time calls that read files in the page cache and write `nbytes`.
 
-        What is to be waited for before each is not timed. Each result that has the name is checked,
-        and all are removed before the next call.
+        `wait` is called before each and not timed. fastvgg's results are checked, and all results
+        are removed before the next call.
         """
 
         def check_and_remove():
@@ -140,8 +139,8 @@ class Bench:
         return seconds
 
 
-def measured_arrays(bench, photographs, called):
-    """Measure both kinds of array from a folder, or from shards."""
+def measured_arrays(bench, photographs, label):
+    """Measure float32 and uint8 arrays from a folder or from shards."""
     images, threads = len(photographs.reads), bench.arguments.threads
     plain = bench.files.path("plain.npy")
 
@@ -155,7 +154,7 @@ def measured_arrays(bench, photographs, called):
     )
     share, spread, seconds = compare(ours, limit)
     figures = per_second(images, seconds, limit=limit)
-    yield row(f"{called} to float32", WANTED, share, spread, **figures)
+    yield row(f"{label} to float32", MIN_SHARE, share, spread, **figures)
 
     plan = bench.planned(photographs, direction="pack")
     ours, alone, written = bench.time_interleaved(
@@ -167,12 +166,12 @@ def measured_arrays(bench, photographs, called):
         functools.partial(decode_and_write, photographs, plain, plan, chunk_of(plan)),
     )
     for against, limit, wanted in (
-        ("decoding", alone, WANTED),
+        ("decoding", alone, MIN_SHARE),
         ("decoding, writing", written, None),
     ):
         share, spread, seconds = compare(ours, limit)
         figures = per_second(images, seconds, limit=limit)
-        yield row(f"{called} to uint8, against {against}", wanted, share, spread, **figures)
+        yield row(f"{label} to uint8, against {against}", wanted, share, spread, **figures)
 
 
 def measured_folder(bench):
@@ -186,7 +185,7 @@ def measured_shards(bench):
 
 
 def measured_restoring(bench):
-    """Measure float32 back to files, beside encoding alone, and encoding and writing files."""
+    """Measure float32 to files against encoding only, and against encoding and writing files."""
     images = len(bench.photographs.reads)
     source, target = bench.files.path("restorable.npy"), bench.files.path("ours")
     plain = bench.files.path("plain")
@@ -221,7 +220,7 @@ def measured_restoring(bench):
         )
         check_and_remove(image_format)
         for against, limit, wanted in (
-            ("encoding", alone, WANTED),
+            ("encoding", alone, MIN_SHARE),
             ("encoding, writing", written, None),
         ):
             share, spread, seconds = compare(ours, limit)
@@ -232,7 +231,7 @@ def measured_restoring(bench):
 
 
 def measured_threads(bench):
-    """Measure the speedup of a second thread, for a run and for only decoding."""
+    """Measure the speedup of a second thread, for a run and for decoding only."""
     photographs = bench.photographs
     images = len(photographs.reads)
     two, one, two_decoding, one_decoding = bench.time_interleaved(
@@ -245,7 +244,7 @@ def measured_threads(bench):
         lambda: decode(photographs, 1),
     )
     for name, wanted, ours, other in (
-        ("folder to float32", WANTED_THREAD_SPEEDUP, two, one),
+        ("folder to float32", MIN_THREAD_SPEEDUP, two, one),
         ("decoding alone", None, two_decoding, one_decoding),
     ):
         times, spread, seconds = compare(ours, other)
@@ -254,7 +253,7 @@ def measured_threads(bench):
 
 
 def measured_fast_jpeg(bench):
-    """Measure decoding to no more pixels than are needed, beside all of them."""
+    """Measure decoding at reduced resolution against full decoding."""
     arguments = bench.arguments
     photographs = folder(bench.files.path("large"), arguments.large_images, LARGE)
     planned = functools.partial(bench.planned, photographs, mode="caffe")
@@ -262,24 +261,24 @@ def measured_fast_jpeg(bench):
     def fast_run():
         planned(target="fast.npy", fast_jpeg=True).run()
 
-    fast, whole = bench.time_interleaved(
+    fast, full = bench.time_interleaved(
         photographs,
         planned().write_bytes,
         Transform("caffe"),
         fast_run,
         lambda: planned().run(),
     )
-    times, spread, seconds = compare(fast, whole)
-    figures = per_second(len(photographs.reads), seconds, other=whole)
+    times, spread, seconds = compare(fast, full)
+    figures = per_second(len(photographs.reads), seconds, other=full)
     fast_run()
     figures["mean_difference"] = mean_difference(bench.files.path("fast.npy"), photographs.reads)
     name = f"fast_jpeg, {LARGE[1]}x{LARGE[0]} to {SIZE[1]}x{SIZE[0]}"
-    yield times_row(name, WANTED_FAST_JPEG_SPEEDUP, times, spread, **figures)
+    yield times_row(name, MIN_FAST_JPEG_SPEEDUP, times, spread, **figures)
     bench.files.remove("large")
 
 
-def measured_peer(bench, name, called, mode, wanted):
-    """Measure one peer and fastvgg in turn, or record why it cannot be measured."""
+def measured_peer(bench, name, label, mode, wanted):
+    """Measure one peer and fastvgg, interleaved, or record why it cannot be measured."""
     photographs, arguments = bench.photographs, bench.arguments
     scratch = bench.files.path("scratch")
     scratch.mkdir()
@@ -296,15 +295,15 @@ def measured_peer(bench, name, called, mode, wanted):
                 wait=peer.wait,
             )
     except PeerError as error:
-        print(f"{called}: not measured: {error}", flush=True)
-        bench.missing[called] = str(error)
+        print(f"{label}: not measured: {error}", flush=True)
+        bench.missing[label] = str(error)
         return
     finally:
         bench.files.remove("scratch")
     bench.versions |= versions
     times, spread, seconds = compare(ours, theirs)
     figures = per_second(arguments.images, seconds, other=theirs)
-    yield times_row(f"{called}, {mode} mode", wanted, times, spread, **figures)
+    yield times_row(f"{label}, {mode} mode", wanted, times, spread, **figures)
 
 
 def measured_peers(bench):
@@ -317,7 +316,7 @@ TIMES = {"threads": measured_threads, "fast_jpeg": measured_fast_jpeg, "peers": 
 
 
 def measured(directory, arguments):
-    """Measure all that is compared in turn, and return the record of it."""
+    """Measure the selected comparisons, and return their record."""
     bench = Bench(ImageFolderTarget(directory, arguments.threads), arguments)
     nbytes = bench.photographs.fetch()
     lines = {
@@ -335,7 +334,7 @@ def measured(directory, arguments):
         for line in lines[kind]
         if line["wanted"] and line[figure] < line["wanted"]
     ]
-    print("below what is wanted:", ", ".join(missed) or "none")
+    print("below target:", ", ".join(missed) or "none")
     return {
         "threads": arguments.threads,
         "rounds": arguments.rounds,
@@ -356,9 +355,11 @@ def options():
     parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int)
-    parser.add_argument("--directory", type=Path, default=Path(), help="on the disk to measure")
     parser.add_argument(
-        "--only", nargs="+", choices=[*SHARES, *TIMES], help="a part of it; writes nothing"
+        "--directory", type=Path, default=Path(), help="directory on the disk to measure"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=[*SHARES, *TIMES], help="run only these parts; writes nothing"
     )
     parser.add_argument(
         "--peer-python",
@@ -367,31 +368,31 @@ def options():
         metavar="PEER=PYTHON",
         help=f"an interpreter for one of {', '.join(peer[0] for peer in PEERS)}",
     )
-    given = parser.parse_args()
-    given.writes = not (given.quick or given.only)
-    given.only = given.only or [*SHARES, *TIMES]
-    given.images = given.images or (QUICK_IMAGES if given.quick else IMAGES)
-    given.large_images = QUICK_LARGE_IMAGES if given.quick else LARGE_IMAGES
-    given.peer_pythons = dict(one.partition("=")[::2] for one in given.peer_python)
-    for name, python in given.peer_pythons.items():
+    arguments = parser.parse_args()
+    arguments.writes = not (arguments.quick or arguments.only)
+    arguments.only = arguments.only or [*SHARES, *TIMES]
+    arguments.images = arguments.images or (QUICK_IMAGES if arguments.quick else IMAGES)
+    arguments.large_images = QUICK_LARGE_IMAGES if arguments.quick else LARGE_IMAGES
+    arguments.peer_pythons = dict(one.partition("=")[::2] for one in arguments.peer_python)
+    for name, python in arguments.peer_pythons.items():
         if name not in [peer[0] for peer in PEERS] or shutil.which(python) is None:
-            parser.error(f"--peer-python is {name}={python}: no such peer, or no such program")
-    return given
+            parser.error(f"--peer-python {name}={python}: no such peer, or no such program")
+    return arguments
 
 
 def main():
-    given = options()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # files are removed
+    arguments = options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # removes the files
     measurement, name = measured, "images"
-    if given.million:
+    if arguments.million:
         measurement, name = million, "images_million"
-    elif given.planning:
+    elif arguments.planning:
         measurement, name = planning, "images_planning"
-    with tempfile.TemporaryDirectory(prefix="images-", dir=given.directory) as directory:
-        started = time.perf_counter()
-        record = measurement(Path(directory).absolute(), given)
-        print(f"{time.perf_counter() - started:.0f} s")
-    if given.writes:
+    with tempfile.TemporaryDirectory(prefix="images-", dir=arguments.directory) as directory:
+        start_seconds = time.perf_counter()
+        record = measurement(Path(directory).absolute(), arguments)
+        print(f"{time.perf_counter() - start_seconds:.0f} s")
+    if arguments.writes:
         RESULTS.mkdir(exist_ok=True)
         text = json.dumps({"machine": machine()} | record, indent=1) + "\n"
         (RESULTS / f"{name}.json").write_text(text)

@@ -1,9 +1,9 @@
-"""Common hand-written inverses, and how many of all values they get wrong.
+"""Count how many of all values common hand-written inverses get wrong.
 
-    python benchmarks/inverses.py    # some seconds; writes results/inverses.json
+    python benchmarks/inverses.py    # takes seconds; writes results/inverses.json
 
-An image has 256 values in each of three channels, so there are 768 to try. Each is preprocessed by
-Keras, stored, and inverted with NumPy; what is not the byte that it was is wrong.
+An image has 256 values in each of three channels, 768 in all. Each is preprocessed by Keras,
+stored, and inverted with NumPy; it is wrong if the result is not the original byte.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from fastvgg.transform import storage_dtype
 RESULT = Path(__file__).parent / "results" / "inverses.json"
 STORED_AS = ("float32", "float16", "bfloat16")
 VALUES = np.arange(256, dtype=np.uint8)
-X = np.stack((VALUES, VALUES + np.uint8(85), VALUES + np.uint8(170)), axis=-1).reshape(
-    1, 16, 16, 3
-)  # no greys
+# No pixel is gray.
+X = np.stack((VALUES, VALUES + np.uint8(85), VALUES + np.uint8(170)), axis=-1)
+X = X.reshape(1, 16, 16, 3)
 CAFFE_MEAN = np.array(Mode.CAFFE.mean)
 TORCH_MEAN, TORCH_STD = np.array(Mode.TORCH.mean), np.array(Mode.TORCH.std)
 
@@ -38,11 +38,11 @@ def truncated(x):
 
 
 def inverse_normalize(y):
-    """Compute Normalize(-mean / std, 1 / std), an often recommended trick."""
+    """Compute Normalize(-mean / std, 1 / std), an often recommended inverse."""
     return (y - single(-TORCH_MEAN / TORCH_STD)) / single(1 / TORCH_STD)
 
 
-# The mode, what is done, and a function of y in float32.
+# The mode, a description, and a function of y in float32.
 INVERSES = (
     ("caffe", "add the means, flip, clip, `astype('uint8')`",
      lambda y: truncated((y + single(CAFFE_MEAN))[..., ::-1])),
@@ -60,14 +60,14 @@ INVERSES = (
 
 
 def stored(mode, dtype):
-    """Return what Keras computes in float32, rounded once to what it is stored as."""
+    """Return Keras' float32 result, rounded once to the storage type."""
     from keras.applications.imagenet_utils import preprocess_input
 
     return preprocess_input(X, mode=mode).astype(storage_dtype(dtype))
 
 
 def wrong(inverse, mode):
-    """Return for each type how many of the 768 values come back as others."""
+    """Return the number of wrong values among the 768, by storage type."""
     return {dtype: int(np.count_nonzero(inverse(stored(mode, dtype)) != X)) for dtype in STORED_AS}
 
 

@@ -1,18 +1,17 @@
-"""Batches for training beside the kernel alone, and beside PyTorch's DataLoader.
+"""Compare training batches with the kernel only, and with PyTorch's DataLoader.
 
-    python benchmarks/loading.py            # some minutes, 2 GB of disk; writes a result
+    python benchmarks/loading.py            # takes minutes, 2 GB of disk; writes a result
     python benchmarks/loading.py --quick    # a few batches; writes nothing
 
-Stored uint8 images of 224x224, in the system's memory, become float32 NCHW in torch mode, in
-batches that are let go of: one epoch is timed, of those after the first. The limit is the kernel
-alone: as many batches of an array in memory, into as many buffers that were used before, on the
-same threads.
+Stored uint8 images of 224x224, in the page cache, become float32 NCHW in torch mode, in batches
+that are discarded. A call is one epoch; the first is not counted. The limit is the kernel only: the
+same batches of an array in memory, into the same number of reused buffers, on the same threads.
 
-The DataLoader has two workers that do the same arithmetic on a map of the file. It is measured as
-its documentation shows it, image by image, and with a dataset that gives whole batches. It is left
-out where PyTorch cannot be imported. What the loaders give is not compared.
+The DataLoader has two workers that do the same arithmetic on a memory map of the file. It is
+measured as its documentation shows it, image by image, and with a dataset that yields whole
+batches, and omitted if PyTorch cannot be imported. The results of the loaders are not compared.
 
-Rows of a batch are compared with the oracle. See streams.py for how parts are timed in turn.
+Rows of a batch are compared with the oracle. See streams.py for the interleaving of the parts.
 """
 
 from __future__ import annotations
@@ -45,17 +44,17 @@ RING_BYTES = RING * BATCH * HEIGHT * WIDTH * 3 * np.dtype(np.float32).itemsize
 WORKERS = 2
 TRANSFORM = Transform("torch", out_layout="NCHW")
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
-WANTED = 0.9
-WANTED_LOADER_SPEEDUP = 4.0
+MIN_SHARE = 0.9
+MIN_LOADER_SPEEDUP = 4.0
 
 
-def made(path, threads, *, shuffle=False):
+def fastvgg_batches(path, threads, *, shuffle=False):
     """Return batches, which reuse their memory across epochs."""
     return fastvgg.batches(path, BATCH, transform=TRANSFORM, shuffle=shuffle, threads=threads)
 
 
 def drain(batches):
-    """Take all batches of an epoch."""
+    """Consume all batches of an epoch."""
     for _ in batches:
         pass
 
@@ -75,11 +74,11 @@ def check(path):
             for at in (0, len(rows) // 2, len(rows) - 1):
                 expected = oracle.apply(TRANSFORM, x[rows[at]])
                 if images[at].tobytes() != expected.tobytes():
-                    raise RuntimeError(f"row {rows[at]} is not what the oracle gives")
+                    raise RuntimeError(f"row {rows[at]} differs from the oracle")
 
 
 def data_loaders(path, workers):
-    """Return PyTorch's loaders of the same batches, by how they are made."""
+    """Return PyTorch's loaders of the same batches, by kind of dataset."""
     import torch
     from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
@@ -101,7 +100,7 @@ def data_loaders(path, workers):
             return arithmetic(torch.from_numpy(np.array(self.x[index])).permute(2, 0, 1))
 
     class WholeBatches(IterableDataset):
-        """A batch at a time, by every worker another."""
+        """One batch at a time, a different one in each worker."""
 
         def __iter__(self):
             torch.set_num_threads(1)
@@ -117,7 +116,7 @@ def data_loaders(path, workers):
 
 
 def measured_shares(files, arguments, path, x):
-    """Measure batches in order, and shuffled, beside the kernel alone."""
+    """Measure batches in order, and shuffled, against the kernel only."""
     memory = bytearray(READ_BYTES)
     ring = [np.zeros((BATCH, 3, HEIGHT, WIDTH), np.float32) for _ in range(RING)]
     threads = arguments.threads
@@ -127,23 +126,23 @@ def measured_shares(files, arguments, path, x):
         fetch(path, "in memory", memory)
 
     calls = (
-        functools.partial(drain, made(path, threads)),
-        functools.partial(drain, made(path, threads, shuffle=True)),
+        functools.partial(drain, fastvgg_batches(path, threads)),
+        functools.partial(drain, fastvgg_batches(path, threads, shuffle=True)),
         functools.partial(run_kernel_only, x, ring, threads),
     )
     *ours, limit = time_interleaved([Part(before, call) for call in calls], arguments.rounds)
     for name, seconds in zip(("in order", "shuffled"), ours, strict=True):
-        share, spread, taken = compare(seconds, limit)
+        share, spread, median_seconds = compare(seconds, limit)
         figures = {
-            "images_per_second": round(len(x) / taken),
+            "images_per_second": round(len(x) / median_seconds),
             "limit_images_per_second": round(len(x) / statistics.median(limit)),
         }
-        wanted = WANTED if name == "in order" else None
+        wanted = MIN_SHARE if name == "in order" else None
         yield row(f"batches of uint8 to float32 NCHW, {name}", wanted, share, spread, **figures)
 
 
 def measured_loaders(files, arguments, path, images):
-    """Measure batches beside PyTorch's loaders."""
+    """Measure batches against PyTorch's loaders."""
     memory = bytearray(READ_BYTES)
 
     def before():
@@ -152,16 +151,16 @@ def measured_loaders(files, arguments, path, images):
 
     loaders = data_loaders(path, WORKERS)
     calls = [functools.partial(drain, loader) for loader in loaders.values()]
-    calls.append(functools.partial(drain, made(path, arguments.threads)))
+    calls.append(functools.partial(drain, fastvgg_batches(path, arguments.threads)))
     *theirs, ours = time_interleaved([Part(before, call) for call in calls], arguments.rounds)
     for name, seconds in zip(loaders, theirs, strict=True):
-        times, spread, taken = compare(ours, seconds)
+        times, spread, median_seconds = compare(ours, seconds)
         line = {
             "path": f"PyTorch DataLoader, {name}",
-            "wanted": WANTED_LOADER_SPEEDUP,
+            "wanted": MIN_LOADER_SPEEDUP,
             "times": times,
             "spread": spread,
-            "images_per_second": round(images / taken),
+            "images_per_second": round(images / median_seconds),
             "other_images_per_second": round(images / statistics.median(seconds)),
         }
         print(f"{line['path']:44s} {times:6.2f} times as fast ({spread[0]}..{spread[1]})", line)
@@ -173,10 +172,10 @@ def main():
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--directory", type=Path, default=Path(), help="where the file lies")
+    parser.add_argument("--directory", type=Path, default=Path(), help="directory for the file")
     arguments = parser.parse_args()
     count = QUICK_IMAGES if arguments.quick else IMAGES
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # files are removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # removes the files
     with tempfile.TemporaryDirectory(prefix="loading-", dir=arguments.directory) as directory:
         files = Files(Path(directory).absolute(), arguments.threads)
         path = files.array("images.npy", count, "uint8")

@@ -15,7 +15,7 @@ class PeerError(Exception):
 
 
 class Peer:
-    """A peer in a separate process, which runs an epoch on request."""
+    """A peer in a separate process that runs an epoch on request."""
 
     def __init__(self, name, python, photographs, scratch, threads):
         self.images = len(photographs.reads)
@@ -34,7 +34,7 @@ class Peer:
         return self
 
     def __exit__(self, *_):
-        with contextlib.suppress(BrokenPipeError):  # it has exited, which its answer reports
+        with contextlib.suppress(BrokenPipeError):  # it has exited, which its reply reports
             self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
@@ -42,27 +42,27 @@ class Peer:
 
     def started(self):
         """Wait until the peer is ready, and return the versions of its packages."""
-        answer = self._answer()
-        if "missing" in answer:
-            raise PeerError(answer["missing"])
-        return answer["versions"]
+        reply = self._reply()
+        if "missing" in reply:
+            raise PeerError(reply["missing"])
+        return reply["versions"]
 
     def epoch(self):
-        """Have the peer produce all of its batches."""
+        """Make the peer produce all of its batches."""
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write("\n")
-        images = self._answer()["images"]
+        images = self._reply()["images"]
         self._busy = True
         if images != self.images:
-            raise PeerError(f"it produced {images} images of {self.images}")
+            raise PeerError(f"it produced {images} of {self.images} images")
 
     def wait(self):
         """Wait until the peer has released the memory of an epoch."""
         if self._busy:
-            self._answer()
+            self._reply()
         self._busy = False
 
-    def _answer(self):
+    def _reply(self):
         line = self._process.stdout.readline()
         if line:
             return json.loads(line)

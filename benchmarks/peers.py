@@ -1,44 +1,44 @@
-"""fastvgg beside its peers: the same arrays, the same threads, one process, as ratios in one run.
+"""Compare fastvgg with its peers: same arrays, threads and process, as ratios within one run.
 
     python benchmarks/peers.py            # 20 minutes, 11 GiB of memory; writes peers.json
     python benchmarks/peers.py --quick    # a small batch, three rounds; writes nothing
 
     python -m pip install '.[bench]'      # the peers
 
-On Linux, `torch` from PyPI brings CUDA packages of several GB: a CPU build that is installed first
-satisfies the extra, with which torchvision works if it is one too. Two peers are not in the extra:
-Keras on TensorFlow, which takes `tensorflow-cpu`, and DALI (Linux alone), which requires CUDA
-libraries that its CPU operators never load; this goes without them:
+On Linux, `torch` from PyPI installs several GB of CUDA packages; a CPU build that is installed
+first satisfies the extra, and torchvision then also needs a CPU build. Two peers are not in the
+extra: Keras on TensorFlow, which needs `tensorflow-cpu`, and DALI (Linux only), which requires CUDA
+libraries that its CPU operators never load. To install it without them:
 
     python -m pip install --no-deps nvidia-dali-cuda120
     python -m pip install astunparse gast libcst makefun nvtx optree packaging six
 
-torch.compile needs a C++ compiler. What cannot be imported is listed, and why.
+torch.compile needs a C++ compiler. Peers that cannot be imported are listed with the reason.
 
 Four tasks: uint8 to float32 in caffe mode (flip the channels, subtract the means), the same in
 torch mode (divide by 255, subtract, divide), caffe mode back to uint8 (add the means, flip, round,
-saturate), and that again for float32 that was stored as float16, which truncating does not bring
-back. NHWC on both sides, except where a name says NCHW.
+saturate), and the latter for float32 that was stored as float16, which truncation does not restore.
+NHWC for input and result, unless a name says NCHW.
 
-What the contenders do is in contenders/. Keras has one backend in a process, so its tensors are
-measured in a further process for each backend, on arrays of the same seed with fastvgg beside them:
-their ratio is to fastvgg there.
+The implementations are in contenders/. Keras has one backend per process, so its tensors are
+measured in another process per backend, on arrays from the same seed; the ratio is to fastvgg in
+that process.
 
-Each peer is called in up to two styles, on the whole batch with its own threads, and image by image
-on a pool of as many threads, its own threads set to one. The faster style counts, for fastvgg too.
-A result in new memory is told apart from one in memory that was used before, and compared with
-fastvgg's of the same kind. In new memory, allocation, page faults and release are in the time, and
-so is whether a library asks the system for huge pages, as NumPy does for large arrays.
-Image by image the result is one batch as well: a library that returns each image in new memory
-has it copied into its row while it is in the cache. What an API forces is said below the table.
+Each peer is called in up to two styles: on the whole batch with its own threads, and image by image
+on a pool of the same number of threads, its own threads set to one. The faster style counts, also
+for fastvgg. Results in new and in reused memory are measured separately and compared with fastvgg's
+of the same kind. Times in new memory include allocation, page faults and release, and thus depend
+on whether a library requests huge pages, as NumPy does for large arrays. Image by image, the result
+is also one batch: if a library returns each image in new memory, it is copied into its row while in
+the cache. Notes below the table state the restrictions of each API.
 
-Every contender is called once a round, in an order drawn anew for each round; compilation, imports
-and one call to warm up are not in the times. Useful bytes are those of the input and of the result,
-each counted once. `differing` counts the elements whose bits are not those of Keras' NumPy path,
-or, when restoring, of the original image.
+Every round calls all contenders once, in a new random order; times exclude imports, compilation and
+one warm-up call. Useful bytes are those of the input and the result, each counted once. `differing`
+counts the elements whose bits are not those of Keras' NumPy path or, when restoring, of the
+original image.
 
-With fewer threads than cores the process is confined to as many cores, because XLA has no setting
-for the size of its pool.
+With fewer threads than cores, the process is restricted to that number of cores, because XLA has no
+setting for the size of its thread pool.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ from pathlib import Path
 
 import numpy as np
 from contenders import CONTENDERS, KERAS_TENSORS, importable
+from contenders.configurations import configurations
 from contenders.task import ENVIRONMENT, difference, tasks
-from contenders.ways import ways
 from rich.console import Console
 from rich.table import Table
 
@@ -64,55 +64,54 @@ from fastvgg.parallel import available_cpus
 
 RESULT = Path(__file__).parent / "results" / "peers.json"
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-IMAGES = 1536  # 1.08 GiB of input and result together: no cache holds them
+IMAGES = 1536  # 1.08 GiB of input and result in total, larger than any cache
 QUICK_IMAGES = 64
 ROUNDS = 7
 QUICK_ROUNDS = 3
 TABLE_WIDTH = 150
-SETTLE_SECONDS = 0.02  # OpenMP's threads spin for some milliseconds after they have worked
+SETTLE_SECONDS = 0.02  # OpenMP threads busy-wait for some milliseconds after work
 
 
-def seconds(way):
-    way.prepare()
-    started = time.perf_counter()
-    way.call()  # and the release of what it returns
-    return time.perf_counter() - started
+def seconds(configuration):
+    configuration.prepare()
+    start_seconds = time.perf_counter()
+    configuration.call()  # including the release of the result
+    return time.perf_counter() - start_seconds
 
 
 def measure(task, contenders, rounds):
-    """Return a row for each way of each contender."""
-    calls = []
+    """Return a row for each configuration of each contender."""
+    all_configurations = []
     for contender in contenders:
         peer = contender.peer_for(task)
         if peer is not None:
-            calls += ways(contender.name, peer, task)
+            all_configurations += configurations(contender.name, peer, task)
     differences = []
-    for way in calls:
-        way.prepare()
+    for configuration in all_configurations:
+        configuration.prepare()
         task.out.fill(0)
-        differences.append(difference(way.call(), task.expected))
-    taken = [[] for _ in calls]
+        differences.append(difference(configuration.call(), task.expected))
+    durations = [[] for _ in all_configurations]
     order = np.random.default_rng(0)
     for _ in range(rounds):
-        for index in order.permutation(len(calls)):
+        for index in order.permutation(len(all_configurations)):
             time.sleep(SETTLE_SECONDS)
-            taken[index].append(seconds(calls[index]))
-    return with_ratios(
-        [row(task, *measured) for measured in zip(calls, taken, differences, strict=True)]
-    )
+            durations[index].append(seconds(all_configurations[index]))
+    measured = zip(all_configurations, durations, differences, strict=True)
+    return with_ratios([row(task, *figures) for figures in measured])
 
 
-def row(task, way, taken, differing_and_largest):
-    median = statistics.median(taken)
+def row(task, configuration, durations, differing_and_largest):
+    median = statistics.median(durations)
     differing, largest = differing_and_largest
     return {
         "task": task.name,
-        "contender": way.contender,
-        "memory": way.memory,
-        "style": way.style,
+        "contender": configuration.contender,
+        "memory": configuration.memory,
+        "style": configuration.style,
         "median_ms": round(median * 1e3, 2),
-        "least_ms": round(min(taken) * 1e3, 2),
-        "most_ms": round(max(taken) * 1e3, 2),
+        "least_ms": round(min(durations) * 1e3, 2),
+        "most_ms": round(max(durations) * 1e3, 2),
         "images_per_second": round(len(task.x) / median),
         "useful_gb_per_second": round(task.useful_bytes / median / 1e9, 2),
         "differing": differing,
@@ -137,7 +136,7 @@ def table(title, rows):
     result = Table(title=title)
     for heading in ("contender", "memory", "style"):
         result.add_column(heading, no_wrap=True)
-    for heading in ("images/s", "GB/s", "ms (least - most)", "ratio", "differing", "by up to"):
+    for heading in ("images/s", "GB/s", "ms (min - max)", "ratio", "differing", "by up to"):
         result.add_column(heading, justify="right", no_wrap=True)
     order = sorted(rows, key=lambda one: (one["memory"], one["median_ms"]))
     for last, one in zip([None, *order], order, strict=False):
@@ -166,88 +165,88 @@ def options():
     parser.add_argument(
         "--keras-backend",
         choices=list(KERAS_TENSORS.values()),
-        help="measure Keras' tensors beside fastvgg, and print the rows as JSON",
+        help="measure Keras' tensors and fastvgg, and print the rows as JSON",
     )
-    given = parser.parse_args()
-    given.images = given.images or (QUICK_IMAGES if given.quick else IMAGES)
-    given.rounds = given.rounds or (QUICK_ROUNDS if given.quick else ROUNDS)
+    arguments = parser.parse_args()
+    arguments.images = arguments.images or (QUICK_IMAGES if arguments.quick else IMAGES)
+    arguments.rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
     cores = available_cpus()
-    if not 1 <= given.threads <= cores:
-        parser.error(f"--threads is {given.threads}, and this process may use {cores} cores")
-    return given
+    if not 1 <= arguments.threads <= cores:
+        parser.error(f"--threads is {arguments.threads}, but this process may use {cores} cores")
+    return arguments
 
 
-def confine(threads):
-    """Take as many cores as threads, before any library counts them."""
+def restrict_cores(threads):
+    """Restrict the process to `threads` cores, before any library counts them."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
-def measured(given, backend):
+def measured(arguments, backend):
     """Measure the contenders of this process on all tasks."""
-    confine(given.threads)
+    restrict_cores(arguments.threads)
     os.environ.update(ENVIRONMENT | {"KERAS_BACKEND": backend})
     contenders, versions, missing = importable(backend)
     rows = []
     if len(contenders) > 1:
-        for task in tasks(given.images, given.threads):
-            rows += measure(task, contenders, given.rounds)
+        for task in tasks(arguments.images, arguments.threads):
+            rows += measure(task, contenders, arguments.rounds)
     return {"rows": rows, "peers": versions, "not_measured": missing}
 
 
-def measured_tensors(given, backend):
-    """Measure Keras on another backend, in a process of its own; return the rows that are new."""
+def measured_tensors(arguments, backend):
+    """Measure Keras on another backend in a separate process; return its rows without fastvgg's."""
     command = [sys.executable, __file__, "--keras-backend", backend]
     for name in ("threads", "images", "rounds"):
-        command += [f"--{name}", str(getattr(given, name))]
-    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found = json.loads(ran.stdout.splitlines()[-1])
-    found["rows"] = [one for one in found["rows"] if one["contender"] != "fastvgg"]
-    return found
+        command += [f"--{name}", str(getattr(arguments, name))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    results = json.loads(done.stdout.splitlines()[-1])
+    results["rows"] = [one for one in results["rows"] if one["contender"] != "fastvgg"]
+    return results
 
 
-def print_record(console, given, record):
-    """Print a table for each task, the notes, and what is not measured."""
+def print_record(console, arguments, record):
+    """Print a table for each task, the notes, and the peers that were not measured."""
     best = [one for one in record["rows"] if one["best"]]
     for name in dict.fromkeys(one["task"] for one in best):
-        title = f"{name}: {given.images} images, {given.threads} threads"
+        title = f"{name}: {arguments.images} images, {arguments.threads} threads"
         console.print(table(title, [one for one in best if one["task"] == name]))
     console.print("The ratio is a peer's time over fastvgg's in the same kind of memory.")
     for name, note in record["notes"].items():
         console.print(f"{name}: {note}", highlight=False)
     for name, reason in record["not_measured"].items():
-        console.print(f"{name}: not measured, it cannot be imported: {reason}", highlight=False)
+        console.print(f"{name}: not measured, cannot be imported: {reason}", highlight=False)
 
 
 def main():
-    given = options()
-    if given.keras_backend:
-        print(json.dumps(measured(given, given.keras_backend)))
+    arguments = options()
+    if arguments.keras_backend:
+        print(json.dumps(measured(arguments, arguments.keras_backend)))
         return
-    where = machine()
-    found = measured(given, "numpy")
+    machine_record = machine()
+    results = measured(arguments, "numpy")
     for backend in KERAS_TENSORS.values():
-        others = measured_tensors(given, backend)
-        found["rows"] += others["rows"]
-        found["peers"] |= others["peers"]
-        found["not_measured"] |= others["not_measured"]
+        tensors = measured_tensors(arguments, backend)
+        results["rows"] += tensors["rows"]
+        results["peers"] |= tensors["peers"]
+        results["not_measured"] |= tensors["not_measured"]
     record = {
-        "machine": where,
+        "machine": machine_record,
         "transparent_huge_pages": HUGE_PAGES.read_text().strip() if HUGE_PAGES.exists() else "",
-        "peers": found["peers"],
-        "threads": given.threads,
-        "images": given.images,
-        "rounds": given.rounds,
-        "not_measured": found["not_measured"],
+        "peers": results["peers"],
+        "threads": arguments.threads,
+        "images": arguments.images,
+        "rounds": arguments.rounds,
+        "not_measured": results["not_measured"],
         "notes": {
             one.name: one.note
             for one in CONTENDERS
-            if one.note and one.name not in found["not_measured"]
+            if one.note and one.name not in results["not_measured"]
         },
-        "rows": found["rows"],
+        "rows": results["rows"],
     }
-    print_record(Console(width=max(TABLE_WIDTH, Console().width)), given, record)
-    if not given.quick:
+    print_record(Console(width=max(TABLE_WIDTH, Console().width)), arguments, record)
+    if not arguments.quick:
         RESULT.parent.mkdir(exist_ok=True)
         RESULT.write_text(json.dumps(record, indent=0) + "\n")
 

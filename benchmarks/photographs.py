@@ -1,4 +1,4 @@
-"""Photographs for the benchmarks: crops of those that scikit-image ships, in folders and shards."""
+"""Photographs for the benchmarks: crops of scikit-image's samples, in folders and shards."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SEED = 0
-SIZE = (224, 224)  # to which they are resized
-PHOTOGRAPH = (375, 500)  # the height and width of most of ImageNet
+SIZE = (224, 224)  # of the result
+PHOTOGRAPH = (375, 500)  # the most common height and width in ImageNet
 LARGE = (1500, 2000)
-TILES = 4  # a large photograph is as many small ones across, and down: it is as rich in detail
+TILES = 4  # per axis: a large photograph is a grid of small ones, which preserves their detail
 SMALL = (64, 64)
 QUALITY = 90
 ORIGINALS = (
@@ -38,7 +38,7 @@ SHARDS = 4
 
 
 class Photographs(NamedTuple):
-    """JPEGs on the disk, one for each row."""
+    """JPEGs on disk, one for each row."""
 
     source: Path
     """The source path for fastvgg."""
@@ -56,28 +56,28 @@ def originals():
     return [np.asarray(Image.open(directory / name).convert("RGB")) for name in ORIGINALS]
 
 
-def cropped(found, index, shape):
-    """Return a part of a photograph, drawn by its index, in another size."""
-    drawn = np.random.default_rng((SEED, index))
-    original = found[drawn.integers(len(found))]
+def cropped(photographs, index, shape):
+    """Return a random crop of a photograph, resized; `index` is the seed."""
+    random = np.random.default_rng((SEED, index))
+    original = photographs[random.integers(len(photographs))]
     (height, width), (full_height, full_width) = shape, original.shape[:2]
-    scale = min(full_height / height, full_width / width) * drawn.uniform(0.5, 1)
+    scale = min(full_height / height, full_width / width) * random.uniform(0.5, 1)
     rows, columns = int(height * scale), int(width * scale)
-    top = drawn.integers(full_height - rows + 1)
-    left = drawn.integers(full_width - columns + 1)
-    part = original[top : top + rows, left : left + columns]
-    if drawn.integers(2):
-        part = part[:, ::-1]
-    resized = Image.fromarray(part).resize((width, height), Image.Resampling.BICUBIC)
+    top = random.integers(full_height - rows + 1)
+    left = random.integers(full_width - columns + 1)
+    crop = original[top : top + rows, left : left + columns]
+    if random.integers(2):
+        crop = crop[:, ::-1]
+    resized = Image.fromarray(crop).resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(resized)
 
 
-def tiled(found, index):
-    """Return a large photograph: a sheet of smaller ones."""
+def tiled(photographs, index):
+    """Return a large photograph: a grid of smaller ones."""
     shape = LARGE[0] // TILES, LARGE[1] // TILES
     first = index * TILES**2
-    parts = [cropped(found, first + part, shape) for part in range(TILES**2)]
-    return np.vstack([np.hstack(parts[down::TILES]) for down in range(TILES)])
+    tiles = [cropped(photographs, first + tile, shape) for tile in range(TILES**2)]
+    return np.vstack([np.hstack(tiles[row::TILES]) for row in range(TILES)])
 
 
 def encoded(pixels):
@@ -87,18 +87,20 @@ def encoded(pixels):
 
 
 def jpegs(count, shape):
-    """Return an iterator over so many different JPEGs of a height and width."""
-    found = originals()
+    """Yield `count` different JPEGs of a height and width."""
+    photographs = originals()
 
     def one(index):
-        return encoded(tiled(found, index) if shape == LARGE else cropped(found, index, shape))
+        if shape == LARGE:
+            return encoded(tiled(photographs, index))
+        return encoded(cropped(photographs, index, shape))
 
     with ThreadPoolExecutor(available_cpus()) as pool:
         yield from pool.map(one, range(count))
 
 
 def read_file(path, nbytes):
-    """Read a file of known length in one call."""
+    """Read a file of known size in one call."""
     file = os.open(path, os.O_RDONLY)
     try:
         return os.read(file, nbytes)
@@ -107,7 +109,7 @@ def read_file(path, nbytes):
 
 
 def folder(path, count, shape):
-    """Write photographs into class folders; rows are in the order of the names."""
+    """Write photographs into class folders; rows are sorted by name."""
     reads = []
     for index, data in enumerate(jpegs(count, shape)):
         file = path / f"class_{index * CLASSES // count:02d}" / f"{index:07d}.jpg"
@@ -118,15 +120,15 @@ def folder(path, count, shape):
 
 
 def write_shard(path, members):
-    """Write a tar of keys and JPEGs, each with a class; return where the JPEGs begin."""
+    """Write a tar of keys and JPEGs, each with a class; return the offsets of the JPEGs."""
     offsets = []
     with path.open("wb") as file:
         for key, data in members:
-            for ending, content in (("jpg", data), ("cls", b"%d" % (key % CLASSES))):
-                entry = tarfile.TarInfo(f"{key:07d}.{ending}")
+            for suffix, content in (("jpg", data), ("cls", b"%d" % (key % CLASSES))):
+                entry = tarfile.TarInfo(f"{key:07d}.{suffix}")
                 entry.size = len(content)
                 file.write(entry.tobuf(tarfile.USTAR_FORMAT))
-                if ending == "jpg":
+                if suffix == "jpg":
                     offsets.append(file.tell())
                 file.write(content + bytes(-len(content) % tarfile.BLOCKSIZE))
         file.write(bytes(2 * tarfile.BLOCKSIZE))
@@ -135,7 +137,7 @@ def write_shard(path, members):
 
 
 def shards_of(directory, count):
-    """Return the source that is so many shards in a directory."""
+    """Return the source path of `count` shards in a directory."""
     return directory / f"{{0000..{count - 1:04d}}}.tar"
 
 
@@ -163,7 +165,7 @@ def sharded(path, photographs):
 
 
 class ImageFolderTarget(Files):
-    """The files of a measurement, some of which are directories."""
+    """The files of a measurement, including directories."""
 
     def remove(self, name):
         """Remove a file or a directory, and its sidecars."""

@@ -1,4 +1,4 @@
-"""Draw the figures of README.md and benchmarks/README.md beside the results that they show.
+"""Draw the figures of README.md and benchmarks/README.md next to their results.
 
 python benchmarks/plots.py
 """
@@ -14,9 +14,9 @@ from tables import RESULTS
 
 from fastvgg.bench.report import draw_roofline
 
-# Of Okabe and Ito, which the colour-blind tell apart.
+# Okabe and Ito's palette, which is safe for color blindness.
 OURS, IN_MEMORY, ABOVE, LIMIT = "#0072B2", "#009E73", "#D55E00", "#666666"
-# The same record gives the same bytes, and text can be searched, and read by a screen reader.
+# The output is deterministic; text is searchable and accessible to screen readers.
 STYLE = {
     "svg.hashsalt": "fastvgg",
     "svg.fonttype": "none",
@@ -31,7 +31,7 @@ STYLE = {
 
 
 def growth(record, path):
-    """Draw a row for images, their size, threads and chunks: time at the left, memory right."""
+    """Draw a row for images, their size, threads and chunks: time on the left, memory right."""
     side = record["sweeps"]["images"][0]["side"]
     rows_of_axes = (
         ("images", "images", f"images of {side}x{side}", 10),
@@ -60,7 +60,7 @@ def growth(record, path):
 
 
 def scale(ax, positions, base):
-    """Give an axis a logarithmic scale with a tick at each position, whole numbers."""
+    """Give an axis a logarithmic scale with an integer tick label at each position."""
     ax.set_xscale("log", base=base)
     ax.set_xticks(positions)
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -69,7 +69,7 @@ def scale(ax, positions, base):
 
 
 def draw_seconds(ax, positions, rows):
-    """Draw what runs took, and the line that they are held against."""
+    """Draw the seconds of runs and their linear fit."""
     draw_with_limit(ax, positions, rows, [1] * len(rows), "a run", OURS)
     line = [row["seconds"] / (1 + row["deviation"]) for row in rows]
     ax.plot(positions, line, color=OURS, linewidth=0.8, linestyle="--", label="a straight line")
@@ -79,7 +79,7 @@ def draw_seconds(ax, positions, rows):
 
 
 def draw_seconds_per_gigabyte(ax, positions, rows, in_memory):
-    """Draw what runs took for a gigabyte of their result, and what that takes in memory."""
+    """Draw the seconds per gigabyte of the result, to disk and in memory."""
     for measured, label, color in (
         (rows, "to the disk", OURS),
         (in_memory, "in memory", IN_MEMORY),
@@ -96,22 +96,22 @@ def draw_seconds_per_gigabyte(ax, positions, rows, in_memory):
 
 
 def draw_with_limit(ax, positions, rows, units, label, color):
-    """Draw the median and the middle half of seconds a unit, and the limit's."""
-    middles = [row["seconds"] / unit for row, unit in zip(rows, units, strict=True)]
-    halves = [
+    """Draw the median and interquartile range of seconds per unit, and the limit's median."""
+    medians = [row["seconds"] / unit for row, unit in zip(rows, units, strict=True)]
+    quartiles = [
         [side / unit for side in row["middle_half"]] for row, unit in zip(rows, units, strict=True)
     ]
     errors = [
-        [middle - low for middle, (low, _) in zip(middles, halves, strict=True)],
-        [high - middle for middle, (_, high) in zip(middles, halves, strict=True)],
+        [median - low for median, (low, _) in zip(medians, quartiles, strict=True)],
+        [high - median for median, (_, high) in zip(medians, quartiles, strict=True)],
     ]
     limits = [row["limit_seconds"] / unit for row, unit in zip(rows, units, strict=True)]
-    ax.errorbar(positions, middles, errors, color=color, marker="o", markersize=4, label=label)
+    ax.errorbar(positions, medians, errors, color=color, marker="o", markersize=4, label=label)
     ax.plot(positions, limits, color=LIMIT, linestyle=":", label=f"{label}: the limit")
 
 
 def draw_memory(ax, positions, rows):
-    """Draw what was used at most, beside the plan's promise and the limit that it was given."""
+    """Draw peak memory, the planned memory, and the memory limit of each run."""
     used = [row["peak_mib"] for row in rows]
     planned = [row["planned_mib"] for row in rows]
     limits = [row["memory_limit_mib"] for row in rows]

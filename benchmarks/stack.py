@@ -1,11 +1,11 @@
 """Time the same call at 256 stack offsets: kernels must not depend on the depth of the caller.
 
-    python benchmarks/stack.py            # some minutes; writes results/stack.json
-    python benchmarks/stack.py --quick    # fewer places and kernels; writes nothing
+    python benchmarks/stack.py            # takes minutes; writes results/stack.json
+    python benchmarks/stack.py --quick    # fewer offsets and kernels; writes nothing
 
-Where a spilled register crossed a page, it used to wait behind non-temporal stores, and one call in
-ten or twenty took up to 60 times as long. A compiled caller reserves so many bytes of stack before
-it calls the kernel; the places are 16 bytes apart and cover a page.
+Accesses to a spilled register that crossed a page used to wait for non-temporal stores, and one
+call in ten or twenty took up to 60 times as long. A compiled caller reserves a number of stack
+bytes before it calls the kernel; the offsets are 16 bytes apart and cover a page.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from fastvgg.kernels.jit import processor
 from fastvgg.kernels.spec import KernelSpec, constant_table
 
 RESULT = Path(__file__).parent / "results" / "stack.json"
-PLACES, STEP_BYTES = 256, 16
-IMAGES, ROUNDS = 8, 15  # of 224x224: larger than the second-level cache
-WANTED = 1.3
+OFFSETS, STEP_BYTES = 256, 16
+IMAGES, ROUNDS = 8, 15  # of 224x224: larger than the L2 cache
+MAX_RATIO = 1.3
 
 
 @intrinsic
@@ -38,9 +38,9 @@ def reserve(_context, _nbytes):
     """Reserve bytes of the stack until the function returns."""
 
     def emit(_, b, __, arguments):
-        place = b.alloca(ir.IntType(8), size=arguments[0])
+        buffer = b.alloca(ir.IntType(8), size=arguments[0])
         kind = ir.FunctionType(ir.VoidType(), [ir.PointerType()])
-        b.asm(kind, "", "r,~{memory}", [place], side_effect=True)
+        b.asm(kind, "", "r,~{memory}", [buffer], side_effect=True)
 
     return numba.void(numba.int64), emit
 
@@ -57,8 +57,8 @@ def caller_of(kernel):
     return call
 
 
-def measured(path, places):
-    """Return the seconds of a kernel at each place, the fastest of some rounds."""
+def measured(path, offsets):
+    """Return the minimum seconds over all rounds of a kernel at each stack offset."""
     one, result = example(path.transform, path.dtype)
     x = np.stack([one] * IMAGES)
     memory = np.zeros(IMAGES * result.nbytes + 64, np.uint8)
@@ -68,32 +68,34 @@ def measured(path, places):
     call = caller_of(convert.compile_kernel(spec))
     pixels = one.size // 3
     sizes = (one.nbytes, one.nbytes // 3, result.nbytes, result.nbytes // 3)
-    seconds = [[] for _ in places]
+    seconds = [[] for _ in offsets]
     for _ in range(ROUNDS):
-        for place, taken in zip(places, seconds, strict=True):
-            started = time.perf_counter()
-            call(place, x.ctypes.data, start, table.ctypes.data, IMAGES, pixels, *sizes)
-            taken.append(time.perf_counter() - started)
-    return [min(taken) for taken in seconds]
+        for offset, durations in zip(offsets, seconds, strict=True):
+            start_seconds = time.perf_counter()
+            call(offset, x.ctypes.data, start, table.ctypes.data, IMAGES, pixels, *sizes)
+            durations.append(time.perf_counter() - start_seconds)
+    return [min(durations) for durations in seconds]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     quick = parser.parse_args().quick
-    places = [STEP_BYTES * number for number in range(PLACES)][:: 8 if quick else 1]
+    offsets = [STEP_BYTES * number for number in range(OFFSETS)][:: 8 if quick else 1]
     paths = [path for path in COMMON_PATHS if path.out == "used"][:: 3 if quick else 1]
     rows = []
     for path in paths:
-        seconds = measured(path, places)
+        seconds = measured(path, offsets)
         ratio = max(seconds) / statistics.median(seconds)
-        print(f"{path.name:36s} slowest of {len(places)} places / median: {ratio:.2f}", flush=True)
+        print(
+            f"{path.name:36s} slowest of {len(offsets)} offsets / median: {ratio:.2f}", flush=True
+        )
         rows.append({"path": path.name, "slowest_of_median": round(ratio, 3)})
-    slow = [row["path"] for row in rows if row["slowest_of_median"] > WANTED]
-    print(f"above {WANTED}:", ", ".join(slow) or "none")
+    slow = [row["path"] for row in rows if row["slowest_of_median"] > MAX_RATIO]
+    print(f"above {MAX_RATIO}:", ", ".join(slow) or "none")
     if not quick:
         record = {"machine": machine(), "instruction_set": processor().name}
-        record |= {"places": PLACES, "step_bytes": STEP_BYTES, "rows": rows}
+        record |= {"places": OFFSETS, "step_bytes": STEP_BYTES, "rows": rows}
         RESULT.write_text(json.dumps(record, indent=1) + "\n")
 
 

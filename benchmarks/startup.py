@@ -1,11 +1,11 @@
-"""Startup time: imports, the command line, the first call; and the installed size.
+"""Measure startup time (imports, the command line, the first call) and the installed size.
 
-    python benchmarks/startup.py            # a minute; writes results/startup.json
+    python benchmarks/startup.py            # takes a minute; writes results/startup.json
     python benchmarks/startup.py --quick    # few rounds; writes nothing
 
-In an environment of its own with the core install alone, made with pip: no SciPy, which Numba
-imports where it is installed. Every program runs in a new process, all of them in turn; the figures
-are medians over the rounds and the middle half of them.
+Runs in a new virtual environment with only the core install, so without SciPy, which Numba imports
+if it is installed. Every program runs in a new process, in interleaved rounds; the figures are the
+median and the interquartile range over the rounds.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ from fastvgg.parallel import available_cpus
 CHECKOUT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "startup.json"
 
-# Programs of the environment. One that prints says the seconds of what it is named for; of the
-# others the whole process is meant.
+# Programs of the environment. One that prints reports the seconds of what it is named for; for the
+# others, the whole process is timed.
 FIRST_CALL = """
 import time
 import numba
 import numpy as np
 x = np.zeros((1, 224, 224, 3), np.uint8)
-begun = time.perf_counter()
+start_seconds = time.perf_counter()
 import fastvgg
 fastvgg.preprocess(x, "caffe", backend="numba")
-print(time.perf_counter() - begun)
+print(time.perf_counter() - start_seconds)
 """
 CALLS = """
 import sys, time
 import numpy as np
 x = np.zeros((1, 224, 224, 3), np.uint8)
-begun = time.perf_counter()
+start_seconds = time.perf_counter()
 import fastvgg
 for _ in range({calls}):
     fastvgg.preprocess(x, "caffe", backend="{backend}")
-print(time.perf_counter() - begun)
+print(time.perf_counter() - start_seconds)
 assert {calls} > 1 or "numba" not in sys.modules
 """
 IMPORT = """
 import time
-begun = time.perf_counter()
+start_seconds = time.perf_counter()
 import {name}
-print(time.perf_counter() - begun)
+print(time.perf_counter() - start_seconds)
 """
 PROGRAMS = {
     "python -c pass": ["python", "-c", "pass"],
@@ -87,51 +87,51 @@ MAX_SECONDS = {
 MAX_PACKAGES = 18
 
 
-def installed(place):
-    """Install fastvgg; return the bin directory, the number of packages and their bytes."""
-    venv.create(place, with_pip=True)
-    programs = place / "bin"
+def installed(directory):
+    """Install fastvgg; return the bin directory, the number of packages and their size."""
+    venv.create(directory, with_pip=True)
+    programs = directory / "bin"
     pip = [str(programs / "python"), "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    before = size_of(place)
+    before = size_of(directory)
     subprocess.run([*pip, "install", str(CHECKOUT)], check=True)
     listed = subprocess.run([*pip, "freeze"], capture_output=True, text=True, check=True).stdout
-    return programs, len(listed.splitlines()), size_of(place) - before
+    return programs, len(listed.splitlines()), size_of(directory) - before
 
 
-def size_of(place):
-    """Return the bytes of all files of packages."""
-    files = (path for path in place.rglob("site-packages/**/*") if path.is_file())
+def size_of(directory):
+    """Return the size of all package files in bytes."""
+    files = (path for path in directory.rglob("site-packages/**/*") if path.is_file())
     return sum(path.stat().st_size for path in files)
 
 
 def seconds_of(programs, command):
-    """Return the seconds that a program prints, else those of its process."""
+    """Return the seconds that a program prints, or those of its process."""
     name, *arguments = command
-    started = time.perf_counter()
+    start_seconds = time.perf_counter()
     done = subprocess.run(
         [programs / name, *arguments], cwd=programs, capture_output=True, text=True, check=True
     )
-    whole = time.perf_counter() - started
-    return float(done.stdout) if "print" in arguments[-1] else whole
+    process_seconds = time.perf_counter() - start_seconds
+    return float(done.stdout) if "print" in arguments[-1] else process_seconds
 
 
 def time_interleaved(programs, rounds):
-    """Return the seconds of every program in every round; the first of each is not counted."""
-    taken = {name: [] for name in PROGRAMS}
+    """Return the seconds of every program in every round but the first, which is a warm-up."""
+    durations = {name: [] for name in PROGRAMS}
     for number in range(rounds + 1):
         for name, command in PROGRAMS.items():
             seconds = seconds_of(programs, command)
             if number:
-                taken[name].append(seconds)
-    return taken
+                durations[name].append(seconds)
+    return durations
 
 
 def row(name, values, wanted):
-    """Return a line of the result, printed as well."""
-    low, middle, high = statistics.quantiles(values, n=4)
-    line = {"what": name, "median": round(middle, 4), "wanted": wanted}
+    """Print and return a row of the result."""
+    low, median, high = statistics.quantiles(values, n=4)
+    line = {"what": name, "median": round(median, 4), "wanted": wanted}
     line["middle_half"] = [round(low, 4), round(high, 4)]
-    print(f"{name:60s} {middle:7.3f} ({low:.3f} to {high:.3f})", flush=True)
+    print(f"{name:60s} {median:7.3f} ({low:.3f} to {high:.3f})", flush=True)
     return line
 
 
@@ -141,14 +141,17 @@ def main():
     parser.add_argument("--rounds", type=int, default=21)
     arguments = parser.parse_args()
     rounds = 5 if arguments.quick else arguments.rounds
-    with tempfile.TemporaryDirectory(prefix="fastvgg-startup-") as place:
-        programs, packages, size = installed(Path(place))
-        taken = time_interleaved(programs, rounds)
-    seconds = [row(name, taken[name], MAX_SECONDS.get(name)) for name in PROGRAMS]
+    with tempfile.TemporaryDirectory(prefix="fastvgg-startup-") as directory:
+        programs, packages, size = installed(Path(directory))
+        durations = time_interleaved(programs, rounds)
+    seconds = [row(name, durations[name], MAX_SECONDS.get(name)) for name in PROGRAMS]
     ratios = [
         row(
             f"{ours} / {' or '.join(theirs)}",
-            [a / min(b) for a, *b in zip(taken[ours], *map(taken.get, theirs), strict=True)],
+            [
+                a / min(b)
+                for a, *b in zip(durations[ours], *map(durations.get, theirs), strict=True)
+            ],
             wanted,
         )
         for ours, theirs, wanted in RATIOS
@@ -157,7 +160,7 @@ def main():
     rows = [line for line in seconds + ratios if line["wanted"]]
     missed = [line["what"] for line in rows if line["median"] > line["wanted"]]
     missed += ["packages"] if packages > MAX_PACKAGES else []
-    print("above what is wanted:", ", ".join(missed) or "none")
+    print("above target:", ", ".join(missed) or "none")
     if not arguments.quick:
         record = {"machine": machine(), "threads": available_cpus(), "rounds": rounds}
         record |= {"python": sys.version.split()[0], "packages": packages, "bytes": size}

@@ -1,10 +1,10 @@
-"""Count the requests of a run to an object store per chunk, with a local S3 server.
+"""Count the requests per chunk of a run on an object store, with a local S3 server.
 
-    python benchmarks/store_requests.py     # half a minute; writes a result
+    python benchmarks/store_requests.py     # takes half a minute; writes a result
 
-A Zarr array of uint8 images becomes one of another type on a Dask cluster of two workers, both in
-the store, once with a few chunks and once with more: what the second asks for beyond the first is
-that of the chunks between.
+Converts a Zarr array of uint8 images to another type, both in the store, on a Dask cluster of two
+workers, once with a few chunks and once with more. The difference between the two is due to the
+additional chunks.
 """
 
 from __future__ import annotations
@@ -33,37 +33,37 @@ WORKERS = 2
 
 
 def kind_of(method, path):
-    """Return the kind of a request in the price list of a store."""
+    """Return the kind of a request in the store's price list."""
     return "LIST" if method == "GET" and path.strip("/") == BUCKET else method
 
 
 def requests_of(s3, client, chunks, dtype):
-    """Return how many requests of each method a run of so many chunks makes, and its plan."""
+    """Run a plan of `chunks` chunks; return its requests by kind, and the plan."""
     source, target = (f"s3://{BUCKET}/{chunks}-{name}.zarr" for name in (f"to-{dtype}", dtype))
     images = chunks * SHARD_IMAGES
-    together = batch(SHARD_IMAGES, "NHWC", "uint8")
+    shard = batch(SHARD_IMAGES, "NHWC", "uint8")
     packed = sharded(source, images, "uint8", SHARD_IMAGES, INNER_CHUNK_IMAGES)
     for start in range(0, images, SHARD_IMAGES):
-        packed[start : start + SHARD_IMAGES] = together
+        packed[start : start + SHARD_IMAGES] = shard
     plan = fastvgg.plan(source, target, mode="caffe", dtype=dtype)
     requests_before = len(s3.requests)
     plan.run(client=client)
-    made = collections.Counter(itertools.starmap(kind_of, s3.requests[requests_before:]))
-    made["chunks"] = plan.chunks
-    return made, plan
+    requests = collections.Counter(itertools.starmap(kind_of, s3.requests[requests_before:]))
+    requests["chunks"] = plan.chunks
+    return requests, plan
 
 
 def measured(s3, client, dtype):
     """Measure the requests per chunk."""
     few, _ = requests_of(s3, client, min(CHUNKS), dtype)
     many, plan = requests_of(s3, client, max(CHUNKS), dtype)
-    between = many - few
-    chunks = between.pop("chunks")
+    additional = many - few
+    chunks = additional.pop("chunks")
     return {
         "path": f"Zarr uint8 to Zarr {dtype}",
         "chunk_images": plan.chunk_images,
         "chunk_bytes": plan.chunk_images * plan.result.image_bytes,
-        "requests": {name: round(count / chunks, 2) for name, count in sorted(between.items())},
+        "requests": {name: round(count / chunks, 2) for name, count in sorted(additional.items())},
     }
 
 

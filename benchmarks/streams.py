@@ -1,25 +1,25 @@
-"""Whole datasets beside what the disk allows, as shares of it in one run, and their memory.
+"""Compare conversions of whole datasets with the limit of the disk, and measure their memory.
 
-    python benchmarks/streams.py            # some minutes, 18 GB of disk; writes a result
-    python benchmarks/streams.py --quick    # 256 MiB, which fits into caches; writes nothing
+    python benchmarks/streams.py            # takes minutes, 18 GB of disk; writes a result
+    python benchmarks/streams.py --quick    # 256 MiB, which fits in caches; writes nothing
 
-The limit of a new file is a loop that writes as many bytes of one buffer with the same calls: the
-space reserved, each chunk written and synced, the name given at the end. Where the source has to
-come from the disk, it is that or reading it alone, whichever takes longer. The limit of work in
-place is a loop that writes every chunk twice, to a scratch file and to the data, synced as often.
-The limit of a verification is reading the file alone. Nothing small that a run writes beside the
-data is in any limit, nor its checksums. New files are written past the system's cache, as by a run;
-what they are short of whole pages, less than 4 kB, is left out.
+The limit of a new file is a loop that writes the same number of bytes of one buffer with the same
+calls: reserve space, write and sync each chunk, rename at the end. If the source is on disk, the
+limit is this loop or reading the source only, whichever is slower. The limit of in-place runs is a
+loop that writes every chunk twice, to a scratch file and to the data, with the same number of
+syncs. The limit of a verification is reading the file only. No limit includes checksums, or small
+files that a run writes besides the data. New files are written with direct I/O, as in a run; the
+partial page at the end, less than 4 kB, is omitted.
 
-Path and limit run in turn, in the opposite order each time, into files that are new each time; a
-share is the median of (seconds of the limit / seconds of the path) over the rounds, and the spread
-is the middle half of them. Before each, the disk settles and as much memory as the files take is
-used and given back: what the owner of a virtual machine took back in the meantime would else be
-fetched, four times slower than the disk writes, by whichever comes first. After that the machine
-rests, and a call during which its owner took processors away is made again.
+Rounds of path and limit are interleaved, in alternating order, with new files each time. A share is
+the median over the rounds of (seconds of the limit / seconds of the path), the spread is their
+interquartile range. Before each call, the disk is synced, and as much memory as the files need is
+touched and freed: otherwise the first call would page in memory that the hypervisor has reclaimed,
+which is four times slower than the disk writes. The machine then rests, and calls with too much
+steal time are repeated.
 
-Memory is measured in a process of its own, in which a small run of the same kind loads Numba and
-compiles the kernel first: the most that is resident, above what was resident then.
+Memory is the peak resident memory in a separate process, above that after a small run of the same
+kind, which loads Numba and compiles the kernel.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ FILE_BYTES = 4 * 2**30
 QUICK_BYTES = 256 * 2**20
 READ_BYTES = 8 * 2**20
 SLOTS = 4  # of the scratch file
-CHUNKS_PER_CHECKPOINT = 3  # chunks of a file that is changed in place
-WANTED = 0.90
+CHUNKS_PER_CHECKPOINT = 3  # of an in-place run
+MIN_SHARE = 0.90
 REST_SECONDS = 1
 MAX_STOLEN = 0.02
 MAX_TRIES = 4
 MEMORY = "256MiB"
-WANTED_PEAK_MIB = 256
-WANTED_PAGE_TABLES_MIB = 4
+MAX_PEAK_MIB = 256
+MAX_PAGE_TABLES_MIB = 4
 SMALL_IMAGES = 16
 
 CHILD_SCRIPT = """
@@ -84,7 +84,7 @@ def mib(field):
     return int(text.partition(field + ":")[2].split()[0]) / 1024
 
 
-def look():
+def sample():
     while not done.wait(0.02):
         page_tables.append(mib("VmPTE"))
 
@@ -92,19 +92,19 @@ def look():
 small, large, options = json.loads(sys.argv[1])
 fastvgg.plan(*small, backend="numba", **options).run()  # loads Numba
 done, page_tables = threading.Event(), []
-looking = threading.Thread(target=look)
-looking.start()
+sampler = threading.Thread(target=sample)
+sampler.start()
 try:
     plan = fastvgg.plan(*large, **options)
     Path("/proc/self/clear_refs").write_text("5")
     idle = mib("VmRSS")
-    begun = time.perf_counter()
+    start_seconds = time.perf_counter()
     plan.run()
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start_seconds
     peak = mib("VmHWM") - idle
 finally:
     done.set()
-    looking.join()
+    sampler.join()
 figures = {
     "peak_mib": peak,
     "planned_mib": plan.projected_bytes / 2**20,
@@ -123,32 +123,32 @@ class Part(NamedTuple):
     call: Callable[[], object]
 
     def seconds(self):
-        """Return the time of an undisturbed call, or of the last of several disturbed calls."""
+        """Return the time of an undisturbed call, or of the last if all were disturbed."""
         for _ in range(MAX_TRIES):
             self.prepare()
             time.sleep(REST_SECONDS)
-            stolen, started = stolen_seconds(), time.perf_counter()
+            start_stolen, start_seconds = stolen_seconds(), time.perf_counter()
             self.call()
-            seconds = time.perf_counter() - started
-            if stolen_seconds() - stolen <= MAX_STOLEN * seconds * os.cpu_count():
+            seconds = time.perf_counter() - start_seconds
+            if stolen_seconds() - start_stolen <= MAX_STOLEN * seconds * os.cpu_count():
                 break
         return seconds
 
 
 def stolen_seconds():
-    """Return the total steal time of all processors."""
+    """Return the total steal time of all CPUs."""
     fields = Path("/proc/stat").read_text().split(maxsplit=9)
     return int(fields[8]) / os.sysconf("SC_CLK_TCK")
 
 
 def time_interleaved(parts, rounds):
-    """Return the seconds of every part in every round; the first of each is not counted."""
+    """Return the seconds of every part in every round but the first, which is a warm-up."""
     seconds = [[] for _ in parts]
-    for turn in range(rounds + 1):
+    for number in range(rounds + 1):
         order = list(zip(parts, seconds, strict=True))
-        for part, taken in order if turn % 2 else reversed(order):
-            taken.append(part.seconds())
-    return [taken[1:] for taken in seconds]
+        for part, durations in order if number % 2 else reversed(order):
+            durations.append(part.seconds())
+    return [durations[1:] for durations in seconds]
 
 
 class Files:
@@ -173,17 +173,17 @@ class Files:
             path.unlink()
 
     def array(self, name, images, dtype, *, sparse=False):
-        """Create a file of images of known bytes, or a sparse file of zeros."""
-        together = batch(SMALL_IMAGES, "NHWC", dtype)
-        header = np.lib.format.header_data_from_array_1_0(together)
+        """Create a file of deterministic images, or a sparse file of zeros."""
+        block = batch(SMALL_IMAGES, "NHWC", dtype)
+        header = np.lib.format.header_data_from_array_1_0(block)
         header["shape"] = (images, HEIGHT, WIDTH, 3)
         with self.path(name).open("wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             if sparse:
-                file.truncate(file.tell() + images * together[0].nbytes)
+                file.truncate(file.tell() + images * block[0].nbytes)
                 return self.path(name)
             for first in range(0, images, SMALL_IMAGES):
-                file.write(together[: images - first].data)
+                file.write(block[: images - first].data)
         return self.path(name)
 
 
@@ -191,11 +191,11 @@ def bytes_of_image(dtype):
     return HEIGHT * WIDTH * 3 * np.dtype(dtype).itemsize
 
 
-def fetch(path, place, memory):
-    """Make a file's bytes present only on disk, or also in the page cache.
+def fetch(path, source_is, memory):
+    """Evict a file from the page cache; if `source_is` "in memory", read it back.
 
-    They are read again in any case: pages that came one by one, through a map, are written to at
-    half the speed of those that came in large pieces.
+    Eviction also helps files that are read back: writes to pages that were faulted in one by one,
+    through a memory map, are half as fast as to pages that were read in large blocks.
     """
     file = os.open(path, os.O_RDONLY)
     try:
@@ -203,18 +203,18 @@ def fetch(path, place, memory):
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(file)
-    if place == "in memory":
+    if source_is == "in memory":
         read_file(path, memory)
 
 
 def write(file, data, offset):
     """Write all of the data in one call."""
     if os.pwrite(file, data, offset) != len(data):
-        raise RuntimeError(f"less than {len(data)} bytes were written at {offset}")
+        raise RuntimeError(f"short write: fewer than {len(data)} bytes at offset {offset}")
 
 
 def split_buffer(nbytes, buffer):
-    """Return where each chunk begins, and as much of the buffer as it takes, in whole pages."""
+    """Yield the offset of each chunk and its part of the buffer, for `nbytes` in whole pages."""
     nbytes -= nbytes % mmap.PAGESIZE
     for offset in range(0, nbytes, len(buffer)):
         yield offset, buffer[: nbytes - offset]
@@ -222,9 +222,9 @@ def split_buffer(nbytes, buffer):
 
 @contextlib.contextmanager
 def published(path, nbytes):
-    """Open a new file of reserved space, which gets its name at the end, durably as by a run.
+    """Open a new file with reserved space for direct I/O; rename and sync it at the end, as a run.
 
-    It is written past the system's cache: in whole pages, from where pages begin.
+    Direct I/O requires whole, aligned pages.
     """
     partial = path.with_name(f"{path.name}.partial")
     file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_DIRECT, 0o666)
@@ -242,7 +242,7 @@ def published(path, nbytes):
 
 
 def write_new(path, nbytes, buffer):
-    """Write a new file of one buffer, chunk by chunk."""
+    """Write a new file from one buffer, chunk by chunk."""
     with published(path, nbytes) as file:
         for offset, data in split_buffer(nbytes, buffer):
             write(file, data, offset)
@@ -250,7 +250,7 @@ def write_new(path, nbytes, buffer):
 
 
 def write_twice(path, scratch_path, nbytes, buffer):
-    """Write one buffer over a file, each chunk to a ring in another file first."""
+    """Overwrite a file with one buffer, writing each chunk to slots of a scratch file first."""
     file, scratch = os.open(path, os.O_RDWR), os.open(scratch_path, os.O_RDWR)
     try:
         for chunk, (offset, data) in enumerate(split_buffer(nbytes, buffer)):
@@ -266,7 +266,7 @@ def write_twice(path, scratch_path, nbytes, buffer):
 
 
 def chunk_of(plan):
-    """Return a buffer of the bytes that a plan writes at a time, in whole pages."""
+    """Return a buffer of the size of a plan's chunk, in whole pages."""
     nbytes = plan.chunk_images * plan.result.image_bytes
     memory = mmap.mmap(-1, nbytes - nbytes % mmap.PAGESIZE)
     memory.write(np.random.default_rng(1).bytes(len(memory)))
@@ -274,17 +274,17 @@ def chunk_of(plan):
 
 
 def throughput(nbytes, seconds, **limits):
-    """Return gigabytes a second of a file, and of what limits it."""
+    """Return the gigabytes per second of a path and of its limits."""
     figures = {"gigabytes_per_second": round(nbytes / seconds / 1e9, 2)}
-    for name, (limit_bytes, taken) in limits.items():
+    for name, (limit_bytes, limit_seconds) in limits.items():
         figures[f"{name}_gigabytes_per_second"] = round(
-            limit_bytes / statistics.median(taken) / 1e9, 2
+            limit_bytes / statistics.median(limit_seconds) / 1e9, 2
         )
     return figures
 
 
 def measured_new(files, arguments):
-    """Measure a new file, from a source in memory and from one on the disk."""
+    """Measure a new file, from a source in the page cache and from one on disk."""
     images = arguments.bytes // bytes_of_image("float32")
     source = files.array("source.npy", images, "uint8")
     planned = functools.partial(
@@ -312,19 +312,19 @@ def measured_new(files, arguments):
     ours, written = time_against_writing("in memory")
     share, spread, seconds = compare(ours, written)
     figures = throughput(nbytes, seconds, writing=(nbytes, written))
-    yield row("uint8 to float32, source in memory", WANTED, share, spread, **figures)
+    yield row("uint8 to float32, source in memory", MIN_SHARE, share, spread, **figures)
 
     ours, written, read = time_against_writing("on disk", lambda: read_file(source, memory))
     share, spread, seconds = compare(ours, [max(pair) for pair in zip(written, read, strict=True)])
     limits = {"writing": (nbytes, written), "reading": (source.stat().st_size, read)}
     figures = throughput(nbytes, seconds, **limits)
-    yield row("uint8 to float32, source on disk", WANTED, share, spread, **figures)
-    for left in ("source.npy", "ours.npy", "plain.npy"):
-        files.remove(left)
+    yield row("uint8 to float32, source on disk", MIN_SHARE, share, spread, **figures)
+    for name in ("source.npy", "ours.npy", "plain.npy"):
+        files.remove(name)
 
 
 def measured_in_place(files, arguments):
-    """Measure work in place, there and back in turn, and the verification of what it left."""
+    """Measure in-place runs in alternating directions, and the verification of their result."""
     images = arguments.bytes // bytes_of_image("float32")
     ours_path = files.array("ours.npy", images, "float32")
     plain_path = files.array("plain.npy", images, "float32")
@@ -356,7 +356,7 @@ def measured_in_place(files, arguments):
     )
     share, spread, seconds = compare(ours, twice)
     figures = throughput(nbytes, seconds, writing_twice=(nbytes, twice))
-    yield row("float32 in place, there and back", WANTED, share, spread, **figures)
+    yield row("float32 in place, there and back", MIN_SHARE, share, spread, **figures)
     files.remove("plain.npy")
     files.remove("scratch")
     yield from measured_verification(files, arguments, ours_path)
@@ -364,7 +364,7 @@ def measured_in_place(files, arguments):
 
 
 def measured_verification(files, arguments, path):
-    """Measure verifying a file that was changed in place: its checksums alone."""
+    """Measure verifying the checksums of a file that was changed in place."""
     nbytes, memory = path.stat().st_size, bytearray(READ_BYTES)
 
     def prepare(file_is):
@@ -389,21 +389,21 @@ def peak(name, small, large, **options):
     """Measure the memory of a run in a new process."""
     arguments = json.dumps((small, large, options), default=str)
     command = [sys.executable, "-c", CHILD_SCRIPT, arguments]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    if ran.returncode:
-        raise RuntimeError(f"{name}: {ran.stderr}")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{name}: {done.stderr}")
     line = {
         "path": name,
-        "wanted_peak_mib": WANTED_PEAK_MIB,
-        "wanted_page_tables_mib": WANTED_PAGE_TABLES_MIB,
-        **json.loads(ran.stdout),
+        "wanted_peak_mib": MAX_PEAK_MIB,
+        "wanted_page_tables_mib": MAX_PAGE_TABLES_MIB,
+        **json.loads(done.stdout),
     }
-    print(f"{name:36s} {line['peak_mib']:6.1f} MiB at most", line, flush=True)
+    print(f"{name:36s} peak {line['peak_mib']:6.1f} MiB", line, flush=True)
     return line
 
 
 def measured_memory(files, arguments):
-    """Measure the memory of a dataset four times as large as the others, and of work in place."""
+    """Measure the memory of runs on a dataset four times as large, and of in-place runs."""
     images = 4 * arguments.bytes // bytes_of_image("float32")
     options = {"mode": "caffe", "memory": MEMORY, "threads": arguments.threads}
     for name, dtype, result, direction in (
@@ -436,10 +436,12 @@ def main():
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--directory", type=Path, default=Path(), help="on the disk to measure")
+    parser.add_argument(
+        "--directory", type=Path, default=Path(), help="directory on the disk to measure"
+    )
     arguments = parser.parse_args()
     arguments.bytes = QUICK_BYTES if arguments.quick else FILE_BYTES
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # files are removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # removes the files
     with tempfile.TemporaryDirectory(prefix="streams-", dir=arguments.directory) as directory:
         files = Files(Path(directory).absolute(), arguments.threads)
         rows = [
@@ -449,14 +451,14 @@ def main():
         ]
         memory = list(measured_memory(files, arguments))
     missed = [line["path"] for line in rows if line["wanted"] and line["share"] < line["wanted"]]
-    print("below what is wanted:", ", ".join(missed) or "none")
+    print("below target:", ", ".join(missed) or "none")
     missed = [
         line["path"]
         for line in memory
         if line["peak_mib"] > line["wanted_peak_mib"]
         or line["page_tables_mib"] > line["wanted_page_tables_mib"]
     ]
-    print("more memory than is wanted:", ", ".join(missed) or "none")
+    print("above target memory:", ", ".join(missed) or "none")
     if not arguments.quick:
         RESULT.parent.mkdir(exist_ok=True)
         record = {"machine": machine(), "threads": arguments.threads, "rounds": arguments.rounds}

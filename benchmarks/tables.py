@@ -64,8 +64,8 @@ LIBRARIES = {
 }
 
 
-def place(record):
-    """Return where and with what a result was measured, in a line."""
+def environment(record):
+    """Return the machine, versions and date of a record, in one line."""
     machine = record["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     threads = f" {record['threads']} threads," if "threads" in record else ""
@@ -73,16 +73,16 @@ def place(record):
 
 
 def share(row):
-    """Return two columns: the share of the limit, and its spread."""
+    """Return two columns: the share of the limit and its interquartile range."""
     low, high = row["spread"]
     return f"{row['share']:.2f} | {low:.2f} to {high:.2f}"
 
 
 def bench(*records):
-    """Return a table of each instruction set: the shares of the limit, by kernel and layouts."""
+    """Return a table per instruction set: the shares of the limit by kernel and layouts."""
     lines = []
     for record in records:
-        lines += ["", f"{record['instruction_set']}: {place(record)}", ""]
+        lines += ["", f"{record['instruction_set']}: {environment(record)}", ""]
         lines += ["| memory | GB/s |", "|---|---:|"]
         lines += [f"| {row['loop']} | {row['gigabytes_per_second']} |" for row in record["memory"]]
         lines += ["", *shares_by_layout(record["kernels"]), ""]
@@ -94,18 +94,18 @@ LAYOUTS = ("NHWC", "NHWC-NCHW", "NCHW-NHWC", "NCHW")
 
 
 def shares_by_layout(rows):
-    """Return a table of the share of the limit: a row for types and mode, a column for layouts."""
+    """Return a table of shares of the limit: rows are types and mode, columns are layouts."""
     shares, images = {}, {}
     for row in rows:
         types, mode, layouts = row["path"].split(" ", 2)
-        layout, _, where = layouts.partition(" ")
+        layout, _, memory = layouts.partition(" ")
         layout = layout.removesuffix(",")
-        name = f"{types}, {mode}" + (f", {where}" if where else "")
+        name = f"{types}, {mode}" + (f", {memory}" if memory else "")
         shares.setdefault(name, {})[layout] = f"{row['share']:.2f}"
         images.setdefault(name, {})[layout] = f"{row['images_per_second']:,}"
     lines = [f"| of the limit | {' | '.join(LAYOUTS)} | images/s, NHWC |", "|---|" + "---:|" * 5]
-    for name, found in shares.items():
-        cells = [found.get(layout, "") for layout in LAYOUTS]
+    for name, by_layout in shares.items():
+        cells = [by_layout.get(layout, "") for layout in LAYOUTS]
         lines.append(f"| {name} | {' | '.join(cells)} | {images[name].get('NHWC', '')} |")
     return lines
 
@@ -122,11 +122,11 @@ def startup(record):
     installed = (
         f"The core install is {record['packages']} packages, {record['bytes'] / 2**20:.0f} MiB."
     )
-    return [*lines, "", f"{installed} Python {record['python']}, {place(record)}"]
+    return [*lines, "", f"{installed} Python {record['python']}, {environment(record)}"]
 
 
 def peers(record):
-    """Return a table for each task: the faster style of each peer, in used and in new memory."""
+    """Return a table for each task: the faster style of each peer, in reused and new memory."""
     rows = [row for row in record["rows"] if row["best"]]
     elements = record["images"] * ELEMENTS_OF_AN_IMAGE
     lines = []
@@ -140,28 +140,28 @@ def peers(record):
             "|---|---:|---:|---:|",
         ]
         ranked = sorted(by_name.items(), key=lambda item: -fastest(item[1]))
-        for name, found in ranked:
+        for name, by_memory in ranked:
             figures = [
-                f"{found[memory]['images_per_second']:,}" if memory in found else ""
+                f"{by_memory[memory]['images_per_second']:,}" if memory in by_memory else ""
                 for memory in ("reused", "new")
             ]
-            differing = max(row["differing"] for row in found.values()) / elements
+            differing = max(row["differing"] for row in by_memory.values()) / elements
             lines.append(f"| {name} | {figures[0]} | {figures[1]} | {percent(differing)} |")
         lines.append("")
     lines.append(f"{DIFFER}\n")
     lines += [f"- {name}: {note}." for name, note in record["notes"].items()]
     versions = ", ".join(f"{name} {version}" for name, version in record["peers"].items())
     missing = "".join(f" Not measured: {name}." for name in record["not_measured"])
-    return [*lines, "", f"{place(record)} {versions}.{missing}"]
+    return [*lines, "", f"{environment(record)} {versions}.{missing}"]
 
 
-def fastest(found):
-    """Return the images a second of a contender's better kind of memory."""
-    return max(rate(row) for row in found.values())
+def fastest(by_memory):
+    """Return the images per second of a contender in its faster kind of memory."""
+    return max(rate(row) for row in by_memory.values())
 
 
 def percent(share):
-    """Return a share in percent, which is 0 where it is none at all, and 100 where it is all."""
+    """Return a share in percent; only exact values are shown as 0 or 100%."""
     if share == 0:
         return "0"
     if share < 0.001:
@@ -184,13 +184,13 @@ def overview(record):
 
 
 def comparison(record):
-    """Return the rows of the overview that the README shows, without the facts."""
+    """Return the rows of the overview for the README, without the facts."""
     lines = [
         f"| images/s | {' | '.join((*OVERVIEW_TASKS, OVERVIEW_FACTS[0]))} |",
         f"|---|{'---:|' * (len(OVERVIEW_TASKS) + 1)}",
     ]
-    found = libraries(record)
-    lines += [f"| {' | '.join((name, *found[name]))} |" for name in COMPARED]
+    cells = libraries(record)
+    lines += [f"| {' | '.join((name, *cells[name]))} |" for name in COMPARED]
     machine = record["machine"]
     threads = f"{record['threads']} threads"
     return [*lines, "", f"{DIFFER} {machine['processor']}, {threads}, {machine['date']}."]
@@ -198,19 +198,21 @@ def comparison(record):
 
 def libraries(record):
     """Return for each library its images per second in each task, and its worst mismatches."""
-    fastest_ways = {}
+    fastest_rows = {}
     for row in record["rows"]:
-        way = row["contender"], row["task"]
-        fastest_ways[way] = max(fastest_ways.get(way, row), row, key=rate)
+        key = row["contender"], row["task"]
+        fastest_rows[key] = max(fastest_rows.get(key, row), row, key=rate)
     cells = {}
     for library, (contenders, *_) in LIBRARIES.items():
-        found = {}
-        for (contender, task), row in fastest_ways.items():
+        by_task = {}
+        for (contender, task), row in fastest_rows.items():
             if contender in contenders:
-                found[task] = max(found.get(task, row), row, key=rate)
-        if found:
-            rates = [f"{rate(found[task]):,}" if task in found else "" for task in OVERVIEW_TASKS]
-            differing = max(row["differing"] for row in found.values())
+                by_task[task] = max(by_task.get(task, row), row, key=rate)
+        if by_task:
+            rates = [
+                f"{rate(by_task[task]):,}" if task in by_task else "" for task in OVERVIEW_TASKS
+            ]
+            differing = max(row["differing"] for row in by_task.values())
             share = percent(differing / (record["images"] * ELEMENTS_OF_AN_IMAGE))
             cells[library] = [*rates, share]
     return cells
@@ -222,7 +224,7 @@ def rate(row):
 
 
 def streams(record):
-    """Return a table of shares of the disk's limit, and one of memory."""
+    """Return a table of shares of the disk's limit and one of memory."""
     lines = [
         "| path | GB/s | of the limit | IQR |",
         "|---|---:|---:|---:|",
@@ -241,23 +243,23 @@ def streams(record):
         f"| {row['page_tables_mib']:.1f} |"
         for row in record["memory"]
     ]
-    return [*lines, "", place(record)]
+    return [*lines, "", environment(record)]
 
 
 def images(record):
-    """Return a table of shares of the limit, and one of how many times as fast it is."""
+    """Return a table of shares of the limit and one of speedups."""
     lines = [*shares_table(record["rows"]), "", *times_table(record["times"])]
     versions = "".join(f", {name} {version}" for name, version in record["peers"].items())
     missing = "".join(f" Not measured: {name}: {why}." for name, why in missing_of(record))
-    what = (
+    dataset = (
         f"{record['images']:,} photographs of {record['kilobytes_of_a_file']:.0f} kB on average; "
         f"for fast_jpeg {record['large_images']:,}."
     )
-    return [*lines, "", f"{what} {place(record).removesuffix('.')}{versions}.{missing}"]
+    return [*lines, "", f"{dataset} {environment(record).removesuffix('.')}{versions}.{missing}"]
 
 
 def shares_table(rows):
-    """Return a table of images a second beside a limit."""
+    """Return a table of images per second and their limit."""
     lines = [
         "| path | images/s | limit, images/s | of the limit | IQR |",
         "|---|---:|---:|---:|---:|",
@@ -271,7 +273,7 @@ def shares_table(rows):
 
 
 def times_table(rows):
-    """Return a table of how many times as fast as others something is."""
+    """Return a table of speedups."""
     lines = [
         "| against | images/s | its images/s | times as fast | IQR |",
         "|---|---:|---:|---:|---:|",
@@ -291,7 +293,7 @@ def missing_of(record):
 
 
 def images_million(record):
-    """Return a table of speed and memory of a million images, beside ten thousand."""
+    """Return a table of speed and memory of a million images, against ten thousand."""
     lines = [
         "| path | images | images/s | relative time per image | peak memory, MiB |",
         "|---|---:|---:|---:|---:|",
@@ -302,34 +304,34 @@ def images_million(record):
             (row["images"], row["images_per_second"], row["time_of_an_image"], row["peak_mib"]),
         ):
             lines.append(f"| {row['path']} | {count:,} | {rate:,} | {time:.2f} | {memory:.0f} |")
-    return [*lines, "", place(record)]
+    return [*lines, "", environment(record)]
 
 
 def images_planning(record):
-    """Return a table of what planning takes."""
+    """Return a table of the time and memory of planning."""
     lines = [
         "| planning | files | seconds | range | peak memory, MiB |",
         "|---|---:|---:|---:|---:|",
     ]
     for row in record["rows"]:
-        least, most = row["least_and_most_seconds"]
+        minimum, maximum = row["least_and_most_seconds"]
         lines.append(
             f"| {row['path']} | {row['files']:,} | {row['seconds']:.1f} "
-            f"| {least:.1f} to {most:.1f} | {row['peak_mib']:.0f} |"
+            f"| {minimum:.1f} to {maximum:.1f} | {row['peak_mib']:.0f} |"
         )
-    return [*lines, "", place(record)]
+    return [*lines, "", environment(record)]
 
 
 def loading(record):
-    """Return a table of batches beside the kernel alone, and one of how many times as fast."""
+    """Return a table of batches against the kernel only and one of speedups."""
     lines = [*shares_table(record["rows"]), "", *times_table(record["times"])]
     versions = "".join(f", {name} {version}" for name, version in record["peers"].items())
-    what = f"{record['images']:,} images in batches of {record['batch']}."
-    return [*lines, "", f"{what} {place(record).removesuffix('.')}{versions}."]
+    dataset = f"{record['images']:,} images in batches of {record['batch']}."
+    return [*lines, "", f"{dataset} {environment(record).removesuffix('.')}{versions}."]
 
 
 def cluster(record):
-    """Return tables of two workers, of sizes, and of chunks that take no work."""
+    """Return tables of two workers, of sizes, and of empty chunks."""
     lines = [
         "| two workers | GB/s read | in one process | share | IQR | MiB planned | used |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -362,11 +364,11 @@ def cluster(record):
         f"| {row['scheduler_mib']:,} | {row['coordinator_mib']:,} |"
         for row in record["chunks"]
     ]
-    return [*lines, "", place(record)]
+    return [*lines, "", environment(record)]
 
 
 def growth(record):
-    """Return four tables, of images, their size, threads and chunks."""
+    """Return four tables: images, their size, threads and chunks."""
     sweeps, line = record["sweeps"], record["line"]
     side = sweeps["images"][0]["side"]
     lines = [
@@ -411,16 +413,16 @@ def growth(record):
         for row in sweeps["chunk"]
     ]
     idle_mib = max(row["idle_mib"] for rows in sweeps.values() for row in rows)
-    return [*lines, "", f"The idle process uses {idle_mib:.0f} MiB. {place(record)}"]
+    return [*lines, "", f"The idle process uses {idle_mib:.0f} MiB. {environment(record)}"]
 
 
 def written_rate(row):
-    """Return the gigabytes of a result a second."""
+    """Return the gigabytes of the result per second."""
     return row["written_bytes"] / row["seconds"] / 1e9
 
 
 def share_and_memory(row):
-    """Return four columns: the share of the limit, its spread, memory as planned and as used."""
+    """Return four columns: share of the limit, interquartile range, planned and peak memory."""
     above = ", above the plan" if row["peak_mib"] > row["planned_mib"] else ""
     return f"{share(row)} | {row['planned_mib']:.0f} | {row['peak_mib']:.0f}{above}"
 
@@ -454,14 +456,14 @@ def billion(record):
 
 
 def readable(figure):
-    """Return a figure, or several by name."""
+    """Format a figure, or a dictionary of figures."""
     if isinstance(figure, dict):
         return ", ".join(f"{count / 1e6:,.0f} million {name}" for name, count in figure.items())
     return f"{figure:,.2f}" if isinstance(figure, float) else f"{figure:,}"
 
 
 def inverses(record):
-    """Return a table of how many values inverses get wrong."""
+    """Return a table of the number of values that inverses get wrong."""
     types = list(record["rows"][0]["wrong"])
     lines = [
         f"| mode | wrong of {record['values']} values, by storage type | {' | '.join(types)} |",
@@ -470,7 +472,7 @@ def inverses(record):
     for row in record["rows"]:
         counts = " | ".join(str(row["wrong"][name]) for name in types)
         lines.append(f"| {row['mode']} | {row['inverse']} | {counts} |")
-    return [*lines, "", place(record)]
+    return [*lines, "", environment(record)]
 
 
 def campaigns(*records):
@@ -478,17 +480,17 @@ def campaigns(*records):
     lines = ["| command | what it does | result of the last long run | date |", "|---|---|---|---|"]
     for (name, what), record in zip(CAMPAIGNS.items(), records, strict=True):
         counts = ", ".join(
-            f"{count:,} {COUNTED.get(each, each)}"
+            f"{count:,} {COUNT_LABELS.get(each, each)}"
             for each, count in record["counts"].items()
             if not each.endswith(UNITS)
         )
         date = record["machine"]["date"]
         lines.append(f"| `python -m tests.campaigns.{name}` | {what} | {counts} | {date} |")
-    return [*lines, "", f"The last of them ran on {place(records[-1])}"]
+    return [*lines, "", f"The last of them ran on {environment(records[-1])}"]
 
 
 UNITS = ("_us", "_kib")  # these are not counts
-COUNTED = {  # as results/ calls it -> as the table does
+COUNT_LABELS = {  # the key in results/ -> the label in the table
     "left": "not run",
     "ended well": "completed",
     "of one in four": "with four concurrent processes",
@@ -517,7 +519,7 @@ CAMPAIGNS = {
     "reference",
 }
 
-# The function that writes a table, and the results that it reads.
+# The function that generates a table, and the results that it reads.
 TABLES = {
     "bench": (bench, sorted(path.stem for path in RESULTS.glob("bench-*.json"))),
     "comparison": (comparison, ["peers"]),
@@ -538,7 +540,7 @@ TABLES = {
 }
 
 
-def make_record(name):
+def read_record(name):
     """Return the record of a benchmark."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
@@ -546,15 +548,15 @@ def make_record(name):
 def with_tables(documents):
     """Return the texts of documents with regenerated tables; each table occurs exactly once."""
     for name, (table, results) in TABLES.items():
-        text = "\n".join(table(*map(make_record, results))) + "\n"
+        text = "\n".join(table(*map(read_record, results))) + "\n"
         marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end of table -->)", re.DOTALL)
-        found = [marked.subn(lambda at, t=text: at[1] + t + at[2], each) for each in documents]
-        if (count := sum(count for _, count in found)) != 1:
+        replaced = [marked.subn(lambda m, t=text: m[1] + t + m[2], each) for each in documents]
+        if (count := sum(count for _, count in replaced)) != 1:
             raise SystemExit(
-                f"there are {count} places for the table {name!r}, not one: each is between "
+                f"found {count} places for the table {name!r} instead of one: put it between "
                 f"the lines <!-- table: {name} --> and <!-- end of table -->"
             )
-        documents = [written for written, _ in found]
+        documents = [document for document, _ in replaced]
     return documents
 
 

@@ -1,11 +1,11 @@
-"""Every contender of peers.py by itself, to be compared between two states of the code.
+"""Every contender of peers.py on its own, to compare two versions of the code.
 
     python -m pytest benchmarks --benchmark-only -k caffe --benchmark-autosave
     python -m pytest benchmarks --benchmark-only -k caffe --benchmark-compare
 
-Ratios between contenders are those of peers.py, which calls them in turn: here one follows the
-other, and what disturbs the machine disturbs one of them. `KERAS_BACKEND=torch` in the environment
-brings in what Keras does with tensors of that backend.
+For ratios between contenders use peers.py, which interleaves them: here they run one after another,
+so a disturbance of the machine affects only one. `KERAS_BACKEND=torch` in the environment adds
+Keras on tensors of that backend.
 """
 
 import functools
@@ -13,10 +13,10 @@ import os
 
 import pytest
 from contenders import CONTENDERS, importable
+from contenders.configurations import MEMORIES, STYLES, configurations
 from contenders.task import TASKS, difference, images
-from contenders.ways import MEMORIES, STYLES, ways
 
-pytestmark = pytest.mark.filterwarnings("default")  # other libraries' own
+pytestmark = pytest.mark.filterwarnings("default")  # from other libraries
 
 
 @pytest.fixture(scope="module", params=TASKS, ids=lambda name: name.replace(", ", "-"))
@@ -31,34 +31,34 @@ def available_contenders():
 
 
 @pytest.fixture(scope="module", params=CONTENDERS, ids=lambda contender: contender.name)
-def calls_by_style(request, task):
-    """Return the calls of a contender for a task, by style and memory."""
+def configurations_by_style(request, task):
+    """Return the configurations of a contender for a task, by style and memory."""
     contender = request.param
     present, _, missing = available_contenders()
     if contender.name in missing:
         pytest.skip(f"cannot be imported: {missing[contender.name]}")
     if contender not in present:
-        pytest.skip(f"wants KERAS_BACKEND={contender.backend}")
+        pytest.skip(f"requires KERAS_BACKEND={contender.backend}")
     peer = contender.peer_for(task)
     if peer is None:
         pytest.skip("does not support this task")
-    return {(way.style, way.memory): way for way in ways(contender.name, peer, task)}
+    return {(each.style, each.memory): each for each in configurations(contender.name, peer, task)}
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("style", STYLES)
-def test_peer(benchmark, task, calls_by_style, style, memory):
-    way = calls_by_style.get((style, memory))
-    if way is None:
-        pytest.skip("its API does not offer this")
-    way.prepare()
+def test_peer(benchmark, task, configurations_by_style, style, memory):
+    configuration = configurations_by_style.get((style, memory))
+    if configuration is None:
+        pytest.skip("not supported by its API")
+    configuration.prepare()
     task.out.fill(0)
-    differing, _ = difference(way.call(), task.expected)
+    differing, _ = difference(configuration.call(), task.expected)
     benchmark.group = task.name
     benchmark.extra_info |= {
         "images": len(task.x),
         "useful_bytes": task.useful_bytes,
         "differing": differing,
     }
-    benchmark(way.call)
-    assert differing == 0 or way.contender != "fastvgg"
+    benchmark(configuration.call)
+    assert differing == 0 or configuration.contender != "fastvgg"

@@ -1,6 +1,6 @@
-"""The table of contenders: what each library does for a task. Their imports wait until they enter.
+"""The table of contenders: the implementation of each task in each library, imported lazily.
 
-A library is one file; what its API forces is said in a note.
+Each library has one file; notes state the restrictions of its API.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CONTENDERS = (
         keras_preprocess,
         None,
         "in caffe mode its result is a view with a negative stride, one copy short of contiguous; "
-        "in used memory it works in place on the bytes converted to float32",
+        "in reused memory it works in place on the bytes converted to float32",
     ),
     *(
         Contender(
@@ -52,8 +52,8 @@ CONTENDERS = (
             "keras",
             keras_tensor_preprocess,
             None,
-            "on tensors of floats, in a process of its own with fastvgg beside it: the backend is "
-            "read once",
+            "on float tensors, in a separate process together with fastvgg: the backend is fixed "
+            "at import",
             backend,
         )
         for library, backend in KERAS_TENSORS.items()
@@ -71,30 +71,30 @@ CONTENDERS = (
         "numpy",
         None,
         restore_original_image_from_array,
-        "writes into its argument, so it is given a copy; leaves floats that are neither rounded "
-        "nor clipped, which are cast to uint8",
+        "modifies its argument, so it gets a copy; its floats are neither rounded nor clipped "
+        "before the cast to uint8",
     ),
     Contender(
         "Numba, plain prange loop",
         "numba",
         numba_preprocess,
         numba_restore,
-        "called on the whole batch alone: its default threading layer takes one caller at a time",
+        "whole batch only: its default threading layer supports one caller at a time",
     ),
     Contender(
         "numexpr",
         "numexpr",
         numexpr_preprocess,
         numexpr_restore,
-        "computes in float64, rounds at the end; called on the whole batch alone: it takes one "
-        "caller at a time",
+        "computes in float64, rounds at the end; whole batch only: it supports one caller at a "
+        "time",
     ),
     Contender(
         "Dask array",
         "dask.array",
         dask_preprocess,
         dask_restore,
-        "NumPy's arithmetic on chunks of some images, called on the whole batch alone",
+        "NumPy's arithmetic on chunks of 16 images, whole batch only",
     ),
     Contender("OpenCV blobFromImages, NCHW", "cv2", opencv_blob("NCHW"), None),
     Contender("OpenCV blobFromImages, NHWC", "cv2", opencv_blob("NHWC"), None),
@@ -103,7 +103,7 @@ CONTENDERS = (
         "cv2",
         opencv_preprocess,
         opencv_restore,
-        "its functions take one image, so it is called image by image alone",
+        "image by image only: its functions take one image",
     ),
     Contender("Albumentations Normalize", "albumentations", albumentations_preprocess, None),
     Contender(
@@ -111,52 +111,52 @@ CONTENDERS = (
         "torchvision",
         torchvision_preprocess,
         None,
-        "it cannot be told where to write",
+        "no output argument",
     ),
     Contender(
         "PyTorch",
         "torch",
         torch_preprocess,
         torch_restore,
-        "the operations of torchvision's v2 without the package, in the memory of the result",
+        "the operations of torchvision's v2 without the package, in place in the result",
     ),
     Contender(
         "torch.compile",
         "torch",
         torch_compile_preprocess,
         torch_compile_restore,
-        "called on the whole batch alone: it is compiled for one shape and number of threads",
+        "whole batch only: it is compiled for one shape and number of threads",
     ),
     Contender(
         "JAX jit",
         "jax",
         jax_preprocess,
         jax_restore,
-        "called on the whole batch alone, which lies on its device before; it cannot be told where "
-        "to write, but reuses the memory of a result that is donated to the next call",
+        "whole batch only, already on its device; no output argument, but a result that is donated "
+        "to the next call has its memory reused",
     ),
     Contender(
         "DALI",
         "nvidia.dali",
         dali_preprocess,
         dali_restore,
-        "batches alone, its results in buffers of its own: no new memory; the flip is an operator "
-        "of its own",
+        "whole batch only, results in its own buffers: no new memory; the flip is a separate "
+        "operator",
     ),
     Contender(
         "DALI, without the flip",
         "nvidia.dali",
         dali_preprocess_without_flip,
         None,
-        "less work than the task asks for; its bits are compared with Keras' flipped back",
+        "less work than the task requires; its flipped result is compared with Keras'",
     ),
 )
 
 
 def importable(backend="numpy"):
-    """Return the contenders of a process: those there are, versions, and why others are not.
+    """Return the contenders of a process, the versions, and the import errors of the others.
 
-    fastvgg is in every process, and beside it what belongs to the backend that Keras has there.
+    Every process has fastvgg and the contenders of its Keras backend.
     """
     present, versions, missing = [], {}, {}
     for contender in CONTENDERS:
@@ -164,16 +164,16 @@ def importable(backend="numpy"):
             continue
         modules = dict.fromkeys((contender.module, contender.backend))
         try:
-            found = {name: importlib.import_module(name) for name in modules}
-        except (ImportError, RuntimeError) as error:  # torchvision, beside another PyTorch
+            imported = {name: importlib.import_module(name) for name in modules}
+        except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision, PyTorch mismatch
             missing[contender.name] = str(error)
         else:
             present.append(contender)
-            versions |= {name: version_of(module) for name, module in found.items()}
+            versions |= {name: version_of(module) for name, module in imported.items()}
     return present, versions, missing
 
 
 def version_of(module):
-    """Return the version of the package that a module is of."""
+    """Return the version of the package of a module."""
     package = module.__name__.partition(".")[0]
     return getattr(module, "__version__", None) or importlib.import_module(package).__version__

@@ -1,4 +1,4 @@
-"""DALI, on the processor."""
+"""DALI, on the CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contenders.task import Peer, means
 
 
 def dali_peer(task, graph):
-    """Build a pipeline on the memory of the batch; its result lies in DALI's own buffers."""
+    """Build a pipeline that reads the batch without a copy; its result is in DALI's own buffers."""
     from nvidia.dali import Pipeline, fn
 
     pipeline = Pipeline(
@@ -18,7 +18,7 @@ def dali_peer(task, graph):
         prefetch_queue_depth=1,
         exec_pipelined=False,
         exec_async=False,
-        exec_dynamic=False,  # it keeps its buffers from call to call
+        exec_dynamic=False,  # reuses buffers between calls
     )
     with pipeline:
         pipeline.set_outputs(graph(fn.external_source(lambda: task.x, no_copy=True, layout="HWC")))
@@ -28,7 +28,7 @@ def dali_peer(task, graph):
         (result,) = pipeline.run()
         return result.as_tensor()
 
-    return Peer(whole_into=into)
+    return Peer(batch_into=into)
 
 
 def dali_preprocess(task, *, flips=True):
@@ -54,9 +54,9 @@ def dali_preprocess(task, *, flips=True):
 
 def dali_preprocess_without_flip(task):
     if not task.mode.is_bgr:
-        return Peer()  # the other one is this one
+        return Peer()  # same as dali_preprocess
     peer = dali_preprocess(task, flips=False)
-    return Peer(whole_into=lambda: np.asarray(peer.whole_into())[..., ::-1])
+    return Peer(batch_into=lambda: np.asarray(peer.batch_into())[..., ::-1])
 
 
 def dali_restore(task):

@@ -1,4 +1,4 @@
-"""Dask arrays, in as many threads."""
+"""Dask arrays, on the threaded scheduler."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from contenders.task import Peer, means, torch_constants
 
-CHUNK_IMAGES = 16  # 10 MB of float32: fewer are no faster, and many more are slower
+CHUNK_IMAGES = 16  # 10 MB of float32: fewer are not faster, and many more are slower
 
 
 def by_chunks(task, formula):
@@ -14,13 +14,13 @@ def by_chunks(task, formula):
 
     chunks = (min(CHUNK_IMAGES, len(task.x)), *task.x.shape[1:])
     y = formula(dask.array.from_array(task.x, chunks))
-    where = {"scheduler": "threads", "num_workers": task.threads}
+    options = {"scheduler": "threads", "num_workers": task.threads}
 
     def into():
-        dask.array.store(y, task.out, lock=False, **where)
+        dask.array.store(y, task.out, lock=False, **options)
         return task.out
 
-    return Peer(whole=lambda: y.compute(**where), whole_into=into)
+    return Peer(batch=lambda: y.compute(**options), batch_into=into)
 
 
 def dask_preprocess(task):

@@ -6,7 +6,7 @@ from contenders.task import Peer, means, torch_constants
 
 
 def compiled_by_jax(task, formula):
-    """Let XLA write into the last result again, by donating it."""
+    """Compile a formula; donate the last result, so that XLA reuses its memory."""
     import jax
 
     fresh = jax.jit(formula)
@@ -19,7 +19,7 @@ def compiled_by_jax(task, formula):
         last = reused(x, last).block_until_ready()
         return last
 
-    return Peer(whole=lambda: fresh(x).block_until_ready(), whole_into=into)
+    return Peer(batch=lambda: fresh(x).block_until_ready(), batch_into=into)
 
 
 def jax_preprocess(task):

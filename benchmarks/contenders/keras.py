@@ -13,15 +13,15 @@ def keras_preprocess(task):
         return preprocess_input(y, mode=task.mode.name)
 
     return Peer(
-        whole=lambda: preprocess_input(task.x, mode=task.mode.name),
-        whole_into=lambda: in_place(task.x, task.out),
+        batch=lambda: preprocess_input(task.x, mode=task.mode.name),
+        batch_into=lambda: in_place(task.x, task.out),
         image=in_place,
-        seen=lambda y: y[..., ::-1] if task.mode.is_bgr else y,
+        view=lambda y: y[..., ::-1] if task.mode.is_bgr else y,
     )
 
 
 def keras_tensor_preprocess(task):
-    """Give Keras a tensor of its backend, of floats, as in uint8 its arithmetic overflows."""
+    """Give Keras a float tensor of its backend, because its arithmetic overflows in uint8."""
     import keras
     from keras.applications.imagenet_utils import preprocess_input
 
@@ -39,4 +39,4 @@ def keras_tensor_preprocess(task):
             torch.set_num_threads(threads)
 
     x = keras.ops.convert_to_tensor(task.x)
-    return Peer(whole=lambda: preprocess(x), image=image, set_threads=set_threads)
+    return Peer(batch=lambda: preprocess(x), image=image, set_threads=set_threads)

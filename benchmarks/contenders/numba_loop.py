@@ -1,4 +1,4 @@
-"""The loop that anyone would write with Numba."""
+"""A straightforward parallel loop in Numba."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def numba_preprocess(task):
         return out
 
     return Peer(
-        whole=lambda: loop(task.x, np.empty_like(task.out)),
-        whole_into=lambda: loop(task.x, task.out),
+        batch=lambda: loop(task.x, np.empty_like(task.out)),
+        batch_into=lambda: loop(task.x, task.out),
         set_threads=numba.set_num_threads,
     )
 
@@ -54,7 +54,7 @@ def numba_restore(task):
         return out
 
     return Peer(
-        whole=lambda: loop(task.x, np.empty_like(task.out)),
-        whole_into=lambda: loop(task.x, task.out),
+        batch=lambda: loop(task.x, np.empty_like(task.out)),
+        batch_into=lambda: loop(task.x, task.out),
         set_threads=numba.set_num_threads,
     )

@@ -8,7 +8,7 @@ from contenders.task import Peer, means, torch_constants
 
 
 def numexpr_by_channel(task, expression, casting, constants):
-    """Evaluate each channel by itself, faster than constants that are broadcast."""
+    """Evaluate each channel separately, which is faster than broadcasting the constants."""
     import numexpr
 
     def evaluate(out):
@@ -25,8 +25,8 @@ def numexpr_by_channel(task, expression, casting, constants):
         return out
 
     return Peer(
-        whole=lambda: evaluate(np.empty_like(task.out)),
-        whole_into=lambda: evaluate(task.out),
+        batch=lambda: evaluate(np.empty_like(task.out)),
+        batch_into=lambda: evaluate(task.out),
         set_threads=numexpr.set_num_threads,
     )
 

@@ -1,4 +1,4 @@
-"""OpenCV, and Albumentations, which works with it."""
+"""OpenCV, and Albumentations, which uses it."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def opencv_blob(layout):
             parameters.mean = tuple(task.mode.divide * mean for mean in task.mode.mean)
             parameters.scalefactor = tuple(1 / (task.mode.divide * std) for std in task.mode.std)
 
-        def seen(y):
+        def view(y):
             images, height, width, channels = y.shape
             return y.reshape(images, channels, height, width) if layout == "NCHW" else y
 
         def image(x, row):
-            cv2.dnn.blobFromImageWithParams(x, seen(row[np.newaxis]), parameters)
+            cv2.dnn.blobFromImageWithParams(x, view(row[np.newaxis]), parameters)
 
-        images, out = list(task.x), seen(task.out)
+        images, out = list(task.x), view(task.out)
         return Peer(
-            whole=lambda: cv2.dnn.blobFromImagesWithParams(images, param=parameters),
-            whole_into=lambda: cv2.dnn.blobFromImagesWithParams(images, out, parameters),
+            batch=lambda: cv2.dnn.blobFromImagesWithParams(images, param=parameters),
+            batch_into=lambda: cv2.dnn.blobFromImagesWithParams(images, out, parameters),
             image=image,
-            seen=seen,
+            view=view,
             set_threads=cv2.setNumThreads,
         )
 
@@ -79,7 +79,7 @@ def albumentations_preprocess(task):
         ordered = cv2.cvtColor(x, cv2.COLOR_RGB2BGR) if task.mode.is_bgr else x
         row[...] = normalize(image=ordered)["image"]
 
-    def whole():
+    def batch():
         return normalize(images=task.x[..., ::-1] if task.mode.is_bgr else task.x)["images"]
 
-    return Peer(whole=whole, image=image, set_threads=cv2.setNumThreads)
+    return Peer(batch=batch, image=image, set_threads=cv2.setNumThreads)

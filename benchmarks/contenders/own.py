@@ -9,8 +9,8 @@ from contenders.task import Peer
 def fastvgg_preprocess(task):
     mode, x, out, threads = task.mode, task.x, task.out, task.threads
     return Peer(
-        whole=lambda: fastvgg.preprocess(x, mode, threads=threads),
-        whole_into=lambda: fastvgg.preprocess(x, mode, out=out, threads=threads),
+        batch=lambda: fastvgg.preprocess(x, mode, threads=threads),
+        batch_into=lambda: fastvgg.preprocess(x, mode, out=out, threads=threads),
         image=lambda image, row: fastvgg.preprocess(image, mode, out=row, threads=1),
     )
 
@@ -18,7 +18,7 @@ def fastvgg_preprocess(task):
 def fastvgg_restore(task):
     mode, x, out, threads = task.mode, task.x, task.out, task.threads
     return Peer(
-        whole=lambda: fastvgg.restore(x, mode, threads=threads),
-        whole_into=lambda: fastvgg.restore(x, mode, out=out, threads=threads),
+        batch=lambda: fastvgg.restore(x, mode, threads=threads),
+        batch_into=lambda: fastvgg.restore(x, mode, out=out, threads=threads),
         image=lambda image, row: fastvgg.restore(image, mode, out=row, threads=1),
     )

@@ -1,4 +1,4 @@
-"""NumPy, and the two functions that are copied from StackOverflow."""
+"""NumPy, and the two functions that are often copied from StackOverflow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def numpy_restore(task):
 
     def rounded(y):
         x = y.copy()
-        for channel in range(3):  # faster than to add all three, broadcast
+        for channel in range(3):  # faster than broadcasting all three
             x[..., channel] += mean[channel]
         np.rint(x, out=x)
         return np.clip(x, 0, 255, out=x)[..., ::-1]
@@ -20,11 +20,11 @@ def numpy_restore(task):
     def image(y, row):
         row[...] = rounded(y)
 
-    return Peer(whole=lambda: rounded(task.x).astype(np.uint8), image=image)
+    return Peer(batch=lambda: rounded(task.x).astype(np.uint8), image=image)
 
 
 def deprocess_img(task):
-    """Do what the function of that name in style transfer tutorials does."""
+    """Run the function of that name from style transfer tutorials."""
 
     def deprocess(y):
         x = y.copy()
@@ -35,9 +35,9 @@ def deprocess_img(task):
 
 
 def restore_original_image_from_array(task):
-    """Do what the function of that name does, on a copy, and cast its floats to images.
+    """Run the function of that name on a copy, and cast its floats to uint8.
 
-    It adds the means to its argument, and neither rounds nor clips.
+    It adds the means to its argument in place, and neither rounds nor clips.
     """
 
     def restore(y):
@@ -54,9 +54,9 @@ def add_means(x, mode):
 
 
 def by_copies(task, formula):
-    """Return what a formula can do that gives new memory."""
+    """Return the peer for a formula that allocates its result."""
 
     def image(y, row):
         row[...] = formula(y)
 
-    return Peer(whole=lambda: formula(task.x), image=image)
+    return Peer(batch=lambda: formula(task.x), image=image)

@@ -6,7 +6,7 @@ from contenders.task import Peer, means
 
 
 def torchvision_preprocess(task):
-    """Call v2's functions on the batch as channels-last memory, where they are fastest."""
+    """Call v2's functions on the batch in channels-last memory, for which they are fastest."""
     import torch
     from torchvision.transforms.v2 import functional
 
@@ -20,14 +20,14 @@ def torchvision_preprocess(task):
 
     x = torch.from_numpy(task.x)
     return Peer(
-        whole=lambda: normalized(x),
+        batch=lambda: normalized(x),
         image=lambda image, row: torch.from_numpy(row).copy_(normalized(torch.from_numpy(image))),
         set_threads=torch.set_num_threads,
     )
 
 
 def torch_preprocess(task):
-    """Do the operations of torchvision's v2, in their order, in the memory of the result."""
+    """Run the operations of torchvision's v2, in their order, in place in the result."""
     import torch
 
     mean = torch.from_numpy(means(task.mode))
@@ -46,8 +46,8 @@ def torch_preprocess(task):
 
     x, out = torch.from_numpy(task.x), torch.from_numpy(task.out)
     return Peer(
-        whole=lambda: normalized(ordered(x).to(torch.float32)),
-        whole_into=lambda: into(x, out),
+        batch=lambda: normalized(ordered(x).to(torch.float32)),
+        batch_into=lambda: into(x, out),
         image=lambda image, row: into(torch.from_numpy(image), torch.from_numpy(row)),
         set_threads=torch.set_num_threads,
     )
@@ -66,8 +66,8 @@ def torch_restore(task):
 
     y, out = torch.from_numpy(task.x), torch.from_numpy(task.out)
     return Peer(
-        whole=lambda: rounded(y).to(torch.uint8).flip(-1),
-        whole_into=lambda: into(y, out),
+        batch=lambda: rounded(y).to(torch.uint8).flip(-1),
+        batch_into=lambda: into(y, out),
         image=lambda image, row: into(torch.from_numpy(image), torch.from_numpy(row)),
         set_threads=torch.set_num_threads,
     )
@@ -79,12 +79,12 @@ def compiled_by_torch(task, formula):
     def into(x, out):
         return out.copy_(formula(x))
 
-    torch.set_num_threads(task.threads)  # the number becomes part of the compiled code
+    torch.set_num_threads(task.threads)  # compiled into the code
     fresh = torch.compile(formula, dynamic=False)
     reused = torch.compile(into, dynamic=False)
     x, out = torch.from_numpy(task.x), torch.from_numpy(task.out)
     return Peer(
-        whole=lambda: fresh(x), whole_into=lambda: reused(x, out), set_threads=torch.set_num_threads
+        batch=lambda: fresh(x), batch_into=lambda: reused(x, out), set_threads=torch.set_num_threads
     )
 
 

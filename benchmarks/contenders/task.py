@@ -1,4 +1,4 @@
-"""What is asked of every contender, and what a contender can offer for it."""
+"""The tasks of the contenders, and the interface that a contender implements."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 IMAGE = (224, 224, 3)
-COMPARED_TOGETHER = 64
+IMAGES_PER_COMPARISON = 64
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
-    "NO_ALBUMENTATIONS_UPDATE": "1",  # else importing it asks the network for its newest version
+    "NO_ALBUMENTATIONS_UPDATE": "1",  # no network request for the newest version at import
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-"""To be set before any of the libraries is imported, as KERAS_BACKEND is."""
+"""Must be set before importing any of the libraries, like KERAS_BACKEND."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Task:
     x: NDArray[Any]
     expected: NDArray[Any]
     out: NDArray[Any]
-    """Used before, and shared by all who can be told where to write."""
+    """The reused result, shared by all contenders that have an output argument."""
     threads: int
 
     @property
@@ -41,23 +41,23 @@ class Task:
         return self.x.nbytes + self.expected.nbytes
 
 
-def no_threads_of_its_own(_threads: int) -> None:
+def ignore_threads(_threads: int) -> None:
     pass
 
 
 @dataclass(frozen=True)
 class Peer:
-    """What a library can do for a task; a missing part is what its API does not offer."""
+    """The implementation of a task in a library; None if its API does not support a call."""
 
-    whole: Callable[[], Any] | None = None
+    batch: Callable[[], Any] | None = None
     """Return the result of the batch in new memory."""
-    whole_into: Callable[[], Any] | None = None
-    """Return it in memory that was used before."""
+    batch_into: Callable[[], Any] | None = None
+    """Return the result of the batch in reused memory."""
     image: Callable[[NDArray[Any], NDArray[Any]], object] | None = None
     """Write the result of one image into its row."""
-    seen: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray
+    view: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray
     """Return the view of all rows that is the result."""
-    set_threads: Callable[[int], object] = no_threads_of_its_own
+    set_threads: Callable[[int], object] = ignore_threads
 
 
 class Contender(NamedTuple):
@@ -67,26 +67,26 @@ class Contender(NamedTuple):
     restore: Callable[[Task], Peer] | None
     note: str = ""
     backend: str = "numpy"
-    """That of Keras in the process, which is read once."""
+    """Keras' backend in the process, which is fixed at import."""
 
     def peer_for(self, task: Task) -> Peer | None:
-        """Return what it offers for a task, if anything."""
+        """Return the peer for a task, or None if the library does not support it."""
         build = self.restore if task.restores else self.preprocess
         return build(task) if build is not None else None
 
 
 def means(mode: Mode, *, backwards: bool = False) -> NDArray[np.float32]:
-    """Return the means in float32, in the order of y, or of x."""
+    """Return the means in float32, in the channel order of y, or of x if `backwards`."""
     return np.array(mode.mean, np.float32)[:: -1 if backwards and mode.is_bgr else 1]
 
 
 def torch_constants(mode: Mode) -> tuple[np.float32, NDArray[np.float32], NDArray[np.float32]]:
-    """Return the divisor, the means and the deviations in float32."""
+    """Return the divisor, the means and the standard deviations in float32."""
     return np.float32(mode.divide), means(mode), np.array(mode.std, np.float32)
 
 
 def preprocessed(x: NDArray[Any], mode: Mode) -> NDArray[Any]:
-    """Return what Keras makes of NumPy arrays, whichever its backend is."""
+    """Return Keras' result for NumPy arrays, which is independent of its backend."""
     from keras.applications.imagenet_utils import preprocess_input
 
     return np.ascontiguousarray(preprocess_input(x, mode=mode.name))
@@ -98,7 +98,7 @@ def preprocessing(mode: Mode, name: str, x: NDArray[Any], threads: int) -> Task:
 
 
 def restoring(stored: type[np.floating], name: str, x: NDArray[Any], threads: int) -> Task:
-    """Have float32 restored that was stored in some type."""
+    """Return the task of restoring float32 that was stored in the type `stored`."""
     y = preprocessed(x, Mode.CAFFE).astype(stored).astype(np.float32)
     return Task(name, Mode.CAFFE, True, y, x, np.empty_like(x), threads)
 
@@ -112,27 +112,27 @@ TASKS: dict[str, Callable[[str, NDArray[Any], int], Task]] = {
 
 
 def images(count: int) -> NDArray[np.uint8]:
-    """Return images of noise, the same in every process."""
+    """Return random images, the same in every process."""
     return np.random.default_rng(0).integers(0, 256, (count, *IMAGE), dtype=np.uint8)
 
 
 def tasks(count: int, threads: int) -> Iterator[Task]:
-    """Yield one task after the other, so that no two lie in memory together."""
+    """Yield one task at a time, so that only one is in memory."""
     x = images(count)
     for name, make in TASKS.items():
         yield make(name, x, threads)
 
 
 def difference(result: Any, expected: NDArray[Any]) -> tuple[int, float]:
-    """Count the elements of other bits, and return the largest distance."""
+    """Return the number of elements with different bits, and the largest difference."""
     result = np.asarray(result)
     if result.shape != expected.shape:
         result = np.moveaxis(result, 1, -1)
     assert (result.shape, result.dtype) == (expected.shape, expected.dtype)
     bits = np.dtype(f"u{expected.itemsize}")
     differing, largest = 0, 0.0
-    for first in range(0, len(expected), COMPARED_TOGETHER):
-        rows = slice(first, first + COMPARED_TOGETHER)
+    for first in range(0, len(expected), IMAGES_PER_COMPARISON):
+        rows = slice(first, first + IMAGES_PER_COMPARISON)
         one, other = np.ascontiguousarray(result[rows]), expected[rows]
         differing += int(np.count_nonzero(one.view(bits) != other.view(bits)))
         largest = max(largest, float(np.abs(np.subtract(one, other, dtype=np.float32)).max()))

@@ -1,25 +1,24 @@
-"""Compare every kernel with the oracle on an emulated aarch64 machine, bit for bit.
+"""Compare every kernel with the oracle, bit for bit, on an emulated aarch64 machine.
 
-    python -m tests.campaigns.arm                           # the machine once, then every kernel
+    python -m tests.campaigns.arm                           # create the machine, run all cases
     python -m tests.campaigns.arm --cpu max                 # SVE2 instead of NEON
-    python -m tests.campaigns.arm --every 7                 # a seventh: every mode, type and layout
-    python -m tests.campaigns.arm --quick                   # 12 cases; keeps no record
-    python -m tests.campaigns.arm --only "restore float64"  # cases by name; keeps no record
+    python -m tests.campaigns.arm --every 7                 # 1 in 7: every mode, type and layout
+    python -m tests.campaigns.arm --quick                   # 12 cases; writes no record
+    python -m tests.campaigns.arm --only "restore float64"  # cases by name; writes no record
 
-Needs root, Debian's qemu-user-static and debootstrap, and pip. The first run creates a Debian with
-the packages of the core install in `--machine DIR` (0.7 GB, about 7 minutes); later runs find it
-there and start in seconds. Every case takes about an hour on two cores, `--every 7` eight minutes,
-`--quick` one. Emulation proves bits, and that no compilation aborts; it says nothing about speed.
+Requires root, Debian's qemu-user-static and debootstrap, and pip. The first run installs Debian and
+the packages of the core install in `--machine DIR` (0.7 GB, about 7 minutes); later runs reuse it
+and start in seconds. A full run takes about an hour on two cores, `--every 7` eight minutes,
+`--quick` one. Emulation checks bits, and that no compilation aborts; it does not measure speed.
 
-A case is a mode, a direction, two storage types and two layouts, called through the public
-functions with both backends. Its inputs hold all bytes, all bit patterns of a half type, or ties,
-infinities, NaNs, subnormals and numbers out of range, in shapes with and without a tail. It writes
-new results, into `out` at several alignments, and in place; the bytes around `out` must keep their
-values. Large cases write 33 MiB into `out`, where kernels use non-temporal stores.
+A case is a mode, a direction, two storage types and two layouts, run through the public functions
+with both backends. Its inputs contain all bytes, all bit patterns of a half type, or ties,
+infinities, NaNs, subnormals and out-of-range numbers, in shapes with and without a tail. It writes
+to a new array, into `out` at several alignments, and in place, and must not change the bytes around
+`out`. Large cases write 33 MiB into `out`, for which kernels use non-temporal stores.
 
-LLVM ends the process where one of its assertions fails. Worker processes run the cases, and one
-that ends early is replaced by another that starts with the next case. The exit code is 1 if a
-case differs or ends its process.
+A failed LLVM assertion aborts the process. Worker processes run the cases; a new worker replaces
+one that aborts and starts with the next case. The exit code is 1 if a case differs or aborts.
 """
 
 from __future__ import annotations
@@ -65,15 +64,15 @@ from tests.helpers.checkout import CHECKOUT
 from tests.helpers.private_disks import mount, use_private_mounts
 
 # The machine.
-DEBIAN, PYTHON = "bookworm", "3.11"  # the Python of this Debian
-GLIBC_MINORS = range(17, 37)  # of the wheels that it can load: 2.17 to its own 2.36
+DEBIAN, PYTHON = "bookworm", "3.11"  # the Python of this Debian release
+GLIBC_MINORS = range(17, 37)  # of the wheels that it can load: 2.17 to its own glibc 2.36
 HANDLERS = Path("/proc/sys/fs/binfmt_misc")
 HANDLER = Path("/usr/lib/binfmt.d/qemu-aarch64.conf")
-BIND = 0x1000  # of mount(2)
+BIND = 0x1000  # MS_BIND of mount(2)
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
 
-# What Linux says of an Arm Ltd. processor in /proc/cpuinfo, from where LLVM takes what to compile
-# for. QEMU's `max` is no processor that LLVM knows; a Neoverse V2 has the extensions that matter.
+# /proc/cpuinfo of an Arm Ltd. processor, which LLVM reads to detect the host. LLVM does not know
+# QEMU's `max`; a Neoverse V2 has the extensions that matter.
 CPUINFO = "Features\t: {}\nCPU implementer\t: 0x41\nCPU part\t: {}\n"
 NEON = "fp asimd aes pmull sha1 sha2 crc32 atomics fphp asimdhp asimdrdm lrcpc dcpop asimddp"
 SVE2 = "sha3 sm3 sm4 sha512 asimdfhm sve sve2 sveaes svepmull svebitperm svesha3 i8mm bf16"
@@ -97,13 +96,13 @@ LINE_BYTES = 64
 GUARD = 0xA5
 
 CASES_PER_WORKER = 40
-CASE_SECONDS = 600  # a case that takes longer hangs, and SIGALRM ends its process
-QUICK_STEP = 77  # for 12 cases, of every mode and layout
+CASE_SECONDS = 600  # SIGALRM ends the process of a case that takes longer
+QUICK_STEP = 77  # yields 12 cases that cover every mode and layout
 
 
 @dataclass(frozen=True)
 class Case:
-    """A transform from one storage type to another: one kernel, or its in-place variant too."""
+    """A transform from one storage type to another: one kernel and any in-place variant."""
 
     mode: fastvgg.Mode | str
     direction: str
@@ -131,7 +130,7 @@ class Case:
 
 
 def all_cases():
-    """Return every case, in an order that never changes: workers know them by number."""
+    """Return every case in a fixed order; workers refer to cases by number."""
     nearest, truncate = ["nearest"], ["truncate"]
     forward = itertools.product(["preprocess"], ("uint8", *FLOATS), FLOATS, nearest)
     inverse = itertools.product(["restore"], FLOATS, ("uint8", *FLOATS), nearest)
@@ -149,7 +148,7 @@ CASES = all_cases()
 
 
 def values_of(case):
-    """Return the elements that a case is tried on, in an order of no meaning."""
+    """Return the input elements of a case, shuffled."""
     dtype, random = dtype_of(case.source), np.random.default_rng(1)
     if case.source == "uint8":
         values = np.arange(256, dtype=dtype)
@@ -178,7 +177,7 @@ def special_values(dtype):
 
 
 def random_values(dtype, random):
-    """Return random bit patterns, and numbers of all sizes that are ties of the narrower types."""
+    """Return random bit patterns, numbers of all magnitudes, and ties of the narrower types."""
     unsigned = f"u{dtype.itemsize}"
     patterns = random.integers(0, np.iinfo(unsigned).max, 4000, unsigned, endpoint=True)
     numbers = random.uniform(-1, 1, 4000) * 10.0 ** random.uniform(-9, 6, 4000)
@@ -190,7 +189,7 @@ def random_values(dtype, random):
 
 
 def values_near_ties(case):
-    """Return what becomes whole and half numbers from -4 to 260, and its neighbours."""
+    """Return inputs whose results are the multiples of 0.5 from -4 to 260, and their neighbors."""
     dtype = dtype_of(case.source)
     values = np.repeat(np.arange(-8, 520) / 2, 3).reshape(1, -1, 3).astype(dtype)
     if case.direction == "restore":
@@ -201,7 +200,7 @@ def values_near_ties(case):
 
 
 def batches_of(case):
-    """Yield read-only inputs: one with all values, then images and batches of odd sizes."""
+    """Yield read-only inputs: one with all values, then images and batches of unusual sizes."""
     values = values_of(case)
     if case.is_large:
         row_bytes = LARGE_WIDTH * 3 * dtype_of(case.target).itemsize
@@ -215,10 +214,10 @@ def batches_of(case):
 
 
 def results(case, x, expected):
-    """Yield the kernel's results for one input, each with how it was called."""
+    """Yield the kernel's results for one input, each with a description of the call."""
     for offset in (0, 1, 5):
         yield (
-            f"out {offset} elements after a cache line begins",
+            f"out {offset} elements past a cache line boundary",
             apply_to_guarded(case, x, expected, offset),
         )
     if case.is_large:
@@ -232,7 +231,7 @@ def results(case, x, expected):
 
 
 def apply_to_guarded(case, x, expected, offset):
-    """Return a result in `out`, so many elements after a cache line begins, between guards."""
+    """Return a result written to `out`, `offset` elements past a cache line, between guards."""
     memory = np.full(expected.nbytes + 4 * LINE_BYTES, GUARD, np.uint8)
     start = -memory.ctypes.data % LINE_BYTES + LINE_BYTES + offset * expected.itemsize
     stop = start + expected.nbytes
@@ -249,33 +248,33 @@ def differences(case):
         expected = case.apply(x, backend="numpy")
         with unchanged(x):
             for how, actual in results(case, x, expected):
-                if found := difference(actual, expected):
-                    yield f"{found}; shape {x.shape}, {how}"
+                if text := difference(actual, expected):
+                    yield f"{text}; shape {x.shape}, {how}"
 
 
 def difference(actual, expected):
     """Describe the first differing element of two arrays and the number of differences."""
     actual, expected = (each.view(f"u{each.itemsize}").ravel() for each in (actual, expected))
-    (at,) = np.nonzero(actual != expected)
-    if not len(at):
+    (indices,) = np.nonzero(actual != expected)
+    if not len(indices):
         return ""
-    first = f"{actual[at[0]]:#x} instead of {expected[at[0]]:#x}"
-    return f"{len(at)} of {len(actual)} elements, first {first}"
+    first = f"{actual[indices[0]]:#x} instead of {expected[indices[0]]:#x}"
+    return f"{len(indices)} of {len(actual)} elements, first {first}"
 
 
 def work(numbers):
-    """Run cases in this process on the emulated machine; print a line before and after each."""
+    """Run cases in this process, on the emulated machine; print a line before and after each."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for number in numbers:
         signal.alarm(CASE_SECONDS)
         print_line(f"begin {number}")
-        for found in differences(CASES[number]):
-            print_line(f"differs {number} {found}")
+        for text in differences(CASES[number]):
+            print_line(f"differs {number} {text}")
         print_line(f"end {number}")
 
 
 def print_versions():
-    """Print what this process, on the emulated machine, runs on."""
+    """Print the architecture and the versions of Python and packages, as JSON."""
     packages = {
         name: metadata.version(name) for name in ("numba", "llvmlite", "numpy", "ml_dtypes")
     }
@@ -286,30 +285,30 @@ def print_versions():
 
 def print_line(line):
     """Print a line and flush."""
-    print(line, flush=True)  # noqa: T201  # what a campaign is for
+    print(line, flush=True)  # noqa: T201  # the output of a campaign
 
 
 class Machine:
-    """A Debian for aarch64 in a directory, whose programs QEMU runs in user mode.
+    """A Debian for aarch64 in a directory, whose programs run under QEMU user-mode emulation.
 
     Parameters
     ----------
-    place
-        The directory, which later runs use again.
+    directory
+        Where to install Debian; later runs reuse it.
     cpu
-        What QEMU emulates: one of `CPUS`.
+        The emulated processor: one of `CPUS`.
     """
 
-    def __init__(self, place, cpu):
-        self.root = place / f"{DEBIAN}-arm64"
+    def __init__(self, directory, cpu):
+        self.root = directory / f"{DEBIAN}-arm64"
         self._cpu = cpu
-        self._cpuinfo = place / f"cpuinfo-{cpu}"
-        self._installed = place / "installed.txt"
+        self._cpuinfo = directory / f"cpuinfo-{cpu}"
+        self._installed = directory / "installed.txt"
 
     def set_up(self):
-        """Create what is missing of the machine, and copy the checkout into its memory.
+        """Create the missing parts of the machine, and copy the checkout to a tmpfs in it.
 
-        All mounts are private to this process and its children, and vanish with them.
+        All mounts are private to this process and its children, and disappear with them.
         """
         use_private_mounts()
         register_handler()
@@ -333,7 +332,7 @@ class Machine:
             "QEMU_CPU": self._cpu,
         }
         return subprocess.run(
-            ["chroot", self.root, *command],  # noqa: S607  # where root has it
+            ["chroot", self.root, *command],  # noqa: S607  # found on root's PATH
             env=environment,
             capture_output=True,
             text=True,
@@ -345,7 +344,7 @@ class Machine:
         return self.run("/venv/bin/python", "-c", source)
 
     def versions(self):
-        """Return what Python runs on there."""
+        """Return the architecture and the versions on the machine."""
         return json.loads(
             check_output(self.python("from tests.campaigns import arm; arm.print_versions()"))
         )
@@ -363,16 +362,17 @@ class Machine:
         unfinished.rename(self.root)
 
     def _install(self, requirements):
-        print_line("installing the packages of the core install there")
+        print_line("installing the packages of the core install on it")
         wheels = self.root / "wheels"
         shutil.rmtree(wheels, ignore_errors=True)
         platforms = [f"--platform=manylinux_2_{minor}_aarch64" for minor in GLIBC_MINORS]
         kind = ("--only-binary=:all:", f"--python-version={PYTHON}", "--implementation=cp")
-        wanted = (*platforms, "--platform=manylinux2014_aarch64", *kind, *requirements.splitlines())
-        output_of(sys.executable, "-m", "pip", "download", f"--dest={wheels}", *wanted)
-        found = ("--no-index", "--find-links=/wheels", *requirements.splitlines())
+        names = requirements.splitlines()
+        options = (*platforms, "--platform=manylinux2014_aarch64", *kind)
+        output_of(sys.executable, "-m", "pip", "download", f"--dest={wheels}", *options, *names)
         check_output(self.run("python3", "-m", "venv", "--clear", "/venv"))
-        check_output(self.run("/venv/bin/pip", "install", *found))
+        offline = ("--no-index", "--find-links=/wheels")
+        check_output(self.run("/venv/bin/pip", "install", *offline, *names))
         self._installed.write_text(requirements)
 
     def _copy_checkout(self):
@@ -386,20 +386,20 @@ class Machine:
 
 
 def output_of(*command):
-    """Return what a command prints; stop with its output if it fails."""
+    """Return the output of a command; exit with its output if it fails."""
     return check_output(subprocess.run(command, capture_output=True, text=True, check=False))
 
 
 def check_output(done):
-    """Return what a process printed; stop with its last lines if it failed."""
+    """Return the output of a finished process; exit with its last lines if it failed."""
     if done.returncode:
-        last = (done.stdout + done.stderr)[-2000:]
-        raise SystemExit(f"{done.args}: exit code {done.returncode}\n{last}")
+        tail = (done.stdout + done.stderr)[-2000:]
+        raise SystemExit(f"{done.args}: exit code {done.returncode}\n{tail}")
     return done.stdout
 
 
 def register_handler():
-    """Let Linux start programs for aarch64 with QEMU."""
+    """Register QEMU with binfmt_misc as the interpreter of aarch64 programs."""
     if not (HANDLERS / "register").exists():
         mount("none", HANDLERS, "binfmt_misc")
     if not (HANDLERS / HANDLER.stem).exists():
@@ -407,12 +407,12 @@ def register_handler():
 
 
 def debian_mirror():
-    """Return a mirror of Debian from which apt installs on this machine."""
-    wanted = ("Created-By: Packages", "Label: Debian", "Component: main")
-    found = output_of("apt-get", "indextargets", "--format", "$(REPO_URI)", *wanted).split()
-    if not found:
-        raise SystemExit("apt knows no mirror of Debian: run apt-get update")
-    return found[0]
+    """Return a Debian mirror that apt uses on this machine."""
+    filters = ("Created-By: Packages", "Label: Debian", "Component: main")
+    mirrors = output_of("apt-get", "indextargets", "--format", "$(REPO_URI)", *filters).split()
+    if not mirrors:
+        raise SystemExit("apt has no Debian mirror: run apt-get update")
+    return mirrors[0]
 
 
 def core_requirements():
@@ -422,34 +422,34 @@ def core_requirements():
 
 
 def check_prerequisites():
-    """Stop where something is missing that the campaign needs."""
+    """Exit if a prerequisite of the campaign is missing."""
     if os.geteuid() != 0:
-        raise SystemExit("arm.py enters another root directory: run it as root")
+        raise SystemExit("arm.py calls chroot: run it as root")
     if not HANDLER.exists() or not shutil.which("debootstrap"):
-        raise SystemExit("install what emulates: apt-get install qemu-user-static debootstrap")
+        raise SystemExit("install the emulator: apt-get install qemu-user-static debootstrap")
     if not importlib.util.find_spec("pip"):
         raise SystemExit(f"install pip: {sys.executable} -m ensurepip")
 
 
 def run_cases(emulated, numbers):
-    """Run cases in a worker, and in another one after a case that ended it.
+    """Run cases in a worker process; start another after a case that aborts it.
 
     Returns
     -------
     differing, aborts : dict
-        By the number of a case, its first difference, or the last words of its process.
+        By case number, the first difference, or the exit status and last error line.
     """
-    differing, aborts, left = {}, {}, list(numbers)
-    while left:
-        done = emulated.python(f"from tests.campaigns import arm; arm.work({left})")
+    differing, aborts, remaining = {}, {}, list(numbers)
+    while remaining:
+        done = emulated.python(f"from tests.campaigns import arm; arm.work({remaining})")
         lines = [line.split(" ", 2) for line in done.stdout.splitlines()]
-        for _, number, found in (line for line in lines if line[0] == "differs"):
-            differing.setdefault(int(number), found)
-        left = [number for number in left if ["end", str(number)] not in lines]
-        if left and ["begin", str(left[0])] not in lines:
+        for _, number, text in (line for line in lines if line[0] == "differs"):
+            differing.setdefault(int(number), text)
+        remaining = [number for number in remaining if ["end", str(number)] not in lines]
+        if remaining and ["begin", str(remaining[0])] not in lines:
             check_output(done)
-        if left:
-            aborts[left.pop(0)] = (
+        if remaining:
+            aborts[remaining.pop(0)] = (
                 f"{describe_exit(done.returncode)} {last_error_line(done.stderr)}".strip()
             )
     return differing, aborts
@@ -461,22 +461,21 @@ def describe_exit(returncode):
 
 
 def last_error_line(errors):
-    """Return the last line of a process's errors that is its own, without names of folders."""
+    """Return the last stderr line that is not QEMU's, without directory names."""
     lines = [line for line in errors.splitlines() if not line.startswith("qemu: ")]
     return re.sub(r"\S*/", "", lines[-1]) if lines else ""
 
 
 def campaign(emulated, numbers):
-    """Run cases on as many workers as there are cores; return the differing ones and the aborts."""
+    """Run cases on one worker per core; return the differing ones and the aborts."""
     differing, aborts, ran = {}, {}, 0
     starts = range(0, len(numbers), CASES_PER_WORKER)
     shares = [numbers[start : start + CASES_PER_WORKER] for start in starts]
     with ThreadPoolExecutor(available_cpus()) as workers:
-        for share, found in zip(
-            shares, workers.map(partial(run_cases, emulated), shares), strict=True
-        ):
-            differing |= found[0]
-            aborts |= found[1]
+        results = workers.map(partial(run_cases, emulated), shares)
+        for share, (new_differing, new_aborts) in zip(shares, results, strict=True):
+            differing |= new_differing
+            aborts |= new_aborts
             ran += len(share)
             print_line(
                 f"{ran} of {len(numbers)} cases: {len(differing)} differing, {len(aborts)} aborts"
@@ -484,9 +483,9 @@ def campaign(emulated, numbers):
     return by_case_name(differing), by_case_name(aborts)
 
 
-def by_case_name(found):
-    """Return what was found by the name of its case, in the order of the cases."""
-    return {str(CASES[number]): found[number] for number in sorted(found)}
+def by_case_name(by_number):
+    """Replace case numbers by case names, in the order of the cases."""
+    return {str(CASES[number]): by_number[number] for number in sorted(by_number)}
 
 
 def parsed_arguments():
@@ -497,13 +496,13 @@ def parsed_arguments():
         type=Path,
         default=CACHE / "fastvgg-arm",
         metavar="DIR",
-        help="where the emulated machine is",
+        help="directory of the emulated machine",
     )
     parser.add_argument("--cpu", choices=CPUS, default="neoverse-n1")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="one case in N")
-    parser.add_argument("--quick", action="store_true", help="some cases; keep no record")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="run one case in N")
+    parser.add_argument("--quick", action="store_true", help="run 12 cases; write no record")
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="the cases whose name has this; keep no record"
+        "--only", default="", metavar="TEXT", help="run cases whose name has TEXT; write no record"
     )
     return parser.parse_args()
 

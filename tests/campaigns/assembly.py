@@ -1,17 +1,17 @@
-"""What kernels compile to, for processors that are not at hand: speed without a clock.
+"""Check the assembly of every kernel for processors that this machine does not have.
 
     python -m tests.campaigns.assembly                      # every kernel and processor: minutes
-    python -m tests.campaigns.assembly --write              # and keep the instructions per pixel
+    python -m tests.campaigns.assembly --write              # also write instructions.json
     python -m tests.campaigns.assembly --processor haswell  # one processor
 
-A kernel is faulty if it has an SSE instruction without the VEX prefix beside wide registers (on
-Zen 3 each costs 380 ns), a wide register spilled to an unaligned slot of the stack (up to 60 times
-slower where the slot crosses a page), no non-temporal store where one is meant, no store fence, or
-more instructions per pixel than instructions.json allows. LLVM must compile it at all: one of its
-assertions ends the process.
+A kernel fails if it mixes legacy (non-VEX) SSE instructions with wide registers (on Zen 3 each
+costs 380 ns), spills a wide register to an unaligned stack slot (up to 60 times slower if the slot
+crosses a page), lacks an expected non-temporal store or store fence, or has more instructions per
+pixel than instructions.json allows. LLVM must also compile it: a failed assertion aborts the
+process.
 
-x86-64 processors are compiled for in a process of their own, as Numba reads them from the
-environment. For Arm, what Numba emits is compiled once more for another target.
+Each x86-64 processor has its own process, because Numba reads the target from the environment. For
+Arm, the LLVM IR that Numba emits is compiled again for another target.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ UNALIGNED_SLOT = re.compile(
 
 
 def contract():
-    """The kernels of the contract by name: every mode, storage type and pair of layouts."""
+    """Yield the name and spec of each kernel: every mode, storage type and pair of layouts."""
     from fastvgg.kernels.spec import KernelSpec
     from fastvgg.transform import Transform
     from tests.helpers.batches import FLOATS, KERAS_MODES, LAYOUT_PAIRS
@@ -75,8 +75,8 @@ def contract():
 
 
 def innermost_loops(lines):
-    """Each stretch of lines that is repeated and has no other such stretch inside."""
-    labels = {found[1]: at for at, line in enumerate(lines) if (found := LABEL.match(line))}
+    """Return the lines of each loop that contains no other loop."""
+    labels = {match[1]: at for at, line in enumerate(lines) if (match := LABEL.match(line))}
     jumps = [(labels.get(m[1], at), at) for at, line in enumerate(lines) if (m := JUMP.match(line))]
     back = [(begin, end) for begin, end in jumps if begin < end]
     return [
@@ -89,13 +89,13 @@ def innermost_loops(lines):
 
 
 def stored_bytes(lines):
-    """How many bytes the non-temporal stores of some lines write."""
-    found = [match for line in lines if (match := NONTEMPORAL.match(line))]
-    return sum(STORE_BYTES[match[1] or match[2]] for match in found)
+    """Return the number of bytes that the non-temporal stores among some lines write."""
+    matches = [match for line in lines if (match := NONTEMPORAL.match(line))]
+    return sum(STORE_BYTES[match[1] or match[2]] for match in matches)
 
 
 def analyze(spec, text):
-    """The instructions per pixel of a kernel, and its faults."""
+    """Return the instructions per pixel of a kernel, and its faults."""
     from fastvgg.kernels.vector import ELEMENT_BYTES
 
     lines = text[: text.index(".Lfunc_end0")].splitlines()
@@ -118,8 +118,8 @@ def analyze(spec, text):
 
 
 def returns_unfenced(lines):
-    """Whether the return can be reached from a non-temporal store without a store fence."""
-    labels = {found[1]: at for at, line in enumerate(lines) if (found := LABEL.match(line))}
+    """Return whether a path from a non-temporal store to the return has no store fence."""
+    labels = {match[1]: at for at, line in enumerate(lines) if (match := LABEL.match(line))}
     pending = [at + 1 for at, line in enumerate(lines) if NONTEMPORAL.match(line)]
     seen = set()
     while pending:
@@ -129,30 +129,30 @@ def returns_unfenced(lines):
         seen.add(at)
         if re.match(r"\s+ret", lines[at]):
             return True
-        if found := JUMP.match(lines[at]):
-            pending.append(labels[found[1]])
+        if match := JUMP.match(lines[at]):
+            pending.append(labels[match[1]])
         if not re.match(r"\s+jmp", lines[at]):
             pending.append(at + 1)
     return False
 
 
 def is_legacy(line):
-    """Whether a line is an SSE instruction without the VEX prefix."""
+    """Return whether a line is an SSE instruction without the VEX prefix."""
     return bool(re.match(r"\s+[a-uw-z]\w*\s.*%xmm", line))
 
 
 def analyze_native(every, first):
-    """What kernels compile to in this process, for the processor of the environment."""
+    """Analyze kernels compiled by Numba in this process, for the processor of the environment."""
     from fastvgg.kernels import convert
 
     for name, spec in [*contract()][first::every]:
-        print(name, file=sys.stderr, flush=True)  # the last one, if LLVM ends the process
+        print(name, file=sys.stderr, flush=True)  # the last name is the culprit if LLVM aborts
         (text,) = convert.compile_kernel(spec).inspect_asm().values()
         yield name, analyze(spec, text)
 
 
 def analyze_arm(cpu, every, first):
-    """What kernels compile to for an Arm processor."""
+    """Analyze kernels compiled for an Arm processor."""
     from llvmlite import binding
 
     from fastvgg.kernels import convert, jit
@@ -176,7 +176,7 @@ def analyze_arm(cpu, every, first):
 
 
 def compiled(processor, every=1, first=0):
-    """What kernels compile to for a processor, from a process of its own."""
+    """Return the analysis of the kernels for a processor, from a child process."""
     environment = checkout_environment()
     if processor in X86:
         environment |= {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": X86[processor]}
@@ -190,23 +190,19 @@ def compiled(processor, every=1, first=0):
         str(first),
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    last = done.stderr.strip().splitlines()[-1:]
-    assert done.returncode == 0, f"{processor}: {last}: {done.stderr[-2000:]}"
+    last_line = done.stderr.strip().splitlines()[-1:]
+    assert done.returncode == 0, f"{processor}: {last_line}: {done.stderr[-2000:]}"
     return json.loads(done.stdout)
 
 
-def list_faults(processor, found, allowed):
-    """What is wrong with the kernels of a processor, a line each."""
-    lines = [f"{name}: {fault}" for name, row in found.items() for fault in row["faults"]]
-    for name, row in found.items():
-        max_bytes = allowed[processor].get(name)
-        if (
-            max_bytes is None
-            or row["instructions"] is None
-            or row["instructions"] > TOLERANCE * max_bytes
-        ):
+def list_faults(processor, rows, allowed):
+    """Return the faults of the kernels of a processor, one per line."""
+    lines = [f"{name}: {fault}" for name, row in rows.items() for fault in row["faults"]]
+    for name, row in rows.items():
+        limit = allowed[processor].get(name)
+        if limit is None or row["instructions"] is None or row["instructions"] > TOLERANCE * limit:
             lines.append(
-                f"{name}: {row['instructions']} instructions per pixel, in the table {max_bytes}"
+                f"{name}: {row['instructions']} instructions per pixel, in the table {limit}"
             )
     return [f"{processor}: {line}" for line in lines]
 
@@ -220,20 +216,23 @@ def main():
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processor", choices=PROCESSORS, nargs="+", default=PROCESSORS)
-    parser.add_argument("--write", action="store_true", help="keep the instructions per pixel")
+    parser.add_argument("--write", action="store_true", help="write the instructions per pixel")
     arguments = parser.parse_args()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = dict(zip(arguments.processor, pool.map(compiled, arguments.processor), strict=True))
+        results = pool.map(compiled, arguments.processor)
+        by_processor = dict(zip(arguments.processor, results, strict=True))
     counts = {
         processor: {name: row["instructions"] for name, row in rows.items()}
-        for processor, rows in found.items()
+        for processor, rows in by_processor.items()
     }
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     if arguments.write:
         table |= counts
         TABLE.write_text(json.dumps(table, indent=1) + "\n")
     faults = [
-        line for processor, rows in found.items() for line in list_faults(processor, rows, table)
+        line
+        for processor, rows in by_processor.items()
+        for line in list_faults(processor, rows, table)
     ]
     print(*faults, sep="\n")
     for processor, rows in counts.items():

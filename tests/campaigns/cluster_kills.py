@@ -1,11 +1,11 @@
 """Kill workers and coordinators of a Dask cluster at random, and run tasks twice concurrently.
 
-    python -m tests.campaigns.cluster_kills            # some minutes; prints its counts
-    python -m tests.campaigns.cluster_kills --size 10  # so many workers; a quarter, coordinators
+    python -m tests.campaigns.cluster_kills            # takes minutes; prints counts
+    python -m tests.campaigns.cluster_kills --size 10  # workers to kill; 1/4 as many coordinators
 
-A coordinator is killed when it has committed a drawn number of chunks, and another goes on: it
-computes those that were not committed, and no others. What two workers are made to do at once is
-done beside the run that wants the same tasks. Each run is compared with what one machine writes.
+A coordinator is killed after it has committed a random number of chunks. Its successor must compute
+exactly the uncommitted chunks. Duplicate tasks run on every worker, concurrently with the run that
+submits the same tasks. Each result is compared with the output of one machine.
 """
 
 from __future__ import annotations
@@ -36,11 +36,9 @@ from tests.helpers.datasets_on_disk import commits_in, pixels, plan_of, save_npy
 from tests.helpers.faults import memory_directory
 
 WORKERS = 2
-CHUNKS = 100  # three of them a task
+CHUNKS = 100  # three per task
 NAMES = ("y.npy", "y.zarr", "y.h5::/images")
-MAX_KILL_INTERVAL_SECONDS = (
-    0.5  # between kills, at most: a worker begins to work two seconds after it is started
-)
+MAX_KILL_INTERVAL_SECONDS = 0.5  # a worker takes two seconds to start working
 TIMEOUT_SECONDS = 60
 COORDINATOR_SCRIPT = """
 import sys
@@ -53,12 +51,12 @@ with Client(address) as client:
 
 
 class Workers:
-    """A scheduler, and workers that are processes of their own, with nobody who minds their death.
+    """A scheduler and worker processes, without nannies that would restart them.
 
     Parameters
     ----------
     directory
-        Where the scheduler says its address.
+        Where the scheduler writes its address.
     """
 
     def __init__(self, directory):
@@ -81,7 +79,7 @@ class Workers:
         return Client(scheduler_file=self._file, timeout=timeout, set_as_default=False)
 
     def kill(self, pid):
-        """Kill a worker, and start another; return how many were killed."""
+        """Kill a worker and start another; return the number of killed workers."""
         for number, process in enumerate(self._workers):
             if process.pid == pid and process.poll() is None:
                 process.kill()
@@ -91,7 +89,7 @@ class Workers:
         return 0
 
     def close(self):
-        """Kill all of them."""
+        """Kill the workers and the scheduler."""
         for process in (*self._workers, self._scheduler):
             process.kill()
             process.wait()
@@ -100,24 +98,24 @@ class Workers:
 class Runs:
     """Runs of one plan into one of three formats, each with an expected result."""
 
-    def __init__(self, place, workers, client, draw):
+    def __init__(self, directory, workers, client, draw):
         self._workers = workers
         self._client = client
         self._draw = draw
-        self._place = place
-        self._source = save_npy(place / "x.npy", pixels(2 * CHUNKS - 1, height=61, width=65))
+        self._directory = directory
+        self._source = save_npy(directory / "x.npy", pixels(2 * CHUNKS - 1, height=61, width=65))
         self._expected = {}
         for name in NAMES:
-            self._target = self._place / name
+            self._target = self._directory / name
             self._planned().run()
             self._expected[name] = self._contents()
             self._remove()
         self._name = NAMES[0]
 
     def begin(self):
-        """Choose a format, of which nothing is there."""
+        """Choose a format; its target does not exist."""
         self._name = self._draw.choice(NAMES)
-        self._target = self._place / self._name
+        self._target = self._directory / self._name
 
     def _planned(self):
         return plan_of(self._source, self._target, mode="caffe", images_per_chunk=2)
@@ -129,11 +127,11 @@ class Runs:
         return path.read_bytes()
 
     def _remove(self):
-        for path in self._place.glob(f"{Location.parse(self._target).container.name}*"):
+        for path in self._directory.glob(f"{Location.parse(self._target).container.name}*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def finish(self, computed=None):
-        """Run to the end, and check the result."""
+        """Run to completion, and check the result."""
         report = self._planned().run(client=self._client)
         self._check(report, computed)
 
@@ -141,19 +139,13 @@ class Runs:
         assert report.counts["images"] == 2 * CHUNKS - 1
         assert computed is None or report.counts["computed_chunks"] == computed, report.counts
         assert self._contents() == self._expected[self._name], self._name
-        left = {
-            path.name
-            for path in self._place.glob(f"{Location.parse(self._target).container.name}*")
-        }
         name = Location.parse(self._target).container.name
-        assert left == {
-            name,
-            f"{name}.fastvgg.json",
-        }
+        names = {path.name for path in self._directory.glob(f"{name}*")}
+        assert names == {name, f"{name}.fastvgg.json"}
         self._remove()
 
     def kill_workers(self):
-        """Kill workers while a run goes on; return how many."""
+        """Kill workers during a run; return the number of killed workers."""
         killed, ended = [], threading.Event()
 
         def kill():
@@ -173,21 +165,21 @@ class Runs:
         return sum(killed)
 
     def kill_coordinator(self):
-        """Kill a coordinator at work, and have another go on; return how many were killed."""
-        wanted = self._draw.randrange(1, CHUNKS)
+        """Kill a coordinator and resume with another; return the number of killed ones."""
+        commits_before_kill = self._draw.randrange(1, CHUNKS)
         arguments = [self._client.scheduler.address, str(self._source), str(self._target)]
         command = [sys.executable, "-c", COORDINATOR_SCRIPT, *arguments]
         environment = checkout_environment()
         with subprocess.Popen(command, env=environment) as process:
             deadline = time.monotonic() + TIMEOUT_SECONDS
-            while process.poll() is None and self._committed() < wanted:
+            while process.poll() is None and self._committed() < commits_before_kill:
                 assert time.monotonic() < deadline, "the coordinator makes no progress"
                 time.sleep(0.001)
             process.send_signal(signal.SIGKILL)
         killed = process.returncode == -signal.SIGKILL
         assert killed or process.returncode == 0
-        done = self._committed() if self._has_journal() else 0
-        self.finish(CHUNKS - done if killed and self._has_journal() else None)
+        committed = self._committed() if self._has_journal() else 0
+        self.finish(CHUNKS - committed if killed and self._has_journal() else None)
         return int(killed)
 
     def _has_journal(self):
@@ -200,7 +192,7 @@ class Runs:
             return 0
 
     def run_twice(self):
-        """Submit tasks of a run a second time; return how many chunks were done twice."""
+        """Submit tasks of a run a second time; return the number of chunks computed twice."""
         plan = dataclasses.replace(self._planned(), threads=1)
         shared = pickle.dumps((secrets.token_hex(8), plan))
         rows = [*enumerate(plan.chunk_rows())]
@@ -218,7 +210,7 @@ class Runs:
             )
 
         report = plan.run(submit_duplicates, client=self._client)
-        done = self._client.gather(futures, errors="skip")  # some come too late
+        done = self._client.gather(futures, errors="skip")  # some are too late
         self._check(report, CHUNKS)
         return sum(map(len, done)) // 2
 
@@ -226,21 +218,21 @@ class Runs:
 def campaign(seed, size):
     """Kill `size` workers, a quarter as many coordinators, and run as many tasks twice."""
     draw = random.Random(seed)  # noqa: S311  # not for secrets
-    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # it warns of each death
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # it warns of each kill
     counts = {"workers killed": 0, "coordinators killed": 0, "chunks computed twice": 0, "runs": 0}
-    place = Path(tempfile.mkdtemp(prefix="fastvgg-cluster-", dir=memory_directory()))
-    wanted = {
+    directory = Path(tempfile.mkdtemp(prefix="fastvgg-cluster-", dir=memory_directory()))
+    minimums = {
         "workers killed": size,
         "coordinators killed": size // 4,
         "chunks computed twice": size,
     }
-    workers = Workers(place)
+    workers = Workers(directory)
     try:
         with workers.connect() as client:
             client.wait_for_workers(WORKERS, timeout=TIMEOUT_SECONDS)
-            runs = Runs(place, workers, client, draw)
+            runs = Runs(directory, workers, client, draw)
             actions = (runs.kill_workers, runs.kill_coordinator, runs.run_twice)
-            for (name, minimum), action in zip(wanted.items(), actions, strict=True):
+            for (name, minimum), action in zip(minimums.items(), actions, strict=True):
                 while counts[name] < minimum:
                     runs.begin()
                     counts[name] += action()
@@ -248,7 +240,7 @@ def campaign(seed, size):
                     client.wait_for_workers(WORKERS, timeout=TIMEOUT_SECONDS)
     finally:
         workers.close()
-        shutil.rmtree(place)
+        shutil.rmtree(directory)
     return {**counts, "wrong": 0}
 
 

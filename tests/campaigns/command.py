@@ -1,10 +1,9 @@
-"""The command line of the campaigns: a seed, one line of counts, and a record of the last run.
+"""The command line of the campaigns: takes a seed, prints one line of counts, writes a record.
 
     python -m tests.campaigns.crash_states --seed 1
 
-A campaign is a function of a seed and a size that returns its counts, and raises at the first thing
-that is wrong. The suite runs the same functions with a smaller size:
-tests/campaigns/test_campaigns.py.
+A campaign is a function of a seed and a size that returns counts and raises at the first error. The
+suite runs the same functions with smaller sizes: tests/campaigns/test_campaigns.py.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ RESULTS = CHECKOUT / "benchmarks" / "results"
 
 
 def main(campaign, description, *, size):
-    """Run a campaign from the command line, print its counts, and keep them."""
+    """Run a campaign from the command line, print its counts, and write a record of them."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--size", type=int, default=size, help="how much; see the module")
+    parser.add_argument("--size", type=int, default=size, help="amount of work; see the module")
     arguments = parser.parse_args()
     name = Path(sys.argv[0]).stem
     start_seconds = time.monotonic()

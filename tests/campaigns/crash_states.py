@@ -1,27 +1,28 @@
 """Enumerate every state that a crash can leave on the disk, and run the command on each.
 
-    python -m tests.campaigns.crash_states             # some minutes; prints its counts
-    python -m tests.campaigns.crash_states --size 500  # no more than so many runs for each job
+    python -m tests.campaigns.crash_states             # takes minutes; prints counts
+    python -m tests.campaigns.crash_states --size 500  # maximum number of runs per job
 
-A run is recorded: every call of `stream.storage` that changes the disk. A power cut between two of
-them may keep or lose anything that was not synced:
+Each run records every call of `stream.storage` that changes the disk. A power cut between two calls
+may keep or lose anything that was not synced:
 
-- of each sector of 512 bytes of the data that is changed in place any version since the last sync,
-  or one half of a version and the other half of the one before;
-- of each other write all, nothing, its first or its second half, all but its middle, or garbage;
-- of the changes of names any, in their order, where a rename is one change.
+- each 512-byte sector of data changed in place has any version since the last sync, or one half of
+  a version and the other half of the one before;
+- each other write persists fully, not at all, as its first or second half, without its middle, or
+  as garbage;
+- any subset of the directory changes persists, in order; a rename is one change.
 
-What the threads of a run do is recorded one chunk after another, and then replayed in orders drawn
-from those that there can be. Only the moments before a sync and after the last call are looked at:
-what can be lost at any other is a part of what can be lost then. A process that is killed, between
-any two calls, leaves all it did, and the next power cut may still lose what it did not sync. Each
-state is made for real, in memory, and the same command is run on it, and recorded in turn: crashes
-while recovering from a crash are covered to any depth.
+The threads of a run are recorded one chunk at a time and replayed in randomly chosen legal
+interleavings. Power cuts are simulated only before a sync and after the last call: what can be lost
+at any other point is a subset of what can be lost there. A process killed between two calls leaves
+everything it wrote, and the next power cut may still lose what was not synced. Each state is
+restored to an in-memory file system; the same command runs on it and is recorded again, so that
+crashes during recovery are covered to any depth.
 
-Writes that are lost in part are run once for all ways of losing a part: every line of a journal and
-every slot of a ring has a checksum.
+For a partially lost write, one way of losing a part is tried: every journal line and redo log slot
+has a checksum.
 
-`states` counts what was enumerated, `runs` what was different and therefore run.
+`states` counts the enumerated states, `runs` the distinct states that were run.
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ from tests.helpers.jobs import DATA, LARGER, SETTINGS, IncorrectStateError, Job,
 SECTOR_BYTES = 512
 PAGE_BYTES = 4096
 GARBAGE = 0xEE
-MAX_WAITING = 1000  # states of one kind that a command may be run on yet
+MAX_WAITING = 1000  # queued states per kind
 
 
 class Write(NamedTuple):
-    """Bytes that were written, or where there are none the length that a file was given."""
+    """A write at an offset; without `data`, a change of the file size to `offset`."""
 
     file: int
     offset: int
@@ -63,7 +64,7 @@ class Write(NamedTuple):
 
 
 class Name(NamedTuple):
-    """A name that was given to a file, or taken away; with `old`, the one it had before."""
+    """A directory change: a created, removed (`file` is None) or renamed (`old` is set) name."""
 
     name: str
     file: int | None
@@ -71,40 +72,40 @@ class Name(NamedTuple):
 
 
 class Sync(NamedTuple):
-    """A file whose bytes last from now on, or all names if None."""
+    """A sync of a file's content, or of the directory if `file` is None."""
 
     file: int | None
 
     def makes_durable(self, event):
-        """Whether what happened before lasts from now on."""
+        """Return whether the sync makes an earlier event durable."""
         if isinstance(event, Name):
             return self.file is None
         return event.file == self.file
 
 
-class Place(NamedTuple):
+class CallSite(NamedTuple):
     """Where in the code a sync is called."""
 
     function: str
     line: int
-    """Counted from where the function begins."""
+    """Relative to the first line of the function."""
 
 
 class Turn(NamedTuple):
-    """On which of two threads something is done, and of which chunk."""
+    """The thread (writer or committer) and the chunk of a recorded event."""
 
     is_commit: bool
     chunk: int
     after: int
-    """How many pieces are committed when it is given."""
+    """How many chunks are committed when the work is submitted."""
 
 
 class SerialCommitPipeline:
-    """`CommitPipeline` on the thread that gives the work, so that every recording is the same."""
+    """A `CommitPipeline` that works on the submitting thread, so that recordings are repeatable."""
 
     turn = None
     has_late_commits = False
-    """Whether a chunk is committed when it is waited for, and not when it is given."""
+    """Whether `drain`, not `submit`, commits a chunk."""
 
     def __class_getitem__(cls, _):
         return cls
@@ -122,7 +123,7 @@ class SerialCommitPipeline:
         SerialCommitPipeline.turn = None
 
     def submit(self, write, commit):
-        """Write a chunk, and commit it now or later."""
+        """Write a chunk; commit it now or later."""
         self._do(Turn(False, self._submitted, self._drained), write)
         self._to_commit.append((Turn(True, self._submitted, self._drained), commit))
         self._submitted += 1
@@ -139,7 +140,7 @@ class SerialCommitPipeline:
         self._results.append(self._do(*self._to_commit.popleft()))
 
     def drain(self, max_pending):
-        """Return what was committed, as far as it would be waited for."""
+        """Yield commit results until at most `max_pending` chunks are pending."""
         while len(self._to_commit) + len(self._results) > max_pending:
             if not self._results:
                 self._commit()
@@ -148,10 +149,10 @@ class SerialCommitPipeline:
 
 
 def interleave(log, draw):
-    """Return the events of a log in an order that two threads may take.
+    """Return the events of a log in a random order that two threads can produce.
 
-    A chunk is written when the one before it is, and as many are committed as were waited for; it
-    is committed when it is written, and the one before it is committed.
+    A chunk is written after the one before it, and after the commits that the writer waited for. It
+    is committed after it is written and the one before it is committed.
     """
     writes = deque((turn, event) for turn, event in log if turn and not turn.is_commit)
     commits = deque((turn, event) for turn, event in log if turn and turn.is_commit)
@@ -167,12 +168,12 @@ def interleave(log, draw):
 
 
 class RecordingStorage(Storage):
-    """Real storage that records what changes the disk, and whose turn it is.
+    """Real storage that records each change of the disk and its `Turn`.
 
     Parameters
     ----------
     names
-        Which file, by number, each name is of.
+        The file number of each name.
     omitted_sync
         The call site of a sync that is omitted, to test that the omission is detected.
     """
@@ -180,7 +181,7 @@ class RecordingStorage(Storage):
     def __init__(self, names, omitted_sync=None, *, fsync=True):
         super().__init__(fsync=fsync)
         self.log = []
-        self.places = set()
+        self.call_sites = set()
         self.is_done = False  # whether the command finished
         self._names = dict(names)
         self._files = {}
@@ -213,12 +214,12 @@ class RecordingStorage(Storage):
         self._record(Write(self._files[file.descriptor], nbytes, None))
 
     def _is_synced(self):
-        """Whether a sync at this call site is not omitted."""
+        """Return whether the calling sync is carried out."""
         frame = sys._getframe(2)
         function = f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}"
-        place = Place(function, frame.f_lineno - frame.f_code.co_firstlineno)
-        self.places.add(place)
-        return self.fsync and place != self._omitted_sync
+        call_site = CallSite(function, frame.f_lineno - frame.f_code.co_firstlineno)
+        self.call_sites.add(call_site)
+        return self.fsync and call_site != self._omitted_sync
 
     def sync(self, file):
         if self._is_synced():
@@ -246,13 +247,13 @@ class RecordingStorage(Storage):
 
 
 class State(NamedTuple):
-    """The content of a disk: the names of a directory, and the bytes of each file."""
+    """The content of a disk: the names in a directory, and the bytes of each file."""
 
     names: tuple[tuple[str, int], ...]
     contents: tuple[tuple[int, bytes], ...]
 
     def digest(self):
-        """Return what tells it from others."""
+        """Return a digest that identifies the state."""
         digest = xxhash.xxh3_128(repr(self.names).encode())
         for _, content in self.contents:
             digest.update(xxhash.xxh3_64_digest(content))
@@ -260,19 +261,19 @@ class State(NamedTuple):
 
 
 class CrashState(NamedTuple):
-    """What a crash leaves: the durable state, and unsynced changes in the page cache."""
+    """What a crash leaves: the durable state and unsynced changes in the page cache."""
 
     durable: State
     unsynced: tuple[Write | Name, ...] = ()
     fsync: bool = True
-    """What the commits in it survive, before all of it is synced."""
+    """Whether its commits survive a power cut, even before everything is synced."""
 
     def digest(self):
-        """Return what tells it from others."""
+        """Return a digest that identifies the crash state."""
         return self.durable.digest() + xxhash.xxh3_128_digest(repr(self.unsynced).encode())
 
     def visible(self):
-        """Return the state that the next command finds."""
+        """Return the state that the next command sees."""
         disk = Disk(self.durable, 0, 0)
         for event in self.unsynced:
             disk.apply(event)
@@ -282,7 +283,7 @@ class CrashState(NamedTuple):
 
 
 def written(content, write):
-    """Return a file's bytes after a write."""
+    """Return the content of a file after a write."""
     if write.data is None:
         return content[: write.offset].ljust(write.offset, b"\0")
     end = write.offset + len(write.data)
@@ -290,17 +291,17 @@ def written(content, write):
 
 
 class Disk:
-    """What is durable, and what happened since.
+    """The durable state of a disk, and the changes since.
 
     Parameters
     ----------
     state
-        What is durable at first.
+        The initial durable state.
     seed
-        Chooses how a write that is lost in part is lost.
+        Selects which part of a partially lost write is lost.
     max_states_per_crash
-        How many ways of losing something are looked at in one moment, where files are of a page or
-        less, and fewer where they are longer; of more, so many are drawn.
+        How many combinations of lost changes to enumerate at one crash point if files have at most
+        a page, and fewer for longer files. If there are more, that many are sampled.
     """
 
     def __init__(self, state, seed, max_states_per_crash):
@@ -320,7 +321,7 @@ class Disk:
             self.writes.setdefault(event.file, []).append(event)
 
     def sync(self, file):
-        """Make durable what happened to a file, or to names."""
+        """Make the changes of a file durable, or those of the directory."""
         if file is not None:
             for write in self.writes.pop(file, ()):
                 self.contents[file] = written(self.contents.get(file, b""), write)
@@ -329,11 +330,11 @@ class Disk:
         self.changes = []
 
     def durable(self):
-        """Return what no power cut can change any more, also of files whose names it can."""
+        """Return the durable state, including files whose names are not durable."""
         return State(tuple(sorted(self.names.items())), tuple(sorted(self.contents.items())))
 
     def state(self, names, contents):
-        """Return a state of these names, and no bytes of files that have none."""
+        """Return a state with these names, without files that have no name."""
         names = tuple(sorted(names.items()))
         return State(names, tuple(sorted((file, contents.get(file, b"")) for _, file in names)))
 
@@ -349,12 +350,12 @@ class Disk:
         return names
 
     def crashes(self):
-        """Return states that a power cut can leave, and how many ways to them were looked at."""
+        """Return the states that a power cut can leave, and how many combinations were tried."""
         files = {
             file: self._sector_axes(file) if file == self.data else self._lost_write_axes(file)
             for file in self.writes
         }
-        axes = [axis for _, found, _ in files.values() for axis in found]
+        axes = [axis for _, file_axes, _ in files.values() for axis in file_axes]
         ways = math.prod(count for _, _, count in files.values()) * 2 ** len(self.changes)
         choices = itertools.product(*map(range, map(len, axes)))
         longest = max(map(len, self.contents.values()), default=0)
@@ -365,19 +366,19 @@ class Disk:
             ways = max_states_per_crash
             draw = random.Random(self._seed)  # noqa: S311  # not for secrets
             choices = [[draw.randrange(len(axis)) for axis in axes] for _ in range(ways)]
-        every_named = [self._apply_names(some) for some in _subsets(self.changes)]
-        states, kept = set(), {}  # one copy of bytes that many states have
+        every_names = [self._apply_names(subset) for subset in _subsets(self.changes)]
+        states, interned = set(), {}  # states share equal contents
         for choice in choices:
             chosen = iter([axis[index] for axis, index in zip(axes, choice, strict=True)])
             contents = dict(self.contents)
-            for file, (make, found, _) in files.items():
-                content = make(file, [next(chosen) for _ in found])
-                contents[file] = kept.setdefault(content, content)
-            states |= {self.state(named, contents) for named in every_named}
+            for file, (make, file_axes, _) in files.items():
+                content = make(file, [next(chosen) for _ in file_axes])
+                contents[file] = interned.setdefault(content, content)
+            states |= {self.state(names, contents) for names in every_names}
         return states, ways
 
     def _lost_write_axes(self, file):
-        """How to make a file of its writes, each of which may be lost, or lost in part."""
+        """Return how to build a file from its writes, each of which may be lost or partly lost."""
         axes = [self._parts(write) for write in self.writes[file]]
         ways = math.prod(2 if write.data is None else 6 for write in self.writes[file])
         return self._apply_writes, axes, ways
@@ -398,24 +399,24 @@ class Disk:
             write._replace(data=write.data[:quarter] + bytes(half) + write.data[quarter + half :]),
             write._replace(data=bytes([GARBAGE]) * len(write.data)),
         ]
-        which = xxhash.xxh3_64_intdigest(write.data, self._seed) % len(broken)
-        return [None, write, broken[which]]
+        index = xxhash.xxh3_64_intdigest(write.data, self._seed) % len(broken)
+        return [None, write, broken[index]]
 
     def _sector_axes(self, file):
-        """How to make a file of its sectors, each of which may be of any version, or torn."""
+        """Return how to build a file from its sectors, each of any version, or torn."""
         versions = [self.contents[file]]
         for write in self.writes[file]:
             versions.append(written(versions[-1], write))
         axes = []
         half = SECTOR_BYTES // 2
         for begin in range(0, len(versions[0]), SECTOR_BYTES):
-            found = [version[begin : begin + SECTOR_BYTES] for version in versions]
+            intact = [version[begin : begin + SECTOR_BYTES] for version in versions]
             torn = [
-                part
-                for old, new in itertools.pairwise(found)
-                for part in (new[:half] + old[half:], old[:half] + new[half:])
+                sector
+                for old, new in itertools.pairwise(intact)
+                for sector in (new[:half] + old[half:], old[:half] + new[half:])
             ]
-            axes.append(list(dict.fromkeys(found + torn)))
+            axes.append(list(dict.fromkeys(intact + torn)))
         return (lambda _, sectors: b"".join(sectors)), axes, math.prod(map(len, axes))
 
 
@@ -430,14 +431,14 @@ def _by_name(state):
 
 
 class ExploredJob(Job):
-    """A job of which every state of its directory can be made for real."""
+    """A job whose directory can be restored to any state."""
 
     def __init__(self, directory, **settings):
         super().__init__(directory, **settings)
-        self.start = self.found()
+        self.start = self.state()
 
-    def found(self):
-        """The state of the directory, files numbered in the order of their names."""
+    def state(self):
+        """Return the state of the directory; files are numbered in the order of their names."""
         paths = sorted(self.directory.iterdir())
         return State(
             tuple((path.name, number) for number, path in enumerate(paths)),
@@ -445,7 +446,7 @@ class ExploredJob(Job):
         )
 
     def restore(self, state):
-        """Make a state for real; what is changed in place keeps its inode, as on a disk."""
+        """Restore the directory to a state; the file changed in place keeps its inode."""
         contents = dict(state.contents)
         for path in list(self.directory.iterdir()):
             if path.name != DATA:
@@ -457,44 +458,44 @@ class ExploredJob(Job):
                 stream.truncate()
 
     def check_crash_state(self, state):
-        """Check what anyone may find after a crash."""
+        """Check a state that a reader may see after a crash."""
         names, contents = dict(state.names), dict(state.contents)
         self.check_intermediate_state({name: contents[file] for name, file in names.items()})
 
 
 class Exploration:
-    """The crashes of a job, and of what comes after them.
+    """Crashes of a job and of the runs that resume it.
 
     Parameters
     ----------
     job
-        What is run.
+        The job to run.
     seed
-        Chooses among what is left by crashes.
+        Selects among the crash states.
     max_states_per_crash, omitted_sync
         As for `Disk` and `RecordingStorage`.
     """
 
     def __init__(self, job, seed, *, max_states_per_crash=20_000, omitted_sync=None):
         self.states = self.runs = 0
-        self.places = set()
+        self.call_sites = set()
         self._job = job
         self._seed = seed
         self._draw = random.Random(seed)  # noqa: S311  # not for secrets
         self._max_states_per_crash = max_states_per_crash
         self._omitted_sync = omitted_sync
         self._seen = set()
-        self._waiting = {}  # for each cause and names that are left, what a command may be run on
+        self._waiting = {}  # queued crash states, by kind of crash and visible names
         self._dropped = 0
 
     def run(self, max_runs):
-        """Run the job on what it begins with, and then on what crashes leave; return counts."""
-        for fsync in (True, True, True, False):  # in different orders
+        """Run the job on its initial state, then on crash states; return counts."""
+        for fsync in (True, True, True, False):  # with different interleavings
             self._run_and_crash(CrashState(self._job.start, fsync=fsync), fsync)
         while self.runs < max_runs and any(self._waiting.values()):
-            # Where names are lost there is little else to lose, and little of it would be drawn.
-            kinds = [some for some in self._waiting.values() if some]
-            weights = [len(some) for some in kinds] if self._draw.random() < 0.5 else None
+            # States with lost names are few, and unweighted draws select more of them.
+            kinds = [states for states in self._waiting.values() if states]
+            weights = [len(states) for states in kinds] if self._draw.random() < 0.5 else None
             (waiting,) = self._draw.choices(kinds, weights)
             at = self._draw.randrange(len(waiting))
             waiting[at], waiting[-1] = waiting[-1], waiting[at]
@@ -503,33 +504,33 @@ class Exploration:
 
     @property
     def left(self):
-        """How many states no command was run on."""
+        """The number of states on which no command was run."""
         return sum(map(len, self._waiting.values())) + self._dropped
 
-    def _run_and_crash(self, left, fsync=True):
+    def _run_and_crash(self, start, fsync=True):
         SerialCommitPipeline.has_late_commits = self._draw.random() < 0.5
-        storage = run_from(self._job, left, omitted_sync=self._omitted_sync, fsync=fsync)
+        storage = run_from(self._job, start, omitted_sync=self._omitted_sync, fsync=fsync)
         self.runs += 1
-        self.places |= storage.places
-        disk = Disk(left.durable, self._seed, self._max_states_per_crash)
-        for event in left.unsynced:
+        self.call_sites |= storage.call_sites
+        disk = Disk(start.durable, self._seed, self._max_states_per_crash)
+        for event in start.unsynced:
             disk.apply(event)
-        unsynced, is_durable = list(left.unsynced), left.fsync
+        unsynced, is_durable = list(start.unsynced), start.fsync
         for event in interleave(storage.log, self._draw):
             if isinstance(event, Sync):
                 if is_durable:
                     self._cut_power(disk)
                 disk.sync(event.file)
-                unsynced = [of for of in unsynced if not event.makes_durable(of)]
+                unsynced = [change for change in unsynced if not event.makes_durable(change)]
                 is_durable = is_durable or not unsynced
             else:
                 disk.apply(event)
                 unsynced.append(event)
             self._enqueue(CrashState(disk.durable(), tuple(unsynced), is_durable))
         if storage.is_done and fsync:
-            done = _by_name(self._job.found())
-            for state in self._cut_power(disk):  # the command has said that it is done
-                self._job.check(_by_name(state) == done, "what is done can be undone")
+            final = _by_name(self._job.state())
+            for state in self._cut_power(disk):  # the command has reported success
+                self._job.check(_by_name(state) == final, "a finished run can be undone")
 
     def _cut_power(self, disk):
         states, ways = disk.crashes()
@@ -538,61 +539,61 @@ class Exploration:
             self._enqueue(CrashState(state))
         return states
 
-    def _enqueue(self, left):
+    def _enqueue(self, crash_state):
         """Check a crash state, and queue it for a run unless it was seen before."""
-        digest = left.digest()
+        digest = crash_state.digest()
         if digest in self._seen:
             return
         self._seen.add(digest)
-        visible = left.visible()
+        visible = crash_state.visible()
         self._job.check_crash_state(visible)
         names = tuple(name for name, _ in visible.names)
-        waiting = self._waiting.setdefault((bool(left.unsynced), names), [])
+        waiting = self._waiting.setdefault((bool(crash_state.unsynced), names), [])
         if len(waiting) < MAX_WAITING:
-            waiting.append(left)
+            waiting.append(crash_state)
         else:
-            waiting[self._draw.randrange(MAX_WAITING)] = left
+            waiting[self._draw.randrange(MAX_WAITING)] = crash_state
             self._dropped += 1
 
 
-def run_from(job, left, omitted_sync=None, fsync=True):
-    """Run a job on a crash state, and check that it ends with the right bytes."""
-    state = left.visible()
+def run_from(job, crash_state, omitted_sync=None, fsync=True):
+    """Run a job on a crash state, and check that it produces the expected bytes."""
+    state = crash_state.visible()
     job.restore(state)
     storage = RecordingStorage(dict(state.names), omitted_sync, fsync=fsync)
     try:
         storage.is_done = job.command(storage)
         job.check_final_state()
     except (FastvggError, IncorrectStateError) as error:
-        raise IncorrectStateError(f"{error}; from {str(left)[:2000]}") from error
+        raise IncorrectStateError(f"{error}; from {str(crash_state)[:2000]}") from error
     return storage
 
 
 def make_deterministic():
-    """Make runs deterministic: no threads, random numbers, dates or versions."""
+    """Make runs deterministic: replace threads, random numbers, dates and versions."""
     threads.CommitPipeline = in_place.CommitPipeline = SerialCommitPipeline
     redo_log_layout.secrets = SimpleNamespace(token_hex=lambda count: "0" * 2 * count)
-    moment = SimpleNamespace(isoformat=lambda timespec: "then")
-    manifest.dt = SimpleNamespace(UTC=None, datetime=SimpleNamespace(now=lambda zone: moment))
+    now = SimpleNamespace(isoformat=lambda timespec: "then")
+    manifest.dt = SimpleNamespace(UTC=None, datetime=SimpleNamespace(now=lambda zone: now))
     manifest.package_versions = dict
 
 
-def exploration_jobs(place):
+def exploration_jobs(directory):
     """Return the jobs to explore."""
-    return jobs(place, ExploredJob, SETTINGS + LARGER[:1])
+    return jobs(directory, ExploredJob, SETTINGS + LARGER[:1])
 
 
 def campaign(seed, size):
-    """Explore each job with no more than `size` runs."""
-    place = Path(tempfile.mkdtemp(prefix="fastvgg-crash-", dir=memory_directory()))
+    """Explore each job with at most `size` runs."""
+    directory = Path(tempfile.mkdtemp(prefix="fastvgg-crash-", dir=memory_directory()))
     make_deterministic()
     total = {"states": 0, "runs": 0, "left": 0}
     try:
-        for job in exploration_jobs(place):
+        for job in exploration_jobs(directory):
             counts = Exploration(job, seed).run(size)
             total = {name: total[name] + count for name, count in counts.items()}
     finally:
-        shutil.rmtree(place)
+        shutil.rmtree(directory)
     return {**total, "wrong": 0}
 
 

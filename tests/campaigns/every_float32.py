@@ -3,7 +3,7 @@
     python -m tests.campaigns.every_float32  # all 2**32 bit patterns in each of three channels
     python -m tests.campaigns.every_float32 --every 4099
 
-Prints how many were compared; the exit code is 1 if any differ.
+Prints the number of compared patterns; the exit code is 1 if any differ.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from fastvgg.parallel import available_cpus, parallel_for
 from tests.helpers.batches import KERAS_MODES
 
 PATTERNS = 2**32
-TILE_PATTERNS = 2**15  # fits into the L2 cache together with the oracle's result
+TILE_PATTERNS = 2**15  # fits in the L2 cache together with the oracle's result
 
 
 def count_differences(mode, first, step):
-    """Return the number of patterns from `first`, and of bytes that differ from the oracle."""
+    """Return the numbers of patterns in a tile and of bytes that differ from the oracle."""
     patterns = np.arange(first, min(first + TILE_PATTERNS * step, PATTERNS), step, dtype=np.uint64)
     floats = patterns.astype(np.uint32).view(np.float32)
     y = np.repeat(floats, 3).reshape(1, -1, 3)
@@ -35,7 +35,7 @@ def count_differences(mode, first, step):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--every", type=int, default=1, help="only every so many-th pattern")
+    parser.add_argument("--every", type=int, default=1, help="check one pattern in EVERY")
     step = parser.parse_args().every
     wrong = 0
     for mode in (*KERAS_MODES, "identity"):

@@ -1,11 +1,11 @@
-"""Fail or truncate every system call; every command succeeds or fails with a typed error.
+"""Inject errors and short I/O into every system call; commands succeed or raise a typed error.
 
-    python -m tests.campaigns.failing_calls             # some minutes; prints its counts
-    python -m tests.campaigns.failing_calls --size 500  # about so many runs
+    python -m tests.campaigns.failing_calls             # takes minutes; prints counts
+    python -m tests.campaigns.failing_calls --size 500  # approximate number of runs
 
-Each call of `os` that `stream.storage` makes fails once, or from then on, with each error that a
-disk may give; or it does half of what it was told. The command ends with the right bytes, or with
-a typed error that names the error, and the same command then ends with the right bytes.
+Each `os` call of `stream.storage` fails, once or persistently, with each error that a disk can
+return, or transfers half of the requested bytes. The command must write the expected bytes, or
+raise a typed error that names the system error; a rerun must then write the expected bytes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ERRORS = (
 
 
 def count_calls(job):
-    """How many calls an uninterrupted run makes."""
+    """Return the number of calls of an uninterrupted run."""
     job.reset()
     with system_calls(FaultyOs()) as system:
         job.command()
@@ -44,34 +44,34 @@ def count_calls(job):
 
 
 def run_and_rerun(job, system):
-    """Run on a faulty system, rerun on an intact one, and return how the first run ended."""
+    """Run with injected faults, rerun without, and return the outcome of the first run."""
     job.reset()
     try:
         with system_calls(system):
             job.command()
-        ended = "ended well"
+        outcome = "ended well"
     except (StoppedError, TargetError) as error:
         name = errno.errorcode[system.number]
         if isinstance(error, StoppedError) and name not in str(error):
             raise IncorrectStateError(f"{error} does not name {name}") from error
-        ended = "stopped" if isinstance(error, StoppedError) else "refused"
+        outcome = "stopped" if isinstance(error, StoppedError) else "refused"
     except FastvggError as error:
         raise IncorrectStateError(f"{type(error).__name__} for {system}: {error}") from error
-    if ended == "ended well":
+    if outcome == "ended well":
         job.check_final_state()
     else:
         job.check_intermediate_state(job.contents())
     job.command()
     job.check_final_state()
-    return ended
+    return outcome
 
 
 def campaign(seed, size):
     """Run about `size` times, spread evenly over jobs, calls and errors."""
-    place = Path(tempfile.mkdtemp(prefix="fastvgg-errors-", dir=memory_directory()))
+    directory = Path(tempfile.mkdtemp(prefix="fastvgg-errors-", dir=memory_directory()))
     try:
         every = []
-        for job in jobs(place, settings=SETTINGS + LARGER + IMAGE_SETTINGS + FORMAT_SETTINGS):
+        for job in jobs(directory, settings=SETTINGS + LARGER + IMAGE_SETTINGS + FORMAT_SETTINGS):
             numbers = range(1, count_calls(job) + 1)
             every += [
                 (job, FaultyOs(number, error, persistent=persistent))
@@ -83,7 +83,7 @@ def campaign(seed, size):
             counts["runs"] += 1
             counts[run_and_rerun(job, system)] += 1
     finally:
-        shutil.rmtree(place)
+        shutil.rmtree(directory)
     return {**counts, "wrong": 0}
 
 

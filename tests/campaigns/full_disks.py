@@ -1,13 +1,13 @@
-"""Run on disks of every size; every command succeeds or fails with a typed error.
+"""Run on disks of every size; every command succeeds or raises a typed error.
 
-    python -m tests.campaigns.full_disks             # a minute; prints its counts
-    python -m tests.campaigns.full_disks --size 100  # about so many sizes
+    python -m tests.campaigns.full_disks             # takes a minute; prints counts
+    python -m tests.campaigns.full_disks --size 100  # approximate number of sizes
 
-The disk is one in memory that only this process sees, and has the sizes one after another, a page
-apart. A command on it comes to its end; or it is refused, and nothing has changed; or it is
-stopped, when every byte of its data is there and its manifest finds no room. When the disk has room
-again the same command comes to its end. What kills a process, as writing to a mapped page does
-where there is no room for it, ends the campaign: each job has a process of its own.
+The disk is a tmpfs in a private mount namespace, whose size varies in steps of a page. A command
+completes; or it is rejected and changes nothing; or it stops after writing all data because there
+is no space for the manifest. A rerun with enough space completes. Each job has its own process, so
+that anything that kills one, such as writing to a mapped page without free space, ends the
+campaign.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ OUTCOMES = ("ended well", "refused", "stopped at the manifest")
 
 
 class OnSmallDisk(Job):
-    """A job in a directory that is a disk of its own; of a new file, the source lies outside."""
+    """A job in a directory with its own file system; the source of a new file is outside it."""
 
     def __init__(self, directory, **settings):
         mount("none", directory, "tmpfs", options=f"size={AMPLE_BYTES}")
@@ -55,16 +55,16 @@ class OnSmallDisk(Job):
     def reset(self):
         self.resize()
         super().reset()
-        self.check(self.used_bytes() == self.min_bytes, "what was removed is still open")
+        self.check(self.used_bytes() == self.min_bytes, "a removed file is still open")
 
     def used_bytes(self):
         """Return the used space of the disk."""
-        found = os.statvfs(self.directory)
-        return (found.f_blocks - found.f_bfree) * found.f_bsize
+        stats = os.statvfs(self.directory)
+        return (stats.f_blocks - stats.f_bfree) * stats.f_bsize
 
 
 class WatchingStorage(Storage):
-    """Real storage that knows how much of a job's disk was taken at most."""
+    """Real storage that records the peak usage of a job's disk."""
 
     def __init__(self, job):
         super().__init__()
@@ -81,66 +81,70 @@ class WatchingStorage(Storage):
 
 
 def sizes_for(job):
-    """Sizes of a disk, from one with no room for anything new to one with more than suffices."""
+    """Return disk sizes, from one without free space to one larger than sufficient."""
     job.reset()
     storage = WatchingStorage(job)
     job.command(storage)
-    min_bytes = max(PAGE_BYTES, job.min_bytes)  # 0 would mean that there is no limit
+    min_bytes = max(PAGE_BYTES, job.min_bytes)  # 0 would mean no limit
     return range(min_bytes, storage.max_bytes + (EXTRA_PAGES + 1) * PAGE_BYTES, PAGE_BYTES)
 
 
 def run_and_rerun(job, disk_bytes):
-    """Run on a disk of some size, rerun on a large one, and return how the first run ended."""
+    """Run on a disk of a given size, rerun on a large one, and return the first run's outcome."""
     job.reset()
     before = job.contents()
     job.resize(disk_bytes)
     try:
         job.command()
     except TargetError:
-        ended = "refused"
-        job.check(job.contents() == before, "something is left of what was refused")
+        outcome = "refused"
+        job.check(job.contents() == before, "a rejected command changed the directory")
     except StoppedError:
-        ended = "stopped at the manifest"
+        outcome = "stopped at the manifest"
         contents = job.contents()
         job.check_intermediate_state(contents)
-        job.check(contents.get(job.target.name) == job.expected, "no room was kept for its data")
+        job.check(
+            contents.get(job.target.name) == job.expected, "no space was reserved for the data"
+        )
     else:
-        ended = "ended well"
+        outcome = "ended well"
         job.check_final_state()
     job.check(job.in_place or job.source.read_bytes() == job.original, "changed source")
     job.resize()
     job.command()
     job.check_final_state()
-    return ended
+    return outcome
 
 
 def count_outcomes(job, sizes):
-    """Count how runs on disks of several sizes ended."""
+    """Count the outcomes of runs on disks of several sizes."""
     return Counter(run_and_rerun(job, disk_bytes) for disk_bytes in sizes)
 
 
 def campaign(seed, size):
-    """Try about `size` sizes of all that there are, and those near to what is needed."""
+    """Test a sample of about `size` disk sizes, and those near the sufficient size."""
     draw = random.Random(seed)  # noqa: S311  # not for secrets
     use_private_mounts()
     forking = multiprocessing.get_context("fork")
-    place = Path(tempfile.mkdtemp(prefix="fastvgg-full-", dir=memory_directory()))
+    directory = Path(tempfile.mkdtemp(prefix="fastvgg-full-", dir=memory_directory()))
     total = Counter(dict.fromkeys(OUTCOMES, 0))
     try:
-        every = {job: sizes_for(job) for job in jobs(place, OnSmallDisk, SETTINGS + LARGER + WIDE)}
+        every = {
+            job: sizes_for(job) for job in jobs(directory, OnSmallDisk, SETTINGS + LARGER + WIDE)
+        }
         share = size / sum(map(len, every.values()))
-        for job, job_settings in every.items():
+        for job, job_sizes in every.items():
             sizes = [
                 each
-                for each in job_settings
-                if each in job_settings[ALWAYS_TESTED] or draw.random() < share
+                for each in job_sizes
+                if each in job_sizes[ALWAYS_TESTED] or draw.random() < share
             ]
-            with ProcessPoolExecutor(1, forking) as process:  # an error here too if it is killed
+            with ProcessPoolExecutor(1, forking) as process:  # also raises if it is killed
                 total += process.submit(count_outcomes, job, sizes).result()
     finally:
-        for directory in place.glob("*/"):
-            unmount(directory, at_once=False)
-        shutil.rmtree(place)
+        for mount_point in directory.glob("*/"):
+            unmount(mount_point, at_once=False)
+        shutil.rmtree(directory)
     return {"sizes": total.total(), **{name: total[name] for name in OUTCOMES}, "wrong": 0}
 
 

@@ -1,27 +1,25 @@
 """Damaged files are read correctly or rejected with a typed error.
 
-    python -m tests.campaigns.fuzz --seed 1      # a million inputs, some minutes; prints its counts
-    python -m tests.campaigns.fuzz --size 20000  # so many inputs in all
+    python -m tests.campaigns.fuzz --seed 1      # a million inputs, takes minutes; prints counts
+    python -m tests.campaigns.fuzz --size 20000  # total number of inputs
 
-What is read: headers and files of .npy arrays, files of Zarr arrays, journals of runs into a new
-file, redo logs of runs in place, manifests. An input is a valid file that was truncated at some
-byte, or of which some bit was flipped; or that was edited in several places; or whose fields were
-exchanged for others and sealed again, with the right checksum, as someone does who means harm. Of
-each input is asked:
+The targets are .npy headers and files, Zarr arrays, journals of runs into a new file, redo logs of
+in-place runs, and manifests. An input is a valid file that is truncated, has a flipped bit, has
+several edits, or has malicious field values under a correct checksum. For each input:
 
-- it is accepted, or refused with an error of fastvgg that names the file and says what to do, on
-  lines that a terminal shows as they are; nothing else is raised, and nothing is warned of;
-- what numpy refuses in a .npy file is refused, and what both accept is the same to both;
-- what zarr-python reads of an array is what is read of it, and no damage that a checksum or a
-  compressor notices is passed over;
-- of a journal only the lines before the first incomplete one are accepted;
-- accepted numbers are integers in their range, not true or 1.0;
-- a redo log with one wrong bit is rejected, or recovers the right bytes;
-- nothing on the disk grows, and what is read stays as it is;
-- it takes little time, and little memory.
+- it is accepted, or rejected with a fastvgg error that names the file and the remedy, in printable
+  characters; there are no other exceptions and no warnings;
+- a .npy file that NumPy rejects is rejected, and if both accept it, they read the same array;
+- a Zarr array reads as in zarr-python, and all damage that a checksum or a compressor detects is
+  reported;
+- only the lines of a journal before the first incomplete one are accepted;
+- accepted numbers are integers within their range, not true or 1.0;
+- a redo log with one flipped bit is rejected, or recovers the right bytes;
+- no file is created or extended, and the input is unchanged;
+- time and memory are bounded.
 
-One input in `SAMPLED` is read with every allocation counted; the time of the others is measured,
-and what would take more than `ADDRESS_SPACE_BYTES` is refused by the system.
+One input in `SAMPLED` is read under tracemalloc; the others are timed, and allocations beyond
+`ADDRESS_SPACE_BYTES` fail.
 """
 
 from __future__ import annotations
@@ -47,9 +45,9 @@ from tests.helpers.faults import memory_directory
 
 SIZE = 1_000_000
 SAMPLED = 64
-MEMORY_BYTES = 8 * 2**20  # at most, for any input; the longest has some tens of kilobytes
-ADDRESS_SPACE_BYTES = 2**30  # for all that is allocated in the campaign
-MAX_SECONDS = 1.0  # of one core's time, at most
+MEMORY_BYTES = 8 * 2**20  # maximum per input; the longest input has tens of kilobytes
+ADDRESS_SPACE_BYTES = 2**30  # for all allocations of the campaign
+MAX_SECONDS = 1.0  # of CPU time per input
 HANG_SECONDS = 120
 MAX_MESSAGE_CHARACTERS = 1000
 
@@ -70,7 +68,7 @@ class WrongError(AssertionError):
 
 
 class Reader:
-    """Reads inputs of one kind, one after another, and keeps count."""
+    """Reads inputs of one kind and counts them."""
 
     def __init__(self, kind):
         self._kind = kind
@@ -88,8 +86,8 @@ class Reader:
             else:
                 self._check(content, *self._read_traced(content))
         except Exception as error:
-            which = f"{self._kind.name}, input {self.inputs}"
-            raise WrongError(f"{which}: {error!r}: {content!r}"[:20_000]) from error
+            label = f"{self._kind.name}, input {self.inputs}"
+            raise WrongError(f"{label}: {error!r}: {content!r}"[:20_000]) from error
 
     def _try_read(self, content):
         try:
@@ -98,28 +96,28 @@ class Reader:
             return None, error
 
     def _read_timed(self, content):
-        begun = time.thread_time_ns()
-        found, error = self._try_read(content)
-        took_ns = time.thread_time_ns() - begun
-        self.slowest_ns = max(self.slowest_ns, took_ns)
-        assert took_ns < MAX_SECONDS * 1e9
-        return found, error
+        start_ns = time.thread_time_ns()
+        result, error = self._try_read(content)
+        elapsed_ns = time.thread_time_ns() - start_ns
+        self.slowest_ns = max(self.slowest_ns, elapsed_ns)
+        assert elapsed_ns < MAX_SECONDS * 1e9
+        return result, error
 
     def _read_traced(self, content):
         tracemalloc.start()
         try:
-            found, error = self._try_read(content)
+            result, error = self._try_read(content)
             peak_bytes = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
         self.largest_bytes = max(self.largest_bytes, peak_bytes)
         assert peak_bytes < MEMORY_BYTES
-        return found, error
+        return result, error
 
-    def _check(self, content, found, error):
+    def _check(self, content, result, error):
         assert error is None or content not in self._kind.valid_inputs
-        self._kind.check(content, found, error)
-        self.accepted += found is not None
+        self._kind.check(content, result, error)
+        self.accepted += result is not None
         if error is not None:
             check_error(error, self._kind.path.name)
             message = str(error)
@@ -131,25 +129,25 @@ def raise_warning(message, category, filename, lineno, file=None, line=None):
     raise AssertionError(f"warned: {category.__name__}: {message}")
 
 
-def read_all(kind, share):
-    """Read so many inputs of a kind."""
+def read_all(kind, count):
+    """Read `count` inputs of a kind."""
     reader = Reader(kind)
     with contextlib.closing(kind):
-        names = names_in(kind.place)
+        names = names_in(kind.directory)
         try:
-            for number, content in enumerate(islice(kind.inputs(), share)):
+            for number, content in enumerate(islice(kind.inputs(), count)):
                 if number % 1000 == 0:
                     faulthandler.dump_traceback_later(HANG_SECONDS, exit=True, file=sys.__stderr__)
                 reader.read(content)
-        finally:  # or what calls this is ended after a reading that went wrong
+        finally:  # or else the watchdog ends the calling process after a failure
             faulthandler.cancel_dump_traceback_later()
-        assert names_in(kind.place) == names
+        assert names_in(kind.directory) == names
     return reader
 
 
 @contextlib.contextmanager
 def limited_memory():
-    """Limit the address space to `ADDRESS_SPACE_BYTES` more than is in use."""
+    """Limit the address space to the current size plus `ADDRESS_SPACE_BYTES`."""
     before, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(
@@ -162,7 +160,7 @@ def limited_memory():
 
 
 def campaign(seed, size):
-    """Read inputs of every kind, `size` in all; raise at the first that goes wrong."""
+    """Read `size` inputs of all kinds; raise at the first failure."""
     counts = {"inputs": 0}
     readers = []
     with warnings.catch_warnings(), limited_memory():

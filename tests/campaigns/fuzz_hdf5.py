@@ -1,16 +1,15 @@
-"""Damaged HDF5 files are read like h5py reads them, or rejected with a typed error.
+"""Damaged HDF5 files are read as h5py reads them, or rejected with a typed error.
 
-    python -m tests.campaigns.fuzz_hdf5 --seed 1  # a hundred thousand inputs, some minutes
+    python -m tests.campaigns.fuzz_hdf5 --seed 1  # a hundred thousand inputs, takes minutes
 
-An input is a intact file that was cut at some byte, or of which some bits were flipped, or some
-bytes zeroed. Of each is asked that it is accepted, and then is to fastvgg what it is to h5py; or
-that it is refused with an error of fastvgg that names the file and says what to do, on lines that a
-terminal shows as they are. Where all that there is in a file has a checksum, what is accepted is
-right. The file stays as it is.
+An input is a valid file that is truncated, has flipped bits, or has overwritten bytes. fastvgg
+either reads it as h5py does, or rejects it with an error that names the file and the remedy, in
+printable characters. If everything in a file has a checksum, accepted data are correct. The file is
+unchanged.
 
-HDF5 itself ends the process over some files whose chunks are found without checksums, so inputs are
-read in processes of their own, and what it ended is counted. Virtual datasets are left out: they
-are refused, and on damaged ones it hangs.
+HDF5 itself crashes on some files whose chunk index has no checksum, so inputs are read in child
+processes, and the crashes are counted. Virtual datasets are excluded: fastvgg rejects them, and
+HDF5 hangs on damaged ones.
 """
 
 from __future__ import annotations
@@ -41,13 +40,13 @@ from tests.helpers.faults import memory_directory
 
 SIZE = 100_000
 NAME = "/deep/images"
-HANG_SECONDS = 10  # of one core's time
+HANG_SECONDS = 10  # of CPU time
 BATCH = pixels(5, 3, 5)
 CHUNKED = {"chunks": (2, 3, 2, 3), "compression": "gzip"}
 
 
 def save_with_h5py(file=(), **settings):
-    """The bytes of a file that h5py writes, with a link to its only dataset."""
+    """Return a file written by h5py, with a soft link to its only dataset."""
     written = io.BytesIO()
     with h5py.File(written, "w", **dict(file)) as opened:
         opened.create_dataset("stored", data=BATCH, **settings)
@@ -56,7 +55,7 @@ def save_with_h5py(file=(), **settings):
 
 
 def save_with_fastvgg():
-    """The bytes of a file that fastvgg writes."""
+    """Return a file written by fastvgg."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "y.h5"
         header = Header(BATCH.shape, str(BATCH.dtype), "NHWC")
@@ -70,9 +69,8 @@ def save_with_fastvgg():
 
 
 LATEST = {"libver": "latest"}
-CHECKSUMMED = save_with_h5py(
-    LATEST, **CHUNKED, shuffle=True, fletcher32=True
-)  # all of it has checksums
+# Everything in it has a checksum.
+CHECKSUMMED = save_with_h5py(LATEST, **CHUNKED, shuffle=True, fletcher32=True)
 VALID_FILES = (
     CHECKSUMMED,
     save_with_h5py(),
@@ -137,16 +135,16 @@ def read_inputs(path, seed, numbers, output):
         random = Random(f"{seed} {number}")  # noqa: S311  # not for secrets
         intact = random.choice(VALID_FILES)
         content = damaged(random, intact)
-        signal.setitimer(signal.ITIMER_VIRTUAL, HANG_SECONDS)  # whose signal ends the process
+        signal.setitimer(signal.ITIMER_VIRTUAL, HANG_SECONDS)  # SIGVTALRM ends the process
         try:
             outcome = {"accepted": check(path, intact, content)}
-        except Exception:  # noqa: BLE001  # whatever it is, it is wrong
+        except Exception:  # noqa: BLE001  # any other exception is a failure
             outcome = {"wrong": f"input {number}: {traceback.format_exc()}\n{content!r}"}
         print(json.dumps(outcome), file=output, flush=True)
 
 
 def run_in_child_process(path, seed, numbers):
-    """Read inputs in a child process; yield its messages and how it ended."""
+    """Read inputs in a child process; yield its messages and exit code."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -156,13 +154,13 @@ def run_in_child_process(path, seed, numbers):
             read_inputs(path, seed, numbers, os.fdopen(writing, "w"))
         os._exit(0)
     os.close(writing)
-    with os.fdopen(reading) as output:  # which, closed before its end, ends the other too
+    with os.fdopen(reading) as output:  # closing it early also ends the child
         yield from map(json.loads, output)
     yield {"ended": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}
 
 
 def campaign(seed, size):
-    """Read damaged files; raise at the first that goes wrong."""
+    """Read damaged files; raise at the first failure."""
     counts = {"inputs": size, "accepted": 0, "refused": 0, "ended by HDF5": 0}
     begin = 0
     with tempfile.TemporaryDirectory(dir=memory_directory()) as directory:

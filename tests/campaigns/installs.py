@@ -1,11 +1,11 @@
 """Install the wheel on every available Python, with the lowest and the newest dependencies.
 
-    PATH=...:$PATH python -m tests.campaigns.installs  # some minutes; prints its counts
-    python -m tests.campaigns.installs --size 1        # on one Python alone
+    PATH=...:$PATH python -m tests.campaigns.installs  # takes minutes; prints counts
+    python -m tests.campaigns.installs --size 1        # on one Python only
 
-Of python3.11 to python3.14 those are taken that PATH has. Only binary packages are installed, so
-that no compiler is needed; `uv` finds the lowest versions that the metadata allows. Nothing that is
-installed sees the checkout.
+Uses python3.11 to python3.14 as far as they are on PATH. Only binary packages are installed, so no
+compiler is needed; `uv` resolves the lowest versions that the metadata allows. Installed packages
+do not see the checkout.
 """
 
 from __future__ import annotations
@@ -69,80 +69,82 @@ def run_command(*command, cwd):
     return done.stdout
 
 
-def check_archives(place, tool):
-    """The same wheel from the checkout and from the source archive, with the package alone."""
-    made = build_archives(tool, place)
-    wheel = made["wheel"]
+def check_archives(directory, tool):
+    """Check that the checkout and the sdist build the same wheel, with only the package in it."""
+    archives = build_archives(tool, directory)
+    wheel = archives["wheel"]
     names = names_in(wheel)
     assert "fastvgg/py.typed" in names
     assert all(name.startswith(("fastvgg/", "fastvgg-")) for name in names), names
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    shutil.unpack_archive(made["sdist"], place / "unpacked", filter="data")
-    (unpacked,) = (place / "unpacked").iterdir()
+    shutil.unpack_archive(archives["sdist"], directory / "unpacked", filter="data")
+    (unpacked,) = (directory / "unpacked").iterdir()
     assert (
-        build_archives(tool, place / "again", unpacked)["wheel"].read_bytes() == wheel.read_bytes()
+        build_archives(tool, directory / "again", unpacked)["wheel"].read_bytes()
+        == wheel.read_bytes()
     )
     return wheel
 
 
 class Install:
-    """An environment of its own, with a wheel and what it needs."""
+    """A virtual environment with a wheel and its requirements."""
 
-    def __init__(self, place, uv, python):
-        self.place = place
+    def __init__(self, directory, uv, python):
+        self.directory = directory
         self.uv = uv
-        self.python = place / "venv" / "bin" / "python"
-        (place / "photos").mkdir(parents=True)
-        run_command(uv, "venv", "--quiet", "--python", python, place / "venv", cwd=place)
+        self.python = directory / "venv" / "bin" / "python"
+        (directory / "photos").mkdir(parents=True)
+        run_command(uv, "venv", "--quiet", "--python", python, directory / "venv", cwd=directory)
 
     def add(self, wheel, resolution, extra=None):
-        """Install a wheel with its requirements, at their lowest or newest."""
-        wanted = self.place / "requirements.txt"
-        wanted.write_text("\n".join(requirements_of(wheel, extra)) + "\n")
+        """Install a wheel with the lowest or newest versions of its requirements."""
+        requirements = self.directory / "requirements.txt"
+        requirements.write_text("\n".join(requirements_of(wheel, extra)) + "\n")
         install = (self.uv, "pip", "install", "--quiet", "--python", self.python)
         binary = ("--only-binary", ":all:")
-        run_command(*install, *binary, "--resolution", resolution, "-r", wanted, cwd=self.place)
-        run_command(*install, "--no-deps", "--reinstall", wheel, cwd=self.place)
+        options = (*binary, "--resolution", resolution, "-r", requirements)
+        run_command(*install, *options, cwd=self.directory)
+        run_command(*install, "--no-deps", "--reinstall", wheel, cwd=self.directory)
 
     def packages(self):
-        """What is installed, by name."""
+        """Return the installed packages."""
         freeze = (self.uv, "pip", "freeze", "--quiet", "--python", self.python)
-        return run_command(*freeze, cwd=self.place).splitlines()
+        return run_command(*freeze, cwd=self.directory).splitlines()
 
     def smoke_test(self):
-        """Use what is installed, in memory and on the command line; warnings are errors."""
-        run_command(self.python, "-W", "error", "-c", ROUND_TRIP, cwd=self.place)
+        """Use the package in memory and on the command line; warnings are errors."""
+        run_command(self.python, "-W", "error", "-c", ROUND_TRIP, cwd=self.directory)
         for command in COMMANDS:
-            run_command(self.python, "-W", "error", "-m", "fastvgg", *command, cwd=self.place)
+            run_command(self.python, "-W", "error", "-m", "fastvgg", *command, cwd=self.directory)
 
     def check_types(self):
-        """Check a typed program against what is installed."""
+        """Type-check a program against the installed package."""
         install = (self.uv, "pip", "install", "--quiet", "--python", self.python, "mypy>=1.14")
-        run_command(*install, cwd=self.place)
-        program = shutil.copy(TYPED_PROGRAM, self.place)
-        run_command(self.python, "-m", "mypy", "--strict", program, cwd=self.place)
+        run_command(*install, cwd=self.directory)
+        program = shutil.copy(TYPED_PROGRAM, self.directory)
+        run_command(self.python, "-m", "mypy", "--strict", program, cwd=self.directory)
 
     def import_extra(self, extra):
         """Import the module that needs an extra."""
         modules = {"zarr": "datasets.zarr", "hdf5": "datasets.hdf5", "dask": "dask", "demo": "demo"}
-        run_command(self.python, "-c", f"import fastvgg.{modules[extra]}", cwd=self.place)
+        run_command(self.python, "-c", f"import fastvgg.{modules[extra]}", cwd=self.directory)
 
 
 def campaign(_seed, size):
     """Install on at most `size` Pythons."""
     counts = dict.fromkeys(("Pythons", "installs", "with extras", "most packages"), 0)
     with tempfile.TemporaryDirectory(prefix="fastvgg-installs-") as name:
-        place = Path(name)
-        venv.create(place / "tool", with_pip=True)
-        tool = place / "tool" / "bin" / "python"
-        run_command(tool, "-m", "pip", "install", "--quiet", "hatchling>=1.26", "uv", cwd=place)
-        wheel = check_archives(place / "archives", tool)
-        pythons = [found for python in PYTHONS if (found := shutil.which(python))][:size]
+        directory = Path(name)
+        venv.create(directory / "tool", with_pip=True)
+        tool = directory / "tool" / "bin" / "python"
+        run_command(tool, "-m", "pip", "install", "--quiet", "hatchling>=1.26", "uv", cwd=directory)
+        wheel = check_archives(directory / "archives", tool)
+        pythons = [path for python in PYTHONS if (path := shutil.which(python))][:size]
         for python in pythons:
             counts["Pythons"] += 1
             for resolution in RESOLUTIONS:
-                where = place / Path(python).name / resolution
-                install = Install(where, tool.with_name("uv"), python)
+                environment = directory / Path(python).name / resolution
+                install = Install(environment, tool.with_name("uv"), python)
                 install.add(wheel, resolution)
                 packages = install.packages()
                 assert len(packages) <= MAX_PACKAGES, packages

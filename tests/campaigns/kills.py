@@ -1,11 +1,11 @@
-"""Kills at every boundary between durable calls, three deep: the run, and two that resume it.
+"""Kills before every call that changes the disk, three deep: the run, and two that resume it.
 
-    python -m tests.campaigns.kills              # some minutes; prints its counts
-    python -m tests.campaigns.kills --size 1000  # about so many kills
+    python -m tests.campaigns.kills              # takes minutes; prints counts
+    python -m tests.campaigns.kills --size 1000  # approximate number of kills
 
-A process is killed before a call of `stream.storage`, or half way through one. What
-it did until then stays, as after a real kill. Every first crash point is combined with every
-second; the third is random.
+A process is killed before a call of `stream.storage`, or halfway through one. Its earlier effects
+persist, as after a real kill. Every first crash point is combined with every second; the third is
+random.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def crashes(job, number, *, partially_done, fsync):
 
 
 def count_calls(job):
-    """How many calls an uninterrupted run makes."""
+    """Return the number of calls of an uninterrupted run."""
     job.reset()
     storage = CrashingStorage()
     job.command(storage)
@@ -47,12 +47,12 @@ def count_calls(job):
 def campaign(seed, size):
     """Kill about `size` processes, spread evenly over jobs and pairs of crash points."""
     draw = random.Random(seed)  # noqa: S311  # not for secrets
-    place = Path(tempfile.mkdtemp(prefix="fastvgg-kills-", dir=memory_directory()))
+    directory = Path(tempfile.mkdtemp(prefix="fastvgg-kills-", dir=memory_directory()))
     try:
-        made = jobs(place, settings=SETTINGS + LARGER + IMAGE_SETTINGS + FORMAT_SETTINGS)
+        all_jobs = jobs(directory, settings=SETTINGS + LARGER + IMAGE_SETTINGS + FORMAT_SETTINGS)
         pairs = [
             (job, first, second)
-            for job in made
+            for job in all_jobs
             for calls in (count_calls(job),)
             for first, second in itertools.product(range(1, calls + 1), repeat=2)
         ]
@@ -62,12 +62,12 @@ def campaign(seed, size):
             job, first, second = chosen[number % len(chosen)]
             kills += kill(job, (first, second, draw.randrange(1, first + second)), draw)
     finally:
-        shutil.rmtree(place)
+        shutil.rmtree(directory)
     return {"kills": kills, "pairs of boundaries": len(chosen), "wrong": 0}
 
 
 def kill(job, crash_points, draw):
-    """Kill commands one after another, then run one to its end; return the number of kills."""
+    """Kill several runs in a row, then run to completion; return the number of kills."""
     job.reset()
     killed = 0
     for crash_point in crash_points:

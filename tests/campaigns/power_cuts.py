@@ -1,15 +1,15 @@
-"""Power cuts at every boundary between durable calls, on a real ext4 that loses what it kept back.
+"""Power cuts before every call that changes the disk, on a real ext4 that loses unsynced data.
 
-    python -m tests.campaigns.power_cuts              # some minutes, as root; prints its counts
-    python -m tests.campaigns.power_cuts --size 1000  # no less than so many cuts
+    python -m tests.campaigns.power_cuts              # takes minutes, as root; prints counts
+    python -m tests.campaigns.power_cuts --size 1000  # minimum number of cuts
 
-The file system lies on a loop device. A cut is its ioctl to shut down at once: the page cache is
-lost, and of the names what its journal has not committed; or, one time in three, names are kept
-whose data was never written. Before it, and at any call, ranges of files are written out, as the
-system does when it likes. Then it is mounted again, and the same command is given; one time in
-three the power fails in that too, up to three deep. One time in four the first is no power cut: the
-process is killed, and what it did not sync is there until the power fails. After a command that has
-said that it is done the power fails as well, and all of it must be there.
+The file system is on a loop device. A cut is ext4's shutdown ioctl: the page cache is lost, and so
+are names that its journal has not committed; in one cut in three, names persist whose data was
+never written. Ranges of files are written back before the cut and at random calls, as the kernel
+may do at any time. The file system is then remounted and the command rerun; with a probability of
+1/3 the power fails again, up to three deep. With a probability of 1/4 the first crash is a killed
+process, whose unsynced data survive until the power fails. The power also fails after a command
+reports success, and everything must persist.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ from tests.helpers.private_disks import (
 DISK_BYTES = 32 * 1024 * 1024
 SHUT_DOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN
 FLUSH_BUFFERS = 0x1261  # BLKFLSBUF
-WITH_COMMIT, NO_COMMIT = 1, 2  # whether ext4 commits its journal first
-WRITE_OUT = 1 | 2 | 4  # of sync_file_range: wait, begin, and wait until it is done
+WITH_COMMIT, NO_COMMIT = 1, 2  # whether ext4 commits its journal before the shutdown
+WRITE_BACK = 1 | 2 | 4  # flags of sync_file_range: wait before, write, wait after
 MODES = ("errors=remount-ro,data=ordered", "errors=remount-ro,data=writeback,noauto_da_alloc")
 MAX_DEPTH = 3
 SYNCS = (
@@ -66,26 +66,26 @@ SYNCS = (
 
 
 class Disk:
-    """An ext4 in a file, mounted for this process alone.
+    """An ext4 image, mounted only for this process.
 
     Parameters
     ----------
     directory
-        Where the file and the mount point are made.
+        Where the image and the mount point are created.
     draw
-        Chooses how it is mounted, and what a cut leaves.
+        Chooses the mount options and the kind of power cut.
     """
 
     def __init__(self, directory, draw):
-        self.place = directory / "mounted"
-        self.place.mkdir()
+        self.mount_point = directory / "mounted"
+        self.mount_point.mkdir()
         self._draw = draw
         image = directory / "image"
         with image.open("wb") as file:
             file.truncate(DISK_BYTES)
-        made = "-J size=4 -E lazy_itable_init=0,lazy_journal_init=0,nodiscard"
+        options = "-J size=4 -E lazy_itable_init=0,lazy_journal_init=0,nodiscard"
         try:
-            run_command("mkfs.ext4", "-q", *made.split(), image)
+            run_command("mkfs.ext4", "-q", *options.split(), image)
             self._device = run_command("losetup", "--find", "--show", image)
             self._device_descriptor = os.open(self._device, os.O_RDWR)
             run_command("losetup", "--detach", self._device)  # when the last user closes it
@@ -94,10 +94,10 @@ class Disk:
             raise PrivateDiskUnavailable(f"{NOT_ALLOWED} loop mounts: {error}") from error
 
     def _mount(self):
-        mount(self._device, self.place, "ext4", options=self._draw.choice(MODES))
+        mount(self._device, self.mount_point, "ext4", options=self._draw.choice(MODES))
 
     def sync(self):
-        """Make the whole disk durable."""
+        """`syncfs` the file system."""
         self._with_descriptor(lambda descriptor: call_libc("syncfs", descriptor))
 
     def cut(self):
@@ -106,7 +106,7 @@ class Disk:
         self._with_descriptor(lambda descriptor: fcntl.ioctl(descriptor, SHUT_DOWN, how))
 
     def _with_descriptor(self, do):
-        descriptor = os.open(self.place, os.O_RDONLY)
+        descriptor = os.open(self.mount_point, os.O_RDONLY)
         try:
             do(descriptor)
         finally:
@@ -115,16 +115,16 @@ class Disk:
     def remount(self):
         """Mount the disk again after a cut."""
         try:
-            unmount(self.place)
+            unmount(self.mount_point)
         except OSError:  # a dead run's frames may hold a mapped window in a cycle
             gc.collect()
-            unmount(self.place)
+            unmount(self.mount_point)
         fcntl.ioctl(self._device_descriptor, FLUSH_BUFFERS)
         self._mount()
 
     def close(self):
         """Unmount the disk, now or when it is no longer in use."""
-        unmount(self.place, at_once=False)
+        unmount(self.mount_point, at_once=False)
         os.close(self._device_descriptor)
 
 
@@ -138,14 +138,14 @@ def run_command(*command):
 
 
 class PoweredStorage(CrashingStorage):
-    """Storage whose process dies at its n-th call, on a system that writes files out by itself.
+    """Storage whose process dies at its n-th call, with simulated write-back by the kernel.
 
     Parameters
     ----------
     directory
-        Where the files are.
+        The directory of the files.
     draw
-        Chooses what is written out.
+        Chooses the ranges to write back.
     omitted_sync
         A function whose syncs are omitted, to test that the omission is detected.
     """
@@ -155,15 +155,15 @@ class PoweredStorage(CrashingStorage):
         self._directory = directory
         self._draw = draw
         self._omitted_sync = omitted_sync
-        self._write_out_at = (draw.randrange(1, crash_at + 1), draw.choice((0, crash_at)))
+        self._write_back_at = (draw.randrange(1, crash_at + 1), draw.choice((0, crash_at)))
 
     def _call(self, name, do, half=None):
         with self._call_lock:
-            if len(self.calls) + 1 in self._write_out_at and not self._dead:
-                self._write_out()
+            if len(self.calls) + 1 in self._write_back_at and not self._dead:
+                self._write_back()
             return super()._call(name, do, half)
 
-    def _write_out(self):
+    def _write_back(self):
         for path in sorted(self._directory.rglob("*")):
             if path.is_dir():
                 continue
@@ -171,11 +171,11 @@ class PoweredStorage(CrashingStorage):
             nbytes = self._draw.choice((0, 4096, 16384, path.stat().st_size))
             if nbytes:
                 with path.open("rb") as file:
-                    where = ctypes.c_int64(begin), ctypes.c_int64(nbytes)
-                    call_libc("sync_file_range", file.fileno(), *where, WRITE_OUT)
+                    span = ctypes.c_int64(begin), ctypes.c_int64(nbytes)
+                    call_libc("sync_file_range", file.fileno(), *span, WRITE_BACK)
 
     def _is_synced(self):
-        """Whether a sync in the calling function is not omitted."""
+        """Return whether the calling sync is carried out."""
         frame = sys._getframe(2)
         function = f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}"
         return function != self._omitted_sync
@@ -194,7 +194,7 @@ class PoweredStorage(CrashingStorage):
 
 
 def cut_and_recover(disk, job, first, draw, omitted_sync=None):
-    """Cut the power at a call, and perhaps in what comes after; return how many cuts there were."""
+    """Cut the power at a call, and perhaps during the reruns; return the number of cuts."""
     job.reset()
     disk.sync()
     numbers = [first]
@@ -206,11 +206,11 @@ def cut_and_recover(disk, job, first, draw, omitted_sync=None):
     for depth, number in enumerate(numbers):
         storage = PoweredStorage(number, job.directory, draw, omitted_sync=omitted_sync)
         is_cut = depth > 0 or not killed
-        ended = run_and_cut(disk, job, storage, is_cut=is_cut)
+        finished = run_and_cut(disk, job, storage, is_cut=is_cut)
         if is_cut:
             disk.remount()
         job.check_intermediate_state(job.contents())
-        if ended:
+        if finished:
             job.check_final_state()
     job.command()
     job.check_final_state()
@@ -218,7 +218,7 @@ def cut_and_recover(disk, job, first, draw, omitted_sync=None):
 
 
 def run_and_cut(disk, job, storage, *, is_cut):
-    """Whether a command does its work before it dies; the power fails in any case, or in none."""
+    """Run, cut the power if `is_cut`, and return whether the command finished before its crash."""
     try:
         return job.command(storage)
     except SimulatedCrash:
@@ -229,20 +229,20 @@ def run_and_cut(disk, job, storage, *, is_cut):
         storage.finish_crash()
 
 
-def moments(made):
-    """Every call of every job, and the moment after its last."""
-    return [(job, number) for job in made for number in range(1, count_calls(job) + 2)]
+def crash_points(all_jobs):
+    """Return every call of every job, and the point after the last call."""
+    return [(job, number) for job in all_jobs for number in range(1, count_calls(job) + 2)]
 
 
 @contextlib.contextmanager
 def powered_jobs(draw):
-    """A disk, and jobs on it."""
+    """Provide a disk and jobs on it."""
     use_private_mounts()
     directory = Path(tempfile.mkdtemp(prefix="fastvgg-power-", dir=memory_directory()))
     try:
         disk = Disk(directory, draw)
         try:
-            yield disk, jobs(disk.place, settings=SETTINGS + LARGER + FORMAT_SETTINGS)
+            yield disk, jobs(disk.mount_point, settings=SETTINGS + LARGER + FORMAT_SETTINGS)
         finally:
             disk.close()
     finally:
@@ -250,12 +250,12 @@ def powered_jobs(draw):
 
 
 def campaign(seed, size):
-    """Cut the power `size` times or a little more, and by turns at every moment."""
+    """Cut the power at least `size` times, cycling through the crash points."""
     draw = random.Random(seed)  # noqa: S311  # not for secrets
-    with powered_jobs(draw) as (disk, made):
-        every = moments(made)
+    with powered_jobs(draw) as (disk, all_jobs):
+        every = crash_points(all_jobs)
         chosen = every[seed % 7 :: max(1, 4 * len(every) // (3 * size))]
-        gc.freeze()  # what is there now stays
+        gc.freeze()  # exclude all current objects from collection
         cuts = 0
         for job, number in itertools.cycle(chosen):
             cuts += cut_and_recover(disk, job, number, draw)
@@ -265,7 +265,7 @@ def campaign(seed, size):
 
 
 def is_affected(job, omitted_sync):
-    """Whether a job calls the function whose syncs are omitted."""
+    """Return whether a job calls the function whose syncs are omitted."""
     is_zarr = isinstance(job, FormatJob) and job.form == "zarr"
     if omitted_sync == "zarr_writer._write":
         return is_zarr
@@ -273,17 +273,17 @@ def is_affected(job, omitted_sync):
 
 
 def count_detected_omissions(seed, size, stop_after=1_000_000):
-    """Omit the syncs of one function at a time; return how many of `size` runs went wrong.
+    """Omit the syncs of one function at a time; return how many of `size` runs detect it.
 
-    Stops after that many detections.
+    Stops after `stop_after` detections.
     """
     draw = random.Random(seed)  # noqa: S311  # not for secrets
     wrong = dict.fromkeys(SYNCS, 0)
-    with powered_jobs(draw) as (disk, made):
-        every = moments(made)
+    with powered_jobs(draw) as (disk, all_jobs):
+        every = crash_points(all_jobs)
         for omitted_sync in SYNCS:
-            of_these = [moment for moment in every if is_affected(moment[0], omitted_sync)]
-            for job, number in draw.choices(of_these, k=size):
+            affected = [(job, number) for job, number in every if is_affected(job, omitted_sync)]
+            for job, number in draw.choices(affected, k=size):
                 wrong[omitted_sync] += is_detected(disk, job, number, draw, omitted_sync)
                 if wrong[omitted_sync] == stop_after:
                     break
@@ -291,7 +291,7 @@ def count_detected_omissions(seed, size, stop_after=1_000_000):
 
 
 def is_detected(disk, job, number, draw, omitted_sync):
-    """Whether power cuts lead to a wrong result with an omitted sync."""
+    """Return whether power cuts lead to a wrong result with an omitted sync."""
     try:
         cut_and_recover(disk, job, number, draw, omitted_sync)
     except (IncorrectStateError, FastvggError):

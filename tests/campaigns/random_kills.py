@@ -1,12 +1,11 @@
 """SIGKILL at random times: of one process, and of four that compete for the same target.
 
-    python -m tests.campaigns.random_kills             # some minutes; prints its counts
-    python -m tests.campaigns.random_kills --size 100  # about so many kills
+    python -m tests.campaigns.random_kills             # takes minutes; prints counts
+    python -m tests.campaigns.random_kills --size 100  # approximate number of kills
 
-A process is killed at a time between its beginning and a little after the end of an uninterrupted
-run, which may be in the middle of a call. Of four at once one has the lock, and the others try
-again until they have it: whoever is killed, another takes over. Then the command is given once
-more, to its end.
+A process is killed between its start and shortly after the time that an uninterrupted run takes,
+possibly in the middle of a call. If there are four, one holds the lock and the others retry until
+they acquire it: when one is killed, another takes over. Finally the command reruns to completion.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ SETTINGS = (
     {"kind": "failed", "images": 120, "images_per_chunk": 120},
 )
 CONCURRENT_PROCESSES = 4
-MAX_LIFETIME_RATIO = 1.2  # than an uninterrupted run: how long a process may live
+MAX_LIFETIME_RATIO = 1.2  # of a process, relative to an uninterrupted run
 MEASUREMENTS = 5
-# Messages of a command that runs concurrently with another, before it has the lock.
+# Messages of a command that has not acquired the lock while another runs.
 CONCURRENT_RUN_MESSAGES = (
     *("by another process", "has changed since the run was planned"),
     *("no journal shows", "with other settings", "was not written by fastvgg"),
@@ -45,7 +44,7 @@ CONCURRENT_RUN_MESSAGES = (
 
 
 def start_process(work):
-    """The number of a process that has begun to do something; its exit says how that ended."""
+    """Fork a child that calls `work`, wait until it runs, and return its PID."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -63,32 +62,32 @@ def start_process(work):
 
 
 def was_killed(child):
-    """Whether a process was killed, or else ended well; waits for its end."""
+    """Wait for a process; return whether it was killed, and raise if it failed."""
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
         return True
     if status:
         raise IncorrectStateError(
-            f"a process ended with {os.waitstatus_to_exitcode(status)}, see above"
+            f"a process failed with exit code {os.waitstatus_to_exitcode(status)}, see above"
         )
     return False
 
 
 def median_seconds(job):
     """Return the median duration of an uninterrupted run."""
-    taken = []
+    durations_seconds = []
     for _ in range(MEASUREMENTS):
         job.reset()
         child = start_process(job.command)
-        begun = time.monotonic()
+        start_seconds = time.monotonic()
         was_killed(child)
-        taken.append(time.monotonic() - begun)
+        durations_seconds.append(time.monotonic() - start_seconds)
     job.check_final_state()
-    return statistics.median(taken)
+    return statistics.median(durations_seconds)
 
 
 def run_until_unlocked(job):
-    """Rerun a command until no other process has locked its target."""
+    """Rerun a command until no other process holds the lock of its target."""
     while True:
         try:
             job.command()
@@ -101,14 +100,14 @@ def run_until_unlocked(job):
 
 def kill_after(lifetimes, work):
     """Kill processes after their lifetimes; return how many were still running."""
-    ends = []
+    deadlines = []
     for seconds in lifetimes:
         child = start_process(work)
-        ends.append((time.monotonic() + seconds, child))
-    for end, child in sorted(ends):
-        time.sleep(max(0, end - time.monotonic()))
-        os.kill(child, signal.SIGKILL)  # there until it is waited for, even if it has ended
-    return sum([was_killed(child) for _, child in ends])
+        deadlines.append((time.monotonic() + seconds, child))
+    for deadline, child in sorted(deadlines):
+        time.sleep(max(0, deadline - time.monotonic()))
+        os.kill(child, signal.SIGKILL)  # an exited child remains a zombie until waited for
+    return sum([was_killed(child) for _, child in deadlines])
 
 
 def kill_and_rerun(job, lifetimes):
@@ -126,15 +125,15 @@ def kill_and_rerun(job, lifetimes):
 
 
 def campaign(seed, size):
-    """Kill about `size` processes, half of them with others beside them."""
+    """Kill about `size` processes, half of them with concurrent ones."""
     draw = random.Random(seed)  # noqa: S311  # not for secrets
-    place = Path(tempfile.mkdtemp(prefix="fastvgg-random-", dir=memory_directory()))
+    directory = Path(tempfile.mkdtemp(prefix="fastvgg-random-", dir=memory_directory()))
     counts = {"kills": 0, "of one in four": 0, "runs": 0, "runs left unfinished": 0}
     try:
-        made = [(job, median_seconds(job)) for job in jobs(place, settings=SETTINGS)]
-        gc.freeze()  # a child that collects garbage copies all of it
+        timed_jobs = [(job, median_seconds(job)) for job in jobs(directory, settings=SETTINGS)]
+        gc.freeze()  # garbage collection in a child would copy every page
         while counts["kills"] < size:
-            job, seconds = draw.choice(made)
+            job, seconds = draw.choice(timed_jobs)
             processes = (
                 CONCURRENT_PROCESSES if counts["of one in four"] < counts["kills"] / 2 else 1
             )
@@ -145,7 +144,7 @@ def campaign(seed, size):
             counts["runs"] += 1
             counts["runs left unfinished"] += unfinished
     finally:
-        shutil.rmtree(place)
+        shutil.rmtree(directory)
     return {**counts, "wrong": 0}
 
 

@@ -1,4 +1,4 @@
-"""Short forms of the campaigns: the same functions with smaller sizes."""
+"""Short versions of the campaigns: the same functions with smaller sizes."""
 
 from __future__ import annotations
 

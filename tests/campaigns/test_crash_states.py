@@ -1,4 +1,4 @@
-"""A short crash exploration, and that it detects the omission of each sync."""
+"""A short crash exploration, and a check that it detects the omission of each sync."""
 
 from __future__ import annotations
 
@@ -30,96 +30,98 @@ JOURNAL = f"{DATA}.fastvgg-journal"
 UNDETECTABLE = {
     # Already durable before the command; the last test covers the rest.
     ("redo_log.begin", 0),
-    # Where the file lies on another disk than the names beside it, or a write failed before: the
-    # model has neither.
+    # Needed if the file and its sidecars are on different file systems, or after a failed write:
+    # the model has neither.
     ("redo_log.reopen", 1),
-    # Two crashes in a row must lose the checkpoint, and little else, to need it: see below.
+    # Needed only if two crashes in a row lose the checkpoint and little else: see below.
     ("redo_log.recover", 1),
 }
 
 
 @pytest.fixture
-def place(monkeypatch, tmp_path):
-    frozen = [(redo_log_layout, "secrets"), (manifest, "dt"), (manifest, "package_versions")]
-    frozen += [(threads, "CommitPipeline"), (in_place, "CommitPipeline")]
-    for module, name in frozen:
+def directory(monkeypatch, tmp_path):
+    replaced = [(redo_log_layout, "secrets"), (manifest, "dt"), (manifest, "package_versions")]
+    replaced += [(threads, "CommitPipeline"), (in_place, "CommitPipeline")]
+    for module, name in replaced:
         monkeypatch.setattr(module, name, getattr(module, name))  # restored at teardown
     crash_states.make_deterministic()
-    directory = Path(tempfile.mkdtemp(prefix="fastvgg-test-", dir=memory_directory() or tmp_path))
-    yield directory
-    shutil.rmtree(directory)
+    path = Path(tempfile.mkdtemp(prefix="fastvgg-test-", dir=memory_directory() or tmp_path))
+    yield path
+    shutil.rmtree(path)
 
 
-def is_omission_detected(job, place, seeds=(1,)):
+def is_omission_detected(job, call_site, seeds=(1,)):
     for seed in seeds:
         try:
-            Exploration(job, seed, max_states_per_crash=300, omitted_sync=place).run(700)
+            Exploration(job, seed, max_states_per_crash=300, omitted_sync=call_site).run(700)
         except IncorrectStateError:
             return True
     return False
 
 
-def number_syncs(places):
-    """The syncs of each function, in the order of their lines."""
+def number_syncs(call_sites):
+    """Number the syncs of each function in the order of their lines."""
     by_function = {}
-    for function, line in sorted(places):
+    for function, line in sorted(call_sites):
         by_function.setdefault(function, []).append(line)
     return {
-        (function, number): crash_states.Place(function, line)
+        (function, number): crash_states.CallSite(function, line)
         for function, lines in by_function.items()
         for number, line in enumerate(lines)
     }
 
 
 @pytest.mark.parametrize("runs", [30, pytest.param(150, marks=pytest.mark.slow)])
-def test_no_crash_state_leads_to_wrong_bytes(place, runs):
-    for job in exploration_jobs(place):
+def test_no_crash_state_leads_to_wrong_bytes(directory, runs):
+    for job in exploration_jobs(directory):
         counts = Exploration(job, 1, max_states_per_crash=1000).run(runs)
         assert counts["runs"] == runs
         assert counts["states"] > runs * 30
 
 
 @pytest.mark.slow
-def test_omitting_any_sync_leads_to_wrong_bytes(place):
-    found, seen = set(), set()
-    for job in exploration_jobs(place)[1:3]:
+def test_omitting_any_sync_leads_to_wrong_bytes(directory):
+    every, detected = set(), set()
+    for job in exploration_jobs(directory)[1:3]:
         exploration = Exploration(job, 1, max_states_per_crash=300)
         exploration.run(60)
-        syncs = number_syncs(exploration.places)
-        found |= set(syncs)
-        undetected = {name: at for name, at in syncs.items() if name not in seen}
+        syncs = number_syncs(exploration.call_sites)
+        every |= set(syncs)
+        undetected = {name: site for name, site in syncs.items() if name not in detected}
         # The drawn states depend on path lengths and inodes, so one seed may miss an omission.
         seeds = {name: (1,) if name in UNDETECTABLE else (1, 2, 3, 4) for name in undetected}
-        seen |= {
-            name for name, at in undetected.items() if is_omission_detected(job, at, seeds[name])
+        detected |= {
+            name
+            for name, site in undetected.items()
+            if is_omission_detected(job, site, seeds[name])
         }
-    assert len(found) > 15
-    assert found - seen == UNDETECTABLE
+    assert len(every) > 15
+    assert every - detected == UNDETECTABLE
 
 
-def test_checkpoint_after_recovery_is_durable_before_further_writes(place):
-    job = exploration_jobs(place)[0]
+def test_checkpoint_after_recovery_is_durable_before_further_writes(directory):
+    job = exploration_jobs(directory)[0]
     with pytest.raises(SimulatedCrash):
         job.command(InterruptedStorage(3))
-    left = CrashState(job.found())
-    events = [event for _, event in run_from(job, left).log]
+    crash_state = CrashState(job.state())
+    events = [event for _, event in run_from(job, crash_state).log]
     writes = [event for event in events if isinstance(event, Write) and event.data is not None]
     checkpoint = next(event for event in writes if b'"generation"' in event.data)
-    assert events[events.index(checkpoint) + 1] == Sync(dict(left.durable.names)[JOURNAL])
+    assert events[events.index(checkpoint) + 1] == Sync(dict(crash_state.durable.names)[JOURNAL])
 
 
 @pytest.mark.parametrize("part", ["images", "edges"])
-def test_partially_lost_slot_is_not_used(place, part):
-    job = exploration_jobs(place)[1]
+def test_partially_lost_slot_is_not_used(directory, part):
+    job = exploration_jobs(directory)[1]
     with pytest.raises(SimulatedCrash):
         job.command(InterruptedStorage(2))
     header = read_redo_log_header(job.source)
     begin, (first, last) = header.page_span(1)[0], header.image_span(1)
-    at = header.slot_offset(1) + PAGE_BYTES + (first if part == "images" else last) - begin
+    offset = header.slot_offset(1) + PAGE_BYTES + (first if part == "images" else last) - begin
     with (job.directory / JOURNAL).open("r+b") as journal:
-        journal.seek(at)
+        journal.seek(offset)
         (byte,) = journal.read(1)
-        journal.seek(at)
+        journal.seek(offset)
         journal.write(bytes([byte ^ 1]))
     job.command()
     job.check_final_state()
@@ -127,7 +129,7 @@ def test_partially_lost_slot_is_not_used(place, part):
 
 @pytest.fixture
 def without_data_checksums(monkeypatch):
-    """Treat any content of the file as old bytes."""
+    """Treat any file content as old bytes."""
     real = RedoLog.checksum_in_file
 
     def old_checksum(self, chunk):
@@ -139,18 +141,18 @@ def without_data_checksums(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_data_checksums")
-def test_redo_log_has_enough_slots_without_checksums(place):
-    assert not is_omission_detected(exploration_jobs(place)[0], None)
+def test_redo_log_has_enough_slots_without_checksums(directory):
+    assert not is_omission_detected(exploration_jobs(directory)[0], None)
 
 
-def test_redo_log_with_one_slot_less_is_detected(place, monkeypatch):
+def test_redo_log_with_one_slot_less_is_detected(directory, monkeypatch):
     for module in (redo_log, redo_log_layout):
         monkeypatch.setattr(module, "SLOTS", SLOTS - 1)
     with pytest.raises(RuntimeError, match="slot that is still needed"):
-        is_omission_detected(exploration_jobs(place)[0], None)
+        is_omission_detected(exploration_jobs(directory)[0], None)
 
 
-def test_original_file_is_durable_before_further_writes(place):
-    job = exploration_jobs(place)[0]
+def test_original_file_is_durable_before_further_writes(directory):
+    job = exploration_jobs(directory)[0]
     storage = run_from(job, CrashState(job.start))
     assert storage.log[0] == (None, crash_states.Sync(dict(job.start.names)[DATA]))

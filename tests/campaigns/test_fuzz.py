@@ -1,4 +1,4 @@
-"""A short fuzz campaign, and that it fails if a parser is broken."""
+"""A short fuzz campaign, and a check that it fails if a parser is broken."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_same_seed_generates_the_same_inputs():
 
 
 class FakeFaulthandler:
-    """A stand-in for `faulthandler`, the watchdog of a campaign that hangs."""
+    """A stand-in for `faulthandler`, the campaign's watchdog against hangs."""
 
     is_on = False
 

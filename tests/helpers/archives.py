@@ -1,4 +1,4 @@
-"""Build the wheel and the source archive of a checkout, and inspect them."""
+"""Build the wheel and the sdist of a checkout, and inspect them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from email.parser import Parser
 from tests.helpers.checkout import CHECKOUT
 
 TYPED_PROGRAM = CHECKOUT / "tests/helpers/typed_program.py"
-MAX_PACKAGES = 18  # of the core install, with its dependencies
+MAX_PACKAGES = 18  # of the core install, including dependencies
 BUILD = """
 import sys
 from hatchling import build
@@ -20,7 +20,7 @@ print(build.build_sdist(sys.argv[1]))
 
 
 def build_archives(python, directory, source=CHECKOUT):
-    """Build the wheel and the sdist with the hatchling of a Python; return their paths by kind."""
+    """Build the wheel and the sdist with a Python's hatchling; return their paths by kind."""
     directory.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         [python, "-c", BUILD, str(directory)],
@@ -34,7 +34,7 @@ def build_archives(python, directory, source=CHECKOUT):
 
 
 def names_in(archive):
-    """Return the names of the files in a wheel or a source archive."""
+    """Return the names of the files in a wheel or an sdist."""
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
             return wheel.namelist()
@@ -48,5 +48,5 @@ def requirements_of(wheel, extra=None):
         (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
         metadata = Parser().parsestr(archive.read(name).decode())
     lines = [line.replace("'", '"') for line in metadata.get_all("Requires-Dist")]
-    wanted = [line for line in lines if "extra ==" not in line]
-    return wanted + [line.split(";")[0] for line in lines if extra and f'== "{extra}"' in line]
+    core = [line for line in lines if "extra ==" not in line]
+    return core + [line.split(";")[0] for line in lines if extra and f'== "{extra}"' in line]

@@ -1,4 +1,4 @@
-"""Invalid .npy files, each with the words that its error message must contain."""
+"""Invalid .npy files and the words that their error messages must contain."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def header_text(descr="'<f4'", fortran="False", shape="(5, 7, 9, 3)", extra=""):
 
 
 def npy_of(text, version=(1, 0), data=b"\0" * (5 * 7 * 9 * 3 * 4)):
-    """The bytes of a file with any text for a header, padded as numpy.save pads it."""
+    """Return a .npy file with `text` as its header, padded as numpy.save pads it."""
     encoded = text if isinstance(text, bytes) else text.encode("utf-8")
     prefix = 10 if version == (1, 0) else 12
     encoded += b" " * (-(prefix + len(encoded) + 1) % 64) + b"\n"

@@ -35,9 +35,9 @@ def in_layout(batch, layout):
 
 
 def view_in_memory(batch, layout, transposed, reverses, start):
-    """Return a view equal to a batch, and its base, which stores the batch in another order.
+    """Return a view equal to a batch, and its base, which has another memory order.
 
-    The base starts `start` bytes after an aligned address.
+    The base starts `start` bytes past an aligned address.
     """
     axis = CHANNEL_AXIS[layout]
     x = np.flip(batch, axis) if reverses else batch
@@ -51,7 +51,7 @@ def view_in_memory(batch, layout, transposed, reverses, start):
 def every_pattern(count, shape):
     """Return all integers below `count`, a power of two, in each of three channels (last axis).
 
-    Each channel has a different order, so that swapped channels are detected.
+    The order differs between channels, so that swapped channels are detected.
     """
     pixels = np.arange(int(np.prod(shape)))
     assert len(pixels) >= count
@@ -61,19 +61,19 @@ def every_pattern(count, shape):
 
 
 def every_value(layout="NHWC", rank=4):
-    """A read-only uint8 batch, or one image, with all 256 values in each channel."""
+    """Return a read-only uint8 batch, or one image, with all 256 values in each channel."""
     shape = (2, 5, 27) if rank == 4 else (10, 27)
     return frozen(in_layout(every_pattern(256, shape).astype(np.uint8), layout))
 
 
 def every_half(name):
-    """A read-only batch with all 65,536 bit patterns of a half type in each channel."""
+    """Return a read-only batch with all 65,536 bit patterns of a half type in each channel."""
     patterns = every_pattern(65536, (2, 128, 256)).astype(np.uint16)
     return frozen(patterns.view(dtype_of(name)))
 
 
 def filled_with(values, layout="NHWC"):
-    """A read-only batch (2, H, 7, 3) that has each of `values` in each of the three channels."""
+    """Return a read-only batch (2, H, 7, 3) with all of `values` in each of the three channels."""
     rows = -(-len(values) // (2 * 7))
     pixels = np.resize(values, 2 * rows * 7)
     batch = np.stack([pixels, np.roll(pixels, 1), np.roll(pixels, 2)], axis=-1)
@@ -94,7 +94,7 @@ def byte_swapped(array):
 
 
 def cast(array, name):
-    """NumPy's conversion without its warnings of NaN and infinity; NaN is canonical."""
+    """Cast as NumPy does, without warnings for NaN and infinity; NaN is canonical."""
     with np.errstate(over="ignore", invalid="ignore"):
         return with_canonical_nan(array.astype(dtype_of(name)))
 
@@ -108,7 +108,7 @@ def with_canonical_nan(array):
 
 
 def bits(array):
-    """The elements as unsigned integers."""
+    """Return the elements as unsigned integers."""
     native = np.array(array, array.dtype.newbyteorder("="), order="C")
     return native.view(f"u{native.dtype.itemsize}")
 

@@ -1,4 +1,4 @@
-"""Random corruption of files: of their bytes, and of fields of JSON."""
+"""Random corruption of files: of bytes, and of JSON fields."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RUN = "0" * 16
 # Damage to bytes
 
 
-def cut(random, content):
+def truncate(random, content):
     del content[random.randrange(len(content)) :]
 
 
@@ -22,7 +22,7 @@ def flip(random, content):
     content[random.randrange(len(content))] ^= 1 << random.randrange(8)
 
 
-def put(random, content):
+def set_byte(random, content):
     content[random.randrange(len(content))] = random.randrange(256)
 
 
@@ -46,7 +46,7 @@ def repeat(random, content):
     content[at:at] = content[begin : begin + random.randint(1, 99)]
 
 
-def digit(random, content):
+def change_digit(random, content):
     """Change the next digit after a random offset."""
     start = random.randrange(len(content))
     for at in range(start, min(len(content), start + 200)):
@@ -59,7 +59,10 @@ def append(random, content):
     content += random.choice(TOKENS)
 
 
-EDITS = (cut, flip, flip, put, insert, insert, overwrite, delete, repeat, digit, digit, append)
+EDITS = (
+    *(truncate, flip, flip, set_byte, insert, insert, overwrite),
+    *(delete, repeat, change_digit, change_digit, append),
+)
 TOKENS = [
     *(b"\0", b"\0" * 64, b"\xff", b"\xc3(", b"\xed\xa0\x80", "\u0663".encode(), b"\xef\xbb\xbf"),
     *(b"\n", b"\r", b"\r\n", b"\t", b"\x0c", b"\x1b[2J", b" ", b" " * 64, b"#", b"\\", b"\\d"),
@@ -73,39 +76,39 @@ TOKENS = [
 ]
 
 
-def damaged(random, whole):
+def damaged(random, intact):
     """Apply one to four random edits to a file's content."""
-    content = bytearray(whole)
+    content = bytearray(intact)
     for _ in range(random.randint(1, 4)):
         if content:
             random.choice(EDITS)(random, content)
     return bytes(content)
 
 
-def truncations_and_bit_flips(random, wholes):
+def truncations_and_bit_flips(random, files):
     """Yield every truncation and every single bit flip of some files, in random order."""
-    places = [
-        (whole, at, bit)
-        for whole in wholes
-        for at in range(len(whole))
+    mutations = [
+        (intact, at, bit)
+        for intact in files
+        for at in range(len(intact))
         for bit in (None, *range(8))
     ]
-    random.shuffle(places)
-    for whole, at, bit in places:
+    random.shuffle(mutations)
+    for intact, at, bit in mutations:
         if bit is None:
-            yield whole[:at]
+            yield intact[:at]
         else:
-            yield whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :]
+            yield intact[:at] + bytes([intact[at] ^ 1 << bit]) + intact[at + 1 :]
 
 
-def interleave_inputs(random, plain, invented):
-    """Yield all of `plain`, a random number of invented inputs before each; then invented only."""
+def interleave_inputs(random, plain, generate):
+    """Yield all of `plain`, each after a random number of generated inputs; then only generated."""
     for content in plain:
         while random.random() < 0.5:
-            yield invented()
+            yield generate()
         yield content
     while True:
-        yield invented()
+        yield generate()
 
 
 # Damage to fields
@@ -125,7 +128,7 @@ VALUES = [
 ]
 
 
-def other(random, value):
+def replacement(random, value):
     """Return a random replacement for a value, of the same or of another type."""
     if random.random() < 0.4:
         return copy.deepcopy(random.choice(VALUES))
@@ -165,11 +168,11 @@ def integer_locations(fields):
 
 def change_number_type(random, fields):
     """Replace an integer by an equal value of another type (bool or float)."""
-    places = list(integer_locations(fields))
-    if places:
-        inside, key = random.choice(places)
-        value = inside[key]
-        inside[key] = bool(value) if value in (0, 1) else float(value) if value < 2**53 else 1.0
+    locations = list(integer_locations(fields))
+    if locations:
+        container, key = random.choice(locations)
+        value = container[key]
+        container[key] = bool(value) if value in (0, 1) else float(value) if value < 2**53 else 1.0
 
 
 def change_field(random, fields):
@@ -177,16 +180,16 @@ def change_field(random, fields):
     if random.random() < 0.15:
         change_number_type(random, fields)
         return
-    inside, key = random_location(random, fields)
-    what = random.random()
-    if what < 0.75:
-        inside[key] = other(random, inside[key])
-    elif what < 0.85:
-        del inside[key]
-    elif isinstance(inside, dict):
-        inside[random.choice([*inside, "x", "fastvgg-journal", "size"])] = inside[key]
+    container, key = random_location(random, fields)
+    roll = random.random()
+    if roll < 0.75:
+        container[key] = replacement(random, container[key])
+    elif roll < 0.85:
+        del container[key]
+    elif isinstance(container, dict):
+        container[random.choice([*container, "x", "fastvgg-journal", "size"])] = container[key]
     else:
-        inside.insert(key, other(random, inside[key]))
+        container.insert(key, replacement(random, container[key]))
 
 
 def corrupt_json(random, text):
@@ -201,13 +204,13 @@ def corrupt_json(random, text):
     if DEEP in changed:
         depth = random.choice([50, 400, 900, 980, 5000, 50_000])
         changed = changed.replace(f'"{DEEP}"', "[" * depth + "]" * depth)
-    what = random.random()
-    if what < 0.05:
-        twice = random.choice(['"chunk": -1', '"job": {}', '"chunk_images": 0', '"chunks": 99'])
-        changed = changed.replace("{", "{" + twice + ", ", 1)
-    if what > 0.98:
+    roll = random.random()
+    if roll < 0.05:
+        duplicate = random.choice(['"chunk": -1', '"job": {}', '"chunk_images": 0', '"chunks": 99'])
+        changed = changed.replace("{", "{" + duplicate + ", ", 1)
+    if roll > 0.98:
         return changed.encode("utf-16")
-    return damaged(random, changed.encode()) if 0.1 < what < 0.2 else changed.encode()
+    return damaged(random, changed.encode()) if 0.1 < roll < 0.2 else changed.encode()
 
 
 def line_with_checksum(text):

@@ -1,4 +1,4 @@
-"""Create, read and compare datasets on disk, also from separate processes."""
+"""Create, read and compare datasets on disk, and run Python in separate processes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pixels(images=5, height=7, width=9, seed=1):
 
 
 def npy_bytes(array):
-    """Return what numpy.save writes."""
+    """Return the content of the file that numpy.save writes."""
     written = io.BytesIO()
     np.save(written, array)
     return written.getvalue()
@@ -68,7 +68,7 @@ def rows_by_name(directory, batch):
 
 
 def network_inputs(batch, mode, *, out_layout="NHWC", dtype="float32"):
-    """Return what the oracle computes from a batch of images."""
+    """Return the oracle's result for a batch of images."""
     return oracle.apply(Transform(mode, out_layout=out_layout, dtype=dtype), batch)
 
 
@@ -113,21 +113,21 @@ def memory_for(images_per_chunk, source, target, **settings):
 
 
 def commits_in(target):
-    """Return the number of chunks in the journal of an unfinished run: its lines but one."""
+    """Return the number of chunks in the journal of an unfinished run: its lines minus one."""
     return Path(f"{target}.fastvgg-journal").read_bytes().count(b"\n") - 1
 
 
 def tree(directory):
-    """Return everything below a directory: contents by name, as bytes."""
-    found = {}
+    """Return everything below a directory by name: file contents, link targets or file types."""
+    entries = {}
     for path in sorted(directory.rglob("*")):
         mode = path.lstat().st_mode
         name = os.fsencode(path.relative_to(directory))
         if stat.S_ISREG(mode):
-            found[name] = path.read_bytes()
+            entries[name] = path.read_bytes()
         else:
-            found[name] = path.readlink() if path.is_symlink() else stat.S_IFMT(mode)
-    return found
+            entries[name] = path.readlink() if path.is_symlink() else stat.S_IFMT(mode)
+    return entries
 
 
 def names_in(directory):
@@ -135,7 +135,7 @@ def names_in(directory):
 
 
 def data_tree(directory):
-    """Return `tree` without what differs between runs: the date in a manifest."""
+    """Return `tree` without the manifest's date, which differs between runs."""
     return {
         name: re.sub(rb'"created": "[^"]*"', b"", content)
         if isinstance(content, bytes)
@@ -172,14 +172,14 @@ def drop_permission_override():
     if os.geteuid() != 0:
         return
     library = ctypes.CDLL(None, use_errno=True)
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3 of the call, this thread
-    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; then their upper halves
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3 of the API, this thread
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; then their high words
     overrides = 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-    done = library.capget(header, sets)
+    failed = library.capget(header, sets)
     for number in range(3):
         sets[number] &= ~overrides
-    if done or library.capset(header, sets):
-        raise OSError(ctypes.get_errno(), "this process cannot give up its privileges")
+    if failed or library.capset(header, sets):
+        raise OSError(ctypes.get_errno(), "this process cannot drop its capabilities")
 
 
 @contextlib.contextmanager
@@ -197,7 +197,7 @@ def stdout_on_small_disk(directory, disk_bytes, source):
     """Run Python source in a process that has a small private disk at `directory`."""
     unshare = shutil.which("unshare")
     if unshare is None:
-        pytest.skip("there is no unshare command to make a mount namespace with")
+        pytest.skip("no unshare command to create a mount namespace")
     private = [unshare, "-m"] if os.geteuid() == 0 else [unshare, "-rm"]
     mount = f"mount -t tmpfs -o size={disk_bytes} tmpfs {directory}"
     if subprocess.run([*private, "sh", "-c", mount], capture_output=True, check=False).returncode:
@@ -231,14 +231,14 @@ REMEDY_VERBS = re.compile(
 
 
 def check_error(error, *words):
-    """Check that the message of an error contains all words, and its remedy an action."""
+    """Check that the message of an error contains all words, and that its remedy has a verb."""
     missing = [word for word in map(str, words) if word not in str(error)]
     assert not missing, f"{missing} not in: {error}"
     assert REMEDY_VERBS.search(error.remedy), f"remedy without an action: {error.remedy!r}"
 
 
 def count_cached_pages(descriptor):
-    """Return how many pages of a file that is open for writing are in the page cache."""
+    """Return the number of pages of a writable file that are in the page cache."""
     with mmap.mmap(descriptor, 0) as mapped:
         pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
         window = (ctypes.c_char * len(mapped)).from_buffer(mapped)

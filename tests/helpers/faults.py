@@ -22,7 +22,7 @@ class CrashingStorage(Storage):
     """Real storage that simulates the death of the process at its n-th call.
 
     A killed process runs no cleanup, so all later calls do nothing. The caller then calls
-    `finish_crash`, which closes its files and thereby releases its locks.
+    `finish_crash`, which closes the files and thereby releases their locks.
 
     Parameters
     ----------
@@ -31,8 +31,8 @@ class CrashingStorage(Storage):
     partially_done
         Crash halfway through the call instead of before it, if the call can be split.
     snapshot_directory
-        A directory on the same file system. If given, the crash is a power failure: everything
-        not synced is undone, names and bytes independently. Otherwise only the process dies.
+        A directory on the same file system. If given, the crash is a power failure: all unsynced
+        changes are undone, names and bytes independently. Otherwise only the process dies.
     fsync
         As for `Storage`.
     """
@@ -40,13 +40,13 @@ class CrashingStorage(Storage):
     def __init__(self, crash_at=0, *, partially_done=False, snapshot_directory=None, fsync=True):
         super().__init__(fsync=fsync)
         self.calls = []
-        self.divisible_calls = []  # the numbers of the calls that can be done partially
+        self.divisible_calls = []  # the numbers of the calls that can be split
         self._crash_at = crash_at
         self._partially_done = partially_done
         self._snapshot_directory = snapshot_directory
         self._dead = False
         self._open_descriptors = set()
-        self._undo = []  # (what a sync makes durable, how to undo it)
+        self._undo = []  # (key of what a sync makes durable, function that undoes the change)
         self._snapshot_descriptors = {}  # inode -> a descriptor that outlives those of the run
         self._call_lock = threading.RLock()
 
@@ -75,12 +75,12 @@ class CrashingStorage(Storage):
                 raise SimulatedCrash
             return do()
 
-    def _unsynced(self, what, undo):
+    def _unsynced(self, key, undo):
         if self._snapshot_directory is not None:
-            self._undo.append((what, undo))
+            self._undo.append((key, undo))
 
-    def _synced(self, what):
-        self._undo = [entry for entry in self._undo if entry[0] != what]
+    def _synced(self, key):
+        self._undo = [entry for entry in self._undo if entry[0] != key]
 
     def _inode(self, descriptor):
         inode = os.fstat(descriptor).st_ino
@@ -94,14 +94,12 @@ class CrashingStorage(Storage):
         if self._snapshot_directory is None:
             return
         inode, size = self._inode(descriptor), os.fstat(descriptor).st_size
-        kept, old = (
-            self._snapshot_descriptors[inode],
-            os.pread(descriptor, max(0, end - begin), begin),
-        )
+        snapshot_descriptor = self._snapshot_descriptors[inode]
+        old = os.pread(descriptor, max(0, end - begin), begin)
 
         def undo():
-            os.ftruncate(kept, size)
-            os.pwrite(kept, old, begin)
+            os.ftruncate(snapshot_descriptor, size)
+            os.pwrite(snapshot_descriptor, old, begin)
 
         self._unsynced(("bytes", inode), undo)
 
@@ -129,15 +127,15 @@ class CrashingStorage(Storage):
         if not path.exists():
             self._snapshot_name(path)
         elif flags & os.O_TRUNC and self._snapshot_directory is not None:
-            with path.open("rb") as there:
-                self._snapshot_all_bytes(there, path)
+            with path.open("rb") as file:
+                self._snapshot_all_bytes(file, path)
         file = super()._open(path, flags, call)
         self._open_descriptors.add(file.descriptor)
         return file
 
-    def _snapshot_all_bytes(self, there, path):
+    def _snapshot_all_bytes(self, file, path):
         descriptor = os.open(path, os.O_RDWR)
-        self._snapshot_bytes(descriptor, 0, len(there.read()))
+        self._snapshot_bytes(descriptor, 0, len(file.read()))
         os.close(descriptor)
 
     def create(self, path):
@@ -256,7 +254,7 @@ class FaultyOs:
     number
         The errno of the failure.
     persistent
-        Also fail at every later call, like a disk that disappeared.
+        Also fail at every later call, like a disconnected disk.
     """
 
     CALLS = (
@@ -312,11 +310,11 @@ class ShortIoOs(FaultyOs):
         if name not in ("pread", "pwrite"):
             return super().__getattr__(name)
 
-        def call(descriptor, what, offset):
+        def call(descriptor, argument, offset):
             if self._short_at in (0, self._count(name)):
-                half = what // 2 if name == "pread" else what[: len(what) // 2]
-                what = half or what
-            return getattr(os, name)(descriptor, what, offset)
+                half = argument // 2 if name == "pread" else argument[: len(argument) // 2]
+                argument = half or argument
+            return getattr(os, name)(descriptor, argument, offset)
 
         return call
 
@@ -359,20 +357,24 @@ class InterruptedStorage(Storage):
     Parameters
     ----------
     commits
-        The number of chunks that are committed at that point.
+        The number of chunks committed by then.
     end
         Called instead of the simulated crash, if given.
     """
 
     def __init__(self, commits, *, end=None):
         super().__init__()
-        self._left = commits + 1  # plus the header, which is synced under a temporary name
+        self._remaining_syncs = (
+            commits + 1
+        )  # plus the header, which is synced under a temporary name
         self._end = end
 
     def sync(self, file):
         super().sync(file)
-        self._left -= file.path.name.endswith((".fastvgg-journal", ".fastvgg-journal.tmp"))
-        if self._left == 0:
+        self._remaining_syncs -= file.path.name.endswith(
+            (".fastvgg-journal", ".fastvgg-journal.tmp")
+        )
+        if self._remaining_syncs == 0:
             if self._end is not None:
                 self._end()
             raise SimulatedCrash

@@ -40,20 +40,20 @@ SECOND_NS = 10**9
 
 @dataclass(frozen=True)
 class SourceFormat:
-    """A format that is read, and how to write it without fastvgg."""
+    """A source format, and how to write it without fastvgg."""
 
     kind: str
     write: Callable[[Path, Any], Any]
     """Write a batch below a directory, and return the location to open."""
     stored_bytes: Callable[[Any], int]
-    """The size of the data of a location on disk."""
+    """The size of the pixel data of a location on disk."""
     dtypes: tuple[str, ...] = ARRAYS
     granularity: int = 1
     notes: tuple[str, ...] = ()
     has_index: bool = False
     """Whether an index next to the array gives its records."""
     is_mapped: bool = False
-    """Whether a batch is a read-only window of the file, not a copy."""
+    """Whether a batch is a read-only memory map of the file, not a copy."""
 
     @property
     def is_array(self) -> bool:
@@ -62,7 +62,7 @@ class SourceFormat:
 
 @dataclass(frozen=True)
 class TargetFormat:
-    """A format that is written, and how to read it without fastvgg."""
+    """A target format, and how to read it without fastvgg."""
 
     kind: str
     name: str
@@ -76,26 +76,26 @@ class TargetFormat:
     is_sharded: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     damages: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
-    """Damage to a partial that the rerun of the command must refuse."""
+    """Damage to a partial target that a rerun must reject."""
     repairable_damages: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
-    """Damage to a partial that the rerun of the command must recompute."""
+    """Damage to a partial target that a rerun must repair by recomputing."""
 
     @property
     def is_array(self) -> bool:
         return self.kind != "images"
 
     def location(self, directory: Path, name: str = "y") -> str:
-        place = f"memory://{directory}" if self.is_remote else f"{directory}"
-        return f"{place}/{self.name.replace('y', name, 1)}"
+        parent = f"memory://{directory}" if self.is_remote else f"{directory}"
+        return f"{parent}/{self.name.replace('y', name, 1)}"
 
 
 def container(location):
-    """The file, directory or prefix of a store that a location names."""
+    """Return the file, directory or object store prefix that a location names."""
     return Location.parse(location).container
 
 
 def files_of(location):
-    """All files, or objects, of a dataset, in the order of their names."""
+    """Return all files or objects of a dataset, sorted by name."""
     path = container(location)
     if Location.parse(location).is_remote:
         return [path / key for key in sorted(objects.list_objects(path))]
@@ -105,7 +105,7 @@ def files_of(location):
 
 
 def data_files(location):
-    """The files that contain pixels."""
+    """Return the files that contain pixels."""
     metadata = ("zarr.json", ".zarray", ".zattrs")
     return [file for file in files_of(location) if file.name not in metadata]
 
@@ -147,7 +147,7 @@ CHANGES = {  # of a file
     "one byte more": lambda file: replace_content(file, file.read_bytes() + b"\0"),
 }
 
-REPLACEMENTS = {  # what is created in place of a removed file
+REPLACEMENTS = {  # for a removed file
     "nothing": lambda path: None,
     "an empty file": lambda path: path.touch(),
     "a pipe": os.mkfifo,
@@ -161,21 +161,21 @@ def total_bytes(location):
     return sum(len(content) for content in contents_of(location).values())
 
 
-def _partitioned(place, batch):
-    directory = place / "parts"
-    directory.mkdir()
+def _partitioned(directory, batch):
+    parts = directory / "parts"
+    parts.mkdir()
     for number, rows in enumerate((batch[:2], batch[2:3], batch[3:])):
-        np.save(directory / f"part-{number}.npy", rows)
-    return directory
+        np.save(parts / f"part-{number}.npy", rows)
+    return parts
 
 
-def _contiguous(place, batch):
-    return save_of_type(place / "x.h5", batch, hdf5_type(str(batch.dtype)))
+def _contiguous(directory, batch):
+    return save_of_type(directory / "x.h5", batch, hdf5_type(str(batch.dtype)))
 
 
-def _chunked(place, batch):
+def _chunked(directory, batch):
     chunks = (3, min(4, batch.shape[1]), *batch.shape[2:])
-    return save_of_type(place / "x.h5", batch, hdf5_type(str(batch.dtype)), chunks=chunks)
+    return save_of_type(directory / "x.h5", batch, hdf5_type(str(batch.dtype)), chunks=chunks)
 
 
 def _hdf5_bytes(location):
@@ -187,24 +187,24 @@ def _names(batch):
     return [f"{'ab'[2 * row // len(batch)]}/{row:02d}.png" for row in range(len(batch))]
 
 
-def _folder(place, batch):
-    return save_images(place / "photos", batch, _names(batch))
+def _folder(directory, batch):
+    return save_images(directory / "photos", batch, _names(batch))
 
 
-def _tar(place, batch):
+def _tar(directory, batch):
     images = map(png, batch)
-    return save_tar(place / "x.tar", [*zip(_names(batch), images, strict=True)])
+    return save_tar(directory / "x.tar", [*zip(_names(batch), images, strict=True)])
 
 
-def _shards(place, batch):
+def _shards(directory, batch):
     half = len(batch) // 2
     for number, rows in enumerate((batch[:half], batch[half:])):
-        _tar(place, rows).rename(place / f"x-{number}.tar")
-    return place / "x-{0..1}.tar"
+        _tar(directory, rows).rename(directory / f"x-{number}.tar")
+    return directory / "x-{0..1}.tar"
 
 
 def _tar_bytes(location):
-    """The sizes of the images in tars without long names: a header begins with an image's name."""
+    """Return the total size of the images in tars without long names, from their headers."""
     total = 0
     for file in files_of(location):
         content, at = file.read_bytes(), 0
@@ -214,14 +214,14 @@ def _tar_bytes(location):
     return total
 
 
-def _zarr(place, batch, **settings):
-    return save_zarr(place / "x.zarr", batch, **settings)
+def _zarr(directory, batch, **settings):
+    return save_zarr(directory / "x.zarr", batch, **settings)
 
 
 SOURCES = {
     "npy": SourceFormat(
         "npy",
-        lambda place, batch: save_npy(place / "x.npy", batch),
+        lambda directory, batch: save_npy(directory / "x.npy", batch),
         total_bytes,
         WITH_BFLOAT16,
         has_index=True,
@@ -239,8 +239,8 @@ SOURCES = {
     "zarr": SourceFormat("zarr", _zarr, total_bytes, granularity=2, has_index=True),
     "zarr version 2": SourceFormat(
         "zarr",
-        lambda place, batch: _zarr(
-            place, batch, zarr_format=2, chunks=(3, batch.shape[1], 2, batch.shape[3])
+        lambda directory, batch: _zarr(
+            directory, batch, zarr_format=2, chunks=(3, batch.shape[1], 2, batch.shape[3])
         ),
         total_bytes,
         granularity=3,
@@ -248,7 +248,7 @@ SOURCES = {
     ),
     "zarr in a store": SourceFormat(
         "zarr",
-        lambda place, batch: save_zarr(f"memory://{place}/x.zarr", batch),
+        lambda directory, batch: save_zarr(f"memory://{directory}/x.zarr", batch),
         total_bytes,
         granularity=2,
         has_index=True,
@@ -354,7 +354,7 @@ def payload_of(target, batch):
 
 
 def check_spans(source, expected):
-    """Check reading of every span, into a new batch and into rows of a larger batch."""
+    """Check reads of every span, into a new batch and into rows of a larger batch."""
     for start in range(len(expected)):
         for stop in range(start + 1, len(expected) + 1):
             assert_same(source.read(start, stop).batch, expected[start:stop])

@@ -14,24 +14,24 @@ def hdf5_type(name):
     """Return the HDF5 type of a dtype, built independently of the package."""
     if name != "bfloat16":
         return h5py.h5t.py_create(np.dtype(name).newbyteorder("<"))
-    made = h5py.h5t.IEEE_F32LE.copy()
-    made.set_fields(15, 7, 8, 0, 7)
-    made.set_precision(16)
-    made.set_size(2)
-    made.set_ebias(127)
-    return made
+    bfloat16 = h5py.h5t.IEEE_F32LE.copy()
+    bfloat16.set_fields(15, 7, 8, 0, 7)
+    bfloat16.set_precision(16)
+    bfloat16.set_size(2)
+    bfloat16.set_ebias(127)
+    return bfloat16
 
 
 def save_of_type(path, batch, stored_type, *, chunks=None, layout=None):
     """Write the bytes of a batch as a dataset of a given HDF5 type."""
-    made = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     if chunks:
-        made.set_chunk(chunks)
+        properties.set_chunk(chunks)
     if layout is not None:
-        made.set_layout(layout)
+        properties.set_layout(layout)
     with h5py.File(path, "w") as file:
         space = h5py.h5s.create_simple(batch.shape)
-        dataset = h5py.h5d.create(file.id, b"images", stored_type, space, made)
+        dataset = h5py.h5d.create(file.id, b"images", stored_type, space, properties)
         dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, batch, stored_type)
     return dataset_path(path)
 
@@ -55,7 +55,7 @@ def load_h5(location):
 def load_h5_bits(location):
     """Read a dataset of two-byte elements as unsigned integers."""
     with h5py.File(Location.parse(location).container, "r") as opened:
-        found = opened[Location.parse(location).inner]
-        out = np.empty(found.shape, "u2")
-        found.id.read(h5py.h5s.ALL, h5py.h5s.ALL, out, found.id.get_type())
+        dataset = opened[Location.parse(location).inner]
+        out = np.empty(dataset.shape, "u2")
+        dataset.id.read(h5py.h5s.ALL, h5py.h5s.ALL, out, dataset.id.get_type())
         return out

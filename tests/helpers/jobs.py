@@ -30,8 +30,8 @@ __all__ = [
 
 DATA = "x.npy"  # the file that is changed in place
 TORN_REASON = "image file is truncated"
-# Chunks of one and of two images, which share sectors and pages; more chunks than the redo log has
-# slots; and images that span several pages.
+# Chunks of one and of two images, which share sectors and pages; more chunks than redo log slots;
+# and images that span several pages.
 SETTINGS = (
     {"in_place": True, "images": 8, "images_per_chunk": 1, "width": 11},
     {"in_place": True, "images": 13, "images_per_chunk": 2, "width": 17},
@@ -53,9 +53,9 @@ class Job:
     Parameters
     ----------
     directory
-        An empty directory. Everything in it except the source is left by the command.
+        An empty directory. The command creates everything in it except the source.
     in_place, images, images_per_chunk, width
-        Whether it runs in place, on how many images, images per chunk, and image width.
+        Whether to run in place, the numbers of images in all and per chunk, and the image width.
     """
 
     def __init__(self, directory, *, in_place, images, images_per_chunk, width):
@@ -75,7 +75,7 @@ class Job:
         self.expected = stored[: -batch.nbytes] + computed.tobytes()
 
     def reset(self):
-        """Make the directory what it was before any command."""
+        """Restore the initial state of the directory."""
         for path in list(self.directory.iterdir()):
             path.unlink()
         if self.in_place:
@@ -84,7 +84,7 @@ class Job:
     def command(self, storage=None):
         """Run the command; return False if the dataset was already processed in place.
 
-        A finished in-place job is rejected; the data must then already be right.
+        A finished in-place job is rejected; the data must then already be correct.
         """
         target = None if self.in_place else self.target
         try:
@@ -96,30 +96,31 @@ class Job:
         return True
 
     def contents(self):
-        """What the directory holds, by name."""
+        """Return the contents of the directory by name."""
         return {path.name: path.read_bytes() for path in self.directory.iterdir()}
 
     def check_intermediate_state(self, contents):
-        """Check the state after a crash at any point: all, nothing, or an unfinished journal."""
+        """Check the state after a crash: complete, unchanged, or with an unfinished journal."""
         target = self.target.name
-        whole = [self.expected, self.before]
+        complete = [self.expected, self.before]
         if f"{target}.fastvgg.json" in contents:
-            whole.remove(self.before)
+            complete.remove(self.before)
         if not self.in_place or f"{target}.fastvgg-journal" not in contents:
-            self.check(contents.get(target) in whole, f"{target} is incomplete, without a journal")
+            is_complete = contents.get(target) in complete
+            self.check(is_complete, f"{target} is incomplete, without a journal")
 
     def check_final_state(self):
-        """Check what is there when the command has come to its end."""
+        """Check the directory after the command has finished."""
         self.check(self.target.read_bytes() == self.expected, "wrong bytes")
         self.check(self.source.read_bytes() in (self.original, self.expected), "changed source")
         names = {path.name for path in self.directory.iterdir()}
         expected = {self.target.name, f"{self.target.name}.fastvgg.json"}
-        self.check(names == expected, f"{names} are left")
+        self.check(names == expected, f"unexpected files: {names}")
         fastvgg.verify(self.target)
 
-    def check(self, right, problem):
+    def check(self, condition, problem):
         """Raise if a condition does not hold."""
-        if not right:
+        if not condition:
             raise IncorrectStateError(f"{problem}: {self.target}")
 
 
@@ -129,11 +130,11 @@ class ImageJob(Job):
     Parameters
     ----------
     directory
-        An empty one.
+        An empty directory.
     kind
-        "folder", or "tar", or "failed": a finished array with failures, whose images were fixed.
-    images, together
-        How many, and how many in a chunk.
+        "folder", "tar", or "failed": a finished array with failures, whose images were fixed.
+    images, images_per_chunk
+        The number of images, and of images per chunk.
     """
 
     def __init__(self, directory, *, kind, images, images_per_chunk):
@@ -145,8 +146,8 @@ class ImageJob(Job):
         names = [f"{'ab'[2 * row // images]}/{row:03d}.png" for row in range(images)]
         save_images(self.source, batch, names)
         torn = self.source / names[1]
-        whole = torn.read_bytes()
-        torn.write_bytes(whole[:50])
+        intact = torn.read_bytes()
+        torn.write_bytes(intact[:50])
         self.settings = {"mode": "torch", "size": (3, 5), "threads": 2, "backend": "numpy"}
         if kind == "tar":
             self.source = self._packed(directory.with_suffix(".tar"), names)
@@ -156,7 +157,7 @@ class ImageJob(Job):
             self.command()
             self._initial_contents = self.contents()
             self.settings["retry_failed"] = True
-            torn.write_bytes(whole)
+            torn.write_bytes(intact)
         else:
             batch[1] = 0
         rows = oracle.apply(fastvgg.Transform("torch"), batch)
@@ -180,22 +181,22 @@ class ImageJob(Job):
         return max(2 * chunk_bytes, chunk_bytes + plan.min_scratch_bytes)
 
     def reset(self):
-        """Make the directory what it was before any command."""
+        """Restore the initial state of the directory."""
         for path in list(self.directory.iterdir()):
             path.unlink()
         for name, content in self._initial_contents.items():
             (self.directory / name).write_bytes(content)
 
     def check_intermediate_state(self, contents):
-        """Check what anyone may find at any time."""
-        found = contents.get("y.npy")
-        self.check(found in (None, self.before, self.expected), "y.npy is not whole")
+        """Check what a reader may see at any time."""
+        content = contents.get("y.npy")
+        self.check(content in (None, self.before, self.expected), "y.npy is incomplete")
 
     def check_final_state(self):
-        """Check what is there when the command has come to its end."""
+        """Check the directory after the command has finished."""
         contents = self.contents()
         names = {"y.npy", "y.npy.fastvgg.json", "y.npy.index.csv"}
-        self.check(contents.keys() == names, f"{contents.keys()} are left")
+        self.check(contents.keys() == names, f"unexpected files: {contents.keys()}")
         self.check(contents["y.npy"] == self.expected, "wrong bytes")
         self.check(contents["y.npy.index.csv"] == self.expected_index, "wrong index")
         fastvgg.verify(self.target)
@@ -207,11 +208,11 @@ class FormatJob(Job):
     Parameters
     ----------
     directory
-        An empty one.
+        An empty directory.
     form
         "zarr" or "hdf5".
-    images, together
-        How many, and how many in a chunk.
+    images, images_per_chunk
+        The number of images, and of images per chunk.
     """
 
     def __init__(self, directory, *, form, images, images_per_chunk):
@@ -236,7 +237,7 @@ class FormatJob(Job):
         self.reset()
 
     def _check_bits(self, expected):
-        """Check what the library of the format reads."""
+        """Check the array as read by the format's own library."""
         if self.form == "zarr":
             actual = zarr.open_array(self.target, mode="r")[:]
         else:
@@ -245,7 +246,7 @@ class FormatJob(Job):
         self.check(actual.tobytes() == expected.tobytes(), "wrong bits")
 
     def reset(self):
-        """Make the directory what it was before any command."""
+        """Restore the initial state of the directory."""
         shutil.rmtree(self.directory)
         self.directory.mkdir()
 
@@ -255,7 +256,7 @@ class FormatJob(Job):
         return True
 
     def contents(self):
-        """What the directory holds, by name."""
+        """Return the contents of the directory by name."""
         paths = [path for path in self.directory.rglob("*") if path.is_file()]
         return {str(path.relative_to(self.directory)): path.read_bytes() for path in paths}
 
@@ -269,15 +270,15 @@ class FormatJob(Job):
         }
 
     def check_intermediate_state(self, contents):
-        """Check what anyone may find at any time."""
-        found = self._target_contents(contents)
-        self.check(found in ({}, self.expected), f"{self.target.name} is not whole")
+        """Check what a reader may see at any time."""
+        files = self._target_contents(contents)
+        self.check(files in ({}, self.expected), f"{self.target.name} is incomplete")
 
     def check_final_state(self):
-        """Check what is there when the command has come to its end."""
+        """Check the directory after the command has finished."""
         contents = self.contents()
         names = {*self.expected, f"{self.target.name}.fastvgg.json"}
-        self.check(contents.keys() == names, f"{contents.keys()} are left")
+        self.check(contents.keys() == names, f"unexpected files: {contents.keys()}")
         self.check(self._target_contents(contents) == self.expected, "wrong bytes")
         fastvgg.verify(self.name)
 
@@ -300,11 +301,11 @@ def kind_of(job_settings, default):
     return ImageJob if "kind" in job_settings else default
 
 
-def jobs(place, kind=Job, settings=SETTINGS):
-    """Create jobs, each in its own directory."""
-    made = []
+def jobs(parent, kind=Job, settings=SETTINGS):
+    """Create jobs, each in its own subdirectory of `parent`."""
+    all_jobs = []
     for number, job_settings in enumerate(settings):
-        directory = place / str(number)
+        directory = parent / str(number)
         directory.mkdir()
-        made.append(kind_of(job_settings, kind)(directory, **job_settings))
-    return made
+        all_jobs.append(kind_of(job_settings, kind)(directory, **job_settings))
+    return all_jobs

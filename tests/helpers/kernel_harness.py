@@ -1,4 +1,4 @@
-"""Direct kernel calls on memory whose layout a test controls byte by byte."""
+"""Direct kernel calls on memory with a byte-exact layout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TYPE_PAIRS = (
     *(("restore", *pair) for pair in itertools.product(FLOATS, ("uint8", *FLOATS))),
 )
 CUSTOM = Mode("own", divide=2.5, mean=(10.25, -3.7, 48.1), std=(0.7, -13.0, 5.3), order="BGR")
-# Even with FMA, none of its reciprocals is exact.
+# None of its reciprocals is exact, even with FMA.
 SMALL = Mode("small", divide=1e-39, std=(1e3, 1e-3, 7.0), order="BGR")
 MODES = (Mode.CAFFE, Mode.TF, Mode.TORCH, CUSTOM, SMALL)
 
@@ -65,7 +65,7 @@ class Task(NamedTuple):
 
 
 def rotating_tasks(number):
-    """Yield four tasks for the type pair of this number, one for each pair of layouts.
+    """Yield four tasks for a type pair, given by its number: one for each pair of layouts.
 
     Over all type pairs, every mode is combined with every pair of layouts, both store types,
     reversed and non-reversed input channels, and both roundings.
@@ -86,8 +86,8 @@ def rotating_tasks(number):
 def pixels_of(direction, mode, source):
     """Return channels-last pixels with special and ordinary values; no result is NaN.
 
-    All values of uint8; of other types the values of images and network inputs, ties,
-    infinities, subnormal numbers and both zeros. NaN only where the result is a number.
+    For uint8, all values; for other types, values of images and network inputs, ties, infinities,
+    subnormals and both zeros. NaN only where the result is a number.
     """
     count = 5 * convert.TILE_PIXELS
     if source == "uint8":
@@ -114,7 +114,7 @@ def results_of(transform, source):
     return frozen(oracle.apply(plain, pixels[np.newaxis])[0])
 
 
-class Steps(NamedTuple):
+class Strides(NamedTuple):
     """The strides of images, pixels and channels, in bytes."""
 
     image: int
@@ -123,7 +123,7 @@ class Steps(NamedTuple):
 
     @classmethod
     def with_gaps(cls, dtype, layout, count, gap):
-        """For images of `count` pixels, and `gap` elements after each image or plane."""
+        """Return strides for images of `count` pixels, `gap` elements between images or planes."""
         size = dtype.itemsize
         if layout == "NHWC":
             return cls((3 * count + gap) * size, 3 * size, size)
@@ -132,7 +132,7 @@ class Steps(NamedTuple):
 
     @classmethod
     def with_separate_runs(cls, dtype, layout, run_step):
-        """For images (NHWC) or planes (NCHW) that start `run_step` bytes apart."""
+        """Return strides for images (NHWC) or planes (NCHW) that start `run_step` bytes apart."""
         size = dtype.itemsize
         if layout == "NHWC":
             return cls(run_step, 3 * size, size)
@@ -140,10 +140,10 @@ class Steps(NamedTuple):
 
 
 class PixelBuffer(NamedTuple):
-    """Pixels in memory: their address, their steps, and a channels-last view."""
+    """Pixels in memory: their address, their strides, and a channels-last view."""
 
     address: int
-    steps: Steps
+    strides: Strides
     pixels: np.ndarray
 
 
@@ -153,10 +153,10 @@ class Memory(NamedTuple):
     bytes: np.ndarray
     address: int
 
-    def pixel_buffer(self, start, dtype, steps, images, count):
+    def pixel_buffer(self, start, dtype, strides, images, count):
         """Return a buffer for pixels that starts `start` bytes into the memory."""
-        view = np.ndarray((images, count, 3), dtype, self.bytes, start, steps)
-        return PixelBuffer(self.address + start, steps, view)
+        view = np.ndarray((images, count, 3), dtype, self.bytes, start, strides)
+        return PixelBuffer(self.address + start, strides, view)
 
 
 def line_aligned_memory(size):
@@ -175,9 +175,9 @@ def protect(address, size, access):
 
 
 def guarded_memory(runs, run_bytes):
-    """Allocate some runs of bytes, each between two inaccessible guard pages.
+    """Allocate `runs` runs of bytes, each between two inaccessible guard pages.
 
-    The first run starts one page into the memory; each further run, a page after the previous one.
+    The first run starts one page into the memory; each later run, one page after the previous one.
     """
     step = run_bytes + mmap.PAGESIZE
     area = mmap.mmap(-1, runs * step + mmap.PAGESIZE)
@@ -189,12 +189,12 @@ def guarded_memory(runs, run_bytes):
 
 def call(task, x, y, numbers=None):
     """Call the kernel of a task on two buffers; `numbers` is the address of the constants."""
-    loop, own_numbers = compiled_kernel(task, has_aligned_planes=y.steps.channel % LINE == 0)
+    loop, own_numbers = compiled_kernel(task, has_aligned_planes=y.strides.channel % LINE == 0)
     images, count, _ = y.pixels.shape
     loop(
         *(x.address, y.address, own_numbers.ctypes.data if numbers is None else numbers),
         *(images, count),
-        *(x.steps.image, x.steps.channel, y.steps.image, y.steps.channel),
+        *(x.strides.image, x.strides.channel, y.strides.image, y.strides.channel),
     )
 
 
@@ -206,10 +206,10 @@ def compiled_kernel(task, *, has_aligned_planes):
 
 
 def check(task, images, counts, offsets, every=1):
-    """Check the kernel of a task for counts of pixels and offsets of the target from a cache line.
+    """Check a task's kernel for pixel counts and for offsets of the target from a cache line.
 
-    Uses one in `every` of all pairs of a count and an offset. The source starts at each byte of a
-    line in turn. Neither the source nor the bytes around the target pixels may change.
+    Checks one in `every` pairs of a count and an offset. The offset of the source cycles through
+    all bytes of a line. The kernel must change neither the source nor bytes around the target.
     """
     t = task.transform
     source, target = dtype_of(task.source), dtype_of(task.target)
@@ -226,27 +226,27 @@ def check(task, images, counts, offsets, every=1):
     )
     pairs = itertools.islice(enumerate(itertools.product(counts, offsets)), 0, None, every)
     for number, (count, offset) in pairs:
-        # Other pixels for each image and each count.
+        # Different pixels for each image and each count.
         starts = [(13 * count + 71 * image) % (len(inputs) - count) for image in range(images)]
-        x_steps = Steps.with_gaps(source, t.layout, count, gap)
+        x_strides = Strides.with_gaps(source, t.layout, count, gap)
         # Planes with equal and with different alignment to a cache line.
         y_gap = -count % LINE if number % 2 else gap
-        y_steps = Steps.with_gaps(target, t.out_layout, count, y_gap)
-        end = LINE + offset + images * y_steps.image + LINE
+        y_strides = Strides.with_gaps(target, t.out_layout, count, y_gap)
+        end = LINE + offset + images * y_strides.image + LINE
         target_memory.bytes[:end] = expected.bytes[:end] = CANARY
-        y = target_memory.pixel_buffer(LINE + offset, target, y_steps, images, count)
-        x = source_memory.pixel_buffer(LINE + number % LINE, source, x_steps, images, count)
+        y = target_memory.pixel_buffer(LINE + offset, target, y_strides, images, count)
+        x = source_memory.pixel_buffer(LINE + number % LINE, source, x_strides, images, count)
         x = y if task.in_place else x
-        expected_pixels = expected.pixel_buffer(LINE + offset, target, y_steps, images, count)
+        expected_pixels = expected.pixel_buffer(LINE + offset, target, y_strides, images, count)
         for image, start in enumerate(starts):
             pixels = inputs[start : start + count]
             x.pixels[image] = pixels[:, ::-1] if task.has_reversed_input else pixels
             expected_pixels.pixels[image] = results[start : start + count]
         before = source_memory.bytes.tobytes()
         call(task, x, y)
-        where = f"{task}: {images} x {count} pixels, {offset} bytes past a line"
-        assert target_memory.bytes[:end].tobytes() == expected.bytes[:end].tobytes(), where
-        assert source_memory.bytes.tobytes() == before, where
+        label = f"{task}: {images} x {count} pixels, {offset} bytes past a line"
+        assert target_memory.bytes[:end].tobytes() == expected.bytes[:end].tobytes(), label
+        assert source_memory.bytes.tobytes() == before, label
 
 
 def check_between_guards(task, counts):
@@ -260,37 +260,37 @@ def _check_at_pages(task, counts, ends):
     source, target = dtype_of(task.source), dtype_of(task.target)
     run_bytes = -(-3 * max_count * 8 // mmap.PAGESIZE) * mmap.PAGESIZE
     run_step = run_bytes + mmap.PAGESIZE
-    x_steps = Steps.with_separate_runs(source, t.layout, run_step)
-    y_steps = Steps.with_separate_runs(target, t.out_layout, run_step)
+    x_strides = Strides.with_separate_runs(source, t.layout, run_step)
+    y_strides = Strides.with_separate_runs(target, t.out_layout, run_step)
     source_memory, target_memory = (
         guarded_memory(3 * images, run_bytes),
         guarded_memory(3 * images, run_bytes),
     )
 
-    def pixel_buffer(memory, dtype, steps, count):
-        start = mmap.PAGESIZE + (run_bytes - count * steps.pixel if ends else 0)
-        return memory.pixel_buffer(start, dtype, steps, images, count)
+    def pixel_buffer(memory, dtype, strides, count):
+        start = mmap.PAGESIZE + (run_bytes - count * strides.pixel if ends else 0)
+        return memory.pixel_buffer(start, dtype, strides, images, count)
 
     inputs = pixels_of(t.direction, t.mode, task.source)[: images * max_count].reshape(
         images, max_count, 3
     )
     results = results_of(t, task.source)[: images * max_count].reshape(images, max_count, 3)
-    pixel_buffer(source_memory, source, x_steps, max_count).pixels[...] = (
+    pixel_buffer(source_memory, source, x_strides, max_count).pixels[...] = (
         inputs[..., ::-1] if task.has_reversed_input else inputs
     )
     if not task.in_place:
         for run in range(3 * images):
             run_address = source_memory.address + mmap.PAGESIZE + run * run_step
             protect(run_address, run_bytes, mmap.PROT_READ)
-    numbers = compiled_kernel(task, has_aligned_planes=y_steps.channel % LINE == 0)[1]
+    numbers = compiled_kernel(task, has_aligned_planes=y_strides.channel % LINE == 0)[1]
     constant_bytes = -(-numbers.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
     rows = guarded_memory(1, constant_bytes)
     start = mmap.PAGESIZE + (constant_bytes - numbers.nbytes if ends else 0)
     rows.bytes[start : start + numbers.nbytes] = numbers.view(np.uint8).ravel()
     for count in counts:
         x, y = (
-            pixel_buffer(source_memory, source, x_steps, count),
-            pixel_buffer(target_memory, target, y_steps, count),
+            pixel_buffer(source_memory, source, x_strides, count),
+            pixel_buffer(target_memory, target, y_strides, count),
         )
         part = slice(max_count - count, max_count) if ends else slice(count)
         if task.in_place:

@@ -1,4 +1,4 @@
-"""Disks mounted for one process only, to simulate power failures or a full disk."""
+"""Private mounts of one process, to simulate power failures or a full disk."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOT_ALLOWED = "this machine does not allow"
 
 
 class PrivateDiskUnavailable(SystemExit):
-    """Private disks are unavailable on this machine; exits the command with the reason."""
+    """This machine does not allow private mounts; exits the command with the reason."""
 
 
 def call_libc(name, *arguments):
@@ -45,12 +45,12 @@ def mount(device, directory, system, flags=0, options=""):
 
 
 def unmount(directory, *, at_once=True):
-    """Unmount a file system; with `at_once`, fail if it is in use."""
+    """Unmount a file system; with `at_once`, fail if it is in use, otherwise unmount lazily."""
     call_libc("umount2", directory, 0 if at_once else DETACH)
 
 
 def use_private_mounts():
-    """Make mounts visible only to this process and its children, and remove them with it.
+    """Enter a private mount namespace, which disappears with this process and its children.
 
     A process that is not root reruns itself as root of a user namespace, where it can mount tmpfs.
     """
@@ -60,7 +60,7 @@ def use_private_mounts():
         call_libc("unshare", NEW_MOUNTS)
         mount("none", "/", "none", RECURSIVE | PRIVATE)
     except OSError as error:
-        raise PrivateDiskUnavailable(f"{NOT_ALLOWED} mounts of one's own: {error}") from error
+        raise PrivateDiskUnavailable(f"{NOT_ALLOWED} private mounts: {error}") from error
 
 
 def rerun_as_root():
@@ -69,5 +69,5 @@ def rerun_as_root():
     try:
         subprocess.run([*python, "-c", ""], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise PrivateDiskUnavailable(f"{NOT_ALLOWED} users of one's own: {error}") from error
+        raise PrivateDiskUnavailable(f"{NOT_ALLOWED} user namespaces: {error}") from error
     raise SystemExit(subprocess.run([*python, *sys.orig_argv[1:]], check=False).returncode)

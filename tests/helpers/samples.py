@@ -1,4 +1,4 @@
-"""Samples of exhaustive tests: some cases run by default, all others are slow tests."""
+"""Samples of exhaustive tests: some cases run by default, the others are slow tests."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import pytest
 def parts(count):
     """Parametrize a test by `part`; every part but the first is a slow test.
 
-    Part p consists of the cases whose number modulo `count` is p, so every case is in exactly
-    one part.
+    Part p contains the cases whose number modulo `count` is p, so that each case is in one part.
     """
     others = (pytest.param(part, marks=pytest.mark.slow) for part in range(1, count))
     return pytest.mark.parametrize("part", [0, *others], ids=f"part {{}} of {count}".format)
@@ -20,8 +19,8 @@ def parts(count):
 def sampled(names, *values, one_in):
     """Parametrize a test by the product of values; all but one in `one_in` cases are slow.
 
-    By default every value is used, and every two values of different names together wherever one
-    name has at least `one_in` values besides.
+    The default cases cover every value, and every pair of values of different names for which
+    another name has at least `one_in` values.
     """
     numbered = itertools.product(*(enumerate(each) for each in values))
     cases = [

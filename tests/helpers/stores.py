@@ -26,8 +26,8 @@ ENVIRONMENT = {
 class S3:
     """An S3 server on a local port.
 
-    After `fail`, requests whose method and path match get the response `status`: the first `times`,
-    or all if that is None. All requests are recorded in `requests`.
+    After `fail`, the first `times` requests whose method and path match get the response `status`,
+    or all of them if `times` is None. `requests` records every request.
     """
 
     def __init__(self):
@@ -81,10 +81,8 @@ class S3:
         """Return the content of every object in the bucket, by key."""
         client = self.client()
         listed = client.list_objects_v2(Bucket=BUCKET).get("Contents", [])
-        return {
-            found["Key"]: client.get_object(Bucket=BUCKET, Key=found["Key"])["Body"].read()
-            for found in listed
-        }
+        keys = [each["Key"] for each in listed]
+        return {key: client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys}
 
     def clear(self):
         """Remove every object; servers in one process share their buckets."""
@@ -99,12 +97,12 @@ def serve_s3():
     before = dict(os.environ)
     os.environ.update(ENVIRONMENT)
     try:
-        with S3() as served:
-            os.environ["AWS_ENDPOINT_URL"] = served.url
+        with S3() as server:
+            os.environ["AWS_ENDPOINT_URL"] = server.url
             S3FileSystem.clear_instance_cache()  # may refer to a previous server
-            served.client().create_bucket(Bucket=BUCKET)
-            served.clear()
-            yield served
+            server.client().create_bucket(Bucket=BUCKET)
+            server.clear()
+            yield server
     finally:
         os.environ.clear()
         os.environ.update(before)

@@ -10,7 +10,7 @@ from PIL import Image
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 BLOCK = 512
-END = bytes(2 * BLOCK)  # the marker at the end of an archive
+END = bytes(2 * BLOCK)  # the end-of-archive marker
 
 
 def member(name, content=b"", kind=tarfile.REGTYPE, **fields):
@@ -23,7 +23,7 @@ def member(name, content=b"", kind=tarfile.REGTYPE, **fields):
 
 
 def tar_bytes(members, kind="ustar"):
-    """Return a tar of members: pairs of a name and a content, or results of `member`."""
+    """Return a tar of members: pairs of name and content, or results of `member`."""
     written = io.BytesIO()
     with tarfile.open(fileobj=written, mode="w", format=FORMATS[kind]) as tar:
         for name, content in members:
@@ -46,7 +46,7 @@ def header(name, size=0, kind=tarfile.REGTYPE, **fields):
 
 
 def with_checksum(block, sign="B"):
-    """Return a header block with the right checksum, of unsigned or of signed (b) bytes."""
+    """Return a header block with its checksum over unsigned ("B") or signed ("b") bytes."""
     spaced = block[:148] + b" " * 8 + block[156:]
     total = int(np.frombuffer(spaced, "i1" if sign == "b" else "u1").sum(dtype=np.int64))
     return block[:148] + b"%06o\0 " % total + block[156:]

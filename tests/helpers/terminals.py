@@ -1,4 +1,4 @@
-"""Run a program on a terminal of a given size, and read its final screen."""
+"""Run a program on a pseudo-terminal of a given size, and read its final screen."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ class FinalScreen(NamedTuple):
 
 def run_on_terminal(arguments, columns=80, rows=50, *, stdout=None, **environment):
     """Run a program on a pseudo-terminal; `stdout` redirects its standard output."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     inherited = {name: os.environ[name] for name in os.environ if name not in TERMINAL_VARIABLES}
     with subprocess.Popen(
         [os.fspath(argument) for argument in arguments],
         env={**inherited, "TERM": "xterm-256color", **environment},
         stdin=subprocess.DEVNULL,
-        stdout=theirs if stdout is None else stdout,
-        stderr=theirs,
+        stdout=slave if stdout is None else stdout,
+        stderr=slave,
     ) as process:
-        os.close(theirs)
-        written = b"".join(iter(lambda: read_some(ours), b""))
+        os.close(slave)
+        written = b"".join(iter(lambda: read_some(master), b""))
         piped, _ = process.communicate()
-    os.close(ours)
+    os.close(master)
     screen = pyte.Screen(columns, rows)
     pyte.ByteStream(screen).feed(written)
     text = "\n".join(line.rstrip() for line in screen.display).rstrip("\n")

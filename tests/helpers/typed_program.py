@@ -52,7 +52,7 @@ def refused() -> str:
 def precise() -> None:
     x = np.zeros((4, 4, 3), np.uint8)
     y = fastvgg.preprocess(x, "caffe")
-    y.shapes  # type: ignore[attr-defined]  # noqa: B018  # an array, not just anything
+    y.shapes  # type: ignore[attr-defined]  # noqa: B018  # an array, not Any
     image = fastvgg.restore(np.zeros((4, 4, 3), np.float32), "caffe")
-    as_floats: NDArray[np.float32] = image  # type: ignore[assignment]  # bytes
+    as_floats: NDArray[np.float32] = image  # type: ignore[assignment]  # uint8
     as_floats.sum()

@@ -12,10 +12,10 @@ ALL_WRITTEN = {"write_empty_chunks": True}
 def save_zarr(path, array, **settings):
     """Write an array, by default in chunks of two images."""
     settings = {"chunks": (2, *array.shape[1:]), "compressors": None, **settings}
-    made = zarr.create_array(
+    stored = zarr.create_array(
         path, shape=array.shape, dtype=array.dtype, config=ALL_WRITTEN, **settings
     )
-    made[...] = array
+    stored[...] = array
     return path
 
 

@@ -52,8 +52,8 @@ class NpyHeaders(Kind):
         *(" " * 9000, " " * 11_000, "1: 1", "[]: 1", "'descr': " + "[" * 99 + "]" * 99),
     )
 
-    def __init__(self, place, random):
-        super().__init__(place, random)
+    def __init__(self, directory, random):
+        super().__init__(directory, random)
         texts = [header_text(f"'{descr}'") for descr in ("<f4", "|u1", "<f2", "<f8", "<V2")]
         self.valid_inputs = [npy_of(text, data=b"") for text in texts]
         self.valid_inputs += [npy_of(texts[0], version, b"") for version in ((2, 0), (3, 0))]
@@ -61,17 +61,17 @@ class NpyHeaders(Kind):
 
     def mutated(self):
         random = self.random
-        what = random.random()
-        if what < 0.2:
+        roll = random.random()
+        if roll < 0.2:
             return damaged(random, random.choice(self.valid_inputs))
         text = self._text()
-        if what < 0.35:
+        if roll < 0.35:
             text = damaged(random, text)
         version = random.choice(self.VERSIONS)
         if len(text) > 65_000:
             version = (2, 0)
         content = npy_of(text, version, b"")
-        if what > 0.9:  # a length that is not the text's
+        if roll > 0.9:  # a length other than that of the text
             length = random.choice([0, 1, len(text), 9999, 10_000, 10_001, 2**16 - 1, 2**32 - 1])
             packed = struct.pack("<I", length)
             content = content[:8] + (packed[:2] if version == (1, 0) else packed) + content[12:]
@@ -100,27 +100,27 @@ class NpyHeaders(Kind):
     def read(self, content):
         return read_header(io.BytesIO(content), self.path)
 
-    def check(self, content, found, error):
-        if found is None:
+    def check(self, content, result, error):
+        if result is None:
             return
         stream = io.BytesIO(content)
         shape, fortran, dtype = read_header_with_numpy(stream)
-        assert (found.shape, False) == (shape, fortran)
-        assert all(type(axis) is int and axis >= 0 for axis in found.shape)
-        assert np.dtype(found.descr) == dtype
-        assert found.offset == stream.tell()
+        assert (result.shape, False) == (shape, fortran)
+        assert all(type(axis) is int and axis >= 0 for axis in result.shape)
+        assert np.dtype(result.descr) == dtype
+        assert result.offset == stream.tell()
 
 
 def read_header_with_numpy(stream):
-    """Shape, order and type; numpy raises where it refuses."""
+    """Return shape, Fortran order and dtype as NumPy reads them, or raise as NumPy does."""
     version = np.lib.format.read_magic(stream)
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(stream, max_header_size=MAX_HEADER_BYTES)
     if version == (2, 0):
         return np.lib.format.read_array_header_2_0(stream, max_header_size=MAX_HEADER_BYTES)
-    # numpy names no public reader of the third version, which its two others share.
-    shared = np.lib.format.read_array_header_1_0.__globals__["_read_array_header"]
-    return shared(stream, version, max_header_size=MAX_HEADER_BYTES)
+    # NumPy has no public reader of version 3.0; its two public readers share this one.
+    read = np.lib.format.read_array_header_1_0.__globals__["_read_array_header"]
+    return read(stream, version, max_header_size=MAX_HEADER_BYTES)
 
 
 class NpyFiles(Kind):
@@ -129,9 +129,9 @@ class NpyFiles(Kind):
     name, share = "npy files", 0.07
     error_type = SourceError
 
-    def __init__(self, place, random):
-        super().__init__(place, random)
-        self.path = place / "x.npy"
+    def __init__(self, directory, random):
+        super().__init__(directory, random)
+        self.path = directory / "x.npy"
         self._file = self.reused(self.path)
         self._stored_as = None
         shapes = ((1, 1, 2, 3), (2, 1, 1, 3), (1, 3, 1, 1), (3, 2, 2, 3))
@@ -147,7 +147,7 @@ class NpyFiles(Kind):
 
     def mutated(self):
         random = self.random
-        if random.random() < 0.3:  # a shape, and as many bytes as it takes, or nearly
+        if random.random() < 0.3:  # a shape, and as many bytes as it needs, or nearly
             shape = [0 if random.random() < 0.05 else random.randint(1, 3) for _ in range(4)]
             if random.random() < 0.2:
                 shape[random.randrange(4)] = True
@@ -165,13 +165,13 @@ class NpyFiles(Kind):
             batch = source.read(0, source.header.images).batch
             return source.header, batch
 
-    def check(self, content, found, error):
+    def check(self, content, result, error):
         assert self._file.get() == content
         if len(content) % 8 == 0:
             check_info(self.path, expected=error is None and self._stored_as is None)
-        if found is None:
+        if result is None:
             return
-        header, batch = found
+        header, batch = result
         expected = np.load(io.BytesIO(content), allow_pickle=False)
         assert header.shape == batch.shape == expected.shape
         if expected.dtype.kind == "V":
@@ -181,16 +181,16 @@ class NpyFiles(Kind):
 
 
 class ZarrArrays(Kind):
-    """Arrays of Zarr, opened as sources and read; of each one file was damaged."""
+    """Zarr arrays with one damaged file, opened as sources and read."""
 
     name, share = "zarr arrays", 0.02
     path = Path("x.zarr")
 
-    CHECKED_ENCODINGS = ("shards", "zstd")  # zlib's Adler-32 of a few bytes is met by some two bits
-    MAX_BYTES = 2**16  # to be read: what metadata claim may be more than there is
+    CHECKED_ENCODINGS = ("shards", "zstd")  # two-bit errors can pass zlib's Adler-32 of short data
+    MAX_BYTES = 2**16  # larger arrays are not read: metadata may claim more than exists
 
-    def __init__(self, place, random):
-        super().__init__(place, random)
+    def __init__(self, directory, random):
+        super().__init__(directory, random)
         batch = pixels(3, 2, 3)
         settings = {
             "shards": {"shards": (2, 2, 4, 3), "compressors": Crc32cCodec()},
@@ -202,12 +202,12 @@ class ZarrArrays(Kind):
         self._batch = batch
         self._files = []
         for name, stored in settings.items():
-            path = save_zarr(place / name / self.path, batch, chunks=(1, 2, 2, 3), **stored)
+            path = save_zarr(directory / name / self.path, batch, chunks=(1, 2, 2, 3), **stored)
             files = [metadata_of(path)] * 3 + chunk_files(path)
             self._files += [(name, path, file, file.read_bytes()) for file in files]
 
     def inputs(self):
-        """Which array, which file of it, and what the file holds instead."""
+        """Yield an array, one of its files, and the intact and damaged content of the file."""
         while True:
             name, path, file, intact = self.random.choice(self._files)
             content = self._changed(intact, is_text=file.name in METADATA_KEYS)
@@ -215,22 +215,22 @@ class ZarrArrays(Kind):
 
     def _changed(self, intact, *, is_text):
         random = self.random
-        what = random.random()
-        if what < 0.05:
+        roll = random.random()
+        if roll < 0.05:
             return intact
-        if what < 0.15:
+        if roll < 0.15:
             return intact[: random.choice([0, random.randrange(len(intact))])]
-        if what < 0.25:
+        if roll < 0.25:
             begin = random.randrange(len(intact))
             end = min(len(intact), begin + random.randint(1, 40))
             return intact[:begin] + bytes(end - begin) + intact[end:]
-        return corrupt_json(random, intact) if is_text and what < 0.8 else damaged(random, intact)
+        return corrupt_json(random, intact) if is_text and roll < 0.8 else damaged(random, intact)
 
     def read(self, case):
         _, path, file, intact, content = case
         file.write_bytes(content)
         try:
-            # Where metadata say that a shard's index has no checksum, zarr adds what is in it.
+            # If metadata say that a shard index has no checksum, zarr sums unchecked entries.
             with warnings.catch_warnings(), contextlib.closing(ZarrSource(path)) as source:
                 warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)
                 if source.header.nbytes > self.MAX_BYTES:
@@ -241,13 +241,13 @@ class ZarrArrays(Kind):
         finally:
             file.write_bytes(intact)
 
-    def check(self, case, found, error):
+    def check(self, case, result, error):
         name, _, file, intact, content = case
         if content == intact:
-            assert found is not None
-        if found is None or found[0] is None:
+            assert result is not None
+        if result is None or result[0] is None:
             return
-        batch, expected = found
+        batch, expected = result
         assert batch.shape == expected.shape
         assert batch.dtype == expected.dtype.newbyteorder("=")
         assert np.array_equal(batch, expected, equal_nan=batch.dtype.kind == "f")

@@ -1,4 +1,4 @@
-"""Kind: the interface of an input of the fuzz campaign."""
+"""Kind: the interface of a kind of fuzz input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastvgg.stream.info import info
 from tests.helpers.damage import interleave_inputs, truncations_and_bit_flips
 
 FINGERPRINT = "f" * 32
-REDO_LOG_SHAPE = (15, 11, 11, 3)  # of the float32 array that a redo log belongs to
+REDO_LOG_SHAPE = (15, 11, 11, 3)  # of the float32 array that the redo log belongs to
 
 
 class ReusedFile:
@@ -35,17 +35,17 @@ class Kind:
 
     Parameters
     ----------
-    place
+    directory
         An empty directory.
     random
-        Where all choices come from.
+        The source of all random choices.
     """
 
     valid_inputs = ()  # must be accepted
-    error_type = FastvggError  # what the others may be refused with
+    error_type = FastvggError  # raised for rejected inputs
 
-    def __init__(self, place, random):
-        self.place = place
+    def __init__(self, directory, random):
+        self.directory = directory
         self.random = random
         self._opened = []
 

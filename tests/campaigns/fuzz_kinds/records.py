@@ -34,8 +34,8 @@ class ChecksummedLines(Kind):
     name, share = "checksummed lines", 0.15
     path = Path()
 
-    def __init__(self, place, random):
-        super().__init__(place, random)
+    def __init__(self, directory, random):
+        super().__init__(directory, random)
         self._texts = [
             json.dumps(
                 {"chunk": 1, "checksum": "1" * 16, "records": [["a.png", "", 9, 7, False, ""]]}
@@ -50,25 +50,25 @@ class ChecksummedLines(Kind):
     def mutated(self):
         random = self.random
         text = random.choice(self._texts)
-        what = random.random()
-        if what < 0.3:
+        roll = random.random()
+        if roll < 0.3:
             return damaged(random, line_with_checksum(text))
-        if what < 0.35:
+        if roll < 0.35:
             return line_with_checksum(json.dumps(random.choice(VALUES)).encode())
         return line_with_checksum(
-            corrupt_json(random, text) if what < 0.7 else damaged(random, text)
+            corrupt_json(random, text) if roll < 0.7 else damaged(random, text)
         )
 
     def read(self, content):
         try:
             return decode_line(content)
-        except ValueError as error:  # its callers raise errors of their own
+        except ValueError as error:  # callers of decode_line translate it
             raise FastvggError(str(self.path), "create it again") from error
 
-    def check(self, content, found, error):
+    def check(self, content, result, error):
         line = content.endswith(b"\n") and content == line_with_checksum(content[17:-1])
-        assert line == (found is not None or error is not None)
-        assert found is None or isinstance(found, dict)
+        assert line == (result is not None or error is not None)
+        assert result is None or isinstance(result, dict)
 
 
 RECORDS = [
@@ -80,13 +80,13 @@ def make_commit(chunk, records):
     return Commit(chunk, *[f"{chunk:016x}"] * 2, records)
 
 
-def plans(place):
-    """Plans of which nothing depends on where and when they were made but the target."""
+def plans(directory):
+    """Return plans that depend on neither directory nor time, except for the target."""
     batch = pixels(5, height=1)  # so that true equals a valid size
-    arrays, photos = save_npy(place / "a.npy", batch), save_images(place / "photos", batch)
-    target = place / "y.npy"
+    arrays, photos = save_npy(directory / "a.npy", batch), save_images(directory / "photos", batch)
+    target = directory / "y.npy"
     own = fastvgg.Mode("own", divide=2.0, mean=(1.5, 2.0, 3.0), std=(0.5, 0.25, 1.0), order="BGR")
-    made = (
+    new_plans = (
         plan_of(arrays, target, mode=own, dtype="float16", images_per_chunk=2),
         plan_of(photos, target, mode="torch", out_layout="NCHW", size=(1, 6), images_per_chunk=2),
         plan_of(photos, target, direction="pack", gray16="scale", exif=True, images_per_chunk=2),
@@ -95,11 +95,11 @@ def plans(place):
         dataclasses.replace(
             plan.job, source=f"/data/{Path(plan.source).name}", fingerprint=FINGERPRINT
         )
-        for plan in made
+        for plan in new_plans
     ]
     return [
         dataclasses.replace(plan, job=job, chunk_images=2)
-        for plan, job in zip(made, jobs, strict=True)
+        for plan, job in zip(new_plans, jobs, strict=True)
     ]
 
 
@@ -110,7 +110,7 @@ def check_counts(*numbers):
 
 
 def check_job(typed):
-    """Check the numbers of a job that was believed; return how many images it has."""
+    """Check the numbers of an accepted job; return its number of images."""
     job = typed.to_dict()
     for part in ("source", "result"):
         check_counts(*job[part]["shape"])
@@ -128,27 +128,27 @@ def check_job(typed):
 
 
 def consistent_changes(random, text):
-    """Fields with a job that was changed in several places at once, so that they still fit."""
+    """Change several fields of a job consistently, so that they still agree."""
     fields = json.loads(text)
     source, transform, result = (fields["job"][part] for part in ("source", "transform", "result"))
-    what = random.choice([0, 0, 0, 1, 2, 3, 4, 5])
-    if what == 0:
+    roll = random.choice([0, 0, 0, 1, 2, 3, 4, 5])
+    if roll == 0:
         images = 2 ** random.choice([10, 20, 30, 34, 36, 47, 49])
         source["shape"][0] = result["shape"][0] = images
         fields["chunk_images"] = random.choice([1, 2, images, 2 * images])
         if "file_bytes" in fields:
             fields["file_bytes"] = 128 + images * 4 * math.prod(REDO_LOG_SHAPE[1:])
-    elif what == 1:
+    elif roll == 1:
         shapes = ([5, 9, 3], [5, 1, 9, 4], [5, 3, 1, 9], [5, 1, 9, 3, 1], [5] * 4)
         source["shape"] = result["shape"] = random.choice(shapes)
-    elif what == 2:
+    elif roll == 2:
         layout = random.choice(["NHWC", "NCHW", "NCWH"])
         transform["layout"] = transform["out_layout"] = result["layout"] = layout
-    elif what == 3:
+    elif roll == 3:
         transform["dtype"], result["dtype"] = random.choice(
             [("<f4", "float32"), ("single", "float32"), ("f2", "float16"), (None, "uint8")]
         )
-    elif what == 4:
+    elif roll == 4:
         part = random.choice(["mean", "std"])
         transform["mode"][part] = random.choice(
             ["123", [1, 2, 3], [True] * 3, [1.0] * 4, [0.0] * 3]
@@ -167,11 +167,11 @@ class Journals(Kind):
     name, share = "journals", 0.12
     error_type = ResumeError
 
-    def __init__(self, place, random):
-        super().__init__(place, random)
-        self._plans = plans(place)
-        self.dataset = place / "y.npy"
-        self.path = place / "y.npy.fastvgg-journal"
+    def __init__(self, directory, random):
+        super().__init__(directory, random)
+        self._plans = plans(directory)
+        self.dataset = directory / "y.npy"
+        self.path = directory / "y.npy.fastvgg-journal"
         self._file = self.reused(self.path)
         self.valid_inputs = []
         for plan, records in zip(self._plans, ([], RECORDS, RECORDS), strict=True):
@@ -188,18 +188,18 @@ class Journals(Kind):
     def mutated(self):
         random = self.random
         intact = random.choice(self.valid_inputs)
-        what = random.random()
-        if what < 0.15:
+        roll = random.random()
+        if roll < 0.15:
             return damaged(random, intact)
         lines = intact.splitlines(keepends=True)
         at = random.choice([0, 0, *range(len(lines))])
-        if what < 0.2:
+        if roll < 0.2:
             lines[0] = line_with_checksum(consistent_changes(random, lines[0][17:-1]))
-        elif what < 0.8:
+        elif roll < 0.8:
             lines[at] = line_with_checksum(corrupt_json(random, lines[at][17:-1]))
-        elif what < 0.9:
+        elif roll < 0.9:
             lines[at] = line_with_checksum(damaged(random, lines[at][17:-1]))
-        elif what < 0.95:
+        elif roll < 0.95:
             lines.insert(random.randrange(len(lines)), lines[at])
         else:
             del lines[at]
@@ -219,32 +219,32 @@ class Journals(Kind):
                     with_committed(plan, journal_state.chunk_images, len(journal_state.commits))
         return journal_state
 
-    def check(self, content, found, error):
+    def check(self, content, result, error):
         assert self._file.get() == content
         length = valid_prefix_bytes(content)
         if any(intact.startswith(content[:length]) for intact in self.valid_inputs):
             assert error is None
         if error is None:
-            assert length == (0 if found is None else found.valid_bytes)
-        if found is not None or len(content) % 8 == 0:
-            check_info(self.dataset, expected=found is not None)
-        if found is None:
+            assert length == (0 if result is None else result.valid_bytes)
+        if result is not None or len(content) % 8 == 0:
+            check_info(self.dataset, expected=result is not None)
+        if result is None:
             return
-        images = check_job(found.job)
-        check_counts(found.chunk_images)
-        chunks = -(-images // found.chunk_images)
-        assert found.complete == (len(found.commits) == chunks)
-        for chunk, commit in found.commits.items():
+        images = check_job(result.job)
+        check_counts(result.chunk_images)
+        chunks = -(-images // result.chunk_images)
+        assert result.complete == (len(result.commits) == chunks)
+        for chunk, commit in result.commits.items():
             assert type(chunk) is int
             assert 0 <= chunk < chunks
             assert {type(commit.checksum), type(commit.source_checksum)} == {str}
             chunk_image_count = (
-                min(images, (chunk + 1) * found.chunk_images) - chunk * found.chunk_images
+                min(images, (chunk + 1) * result.chunk_images) - chunk * result.chunk_images
             )
-            intact = found.commit(chunk)
+            intact = result.commit(chunk)
             assert (intact.chunk, intact.checksum) == (chunk, commit.checksum)
             assert len(intact.records) in (0, chunk_image_count)
-            assert commit.failed == intact.failed == len(found.failures(chunk))
+            assert commit.failed == intact.failed == len(result.failures(chunk))
 
 
 class Manifests(Kind):
@@ -253,10 +253,10 @@ class Manifests(Kind):
     name, share = "manifests", 0.08
     error_type = SourceError
 
-    def __init__(self, place, random):
-        super().__init__(place, random)
-        self.dataset = place / "y.npy"
-        self.path = place / "y.npy.fastvgg.json"
+    def __init__(self, directory, random):
+        super().__init__(directory, random)
+        self.dataset = directory / "y.npy"
+        self.path = directory / "y.npy.fastvgg.json"
         self.valid_inputs = [
             Manifest(
                 job=plan.job,
@@ -267,33 +267,35 @@ class Manifests(Kind):
                 created="2026-01-01T00:00:00+00:00",
                 packages={"python": "3.11.7", "fastvgg": "0.1.0"},
             ).to_json()
-            for failed, plan in enumerate(plans(place))
+            for failed, plan in enumerate(plans(directory))
         ]
         self._file = self.reused(self.path)
 
     def mutated(self):
         intact = self.random.choice(self.valid_inputs)
-        what = self.random.random()
-        change = consistent_changes if what < 0.05 else corrupt_json if what < 0.7 else damaged
+        roll = self.random.random()
+        change = consistent_changes if roll < 0.05 else corrupt_json if roll < 0.7 else damaged
         return change(self.random, intact)
 
     def read(self, content):
         self._file.put(content)
         return read_manifest(self.dataset)
 
-    def check(self, content, found, error):
+    def check(self, content, result, error):
         assert self._file.get() == content
-        if found is not None or len(content) % 8 == 0:
-            check_info(self.dataset, expected=found is not None)
-        if found is None:
+        if result is not None or len(content) % 8 == 0:
+            check_info(self.dataset, expected=result is not None)
+        if result is None:
             assert error is not None
             return
-        assert json.loads(found.to_json()) == json.loads(content)
-        images = check_job(found.job)
-        check_counts(found.chunk_images, found.counts["images"], found.counts["failed"] + 1)
-        assert found.counts["images"] == images >= found.counts["failed"]
-        chunks = -(-images // found.chunk_images)
-        assert len(found.checksums) == len(found.source_checksums) == chunks
-        texts = [*found.checksums, *found.source_checksums, *found.packages.values()]
+        assert json.loads(result.to_json()) == json.loads(content)
+        images = check_job(result.job)
+        check_counts(result.chunk_images, result.counts["images"], result.counts["failed"] + 1)
+        assert result.counts["images"] == images >= result.counts["failed"]
+        chunks = -(-images // result.chunk_images)
+        assert len(result.checksums) == len(result.source_checksums) == chunks
+        texts = [*result.checksums, *result.source_checksums, *result.packages.values()]
         assert {type(text) for text in texts} <= {str}
-        assert found.header.shape == tuple(found.job.transform.output_shape(found.job.header.shape))
+        assert result.header.shape == tuple(
+            result.job.transform.output_shape(result.job.header.shape)
+        )

@@ -1,4 +1,4 @@
-"""Redo logs of runs in place, and their headers."""
+"""Redo logs of in-place runs, and their headers."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class FixedInodePath(PosixPath):
 
 
 class RedoLogFiles:
-    """A partly converted .npy file and its redo log, after each chunk."""
+    """A partially converted .npy file and its redo log, after each chunk."""
 
     CHUNK_IMAGES = 2
 
-    def __init__(self, place):
-        self.path = FixedInodePath(place / "r.npy")
+    def __init__(self, directory):
+        self.path = FixedInodePath(directory / "r.npy")
         self.storage = Storage(fsync=False)
         old = np.arange(math.prod(REDO_LOG_SHAPE), dtype=np.float32).reshape(REDO_LOG_SHAPE)
         save_npy(self.path, old)
@@ -68,7 +68,7 @@ class RedoLogFiles:
         self.journal = ReusedFile(journal_path(self.path))
 
     def split(self, content):
-        """A journal's header, and the rest of it."""
+        """Split a redo log into its header and the rest."""
         return content[: self.header.header_bytes], content[self.header.header_bytes :]
 
     def _record(self):
@@ -87,14 +87,14 @@ class RedoLogFiles:
             content = first + self.split(journal.read_bytes())[1]
             if chunk in (0, 1, 3, 6, self.header.chunks):
                 self.states.append((content, self.file_after(chunk), chunk))
-            if chunk in (1, 2, 5):  # committed, and not in the file yet: no checkpoint counts it
+            if chunk in (1, 2, 5):  # committed, but not in the file yet, nor in a checkpoint
                 self.states.append((content, self.file_after(chunk - 1), chunk))
             if chunk < self.header.chunks:
                 self._put(log, chunk)
         log.close()
 
     def file_after(self, chunks):
-        """Return the content of the file after a number of converted chunks."""
+        """Return the content of the file after `chunks` chunks are converted."""
         begin = self.header.data_offset
         end = self.header.image_span(chunks - 1)[1] if chunks else begin
         new = np.bitwise_not(np.frombuffer(self.old[begin:end], np.uint8)).tobytes()
@@ -115,24 +115,24 @@ class RedoLogFiles:
 
 
 class RedoLogKind(Kind):
-    """A redo log, or a part of one, next to the file that it changes."""
+    """A redo log, or part of one, and the file that it belongs to."""
 
     error_type = ResumeError
 
-    def __init__(self, place, random):
-        super().__init__(place, random)
-        self._files = RedoLogFiles(place)
+    def __init__(self, directory, random):
+        super().__init__(directory, random)
+        self._files = RedoLogFiles(directory)
         self.path = self._files.path
         self.close = self._files.close
 
 
 class RedoLogHeaders(RedoLogKind):
-    """Header lines of redo logs, followed by a valid rest."""
+    """Header lines of redo logs; the rest of the redo log is valid."""
 
     name, share = "redo log headers", 0.05
 
-    def __init__(self, place, random):
-        super().__init__(place, random)
+    def __init__(self, directory, random):
+        super().__init__(directory, random)
         self._line = self._files.header.to_bytes()
         first, self._rest = self._files.split(self._files.states[-1][0])
         self.valid_inputs = [first]
@@ -146,10 +146,10 @@ class RedoLogHeaders(RedoLogKind):
 
     def mutated(self):
         random, text = self.random, self._line[17:-1]
-        what = random.random()
-        if what < 0.2:
+        roll = random.random()
+        if roll < 0.2:
             return self._pad(damaged(random, self._line))
-        change = consistent_changes if what < 0.4 else corrupt_json if what < 0.9 else damaged
+        change = consistent_changes if roll < 0.4 else corrupt_json if roll < 0.9 else damaged
         return self._pad(line_with_checksum(change(random, text)))
 
     def read(self, content):
@@ -164,22 +164,22 @@ class RedoLogHeaders(RedoLogKind):
                 check_same_file(header, self.path)
         return header
 
-    def check(self, content, found, error):
+    def check(self, content, result, error):
         assert self._files.journal.get() == content + self._rest
         length = valid_prefix_bytes(content.partition(b"\n")[0] + b"\n")
-        if length == 0:  # only a header of another kind is not an error
+        if length == 0:  # only the header of another kind of journal is no error
             assert error is not None or b"fastvgg-journal" in content[:40]
         if content[:length] == self._line:
-            assert found == self._files.header
-        if found is not None or len(content) % 8 == 0:
-            check_info(self.path, expected=found is not None)
-        if found is None:
+            assert result == self._files.header
+        if result is not None or len(content) % 8 == 0:
+            check_info(self.path, expected=result is not None)
+        if result is None:
             return
-        assert found.to_bytes() == content[:length]
-        images = check_job(found.job)
-        check_counts(found.chunk_images, found.file_bytes, found.chunks)
-        assert found.chunks == -(-images // found.chunk_images)
-        assert 0 <= found.data_offset < found.file_bytes
+        assert result.to_bytes() == content[:length]
+        images = check_job(result.job)
+        check_counts(result.chunk_images, result.file_bytes, result.chunks)
+        assert result.chunks == -(-images // result.chunk_images)
+        assert 0 <= result.data_offset < result.file_bytes
 
 
 class RedoLogs(RedoLogKind):
@@ -187,8 +187,8 @@ class RedoLogs(RedoLogKind):
 
     name, share = "redo logs", 0.05
 
-    def __init__(self, place, random):
-        super().__init__(place, random)
+    def __init__(self, directory, random):
+        super().__init__(directory, random)
         header = self._files.header
         self._checkpoints = [header.checkpoint_offset(copy) for copy in range(2)]
         self._slots = [header.slot_offset(chunk) for chunk in range(redo_log_layout.SLOTS)]
@@ -197,17 +197,17 @@ class RedoLogs(RedoLogKind):
         ] + self._slots
 
     def inputs(self):
-        """Whether a single bit is wrong, both files, and how many chunks were committed."""
+        """Yield whether a single bit is wrong, both files, and the number of committed chunks."""
         while True:
             content, data, committed = self.random.choice(self._files.states)
-            what = self.random.random()
-            if what < 0.5:
+            roll = self.random.random()
+            if roll < 0.5:
                 content = self._flip_bit(content)
-            elif what < 0.6:
+            elif roll < 0.6:
                 content = self._change_length(content)
             else:
                 content = self._changed(content)
-            yield what < 0.5, content, data, committed
+            yield roll < 0.5, content, data, committed
 
     def _flip_bit(self, content):
         random = self.random
@@ -217,7 +217,8 @@ class RedoLogs(RedoLogKind):
         else:
             begin, length = random.choice([0, *self._checkpoints, *self._records]), 200
         at = begin + random.randrange(length)
-        return content[:at] + bytes([content[at] ^ 1 << random.randrange(8)]) + content[at + 1 :]
+        flipped = bytes([content[at] ^ 1 << random.randrange(8)])
+        return content[:at] + flipped + content[at + 1 :]
 
     def _change_length(self, content):
         if self.random.random() < 0.2:
@@ -225,14 +226,14 @@ class RedoLogs(RedoLogKind):
         return content[: self.random.randrange(len(content))]
 
     def _changed(self, content):
-        """Change the fields of a line; where there is none, write that of the first checkpoint."""
+        """Change the fields of a line; write a changed first checkpoint if there is none."""
         random = self.random
-        place = random.choice(self._checkpoints if random.random() < 0.4 else self._records)
-        found = place if content[place] else self._checkpoints[0]
-        text = content[found : found + redo_log_layout.RECORD_BYTES].partition(b"\n")[0][17:]
+        offset = random.choice(self._checkpoints if random.random() < 0.4 else self._records)
+        origin = offset if content[offset] else self._checkpoints[0]
+        text = content[origin : origin + redo_log_layout.RECORD_BYTES].partition(b"\n")[0][17:]
         change = corrupt_json if random.random() < 0.8 else damaged
         line = line_with_checksum(change(random, text))[: redo_log_layout.RECORD_BYTES]
-        return content[:place] + line + content[place + len(line) :]
+        return content[:offset] + line + content[offset + len(line) :]
 
     def read(self, case):
         _, content, data, _ = case
@@ -251,24 +252,24 @@ class RedoLogs(RedoLogKind):
         finally:
             log.close()
 
-    def check(self, case, found, error):
-        single, content, data, committed = case
+    def check(self, case, result, error):
+        is_bit_flip, content, data, committed = case
         after = self.path.read_bytes()
         assert len(after) == len(data)
         assert len(self._files.journal.get()) == len(content)
         if len(content) != self._files.header.journal_bytes:
-            assert found is None
-            assert error is not None or len(content) < 40  # too short to say what it is
+            assert result is None
+            assert error is not None or len(content) < 40  # too short to be identified
             return
-        assert (found is None) == (error is not None)
-        if found is None:
+        assert (result is None) == (error is not None)
+        if result is None:
             return
-        done, checksums = found
+        chunks, checksums = result
         header = self._files.header
-        assert type(done) is int
-        assert 0 <= done <= header.chunks == len(checksums)
-        if single:
-            assert committed - 1 <= done <= committed
-            assert after == self._files.file_after(done)
-            spans = [slice(*header.image_span(chunk)) for chunk in range(done)]
-            assert checksums[:done] == [xxhash.xxh3_64_hexdigest(after[span]) for span in spans]
+        assert type(chunks) is int
+        assert 0 <= chunks <= header.chunks == len(checksums)
+        if is_bit_flip:
+            assert committed - 1 <= chunks <= committed
+            assert after == self._files.file_after(chunks)
+            spans = [slice(*header.image_span(chunk)) for chunk in range(chunks)]
+            assert checksums[:chunks] == [xxhash.xxh3_64_hexdigest(after[span]) for span in spans]
