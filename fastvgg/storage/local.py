@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 
 from fastvgg.errors import StoppedError, TargetError
+from fastvgg.storage.location import temporary_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -303,7 +304,7 @@ class Storage:
 
     def write_atomic(self, path: Path, buffers: Iterable[bytes]) -> None:
         """Replace a file atomically: readers see the old or the new content, never a mixture."""
-        temporary = path.with_name(path.name + ".tmp")
+        temporary = temporary_path(path)
         self.write_file(temporary, _coalesce(buffers))
         self.rename(temporary, path)
         self.sync_directory(path.parent)

@@ -98,6 +98,11 @@ def sidecar_path(container: Path, suffix: str) -> Path:
     return container.with_name(container.name + suffix)
 
 
+def temporary_path(path: Path) -> Path:
+    """Return the path of a file that is written to replace `path` atomically."""
+    return sidecar_path(path, ".tmp")
+
+
 def _parse_url(url: str) -> Path:
     try:
         from upath import UPath

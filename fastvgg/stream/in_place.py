@@ -21,10 +21,14 @@ from fastvgg.errors import TargetError
 from fastvgg.storage.local import Storage, check_in_place_supported
 from fastvgg.stream.commit_pipeline import CommitPipeline
 from fastvgg.stream.compute import transform_batch
-from fastvgg.stream.journal import check_is_journal, journal_path
 from fastvgg.stream.manifest import Manifest, checksum, manifest_path
 from fastvgg.stream.progress import ProgressTracker
-from fastvgg.stream.redo_log import RedoLog, check_same_file, read_header_to_resume
+from fastvgg.stream.redo_log import (
+    RedoLog,
+    check_same_file,
+    check_sidecars_in_place,
+    read_header_to_resume,
+)
 from fastvgg.stream.source import changed_error, check_values, is_changed
 from fastvgg.tiling import CACHE_LINE_BYTES
 from fastvgg.transform import storage_dtype
@@ -109,7 +113,7 @@ class _InPlaceRun:
         if self.plan.committed_chunks or is_changed(self.plan, self.source):
             raise changed_error(self.plan.source)
         check_values(self.plan, self.source)
-        check_is_journal(journal_path(self.data.path))
+        check_sidecars_in_place(self.data.path)
         return RedoLog.begin(self.storage, self.data, self.plan.job, self.plan.chunk_images)
 
     def _reopen(self, header: RedoLogHeader) -> RedoLog:

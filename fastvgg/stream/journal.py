@@ -10,6 +10,7 @@ In an object store each line is an object.
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from fastvgg.datasets.base import ImageRecord, open_regular, open_sidecar, read_
 from fastvgg.datasets.index import is_valid_name
 from fastvgg.errors import ResumeError, SourceError, TargetError
 from fastvgg.storage import objects
-from fastvgg.storage.location import is_remote, sidecar_path
+from fastvgg.storage.location import is_remote, sidecar_path, temporary_path
 from fastvgg.stream.job import Job, check_fields, check_sizes, check_version
 from fastvgg.stream.lines import decode_line, encode_line
 
@@ -231,31 +232,40 @@ def check_is_journal(path: Path) -> bool:
     """Check that the file or prefix with the name of a journal, if any, was written by fastvgg.
 
     Returns whether there is a header, even a damaged one. A crash during its creation can leave
-    a prefix of the header line, or zeros, for which the result is False.
+    a prefix of the header line, or zeros, for which the result is False. Without a journal, what
+    has its temporary name is checked as well.
 
     Raises
     ------
     TargetError
         If it is something else.
     """
-    if is_remote(path):
-        with _store_errors(path):
-            names = objects.list_objects(path)
-        has_header = HEADER_NAME in names
-        is_ours = all(name == HEADER_NAME or LINE_NAME_PATTERN.fullmatch(name) for name in names)
-    else:
-        start = (read_sidecar(path, max_bytes=CHECKSUM_DIGITS + len(HEADER_PREFIX)) or b"").rstrip(
-            b"\0"
-        )
-        digits, text = start[:CHECKSUM_DIGITS], start[CHECKSUM_DIGITS:]
-        has_header = text == HEADER_PREFIX
-        is_ours = not digits.strip(b"0123456789abcdef") and HEADER_PREFIX.startswith(text)
-    if not is_ours:
-        raise TargetError(
-            f"{path} exists, but is not a journal of fastvgg",
-            "move it away, or choose another name for the target",
-        )
-    return has_header
+    if not is_remote(path):
+        has_header = _check_is_file(path)
+        if not os.path.lexists(path):
+            _check_is_file(temporary_path(path))
+        return has_header
+    with _store_errors(path):
+        names = objects.list_objects(path)
+    if not all(name == HEADER_NAME or LINE_NAME_PATTERN.fullmatch(name) for name in names):
+        raise _foreign_error(path)
+    return HEADER_NAME in names
+
+
+def _check_is_file(path: Path) -> bool:
+    start = read_sidecar(path, max_bytes=CHECKSUM_DIGITS + len(HEADER_PREFIX)) or b""
+    start = start.rstrip(b"\0")
+    digits, text = start[:CHECKSUM_DIGITS], start[CHECKSUM_DIGITS:]
+    if digits.strip(b"0123456789abcdef") or not HEADER_PREFIX.startswith(text):
+        raise _foreign_error(path)
+    return text == HEADER_PREFIX
+
+
+def _foreign_error(path: Path) -> TargetError:
+    return TargetError(
+        f"{path} exists, but is not a journal of fastvgg",
+        "move it away, or choose another name for the target",
+    )
 
 
 def _parse_header(path: Path, fields: dict[str, Any]) -> JournalState:

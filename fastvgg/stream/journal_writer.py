@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from fastvgg.errors import FastvggError, StoppedError, TargetError
 from fastvgg.storage import objects
+from fastvgg.storage.location import temporary_path
 from fastvgg.stream.journal import (
     HEADER_NAME,
     CommitRef,
@@ -113,7 +114,7 @@ class FileJournal(Journal):
     def __init__(self, target: Path, storage: Storage, *, restart: bool) -> None:
         super().__init__(journal_path(target))
         self._storage = storage
-        self._temporary = self.path.with_name(self.path.name + ".tmp")
+        self._temporary = temporary_path(self.path)
         self._replaced: OpenFile | None = None
         self._file: OpenFile = storage.open(self.path, create=True)
         try:

@@ -22,7 +22,7 @@ from fastvgg.parallel import check_threads
 from fastvgg.storage.local import check_in_place_supported
 from fastvgg.storage.location import Location
 from fastvgg.stream.job import IMAGE_SOURCE_FORMATS, Job
-from fastvgg.stream.journal import check_is_journal, journal_path, read_journal
+from fastvgg.stream.journal import journal_path, read_journal
 from fastvgg.stream.manifest import Provenance, manifest_path
 from fastvgg.stream.plan import Plan, RunOptions, choose_chunk_images, max_chunk_bytes
 from fastvgg.stream.preflight import (
@@ -35,6 +35,7 @@ from fastvgg.stream.preflight import (
 from fastvgg.stream.redo_log import (
     check_not_in_place,
     check_same_file,
+    check_sidecars_in_place,
     committed_chunks,
     read_header_to_resume,
 )
@@ -299,7 +300,7 @@ def _plan_in_place(
         )
     check_in_place_supported(path)
     check_directory(path)
-    check_is_journal(journal_path(path))
+    check_sidecars_in_place(path)
     if redo_log is None:
         planned = _build_plan(source, source.location, job, options)
         log_header = RedoLogHeader.new(job, planned.chunk_images, path.stat())

@@ -18,9 +18,10 @@ from xxhash import xxh3_64_hexdigest
 from fastvgg.datasets.base import open_regular, read_sidecar
 from fastvgg.errors import ResumeError, SourceError, TargetError
 from fastvgg.storage.local import OpenFile
-from fastvgg.storage.location import is_remote
+from fastvgg.storage.location import is_remote, temporary_path
 from fastvgg.stream.job import check_fields, check_sizes, check_version
-from fastvgg.stream.journal import journal_path
+from fastvgg.stream.journal import check_is_journal, journal_path
+from fastvgg.stream.manifest import manifest_path
 from fastvgg.stream.redo_log_layout import (
     CHUNKS_PER_CHECKPOINT,
     FORMAT_VERSION,
@@ -121,6 +122,15 @@ def check_not_in_place(path: Path) -> None:
         )
 
 
+def check_sidecars_in_place(path: Path) -> None:
+    """Check that the files that a run in place writes or replaces were written by fastvgg."""
+    temporary = temporary_path(manifest_path(path))
+    if not check_is_journal(journal_path(path)) and os.path.lexists(temporary):
+        raise TargetError(
+            f"{temporary} exists, but no journal shows that fastvgg wrote it", "move it away"
+        )
+
+
 def committed_chunks(header: RedoLogHeader, file_path: Path) -> int:
     """Count the committed chunks of a run in place; raise ResumeError if a record is damaged."""
     return sum(1 for _ in _records(header, file_path))
@@ -182,7 +192,7 @@ class RedoLog:
         header = RedoLogHeader.new(job, chunk_images, os.fstat(data.descriptor))
         storage.sync(data)  # a power failure must not lose the input of later chunks
         path = journal_path(data.path)
-        temporary = path.with_name(path.name + ".tmp")
+        temporary = temporary_path(path)
         file = storage.create(temporary)
         try:
             storage.reserve(file, header.journal_bytes)

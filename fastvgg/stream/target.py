@@ -20,11 +20,11 @@ from fastvgg.errors import ResumeError, TargetError
 from fastvgg.formatting import format_bytes
 from fastvgg.storage import objects
 from fastvgg.storage.local import SharedStorage, Storage
-from fastvgg.storage.location import Location, is_remote, sidecar_path
+from fastvgg.storage.location import Location, is_remote, sidecar_path, temporary_path
 from fastvgg.storage.objects import ObjectStorage
 from fastvgg.stream.journal import check_is_journal, journal_path, read_journal
 from fastvgg.stream.journal_writer import FileJournal, StoreJournal
-from fastvgg.stream.manifest import read_manifest
+from fastvgg.stream.manifest import manifest_path, read_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,6 +74,8 @@ class Destination(ABC):
         self.kind = kind
         self.replaced = sidecar_path(path, ".fastvgg-replaced")
         """Temporary name of a directory that is being replaced."""
+        self.temporaries: tuple[Path, ...] = ()
+        """Temporary names of the index and the manifest."""
 
     def shared_storage(self) -> Storage | ObjectStorage:
         """Return the storage for a worker, which writes to a target that another process made."""
@@ -137,10 +139,10 @@ class Destination(ABC):
 
         A journal proves it; of an index, also the manifest.
         """
-        index, journal = index_path(self.path), journal_path(self.path)
-        if self.exists(journal) and check_is_journal(journal):
+        index = index_path(self.path)
+        if check_is_journal(journal_path(self.path)):
             return
-        for path in (self.partial, self.replaced, index):
+        for path in (self.partial, self.replaced, index, *self.temporaries):
             is_proven = path == self.path or (path == index and manifest is not None)
             if not is_proven and self.exists(path):
                 raise TargetError(
@@ -165,6 +167,7 @@ class DiskDestination(Destination):
         super().__init__(path, kind)
         self.storage: Storage = storage
         self.partial = sidecar_path(path, ".partial")
+        self.temporaries = temporary_path(index_path(path)), temporary_path(manifest_path(path))
 
     def shared_storage(self) -> Storage:
         directory = self.path.parent if self.kind in FILES else self.partial

@@ -177,19 +177,22 @@ def assert_rejected(error_type, path, *words, **settings):
     assert tree(path.parent) == before
 
 
-def test_foreign_file_with_the_name_of_the_journal_is_rejected(file):
-    file.with_name(f"{file.name}.fastvgg-journal").write_text("precious")
+FOREIGN = [".fastvgg-journal", ".fastvgg-journal.tmp", ".fastvgg.json.tmp"]
+
+
+@pytest.mark.parametrize("suffix", FOREIGN)
+def test_foreign_file_with_the_name_of_the_journal_is_rejected(file, suffix):
+    file.with_name(f"{file.name}{suffix}").write_text("precious")
     for restart in (False, True):
-        assert_rejected(
-            TargetError, file, ".fastvgg-journal exists", "move it away", restart=restart
-        )
+        assert_rejected(TargetError, file, f"{suffix} exists", "move it away", restart=restart)
 
 
-def test_foreign_journal_file_created_after_planning_is_rejected(file):
+@pytest.mark.parametrize("suffix", FOREIGN)
+def test_foreign_journal_file_created_after_planning_is_rejected(file, suffix):
     plan = plan_of(file, None, in_place=True, mode="caffe")
-    file.with_name(f"{file.name}.fastvgg-journal").write_text("precious")
+    file.with_name(f"{file.name}{suffix}").write_text("precious")
     before = tree(file.parent)
-    with pytest.raises(TargetError, match="exists, but is not a journal"):
+    with pytest.raises(TargetError, match=f"{suffix} exists, but"):
         run(plan)
     assert tree(file.parent) == before
 

@@ -216,9 +216,9 @@ def test_foreign_target_is_rejected_and_kept(tmp_path, array, kind, restart):
 FOREIGN = {
     "y.npy": (
         *("", ".partial", ".index.csv", ".fastvgg-replaced", ".fastvgg.json"),
-        ".fastvgg-journal",
+        *(".fastvgg-journal", ".fastvgg-journal.tmp", ".fastvgg.json.tmp", ".index.csv.tmp"),
     ),
-    "y.h5": ("", ".partial", ".index.csv", ".fastvgg-journal"),
+    "y.h5": ("", ".partial", ".index.csv", ".fastvgg-journal", ".fastvgg.json.tmp"),
     "y.zarr": ("", "/0.bin", ".partial/0.bin", ".index.csv", ".fastvgg-journal"),
     "out": ("", "/0.png", ".partial/0.png", ".index.csv", ".fastvgg-journal"),
 }
