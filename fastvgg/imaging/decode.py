@@ -393,7 +393,7 @@ class Decoder:
         out[...] = np.asarray(rgb)
 
     def _memory(self, data: bytes, pixels: int, pixel_bytes: int) -> AbstractContextManager[Any]:
-        """Return the context manager to hold while an image of so many pixels is decoded."""
+        """Return the context manager to hold while an image of `pixels` pixels is decoded."""
         if pixels > self._decoding.max_pixels:
             raise _RejectedError(
                 f"the image has {pixels} pixels; --max-pixels is {self._decoding.max_pixels}"

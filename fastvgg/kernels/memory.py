@@ -287,7 +287,7 @@ def prefetch_distance(read_bytes: int, written_bytes: int) -> int:
     """Return the prefetch distance in bytes for a ratio of bytes read to bytes written.
 
     If almost all memory traffic is reads, more prefetches in flight than the CPU has miss buffers
-    (24 on Zen 3) block the loads behind them: at a distance of 1024, float32 to uint8 ran
+    (24 on Zen 3) delay the loads that follow: at a distance of 1024, float32 to uint8 ran
     6 % faster than at 3072, float64 10 %. Other ratios were as fast or up to 4 % slower.
     """
     return 1024 if read_bytes >= 4 * written_bytes else 3072
@@ -299,7 +299,7 @@ def prefetch(nbytes: int, count: int, distance: int) -> Any:
 
     The prefetch is `distance` bytes ahead. The address may be out of bounds: prefetches never
     fault. Arithmetic between two loads reduces the loads in flight, and the hardware prefetcher
-    falls behind: float32 to uint8 ran at 0.80 to 0.89 of the memory bandwidth without prefetching,
+    lags: float32 to uint8 ran at 0.80 to 0.89 of the memory bandwidth without prefetching,
     at 0.94 with it.
     """
     hints = [ir.Constant(I32, number) for number in (0, 0, 1)]  # read, streaming, data

@@ -50,7 +50,9 @@ def _permute_intrinsic(*steps: Permutation) -> Any:
     @intrinsic
     def reorder(_context: Any, block: Any) -> Any:
         shuffles = [_shuffle_mask(step, block) for step in steps]
-        composed = [functools.reduce(lambda first, then: [first[at] for at in then], shuffles)]
+        composed = [
+            functools.reduce(lambda first, second: [first[lane] for lane in second], shuffles)
+        ]
 
         def emit(_: Any, b: Any, __: Any, blocks: Any) -> Any:
             vectors, firsts = unpack(b, blocks[0]), range(0, 3 * block.lanes, block.lanes)
@@ -68,51 +70,51 @@ def _shuffle_mask(step: Permutation, block: Any) -> list[int]:
     """Return the origin of each lane of a block, both numbered through its three vectors."""
     width = min(block.lanes, SHUFFLE_BYTES // ELEMENT_BYTES[block.storage])
     groups = block.lanes // width
-    places = [(v, g, at) for v in range(3) for g in range(groups) for at in range(width)]
-    origins = [step(*place, groups, width) for place in places]
-    return [(v * groups + g) * width + at for v, g, at in origins]
+    lanes = [(v, g, lane) for v in range(3) for g in range(groups) for lane in range(width)]
+    origins = [step(*index, groups, width) for index in lanes]
+    return [(v * groups + g) * width + lane for v, g, lane in origins]
 
 
-def _gather_pixels(v: int, g: int, at: int, groups: int, _width: int) -> LaneIndex:
+def _gather_pixels(v: int, g: int, lane: int, groups: int, _width: int) -> LaneIndex:
     """Move the three groups of the same pixels to the same place in the three vectors."""
-    return *divmod(3 * g + v, groups), at
+    return *divmod(3 * g + v, groups), lane
 
 
-def _scatter_pixels(v: int, g: int, at: int, groups: int, _width: int) -> LaneIndex:
+def _scatter_pixels(v: int, g: int, lane: int, groups: int, _width: int) -> LaneIndex:
     """Move three groups at the same place of the three vectors next to each other."""
     g, v = divmod(v * groups + g, 3)
-    return v, g, at
+    return v, g, lane
 
 
-def _gather_channel(v: int, g: int, at: int, _groups: int, width: int) -> LaneIndex:
+def _gather_channel(v: int, g: int, lane: int, _groups: int, width: int) -> LaneIndex:
     """Blend the values of channel `v`; their lanes differ, as a width is not a multiple of 3."""
-    return (v - at) * width % 3, g, at
+    return (v - lane) * width % 3, g, lane
 
 
-def _scatter_channels(v: int, g: int, at: int, _groups: int, width: int) -> LaneIndex:
+def _scatter_channels(v: int, g: int, lane: int, _groups: int, width: int) -> LaneIndex:
     """Blend three channels whose values are in the lanes of their pixels."""
-    return (v * width + at) % 3, g, at
+    return (v * width + lane) % 3, g, lane
 
 
-def _sort_channel(v: int, g: int, at: int, _groups: int, width: int) -> LaneIndex:
+def _sort_channel(v: int, g: int, lane: int, _groups: int, width: int) -> LaneIndex:
     """Shuffle the result of `_gather_channel` into the order of the pixels."""
-    return v, g, (3 * at + v) % width
+    return v, g, (3 * lane + v) % width
 
 
-def _unsort_channel(v: int, g: int, at: int, _groups: int, width: int) -> LaneIndex:
+def _unsort_channel(v: int, g: int, lane: int, _groups: int, width: int) -> LaneIndex:
     """Shuffle a channel into the lanes that `_scatter_channels` expects."""
-    return v, g, (at - v) * pow(3, -1, width) % width
+    return v, g, (lane - v) * pow(3, -1, width) % width
 
 
-def _reverse_pixels(v: int, g: int, at: int, _groups: int, width: int) -> LaneIndex:
+def _reverse_pixels(v: int, g: int, lane: int, _groups: int, width: int) -> LaneIndex:
     """Reverse the channels of pixels whose three groups are at the same place."""
-    value = v * width + at
-    v, at = divmod(value + 2 - 2 * (value % 3), width)
-    return v, g, at
+    value = v * width + lane
+    v, lane = divmod(value + 2 - 2 * (value % 3), width)
+    return v, g, lane
 
 
-def _reverse_vectors(v: int, g: int, at: int, _groups: int, _width: int) -> LaneIndex:
-    return 2 - v, g, at
+def _reverse_vectors(v: int, g: int, lane: int, _groups: int, _width: int) -> LaneIndex:
+    return 2 - v, g, lane
 
 
 reverse_channels: Final = _permute_intrinsic(_gather_pixels, _reverse_pixels, _scatter_pixels)
@@ -139,7 +141,7 @@ def even_odd_order(lanes: int) -> tuple[int, ...]:
 
 def _emit_merge(b: Any, vector: Any) -> Any:
     half = vector.type.count // 2
-    return shuffle(b, vector, None, [at // 2 + at % 2 * half for at in range(2 * half)])
+    return shuffle(b, vector, None, [lane // 2 + lane % 2 * half for lane in range(2 * half)])
 
 
 merge: Final = elementwise_intrinsic(lambda block: block, _emit_merge)

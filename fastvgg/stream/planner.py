@@ -338,7 +338,7 @@ def _build_plan(source: Source, target: Location, job: Job, options: RunOptions)
         target=target,
         job=job,
         read_bytes=source.stored_bytes,
-        notes=tuple(source.notes + _losses(job)),
+        notes=tuple(source.notes + _loss_notes(job)),
         listing=source.listing if isinstance(source, ImageSource) else None,
         **vars(options),
     )
@@ -358,7 +358,7 @@ def _build_plan(source: Source, target: Location, job: Job, options: RunOptions)
     return dataclasses.replace(planned, chunk_images=largest)
 
 
-def _losses(job: Job) -> list[str]:
+def _loss_notes(job: Job) -> list[str]:
     """Return notes about values that cannot be restored exactly from the result."""
     if job.target_format == "images" and is_lossy(job.file_format):
         exact = "the files are not the exact images; use png or webp for that"

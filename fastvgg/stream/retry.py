@@ -73,15 +73,17 @@ class FailureRetry:
                 f"{self.target} is not a finished dataset of fastvgg: there is nothing to retry",
                 "rerun the command without --retry-failed",
             )
-        found, expected = manifest.job, self.plan.job
-        then, now = found.decoding, expected.decoding
-        if then is not None and now is not None:
-            if then.gray16 == "error":
-                then = dataclasses.replace(then, gray16=now.gray16)
-            if then.max_pixels < now.max_pixels:
-                then = dataclasses.replace(then, max_pixels=now.max_pixels)
-        comparable = dataclasses.replace(found, fingerprint=expected.fingerprint, decoding=then)
-        comparable.check_same(expected, str(self.plan.target))
+        job = self.plan.job
+        recorded, requested = manifest.job.decoding, job.decoding
+        if recorded is not None and requested is not None:
+            if recorded.gray16 == "error":
+                recorded = dataclasses.replace(recorded, gray16=requested.gray16)
+            if recorded.max_pixels < requested.max_pixels:
+                recorded = dataclasses.replace(recorded, max_pixels=requested.max_pixels)
+        comparable = dataclasses.replace(
+            manifest.job, fingerprint=job.fingerprint, decoding=recorded
+        )
+        comparable.check_same(job, str(self.plan.target))
         return manifest
 
     def good_commits(self) -> Iterator[Commit]:

@@ -102,7 +102,7 @@ class Destination(ABC):
 
     @abstractmethod
     def predates_run(self, journal_state: JournalState) -> bool:
-        """Return whether what has the name cannot be the output of the unfinished run."""
+        """Return whether the existing target cannot be the output of the unfinished run."""
 
     @abstractmethod
     def identity(self) -> str:
