@@ -23,7 +23,7 @@ from fastvgg.stream.manifest import Provenance
 from fastvgg.stream.preflight import plan_result
 from fastvgg.stream.redo_log import check_not_in_place
 from fastvgg.stream.source import check_exists, check_not_already_done
-from fastvgg.transform import storage_dtype
+from fastvgg.transform import Transform, storage_dtype
 
 if TYPE_CHECKING:
     import os
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from fastvgg.datasets.base import ArraySource
     from fastvgg.parallel import TaskGroup
-    from fastvgg.transform import Layout, Transform
+    from fastvgg.transform import Layout
 
 __all__ = ["Batch", "Batches", "batches"]
 
@@ -118,6 +118,8 @@ class Batches:
         _check_integer("batch_size", batch_size, minimum=1)
         _check_integer("seed", seed)
         _check_shard(shard)
+        if transform is not None and not isinstance(transform, Transform):
+            raise UsageError(f"transform is {transform!r}", "give a Transform, or None")
         self.location = Location.parse(path)
         self.batch_size = batch_size
         self.transform = transform

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fastvgg.stream.job import Schema
     from fastvgg.transform import Transform
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 VERSION_FIELD: Final = "fastvgg-manifest"
 MANIFEST_SCHEMA: Final[Schema] = {
     VERSION_FIELD: int,
@@ -127,14 +127,14 @@ def read_manifest(container: Path) -> Manifest | None:
     try:
         fields = json.loads(data)
         found = fields.get(VERSION_FIELD) if isinstance(fields, dict) else None
-        remedy = "use the version of fastvgg that wrote it, or a newer one"
+        remedy = "use the version of fastvgg that wrote it"
         check_version(path, found, FORMAT_VERSION, remedy, SourceError)
         return Manifest.from_dict(fields)
     except (ValueError, RecursionError) as error:
         raise SourceError(
             f"{path} is not a manifest: {type(error).__name__}: {str(error)[:200]}",
-            "restore the manifest that was written with the dataset, or remove it and give --mode "
-            "and --layout",
+            "restore the manifest that was written with the dataset, or move it away and give "
+            "--mode and --layout",
         ) from None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -24,6 +25,7 @@ from fastvgg.stream.redo_log import read_header_to_resume, read_redo_log_header
 from fastvgg.stream.run import run
 from fastvgg.transform import Transform
 from tests.helpers.batches import FLOATS, KERAS_MODES
+from tests.helpers.damage import line_with_checksum
 from tests.helpers.datasets_on_disk import (
     check_error,
     names_in,
@@ -195,6 +197,20 @@ def test_foreign_journal_file_created_after_planning_is_rejected(file, suffix):
     with pytest.raises(TargetError, match=f"{suffix} exists, but"):
         run(plan)
     assert tree(file.parent) == before
+
+
+def test_redo_log_of_another_format_version_is_rejected_and_kept(file):
+    with pytest.raises(SimulatedCrash):
+        run(plan_of(file, None, in_place=True, mode="caffe"), storage=InterruptedStorage(1))
+    journal = journal_path(file)
+    line, rest = journal.read_bytes().split(b"\n", 1)
+    fields = json.loads(line[17:])
+    for version in (fields["fastvgg-in-place"] - 1, fields["fastvgg-in-place"] + 1):
+        text = json.dumps({**fields, "fastvgg-in-place": version}).encode()
+        journal.write_bytes(line_with_checksum(text) + rest)
+        assert_rejected(
+            ResumeError, file, f"format version {version}", "the fastvgg version that started it"
+        )
 
 
 def test_links_and_sparse_files_are_rejected(file):
