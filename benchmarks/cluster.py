@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 from distributed import Client, LocalCluster
 from formats import remove
-from rows import row
+from rows import number_of_rounds, row
 from streams import (
     FILE_BYTES,
     QUICK_BYTES,
@@ -270,7 +270,7 @@ def measured_chunks(files, arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=number_of_rounds, default=5)
     parser.add_argument(
         "--directory", type=Path, default=Path(), help="directory on the disk to measure"
     )

@@ -30,7 +30,7 @@ import h5py
 import numpy as np
 import zarr
 from arrays import batch
-from rows import row
+from rows import number_of_rounds, row
 from streams import (
     FILE_BYTES,
     QUICK_BYTES,
@@ -236,7 +236,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=available_cpus())
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=number_of_rounds, default=5)
     parser.add_argument(
         "--directory", type=Path, default=Path(), help="directory on the disk to measure"
     )

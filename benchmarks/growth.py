@@ -39,6 +39,7 @@ import numpy as np
 import streams
 from arrays import batch
 from cluster import line_through
+from rows import number_of_rounds
 from streams import READ_BYTES, Files, Part, chunk_of, fetch, write_new
 
 import fastvgg
@@ -273,7 +274,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=available_cpus())
-    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--rounds", type=number_of_rounds)
     parser.add_argument(
         "--directory", type=Path, default=Path(), help="directory on the disk to measure"
     )

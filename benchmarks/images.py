@@ -48,7 +48,7 @@ from image_limits import ENCODERS, decode, decode_and_write, encode_all, encode_
 from images_million import million, planning
 from peer_process import Peer, PeerError
 from photographs import LARGE, PHOTOGRAPH, SIZE, ImageFolderTarget, folder, sharded
-from rows import row
+from rows import number_of_rounds, row
 from streams import READ_BYTES, Part, chunk_of, fetch, time_interleaved
 
 import fastvgg
@@ -353,7 +353,7 @@ def options():
     parser.add_argument("--million", action="store_true")
     parser.add_argument("--planning", action="store_true")
     parser.add_argument("--threads", type=int, default=available_cpus())
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=number_of_rounds, default=5)
     parser.add_argument("--images", type=int)
     parser.add_argument(
         "--directory", type=Path, default=Path(), help="directory on the disk to measure"

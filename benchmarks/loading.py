@@ -27,7 +27,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from rows import row
+from rows import number_of_rounds, row
 from streams import READ_BYTES, Files, Part, fetch, time_interleaved
 
 import fastvgg
@@ -171,7 +171,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=available_cpus())
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=number_of_rounds, default=7)
     parser.add_argument("--directory", type=Path, default=Path(), help="directory for the file")
     arguments = parser.parse_args()
     count = QUICK_IMAGES if arguments.quick else IMAGES

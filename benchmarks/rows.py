@@ -1,6 +1,19 @@
-"""A row of a result: a path and its share of the limit."""
+"""A row of a result, a path and its share of the limit, and the number of its rounds."""
 
 from __future__ import annotations
+
+import argparse
+
+MIN_ROUNDS = 2  # of which there are quartiles
+
+
+def number_of_rounds(text):
+    """Parse the number of rounds, as the type of an argument."""
+    if not text.isdecimal() or int(text) < MIN_ROUNDS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of rounds, which is at least {MIN_ROUNDS}"
+        )
+    return int(text)
 
 
 def row(path, wanted, share, spread, **figures):

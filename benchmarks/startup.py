@@ -20,6 +20,8 @@ import time
 import venv
 from pathlib import Path
 
+from rows import number_of_rounds
+
 from fastvgg.bench.timing import machine
 from fastvgg.parallel import available_cpus
 
@@ -138,7 +140,7 @@ def row(name, values, wanted):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--rounds", type=number_of_rounds, default=21)
     arguments = parser.parse_args()
     rounds = 5 if arguments.quick else arguments.rounds
     with tempfile.TemporaryDirectory(prefix="fastvgg-startup-") as directory:

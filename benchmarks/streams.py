@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from arrays import batch
-from rows import row
+from rows import number_of_rounds, row
 
 import fastvgg
 from fastvgg.bench.io import read_file
@@ -435,7 +435,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=available_cpus())
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=number_of_rounds, default=5)
     parser.add_argument(
         "--directory", type=Path, default=Path(), help="directory on the disk to measure"
     )

@@ -30,10 +30,10 @@ MARGIN: Final = 8
 CAPTION_HEIGHT: Final = 18
 COLUMNS: Final = ("original", "network input", "restored", "difference")
 
-# File in scikit-image -> path to write: JPEG and PNG, one of them grayscale, some in class folders.
+# File in scikit-image -> path to write: JPEG and PNG, one of them grayscale, in class folders.
 PHOTOGRAPHS: Final = {
-    "rocket.jpg": "rocket.jpg",
-    "coffee.png": "coffee.jpg",
+    "rocket.jpg": "rocket/rocket.jpg",
+    "coffee.png": "food/coffee.jpg",
     "chelsea.png": "cat/chelsea.png",
     "astronaut.png": "people/astronaut.jpg",
     "camera.png": "people/camera.png",

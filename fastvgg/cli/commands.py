@@ -199,16 +199,17 @@ def info(
 
 
 @app.command("models", cls=Command, epilog=EXIT_CODES_HINT)
-def models_(as_json: options.Json = False) -> None:
+def models_(as_json: options.Json = False, traceback: options.Traceback = False) -> None:
     """List the Keras models and their modes.
 
     Example: fastvgg models
     """
-    if as_json:
-        print_json(models.MODES_BY_MODEL)
-        return
-    for model, mode in models.MODES_BY_MODEL.items():
-        print(f"{model:<20}{mode}")
+    with translate_errors(traceback):
+        if as_json:
+            print_json(models.MODES_BY_MODEL)
+            return
+        for model, mode in models.MODES_BY_MODEL.items():
+            print(f"{model:<20}{mode}")
 
 
 @app.command(cls=Command, epilog=EXIT_CODES_HINT)
@@ -265,7 +266,7 @@ def bench(
 
 @app.command(cls=Command, epilog=EXIT_CODES_HINT)
 def demo(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="A new directory.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A directory, new or of a demo.")],
     traceback: options.Traceback = False,
 ) -> None:
     """Run an end-to-end demo on photographs.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from contextlib import contextmanager
@@ -50,6 +51,11 @@ class Command(TyperCommand):
             error.ctx, error.cmd = ctx, self
             raise
 
+    def format_usage(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401  # click's or Typer's
+        """Write the usage line, without Typer's braces around required arguments."""
+        usage = " ".join(self.collect_usage_pieces(ctx))
+        formatter.write_usage(ctx.command_path, re.sub("[{}]", "", usage))
+
     def format_options(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401  # click's or Typer's
         """Write the arguments, then the options in a section for each help panel.
 
@@ -61,7 +67,8 @@ class Command(TyperCommand):
             name = "Arguments" if param.param_type_name == "argument" else panel
             record = param.get_help_record(ctx)
             if record is not None:
-                sections.setdefault(name, []).append(record)
+                text = re.sub(r"\[default: \((.+)\)\]", r"[default: \1]", record[1])
+                sections.setdefault(name, []).append((record[0], text))
         if not sections.keys() - {"Arguments", DEFAULT_PANEL}:  # one group needs no name
             sections["Options"] = sections.pop(DEFAULT_PANEL)
         for name, records in sections.items():

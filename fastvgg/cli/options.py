@@ -144,9 +144,7 @@ Restart = Annotated[
 RetryFailed = Annotated[
     bool, _option(RUN_PANEL, "Retry the failed images of a finished DST.", "--retry-failed")
 ]
-Strict = Annotated[
-    bool, _option(RUN_PANEL, "Stop at the first image that cannot be decoded.", "--strict")
-]
+Strict = Annotated[bool, _option(RUN_PANEL, "Stop at the first failed image.", "--strict")]
 Memory = Annotated[str, _option(RUN_PANEL, "Memory limit of the run.", metavar="SIZE")]
 Threads = Annotated[
     int | None,

@@ -151,18 +151,13 @@ class DecodeOptions:
         for flag in ("keep_aspect_ratio", "fast_jpeg", "exif"):
             object.__setattr__(self, flag, bool(getattr(self, flag)))
         if self.gray16 not in get_args(Gray16):
-            raise UsageError(f"unknown gray16 {self.gray16!r}", "choose 'error' or 'scale'")
+            raise UsageError(f"unknown --gray16 {self.gray16!r}", "choose 'error' or 'scale'")
         is_count = isinstance(self.max_pixels, numbers.Integral)
         if not is_count or isinstance(self.max_pixels, bool) or self.max_pixels < 1:
             raise UsageError(
-                f"invalid max_pixels {self.max_pixels!r}", "give a positive number of pixels"
+                f"invalid --max-pixels {self.max_pixels!r}", "give a positive number of pixels"
             )
         object.__setattr__(self, "max_pixels", int(self.max_pixels))
-        for option in ("keep_aspect_ratio", "fast_jpeg"):
-            if getattr(self, option) and self.size is None:
-                raise UsageError(
-                    f"{option} requires a size", "give height and width: --size 224 224"
-                )
 
     @property
     def max_bytes(self) -> int:
@@ -244,6 +239,10 @@ class Decoder:
         threads: int = 1,
         gather: Gather = resize.gather,
     ) -> None:
+        for flag in ("keep_aspect_ratio", "fast_jpeg"):
+            if getattr(decoding, flag) and decoding.size is None:
+                option, remedy = flag.replace("_", "-"), "give height and width: --size 224 224"
+                raise UsageError(f"--{option} requires a size", remedy)
         self._decoding = decoding
         self._gather = gather
         self._large_bytes = memory_bytes // 2

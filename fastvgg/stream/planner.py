@@ -14,7 +14,7 @@ from fastvgg.backend import check_backend
 from fastvgg.datasets.base import inner_chunk_images
 from fastvgg.datasets.image_writer import is_lossy
 from fastvgg.datasets.images import ImageSource
-from fastvgg.datasets.open import open_source, target_format
+from fastvgg.datasets.open import open_source, source_format, target_format
 from fastvgg.errors import SourceError, UsageError
 from fastvgg.formatting import parse_bytes
 from fastvgg.imaging.decode import MAX_PIXELS, DecodeOptions
@@ -130,7 +130,7 @@ def plan(
     backend
         "numba", "numpy" or "auto".
     strict
-        Stop at the first image that cannot be read. By default, its row is zeros.
+        Stop at the first failed image, also if an index lists it. By default, its row is zeros.
     restart
         Start over, replacing an unfinished run or a finished target.
     retry_failed
@@ -197,15 +197,21 @@ def plan(
         use_index=recorded.has_index,
     )
     with contextlib.closing(opened):
-        _check_manifest(recorded.manifest, opened)
+        _check_source(opened, recorded.manifest, strict=strict)
         if in_place:
             return _plan_in_place(opened, transform, redo_log, format, options)
         planned = _plan(opened, destination, transform, format, options)
     return dataclasses.replace(planned, has_index=recorded.has_index)
 
 
-def _check_manifest(manifest: Manifest | None, source: Source) -> None:
-    """Check that a manifest matches its dataset; image files have no header to compare."""
+def _check_source(source: Source, manifest: Manifest | None, *, strict: bool) -> None:
+    """Check the index of an array if strict, and its header, which its manifest must match."""
+    for row, record in enumerate(source.records if strict else ()):
+        if record.failed:
+            raise SourceError(
+                f"row {row} of {source.location} is empty: {record.path} failed when it was made",
+                "rerun without --strict, or rerun the command that made it with --retry-failed",
+            )
     if manifest is None or source.kind in IMAGE_SOURCE_FORMATS:
         return
     if source.header != manifest.header:
@@ -228,6 +234,11 @@ def _resolve_transform(
     recorded = provenance.transform
     if recorded is not None:
         check_not_already_done(source, recorded, requested.direction)
+    if requested.direction == "restore" and source_format(source) in IMAGE_SOURCE_FORMATS:
+        raise SourceError(
+            f"{source} contains images, but restore takes an array of network inputs",
+            "give an array that preprocess wrote; to store images in an array, pack them",
+        )
     is_known = recorded is not None and requested.direction == "restore"
     if mode is None and requested.direction != "pack" and not is_known:
         remedy = "give --mode or --model; 'fastvgg models' lists the mode of each model"

@@ -24,11 +24,7 @@ if TYPE_CHECKING:
 
 # Suffixes of the files that a run writes next to its target.
 SIDECARS: Final = (
-    ".partial",
-    ".index.csv",
-    ".fastvgg.json",
-    ".fastvgg-journal",
-    ".fastvgg-replaced",
+    *(".partial", ".index.csv", ".fastvgg.json", ".fastvgg-journal", ".fastvgg-replaced"),
     *(".index.csv.tmp", ".fastvgg.json.tmp", ".fastvgg-journal.tmp"),
 )
 IMAGE_TYPE: Final = ("uint8", "NHWC")  # the dtype and layout that image files can store
@@ -95,10 +91,12 @@ def check_options(target: Location, job: Job, options: RunOptions) -> None:
             f"{target} is not a directory, but --format applies to image files",
             "omit --format, or give a directory",
         )
-    if options.retry_failed and (options.restart or not job.is_decoded):
+    if options.retry_failed and options.restart:
+        raise UsageError("--retry-failed conflicts with --restart", "omit one of them")
+    if options.retry_failed and not job.is_decoded:
         raise UsageError(
-            "--retry-failed needs the finished result of a run over images, and excludes --restart",
-            "omit --restart, and give the SRC and DST of the run that had failures",
+            f"{job.source} is an array, but --retry-failed decodes image files",
+            "omit --retry-failed, or give the SRC and DST of the run that had failures",
         )
 
 

@@ -535,6 +535,12 @@ def bad_inputs(place):
     floats = save_npy(place / "floats.npy", pixels(5).astype(np.float32))
     negative = save_npy(place / "negative.npy", network_inputs(pixels(5), "caffe"))
     new, caffe = place / "new.npy", ["--mode", "caffe"]
+    save_images(place / "torn", pixels(2))
+    (place / "torn" / "bad.jpg").write_bytes(b"torn")
+    with_failures = place / "failed.npy"
+    plan_of(place / "torn", with_failures, mode="caffe").run()
+    save_images(place / "sizes" / "small", pixels(2))
+    save_images(place / "sizes" / "large", pixels(2, height=9))
     return {
         "a missing source": (
             ["preprocess", place / "missing", new, *caffe],
@@ -621,6 +627,52 @@ def bad_inputs(place):
             [floats, "never preprocessed"],
         ),
         "restoring twice": (["restore", back, new], 3, [back, "already restored"]),
+        "restoring a folder": (["restore", photos, new], 3, [photos, "network inputs", "array"]),
+        "restoring a folder of several sizes": (
+            ["restore", place / "sizes", new, *caffe],
+            3,
+            [place / "sizes", "network inputs", "array"],
+        ),
+        "restoring failed images with --strict": (
+            ["restore", with_failures, new, "--strict"],
+            3,
+            [f"row 2 of {with_failures}", "bad.jpg", "without --strict", "--retry-failed"],
+        ),
+        "restoring failed images to files with --strict": (
+            ["restore", with_failures, place / "files", "--strict"],
+            3,
+            [f"row 2 of {with_failures}", "bad.jpg", "without --strict", "--retry-failed"],
+        ),
+        "fast decoding of an array": (
+            ["preprocess", array, new, *caffe, "--fast-jpeg"],
+            3,
+            [array, "is an array", "omit"],
+        ),
+        "cropping of an array": (
+            ["preprocess", array, new, *caffe, "--keep-aspect-ratio"],
+            3,
+            [array, "is an array", "omit"],
+        ),
+        "fast decoding without a size": (
+            ["preprocess", photos, new, *caffe, "--fast-jpeg"],
+            2,
+            ["--fast-jpeg requires a size", "--size 224 224"],
+        ),
+        "cropping without a size": (
+            ["pack", photos, new, "--keep-aspect-ratio"],
+            2,
+            ["--keep-aspect-ratio requires a size", "--size 224 224"],
+        ),
+        "retrying an array": (
+            ["preprocess", array, new, *caffe, "--retry-failed"],
+            2,
+            [array, "is an array", "omit --retry-failed"],
+        ),
+        "retrying and restarting": (
+            ["pack", photos, new, "--retry-failed", "--restart"],
+            2,
+            ["--retry-failed", "--restart", "omit one of them"],
+        ),
         "no target": (["preprocess", array, *caffe], 2, ["no target", "--in-place"]),
         "no target to restore to": (["restore", stored], 2, ["no target", "--in-place"]),
         "a target in place": (
@@ -708,8 +760,21 @@ BAD_INPUTS = [
     *("another type in place", "another layout in place", "preprocessing twice in place"),
     *("preprocessing twice in place without a manifest", "restoring images in place"),
     *("verifying what has no manifest", "telling of nothing"),
-    "a demo among other things",
+    *("a demo among other things", "restoring a folder", "restoring a folder of several sizes"),
+    "restoring failed images with --strict",
+    "restoring failed images to files with --strict",
+    *("fast decoding of an array", "cropping of an array", "fast decoding without a size"),
+    *("cropping without a size", "retrying an array", "retrying and restarting"),
 ]
+
+# What an error must not suggest: the command has no such option, or it was not given.
+NOT_SUGGESTED = {
+    "restoring a folder": "--size",
+    "restoring a folder of several sizes": "--size",
+    "fast decoding of an array": "requires a size",
+    "cropping of an array": "requires a size",
+    "retrying an array": "--restart",
+}
 
 
 @pytest.mark.parametrize("wrong", BAD_INPUTS)
@@ -719,7 +784,8 @@ def test_bad_input_is_rejected_with_a_message_and_nothing_is_written(inputs, wro
     before = tree(place)
     result = invoke(*arguments)
     result.returncode = result.exit_code
-    check_refused(code, contains=words, result=result)
+    message = check_refused(code, contains=words, result=result)
+    assert NOT_SUGGESTED.get(wrong, "\0") not in message
     assert tree(place) == before
 
 

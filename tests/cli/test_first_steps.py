@@ -112,6 +112,33 @@ def test_help_groups_the_options():
     ]
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_arguments_as_the_messages_do_and_defaults_as_they_are_typed(command):
+    stdout = output_of(command, "--help")[1]
+    usage = " ".join(stdout.split("\n\n")[0].split())
+    assert re.fullmatch(rf"Usage: fastvgg {command} \[OPTIONS\]( [A-Z]+| \[[A-Z]+\])*", usage)
+    assert not re.search(r"default:\s\(", stdout)
+    assert "--traceback" in stdout
+
+
+def test_help_shows_computed_defaults():
+    text = " ".join(output_of("preprocess", "--help")[1].split())
+    for default in ("89478485", "float32 for uint8", "that of SRC", "all available CPUs"):
+        assert f"[default: {default}]" in text
+    assert "[default: uint8]" in " ".join(output_of("restore", "--help")[1].split())
+
+
+@pytest.mark.parametrize("command", ["preprocess", "restore", "pack"])
+def test_help_of_strict_covers_images_and_stored_arrays(command):
+    text = " ".join(output_of(command, "--help")[1].split())
+    assert "--strict Stop at the first failed image. --" in text
+
+
+def test_help_of_the_demo_accepts_its_own_directory():
+    text = " ".join(output_of("demo", "--help")[1].split())
+    assert "DIR A directory, new or of a demo." in text
+
+
 @pytest.mark.parametrize("command", ["preprocess", "restore", "pack"])
 def test_help_lists_the_choices_of_each_option(command):
     text = " ".join(output_of(command, "--help")[1].split())

@@ -87,6 +87,21 @@ def test_missing_table_marker_is_named(tables):
         tables["with_tables"](["no table"])
 
 
+@pytest.mark.parametrize("rounds", ["1", "0", "-3", "two"])
+@pytest.mark.parametrize(
+    "name", ["cluster", "formats", "growth", "images", "loading", "startup", "streams"]
+)
+def test_too_few_rounds_for_quartiles_are_rejected(name, rounds, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(CHECKOUT / "benchmarks")
+    # An unknown option, so that nothing is measured if the rounds are accepted.
+    monkeypatch.setattr(sys, "argv", [name, "--rounds", rounds, "--unknown"])
+    with pytest.raises(SystemExit) as caught:
+        importlib.import_module(name).main()
+    assert caught.value.code == 2
+    message = f"argument --rounds: {rounds!r} is not a number of rounds, which is at least 2"
+    assert capsys.readouterr().err.endswith(f"{message}\n")
+
+
 def test_missing_backend_only_affects_keras(monkeypatch):
     monkeypatch.syspath_prepend(CHECKOUT / "benchmarks")
     monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed

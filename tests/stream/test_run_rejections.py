@@ -130,12 +130,18 @@ def test_floats_outside_the_image_range_are_not_preprocessed(tmp_path, value):
     assert names_in(tmp_path) == ["x.npy"]
 
 
-@pytest.mark.parametrize("kind", ["array", "photos"])
-def test_restoring_images_is_rejected_by_their_dtype(tmp_path, request, kind):
-    source = request.getfixturevalue(kind)
+def test_restoring_images_is_rejected_by_their_dtype(tmp_path, array):
     with pytest.raises(SourceError) as caught:
-        plan_of(source, tmp_path / "z.npy", mode="caffe", direction="restore")
-    check_error(caught.value, source, "uint8", "nothing to restore")
+        plan_of(array, tmp_path / "z.npy", mode="caffe", direction="restore")
+    check_error(caught.value, array, "uint8", "nothing to restore")
+
+
+@pytest.mark.parametrize("mode", ["caffe", None])
+def test_restoring_image_files_is_rejected_before_they_are_opened(tmp_path, photos, mode):
+    save_images(photos, pixels(1, height=99), ["large.png"])
+    with pytest.raises(SourceError) as caught:
+        plan_of(photos, tmp_path / "z.npy", mode=mode, direction="restore")
+    check_error(caught.value, photos, "contains images", "restore takes an array")
 
 
 @pytest.mark.parametrize("name", ["float16", "float32", "float64"])

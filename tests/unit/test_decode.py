@@ -1247,17 +1247,17 @@ def test_to_dict_contains_every_option():
         ({"size": SIZE, "interpolation": "cubic"}, ["'cubic'", *INTERPOLATIONS]),
         ({"interpolation": ""}, ["''", *INTERPOLATIONS]),
         ({"gray16": "clip"}, ["'clip'", "'error'", "'scale'"]),
-        ({"max_pixels": 0}, ["invalid max_pixels 0"]),
-        ({"max_pixels": -1}, ["invalid max_pixels -1"]),
-        ({"max_pixels": 1.5}, ["invalid max_pixels 1.5"]),
-        ({"max_pixels": True}, ["invalid max_pixels True"]),
-        ({"keep_aspect_ratio": True}, ["keep_aspect_ratio", "requires a size", "--size 224 224"]),
-        ({"fast_jpeg": True}, ["fast_jpeg", "requires a size", "--size 224 224"]),
+        ({"max_pixels": 0}, ["invalid --max-pixels 0"]),
+        ({"max_pixels": -1}, ["invalid --max-pixels -1"]),
+        ({"max_pixels": 1.5}, ["invalid --max-pixels 1.5"]),
+        ({"max_pixels": True}, ["invalid --max-pixels True"]),
+        ({"keep_aspect_ratio": True}, ["--keep-aspect-ratio", "requires a size", "--size 224 224"]),
+        ({"fast_jpeg": True}, ["--fast-jpeg", "requires a size", "--size 224 224"]),
     ],
 )
 def test_invalid_decode_options_are_rejected(settings, words):
     with pytest.raises(UsageError) as caught:
-        DecodeOptions(**settings)
+        Decoder(DecodeOptions(**settings), memory_bytes=AMPLE_MEMORY_BYTES)
     check_error(caught.value, *words)
 
 
