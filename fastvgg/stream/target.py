@@ -14,6 +14,7 @@ import xxhash
 
 from fastvgg.datasets.base import read_sidecar
 from fastvgg.datasets.contiguous import ContiguousTarget
+from fastvgg.datasets.formats import TARGETS
 from fastvgg.datasets.index import index_path
 from fastvgg.datasets.open import open_target
 from fastvgg.errors import ResumeError, TargetError
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 ARRAY: Final = "zarr.json"  # the object that makes a prefix of a store an array
 MOVE_AWAY: Final = "move it away, or choose another name"
-FILES: Final = ("npy", "hdf5")  # formats whose target is a file, not a directory
 
 
 class TargetState(NamedTuple):
@@ -163,11 +163,12 @@ class DiskDestination(Destination):
 
     def __init__(self, path: Path, kind: str, storage: Storage) -> None:
         super().__init__(path, kind)
+        self.is_file = TARGETS[kind].target == "file"
         self.storage: Storage = storage
         self.partial = sidecar_path(path, ".partial")
 
     def shared_storage(self) -> Storage:
-        directory = self.path.parent if self.kind in FILES else self.partial
+        directory = self.path.parent if self.is_file else self.partial
         return SharedStorage(directory, fsync=self.storage.fsync)
 
     def open_journal(self, *, restart: bool) -> Journal:
@@ -178,7 +179,7 @@ class DiskDestination(Destination):
         return os.path.lexists(path)
 
     def is_occupied(self) -> bool:
-        if self.kind not in FILES and self.path.is_dir() and not self.path.is_symlink():
+        if not self.is_file and self.path.is_dir() and not self.path.is_symlink():
             return any(self.path.iterdir())
         return os.path.lexists(self.path)
 
@@ -193,7 +194,7 @@ class DiskDestination(Destination):
         return f"device {status.st_dev}, inode {status.st_ino}, changed {status.st_mtime_ns}"
 
     def _is_ours(self, manifest: Manifest | None) -> bool:
-        if self.path.is_symlink() or self.path.is_dir() == (self.kind in FILES):
+        if self.path.is_symlink() or self.path.is_dir() == self.is_file:
             return False
         if manifest is not None:
             return self._is_as_written(manifest)
@@ -227,7 +228,7 @@ class DiskDestination(Destination):
         self.storage.syncfs(self.path.parent)
 
     def move_aside(self) -> None:
-        if self.kind not in FILES and os.path.lexists(self.path):
+        if not self.is_file and os.path.lexists(self.path):
             self.storage.remove(self.replaced)
             self.storage.rename(self.path, self.replaced)
             self.storage.sync_directory(self.path.parent)
