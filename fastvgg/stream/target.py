@@ -21,7 +21,7 @@ from fastvgg.errors import ResumeError, TargetError
 from fastvgg.formatting import format_bytes
 from fastvgg.storage import objects
 from fastvgg.storage.local import SharedStorage, Storage
-from fastvgg.storage.location import Location, is_remote, sidecar_path
+from fastvgg.storage.location import Location, sidecar_path
 from fastvgg.storage.objects import ObjectStorage
 from fastvgg.stream.journal import check_is_journal, journal_path, read_journal
 from fastvgg.stream.journal_writer import FileJournal, StoreJournal
@@ -57,23 +57,24 @@ def make_destination(plan: Plan, storage: Storage | ObjectStorage | None = None)
     """Return the destination of a plan; `storage` performs its durable I/O."""
     path, kind = plan.target.container, plan.job.target_format
     if plan.target.is_remote:
-        return StoreDestination(path, kind, cast("ObjectStorage", storage or ObjectStorage()))
+        return StoreDestination(path, cast("ObjectStorage", storage or ObjectStorage()))
     return DiskDestination(path, kind, cast("Storage", storage or Storage(fsync=plan.fsync)))
 
 
 class Destination(ABC):
-    """Where a target of the format `kind` is written: a file or directory, or a name in a store."""
+    """Where a target is written: a file or directory, or a name in a store."""
 
     storage: Storage | ObjectStorage
     """Performs durable I/O here."""
     partial: Path
     """Path of the data of an unfinished run."""
 
-    def __init__(self, path: Path, kind: str) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.kind = kind
         self.replaced = sidecar_path(path, ".fastvgg-replaced")
         """Temporary name of a directory that is being replaced."""
+        self.temporaries: tuple[Path, ...] = ()
+        """Other temporary names next to the target."""
 
     def shared_storage(self) -> Storage | ObjectStorage:
         """Return the storage for a worker, which writes to a target that another process made."""
@@ -93,6 +94,10 @@ class Destination(ABC):
     @abstractmethod
     def is_occupied(self) -> bool:
         """Return whether the target's name is taken by anything but an empty directory."""
+
+    @abstractmethod
+    def _replaced_type(self) -> str | None:
+        """Return whether a restart would replace "a file" or "a directory"; None if neither."""
 
     def is_published(self) -> bool:
         """Return whether a started run has published its data."""
@@ -121,16 +126,12 @@ class Destination(ABC):
         """
         manifest = read_manifest(self.path)
         self.check_sidecars(manifest)
-        if not (self.exists(self.path) if is_remote(self.path) else self.is_occupied()):
-            return None
-        if not self._is_ours(manifest):
-            is_directory = is_remote(self.path) or self.path.is_dir()
-            raise TargetError(
-                f"{self.path} is {'a directory' if is_directory else 'a file'} that fastvgg did "
-                f"not write{'' if is_directory else ', or that was changed since'}",
-                MOVE_AWAY,
-            )
-        return self.identity()
+        found = self._replaced_type()
+        if found is not None and not self._is_ours(manifest):
+            problem = f"{self.path} is {found} that fastvgg did not write"
+            changed = ", or that was changed since" if found == "a file" else ""
+            raise TargetError(problem + changed, MOVE_AWAY)
+        return None if found is None else self.identity()
 
     def check_sidecars(self, manifest: Manifest | None) -> None:
         """Check that the sidecars that a run replaces or removes were written by fastvgg.
@@ -140,8 +141,8 @@ class Destination(ABC):
         index, journal = index_path(self.path), journal_path(self.path)
         if self.exists(journal) and check_is_journal(journal):
             return
-        for path in (self.partial, self.replaced, index):
-            is_proven = path == self.path or (path == index and manifest is not None)
+        for path in (*self.temporaries, self.replaced, index):
+            is_proven = path == index and manifest is not None
             if not is_proven and self.exists(path):
                 raise TargetError(
                     f"{path} exists, but no journal or manifest shows that fastvgg wrote it",
@@ -162,10 +163,12 @@ class DiskDestination(Destination):
     """A file or directory on disk, written under a temporary name until it is complete."""
 
     def __init__(self, path: Path, kind: str, storage: Storage) -> None:
-        super().__init__(path, kind)
+        super().__init__(path)
+        self.kind = kind
         self.is_file = TARGETS[kind].target == "file"
         self.storage: Storage = storage
         self.partial = sidecar_path(path, ".partial")
+        self.temporaries = (self.partial,)
 
     def shared_storage(self) -> Storage:
         directory = self.path.parent if self.is_file else self.partial
@@ -208,6 +211,11 @@ class DiskDestination(Destination):
             return True
         return state.complete and self.is_published() and self._is_as_written(state)
 
+    def _replaced_type(self) -> str | None:
+        if not self.is_occupied():
+            return None
+        return "a directory" if self.path.is_dir() else "a file"
+
     def _is_as_written(self, record: Manifest | JournalState) -> bool:
         """Return whether a file has the recorded format and length; a directory is not compared.
 
@@ -245,8 +253,8 @@ class StoreDestination(Destination):
     Readers can open the array once its metadata exists, which is written last.
     """
 
-    def __init__(self, path: Path, kind: str, storage: ObjectStorage) -> None:
-        super().__init__(path, kind)
+    def __init__(self, path: Path, storage: ObjectStorage) -> None:
+        super().__init__(path)
         self.storage: ObjectStorage = storage
         self.partial = path
 
@@ -266,6 +274,9 @@ class StoreDestination(Destination):
     def is_occupied(self) -> bool:
         """Return whether there is an array."""
         return self.exists(self.path / ARRAY)
+
+    def _replaced_type(self) -> str | None:
+        return "a directory" if self.exists(self.path) else None  # also without an array's metadata
 
     def predates_run(self, journal_state: JournalState) -> bool:
         """Return whether the array existed before the unfinished run, judging by its journal."""
