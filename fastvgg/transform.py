@@ -71,8 +71,7 @@ def storage_type(dtype: DTypeLike) -> str:
         name = str(dtype)
     if name not in STORAGE_TYPES:
         raise DtypeError(
-            f"unsupported dtype {name}",
-            f"convert it to one of {', '.join(STORAGE_TYPES)} first",
+            f"unsupported dtype {name}", f"convert it to one of {', '.join(STORAGE_TYPES)} first"
         )
     return name
 

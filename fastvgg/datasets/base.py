@@ -264,7 +264,6 @@ class Chunk(NamedTuple):
 Payload: TypeAlias = "Sequence[bytes | memoryview]"
 """Data to store for consecutive images: the bytes of a batch, or one encoded file per image."""
 
-
 PartialPages: TypeAlias = "list[tuple[int, bytes]]"
 """File offsets and the bytes that belong there."""
 
@@ -337,8 +336,6 @@ class Target(ABC):
     header
         Shape, dtype and layout of the dataset.
     """
-
-    kind: str
 
     def __init__(self, path: Path, header: Header) -> None:
         self.path = path

@@ -275,8 +275,6 @@ class Hdf5Source(ContiguousSource):
 class Hdf5Target(ContiguousTarget):
     """A contiguous dataset, `FILE.h5::/NAME`, in a new HDF5 file that contains nothing else."""
 
-    kind = "hdf5"
-
     def __init__(self, location: Location, header: Header, storage: Storage) -> None:
         self._location = location
         super().__init__(location.container, header, storage, _preamble(location.inner, header))

@@ -78,8 +78,6 @@ class ImageFolderTarget(DiskTarget):
         If a file name would be too long.
     """
 
-    kind = "images"
-
     def __init__(
         self,
         path: Path,

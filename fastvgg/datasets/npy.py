@@ -138,8 +138,7 @@ def _parse(text: bytes, path: Path) -> tuple[str, bool, tuple[int, ...]]:
         raise _damaged_error(path, f"a header with fields of the wrong types: {_display(fields)}")
     if any(type(axis) is not int or not 0 <= axis <= MAX_AXIS_LENGTH for axis in shape):
         raise _damaged_error(
-            path,
-            f"shape {_display(shape)}; an axis must be an integer from 0 to {MAX_AXIS_LENGTH}",
+            path, f"shape {_display(shape)}; an axis must be an integer from 0 to {MAX_AXIS_LENGTH}"
         )
     return _validate_descr(descr, path), fortran, shape
 
@@ -232,8 +231,6 @@ class NpySource(ContiguousSource):
 
 class NpyTarget(ContiguousTarget):
     """A .npy array being written."""
-
-    kind = "npy"
 
     def __init__(self, path: Path, header: Header, storage: Storage) -> None:
         descr = next(descr for descr, name in DTYPE_BY_DESCR.items() if name == header.dtype)

@@ -92,7 +92,7 @@ def open_source(
 
 def source_format(location: Location) -> str:
     """Return the format of an existing dataset: that of a source's `kind`."""
-    kind = _array_format(location)
+    kind = ARRAY_FORMATS.get(location.container.suffix.lower())
     if location.is_remote and kind not in (None, "zarr"):
         raise SourceError(
             f"{location}: only Zarr arrays can be read from a store",
@@ -204,11 +204,11 @@ def _is_zarr(location: Location) -> bool:
 
 
 def target_format(location: Location) -> str:
-    """Return the format that a target's name selects: "npy", "hdf5", "zarr" or "images"."""
-    kind = _array_format(location)
+    """Return the format that a target's name selects, a key of `formats.TARGETS`."""
+    path = location.container
+    kind = ARRAY_FORMATS.get(path.suffix.lower())
     if kind is not None:
         return kind
-    path = location.container
     if path.suffix == "" or path.is_dir():
         return "images"
     raise TargetError(
@@ -216,10 +216,6 @@ def target_format(location: Location) -> str:
         "use a name ending in .npy or .zarr, or FILE.h5::/NAME, or a directory for restored "
         "image files",
     )
-
-
-def _array_format(location: Location) -> str | None:
-    return ARRAY_FORMATS.get(location.container.suffix.lower())
 
 
 def open_target(

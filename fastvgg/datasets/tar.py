@@ -29,31 +29,17 @@ import xxhash
 from fastvgg.datasets.base import READ_FLAGS, changed_during_run_error, open_regular, read_at
 from fastvgg.datasets.images import ImageListing, ImageSource, first_folder, is_image_name
 from fastvgg.datasets.index import PackedNames, find_duplicates, hash_names
-from fastvgg.datasets.tar_headers import (
-    COMPLETE,
-    DEVICE,
-    LINK,
-    TRUNCATED,
-    UNKNOWN,
-    TarHeaderReader,
-)
+from fastvgg.datasets.tar_headers import COMPLETE, DEVICE, LINK, TRUNCATED, UNKNOWN, TarHeaderReader
 from fastvgg.errors import SourceError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 COMPRESSION_SUFFIXES: Final = {
-    ".tgz": "gzip",
-    ".tbz": "bzip2",
-    ".tbz2": "bzip2",
-    ".txz": "xz",
-    ".tzst": "zstd",
-    ".tar.gz": "gzip",
-    ".tar.z": "gzip",
-    ".tar.bz2": "bzip2",
-    ".tar.xz": "xz",
-    ".tar.lzma": "xz",
-    ".tar.zst": "zstd",
+    **dict.fromkeys((".tgz", ".tar.gz", ".tar.z"), "gzip"),
+    **dict.fromkeys((".tbz", ".tbz2", ".tar.bz2"), "bzip2"),
+    **dict.fromkeys((".txz", ".tar.xz", ".tar.lzma"), "xz"),
+    **dict.fromkeys((".tzst", ".tar.zst"), "zstd"),
     ".tar.lz4": "lz4",
     ".tar.lz": "lzip",
 }

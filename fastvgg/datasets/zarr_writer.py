@@ -145,7 +145,6 @@ class _ShardTarget(SharedTarget):
         The transform to record in the array's attributes.
     """
 
-    kind = "zarr"
     _alignment_bytes = 1
     """Alignment of a shard's buffer."""
 

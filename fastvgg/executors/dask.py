@@ -153,7 +153,7 @@ class DaskExecutor(Executor):
     def compute(self, run: Run, tasks: Iterable[ChunkTask]) -> None:
         """Have workers compute and write chunks; commit each batch that is done."""
         if not isinstance(run.target, SharedTarget):
-            raise TypeError(f"{run.target.kind} cannot be written by several processes")
+            raise TypeError(f"{run.plan.job.target_format} cannot be written by several processes")
         results = self._results(run_task, self._name, run, tasks)
         with contextlib.closing(results), self._disconnect_errors():
             for batch in results:
@@ -242,7 +242,7 @@ def _check_idempotent(plan: Plan) -> None:
     if plan.job.in_place:
         problem = "a cluster may run a task twice, which would corrupt a file changed in place"
         remedy = "omit --dask, or give a DST"
-    elif plan.job.target_format == "images":
+    elif plan.job.is_encoded:
         problem = "image files encoded by two workers may differ in their bytes"
         remedy = "omit --dask, or restore into an array"
     elif plan.retry_failed:

@@ -90,7 +90,7 @@ class _WorkerSlot:
             transform=plan.transform,
         )
         if not isinstance(target, SharedTarget):
-            raise TypeError(f"{target.kind} cannot be written by several processes")
+            raise TypeError(f"{plan.job.target_format} cannot be written by several processes")
         target.attach()
         weakref.finalize(self, target.close)
         self._check_same_run()

@@ -12,6 +12,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from fastvgg.datasets.base import Header
+from fastvgg.datasets.formats import SOURCES, TARGETS, Format
 from fastvgg.datasets.image_writer import check_format
 from fastvgg.errors import FastvggError, ResumeError
 from fastvgg.imaging.decode import DecodeOptions
@@ -26,10 +27,6 @@ if TYPE_CHECKING:
 Schema: TypeAlias = "Mapping[str, type | tuple[type, ...]]"
 """The fields of a JSON object and their allowed types."""
 
-SOURCE_KINDS: Final = ("npy", "parts", "hdf5", "zarr", "images", "tar")
-TARGET_FORMATS: Final = ("npy", "hdf5", "zarr", "images")
-IMAGE_SOURCE_FORMATS: Final = ("images", "tar")
-"""Kinds of sources whose images are decoded."""
 JOB_SCHEMA: Final[Schema] = {"source": dict, "transform": dict, "result": dict}
 HEADER_SCHEMA: Final[Schema] = {"kind": str, "shape": list, "dtype": str, "layout": str}
 SOURCE_SCHEMA: Final[Schema] = {"path": str, "fingerprint": str, **HEADER_SCHEMA}
@@ -43,7 +40,6 @@ IMAGE_SOURCE_SCHEMA: Final[Schema] = {
     "max_pixels": int,
 }
 RESULT_SCHEMA: Final[Schema] = {"in_place": bool, **HEADER_SCHEMA}
-RESULT_BY_FORMAT: Final[dict[str, Schema]] = {"images": {"format": str}, "hdf5": {"dataset": str}}
 TRANSFORM_SCHEMA: Final[Schema] = {
     "mode": dict,
     "direction": str,
@@ -85,9 +81,19 @@ class Job:
     """Name of the result within an HDF5 file; empty for other formats."""
 
     @property
+    def formats(self) -> tuple[Format, Format]:
+        """The formats of the source and of the result."""
+        return SOURCES[self.source_kind], TARGETS[self.target_format]
+
+    @property
     def is_decoded(self) -> bool:
         """Whether the source consists of encoded images."""
-        return self.source_kind in IMAGE_SOURCE_FORMATS
+        return self.formats[0].has_image_files
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether the result consists of encoded images."""
+        return self.formats[1].has_image_files
 
     def to_dict(self) -> dict[str, Any]:
         """Return the job as JSON types."""
@@ -104,7 +110,7 @@ class Job:
                 "kind": self.target_format,
                 **vars(self.result),
                 "in_place": self.in_place,
-                **({"format": self.file_format} if self.target_format == "images" else {}),
+                **({"format": self.file_format} if self.is_encoded else {}),
                 **({"dataset": self.dataset} if self.dataset else {}),
             },
         }
@@ -116,16 +122,15 @@ class Job:
         """Return the job that `to_dict` wrote; raise ValueError if a field is inconsistent."""
         check_fields(fields, JOB_SCHEMA)
         source, result = fields["source"], fields["result"]
-        is_decoded = source.get("kind") in IMAGE_SOURCE_FORMATS
-        check_fields(
-            source, {**SOURCE_SCHEMA, **IMAGE_SOURCE_SCHEMA} if is_decoded else SOURCE_SCHEMA
-        )
-        check_fields(result, {**RESULT_SCHEMA, **RESULT_BY_FORMAT.get(str(result.get("kind")), {})})
+        is_decoded = SOURCES.get(str(source.get("kind")), Format()).has_image_files
+        check_fields(source, {**SOURCE_SCHEMA, **(IMAGE_SOURCE_SCHEMA if is_decoded else {})})
+        target_format = TARGETS.get(str(result.get("kind")), Format())
+        check_fields(result, {**RESULT_SCHEMA, **dict.fromkeys(target_format.result_fields, str)})
         header = _parse_header(source)
         try:
             if is_decoded:
                 check_sizes(source["size"] or [])
-            if result["kind"] == "images":
+            if target_format.has_image_files:
                 check_format(result["format"], *header.shape[1:3])
             if result.get("dataset") == "":
                 raise ValueError("the dataset of an HDF5 file has no name")
@@ -146,7 +151,7 @@ class Job:
             )
         except FastvggError as error:
             raise ValueError(ascii(error.problem)) from None
-        if job.source_kind not in SOURCE_KINDS or job.target_format not in TARGET_FORMATS:
+        if job.source_kind not in SOURCES or job.target_format not in TARGETS:
             raise ValueError("the source or the result has an unknown format")
         if job.in_place and (job.source_kind != "npy" or job.target_format != "npy"):
             raise ValueError("only a .npy file can be converted in place")

@@ -18,13 +18,7 @@ from fastvgg.datasets.open import embedded_transform
 from fastvgg.errors import SourceError
 from fastvgg.formatting import package_versions
 from fastvgg.storage.location import sidecar_path
-from fastvgg.stream.job import (
-    Job,
-    check_fields,
-    check_sizes,
-    check_version,
-    parse_transform,
-)
+from fastvgg.stream.job import Job, check_fields, check_sizes, check_version, parse_transform
 
 if TYPE_CHECKING:
     from pathlib import Path

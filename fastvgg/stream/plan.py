@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final
 from fastvgg.backend import choose_for_size
 from fastvgg.errors import TargetError
 from fastvgg.formatting import format_bytes, html_table
-from fastvgg.stream.job import IMAGE_SOURCE_FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,36 +34,10 @@ MIN_LARGE_CHUNKS: Final = 32
 # For decoded images, which arrive ten times slower than rows of an array: three chunks of 24 MiB.
 # Smaller chunks spend more time on commits, larger ones on page faults and on the last chunk.
 DECODED_CHUNK_BYTES: Final = 3 * 24 * 1024 * 1024
-# Image files: each commit calls syncfs, which takes 20 ms for 40 new files. Zarr: shards of about
-# 20 MiB, plus their encoding buffers.
-FORMAT_CHUNK_BYTES: Final = {"images": 256 * 1024 * 1024, "zarr": 144 * 1024 * 1024}
 # Per thread: enough for an image of common size.
 MIN_DECODE_BYTES: Final = 4 * 1024 * 1024
-# Extra copies of a stored chunk that a library holds while reading it.
-READ_COPIES: Final = {"hdf5": 1, "zarr": 2}
-# Extra copies while writing: one shard is being encoded, one is queued, one is being written.
-WRITE_COPIES: Final = {"zarr": 3}
-# Memory that the threads of a library retain.
-RETAINED_BYTES: Final = {"zarr": 32 * 1024 * 1024}
 # Fixed overhead of a run: threads and commit references; 1.4 MiB measured.
 RUN_BYTES: Final = 2 * 1024 * 1024
-
-
-def max_chunk_bytes(
-    source_kind: str, target_format: str, dataset_work_bytes: int, *, in_place: bool = False
-) -> int:
-    """Return the maximum memory of a chunk for a dataset that needs `dataset_work_bytes` in all.
-
-    >>> [max_chunk_bytes("npy", "npy", gib * 2**30) // 2**20 for gib in (1, 4, 100)]
-    [64, 128, 256]
-    """
-    if target_format in FORMAT_CHUNK_BYTES:
-        return FORMAT_CHUNK_BYTES[target_format]
-    if source_kind in IMAGE_SOURCE_FORMATS:
-        return DECODED_CHUNK_BYTES
-    if in_place:
-        return CHUNK_BYTES
-    return min(max(CHUNK_BYTES, dataset_work_bytes // MIN_LARGE_CHUNKS), MAX_CHUNK_BYTES)
 
 
 def choose_chunk_images(
@@ -179,25 +152,37 @@ class Plan(RunOptions):
         return self.result.nbytes
 
     @property
+    def max_chunk_bytes(self) -> int:
+        """Preferred maximum memory of a chunk."""
+        _, target = self.job.formats
+        if target.chunk_bytes is not None:
+            return target.chunk_bytes
+        if self.job.is_decoded:
+            return DECODED_CHUNK_BYTES
+        if self.job.in_place:
+            return CHUNK_BYTES
+        work_bytes = self.header.images * self.image_memory_bytes
+        return min(max(CHUNK_BYTES, work_bytes // MIN_LARGE_CHUNKS), MAX_CHUNK_BYTES)
+
+    @property
     def image_memory_bytes(self) -> int:
         """Memory per image of the chunks in flight: input, output and encoding buffers.
 
         Chunks that are computed row by row: two are computed while a third is written.
         """
         image_bytes, result_bytes = self.header.image_bytes, self.result.image_bytes
-        encoded_bytes = WRITE_COPIES.get(self.job.target_format, 0) * result_bytes
+        source, target = self.job.formats
+        encoded_bytes = target.write_copies * result_bytes
         if self.job.is_decoded:
             return 3 * result_bytes + encoded_bytes
-        if self.job.target_format == "images":
+        if self.job.is_encoded:
             return 2 * image_bytes + 3 * result_bytes
-        read_bytes = (1 + READ_COPIES.get(self.job.source_kind, 0)) * image_bytes
-        return read_bytes + 2 * result_bytes + encoded_bytes
+        return (1 + source.read_copies) * image_bytes + 2 * result_bytes + encoded_bytes
 
     @property
     def _overhead_bytes(self) -> int:
         """Memory of a run, and of the library of a format, at any chunk size."""
-        kinds = self.job.source_kind, self.job.target_format
-        return RUN_BYTES + max(RETAINED_BYTES.get(kind, 0) for kind in kinds)
+        return RUN_BYTES + max(used.retained_bytes for used in self.job.formats)
 
     @property
     def min_scratch_bytes(self) -> int:
@@ -208,7 +193,7 @@ class Plan(RunOptions):
         thread_bytes = 0
         if self.job.is_decoded:
             thread_bytes = self.header.image_bytes + MIN_DECODE_BYTES
-        elif self.job.target_format == "images":
+        elif self.job.is_encoded:
             thread_bytes = self.result.image_bytes
         return self._overhead_bytes + self.threads * thread_bytes
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from fastvgg import oracle
 from fastvgg.backend import check_backend
 from fastvgg.datasets.base import inner_chunk_images
+from fastvgg.datasets.formats import SOURCES
 from fastvgg.datasets.image_writer import is_lossy
 from fastvgg.datasets.images import ImageSource
 from fastvgg.datasets.open import open_source, source_format, target_format
@@ -21,10 +22,10 @@ from fastvgg.imaging.decode import MAX_PIXELS, DecodeOptions
 from fastvgg.parallel import check_threads
 from fastvgg.storage.local import check_in_place_supported
 from fastvgg.storage.location import Location
-from fastvgg.stream.job import IMAGE_SOURCE_FORMATS, Job
+from fastvgg.stream.job import Job
 from fastvgg.stream.journal import journal_path, read_journal
 from fastvgg.stream.manifest import Provenance, manifest_path
-from fastvgg.stream.plan import Plan, RunOptions, choose_chunk_images, max_chunk_bytes
+from fastvgg.stream.plan import Plan, RunOptions, choose_chunk_images
 from fastvgg.stream.preflight import (
     check_directory,
     check_free_space,
@@ -212,7 +213,7 @@ def _check_source(source: Source, manifest: Manifest | None, *, strict: bool) ->
                 f"row {row} of {source.location} is empty: {record.path} failed when it was made",
                 "rerun without --strict, or rerun the command that made it with --retry-failed",
             )
-    if manifest is None or source.kind in IMAGE_SOURCE_FORMATS:
+    if manifest is None or isinstance(source, ImageSource):
         return
     if source.header != manifest.header:
         raise SourceError(
@@ -234,7 +235,7 @@ def _resolve_transform(
     recorded = provenance.transform
     if recorded is not None:
         check_not_already_done(source, recorded, requested.direction)
-    if requested.direction == "restore" and source_format(source) in IMAGE_SOURCE_FORMATS:
+    if requested.direction == "restore" and SOURCES[source_format(source)].has_image_files:
         raise SourceError(
             f"{source} contains images, but restore takes an array of network inputs",
             "give an array that preprocess wrote; to store images in an array, pack them",
@@ -276,14 +277,14 @@ def _plan(
     options: RunOptions,
 ) -> Plan:
     job = _make_job(source, target, transform, file_format)
-    check_target(source, target, job.result)
+    check_target(source, target, job)
     check_options(target, job, options)
     planned = _build_plan(source, target, job, options)
     journal_state = None if planned.restart else read_journal(journal_path(target.container))
     found = inspect_target(planned, make_destination(planned), journal_state)
     if found.name == "failed" and isinstance(source, ImageSource):
         return plan_retry(planned, source, found.manifest)
-    if found.name == "fresh" and job.target_format != "images" and not target.is_remote:
+    if found.name == "fresh" and not job.is_encoded and not target.is_remote:
         check_free_space(target.container, job.result.nbytes, "store 16 bits: --dtype float16")
     return found.plan
 
@@ -353,25 +354,24 @@ def _build_plan(source: Source, target: Location, job: Job, options: RunOptions)
         listing=source.listing if isinstance(source, ImageSource) else None,
         **vars(options),
     )
-    formats, images = (job.source_kind, job.target_format), job.header.images
     scratch_bytes = planned.min_scratch_bytes
     if job.is_decoded:
         scratch_bytes = max(scratch_bytes, options.memory_bytes // 2)  # to decode large images
     largest = choose_chunk_images(
-        images,
+        job.header.images,
         planned.image_memory_bytes,
         scratch_bytes,
         options.memory_bytes,
-        max_chunk_bytes(*formats, images * planned.image_memory_bytes, in_place=job.in_place),
+        planned.max_chunk_bytes,
         source.read_granularity,
-        inner_chunk_images(job.result.image_bytes) if job.target_format == "zarr" else 1,
+        inner_chunk_images(job.result.image_bytes) if job.formats[1].has_inner_chunks else 1,
     )
     return dataclasses.replace(planned, chunk_images=largest)
 
 
 def _loss_notes(job: Job) -> list[str]:
     """Return notes about values that cannot be restored exactly from the result."""
-    if job.target_format == "images" and is_lossy(job.file_format):
+    if job.is_encoded and is_lossy(job.file_format):
         exact = "the files are not the exact images; use png or webp for that"
         return [f"{job.file_format} is lossy: {exact}"]
     if job.transform.direction != "preprocess":

@@ -7,7 +7,7 @@ import shutil
 from typing import TYPE_CHECKING, Final
 
 from fastvgg.datasets.image_writer import check_format
-from fastvgg.datasets.open import check_target_name, target_format
+from fastvgg.datasets.open import check_target_name
 from fastvgg.errors import ArrayError, SourceError, TargetError, UsageError
 from fastvgg.formatting import format_bytes
 from fastvgg.storage.location import sidecar_path
@@ -30,15 +30,15 @@ SIDECARS: Final = (
 IMAGE_TYPE: Final = ("uint8", "NHWC")  # the dtype and layout that image files can store
 
 
-def check_target(source: Source, target: Location, result: Header) -> None:
+def check_target(source: Source, target: Location, job: Job) -> None:
     """Check the name, directory and format of a target."""
     if target.is_remote:
-        _check_store(source, target)
+        _check_store(source, target, job)
         return
-    file = target.container
+    file, result = target.container, job.result
     check_target_name(target)
     check_directory(file)
-    if target_format(target) == "images" and (result.dtype, result.layout) != IMAGE_TYPE:
+    if job.is_encoded and (result.dtype, result.layout) != IMAGE_TYPE:
         raise TargetError(
             f"{target}: image files store {' '.join(IMAGE_TYPE)}, but the result is {result.dtype} "
             f"{result.layout}",
@@ -57,8 +57,8 @@ def check_target(source: Source, target: Location, result: Header) -> None:
             )
 
 
-def _check_store(source: Source, target: Location) -> None:
-    if target_format(target) != "zarr":
+def _check_store(source: Source, target: Location, job: Job) -> None:
+    if job.target_format != "zarr":
         raise TargetError(
             f"{target}: only Zarr arrays can be written to an object store",
             "give a name that ends in .zarr",
@@ -84,7 +84,7 @@ def check_options(target: Location, job: Job, options: RunOptions) -> None:
             f"{target}: Zarr has no bfloat16 dtype",
             "store float16 or float32, or give a name that ends in .npy, or FILE.h5::/NAME",
         )
-    if job.target_format == "images":
+    if job.is_encoded:
         check_format(job.file_format, *job.result.shape[1:3])
     elif job.file_format != "png":
         raise UsageError(

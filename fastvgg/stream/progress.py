@@ -53,11 +53,7 @@ class ProgressTracker:
         """Return the report of the run; `counts` are those of the manifest."""
         return Report(
             target=str(self._plan.target),
-            counts={
-                **counts,
-                "chunks": self._plan.chunks,
-                "computed_chunks": self.computed_chunks,
-            },
+            counts={**counts, "chunks": self._plan.chunks, "computed_chunks": self.computed_chunks},
             failures=failures,
             seconds=time.monotonic() - self._started_at,
             read_bytes=self.read_bytes,

@@ -326,7 +326,7 @@ def _report_complete(found: TargetState, started_at: float) -> Report:
     plan, manifest = found.plan, found.manifest
     if manifest is None:
         raise RuntimeError(f"{plan.target} is complete but has no manifest")
-    if plan.job.target_format != "images":
+    if not plan.job.is_encoded:
         target = open_target(plan.target, plan.result, chunk_images=manifest.chunk_images)
         target.read_back(0, 1)
     failures = _first_failures(enumerate(read_index(plan.target.container, plan.header.images)))

@@ -14,13 +14,14 @@ import xxhash
 
 from fastvgg.datasets.base import read_sidecar
 from fastvgg.datasets.contiguous import ContiguousTarget
+from fastvgg.datasets.formats import TARGETS
 from fastvgg.datasets.index import index_path
 from fastvgg.datasets.open import open_target
 from fastvgg.errors import ResumeError, TargetError
 from fastvgg.formatting import format_bytes
 from fastvgg.storage import objects
 from fastvgg.storage.local import SharedStorage, Storage
-from fastvgg.storage.location import Location, is_remote, sidecar_path, temporary_path
+from fastvgg.storage.location import Location, sidecar_path, temporary_path
 from fastvgg.storage.objects import ObjectStorage
 from fastvgg.stream.journal import check_is_journal, journal_path, read_journal
 from fastvgg.stream.journal_writer import FileJournal, StoreJournal
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 ARRAY: Final = "zarr.json"  # the object that makes a prefix of a store an array
 MOVE_AWAY: Final = "move it away, or choose another name"
-FILES: Final = ("npy", "hdf5")  # formats whose target is a file, not a directory
 
 
 class TargetState(NamedTuple):
@@ -57,25 +57,24 @@ def make_destination(plan: Plan, storage: Storage | ObjectStorage | None = None)
     """Return the destination of a plan; `storage` performs its durable I/O."""
     path, kind = plan.target.container, plan.job.target_format
     if plan.target.is_remote:
-        return StoreDestination(path, kind, cast("ObjectStorage", storage or ObjectStorage()))
+        return StoreDestination(path, cast("ObjectStorage", storage or ObjectStorage()))
     return DiskDestination(path, kind, cast("Storage", storage or Storage(fsync=plan.fsync)))
 
 
 class Destination(ABC):
-    """Where a target of the format `kind` is written: a file or directory, or a name in a store."""
+    """Where a target is written: a file or directory, or a name in a store."""
 
     storage: Storage | ObjectStorage
     """Performs durable I/O here."""
     partial: Path
     """Path of the data of an unfinished run."""
 
-    def __init__(self, path: Path, kind: str) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.kind = kind
         self.replaced = sidecar_path(path, ".fastvgg-replaced")
         """Temporary name of a directory that is being replaced."""
         self.temporaries: tuple[Path, ...] = ()
-        """Temporary names of the index and the manifest."""
+        """Other temporary names next to the target."""
 
     def shared_storage(self) -> Storage | ObjectStorage:
         """Return the storage for a worker, which writes to a target that another process made."""
@@ -96,13 +95,20 @@ class Destination(ABC):
     def is_occupied(self) -> bool:
         """Return whether the target's name is taken by anything but an empty directory."""
 
+    @abstractmethod
+    def _replaced_type(self) -> str | None:
+        """Return whether a restart would replace "a file" or "a directory"; None if neither."""
+
     def is_published(self) -> bool:
         """Return whether a started run has published its data."""
         return self.is_occupied()
 
-    @abstractmethod
     def predates_run(self, journal_state: JournalState) -> bool:
-        """Return whether the existing target cannot be the output of the unfinished run."""
+        """Return whether the existing target cannot be the output of the unfinished run.
+
+        A run publishes its target after it committed every chunk; a retry reopens a finished one.
+        """
+        return not (journal_state.complete or journal_state.retries)
 
     @abstractmethod
     def identity(self) -> str:
@@ -123,16 +129,12 @@ class Destination(ABC):
         """
         manifest = read_manifest(self.path)
         self.check_sidecars(manifest)
-        if not (self.exists(self.path) if is_remote(self.path) else self.is_occupied()):
-            return None
-        if not self._is_ours(manifest):
-            is_directory = is_remote(self.path) or self.path.is_dir()
-            raise TargetError(
-                f"{self.path} is {'a directory' if is_directory else 'a file'} that fastvgg did "
-                f"not write{'' if is_directory else ', or that was changed since'}",
-                MOVE_AWAY,
-            )
-        return self.identity()
+        found = self._replaced_type()
+        if found is not None and not self._is_ours(manifest):
+            problem = f"{self.path} is {found} that fastvgg did not write"
+            changed = ", or that was changed since" if found == "a file" else ""
+            raise TargetError(problem + changed, MOVE_AWAY)
+        return None if found is None else self.identity()
 
     def check_sidecars(self, manifest: Manifest | None) -> None:
         """Check that the sidecars that a run replaces or removes were written by fastvgg.
@@ -142,8 +144,8 @@ class Destination(ABC):
         index = index_path(self.path)
         if check_is_journal(journal_path(self.path)):
             return
-        for path in (self.partial, self.replaced, index, *self.temporaries):
-            is_proven = path == self.path or (path == index and manifest is not None)
+        for path in (*self.temporaries, self.replaced, index):
+            is_proven = path == index and manifest is not None
             if not is_proven and self.exists(path):
                 raise TargetError(
                     f"{path} exists, but no journal or manifest shows that fastvgg wrote it",
@@ -164,13 +166,16 @@ class DiskDestination(Destination):
     """A file or directory on disk, written under a temporary name until it is complete."""
 
     def __init__(self, path: Path, kind: str, storage: Storage) -> None:
-        super().__init__(path, kind)
+        super().__init__(path)
+        self.kind = kind
+        self.is_file = TARGETS[kind].target == "file"
         self.storage: Storage = storage
         self.partial = sidecar_path(path, ".partial")
-        self.temporaries = temporary_path(index_path(path)), temporary_path(manifest_path(path))
+        written = index_path(path), manifest_path(path)
+        self.temporaries = (self.partial, *map(temporary_path, written))
 
     def shared_storage(self) -> Storage:
-        directory = self.path.parent if self.kind in FILES else self.partial
+        directory = self.path.parent if self.is_file else self.partial
         return SharedStorage(directory, fsync=self.storage.fsync)
 
     def open_journal(self, *, restart: bool) -> Journal:
@@ -181,22 +186,22 @@ class DiskDestination(Destination):
         return os.path.lexists(path)
 
     def is_occupied(self) -> bool:
-        if self.kind not in FILES and self.path.is_dir() and not self.path.is_symlink():
+        if not self.is_file and self.path.is_dir() and not self.path.is_symlink():
             return any(self.path.iterdir())
         return os.path.lexists(self.path)
 
     def is_published(self) -> bool:
         return not os.path.lexists(self.partial) and os.path.lexists(self.path)
 
-    def predates_run(self, journal_state: JournalState) -> bool:  # noqa: ARG002  # a store needs it
-        return os.path.lexists(self.partial)
+    def predates_run(self, journal_state: JournalState) -> bool:
+        return os.path.lexists(self.partial) or super().predates_run(journal_state)
 
     def identity(self) -> str:
         status = self.path.lstat()  # inodes of removed directories are reused
         return f"device {status.st_dev}, inode {status.st_ino}, changed {status.st_mtime_ns}"
 
     def _is_ours(self, manifest: Manifest | None) -> bool:
-        if self.path.is_symlink() or self.path.is_dir() == (self.kind in FILES):
+        if self.path.is_symlink() or self.path.is_dir() == self.is_file:
             return False
         if manifest is not None:
             return self._is_as_written(manifest)
@@ -209,6 +214,11 @@ class DiskDestination(Destination):
         if state.replaces == self.identity():
             return True
         return state.complete and self.is_published() and self._is_as_written(state)
+
+    def _replaced_type(self) -> str | None:
+        if not self.is_occupied():
+            return None
+        return "a directory" if self.path.is_dir() else "a file"
 
     def _is_as_written(self, record: Manifest | JournalState) -> bool:
         """Return whether a file has the recorded format and length; a directory is not compared.
@@ -230,7 +240,7 @@ class DiskDestination(Destination):
         self.storage.syncfs(self.path.parent)
 
     def move_aside(self) -> None:
-        if self.kind not in FILES and os.path.lexists(self.path):
+        if not self.is_file and os.path.lexists(self.path):
             self.storage.remove(self.replaced)
             self.storage.rename(self.path, self.replaced)
             self.storage.sync_directory(self.path.parent)
@@ -247,8 +257,8 @@ class StoreDestination(Destination):
     Readers can open the array once its metadata exists, which is written last.
     """
 
-    def __init__(self, path: Path, kind: str, storage: ObjectStorage) -> None:
-        super().__init__(path, kind)
+    def __init__(self, path: Path, storage: ObjectStorage) -> None:
+        super().__init__(path)
         self.storage: ObjectStorage = storage
         self.partial = path
 
@@ -269,9 +279,8 @@ class StoreDestination(Destination):
         """Return whether there is an array."""
         return self.exists(self.path / ARRAY)
 
-    def predates_run(self, journal_state: JournalState) -> bool:
-        """Return whether the array existed before the unfinished run, judging by its journal."""
-        return not (journal_state.complete or journal_state.retries)
+    def _replaced_type(self) -> str | None:
+        return "a directory" if self.exists(self.path) else None  # also without an array's metadata
 
     def identity(self) -> str:
         """Return a string that identifies the array: the checksum of its metadata."""

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from fastvgg.datasets.base import ArraySource, byte_view
+from fastvgg.datasets.image_writer import ImageFolderTarget
 from fastvgg.storage import objects
 from fastvgg.storage.location import Location
 from tests.helpers.batches import assert_same
@@ -350,7 +351,8 @@ TARGETS = {
 
 def payload_of(target, batch):
     """Return the payload that a run passes to `Target.write` for a batch."""
-    return [*map(target.encode, batch)] if target.kind == "images" else [byte_view(batch)]
+    is_encoded = isinstance(target, ImageFolderTarget)
+    return [*map(target.encode, batch)] if is_encoded else [byte_view(batch)]
 
 
 def check_spans(source, expected):

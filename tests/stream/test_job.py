@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import fastvgg
+from fastvgg.datasets.formats import SOURCES, TARGETS, Format
 from fastvgg.errors import ResumeError, UsageError
 from fastvgg.stream.job import Job
 from fastvgg.stream.journal import Commit, JournalState, journal_path, read_journal
@@ -64,6 +65,16 @@ def test_inconsistent_record_fields_are_rejected(fields, section, change):
     assert Job.from_dict(fields).to_dict() == fields
     with pytest.raises(ValueError, match=r"format|in place|dataset"):
         Job.from_dict({**fields, section: {**fields[section], **change}})
+
+
+def test_record_of_a_format_added_to_the_table_is_accepted(fields, monkeypatch):
+    fields = {**fields, "source": {**fields["source"], "kind": "new"}}
+    fields["result"] = {**fields["result"], "kind": "new", "dataset": "/x"}
+    with pytest.raises(ValueError, match="fields"):
+        Job.from_dict(fields)
+    for table in (SOURCES, TARGETS):
+        monkeypatch.setitem(table, "new", Format("file", result_fields=("dataset",)))
+    assert Job.from_dict(fields).to_dict() == fields
 
 
 def test_journal_that_retries_arrays_is_rejected(tmp_path, fields):

@@ -15,7 +15,7 @@ from fastvgg.errors import DtypeError, ModeError, SourceError, TargetError, Usag
 from fastvgg.formatting import format_bytes, parse_bytes
 from fastvgg.storage.location import Location
 from fastvgg.stream.job import Job, result_header
-from fastvgg.stream.plan import CHUNK_BYTES, RUN_BYTES, Plan, choose_chunk_images, max_chunk_bytes
+from fastvgg.stream.plan import CHUNK_BYTES, RUN_BYTES, Plan, choose_chunk_images
 from fastvgg.stream.run import run
 from fastvgg.transform import Transform
 from tests.helpers.datasets_on_disk import (
@@ -122,8 +122,13 @@ def test_chunk_fits_the_memory_limit_and_the_dataset(images, image, scratch, lim
     ],
 )
 def test_large_arrays_use_larger_chunks(kinds, in_place, mib):
-    actual = [max_chunk_bytes(*kinds, gib * 2**30, in_place=in_place) for gib in (1, 4, 1024)]
-    assert actual == [size * 2**20 for size in mib]
+    actual = []
+    for gib in (1, 4, 1024):
+        one = make_plan(1, 1, kinds=kinds, in_place=in_place)
+        images = gib * 2**30 // one.image_memory_bytes
+        plan = make_plan(images, 1, kinds=kinds, in_place=in_place)
+        actual.append(round(plan.max_chunk_bytes / 2**20))
+    assert actual == list(mib)
 
 
 def test_in_place_runs_use_small_chunks(tmp_path, monkeypatch):
@@ -147,18 +152,19 @@ def test_suggested_memory_limit_is_sufficient(image, scratch, stored):
     )
 
 
-def make_plan(images, images_per_chunk, limit=10**12, source_kind="npy"):
+def make_plan(images, images_per_chunk, limit=10**12, kinds=("npy", "npy"), in_place=False):
     header = Header((images, 7, 9, 3), "uint8", "NHWC")
     transform = Transform("caffe")
     job = Job(
         source="/x.npy",
-        source_kind=source_kind,
+        source_kind=kinds[0],
         fingerprint="",
         header=header,
         decoding=None,
         transform=transform,
-        target_format="npy",
+        target_format=kinds[1],
         result=result_header(header, transform),
+        in_place=in_place,
     )
     return Plan(
         source=Location(Path("/x.npy")),
