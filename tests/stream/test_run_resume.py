@@ -318,6 +318,18 @@ def test_directory_with_the_name_of_an_array_is_rejected_before_computing(
     assert tree(tmp_path) == before
 
 
+def test_published_target_with_a_truncated_journal_is_rejected_before_writing(tmp_path, array):
+    target = interrupt_run(array, tmp_path / "y.npy", mode="caffe")
+    journal = journal_path(target)
+    journal.write_bytes(journal.read_bytes().splitlines(keepends=True)[0])
+    target.with_name("y.npy.partial").rename(target)
+    before = tree(tmp_path)
+    with pytest.raises(TargetError) as caught:
+        plan_of(array, target, mode="caffe", images_per_chunk=2)
+    check_error(caught.value, target, "not written by fastvgg")
+    assert tree(tmp_path) == before
+
+
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("suffix", [".partial", ".index.csv", ".fastvgg-replaced"])
 @pytest.mark.parametrize("journal", [b"", b"0123456789ab", b"0" * 16 + b' {"fastv', bytes(100)])
