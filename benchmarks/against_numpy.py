@@ -38,7 +38,7 @@ SHAPES = {
     "a thumbnail": (1, 32, 32, 3),
 }
 ROUNDS = 7
-NOISE = 0.95
+MIN_RATIO = 0.95
 
 
 def combinations(quick):
@@ -58,7 +58,7 @@ def batch(shape, layout, dtype):
     return values.astype(storage_dtype(dtype))
 
 
-def unaligned(x):
+def copy_unaligned(x):
     memory = np.zeros(x.nbytes + 1, np.uint8)
     copy = memory[1:].view(x.dtype).reshape(x.shape)
     copy[...] = x
@@ -73,7 +73,7 @@ VIEWS = {
     "transposed": lambda x: np.moveaxis(np.ascontiguousarray(np.moveaxis(x, -1, 1)), 1, -1),
     "broadcast": lambda x: np.broadcast_to(x[:1], x.shape),
     "other byte order": lambda x: x.astype(x.dtype.newbyteorder("S")),
-    "unaligned": unaligned,
+    "unaligned": copy_unaligned,
 }
 
 
@@ -88,7 +88,7 @@ def cases(quick):
         yield Transform(mode, dtype="float32"), source, shape, view
 
 
-def seconds(call, repeats):
+def time_call(call, repeats):
     start_seconds = time.perf_counter()
     for _ in range(repeats):
         call()
@@ -96,19 +96,21 @@ def seconds(call, repeats):
 
 
 def measure(transform, x, threads):
-    """Return the median seconds of Numba, and of the faster NumPy path."""
+    """Return the median seconds of Numba and of the faster NumPy path."""
     out = engine.apply(transform, x, threads=threads)
     calls = (
         lambda: engine.apply(transform, x, out, threads=threads, backend="numba"),
         lambda: engine.apply(transform, x, out, threads=threads, backend="numpy"),
         lambda: oracle.apply(transform, x),
     )
-    repeats = [max(1, int(2e-3 / max(seconds(call, 1), 1e-9))) for call in calls]
+    repeats = [max(1, int(2e-3 / max(time_call(call, 1), 1e-9))) for call in calls]
     durations = [
-        [seconds(call, n) for call, n in zip(calls, repeats, strict=True)] for _ in range(ROUNDS)
+        [time_call(call, n) for call, n in zip(calls, repeats, strict=True)] for _ in range(ROUNDS)
     ]
-    numba, numpy, plain = (statistics.median(column) for column in zip(*durations, strict=True))
-    return numba, min(numpy, plain)
+    numba_seconds, numpy_seconds, oracle_seconds = (
+        statistics.median(column) for column in zip(*durations, strict=True)
+    )
+    return numba_seconds, min(numpy_seconds, oracle_seconds)
 
 
 def main():
@@ -119,13 +121,13 @@ def main():
     rows = []
     for transform, source, shape, view in cases(arguments.quick):
         x = VIEWS[view](batch(SHAPES[shape], transform.layout, source))
-        numba, numpy = measure(transform, x, arguments.threads)
-        if numpy / numba < NOISE:
-            repeated = [measure(transform, x, arguments.threads) for _ in range(2)]
-            numba, numpy = sorted([(numba, numpy), *repeated], key=lambda pair: pair[1] / pair[0])[
-                1
-            ]
-        ratio = numpy / numba
+        numba_seconds, numpy_seconds = measure(transform, x, arguments.threads)
+        if numpy_seconds / numba_seconds < MIN_RATIO:
+            repetitions = [measure(transform, x, arguments.threads) for _ in range(2)]
+            numba_seconds, numpy_seconds = sorted(
+                [(numba_seconds, numpy_seconds), *repetitions], key=lambda pair: pair[1] / pair[0]
+            )[1]
+        ratio = numpy_seconds / numba_seconds
         rows.append(
             {
                 "direction": transform.direction,
@@ -134,15 +136,15 @@ def main():
                 "layouts": f"{transform.layout} -> {transform.out_layout}",
                 "batch": shape,
                 "view": view,
-                "numba_us": round(numba * 1e6, 1),
-                "numpy_us": round(numpy * 1e6, 1),
+                "numba_us": round(numba_seconds * 1e6, 1),
+                "numpy_us": round(numpy_seconds * 1e6, 1),
                 "ratio": round(ratio, 2),
             }
         )
-        if ratio < NOISE:
+        if ratio < MIN_RATIO:
             print("slower:", rows[-1], flush=True)
     ratios = sorted(row["ratio"] for row in rows)
-    slower = sum(ratio < NOISE for ratio in ratios)
+    slower = sum(ratio < MIN_RATIO for ratio in ratios)
     print(
         f"{len(rows)} combinations on {arguments.threads} threads: {slower} slower than NumPy, "
         f"ratio min {ratios[0]}, median {statistics.median(ratios):.2f}, max {ratios[-1]}"

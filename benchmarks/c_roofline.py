@@ -6,7 +6,7 @@
 The C loop is compiled for this processor with `cc -O3 -march=native`. For each ratio of bytes read
 to bytes written its rounds are interleaved with those of `fastvgg.bench.memory.copy`, both with and
 without prefetching, on the same memory and threads. If the faster C loop took less than 0.97 of the
-time of our faster loop, the roofline would be too low.
+time of the faster Numba loop, the roofline would be too low.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastvgg.parallel import available_cpus, parallel_for
 RESULT = Path(__file__).parent / "results" / "c_roofline.json"
 MAX_C_SPEEDUP = 1.03
 LINE_BYTES = 64
-PARTS_PER_THREAD = 8
+BLOCKS_PER_THREAD = 8
 # Bytes read and written per value, as for pairs of the supported storage types.
 RATIOS = {"1:8": (1, 8), "1:4": (1, 4), "1:2": (1, 2), "1:1": (4, 4), "2:1": (2, 1), "4:1": (4, 1)}
 RATIOS |= {"8:1": (8, 1)}
@@ -80,7 +80,7 @@ void stream(const char *x, char *y, int64_t lines, int64_t read, int prefetches)
 """
 
 
-def compiled(directory):
+def compile_loop(directory):
     """Compile the loop and return it; ctypes releases the GIL while it runs."""
     source, library = directory / "stream.c", directory / "stream.so"
     source.write_text(SOURCE)
@@ -94,26 +94,26 @@ def compiled(directory):
 def copy(loop, x, out, threads, *, prefetches):
     """Copy the bytes of one array into another, split among threads."""
     lines, read = out.nbytes // LINE_BYTES, LINE_BYTES * x.nbytes // out.nbytes
-    size = -(-lines // (threads * PARTS_PER_THREAD))
+    size = -(-lines // (threads * BLOCKS_PER_THREAD))
 
-    def work_on(first):
+    def copy_block(first):
         count = min(size, lines - first)
         source, target = x.ctypes.data + first * read, out.ctypes.data + first * LINE_BYTES
         loop(source, target, count, read, prefetches)
 
-    parallel_for(range(0, lines, size), work_on, threads)
+    parallel_for(range(0, lines, size), copy_block, threads)
 
 
-def measured(loop, arena, ratio, rounds, threads):
-    """Compare the C loop with ours for a ratio of bytes read to bytes written."""
+def measure(loop, arena, ratio, rounds, threads):
+    """Compare the C loop with Numba's for a ratio of bytes read to bytes written."""
     read, written = RATIOS[ratio]
-    one, result = np.zeros(3 * 4096 * read, np.uint8), np.zeros(3 * 4096 * written, np.uint8)
-    x, out = arena.pair(arena.nbytes // (one.nbytes + result.nbytes), one, result)
+    source, result = np.zeros(3 * 4096 * read, np.uint8), np.zeros(3 * 4096 * written, np.uint8)
+    x, out = arena.pair(arena.nbytes // (source.nbytes + result.nbytes), source, result)
     x, out = x.view(f"u{read}").reshape(-1, 3), out.view(f"u{written}").reshape(-1, 3)
     calls = [
-        partial(moves, prefetch)
+        partial(copy_once, prefetch)
         for prefetch in (False, True)
-        for moves in (
+        for copy_once in (
             lambda prefetch: memory.copy(x, out, threads, prefetch=prefetch),
             lambda prefetch: copy(loop, x, out, threads, prefetches=prefetch),
         )
@@ -124,12 +124,12 @@ def measured(loop, arena, ratio, rounds, threads):
     ratios = sorted(mine / other for mine, other in zip(ours, theirs, strict=True))
     low, middle, high = statistics.quantiles(ratios, n=4)
     gigabytes = (x.nbytes + out.nbytes) / 1e9
-    line = {"read:written": ratio, "c_of_ours": round(middle, 3)}
-    line |= {"spread": [round(low, 3), round(high, 3)]}
-    line |= {"gigabytes_per_second": round(gigabytes / statistics.median(ours), 1)}
+    row = {"read:written": ratio, "c_of_ours": round(middle, 3)}
+    row |= {"spread": [round(low, 3), round(high, 3)]}
+    row |= {"gigabytes_per_second": round(gigabytes / statistics.median(ours), 1)}
     print(f"{ratio:6s} C at {middle:.3f} of ours ({low:.2f} to {high:.2f}), "
-          f"{line['gigabytes_per_second']} GB/s", flush=True)  # fmt: skip
-    return line
+          f"{row['gigabytes_per_second']} GB/s", flush=True)  # fmt: skip
+    return row
 
 
 def main():
@@ -139,8 +139,8 @@ def main():
     rounds, threads = 5 if arguments.quick else 31, available_cpus()
     arena = memory.Arena(400 * 2**20)
     with tempfile.TemporaryDirectory() as directory:
-        loop = compiled(Path(directory))
-        rows = [measured(loop, arena, ratio, rounds, threads) for ratio in RATIOS]
+        loop = compile_loop(Path(directory))
+        rows = [measure(loop, arena, ratio, rounds, threads) for ratio in RATIOS]
     faster = [row["read:written"] for row in rows if row["c_of_ours"] > MAX_C_SPEEDUP]
     print("C is faster by more than 3 %:", ", ".join(faster) or "none")
     if not arguments.quick:

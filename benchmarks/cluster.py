@@ -12,7 +12,7 @@ relative least squares, and the relative residual of each size is reported. Disk
 between calls, so there are three times as many rounds.
 
 **Empty chunks**: workers report chunks as done without computing them; everything else is real: a
-million tasks, results, journal records, and the manifest at the end. Scheduler, workers and
+million tasks, results, journal records, and the final manifest. Scheduler, workers and
 coordinator are separate processes on one machine. With few threads, each mostly waits for messages;
 with many, the scheduler is the limit.
 """
@@ -34,15 +34,15 @@ from pathlib import Path
 import numpy as np
 from distributed import Client, LocalCluster
 from formats import remove
-from rows import number_of_rounds, row
+from rows import number_of_rounds, print_row
 from streams import (
     FILE_BYTES,
     QUICK_BYTES,
     READ_BYTES,
     Files,
-    Part,
-    bytes_of_image,
+    TimedCall,
     fetch,
+    image_bytes,
     throughput,
     time_interleaved,
 )
@@ -53,13 +53,13 @@ from fastvgg.bench.timing import compare, machine
 RESULT = Path(__file__).parent / "results" / "cluster.json"
 WORKERS = 2
 MIN_SHARE = 0.85
-MAX_CHUNK_MS, MAX_MIB = 1, 1024
+MAX_CHUNK_MS, MAX_COORDINATOR_MIB = 1, 1024
 MAX_DEVIATION = 0.05
 SIZES = (1, 2, 4, 8, 16)
 CHUNKS, QUICK_CHUNKS = 10**6, 20_000
 THREADS = (1, 8)  # per worker that reports empty chunks
 
-COORDINATE = """
+COORDINATOR_SCRIPT = """
 import dataclasses
 import json
 import sys
@@ -90,20 +90,20 @@ print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mib": pe
 """
 
 
-def packed(files, name, images):
+def create_images(files, name, images):
     """Create a file of images."""
     return files.array(name, images, "uint8")
 
 
-def network_inputs(files, name, images):
+def create_network_inputs(files, name, images):
     """Create a file of network inputs."""
-    source = packed(files, "packed.npy", images)
+    source = create_images(files, "packed.npy", images)
     fastvgg.plan(source, files.path(name), mode="caffe").run()
     files.remove("packed.npy")
     return files.path(name)
 
 
-SOURCES = {"uint8": packed, "float32": network_inputs}
+CREATE_SOURCE = {"uint8": create_images, "float32": create_network_inputs}
 
 
 def mib(field, process="self"):
@@ -112,22 +112,22 @@ def mib(field, process="self"):
     return int(text.partition(f"{field}:")[2].split()[0]) / 1024
 
 
-def idle():
+def reset_peak_memory():
     """Reset the peak memory of this process, and return its current memory."""
     Path("/proc/self/clear_refs").write_text("5")
     return mib("VmRSS")
 
 
-def measured_workers(files, client, arguments):
+def measure_workers(files, client, arguments):
     """Measure two workers against two threads, in both directions."""
     for name, dtype, direction in (
         ("uint8 to Zarr float32", "uint8", "preprocess"),
         ("float32 to Zarr uint8", "float32", "restore"),
     ):
-        images = arguments.bytes // bytes_of_image(dtype)
+        images = arguments.bytes // image_bytes(dtype)
         memory = bytearray(READ_BYTES)
-        source = SOURCES[dtype](files, "source.npy", images)
-        planned = functools.partial(
+        source = CREATE_SOURCE[dtype](files, "source.npy", images)
+        make_plan = functools.partial(
             fastvgg.plan,
             source,
             files.path("ours.zarr"),
@@ -135,35 +135,37 @@ def measured_workers(files, client, arguments):
             direction=direction,
             threads=WORKERS,
         )
-        plan = planned()
+        plan = make_plan()
 
         def prepare(source=source, memory=memory, plan=plan):
             remove(files, "ours.zarr")
             files.settle(plan.write_bytes * 3 // 2)
             fetch(source, "in memory", memory)
 
-        calls = (lambda p=planned: p().run(client=client), lambda p=planned: p().run())
-        ours, alone = time_interleaved([Part(prepare, call) for call in calls], arguments.rounds)
-        share, spread, seconds = compare(ours, alone)
-        figures = throughput(plan.read_bytes, seconds, alone=(plan.read_bytes, alone))
+        calls = (lambda p=make_plan: p().run(client=client), lambda p=make_plan: p().run())
+        ours, local = time_interleaved(
+            [TimedCall(prepare, call) for call in calls], arguments.rounds
+        )
+        share, spread, seconds = compare(ours, local)
+        figures = throughput(plan.read_bytes, seconds, alone=(plan.read_bytes, local))
         prepare()
-        before = client.run(idle)
+        before = client.run(reset_peak_memory)
         calls[0]()
         after = client.run(functools.partial(mib, "VmHWM"))
         figures["planned_mib"] = round(plan.projected_bytes / 2**20, 1)
         figures["peak_mib"] = round(max(after[worker] - before[worker] for worker in after), 1)
-        yield row(f"two workers, {name}", MIN_SHARE, share, spread, **figures)
+        yield print_row(f"two workers, {name}", MIN_SHARE, share, spread, **figures)
         remove(files, "ours.zarr")
         remove(files, "source.npy")
 
 
-def measured_sizes(files, client, arguments):
-    """Measure sources on disk, each twice as large as the one before."""
+def measure_sizes(files, client, arguments):
+    """Measure sources on disk, each twice as large as the previous one."""
     unit = arguments.bytes // 4
-    memory, parts = bytearray(READ_BYTES), []
+    memory, timed_calls = bytearray(READ_BYTES), []
     for size in SIZES:
-        images = size * unit // bytes_of_image("float32")
-        source = network_inputs(files, f"{size}.npy", images)
+        images = size * unit // image_bytes("float32")
+        source = create_network_inputs(files, f"{size}.npy", images)
         target = files.path("ours.zarr")
 
         def prepare(source=source):
@@ -175,11 +177,11 @@ def measured_sizes(files, client, arguments):
             plan = fastvgg.plan(source, target, mode="caffe", direction="restore")
             plan.run(client=client)
 
-        parts.append(Part(prepare, call))
-    durations = time_interleaved(parts, 3 * arguments.rounds)
+        timed_calls.append(TimedCall(prepare, call))
+    durations = time_interleaved(timed_calls, 3 * arguments.rounds)
     gib = [size * unit / 2**30 for size in SIZES]
     seconds = [statistics.median(each) for each in durations]
-    start, slope = line_through(gib, seconds)
+    start, slope = fit_line(gib, seconds)
     for size, median, each in zip(gib, seconds, durations, strict=True):
         expected = start + slope * size
         low, _, high = statistics.quantiles(each, n=4)
@@ -196,7 +198,7 @@ def measured_sizes(files, client, arguments):
         files.remove(f"{size}.npy")
 
 
-def line_through(sizes, seconds):
+def fit_line(sizes, seconds):
     """Return the intercept and the slope of a fit by relative least squares."""
     weights = 1 / np.array(seconds)
     points = np.stack([np.ones(len(sizes)), np.array(sizes)], axis=1) * weights[:, None]
@@ -205,14 +207,14 @@ def line_through(sizes, seconds):
 
 
 @contextlib.contextmanager
-def processes(threads, directory):
+def start_processes(threads, directory):
     """Start a scheduler and workers as processes; yield the address and the processes."""
-    file, started = directory / "scheduler.json", []
+    file, processes = directory / "scheduler.json", []
 
     def start(kind, *options):
         command = [sys.executable, "-m", f"distributed.cli.dask_{kind}", "--scheduler-file", file]
         command += [*options, "--no-dashboard"]
-        started.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+        processes.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
 
     try:
         start("scheduler", "--port", "0")
@@ -221,9 +223,9 @@ def processes(threads, directory):
         with Client(scheduler_file=file, timeout=60) as client:
             client.wait_for_workers(WORKERS, timeout=60)
             address = client.scheduler.address
-        yield address, started
+        yield address, processes
     finally:
-        for process in reversed(started):
+        for process in reversed(processes):
             process.kill()
             process.wait()
         file.unlink(missing_ok=True)
@@ -235,7 +237,7 @@ def cpu_seconds(process):
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def measured_chunks(files, arguments):
+def measure_chunks(files, arguments):
     """Measure the overhead per empty chunk."""
     for threads in THREADS:
         chunks = arguments.chunks if threads == max(THREADS) else arguments.chunks // 10
@@ -244,26 +246,33 @@ def measured_chunks(files, arguments):
         with images.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             file.truncate(file.tell() + chunks * 5 * 7 * 3)
-        with processes(threads, files.directory) as (address, (scheduler, *workers)):
-            command = [sys.executable, "-c", COORDINATE, address, images, files.path("tiny.zarr")]
-            ran = subprocess.run(command, capture_output=True, text=True, check=False)
-            if ran.returncode:
-                raise RuntimeError(ran.stderr)
-            found = json.loads(ran.stdout)
-            line = {
+        with start_processes(threads, files.directory) as (address, (scheduler, *workers)):
+            command = [
+                sys.executable,
+                "-c",
+                COORDINATOR_SCRIPT,
+                address,
+                images,
+                files.path("tiny.zarr"),
+            ]
+            completed = subprocess.run(command, capture_output=True, text=True, check=False)
+            if completed.returncode:
+                raise RuntimeError(completed.stderr)
+            figures = json.loads(completed.stdout)
+            row = {
                 "threads": WORKERS * threads,
                 "chunks": chunks,
-                "ms": round(found["seconds"] / chunks * 1e3, 3),
+                "ms": round(figures["seconds"] / chunks * 1e3, 3),
                 "wanted_ms": MAX_CHUNK_MS,
-                "coordinator_ms": round(found["cpu_seconds"] / chunks * 1e3, 3),
+                "coordinator_ms": round(figures["cpu_seconds"] / chunks * 1e3, 3),
                 "scheduler_ms": round(cpu_seconds(scheduler) / chunks * 1e3, 3),
                 "worker_ms": round(sum(map(cpu_seconds, workers)) / chunks * 1e3, 3),
-                "coordinator_mib": round(found["peak_mib"]),
+                "coordinator_mib": round(figures["peak_mib"]),
                 "scheduler_mib": round(mib("VmHWM", scheduler.pid)),
-                "wanted_mib": MAX_MIB,
+                "wanted_mib": MAX_COORDINATOR_MIB,
             }
-        print(f"{chunks:,} chunks", line, flush=True)
-        yield line
+        print(f"{chunks:,} chunks", row, flush=True)
+        yield row
         remove(files, "tiny")
 
 
@@ -281,12 +290,12 @@ def main():
     with tempfile.TemporaryDirectory(prefix="cluster-", dir=arguments.directory) as directory:
         files = Files(Path(directory).absolute(), WORKERS)
         options = {"n_workers": WORKERS, "threads_per_worker": 1, "dashboard_address": ":0"}
-        with LocalCluster(**options) as started, Client(started) as client:
-            rows = list(measured_workers(files, client, arguments))
-            sizes = list(measured_sizes(files, client, arguments))
-        for line in sizes:
-            print(line, flush=True)
-        chunks = list(measured_chunks(files, arguments))
+        with LocalCluster(**options) as cluster, Client(cluster) as client:
+            rows = list(measure_workers(files, client, arguments))
+            sizes = list(measure_sizes(files, client, arguments))
+        for row in sizes:
+            print(row, flush=True)
+        chunks = list(measure_chunks(files, arguments))
     if not arguments.quick:
         record = {"machine": machine(), "threads": WORKERS, "rounds": arguments.rounds}
         record |= {"rows": rows, "sizes": sizes, "chunks": chunks}

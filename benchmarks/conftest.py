@@ -2,7 +2,7 @@
 
 import os
 
-from contenders.task import ENVIRONMENT
+from peers.task import ENVIRONMENT
 
 os.environ.update(ENVIRONMENT)
 os.environ.setdefault("KERAS_BACKEND", "numpy")  # read once, when Keras is first imported

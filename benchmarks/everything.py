@@ -22,7 +22,7 @@ BENCHMARKS = {
     "c_roofline": ("c_roofline.py",),
     "stack": ("stack.py",),
     "against_numpy": ("against_numpy.py",),
-    "peers": ("peers.py",),
+    "peers": ("compare_peers.py",),
     "startup": ("startup.py",),
     "streams": ("streams.py",),
     "formats": ("formats.py",),

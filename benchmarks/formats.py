@@ -30,18 +30,18 @@ import h5py
 import numpy as np
 import zarr
 from arrays import batch
-from rows import number_of_rounds, row
+from rows import number_of_rounds, print_row
 from streams import (
     FILE_BYTES,
     QUICK_BYTES,
     READ_BYTES,
     SMALL_IMAGES,
     Files,
-    Part,
-    bytes_of_image,
-    chunk_of,
+    TimedCall,
+    chunk_buffer,
     fetch,
-    peak,
+    image_bytes,
+    measure_peak,
     read_file,
     throughput,
     time_interleaved,
@@ -65,7 +65,7 @@ def remove(files, name):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def sharded(path, images, dtype, shard, inner_chunk):
+def create_sharded(path, images, dtype, shard, inner_chunk):
     """Create a sharded array as a run creates it."""
     return zarr.create_array(
         path,
@@ -80,18 +80,20 @@ def sharded(path, images, dtype, shard, inner_chunk):
     )
 
 
-def rows_of(array):
+def shard_rows(array):
     """Return the start and stop row of each shard."""
     images, shard = array.shape[0], array.shards[0]
     return [(start, min(start + shard, images)) for start in range(0, images, shard)]
 
 
-def copy_with_zarr_only(source_path, path, like, values, *, threads, syncs):
+def copy_with_zarr_only(source_path, path, template, values, *, threads, syncs):
     """Read and write all shards with zarr-python only."""
     source = zarr.open_array(source_path, mode="r")
-    target = sharded(path, source.shape[0], "float32", like.shards[0], like.chunks[0])
+    target = create_sharded(
+        path, source.shape[0], "float32", template.shards[0], template.chunks[0]
+    )
 
-    def work_on(rows):
+    def copy_shard(rows):
         start, stop = rows
         source[start:stop]
         target[start:stop] = values[: stop - start]
@@ -102,59 +104,59 @@ def copy_with_zarr_only(source_path, path, like, values, *, threads, syncs):
             os.close(file)
 
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work_on, rows_of(target)))
+        list(pool.map(copy_shard, shard_rows(target)))
 
 
-def zarr_of(files, images):
+def create_zarr(files, images):
     """Create a Zarr array of uint8 images."""
     source = files.array("packed.npy", images, "uint8")
     path = files.path("source.zarr")
-    packed = np.load(source, mmap_mode="r")
-    array = sharded(path, images, "uint8", SHARD_IMAGES, INNER_CHUNK_IMAGES)
-    for start, stop in rows_of(array):
-        array[start:stop] = packed[start:stop]
+    pixels = np.load(source, mmap_mode="r")
+    array = create_sharded(path, images, "uint8", SHARD_IMAGES, INNER_CHUNK_IMAGES)
+    for start, stop in shard_rows(array):
+        array[start:stop] = pixels[start:stop]
     files.remove("packed.npy")
     return path
 
 
-def measured_zarr(files, arguments):
+def measure_zarr(files, arguments):
     """Measure uint8 Zarr in the page cache to float32 Zarr."""
-    images, threads = arguments.bytes // bytes_of_image("float32"), arguments.threads
-    source = zarr_of(files, images)
-    planned = functools.partial(
+    images, threads = arguments.bytes // image_bytes("float32"), arguments.threads
+    source = create_zarr(files, images)
+    make_plan = functools.partial(
         fastvgg.plan, source, files.path("ours.zarr"), mode="caffe", threads=threads
     )
-    plan = planned()
+    plan = make_plan()
     plan.run()
-    like, memory = zarr.open_array(str(plan.target), mode="r"), bytearray(READ_BYTES)
+    template, memory = zarr.open_array(str(plan.target), mode="r"), bytearray(READ_BYTES)
     values = batch(plan.chunk_images, "NHWC", "float32")
-    alone = functools.partial(
-        copy_with_zarr_only, source, files.path("alone.zarr"), like, values, threads=threads
+    copy_chunks = functools.partial(
+        copy_with_zarr_only, source, files.path("plain.zarr"), template, values, threads=threads
     )
 
-    def before():
-        for name in ("ours.zarr", "alone.zarr"):
+    def prepare():
+        for name in ("ours.zarr", "plain.zarr"):
             remove(files, name)
         files.settle(plan.write_bytes * 3 // 2)
         for path in source.iterdir():
             fetch(path, "in memory", memory)
 
     calls = (
-        lambda: planned().run(),
-        functools.partial(alone, syncs=True),
-        functools.partial(alone, syncs=False),
+        lambda: make_plan().run(),
+        functools.partial(copy_chunks, syncs=True),
+        functools.partial(copy_chunks, syncs=False),
     )
-    ours, *limits = time_interleaved([Part(before, call) for call in calls], arguments.rounds)
+    ours, *limits = time_interleaved([TimedCall(prepare, call) for call in calls], arguments.rounds)
     for name, limit in zip(("which syncs as well", "which syncs nothing"), limits, strict=True):
         share, spread, seconds = compare(ours, limit)
         figures = throughput(plan.write_bytes, seconds, zarr=(plan.write_bytes, limit))
         path = f"Zarr uint8 to Zarr float32, zarr-python {name}"
-        yield row(path, MIN_ZARR_SHARE, share, spread, **figures)
-    for name in ("ours.zarr", "alone.zarr", "source.zarr"):
+        yield print_row(path, MIN_ZARR_SHARE, share, spread, **figures)
+    for name in ("ours.zarr", "plain.zarr", "source.zarr"):
         remove(files, name)
 
 
-def hdf5_of(files, name, images):
+def create_hdf5(files, name, images):
     """Create a contiguous dataset of float32 images."""
     shard = fastvgg.preprocess(batch(SMALL_IMAGES, "NHWC", "uint8"), "caffe")
     path = files.path(name)
@@ -172,62 +174,69 @@ def run_concurrently(*calls):
             future.result()
 
 
-def measured_hdf5(files, arguments):
+def measure_hdf5(files, arguments):
     """Measure a contiguous float32 dataset to a new uint8 .npy."""
-    images = arguments.bytes // bytes_of_image("float32")
-    source = hdf5_of(files, "source.h5", images)
+    images = arguments.bytes // image_bytes("float32")
+    source = create_hdf5(files, "source.h5", images)
     settings = {"mode": "caffe", "direction": "restore", "threads": arguments.threads}
-    planned = functools.partial(
+    make_plan = functools.partial(
         fastvgg.plan, f"{source}::/images", files.path("ours.npy"), **settings
     )
-    plan = planned()
-    nbytes, buffer, memory = plan.write_bytes, chunk_of(plan), bytearray(READ_BYTES)
+    plan = make_plan()
+    nbytes, buffer, memory = plan.write_bytes, chunk_buffer(plan), bytearray(READ_BYTES)
 
-    def prepare(source_is):
+    def prepare(cache_state):
         files.remove("ours.npy")
         files.remove("plain.npy")
         files.settle(source.stat().st_size)
-        fetch(source, source_is, memory)
+        fetch(source, cache_state, memory)
 
-    for source_is in ("in memory", "on disk"):
-        before = functools.partial(prepare, source_is)
+    for cache_state in ("in memory", "on disk"):
+        prepare_call = functools.partial(prepare, cache_state)
         write = functools.partial(write_new, files.path("plain.npy"), nbytes, buffer)
         read = functools.partial(read_file, source, memory)
         calls = (
-            lambda: planned().run(),
+            lambda: make_plan().run(),
             write,
             read,
             functools.partial(run_concurrently, write, read),
         )
-        parts = [Part(before, call) for call in calls]
-        ours, written, read_in, both = time_interleaved(parts, arguments.rounds)
-        longer = [max(pair) for pair in zip(written, read_in, strict=True)]
+        timed_calls = [TimedCall(prepare_call, call) for call in calls]
+        ours, write_seconds, read_seconds, concurrent_seconds = time_interleaved(
+            timed_calls, arguments.rounds
+        )
+        longer_seconds = [max(pair) for pair in zip(write_seconds, read_seconds, strict=True)]
         source_bytes = source.stat().st_size
-        limits = {"writing": (nbytes, written), "reading": (source_bytes, read_in)}
-        for name, limit in (("reading and writing at once", both), ("the longer of both", longer)):
+        limits = {"writing": (nbytes, write_seconds), "reading": (source_bytes, read_seconds)}
+        for name, limit in (
+            ("reading and writing at once", concurrent_seconds),
+            ("the longer of both", longer_seconds),
+        ):
             share, spread, seconds = compare(ours, limit)
             figures = throughput(source_bytes, seconds, **limits)
-            path = f"HDF5 float32 {source_is} to .npy uint8, {name}"
-            yield row(path, MIN_HDF5_SHARE, share, spread, **figures)
+            path = f"HDF5 float32 {cache_state} to .npy uint8, {name}"
+            yield print_row(path, MIN_HDF5_SHARE, share, spread, **figures)
     for name in ("source.h5", "ours.npy", "plain.npy"):
         files.remove(name)
 
 
-def measured_memory(files, arguments):
+def measure_memory(files, arguments):
     """Measure the memory of runs with both formats."""
-    images = arguments.bytes // bytes_of_image("float32")
+    images = arguments.bytes // image_bytes("float32")
     options = {"memory": "512MiB", "threads": arguments.threads}
-    large, small = zarr_of(files, images), files.path("small.zarr")
+    large, small = create_zarr(files, images), files.path("small.zarr")
     zarr.save_array(small, batch(SMALL_IMAGES, "NHWC", "uint8"))
     targets = [files.path("small_y.zarr"), files.path("large_y.zarr")]
     pairs = zip((small, large), targets, strict=True)
-    yield peak("Zarr uint8 to Zarr float32", *pairs, mode="caffe", **options)
+    yield measure_peak("Zarr uint8 to Zarr float32", *pairs, mode="caffe", **options)
     for name in ("small", "large", "source"):
         remove(files, name)
-    sources = [hdf5_of(files, "small.h5", SMALL_IMAGES), hdf5_of(files, "large.h5", images)]
+    sources = [create_hdf5(files, "small.h5", SMALL_IMAGES), create_hdf5(files, "large.h5", images)]
     names = [f"{path}::/images" for path in sources]
     pairs = zip(names, [files.path("small.npy"), files.path("large.npy")], strict=True)
-    yield peak("HDF5 float32 to .npy uint8", *pairs, mode="caffe", direction="restore", **options)
+    yield measure_peak(
+        "HDF5 float32 to .npy uint8", *pairs, mode="caffe", direction="restore", **options
+    )
     for name in ("small", "large"):
         remove(files, name)
 
@@ -245,10 +254,10 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # removes the files
     with tempfile.TemporaryDirectory(prefix="formats-", dir=arguments.directory) as directory:
         files = Files(Path(directory).absolute(), arguments.threads)
-        measurements = (measured_zarr, measured_hdf5)
-        rows = [line for measured in measurements for line in measured(files, arguments)]
-        memory = list(measured_memory(files, arguments))
-    missed = [line["path"] for line in rows if line["share"] < line["wanted"]]
+        measurements = (measure_zarr, measure_hdf5)
+        rows = [row for measure in measurements for row in measure(files, arguments)]
+        memory = list(measure_memory(files, arguments))
+    missed = [row["path"] for row in rows if row["share"] < row["wanted"]]
     print("below target:", ", ".join(missed) or "none")
     if not arguments.quick:
         record = {"machine": machine(), "threads": arguments.threads, "rounds": arguments.rounds}

@@ -38,9 +38,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import streams
 from arrays import batch
-from cluster import line_through
+from cluster import fit_line
 from rows import number_of_rounds
-from streams import READ_BYTES, Files, Part, chunk_of, fetch, write_new
+from streams import READ_BYTES, Files, TimedCall, chunk_buffer, fetch, write_new
 
 import fastvgg
 from fastvgg.bench import FULL, memory
@@ -51,7 +51,7 @@ from fastvgg.parallel import available_cpus
 RESULT = Path(__file__).parent / "results" / "growth.json"
 MEMORY_ROUNDS = 11
 SMALL_SIDE, SIDE = 32, 224
-WARMING_IMAGES = 2
+WARMUP_IMAGES = 2
 WRITE_BYTES = 8 * 2**20
 
 CHILD_SCRIPT = """
@@ -67,8 +67,8 @@ def mib(field):
     return int(text.partition(field + ":")[2].split()[0]) / 1024
 
 
-warming, measured, options = json.loads(sys.argv[1])
-fastvgg.plan(*warming, **options).run()
+warmup, measured, options = json.loads(sys.argv[1])
+fastvgg.plan(*warmup, **options).run()
 Path("/proc/self/clear_refs").write_text("5")
 idle = mib("VmRSS")
 start_seconds = time.perf_counter()
@@ -116,12 +116,12 @@ def quick_sweep_sizes(cores):
     )
 
 
-def images_of(side, result_bytes):
+def image_count(side, result_bytes):
     """Return how many float32 images with this side fit in `result_bytes`."""
     return max(1, result_bytes // (side * side * 12))
 
 
-def source_of(files, images, side):
+def create_source(files, images, side):
     """Return a file of deterministic images, creating it if necessary."""
     path = files.path(f"images-{images}-{side}.npy")
     if path.exists():
@@ -145,8 +145,8 @@ class Run:
         self.options = {"mode": "caffe", **options}
         self.side = side
         self._files = files
-        self._warming = source_of(files, WARMING_IMAGES, SMALL_SIDE)
-        self._source = source_of(files, images, side)
+        self._warmup_source = create_source(files, WARMUP_IMAGES, SMALL_SIDE)
+        self._source = create_source(files, images, side)
         self._target = files.path("ours.npy")
         self._figures = []
         self.plan = fastvgg.plan(self._source, self._target, **self.options)
@@ -158,24 +158,27 @@ class Run:
         fetch(self._source, "in memory", bytearray(READ_BYTES))
 
     def call(self):
-        pairs = (self._warming, self._files.path("ours-warming.npy")), (self._source, self._target)
+        pairs = (
+            (self._warmup_source, self._files.path("ours-warmup.npy")),
+            (self._source, self._target),
+        )
         arguments = json.dumps((*pairs, self.options), default=str)
         command = [sys.executable, "-c", CHILD_SCRIPT, arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{self._source}: {done.stderr}")
-        self._figures.append(json.loads(done.stdout))
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        if process.returncode:
+            raise RuntimeError(f"{self._source}: {process.stderr}")
+        self._figures.append(json.loads(process.stdout))
 
     def seconds(self):
         """Return the time of the plan in an undisturbed call, without process startup."""
-        Part(self.prepare, self.call).seconds()
+        TimedCall(self.prepare, self.call).seconds()
         return self._figures[-1]["seconds"]
 
     def limit(self):
         """Return the limit: only writing the same number of bytes."""
-        nbytes, buffer = self.plan.write_bytes, chunk_of(self.plan)
+        nbytes, buffer = self.plan.write_bytes, chunk_buffer(self.plan)
         path = self._files.path("plain.npy")
-        return Part(self.prepare, functools.partial(write_new, path, nbytes, buffer))
+        return TimedCall(self.prepare, functools.partial(write_new, path, nbytes, buffer))
 
     def line(self, ours, limit):
         """Print and return a row of the result, from the seconds of all rounds."""
@@ -203,22 +206,22 @@ class Run:
         return line
 
 
-def measured(runs, rounds):
+def measure_runs(runs, rounds):
     """Return a row for every run of a sweep."""
-    parts = [part for run in runs for part in (run, run.limit())]
-    seconds = iter(streams.time_interleaved(parts, rounds))
+    timed_calls = [timed_call for run in runs for timed_call in (run, run.limit())]
+    seconds = iter(streams.time_interleaved(timed_calls, rounds))
     return [run.line(ours, limit) for run, ours, limit in zip(runs, seconds, seconds, strict=True)]
 
 
 def add_deviations_from_linear_fit(rows):
     """Add the deviation of each row from the linear fit, and return the fit."""
-    start, slope = line_through([row["images"] for row in rows], [row["seconds"] for row in rows])
+    start, slope = fit_line([row["images"] for row in rows], [row["seconds"] for row in rows])
     for row in rows:
         row["deviation"] = round(row["seconds"] / (start + slope * row["images"]) - 1, 3)
     return {"start_ms": round(start * 1e3, 1), "microseconds_an_image": round(slope * 1e6, 2)}
 
 
-def measured_in_memory(sweep_sizes, rounds):
+def measure_in_memory(sweep_sizes, rounds):
     """Yield a row for each number of threads, for a batch in memory with a reused result."""
     x = batch(max(1, sweep_sizes.working_set_bytes // (HEIGHT * WIDTH * 15)), "NHWC", "uint8")
     out = fastvgg.preprocess(x, "caffe")
@@ -229,7 +232,9 @@ def measured_in_memory(sweep_sizes, rounds):
             yield functools.partial(memory.copy, x, out, threads, prefetch=prefetch)
 
     durations = iter(
-        time_interleaved([c for threads in sweep_sizes.threads for c in calls(threads)], rounds)
+        time_interleaved(
+            [call for threads in sweep_sizes.threads for call in calls(threads)], rounds
+        )
     )
     for threads, ours, *limits in zip(sweep_sizes.threads, *[durations] * 3, strict=True):
         limit = min(limits, key=statistics.median)
@@ -248,24 +253,29 @@ def measured_in_memory(sweep_sizes, rounds):
         yield line
 
 
-def runs_of(files, sweep_sizes, threads):
+def create_runs(files, sweep_sizes, threads):
     """Return an iterator over the runs of each sweep, by name; it creates their sources."""
-    sizes = {side: images_of(side, sweep_sizes.result_bytes) for side in (*sweep_sizes.sides, SIDE)}
+    sizes = {
+        side: image_count(side, sweep_sizes.result_bytes) for side in (*sweep_sizes.sides, SIDE)
+    }
     run = functools.partial(Run, files)
-    usual = functools.partial(run, sizes[SIDE], SIDE)
+    create_standard_run = functools.partial(run, sizes[SIDE], SIDE)
     return {
         "images": (run(images, SMALL_SIDE, threads=threads) for images in sweep_sizes.images),
         "side": (run(sizes[side], side, threads=threads) for side in sweep_sizes.sides),
-        "threads": (usual(threads=count) for count in sweep_sizes.threads),
-        "chunk": (usual(threads=threads, memory=f"{mib}MiB") for mib in sweep_sizes.limits_mib),
+        "threads": (create_standard_run(threads=count) for count in sweep_sizes.threads),
+        "chunk": (
+            create_standard_run(threads=threads, memory=f"{mib}MiB")
+            for mib in sweep_sizes.limits_mib
+        ),
     }
 
 
-def measured_sweeps(files, sweep_sizes, threads, rounds):
+def measure_sweeps(files, sweep_sizes, threads, rounds):
     """Measure all sweeps one after another; each removes its files."""
     sweeps = {}
-    for name, runs in runs_of(files, sweep_sizes, threads).items():
-        sweeps[name] = measured(list(runs), rounds)
+    for name, runs in create_runs(files, sweep_sizes, threads).items():
+        sweeps[name] = measure_runs(list(runs), rounds)
         files.remove("")  # everything
     return sweeps
 
@@ -280,17 +290,17 @@ def main():
     )
     arguments = parser.parse_args()
     rounds = arguments.rounds or (2 if arguments.quick else 3)
-    chosen_sizes = (quick_sweep_sizes if arguments.quick else sweep_sizes)(available_cpus())
+    sizes = (quick_sweep_sizes if arguments.quick else sweep_sizes)(available_cpus())
     if arguments.quick:
         streams.REST_SECONDS = 0  # saves half a minute
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # removes the files
     with tempfile.TemporaryDirectory(prefix="growth-", dir=arguments.directory) as directory:
         files = Files(Path(directory).absolute(), arguments.threads)
-        sweeps = measured_sweeps(files, chosen_sizes, arguments.threads, rounds)
+        sweeps = measure_sweeps(files, sizes, arguments.threads, rounds)
     results = {
         "sweeps": sweeps,
         "line": add_deviations_from_linear_fit(sweeps["images"]),
-        "in_memory": list(measured_in_memory(chosen_sizes, MEMORY_ROUNDS)),
+        "in_memory": list(measure_in_memory(sizes, MEMORY_ROUNDS)),
     }
     rows = list(itertools.chain.from_iterable(sweeps.values()))
     missed = [row for row in rows if row["peak_mib"] > row["planned_mib"]]

@@ -15,7 +15,7 @@ from fastvgg import oracle
 CHECKED_ROWS = 8
 
 
-def as_keras_loads(data, size):
+def load_like_keras(data, size):
     """Return a photograph as Keras' load_img does, decoded and resized by Pillow."""
     height, width = size
     with Image.open(io.BytesIO(data)) as image:
@@ -27,26 +27,26 @@ def sample_rows(count):
     return np.linspace(0, count - 1, CHECKED_ROWS).astype(int).tolist()
 
 
-def check_rows(path, reads, size, transform=None):
+def check_rows(path, readers, size, transform=None):
     """Raise if a checked row differs from Keras' pixels, transformed by the oracle.
 
     If there are more rows than photographs, the photographs repeat.
     """
     result = np.load(path, mmap_mode="r")
     for index in sample_rows(len(result)):
-        pixels = as_keras_loads(reads[index % len(reads)](), size)
+        pixels = load_like_keras(readers[index % len(readers)](), size)
         expected = pixels if transform is None else oracle.apply(transform, pixels)
         if result[index].tobytes() != expected.tobytes():
             raise RuntimeError(f"{path}: row {index} differs from Keras' result")
 
 
-def mean_difference(path, reads):
+def mean_difference(path, readers):
     """Return the mean absolute difference from Keras' pixels, in levels, of a caffe mode array."""
     result = np.load(path, mmap_mode="r")
     distances = [
         np.abs(
             fastvgg.restore(result[index], "caffe").astype(int)
-            - as_keras_loads(reads[index](), SIZE)
+            - load_like_keras(readers[index](), SIZE)
         ).mean()
         for index in sample_rows(len(result))
     ]

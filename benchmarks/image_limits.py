@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import simplejpeg
 from PIL import Image
-from streams import published, write
+from streams import publish, write
 
 from fastvgg.stream.commit_pipeline import CommitPipeline
 
@@ -20,21 +20,21 @@ MAX_PENDING = 2  # chunks
 ENCODERS = {"png": ".png", "jpeg": ".jpg"}
 
 
-def on_threads(work, items, threads, chunk_items):
+def process_in_chunks(process, items, threads, chunk_items):
     """Process all items on threads; yield after each chunk of `chunk_items` items.
 
     Threads wait neither for each other nor for the consumer.
     """
 
-    def process(first, stop):
+    def process_range(first, stop):
         for index in range(first, stop):
-            work(items[index])
+            process(items[index])
 
     count = len(items)
     with ThreadPoolExecutor(threads) as pool:
         chunks = [
             [
-                pool.submit(process, first, min(first + IMAGES_PER_TASK, stop))
+                pool.submit(process_range, first, min(first + IMAGES_PER_TASK, stop))
                 for first in range(start, stop, IMAGES_PER_TASK)
             ]
             for start in range(0, count, chunk_items)
@@ -46,7 +46,7 @@ def on_threads(work, items, threads, chunk_items):
             yield
 
 
-def decoded(photographs, threads, chunk_images):
+def decode_in_chunks(photographs, threads, chunk_images):
     """Read and decode all photographs into a reused buffer per thread."""
     memory = threading.local()
     nbytes = photographs.shape[0] * photographs.shape[1] * 3
@@ -56,20 +56,20 @@ def decoded(photographs, threads, chunk_images):
             memory.pixels = bytearray(nbytes)
         simplejpeg.decode_jpeg(read(), "RGB", buffer=memory.pixels)
 
-    return on_threads(decode, photographs.reads, threads, chunk_images)
+    return process_in_chunks(decode, photographs.readers, threads, chunk_images)
 
 
 def decode(photographs, threads):
     """Read and decode all photographs and discard them."""
-    for _ in decoded(photographs, threads, len(photographs.reads)):
+    for _ in decode_in_chunks(photographs, threads, len(photographs.readers)):
         pass
 
 
 def decode_and_write(photographs, path, plan, buffer):
     """Read and decode all photographs while writing a new file from one buffer, as in a run."""
     nbytes = plan.write_bytes - plan.write_bytes % mmap.PAGESIZE
-    chunks = decoded(photographs, plan.threads, plan.chunk_images)
-    with published(path, nbytes) as file, CommitPipeline() as pipeline:
+    chunks = decode_in_chunks(photographs, plan.threads, plan.chunk_images)
+    with publish(path, nbytes) as file, CommitPipeline() as pipeline:
         for number, _ in enumerate(chunks):
             offset = number * len(buffer)
             data = buffer[: nbytes - offset]
@@ -93,7 +93,7 @@ def encode(pixels, image_format):
 
 def encode_all(images, image_format, threads):
     """Encode images and discard the results."""
-    for _ in on_threads(
+    for _ in process_in_chunks(
         functools.partial(encode, image_format=image_format), images, threads, len(images)
     ):
         pass
@@ -112,6 +112,6 @@ def encode_and_write(images, image_format, threads, path):
         finally:
             os.close(file)
 
-    for _ in on_threads(encode_into_file, range(len(images)), threads, len(images)):
+    for _ in process_in_chunks(encode_into_file, range(len(images)), threads, len(images)):
         pass
     os.sync()

@@ -43,11 +43,11 @@ TORCH_STD = np.array((0.229, 0.224, 0.225), np.float32)
 ENVIRONMENT = {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
-def files_of(photographs):
+def list_photographs(photographs):
     return [str(path) for path in sorted(photographs.rglob("*.jpg"))]
 
 
-def counted(batches):
+def count_images(batches):
     """Consume all batches; return the number of images, and the iterator for later release.
 
     The release is not timed: tf.data delays it until its next autotuning step, by up to the
@@ -77,7 +77,7 @@ def torch_epochs(photographs, _scratch, threads):
     import torch
     from torch.utils.data import DataLoader, Dataset
 
-    paths = files_of(photographs)
+    paths = list_photographs(photographs)
 
     class Photographs(Dataset):
         def __len__(self):
@@ -88,7 +88,7 @@ def torch_epochs(photographs, _scratch, threads):
                 return torch_input(image)
 
     loader = DataLoader(Photographs(), BATCH, num_workers=threads, persistent_workers=True)
-    return {"torch": torch.__version__}, lambda: counted(loader)
+    return {"torch": torch.__version__}, lambda: count_images(loader)
 
 
 def webdataset_epochs(photographs, scratch, threads):
@@ -96,7 +96,7 @@ def webdataset_epochs(photographs, scratch, threads):
     import torch
     import webdataset
 
-    paths = files_of(photographs)
+    paths = list_photographs(photographs)
     shards = SHARDS_PER_WORKER * threads
     images_per_shard = math.ceil(len(paths) / shards)
     with webdataset.ShardWriter(
@@ -112,7 +112,7 @@ def webdataset_epochs(photographs, scratch, threads):
         dataset, batch_size=None, num_workers=threads, persistent_workers=True
     )
     versions = {"torch": torch.__version__, "webdataset": webdataset.__version__}
-    return versions, lambda: counted(images for (images,) in loader)
+    return versions, lambda: count_images(images for (images,) in loader)
 
 
 def tf_epochs(photographs, _scratch, _threads):
@@ -124,10 +124,10 @@ def tf_epochs(photographs, _scratch, _threads):
         x = tf.cast(tf.image.resize(image, SIZE, method="nearest"), tf.float32)
         return tf.reverse(x, [-1]) - CAFFE_MEAN
 
-    dataset = tf.data.Dataset.from_tensor_slices(files_of(photographs))
+    dataset = tf.data.Dataset.from_tensor_slices(list_photographs(photographs))
     dataset = dataset.map(read, num_parallel_calls=tf.data.AUTOTUNE)
     dataset = dataset.batch(BATCH).prefetch(tf.data.AUTOTUNE)
-    return {"tensorflow": tf.__version__}, lambda: counted(dataset)
+    return {"tensorflow": tf.__version__}, lambda: count_images(dataset)
 
 
 def keras_epochs(photographs, _scratch, _threads):
@@ -153,7 +153,7 @@ def keras_epochs(photographs, _scratch, _threads):
     dataset = dataset.map(preprocess, num_parallel_calls=tf.data.AUTOTUNE)
     dataset = dataset.prefetch(tf.data.AUTOTUNE)
     versions = {"keras": keras.__version__, "tensorflow": tf.__version__}
-    return versions, lambda: counted(dataset)
+    return versions, lambda: count_images(dataset)
 
 
 def loop_epochs(photographs, _scratch, _threads):
@@ -165,8 +165,8 @@ def loop_epochs(photographs, _scratch, _threads):
         image = keras.utils.load_img(path, target_size=SIZE)
         return preprocess_input(np.expand_dims(keras.utils.img_to_array(image), axis=0))
 
-    paths = files_of(photographs)
-    return {"keras": keras.__version__}, lambda: counted(load(path) for path in paths)
+    paths = list_photographs(photographs)
+    return {"keras": keras.__version__}, lambda: count_images(load(path) for path in paths)
 
 
 def ffcv_epochs(photographs, scratch, threads):
@@ -189,7 +189,7 @@ def ffcv_epochs(photographs, scratch, threads):
             return full_image
 
     class Photographs:
-        paths = files_of(photographs)
+        paths = list_photographs(photographs)
 
         def __len__(self):
             return len(self.paths)
@@ -212,10 +212,10 @@ def ffcv_epochs(photographs, scratch, threads):
         pipelines={"image": [FullImageDecoder(SIZE, ratio=1), normalize, ToTensor()]},
     )
     versions = {"ffcv": importlib.metadata.version("ffcv")}
-    return versions, lambda: counted(image for (image,) in loader)
+    return versions, lambda: count_images(image for (image,) in loader)
 
 
-PEERS = {
+EPOCHS = {
     "torch": torch_epochs,
     "webdataset": webdataset_epochs,
     "tf": tf_epochs,
@@ -232,7 +232,7 @@ def main():
     os.environ.update(ENVIRONMENT)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(threads)])
     try:
-        versions, epoch = PEERS[name](Path(photographs), Path(scratch), int(threads))
+        versions, epoch = EPOCHS[name](Path(photographs), Path(scratch), int(threads))
     except ImportError as error:
         print(json.dumps({"missing": str(error)}), file=replies)
         return

@@ -45,11 +45,11 @@ from pathlib import Path
 import numpy as np
 from image_checks import check_files, check_rows, mean_difference
 from image_limits import ENCODERS, decode, decode_and_write, encode_all, encode_and_write
-from images_million import million, planning
-from peer_process import Peer, PeerError
-from photographs import LARGE, PHOTOGRAPH, SIZE, ImageFolderTarget, folder, sharded
-from rows import number_of_rounds, row
-from streams import READ_BYTES, Part, chunk_of, fetch, time_interleaved
+from images_million import measure_million, measure_planning
+from peer_process import PeerError, PeerProcess
+from photographs import LARGE, PHOTOGRAPH, SIZE, FilesAndDirectories, write_folder, write_shards
+from rows import number_of_rounds, print_row
+from streams import READ_BYTES, TimedCall, chunk_buffer, fetch, time_interleaved
 
 import fastvgg
 from fastvgg import Transform
@@ -65,7 +65,7 @@ MIN_THREAD_SPEEDUP = 1.85
 MIN_FAST_JPEG_SPEEDUP = 3.0
 
 # The name in image_peers.py and in the results, the mode, and the target speedup.
-PEERS = (
+PEER_TARGETS = (
     ("torch", "PyTorch DataLoader", "torch", 3.5),
     ("webdataset", "WebDataset", "torch", None),
     ("tf", "tf.data", "caffe", 3.5),
@@ -75,23 +75,23 @@ PEERS = (
 )
 
 
-def rate(images, seconds):
+def image_rate(images, seconds):
     return round(images / seconds)
 
 
-def per_second(images, seconds, **others):
+def image_rates(images, seconds, **others):
     """Return images per second, ours and those of the alternatives."""
-    figures = {"images_per_second": rate(images, seconds)}
+    figures = {"images_per_second": image_rate(images, seconds)}
     for name, other_seconds in others.items():
-        figures[f"{name}_images_per_second"] = rate(images, statistics.median(other_seconds))
+        figures[f"{name}_images_per_second"] = image_rate(images, statistics.median(other_seconds))
     return figures
 
 
-def times_row(path, wanted, times, spread, **figures):
+def print_speedup_row(path, target_value, times, spread, **figures):
     """Print and return a row with a speedup."""
-    line = {"path": path, "wanted": wanted, "times": times, "spread": spread, **figures}
+    row = {"path": path, "wanted": target_value, "times": times, "spread": spread, **figures}
     print(f"{path:44s} {times:6.2f} times as fast ({spread[0]}..{spread[1]})", figures, flush=True)
-    return line
+    return row
 
 
 class Bench:
@@ -100,11 +100,11 @@ class Bench:
     def __init__(self, files, arguments):
         self.files = files
         self.arguments = arguments
-        self.photographs = folder(files.path("photos"), arguments.images, PHOTOGRAPH)
+        self.photographs = write_folder(files.path("photos"), arguments.images, PHOTOGRAPH)
         self.versions = {}
         self.missing = {}
 
-    def planned(self, photographs, *, target="ours.npy", threads=None, **options):
+    def plan(self, photographs, *, target="ours.npy", threads=None, **options):
         """Plan a run into a new file."""
         return fastvgg.plan(
             photographs.source,
@@ -124,7 +124,7 @@ class Bench:
         def check_and_remove():
             result = self.files.path("ours.npy")
             if result.exists():
-                check_rows(result, photographs.reads, SIZE, transform)
+                check_rows(result, photographs.readers, SIZE, transform)
             for name in ("ours", "plain", "fast"):
                 self.files.remove(name)
 
@@ -134,59 +134,63 @@ class Bench:
             self.files.settle(nbytes * 3 // 2)
             photographs.fetch()
 
-        seconds = time_interleaved([Part(prepare, call) for call in calls], self.arguments.rounds)
+        seconds = time_interleaved(
+            [TimedCall(prepare, call) for call in calls], self.arguments.rounds
+        )
         check_and_remove()
         return seconds
 
 
-def measured_arrays(bench, photographs, label):
+def measure_arrays(bench, photographs, label):
     """Measure float32 and uint8 arrays from a folder or from shards."""
-    images, threads = len(photographs.reads), bench.arguments.threads
+    images, threads = len(photographs.readers), bench.arguments.threads
     plain = bench.files.path("plain.npy")
 
-    plan = bench.planned(photographs, mode="caffe")
+    plan = bench.plan(photographs, mode="caffe")
     ours, limit = bench.time_interleaved(
         photographs,
         plan.write_bytes,
         Transform("caffe"),
-        lambda: bench.planned(photographs, mode="caffe").run(),
-        functools.partial(decode_and_write, photographs, plain, plan, chunk_of(plan)),
+        lambda: bench.plan(photographs, mode="caffe").run(),
+        functools.partial(decode_and_write, photographs, plain, plan, chunk_buffer(plan)),
     )
     share, spread, seconds = compare(ours, limit)
-    figures = per_second(images, seconds, limit=limit)
-    yield row(f"{label} to float32", MIN_SHARE, share, spread, **figures)
+    figures = image_rates(images, seconds, limit=limit)
+    yield print_row(f"{label} to float32", MIN_SHARE, share, spread, **figures)
 
-    plan = bench.planned(photographs, direction="pack")
-    ours, alone, written = bench.time_interleaved(
+    plan = bench.plan(photographs, direction="pack")
+    ours, decoding_only, written = bench.time_interleaved(
         photographs,
         plan.write_bytes,
         None,
-        lambda: bench.planned(photographs, direction="pack").run(),
+        lambda: bench.plan(photographs, direction="pack").run(),
         lambda: decode(photographs, threads),
-        functools.partial(decode_and_write, photographs, plain, plan, chunk_of(plan)),
+        functools.partial(decode_and_write, photographs, plain, plan, chunk_buffer(plan)),
     )
-    for against, limit, wanted in (
-        ("decoding", alone, MIN_SHARE),
+    for against, limit, target_value in (
+        ("decoding", decoding_only, MIN_SHARE),
         ("decoding, writing", written, None),
     ):
         share, spread, seconds = compare(ours, limit)
-        figures = per_second(images, seconds, limit=limit)
-        yield row(f"{label} to uint8, against {against}", wanted, share, spread, **figures)
+        figures = image_rates(images, seconds, limit=limit)
+        yield print_row(
+            f"{label} to uint8, against {against}", target_value, share, spread, **figures
+        )
 
 
-def measured_folder(bench):
-    yield from measured_arrays(bench, bench.photographs, "folder")
+def measure_folder(bench):
+    yield from measure_arrays(bench, bench.photographs, "folder")
 
 
-def measured_shards(bench):
-    with sharded(bench.files.path("shards"), bench.photographs) as photographs:
-        yield from measured_arrays(bench, photographs, "shards")
+def measure_shards(bench):
+    with write_shards(bench.files.path("shards"), bench.photographs) as photographs:
+        yield from measure_arrays(bench, photographs, "shards")
     bench.files.remove("shards")
 
 
-def measured_restoring(bench):
+def measure_restoring(bench):
     """Measure float32 to files against encoding only, and against encoding and writing files."""
-    images = len(bench.photographs.reads)
+    images = len(bench.photographs.readers)
     source, target = bench.files.path("restorable.npy"), bench.files.path("ours")
     plain = bench.files.path("plain")
     threads, memory = bench.arguments.threads, bytearray(READ_BYTES)
@@ -205,94 +209,96 @@ def measured_restoring(bench):
         fetch(source, "in memory", memory)
 
     for image_format in ENCODERS:
-        before = functools.partial(prepare, image_format)
-        planned = functools.partial(
+        prepare_format = functools.partial(prepare, image_format)
+        make_plan = functools.partial(
             fastvgg.plan, source, target, direction="restore", format=image_format, threads=threads
         )
         encoding = (pixels, image_format, threads)
         calls = (
-            lambda planned=planned: planned().run(),
+            lambda make_plan=make_plan: make_plan().run(),
             functools.partial(encode_all, *encoding),
             functools.partial(encode_and_write, *encoding, plain),
         )
-        ours, alone, written = time_interleaved(
-            [Part(before, call) for call in calls], bench.arguments.rounds
+        ours, encoding_only, written = time_interleaved(
+            [TimedCall(prepare_format, call) for call in calls], bench.arguments.rounds
         )
         check_and_remove(image_format)
-        for against, limit, wanted in (
-            ("encoding", alone, MIN_SHARE),
+        for against, limit, target_value in (
+            ("encoding", encoding_only, MIN_SHARE),
             ("encoding, writing", written, None),
         ):
             share, spread, seconds = compare(ours, limit)
-            figures = per_second(images, seconds, limit=limit)
+            figures = image_rates(images, seconds, limit=limit)
             name = f"float32 to {image_format.upper()} files, against {against}"
-            yield row(name, wanted, share, spread, **figures)
+            yield print_row(name, target_value, share, spread, **figures)
     bench.files.remove("restorable")
 
 
-def measured_threads(bench):
+def measure_threads(bench):
     """Measure the speedup of a second thread, for a run and for decoding only."""
     photographs = bench.photographs
-    images = len(photographs.reads)
+    images = len(photographs.readers)
     two, one, two_decoding, one_decoding = bench.time_interleaved(
         photographs,
-        bench.planned(photographs, mode="caffe").write_bytes,
+        bench.plan(photographs, mode="caffe").write_bytes,
         Transform("caffe"),
-        lambda: bench.planned(photographs, mode="caffe", threads=2).run(),
-        lambda: bench.planned(photographs, mode="caffe", threads=1).run(),
+        lambda: bench.plan(photographs, mode="caffe", threads=2).run(),
+        lambda: bench.plan(photographs, mode="caffe", threads=1).run(),
         lambda: decode(photographs, 2),
         lambda: decode(photographs, 1),
     )
-    for name, wanted, ours, other in (
+    for name, target_value, ours, other in (
         ("folder to float32", MIN_THREAD_SPEEDUP, two, one),
         ("decoding alone", None, two_decoding, one_decoding),
     ):
         times, spread, seconds = compare(ours, other)
-        figures = per_second(images, seconds, other=other)
-        yield times_row(f"{name}, two threads against one", wanted, times, spread, **figures)
+        figures = image_rates(images, seconds, other=other)
+        yield print_speedup_row(
+            f"{name}, two threads against one", target_value, times, spread, **figures
+        )
 
 
-def measured_fast_jpeg(bench):
+def measure_fast_jpeg(bench):
     """Measure decoding at reduced resolution against full decoding."""
     arguments = bench.arguments
-    photographs = folder(bench.files.path("large"), arguments.large_images, LARGE)
-    planned = functools.partial(bench.planned, photographs, mode="caffe")
+    photographs = write_folder(bench.files.path("large"), arguments.large_images, LARGE)
+    make_plan = functools.partial(bench.plan, photographs, mode="caffe")
 
-    def fast_run():
-        planned(target="fast.npy", fast_jpeg=True).run()
+    def run_fast():
+        make_plan(target="fast.npy", fast_jpeg=True).run()
 
     fast, full = bench.time_interleaved(
         photographs,
-        planned().write_bytes,
+        make_plan().write_bytes,
         Transform("caffe"),
-        fast_run,
-        lambda: planned().run(),
+        run_fast,
+        lambda: make_plan().run(),
     )
     times, spread, seconds = compare(fast, full)
-    figures = per_second(len(photographs.reads), seconds, other=full)
-    fast_run()
-    figures["mean_difference"] = mean_difference(bench.files.path("fast.npy"), photographs.reads)
+    figures = image_rates(len(photographs.readers), seconds, other=full)
+    run_fast()
+    figures["mean_difference"] = mean_difference(bench.files.path("fast.npy"), photographs.readers)
     name = f"fast_jpeg, {LARGE[1]}x{LARGE[0]} to {SIZE[1]}x{SIZE[0]}"
-    yield times_row(name, MIN_FAST_JPEG_SPEEDUP, times, spread, **figures)
+    yield print_speedup_row(name, MIN_FAST_JPEG_SPEEDUP, times, spread, **figures)
     bench.files.remove("large")
 
 
-def measured_peer(bench, name, label, mode, wanted):
+def measure_peer(bench, name, label, mode, target_value):
     """Measure one peer and fastvgg, interleaved, or record why it cannot be measured."""
     photographs, arguments = bench.photographs, bench.arguments
     scratch = bench.files.path("scratch")
     scratch.mkdir()
     python = arguments.peer_pythons.get(name, sys.executable)
     try:
-        with Peer(name, python, photographs, scratch, arguments.threads) as peer:
-            versions = peer.started()
+        with PeerProcess(name, python, photographs, scratch, arguments.threads) as peer:
+            versions = peer.wait_until_ready()
             ours, theirs = bench.time_interleaved(
                 photographs,
-                bench.planned(photographs, mode=mode).write_bytes,
+                bench.plan(photographs, mode=mode).write_bytes,
                 Transform(mode),
-                lambda: bench.planned(photographs, mode=mode).run(),
-                peer.epoch,
-                wait=peer.wait,
+                lambda: bench.plan(photographs, mode=mode).run(),
+                peer.run_epoch,
+                wait=peer.wait_until_idle,
             )
     except PeerError as error:
         print(f"{label}: not measured: {error}", flush=True)
@@ -302,37 +308,45 @@ def measured_peer(bench, name, label, mode, wanted):
         bench.files.remove("scratch")
     bench.versions |= versions
     times, spread, seconds = compare(ours, theirs)
-    figures = per_second(arguments.images, seconds, other=theirs)
-    yield times_row(f"{label}, {mode} mode", wanted, times, spread, **figures)
+    figures = image_rates(arguments.images, seconds, other=theirs)
+    yield print_speedup_row(f"{label}, {mode} mode", target_value, times, spread, **figures)
 
 
-def measured_peers(bench):
-    for peer in PEERS:
-        yield from measured_peer(bench, *peer)
+def measure_peers(bench):
+    for peer in PEER_TARGETS:
+        yield from measure_peer(bench, *peer)
 
 
-SHARES = {"folder": measured_folder, "shards": measured_shards, "restoring": measured_restoring}
-TIMES = {"threads": measured_threads, "fast_jpeg": measured_fast_jpeg, "peers": measured_peers}
+SHARE_MEASUREMENTS = {
+    "folder": measure_folder,
+    "shards": measure_shards,
+    "restoring": measure_restoring,
+}
+SPEEDUP_MEASUREMENTS = {
+    "threads": measure_threads,
+    "fast_jpeg": measure_fast_jpeg,
+    "peers": measure_peers,
+}
 
 
-def measured(directory, arguments):
+def measure_comparisons(directory, arguments):
     """Measure the selected comparisons, and return their record."""
-    bench = Bench(ImageFolderTarget(directory, arguments.threads), arguments)
+    bench = Bench(FilesAndDirectories(directory, arguments.threads), arguments)
     nbytes = bench.photographs.fetch()
-    lines = {
+    rows = {
         kind: [
-            line
+            row
             for name, measurement in measurements.items()
             if name in arguments.only
-            for line in measurement(bench)
+            for row in measurement(bench)
         ]
-        for kind, measurements in (("rows", SHARES), ("times", TIMES))
+        for kind, measurements in (("rows", SHARE_MEASUREMENTS), ("times", SPEEDUP_MEASUREMENTS))
     }
     missed = [
-        line["path"]
+        row["path"]
         for kind, figure in (("rows", "share"), ("times", "times"))
-        for line in lines[kind]
-        if line["wanted"] and line[figure] < line["wanted"]
+        for row in rows[kind]
+        if row["wanted"] and row[figure] < row["wanted"]
     ]
     print("below target:", ", ".join(missed) or "none")
     return {
@@ -343,11 +357,11 @@ def measured(directory, arguments):
         "large_images": arguments.large_images,
         "peers": bench.versions,
         "not_measured": bench.missing,
-        **lines,
+        **rows,
     }
 
 
-def options():
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--million", action="store_true")
@@ -359,40 +373,43 @@ def options():
         "--directory", type=Path, default=Path(), help="directory on the disk to measure"
     )
     parser.add_argument(
-        "--only", nargs="+", choices=[*SHARES, *TIMES], help="run only these parts; writes nothing"
+        "--only",
+        nargs="+",
+        choices=[*SHARE_MEASUREMENTS, *SPEEDUP_MEASUREMENTS],
+        help="run only these parts; writes nothing",
     )
     parser.add_argument(
         "--peer-python",
         action="append",
         default=[],
         metavar="PEER=PYTHON",
-        help=f"an interpreter for one of {', '.join(peer[0] for peer in PEERS)}",
+        help=f"an interpreter for one of {', '.join(peer[0] for peer in PEER_TARGETS)}",
     )
     arguments = parser.parse_args()
-    arguments.writes = not (arguments.quick or arguments.only)
-    arguments.only = arguments.only or [*SHARES, *TIMES]
+    arguments.writes_result = not (arguments.quick or arguments.only)
+    arguments.only = arguments.only or [*SHARE_MEASUREMENTS, *SPEEDUP_MEASUREMENTS]
     arguments.images = arguments.images or (QUICK_IMAGES if arguments.quick else IMAGES)
     arguments.large_images = QUICK_LARGE_IMAGES if arguments.quick else LARGE_IMAGES
     arguments.peer_pythons = dict(one.partition("=")[::2] for one in arguments.peer_python)
     for name, python in arguments.peer_pythons.items():
-        if name not in [peer[0] for peer in PEERS] or shutil.which(python) is None:
+        if name not in [peer[0] for peer in PEER_TARGETS] or shutil.which(python) is None:
             parser.error(f"--peer-python {name}={python}: no such peer, or no such program")
     return arguments
 
 
 def main():
-    arguments = options()
+    arguments = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # removes the files
-    measurement, name = measured, "images"
+    measurement, name = measure_comparisons, "images"
     if arguments.million:
-        measurement, name = million, "images_million"
+        measurement, name = measure_million, "images_million"
     elif arguments.planning:
-        measurement, name = planning, "images_planning"
+        measurement, name = measure_planning, "images_planning"
     with tempfile.TemporaryDirectory(prefix="images-", dir=arguments.directory) as directory:
         start_seconds = time.perf_counter()
         record = measurement(Path(directory).absolute(), arguments)
         print(f"{time.perf_counter() - start_seconds:.0f} s")
-    if arguments.writes:
+    if arguments.writes_result:
         RESULTS.mkdir(exist_ok=True)
         text = json.dumps({"machine": machine()} | record, indent=1) + "\n"
         (RESULTS / f"{name}.json").write_text(text)

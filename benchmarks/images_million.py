@@ -11,23 +11,23 @@ import subprocess
 import sys
 
 from image_checks import check_rows
-from photographs import SMALL, ImageFolderTarget, jpegs, shards_of, write_shard
+from photographs import SMALL, FilesAndDirectories, jpegs, shard_pattern, write_shard
 
 from fastvgg import Transform
 from fastvgg.parallel import available_cpus
 
-MILLION, QUICK_MILLION = 1_000_000, 20_000
-FEW, QUICK_FEW = 10_000, 2_000
-DIFFERENT, QUICK_DIFFERENT = 20_000, 2_000
+IMAGES, QUICK_IMAGES = 1_000_000, 20_000
+FEW_IMAGES, QUICK_FEW_IMAGES = 10_000, 2_000
+DISTINCT_IMAGES, QUICK_DISTINCT_IMAGES = 20_000, 2_000
 IMAGES_PER_SHARD, QUICK_IMAGES_PER_SHARD = 10_000, 2_000
-WARMING_IMAGES = 16
-FEW_ROUNDS = 3  # before and again after the million
+WARMUP_IMAGES = 16
+FEW_ROUNDS = 3  # before and after the million
 MAX_PEAK_MIB = 512
 MAX_RELATIVE_TIME = 1.05
 MAX_PLANNING_SECONDS = 10
 MAX_PLANNING_PEAK_MIB = 300
 PLANNING_DIRECTORIES = (1, 100)
-PLANNED = {"mode": "caffe", "dtype": "float16", "size": SMALL}
+PLAN_OPTIONS = {"mode": "caffe", "dtype": "float16", "size": SMALL}
 
 CHILD_SCRIPT = """
 import json
@@ -60,41 +60,41 @@ def run_in_child_process(*runs, options, is_run):
     """Plan, and run if `is_run`, in a new process; return the figures of the last run."""
     arguments = json.dumps((*runs, options, is_run), default=str)
     command = [sys.executable, "-c", CHILD_SCRIPT, arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{runs}: {done.stderr}")
-    return json.loads(done.stdout)
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise RuntimeError(f"{runs}: {process.stderr}")
+    return json.loads(process.stdout)
 
 
-def million_shards(directory, count, different, images_per_shard):
-    """Write shards of `count` JPEGs, `different` of them distinct; return the distinct ones."""
-    images = list(jpegs(different, SMALL))
+def write_all_shards(directory, count, distinct, images_per_shard):
+    """Write shards of `count` JPEGs, which repeat `distinct` ones; return the distinct ones."""
+    images = list(jpegs(distinct, SMALL))
     directory.mkdir()
-    write_shard(directory / "warming.tar", enumerate(images[:WARMING_IMAGES]))
+    write_shard(directory / "warmup.tar", enumerate(images[:WARMUP_IMAGES]))
     for shard in range(count // images_per_shard):
         rows = range(shard * images_per_shard, (shard + 1) * images_per_shard)
-        members = ((row, images[row % different]) for row in rows)
+        members = ((row, images[row % distinct]) for row in rows)
         write_shard(directory / f"{shard:04d}.tar", members)
     return images
 
 
-def million(directory, arguments):
+def measure_million(directory, arguments):
     """Measure a million images, end to end, against ten thousand of them."""
     quick = arguments.quick
-    count, few = (QUICK_MILLION, QUICK_FEW) if quick else (MILLION, FEW)
-    different = QUICK_DIFFERENT if quick else DIFFERENT
+    count, few_images = (QUICK_IMAGES, QUICK_FEW_IMAGES) if quick else (IMAGES, FEW_IMAGES)
+    distinct = QUICK_DISTINCT_IMAGES if quick else DISTINCT_IMAGES
     images_per_shard = QUICK_IMAGES_PER_SHARD if quick else IMAGES_PER_SHARD
-    files, shards = ImageFolderTarget(directory, arguments.threads), directory / "shards"
-    images = million_shards(shards, count, different, images_per_shard)
-    reads = [functools.partial(bytes, data) for data in images]
+    files, shards = FilesAndDirectories(directory, arguments.threads), directory / "shards"
+    images = write_all_shards(shards, count, distinct, images_per_shard)
+    readers = [functools.partial(bytes, data) for data in images]
 
-    def measured(shard_count, name, options):
-        for target in ("ours", "warmed"):
+    def measure(shard_count, name, options):
+        for target in ("ours", "warmup"):
             files.remove(target)
         os.sync()
         return run_in_child_process(
-            (shards / "warming.tar", directory / "warmed.npy"),
-            (shards_of(shards, shard_count), directory / name),
+            (shards / "warmup.tar", directory / "warmup.npy"),
+            (shard_pattern(shards, shard_count), directory / name),
             options={**options, "size": SMALL, "threads": arguments.threads},
             is_run=True,
         )
@@ -104,41 +104,47 @@ def million(directory, arguments):
         ("uint8", {"direction": "pack"}, None),
         ("float16", {"mode": "caffe", "dtype": "float16"}, Transform("caffe", dtype="float16")),
     ):
-        short = [measured(few // images_per_shard, "ours.npy", options) for _ in range(FEW_ROUNDS)]
-        long = measured(count // images_per_shard, "ours.npy", options)
-        check_rows(directory / "ours.npy", reads, SMALL, transform)
-        short += [measured(few // images_per_shard, "ours.npy", options) for _ in range(FEW_ROUNDS)]
-        rows.append(million_row(label, long, short))
+        few_results = [
+            measure(few_images // images_per_shard, "ours.npy", options) for _ in range(FEW_ROUNDS)
+        ]
+        many_result = measure(count // images_per_shard, "ours.npy", options)
+        check_rows(directory / "ours.npy", readers, SMALL, transform)
+        few_results += [
+            measure(few_images // images_per_shard, "ours.npy", options) for _ in range(FEW_ROUNDS)
+        ]
+        rows.append(print_row(label, many_result, few_results))
     return {
         "threads": arguments.threads,
         "images": count,
-        "different": different,
-        "kilobytes_of_a_file": round(sum(map(len, images)) / different / 1e3, 2),
+        "different": distinct,
+        "kilobytes_of_a_file": round(sum(map(len, images)) / distinct / 1e3, 2),
         "rows": rows,
     }
 
 
-def million_row(label, long, short):
+def print_row(label, many_result, few_results):
     """Print and return a row with the cost of many images relative to few."""
-    each = statistics.median(one["seconds"] / one["images"] for one in short)
-    line = {
+    few_seconds_per_image = statistics.median(one["seconds"] / one["images"] for one in few_results)
+    row = {
         "path": f"shards of {SMALL[1]}x{SMALL[0]} JPEGs to {label}",
         "wanted_peak_mib": MAX_PEAK_MIB,
         "wanted_time": MAX_RELATIVE_TIME,
-        **long,
-        "images_per_second": round(long["images"] / long["seconds"]),
-        "few_images": short[0]["images"],
-        "few_images_per_second": round(1 / each),
-        "few_peak_mib": max(one["peak_mib"] for one in short),
-        "time_of_an_image": round(long["seconds"] / long["images"] / each, 3),
+        **many_result,
+        "images_per_second": round(many_result["images"] / many_result["seconds"]),
+        "few_images": few_results[0]["images"],
+        "few_images_per_second": round(1 / few_seconds_per_image),
+        "few_peak_mib": max(one["peak_mib"] for one in few_results),
+        "time_of_an_image": round(
+            many_result["seconds"] / many_result["images"] / few_seconds_per_image, 3
+        ),
     }
-    print(line, flush=True)
-    missed = line["peak_mib"] > MAX_PEAK_MIB or line["time_of_an_image"] > MAX_RELATIVE_TIME
-    print(f"{line['path']}: {'missed' if missed else 'met'} the target")
-    return line
+    print(row, flush=True)
+    missed = row["peak_mib"] > MAX_PEAK_MIB or row["time_of_an_image"] > MAX_RELATIVE_TIME
+    print(f"{row['path']}: {'missed' if missed else 'met'} the target")
+    return row
 
 
-def many_files(directory, count, directories):
+def create_files(directory, count, directories):
     """Create a folder of sparse files and one JPEG.
 
     The JPEG is the largest, because planning opens the largest file.
@@ -156,21 +162,23 @@ def many_files(directory, count, directories):
         os.close(file)
 
 
-def planning(directory, arguments):
+def measure_planning(directory, arguments):
     """Measure planning only, for folders of a million files whose inodes are cached."""
-    count = QUICK_MILLION if arguments.quick else MILLION
+    count = QUICK_IMAGES if arguments.quick else IMAGES
     rows = []
     for directories in PLANNING_DIRECTORIES:
         source = directory / f"photos_{directories}"
-        many_files(source, count, directories)
+        create_files(source, count, directories)
         os.sync()
         figures = [
-            run_in_child_process((source, directory / "ours.npy"), options=PLANNED, is_run=False)
+            run_in_child_process(
+                (source, directory / "ours.npy"), options=PLAN_OPTIONS, is_run=False
+            )
             for _ in range(arguments.rounds + 1)
         ][1:]
         shutil.rmtree(source)
         seconds = sorted(one["planning_seconds"] for one in figures)
-        line = {
+        row = {
             "path": f"folder, directories: {directories}",
             "files": count,
             "wanted_seconds": MAX_PLANNING_SECONDS,
@@ -179,8 +187,8 @@ def planning(directory, arguments):
             "least_and_most_seconds": (round(seconds[0], 2), round(seconds[-1], 2)),
             "peak_mib": max(one["peak_mib"] for one in figures),
         }
-        print(line, flush=True)
-        missed = line["seconds"] > MAX_PLANNING_SECONDS or line["peak_mib"] > MAX_PLANNING_PEAK_MIB
-        print(f"{line['path']}: {'missed' if missed else 'met'} the target")
-        rows.append(line)
+        print(row, flush=True)
+        missed = row["seconds"] > MAX_PLANNING_SECONDS or row["peak_mib"] > MAX_PLANNING_PEAK_MIB
+        print(f"{row['path']}: {'missed' if missed else 'met'} the target")
+        rows.append(row)
     return {"threads": available_cpus(), "rounds": arguments.rounds, "rows": rows}

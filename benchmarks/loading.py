@@ -27,8 +27,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from rows import number_of_rounds, row
-from streams import READ_BYTES, Files, Part, fetch, time_interleaved
+from rows import number_of_rounds, print_row
+from streams import READ_BYTES, Files, TimedCall, fetch, time_interleaved
 
 import fastvgg
 from fastvgg import Transform, engine, oracle
@@ -39,8 +39,8 @@ from fastvgg.parallel import available_cpus
 RESULT = Path(__file__).parent / "results" / "loading.json"
 IMAGES, QUICK_IMAGES = 8192, 1024
 BATCH = 256
-RING = 3
-RING_BYTES = RING * BATCH * HEIGHT * WIDTH * 3 * np.dtype(np.float32).itemsize
+RING_BUFFERS = 3
+RING_BYTES = RING_BUFFERS * BATCH * HEIGHT * WIDTH * 3 * np.dtype(np.float32).itemsize
 WORKERS = 2
 TRANSFORM = Transform("torch", out_layout="NCHW")
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
@@ -71,10 +71,10 @@ def check(path):
     x = np.load(path, mmap_mode="r")
     for shuffle in (False, True):
         for images, rows in fastvgg.batches(path, BATCH, transform=TRANSFORM, shuffle=shuffle):
-            for at in (0, len(rows) // 2, len(rows) - 1):
-                expected = oracle.apply(TRANSFORM, x[rows[at]])
-                if images[at].tobytes() != expected.tobytes():
-                    raise RuntimeError(f"row {rows[at]} differs from the oracle")
+            for index in (0, len(rows) // 2, len(rows) - 1):
+                expected = oracle.apply(TRANSFORM, x[rows[index]])
+                if images[index].tobytes() != expected.tobytes():
+                    raise RuntimeError(f"row {rows[index]} differs from the oracle")
 
 
 def data_loaders(path, workers):
@@ -115,13 +115,13 @@ def data_loaders(path, workers):
     }
 
 
-def measured_shares(files, arguments, path, x):
+def measure_shares(files, arguments, path, x):
     """Measure batches in order, and shuffled, against the kernel only."""
     memory = bytearray(READ_BYTES)
-    ring = [np.zeros((BATCH, 3, HEIGHT, WIDTH), np.float32) for _ in range(RING)]
+    ring = [np.zeros((BATCH, 3, HEIGHT, WIDTH), np.float32) for _ in range(RING_BUFFERS)]
     threads = arguments.threads
 
-    def before():
+    def prepare():
         files.settle(RING_BYTES)
         fetch(path, "in memory", memory)
 
@@ -130,32 +130,34 @@ def measured_shares(files, arguments, path, x):
         functools.partial(drain, fastvgg_batches(path, threads, shuffle=True)),
         functools.partial(run_kernel_only, x, ring, threads),
     )
-    *ours, limit = time_interleaved([Part(before, call) for call in calls], arguments.rounds)
+    *ours, limit = time_interleaved([TimedCall(prepare, call) for call in calls], arguments.rounds)
     for name, seconds in zip(("in order", "shuffled"), ours, strict=True):
         share, spread, median_seconds = compare(seconds, limit)
         figures = {
             "images_per_second": round(len(x) / median_seconds),
             "limit_images_per_second": round(len(x) / statistics.median(limit)),
         }
-        wanted = MIN_SHARE if name == "in order" else None
-        yield row(f"batches of uint8 to float32 NCHW, {name}", wanted, share, spread, **figures)
+        target_value = MIN_SHARE if name == "in order" else None
+        yield print_row(
+            f"batches of uint8 to float32 NCHW, {name}", target_value, share, spread, **figures
+        )
 
 
-def measured_loaders(files, arguments, path, images):
+def measure_loaders(files, arguments, path, images):
     """Measure batches against PyTorch's loaders."""
     memory = bytearray(READ_BYTES)
 
-    def before():
+    def prepare():
         files.settle(RING_BYTES)
         fetch(path, "in memory", memory)
 
     loaders = data_loaders(path, WORKERS)
     calls = [functools.partial(drain, loader) for loader in loaders.values()]
     calls.append(functools.partial(drain, fastvgg_batches(path, arguments.threads)))
-    *theirs, ours = time_interleaved([Part(before, call) for call in calls], arguments.rounds)
+    *theirs, ours = time_interleaved([TimedCall(prepare, call) for call in calls], arguments.rounds)
     for name, seconds in zip(loaders, theirs, strict=True):
         times, spread, median_seconds = compare(ours, seconds)
-        line = {
+        row = {
             "path": f"PyTorch DataLoader, {name}",
             "wanted": MIN_LOADER_SPEEDUP,
             "times": times,
@@ -163,8 +165,8 @@ def measured_loaders(files, arguments, path, images):
             "images_per_second": round(images / median_seconds),
             "other_images_per_second": round(images / statistics.median(seconds)),
         }
-        print(f"{line['path']:44s} {times:6.2f} times as fast ({spread[0]}..{spread[1]})", line)
-        yield line
+        print(f"{row['path']:44s} {times:6.2f} times as fast ({spread[0]}..{spread[1]})", row)
+        yield row
 
 
 def main():
@@ -181,7 +183,7 @@ def main():
         path = files.array("images.npy", count, "uint8")
         x = np.load(path)
         check(path)
-        rows = list(measured_shares(files, arguments, path, x))
+        rows = list(measure_shares(files, arguments, path, x))
         times, versions = [], {}
         try:
             import torch
@@ -189,7 +191,7 @@ def main():
             print(f"PyTorch is not measured: {error}")
         else:
             versions["torch"] = torch.__version__
-            times = list(measured_loaders(files, arguments, path, count))
+            times = list(measure_loaders(files, arguments, path, count))
     if not arguments.quick:
         record = {"machine": machine(), "threads": arguments.threads, "rounds": arguments.rounds}
         record |= {"images": count, "batch": BATCH, "peers": versions}

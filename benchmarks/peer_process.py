@@ -1,4 +1,4 @@
-"""A peer of images.py in a separate process."""
+"""Run a peer of images.py in a separate process."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class PeerError(Exception):
     """A peer cannot be measured."""
 
 
-class Peer:
+class PeerProcess:
     """A peer in a separate process that runs an epoch on request."""
 
     def __init__(self, name, python, photographs, scratch, threads):
-        self.images = len(photographs.reads)
+        self.images = len(photographs.readers)
         self._busy = False
         self._log = (scratch / "log").open("w+", encoding="utf-8")
         self._process = subprocess.Popen(
@@ -40,14 +40,14 @@ class Peer:
         self._process.stdout.close()
         self._log.close()
 
-    def started(self):
+    def wait_until_ready(self):
         """Wait until the peer is ready, and return the versions of its packages."""
         reply = self._reply()
         if "missing" in reply:
             raise PeerError(reply["missing"])
         return reply["versions"]
 
-    def epoch(self):
+    def run_epoch(self):
         """Make the peer produce all of its batches."""
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write("\n")
@@ -56,7 +56,7 @@ class Peer:
         if images != self.images:
             raise PeerError(f"it produced {images} of {self.images} images")
 
-    def wait(self):
+    def wait_until_idle(self):
         """Wait until the peer has released the memory of an epoch."""
         if self._busy:
             self._reply()

@@ -42,12 +42,12 @@ class Photographs(NamedTuple):
 
     source: Path
     """The source path for fastvgg."""
-    reads: list[Callable[[], bytes]]
+    readers: list[Callable[[], bytes]]
     shape: tuple[int, int]
 
     def fetch(self):
         """Load all files into the page cache; return their total size."""
-        return sum(len(read()) for read in self.reads)
+        return sum(len(read()) for read in self.readers)
 
 
 def originals():
@@ -56,7 +56,7 @@ def originals():
     return [np.asarray(Image.open(directory / name).convert("RGB")) for name in ORIGINALS]
 
 
-def cropped(photographs, index, shape):
+def random_crop(photographs, index, shape):
     """Return a random crop of a photograph, resized; `index` is the seed."""
     random = np.random.default_rng((SEED, index))
     original = photographs[random.integers(len(photographs))]
@@ -72,15 +72,15 @@ def cropped(photographs, index, shape):
     return np.asarray(resized)
 
 
-def tiled(photographs, index):
+def tile_crops(photographs, index):
     """Return a large photograph: a grid of smaller ones."""
     shape = LARGE[0] // TILES, LARGE[1] // TILES
     first = index * TILES**2
-    tiles = [cropped(photographs, first + tile, shape) for tile in range(TILES**2)]
+    tiles = [random_crop(photographs, first + tile, shape) for tile in range(TILES**2)]
     return np.vstack([np.hstack(tiles[row::TILES]) for row in range(TILES)])
 
 
-def encoded(pixels):
+def encode_jpeg(pixels):
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, "jpeg", quality=QUALITY)
     return data.getvalue()
@@ -90,13 +90,13 @@ def jpegs(count, shape):
     """Yield `count` different JPEGs of a height and width."""
     photographs = originals()
 
-    def one(index):
+    def create(index):
         if shape == LARGE:
-            return encoded(tiled(photographs, index))
-        return encoded(cropped(photographs, index, shape))
+            return encode_jpeg(tile_crops(photographs, index))
+        return encode_jpeg(random_crop(photographs, index, shape))
 
     with ThreadPoolExecutor(available_cpus()) as pool:
-        yield from pool.map(one, range(count))
+        yield from pool.map(create, range(count))
 
 
 def read_file(path, nbytes):
@@ -108,15 +108,15 @@ def read_file(path, nbytes):
         os.close(file)
 
 
-def folder(path, count, shape):
+def write_folder(path, count, shape):
     """Write photographs into class folders; rows are sorted by name."""
-    reads = []
+    readers = []
     for index, data in enumerate(jpegs(count, shape)):
         file = path / f"class_{index * CLASSES // count:02d}" / f"{index:07d}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
-        reads.append(functools.partial(read_file, str(file), len(data)))
-    return Photographs(path, reads, shape)
+        readers.append(functools.partial(read_file, str(file), len(data)))
+    return Photographs(path, readers, shape)
 
 
 def write_shard(path, members):
@@ -136,35 +136,35 @@ def write_shard(path, members):
     return offsets
 
 
-def shards_of(directory, count):
+def shard_pattern(directory, count):
     """Return the source path of `count` shards in a directory."""
     return directory / f"{{0000..{count - 1:04d}}}.tar"
 
 
 @contextlib.contextmanager
-def sharded(path, photographs):
+def write_shards(path, photographs):
     """Write the same photographs into shards, which stay open."""
     path.mkdir()
-    files, reads = [], []
-    count = len(photographs.reads)
+    files, readers = [], []
+    count = len(photographs.readers)
     try:
         for shard in range(SHARDS):
             rows = range(count * shard // SHARDS, count * (shard + 1) // SHARDS)
-            members = [(row, photographs.reads[row]()) for row in rows]
+            members = [(row, photographs.readers[row]()) for row in rows]
             name = path / f"{shard:04d}.tar"
             offsets = write_shard(name, members)
             files.append(os.open(name, os.O_RDONLY))
-            reads += [
+            readers += [
                 functools.partial(os.pread, files[-1], len(data), offset)
                 for (_, data), offset in zip(members, offsets, strict=True)
             ]
-        yield Photographs(shards_of(path, SHARDS), reads, photographs.shape)
+        yield Photographs(shard_pattern(path, SHARDS), readers, photographs.shape)
     finally:
         for file in files:
             os.close(file)
 
 
-class ImageFolderTarget(Files):
+class FilesAndDirectories(Files):
     """The files of a measurement, including directories."""
 
     def remove(self, name):

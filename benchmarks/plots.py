@@ -80,13 +80,13 @@ def draw_seconds(ax, positions, rows):
 
 def draw_seconds_per_gigabyte(ax, positions, rows, in_memory):
     """Draw the seconds per gigabyte of the result, to disk and in memory."""
-    for measured, label, color in (
+    for measured_rows, label, color in (
         (rows, "to the disk", OURS),
         (in_memory, "in memory", IN_MEMORY),
     ):
-        if measured:
-            units = [row["written_bytes"] / 1e9 for row in measured]
-            draw_with_limit(ax, positions, measured, units, label, color)
+        if measured_rows:
+            units = [row["written_bytes"] / 1e9 for row in measured_rows]
+            draw_with_limit(ax, positions, measured_rows, units, label, color)
     if in_memory:
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -119,9 +119,7 @@ def draw_memory(ax, positions, rows):
     ax.plot(positions, planned, color=OURS, linestyle="--", label="planned")
     ax.plot(positions, used, color=OURS, marker="o", markersize=4, label="used at most")
     above = [
-        (at, peak)
-        for at, peak, promise in zip(positions, used, planned, strict=True)
-        if peak > promise
+        (at, peak) for at, peak, plan in zip(positions, used, planned, strict=True) if peak > plan
     ]
     if above:
         ax.plot(*zip(*above, strict=True), "X", color=ABOVE, markersize=8, label="above the plan")

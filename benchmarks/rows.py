@@ -16,8 +16,8 @@ def number_of_rounds(text):
     return int(text)
 
 
-def row(path, wanted, share, spread, **figures):
+def print_row(path, target_value, share, spread, **figures):
     """Print and return a row of the result."""
-    line = {"path": path, "wanted": wanted, "share": share, "spread": spread, **figures}
+    row = {"path": path, "wanted": target_value, "share": share, "spread": spread, **figures}
     print(f"{path:36s} {share:6.3f} of the limit ({spread[0]}..{spread[1]})", figures, flush=True)
-    return line
+    return row

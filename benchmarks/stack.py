@@ -57,17 +57,17 @@ def caller_of(kernel):
     return call
 
 
-def measured(path, offsets):
+def measure(path, offsets):
     """Return the minimum seconds over all rounds of a kernel at each stack offset."""
-    one, result = example(path.transform, path.dtype)
-    x = np.stack([one] * IMAGES)
+    example_image, result = example(path.transform, path.dtype)
+    x = np.stack([example_image] * IMAGES)
     memory = np.zeros(IMAGES * result.nbytes + 64, np.uint8)
     start = memory.ctypes.data + -memory.ctypes.data % 64
     spec = KernelSpec.of(path.transform, path.dtype, nontemporal=True, has_aligned_planes=True)
     table = constant_table(path.transform.mode, spec)
     call = caller_of(convert.compile_kernel(spec))
-    pixels = one.size // 3
-    sizes = (one.nbytes, one.nbytes // 3, result.nbytes, result.nbytes // 3)
+    pixels = example_image.size // 3
+    sizes = (example_image.nbytes, example_image.nbytes // 3, result.nbytes, result.nbytes // 3)
     seconds = [[] for _ in offsets]
     for _ in range(ROUNDS):
         for offset, durations in zip(offsets, seconds, strict=True):
@@ -85,7 +85,7 @@ def main():
     paths = [path for path in COMMON_PATHS if path.out == "used"][:: 3 if quick else 1]
     rows = []
     for path in paths:
-        seconds = measured(path, offsets)
+        seconds = measure(path, offsets)
         ratio = max(seconds) / statistics.median(seconds)
         print(
             f"{path.name:36s} slowest of {len(offsets)} offsets / median: {ratio:.2f}", flush=True

@@ -40,7 +40,7 @@ import fastvgg
 fastvgg.preprocess(x, "caffe", backend="numba")
 print(time.perf_counter() - start_seconds)
 """
-CALLS = """
+REPEATED_CALLS = """
 import sys, time
 import numpy as np
 x = np.zeros((1, 224, 224, 3), np.uint8)
@@ -51,7 +51,7 @@ for _ in range({calls}):
 print(time.perf_counter() - start_seconds)
 assert {calls} > 1 or "numba" not in sys.modules
 """
-IMPORT = """
+TIMED_IMPORT = """
 import time
 start_seconds = time.perf_counter()
 import {name}
@@ -62,15 +62,19 @@ PROGRAMS = {
     "fastvgg --help": ["fastvgg", "--help"],
     "process that imports numpy": ["python", "-c", "import numpy"],
     "process that imports fastvgg": ["python", "-c", "import fastvgg"],
-    "import typer": ["python", "-c", IMPORT.format(name="typer")],
-    "import numpy": ["python", "-c", IMPORT.format(name="numpy")],
-    "import fastvgg": ["python", "-c", IMPORT.format(name="fastvgg")],
-    "import numba": ["python", "-c", IMPORT.format(name="numba")],
+    "import typer": ["python", "-c", TIMED_IMPORT.format(name="typer")],
+    "import numpy": ["python", "-c", TIMED_IMPORT.format(name="numpy")],
+    "import fastvgg": ["python", "-c", TIMED_IMPORT.format(name="fastvgg")],
+    "import numba": ["python", "-c", TIMED_IMPORT.format(name="numba")],
     "first compiled call above import numba": ["python", "-c", FIRST_CALL],
-    "one image above import numpy": ["python", "-c", CALLS.format(calls=1, backend="auto")],
+    "one image above import numpy": [
+        "python",
+        "-c",
+        REPEATED_CALLS.format(calls=1, backend="auto"),
+    ],
     **{
         f"a thousand images one by one, {backend}": [
-            *("python", "-c", CALLS.format(calls=1000, backend=backend))
+            *("python", "-c", REPEATED_CALLS.format(calls=1000, backend=backend))
         ]
         for backend in ("auto", "numpy", "numba")
     },
@@ -89,7 +93,7 @@ MAX_SECONDS = {
 MAX_PACKAGES = 18
 
 
-def installed(directory):
+def install(directory):
     """Install fastvgg; return the bin directory, the number of packages and their size."""
     venv.create(directory, with_pip=True)
     programs = directory / "bin"
@@ -110,11 +114,11 @@ def seconds_of(programs, command):
     """Return the seconds that a program prints, or those of its process."""
     name, *arguments = command
     start_seconds = time.perf_counter()
-    done = subprocess.run(
+    process = subprocess.run(
         [programs / name, *arguments], cwd=programs, capture_output=True, text=True, check=True
     )
     process_seconds = time.perf_counter() - start_seconds
-    return float(done.stdout) if "print" in arguments[-1] else process_seconds
+    return float(process.stdout) if "print" in arguments[-1] else process_seconds
 
 
 def time_interleaved(programs, rounds):
@@ -128,13 +132,13 @@ def time_interleaved(programs, rounds):
     return durations
 
 
-def row(name, values, wanted):
+def print_row(name, values, target_value):
     """Print and return a row of the result."""
     low, median, high = statistics.quantiles(values, n=4)
-    line = {"what": name, "median": round(median, 4), "wanted": wanted}
-    line["middle_half"] = [round(low, 4), round(high, 4)]
+    row = {"what": name, "median": round(median, 4), "wanted": target_value}
+    row["middle_half"] = [round(low, 4), round(high, 4)]
     print(f"{name:60s} {median:7.3f} ({low:.3f} to {high:.3f})", flush=True)
-    return line
+    return row
 
 
 def main():
@@ -144,23 +148,23 @@ def main():
     arguments = parser.parse_args()
     rounds = 5 if arguments.quick else arguments.rounds
     with tempfile.TemporaryDirectory(prefix="fastvgg-startup-") as directory:
-        programs, packages, size = installed(Path(directory))
+        programs, packages, size = install(Path(directory))
         durations = time_interleaved(programs, rounds)
-    seconds = [row(name, durations[name], MAX_SECONDS.get(name)) for name in PROGRAMS]
+    seconds = [print_row(name, durations[name], MAX_SECONDS.get(name)) for name in PROGRAMS]
     ratios = [
-        row(
+        print_row(
             f"{ours} / {' or '.join(theirs)}",
             [
                 a / min(b)
                 for a, *b in zip(durations[ours], *map(durations.get, theirs), strict=True)
             ],
-            wanted,
+            target_value,
         )
-        for ours, theirs, wanted in RATIOS
+        for ours, theirs, target_value in RATIOS
     ]
     print(f"{packages} packages, {size / 2**20:.0f} MiB")
-    rows = [line for line in seconds + ratios if line["wanted"]]
-    missed = [line["what"] for line in rows if line["median"] > line["wanted"]]
+    rows = [row for row in seconds + ratios if row["wanted"]]
+    missed = [row["what"] for row in rows if row["median"] > row["wanted"]]
     missed += ["packages"] if packages > MAX_PACKAGES else []
     print("above target:", ", ".join(missed) or "none")
     if not arguments.quick:

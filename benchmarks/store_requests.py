@@ -17,7 +17,7 @@ from pathlib import Path
 
 from arrays import batch
 from distributed import Client, LocalCluster
-from formats import INNER_CHUNK_IMAGES, SHARD_IMAGES, sharded
+from formats import INNER_CHUNK_IMAGES, SHARD_IMAGES, create_sharded
 
 import fastvgg
 from fastvgg.bench.timing import machine
@@ -32,31 +32,31 @@ CHUNKS = (4, 12)  # of the source
 WORKERS = 2
 
 
-def kind_of(method, path):
+def request_kind(method, path):
     """Return the kind of a request in the store's price list."""
     return "LIST" if method == "GET" and path.strip("/") == BUCKET else method
 
 
-def requests_of(s3, client, chunks, dtype):
+def count_requests(s3, client, chunks, dtype):
     """Run a plan of `chunks` chunks; return its requests by kind, and the plan."""
     source, target = (f"s3://{BUCKET}/{chunks}-{name}.zarr" for name in (f"to-{dtype}", dtype))
     images = chunks * SHARD_IMAGES
     shard = batch(SHARD_IMAGES, "NHWC", "uint8")
-    packed = sharded(source, images, "uint8", SHARD_IMAGES, INNER_CHUNK_IMAGES)
+    source_array = create_sharded(source, images, "uint8", SHARD_IMAGES, INNER_CHUNK_IMAGES)
     for start in range(0, images, SHARD_IMAGES):
-        packed[start : start + SHARD_IMAGES] = shard
+        source_array[start : start + SHARD_IMAGES] = shard
     plan = fastvgg.plan(source, target, mode="caffe", dtype=dtype)
     requests_before = len(s3.requests)
     plan.run(client=client)
-    requests = collections.Counter(itertools.starmap(kind_of, s3.requests[requests_before:]))
+    requests = collections.Counter(itertools.starmap(request_kind, s3.requests[requests_before:]))
     requests["chunks"] = plan.chunks
     return requests, plan
 
 
-def measured(s3, client, dtype):
+def measure(s3, client, dtype):
     """Measure the requests per chunk."""
-    few, _ = requests_of(s3, client, min(CHUNKS), dtype)
-    many, plan = requests_of(s3, client, max(CHUNKS), dtype)
+    few, _ = count_requests(s3, client, min(CHUNKS), dtype)
+    many, plan = count_requests(s3, client, max(CHUNKS), dtype)
     additional = many - few
     chunks = additional.pop("chunks")
     return {
@@ -70,7 +70,7 @@ def measured(s3, client, dtype):
 def main():
     options = {"n_workers": WORKERS, "threads_per_worker": 1, "dashboard_address": ":0"}
     with serve_s3() as s3, LocalCluster(**options) as cluster, Client(cluster) as client:
-        rows = [measured(s3, client, dtype) for dtype in DTYPES]
+        rows = [measure(s3, client, dtype) for dtype in DTYPES]
     for row in rows:
         print(row)
     record = {"machine": machine(), "threads": WORKERS, "rows": rows}

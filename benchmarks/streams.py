@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from arrays import batch
-from rows import number_of_rounds, row
+from rows import number_of_rounds, print_row
 
 import fastvgg
 from fastvgg.bench.io import read_file
@@ -116,7 +116,7 @@ print(json.dumps({name: round(figure, 1) for name, figure in figures.items()}))
 """
 
 
-class Part(NamedTuple):
+class TimedCall(NamedTuple):
     """A timed call and its preparation."""
 
     prepare: Callable[[], object]
@@ -141,13 +141,13 @@ def stolen_seconds():
     return int(fields[8]) / os.sysconf("SC_CLK_TCK")
 
 
-def time_interleaved(parts, rounds):
-    """Return the seconds of every part in every round but the first, which is a warm-up."""
-    seconds = [[] for _ in parts]
+def time_interleaved(timed_calls, rounds):
+    """Return the seconds of every call in every round but the first, which is a warm-up."""
+    seconds = [[] for _ in timed_calls]
     for number in range(rounds + 1):
-        order = list(zip(parts, seconds, strict=True))
-        for part, durations in order if number % 2 else reversed(order):
-            durations.append(part.seconds())
+        order = list(zip(timed_calls, seconds, strict=True))
+        for timed_call, durations in order if number % 2 else reversed(order):
+            durations.append(timed_call.seconds())
     return [durations[1:] for durations in seconds]
 
 
@@ -187,12 +187,12 @@ class Files:
         return self.path(name)
 
 
-def bytes_of_image(dtype):
+def image_bytes(dtype):
     return HEIGHT * WIDTH * 3 * np.dtype(dtype).itemsize
 
 
-def fetch(path, source_is, memory):
-    """Evict a file from the page cache; if `source_is` "in memory", read it back.
+def fetch(path, cache_state, memory):
+    """Evict a file from the page cache; if `cache_state` is "in memory", read it back.
 
     Eviction also helps files that are read back: writes to pages that were faulted in one by one,
     through a memory map, are half as fast as to pages that were read in large blocks.
@@ -203,7 +203,7 @@ def fetch(path, source_is, memory):
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(file)
-    if source_is == "in memory":
+    if cache_state == "in memory":
         read_file(path, memory)
 
 
@@ -214,14 +214,14 @@ def write(file, data, offset):
 
 
 def split_buffer(nbytes, buffer):
-    """Yield the offset of each chunk and its part of the buffer, for `nbytes` in whole pages."""
+    """Yield the offset and the data of each chunk, for the whole pages among `nbytes`."""
     nbytes -= nbytes % mmap.PAGESIZE
     for offset in range(0, nbytes, len(buffer)):
         yield offset, buffer[: nbytes - offset]
 
 
 @contextlib.contextmanager
-def published(path, nbytes):
+def publish(path, nbytes):
     """Open a new file with reserved space for direct I/O; rename and sync it at the end, as a run.
 
     Direct I/O requires whole, aligned pages.
@@ -243,7 +243,7 @@ def published(path, nbytes):
 
 def write_new(path, nbytes, buffer):
     """Write a new file from one buffer, chunk by chunk."""
-    with published(path, nbytes) as file:
+    with publish(path, nbytes) as file:
         for offset, data in split_buffer(nbytes, buffer):
             write(file, data, offset)
             os.fsync(file)
@@ -265,7 +265,7 @@ def write_twice(path, scratch_path, nbytes, buffer):
         os.close(scratch)
 
 
-def chunk_of(plan):
+def chunk_buffer(plan):
     """Return a buffer of the size of a plan's chunk, in whole pages."""
     nbytes = plan.chunk_images * plan.result.image_bytes
     memory = mmap.mmap(-1, nbytes - nbytes % mmap.PAGESIZE)
@@ -283,56 +283,56 @@ def throughput(nbytes, seconds, **limits):
     return figures
 
 
-def measured_new(files, arguments):
+def measure_new(files, arguments):
     """Measure a new file, from a source in the page cache and from one on disk."""
-    images = arguments.bytes // bytes_of_image("float32")
+    images = arguments.bytes // image_bytes("float32")
     source = files.array("source.npy", images, "uint8")
-    planned = functools.partial(
+    make_plan = functools.partial(
         fastvgg.plan, source, files.path("ours.npy"), mode="caffe", threads=arguments.threads
     )
-    plan = planned()
-    nbytes, buffer = plan.write_bytes, chunk_of(plan)
+    plan = make_plan()
+    nbytes, buffer = plan.write_bytes, chunk_buffer(plan)
     memory = bytearray(READ_BYTES)
 
-    def prepare(source_is):
+    def prepare(cache_state):
         files.remove("ours.npy")
         files.remove("plain.npy")
         files.settle(nbytes * 3 // 2)
-        fetch(source, source_is, memory)
+        fetch(source, cache_state, memory)
 
-    def time_against_writing(source_is, *others):
-        before = functools.partial(prepare, source_is)
+    def time_against_writing(cache_state, *others):
+        prepare_call = functools.partial(prepare, cache_state)
         calls = (
-            lambda: planned().run(),
+            lambda: make_plan().run(),
             lambda: write_new(files.path("plain.npy"), nbytes, buffer),
             *others,
         )
-        return time_interleaved([Part(before, call) for call in calls], arguments.rounds)
+        return time_interleaved([TimedCall(prepare_call, call) for call in calls], arguments.rounds)
 
     ours, written = time_against_writing("in memory")
     share, spread, seconds = compare(ours, written)
     figures = throughput(nbytes, seconds, writing=(nbytes, written))
-    yield row("uint8 to float32, source in memory", MIN_SHARE, share, spread, **figures)
+    yield print_row("uint8 to float32, source in memory", MIN_SHARE, share, spread, **figures)
 
     ours, written, read = time_against_writing("on disk", lambda: read_file(source, memory))
     share, spread, seconds = compare(ours, [max(pair) for pair in zip(written, read, strict=True)])
     limits = {"writing": (nbytes, written), "reading": (source.stat().st_size, read)}
     figures = throughput(nbytes, seconds, **limits)
-    yield row("uint8 to float32, source on disk", MIN_SHARE, share, spread, **figures)
+    yield print_row("uint8 to float32, source on disk", MIN_SHARE, share, spread, **figures)
     for name in ("source.npy", "ours.npy", "plain.npy"):
         files.remove(name)
 
 
-def measured_in_place(files, arguments):
+def measure_in_place(files, arguments):
     """Measure in-place runs in alternating directions, and the verification of their result."""
-    images = arguments.bytes // bytes_of_image("float32")
+    images = arguments.bytes // image_bytes("float32")
     ours_path = files.array("ours.npy", images, "float32")
     plain_path = files.array("plain.npy", images, "float32")
-    planned = functools.partial(
+    make_plan = functools.partial(
         fastvgg.plan, ours_path, in_place=True, mode="caffe", threads=arguments.threads
     )
-    plan = planned()
-    nbytes, buffer = plan.write_bytes, chunk_of(plan)
+    plan = make_plan()
+    nbytes, buffer = plan.write_bytes, chunk_buffer(plan)
     scratch_bytes, memory = SLOTS * len(buffer), bytearray(READ_BYTES)
 
     def prepare(path):
@@ -344,73 +344,75 @@ def measured_in_place(files, arguments):
         fetch(path, "in memory", memory)
 
     directions = itertools.cycle(("preprocess", "restore"))
-    ours, twice = time_interleaved(
+    ours, written_twice = time_interleaved(
         (
-            Part(lambda: prepare(ours_path), lambda: planned(direction=next(directions)).run()),
-            Part(
+            TimedCall(
+                lambda: prepare(ours_path), lambda: make_plan(direction=next(directions)).run()
+            ),
+            TimedCall(
                 lambda: prepare(plain_path),
                 lambda: write_twice(plain_path, files.path("scratch"), nbytes, buffer),
             ),
         ),
         2 * arguments.rounds,
     )
-    share, spread, seconds = compare(ours, twice)
-    figures = throughput(nbytes, seconds, writing_twice=(nbytes, twice))
-    yield row("float32 in place, there and back", MIN_SHARE, share, spread, **figures)
+    share, spread, seconds = compare(ours, written_twice)
+    figures = throughput(nbytes, seconds, writing_twice=(nbytes, written_twice))
+    yield print_row("float32 in place, there and back", MIN_SHARE, share, spread, **figures)
     files.remove("plain.npy")
     files.remove("scratch")
-    yield from measured_verification(files, arguments, ours_path)
+    yield from measure_verification(files, arguments, ours_path)
     files.remove("ours.npy")
 
 
-def measured_verification(files, arguments, path):
+def measure_verification(files, arguments, path):
     """Measure verifying the checksums of a file that was changed in place."""
     nbytes, memory = path.stat().st_size, bytearray(READ_BYTES)
 
-    def prepare(file_is):
+    def prepare(cache_state):
         files.settle(nbytes * 5 // 4)
-        fetch(path, file_is, memory)
+        fetch(path, cache_state, memory)
 
-    for file_is in ("in memory", "on disk"):
-        before = functools.partial(prepare, file_is)
+    for cache_state in ("in memory", "on disk"):
+        prepare_call = functools.partial(prepare, cache_state)
         ours, read = time_interleaved(
             (
-                Part(before, lambda: fastvgg.verify(path)),
-                Part(before, lambda: read_file(path, memory)),
+                TimedCall(prepare_call, lambda: fastvgg.verify(path)),
+                TimedCall(prepare_call, lambda: read_file(path, memory)),
             ),
             arguments.rounds,
         )
         share, spread, seconds = compare(ours, read)
         figures = throughput(nbytes, seconds, reading=(nbytes, read))
-        yield row(f"verify float32, {file_is}", None, share, spread, **figures)
+        yield print_row(f"verify float32, {cache_state}", None, share, spread, **figures)
 
 
-def peak(name, small, large, **options):
+def measure_peak(name, small, large, **options):
     """Measure the memory of a run in a new process."""
     arguments = json.dumps((small, large, options), default=str)
     command = [sys.executable, "-c", CHILD_SCRIPT, arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{name}: {done.stderr}")
-    line = {
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise RuntimeError(f"{name}: {process.stderr}")
+    row = {
         "path": name,
         "wanted_peak_mib": MAX_PEAK_MIB,
         "wanted_page_tables_mib": MAX_PAGE_TABLES_MIB,
-        **json.loads(done.stdout),
+        **json.loads(process.stdout),
     }
-    print(f"{name:36s} peak {line['peak_mib']:6.1f} MiB", line, flush=True)
-    return line
+    print(f"{name:36s} peak {row['peak_mib']:6.1f} MiB", row, flush=True)
+    return row
 
 
-def measured_memory(files, arguments):
+def measure_memory(files, arguments):
     """Measure the memory of runs on a dataset four times as large, and of in-place runs."""
-    images = 4 * arguments.bytes // bytes_of_image("float32")
+    images = 4 * arguments.bytes // image_bytes("float32")
     options = {"mode": "caffe", "memory": MEMORY, "threads": arguments.threads}
     for name, dtype, result, direction in (
         ("restore float32 to uint8", "float32", "uint8", "restore"),
         ("uint8 to float32", "uint8", "float32", "preprocess"),
     ):
-        if shutil.disk_usage(files.directory).free < 1.1 * images * bytes_of_image(result):
+        if shutil.disk_usage(files.directory).free < 1.1 * images * image_bytes(result):
             print(f"{name}: not enough disk space")
             continue
         sources = [
@@ -419,14 +421,14 @@ def measured_memory(files, arguments):
         ]
         targets = [files.path("small_result.npy"), files.path("large_result.npy")]
         small, large = zip(sources, targets, strict=True)
-        yield peak(name, small, large, direction=direction, **options)
+        yield measure_peak(name, small, large, direction=direction, **options)
         files.remove("small")
         files.remove("large")
     sources = [
         files.array("small.npy", SMALL_IMAGES, "float32"),
         files.array("large.npy", images // 4, "float32"),
     ]
-    yield peak("float32 in place", *([path] for path in sources), in_place=True, **options)
+    yield measure_peak("float32 in place", *([path] for path in sources), in_place=True, **options)
     files.remove("small")
     files.remove("large")
 
@@ -445,18 +447,18 @@ def main():
     with tempfile.TemporaryDirectory(prefix="streams-", dir=arguments.directory) as directory:
         files = Files(Path(directory).absolute(), arguments.threads)
         rows = [
-            line
-            for measurement in (measured_new, measured_in_place)
-            for line in measurement(files, arguments)
+            row
+            for measurement in (measure_new, measure_in_place)
+            for row in measurement(files, arguments)
         ]
-        memory = list(measured_memory(files, arguments))
-    missed = [line["path"] for line in rows if line["wanted"] and line["share"] < line["wanted"]]
+        memory = list(measure_memory(files, arguments))
+    missed = [row["path"] for row in rows if row["wanted"] and row["share"] < row["wanted"]]
     print("below target:", ", ".join(missed) or "none")
     missed = [
-        line["path"]
-        for line in memory
-        if line["peak_mib"] > line["wanted_peak_mib"]
-        or line["page_tables_mib"] > line["wanted_page_tables_mib"]
+        row["path"]
+        for row in memory
+        if row["peak_mib"] > row["wanted_peak_mib"]
+        or row["page_tables_mib"] > row["wanted_page_tables_mib"]
     ]
     print("above target memory:", ", ".join(missed) or "none")
     if not arguments.quick:

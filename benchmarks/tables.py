@@ -11,30 +11,30 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 ELEMENTS_OF_AN_IMAGE = 224 * 224 * 3
-SHARE = "of the limit | IQR"
-MEASURED = f"{SHARE} | MiB planned | peak use"
+SHARE_HEADER = "of the limit | IQR"
+MEASURED_HEADER = f"{SHARE_HEADER} | MiB planned | peak use"
 MEASURED_RULE = "---:|---:|---:|---:|"
-TOP = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).parents[1]
 DOCUMENTS = (
-    TOP / "README.md",
-    *sorted((TOP / "docs").glob("*.md")),
-    TOP / "benchmarks" / "README.md",
+    CHECKOUT / "README.md",
+    *sorted((CHECKOUT / "docs").glob("*.md")),
+    CHECKOUT / "benchmarks" / "README.md",
 )
 
-DIFFER = (
+MISMATCH_NOTE = (
     "Mismatches are values whose bits are not those of Keras' NumPy path or, after restoring, of "
     "the original image."
 )
-OVERVIEW = (
+OVERVIEW_NOTE = (
     "Each library in its fastest configuration for each task, in new or in reused memory, and the "
     "largest share of mismatches among them, including restoring from float16. Blank: not "
     "applicable or not measured."
 )
-COMPARED = ("fastvgg", "Keras", "PyTorch", "OpenCV", "torchvision v2", "Albumentations")
+README_LIBRARIES = ("fastvgg", "Keras", "PyTorch", "OpenCV", "torchvision v2", "Albumentations")
 OVERVIEW_TASKS = ("preprocess, caffe", "preprocess, torch", "restore, caffe")
 OVERVIEW_FACTS = ("mismatches", "inverse", "`out=`", "datasets on disk")
 
-# The contenders of a library and, by its documentation: whether it provides the inverse, whether it
+# The peers of a library and, by its documentation: whether it provides the inverse, whether it
 # supports out=, and what it does with a dataset on disk.
 LIBRARIES = {
     "fastvgg": (("fastvgg",), "yes", "yes", "disk to disk, resumable"),
@@ -148,7 +148,7 @@ def peers(record):
             differing = max(row["differing"] for row in by_memory.values()) / elements
             lines.append(f"| {name} | {figures[0]} | {figures[1]} | {percent(differing)} |")
         lines.append("")
-    lines.append(f"{DIFFER}\n")
+    lines.append(f"{MISMATCH_NOTE}\n")
     lines += [f"- {name}: {note}." for name, note in record["notes"].items()]
     versions = ", ".join(f"{name} {version}" for name, version in record["peers"].items())
     missing = "".join(f" Not measured: {name}." for name in record["not_measured"])
@@ -156,7 +156,7 @@ def peers(record):
 
 
 def fastest(by_memory):
-    """Return the images per second of a contender in its faster kind of memory."""
+    """Return the images per second of a peer in its faster kind of memory."""
     return max(rate(row) for row in by_memory.values())
 
 
@@ -180,7 +180,7 @@ def overview(record):
     for library, cells in libraries(record).items():
         _, *facts = LIBRARIES[library]
         lines.append(f"| {' | '.join((library, *cells, *facts))} |")
-    return [*lines, "", f"{OVERVIEW} {DIFFER}"]
+    return [*lines, "", f"{OVERVIEW_NOTE} {MISMATCH_NOTE}"]
 
 
 def comparison(record):
@@ -190,10 +190,10 @@ def comparison(record):
         f"|---|{'---:|' * (len(OVERVIEW_TASKS) + 1)}",
     ]
     cells = libraries(record)
-    lines += [f"| {' | '.join((name, *cells[name]))} |" for name in COMPARED]
+    lines += [f"| {' | '.join((name, *cells[name]))} |" for name in README_LIBRARIES]
     machine = record["machine"]
     threads = f"{record['threads']} threads"
-    return [*lines, "", f"{DIFFER} {machine['processor']}, {threads}, {machine['date']}."]
+    return [*lines, "", f"{MISMATCH_NOTE} {machine['processor']}, {threads}, {machine['date']}."]
 
 
 def libraries(record):
@@ -203,10 +203,10 @@ def libraries(record):
         key = row["contender"], row["task"]
         fastest_rows[key] = max(fastest_rows.get(key, row), row, key=rate)
     cells = {}
-    for library, (contenders, *_) in LIBRARIES.items():
+    for library, (names, *_) in LIBRARIES.items():
         by_task = {}
-        for (contender, task), row in fastest_rows.items():
-            if contender in contenders:
+        for (peer, task), row in fastest_rows.items():
+            if peer in names:
                 by_task[task] = max(by_task.get(task, row), row, key=rate)
         if by_task:
             rates = [
@@ -250,7 +250,7 @@ def images(record):
     """Return a table of shares of the limit and one of speedups."""
     lines = [*shares_table(record["rows"]), "", *times_table(record["times"])]
     versions = "".join(f", {name} {version}" for name, version in record["peers"].items())
-    missing = "".join(f" Not measured: {name}: {why}." for name, why in missing_of(record))
+    missing = "".join(f" Not measured: {name}: {why}." for name, why in missing_peers(record))
     dataset = (
         f"{record['images']:,} photographs of {record['kilobytes_of_a_file']:.0f} kB on average; "
         f"for fast_jpeg {record['large_images']:,}."
@@ -287,7 +287,7 @@ def times_table(rows):
     return lines
 
 
-def missing_of(record):
+def missing_peers(record):
     """Return the peers that were not measured, and why."""
     return [(name, why.rstrip(".")) for name, why in record["not_measured"].items()]
 
@@ -372,7 +372,7 @@ def growth(record):
     sweeps, line = record["sweeps"], record["line"]
     side = sweeps["images"][0]["side"]
     lines = [
-        f"| images of {side}x{side} | seconds | us per image | residual | {MEASURED} |",
+        f"| images of {side}x{side} | seconds | us per image | residual | {MEASURED_HEADER} |",
         f"|---:|---:|---:|---:|{MEASURED_RULE}",
     ]
     lines += [
@@ -384,7 +384,7 @@ def growth(record):
         "",
         f"Linear fit: {line['start_ms']:.0f} ms + {line['microseconds_an_image']:.1f} us/image.",
         "",
-        f"| images | size | GB/s written | {MEASURED} |",
+        f"| images | size | GB/s written | {MEASURED_HEADER} |",
         f"|---:|---:|---:|{MEASURED_RULE}",
     ]
     lines += [
@@ -394,7 +394,7 @@ def growth(record):
     ]
     lines += [
         "",
-        f"| threads | in memory, GB/s | {SHARE} | to disk, GB/s | {MEASURED} |",
+        f"| threads | in memory, GB/s | {SHARE_HEADER} | to disk, GB/s | {MEASURED_HEADER} |",
         f"|---:|---:|---:|---:|---:|{MEASURED_RULE}",
     ]
     lines += [
@@ -404,7 +404,7 @@ def growth(record):
     ]
     lines += [
         "",
-        f"| memory limit, MiB | images per chunk | MiB per write | GB/s | {MEASURED} |",
+        f"| memory limit, MiB | images per chunk | MiB per write | GB/s | {MEASURED_HEADER} |",
         f"|---:|---:|---:|---:|{MEASURED_RULE}",
     ]
     lines += [
@@ -478,14 +478,14 @@ def inverses(record):
 def campaigns(*records):
     """Return a table with a row for each campaign."""
     lines = ["| command | what it does | result of the last long run | date |", "|---|---|---|---|"]
-    for (name, what), record in zip(CAMPAIGNS.items(), records, strict=True):
+    for (name, description), record in zip(CAMPAIGNS.items(), records, strict=True):
         counts = ", ".join(
-            f"{count:,} {COUNT_LABELS.get(each, each)}"
-            for each, count in record["counts"].items()
-            if not each.endswith(UNITS)
+            f"{count:,} {COUNT_LABELS.get(key, key)}"
+            for key, count in record["counts"].items()
+            if not key.endswith(UNITS)
         )
         date = record["machine"]["date"]
-        lines.append(f"| `python -m tests.campaigns.{name}` | {what} | {counts} | {date} |")
+        lines.append(f"| `python -m tests.campaigns.{name}` | {description} | {counts} | {date} |")
     return [*lines, "", f"The last of them ran on {environment(records[-1])}"]
 
 
@@ -550,7 +550,9 @@ def with_tables(documents):
     for name, (table, results) in TABLES.items():
         text = "\n".join(table(*map(read_record, results))) + "\n"
         marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end of table -->)", re.DOTALL)
-        replaced = [marked.subn(lambda m, t=text: m[1] + t + m[2], each) for each in documents]
+        replaced = [
+            marked.subn(lambda m, t=text: m[1] + t + m[2], document) for document in documents
+        ]
         if (count := sum(count for _, count in replaced)) != 1:
             raise SystemExit(
                 f"found {count} places for the table {name!r} instead of one: put it between "

@@ -1,20 +1,20 @@
-"""Every contender of peers.py on its own, to compare two versions of the code.
+"""Every peer of compare_peers.py on its own, to compare two versions of the code.
 
     python -m pytest benchmarks --benchmark-only -k caffe --benchmark-autosave
     python -m pytest benchmarks --benchmark-only -k caffe --benchmark-compare
 
-For ratios between contenders use peers.py, which interleaves them: here they run one after another,
-so a disturbance of the machine affects only one. `KERAS_BACKEND=torch` in the environment adds
-Keras on tensors of that backend.
+For ratios between peers use compare_peers.py, which interleaves them: here they run one after
+another, so a disturbance of the machine affects only one. `KERAS_BACKEND=torch` in the environment
+adds Keras on tensors of that backend.
 """
 
 import functools
 import os
 
 import pytest
-from contenders import CONTENDERS, importable
-from contenders.configurations import MEMORIES, STYLES, configurations
-from contenders.task import TASKS, difference, images
+from peers import PEERS, import_peers
+from peers.configurations import MEMORIES, STYLES, configurations
+from peers.task import TASKS, difference, images
 
 pytestmark = pytest.mark.filterwarnings("default")  # from other libraries
 
@@ -26,23 +26,25 @@ def task(request):
 
 
 @functools.cache
-def available_contenders():
-    return importable(os.environ["KERAS_BACKEND"])
+def available_peers():
+    return import_peers(os.environ["KERAS_BACKEND"])
 
 
-@pytest.fixture(scope="module", params=CONTENDERS, ids=lambda contender: contender.name)
+@pytest.fixture(scope="module", params=PEERS, ids=lambda peer: peer.name)
 def configurations_by_style(request, task):
-    """Return the configurations of a contender for a task, by style and memory."""
-    contender = request.param
-    present, _, missing = available_contenders()
-    if contender.name in missing:
-        pytest.skip(f"cannot be imported: {missing[contender.name]}")
-    if contender not in present:
-        pytest.skip(f"requires KERAS_BACKEND={contender.backend}")
-    peer = contender.peer_for(task)
-    if peer is None:
+    """Return the configurations of a peer for a task, by style and memory."""
+    peer = request.param
+    present, _, missing = available_peers()
+    if peer.name in missing:
+        pytest.skip(f"cannot be imported: {missing[peer.name]}")
+    if peer not in present:
+        pytest.skip(f"requires KERAS_BACKEND={peer.backend}")
+    implementation = peer.implementation_for(task)
+    if implementation is None:
         pytest.skip("does not support this task")
-    return {(each.style, each.memory): each for each in configurations(contender.name, peer, task)}
+    return {
+        (each.style, each.memory): each for each in configurations(peer.name, implementation, task)
+    }
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
@@ -61,4 +63,4 @@ def test_peer(benchmark, task, configurations_by_style, style, memory):
         "differing": differing,
     }
     benchmark(configuration.call)
-    assert differing == 0 or configuration.contender != "fastvgg"
+    assert differing == 0 or configuration.peer != "fastvgg"

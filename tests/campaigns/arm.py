@@ -262,7 +262,7 @@ def difference(actual, expected):
     return f"{len(indices)} of {len(actual)} elements, first {first}"
 
 
-def work(numbers):
+def run_in_worker(numbers):
     """Run cases in this process, on the emulated machine; print a line before and after each."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for number in numbers:
@@ -390,12 +390,12 @@ def output_of(*command):
     return check_output(subprocess.run(command, capture_output=True, text=True, check=False))
 
 
-def check_output(done):
+def check_output(process):
     """Return the output of a finished process; exit with its last lines if it failed."""
-    if done.returncode:
-        tail = (done.stdout + done.stderr)[-2000:]
-        raise SystemExit(f"{done.args}: exit code {done.returncode}\n{tail}")
-    return done.stdout
+    if process.returncode:
+        tail = (process.stdout + process.stderr)[-2000:]
+        raise SystemExit(f"{process.args}: exit code {process.returncode}\n{tail}")
+    return process.stdout
 
 
 def register_handler():
@@ -441,16 +441,18 @@ def run_cases(emulated, numbers):
     """
     differing, aborts, remaining = {}, {}, list(numbers)
     while remaining:
-        done = emulated.python(f"from tests.campaigns import arm; arm.work({remaining})")
-        lines = [line.split(" ", 2) for line in done.stdout.splitlines()]
+        process = emulated.python(
+            f"from tests.campaigns import arm; arm.run_in_worker({remaining})"
+        )
+        lines = [line.split(" ", 2) for line in process.stdout.splitlines()]
         for _, number, text in (line for line in lines if line[0] == "differs"):
             differing.setdefault(int(number), text)
         remaining = [number for number in remaining if ["end", str(number)] not in lines]
         if remaining and ["begin", str(remaining[0])] not in lines:
-            check_output(done)
+            check_output(process)
         if remaining:
             aborts[remaining.pop(0)] = (
-                f"{describe_exit(done.returncode)} {last_error_line(done.stderr)}".strip()
+                f"{describe_exit(process.returncode)} {last_error_line(process.stderr)}".strip()
             )
     return differing, aborts
 
@@ -488,7 +490,7 @@ def by_case_name(by_number):
     return {str(CASES[number]): by_number[number] for number in sorted(by_number)}
 
 
-def parsed_arguments():
+def parse_arguments():
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -509,7 +511,7 @@ def parsed_arguments():
 
 def main():
     """Set up the machine, run the cases on it, and print the results."""
-    arguments = parsed_arguments()
+    arguments = parse_arguments()
     check_prerequisites()
     emulated = Machine(arguments.machine.absolute(), arguments.cpu)
     emulated.set_up()

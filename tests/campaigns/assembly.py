@@ -55,7 +55,7 @@ UNALIGNED_SLOT = re.compile(
 )
 
 
-def contract():
+def contract_kernels():
     """Yield the name and spec of each kernel: every mode, storage type and pair of layouts."""
     from fastvgg.kernels.spec import KernelSpec
     from fastvgg.transform import Transform
@@ -121,12 +121,12 @@ def returns_unfenced(lines):
     """Return whether a path from a non-temporal store to the return has no store fence."""
     labels = {match[1]: at for at, line in enumerate(lines) if (match := LABEL.match(line))}
     pending = [at + 1 for at, line in enumerate(lines) if NONTEMPORAL.match(line)]
-    seen = set()
+    visited = set()
     while pending:
         at = pending.pop()
-        if at in seen or at >= len(lines) or re.match(r"\s+sfence", lines[at]):
+        if at in visited or at >= len(lines) or re.match(r"\s+sfence", lines[at]):
             continue
-        seen.add(at)
+        visited.add(at)
         if re.match(r"\s+ret", lines[at]):
             return True
         if match := JUMP.match(lines[at]):
@@ -145,7 +145,7 @@ def analyze_native(every, first):
     """Analyze kernels compiled by Numba in this process, for the processor of the environment."""
     from fastvgg.kernels import convert
 
-    for name, spec in [*contract()][first::every]:
+    for name, spec in [*contract_kernels()][first::every]:
         print(name, file=sys.stderr, flush=True)  # the last name is the culprit if LLVM aborts
         (text,) = convert.compile_kernel(spec).inspect_asm().values()
         yield name, analyze(spec, text)
@@ -164,7 +164,7 @@ def analyze_arm(cpu, every, first):
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
     target = binding.Target.from_triple(ARM_TRIPLE).create_target_machine(cpu=cpu, opt=3)
-    for name, kernel_spec in [*contract()][first::every]:
+    for name, kernel_spec in [*contract_kernels()][first::every]:
         print(name, file=sys.stderr, flush=True)
         (text,) = convert.compile_kernel(kernel_spec).inspect_llvm().values()
         text = re.sub(r'(?m)^target triple = ".*"$', f'target triple = "{ARM_TRIPLE}"', text)
@@ -175,7 +175,7 @@ def analyze_arm(cpu, every, first):
         yield name, analyze(kernel_spec, target.emit_assembly(module))
 
 
-def compiled(processor, every=1, first=0):
+def analyze_in_child_process(processor, every=1, first=0):
     """Return the analysis of the kernels for a processor, from a child process."""
     environment = checkout_environment()
     if processor in X86:
@@ -219,7 +219,7 @@ def main():
     parser.add_argument("--write", action="store_true", help="write the instructions per pixel")
     arguments = parser.parse_args()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(compiled, arguments.processor)
+        results = pool.map(analyze_in_child_process, arguments.processor)
         by_processor = dict(zip(arguments.processor, results, strict=True))
     counts = {
         processor: {name: row["instructions"] for name, row in rows.items()}

@@ -107,7 +107,7 @@ class Runs:
         self._expected = {}
         for name in NAMES:
             self._target = self._directory / name
-            self._planned().run()
+            self._make_plan().run()
             self._expected[name] = self._contents()
             self._remove()
         self._name = NAMES[0]
@@ -117,7 +117,7 @@ class Runs:
         self._name = self._draw.choice(NAMES)
         self._target = self._directory / self._name
 
-    def _planned(self):
+    def _make_plan(self):
         return plan_of(self._source, self._target, mode="caffe", images_per_chunk=2)
 
     def _contents(self):
@@ -132,7 +132,7 @@ class Runs:
 
     def finish(self, computed=None):
         """Run to completion, and check the result."""
-        report = self._planned().run(client=self._client)
+        report = self._make_plan().run(client=self._client)
         self._check(report, computed)
 
     def _check(self, report, computed):
@@ -157,7 +157,7 @@ class Runs:
         killer = threading.Thread(target=kill)
         killer.start()
         try:
-            report = self._planned().run(client=self._client)
+            report = self._make_plan().run(client=self._client)
         finally:
             ended.set()
             killer.join()
@@ -172,20 +172,20 @@ class Runs:
         environment = checkout_environment()
         with subprocess.Popen(command, env=environment) as process:
             deadline = time.monotonic() + TIMEOUT_SECONDS
-            while process.poll() is None and self._committed() < commits_before_kill:
+            while process.poll() is None and self._count_commits() < commits_before_kill:
                 assert time.monotonic() < deadline, "the coordinator makes no progress"
                 time.sleep(0.001)
             process.send_signal(signal.SIGKILL)
         killed = process.returncode == -signal.SIGKILL
         assert killed or process.returncode == 0
-        committed = self._committed() if self._has_journal() else 0
+        committed = self._count_commits() if self._has_journal() else 0
         self.finish(CHUNKS - committed if killed and self._has_journal() else None)
         return int(killed)
 
     def _has_journal(self):
         return Path(f"{Location.parse(self._target).container}.fastvgg-journal").exists()
 
-    def _committed(self):
+    def _count_commits(self):
         try:
             return max(0, commits_in(Location.parse(self._target).container))
         except FileNotFoundError:
@@ -193,7 +193,7 @@ class Runs:
 
     def run_twice(self):
         """Submit tasks of a run a second time; return the number of chunks computed twice."""
-        plan = dataclasses.replace(self._planned(), threads=1)
+        plan = dataclasses.replace(self._make_plan(), threads=1)
         shared = pickle.dumps((secrets.token_hex(8), plan))
         rows = [*enumerate(plan.chunk_rows())]
         futures = []

@@ -3,11 +3,11 @@
     python -m tests.campaigns.crash_states             # takes minutes; prints counts
     python -m tests.campaigns.crash_states --size 500  # maximum number of runs per job
 
-Each run records every call of `stream.storage` that changes the disk. A power cut between two calls
+Each run records every call of `storage.local` that changes the disk. A power cut between two calls
 may keep or lose anything that was not synced:
 
 - each 512-byte sector of data changed in place has any version since the last sync, or one half of
-  a version and the other half of the one before;
+  a version and the other half of the previous one;
 - each other write persists fully, not at all, as its first or second half, without its middle, or
   as garbage;
 - any subset of the directory changes persists, in order; a rename is one change.
@@ -19,8 +19,8 @@ everything it wrote, and the next power cut may still lose what was not synced. 
 restored to an in-memory file system; the same command runs on it and is recorded again, so that
 crashes during recovery are covered to any depth.
 
-For a partially lost write, one way of losing a part is tried: every journal line and redo log slot
-has a checksum.
+For a partially lost write, only one of these variants is tried, because every journal line and redo
+log slot has a checksum.
 
 `states` counts the enumerated states, `runs` the distinct states that were run.
 """
@@ -91,7 +91,7 @@ class CallSite(NamedTuple):
     """Relative to the first line of the function."""
 
 
-class Turn(NamedTuple):
+class Step(NamedTuple):
     """The thread (writer or committer) and the chunk of a recorded event."""
 
     is_commit: bool
@@ -103,7 +103,7 @@ class Turn(NamedTuple):
 class SerialCommitPipeline:
     """A `CommitPipeline` that works on the submitting thread, so that recordings are repeatable."""
 
-    turn = None
+    step = None
     has_late_commits = False
     """Whether `drain`, not `submit`, commits a chunk."""
 
@@ -120,20 +120,20 @@ class SerialCommitPipeline:
         return self
 
     def __exit__(self, *_):
-        SerialCommitPipeline.turn = None
+        SerialCommitPipeline.step = None
 
     def submit(self, write, commit):
         """Write a chunk; commit it now or later."""
-        self._do(Turn(False, self._submitted, self._drained), write)
-        self._to_commit.append((Turn(True, self._submitted, self._drained), commit))
+        self._do(Step(False, self._submitted, self._drained), write)
+        self._to_commit.append((Step(True, self._submitted, self._drained), commit))
         self._submitted += 1
         if not SerialCommitPipeline.has_late_commits:
             self._commit()
 
-    def _do(self, turn, work):
-        SerialCommitPipeline.turn = turn
+    def _do(self, step, work):
+        SerialCommitPipeline.step = step
         result = work()
-        SerialCommitPipeline.turn = None
+        SerialCommitPipeline.step = None
         return result
 
     def _commit(self):
@@ -151,12 +151,12 @@ class SerialCommitPipeline:
 def interleave(log, draw):
     """Return the events of a log in a random order that two threads can produce.
 
-    A chunk is written after the one before it, and after the commits that the writer waited for. It
-    is committed after it is written and the one before it is committed.
+    A chunk is written after the previous one, and after the commits that the writer waited for. It
+    is committed after it is written and the previous one is committed.
     """
-    writes = deque((turn, event) for turn, event in log if turn and not turn.is_commit)
-    commits = deque((turn, event) for turn, event in log if turn and turn.is_commit)
-    first = next((at for at, (turn, _) in enumerate(log) if turn), len(log))
+    writes = deque((step, event) for step, event in log if step and not step.is_commit)
+    commits = deque((step, event) for step, event in log if step and step.is_commit)
+    first = next((at for at, (step, _) in enumerate(log) if step), len(log))
     merged = [event for _, event in log[:first]]
     write_probability = draw.choice((0, 0.5, 1))
     while writes or commits:
@@ -164,11 +164,11 @@ def interleave(log, draw):
         may_commit = commits and (not writes or writes[0][0].chunk > commits[0][0].chunk)
         write = may_write and (not may_commit or draw.random() < write_probability)
         merged.append((writes if write else commits).popleft()[1])
-    return merged + [event for turn, event in log[first:] if not turn]
+    return merged + [event for step, event in log[first:] if not step]
 
 
 class RecordingStorage(Storage):
-    """Real storage that records each change of the disk and its `Turn`.
+    """Real storage that records each change of the disk and its `Step`.
 
     Parameters
     ----------
@@ -189,7 +189,7 @@ class RecordingStorage(Storage):
         self._omitted_sync = omitted_sync
 
     def _record(self, event):
-        self.log.append((SerialCommitPipeline.turn, event))
+        self.log.append((SerialCommitPipeline.step, event))
 
     def _open(self, path, flags, call):
         if path.name not in self._names:
@@ -214,7 +214,7 @@ class RecordingStorage(Storage):
         self._record(Write(self._files[file.descriptor], nbytes, None))
 
     def _is_synced(self):
-        """Return whether the calling sync is carried out."""
+        """Return whether the calling sync is to be performed."""
         frame = sys._getframe(2)
         function = f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}"
         call_site = CallSite(function, frame.f_lineno - frame.f_code.co_firstlineno)
@@ -356,16 +356,16 @@ class Disk:
             for file in self.writes
         }
         axes = [axis for _, file_axes, _ in files.values() for axis in file_axes]
-        ways = math.prod(count for _, _, count in files.values()) * 2 ** len(self.changes)
+        combinations = math.prod(count for _, _, count in files.values()) * 2 ** len(self.changes)
         choices = itertools.product(*map(range, map(len, axes)))
-        longest = max(map(len, self.contents.values()), default=0)
+        max_bytes = max(map(len, self.contents.values()), default=0)
         max_states_per_crash = max(
-            100, self._max_states_per_crash * PAGE_BYTES // max(PAGE_BYTES, longest)
+            100, self._max_states_per_crash * PAGE_BYTES // max(PAGE_BYTES, max_bytes)
         )
         if math.prod(map(len, axes)) > max_states_per_crash:
-            ways = max_states_per_crash
+            combinations = max_states_per_crash
             draw = random.Random(self._seed)  # noqa: S311  # not for secrets
-            choices = [[draw.randrange(len(axis)) for axis in axes] for _ in range(ways)]
+            choices = [[draw.randrange(len(axis)) for axis in axes] for _ in range(combinations)]
         every_names = [self._apply_names(subset) for subset in _subsets(self.changes)]
         states, interned = set(), {}  # states share equal contents
         for choice in choices:
@@ -375,13 +375,13 @@ class Disk:
                 content = make(file, [next(chosen) for _ in file_axes])
                 contents[file] = interned.setdefault(content, content)
             states |= {self.state(names, contents) for names in every_names}
-        return states, ways
+        return states, combinations
 
     def _lost_write_axes(self, file):
         """Return how to build a file from its writes, each of which may be lost or partly lost."""
         axes = [self._parts(write) for write in self.writes[file]]
-        ways = math.prod(2 if write.data is None else 6 for write in self.writes[file])
-        return self._apply_writes, axes, ways
+        combinations = math.prod(2 if write.data is None else 6 for write in self.writes[file])
+        return self._apply_writes, axes, combinations
 
     def _apply_writes(self, file, writes):
         content = self.contents.get(file, b"")
@@ -484,7 +484,7 @@ class Exploration:
         self._draw = random.Random(seed)  # noqa: S311  # not for secrets
         self._max_states_per_crash = max_states_per_crash
         self._omitted_sync = omitted_sync
-        self._seen = set()
+        self._visited = set()
         self._waiting = {}  # queued crash states, by kind of crash and visible names
         self._dropped = 0
 
@@ -533,18 +533,18 @@ class Exploration:
                 self._job.check(_by_name(state) == final, "a finished run can be undone")
 
     def _cut_power(self, disk):
-        states, ways = disk.crashes()
-        self.states += ways
+        states, combinations = disk.crashes()
+        self.states += combinations
         for state in sorted(states, key=State.digest):
             self._enqueue(CrashState(state))
         return states
 
     def _enqueue(self, crash_state):
-        """Check a crash state, and queue it for a run unless it was seen before."""
+        """Check a crash state, and queue it for a run unless it was visited before."""
         digest = crash_state.digest()
-        if digest in self._seen:
+        if digest in self._visited:
             return
-        self._seen.add(digest)
+        self._visited.add(digest)
         visible = crash_state.visible()
         self._job.check_crash_state(visible)
         names = tuple(name for name, _ in visible.names)

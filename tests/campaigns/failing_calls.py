@@ -3,7 +3,7 @@
     python -m tests.campaigns.failing_calls             # takes minutes; prints counts
     python -m tests.campaigns.failing_calls --size 500  # approximate number of runs
 
-Each `os` call of `stream.storage` fails, once or persistently, with each error that a disk can
+Each `os` call of `storage.local` fails, once or persistently, with each error that a disk can
 return, or transfers half of the requested bytes. The command must write the expected bytes, or
 raise a typed error that names the system error; a rerun must then write the expected bytes.
 """

@@ -32,7 +32,7 @@ PAGE_BYTES = 4096
 AMPLE_BYTES = 64 * 1024 * 1024
 EXTRA_PAGES = 8  # pages beyond the sufficient size
 ALWAYS_TESTED = slice(-EXTRA_PAGES - 5, -EXTRA_PAGES + 1)  # sizes that are always tested
-WIDE = (
+WIDE_SETTINGS = (
     {"in_place": True, "images": 7, "images_per_chunk": 1, "width": 6011},
     {"in_place": True, "images": 7, "images_per_chunk": 2, "width": 6011},
     {"in_place": False, "images": 11, "images_per_chunk": 2, "width": 6011},
@@ -40,7 +40,7 @@ WIDE = (
 OUTCOMES = ("ended well", "refused", "stopped at the manifest")
 
 
-class OnSmallDisk(Job):
+class SmallDiskJob(Job):
     """A job in a directory with its own file system; the source of a new file is outside it."""
 
     def __init__(self, directory, **settings):
@@ -130,7 +130,8 @@ def campaign(seed, size):
     total = Counter(dict.fromkeys(OUTCOMES, 0))
     try:
         every = {
-            job: sizes_for(job) for job in jobs(directory, OnSmallDisk, SETTINGS + LARGER + WIDE)
+            job: sizes_for(job)
+            for job in jobs(directory, SmallDiskJob, SETTINGS + LARGER + WIDE_SETTINGS)
         }
         share = size / sum(map(len, every.values()))
         for job, job_sizes in every.items():

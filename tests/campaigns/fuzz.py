@@ -1,4 +1,4 @@
-"""Damaged files are read correctly or rejected with a typed error.
+"""Check that damaged files are read correctly or rejected with a typed error.
 
     python -m tests.campaigns.fuzz --seed 1      # a million inputs, takes minutes; prints counts
     python -m tests.campaigns.fuzz --size 20000  # total number of inputs
@@ -18,8 +18,8 @@ several edits, or has malicious field values under a correct checksum. For each 
 - no file is created or extended, and the input is unchanged;
 - time and memory are bounded.
 
-One input in `SAMPLED` is read under tracemalloc; the others are timed, and allocations beyond
-`ADDRESS_SPACE_BYTES` fail.
+One input in `TRACE_INTERVAL` is read under tracemalloc; the others are timed, and allocations
+beyond `ADDRESS_SPACE_BYTES` fail.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from tests.helpers.datasets_on_disk import check_error, names_in
 from tests.helpers.faults import memory_directory
 
 SIZE = 1_000_000
-SAMPLED = 64
+TRACE_INTERVAL = 64
 MEMORY_BYTES = 8 * 2**20  # maximum per input; the longest input has tens of kilobytes
 ADDRESS_SPACE_BYTES = 2**30  # for all allocations of the campaign
 MAX_SECONDS = 1.0  # of CPU time per input
@@ -81,7 +81,7 @@ class Reader:
         """Read an input; raise `WrongError` with the input if a check fails."""
         self.inputs += 1
         try:
-            if self.inputs % SAMPLED:
+            if self.inputs % TRACE_INTERVAL:
                 self._check(content, *self._read_timed(content))
             else:
                 self._check(content, *self._read_traced(content))

@@ -1,4 +1,4 @@
-"""Damaged HDF5 files are read as h5py reads them, or rejected with a typed error.
+"""Check that damaged HDF5 files are read as h5py reads them, or rejected with a typed error.
 
     python -m tests.campaigns.fuzz_hdf5 --seed 1  # a hundred thousand inputs, takes minutes
 

@@ -3,7 +3,7 @@
     PATH=...:$PATH python -m tests.campaigns.installs  # takes minutes; prints counts
     python -m tests.campaigns.installs --size 1        # on one Python only
 
-Uses python3.11 to python3.14 as far as they are on PATH. Only binary packages are installed, so no
+Uses those of python3.11 to python3.14 that are on PATH. Only binary packages are installed, so no
 compiler is needed; `uv` resolves the lowest versions that the metadata allows. Installed packages
 do not see the checkout.
 """

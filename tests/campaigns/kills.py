@@ -1,9 +1,9 @@
-"""Kills before every call that changes the disk, three deep: the run, and two that resume it.
+"""Kill a run before every call that changes the disk, and two runs that resume it.
 
     python -m tests.campaigns.kills              # takes minutes; prints counts
     python -m tests.campaigns.kills --size 1000  # approximate number of kills
 
-A process is killed before a call of `stream.storage`, or halfway through one. Its earlier effects
+A process is killed before a call of `storage.local`, or halfway through one. Its earlier effects
 persist, as after a real kill. Every first crash point is combined with every second; the third is
 random.
 """

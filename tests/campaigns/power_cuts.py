@@ -1,4 +1,4 @@
-"""Power cuts before every call that changes the disk, on a real ext4 that loses unsynced data.
+"""Cut the power before every call that changes the disk, on a real ext4 that loses unsynced data.
 
     python -m tests.campaigns.power_cuts              # takes minutes, as root; prints counts
     python -m tests.campaigns.power_cuts --size 1000  # minimum number of cuts
@@ -175,7 +175,7 @@ class PoweredStorage(CrashingStorage):
                     call_libc("sync_file_range", file.fileno(), *span, WRITE_BACK)
 
     def _is_synced(self):
-        """Return whether the calling sync is carried out."""
+        """Return whether the calling sync is to be performed."""
         frame = sys._getframe(2)
         function = f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}"
         return function != self._omitted_sync

@@ -1,4 +1,4 @@
-"""SIGKILL at random times: of one process, and of four that compete for the same target.
+"""Send SIGKILL at random times: to one process, and to four that compete for the same target.
 
     python -m tests.campaigns.random_kills             # takes minutes; prints counts
     python -m tests.campaigns.random_kills --size 100  # approximate number of kills

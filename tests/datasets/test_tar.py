@@ -21,15 +21,15 @@ from fastvgg.errors import SourceError, StoppedError
 from fastvgg.imaging.decode import DecodeOptions, Decoder
 from tests.helpers.datasets_on_disk import ascii_failures, check_error, pixels, save_images
 from tests.helpers.tar_on_disk import (
-    BLOCK,
-    END,
+    BLOCK_BYTES,
+    END_OF_ARCHIVE,
     FORMATS,
     header,
     member,
-    padded,
+    pad_to_block,
     png,
+    save_blocks,
     save_tar,
-    saved,
     tar_bytes,
     with_checksum,
 )
@@ -299,7 +299,9 @@ def test_name_that_escapes_the_dataset_is_rejected(tmp_path, name, kind):
     members = [member("0.jpg", b"zero"), member(name, b"one", uname="x" * 9)]
     path = save_tar(tmp_path / "a.tar", members, kind)
     if NORMALIZED[name] is None:
-        check_error(rejection_of(path), path, f"offset {2 * BLOCK}", repr(name), "do not trust")
+        check_error(
+            rejection_of(path), path, f"offset {2 * BLOCK_BYTES}", repr(name), "do not trust"
+        )
     else:
         listing = TarListing(path)
         assert names_of(listing) == ["0.jpg", NORMALIZED[name]]
@@ -316,7 +318,7 @@ def test_directory_above_the_dataset_is_rejected(tmp_path):
 def test_name_with_a_nul_is_rejected(tmp_path):
     info, content = member("a.jpg", b"a", pax_headers={"path": "a.jpg\0.txt"})
     path = save_tar(tmp_path / "a.tar", [(info, content)], "pax")
-    check_error(rejection_of(path), path, f"offset {2 * BLOCK}", r"a.jpg\x00.txt")
+    check_error(rejection_of(path), path, f"offset {2 * BLOCK_BYTES}", r"a.jpg\x00.txt")
 
 
 NON_FILE_MEMBERS = [
@@ -353,8 +355,13 @@ def test_link_or_device_is_a_failed_row(tmp_path, kind):
 
 
 def test_size_of_a_link_is_ignored(tmp_path):
-    blocks = [header("a.jpg", 5000, tarfile.LNKTYPE), header("b.jpg", 1), padded(b"b"), END]
-    listing = TarListing(saved(tmp_path / "a.tar", *blocks))
+    blocks = [
+        header("a.jpg", 5000, tarfile.LNKTYPE),
+        header("b.jpg", 1),
+        pad_to_block(b"b"),
+        END_OF_ARCHIVE,
+    ]
+    listing = TarListing(save_blocks(tmp_path / "a.tar", *blocks))
     assert names_of(listing) == ["a.jpg", "b.jpg"]
     assert listing.read(1, UNLIMITED_BYTES) == b"b"
     assert listing.stored_bytes == 1
@@ -367,7 +374,7 @@ def gnu_sparse(blocks):
     block[482] = blocks > 0
     block[483:495] = b"%011o\0" % 10**6
     maps = [bytes(504) + bytes([number < blocks - 1]) + bytes(7) for number in range(blocks)]
-    return b"".join([with_checksum(bytes(block)), *maps, padded(data)])
+    return b"".join([with_checksum(bytes(block)), *maps, pad_to_block(data)])
 
 
 SPARSE = {
@@ -379,8 +386,14 @@ SPARSE = {
 
 @pytest.mark.parametrize("case", SPARSE)
 def test_gnu_sparse_member_is_rejected(tmp_path, case):
-    blocks = [header("0.jpg", 1), padded(b"0"), SPARSE[case](), header("2.jpg", 1), padded(b"2")]
-    path = saved(tmp_path / "a.tar", *blocks, END)
+    blocks = [
+        header("0.jpg", 1),
+        pad_to_block(b"0"),
+        SPARSE[case](),
+        header("2.jpg", 1),
+        pad_to_block(b"2"),
+    ]
+    path = save_blocks(tmp_path / "a.tar", *blocks, END_OF_ARCHIVE)
     check_error(rejection_of(path), path, "offset 1024", "a sparse file", "--sparse")
 
 
@@ -399,7 +412,7 @@ PAX_SPARSE = {
 
 @pytest.mark.parametrize("case", PAX_SPARSE)
 def test_pax_sparse_member_is_rejected(tmp_path, case):
-    info, data = member("y/s.jpg", padded(b"1\n0\n1\n") + b"s", pax_headers=PAX_SPARSE[case])
+    info, data = member("y/s.jpg", pad_to_block(b"1\n0\n1\n") + b"s", pax_headers=PAX_SPARSE[case])
     path = save_tar(tmp_path / "a.tar", [("1.jpg", b"1"), (info, data)], "pax")
     check_error(rejection_of(path), path, "offset 1024", "a sparse file", "--sparse")
 
@@ -474,7 +487,7 @@ def test_same_name_in_two_shards_is_two_images(tmp_path):
 def test_many_duplicate_names_are_listed_quickly(tmp_path):
     rows, unique_names = 20_000, 7
     blocks = [header(f"{number}.jpg") for number in range(unique_names)]
-    listing = TarListing(saved(tmp_path / "a.tar", *(blocks * rows)[:rows], END))
+    listing = TarListing(save_blocks(tmp_path / "a.tar", *(blocks * rows)[:rows], END_OF_ARCHIVE))
     assert len({*names_of(listing)}) == rows
     for row in range(unique_names, rows):
         assert reason(listing, row) == f"the name occurs twice, first in row {row % unique_names}"
@@ -509,10 +522,10 @@ def test_truncated_shard_is_rejected_or_yields_its_complete_rows(tmp_path, case)
     with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
         found = list(tar)
     headers = [range(info.offset + 1, info.offset_data) for info in found]
-    ends = found[-1].offset_data + -(-found[-1].size // BLOCK) * BLOCK
+    ends = found[-1].offset_data + -(-found[-1].size // BLOCK_BYTES) * BLOCK_BYTES
     images = [info for info in found if info.name.endswith(".jpg")]
     path = tmp_path / "a.tar"
-    for length in sorted({*range(0, ends + 1025, 61), *range(0, len(whole) + 1, BLOCK)}):
+    for length in sorted({*range(0, ends + 1025, 61), *range(0, len(whole) + 1, BLOCK_BYTES)}):
         path.write_bytes(whole[:length])
         if any(length in inside for inside in headers):
             check_error(rejection_of(path), path)
@@ -527,7 +540,7 @@ def test_truncated_shard_is_rejected_or_yields_its_complete_rows(tmp_path, case)
                 assert reason(listing, row) == "truncated: the shard ends inside the image's .cls"
             else:
                 assert listing.read(row, UNLIMITED_BYTES) == dict(members)[info.name]
-        assert listing.unterminated == ([str(path)] if length < ends + BLOCK else [])
+        assert listing.unterminated == ([str(path)] if length < ends + BLOCK_BYTES else [])
         assert listing.stored_bytes == sum(
             max(0, min(info.size, length - info.offset_data)) for info in there
         )
@@ -537,7 +550,9 @@ def test_truncated_image_is_a_failed_row(tmp_path):
     expected = pixels(3)
     images = [(f"{row}.png", png(image)) for row, image in enumerate(expected)]
     whole = tar_bytes(images)
-    (tmp_path / "a.tar").write_bytes(whole[: 2 * (BLOCK + len(padded(images[0][1]))) + BLOCK + 7])
+    (tmp_path / "a.tar").write_bytes(
+        whole[: 2 * (BLOCK_BYTES + len(pad_to_block(images[0][1]))) + BLOCK_BYTES + 7]
+    )
     source = open_shards(tmp_path / "a.tar", (7, 9))
     batch, records = source.read(0, 3)
     assert [record.failed for record in records] == [False, False, True]
@@ -550,7 +565,7 @@ def test_truncated_image_is_a_failed_row(tmp_path):
 
 
 def test_truncated_entry_of_unknown_type_is_reported_as_unknown(tmp_path):
-    listing = TarListing(saved(tmp_path / "a.tar", header("a.jpg", 9, b"Z")))
+    listing = TarListing(save_blocks(tmp_path / "a.tar", header("a.jpg", 9, b"Z")))
     assert "unknown" in reason(listing, 0)
 
 
@@ -558,14 +573,14 @@ def test_truncated_entry_of_unknown_type_is_reported_as_unknown(tmp_path):
 def test_flipped_header_bit_is_rejected_or_harmless(tmp_path, case):
     members = [("cat/a.jpg", b"a" * 600), ("cat/b.jpg", b"b"), ("0.cls", b"7"), ("0.jpg", b"c")]
     whole = tar_bytes(members, case)
-    path = saved(tmp_path / "a.tar", whole)
+    path = save_blocks(tmp_path / "a.tar", whole)
     expected = TarListing(path)
     expected = names_of(expected), labels_of(expected), contents_of(expected)
     with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
-        places = [info.offset_data - BLOCK for info in tar]
+        places = [info.offset_data - BLOCK_BYTES for info in tar]
     refusals = 0
     for place in places:
-        for at in range(place, place + BLOCK, 3):
+        for at in range(place, place + BLOCK_BYTES, 3):
             damaged = bytearray(whole)
             damaged[at] ^= 1 << at % 8
             path.write_bytes(damaged)
@@ -586,7 +601,7 @@ def test_changed_extension_header_byte_is_rejected_or_read(tmp_path, kind):
     whole = tar_bytes([(info, content), ("b.jpg", b"b")], kind)
     path = tmp_path / "a.tar"
     outcomes = set()
-    for at in range(BLOCK, BLOCK + 160):
+    for at in range(BLOCK_BYTES, BLOCK_BYTES + 160):
         for byte in b"\0\n =/.0:\xff":
             path.write_bytes(whole[:at] + bytes([byte]) + whole[at + 1 :])
             try:
@@ -606,14 +621,18 @@ def test_wrong_checksum_is_rejected(tmp_path):
     block = header("a.jpg")
     total = int(block[148:154], 8)
     for wrong in (total - 1, total + 1, total + 256, total + 512, 0, 0o777777):
-        path = saved(tmp_path / "a.tar", block[:148] + b"%06o\0 " % wrong + block[156:], END)
+        path = save_blocks(
+            tmp_path / "a.tar", block[:148] + b"%06o\0 " % wrong + block[156:], END_OF_ARCHIVE
+        )
         check_error(rejection_of(path), path, "offset 0")
 
 
 def test_signed_checksum_is_accepted_like_in_tarfile(tmp_path):
     signed = with_checksum(header("\u00e9\u00e8.jpg", 1), "b")
     assert signed != header("\u00e9\u00e8.jpg", 1)
-    listing = TarListing(saved(tmp_path / "a.tar", signed, padded(b"a"), END))
+    listing = TarListing(
+        save_blocks(tmp_path / "a.tar", signed, pad_to_block(b"a"), END_OF_ARCHIVE)
+    )
     assert names_of(listing) == ["\u00e9\u00e8.jpg"]
     assert contents_of(listing) == [b"a"]
 
@@ -621,7 +640,7 @@ def test_signed_checksum_is_accepted_like_in_tarfile(tmp_path):
 def test_gnu_header_times_are_not_part_of_the_name(tmp_path):
     block = header("a.jpg")
     block = with_checksum(block[:345] + b"14000000000\0" * 2 + block[369:])
-    assert names_of(TarListing(saved(tmp_path / "a.tar", block, END))) == ["a.jpg"]
+    assert names_of(TarListing(save_blocks(tmp_path / "a.tar", block, END_OF_ARCHIVE))) == ["a.jpg"]
 
 
 SIZE_ENCODINGS = {
@@ -636,8 +655,14 @@ SIZE_ENCODINGS = {
 def test_every_size_encoding_is_read(tmp_path, case):
     block = header("a.jpg")
     block = with_checksum(block[:124] + SIZE_ENCODINGS[case] + block[136:])
-    blocks = [block, padded(b"a" * 600), header("b.jpg", 1), padded(b"b"), END]
-    listing = TarListing(saved(tmp_path / "a.tar", *blocks))
+    blocks = [
+        block,
+        pad_to_block(b"a" * 600),
+        header("b.jpg", 1),
+        pad_to_block(b"b"),
+        END_OF_ARCHIVE,
+    ]
+    listing = TarListing(save_blocks(tmp_path / "a.tar", *blocks))
     assert contents_of(listing) == [b"a" * 600, b"b"]
 
 
@@ -649,15 +674,19 @@ def test_every_size_encoding_is_read(tmp_path, case):
 @pytest.mark.parametrize("at", [0, 1])
 def test_invalid_size_is_rejected(tmp_path, size_text, at):
     block = header("a.jpg")
-    blocks = [block] * at + [with_checksum(block[:124] + size_text + block[136:]), block, END]
-    path = saved(tmp_path / "a.tar", *blocks)
-    check_error(rejection_of(path), path, f"offset {at * BLOCK}")
+    blocks = [block] * at + [
+        with_checksum(block[:124] + size_text + block[136:]),
+        block,
+        END_OF_ARCHIVE,
+    ]
+    path = save_blocks(tmp_path / "a.tar", *blocks)
+    check_error(rejection_of(path), path, f"offset {at * BLOCK_BYTES}")
 
 
 @pytest.mark.parametrize("size", [2**33 + 1, 2**62, 2**63, 2**80])
 def test_size_beyond_the_shard_is_a_failed_row(tmp_path, size):
-    path = saved(
-        tmp_path / "a.tar", header("0.jpg", 1), padded(b"0"), header("a.jpg", size), b"abc"
+    path = save_blocks(
+        tmp_path / "a.tar", header("0.jpg", 1), pad_to_block(b"0"), header("a.jpg", size), b"abc"
     )
     listing = TarListing(path)
     assert [reason(listing, row) for row in range(2)] == [
@@ -673,31 +702,31 @@ def test_pax_size_takes_precedence(tmp_path):
     block = bytes(whole[1024:1536])
     assert block.startswith(b"a.jpg\0")
     whole[1024:1536] = with_checksum(block[:124] + b"%011o\0" % 0 + block[136:])
-    listing = TarListing(saved(tmp_path / "a.tar", whole))
+    listing = TarListing(save_blocks(tmp_path / "a.tar", whole))
     assert names_of(listing) == ["a.jpg", "b.jpg"]
     assert contents_of(listing) == [b"a" * 600, b"b"]
 
 
 def pax(records, kind=tarfile.XHDTYPE):
-    return header("PaxHeader", len(records), kind) + padded(records)
+    return header("PaxHeader", len(records), kind) + pad_to_block(records)
 
 
 def test_global_header_with_only_a_comment_is_accepted(tmp_path):
     comment = b"52 comment=0123456789abcdef0123456789abcdef01234567\n"
-    good = [pax(comment, tarfile.XGLTYPE), header("a.jpg", 1), padded(b"a"), END]
-    assert contents_of(TarListing(saved(tmp_path / "a.tar", *good))) == [b"a"]
+    good = [pax(comment, tarfile.XGLTYPE), header("a.jpg", 1), pad_to_block(b"a"), END_OF_ARCHIVE]
+    assert contents_of(TarListing(save_blocks(tmp_path / "a.tar", *good))) == [b"a"]
     for records in (b"14 path=b.jpg\n", b"9 size=5\n"):
-        path = saved(tmp_path / "b.tar", pax(records, tarfile.XGLTYPE), *good[1:])
+        path = save_blocks(tmp_path / "b.tar", pax(records, tarfile.XGLTYPE), *good[1:])
         check_error(rejection_of(path), path, "offset 0", "all entries")
 
 
 def test_extension_header_precedence_matches_tarfile(tmp_path):
-    long = header("././@LongLink", 6, tarfile.GNUTYPE_LONGNAME) + padded(b"l.jpg\0")
+    long = header("././@LongLink", 6, tarfile.GNUTYPE_LONGNAME) + pad_to_block(b"l.jpg\0")
     for number, (first, second) in enumerate([(b"b", b"c"), (b"c", b"b")]):
         x = [pax(b"14 path=%b.jpg\n" % name) for name in (first, second)]
         for blocks in (x, [*x, long], [long, *x], [pax(b"9 size=1\n"), *x]):
             path = tmp_path / f"{number}.tar"
-            saved(path, *blocks, header("a.jpg", 1), padded(b"a"), END)
+            save_blocks(path, *blocks, header("a.jpg", 1), pad_to_block(b"a"), END_OF_ARCHIVE)
             with tarfile.open(path) as tar:
                 expected = tar.getnames()
             listing = TarListing(path)
@@ -707,7 +736,7 @@ def test_extension_header_precedence_matches_tarfile(tmp_path):
 
 DAMAGED_EXTENSIONS = {
     "no member after a header": ([pax(b"14 path=b.jpg\n")], "no entry follows"),
-    "the end after a header": ([pax(b"6 a=b\n"), END], "no entry follows"),
+    "the end after a header": ([pax(b"6 a=b\n"), END_OF_ARCHIVE], "no entry follows"),
     "a record too short": ([pax(b"2 path=b.jpg\n"), header("a.jpg")], "pax header"),
     "a record of no length": ([pax(b"0 path=b.jpg\n"), header("a.jpg")], "pax header"),
     "a second record of no length": (
@@ -728,9 +757,9 @@ DAMAGED_EXTENSIONS = {
         "an extension header has",
     ),
     "a long link cut short": ([header("x", 600, tarfile.GNUTYPE_LONGLINK), b"x"], "ends inside"),
-    "a sparse file, cut short": ([gnu_sparse(9)[: 4 * BLOCK]], "a sparse file"),
+    "a sparse file, cut short": ([gnu_sparse(9)[: 4 * BLOCK_BYTES]], "a sparse file"),
     "an empty long name": (
-        [header("x", 1, tarfile.GNUTYPE_LONGNAME), padded(b"\0"), header("a.jpg")],
+        [header("x", 1, tarfile.GNUTYPE_LONGNAME), pad_to_block(b"\0"), header("a.jpg")],
         "has the invalid path ''",
     ),
 }
@@ -739,34 +768,34 @@ DAMAGED_EXTENSIONS = {
 @pytest.mark.parametrize("case", DAMAGED_EXTENSIONS)
 def test_damaged_extension_header_is_rejected_with_its_offset(tmp_path, case):
     blocks, words = DAMAGED_EXTENSIONS[case]
-    path = saved(tmp_path / "a.tar", header("0.jpg", 1), padded(b"0"), *blocks)
-    at = (4 if case == "an empty long name" else 2) * BLOCK
+    path = save_blocks(tmp_path / "a.tar", header("0.jpg", 1), pad_to_block(b"0"), *blocks)
+    at = (4 if case == "an empty long name" else 2) * BLOCK_BYTES
     check_error(rejection_of(path), path, f"offset {at}", words)
 
 
 def test_sparse_keyword_in_any_extension_header_is_rejected(tmp_path):
     headers = [pax(b"22 GNU.sparse.major=1\n"), pax(b"22 GNU.sparse.size=12\n"), pax(b"9 size=1\n")]
     for blocks in (headers, headers[::-1], headers[:2], headers[1:]):
-        path = saved(tmp_path / "a.tar", *blocks, header("a.jpg"), END)
+        path = save_blocks(tmp_path / "a.tar", *blocks, header("a.jpg"), END_OF_ARCHIVE)
         check_error(rejection_of(path), path, "a sparse file")
 
 
 def test_thousands_of_extension_headers_are_read(tmp_path):
     blocks = [pax(b"14 path=b.jpg\n")] * 3000
-    listing = TarListing(saved(tmp_path / "a.tar", *blocks, header("a.jpg"), END))
+    listing = TarListing(save_blocks(tmp_path / "a.tar", *blocks, header("a.jpg"), END_OF_ARCHIVE))
     assert names_of(listing) == ["b.jpg"]
 
 
 def test_garbage_between_entries_is_rejected_with_its_offset(tmp_path):
     whole = tar_bytes(FEW_MEMBERS)
-    path = saved(tmp_path / "a.tar", whole[:1024], b"garbage " * 64, whole[1024:])
+    path = save_blocks(tmp_path / "a.tar", whole[:1024], b"garbage " * 64, whole[1024:])
     check_error(rejection_of(path), path, "damaged", "offset 1024", "tar -tvf")
 
 
 def test_data_after_the_end_marker_is_ignored(tmp_path):
     whole = tar_bytes(FEW_MEMBERS)
     for tail in (b"garbage" * 999, header("../a.jpg"), b"x"):
-        listing = TarListing(saved(tmp_path / "a.tar", whole, tail))
+        listing = TarListing(save_blocks(tmp_path / "a.tar", whole, tail))
         assert names_of(listing) == [name for name, _ in FEW_MEMBERS]
         assert listing.unterminated == []
 
@@ -774,10 +803,12 @@ def test_data_after_the_end_marker_is_ignored(tmp_path):
 @pytest.mark.parametrize("zeros", [0, 1, 511, 512, 513, 1024])
 def test_missing_end_marker_is_noted(tmp_path, zeros):
     image = png(pixels(1)[0])
-    path = saved(tmp_path / "a.tar", header("a.png", len(image)), padded(image), bytes(zeros))
+    path = save_blocks(
+        tmp_path / "a.tar", header("a.png", len(image)), pad_to_block(image), bytes(zeros)
+    )
     source = open_shards(path)
     assert source.header.images == 1
-    assert len(source.notes) == (zeros < BLOCK)
+    assert len(source.notes) == (zeros < BLOCK_BYTES)
 
 
 def test_empty_shard_among_others_is_noted(tmp_path):
@@ -794,7 +825,7 @@ def test_empty_shard_among_others_is_noted(tmp_path):
 
 
 def test_empty_tar_is_rejected(tmp_path):
-    for path in (saved(tmp_path / "a.tar"), save_tar(tmp_path / "b.tar", [])):
+    for path in (save_blocks(tmp_path / "a.tar"), save_tar(tmp_path / "b.tar", [])):
         with pytest.raises(SourceError) as caught:
             open_shards(path)
         check_error(caught.value, path, "contains no images")
@@ -812,7 +843,7 @@ def test_empty_tar_is_rejected(tmp_path):
     ],
 )
 def test_non_tar_file_is_rejected(tmp_path, start, word):
-    path = saved(tmp_path / "a b.tar", start, b"x" * 4000)
+    path = save_blocks(tmp_path / "a b.tar", start, b"x" * 4000)
     check_error(rejection_of(path), path, word, f"'{path}'")
 
 
@@ -903,10 +934,10 @@ def test_missing_shards_are_counted_and_the_first_are_listed(tmp_path):
 
 
 def test_changed_shard_stops_the_run_even_at_failed_rows(tmp_path):
-    path = saved(tmp_path / "a.tar", header("a.jpg", 999), b"abc")
+    path = save_blocks(tmp_path / "a.tar", header("a.jpg", 999), b"abc")
     listing = TarListing(path)
     assert reason(listing, 0) == "truncated: the shard ends inside the image"
-    saved(path, header("a.jpg", 999), bytes(999))
+    save_blocks(path, header("a.jpg", 999), bytes(999))
     with pytest.raises(StoppedError):
         listing.read(0, UNLIMITED_BYTES)
 
@@ -1016,7 +1047,7 @@ def test_small_members_are_listed_with_few_reads(tmp_path, monkeypatch):
 
 def test_entry_takes_less_than_90_bytes(tmp_path):
     blocks = [header(f"n{n // 1000:08d}/n{n // 1000:08d}_{n:08d}.JPEG") for n in range(50_000)]
-    path = saved(tmp_path / "a.tar", *blocks, END)
+    path = save_blocks(tmp_path / "a.tar", *blocks, END_OF_ARCHIVE)
     del blocks
     tracemalloc.start()
     try:
@@ -1037,8 +1068,8 @@ def open_descriptors():
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no list of open files here")
 def test_no_file_is_left_open(tmp_path):
     save_tar(tmp_path / "good.tar", FEW_MEMBERS)
-    saved(tmp_path / "bad.tar", b"x" * 4000)
-    saved(tmp_path / "cut.tar", tar_bytes(FEW_MEMBERS)[:1500])
+    save_blocks(tmp_path / "bad.tar", b"x" * 4000)
+    save_blocks(tmp_path / "cut.tar", tar_bytes(FEW_MEMBERS)[:1500])
     save_tar(tmp_path / "changed.tar", FEW_MEMBERS)
     before = open_descriptors()
     for name in ("good", "bad", "cut", "changed"):
@@ -1124,10 +1155,12 @@ def test_damaged_archive_raises_only_typed_errors(
     for at, content in edits:
         damaged[at : at + len(content)] = content
     if has_valid_checksums:  # as an attacker could
-        for at in range(0, len(damaged) - BLOCK, BLOCK):
+        for at in range(0, len(damaged) - BLOCK_BYTES, BLOCK_BYTES):
             if damaged[at + 257 : at + 262] == b"ustar":
-                damaged[at : at + BLOCK] = with_checksum(bytes(damaged[at : at + BLOCK]))
-    path = saved(tmp_path_factory.getbasetemp() / "damaged.tar", damaged)
+                damaged[at : at + BLOCK_BYTES] = with_checksum(
+                    bytes(damaged[at : at + BLOCK_BYTES])
+                )
+    path = save_blocks(tmp_path_factory.getbasetemp() / "damaged.tar", damaged)
     try:
         listing = TarListing(path)
     except SourceError as error:

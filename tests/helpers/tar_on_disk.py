@@ -9,11 +9,12 @@ import numpy as np
 from PIL import Image
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
-BLOCK = 512
-END = bytes(2 * BLOCK)  # the end-of-archive marker
+BLOCK_BYTES = 512
+END_OF_ARCHIVE = bytes(2 * BLOCK_BYTES)
 
 
 def member(name, content=b"", kind=tarfile.REGTYPE, **fields):
+    """Return a TarInfo and the content of a member."""
     info = tarfile.TarInfo(name)
     info.size = len(content)
     info.type = kind
@@ -24,12 +25,12 @@ def member(name, content=b"", kind=tarfile.REGTYPE, **fields):
 
 def tar_bytes(members, kind="ustar"):
     """Return a tar of members: pairs of name and content, or results of `member`."""
-    written = io.BytesIO()
-    with tarfile.open(fileobj=written, mode="w", format=FORMATS[kind]) as tar:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=FORMATS[kind]) as tar:
         for name, content in members:
             info = name if isinstance(name, tarfile.TarInfo) else member(name, content)[0]
             tar.addfile(info, io.BytesIO(content))
-    return written.getvalue()
+    return buffer.getvalue()
 
 
 def save_tar(path, members, kind="ustar"):
@@ -47,21 +48,24 @@ def header(name, size=0, kind=tarfile.REGTYPE, **fields):
 
 def with_checksum(block, sign="B"):
     """Return a header block with its checksum over unsigned ("B") or signed ("b") bytes."""
-    spaced = block[:148] + b" " * 8 + block[156:]
-    total = int(np.frombuffer(spaced, "i1" if sign == "b" else "u1").sum(dtype=np.int64))
+    blanked = block[:148] + b" " * 8 + block[156:]
+    total = int(np.frombuffer(blanked, "i1" if sign == "b" else "u1").sum(dtype=np.int64))
     return block[:148] + b"%06o\0 " % total + block[156:]
 
 
-def padded(content):
-    return content + bytes(-len(content) % BLOCK)
+def pad_to_block(content):
+    """Append zeros up to a multiple of the block size."""
+    return content + bytes(-len(content) % BLOCK_BYTES)
 
 
-def saved(path, *blocks):
+def save_blocks(path, *blocks):
+    """Write blocks to a file and return its path."""
     path.write_bytes(b"".join(blocks))
     return path
 
 
 def png(image):
-    written = io.BytesIO()
-    Image.fromarray(image).save(written, "png")
-    return written.getvalue()
+    """Return an image encoded as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "png")
+    return buffer.getvalue()

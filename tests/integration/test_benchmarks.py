@@ -25,12 +25,12 @@ def test_peer_benchmarks_run_and_fastvgg_matches_keras():
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-def test_every_contender_belongs_to_one_library_of_the_overview(tables, monkeypatch):
+def test_every_peer_belongs_to_one_library_of_the_overview(tables, monkeypatch):
     monkeypatch.syspath_prepend(CHECKOUT / "benchmarks")
-    contenders = importlib.import_module("contenders").CONTENDERS
+    peers = importlib.import_module("peers").PEERS
     listed = [name for names, *_ in tables["LIBRARIES"].values() for name in names]
     does_less = ["DALI, without the flip"]
-    assert sorted(listed + does_less) == sorted(contender.name for contender in contenders)
+    assert sorted(listed + does_less) == sorted(peer.name for peer in peers)
 
 
 @pytest.mark.parametrize(
@@ -48,9 +48,9 @@ def test_percent_is_0_or_100_only_if_exact(tables, share, expected):
     assert tables["percent"](share) == expected
 
 
-def row(contender, task, images_per_second, differing, memory="new"):
+def row(peer, task, images_per_second, differing, memory="new"):
     return {
-        "contender": contender,
+        "contender": peer,
         "task": task,
         "images_per_second": images_per_second,
         "differing": differing,
@@ -105,6 +105,6 @@ def test_too_few_rounds_for_quartiles_are_rejected(name, rounds, monkeypatch, ca
 def test_missing_backend_only_affects_keras(monkeypatch):
     monkeypatch.syspath_prepend(CHECKOUT / "benchmarks")
     monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
-    present, _, missing = importlib.import_module("contenders").importable("torch")
-    assert [contender.name for contender in present] == ["fastvgg"]
+    present, _, missing = importlib.import_module("peers").import_peers("torch")
+    assert [peer.name for peer in present] == ["fastvgg"]
     assert list(missing) == ["Keras on PyTorch"]

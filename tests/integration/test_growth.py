@@ -48,7 +48,7 @@ def record(import_benchmark, tmp_path_factory):
         "rounds": 2,
         "sweeps": {"images": lines, "side": [line], "threads": [line], "chunk": [line]},
         "line": growth.add_deviations_from_linear_fit(lines),
-        "in_memory": list(growth.measured_in_memory(quick_sizes, 2)),
+        "in_memory": list(growth.measure_in_memory(quick_sizes, 2)),
     }
 
 

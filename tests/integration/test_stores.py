@@ -39,8 +39,8 @@ from tests.helpers.faults import SimulatedCrash
 from tests.helpers.samples import parts, sampled
 from tests.helpers.stores import BUCKET, ENVIRONMENT, serve_s3
 
-IMAGES, TOGETHER = 11, 2
-SHARDS = -(-IMAGES // TOGETHER)
+IMAGES, CHUNK_IMAGES = 11, 2
+SHARDS = -(-IMAGES // CHUNK_IMAGES)
 BATCH = pixels(IMAGES, height=5, width=7)
 EXPECTED = oracle.apply(fastvgg.Transform("caffe"), BATCH)
 FILES = ["y.zarr.fastvgg.json", *[f"y.zarr/c.{n}.0.0.0" for n in range(SHARDS)], "y.zarr/zarr.json"]
@@ -97,7 +97,7 @@ def array(tmp_path):
 
 
 def make_plan(source, store, **settings):
-    settings = {"mode": "caffe", "images_per_chunk": TOGETHER, **settings}
+    settings = {"mode": "caffe", "images_per_chunk": CHUNK_IMAGES, **settings}
     return plan_of(str(source), f"{store.url}/y.zarr", **settings)
 
 
@@ -376,7 +376,7 @@ run(plan, storage=Killed())
 @sampled("puts", [1, 2 * SHARDS + 1, 4, 2 * SHARDS + 2, 7, 2 * SHARDS + 3], one_in=2)
 def test_rerun_finishes_a_killed_process(empty_s3, array, puts):
     store = Store(f"s3://{BUCKET}")
-    done = python(KILL_SCRIPT, array, f"{store.url}/y.zarr", str(TOGETHER), str(puts))
+    done = python(KILL_SCRIPT, array, f"{store.url}/y.zarr", str(CHUNK_IMAGES), str(puts))
     assert done.returncode == -signal.SIGKILL, done.stderr
     committed = sum("journal/0" in key for key in empty_s3.objects())
     shards = sum("/c." in key for key in empty_s3.objects())
@@ -602,7 +602,7 @@ def test_persistent_source_error_stops_the_run_which_can_be_resumed(
 ):
     store = Store(f"s3://{BUCKET}")
     make_plan(array, store).run()
-    settings = {"direction": "restore", "images_per_chunk": TOGETHER}
+    settings = {"direction": "restore", "images_per_chunk": CHUNK_IMAGES}
     plan = plan_of(f"{store.url}/y.zarr", tmp_path / "x2.npy", **settings)
     empty_s3.fail("GET", r"/c\.3", 503)
     with pytest.raises(StoppedError) as caught:

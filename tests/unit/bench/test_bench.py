@@ -26,7 +26,7 @@ TINY = bench.BenchConfig(8 * 2**20, 2, 4, 2**20 + 4097, has_all_paths=False)
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def record_and_figures(tmp_path_factory):
     """Return the record of a full run, and the figures that the callback received."""
     photos = tmp_path_factory.mktemp("photos")
     for name in ("rocket.jpg", "coffee.png", "camera.png"):
@@ -45,8 +45,8 @@ def measured(tmp_path_factory):
     return record, received
 
 
-def test_record_has_every_path_and_serializes_to_json(measured):
-    record, received = measured
+def test_record_has_every_path_and_serializes_to_json(record_and_figures):
+    record, received = record_and_figures
     assert [row["path"] for row in record["kernels"]] == [
         path.name for path in kernels.COMMON_PATHS
     ]
@@ -61,16 +61,19 @@ def test_record_has_every_path_and_serializes_to_json(measured):
     assert received == expected
 
 
-def test_unreadable_images_are_counted(measured):
-    decoded = measured[0]["decoding"]
+def test_unreadable_images_are_counted(record_and_figures):
+    decoded = record_and_figures[0]["decoding"]
     assert (decoded["images"], decoded["failed"]) == (4, 1)
     assert decoded["images_per_second"] > 0
 
 
-def test_lines_fit_80_columns(measured):
-    lines = [*report.HEADINGS.values(), *(report.line(part, row) for part, row in measured[1])]
+def test_lines_fit_80_columns(record_and_figures):
+    lines = [
+        *report.HEADINGS.values(),
+        *(report.line(part, row) for part, row in record_and_figures[1]),
+    ]
     assert max(len(line) for text in lines for line in text.splitlines()) <= 80
-    figures = measured[0]["kernels"][0]
+    figures = record_and_figures[0]["kernels"][0]
     assert f"{figures['images_per_second']:,}" in report.line("kernels", figures)
 
 
@@ -248,19 +251,19 @@ def test_disk_benchmark_writes_and_reads_every_byte(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ending", ["svg", "png"])
-def test_plot_of_a_record_is_reproducible(measured, tmp_path, ending):
+def test_plot_of_a_record_is_reproducible(record_and_figures, tmp_path, ending):
     for name in ("one", "other"):
-        report.draw_roofline(measured[0], tmp_path / f"{name}.{ending}")
+        report.draw_roofline(record_and_figures[0], tmp_path / f"{name}.{ending}")
     assert (tmp_path / f"one.{ending}").read_bytes() == (tmp_path / f"other.{ending}").read_bytes()
 
 
-def test_plot_shows_the_throughput_of_every_nhwc_path(measured, tmp_path):
-    report.draw_roofline(measured[0], tmp_path / "roofline.svg")
+def test_plot_shows_the_throughput_of_every_nhwc_path(record_and_figures, tmp_path):
+    report.draw_roofline(record_and_figures[0], tmp_path / "roofline.svg")
     root = ET.parse(tmp_path / "roofline.svg").getroot()  # noqa: S314  # our own
     texts = [text.strip() for text in root.itertext()]
-    shown = [row for row in measured[0]["kernels"] if "NCHW" not in row["path"]]
-    assert 0 < len(shown) < len(measured[0]["kernels"])
-    paths = [row["path"] for row in measured[0]["kernels"] if row["path"] in texts]
+    shown = [row for row in record_and_figures[0]["kernels"] if "NCHW" not in row["path"]]
+    assert 0 < len(shown) < len(record_and_figures[0]["kernels"])
+    paths = [row["path"] for row in record_and_figures[0]["kernels"] if row["path"] in texts]
     assert paths == [row["path"] for row in shown]
     speeds = [text for text in texts if text.endswith(" images/s")]
     assert speeds == [f"{row['images_per_second']:,} images/s" for row in shown]

@@ -14,8 +14,8 @@ from tests.campaigns.assembly import (
     PROCESSORS,
     TABLE,
     analyze,
-    compiled,
-    contract,
+    analyze_in_child_process,
+    contract_kernels,
     is_legacy,
     list_faults,
 )
@@ -30,14 +30,14 @@ PARTS = 13
 @pytest.mark.parametrize("number", range(len(PROCESSORS)), ids=lambda number: PROCESSORS[number])
 def test_kernels_compile_to_fast_code_on_every_processor(number, part):
     name = PROCESSORS[number]
-    found = compiled(name, EVERY * PARTS, number + EVERY * part)
-    assert len(found) >= len([*contract()]) // (EVERY * PARTS)
+    found = analyze_in_child_process(name, EVERY * PARTS, number + EVERY * part)
+    assert len(found) >= len([*contract_kernels()]) // (EVERY * PARTS)
     assert list_faults(name, found, json.loads(TABLE.read_text())) == []
 
 
 def test_table_covers_every_kernel_and_processor():
     table = json.loads(TABLE.read_text())
-    kernels = {name for name, _ in contract()}
+    kernels = {name for name, _ in contract_kernels()}
     assert set(table) == set(PROCESSORS)
     assert all(set(rows) == kernels for rows in table.values())
     assert all(0 < count < 60 for rows in table.values() for count in rows.values())

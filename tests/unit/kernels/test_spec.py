@@ -484,11 +484,11 @@ def test_blocks_are_split_only_for_bytes_and_bfloat16_without_byte_permutes(
 
 @pytest.mark.parametrize("layouts", LAYOUT_PAIRS, ids="-".join)
 @pytest.mark.parametrize(
-    ("source", "target", "aligned_together"),
+    ("source", "target", "planes_share_alignment"),
     [("float32", "uint8", True), ("uint8", "float32", False)],
 )
 def test_planes_are_aligned_individually_where_nontemporal_stores_need_it(
-    layouts, source, target, aligned_together
+    layouts, source, target, planes_share_alignment
 ):
     direction = "restore" if target == "uint8" else "preprocess"
     transform = Transform("tf", direction, *layouts, target)
@@ -496,7 +496,7 @@ def test_planes_are_aligned_individually_where_nontemporal_stores_need_it(
         found = KernelSpec.of(
             transform, source, nontemporal=nontemporal, has_aligned_planes=aligned
         )
-        needed = not (aligned and aligned_together) and (layouts[0] == "NCHW" or nontemporal)
+        needed = not (aligned and planes_share_alignment) and (layouts[0] == "NCHW" or nontemporal)
         assert found.is_plane_by_plane == (layouts[1] == "NCHW" and needed)
     in_place = KernelSpec.of(Transform("tf", layout="NCHW"), "float32", in_place=True)
     assert not in_place.is_plane_by_plane

@@ -1,4 +1,4 @@
-"""How a contender is called: two styles, each in new and in reused memory."""
+"""How a peer is called: in two styles, each in new and in reused memory."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ MEMORIES = ("new", "reused")
 
 
 class Configuration(NamedTuple):
-    """One contender, one style, one kind of memory."""
+    """A peer, a style and a kind of memory."""
 
-    contender: str
+    peer: str
     style: str
     memory: str
     call: Callable[[], Any]
     prepare: Callable[[], object]
 
 
-def image_by_image(peer, task, pool, out):
+def run_image_by_image(implementation, task, pool, out):
     def run_share(first):
         for index in range(first, len(task.x), task.threads):
-            peer.image(task.x[index], out[index])
+            implementation.image(task.x[index], out[index])
 
     for _ in pool.map(run_share, range(task.threads)):
         pass
-    return peer.view(out)
+    return implementation.view(out)
 
 
-def configurations(name, peer, task):
+def configurations(name, implementation, task):
     """Yield the configurations that the API of a peer supports."""
-    all_threads = functools.partial(peer.set_threads, task.threads)
-    one_thread = functools.partial(peer.set_threads, 1)
-    if peer.batch is not None:
-        yield Configuration(name, "batch", "new", peer.batch, all_threads)
-    if peer.batch_into is not None:
-        yield Configuration(name, "batch", "reused", peer.batch_into, all_threads)
-    if peer.image is not None:
+    all_threads = functools.partial(implementation.set_threads, task.threads)
+    one_thread = functools.partial(implementation.set_threads, 1)
+    if implementation.batch is not None:
+        yield Configuration(name, "batch", "new", implementation.batch, all_threads)
+    if implementation.batch_into is not None:
+        yield Configuration(name, "batch", "reused", implementation.batch_into, all_threads)
+    if implementation.image is not None:
         pool = ThreadPoolExecutor(task.threads, initializer=one_thread)
-        run = functools.partial(image_by_image, peer, task, pool)
+        run = functools.partial(run_image_by_image, implementation, task, pool)
         yield Configuration(name, "images", "new", lambda: run(np.empty_like(task.out)), one_thread)
         yield Configuration(name, "images", "reused", lambda: run(task.out), one_thread)

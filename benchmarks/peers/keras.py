@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contenders.task import Peer
+from peers.task import Implementation
 
 
 def keras_preprocess(task):
@@ -12,7 +12,7 @@ def keras_preprocess(task):
         y[...] = images
         return preprocess_input(y, mode=task.mode.name)
 
-    return Peer(
+    return Implementation(
         batch=lambda: preprocess_input(task.x, mode=task.mode.name),
         batch_into=lambda: in_place(task.x, task.out),
         image=in_place,
@@ -21,7 +21,7 @@ def keras_preprocess(task):
 
 
 def keras_tensor_preprocess(task):
-    """Give Keras a float tensor of its backend, because its arithmetic overflows in uint8."""
+    """Pass Keras a float tensor of its backend, because its arithmetic overflows in uint8."""
     import keras
     from keras.applications.imagenet_utils import preprocess_input
 
@@ -39,4 +39,4 @@ def keras_tensor_preprocess(task):
             torch.set_num_threads(threads)
 
     x = keras.ops.convert_to_tensor(task.x)
-    return Peer(batch=lambda: preprocess(x), image=image, set_threads=set_threads)
+    return Implementation(batch=lambda: preprocess(x), image=image, set_threads=set_threads)

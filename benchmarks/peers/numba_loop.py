@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from contenders.task import Peer, means
+from peers.task import Implementation, means
 
 
 def numba_preprocess(task):
@@ -30,7 +30,7 @@ def numba_preprocess(task):
                         out[image, row, column, channel] = value
         return out
 
-    return Peer(
+    return Implementation(
         batch=lambda: loop(task.x, np.empty_like(task.out)),
         batch_into=lambda: loop(task.x, task.out),
         set_threads=numba.set_num_threads,
@@ -53,7 +53,7 @@ def numba_restore(task):
                         out[image, row, column, 2 - channel] = min(max(value, 0), 255)
         return out
 
-    return Peer(
+    return Implementation(
         batch=lambda: loop(task.x, np.empty_like(task.out)),
         batch_into=lambda: loop(task.x, task.out),
         set_threads=numba.set_num_threads,

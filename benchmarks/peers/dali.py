@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from contenders.task import Peer, means
+from peers.task import Implementation, means
 
 
-def dali_peer(task, graph):
-    """Build a pipeline that reads the batch without a copy; its result is in DALI's own buffers."""
+def build_pipeline(task, graph):
+    """Build a pipeline that reads the batch without a copy and returns one of DALI's buffers."""
     from nvidia.dali import Pipeline, fn
 
     pipeline = Pipeline(
@@ -24,11 +24,11 @@ def dali_peer(task, graph):
         pipeline.set_outputs(graph(fn.external_source(lambda: task.x, no_copy=True, layout="HWC")))
     pipeline.build()
 
-    def into():
+    def run_pipeline():
         (result,) = pipeline.run()
         return result.as_tensor()
 
-    return Peer(batch_into=into)
+    return Implementation(batch_into=run_pipeline)
 
 
 def dali_preprocess(task, *, flips=True):
@@ -49,14 +49,14 @@ def dali_preprocess(task, *, flips=True):
             std=[scale * std for std in task.mode.std or (1.0, 1.0, 1.0)],
         )
 
-    return dali_peer(task, graph)
+    return build_pipeline(task, graph)
 
 
 def dali_preprocess_without_flip(task):
     if not task.mode.is_bgr:
-        return Peer()  # same as dali_preprocess
-    peer = dali_preprocess(task, flips=False)
-    return Peer(batch_into=lambda: np.asarray(peer.batch_into())[..., ::-1])
+        return Implementation()  # same as dali_preprocess
+    with_flip = dali_preprocess(task, flips=False)
+    return Implementation(batch_into=lambda: np.asarray(with_flip.batch_into())[..., ::-1])
 
 
 def dali_restore(task):
@@ -68,4 +68,4 @@ def dali_restore(task):
         )
         return fn.color_space_conversion(bgr, image_type=types.BGR, output_type=types.RGB)
 
-    return dali_peer(task, graph)
+    return build_pipeline(task, graph)

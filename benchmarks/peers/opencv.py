@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from contenders.task import Peer, torch_constants
+from peers.task import Implementation, torch_constants
 
 
 def opencv_blob(layout):
@@ -28,7 +28,7 @@ def opencv_blob(layout):
             cv2.dnn.blobFromImageWithParams(x, view(row[np.newaxis]), parameters)
 
         images, out = list(task.x), view(task.out)
-        return Peer(
+        return Implementation(
             batch=lambda: cv2.dnn.blobFromImagesWithParams(images, param=parameters),
             batch_into=lambda: cv2.dnn.blobFromImagesWithParams(images, out, parameters),
             image=image,
@@ -49,10 +49,12 @@ def opencv_preprocess(task):
         cv2.subtract(flipped, mean, row, dtype=cv2.CV_32F)
 
     if task.mode.is_bgr:
-        return Peer(image=subtract, set_threads=cv2.setNumThreads)
+        return Implementation(image=subtract, set_threads=cv2.setNumThreads)
     divide, mean, std = torch_constants(task.mode)
     table = (np.arange(256, dtype=np.float32)[None, :, None] / divide - mean) / std
-    return Peer(image=lambda x, row: cv2.LUT(x, table, row), set_threads=cv2.setNumThreads)
+    return Implementation(
+        image=lambda x, row: cv2.LUT(x, table, row), set_threads=cv2.setNumThreads
+    )
 
 
 def opencv_restore(task):
@@ -63,7 +65,7 @@ def opencv_restore(task):
     def image(y, row):
         cv2.cvtColor(cv2.add(y, mean, dtype=cv2.CV_8U), cv2.COLOR_BGR2RGB, row)
 
-    return Peer(image=image, set_threads=cv2.setNumThreads)
+    return Implementation(image=image, set_threads=cv2.setNumThreads)
 
 
 def albumentations_preprocess(task):
@@ -82,4 +84,4 @@ def albumentations_preprocess(task):
     def batch():
         return normalize(images=task.x[..., ::-1] if task.mode.is_bgr else task.x)["images"]
 
-    return Peer(batch=batch, image=image, set_threads=cv2.setNumThreads)
+    return Implementation(batch=batch, image=image, set_threads=cv2.setNumThreads)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from contenders.task import Peer, means, torch_constants
+from peers.task import Implementation, means, torch_constants
 
 
-def numexpr_by_channel(task, expression, casting, constants):
+def evaluate_by_channel(task, expression, casting, constants):
     """Evaluate each channel separately, which is faster than broadcasting the constants."""
     import numexpr
 
@@ -24,7 +24,7 @@ def numexpr_by_channel(task, expression, casting, constants):
             )
         return out
 
-    return Peer(
+    return Implementation(
         batch=lambda: evaluate(np.empty_like(task.out)),
         batch_into=lambda: evaluate(task.out),
         set_threads=numexpr.set_num_threads,
@@ -34,13 +34,13 @@ def numexpr_by_channel(task, expression, casting, constants):
 def numexpr_preprocess(task):
     if task.mode.is_bgr:
         constants = {"mean": means(task.mode)}
-        return numexpr_by_channel(task, "a - mean", "same_kind", constants)
+        return evaluate_by_channel(task, "a - mean", "same_kind", constants)
     divide, mean, std = torch_constants(task.mode)
     constants = {"divide": np.repeat(divide, 3), "mean": mean, "std": std}
-    return numexpr_by_channel(task, "(a / divide - mean) / std", "same_kind", constants)
+    return evaluate_by_channel(task, "(a / divide - mean) / std", "same_kind", constants)
 
 
 def numexpr_restore(task):
     value = "round(a + mean)"
     saturated = f"where({value} < 0, 0, where({value} > 255, 255, {value}))"
-    return numexpr_by_channel(task, saturated, "unsafe", {"mean": means(task.mode)})
+    return evaluate_by_channel(task, saturated, "unsafe", {"mean": means(task.mode)})

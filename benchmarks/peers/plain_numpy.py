@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from contenders.task import Peer, means
+from peers.task import Implementation, means
 
 
 def numpy_restore(task):
     mean = means(task.mode)
 
-    def rounded(y):
+    def add_means_and_round(y):
         x = y.copy()
         for channel in range(3):  # faster than broadcasting all three
             x[..., channel] += mean[channel]
@@ -18,9 +18,9 @@ def numpy_restore(task):
         return np.clip(x, 0, 255, out=x)[..., ::-1]
 
     def image(y, row):
-        row[...] = rounded(y)
+        row[...] = add_means_and_round(y)
 
-    return Peer(batch=lambda: rounded(task.x).astype(np.uint8), image=image)
+    return Implementation(batch=lambda: add_means_and_round(task.x).astype(np.uint8), image=image)
 
 
 def deprocess_img(task):
@@ -31,7 +31,7 @@ def deprocess_img(task):
         add_means(x, task.mode)
         return np.clip(x[..., ::-1], 0, 255).astype("uint8")
 
-    return by_copies(task, deprocess)
+    return allocate_results(task, deprocess)
 
 
 def restore_original_image_from_array(task):
@@ -45,7 +45,7 @@ def restore_original_image_from_array(task):
         add_means(x, task.mode)
         return x[..., ::-1].astype("uint8")
 
-    return by_copies(task, restore)
+    return allocate_results(task, restore)
 
 
 def add_means(x, mode):
@@ -53,10 +53,10 @@ def add_means(x, mode):
         x[..., channel] += mean
 
 
-def by_copies(task, formula):
-    """Return the peer for a formula that allocates its result."""
+def allocate_results(task, formula):
+    """Return the implementation for a formula that allocates its result."""
 
     def image(y, row):
         row[...] = formula(y)
 
-    return Peer(batch=lambda: formula(task.x), image=image)
+    return Implementation(batch=lambda: formula(task.x), image=image)

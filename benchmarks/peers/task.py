@@ -1,4 +1,4 @@
-"""The tasks of the contenders, and the interface that a contender implements."""
+"""The tasks of the peers, and the interface of their implementations."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Task:
     x: NDArray[Any]
     expected: NDArray[Any]
     out: NDArray[Any]
-    """The reused result, shared by all contenders that have an output argument."""
+    """The reused result, shared by all peers that have an output argument."""
     threads: int
 
     @property
@@ -46,7 +46,7 @@ def ignore_threads(_threads: int) -> None:
 
 
 @dataclass(frozen=True)
-class Peer:
+class Implementation:
     """The implementation of a task in a library; None if its API does not support a call."""
 
     batch: Callable[[], Any] | None = None
@@ -60,17 +60,19 @@ class Peer:
     set_threads: Callable[[int], object] = ignore_threads
 
 
-class Contender(NamedTuple):
+class Peer(NamedTuple):
+    """A library, or one way to use it, and its implementations of the tasks."""
+
     name: str
     module: str
-    preprocess: Callable[[Task], Peer] | None
-    restore: Callable[[Task], Peer] | None
+    preprocess: Callable[[Task], Implementation] | None
+    restore: Callable[[Task], Implementation] | None
     note: str = ""
     backend: str = "numpy"
     """Keras' backend in the process, which is fixed at import."""
 
-    def peer_for(self, task: Task) -> Peer | None:
-        """Return the peer for a task, or None if the library does not support it."""
+    def implementation_for(self, task: Task) -> Implementation | None:
+        """Return the implementation of a task, or None if the library does not support it."""
         build = self.restore if task.restores else self.preprocess
         return build(task) if build is not None else None
 
@@ -85,29 +87,31 @@ def torch_constants(mode: Mode) -> tuple[np.float32, NDArray[np.float32], NDArra
     return np.float32(mode.divide), means(mode), np.array(mode.std, np.float32)
 
 
-def preprocessed(x: NDArray[Any], mode: Mode) -> NDArray[Any]:
-    """Return Keras' result for NumPy arrays, which is independent of its backend."""
+def preprocess_with_keras(x: NDArray[Any], mode: Mode) -> NDArray[Any]:
+    """Return Keras' result for NumPy arrays, which does not depend on its backend."""
     from keras.applications.imagenet_utils import preprocess_input
 
     return np.ascontiguousarray(preprocess_input(x, mode=mode.name))
 
 
-def preprocessing(mode: Mode, name: str, x: NDArray[Any], threads: int) -> Task:
-    y = preprocessed(x, mode)
+def create_preprocess_task(mode: Mode, name: str, x: NDArray[Any], threads: int) -> Task:
+    y = preprocess_with_keras(x, mode)
     return Task(name, mode, False, x, y, np.empty_like(y), threads)
 
 
-def restoring(stored: type[np.floating], name: str, x: NDArray[Any], threads: int) -> Task:
-    """Return the task of restoring float32 that was stored in the type `stored`."""
-    y = preprocessed(x, Mode.CAFFE).astype(stored).astype(np.float32)
+def create_restore_task(
+    storage_dtype: type[np.floating], name: str, x: NDArray[Any], threads: int
+) -> Task:
+    """Return the task of restoring float32 that was stored as `storage_dtype`."""
+    y = preprocess_with_keras(x, Mode.CAFFE).astype(storage_dtype).astype(np.float32)
     return Task(name, Mode.CAFFE, True, y, x, np.empty_like(x), threads)
 
 
 TASKS: dict[str, Callable[[str, NDArray[Any], int], Task]] = {
-    "preprocess, caffe": partial(preprocessing, Mode.CAFFE),
-    "preprocess, torch": partial(preprocessing, Mode.TORCH),
-    "restore, caffe": partial(restoring, np.float32),
-    "restore, caffe, stored in float16": partial(restoring, np.float16),
+    "preprocess, caffe": partial(create_preprocess_task, Mode.CAFFE),
+    "preprocess, torch": partial(create_preprocess_task, Mode.TORCH),
+    "restore, caffe": partial(create_restore_task, np.float32),
+    "restore, caffe, stored in float16": partial(create_restore_task, np.float16),
 }
 
 
@@ -119,8 +123,8 @@ def images(count: int) -> NDArray[np.uint8]:
 def tasks(count: int, threads: int) -> Iterator[Task]:
     """Yield one task at a time, so that only one is in memory."""
     x = images(count)
-    for name, make in TASKS.items():
-        yield make(name, x, threads)
+    for name, create_task in TASKS.items():
+        yield create_task(name, x, threads)
 
 
 def difference(result: Any, expected: NDArray[Any]) -> tuple[int, float]:

@@ -1,9 +1,9 @@
 """Compare fastvgg with its peers: same arrays, threads and process, as ratios within one run.
 
-    python benchmarks/peers.py            # 20 minutes, 11 GiB of memory; writes peers.json
-    python benchmarks/peers.py --quick    # a small batch, three rounds; writes nothing
+    python benchmarks/compare_peers.py            # 20 minutes, 11 GiB of memory; writes peers.json
+    python benchmarks/compare_peers.py --quick    # a small batch, three rounds; writes nothing
 
-    python -m pip install '.[bench]'      # the peers
+    python -m pip install '.[bench]'              # the peers
 
 On Linux, `torch` from PyPI installs several GB of CUDA packages; a CPU build that is installed
 first satisfies the extra, and torchvision then also needs a CPU build. Two peers are not in the
@@ -20,7 +20,7 @@ torch mode (divide by 255, subtract, divide), caffe mode back to uint8 (add the 
 saturate), and the latter for float32 that was stored as float16, which truncation does not restore.
 NHWC for input and result, unless a name says NCHW.
 
-The implementations are in contenders/. Keras has one backend per process, so its tensors are
+The implementations are in peers/. Keras has one backend per process, so its tensors are
 measured in another process per backend, on arrays from the same seed; the ratio is to fastvgg in
 that process.
 
@@ -32,7 +32,7 @@ on whether a library requests huge pages, as NumPy does for large arrays. Image 
 is also one batch: if a library returns each image in new memory, it is copied into its row while in
 the cache. Notes below the table state the restrictions of each API.
 
-Every round calls all contenders once, in a new random order; times exclude imports, compilation and
+Every round calls all peers once, in a new random order; times exclude imports, compilation and
 one warm-up call. Useful bytes are those of the input and the result, each counted once. `differing`
 counts the elements whose bits are not those of Keras' NumPy path or, when restoring, of the
 original image.
@@ -53,9 +53,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-from contenders import CONTENDERS, KERAS_TENSORS, importable
-from contenders.configurations import configurations
-from contenders.task import ENVIRONMENT, difference, tasks
+from peers import KERAS_BACKENDS, PEERS, import_peers
+from peers.configurations import configurations
+from peers.task import ENVIRONMENT, difference, tasks
 from rich.console import Console
 from rich.table import Table
 
@@ -72,41 +72,41 @@ TABLE_WIDTH = 150
 SETTLE_SECONDS = 0.02  # OpenMP threads busy-wait for some milliseconds after work
 
 
-def seconds(configuration):
+def time_call(configuration):
     configuration.prepare()
     start_seconds = time.perf_counter()
     configuration.call()  # including the release of the result
     return time.perf_counter() - start_seconds
 
 
-def measure(task, contenders, rounds):
-    """Return a row for each configuration of each contender."""
+def measure(task, peers, rounds):
+    """Return a row for each configuration of each peer."""
     all_configurations = []
-    for contender in contenders:
-        peer = contender.peer_for(task)
-        if peer is not None:
-            all_configurations += configurations(contender.name, peer, task)
+    for peer in peers:
+        implementation = peer.implementation_for(task)
+        if implementation is not None:
+            all_configurations += configurations(peer.name, implementation, task)
     differences = []
     for configuration in all_configurations:
         configuration.prepare()
         task.out.fill(0)
         differences.append(difference(configuration.call(), task.expected))
     durations = [[] for _ in all_configurations]
-    order = np.random.default_rng(0)
+    random = np.random.default_rng(0)
     for _ in range(rounds):
-        for index in order.permutation(len(all_configurations)):
+        for index in random.permutation(len(all_configurations)):
             time.sleep(SETTLE_SECONDS)
-            durations[index].append(seconds(all_configurations[index]))
-    measured = zip(all_configurations, durations, differences, strict=True)
-    return with_ratios([row(task, *figures) for figures in measured])
+            durations[index].append(time_call(all_configurations[index]))
+    measurements = zip(all_configurations, durations, differences, strict=True)
+    return add_ratios([result_row(task, *figures) for figures in measurements])
 
 
-def row(task, configuration, durations, differing_and_largest):
+def result_row(task, configuration, durations, differing_and_largest):
     median = statistics.median(durations)
     differing, largest = differing_and_largest
     return {
         "task": task.name,
-        "contender": configuration.contender,
+        "contender": configuration.peer,
         "memory": configuration.memory,
         "style": configuration.style,
         "median_ms": round(median * 1e3, 2),
@@ -119,44 +119,44 @@ def row(task, configuration, durations, differing_and_largest):
     }
 
 
-def with_ratios(rows):
-    """Mark the faster style of each contender and memory, and add the ratio to fastvgg."""
+def add_ratios(rows):
+    """Mark the faster style of each peer and memory, and add the ratio to fastvgg."""
     best = {}
-    for one in rows:
-        key = one["contender"], one["memory"]
-        best[key] = min(best.get(key, one), one, key=lambda each: each["median_ms"])
-    for one in rows:
-        one["best"] = one is best[one["contender"], one["memory"]]
-        own = best["fastvgg", one["memory"]]
-        one["ratio"] = round(one["median_ms"] / own["median_ms"], 2)
+    for row in rows:
+        key = row["contender"], row["memory"]
+        best[key] = min(best.get(key, row), row, key=lambda each: each["median_ms"])
+    for row in rows:
+        row["best"] = row is best[row["contender"], row["memory"]]
+        fastvgg_row = best["fastvgg", row["memory"]]
+        row["ratio"] = round(row["median_ms"] / fastvgg_row["median_ms"], 2)
     return rows
 
 
 def table(title, rows):
     result = Table(title=title)
-    for heading in ("contender", "memory", "style"):
+    for heading in ("peer", "memory", "style"):
         result.add_column(heading, no_wrap=True)
     for heading in ("images/s", "GB/s", "ms (min - max)", "ratio", "differing", "by up to"):
         result.add_column(heading, justify="right", no_wrap=True)
-    order = sorted(rows, key=lambda one: (one["memory"], one["median_ms"]))
-    for last, one in zip([None, *order], order, strict=False):
-        if last is not None and last["memory"] != one["memory"]:
+    order = sorted(rows, key=lambda row: (row["memory"], row["median_ms"]))
+    for previous, row in zip([None, *order], order, strict=False):
+        if previous is not None and previous["memory"] != row["memory"]:
             result.add_section()
         result.add_row(
-            one["contender"],
-            one["memory"],
-            one["style"],
-            f"{one['images_per_second']:,}",
-            f"{one['useful_gb_per_second']:.1f}",
-            f"{one['median_ms']:.1f} ({one['least_ms']:.1f} - {one['most_ms']:.1f})",
-            f"{one['ratio']:.2f}",
-            f"{one['differing']:,}",
-            f"{one['largest_difference']:.2g}",
+            row["contender"],
+            row["memory"],
+            row["style"],
+            f"{row['images_per_second']:,}",
+            f"{row['useful_gb_per_second']:.1f}",
+            f"{row['median_ms']:.1f} ({row['least_ms']:.1f} - {row['most_ms']:.1f})",
+            f"{row['ratio']:.2f}",
+            f"{row['differing']:,}",
+            f"{row['largest_difference']:.2g}",
         )
     return result
 
 
-def options():
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
@@ -164,7 +164,7 @@ def options():
     parser.add_argument("--rounds", type=int)
     parser.add_argument(
         "--keras-backend",
-        choices=list(KERAS_TENSORS.values()),
+        choices=list(KERAS_BACKENDS.values()),
         help="measure Keras' tensors and fastvgg, and print the rows as JSON",
     )
     arguments = parser.parse_args()
@@ -182,35 +182,35 @@ def restrict_cores(threads):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
-def measured(arguments, backend):
-    """Measure the contenders of this process on all tasks."""
+def measure_all(arguments, backend):
+    """Measure the peers of this process on all tasks."""
     restrict_cores(arguments.threads)
     os.environ.update(ENVIRONMENT | {"KERAS_BACKEND": backend})
-    contenders, versions, missing = importable(backend)
+    peers, versions, missing = import_peers(backend)
     rows = []
-    if len(contenders) > 1:
+    if len(peers) > 1:
         for task in tasks(arguments.images, arguments.threads):
-            rows += measure(task, contenders, arguments.rounds)
+            rows += measure(task, peers, arguments.rounds)
     return {"rows": rows, "peers": versions, "not_measured": missing}
 
 
-def measured_tensors(arguments, backend):
+def measure_tensors(arguments, backend):
     """Measure Keras on another backend in a separate process; return its rows without fastvgg's."""
     command = [sys.executable, __file__, "--keras-backend", backend]
     for name in ("threads", "images", "rounds"):
         command += [f"--{name}", str(getattr(arguments, name))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    results = json.loads(done.stdout.splitlines()[-1])
-    results["rows"] = [one for one in results["rows"] if one["contender"] != "fastvgg"]
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    results = json.loads(process.stdout.splitlines()[-1])
+    results["rows"] = [row for row in results["rows"] if row["contender"] != "fastvgg"]
     return results
 
 
 def print_record(console, arguments, record):
     """Print a table for each task, the notes, and the peers that were not measured."""
-    best = [one for one in record["rows"] if one["best"]]
-    for name in dict.fromkeys(one["task"] for one in best):
+    best = [row for row in record["rows"] if row["best"]]
+    for name in dict.fromkeys(row["task"] for row in best):
         title = f"{name}: {arguments.images} images, {arguments.threads} threads"
-        console.print(table(title, [one for one in best if one["task"] == name]))
+        console.print(table(title, [row for row in best if row["task"] == name]))
     console.print("The ratio is a peer's time over fastvgg's in the same kind of memory.")
     for name, note in record["notes"].items():
         console.print(f"{name}: {note}", highlight=False)
@@ -219,14 +219,14 @@ def print_record(console, arguments, record):
 
 
 def main():
-    arguments = options()
+    arguments = parse_arguments()
     if arguments.keras_backend:
-        print(json.dumps(measured(arguments, arguments.keras_backend)))
+        print(json.dumps(measure_all(arguments, arguments.keras_backend)))
         return
     machine_record = machine()
-    results = measured(arguments, "numpy")
-    for backend in KERAS_TENSORS.values():
-        tensors = measured_tensors(arguments, backend)
+    results = measure_all(arguments, "numpy")
+    for backend in KERAS_BACKENDS.values():
+        tensors = measure_tensors(arguments, backend)
         results["rows"] += tensors["rows"]
         results["peers"] |= tensors["peers"]
         results["not_measured"] |= tensors["not_measured"]
@@ -239,9 +239,9 @@ def main():
         "rounds": arguments.rounds,
         "not_measured": results["not_measured"],
         "notes": {
-            one.name: one.note
-            for one in CONTENDERS
-            if one.note and one.name not in results["not_measured"]
+            peer.name: peer.note
+            for peer in PEERS
+            if peer.note and peer.name not in results["not_measured"]
         },
         "rows": results["rows"],
     }

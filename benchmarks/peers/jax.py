@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from contenders.task import Peer, means, torch_constants
+from peers.task import Implementation, means, torch_constants
 
 
-def compiled_by_jax(task, formula):
-    """Compile a formula; donate the last result, so that XLA reuses its memory."""
+def compile_with_jax(task, formula):
+    """Compile a formula; donate the previous result, so that XLA reuses its memory."""
     import jax
 
     fresh = jax.jit(formula)
@@ -14,12 +14,12 @@ def compiled_by_jax(task, formula):
     x = jax.device_put(task.x)
     last = jax.numpy.zeros(task.out.shape, task.out.dtype)
 
-    def into():
+    def run_reusing_memory():
         nonlocal last
         last = reused(x, last).block_until_ready()
         return last
 
-    return Peer(batch=lambda: fresh(x).block_until_ready(), batch_into=into)
+    return Implementation(batch=lambda: fresh(x).block_until_ready(), batch_into=run_reusing_memory)
 
 
 def jax_preprocess(task):
@@ -27,9 +27,9 @@ def jax_preprocess(task):
 
     mean = means(task.mode)
     if task.mode.is_bgr:
-        return compiled_by_jax(task, lambda x: x[..., ::-1].astype(jnp.float32) - mean)
+        return compile_with_jax(task, lambda x: x[..., ::-1].astype(jnp.float32) - mean)
     divide, mean, std = torch_constants(task.mode)
-    return compiled_by_jax(task, lambda x: (x.astype(jnp.float32) / divide - mean) / std)
+    return compile_with_jax(task, lambda x: (x.astype(jnp.float32) / divide - mean) / std)
 
 
 def jax_restore(task):
@@ -40,4 +40,4 @@ def jax_restore(task):
     def formula(y):
         return jnp.clip(jnp.round(y + mean), 0, 255).astype(jnp.uint8)[..., ::-1]
 
-    return compiled_by_jax(task, formula)
+    return compile_with_jax(task, formula)

@@ -1,4 +1,4 @@
-"""The table of contenders: the implementation of each task in each library, imported lazily.
+"""The table of peers: the implementation of each task in each library, imported lazily.
 
 Each library has one file; notes state the restrictions of its API.
 """
@@ -7,38 +7,38 @@ from __future__ import annotations
 
 import importlib
 
-from contenders.dali import dali_preprocess, dali_preprocess_without_flip, dali_restore
-from contenders.dask_array import dask_preprocess, dask_restore
-from contenders.jax import jax_preprocess, jax_restore
-from contenders.keras import keras_preprocess, keras_tensor_preprocess
-from contenders.numba_loop import numba_preprocess, numba_restore
-from contenders.numexpr import numexpr_preprocess, numexpr_restore
-from contenders.opencv import (
+from peers.dali import dali_preprocess, dali_preprocess_without_flip, dali_restore
+from peers.dask_array import dask_preprocess, dask_restore
+from peers.fastvgg import fastvgg_preprocess, fastvgg_restore
+from peers.jax import jax_preprocess, jax_restore
+from peers.keras import keras_preprocess, keras_tensor_preprocess
+from peers.numba_loop import numba_preprocess, numba_restore
+from peers.numexpr import numexpr_preprocess, numexpr_restore
+from peers.opencv import (
     albumentations_preprocess,
     opencv_blob,
     opencv_preprocess,
     opencv_restore,
 )
-from contenders.own import fastvgg_preprocess, fastvgg_restore
-from contenders.plain_numpy import (
+from peers.plain_numpy import (
     deprocess_img,
     numpy_restore,
     restore_original_image_from_array,
 )
-from contenders.pytorch import (
+from peers.pytorch import (
     torch_compile_preprocess,
     torch_compile_restore,
     torch_preprocess,
     torch_restore,
     torchvision_preprocess,
 )
-from contenders.task import Contender
+from peers.task import Peer
 
-KERAS_TENSORS = {"PyTorch": "torch", "JAX": "jax", "TensorFlow": "tensorflow"}
+KERAS_BACKENDS = {"PyTorch": "torch", "JAX": "jax", "TensorFlow": "tensorflow"}
 
-CONTENDERS = (
-    Contender("fastvgg", "fastvgg", fastvgg_preprocess, fastvgg_restore),
-    Contender(
+PEERS = (
+    Peer("fastvgg", "fastvgg", fastvgg_preprocess, fastvgg_restore),
+    Peer(
         "Keras",
         "keras",
         keras_preprocess,
@@ -47,7 +47,7 @@ CONTENDERS = (
         "in reused memory it works in place on the bytes converted to float32",
     ),
     *(
-        Contender(
+        Peer(
             f"Keras on {library}",
             "keras",
             keras_tensor_preprocess,
@@ -56,17 +56,17 @@ CONTENDERS = (
             "at import",
             backend,
         )
-        for library, backend in KERAS_TENSORS.items()
+        for library, backend in KERAS_BACKENDS.items()
     ),
-    Contender("NumPy", "numpy", None, numpy_restore),
-    Contender(
+    Peer("NumPy", "numpy", None, numpy_restore),
+    Peer(
         "deprocess_img (StackOverflow)",
         "numpy",
         None,
         deprocess_img,
         "truncates instead of rounding",
     ),
-    Contender(
+    Peer(
         "restore_original_image_from_array (StackOverflow)",
         "numpy",
         None,
@@ -74,14 +74,14 @@ CONTENDERS = (
         "modifies its argument, so it gets a copy; its floats are neither rounded nor clipped "
         "before the cast to uint8",
     ),
-    Contender(
+    Peer(
         "Numba, plain prange loop",
         "numba",
         numba_preprocess,
         numba_restore,
         "whole batch only: its default threading layer supports one caller at a time",
     ),
-    Contender(
+    Peer(
         "numexpr",
         "numexpr",
         numexpr_preprocess,
@@ -89,45 +89,45 @@ CONTENDERS = (
         "computes in float64, rounds at the end; whole batch only: it supports one caller at a "
         "time",
     ),
-    Contender(
+    Peer(
         "Dask array",
         "dask.array",
         dask_preprocess,
         dask_restore,
         "NumPy's arithmetic on chunks of 16 images, whole batch only",
     ),
-    Contender("OpenCV blobFromImages, NCHW", "cv2", opencv_blob("NCHW"), None),
-    Contender("OpenCV blobFromImages, NHWC", "cv2", opencv_blob("NHWC"), None),
-    Contender(
+    Peer("OpenCV blobFromImages, NCHW", "cv2", opencv_blob("NCHW"), None),
+    Peer("OpenCV blobFromImages, NHWC", "cv2", opencv_blob("NHWC"), None),
+    Peer(
         "OpenCV arithmetic",
         "cv2",
         opencv_preprocess,
         opencv_restore,
         "image by image only: its functions take one image",
     ),
-    Contender("Albumentations Normalize", "albumentations", albumentations_preprocess, None),
-    Contender(
+    Peer("Albumentations Normalize", "albumentations", albumentations_preprocess, None),
+    Peer(
         "torchvision v2",
         "torchvision",
         torchvision_preprocess,
         None,
         "no output argument",
     ),
-    Contender(
+    Peer(
         "PyTorch",
         "torch",
         torch_preprocess,
         torch_restore,
         "the operations of torchvision's v2 without the package, in place in the result",
     ),
-    Contender(
+    Peer(
         "torch.compile",
         "torch",
         torch_compile_preprocess,
         torch_compile_restore,
         "whole batch only: it is compiled for one shape and number of threads",
     ),
-    Contender(
+    Peer(
         "JAX jit",
         "jax",
         jax_preprocess,
@@ -135,7 +135,7 @@ CONTENDERS = (
         "whole batch only, already on its device; no output argument, but a result that is donated "
         "to the next call has its memory reused",
     ),
-    Contender(
+    Peer(
         "DALI",
         "nvidia.dali",
         dali_preprocess,
@@ -143,7 +143,7 @@ CONTENDERS = (
         "whole batch only, results in its own buffers: no new memory; the flip is a separate "
         "operator",
     ),
-    Contender(
+    Peer(
         "DALI, without the flip",
         "nvidia.dali",
         dali_preprocess_without_flip,
@@ -153,22 +153,22 @@ CONTENDERS = (
 )
 
 
-def importable(backend="numpy"):
-    """Return the contenders of a process, the versions, and the import errors of the others.
+def import_peers(backend="numpy"):
+    """Import the peers of a process; return them, the versions, and the import errors by peer.
 
-    Every process has fastvgg and the contenders of its Keras backend.
+    Every process has fastvgg and the peers of its Keras backend.
     """
     present, versions, missing = [], {}, {}
-    for contender in CONTENDERS:
-        if contender.backend != backend and contender.name != "fastvgg":
+    for peer in PEERS:
+        if peer.backend != backend and peer.name != "fastvgg":
             continue
-        modules = dict.fromkeys((contender.module, contender.backend))
+        modules = dict.fromkeys((peer.module, peer.backend))
         try:
             imported = {name: importlib.import_module(name) for name in modules}
         except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision, PyTorch mismatch
-            missing[contender.name] = str(error)
+            missing[peer.name] = str(error)
         else:
-            present.append(contender)
+            present.append(peer)
             versions |= {name: version_of(module) for name, module in imported.items()}
     return present, versions, missing
 
