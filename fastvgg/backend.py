@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import concurrent.futures.thread
 import functools
-import importlib
 import importlib.util
 import logging
 import os
@@ -159,7 +158,7 @@ def _find_numba_problem() -> tuple[str, str] | None:
         if not _is_installed():
             return "it is not installed", "pip install numba"
         try:
-            importlib.import_module(KERNELS_MODULE)
+            import fastvgg.kernels.convert  # noqa: F401  # imports Numba and loads LLVM
         except IMPORT_ERRORS as error:
             return str(error), "fix the cause, or 'pip install --upgrade numba'"
         return None

@@ -12,8 +12,8 @@ import numpy as np
 from fastvgg.bench.timing import time_interleaved
 from fastvgg.kernels import bandwidth
 from fastvgg.kernels.bandwidth import STEP_BYTES
-from fastvgg.kernels.memory import CACHE_LINE_BYTES
 from fastvgg.parallel import parallel_for
+from fastvgg.tiling import CACHE_LINE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,12 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 from fastvgg.kernels import memory
 from fastvgg.kernels.jit import kernel
-from fastvgg.kernels.memory import (
-    CACHE_LINE_BYTES,
-    align_stack,
-    prefetch_distance,
-    store_fence,
-)
+from fastvgg.kernels.memory import align_stack, prefetch_distance, store_fence
+from fastvgg.tiling import CACHE_LINE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable

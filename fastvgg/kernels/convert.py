@@ -14,13 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fastvgg.kernels import arithmetic, memory, order
 from fastvgg.kernels.jit import always_inline, kernel
-from fastvgg.kernels.memory import (
-    CACHE_LINE_BYTES,
-    align_stack,
-    compiler_barrier,
-    store_fence,
-)
+from fastvgg.kernels.memory import align_stack, compiler_barrier, store_fence
 from fastvgg.kernels.vector import ELEMENT_BYTES
+from fastvgg.tiling import CACHE_LINE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -25,11 +25,11 @@ from fastvgg.kernels.vector import (
     shuffle,
     unpack,
 )
+from fastvgg.tiling import CACHE_LINE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-CACHE_LINE_BYTES: Final = 64
 STACK_ALIGNMENT_BYTES: Final = 64
 TABLE_COLUMNS: Final = 18
 """The columns of a constant table: sixteen lanes from column 0, 1 or 2."""

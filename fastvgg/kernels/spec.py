@@ -12,8 +12,9 @@ import numpy as np
 
 from fastvgg import oracle
 from fastvgg.kernels import jit
-from fastvgg.kernels.memory import CACHE_LINE_BYTES, TABLE_COLUMNS, Constants
+from fastvgg.kernels.memory import TABLE_COLUMNS, Constants
 from fastvgg.kernels.vector import ELEMENT_BYTES
+from fastvgg.tiling import CACHE_LINE_BYTES
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:

@@ -60,7 +60,7 @@ def run(
 ) -> Report:
     """Execute a plan in place, or resume an interrupted run of it.
 
-    Parameters, result and errors are those of `stream.run.run`.
+    Parameters, result and errors are those of `fastvgg.stream.run.run`.
     """
     storage = storage or Storage(fsync=plan.fsync)
     started_at = time.monotonic()

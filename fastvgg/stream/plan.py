@@ -224,13 +224,16 @@ class Plan(RunOptions):
 
         With a Dask client, run it on that cluster; see `fastvgg.executors.dask`.
         """
-        from fastvgg.stream import run
+        from fastvgg.executors.threads import ThreadExecutor
+        from fastvgg.stream import in_place, run
 
-        if client is None:
-            return run.run(self, progress)
-        from fastvgg.executors.dask import DaskExecutor
+        if client is not None:
+            from fastvgg.executors.dask import DaskExecutor
 
-        return run.run(self, progress, executor=DaskExecutor(client))
+            return run.run(self, DaskExecutor(client), progress)  # refuses plans in place
+        if self.job.in_place:
+            return in_place.run(self, progress)
+        return run.run(self, ThreadExecutor(), progress)
 
     def _caption(self) -> str:
         direction, mode = self.transform.direction, self.transform.mode.name

@@ -11,14 +11,13 @@ import itertools
 import time
 from abc import ABC, abstractmethod
 from contextlib import ExitStack, closing
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from fastvgg.datasets.contiguous import ContiguousTarget
 from fastvgg.datasets.images import ImageSource
 from fastvgg.datasets.index import INDEX_HEADER, format_records, index_path, read_index
 from fastvgg.datasets.open import open_target
 from fastvgg.errors import ClusterError, ResumeError, StoppedError, TargetError, VerificationError
-from fastvgg.stream import in_place
 from fastvgg.stream.compute import ChunkTask, check_no_failures, stored_checksum
 from fastvgg.stream.journal import journal_path
 from fastvgg.stream.manifest import Manifest, checksum, manifest_path
@@ -82,22 +81,22 @@ class Executor(ABC):
 
 def run(
     plan: Plan,
+    executor: Executor,
     progress: Callable[[Progress], None] | None = None,
     storage: Storage | ObjectStorage | None = None,
-    executor: Executor | None = None,
 ) -> Report:
     """Execute a plan, or resume an interrupted run of it.
 
     Parameters
     ----------
     plan
-        From `fastvgg.plan`.
+        From `fastvgg.plan`, and not in place.
+    executor
+        Computes the chunks.
     progress
         Called after every committed chunk.
     storage
         Performs the durable I/O.
-    executor
-        Computes the chunks. Default: the threads of this process.
 
     Returns
     -------
@@ -111,13 +110,7 @@ def run(
     StoppedError
         If a system call fails later; committed chunks are kept.
     """
-    if executor is None:
-        from fastvgg.executors.threads import ThreadExecutor
-
-        executor = ThreadExecutor()
     plan = executor.prepare(plan)
-    if plan.job.in_place:
-        return in_place.run(plan, progress, cast("Storage | None", storage))
     started_at = time.monotonic()
     destination = make_destination(plan, storage)
     with ExitStack() as opened:

@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,7 @@ def test_package_is_marked_as_typed():
 
 
 def is_type_checking(node):
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
 def module_of(name):
@@ -116,7 +117,7 @@ def imports_in(source, file, functions=True, types=False):
             found |= {module_of(f"{origin}.{alias.name}") for alias in node.names}
         elif is_type_checking(node):
             nodes += node.orelse + node.body * types
-        elif functions or not isinstance(node, ast.FunctionDef):
+        elif functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             nodes += ast.iter_child_nodes(node)
     return found
 
@@ -181,8 +182,8 @@ LAYERS = (
     ("transform",),
     ("oracle",),
     ("interop", "parallel", "tiling"),
-    ("backend",),
     ("kernels",),
+    ("backend",),
     ("call_plan",),
     ("engine",),
     ("imaging",),
@@ -192,54 +193,74 @@ LAYERS = (
     ("executors",),
     ("loader", "torch", "dask", "keras"),
     ("bench", "demo"),
+    ("__init__",),
     ("cli",),
     ("__main__",),
 )
-# These modules import their executor lazily, when a transform is called or a plan is run.
+# Only functions import these: when a transform is called, or a plan is run.
 FACADES = {
-    ("transform", "fastvgg.engine"),
-    ("stream", "fastvgg.executors.dask"),
-    ("stream", "fastvgg.executors.threads"),
+    "fastvgg.transform": {"fastvgg.engine"},
+    "fastvgg.stream.plan": {
+        "fastvgg.stream.run",
+        "fastvgg.stream.in_place",
+        "fastvgg.executors.threads",
+        "fastvgg.executors.dask",
+    },
 }
 
 
-def layer_name(file):
-    return Path(file).parts[0].removesuffix(".py")
+def module_name(file):
+    return ".".join(["fastvgg", *Path(file).with_suffix("").parts]).removesuffix(".__init__")
+
+
+def layer_name(module):
+    return [*module.split("."), "__init__"][1]
+
+
+def height(module):
+    return next(n for n, layer in enumerate(LAYERS) if layer_name(module) in layer)
+
+
+def checked_imports(file):
+    """Return the imports of fastvgg in a module, at any level and for types, except of facades."""
+    name = module_name(file)
+    late = imports_of(file, types=True) - FACADES.get(name, set())
+    return within(late | imports_of(file, functions=False, types=True), "fastvgg") - {name}
 
 
 def test_every_module_belongs_to_a_layer():
     layered = {part for layer in LAYERS for part in layer}
-    assert {layer_name(file) for file in FILES} == layered | {"__init__"}
+    assert {layer_name(module_name(file)) for file in FILES} == layered
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file != "__init__.py"])
+@pytest.mark.parametrize("file", FILES)
 def test_modules_import_only_from_their_own_and_lower_layers(file):
-    part = layer_name(file)
-    height = next(number for number, layer in enumerate(LAYERS) if part in layer)
-    allowed = {f"fastvgg.{name}" for layer in LAYERS[: height + 1] for name in layer}
-    facades = {module for name, module in FACADES if name == part}
-    found = within(imports_of(file, types=True), "fastvgg") - {"fastvgg"}
-    assert found == within(found, *allowed, *facades)
-    assert not within(imports_of(file, functions=False, types=True), *facades)
+    own = height(module_name(file))
+    assert not [module for module in checked_imports(file) if height(module) > own]
 
 
 def test_there_are_no_import_cycles():
-    graph = {}
-    for file in FILES:
-        name = ".".join(["fastvgg", *Path(file).with_suffix("").parts]).removesuffix(".__init__")
-        imported = within(imports_of(file, functions=False, types=True), "fastvgg")
-        graph[name] = imported - {"fastvgg", name}
-    leaves = {"fastvgg"}
-    while leaves:
+    graph = {module_name(file): checked_imports(file) for file in FILES}
+    while leaves := {name for name, found in graph.items() if not found}:
         graph = {name: found - leaves for name, found in graph.items() if name not in leaves}
-        leaves = {name for name, found in graph.items() if not found}
     assert graph == {}
 
 
+def test_facades_import_what_they_call():
+    found = {module_name(file): imports_of(file) for file in FILES}
+    assert not {name: late - found[name] for name, late in FACADES.items() if late - found[name]}
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file != "__init__.py"])
+def test_modules_import_by_statements_that_these_tests_can_see(file):
+    assert not re.search(r"\b(import_module|__import__)\b", (PACKAGE / file).read_text())
+
+
 @pytest.mark.parametrize("file", files_in("kernels"))
-def test_kernels_import_only_kernels_oracle_and_transform(file):
-    modules = within(imports_of(file), "fastvgg")
-    assert modules == within(modules, "fastvgg.kernels", "fastvgg.oracle", "fastvgg.transform")
+def test_kernels_import_only_kernels_and_what_defines_pixels(file):
+    below = {f"fastvgg.{name}" for name in ("kernels", "oracle", "tiling", "transform")}
+    modules = within(imports_of(file, types=True), "fastvgg")
+    assert modules == within(modules, *below)
 
 
 @pytest.mark.parametrize("file", files_in("kernels"))

@@ -25,7 +25,6 @@ from fastvgg.datasets.index import index_path
 from fastvgg.stream.manifest import manifest_path
 from fastvgg.stream.plan import RUN_BYTES
 from fastvgg.stream.report import MAX_FAILURES_KEPT, MAX_FAILURES_SHOWN
-from fastvgg.stream.run import run
 from fastvgg.transform import Transform
 from tests.helpers.bad_arrays import INVALID
 from tests.helpers.datasets_on_disk import (
@@ -46,6 +45,7 @@ from tests.helpers.datasets_on_disk import (
     tree,
 )
 from tests.helpers.faults import FaultyOs, InterruptedStorage, SimulatedCrash, system_calls
+from tests.helpers.runs import run
 
 
 @pytest.fixture

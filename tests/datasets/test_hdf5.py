@@ -31,7 +31,6 @@ from fastvgg.storage.local import Storage
 from fastvgg.storage.location import Location
 from fastvgg.stream.info import info
 from fastvgg.stream.manifest import Provenance, manifest_path, read_manifest
-from fastvgg.stream.run import run
 from fastvgg.transform import STORAGE_TYPES
 from tests.helpers.batches import dtype_of
 from tests.helpers.datasets_on_disk import (
@@ -57,6 +56,7 @@ from tests.helpers.hdf5_on_disk import (
     save_h5,
     save_of_type,
 )
+from tests.helpers.runs import run
 
 SHAPE = (5, 7, 9, 3)
 CHUNKS = (2, 3, 4, 3)  # divides no axis but the last

@@ -18,7 +18,6 @@ from fastvgg.errors import SourceError, StoppedError, UsageError
 from fastvgg.imaging.decode import DecodeOptions
 from fastvgg.storage.location import Location
 from fastvgg.stream.info import info
-from fastvgg.stream.run import run
 from tests.helpers.batches import assert_same, dtype_of, in_layout
 from tests.helpers.datasets_on_disk import (
     check_error,
@@ -45,6 +44,7 @@ from tests.helpers.formats import (
     replace_content,
     shorten,
 )
+from tests.helpers.runs import run
 
 BATCH = pixels(11)
 DTYPES = [(name, dtype) for name, source in SOURCES.items() for dtype in source.dtypes]

@@ -19,7 +19,6 @@ from fastvgg.storage.location import Location
 from fastvgg.storage.objects import ObjectStorage
 from fastvgg.stream.info import info
 from fastvgg.stream.manifest import checksum, manifest_path, read_manifest
-from fastvgg.stream.run import run
 from tests.helpers.batches import KERAS_MODES, assert_same, dtype_of
 from tests.helpers.datasets_on_disk import (
     check_error,
@@ -42,6 +41,7 @@ from tests.helpers.formats import (
     data_files,
     payload_of,
 )
+from tests.helpers.runs import run
 from tests.helpers.tar_on_disk import save_tar
 
 CHUNK = 2

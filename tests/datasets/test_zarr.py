@@ -36,7 +36,6 @@ from fastvgg.storage.local import Storage
 from fastvgg.storage.location import Location
 from fastvgg.stream.info import info
 from fastvgg.stream.manifest import Provenance, manifest_path
-from fastvgg.stream.run import run
 from tests.helpers.batches import assert_same
 from tests.helpers.datasets_on_disk import (
     check_error,
@@ -50,6 +49,7 @@ from tests.helpers.datasets_on_disk import (
     stdout_of,
 )
 from tests.helpers.formats import check_spans
+from tests.helpers.runs import run
 from tests.helpers.zarr_on_disk import (
     change_metadata,
     chunk_files,

@@ -14,8 +14,8 @@ from fastvgg import oracle
 from fastvgg.datasets.index import INDEX_HEADER
 from fastvgg.errors import SourceError
 from fastvgg.stream.plan import RUN_BYTES
-from fastvgg.stream.run import run
 from tests.helpers.datasets_on_disk import npy_bytes, pixels, save_images
+from tests.helpers.runs import run
 
 __all__ = [
     "DATA",

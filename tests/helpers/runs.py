@@ -1,13 +1,22 @@
-"""Runs of the tests: interrupted, with an event after the first chunk, with images that fail."""
+"""Runs of the tests: with any storage, interrupted, with an event, with images that fail."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from fastvgg.stream.run import run
+from fastvgg.executors.threads import ThreadExecutor
+from fastvgg.stream import in_place
+from fastvgg.stream import run as runs
 from tests.helpers.datasets_on_disk import pixels, plan_of, save_images, save_npy
 from tests.helpers.faults import InterruptedStorage, SimulatedCrash
+
+
+def run(plan, progress=None, storage=None):
+    """Run a plan in this process, as `Plan.run` does, with the given storage."""
+    if plan.job.in_place:
+        return in_place.run(plan, progress, storage)
+    return runs.run(plan, ThreadExecutor(), progress, storage)
 
 
 def interrupt_run(source, target, **settings):

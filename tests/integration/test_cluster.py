@@ -25,9 +25,9 @@ from fastvgg.executors.worker import Task, run_task
 from fastvgg.storage import objects
 from fastvgg.storage.location import Location
 from fastvgg.storage.objects import ObjectStorage
+from fastvgg.stream import run as runs
 from fastvgg.stream.compute import ChunkTask
 from fastvgg.stream.manifest import read_manifest
-from fastvgg.stream.run import run
 from tests.campaigns import cluster_kills
 from tests.helpers.checkout import checkout_environment
 from tests.helpers.datasets_on_disk import (
@@ -42,6 +42,7 @@ from tests.helpers.datasets_on_disk import (
 )
 from tests.helpers.faults import InterruptedStorage, SimulatedCrash
 from tests.helpers.private_disks import NOT_ALLOWED
+from tests.helpers.runs import run
 from tests.helpers.samples import sampled
 from tests.helpers.stores import BUCKET, serve_s3
 
@@ -198,7 +199,7 @@ def test_executor_runs_multiple_plans_in_sequence(client, tmp_path, array):
         place = tmp_path / str(number)
         place.mkdir()
         plan = plan_of(array, place / name, mode="caffe", images_per_chunk=3)
-        run(plan, executor=executor)
+        runs.run(plan, executor)
         assert contents(plan.target) == single_machine_contents(plan, place)
 
 

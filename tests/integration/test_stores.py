@@ -25,7 +25,6 @@ from fastvgg.storage.location import Location
 from fastvgg.storage.objects import ObjectStorage
 from fastvgg.stream.info import info
 from fastvgg.stream.lines import encode_line
-from fastvgg.stream.run import run
 from tests.helpers.datasets_on_disk import (
     check_error,
     names_in,
@@ -36,6 +35,7 @@ from tests.helpers.datasets_on_disk import (
     save_npy,
 )
 from tests.helpers.faults import SimulatedCrash
+from tests.helpers.runs import run
 from tests.helpers.samples import parts, sampled
 from tests.helpers.stores import BUCKET, ENVIRONMENT, serve_s3
 
@@ -358,7 +358,7 @@ def test_killed_restart_resumes_without_another_restart(in_memory, array):
 KILL_SCRIPT = """
 import os, signal, sys
 from fastvgg.storage.objects import ObjectStorage
-from fastvgg.stream.run import run
+from tests.helpers.runs import run
 from tests.helpers.datasets_on_disk import plan_of
 source, target, images_per_chunk, left = sys.argv[1:]
 class Killed(ObjectStorage):

@@ -24,7 +24,6 @@ import fastvgg
 from fastvgg.errors import FastvggError, ResumeError, SourceError, StoppedError, TargetError
 from fastvgg.stream.journal import journal_path, read_journal
 from fastvgg.stream.manifest import manifest_path, read_manifest
-from fastvgg.stream.run import run
 from tests.helpers.datasets_on_disk import (
     check_error,
     commits_in,
@@ -45,6 +44,7 @@ from tests.helpers.faults import (
     memory_directory,
     system_calls,
 )
+from tests.helpers.runs import run
 from tests.helpers.samples import parts
 
 

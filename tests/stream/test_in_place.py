@@ -22,7 +22,6 @@ from fastvgg.stream.journal import journal_path
 from fastvgg.stream.manifest import Provenance, manifest_path, read_manifest
 from fastvgg.stream.plan import RUN_BYTES
 from fastvgg.stream.redo_log import read_header_to_resume, read_redo_log_header
-from fastvgg.stream.run import run
 from fastvgg.transform import Transform
 from tests.helpers.batches import FLOATS, KERAS_MODES
 from tests.helpers.damage import line_with_checksum
@@ -38,6 +37,7 @@ from tests.helpers.datasets_on_disk import (
     tree,
 )
 from tests.helpers.faults import InterruptedStorage, SimulatedCrash
+from tests.helpers.runs import run
 from tests.helpers.samples import parts
 
 

@@ -16,7 +16,6 @@ from fastvgg.formatting import format_bytes, parse_bytes
 from fastvgg.storage.location import Location
 from fastvgg.stream.job import Job, result_header
 from fastvgg.stream.plan import CHUNK_BYTES, RUN_BYTES, Plan, choose_chunk_images
-from fastvgg.stream.run import run
 from fastvgg.transform import Transform
 from tests.helpers.datasets_on_disk import (
     check_error,
@@ -30,6 +29,7 @@ from tests.helpers.datasets_on_disk import (
     tree,
 )
 from tests.helpers.faults import InterruptedStorage, SimulatedCrash
+from tests.helpers.runs import run
 
 pytestmark = pytest.mark.pixels
 

@@ -22,7 +22,6 @@ from fastvgg.errors import StoppedError
 from fastvgg.storage.local import Storage
 from fastvgg.stream.commit_pipeline import CommitPipeline
 from fastvgg.stream.manifest import manifest_path, read_manifest
-from fastvgg.stream.run import run
 from fastvgg.transform import Mode, Transform
 from tests.helpers.batches import FLOATS, KERAS_MODES, every_value, in_layout
 from tests.helpers.datasets_on_disk import (
@@ -41,7 +40,7 @@ from tests.helpers.datasets_on_disk import (
     save_npy,
     tree,
 )
-from tests.helpers.runs import folder_with_failures
+from tests.helpers.runs import folder_with_failures, run
 
 # A sample: each mode, dtype and layout occurs.
 COMBINATIONS = [

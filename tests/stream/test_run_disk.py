@@ -16,7 +16,6 @@ from fastvgg.datasets.npy import NpySource
 from fastvgg.errors import StoppedError, TargetError
 from fastvgg.storage.local import Storage, file_system_type
 from fastvgg.stream.journal import journal_path
-from fastvgg.stream.run import run
 from tests.helpers.datasets_on_disk import (
     check_error,
     count_cached_pages,
@@ -36,7 +35,7 @@ from tests.helpers.datasets_on_disk import (
 from tests.helpers.faults import FaultyOs, InterruptedStorage, SimulatedCrash, system_calls
 
 # Durability
-from tests.helpers.runs import interrupt_run
+from tests.helpers.runs import interrupt_run, run
 
 DATASETS = {  # source, target, settings, minimum number of fsync calls
     "array": ("x.npy", "y.npy", {"mode": "caffe"}, 3 * 2),

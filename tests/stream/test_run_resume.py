@@ -17,7 +17,6 @@ from fastvgg.errors import ResumeError, SourceError, TargetError
 from fastvgg.storage.local import Storage
 from fastvgg.stream.journal import journal_path
 from fastvgg.stream.manifest import manifest_path, read_manifest
-from fastvgg.stream.run import run
 from fastvgg.transform import Mode
 from tests.helpers.checkout import checkout_environment
 from tests.helpers.datasets_on_disk import (
@@ -36,7 +35,13 @@ from tests.helpers.datasets_on_disk import (
     tree,
 )
 from tests.helpers.faults import InterruptedStorage, SimulatedCrash
-from tests.helpers.runs import folder_with_failures, interrupt_run, preprocessed, run_with_event
+from tests.helpers.runs import (
+    folder_with_failures,
+    interrupt_run,
+    preprocessed,
+    run,
+    run_with_event,
+)
 
 # Killed and resumed runs
 
@@ -44,7 +49,7 @@ KILL_SCRIPT = """
 import os, signal, sys
 from tests.helpers.datasets_on_disk import plan_of
 from tests.helpers.faults import InterruptedStorage
-from fastvgg.stream.run import run
+from tests.helpers.runs import run
 source, target, direction, commits = sys.argv[1:]
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
