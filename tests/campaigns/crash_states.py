@@ -32,7 +32,6 @@ import math
 import os
 import random
 import shutil
-import sys
 import tempfile
 from collections import deque
 from pathlib import Path
@@ -46,7 +45,7 @@ from fastvgg.executors import threads
 from fastvgg.storage.local import Storage
 from fastvgg.stream import in_place, manifest, redo_log_layout
 from tests.campaigns.command import main
-from tests.helpers.faults import memory_directory
+from tests.helpers.faults import frame_that_syncs, memory_directory
 from tests.helpers.jobs import DATA, LARGER, SETTINGS, IncorrectStateError, Job, jobs
 
 SECTOR_BYTES = 512
@@ -215,7 +214,7 @@ class RecordingStorage(Storage):
 
     def _is_synced(self):
         """Return whether the calling sync is to be performed."""
-        frame = sys._getframe(2)
+        frame = frame_that_syncs()
         function = f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}"
         call_site = CallSite(function, frame.f_lineno - frame.f_code.co_firstlineno)
         self.call_sites.add(call_site)
@@ -500,7 +499,7 @@ class Exploration:
             at = self._draw.randrange(len(waiting))
             waiting[at], waiting[-1] = waiting[-1], waiting[at]
             self._run_and_crash(waiting.pop())
-        return {"states": self.states, "runs": self.runs, "left": self.left}
+        return {"states": self.states, "runs": self.runs, "not run": self.left}
 
     @property
     def left(self):
@@ -587,7 +586,7 @@ def campaign(seed, size):
     """Explore each job with at most `size` runs."""
     directory = Path(tempfile.mkdtemp(prefix="fastvgg-crash-", dir=memory_directory()))
     make_deterministic()
-    total = {"states": 0, "runs": 0, "left": 0}
+    total = {"states": 0, "runs": 0, "not run": 0}
     try:
         for job in exploration_jobs(directory):
             counts = Exploration(job, seed).run(size)

@@ -49,7 +49,7 @@ def run_and_rerun(job, system):
     try:
         with system_calls(system):
             job.command()
-        outcome = "ended well"
+        outcome = "completed"
     except (StoppedError, TargetError) as error:
         name = errno.errorcode[system.number]
         if isinstance(error, StoppedError) and name not in str(error):
@@ -57,7 +57,7 @@ def run_and_rerun(job, system):
         outcome = "stopped" if isinstance(error, StoppedError) else "refused"
     except FastvggError as error:
         raise IncorrectStateError(f"{type(error).__name__} for {system}: {error}") from error
-    if outcome == "ended well":
+    if outcome == "completed":
         job.check_final_state()
     else:
         job.check_intermediate_state(job.contents())
@@ -78,7 +78,7 @@ def campaign(seed, size):
                 for number, error, persistent in itertools.product(numbers, ERRORS, (False, True))
             ]
             every += [(job, ShortIoOs(number)) for number in (0, *numbers)]
-        counts = {"runs": 0, "ended well": 0, "stopped": 0, "refused": 0}
+        counts = {"runs": 0, "completed": 0, "stopped": 0, "refused": 0}
         for job, system in every[seed % 7 :: max(1, len(every) // size)]:
             counts["runs"] += 1
             counts[run_and_rerun(job, system)] += 1

@@ -37,7 +37,7 @@ WIDE_SETTINGS = (
     {"in_place": True, "images": 7, "images_per_chunk": 2, "width": 6011},
     {"in_place": False, "images": 11, "images_per_chunk": 2, "width": 6011},
 )
-OUTCOMES = ("ended well", "refused", "stopped at the manifest")
+OUTCOMES = ("completed", "refused", "stopped at the manifest")
 
 
 class SmallDiskJob(Job):
@@ -107,7 +107,7 @@ def run_and_rerun(job, disk_bytes):
             contents.get(job.target.name) == job.expected, "no space was reserved for the data"
         )
     else:
-        outcome = "ended well"
+        outcome = "completed"
         job.check_final_state()
     job.check(job.in_place or job.source.read_bytes() == job.original, "changed source")
     job.resize()
@@ -146,7 +146,7 @@ def campaign(seed, size):
         for mount_point in directory.glob("*/"):
             unmount(mount_point, at_once=False)
         shutil.rmtree(directory)
-    return {"sizes": total.total(), **{name: total[name] for name in OUTCOMES}, "wrong": 0}
+    return {"disk sizes": total.total(), **{name: total[name] for name in OUTCOMES}, "wrong": 0}
 
 
 if __name__ == "__main__":

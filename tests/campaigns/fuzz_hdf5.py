@@ -161,7 +161,7 @@ def run_in_child_process(path, seed, numbers):
 
 def campaign(seed, size):
     """Read damaged files; raise at the first failure."""
-    counts = {"inputs": size, "accepted": 0, "refused": 0, "ended by HDF5": 0}
+    counts = {"inputs": size, "accepted": 0, "refused": 0, "crashes in HDF5": 0}
     begin = 0
     with tempfile.TemporaryDirectory(dir=memory_directory()) as directory:
         while begin < size:
@@ -173,7 +173,7 @@ def campaign(seed, size):
                     elif "accepted" in output:
                         counts["accepted" if output["accepted"] else "refused"] += 1
                     elif output.get("ended") == -signal.SIGSEGV:
-                        counts["ended by HDF5"] += 1
+                        counts["crashes in HDF5"] += 1
                     else:
                         assert output == {"ended": 0}, (
                             f"input {begin - 1}: {output.get('wrong', output)}"

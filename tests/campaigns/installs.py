@@ -132,7 +132,7 @@ class Install:
 
 def campaign(_seed, size):
     """Install on at most `size` Pythons."""
-    counts = dict.fromkeys(("Pythons", "installs", "with extras", "most packages"), 0)
+    counts = dict.fromkeys(("Pythons", "installs", "installs with extras", "packages at most"), 0)
     with tempfile.TemporaryDirectory(prefix="fastvgg-installs-") as name:
         directory = Path(name)
         venv.create(directory / "tool", with_pip=True)
@@ -148,14 +148,14 @@ def campaign(_seed, size):
                 install.add(wheel, resolution)
                 packages = install.packages()
                 assert len(packages) <= MAX_PACKAGES, packages
-                counts["most packages"] = max(counts["most packages"], len(packages))
+                counts["packages at most"] = max(counts["packages at most"], len(packages))
                 install.smoke_test()
                 install.check_types()
                 counts["installs"] += 1
                 for extra in EXTRAS:
                     install.add(wheel, resolution, extra)
                     install.import_extra(extra)
-                    counts["with extras"] += 1
+                    counts["installs with extras"] += 1
     return counts
 
 

@@ -24,14 +24,18 @@ import random
 import shutil
 import struct
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from fastvgg.errors import FastvggError
 from tests.campaigns.command import main
 from tests.campaigns.kills import count_calls
-from tests.helpers.faults import CrashingStorage, SimulatedCrash, memory_directory
+from tests.helpers.faults import (
+    CrashingStorage,
+    SimulatedCrash,
+    frame_that_syncs,
+    memory_directory,
+)
 from tests.helpers.jobs import (
     FORMAT_SETTINGS,
     LARGER,
@@ -60,7 +64,7 @@ SYNCS = (
     "redo_log.commit",
     "redo_log.finish",
     "contiguous.sync",
-    "zarr_writer._write",
+    "zarr_writer._store",
     "local.write_atomic",
 )
 
@@ -176,7 +180,7 @@ class PoweredStorage(CrashingStorage):
 
     def _is_synced(self):
         """Return whether the calling sync is to be performed."""
-        frame = sys._getframe(2)
+        frame = frame_that_syncs()
         function = f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}"
         return function != self._omitted_sync
 
@@ -261,13 +265,13 @@ def campaign(seed, size):
             cuts += cut_and_recover(disk, job, number, draw)
             if cuts >= size:
                 break
-    return {"power cuts": cuts, "moments": len(chosen), "wrong": 0}
+    return {"power cuts": cuts, "distinct points in time": len(chosen), "wrong": 0}
 
 
 def is_affected(job, omitted_sync):
     """Return whether a job calls the function whose syncs are omitted."""
     is_zarr = isinstance(job, FormatJob) and job.form == "zarr"
-    if omitted_sync == "zarr_writer._write":
+    if omitted_sync == "zarr_writer._store":
         return is_zarr
     return not is_zarr if omitted_sync == "contiguous.sync" else job.in_place
 

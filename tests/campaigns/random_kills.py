@@ -128,19 +128,23 @@ def campaign(seed, size):
     """Kill about `size` processes, half of them with concurrent ones."""
     draw = random.Random(seed)  # noqa: S311  # not for secrets
     directory = Path(tempfile.mkdtemp(prefix="fastvgg-random-", dir=memory_directory()))
-    counts = {"kills": 0, "of one in four": 0, "runs": 0, "runs left unfinished": 0}
+    counts = dict.fromkeys(
+        ("kills", "with four concurrent processes", "runs", "runs left unfinished"), 0
+    )
     try:
         timed_jobs = [(job, median_seconds(job)) for job in jobs(directory, settings=SETTINGS)]
         gc.freeze()  # garbage collection in a child would copy every page
         while counts["kills"] < size:
             job, seconds = draw.choice(timed_jobs)
             processes = (
-                CONCURRENT_PROCESSES if counts["of one in four"] < counts["kills"] / 2 else 1
+                CONCURRENT_PROCESSES
+                if counts["with four concurrent processes"] < counts["kills"] / 2
+                else 1
             )
             lifetimes = [draw.uniform(0, MAX_LIFETIME_RATIO * seconds) for _ in range(processes)]
             killed, unfinished = kill_and_rerun(job, lifetimes)
             counts["kills"] += killed
-            counts["of one in four"] += killed if processes > 1 else 0
+            counts["with four concurrent processes"] += killed if processes > 1 else 0
             counts["runs"] += 1
             counts["runs left unfinished"] += unfinished
     finally:

@@ -21,7 +21,7 @@ def test_killed_processes_lose_nothing(size):
 def test_failed_system_call_stops_the_run_with_a_message_and_loses_nothing(size):
     counts = failing_calls.campaign(seed=5, size=size)
     assert counts["runs"] >= size
-    assert all(counts[name] for name in ("ended well", "stopped"))
+    assert all(counts[name] for name in ("completed", "stopped"))
 
 
 def campaign_result(source):
@@ -44,15 +44,15 @@ def test_power_cuts_detect_an_omitted_sync():
         "redo_log.commit",
         "redo_log.finish",
         "contiguous.sync",
-        "zarr_writer._write",
+        "zarr_writer._store",
     }
     assert all(wrong.values()), wrong
 
 
 def test_disk_of_any_size_suffices_or_is_rejected_before_writing():
     counts = campaign_result("full_disks.campaign(seed=5, size=20)")
-    assert counts["sizes"] >= 60
-    assert all(counts[name] for name in ("ended well", "refused", "stopped at the manifest"))
+    assert counts["disk sizes"] >= 60
+    assert all(counts[name] for name in ("completed", "refused", "stopped at the manifest"))
 
 
 @pytest.mark.parametrize("size", [10, pytest.param(50, marks=pytest.mark.slow)])

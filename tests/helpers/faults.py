@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -378,6 +379,15 @@ class InterruptedStorage(Storage):
             if self._end is not None:
                 self._end()
             raise SimulatedCrash
+
+
+def frame_that_syncs():
+    """Return the frame that calls a method of a storage which calls this function's caller.
+
+    `Storage.write_file` syncs for its callers.
+    """
+    frame = sys._getframe(3)
+    return frame.f_back if frame.f_code.co_name == "write_file" else frame
 
 
 @contextlib.contextmanager
