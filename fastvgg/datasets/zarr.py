@@ -133,7 +133,12 @@ class ZarrArray(ArraySource):
         try:
             with objects.os_errors(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about deviations that zarr tolerates
-                store = _StrictStore(_open_store(path), metadata)
+                opened: Store = (
+                    FsspecStore.from_url(str(path), read_only=True)
+                    if is_remote(path)
+                    else LocalStore(path, read_only=True)
+                )
+                store = _StrictStore(opened, metadata)
                 array = zarr.open(store, mode="r")
         except FileNotFoundError:
             raise SourceError(
@@ -272,13 +277,6 @@ class ZarrSource(ZarrArray):
                 "finish writing the array, or replace it; zarr omits chunks that equal the fill "
                 "value, unless zarr.config.set({'array.write_empty_chunks': True})",
             )
-
-
-def _open_store(path: Path) -> Store:
-    """Return a read-only zarr store."""
-    if is_remote(path):
-        return FsspecStore.from_url(str(path), read_only=True)
-    return LocalStore(path, read_only=True)
 
 
 def _product(ranges: Sequence[range]) -> Iterator[tuple[int, ...]]:
