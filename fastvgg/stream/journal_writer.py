@@ -133,8 +133,10 @@ class FileJournal(Journal):
         """Begin the new journal under a temporary name.
 
         It replaces the old one when it is durable, so that a crash leaves a whole header, or none.
-        Both are locked until then.
+        Both are locked until then. The name of the old one proves that what has the temporary name
+        is ours, whatever a power failure leaves there.
         """
+        self._storage.sync_directory(self.path.parent)
         self._replaced, self._file = self._file, self._storage.create(self._temporary)
         self._storage.lock(self._file)
         self._end = 0

@@ -192,7 +192,9 @@ class RedoLog:
         header = RedoLogHeader.new(job, chunk_images, os.fstat(data.descriptor))
         storage.sync(data)  # a power failure must not lose the input of later chunks
         path = journal_path(data.path)
-        temporary = temporary_path(path)
+        is_new, temporary = not os.path.lexists(path), temporary_path(path)
+        storage.close(storage.open(path, create=True))
+        storage.sync_directory(path.parent)  # proves that what has the temporary name is ours
         file = storage.create(temporary)
         try:
             storage.reserve(file, header.journal_bytes)
@@ -206,6 +208,8 @@ class RedoLog:
             storage.close(file)
             if isinstance(error, TargetError):  # no space: undo the start of the run
                 storage.remove(temporary)
+                if is_new:
+                    storage.remove(path)
             raise
         return log
 

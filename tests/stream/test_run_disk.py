@@ -93,7 +93,7 @@ def test_each_chunk_is_synced_before_its_commit(tmp_path, array):
     )
     partial, journal, here = "y.npy.partial", "y.npy.fastvgg-journal", tmp_path.name
     assert synced == [
-        *(f"{journal}.tmp", here),  # the run is begun
+        *(here, f"{journal}.tmp", here),  # the run is begun
         here,  # the partial has its name
         *(partial, journal) * 3,
         here,  # the data has its name
