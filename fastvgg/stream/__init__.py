@@ -1,4 +1,1 @@
-"""Convert one dataset into another, chunk by chunk.
-
-docs/architecture.md says what each module does. All durable I/O goes through `fastvgg.storage`.
-"""
+"""Convert one dataset into another, chunk by chunk; all durable I/O is in `fastvgg.storage`."""

@@ -136,7 +136,10 @@ class _InPlaceRun:
                 tracker.count(pipeline.drain(max_pending=1))  # frees one of the two buffers
                 new = self._lay_out_pages(log.header, chunk, buffers[chunk % 2], before)
                 start, stop = rows[chunk]
-                old = self._transform(start, stop, new.images)
+                batch = self.source.read(start, stop).batch
+                transform_batch(self.plan, batch, new.images)
+                old = checksum([byte_view(batch)])
+                del batch  # frees its memory before the next chunk is read
                 record = log.make_record(chunk, new.bytes.data, old=old)
                 pipeline.submit(
                     functools.partial(log.stage, chunk, new.bytes.data),
@@ -173,9 +176,3 @@ class _InPlaceRun:
     def _commit(self, log: RedoLog, record: RedoRecord, pages: memoryview, images: int) -> int:
         log.commit(record, pages)
         return images
-
-    def _transform(self, start: int, stop: int, out: NDArray[Any]) -> str:
-        """Transform images into `out`; return the checksum of the input."""
-        batch = self.source.read(start, stop).batch
-        transform_batch(self.plan, batch, out)
-        return checksum([byte_view(batch)])
