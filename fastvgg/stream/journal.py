@@ -50,8 +50,8 @@ COMMIT_SCHEMA: Final[Schema] = {
 }
 CHECKSUM_PATTERN: Final = re.compile("[0-9a-f]{16}")
 LINE_NAME_PATTERN: Final = re.compile("[0-9]{9}")  # see `line_name`
-CHECKSUM_DIGITS: Final = 16  # hexadecimal digits of the checksum at the start of a line
-HEADER_PREFIX: Final = b' {"fastvgg-'  # follows the checksum in a header, also of a redo log
+HEADER_START_BYTES: Final = 27
+HEADER_START_PATTERN: Final = re.compile(rb'[0-9a-f]{16} \{"fastvgg-')  # also of a redo log
 RECORD_TYPES: Final = (str, str, int, int, bool, str)  # the types of the fields of an `ImageRecord`
 
 
@@ -231,34 +231,26 @@ def _store_errors(path: Path) -> Iterator[None]:
 def check_is_journal(path: Path) -> bool:
     """Check that the file or prefix with the name of a journal, if any, was written by fastvgg.
 
-    Returns whether there is a header, even a damaged one. A crash during its creation can leave
-    a prefix of the header line, or zeros, for which the result is False. Without a journal, what
-    has its temporary name is checked as well.
+    Returns whether there is a header, even a damaged one. A crash before the header is durable
+    leaves an empty file, and what has the temporary name of the journal is ours only beside one.
 
     Raises
     ------
     TargetError
-        If it is something else.
+        If it, or what has its temporary name, is something else.
     """
-    if not is_remote(path):
-        has_header = _check_is_file(path)
-        if not os.path.lexists(path):
-            _check_is_file(temporary_path(path))
-        return has_header
-    with _store_errors(path):
-        names = objects.list_objects(path)
-    if not all(name == HEADER_NAME or LINE_NAME_PATTERN.fullmatch(name) for name in names):
+    if is_remote(path):
+        with _store_errors(path):
+            names = objects.list_objects(path)
+        if not all(name == HEADER_NAME or LINE_NAME_PATTERN.fullmatch(name) for name in names):
+            raise _foreign_error(path)
+        return HEADER_NAME in names
+    start = read_sidecar(path, max_bytes=HEADER_START_BYTES)
+    if start is None and os.path.lexists(temporary_path(path)):
+        raise _foreign_error(temporary_path(path))
+    if start and not HEADER_START_PATTERN.fullmatch(start):
         raise _foreign_error(path)
-    return HEADER_NAME in names
-
-
-def _check_is_file(path: Path) -> bool:
-    start = read_sidecar(path, max_bytes=CHECKSUM_DIGITS + len(HEADER_PREFIX)) or b""
-    start = start.rstrip(b"\0")
-    digits, text = start[:CHECKSUM_DIGITS], start[CHECKSUM_DIGITS:]
-    if digits.strip(b"0123456789abcdef") or not HEADER_PREFIX.startswith(text):
-        raise _foreign_error(path)
-    return text == HEADER_PREFIX
+    return bool(start)
 
 
 def _foreign_error(path: Path) -> TargetError:

@@ -9,6 +9,7 @@ shards, and the manifest after that. Two concurrent runs of one job write the sa
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -159,6 +160,9 @@ class FileJournal(Journal):
 
     def remove(self) -> None:
         """Remove the journal, and keep the lock until it is closed."""
+        if os.path.lexists(self._temporary):  # left by a crash; only the journal proves it ours
+            self._storage.remove(self._temporary)
+            self._storage.sync_directory(self.path.parent)
         self._storage.remove(self.path)
         self._storage.sync_directory(self.path.parent)
 

@@ -208,6 +208,7 @@ class RedoLog:
             storage.close(file)
             if isinstance(error, TargetError):  # no space: undo the start of the run
                 storage.remove(temporary)
+                storage.sync_directory(path.parent)
                 if is_new:
                     storage.remove(path)
             raise

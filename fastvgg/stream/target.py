@@ -322,6 +322,7 @@ def inspect_target(
     if manifest is not None and destination.is_occupied():
         is_same = manifest.job == plan.job
         if plan.retry_failed and (not is_same or manifest.counts["failed"] > 0):
+            destination.check_sidecars(manifest)
             return TargetState("failed", plan, manifest)
         if is_same:
             return TargetState("complete", plan, manifest)

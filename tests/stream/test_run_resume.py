@@ -337,9 +337,8 @@ def test_published_target_with_a_truncated_journal_is_rejected_before_writing(tm
 
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("suffix", [".partial", ".index.csv", ".fastvgg-replaced"])
-@pytest.mark.parametrize("journal", [b"", b"0123456789ab", b"0" * 16 + b' {"fastv', bytes(100)])
-def test_incomplete_journal_does_not_prove_ownership(tmp_path, array, suffix, restart, journal):
-    (tmp_path / "y.npy.fastvgg-journal").write_bytes(journal)
+def test_empty_journal_does_not_prove_ownership(tmp_path, array, suffix, restart):
+    (tmp_path / "y.npy.fastvgg-journal").touch()
     (tmp_path / f"y.npy{suffix}").write_text("precious")
     before = tree(tmp_path)
     with pytest.raises(TargetError) as caught:
@@ -348,11 +347,50 @@ def test_incomplete_journal_does_not_prove_ownership(tmp_path, array, suffix, re
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("journal", [b"", b"0123456789ab", b"0" * 16 + b' {"fastv', bytes(100)])
-def test_incomplete_journal_is_replaced(tmp_path, array, journal):
-    (tmp_path / "y.npy.fastvgg-journal").write_bytes(journal)
+@pytest.mark.parametrize("temporary", [None, b"", b"garbage"])
+def test_empty_journal_is_replaced_and_proves_its_temporary_name(tmp_path, array, temporary):
+    (tmp_path / "y.npy.fastvgg-journal").touch()
+    if temporary is not None:
+        (tmp_path / "y.npy.fastvgg-journal.tmp").write_bytes(temporary)
     plan_of(array, tmp_path / "y.npy", mode="caffe").run()
     assert names_in(tmp_path) == ["x.npy", "y.npy", "y.npy.fastvgg.json"]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("suffix", [".fastvgg-journal", ".fastvgg-journal.tmp"])
+@pytest.mark.parametrize("content", [b"42", b"deadbeef" * 9, bytes(64) + b"data", bytes(100)])
+def test_foreign_file_that_resembles_a_journal_is_kept(tmp_path, array, suffix, restart, content):
+    (tmp_path / f"y.npy{suffix}").write_bytes(content)
+    before = tree(tmp_path)
+    with pytest.raises(TargetError) as caught:
+        plan_of(array, tmp_path / "y.npy", mode="caffe", restart=restart)
+    check_error(caught.value, tmp_path / f"y.npy{suffix}", "move it away")
+    assert tree(tmp_path) == before
+
+
+def test_rejected_run_removes_what_a_crash_left_of_a_journal(tmp_path, array):
+    plan = plan_of(array, tmp_path / "y.npy", mode="caffe")
+    (tmp_path / "y.npy").write_text("precious")
+    before = tree(tmp_path)
+    for suffix in ("", ".tmp"):
+        (tmp_path / f"y.npy.fastvgg-journal{suffix}").touch()
+    with pytest.raises(TargetError):
+        plan.run()
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "suffix", [".partial", ".fastvgg-replaced", ".index.csv.tmp", ".fastvgg.json.tmp"]
+)
+def test_retry_keeps_foreign_files_with_names_of_sidecars(tmp_path, suffix):
+    folder_with_failures(tmp_path / "some")
+    plan_of(tmp_path / "some", tmp_path / "y.npy", mode="caffe").run()
+    (tmp_path / f"y.npy{suffix}").write_text("precious")
+    before = tree(tmp_path)
+    with pytest.raises(TargetError) as caught:
+        plan_of(tmp_path / "some", tmp_path / "y.npy", mode="caffe", retry_failed=True)
+    check_error(caught.value, tmp_path / f"y.npy{suffix}", "move it away")
+    assert tree(tmp_path) == before
 
 
 class CrashBeforeManifestStorage(Storage):
