@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-MIN_ROUNDS = 2  # of which there are quartiles
+MIN_ROUNDS = 2  # quartiles need two values
 
 
 def number_of_rounds(text):
     """Parse the number of rounds, as the type of an argument."""
     if not text.isdecimal() or int(text) < MIN_ROUNDS:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of rounds, which is at least {MIN_ROUNDS}"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {MIN_ROUNDS}")
     return int(text)
 
 

@@ -13,7 +13,7 @@ import mmap
 import os
 import shutil
 import weakref
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
@@ -138,9 +138,11 @@ class Storage:
                 if error.errno not in DIRECT_IO_ERRORS:
                     raise
                 return file
-            if not os.path.samestat(os.fstat(direct), os.fstat(file.descriptor)):
-                os.close(direct)
-                raise OSError(errno.ESTALE, "another file has replaced it")
+            with ExitStack() as opened:
+                opened.callback(os.close, direct)
+                if not os.path.samestat(os.fstat(direct), os.fstat(file.descriptor)):
+                    raise OSError(errno.ESTALE, "another file has replaced it")
+                opened.pop_all()
             return file._replace(direct=direct)
 
     def close(self, file: OpenFile) -> None:
@@ -290,9 +292,9 @@ class Storage:
     ) -> None:
         """Write the buffers as a whole file; see `create`, `direct` and `sync`."""
         file = self.create(path)
-        if direct:
-            file = self.direct(file)
         try:
+            if direct:
+                file = self.direct(file)
             offset = 0
             for data in buffers:
                 self.write(file, data, offset)

@@ -232,7 +232,7 @@ def check_is_journal(path: Path) -> bool:
     """Check that the file or prefix with the name of a journal, if any, was written by fastvgg.
 
     Returns whether there is a header, even a damaged one. A crash before the header is durable
-    leaves an empty file, and what has the temporary name of the journal is ours only beside one.
+    leaves an empty file. What has the temporary name is ours only if the journal exists.
 
     Raises
     ------

@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 # Suffixes of the files that a run writes next to its target.
 SIDECARS: Final = (
-    *(".partial", ".index.csv", ".fastvgg.json", ".fastvgg-journal", ".fastvgg-replaced"),
+    ".partial",
+    ".index.csv",
+    ".fastvgg.json",
+    ".fastvgg-journal",
+    ".fastvgg-replaced",
     *(".index.csv.tmp", ".fastvgg.json.tmp", ".fastvgg-journal.tmp"),
 )
 IMAGE_TYPE: Final = ("uint8", "NHWC")  # the dtype and layout that image files can store

@@ -98,7 +98,7 @@ def test_too_few_rounds_for_quartiles_are_rejected(name, rounds, monkeypatch, ca
     with pytest.raises(SystemExit) as caught:
         importlib.import_module(name).main()
     assert caught.value.code == 2
-    message = f"argument --rounds: {rounds!r} is not a number of rounds, which is at least 2"
+    message = f"argument --rounds: {rounds!r} is not an integer of at least 2"
     assert capsys.readouterr().err.endswith(f"{message}\n")
 
 

@@ -33,9 +33,9 @@ from tests.helpers.datasets_on_disk import (
     tree,
 )
 from tests.helpers.faults import FaultyOs, InterruptedStorage, SimulatedCrash, system_calls
+from tests.helpers.runs import interrupt_run, run
 
 # Durability
-from tests.helpers.runs import interrupt_run, run
 
 DATASETS = {  # source, target, settings, minimum number of fsync calls
     "array": ("x.npy", "y.npy", {"mode": "caffe"}, 3 * 2),

@@ -495,3 +495,12 @@ def test_failed_write_atomic_closes_its_file(tmp_path, storage):
         with system_calls(FaultyOs(number)), pytest.raises(StoppedError):
             storage.write_atomic(tmp_path / "file", [b"new"])
     assert opened() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="needs direct I/O")
+@pytest.mark.parametrize("fails_at", [2, 3])  # opening for direct I/O, and what follows
+def test_file_that_cannot_be_written_is_closed(tmp_path, fails_at):
+    with system_calls(FaultyOs(fails_at)), pytest.raises(StoppedError):
+        Storage().write_file(tmp_path / "x", [b"data"], direct=True)
+    opened = [descriptor.resolve() for descriptor in Path("/proc/self/fd").iterdir()]
+    assert tmp_path / "x" not in opened
