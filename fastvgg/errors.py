@@ -6,6 +6,47 @@ The class identifies the error to a program and selects the exit code of the com
 from __future__ import annotations
 
 import errno
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_is_command_line = False
+
+
+def option(name: str, value: object = True) -> str:
+    """Return an option with a value, as the caller writes it: in Python or on a command line.
+
+    Every message that names an option uses this. What is stored, such as the reasons in an index,
+    names no option, because it would depend on who ran it.
+
+    Examples
+    --------
+    >>> option("size", (224, 224)), option("restart"), option("memory", "64MiB")
+    ('size=(224, 224)', 'restart=True', "memory='64MiB'")
+    >>> with command_line_vocabulary():
+    ...     option("size", (224, 224)), option("restart"), option("fsync", False)
+    ('--size 224 224', '--restart', '--no-fsync')
+    """
+    if not _is_command_line:
+        return f"{name}={value!r}"
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    values = value if isinstance(value, tuple) else (value,)
+    return " ".join([f"--{flag}", *map(str, values)])
+
+
+@contextmanager
+def command_line_vocabulary() -> Iterator[None]:
+    """Have `option` write options as the command line does, in the whole process."""
+    global _is_command_line  # who the caller is, for every thread of the process
+    before, _is_command_line = _is_command_line, True
+    try:
+        yield
+    finally:
+        _is_command_line = before
 
 
 class FastvggError(Exception):

@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 
 from fastvgg.cli.options import RUN_PANEL as DEFAULT_PANEL
 from fastvgg.cli.output import echo
-from fastvgg.errors import FastvggError, StoppedError
+from fastvgg.errors import FastvggError, StoppedError, command_line_vocabulary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,7 +80,8 @@ class Command(TyperCommand):
 def translate_errors(traceback: bool) -> Iterator[None]:
     """Turn exceptions into messages on stderr and exit codes."""
     try:
-        yield
+        with command_line_vocabulary():
+            yield
     except (FastvggError, OSError) as error:
         if traceback:
             print_exc()
