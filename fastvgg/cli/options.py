@@ -17,7 +17,6 @@ DtypeChoice = Literal["uint8", FloatChoice]
 InterpolationChoice = Literal["nearest", "bilinear", "bicubic", "hamming", "box", "lanczos"]
 RoundingChoice = Literal["nearest", "truncate"]
 FormatChoice = Literal["png", "webp", "jpeg"]
-Gray16Choice = Literal["error", "scale"]
 
 # The sections of a help screen.
 MODEL_PANEL: Final = "Model"
@@ -88,9 +87,9 @@ Exif = Annotated[
 FastJpeg = Annotated[
     bool, _option(INPUT_PANEL, "Decode large JPEGs at reduced scale: not exact.", "--fast-jpeg")
 ]
-Gray16 = Annotated[
-    Gray16Choice,
-    _choice(Gray16Choice, INPUT_PANEL, "16-bit grayscale images: {values} to 8 bits.", "POLICY"),
+ScaleToUint8 = Annotated[
+    bool,
+    _option(INPUT_PANEL, "Scale 16-bit and floating-point images to 8 bits.", "--scale-to-uint8"),
 ]
 MaxPixels = Annotated[
     int | None,

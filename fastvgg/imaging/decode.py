@@ -8,7 +8,7 @@ YCbCr and grayscale JPEGs are decoded by simplejpeg, which takes 0.7 of the time
 same bytes, as both use libjpeg-turbo. simplejpeg fails wherever libjpeg warns; Pillow then decodes
 the image, as in Keras, and the warning is recorded.
 
-16-bit grayscale images are errors by default: Keras clips all values above 255 to white.
+Grayscale of more than 8 bits is refused or scaled: see `modes`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ import struct
 import threading
 import zlib
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias, get_args
+from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 
-from fastvgg.errors import UsageError
-from fastvgg.imaging import resize
+from fastvgg.errors import UsageError, option
+from fastvgg.imaging import modes, resize
+from fastvgg.imaging.modes import RejectedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -39,8 +41,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fastvgg.imaging.resize import Gather
-
-Gray16: TypeAlias = Literal["error", "scale"]
 
 # The suffixes of keras.utils.image_dataset_from_directory, and others that Pillow reads.
 IMAGE_SUFFIXES: Final = frozenset(
@@ -120,8 +120,9 @@ class DecodeOptions:
         `size`. Faster, but the pixels differ from Keras'.
     exif
         Apply the EXIF orientation.
-    gray16
-        How to treat 16-bit grayscale: "error", or "scale" so that 65535 becomes 255.
+    scale_to_uint8
+        Scale grayscale of 16 bits, so that 65535 becomes 255, and of floats from 0 to 1; otherwise
+        such images are rejected. See `modes.to_rgb`.
     max_pixels
         Larger images are rejected before they are decoded. Except for JPEGs, Pillow always rejects
         images of more than 178,956,970 pixels.
@@ -137,7 +138,7 @@ class DecodeOptions:
     keep_aspect_ratio: bool = False
     fast_jpeg: bool = False
     exif: bool = False
-    gray16: Gray16 = "error"
+    scale_to_uint8: bool = False
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
@@ -148,14 +149,13 @@ class DecodeOptions:
             )
         if self.size is not None:
             object.__setattr__(self, "size", _parse_size(self.size))
-        for flag in ("keep_aspect_ratio", "fast_jpeg", "exif"):
+        for flag in ("keep_aspect_ratio", "fast_jpeg", "exif", "scale_to_uint8"):
             object.__setattr__(self, flag, bool(getattr(self, flag)))
-        if self.gray16 not in get_args(Gray16):
-            raise UsageError(f"unknown --gray16 {self.gray16!r}", "choose 'error' or 'scale'")
         is_count = isinstance(self.max_pixels, numbers.Integral)
         if not is_count or isinstance(self.max_pixels, bool) or self.max_pixels < 1:
             raise UsageError(
-                f"invalid --max-pixels {self.max_pixels!r}", "give a positive number of pixels"
+                f"invalid {option('max_pixels', self.max_pixels)}",
+                "give a positive number of pixels",
             )
         object.__setattr__(self, "max_pixels", int(self.max_pixels))
 
@@ -196,7 +196,8 @@ def _parse_size(size: Iterable[Any]) -> tuple[int, int]:
         height = width = 0
     if min(height, width) >= 1:
         return height, width
-    raise UsageError(f"invalid size {size!r}", "give height and width in pixels: --size 224 224")
+    example = option("size", (224, 224))
+    raise UsageError(f"invalid size {size!r}", f"give height and width in pixels: {example}")
 
 
 class DecodeResult(NamedTuple):
@@ -208,10 +209,6 @@ class DecodeResult(NamedTuple):
     failed: bool
     reason: str
     """Why decoding failed, or the decoder's warning if it succeeded."""
-
-
-class _RejectedError(Exception):
-    """An image that fastvgg declines to decode."""
 
 
 class Decoder:
@@ -241,8 +238,10 @@ class Decoder:
     ) -> None:
         for flag in ("keep_aspect_ratio", "fast_jpeg"):
             if getattr(decoding, flag) and decoding.size is None:
-                option, remedy = flag.replace("_", "-"), "give height and width: --size 224 224"
-                raise UsageError(f"--{option} requires a size", remedy)
+                raise UsageError(
+                    f"{option(flag)} requires a size",
+                    f"give height and width: {option('size', (224, 224))}",
+                )
         self._decoding = decoding
         self._gather = gather
         self._large_bytes = memory_bytes // 2
@@ -265,7 +264,7 @@ class Decoder:
                 with self._pillow_memory(image, data):
                     is_transposed = _orientation(data) in TRANSPOSED_ORIENTATIONS
                 return (width, height) if is_transposed else (height, width)
-        except (*DECODING_ERRORS, _RejectedError) as error:
+        except (*DECODING_ERRORS, RejectedError) as error:
             return describe_error(error)
 
     def decode(self, data: bytes, out: NDArray[np.uint8]) -> DecodeResult:
@@ -292,7 +291,7 @@ class Decoder:
             with open_image(io.BytesIO(data)) as image:
                 width, height = image.size
                 self._decode_image(image, data, out)
-        except (*DECODING_ERRORS, _RejectedError) as error:
+        except (*DECODING_ERRORS, RejectedError) as error:
             return DecodeResult(width, height, True, describe_error(error))
         return DecodeResult(width, height, False, warning)
 
@@ -316,7 +315,7 @@ class Decoder:
                 memory = self._memory(data, height * width, pixel_bytes)
             with memory:
                 self._store_rgb(simplejpeg.decode_jpeg(data, **scaling), out)
-        except _RejectedError as error:
+        except RejectedError as error:
             return DecodeResult(width, height, True, str(error))
         return DecodeResult(width, height, False, "")
 
@@ -348,11 +347,13 @@ class Decoder:
     def _decode_image(self, image: Image.Image, data: bytes, out: NDArray[np.uint8]) -> None:
         """Decode, convert and store an image that Pillow has opened."""
         with self._pillow_memory(image, data):
+            image_format = image.format
+            if isinstance(image, TiffImageFile):
+                modes.check_tiff(image)
             if self._decoding.exif:
                 image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                image = self._scale_to_uint8(image)
-            self._store_image(image if image.mode == "RGB" else image.convert("RGB"), out)
+            rgb = modes.to_rgb(image, image_format, scale_to_uint8=self._decoding.scale_to_uint8)
+            self._store_image(rgb, out)
 
     def _pillow_memory(self, image: Image.Image, data: bytes) -> AbstractContextManager[Any]:
         """Return the context manager to hold while Pillow decodes an image."""
@@ -360,23 +361,12 @@ class Decoder:
             RGB_PIXEL_BYTES
             + CONVERTED_PIXEL_BYTES * (image.mode != "RGB")
             + TRANSPOSED_PIXEL_BYTES * self._decoding.exif
-            + SCALED_PIXEL_BYTES * image.mode.startswith("I")
+            + SCALED_PIXEL_BYTES * image.mode.startswith(("I", "F"))
             + WEBP_PIXEL_BYTES * (image.format == "WEBP")
             + COEFFICIENT_PIXEL_BYTES * (image.format in ("JPEG", "MPO") and SOF2_MARKER in data)
             + UNRESIZED_PIXEL_BYTES * (self._decoding.size in (None, (image.height, image.width)))
         )
         return self._memory(data, image.height * image.width, pixel_bytes)
-
-    def _scale_to_uint8(self, image: Image.Image) -> Image.Image:
-        """Scale 16-bit grayscale to 8 bits if that is enabled, and reject it otherwise."""
-        if self._decoding.gray16 == "error" or not image.mode.startswith("I;16"):
-            depth = 16 if image.mode.startswith("I;16") else 32
-            raise _RejectedError(
-                f"{depth}-bit grayscale, which Keras clips to white"
-                + ("; use --gray16 scale to scale it" if depth == 16 else "")
-            )
-        scaled = (np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535  # rounded
-        return Image.fromarray(scaled.astype(np.uint8))
 
     def _store_image(self, rgb: Image.Image, out: NDArray[np.uint8]) -> None:
         size = self._decoding.size
@@ -386,24 +376,22 @@ class Decoder:
             rgb = rgb.resize((size[1], size[0]), resample, box=box)
         height, width = out.shape[:2]
         if rgb.size != (width, height):
-            raise _RejectedError(
-                f"the image is {rgb.height}x{rgb.width}, expected {height}x{width}"
-            )
+            raise RejectedError(f"the image is {rgb.height}x{rgb.width}, expected {height}x{width}")
         out[...] = np.asarray(rgb)
 
     def _memory(self, data: bytes, pixels: int, pixel_bytes: int) -> AbstractContextManager[Any]:
         """Return the context manager to hold while an image of `pixels` pixels is decoded."""
         if pixels > self._decoding.max_pixels:
-            raise _RejectedError(
-                f"the image has {pixels} pixels; --max-pixels is {self._decoding.max_pixels}"
+            raise RejectedError(
+                f"the image has {pixels} pixels, more than the limit of {self._decoding.max_pixels}"
             )
         needed_bytes = len(data) + pixel_bytes * pixels
         if needed_bytes <= self._share_bytes:
             return contextlib.nullcontext()
         if needed_bytes > self._large_bytes:
-            raise _RejectedError(
+            raise RejectedError(
                 f"decoding takes {needed_bytes} bytes of memory, but only {self._large_bytes} are "
-                "available: increase --memory"
+                "available"
             )
         return self._large_image_lock
 

@@ -36,7 +36,7 @@ IMAGE_SOURCE_SCHEMA: Final[Schema] = {
     "keep_aspect_ratio": bool,
     "fast_jpeg": bool,
     "exif": bool,
-    "gray16": str,
+    "scale_to_uint8": bool,
     "max_pixels": int,
 }
 RESULT_SCHEMA: Final[Schema] = {"in_place": bool, **HEADER_SCHEMA}

@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     from fastvgg.backend import Backend
     from fastvgg.datasets.base import Source
     from fastvgg.datasets.image_writer import FileFormat
-    from fastvgg.imaging.decode import Gray16
     from fastvgg.stream.manifest import Manifest
     from fastvgg.transform import Direction, Layout, Rounding
 
@@ -71,7 +70,7 @@ def plan(
     keep_aspect_ratio: bool = False,
     fast_jpeg: bool = False,
     exif: bool = False,
-    gray16: Gray16 = "error",
+    scale_to_uint8: bool = False,
     max_pixels: int | None = None,
     layout: Layout | None = None,
     out_layout: Layout | None = None,
@@ -113,9 +112,9 @@ def plan(
         Decode large JPEGs at reduced size (libjpeg DCT scaling). Not bit-equal to Keras.
     exif
         Apply the EXIF orientation, which Keras ignores.
-    gray16
-        How to treat 16-bit grayscale images, which Keras clips to white: "error" counts each as a
-        failed image, "scale" maps them to 8 bits.
+    scale_to_uint8
+        Scale 16-bit and floating-point grayscale to 8 bits: 65535 becomes 255, and so does 1 in
+        floats from 0 to 1. By default such images fail: Keras makes them white or black.
     max_pixels
         Fail larger images before decoding them. Default: 89,478,485.
     layout, out_layout, dtype, rounding
@@ -159,7 +158,7 @@ def plan(
     destination = location if target is None else Location.parse(target)
     max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
     decoding = DecodeOptions(
-        size, interpolation, keep_aspect_ratio, fast_jpeg, exif, gray16, max_pixels
+        size, interpolation, keep_aspect_ratio, fast_jpeg, exif, scale_to_uint8, max_pixels
     )
     threads = check_threads(threads)
     check_backend(backend)

@@ -76,8 +76,9 @@ class FailureRetry:
         job = self.plan.job
         recorded, requested = manifest.job.decoding, job.decoding
         if recorded is not None and requested is not None:
-            if recorded.gray16 == "error":
-                recorded = dataclasses.replace(recorded, gray16=requested.gray16)
+            if not recorded.scale_to_uint8:
+                scale = requested.scale_to_uint8
+                recorded = dataclasses.replace(recorded, scale_to_uint8=scale)
             if recorded.max_pixels < requested.max_pixels:
                 recorded = dataclasses.replace(recorded, max_pixels=requested.max_pixels)
         comparable = dataclasses.replace(

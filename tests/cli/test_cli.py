@@ -124,7 +124,7 @@ def test_preprocess_passes_every_option(tmp_path, photos):
     target = tmp_path / "y.npy"
     options = ["--mode", "torch", "--size", "5", "11", "--interpolation", "box"]
     options += ["--out-layout", "NCHW", "--dtype", "float16", "--memory", "32MiB", "--threads", "2"]
-    options += ["--keep-aspect-ratio", "--fast-jpeg", "--exif", "--gray16", "scale"]
+    options += ["--keep-aspect-ratio", "--fast-jpeg", "--exif", "--scale-to-uint8"]
     options += ["--max-pixels", "12345"]
     assert run_without_numba("preprocess", photos, target, *options).returncode == 0
     job = json.loads(manifest_path(target).read_bytes())["job"]
@@ -133,7 +133,7 @@ def test_preprocess_passes_every_option(tmp_path, photos):
     assert job["source"]["keep_aspect_ratio"] is True
     assert job["source"]["fast_jpeg"] is True
     assert job["source"]["exif"] is True
-    assert job["source"]["gray16"] == "scale"
+    assert job["source"]["scale_to_uint8"] is True
     assert job["source"]["max_pixels"] == 12345
     assert job["transform"]["mode"]["name"] == "torch"
     assert job["result"]["layout"] == "NCHW"

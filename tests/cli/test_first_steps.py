@@ -22,7 +22,7 @@ from fastvgg.cli import app
 from fastvgg.cli.commands import WELCOME
 from fastvgg.cli.errors import EXIT_CODES
 from fastvgg.datasets.image_writer import FileFormat
-from fastvgg.imaging.decode import INTERPOLATIONS, Gray16
+from fastvgg.imaging.decode import INTERPOLATIONS
 from fastvgg.transform import LAYOUTS, ROUNDINGS, STORAGE_TYPES, Mode
 from tests.helpers.datasets_on_disk import pixels, save_images
 
@@ -37,7 +37,6 @@ OPTION_CHOICES = {
     "--layout": LAYOUTS,
     "--out-layout": LAYOUTS,
     "--interpolation": INTERPOLATIONS,
-    "--gray16": get_args(Gray16),
 }
 
 

@@ -153,7 +153,7 @@ def test_label_is_the_top_level_folder(folder):
 
 def test_settings_are_the_decode_options(folder):
     save_images(folder, pixels(2), ["a.png", "cat/b.png"])
-    given = {"interpolation": "bicubic", "fast_jpeg": True, "gray16": "scale"}
+    given = {"interpolation": "bicubic", "fast_jpeg": True, "scale_to_uint8": True}
     with closing(open_folder(folder, size=SIZE, **given)) as source:
         assert source.kind == "images"
         stored = (folder / "a.png").stat().st_size + (folder / "cat" / "b.png").stat().st_size
@@ -502,7 +502,7 @@ def test_image_above_max_pixels_is_a_failed_row(folder):
     _, records = read_folder(folder, size=SIZE, max_pixels=4_199)
     assert [record.failed for record in records] == [False, True, True]
     assert (
-        records[1].reason == records[2].reason == "the image has 4200 pixels; --max-pixels is 4199"
+        records[1].reason == records[2].reason == "the image has 4200 pixels, more than the limit of 4199"
     )
     assert (records[1].width, records[1].height) == (60, 70)
 
@@ -717,4 +717,4 @@ def test_open_source_passes_decode_options_gather_and_memory_limit(folder):
     with closing(
         open_source(Location.parse(folder), decoding=DecodeOptions(SIZE), decoding_bytes=900)
     ) as source:
-        assert "increase --memory" in source.read(0, 1).records[0].reason
+        assert "bytes of memory" in source.read(0, 1).records[0].reason

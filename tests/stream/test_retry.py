@@ -142,7 +142,7 @@ def test_retry_without_failures_does_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "wider_value"), [("gray16", "scale"), ("max_pixels", 10_000)], ids=str
+    ("option", "wider_value"), [("scale_to_uint8", True), ("max_pixels", 10_000)], ids=str
 )
 def test_retry_with_wider_options_reads_rejected_images(tmp_path, option, wider_value):
     folder = save_images(tmp_path / "photos", pixels(5, height=3, width=3))
@@ -151,7 +151,7 @@ def test_retry_with_wider_options_reads_rejected_images(tmp_path, option, wider_
     if option == "max_pixels":
         grey.convert("L").convert("RGB").save(folder / "a" / "deep.png")
     target, settings = tmp_path / "y.npy", {"mode": "caffe", "size": (7, 5)}
-    narrow = {} if option == "gray16" else {option: 100}
+    narrow = {} if option == "scale_to_uint8" else {option: 100}
     assert plan_of(folder, target, **settings, **narrow).run().counts["failed"] == 1
     report = retry(folder, target, **settings, **{option: wider_value}).run()
     assert report.counts["failed"] == 0
@@ -161,7 +161,7 @@ def test_retry_with_wider_options_reads_rejected_images(tmp_path, option, wider_
 
 
 @pytest.mark.parametrize(
-    ("wide", "narrow"), [({"gray16": "scale"}, {}), ({}, {"max_pixels": 100})], ids=str
+    ("wide", "narrow"), [({"scale_to_uint8": True}, {}), ({}, {"max_pixels": 100})], ids=str
 )
 def test_retry_with_narrower_options_is_rejected(tmp_path, photos, wide, narrow):
     folder, repair = photos

@@ -89,7 +89,9 @@ def plans(directory):
     new_plans = (
         plan_of(arrays, target, mode=own, dtype="float16", images_per_chunk=2),
         plan_of(photos, target, mode="torch", out_layout="NCHW", size=(1, 6), images_per_chunk=2),
-        plan_of(photos, target, direction="pack", gray16="scale", exif=True, images_per_chunk=2),
+        plan_of(
+            photos, target, direction="pack", scale_to_uint8=True, exif=True, images_per_chunk=2
+        ),
     )
     jobs = [
         dataclasses.replace(
@@ -156,7 +158,7 @@ def consistent_changes(random, text):
     else:
         source["size"] = random.choice([[1], [1, 6, 3], [True, 6], [0, 6], [], "ab"])
         source["interpolation"] = random.choice(["nearest", "NEAREST", ""])
-        source["gray16"] = random.choice(["scale", "error", "clip"])
+        source["scale_to_uint8"] = random.choice([True, False, 1, "scale"])
         source["max_pixels"] = random.choice([1, 0, -1, True, 2**70])
     return json.dumps(fields).encode()
 
