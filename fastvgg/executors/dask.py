@@ -17,7 +17,8 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from distributed import Client, KilledWorker, LocalCluster, as_completed
+import dask
+from distributed import Client, KilledWorker, LocalCluster, Security, as_completed
 from distributed.comm import CommClosedError
 
 from fastvgg.datasets.base import SharedTarget
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 LOCAL_ADDRESS: Final = "local"
+LOOPBACK: Final = "127.0.0.1"
 CONNECT_SECONDS: Final = 10
 JOIN_SECONDS: Final = 60
 # Results that arrive within this time are gathered and committed as a batch: one by one they take a
@@ -58,18 +60,25 @@ TASKS_PER_THREAD: Final = 16  # at least, so that threads finish at about the sa
 def connect(address: str) -> Iterator[Client]:
     """Connect to a scheduler; "local" starts a single-threaded worker per CPU of this machine.
 
+    Whoever can connect to a scheduler can run code as its user. A local one listens on the loopback
+    interface only, and requires a certificate that exists only in the memory of its processes: any
+    user of the machine can connect to a loopback port.
+
     Raises
     ------
     ClusterError
         If no scheduler responds.
+    UsageError
+        If a local one needs a package that is not installed.
     """
     with contextlib.ExitStack() as opened:
+        security = None
         if address == LOCAL_ADDRESS:
-            workers = {"n_workers": available_cpus(), "threads_per_worker": 1}
-            address = opened.enter_context(LocalCluster(**workers)).scheduler_address
+            security = _temporary_security()
+            address = opened.enter_context(_local_cluster(security)).scheduler_address
         try:
             client = opened.enter_context(
-                Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
+                Client(address, security=security, timeout=CONNECT_SECONDS, set_as_default=False)
             )
         except (OSError, ValueError) as error:
             raise ClusterError(
@@ -78,6 +87,39 @@ def connect(address: str) -> Iterator[Client]:
                 "--dask local",
             ) from None
         yield client
+
+
+def _temporary_security() -> Security:
+    """Return new keys and certificates, which every connection of a cluster must present."""
+    try:
+        return Security.temporary()
+    except ImportError as error:
+        raise UsageError(
+            f"a local Dask cluster needs a package that is not installed: {error}",
+            "in a clone of fastvgg: pip install '.[dask]'",
+        ) from None
+
+
+@contextlib.contextmanager
+def _local_cluster(security: Security) -> Iterator[LocalCluster]:
+    """Start a cluster on the loopback interface, without a dashboard."""
+    # Dask starts an HTTP server in every process even without a dashboard; it has no routes here.
+    no_routes: dict[str, list[str]] = {
+        f"distributed.{node}.http.routes": [] for node in ("scheduler", "worker")
+    }
+    with (
+        dask.config.set(no_routes),
+        LocalCluster(
+            n_workers=available_cpus(),
+            threads_per_worker=1,
+            host=LOOPBACK,
+            protocol="tls://",
+            security=security,
+            scheduler_kwargs={"dashboard": False, "dashboard_address": f"{LOOPBACK}:0"},
+            worker_dashboard_address=None,
+        ) as cluster,
+    ):
+        yield cluster
 
 
 class DaskExecutor(Executor):
