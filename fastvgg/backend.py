@@ -20,15 +20,17 @@ import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
 
-from fastvgg.errors import BackendError, UsageError
+from fastvgg.choices import check_choice
+from fastvgg.errors import BackendError
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
 
 Backend: TypeAlias = Literal["auto", "numba", "numpy"]
 ResolvedBackend: TypeAlias = Literal["numba", "numpy"]
+BACKENDS: Final = get_args(Backend)
 
 # Measured on a 2-core AMD EPYC (Zen 3): importing Numba takes 0.4 s, its first compilation 0.7 s.
 NUMBA_START_SECONDS: Final = 1.0
@@ -95,8 +97,8 @@ def workload(*_key: Hashable) -> Workload:
 
 def check_backend(backend: Backend) -> None:
     """Check that a backend is known, and that Numba is usable if it is "numba"."""
-    if backend not in ("auto", "numba", "numpy"):
-        raise UsageError(f"backend is {backend!r}", "give 'auto', 'numba' or 'numpy'")
+    if backend not in BACKENDS:
+        check_choice("backend", backend, BACKENDS)
     if backend == "numba" and (problem := _find_numba_problem()):
         reason, remedy = problem
         raise BackendError(f"Numba is not usable: {reason}", remedy)

@@ -6,13 +6,21 @@ The class identifies the error to a program and selects the exit code of the com
 from __future__ import annotations
 
 import errno
+import shlex
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from fastvgg.escaping import escape_controls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _is_command_line = False
+
+
+def is_command_line() -> bool:
+    """Return whether messages are for a user of the command line."""
+    return _is_command_line
 
 
 def option(name: str, value: object = True) -> str:
@@ -35,7 +43,48 @@ def option(name: str, value: object = True) -> str:
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"
     values = value if isinstance(value, tuple) else (value,)
-    return " ".join([f"--{flag}", *map(str, values)])
+    return " ".join([f"--{flag}", *map(_quote, values)])
+
+
+def option_name(name: str) -> str:
+    """Return the name of an option, for a message about any value of it.
+
+    >>> option_name("out_layout")
+    'out_layout='
+    >>> with command_line_vocabulary():
+    ...     option_name("out_layout")
+    '--out-layout'
+    """
+    return f"--{name.replace('_', '-')}" if _is_command_line else f"{name}="
+
+
+def command(name: str, *arguments: object, **options: object) -> str:
+    """Return a whole command, as the caller writes it: in Python or on a command line.
+
+    >>> command("pack", "my photos", "packed.npy", size=(224, 224))
+    "fastvgg.plan('my photos', 'packed.npy', direction='pack', size=(224, 224)).run()"
+    >>> command("verify", "train.npy")
+    "fastvgg.verify('train.npy')"
+    >>> with command_line_vocabulary():
+    ...     command("pack", "my photos", "packed.npy", size=(224, 224))
+    "fastvgg pack 'my photos' packed.npy --size 224 224"
+    """
+    if _is_command_line:
+        written = [option(*item) for item in options.items()]
+        return " ".join(["fastvgg", name, *map(_quote, arguments), *written])
+    if name == "models":
+        return "fastvgg.models.MODES_BY_MODEL"
+    values = [repr(str(argument)) for argument in arguments]
+    is_plan = name in ("preprocess", "pack", "restore")
+    if is_plan and name != "preprocess":
+        values.append(option("direction", name))
+    values += [option(*item) for item in options.items()]
+    call = f"fastvgg.{'plan' if is_plan else name}({', '.join(values)})"
+    return f"{call}.run()" if is_plan else call
+
+
+def _quote(argument: object) -> str:
+    return shlex.quote(str(argument))
 
 
 @contextmanager
@@ -75,7 +124,7 @@ class FastvggError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return f"{self.problem}\n{self.remedy}"
+        return f"{escape_controls(self.problem)}\n{escape_controls(self.remedy)}"
 
 
 class UsageError(FastvggError, ValueError):

@@ -10,6 +10,7 @@ from platform import python_version
 from typing import TYPE_CHECKING, Final
 
 from fastvgg.errors import UsageError
+from fastvgg.escaping import escape_controls
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -67,6 +68,10 @@ def html_table(caption: str, rows: Iterable[tuple[str, str]]) -> str:
     '<table><caption>a &amp; b</caption><tr><th>images</th><td>11</td></tr></table>'
     """
     body = "".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows
+        f"<tr><th>{_to_html(name)}</th><td>{_to_html(value)}</td></tr>" for name, value in rows
     )
-    return f"<table><caption>{escape(caption)}</caption>{body}</table>"
+    return f"<table><caption>{_to_html(caption)}</caption>{body}</table>"
+
+
+def _to_html(text: str) -> str:
+    return escape(escape_controls(text))

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 import numpy as np
 
 from fastvgg import engine, oracle
-from fastvgg.errors import DtypeError, ShapeError, UsageError
+from fastvgg.choices import check_choice
+from fastvgg.errors import DtypeError, ShapeError, option
 from fastvgg.interop import check_unmasked
-from fastvgg.transform import CHANNEL_AXES, Mode, Transform, storage_dtype, storage_type
+from fastvgg.transform import CHANNEL_AXES, CHANNELS, Mode, Transform, storage_dtype, storage_type
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,8 +70,7 @@ def preprocess_input(
     >>> preprocess_input(np.array([[[10, 20, 30]]]), mode="tf").tolist()
     [[[-0.9215686321258545, -0.843137264251709, -0.7647058963775635]]]
     """
-    if mode not in ("caffe", "tf", "torch"):
-        raise UsageError(f"mode is {mode!r}", "give 'caffe', 'tf' or 'torch'")
+    check_choice("mode", mode, ("caffe", "tf", "torch"))
     layout = _layout(_keras_setting("image_data_format", "channels_last"), data_format)
     _check_plain_array(x)
     if not issubclass(x.dtype.type, np.floating):
@@ -140,6 +140,12 @@ def deprocess_img(processed_img: NDArray[Any]) -> NDArray[np.uint8]:
                 "for batches use fastvgg.restore(y, 'caffe')",
             )
         y = y[0]
+    if y.ndim == 3 and y.shape[-1] != CHANNELS and y.shape[0] == CHANNELS:
+        raise ShapeError(
+            f"shape {y.shape} read as channels_last: the channel axis has length {y.shape[-1]}, "
+            "expected 3",
+            "axis -3 has length 3: give np.moveaxis(processed_img, -3, -1)",
+        )
     return _apply(Transform("caffe", "restore", rounding="truncate"), y, _truncate)
 
 
@@ -170,6 +176,7 @@ def _apply(
 ) -> NDArray[Any]:
     """Apply a transform; unlike the engine, compute float16 and bfloat16 in their own precision."""
     name = storage_type(x.dtype)
+    _check_channels(transform.layout, x)
     if name not in ("float16", "bfloat16"):
         applied: NDArray[Any] = engine.apply(transform, x)
         return applied
@@ -178,6 +185,22 @@ def _apply(
     with np.errstate(all="ignore"):
         result = arithmetic(np.moveaxis(x, axis, -1).astype(storage_dtype(name)), transform.mode)
     return np.ascontiguousarray(np.moveaxis(result, -1, axis))
+
+
+def _check_channels(layout: Layout, x: NDArray[Any]) -> None:
+    """Check that the channels are where the data format says, in the words of Keras."""
+    if x.ndim not in (3, 4) or x.shape[CHANNEL_AXES[layout]] == CHANNELS:
+        return
+    found, other = sorted(LAYOUTS, key=lambda name: LAYOUTS[name] != layout)
+    remedy = "give RGB images, with 3 channels"
+    if x.shape[CHANNEL_AXES[LAYOUTS[other]]] == CHANNELS:
+        axis = CHANNEL_AXES[LAYOUTS[other]]
+        remedy = f"axis {axis} has length 3: give {option('data_format', other)}"
+    raise ShapeError(
+        f"shape {x.shape} read as {found}: the channel axis has length "
+        f"{x.shape[CHANNEL_AXES[layout]]}, expected 3",
+        remedy,
+    )
 
 
 def _check_plain_array(x: NDArray[Any]) -> None:
@@ -201,9 +224,7 @@ def _check_floating(x: NDArray[Any]) -> NDArray[Any]:
 
 def _layout(default: str, data_format: str | None) -> Layout:
     name = default if data_format is None else data_format
-    if name not in LAYOUTS:
-        raise UsageError(f"data_format is {name!r}", "give 'channels_first' or 'channels_last'")
-    return LAYOUTS[name]
+    return LAYOUTS[check_choice("data_format", name, LAYOUTS)]
 
 
 def _keras_setting(name: str, default: str) -> str:

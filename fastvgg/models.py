@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from fastvgg.errors import ModeError
+from fastvgg.choices import suggest
+from fastvgg.errors import ModeError, command, option, option_name
 
 MODELS_BY_MODE: Final = {
     "caffe": "VGG16 VGG19 ResNet50 ResNet101 ResNet152",
@@ -39,6 +40,11 @@ def _normalize(name: str) -> str:
 _MODES_BY_NAME: Final = {_normalize(model): mode for model, mode in MODES_BY_MODEL.items()}
 
 
+def is_known(name: str) -> bool:
+    """Return whether a name is that of a published model, as `mode_name` accepts it."""
+    return _normalize(name) in _MODES_BY_NAME
+
+
 def mode_name(model: str) -> str:
     """Return the name of the preprocessing mode of a published model.
 
@@ -47,10 +53,13 @@ def mode_name(model: str) -> str:
     >>> mode_name("vgg-19"), mode_name("DenseNet121")
     ('caffe', 'torch')
     """
-    try:
+    if isinstance(model, str) and is_known(model):
         return _MODES_BY_NAME[_normalize(model)]
-    except KeyError:
-        raise ModeError(
-            f"unknown model {model!r}",
-            "list the known models with 'fastvgg models'; for another model give a mode instead",
-        ) from None
+    name = "mode" if str(model).lower() in MODELS_BY_MODE else "model"
+    meant = suggest(name, model, MODELS_BY_MODE if name == "mode" else MODES_BY_MODEL)
+    question = f"did you mean {option(name, meant)}? " if meant else ""
+    raise ModeError(
+        f"unknown model {model!r}",
+        f"{question}The known models: {command('models')}; for another one give "
+        f"{option_name('mode')} instead",
+    )

@@ -17,7 +17,8 @@ import numpy as np
 import xxhash
 
 from fastvgg import models
-from fastvgg.errors import DtypeError, ModeError, ShapeError, UsageError
+from fastvgg.choices import check_choice
+from fastvgg.errors import DtypeError, ModeError, ShapeError, UsageError, option, option_name
 from fastvgg.formatting import html_table
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ INVERSES: Final[dict[Direction, Direction]] = {
 }
 LAYOUTS: Final[tuple[Layout, ...]] = get_args(Layout)
 ROUNDINGS: Final[tuple[Rounding, ...]] = get_args(Rounding)
+CUSTOM: Final = ", or a custom fastvgg.Mode"
 CHANNELS: Final = 3
 CHANNEL_AXES: Final[dict[Layout, int]] = {"NHWC": -1, "NCHW": -3}
 STORAGE_TYPES: Final = ("uint8", "float16", "bfloat16", "float32", "float64")
@@ -74,6 +76,15 @@ def storage_type(dtype: DTypeLike) -> str:
             f"unsupported dtype {name}", f"convert it to one of {', '.join(STORAGE_TYPES)} first"
         )
     return name
+
+
+def _check_dtype(dtype: DTypeLike) -> str:
+    """Return the storage type that an option requests; see `storage_type`."""
+    try:
+        return storage_type(dtype)
+    except DtypeError:
+        name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", dtype)
+        return check_choice("dtype", str(name), STORAGE_TYPES, error=DtypeError)
 
 
 def _to_float(number: float) -> float:
@@ -173,13 +184,13 @@ class Mode:
     @staticmethod
     def from_name(name: str) -> Mode:
         """Return a built-in mode: caffe, tf, torch or identity."""
-        try:
-            return _MODES[name]
-        except (KeyError, TypeError):
+        if isinstance(name, str) and name not in _MODES and models.is_known(name):
+            mode = models.mode_name(name)
             raise ModeError(
-                f"unknown mode {name!r}",
-                f"give one of {', '.join(_MODES)}, or a custom fastvgg.Mode",
-            ) from None
+                f"{name!r} is a model, not a mode",
+                f"its mode is {mode}: give {option('mode', mode)}",
+            )
+        return _MODES[check_choice("mode", name, _MODES, error=ModeError, other=CUSTOM)]
 
     @staticmethod
     def for_model(model: str) -> Mode:
@@ -241,12 +252,6 @@ def _formula(mode: Mode, direction: Direction) -> str:
     return f"x = {inverse}" if direction == "restore" else f"y = {forward}"
 
 
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    # Comparing an array with a choice gives an array.
-    if not isinstance(value, str) or value not in allowed:
-        raise UsageError(f"{name} is {value!r}", f"give one of {', '.join(map(repr, allowed))}")
-
-
 @dataclass(frozen=True, init=False, repr=False)
 class Transform:
     """A complete conversion of a batch: mode, direction, layouts, dtype and rounding.
@@ -294,28 +299,29 @@ class Transform:
         rounding: Rounding = "nearest",
     ) -> None:
         out_layout = layout if out_layout is None else out_layout
-        _check_choice("direction", direction, get_args(Direction))
-        _check_choice("layout", layout, LAYOUTS)
-        _check_choice("out_layout", out_layout, LAYOUTS)
-        _check_choice("rounding", rounding, ROUNDINGS)
+        check_choice("direction", direction, get_args(Direction))
+        check_choice("layout", layout, LAYOUTS)
+        check_choice("out_layout", out_layout, LAYOUTS)
+        check_choice("rounding", rounding, ROUNDINGS)
         set_field = object.__setattr__
         set_field(self, "mode", mode if isinstance(mode, Mode) else Mode.from_name(mode))
         set_field(self, "direction", direction)
         set_field(self, "layout", layout)
         set_field(self, "out_layout", out_layout)
-        set_field(self, "dtype", None if dtype is None else storage_type(dtype))
+        set_field(self, "dtype", None if dtype is None else _check_dtype(dtype))
         set_field(self, "rounding", rounding)
         is_unchanged = self.mode.name == "identity" and self.dtype in (None, "uint8")
         if direction == "pack" and not is_unchanged:
             raise UsageError(
                 f"direction is 'pack', but mode is {self.mode.name!r} and dtype "
                 f"{self.dtype or 'uint8'!r}",
-                "packing keeps images unchanged: give mode 'identity' and omit dtype",
+                f"packing keeps images unchanged: give {option('mode', 'identity')} and omit "
+                f"{option_name('dtype')}",
             )
         if direction == "preprocess" and self.dtype == "uint8":
             raise DtypeError(
                 "network inputs cannot be stored as uint8",
-                "give a floating dtype: " + ", ".join(STORAGE_TYPES[1:]),
+                f"give a floating {option_name('dtype')} {', '.join(STORAGE_TYPES[1:])}",
             )
 
     def __call__(self, x: Any, out: Any = None) -> Any:  # noqa: ANN401  # see engine.preprocess
@@ -384,7 +390,7 @@ class Transform:
             other: Layout = "NCHW" if self.layout == "NHWC" else "NHWC"
             remedy = "give RGB images, with 3 channels"
             if shape[CHANNEL_AXES[other]] == CHANNELS:
-                remedy = f"axis {CHANNEL_AXES[other]} has length 3: give layout {other!r}"
+                remedy = f"axis {CHANNEL_AXES[other]} has length 3: give {option('layout', other)}"
             raise ShapeError(
                 f"shape {shape} read as {self.layout[4 - len(shape) :]}: the channel axis has "
                 f"length {channels}, expected 3",

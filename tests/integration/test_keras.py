@@ -280,7 +280,7 @@ def test_restore_original_image_from_array_rejects_the_other_layout_by_name():
     with unchanged(y), pytest.raises(ShapeError) as caught:
         restore_original_image_from_array(y, "channels_first")
     assert str(y.shape) in caught.value.problem
-    assert "NHWC" in caught.value.remedy
+    assert "data_format='channels_last'" in caught.value.remedy
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])

@@ -1315,7 +1315,7 @@ def test_array_interface_of_a_subclass_is_ignored(backend):
 
 
 def test_packing_rejects_unknown_backend():
-    with pytest.raises(UsageError, match="backend is 'cuda'"):
+    with pytest.raises(UsageError, match="unknown backend 'cuda'"):
         engine.apply(Transform("identity", "pack"), every_value(), backend="cuda")
 
 

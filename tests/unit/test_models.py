@@ -72,7 +72,7 @@ def test_an_unknown_model_is_rejected_by_name_with_a_remedy(written):
     with pytest.raises(ModeError) as caught:
         mode_name(written)
     assert repr(written) in caught.value.problem
-    assert "fastvgg models" in caught.value.remedy
+    assert "fastvgg.models.MODES_BY_MODEL" in caught.value.remedy
     assert isinstance(caught.value, FastvggError)
     assert isinstance(caught.value, ValueError)
     assert caught.value.exit_code == 2

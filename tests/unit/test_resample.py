@@ -77,7 +77,7 @@ def test_gather_resizes_photograph_sizes_correctly(gather):
 
 
 def test_unknown_gather_backend_is_rejected():
-    with pytest.raises(UsageError, match="backend is 'cuda'"):
+    with pytest.raises(UsageError, match="unknown backend 'cuda'"):
         resize.gather_function("cuda")
 
 
