@@ -36,6 +36,7 @@ from fastvgg.datasets.images import is_image_name
 from fastvgg.datasets.index import read_index
 from fastvgg.errors import SourceError
 from fastvgg.storage.location import Location
+from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,13 +52,11 @@ MAGIC: Final = b"\x93NUMPY"
 MAX_HEADER_BYTES: Final = 10_000  # NumPy's own default limit
 MAX_AXIS_LENGTH: Final = 2**48
 MAX_OPEN_PARTS: Final = 64  # a process may commonly have 1,024 open files
-DTYPE_BY_DESCR: Final = {
-    "|u1": "uint8",
-    "<f2": "float16",
-    "<f4": "float32",
-    "<f8": "float64",
-    "<V2": "bfloat16",  # what NumPy writes for ml_dtypes.bfloat16; needs the manifest to confirm
-}
+BFLOAT16_DESCR: Final = "<V2"
+"""What NumPy writes for ml_dtypes.bfloat16; needs the manifest to confirm."""
+# A type's code or name, perhaps after a byte order. Excluded are the structures that NumPy would
+# parse, and the code "a", of which it warns.
+DESCR_PATTERN: Final = re.compile(r"[<>=|]?(?!a)[A-Za-z][A-Za-z]{0,15}[0-9]{0,3}")
 # What Python raises on text that is not a literal, or is nested too deeply or too large.
 LITERAL_ERRORS: Final = (
     *(SyntaxError, ValueError, TypeError),
@@ -71,7 +70,8 @@ DUBIOUS_SYNTAX: Final = re.compile(rb"\\|\b[0-9][0-9A-Za-z_]*?\.?(?:and|else|for
 class ArrayHeader(NamedTuple):
     """The header of a .npy file."""
 
-    descr: str
+    dtype: str
+    """A storage dtype. "bfloat16" stands for two bytes of which the header says nothing more."""
     shape: tuple[int, ...]
     offset: int
     """Offset of the data in the file."""
@@ -110,17 +110,17 @@ def read_header(file: BinaryIO, path: Path) -> ArrayHeader:
             f"{path} ends after {offset + len(text)} bytes, inside its header of {length} bytes",
             "the file is truncated: replace it with a complete copy",
         )
-    descr, fortran, shape = _parse(text, path)
+    dtype, fortran, shape = _parse(text, path)
     if fortran:
         raise SourceError(
             f"{path} is in Fortran order, in which no image is contiguous",
             "rewrite it in C order: numpy.save(new, numpy.ascontiguousarray(numpy.load(old)))",
         )
-    return ArrayHeader(descr, shape, offset + length)
+    return ArrayHeader(dtype, shape, offset + length)
 
 
 def _parse(text: bytes, path: Path) -> tuple[str, bool, tuple[int, ...]]:
-    """Return descr, fortran_order and shape. Only Python literals are evaluated."""
+    """Return dtype, fortran_order and shape. Only Python literals are evaluated."""
     try:
         if DUBIOUS_SYNTAX.search(text):
             raise ValueError("Python would warn about it")
@@ -140,7 +140,7 @@ def _parse(text: bytes, path: Path) -> tuple[str, bool, tuple[int, ...]]:
         raise _damaged_error(
             path, f"shape {_display(shape)}; an axis must be an integer from 0 to {MAX_AXIS_LENGTH}"
         )
-    return _validate_descr(descr, path), fortran, shape
+    return _parse_descr(descr, path), fortran, shape
 
 
 def _damaged_error(path: Path, problem: str) -> SourceError:
@@ -149,21 +149,33 @@ def _damaged_error(path: Path, problem: str) -> SourceError:
     )
 
 
-def _validate_descr(descr: object, path: Path) -> str:
-    if isinstance(descr, str) and descr in DTYPE_BY_DESCR:
-        return descr
-    if isinstance(descr, str) and descr.endswith("O"):
+def _parse_descr(descr: object, path: Path) -> str:
+    """Return the storage dtype that a header describes, in any spelling that NumPy reads."""
+    dtype = _dtype_of(descr)
+    if dtype is not None and dtype.hasobject:
         raise SourceError(
             f"{path} contains pickled Python objects, which are never loaded",
             f"store it as one of {', '.join(NUMPY_DTYPES)} instead",
         )
-    if isinstance(descr, str) and descr.startswith(">"):
+    if dtype == np.dtype(BFLOAT16_DESCR) and not str(descr).startswith(">"):
+        return "bfloat16"
+    if dtype is not None and not dtype.isnative and dtype.newbyteorder().name in NUMPY_DTYPES:
         raise SourceError(
             f"{path} is big-endian ({_display(descr)})",
             "rewrite it as little-endian: a = numpy.load(old, mmap_mode='r'); "
             "numpy.save(new, a.astype(a.dtype.newbyteorder('<')))",
         )
-    return check_dtype(path, "", _display(descr))
+    return check_dtype(path, "" if dtype is None else dtype.name, _display(descr))
+
+
+def _dtype_of(descr: object) -> np.dtype[Any] | None:
+    """Return the dtype that NumPy reads for the name or the code of a type; None for all else."""
+    if not (isinstance(descr, str) and DESCR_PATTERN.fullmatch(descr)):
+        return None
+    try:
+        return np.dtype(descr)
+    except TypeError:
+        return None
 
 
 def _display(value: object) -> str:
@@ -208,7 +220,7 @@ class NpySource(ContiguousSource):
 
     def _validate(self, npy: ArrayHeader, layout: Layout, dtype_hint: str | None) -> None:
         path = self.path
-        dtype = DTYPE_BY_DESCR[npy.descr]
+        dtype = npy.dtype
         if dtype == "bfloat16" and dtype_hint != "bfloat16":
             raise SourceError(
                 f"{path} has two-byte elements whose dtype its header does not name",
@@ -233,7 +245,8 @@ class NpyTarget(ContiguousTarget):
     """A .npy array being written."""
 
     def __init__(self, path: Path, header: Header, storage: Storage) -> None:
-        descr = next(descr for descr, name in DTYPE_BY_DESCR.items() if name == header.dtype)
+        dtype = storage_dtype(header.dtype)
+        descr = BFLOAT16_DESCR if header.dtype == "bfloat16" else dtype.newbyteorder("<").str
         preamble = io.BytesIO()
         np.lib.format.write_array_header_1_0(  # pads it to a multiple of 64 bytes
             preamble, {"descr": descr, "fortran_order": False, "shape": header.shape}

@@ -344,5 +344,48 @@ def test_target_must_be_created_before_writing(tmp_path):
 
 
 def test_bfloat16_descr_matches_numpy():
-    assert npy.DTYPE_BY_DESCR["<V2"] == "bfloat16"
-    assert npy_bytes(np.zeros(SHAPE, ml_dtypes.bfloat16))[:40].count(b"'<V2'") == 1
+    assert (
+        npy_bytes(np.zeros(SHAPE, ml_dtypes.bfloat16))[:40].count(
+            ascii(npy.BFLOAT16_DESCR).encode()
+        )
+        == 1
+    )
+
+
+@pytest.mark.parametrize(
+    "descr",
+    [
+        *("<u1", ">u1", "=u1", "|u1", "u1", "B", "uint8", "ubyte", "<f4", "=f4", "|f4", "f4", "f"),
+        *("float32", "single", "<f2", "=f2", "e", "half", "<f8", "d", "double", "float"),
+    ],
+)
+def test_every_spelling_that_numpy_reads_as_a_storage_dtype_is_read(tmp_path, descr):
+    expected = pixels().astype(np.dtype(descr))
+    path = tmp_path / "x.npy"
+    path.write_bytes(npy_of(header_text(ascii(descr)), data=expected.tobytes()))
+    assert np.array_equal(np.load(path), expected)
+    with closing(NpySource(path)) as source:
+        assert source.header.dtype == expected.dtype.name
+        assert source.read(0, 5).batch.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("descr", ["<V2", "|V2", "V2", "=V2"])
+def test_every_spelling_of_two_bytes_is_bfloat16_if_the_manifest_says_so(tmp_path, descr):
+    expected = values("bfloat16")
+    path = tmp_path / "x.npy"
+    path.write_bytes(npy_of(header_text(ascii(descr)), data=expected.tobytes()))
+    with closing(NpySource(path, dtype_hint="bfloat16")) as source:
+        assert source.read(0, 5).batch.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("descr", [">f2", ">f4", ">f8"])
+def test_remedy_for_big_endian_files_makes_them_readable(tmp_path, monkeypatch, descr):
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", pixels().astype(np.dtype(descr)))
+    with pytest.raises(SourceError) as caught:
+        NpySource(tmp_path / "x.npy")
+    check_error(caught.value, "big-endian", descr)
+    command = caught.value.remedy.partition(": ")[2]
+    exec(command, {"numpy": np, "old": "x.npy", "new": "y.npy"})  # noqa: S102
+    with closing(NpySource(tmp_path / "y.npy")) as source:
+        assert np.array_equal(source.read(0, 5).batch, pixels())
