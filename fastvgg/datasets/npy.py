@@ -34,6 +34,7 @@ from fastvgg.datasets.base import (
 from fastvgg.datasets.contiguous import ContiguousSource, ContiguousTarget
 from fastvgg.datasets.images import is_image_name
 from fastvgg.datasets.index import read_index
+from fastvgg.datasets.signatures import NPY_SIGNATURE
 from fastvgg.errors import SourceError
 from fastvgg.storage.location import Location
 from fastvgg.transform import storage_dtype
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from fastvgg.storage.local import Storage
     from fastvgg.transform import Layout
 
-MAGIC: Final = b"\x93NUMPY"
 MAX_HEADER_BYTES: Final = 10_000  # NumPy's own default limit
 MAX_AXIS_LENGTH: Final = 2**48
 MAX_OPEN_PARTS: Final = 64  # a process may commonly have 1,024 open files
@@ -86,7 +86,7 @@ def read_header(file: BinaryIO, path: Path) -> ArrayHeader:
         If the file is not a .npy file of C-ordered, little-endian numbers of a supported dtype.
     """
     start = file.read(12)
-    if not start.startswith(MAGIC) or len(start) < 12:
+    if not start.startswith(NPY_SIGNATURE) or len(start) < 12:
         problem = "is empty" if not start else f"begins with {start[:6]!r}"
         raise SourceError(f"{path} {problem}: it is not a .npy file", "check that it is complete")
     version = (start[6], start[7])

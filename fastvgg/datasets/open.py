@@ -1,8 +1,8 @@
 """Open datasets: `open_source` and `open_target` select the format from the location.
 
-A directory contains images, or an array in parts (part-*.npy). A name ending in .tar, or a range of
-such names, is one or more tar shards of images. A name ending in .npy or .zarr is an array, and so
-is FILE.h5::/NAME.
+A directory contains images, a Zarr array, or an array in parts (part-*.npy). A name ending in .tar,
+or a range of such names, is one or more tar shards of images. Any other file is a .npy or HDF5 file
+if it begins like one, whatever its name. The suffix of a target selects its format.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from fastvgg.datasets import signatures
 from fastvgg.datasets.image_writer import FileFormat, ImageFolderTarget
 from fastvgg.datasets.images import ImageFolder, ImageSource
 from fastvgg.datasets.npy import NpySource, NpyTarget, PartitionedNpySource, part_names
@@ -103,16 +104,47 @@ def source_format(location: Location) -> str:
     if _is_directory(location):
         return "parts" if part_names(location.container) else "images"
     exists = os.path.lexists(location.container)
-    if is_tar_name(location.container) and (exists or "{" in str(location)):  # or a range
+    is_tar = not location.inner and is_tar_name(location.container)
+    if is_tar and (exists or "{" in str(location)):  # or a range
         return "tar"
     if not exists:
         raise SourceError(f"{location} does not exist", "check the path; nothing was written")
-    if kind is None:
+    return _file_format(location, kind)
+
+
+def _file_format(location: Location, named_format: str | None) -> str:
+    """Return the format of an existing file by its content, or else by its name."""
+    path = location.container
+    if os.path.isdir(path):  # noqa: PTH112  # Path.is_dir raises where a name is too long
         raise SourceError(
-            f"{location} is not a directory of images, a .npy, .zarr or HDF5 array, or a tar shard",
-            "for a single image, give the directory that contains it",
+            f"{path} is a directory, but {location} names a dataset in an HDF5 file",
+            f"give the directory without that name: {path}",
         )
-    return kind
+    found = signatures.array_format(path)
+    if found == "hdf5" or (found == "npy" and not location.inner):
+        return found
+    if found == "npy":
+        raise SourceError(
+            f"{path} is a .npy file, which contains a single array without a name",
+            f"give it without a name: {path}",
+        )
+    signatures.check_not_foreign(location)
+    if named_format == "hdf5" or (named_format == "npy" and not location.inner):
+        return named_format  # the class of the format says what is wrong with the file
+    if location.inner:
+        raise SourceError(
+            f"{path} is not an HDF5 file: it has no HDF5 signature",
+            "check that it is complete; FILE::/NAME is a dataset in an HDF5 file",
+        )
+    if named_format == "zarr":
+        raise SourceError(
+            f"{path} is a file, but a Zarr array is a directory",
+            "give the directory that contains zarr.json or .zarray",
+        )
+    raise SourceError(
+        f"{location} is not a directory of images, a .npy, .zarr or HDF5 array, or a tar shard",
+        "give one of these",
+    )
 
 
 def _open_array(
@@ -207,6 +239,11 @@ def target_format(location: Location) -> str:
     """Return the format that a target's name selects, a key of `formats.TARGETS`."""
     path = location.container
     kind = ARRAY_FORMATS.get(path.suffix.lower())
+    if location.inner and kind != "hdf5":
+        raise TargetError(
+            f"{location}: a dataset with a name is written to a file that ends in .h5 or .hdf5",
+            f"give {path.with_suffix('.h5')}::{location.inner}, or omit ::{location.inner}",
+        )
     if kind is not None:
         return kind
     if path.suffix == "" or path.is_dir():

@@ -1,4 +1,4 @@
-"""Dataset locations: a path, a dataset within an HDF5 file (``FILE.h5::/images``), or a URL."""
+"""Dataset locations: a path, a dataset within an HDF5 file (``FILE::/images``), or a URL."""
 
 from __future__ import annotations
 
@@ -8,12 +8,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Final, cast
 
-from fastvgg.errors import UsageError
+from fastvgg.errors import SourceError, UsageError
 
-# The path of an HDF5 file, and the name of a dataset within it.
+# The path of an HDF5 file, and the name of a dataset within it. What has another suffix can be an
+# HDF5 file, too (.mat, .nc); then the name must begin with a slash.
 HDF5_LOCATION: Final = re.compile(r"(.*?\.(?:h5|hdf5))(?:::(.*))?", re.DOTALL | re.IGNORECASE)
-URL_PATTERN: Final = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-FILE_SCHEME: Final = "file://"
+NAMED_LOCATION: Final = re.compile(r"(.+?)::(/.*)", re.DOTALL)
+URL_PATTERN: Final = re.compile(
+    r"(?:[a-z0-9_-]+::)*([a-z][a-z0-9+._-]*)://", re.DOTALL | re.IGNORECASE
+)
+FILE_SCHEMES: Final = re.compile(r"(?:file|local)://(?:localhost(?=/))?", re.IGNORECASE)
+# The packages of the stores whose objects can be listed, read in parts and written.
+STORE_PACKAGES: Final = {
+    **dict.fromkeys(("s3", "s3a"), "s3fs"),
+    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+    **dict.fromkeys(("az", "abfs", "abfss"), "adlfs"),
+    "hf": "huggingface_hub",
+    "memory": "",
+}
+ARCHIVE_SCHEMES: Final = ("zip", "tar", "libarchive")
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,9 @@ class Location:
         Raises
         ------
         UsageError
-            If it is empty, not a path, or a URL whose protocol no installed package supports.
+            If it is empty or not a path.
+        SourceError
+            If it is a URL that is not of a store, or whose package is not installed.
 
         Examples
         --------
@@ -45,15 +60,16 @@ class Location:
         if isinstance(text, Location):
             return text
         if hasattr(text, "fs") and not isinstance(text, Path):  # a UPath
+            _check_scheme(str(text))
             return cls(cast("Path", text))
         try:
             path = os.fsdecode(text)
         except TypeError:
             raise UsageError(f"{text!r} is not a path", "give a string or a path") from None
-        path = path.removeprefix(FILE_SCHEME)
+        path = FILE_SCHEMES.sub("", path, count=1) if FILE_SCHEMES.match(path) else path
         if URL_PATTERN.match(path):
             return cls(_parse_url(path))
-        match = HDF5_LOCATION.fullmatch(path)
+        match = HDF5_LOCATION.fullmatch(path) or NAMED_LOCATION.fullmatch(path)
         file, name = (match[1], match[2] or "") if match else (path, "")
         if not file or "\0" in file:
             raise UsageError(f"{path!r} is not a path", "give the path of a dataset")
@@ -103,15 +119,36 @@ def temporary_path(path: Path) -> Path:
     return sidecar_path(path, ".tmp")
 
 
+def _check_scheme(url: str) -> str:
+    """Return the scheme of a URL, after checking that it is that of a store."""
+    match = URL_PATTERN.match(url)
+    scheme = match[1].lower() if match else ""
+    if scheme in STORE_PACKAGES and "::" not in url.partition("://")[0]:
+        return scheme
+    if scheme in ARCHIVE_SCHEMES:
+        raise SourceError(
+            f"{url}: an array within an archive is not read",
+            "unpack it, and give the directory: unzip FILE.zarr.zip -d FILE.zarr",
+        )
+    raise SourceError(
+        f"{url}: {scheme}:// is not a store of arrays, such as s3:// or gs://",
+        "download it, and give the local path",
+    )
+
+
 def _parse_url(url: str) -> Path:
+    scheme = _check_scheme(url)
     try:
         from upath import UPath
 
         path = UPath(url)
         _ = path.fs
-    except (ImportError, ValueError) as error:  # missing package, or unknown protocol
-        raise UsageError(
-            f"{url} cannot be reached: {error}",
-            "in a clone of fastvgg: pip install '.[zarr]', and s3fs for s3:// or gcsfs for gs://",
+    except (ImportError, ValueError) as error:  # missing package, or invalid
+        packages = " ".join(filter(None, ("'.[zarr]'", STORE_PACKAGES[scheme])))
+        raise SourceError(
+            f"{url} cannot be reached: {error}", f"in a clone of fastvgg: pip install {packages}"
         ) from None
+    key = path.path.strip("/")
+    if not key or ("/" not in key and scheme != "memory"):
+        raise UsageError(f"{url} names no dataset in a store", "give a name: URL/NAME.zarr")
     return cast("Path", path)

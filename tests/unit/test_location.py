@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from upath import UPath
 
-from fastvgg.errors import UsageError
+from fastvgg.errors import SourceError, UsageError
 from fastvgg.storage.location import Location, sidecar_path
 
 
@@ -32,12 +32,18 @@ from fastvgg.storage.location import Location, sidecar_path
         ("x.h5.d/y.h5::/a", "x.h5.d/y.h5", "/a"),
         ("a::b/x.h5::/a", "a::b/x.h5", "/a"),
         ("a::b/x.h5", "a::b/x.h5", ""),
-        # Without an HDF5 suffix the whole path is the file.
+        # With another suffix, or none, the name must begin with a slash.
+        ("x.mat::/a", "x.mat", "/a"),
+        ("x.nc::/a/b/", "x.nc", "/a/b"),
+        ("x::/a", "x", "/a"),
+        ("a/x.mat::/b::/c", "a/x.mat", "/b::/c"),
+        ("x.mat::a", "x.mat::a", ""),
+        ("a::b/x.mat", "a::b/x.mat", ""),
+        ("x.npy::/a", "x.npy", "/a"),
         ("x.npy", "x.npy", ""),
-        ("x.npy::/a", "x.npy::/a", ""),
         ("x.h5.npy", "x.h5.npy", ""),
         ("x.h5/y.npy", "x.h5/y.npy", ""),
-        ("xh5::/a", "xh5::/a", ""),
+        ("xh5::/a", "xh5", "/a"),
         ("photos", "photos", ""),
     ],
 )
@@ -108,3 +114,43 @@ def test_storage_options_are_kept():
 def test_non_path_is_rejected(path):
     with pytest.raises(UsageError, match="is not a path"):
         Location.parse(path)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["file:///d/x.zarr", "FILE:///d/x.zarr", "file://localhost/d/x.zarr", "local:///d/x.zarr"],
+)
+def test_url_of_a_local_file_is_its_path(url):
+    assert Location.parse(url) == Location(Path("/d/x.zarr"))
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("zip://x.zarr", ["archive", "unzip"]),
+        ("zip:///d/x.zarr.zip", ["archive", "unzip"]),
+        ("zip://::/d/x.zarr.zip", ["archive", "unzip"]),
+        ("tar://x", ["archive"]),
+        ("http://host/x.zarr", ["http://", "download"]),
+        ("https://host/x.npy", ["https://", "download"]),
+        ("simplecache::http://host/x.zarr", ["http://", "download"]),
+        ("simplecache::s3://b/x.zarr", ["download"]),
+        ("reference://x", ["reference://"]),
+        ("ftp://host/x.zarr", ["ftp://"]),
+        ("foo://b/x.zarr", ["foo://"]),
+        (UPath("http://host/x.zarr"), ["http://", "download"]),
+        ("hf://b/x.zarr", ["hf://b/x.zarr"]),
+    ],
+    ids=str,
+)
+def test_url_that_cannot_be_read_is_rejected(url, words):
+    with pytest.raises(SourceError) as caught:
+        Location.parse(url)
+    assert all(word in str(caught.value) for word in words)
+    assert "\n" not in caught.value.problem
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3://bucket", "s3://bucket/", "memory://"])
+def test_store_without_a_name_is_rejected(url):
+    with pytest.raises(UsageError, match="names no dataset"):
+        Location.parse(url)
