@@ -96,6 +96,11 @@ MaxPixels = Annotated[
     _option(INPUT_PANEL, "Reject images with more pixels.", metavar="N", show_default="89478485"),
 ]
 
+FollowLinks = Annotated[
+    bool,
+    _option(INPUT_PANEL, "Follow symbolic links below SRC.", "--follow-links/--no-follow-links"),
+]
+
 Size = Annotated[
     tuple[int, int] | None,
     _option(GEOMETRY_PANEL, "Resize images to this height and width.", metavar="H W"),

@@ -60,8 +60,10 @@ def open_regular(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def read_regular(path: bytes, max_bytes: int) -> tuple[bytes, os.stat_result]:
-    """Read a whole regular file without following a symbolic link.
+def read_regular(
+    path: bytes, max_bytes: int, *, follow_links: bool = True
+) -> tuple[bytes, os.stat_result]:
+    """Read a whole regular file.
 
     Returns
     -------
@@ -71,10 +73,10 @@ def read_regular(path: bytes, max_bytes: int) -> tuple[bytes, os.stat_result]:
     Raises
     ------
     OSError
-        From the operating system, with ELOOP for a symbolic link; or if `path` is not a regular
-        file, or is longer than `max_bytes`.
+        From the operating system, with ELOOP for a symbolic link that is not followed; or if `path`
+        is not a regular file, or is longer than `max_bytes`.
     """
-    descriptor = os.open(path, READ_FLAGS | NO_FOLLOW)
+    descriptor = os.open(path, READ_FLAGS if follow_links else READ_FLAGS | NO_FOLLOW)
     try:
         status = os.fstat(descriptor)
         _check_regular(status)
@@ -243,7 +245,7 @@ class ImageRecord(NamedTuple):
     path: str
     """Relative to the source, with forward slashes."""
     label: str
-    """The first folder of the path, or the content of a tar's .cls entry."""
+    """The folder of the path, or the content of a tar's .cls entry."""
     width: int
     height: int
     failed: bool
@@ -279,6 +281,10 @@ class Source(ABC):
     """Images per stored unit, which is read only as a whole."""
     records: Sequence[ImageRecord] = ()
     """Records known without reading any image; empty if there are none."""
+    linked_paths: Sequence[Path] = ()
+    """Resolved paths that are read because links below `path` lead there."""
+    follow_links: bool = True
+    """Whether links below `path` are followed."""
 
     def __init__(self, location: Location) -> None:
         self.location = location

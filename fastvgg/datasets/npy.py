@@ -18,6 +18,7 @@ import itertools
 import os
 import re
 import struct
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
@@ -32,17 +33,14 @@ from fastvgg.datasets.base import (
     check_shape,
 )
 from fastvgg.datasets.contiguous import ContiguousSource, ContiguousTarget
-from fastvgg.datasets.images import is_image_name
+from fastvgg.datasets.image_names import is_image_name, kind_skipped_by_rule
 from fastvgg.datasets.index import read_index
 from fastvgg.datasets.signatures import NPY_SIGNATURE
-from fastvgg.errors import SourceError
+from fastvgg.errors import SourceError, option
 from fastvgg.storage.location import Location
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
     from numpy.typing import NDArray
 
     from fastvgg.datasets.base import Chunk
@@ -265,6 +263,11 @@ def part_names(directory: Path) -> list[str]:
     SourceError
         If the directory cannot be listed, or also contains images.
     """
+    return _list_parts(directory)[0]
+
+
+def _list_parts(directory: Path) -> tuple[list[str], int]:
+    """Return the names of the parts, and how many other files there are, without sidecars."""
     try:
         names = os.listdir(os.fsencode(directory))  # noqa: PTH208  # sorted as bytes, as images are
     except OSError as error:
@@ -272,25 +275,33 @@ def part_names(directory: Path) -> list[str]:
             f"{directory} cannot be listed: {error.strerror}", "check its permissions"
         ) from None
     parts = sorted(name for name in names if name.startswith(b"part-") and name.endswith(b".npy"))
-    image = next((name for name in names if is_image_name(name)), None) if parts else None
+    if not parts:
+        return [], len(names)
+    others = [name for name in names if not (name.startswith(b"part-") and b".npy" in name)]
+    image = next((name for name in others if _is_image(name)), None)
     if image is not None:
         raise SourceError(
             f"{directory} contains both parts of an array, e.g. {os.fsdecode(parts[0])!r}, and "
             f"images, e.g. {os.fsdecode(image)!r}",
             "move the images or the parts to a separate directory",
         )
-    return [os.fsdecode(name) for name in parts]
+    return [os.fsdecode(name) for name in parts], len(others)
+
+
+def _is_image(name: bytes) -> bool:
+    return is_image_name(name) and kind_skipped_by_rule(name) is None
 
 
 class PartitionedNpySource(ArraySource):
-    """An array that is partitioned by rows into the .npy files `names` of a directory.
+    """An array that is partitioned by rows into the part-*.npy of a directory.
 
-    The other parameters are the same as for `NpySource`.
+    `follow_links` says whether a part may be a link; the other parameters are those of `NpySource`.
 
     Raises
     ------
     SourceError
-        If `NpySource` rejects a part, or its image shape or dtype differs from that of the first.
+        If `NpySource` rejects a part, its image shape or dtype differs from that of the first, or
+        it is a link that may not be followed.
     """
 
     kind = "parts"
@@ -298,14 +309,20 @@ class PartitionedNpySource(ArraySource):
     def __init__(
         self,
         path: Path,
-        names: Sequence[str],
         *,
         layout: Layout = "NHWC",
         dtype_hint: str | None = None,
+        follow_links: bool = True,
     ) -> None:
         super().__init__(Location(path))
+        names, others = _list_parts(path)
         self.notes = [f"{len(names)} parts"]
+        if others:
+            self.notes.append(f"skipped files and folders not named part-*.npy: {others}")
         self._names = names
+        self.follow_links = follow_links
+        # Path.resolve raises where links form a loop.
+        self.linked_paths = [Path(os.path.realpath(path / name)) for name in self._links()]
         self._layout = layout
         self._dtype_hint = dtype_hint
         self._part = functools.lru_cache(MAX_OPEN_PARTS)(self._reopen)
@@ -330,7 +347,20 @@ class PartitionedNpySource(ArraySource):
         for name in part_names(self.path):
             with contextlib.closing(self._open_part(name)) as part:
                 digest.update(f"{part.fingerprint()} {name}\0".encode(errors="surrogateescape"))
+        for name in self._links():
+            text = f"{name}\0{(self.path / name).readlink()}\0"
+            digest.update(text.encode(errors="surrogateescape"))
         return digest.hexdigest()
+
+    def _links(self) -> list[str]:
+        """Return the names of parts that are links; raise SourceError if they are not followed."""
+        links = [name for name in self._names if (self.path / name).is_symlink()]
+        if links and not self.follow_links:
+            raise SourceError(
+                f"{self.path / links[0]} is a link, and an array cannot omit the rows of a part",
+                f"follow links: omit {option('follow_links', value=False)}",
+            )
+        return links
 
     def read(self, start: int, stop: int) -> Chunk:
         number = self._find_part(start)

@@ -12,11 +12,11 @@ import os
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from fastvgg.datasets import signatures
+from fastvgg.datasets.folders import ImageFolder
 from fastvgg.datasets.image_writer import FileFormat, ImageFolderTarget
-from fastvgg.datasets.images import ImageFolder, ImageSource
 from fastvgg.datasets.npy import NpySource, NpyTarget, PartitionedNpySource, part_names
 from fastvgg.datasets.tar import TarShards, is_tar_name
-from fastvgg.errors import SourceError, TargetError
+from fastvgg.errors import SourceError, TargetError, option
 from fastvgg.imaging import resize
 from fastvgg.imaging.decode import DecodeOptions, Decoder
 from fastvgg.storage.local import Storage
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from fastvgg.datasets.base import ArraySource, Header, ImageRecord, Target
-    from fastvgg.datasets.images import ImageListing
+    from fastvgg.datasets.images import ImageListing, ImageSource
     from fastvgg.imaging.resize import Gather
     from fastvgg.storage.location import Location
     from fastvgg.transform import Layout, Transform
@@ -48,6 +48,7 @@ def open_source(
     gather: Gather = resize.gather,
     listing: ImageListing | None = None,
     use_index: bool = True,
+    follow_links: bool = True,
 ) -> ImageSource | ArraySource:
     """Open a dataset for reading. Reads headers but no pixels.
 
@@ -72,6 +73,8 @@ def open_source(
         The listing of the images, if it is already known.
     use_index
         Whether the index next to an HDF5 file describes this dataset of the file.
+    follow_links
+        Whether links below a directory of images or of part-*.npy are followed.
 
     Raises
     ------
@@ -80,7 +83,15 @@ def open_source(
     """
     kind = source_format(location)
     if kind not in IMAGE_SOURCES:
-        return _open_array(location, kind, layout, dtype_hint, decoding, use_index=use_index)
+        return _open_array(
+            location,
+            kind,
+            layout,
+            dtype_hint,
+            decoding,
+            use_index=use_index,
+            follow_links=follow_links,
+        )
     if layout != "NHWC":
         raise SourceError(
             f"{location} contains images, which are NHWC, not {layout}", "omit --layout"
@@ -88,7 +99,9 @@ def open_source(
     decoding = decoding or DecodeOptions()
     decoder = Decoder(decoding, memory_bytes=decoding_bytes, threads=threads, gather=gather)
     path = location.container
-    return IMAGE_SOURCES[kind](path, decoding, decoder, threads=threads, listing=listing)
+    return IMAGE_SOURCES[kind](
+        path, decoding, decoder, threads=threads, listing=listing, follow_links=follow_links
+    )
 
 
 def source_format(location: Location) -> str:
@@ -155,12 +168,19 @@ def _open_array(
     decoding: DecodeOptions | None,
     *,
     use_index: bool,
+    follow_links: bool,
 ) -> ArraySource:
     if decoding not in (None, DecodeOptions()):
         raise SourceError(
             f"{location} is an array, but decoding options such as --size apply only to "
             "image files",
             "omit them, or give the directory of images",
+        )
+    if not (follow_links or kind == "parts"):
+        raise SourceError(
+            f"{location} is an array, but {option('follow_links', value=False)} applies only to "
+            "directories of images or of part-*.npy",
+            "omit it",
         )
     path = location.container
     if kind == "hdf5":
@@ -172,8 +192,9 @@ def _open_array(
             from fastvgg.datasets.zarr import ZarrSource
         return ZarrSource(path, layout=layout)
     if kind == "parts":
-        names = part_names(path)
-        return PartitionedNpySource(path, names, layout=layout, dtype_hint=dtype_hint)
+        return PartitionedNpySource(
+            path, layout=layout, dtype_hint=dtype_hint, follow_links=follow_links
+        )
     return NpySource(path, layout=layout, dtype_hint=dtype_hint)
 
 

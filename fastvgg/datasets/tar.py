@@ -4,8 +4,8 @@ The headers of each shard are read once, in sequence; images are then read at th
 
 Rows follow the order of the shards, and of the entries in each shard. As in WebDataset, adjacent
 entries with the same key (the path up to the first dot of the file name) form a sample, and its
-`.cls` entry contains the label of its images. Any other image is labeled by the first folder of
-its path.
+`.cls` entry contains the label of its images. Any other image is labeled by the folder of its
+path.
 
 If a name occurs several times, only its first image is read. The others become failed rows with
 unique names, because an index must not repeat a name: the row number is inserted before the suffix,
@@ -27,9 +27,29 @@ import numpy as np
 import xxhash
 
 from fastvgg.datasets.base import READ_FLAGS, changed_during_run_error, open_regular, read_at
-from fastvgg.datasets.images import ImageListing, ImageSource, first_folder, is_image_name
+from fastvgg.datasets.image_names import (
+    INVALID,
+    LINKS,
+    OTHER_FILES,
+    SPECIAL,
+    is_image_name,
+    parent_folder,
+    path_kind_skipped_by_rule,
+)
+from fastvgg.datasets.images import ImageListing, ImageSource
 from fastvgg.datasets.index import PackedNames, find_duplicates, hash_names
-from fastvgg.datasets.tar_headers import COMPLETE, DEVICE, LINK, TRUNCATED, UNKNOWN, TarHeaderReader
+from fastvgg.datasets.tar_headers import (
+    COMPLETE,
+    DEVICE,
+    LINK,
+    LONG_PATH,
+    MAX_PATH_BYTES,
+    NUL_PATH,
+    TRUNCATED,
+    UNKNOWN,
+    UPWARD_PATH,
+    TarHeaderReader,
+)
 from fastvgg.errors import SourceError
 
 if TYPE_CHECKING:
@@ -51,13 +71,21 @@ LABEL_SUFFIX: Final = b".cls"
 MAX_LABEL_BYTES: Final = 64
 
 # States of a row, in addition to those of an entry.
-LABEL_TRUNCATED, REPEATED = TRUNCATED + 1, TRUNCATED + 2
+LABEL_TRUNCATED, REPEATED = LONG_PATH + 1, LONG_PATH + 2
 FAILURE_REASONS: Final = {
     LINK: "a link: links in a tar are not followed",
     DEVICE: "a device or a pipe, not a regular file",
     UNKNOWN: "an entry of unknown type, not a regular file",
     TRUNCATED: "truncated: the shard ends inside the image",
+    UPWARD_PATH: "its path in the tar contains '..' and could lead out of the dataset",
+    NUL_PATH: "its path in the tar contains a null byte",
+    LONG_PATH: f"its path in the tar is longer than {MAX_PATH_BYTES} bytes",
     LABEL_TRUNCATED: "truncated: the shard ends inside the image's .cls",
+}
+SKIPPED_KINDS: Final = {
+    LINK: LINKS,
+    DEVICE: SPECIAL,
+    **dict.fromkeys((UPWARD_PATH, NUL_PATH, LONG_PATH), INVALID),
 }
 
 
@@ -78,8 +106,8 @@ class _TarShard(NamedTuple):
 class TarListing(ImageListing):
     """The images in tar shards, listed from the headers.
 
-    Every entry with an image suffix is a row. If it is not a complete regular file, reading it
-    fails.
+    Every entry with an image suffix is a row. Reading it fails if it is not a complete regular
+    file, or if its path does not name a file below the dataset.
 
     Parameters
     ----------
@@ -90,11 +118,11 @@ class TarListing(ImageListing):
     Raises
     ------
     SourceError
-        If shards are missing, compressed or damaged, or an entry's path escapes the dataset.
+        If shards are missing, compressed or damaged.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, *, follow_links: bool = True) -> None:
+        super().__init__(path, follow_links=follow_links)
         self.unterminated: list[str] = []
         """Shards without an end-of-archive marker, which may be truncated."""
         self._shards: list[_TarShard] = []
@@ -126,11 +154,11 @@ class TarListing(ImageListing):
         return notes
 
     def label(self, row: int) -> bytes:
-        """Return the content of the sample's .cls, or else the first folder of the path."""
+        """Return the content of the sample's .cls, or else the folder of the path."""
         index = bisect_left(self._labeled_rows, row)
         if index < len(self._labeled_rows) and self._labeled_rows[index] == row:
             return self._labels[index]
-        return first_folder(self._names[row].removeprefix(self._shard(row).prefix))
+        return parent_folder(self._names[row].removeprefix(self._shard(row).prefix))
 
     def identity(self, row: int) -> bytes:
         """Return an image's name, size and offset, and its shard's size and time."""
@@ -206,19 +234,23 @@ class TarListing(ImageListing):
         """Add a row for each image, sample by sample, and count the skipped entries."""
         for key, sample in itertools.groupby(entries, lambda entry: _key(entry[0])):
             first_row, label, is_label_truncated = len(self), None, False
+            label_path = b""
             for path, state, offset, available_bytes in sample:
-                if is_image_name(path):
+                if kind := path_kind_skipped_by_rule(path):
+                    self.skipped.add(kind, path)
+                elif is_image_name(path):
                     self._names.append(prefix + path)
                     self._offsets.append(offset)
                     self._sizes.append(available_bytes)
                     self._states.append(state)
                 elif label is None and _is_label(path, key, state, available_bytes):
-                    is_label_truncated = state == TRUNCATED
+                    is_label_truncated, label_path = state == TRUNCATED, path
                     label = entries.bytes_at(offset, available_bytes).strip()
                 else:
-                    self.skipped += 1
+                    self.skipped.add(SKIPPED_KINDS.get(state, OTHER_FILES), path)
             rows = range(first_row, len(self))
-            self.skipped += label is not None and not rows  # a .cls without images
+            if label is not None and not rows:  # a .cls without images
+                self.skipped.add(OTHER_FILES, label_path)
             for row in rows:
                 if is_label_truncated:
                     self._states[row] = self._states[row] or LABEL_TRUNCATED

@@ -7,7 +7,6 @@ rejected: the bytes of its content are not contiguous.
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import struct
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from zlib import adler32
 
 from fastvgg.datasets.base import read_at
+from fastvgg.datasets.image_names import image_suffix
 from fastvgg.errors import SourceError
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ TarEntry: TypeAlias = tuple[bytes, int, int, int]
 """Path, state, offset of the data, and number of bytes of it that the shard contains."""
 
 # The state of an entry, as known from its headers.
-COMPLETE, LINK, DEVICE, UNKNOWN, TRUNCATED = range(5)
+COMPLETE, LINK, DEVICE, UNKNOWN, TRUNCATED, UPWARD_PATH, NUL_PATH, LONG_PATH = range(8)
+UNUSUAL_PATH_PATTERN: Final = re.compile(rb"^[./]|/[./]|\0")
+MAX_PATH_BYTES: Final = 4095  # of Linux; an entry with a longer path cannot be restored to a file
 
 COMPRESSION_MAGIC: Final = {
     b"\x1f\x8b": "gzip",
@@ -70,7 +72,7 @@ class TarHeaderReader:
     Raises
     ------
     SourceError
-        If the headers are damaged, a path escapes the dataset, or an entry is a sparse file.
+        If the headers are damaged, or an entry is a sparse file.
     OSError
         From the operating system.
     """
@@ -103,10 +105,10 @@ class TarHeaderReader:
                 extension = {}
             if typeflag in TYPES_WITHOUT_DATA:
                 size = 0
-            if not name or name[0] in b"./" or b"/." in name or b"//" in name or b"\0" in name:
-                name = self._normalize(name, typeflag, at)
+            state, available_bytes = STATE_BY_TYPE.get(typeflag, UNKNOWN), size
+            if not name or UNUSUAL_PATH_PATTERN.search(name) or len(name) > MAX_PATH_BYTES:
+                name, state = _normalize(name, state, at)
             if typeflag not in DIRECTORY_TYPES:
-                state, available_bytes = STATE_BY_TYPE.get(typeflag, UNKNOWN), size
                 if offset + size > self._size:
                     state, available_bytes = state or TRUNCATED, max(0, self._size - offset)
                 yield name, state, offset, available_bytes
@@ -200,17 +202,6 @@ class TarHeaderReader:
             begin = end
         return records
 
-    def _normalize(self, name: bytes, typeflag: bytes, at: int) -> bytes:
-        """Return an entry's path without empty and "." components; reject one that has ".."."""
-        parts = [part for part in name.split(b"/") if part not in (b"", b".")]
-        if b".." in parts or b"\0" in name or (not parts and typeflag not in DIRECTORY_TYPES):
-            raise SourceError(
-                f"{self._shard}: the entry at offset {at} has the invalid path "
-                f"{os.fsdecode(name)!r}",
-                "paths must name files below the dataset; do not use a tar that you do not trust",
-            )
-        return b"/".join(parts)
-
     def _sparse_error(self, at: int) -> SourceError:
         return SourceError(
             f"{self._shard}: the entry at offset {at} is a sparse file, which is not supported",
@@ -249,6 +240,31 @@ def _plain_size(block: bytes, size_text: bytes, sum_text: bytes) -> int | None:
         return None
     expected = checksum - 8 * ord(" ") + sum(sum_text) + 1
     return size if size >= 0 and (adler32(block) & 0xFFFF) == expected % ADLER_MODULUS else None
+
+
+def _normalize(path: bytes, state: int, at: int) -> tuple[bytes, int]:
+    """Return an entry's path without empty and "." components, and its state.
+
+    A path that does not name a file below the dataset is substituted.
+
+    >>> _normalize(b"./x//a.jpg", COMPLETE, 512), _normalize(b"../a.jpg", COMPLETE, 512)
+    ((b'x/a.jpg', 0), (b'invalid-path-at-512.jpg', 5))
+    """
+    parts = [part for part in path.split(b"/") if part not in (b"", b".")]
+    if b"\0" in path:
+        return _substitute(path, at), NUL_PATH
+    if b".." in parts or not parts:
+        return _substitute(path, at), UPWARD_PATH
+    normalized = b"/".join(parts)
+    if len(normalized) > MAX_PATH_BYTES:
+        return _substitute(path, at), LONG_PATH
+    return normalized, state
+
+
+def _substitute(path: bytes, at: int) -> bytes:
+    """Return the name of a row whose path an index cannot contain; it keeps an image suffix."""
+    name = path.rpartition(b"/")[2]
+    return b"invalid-path-at-%d%b" % (at, image_suffix(name))
 
 
 def _padded(size: int) -> int:

@@ -32,6 +32,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from fastvgg.errors import UsageError, option
 from fastvgg.imaging import modes, resize
+from fastvgg.imaging.formats import PILLOW_FORMATS
 from fastvgg.imaging.modes import RejectedError
 
 if TYPE_CHECKING:
@@ -41,13 +42,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fastvgg.imaging.resize import Gather
-
-# The suffixes of keras.utils.image_dataset_from_directory, and others that Pillow reads.
-IMAGE_SUFFIXES: Final = frozenset(
-    (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-)
-
-PILLOW_FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 INTERPOLATIONS: Final = {
     "nearest": Image.Resampling.NEAREST,

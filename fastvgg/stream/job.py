@@ -29,7 +29,12 @@ Schema: TypeAlias = "Mapping[str, type | tuple[type, ...]]"
 
 JOB_SCHEMA: Final[Schema] = {"source": dict, "transform": dict, "result": dict}
 HEADER_SCHEMA: Final[Schema] = {"kind": str, "shape": list, "dtype": str, "layout": str}
-SOURCE_SCHEMA: Final[Schema] = {"path": str, "fingerprint": str, **HEADER_SCHEMA}
+SOURCE_SCHEMA: Final[Schema] = {
+    "path": str,
+    "fingerprint": str,
+    "follow_links": bool,
+    **HEADER_SCHEMA,
+}
 IMAGE_SOURCE_SCHEMA: Final[Schema] = {
     "size": (list, NoneType),
     "interpolation": str,
@@ -79,6 +84,8 @@ class Job:
     """Format of the image files, for a result of image files."""
     dataset: str = ""
     """Name of the result within an HDF5 file; empty for other formats."""
+    follow_links: bool = True
+    """Whether links below the source are followed: it determines which rows there are."""
 
     @property
     def formats(self) -> tuple[Format, Format]:
@@ -101,6 +108,7 @@ class Job:
             "source": {
                 "path": self.source,
                 "fingerprint": self.fingerprint,
+                "follow_links": self.follow_links,
                 "kind": self.source_kind,
                 **vars(self.header),
                 **({} if self.decoding is None else self.decoding.to_dict()),
@@ -148,6 +156,7 @@ class Job:
                 result["in_place"],
                 result.get("format", "png"),
                 result.get("dataset", ""),
+                source["follow_links"],
             )
         except FastvggError as error:
             raise ValueError(ascii(error.problem)) from None

@@ -72,6 +72,7 @@ def plan(
     exif: bool = False,
     scale_to_uint8: bool = False,
     max_pixels: int | None = None,
+    follow_links: bool = True,
     layout: Layout | None = None,
     out_layout: Layout | None = None,
     dtype: DTypeLike | None = None,
@@ -117,6 +118,9 @@ def plan(
         floats from 0 to 1. By default such images fail: Keras makes them white or black.
     max_pixels
         Fail larger images before decoding them. Default: 89,478,485.
+    follow_links
+        Follow symbolic links below a directory, to files and to folders; a link back to a folder
+        that contains it is not followed. Otherwise links are skipped, and counted in the notes.
     layout, out_layout, dtype, rounding
         As for `fastvgg.preprocess` and `fastvgg.restore`. What the manifest of the source records
         may be omitted.
@@ -195,6 +199,7 @@ def plan(
         decoding_bytes=options.memory_bytes,
         threads=threads,
         use_index=recorded.has_index,
+        follow_links=follow_links,
     )
     with contextlib.closing(opened):
         _check_source(opened, recorded.manifest, strict=strict)
@@ -340,6 +345,7 @@ def _make_job(
         in_place=source.location == target,
         file_format=file_format,
         dataset=target.inner,
+        follow_links=source.follow_links,
     )
 
 

@@ -53,12 +53,14 @@ def check_target(source: Source, target: Location, job: Job) -> None:
         raise TargetError(f"{file} is the source itself", "choose another name for the result")
     for ending in ("", *SIDECARS):
         written = sidecar_path(file, ending).resolve()
-        if written == read or read in written.parents or written in read.parents:
-            raise TargetError(
-                f"{file}{ending}, which the run writes, overlaps the source {source.location}: one "
-                "contains the other",
-                "choose a target outside the source",
-            )
+        for place in (read, *source.linked_paths):
+            if written == place or place in written.parents or written in place.parents:
+                linked = "" if place == read else f"{place}, to which a link leads in "
+                raise TargetError(
+                    f"{file}{ending}, which the run writes, overlaps {linked}the source "
+                    f"{source.location}: one contains the other",
+                    "choose a target outside the source",
+                )
 
 
 def _check_store(source: Source, target: Location, job: Job) -> None:

@@ -46,6 +46,7 @@ def reopen_source(plan: Plan) -> Source:
         gather=gather_function(plan.choose_backend()),
         listing=plan.listing,
         use_index=plan.has_index,
+        follow_links=plan.job.follow_links,
     )
     if is_changed(plan, source):
         source.close()

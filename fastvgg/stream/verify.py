@@ -119,6 +119,7 @@ def _check_against_oracle(
             dtype_hint=job.header.dtype,
             decoding=job.decoding,
             use_index=False,
+            follow_links=job.follow_links,
         )
     except SourceError as error:
         return 0, f"not compared with the source: {error.problem}"

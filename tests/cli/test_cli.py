@@ -830,11 +830,11 @@ def test_invalid_size_exits_with_2(tmp_path, photos, size):
     assert result.exit_code == 2
 
 
-@pytest.mark.parametrize("bad", ["truncated", "text", "empty", "directory"])
+@pytest.mark.parametrize("bad", ["truncated", "text", "empty", "dangling"])
 def test_unreadable_image_exits_with_1_and_is_listed(tmp_path, photos, bad):
     path = photos / "a" / "bad.jpg"
-    if bad == "directory":
-        path.mkdir()
+    if bad == "dangling":
+        path.symlink_to("nowhere.jpg")
     else:
         whole = (photos / "a" / "00.png").read_bytes()
         path.write_bytes({"truncated": whole[:-50], "text": b"not an image", "empty": b""}[bad])

@@ -232,7 +232,7 @@ def test_options_are_completed():
         "--max-pixels",
         "--memory",
     ]
-    assert completions_of("fastvgg", "restore", "--fo") == ["--format"]
+    assert completions_of("fastvgg", "restore", "--form") == ["--format"]
 
 
 @pytest.mark.parametrize("flag", OPTION_CHOICES)

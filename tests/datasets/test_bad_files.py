@@ -84,7 +84,6 @@ def bad_folder(tmp_path):
         b"socket.jpg": socket,
         b"dangling.png": lambda path: os.symlink("nowhere.png", path),  # noqa: PTH211
         b"outside.png": lambda path: os.symlink("/etc/hostname", path),  # noqa: PTH211
-        b"directory.gif": os.mkdir,
         b'caf\xe9 \n,".jpg': b"torn",
     }.items():
         create_entry(folder, name, content)
