@@ -80,7 +80,7 @@ def run_demo(directory: Path, echo: Callable[[str], None]) -> DemoResult:
     originals, results = _read_images(photographs), _read_images(restored)
     differing = int((originals != results).sum())
     names = [record.path for record in read_index(stored, len(PHOTOGRAPHS))]
-    _draw(sheet, originals, np.load(stored, mmap_mode="r"), results, names)
+    _draw(sheet, originals, np.load(stored), results, names)
     echo(f"{sheet}: {', '.join(COLUMNS)}")
     if differing:
         raise VerificationError(

@@ -23,6 +23,7 @@ from fastvgg.stream.manifest import Provenance
 from fastvgg.stream.preflight import plan_result
 from fastvgg.stream.redo_log import check_not_in_place
 from fastvgg.stream.source import check_exists, check_not_already_done
+from fastvgg.stream.tiles import TileTransform
 from fastvgg.transform import Transform, storage_dtype
 
 if TYPE_CHECKING:
@@ -298,6 +299,15 @@ class _BatchBuilder:
         gathered_images = options.threads * self._images_per_read if has_gather else 0
         self._gathered = np.empty((gathered_images, *header.shape[1:]), storage_dtype(header.dtype))
         self._thread_slot = ThreadSlot()
+        self._tiles: TileTransform | None = None
+        if options.transform and not options.shuffle and source.has_random_access:
+            self._tiles = TileTransform(
+                options.transform,
+                source,
+                threads=options.threads,
+                max_images=self._images_per_read,
+                backend=self._backend,
+            )
 
     def submit(self, rows: NDArray[np.int64], buffer: NDArray[Any]) -> tuple[Batch, TaskGroup]:
         """Start to build the batch of `rows` in `buffer`.
@@ -313,10 +323,14 @@ class _BatchBuilder:
         )
 
     def _build_consecutive(self, rows: NDArray[np.int64], images: NDArray[Any], at: int) -> None:
-        """Build consecutive rows with one read, from a view of the source where it has one."""
+        """Build consecutive rows, tile by tile where the source allows it, or with one read."""
         first, count = int(rows[0]), len(rows)
         if self._transform is None:
             self._source.read_into(first, images[at : at + count])
+            return
+        if self._tiles is not None:
+            self._source.prefetch(first + count, min(first + 2 * count, self._source.header.images))
+            self._tiles.bind(images)(first, at, count)
             return
         read = self._source.read(first, first + count).batch
         engine.bind_rows(self._transform, read, images, backend=self._backend)(0, at, count)

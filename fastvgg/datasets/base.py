@@ -315,6 +315,9 @@ class Source(ABC):
 class ArraySource(Source):
     """An array opened for reading."""
 
+    has_random_access = False
+    """Whether any rows can be read at no extra cost, at any size."""
+
     @abstractmethod
     def read_into(self, start: int, out: NDArray[Any]) -> None:
         """Fill the contiguous `out` with images, starting at row `start`; thread-safe.
@@ -324,6 +327,9 @@ class ArraySource(Source):
         StoppedError
             If the source was changed or truncated since it was opened, or cannot be read.
         """
+
+    def prefetch(self, start: int, stop: int) -> None:
+        """Ask the system to read the images `start` to `stop`, exclusive, in the background."""
 
     def read(self, start: int, stop: int) -> Chunk:
         shape = (stop - start, *self.header.shape[1:])

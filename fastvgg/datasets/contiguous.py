@@ -1,4 +1,4 @@
-"""A contiguous C-ordered array in one file: memory-mapped reads, writes at fixed offsets."""
+"""A contiguous C-ordered array in one file: reads and writes at fixed offsets."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ import xxhash
 
 from fastvgg.datasets.base import (
     ArraySource,
-    Chunk,
     DiskTarget,
     SharedTarget,
     byte_view,
     open_regular,
 )
 from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError
-from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,15 +33,13 @@ if TYPE_CHECKING:
 
 SAMPLE_COUNT: Final = 16
 SAMPLE_BYTES: Final = 64 * 1024
-# Populating a mapping before it is read reports a truncated file as an error. Otherwise the first
-# access to a missing page kills the process (SIGBUS). Requires Linux 5.14.
-MADV_POPULATE_READ: Final = 22
 
 
 class ContiguousSource(ArraySource):
     """An array at `_offset` in a file, which a format's own class finds and validates.
 
-    Batches are read-only views of memory-mapped windows, valid while they are referenced.
+    The file is read, not memory-mapped: if it is truncated meanwhile, a read reports that, but the
+    first access to a missing page of a mapping kills the process (SIGBUS).
 
     Raises
     ------
@@ -51,6 +47,7 @@ class ContiguousSource(ArraySource):
         If the file cannot be opened.
     """
 
+    has_random_access = True
     _offset: int
 
     def __init__(self, location: Location) -> None:
@@ -77,13 +74,11 @@ class ContiguousSource(ArraySource):
                 raise self._read_error(error, offset) from error
         return digest.hexdigest()
 
-    def read(self, start: int, stop: int) -> Chunk:
-        begin = self._offset + start * self.header.image_bytes
-        nbytes = (stop - start) * self.header.image_bytes
-        shape = (stop - start, *self.header.shape[1:])
-        batch = self._window(begin, nbytes).view(storage_dtype(self.header.dtype)).reshape(shape)
-        self._prefetch(begin + nbytes, nbytes)
-        return Chunk(batch, [*self.records[start:stop]])
+    def prefetch(self, start: int, stop: int) -> None:
+        if hasattr(os, "posix_fadvise"):
+            begin, end = (self._offset + row * self.header.image_bytes for row in (start, stop))
+            with contextlib.suppress(OSError):  # a kernel may be built without it
+                os.posix_fadvise(self._file.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def read_into(self, start: int, out: NDArray[Any]) -> None:
         memory, offset = byte_view(out), self._offset + start * self.header.image_bytes
@@ -103,27 +98,6 @@ class ContiguousSource(ArraySource):
         """Close the file when the source is no longer referenced."""
         weakref.finalize(self, self._file.close)
 
-    def _window(self, begin: int, nbytes: int) -> NDArray[np.uint8]:
-        page = begin - begin % mmap.ALLOCATIONGRANULARITY
-        try:
-            if self._file_bytes() < begin + nbytes:
-                raise self._truncated_error(begin)
-            window = mmap.mmap(
-                self._file.fileno(), begin - page + nbytes, access=mmap.ACCESS_READ, offset=page
-            )
-            self._populate(window)
-        except ValueError:  # truncated between the check above and mmap's own
-            raise self._truncated_error(begin) from None
-        except OSError as error:
-            raise self._read_error(error, begin) from error
-        return np.frombuffer(window, np.uint8, nbytes, begin - page)
-
-    def _prefetch(self, begin: int, nbytes: int) -> None:
-        """Ask the system to read the next window in the background."""
-        if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError):  # a kernel may be built without it
-                os.posix_fadvise(self._file.fileno(), begin, nbytes, os.POSIX_FADV_WILLNEED)
-
     def _file_bytes(self) -> int:
         return os.fstat(self._file.fileno()).st_size
 
@@ -132,16 +106,6 @@ class ContiguousSource(ArraySource):
 
     def _read_error(self, error: OSError, offset: int) -> StoppedError:
         return StoppedError.from_os_error(error, "read", str(self.path), offset)
-
-    @staticmethod
-    def _populate(window: mmap.mmap) -> None:
-        try:
-            window.madvise(MADV_POPULATE_READ)
-        except (AttributeError, ValueError):  # no madvise on this system
-            return
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # a kernel before 5.14
-                raise
 
 
 class ContiguousTarget(DiskTarget, SharedTarget):

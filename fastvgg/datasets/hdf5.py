@@ -1,6 +1,6 @@
 """HDF5: a dataset within a file, `FILE.h5::/path/to/dataset`, through h5py.
 
-A contiguous dataset consists of bytes at an offset: it is memory-mapped and written like a .npy. A
+A contiguous dataset consists of bytes at an offset: it is read and written like a .npy. A
 chunked dataset is read by h5py. References to other files are never followed: an untrusted link
 could name any file that the user can read. Virtual datasets are rejected for the same reason, and
 because HDF5 hangs on some damaged ones.
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import h5py
 import numpy as np
 
-from fastvgg.datasets.base import ArraySource, Header, check_dtype, check_shape
+from fastvgg.datasets.base import Header, check_dtype, check_shape
 from fastvgg.datasets.contiguous import ContiguousSource, ContiguousTarget
 from fastvgg.datasets.index import read_index
 from fastvgg.errors import SourceError, StoppedError, TargetError
@@ -27,7 +27,6 @@ from fastvgg.transform import storage_dtype
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from fastvgg.datasets.base import Chunk
     from fastvgg.storage.local import Storage
     from fastvgg.storage.location import Location
     from fastvgg.transform import Layout
@@ -151,9 +150,9 @@ class Hdf5Source(ContiguousSource):
         self.read_granularity = min(dataset.chunks[0], dataset.shape[0]) if dataset.chunks else 1
         offset = dataset.id.get_offset()
         # Elements of a different byte order are converted by HDF5.
-        self._is_mapped = offset is not None and self._has_type(self.header.dtype)
+        self.has_random_access = offset is not None and self._has_type(self.header.dtype)
         self._offset = offset or 0
-        if self._is_mapped and self.stored_bytes != self.header.nbytes:
+        if self.has_random_access and self.stored_bytes != self.header.nbytes:
             raise self._damaged_error(
                 f"it claims {self.stored_bytes} bytes for an array of {self.header.nbytes}"
             )
@@ -244,11 +243,8 @@ class Hdf5Source(ContiguousSource):
             f"{self.location} is damaged: {problem}", "replace the file with an intact copy"
         )
 
-    def read(self, start: int, stop: int) -> Chunk:
-        return super().read(start, stop) if self._is_mapped else ArraySource.read(self, start, stop)
-
     def read_into(self, start: int, out: NDArray[Any]) -> None:
-        if self._is_mapped:
+        if self.has_random_access:
             super().read_into(start, out)
             return
         selection = self._dataset.id.get_space()

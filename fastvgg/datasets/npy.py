@@ -43,7 +43,6 @@ from fastvgg.transform import storage_dtype
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from fastvgg.datasets.base import Chunk
     from fastvgg.storage.local import Storage
     from fastvgg.transform import Layout
 
@@ -305,6 +304,7 @@ class PartitionedNpySource(ArraySource):
     """
 
     kind = "parts"
+    has_random_access = True
 
     def __init__(
         self,
@@ -361,13 +361,6 @@ class PartitionedNpySource(ArraySource):
                 f"follow links: omit {option('follow_links', value=False)}",
             )
         return links
-
-    def read(self, start: int, stop: int) -> Chunk:
-        number = self._find_part(start)
-        if stop > self._starts[number + 1]:
-            return super().read(start, stop)
-        first = self._starts[number]
-        return self._part(number).read(start - first, stop - first)
 
     def read_into(self, start: int, out: NDArray[Any]) -> None:
         number, row, stop = self._find_part(start), start, start + len(out)

@@ -1,8 +1,8 @@
 """Read and compute the chunks of a run, in order, into the bytes to be stored.
 
-Array to array: all threads share one chunk. Decoding or encoding images: each image is one item of
-a task queue, and idle threads start on the next chunk, because waiting for the slowest image of
-each chunk would cost two threads 5 % of their throughput.
+Array to array: all threads share one chunk, tile by tile. Decoding or encoding images: each image
+is one item of a task queue, and idle threads start on the next chunk, because waiting for the
+slowest image of each chunk would cost two threads 5 % of their throughput.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 import numpy as np
 
 from fastvgg import engine
-from fastvgg.datasets.base import ImageRecord, byte_view
+from fastvgg.datasets.base import ArraySource, ImageRecord, byte_view
 from fastvgg.datasets.image_writer import ImageFolderTarget
 from fastvgg.datasets.images import ImageSource
 from fastvgg.errors import StoppedError
 from fastvgg.parallel import TaskQueue, ThreadSlot
 from fastvgg.stream.journal import Commit
 from fastvgg.stream.manifest import checksum
+from fastvgg.stream.tiles import TileTransform
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
@@ -56,6 +57,9 @@ class ChunkResult(NamedTuple):
     stored: Payload
     records: list[ImageRecord]
 
+
+RowTransform: TypeAlias = "Callable[[int, NDArray[Any]], None]"
+"""Transforms the rows of a source, from a row on, into an array."""
 
 RowTasks: TypeAlias = "tuple[ChunkResult, Iterable[int], Callable[[int], None]]"
 """A chunk to be computed row by row, the rows to compute, and the function that computes one."""
@@ -97,9 +101,11 @@ def compute(
     if isinstance(target, ImageFolderTarget):
         return _compute_rows(plan, tasks, _encoder(plan, source, target))
     buffers = buffers or ChunkBufferRing(plan, source)
-    if isinstance(source, ImageSource):
-        return _compute_rows(plan, tasks, _decoder(plan, source, target, buffers))
-    return _compute_batches(plan, source, target, tasks, buffers)
+    if isinstance(source, ArraySource):
+        return _compute_batches(plan, source, target, tasks, buffers)
+    if not isinstance(source, ImageSource):
+        raise TypeError(f"{source.location} contains neither images nor an array")
+    return _compute_rows(plan, tasks, _decoder(plan, source, target, buffers))
 
 
 def transform_batch(plan: Plan, batch: NDArray[Any], out: NDArray[Any]) -> None:
@@ -142,17 +148,54 @@ def check_no_failures(plan: Plan, failures: list[tuple[int, ImageRecord]]) -> No
 
 
 def _compute_batches(
-    plan: Plan, source: Source, target: Target, tasks: Iterable[ChunkTask], buffers: ChunkBufferRing
+    plan: Plan,
+    source: ArraySource,
+    target: Target,
+    tasks: Iterable[ChunkTask],
+    buffers: ChunkBufferRing,
 ) -> Generator[ChunkResult, None, None]:
-    for chunk, start, stop, _ in tasks:
-        out = buffers.rows(target.offset(start))[: stop - start]
-        batch, records = source.read(start, stop)
-        transform_batch(plan, batch, out)
-        del batch  # frees its memory before the next chunk is read
-        for row, record in enumerate(records):
-            if record.failed:
-                out[row] = 0
-        yield ChunkResult(chunk, start, stop, [byte_view(out)], records)
+    """Compute chunks of an array, one at a time."""
+    with TaskQueue(plan.threads) as queue:
+        transform_rows = _row_transform(plan, source, queue)
+        for chunk, start, stop, _ in tasks:
+            out = buffers.rows(target.offset(start))[: stop - start]
+            transform_rows(start, out)
+            records = [*source.records[start:stop]]
+            for row, record in enumerate(records):
+                if record.failed:
+                    out[row] = 0
+            yield ChunkResult(chunk, start, stop, [byte_view(out)], records)
+
+
+def _row_transform(plan: Plan, source: ArraySource, queue: TaskQueue) -> RowTransform:
+    """Return a function that reads and transforms the rows of a chunk, on all threads.
+
+    It reads tile by tile, in the memory that is planned for the chunk, or else the whole chunk.
+    """
+    max_images = plan.chunk_images // plan.threads
+    if not (source.has_random_access and max_images):
+        return lambda start, out: transform_batch(
+            plan, source.read(start, start + len(out)).batch, out
+        )
+    tiles = TileTransform(
+        plan.transform,
+        source,
+        threads=plan.threads,
+        max_images=max_images,
+        backend=plan.choose_backend(),
+    )
+
+    def transform_tiles(start: int, out: NDArray[Any]) -> None:
+        stop = start + len(out)
+        source.prefetch(stop, min(stop + len(out), source.header.images))
+        transform = tiles.bind(out)
+
+        def transform_tile(row: int) -> None:
+            transform(start + row, row, min(tiles.images, len(out) - row))
+
+        queue.submit(range(0, len(out), tiles.images), transform_tile).wait()
+
+    return transform_tiles
 
 
 def _compute_rows(

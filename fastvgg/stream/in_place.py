@@ -130,16 +130,19 @@ class _InPlaceRun:
         nbytes = log.header.slot_bytes + CACHE_LINE_BYTES
         buffers = [np.empty(nbytes, np.uint8) for _ in range(2)]
         rows = list(self.plan.chunk_rows())
+        shape = (self.plan.chunk_images, *self.plan.header.shape[1:])
+        chunk_images = np.empty(shape, storage_dtype(self.plan.header.dtype))
         before = None
         with CommitPipeline[int]() as pipeline:
             for chunk in range(committed, len(rows)):
                 tracker.count(pipeline.drain(max_pending=1))  # frees one of the two buffers
                 new = self._lay_out_pages(log.header, chunk, buffers[chunk % 2], before)
                 start, stop = rows[chunk]
-                batch = self.source.read(start, stop).batch
+                batch = chunk_images[: stop - start]
+                self.source.read_into(start, batch)
+                self.source.prefetch(stop, min(stop + len(batch), self.plan.header.images))
                 transform_batch(self.plan, batch, new.images)
                 old = checksum([byte_view(batch)])
-                del batch  # frees its memory before the next chunk is read
                 record = log.make_record(chunk, new.bytes.data, old=old)
                 pipeline.submit(
                     functools.partial(log.stage, chunk, new.bytes.data),

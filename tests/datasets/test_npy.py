@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
-import mmap
 import os
-import re
 from contextlib import closing
 
 import ml_dtypes
@@ -17,10 +15,9 @@ from hypothesis import strategies as st
 
 from fastvgg.datasets import contiguous, npy
 from fastvgg.datasets.base import Header, byte_view
-from fastvgg.datasets.contiguous import ContiguousSource
 from fastvgg.datasets.npy import NpySource, NpyTarget
 from fastvgg.datasets.open import open_source
-from fastvgg.errors import SourceError
+from fastvgg.errors import SourceError, StoppedError
 from fastvgg.storage.local import Storage
 from fastvgg.storage.location import Location
 from fastvgg.transform import STORAGE_TYPES
@@ -33,7 +30,6 @@ from tests.helpers.datasets_on_disk import (
     npy_bytes,
     pixels,
     save_npy,
-    stdout_of,
 )
 
 
@@ -178,109 +174,35 @@ def test_flipped_header_bit_never_changes_the_data(tmp_path):
     assert accepted < 20  # other white space
 
 
-TRUNCATION_SCRIPT = """
-import os, pathlib, sys
-from fastvgg.datasets.contiguous import ContiguousSource
-from fastvgg.datasets.npy import NpySource
-from fastvgg.errors import StoppedError
-path = pathlib.Path(sys.argv[1])
-source = NpySource(path)
-source.read(0, 5)
-{change}
-for start in (0, 29, 64):
-    try:
-        source.read(start, start + 2).batch.sum()
-    except StoppedError as error:
-        print(start, error)
-"""
+@pytest.mark.parametrize("kept", [0, 128, 128 + 30 * 37 * 41 * 3 * 4 - 5, -1])
+def test_file_truncated_while_it_is_open_raises(tmp_path, kept):
+    expected = values("float32", (66, 37, 41, 3))
+    path = save_npy(tmp_path / "x.npy", expected)
+    kept = kept % path.stat().st_size
+    image = 37 * 41 * 3 * 4
+    with closing(NpySource(path)) as source:
+        source.read(0, 5)
+        os.truncate(path, kept)
+        for start in (0, 29, 64):
+            begin, end = 128 + start * image, 128 + (start + 2) * image
+            if end <= kept:
+                rows = source.read(start, start + 2).batch
+                assert rows.tobytes() == expected[start : start + 2].tobytes()
+                continue
+            with pytest.raises(StoppedError) as caught:
+                source.read(start, start + 2)
+            assert f"{path}: read at offset {max(begin, kept)} failed" in caught.value.problem
+            assert "rerun the same command" in caught.value.remedy
 
 
-@pytest.mark.parametrize(
-    ("change", "failing"),
-    [
-        ("os.truncate(path, 0)", [0, 29, 64]),
-        ("os.truncate(path, 128)", [0, 29, 64]),
-        ("os.truncate(path, path.stat().st_size - 1)", [64]),
-        ("os.truncate(path, path.stat().st_size // 2)", [64]),
-        # The file is truncated after its size was checked.
-        (
-            """
-look = ContiguousSource._file_bytes
-def late(self): found = look(self); os.truncate(path, 128); return found
-ContiguousSource._file_bytes = late""",
-            [0, 29, 64],
-        ),
-        (
-            """
-populate = ContiguousSource._populate
-def late(window): os.truncate(path, 128); populate(window)
-ContiguousSource._populate = staticmethod(late)""",
-            [0, 29, 64],
-        ),
-    ],
-    ids=["to zero", "to the header", "by a byte", "by half", "after the size check", "once mapped"],
-)
-def test_truncation_while_reading_raises_instead_of_sigbus(tmp_path, change, failing):
+def test_prefetch_advises_the_system_of_the_bytes_of_the_rows(tmp_path, monkeypatch):
+    advised = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *advice: advised.append(advice))
     path = save_npy(tmp_path / "x.npy", values("float32", (66, 37, 41, 3)))
-    actual = stdout_of(TRUNCATION_SCRIPT.format(change=change), path)
-    assert [int(start) for start in re.findall(r"(?m)^(\d+) ", actual)] == failing
-    for start in failing:
-        offset = 128 + start * 37 * 41 * 3 * 4
-        assert f"{start} {path}: read at offset {offset} failed" in actual
-    assert actual.count("rerun the same command") == len(failing)
-
-
-def test_source_works_without_madv_populate_read(tmp_path, monkeypatch):
-    expected = values("uint8")
-    source = NpySource(save_npy(tmp_path / "x.npy", expected))
-    monkeypatch.setattr(contiguous, "MADV_POPULATE_READ", 9999)
-    with pytest.raises(OSError) as caught:  # noqa: PT011  # errno is checked below
-        mmap.mmap(-1, 4096).madvise(9999)
-    assert caught.value.errno == errno.EINVAL
-    assert source.read(1, 4).batch.tobytes() == expected[1:4].tobytes()
-    source.close()
-
-
-def test_source_works_without_madvise(tmp_path, monkeypatch):
-    class Map(mmap.mmap):
-        @property
-        def madvise(self):
-            raise AttributeError("madvise")
-
-    expected = values("uint8")
-    source = NpySource(save_npy(tmp_path / "x.npy", expected))
-    monkeypatch.setattr(contiguous.mmap, "mmap", Map)
-    assert source.read(1, 4).batch.tobytes() == expected[1:4].tobytes()
-    source.close()
-
-
-def test_other_madvise_errors_are_raised():
-    class Window:
-        def madvise(self, advice):
-            raise OSError(errno.EFAULT, "Bad address")
-
-    with pytest.raises(OSError, match="Bad address"):
-        ContiguousSource._populate(Window())
-
-
-def test_read_prefetches_the_next_window_of_the_same_size(tmp_path, monkeypatch):
-    expected, advised = values("float32", (66, 37, 41, 3)), []
-    advise = os.posix_fadvise
-
-    def recording_fadvise(file, begin, length, advice):
-        advised.append((begin, length, advice))
-        advise(file, begin, length, advice)
-
-    monkeypatch.setattr(os, "posix_fadvise", recording_fadvise)
-    with closing(NpySource(save_npy(tmp_path / "x.npy", expected))) as source:
-        for start, stop in ((0, 29), (29, 58), (58, 66)):
-            assert source.read(start, stop).batch.tobytes() == expected[start:stop].tobytes()
-    image, will_need = 37 * 41 * 3 * 4, os.POSIX_FADV_WILLNEED
-    assert advised == [
-        (128 + 29 * image, 29 * image, will_need),
-        (128 + 58 * image, 29 * image, will_need),
-        (128 + 66 * image, 8 * image, will_need),  # past the end, which is harmless
-    ]
+    with closing(NpySource(path)) as source:
+        source.prefetch(29, 58)
+    image = 37 * 41 * 3 * 4
+    assert advised == [(128 + 29 * image, 29 * image, os.POSIX_FADV_WILLNEED)]
 
 
 @pytest.mark.parametrize("reason", ["no such call in Python", "no such call in the kernel"])
@@ -294,6 +216,7 @@ def test_source_works_without_fadvise(tmp_path, monkeypatch, reason):
         monkeypatch.setattr(os, "posix_fadvise", unknown)
     expected = values("uint8")
     with closing(NpySource(save_npy(tmp_path / "x.npy", expected))) as source:
+        source.prefetch(1, 4)
         assert source.read(1, 4).batch.tobytes() == expected[1:4].tobytes()
 
 

@@ -53,8 +53,6 @@ class SourceFormat:
     notes: tuple[str, ...] = ()
     has_index: bool = False
     """Whether an index next to the array gives its records."""
-    is_mapped: bool = False
-    """Whether a batch is a read-only memory map of the file, not a copy."""
 
     @property
     def is_array(self) -> bool:
@@ -226,14 +224,9 @@ SOURCES = {
         total_bytes,
         WITH_BFLOAT16,
         has_index=True,
-        is_mapped=True,
     ),
-    "parts": SourceFormat(
-        "parts", _partitioned, total_bytes, WITH_BFLOAT16, notes=("3 parts",), is_mapped=True
-    ),
-    "hdf5": SourceFormat(
-        "hdf5", _contiguous, _hdf5_bytes, WITH_BFLOAT16, has_index=True, is_mapped=True
-    ),
+    "parts": SourceFormat("parts", _partitioned, total_bytes, WITH_BFLOAT16, notes=("3 parts",)),
+    "hdf5": SourceFormat("hdf5", _contiguous, _hdf5_bytes, WITH_BFLOAT16, has_index=True),
     "chunked hdf5": SourceFormat(
         "hdf5", _chunked, _hdf5_bytes, WITH_BFLOAT16, granularity=3, has_index=True
     ),

@@ -16,9 +16,10 @@ import pytest
 import xxhash
 
 import fastvgg
-from fastvgg import engine, oracle
+from fastvgg import oracle
 from fastvgg.datasets.index import index_path, read_index
 from fastvgg.errors import StoppedError
+from fastvgg.executors import threads as executor
 from fastvgg.storage.local import Storage
 from fastvgg.stream.commit_pipeline import CommitPipeline
 from fastvgg.stream.manifest import manifest_path, read_manifest
@@ -183,12 +184,12 @@ class ComputedChunks:
         self.chunks = [threading.Event() for _ in range(chunks)]
         self._computed = itertools.count()
         self._until = until
-        self._apply = engine.apply
-        monkeypatch.setattr(engine, "apply", self._apply_and_signal)
+        self._make_commit = executor.make_commit
+        monkeypatch.setattr(executor, "make_commit", self._signal_and_make_commit)
 
-    def _apply_and_signal(self, *arguments, **settings):
-        self._apply(*arguments, **settings)
+    def _signal_and_make_commit(self, *arguments):
         self.chunks[next(self._computed)].set()
+        return self._make_commit(*arguments)
 
     def storage(self):
         """Return storage that writes a chunk once `until` returns."""

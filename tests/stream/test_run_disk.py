@@ -381,22 +381,19 @@ def test_empty_journal_next_to_a_complete_target_is_removed(array, tmp_path):
     assert tree(tmp_path) == finished
 
 
-@pytest.mark.parametrize(("target", "max_windows"), [("y.npy", 1), ("images", 2)])
-def test_live_source_windows_do_not_exceed_the_planned_number(
-    tmp_path, monkeypatch, target, max_windows
-):
+def test_two_chunks_of_the_source_are_held_while_image_files_are_encoded(tmp_path, monkeypatch):
     y = save_npy(tmp_path / "x.npy", network_inputs(pixels(12), "caffe"))
-    windows, held = [], []
+    chunks, held = [], []
     read = NpySource.read
 
     def recording_read(source, start, stop):
         chunk = read(source, start, stop)
-        windows.append(weakref.ref(chunk.batch))
-        held.append(sum(window() is not None for window in windows))
+        chunks.append(weakref.ref(chunk.batch))
+        held.append(sum(batch() is not None for batch in chunks))
         return chunk
 
     monkeypatch.setattr(NpySource, "read", recording_read)
-    plan = plan_of(y, tmp_path / target, images_per_chunk=2, direction="restore", mode="caffe")
+    plan = plan_of(y, tmp_path / "images", images_per_chunk=2, direction="restore", mode="caffe")
     plan.run()
-    assert len(windows) >= plan.chunks == 6
-    assert max(held) == max_windows
+    assert len(chunks) >= plan.chunks == 6
+    assert max(held) == 2
