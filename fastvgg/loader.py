@@ -16,7 +16,7 @@ from fastvgg import engine
 from fastvgg.backend import choose_for_size
 from fastvgg.datasets.images import ImageSource
 from fastvgg.datasets.open import open_source
-from fastvgg.errors import SourceError, UsageError
+from fastvgg.errors import SourceError, StoppedError, UsageError
 from fastvgg.parallel import TaskQueue, ThreadSlot, check_threads
 from fastvgg.storage.location import Location
 from fastvgg.stream.manifest import Provenance
@@ -88,7 +88,7 @@ class Batches:
     UsageError
         If an argument is out of range.
     StoppedError
-        During an iteration, if the dataset was truncated or cannot be read.
+        During an iteration, if the dataset was changed or cannot be read.
 
     Examples
     --------
@@ -266,6 +266,7 @@ class Batches:
                     f"{self.location} has changed since these batches were created",
                     "create new batches",
                 )
+            fingerprint = source.fingerprint()
             builder = _BatchBuilder(self, source, tasks)
             in_flight: deque[tuple[Batch, TaskGroup]] = deque()
             for number in range(start, count):
@@ -278,6 +279,12 @@ class Batches:
                 buffers.rotate(-1)
                 self._epoch, self._batches_yielded = epoch, number + 1
                 yield batch
+            if source.fingerprint() != fingerprint:
+                raise StoppedError(
+                    f"{self.location} changed while it was read: the batches of this epoch may mix "
+                    "old and new data",
+                    "make sure that nothing writes to it, and start the epoch again",
+                )
 
 
 batches = Batches

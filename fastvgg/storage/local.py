@@ -176,6 +176,15 @@ class Storage:
         with io_errors("fstat", file.path):
             return os.fstat(file.descriptor).st_size
 
+    def has_holes(self, file: OpenFile, nbytes: int) -> bool:
+        """Whether a synced file has another size than `nbytes`, or parts that are not allocated.
+
+        A file that is truncated while it is written again has the latter.
+        """
+        with io_errors("fstat", file.path):
+            status = os.fstat(file.descriptor)
+        return status.st_size != nbytes or status.st_blocks * 512 < nbytes
+
     def reserve(self, file: OpenFile, nbytes: int) -> None:
         """Allocate disk space for the whole file.
 

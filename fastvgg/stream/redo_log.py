@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from xxhash import xxh3_64_hexdigest
 
 from fastvgg.datasets.base import open_regular, read_sidecar
-from fastvgg.errors import ResumeError, SourceError, TargetError
+from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError, option
 from fastvgg.storage.local import OpenFile
 from fastvgg.storage.location import is_remote, temporary_path
 from fastvgg.stream.job import check_fields, check_sizes, check_version
@@ -360,8 +360,20 @@ class RedoLog:
         self._checkpointed = chunks
 
     def finish(self) -> list[str]:
-        """Make the data file durable; return the checksums of its chunks."""
+        """Make the data file durable; return the checksums of its chunks.
+
+        Raises
+        ------
+        StoppedError
+            If another process truncated the file: what lies behind the end of the rest is lost.
+        """
         self._storage.sync(self._data)
+        if self._storage.has_holes(self._data, self.header.file_bytes):
+            raise StoppedError(
+                f"{self._data.path} was truncated by another process while it was converted",
+                "move it away, copy the original file to this name, and rerun with "
+                f"{option('restart')}",
+            )
         records = (self.record(chunk) for chunk in range(self.header.chunks))
         return [
             self.checksum_in_file(chunk) if record is None else record.new

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.campaigns import cluster_kills, failing_calls, kills
+from tests.campaigns import changing_sources, cluster_kills, failing_calls, kills
 from tests.helpers.datasets_on_disk import python
 from tests.helpers.private_disks import NOT_ALLOWED
 
@@ -32,6 +32,13 @@ def campaign_result(source):
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("size", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_changed_source_neither_kills_the_process_nor_gives_wrong_bytes(size):
+    counts = changing_sources.campaign(seed=5, size=size)
+    assert counts["runs"] == size * len(changing_sources.JOBS)
+    assert counts["stopped"]
 
 
 def test_power_cuts_lose_nothing():

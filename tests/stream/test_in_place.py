@@ -13,7 +13,7 @@ import pytest
 
 import fastvgg
 from fastvgg import oracle
-from fastvgg.errors import ResumeError, SourceError, TargetError, UsageError
+from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError, UsageError
 from fastvgg.storage import local
 from fastvgg.storage.local import Storage, file_system_type, is_network_file_system
 from fastvgg.stream import planner
@@ -295,6 +295,35 @@ def test_truncated_file_is_rejected_and_not_extended_in_place(file):
     for missing in (1, 4, 756):
         file.write_bytes(content[:-missing])
         assert_rejected(SourceError, file, str(len(content) - missing))
+
+
+@pytest.mark.parametrize("chunk", range(6))
+def test_file_truncated_during_an_in_place_run_stops_it(tmp_path, chunk):
+    path = tmp_path / "x.npy"
+    x = pixels(12, 61, 67).astype(np.float32)
+    save_npy(path, x)
+    intact, converted = path.read_bytes(), oracle.apply(Transform("caffe"), x).tobytes()
+    committed = 0
+
+    def truncate(_progress):
+        nonlocal committed
+        committed += 1
+        if committed == chunk + 1:
+            os.truncate(path, 4096)
+
+    plan = plan_of(path, None, in_place=True, mode="caffe", images_per_chunk=2)
+    if chunk == 5:  # every chunk is in the file
+        with pytest.raises(StoppedError, match="truncated by another process") as caught:
+            run(plan, truncate)
+        assert "restart=True" in caught.value.remedy
+    else:
+        with pytest.raises(StoppedError, match="truncated"):
+            run(plan, truncate)
+    assert not manifest_path(path).exists()
+    path.rename(tmp_path / "damaged.npy")
+    path.write_bytes(intact)
+    run(plan_of(path, None, in_place=True, mode="caffe", restart=True))
+    assert path.read_bytes()[128:] == converted
 
 
 def test_unfinished_file_is_rejected_by_other_commands(unfinished):

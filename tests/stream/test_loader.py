@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import pickle
 import threading
 
@@ -409,6 +410,18 @@ def test_truncated_file_stops_the_iteration(path):
     with path.open("r+b") as file:
         file.truncate(300)
     with pytest.raises(StoppedError, match="file was truncated"):
+        list(yielded)
+
+
+def test_file_overwritten_during_an_epoch_is_reported_at_its_end(path):
+    yielded = iter(fastvgg.batches(path, 4))
+    next(yielded)
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"?")
+    os.utime(path, ns=(0, status.st_mtime_ns + 10**9))
+    with pytest.raises(StoppedError, match="changed while it was read"):
         list(yielded)
 
 
