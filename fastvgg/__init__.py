@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastvgg.engine import restore as restore
     from fastvgg.errors import FastvggError as FastvggError
     from fastvgg.loader import batches as batches
+    from fastvgg.stream.info import info as info
     from fastvgg.stream.planner import plan as plan
     from fastvgg.stream.verify import verify as verify
     from fastvgg.transform import Mode as Mode
@@ -32,6 +33,7 @@ _LAZY = {
     "Mode": "fastvgg.transform",
     "Transform": "fastvgg.transform",
     "batches": "fastvgg.loader",
+    "info": "fastvgg.stream.info",
     "plan": "fastvgg.stream.planner",
     "preprocess": "fastvgg.engine",
     "restore": "fastvgg.engine",
@@ -44,6 +46,7 @@ __all__ = [
     "Transform",
     "__version__",
     "batches",
+    "info",
     "plan",
     "preprocess",
     "restore",

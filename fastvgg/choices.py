@@ -74,7 +74,7 @@ def check_choice(
     >>> check_choice("dtype", "fp16", ["float16", "float32"])
     Traceback (most recent call last):
     fastvgg.errors.UsageError: unknown dtype 'fp16'
-    did you mean dtype='float16'? Give one of 'float16', 'float32'
+    did you mean dtype='float16'? give one of 'float16', 'float32'
     """
     known = list(choices)
     if isinstance(value, str) and value in known:  # comparing an array gives an array
@@ -83,8 +83,18 @@ def check_choice(
     remedy = f"give one of {written}{'' if is_command_line() else other}"
     meant = suggest(name, value, known)
     if meant is not None:
-        remedy = f"did you mean {option(name, meant)}? {remedy[0].upper()}{remedy[1:]}"
+        remedy = f"did you mean {option(name, meant)}? {remedy}"
     raise error(f"unknown {name.replace('_', ' ')} {value!r}", remedy)
+
+
+def check_flags(**flags: object) -> None:
+    """Check that options which are on or off are True or False.
+
+    Python takes any object for a truth value, also the string "no".
+    """
+    for name, value in flags.items():
+        if type(value).__name__ not in ("bool", "bool_"):  # also NumPy's, without importing it
+            raise UsageError(f"{name} is {value!r}", "give True or False")
 
 
 def suggest(name: str, value: object, choices: Iterable[str]) -> str | None:

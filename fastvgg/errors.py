@@ -58,6 +58,18 @@ def option_name(name: str) -> str:
     return f"--{name.replace('_', '-')}" if _is_command_line else f"{name}="
 
 
+def argument(name: str) -> str:
+    """Return the name of an argument: "source" is SRC on a command line, and "target" is DST.
+
+    >>> argument("target")
+    'target'
+    >>> with command_line_vocabulary():
+    ...     argument("target")
+    'DST'
+    """
+    return {"source": "SRC", "target": "DST"}[name] if _is_command_line else name
+
+
 def command(name: str, *arguments: object, **options: object) -> str:
     """Return a whole command, as the caller writes it: in Python or on a command line.
 

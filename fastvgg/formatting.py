@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import operator
 import re
 from html import escape
 from importlib import metadata
 from platform import python_version
 from typing import TYPE_CHECKING, Final
 
-from fastvgg.errors import UsageError
+from fastvgg.errors import UsageError, option
 from fastvgg.escaping import escape_controls
 
 if TYPE_CHECKING:
@@ -26,11 +27,16 @@ def parse_bytes(text: str | int) -> int:
     >>> parse_bytes("512MiB"), parse_bytes("1.5 GB"), parse_bytes(4096)
     (536870912, 1500000000, 4096)
     """
-    if isinstance(text, int):
-        return text
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if hasattr(text, "__index__") and not isinstance(text, bool):
+        return operator.index(text)
+    match = None
+    if isinstance(text, str):
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in UNIT_BYTES:
-        raise UsageError(f"{text!r} is not an amount of memory", "write it like 512MiB or 2GiB")
+        raise UsageError(
+            f"{text!r} is not an amount of memory",
+            f"write it like {option('memory', '512MiB')} or {option('memory', '2GiB')}",
+        )
     return int(float(match[1]) * UNIT_BYTES[match[2].upper()])
 
 

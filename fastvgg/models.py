@@ -60,6 +60,6 @@ def mode_name(model: str) -> str:
     question = f"did you mean {option(name, meant)}? " if meant else ""
     raise ModeError(
         f"unknown model {model!r}",
-        f"{question}The known models: {command('models')}; for another one give "
+        f"{question}the known models: {command('models')}; for another one give "
         f"{option_name('mode')} instead",
     )

@@ -310,23 +310,9 @@ def _welcome(
         print(WELCOME)
 
 
-def _mode(mode: str | None, model: str | None) -> "fastvgg.Mode | str | None":
-    if model is None:
-        return mode
-    expected = fastvgg.Mode.for_model(model)
-    if mode not in (None, expected.name):
-        raise UsageError(
-            f"--mode {mode} conflicts with --model {model}, whose mode is {expected.name}",
-            "give either --mode or --model",
-        )
-    return expected
-
-
 def _convert(
     direction: "Direction",
     *,
-    mode: str | None = None,
-    model: str | None = None,
     dry_run: bool,
     dask: str | None,
     quiet: bool,
@@ -336,7 +322,7 @@ def _convert(
 ) -> None:
     """Plan a conversion, then print or run the plan; `arguments` are passed to `fastvgg.plan`."""
     with translate_errors(traceback):
-        plan = fastvgg.plan(direction=direction, mode=_mode(mode, model), **arguments)
+        plan = fastvgg.plan(direction=direction, **arguments)
         if dry_run:
             print_json(plan_record(plan)) if as_json else print(plan)
             return

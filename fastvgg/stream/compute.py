@@ -18,7 +18,7 @@ from fastvgg import engine
 from fastvgg.datasets.base import ArraySource, ImageRecord, byte_view
 from fastvgg.datasets.image_writer import ImageFolderTarget
 from fastvgg.datasets.images import ImageSource
-from fastvgg.errors import StoppedError
+from fastvgg.errors import StoppedError, option
 from fastvgg.parallel import TaskQueue, ThreadSlot
 from fastvgg.stream.journal import Commit
 from fastvgg.stream.manifest import checksum
@@ -143,7 +143,8 @@ def check_no_failures(plan: Plan, failures: list[tuple[int, ImageRecord]]) -> No
         if plan.strict:
             raise StoppedError(
                 f"{plan.source}/{record.path} (row {row}) cannot be read: {record.reason}",
-                "repair or remove it and rerun with --restart, or rerun without --strict",
+                f"repair or remove it and rerun with {option('restart')}, or rerun without "
+                f"{option('strict')}",
             )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from fastvgg.datasets.base import byte_view
 from fastvgg.datasets.npy import NpySource
-from fastvgg.errors import TargetError
+from fastvgg.errors import TargetError, command
 from fastvgg.storage.local import Storage, check_in_place_supported
 from fastvgg.stream.commit_pipeline import CommitPipeline
 from fastvgg.stream.compute import transform_batch
@@ -71,7 +71,7 @@ def run(
         if not storage.lock(data):
             raise TargetError(
                 f"{path} is being changed by another process",
-                "wait for it to finish; 'fastvgg info' shows its progress",
+                f"wait for it to finish; its progress: {command('info', path)}",
             )
         layout, dtype = plan.header.layout, plan.header.dtype
         with contextlib.closing(NpySource(path, layout=layout, dtype_hint=dtype)) as source:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from fastvgg.datasets.base import Header
 from fastvgg.datasets.formats import SOURCES, TARGETS, Format
 from fastvgg.datasets.image_writer import check_format
-from fastvgg.errors import FastvggError, ResumeError
+from fastvgg.errors import FastvggError, ResumeError, option
 from fastvgg.imaging.decode import DecodeOptions
+from fastvgg.stream.differences import describe_differences
 from fastvgg.transform import STORAGE_TYPES, Transform
 
 if TYPE_CHECKING:
@@ -172,19 +173,17 @@ class Job:
 
     def check_same(self, wanted: Job, target: str) -> None:
         """Check that this earlier job is the one wanted now; the error names every difference."""
-        then, now = self.to_dict(), wanted.to_dict()
-        differences = [
-            f"{section}.{key}: {then[section].get(key)!r} then, {now[section].get(key)!r} now"
-            for section in now
-            for key in sorted(then[section].keys() | now[section].keys())
-            if then[section].get(key) != now[section].get(key)
-        ]
+        differences = self.differences(wanted)
         if differences:
             raise ResumeError(
                 f"{target} was started with other settings: {'; '.join(differences)}",
                 "rerun with the same settings to resume"
-                + ("" if self.in_place else ", or give --restart to start over"),
+                + ("" if self.in_place else f", or give {option('restart')} to start over"),
             )
+
+    def differences(self, wanted: Job) -> list[str]:
+        """Return what differs between this earlier job and another; empty if they are equal."""
+        return describe_differences(self.to_dict(), wanted.to_dict())
 
 
 def check_fields(fields: object, schema: Schema) -> None:

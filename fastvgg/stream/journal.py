@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from fastvgg.datasets.base import ImageRecord, open_regular, open_sidecar, read_sidecar
 from fastvgg.datasets.index import is_valid_name
-from fastvgg.errors import ResumeError, SourceError, TargetError
+from fastvgg.errors import ResumeError, SourceError, TargetError, command, option
 from fastvgg.storage import objects
 from fastvgg.storage.location import is_remote, sidecar_path, temporary_path
 from fastvgg.stream.job import Job, check_fields, check_sizes, check_version
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION: Final = 2
 VERSION_FIELD: Final = "fastvgg-journal"
+JOURNAL_SUFFIX: Final = ".fastvgg-journal"
 HEADER_NAME: Final = "job"
 """Name of the header object in a store."""
 HEADER_SCHEMA: Final[Schema] = {
@@ -145,7 +146,7 @@ class JournalState:
         if fields is None:
             raise ResumeError(
                 f"{self.path} was modified by another program while the run held its lock",
-                "put it back as the run left it, or give --restart to start over",
+                f"put it back as the run left it, or start over with {option('restart')}",
             )
         return Commit.from_dict(fields)
 
@@ -157,7 +158,7 @@ class JournalState:
 
 def journal_path(target: Path) -> Path:
     """Return the path of the journal of a target."""
-    return sidecar_path(target, ".fastvgg-journal")
+    return sidecar_path(target, JOURNAL_SUFFIX)
 
 
 def line_name(chunk: int) -> str:
@@ -192,7 +193,7 @@ def read_journal(path: Path, *, header_only: bool = False) -> JournalState | Non
             raise ResumeError(
                 f"{path} is damaged: line {number} has a valid checksum but is not a journal "
                 f"record: {str(error)[:200]}",
-                "put it back as the run left it, or give --restart to start over",
+                f"put it back as the run left it, or start over with {option('restart')}",
             ) from None
         journal_state.valid_bytes += len(line)
     return journal_state
@@ -262,11 +263,15 @@ def _foreign_error(path: Path) -> TargetError:
 
 def _parse_header(path: Path, fields: dict[str, Any]) -> JournalState:
     if VERSION_FIELD not in fields:
+        target = path.with_name(path.name.removesuffix(JOURNAL_SUFFIX))
         raise ResumeError(
             f"{path} belongs to a run in place",
-            "finish that run first: 'fastvgg info' shows the command",
+            f"finish that run first; its command is in the result of {command('info', target)}",
         )
-    remedy = "finish the run with the fastvgg version that started it, or give --restart"
+    remedy = (
+        "finish the run with the fastvgg version that started it, or start over with "
+        f"{option('restart')}"
+    )
     check_version(path, fields[VERSION_FIELD], FORMAT_VERSION, remedy)
     check_fields(fields, HEADER_SCHEMA)
     job = Job.from_dict(fields["job"])

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from fastvgg.errors import FastvggError, StoppedError, TargetError
+from fastvgg.errors import FastvggError, StoppedError, TargetError, command
 from fastvgg.storage import objects
 from fastvgg.storage.location import temporary_path
 from fastvgg.stream.journal import (
@@ -122,7 +122,7 @@ class FileJournal(Journal):
             if not storage.lock(self._file):
                 raise TargetError(
                     f"{target} is being written by another process",
-                    "wait for it to finish; 'fastvgg info' shows its progress",
+                    f"wait for it to finish; its progress: {command('info', target)}",
                 )
             self.state = None if restart else read_journal(self.path)
         except FastvggError:

@@ -15,7 +15,7 @@ import xxhash
 
 from fastvgg.datasets.base import Header, read_sidecar
 from fastvgg.datasets.open import embedded_transform
-from fastvgg.errors import SourceError
+from fastvgg.errors import SourceError, option_name
 from fastvgg.formatting import package_versions
 from fastvgg.storage.location import sidecar_path
 from fastvgg.stream.job import Job, check_fields, check_sizes, check_version, parse_transform
@@ -128,7 +128,7 @@ def read_manifest(container: Path) -> Manifest | None:
         raise SourceError(
             f"{path} is not a manifest: {type(error).__name__}: {str(error)[:200]}",
             "restore the manifest that was written with the dataset, or move it away and give "
-            "--mode and --layout",
+            f"{option_name('mode')} and {option_name('layout')}",
         ) from None
 
 
@@ -142,7 +142,8 @@ def _read_transform(location: Location) -> Transform | None:
     except (ValueError, RecursionError) as error:
         raise SourceError(
             f"{location}: the attribute 'fastvgg' is not a valid transform: {str(error)[:200]}",
-            "restore the attribute, or remove it and give --mode and --layout",
+            "restore the attribute, or remove it and give "
+            f"{option_name('mode')} and {option_name('layout')}",
         ) from None
 
 

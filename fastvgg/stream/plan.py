@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from fastvgg.backend import choose_for_size
-from fastvgg.errors import TargetError
+from fastvgg.errors import TargetError, option
 from fastvgg.formatting import format_bytes, html_table
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def choose_chunk_images(
         raise TargetError(
             f"{what} {format_bytes(needed_bytes)} of memory, but the limit is "
             f"{format_bytes(limit_bytes)}",
-            f"give --memory {-(-needed_bytes // 2**20)}MiB or more",
+            f"give {option('memory', f'{-(-needed_bytes // 2**20)}MiB')} or more",
         )
     largest = max(1, min(max_bytes, available_bytes) // min_bytes) * read_granularity
     return min(images, largest - largest % math.lcm(read_granularity, write_granularity) or largest)

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 from fastvgg import oracle
 from fastvgg.backend import check_backend
+from fastvgg.choices import check_flags
 from fastvgg.datasets.base import inner_chunk_images
 from fastvgg.datasets.formats import SOURCES
 from fastvgg.datasets.image_writer import is_lossy
 from fastvgg.datasets.images import ImageSource
 from fastvgg.datasets.open import open_source, source_format, target_format
-from fastvgg.errors import SourceError, UsageError
+from fastvgg.errors import SourceError, UsageError, argument, command, option, option_name
 from fastvgg.formatting import parse_bytes
 from fastvgg.imaging.decode import MAX_PIXELS, DecodeOptions
 from fastvgg.parallel import check_threads
@@ -64,6 +65,7 @@ def plan(
     *,
     in_place: bool = False,
     mode: Mode | str | None = None,
+    model: str | None = None,
     direction: Direction = "preprocess",
     size: tuple[int, int] | None = None,
     interpolation: str = "nearest",
@@ -104,6 +106,8 @@ def plan(
         be omitted. After a crash, rerun the same command before using the file.
     mode
         A `Mode` or its name. May be omitted to restore a dataset whose manifest records it.
+    model
+        A model of `keras.applications`, which selects its mode; see `Mode.for_model`.
     direction
         "preprocess", "restore", or "pack" (store resized uint8 images, to preprocess later).
     size, interpolation, keep_aspect_ratio
@@ -153,12 +157,27 @@ def plan(
     UsageError, SourceError, TargetError, ResumeError, ModeError, DtypeError
         Before anything is written.
     """
-    if in_place != (target is None):
-        raise UsageError(
-            "both a target and --in-place are given" if in_place else "no target is given",
-            "give either a target or --in-place",
-        )
     location = Location.parse(source)
+    check_exists(location)
+    check_flags(
+        in_place=in_place,
+        keep_aspect_ratio=keep_aspect_ratio,
+        fast_jpeg=fast_jpeg,
+        exif=exif,
+        scale_to_uint8=scale_to_uint8,
+        follow_links=follow_links,
+        strict=strict,
+        restart=restart,
+        retry_failed=retry_failed,
+        fsync=fsync,
+    )
+    if in_place != (target is None):
+        written = option("in_place")
+        raise UsageError(
+            f"both a target and {written} are given" if in_place else "no target is given",
+            f"give either a target or {written}",
+        )
+    mode = _resolve_mode(mode, model)
     destination = location if target is None else Location.parse(target)
     max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
     decoding = DecodeOptions(
@@ -166,7 +185,6 @@ def plan(
     )
     threads = check_threads(threads)
     check_backend(backend)
-    check_exists(location)
     recorded = Provenance.read(location)
     options = RunOptions(
         memory_bytes=parse_bytes(memory),
@@ -209,13 +227,29 @@ def plan(
     return dataclasses.replace(planned, has_index=recorded.has_index)
 
 
+def _resolve_mode(mode: Mode | str | None, model: str | None) -> Mode | str | None:
+    """Return the mode that is given, or that of the given model."""
+    if model is None:
+        return mode
+    expected = Mode.for_model(model)
+    if mode not in (None, expected, expected.name):
+        given = mode.name if isinstance(mode, Mode) else mode
+        raise UsageError(
+            f"{option('mode', given)} conflicts with {option('model', model)}, whose mode is "
+            f"{expected.name}",
+            "give only one of them",
+        )
+    return expected
+
+
 def _check_source(source: Source, manifest: Manifest | None, *, strict: bool) -> None:
     """Check the index of an array if strict, and its header, which its manifest must match."""
     for row, record in enumerate(source.records if strict else ()):
         if record.failed:
             raise SourceError(
                 f"row {row} of {source.location} is empty: {record.path} failed when it was made",
-                "rerun without --strict, or rerun the command that made it with --retry-failed",
+                f"rerun without {option('strict')}, or rerun the command that made it with "
+                f"{option('retry_failed')}",
             )
     if manifest is None or isinstance(source, ImageSource):
         return
@@ -246,7 +280,10 @@ def _resolve_transform(
         )
     is_known = recorded is not None and requested.direction == "restore"
     if mode is None and requested.direction != "pack" and not is_known:
-        remedy = "give --mode or --model; 'fastvgg models' lists the mode of each model"
+        remedy = (
+            f"give {option_name('mode')} or {option_name('model')}; the mode of each model: "
+            f"{command('models')}"
+        )
         if requested.direction == "restore":
             remedy = f"no manifest next to it records the mode: {remedy}"
         raise UsageError(f"{source}: the mode is not given", remedy)
@@ -256,12 +293,12 @@ def _resolve_transform(
         raise UsageError(
             f"{source} was preprocessed in mode {recorded.mode.name}, but mode "
             f"{requested.mode.name} was requested",
-            "omit --mode: it is recorded in the manifest",
+            f"omit {option_name('mode')}: the manifest records it",
         )
     if layout is not None and layout != recorded.out_layout:
         raise UsageError(
             f"{source} has layout {recorded.out_layout}, but {layout} was requested",
-            "omit --layout: it is recorded in the manifest",
+            f"omit {option_name('layout')}: the manifest records it",
         )
     return Transform(
         requested.mode if mode is not None else recorded.mode,
@@ -289,7 +326,11 @@ def _plan(
     if found.name == "failed" and isinstance(source, ImageSource):
         return plan_retry(planned, source, found.manifest)
     if found.name == "fresh" and not job.is_encoded and not target.is_remote:
-        check_free_space(target.container, job.result.nbytes, "store 16 bits: --dtype float16")
+        has_smaller = transform.direction == "preprocess" and not job.result.dtype.endswith("16")
+        smaller = (
+            f"store 16 bits: {option('dtype', 'float16')}" if has_smaller else "another target"
+        )
+        check_free_space(target.container, job.result.nbytes, smaller)
     return found.plan
 
 
@@ -303,7 +344,8 @@ def _plan_in_place(
     path, header = source.path, source.header
     if source.kind != "npy":
         raise UsageError(
-            f"{path} is not a .npy file: --in-place converts only .npy files", "give a DST"
+            f"{path} is not a .npy file, the only format that is converted in place",
+            f"give a {argument('target')} instead of {option('in_place')}",
         )
     if header.dtype != "uint8":
         transform = dataclasses.replace(transform, dtype=transform.dtype or header.dtype)
@@ -312,7 +354,8 @@ def _plan_in_place(
         raise UsageError(
             f"{path} has shape {header.shape} and dtype {header.dtype}, but the result would have "
             f"{job.result.shape} and {job.result.dtype}",
-            "--in-place cannot change dtype or layout: give a DST instead",
+            "in place, neither dtype nor layout can change: give a "
+            f"{argument('target')} instead of {option('in_place')}",
         )
     check_in_place_supported(path)
     check_directory(path)
@@ -320,7 +363,7 @@ def _plan_in_place(
     if redo_log is None:
         planned = _build_plan(source, source.location, job, options)
         log_header = RedoLogHeader.new(job, planned.chunk_images, path.stat())
-        check_free_space(path, log_header.journal_bytes, "lower --memory")
+        check_free_space(path, log_header.journal_bytes, f"lower {option_name('memory')}")
         return planned
     check_same_file(redo_log, path)
     job = dataclasses.replace(job, fingerprint=redo_log.job.fingerprint)

@@ -85,7 +85,7 @@ def check_same_file(header: RedoLogHeader, path: Path) -> None:
         raise ResumeError(
             f"{path} is not the file that the unfinished run in place was changing: "
             f"{journal} belongs to another file",
-            "restore that file; or, if this file is intact, give --restart",
+            f"restore that file; or, if this file is intact, give {option('restart')}",
         )
     found, expected = journal.stat().st_size, header.journal_bytes
     if found != expected:

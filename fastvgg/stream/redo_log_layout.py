@@ -13,11 +13,11 @@ Everything but the new bytes is JSON lines with checksums.
 from __future__ import annotations
 
 import secrets
-import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from fastvgg.errors import command
 from fastvgg.stream.job import Job, check_fields, check_sizes
 from fastvgg.stream.lines import decode_line, encode_line
 
@@ -151,10 +151,10 @@ class RedoLogHeader:
         return self.slot_offset(0) + SLOTS * (PAGE_BYTES + self.slot_bytes)
 
     def command(self, path: Path) -> str:
-        """Return the shell command that finishes the run."""
-        direction, rounding = self.job.transform.direction, self.job.transform.rounding
-        option = "" if rounding == "nearest" else f" --rounding {rounding}"
-        return f"fastvgg {direction} {shlex.quote(str(path))} --in-place{option}"
+        """Return the command that finishes the run, as the caller writes it."""
+        transform = self.job.transform
+        options = {} if transform.rounding == "nearest" else {"rounding": transform.rounding}
+        return command(transform.direction, path, in_place=True, **options)
 
 
 class RedoRecord(NamedTuple):

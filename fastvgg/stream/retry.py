@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastvgg.datasets.base import byte_view
 from fastvgg.datasets.index import index_path, read_index
-from fastvgg.errors import ResumeError, TargetError
+from fastvgg.errors import ResumeError, TargetError, option
 from fastvgg.stream.compute import ChunkTask
 from fastvgg.stream.journal import Commit
 from fastvgg.stream.manifest import checksum
@@ -44,7 +44,7 @@ def plan_retry(plan: Plan, source: ImageSource, manifest: Manifest | None) -> Pl
             raise ResumeError(
                 f"row {row} is {name!r} in {source.location}, but {record.path!r} in "
                 f"{index_path(retry.target)}",
-                "restore the renamed or removed images, or give --restart to start over",
+                f"restore the renamed or removed images, or give {option('restart')} to start over",
             )
     failed = retry.manifest.counts["failed"]
     with_note = dataclasses.replace(plan, notes=(*plan.notes, f"failed images to retry: {failed}"))
@@ -71,7 +71,7 @@ class FailureRetry:
         if manifest is None:
             raise TargetError(
                 f"{self.target} is not a finished dataset of fastvgg: there is nothing to retry",
-                "rerun the command without --retry-failed",
+                f"rerun without {option('retry_failed')}",
             )
         job = self.plan.job
         recorded, requested = manifest.job.decoding, job.decoding
@@ -108,7 +108,7 @@ class FailureRetry:
             if checksum([byte_view(out)]) != self.manifest.checksums[chunk]:
                 raise ResumeError(
                     f"{target.partial}: images {start} to {stop - 1} do not match their checksum",
-                    "the file was changed or damaged: give --restart to start over",
+                    f"the file was changed or damaged: give {option('restart')} to start over",
                 )
             return records
 

@@ -17,7 +17,14 @@ from fastvgg.datasets.contiguous import ContiguousTarget
 from fastvgg.datasets.images import ImageSource
 from fastvgg.datasets.index import INDEX_HEADER, format_records, index_path, read_index
 from fastvgg.datasets.open import open_target
-from fastvgg.errors import ClusterError, ResumeError, StoppedError, TargetError, VerificationError
+from fastvgg.errors import (
+    ClusterError,
+    ResumeError,
+    StoppedError,
+    TargetError,
+    VerificationError,
+    option,
+)
 from fastvgg.stream.compute import ChunkTask, check_no_failures, stored_checksum
 from fastvgg.stream.journal import journal_path
 from fastvgg.stream.manifest import Manifest, checksum, manifest_path
@@ -208,16 +215,16 @@ class Run:
             if checksum(stored) != self.journal.commits[chunk].checksum:
                 raise ResumeError(
                     f"{self.plan.target} is not what the unfinished run wrote: {reason}",
-                    "give --restart to replace it, or choose another name",
+                    f"give {option('restart')} to replace it, or choose another name",
                 )
 
     def _publish(self) -> None:
         if is_changed(self.plan, self.source):
             raise StoppedError(
                 f"{self.plan.source} changed while it was read: the result may mix both versions",
-                "keep the source unchanged, and rerun with --restart",
+                f"keep the source unchanged, and rerun with {option('restart')}",
             )
-        check_not_occupied(self.destination, self._journal_state.replaces)
+        check_not_occupied(self.destination, self.plan.job, self._journal_state.replaces)
         for sidecar in (manifest_path, index_path):  # they describe the data that is replaced
             self.storage.remove(sidecar(self.target.path))
         self.destination.move_aside()

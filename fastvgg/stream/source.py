@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from fastvgg.datasets.open import open_source, source_format
-from fastvgg.errors import SourceError
+from fastvgg.errors import SourceError, command
 from fastvgg.imaging.resize import gather_function
 from fastvgg.stream.journal import journal_path, read_journal
 from fastvgg.stream.manifest import Provenance
@@ -24,14 +24,16 @@ CHECKED_IMAGES: Final = 16
 def check_exists(source: Location) -> None:
     """Check that a source exists and is a dataset that no unfinished run is writing."""
     try:
-        source_format(source)
+        kind = source_format(source)
     except SourceError:
         if read_journal(journal_path(source.container), header_only=True) is None:
             raise
         raise SourceError(
             f"{source} is unfinished: the run that writes it was interrupted",
-            "rerun the command that writes it; 'fastvgg info' shows its progress",
+            f"rerun the command that writes it; its progress: {command('info', source)}",
         ) from None
+    if kind == "hdf5":  # the file exists, but perhaps not the dataset
+        open_source(source, use_index=False).close()
 
 
 def reopen_source(plan: Plan) -> Source:

@@ -17,7 +17,7 @@ from fastvgg.datasets.contiguous import ContiguousTarget
 from fastvgg.datasets.formats import TARGETS
 from fastvgg.datasets.index import index_path
 from fastvgg.datasets.open import open_target
-from fastvgg.errors import ResumeError, TargetError
+from fastvgg.errors import ResumeError, TargetError, option
 from fastvgg.formatting import format_bytes
 from fastvgg.storage import objects
 from fastvgg.storage.local import SharedStorage, Storage
@@ -30,6 +30,7 @@ from fastvgg.stream.manifest import manifest_path, read_manifest
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from fastvgg.stream.job import Job
     from fastvgg.stream.journal import JournalState
     from fastvgg.stream.journal_writer import Journal
     from fastvgg.stream.manifest import Manifest
@@ -314,7 +315,7 @@ def inspect_target(
     if journal_state is not None:
         journal_state.job.check_same(plan.job, str(plan.target))
         if destination.predates_run(journal_state):
-            check_not_occupied(destination, journal_state.replaces)
+            check_not_occupied(destination, plan.job, journal_state.replaces)
         retried = read_manifest(destination.path) if journal_state.retries else None
         resumed = with_committed(plan, journal_state.chunk_images, len(journal_state.commits))
         return TargetState("resumable", resumed, retried)
@@ -326,7 +327,7 @@ def inspect_target(
             return TargetState("failed", plan, manifest)
         if is_same:
             return TargetState("complete", plan, manifest)
-    check_not_occupied(destination, None)
+    check_not_occupied(destination, plan.job, None)
     if destination.exists(destination.partial):
         raise TargetError(
             f"{destination.partial} exists, but no journal shows that an unfinished run wrote it",
@@ -336,22 +337,24 @@ def inspect_target(
     return TargetState("fresh", plan)
 
 
-def check_not_occupied(destination: Destination, replaces: str | None) -> None:
+def check_not_occupied(destination: Destination, job: Job, replaces: str | None) -> None:
     """Check that the target's name is free, or taken only by what the run replaces."""
     if not destination.is_occupied() or destination.identity() == replaces:
         return
-    is_foreign = read_manifest(destination.path) is None
-    maker = "not written by fastvgg" if is_foreign else "made with other settings or another source"
+    manifest, maker = read_manifest(destination.path), "not written by fastvgg"
+    if manifest is not None:
+        differences = "; ".join(manifest.job.differences(job))
+        maker = f"made with other settings: {differences}" if differences else "made by another run"
     raise TargetError(f"{destination.path} exists, and was {maker}", _remedy(destination))
 
 
 def _remedy(destination: Destination) -> str:
-    """Return how to free the names of a run: --restart only if it would not be refused."""
+    """Return how to free the names of a run: to restart only if that would not be refused."""
     try:
         destination.check_replaceable()
     except TargetError as error:
         return error.remedy
-    return "choose another name, or give --restart to replace it"
+    return f"choose another name, or give {option('restart')} to replace it"
 
 
 def with_committed(plan: Plan, chunk_images: int, committed_chunks: int) -> Plan:
@@ -364,7 +367,7 @@ def with_committed(plan: Plan, chunk_images: int, committed_chunks: int) -> Plan
             f"{plan.target} was started with chunks that need "
             f"{format_bytes(resumed.projected_bytes)}, but the memory limit is "
             f"{format_bytes(plan.memory_bytes)}",
-            f"give --memory {-(-resumed.projected_bytes // 2**20)}MiB"
-            + ("" if plan.job.in_place else ", or --restart"),
+            f"give {option('memory', f'{-(-resumed.projected_bytes // 2**20)}MiB')}"
+            + ("" if plan.job.in_place else f", or {option('restart')}"),
         )
     return resumed

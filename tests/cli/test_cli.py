@@ -588,7 +588,7 @@ def bad_inputs(place):
         "an unknown layout": (
             ["preprocess", array, new, *caffe, "--layout", "HWC"],
             2,
-            ["'HWC'", "'NHWC'"],
+            ["'HWC'", "NHWC"],
         ),
         "an impossible size": (
             ["preprocess", photos, new, *caffe, "--size", "0", "5"],
@@ -614,7 +614,7 @@ def bad_inputs(place):
         "an unknown rounding": (
             ["restore", stored, new, "--rounding", "up"],
             2,
-            ["'up'", "'nearest'"],
+            ["'up'", "nearest"],
         ),
         "restoring images": (
             ["restore", array, new, *caffe],

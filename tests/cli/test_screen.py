@@ -164,7 +164,7 @@ def test_failures_notes_and_errors_are_wrapped_between_words(place, kind, column
     message = " ".join(line.strip() for line in shown.lines)
     assert message == (
         "fastvgg: unknown mode 'vgg' "
-        "did you mean --mode caffe? Give one of caffe, tf, torch, identity"
+        "did you mean --mode caffe? give one of caffe, tf, torch, identity"
     )
     assert len(shown.lines) == (2 if columns == 80 else 3)
 

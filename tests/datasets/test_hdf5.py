@@ -291,7 +291,7 @@ def test_run_reads_whole_chunks_or_requests_more_memory(tmp_path):
     assert (plan.chunk_images, plan.chunks) == (4, 3)
     with pytest.raises(TargetError) as caught:
         plan_of(location, tmp_path / "y.npy", mode="caffe", images_per_chunk=3)
-    check_error(caught.value, "4 images, stored together", "--memory")
+    check_error(caught.value, "4 images, stored together", "memory")
 
 
 # References to other files
@@ -624,7 +624,7 @@ def test_run_stopped_by_a_damaged_chunk_resumes_only_after_an_exact_restore(tmp_
     settings = {"mode": "tf", "dtype": "float16", "images_per_chunk": 4}
     with pytest.raises(StoppedError, match="images 8 to 11 ") as caught:
         plan_of(location, target, **settings).run()
-    check_error(caught.value, "rerun the same command", "--restart")
+    check_error(caught.value, "rerun the same command", "restart")
     assert commits_in(tmp_path / "y.h5") == 2
     status = (tmp_path / "x.h5").stat()
     (tmp_path / "x.h5").write_bytes(intact)
@@ -633,7 +633,7 @@ def test_run_stopped_by_a_damaged_chunk_resumes_only_after_an_exact_restore(tmp_
         assert plan_of(location, target, **settings).run().counts["computed_chunks"] == 2
     else:
         os.utime(tmp_path / "x.h5", ns=(0, 1))
-        with pytest.raises(ResumeError, match="--restart"):
+        with pytest.raises(ResumeError, match="restart"):
             plan_of(location, target, **settings)
         rerun = plan_of(location, target, restart=True, **settings).run()
         assert rerun.counts["computed_chunks"] == 4
@@ -754,7 +754,7 @@ def test_unfinished_file_is_found_with_and_without_its_dataset_name(tmp_path):
     assert info(location)["dataset"] == "/images"
     with pytest.raises(ResumeError) as caught:
         plan_of(source, dataset_path(tmp_path / "y.h5", "/other"), mode="caffe", images_per_chunk=4)
-    check_error(caught.value, "/other", "--restart")
+    check_error(caught.value, "/other", "restart")
 
 
 def test_equivalent_locations_are_the_same_job(tmp_path, monkeypatch):

@@ -395,7 +395,7 @@ def test_image_changed_after_listing_stops_the_run(folder, change, linked):
         ):
             with pytest.raises(StoppedError) as caught:
                 read()
-            check_error(caught.value, folder / "b.png", "changed", "--restart")
+            check_error(caught.value, folder / "b.png", "changed", "restart")
             assert caught.value.exit_code == 5
 
 

@@ -328,7 +328,7 @@ def test_source_changed_during_a_run_is_not_published(tmp_path, name):
 
     with pytest.raises(StoppedError) as caught:
         run(plan, change)
-    check_error(caught.value, "--restart")
+    check_error(caught.value, "restart")
     check_names(caught.value, location, file)
     assert not (tmp_path / "y.npy").exists()
 

@@ -168,7 +168,7 @@ def test_target_cannot_be_reopened_before_it_is_created(tmp_path, name):
     target = make_target(TARGETS[name].location(tmp_path), name, batch_of("uint8"))
     with pytest.raises(ResumeError) as caught:
         target.reopen()
-    check_error(caught.value, target.partial, "--restart")
+    check_error(caught.value, target.partial, "restart")
     assert names_in(tmp_path) == []
 
 
@@ -469,7 +469,7 @@ def test_damaged_partial_target_is_rejected_and_restart_replaces_it(tmp_path, na
     before = files_below(tmp_path, name)
     with pytest.raises(ResumeError) as caught:
         make_plan(tmp_path, name).run()
-    check_error(caught.value, partial, "--restart")
+    check_error(caught.value, partial, "restart")
     assert caught.value.exit_code == 3
     assert files_below(tmp_path, name) == before
     make_plan(tmp_path, name, restart=True).run()
@@ -521,7 +521,7 @@ def test_only_restart_replaces_a_finished_target(tmp_path, name):
     save_source(tmp_path, 7, seed=3)
     with pytest.raises(TargetError) as caught:
         make_plan(tmp_path, name)
-    check_error(caught.value, container(TARGETS[name].location(tmp_path)), "exists", "--restart")
+    check_error(caught.value, container(TARGETS[name].location(tmp_path)), "exists", "restart")
     make_plan(tmp_path, name, restart=True).run()
     assert_same(load_target(tmp_path, name), expected_of(tmp_path, name))
     manifest_path(container(TARGETS[name].location(tmp_path))).unlink()
@@ -536,7 +536,7 @@ def test_unfinished_run_resumes_only_with_the_same_settings(tmp_path, name):
     before = files_below(tmp_path, name)
     with pytest.raises(ResumeError) as caught:
         make_plan(tmp_path, name, mode="torch")
-    check_error(caught.value, "--restart")
+    check_error(caught.value, "restart")
     assert files_below(tmp_path, name) == before
 
 

@@ -189,8 +189,8 @@ def test_memory_limit_below_a_chunk_is_rejected_with_a_sufficient_one(tmp_path):
     path = save_zarr(tmp_path / "x.zarr", pixels(3000, 9, 19), chunks=(2500, 9, 19, 3))
     with pytest.raises(TargetError) as caught:
         plan_of(path, tmp_path / "y.npy", mode="caffe", memory="6MiB")
-    check_error(caught.value, "2500 images, stored together", "6.0 MiB", "give --memory ")
-    sufficient = caught.value.remedy.split()[2]
+    check_error(caught.value, "2500 images, stored together", "6.0 MiB", "give memory=")
+    sufficient = caught.value.remedy.split("'")[1]
     plan = plan_of(path, tmp_path / "y.npy", mode="caffe", memory=sufficient)
     assert plan.chunk_images == 2500
 
@@ -448,7 +448,7 @@ def test_without_zarr_the_error_names_the_extra_and_nothing_is_written(tmp_path,
 def assert_read_stops(source, *words):
     with pytest.raises(StoppedError) as caught:
         source.read(0, 10)
-    check_error(caught.value, *words, "--restart")
+    check_error(caught.value, *words, "restart")
     assert caught.value.exit_code == 5
     assert str(caught.value).replace("\n", "").isprintable()
 
@@ -823,7 +823,7 @@ def test_invalid_recorded_transform_is_rejected(tmp_path, without_manifest, chan
     ):
         with pytest.raises(SourceError) as caught:
             attempt()
-        check_error(caught.value, without_manifest, "'fastvgg'", "--mode")
+        check_error(caught.value, without_manifest, "'fastvgg'", "mode=")
         assert str(caught.value).replace("\n", "").isprintable()
 
 

@@ -459,7 +459,7 @@ def test_journal_of_another_version_is_rejected_and_restart_replaces_it(scenario
         journal.write_bytes(line)
         with pytest.raises(ResumeError) as caught:
             scenario.resume(directory)
-        check_error(caught.value, journal, "99", "--restart")
+        check_error(caught.value, journal, "99", "restart")
         run(scenario.plan(directory, restart=True))
         scenario.check_final_state(directory)
 
@@ -470,7 +470,7 @@ def test_missing_partial_target_is_rejected_and_restart_recreates_it(scenario):
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         with pytest.raises(ResumeError) as caught:
             scenario.resume(directory)
-        check_error(caught.value, partial, "--restart")
+        check_error(caught.value, partial, "restart")
         assert re.search("does not exist|No such file or directory", caught.value.problem)
         run(scenario.plan(directory, restart=True))
         scenario.check_final_state(directory)
@@ -489,7 +489,7 @@ def test_interrupted_run_resumes_with_less_memory_only_if_its_chunks_fit(scenari
                 backend="numpy",
                 memory=plan.projected_bytes - 1,
             )
-        check_error(caught.value, plan.target, "--memory", "--restart")
+        check_error(caught.value, plan.target, "memory", "restart")
         settings = {**scenario.settings, "images_per_chunk": 3}
         target = f"{directory / scenario.target_name}{scenario.within}"
         report = run(plan_of(scenario.source, target, **settings))

@@ -26,7 +26,7 @@ def photos(tmp_path):
         {},
         {"size": (np.int64(8), np.uint8(5))},
         {"size": [8, 5], "keep_aspect_ratio": np.True_},
-        {"size": np.array([8, 5]), "exif": 1, "fast_jpeg": 0},
+        {"size": np.array([8, 5]), "exif": True, "fast_jpeg": False},
         {"size": (8, 5), "max_pixels": np.int32(10_000)},
     ],
 )

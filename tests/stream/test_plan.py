@@ -95,7 +95,7 @@ def test_chunk_fits_the_memory_limit_and_the_dataset(images, image, scratch, lim
         actual = choose_chunk_images(images, image, scratch, limit, read_granularity=stored)
     except TargetError as error:
         assert scratch + read_unit_bytes > limit
-        check_error(error, format_bytes(scratch + read_unit_bytes), format_bytes(limit), "--memory")
+        check_error(error, format_bytes(scratch + read_unit_bytes), format_bytes(limit), "memory")
         return
     assert scratch + read_unit_bytes <= limit
     assert 1 <= actual <= images
@@ -145,7 +145,7 @@ def test_suggested_memory_limit_is_sufficient(image, scratch, stored):
         choose_chunk_images(
             5, image, scratch, scratch + stored * image - 1, read_granularity=stored
         )
-    wanted = caught.value.remedy.split("--memory ")[1].split()[0]
+    wanted = caught.value.remedy.split("memory='")[1].split("'")[0]
     assert (
         choose_chunk_images(5, image, scratch, parse_bytes(wanted), read_granularity=stored)
         >= stored
@@ -244,7 +244,7 @@ def test_folder_is_rejected_if_no_image_could_be_decoded(tmp_path):
     save_images(tmp_path / "photos", pixels(5, height=47, width=61))
     with pytest.raises(TargetError) as caught:
         fastvgg.plan(tmp_path / "photos", tmp_path / "y.npy", mode="tf", threads=2, memory="10MiB")
-    check_error(caught.value, "one image needs 10.1 MiB", "--memory 11MiB")
+    check_error(caught.value, "one image needs 10.1 MiB", "memory='11MiB'")
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_insufficient_memory_is_rejected_with_both_numbers_and_a_remedy(
 ):
     with pytest.raises(TargetError) as caught:
         fastvgg.plan(array, tmp_path / "y.npy", mode="caffe", memory=memory)
-    check_error(caught.value, "needs 2.0 MiB", f"the limit is {limit}", "--memory 3MiB")
+    check_error(caught.value, "needs 2.0 MiB", f"the limit is {limit}", "memory='3MiB'")
     assert names_in(tmp_path) == ["x.npy"]
 
 
@@ -383,9 +383,9 @@ def test_job_of_a_folder_depends_on_size_and_interpolation(tmp_path):
 
 
 INVALID = {
-    "no mode": ({}, UsageError, ["the mode is not given", "--mode"]),
+    "no mode": ({}, UsageError, ["the mode is not given", "mode=", "model="]),
     "an empty mode": ({"mode": ""}, ModeError, ["''"]),
-    "an unknown mode": ({"mode": "vgg"}, ModeError, ["'vgg'", "caffe, tf, torch"]),
+    "an unknown mode": ({"mode": "vgg"}, ModeError, ["'vgg'", "'caffe', 'tf', 'torch'"]),
     "an unknown type": ({"mode": "tf", "dtype": "int8"}, DtypeError, ["int8", "float16"]),
     "a type of images": ({"mode": "tf", "dtype": "uint8"}, DtypeError, ["uint8", "float16"]),
     "an unknown layout": ({"mode": "tf", "layout": "HWC"}, UsageError, ["'HWC'", "'NCHW'"]),

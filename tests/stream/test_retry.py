@@ -169,7 +169,7 @@ def test_retry_with_narrower_options_is_rejected(tmp_path, photos, wide, narrow)
     repair()
     with pytest.raises(ResumeError) as caught:
         retry(folder, target, mode="caffe", **narrow)
-    check_error(caught.value, target, *(wide or narrow), "--restart")
+    check_error(caught.value, target, *(wide or narrow), "restart=True")
 
 
 def test_retry_plan_made_before_the_first_run_uses_its_chunks(tmp_path, photos):
@@ -197,7 +197,7 @@ def test_retry_with_other_names_is_rejected(tmp_path, photos, change):
     with pytest.raises(ResumeError) as caught:
         retry(folder, target, mode="caffe")
     words = ["b/01.png", "b/02.png"] if change == "renamed" else ["shape"]
-    check_error(caught.value, target, *words, "--restart")
+    check_error(caught.value, target, *words, "restart=True")
     assert tree(tmp_path) == before
 
 
@@ -229,10 +229,10 @@ def test_retry_conflicts_with_restart_and_array_sources(tmp_path, photos):
     target = first_run(folder, tmp_path / "y.npy", mode="caffe")
     with pytest.raises(UsageError) as caught:
         retry(folder, target, mode="caffe", restart=True)
-    check_error(caught.value, "--retry-failed", "--restart")
+    check_error(caught.value, "retry", "restart")
     with pytest.raises(UsageError) as caught:
         retry(target, tmp_path / "x.npy", direction="restore")
-    check_error(caught.value, "--retry-failed")
+    check_error(caught.value, "retry")
 
 
 def test_retry_rejects_a_damaged_row_that_is_kept(tmp_path, photos):
@@ -244,7 +244,7 @@ def test_retry_rejects_a_damaged_row_that_is_kept(tmp_path, photos):
     target.write_bytes(content)
     with pytest.raises(ResumeError) as caught:
         retry(folder, target, mode="caffe").run()
-    check_error(caught.value, "images 0 to 2", "--restart")
+    check_error(caught.value, "images 0 to 2", "restart=True")
     assert not target.exists()
     assert "y.npy.fastvgg-journal" in names_in(tmp_path)
 
@@ -258,12 +258,12 @@ def test_image_changed_during_a_retry_stops_it_and_requires_a_restart(tmp_path, 
     (folder / TORN_IMAGES[0]).write_bytes(b"not an image")
     with pytest.raises(StoppedError) as caught:
         plan.run()
-    check_error(caught.value, folder / TORN_IMAGES[0], "changed", "--restart")
+    check_error(caught.value, folder / TORN_IMAGES[0], "changed", "restart")
     assert not target.exists()
     repair()
     with pytest.raises(ResumeError) as caught:
         retry(folder, target, **settings)
-    check_error(caught.value, target, "fingerprint", "--restart")
+    check_error(caught.value, target, "fingerprint", "restart=True")
     plan_of(folder, target, restart=True, **settings).run()
     plan_of(folder, tmp_path / "fresh.npy", **settings).run()
     assert target.read_bytes() == (tmp_path / "fresh.npy").read_bytes()

@@ -182,7 +182,7 @@ print(names_in({str(tmp_path / "small")!r}))
     needed_bytes = 67 * 37 * 41 * 3 * 4
     assert f"({needed_bytes} bytes)" in actual
     assert f"({256 * 1024} bytes) free" in actual
-    assert "--dtype float16" in actual
+    assert "dtype='float16'" in actual
     assert actual.endswith("[]")
 
 

@@ -53,7 +53,7 @@ def test_array_changed_during_a_run_is_not_published(tmp_path, array, change):
     plan = plan_of(array, target, mode="caffe", images_per_chunk=2)
     with pytest.raises(StoppedError) as caught:
         run_with_event(plan, lambda: CHANGES[change](array))
-    check_error(caught.value, array, "changed while it was read", "--restart")
+    check_error(caught.value, array, "changed while it was read", "restart")
     assert not target.exists()
     assert not manifest_path(target).exists()
     plan_of(array, target, mode="caffe", restart=True).run()
@@ -183,7 +183,7 @@ def test_mode_is_required_without_a_manifest(tmp_path):
     manifest_path(stored).unlink()
     with pytest.raises(UsageError) as caught:
         plan_of(stored, tmp_path / "z.npy", direction="restore")
-    check_error(caught.value, stored, "--mode", "no manifest")
+    check_error(caught.value, stored, "mode=", "no manifest")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b'{"fastvgg-manifest": 2}'])

@@ -1,0 +1,73 @@
+"""Describe what differs between two jobs, with the options as the caller writes them."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from fastvgg.errors import is_command_line, option, option_name
+
+# The option that determines a field of a job's record. A result has the value that a transform
+# leaves to a default, so its fields come later and replace those of the transform.
+OPTIONS: Final[dict[tuple[str, str], str]] = {
+    ("source", "layout"): "layout",
+    ("transform", "layout"): "layout",
+    ("transform", "out_layout"): "out_layout",
+    ("transform", "dtype"): "dtype",
+    ("transform", "rounding"): "rounding",
+    ("result", "dtype"): "dtype",
+    ("result", "layout"): "out_layout",
+    ("result", "in_place"): "in_place",
+    ("result", "format"): "format",
+}
+PROPERTIES: Final[dict[tuple[str, str], str]] = {
+    ("source", "path"): "source",
+    ("source", "fingerprint"): "fingerprint of the source's content",
+    ("source", "kind"): "format of the source",
+    ("source", "shape"): "shape of the source",
+    ("source", "dtype"): "dtype of the source",
+    ("transform", "direction"): "direction",
+    ("result", "kind"): "format of the target",
+    ("result", "dataset"): "dataset in the file",
+}
+ON_BY_DEFAULT: Final = ("follow_links",)  # a command line only turns these off
+DERIVED: Final = ("result", "shape")  # follows from the source, its size and the layouts
+
+
+def describe_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return a line for every field in which two records of `Job.to_dict` differ."""
+    found: dict[str, str] = {}
+    for section in now:
+        for key in then[section].keys() | now[section].keys():
+            before, after = then[section].get(key), now[section].get(key)
+            if before == after or (section, key) == DERIVED:
+                continue
+            if (section, key) == ("transform", "mode"):
+                found["mode"] = _describe_modes(before, after)
+            elif (section, key) in PROPERTIES:
+                name = PROPERTIES[section, key]
+                found[name] = f"{name} {before!r} then, {after!r} now"
+            else:  # an option of decoding has its own name in the record
+                name = OPTIONS.get((section, key), key)
+                found[name] = f"{_write(name, before)} then, {_write(name, after)} now"
+    return [found[name] for name in sorted(found)]
+
+
+def _describe_modes(before: dict[str, Any], after: dict[str, Any]) -> str:
+    if before["name"] != after["name"]:
+        names = before["name"], after["name"]
+        return f"{option('mode', names[0])} then, {option('mode', names[1])} now"
+    return "; ".join(
+        f"{name} of the mode {before[name]!r} then, {after[name]!r} now"
+        for name in before
+        if before[name] != after[name]
+    )
+
+
+def _write(name: str, value: Any) -> str:  # noqa: ANN401  # any JSON value
+    """Write an option with its value, or that it is omitted."""
+    is_flag = isinstance(value, bool) and is_command_line()
+    if is_flag and value is (name in ON_BY_DEFAULT):
+        return f"no {option(name, not value)}"
+    if value is None:
+        return f"no {option_name(name)}"
+    return option(name, tuple(value) if isinstance(value, list) else value)

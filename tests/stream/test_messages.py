@@ -1,0 +1,189 @@
+"""What a plan says about a request that it refuses, in the words of the caller."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import fastvgg
+from fastvgg.errors import (
+    FastvggError,
+    ModeError,
+    ResumeError,
+    SourceError,
+    UsageError,
+    command_line_vocabulary,
+)
+from fastvgg.stream.manifest import manifest_path
+from fastvgg.transform import Mode
+from tests.helpers.datasets_on_disk import (
+    check_error,
+    names_in,
+    network_inputs,
+    npy_bytes,
+    pixels,
+    plan_of,
+    save_images,
+    save_npy,
+)
+
+# Whatever else is wrong with a call, it first says that the source does not exist.
+WRONG = {
+    "no mode": {},
+    "a mode": {"mode": "CAFFE"},
+    "a model": {"model": "vgg99"},
+    "a size": {"mode": "tf", "size": 224},
+    "a dtype": {"mode": "tf", "dtype": "fp16"},
+    "a layout": {"mode": "tf", "layout": "channels_first"},
+    "threads": {"mode": "tf", "threads": 0},
+    "memory": {"mode": "tf", "memory": "much"},
+    "a flag": {"mode": "tf", "fsync": "no"},
+    "a backend": {"mode": "tf", "backend": "cuda"},
+    "a direction": {"mode": "tf", "direction": "back"},
+    "in place and a target": {"mode": "tf", "in_place": True},
+}
+
+
+@pytest.mark.parametrize("name", ["photos", "x.npy", "x.zarr", "x.h5::/a", "x.tar"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_missing_source_is_reported_before_anything_else(tmp_path, wrong, name):
+    with pytest.raises(SourceError, match="does not exist"):
+        fastvgg.plan(tmp_path / name, tmp_path / "y.npy", **WRONG[wrong])
+    if wrong == "no mode":
+        with pytest.raises(SourceError, match="does not exist"):
+            fastvgg.plan(tmp_path / name)
+    assert names_in(tmp_path) == []
+
+
+def test_missing_dataset_in_an_hdf5_file_is_reported_before_the_mode(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["images"] = pixels(3)
+    with pytest.raises(SourceError, match="/nothing"):
+        fastvgg.plan(f"{tmp_path / 'x.h5'}::/nothing", tmp_path / "y.npy")
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("in_place", "keep_aspect_ratio", "fast_jpeg", "exif", "scale_to_uint8", "follow_links"),
+        *("strict", "restart", "retry_failed", "fsync"),
+    ],
+)
+@pytest.mark.parametrize("value", ["no", 0, 1, None, np.array([True, False])], ids=str)
+def test_flags_are_true_or_false(tmp_path, flag, value):
+    source = save_npy(tmp_path / "x.npy", pixels(3))
+    with pytest.raises(UsageError, match=f"{flag} is "):
+        fastvgg.plan(source, tmp_path / "y.npy", mode="tf", **{flag: value})
+    assert names_in(tmp_path) == ["x.npy"]
+
+
+# A model instead of a mode
+
+
+@pytest.mark.parametrize("model", ["vgg19", "VGG-19"])
+def test_plan_takes_a_model_for_its_mode(tmp_path, model):
+    source = save_npy(tmp_path / "x.npy", pixels(3))
+    plan_of(source, tmp_path / "y.npy", model=model).run()
+    expected = network_inputs(pixels(3), "caffe")
+    assert (tmp_path / "y.npy").read_bytes() == npy_bytes(expected)
+    plan_of(tmp_path / "y.npy", tmp_path / "z.npy", direction="restore", model=model).run()
+    assert (tmp_path / "z.npy").read_bytes() == npy_bytes(pixels(3))
+
+
+@pytest.mark.parametrize("mode", ["caffe", Mode.CAFFE])
+def test_plan_takes_a_model_with_the_mode_that_it_has(tmp_path, mode):
+    source = save_npy(tmp_path / "x.npy", pixels(3))
+    plan = fastvgg.plan(source, tmp_path / "y.npy", model="vgg19", mode=mode)
+    assert plan.transform.mode is Mode.CAFFE
+
+
+@pytest.mark.parametrize("mode", ["tf", "vgg19", Mode.TF, Mode("caffe", divide=2.0)], ids=repr)
+def test_plan_refuses_a_model_with_another_mode(tmp_path, mode):
+    source = save_npy(tmp_path / "x.npy", pixels(3))
+    with pytest.raises(UsageError) as caught:
+        fastvgg.plan(source, tmp_path / "y.npy", model="vgg16", mode=mode)
+    check_error(caught.value, "mode=", "model='vgg16'", "caffe", "give only one")
+
+
+def test_plan_names_the_option_for_a_model_that_is_given_as_a_mode(tmp_path):
+    source = save_npy(tmp_path / "x.npy", pixels(3))
+    with pytest.raises(ModeError) as caught:
+        fastvgg.plan(source, tmp_path / "y.npy", mode="vgg19")
+    check_error(caught.value, "'vgg19' is a model", "mode='caffe'")
+
+
+# What differs
+
+
+@pytest.mark.parametrize(
+    ("first", "now", "expected", "on_command_line"),
+    [
+        ({"mode": "tf"}, {"mode": "torch"}, "mode='tf' then, mode='torch' now", "--mode tf then"),
+        (
+            {"mode": "tf", "size": (5, 7)},
+            {"mode": "tf", "size": (7, 5)},
+            "size=(5, 7) then, size=(7, 5) now",
+            "--size 5 7 then, --size 7 5 now",
+        ),
+        (
+            {"mode": "tf", "exif": True},
+            {"mode": "tf"},
+            "exif=True then, exif=False now",
+            "--exif then, no --exif now",
+        ),
+        (
+            {"mode": "tf", "follow_links": False},
+            {"mode": "tf"},
+            "follow_links=False then, follow_links=True now",
+            "--no-follow-links then, no --no-follow-links now",
+        ),
+        (
+            {"mode": "tf", "dtype": "float16"},
+            {"mode": "tf", "out_layout": "NCHW"},
+            "dtype='float16' then, dtype='float32' now; out_layout='NHWC' then, out_layout='NCHW'",
+            "--out-layout NHWC then, --out-layout NCHW now",
+        ),
+        (
+            {"mode": Mode("own", divide=2.0)},
+            {"mode": Mode("own", divide=3.0)},
+            "divide of the mode 2.0 then, 3.0 now",
+            "divide of the mode 2.0 then, 3.0 now",
+        ),
+        (
+            {"mode": "tf"},
+            {"direction": "pack"},
+            "direction 'preprocess' then, 'pack' now",
+            "--mode tf then, --mode identity now",
+        ),
+    ],
+)
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_target_of_other_settings_is_refused_with_both_values(
+    tmp_path, first, now, expected, on_command_line, is_finished
+):
+    photos = save_images(tmp_path / "photos", pixels(4))
+    target = tmp_path / "y.npy"
+    plan_of(photos, target, **first).run()
+    if not is_finished:
+        make_unfinished(photos, target, **first)
+    with pytest.raises(FastvggError) as caught:
+        fastvgg.plan(photos, target, **now)
+    check_error(caught.value, expected, "restart=True")
+    assert isinstance(caught.value, ResumeError) != is_finished
+    with command_line_vocabulary(), pytest.raises(FastvggError) as caught:
+        fastvgg.plan(photos, target, **now)
+    check_error(caught.value, on_command_line, "--restart")
+
+
+def make_unfinished(source, target, **settings):
+    """Replace a finished target by the unfinished run that wrote its first chunk."""
+    from tests.helpers.faults import InterruptedStorage, SimulatedCrash
+    from tests.helpers.runs import run
+
+    target.unlink()
+    manifest_path(target).unlink()
+    target.with_name(f"{target.name}.index.csv").unlink()
+    plan = plan_of(source, target, images_per_chunk=1, **settings)
+    with pytest.raises(SimulatedCrash):
+        run(plan, storage=InterruptedStorage(1))
