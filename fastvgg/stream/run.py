@@ -31,7 +31,7 @@ from fastvgg.stream.manifest import Manifest, checksum, manifest_path
 from fastvgg.stream.progress import ProgressTracker
 from fastvgg.stream.report import MAX_FAILURES_KEPT, Failure
 from fastvgg.stream.retry import FailureRetry
-from fastvgg.stream.source import check_values, is_changed, reopen_source
+from fastvgg.stream.source import check_decodable, check_values, is_changed, reopen_source
 from fastvgg.stream.target import (
     check_not_occupied,
     inspect_target,
@@ -197,6 +197,7 @@ class Run:
         if resumes and self.destination.is_published():  # without its manifest
             self._check_checksums()
         else:
+            check_decodable(self.plan, self.source)
             try:
                 self._open_target()
                 self.executor.compute(self, self._tasks())

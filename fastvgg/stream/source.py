@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from fastvgg.datasets.images import ImageSource
 from fastvgg.datasets.open import open_source, source_format
-from fastvgg.errors import SourceError, command
+from fastvgg.errors import SourceError, StoppedError, command
 from fastvgg.imaging.resize import gather_function
+from fastvgg.parallel import ThreadSlot, parallel_for
 from fastvgg.stream.journal import journal_path, read_journal
 from fastvgg.stream.manifest import Provenance
 
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from fastvgg.transform import Direction, Transform
 
 CHECKED_IMAGES: Final = 16
+ROWS_PER_TASK: Final = 16
+MAX_REASONS_SHOWN: Final = 3
 
 
 def check_exists(source: Location) -> None:
@@ -119,4 +124,48 @@ def check_values(plan: Plan, source: Source) -> None:
         raise SourceError(
             f"{found}, all of them whole numbers: these are images that were never preprocessed",
             "there is nothing to restore; to store them as uint8, convert their dtype",
+        )
+
+
+def check_decodable(plan: Plan, source: Source) -> None:
+    """Check that at least one image decodes, before anything is written or replaced.
+
+    Normally the first one does. A dataset of zeros would look finished, as where a disk is not
+    mounted or the links of a cache lead nowhere.
+
+    Raises
+    ------
+    SourceError
+        If every image fails, or an image has changed since planning.
+    """
+    if not isinstance(source, ImageSource):
+        return
+    images, is_found, thread_slot = plan.header.images, threading.Event(), ThreadSlot()
+    rows = np.empty((plan.threads, *plan.header.shape[1:]), np.uint8)
+    reasons: dict[int, str] = {}
+
+    def decode(task: range) -> None:
+        for row in task:
+            if is_found.is_set():
+                return
+            record = source.decode(row, rows[thread_slot()])
+            if not record.failed:
+                is_found.set()
+            elif row < MAX_REASONS_SHOWN:
+                reasons[row] = f"{record.path}: {record.reason}"
+
+    step = ROWS_PER_TASK
+    try:
+        decode(range(1))
+        if not is_found.is_set():
+            tasks = [range(start, min(start + step, images)) for start in range(1, images, step)]
+            parallel_for(tasks, decode, plan.threads)
+    except StoppedError:
+        raise changed_error(plan.source) from None
+    if not is_found.is_set():
+        shown = "; ".join(reasons[row] for row in sorted(reasons))
+        more = "; ..." if images > len(reasons) else ""
+        raise SourceError(
+            f"none of the {images} images in {plan.source} can be decoded: {shown}{more}",
+            "check that the files are images, and that their disk is mounted; nothing was changed",
         )

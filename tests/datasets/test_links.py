@@ -257,7 +257,7 @@ def test_following_links_is_part_of_the_job(photos, disk, tmp_path):
     assert run(fastvgg.plan(photos, target, follow_links=False, **SETTINGS)).counts["images"] == 3
     with pytest.raises(TargetError, match="other settings"):
         fastvgg.plan(photos, target, **SETTINGS)
-    with pytest.raises(ResumeError, match="follow_links: False then, True now"):
+    with pytest.raises(ResumeError, match="follow_links=False then, follow_links=True now"):
         fastvgg.plan(photos, target, retry_failed=True, **SETTINGS)
 
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import fastvgg
 from fastvgg import cli
-from fastvgg.errors import ClusterError, ResumeError, StoppedError, UsageError
+from fastvgg.errors import ClusterError, ResumeError, SourceError, StoppedError, UsageError
 from fastvgg.executors import dask as cluster
 from fastvgg.executors.worker import Task, run_task
 from fastvgg.storage import objects
@@ -172,6 +172,21 @@ def test_strict_run_stops_at_an_unreadable_image(client, tmp_path):
             client=client
         )
     check_error(caught.value, "a/04.png", "row 2", "--strict")
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_run_in_which_every_image_fails_changes_nothing(client, tmp_path, restart):
+    folder = save_images(tmp_path / "photos", pixels(11))
+    settings = {"mode": "tf", "images_per_chunk": 2, "size": (7, 9)}
+    if restart:
+        plan_of(folder, tmp_path / "y.npy", **settings).run()
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"no image")
+    before = tree(tmp_path)
+    with pytest.raises(SourceError) as caught:
+        plan_of(folder, tmp_path / "y.npy", restart=restart, **settings).run(client=client)
+    check_error(caught.value, "none of the 11 images", folder)
+    assert tree(tmp_path) == before
 
 
 def test_restored_images_equal_the_originals(client, tmp_path, array):
