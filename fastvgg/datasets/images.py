@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 MAX_SIZES_SHOWN: Final = 5
 SIZES_PER_TASK: Final = 64
+MAX_REASON_CHARACTERS: Final = 500
 
 
 class ImageListing(ABC):
@@ -184,7 +185,8 @@ class ImageSource(Source):
             width, height, failed, reason = self._decoder.decode(data, out)
         if failed:
             out[...] = 0
-        return ImageRecord(os.fsdecode(name), os.fsdecode(label), width, height, failed, reason)
+        stored = _storable(reason)
+        return ImageRecord(os.fsdecode(name), os.fsdecode(label), width, height, failed, stored)
 
     def read(self, start: int, stop: int) -> Chunk:
         batch = np.empty((stop - start, *self.header.shape[1:]), np.uint8)
@@ -228,3 +230,8 @@ class ImageSource(Source):
 
     def _display_name(self, row: int) -> str:
         return os.fsdecode(self.listing.name(row))
+
+
+def _storable(reason: str) -> str:
+    """Return a reason, which may quote a damaged file, as text that an index can contain."""
+    return reason[:MAX_REASON_CHARACTERS].encode("utf-8", "backslashreplace").decode()

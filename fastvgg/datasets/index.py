@@ -6,6 +6,7 @@ Names of images are kept in contiguous memory, with 8 bytes of overhead each.
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import re
 from array import array
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 NUMBER_PATTERN: Final = re.compile("[0-9]{1,15}")
 COLUMNS: Final = ("row", "path", "label", "width", "height", "status", "reason")
+MAX_RECORD_BYTES: Final = 2**20
+FIELD_PATTERN: Final = re.compile(r'(?:"([^"]*(?:""[^"]*)*)"|([^",]*))(,|\Z)')
 INDEX_HEADER: Final = ",".join(COLUMNS) + "\n"
 STATUSES: Final = ("ok", "failed")
 REMEDY: Final = "restore the index that was written with the dataset, or remove it"
@@ -143,23 +146,53 @@ def _parse(path: Path, file: BinaryIO | io.BytesIO, start: int) -> Iterator[Imag
 
 
 def _lines(path: Path, file: BinaryIO | io.BytesIO) -> Iterator[tuple[list[str], int]]:
-    """Yield CSV records, which may contain line feeds, and the offset of their end."""
+    """Yield CSV records, which may contain line feeds, and the offset of their end.
+
+    Not `csv.reader`: its limit of a field's size belongs to the whole process.
+    """
     end = 0
-
-    def decoded() -> Iterator[str]:
-        nonlocal end
-        for line in file:
-            end += len(line)
-            yield line.decode("utf-8", "surrogateescape")
-
-    reader = csv.reader(decoded())
-    try:
-        for fields in reader:
-            yield fields, end
-    except csv.Error as error:
+    line_number = 1  # of the first line of the record
+    lines: list[bytes] = []
+    length = quotes = 0
+    for line in iter(functools.partial(file.readline, MAX_RECORD_BYTES), b""):
+        lines.append(line)
+        length += len(line)
+        quotes += line.count(b'"')
+        if length >= MAX_RECORD_BYTES:
+            break
+        if quotes % 2:
+            continue
+        text = b"".join(lines).decode("utf-8", "surrogateescape")
+        fields = _split(text.removesuffix("\n").removesuffix("\r"))
+        if fields is None:
+            raise SourceError(f"{path} line {line_number} is not a line of CSV", REMEDY)
+        end += length
+        yield fields, end
+        line_number += len(lines)
+        lines, length, quotes = [], 0, 0
+    if lines:
         raise SourceError(
-            f"{path} line {reader.line_num} cannot be read: {error}", REMEDY
-        ) from None
+            f"{path} line {line_number} is incomplete, or longer than {MAX_RECORD_BYTES} bytes",
+            REMEDY,
+        )
+
+
+def _split(record: str) -> list[str] | None:
+    """Return the fields of a CSV record, or None if a quote is misplaced.
+
+    >>> _split('0,"a,""b"".jpg",cat')
+    ['0', 'a,"b".jpg', 'cat']
+    """
+    if '"' not in record:
+        return record.split(",")
+    fields, at = [], 0
+    while (match := FIELD_PATTERN.match(record, at)) is not None:
+        quoted, plain, separator = match.groups()
+        fields.append(plain if quoted is None else quoted.replace('""', '"'))
+        if not separator:
+            return fields
+        at = match.end()
+    return None
 
 
 def is_valid_name(name: str) -> bool:
