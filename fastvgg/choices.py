@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from fastvgg.errors import FastvggError
 
+MIN_SIMILARITY: Final = 0.7  # of words, as difflib measures it: bilinar, not int32 for uint8
 # What other libraries call the values of an option; each word is in lower case.
 SYNONYMS: Final[Mapping[str, Mapping[str, str]]] = {
     "mode": {
@@ -25,7 +26,7 @@ SYNONYMS: Final[Mapping[str, Mapping[str, str]]] = {
         **dict.fromkeys(("bf16", "brain", "brainfloat16"), "bfloat16"),
         **dict.fromkeys(("fp32", "f32", "float", "single"), "float32"),
         **dict.fromkeys(("fp64", "f64", "double"), "float64"),
-        **dict.fromkeys(("u8", "byte", "int8"), "uint8"),
+        **dict.fromkeys(("u8", "byte"), "uint8"),
     },
     "layout": {
         **dict.fromkeys(("channels_last", "hwc", "bhwc", "interleaved"), "NHWC"),
@@ -115,7 +116,7 @@ def suggest(name: str, value: object, choices: Iterable[str]) -> str | None:
     synonym = SYNONYMS.get(name.removeprefix("out_"), {}).get(text.lower())
     if synonym is not None and _normalize(synonym) in by_word:
         return by_word[_normalize(synonym)]
-    matches = difflib.get_close_matches(_normalize(text), by_word, n=1)
+    matches = difflib.get_close_matches(_normalize(text), by_word, n=1, cutoff=MIN_SIMILARITY)
     return by_word[matches[0]] if matches else None
 
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import operator
 import os
 import threading
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from fastvgg.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-    from concurrent.futures import Future
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def available_cpus() -> int:
@@ -48,18 +47,50 @@ def parallel_for(items: Sequence[Item], fn: Callable[[Item], object], threads: i
             fn(item)
         return
     remaining = deque(items)
-    workers: list[Future[None]] = []
-    # Threads cannot start during interpreter shutdown, nor beyond the limit of the system.
-    with contextlib.suppress(RuntimeError):
-        workers.extend(
-            _pool().submit(_worker, remaining, fn) for _ in range(min(threads, len(items)) - 1)
-        )
+    workers = _start_workers(_pool(), min(threads, len(items)) - 1, remaining, fn)
     try:
         _worker(remaining, fn)
     finally:
         for worker in workers:
             if not worker.cancel():  # in the shared pool it may not have started
                 worker.result()
+
+
+def try_submit(
+    pool: ThreadPoolExecutor, fn: Callable[..., Result], *arguments: Any, **options: Any
+) -> Future[Result] | None:
+    """Call `fn` on a thread of a pool; return None if the system allows no thread to start.
+
+    That happens at a limit of the user or the container, and during interpreter shutdown. The pool
+    has already queued the call then: it is cancelled, so that no other thread makes it later,
+    unless one has just begun to.
+    """
+    future: Future[Result] = Future()
+
+    def call() -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(fn(*arguments, **options))
+        except BaseException as error:  # noqa: BLE001  # raised by `future.result`
+            future.set_exception(error)
+
+    try:
+        pool.submit(call)
+    except RuntimeError:
+        if future.cancel():
+            return None
+    return future
+
+
+def _start_workers(
+    pool: ThreadPoolExecutor, count: int, remaining: deque[Item], fn: Callable[[Item], object]
+) -> list[Future[None]]:
+    """Have up to `count` threads of a pool work through a queue; fewer if no more can start."""
+    workers: list[Future[None]] = []
+    while len(workers) < count and (worker := try_submit(pool, _worker, remaining, fn)) is not None:
+        workers.append(worker)
+    return workers
 
 
 def _worker(remaining: deque[Item], fn: Callable[[Item], object]) -> None:
@@ -100,18 +131,27 @@ class ThreadSlot:
 class TaskGroup:
     """The items of one `TaskQueue.submit` call."""
 
-    def __init__(self, remaining: deque[Any], workers: list[Future[None]]) -> None:
+    def __init__(
+        self, remaining: deque[Any], fn: Callable[[Any], object], workers: list[Future[None]]
+    ) -> None:
         self._remaining = remaining
+        self._fn = fn
         self._workers = workers
 
     def wait(self) -> None:
-        """Wait until all items are done; raise the first exception of a worker."""
+        """Wait until all items are done; raise the first exception of a worker.
+
+        Without workers, the calling thread does the work.
+        """
+        if not self._workers:
+            _worker(self._remaining, self._fn)
         for worker in self._workers:
             worker.result()
 
     def is_done(self) -> bool:
         """Return whether all workers of the group have finished."""
-        return all(worker.done() for worker in self._workers)
+        is_waiting = not self._workers and bool(self._remaining)
+        return not is_waiting and all(worker.done() for worker in self._workers)
 
     def cancel(self) -> None:
         """Drop the items that have not started."""
@@ -138,20 +178,23 @@ class TaskQueue:
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastvgg-tasks")
         self._groups: list[TaskGroup] = []
+        self._is_closed = False
 
     def __enter__(self) -> Self:
         return self
 
     def submit(self, items: Iterable[Item], fn: Callable[[Item], object]) -> TaskGroup:
         """Call `fn` once for every item, after the items of earlier groups have started."""
+        if self._is_closed:
+            raise RuntimeError("the task queue is closed")
         remaining = deque(items)
         count = min(self._threads, len(remaining))
-        workers = [self._pool.submit(_worker, remaining, fn) for _ in range(count)]
-        group = TaskGroup(remaining, workers)
+        group = TaskGroup(remaining, fn, _start_workers(self._pool, count, remaining, fn))
         self._groups = [*(group for group in self._groups if not group.is_done()), group]
         return group
 
     def __exit__(self, *_error: object) -> None:
+        self._is_closed = True
         for group in self._groups:
             group.cancel()
         self._pool.shutdown(cancel_futures=True)

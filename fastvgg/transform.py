@@ -67,10 +67,7 @@ def storage_type(dtype: DTypeLike) -> str:
     >>> storage_type(">f4")
     'float32'
     """
-    try:
-        name = str(np.dtype(dtype).name)
-    except TypeError:
-        name = str(dtype)
+    name = _dtype_name(dtype)
     if name not in STORAGE_TYPES:
         raise DtypeError(
             f"unsupported dtype {name}", f"convert it to one of {', '.join(STORAGE_TYPES)} first"
@@ -80,11 +77,15 @@ def storage_type(dtype: DTypeLike) -> str:
 
 def _check_dtype(dtype: DTypeLike) -> str:
     """Return the storage type that an option requests; see `storage_type`."""
+    return check_choice("dtype", _dtype_name(dtype), STORAGE_TYPES, error=DtypeError)
+
+
+def _dtype_name(dtype: DTypeLike) -> str:
+    """Return NumPy's name of a dtype, or if it has none the text that was given."""
     try:
-        return storage_type(dtype)
-    except DtypeError:
-        name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", dtype)
-        return check_choice("dtype", str(name), STORAGE_TYPES, error=DtypeError)
+        return str(np.dtype(dtype).name)
+    except TypeError:
+        return str(dtype)
 
 
 def _to_float(number: float) -> float:

@@ -8,6 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from fastvgg.parallel import try_submit
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
@@ -55,9 +57,10 @@ class CommitPipeline(Generic[Result]):
             concurrent.futures.wait([self._written])
         if self._error is not None:
             raise self._error
-        self._written = self._writer.submit(self._run_step, self._writing, write)
-        self._committed = self._committer.submit(
-            self._run_step, self._committing, commit, after=(self._written, self._committed)
+        self._written = _submit(self._writer, self._run_step, self._writing, write)
+        after = self._written, self._committed
+        self._committed = _submit(
+            self._committer, self._run_step, self._committing, commit, after=after
         )
         self._pending.append(self._committed)
 
@@ -105,3 +108,17 @@ class CommitPipeline(Generic[Result]):
             raise interruption
         if isinstance(error, Exception) and self._error not in (None, error):
             raise self._error  # the first error, not one that it caused
+
+
+def _submit(
+    pool: ThreadPoolExecutor, fn: Callable[..., Step], *arguments: Any, **options: Any
+) -> Future[Step]:
+    """Call `fn` on the thread of a pool, or on this one if the system allows no other."""
+    future = try_submit(pool, fn, *arguments, **options)
+    if future is None:
+        future = Future()
+        try:
+            future.set_result(fn(*arguments, **options))
+        except BaseException as error:  # noqa: BLE001  # raised by `future.result`
+            future.set_exception(error)
+    return future

@@ -494,3 +494,26 @@ def test_no_thread_starts_without_work():
     with CommitPipeline() as pipeline:
         assert list(pipeline.drain(0)) == []
         assert pipeline_threads() == earlier
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_items_are_committed_in_order_without_threads(monkeypatch, allowed):
+    start, left = threading.Thread.start, iter(range(allowed))
+
+    def start_if_allowed(thread):
+        if next(left, None) is None:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_if_allowed)
+    steps = []
+    with CommitPipeline() as pipeline:
+        for item in range(5):
+            pipeline.submit(lambda item=item: steps.append(("write", item)), lambda item=item: item)
+            list(pipeline.drain(max_pending=2))
+        assert list(pipeline.drain(max_pending=0)) == [3, 4]
+    assert steps == [("write", item) for item in range(5)]
+    pipeline = CommitPipeline()
+    with pytest.raises(ZeroDivisionError), pipeline:
+        pipeline.submit(lambda: 1 // 0, lambda: steps.append("committed"))
+    assert len(steps) == 5

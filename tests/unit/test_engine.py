@@ -1321,7 +1321,7 @@ def test_packing_rejects_unknown_backend():
 
 @pytest.mark.parametrize("layout", [np.array(["NHWC", "NCHW"]), ["NHWC"], 4])
 def test_layout_that_is_not_a_string_is_rejected(layout):
-    with pytest.raises(UsageError, match="layout is"):
+    with pytest.raises(UsageError, match="unknown layout"):
         fastvgg.preprocess(every_value(), "caffe", layout=layout)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import fastvgg.parallel
 from fastvgg.errors import UsageError
-from fastvgg.parallel import TaskQueue, available_cpus, check_threads, parallel_for
+from fastvgg.parallel import TaskQueue, available_cpus, check_threads, parallel_for, try_submit
 from tests.helpers.batches import run_script
 
 ITEMS = [f"item {number}" for number in range(37)]
@@ -362,3 +362,64 @@ def test_submit_fails_after_the_context_exits():
         pass
     with pytest.raises(RuntimeError):
         tasks.submit([1], str)
+
+
+# At the limit of threads of a user or a container
+
+
+@pytest.fixture
+def allow_threads(monkeypatch):
+    """Return a function that lets only so many more threads start, as a limit of processes does."""
+    start = threading.Thread.start
+
+    def allow(count):
+        left = iter(range(count))
+
+        def start_if_allowed(thread):
+            if next(left, None) is None:
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", start_if_allowed)
+
+    return allow
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2])
+def test_parallel_for_does_all_items_with_the_threads_that_start(allow_threads, allowed):
+    fastvgg.parallel._pool.cache_clear()
+    allow_threads(allowed)
+    done = []
+    parallel_for(range(50), done.append, 4)
+    assert sorted(done) == list(range(50))
+    with pytest.raises(ZeroDivisionError):
+        parallel_for(range(50), lambda item: 1 // (item - 20), 4)
+    fastvgg.parallel._pool.cache_clear()
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2])
+def test_task_queue_does_all_items_with_the_threads_that_start(allow_threads, allowed):
+    allow_threads(allowed)
+    done = []
+    with TaskQueue(4) as tasks:
+        groups = [tasks.submit(range(20), done.append) for _ in range(3)]
+        for group in groups:
+            group.wait()
+            assert group.is_done()
+        assert sorted(done) == sorted(3 * list(range(20)))
+        with pytest.raises(ZeroDivisionError):
+            tasks.submit(range(20), lambda item: 1 // (item - 7)).wait()
+        tasks.submit(range(5), done.append)  # never awaited
+    assert len(done) <= 65
+
+
+def test_call_that_no_thread_can_take_is_not_made_later(allow_threads):
+    allow_threads(1)
+    calls, blocked = [], threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        first = try_submit(pool, blocked.wait)
+        assert try_submit(pool, calls.append, 1) is None
+        blocked.set()
+        assert first.result()
+        assert try_submit(pool, calls.append, 2).result() is None
+    assert calls == [2]
