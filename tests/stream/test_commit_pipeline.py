@@ -513,7 +513,8 @@ def test_items_are_committed_in_order_without_threads(monkeypatch, allowed):
             list(pipeline.drain(max_pending=2))
         assert list(pipeline.drain(max_pending=0)) == [3, 4]
     assert steps == [("write", item) for item in range(5)]
-    pipeline = CommitPipeline()
-    with pytest.raises(ZeroDivisionError), pipeline:
+    with CommitPipeline() as pipeline:
         pipeline.submit(lambda: 1 // 0, lambda: steps.append("committed"))
+        with pytest.raises(ZeroDivisionError):
+            pipeline.submit(lambda: steps.append("later"), lambda: None)
     assert len(steps) == 5
