@@ -8,12 +8,12 @@ from __future__ import annotations
 import errno
 import shlex
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fastvgg.escaping import escape_controls
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 _is_command_line = False
 
@@ -187,10 +187,48 @@ class ClusterError(FastvggError):
     """A cluster that does not respond, or whose workers failed."""
 
 
+class DamagedChunk(NamedTuple):
+    """Images of one chunk of a finished dataset that are not what was written."""
+
+    chunk: int
+    start: int
+    """The first row."""
+    stop: int
+    """The row after the last one."""
+    reason: str
+
+    def __str__(self) -> str:
+        is_single = self.stop == self.start + 1
+        rows = f"image {self.start}" if is_single else f"images {self.start} to {self.stop - 1}"
+        return f"{rows} ({self.reason})"
+
+
 class VerificationError(FastvggError):
-    """Stored bytes that differ from the manifest or from the oracle."""
+    """Stored bytes that differ from the manifest or from the oracle.
+
+    Parameters
+    ----------
+    problem, remedy
+        As for `FastvggError`.
+    damaged
+        All chunks with wrong or unreadable images.
+    differences
+        What else differs: the header, the length, the index.
+    """
 
     exit_code = 4
+
+    def __init__(
+        self,
+        problem: str,
+        remedy: str,
+        *,
+        damaged: Sequence[DamagedChunk] = (),
+        differences: Sequence[str] = (),
+    ) -> None:
+        super().__init__(problem, remedy)
+        self.damaged = list(damaged)
+        self.differences = list(differences)
 
 
 class StoppedError(FastvggError):

@@ -20,8 +20,10 @@ from fastvgg.cli.output import (
     print_json,
     print_report,
     progress_bar,
+    verification_bar,
+    verification_record,
 )
-from fastvgg.errors import UsageError
+from fastvgg.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -167,17 +169,36 @@ def verify(
     full: Annotated[
         bool, typer.Option("--full", help="Recompute every image instead of a sample.")
     ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Recompute damaged chunks from the source.")
+    ] = False,
+    memory: options.Memory = "512MiB",
+    threads: options.Threads = None,
+    quiet: options.Quiet = False,
     as_json: options.Json = False,
     traceback: options.Traceback = False,
 ) -> None:
     """Verify the bytes of a finished dataset.
 
-    Compares the checksum of every chunk, and recomputes images with the NumPy reference.
+    Compares the checksum of every chunk, and recomputes images with the NumPy reference. Lists all
+    damaged chunks; --repair overwrites them if the recomputed bytes have the recorded checksums.
 
     Example: fastvgg verify train.npy --full
     """
     with translate_errors(traceback):
-        verification = fastvgg.verify(path, full=full)
+        settings: dict[str, Any] = {
+            "full": full,
+            "repair": repair,
+            "memory": memory,
+            "threads": threads,
+        }
+        try:
+            with verification_bar(quiet=quiet) as on_progress:
+                verification = fastvgg.verify(path, progress=on_progress, **settings)
+        except VerificationError as error:
+            if as_json:
+                print_json(verification_record(error))
+            raise
         fields = dataclasses.asdict(verification)
         print_json(fields) if as_json else echo(str(verification), sys.stdout)
 

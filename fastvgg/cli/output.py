@@ -17,6 +17,7 @@ from fastvgg.stream.report import MAX_FAILURES_SHOWN
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from fastvgg.errors import VerificationError
     from fastvgg.stream.plan import Plan
     from fastvgg.stream.report import Progress, Report
 
@@ -61,6 +62,16 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "projected_bytes": plan.projected_bytes,
         "memory_bytes": plan.memory_bytes,
         "notes": list(plan.notes),
+    }
+
+
+def verification_record(error: VerificationError) -> dict[str, Any]:
+    """Return what a verification found as JSON types."""
+    return {
+        "problem": error.problem,
+        "remedy": error.remedy,
+        "damaged": [chunk._asdict() for chunk in error.damaged],
+        "differences": error.differences,
     }
 
 
@@ -116,13 +127,29 @@ def print_benchmark() -> Callable[[str, dict[str, Any]], None]:
 @contextmanager
 def progress_bar(plan: Plan, *, quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
     """Yield a progress callback: a bar on a terminal, periodic lines elsewhere, None if quiet."""
+    label, images = plan.transform.direction, plan.header.images
+    with _progress(label, images, "images", quiet=quiet) as on_progress:
+        yield on_progress
+
+
+@contextmanager
+def verification_bar(*, quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
+    """Yield the progress callback of a verification, as `progress_bar` does."""
+    with _progress("verify", 0, "checks", quiet=quiet) as on_progress:
+        yield on_progress
+
+
+@contextmanager
+def _progress(
+    label: str, total: int, unit: str, *, quiet: bool
+) -> Iterator[Callable[[Progress], None] | None]:
     if quiet:
         yield None
     elif sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":
-        with _terminal_bar(plan.transform.direction, plan.header.images) as on_progress:
+        with _terminal_bar(label, total) as on_progress:
             yield on_progress
     else:
-        yield _periodic_lines()
+        yield _periodic_lines(unit)
 
 
 @contextmanager
@@ -149,12 +176,13 @@ def _terminal_bar(label: str, images: int) -> Iterator[Callable[[Progress], None
         task = bar.add_task("", total=images, left="", speed="")
 
         def on_progress(at: Progress) -> None:
-            bar.update(task, completed=at.images, left=_time_left(at), speed=_speed(at))
+            figures: dict[str, Any] = {"left": _time_left(at), "speed": _speed(at)}
+            bar.update(task, completed=at.images, total=at.total_images, **figures)
 
         yield on_progress
 
 
-def _periodic_lines() -> Callable[[Progress], None]:
+def _periodic_lines(unit: str) -> Callable[[Progress], None]:
     last_line = time.monotonic()
 
     def on_progress(at: Progress) -> None:
@@ -163,7 +191,7 @@ def _periodic_lines() -> Callable[[Progress], None]:
             return
         last_line = time.monotonic()
         print(
-            f"{at.images:,} of {at.total_images:,} images, {_speed(at)}, {_time_left(at)}",
+            f"{at.images:,} of {at.total_images:,} {unit}, {_speed(at)}, {_time_left(at)}",
             file=sys.stderr,
             flush=True,
         )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
+from fastvgg.datasets.published import PublishedDataset
 from fastvgg.errors import SourceError, StoppedError
 from fastvgg.storage import objects
 from fastvgg.storage.local import NO_FOLLOW
@@ -338,7 +339,7 @@ class ArraySource(Source):
         return Chunk(batch, [*self.records[start:stop]])
 
 
-class Target(ABC):
+class Target(PublishedDataset):
     """A dataset being written, under a temporary name until it is published.
 
     Parameters
@@ -385,19 +386,11 @@ class Target(ABC):
         """
         return None
 
-    def read_stored(self, start: int, stop: int) -> Payload:
-        """Read the payload of images of the published target."""
-        return [byte_view(self.read_back(start, stop))]
-
-    @abstractmethod
-    def read_back(self, start: int, stop: int) -> NDArray[Any]:
-        """Read, and decode if necessary, images of the published target."""
-
     @abstractmethod
     def publish(self) -> None:
         """Give the finished target its name, atomically and durably."""
 
-    def close(self) -> None:  # noqa: B027  # most formats keep nothing open
+    def close(self) -> None:  # most formats keep nothing open
         """Close files."""
 
     def _check_published(self, actual: Header) -> None:

@@ -20,9 +20,12 @@ from fastvgg.datasets.base import (
     byte_view,
     open_regular,
 )
-from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError
+from fastvgg.errors import FastvggError, ResumeError, SourceError, StoppedError, TargetError
+from fastvgg.storage.local import io_errors
+from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -119,6 +122,10 @@ class ContiguousTarget(DiskTarget, SharedTarget):
         self._file: OpenFile | None = None
         self._preamble = preamble
         self.stored_bytes = len(preamble) + header.nbytes
+        self.is_extended = False
+        """Whether `inspect_published` found bytes after the array, which are not fastvgg's."""
+        self._has_other_header = False
+        """Whether the published file is valid, but does not begin with `preamble`."""
 
     @abstractmethod
     def open_published(self) -> ArraySource:
@@ -188,6 +195,85 @@ class ContiguousTarget(DiskTarget, SharedTarget):
         with contextlib.closing(self.open_published()) as source:
             self._check_published(source.header)
             return source.read(start, stop).batch
+
+    def inspect_published(self) -> list[str]:
+        with open_regular(self.path) as file:
+            start, nbytes = file.read(len(self._preamble)), os.fstat(file.fileno()).st_size
+        if start == self._preamble:
+            if nbytes == self.stored_bytes:
+                return []
+            self.is_extended = nbytes > self.stored_bytes
+            state = "followed by other bytes" if self.is_extended else "truncated"
+            return [f"it is {state}: it has {nbytes} bytes, not {self.stored_bytes}"]
+        try:  # another version, or another program, may have written an equivalent header
+            with contextlib.closing(self.open_published()) as source:
+                self._check_published(source.header)
+        except FastvggError as error:
+            return [f"its header differs: {error.problem.removeprefix(f'{self.path} ')}"]
+        self._has_other_header = True
+        return []
+
+    def stored_spans(self, start: int, stop: int, max_bytes: int) -> Iterator[bytes | memoryview]:
+        if self._has_other_header:
+            yield from self._spans_of_source(start, stop, max_bytes)
+            return
+        offset, end = self.offset(start), self.offset(stop)
+        buffer = memoryview(bytearray(min(max_bytes, end - offset)))
+        with open_regular(self.path) as file:
+            while offset < end:
+                with io_errors("read", self.path, offset):
+                    count = os.preadv(file.fileno(), [buffer[: end - offset]], offset)
+                    if not count:
+                        raise OSError(errno.ENODATA, "the file was truncated")
+                yield buffer[:count]
+                offset += count
+
+    def _spans_of_source(self, start: int, stop: int, max_bytes: int) -> Iterator[memoryview]:
+        rows = max(1, max_bytes // self.header.image_bytes)
+        with contextlib.closing(self.open_published()) as source:
+            for row in range(start, stop, rows):
+                shape = (min(rows, stop - row), *self.header.shape[1:])
+                batch = np.empty(shape, storage_dtype(self.header.dtype))
+                source.read_into(row, batch)
+                yield byte_view(batch)
+
+    def repair_header(self) -> list[str]:
+        """Write the header, unless the file has another length: the rest may describe that."""
+        found = self.inspect_published()
+        if not found:
+            return []
+        with self._opened_published() as file:
+            if self._storage.size(file) != self.stored_bytes:
+                return found
+            self._storage.write(file, self._preamble, 0)
+            self._storage.sync(file)
+        return self.inspect_published()
+
+    def repair(self, start: int, stored: Payload) -> None:
+        if self._has_other_header:
+            raise TargetError(
+                f"{self.path} has another header than this version of fastvgg writes",
+                "use the version that its manifest names",
+            )
+        with self._opened_published() as file:
+            offset = self.offset(start)
+            if self._storage.size(file) < offset:  # zeros before it would look like images
+                raise TargetError(
+                    f"{self.path} is truncated, and images before these cannot be recomputed",
+                    "recreate the dataset from its source",
+                )
+            for data in stored:
+                self._storage.write(file, data, offset)
+                offset += len(data)
+            self._storage.sync(file)
+
+    @contextlib.contextmanager
+    def _opened_published(self) -> Iterator[OpenFile]:
+        file = self._storage.open(self.path)
+        try:
+            yield file
+        finally:
+            self._storage.close(file)
 
     def close(self) -> None:
         if self._file is not None:

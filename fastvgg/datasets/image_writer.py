@@ -134,10 +134,6 @@ class ImageFolderTarget(DiskTarget):
     def sync(self) -> None:
         self._storage.syncfs(self.partial)
 
-    def read_stored(self, start: int, stop: int) -> Payload:
-        """Return the encoded images of rows; empty for failed rows."""
-        return [b"" if name is None else self._content(name) for name in self._names(start, stop)]
-
     def read_back(self, start: int, stop: int) -> NDArray[Any]:
         """Decode rows; failed rows are zeros."""
         batch = np.zeros((stop - start, *self.header.shape[1:]), np.uint8)
@@ -150,6 +146,33 @@ class ImageFolderTarget(DiskTarget):
             except DECODING_ERRORS as error:
                 raise self._unreadable_error(name, error) from None
         return batch
+
+    def stored_spans(self, start: int, stop: int, max_bytes: int) -> Iterator[bytes | memoryview]:
+        for name in self._names(start, stop):
+            if name is None:
+                continue
+            try:
+                with open_regular(self.path / name) as file:
+                    while data := file.read(max_bytes):
+                        yield data
+            except OSError as error:
+                raise self._unreadable_error(name, error) from None
+
+    def repair(self, start: int, stored: Payload) -> None:
+        """Replace each file that differs, atomically."""
+        for name, data in zip(self._names(start, start + len(stored)), stored, strict=True):
+            if name is None or self._is_stored(self.path / name, data):
+                continue
+            path = self.path / name
+            self._storage.make_directory(path.parent)
+            self._storage.replace_file(path, [data])
+
+    def _is_stored(self, path: Path, data: bytes | memoryview) -> bool:
+        try:
+            with open_regular(path) as file:
+                return file.read(len(data) + 1) == data
+        except OSError:
+            return False
 
     def _content(self, name: str) -> bytes:
         try:

@@ -21,9 +21,10 @@ from zarr.storage import MemoryStore
 
 from fastvgg.datasets.base import DiskTarget, Header, SharedTarget, byte_view, inner_chunk_images
 from fastvgg.datasets.zarr import ATTRIBUTE_KEY, DamagedChunkError, ZarrArray
-from fastvgg.errors import ResumeError, VerificationError
+from fastvgg.errors import ResumeError, SourceError, VerificationError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -204,6 +205,41 @@ class _ShardTarget(SharedTarget):
         except DamagedChunkError as error:
             raise VerificationError(error.problem, "recreate it from its source") from None
 
+    def inspect_published(self) -> list[str]:
+        try:
+            self._check_published(self._published.header)
+        except SourceError as error:
+            metadata = self._encoder.metadata  # as it was written
+            self._published = ZarrArray(self.path, layout=self.header.layout, metadata=metadata)
+            return [f"its metadata differs: {error.problem.removeprefix(f'{self.path} ')}"]
+        return []
+
+    @property
+    def min_span_bytes(self) -> int:
+        return self._published.read_granularity * self.header.image_bytes
+
+    def stored_spans(self, start: int, stop: int, max_bytes: int) -> Iterator[memoryview]:
+        granularity = self._published.read_granularity
+        rows = max(1, max_bytes // self.min_span_bytes) * granularity
+        for row in range(start, stop, rows):
+            yield byte_view(self.read_back(row, min(row + rows, stop)))
+
+    def repair_header(self) -> list[str]:
+        for name, data in self._encoder.metadata.items():
+            self._replace(name, data)
+        del self._published
+        return self.inspect_published()
+
+    def repair(self, start: int, stored: Payload) -> None:
+        self.write(start, stored)
+        shard = self._encoded.pop()
+        self._replace(shard.key, shard.content.data)
+        self._memory.append(shard.memory)
+
+    @abstractmethod
+    def _replace(self, key: str, data: bytes | memoryview) -> None:
+        """Replace a shard, or metadata, of the published array atomically and durably."""
+
     @functools.cached_property
     def _unfinished(self) -> ZarrArray:
         metadata = self._encoder.metadata
@@ -245,6 +281,9 @@ class ZarrTarget(DiskTarget, _ShardTarget):
     def _store(self, shard: _EncodedShard) -> None:
         self._storage.write_file(self.partial / shard.key, [shard.content.data], direct=True)
 
+    def _replace(self, key: str, data: bytes | memoryview) -> None:
+        self._storage.replace_file(self.path / key, [data])
+
     def sync(self) -> None:
         """Write the encoded shards, and make their directory entries durable."""
         super().sync()
@@ -273,6 +312,9 @@ class StoreZarrTarget(_ShardTarget):
 
     def _store(self, shard: _EncodedShard) -> None:
         self._storage.put(self.path / shard.key, shard.memory)
+
+    def _replace(self, key: str, data: bytes | memoryview) -> None:
+        self._storage.put(self.path / key, bytes(data))
 
     def publish(self) -> None:
         for name, data in self._encoder.metadata.items():

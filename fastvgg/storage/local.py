@@ -314,9 +314,13 @@ class Storage:
             self.close(file)
 
     def write_atomic(self, path: Path, buffers: Iterable[bytes]) -> None:
+        """Replace a file atomically with many small buffers; see `replace_file`."""
+        self.replace_file(path, _coalesce(buffers))
+
+    def replace_file(self, path: Path, buffers: Iterable[bytes | memoryview]) -> None:
         """Replace a file atomically: readers see the old or the new content, never a mixture."""
         temporary = temporary_path(path)
-        self.write_file(temporary, _coalesce(buffers))
+        self.write_file(temporary, buffers)
         self.rename(temporary, path)
         self.sync_directory(path.parent)
 

@@ -21,15 +21,17 @@ from fastvgg.storage.location import sidecar_path
 from fastvgg.stream.job import Job, check_fields, check_sizes, check_version, parse_transform
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
-    from fastvgg.datasets.base import Payload
     from fastvgg.storage.location import Location
     from fastvgg.stream.job import Schema
     from fastvgg.transform import Transform
 
 FORMAT_VERSION: Final = 2
 VERSION_FIELD: Final = "fastvgg-manifest"
+SPAN_BYTES: Final = 4 * 2**20
+"""Bytes of a dataset that are read, and added to a checksum, at a time."""
 MANIFEST_SCHEMA: Final[Schema] = {
     VERSION_FIELD: int,
     "job": dict,
@@ -169,7 +171,7 @@ class Provenance:
         return cls(None, _read_transform(location), has_index=manifest is None)
 
 
-def checksum(stored: Payload) -> str:
+def checksum(stored: Iterable[bytes | memoryview]) -> str:
     """Return the xxh3-64 of a payload."""
     digest = xxhash.xxh3_64()
     for data in stored:

@@ -20,6 +20,7 @@ from fastvgg.datasets.open import open_target
 from fastvgg.errors import (
     ClusterError,
     ResumeError,
+    SourceError,
     StoppedError,
     TargetError,
     VerificationError,
@@ -27,12 +28,13 @@ from fastvgg.errors import (
 )
 from fastvgg.stream.compute import ChunkTask, check_no_failures, stored_checksum
 from fastvgg.stream.journal import journal_path
-from fastvgg.stream.manifest import Manifest, checksum, manifest_path
+from fastvgg.stream.manifest import SPAN_BYTES, Manifest, checksum, manifest_path
 from fastvgg.stream.progress import ProgressTracker
 from fastvgg.stream.report import MAX_FAILURES_KEPT, Failure
 from fastvgg.stream.retry import FailureRetry
 from fastvgg.stream.source import check_decodable, check_values, is_changed, reopen_source
 from fastvgg.stream.target import (
+    MOVE_AWAY,
     check_not_occupied,
     inspect_target,
     make_destination,
@@ -207,17 +209,25 @@ class Run:
         return self._finalize()
 
     def _check_checksums(self) -> None:
+        """Check that the published data is what the unfinished run wrote."""
+        what = f"{self.plan.target} is not what the unfinished run wrote"
+        for problem in self.target.inspect_published():
+            raise TargetError(f"{what}: {problem}", MOVE_AWAY)
+        for problem in self._differing_chunks():
+            raise ResumeError(
+                f"{what}: {problem}",
+                f"give {option('restart')} to replace it, or choose another name",
+            )
+
+    def _differing_chunks(self) -> Iterator[str]:
         for chunk, (start, stop) in enumerate(self.plan.chunk_rows()):
-            reason = f"images {start} to {stop - 1} differ"
             try:
-                stored = self.target.read_stored(start, stop)
-            except VerificationError as error:  # from a format that has checksums of its own
-                stored, reason = [], error.problem
-            if checksum(stored) != self.journal.commits[chunk].checksum:
-                raise ResumeError(
-                    f"{self.plan.target} is not what the unfinished run wrote: {reason}",
-                    f"give {option('restart')} to replace it, or choose another name",
-                )
+                actual = checksum(self.target.stored_spans(start, stop, SPAN_BYTES))
+            except (SourceError, VerificationError) as error:
+                yield error.problem
+            else:
+                if actual != self.journal.commits[chunk].checksum:
+                    yield f"images {start} to {stop - 1} differ"
 
     def _publish(self) -> None:
         if is_changed(self.plan, self.source):

@@ -1,4 +1,4 @@
-"""Verify a finished dataset: check all checksums, and recompute images with the oracle."""
+"""Verify a finished dataset: its checksums, its index, and images recomputed with the oracle."""
 
 from __future__ import annotations
 
@@ -6,26 +6,25 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
-
-from fastvgg import oracle
-from fastvgg.datasets.image_writer import is_lossy
-from fastvgg.datasets.index import read_index
-from fastvgg.datasets.open import open_source, open_target
-from fastvgg.errors import SourceError, VerificationError
+from fastvgg.datasets.contiguous import ContiguousTarget
+from fastvgg.errors import SourceError, VerificationError, command
+from fastvgg.formatting import parse_bytes
+from fastvgg.parallel import check_threads
+from fastvgg.storage.local import Storage
 from fastvgg.storage.location import Location
-from fastvgg.stream.manifest import Provenance, checksum
-from fastvgg.stream.redo_log import check_not_in_place
-from fastvgg.stream.source import check_exists
+from fastvgg.storage.objects import ObjectStorage
+from fastvgg.stream import repair as repairs
+from fastvgg.stream.finished import CheckCounter, FinishedDataset
+from fastvgg.stream.recompute import Recomputation
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
+    from collections.abc import Callable
 
-    from fastvgg.datasets.base import ImageRecord, Source, Target
-    from fastvgg.stream.manifest import Manifest
+    from fastvgg.errors import DamagedChunk
+    from fastvgg.stream.report import Progress
 
-SAMPLED_IMAGES: Final = 16
+MAX_DAMAGED_SHOWN: Final = 10
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,12 @@ class Verification:
 
     path: str
     images: int
+    failed: int
+    """Images that could not be read when the dataset was made; their rows are zeros."""
     chunks: int
     """Chunks whose checksums match: all of them."""
+    repaired_chunks: int
+    """Chunks that were damaged, and were recomputed."""
     recomputed_images: int
     """Images whose bytes equal those recomputed from the source."""
     note: str
@@ -43,13 +46,23 @@ class Verification:
 
     def __str__(self) -> str:
         note = f" ({self.note})" if self.note else ""
+        failed = f"{self.failed} of them failed and are zeros, " if self.failed else ""
+        repaired = f"{self.repaired_chunks} chunks were repaired, " if self.repaired_chunks else ""
         return (
-            f"{self.path}: {self.images} images in {self.chunks} chunks match their checksums, "
-            f"{self.recomputed_images} images match the NumPy reference{note}"
+            f"{self.path}: {repaired}{self.images} images in {self.chunks} chunks match their "
+            f"checksums, {failed}{self.recomputed_images} images match the NumPy reference{note}"
         )
 
 
-def verify(path: str | os.PathLike[str], *, full: bool = False) -> Verification:
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    full: bool = False,
+    threads: int | None = None,
+    memory: str | int = "512MiB",
+    repair: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> Verification:
     """Verify a dataset that fastvgg wrote.
 
     Parameters
@@ -58,98 +71,120 @@ def verify(path: str | os.PathLike[str], *, full: bool = False) -> Verification:
         The dataset; its manifest must be next to it.
     full
         Recompute every image from the source instead of a sample of 16.
+    threads
+        Number of threads. Default: all available CPUs.
+    memory
+        Memory limit, excluding the idle process: bytes, or a string like "512MiB".
+    repair
+        Recompute damaged chunks from the source, and overwrite them in the dataset if the
+        recomputed bytes have the checksums that the manifest records. Nothing else is written. A
+        crash leaves the dataset no worse; the same call repairs the rest.
+    progress
+        Called while images are checked: each counts once for its checksum, and once if it is
+        recomputed.
 
     Raises
     ------
     VerificationError
-        If stored bytes do not match their checksum or the bytes recomputed from the source.
+        If anything differs: stored bytes from their checksums or from the recomputed bytes, the
+        length or the header from what was written, the index from the manifest. `damaged` lists
+        every damaged chunk, also those that cannot be read.
     SourceError
-        If there is no manifest, or the dataset cannot be read.
+        If there is no finished dataset, or its manifest or index is damaged.
     """
     location = Location.parse(path)
-    check_not_in_place(location.container)
-    check_exists(location)
-    manifest = Provenance.read(location).manifest
-    if manifest is None:
-        raise SourceError(
-            f"{location} has no manifest, so there are no checksums to compare with",
-            "give a dataset that fastvgg has finished; 'fastvgg info' shows what this is",
-        )
-    location = location.with_inner(manifest.job.dataset)
-    records = read_index(location.container, manifest.header.images)
-    stored = open_target(
-        location,
-        manifest.header,
-        chunk_images=manifest.chunk_images,
-        records=records,
-        file_format=manifest.job.file_format,
+    storage = ObjectStorage() if location.is_remote else Storage()
+    limits = check_threads(threads), parse_bytes(memory)
+    return verify_with(storage, location, *limits, full=full, repair=repair, progress=progress)
+
+
+def verify_with(
+    storage: Storage | ObjectStorage,
+    location: Location,
+    threads: int,
+    memory_bytes: int,
+    *,
+    full: bool,
+    repair: bool,
+    progress: Callable[[Progress], None] | None = None,
+) -> Verification:
+    """Verify a dataset as `verify` does; `storage` performs the durable I/O of a repair."""
+    limits = threads, memory_bytes
+    with contextlib.ExitStack() as opened:
+        dataset = FinishedDataset.open(location, storage, *limits)
+        if repair:
+            opened.enter_context(repairs.locked(location, storage))
+            dataset = FinishedDataset.open(location, storage, *limits)  # under the lock
+        try:
+            differences = dataset.stored.inspect_published()
+        except OSError as error:
+            raise SourceError(f"{location} cannot be read: {error}", "restore a copy") from None
+        recomputation = opened.enter_context(contextlib.closing(Recomputation(dataset, full=full)))
+        return _verify(dataset, differences, recomputation, repair, progress)
+
+
+def _verify(
+    dataset: FinishedDataset,
+    differences: list[str],
+    recomputation: Recomputation,
+    repair: bool,
+    progress: Callable[[Progress], None] | None,
+) -> Verification:
+    manifest = dataset.manifest
+    counter = CheckCounter(progress, manifest.header.images + recomputation.images)
+    damaged = dataset.damaged_chunks(range(dataset.chunks), counter.count)
+    repaired = repairs.Repaired(0, damaged, differences)
+    if repair and (damaged or differences):
+        repaired = repairs.repair(dataset, damaged, differences)
+    recomputed = recomputation.run({chunk.chunk for chunk in repaired.damaged}, counter.count)
+    found = sorted([*repaired.damaged, *recomputation.differing_chunks()])
+    differences = [*repaired.differences, *dataset.index_differences]
+    if found or differences:
+        raise _error(dataset, found, differences, repaired, has_repaired=repair)
+    return Verification(
+        path=str(dataset.location),
+        images=manifest.header.images,
+        failed=manifest.counts["failed"],
+        chunks=dataset.chunks,
+        repaired_chunks=repaired.chunks,
+        recomputed_images=recomputed,
+        note=recomputation.note,
     )
-    _check_checksums(stored, manifest)
-    recomputed, note = _check_against_oracle(stored, manifest, records, full=full)
-    images, chunks = manifest.header.images, len(manifest.checksums)
-    return Verification(str(location), images, chunks, recomputed, note)
 
 
-def _check_checksums(stored: Target, manifest: Manifest) -> None:
-    images, chunk_images = manifest.header.images, manifest.chunk_images
-    for chunk, expected in enumerate(manifest.checksums):
-        start, stop = chunk * chunk_images, min((chunk + 1) * chunk_images, images)
-        actual = checksum(stored.read_stored(start, stop))
-        if actual != expected:
-            raise VerificationError(
-                f"{stored.path}: images {start} to {stop - 1} have checksum {actual}, expected "
-                f"{expected}",
-                "the file was changed or damaged: recreate it from its source",
-            )
-
-
-def _check_against_oracle(
-    stored: Target, manifest: Manifest, records: Sequence[ImageRecord], *, full: bool
-) -> tuple[int, str]:
-    """Recompute images from the source; return how many, and a note if it was not compared."""
-    job = manifest.job
-    if job.in_place:
-        return 0, "not compared with the source, which was overwritten in place"
-    if is_lossy(job.file_format):
-        return 0, "not compared with the source: JPEG is lossy"
-    try:
-        source = open_source(
-            Location.parse(job.source),
-            layout=job.header.layout,
-            dtype_hint=job.header.dtype,
-            decoding=job.decoding,
-            use_index=False,
-            follow_links=job.follow_links,
+def _error(
+    dataset: FinishedDataset,
+    damaged: list[DamagedChunk],
+    differences: list[str],
+    repaired: repairs.Repaired,
+    *,
+    has_repaired: bool,
+) -> VerificationError:
+    problems = [*differences]
+    if damaged:
+        shown = "; ".join(map(str, damaged[:MAX_DAMAGED_SHOWN]))
+        more = len(damaged) - MAX_DAMAGED_SHOWN
+        chunks = len({chunk.chunk for chunk in damaged})
+        problems.append(
+            f"{chunks} of {dataset.chunks} chunks are damaged: {shown}"
+            + (f"; and {more} more" if more > 0 else "")
         )
-    except SourceError as error:
-        return 0, f"not compared with the source: {error.problem}"
-    images = manifest.header.images
-    rows: Sequence[int] = range(images)
-    if not full and images > SAMPLED_IMAGES:  # a sample at equal distances
-        rows = [image * (images - 1) // (SAMPLED_IMAGES - 1) for image in range(SAMPLED_IMAGES)]
-    with contextlib.closing(source):
-        # A copy of the source has another modification time and so another fingerprint, but the
-        # same pixels: `full` compares them anyway.
-        is_same = full or source.fingerprint() == job.fingerprint
-        if source.header != job.header or not is_same:
-            return 0, f"not compared with the source: {source.location} has changed"
-        for row in rows:
-            _check_row(stored, source, manifest, records, row)
-    return len(rows), ""
+    if repaired.chunks:
+        problems.append(f"{repaired.chunks} chunks were repaired")
+    if repaired.refusal:
+        problems.append(f"it cannot be repaired: {repaired.refusal}")
+    problem = f"{dataset.location}: {'; '.join(problems)}"
+    remedy = _remedy(dataset, repaired, has_repaired=has_repaired)
+    return VerificationError(problem, remedy, damaged=damaged, differences=differences)
 
 
-def _check_row(
-    stored: Target, source: Source, manifest: Manifest, records: Sequence[ImageRecord], row: int
-) -> None:
-    read = source.read(row, row + 1)
-    expected = oracle.apply(manifest.job.transform, read.batch)
-    if records and records[row].failed:
-        expected = np.zeros_like(expected)
-    actual = stored.read_back(row, row + 1)
-    differing = int((actual.view(np.uint8) != expected.view(np.uint8)).sum())
-    if differing:
-        raise VerificationError(
-            f"{stored.path}: image {row} differs in {differing} of {expected.nbytes} bytes from "
-            f"the result recomputed from {source.location}",
-            "the source or the dataset was changed: recreate the dataset from its source",
-        )
+def _remedy(dataset: FinishedDataset, repaired: repairs.Repaired, *, has_repaired: bool) -> str:
+    job, path, stored = dataset.manifest.job, dataset.location.container, dataset.stored
+    if isinstance(stored, ContiguousTarget) and stored.is_extended and not repaired.damaged:
+        return f"take a copy without what follows: head -c {stored.stored_bytes} {path} > COPY"
+    is_damaged = bool(repaired.damaged or repaired.differences)
+    is_other = 1 < dataset.chunks == len(repaired.damaged)  # not one chunk is what was written
+    if not is_damaged or is_other or has_repaired or job.in_place:
+        return "restore a copy of the dataset, or recreate it under another name"
+    how = command("verify", dataset.location, repair=True)
+    return f"recompute what is damaged from {job.source}: {how}"

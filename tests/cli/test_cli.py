@@ -219,6 +219,8 @@ def test_json_is_the_only_output_on_stdout(tmp_path, array, monkeypatch, command
         assert answer["counts"] == {"images": 11, "failed": 0, "chunks": 3, "computed_chunks": 3}
         assert answer["target"] == str(tmp_path / "z.npy")
         assert len(result.stderr.splitlines()) == 3
+    elif command == "verify":
+        assert result.stderr.splitlines()[-1].startswith("22 of 22 checks")
     else:
         assert result.stderr == ""
 

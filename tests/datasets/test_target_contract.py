@@ -112,7 +112,7 @@ def test_written_data_reads_back_and_matches_the_format_library(tmp_path, name, 
     assert actual.shape == expected.shape
     for start, stop in ((0, 7), (1, 4), (2, 4), (6, 7)):
         assert_same(target.read_back(start, stop), expected[start:stop])
-        stored = b"".join(bytes(data) for data in target.read_stored(start, stop))
+        stored = b"".join(bytes(data) for data in target.stored_spans(start, stop, 100))
         written = b"".join(bytes(data) for data in payload_of(target, expected[start:stop]))
         assert stored == written
 
@@ -315,7 +315,8 @@ def test_run_writes_a_verified_dataset_and_its_manifest(tmp_path, name):
         Location.parse(location), manifest.header, chunk_images=CHUNK, **TARGETS[name].options
     )
     expected = [
-        checksum(target.read_stored(start, min(11, start + CHUNK))) for start in range(0, 11, CHUNK)
+        checksum(target.stored_spans(start, min(11, start + CHUNK), 100))
+        for start in range(0, 11, CHUNK)
     ]
     assert [*manifest.checksums] == expected
     described = info(location)
@@ -366,7 +367,7 @@ def test_verify_reports_the_chunk_of_a_flipped_bit(tmp_path, name):
             check_error(caught.value, container(location))
             row = {1: (at - begin) // image_bytes, 11: number}.get(len(files), CHUNK * number)
             first = row - row % CHUNK
-            rows = f"images {first} to {min(first + CHUNK - 1, 10)} "
+            rows = f"images {first} to {first + CHUNK - 1} " if first < 10 else "image 10 "
             assert rows in str(caught.value) or file.name in str(caught.value)
             file.write_bytes(content)
     fastvgg.verify(location, full=True)
@@ -416,7 +417,7 @@ def test_replaced_array_is_rejected_as_the_target(tmp_path, name):
             file.unlink()
         TARGETS[name].save(location, other, **({"overwrite": True} if "zarr" in name else {}))
         for attempt in (lambda: fastvgg.verify(location), lambda: make_plan(tmp_path, name).run()):
-            with pytest.raises(SourceError) as caught:
+            with pytest.raises((SourceError, VerificationError)) as caught:
                 attempt()
             check_error(caught.value, container(location), str(other.shape))
         for file in (container(location), manifest_path(container(location))):

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import xxhash
 from PIL import Image
 
 import fastvgg
 from fastvgg.datasets.index import index_path
 from fastvgg.errors import FastvggError, SourceError, VerificationError
-from fastvgg.stream.manifest import manifest_path
-from fastvgg.stream.verify import SAMPLED_IMAGES
+from fastvgg.storage.location import Location
+from fastvgg.stream.manifest import manifest_path, read_manifest
+from fastvgg.stream.recompute import SAMPLED_IMAGES
 from tests.helpers.batches import KERAS_MODES
+from tests.helpers.checkout import checkout_environment
 from tests.helpers.datasets_on_disk import (
     check_error,
     images_in,
@@ -25,6 +30,7 @@ from tests.helpers.datasets_on_disk import (
     save_images,
     save_npy,
 )
+from tests.helpers.runs import interrupt_run
 
 
 @pytest.fixture
@@ -135,13 +141,16 @@ def test_same_bytes_with_another_dtype_are_rejected(tmp_path, stored):
         fastvgg.verify(stored)
 
 
-@pytest.mark.parametrize("nbytes", [-1, 1, -8000])
-def test_dataset_of_wrong_length_is_rejected(stored, nbytes):
+@pytest.mark.parametrize(("nbytes", "damaged"), [(1, []), (-1, [2]), (-5000, [1, 2])])
+def test_dataset_of_wrong_length_is_reported_with_what_is_damaged(stored, nbytes, damaged):
     size = stored.stat().st_size
     os.truncate(stored, size + nbytes)
-    with pytest.raises(SourceError) as caught:
+    with pytest.raises(VerificationError) as caught:
         fastvgg.verify(stored)
     check_error(caught.value, stored, size, size + nbytes)
+    assert [chunk.chunk for chunk in caught.value.damaged] == damaged
+    (difference,) = caught.value.differences
+    assert ("truncated" if nbytes < 0 else "followed by other bytes") in difference
 
 
 def test_wrong_checksums_are_detected(stored):
@@ -212,7 +221,6 @@ def test_moved_dataset_can_be_verified(tmp_path, stored):
 
 
 def test_wrong_bytes_with_matching_checksums_are_detected_by_recomputation(stored):
-    import xxhash
 
     flip(stored, (128 + 5 * 756) * 8)
     chunk = stored.read_bytes()[128:][4 * 756 : 8 * 756]
@@ -354,3 +362,145 @@ def test_verify_writes_nothing(tmp_path, stored, restored):
     fastvgg.verify(stored, full=True)
     fastvgg.verify(restored, full=True)
     assert {path: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.rglob("*")]} == before
+
+
+def many_chunks(tmp_path, name="y.npy", images=25):
+    """Return a dataset with a chunk per image."""
+    source = save_npy(tmp_path / "x.npy", pixels(images))
+    plan_of(source, tmp_path / name, mode="caffe", images_per_chunk=1).run()
+    return Location.parse(tmp_path / name).container
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_all_damaged_chunks_are_listed_and_ten_are_shown(tmp_path, threads):
+    stored = many_chunks(tmp_path)
+    damaged = [0, 3, *range(5, 19)]
+    for row in damaged:
+        flip(stored, (128 + row * 756 + 7) * 8)
+    with pytest.raises(VerificationError) as caught:
+        fastvgg.verify(stored, threads=threads)
+    found = caught.value.damaged
+    assert [(chunk.chunk, chunk.start, chunk.stop) for chunk in found] == [
+        (row, row, row + 1) for row in damaged
+    ]
+    assert all(chunk.reason.startswith("checksum ") for chunk in found)
+    check_error(caught.value, stored, "16 of 25 chunks", "image 12 ", "and 6 more")
+    assert "image 13 " not in caught.value.problem
+
+
+@pytest.mark.parametrize("name", ["y.zarr", "out"])
+def test_missing_and_unreadable_files_are_damaged_chunks(tmp_path, name):
+    stored = many_chunks(tmp_path, "y.zarr")
+    if name == "out":
+        plan_of(stored, tmp_path / name, direction="restore", images_per_chunk=1).run()
+        stored = tmp_path / name
+    files = [f"c.{row}.0.0.0" if name == "y.zarr" else f"{row:08d}.png" for row in range(25)]
+    (stored / files[3]).unlink()
+    (stored / files[7]).unlink()
+    (stored / files[7]).mkdir()
+    (stored / files[9]).write_bytes((stored / files[9]).read_bytes()[:100])
+    os.truncate(stored / files[11], 0)
+    with pytest.raises(VerificationError) as caught:
+        fastvgg.verify(stored, full=True)
+    assert [chunk.chunk for chunk in caught.value.damaged] == [3, 7, 9, 11]
+
+
+def test_images_that_differ_from_the_source_are_all_listed(tmp_path, stored):
+    batch = pixels(11)
+    for row in (1, 2, 6, 10):
+        batch[row, 3, 5] ^= 1
+    save_npy(tmp_path / "x.npy", batch)
+    with pytest.raises(VerificationError) as caught:
+        fastvgg.verify(stored, full=True)
+    rows = [(chunk.chunk, chunk.start, chunk.stop) for chunk in caught.value.damaged]
+    assert rows == [(0, 1, 3), (1, 6, 7), (2, 10, 11)]
+    check_error(caught.value, "images 1 to 2 (2 of them differ, image 1 in ", "image 6 (differs in")
+
+
+def folder_dataset(tmp_path, target="y.npy"):
+    """Return a dataset of images of which row 2 failed."""
+    photos = save_images(tmp_path / "photos", pixels(7))
+    (photos / "a" / "04.png").write_bytes(b"torn")
+    plan_of(photos, tmp_path / target, mode="torch", images_per_chunk=2).run()
+    return tmp_path / target
+
+
+@pytest.mark.parametrize("target", ["y.npy", "y.zarr"])
+def test_failed_rows_are_counted(tmp_path, target):
+    actual = fastvgg.verify(folder_dataset(tmp_path, target), full=True)
+    assert (actual.failed, actual.images) == (1, 7)
+    assert "1 of them failed and are zeros" in str(actual)
+
+
+def test_failed_rows_that_are_not_zeros_are_damage(tmp_path):
+    stored = folder_dataset(tmp_path)
+    flip(stored, (128 + 2 * 756) * 8)
+    manifest = json.loads(manifest_path(stored).read_bytes())
+    manifest["checksums"][1] = xxhash.xxh3_64_hexdigest(stored.read_bytes()[128:][1512:3024])
+    manifest_path(stored).write_text(json.dumps(manifest))
+    shutil.rmtree(tmp_path / "photos")
+    with pytest.raises(VerificationError) as caught:
+        fastvgg.verify(stored)
+    check_error(caught.value, "image 2 failed when it was made, but its row is not zeros")
+
+
+def test_index_that_contradicts_the_manifest_is_a_difference(tmp_path):
+    stored = folder_dataset(tmp_path)
+    index = index_path(stored)
+    whole = index.read_text()
+    index.write_text(whole.replace(",failed,", ",ok,"))
+    with pytest.raises(VerificationError) as caught:
+        fastvgg.verify(stored)
+    check_error(caught.value, index, "lists 0 failed images, but the manifest 1")
+    index.unlink()
+    with pytest.raises(VerificationError) as caught:
+        fastvgg.verify(stored)
+    assert caught.value.damaged == []
+    check_error(caught.value, index, "is missing")
+
+
+def test_progress_counts_every_check_up_to_the_total(stored):
+    seen = []
+    fastvgg.verify(stored, full=True, progress=seen.append, threads=2)
+    assert max(progress.images for progress in seen) == 22
+    assert {progress.total_images for progress in seen} == {22}
+    assert seen[-1].read_bytes >= 11 * 756
+
+
+def test_unfinished_dataset_is_reported_with_the_next_command(tmp_path):
+    source = save_npy(tmp_path / "x.npy", pixels(5))
+    target = interrupt_run(source, tmp_path / "y.npy", mode="caffe")
+    with pytest.raises(SourceError) as caught:
+        fastvgg.verify(target)
+    check_error(caught.value, target, "is unfinished", "rerun the command that writes it")
+
+
+def test_memory_bounds_what_verification_holds(tmp_path):
+    source = tmp_path / "x.npy"
+    np.lib.format.open_memmap(source, "w+", np.uint8, (160, 256, 256, 3))[:] = 7
+    plan_of(source, tmp_path / "y.npy", mode="identity", dtype="float32").run()
+    manifest = read_manifest(tmp_path / "y.npy")
+    chunk_mib = manifest.chunk_images * manifest.header.image_bytes / 2**20
+    limits = "memory='16MiB', threads=2, full=True"
+    assert peak_mib(f"fastvgg.verify({str(tmp_path / 'y.npy')!r}, {limits})") < 25 < chunk_mib
+
+
+def peak_mib(statement):
+    """Return by how much a statement raises the peak memory of a process."""
+    code = (
+        "import resource, numpy, fastvgg, fastvgg.stream.verify\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        f"before = peak()\n{statement}\nprint(peak() - before)"
+    )
+    environment = checkout_environment()
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    return float(done.stdout)
+
+
+def test_memory_that_is_too_small_is_rejected_with_what_is_needed(tmp_path):
+    stored = many_chunks(tmp_path, "y.zarr")
+    with pytest.raises(SourceError) as caught:
+        fastvgg.verify(stored, memory=1000)
+    check_error(caught.value, stored, "memory", "MiB")
