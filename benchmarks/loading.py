@@ -49,7 +49,7 @@ MIN_LOADER_SPEEDUP = 4.0
 
 
 def fastvgg_batches(path, threads, *, shuffle=False):
-    """Return batches, which reuse their memory across epochs."""
+    """Return batches; one object, because their memory is reused across epochs."""
     return fastvgg.batches(path, BATCH, transform=TRANSFORM, shuffle=shuffle, threads=threads)
 
 
@@ -70,7 +70,7 @@ def check(path):
     """Raise if a checked row of a batch differs from the oracle."""
     x = np.load(path, mmap_mode="r")
     for shuffle in (False, True):
-        for images, rows in fastvgg.batches(path, BATCH, transform=TRANSFORM, shuffle=shuffle):
+        for images, _, rows in fastvgg.batches(path, BATCH, transform=TRANSFORM, shuffle=shuffle):
             for index in (0, len(rows) // 2, len(rows) - 1):
                 expected = oracle.apply(TRANSFORM, x[rows[index]])
                 if images[index].tobytes() != expected.tobytes():

@@ -1,61 +1,65 @@
 """A multithreaded, prefetching loader: batches of a stored dataset, for training.
 
-Worker threads read and transform spans of a batch into a ring of reusable buffers. While the caller
-uses one batch, the workers build the next.
+Worker threads read and transform spans of a batch into memory that no one uses any more. While the
+caller uses one batch, the workers build the next.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import os
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
+import xxhash
 
-from fastvgg import engine
-from fastvgg.backend import choose_for_size
+from fastvgg.batch_builder import BatchBuilder
+from fastvgg.buffer_pool import BufferPool
 from fastvgg.datasets.images import ImageSource
+from fastvgg.datasets.index import read_columns
 from fastvgg.datasets.open import open_source
-from fastvgg.errors import SourceError, StoppedError, UsageError
-from fastvgg.parallel import TaskQueue, ThreadSlot, check_threads
+from fastvgg.errors import SourceError, StoppedError, UsageError, option
+from fastvgg.parallel import TaskQueue, check_threads
 from fastvgg.storage.location import Location
 from fastvgg.stream.manifest import Provenance
 from fastvgg.stream.preflight import plan_result
 from fastvgg.stream.redo_log import check_not_in_place
 from fastvgg.stream.source import check_exists, check_not_already_done
-from fastvgg.stream.tiles import TileTransform
 from fastvgg.transform import Transform, storage_dtype
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator, Mapping
 
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
     from fastvgg.datasets.base import ArraySource
     from fastvgg.parallel import TaskGroup
+    from fastvgg.stream.manifest import Manifest
     from fastvgg.transform import Layout
 
-# The size of one read. Switching threads costs 30 us a read: 8 MiB reach 0.99 of the kernel's own
-# throughput, 4 MiB 0.87, 1 MiB 0.82.
-READ_BYTES: Final = 8 * 1024 * 1024
 # The batch requested now, and the next one. One more buffer holds the batch yielded last.
 MAX_IN_FLIGHT: Final = 2
+MAX_FREE_BUFFERS: Final = MAX_IN_FLIGHT + 1
 MAX_INT64: Final = 2**63 - 1
 
 
 class Batch(NamedTuple):
-    """Images, and their row numbers in the dataset."""
+    """Images, their labels, and their row numbers in the dataset: arrays of the caller's own."""
 
     images: NDArray[Any]
+    labels: NDArray[Any] | None
+    """int64 positions in `Batches.class_names`, or labels of the caller's; None without labels."""
     rows: NDArray[np.int64]
 
 
 class Batches:
     """Iterate over a stored dataset in batches; each iteration is one epoch.
 
-    Every batch is an ``(images, rows)`` pair: the images, and their row numbers in the dataset. The
-    dataset is open only during an iteration.
+    Every batch is an ``(images, labels, rows)`` tuple: the images, their labels, and their row
+    numbers in the dataset. Its arrays may be kept and modified: the memory of a batch is reused
+    when nothing refers to it any more. The dataset is open only during an iteration.
 
     Parameters
     ----------
@@ -77,16 +81,31 @@ class Batches:
         Drop the last batch if it is smaller than `batch_size`.
     threads
         The number of threads that read and transform; by default all available CPUs.
-    copy
-        Allocate a new buffer for every batch. By default batches are views into a ring of three
-        buffers: a batch stays valid until two more batches have been requested.
+    labels
+        Labels of the caller's, integers or floats: one for every row of the dataset, or an array of
+        them. Batches contain integers as int64. By default labels come from the index of the
+        dataset, which `fastvgg.plan` writes for images: positions in `class_names`.
+    include_failed
+        Also yield the rows of images that could not be decoded, which are zeros. By default they
+        are left out, and `shard` and the length of an epoch refer to the other rows.
+
+    Attributes
+    ----------
+    labels : ndarray or None
+        The label of every row of the dataset, whatever the shard, as small integers if they come
+        from the index.
+    class_names : list of str or None
+        The distinct labels in the index, sorted, as torchvision and Keras number them. None if the
+        index has no labels, or `labels` is given.
+    failed_rows : ndarray of int64
+        The rows of the images that could not be decoded.
 
     Raises
     ------
     SourceError, ShapeError, DtypeError
         If the dataset does not exist, does not fit the transform, or is already preprocessed.
     UsageError
-        If an argument is out of range.
+        If an argument is out of range, or an iteration continues in a forked process.
     StoppedError
         During an iteration, if the dataset was changed or cannot be read.
 
@@ -94,11 +113,11 @@ class Batches:
     --------
     >>> x = np.arange(5 * 4 * 4 * 3, dtype=np.uint8).reshape(5, 4, 4, 3)
     >>> np.save("images.npy", x)
-    >>> for images, rows in batches("images.npy", 2):
-    ...     print(images.shape, rows, (images == x[rows]).all())
-    (2, 4, 4, 3) [0 1] True
-    (2, 4, 4, 3) [2 3] True
-    (1, 4, 4, 3) [4] True
+    >>> for images, labels, rows in batches("images.npy", 2, labels=[7, 8, 7, 8, 9]):
+    ...     print(images.shape, labels, rows, (images == x[rows]).all())
+    (2, 4, 4, 3) [7 8] [0 1] True
+    (2, 4, 4, 3) [7 8] [2 3] True
+    (1, 4, 4, 3) [9] [4] True
     """
 
     def __init__(
@@ -112,7 +131,8 @@ class Batches:
         shard: tuple[int, int] = (0, 1),
         drop_last: bool = False,
         threads: int | None = None,
-        copy: bool = False,
+        labels: ArrayLike | None = None,
+        include_failed: bool = False,
     ) -> None:
         _check_integer("batch_size", batch_size, minimum=1)
         _check_integer("seed", seed)
@@ -127,18 +147,25 @@ class Batches:
         self.shard = shard
         self.drop_last = drop_last
         self.threads = check_threads(threads)
-        self.copy = copy
+        self.include_failed = include_failed
         self._epoch = -1
         self._batches_yielded = 0
         self._has_start = False  # whether the next iteration starts at the two numbers above
-        self._buffers: deque[NDArray[Any]] | None = None
-        with contextlib.closing(self._open()) as source:
+        recorded = self._read_provenance()
+        self._version = _version(recorded.manifest)
+        with contextlib.closing(self._open(recorded, use_index=recorded.has_index)) as source:
             self.header = source.header
             self.result = source.header if transform is None else plan_result(source, transform)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state to pickle, without the buffers."""
-        return {**self.__dict__, "_buffers": None}
+            self.failed_rows, self.labels, self.class_names = read_columns(source.records)
+        if labels is not None:
+            self.labels, self.class_names = _check_labels(labels, self.header.images), None
+        if not self._row_count():
+            raise SourceError(
+                f"{self.location}: all {self.header.images} images failed when it was made",
+                f"recreate it from its source; {option('include_failed')} yields rows of zeros",
+            )
+        batch_bytes = min(batch_size, self.header.images) * self.result.image_bytes
+        self._pool = BufferPool(batch_bytes, MAX_FREE_BUFFERS)
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -156,6 +183,16 @@ class Batches:
         """Select the epoch number of the next iteration, which starts at its first batch."""
         _check_integer("epoch", epoch)
         self._epoch, self._batches_yielded, self._has_start = epoch, 0, True
+
+    def with_shard(self, shard: tuple[int, int], *, threads: int | None = None) -> Batches:
+        """Return a copy that iterates over another shard, by default on all available CPUs.
+
+        Unlike new batches, the copy does not read the index of the dataset again.
+        """
+        _check_shard(shard)
+        other = copy.copy(self)
+        other.shard, other.threads = shard, check_threads(threads)
+        return other
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the latest iteration and the options, as JSON types."""
@@ -175,6 +212,12 @@ class Batches:
         """
         for name, expected in self._identity().items():
             if state.get(name) != expected:
+                if name == "failed_rows":
+                    raise UsageError(
+                        f"the state was saved when other images of {self.location} had failed",
+                        "start an epoch at its first batch, with set_epoch; or save and load with "
+                        f"{option('include_failed')}",
+                    )
                 raise UsageError(
                     f"the state was saved with {name} {state.get(name)!r}, but these batches have "
                     f"{name} {expected!r}",
@@ -193,27 +236,52 @@ class Batches:
             "seed": self.seed,
             "shard": list(self.shard),
             "drop_last": self.drop_last,
+            "include_failed": self.include_failed,
+            "failed_rows": "" if self.include_failed else _digest(self.failed_rows.tobytes()),
         }
+
+    def _row_count(self) -> int:
+        """Return the number of rows in all shards."""
+        return self.header.images - (0 if self.include_failed else len(self.failed_rows))
 
     def _positions(self) -> range:
         """Return the positions of this shard in the order of an epoch."""
-        images, (number, shards) = self.header.images, self.shard
-        return range(images * number // shards, images * (number + 1) // shards)
+        count, (number, shards) = self._row_count(), self.shard
+        return range(count * number // shards, count * (number + 1) // shards)
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         """Return the row numbers of this shard in an epoch, in the order in which to yield them."""
-        images = self.header.images
-        order = np.arange(images)
+        order = np.arange(self.header.images)
+        if not self.include_failed:
+            order = np.delete(order, self.failed_rows)
         if self.shuffle:
-            order = np.random.default_rng((self.seed, epoch)).permutation(images)
+            np.random.default_rng((self.seed, epoch)).shuffle(order)
         positions = self._positions()
         return order[positions.start : positions.stop].astype(np.int64)
 
-    def _open(self) -> ArraySource:
-        """Open the dataset in the layout that the transform reads."""
+    def _read_provenance(self) -> Provenance:
+        """Check that the dataset is finished, and read what is recorded about it."""
         check_not_in_place(self.location.container)
         check_exists(self.location)
-        recorded = Provenance.read(self.location)
+        return Provenance.read(self.location)
+
+    def _reopen(self) -> ArraySource:
+        """Open the dataset for an epoch, after checking that it was not replaced.
+
+        Reading an index takes seconds for a million images, and is not repeated.
+        """
+        recorded = self._read_provenance()
+        source = self._open(recorded, use_index=False)
+        if source.header != self.header or _version(recorded.manifest) != self._version:
+            source.close()
+            raise SourceError(
+                f"{self.location} has changed since these batches were created",
+                "create new batches",
+            )
+        return source
+
+    def _open(self, recorded: Provenance, *, use_index: bool) -> ArraySource:
+        """Open the dataset in the layout that the transform reads."""
         applied, manifest = recorded.transform, recorded.manifest
         layout: Layout = "NHWC" if applied is None else applied.out_layout
         if self.transform is not None:
@@ -222,7 +290,7 @@ class Batches:
             layout = self.transform.layout
         dtype_hint = None if manifest is None else manifest.header.dtype
         source = open_source(
-            self.location, layout=layout, dtype_hint=dtype_hint, use_index=recorded.has_index
+            self.location, layout=layout, dtype_hint=dtype_hint, use_index=use_index
         )
         if isinstance(source, ImageSource):
             source.close()
@@ -233,52 +301,28 @@ class Batches:
             )
         return source
 
-    @contextlib.contextmanager
-    def _borrow_buffers(self) -> Iterator[deque[NDArray[Any]]]:
-        """Reuse the buffers of an earlier iteration, unless another iteration has them.
-
-        They are a ring, whose first buffer is that of the next batch: the batch that was yielded
-        last stays valid while the next ones are built. Page-faulting fresh memory is slow.
-        """
-        buffers, self._buffers = self._buffers, None
-        if buffers is None:
-            count = 0 if self.copy else MAX_IN_FLIGHT + 1
-            buffers = deque(self._new_buffer() for _ in range(count))
-        try:
-            yield buffers
-        finally:
-            self._buffers = buffers
-
-    def _new_buffer(self) -> NDArray[Any]:
-        shape = (self.batch_size, *self.result.shape[1:])
-        return np.empty(shape, storage_dtype(self.result.dtype))
-
     def _iterate(self, epoch: int, start: int) -> Iterator[Batch]:
         """Yield the batches of an epoch, from batch number `start`."""
         order, count, size = self._order(epoch), len(self), self.batch_size
-        with (
-            contextlib.closing(self._open()) as source,
-            self._borrow_buffers() as buffers,
-            TaskQueue(self.threads) as tasks,
-        ):
-            if source.header != self.header:
-                raise SourceError(
-                    f"{self.location} has changed since these batches were created",
-                    "create new batches",
-                )
+        process = os.getpid()
+        with contextlib.closing(self._reopen()) as source, TaskQueue(self.threads) as tasks:
             fingerprint = source.fingerprint()
-            builder = _BatchBuilder(self, source, tasks)
+            builder = BatchBuilder(
+                source, tasks, self.transform, size, self.threads, is_shuffled=self.shuffle
+            )
             in_flight: deque[tuple[Batch, TaskGroup]] = deque()
             for number in range(start, count):
                 for ahead in range(number + len(in_flight), min(number + MAX_IN_FLIGHT, count)):
-                    rows = order[ahead * size : (ahead + 1) * size]
-                    buffer = self._new_buffer() if self.copy else buffers[ahead - number]
-                    in_flight.append(builder.submit(rows, buffer))
-                batch, group = in_flight.popleft()
-                group.wait()
-                buffers.rotate(-1)
+                    in_flight.append(self._submit(builder, order[ahead * size :][:size]))
+                in_flight[0][1].wait()
                 self._epoch, self._batches_yielded = epoch, number + 1
-                yield batch
+                yield in_flight.popleft()[0]  # without a name, which would keep its memory
+                if os.getpid() != process:
+                    raise UsageError(
+                        f"the iteration over {self.location} was started in another process, whose "
+                        "threads a forked process does not have",
+                        "start an iteration in the process that uses it",
+                    )
             if source.fingerprint() != fingerprint:
                 raise StoppedError(
                     f"{self.location} changed while it was read: the batches of this epoch may mix "
@@ -286,75 +330,19 @@ class Batches:
                     "make sure that nothing writes to it, and start the epoch again",
                 )
 
+    def _submit(self, builder: BatchBuilder, rows: NDArray[np.int64]) -> tuple[Batch, TaskGroup]:
+        """Start to build the batch of `rows`, which is complete when the task group is done."""
+        rows = rows.copy()
+        labels = None if self.labels is None else self.labels[rows]
+        if labels is not None and labels.dtype.kind != "f":
+            labels = labels.astype(np.int64)
+        images = self._pool.empty(
+            (len(rows), *self.result.shape[1:]), storage_dtype(self.result.dtype)
+        )
+        return Batch(images, labels, rows), builder.submit(rows, images)
+
 
 batches = Batches
-
-
-class _BatchBuilder:
-    def __init__(self, options: Batches, source: ArraySource, tasks: TaskQueue) -> None:
-        self._source = source
-        self._tasks = tasks
-        self._transform = options.transform
-        self._is_shuffled = options.shuffle
-        header = source.header
-        epoch_bytes = 2 * header.nbytes if options.transform else 0
-        self._backend = choose_for_size("auto", epoch_bytes, options.threads)
-        images_per_thread = -(-options.batch_size // options.threads)
-        self._images_per_read = max(1, min(images_per_thread, READ_BYTES // header.image_bytes))
-        # Each thread gathers the scattered rows of a read into its own part of this memory.
-        has_gather = options.transform is not None and options.shuffle
-        gathered_images = options.threads * self._images_per_read if has_gather else 0
-        self._gathered = np.empty((gathered_images, *header.shape[1:]), storage_dtype(header.dtype))
-        self._thread_slot = ThreadSlot()
-        self._tiles: TileTransform | None = None
-        if options.transform and not options.shuffle and source.has_random_access:
-            self._tiles = TileTransform(
-                options.transform,
-                source,
-                threads=options.threads,
-                max_images=self._images_per_read,
-                backend=self._backend,
-            )
-
-    def submit(self, rows: NDArray[np.int64], buffer: NDArray[Any]) -> tuple[Batch, TaskGroup]:
-        """Start to build the batch of `rows` in `buffer`.
-
-        The batch is complete when the task group is done.
-        """
-        images = buffer[: len(rows)]
-        build = self._build_scattered if self._is_shuffled else self._build_consecutive
-        starts = range(0, len(rows), self._images_per_read)
-        spans = [slice(start, min(start + self._images_per_read, len(rows))) for start in starts]
-        return Batch(images, rows), self._tasks.submit(
-            spans, lambda span: build(rows[span], images, span.start)
-        )
-
-    def _build_consecutive(self, rows: NDArray[np.int64], images: NDArray[Any], at: int) -> None:
-        """Build consecutive rows, tile by tile where the source allows it, or with one read."""
-        first, count = int(rows[0]), len(rows)
-        if self._transform is None:
-            self._source.read_into(first, images[at : at + count])
-            return
-        if self._tiles is not None:
-            self._source.prefetch(first + count, min(first + 2 * count, self._source.header.images))
-            self._tiles.bind(images)(first, at, count)
-            return
-        read = self._source.read(first, first + count).batch
-        engine.bind_rows(self._transform, read, images, backend=self._backend)(0, at, count)
-
-    def _build_scattered(self, rows: NDArray[np.int64], images: NDArray[Any], at: int) -> None:
-        """Build rows in any order; a transform reads them from the thread's gather buffer."""
-        if self._transform is None:
-            self._gather(rows, images[at : at + len(rows)])
-            return
-        first = self._thread_slot() * self._images_per_read
-        self._gather(rows, self._gathered[first : first + len(rows)])
-        transform = engine.bind_rows(self._transform, self._gathered, images, backend=self._backend)
-        transform(first, at, len(rows))
-
-    def _gather(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
-        for at, row in enumerate(rows.tolist()):
-            self._source.read_into(row, out[at : at + 1])
 
 
 def _check_integer(name: str, value: object, *, minimum: int = 0, maximum: int = MAX_INT64) -> int:
@@ -369,3 +357,34 @@ def _check_shard(shard: object) -> None:
         raise UsageError(
             f"shard is {shard!r}", "give (i, n): shard number i, from 0 to n - 1, of n shards"
         )
+
+
+def _check_labels(labels: ArrayLike, images: int) -> NDArray[Any]:
+    try:
+        array = np.asarray(labels)
+    except ValueError as error:
+        raise UsageError(
+            f"labels are not an array: {error}", "give one label for every row"
+        ) from None
+    if array.dtype.kind not in "biuf":
+        raise UsageError(
+            f"labels are of type {array.dtype}, expected integers or floats",
+            "number them: classes, labels = numpy.unique(names, return_inverse=True)",
+        )
+    if array.ndim == 0 or len(array) != images:
+        raise UsageError(
+            f"labels have shape {array.shape}, but the dataset has {images} rows",
+            "give one label for every row, in the order of the rows, also for failed images",
+        )
+    if array.dtype.kind == "u" and array.max() > MAX_INT64:
+        raise UsageError(f"a label is {array.max()}, more than {MAX_INT64}", "give labels of int64")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _version(manifest: Manifest | None) -> str:
+    """Return a hash of a manifest, which every run that finishes writes anew."""
+    return "" if manifest is None else _digest(manifest.to_json())
+
+
+def _digest(data: bytes) -> str:
+    return xxhash.xxh3_64_hexdigest(data)

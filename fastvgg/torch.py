@@ -2,37 +2,55 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from fastvgg.errors import SourceError, option
 from fastvgg.interop import as_torch
 from fastvgg.loader import Batches
-from fastvgg.storage.location import Location
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Mapping
 
-    from fastvgg.transform import Transform
+    from numpy.typing import ArrayLike
+
+    from fastvgg.loader import Batch
+    from fastvgg.transform import Layout, Transform
 
 __all__ = ["BatchesDataset"]
 
 
 class BatchesDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Iterate over ``(images, rows)`` batches of tensors; no two batches share memory.
+    """Iterate over ``(images, labels)`` batches of tensors, ready for a network and its loss.
 
-    Pass it to a DataLoader with ``batch_size=None``, because it yields complete batches. Every
-    worker of every `torch.distributed` rank iterates over one shard of the rows. The shards are
-    disjoint and cover the dataset.
+    Images are of shape (N, 3, H, W), whatever the layout of the dataset or of the transform: NHWC
+    images are a permuted view, in PyTorch's channels-last memory format. Labels are int64, or have
+    the floating type of `labels`. Tensors may be kept and modified.
+
+    Pass the dataset to a DataLoader with ``batch_size=None``, because it yields complete batches.
+    Every worker of every `torch.distributed` rank iterates over one shard of the rows. The shards
+    are disjoint and cover the dataset.
 
     Parameters
     ----------
-    path, batch_size, transform, shuffle, seed, drop_last
+    path, batch_size, transform, shuffle, seed, drop_last, labels, include_failed
         As for `fastvgg.batches`. With `shuffle`, call `set_epoch` before each epoch.
     threads
         The number of threads of a worker; by default one, or without workers all available CPUs.
+
+    Attributes
+    ----------
+    class_names : list of str or None
+        The class of each label; see `fastvgg.batches`.
+
+    Raises
+    ------
+    SourceError
+        If the dataset has no labels, and `labels` is not given.
 
     Examples
     --------
@@ -42,8 +60,8 @@ class BatchesDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
         loader = DataLoader(dataset, batch_size=None, num_workers=2, pin_memory=True)
         for epoch in range(90):
             dataset.set_epoch(epoch)
-            for images, rows in loader:
-                ...
+            for images, labels in loader:
+                loss = cross_entropy(network(images), labels)
     """
 
     def __init__(
@@ -56,21 +74,33 @@ class BatchesDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
         seed: int = 0,
         drop_last: bool = False,
         threads: int | None = None,
+        labels: ArrayLike | None = None,
+        include_failed: bool = False,
     ) -> None:
         super().__init__()
-        self._location = Location.parse(path)
-        self._batch_size = batch_size
-        self._options: dict[str, Any] = {
-            "transform": transform,
-            "shuffle": shuffle,
-            "seed": seed,
-            "drop_last": drop_last,
-            "copy": True,
-        }
+        self._batches = Batches(
+            path,
+            batch_size,
+            transform=transform,
+            shuffle=shuffle,
+            seed=seed,
+            drop_last=drop_last,
+            threads=threads,
+            labels=labels,
+            include_failed=include_failed,
+        )
+        self.class_names = self._batches.class_names
+        if self._batches.labels is None:
+            images = self._batches.header.images
+            raise SourceError(
+                f"{self._batches.location} has no labels: no index next to it names any",
+                "give one for every row, for example the numbers of the rows: "
+                f"{option('labels', range(images))}",
+            )
         self._threads = threads
         self._epoch = 0
         self._state: Mapping[str, Any] | None = None
-        self._batches = self._worker_batches()  # raises now if an argument is invalid
+        self._batches = self._worker_batches()
 
     def set_epoch(self, epoch: int) -> None:
         """Select the epoch number of the next iteration; call it before iterating the loader."""
@@ -93,8 +123,8 @@ class BatchesDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
         else:
             self._batches.load_state_dict(self._state)
         self._epoch, self._state = self._batches.state_dict()["epoch"] + 1, None
-        for images, rows in self._batches:
-            yield as_torch(images), torch.from_numpy(rows)
+        to_tensors = functools.partial(_to_tensors, layout=self._batches.result.layout)
+        yield from map(to_tensors, self._batches)
 
     def _worker_batches(self) -> Batches:
         worker = get_worker_info()
@@ -104,6 +134,12 @@ class BatchesDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
             rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         threads = self._threads if worker is None else self._threads or 1
         shard = rank * workers + number, ranks * workers
-        return Batches(
-            self._location, self._batch_size, shard=shard, threads=threads, **self._options
-        )
+        return self._batches.with_shard(shard, threads=threads)
+
+
+def _to_tensors(batch: Batch, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the images, channels first, and the labels of a batch, without a copy."""
+    images = as_torch(batch.images)
+    return images.permute(0, 3, 1, 2) if layout == "NHWC" else images, torch.from_numpy(
+        batch.labels
+    )

@@ -194,6 +194,8 @@ class NpySource(ContiguousSource):
         The layout of the array.
     dtype_hint
         "bfloat16" if a manifest declares that the two-byte elements are bfloat16.
+    use_index
+        Whether to read the index next to the file.
 
     Raises
     ------
@@ -205,12 +207,17 @@ class NpySource(ContiguousSource):
     kind = "npy"
 
     def __init__(
-        self, path: Path, *, layout: Layout = "NHWC", dtype_hint: str | None = None
+        self,
+        path: Path,
+        *,
+        layout: Layout = "NHWC",
+        dtype_hint: str | None = None,
+        use_index: bool = True,
     ) -> None:
         super().__init__(Location(path))
         try:
             self._validate(read_header(self._file, path), layout, dtype_hint)
-            self.records = read_index(path, self.header.images)
+            self.records = read_index(path, self.header.images) if use_index else ()
         except SourceError:
             self.close()
             raise

@@ -72,7 +72,8 @@ def open_source(
     listing
         The listing of the images, if it is already known.
     use_index
-        Whether the index next to an HDF5 file describes this dataset of the file.
+        Whether to read the index next to an array. The one next to an HDF5 file may describe
+        another dataset of the file.
     follow_links
         Whether links below a directory of images or of part-*.npy are followed.
 
@@ -190,12 +191,12 @@ def _open_array(
     if kind == "zarr":
         with _require_extra("zarr", location):
             from fastvgg.datasets.zarr import ZarrSource
-        return ZarrSource(path, layout=layout)
+        return ZarrSource(path, layout=layout, use_index=use_index)
     if kind == "parts":
         return PartitionedNpySource(
             path, layout=layout, dtype_hint=dtype_hint, follow_links=follow_links
         )
-    return NpySource(path, layout=layout, dtype_hint=dtype_hint)
+    return NpySource(path, layout=layout, dtype_hint=dtype_hint, use_index=use_index)
 
 
 def embedded_transform(location: Location) -> Any:  # noqa: ANN401  # any JSON value

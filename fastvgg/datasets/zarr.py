@@ -255,12 +255,12 @@ class ZarrSource(ZarrArray):
         If `ZarrArray` rejects it, or chunks are missing.
     """
 
-    def __init__(self, path: Path, *, layout: Layout = "NHWC") -> None:
+    def __init__(self, path: Path, *, layout: Layout = "NHWC", use_index: bool = True) -> None:
         super().__init__(path, layout=layout)
         files = _list_files(path)
         self._check_no_missing_chunks(files)
         self.stored_bytes = sum(size for size, _ in files.values())
-        self.records = read_index(path, self.header.images)
+        self.records = read_index(path, self.header.images) if use_index else ()
 
     def _check_no_missing_chunks(self, files: Mapping[str, tuple[int, str]]) -> None:
         expected = math.prod(self._counts)

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -66,10 +67,28 @@ def test_public_names_resolve_to_the_same_object_every_time(name):
     assert getattr(fastvgg, name) is value
 
 
-def test_dir_lists_the_public_names():
-    assert dir(fastvgg) == sorted(fastvgg.__all__)
+MODULES = ("dask", "keras", "torch")
+
+
+def test_dir_lists_the_public_names_and_the_modules_that_can_be_imported():
+    modules = [name for name in MODULES if name != "torch" or find_spec("torch")]
+    assert dir(fastvgg) == sorted([*fastvgg.__all__, *modules])
     expected = {"Mode", "Transform", "batches", "plan", "preprocess", "restore", "verify"}
     assert expected <= set(dir(fastvgg))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_for_other_libraries_are_attributes(name):
+    script = f"import fastvgg; print(fastvgg.{name}.__name__, fastvgg.{name}.__all__)"
+    if name == "torch" and not find_spec("torch"):
+        script = (
+            "import fastvgg\n"
+            "try:\n"
+            "    fastvgg.torch\n"
+            "except ModuleNotFoundError as error:\n"
+            "    print('fastvgg.torch needs', error.name)\n"
+        )
+    assert run_script(script).startswith(f"fastvgg.{name} ")
 
 
 def test_unknown_attribute_raises_attribute_error():
@@ -181,7 +200,7 @@ LAYERS = (
     ("models",),
     ("transform",),
     ("oracle",),
-    ("interop", "parallel", "tiling"),
+    ("buffer_pool", "interop", "parallel", "tiling"),
     ("kernels",),
     ("backend",),
     ("call_plan",),
@@ -191,7 +210,7 @@ LAYERS = (
     ("datasets",),
     ("stream",),
     ("executors",),
-    ("loader", "torch", "dask", "keras"),
+    ("batch_builder", "loader", "torch", "dask", "keras"),
     ("bench", "demo"),
     ("__init__",),
     ("cli",),

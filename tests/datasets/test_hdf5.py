@@ -793,7 +793,7 @@ def test_sidecars_describe_only_the_written_dataset(tmp_path, packed):
         assert fastvgg.verify(tmp_path / f"y{name[1:]}.npy").recomputed_images == images
         with pytest.raises(SourceError, match="no checksums to compare"):
             fastvgg.verify(location)
-        batches = [batch.copy() for batch, _ in fastvgg.batches(location, 4, threads=1)]
+        batches = [batch.images for batch in fastvgg.batches(location, 4, threads=1)]
         assert np.array_equal(np.concatenate(batches), pixels(images))
     plan_of(dataset_path(packed), tmp_path / "y.npy", mode="caffe", images_per_chunk=2).run()
     assert read_index(tmp_path / "y.npy", 6)[4].failed

@@ -777,7 +777,7 @@ def test_info_shows_the_recorded_transform(without_manifest):
 def test_batches_have_the_recorded_layout(without_manifest):
     batches = fastvgg.batches(without_manifest, 4)
     expected = network_inputs(pixels(10), "caffe", out_layout="NCHW")
-    actual = np.concatenate([images.copy() for images, _ in batches])
+    actual = np.concatenate([batch.images for batch in batches])
     assert_same(actual, expected)
 
 

@@ -31,8 +31,11 @@ def on_disk(source: str, target: str) -> tuple[float, list[str]]:
     plan = fastvgg.plan(source, target, mode="tf", size=(224, 224), memory="1GiB")
     report = plan.run()
     failed: int = report.counts["failed"]
-    for batch, rows in fastvgg.batches(target, 256):
-        batch.sum() + rows.sum()
+    for images, labels, rows in fastvgg.batches(target, 256, labels=range(1000)):
+        images.sum() + rows.sum()
+        labels.sum()  # type: ignore[union-attr]  # a dataset may have no labels
+    fastvgg.keras.preprocess_input(np.zeros((2, 4, 4, 3)))
+    fastvgg.keras.preprocess_inputs  # type: ignore[attr-defined]  # noqa: B018
     fastvgg.verify(target, full=failed == 0)
     report.count  # type: ignore[attr-defined]  # noqa: B018
     fastvgg.plan(source, target, fsync="never")  # type: ignore[arg-type]

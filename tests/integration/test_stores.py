@@ -185,7 +185,7 @@ def test_stored_array_is_restored_into_a_store(store, array):
 
 def test_stored_array_yields_batches(store, array):
     make_plan(array, store).run()
-    for images, rows in fastvgg.batches(f"{store.url}/y.zarr", 4, threads=2):
+    for images, _, rows in fastvgg.batches(f"{store.url}/y.zarr", 4, threads=2):
         assert images.tobytes() == EXPECTED[rows].tobytes()
 
 

@@ -1,4 +1,4 @@
-"""Batches for training: each row once, in a reproducible order, correct in any buffer."""
+"""Batches for training: each row once, in a reproducible order, in memory of the caller's own."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import threading
+from collections import deque
 
 import numpy as np
 import pytest
 
 import fastvgg
-from fastvgg import loader, oracle
+from fastvgg import batch_builder, oracle
+from fastvgg.datasets.base import ImageRecord
+from fastvgg.datasets.index import INDEX_HEADER, format_records, index_path, read_index
 from fastvgg.errors import FastvggError, SourceError, StoppedError, UsageError
+from fastvgg.loader import MAX_IN_FLIGHT
 from fastvgg.transform import Transform
 from tests.helpers.batches import dtype_of, frozen
+from tests.helpers.datasets_on_disk import pixels, python, save_images, stdout_of
 
 pytestmark = pytest.mark.pixels
 
@@ -50,7 +56,7 @@ def parts(tmp_path):
 @pytest.fixture(params=[1, 3])
 def small_reads(request, monkeypatch):
     """Read one image or three at a time, so that batches span several reads."""
-    monkeypatch.setattr(loader, "READ_BYTES", request.param * 5 * 7 * 3)
+    monkeypatch.setattr(batch_builder, "READ_BYTES", request.param * 5 * 7 * 3)
 
 
 def expected_images(transform, rows):
@@ -59,30 +65,23 @@ def expected_images(transform, rows):
     )
 
 
-def copy_all(batches):
-    """Return copies of the batches of an epoch."""
-    return [(batch.images.copy(), batch.rows.copy()) for batch in batches]
-
-
 def rows_of(batches):
-    return np.concatenate([rows for _, rows in batches] or [np.zeros(0, np.int64)]).tolist()
+    return [row for batch in batches for row in batch.rows.tolist()]
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=repr)
 @pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("copy", [False, True])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.usefixtures("small_reads")
-def test_every_row_is_yielded_once_and_matches_oracle(path, transform, shuffle, copy, threads):
-    batches = fastvgg.batches(
-        path, 4, transform=transform, shuffle=shuffle, copy=copy, threads=threads
-    )
+def test_every_row_is_yielded_once_and_matches_oracle(path, transform, shuffle, threads):
+    batches = fastvgg.batches(path, 4, transform=transform, shuffle=shuffle, threads=threads)
     for _ in range(2):
-        yielded = copy_all(batches)
+        yielded = list(batches)
         assert len(yielded) == len(batches) == 6
-        assert [len(rows) for _, rows in yielded] == [4, 4, 4, 4, 4, 3]
+        assert [len(batch.rows) for batch in yielded] == [4, 4, 4, 4, 4, 3]
         assert sorted(rows_of(yielded)) == list(range(IMAGES))
-        for images, rows in yielded:
+        for images, labels, rows in yielded:
+            assert labels is None
             expected = expected_images(transform, rows)
             assert (images.shape, images.dtype) == (expected.shape, expected.dtype)
             assert images.tobytes() == expected.tobytes()
@@ -93,39 +92,39 @@ def test_every_row_is_yielded_once_and_matches_oracle(path, transform, shuffle, 
 @pytest.mark.usefixtures("small_reads")
 def test_parts_yield_the_same_batches_as_one_array(path, parts, shuffle):
     of_one, of_parts = (
-        copy_all(fastvgg.batches(each, 4, shuffle=shuffle, transform=Transform("caffe")))
+        list(fastvgg.batches(each, 4, shuffle=shuffle, transform=Transform("caffe")))
         for each in (path, parts)
     )
-    for (images, rows), (expected, expected_rows) in zip(of_parts, of_one, strict=True):
+    for (images, _, rows), (expected, _, expected_rows) in zip(of_parts, of_one, strict=True):
         assert images.tobytes() == expected.tobytes()
         assert rows.tolist() == expected_rows.tolist()
 
 
 def test_unshuffled_rows_are_in_order(path):
-    assert rows_of(copy_all(fastvgg.batches(path, 5))) == list(range(IMAGES))
+    assert rows_of(list(fastvgg.batches(path, 5))) == list(range(IMAGES))
 
 
 def test_permutation_depends_only_on_seed_and_epoch(path):
     batches = fastvgg.batches(path, 5, shuffle=True, seed=3)
-    orders = [rows_of(copy_all(batches)) for _ in range(3)]
+    orders = [rows_of(list(batches)) for _ in range(3)]
     assert len({tuple(order) for order in orders}) == 3
     repeated = fastvgg.batches(path, 7, shuffle=True, seed=3)
-    assert [rows_of(copy_all(repeated)) for _ in range(3)] == orders
-    assert rows_of(copy_all(fastvgg.batches(path, 5, shuffle=True, seed=4))) != orders[0]
+    assert [rows_of(list(repeated)) for _ in range(3)] == orders
+    assert rows_of(list(fastvgg.batches(path, 5, shuffle=True, seed=4))) != orders[0]
 
 
 def test_set_epoch_selects_an_epoch(path):
     batches = fastvgg.batches(path, 5, shuffle=True)
-    orders = [rows_of(copy_all(batches)) for _ in range(4)]
+    orders = [rows_of(list(batches)) for _ in range(4)]
     batches.set_epoch(2)
-    assert [rows_of(copy_all(batches)) for _ in range(2)] == orders[2:]
+    assert [rows_of(list(batches)) for _ in range(2)] == orders[2:]
 
 
 def test_next_epoch_follows_an_abandoned_iteration(path):
     batches, whole = (fastvgg.batches(path, 5, shuffle=True) for _ in range(2))
     next(iter(batches))
-    copy_all(whole)
-    assert rows_of(copy_all(batches)) == rows_of(copy_all(whole))
+    list(whole)
+    assert rows_of(list(batches)) == rows_of(list(whole))
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -134,8 +133,8 @@ def test_shards_partition_the_dataset_evenly(path, shuffle, shards):
     whole = fastvgg.batches(path, 4, shuffle=shuffle)
     each = [fastvgg.batches(path, 4, shuffle=shuffle, shard=(i, shards)) for i in range(shards)]
     for _ in range(2):
-        orders = [rows_of(copy_all(batches)) for batches in each]
-        assert list(itertools.chain(*orders)) == rows_of(copy_all(whole))
+        orders = [rows_of(list(batches)) for batches in each]
+        assert list(itertools.chain(*orders)) == rows_of(list(whole))
         assert max(map(len, orders)) - min(map(len, orders)) <= 1
     for batches, order in zip(each, orders, strict=True):
         assert len(batches) == -(-len(order) // 4)
@@ -146,7 +145,7 @@ def test_shards_partition_the_dataset_evenly(path, shuffle, shards):
 )
 def test_drop_last_omits_an_incomplete_batch(path, batch_size, count, left):
     batches = fastvgg.batches(path, batch_size, drop_last=True)
-    yielded = copy_all(batches)
+    yielded = list(batches)
     assert len(yielded) == len(batches) == count
     assert rows_of(yielded) == list(range(IMAGES - left))
 
@@ -154,64 +153,167 @@ def test_drop_last_omits_an_incomplete_batch(path, batch_size, count, left):
 # Memory
 
 
-def test_batch_is_valid_until_two_more_are_requested(path):
-    batches = fastvgg.batches(path, 2, transform=Transform("caffe"))
-    before = None
-    for images, rows in batches:
-        if before is not None:
-            assert before[0].tobytes() == expected_images(Transform("caffe"), before[1]).tobytes()
-        before = images, rows
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=repr)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_batches_that_are_kept_stay_correct(path, transform, shuffle):
+    batches = fastvgg.batches(path, 2, transform=transform, shuffle=shuffle)
+    kept = [*batches, *batches]
+    for images, _, rows in kept:
+        assert images.tobytes() == expected_images(transform, rows).tobytes()
+    spans = sorted(bounds(batch.images) for batch in kept)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
-def test_buffers_are_reused_unless_copy(path):
-    def addresses(copy):
-        kept = list(fastvgg.batches(path, 2, copy=copy))
-        return len({batch.images.ctypes.data for batch in kept}), kept
-
-    assert addresses(copy=False)[0] == 3
-    count, kept = addresses(copy=True)
-    assert count == len(kept) == 12
-    for images, rows in kept:
-        assert images.tobytes() == make_images()[rows].tobytes()
+def bounds(array):
+    return np.lib.array_utils.byte_bounds(array)
 
 
-@pytest.mark.parametrize("batches_taken", [1, 2, 3, 4, 12])
-def test_next_epoch_reuses_the_buffers_in_order(path, batches_taken):
-    batches = fastvgg.batches(path, 2)
-    yielded = iter(batches)
-    kept = [next(yielded) for _ in range(batches_taken)]
-    yielded.close()
-    last = kept[-1]
-    following = iter(batches)
-    first = next(following)
-    for images, rows in (last, first):  # valid until two more are requested
-        assert images.tobytes() == make_images()[rows].tobytes()
-    addresses = {batch.images.ctypes.data for batch in [*kept, first, *following]}
-    assert len(addresses) == 3
+def addresses(batches, keep=0):
+    """Return the addresses of the batches of an epoch while the last `keep` ones are kept."""
+    kept, found = deque(maxlen=keep), []
+    for batch in batches:
+        found.append(batch.images.ctypes.data)
+        kept.append(batch)
+        del batch
+    return found
 
 
-def test_concurrent_iterations_do_not_share_memory(path):
+def test_batches_that_are_dropped_lend_their_memory_to_the_next(path):
+    batches = fastvgg.batches(path, 2, transform=Transform("caffe"), threads=3)
+    first = set(addresses(batches))
+    assert len(first) == MAX_IN_FLIGHT
+    for _ in range(5):
+        assert set(addresses(batches)) <= first
+
+
+def test_common_loop_needs_three_buffers(path):
+    batches = fastvgg.batches(path, 2, shuffle=True, threads=3)
+    found = set()
+    for _ in range(5):
+        for images, _, rows in batches:  # the name keeps a batch until the next one has its memory
+            assert images.tobytes() == make_images()[rows].tobytes()
+            found.add(images.ctypes.data)
+    assert len(found) == MAX_IN_FLIGHT + 1
+
+
+@pytest.mark.parametrize("kept", [1, 4, 7])
+def test_keeping_batches_costs_one_buffer_each(path, kept):
     batches = fastvgg.batches(path, 2, shuffle=True)
-    copy_all(batches)  # leaves buffers that only one iteration can reuse
+    found = addresses(batches, kept)
+    assert len(set(found)) == min(len(found), kept + MAX_IN_FLIGHT)
+
+
+def test_batches_are_writable_and_no_one_else_uses_them(path):
+    before = path.read_bytes()
+    batches = fastvgg.batches(path, 2, labels=range(IMAGES))
+    kept = []
+    for images, labels, rows in batches:
+        expected = make_images()[rows]
+        assert images.tobytes() == expected.tobytes()
+        assert labels.tolist() == rows.tolist()
+        kept.append((images, labels, rows))
+        images[...], labels[...], rows[...] = 0, 0, 0
+    assert not any(array.any() for batch in kept for array in batch)
+    assert rows_of(batches) == list(range(IMAGES))
+    assert path.read_bytes() == before
+
+
+def test_iterations_at_once_do_not_share_memory(path):
+    batches = fastvgg.batches(path, 2, shuffle=True)
+    list(batches)  # leaves buffers that either can use
     for one, other in zip(batches, batches, strict=True):
-        for images, rows in (one, other):
+        for images, _, rows in (one, other):
             assert images.tobytes() == make_images()[rows].tobytes()
         assert not np.shares_memory(one.images, other.images)
 
 
-def test_pickled_batches_omit_their_buffers(path):
+@pytest.mark.parametrize("taken", [0, 1, 2, 3])
+def test_abandoned_iteration_returns_its_memory_when_its_threads_are_done(path, taken):
+    batches = fastvgg.batches(path, 2, transform=Transform("caffe"), threads=3)
+    first = set(addresses(batches))
+    for _ in range(4):
+        yielded = iter(batches)
+        kept = [next(yielded) for _ in range(taken)]
+        yielded.close()
+        for images, _, rows in kept:
+            assert images.tobytes() == expected_images(Transform("caffe"), rows).tobytes()
+        del kept[:]
+        if taken:
+            del images
+    assert len(set(addresses(batches)) | first) <= taken + MAX_IN_FLIGHT + 1
+
+
+def test_failed_iteration_leaves_the_batches_usable(path):
+    batches = fastvgg.batches(path, 2, threads=3)
+    content = path.read_bytes()
+    yielded = iter(batches)
+    kept = [next(yielded)]
+    os.truncate(path, 300)
+    with pytest.raises(StoppedError, match="file was truncated"):
+        kept.extend(yielded)
+    path.write_bytes(content)
+    for images, _, rows in [*kept, *batches]:
+        assert images.tobytes() == make_images()[rows].tobytes()
+
+
+def test_pickled_batches_omit_their_memory(path):
     batches = fastvgg.batches(path, 23)
-    copy_all(batches)
+    list(batches)
     assert len(pickle.dumps(batches)) < 1000
 
 
-def test_writing_to_a_batch_does_not_change_the_dataset(path):
-    before = path.read_bytes()
-    for images, _ in fastvgg.batches(path, 2):
-        images[...] = 0
-    assert path.read_bytes() == before
-    for images, rows in fastvgg.batches(path, 2):
-        assert images.tobytes() == make_images()[rows].tobytes()
+END_OF_PROCESS = """
+import sys, threading
+import numpy as np
+import fastvgg
+
+batches = fastvgg.batches(sys.argv[1], 2, transform=fastvgg.Transform("caffe"), threads=2)
+kept = [*batches, *batches]
+unfinished = iter(batches)
+last = next(unfinished)
+threading.last = [batch.images[1:] for batch in kept]  # dropped after most other modules
+print("end")
+"""
+
+
+def test_process_ends_quietly_with_batches_in_use(path):
+    done = python(END_OF_PROCESS, path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
+FORK = """
+import os, signal, sys, warnings
+warnings.simplefilter("ignore")  # Python warns of forks in a process that has threads
+import numpy as np
+import fastvgg
+from fastvgg.errors import UsageError
+
+x = np.load(sys.argv[1])
+batches = fastvgg.batches(sys.argv[1], 2, shuffle=True, threads=3)
+kept, unfinished = [*batches][:4], iter(batches)
+kept.append(next(unfinished))
+
+def is_right(each):
+    return all((batch.images == x[batch.rows]).all() for batch in each)
+
+child = os.fork()
+if not child:
+    signal.alarm(60)  # a child that waits for a thread that it does not have would wait forever
+    code = 1
+    try:
+        next(unfinished)
+    except UsageError as error:
+        unfinished.close()
+        code = 0 if is_right(kept) and is_right([*batches]) and "forked" in str(error) else 2
+    finally:
+        os._exit(code)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert is_right([*kept, *unfinished])
+"""
+
+
+def test_forked_child_iterates_anew_and_cannot_continue_an_iteration(path):
+    stdout_of(FORK, path)
 
 
 def test_next_batch_is_prefetched(path, monkeypatch):
@@ -240,20 +342,18 @@ def test_state_resumes_after_the_batches_already_yielded(path, shuffle, stopped_
         return fastvgg.batches(path, 4, shuffle=shuffle, seed=9)
 
     batches = made()
-    copy_all(batches)
-    expected = copy_all(batches)
+    list(batches)
+    expected = list(batches)
     batches.set_epoch(1)
     yielded = iter(batches)
-    first = [
-        (batch.images.copy(), batch.rows) for batch in itertools.islice(yielded, stopped_after)
-    ]
+    first = list(itertools.islice(yielded, stopped_after))
     state = json.loads(json.dumps(batches.state_dict()))
     resumed = made()
     resumed.load_state_dict(state)
-    both = first + copy_all(resumed)
+    both = first + list(resumed)
     assert rows_of(both) == rows_of(expected)
-    assert [images.tobytes() for images, _ in both] == [images.tobytes() for images, _ in expected]
-    assert rows_of(copy_all(resumed)) == rows_of(copy_all(with_epoch(made(), 2)))
+    assert [each.images.tobytes() for each in both] == [each.images.tobytes() for each in expected]
+    assert rows_of(list(resumed)) == rows_of(list(with_epoch(made(), 2)))
 
 
 def with_epoch(batches, epoch):
@@ -264,9 +364,9 @@ def with_epoch(batches, epoch):
 def test_state_before_the_first_iteration_restarts_the_epoch(path):
     batches = fastvgg.batches(path, 4, shuffle=True)
     state = batches.state_dict()
-    expected = rows_of(copy_all(batches))
+    expected = rows_of(list(batches))
     batches.load_state_dict(state)
-    assert rows_of(copy_all(batches)) == expected
+    assert rows_of(list(batches)) == expected
 
 
 @pytest.mark.parametrize(
@@ -277,6 +377,7 @@ def test_state_before_the_first_iteration_restarts_the_epoch(path):
         {"seed": 1},
         {"shard": (0, 2)},
         {"drop_last": True},
+        {"include_failed": True},
     ],
     ids=str,
 )
@@ -301,11 +402,173 @@ def test_damaged_state_is_rejected(path, wrong):
 def test_batches_round_trip_through_pickle(path):
     batches = fastvgg.batches(path, 4, shuffle=True, transform=Transform("caffe"))
     copied = pickle.loads(pickle.dumps(batches))  # noqa: S301
-    for (images, rows), (expected, expected_rows) in zip(
-        copy_all(copied), copy_all(batches), strict=True
-    ):
+    for (images, _, rows), (expected, _, expected_rows) in zip(copied, batches, strict=True):
         assert images.tobytes() == expected.tobytes()
         assert rows.tolist() == expected_rows.tolist()
+
+
+# Labels
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """A packed directory of two classes, in which the third and the last image are damaged."""
+    directory = tmp_path_factory.mktemp("photographs")
+    names = [f"{name}/{number}.png" for name in ("dog", "cat") for number in range(4)]
+    save_images(directory / "photos", pixels(8), names)
+    for name in ("cat/2.png", "dog/3.png"):
+        (directory / "photos" / name).write_bytes(b"no image")
+    fastvgg.plan(directory / "photos", directory / "packed.npy", size=(7, 9), **PACK).run()
+    return directory / "packed.npy"
+
+
+PACK = {"direction": "pack", "backend": "numpy"}
+FAILED = [2, 7]
+OK = [0, 1, 3, 4, 5, 6]
+
+
+def test_labels_are_positions_in_the_sorted_class_names(photographs):
+    batches = fastvgg.batches(photographs, 4)
+    assert batches.class_names == ["cat", "dog"]
+    images, labels, rows = next(iter(batches))
+    assert (labels.dtype, labels.tolist(), rows.tolist()) == (np.int64, [0, 0, 0, 1], OK[:4])
+    assert np.array_equal(images, np.load(photographs)[OK[:4]])
+
+
+def test_labels_follow_a_shuffled_dataset(photographs):
+    for batch in fastvgg.batches(photographs, 4, shuffle=True, seed=1):
+        assert batch.labels.tolist() == (batch.rows >= 4).astype(int).tolist()
+
+
+def test_dataset_without_an_index_has_no_labels(path):
+    batches = fastvgg.batches(path, 4)
+    assert batches.class_names is batches.labels is None
+    assert [batch.labels for batch in batches] == [None] * len(batches)
+
+
+def test_directory_without_folders_has_no_labels(tmp_path):
+    save_images(tmp_path / "photos", pixels(2), ["a.png", "b.png"])
+    fastvgg.plan(tmp_path / "photos", tmp_path / "x.npy", size=(7, 9), **PACK).run()
+    batches = fastvgg.batches(tmp_path / "x.npy", 4)
+    assert batches.class_names is next(iter(batches)).labels is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "dtype"),
+    [
+        (range(100, 108), "int64"),
+        ([1, 0, 1, 0, 1, 0, 1, 0], "int64"),
+        (np.arange(8, dtype=np.uint8), "int64"),
+        (np.arange(8, dtype=">i2"), "int64"),
+        (np.arange(8) > 3, "int64"),
+        (np.linspace(0, 1, 8, dtype=np.float32), "float32"),
+        (np.linspace(0, 1, 8).astype(">f8"), "float64"),
+        (np.eye(8, 3, dtype=np.float32), "float32"),
+    ],
+)
+def test_own_labels_are_one_for_every_row(photographs, labels, dtype):
+    batches = fastvgg.batches(photographs, 4, labels=labels, shuffle=True)
+    assert batches.class_names is None
+    for batch in batches:
+        assert batch.labels.dtype == np.dtype(dtype)
+        assert np.array_equal(batch.labels, np.asarray(labels)[batch.rows])
+
+
+@pytest.mark.parametrize(
+    ("labels", "shown"),
+    [
+        ([0] * 7, r"shape \(7,\), but the dataset has 8 rows"),
+        (3, r"shape \(\), but"),
+        (["cat"] * 8, "of type <U3"),
+        ([None] * 8, "of type object"),
+        ([[0], [0, 1]] * 4, "not an array"),
+        (np.full(8, 2**64 - 1, np.uint64), "a label is 18446744073709551615"),
+    ],
+)
+def test_unsuitable_labels_are_rejected(photographs, labels, shown):
+    with pytest.raises(UsageError, match=shown):
+        fastvgg.batches(photographs, 4, labels=labels)
+
+
+# Images that could not be decoded
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("transform", [None, Transform("caffe")])
+def test_failed_images_are_left_out(photographs, transform, shuffle):
+    stored = np.load(photographs)
+    for size in (1, 2, 3, 8):
+        batches = fastvgg.batches(photographs, size, transform=transform, shuffle=shuffle)
+        assert batches.failed_rows.tolist() == FAILED
+        yielded = list(batches)
+        assert len(yielded) == len(batches) == -(-len(OK) // size)
+        assert sorted(rows_of(yielded)) == OK
+        for images, _, rows in yielded:
+            expected = stored[rows] if transform is None else oracle.apply(transform, stored[rows])
+            assert images.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4, 7])
+def test_shards_divide_the_images_that_did_not_fail(photographs, shards):
+    each = [fastvgg.batches(photographs, 2, shard=(i, shards)) for i in range(shards)]
+    orders = [rows_of(batches) for batches in each]
+    assert list(itertools.chain(*orders)) == OK
+    assert max(map(len, orders)) - min(map(len, orders)) <= 1
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_failed_images_are_rows_of_zeros_on_request(photographs, shuffle):
+    batches = fastvgg.batches(photographs, 3, include_failed=True, shuffle=shuffle)
+    assert len(batches) == 3
+    yielded = list(batches)
+    assert sorted(rows_of(yielded)) == list(range(8))
+    for images, _, rows in yielded:
+        assert [row for row, image in zip(rows, images, strict=True) if not image.any()] == [
+            row for row in rows if row in FAILED
+        ]
+
+
+def test_dataset_of_failed_images_only_is_rejected(path):
+    record = ImageRecord("a.png", "", 0, 0, True, "damaged")
+    text = INDEX_HEADER + format_records([record] * IMAGES)
+    index_path(path).write_text(text, encoding="utf-8")
+    with pytest.raises(SourceError, match="all 23 images failed") as raised:
+        fastvgg.batches(path, 4)
+    assert "include_failed=True" in raised.value.remedy
+    assert len(list(fastvgg.batches(path, 4, include_failed=True))) == 6
+
+
+def test_state_is_rejected_if_other_images_had_failed(photographs, tmp_path):
+    state = fastvgg.batches(photographs, 2).state_dict()
+    for name in ("packed.npy", "packed.npy.index.csv", "packed.npy.fastvgg.json"):
+        shutil.copy(photographs.with_name(name), tmp_path)
+    index = index_path(tmp_path / "packed.npy")
+    records = [*read_index(tmp_path / "packed.npy", 8)]
+    records[7] = records[7]._replace(failed=False, reason="")
+    index.write_text(INDEX_HEADER + format_records(records), encoding="utf-8")
+    batches = fastvgg.batches(tmp_path / "packed.npy", 2)
+    with pytest.raises(UsageError, match=r"when other images of .* had failed"):
+        batches.load_state_dict(state)
+    batches.set_epoch(0)  # as the remedy says
+    assert rows_of(batches) == [*OK, 7]
+
+
+def test_batches_are_rejected_when_the_failed_images_were_retried(tmp_path):
+    save_images(tmp_path / "photos", pixels(3))
+    (tmp_path / "photos" / "a" / "00.png").write_bytes(b"no image")
+
+    def pack(**options):
+        photos, packed = tmp_path / "photos", tmp_path / "x.npy"
+        return fastvgg.plan(photos, packed, size=(7, 9), **PACK, **options).run()
+
+    pack()
+    batches = fastvgg.batches(tmp_path / "x.npy", 2)
+    assert rows_of(batches) == [1, 2]
+    save_images(tmp_path / "photos", pixels(3))
+    pack(retry_failed=True)
+    with pytest.raises(SourceError, match="has changed since"):
+        list(batches)
+    assert rows_of(fastvgg.batches(tmp_path / "x.npy", 2)) == [0, 1, 2]
 
 
 # Datasets with a manifest
@@ -315,7 +578,7 @@ def test_batches_round_trip_through_pickle(path):
 def test_stored_network_inputs_are_yielded_unchanged(path, tmp_path, dtype):
     fastvgg.plan(path, tmp_path / "y.npy", mode="torch", out_layout="NCHW", dtype=dtype).run()
     expected = oracle.apply(Transform("torch", out_layout="NCHW", dtype=dtype), make_images())
-    for images, rows in fastvgg.batches(tmp_path / "y.npy", 4):
+    for images, _, rows in fastvgg.batches(tmp_path / "y.npy", 4):
         assert images.dtype == expected.dtype
         assert images.tobytes() == expected[rows].tobytes()
 
@@ -331,9 +594,7 @@ def test_stored_network_inputs_are_not_preprocessed_twice(path, tmp_path):
     with pytest.raises(SourceError, match="already preprocessed"):
         fastvgg.batches(tmp_path / "y.npy", 4, transform=Transform("caffe"))
     restored = fastvgg.batches(tmp_path / "y.npy", 4, transform=Transform("caffe", "restore"))
-    assert np.array_equal(
-        np.concatenate([images for images, _ in copy_all(restored)]), make_images()
-    )
+    assert np.array_equal(np.concatenate([batch.images for batch in restored]), make_images())
 
 
 def test_unfinished_in_place_file_is_rejected(tmp_path, monkeypatch):

@@ -195,6 +195,83 @@ def test_child_forked_during_compilation_can_compile():
     run_script(ALARM_IF_STUCK + FORK)
 
 
+FORK_IN_THE_FIRST_CALL = """
+import os, signal, sys, threading, warnings
+warnings.simplefilter("ignore")  # Python warns of forks in a process that has threads
+import fastvgg
+
+{prepare}
+
+reached, forking = threading.Event(), threading.Event()
+
+
+def pause():
+    '''Let the main thread fork now; it waits here, or for a lock of this thread.'''
+    if threading.current_thread() is not threading.main_thread() and not reached.is_set():
+        reached.set()
+        assert forking.wait(60)
+        import logging
+        logging.getLogger("needs a lock that the fork also waits for")
+
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {moment!r}:
+            pause()
+
+
+def call():
+    import numpy as np
+    x = np.arange(630, dtype=np.uint8).reshape(2, 5, 7, 9)[..., :3]
+    fastvgg.Transform("caffe", dtype="float16")(x)
+    y = fastvgg.preprocess(x, "identity", dtype="float16", backend="{backend}")
+    assert y.tobytes() == x.astype("float16").tobytes()
+
+
+sys.meta_path.insert(0, Finder())
+{hook}
+other = threading.Thread(target=call)
+other.start()
+assert reached.wait(60)
+os.register_at_fork(before=forking.set)  # the first hook that runs
+child = os.fork()
+if not child:
+    signal.alarm(60)  # a child that waits for a thread that it does not have would wait forever
+    call()
+    os._exit(0)
+other.join()
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+# Numba announces its compiler lock, which is not public.
+COMPILER_LOCK_HOOK = """
+from numba.core import event
+
+class Listener(event.Listener):
+    def on_start(self, _):
+        pause()
+
+    def on_end(self, _):
+        pass
+
+event.register("numba:compiler_lock", Listener())
+"""
+MOMENTS = {
+    "import of the engine": ("", "fastvgg.engine", "numpy", ""),
+    "import of what the engine needs": ("", "ml_dtypes", "numpy", ""),
+    "import of Numba": ("fastvgg.preprocess, fastvgg.Transform", "numba.core", "numba", ""),
+    "compilation": ("fastvgg.Transform", "", "numba", COMPILER_LOCK_HOOK),
+}
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_child_forked_during_the_first_call_of_another_thread_does_not_hang(moment):
+    prepare, module, backend, hook = MOMENTS[moment]
+    run_script(
+        FORK_IN_THE_FIRST_CALL.format(prepare=prepare, moment=module, backend=backend, hook=hook)
+    )
+
+
 LATE_THREADS_SCRIPT = (
     SCRIPT_PROLOGUE
     + """
