@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 
 from fastvgg import backend, oracle
-from fastvgg.interop import address_of
+from fastvgg.interop import address_of, check_array_dtype
 from fastvgg.parallel import parallel_for
 from fastvgg.tiling import (
     CACHE_LINE_BYTES,
@@ -27,7 +27,7 @@ from fastvgg.tiling import (
     partition,
     pixels_to_cache_line,
 )
-from fastvgg.transform import storage_dtype, storage_type
+from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,6 +57,8 @@ class CallPlan:
     """The dtype of the result."""
     nbytes: int
     """The size of the input and the result together."""
+    has_float_images: bool
+    """Whether the input are images as floats, whose values may have been scaled."""
     images: int
     image_pixels: int
     base: ContiguousBase | None
@@ -69,7 +71,7 @@ def plan_call(
     transform: Transform, dtype: np.dtype[Any], shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> CallPlan:
     """Check an input, and plan the calls for inputs of the same type, shape and strides."""
-    input_type = storage_type(dtype)
+    input_type = check_array_dtype(dtype)
     transform.check_input(shape, input_type)
     out_shape = transform.output_shape(shape)
     out_dtype = storage_dtype(transform.output_type(input_type))
@@ -80,6 +82,7 @@ def plan_call(
         shape=out_shape,
         dtype=out_dtype,
         nbytes=math.prod(shape) * (dtype.itemsize + out_dtype.itemsize),
+        has_float_images=transform.direction == "preprocess" and input_type != "uint8",
         images=shape[0] if len(shape) == 4 else 1,
         image_pixels=math.prod(shape[-3:]) // 3,
         base=find_base(transform.layout, dtype, shape, strides),

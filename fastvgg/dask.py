@@ -44,6 +44,7 @@ def preprocess(
     out_layout: Layout | None = None,
     dtype: DTypeLike | None = None,
     backend: Backend = "auto",
+    check_values: bool = True,
 ) -> da.Array:
     """Convert images to network inputs lazily; see `fastvgg.preprocess`.
 
@@ -54,6 +55,8 @@ def preprocess(
         unknown sizes.
     mode, layout, out_layout, dtype, backend
         As for `fastvgg.preprocess`.
+    check_values
+        As for `fastvgg.preprocess`, in each block when it is computed.
 
     Returns
     -------
@@ -65,7 +68,8 @@ def preprocess(
     ShapeError, DtypeError, ModeError, BackendError, UsageError
         Before the graph is built.
     """
-    return _map_blocks(Transform(mode, "preprocess", layout, out_layout, dtype), x, backend)
+    transform = Transform(mode, "preprocess", layout, out_layout, dtype)
+    return _map_blocks(transform, x, backend, check_values=check_values)
 
 
 def restore(
@@ -82,7 +86,9 @@ def restore(
     return _map_blocks(Transform(mode, "restore", layout, out_layout, dtype, rounding), y, backend)
 
 
-def _map_blocks(transform: Transform, x: da.Array, backend: Backend) -> da.Array:
+def _map_blocks(
+    transform: Transform, x: da.Array, backend: Backend, *, check_values: bool = False
+) -> da.Array:
     if not isinstance(x, da.Array):
         raise UsageError(
             f"got {type(x).__name__}, which is not a Dask array",
@@ -101,11 +107,13 @@ def _map_blocks(transform: Transform, x: da.Array, backend: Backend) -> da.Array
     dtype = storage_dtype(transform.output_type(input_type))
     axes = tuple(range(x.ndim))
     return da.blockwise(
-        functools.partial(engine.apply, transform, threads=1, backend=backend),
+        functools.partial(
+            engine.apply, transform, threads=1, backend=backend, check_values=check_values
+        ),
         transform.output_shape(axes),
         x,
         axes,
-        name=f"{transform.direction}-{tokenize(x, transform, backend)}",
+        name=f"{transform.direction}-{tokenize(x, transform, backend, check_values)}",
         dtype=dtype,
         meta=np.empty((0,) * x.ndim, dtype),
     )

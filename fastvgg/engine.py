@@ -19,6 +19,7 @@ from fastvgg.interop import address_of, as_numpy, as_torch, is_torch
 from fastvgg.parallel import check_threads
 from fastvgg.tiling import Strides
 from fastvgg.transform import Transform
+from fastvgg.values import check_image_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,6 +47,7 @@ def preprocess(
     out: None = ...,
     threads: int | None = ...,
     backend: Backend = ...,
+    check_values: bool = ...,
 ) -> NDArray[Any]: ...
 
 
@@ -60,6 +62,7 @@ def preprocess(
     out: Any = ...,  # noqa: ANN401
     threads: int | None = ...,
     backend: Backend = ...,
+    check_values: bool = ...,
 ) -> Any: ...  # noqa: ANN401
 
 
@@ -73,6 +76,7 @@ def preprocess(
     out: Any = None,
     threads: int | None = None,
     backend: Backend = "auto",
+    check_values: bool = True,
 ) -> Any:
     """Convert images to network inputs, bit-identical to Keras' `preprocess_input`.
 
@@ -95,6 +99,8 @@ def preprocess(
     threads, backend
         The number of threads, by default all available CPUs; and "numba", "numpy", or "auto", which
         uses NumPy until a kernel pays off and then Numba.
+    check_values
+        Reject floats that were scaled to 0..1 or -1..1: all lie there, and one is a fraction.
 
     Returns
     -------
@@ -103,8 +109,8 @@ def preprocess(
 
     Raises
     ------
-    ShapeError, DtypeError, OutputError, ModeError, BackendError, UsageError
-        Before anything is written.
+    ArrayError, ModeError, BackendError, UsageError
+        Before anything is written. ShapeError, DtypeError and OutputError are kinds of ArrayError.
 
     Examples
     --------
@@ -112,7 +118,7 @@ def preprocess(
     [[[-73.93900299072266, -96.77899932861328, -113.68000030517578]]]
     """
     transform = _transform(mode, "preprocess", layout, out_layout, dtype)
-    return apply(transform, x, out, threads=threads, backend=backend)
+    return apply(transform, x, out, threads=threads, backend=backend, check_values=check_values)
 
 
 @overload
@@ -217,6 +223,7 @@ def apply(
     threads: int | None = None,
     backend: Backend = "auto",
     cached_output: bool = False,
+    check_values: bool = False,
 ) -> Any:  # noqa: ANN401
     """Apply a transform to a batch or an image; bit-identical to `oracle.apply`.
 
@@ -234,6 +241,8 @@ def apply(
     else:
         result = _writable(out)
         _check_out(result, batch, transform, plan.shape, plan.dtype)
+    if plan.has_float_images and check_values:
+        check_image_values(batch, transform.layout)
     resolved = backends.choose(backend, plan.workload, plan.nbytes, threads)
     if plan.nbytes and resolved == "numba":
         nontemporal = (

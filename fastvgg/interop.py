@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from fastvgg.errors import DtypeError, ShapeError
+from fastvgg.transform import storage_type
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -78,6 +79,7 @@ def as_numpy(x: Any) -> NDArray[Any]:  # noqa: ANN401
     if is_torch(x):
         return _from_torch(x)
     _check_on_host(x)
+    _check_pillow_mode(x)
     try:
         if hasattr(x, "__array_interface__") or hasattr(x, "__array__"):
             return np.asarray(x)
@@ -89,6 +91,40 @@ def as_numpy(x: Any) -> NDArray[Any]:  # noqa: ANN401
         f"got {type(x).__name__}, which is not an array",
         "give an array, a tensor or a Pillow image; to read files use fastvgg.plan",
     )
+
+
+def check_array_dtype(dtype: np.dtype[Any]) -> str:
+    """Return the storage type of an array; raise DtypeError with a remedy for the array.
+
+    >>> check_array_dtype(np.dtype(">f4"))
+    'float32'
+    """
+    if dtype.hasobject and dtype.names is None:
+        raise DtypeError(
+            "got an array of objects", "give numpy.stack(list(x)), of images of the same shape"
+        )
+    if dtype.names is not None:
+        raise DtypeError(
+            f"got a structured array, with the fields {', '.join(dtype.names)}",
+            "give numpy.stack([x[name] for name in x.dtype.names], axis=-1)",
+        )
+    return storage_type(dtype)
+
+
+def _check_pillow_mode(x: Any) -> None:  # noqa: ANN401
+    """Check that a Pillow image is RGB: others with three bands have no RGB values.
+
+    Nothing is converted, because Keras' `img_to_array` does not either.
+    """
+    image = getattr(sys.modules.get("PIL.Image"), "Image", None)
+    if image is None or not isinstance(x, image) or x.mode == "RGB":
+        return
+    remedy = "give image.convert('RGB')"
+    if x.mode.startswith(("I", "F")):
+        remedy = "scale its numbers to 0..255, then convert it to RGB: convert('RGB') clips them"
+    elif x.mode == "La":
+        remedy = "give image.convert('LA').convert('RGB')"
+    raise DtypeError(f"got a Pillow image of mode {x.mode}, expected RGB", remedy)
 
 
 def check_unmasked(x: NDArray[Any]) -> None:

@@ -325,11 +325,11 @@ class Transform:
                 f"give a floating {option_name('dtype')} {', '.join(STORAGE_TYPES[1:])}",
             )
 
-    def __call__(self, x: Any, out: Any = None) -> Any:  # noqa: ANN401  # see engine.preprocess
-        """Apply the transform to a batch or an image in memory; see `engine.apply`."""
+    def __call__(self, x: Any, out: Any = None, *, check_values: bool = True) -> Any:  # noqa: ANN401
+        """Apply the transform to an array in memory; see `engine.preprocess` and `restore`."""
         from fastvgg import engine
 
-        return engine.apply(self, x, out)
+        return engine.apply(self, x, out, check_values=check_values)
 
     def __repr__(self) -> str:
         parts = [repr(self.mode.name if self.mode in _MODES.values() else self.mode)]
@@ -382,16 +382,21 @@ class Transform:
             If the network inputs to restore are uint8, or the images to pack are not.
         """
         if len(shape) not in (3, 4):
-            raise ShapeError(
-                f"shape {shape} has rank {len(shape)}",
-                "give a batch, of rank 4, or one image, of rank 3",
-            )
+            remedy = "give a batch, of rank 4, or one image, of rank 3"
+            if len(shape) > 4:
+                remedy += f": x.reshape{(math.prod(shape[:-3]), *shape[-3:])}"
+            raise ShapeError(f"shape {shape} has rank {len(shape)}", remedy)
         channels = shape[CHANNEL_AXES[self.layout]]
         if channels != CHANNELS:
             other: Layout = "NCHW" if self.layout == "NHWC" else "NHWC"
             remedy = "give RGB images, with 3 channels"
             if shape[CHANNEL_AXES[other]] == CHANNELS:
                 remedy = f"axis {CHANNEL_AXES[other]} has length 3: give {option('layout', other)}"
+            elif channels == 4:  # RGBA
+                alpha = "[..., :3]" if self.layout == "NHWC" else "[..., :3, :, :]"
+                remedy += f"; without an alpha channel: x{alpha}"
+            elif channels == 1:  # grayscale
+                remedy += f"; from grayscale: numpy.repeat(x, 3, axis={CHANNEL_AXES[self.layout]})"
             raise ShapeError(
                 f"shape {shape} read as {self.layout[4 - len(shape) :]}: the channel axis has "
                 f"length {channels}, expected 3",

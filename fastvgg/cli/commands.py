@@ -70,6 +70,7 @@ def preprocess(
     scale_to_uint8: options.ScaleToUint8 = False,
     max_pixels: options.MaxPixels = None,
     follow_links: options.FollowLinks = True,
+    check_values: options.CheckValues = True,
     size: options.Size = None,
     interpolation: options.Interpolation = "nearest",
     keep_aspect_ratio: options.KeepAspectRatio = False,

@@ -157,6 +157,14 @@ Threads = Annotated[
 Fsync = Annotated[
     bool, _option(RUN_PANEL, "Make commits survive power loss.", "--fsync/--no-fsync")
 ]
+CheckValues = Annotated[
+    bool,
+    _option(
+        INPUT_PANEL,
+        "Reject floats that cannot be images, as 0..1.",
+        "--check-values/--no-check-values",
+    ),
+]
 Dask = Annotated[
     str | None,
     _option(RUN_PANEL, "Address of a Dask scheduler, or 'local'.", metavar="ADDRESS"),

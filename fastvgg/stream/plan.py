@@ -97,6 +97,8 @@ class RunOptions:
     """Whether to retry the failed images of a finished target."""
     fsync: bool
     """Whether commits survive a power failure, not only a crash of the process."""
+    check_values: bool = True
+    """Whether to reject floats whose values cannot be images before preprocessing them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,6 +87,7 @@ def plan(
     restart: bool = False,
     retry_failed: bool = False,
     fsync: bool = True,
+    check_values: bool = True,
 ) -> Plan:
     """Plan a conversion. Reads headers only and writes nothing.
 
@@ -146,6 +147,9 @@ def plan(
     fsync
         Sync every commit, so that a committed chunk survives a power failure. Without it, a
         committed chunk survives only a crash of the process.
+    check_values
+        Before preprocessing floats, check in a sample that they can be images: 0..255, and not
+        fractions within 0..1 or -1..1.
 
     Returns
     -------
@@ -194,6 +198,7 @@ def plan(
         restart=restart,
         retry_failed=retry_failed,
         fsync=fsync,
+        check_values=check_values,
     )
     redo_log = None
     if in_place:

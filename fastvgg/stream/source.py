@@ -9,11 +9,12 @@ import numpy as np
 
 from fastvgg.datasets.images import ImageSource
 from fastvgg.datasets.open import open_source, source_format
-from fastvgg.errors import SourceError, StoppedError, command
+from fastvgg.errors import SourceError, StoppedError, command, option
 from fastvgg.imaging.resize import gather_function
 from fastvgg.parallel import ThreadSlot, parallel_for
 from fastvgg.stream.journal import journal_path, read_journal
 from fastvgg.stream.manifest import Provenance
+from fastvgg.values import scaling_remedy
 
 if TYPE_CHECKING:
     from fastvgg.datasets.base import Source
@@ -93,19 +94,23 @@ def check_not_already_done(source: Location, recorded: Transform, direction: Dir
 def check_values(plan: Plan, source: Source) -> None:
     """Check a sample of a floating-point source before anything is written.
 
-    Images have values 0..255. Network inputs are negative except in bright images, and contain
-    fractions; in tf mode an all-white image is all ones.
+    Images have values 0..255, and those of 0..1 would be black. Network inputs are negative except
+    in bright images, and contain fractions; in tf mode an all-white image is all ones. With
+    `check_values=False`, any values are preprocessed.
 
     Raises
     ------
     SourceError
-        If network inputs would be preprocessed again, or images restored.
+        If scaled images or network inputs would be preprocessed, or images restored.
     """
     if plan.header.dtype == "uint8":
         return  # the dtype rules out network inputs
     recorded = Provenance.read(plan.source).transform
     if recorded is not None:  # another process may have just written the manifest
         check_not_already_done(plan.source, recorded, plan.transform.direction)
+        return
+    is_preprocessed = plan.transform.direction == "preprocess"
+    if is_preprocessed and not plan.check_values:
         return
     images, samples = plan.header.images, min(CHECKED_IMAGES, plan.header.images)
     rows = sorted({image * images // samples for image in range(samples)})
@@ -114,12 +119,19 @@ def check_values(plan: Plan, source: Source) -> None:
     high = float(np.max([image.max() for image in values]))
     is_image = low >= 0 and high <= 255  # false for NaN
     found = f"{plan.source}: {len(rows)} sampled images have values from {low:.6g} to {high:.6g}"
-    if plan.transform.direction == "preprocess" and not is_image:
+    is_integral = all(np.array_equal(image, np.trunc(image)) for image in values)
+    is_unit = low >= -1 and high <= 1 and not is_integral
+    opt_out = f"if these values are meant, give {option('check_values', False)}"
+    if is_preprocessed and is_unit:
         raise SourceError(
             f"{found}: these are not images (0 to 255), and may be already preprocessed",
-            "preprocess the original images, or restore this dataset first",
+            f"preprocess the original images; to scale these, {scaling_remedy(low)}; {opt_out}",
         )
-    is_integral = all(np.array_equal(image, np.trunc(image)) for image in values)
+    if is_preprocessed and not is_image:
+        raise SourceError(
+            f"{found}: these are not images (0 to 255), and may be already preprocessed",
+            f"preprocess the original images, or restore this dataset first; {opt_out}",
+        )
     if plan.transform.direction == "restore" and is_image and is_integral and high > 1:
         raise SourceError(
             f"{found}, all of them whole numbers: these are images that were never preprocessed",

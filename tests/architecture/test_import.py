@@ -200,7 +200,7 @@ LAYERS = (
     ("models",),
     ("transform",),
     ("oracle",),
-    ("buffer_pool", "interop", "parallel", "tiling"),
+    ("buffer_pool", "interop", "parallel", "tiling", "values"),
     ("kernels",),
     ("backend",),
     ("call_plan",),

@@ -7,10 +7,13 @@ import os
 import numpy as np
 import pytest
 
+import fastvgg
+from fastvgg import oracle
 from fastvgg.datasets.index import index_path
 from fastvgg.errors import SourceError, StoppedError, TargetError, UsageError
 from fastvgg.stream.manifest import manifest_path
-from tests.helpers.batches import KERAS_MODES
+from fastvgg.transform import Transform
+from tests.helpers.batches import KERAS_MODES, assert_same
 from tests.helpers.datasets_on_disk import (
     check_error,
     names_in,
@@ -128,6 +131,47 @@ def test_floats_outside_the_image_range_are_not_preprocessed(tmp_path, value):
         plan_of(source, tmp_path / "y.npy", mode="caffe").run()
     check_error(caught.value, source, f"{value:g}".replace("-inf", "inf"))
     assert names_in(tmp_path) == ["x.npy"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize(("low", "factor"), [(0, "multiply by 255"), (-1, "(x + 1) * 127.5")])
+def test_stored_floats_that_were_scaled_are_not_preprocessed(tmp_path, dtype, low, factor):
+    scaled = np.linspace(low, 1, 5 * 4 * 6 * 3, dtype=dtype).reshape(5, 4, 6, 3)
+    source = save_npy(tmp_path / "x.npy", scaled)
+    with pytest.raises(SourceError) as caught:
+        plan_of(source, tmp_path / "y.npy", mode="caffe").run()
+    check_error(caught.value, source, f"from {low} to 1", factor, "check_values=False")
+    assert names_in(tmp_path) == ["x.npy"]
+    plan_of(source, tmp_path / "y.npy", mode="caffe", check_values=False).run()
+    assert_same(np.load(tmp_path / "y.npy"), oracle.apply(Transform("caffe"), scaled))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -77.0])
+def test_any_floats_are_preprocessed_and_verified_when_they_are_meant(tmp_path, value):
+    batch = pixels(5).astype(np.float32)
+    batch[2, 3, 4, 1] = value
+    batch.view(np.uint32)[1, 2, 3] = [0x7F800001, 0xFF800001, 0xFFC12345]  # any kind of NaN
+    source = save_npy(tmp_path / "x.npy", batch)
+    plan_of(source, tmp_path / "y.npy", mode="identity", check_values=False).run()
+    assert fastvgg.verify(tmp_path / "y.npy", full=True)
+    stored = np.load(tmp_path / "y.npy").view(np.uint32)
+    assert (stored[1, 2, 3] == 0x7FC00000).all()
+
+
+@pytest.mark.parametrize("values", [[0], [0, 1], [1]], ids=str)
+def test_black_images_stored_as_floats_are_preprocessed(tmp_path, values):
+    source = save_npy(tmp_path / "x.npy", np.resize(np.array(values, np.float32), (5, 4, 6, 3)))
+    plan_of(source, tmp_path / "y.npy", mode="caffe").run()
+
+
+def test_values_are_checked_in_place_too(tmp_path):
+    source = save_npy(tmp_path / "x.npy", np.full((5, 4, 6, 3), 0.5, np.float32))
+    before = source.read_bytes()
+    with pytest.raises(SourceError, match="multiply by 255"):
+        plan_of(source, None, in_place=True, mode="caffe").run()
+    assert source.read_bytes() == before
+    plan_of(source, None, in_place=True, mode="caffe", check_values=False).run()
+    assert source.read_bytes() != before
 
 
 def test_restoring_images_is_rejected_by_their_dtype(tmp_path, array):

@@ -364,6 +364,74 @@ def test_nan_with_any_payload_stays_nan_in_16_bits(backend, half):
     assert np.isnan(actual).all()
 
 
+CANONICAL_NAN = {
+    "float16": 0x7E00,
+    "bfloat16": 0x7FC0,
+    "float32": 0x7FC00000,
+    "float64": 0x7FF8000000000000,
+}
+
+
+def every_kind_of_nan(name):
+    """Return signaling and quiet NaNs of both signs, with each bit of the payload alone."""
+    infinity = np.array([np.inf, -np.inf], dtype_of(name))
+    patterns = infinity.view(f"u{infinity.itemsize}").astype(np.uint64)
+    payload_bits = int(patterns[0] & (~patterns[0] + np.uint64(1))).bit_length() - 1
+    alone = np.uint64(1) << np.arange(payload_bits, dtype=np.uint64)
+    full = np.uint64((1 << payload_bits) - 1)
+    payloads = np.concatenate([alone, alone | alone[-1], [full, full >> np.uint64(1)]])
+    nan = (patterns[:, np.newaxis] | payloads).ravel()
+    values = nan.astype(f"u{infinity.itemsize}").view(dtype_of(name))
+    with np.errstate(invalid="ignore"):  # isnan of a signaling NaN raises the invalid flag
+        assert np.isnan(values).all()
+    return values
+
+
+@sampled("mode, source, target, layouts", MODES, FLOATS, FLOATS, LAYOUT_PAIRS, one_in=16)
+def test_every_nan_becomes_the_canonical_quiet_nan(backend, mode, source, target, layouts):
+    layout, out_layout = layouts
+    pixels = np.resize(every_kind_of_nan(source), (2, 5, 27, 3))
+    x = frozen(in_layout(pixels, layout))
+    with unchanged(x):
+        actual = fastvgg.preprocess(
+            x, mode, layout=layout, out_layout=out_layout, dtype=target, backend=backend
+        )
+    patterns = actual.view(f"u{actual.itemsize}")
+    assert (patterns == CANONICAL_NAN[target]).all()
+    assert_same(actual, oracle.apply(Transform(mode, "preprocess", *layouts, target), x))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_nan_in_place_and_in_strided_input_is_canonical(backend, dtype):
+    wide = np.resize(every_kind_of_nan(dtype), (2, 10, 27, 3))
+    x = wide[:, ::2, ::-1].copy()
+    expected = np.full(x.shape, CANONICAL_NAN[dtype])
+    swapped = [] if dtype == "bfloat16" else [byte_swapped(x)]
+    for batch in (wide[:, ::2, ::-1], *swapped):
+        actual = fastvgg.preprocess(batch, "identity", backend=backend)
+        assert (actual.view(f"u{actual.itemsize}") == expected).all()
+    fastvgg.preprocess(x, "identity", out=x, backend=backend)
+    assert (x.view(f"u{x.itemsize}") == expected).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_nan_is_restored_as_zero_in_every_type(backend, dtype):
+    y = frozen(np.resize(every_kind_of_nan(dtype), (2, 5, 27, 3)))
+    for target in ("uint8", dtype):
+        actual = fastvgg.restore(y, "torch", dtype=target, backend=backend)
+        assert_same(actual, np.zeros(y.shape, dtype_of(target)))
+
+
+@pytest.mark.parametrize("target", FLOATS)
+@pytest.mark.parametrize("source", FLOATS)
+def test_infinities_and_zeros_keep_their_sign(backend, source, target):
+    values = [np.inf, -np.inf, 0.0, -0.0]
+    x = filled_with(np.array(values, dtype_of(source)))
+    with unchanged(x):
+        actual = fastvgg.preprocess(x, "identity", dtype=target, backend=backend)
+    assert_same(actual, filled_with(np.array(values, dtype_of(target))))
+
+
 @given(seed=seeds)
 @pytest.mark.parametrize("target", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("source", ["float32", "float64"])

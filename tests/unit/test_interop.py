@@ -135,11 +135,41 @@ def test_pillow_image_is_accepted():
     )
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
-def test_pillow_image_without_three_channels_is_rejected(mode):
+COLOR_MODES = (
+    "1",
+    "L",
+    "LA",
+    "La",
+    "P",
+    "PA",
+    "RGBA",
+    "RGBa",
+    "RGBX",
+    "CMYK",
+    "YCbCr",
+    "LAB",
+    "HSV",
+)
+NUMBER_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+@pytest.mark.parametrize("mode", [*COLOR_MODES, *NUMBER_MODES])
+def test_pillow_image_of_another_mode_is_rejected_alone_and_in_a_list(mode):
     image = Image.new(mode, (7, 5))
-    with pytest.raises(ShapeError, match=r"shape \(5, 7"):
-        fastvgg.preprocess(image, "caffe")
+    for x in (image, [image, image], [Image.new("RGB", (7, 5)), image]):
+        with pytest.raises(
+            DtypeError, match=f"Pillow image of mode {mode}, expected RGB"
+        ) as caught:
+            fastvgg.preprocess(x, "caffe")
+    if mode in NUMBER_MODES:
+        assert "scale its numbers to 0..255" in caught.value.remedy
+    else:
+        converted = eval(caught.value.remedy.removeprefix("give "), {"image": image})  # noqa: S307
+        fastvgg.preprocess(converted, "caffe")
+
+
+def test_every_pillow_mode_is_known():
+    assert {"RGB", *COLOR_MODES, *NUMBER_MODES} >= {*Image.MODES}
 
 
 def test_transforms_accept_foreign_arrays():
@@ -256,6 +286,42 @@ def test_masked_array_is_rejected_alone_and_in_a_list():
     for x in (masked, [masked]):
         with pytest.raises(DtypeError, match="masked"):
             fastvgg.preprocess(x, "caffe")
+
+
+def test_array_of_objects_is_rejected_with_a_remedy_that_works():
+    x = np.empty(2, object)
+    x[:] = [*every_value()]
+    with pytest.raises(DtypeError, match="an array of objects") as caught:
+        fastvgg.preprocess(x, "caffe")
+    assert "numpy.stack(list(x))" in caught.value.remedy
+    fastvgg.preprocess(np.stack(list(x)), "caffe")
+
+
+def test_structured_array_is_rejected_with_a_remedy_that_works():
+    x = np.zeros((2, 5, 7), [("r", "u1"), ("g", "u1"), ("b", "u1")])
+    with pytest.raises(DtypeError, match="with the fields r, g, b") as caught:
+        fastvgg.preprocess(x, "caffe")
+    x = eval(caught.value.remedy.removeprefix("give "), {"x": x, "numpy": np})  # noqa: S307
+    assert fastvgg.preprocess(x, "caffe").shape == (2, 5, 7, 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((2, 4, 5, 7, 3), "NHWC"),
+        ((2, 4, 6, 3, 5, 7), "NCHW"),
+        ((2, 5, 7, 4), "NHWC"),
+        ((2, 4, 5, 7), "NCHW"),
+        ((2, 5, 7, 1), "NHWC"),
+        ((1, 5, 7), "NCHW"),
+    ],
+)
+def test_remedy_for_another_shape_works_as_it_is_spelled(shape, layout):
+    x = np.zeros(shape, np.uint8)
+    with pytest.raises(ShapeError) as caught:
+        fastvgg.preprocess(x, "caffe", layout=layout)
+    remedy = caught.value.remedy.rpartition(": ")[2]
+    fastvgg.preprocess(eval(remedy, {"x": x, "numpy": np}), "caffe", layout=layout)  # noqa: S307
 
 
 def test_no_framework_is_imported():
