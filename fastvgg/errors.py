@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import shlex
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastvgg.escaping import escape_controls
 
@@ -135,6 +135,10 @@ class FastvggError(Exception):
         self.problem = problem
         self.remedy = remedy
 
+    def details(self) -> dict[str, Any]:
+        """Return what else is known of the error, as JSON types."""
+        return {}
+
     def __str__(self) -> str:
         return f"{escape_controls(self.problem)}\n{escape_controls(self.remedy)}"
 
@@ -229,6 +233,11 @@ class VerificationError(FastvggError):
         super().__init__(problem, remedy)
         self.damaged = list(damaged)
         self.differences = list(differences)
+
+    def details(self) -> dict[str, Any]:
+        """Return the damaged chunks and the differences as JSON types."""
+        damaged = [chunk._asdict() for chunk in self.damaged]
+        return {"damaged": damaged, "differences": self.differences}
 
 
 class StoppedError(FastvggError):

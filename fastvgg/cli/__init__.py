@@ -1,9 +1,10 @@
 """The command line."""
 
 import io
+import os
 import sys
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import typer
 
@@ -14,12 +15,22 @@ from fastvgg.cli.output import echo
 
 def main() -> None:
     """Run the command line; SIGTERM interrupts a run as Ctrl-C does."""
-    warnings.showwarning = _show_warning
+    sys.excepthook = report_internal_error
     catch_signals()
+    warnings.showwarning = _show_warning
+    _reset_warnings()
+    # No result depends on BLAS, whose threads would take memory and processes.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names are bytes, not always valid UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
-    sys.excepthook = report_internal_error
     typer.main.get_command(app)(prog_name="fastvgg")
+
+
+def _reset_warnings() -> None:
+    """Show warnings as notes, also with `python -W error`, which would make them failures."""
+    kept = [entry for entry in warnings.filters if entry[0] != "error"]
+    warnings.resetwarnings()
+    cast("list[Any]", warnings.filters).extend(kept)
 
 
 def _show_warning(message: Warning | str, *_where: Any, **_stream: Any) -> None:

@@ -11,7 +11,14 @@ import typer
 import fastvgg
 from fastvgg import models
 from fastvgg.cli import options
-from fastvgg.cli.errors import EXIT_CODES, SOME_INPUTS_FAILED, Command, translate_errors
+from fastvgg.cli.errors import (
+    EXIT_CODES,
+    SOME_INPUTS_FAILED,
+    Command,
+    Commands,
+    stop_run,
+    translate_errors,
+)
 from fastvgg.cli.output import (
     echo,
     plan_record,
@@ -20,10 +27,10 @@ from fastvgg.cli.output import (
     print_json,
     print_report,
     progress_bar,
+    show,
     verification_bar,
-    verification_record,
 )
-from fastvgg.errors import UsageError, VerificationError
+from fastvgg.errors import UsageError
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -51,6 +58,7 @@ EXIT_CODES_HINT: Final = "Exit codes: 'fastvgg --help' lists them."
 
 app = typer.Typer(
     name="fastvgg",
+    cls=Commands,
     epilog=EXIT_CODES,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -193,13 +201,8 @@ def verify(
             "memory": memory,
             "threads": threads,
         }
-        try:
-            with verification_bar(quiet=quiet) as on_progress:
-                verification = fastvgg.verify(path, progress=on_progress, **settings)
-        except VerificationError as error:
-            if as_json:
-                print_json(verification_record(error))
-            raise
+        with verification_bar(quiet=quiet) as on_progress:
+            verification = fastvgg.verify(path, progress=on_progress, **settings)
         fields = dataclasses.asdict(verification)
         print_json(fields) if as_json else echo(str(verification), sys.stdout)
 
@@ -234,7 +237,7 @@ def models_(as_json: options.Json = False, traceback: options.Traceback = False)
             print_json(models.MODES_BY_MODEL)
             return
         for model, mode in models.MODES_BY_MODEL.items():
-            print(f"{model:<20}{mode}")
+            show(f"{model:<20}{mode}")
 
 
 @app.command(cls=Command, epilog=EXIT_CODES_HINT)
@@ -281,12 +284,12 @@ def bench(
         if as_json:
             print_json(record)
             return
-        print("every result matches the NumPy reference, bit for bit")
-        print(f"per-call overhead: {record['call_overhead_us']:.0f} microseconds")
-        print(f"kernels compiled for {record['instruction_set']}")
+        show("every result matches the NumPy reference, bit for bit")
+        show(f"per-call overhead: {record['call_overhead_us']:.0f} microseconds")
+        show(f"kernels compiled for {record['instruction_set']}")
         if low := report.low_paths(record):
-            print(f"below {report.MIN_SHARE:.0%} of the limit (<): {len(low)}. If this repeats on")
-            print("an idle machine, please report it with the output of: fastvgg bench --json")
+            show(f"below {report.MIN_SHARE:.0%} of the limit (<): {len(low)}. If this repeats on")
+            show("an idle machine, please report it with the output of: fastvgg bench --json")
 
 
 @app.command(cls=Command, epilog=EXIT_CODES_HINT)
@@ -303,7 +306,8 @@ def demo(
     with translate_errors(traceback):
         from fastvgg.demo import run_demo
 
-        result = run_demo(Path(directory), echo=print)
+        with stop_run():
+            result = run_demo(Path(directory), echo=show)
         echo(
             f"every byte was restored: {result.images} photographs, {result.compared_bytes} bytes "
             "compared, 0 differ",
@@ -313,7 +317,7 @@ def demo(
 
 def _print_version(is_requested: bool) -> None:
     if is_requested:
-        print(f"fastvgg {fastvgg.__version__}")
+        show(f"fastvgg {fastvgg.__version__}")
         raise typer.Exit
 
 
@@ -329,7 +333,7 @@ def _welcome(
 ) -> None:
     """Turn images into the exact input of a pretrained network, and back."""
     if context.invoked_subcommand is None:
-        print(WELCOME)
+        show(WELCOME)
 
 
 def _convert(
@@ -346,11 +350,15 @@ def _convert(
     with translate_errors(traceback):
         plan = fastvgg.plan(direction=direction, **arguments)
         if dry_run:
-            print_json(plan_record(plan)) if as_json else print(plan)
+            print_json(plan_record(plan)) if as_json else show(str(plan))
             return
         for note in plan.notes if not quiet else ():
             echo(f"note: {note}", sys.stderr)
-        with _connect(dask) as client, progress_bar(plan, quiet=quiet) as on_progress:
+        with (
+            stop_run(),
+            _connect(dask) as client,
+            progress_bar(plan, quiet=quiet) as on_progress,
+        ):
             report = plan.run(on_progress, client=client)
         print_json(dataclasses.asdict(report)) if as_json else print_report(report)
         if report.counts["failed"]:

@@ -1,31 +1,35 @@
-"""Exit codes; errors and signals as messages."""
+"""Exit codes; errors and signals as messages, and with --json as JSON."""
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import re
 import signal
 import sys
 from contextlib import contextmanager
 from traceback import print_exc
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from fastvgg.cli.options import RUN_PANEL as DEFAULT_PANEL
-from fastvgg.cli.output import echo
-from fastvgg.errors import FastvggError, StoppedError, command_line_vocabulary
+from fastvgg.cli.output import echo, print_json, show
+from fastvgg.errors import FastvggError, StoppedError, command_line_vocabulary, option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType, TracebackType
 
 SOME_INPUTS_FAILED: Final = 1
+REFUSED: Final = FastvggError.exit_code
 INTERRUPTED: Final = 130
 INTERNAL_ERROR: Final = 70
+NO_THREAD: Final = "can't start new thread"  # the RuntimeError of threading
 
-# click's UsageError. Typer re-exports only its subclass BadParameter.
+# click's UsageError and Abort. Typer re-exports only a subclass of the first.
 _CLICK_USAGE_ERROR: Final[Any] = typer.BadParameter.__mro__[1]
 
 EXIT_CODES: Final = """\b
@@ -40,15 +44,47 @@ Exit codes:
   130  interrupted: rerun the same command to resume"""
 
 
+class Commands(TyperGroup):
+    """The commands. With --json, every failure is also printed as JSON."""
+
+    def main(self, *positional: Any, **settings: Any) -> NoReturn:
+        """Run a command and exit; report errors of the parser as other errors are reported."""
+        global _has_json  # also for what is reported after this call
+        given = positional[0] if positional else settings.pop("args", None)
+        arguments = list(sys.argv[1:] if given is None else given)
+        _has_json = "--json" in arguments
+        settings["standalone_mode"] = False
+        try:
+            code = super().main(arguments, **settings)
+        except _CLICK_USAGE_ERROR as error:
+            text = io.StringIO()
+            error.show(text)
+            show(text.getvalue().rstrip("\n"), sys.stderr)
+            help_command = f"{error.ctx.command_path} --help" if error.ctx else "fastvgg --help"
+            _print_json_error(
+                "UsageError", error.exit_code, error.format_message(), f"run '{help_command}'"
+            )
+            code = error.exit_code
+        except typer.Abort:
+            code = INTERRUPTED
+        sys.exit(code or 0)
+
+
+_has_json = False  # whether the command that runs in this process has --json
+
+
 class Command(TyperCommand):
     """A command whose usage errors name its own --help."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401  # click's or Typer's
         """Parse the arguments; attach this command to errors of the parser, which omits it."""
+        given = list(args)
         try:
             return super().parse_args(ctx, args)
         except _CLICK_USAGE_ERROR as error:
             error.ctx, error.cmd = ctx, self
+            if "--size" in error.format_message():
+                error.message += _suggest_size(given)
             raise
 
     def format_usage(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401  # click's or Typer's
@@ -76,27 +112,95 @@ class Command(TyperCommand):
                 formatter.write_dl(records)
 
 
+def _suggest_size(arguments: list[str]) -> str:
+    """Return the spelling of a size that is written as 224x224, 224,224 or 224."""
+    text = " ".join(arguments)
+    found = re.search(r"--size[ =](\d+)(?:[x*,X ](\d+))?(?:px)?(?= -|$| *[^ \d])", text)
+    if found is None:
+        return ""
+    with command_line_vocabulary():
+        return f" Did you mean '{option('size', (int(found[1]), int(found[2] or found[1])))}'?"
+
+
 @contextmanager
 def translate_errors(traceback: bool) -> Iterator[None]:
-    """Turn exceptions into messages on stderr and exit codes."""
+    """Turn exceptions into messages and exit codes.
+
+    Outside of `stop_run`, errors of the system have the exit code of what was refused before
+    anything was written.
+    """
     try:
         with command_line_vocabulary():
             yield
-    except (FastvggError, OSError) as error:
+    except (FastvggError, OSError, MemoryError, ImportError, RuntimeError) as error:
+        described = error if isinstance(error, FastvggError) else describe_system_error(error)
+        if described is None:
+            raise
         if traceback:
             print_exc()
-        if isinstance(error, OSError):
-            error = StoppedError.from_os_error(error, "a system call", str(error.filename), 0)
-        _print_error(error.problem, error.remedy)
-        raise typer.Exit(error.exit_code) from None
+        code, name = described.exit_code, type(error).__name__
+        report_error(name, code, described.problem, described.remedy, **described.details())
+        raise typer.Exit(described.exit_code) from None
     except KeyboardInterrupt:
-        _print_error("interrupted", "committed chunks are kept: rerun the same command to resume")
+        remedy = "committed chunks are kept: rerun the same command to resume"
+        report_error("KeyboardInterrupt", INTERRUPTED, "interrupted", remedy)
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _print_error(problem: str, remedy: str) -> None:
+@contextmanager
+def stop_run() -> Iterator[None]:
+    """Raise StoppedError where the system refuses what a run, which may have written, needs."""
+    try:
+        yield
+    except (OSError, MemoryError, RuntimeError) as error:
+        described = None if isinstance(error, FastvggError) else describe_system_error(error)
+        if described is None:
+            raise
+        remedy = f"{described.remedy}; rerun the same command to resume"
+        raise StoppedError(described.problem, remedy) from error
+
+
+def describe_system_error(error: Any) -> FastvggError | None:  # noqa: ANN401  # as attributes vary
+    """Describe what the system, or a package, refused; None for any other error."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return FastvggError(
+            f"no more memory can be allocated: {error}".removesuffix(": "),
+            f"free memory, raise its limit (ulimit -v), or lower {option('memory', '64MiB')}",
+        )
+    if isinstance(error, ImportError):
+        return FastvggError(
+            f"{error.name or 'a package'} cannot be imported: {error}",
+            "install it again, or raise the limits of memory and open files (ulimit -v, -n)",
+        )
+    if isinstance(error, RuntimeError):
+        if NO_THREAD not in str(error):
+            return None
+        return FastvggError(
+            "the system starts no more threads",
+            "end other processes, or raise the limit of processes (ulimit -u)",
+        )
+    where = f"{error.filename}: " if getattr(error, "filename", None) else ""
+    code = errno.errorcode.get(getattr(error, "errno", None) or 0, "")
+    reason = getattr(error, "strerror", None) or str(error)
+    remedy = "fix the cause, and rerun the same command"
+    if code in ("EMFILE", "ENFILE"):
+        remedy = "raise the limit of open files (ulimit -n)"
+    return FastvggError(f"{where}{reason}{f' ({code})' if code else ''}", remedy)
+
+
+def report_error(name: str, exit_code: int, problem: str, remedy: str, **details: Any) -> None:
+    """Print an error on stderr, and with --json also as JSON on stdout."""
     echo(f"fastvgg: {problem}", sys.stderr)
     echo(f"  {remedy}", sys.stderr)
+    _print_json_error(name, exit_code, problem, remedy, **details)
+
+
+def _print_json_error(
+    name: str, exit_code: int, problem: str, remedy: str, **details: object
+) -> None:
+    if _has_json:
+        record = {"error": name, "exit_code": exit_code, "problem": problem, "remedy": remedy}
+        print_json(record | details)
 
 
 def report_internal_error(
@@ -106,9 +210,14 @@ def report_internal_error(
 
     This is `sys.excepthook`. The traceback is printed only with --traceback.
     """
+    if kind is KeyboardInterrupt:  # before a command, or after it
+        report_error(kind.__name__, INTERRUPTED, "interrupted", "rerun the same command")
+        raise SystemExit(INTERRUPTED)
     if "--traceback" in sys.argv:
         sys.__excepthook__(kind, error, trace)
-    _print_error(
+    report_error(
+        kind.__name__,
+        INTERNAL_ERROR,
         f"internal error (a bug in fastvgg): {kind.__name__}: {error}",
         "please report it with the output of --traceback; committed chunks are kept",
     )

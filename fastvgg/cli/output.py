@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
+from fastvgg.escaping import escape_controls
 from fastvgg.formatting import format_bytes
 from fastvgg.stream.report import MAX_FAILURES_SHOWN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from fastvgg.errors import VerificationError
     from fastvgg.stream.plan import Plan
     from fastvgg.stream.report import Progress, Report
 
@@ -29,8 +29,9 @@ MIN_COLUMNS_FOR_SPEED: Final = 80
 def echo(text: str, stream: TextIO) -> None:
     """Print one line, wrapped between words if `stream` is a terminal.
 
-    A terminal would wrap inside words. Paths are never split.
+    A terminal would wrap inside words. Paths are never split. Control characters are escaped.
     """
+    text = escape_controls(text)
     if stream.isatty():
         columns = os.get_terminal_size(stream.fileno()).columns or 80
         indent = " " * (len(text) - len(text.lstrip()))
@@ -42,6 +43,12 @@ def echo(text: str, stream: TextIO) -> None:
             break_on_hyphens=False,
         )
     print(text, file=stream)
+
+
+def show(text: str, stream: TextIO | None = None) -> None:
+    """Print lines as they are, with control characters within a line escaped."""
+    for line in text.split("\n"):
+        print(escape_controls(line), file=stream or sys.stdout, flush=True)
 
 
 def print_json(value: object) -> None:
@@ -65,16 +72,6 @@ def plan_record(plan: Plan) -> dict[str, Any]:
     }
 
 
-def verification_record(error: VerificationError) -> dict[str, Any]:
-    """Return what a verification found as JSON types."""
-    return {
-        "problem": error.problem,
-        "remedy": error.remedy,
-        "damaged": [chunk._asdict() for chunk in error.damaged],
-        "differences": error.differences,
-    }
-
-
 def print_report(report: Report) -> None:
     """Print the summary of a run and its first failures."""
     echo(str(report), sys.stdout)
@@ -91,9 +88,9 @@ def print_info(properties: dict[str, Any]) -> None:
         if value in (None, [], ""):
             continue
         first, *more = _info_lines(name, value)
-        print(f"{name:<17}{first}")
+        show(f"{name:<17}{first}")
         for line in more:
-            print(f"{'':<17}{line}")
+            show(f"{'':<17}{line}")
 
 
 def _info_lines(name: str, value: object) -> list[str]:
@@ -117,9 +114,9 @@ def print_benchmark() -> Callable[[str, dict[str, Any]], None]:
     def on_figure(section: str, row: dict[str, Any]) -> None:
         nonlocal current
         if section != current:
-            print(f"{HEADINGS[section]}\n{'-' * len(HEADINGS[section])}")
+            show(f"{HEADINGS[section]}\n{'-' * len(HEADINGS[section])}")
             current = section
-        print(line(section, row), flush=True)
+        show(line(section, row))
 
     return on_figure
 

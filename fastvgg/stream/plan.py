@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from fastvgg.backend import choose_for_size
 from fastvgg.errors import TargetError, option
+from fastvgg.escaping import escape_controls
 from fastvgg.formatting import format_bytes, html_table
 
 if TYPE_CHECKING:
@@ -259,7 +260,7 @@ class Plan(RunOptions):
 
     def __str__(self) -> str:
         lines = (f"  {name:<9}{value}" for name, value in self._summary_rows())
-        return "\n".join([self._caption(), *lines])
+        return "\n".join(map(escape_controls, [self._caption(), *lines]))
 
     def _repr_html_(self) -> str:
         return html_table(self._caption(), self._summary_rows())

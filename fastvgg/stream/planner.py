@@ -16,6 +16,7 @@ from fastvgg.datasets.base import inner_chunk_images
 from fastvgg.datasets.formats import SOURCES
 from fastvgg.datasets.image_writer import is_lossy
 from fastvgg.datasets.images import ImageSource
+from fastvgg.datasets.index import read_index
 from fastvgg.datasets.open import open_source, source_format, target_format
 from fastvgg.errors import SourceError, UsageError, argument, command, option, option_name
 from fastvgg.formatting import parse_bytes
@@ -328,6 +329,8 @@ def _plan(
     planned = _build_plan(source, target, job, options)
     journal_state = None if planned.restart else read_journal(journal_path(target.container))
     found = inspect_target(planned, make_destination(planned), journal_state)
+    if found.name == "complete" and found.manifest is not None and options.strict:
+        _check_no_failures(target, found.manifest)
     if found.name == "failed" and isinstance(source, ImageSource):
         return plan_retry(planned, source, found.manifest)
     if found.name == "fresh" and not job.is_encoded and not target.is_remote:
@@ -337,6 +340,20 @@ def _plan(
         )
         check_free_space(target.container, job.result.nbytes, smaller)
     return found.plan
+
+
+def _check_no_failures(target: Location, manifest: Manifest) -> None:
+    """Check that no image of a finished target failed."""
+    failed = manifest.counts["failed"]
+    if failed:
+        records = read_index(target.container, manifest.header.images)
+        row, record = next((row, record) for row, record in enumerate(records) if record.failed)
+        raise SourceError(
+            f"{failed} of the images of {target} failed; the first is row {row}, {record.path}: "
+            f"{record.reason}",
+            f"fix them and rerun with {option('retry_failed')}, or rerun without "
+            f"{option('strict')}",
+        )
 
 
 def _plan_in_place(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
+from fastvgg.escaping import escape_controls
 from fastvgg.formatting import html_table
 
 MAX_FAILURES_KEPT: Final = 1000
@@ -61,7 +62,8 @@ class Report:
         return rows
 
     def __str__(self) -> str:
-        return f"{self.target}: {', '.join(value for _, value in self._summary_rows())}"
+        values = ", ".join(value for _, value in self._summary_rows())
+        return escape_controls(f"{self.target}: {values}")
 
     def _repr_html_(self) -> str:
         shown = self.failures[:MAX_FAILURES_SHOWN]

@@ -1188,11 +1188,11 @@ def test_internal_error_shows_its_traceback_on_request():
 
 
 @pytest.mark.parametrize("traceback", [[], ["--traceback"]])
-def test_system_error_exits_with_5(traceback):
+def test_system_error_before_a_run_exits_with_3(traceback):
     done = python(
         FAILING_PLAN_SCRIPT.format(error="OSError(5, 'Input/output error', 'disk.npy')"), *traceback
     )
-    assert done.returncode == 5
+    assert done.returncode == 3
     assert "disk.npy" in done.stderr
     assert "EIO" in done.stderr
     assert ("Traceback" in done.stderr) == bool(traceback)
