@@ -17,6 +17,7 @@ DtypeChoice = Literal["uint8", FloatChoice]
 InterpolationChoice = Literal["nearest", "bilinear", "bicubic", "hamming", "box", "lanczos"]
 RoundingChoice = Literal["nearest", "truncate"]
 FormatChoice = Literal["png", "webp", "jpeg"]
+MissingChunksChoice = Literal["error", "fill"]
 
 # The sections of a help screen.
 MODEL_PANEL: Final = "Model"
@@ -99,6 +100,16 @@ MaxPixels = Annotated[
 FollowLinks = Annotated[
     bool,
     _option(INPUT_PANEL, "Follow symbolic links below SRC.", "--follow-links/--no-follow-links"),
+]
+
+MissingChunks = Annotated[
+    MissingChunksChoice,
+    _choice(
+        MissingChunksChoice,
+        INPUT_PANEL,
+        "Missing chunks of a Zarr or HDF5 array: {values} (with its fill value).",
+        "POLICY",
+    ),
 ]
 
 Size = Annotated[

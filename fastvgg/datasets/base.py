@@ -9,7 +9,7 @@ import stat
 from abc import ABC, abstractmethod
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -37,6 +37,8 @@ INNER_CHUNK_BYTES: Final = 8 * 1024 * 1024
 NUMPY_DTYPES: Final = ("uint8", "float16", "float32", "float64")
 MAX_ELEMENTS: Final = 2**63 - 1
 MAX_SHAPE_CHARACTERS: Final = 100  # of a shape in a message: a damaged header may claim any shape
+MissingChunks: TypeAlias = Literal["error", "fill"]
+"""What a chunk that an array does not store is: an error, or its fill value."""
 READ_FLAGS: Final = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
 
 
@@ -280,12 +282,16 @@ class Source(ABC):
     """Size on disk."""
     read_granularity = 1
     """Images per stored unit, which is read only as a whole."""
+    decoded_image_bytes = 0
+    """Memory per image of the stored units that a library decodes, if more than the image's."""
     records: Sequence[ImageRecord] = ()
     """Records known without reading any image; empty if there are none."""
     linked_paths: Sequence[Path] = ()
     """Resolved paths that are read because links below `path` lead there."""
     follow_links: bool = True
     """Whether links below `path` are followed."""
+    missing_chunks: MissingChunks = "error"
+    """What chunks that an array does not store are."""
 
     def __init__(self, location: Location) -> None:
         self.location = location

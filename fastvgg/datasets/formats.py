@@ -12,6 +12,7 @@ class Format:
 
     target: Literal["file", "directory"] | None = None  # what it is on disk; None: only a source
     has_image_files: bool = False  # encoded images, which are decoded or encoded one by one
+    has_chunks: bool = False  # stored one by one, so that some may be missing
     has_inner_chunks: bool = False  # a chunk should be a multiple of `base.inner_chunk_images`
     result_fields: tuple[str, ...] = ()  # fields of a `Job`, recorded for such results only
     chunk_bytes: int | None = None  # preferred memory of a chunk of a target
@@ -23,9 +24,10 @@ class Format:
 SOURCES: Final = {
     "npy": Format("file"),
     "parts": Format(),
-    "hdf5": Format("file", result_fields=("dataset",), read_copies=1),
+    "hdf5": Format("file", has_chunks=True, result_fields=("dataset",), read_copies=1),
     "zarr": Format(
         "directory",
+        has_chunks=True,
         has_inner_chunks=True,
         chunk_bytes=144 * 2**20,  # shards of about 20 MiB, plus their encoding buffers
         read_copies=2,

@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 from typing import TYPE_CHECKING, Any, Final
 
 import h5py
-import numpy as np
 
 from fastvgg.datasets.base import Header, check_dtype, check_shape
 from fastvgg.datasets.contiguous import ContiguousSource, ContiguousTarget
+from fastvgg.datasets.hdf5_chunks import ChunkError, StoredChunks
 from fastvgg.datasets.index import read_index
-from fastvgg.errors import SourceError, StoppedError, TargetError
+from fastvgg.errors import SourceError, StoppedError, TargetError, option
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from fastvgg.datasets.base import MissingChunks
     from fastvgg.storage.local import Storage
     from fastvgg.storage.location import Location
     from fastvgg.transform import Layout
@@ -36,6 +36,7 @@ MAX_LINKS: Final = 64
 MAX_NAME_BYTES: Final = 128
 MAX_GROUPS: Final = 64
 MAX_NAMES_SHOWN: Final = 10
+MAX_VALUE_CHARACTERS: Final = 40
 # What h5py raises for HDF5 errors. HDF5 itself barely validates what a damaged file claims.
 HDF5_ERRORS: Final = (KeyError, OSError, RuntimeError, ValueError)
 # Alignment of the array in a new file, which speeds up kernels and disk writes.
@@ -53,6 +54,8 @@ class Hdf5Source(ContiguousSource):
         The layout of the array.
     use_index
         Whether the index next to the file describes this dataset.
+    missing_chunks
+        Whether chunks that were never written are an error, or the fill value.
 
     Raises
     ------
@@ -64,9 +67,15 @@ class Hdf5Source(ContiguousSource):
     kind = "hdf5"
 
     def __init__(
-        self, location: Location, *, layout: Layout = "NHWC", use_index: bool = True
+        self,
+        location: Location,
+        *,
+        layout: Layout = "NHWC",
+        use_index: bool = True,
+        missing_chunks: MissingChunks = "error",
     ) -> None:
         super().__init__(location)
+        self._chunks: StoredChunks | None = None
         with contextlib.ExitStack() as stack:
             stack.callback(self._file.close)
             try:
@@ -79,7 +88,7 @@ class Hdf5Source(ContiguousSource):
                 ) from None
             try:
                 self._dataset = self._find(location.inner.encode(errors="surrogateescape"))
-                self._validate(layout)
+                self._validate(layout, missing_chunks)
             except HDF5_ERRORS as error:
                 raise self._damaged_error(f"HDF5 reports {str(error)!r}") from None
             self.records = read_index(self.path, self.header.images) if use_index else ()
@@ -139,15 +148,17 @@ class Hdf5Source(ContiguousSource):
             "h5repack, or h5py's copy(..., expand_external=True)",
         )
 
-    def _validate(self, layout: Layout) -> None:
+    def _validate(self, layout: Layout, missing_chunks: MissingChunks) -> None:
         dataset = self._dataset
         self._check_stored_here()  # first: HDF5 opens other files to determine a virtual shape
         check_shape(self.location, dataset.shape or ())
         self.header = Header(dataset.shape, self._dtype_name(), layout)
         self._check_filters()
-        self._check_written()
+        self._check_written(missing_chunks)
         self.stored_bytes = dataset.id.get_storage_size()
-        self.read_granularity = min(dataset.chunks[0], dataset.shape[0]) if dataset.chunks else 1
+        if self._chunks is not None:
+            self.read_granularity = min(dataset.chunks[0], dataset.shape[0])
+            self.decoded_image_bytes = -(-self._chunks.chunk_bytes // self.read_granularity)
         offset = dataset.id.get_offset()
         # Elements of a different byte order are converted by HDF5.
         self.has_random_access = offset is not None and self._has_type(self.header.dtype)
@@ -194,49 +205,35 @@ class Hdf5Source(ContiguousSource):
                     "to hdf5plugin.PLUGIN_PATH; or store the dataset without it",
                 )
 
-    def _check_written(self) -> None:
+    def _check_written(self, missing_chunks: MissingChunks) -> None:
         """Check that all chunks were written: HDF5 reads missing ones as the fill value."""
-        expected, written = 1, int(self._dataset.id.get_storage_size() > 0)
-        if self._dataset.chunks:
-            expected, written = self._count_chunks()
-        if written < expected:
+        dataset, expected = self._dataset, 1
+        missing = int(dataset.id.get_storage_size() == 0)
+        if dataset.chunks:
+            try:
+                self._chunks = StoredChunks(dataset, self._file_bytes())
+            except ChunkError as error:
+                raise self._damaged_error(str(error)) from None
+            missing, expected = self._chunks.missing, self._chunks.expected
+        if not missing:
+            return
+        value = str(dataset.fillvalue)[:MAX_VALUE_CHARACTERS]
+        found = f"{missing} of {expected} chunks were never written"
+        if missing_chunks == "error":
             raise SourceError(
-                f"{self.location}: {expected - written} of {expected} chunks were never written, "
-                f"and would be read as {self._dataset.fillvalue}",
-                "finish writing the dataset; if it should contain that value, write it explicitly",
+                f"{self.location}: {found}, and would be read as {value}",
+                "finish writing the dataset; or, if all of their pixels should be "
+                f"{value}, give {option('missing_chunks', 'fill')}",
             )
-
-    def _count_chunks(self) -> tuple[int, int]:
-        """Return the expected and the actual number of chunks of a dataset."""
-        dataset = self._dataset
-        lengths = dataset.chunks
-        counts = [-(-a // b) for a, b in zip(dataset.shape, lengths, strict=True)]
-        expected, written = math.prod(counts), dataset.id.get_num_chunks()
-        if written < expected:
-            return expected, written
-        file_bytes, claimed_bytes = self._file_bytes(), dataset.id.get_storage_size()
-        if max(expected, claimed_bytes) > file_bytes:
-            raise self._damaged_error(
-                f"it claims {claimed_bytes} bytes in {expected} chunks; the file has {file_bytes}"
+        properties = dataset.id.get_create_plist()
+        is_undefined = properties.fill_value_defined() == h5py.h5d.FILL_VALUE_UNDEFINED
+        if is_undefined or properties.get_fill_time() == h5py.h5d.FILL_TIME_NEVER:
+            raise SourceError(
+                f"{self.location}: {found}, and the dataset has no fill value for them",
+                "finish writing the dataset",
             )
-        # A damaged chunk index may list one chunk twice and omit another. For a chunk without data
-        # HDF5 returns uninitialized memory, or crashes the process.
-        is_present = np.zeros(counts, bool)
-        chunk_bytes = math.prod(lengths) * dataset.id.get_type().get_size()
-        unfiltered = (1 << dataset.id.get_create_plist().get_nfilters()) - 1
-
-        def visit(chunk: h5py.h5d.StoreInfo) -> None:
-            min_bytes = chunk_bytes if chunk.filter_mask & unfiltered == unfiltered else 1
-            has_data = chunk.byte_offset is not None and chunk.size >= min_bytes
-            index = tuple(a // b for a, b in zip(chunk.chunk_offset, lengths, strict=True))
-            if has_data and all(a < b for a, b in zip(index, counts, strict=True)):
-                is_present[index] = True
-
-        dataset.id.chunk_iter(visit)
-        if not is_present.all():
-            missing = expected - np.count_nonzero(is_present)
-            raise self._damaged_error(f"{missing} of {expected} chunks have no data")
-        return expected, written
+        self.missing_chunks = missing_chunks
+        self.notes = [f"{found}: their pixels are the fill value {value}"]
 
     def _damaged_error(self, problem: str) -> SourceError:
         return SourceError(
@@ -253,8 +250,10 @@ class Hdf5Source(ContiguousSource):
         # h5py has no in-memory type for bfloat16; the type in the file is identical.
         memory_type = self._dataset.id.get_type() if self.header.dtype == "bfloat16" else None
         try:
+            if self._chunks is not None:
+                self._chunks.check_decoded_bytes(start, start + len(out))
             self._dataset.id.read(memory_space, selection, out, memory_type)
-        except OSError as error:
+        except (OSError, ChunkError) as error:
             raise StoppedError(
                 f"{self.location}: images {start} to {start + len(out) - 1} cannot be read: "
                 f"{error}",

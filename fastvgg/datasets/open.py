@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from fastvgg.datasets import signatures
 from fastvgg.datasets.folders import ImageFolder
+from fastvgg.datasets.formats import SOURCES
 from fastvgg.datasets.image_writer import FileFormat, ImageFolderTarget
 from fastvgg.datasets.npy import NpySource, NpyTarget, PartitionedNpySource, part_names
 from fastvgg.datasets.tar import TarShards, is_tar_name
@@ -25,7 +26,7 @@ from fastvgg.storage.objects import ObjectStorage
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from fastvgg.datasets.base import ArraySource, Header, ImageRecord, Target
+    from fastvgg.datasets.base import ArraySource, Header, ImageRecord, MissingChunks, Target
     from fastvgg.datasets.images import ImageListing, ImageSource
     from fastvgg.imaging.resize import Gather
     from fastvgg.storage.location import Location
@@ -49,6 +50,7 @@ def open_source(
     listing: ImageListing | None = None,
     use_index: bool = True,
     follow_links: bool = True,
+    missing_chunks: MissingChunks = "error",
 ) -> ImageSource | ArraySource:
     """Open a dataset for reading. Reads headers but no pixels.
 
@@ -76,6 +78,8 @@ def open_source(
         another dataset of the file.
     follow_links
         Whether links below a directory of images or of part-*.npy are followed.
+    missing_chunks
+        Whether chunks that a Zarr or HDF5 array does not store are an error, or its fill value.
 
     Raises
     ------
@@ -83,6 +87,12 @@ def open_source(
         If the path is missing, empty, damaged, or in an unsupported format.
     """
     kind = source_format(location)
+    if missing_chunks != "error" and not SOURCES[kind].has_chunks:
+        raise SourceError(
+            f"{location} has no chunks, but {option('missing_chunks', missing_chunks)} applies to "
+            "Zarr and HDF5 arrays",
+            "omit it",
+        )
     if kind not in IMAGE_SOURCES:
         return _open_array(
             location,
@@ -90,6 +100,7 @@ def open_source(
             layout,
             dtype_hint,
             decoding,
+            missing_chunks,
             use_index=use_index,
             follow_links=follow_links,
         )
@@ -167,6 +178,7 @@ def _open_array(
     layout: Layout,
     dtype_hint: str | None,
     decoding: DecodeOptions | None,
+    missing_chunks: MissingChunks,
     *,
     use_index: bool,
     follow_links: bool,
@@ -187,11 +199,15 @@ def _open_array(
     if kind == "hdf5":
         with _require_extra("hdf5", location):
             from fastvgg.datasets.hdf5 import Hdf5Source
-        return Hdf5Source(location, layout=layout, use_index=use_index)
+        return Hdf5Source(
+            location, layout=layout, use_index=use_index, missing_chunks=missing_chunks
+        )
     if kind == "zarr":
         with _require_extra("zarr", location):
             from fastvgg.datasets.zarr import ZarrSource
-        return ZarrSource(path, layout=layout, use_index=use_index)
+        return ZarrSource(
+            path, layout=layout, use_index=use_index, missing_chunks=missing_chunks
+        )
     if kind == "parts":
         return PartitionedNpySource(
             path, layout=layout, dtype_hint=dtype_hint, follow_links=follow_links

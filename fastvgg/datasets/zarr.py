@@ -1,10 +1,12 @@
 """Read Zarr arrays with zarr-python: https://zarr-specs.readthedocs.io.
 
-Zarr reads a missing chunk as if it were full of the fill value. Here it is an error.
+A missing chunk is an error, unless the caller asked for the fill value. Links to files and to
+directories are followed: the keys of an array determine what is read, wherever it lies.
 """
 
 from __future__ import annotations
 
+import collections
 import itertools
 import lzma
 import math
@@ -16,10 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
 import zarr
-from zarr.abc.store import Store
-from zarr.buffer import default_buffer_prototype
 from zarr.buffer.cpu import NDBuffer
-from zarr.storage import FsspecStore, LocalStore, WrapperStore
+from zarr.storage import FsspecStore, LocalStore
 
 from fastvgg.datasets.base import (
     MAX_ELEMENTS,
@@ -28,9 +28,18 @@ from fastvgg.datasets.base import (
     Header,
     check_dtype,
     check_shape,
+    open_regular,
+    read_at,
 )
 from fastvgg.datasets.index import read_index
-from fastvgg.errors import SourceError, StoppedError
+from fastvgg.datasets.zarr_codecs import max_encoded_bytes, widest_item_bytes
+from fastvgg.datasets.zarr_store import (
+    METADATA_KEYS,
+    MissingChunkError,
+    ShardLayout,
+    StrictStore,
+)
+from fastvgg.errors import SourceError, StoppedError, option
 from fastvgg.storage import objects
 from fastvgg.storage.location import Location, is_remote
 
@@ -39,17 +48,19 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
-    from zarr.abc.store import ByteRequest
-    from zarr.core.buffer import Buffer, BufferPrototype
+    from zarr.abc.store import Store
 
+    from fastvgg.datasets.base import MissingChunks
     from fastvgg.transform import Layout
 
 ARRAY_METADATA_SUFFIXES: Final = ("/zarr.json", "/.zarray")
-METADATA_KEYS: Final = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
 ATTRIBUTE_KEY: Final = "fastvgg"
 """The attribute that records the transform applied to the images."""
 MAX_NAMES_SHOWN: Final = 10
 MAX_COUNTED_CHUNKS: Final = 10**6  # metadata may claim any number
+# Links can form cycles, and a tree of links to the same directories grows exponentially.
+MAX_VISITS: Final = 1000
+CHUNK_OVERHEAD_BYTES: Final = 2048  # of zarr-python, per copy of a chunk that is read
 # What zarr-python and its codecs raise on damaged metadata and damaged chunks.
 METADATA_ERRORS: Final = (
     *(ValueError, TypeError, KeyError, AttributeError),
@@ -61,44 +72,8 @@ CHUNK_ERRORS: Final = (
 )
 
 
-class MissingChunkError(Exception):
-    """A missing or empty chunk, identified by its key."""
-
-
 class DamagedChunkError(StoppedError):
     """A chunk that is missing or cannot be decoded."""
-
-
-class _StrictStore(WrapperStore[Store]):
-    """A store that raises for missing chunks. `metadata` overrides keys not written yet."""
-
-    def __init__(self, store: Store, metadata: Mapping[str, bytes]) -> None:
-        super().__init__(store)
-        self._metadata = metadata
-        # Blosc trusts the length in a chunk's header, and would read beyond the end of the chunk.
-        self.uses_blosc = False
-
-    def _with_store(self, store: Store) -> _StrictStore:
-        return _StrictStore(store, self._metadata)
-
-    async def get(
-        self,
-        key: str,
-        prototype: BufferPrototype | None = None,
-        byte_range: ByteRequest | None = None,
-    ) -> Buffer | None:
-        prototype = prototype or default_buffer_prototype()
-        if key in self._metadata:
-            return prototype.buffer.from_bytes(self._metadata[key])
-        data: Buffer | None = await self._store.get(key, prototype, byte_range)
-        # zarr also treats an empty shard as one that was never written.
-        if not data and not key.endswith(METADATA_KEYS):
-            raise MissingChunkError(key)
-        if data and self.uses_blosc and byte_range is None and not key.endswith(METADATA_KEYS):
-            expected = int.from_bytes(data[12:16].to_bytes(), "little")
-            if expected != len(data):
-                raise ValueError(f"it has {len(data)} bytes; its header says {expected}")
-        return data
 
 
 class ZarrArray(ArraySource):
@@ -138,7 +113,7 @@ class ZarrArray(ArraySource):
                     if is_remote(path)
                     else LocalStore(path, read_only=True)
                 )
-                store = _StrictStore(opened, metadata)
+                store = StrictStore(opened, path, metadata)
                 array = zarr.open(store, mode="r")
         except FileNotFoundError:
             raise SourceError(
@@ -155,14 +130,12 @@ class ZarrArray(ArraySource):
                 f"{path} is a Zarr group; its arrays are: {', '.join(_arrays(path)) or 'none'}",
                 f"give one of its arrays: {path}/NAME",
             )
-        codecs = [] if array.shards else [type(codec).__name__ for codec in array.compressors]
-        store.uses_blosc = "Blosc" in "".join(codecs[-1:])
         self._array = array
         check_shape(path, array.shape)
         # zarr converts elements of a different byte order.
         dtype = check_dtype(path, array.dtype.name if array.dtype.kind in "uf" else "", array.dtype)
         self.header = Header(array.shape, dtype, layout)
-        self._check_no_pickle()
+        self._store = store
         self._chunk_shape: tuple[int, ...] = array.shards or array.chunks
         # For chunks larger than memory can be, zarr returns uninitialized memory.
         if min(self._chunk_shape) < 1 or math.prod(self._chunk_shape) > MAX_ELEMENTS:
@@ -171,16 +144,35 @@ class ZarrArray(ArraySource):
         counts = (-(-a // b) for a, b in zip(array.shape, self._chunk_shape, strict=True))
         self._counts = tuple(counts)
         self.read_granularity = min(array.chunks[0], array.shape[0])
+        self._measure_chunks()
 
-    def _check_no_pickle(self) -> None:
-        """Reject codecs that unpickle: a pickle can run arbitrary code."""
-        fields = self._array.metadata.to_dict()
-        codecs = [fields.get(name) for name in ("codecs", "filters", "compressor")]
-        if "pickle" in str(codecs).lower():
-            raise SourceError(
-                f"{self.path} uses a pickle codec, which is never loaded",
-                "store it with another codec",
-            )
+    def _measure_chunks(self) -> None:
+        """Determine what a chunk, or a shard, can have at most, and what decoding one takes.
+
+        Raises
+        ------
+        SourceError
+            If the index of shards cannot be read.
+        """
+        array: Any = self._array
+        fields: dict[str, Any] = array.metadata.to_dict()
+        item_bytes = max(array.dtype.itemsize, widest_item_bytes(fields))
+        self._max_stored_bytes = max_encoded_bytes(math.prod(array.chunks) * item_bytes)
+        if array.shards:
+            (codec,) = fields["codecs"]
+            config = codec["configuration"]
+            try:
+                shards = ShardLayout.of(config, array.shape, array.shards, item_bytes)
+            except (ValueError, KeyError, TypeError) as error:
+                raise SourceError(
+                    f"{self.path}: {_display(error)}", "store it with zarr-python's own settings"
+                ) from None
+            self._store.shards, self._max_stored_bytes = shards, shards.max_bytes
+        inner = [-(-a // b) for a, b in zip(array.shape[1:], array.chunks[1:], strict=True)]
+        padded = math.prod(a * b for a, b in zip(inner, array.chunks[1:], strict=True))
+        unit_bytes = array.chunks[0] * padded * item_bytes
+        unit_bytes += math.prod(inner) * CHUNK_OVERHEAD_BYTES
+        self.decoded_image_bytes = -(-unit_bytes // self.read_granularity)
 
     def fingerprint(self) -> str:
         digest = xxhash.xxh3_128()
@@ -218,7 +210,7 @@ class ZarrArray(ArraySource):
             with objects.os_errors():
                 self._array.get_basic_selection(selection, **options)
         except MissingChunkError as error:
-            raise self._damaged_error(str(error), "it is missing or empty") from None
+            raise self._damaged_error(*error.args) from None
         except CHUNK_ERRORS as error:
             # A disk or a connection failed, rather than a codec, whose errors have no errno.
             is_access_error = isinstance(error, PermissionError | ConnectionError | TimeoutError)
@@ -249,34 +241,95 @@ class ZarrArray(ArraySource):
 class ZarrSource(ZarrArray):
     """A complete Zarr array as a source.
 
+    With `missing_chunks` "fill", chunks that are not stored are read as the fill value.
+
     Raises
     ------
     SourceError
-        If `ZarrArray` rejects it, or chunks are missing.
+        If `ZarrArray` rejects it, chunks are missing, or one is longer than it can be.
     """
 
-    def __init__(self, path: Path, *, layout: Layout = "NHWC", use_index: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        layout: Layout = "NHWC",
+        use_index: bool = True,
+        missing_chunks: MissingChunks = "error",
+    ) -> None:
         super().__init__(path, layout=layout)
         files = _list_files(path)
-        self._check_no_missing_chunks(files)
+        self._check_lengths(files)
+        self._check_missing_chunks(files, missing_chunks)
         self.stored_bytes = sum(size for size, _ in files.values())
         self.records = read_index(path, self.header.images) if use_index else ()
 
-    def _check_no_missing_chunks(self, files: Mapping[str, tuple[int, str]]) -> None:
+    def _check_lengths(self, files: Mapping[str, tuple[int, str]]) -> None:
+        """Check that no chunk is longer than what it decodes to allows."""
+        for key, (nbytes, _) in files.items():
+            if nbytes > self._max_stored_bytes and not key.endswith(METADATA_KEYS):
+                raise SourceError(
+                    f"{self.path}: {key} has {nbytes} bytes; a chunk of {self._chunk_shape} has at "
+                    f"most {self._max_stored_bytes}",
+                    "move files that are no chunks elsewhere, or replace the array",
+                )
+
+    def _check_missing_chunks(
+        self, files: Mapping[str, tuple[int, str]], missing_chunks: MissingChunks
+    ) -> None:
         expected = math.prod(self._counts)
         missing = expected - sum(not key.endswith(METADATA_KEYS) for key in files)
         absent = (key for key in self.keys(0, self.header.images) if key not in files)
         first = list(itertools.islice(absent, MAX_NAMES_SHOWN))
         if missing < MAX_COUNTED_CHUNKS:  # count exactly: unrelated files may have been counted
             missing = len(first) + sum(1 for _ in absent)
-        if missing:
-            shown = ", ".join(first)
+        found = f"{missing} of {expected} chunks are missing, e.g. {', '.join(first)}"
+        if not missing:
+            if self._store.shards is not None and is_remote(self.path):
+                # To find missing inner chunks would take a request per shard.
+                self._store.fills_missing = missing_chunks == "fill"
+                self.missing_chunks = missing_chunks
+                return
+            found = self._find_missing_inner_chunks(files)
+            if not found:
+                return
+        if missing_chunks == "error":
             raise SourceError(
-                f"{self.path}: {missing} of {expected} chunks are missing, e.g. {shown}; zarr "
-                "would read them as the fill value",
-                "finish writing the array, or replace it; zarr omits chunks that equal the fill "
-                "value, unless zarr.config.set({'array.write_empty_chunks': True})",
+                f"{self.path}: {found}; zarr reads them as the fill value {self._fill_value}",
+                "finish writing the array, or replace it; or, if zarr did not store them because "
+                f"all of their pixels are {self._fill_value}, give "
+                f"{option('missing_chunks', 'fill')}",
             )
+        if self._array.fill_value is None:
+            raise SourceError(
+                f"{self.path}: {found}; their value is undefined: the fill value is null",
+                'put the value of their pixels into .zarray, for example "fill_value": 0',
+            )
+        self._store.fills_missing, self.missing_chunks = True, missing_chunks
+        self.notes = [f"{found}: their pixels are the fill value {self._fill_value}"]
+
+    @property
+    def _fill_value(self) -> str:
+        return str(self._array.fill_value)[:MAX_SHAPE_CHARACTERS]
+
+    def _find_missing_inner_chunks(self, files: Mapping[str, tuple[int, str]]) -> str:
+        """Describe the first shard on disk that lacks inner chunks; empty if there is none."""
+        shards = self._store.shards
+        if shards is None:
+            return ""
+        for key in self.keys(0, self.header.images):
+            if key not in files:
+                continue
+            try:
+                with open_regular(self.path / key) as file:
+                    begin = 0 if shards.is_index_at_start else files[key][0] - shards.index_bytes
+                    index = read_at(file.fileno(), shards.index_bytes, max(0, begin))
+            except OSError:  # reading the chunk will report it
+                continue
+            missing = shards.count_missing(key, index)
+            if missing:
+                return f"{missing} inner chunks of the shard {key} are missing"
+        return ""
 
 
 def _product(ranges: Sequence[range]) -> Iterator[tuple[int, ...]]:
@@ -324,8 +377,15 @@ def _list_files(path: Path) -> dict[str, tuple[int, str]]:
 def _list_directory(path: Path) -> dict[str, tuple[int, str]]:
     files: dict[str, tuple[int, str]] = {}
     folders = [""]
+    visits: collections.Counter[tuple[int, int]] = collections.Counter()
     while folders:
         folder = folders.pop()
+        status = os.stat(path / folder)  # noqa: PTH116
+        visits[status.st_dev, status.st_ino] += 1
+        if visits[status.st_dev, status.st_ino] > MAX_VISITS:
+            raise SourceError(
+                f"{path / folder} is reached by more than {MAX_VISITS} links", "remove the links"
+            )
         with os.scandir(path / folder) as entries:
             for entry in entries:
                 key = folder + entry.name

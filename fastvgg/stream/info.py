@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from fastvgg.datasets.open import open_source
+from fastvgg.datasets.formats import SOURCES
+from fastvgg.datasets.open import open_source, source_format
 from fastvgg.storage.location import Location
 from fastvgg.stream.journal import journal_path, read_journal
 from fastvgg.stream.manifest import Provenance
@@ -14,6 +15,7 @@ from fastvgg.stream.redo_log import committed_chunks, read_redo_log_header
 if TYPE_CHECKING:
     import os
 
+    from fastvgg.datasets.base import Source
     from fastvgg.stream.job import Job
     from fastvgg.transform import Transform
 
@@ -72,7 +74,7 @@ def _describe(location: Location) -> dict[str, Any]:
             "created": manifest.created,
             "packages": manifest.packages,
         }
-    with contextlib.closing(open_source(location, use_index=recorded.has_index)) as source:
+    with contextlib.closing(_open(location, recorded)) as source:
         header = source.header
         return {
             "state": "source",
@@ -83,6 +85,16 @@ def _describe(location: Location) -> dict[str, Any]:
             **({} if recorded.transform is None else _transform_fields(recorded.transform)),
             "notes": source.notes,
         }
+
+
+def _open(location: Location, recorded: Provenance) -> Source:
+    """Open a source to describe it; missing chunks are a note, not an error."""
+    has_chunks = SOURCES[source_format(location)].has_chunks
+    return open_source(
+        location,
+        use_index=recorded.has_index,
+        missing_chunks="fill" if has_chunks else "error",
+    )
 
 
 def _transform_fields(transform: Transform) -> dict[str, Any]:

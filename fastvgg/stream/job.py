@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, get_args
 
-from fastvgg.datasets.base import Header
+from fastvgg.datasets.base import Header, MissingChunks
 from fastvgg.datasets.formats import SOURCES, TARGETS, Format
 from fastvgg.datasets.image_writer import check_format
 from fastvgg.errors import FastvggError, ResumeError, option
@@ -45,6 +45,7 @@ IMAGE_SOURCE_SCHEMA: Final[Schema] = {
     "scale_to_uint8": bool,
     "max_pixels": int,
 }
+CHUNKED_SOURCE_SCHEMA: Final[Schema] = {"missing_chunks": str}
 RESULT_SCHEMA: Final[Schema] = {"in_place": bool, **HEADER_SCHEMA}
 TRANSFORM_SCHEMA: Final[Schema] = {
     "mode": dict,
@@ -87,6 +88,8 @@ class Job:
     """Name of the result within an HDF5 file; empty for other formats."""
     follow_links: bool = True
     """Whether links below the source are followed: it determines which rows there are."""
+    missing_chunks: MissingChunks = "error"
+    """What chunks that the source does not store are; "error" for formats without chunks."""
 
     @property
     def formats(self) -> tuple[Format, Format]:
@@ -113,6 +116,7 @@ class Job:
                 "kind": self.source_kind,
                 **vars(self.header),
                 **({} if self.decoding is None else self.decoding.to_dict()),
+                **({"missing_chunks": self.missing_chunks} if self.formats[0].has_chunks else {}),
             },
             "transform": self.transform.to_dict(),
             "result": {
@@ -131,8 +135,11 @@ class Job:
         """Return the job that `to_dict` wrote; raise ValueError if a field is inconsistent."""
         check_fields(fields, JOB_SCHEMA)
         source, result = fields["source"], fields["result"]
-        is_decoded = SOURCES.get(str(source.get("kind")), Format()).has_image_files
-        check_fields(source, {**SOURCE_SCHEMA, **(IMAGE_SOURCE_SCHEMA if is_decoded else {})})
+        source_format = SOURCES.get(str(source.get("kind")), Format())
+        is_decoded = source_format.has_image_files
+        schema = {**SOURCE_SCHEMA, **(IMAGE_SOURCE_SCHEMA if is_decoded else {})}
+        schema |= CHUNKED_SOURCE_SCHEMA if source_format.has_chunks else {}
+        check_fields(source, schema)
         target_format = TARGETS.get(str(result.get("kind")), Format())
         check_fields(result, {**RESULT_SCHEMA, **dict.fromkeys(target_format.result_fields, str)})
         header = _parse_header(source)
@@ -158,9 +165,12 @@ class Job:
                 result.get("format", "png"),
                 result.get("dataset", ""),
                 source["follow_links"],
+                source.get("missing_chunks", "error"),
             )
         except FastvggError as error:
             raise ValueError(ascii(error.problem)) from None
+        if job.missing_chunks not in get_args(MissingChunks):
+            raise ValueError("missing_chunks is neither error nor fill")
         if job.source_kind not in SOURCES or job.target_format not in TARGETS:
             raise ValueError("the source or the result has an unknown format")
         if job.in_place and (job.source_kind != "npy" or job.target_format != "npy"):

@@ -116,6 +116,8 @@ class Plan(RunOptions):
     has_index: bool = True
     """Whether an index next to the source describes it."""
     read_bytes: int
+    decoded_image_bytes: int = 0
+    """Memory per image of the units that the source stores, if more than that of an image."""
     notes: tuple[str, ...]
     chunk_images: int = 1
     committed_chunks: int = 0
@@ -174,13 +176,15 @@ class Plan(RunOptions):
         Chunks that are computed row by row: two are computed while a third is written.
         """
         image_bytes, result_bytes = self.header.image_bytes, self.result.image_bytes
+        decoded_bytes = max(image_bytes, self.decoded_image_bytes)
         source, target = self.job.formats
         encoded_bytes = target.write_copies * result_bytes
         if self.job.is_decoded:
             return 3 * result_bytes + encoded_bytes
         if self.job.is_encoded:
-            return 2 * image_bytes + 3 * result_bytes
-        return (1 + source.read_copies) * image_bytes + 2 * result_bytes + encoded_bytes
+            return 2 * decoded_bytes + 3 * result_bytes
+        read_bytes = image_bytes + source.read_copies * decoded_bytes
+        return read_bytes + 2 * result_bytes + encoded_bytes
 
     @property
     def _overhead_bytes(self) -> int:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from fastvgg import oracle
 from fastvgg.backend import check_backend
-from fastvgg.choices import check_flags
-from fastvgg.datasets.base import inner_chunk_images
+from fastvgg.choices import check_choice, check_flags
+from fastvgg.datasets.base import MissingChunks, inner_chunk_images
 from fastvgg.datasets.formats import SOURCES
 from fastvgg.datasets.image_writer import is_lossy
 from fastvgg.datasets.images import ImageSource
@@ -76,6 +76,7 @@ def plan(
     scale_to_uint8: bool = False,
     max_pixels: int | None = None,
     follow_links: bool = True,
+    missing_chunks: MissingChunks = "error",
     layout: Layout | None = None,
     out_layout: Layout | None = None,
     dtype: DTypeLike | None = None,
@@ -127,6 +128,9 @@ def plan(
     follow_links
         Follow symbolic links below a directory, to files and to folders; a link back to a folder
         that contains it is not followed. Otherwise links are skipped, and counted in the notes.
+    missing_chunks
+        What chunks that a Zarr or HDF5 array does not store are: "error", or "fill" for the fill
+        value of the array. zarr-python does not store chunks that are full of that value.
     layout, out_layout, dtype, rounding
         As for `fastvgg.preprocess` and `fastvgg.restore`. What the manifest of the source records
         may be omitted.
@@ -190,6 +194,7 @@ def plan(
     )
     threads = check_threads(threads)
     check_backend(backend)
+    check_choice("missing_chunks", missing_chunks, get_args(MissingChunks))
     recorded = Provenance.read(location)
     options = RunOptions(
         memory_bytes=parse_bytes(memory),
@@ -224,6 +229,7 @@ def plan(
         threads=threads,
         use_index=recorded.has_index,
         follow_links=follow_links,
+        missing_chunks=missing_chunks,
     )
     with contextlib.closing(opened):
         _check_source(opened, recorded.manifest, strict=strict)
@@ -411,6 +417,7 @@ def _make_job(
         file_format=file_format,
         dataset=target.inner,
         follow_links=source.follow_links,
+        missing_chunks=source.missing_chunks,
     )
 
 
@@ -420,6 +427,7 @@ def _build_plan(source: Source, target: Location, job: Job, options: RunOptions)
         target=target,
         job=job,
         read_bytes=source.stored_bytes,
+        decoded_image_bytes=source.decoded_image_bytes,
         notes=tuple(source.notes + _loss_notes(job)),
         listing=source.listing if isinstance(source, ImageSource) else None,
         **vars(options),

@@ -55,6 +55,7 @@ def reopen_source(plan: Plan) -> Source:
         listing=plan.listing,
         use_index=plan.has_index,
         follow_links=plan.job.follow_links,
+        missing_chunks=plan.job.missing_chunks,
     )
     if is_changed(plan, source):
         source.close()

@@ -11,7 +11,7 @@ import pytest
 import xxhash
 from zarr.storage import WrapperStore
 
-from fastvgg.datasets import contiguous, npy, zarr
+from fastvgg.datasets import contiguous, npy, zarr, zarr_store
 from fastvgg.errors import SourceError
 from fastvgg.stream import job, journal, lines, manifest, redo_log, redo_log_layout
 from tests.campaigns import fuzz
@@ -133,7 +133,7 @@ def grow_files(patch):
 
 
 def accept_missing_chunks(patch):
-    patch.setattr(zarr._StrictStore, "get", WrapperStore.get)
+    patch.setattr(zarr_store.StrictStore, "get", WrapperStore.get)
 
 
 def raise_metadata_type_error(patch):

@@ -1,0 +1,173 @@
+"""The chunks of an HDF5 dataset: which are stored, and whether they decode to bounded memory.
+
+HDF5 trusts what a file claims. For a chunk without data it returns uninitialized memory, or crashes
+the process, and it inflates a chunk into a buffer that grows until the memory is full.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import zlib
+from array import array
+from typing import TYPE_CHECKING, Final
+
+import h5py
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Compressed data may be longer than what it decodes to, by less than this.
+SLACK_BYTES: Final = 64 * 1024
+INFLATED_BLOCK_BYTES: Final = 1024 * 1024
+CHECKSUM_BYTES: Final = 4
+# Filters whose chunks say, or show, how long they are once decoded.
+SELF_SIZED: Final = (h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SZIP)
+COMPRESSORS: Final = (*SELF_SIZED, h5py.h5z.FILTER_LZF)
+# Filters whose parameters repeat the number and the size of the elements of a chunk.
+SIZED_FILTERS: Final = (h5py.h5z.FILTER_NBIT, h5py.h5z.FILTER_SCALEOFFSET)
+COUNT_PARAMETER, SIZE_PARAMETER = 2, 4
+
+
+class ChunkError(Exception):
+    """A chunk index or a chunk that is damaged."""
+
+
+class StoredChunks:
+    """The stored chunks of a dataset, of which some may never have been written.
+
+    Parameters
+    ----------
+    dataset
+        A chunked dataset.
+    file_bytes
+        The size of its file.
+
+    Raises
+    ------
+    ChunkError
+        If the chunk index or the parameters of the filters are damaged.
+    """
+
+    def __init__(self, dataset: h5py.Dataset, file_bytes: int) -> None:
+        self._dataset = dataset
+        properties = dataset.id.get_create_plist()
+        self._filters = [
+            properties.get_filter(number) for number in range(properties.get_nfilters())
+        ]
+        self._lengths: tuple[int, ...] = dataset.chunks
+        self._counts = [-(-a // b) for a, b in zip(dataset.shape, self._lengths, strict=True)]
+        self.expected = math.prod(self._counts)
+        self.chunk_bytes: int = math.prod(self._lengths) * dataset.id.get_type().get_size()
+        self.max_stored_bytes: int = self.chunk_bytes + self.chunk_bytes // 8 + SLACK_BYTES
+        self._check_filters()
+        self._numbers = self._find_stored(file_bytes)
+
+    @property
+    def missing(self) -> int:
+        """Number of chunks that were never written."""
+        return int(self.expected - len(self._numbers))
+
+    def _check_filters(self) -> None:
+        codes = [code for code, *_ in self._filters]
+        if sum(code in COMPRESSORS for code in codes) > 1:
+            raise ChunkError("its chunks are compressed twice")
+        for code, _, values, _ in self._filters:
+            is_sized = code in SIZED_FILTERS and len(values) > SIZE_PARAMETER
+            if is_sized and values[COUNT_PARAMETER] * values[SIZE_PARAMETER] > self.chunk_bytes:
+                raise ChunkError(f"filter {code} claims more elements than a chunk has")
+
+    def _find_stored(self, file_bytes: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Return the numbers of the stored chunks in C order, ascending."""
+        dataset = self._dataset
+        listed, claimed_bytes = dataset.id.get_num_chunks(), dataset.id.get_storage_size()
+        if max(listed, claimed_bytes) > file_bytes:
+            raise ChunkError(
+                f"it claims {claimed_bytes} bytes in {listed} chunks; the file has {file_bytes}"
+            )
+        # A damaged chunk index may list one chunk twice and omit another.
+        numbers = array("q")
+        unfiltered = (1 << len(self._filters)) - 1
+        max_size = 0
+
+        def visit(chunk: h5py.h5d.StoreInfo) -> None:
+            nonlocal max_size
+            is_plain = chunk.filter_mask & unfiltered == unfiltered
+            has_data = chunk.byte_offset is not None and chunk.size >= (
+                self.chunk_bytes if is_plain else 1
+            )
+            max_size = max(max_size, chunk.size)
+            index = [a // b for a, b in zip(chunk.chunk_offset, self._lengths, strict=True)]
+            if has_data and all(a < b for a, b in zip(index, self._counts, strict=True)):
+                numbers.append(self._number(index))
+
+        dataset.id.chunk_iter(visit)
+        stored = np.unique(np.frombuffer(numbers, np.int64) if numbers else np.empty(0, np.int64))
+        if len(stored) < min(listed, self.expected):
+            missing = min(listed, self.expected) - len(stored)
+            raise ChunkError(f"{missing} of {self.expected} chunks have no data")
+        if max_size > self.max_stored_bytes:
+            raise ChunkError(f"a chunk of {self.chunk_bytes} bytes is stored in {max_size}")
+        return stored
+
+    def _number(self, index: list[int] | tuple[int, ...]) -> int:
+        number = 0
+        for position, count in zip(index, self._counts, strict=True):
+            number = number * count + position
+        return number
+
+    def check_decoded_bytes(self, start: int, stop: int) -> None:
+        """Check that the chunks of the images `start` to `stop` do not decode to more than a chunk.
+
+        Raises
+        ------
+        ChunkError
+            If one does.
+        OSError
+            If HDF5 cannot read one.
+        """
+        codes = [code for code, *_ in self._filters]
+        position = next((at for at, code in enumerate(codes) if code in SELF_SIZED), None)
+        if position is None:
+            return
+        outer = range(position + 1, len(codes))
+        if any(codes[number] != h5py.h5z.FILTER_FLETCHER32 for number in outer):
+            return  # a filter of another package is applied after it
+        for offset in self._offsets(start, stop):
+            try:
+                mask, data = self._dataset.id.read_direct_chunk(offset)
+            except RuntimeError as error:
+                raise ChunkError(f"chunk {offset}: {error}") from None
+            if mask >> position & 1:
+                continue
+            checksums = sum(not mask >> number & 1 for number in outer)
+            encoded = data[: len(data) - CHECKSUM_BYTES * checksums]
+            if self._decodes_to_more(codes[position], encoded):
+                raise ChunkError(f"chunk {offset} decodes to more than {self.chunk_bytes} bytes")
+
+    def _decodes_to_more(self, code: int, encoded: bytes) -> bool:
+        if code == h5py.h5z.FILTER_SZIP:
+            return int.from_bytes(encoded[:4], "little") > self.max_stored_bytes
+        return _inflates_to_more(encoded, self.max_stored_bytes)
+
+    def _offsets(self, start: int, stop: int) -> Iterator[tuple[int, ...]]:
+        """Yield the offsets of the stored chunks that contain the images `start` to `stop`."""
+        rows = range(start // self._lengths[0], -(-stop // self._lengths[0]))
+        for index in itertools.product(rows, *map(range, self._counts[1:])):
+            number = self._number(index)
+            at = int(np.searchsorted(self._numbers, number))
+            if at < len(self._numbers) and self._numbers[at] == number:
+                yield tuple(a * b for a, b in zip(index, self._lengths, strict=True))
+
+
+def _inflates_to_more(data: bytes, max_bytes: int) -> bool:
+    """Whether a zlib stream has more than `max_bytes`, without storing them."""
+    stream, total = zlib.decompressobj(), 0
+    while data and not stream.eof and total <= max_bytes:
+        try:
+            total += len(stream.decompress(data, INFLATED_BLOCK_BYTES))
+        except zlib.error:  # HDF5 reports it
+            return False
+        data = stream.unconsumed_tail
+    return total > max_bytes
