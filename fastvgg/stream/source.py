@@ -38,8 +38,8 @@ def check_exists(source: Location) -> None:
             f"{source} is unfinished: the run that writes it was interrupted",
             f"rerun the command that writes it; its progress: {command('info', source)}",
         ) from None
-    if kind == "hdf5":  # the file exists, but perhaps not the dataset
-        open_source(source, use_index=False).close()
+    if kind == "hdf5" and source.inner:  # the file exists, but perhaps not the dataset
+        open_source(source, use_index=False, missing_chunks="fill").close()
 
 
 def reopen_source(plan: Plan) -> Source:
