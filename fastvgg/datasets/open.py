@@ -205,9 +205,7 @@ def _open_array(
     if kind == "zarr":
         with _require_extra("zarr", location):
             from fastvgg.datasets.zarr import ZarrSource
-        return ZarrSource(
-            path, layout=layout, use_index=use_index, missing_chunks=missing_chunks
-        )
+        return ZarrSource(path, layout=layout, use_index=use_index, missing_chunks=missing_chunks)
     if kind == "parts":
         return PartitionedNpySource(
             path, layout=layout, dtype_hint=dtype_hint, follow_links=follow_links

@@ -212,4 +212,5 @@ def open_job_source(job: Job, decoding_bytes: int, threads: int) -> Source:
         threads=threads,
         use_index=False,
         follow_links=job.follow_links,
+        missing_chunks=job.missing_chunks,
     )
