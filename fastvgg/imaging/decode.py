@@ -27,12 +27,17 @@ from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from fastvgg.errors import UsageError, option
 from fastvgg.imaging import modes, resize
-from fastvgg.imaging.formats import PILLOW_FORMATS
+from fastvgg.imaging.formats import (
+    DECODER_PIXEL_BYTES,
+    HEAD_BYTES,
+    describe_content,
+    supported_formats,
+)
 from fastvgg.imaging.modes import RejectedError
 
 if TYPE_CHECKING:
@@ -82,14 +87,13 @@ TRANSPOSED_ORIENTATIONS: Final = (5, 6, 7, 8)
 # Pillow's threshold for a warning; it rejects images of more than twice as many.
 MAX_PIXELS: Final = 89_478_485
 # Measured peak bytes per pixel: decoded JPEG, and coefficients if it is progressive; Pillow's RGB,
-# the image converted to it, and a transposed copy; scaled 16-bit grayscale; WebP decoder overhead.
+# the image converted to it, and a transposed copy; scaled 16-bit grayscale.
 JPEG_PIXEL_BYTES: Final = 3
 COEFFICIENT_PIXEL_BYTES: Final = 6
 RGB_PIXEL_BYTES: Final = 4
 CONVERTED_PIXEL_BYTES: Final = 5
 TRANSPOSED_PIXEL_BYTES: Final = 4
 SCALED_PIXEL_BYTES: Final = 12
-WEBP_PIXEL_BYTES: Final = 18
 UNRESIZED_PIXEL_BYTES: Final = 6
 MAX_JPEG_PIXEL_BYTES: Final = 14  # the most a JPEG takes, including a compressed byte per pixel
 # Limit of the file size: an uncompressed image with four channels of 16 bits, and its headers.
@@ -356,7 +360,7 @@ class Decoder:
             + CONVERTED_PIXEL_BYTES * (image.mode != "RGB")
             + TRANSPOSED_PIXEL_BYTES * self._decoding.exif
             + SCALED_PIXEL_BYTES * image.mode.startswith(("I", "F"))
-            + WEBP_PIXEL_BYTES * (image.format == "WEBP")
+            + DECODER_PIXEL_BYTES.get(image.format or "", 0)
             + COEFFICIENT_PIXEL_BYTES * (image.format in ("JPEG", "MPO") and SOF2_MARKER in data)
             + UNRESIZED_PIXEL_BYTES * (self._decoding.size in (None, (image.height, image.width)))
         )
@@ -391,11 +395,12 @@ class Decoder:
 
 
 def open_image(stream: IO[bytes]) -> Image.Image:
-    """Open an image in a supported format, which is detected from its content.
-
-    Pillow supports many more; for one of them, EPS, it would run Ghostscript on the file.
-    """
-    return Image.open(stream, formats=PILLOW_FORMATS)
+    """Open an image in a supported format, which is detected from its content."""
+    try:
+        return Image.open(stream, formats=supported_formats())
+    except UnidentifiedImageError:
+        stream.seek(0)
+        raise UnidentifiedImageError(describe_content(stream.read(HEAD_BYTES))) from None
 
 
 def _orientation(data: bytes) -> int:
@@ -409,6 +414,4 @@ def describe_error(error: BaseException) -> str:
     """Return a one-line reason why an image could not be read."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if "cannot identify image file" in str(error):
-        return "not an image in a supported format"
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,12 +1,96 @@
-"""The image formats that are decoded, and the suffixes of their files."""
+"""The image formats that are decoded, the suffixes of their files, and names for other content.
+
+Of the formats that Pillow opens, these are the ones that image datasets contain, that decode in
+bounded memory, and that no file of another kind is taken for. Others are off on purpose: for EPS
+Pillow runs Ghostscript, for WMF it calls Windows; TGA has no signature, so that any file may be
+one; ICO, CUR and ICNS contain images whose size their header need not state.
+"""
 
 from __future__ import annotations
 
+import functools
+import re
 from typing import Final
 
-# The suffixes of keras.utils.image_dataset_from_directory, and others that Pillow reads.
+from PIL import features
+
+# In the order in which they are tried: the most common first. Pillow imports all of its plugins for
+# the first file that is none of the first five.
+PILLOW_FORMATS: Final = (
+    *("JPEG", "PNG", "GIF", "BMP", "PPM"),
+    *("TIFF", "WEBP", "AVIF", "JPEG2000"),
+)
+# Formats that Pillow decodes only if it was built with a library.
+FEATURES: Final = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}
+
+# All suffixes of these formats but .pfm: floats, such as the depth maps next to images.
 IMAGE_SUFFIXES: Final = frozenset(
-    (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+    (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp"),
+        *(".pbm", ".pgm", ".pnm", ".ppm", ".tif", ".tiff", ".webp", ".avif", ".avifs"),
+        *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    )
 )
 
-PILLOW_FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+# Measured peak bytes per pixel beyond those of the decoded image. AVIF: 7 for 8 bits, and twice the
+# planes plus a copy for film grain for 12.
+DECODER_PIXEL_BYTES: Final = {"WEBP": 18, "AVIF": 22, "JPEG2000": 21, "PPM": 7}
+
+HEAD_BYTES: Final = 256
+# What a file begins with, as a regular expression, and what it is.
+NAMED_FORMATS: Final = (
+    ("JPEG", "a JPEG image", rb"\xff\xd8\xff"),
+    ("PNG", "a PNG image", rb"\x89PNG"),
+    ("GIF", "a GIF image", rb"GIF8"),
+    ("TIFF", "a TIFF image", rb"II\*\0|MM\0\*"),
+    ("AVIF", "an AVIF image", rb"....ftypavi[fs]"),
+    ("JPEG2000", "a JPEG 2000 image", rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"),
+    ("WEBP", "a WebP image", rb"RIFF....WEBP"),
+    ("", "a HEIF image", rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1)"),
+    ("", "a JPEG XL image", rb"\xff\x0a|\0\0\0\x0cJXL "),
+    ("", "a Photoshop document", rb"8BPS"),
+    ("", "an icon", rb"\0\0[\x01\x02]\0"),
+    ("", "an EPS document", rb"%!PS|\xc5\xd0\xd3\xc6"),
+    ("", "a PDF document", rb"%PDF"),
+    ("", "an SVG drawing", rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?(<!DOCTYPE svg[^>]*>\s*)?<svg"),
+    ("", "an HTML page", rb"\s*<(!doctype html|html)"),
+    ("", "a pointer of Git LFS", rb"version https://git-lfs"),
+    ("", "a video", rb"....ftyp|RIFF....AVI |\x1aE\xdf\xa3"),
+    ("", "a zip archive", rb"PK\x03\x04"),
+    ("", "a file compressed with gzip", rb"\x1f\x8b"),
+    ("", "an empty file", rb"\Z"),
+)
+PATTERNS: Final = tuple(
+    (name, what, re.compile(start, re.DOTALL | re.IGNORECASE))
+    for name, what, start in NAMED_FORMATS
+)
+
+
+@functools.cache
+def supported_formats() -> tuple[str, ...]:
+    """Return those of `PILLOW_FORMATS` that the installed Pillow decodes."""
+    return tuple(name for name in PILLOW_FORMATS if _is_supported(name))
+
+
+def _is_supported(name: str) -> bool:
+    feature = FEATURES.get(name)
+    if feature is None:
+        return True
+    is_known = feature in features.modules or feature in features.codecs  # not to older versions
+    return is_known and bool(features.check(feature))
+
+
+def describe_content(head: bytes) -> str:
+    """Return why a file that begins with `head` is not decoded.
+
+    >>> describe_content(b"<!DOCTYPE html>")
+    'an HTML page, not an image in a supported format'
+    """
+    for name, what, start in PATTERNS:
+        if start.match(head):
+            if name in supported_formats():
+                return f"{what} that is damaged"
+            if name:
+                return f"{what}, which the installed Pillow cannot decode"
+            return f"{what}, not an image in a supported format"
+    return "not an image in a supported format"

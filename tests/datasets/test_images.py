@@ -84,6 +84,8 @@ def folder(tmp_path):
         *(("a.jpg", "jpeg"), ("a.jpeg", "jpeg"), ("a.JPG", "jpeg"), ("a.png", "png")),
         *(("a.webp", "webp"), ("a.bmp", "bmp"), ("a.gif", "gif"), ("a.tif", "tiff")),
         *(("a.tiff", "tiff"), ("a.tIFF", "tiff"), ("png content.jpg", "png"), ("b.webp", "jpeg")),
+        *(("a.avif", "avif"), ("avif content.jpg", "avif"), ("a.ppm", "ppm"), ("b.jfif", "jpeg")),
+        *(("a.jp2", "jpeg2000"), ("jp2 content.png", "jpeg2000"), ("ppm content.bmp", "ppm")),
     ],
 )
 def test_images_of_every_format_match_keras(folder, name, kind, size):
