@@ -332,7 +332,7 @@ class Batches:
 
     def _submit(self, builder: BatchBuilder, rows: NDArray[np.int64]) -> tuple[Batch, TaskGroup]:
         """Start to build the batch of `rows`, which is complete when the task group is done."""
-        rows = rows.copy()
+        rows = rows.copy()  # a view would keep the order of the whole epoch
         labels = None if self.labels is None else self.labels[rows]
         if labels is not None and labels.dtype.kind != "f":
             labels = labels.astype(np.int64)
