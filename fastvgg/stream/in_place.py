@@ -29,6 +29,7 @@ from fastvgg.stream.redo_log import (
     check_sidecars_in_place,
     read_header_to_resume,
 )
+from fastvgg.stream.report import first_failures
 from fastvgg.stream.source import changed_error, check_values, is_changed
 from fastvgg.tiling import CACHE_LINE_BYTES
 from fastvgg.transform import storage_dtype
@@ -99,15 +100,16 @@ class _InPlaceRun:
             committed = 0 if header is None else log.recover()
             tracker = ProgressTracker(self.plan, range(committed), self.progress, self.started_at)
             self._compute(log, committed, tracker)
+            failed = sum(record.failed for record in self.source.records)
             manifest = Manifest.new(
                 self.plan.job,
                 self.plan.chunk_images,
                 checksums=log.finish(),
-                counts={"images": self.plan.header.images, "failed": 0},
+                counts={"images": self.plan.header.images, "failed": failed},
             )
             self.storage.write_atomic(manifest_path(self.data.path), [manifest.to_json()])
             log.remove()
-        return tracker.report(manifest.counts, failures=[])
+        return tracker.report(manifest.counts, first_failures(enumerate(self.source.records)))
 
     def _begin(self) -> RedoLog:
         if self.plan.committed_chunks or is_changed(self.plan, self.source):
@@ -142,6 +144,9 @@ class _InPlaceRun:
                 self.source.read_into(start, batch)
                 self.source.prefetch(stop, min(stop + len(batch), self.plan.header.images))
                 transform_batch(self.plan, batch, new.images)
+                for row, image in enumerate(self.source.records[start:stop]):
+                    if image.failed:
+                        new.images[row] = 0
                 old = checksum([byte_view(batch)])
                 record = log.make_record(chunk, new.bytes.data, old=old)
                 pipeline.submit(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from fastvgg.escaping import escape_controls
 from fastvgg.formatting import html_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from fastvgg.datasets.base import ImageRecord
 
 MAX_FAILURES_KEPT: Final = 1000
 MAX_FAILURES_SHOWN: Final = 10
@@ -32,6 +38,12 @@ class Failure:
     row: int
     path: str
     reason: str
+
+
+def first_failures(rows: Iterable[tuple[int, ImageRecord]]) -> list[Failure]:
+    """Return the first of the rows that failed."""
+    failures = (Failure(row, record.path, record.reason) for row, record in rows if record.failed)
+    return list(itertools.islice(failures, MAX_FAILURES_KEPT))
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from fastvgg.stream.compute import ChunkTask, check_no_failures, stored_checksum
 from fastvgg.stream.journal import journal_path
 from fastvgg.stream.manifest import SPAN_BYTES, Manifest, checksum, manifest_path
 from fastvgg.stream.progress import ProgressTracker
-from fastvgg.stream.report import MAX_FAILURES_KEPT, Failure
+from fastvgg.stream.report import first_failures
 from fastvgg.stream.retry import FailureRetry
 from fastvgg.stream.source import check_decodable, check_values, is_changed, reopen_source
 from fastvgg.stream.target import (
@@ -44,7 +44,7 @@ from fastvgg.stream.target import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from fastvgg.datasets.base import ImageRecord, Source
+    from fastvgg.datasets.base import Source
     from fastvgg.storage.local import Storage
     from fastvgg.storage.objects import ObjectStorage
     from fastvgg.stream.journal import JournalState
@@ -302,7 +302,7 @@ class Run:
         path = self.target.path
         self._write_index()
         rows_of = self._journal_state.failures
-        failures = _first_failures(row for chunk in range(len(refs)) for row in rows_of(chunk))
+        failures = first_failures(row for chunk in range(len(refs)) for row in rows_of(chunk))
         manifest = Manifest.new(
             self.plan.job,
             self.plan.chunk_images,
@@ -327,11 +327,6 @@ class Run:
         self.storage.write_atomic(path, (text.encode("utf-8", "surrogateescape") for text in texts))
 
 
-def _first_failures(rows: Iterable[tuple[int, ImageRecord]]) -> list[Failure]:
-    failures = (Failure(row, record.path, record.reason) for row, record in rows if record.failed)
-    return list(itertools.islice(failures, MAX_FAILURES_KEPT))
-
-
 def _report_complete(found: TargetState, started_at: float) -> Report:
     """Return the report of a target that this job finished; raise SourceError if it changed."""
     plan, manifest = found.plan, found.manifest
@@ -340,5 +335,5 @@ def _report_complete(found: TargetState, started_at: float) -> Report:
     if not plan.job.is_encoded:
         target = open_target(plan.target, plan.result, chunk_images=manifest.chunk_images)
         target.read_back(0, 1)
-    failures = _first_failures(enumerate(read_index(plan.target.container, plan.header.images)))
+    failures = first_failures(enumerate(read_index(plan.target.container, plan.header.images)))
     return ProgressTracker(plan, (), None, started_at).report(manifest.counts, failures)

@@ -478,6 +478,25 @@ def test_index_is_kept_after_an_in_place_run(tmp_path):
     assert np.load(y).dtype == np.float32
 
 
+@pytest.mark.parametrize("commits", [0, 1, 3])
+def test_failed_images_stay_rows_of_zeros(tmp_path, commits):
+    save_images(tmp_path / "photos", pixels(6))
+    for name in ("00", "04"):  # rows 0 and 2
+        (tmp_path / "photos" / "a" / f"{name}.png").write_bytes(b"no image")
+    path = tmp_path / "y.npy"
+    plan_of(tmp_path / "photos", path, mode="caffe", size=(7, 9)).run()
+    expected = oracle.apply(Transform("caffe", "restore", dtype="float32"), np.load(path))
+    expected[[0, 2]] = 0
+    settings = {"direction": "restore", "dtype": "float32", "images_per_chunk": 2}
+    with pytest.raises(SimulatedCrash):
+        convert_in_place(path, **settings, storage=InterruptedStorage(commits))
+    report = convert_in_place(path, **settings)
+    assert np.load(path).tobytes() == expected.tobytes()
+    assert report.counts["failed"] == 2
+    assert [failure.row for failure in report.failures] == [0, 2]
+    assert fastvgg.verify(path).failed == 2
+
+
 def test_memory_and_disk_space_are_checked_when_planning(file, monkeypatch):
     plan = plan_of(file, None, in_place=True, mode="caffe", images_per_chunk=2)
     image_bytes = plan.header.image_bytes
