@@ -5,9 +5,11 @@ Names of images are kept in contiguous memory, with 8 bytes of overhead each.
 
 from __future__ import annotations
 
+import bisect
 import csv
 import functools
 import io
+import itertools
 import re
 from array import array
 from collections.abc import Sequence
@@ -22,7 +24,7 @@ from fastvgg.errors import SourceError
 from fastvgg.storage.location import sidecar_path
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from typing import BinaryIO
 
     from numpy.typing import NDArray
@@ -138,6 +140,51 @@ def read_index(dataset: Path, images: int) -> Sequence[ImageRecord]:
     if len(index) != images:
         raise SourceError(f"{path} lists {len(index)} images, but {dataset} has {images}", REMEDY)
     return index
+
+
+class PartRecords(Sequence[ImageRecord]):
+    """The records of the parts of an array, one part after the other.
+
+    The names of images begin with that of their part, because two parts may use the same names.
+
+    >>> records = [ImageRecord(f"{row}.jpg", "", 5, 7, False, "") for row in range(3)]
+    >>> joined = PartRecords({"part-0": records[:1], "part-1": records[1:]})
+    >>> len(joined), joined[-1].path, [record.path for record in joined[:2]]
+    (3, 'part-1/2.jpg', ['part-0/0.jpg', 'part-1/1.jpg'])
+    """
+
+    def __init__(self, parts: Mapping[str, Sequence[ImageRecord]]) -> None:
+        self._parts = [*parts.items()]
+        self._starts = [0, *itertools.accumulate(map(len, parts.values()))]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> ImageRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ImageRecord]: ...
+    def __getitem__(self, index: int | slice) -> ImageRecord | list[ImageRecord]:
+        if isinstance(index, int):
+            row = range(len(self))[index]
+            return self[row : row + 1][0]
+        start, stop, step = index.indices(len(self))
+        if step < 0:
+            return [*self][index]
+        found: list[ImageRecord] = []
+        first = bisect.bisect_right(self._starts, start) - 1
+        for number in range(first, bisect.bisect_left(self._starts, stop)):
+            (name, records), offset = self._parts[number], self._starts[number]
+            found += _in_part(name, records[max(0, start - offset) : stop - offset])
+        return found[::step]
+
+    def __iter__(self) -> Iterator[ImageRecord]:
+        for name, records in self._parts:
+            yield from _in_part(name, records)
+
+
+def _in_part(name: str, records: Iterable[ImageRecord]) -> Iterator[ImageRecord]:
+    return (record._replace(path=f"{name}/{record.path}") for record in records)
 
 
 class IndexColumns(NamedTuple):

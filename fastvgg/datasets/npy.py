@@ -34,15 +34,18 @@ from fastvgg.datasets.base import (
 )
 from fastvgg.datasets.contiguous import ContiguousSource, ContiguousTarget
 from fastvgg.datasets.image_names import is_image_name, kind_skipped_by_rule
-from fastvgg.datasets.index import read_index
+from fastvgg.datasets.index import PartRecords, index_path, read_index
 from fastvgg.datasets.signatures import NPY_SIGNATURE
 from fastvgg.errors import SourceError, option
 from fastvgg.storage.location import Location
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
+    from fastvgg.datasets.base import ImageRecord
     from fastvgg.storage.local import Storage
     from fastvgg.transform import Layout
 
@@ -302,12 +305,13 @@ class PartitionedNpySource(ArraySource):
     """An array that is partitioned by rows into the part-*.npy of a directory.
 
     `follow_links` says whether a part may be a link; the other parameters are those of `NpySource`.
+    The records are those of all parts, if each part has an index.
 
     Raises
     ------
     SourceError
-        If `NpySource` rejects a part, its image shape or dtype differs from that of the first, or
-        it is a link that may not be followed.
+        If `NpySource` rejects a part, its image shape or dtype differs from that of the first, it
+        is a link that may not be followed, or an index lists failed images and others are missing.
     """
 
     kind = "parts"
@@ -319,6 +323,7 @@ class PartitionedNpySource(ArraySource):
         *,
         layout: Layout = "NHWC",
         dtype_hint: str | None = None,
+        use_index: bool = True,
         follow_links: bool = True,
     ) -> None:
         super().__init__(Location(path))
@@ -335,9 +340,11 @@ class PartitionedNpySource(ArraySource):
         self._part = functools.lru_cache(MAX_OPEN_PARTS)(self._reopen)
         self.stored_bytes = 0
         headers: list[Header] = []
+        records: dict[str, Sequence[ImageRecord]] = {}
         for name in names:
-            with contextlib.closing(self._open_part(name)) as part:
+            with contextlib.closing(self._open_part(name, use_index=use_index)) as part:
                 headers.append(part.header)
+                records[name] = part.records
                 self.stored_bytes += part.stored_bytes
             header, first = headers[-1], headers[0]
             if (header.shape[1:], header.dtype) != (first.shape[1:], first.dtype):
@@ -348,6 +355,22 @@ class PartitionedNpySource(ArraySource):
                 )
         self._starts = [0, *itertools.accumulate(header.images for header in headers)]
         self.header = Header((self._starts[-1], *first.shape[1:]), first.dtype, layout)
+        self.records = self._join(records)
+
+    def _join(self, records: dict[str, Sequence[ImageRecord]]) -> Sequence[ImageRecord]:
+        """Return the records of all parts; none if a part has no index."""
+        without = next((name for name, each in records.items() if not each), None)
+        if without is None:
+            return PartRecords({name.removesuffix(".npy"): each for name, each in records.items()})
+        for name, each in records.items():
+            failed = sum(record.failed for record in each)
+            if failed:
+                raise SourceError(
+                    f"{index_path(self.path / name)} lists {failed} failed images, whose rows are "
+                    f"zeros, but {without} has no index: there is none for all parts",
+                    f"restore the index of {without}, or move the part to a separate directory",
+                )
+        return ()
 
     def fingerprint(self) -> str:
         digest = xxhash.xxh3_128()
@@ -400,5 +423,10 @@ class PartitionedNpySource(ArraySource):
         part.close_with_last_reference()
         return part
 
-    def _open_part(self, name: str) -> NpySource:
-        return NpySource(self.path / name, layout=self._layout, dtype_hint=self._dtype_hint)
+    def _open_part(self, name: str, *, use_index: bool = False) -> NpySource:
+        return NpySource(
+            self.path / name,
+            layout=self._layout,
+            dtype_hint=self._dtype_hint,
+            use_index=use_index,
+        )

@@ -208,7 +208,11 @@ def _open_array(
         return ZarrSource(path, layout=layout, use_index=use_index, missing_chunks=missing_chunks)
     if kind == "parts":
         return PartitionedNpySource(
-            path, layout=layout, dtype_hint=dtype_hint, follow_links=follow_links
+            path,
+            layout=layout,
+            dtype_hint=dtype_hint,
+            use_index=use_index,
+            follow_links=follow_links,
         )
     return NpySource(path, layout=layout, dtype_hint=dtype_hint, use_index=use_index)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from pathlib import Path
@@ -9,11 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.lib.format import open_memmap
+from PIL import Image
 
+import fastvgg
+from fastvgg import oracle
 from fastvgg.datasets import npy
+from fastvgg.datasets.index import index_path, read_index
 from fastvgg.errors import SourceError, StoppedError
+from fastvgg.transform import Transform
 from tests.helpers.batches import dtype_of
-from tests.helpers.datasets_on_disk import opened
+from tests.helpers.datasets_on_disk import check_error, opened, pixels, plan_of, save_images
 
 SIZES = (3, 1, 4, 2)  # ten
 
@@ -158,3 +164,60 @@ def test_part_written_through_a_memory_map_is_read(tmp_path):
     source = opened(directory)
     assert np.array_equal(source.read(0, len(batch)).batch, batch)
     source.close()
+
+
+# Parts that were packed from images
+
+
+@pytest.fixture
+def packed(tmp_path):
+    """Two parts of five images; the third of the first part and the last of the second failed."""
+    (tmp_path / "packed").mkdir()
+    for number, failed in enumerate(("a/04.png", "b/03.png")):
+        photos = save_images(tmp_path / f"photos{number}", pixels(5, seed=number))
+        (photos / failed).write_bytes(b"no image")
+        target = tmp_path / "packed" / f"part-{number}.npy"
+        plan_of(photos, target, direction="pack", size=(7, 9)).run()
+    return tmp_path / "packed"
+
+
+def test_records_of_parts_are_joined(packed):
+    expected = [
+        record._replace(path=f"part-{number}/{record.path}")
+        for number in range(2)
+        for record in read_index(packed / f"part-{number}.npy", 5)
+    ]
+    with contextlib.closing(opened(packed)) as source:
+        assert [*source.records] == source.records[:] == expected
+        for start, stop in itertools.combinations(range(11), 2):
+            assert source.records[start:stop] == expected[start:stop]
+        assert [source.records[row] for row in range(-10, 10)] == expected * 2
+        assert source.records[8:1:-3] == expected[8:1:-3]
+    with contextlib.closing(opened(packed, use_index=False)) as source:
+        assert len(source.records) == 0
+
+
+def test_failed_images_of_parts_stay_rows_of_zeros_and_are_left_out_of_batches(packed, tmp_path):
+    plan_of(packed, tmp_path / "y.npy", mode="caffe", images_per_chunk=3).run()
+    stored = np.concatenate([np.load(packed / f"part-{number}.npy") for number in range(2)])
+    expected = oracle.apply(Transform("caffe"), stored)
+    expected[[2, 9]] = 0
+    assert np.load(tmp_path / "y.npy").tobytes() == expected.tobytes()
+    assert [record.failed for record in read_index(tmp_path / "y.npy", 10)].count(True) == 2
+    for path in (packed, tmp_path / "y.npy"):
+        batches = fastvgg.batches(path, 4)
+        assert (batches.failed_rows.tolist(), batches.class_names) == ([2, 9], ["a", "b"])
+        assert [row for batch in batches for row in batch.rows] == [0, 1, 3, 4, 5, 6, 7, 8]
+    plan_of(tmp_path / "y.npy", tmp_path / "restored", direction="restore").run()
+    restored = tmp_path / "restored"
+    for number, name in enumerate(("b/01.png", "a/04.png")):
+        image = np.asarray(Image.open(restored / f"part-{number}" / name))
+        assert np.array_equal(image, pixels(5, seed=number)[int(name[2:4])])
+    assert len([*restored.rglob("*.png")]) == 8
+
+
+def test_failed_images_in_one_part_require_the_index_of_the_other(packed, tmp_path):
+    index_path(packed / "part-1.npy").rename(tmp_path / "kept.csv")
+    with pytest.raises(SourceError) as caught:
+        opened(packed)
+    check_error(caught.value, "part-0.npy.index.csv lists 1 failed", "part-1.npy has no index")
