@@ -10,8 +10,10 @@ import shutil
 import threading
 from collections import deque
 
+import h5py
 import numpy as np
 import pytest
+import zarr
 
 import fastvgg
 from fastvgg import batch_builder, oracle
@@ -289,7 +291,7 @@ import fastvgg
 from fastvgg.errors import UsageError
 
 x = np.load(sys.argv[1])
-batches = fastvgg.batches(sys.argv[1], 2, shuffle=True, threads=3)
+batches = fastvgg.batches(sys.argv[2], 2, shuffle=True, threads=3)
 kept, unfinished = [*batches][:4], iter(batches)
 kept.append(next(unfinished))
 
@@ -312,8 +314,15 @@ assert is_right([*kept, *unfinished])
 """
 
 
-def test_forked_child_iterates_anew_and_cannot_continue_an_iteration(path):
-    stdout_of(FORK, path)
+@pytest.mark.parametrize("name", ["x.npy", "x.zarr", "x.h5::/x"])
+def test_forked_child_iterates_anew_and_cannot_continue_an_iteration(path, name):
+    dataset = path.parent / name
+    if name == "x.zarr":
+        zarr.create_array(dataset, data=np.array(make_images()), chunks=(4, 5, 7, 3))
+    if name == "x.h5::/x":
+        with h5py.File(path.parent / "x.h5", "w") as file:
+            file.create_dataset("x", data=make_images(), chunks=(4, 5, 7, 3), compression="gzip")
+    stdout_of(FORK, path, dataset)
 
 
 def test_next_batch_is_prefetched(path, monkeypatch):
