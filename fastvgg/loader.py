@@ -18,7 +18,7 @@ import xxhash
 from fastvgg.batch_builder import BatchBuilder
 from fastvgg.buffer_pool import BufferPool
 from fastvgg.datasets.images import ImageSource
-from fastvgg.datasets.index import read_columns
+from fastvgg.datasets.index import index_path, read_columns
 from fastvgg.datasets.open import open_source
 from fastvgg.errors import SourceError, StoppedError, UsageError, option
 from fastvgg.parallel import TaskQueue, check_threads
@@ -157,6 +157,7 @@ class Batches:
             self.header = source.header
             self.result = source.header if transform is None else plan_result(source, transform)
             self.failed_rows, self.labels, self.class_names = read_columns(source.records)
+            self._check_index(recorded.manifest, has_records=len(source.records) > 0)
         if labels is not None:
             self.labels, self.class_names = _check_labels(labels, self.header.images), None
         if not self._row_count():
@@ -166,6 +167,17 @@ class Batches:
             )
         batch_bytes = min(batch_size, self.header.images) * self.result.image_bytes
         self._pool = BufferPool(batch_bytes, MAX_FREE_BUFFERS)
+
+    def _check_index(self, manifest: Manifest | None, *, has_records: bool) -> None:
+        """Check that it is known which images failed."""
+        failed = 0 if manifest is None else manifest.counts["failed"]
+        if failed and not (has_records or self.include_failed):
+            path = index_path(self.location.container)
+            raise SourceError(
+                f"{failed} images failed when {self.location} was made, and {path}, which says "
+                "which, is missing",
+                f"restore the index; {option('include_failed')} yields their rows, which are zeros",
+            )
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""

@@ -26,7 +26,7 @@ from fastvgg.storage.local import check_in_place_supported
 from fastvgg.storage.location import Location
 from fastvgg.stream.job import Job
 from fastvgg.stream.journal import journal_path, read_journal
-from fastvgg.stream.manifest import Provenance, manifest_path
+from fastvgg.stream.manifest import Provenance
 from fastvgg.stream.plan import Plan, RunOptions, choose_chunk_images
 from fastvgg.stream.preflight import (
     check_directory,
@@ -44,7 +44,7 @@ from fastvgg.stream.redo_log import (
 )
 from fastvgg.stream.redo_log_layout import RedoLogHeader
 from fastvgg.stream.retry import plan_retry
-from fastvgg.stream.source import check_exists, check_not_already_done
+from fastvgg.stream.source import check_exists, check_not_already_done, check_recorded
 from fastvgg.stream.target import inspect_target, make_destination, with_committed
 from fastvgg.transform import Mode, Transform
 
@@ -232,7 +232,7 @@ def plan(
         missing_chunks=missing_chunks,
     )
     with contextlib.closing(opened):
-        _check_source(opened, recorded.manifest, strict=strict)
+        check_recorded(opened, recorded.manifest, strict=strict)
         if in_place:
             return _plan_in_place(opened, transform, redo_log, format, options)
         planned = _plan(opened, destination, transform, format, options)
@@ -252,25 +252,6 @@ def _resolve_mode(mode: Mode | str | None, model: str | None) -> Mode | str | No
             "give only one of them",
         )
     return expected
-
-
-def _check_source(source: Source, manifest: Manifest | None, *, strict: bool) -> None:
-    """Check the index of an array if strict, and its header, which its manifest must match."""
-    for row, record in enumerate(source.records if strict else ()):
-        if record.failed:
-            raise SourceError(
-                f"row {row} of {source.location} is empty: {record.path} failed when it was made",
-                f"rerun without {option('strict')}, or rerun the command that made it with "
-                f"{option('retry_failed')}",
-            )
-    if manifest is None or isinstance(source, ImageSource):
-        return
-    if source.header != manifest.header:
-        raise SourceError(
-            f"{source.location} has shape {source.header.shape} and dtype {source.header.dtype}, "
-            f"but its manifest records {manifest.header.shape} and {manifest.header.dtype}",
-            f"restore the matching file, or remove {manifest_path(source.path)}",
-        )
 
 
 def _resolve_transform(

@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from fastvgg.datasets.images import ImageSource
+from fastvgg.datasets.index import index_path
 from fastvgg.datasets.open import open_source, source_format
 from fastvgg.errors import SourceError, StoppedError, command, option
 from fastvgg.imaging.resize import gather_function
 from fastvgg.parallel import ThreadSlot, parallel_for
 from fastvgg.stream.journal import journal_path, read_journal
-from fastvgg.stream.manifest import Provenance
+from fastvgg.stream.manifest import Provenance, manifest_path
 from fastvgg.values import scaling_remedy
 
 if TYPE_CHECKING:
     from fastvgg.datasets.base import Source
     from fastvgg.storage.location import Location
+    from fastvgg.stream.manifest import Manifest
     from fastvgg.stream.plan import Plan
     from fastvgg.transform import Direction, Transform
 
@@ -74,6 +76,40 @@ def changed_error(source: Location) -> SourceError:
 def is_changed(plan: Plan, source: Source) -> bool:
     """Return whether a source differs from the planned one."""
     return source.header != plan.header or source.fingerprint() != plan.job.fingerprint
+
+
+def check_recorded(source: Source, manifest: Manifest | None, *, strict: bool) -> None:
+    """Check the index of an array, and its header, which its manifest must match.
+
+    Raises
+    ------
+    SourceError
+        If the header does not match; or, if strict, for an array of which an image failed.
+    """
+    for row, record in enumerate(source.records if strict else ()):
+        if record.failed:
+            raise SourceError(
+                f"row {row} of {source.location} is empty: {record.path} failed when it was made",
+                f"rerun without {option('strict')}, or rerun the command that made it with "
+                f"{option('retry_failed')}",
+            )
+    if manifest is None or isinstance(source, ImageSource):
+        return
+    if source.header != manifest.header:
+        raise SourceError(
+            f"{source.location} has shape {source.header.shape} and dtype {source.header.dtype}, "
+            f"but its manifest records {manifest.header.shape} and {manifest.header.dtype}",
+            f"restore the matching file, or remove {manifest_path(source.path)}",
+        )
+    failed = manifest.counts["failed"]
+    if failed and not source.records:
+        problem = f"images that failed when {source.location} was made: {failed}"
+        if strict:
+            raise SourceError(
+                f"{problem}; {index_path(source.path)}, which says which, is missing",
+                f"restore the index, or rerun without {option('strict')}",
+            )
+        source.notes.append(f"{problem}; without an index, their zeros count as pixels")
 
 
 def check_not_already_done(source: Location, recorded: Transform, direction: Direction) -> None:

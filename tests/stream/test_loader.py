@@ -547,6 +547,20 @@ def test_dataset_of_failed_images_only_is_rejected(path):
     assert len(list(fastvgg.batches(path, 4, include_failed=True))) == 6
 
 
+def test_missing_index_of_a_dataset_with_failed_images_is_not_ignored(photographs, tmp_path):
+    for name in ("packed.npy", "packed.npy.fastvgg.json"):
+        shutil.copy(photographs.with_name(name), tmp_path)
+    copied = tmp_path / "packed.npy"
+    with pytest.raises(SourceError, match=r"2 images failed .* is missing") as raised:
+        fastvgg.batches(copied, 4)
+    assert "include_failed=True" in raised.value.remedy
+    assert rows_of(fastvgg.batches(copied, 4, include_failed=True)) == list(range(8))
+    plan = fastvgg.plan(copied, tmp_path / "y.npy", mode="caffe")
+    assert [note for note in plan.notes if f"failed when {copied} was made: 2" in note]
+    with pytest.raises(SourceError, match=r"2; .*packed.npy.index.csv, .* is missing"):
+        fastvgg.plan(copied, tmp_path / "y.npy", mode="caffe", strict=True)
+
+
 def test_state_is_rejected_if_other_images_had_failed(photographs, tmp_path):
     state = fastvgg.batches(photographs, 2).state_dict()
     for name in ("packed.npy", "packed.npy.index.csv", "packed.npy.fastvgg.json"):
