@@ -56,6 +56,10 @@ class ImageListing(ABC):
     def __len__(self) -> int:
         return len(self._names)
 
+    def encoded_bytes(self, row: int) -> int:
+        """Return the size of an encoded image when it was listed."""
+        return self._sizes[row]
+
     @property
     def stored_bytes(self) -> int:
         """Size of all encoded images in bytes."""
@@ -178,11 +182,11 @@ class ImageSource(Source):
         name, label = self.listing.name(row), self.listing.label(row)
         width = height = 0
         try:
-            data = self.listing.read(row, self.decoding.max_bytes)
+            with self._decoder.reading(self.listing.encoded_bytes(row)):
+                data = self.listing.read(row, self._decoder.max_bytes)
+                width, height, failed, reason = self._decoder.decode(data, out)
         except OSError as error:
             failed, reason = True, describe_error(error)
-        else:
-            width, height, failed, reason = self._decoder.decode(data, out)
         if failed:
             out[...] = 0
         stored = _storable(reason)
@@ -202,7 +206,8 @@ class ImageSource(Source):
         def inspect(rows: range) -> None:
             for row in rows:
                 try:
-                    size = self._decoder.size(self.listing.read(row, self.decoding.max_bytes))
+                    with self._decoder.reading(self.listing.encoded_bytes(row)):
+                        size = self._decoder.size(self.listing.read(row, self._decoder.max_bytes))
                 except OSError as error:
                     size = describe_error(error)
                 sizes[row] = distinct.setdefault(size, size)  # a row takes 8 bytes

@@ -31,17 +31,20 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from fastvgg.errors import UsageError, option
-from fastvgg.imaging import modes, resize
-from fastvgg.imaging.formats import (
-    DECODER_PIXEL_BYTES,
-    HEAD_BYTES,
-    describe_content,
-    supported_formats,
+from fastvgg.imaging import memory, modes, resize
+from fastvgg.imaging.formats import HEAD_BYTES, describe_content, supported_formats
+from fastvgg.imaging.memory import (
+    COEFFICIENT_PIXEL_BYTES,
+    JPEG_PIXEL_BYTES,
+    JPEG_SIGNATURE,
+    MAX_JPEG_PIXEL_BYTES,
+    RGB_PIXEL_BYTES,
+    has_coefficients,
 )
 from fastvgg.imaging.modes import RejectedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
@@ -75,10 +78,6 @@ DECODING_ERRORS: Final = (
     Warning,
 )
 
-JPEG_SIGNATURE: Final = b"\xff\xd8\xff"
-# The start of a progressive frame, for which libjpeg holds the coefficients of the whole image.
-# Compressed data cannot contain it: there, every ff byte is followed by 00.
-SOF2_MARKER: Final = b"\xff\xc2"
 SIMPLEJPEG_COLORS: Final = ("YCbCr", "Gray")
 FAST_JPEG_FACTOR: Final = 2
 # EXIF orientations: unrotated, and those that swap height and width.
@@ -86,16 +85,6 @@ ORIENTATION_NORMAL: Final = 1
 TRANSPOSED_ORIENTATIONS: Final = (5, 6, 7, 8)
 # Pillow's threshold for a warning; it rejects images of more than twice as many.
 MAX_PIXELS: Final = 89_478_485
-# Measured peak bytes per pixel: decoded JPEG, and coefficients if it is progressive; Pillow's RGB,
-# the image converted to it, and a transposed copy; scaled 16-bit grayscale.
-JPEG_PIXEL_BYTES: Final = 3
-COEFFICIENT_PIXEL_BYTES: Final = 6
-RGB_PIXEL_BYTES: Final = 4
-CONVERTED_PIXEL_BYTES: Final = 5
-TRANSPOSED_PIXEL_BYTES: Final = 4
-SCALED_PIXEL_BYTES: Final = 12
-UNRESIZED_PIXEL_BYTES: Final = 6
-MAX_JPEG_PIXEL_BYTES: Final = 14  # the most a JPEG takes, including a compressed byte per pixel
 # Limit of the file size: an uncompressed image with four channels of 16 bits, and its headers.
 FILE_PIXEL_BYTES: Final = 8
 FILE_HEADER_BYTES: Final = 2**20
@@ -244,7 +233,7 @@ class Decoder:
         self._gather = gather
         self._large_bytes = memory_bytes // 2
         self._share_bytes = (memory_bytes - self._large_bytes) // threads
-        self._large_image_lock = threading.Lock()
+        self._large_image_lock = threading.RLock()
         # JPEGs of up to this many pixels always fit: their memory need not be estimated. To search
         # 70 kB for a progressive frame takes 160 us.
         self._small_pixels = min(decoding.max_pixels, self._share_bytes // MAX_JPEG_PIXEL_BYTES)
@@ -253,14 +242,14 @@ class Decoder:
     def size(self, data: bytes) -> tuple[int, int] | str:
         """Return the height and width that an image decodes to, or why they are unknown."""
         try:
-            with open_image(io.BytesIO(data)) as image:
+            with self._opened(data) as image:
                 height, width = image.height, image.width
                 # Pillow transposes a TIFF itself, and reports the resulting size.
                 if not self._decoding.exif or image.format == "TIFF":
                     return height, width
                 # Pillow may have to decode the image to find its orientation.
                 with self._pillow_memory(image, data):
-                    is_transposed = _orientation(data) in TRANSPOSED_ORIENTATIONS
+                    is_transposed = _orientation(image) in TRANSPOSED_ORIENTATIONS
                 return (width, height) if is_transposed else (height, width)
         except (*DECODING_ERRORS, RejectedError) as error:
             return describe_error(error)
@@ -286,7 +275,7 @@ class Decoder:
                     return decoded
         width, height = 0, 0
         try:
-            with open_image(io.BytesIO(data)) as image:
+            with self._opened(data) as image:
                 width, height = image.size
                 self._decode_image(image, data, out)
         except (*DECODING_ERRORS, RejectedError) as error:
@@ -297,21 +286,24 @@ class Decoder:
         """Decode a JPEG with simplejpeg; return None if only Pillow can decode it."""
         decoding = self._decoding
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-        if colors not in SIMPLEJPEG_COLORS or (
-            decoding.exif and _orientation(data) != ORIENTATION_NORMAL
-        ):
+        if colors not in SIMPLEJPEG_COLORS:
             return None
+        if decoding.exif:
+            with self._opened(data) as image:
+                if _orientation(image) != ORIENTATION_NORMAL:
+                    return None
         scaling = self._dct_scaling(data, height, width) if decoding.fast_jpeg else {}
-        memory: AbstractContextManager[Any] = contextlib.nullcontext()
+        held: AbstractContextManager[Any] = contextlib.nullcontext()
         try:
             if max(height * width, len(data)) > self._small_pixels:
                 pixel_bytes = (
                     JPEG_PIXEL_BYTES
                     + RGB_PIXEL_BYTES * (decoding.interpolation != "nearest")
-                    + COEFFICIENT_PIXEL_BYTES * (SOF2_MARKER in data)
+                    + COEFFICIENT_PIXEL_BYTES * has_coefficients(data, 1 if colors == "Gray" else 3)
                 )
-                memory = self._memory(data, height * width, pixel_bytes)
-            with memory:
+                self._check_pixels(height * width)
+                held = self._memory(len(data) + pixel_bytes * height * width)
+            with held:
                 self._store_rgb(simplejpeg.decode_jpeg(data, **scaling), out)
         except RejectedError as error:
             return DecodeResult(width, height, True, str(error))
@@ -353,18 +345,21 @@ class Decoder:
             rgb = modes.to_rgb(image, image_format, scale_to_uint8=self._decoding.scale_to_uint8)
             self._store_image(rgb, out)
 
+    @contextlib.contextmanager
+    def _opened(self, data: bytes) -> Iterator[Image.Image]:
+        """Open an image with Pillow, holding the memory that its metadata take."""
+        metadata_bytes = memory.metadata_bytes(data)
+        with self._memory(len(data) + metadata_bytes), open_image(io.BytesIO(data)) as image:
+            yield image
+
     def _pillow_memory(self, image: Image.Image, data: bytes) -> AbstractContextManager[Any]:
         """Return the context manager to hold while Pillow decodes an image."""
-        pixel_bytes = (
-            RGB_PIXEL_BYTES
-            + CONVERTED_PIXEL_BYTES * (image.mode != "RGB")
-            + TRANSPOSED_PIXEL_BYTES * self._decoding.exif
-            + SCALED_PIXEL_BYTES * image.mode.startswith(("I", "F"))
-            + DECODER_PIXEL_BYTES.get(image.format or "", 0)
-            + COEFFICIENT_PIXEL_BYTES * (image.format in ("JPEG", "MPO") and SOF2_MARKER in data)
-            + UNRESIZED_PIXEL_BYTES * (self._decoding.size in (None, (image.height, image.width)))
+        self._check_pixels(image.height * image.width)
+        is_resized = self._decoding.size not in (None, (image.height, image.width))
+        pixel_bytes = memory.pixel_bytes(
+            image, data, exif=self._decoding.exif, is_resized=is_resized
         )
-        return self._memory(data, image.height * image.width, pixel_bytes)
+        return self._memory(len(data) + memory.metadata_bytes(data) + pixel_bytes)
 
     def _store_image(self, rgb: Image.Image, out: NDArray[np.uint8]) -> None:
         size = self._decoding.size
@@ -377,13 +372,24 @@ class Decoder:
             raise RejectedError(f"the image is {rgb.height}x{rgb.width}, expected {height}x{width}")
         out[...] = np.asarray(rgb)
 
-    def _memory(self, data: bytes, pixels: int, pixel_bytes: int) -> AbstractContextManager[Any]:
-        """Return the context manager to hold while an image of `pixels` pixels is decoded."""
+    @property
+    def max_bytes(self) -> int:
+        """Maximum size of an encoded file; longer ones are rejected before they are read."""
+        return min(self._decoding.max_bytes, self._large_bytes)
+
+    def reading(self, nbytes: int) -> AbstractContextManager[Any]:
+        """Return the context manager to hold while a file of `nbytes` is read and decoded."""
+        is_large = self._share_bytes < nbytes
+        return self._large_image_lock if is_large else contextlib.nullcontext()
+
+    def _check_pixels(self, pixels: int) -> None:
         if pixels > self._decoding.max_pixels:
             raise RejectedError(
                 f"the image has {pixels} pixels, more than the limit of {self._decoding.max_pixels}"
             )
-        needed_bytes = len(data) + pixel_bytes * pixels
+
+    def _memory(self, needed_bytes: int) -> AbstractContextManager[Any]:
+        """Return the context manager to hold while an image that takes so much is decoded."""
         if needed_bytes <= self._share_bytes:
             return contextlib.nullcontext()
         if needed_bytes > self._large_bytes:
@@ -403,11 +409,10 @@ def open_image(stream: IO[bytes]) -> Image.Image:
         raise UnidentifiedImageError(describe_content(stream.read(HEAD_BYTES))) from None
 
 
-def _orientation(data: bytes) -> int:
+def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation of an image, or 1 if it has none."""
-    with open_image(io.BytesIO(data)) as image:
-        orientation: int = image.getexif().get(ExifTags.Base.Orientation, ORIENTATION_NORMAL)
-        return orientation
+    orientation: int = image.getexif().get(ExifTags.Base.Orientation, ORIENTATION_NORMAL)
+    return orientation
 
 
 def describe_error(error: BaseException) -> str:

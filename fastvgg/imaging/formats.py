@@ -33,8 +33,8 @@ IMAGE_SUFFIXES: Final = frozenset(
 )
 
 # Measured peak bytes per pixel beyond those of the decoded image. AVIF: 7 for 8 bits, and twice the
-# planes plus a copy for film grain for 12.
-DECODER_PIXEL_BYTES: Final = {"WEBP": 18, "AVIF": 22, "JPEG2000": 21, "PPM": 7}
+# planes plus a copy for film grain for 12. BMP: run lengths, which Pillow decodes in Python.
+DECODER_PIXEL_BYTES: Final = {"WEBP": 18, "AVIF": 22, "JPEG2000": 21, "PPM": 7, "BMP": 4}
 
 HEAD_BYTES: Final = 256
 # What a file begins with, as a regular expression, and what it is.

@@ -1,0 +1,244 @@
+"""What decoding an image takes, counted from its headers before anything is decoded.
+
+A small file can claim much memory: by its number of pixels, by a tile that is larger than the
+image, by compressed text, or by metadata that overlap. Pillow reads metadata when it opens a file,
+so `metadata_bytes` comes before that, and `pixel_bytes` after it.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from PIL.PngImagePlugin import MAX_TEXT_CHUNK
+
+from fastvgg.imaging.formats import DECODER_PIXEL_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from PIL import Image
+
+# Measured peak bytes per pixel: decoded JPEG, and coefficients if it is progressive; Pillow's RGB,
+# the image converted to it, and a transposed copy; scaled grayscale of more than 8 bits.
+JPEG_PIXEL_BYTES: Final = 3
+COEFFICIENT_PIXEL_BYTES: Final = 6
+RGB_PIXEL_BYTES: Final = 4
+CONVERTED_PIXEL_BYTES: Final = 5
+TRANSPOSED_PIXEL_BYTES: Final = 4
+SCALED_PIXEL_BYTES: Final = 12
+UNRESIZED_PIXEL_BYTES: Final = 6
+MAX_JPEG_PIXEL_BYTES: Final = 14  # the most a JPEG takes, including a compressed byte per pixel
+
+JPEG_SIGNATURE: Final = b"\xff\xd8\xff"
+# The starts of progressive frames, and of scans without all components, for which libjpeg holds the
+# coefficients of the whole image. Compressed data cannot contain them: there, every ff byte is
+# followed by 00.
+PROGRESSIVE_MARKERS: Final = (b"\xff\xc2", b"\xff\xca")
+PARTIAL_SCANS: Final = (b"\xff\xda\0\x08\1", b"\xff\xda\0\x0a\2", b"\xff\xda\0\x0c\3")
+JPEG_FORMATS: Final = ("JPEG", "MPO")
+
+PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
+PNG_CHUNK_BYTES: Final = 400  # of Python objects for a chunk that Pillow keeps
+PNG_CHUNK_FRAME_BYTES: Final = 12
+PNG_CRC_BYTES: Final = 4
+INFLATE_BYTES: Final = 2**16
+# Copies of text: as bytes, and as a string with up to four bytes per character.
+PNG_TEXT_COPIES: Final = {b"tEXt": 3, b"zTXt": 3, b"iTXt": 7, b"iCCP": 3}
+PNG_COMPRESSED: Final = (b"zTXt", b"iTXt", b"iCCP")
+METADATA_COPIES: Final = 2
+
+TIFF_BYTE_ORDERS: Final = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
+TIFF_SIZES: Final = {
+    1: 1,
+    2: 1,
+    3: 2,
+    4: 4,
+    5: 8,
+    6: 1,
+    7: 1,
+    8: 2,
+    9: 4,
+    10: 8,
+    11: 4,
+    12: 8,
+    13: 4,
+    16: 8,
+    17: 8,
+    18: 8,
+}
+TIFF_INTEGERS: Final = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q"}
+TIFF_RATIONALS: Final = (5, 10)
+TIFF_BYTES: Final = (1, 2, 7)
+# What Python objects take for one number, for a fraction, and for a strip without compression.
+NUMBER_BYTES: Final = 40
+RATIONAL_BYTES: Final = 700
+STRIP_BYTES: Final = 700
+WIDTH, LENGTH, BITS, COMPRESSION, PHOTOMETRIC, STRIP_OFFSETS = 256, 257, 258, 259, 262, 273
+SAMPLES, ROWS_PER_STRIP, PLANES, TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS = (
+    277,
+    278,
+    284,
+    322,
+    323,
+    324,
+)
+SUBDIRECTORIES: Final = (34665, 34853, 40965)  # EXIF, GPS, interoperability
+MAX_DEPTH: Final = 2
+GEOMETRY: Final = (WIDTH, LENGTH, BITS, SAMPLES, ROWS_PER_STRIP, TILE_WIDTH, TILE_LENGTH)
+# The tags that Pillow decodes to Python numbers when it opens a file.
+DECODED: Final = frozenset(
+    (
+        *(*GEOMETRY, COMPRESSION, PHOTOMETRIC, STRIP_OFFSETS, PLANES, TILE_OFFSETS),
+        *(266, 274, 279, 282, 283, 296, 320, 325, 338, 339, 530, *SUBDIRECTORIES),
+    )
+)
+YCBCR: Final = 6
+RAW: Final = 1
+ORIENTATION: Final = 274
+JPEG_COMPRESSIONS: Final = (6, 7)
+RGBA_BYTES: Final = 4
+
+
+def has_coefficients(data: bytes, components: int) -> bool:
+    """Return whether libjpeg holds the coefficients of a whole image with so many components."""
+    return any(marker in data for marker in PROGRESSIVE_MARKERS + PARTIAL_SCANS[: components - 1])
+
+
+def metadata_bytes(data: bytes) -> int:
+    """Return how much memory Pillow may take to open an image, in addition to the file."""
+    if data.startswith(PNG_SIGNATURE):
+        return _png_bytes(data)
+    if data[:4] in TIFF_BYTE_ORDERS:
+        return _TiffHeader.parse(data).metadata_bytes
+    return METADATA_COPIES * len(data) if not data.startswith(b"BM") else 0
+
+
+def pixel_bytes(image: Image.Image, data: bytes, *, exif: bool, is_resized: bool) -> int:
+    """Return how much memory Pillow may take to decode and convert an opened image."""
+    is_jpeg = image.format in JPEG_FORMATS
+    tiff = _TiffHeader.parse(data) if image.format == "TIFF" else None
+    is_transposed = exif or (tiff is not None and tiff.geometry.get(ORIENTATION, 1) != 1)
+    per_pixel = (
+        RGB_PIXEL_BYTES
+        + CONVERTED_PIXEL_BYTES * (image.mode != "RGB")
+        + TRANSPOSED_PIXEL_BYTES * is_transposed
+        + SCALED_PIXEL_BYTES * image.mode.startswith(("I", "F"))
+        + DECODER_PIXEL_BYTES.get(image.format or "", 0)
+        + COEFFICIENT_PIXEL_BYTES * (is_jpeg and has_coefficients(data, len(image.getbands())))
+        + UNRESIZED_PIXEL_BYTES * (not is_resized)
+    )
+    total = per_pixel * image.width * image.height
+    return total if tiff is None else total + tiff.block_bytes(data)
+
+
+def _png_bytes(data: bytes) -> int:
+    """Return an upper bound of what the chunks other than the pixels take in memory."""
+    total, at = 0, len(PNG_SIGNATURE)
+    while at + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        at += length + PNG_CHUNK_FRAME_BYTES
+        if kind == b"IDAT":
+            continue
+        text_bytes = min(length, len(data))
+        if kind in PNG_COMPRESSED:
+            content = data[at - length - PNG_CRC_BYTES : at - PNG_CRC_BYTES]
+            text_bytes += _inflated_bytes(kind, content)
+        total += PNG_CHUNK_BYTES + PNG_TEXT_COPIES.get(kind, METADATA_COPIES) * text_bytes
+    return total
+
+
+def _inflated_bytes(kind: bytes, content: bytes) -> int:
+    """Return the size of the text in a chunk, up to the limit above which Pillow rejects it."""
+    _, _, text = content.partition(b"\0")
+    is_compressed = kind != b"iTXt" or text[:1] != b"\0"
+    text = text[2:].split(b"\0", 2)[-1] if kind == b"iTXt" else text[1:]
+    inflate, inflated_bytes = zlib.decompressobj(), 0
+    try:
+        while is_compressed and text and inflated_bytes < MAX_TEXT_CHUNK:
+            inflated_bytes += len(inflate.decompress(text, INFLATE_BYTES))
+            text = inflate.unconsumed_tail
+    except zlib.error:
+        pass  # Pillow drops the text
+    return inflated_bytes
+
+
+class _TiffHeader(NamedTuple):
+    """The numbers in a TIFF that determine how much memory it takes."""
+
+    metadata_bytes: int
+    geometry: dict[int, int]
+    """The largest value of each tag, also if it is repeated: readers differ in which they use."""
+
+    @classmethod
+    def parse(cls, data: bytes) -> _TiffHeader:
+        """Parse the first directory, and the directories of its metadata as Pillow follows them.
+
+        What lies outside of the file is omitted: Pillow does so too, or rejects it.
+        """
+        order, is_big = TIFF_BYTE_ORDERS[data[:4]], b"+" in data[2:4]
+        offset_format, at = (order + "Q", 8) if is_big else (order + "I", 4)
+        pending = [(*struct.unpack_from(offset_format, data[:16].ljust(16), at), 0)]
+        stored = decoded = 0
+        geometry: dict[int, int] = {}
+        while pending:
+            offset, depth = pending.pop()
+            subdirectories: dict[int, int] = {}  # the last counts
+            for tag, kind, size, values in _tiff_entries(data, order, is_big, offset):
+                count = size // TIFF_SIZES.get(kind, 1)
+                stored += size
+                if kind in TIFF_RATIONALS:
+                    decoded += RATIONAL_BYTES * count
+                elif kind not in TIFF_BYTES and (tag in DECODED or depth):
+                    decoded += NUMBER_BYTES * count
+                if depth == 0 and tag in (STRIP_OFFSETS, TILE_OFFSETS):
+                    decoded += STRIP_BYTES * count
+                if depth == 0 and values:
+                    geometry[tag] = max(geometry.get(tag, 0), *values)
+                if values and tag in SUBDIRECTORIES and depth < MAX_DEPTH:
+                    subdirectories[tag] = values[0]
+            pending += [(offset, depth + 1) for offset in subdirectories.values()]
+        return cls(2 * METADATA_COPIES * stored + decoded, geometry)
+
+    def block_bytes(self, data: bytes) -> int:
+        """Return what libtiff allocates for a tile or a strip, and for the list of them."""
+        tags = self.geometry
+        if tags.get(COMPRESSION, RAW) == RAW:
+            return 0  # Pillow reads these itself, line by line
+        width, length = tags.get(WIDTH, 0), tags.get(LENGTH, 0)
+        block_width, block_length = width, min(tags.get(ROWS_PER_STRIP, length) or length, length)
+        if TILE_WIDTH in tags or TILE_LENGTH in tags:
+            block_width, block_length = tags.get(TILE_WIDTH, width), tags.get(TILE_LENGTH, length)
+        samples = max(1, tags.get(SAMPLES, 1))
+        pixel_bits = samples * max(8, tags.get(BITS, 1))
+        if tags.get(PHOTOMETRIC) == YCBCR:
+            pixel_bits += 3 * 8 * RGBA_BYTES  # of upsampled colors, and a copy
+        if tags[COMPRESSION] in JPEG_COMPRESSIONS and has_coefficients(data, samples):
+            pixel_bits += 8 * 2 * samples
+        blocks = -(-width // max(1, block_width)) * -(-length // max(1, block_length)) * samples
+        return block_width * block_length * pixel_bits // 8 + NUMBER_BYTES * blocks
+
+
+def _tiff_entries(
+    data: bytes, order: str, is_big: bool, offset: int
+) -> Iterator[tuple[int, int, int, tuple[int, ...]]]:
+    """Yield tag, type and bytes of the entries of a directory, and up to 8 of their integers."""
+    count_format, entry_format, inline_bytes = ("Q", "HHQ", 8) if is_big else ("H", "HHI", 4)
+    if offset + struct.calcsize(order + count_format) > len(data):
+        return
+    (entries,) = struct.unpack_from(order + count_format, data, offset)
+    offset += struct.calcsize(order + count_format)
+    head_bytes = struct.calcsize(order + entry_format)
+    for _ in range(min(entries, (len(data) - offset) // (head_bytes + inline_bytes))):
+        tag, kind, count = struct.unpack_from(order + entry_format, data, offset)
+        at = offset + head_bytes
+        offset = at + inline_bytes
+        if count * TIFF_SIZES.get(kind, 1) > inline_bytes:
+            at = struct.unpack_from(order + ("Q" if is_big else "I"), data, at)[0]
+        size = max(0, min(count * TIFF_SIZES.get(kind, 1), len(data) - at))
+        number, values = TIFF_INTEGERS.get(kind), ()
+        if number is not None and size >= struct.calcsize(number):
+            shown = min(8, size // struct.calcsize(number))
+            values = struct.unpack_from(f"{order}{shown}{number}", data, at)
+        yield tag, kind, size, values

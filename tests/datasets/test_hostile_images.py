@@ -1,0 +1,32 @@
+"""Hostile images are read within the memory limit, or are failed rows with a reason."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.helpers.hostile_images import hostile_images, run_on_images, tiny_image
+
+GROUPS = 6
+NAMES = sorted(hostile_images())
+
+
+@pytest.fixture(scope="module")
+def idle_bytes():
+    """Return the peak memory of a run of one tiny image."""
+    return run_on_images({"tiny.png": tiny_image()}).peak_bytes
+
+
+@pytest.mark.parametrize("group", range(GROUPS))
+def test_hostile_images_are_read_within_the_limit_or_fail_with_a_reason(idle_bytes, group):
+    images = {name: hostile_images()[name]() for name in NAMES[group::GROUPS]}
+    run = run_on_images({"a.png": tiny_image(), **images})
+    used = run.peak_bytes - idle_bytes
+    assert used < 64 * 2**20 * 1.1, f"{used / 2**20:.0f} MiB for {', '.join(images)}"
+    assert run.code in (0, 1)
+    assert "Traceback" not in run.stderr
+    assert len(run.stderr) < 300 * len(images)
+    assert run.rows.keys() == {"a.png", *images}
+    assert run.rows["a.png"] == (False, "")
+    for name, (failed, reason) in run.rows.items():
+        assert reason or not failed, name
+        assert "--" not in reason, name
