@@ -680,4 +680,4 @@ def test_open_source_passes_decode_options_gather_and_memory_limit(folder):
     with closing(
         open_source(Location.parse(folder), decoding=DecodeOptions(SIZE), decoding_bytes=900)
     ) as source:
-        assert "bytes of memory" in source.read(0, 1).records[0].reason
+        assert "the limit is" in source.read(0, 1).records[0].reason

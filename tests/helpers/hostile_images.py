@@ -237,6 +237,24 @@ def webp(canvas, metadata=b""):
     return riff(chunks)
 
 
+def with_jpeg2000_tiles(data, side):
+    """Claim larger tiles in the SIZ segment of a JPEG 2000 image."""
+    at = data.index(b"\xff\x51") + 6  # the sizes of the grid, its offsets, the tiles
+    return data[: at + 16] + struct.pack(">II", side, side) + data[at + 24 :]
+
+
+def with_jpeg2000_size(data, side):
+    """Claim a larger grid than the header of the container does."""
+    at = data.index(b"\xff\x51") + 6
+    return data[:at] + struct.pack(">II", side, side) + data[at + 8 :]
+
+
+def with_avif_size(data, side):
+    """Claim another size in the property of an AVIF image than in its frame."""
+    at = data.index(b"ispe") + 8
+    return data[:at] + struct.pack(">II", side, side) + data[at + 8 :]
+
+
 def pnm(magic, width, height, maximum, data):
     return b"%b\n%d %d\n%d\n" % (magic, width, height, maximum) + data
 
@@ -399,6 +417,13 @@ def hostile_images():
         "claimed-ppm.jpg": lambda: pnm(b"P6", 30_000, 30_000, 255, b""),
         "scaled-ppm.jpg": lambda: pnm(b"P6", 1_500, 1_500, 100, bytes(6_750_000)),
         "sixteen-pgm.jpg": lambda: pnm(b"P5", 1_500, 1_500, 65_535, bytes(4_500_000)),
+        "large.jp2": lambda: flat(2_500, 2_500, "jpeg2000", "RGB"),
+        "medium.jp2": lambda: flat(900, 900, "jpeg2000", "RGB"),
+        "tiles.jp2": lambda: with_jpeg2000_tiles(flat(64, 64, "jpeg2000", "RGB"), 30_000),
+        "components.jp2": lambda: with_jpeg2000_size(flat(64, 64, "jpeg2000", "RGB"), 60_000),
+        "large.avif": lambda: flat(2_500, 2_500, "avif", "RGB", speed=10),
+        "medium.avif": lambda: flat(800, 800, "avif", "RGB", speed=10),
+        "claimed.avif": lambda: with_avif_size(flat(64, 64, "avif", "RGB", speed=10), 9_000),
         # Neither one thing nor the other.
         "empty.jpg": lambda: b"",
         "two-bytes.tif": lambda: b"II",
