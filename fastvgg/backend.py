@@ -39,8 +39,9 @@ COMPILE_SECONDS: Final = 0.25
 # to 4 ns (uint8 to float32; float16 and bfloat16).
 ORACLE_SECONDS_PER_BYTE: Final = 1e-9
 KERNELS_MODULE: Final = "fastvgg.kernels.convert"
-# Raised if Numba does not support this NumPy or is disabled, or LLVM fails to load or is too old.
-IMPORT_ERRORS: Final = (ImportError, OSError, AttributeError)
+# Where LLVM gets no memory it ends the process, or searches for some for ever. Starting Numba and
+# compiling takes 250 MiB of addresses, and each thread has a stack and a heap.
+NUMBA_ADDRESS_BYTES: Final = 768 * 2**20
 
 compile_lock: Final = threading.RLock()
 """Held while Numba is imported or a kernel is compiled. A fork waits for it, up to a second or two:
@@ -159,11 +160,35 @@ def _find_numba_problem() -> tuple[str, str] | None:
     with compile_lock:
         if not _is_installed():
             return "it is not installed", "pip install numba"
+        left_bytes = _address_bytes_left()
+        if left_bytes is not None and left_bytes < NUMBA_ADDRESS_BYTES:
+            return (
+                f"{left_bytes // 2**20} MiB of addresses are left, and it needs "
+                f"{NUMBA_ADDRESS_BYTES // 2**20}"
+            ), "raise the limit (ulimit -v)"
         try:
             import fastvgg.kernels.convert  # noqa: F401  # imports Numba and loads LLVM
-        except IMPORT_ERRORS as error:
+        except Exception as error:  # noqa: BLE001  # it parses the environment and loads libraries
+            variables = sorted(name for name in os.environ if name.startswith("NUMBA_"))
+            if variables:
+                return str(error), f"check or unset {', '.join(variables)}"
             return str(error), "fix the cause, or 'pip install --upgrade numba'"
         return None
+
+
+def _address_bytes_left() -> int | None:
+    """Return how many addresses this process may still take; None if there is no limit."""
+    try:
+        import resource
+
+        limit_bytes = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit_bytes == resource.RLIM_INFINITY:
+            return None
+        with open("/proc/self/statm") as file:  # noqa: PTH123
+            used_bytes = int(file.read().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError):  # not on Windows, and not on macOS
+        return None
+    return max(0, limit_bytes - used_bytes)
 
 
 @functools.cache

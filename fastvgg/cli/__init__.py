@@ -35,4 +35,4 @@ def _reset_warnings() -> None:
 
 def _show_warning(message: Warning | str, *_where: Any, **_stream: Any) -> None:
     """Print a warning as a note, without the source line that issued it."""
-    echo(f"note: {message}", sys.stderr)
+    echo(f"note: {str(message).strip().partition(chr(10))[0]}", sys.stderr)

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]  # read from the environment
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
+if any(name[:1] not in "+-" for name in (numba.config.CPU_FEATURES or "").split(",")):  # type: ignore[attr-defined]
+    raise ImportError("NUMBA_CPU_FEATURES has a feature without + or -")  # LLVM ends the process
+
 always_inline: Final[Any] = numba.njit(inline="always")
 """Decorate a part of a kernel; it is inlined into each kernel that calls it."""
 
@@ -90,7 +93,7 @@ def _features() -> frozenset[str]:
     """Return the names of the features that Numba compiles for."""
     listed = numba.config.CPU_FEATURES  # type: ignore[attr-defined]
     if listed is not None:
-        names = listed.split(",")
+        names = [name for name in listed.split(",") if name]
         return frozenset(name[1:] for name in names if name.startswith("+"))
     host = binding.get_host_cpu_features()
     has_avx = numba.config.ENABLE_AVX  # type: ignore[attr-defined]
