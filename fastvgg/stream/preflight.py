@@ -48,11 +48,11 @@ def check_target(source: Source, target: Location, job: Job) -> None:
             f"{result.layout}",
             "give a name that ends in .npy; only restore to NHWC writes image files",
         )
-    read = source.path.resolve()
-    if read == file.resolve():
+    read = _real_path(source.path)
+    if read == _real_path(file):
         raise TargetError(f"{file} is the source itself", "choose another name for the result")
     for ending in ("", *SIDECARS):
-        written = sidecar_path(file, ending).resolve()
+        written = _real_path(sidecar_path(file, ending))
         for place in (read, *source.linked_paths):
             if written == place or place in written.parents or written in place.parents:
                 linked = "" if place == read else f"{place}, to which a link leads in "
@@ -61,6 +61,11 @@ def check_target(source: Source, target: Location, job: Job) -> None:
                     f"{source.location}: one contains the other",
                     "choose a target outside the source",
                 )
+
+
+def _real_path(path: Path) -> Path:
+    """Resolve links; unlike `Path.resolve`, also where they form a loop."""
+    return type(path)(os.path.realpath(path))
 
 
 def _check_store(source: Source, target: Location, job: Job) -> None:

@@ -247,6 +247,17 @@ def test_target_in_a_linked_folder_is_rejected(photos, disk, target):
     assert tree(disk) == before
 
 
+@pytest.mark.parametrize("name", ["y.npy", "y.npy.index.csv", "y.npy.partial"])
+def test_target_that_is_a_link_to_itself_is_rejected(photos, tmp_path, name):
+    (tmp_path / name).symlink_to(name)
+    before = tree(photos)
+    with pytest.raises((TargetError, SourceError)) as caught:
+        fastvgg.plan(photos, tmp_path / "y.npy", **SETTINGS)
+    check_error(caught.value, tmp_path / name)
+    assert (tmp_path / name).is_symlink()
+    assert tree(photos) == before
+
+
 def test_following_links_is_part_of_the_job(photos, disk, tmp_path):
     (photos / "cat").symlink_to(disk / "cat")
     target = tmp_path / "y.npy"
