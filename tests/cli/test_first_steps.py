@@ -230,6 +230,7 @@ def test_options_are_completed():
         "--model",
         "--mode",
         "--max-pixels",
+        "--missing-chunks",
         "--memory",
     ]
     assert completions_of("fastvgg", "restore", "--form") == ["--format"]
