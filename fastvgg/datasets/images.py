@@ -153,8 +153,9 @@ class ImageSource(Source):
         self.stored_bytes = listing.stored_bytes
         self.notes = listing.notes
         if not len(listing):
+            other = "; ".join(["", *listing.skipped.notes()])
             raise SourceError(
-                f"{path} contains no images ({listing.skipped.total} other files)",
+                f"{path} contains no images ({listing.skipped.total} other files){other}",
                 f"give images with one of the suffixes {', '.join(sorted(IMAGE_SUFFIXES))}",
             )
         height, width = decoding.size or self._common_size(threads)

@@ -108,6 +108,14 @@ def test_link_without_a_target_is_a_failed_row_or_counted(photos, tmp_path):
     assert listed(photos)[1] == ["skipped dangling links: 2, e.g. cat"]
 
 
+def test_what_a_folder_without_images_contains_is_named(tmp_path):
+    (tmp_path / "cat").symlink_to("/an unmounted disk/cat")
+    (tmp_path / "a.HEIC").touch()
+    with pytest.raises(SourceError) as caught:
+        read(tmp_path)
+    check_error(caught.value, "no images (2 other files)", "dangling links: 1, e.g. cat", "1 .heic")
+
+
 def test_links_in_a_loop_are_cut_and_counted(photos):
     (photos / "dog" / "up").symlink_to("..")
     (photos / "dog" / "here").symlink_to(".")
