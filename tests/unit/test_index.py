@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 from fastvgg.datasets import index as index_module
 from fastvgg.datasets.base import ImageRecord
-from fastvgg.datasets.index import INDEX_HEADER, format_records, index_path, read_index
+from fastvgg.datasets.index import (
+    INDEX_HEADER,
+    format_records,
+    index_path,
+    read_columns,
+    read_index,
+)
 from fastvgg.datasets.npy import NpySource
 from fastvgg.errors import SourceError
 from tests.helpers.datasets_on_disk import ascii_failures, check_error, names_in, npy_bytes, pixels
@@ -143,6 +149,25 @@ def test_large_index_uses_a_few_bytes_per_row(dataset):
         tracemalloc.stop()
     assert sum(trace.size for trace in snapshot.traces) < 20_000 * 20
     assert read == (expected[-1], expected[10_000:10_003], 20_000 * 9)
+
+
+def test_labels_and_failed_rows_take_few_bytes_per_image():
+    names, images = [f"{number:03d}" for number in range(300)], 20_000
+    records = [record("a.jpg", name) for name in reversed(names)]
+    failed = record("b.jpg", names[0], "damaged", failed=True)
+    rows = (failed if row % 1000 == 0 else records[row % 300] for row in range(images))
+    tracemalloc.start()
+    try:
+        columns = read_columns(rows)
+        held_bytes, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert columns.class_names == names
+    assert columns.failed_rows.tolist() == [*range(0, images, 1000)]
+    expected = [0 if row % 1000 == 0 else 299 - row % 300 for row in range(images)]
+    assert columns.labels.tolist() == expected
+    assert held_bytes < 2 * images + 50_000  # and the table of classes
+    assert peak_bytes < 20 * images
 
 
 def test_index_damaged_after_opening_raises_on_read(dataset):
