@@ -1154,7 +1154,7 @@ how = sys.argv[2]
 size = (1_501, 2_003) if how == "as it is" else (31, 53)
 decoding = DecodeOptions(size, "nearest" if how == "as it is" else how)
 small, out = np.empty((5, 7, 3), np.uint8), np.full((*size, 3), 7, np.uint8)
-for kind in ("jpeg", "png", "webp"):  # what is loaded once
+for kind in ("jpeg", "png", "webp", "avif", "jpeg2000", "ppm"):  # what is loaded once
     written = io.BytesIO()
     Image.new("RGB", (9, 9)).save(written, kind)
     Decoder(DecodeOptions((5, 7)), memory_bytes=2**30).decode(written.getvalue(), small)
@@ -1176,6 +1176,10 @@ def large_file(kind):
     image = photograph(1_501, 2_003)
     if kind == "WebP":
         return encoded(image, "webp", method=0)
+    if kind == "AVIF":
+        return encoded(image, "avif", speed=10, subsampling="4:4:4")
+    if "JPEG 2000" in kind:
+        return encoded(with_alpha(image) if "alpha" in kind else image, "jpeg2000")
     if "PNG" in kind:
         image = with_alpha(image) if "alpha" in kind else image
         return encoded(image, "png", compress_level=1)
@@ -1193,6 +1197,8 @@ def large_file(kind):
         ("PNG", "as it is"),
         ("PNG with alpha", "as it is"),
         ("WebP", "nearest"),
+        ("AVIF", "nearest"),
+        ("JPEG 2000 with alpha", "nearest"),
     ],
 )
 def test_decoding_uses_no_more_memory_than_estimated(tmp_path, kind, how):
