@@ -85,12 +85,12 @@ def print_report(report: Report) -> None:
 def print_info(properties: dict[str, Any]) -> None:
     """Print the properties of a dataset, one per line."""
     for name, value in properties.items():
-        if value in (None, [], ""):
+        if value in (None, [], "", {}):
             continue
         first, *more = _info_lines(name, value)
-        show(f"{name:<17}{first}")
+        show(f"{name:<19}{first}")
         for line in more:
-            show(f"{'':<17}{line}")
+            show(f"{'':<19}{line}")
 
 
 def _info_lines(name: str, value: object) -> list[str]:
@@ -98,11 +98,21 @@ def _info_lines(name: str, value: object) -> list[str]:
         return [f"{package} {version}" for package, version in value.items()]
     if name == "notes" and isinstance(value, list):
         return value
+    if name == "datasets" and isinstance(value, list):
+        return [_dataset_line(dataset) for dataset in value]
     if isinstance(value, list):
         return [" x ".join(str(item) for item in value)]
     if name == "bytes" and isinstance(value, int):
         return [f"{value} ({format_bytes(value)})"]
     return [str(value)]
+
+
+def _dataset_line(dataset: dict[str, Any]) -> str:
+    if dataset.get("virtual"):
+        return f"{dataset['name']}: virtual"
+    shape = " x ".join(map(str, dataset["shape"])) or "a single value"
+    images = ", images" if dataset["images"] else ""
+    return f"{dataset['name']}: {shape}, {dataset['dtype']}{images}"
 
 
 def print_benchmark() -> Callable[[str, dict[str, Any]], None]:

@@ -24,6 +24,8 @@ from fastvgg.errors import SourceError, StoppedError, TargetError, option
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
     from fastvgg.datasets.base import MissingChunks
@@ -265,6 +267,49 @@ class Hdf5Source(ContiguousSource):
 
     def close(self) -> None:
         self._open_files.close()
+
+
+def list_datasets(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return name, shape and dtype of the first datasets of a file, and the number of others.
+
+    Links are not followed, and the shape of a virtual dataset is not read, because HDF5 opens other
+    files for that.
+
+    Raises
+    ------
+    SourceError
+        If HDF5 cannot read the file.
+    """
+    names: list[bytes] = []
+    try:
+        with h5py.File(path, "r") as file:
+
+            def visit(name: bytes) -> None:
+                if h5py.h5o.get_info(file.id, name).type == h5py.h5o.TYPE_DATASET:
+                    names.append(b"/" + name)
+
+            h5py.h5o.visit(file.id, visit)
+            shown = [_describe_dataset(file[name], name) for name in names[:MAX_NAMES_SHOWN]]
+    except HDF5_ERRORS as error:
+        raise SourceError(
+            f"{path} cannot be read: HDF5 reports {str(error)!r}",
+            "if another process is writing the file, wait for it to end; otherwise replace the "
+            "file with an intact copy",
+        ) from None
+    return shown, len(names) - len(shown)
+
+
+def _describe_dataset(dataset: h5py.Dataset, name: bytes) -> dict[str, Any]:
+    if dataset.id.get_create_plist().get_layout() == h5py.h5d.VIRTUAL:
+        return {"name": name.decode(errors="replace"), "virtual": True, "images": False}
+    shape = [int(length) for length in dataset.shape or ()]
+    is_image_batch = len(shape) == 4 and 3 in (shape[1], shape[3])
+    try:
+        dtype = "bfloat16" if dataset.id.get_type().equal(_hdf5_type("bfloat16")) else dataset.dtype
+    except (TypeError, ValueError):  # NumPy has no equivalent
+        dtype = "unknown"
+    described = {"shape": shape, "dtype": str(dtype), "images": is_image_batch}
+    return {"name": name.decode(errors="replace"), **described}
 
 
 class Hdf5Target(ContiguousTarget):

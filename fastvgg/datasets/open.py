@@ -217,6 +217,19 @@ def _open_array(
     return NpySource(path, layout=layout, dtype_hint=dtype_hint, use_index=use_index)
 
 
+def hdf5_datasets(location: Location) -> tuple[list[dict[str, Any]], int]:
+    """Return the first datasets of an HDF5 file as JSON types, and the number of others.
+
+    Raises
+    ------
+    SourceError
+        If the file cannot be opened.
+    """
+    with _require_extra("hdf5", location):
+        from fastvgg.datasets.hdf5 import list_datasets
+    return list_datasets(location.container)
+
+
 def embedded_transform(location: Location) -> Any:  # noqa: ANN401  # any JSON value
     """Return the transform recorded in an array's own metadata, as JSON types, or None.
 
