@@ -76,10 +76,11 @@ def try_submit(
             future.set_exception(error)
 
     try:
-        pool.submit(call)
+        queued = pool.submit(call)
     except RuntimeError:
-        if future.cancel():
-            return None
+        return None if future.cancel() else future
+    # A pool that shuts down cancels the calls that it has not made: others wait for this future.
+    queued.add_done_callback(lambda done: done.cancelled() and future.cancel())
     return future
 
 

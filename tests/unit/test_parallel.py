@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
 
@@ -423,3 +423,19 @@ def test_call_that_no_thread_can_take_is_not_made_later(allow_threads):
         assert first.result()
         assert try_submit(pool, calls.append, 2).result() is None
     assert calls == [2]
+
+
+def test_call_that_a_pool_cancels_at_shutdown_is_cancelled_for_those_who_wait():
+    pool, begun, blocked = ThreadPoolExecutor(1), threading.Event(), threading.Event()
+
+    def block():
+        begun.set()
+        blocked.wait()
+
+    try_submit(pool, block)
+    begun.wait()
+    queued = try_submit(pool, list)
+    pool.shutdown(wait=False, cancel_futures=True)
+    blocked.set()
+    with pytest.raises(CancelledError):
+        queued.result(timeout=60)
