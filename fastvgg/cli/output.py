@@ -88,9 +88,9 @@ def print_info(properties: dict[str, Any]) -> None:
         if value in (None, [], "", {}):
             continue
         first, *more = _info_lines(name, value)
-        show(f"{name:<19}{first}")
+        show(f"{name:<17}{first}")
         for line in more:
-            show(f"{'':<19}{line}")
+            show(f"{'':<17}{line}")
 
 
 def _info_lines(name: str, value: object) -> list[str]:

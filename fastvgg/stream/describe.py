@@ -149,7 +149,7 @@ def _sampled_sizes(listing: ImageListing) -> dict[str, Any]:
         }
     if unreadable:
         fields["unreadable"] = len(unreadable)
-        fields["unreadable_example"] = unreadable[0]
+        fields["unreadable_first"] = unreadable[0]
     return fields
 
 

@@ -51,7 +51,7 @@ def test_folder_of_images_of_any_size_is_described_without_options(photos):
         "smallest": "7 x 9",
         "largest": "20 x 40",
     }
-    assert (found["unreadable"], found["unreadable_example"]) == (1, "a/torn.png")
+    assert (found["unreadable"], found["unreadable_first"]) == (1, "a/torn.png")
     assert found["linked_folders"] == 1
     assert any(".csv" in note for note in found["notes"])
     assert found["bytes"] > 0
@@ -173,5 +173,5 @@ def test_command_line_prints_one_screen(photos):
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
     assert len(lines) < 25
-    assert "images_by_label    a 6" in lines
-    assert "                   b 4" in lines
+    assert "images_by_label  a 6" in lines
+    assert "                 b 4" in lines
