@@ -10,6 +10,7 @@ once if it is large enough.
 from __future__ import annotations
 
 import concurrent.futures.thread
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -18,7 +19,6 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
 
@@ -51,11 +51,18 @@ a child whose copy of the lock is held by a thread that was not forked could nev
 # compilation may need the locks that the hooks of these modules acquire. So import them earlier.
 MODULES_WITH_FORK_HOOKS: Final = (logging, concurrent.futures.thread)
 
+
+def _release_after_fork() -> None:
+    # A fork that waited for the import of this module has not acquired the lock.
+    with contextlib.suppress(RuntimeError):
+        compile_lock.release()
+
+
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=compile_lock.acquire,
-        after_in_parent=compile_lock.release,
-        after_in_child=compile_lock.release,
+        after_in_parent=_release_after_fork,
+        after_in_child=_release_after_fork,
     )
 
 
@@ -75,7 +82,7 @@ class Workload:
             return self.numpy_seconds / self.numpy_bytes * nbytes
         return ORACLE_SECONDS_PER_BYTE * nbytes / threads
 
-    @contextmanager
+    @contextlib.contextmanager
     def time_numpy(self, nbytes: int) -> Iterator[None]:
         """Measure how long NumPy takes to process `nbytes`."""
         start = time.perf_counter()

@@ -7,6 +7,7 @@ import pytest
 from fastvgg import backend
 from fastvgg.errors import UsageError
 from tests.helpers.batches import run_script
+from tests.helpers.datasets_on_disk import python
 
 pytestmark = pytest.mark.pixels
 
@@ -267,9 +268,11 @@ MOMENTS = {
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_child_forked_during_the_first_call_of_another_thread_does_not_hang(moment):
     prepare, module, backend, hook = MOMENTS[moment]
-    run_script(
-        FORK_IN_THE_FIRST_CALL.format(prepare=prepare, moment=module, backend=backend, hook=hook)
+    script = FORK_IN_THE_FIRST_CALL.format(
+        prepare=prepare, moment=module, backend=backend, hook=hook
     )
+    done = python(script)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 LATE_THREADS_SCRIPT = (
