@@ -19,6 +19,7 @@ from fastvgg.cli.errors import (
     stop_run,
     translate_errors,
 )
+from fastvgg.cli.native import hidden_native_messages
 from fastvgg.cli.output import (
     echo,
     plan_record,
@@ -359,6 +360,7 @@ def _convert(
         with (
             stop_run(),
             _connect(dask) as client,
+            nullcontext() if traceback or dask is not None else hidden_native_messages(),
             progress_bar(plan, quiet=quiet) as on_progress,
         ):
             report = plan.run(on_progress, client=client)
