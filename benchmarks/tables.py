@@ -501,6 +501,8 @@ CAMPAIGNS = {
     "full_disks": "runs on disks of every size around the requirement",
     "fuzz": "corrupts headers, journals, redo logs and manifests",
     "fuzz_hdf5": "corrupts HDF5 files",
+    "hostile_images": "mutates photographs in every format, and images that claim much memory, and "
+    "checks the memory that reading them takes",
     "installs": "builds the wheel and the source archive, and installs them on every available "
     "Python, with the lowest and the newest version of each dependency",
     "arm": "runs kernels on an emulated Arm processor and compares their bits with the NumPy "

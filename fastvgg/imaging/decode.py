@@ -72,6 +72,7 @@ DECODING_ERRORS: Final = (
     KeyError,
     EOFError,
     OverflowError,
+    RuntimeError,  # of AVIF
     struct.error,
     zlib.error,
     Image.DecompressionBombError,

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.campaigns import changing_sources, cluster_kills, failing_calls, kills
+from tests.campaigns import changing_sources, cluster_kills, failing_calls, hostile_images, kills
 from tests.helpers.datasets_on_disk import python
 from tests.helpers.private_disks import NOT_ALLOWED
 
@@ -67,6 +67,14 @@ def test_randomly_killed_processes_lose_nothing_alone_or_concurrently(size):
     counts = campaign_result(f"random_kills.campaign(seed=5, size={size})")
     assert counts["kills"] >= size
     assert counts["runs left unfinished"] > size // 10
+
+
+@pytest.mark.parametrize("size", [60, pytest.param(500, marks=pytest.mark.slow)])
+def test_mutated_images_are_read_within_the_limit_or_fail_with_a_reason(size):
+    counts = hostile_images.campaign(seed=5, size=size)
+    assert counts["images"] == size
+    assert counts["read"] > size // 20
+    assert counts["failed with a reason"] > size // 4
 
 
 @pytest.mark.slow

@@ -743,6 +743,15 @@ def test_integers_of_more_than_8_bits_are_rejected_or_scaled_as_16_bits(dtype):
     assert np.unique(actual).tolist() == [0, 1, 127]
 
 
+@pytest.mark.parametrize("high", [255, 4095, 65535])
+def test_16_bit_pnm_is_rejected_or_scaled_although_pillow_opens_it_as_integers(high):
+    samples = np.resize(np.array([0, high]), (7, 9))
+    data = b"P5 9 7 65535\n" + samples.astype(">u2").tobytes()
+    assert failure(data, BOTH[0]) == GRAY16_REASON
+    _, actual = decoded(data, (7, 9, 3), BOTH[1])
+    assert (actual == np.rint(samples / 257)[:, :, np.newaxis]).all()
+
+
 @pytest.mark.parametrize(
     ("dtype", "numbers"), [("int16", [-1, 5]), ("int32", [0, 65536]), ("int32", [-70_000, 70_000])]
 )
@@ -1326,11 +1335,20 @@ def test_pillow_warning_is_a_failure_only_when_warnings_are_errors():
         assert not decoded(data, (*SIZE, 3), DecodeOptions(SIZE))[0].failed
 
 
+def test_damaged_avif_is_a_failure_with_a_reason():
+    data = bytearray(encoded(photograph(), "avif", speed=10))
+    at = data.index(b"mdat") + 4
+    data[at : at + 4] = bytes(4)
+    with pytest.raises(RuntimeError):
+        as_keras_loads(bytes(data))
+    assert "Failed to decode" in failure(bytes(data), DecodeOptions(SIZE))
+
+
 def test_decoding_errors_cover_everything_pillow_raises():
     for error in (
         *(Image.UnidentifiedImageError, Image.DecompressionBombError, struct.error, zlib.error),
         *(OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, EOFError),
-        *(OverflowError, UserWarning, Image.DecompressionBombWarning),
+        *(OverflowError, RuntimeError, UserWarning, Image.DecompressionBombWarning),
     ):
         assert issubclass(error, decode.DECODING_ERRORS)
     assert not issubclass(MemoryError, decode.DECODING_ERRORS)
