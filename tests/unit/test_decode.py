@@ -205,7 +205,7 @@ JPEG_SIZES = ((1, 1), (1, 9), (7, 1), (8, 8), (15, 17), (16, 16), (33, 31), (227
 
 
 def unexpected_call(*_arguments, **_settings):
-    raise RuntimeError("the wrong decoder was used")
+    raise AssertionError("the wrong decoder was used")
 
 
 @pytest.mark.parametrize("kind", COMMON_JPEGS)
@@ -633,7 +633,7 @@ def test_upright_jpeg_is_decoded_by_simplejpeg_with_exif_enabled(monkeypatch):
     monkeypatch.setattr(simplejpeg, "decode_jpeg", unexpected_call)
     decoding = DecodeOptions(SIZE, exif=True)
     for data in (oriented("jpeg", 1), COMMON_JPEGS["444"](photograph())):
-        with pytest.raises(RuntimeError, match="the wrong decoder"):
+        with pytest.raises(AssertionError, match="the wrong decoder"):
             decoded(data, (*SIZE, 3), decoding)
     assert not decoded(oriented("jpeg", 6), (*SIZE, 3), decoding)[0].failed
 
