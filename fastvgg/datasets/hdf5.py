@@ -270,7 +270,7 @@ class Hdf5Source(ContiguousSource):
 
 
 def list_datasets(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return name, shape and dtype of the first datasets of a file, and the number of others.
+    """Return name, shape and dtype of the first datasets of a file, and how many more there are.
 
     Links are not followed, and the shape of a virtual dataset is not read, because HDF5 opens other
     files for that.

@@ -218,7 +218,7 @@ def _open_array(
 
 
 def hdf5_datasets(location: Location) -> tuple[list[dict[str, Any]], int]:
-    """Return the first datasets of an HDF5 file as JSON types, and the number of others.
+    """Return the first datasets of an HDF5 file as JSON types, and how many more there are.
 
     Raises
     ------
