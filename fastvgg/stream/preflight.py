@@ -48,6 +48,8 @@ def check_target(source: Source, target: Location, job: Job) -> None:
             f"{result.layout}",
             "give a name that ends in .npy; only restore to NHWC writes image files",
         )
+    if source.location.is_remote:
+        return  # a store and a disk do not overlap
     read = _real_path(source.path)
     if read == _real_path(file):
         raise TargetError(f"{file} is the source itself", "choose another name for the result")
