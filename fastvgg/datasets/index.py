@@ -19,7 +19,12 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, overload
 import numpy as np
 import xxhash
 
-from fastvgg.datasets.base import ImageRecord, open_regular, open_sidecar
+from fastvgg.datasets.base import (
+    ImageRecord,
+    changed_during_run_error,
+    open_regular,
+    open_sidecar,
+)
 from fastvgg.errors import SourceError
 from fastvgg.storage.location import sidecar_path
 
@@ -77,6 +82,8 @@ class Index(Sequence[ImageRecord]):
         The path of the index.
     file
         The same file, open at its start.
+    max_images
+        How many records it may have; None for any number.
 
     Raises
     ------
@@ -84,7 +91,7 @@ class Index(Sequence[ImageRecord]):
         If it is damaged, or names a path outside of the dataset.
     """
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: BinaryIO, max_images: int | None = None) -> None:
         self.path = path
         lines = _lines(path, file)
         header, end = next(lines, (COLUMNS, 0))
@@ -94,6 +101,10 @@ class Index(Sequence[ImageRecord]):
             )
         self._offsets = array("Q", [end])
         for row, (fields, end) in enumerate(lines):
+            if row == max_images:
+                raise SourceError(
+                    f"{path} lists more than the {max_images} images of the dataset", REMEDY
+                )
             _record(path, row, fields)
             self._offsets.append(end)
 
@@ -120,7 +131,10 @@ class Index(Sequence[ImageRecord]):
         with open_regular(self.path) as file:
             file.seek(self._offsets[start])
             data = file.read(self._offsets[stop] - self._offsets[start])
-        return [*_parse(self.path, io.BytesIO(data), start)]
+        records = [*_parse(self.path, io.BytesIO(data), start)]
+        if len(records) != stop - start:
+            raise changed_during_run_error(str(self.path))
+        return records
 
 
 def read_index(dataset: Path, images: int) -> Sequence[ImageRecord]:
@@ -136,7 +150,7 @@ def read_index(dataset: Path, images: int) -> Sequence[ImageRecord]:
     with open_sidecar(path) as file:
         if file is None:
             return ()
-        index = Index(path, file)
+        index = Index(path, file, images)
     if len(index) != images:
         raise SourceError(f"{path} lists {len(index)} images, but {dataset} has {images}", REMEDY)
     return index

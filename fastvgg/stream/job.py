@@ -63,6 +63,8 @@ MODE_SCHEMA: Final[Schema] = {
     "order": str,
 }
 MAX_COUNT: Final = 2**48  # upper bound of every count
+# A manifest has 50 bytes for each. The limit keeps it, and the commits of a run, in memory.
+MAX_CHUNKS: Final = 10**6
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,13 @@ def check_sizes(sizes: Iterable[object], *, minimum: int = 1, maximum: int = MAX
     """Check that all sizes are ints within bounds; raise ValueError otherwise."""
     if any(type(size) is not int or not minimum <= size <= maximum for size in sizes):
         raise ValueError(f"a size is not an integer from {minimum} to {maximum}")
+
+
+def check_chunks(images: int, chunk_images: int) -> None:
+    """Check that a result has at most `MAX_CHUNKS` chunks; raise ValueError otherwise."""
+    chunks = -(-images // chunk_images)
+    if chunks > MAX_CHUNKS:
+        raise ValueError(f"{chunks} chunks; at most {MAX_CHUNKS} are supported")
 
 
 def parse_transform(fields: dict[str, Any]) -> Transform:

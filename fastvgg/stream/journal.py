@@ -22,7 +22,7 @@ from fastvgg.datasets.index import is_valid_name
 from fastvgg.errors import ResumeError, SourceError, TargetError, command, option
 from fastvgg.storage import objects
 from fastvgg.storage.location import is_remote, sidecar_path, temporary_path
-from fastvgg.stream.job import Job, check_fields, check_sizes, check_version
+from fastvgg.stream.job import Job, check_chunks, check_fields, check_sizes, check_version
 from fastvgg.stream.lines import decode_line, encode_line
 
 if TYPE_CHECKING:
@@ -53,6 +53,9 @@ CHECKSUM_PATTERN: Final = re.compile("[0-9a-f]{16}")
 LINE_NAME_PATTERN: Final = re.compile("[0-9]{9}")  # see `line_name`
 HEADER_START_BYTES: Final = 27
 HEADER_START_PATTERN: Final = re.compile(rb'[0-9a-f]{16} \{"fastvgg-')  # also of a redo log
+MAX_HEADER_BYTES: Final = 1024 * 1024
+# Of the records of a chunk. A longer line is read as several, of which none has a valid checksum.
+MAX_LINE_BYTES: Final = 256 * 1024 * 1024
 RECORD_TYPES: Final = (str, str, int, int, bool, str)  # the types of the fields of an `ImageRecord`
 
 
@@ -141,7 +144,7 @@ class JournalState:
         else:
             with open_regular(self.path) as file:
                 file.seek(self.commits[chunk].offset)
-                line = file.readline()
+                line = file.readline(MAX_LINE_BYTES)
         fields = decode_line(line)
         if fields is None:
             raise ResumeError(
@@ -203,7 +206,10 @@ def _lines(path: Path) -> Iterator[bytes]:
     """Yield the lines of a journal, its header first; none if it does not exist."""
     if not is_remote(path):
         with open_sidecar(path) as file:
-            yield from file or ()
+            max_bytes = MAX_HEADER_BYTES
+            while file is not None and (line := file.readline(max_bytes)):
+                yield line
+                max_bytes = MAX_LINE_BYTES
         return
     with _store_errors(path):
         header = objects.read(path / HEADER_NAME)
@@ -279,6 +285,7 @@ def _parse_header(path: Path, fields: dict[str, Any]) -> JournalState:
         path, job, fields["chunk_images"], fields["replaces"], fields["retries"]
     )
     check_sizes([journal_state.chunk_images])
+    check_chunks(job.result.images, journal_state.chunk_images)
     if journal_state.retries and not job.is_decoded:
         raise ValueError("only images can be retried")
     return journal_state

@@ -18,7 +18,14 @@ from fastvgg.datasets.open import embedded_transform
 from fastvgg.errors import SourceError, option_name
 from fastvgg.formatting import package_versions
 from fastvgg.storage.location import sidecar_path
-from fastvgg.stream.job import Job, check_fields, check_sizes, check_version, parse_transform
+from fastvgg.stream.job import (
+    Job,
+    check_chunks,
+    check_fields,
+    check_sizes,
+    check_version,
+    parse_transform,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -42,6 +49,9 @@ MANIFEST_SCHEMA: Final[Schema] = {
     "created": str,
     "packages": dict,
 }
+# Two checksums for each of `MAX_CHUNKS` chunks, and the job.
+MAX_BYTES: Final = 64 * 1024 * 1024
+MAX_BRACKETS: Final = 20_000  # a manifest has fewer than 100; the path of a source may have others
 COUNTS_SCHEMA: Final[Schema] = {"images": int, "failed": int}
 
 
@@ -92,6 +102,7 @@ class Manifest:
         manifest = cls(**{**recorded, "job": Job.from_dict(fields["job"])})
         images, counts = manifest.header.images, manifest.counts
         check_sizes([manifest.chunk_images])
+        check_chunks(images, manifest.chunk_images)
         check_sizes([counts["images"]], minimum=images, maximum=images)
         check_sizes([counts["failed"]], minimum=0, maximum=images)
         sums = manifest.checksums, manifest.source_checksums
@@ -117,10 +128,11 @@ def read_manifest(container: Path) -> Manifest | None:
         If the manifest is damaged, or has an unknown format version.
     """
     path = manifest_path(container)
-    data = read_sidecar(path)
+    data = read_sidecar(path, MAX_BYTES + 1)
     if data is None:
         return None
     try:
+        _check_is_small(data)
         fields = json.loads(data)
         found = fields.get(VERSION_FIELD) if isinstance(fields, dict) else None
         remedy = "use the version of fastvgg that wrote it"
@@ -132,6 +144,14 @@ def read_manifest(container: Path) -> Manifest | None:
             "restore the manifest that was written with the dataset, or move it away and give "
             f"{option_name('mode')} and {option_name('layout')}",
         ) from None
+
+
+def _check_is_small(data: bytes) -> None:
+    """Raise ValueError if JSON has more bytes, or more containers, than a manifest can have."""
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"it has more than {MAX_BYTES} bytes")
+    if data.count(b"[") + data.count(b"{") > MAX_BRACKETS:
+        raise ValueError("it has too many objects and lists")
 
 
 def _read_transform(location: Location) -> Transform | None:

@@ -18,13 +18,21 @@ from fastvgg.datasets.image_writer import is_lossy
 from fastvgg.datasets.images import ImageSource
 from fastvgg.datasets.index import read_index
 from fastvgg.datasets.open import open_source, source_format, target_format
-from fastvgg.errors import SourceError, UsageError, argument, command, option, option_name
+from fastvgg.errors import (
+    SourceError,
+    TargetError,
+    UsageError,
+    argument,
+    command,
+    option,
+    option_name,
+)
 from fastvgg.formatting import parse_bytes
 from fastvgg.imaging.decode import MAX_PIXELS, DecodeOptions
 from fastvgg.parallel import check_threads
 from fastvgg.storage.local import check_in_place_supported
 from fastvgg.storage.location import Location
-from fastvgg.stream.job import Job
+from fastvgg.stream.job import MAX_CHUNKS, Job
 from fastvgg.stream.journal import journal_path, read_journal
 from fastvgg.stream.manifest import Provenance
 from fastvgg.stream.plan import Plan, RunOptions, choose_chunk_images
@@ -425,7 +433,14 @@ def _build_plan(source: Source, target: Location, job: Job, options: RunOptions)
         source.read_granularity,
         inner_chunk_images(job.result.image_bytes) if job.formats[1].has_inner_chunks else 1,
     )
-    return dataclasses.replace(planned, chunk_images=largest)
+    chunked = dataclasses.replace(planned, chunk_images=largest)
+    if chunked.chunks > MAX_CHUNKS:
+        more = options.memory_bytes * chunked.chunks // MAX_CHUNKS
+        raise TargetError(
+            f"{target} would have {chunked.chunks} chunks; at most {MAX_CHUNKS} are supported",
+            f"give {option('memory', f'{-(-more // 2**20)}MiB')} or more",
+        )
+    return chunked
 
 
 def _loss_notes(job: Job) -> list[str]:

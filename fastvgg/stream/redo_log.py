@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from xxhash import xxh3_64_hexdigest
 
-from fastvgg.datasets.base import open_regular, read_sidecar
+from fastvgg.datasets.base import open_regular, open_sidecar, read_sidecar
 from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError, option
 from fastvgg.storage.local import OpenFile
 from fastvgg.storage.location import is_remote, temporary_path
@@ -138,16 +138,18 @@ def committed_chunks(header: RedoLogHeader, file_path: Path) -> int:
 
 def _records(header: RedoLogHeader, file_path: Path) -> Iterator[RedoRecord]:
     """Yield the records of the committed chunks, without the lock of the file."""
-    journal = read_sidecar(journal_path(file_path), max_bytes=header.slot_offset(0)) or b""
-    for chunk in range(header.chunks):
-        begin = header.record_offset(chunk)
-        try:
-            record = RedoRecord.from_bytes(journal[begin : begin + RECORD_BYTES], chunk, header.run)
-        except ValueError:
-            raise _damaged_error(file_path, f"the record of chunk {chunk}") from None
-        if record is None:
+    with open_sidecar(journal_path(file_path)) as journal:
+        if journal is None:
             return
-        yield record
+        for chunk in range(header.chunks):
+            journal.seek(header.record_offset(chunk))
+            try:
+                record = RedoRecord.from_bytes(journal.read(RECORD_BYTES), chunk, header.run)
+            except ValueError:
+                raise _damaged_error(file_path, f"the record of chunk {chunk}") from None
+            if record is None:
+                return
+            yield record
 
 
 def _is_first_chunk_converted(header: RedoLogHeader, path: Path) -> bool:
