@@ -130,6 +130,10 @@ class ZarrArray(ArraySource):
                 f"{path} is a Zarr group; its arrays are: {', '.join(_arrays(path)) or 'none'}",
                 f"give one of its arrays: {path}/NAME",
             )
+        if not isinstance(array.metadata.attributes, dict):
+            raise SourceError(
+                f"{path}: its attributes are not a JSON object", "repair or remove the attributes"
+            )
         self._array = array
         check_shape(path, array.shape)
         # zarr converts elements of a different byte order.

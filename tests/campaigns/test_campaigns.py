@@ -83,3 +83,10 @@ def test_killed_workers_and_coordinators_lose_nothing():
     assert counts["workers killed"] >= 8
     assert counts["coordinators killed"] >= 2
     assert counts["chunks computed twice"] >= 8
+
+
+@pytest.mark.parametrize("size", [40, pytest.param(500, marks=pytest.mark.slow)])
+def test_damaged_containers_are_refused_or_read_within_the_memory_limit(size):
+    counts = campaign_result(f"hostile_containers.campaign(seed=5, size={size})")
+    assert counts["containers"] == size
+    assert all(counts[name] for name in ("read", "refused"))

@@ -191,7 +191,7 @@ def h5_huge_chunk(directory):
 
 def h5_external(directory, *, raw):
     if raw:
-        secret = [("/etc/passwd", 0, 8 * 32 * 32 * 3)]
+        secret = [("/etc/passwd", 0, BATCH.nbytes)]
         return h5_with(
             directory, lambda file: file.create_dataset("x", SHAPE, "u1", external=secret)
         )
