@@ -192,18 +192,6 @@ def accept_torn_records(patch):
     patch.setattr(redo_log.RedoRecord, "from_bytes", from_bytes)
 
 
-def read_claimed_length(patch):
-    read = redo_log.read_sidecar
-
-    def read_sidecar(path, max_bytes=-1):
-        if read(path) is None:
-            return None
-        with path.open("rb") as file:
-            return file.read(max_bytes)
-
-    patch.setattr(redo_log, "read_sidecar", read_sidecar)
-
-
 @pytest.mark.parametrize(
     ("kind", "broken"),
     [
@@ -231,7 +219,6 @@ def read_claimed_length(patch):
         (RedoLogHeaders, accept_any_size),
         (RedoLogHeaders, accept_any_result_shape),
         (RedoLogHeaders, ignore_damaged_redo_log_headers),
-        (RedoLogHeaders, read_claimed_length),
         (RedoLogs, accept_any_checksum),
         (RedoLogs, accept_any_field_type),
         (RedoLogs, accept_any_size),

@@ -40,8 +40,8 @@ def sparse(path, nbytes, content=b""):
 def stream(compressor, nbytes=DECODED_BYTES):
     """Return what a compressor object makes of zeros."""
     block = bytes(2**20)
-    pieces = [compressor.compress(block) for _ in range(nbytes // len(block))]
-    return b"".join([*pieces, compressor.flush()])
+    blocks = [compressor.compress(block) for _ in range(nbytes // len(block))]
+    return b"".join([*blocks, compressor.flush()])
 
 
 BOMBS = {
