@@ -179,7 +179,7 @@ def _find_numba_problem() -> tuple[str, str] | None:
             variables = sorted(name for name in os.environ if name.startswith("NUMBA_"))
             if variables:
                 return str(error), f"check or unset {', '.join(variables)}"
-            return str(error), "fix the cause, or 'pip install --upgrade numba'"
+            return str(error), "fix the cause, or 'pip install -U numba'"
         return None
 
 

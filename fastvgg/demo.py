@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from fastvgg.datasets.index import read_index
 from fastvgg.datasets.open import open_source
-from fastvgg.errors import BackendError, TargetError, VerificationError
+from fastvgg.errors import BackendError, TargetError, VerificationError, command
 from fastvgg.imaging.decode import DecodeOptions
 from fastvgg.storage.location import Location
 from fastvgg.stream.manifest import read_manifest
@@ -85,7 +85,7 @@ def run_demo(directory: Path, echo: Callable[[str], None]) -> DemoResult:
     if differing:
         raise VerificationError(
             f"{differing} of {originals.nbytes} restored bytes differ from the originals",
-            f"this is a bug in fastvgg: report it with the output of 'fastvgg info {stored}'",
+            f"this is a bug in fastvgg: report it with the output of {command('info', stored)}",
         )
     return DemoResult(len(originals), originals.nbytes, sheet)
 
@@ -95,7 +95,7 @@ def _check_directory(directory: Path) -> None:
 
     A dataset belongs to an earlier demo if it has a manifest; `plan` replaces no other datasets.
     """
-    remedy = "give a new directory: fastvgg demo demo/"
+    remedy = "give a new directory"
     if directory.exists() and not directory.is_dir():
         raise TargetError(f"{directory} is not a directory", remedy)
     demo_paths = {f"photos/{path}" for path in PHOTOGRAPHS.values()} | {"contact-sheet.png"}

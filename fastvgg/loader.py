@@ -20,7 +20,7 @@ from fastvgg.buffer_pool import BufferPool
 from fastvgg.datasets.images import ImageSource
 from fastvgg.datasets.index import index_path, read_columns
 from fastvgg.datasets.open import open_source
-from fastvgg.errors import SourceError, StoppedError, UsageError, option
+from fastvgg.errors import SourceError, StoppedError, UsageError, command, option
 from fastvgg.parallel import TaskQueue, check_threads
 from fastvgg.storage.location import Location
 from fastvgg.stream.manifest import Provenance
@@ -309,7 +309,7 @@ class Batches:
             raise SourceError(
                 f"{self.location} contains image files, and decoding them is slower than training",
                 "pack them into an array once: "
-                f"fastvgg pack {self.location} packed.npy --size 224 224",
+                + command("pack", self.location, "packed.npy", size=(224, 224)),
             )
         return source
 

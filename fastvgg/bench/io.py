@@ -18,7 +18,7 @@ from PIL import Image
 
 from fastvgg.bench.timing import time_interleaved
 from fastvgg.datasets.open import open_source
-from fastvgg.errors import TargetError, VerificationError
+from fastvgg.errors import TargetError, VerificationError, option_name
 from fastvgg.imaging.decode import DecodeOptions
 from fastvgg.imaging.resize import gather_function
 from fastvgg.parallel import parallel_for
@@ -54,7 +54,7 @@ def measure_disk(directory: Path, nbytes: int, rounds: int) -> dict[str, Any]:
     except OSError as error:
         raise TargetError(
             f"{directory} cannot be measured: {error.strerror}",
-            "give --disk an existing, writable directory",
+            f"give {option_name('disk')} an existing, writable directory",
         ) from error
 
 

@@ -156,7 +156,7 @@ def _check_result(path: KernelPath, actual: NDArray[Any], expected: NDArray[Any]
         if not np.array_equal(image, expected_bits):
             raise VerificationError(
                 f"{path.name}: image {index} of {len(actual)} differs from the NumPy reference",
-                "please report it with the processor and the versions that --json prints",
+                "please report it with the processor and versions in the benchmark's record",
             )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from fastvgg.errors import TargetError, UsageError
+from fastvgg.errors import TargetError, UsageError, option, option_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,18 +66,19 @@ def check_plot_path(path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError(
-            f"--plot needs a package that is not installed: {error.name}",
+            f"{option('plot', str(path))} needs a package that is not installed: {error.name}",
             "in a clone of fastvgg: pip install '.[plot]'",
         ) from None
     suffixes = sorted(Figure().canvas.get_supported_filetypes())
     if path.suffix.removeprefix(".") not in suffixes:
         raise UsageError(
-            f"--plot {path}: the suffix is not one of {', '.join(suffixes)}",
+            f"{option('plot', str(path))}: the suffix is not one of {', '.join(suffixes)}",
             "give a name that ends in .png or .svg",
         )
     if not path.parent.is_dir():
         raise UsageError(
-            f"--plot {path}: {path.parent} is not a directory", f"create it: mkdir {path.parent}"
+            f"{option('plot', str(path))}: {path.parent} is not a directory",
+            f"create it: mkdir {path.parent}",
         )
 
 
@@ -104,7 +105,8 @@ def draw_roofline(record: dict[str, Any], path: Path) -> None:
             figure.savefig(path, dpi=150, metadata=metadata)
         except OSError as error:
             raise TargetError(
-                f"{path} cannot be written: {error.strerror}", "give --plot another path"
+                f"{path} cannot be written: {error.strerror}",
+                f"give {option_name('plot')} another path",
             ) from error
 
 

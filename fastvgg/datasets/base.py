@@ -155,7 +155,7 @@ def changed_during_run_error(path: str) -> StoppedError:
     """Return the error for a source file that changed after the run was planned."""
     return StoppedError(
         f"{path} changed after the run was planned: the result may mix old and new data",
-        "make sure that nothing writes to the source, then rerun with --restart",
+        "make sure that nothing writes to the source, then start over",
     )
 
 

@@ -20,7 +20,7 @@ from fastvgg.datasets.base import (
     byte_view,
     open_regular,
 )
-from fastvgg.errors import FastvggError, ResumeError, SourceError, StoppedError, TargetError
+from fastvgg.errors import FastvggError, ResumeError, SourceError, StoppedError, TargetError, option
 from fastvgg.storage.local import io_errors
 from fastvgg.transform import storage_dtype
 
@@ -146,7 +146,9 @@ class ContiguousTarget(DiskTarget, SharedTarget):
 
     def reopen(self) -> None:
         if not self.partial.exists():
-            raise ResumeError(f"{self.partial} does not exist", "start over with --restart")
+            raise ResumeError(
+                f"{self.partial} does not exist", f"start over with {option('restart')}"
+            )
         self._file = self._storage.open(self.partial)
         self._file = self._storage.direct(self._file)
         actual_bytes = self._storage.size(self._file)
@@ -154,7 +156,7 @@ class ContiguousTarget(DiskTarget, SharedTarget):
             raise ResumeError(
                 f"{self.partial} has {actual_bytes} bytes, but the unfinished run reserved "
                 f"{self.stored_bytes}",
-                "the file was changed in the meantime: start over with --restart",
+                f"the file was changed in the meantime: start over with {option('restart')}",
             )
 
     def offset(self, start: int) -> int:

@@ -260,7 +260,7 @@ class Hdf5Source(ContiguousSource):
                 f"{self.location}: images {start} to {start + len(out) - 1} cannot be read: "
                 f"{error}",
                 "fix the cause and rerun the same command; if a chunk is damaged, replace the file "
-                "with an intact copy and add --restart",
+                "with an intact copy and start over",
             ) from None
         if self._file_bytes() < self._opened_bytes:  # HDF5 reads zeros beyond the end of the file
             raise self._truncated_error(self._file_bytes())

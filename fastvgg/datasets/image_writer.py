@@ -12,9 +12,10 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from fastvgg.choices import check_choice
 from fastvgg.datasets.base import DiskTarget, open_regular
 from fastvgg.datasets.index import find_duplicates, hash_names
-from fastvgg.errors import ResumeError, SourceError, TargetError, UsageError
+from fastvgg.errors import ResumeError, SourceError, TargetError, option
 from fastvgg.imaging.decode import DECODING_ERRORS, describe_error, open_image
 
 if TYPE_CHECKING:
@@ -41,15 +42,12 @@ def check_format(name: str, height: int, width: int) -> None:
     UsageError, TargetError
         If the format is unknown, or the images are too large for it.
     """
-    if name not in get_args(FileFormat):
-        raise UsageError(
-            f"unknown format {name!r}", f"choose one of {', '.join(get_args(FileFormat))}"
-        )
+    check_choice("format", name, get_args(FileFormat))
     if max(height, width) > MAX_SIDE_PIXELS[name]:
         raise TargetError(
             f"images of {height}x{width} are too large for {name}, whose maximum is "
             f"{MAX_SIDE_PIXELS[name]} pixels per side",
-            "use --format png",
+            f"give {option('format', 'png')}",
         )
 
 
@@ -105,7 +103,9 @@ class ImageFolderTarget(DiskTarget):
 
     def reopen(self) -> None:
         if not self.partial.is_dir():
-            raise ResumeError(f"{self.partial} does not exist", "start over with --restart")
+            raise ResumeError(
+                f"{self.partial} does not exist", f"start over with {option('restart')}"
+            )
         self._syncs_each = not self._storage.has_syncfs(self.partial)
 
     def encode(self, image: NDArray[np.uint8]) -> bytes:
@@ -184,7 +184,7 @@ class ImageFolderTarget(DiskTarget):
     def _unreadable_error(self, name: str, error: BaseException) -> SourceError:
         return SourceError(
             f"{self.path / name} cannot be read: {describe_error(error)}",
-            "rerun the restore with --restart",
+            f"rerun the restore with {option('restart')}",
         )
 
     def _names(self, start: int, stop: int) -> Iterator[str | None]:

@@ -14,7 +14,7 @@ import xxhash
 from fastvgg.datasets.base import Chunk, Header, ImageRecord, Source
 from fastvgg.datasets.image_names import SkippedFiles, parent_folder
 from fastvgg.datasets.index import PackedNames
-from fastvgg.errors import SourceError
+from fastvgg.errors import SourceError, option
 from fastvgg.imaging.decode import DecodeOptions, Decoder, describe_error
 from fastvgg.imaging.formats import IMAGE_SUFFIXES
 from fastvgg.parallel import parallel_for
@@ -231,7 +231,7 @@ class ImageSource(Source):
         more = f" and {len(counts) - MAX_SIZES_SHOWN} more" if len(counts) > MAX_SIZES_SHOWN else ""
         raise SourceError(
             f"{self.path} contains images of {len(counts)} sizes (height x width): {shown}{more}",
-            "choose one size for all images: --size 224 224",
+            f"choose one size for all images: {option('size', (224, 224))}",
         )
 
     def _display_name(self, row: int) -> str:

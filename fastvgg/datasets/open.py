@@ -17,7 +17,7 @@ from fastvgg.datasets.formats import SOURCES
 from fastvgg.datasets.image_writer import FileFormat, ImageFolderTarget
 from fastvgg.datasets.npy import NpySource, NpyTarget, PartitionedNpySource, part_names
 from fastvgg.datasets.tar import TarShards, is_tar_name
-from fastvgg.errors import SourceError, TargetError, option
+from fastvgg.errors import SourceError, TargetError, option, option_name
 from fastvgg.imaging import resize
 from fastvgg.imaging.decode import DecodeOptions, Decoder
 from fastvgg.storage.local import Storage
@@ -106,7 +106,8 @@ def open_source(
         )
     if layout != "NHWC":
         raise SourceError(
-            f"{location} contains images, which are NHWC, not {layout}", "omit --layout"
+            f"{location} contains images, which are NHWC, not {layout}",
+            f"omit {option_name('layout')}",
         )
     decoding = decoding or DecodeOptions()
     decoder = Decoder(decoding, memory_bytes=decoding_bytes, threads=threads, gather=gather)
@@ -172,6 +173,14 @@ def _file_format(location: Location, named_format: str | None) -> str:
     )
 
 
+def _given(decoding: DecodeOptions) -> list[str]:
+    """Return the options of decoding that differ from their defaults, as the caller writes them."""
+    defaults = DecodeOptions().to_dict()
+    return [
+        option(name, value) for name, value in vars(decoding).items() if value != defaults[name]
+    ]
+
+
 def _open_array(
     location: Location,
     kind: str,
@@ -185,9 +194,9 @@ def _open_array(
 ) -> ArraySource:
     if decoding not in (None, DecodeOptions()):
         raise SourceError(
-            f"{location} is an array, but decoding options such as --size apply only to "
+            f"{location} is an array, but {' and '.join(_given(decoding))} applies only to "
             "image files",
-            "omit them, or give the directory of images",
+            "omit it, or give the directory of images",
         )
     if not (follow_links or kind == "parts"):
         raise SourceError(

@@ -205,7 +205,7 @@ class TarHeaderReader:
     def _sparse_error(self, at: int) -> SourceError:
         return SourceError(
             f"{self._shard}: the entry at offset {at} is a sparse file, which is not supported",
-            "extract the tar, and create it without --sparse (-S)",
+            "extract the tar, and create it without sparse files (no -S)",
         )
 
     def _damaged_error(self, at: int, problem: str) -> SourceError:

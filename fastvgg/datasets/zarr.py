@@ -238,7 +238,7 @@ class ZarrArray(ArraySource):
     def _damaged_error(self, key: str, why: str) -> DamagedChunkError:
         return DamagedChunkError(
             f"{self.path}: chunk {key} is damaged: {why}",
-            "replace the array, or recreate it from its source; then rerun with --restart",
+            "replace the array, or recreate it from its source, and start over",
         )
 
 

@@ -21,7 +21,7 @@ from zarr.storage import MemoryStore
 
 from fastvgg.datasets.base import DiskTarget, Header, SharedTarget, byte_view, inner_chunk_images
 from fastvgg.datasets.zarr import ATTRIBUTE_KEY, DamagedChunkError, ZarrArray
-from fastvgg.errors import ResumeError, SourceError, VerificationError
+from fastvgg.errors import ResumeError, SourceError, VerificationError, option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -270,12 +270,12 @@ class ZarrTarget(DiskTarget, _ShardTarget):
             except OSError as error:
                 raise ResumeError(
                     f"{self.partial / name} cannot be read: {error.strerror}",
-                    "start over with --restart",
+                    f"start over with {option('restart')}",
                 ) from None
             if actual != expected:
                 raise ResumeError(
                     f"{self.partial / name} differs from what the unfinished run wrote",
-                    "the file was changed in the meantime: start over with --restart",
+                    f"the file was changed in the meantime: start over with {option('restart')}",
                 )
 
     def _store(self, shard: _EncodedShard) -> None:

@@ -23,7 +23,16 @@ from distributed.comm import CommClosedError
 
 from fastvgg.datasets.base import SharedTarget
 from fastvgg.datasets.contiguous import ContiguousTarget
-from fastvgg.errors import ClusterError, FastvggError, StoppedError, UsageError
+from fastvgg.errors import (
+    ClusterError,
+    FastvggError,
+    StoppedError,
+    UsageError,
+    argument,
+    is_command_line,
+    option,
+    option_name,
+)
 from fastvgg.executors.worker import Task, close_run, open_run, run_task, stored_checksums
 from fastvgg.formatting import format_bytes, package_versions
 from fastvgg.parallel import available_cpus
@@ -84,7 +93,7 @@ def connect(address: str) -> Iterator[Client]:
             raise ClusterError(
                 f"no scheduler responds at {address}: {error}",
                 "start one with 'dask scheduler' and give the address that it prints, or give "
-                "--dask local",
+                f"{option('dask', LOCAL_ADDRESS)}",
             ) from None
         yield client
 
@@ -273,23 +282,25 @@ class DaskExecutor(Executor):
         if isinstance(error, KilledWorker):
             return StoppedError(
                 f"every worker that ran the task {failed[0].key} died: {error}",
-                "check the workers' logs; if they ran out of memory, lower --memory and give "
-                "--restart, otherwise rerun the same command to resume",
+                "check the workers' logs; if they ran out of memory, lower "
+                f"{option_name('memory')} and give {option('restart')}, otherwise rerun the same "
+                "command to resume",
             )
         return error
 
 
 def _check_idempotent(plan: Plan) -> None:
     """Check that the plan is safe if a task runs twice."""
+    cluster = option_name("dask") if is_command_line() else "client="
     if plan.job.in_place:
         problem = "a cluster may run a task twice, which would corrupt a file changed in place"
-        remedy = "omit --dask, or give a DST"
+        remedy = f"omit {cluster}, or give a {argument('target')}"
     elif plan.job.is_encoded:
         problem = "image files encoded by two workers may differ in their bytes"
-        remedy = "omit --dask, or restore into an array"
+        remedy = f"omit {cluster}, or restore into an array"
     elif plan.retry_failed:
-        problem = "--retry-failed is not supported on a cluster"
-        remedy = "omit --dask"
+        problem = f"{option('retry_failed')} is not supported on a cluster"
+        remedy = f"omit {cluster}"
     else:
         return
     raise UsageError(f"{plan.target}: {problem}", remedy)
@@ -307,7 +318,8 @@ def _check_worker_results(found: dict[str, str | BaseException | None]) -> None:
         if problem:
             raise ClusterError(
                 f"the worker {address} cannot take part: {problem}",
-                "fix that, or retire the worker; nothing was written",
+                f"fix that (for less memory lower {option_name('memory')}), or retire the worker; "
+                "nothing was written",
             )
 
 
@@ -327,7 +339,7 @@ def _probe_worker(shared: bytes, packages: dict[str, str], dask_worker: Worker) 
     if limit_bytes and needed_bytes > limit_bytes:
         return (
             f"its {threads} threads need {format_bytes(needed_bytes)} of memory, but it has "
-            f"{format_bytes(limit_bytes)}: lower --memory, or give it fewer threads"
+            f"{format_bytes(limit_bytes)}"
         )
     reopen_source(plan).close()
     return ""

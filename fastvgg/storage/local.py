@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from fastvgg.errors import StoppedError, TargetError
+from fastvgg.errors import StoppedError, TargetError, argument
 from fastvgg.storage.location import temporary_path
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def check_in_place_supported(path: Path) -> None:
         remedy = "make a copy without holes: cp --sparse=never"
     elif is_network_file_system(system):
         problem = f"is on {system}, where another machine may write it at the same time"
-        remedy = "write a new file: give a DST"
+        remedy = f"write a new file: give a {argument('target')}"
     elif not os.access(path, os.R_OK | os.W_OK):
         problem, remedy = "is not writable", "check its permissions"
     else:

@@ -34,19 +34,27 @@ DERIVED: Final = ("result", "shape")  # follows from the source, its size and th
 
 
 def describe_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return a line for every field in which two records of `Job.to_dict` differ."""
+    """Return a line for every field in which two records of `Job.to_dict` differ.
+
+    Only those of the source and the direction, if they differ: a command has other options then.
+    """
     found: dict[str, str] = {}
+    has_same_options = (then["transform"]["direction"], then["source"]["kind"]) == (
+        now["transform"]["direction"],
+        now["source"]["kind"],
+    )
     for section in now:
         for key in then[section].keys() | now[section].keys():
             before, after = then[section].get(key), now[section].get(key)
             if before == after or (section, key) == DERIVED:
                 continue
             if (section, key) == ("transform", "mode"):
-                found["mode"] = _describe_modes(before, after)
+                if has_same_options:
+                    found["mode"] = _describe_modes(before, after)
             elif (section, key) in PROPERTIES:
                 name = PROPERTIES[section, key]
                 found[name] = f"{name} {before!r} then, {after!r} now"
-            else:  # an option of decoding has its own name in the record
+            elif has_same_options:  # an option of decoding has its own name in the record
                 name = OPTIONS.get((section, key), key)
                 found[name] = f"{_write(name, before)} then, {_write(name, after)} now"
     return [found[name] for name in sorted(found)]

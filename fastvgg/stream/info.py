@@ -61,7 +61,8 @@ def _describe(location: Location) -> dict[str, Any]:
             "committed_chunks": len(journal_state.commits),
             "chunks": journal_state.chunks,
             **_job_fields(journal_state.job),
-            "next": f"rerun the same command to resume, or give {option('restart')} to start over",
+            "next": "rerun the command that writes it: it resumes, or starts over with "
+            f"{option('restart')}",
         }
     try:
         recorded = Provenance.read(location)

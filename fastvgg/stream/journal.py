@@ -149,7 +149,8 @@ class JournalState:
         if fields is None:
             raise ResumeError(
                 f"{self.path} was modified by another program while the run held its lock",
-                f"put it back as the run left it, or start over with {option('restart')}",
+                "put it back as the run left it, or start over: rerun the command that writes "
+                f"the target with {option('restart')}",
             )
         return Commit.from_dict(fields)
 
@@ -196,7 +197,8 @@ def read_journal(path: Path, *, header_only: bool = False) -> JournalState | Non
             raise ResumeError(
                 f"{path} is damaged: line {number} has a valid checksum but is not a journal "
                 f"record: {str(error)[:200]}",
-                f"put it back as the run left it, or start over with {option('restart')}",
+                "put it back as the run left it, or start over: rerun the command that writes "
+                f"the target with {option('restart')}",
             ) from None
         journal_state.valid_bytes += len(line)
     return journal_state
@@ -275,8 +277,8 @@ def _parse_header(path: Path, fields: dict[str, Any]) -> JournalState:
             f"finish that run first; its command is in the result of {command('info', target)}",
         )
     remedy = (
-        "finish the run with the fastvgg version that started it, or start over with "
-        f"{option('restart')}"
+        "finish the run with the fastvgg version that started it, or start over: rerun the "
+        f"command that writes the target with {option('restart')}"
     )
     check_version(path, fields[VERSION_FIELD], FORMAT_VERSION, remedy)
     check_fields(fields, HEADER_SCHEMA)

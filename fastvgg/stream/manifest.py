@@ -15,7 +15,7 @@ import xxhash
 
 from fastvgg.datasets.base import Header, read_sidecar
 from fastvgg.datasets.open import embedded_transform
-from fastvgg.errors import SourceError, option_name
+from fastvgg.errors import SourceError
 from fastvgg.formatting import package_versions
 from fastvgg.storage.location import sidecar_path
 from fastvgg.stream.job import (
@@ -141,8 +141,8 @@ def read_manifest(container: Path) -> Manifest | None:
     except (ValueError, RecursionError) as error:
         raise SourceError(
             f"{path} is not a manifest: {type(error).__name__}: {str(error)[:200]}",
-            "restore the manifest that was written with the dataset, or move it away and give "
-            f"{option_name('mode')} and {option_name('layout')}",
+            "restore the manifest that was written with the dataset; without one, the mode and "
+            "the layout must be given",
         ) from None
 
 
@@ -164,8 +164,7 @@ def _read_transform(location: Location) -> Transform | None:
     except (ValueError, RecursionError) as error:
         raise SourceError(
             f"{location}: the attribute 'fastvgg' is not a valid transform: {str(error)[:200]}",
-            "restore the attribute, or remove it and give "
-            f"{option_name('mode')} and {option_name('layout')}",
+            "restore the attribute; without one, the mode and the layout must be given",
         ) from None
 
 

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Final
 
 from fastvgg.datasets.image_writer import check_format
 from fastvgg.datasets.open import check_target_name
-from fastvgg.errors import ArrayError, SourceError, TargetError, UsageError
+from fastvgg.errors import (
+    ArrayError,
+    SourceError,
+    TargetError,
+    UsageError,
+    argument,
+    option,
+    option_name,
+)
 from fastvgg.formatting import format_bytes
 from fastvgg.storage.location import sidecar_path
 from fastvgg.stream.job import result_header
@@ -101,15 +109,19 @@ def check_options(target: Location, job: Job, options: RunOptions) -> None:
         check_format(job.file_format, *job.result.shape[1:3])
     elif job.file_format != "png":
         raise UsageError(
-            f"{target} is not a directory, but --format applies to image files",
-            "omit --format, or give a directory",
+            f"{target} is not a directory, but {option('format', job.file_format)} applies to "
+            "image files",
+            f"omit {option_name('format')}, or give a directory",
         )
     if options.retry_failed and options.restart:
-        raise UsageError("--retry-failed conflicts with --restart", "omit one of them")
+        raise UsageError(
+            f"{option('retry_failed')} conflicts with {option('restart')}", "omit one of them"
+        )
     if options.retry_failed and not job.is_decoded:
         raise UsageError(
-            f"{job.source} is an array, but --retry-failed decodes image files",
-            "omit --retry-failed, or give the SRC and DST of the run that had failures",
+            f"{job.source} is an array, but {option('retry_failed')} decodes image files",
+            f"omit {option('retry_failed')}, or give the {argument('source')} and "
+            f"{argument('target')} of the run that had failures",
         )
 
 

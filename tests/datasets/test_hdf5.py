@@ -624,7 +624,7 @@ def test_run_stopped_by_a_damaged_chunk_resumes_only_after_an_exact_restore(tmp_
     settings = {"mode": "tf", "dtype": "float16", "images_per_chunk": 4}
     with pytest.raises(StoppedError, match="images 8 to 11 ") as caught:
         plan_of(location, target, **settings).run()
-    check_error(caught.value, "rerun the same command", "restart")
+    check_error(caught.value, "rerun the same command", "start over")
     assert commits_in(tmp_path / "y.h5") == 2
     status = (tmp_path / "x.h5").stat()
     (tmp_path / "x.h5").write_bytes(intact)

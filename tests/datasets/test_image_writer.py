@@ -160,7 +160,7 @@ def test_images_too_large_for_a_format_are_rejected(name):
     for sides in ((max_side + 1, 1), (1, max_side + 1)):
         with pytest.raises(TargetError) as caught:
             check_format(name, *sides)
-        check_error(caught.value, f"{sides[0]}x{sides[1]}", name, max_side, "--format png")
+        check_error(caught.value, f"{sides[0]}x{sides[1]}", name, max_side, "format='png'")
 
 
 @pytest.mark.parametrize("name", ["jpeg", "webp"])
@@ -178,7 +178,7 @@ def test_format_encodes_images_up_to_its_maximum_side(tmp_path, name):
 def test_unknown_format_is_rejected(name):
     with pytest.raises(UsageError) as caught:
         check_format(name, 7, 9)
-    check_error(caught.value, repr(name), "png, jpeg, webp")
+    check_error(caught.value, repr(name), "'png', 'jpeg', 'webp'")
 
 
 def test_file_and_directory_names_do_not_collide(tmp_path):

@@ -197,7 +197,7 @@ def test_different_image_sizes_are_rejected_with_the_sizes(folder, threads):
     check_error(
         caught.value, folder, "2 sizes", "11x23 (150, e.g. a000.png)", "13x29 (2, e.g. b0.png)"
     )
-    assert "--size" in caught.value.remedy
+    assert "size=(224, 224)" in caught.value.remedy
 
 
 def test_most_common_sizes_are_listed_first(folder):
@@ -397,7 +397,7 @@ def test_image_changed_after_listing_stops_the_run(folder, change, linked):
         ):
             with pytest.raises(StoppedError) as caught:
                 read()
-            check_error(caught.value, folder / "b.png", "changed", "restart")
+            check_error(caught.value, folder / "b.png", "changed", "start over")
             assert caught.value.exit_code == 5
 
 

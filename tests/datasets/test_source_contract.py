@@ -410,9 +410,9 @@ def test_missing_path_is_rejected(tmp_path, name):
 def test_image_options_are_rejected_for_arrays(tmp_path, name):
     location = SOURCES[name].write(tmp_path, BATCH)
     for decoding in (DecodeOptions((5, 7)), DecodeOptions(exif=True), DecodeOptions(max_pixels=5)):
-        with pytest.raises(SourceError, match="such as --size apply only to image files"):
+        with pytest.raises(SourceError, match="applies only to image files"):
             open_source(Location.parse(location), decoding=decoding)
-    with pytest.raises(SourceError, match="such as --size apply only to image files"):
+    with pytest.raises(SourceError, match="applies only to image files"):
         plan_of(location, tmp_path / "y.npy", mode="caffe", size=(5, 7))
     with pytest.raises(UsageError, match="already an array"):
         plan_of(location, tmp_path / "y.npy", direction="pack")

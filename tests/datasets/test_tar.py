@@ -428,7 +428,7 @@ def test_gnu_sparse_member_is_rejected(tmp_path, case):
         pad_to_block(b"2"),
     ]
     path = save_blocks(tmp_path / "a.tar", *blocks, END_OF_ARCHIVE)
-    check_error(rejection_of(path), path, "offset 1024", "a sparse file", "--sparse")
+    check_error(rejection_of(path), path, "offset 1024", "a sparse file", "without sparse files")
 
 
 PAX_SPARSE = {
@@ -448,7 +448,7 @@ PAX_SPARSE = {
 def test_pax_sparse_member_is_rejected(tmp_path, case):
     info, data = member("y/s.jpg", pad_to_block(b"1\n0\n1\n") + b"s", pax_headers=PAX_SPARSE[case])
     path = save_tar(tmp_path / "a.tar", [("1.jpg", b"1"), (info, data)], "pax")
-    check_error(rejection_of(path), path, "offset 1024", "a sparse file", "--sparse")
+    check_error(rejection_of(path), path, "offset 1024", "a sparse file", "without sparse files")
 
 
 @pytest.mark.skipif(shutil.which("tar") is None, reason="there is no tar command")

@@ -449,7 +449,7 @@ def test_without_zarr_the_error_names_the_extra_and_nothing_is_written(tmp_path,
 def assert_read_stops(source, *words):
     with pytest.raises(StoppedError) as caught:
         source.read(0, 10)
-    check_error(caught.value, *words, "restart")
+    check_error(caught.value, *words, "start over")
     assert caught.value.exit_code == 5
     assert str(caught.value).replace("\n", "").isprintable()
 
@@ -824,7 +824,7 @@ def test_invalid_recorded_transform_is_rejected(tmp_path, without_manifest, chan
     ):
         with pytest.raises(SourceError) as caught:
             attempt()
-        check_error(caught.value, without_manifest, "'fastvgg'", "mode=")
+        check_error(caught.value, without_manifest, "'fastvgg'", "the mode")
         assert str(caught.value).replace("\n", "").isprintable()
 
 

@@ -672,7 +672,7 @@ def test_directory_of_images_is_rejected(tmp_path):
 
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (5, 7)).save(tmp_path / "photos" / "a.png")
-    with pytest.raises(SourceError, match="fastvgg pack"):
+    with pytest.raises(SourceError, match="direction='pack'"):
         fastvgg.batches(tmp_path / "photos", 4)
 
 

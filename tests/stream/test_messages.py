@@ -154,7 +154,7 @@ def test_plan_names_the_option_for_a_model_that_is_given_as_a_mode(tmp_path):
             {"mode": "tf"},
             {"direction": "pack"},
             "direction 'preprocess' then, 'pack' now",
-            "--mode tf then, --mode identity now",
+            "direction 'preprocess' then, 'pack' now",
         ),
     ],
 )

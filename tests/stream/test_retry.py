@@ -258,7 +258,7 @@ def test_image_changed_during_a_retry_stops_it_and_requires_a_restart(tmp_path, 
     (folder / TORN_IMAGES[0]).write_bytes(b"not an image")
     with pytest.raises(StoppedError) as caught:
         plan.run()
-    check_error(caught.value, folder / TORN_IMAGES[0], "changed", "restart")
+    check_error(caught.value, folder / TORN_IMAGES[0], "changed", "start over")
     assert not target.exists()
     repair()
     with pytest.raises(ResumeError) as caught:
