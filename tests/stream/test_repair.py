@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import fastvgg
 from fastvgg import cli
 from fastvgg.errors import FastvggError, SourceError, TargetError, VerificationError
+from fastvgg.storage import objects
 from fastvgg.storage.location import Location
 from fastvgg.stream.manifest import manifest_path, read_manifest
 from fastvgg.stream.verify import verify_with
@@ -141,7 +142,7 @@ def test_repair_killed_at_any_call_leaves_nothing_worse_and_resumes(kind, partia
         origin.mkdir()
         location = MAKERS[kind](origin)
         before = tree(origin)
-        expected = damage(location)
+        expected, damaged = damage(location), tree(origin)
         calls = count_calls(origin, location)
         for crash_at in range(1, calls + 1):
             place = working_copy(origin)
@@ -149,6 +150,7 @@ def test_repair_killed_at_any_call_leaves_nothing_worse_and_resumes(kind, partia
             with pytest.raises(SimulatedCrash):
                 verify_with(storage, location, 1, 2**29, full=False, repair=True)
             storage.finish_crash()
+            check_not_worse(tree(origin), before, damaged)
             assert set(damaged_chunks(location)) <= set(expected)
             fastvgg.verify(location, repair=True)
             assert tree(origin) == before, f"after a crash at call {crash_at}"
@@ -176,6 +178,17 @@ def test_power_failure_during_a_repair_leaves_nothing_worse(tmp_path):
             assert tree(origin) == before
             shutil.rmtree(snapshots)
             restore_copy(place, origin)
+
+
+def check_not_worse(actual, before, damaged):
+    """Check that every byte of one file, or every one of many files, is as it was or repaired."""
+    for name, expected in before.items():
+        states = expected, damaged.get(name)
+        if name.endswith((b".npy", b".h5")):
+            pairs = zip(actual[name], *states, strict=True)
+            assert all(byte in then for byte, *then in pairs), name
+        else:
+            assert actual.get(name) in states, name
 
 
 def count_calls(origin, location):
@@ -446,3 +459,15 @@ def test_command_line_repairs_and_lists(tmp_path):
     assert repaired.exit_code == 0, repaired.stderr
     assert "2 chunks were repaired" in repaired.stdout
     assert names_in(tmp_path) == ["x.npy", "y.npy", "y.npy.fastvgg.json"]
+
+
+def test_array_in_a_store_is_repaired(tmp_path):
+    source = save_npy(tmp_path / "x.npy", pixels(11))
+    location = finish(source, f"memory://repair-{os.getpid()}/y.zarr", mode="torch")
+    before = objects.read_all(location.container)
+    objects.remove(location.container / "c.1.0.0.0")
+    shard = before["c.5.0.0.0"]
+    objects.put(location.container / "c.5.0.0.0", shard[: len(shard) // 2])
+    assert damaged_chunks(location) == [1, 5]
+    assert fastvgg.verify(location, repair=True).repaired_chunks == 2
+    assert objects.read_all(location.container) == before
