@@ -503,6 +503,8 @@ CAMPAIGNS = {
     "fuzz_hdf5": "corrupts HDF5 files",
     "hostile_images": "mutates photographs in every format, and images that claim much memory, and "
     "checks the memory that reading them takes",
+    "hostile_containers": "damages containers of arrays and images, and checks the memory that "
+    "reading them takes",
     "installs": "builds the wheel and the source archive, and installs them on every available "
     "Python, with the lowest and the newest version of each dependency",
     "arm": "runs kernels on an emulated Arm processor and compares their bits with the NumPy "

@@ -148,7 +148,6 @@ def _parse_url(url: str) -> Path:
         raise SourceError(
             f"{url} cannot be reached: {error}", f"in a clone of fastvgg: pip install {packages}"
         ) from None
-    key = path.path.strip("/")
-    if not key or ("/" not in key and scheme != "memory"):
+    if not path.path.strip("/"):
         raise UsageError(f"{url} names no dataset in a store", "give a name: URL/NAME.zarr")
     return cast("Path", path)

@@ -20,7 +20,7 @@ from fastvgg.datasets.index import (
     read_index,
 )
 from fastvgg.datasets.npy import NpySource
-from fastvgg.errors import SourceError
+from fastvgg.errors import SourceError, StoppedError
 from tests.helpers.datasets_on_disk import ascii_failures, check_error, names_in, npy_bytes, pixels
 
 HEADER = "row,path,label,width,height,status,reason"
@@ -291,3 +291,13 @@ def test_npy_source_rejects_an_index_of_another_length(dataset):
         NpySource(dataset)
     check_error(caught.value, index_path(dataset), "lists 1 images", "has 5")
     assert names_in(dataset.parent) == ["train.npy", "train.npy.index.csv"]
+
+
+def test_index_that_is_shortened_after_it_was_read_is_an_error(tmp_path):
+    path = index_path(tmp_path / "train.npy")
+    path.write_text("\n".join([HEADER, *GOOD]) + "\n")
+    index = read_index(tmp_path / "train.npy", 3)
+    path.write_text(HEADER + "\n")
+    for rows in (2, slice(0, 3)):
+        with pytest.raises(StoppedError, match="changed after the run was planned"):
+            index[rows]
