@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import shlex
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from fastvgg.escaping import escape_controls
 
@@ -110,6 +110,28 @@ def command_line_vocabulary() -> Iterator[None]:
         _is_command_line = before
 
 
+REMEDIES: Final = {
+    errno.EACCES: "check the permissions of the file and of its directory",
+    errno.EPERM: "check the permissions and the attributes of the file and of its directory",
+    errno.EROFS: "choose a file system that is not read-only",
+    errno.ENOSPC: "free disk space, or choose another disk",
+    errno.EDQUOT: "free space within your quota, or choose another disk",
+    errno.EFBIG: "raise the limit on the size of files, ulimit -f, or choose a disk that has none",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "give the path that its symbolic link names",
+    errno.EMFILE: "raise the limit on open files: ulimit -n",
+    errno.ENFILE: "close other programs: the system has too many open files",
+    errno.ENOENT: "create its directory, or correct the path",
+    errno.ENOTDIR: "correct the path: a component of it is a file",
+    errno.EBUSY: "choose another name: something is mounted there",
+}
+
+
+def remedy_for(error: OSError) -> str:
+    """Return how to fix the cause of a failed system call."""
+    return REMEDIES.get(error.errno or 0, "fix the cause, and rerun the same command")
+
+
 class FastvggError(Exception):
     """Base class of all errors that fastvgg raises on purpose.
 
@@ -207,6 +229,18 @@ class DamagedChunk(NamedTuple):
         return f"{rows} ({self.reason})"
 
 
+@contextmanager
+def os_errors_refused() -> Iterator[None]:
+    """Convert an OSError, raised before anything is written, to a SourceError."""
+    try:
+        yield
+    except OSError as error:
+        name = errno.errorcode.get(error.errno or 0, "unknown error")
+        where = f"{error.filename}: " if error.filename else ""
+        problem = f"{where}{error.strerror or error} ({name})"
+        raise SourceError(problem, remedy_for(error)) from error
+
+
 class VerificationError(FastvggError):
     """Stored bytes that differ from the manifest or from the oracle.
 
@@ -253,3 +287,9 @@ class StoppedError(FastvggError):
             f"{path}: {call} at offset {offset} failed: {error.strerror or error} ({code})",
             "fix the cause and rerun the same command: it resumes after the last committed chunk",
         )
+
+    def as_refusal(self) -> TargetError:
+        """Return the error of a call that failed before anything was written."""
+        cause = self.__cause__
+        remedy = remedy_for(cause) if isinstance(cause, OSError) else self.remedy
+        return TargetError(f"{self.problem}; nothing was written", remedy)

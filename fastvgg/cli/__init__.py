@@ -1,6 +1,5 @@
 """The command line."""
 
-import io
 import os
 import sys
 import warnings
@@ -9,21 +8,24 @@ from typing import Any, cast
 import typer
 
 from fastvgg.cli.commands import app
-from fastvgg.cli.errors import catch_signals, report_internal_error
+from fastvgg.cli.errors import catch_signals, exit_code, report_internal_error
 from fastvgg.cli.output import echo
+from fastvgg.cli.streams import install_steady_streams
 
 
 def main() -> None:
-    """Run the command line; SIGTERM interrupts a run as Ctrl-C does."""
+    """Run the command line; SIGTERM and a closed terminal interrupt a run as Ctrl-C does."""
+    output = install_steady_streams()
     sys.excepthook = report_internal_error
     catch_signals()
     warnings.showwarning = _show_warning
     _reset_warnings()
     # No result depends on BLAS, whose threads would take memory and processes.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    if isinstance(sys.stdout, io.TextIOWrapper):  # file names are bytes, not always valid UTF-8
-        sys.stdout.reconfigure(errors="backslashreplace")
-    typer.main.get_command(app)(prog_name="fastvgg")
+    try:
+        typer.main.get_command(app)(prog_name="fastvgg")
+    except SystemExit as ended:
+        raise SystemExit(exit_code(ended.code, output.unprinted())) from None
 
 
 def _reset_warnings() -> None:

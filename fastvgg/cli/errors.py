@@ -20,7 +20,7 @@ from fastvgg.cli.output import echo, print_json, show
 from fastvgg.errors import FastvggError, StoppedError, command_line_vocabulary, option
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import FrameType, TracebackType
 
 SOME_INPUTS_FAILED: Final = 1
@@ -203,6 +203,19 @@ def _print_json_error(
         print_json(record | details)
 
 
+def exit_code(code: str | int | None, unprinted: OSError | None) -> str | int | None:
+    """Return the exit code of a command whose output could not all be printed.
+
+    The work is done, and what it wrote is complete: a rerun finds that, and prints the output.
+    """
+    if unprinted is None or code not in (None, 0, SOME_INPUTS_FAILED):
+        return code
+    reason = errno.errorcode.get(unprinted.errno or 0, "unknown error")
+    echo(f"fastvgg: standard output: write failed: {unprinted.strerror} ({reason})", sys.stderr)
+    echo("  the work is done; rerun the same command to print its output", sys.stderr)
+    return StoppedError.exit_code
+
+
 def report_internal_error(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
@@ -226,12 +239,20 @@ def report_internal_error(
 
 def interrupt(_signal: int, _frame: FrameType | None) -> None:
     """Interrupt the run after its current write or sync; exit at once on a second signal."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda _signal, _frame: os._exit(INTERRUPTED))
+    _handle_signals(lambda _signal, _frame: os._exit(INTERRUPTED))
     raise KeyboardInterrupt
 
 
 def catch_signals() -> None:
-    """Install `interrupt` as the handler of SIGINT and SIGTERM."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+    """Install `interrupt` as the handler of SIGINT, SIGTERM and SIGHUP.
+
+    A signal that is ignored stays ignored, as SIGHUP under nohup.
+    """
+    _handle_signals(interrupt)
+
+
+def _handle_signals(handler: Callable[[int, FrameType | None], object]) -> None:
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # not every system has SIGHUP
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)

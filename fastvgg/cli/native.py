@@ -3,8 +3,10 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Final
+from contextlib import contextmanager, suppress
+from typing import Final, TextIO, cast
+
+from fastvgg.cli.streams import SteadyStream
 
 STDERR: Final = 2
 
@@ -33,11 +35,13 @@ def hidden_native_messages() -> Iterator[None]:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, STDERR)
     os.close(null)
-    sys.stderr = stream
+    steady = SteadyStream(stream)
+    sys.stderr = cast("TextIO", steady)
     try:
         yield
     finally:
-        stream.flush()
+        steady.flush()
         sys.stderr = before
         os.dup2(kept, STDERR)
-        stream.close()
+        with suppress(OSError):  # of what the stream could not print
+            stream.close()

@@ -16,12 +16,13 @@ import numpy as np
 from fastvgg.datasets.published import PublishedDataset
 from fastvgg.errors import SourceError, StoppedError
 from fastvgg.storage import objects
+from fastvgg.storage.descriptors import above_standard_streams
 from fastvgg.storage.local import NO_FOLLOW
 from fastvgg.storage.location import is_remote, sidecar_path
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
     from typing import BinaryIO
@@ -54,7 +55,7 @@ def open_regular(path: Path) -> BinaryIO:
     """
     if is_remote(path):
         return objects.open_object(path)
-    descriptor = os.open(path, READ_FLAGS)
+    descriptor = above_standard_streams(os.open(path, READ_FLAGS))
     try:
         _check_regular(os.fstat(descriptor))
     except OSError:
@@ -79,7 +80,8 @@ def read_regular(
         From the operating system, with ELOOP for a symbolic link that is not followed; or if `path`
         is not a regular file, or is longer than `max_bytes`.
     """
-    descriptor = os.open(path, READ_FLAGS if follow_links else READ_FLAGS | NO_FOLLOW)
+    flags = READ_FLAGS if follow_links else READ_FLAGS | NO_FOLLOW
+    descriptor = above_standard_streams(os.open(path, flags))
     try:
         status = os.fstat(descriptor)
         _check_regular(status)
@@ -391,6 +393,14 @@ class Target(PublishedDataset):
         Returns None if the journal can be trusted without reading it.
         """
         return None
+
+    def file_names(self) -> Iterable[str | None]:
+        """Return the names of the files of a target that has several; None for a row without."""
+        return ()
+
+    def metadata(self) -> dict[str, bytes]:
+        """Return the content of the files, by name, that describe the array."""
+        return {}
 
     @abstractmethod
     def publish(self) -> None:

@@ -120,7 +120,7 @@ class ContiguousTarget(DiskTarget, SharedTarget):
     def __init__(self, path: Path, header: Header, storage: Storage, preamble: bytes) -> None:
         super().__init__(path, header, storage)
         self._file: OpenFile | None = None
-        self._preamble = preamble
+        self.preamble = preamble
         self.stored_bytes = len(preamble) + header.nbytes
         self.is_extended = False
         """Whether `inspect_published` found bytes after the array, which are not fastvgg's."""
@@ -141,7 +141,7 @@ class ContiguousTarget(DiskTarget, SharedTarget):
             self.close()
             self._storage.remove(self.partial)
             raise
-        self._storage.write(self._file, self._preamble, 0)
+        self._storage.write(self._file, self.preamble, 0)
         self._storage.sync_directory(self.path.parent)
 
     def reopen(self) -> None:
@@ -160,7 +160,7 @@ class ContiguousTarget(DiskTarget, SharedTarget):
             )
 
     def offset(self, start: int) -> int:
-        return len(self._preamble) + start * self.header.image_bytes
+        return len(self.preamble) + start * self.header.image_bytes
 
     def write(self, start: int, stored: Payload) -> None:
         offset = self.offset(start)
@@ -193,6 +193,11 @@ class ContiguousTarget(DiskTarget, SharedTarget):
     def sync(self) -> None:
         self._storage.sync(self._open())
 
+    def publish(self) -> None:
+        """Give the partial its name, after checking that it is the file that was written."""
+        self._storage.check_same(self._open())
+        super().publish()
+
     def read_back(self, start: int, stop: int) -> NDArray[Any]:
         with contextlib.closing(self.open_published()) as source:
             self._check_published(source.header)
@@ -200,8 +205,8 @@ class ContiguousTarget(DiskTarget, SharedTarget):
 
     def inspect_published(self) -> list[str]:
         with open_regular(self.path) as file:
-            start, nbytes = file.read(len(self._preamble)), os.fstat(file.fileno()).st_size
-        if start == self._preamble:
+            start, nbytes = file.read(len(self.preamble)), os.fstat(file.fileno()).st_size
+        if start == self.preamble:
             if nbytes == self.stored_bytes:
                 return []
             self.is_extended = nbytes > self.stored_bytes
@@ -247,7 +252,7 @@ class ContiguousTarget(DiskTarget, SharedTarget):
         with self._opened_published() as file:
             if self._storage.size(file) != self.stored_bytes:
                 return found
-            self._storage.write(file, self._preamble, 0)
+            self._storage.write(file, self.preamble, 0)
             self._storage.sync(file)
         return self.inspect_published()
 
@@ -278,9 +283,9 @@ class ContiguousTarget(DiskTarget, SharedTarget):
             self._storage.close(file)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._storage.close(self._file)
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            self._storage.close(file)
 
     def _open(self) -> OpenFile:
         if self._file is None:

@@ -7,6 +7,7 @@ import itertools
 import os
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
+from unicodedata import normalize
 
 import numpy as np
 import simplejpeg
@@ -15,7 +16,7 @@ from PIL import Image
 from fastvgg.choices import check_choice
 from fastvgg.datasets.base import DiskTarget, open_regular
 from fastvgg.datasets.index import find_duplicates, hash_names
-from fastvgg.errors import ResumeError, SourceError, TargetError, option
+from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError, option
 from fastvgg.imaging.decode import DECODING_ERRORS, describe_error, open_image
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ FORMAT_SUFFIXES: Final[dict[str, str]] = {"png": ".png", "jpeg": ".jpg", "webp":
 MAX_SIDE_PIXELS: Final = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}
 MAX_NAME_BYTES: Final = 255
 JPEG_QUALITY: Final = 95
+MAX_PROBED_NAMES: Final = 64
 
 
 def check_format(name: str, height: int, width: int) -> None:
@@ -91,22 +93,76 @@ class ImageFolderTarget(DiskTarget):
         self._repeats = _suffix_repeats(self._paths, self._suffix) if records else 0
         self._last_directory: Path | None = None
         self._syncs_each = False
+        self._written: set[int] = set()
+        """First rows of the chunks whose files may exist."""
 
     def _paths(self) -> Iterator[str]:
         return (record.path for record in self._records)
 
     def create(self) -> None:
+        self._make_partial()
+        names = self._similar_names()
+        if not names:
+            return
+        try:
+            self._check_distinct(names)
+        except TargetError:
+            self.close()
+            self._storage.remove(self.partial)
+            raise
+        self.close()
+        self._make_partial()
+
+    def _make_partial(self) -> None:
         self._storage.remove(self.partial)
         self._storage.make_directory(self.partial)
+        self._hold()
         self._storage.sync_directory(self.path.parent)
-        self._syncs_each = not self._storage.has_syncfs(self.partial)
 
     def reopen(self) -> None:
         if not self.partial.is_dir():
             raise ResumeError(
                 f"{self.partial} does not exist", f"start over with {option('restart')}"
             )
+        self._hold()
+        self._written.update(range(self.header.images))  # by the interrupted run, perhaps
+
+    def _hold(self) -> None:
+        self._directory = self._storage.hold(self.partial)
         self._syncs_each = not self._storage.has_syncfs(self.partial)
+
+    def close(self) -> None:
+        self._storage.release(self.partial)
+
+    def _similar_names(self) -> list[str]:
+        """Return names that differ from another one only in case or Unicode normalization."""
+        if not self._records:
+            return []
+        names = enumerate(self.file_names())
+        folded = (f"\0{row}" if name is None else _fold(name) for row, name in names)
+        rows, firsts = find_duplicates(hash_names(map(os.fsencode, folded)))
+        similar = np.union1d(rows[:MAX_PROBED_NAMES], firsts[:MAX_PROBED_NAMES]).tolist()
+        return [name for row in similar for name in self._names(row, row + 1) if name is not None]
+
+    def _check_distinct(self, names: list[str]) -> None:
+        """Check that the file system distinguishes names, by creating them in the empty partial.
+
+        Whether case and normalization matter depends on its type, options and version of Unicode.
+        """
+        for name in names:
+            path = self.partial / name
+            self._storage.make_directory(path.parent)
+            try:
+                self._storage.write_file(path, [], sync=False, exclusive=True)
+            except StoppedError as error:
+                if not isinstance(error.__cause__, FileExistsError):
+                    raise
+                raise TargetError(
+                    f"{self.path} is on a file system that does not distinguish {name!r} from "
+                    "another name in the index, which differs only in case or normalization",
+                    "choose a target on another disk; or move the index of the source away, so "
+                    "that files are named by row number",
+                ) from None
 
     def encode(self, image: NDArray[np.uint8]) -> bytes:
         """Encode an image in the file format; thread-safe."""
@@ -121,7 +177,12 @@ class ImageFolderTarget(DiskTarget):
         return buffer.getvalue()
 
     def write(self, start: int, stored: Payload) -> None:
-        """Write the encoded images of rows; an empty one marks a failed row, which has no file."""
+        """Write the encoded images of rows; an empty one marks a failed row, which has no file.
+
+        Only the files of a chunk that was written before are replaced.
+        """
+        is_new = start not in self._written
+        self._written.add(start)
         for name, data in zip(self._names(start, start + len(stored)), stored, strict=True):
             if name is None or not len(data):
                 continue
@@ -129,10 +190,26 @@ class ImageFolderTarget(DiskTarget):
             if path.parent != self._last_directory:
                 self._storage.make_directory(path.parent)
                 self._last_directory = path.parent
-            self._storage.write_file(path, [data], sync=self._syncs_each)
+            self._storage.write_file(path, [data], sync=self._syncs_each, exclusive=is_new)
 
     def sync(self) -> None:
         self._storage.syncfs(self.partial)
+
+    def publish(self) -> None:
+        """Give the partial its name, after checking that it contains a file for every image."""
+        expected = sum(name is not None for name in self.file_names())
+        found = self._storage.count_files(self.partial)
+        if found != expected:
+            raise StoppedError(
+                f"{self.partial} contains {found} files, but {expected} were written: files were "
+                "removed or added, or have the same name on this file system",
+                f"keep other programs out of it, and start over with {option('restart')}",
+            )
+        self._storage.check_same(self._directory)
+        super().publish()
+
+    def file_names(self) -> Iterator[str | None]:
+        return self._names(0, self.header.images)
 
     def read_back(self, start: int, stop: int) -> NDArray[Any]:
         """Decode rows; failed rows are zeros."""
@@ -184,7 +261,7 @@ class ImageFolderTarget(DiskTarget):
     def _unreadable_error(self, name: str, error: BaseException) -> SourceError:
         return SourceError(
             f"{self.path / name} cannot be read: {describe_error(error)}",
-            f"rerun the restore with {option('restart')}",
+            "move the dataset away, and rerun the restore",
         )
 
     def _names(self, start: int, stop: int) -> Iterator[str | None]:
@@ -206,6 +283,15 @@ def _encode_name(name: str) -> bytes:
             "remove the index, so that files are named by row number",
         )
     return encoded
+
+
+def _fold(name: str) -> str:
+    """Return a name without its case and its Unicode normalization.
+
+    >>> _fold("Caf\N{LATIN SMALL LETTER E WITH ACUTE}") == _fold("CAFE\N{COMBINING ACUTE ACCENT}")
+    True
+    """
+    return name.lower() if name.isascii() else normalize("NFD", normalize("NFD", name).casefold())
 
 
 def _with_suffix(path: str, suffix: str, repeats: int) -> str:

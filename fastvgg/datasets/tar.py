@@ -51,6 +51,7 @@ from fastvgg.datasets.tar_headers import (
     TarHeaderReader,
 )
 from fastvgg.errors import SourceError
+from fastvgg.storage.descriptors import above_standard_streams
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -169,7 +170,7 @@ class TarListing(ImageListing):
     def read(self, row: int, max_bytes: int) -> bytes:
         shard, size = self._shard(row), self._sizes[row]
         try:
-            descriptor = os.open(shard.path, READ_FLAGS)
+            descriptor = above_standard_streams(os.open(shard.path, READ_FLAGS))
         except (FileNotFoundError, NotADirectoryError):
             raise changed_during_run_error(shard.path) from None
         try:

@@ -19,9 +19,16 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.storage import MemoryStore
 
-from fastvgg.datasets.base import DiskTarget, Header, SharedTarget, byte_view, inner_chunk_images
+from fastvgg.datasets.base import (
+    DiskTarget,
+    Header,
+    SharedTarget,
+    byte_view,
+    inner_chunk_images,
+    open_regular,
+)
 from fastvgg.datasets.zarr import ATTRIBUTE_KEY, DamagedChunkError, ZarrArray
-from fastvgg.errors import ResumeError, SourceError, VerificationError, option
+from fastvgg.errors import ResumeError, SourceError, StoppedError, VerificationError, option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -88,6 +95,12 @@ class ShardEncoder:
         number = start // self._chunk_images
         key: str = self._array.metadata.encode_chunk_key((number, 0, 0, 0))
         return key
+
+    def keys(self) -> Iterator[str]:
+        """Yield the keys of all objects of the array: its metadata and its shards."""
+        yield from self.metadata
+        for start in range(0, self._array.shape[0], self._chunk_images):
+            yield self.key(start)
 
     @property
     def shard_bytes(self) -> int:
@@ -177,6 +190,12 @@ class _ShardTarget(SharedTarget):
         self.write(start, stored)
         return []  # a shard has a single writer
 
+    def file_names(self) -> Iterator[str]:
+        return self._encoder.keys()
+
+    def metadata(self) -> dict[str, bytes]:
+        return self._encoder.metadata
+
     def write_unaligned(self, edges: PartialPages) -> None:
         """Do nothing: there are no partial pages."""
 
@@ -258,15 +277,36 @@ class ZarrTarget(DiskTarget, _ShardTarget):
     def create(self) -> None:
         self._storage.remove(self.partial)
         self._storage.make_directory(self.partial)
+        self._storage.hold(self.partial)
         for name, data in self._encoder.metadata.items():
             self._storage.write_file(self.partial / name, [data], direct=True)
         self._storage.sync_directory(self.partial)
         self._storage.sync_directory(self.path.parent)
 
     def reopen(self) -> None:
+        self._check_metadata()
+        self._storage.hold(self.partial)
+
+    def close(self) -> None:
+        self._storage.release(self.partial)
+
+    def publish(self) -> None:
+        """Give the partial its name, after checking that it holds every file that was written."""
+        expected = sum(1 for _ in self.file_names())
+        found = self._storage.count_files(self.partial)
+        if found != expected:
+            raise StoppedError(
+                f"{self.partial} contains {found} files, but {expected} were written",
+                f"keep other programs out of it, and start over with {option('restart')}",
+            )
+        self._storage.check_same(self._storage.hold(self.partial))
+        super().publish()
+
+    def _check_metadata(self) -> None:
         for name, expected in self._encoder.metadata.items():
             try:
-                actual = (self.partial / name).read_bytes()
+                with open_regular(self.partial / name) as file:
+                    actual = file.read(len(expected) + 1)
             except OSError as error:
                 raise ResumeError(
                     f"{self.partial / name} cannot be read: {error.strerror}",

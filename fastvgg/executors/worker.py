@@ -22,9 +22,9 @@ from fastvgg.datasets.open import open_target
 from fastvgg.errors import StoppedError
 from fastvgg.stream.commit_pipeline import CommitPipeline
 from fastvgg.stream.compute import ChunkBufferRing, compute, make_commit, stored_checksum
+from fastvgg.stream.destination import make_destination
 from fastvgg.stream.journal import journal_path, read_journal
 from fastvgg.stream.source import reopen_source
-from fastvgg.stream.target import make_destination
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

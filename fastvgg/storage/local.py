@@ -12,76 +12,31 @@ import errno
 import mmap
 import os
 import shutil
-import weakref
-from contextlib import ExitStack, contextmanager
+import stat
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from fastvgg.errors import StoppedError, TargetError, argument
+from fastvgg.errors import StoppedError, TargetError, remedy_for
+from fastvgg.storage.descriptors import above_standard_streams
+from fastvgg.storage.file_systems import file_system_type, is_network_file_system
 from fastvgg.storage.location import temporary_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-NETWORK_FILE_SYSTEMS: Final = (
-    *("9p", "afs", "ceph", "cifs", "coda", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4"),
-    *("ocfs2", "smb2", "smb3", "smbfs", "virtiofs"),
-)
-
 # The errors of open and write with O_DIRECT where direct I/O is not possible.
 DIRECT_IO_ERRORS: Final = (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM)
+OVERLAYS: Final = ("overlay", "fuse.fuse-overlayfs", "aufs", "unionfs")
 WRITE_BUFFER_BYTES: Final = 2**20
 NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
-
-
-def file_system_type(path: Path) -> str:
-    """Return the type of the file system that contains a path, or "" if it is not known."""
-    device = path.stat().st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
-            for mount in mounts:
-                fields, _, rest = mount.partition(" - ")
-                if fields.split(" ")[2] == number:
-                    return rest.split(" ")[0]
-    except (FileNotFoundError, PermissionError):  # not Linux, or in a sandbox
-        pass
-    return ""
-
-
-def is_network_file_system(system: str) -> bool:
-    """Whether other machines may write to it, or its locks and syncs may have no effect."""
-    return system in NETWORK_FILE_SYSTEMS or system.startswith("fuse.")
-
-
-def check_in_place_supported(path: Path) -> None:
-    """Check that a file can be overwritten in place safely; raise TargetError otherwise."""
-    status, system = path.lstat(), file_system_type(path)
-    if path.is_symlink():
-        problem, remedy = "is a symbolic link", f"give the file itself: {path.resolve()}"
-    elif status.st_nlink > 1:
-        problem = f"has {status.st_nlink} hard links, and would change under all of their names"
-        remedy = "copy it, or remove the other links"
-    elif status.st_blocks * 512 < status.st_size:
-        problem = (
-            f"is sparse: it has {status.st_size} bytes, but only {status.st_blocks * 512} of them "
-            "are allocated on disk"
-        )
-        remedy = "make a copy without holes: cp --sparse=never"
-    elif is_network_file_system(system):
-        problem = f"is on {system}, where another machine may write it at the same time"
-        remedy = f"write a new file: give a {argument('target')}"
-    elif not os.access(path, os.R_OK | os.W_OK):
-        problem, remedy = "is not writable", "check its permissions"
-    else:
-        return
-    raise TargetError(f"{path} {problem}", remedy)
+DIRECTORY_FLAGS: Final = os.O_RDONLY | NO_FOLLOW | getattr(os, "O_DIRECTORY", 0)
 
 
 class OpenFile(NamedTuple):
-    """An open file, and its path for error messages."""
+    """An open file or directory, and its path for error messages."""
 
     descriptor: int
     path: Path
@@ -103,10 +58,16 @@ class Storage:
 
     def __init__(self, *, fsync: bool = True) -> None:
         self.fsync = fsync
+        self._held: dict[Path, int] = {}
 
-    def create(self, path: Path) -> OpenFile:
-        """Create an empty file, truncating an existing one."""
-        return self._open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, "create")
+    def create(self, path: Path, *, exclusive: bool = False) -> OpenFile:
+        """Create an empty file.
+
+        An existing regular file loses its name, unless the creation is `exclusive`, which then
+        fails. Its content is never changed: it may have other names.
+        """
+        flags = os.O_EXCL if exclusive else os.O_TRUNC
+        return self._open(path, os.O_RDWR | os.O_CREAT | flags, "create")
 
     def open(self, path: Path, *, create: bool = False) -> OpenFile:
         """Open a file for reading and writing."""
@@ -117,7 +78,72 @@ class Storage:
             return OpenFile(self._descriptor(path, flags), path)
 
     def _descriptor(self, path: Path, flags: int) -> int:
-        return os.open(path, flags | NO_FOLLOW, 0o666)
+        """Open a file without following a link; O_TRUNC removes the name of an existing one."""
+        exclusive = flags & ~os.O_TRUNC | NO_FOLLOW | (os.O_EXCL if flags & os.O_TRUNC else 0)
+        with self._resolve(path) as (name, directory):
+            try:
+                descriptor = os.open(name, exclusive, 0o666, dir_fd=directory)
+            except FileExistsError:
+                mode = os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode
+                if stat.S_ISLNK(mode):
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP)) from None
+                if not (flags & os.O_TRUNC and stat.S_ISREG(mode)):
+                    raise
+                os.unlink(name, dir_fd=directory)
+                descriptor = os.open(name, exclusive, 0o666, dir_fd=directory)
+        return above_standard_streams(descriptor)
+
+    def hold(self, directory: Path) -> OpenFile:
+        """Hold a directory open until it is released, and open all paths below it relative to it.
+
+        No link below it is followed, and nothing is written elsewhere if its name is given to
+        another directory.
+        """
+        with io_errors("open", directory):
+            if directory not in self._held:
+                descriptor = os.open(directory, DIRECTORY_FLAGS)
+                self._held[directory] = above_standard_streams(descriptor)
+            return OpenFile(self._held[directory], directory)
+
+    def release(self, directory: Path) -> None:
+        """Release a directory, if it is held."""
+        descriptor = self._held.pop(directory, None)
+        if descriptor is not None:
+            with io_errors("close", directory):
+                os.close(descriptor)
+
+    @contextmanager
+    def _resolve(self, path: Path, *, create: bool = False) -> Iterator[tuple[str, int | None]]:
+        """Yield the name of a path for a system call, and the directory it is relative to, if any.
+
+        Missing directories between a held one and the path are created on request.
+        """
+        for held, descriptor in self._held.items():
+            if path != held and path.is_relative_to(held):
+                *folders, name = path.relative_to(held).parts
+                with ExitStack() as opened:
+                    for folder in folders:
+                        if create:
+                            with suppress(FileExistsError):
+                                os.mkdir(folder, dir_fd=descriptor)
+                        descriptor = os.open(folder, DIRECTORY_FLAGS, dir_fd=descriptor)
+                        opened.callback(os.close, descriptor)
+                    yield name, descriptor
+                return
+        yield os.fspath(path), None
+
+    def check_same(self, file: OpenFile) -> None:
+        """Check that the path of an open file or directory still names it."""
+        with io_errors("stat", file.path):
+            found = os.stat(file.path, follow_symlinks=False)
+            if not os.path.samestat(found, os.fstat(file.descriptor)):
+                raise OSError(errno.ESTALE, "another file has replaced it")
+
+    def count_files(self, directory: Path) -> int:
+        """Count the regular files below a held directory, without following links."""
+        with io_errors("read", directory):
+            tree = os.fwalk(".", dir_fd=self._held[directory], onerror=_raise)
+            return sum(_count_regular(files, descriptor) for _, _, files, descriptor in tree)
 
     def direct(self, file: OpenFile) -> OpenFile:
         """Enable direct I/O for the whole pages written to a file, where the system supports it.
@@ -202,8 +228,9 @@ class Storage:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise StoppedError.from_os_error(error, "reserve", str(file.path), 0) from error
             raise TargetError(
-                f"{file.path}: cannot allocate {nbytes} bytes: {error.strerror}",
-                "free disk space or choose another disk; nothing was written",
+                f"{file.path}: cannot allocate {nbytes} bytes: {error.strerror}; nothing was "
+                "written",
+                remedy_for(error),
             ) from error
 
     def write(self, file: OpenFile, data: bytes | memoryview, offset: int) -> None:
@@ -246,7 +273,7 @@ class Storage:
         """Flush a directory's entries to the disk (fsync)."""
         if not self.fsync:
             return
-        with io_errors("fsync", path), _directory(path) as descriptor:
+        with io_errors("fsync", path), self._open_directory(path) as descriptor:
             os.fsync(descriptor)
 
     def syncfs(self, directory: Path) -> None:
@@ -256,8 +283,19 @@ class Storage:
         """
         if not self.fsync:
             return
-        with io_errors("syncfs", directory), _directory(directory) as descriptor:
+        with io_errors("syncfs", directory), self._open_directory(directory) as descriptor:
             _syncfs(descriptor)
+
+    @contextmanager
+    def _open_directory(self, path: Path) -> Iterator[int]:
+        if path in self._held:
+            yield self._held[path]
+            return
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def has_syncfs(self, directory: Path) -> bool:
         """Whether `syncfs` is reliable there; if not, every file must be synced separately."""
@@ -275,13 +313,37 @@ class Storage:
 
     def make_directory(self, path: Path) -> None:
         """Create a directory and any missing parents."""
-        with io_errors("mkdir", path):
-            path.mkdir(parents=True, exist_ok=True)
+        with io_errors("mkdir", path), self._resolve(path, create=True) as (name, directory):
+            if directory is None:
+                os.makedirs(name, exist_ok=True)
+                return
+            with suppress(FileExistsError):
+                os.mkdir(name, dir_fd=directory)
 
     def rename(self, old: Path, new: Path) -> None:
         """Rename a file or directory atomically."""
         with io_errors("rename", old):
             os.replace(old, new)
+
+    def check_movable(self, directory: Path, scratch: Path) -> None:
+        """Check that a directory that is not empty can be renamed.
+
+        A directory in a lower layer of an overlay cannot be. Only a rename tells: this one, to the
+        non-empty directory `scratch`, which is removed afterwards, fails in any case.
+        """
+        if file_system_type(directory) not in OVERLAYS:
+            return
+        self.make_directory(scratch)
+        self.write_file(scratch / "file", [], sync=False)
+        try:
+            with io_errors("rename", directory), suppress(FileExistsError):
+                try:
+                    os.replace(directory, scratch)
+                except OSError as error:
+                    if error.errno != errno.ENOTEMPTY:
+                        raise
+        finally:
+            self.remove(scratch)
 
     def remove(self, path: Path) -> None:
         """Remove a file, or a directory tree; do nothing if it does not exist."""
@@ -298,9 +360,10 @@ class Storage:
         *,
         direct: bool = False,
         sync: bool = True,
+        exclusive: bool = False,
     ) -> None:
         """Write the buffers as a whole file; see `create`, `direct` and `sync`."""
-        file = self.create(path)
+        file = self.create(path, exclusive=exclusive)
         try:
             if direct:
                 file = self.direct(file)
@@ -325,31 +388,13 @@ class Storage:
         self.sync_directory(path.parent)
 
 
-class SharedStorage(Storage):
-    """I/O in one directory, whose files other processes may be writing concurrently.
+def _count_regular(names: Iterable[str], directory: int) -> int:
+    statuses = (os.stat(name, dir_fd=directory, follow_symlinks=False) for name in names)
+    return sum(stat.S_ISREG(status.st_mode) for status in statuses)
 
-    The directory is held open, so that a new directory of the same name is never written to.
-    Existing files are never truncated: data that another process wrote may be committed.
-    """
 
-    def __init__(self, directory: Path, *, fsync: bool = True) -> None:
-        super().__init__(fsync=fsync)
-        with io_errors("open", directory):
-            self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | NO_FOLLOW)
-        weakref.finalize(self, os.close, self._directory)
-
-    def create(self, path: Path) -> OpenFile:
-        """Create a file, or open an existing one without truncating it."""
-        return self.open(path, create=True)
-
-    def _descriptor(self, path: Path, flags: int) -> int:
-        return os.open(path.name, flags | NO_FOLLOW, 0o666, dir_fd=self._directory)
-
-    def sync_directory(self, path: Path) -> None:
-        """Flush the directory's entries to the disk (fsync)."""
-        if self.fsync:
-            with io_errors("fsync", path):
-                os.fsync(self._directory)
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _write_some(file: OpenFile, data: memoryview, offset: int) -> int:
@@ -382,15 +427,6 @@ def _coalesce(buffers: Iterable[bytes]) -> Iterator[bytes]:
             yield bytes(buffer)
             buffer.clear()
     yield bytes(buffer)
-
-
-@contextmanager
-def _directory(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _syncfs(descriptor: int) -> None:

@@ -18,7 +18,8 @@ import numpy as np
 from fastvgg.datasets.base import byte_view
 from fastvgg.datasets.npy import NpySource
 from fastvgg.errors import TargetError, command
-from fastvgg.storage.local import Storage, check_in_place_supported
+from fastvgg.storage.file_systems import check_in_place_supported
+from fastvgg.storage.local import Storage
 from fastvgg.stream.commit_pipeline import CommitPipeline
 from fastvgg.stream.compute import transform_batch
 from fastvgg.stream.manifest import Manifest, checksum, manifest_path

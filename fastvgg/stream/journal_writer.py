@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from fastvgg.errors import FastvggError, StoppedError, TargetError, command
@@ -58,14 +58,24 @@ class Journal(ABC):
 
         `replaces` identifies the existing file or directory that publishing may replace. A retry of
         a finished target has `committed`: the chunks that need no retry.
+
+        Raises
+        ------
+        TargetError
+            If that fails; the previous contents are kept.
         """
         self.state = JournalState(
             self.path, job, chunk_images, replaces, retries=committed is not None
         )
-        self._start(self.state.header_line())
-        for commit in committed or ():
-            self.state.commits[commit.chunk] = self._append_commit(commit)
-        self._sync(is_new=True)
+        try:
+            self._start(self.state.header_line())
+            for commit in committed or ():
+                self.state.commits[commit.chunk] = self._append_commit(commit)
+            self._sync(is_new=True)
+        except StoppedError as error:
+            self.state = None
+            self._abandon()
+            raise error.as_refusal() from error
 
     def commit(self, *commits: Commit) -> None:
         """Durably record chunks whose bytes are durable."""
@@ -84,6 +94,9 @@ class Journal(ABC):
     @abstractmethod
     def _start(self, header: bytes) -> None:
         """Replace the contents by a header line."""
+
+    def _abandon(self) -> None:  # noqa: B027  # a store has no temporary names
+        """Remove what was written of a journal that could not be begun."""
 
     @abstractmethod
     def _append(self, name: str, line: bytes) -> int:
@@ -142,6 +155,13 @@ class FileJournal(Journal):
         self._storage.lock(self._file)
         self._end = 0
         self._append(HEADER_NAME, header)
+
+    def _abandon(self) -> None:
+        """Remove the new journal, unless it has replaced another, which proves a partial ours."""
+        with suppress(StoppedError):
+            self._storage.remove(self._temporary)
+            if self._replaced is not None and self._storage.size(self._replaced) == 0:
+                self._storage.remove(self.path)
 
     def _append(self, name: str, line: bytes) -> int:  # noqa: ARG002  # a store needs it
         """Write a line after the last valid one."""

@@ -45,6 +45,7 @@ MANIFEST_SCHEMA: Final[Schema] = {
     "chunk_images": int,
     "checksums": list,
     "source_checksums": list,
+    "index_checksum": str,
     "counts": dict,
     "created": str,
     "packages": dict,
@@ -65,6 +66,8 @@ class Manifest:
     """xxh3-64 of every chunk's bytes."""
     source_checksums: list[str]
     """xxh3-64 of the identities of each chunk's readable images; empty for an array source."""
+    index_checksum: str
+    """xxh3-64 of the index; empty if there is none."""
     counts: dict[str, int]
     created: str
     packages: dict[str, str]
@@ -77,11 +80,21 @@ class Manifest:
         checksums: list[str],
         counts: dict[str, int],
         source_checksums: list[str] | None = None,
+        index_checksum: str = "",
     ) -> Manifest:
         """Return a manifest with the current time and package versions."""
         created = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
         sources = source_checksums or [""] * len(checksums)
-        return cls(job, chunk_images, checksums, sources, counts, created, package_versions())
+        return cls(
+            job,
+            chunk_images,
+            checksums,
+            sources,
+            index_checksum,
+            counts,
+            created,
+            package_versions(),
+        )
 
     @property
     def header(self) -> Header:

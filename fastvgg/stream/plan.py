@@ -10,6 +10,7 @@ from fastvgg.backend import choose_for_size
 from fastvgg.errors import TargetError, option
 from fastvgg.escaping import escape_controls
 from fastvgg.formatting import format_bytes, html_table
+from fastvgg.storage.descriptors import open_standard_streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -229,8 +230,10 @@ class Plan(RunOptions):
     ) -> Report:
         """Execute the plan; see `fastvgg.stream.run.run`.
 
-        With a Dask client, run it on that cluster; see `fastvgg.executors.dask`.
+        With a Dask client, run it on that cluster; see `fastvgg.executors.dask`. A closed standard
+        stream is opened as the null device, so that no library's file gets its descriptor.
         """
+        open_standard_streams()
         from fastvgg.executors.threads import ThreadExecutor
         from fastvgg.stream import in_place, run
 

@@ -26,12 +26,14 @@ from fastvgg.errors import (
     command,
     option,
     option_name,
+    os_errors_refused,
 )
 from fastvgg.formatting import parse_bytes
 from fastvgg.imaging.decode import MAX_PIXELS, DecodeOptions
 from fastvgg.parallel import check_threads
-from fastvgg.storage.local import check_in_place_supported
+from fastvgg.storage.file_systems import check_in_place_supported
 from fastvgg.storage.location import Location
+from fastvgg.stream.destination import make_destination
 from fastvgg.stream.job import MAX_CHUNKS, Job
 from fastvgg.stream.journal import journal_path, read_journal
 from fastvgg.stream.manifest import Provenance
@@ -53,7 +55,7 @@ from fastvgg.stream.redo_log import (
 from fastvgg.stream.redo_log_layout import RedoLogHeader
 from fastvgg.stream.retry import plan_retry
 from fastvgg.stream.source import check_exists, check_not_already_done, check_recorded
-from fastvgg.stream.target import inspect_target, make_destination, with_committed
+from fastvgg.stream.target import inspect_target, with_committed
 from fastvgg.transform import Mode, Transform
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
     from fastvgg.transform import Direction, Layout, Rounding
 
 
+@os_errors_refused()
 def plan(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str] | None = None,

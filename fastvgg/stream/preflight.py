@@ -18,6 +18,7 @@ from fastvgg.errors import (
     option_name,
 )
 from fastvgg.formatting import format_bytes
+from fastvgg.storage.file_systems import is_mount_point
 from fastvgg.storage.location import sidecar_path
 from fastvgg.stream.job import result_header
 
@@ -36,7 +37,7 @@ SIDECARS: Final = (
     ".index.csv",
     ".fastvgg.json",
     ".fastvgg-journal",
-    ".fastvgg-replaced",
+    *(".fastvgg-replaced", ".fastvgg-replaced.index.csv", ".fastvgg-replaced.fastvgg.json"),
     *(".index.csv.tmp", ".fastvgg.json.tmp", ".fastvgg-journal.tmp"),
 )
 IMAGE_TYPE: Final = ("uint8", "NHWC")  # the dtype and layout that image files can store
@@ -55,6 +56,11 @@ def check_target(source: Source, target: Location, job: Job) -> None:
             f"{target}: image files store {' '.join(IMAGE_TYPE)}, but the result is {result.dtype} "
             f"{result.layout}",
             "give a name that ends in .npy; only restore to NHWC writes image files",
+        )
+    if is_mount_point(file):
+        raise TargetError(
+            f"{file} is a mount point, to which nothing can be renamed",
+            f"give a name inside of it: {file / 'NAME'}" if file.is_dir() else "give another name",
         )
     if source.location.is_remote:
         return  # a store and a disk do not overlap

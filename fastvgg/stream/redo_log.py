@@ -384,6 +384,10 @@ class RedoLog:
 
     def remove(self) -> None:
         """Remove the log, after the manifest is written."""
+        temporary = temporary_path(self._journal.path)
+        if os.path.lexists(temporary):  # left by a crash; only the log proves it ours
+            self._storage.remove(temporary)
+            self._storage.sync_directory(temporary.parent)
         self._storage.remove(self._journal.path)
         self._storage.sync_directory(self._journal.path.parent)
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 import itertools
 import time
 from abc import ABC, abstractmethod
-from contextlib import ExitStack, closing
-from typing import TYPE_CHECKING
+from contextlib import ExitStack, closing, contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import xxhash
 
 from fastvgg.datasets.contiguous import ContiguousTarget
 from fastvgg.datasets.images import ImageSource
 from fastvgg.datasets.index import INDEX_HEADER, format_records, index_path, read_index
 from fastvgg.datasets.open import open_target
 from fastvgg.errors import (
-    ClusterError,
+    FastvggError,
     ResumeError,
     SourceError,
     StoppedError,
@@ -27,19 +29,14 @@ from fastvgg.errors import (
     option,
 )
 from fastvgg.stream.compute import ChunkTask, check_no_failures, stored_checksum
+from fastvgg.stream.destination import MOVE_AWAY, make_destination
 from fastvgg.stream.journal import journal_path
 from fastvgg.stream.manifest import SPAN_BYTES, Manifest, checksum, manifest_path
 from fastvgg.stream.progress import ProgressTracker
 from fastvgg.stream.report import first_failures
 from fastvgg.stream.retry import FailureRetry
 from fastvgg.stream.source import check_decodable, check_values, is_changed, reopen_source
-from fastvgg.stream.target import (
-    MOVE_AWAY,
-    check_not_occupied,
-    inspect_target,
-    make_destination,
-    with_committed,
-)
+from fastvgg.stream.target import check_not_occupied, inspect_target, with_committed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -47,11 +44,12 @@ if TYPE_CHECKING:
     from fastvgg.datasets.base import Source
     from fastvgg.storage.local import Storage
     from fastvgg.storage.objects import ObjectStorage
+    from fastvgg.stream.destination import Destination
     from fastvgg.stream.journal import JournalState
     from fastvgg.stream.journal_writer import Journal
     from fastvgg.stream.plan import Plan
     from fastvgg.stream.report import Progress, Report
-    from fastvgg.stream.target import Destination, TargetState
+    from fastvgg.stream.target import TargetState
 
 
 class Executor(ABC):
@@ -203,9 +201,9 @@ class Run:
             try:
                 self._open_target()
                 self.executor.compute(self, self._tasks())
+                self._publish()  # while the target is open, and so known to be the one written
             finally:
                 self.target.close()
-            self._publish()
         return self._finalize()
 
     def _check_checksums(self) -> None:
@@ -216,7 +214,7 @@ class Run:
         for problem in self._differing_chunks():
             raise ResumeError(
                 f"{what}: {problem}",
-                f"give {option('restart')} to replace it, or choose another name",
+                f"move it away, and start over with {option('restart')}",
             )
 
     def _differing_chunks(self) -> Iterator[str]:
@@ -235,11 +233,19 @@ class Run:
                 f"{self.plan.source} changed while it was read: the result may mix both versions",
                 f"keep the source unchanged, and rerun with {option('restart')}",
             )
-        check_not_occupied(self.destination, self.plan.job, self._journal_state.replaces)
-        for sidecar in (manifest_path, index_path):  # they describe the data that is replaced
-            self.storage.remove(sidecar(self.target.path))
-        self.destination.move_aside()
-        self.target.publish()
+        try:
+            check_not_occupied(self.destination, self.plan.job, self._journal_state.replaces)
+            if self.destination.is_occupied():
+                self.destination.check_replaceable()  # files may have been added to it
+        except TargetError as error:
+            remedy = "move it away, and rerun the same command: it publishes the finished data"
+            raise StoppedError(error.problem, remedy) from error
+        self.destination.set_aside()
+        try:
+            self.target.publish()
+        except FastvggError:
+            self.destination.put_back()
+            raise
 
     @property
     def _journal_state(self) -> JournalState:
@@ -249,11 +255,9 @@ class Run:
 
     def _open_target(self) -> None:
         """Create the target, or reopen it to resume."""
-        plan = self.plan
         if self.retry is not None:
             if self.found.name == "failed":
-                committed = self.retry.good_commits()
-                self.journal.begin(plan.job, plan.chunk_images, committed=committed)
+                self._begin(committed=self.retry.good_commits())
             self.destination.reopen_published()
         if self.retry is not None or (self.found.name == "resumable" and self.journal.commits):
             self.target.reopen()
@@ -261,19 +265,31 @@ class Run:
             self.executor.open(self)
             return
         if self.found.name == "fresh":
-            self.journal.begin(plan.job, plan.chunk_images, replaces=self.found.replaces)
-        try:
+            if self.found.replaces is not None:
+                self.destination.check_replaceable(read=True)
+            self._begin(replaces=self.found.replaces)
+        with self._undoing():
+            self.destination.check_movable()
             self.target.create()
-        except TargetError:  # no space: undo the start of the run
-            self.journal.remove()
-            raise
-        try:
             self.executor.open(self)
-        except ClusterError:
-            if self.found.name == "fresh":
+
+    def _begin(self, **options: Any) -> None:
+        self.journal.begin(self.plan.job, self.plan.chunk_images, **options)
+
+    @contextmanager
+    def _undoing(self) -> Iterator[None]:
+        """Refuse a run that fails before its first chunk, and leave nothing of it."""
+        try:
+            yield
+        except FastvggError as error:
+            if self.plan.target.is_remote and isinstance(error, StoppedError):
+                raise  # part of what it replaces may be gone
+            with suppress(FastvggError):
                 self.target.close()
                 self.storage.remove(self.target.partial)
                 self.journal.remove()
+            if isinstance(error, StoppedError):
+                raise error.as_refusal() from error
             raise
 
     def _discard_damaged(self) -> None:
@@ -300,7 +316,7 @@ class Run:
         """Write the index and the manifest of the published data, and remove the journal."""
         refs = [self.journal.commits[chunk] for chunk in range(self.plan.chunks)]
         path = self.target.path
-        self._write_index()
+        index_checksum = self._write_index()
         rows_of = self._journal_state.failures
         failures = first_failures(row for chunk in range(len(refs)) for row in rows_of(chunk))
         manifest = Manifest.new(
@@ -309,22 +325,31 @@ class Run:
             checksums=[ref.checksum for ref in refs],
             counts={"images": self.plan.header.images, "failed": sum(ref.failed for ref in refs)},
             source_checksums=[ref.source_checksum for ref in refs],
+            index_checksum=index_checksum,
         )
         self.storage.write_atomic(manifest_path(path), [manifest.to_json()])
-        self.storage.remove(self.destination.replaced)
+        self.destination.remove_set_aside()
         self.journal.remove()
         return self.tracker.report(manifest.counts, failures)
 
-    def _write_index(self) -> None:
-        """Write the index, if the source has image records."""
+    def _write_index(self) -> str:
+        """Write the index, if the source has image records; return its checksum, or ""."""
         path, read = index_path(self.target.path), self._journal_state.commit
         if not read(0).records:
             self.storage.remove(path)
-            return
+            return ""
+        digest = xxhash.xxh3_64()
+
+        def encoded(text: str) -> bytes:
+            data = text.encode("utf-8", "surrogateescape")
+            digest.update(data)
+            return data
+
         rows = enumerate(self.plan.chunk_rows())
         lines = (format_records(read(chunk).records, start) for chunk, (start, _) in rows)
         texts = itertools.chain([INDEX_HEADER], lines)
-        self.storage.write_atomic(path, (text.encode("utf-8", "surrogateescape") for text in texts))
+        self.storage.write_atomic(path, map(encoded, texts))
+        return digest.hexdigest()
 
 
 def _report_complete(found: TargetState, started_at: float) -> Report:

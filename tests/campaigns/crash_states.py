@@ -194,8 +194,10 @@ class RecordingStorage(Storage):
         if path.name not in self._names:
             self._names[path.name] = next(self._next)
             self._record(Name(path.name, self._names[path.name]))
-        elif flags & os.O_TRUNC:
-            self._record(Write(self._names[path.name], 0, None))
+        elif flags & os.O_TRUNC:  # the name is given to a new file
+            self._record(Name(path.name, None))
+            self._names[path.name] = next(self._next)
+            self._record(Name(path.name, self._names[path.name]))
         file = super()._open(path, flags, call)
         self._files[file.descriptor] = self._names[path.name]
         return file

@@ -44,12 +44,18 @@ def count_calls(job):
     return len(storage.calls)
 
 
-def campaign(seed, size):
-    """Kill about `size` processes, spread evenly over jobs and pairs of crash points."""
+ALL_SETTINGS = SETTINGS + LARGER + IMAGE_SETTINGS + FORMAT_SETTINGS
+
+
+def campaign(seed, size, parent=None, settings=ALL_SETTINGS):
+    """Kill about `size` processes, spread evenly over jobs and pairs of crash points.
+
+    They write below `parent`, or to memory by default.
+    """
     draw = random.Random(seed)  # noqa: S311  # not for secrets
-    directory = Path(tempfile.mkdtemp(prefix="fastvgg-kills-", dir=memory_directory()))
+    directory = Path(tempfile.mkdtemp(prefix="fastvgg-kills-", dir=parent or memory_directory()))
     try:
-        all_jobs = jobs(directory, settings=SETTINGS + LARGER + IMAGE_SETTINGS + FORMAT_SETTINGS)
+        all_jobs = jobs(directory, settings=settings)
         pairs = [
             (job, first, second)
             for job in all_jobs

@@ -1011,7 +1011,7 @@ sys.modules["numba"] = None
 warnings.simplefilter("ignore")
 from fastvgg import cli
 from fastvgg.cli import errors
-from fastvgg.stream import target
+from fastvgg.stream import destination
 from fastvgg.stream import in_place
 from fastvgg.stream.commit_pipeline import CommitPipeline
 from fastvgg.storage.local import Storage
@@ -1033,7 +1033,7 @@ def main_leaves():
     while frame is not None and frame.f_code is not CommitPipeline.__exit__.__code__:
         frame = frame.f_back
     return frame is not None and frame.f_locals["self"]._is_closed
-target.Storage = in_place.Storage = Waiting
+destination.Storage = in_place.Storage = Waiting
 interrupt = errors.interrupt
 def reported(*arguments):
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -17,7 +19,7 @@ from fastvgg.datasets.base import Header, ImageRecord
 from fastvgg.datasets.image_writer import FORMAT_SUFFIXES, ImageFolderTarget, check_format, is_lossy
 from fastvgg.datasets.index import INDEX_HEADER, format_records, index_path, read_index
 from fastvgg.datasets.open import open_target, target_format
-from fastvgg.errors import SourceError, TargetError, UsageError
+from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError, UsageError
 from fastvgg.storage.local import Storage
 from fastvgg.storage.location import Location
 from tests.helpers.batches import frozen
@@ -347,3 +349,110 @@ def test_encoded_image_is_a_complete_file(tmp_path):
     with Image.open(io.BytesIO(data)) as image:
         assert image.size == (8, 5)
     assert tree(tmp_path) == {}
+
+
+# The directory of an unfinished run
+
+
+def swap_for_link(partial, victim):
+    partial.rename(partial.with_name("moved"))
+    partial.symlink_to(victim)
+
+
+def remove_tree(partial, victim):
+    shutil.rmtree(partial)
+
+
+def remove_and_recreate(partial, victim):
+    shutil.rmtree(partial)
+    partial.mkdir()
+
+
+def swap_folder_for_link(partial, victim):
+    shutil.rmtree(partial / "a")
+    (partial / "a").symlink_to(victim)
+
+
+def remove_one_file(partial, victim):
+    next(path for path in partial.rglob("*.png")).unlink()
+
+
+def replace_one_file_by_a_link(partial, victim):
+    file = next(path for path in partial.rglob("*.png"))
+    file.unlink()
+    file.symlink_to(victim / "0.png")
+
+
+INTERFERENCES = (
+    *(swap_for_link, remove_tree, remove_and_recreate, swap_folder_for_link),
+    *(remove_one_file, replace_one_file_by_a_link),
+)
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["new", "resumed"])
+@pytest.mark.parametrize("interfere", INTERFERENCES)
+def test_directory_changed_while_it_is_written_is_an_error_and_no_other_file_is(
+    tmp_path, interfere, resumed
+):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    for row in range(6):
+        (victim / f"{row}.png").write_bytes(b"precious")
+    before = tree(victim)
+    batch, records = pixels(6), [record(f"a/{row}.jpg") for row in range(6)]
+    target = make_target(tmp_path / "out", batch, records)
+    target.create()
+    stored = encode_batch(target, batch)
+    target.write(0, stored[:2])
+    if resumed:
+        target.close()
+        target = make_target(tmp_path / "out", batch, records)
+        target.reopen()
+    interfere(target.partial, victim)
+
+    def finish():
+        target.write(2, stored[2:])
+        target.sync()
+        target.publish()
+
+    with pytest.raises(StoppedError):
+        finish()
+    target.close()
+    assert tree(victim) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_link_in_place_of_the_partial_is_not_resumed(tmp_path):
+    batch = pixels(2)
+    write_target(tmp_path / "out", batch).close()
+    (tmp_path / "victim").mkdir()
+    swap_for_link(tmp_path / "out.partial", tmp_path / "victim")
+    with pytest.raises((ResumeError, StoppedError)):
+        make_target(tmp_path / "out", batch).reopen()
+    assert names_in(tmp_path / "victim") == []
+
+
+def test_hard_link_in_the_partial_is_replaced_and_its_file_is_unchanged(tmp_path):
+    batch = pixels(2)
+    write_target(tmp_path / "out", batch).close()
+    (tmp_path / "precious").write_bytes(b"precious")
+    file = tmp_path / "out.partial" / "00000001.png"
+    file.unlink()
+    os.link(tmp_path / "precious", file)
+    target = make_target(tmp_path / "out", batch)
+    target.reopen()
+    target.write(0, encode_batch(target, batch))
+    target.publish()
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+    assert target.read_back(0, 2).tobytes() == batch.tobytes()
+
+
+def test_file_that_already_exists_in_a_new_directory_is_never_overwritten(tmp_path):
+    batch = pixels(2)
+    target = make_target(tmp_path / "out", batch)
+    target.create()
+    (target.partial / "00000001.png").write_bytes(b"precious")
+    with pytest.raises(StoppedError) as caught:
+        target.write(0, encode_batch(target, batch))
+    check_error(caught.value, "00000001.png", "EEXIST")
+    assert (target.partial / "00000001.png").read_bytes() == b"precious"

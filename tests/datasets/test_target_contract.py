@@ -595,7 +595,8 @@ def test_images_keep_their_names_and_failures_are_retried(tmp_path, photos, name
     # Every row's identity includes the mtime of its shard, so no row is known to be unchanged.
     computed = 1 if source.is_dir() else 4
     assert counts == {"images": 11, "failed": 0, "chunks": 4, "computed_chunks": computed}
-    assert inodes(packed) == before  # files are updated in place
+    replaced = dict(inodes(packed).items() - before.items())  # a shard is a file of its own
+    assert len(replaced) <= computed * form.is_sharded
     assert_same(form.load(packed, "uint8"), pixels(11))
     assert not any(record.failed for record in read_index(container(packed), 11))
     fastvgg.verify(packed, full=True)

@@ -536,9 +536,9 @@ class RecordingStorage(Storage):
         self.direct_files = []
         self.alignments = {}
 
-    def create(self, path):
+    def create(self, path, *, exclusive=False):
         self.created.append(path.name)
-        return super().create(path)
+        return super().create(path, exclusive=exclusive)
 
     def direct(self, file):
         self.direct_files.append(file.path.name)

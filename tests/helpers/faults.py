@@ -125,22 +125,15 @@ class CrashingStorage(Storage):
         self._unsynced(("names", path.parent), undo)
 
     def _open(self, path, flags, call):
-        if not path.exists():
+        if not path.exists() or flags & os.O_TRUNC:  # which gives the name to a new file
             self._snapshot_name(path)
-        elif flags & os.O_TRUNC and self._snapshot_directory is not None:
-            with path.open("rb") as file:
-                self._snapshot_all_bytes(file, path)
         file = super()._open(path, flags, call)
         self._open_descriptors.add(file.descriptor)
         return file
 
-    def _snapshot_all_bytes(self, file, path):
-        descriptor = os.open(path, os.O_RDWR)
-        self._snapshot_bytes(descriptor, 0, len(file.read()))
-        os.close(descriptor)
-
-    def create(self, path):
-        return self._call("create", lambda: super(CrashingStorage, self).create(path))
+    def create(self, path, *, exclusive=False):
+        create = super().create
+        return self._call("create", lambda: create(path, exclusive=exclusive))
 
     def open(self, path, *, create=False):
         return self._call("open", lambda: super(CrashingStorage, self).open(path, create=create))

@@ -14,7 +14,7 @@ from fastvgg import oracle
 from fastvgg.datasets.index import INDEX_HEADER
 from fastvgg.errors import SourceError
 from fastvgg.stream.plan import RUN_BYTES
-from tests.helpers.datasets_on_disk import npy_bytes, pixels, save_images
+from tests.helpers.datasets_on_disk import images_in, npy_bytes, pixels, save_images
 from tests.helpers.runs import run
 
 __all__ = [
@@ -210,7 +210,7 @@ class FormatJob(Job):
     directory
         An empty directory.
     form
-        "zarr" or "hdf5".
+        "zarr", "hdf5", or "images": restored image files.
     images, images_per_chunk
         The number of images, and of images per chunk.
     """
@@ -221,18 +221,22 @@ class FormatJob(Job):
         self.form = form
         self.before = None
         self.source = directory.with_suffix(".npy")
-        batch = pixels(images, height=1, width=11, seed=7).astype(np.float32)
-        np.save(self.source, batch)
-        self.original = self.source.read_bytes()
-        self.target = directory / {"zarr": "y.zarr", "hdf5": "y.h5"}[form]
-        self.name = f"{self.target}::/x" if form == "hdf5" else self.target
+        batch = pixels(images, height=1, width=11, seed=7)
+        result = oracle.apply(fastvgg.Transform("caffe"), batch.astype(np.float32))
         self.settings = {"mode": "caffe", "threads": 1, "backend": "numpy"}
+        if form == "images":
+            self.settings["direction"] = "restore"
+            batch, result = result, batch
+        np.save(self.source, batch.astype(np.float32))
+        self.original = self.source.read_bytes()
+        self.target = directory / {"zarr": "y.zarr", "hdf5": "y.h5", "images": "y"}[form]
+        self.name = f"{self.target}::/x" if form == "hdf5" else self.target
         plan = fastvgg.plan(self.source, self.name, **self.settings)
         self.settings["memory"] = (
             plan.min_scratch_bytes + images_per_chunk * plan.image_memory_bytes
         )
         self.command()
-        self._check_bits(oracle.apply(fastvgg.Transform("caffe"), batch))
+        self._check_bits(result)
         self.expected = self._target_contents(self.contents())
         self.reset()
 
@@ -240,6 +244,8 @@ class FormatJob(Job):
         """Check the array as read by the format's own library."""
         if self.form == "zarr":
             actual = zarr.open_array(self.target, mode="r")[:]
+        elif self.form == "images":
+            actual = np.stack([image for _, image in sorted(images_in(self.target).items())])
         else:
             with h5py.File(self.target) as file:
                 actual = file["x"][:]
@@ -286,6 +292,7 @@ class FormatJob(Job):
 FORMAT_SETTINGS = (
     {"form": "zarr", "images": 7, "images_per_chunk": 2},
     {"form": "hdf5", "images": 5, "images_per_chunk": 2},
+    {"form": "images", "images": 5, "images_per_chunk": 2},
 )
 IMAGE_SETTINGS = (
     {"kind": "folder", "images": 9, "images_per_chunk": 2},

@@ -488,7 +488,7 @@ def test_only_restart_replaces_an_unknown_journal(in_memory, array):
     objects.put(in_memory / "y.zarr.fastvgg-journal" / "job", encode_line({"fastvgg-journal": 99}))
     with pytest.raises(ResumeError) as caught:
         make_plan(array, in_memory)
-    check_error(caught.value, "y.zarr.fastvgg-journal", "99", "--restart")
+    check_error(caught.value, "y.zarr.fastvgg-journal", "99", "restart")
     make_plan(array, in_memory, restart=True).run()
     assert in_memory.names() == FILES
     assert in_memory.array().tobytes() == EXPECTED.tobytes()
@@ -498,7 +498,7 @@ def test_unfinished_run_is_rejected_with_other_settings(store, array):
     interrupt_run(array, store)
     with pytest.raises(ResumeError) as caught:
         make_plan(array, store, mode="tf")
-    check_error(caught.value, f"{store.url}/y.zarr", "caffe", "tf", "--restart")
+    check_error(caught.value, f"{store.url}/y.zarr", "caffe", "tf", "restart")
     make_plan(array, store, mode="tf", restart=True).run()
     assert fastvgg.verify(f"{store.url}/y.zarr", full=True)
 
@@ -528,7 +528,7 @@ def test_only_restart_replaces_a_finished_array_of_another_job(store, array):
     make_plan(array, store, mode="tf").run()
     with pytest.raises(TargetError) as caught:
         make_plan(array, store)
-    check_error(caught.value, f"{store.url}/y.zarr", "with other settings", "--restart")
+    check_error(caught.value, f"{store.url}/y.zarr", "with other settings", "restart")
     make_plan(array, store, restart=True).run()
     assert store.names() == FILES
     assert store.array().tobytes() == EXPECTED.tobytes()

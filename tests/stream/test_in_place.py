@@ -14,8 +14,9 @@ import pytest
 import fastvgg
 from fastvgg import oracle
 from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError, UsageError
-from fastvgg.storage import local
-from fastvgg.storage.local import Storage, file_system_type, is_network_file_system
+from fastvgg.storage import file_systems
+from fastvgg.storage.file_systems import file_system_type, is_network_file_system
+from fastvgg.storage.local import Storage
 from fastvgg.stream import planner
 from fastvgg.stream.info import info
 from fastvgg.stream.journal import journal_path
@@ -231,9 +232,9 @@ def test_links_and_sparse_files_are_rejected(file):
 
 def test_network_file_system_is_rejected(file, monkeypatch):
     for system in ("nfs4", "cifs", "fuse.sshfs", "9p"):
-        monkeypatch.setattr(local, "file_system_type", lambda path, system=system: system)
+        monkeypatch.setattr(file_systems, "file_system_type", lambda path, system=system: system)
         assert_rejected(TargetError, file, system, "another machine")
-    monkeypatch.setattr(local, "file_system_type", lambda path: "")  # nobody knows
+    monkeypatch.setattr(file_systems, "file_system_type", lambda path: "")  # nobody knows
     convert_in_place(file, mode="caffe")
 
 

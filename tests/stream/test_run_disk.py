@@ -13,7 +13,7 @@ import pytest
 
 import fastvgg
 from fastvgg.datasets.npy import NpySource
-from fastvgg.errors import StoppedError, TargetError
+from fastvgg.errors import TargetError
 from fastvgg.storage.local import Storage, file_system_type
 from fastvgg.stream.journal import journal_path
 from tests.helpers.datasets_on_disk import (
@@ -310,7 +310,7 @@ def test_zero_length_writes_raise_instead_of_looping(tmp_path, array):
             assert len(self.calls) < 1000, "an endless loop"
             return lambda file, data, offset: 0
 
-    with system_calls(ZeroWriteOs()), pytest.raises(StoppedError):
+    with system_calls(ZeroWriteOs()), pytest.raises(TargetError, match="EIO"):
         plan_of(array, tmp_path / "y.npy", mode="caffe").run()
 
 

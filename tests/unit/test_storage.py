@@ -375,7 +375,7 @@ def test_failed_reserve_raises_target_error_and_allocates_nothing(tmp_path, stor
             storage.reserve(file, 1001)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    check_error(caught.value, file.path, "1001 bytes", "disk space")
+    check_error(caught.value, file.path, "1001 bytes", "ulimit -f")
     storage.close(file)
     assert file.path.stat().st_size == 0
 

@@ -12,10 +12,11 @@ import fastvgg
 from fastvgg.datasets.base import ImageRecord
 from fastvgg.errors import FastvggError, ResumeError, SourceError
 from fastvgg.imaging.decode import INTERPOLATIONS
+from fastvgg.stream.destination import make_destination
 from fastvgg.stream.journal import Commit, read_journal
 from fastvgg.stream.lines import decode_line, encode_line
 from fastvgg.stream.manifest import Manifest, read_manifest
-from fastvgg.stream.target import inspect_target, make_destination, with_committed
+from fastvgg.stream.target import inspect_target, with_committed
 from tests.campaigns.fuzz_kinds.base import FINGERPRINT, REDO_LOG_SHAPE, Kind, check_info
 from tests.helpers.damage import (
     RUN,
@@ -265,6 +266,7 @@ class Manifests(Kind):
                 chunk_images=2,
                 checksums=[f"{chunk:016x}" for chunk in range(plan.chunks)],
                 source_checksums=[""] * plan.chunks,
+                index_checksum="",
                 counts={"images": 5, "failed": failed},
                 created="2026-01-01T00:00:00+00:00",
                 packages={"python": "3.11.7", "fastvgg": "0.1.0"},

@@ -1,0 +1,232 @@
+"""Standard streams that are closed, full or hung up, and signals, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import fastvgg
+from fastvgg.storage.descriptors import above_standard_streams
+from tests.helpers.checkout import checkout_environment
+from tests.helpers.datasets_on_disk import network_inputs, npy_bytes, pixels, save_npy
+from tests.helpers.tiff import COMPLAINT, save_damaged_tiffs
+
+WITHOUT_NUMBA = "import sys; sys.modules['numba'] = None; from fastvgg.cli import main; main()"
+QUIET = {"PYTHONWARNINGS": "ignore"}
+
+
+def run_shell(redirected, *arguments, source=WITHOUT_NUMBA):
+    """Run Python source in bash, with a redirection or a pipe after its arguments."""
+    command = shlex.join([sys.executable, "-c", source, *map(str, arguments)])
+    return subprocess.run(
+        ["/bin/bash", "-c", f"set -o pipefail; {command} {redirected}"],
+        env=checkout_environment(**QUIET),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def check_is_complete(target, batch):
+    assert target.read_bytes() == npy_bytes(network_inputs(batch, "tf"))
+    fastvgg.verify(target)
+
+
+REDIRECTIONS = {  # redirection -> exit code
+    "<&-": 0,
+    "--json >&-": 0,
+    "2>&-": 0,
+    "<&- >&- 2>&-": 0,
+    "2>/dev/full": 0,
+    "| head -0": 0,
+    "--json | head -0": 0,
+    ">/dev/full 2>&-": 5,
+}
+
+
+@pytest.mark.parametrize("redirected", REDIRECTIONS)
+def test_work_is_complete_whatever_the_streams_are_connected_to(tmp_path, redirected):
+    source, target = save_npy(tmp_path / "x.npy", pixels(11)), tmp_path / "y.npy"
+    done = run_shell(redirected, "preprocess", source, target, "--mode", "tf")
+    assert done.returncode == REDIRECTIONS[redirected], done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    check_is_complete(target, pixels(11))
+
+
+def test_unprinted_report_exits_with_5_and_a_rerun_prints_it(tmp_path):
+    source, target = save_npy(tmp_path / "x.npy", pixels(11)), tmp_path / "y.npy"
+    arguments = ["preprocess", source, target, "--mode", "tf", "--json"]
+    done = run_shell(">/dev/full", *arguments)
+    assert done.returncode == 5
+    assert "standard output" in done.stderr
+    assert "ENOSPC" in done.stderr
+    assert "the work is done; rerun the same command" in done.stderr
+    check_is_complete(target, pixels(11))
+    rerun = run_shell("", *arguments)
+    assert rerun.returncode == 0
+    assert json.loads(rerun.stdout)["counts"]["images"] == 11
+
+
+PLAN_AND_RUN = """
+import sys
+sys.modules["numba"] = None
+import fastvgg
+fastvgg.plan(sys.argv[1], sys.argv[2], mode="tf", size=(40, 40)).run()
+"""
+AS_A_COMMAND = """
+import sys
+sys.modules["numba"] = None
+sys.argv[1:] = ["preprocess", *sys.argv[1:], "--mode", "tf", "--size", "40", "40"]
+from fastvgg.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("source", [PLAN_AND_RUN, AS_A_COMMAND], ids=["Python", "command"])
+def test_libraries_print_nothing_into_our_files(tmp_path, source):
+    folder = save_damaged_tiffs(tmp_path / "photos")
+    reference = run_shell("", folder, tmp_path / "reference.npy", source=source)
+    assert source != PLAN_AND_RUN or COMPLAINT in reference.stderr  # libtiff has something to print
+    done = run_shell("<&- 2>&-", folder, tmp_path / "y.npy", source=source)
+    assert done.returncode == reference.returncode
+    assert (tmp_path / "y.npy").read_bytes() == (tmp_path / "reference.npy").read_bytes()
+    fastvgg.verify(tmp_path / "y.npy", full=True)
+
+
+LOW_DESCRIPTORS = """
+import os, sys
+from pathlib import Path
+from fastvgg.datasets.base import open_regular, read_regular
+from fastvgg.storage.local import Storage
+report = os.dup2(1, 9)
+for descriptor in range(3):
+    os.close(descriptor)
+storage, here = Storage(), Path(sys.argv[1])
+files = [
+    storage.create(here / "a").descriptor, storage.hold(here).descriptor,
+    storage.create(here / "b").descriptor, open_regular(here / "a").fileno(),
+    storage.direct(storage.open(here / "b")).direct or 3,
+]
+os.write(9, repr(min(files)).encode())
+"""
+
+
+def test_no_file_of_ours_has_the_descriptor_of_a_standard_stream(tmp_path):
+    done = run_shell("", tmp_path, source=LOW_DESCRIPTORS)
+    assert int(done.stdout) >= 3, done.stderr
+
+
+def test_descriptor_that_is_high_enough_is_kept():
+    reading, writing = os.pipe()
+    assert above_standard_streams(reading) == reading
+    os.close(reading)
+    os.close(writing)
+
+
+# Signals
+
+
+WAITING = """
+import signal, sys
+sys.modules["numba"] = None
+from fastvgg import cli
+from fastvgg.cli import commands
+import contextlib
+@contextlib.contextmanager
+def progress_bar(plan, *, quiet):
+    def on_progress(at):
+        print("committed", flush=True)
+        sys.stdin.readline()
+    yield on_progress
+commands.progress_bar = progress_bar
+cli.main()
+"""
+
+
+def start_waiting(tmp_path, **settings):
+    """Start a run that prints a line after each chunk, and waits for one."""
+    source, target = save_npy(tmp_path / "x.npy", pixels(11)), tmp_path / "y.npy"
+    plan = fastvgg.plan(source, target, mode="tf", threads=1)
+    memory = str(plan.min_scratch_bytes + 4 * plan.image_memory_bytes)
+    arguments = ["preprocess", source, target, "--mode", "tf", "--memory", memory, "--threads", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, *map(str, arguments)],
+        env=checkout_environment(**QUIET),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **settings,
+    )
+    assert process.stdout.readline() == "committed\n"
+    return process, target, arguments
+
+
+def test_closed_terminal_interrupts_a_run_which_can_be_resumed(tmp_path):
+    process, target, arguments = start_waiting(tmp_path)
+    process.send_signal(signal.SIGHUP)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "rerun the same command" in stderr
+    assert not target.exists()
+    rerun = run_shell("", *arguments, "--json")
+    assert json.loads(rerun.stdout)["counts"]["computed_chunks"] < 3
+    check_is_complete(target, pixels(11))
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_ignored_signal_stays_ignored(tmp_path, number):
+    ignore = f"trap '' {number.name[3:]}; exec"
+    source, target = save_npy(tmp_path / "x.npy", pixels(11)), tmp_path / "y.npy"
+    script = (
+        "import signal, os; from fastvgg.cli.errors import catch_signals; catch_signals(); "
+        f"os.kill(os.getpid(), {int(number)}); " + WITHOUT_NUMBA
+    )
+    command = shlex.join([sys.executable, "-c", script, "preprocess", str(source), str(target)])
+    done = subprocess.run(
+        ["/bin/bash", "-c", f"{ignore} {command} --mode tf"],
+        env=checkout_environment(**QUIET),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    check_is_complete(target, pixels(11))
+
+
+def test_stopped_and_continued_run_completes(tmp_path):
+    process, target, _ = start_waiting(tmp_path)
+    process.send_signal(signal.SIGTSTP)
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+    process.send_signal(signal.SIGCONT)
+    _, stderr = process.communicate("\n" * 3, timeout=60)
+    assert process.returncode == 0, stderr
+    check_is_complete(target, pixels(11))
+
+
+def test_file_size_limit_is_refused_with_its_own_remedy(tmp_path):
+    source, target = save_npy(tmp_path / "x.npy", pixels(11)), tmp_path / "y.npy"
+    arguments = ["preprocess", str(source), str(target), "--mode", "tf"]
+    command = shlex.join([sys.executable, "-c", WITHOUT_NUMBA, *arguments])
+    done = subprocess.run(
+        ["/bin/bash", "-c", f"ulimit -f 5; {command}"],
+        env=checkout_environment(**QUIET),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr
+    assert "ulimit -f" in done.stderr
+    assert "free disk space" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npy"]
