@@ -7,7 +7,7 @@ import os
 import sys
 import textwrap
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
@@ -162,8 +162,20 @@ def _progress(
 @contextmanager
 def _terminal_bar(label: str, images: int) -> Iterator[Callable[[Progress], None]]:
     from rich import progress as rich_progress
-    from rich.console import Console
+    from rich.console import Console, ConsoleDimensions
     from rich.table import Column
+
+    class StderrConsole(Console):
+        """A console of the size of `sys.stderr`; Rich asks descriptor 2, which a run redirects."""
+
+        @property  # type: ignore[misc]
+        def size(self) -> ConsoleDimensions:
+            if "COLUMNS" not in os.environ and not self.is_dumb_terminal:
+                with suppress(OSError, ValueError):  # not a terminal
+                    size = os.get_terminal_size(sys.stderr.fileno())
+                    if size.columns and size.lines:
+                        return ConsoleDimensions(*size)
+            return super().size
 
     def text(template: str) -> rich_progress.TextColumn:
         # Crop instead of abbreviating: an ellipsis is not ASCII.
@@ -171,7 +183,7 @@ def _terminal_bar(label: str, images: int) -> Iterator[Callable[[Progress], None
             template, markup=False, table_column=Column(no_wrap=True, overflow="crop")
         )
 
-    console = Console(stderr=True)
+    console = StderrConsole(stderr=True)
     columns = [
         text(label),
         rich_progress.BarColumn(),
