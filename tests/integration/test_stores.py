@@ -711,9 +711,9 @@ def test_stored_array_cannot_be_changed_in_place(in_memory, array):
 
 @pytest.mark.parametrize("url", ["nothing://bucket/x.zarr", "http+x://x"])
 def test_unknown_url_scheme_is_rejected(tmp_path, url):
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(SourceError) as caught:
         plan_of(url, tmp_path / "y.npy", mode="tf")
-    check_error(caught.value, url, "pip install '.[zarr]'")
+    check_error(caught.value, url, "is not a store of arrays", "download it")
 
 
 def test_missing_url_dependency_is_named(tmp_path):
@@ -723,7 +723,7 @@ sys.modules["upath"] = None
 import fastvgg
 try:
     fastvgg.plan("s3://bucket/x.zarr", "y.npy", mode="tf")
-except fastvgg.errors.UsageError as error:
+except fastvgg.errors.SourceError as error:
     print(error.remedy)
 """
     done = python(script)
