@@ -231,9 +231,15 @@ class DamagedChunk(NamedTuple):
 
 @contextmanager
 def os_errors_refused() -> Iterator[None]:
-    """Convert an OSError, raised before anything is written, to a SourceError."""
+    """Convert an OSError or StoppedError, raised before anything is written, to a SourceError.
+
+    Also a decorator.
+    """
     try:
         yield
+    except StoppedError as error:  # no run has begun that a rerun could resume
+        remedy = "fix the cause, and rerun the same command; nothing was written"
+        raise SourceError(error.problem, remedy) from error
     except OSError as error:
         name = errno.errorcode.get(error.errno or 0, "unknown error")
         where = f"{error.filename}: " if error.filename else ""

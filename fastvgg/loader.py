@@ -17,6 +17,7 @@ import xxhash
 
 from fastvgg.batch_builder import BatchBuilder
 from fastvgg.buffer_pool import BufferPool
+from fastvgg.choices import check_flags
 from fastvgg.datasets.images import ImageSource
 from fastvgg.datasets.index import index_path, read_columns
 from fastvgg.datasets.open import open_source
@@ -134,12 +135,14 @@ class Batches:
         labels: ArrayLike | None = None,
         include_failed: bool = False,
     ) -> None:
+        self.location = Location.parse(path)
+        check_exists(self.location)
         _check_integer("batch_size", batch_size, minimum=1)
         _check_integer("seed", seed)
+        check_flags(shuffle=shuffle, drop_last=drop_last, include_failed=include_failed)
         _check_shard(shard)
         if transform is not None and not isinstance(transform, Transform):
             raise UsageError(f"transform is {transform!r}", "give a Transform, or None")
-        self.location = Location.parse(path)
         self.batch_size = batch_size
         self.transform = transform
         self.shuffle = shuffle
@@ -222,19 +225,20 @@ class Batches:
         UsageError
             If the state was saved from batches with other options, or is damaged.
         """
-        for name, expected in self._identity().items():
-            if state.get(name) != expected:
-                if name == "failed_rows":
-                    raise UsageError(
-                        f"the state was saved when other images of {self.location} had failed",
-                        "start an epoch at its first batch, with set_epoch; or save and load with "
-                        f"{option('include_failed')}",
-                    )
-                raise UsageError(
-                    f"the state was saved with {name} {state.get(name)!r}, but these batches have "
-                    f"{name} {expected!r}",
-                    "create the batches with the options that they had when the state was saved",
-                )
+        wrong = {name: now for name, now in self._identity().items() if state.get(name) != now}
+        if wrong.keys() == {"failed_rows"}:
+            raise UsageError(
+                f"the state was saved when other images of {self.location} had failed",
+                "start an epoch at its first batch, with set_epoch; or save and load with "
+                f"{option('include_failed')}",
+            )
+        if wrong:
+            saved = ", ".join(f"{name} {state.get(name)!r}" for name in wrong)
+            raise UsageError(
+                f"the state was saved with {saved}, but these batches have "
+                f"{', '.join(f'{name} {now!r}' for name, now in wrong.items())}",
+                "create the batches with the options that they had when the state was saved",
+            )
         epoch = _check_integer("epoch", state.get("epoch"))
         yielded = _check_integer("batches_yielded", state.get("batches_yielded"), maximum=len(self))
         self._epoch, self._batches_yielded, self._has_start = epoch, yielded, True
@@ -286,8 +290,15 @@ class Batches:
         source = self._open(recorded, use_index=False)
         if source.header != self.header or _version(recorded.manifest) != self._version:
             source.close()
+            now, then = vars(source.header), vars(self.header)
+            differences = [
+                f"{name} {then[name]!r} then, {now[name]!r} now"
+                for name in then
+                if then[name] != now[name]
+            ]
             raise SourceError(
-                f"{self.location} has changed since these batches were created",
+                f"{self.location} has changed since these batches were created: "
+                f"{'; '.join(differences) or 'it was written again'}",
                 "create new batches",
             )
         return source

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from fastvgg.backend import check_backend
 from fastvgg.parallel import check_threads
 from fastvgg.storage.location import Location
+from fastvgg.stream.source import check_exists
 
 if TYPE_CHECKING:
     import os
@@ -52,6 +53,9 @@ def measure(
     for each loop and path; call_overhead_us; decoding and disk, if requested. A wrong result raises
     `VerificationError`, and a processor without usable kernels `BackendError`.
     """
+    images_location = None if images is None else Location.parse(images)
+    if images_location is not None:
+        check_exists(images_location)
     check_backend("numba")
     from fastvgg.bench import io, kernels, memory
     from fastvgg.bench.timing import machine
@@ -69,8 +73,8 @@ def measure(
     if disk is not None:
         figures = io.measure_disk(disk, config.file_bytes, config.rounds)
         record["disk"] = report("disk", figures)
-    if images is not None:
-        figures = io.measure_decoding(Location.parse(images), config.images, config.rounds, threads)
+    if images_location is not None:
+        figures = io.measure_decoding(images_location, config.images, config.rounds, threads)
         record["decoding"] = report("decoding", figures)
     arena = memory.Arena(config.working_set_bytes)
     bandwidths = memory.measure_bandwidth(arena, config.rounds, threads)

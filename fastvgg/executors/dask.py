@@ -14,12 +14,13 @@ import dataclasses
 import itertools
 import pickle
 import secrets
+import socket
 import time
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import dask
 from distributed import Client, KilledWorker, LocalCluster, Security, as_completed
-from distributed.comm import CommClosedError
+from distributed.comm import CommClosedError, get_address_host_port
 
 from fastvgg.datasets.base import SharedTarget
 from fastvgg.datasets.contiguous import ContiguousTarget
@@ -86,6 +87,8 @@ def connect(address: str) -> Iterator[Client]:
             security = _temporary_security()
             address = opened.enter_context(_local_cluster(security)).scheduler_address
         try:
+            if security is None:
+                _check_listens(address)
             client = opened.enter_context(
                 Client(address, security=security, timeout=CONNECT_SECONDS, set_as_default=False)
             )
@@ -96,6 +99,16 @@ def connect(address: str) -> Iterator[Client]:
                 f"{option('dask', LOCAL_ADDRESS)}",
             ) from None
         yield client
+
+
+def _check_listens(address: str) -> None:
+    """Connect to a scheduler once; raise OSError or ValueError if that fails.
+
+    The client would retry, log each failure with its traceback, and time out again when closed.
+    """
+    if address.partition("://")[0] in (address, "tcp", "tls"):
+        host, port = get_address_host_port(address)
+        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
 
 
 def _temporary_security() -> Security:

@@ -19,6 +19,7 @@ import functools
 import io
 import numbers
 import operator
+import re
 import struct
 import threading
 import zlib
@@ -30,6 +31,7 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
+from fastvgg.choices import check_choice
 from fastvgg.errors import UsageError, option
 from fastvgg.imaging import memory, modes, resize
 from fastvgg.imaging.formats import HEAD_BYTES, describe_content, supported_formats
@@ -130,11 +132,7 @@ class DecodeOptions:
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
-        if self.interpolation not in INTERPOLATIONS:
-            raise UsageError(
-                f"unknown interpolation {self.interpolation!r}",
-                f"choose one of {', '.join(INTERPOLATIONS)}",
-            )
+        check_choice("interpolation", self.interpolation, INTERPOLATIONS)
         if self.size is not None:
             object.__setattr__(self, "size", _parse_size(self.size))
         for flag in ("keep_aspect_ratio", "fast_jpeg", "exif", "scale_to_uint8"):
@@ -184,8 +182,12 @@ def _parse_size(size: Iterable[Any]) -> tuple[int, int]:
         height = width = 0
     if min(height, width) >= 1:
         return height, width
-    example = option("size", (224, 224))
-    raise UsageError(f"invalid size {size!r}", f"give height and width in pixels: {example}")
+    found = re.fullmatch(r"\(?(\d{1,5})(?:[x*, ]+(\d{1,5}))?(?:[x*, ]+[13])?\)?", str(size).lower())
+    meant = (0, 0) if found is None else (int(found[1]), int(found[2] or found[1]))
+    meant = meant if min(meant) >= 1 else (224, 224)
+    raise UsageError(
+        f"invalid size {size!r}", f"give height and width in pixels: {option('size', meant)}"
+    )
 
 
 class DecodeResult(NamedTuple):

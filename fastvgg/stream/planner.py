@@ -16,7 +16,6 @@ from fastvgg.datasets.base import MissingChunks, inner_chunk_images
 from fastvgg.datasets.formats import SOURCES
 from fastvgg.datasets.image_writer import is_lossy
 from fastvgg.datasets.images import ImageSource
-from fastvgg.datasets.index import read_index
 from fastvgg.datasets.open import open_source, source_format, target_format
 from fastvgg.errors import (
     SourceError,
@@ -53,7 +52,7 @@ from fastvgg.stream.redo_log import (
     read_header_to_resume,
 )
 from fastvgg.stream.redo_log_layout import RedoLogHeader
-from fastvgg.stream.retry import plan_retry
+from fastvgg.stream.retry import check_nothing_failed, plan_retry
 from fastvgg.stream.source import check_exists, check_not_already_done, check_recorded
 from fastvgg.stream.target import inspect_target, with_committed
 from fastvgg.transform import Mode, Transform
@@ -66,7 +65,6 @@ if TYPE_CHECKING:
     from fastvgg.backend import Backend
     from fastvgg.datasets.base import Source
     from fastvgg.datasets.image_writer import FileFormat
-    from fastvgg.stream.manifest import Manifest
     from fastvgg.transform import Direction, Layout, Rounding
 
 
@@ -328,7 +326,7 @@ def _plan(
     journal_state = None if planned.restart else read_journal(journal_path(target.container))
     found = inspect_target(planned, make_destination(planned), journal_state)
     if found.name == "complete" and found.manifest is not None and options.strict:
-        _check_no_failures(target, found.manifest)
+        check_nothing_failed(target, found.manifest)
     if found.name == "failed" and isinstance(source, ImageSource):
         return plan_retry(planned, source, found.manifest)
     if found.name == "fresh" and not job.is_encoded and not target.is_remote:
@@ -338,20 +336,6 @@ def _plan(
         )
         check_free_space(target.container, job.result.nbytes, smaller)
     return found.plan
-
-
-def _check_no_failures(target: Location, manifest: Manifest) -> None:
-    """Check that no image of a finished target failed."""
-    failed = manifest.counts["failed"]
-    if failed:
-        records = read_index(target.container, manifest.header.images)
-        row, record = next((row, record) for row, record in enumerate(records) if record.failed)
-        raise SourceError(
-            f"{failed} of the images of {target} failed; the first is row {row}, {record.path}: "
-            f"{record.reason}",
-            f"fix them and rerun with {option('retry_failed')}, or rerun without "
-            f"{option('strict')}",
-        )
 
 
 def _plan_in_place(

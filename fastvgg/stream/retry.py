@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastvgg.datasets.base import byte_view
 from fastvgg.datasets.index import index_path, read_index
-from fastvgg.errors import ResumeError, TargetError, option
+from fastvgg.errors import ResumeError, SourceError, TargetError, option
 from fastvgg.stream.compute import ChunkTask
 from fastvgg.stream.journal import Commit
 from fastvgg.stream.manifest import checksum
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fastvgg.datasets.base import ImageRecord
     from fastvgg.datasets.contiguous import ContiguousTarget
     from fastvgg.datasets.images import ImageSource
+    from fastvgg.storage.location import Location
     from fastvgg.stream.manifest import Manifest
     from fastvgg.stream.plan import Plan
 
@@ -51,6 +52,20 @@ def plan_retry(plan: Plan, source: ImageSource, manifest: Manifest | None) -> Pl
     return with_committed(
         with_note, retry.manifest.chunk_images, sum(1 for _ in retry.good_commits())
     )
+
+
+def check_nothing_failed(target: Location, manifest: Manifest) -> None:
+    """Check that no image of a finished target failed."""
+    failed = manifest.counts["failed"]
+    if failed:
+        records = read_index(target.container, manifest.header.images)
+        row, record = next((row, record) for row, record in enumerate(records) if record.failed)
+        raise SourceError(
+            f"{failed} of the images of {target} failed; the first is row {row}, {record.path}: "
+            f"{record.reason}",
+            f"fix them and rerun with {option('retry_failed')}, or rerun without "
+            f"{option('strict')}",
+        )
 
 
 class FailureRetry:

@@ -27,6 +27,7 @@ from fastvgg.errors import (
     TargetError,
     VerificationError,
     option,
+    os_errors_refused,
 )
 from fastvgg.stream.compute import ChunkTask, check_no_failures, stored_checksum
 from fastvgg.stream.destination import MOVE_AWAY, make_destination
@@ -192,7 +193,8 @@ class Run:
             self.destination.sync_existing()
         if self.found.name == "complete":
             return _report_complete(self.found, self.started_at)
-        check_values(self.plan, self.source)
+        with os_errors_refused():
+            check_values(self.plan, self.source)
         resumes = self.found.name == "resumable" and self._journal_state.complete
         if resumes and self.destination.is_published():  # without its manifest
             self._check_checksums()

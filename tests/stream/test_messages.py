@@ -11,6 +11,7 @@ from fastvgg.errors import (
     ModeError,
     ResumeError,
     SourceError,
+    StoppedError,
     UsageError,
     command_line_vocabulary,
 )
@@ -187,3 +188,59 @@ def make_unfinished(source, target, **settings):
     plan = plan_of(source, target, images_per_chunk=1, **settings)
     with pytest.raises(SimulatedCrash):
         run(plan, storage=InterruptedStorage(1))
+
+
+# Before the first byte
+
+
+@pytest.mark.parametrize("call", [fastvgg.plan, fastvgg.batches, fastvgg.verify, fastvgg.info])
+def test_every_call_first_reports_that_its_dataset_does_not_exist(tmp_path, call):
+    wrong = {fastvgg.plan: {"size": "no"}, fastvgg.batches: {"batch_size": 0, "shuffle": "no"}}
+    with pytest.raises(SourceError, match="does not exist"):
+        call(tmp_path / "missing.npy", **wrong.get(call, {}))
+
+
+@pytest.mark.parametrize(
+    ("size", "meant"),
+    [
+        (224, (224, 224)),
+        ("224x112", (224, 112)),
+        ("224", (224, 224)),
+        ((224, 112, 3), (224, 112)),
+        ("big", (224, 224)),
+    ],
+)
+def test_size_written_otherwise_is_refused_with_the_spelling_to_use(tmp_path, size, meant):
+    photos = save_images(tmp_path / "photos", pixels(2))
+    with pytest.raises(UsageError) as caught:
+        fastvgg.plan(photos, tmp_path / "y.npy", direction="pack", size=size)
+    check_error(caught.value, repr(size), f"size={meant}")
+
+
+def test_state_of_other_batches_is_refused_with_all_that_differs(tmp_path):
+    path = save_npy(tmp_path / "x.npy", pixels(6))
+    state = fastvgg.batches(path, 2, seed=1).state_dict()
+    with pytest.raises(UsageError) as caught:
+        fastvgg.batches(path, 3, seed=2, shuffle=True).load_state_dict(state)
+    check_error(caught.value, "batch_size 2", "seed 1", "shuffle False")
+    assert "batch_size 3, shuffle True, seed 2" in caught.value.problem
+
+
+def test_batches_of_a_changed_dataset_name_what_changed(tmp_path):
+    path = save_npy(tmp_path / "x.npy", pixels(6))
+    batches = fastvgg.batches(path, 2)
+    save_npy(path, pixels(7))
+    with pytest.raises(SourceError, match=r"shape \(6, 7, 9, 3\) then, \(7, 7, 9, 3\) now"):
+        next(iter(batches))
+
+
+def test_read_error_while_planning_is_a_refusal_and_nothing_to_resume(tmp_path, monkeypatch):
+    def fail(*_arguments, **_options):
+        raise StoppedError("x.npy: read at offset 0 failed", "rerun: it resumes")
+
+    source = save_npy(tmp_path / "x.npy", pixels(3))
+    monkeypatch.setattr("fastvgg.stream.planner.open_source", fail)
+    with pytest.raises(SourceError) as caught:
+        fastvgg.plan(source, tmp_path / "y.npy", mode="tf")
+    check_error(caught.value, "read at offset 0 failed", "nothing was written")
+    assert caught.value.exit_code == 3
