@@ -16,6 +16,7 @@ from tests.helpers.datasets_on_disk import (
     pixels,
     plan_of,
     save_images,
+    tree,
 )
 from tests.helpers.file_systems import FileSystemUnavailable, mounted
 from tests.helpers.runs import interrupt_run
@@ -88,6 +89,27 @@ def test_unfinished_restore_resumes_where_case_is_ignored(tmp_path, disk):
     assert plan_of(stored, target, direction="restore").run().counts["images"] == 7
     assert len(images_in(target)) == 7
     fastvgg.verify(target)
+
+
+@pytest.mark.parametrize("name", ["overlay", "fuse-overlayfs"])
+def test_directory_in_a_lower_layer_is_replaced_or_refused_at_the_start(tmp_path, name):
+    stored, disk = stored_with_names(tmp_path, ["a.png", "b.png"]), tmp_path / "disk"
+    (disk / "lower").mkdir(parents=True)
+    plan_of(stored, disk / "lower" / "out", direction="restore").run()
+    try:
+        with mounted(name, disk) as root:
+            before = tree(root)
+            plan = plan_of(stored, root / "out", direction="restore", format="webp", restart=True)
+            try:
+                plan.run()
+            except TargetError as error:
+                check_error(error, root / "out", "cannot be replaced", "move it away")
+                assert tree(root) == before
+            else:
+                assert names_in(root / "out") == ["a.webp", "b.webp"]
+            fastvgg.verify(root / "out")
+    except FileSystemUnavailable as reason:
+        pytest.skip(f"{name}: {reason}")
 
 
 # The short form of a campaign
