@@ -96,8 +96,9 @@ class Batches:
         The label of every row of the dataset, whatever the shard, as small integers if they come
         from the index.
     class_names : list of str or None
-        The distinct labels in the index, sorted, as torchvision and Keras number them. None if the
-        index has no labels, or `labels` is given.
+        The distinct labels in the index, sorted, as torchvision and Keras number them. Numbers in
+        the .cls entries of a WebDataset are their own positions. None if the index has no labels,
+        or `labels` is given.
     failed_rows : ndarray of int64
         The rows of the images that could not be decoded.
 

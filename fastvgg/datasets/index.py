@@ -201,6 +201,9 @@ def _in_part(name: str, records: Iterable[ImageRecord]) -> Iterator[ImageRecord]
     return (record._replace(path=f"{name}/{record.path}") for record in records)
 
 
+CLASS_NUMBER: Final = re.compile("0|[1-9][0-9]{0,5}")
+
+
 class IndexColumns(NamedTuple):
     """What training needs of an index, in a few bytes per image."""
 
@@ -215,6 +218,8 @@ class IndexColumns(NamedTuple):
 def read_columns(records: Iterable[ImageRecord]) -> IndexColumns:
     """Collect the failed rows and the labels of records, numbered as torchvision and Keras do.
 
+    Labels from the .cls entries of a WebDataset that are all numbers keep these numbers.
+
     >>> names = [("dog/b.jpg", "dog"), ("cat/a.jpg", "cat"), ("dog/c.jpg", "dog")]
     >>> records = [ImageRecord(path, label, 5, 7, False, "") for path, label in names]
     >>> columns = read_columns(records)
@@ -222,16 +227,22 @@ def read_columns(records: Iterable[ImageRecord]) -> IndexColumns:
     ([1, 0, 1], ['cat', 'dog'])
     """
     failed_rows, codes, code_of = array("q"), array("i"), dict[str, int]()
+    has_folders_only = True
     for row, record in enumerate(records):
         codes.append(code_of.setdefault(record.label, len(code_of)))
+        folder = record.path.rpartition("/")[0]
+        has_folders_only &= f"/{folder}".endswith(f"/{record.label}")
         if record.failed:
             failed_rows.append(row)
     failed = np.array(failed_rows, np.int64)
     if not any(code_of):
         return IndexColumns(failed, None, None)
     class_names = sorted(code_of)
-    number_of_code = np.empty(len(class_names), np.min_scalar_type(len(class_names)))
-    number_of_code[[code_of[name] for name in class_names]] = np.arange(len(class_names))
+    if not has_folders_only and all(map(CLASS_NUMBER.fullmatch, class_names)):
+        class_names = [str(number) for number in range(max(map(int, class_names)) + 1)]
+    numbers = {name: number for number, name in enumerate(class_names)}
+    dtype = np.min_scalar_type(len(class_names))
+    number_of_code = np.array([numbers[name] for name in code_of], dtype)
     return IndexColumns(failed, number_of_code[np.frombuffer(codes, np.intc)], class_names)
 
 

@@ -170,6 +170,25 @@ def test_labels_and_failed_rows_take_few_bytes_per_image():
     assert peak_bytes < 20 * images
 
 
+@pytest.mark.parametrize(
+    ("paths", "labels", "expected", "class_names"),
+    [
+        # As WebDataset decodes .cls entries.
+        (["a.jpg", "b.jpg", "c.jpg"], ["10", "2", "10"], [10, 2, 10], [*map(str, range(11))]),
+        (["a.jpg", "b.jpg", "c.jpg"], ["10", "x", "2"], [0, 2, 1], ["10", "2", "x"]),
+        (["a.jpg", "b.jpg", "c.jpg"], ["10", "02", "2"], [1, 0, 2], ["02", "10", "2"]),
+        (["a.jpg", "b.jpg", "c.jpg"], ["9999999", "2", "2"], [1, 0, 0], ["2", "9999999"]),
+        # As torchvision and Keras number folders.
+        (["10/a.jpg", "2/b.jpg", "1/c.jpg"], ["10", "2", "1"], [1, 2, 0], ["1", "10", "2"]),
+        (["part-0/10/a.jpg", "2/b.jpg"], ["10", "2"], [0, 1], ["10", "2"]),
+    ],
+)
+def test_labels_of_cls_entries_that_are_numbers_keep_them(paths, labels, expected, class_names):
+    columns = read_columns(map(record, paths, labels))
+    assert columns.labels.tolist() == expected
+    assert columns.class_names == class_names
+
+
 def test_index_damaged_after_opening_raises_on_read(dataset):
     index, expected = make_index(dataset)
     text = index_path(dataset).read_bytes()
