@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, Final
 
 from fastvgg.errors import TargetError, UsageError, option, option_name
@@ -75,6 +76,8 @@ def check_plot_path(path: Path) -> None:
             f"{option('plot', str(path))}: the suffix is not one of {', '.join(suffixes)}",
             "give a name that ends in .png or .svg",
         )
+    if os.path.lexists(path):
+        raise UsageError(f"{path} exists, and is not replaced", "give another name")
     if not path.parent.is_dir():
         raise UsageError(
             f"{option('plot', str(path))}: {path.parent} is not a directory",

@@ -325,3 +325,11 @@ def test_invalid_bench_options_exit_before_measuring(options, code, tmp_path, mo
     assert result.exit_code == code
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) >= 2
+
+
+def test_existing_file_is_not_replaced_by_a_plot(tmp_path):
+    path = tmp_path / "roofline.svg"
+    path.write_text("precious")
+    with pytest.raises(UsageError) as caught:
+        report.check_plot_path(path)
+    assert str(path) in caught.value.problem
