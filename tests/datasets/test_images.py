@@ -651,7 +651,7 @@ def test_images_support_only_channels_last(folder):
     save_images(folder, pixels(1), ["a.png"])
     with pytest.raises(SourceError) as caught:
         open_source(Location.parse(folder), layout="NCHW")
-    check_error(caught.value, folder, "NCHW", "--layout")
+    check_error(caught.value, folder, "NCHW", "layout=")
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a", "a.npz"])

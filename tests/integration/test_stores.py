@@ -706,7 +706,7 @@ def test_stored_array_cannot_be_changed_in_place(in_memory, array):
     make_plan(array, in_memory).run()
     with pytest.raises(UsageError) as caught:
         fastvgg.plan(f"{in_memory.url}/y.zarr", in_place=True, direction="restore")
-    check_error(caught.value, "--in-place")
+    check_error(caught.value, "in_place=True")
 
 
 @pytest.mark.parametrize("url", ["nothing://bucket/x.zarr", "http+x://x"])
