@@ -433,10 +433,10 @@ def test_without_zarr_the_error_names_the_extra_and_nothing_is_written(tmp_path,
         "    lambda: fastvgg.plan(stored, 'y.npy', mode='caffe'),\n"
         "    lambda: fastvgg.plan(array, target, mode='caffe'),\n"
         "    lambda: fastvgg.batches(stored, 2),\n"
-        "    lambda: info(stored),\n"
         "):\n"
         "    try: attempt()\n"
         "    except FastvggError as error: print(error.exit_code, error.remedy)\n"
+        "print(3, info(stored)['next'])\n"
     )
     printed = stdout_of(script, stored, tmp_path / "x.npy", tmp_path / "y.zarr")
     assert printed.splitlines() == ["3 in a clone of fastvgg: pip install '.[zarr]'"] * 4
@@ -819,13 +819,13 @@ def test_invalid_recorded_transform_is_rejected(tmp_path, without_manifest, chan
         return
     for attempt in (
         lambda: plan_of(without_manifest, tmp_path / "z.npy", direction="restore", mode="caffe"),
-        lambda: info(without_manifest),
         lambda: fastvgg.batches(without_manifest, 2),
     ):
         with pytest.raises(SourceError) as caught:
             attempt()
         check_error(caught.value, without_manifest, "'fastvgg'", "the mode")
         assert str(caught.value).replace("\n", "").isprintable()
+    assert info(without_manifest)["reason"] == caught.value.problem
 
 
 # Existing directories
