@@ -246,15 +246,12 @@ class Hdf5Source(ContiguousSource):
         if self.has_random_access:
             super().read_into(start, out)
             return
-        selection = self._dataset.id.get_space()
-        selection.select_hyperslab((start, 0, 0, 0), out.shape)
-        memory_space = h5py.h5s.create_simple(out.shape)
-        # h5py has no in-memory type for bfloat16; the type in the file is identical.
-        memory_type = self._dataset.id.get_type() if self.header.dtype == "bfloat16" else None
         try:
-            if self._chunks is not None:
-                self._chunks.check_decoded_bytes(start, start + len(out))
-            self._dataset.id.read(memory_space, selection, out, memory_type)
+            chunks = self._chunks
+            if chunks is not None and chunks.is_inflatable and self._has_type(self.header.dtype):
+                chunks.inflate(start, out)
+            else:
+                self._read_with_hdf5(start, out)
         except (OSError, ChunkError) as error:
             raise StoppedError(
                 f"{self.location}: images {start} to {start + len(out) - 1} cannot be read: "
@@ -264,6 +261,16 @@ class Hdf5Source(ContiguousSource):
             ) from None
         if self._file_bytes() < self._opened_bytes:  # HDF5 reads zeros beyond the end of the file
             raise self._truncated_error(self._file_bytes())
+
+    def _read_with_hdf5(self, start: int, out: NDArray[Any]) -> None:
+        if self._chunks is not None:
+            self._chunks.check_decoded_bytes(start, start + len(out))
+        selection = self._dataset.id.get_space()
+        selection.select_hyperslab((start, 0, 0, 0), out.shape)
+        memory_space = h5py.h5s.create_simple(out.shape)
+        # h5py has no in-memory type for bfloat16; the type in the file is identical.
+        memory_type = self._dataset.id.get_type() if self.header.dtype == "bfloat16" else None
+        self._dataset.id.read(memory_space, selection, out, memory_type)
 
     def close(self) -> None:
         self._open_files.close()

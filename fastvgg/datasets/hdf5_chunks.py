@@ -1,7 +1,8 @@
 """The chunks of an HDF5 dataset: which are stored, and whether they decode to bounded memory.
 
 HDF5 trusts what a file claims. For a chunk without data it returns uninitialized memory, or crashes
-the process, and it inflates a chunk into a buffer that grows until the memory is full.
+the process, and it inflates a chunk into a buffer that grows until the memory is full. Therefore
+deflated chunks are inflated here.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import itertools
 import math
 import zlib
 from array import array
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import h5py
 import numpy as np
@@ -18,12 +19,16 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from numpy.typing import NDArray
+
 # Compressed data may be longer than what it decodes to, by less than this.
 SLACK_BYTES: Final = 64 * 1024
 INFLATED_BLOCK_BYTES: Final = 1024 * 1024
 CHECKSUM_BYTES: Final = 4
+SHUFFLE: Final = h5py.h5z.FILTER_SHUFFLE
+DEFLATE: Final = h5py.h5z.FILTER_DEFLATE
 # Filters whose chunks say, or show, how long they are once decoded.
-SELF_SIZED: Final = (h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SZIP)
+SELF_SIZED: Final = (DEFLATE, h5py.h5z.FILTER_SZIP)
 COMPRESSORS: Final = (*SELF_SIZED, h5py.h5z.FILTER_LZF)
 # Filters whose parameters repeat the number and the size of the elements of a chunk.
 SIZED_FILTERS: Final = (h5py.h5z.FILTER_NBIT, h5py.h5z.FILTER_SCALEOFFSET)
@@ -116,6 +121,68 @@ class StoredChunks:
         for position, count in zip(index, self._counts, strict=True):
             number = number * count + position
         return number
+
+    @property
+    def is_inflatable(self) -> bool:
+        """Whether `inflate` can decode the chunks."""
+        codes = [code for code, *_ in self._filters]
+        return codes in ([DEFLATE], [SHUFFLE, DEFLATE])
+
+    def inflate(self, start: int, out: NDArray[Any]) -> None:
+        """Fill `out` with images, starting at row `start`; its dtype is the stored one.
+
+        Raises
+        ------
+        ChunkError
+            If a chunk does not decode to the bytes of a chunk.
+        OSError
+            If HDF5 cannot read one.
+        """
+        if self.missing:
+            out[...] = self._dataset.fillvalue
+        stop, item_bytes = start + len(out), out.dtype.itemsize
+        bytes_of = out.view(np.uint8).reshape(*out.shape, item_bytes)
+        for offset in self._offsets(start, stop):
+            begin, end = max(offset[0], start), min(offset[0] + self._lengths[0], stop)
+            lengths = [
+                min(length, size - at)
+                for at, length, size in zip(
+                    offset[1:], self._lengths[1:], out.shape[1:], strict=True
+                )
+            ]
+            target = bytes_of[
+                (
+                    slice(begin - start, end - start),
+                    *(slice(at, at + n) for at, n in zip(offset[1:], lengths, strict=True)),
+                )
+            ]
+            within = (slice(begin - offset[0], end - offset[0]), *map(slice, lengths))
+            data, is_shuffled = self._inflated(offset)
+            if is_shuffled:  # the first bytes of all elements, then the second ones
+                planes = data.reshape(item_bytes, *self._lengths)
+                for byte in range(item_bytes):
+                    target[..., byte] = planes[byte][within]
+            else:
+                target[...] = data.reshape(*self._lengths, item_bytes)[within]
+
+    def _inflated(self, offset: tuple[int, ...]) -> tuple[NDArray[np.uint8], bool]:
+        """Read and inflate a chunk; return its bytes, and whether they are shuffled."""
+        try:
+            mask, data = self._dataset.id.read_direct_chunk(offset)
+        except RuntimeError as error:
+            raise ChunkError(f"chunk {offset}: {error}") from None
+        codes = [code for number, (code, *_) in enumerate(self._filters) if not mask >> number & 1]
+        if DEFLATE in codes:
+            stream = zlib.decompressobj()
+            try:
+                data = stream.decompress(data, self.chunk_bytes + 1)
+            except zlib.error as error:
+                raise ChunkError(f"chunk {offset}: {error}") from None
+        if len(data) > self.chunk_bytes:
+            raise ChunkError(f"chunk {offset} decodes to more than {self.chunk_bytes} bytes")
+        if len(data) < self.chunk_bytes or (DEFLATE in codes and not stream.eof):
+            raise ChunkError(f"chunk {offset} is truncated after {len(data)} bytes")
+        return np.frombuffer(data, np.uint8), SHUFFLE in codes
 
     def check_decoded_bytes(self, start: int, stop: int) -> None:
         """Check that the chunks of the images `start` to `stop` do not decode to more than a chunk.
