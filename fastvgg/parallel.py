@@ -136,16 +136,18 @@ class TaskGroup:
         self, remaining: deque[Any], fn: Callable[[Any], object], workers: list[Future[None]]
     ) -> None:
         self._remaining = remaining
-        self._fn = fn
         self._workers = workers
+        # Only without workers: what a function refers to, such as a chunk, should not outlive it.
+        self._work = None if workers else functools.partial(_worker, remaining, fn)
 
     def wait(self) -> None:
         """Wait until all items are done; raise the first exception of a worker.
 
         Without workers, the calling thread does the work.
         """
-        if not self._workers:
-            _worker(self._remaining, self._fn)
+        if self._work is not None:
+            self._work()
+            self._work = None
         for worker in self._workers:
             worker.result()
 

@@ -6,6 +6,7 @@ fsspec's file system for the store retries failed calls. The final failure is ra
 from __future__ import annotations
 
 import errno
+import io
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
@@ -53,8 +54,8 @@ def exists(path: Path) -> bool:
 def open_object(path: Path) -> BinaryIO:
     """Open an object for random-access reads."""
     with os_errors():
-        file: BinaryIO = _get_file_system(path).open(_key(path), "rb")
-    return file
+        file = _get_file_system(path).open(_key(path), "rb")
+    return io.BufferedReader(file)  # of fsspec's own methods, some take no size
 
 
 def read(path: Path) -> bytes | None:

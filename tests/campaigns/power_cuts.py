@@ -65,7 +65,7 @@ SYNCS = (
     "redo_log.finish",
     "contiguous.sync",
     "zarr_writer._store",
-    "local.write_atomic",
+    "local.replace_file",
 )
 
 

@@ -739,7 +739,7 @@ def bad_inputs(place):
         ),
         "verifying what has no manifest": (["verify", array], 3, [array, "fastvgg info"]),
         "telling of nothing": (["info", place / "missing.npy"], 3, [place / "missing.npy"]),
-        "a demo among other things": (["demo", place], 3, [place, "fastvgg demo"]),
+        "a demo among other things": (["demo", place], 3, [place, "new directory"]),
     }
 
 

@@ -815,17 +815,19 @@ def test_restart_rejects_a_file_with_added_objects(tmp_path, added):
     assert tree(tmp_path) == before
 
 
-def test_only_restart_replaces_a_file_regardless_of_the_dataset_name(tmp_path):
+def test_only_restart_replaces_the_dataset_and_no_other_one(tmp_path):
     source = save_npy(tmp_path / "x.npy", pixels())
-    plan_of(source, dataset_path(tmp_path / "y.h5"), mode="caffe").run()
-    for name in ("/images", "/other"):
-        with pytest.raises(TargetError, match="with other settings"):
-            plan_of(source, dataset_path(tmp_path / "y.h5", name), mode="tf")
-        plan_of(source, dataset_path(tmp_path / "y.h5", name), mode="tf", restart=True).run()
-        found = load_h5(dataset_path(tmp_path / "y.h5", name))
-        assert np.array_equal(found, network_inputs(pixels(), "tf"))
-        assert read_manifest(tmp_path / "y.h5").job.dataset == name
-        plan_of(source, dataset_path(tmp_path / "y.h5"), mode="caffe", restart=True).run()
+    location = dataset_path(tmp_path / "y.h5")
+    plan_of(source, location, mode="caffe").run()
+    with pytest.raises(TargetError, match="mode"):
+        plan_of(source, location, mode="tf")
+    plan_of(source, location, mode="tf", restart=True).run()
+    assert np.array_equal(load_h5(location), network_inputs(pixels(), "tf"))
+    before = tree(tmp_path)
+    for restart in (False, True):
+        with pytest.raises(TargetError, match="dataset"):
+            plan_of(source, dataset_path(tmp_path / "y.h5", "/other"), mode="tf", restart=restart)
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("kind", ["a manifest of a .npy", "a dangling link"])

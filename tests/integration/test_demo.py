@@ -125,7 +125,7 @@ def test_directory_with_other_files_is_rejected_and_unchanged(tmp_path, name):
     before = tree(tmp_path)
     with pytest.raises(TargetError) as caught:
         run_demo(tmp_path, lambda line: None)
-    check_error(caught.value, tmp_path, name, "fastvgg demo")
+    check_error(caught.value, tmp_path, name, "new directory")
     assert tree(tmp_path) == before
 
 
@@ -144,5 +144,5 @@ def test_file_at_the_directory_path_is_rejected(tmp_path):
     (tmp_path / "file").write_text("precious")
     with pytest.raises(TargetError) as caught:
         run_demo(tmp_path / "file", lambda line: None)
-    check_error(caught.value, tmp_path / "file", "fastvgg demo")
+    check_error(caught.value, tmp_path / "file", "new directory")
     assert (tmp_path / "file").read_text() == "precious"

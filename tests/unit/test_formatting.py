@@ -46,7 +46,7 @@ def test_plan_repr_html_matches_its_text(tmp_path, photos):
     assert caption == first
     assert caption.endswith(f"{photos} -> {tmp_path / '<b>.npy'}")
     assert [f"  {name:<9}{value}" for name, value in rows] == lines
-    assert dict(rows)["note"] == "skipped files without an image suffix: 1"
+    assert dict(rows)["note"] == "skipped files without an image suffix: 1 (1 .csv)"
 
 
 def test_plan_repr_html_shows_in_place_and_thousands_separators(tmp_path):
