@@ -14,6 +14,8 @@ from fastvgg.stream.tiles import TileTransform
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from fastvgg.datasets.base import ArraySource
@@ -33,6 +35,8 @@ class _Span(NamedTuple):
     """The batch."""
     at: int
     """The position of the first of the rows in the batch."""
+    build_tiles: Callable[[int, int, int], None] | None
+    """Builds rows tile by tile, where the source allows it; see `TileTransform.bind`."""
 
 
 class BatchBuilder:
@@ -94,22 +98,23 @@ class BatchBuilder:
         """
         build = self._build_scattered if self._is_shuffled else self._build_consecutive
         gaps = [] if self._is_shuffled else (np.flatnonzero(np.diff(rows) != 1) + 1).tolist()
+        build_tiles = None if self._tiles is None else self._tiles.bind(images)
         spans = [
-            _Span(rows[at : min(at + self._images_per_read, stop)], images, at)
+            _Span(rows[at : min(at + self._images_per_read, stop)], images, at, build_tiles)
             for start, stop in itertools.pairwise([0, *gaps, len(rows)])
             for at in range(start, stop, self._images_per_read)
         ]
         return self._tasks.submit(spans, build)
 
     def _build_consecutive(self, span: _Span) -> None:
-        """Build consecutive rows, tile by tile where the source allows it, or with one read."""
+        """Build consecutive rows, tile by tile or with one read."""
         first, count = int(span.rows[0]), len(span.rows)
         if self._transform is None:
             self._source.read_into(first, span.images[span.at : span.at + count])
             return
-        if self._tiles is not None:
+        if span.build_tiles is not None:
             self._source.prefetch(first + count, min(first + 2 * count, self._source.header.images))
-            self._tiles.bind(span.images)(first, span.at, count)
+            span.build_tiles(first, span.at, count)
             return
         read = self._source.read(first, first + count).batch
         transform = engine.bind_rows(self._transform, read, span.images, backend=self._backend)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import math
 import os
 import stat
@@ -233,7 +234,7 @@ class Header:
         """Number of images."""
         return self.shape[0]
 
-    @property
+    @functools.cached_property  # every read needs it
     def image_bytes(self) -> int:
         """Size of one image in bytes."""
         return math.prod(self.shape[1:]) * storage_dtype(self.dtype).itemsize

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from fastvgg.datasets.base import ArraySource
     from fastvgg.transform import Transform
 
+# In the cache of a core. A tile of 256 KiB takes 1.3 times as long, because of its two calls.
 TILE_BYTES: Final = 2**20
+# NumPy asks the system for huge pages for arrays of 4 MiB or more.
+HUGE_PAGE_ARRAY_BYTES: Final = 2**22
 
 
 class TileTransform:
@@ -58,7 +61,9 @@ class TileTransform:
         self.images = min(max_images, max(1, TILE_BYTES // source.header.image_bytes))
         """Number of images in a tile."""
         shape = (threads * self.images, *source.header.shape[1:])
-        self._tiles = np.empty(shape, storage_dtype(source.header.dtype))
+        nbytes = threads * self.images * source.header.image_bytes
+        memory = np.empty(max(nbytes, HUGE_PAGE_ARRAY_BYTES), np.uint8)
+        self._tiles = memory[:nbytes].view(storage_dtype(source.header.dtype)).reshape(shape)
         self._thread_slot = ThreadSlot()
 
     def bind(self, out: NDArray[Any]) -> Callable[[int, int, int], None]:
