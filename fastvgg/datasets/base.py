@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import math
 import os
 import stat
@@ -234,7 +233,7 @@ class Header:
         """Number of images."""
         return self.shape[0]
 
-    @functools.cached_property  # every read needs it
+    @property
     def image_bytes(self) -> int:
         """Size of one image in bytes."""
         return math.prod(self.shape[1:]) * storage_dtype(self.dtype).itemsize
