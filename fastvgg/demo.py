@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, PngImagePlugin
 
 from fastvgg.datasets.index import read_index
 from fastvgg.datasets.open import open_source
 from fastvgg.errors import BackendError, TargetError, VerificationError, command
 from fastvgg.imaging.decode import DecodeOptions
+from fastvgg.storage.local import Storage
 from fastvgg.storage.location import Location
 from fastvgg.stream.manifest import read_manifest
 from fastvgg.stream.planner import plan
@@ -38,6 +39,8 @@ PHOTOGRAPHS: Final = {
     "astronaut.png": "people/astronaut.jpg",
     "camera.png": "people/camera.png",
 }
+SHEET_NAME: Final = "contact-sheet.png"
+SHEET_SOFTWARE: Final = "fastvgg demo"  # in its metadata, proves that a sheet is one of a demo
 
 
 class DemoResult(NamedTuple):
@@ -68,9 +71,10 @@ def run_demo(directory: Path, echo: Callable[[str], None]) -> DemoResult:
         If any restored byte differs.
     """
     photographs, stored = directory / "photos", directory / "train.npy"
-    restored, sheet = directory / "restored", directory / "contact-sheet.png"
-    _check_directory(directory)
-    _write_photographs(photographs)
+    restored, sheet = directory / "restored", directory / SHEET_NAME
+    contents = _photographs()
+    _check_directory(directory, contents)
+    _write_photographs(photographs, contents)
     echo(
         f"{photographs}: {len(PHOTOGRAPHS)} photographs of different sizes, JPEG, PNG and grayscale"
     )
@@ -90,7 +94,7 @@ def run_demo(directory: Path, echo: Callable[[str], None]) -> DemoResult:
     return DemoResult(len(originals), originals.nbytes, sheet)
 
 
-def _check_directory(directory: Path) -> None:
+def _check_directory(directory: Path, photographs: dict[str, bytes]) -> None:
     """Check that a directory is missing, empty, or contains only an earlier demo.
 
     A dataset belongs to an earlier demo if it has a manifest; `plan` replaces no other datasets.
@@ -98,7 +102,7 @@ def _check_directory(directory: Path) -> None:
     remedy = "give a new directory"
     if directory.exists() and not directory.is_dir():
         raise TargetError(f"{directory} is not a directory", remedy)
-    demo_paths = {f"photos/{path}" for path in PHOTOGRAPHS.values()} | {"contact-sheet.png"}
+    demo_paths = {f"photos/{path}" for path in photographs} | {SHEET_NAME}
     for dataset in ("train.npy", "restored"):
         if (directory / dataset).exists() and read_manifest(directory / dataset) is not None:
             demo_paths.add(dataset)
@@ -107,11 +111,27 @@ def _check_directory(directory: Path) -> None:
         name = path.relative_to(directory)
         ancestors = {str(parent) for parent in (name, *name.parents)}
         is_demo_folder = path.is_dir() and any(known.startswith(f"{name}/") for known in demo_paths)
-        if ancestors.isdisjoint(demo_paths) and not is_demo_folder:
+        if path.is_symlink() or (ancestors.isdisjoint(demo_paths) and not is_demo_folder):
             raise TargetError(f"{directory} contains other files, such as {name}", remedy)
+    for photograph, content in photographs.items():
+        path = directory / "photos" / photograph
+        if path.exists() and not (path.is_file() and path.read_bytes() == content):
+            raise TargetError(f"{path} is another photograph than that of the demo", remedy)
+    sheet = directory / SHEET_NAME
+    if sheet.exists() and not _is_contact_sheet(sheet):
+        raise TargetError(f"{sheet} is not the contact sheet of an earlier demo", remedy)
 
 
-def _write_photographs(directory: Path) -> None:
+def _is_contact_sheet(path: Path) -> bool:
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get("Software") == SHEET_SOFTWARE
+    except OSError:
+        return False
+
+
+def _photographs() -> dict[str, bytes]:
+    """Return the photographs, encoded, by their paths."""
     try:
         import skimage
     except ImportError:
@@ -119,14 +139,27 @@ def _write_photographs(directory: Path) -> None:
             "scikit-image, which provides the photographs, is not installed",
             "in a clone of fastvgg: pip install '.[demo]'",
         ) from None
+    contents = {}
     for name, relative in PHOTOGRAPHS.items():
-        source, path = Path(skimage.__file__).parent / "data" / name, directory / relative
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if source.suffix == path.suffix:
-            shutil.copyfile(source, path)
-        else:
-            with Image.open(source) as image:
-                image.save(path, quality=92)
+        source = Path(skimage.__file__).parent / "data" / name
+        if source.suffix == Path(relative).suffix:
+            contents[relative] = source.read_bytes()
+            continue
+        encoded = io.BytesIO()
+        with Image.open(source) as image:
+            image.save(encoded, "JPEG", quality=92)
+        contents[relative] = encoded.getvalue()
+    return contents
+
+
+def _write_photographs(directory: Path, contents: dict[str, bytes]) -> None:
+    """Write the photographs that are missing."""
+    storage = Storage()
+    for name, content in contents.items():
+        path = directory / name
+        if not path.exists():
+            storage.make_directory(path.parent)
+            storage.write_file(path, [content], exclusive=True)
 
 
 def _read_images(directory: Path) -> NDArray[np.uint8]:
@@ -161,7 +194,11 @@ def _draw(
             left, top = MARGIN + column * cell_width, MARGIN + row * cell_height
             draw.text((left, top), caption, fill="black")
             sheet.paste(Image.fromarray(picture), (left, top + CAPTION_HEIGHT))
-    sheet.save(path)
+    metadata = PngImagePlugin.PngInfo()
+    metadata.add_text("Software", SHEET_SOFTWARE)
+    encoded = io.BytesIO()
+    sheet.save(encoded, "PNG", pnginfo=metadata)
+    Storage().replace_file(path, [encoded.getvalue()])
 
 
 def _to_visible(network_input: NDArray[Any]) -> NDArray[np.uint8]:

@@ -129,14 +129,32 @@ def test_directory_with_other_files_is_rejected_and_unchanged(tmp_path, name):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["photos/my own.jpg", "train.npy", "restored/a.png"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("photos/my own.jpg", "photos/cat/chelsea.png", "contact-sheet.png"),
+        *("train.npy", "restored/a.png"),
+    ],
+)
 def test_foreign_files_with_demo_names_are_rejected_and_unchanged(tmp_path, name):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
     (tmp_path / name).write_text("precious")
     before = tree(tmp_path)
     with pytest.raises(TargetError) as caught:
         run_demo(tmp_path, lambda line: None)
     check_error(caught.value, tmp_path)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["photos", "photos/cat", "photos/cat/chelsea.png", "restored"])
+def test_links_to_other_places_are_rejected_and_unchanged(tmp_path, name):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "demo" / name).parent.mkdir(parents=True)
+    (tmp_path / "demo" / name).symlink_to(tmp_path / "mine")
+    before = tree(tmp_path)
+    with pytest.raises(TargetError) as caught:
+        run_demo(tmp_path / "demo", lambda line: None)
+    check_error(caught.value, tmp_path / "demo", "new directory")
     assert tree(tmp_path) == before
 
 
