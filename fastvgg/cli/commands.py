@@ -367,8 +367,7 @@ def _convert(
         print_json(dataclasses.asdict(report)) if as_json else print_report(report)
         if report.counts["failed"]:
             if direction != "restore":
-                hint = "  fix these files, then rerun the same command with --retry-failed"
-                echo(hint, sys.stderr)
+                echo(f"  {report.remedy}", sys.stderr)
             raise typer.Exit(SOME_INPUTS_FAILED)
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.TiffImagePlugin import TiffImageFile
 
+NOT_SCALED: Final = "scaling to 8 bits is off"  # the reason of an image that an option would scale
 MAX_INT8: Final = 127
 MAX_UINT16: Final = 65535
 TAGS: Final = {tag.name: number for number, tag in TiffTags.TAGS_V2.items()}
@@ -56,9 +57,7 @@ def to_rgb(image: Image.Image, image_format: str | None, *, scale_to_uint8: bool
 
 def _scale_uint16(pixels: NDArray[Any], is_enabled: bool) -> NDArray[np.uint8]:
     if not is_enabled:
-        raise RejectedError(
-            "16-bit grayscale, and scaling to 8 bits is off: Keras would clip it to white"
-        )
+        raise RejectedError(f"16-bit grayscale, and {NOT_SCALED}: Keras would clip it to white")
     scaled = pixels.astype(np.uint32)
     scaled *= 255
     scaled += MAX_UINT16 // 2
@@ -90,7 +89,7 @@ def _float_to_uint8(pixels: NDArray[np.float32], is_scaling_enabled: bool) -> ND
     if not (low >= 0 and high <= 1):
         raise RejectedError(f"{found}: neither 0 to 1, nor whole numbers from 0 to 255")
     if not is_scaling_enabled:
-        raise RejectedError(f"{found}, and scaling to 8 bits is off: Keras would make it black")
+        raise RejectedError(f"{found}, and {NOT_SCALED}: Keras would make it black")
     scaled = pixels * np.float32(255)
     rounded: NDArray[np.uint8] = np.rint(scaled, out=scaled).astype(np.uint8)
     return rounded

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from fastvgg.errors import option
 from fastvgg.escaping import escape_controls
 from fastvgg.formatting import html_table
 
@@ -61,6 +62,16 @@ class Report:
     peak_bytes: int
     """Peak resident memory of the process."""
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def remedy(self) -> str:
+        """What to do about images that failed to decode."""
+        from fastvgg.imaging.modes import NOT_SCALED  # which imports NumPy, and help does not
+
+        retry = f"fix these files, then rerun the same command with {option('retry_failed')}"
+        if any(NOT_SCALED in failure.reason for failure in self.failures):
+            retry += f"; 16-bit and floating-point images need {option('scale_to_uint8')}"
+        return retry
 
     def _summary_rows(self) -> list[tuple[str, str]]:
         computed, chunks = self.counts["computed_chunks"], self.counts["chunks"]

@@ -11,6 +11,7 @@ from fastvgg.datasets.images import ImageSource
 from fastvgg.datasets.index import index_path
 from fastvgg.datasets.open import open_source, source_format
 from fastvgg.errors import SourceError, StoppedError, command, option
+from fastvgg.imaging.modes import NOT_SCALED
 from fastvgg.imaging.resize import gather_function
 from fastvgg.parallel import ThreadSlot, parallel_for
 from fastvgg.stream.journal import journal_path, read_journal
@@ -212,9 +213,16 @@ def check_decodable(plan: Plan, source: Source) -> None:
     except StoppedError:
         raise changed_error(plan.source) from None
     if not is_found.is_set():
-        shown = "; ".join(reasons[row] for row in sorted(reasons))
-        more = "; ..." if images > len(reasons) else ""
-        raise SourceError(
-            f"none of the {images} images in {plan.source} can be decoded: {shown}{more}",
-            "check that the files are images, and that their disk is mounted; nothing was changed",
-        )
+        raise _none_decodable_error(plan, [reasons[row] for row in sorted(reasons)])
+
+
+def _none_decodable_error(plan: Plan, reasons: list[str]) -> SourceError:
+    images, shown = plan.header.images, "; ".join(reasons)
+    more = "; ..." if images > len(reasons) else ""
+    remedy = "check that the files are images, and that their disk is mounted"
+    if any(NOT_SCALED in reason for reason in reasons):
+        remedy = f"give {option('scale_to_uint8')} to scale images of more than 8 bits"
+    return SourceError(
+        f"none of the {images} images in {plan.source} can be decoded: {shown}{more}",
+        f"{remedy}; nothing was changed",
+    )

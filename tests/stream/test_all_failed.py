@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import fastvgg
 from fastvgg.cli.errors import SOME_INPUTS_FAILED
@@ -56,6 +57,27 @@ def test_links_that_lead_nowhere_are_named(tmp_path):
     error = refused(fastvgg.plan(tmp_path / "photos", tmp_path / "y.npy", **SETTINGS))
     check_error(error, "none of the 3 images", "0.jpg: No such file or directory")
     assert tree(tmp_path) == before
+
+
+def test_option_that_scales_images_is_named_where_it_helps(tmp_path):
+    (tmp_path / "photos").mkdir()
+    deep = np.full((5, 7), 60_000, np.uint16)
+    Image.fromarray(deep).save(tmp_path / "photos" / "a.png")
+    error = refused(fastvgg.plan(tmp_path / "photos", tmp_path / "y.npy", **SETTINGS))
+    assert error.remedy.startswith("give scale_to_uint8=True")
+    save_images(tmp_path / "photos", pixels(1), ["b.png"])
+    report = run(fastvgg.plan(tmp_path / "photos", tmp_path / "y.npy", **SETTINGS))
+    assert report.counts["failed"] == 1
+    assert "retry_failed=True" in report.remedy
+    assert "scale_to_uint8=True" in report.remedy
+    retried = fastvgg.plan(
+        tmp_path / "photos",
+        tmp_path / "y.npy",
+        retry_failed=True,
+        scale_to_uint8=True,
+        **SETTINGS,
+    )
+    assert run(retried).counts["failed"] == 0
 
 
 def test_tar_without_a_readable_image_is_refused(tmp_path):
