@@ -10,14 +10,15 @@ import contextlib
 import copy
 import os
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 
 import numpy as np
 import xxhash
 
 from fastvgg.batch_builder import BatchBuilder
 from fastvgg.buffer_pool import BufferPool
-from fastvgg.choices import check_flags
+from fastvgg.choices import check_choice, check_flags
+from fastvgg.datasets.base import MissingChunks
 from fastvgg.datasets.images import ImageSource
 from fastvgg.datasets.index import index_path, read_columns
 from fastvgg.datasets.open import open_source
@@ -89,6 +90,9 @@ class Batches:
     include_failed
         Also yield the rows of images that could not be decoded, which are zeros. By default they
         are left out, and `shard` and the length of an epoch refer to the other rows.
+    missing_chunks
+        "fill" reads the chunks that a Zarr array or an HDF5 dataset does not store as its fill
+        value; by default they are an error.
 
     Attributes
     ----------
@@ -135,6 +139,7 @@ class Batches:
         threads: int | None = None,
         labels: ArrayLike | None = None,
         include_failed: bool = False,
+        missing_chunks: MissingChunks = "error",
     ) -> None:
         self.location = Location.parse(path)
         check_exists(self.location)
@@ -142,6 +147,7 @@ class Batches:
         _check_integer("seed", seed)
         check_flags(shuffle=shuffle, drop_last=drop_last, include_failed=include_failed)
         _check_shard(shard)
+        check_choice("missing_chunks", missing_chunks, get_args(MissingChunks))
         if transform is not None and not isinstance(transform, Transform):
             raise UsageError(f"transform is {transform!r}", "give a Transform, or None")
         self.batch_size = batch_size
@@ -152,6 +158,7 @@ class Batches:
         self.drop_last = drop_last
         self.threads = check_threads(threads)
         self.include_failed = include_failed
+        self.missing_chunks = missing_chunks
         self._epoch = -1
         self._batches_yielded = 0
         self._has_start = False  # whether the next iteration starts at the two numbers above
@@ -314,7 +321,11 @@ class Batches:
             layout = self.transform.layout
         dtype_hint = None if manifest is None else manifest.header.dtype
         source = open_source(
-            self.location, layout=layout, dtype_hint=dtype_hint, use_index=use_index
+            self.location,
+            layout=layout,
+            dtype_hint=dtype_hint,
+            use_index=use_index,
+            missing_chunks=self.missing_chunks,
         )
         if isinstance(source, ImageSource):
             source.close()

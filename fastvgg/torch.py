@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike
 
+    from fastvgg.datasets.base import MissingChunks
     from fastvgg.loader import Batch
     from fastvgg.transform import Layout, Transform
 
@@ -37,7 +38,7 @@ class BatchesDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
 
     Parameters
     ----------
-    path, batch_size, transform, shuffle, seed, drop_last, labels, include_failed
+    path, batch_size, transform, shuffle, seed, drop_last, labels, include_failed, missing_chunks
         As for `fastvgg.batches`. With `shuffle`, call `set_epoch` before each epoch.
     threads
         The number of threads of a worker; by default one, or without workers all available CPUs.
@@ -76,6 +77,7 @@ class BatchesDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
         threads: int | None = None,
         labels: ArrayLike | None = None,
         include_failed: bool = False,
+        missing_chunks: MissingChunks = "error",
     ) -> None:
         super().__init__()
         self._batches = Batches(
@@ -88,6 +90,7 @@ class BatchesDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
             threads=threads,
             labels=labels,
             include_failed=include_failed,
+            missing_chunks=missing_chunks,
         )
         self.class_names = self._batches.class_names
         if self._batches.labels is None:

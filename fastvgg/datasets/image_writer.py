@@ -280,7 +280,7 @@ def _encode_name(name: str) -> bytes:
     if len(encoded) > MAX_NAME_BYTES and max(map(len, encoded.split(b"/"))) > MAX_NAME_BYTES:
         raise TargetError(
             f"the file name {name!r} would be longer than {MAX_NAME_BYTES} bytes",
-            "remove the index, so that files are named by row number",
+            "give a name that ends in .npy, to restore an array instead",
         )
     return encoded
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from fastvgg.stream.job import Schema
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 VERSION_FIELD: Final = "fastvgg-journal"
 JOURNAL_SUFFIX: Final = ".fastvgg-journal"
 HEADER_NAME: Final = "job"

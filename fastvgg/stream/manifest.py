@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from fastvgg.stream.job import Schema
     from fastvgg.transform import Transform
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 VERSION_FIELD: Final = "fastvgg-manifest"
 SPAN_BYTES: Final = 4 * 2**20
 """Bytes of a dataset that are read, and added to a checksum, at a time."""

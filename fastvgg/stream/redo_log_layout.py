@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from fastvgg.stream.job import Schema
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 VERSION_FIELD: Final = "fastvgg-in-place"  # the first field of the header
 HEADER_SCHEMA: Final[Schema] = {
     VERSION_FIELD: int,

@@ -63,6 +63,19 @@ def save_sparse_h5(path):
     return dataset_path(path)
 
 
+@pytest.mark.parametrize("save", [save_sparse_zarr, save_sparse_h5])
+def test_batches_read_missing_chunks_on_request(tmp_path, save):
+    save(tmp_path / "x.zarr" if save is save_sparse_zarr else tmp_path / "x.h5")
+    location = f"{tmp_path}/x.zarr" if save is save_sparse_zarr else f"{tmp_path}/x.h5::/images"
+    with pytest.raises(SourceError, match="chunks"):
+        fastvgg.batches(location, 4)
+    with pytest.raises(UsageError, match="missing_chunks"):
+        fastvgg.batches(location, 4, missing_chunks="fil")
+    for shuffle in (False, True):
+        for images, _, rows in fastvgg.batches(location, 4, missing_chunks="fill", shuffle=shuffle):
+            assert_same(images, sparse_pixels()[rows])
+
+
 ARRAYS = {
     "zarr": lambda place: save_sparse_zarr(place / "x.zarr"),
     "zarr, v2": lambda place: save_sparse_zarr(place / "x.zarr", zarr_format=2),

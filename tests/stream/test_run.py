@@ -320,7 +320,7 @@ def test_manifest_records_job_counts_and_packages(tmp_path, photos):
     manifest = read_manifest(target)
     fields = json.loads(manifest_path(target).read_bytes())
 
-    assert fields["fastvgg-manifest"] == 2
+    assert fields["fastvgg-manifest"] == 3
     assert manifest.job == plan.job
     assert manifest.job.source == str(tmp_path / "some")
     assert manifest.job.fingerprint == plan.job.fingerprint
