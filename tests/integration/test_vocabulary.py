@@ -58,7 +58,7 @@ def place(tmp_path_factory):
     plan = plan_of(place / "x.npy", place / "j.npy", mode="tf", images_per_chunk=1)
     with pytest.raises(SimulatedCrash):
         run(plan, storage=InterruptedStorage(1))
-    journal_path(place / "j.npy").write_bytes(encode_line({"fastvgg-journal": 2}))
+    journal_path(place / "j.npy").write_bytes(encode_line({"fastvgg-journal": 3}))
     shutil.copy(place / "y.npy", place / "twice.npy")
     shutil.copy(manifest_path(place / "y.npy"), manifest_path(place / "twice.npy"))
     return place

@@ -230,7 +230,7 @@ def test_mode_is_required_without_a_manifest(tmp_path):
     check_error(caught.value, stored, "mode=", "no manifest")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b'{"fastvgg-manifest": 2}'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b'{"fastvgg-manifest": 3}'])
 def test_damaged_manifest_is_rejected_and_not_ignored(tmp_path, content):
     stored = preprocessed(tmp_path)
     manifest_path(stored).write_bytes(content)

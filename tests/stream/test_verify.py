@@ -299,7 +299,7 @@ def test_dataset_without_a_manifest_cannot_be_verified(tmp_path, stored, name):
         b"[]",
         b'{"fastvgg-manifest": 1}',
         b'{"fastvgg-manifest": 3}',
-        b'{"fastvgg-manifest": 2, "job": {}}',
+        b'{"fastvgg-manifest": 3, "job": {}}',
         b"\xff\xfe",
         "half",
     ],

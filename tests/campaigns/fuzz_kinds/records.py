@@ -178,7 +178,7 @@ class Journals(Kind):
         self._file = self.reused(self.path)
         self.valid_inputs = []
         for plan, records in zip(self._plans, ([], RECORDS, RECORDS), strict=True):
-            first = {"fastvgg-journal": 2, "job": plan.job.to_dict(), "chunk_images": 2}
+            first = {"fastvgg-journal": 3, "job": plan.job.to_dict(), "chunk_images": 2}
             first |= {"replaces": None, "retries": bool(records)}
             commits = [
                 make_commit(chunk, records[2 * chunk : 2 * chunk + 2])
