@@ -205,7 +205,7 @@ def test_ignored_signal_stays_ignored(tmp_path, number):
 
 def test_stopped_and_continued_run_completes(tmp_path):
     process, target, _ = start_waiting(tmp_path)
-    process.send_signal(signal.SIGTSTP)
+    process.send_signal(signal.SIGSTOP)  # SIGTSTP stops no orphaned process group
     _, status = os.waitpid(process.pid, os.WUNTRACED)
     assert os.WIFSTOPPED(status)
     process.send_signal(signal.SIGCONT)
