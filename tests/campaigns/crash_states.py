@@ -173,18 +173,20 @@ class RecordingStorage(Storage):
     ----------
     names
         The file number of each name.
+    last_file
+        The highest number of a file, also of one that has lost its name.
     omitted_sync
         The call site of a sync that is omitted, to test that the omission is detected.
     """
 
-    def __init__(self, names, omitted_sync=None, *, fsync=True):
+    def __init__(self, names, last_file=0, omitted_sync=None, *, fsync=True):
         super().__init__(fsync=fsync)
         self.log = []
         self.call_sites = set()
         self.is_done = False  # whether the command finished
         self._names = dict(names)
         self._files = {}
-        self._next = itertools.count(max(names.values(), default=0) + 1)
+        self._next = itertools.count(last_file + 1)
         self._omitted_sync = omitted_sync
 
     def _record(self, event):
@@ -281,6 +283,13 @@ class CrashState(NamedTuple):
         for file in [*disk.writes, None]:
             disk.sync(file)
         return disk.state(disk.names, disk.contents)
+
+    @property
+    def last_file(self):
+        """The highest number of a file, also of one that has lost its name."""
+        durable = (file for _, file in self.durable.names)
+        unsynced = (event.file for event in self.unsynced if event.file is not None)
+        return max(*durable, *unsynced, *(file for file, _ in self.durable.contents), 0, 0)
 
 
 def written(content, write):
@@ -561,7 +570,8 @@ def run_from(job, crash_state, omitted_sync=None, fsync=True):
     """Run a job on a crash state, and check that it produces the expected bytes."""
     state = crash_state.visible()
     job.restore(state)
-    storage = RecordingStorage(dict(state.names), omitted_sync, fsync=fsync)
+    last_file = crash_state.last_file
+    storage = RecordingStorage(dict(state.names), last_file, omitted_sync, fsync=fsync)
     try:
         storage.is_done = job.command(storage)
         job.check_final_state()
