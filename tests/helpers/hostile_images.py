@@ -238,7 +238,7 @@ def webp(canvas, metadata=b""):
 
 
 def with_jpeg2000_tiles(data, side):
-    """Claim larger tiles in the SIZ segment of a JPEG 2000 image."""
+    """Claim larger tiles in the first segment of a JPEG 2000 image."""
     at = data.index(b"\xff\x51") + 6  # the sizes of the grid, its offsets, the tiles
     return data[: at + 16] + struct.pack(">II", side, side) + data[at + 24 :]
 
