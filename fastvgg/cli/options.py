@@ -90,7 +90,7 @@ FastJpeg = Annotated[
 ]
 ScaleToUint8 = Annotated[
     bool,
-    _option(INPUT_PANEL, "Scale 16-bit and floating-point images to 8 bits.", "--scale-to-uint8"),
+    _option(INPUT_PANEL, "Scale 16-bit and float images to 8 bits.", "--scale-to-uint8"),
 ]
 MaxPixels = Annotated[
     int | None,
