@@ -39,6 +39,12 @@ COMPILE_SECONDS: Final = 0.25
 # to 4 ns (uint8 to float32; float16 and bfloat16).
 ORACLE_SECONDS_PER_BYTE: Final = 1e-9
 KERNELS_MODULE: Final = "fastvgg.kernels.convert"
+# Raised if Numba does not support this NumPy, is disabled, or refuses a variable of the
+# environment, or if LLVM fails to load or is too old.
+IMPORT_ERRORS: Final = (
+    *(ImportError, OSError, AttributeError, MemoryError),
+    *(KeyError, RuntimeError, TypeError, ValueError),
+)
 # Where LLVM gets no memory it ends the process, or searches for some for ever. Starting Numba and
 # compiling takes 250 MiB of addresses, and each thread has a stack and a heap.
 NUMBA_ADDRESS_BYTES: Final = 768 * 2**20
@@ -175,7 +181,7 @@ def _find_numba_problem() -> tuple[str, str] | None:
             ), "raise the limit (ulimit -v)"
         try:
             import fastvgg.kernels.convert  # noqa: F401  # imports Numba and loads LLVM
-        except Exception as error:  # noqa: BLE001  # it parses the environment and loads libraries
+        except IMPORT_ERRORS as error:
             variables = sorted(name for name in os.environ if name.startswith("NUMBA_"))
             if variables:
                 return str(error), f"check or unset {', '.join(variables)}"

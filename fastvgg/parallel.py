@@ -109,14 +109,17 @@ def _worker(remaining: deque[Item], fn: Callable[[Item], object]) -> None:
 
 
 class ThreadSlot:
-    """Number the threads that call it from 0; each thread keeps its number.
+    """Number the threads that call it from 0 to `threads` - 1; each thread keeps its number.
 
-    >>> slot = ThreadSlot()
+    More threads would share memory, or use memory that they do not have: RuntimeError.
+
+    >>> slot = ThreadSlot(2)
     >>> slot(), slot()
     (0, 0)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
         self._counter = itertools.count()
         self._local = threading.local()
 
@@ -125,7 +128,10 @@ class ThreadSlot:
         try:
             number: int = self._local.number
         except AttributeError:
-            number = self._local.number = next(self._counter)
+            number = next(self._counter)
+            if number >= self._threads:
+                raise RuntimeError(f"more than {self._threads} threads") from None
+            self._local.number = number
         return number
 
 

@@ -11,6 +11,7 @@ import functools
 import io
 import itertools
 import re
+from abc import abstractmethod
 from array import array
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -71,7 +72,26 @@ def _format_csv(rows: Iterable[Iterable[object]], line_end: str) -> str:
     return lines.getvalue()
 
 
-class Index(Sequence[ImageRecord]):
+class RecordSequence(Sequence[ImageRecord]):
+    """Records of rows that are read when they are needed, those of a slice together."""
+
+    @overload
+    def __getitem__(self, index: int) -> ImageRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ImageRecord]: ...
+    def __getitem__(self, index: int | slice) -> ImageRecord | list[ImageRecord]:
+        if isinstance(index, int):
+            row = range(len(self))[index]
+            return self._between(row, row + 1)[0]
+        start, stop, step = index.indices(len(self))
+        return self._between(start, max(start, stop))[::step] if step > 0 else [*self][index]
+
+    @abstractmethod
+    def _between(self, start: int, stop: int) -> list[ImageRecord]:
+        """Return the records of the rows `start` to `stop`, exclusive."""
+
+
+class Index(RecordSequence):
     """The records of an index, read from its file on access.
 
     Only the offset of each line is held in memory, 8 bytes per record.
@@ -111,17 +131,6 @@ class Index(Sequence[ImageRecord]):
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> ImageRecord: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[ImageRecord]: ...
-    def __getitem__(self, index: int | slice) -> ImageRecord | list[ImageRecord]:
-        if isinstance(index, int):
-            row = range(len(self))[index]
-            return self._between(row, row + 1)[0]
-        start, stop, step = index.indices(len(self))
-        return self._between(start, max(start, stop))[::step] if step > 0 else [*self][index]
-
     def __iter__(self) -> Iterator[ImageRecord]:
         with open_regular(self.path) as file:
             file.seek(self._offsets[0])
@@ -156,7 +165,7 @@ def read_index(dataset: Path, images: int) -> Sequence[ImageRecord]:
     return index
 
 
-class PartRecords(Sequence[ImageRecord]):
+class PartRecords(RecordSequence):
     """The records of the parts of an array, one part after the other.
 
     The names of images begin with that of their part, because two parts may use the same names.
@@ -174,27 +183,17 @@ class PartRecords(Sequence[ImageRecord]):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    @overload
-    def __getitem__(self, index: int) -> ImageRecord: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[ImageRecord]: ...
-    def __getitem__(self, index: int | slice) -> ImageRecord | list[ImageRecord]:
-        if isinstance(index, int):
-            row = range(len(self))[index]
-            return self[row : row + 1][0]
-        start, stop, step = index.indices(len(self))
-        if step < 0:
-            return [*self][index]
+    def __iter__(self) -> Iterator[ImageRecord]:
+        for name, records in self._parts:
+            yield from _in_part(name, records)
+
+    def _between(self, start: int, stop: int) -> list[ImageRecord]:
         found: list[ImageRecord] = []
         first = bisect.bisect_right(self._starts, start) - 1
         for number in range(first, bisect.bisect_left(self._starts, stop)):
             (name, records), offset = self._parts[number], self._starts[number]
             found += _in_part(name, records[max(0, start - offset) : stop - offset])
-        return found[::step]
-
-    def __iter__(self) -> Iterator[ImageRecord]:
-        for name, records in self._parts:
-            yield from _in_part(name, records)
+        return found
 
 
 def _in_part(name: str, records: Iterable[ImageRecord]) -> Iterator[ImageRecord]:

@@ -225,7 +225,7 @@ def _decoder(
 ) -> Callable[[ChunkTask], RowTasks]:
     """Return a function that starts to decode the images of a chunk into rows of an array."""
     images = np.empty((plan.threads, *source.header.shape[1:]), np.uint8)
-    thread_slot = ThreadSlot()
+    thread_slot = ThreadSlot(plan.threads)
 
     def start(task: ChunkTask) -> RowTasks:
         buffer = buffers.rows(target.offset(task.start))
@@ -260,7 +260,7 @@ def _encoder(
 ) -> Callable[[ChunkTask], RowTasks]:
     """Return a function that starts to encode the rows of a chunk as image files."""
     images = np.empty((plan.threads, *plan.result.shape[1:]), np.uint8)
-    thread_slot = ThreadSlot()
+    thread_slot = ThreadSlot(plan.threads)
 
     def start(task: ChunkTask) -> RowTasks:
         batch, records = source.read(task.start, task.stop)

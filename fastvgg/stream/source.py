@@ -190,7 +190,7 @@ def check_decodable(plan: Plan, source: Source) -> None:
     """
     if not isinstance(source, ImageSource):
         return
-    images, is_found, thread_slot = plan.header.images, threading.Event(), ThreadSlot()
+    images, is_found, thread_slot = plan.header.images, threading.Event(), ThreadSlot(plan.threads)
     rows = np.empty((plan.threads, *plan.header.shape[1:]), np.uint8)
     reasons: dict[int, str] = {}
 

@@ -64,7 +64,7 @@ class TileTransform:
         nbytes = threads * self.images * source.header.image_bytes
         memory = np.empty(max(nbytes, HUGE_PAGE_ARRAY_BYTES), np.uint8)
         self._tiles = memory[:nbytes].view(storage_dtype(source.header.dtype)).reshape(shape)
-        self._thread_slot = ThreadSlot()
+        self._thread_slot = ThreadSlot(threads)
 
     def bind(self, out: NDArray[Any]) -> Callable[[int, int, int], None]:
         """Return a function that transforms `count` rows, from `row` on, into `out[out_row:]`."""

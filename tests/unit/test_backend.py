@@ -243,24 +243,28 @@ if not child:
 other.join()
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
-# Numba announces its compiler lock, which is not public.
-COMPILER_LOCK_HOOK = """
-from numba.core import event
+# Numba has LLVM parse what it compiles, and holds its own lock meanwhile.
+COMPILATION_HOOK = """
+import llvmlite.binding
 
-class Listener(event.Listener):
-    def on_start(self, _):
-        pause()
+parse_assembly = llvmlite.binding.parse_assembly
 
-    def on_end(self, _):
-        pass
+def pause_and_parse(*arguments, **settings):
+    pause()
+    return parse_assembly(*arguments, **settings)
 
-event.register("numba:compiler_lock", Listener())
+llvmlite.binding.parse_assembly = pause_and_parse
 """
 MOMENTS = {
     "import of the engine": ("", "fastvgg.engine", "numpy", ""),
     "import of what the engine needs": ("", "ml_dtypes", "numpy", ""),
-    "import of Numba": ("fastvgg.preprocess, fastvgg.Transform", "numba.core", "numba", ""),
-    "compilation": ("fastvgg.Transform", "", "numba", COMPILER_LOCK_HOOK),
+    "import of Numba": (
+        "fastvgg.preprocess, fastvgg.Transform",
+        "numba.extending",
+        "numba",
+        "",
+    ),
+    "compilation": ("fastvgg.Transform", "", "numba", COMPILATION_HOOK),
 }
 
 

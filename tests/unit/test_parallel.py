@@ -12,7 +12,14 @@ import pytest
 
 import fastvgg.parallel
 from fastvgg.errors import UsageError
-from fastvgg.parallel import TaskQueue, available_cpus, check_threads, parallel_for, try_submit
+from fastvgg.parallel import (
+    TaskQueue,
+    ThreadSlot,
+    available_cpus,
+    check_threads,
+    parallel_for,
+    try_submit,
+)
 from tests.helpers.batches import run_script
 
 ITEMS = [f"item {number}" for number in range(37)]
@@ -439,3 +446,12 @@ def test_call_that_a_pool_cancels_at_shutdown_is_cancelled_for_those_who_wait():
     blocked.set()
     with pytest.raises(CancelledError):
         queued.result(timeout=60)
+
+
+def test_thread_slots_are_never_more_than_the_memory_for_them():
+    slot = ThreadSlot(2)
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        assert [slot(), first.submit(slot).result(), slot()] == [0, 1, 0]
+        with pytest.raises(RuntimeError, match="more than 2 threads"):
+            second.submit(slot).result()
+        assert first.submit(slot).result() == 1
