@@ -8,8 +8,9 @@ from typing import Any, cast
 import typer
 
 from fastvgg.cli.commands import app
-from fastvgg.cli.errors import catch_signals, exit_code, report_internal_error
+from fastvgg.cli.errors import exit_code, report_internal_error
 from fastvgg.cli.output import echo
+from fastvgg.cli.signals import catch_signals
 from fastvgg.cli.streams import install_steady_streams
 
 

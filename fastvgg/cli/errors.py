@@ -1,12 +1,10 @@
-"""Exit codes; errors and signals as messages, and with --json as JSON."""
+"""Exit codes; errors as messages, and with --json as JSON."""
 
 from __future__ import annotations
 
 import errno
 import io
-import os
 import re
-import signal
 import sys
 from contextlib import contextmanager
 from traceback import print_exc
@@ -20,8 +18,8 @@ from fastvgg.cli.output import echo, print_json, show
 from fastvgg.errors import FastvggError, StoppedError, command_line_vocabulary, option
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from types import FrameType, TracebackType
+    from collections.abc import Iterator
+    from types import TracebackType
 
 SOME_INPUTS_FAILED: Final = 1
 REFUSED: Final = FastvggError.exit_code
@@ -235,24 +233,3 @@ def report_internal_error(
         "please report it with the output of --traceback; committed chunks are kept",
     )
     raise SystemExit(INTERNAL_ERROR)
-
-
-def interrupt(_signal: int, _frame: FrameType | None) -> None:
-    """Interrupt the run after its current write or sync; exit at once on a second signal."""
-    _handle_signals(lambda _signal, _frame: os._exit(INTERRUPTED))
-    raise KeyboardInterrupt
-
-
-def catch_signals() -> None:
-    """Install `interrupt` as the handler of SIGINT, SIGTERM and SIGHUP.
-
-    A signal that is ignored stays ignored, as SIGHUP under nohup.
-    """
-    _handle_signals(interrupt)
-
-
-def _handle_signals(handler: Callable[[int, FrameType | None], object]) -> None:
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # not every system has SIGHUP
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)

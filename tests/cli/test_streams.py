@@ -187,7 +187,7 @@ def test_ignored_signal_stays_ignored(tmp_path, number):
     ignore = f"trap '' {number.name[3:]}; exec"
     source, target = save_npy(tmp_path / "x.npy", pixels(11)), tmp_path / "y.npy"
     script = (
-        "import signal, os; from fastvgg.cli.errors import catch_signals; catch_signals(); "
+        "import signal, os; from fastvgg.cli.signals import catch_signals; catch_signals(); "
         f"os.kill(os.getpid(), {int(number)}); " + WITHOUT_NUMBA
     )
     command = shlex.join([sys.executable, "-c", script, "preprocess", str(source), str(target)])
