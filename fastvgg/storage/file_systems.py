@@ -20,10 +20,13 @@ MOUNTS: Final = Path("/proc/self/mountinfo")
 
 
 def file_system_type(path: Path) -> str:
-    """Return the type of the file system that contains a path, or "" if it is not known."""
-    device = path.stat().st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
-    return next((system for found, _, system in _mounts() if found == number), "")
+    """Return the type of the file system that contains a path, or "" if it is not known.
+
+    The device number of a file does not say: on btrfs it is that of a subvolume, not of a mount.
+    """
+    real = Path(os.path.realpath(path))
+    systems = dict(_mounts())  # of several at one mount point, the last is visible
+    return next((systems[str(at)] for at in (real, *real.parents) if str(at) in systems), "")
 
 
 def is_network_file_system(system: str) -> bool:
@@ -39,17 +42,16 @@ def is_mount_point(path: Path) -> bool:
     if os.path.ismount(path):
         return True
     real = os.path.realpath(path)
-    return any(mount_point == real for _, mount_point, _ in _mounts())
+    return any(mount_point == real for mount_point, _ in _mounts())
 
 
-def _mounts() -> Iterator[tuple[str, str, str]]:
-    """Yield the device number, the mount point and the type of each mount; none if not on Linux."""
+def _mounts() -> Iterator[tuple[str, str]]:
+    """Yield the mount point and the type of each mount, in their order; none if not on Linux."""
     try:
         with MOUNTS.open(encoding="utf-8", errors="surrogateescape") as mounts:
             for mount in mounts:
                 fields, _, rest = mount.partition(" - ")
-                _, _, number, _, mount_point, *_ = fields.split(" ")
-                yield number, _unescape(mount_point), rest.split(" ")[0]
+                yield _unescape(fields.split(" ")[4]), rest.split(" ")[0]
     except (FileNotFoundError, PermissionError):  # not Linux, or in a sandbox
         return
 

@@ -8,6 +8,7 @@ import pytest
 import fastvgg
 from fastvgg.datasets.index import index_path
 from fastvgg.errors import TargetError
+from fastvgg.storage.file_systems import file_system_type
 from tests.campaigns import file_systems
 from tests.helpers.datasets_on_disk import (
     check_error,
@@ -35,6 +36,15 @@ def disk(request, tmp_path):
 
 def on(*names):
     return pytest.mark.parametrize("disk", names, indirect=True)
+
+
+@on("btrfs", "overlay", "tmpfs")
+def test_type_of_a_mounted_file_system_is_known(request, disk):
+    name = request.node.callspec.params["disk"]
+    (disk / "a b").mkdir()
+    (disk / "a b" / "link").symlink_to("/proc")
+    assert [file_system_type(path) for path in (disk, disk / "a b")] == [name] * 2
+    assert file_system_type(disk / "a b" / "link" / "self") == "proc"
 
 
 def stored_with_names(tmp_path, names):
