@@ -13,6 +13,7 @@ import math
 import os
 import warnings
 import zlib
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -45,7 +46,6 @@ from fastvgg.storage.location import Location, is_remote
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
     from zarr.abc.store import Store
@@ -180,8 +180,11 @@ class ZarrArray(ArraySource):
 
     def fingerprint(self) -> str:
         digest = xxhash.xxh3_128()
-        for key, (size, version) in sorted(_list_files(self.path).items()):
+        files, links = _list_files(self.path)
+        for key, (size, version) in sorted(files.items()):
             digest.update(f"{size} {version} {key}\0".encode(errors="surrogateescape"))
+        for key, text in sorted(links.items()):
+            digest.update(f"{text}\0{key}\0".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     @property
@@ -262,7 +265,9 @@ class ZarrSource(ZarrArray):
         missing_chunks: MissingChunks = "error",
     ) -> None:
         super().__init__(path, layout=layout)
-        files = _list_files(path)
+        files, links = _list_files(path)
+        # Path.resolve raises where links form a loop.
+        self.linked_paths = [Path(os.path.realpath(path / key)) for key in links]
         self._check_lengths(files)
         self._check_missing_chunks(files, missing_chunks)
         self.stored_bytes = sum(size for size, _ in files.values())
@@ -361,8 +366,10 @@ def _check_metadata_regular(path: Path) -> None:
             raise SourceError(f"{file} is not a regular file", "replace the array")
 
 
-def _list_files(path: Path) -> dict[str, tuple[int, str]]:
-    """Return the size and a version string of every file of an array, by key.
+def _list_files(path: Path) -> tuple[dict[str, tuple[int, str]], dict[str, str]]:
+    """Return the size and a version string of every file of an array, and the text of every link.
+
+    Both by key; links are those of files and of directories.
 
     Raises
     ------
@@ -370,7 +377,7 @@ def _list_files(path: Path) -> dict[str, tuple[int, str]]:
         If they cannot be listed, or one is not a regular file.
     """
     try:
-        return objects.list_objects(path) if is_remote(path) else _list_directory(path)
+        return (objects.list_objects(path), {}) if is_remote(path) else _list_directory(path)
     except OSError as error:
         raise SourceError(
             f"{error.filename or path} cannot be read: {error.strerror or error}",
@@ -378,8 +385,9 @@ def _list_files(path: Path) -> dict[str, tuple[int, str]]:
         ) from None
 
 
-def _list_directory(path: Path) -> dict[str, tuple[int, str]]:
+def _list_directory(path: Path) -> tuple[dict[str, tuple[int, str]], dict[str, str]]:
     files: dict[str, tuple[int, str]] = {}
+    links: dict[str, str] = {}
     folders = [""]
     visits: collections.Counter[tuple[int, int]] = collections.Counter()
     while folders:
@@ -393,6 +401,8 @@ def _list_directory(path: Path) -> dict[str, tuple[int, str]]:
         with os.scandir(path / folder) as entries:
             for entry in entries:
                 key = folder + entry.name
+                if entry.is_symlink():
+                    links[key] = os.readlink(entry)
                 if entry.is_dir():
                     folders.append(f"{key}/")
                 elif entry.is_file():
@@ -400,10 +410,10 @@ def _list_directory(path: Path) -> dict[str, tuple[int, str]]:
                     files[key] = status.st_size, str(status.st_mtime_ns)
                 else:
                     raise SourceError(f"{path / key} is not a regular file", "replace the array")
-    return files
+    return files, links
 
 
 def _arrays(path: Path) -> list[str]:
     """Return the names of the first few arrays in a group."""
-    arrays = sorted(key for key in _list_files(path) if key.endswith(ARRAY_METADATA_SUFFIXES))
+    arrays = sorted(key for key in _list_files(path)[0] if key.endswith(ARRAY_METADATA_SUFFIXES))
     return [key.rpartition("/")[0] for key in arrays[:MAX_NAMES_SHOWN]]

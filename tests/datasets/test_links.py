@@ -331,6 +331,49 @@ def test_other_files_next_to_parts_are_counted(parts):
         assert source.notes == ["2 parts", "skipped files and folders not named part-*.npy: 2"]
 
 
+def save_linked_zarr(directory, key):
+    """Write an array of which `key`, a chunk or a directory, is a link to ``disk2/linked``."""
+    zarr = pytest.importorskip("zarr")
+    path, linked = directory / "x.zarr", directory / "disk2" / "linked"
+    zarr.save_array(path, pixels(2))
+    linked.parent.mkdir()
+    (path / key).rename(linked)
+    (path / key).symlink_to(linked)
+    return path, linked
+
+
+@pytest.mark.parametrize(
+    ("key", "target"), [("c", "linked/y.npy"), ("c/0/0", "linked/y.zarr"), ("c/0/0/0/0", ".zarr")]
+)
+def test_target_that_overlaps_what_a_zarr_links_to_is_rejected(tmp_path, key, target):
+    path, linked = save_linked_zarr(tmp_path, key)
+    if target == ".zarr":
+        linked.parent.rename(tmp_path / "y.zarr")
+        (tmp_path / "disk2").symlink_to("y.zarr")
+        target = tmp_path / "y.zarr"
+    else:
+        target = linked.parent / target
+    before = tree(tmp_path)
+    for restart in (False, True):
+        with pytest.raises(TargetError) as caught:
+            fastvgg.plan(path, target, mode="tf", restart=restart)
+        check_error(caught.value, "overlaps", path, "to which a link leads")
+    assert tree(tmp_path) == before
+    run(fastvgg.plan(path, tmp_path / "elsewhere.npy", mode="tf"))
+
+
+@pytest.mark.parametrize("key", ["c", "c/0/0/0/0"])
+def test_fingerprint_of_zarr_notices_that_a_link_leads_elsewhere(tmp_path, key):
+    path, linked = save_linked_zarr(tmp_path, key)
+    with closing(open_source(Location.parse(path))) as source:
+        before = source.fingerprint()
+        assert source.fingerprint() == before
+        linked.rename(linked.with_name("moved"))
+        (path / key).unlink()
+        (path / key).symlink_to(linked.with_name("moved"))
+        assert source.fingerprint() != before
+
+
 @pytest.mark.parametrize("name", ["x.npy", "x.zarr"])
 def test_not_following_links_is_rejected_for_other_arrays(tmp_path, name):
     path = tmp_path / name
