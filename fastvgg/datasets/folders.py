@@ -13,7 +13,7 @@ import stat
 from array import array
 from bisect import bisect_left
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import xxhash
 
@@ -28,7 +28,7 @@ from fastvgg.datasets.image_names import (
     kind_skipped_by_rule,
 )
 from fastvgg.datasets.images import ImageListing, ImageSource
-from fastvgg.errors import SourceError
+from fastvgg.errors import SourceError, option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +39,21 @@ FolderIdentity = tuple[int, int]
 # The last byte of a path that is a link. No name contains it, and it sorts before all others, so
 # that marked paths have the order of their names.
 LINK_MARK: Final = b"\0"
+# The number of paths through folders that contain links to each other is the factorial of theirs,
+# most of them through many links. Elsewhere, hardly any path leads through more than three.
+MANY_LINKS: Final = 4
+MAX_REPEATS: Final = 1000
 DANGLING_ERRORS: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+
+
+class _OpenFolder(NamedTuple):
+    """A folder that is being listed."""
+
+    paths: Iterator[bytes]
+    """What remains of it."""
+    identity: FolderIdentity | None
+    links: int
+    """Number of links to folders in its path."""
 
 
 class FolderImageListing(ImageListing):
@@ -47,8 +61,8 @@ class FolderImageListing(ImageListing):
 
     Every file with an image suffix is listed, even if it is a pipe, a device or a dangling link,
     which cannot be read. A folder that is reached by two names is listed under both. A link back to
-    a folder that contains it is not followed. A file that changed after it was listed is only
-    detected when it is read.
+    a folder that contains it is not followed, and counted. A file that changed after it was listed
+    is only detected when it is read.
 
     Parameters
     ----------
@@ -60,7 +74,7 @@ class FolderImageListing(ImageListing):
     Raises
     ------
     SourceError
-        If a folder cannot be listed.
+        If a folder cannot be listed, or links lead to each other in too many ways.
     """
 
     def __init__(self, path: Path, *, follow_links: bool = True) -> None:
@@ -126,28 +140,33 @@ class FolderImageListing(ImageListing):
         A directory sorts as if its name ended in a slash, because the paths below it continue with
         one. So only the names within one directory need sorting at a time.
         """
-        stack: list[Iterator[bytes]] = [iter([b""])]
-        path_folders: list[FolderIdentity] = []  # of the folders that are being listed
+        stack = [_OpenFolder(iter([b""]), None, links=0)]
+        listed: set[FolderIdentity] = set()
+        repeats = 0
         while stack:
-            marked = next(stack[-1], None)
+            marked = next(stack[-1].paths, None)
             if marked is None:
                 stack.pop()
-                del path_folders[len(stack) - 1 :]
                 continue
             path = marked.removesuffix(LINK_MARK)
             is_link = len(path) < len(marked)
             if path and not path.endswith(b"/"):
                 yield path, is_link
                 continue
-            identity, paths = self._scan(path, path_folders)
-            if identity is not None:
-                path_folders.append(identity)
-                stack.append(iter(paths))
-                if is_link:
-                    self._linked_folders.append(path)
+            identity, paths = self._scan(path, [folder.identity for folder in stack])
+            if identity is None:
+                continue
+            links = stack[-1].links + is_link
+            if is_link:
+                self._linked_folders.append(path)
+                repeats += links >= MANY_LINKS and identity in listed
+                if repeats > MAX_REPEATS:
+                    raise self._entangled_error(path)
+            listed.add(identity)
+            stack.append(_OpenFolder(iter(paths), identity, links))
 
     def _scan(
-        self, folder: bytes, path_folders: list[FolderIdentity]
+        self, folder: bytes, path_folders: list[FolderIdentity | None]
     ) -> tuple[FolderIdentity | None, list[bytes]]:
         """Return a folder's identity, or None if it is one of `path_folders`; and its paths.
 
@@ -213,6 +232,14 @@ class FolderImageListing(ImageListing):
             kind = OTHER_FILES if stat.S_ISREG(mode) else SPECIAL
         self.skipped.add(kind, path)
         return None
+
+    def _entangled_error(self, folder: bytes) -> SourceError:
+        return SourceError(
+            f"{os.fsdecode(self._root + folder[:-1])}: links to folders that contain more such "
+            f"links lead to the same folders again, more than {MAX_REPEATS} times",
+            "remove links between these folders; or, if the images are not behind links, give "
+            f"{option('follow_links', value=False)}",
+        )
 
     def _link_text(self, path: bytes) -> bytes:
         try:

@@ -402,7 +402,7 @@ def _list_directory(path: Path) -> tuple[dict[str, tuple[int, str]], dict[str, s
             for entry in entries:
                 key = folder + entry.name
                 if entry.is_symlink():
-                    links[key] = os.readlink(entry)
+                    links[key] = str(Path(entry).readlink())
                 if entry.is_dir():
                     folders.append(f"{key}/")
                 elif entry.is_file():

@@ -147,6 +147,40 @@ def test_folder_that_is_reached_by_two_names_is_listed_under_both(photos):
     assert notes == []
 
 
+def test_two_folders_that_link_to_each_other_are_each_listed_under_both_names(photos, disk):
+    (photos / "cat").symlink_to(disk / "cat")
+    (photos / "dog" / "alike").symlink_to(disk / "cat")
+    (disk / "cat" / "alike").symlink_to(photos / "dog")
+    names, notes = listed(photos)
+    expected = ["cat", "cat/alike", "dog", "dog/alike"]
+    assert names == [f"{name}/{row}.png" for name in expected for row in range(3)]
+    assert notes == ["skipped links to a folder that contains them: 2, e.g. cat/alike/alike"]
+
+
+@pytest.mark.parametrize("count", [6, 12])
+def test_many_folders_that_link_to_each_other_are_refused_at_once(tmp_path, count):
+    folders = [tmp_path / "photos" / f"{number}" for number in range(count)]
+    for folder in folders:
+        save_images(folder, pixels(1), ["a.png"])
+        for other in folders:
+            (folder / other.name).symlink_to(other)
+    with pytest.raises(SourceError) as caught:
+        listed(tmp_path / "photos")
+    check_error(caught.value, f"{tmp_path}/photos/", "same folders", "follow_links=False")
+    assert len(listed(tmp_path / "photos", follow_links=False)[0]) == len(folders)
+
+
+def test_folder_that_many_links_lead_to_is_listed_under_every_name(tmp_path):
+    save_images(tmp_path / "one", pixels(1), ["a.png"])
+    for number in range(1100):
+        (tmp_path / f"name{number}").symlink_to("one")
+    assert len(listed(tmp_path)[0]) == 1101
+    (tmp_path / "photos").mkdir()
+    for name in ("current", "latest"):
+        (tmp_path / "photos" / name).symlink_to("..")
+    assert len(listed(tmp_path / "photos")[0]) == 2 * 1101
+
+
 def test_linked_entries_sort_by_their_names(photos, disk):
     for name in ("a.png", "a.png0", "a-", "a0"):
         (photos / f"{name}.png").symlink_to(disk / "cat" / "0.png")
