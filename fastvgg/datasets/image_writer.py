@@ -135,14 +135,30 @@ class ImageFolderTarget(DiskTarget):
         self._storage.release(self.partial)
 
     def _similar_names(self) -> list[str]:
-        """Return names that differ from another one only in case or Unicode normalization."""
+        """Return names that differ only in case or Unicode normalization from another one.
+
+        Or from the folder of another one, which is then returned, too.
+        """
         if not self._records:
             return []
-        names = enumerate(self.file_names())
-        folded = (f"\0{row}" if name is None else _fold(name) for row, name in names)
-        rows, firsts = find_duplicates(hash_names(map(os.fsencode, folded)))
-        similar = np.union1d(rows[:MAX_PROBED_NAMES], firsts[:MAX_PROBED_NAMES]).tolist()
-        return [name for row in similar for name in self._names(row, row + 1) if name is not None]
+
+        def folded() -> Iterator[str]:
+            names = enumerate(self.file_names())
+            return (f"\0{row}" if name is None else _fold(name) for row, name in names)
+
+        hashes = hash_names(map(os.fsencode, folded()))
+        repeated, first = (rows[:MAX_PROBED_NAMES] for rows in find_duplicates(hashes))
+        rows = {*repeated.tolist(), *first.tolist()}
+        like_folders = np.flatnonzero(np.isin(hashes, _hash_folders(folded())))[:MAX_PROBED_NAMES]
+        if len(like_folders):
+            rows |= {*like_folders.tolist()}
+            wanted = {*hashes[like_folders].tolist()}
+            for row, name in enumerate(folded()):
+                found = wanted.intersection(_hash_folders([name]).tolist())
+                if found:
+                    rows.add(row)
+                    wanted -= found
+        return [name for row in sorted(rows) for name in self._names(row, row + 1) if name]
 
     def _check_distinct(self, names: list[str]) -> None:
         """Check that the file system distinguishes names, by creating them in the empty partial.
@@ -151,15 +167,16 @@ class ImageFolderTarget(DiskTarget):
         """
         for name in names:
             path = self.partial / name
-            self._storage.make_directory(path.parent)
             try:
+                self._storage.make_directory(path.parent)
                 self._storage.write_file(path, [], sync=False, exclusive=True)
             except StoppedError as error:
-                if not isinstance(error.__cause__, FileExistsError):
+                if not isinstance(error.__cause__, FileExistsError | NotADirectoryError):
                     raise
                 raise TargetError(
-                    f"{self.path} is on a file system that does not distinguish {name!r} from "
-                    "another name in the index, which differs only in case or normalization",
+                    f"{self.path} is on a file system that does not distinguish {name!r}, or its "
+                    "folder, from another name in the index, which differs only in case or "
+                    "normalization",
                     "choose a target on another disk; or move the index of the source away, so "
                     "that files are named by row number",
                 ) from None
@@ -319,14 +336,19 @@ def _suffix_repeats(paths: Callable[[], Iterable[str]], suffix: str) -> int:
         raise SourceError(
             f"the index names {path!r} twice", "restore the index that was written with the dataset"
         )
-    folders = np.unique(
-        hash_names(
-            os.fsencode(str(folder)) for path in paths() for folder in PurePosixPath(path).parents
-        )
-    )
+    folders = _hash_folders(paths())
     repeats = 0
     while True:
         names = hash_names(_encode_name(_with_suffix(path, suffix, repeats)) for path in paths())
         if len(np.unique(names)) == len(names) and not np.isin(names, folders).any():
             return repeats
         repeats += 1
+
+
+def _hash_folders(paths: Iterable[str]) -> NDArray[np.uint64]:
+    """Return the distinct hashes of all folders that contain the paths."""
+    return np.unique(
+        hash_names(
+            os.fsencode(str(folder)) for path in paths for folder in PurePosixPath(path).parents
+        )
+    )

@@ -57,6 +57,7 @@ def stored_with_names(tmp_path, names):
 ALIKE = [
     *(["A.png", "a.png"], ["cat/a.png", "Cat/A.png"]),
     *(["\u00e9.png", "\u00c9.png", "x.png"], ["o.png", "A.png", "a.png"]),
+    *(["a.jpg", "b.png", "c/x.png", "A.png/x.png"], ["Cat.png/d/x.png", "b.png", "cat.png"]),
 ]
 
 
