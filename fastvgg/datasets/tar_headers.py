@@ -165,11 +165,13 @@ class TarHeaderReader:
 
     def _extension_data(self, at: int, size: int) -> bytes:
         """Return the data of an extension header."""
-        if size > MAX_EXTENSION_BYTES:
-            raise self._damaged_error(
-                at, f"an extension header has {size} bytes; the limit is {MAX_EXTENSION_BYTES}"
+        if MAX_EXTENSION_BYTES < size <= self._size - at - BLOCK_BYTES:
+            raise SourceError(
+                f"{self._shard}: the extension header at offset {at} has {size} bytes; the limit "
+                f"is {MAX_EXTENSION_BYTES}",
+                "extract the tar, and create it without extended attributes (no --xattrs)",
             )
-        data = self.bytes_at(at + BLOCK_BYTES, size)
+        data = self.bytes_at(at + BLOCK_BYTES, min(size, MAX_EXTENSION_BYTES))
         if len(data) < size:
             raise self._damaged_error(at, "the file ends inside a header")
         return data

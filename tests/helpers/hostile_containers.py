@@ -165,9 +165,18 @@ def h5_bomb(directory, *, fletcher32=False, shuffle=False):
     with h5py.File(path, "w") as file:
         settings = {"compression": "gzip", "fletcher32": fletcher32, "shuffle": shuffle}
         dataset = file.create_dataset("x", SHAPE, "u1", chunks=SHAPE, **settings)
-        content = BOMBS["zlib"]() + bytes(4 * fletcher32)
+        content = BOMBS["zlib"]()
+        if fletcher32:
+            content = with_fletcher32(file, content)
         dataset.id.write_direct_chunk((0, 0, 0, 0), content)
     return f"{path}::/x"
+
+
+def with_fletcher32(file, content):
+    """Append the checksum that HDF5 computes: with a wrong one, it would decode nothing."""
+    data = np.frombuffer(content, np.uint8)
+    checked = file.create_dataset("checked", data=data, chunks=data.shape, fletcher32=True)
+    return checked.id.read_direct_chunk((0,))[1]
 
 
 def h5_with(directory, write):
