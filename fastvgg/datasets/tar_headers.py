@@ -169,7 +169,7 @@ class TarHeaderReader:
             raise SourceError(
                 f"{self._shard}: the extension header at offset {at} has {size} bytes; the limit "
                 f"is {MAX_EXTENSION_BYTES}",
-                "extract the tar, and create it without extended attributes (no --xattrs)",
+                "extract the tar, and create it without extended attributes",
             )
         data = self.bytes_at(at + BLOCK_BYTES, min(size, MAX_EXTENSION_BYTES))
         if len(data) < size:
