@@ -28,6 +28,7 @@ from dask.tokenize import tokenize
 
 from fastvgg import engine
 from fastvgg.backend import check_backend
+from fastvgg.choices import check_flags
 from fastvgg.errors import ShapeError, UsageError
 from fastvgg.transform import CHANNEL_AXES, Mode, Transform, storage_dtype, storage_type
 
@@ -99,6 +100,7 @@ def _map_blocks(
             "convert it with dask.array.from_array; for arrays in memory use the fastvgg functions",
         )
     check_backend(backend)
+    check_flags(check_values=check_values)
     input_type = storage_type(x.dtype)
     # Unknown lengths, which are NaN, are valid: only the number of channels is fixed.
     transform.check_input(tuple(1 if math.isnan(n) else n for n in x.shape), input_type)

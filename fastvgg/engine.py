@@ -14,6 +14,7 @@ import numpy as np
 from fastvgg import backend as backends
 from fastvgg import call_plan, oracle
 from fastvgg.call_plan import bind_kernel, plan_call, run_kernel, run_oracle
+from fastvgg.choices import check_flags
 from fastvgg.errors import DtypeError, OutputError, UsageError
 from fastvgg.interop import address_of, as_numpy, as_torch, is_torch
 from fastvgg.parallel import check_threads
@@ -230,6 +231,8 @@ def apply(
     Parameters, result and errors are those of `preprocess` and `restore`. `cached_output`: the
     caller reads the result immediately, so use ordinary stores.
     """
+    if check_values is not True and check_values is not False:  # a call takes 0.5 us
+        check_flags(check_values=check_values)
     batch = as_numpy(x)
     plan = plan_call(transform, batch.dtype, batch.shape, batch.strides)
     if threads is None and plan.nbytes <= call_plan.COPIED_TILE_BYTES:

@@ -1,4 +1,4 @@
-"""Values as text: byte counts, package versions, and tables for notebooks."""
+"""Values as text: counts, package versions, and tables for notebooks."""
 
 from __future__ import annotations
 
@@ -51,6 +51,15 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def format_count(count: int, noun: str) -> str:
+    """Format a number of things, of which there may be one.
+
+    >>> format_count(1, "image"), format_count(1200, "chunk")
+    ('1 image', '1,200 chunks')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def package_versions() -> dict[str, str]:

@@ -23,6 +23,7 @@ from fastvgg.datasets.images import ImageSource
 from fastvgg.datasets.index import index_path, read_columns
 from fastvgg.datasets.open import open_source
 from fastvgg.errors import SourceError, StoppedError, UsageError, command, option
+from fastvgg.formatting import format_count
 from fastvgg.parallel import TaskQueue, check_threads
 from fastvgg.storage.location import Location
 from fastvgg.stream.manifest import Provenance
@@ -173,7 +174,7 @@ class Batches:
             self.labels, self.class_names = _check_labels(labels, self.header.images), None
         if not self._row_count():
             raise SourceError(
-                f"{self.location}: all {self.header.images} images failed when it was made",
+                f"{self.location}: no image could be decoded when it was made",
                 f"recreate it from its source; {option('include_failed')} yields rows of zeros",
             )
         batch_bytes = min(batch_size, self.header.images) * self.result.image_bytes
@@ -185,8 +186,8 @@ class Batches:
         if failed and not (has_records or self.include_failed):
             path = index_path(self.location.container)
             raise SourceError(
-                f"{failed} images failed when {self.location} was made, and {path}, which says "
-                "which, is missing",
+                f"{format_count(failed, 'image')} failed when {self.location} was made, and "
+                f"{path}, which says which, is missing",
                 f"restore the index; {option('include_failed')} yields their rows, which are zeros",
             )
 
@@ -408,7 +409,7 @@ def _check_labels(labels: ArrayLike, images: int) -> NDArray[Any]:
         )
     if array.ndim == 0 or len(array) != images:
         raise UsageError(
-            f"labels have shape {array.shape}, but the dataset has {images} rows",
+            f"labels have shape {array.shape}, but the dataset has {format_count(images, 'row')}",
             "give one label for every row, in the order of the rows, also for failed images",
         )
     if array.dtype.kind == "u" and array.max() > MAX_INT64:

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from fastvgg.errors import TargetError, UsageError, option, option_name
+from fastvgg.formatting import format_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,7 +101,8 @@ def draw_roofline(record: dict[str, Any], path: Path) -> None:
         _draw_bars(figure.subplots(), rows)
         caption = (
             f"{record['machine']['processor']}, {record['instruction_set']}, "
-            f"{record['threads']} threads, images of 224x224, {record['machine']['date']}"
+            f"{format_count(record['threads'], 'thread')}, images of 224x224, "
+            f"{record['machine']['date']}"
         )
         figure.supxlabel(caption, size="small", color="#444444")
         metadata = {"Date": None} if path.suffix == ".svg" else {}

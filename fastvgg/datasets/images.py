@@ -218,7 +218,7 @@ class ImageSource(Source):
         counts = Counter(size for size in sizes if not isinstance(size, str))
         if not counts:
             raise SourceError(
-                f"none of the {images} images in {self.path} can be read; the first is "
+                f"no image in {self.path} can be read; the first is "
                 f"{self._display_name(0)}: {sizes[0]}",
                 "check that the files are images",
             )

@@ -35,7 +35,7 @@ from fastvgg.errors import (
     option_name,
 )
 from fastvgg.executors.worker import Task, close_run, open_run, run_task, stored_checksums
-from fastvgg.formatting import format_bytes, package_versions
+from fastvgg.formatting import format_bytes, format_count, package_versions
 from fastvgg.parallel import available_cpus
 from fastvgg.stream.run import Executor
 from fastvgg.stream.source import reopen_source
@@ -53,6 +53,7 @@ Result = TypeVar("Result")
 
 LOCAL_ADDRESS: Final = "local"
 LOOPBACK: Final = "127.0.0.1"
+WITHOUT_PORT: Final = ("inproc://", "ucx://")  # addresses from which Dask extracts no port
 CONNECT_SECONDS: Final = 10
 JOIN_SECONDS: Final = 60
 # Results that arrive within this time are gathered and committed as a batch: one by one they take a
@@ -106,9 +107,9 @@ def _check_listens(address: str) -> None:
 
     The client would retry, log each failure with its traceback, and time out again when closed.
     """
-    if address.partition("://")[0] in (address, "tcp", "tls"):
-        host, port = get_address_host_port(address)
-        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+    if not address.startswith(WITHOUT_PORT):
+        place = get_address_host_port(address)
+        socket.create_connection(place, timeout=CONNECT_SECONDS).close()
 
 
 def _temporary_security() -> Security:
@@ -351,8 +352,8 @@ def _probe_worker(shared: bytes, packages: dict[str, str], dask_worker: Worker) 
     needed_bytes = threads * plan.projected_bytes
     if limit_bytes and needed_bytes > limit_bytes:
         return (
-            f"its {threads} threads need {format_bytes(needed_bytes)} of memory, but it has "
-            f"{format_bytes(limit_bytes)}"
+            f"it needs {format_bytes(needed_bytes)} of memory for "
+            f"{format_count(threads, 'thread')}, but has {format_bytes(limit_bytes)}"
         )
     reopen_source(plan).close()
     return ""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from fastvgg.backend import choose_for_size
 from fastvgg.errors import TargetError, option
 from fastvgg.escaping import escape_controls
-from fastvgg.formatting import format_bytes, html_table
+from fastvgg.formatting import format_bytes, format_count, html_table
 from fastvgg.storage.descriptors import open_standard_streams
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ class Plan(RunOptions):
             ("images", f"{self.header.images:,}"),
             ("from", f"{self.header.shape[1:]} {self.header.dtype} {self.header.layout}"),
             ("to", f"{self.result.shape[1:]} {self.result.dtype} {self.result.layout}"),
-            ("chunks", f"{self.chunks:,} of {self.chunk_images:,} images{committed}"),
+            ("chunks", f"{self.chunks:,} of {format_count(self.chunk_images, 'image')}{committed}"),
             ("reads", format_bytes(self.read_bytes)),
             ("writes", format_bytes(self.write_bytes) + twice),
             ("memory", f"{format_bytes(self.projected_bytes)} of {limit}"),

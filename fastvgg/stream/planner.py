@@ -188,6 +188,7 @@ def plan(
         restart=restart,
         retry_failed=retry_failed,
         fsync=fsync,
+        check_values=check_values,
     )
     if in_place != (target is None):
         written = option("in_place")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from fastvgg.errors import option
 from fastvgg.escaping import escape_controls
-from fastvgg.formatting import html_table
+from fastvgg.formatting import format_count, html_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -75,11 +75,10 @@ class Report:
 
     def _summary_rows(self) -> list[tuple[str, str]]:
         computed, chunks = self.counts["computed_chunks"], self.counts["chunks"]
-        rows = [("done", f"{self.counts['images']:,} images in {self.seconds:.1f} s")]
+        rows = [("done", f"{format_count(self.counts['images'], 'image')} in {self.seconds:.1f} s")]
         if computed < chunks:
-            rows.append(
-                ("resumed", f"{chunks - computed:,} of {chunks:,} chunks were already done")
-            )
+            done = f"{chunks - computed:,} of {format_count(chunks, 'chunk')} already done"
+            rows.append(("resumed", done))
         if self.counts["failed"]:
             rows.append(("failed", f"{self.counts['failed']:,} could not be read"))
         return rows

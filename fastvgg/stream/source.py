@@ -217,12 +217,12 @@ def check_decodable(plan: Plan, source: Source) -> None:
 
 
 def _none_decodable_error(plan: Plan, reasons: list[str]) -> SourceError:
-    images, shown = plan.header.images, "; ".join(reasons)
-    more = "; ..." if images > len(reasons) else ""
+    shown = "; ".join(reasons)
+    more = "; ..." if plan.header.images > len(reasons) else ""
     remedy = "check that the files are images, and that their disk is mounted"
     if any(NOT_SCALED in reason for reason in reasons):
         remedy = f"give {option('scale_to_uint8')} to scale images of more than 8 bits"
     return SourceError(
-        f"none of the {images} images in {plan.source} can be decoded: {shown}{more}",
+        f"no image in {plan.source} can be decoded: {shown}{more}",
         f"{remedy}; nothing was changed",
     )

@@ -6,9 +6,10 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from fastvgg.choices import check_flags
 from fastvgg.datasets.contiguous import ContiguousTarget
 from fastvgg.errors import SourceError, VerificationError, command
-from fastvgg.formatting import parse_bytes
+from fastvgg.formatting import format_count, parse_bytes
 from fastvgg.parallel import check_threads
 from fastvgg.storage.local import Storage
 from fastvgg.storage.location import Location
@@ -46,11 +47,13 @@ class Verification:
 
     def __str__(self) -> str:
         note = f" ({self.note})" if self.note else ""
-        failed = f"{self.failed} of them failed and are zeros, " if self.failed else ""
-        repaired = f"{self.repaired_chunks} chunks were repaired, " if self.repaired_chunks else ""
+        failed = f"{self.failed:,} of them zeros, because decoding failed, " if self.failed else ""
+        repaired = format_count(self.repaired_chunks, "chunk")
         return (
-            f"{self.path}: {repaired}{self.images} images in {self.chunks} chunks match their "
-            f"checksums, {failed}{self.recomputed_images} images match the NumPy reference{note}"
+            f"{self.path}: {f'repaired {repaired}, ' if self.repaired_chunks else ''}"
+            f"{format_count(self.images, 'image')} in {format_count(self.chunks, 'chunk')} matched "
+            f"the checksums, {failed}{format_count(self.recomputed_images, 'image')} matched the "
+            f"NumPy reference{note}"
         )
 
 
@@ -92,6 +95,7 @@ def verify(
     SourceError
         If there is no finished dataset, or its manifest or index is damaged.
     """
+    check_flags(full=full, repair=repair)
     location = Location.parse(path)
     storage = ObjectStorage() if location.is_remote else Storage()
     limits = check_threads(threads), parse_bytes(memory)
@@ -166,11 +170,11 @@ def _error(
         more = len(damaged) - MAX_DAMAGED_SHOWN
         chunks = len({chunk.chunk for chunk in damaged})
         problems.append(
-            f"{chunks} of {dataset.chunks} chunks are damaged: {shown}"
+            f"{chunks:,} of {format_count(dataset.chunks, 'chunk')} damaged: {shown}"
             + (f"; and {more} more" if more > 0 else "")
         )
     if repaired.chunks:
-        problems.append(f"{repaired.chunks} chunks were repaired")
+        problems.append(f"repaired {format_count(repaired.chunks, 'chunk')}")
     if repaired.refusal:
         problems.append(f"it cannot be repaired: {repaired.refusal}")
     problem = f"{dataset.location}: {'; '.join(problems)}"

@@ -113,7 +113,7 @@ def test_essential_commands_work_in_a_subprocess(tmp_path, photos):
     assert done.stdout.startswith(f"{stored}: 11 images in ")
     done = run_command("verify", stored, "--full")
     assert done.returncode == 0
-    assert "11 images match the NumPy reference" in done.stdout
+    assert "11 images matched the NumPy reference" in done.stdout
     done = run_command("restore", stored, back)
     assert (done.returncode, done.stderr) == (0, "")
     for name, expected in images_in(photos).items():
@@ -332,6 +332,21 @@ def test_info_describes_source_unfinished_and_finished_datasets(tmp_path, array)
     assert str(tmp_path / "nothing.npy") in result.stderr
 
 
+def test_one_image_in_one_chunk_is_not_called_images_in_chunks(tmp_path):
+    array, stored = save_npy(tmp_path / "x.npy", pixels(1)), tmp_path / "y.npy"
+    command = ["preprocess", array, stored, "--mode", "tf"]
+    printed = [invoke(*command, "--dry-run"), invoke(*command), invoke(*command)]
+    printed += [invoke("verify", stored), invoke("info", stored)]
+    with stored.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x01")
+    printed += [invoke("verify", stored), invoke("verify", stored, "--repair")]
+    assert [result.exit_code for result in printed] == [0, 0, 0, 0, 0, 4, 4]
+    for result in printed:
+        assert "1 " in result.output
+        assert not re.search(r"\b1 (image|chunk|thread)s\b", result.output), result.output
+
+
 def test_models_lists_every_model_with_its_mode():
     result = invoke("models")
     assert dict(line.split() for line in result.stdout.splitlines()) == models.MODES_BY_MODEL
@@ -391,7 +406,7 @@ def test_file_is_preprocessed_and_restored_in_place(floats, mode):
     assert manifest["job"]["result"]["in_place"] is True
     verified = invoke("verify", floats)
     assert verified.exit_code == 0
-    assert "11 images in 3 chunks match their checksums" in verified.stdout
+    assert "11 images in 3 chunks matched the checksums" in verified.stdout
     assert "overwritten in place" in verified.stdout
     restored = invoke("restore", floats, *options)  # the manifest knows the mode
     assert restored.exit_code == 0

@@ -185,7 +185,7 @@ def test_run_in_which_every_image_fails_changes_nothing(client, tmp_path, restar
     before = tree(tmp_path)
     with pytest.raises(SourceError) as caught:
         plan_of(folder, tmp_path / "y.npy", restart=restart, **settings).run(client=client)
-    check_error(caught.value, "none of the 11 images", folder)
+    check_error(caught.value, "no image in", folder)
     assert tree(tmp_path) == before
 
 
@@ -512,7 +512,7 @@ def test_unsuitable_workers_are_rejected_before_writing(client, tmp_path, array,
     (tmp_path / "y.npy").unlink()
     (tmp_path / "y.npy.fastvgg.json").unlink()
     plan = dataclasses.replace(plan, memory_bytes=2**40, chunk_images=2**30)
-    refused("its 1 threads need", "memory=")
+    refused("for 1 thread", "memory=")
 
 
 def test_worker_that_cannot_see_the_source_is_rejected(tmp_path, array, workers):

@@ -124,6 +124,8 @@ def test_invalid_arguments_are_rejected_when_the_graph_is_built():
         fastvgg.dask.preprocess(as_dask_array(batch), "coffee")
     with pytest.raises(UsageError, match="ndarray"):
         fastvgg.dask.preprocess(batch, "caffe")
+    with pytest.raises(UsageError, match="check_values is 'no'"):
+        fastvgg.dask.preprocess(as_dask_array(batch), "caffe", check_values="no")
 
 
 def test_suggested_rechunk_works():

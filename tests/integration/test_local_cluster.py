@@ -15,7 +15,7 @@ import fastvgg
 from fastvgg import cli
 from fastvgg.errors import UsageError
 from fastvgg.executors import dask as cluster
-from tests.helpers.datasets_on_disk import check_error, pixels, plan_of, save_npy
+from tests.helpers.datasets_on_disk import check_error, names_in, pixels, plan_of, python, save_npy
 
 NO_ROUTE = 404
 
@@ -88,6 +88,18 @@ def test_command_line_runs_on_a_local_cluster(tmp_path):
     result = CliRunner().invoke(cli.app, [*map(str, arguments)])
     assert result.exit_code == 0, result.stderr
     assert fastvgg.verify(tmp_path / "y.npy").images == 5
+
+
+@pytest.mark.parametrize("address", ["nonsense", "nonsense://x", "127.0.0.1:1"])
+def test_address_without_a_scheduler_is_refused_in_two_lines(tmp_path, address):
+    source = save_npy(tmp_path / "x.npy", pixels(5))
+    arguments = ["preprocess", source, tmp_path / "y.npy", "--mode", "tf", "--dask", address]
+    done = python("from fastvgg.cli import main\nmain()", *arguments)
+    assert done.returncode == 3
+    problem, remedy = done.stderr.splitlines()
+    assert f"no scheduler responds at {address}" in problem
+    assert "--dask local" in remedy
+    assert names_in(tmp_path) == ["x.npy"]
 
 
 def test_local_cluster_without_the_package_of_certificates_is_rejected(monkeypatch):

@@ -45,7 +45,7 @@ def test_fresh_run_leaves_no_file(tmp_path, photos, target):
     break_images(photos)
     before = tree(tmp_path)
     error = refused(fastvgg.plan(photos, f"{tmp_path}/{target}", **SETTINGS))
-    check_error(error, "none of the 40 images", photos, "00.png: not an image", "02.png", "; ...")
+    check_error(error, "no image in", photos, "00.png: not an image", "02.png", "; ...")
     assert tree(tmp_path) == before
 
 
@@ -55,7 +55,7 @@ def test_links_that_lead_nowhere_are_named(tmp_path):
         (tmp_path / "photos" / f"{row}.jpg").symlink_to(f"../../blobs/{row}")
     before = tree(tmp_path)
     error = refused(fastvgg.plan(tmp_path / "photos", tmp_path / "y.npy", **SETTINGS))
-    check_error(error, "none of the 3 images", "0.jpg: No such file or directory")
+    check_error(error, "no image in", "0.jpg: No such file or directory")
     assert tree(tmp_path) == before
 
 
@@ -83,7 +83,7 @@ def test_option_that_scales_images_is_named_where_it_helps(tmp_path):
 def test_tar_without_a_readable_image_is_refused(tmp_path):
     path = save_tar(tmp_path / "a.tar", [(f"{row}.jpg", b"torn") for row in range(5)])
     before = tree(tmp_path)
-    check_error(refused(fastvgg.plan(path, tmp_path / "y.npy", **SETTINGS)), "none of the 5")
+    check_error(refused(fastvgg.plan(path, tmp_path / "y.npy", **SETTINGS)), "no image in")
     assert tree(tmp_path) == before
 
 

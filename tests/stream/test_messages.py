@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 import fastvgg
@@ -62,21 +61,6 @@ def test_missing_dataset_in_an_hdf5_file_is_reported_before_the_mode(tmp_path):
         file["images"] = pixels(3)
     with pytest.raises(SourceError, match="/nothing"):
         fastvgg.plan(f"{tmp_path / 'x.h5'}::/nothing", tmp_path / "y.npy")
-
-
-@pytest.mark.parametrize(
-    "flag",
-    [
-        *("in_place", "keep_aspect_ratio", "fast_jpeg", "exif", "scale_to_uint8", "follow_links"),
-        *("strict", "restart", "retry_failed", "fsync"),
-    ],
-)
-@pytest.mark.parametrize("value", ["no", 0, 1, None, np.array([True, False])], ids=str)
-def test_flags_are_true_or_false(tmp_path, flag, value):
-    source = save_npy(tmp_path / "x.npy", pixels(3))
-    with pytest.raises(UsageError, match=f"{flag} is "):
-        fastvgg.plan(source, tmp_path / "y.npy", mode="tf", **{flag: value})
-    assert names_in(tmp_path) == ["x.npy"]
 
 
 # A model instead of a mode

@@ -269,7 +269,7 @@ def test_bytes_after_the_end_are_kept(tmp_path):
     with pytest.raises(VerificationError) as caught:
         fastvgg.verify(location, repair=True)
     assert caught.value.damaged == []
-    check_error(caught.value, "followed by other bytes", "2 chunks were repaired", "head -c")
+    check_error(caught.value, "followed by other bytes", "repaired 2 chunks", "head -c")
     assert location.container.read_bytes().endswith(b"someone else's")
 
 
@@ -457,7 +457,7 @@ def test_command_line_repairs_and_lists(tmp_path):
     assert f"fastvgg verify {location} --repair" in found.stderr
     repaired = CliRunner().invoke(cli.app, ["verify", str(location), "--repair", "--threads", "1"])
     assert repaired.exit_code == 0, repaired.stderr
-    assert "2 chunks were repaired" in repaired.stdout
+    assert "repaired 2 chunks" in repaired.stdout
     assert names_in(tmp_path) == ["x.npy", "y.npy", "y.npy.fastvgg.json"]
 
 

@@ -429,7 +429,7 @@ def folder_dataset(tmp_path, target="y.npy"):
 def test_failed_rows_are_counted(tmp_path, target):
     actual = fastvgg.verify(folder_dataset(tmp_path, target), full=True)
     assert (actual.failed, actual.images) == (1, 7)
-    assert "1 of them failed and are zeros" in str(actual)
+    assert "1 of them zeros, because decoding failed" in str(actual)
 
 
 def test_failed_rows_that_are_not_zeros_are_damage(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from fastvgg.choices import check_choice, suggest
 from fastvgg.errors import FastvggError, UsageError, command_line_vocabulary
 from fastvgg.models import mode_name
 from fastvgg.transform import LAYOUTS, ROUNDINGS, STORAGE_TYPES, Transform
+from tests.helpers.datasets_on_disk import names_in
 
 IMAGE = np.zeros((2, 4, 4, 3), np.uint8)
 
@@ -83,6 +86,46 @@ def test_value_that_resembles_none_is_refused_with_all_values(value):
 
 def test_a_choice_is_returned():
     assert check_choice("format", "png", ["png", "jpeg"]) == "png"
+
+
+# Options that are True or False
+
+CALLS = {
+    "Transform.__call__": (Transform("tf"), IMAGE),
+    "batches": ("x.npy", 2),
+    "plan": ("x.npy", "y.npy"),
+    "preprocess": (IMAGE, "tf"),
+    "verify": ("x.npy",),
+}
+FUNCTIONS = {name: getattr(fastvgg, name) for name in fastvgg.__all__}
+FUNCTIONS["Transform.__call__"] = Transform.__call__
+FLAGS = [
+    (name, parameter.name)
+    for name, function in FUNCTIONS.items()
+    if callable(function)
+    for parameter in inspect.signature(function).parameters.values()
+    if parameter.annotation == "bool"
+]
+
+
+@pytest.mark.parametrize(("name", "flag"), FLAGS)
+def test_flag_is_true_or_false(tmp_path, monkeypatch, name, flag):
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", IMAGE)
+    for value in ("no", 0, 1, None, np.array([True, False])):
+        with pytest.raises(UsageError, match=f"{flag} is "):
+            FUNCTIONS[name](*CALLS[name], **{flag: value})
+    assert names_in(tmp_path) == ["x.npy"]
+
+
+def test_every_public_function_with_a_flag_is_tested():
+    assert {name for name, _ in FLAGS} == set(CALLS)
+    assert len(FLAGS) == 18
+
+
+@pytest.mark.parametrize("value", [np.True_, np.False_])
+def test_flag_may_be_a_bool_of_numpy(value):
+    fastvgg.preprocess(IMAGE, "tf", check_values=value)
 
 
 @pytest.mark.parametrize(

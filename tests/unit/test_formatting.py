@@ -84,7 +84,7 @@ def test_report_of_a_resumed_run_shows_the_chunks_already_done(tmp_path):
     plan = plan_of(save_npy(tmp_path / "x.npy", pixels(11)), tmp_path / "y.npy", mode="caffe")
     plan.run()
     resumed = fastvgg.plan(tmp_path / "x.npy", tmp_path / "y.npy", mode="caffe").run()
-    assert dict(read(resumed._repr_html_())[1])["resumed"] == "1 of 1 chunks were already done"
+    assert dict(read(resumed._repr_html_())[1])["resumed"] == "1 of 1 chunk already done"
 
 
 def test_transform_repr_html_shows_mode_layouts_dtype_and_formula():
