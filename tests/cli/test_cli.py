@@ -540,24 +540,28 @@ def check_refused(code, *arguments, contains=(), result=None):
     return result.stderr
 
 
-def bad_inputs(place):
-    """Return (arguments, exit code, words of the message) by description."""
-    array = save_npy(place / "x.npy", pixels(5))
+def make_bad_inputs(place):
+    """Make the files that the commands of `bad_inputs` name."""
+    save_npy(place / "x.npy", pixels(5))
     photos = save_images(place / "photos", pixels(5))
     (place / "empty").mkdir()
     (place / "there.npy").write_text("precious")
-    stored, back = place / "stored.npy", place / "back"
-    plan_of(photos, stored, mode="caffe").run()
-    plan_of(stored, back, direction="restore").run()
-    floats = save_npy(place / "floats.npy", pixels(5).astype(np.float32))
-    negative = save_npy(place / "negative.npy", network_inputs(pixels(5), "caffe"))
-    new, caffe = place / "new.npy", ["--mode", "caffe"]
+    plan_of(photos, place / "stored.npy", mode="caffe").run()
+    plan_of(place / "stored.npy", place / "back", direction="restore").run()
+    save_npy(place / "floats.npy", pixels(5).astype(np.float32))
+    save_npy(place / "negative.npy", network_inputs(pixels(5), "caffe"))
     save_images(place / "torn", pixels(2))
     (place / "torn" / "bad.jpg").write_bytes(b"torn")
-    with_failures = place / "failed.npy"
-    plan_of(place / "torn", with_failures, mode="caffe").run()
+    plan_of(place / "torn", place / "failed.npy", mode="caffe").run()
     save_images(place / "sizes" / "small", pixels(2))
     save_images(place / "sizes" / "large", pixels(2, height=9))
+
+
+def bad_inputs(place):
+    """Return (arguments, exit code, words of the message) by description."""
+    array, photos, floats = place / "x.npy", place / "photos", place / "floats.npy"
+    stored, back, negative = place / "stored.npy", place / "back", place / "negative.npy"
+    with_failures, new, caffe = place / "failed.npy", place / "new.npy", ["--mode", "caffe"]
     return {
         "a missing source": (
             ["preprocess", place / "missing", new, *caffe],
@@ -759,30 +763,11 @@ def bad_inputs(place):
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
+def bad_place(tmp_path_factory):
     place = tmp_path_factory.mktemp("bad")
-    return place, bad_inputs(place)
+    make_bad_inputs(place)
+    return place
 
-
-BAD_INPUTS = [
-    *("a missing source", "an empty source", "a target that exists", "a target inside the source"),
-    *("a missing directory", "no mode", "an empty mode", "an unknown mode", "an unknown model"),
-    *("a mode and a model that disagree", "an unknown type", "an unknown layout"),
-    *("an impossible size", "an unknown interpolation", "no amount of memory"),
-    *("too little memory", "no threads", "an unknown rounding", "restoring images"),
-    *("restoring images that are floats", "restoring twice", "restoring in another mode"),
-    *("preprocessing twice", "preprocessing twice without a manifest"),
-    *("no target", "no target to restore to", "a target in place"),
-    *("a target to restore to in place", "a folder in place", "bytes in place"),
-    *("another type in place", "another layout in place", "preprocessing twice in place"),
-    *("preprocessing twice in place without a manifest", "restoring images in place"),
-    *("verifying what has no manifest", "telling of nothing"),
-    *("a demo among other things", "restoring a folder", "restoring a folder of several sizes"),
-    "restoring failed images with --strict",
-    "restoring failed images to files with --strict",
-    *("fast decoding of an array", "cropping of an array", "fast decoding without a size"),
-    *("cropping without a size", "retrying an array", "retrying and restarting"),
-]
 
 # What an error must not suggest: the command has no such option, or it was not given.
 NOT_SUGGESTED = {
@@ -794,28 +779,33 @@ NOT_SUGGESTED = {
 }
 
 
-@pytest.mark.parametrize("wrong", BAD_INPUTS)
-def test_bad_input_is_rejected_with_a_message_and_nothing_is_written(inputs, wrong):
-    place, all_inputs = inputs
-    arguments, code, words = all_inputs[wrong]
-    before = tree(place)
+@pytest.mark.parametrize("wrong", bad_inputs(Path()))
+def test_bad_input_is_rejected_with_a_message_and_nothing_is_written(bad_place, wrong):
+    arguments, code, words = bad_inputs(bad_place)[wrong]
+    before = tree(bad_place)
     result = invoke(*arguments)
     result.returncode = result.exit_code
     message = check_refused(code, contains=words, result=result)
     assert NOT_SUGGESTED.get(wrong, "\0") not in message
-    assert tree(place) == before
+    assert tree(bad_place) == before
 
 
-def test_every_bad_input_is_tested(inputs):
-    assert sorted(inputs[1]) == sorted(BAD_INPUTS)
+@pytest.mark.parametrize("wrong", sorted(bad_inputs(Path()).keys() - {"a demo among other things"}))
+def test_error_is_one_object_of_json_with_the_exit_code_of_the_process(bad_place, wrong):
+    arguments, code, words = bad_inputs(bad_place)[wrong]
+    result = invoke(*arguments, "--json")
+    error = json.loads(result.stdout)
+    assert error["exit_code"] == result.exit_code == code
+    text = error["problem"] + error["remedy"]
+    assert all(str(word) in text for word in words)
 
 
 @pytest.mark.parametrize(
     ("wrong", "code"),
     [("a missing source", 3), ("no mode", 2), ("preprocessing twice", 3)],
 )
-def test_subprocess_returns_the_same_exit_code(inputs, wrong, code):
-    arguments, expected, words = inputs[1][wrong]
+def test_subprocess_returns_the_same_exit_code(bad_place, wrong, code):
+    arguments, expected, words = bad_inputs(bad_place)[wrong]
     assert code == expected
     check_refused(code, *arguments, contains=words)
 
