@@ -67,8 +67,15 @@ class Commands(TyperGroup):
             code = INTERRUPTED
         sys.exit(code or 0)
 
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401  # click's or Typer's
+        """Run a command; report an interrupt while its arguments are parsed."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # Typer would exit without a message
+            raise typer.Exit(report_interrupt()) from None
 
-_has_json = False  # whether the command that runs in this process has --json
+
+_has_json = "--json" in sys.argv  # whether the command that runs in this process has --json
 
 
 class Command(TyperCommand):
@@ -201,6 +208,12 @@ def _print_json_error(
         print_json(record | details)
 
 
+def report_interrupt() -> int:
+    """Report an interrupt before a command, or after it; return the exit code."""
+    report_error("KeyboardInterrupt", INTERRUPTED, "interrupted", "rerun the same command")
+    return INTERRUPTED
+
+
 def exit_code(code: str | int | None, unprinted: OSError | None) -> str | int | None:
     """Return the exit code of a command whose output could not all be printed.
 
@@ -221,9 +234,8 @@ def report_internal_error(
 
     This is `sys.excepthook`. The traceback is printed only with --traceback.
     """
-    if kind is KeyboardInterrupt:  # before a command, or after it
-        report_error(kind.__name__, INTERRUPTED, "interrupted", "rerun the same command")
-        raise SystemExit(INTERRUPTED)
+    if kind is KeyboardInterrupt:
+        raise SystemExit(report_interrupt())
     if "--traceback" in sys.argv:
         sys.__excepthook__(kind, error, trace)
     report_error(

@@ -6,7 +6,9 @@ import os
 import signal
 import sys
 import threading
-from typing import TYPE_CHECKING
+import time
+from _thread import start_new_thread
+from typing import TYPE_CHECKING, Final
 
 from fastvgg.cli.errors import INTERRUPTED
 
@@ -16,8 +18,7 @@ if TYPE_CHECKING:
 
     Handler = Callable[[int, FrameType | None], object]
 
-# Enough for the callback that lost an interrupt to return.
-SECONDS_TO_REPEAT = 0.001
+SECONDS_TO_LEAVE: Final = 0.001
 
 
 def catch_signals() -> None:
@@ -46,8 +47,21 @@ def repeat_lost_interrupt(unraisable: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(unraisable)
         return
     _handle_signals(interrupt)
-    main_thread = threading.main_thread().ident
-    threading.Timer(SECONDS_TO_REPEAT, signal.pthread_kill, [main_thread, number]).start()
+    start_new_thread(_resend, (number,))  # threading would wait here for its start
+
+
+def _resend(number: int) -> None:
+    """Send a signal to the main thread once it has left the hook, which would lose it again."""
+    main_thread = threading.main_thread().ident or 0
+    while _is_in_hook(sys._current_frames().get(main_thread)):  # noqa: SLF001
+        time.sleep(SECONDS_TO_LEAVE)
+    signal.pthread_kill(main_thread, number)
+
+
+def _is_in_hook(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code is not repeat_lost_interrupt.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _signal_of(error: BaseException | None) -> signal.Signals | None:

@@ -1186,6 +1186,28 @@ def test_signal_during_a_finalizer_interrupts(number, loses):
     assert len(done.stderr.splitlines()) == 2
 
 
+# The hook returns only after the thread that sends the signal again has looked for it there.
+SLOW_HOOK_SCRIPT = """
+import threading, time
+from fastvgg.cli import signals
+start, looked, sleep = signals.start_new_thread, threading.Event(), time.sleep
+def start_and_wait(*arguments):
+    start(*arguments)
+    looked.wait(60)
+def look(seconds):
+    looked.set()
+    sleep(seconds)
+signals.start_new_thread, time.sleep = start_and_wait, look
+"""
+
+
+def test_lost_signal_is_resent_only_after_the_hook():
+    script = FINALIZER_SCRIPT.format(number="SIGINT", loses="Finalized()", seconds=60)
+    done = python(SLOW_HOOK_SCRIPT + script)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.startswith("fastvgg: interrupted\n")
+
+
 def test_exception_of_a_finalizer_is_still_printed():
     lost = 'class Failing:\n        __del__ = lambda self: {}["lost"]\n    Failing()'
     done = python(FINALIZER_SCRIPT.format(number="SIGINT", loses=lost, seconds=0))

@@ -83,16 +83,21 @@ def test_internal_error_is_printed_as_json():
     assert record["problem"] in done.stderr
 
 
-def test_interruption_is_printed_as_json():
-    script = """
+@pytest.mark.parametrize(
+    "interrupted",
+    ["fastvgg.plan", "cli.errors.Command.parse_args", "cli.errors.Commands.main"],
+)
+def test_interruption_is_printed_as_json_whenever_it_comes(interrupted):
+    script = f"""
 import os, signal, fastvgg
 from fastvgg import cli
-fastvgg.plan = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGINT)
+{interrupted} = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGINT)
 cli.main()
 """
     done = python(script, "preprocess", "a", "b.npy", "--mode", "tf", "--json")
     assert done.returncode == 130
-    assert json.loads(done.stdout)["error"] == "KeyboardInterrupt"
+    error = json.loads(done.stdout)
+    assert (error["error"], error["exit_code"]) == ("KeyboardInterrupt", 130)
     assert "interrupted" in done.stderr
 
 
