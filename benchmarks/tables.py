@@ -498,6 +498,9 @@ CAMPAIGNS = {
     "cluster_kills": "kills workers and coordinators of a Dask cluster, and runs tasks twice "
     "concurrently",
     "failing_calls": "makes every system call fail, or do half of its work",
+    "file_systems": "kills and resumes runs on every file system that the machine can mount",
+    "changing_sources": "truncates, overwrites, replaces or removes files of a source that a run "
+    "reads",
     "full_disks": "runs on disks of every size around the requirement",
     "fuzz": "corrupts headers, journals, redo logs and manifests",
     "fuzz_hdf5": "corrupts HDF5 files",

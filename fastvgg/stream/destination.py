@@ -91,6 +91,10 @@ class Destination(ABC):
     def _replaced_type(self) -> str | None:
         """Return whether a restart would replace "a file" or "a directory"; None if neither."""
 
+    def run_names(self) -> tuple[Path, ...]:
+        """Return those names that exist only before, during or after a run; none of a store."""
+        return ()
+
     def is_published(self) -> bool:
         """Return whether a started run has published its data."""
         return self.is_occupied()
@@ -209,6 +213,10 @@ class DiskDestination(Destination):
 
     def exists(self, path: Path) -> bool:
         return os.path.lexists(path)
+
+    def run_names(self) -> tuple[Path, ...]:
+        names = journal_path(self.path), self.partial, manifest_path(self.path)
+        return tuple(filter(os.path.lexists, names))
 
     def is_occupied(self) -> bool:
         if not self.is_file and self.path.is_dir() and not self.path.is_symlink():

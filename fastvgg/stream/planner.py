@@ -34,7 +34,6 @@ from fastvgg.storage.file_systems import check_in_place_supported
 from fastvgg.storage.location import Location
 from fastvgg.stream.destination import make_destination
 from fastvgg.stream.job import MAX_CHUNKS, Job
-from fastvgg.stream.journal import journal_path, read_journal
 from fastvgg.stream.manifest import Provenance
 from fastvgg.stream.plan import Plan, RunOptions, choose_chunk_images
 from fastvgg.stream.preflight import (
@@ -54,7 +53,7 @@ from fastvgg.stream.redo_log import (
 from fastvgg.stream.redo_log_layout import RedoLogHeader
 from fastvgg.stream.retry import check_nothing_failed, plan_retry
 from fastvgg.stream.source import check_exists, check_not_already_done, check_recorded
-from fastvgg.stream.target import inspect_target, with_committed
+from fastvgg.stream.target import inspect_unlocked_target, with_committed
 from fastvgg.transform import Mode, Transform
 
 if TYPE_CHECKING:
@@ -324,8 +323,7 @@ def _plan(
     check_target(source, target, job)
     check_options(target, job, options)
     planned = _build_plan(source, target, job, options)
-    journal_state = None if planned.restart else read_journal(journal_path(target.container))
-    found = inspect_target(planned, make_destination(planned), journal_state)
+    found = inspect_unlocked_target(planned, make_destination(planned))
     if found.name == "complete" and found.manifest is not None and options.strict:
         check_nothing_failed(target, found.manifest)
     if found.name == "failed" and isinstance(source, ImageSource):

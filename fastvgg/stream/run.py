@@ -37,7 +37,12 @@ from fastvgg.stream.progress import ProgressTracker
 from fastvgg.stream.report import first_failures
 from fastvgg.stream.retry import FailureRetry
 from fastvgg.stream.source import check_decodable, check_values, is_changed, reopen_source
-from fastvgg.stream.target import check_not_occupied, inspect_target, with_committed
+from fastvgg.stream.target import (
+    check_not_occupied,
+    inspect_target,
+    inspect_unlocked_target,
+    with_committed,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -124,7 +129,7 @@ def run(
     with ExitStack() as opened:
         source = opened.enter_context(closing(reopen_source(plan)))
         if not (plan.restart or destination.exists(journal_path(destination.path))):
-            found = inspect_target(plan, destination, None)
+            found = inspect_unlocked_target(plan, destination)
             if found.name == "complete":  # reported without creating a journal
                 destination.sync_existing()
                 return _report_complete(found, started_at)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from fastvgg.errors import TargetError, option
+from fastvgg.errors import FastvggError, TargetError, option
 from fastvgg.formatting import format_bytes
+from fastvgg.stream.journal import journal_path, read_journal
 from fastvgg.stream.manifest import read_manifest
 
 if TYPE_CHECKING:
@@ -32,6 +33,22 @@ class TargetState(NamedTuple):
     """The manifest of the finished target, or of the target whose failures a run retries."""
     replaces: str | None = None
     """Identity of what a restart replaces."""
+
+
+def inspect_unlocked_target(plan: Plan, destination: Destination) -> TargetState:
+    """Return the state of a plan's target whose journal may be locked by another process.
+
+    What is found partly before and partly after that process starts or finishes its run proves
+    nothing; it is inspected again.
+    """
+    path = journal_path(destination.path)
+    while True:
+        run_names = destination.run_names()
+        try:
+            return inspect_target(plan, destination, None if plan.restart else read_journal(path))
+        except FastvggError:
+            if destination.run_names() == run_names:
+                raise
 
 
 def inspect_target(

@@ -194,9 +194,8 @@ class Runs:
         while not planned.wait(0.1) and process.is_alive():
             pass
         planned_at = time.monotonic()
-        if change is not None:
-            process.join(delay)
-            change()
+        process.join(delay)
+        change()
         process.join()
         self._seconds = self._seconds or time.monotonic() - planned_at
         return process.exitcode

@@ -203,6 +203,36 @@ def test_partial_target_without_a_journal_is_rejected_and_kept(tmp_path, array):
 
 
 @pytest.mark.parametrize("restart", [False, True])
+def test_run_that_starts_while_another_is_planned_is_resumed(tmp_path, array, monkeypatch, restart):
+    target, settings = tmp_path / "y.npy", {"mode": "caffe", "images_per_chunk": 2}
+    first = plan_of(array, target, **settings)
+    journal, partial = str(journal_path(target)), f"{target}.partial"
+    os_open, lexists = os.open, os.path.lexists
+    asked = []  # a journal that does not exist yet, then a partial target that does
+
+    def note_journal(path, *arguments, **options):
+        if os.fspath(path) == journal and not asked:
+            asked.append(path)
+        return os_open(path, *arguments, **options)
+
+    def start_run(path):
+        if os.fspath(path) == partial and len(asked) == 1:
+            asked.append(path)
+            with pytest.raises(SimulatedCrash):
+                run(first, storage=InterruptedStorage(3))
+        return lexists(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", note_journal)
+        patch.setattr(os.path, "lexists", start_run)
+        plan = plan_of(array, target, **settings, restart=restart)
+    assert len(asked) == 2
+    assert plan.committed_chunks == (0 if restart else 3)
+    plan.run()
+    assert target.read_bytes() == npy_bytes(network_inputs(pixels(11), "caffe"))
+
+
+@pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("kind", ["file", "empty file", "link", "dangling link"])
 def test_foreign_target_is_rejected_and_kept(tmp_path, array, kind, restart):
     target = tmp_path / "y.npy"
