@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from fastvgg.storage.location import Location
     from fastvgg.transform import Layout
 
-# Chunks of 4 MiB encode at two thirds of the speed of 8 MiB; larger ones gain almost nothing.
-INNER_CHUNK_BYTES: Final = 8 * 1024 * 1024
+# Compressed data may be longer than what it decodes to, by less than this and an eighth.
+ENCODED_SLACK_BYTES: Final = 64 * 1024
 NUMPY_DTYPES: Final = ("uint8", "float16", "float32", "float64")
 MAX_ELEMENTS: Final = 2**63 - 1
 MAX_SHAPE_CHARACTERS: Final = 100  # of a shape in a message: a damaged header may claim any shape
@@ -55,13 +55,7 @@ def open_regular(path: Path) -> BinaryIO:
     """
     if is_remote(path):
         return objects.open_object(path)
-    descriptor = above_standard_streams(os.open(path, READ_FLAGS))
-    try:
-        _check_regular(os.fstat(descriptor))
-    except OSError:
-        os.close(descriptor)
-        raise
-    return os.fdopen(descriptor, "rb")
+    return os.fdopen(_open_descriptor(path, READ_FLAGS), "rb")
 
 
 def read_regular(
@@ -81,10 +75,9 @@ def read_regular(
         is not a regular file, or is longer than `max_bytes`.
     """
     flags = READ_FLAGS if follow_links else READ_FLAGS | NO_FOLLOW
-    descriptor = above_standard_streams(os.open(path, flags))
+    descriptor = _open_descriptor(path, flags)
     try:
         status = os.fstat(descriptor)
-        _check_regular(status)
         if status.st_size > max_bytes:
             raise OSError(f"the file has {status.st_size} bytes; the limit is {max_bytes}")
         return read_at(descriptor, status.st_size, 0), status
@@ -103,10 +96,14 @@ def read_at(descriptor: int, count: int, offset: int) -> bytes:
     return data
 
 
-def _check_regular(status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        is_directory = stat.S_ISDIR(status.st_mode)
-        raise OSError("it is a directory" if is_directory else "it is not a regular file")
+def _open_descriptor(path: Path | bytes, flags: int) -> int:
+    """Open a regular file, for the same reasons as `open_regular`."""
+    descriptor = above_standard_streams(os.open(path, flags))
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError("it is a directory" if stat.S_ISDIR(mode) else "it is not a regular file")
 
 
 @contextmanager
@@ -161,13 +158,9 @@ def changed_during_run_error(path: str) -> StoppedError:
     )
 
 
-def inner_chunk_images(image_bytes: int) -> int:
-    """Return how many images an inner chunk (the unit of random access) should hold.
-
-    >>> inner_chunk_images(602_112)
-    13
-    """
-    return max(1, INNER_CHUNK_BYTES // image_bytes)
+def max_encoded_bytes(decoded_bytes: int) -> int:
+    """Return the most bytes that a chunk of `decoded_bytes` may have after it was encoded."""
+    return decoded_bytes + decoded_bytes // 8 + ENCODED_SLACK_BYTES
 
 
 def check_shape(path: Location | Path, shape: tuple[int, ...]) -> None:

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, Final
 import h5py
 import numpy as np
 
+from fastvgg.datasets.base import max_encoded_bytes
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
-# Compressed data may be longer than what it decodes to, by less than this.
-SLACK_BYTES: Final = 64 * 1024
 INFLATED_BLOCK_BYTES: Final = 1024 * 1024
 CHECKSUM_BYTES: Final = 4
 SHUFFLE: Final = h5py.h5z.FILTER_SHUFFLE
@@ -65,7 +65,7 @@ class StoredChunks:
         self._counts = [-(-a // b) for a, b in zip(dataset.shape, self._lengths, strict=True)]
         self.expected = math.prod(self._counts)
         self.chunk_bytes: int = math.prod(self._lengths) * dataset.id.get_type().get_size()
-        self.max_stored_bytes: int = self.chunk_bytes + self.chunk_bytes // 8 + SLACK_BYTES
+        self.max_stored_bytes = max_encoded_bytes(self.chunk_bytes)
         self._check_filters()
         self._numbers = self._find_stored(file_bytes)
 
@@ -91,8 +91,7 @@ class StoredChunks:
             raise ChunkError(
                 f"it claims {claimed_bytes} bytes in {listed} chunks; the file has {file_bytes}"
             )
-        # A damaged chunk index may list one chunk twice and omit another.
-        numbers = array("q")
+        offsets = array("Q")
         unfiltered = (1 << len(self._filters)) - 1
         max_size = 0
 
@@ -103,24 +102,21 @@ class StoredChunks:
                 self.chunk_bytes if is_plain else 1
             )
             max_size = max(max_size, chunk.size)
-            index = [a // b for a, b in zip(chunk.chunk_offset, self._lengths, strict=True)]
-            if has_data and all(a < b for a, b in zip(index, self._counts, strict=True)):
-                numbers.append(self._number(index))
+            if has_data:
+                offsets.extend(chunk.chunk_offset)
 
         dataset.id.chunk_iter(visit)
-        stored = np.unique(np.frombuffer(numbers, np.int64) if numbers else np.empty(0, np.int64))
+        # A damaged chunk index may list one chunk twice and omit another.
+        indices = np.array(offsets, np.uint64).reshape(-1, len(self._lengths))
+        indices //= np.array(self._lengths, np.uint64)
+        indices = indices[(indices < np.array(self._counts, np.uint64)).all(axis=1)]
+        stored = np.unique(np.ravel_multi_index(indices.T.astype(np.int64), self._counts))
         if len(stored) < min(listed, self.expected):
             missing = min(listed, self.expected) - len(stored)
             raise ChunkError(f"{missing} of {self.expected} chunks have no data")
         if max_size > self.max_stored_bytes:
             raise ChunkError(f"a chunk of {self.chunk_bytes} bytes is stored in {max_size}")
         return stored
-
-    def _number(self, index: list[int] | tuple[int, ...]) -> int:
-        number = 0
-        for position, count in zip(index, self._counts, strict=True):
-            number = number * count + position
-        return number
 
     @property
     def is_inflatable(self) -> bool:
@@ -140,23 +136,15 @@ class StoredChunks:
         """
         if self.missing:
             out[...] = self._dataset.fillvalue
-        stop, item_bytes = start + len(out), out.dtype.itemsize
+        item_bytes = out.dtype.itemsize
         bytes_of = out.view(np.uint8).reshape(*out.shape, item_bytes)
-        for offset in self._offsets(start, stop):
-            begin, end = max(offset[0], start), min(offset[0] + self._lengths[0], stop)
-            lengths = [
-                min(length, size - at)
-                for at, length, size in zip(
-                    offset[1:], self._lengths[1:], out.shape[1:], strict=True
-                )
-            ]
+        for offset in self._offsets(start, start + len(out)):
+            at = (offset[0] - start, *offset[1:])  # in `out`, perhaps before it
+            ends = zip(at, self._lengths, out.shape, strict=True)
+            within = tuple(slice(max(0, -a), min(length, size - a)) for a, length, size in ends)
             target = bytes_of[
-                (
-                    slice(begin - start, end - start),
-                    *(slice(at, at + n) for at, n in zip(offset[1:], lengths, strict=True)),
-                )
+                tuple(slice(max(0, a), a + n) for a, n in zip(at, self._lengths, strict=True))
             ]
-            within = (slice(begin - offset[0], end - offset[0]), *map(slice, lengths))
             data, is_shuffled = self._inflated(offset)
             if is_shuffled:  # the first bytes of all elements, then the second ones
                 planes = data.reshape(item_bytes, *self._lengths)
@@ -167,10 +155,7 @@ class StoredChunks:
 
     def _inflated(self, offset: tuple[int, ...]) -> tuple[NDArray[np.uint8], bool]:
         """Read and inflate a chunk; return its bytes, and whether they are shuffled."""
-        try:
-            mask, data = self._dataset.id.read_direct_chunk(offset)
-        except RuntimeError as error:
-            raise ChunkError(f"chunk {offset}: {error}") from None
+        mask, data = self._read_chunk(offset)
         codes = [code for number, (code, *_) in enumerate(self._filters) if not mask >> number & 1]
         if DEFLATE in codes:
             stream = zlib.decompressobj()
@@ -202,10 +187,7 @@ class StoredChunks:
         if any(codes[number] != h5py.h5z.FILTER_FLETCHER32 for number in outer):
             return  # a filter of another package is applied after it
         for offset in self._offsets(start, stop):
-            try:
-                mask, data = self._dataset.id.read_direct_chunk(offset)
-            except RuntimeError as error:
-                raise ChunkError(f"chunk {offset}: {error}") from None
+            mask, data = self._read_chunk(offset)
             if mask >> position & 1:
                 continue
             checksums = sum(not mask >> number & 1 for number in outer)
@@ -218,11 +200,19 @@ class StoredChunks:
             return int.from_bytes(encoded[:4], "little") > self.max_stored_bytes
         return _inflates_to_more(encoded, self.max_stored_bytes)
 
+    def _read_chunk(self, offset: tuple[int, ...]) -> tuple[int, bytes]:
+        """Return the mask of the filters that were not applied to a chunk, and its stored bytes."""
+        try:
+            mask, data = self._dataset.id.read_direct_chunk(offset)
+        except RuntimeError as error:
+            raise ChunkError(f"chunk {offset}: {error}") from None
+        return mask, data
+
     def _offsets(self, start: int, stop: int) -> Iterator[tuple[int, ...]]:
         """Yield the offsets of the stored chunks that contain the images `start` to `stop`."""
         rows = range(start // self._lengths[0], -(-stop // self._lengths[0]))
         for index in itertools.product(rows, *map(range, self._counts[1:])):
-            number = self._number(index)
+            number = np.ravel_multi_index(index, self._counts)
             at = int(np.searchsorted(self._numbers, number))
             if at < len(self._numbers) and self._numbers[at] == number:
                 yield tuple(a * b for a, b in zip(index, self._lengths, strict=True))

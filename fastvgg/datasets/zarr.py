@@ -29,11 +29,12 @@ from fastvgg.datasets.base import (
     Header,
     check_dtype,
     check_shape,
+    max_encoded_bytes,
     open_regular,
     read_at,
 )
 from fastvgg.datasets.index import read_index
-from fastvgg.datasets.zarr_codecs import max_encoded_bytes, widest_item_bytes
+from fastvgg.datasets.zarr_codecs import widest_item_bytes
 from fastvgg.datasets.zarr_store import (
     METADATA_KEYS,
     MissingChunkError,

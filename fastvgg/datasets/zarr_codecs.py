@@ -21,6 +21,8 @@ import numpy as np
 from zarr.abc.codec import BytesBytesCodec
 from zarr.registry import register_codec
 
+from fastvgg.datasets.base import max_encoded_bytes
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Self
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
 
 NAME: Final = "fastvgg.bounded"
 NUMCODECS_PREFIX: Final = "numcodecs."
-# Compressed data may be longer than what it decodes to, by less than this.
-SLACK_BYTES: Final = 64 * 1024
 # Codecs that run code, or make Python objects of each element; images need none of them.
 OBJECT_CODECS: Final = frozenset(
     (
@@ -45,11 +45,6 @@ ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
 ZSTD_SKIPPABLE: Final = range(0x184D2A50, 0x184D2A60)
 ZSTD_MAX_BLOCK_BYTES: Final = 128 * 1024
 ZSTD_RAW, ZSTD_RLE, ZSTD_COMPRESSED = range(3)
-
-
-def max_encoded_bytes(decoded_bytes: int) -> int:
-    """Return the most bytes that a chunk of `decoded_bytes` may have after it was encoded."""
-    return decoded_bytes + decoded_bytes // 8 + SLACK_BYTES
 
 
 def decode(config: dict[str, Any], data: bytes, max_bytes: int) -> Any:  # noqa: ANN401  # a buffer

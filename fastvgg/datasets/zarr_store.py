@@ -16,7 +16,8 @@ from zarr.abc.store import RangeByteRequest, Store
 from zarr.buffer import default_buffer_prototype
 from zarr.storage import WrapperStore
 
-from fastvgg.datasets.zarr_codecs import bounded_metadata, max_encoded_bytes
+from fastvgg.datasets.base import max_encoded_bytes
+from fastvgg.datasets.zarr_codecs import bounded_metadata
 from fastvgg.errors import SourceError
 
 if TYPE_CHECKING:

@@ -24,10 +24,11 @@ from fastvgg.datasets.base import (
     Header,
     SharedTarget,
     byte_view,
-    inner_chunk_images,
     open_regular,
 )
+from fastvgg.datasets.formats import inner_chunk_images
 from fastvgg.datasets.zarr import ATTRIBUTE_KEY, DamagedChunkError, ZarrArray
+from fastvgg.datasets.zarr_store import CHECKSUM_BYTES, INDEX_ENTRY_BYTES
 from fastvgg.errors import ResumeError, SourceError, StoppedError, VerificationError, option
 
 if TYPE_CHECKING:
@@ -45,8 +46,6 @@ DIMENSION_NAMES: Final = {
     "NHWC": ("image", "height", "width", "channel"),
     "NCHW": ("image", "channel", "height", "width"),
 }
-CHECKSUM_BYTES: Final = 4
-INDEX_ENTRY_BYTES: Final = 16  # per inner chunk
 
 
 class ShardEncoder:

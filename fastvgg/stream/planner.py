@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, get_args
 from fastvgg import oracle
 from fastvgg.backend import check_backend
 from fastvgg.choices import check_choice, check_flags
-from fastvgg.datasets.base import MissingChunks, inner_chunk_images
-from fastvgg.datasets.formats import SOURCES
+from fastvgg.datasets.base import MissingChunks
+from fastvgg.datasets.formats import SOURCES, inner_chunk_images
 from fastvgg.datasets.image_writer import is_lossy
 from fastvgg.datasets.images import ImageSource
 from fastvgg.datasets.open import open_source, source_format, target_format

@@ -19,7 +19,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, TransposeCodec, Zstd
 from zarr.storage import MemoryStore
 
 import fastvgg
-from fastvgg.datasets import base
+from fastvgg.datasets import formats
 from fastvgg.datasets.base import Header
 from fastvgg.datasets.open import open_source
 from fastvgg.datasets.zarr import CHUNK_OVERHEAD_BYTES, ZarrSource
@@ -552,7 +552,7 @@ class RecordingStorage(Storage):
 
 def set_inner_chunk_bytes(monkeypatch, nbytes):
     """Limit the size of inner chunks, so that a small shard has several."""
-    monkeypatch.setattr(base, "INNER_CHUNK_BYTES", nbytes)
+    monkeypatch.setattr(formats, "INNER_CHUNK_BYTES", nbytes)
 
 
 def write_zarr(directory, images=10, images_per_chunk=4, **settings):
