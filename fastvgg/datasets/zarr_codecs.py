@@ -227,7 +227,7 @@ def widest_item_bytes(fields: Any) -> int:  # noqa: ANN401  # JSON
     if not isinstance(fields, dict):
         return 1
     dtypes = (fields[field] for field in DTYPE_FIELDS if isinstance(fields.get(field), str))
-    nested = map(fields.get, ("codecs", "filters", "configuration", "config"))
+    nested = map(fields.get, ("codecs", "filters", "compressor", "configuration", "config"))
     sizes = [int(np.dtype(dtype).itemsize) for dtype in dtypes]
     return max(*sizes, *map(widest_item_bytes, nested))
 
@@ -250,8 +250,7 @@ def _bounded_v3(codecs: list[Any], *, in_shard: bool = False) -> list[Any]:
                 config = {**config, "codecs": _bounded_v3(inner, in_shard=True)}
             bounded.append({"name": name, "configuration": config})
         elif plain in BOUNDED and (name != plain or name in ("gzip", "zstd", "blosc")):
-            kept = {"filters": config.get("filters"), "format": config.get("format", 1)}
-            decoder = {"id": plain, **(kept if plain == "lzma" else {})}
+            decoder = {"id": plain, **(config if plain == "lzma" else {})}
             bounded.append({"name": NAME, "configuration": decoder})
         else:
             bounded.append(codec)
@@ -260,13 +259,12 @@ def _bounded_v3(codecs: list[Any], *, in_shard: bool = False) -> list[Any]:
 
 def _bounded_v2(fields: dict[str, Any]) -> dict[str, Any]:
     filters, compressor = fields.get("filters") or [], fields.get("compressor")
-    codecs = [codec for codec in (*filters, compressor) if isinstance(codec, dict)]
-    item_bytes = 1
-    for codec in codecs:
-        item_bytes = max(item_bytes, _check_codec(str(codec.get("id")), codec))
+    for codec in (*filters, compressor):
+        if isinstance(codec, dict):
+            _check_codec(str(codec.get("id")), codec)
     try:
-        item_bytes = max(item_bytes, np.dtype(fields["dtype"]).itemsize)
-        limit = max_encoded_bytes(math.prod(map(int, fields["chunks"])) * item_bytes)
+        nbytes = math.prod(map(int, fields["chunks"])) * widest_item_bytes(fields)
+        limit = max_encoded_bytes(nbytes)
     except (TypeError, ValueError, KeyError):
         return fields
 
@@ -279,11 +277,10 @@ def _bounded_v2(fields: dict[str, Any]) -> dict[str, Any]:
     return {**fields, "filters": filters, "compressor": bounded(compressor)}
 
 
-def _check_codec(name: str, config: dict[str, Any]) -> int:
-    """Check that a codec makes numbers; return the largest size of one, in bytes."""
+def _check_codec(name: str, config: dict[str, Any]) -> None:
+    """Check that a codec makes numbers."""
     if name in OBJECT_CODECS:
         raise ValueError(f"its codec {name!r} makes Python objects, which is never done")
     dtypes = [np.dtype(config[field]) for field in DTYPE_FIELDS if config.get(field) is not None]
     if any(dtype.kind not in "?buif" or dtype.itemsize > MAX_ITEM_BYTES for dtype in dtypes):
         raise ValueError(f"its codec {name[:40]!r} has a dtype of no number")
-    return max((dtype.itemsize for dtype in dtypes), default=1)

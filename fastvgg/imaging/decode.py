@@ -245,13 +245,13 @@ class Decoder:
     def size(self, data: bytes) -> tuple[int, int] | str:
         """Return the height and width that an image decodes to, or why they are unknown."""
         try:
-            with self._opened(data) as image:
+            with self._opened(data) as (image, opened_bytes):
                 height, width = image.height, image.width
                 # Pillow transposes a TIFF itself, and reports the resulting size.
                 if not self._decoding.exif or image.format == "TIFF":
                     return height, width
                 # Pillow may have to decode the image to find its orientation.
-                with self._pillow_memory(image, data):
+                with self._pillow_memory(image, data, opened_bytes):
                     is_transposed = _orientation(image) in TRANSPOSED_ORIENTATIONS
                 return (width, height) if is_transposed else (height, width)
         except (*DECODING_ERRORS, RejectedError) as error:
@@ -278,9 +278,10 @@ class Decoder:
                     return decoded
         width, height = 0, 0
         try:
-            with self._opened(data) as image:
+            with self._opened(data) as (image, opened_bytes):
                 width, height = image.size
-                self._decode_image(image, data, out)
+                with self._pillow_memory(image, data, opened_bytes):
+                    self._decode_image(image, out)
         except (*DECODING_ERRORS, RejectedError) as error:
             return DecodeResult(width, height, True, describe_error(error))
         return DecodeResult(width, height, False, warning)
@@ -292,7 +293,7 @@ class Decoder:
         if colors not in SIMPLEJPEG_COLORS:
             return None
         if decoding.exif:
-            with self._opened(data) as image:
+            with self._opened(data) as (image, _):
                 if _orientation(image) != ORIENTATION_NORMAL:
                     return None
         scaling = self._dct_scaling(data, height, width) if decoding.fast_jpeg else {}
@@ -337,32 +338,36 @@ class Decoder:
             box = self._decoding.crop(height, width)
             self._gather(pixels, self._nearest_index(height, width, box, out.shape[:2]), out)
 
-    def _decode_image(self, image: Image.Image, data: bytes, out: NDArray[np.uint8]) -> None:
+    def _decode_image(self, image: Image.Image, out: NDArray[np.uint8]) -> None:
         """Decode, convert and store an image that Pillow has opened."""
-        with self._pillow_memory(image, data):
-            image_format = image.format
-            if isinstance(image, TiffImageFile):
-                modes.check_tiff(image)
-            if self._decoding.exif:
-                image = ImageOps.exif_transpose(image)
-            rgb = modes.to_rgb(image, image_format, scale_to_uint8=self._decoding.scale_to_uint8)
-            self._store_image(rgb, out)
+        image_format = image.format
+        if isinstance(image, TiffImageFile):
+            modes.check_tiff(image)
+        if self._decoding.exif:
+            image = ImageOps.exif_transpose(image)
+        rgb = modes.to_rgb(image, image_format, scale_to_uint8=self._decoding.scale_to_uint8)
+        self._store_image(rgb, out)
 
     @contextlib.contextmanager
-    def _opened(self, data: bytes) -> Iterator[Image.Image]:
-        """Open an image with Pillow, holding the memory that its metadata take."""
-        metadata_bytes = memory.metadata_bytes(data)
-        with self._memory(len(data) + metadata_bytes), open_image(io.BytesIO(data)) as image:
-            yield image
+    def _opened(self, data: bytes) -> Iterator[tuple[Image.Image, int]]:
+        """Open an image with Pillow; yield it, and what the file and its metadata take in memory.
 
-    def _pillow_memory(self, image: Image.Image, data: bytes) -> AbstractContextManager[Any]:
+        So much is held meanwhile.
+        """
+        opened_bytes = len(data) + memory.metadata_bytes(data)
+        with self._memory(opened_bytes), open_image(io.BytesIO(data)) as image:
+            yield image, opened_bytes
+
+    def _pillow_memory(
+        self, image: Image.Image, data: bytes, opened_bytes: int
+    ) -> AbstractContextManager[Any]:
         """Return the context manager to hold while Pillow decodes an image."""
         self._check_pixels(image.height * image.width)
         is_resized = self._decoding.size not in (None, (image.height, image.width))
         pixel_bytes = memory.pixel_bytes(
             image, data, exif=self._decoding.exif, is_resized=is_resized
         )
-        return self._memory(len(data) + memory.metadata_bytes(data) + pixel_bytes)
+        return self._memory(opened_bytes + pixel_bytes)
 
     def _store_image(self, rgb: Image.Image, out: NDArray[np.uint8]) -> None:
         size = self._decoding.size

@@ -51,22 +51,10 @@ METADATA_COPIES: Final = 2
 
 TIFF_BYTE_ORDERS: Final = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
 TIFF_SIZES: Final = {
-    1: 1,
-    2: 1,
-    3: 2,
-    4: 4,
-    5: 8,
-    6: 1,
-    7: 1,
-    8: 2,
-    9: 4,
-    10: 8,
-    11: 4,
-    12: 8,
-    13: 4,
-    16: 8,
-    17: 8,
-    18: 8,
+    **dict.fromkeys((1, 2, 6, 7), 1),
+    **dict.fromkeys((3, 8), 2),
+    **dict.fromkeys((4, 9, 11, 13), 4),
+    **dict.fromkeys((5, 10, 12, 16, 17, 18), 8),
 }
 TIFF_INTEGERS: Final = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q"}
 TIFF_RATIONALS: Final = (5, 10)
@@ -76,14 +64,8 @@ NUMBER_BYTES: Final = 40
 RATIONAL_BYTES: Final = 700
 STRIP_BYTES: Final = 700
 WIDTH, LENGTH, BITS, COMPRESSION, PHOTOMETRIC, STRIP_OFFSETS = 256, 257, 258, 259, 262, 273
-SAMPLES, ROWS_PER_STRIP, PLANES, TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS = (
-    277,
-    278,
-    284,
-    322,
-    323,
-    324,
-)
+SAMPLES, ROWS_PER_STRIP, PLANES = 277, 278, 284
+TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS = 322, 323, 324
 SUBDIRECTORIES: Final = (34665, 34853, 40965)  # EXIF, GPS, interoperability
 MAX_DEPTH: Final = 2
 GEOMETRY: Final = (WIDTH, LENGTH, BITS, SAMPLES, ROWS_PER_STRIP, TILE_WIDTH, TILE_LENGTH)
