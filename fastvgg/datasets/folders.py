@@ -237,7 +237,7 @@ class FolderImageListing(ImageListing):
         return SourceError(
             f"{os.fsdecode(self._root + folder[:-1])}: links to folders that contain more such "
             f"links lead to the same folders again, more than {MAX_REPEATS} times",
-            "remove links between these folders; or, if the images are not behind links, give "
+            "move links between these folders elsewhere; or, if no image is behind a link, give "
             f"{option('follow_links', value=False)}",
         )
 

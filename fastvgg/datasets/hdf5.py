@@ -124,24 +124,13 @@ class Hdf5Source(ContiguousSource):
             else:
                 raise self._external_error(f"{_display(part)} is a link to another file")
         if parts or not isinstance(node, h5py.Dataset):
-            file, names = self.path, ", ".join(self._names()) or "none"
+            first = _dataset_names(self._hdf5, max_names=MAX_NAMES_SHOWN)
+            file, names = self.path, ", ".join(map(_display, first)) or "none"
             problem = (
                 f"{file} has no dataset {_display(name)}." if name else f"{file}: which dataset?"
             )
             raise SourceError(f"{problem} Datasets: {names}", f"give one of them: {file}::/NAME")
         return node
-
-    def _names(self) -> list[str]:
-        """Return the names of the first few datasets in the file."""
-        names: list[str] = []
-
-        def visit(name: bytes) -> bool | None:
-            if h5py.h5o.get_info(self._hdf5.id, name).type == h5py.h5o.TYPE_DATASET:
-                names.append(_display(b"/" + name))
-            return len(names) == MAX_NAMES_SHOWN or None
-
-        h5py.h5o.visit(self._hdf5.id, visit)
-        return names
 
     def _external_error(self, reason: str) -> SourceError:
         return SourceError(
@@ -287,15 +276,9 @@ def list_datasets(path: Path) -> tuple[list[dict[str, Any]], int]:
     SourceError
         If HDF5 cannot read the file.
     """
-    names: list[bytes] = []
     try:
         with h5py.File(path, "r") as file:
-
-            def visit(name: bytes) -> None:
-                if h5py.h5o.get_info(file.id, name).type == h5py.h5o.TYPE_DATASET:
-                    names.append(b"/" + name)
-
-            h5py.h5o.visit(file.id, visit)
+            names = _dataset_names(file)
             shown = [_describe_dataset(file[name], name) for name in names[:MAX_NAMES_SHOWN]]
     except HDF5_ERRORS as error:
         raise SourceError(
@@ -306,17 +289,30 @@ def list_datasets(path: Path) -> tuple[list[dict[str, Any]], int]:
     return shown, len(names) - len(shown)
 
 
+def _dataset_names(file: h5py.File, max_names: int | None = None) -> list[bytes]:
+    """Return the names of the datasets of a file, or of the first few."""
+    names: list[bytes] = []
+
+    def visit(name: bytes) -> bool | None:
+        if h5py.h5o.get_info(file.id, name).type == h5py.h5o.TYPE_DATASET:
+            names.append(b"/" + name)
+        return len(names) == max_names or None
+
+    h5py.h5o.visit(file.id, visit)
+    return names
+
+
 def _describe_dataset(dataset: h5py.Dataset, name: bytes) -> dict[str, Any]:
+    described = {"name": name.decode(errors="replace")}
     if dataset.id.get_create_plist().get_layout() == h5py.h5d.VIRTUAL:
-        return {"name": name.decode(errors="replace"), "virtual": True, "images": False}
+        return {**described, "virtual": True, "images": False}
     shape = [int(length) for length in dataset.shape or ()]
     is_image_batch = len(shape) == 4 and 3 in (shape[1], shape[3])
     try:
         dtype = "bfloat16" if dataset.id.get_type().equal(_hdf5_type("bfloat16")) else dataset.dtype
     except (TypeError, ValueError):  # NumPy has no equivalent
         dtype = "unknown"
-    described = {"shape": shape, "dtype": str(dtype), "images": is_image_batch}
-    return {"name": name.decode(errors="replace"), **described}
+    return {**described, "shape": shape, "dtype": str(dtype), "images": is_image_batch}
 
 
 class Hdf5Target(ContiguousTarget):

@@ -41,7 +41,7 @@ MAX_RECORD_BYTES: Final = 2**20
 FIELD_PATTERN: Final = re.compile(r'(?:"([^"]*(?:""[^"]*)*)"|([^",]*))(,|\Z)')
 INDEX_HEADER: Final = ",".join(COLUMNS) + "\n"
 STATUSES: Final = ("ok", "failed")
-REMEDY: Final = "restore the index that was written with the dataset, or remove it"
+REMEDY: Final = "restore the index that was written with the dataset, or move it away"
 
 
 def index_path(dataset: Path) -> Path:

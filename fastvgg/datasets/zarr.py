@@ -133,7 +133,8 @@ class ZarrArray(ArraySource):
             )
         if not isinstance(array.metadata.attributes, dict):
             raise SourceError(
-                f"{path}: its attributes are not a JSON object", "repair or remove the attributes"
+                f"{path}: its attributes are not a JSON object",
+                "repair the attributes, or give an intact copy",
             )
         self._array = array
         check_shape(path, array.shape)
@@ -397,7 +398,8 @@ def _list_directory(path: Path) -> tuple[dict[str, tuple[int, str]], dict[str, s
         visits[status.st_dev, status.st_ino] += 1
         if visits[status.st_dev, status.st_ino] > MAX_VISITS:
             raise SourceError(
-                f"{path / folder} is reached by more than {MAX_VISITS} links", "remove the links"
+                f"{path / folder} is reached by more than {MAX_VISITS} links",
+                "move the links out of the array",
             )
         with os.scandir(path / folder) as entries:
             for entry in entries:

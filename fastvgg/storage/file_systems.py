@@ -68,7 +68,7 @@ def check_in_place_supported(path: Path) -> None:
         problem, remedy = "is a symbolic link", f"give the file itself: {path.resolve()}"
     elif status.st_nlink > 1:
         problem = f"has {status.st_nlink} hard links, and would change under all of their names"
-        remedy = "copy it, or remove the other links"
+        remedy = "copy it, and convert the copy"
     elif status.st_blocks * 512 < status.st_size:
         problem = (
             f"is sparse: it has {status.st_size} bytes, but only {status.st_blocks * 512} of them "
