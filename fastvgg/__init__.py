@@ -12,13 +12,11 @@ True
 
 from __future__ import annotations
 
-import concurrent.futures.thread
 import importlib
 import importlib.util
-import logging
-import os
-import threading
 from typing import TYPE_CHECKING
+
+from fastvgg.fork_lock import fork_lock
 
 if TYPE_CHECKING:
     from fastvgg import dask as dask
@@ -68,31 +66,15 @@ _LATE = {"Transform": "fastvgg.engine", "plan": "fastvgg.executors.threads"}
 # The package that each of these modules needs.
 _MODULES = {"dask": "dask", "keras": "numpy", "torch": "torch"}
 
-# Held during an import. A fork waits for it: a child could not import what a thread that was not
-# forked is importing.
-_import_lock = threading.RLock()
-
-# `before` hooks run in reverse order of registration, and this module's has to run before those of
-# these modules, whose locks an import may need. So import them earlier.
-_MODULES_WITH_FORK_HOOKS = (logging, concurrent.futures.thread)
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_import_lock.acquire,
-        after_in_parent=_import_lock.release,
-        after_in_child=_import_lock.release,
-    )
-
-
 if not TYPE_CHECKING:  # otherwise type checkers accept any name
 
     def __getattr__(name: str) -> object:
         if name in _MODULES:
-            with _import_lock:
+            with fork_lock:
                 return importlib.import_module(f"fastvgg.{name}")
         if name not in _LAZY:  # without the lock: `from fastvgg import engine` asks for it first
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        with _import_lock:
+        with fork_lock:
             if name in _LATE:
                 importlib.import_module(_LATE[name])
             value = getattr(importlib.import_module(_LAZY[name]), name)

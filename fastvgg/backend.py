@@ -9,14 +9,11 @@ once if it is large enough.
 
 from __future__ import annotations
 
-import concurrent.futures.thread
 import contextlib
 import functools
 import importlib.util
-import logging
 import os
 import sys
-import threading
 import time
 import warnings
 from dataclasses import dataclass
@@ -24,6 +21,7 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
 
 from fastvgg.choices import check_choice
 from fastvgg.errors import BackendError
+from fastvgg.fork_lock import fork_lock
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
@@ -48,28 +46,6 @@ IMPORT_ERRORS: Final = (
 # Where LLVM gets no memory it ends the process, or searches for some for ever. Starting Numba and
 # compiling takes 250 MiB of addresses, and each thread has a stack and a heap.
 NUMBA_ADDRESS_BYTES: Final = 768 * 2**20
-
-compile_lock: Final = threading.RLock()
-"""Held while Numba is imported or a kernel is compiled. A fork waits for it, up to a second or two:
-a child whose copy of the lock is held by a thread that was not forked could never compile."""
-
-# `before` hooks run in reverse order of registration, and this module's has to run first: a
-# compilation may need the locks that the hooks of these modules acquire. So import them earlier.
-MODULES_WITH_FORK_HOOKS: Final = (logging, concurrent.futures.thread)
-
-
-def _release_after_fork() -> None:
-    # A fork that waited for the import of this module has not acquired the lock.
-    with contextlib.suppress(RuntimeError):
-        compile_lock.release()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=compile_lock.acquire,
-        after_in_parent=_release_after_fork,
-        after_in_child=_release_after_fork,
-    )
 
 
 @dataclass(eq=False, slots=True)
@@ -170,7 +146,7 @@ def _is_installed() -> bool:
 @functools.cache
 def _find_numba_problem() -> tuple[str, str] | None:
     """Import Numba; if that fails, return the problem and its remedy."""
-    with compile_lock:
+    with fork_lock:
         if not _is_installed():
             return "it is not installed", "pip install numba"
         left_bytes = _address_bytes_left()

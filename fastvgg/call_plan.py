@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 
 from fastvgg import backend, oracle
+from fastvgg.fork_lock import fork_lock
 from fastvgg.interop import address_of, check_array_dtype
 from fastvgg.parallel import parallel_for
 from fastvgg.tiling import (
@@ -122,7 +123,7 @@ def bind_kernel(plan: CallPlan, *, in_place: bool, nontemporal: bool) -> Kernel:
 
 @functools.lru_cache(maxsize=256)
 def _compile(transform: Transform, input_type: str, **options: bool) -> Kernel:
-    with backend.compile_lock:
+    with fork_lock:
         from fastvgg.kernels import convert
         from fastvgg.kernels.spec import KernelSpec, constant_table
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from fastvgg.bench.timing import time_interleaved
+from fastvgg.fork_lock import fork_lock
 from fastvgg.kernels import bandwidth
 from fastvgg.kernels.bandwidth import STEP_BYTES
 from fastvgg.parallel import parallel_for
@@ -74,7 +75,9 @@ def measure_bandwidth(arena: Arena, rounds: int, threads: int) -> list[dict[str,
 def copy(x: NDArray[Any], out: NDArray[Any], threads: int, *, prefetch: bool) -> None:
     """Copy a batch into another with non-temporal stores."""
     pixels = x.size // 3
-    loop = bandwidth.streaming_copy(x.nbytes // pixels, out.nbytes // pixels, has_prefetch=prefetch)
+    bytes_per_pixel = x.nbytes // pixels, out.nbytes // pixels
+    with fork_lock:
+        loop = bandwidth.streaming_copy(*bytes_per_pixel, has_prefetch=prefetch)
     target, steps = _cache_lines(out)
     source = x.ctypes.data, STEP_BYTES * x.nbytes // out.nbytes
     _run_steps(loop, steps, threads, source, (target, STEP_BYTES))
@@ -82,7 +85,8 @@ def copy(x: NDArray[Any], out: NDArray[Any], threads: int, *, prefetch: bool) ->
 
 def scale(y: NDArray[Any], threads: int, *, prefetch: bool) -> None:
     """Multiply a batch of float32 in place."""
-    loop = bandwidth.scale_in_place(has_prefetch=prefetch)
+    with fork_lock:
+        loop = bandwidth.scale_in_place(has_prefetch=prefetch)
     factors = np.full(CACHE_LINE_BYTES // 4, 1.0000001, np.float32)
     target, steps = y.ctypes.data, y.nbytes // STEP_BYTES
     _run_steps(loop, steps, threads, (target, STEP_BYTES), (factors.ctypes.data, 0))
@@ -113,7 +117,8 @@ def _cache_lines(out: NDArray[Any]) -> tuple[int, int]:
 
 def _fill(target: int, steps: int, step_bytes: int, threads: int) -> None:
     line = np.ones(CACHE_LINE_BYTES, np.uint8)
-    loop = bandwidth.fill(step_bytes)
+    with fork_lock:
+        loop = bandwidth.fill(step_bytes)
     _run_steps(loop, steps, threads, (line.ctypes.data, 0), (target, step_bytes))
 
 

@@ -18,6 +18,7 @@ from fastvgg.datasets.image_writer import FileFormat, ImageFolderTarget
 from fastvgg.datasets.npy import NpySource, NpyTarget, PartitionedNpySource, part_names
 from fastvgg.datasets.tar import TarShards, is_tar_name
 from fastvgg.errors import SourceError, TargetError, option, option_name
+from fastvgg.fork_lock import fork_lock
 from fastvgg.imaging import resize
 from fastvgg.imaging.decode import DecodeOptions, Decoder
 from fastvgg.storage.local import Storage
@@ -276,7 +277,8 @@ def check_target_name(location: Location) -> None:
 def _require_extra(extra: str, location: Location) -> Iterator[None]:
     """Convert an ImportError of a format's package into an error that names the extra."""
     try:
-        yield
+        with fork_lock:
+            yield
     except ImportError as error:
         raise SourceError(
             f"{location} requires a package that cannot be imported: {error}",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastvgg import backend as backends
+from fastvgg.fork_lock import fork_lock
 from fastvgg.interop import address_of
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def gather_function(backend: ResolvedBackend) -> Gather:
     backends.check_backend(backend)
     if backend == "numpy":
         return gather
-    with backends.compile_lock:
+    with fork_lock:
         from fastvgg.kernels import resample
 
         kernel = resample.gather()

@@ -196,7 +196,7 @@ def test_imports_in_finds_every_import_form_and_omits_type_checking_imports():
 
 # From bottom to top. A folder is in a layer with all of its modules.
 LAYERS = (
-    ("escaping", "errors", "formatting", "choices"),
+    ("fork_lock", "escaping", "errors", "formatting", "choices"),
     ("models",),
     ("transform",),
     ("oracle",),

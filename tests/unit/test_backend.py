@@ -7,7 +7,7 @@ import pytest
 from fastvgg import backend
 from fastvgg.errors import UsageError
 from tests.helpers.batches import run_script
-from tests.helpers.datasets_on_disk import python
+from tests.helpers.datasets_on_disk import pixels, python, save_npy
 
 pytestmark = pytest.mark.pixels
 
@@ -222,6 +222,10 @@ class Finder:
 
 
 def call():
+    {call}
+
+
+def compute():
     import numpy as np
     x = np.arange(630, dtype=np.uint8).reshape(2, 5, 7, 9)[..., :3]
     fastvgg.Transform("caffe", dtype="float16")(x)
@@ -266,6 +270,7 @@ MOMENTS = {
     ),
     "compilation": ("fastvgg.Transform", "", "numba", COMPILATION_HOOK),
 }
+PACKAGES = {"h5py": ("h5py._hl.files", "x.h5::/x"), "zarr": ("zarr.core.array", "x.zarr")}
 
 
 @pytest.mark.compiled
@@ -273,10 +278,55 @@ MOMENTS = {
 def test_child_forked_during_the_first_call_of_another_thread_does_not_hang(moment):
     prepare, module, backend, hook = MOMENTS[moment]
     script = FORK_IN_THE_FIRST_CALL.format(
-        prepare=prepare, moment=module, backend=backend, hook=hook
+        prepare=prepare, moment=module, backend=backend, hook=hook, call="compute()"
     )
     done = python(script)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_child_forked_while_another_thread_imports_a_format_does_not_hang(tmp_path, package):
+    module, name = PACKAGES[package]
+    source = save_npy(tmp_path / "x.npy", pixels(3))
+    script = FORK_IN_THE_FIRST_CALL.format(
+        prepare="fastvgg.plan",
+        moment=module,
+        backend="numpy",
+        hook="",
+        call=f"fastvgg.plan({str(source)!r}, {str(tmp_path / name)!r}, mode='tf')",
+    )
+    done = python(script)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+EVERY_COMPILATION = """
+import llvmlite.binding
+from fastvgg.fork_lock import fork_lock
+
+parse_assembly, found = llvmlite.binding.parse_assembly, []
+
+def check_and_parse(*arguments, **settings):
+    found.append(fork_lock._is_owned())
+    return parse_assembly(*arguments, **settings)
+
+llvmlite.binding.parse_assembly = check_and_parse
+import numpy as np
+import fastvgg
+from fastvgg.bench import memory
+from fastvgg.imaging.resize import gather_function
+
+fastvgg.preprocess(np.zeros((2, 4, 4, 3), np.uint8), "tf", backend="numba")
+gather_function("numba")
+arena = memory.Arena(2**20)
+memory.measure_bandwidth(arena, 1, 2)
+assert len(found) > 5, found
+assert all(found), found
+"""
+
+
+@pytest.mark.compiled
+def test_every_compilation_holds_the_lock_that_a_fork_waits_for():
+    run_script(EVERY_COMPILATION)
 
 
 LATE_THREADS_SCRIPT = (
