@@ -6,6 +6,8 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +32,22 @@ def start_if_allowed(thread):
 threading.Thread.start = start_if_allowed
 from fastvgg.cli import main
 main()
+"""
+# A user of its own, who may read all files: the limit does not apply to root, and counts the
+# processes and threads of a user.
+NO_THREADS_SCRIPT = """
+import ctypes, os, resource, threading
+from tests.helpers.datasets_on_disk import keep_permission_override
+ctypes.CDLL(None).prctl(8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
+os.setuid(2**20 + os.getpid())
+keep_permission_override()
+resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+try:
+    threading.Thread(target=print).start()
+except RuntimeError:
+    from fastvgg.cli import main
+    main()
+raise SystemExit("a thread has started")
 """
 
 
@@ -112,6 +130,20 @@ def test_limit_of_threads_leaves_the_work_to_those_that_start(place, kind, threa
         check_result(place)
     else:
         assert len(np.load(place / "y.npy")) == 11
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="counts the processes of a user that only root has")
+def test_limit_of_processes_that_allows_no_thread_leaves_the_work_to_one():
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:  # others may not enter `tmp_path`
+        place = Path(directory)
+        place.chmod(0o777)
+        save_npy(place / "x.npy", pixels(11))
+        check_exit(preprocess(place, script=NO_THREADS_SCRIPT), 0)
+        check_result(place)
+        save_images(place / "photos", pixels(11))
+        command = ["pack", place / "photos", place / "z.npy", "--threads", "4"]
+        check_exit(run_command(*command, script=NO_THREADS_SCRIPT), 0)
+        assert len(np.load(place / "z.npy")) == 11
 
 
 @pytest.mark.parametrize(

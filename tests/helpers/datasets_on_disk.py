@@ -167,19 +167,28 @@ def stdout_of(source, *arguments, **settings):
     return done.stdout.strip()
 
 
+PERMISSION_OVERRIDES = 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+
+
 def drop_permission_override():
     """Drop root's privilege to ignore the permissions of files."""
-    if os.geteuid() != 0:
-        return
+    if os.geteuid() == 0:
+        _set_capabilities(lambda now: [low & ~PERMISSION_OVERRIDES for low in now[:3]])
+
+
+def keep_permission_override():
+    """Have the privilege to ignore the permissions of files, if it is permitted, and no other."""
+    _set_capabilities(lambda _now: [PERMISSION_OVERRIDES, PERMISSION_OVERRIDES, 0])
+
+
+def _set_capabilities(choose):
     library = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3 of the API, this thread
     sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; then their high words
-    overrides = 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
     failed = library.capget(header, sets)
-    for number in range(3):
-        sets[number] &= ~overrides
+    sets[:3] = choose(sets)
     if failed or library.capset(header, sets):
-        raise OSError(ctypes.get_errno(), "this process cannot drop its capabilities")
+        raise OSError(ctypes.get_errno(), "this process cannot set its capabilities")
 
 
 @contextlib.contextmanager
