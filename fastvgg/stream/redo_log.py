@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from xxhash import xxh3_64_hexdigest
 
 from fastvgg.datasets.base import open_regular, open_sidecar, read_sidecar
-from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError, option
+from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError, command, option
 from fastvgg.storage.local import OpenFile
 from fastvgg.storage.location import is_remote, temporary_path
 from fastvgg.stream.job import check_fields, check_sizes, check_version
@@ -87,7 +87,13 @@ def check_same_file(header: RedoLogHeader, path: Path) -> None:
             f"{journal} belongs to another file",
             f"restore that file; or, if this file is intact, give {option('restart')}",
         )
-    found, expected = journal.stat().st_size, header.journal_bytes
+    try:
+        found, expected = journal.stat().st_size, header.journal_bytes
+    except FileNotFoundError:
+        raise SourceError(
+            f"{path} has been changed by another process, which finished its run meanwhile",
+            f"see what it is now: {command('info', path)}",
+        ) from None
     if found != expected:
         raise ResumeError(
             f"{journal} has {found} bytes, expected {expected}",
