@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 # The errors of open and write with O_DIRECT where direct I/O is not possible.
 DIRECT_IO_ERRORS: Final = (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM)
-OVERLAYS: Final = ("overlay", "fuse.fuse-overlayfs", "aufs", "unionfs")
+# The errors of a rename to a directory that is not empty.
+NOT_REPLACED_ERRORS: Final = (errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR)
 WRITE_BUFFER_BYTES: Final = 2**20
 NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
 DIRECTORY_FLAGS: Final = os.O_RDONLY | NO_FOLLOW | getattr(os, "O_DIRECTORY", 0)
@@ -325,25 +326,24 @@ class Storage:
         with io_errors("rename", old):
             os.replace(old, new)
 
-    def check_movable(self, directory: Path, scratch: Path) -> None:
-        """Check that a directory that is not empty can be renamed.
+    def check_movable(self, path: Path, scratch: Path) -> None:
+        """Check that a file or directory can be renamed or replaced.
 
-        A directory in a lower layer of an overlay cannot be. Only a rename tells: this one, to the
-        non-empty directory `scratch`, which is removed afterwards, fails in any case.
+        It cannot be if it is immutable, another user's in a sticky directory, or a directory in a
+        lower layer of an overlay. Only a rename tells: this one, to the non-empty directory
+        `scratch`, fails in any case. The caller removes `scratch` after an error.
         """
-        if file_system_type(directory) not in OVERLAYS:
+        if os.name != "posix":  # other systems report the same error for every failed rename
             return
         self.make_directory(scratch)
         self.write_file(scratch / "file", [], sync=False)
-        try:
-            with io_errors("rename", directory), suppress(FileExistsError):
-                try:
-                    os.replace(directory, scratch)
-                except OSError as error:
-                    if error.errno != errno.ENOTEMPTY:
-                        raise
-        finally:
-            self.remove(scratch)
+        with io_errors("rename", path):
+            try:
+                os.replace(path, scratch)
+            except OSError as error:
+                if error.errno not in NOT_REPLACED_ERRORS:
+                    raise
+        self.remove(scratch)
 
     def remove(self, path: Path) -> None:
         """Remove a file, or a directory tree; do nothing if it does not exist."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, cast
 
 import xxhash
@@ -167,7 +168,7 @@ class Destination(ABC):
         """Make durable what a killed run has written."""
 
     def check_movable(self) -> None:  # noqa: B027  # objects are not moved
-        """Check that `set_aside` can move what the run replaces; raise TargetError otherwise."""
+        """Check that what the run replaces can be renamed; raise TargetError otherwise."""
 
     @abstractmethod
     def set_aside(self) -> None:
@@ -261,16 +262,19 @@ class DiskDestination(Destination):
         self.storage.syncfs(self.path.parent)
 
     def check_movable(self) -> None:
-        if self.is_file or not self.is_occupied():
-            return
-        _, replaced = self.set_aside_names[-1]
-        try:
-            self.storage.check_movable(self.path, replaced)
-        except StoppedError as error:
-            raise TargetError(
-                f"{self.path} cannot be replaced: {error.problem}; nothing was written",
-                "choose another name, or move it away",
-            ) from error
+        _, scratch = self.set_aside_names[-1]
+        for path, _ in self.set_aside_names:
+            if not os.path.lexists(path):
+                continue
+            try:
+                self.storage.check_movable(path, scratch)
+            except StoppedError as error:
+                with suppress(StoppedError):
+                    self.storage.remove(scratch)
+                raise TargetError(
+                    f"{path} cannot be replaced: {error.problem}; nothing was written",
+                    "choose another name, or have its owner move it away",
+                ) from error
 
     def set_aside(self) -> None:
         is_moved = False

@@ -17,7 +17,7 @@ import numpy as np
 
 from fastvgg.datasets.base import byte_view
 from fastvgg.datasets.npy import NpySource
-from fastvgg.errors import TargetError, command
+from fastvgg.errors import TargetError, command, os_errors_refused
 from fastvgg.storage.file_systems import check_in_place_supported
 from fastvgg.storage.local import Storage
 from fastvgg.stream.commit_pipeline import CommitPipeline
@@ -67,19 +67,20 @@ def run(
     storage = storage or Storage(fsync=plan.fsync)
     started_at = time.monotonic()
     path = plan.target.container
-    check_in_place_supported(path)
-    data = storage.open(path)
-    try:
-        if not storage.lock(data):
-            raise TargetError(
-                f"{path} is being changed by another process",
-                f"wait for it to finish; its progress: {command('info', path)}",
-            )
-        layout, dtype = plan.header.layout, plan.header.dtype
-        with contextlib.closing(NpySource(path, layout=layout, dtype_hint=dtype)) as source:
-            return _InPlaceRun(plan, source, data, storage, progress, started_at).finish()
-    finally:
-        storage.close(data)
+    layout, dtype = plan.header.layout, plan.header.dtype
+    with contextlib.ExitStack() as opened:
+        with os_errors_refused():
+            check_in_place_supported(path)
+            data = storage.open(path)
+            opened.callback(storage.close, data)
+            if not storage.lock(data):
+                raise TargetError(
+                    f"{path} is being changed by another process",
+                    f"wait for it to finish; its progress: {command('info', path)}",
+                )
+            source = NpySource(path, layout=layout, dtype_hint=dtype)
+            opened.callback(source.close)
+        return _InPlaceRun(plan, source, data, storage, progress, started_at).finish()
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class _InPlaceRun:
             log.remove()
         return tracker.report(manifest.counts, first_failures(enumerate(self.source.records)))
 
+    @os_errors_refused()
     def _begin(self) -> RedoLog:
         if self.plan.committed_chunks or is_changed(self.plan, self.source):
             raise changed_error(self.plan.source)

@@ -11,12 +11,21 @@ crash can leave: tests/campaigns/crash_states.py.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from xxhash import xxh3_64_hexdigest
 
 from fastvgg.datasets.base import open_regular, open_sidecar, read_sidecar
-from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError, command, option
+from fastvgg.errors import (
+    FastvggError,
+    ResumeError,
+    SourceError,
+    StoppedError,
+    TargetError,
+    command,
+    option,
+)
 from fastvgg.storage.local import OpenFile
 from fastvgg.storage.location import is_remote, temporary_path
 from fastvgg.stream.job import check_fields, check_sizes, check_version
@@ -196,13 +205,32 @@ class RedoLog:
 
     @classmethod
     def begin(cls, storage: Storage, data: OpenFile, job: Job, chunk_images: int) -> RedoLog:
-        """Create the log for an unchanged data file; raise TargetError if the disk is full."""
+        """Create the log for an unchanged data file; raise TargetError if that fails."""
         header = RedoLogHeader.new(job, chunk_images, os.fstat(data.descriptor))
-        storage.sync(data)  # a power failure must not lose the input of later chunks
         path = journal_path(data.path)
-        is_new, temporary = not os.path.lexists(path), temporary_path(path)
+        is_new = not os.path.lexists(path)
+        try:
+            return cls._create(storage, data, header)
+        except FastvggError as error:
+            with suppress(StoppedError):
+                storage.remove(temporary_path(path))
+                if is_new:
+                    storage.remove(path)
+                storage.sync_directory(path.parent)
+            if isinstance(error, StoppedError):
+                raise error.as_refusal() from error
+            raise
+
+    @classmethod
+    def _create(cls, storage: Storage, data: OpenFile, header: RedoLogHeader) -> RedoLog:
+        path, manifest = journal_path(data.path), manifest_path(data.path)
+        temporary = temporary_path(path)
+        storage.sync(data)  # a power failure must not lose the input of later chunks
         storage.close(storage.open(path, create=True))
         storage.sync_directory(path.parent)  # proves that what has the temporary name is ours
+        storage.remove(temporary)
+        if os.path.lexists(manifest):
+            storage.check_movable(manifest, temporary)
         file = storage.create(temporary)
         try:
             storage.reserve(file, header.journal_bytes)
@@ -212,13 +240,8 @@ class RedoLog:
             storage.sync(file)
             storage.rename(temporary, path)
             storage.sync_directory(path.parent)
-        except BaseException as error:
+        except BaseException:
             storage.close(file)
-            if isinstance(error, TargetError):  # no space: undo the start of the run
-                storage.remove(temporary)
-                storage.sync_directory(path.parent)
-                if is_new:
-                    storage.remove(path)
             raise
         return log
 

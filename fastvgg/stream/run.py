@@ -265,6 +265,8 @@ class Run:
         if self.retry is not None:
             if self.found.name == "failed":
                 self._begin(committed=self.retry.good_commits())
+                with self._undoing():
+                    self.destination.check_movable()
             self.destination.reopen_published()
         if self.retry is not None or (self.found.name == "resumable" and self.journal.commits):
             self.target.reopen()
