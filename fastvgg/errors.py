@@ -127,9 +127,12 @@ REMEDIES: Final = {
 }
 
 
+RERUN: Final = "fix the cause, and rerun the same command"
+
+
 def remedy_for(error: OSError) -> str:
     """Return how to fix the cause of a failed system call."""
-    return REMEDIES.get(error.errno or 0, "fix the cause, and rerun the same command")
+    return REMEDIES.get(error.errno or 0, RERUN)
 
 
 class FastvggError(Exception):
@@ -230,21 +233,20 @@ class DamagedChunk(NamedTuple):
 
 
 @contextmanager
-def os_errors_refused() -> Iterator[None]:
-    """Convert an OSError or StoppedError, raised before anything is written, to a SourceError.
+def os_errors_refused(error_class: type[FastvggError] = SourceError) -> Iterator[None]:
+    """Convert an OSError or StoppedError, raised before anything is written, to a refusal.
 
     Also a decorator.
     """
     try:
         yield
     except StoppedError as error:  # no run has begun that a rerun could resume
-        remedy = "fix the cause, and rerun the same command; nothing was written"
-        raise SourceError(error.problem, remedy) from error
+        raise error.as_refusal(error_class) from error
     except OSError as error:
         name = errno.errorcode.get(error.errno or 0, "unknown error")
         where = f"{error.filename}: " if error.filename else ""
         problem = f"{where}{error.strerror or error} ({name})"
-        raise SourceError(problem, remedy_for(error)) from error
+        raise error_class(problem, remedy_for(error)) from error
 
 
 class VerificationError(FastvggError):
@@ -294,8 +296,8 @@ class StoppedError(FastvggError):
             "fix the cause and rerun the same command: it resumes after the last committed chunk",
         )
 
-    def as_refusal(self) -> TargetError:
+    def as_refusal(self, error_class: type[FastvggError] = TargetError) -> FastvggError:
         """Return the error of a call that failed before anything was written."""
         cause = self.__cause__
-        remedy = remedy_for(cause) if isinstance(cause, OSError) else self.remedy
-        return TargetError(f"{self.problem}; nothing was written", remedy)
+        remedy = remedy_for(cause) if isinstance(cause, OSError) else RERUN
+        return error_class(f"{self.problem}; nothing was written", remedy)

@@ -25,7 +25,7 @@ from fastvgg.stream.journal import journal_path, read_journal
 from fastvgg.stream.manifest import SPAN_BYTES, Provenance, read_manifest
 from fastvgg.stream.redo_log import check_not_in_place
 from fastvgg.stream.report import Progress
-from fastvgg.stream.source import check_exists
+from fastvgg.stream.source import check_exists, unfinished_error
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ MAX_REASON_CHARACTERS: Final = 500  # an error of a library may quote any amount
 class CheckCounter:
     """Count checked images, and report them to `progress`; thread-safe.
 
-    An image counts once for its checksum, and once more if it is recomputed.
+    An image counts once for its checksum, once more if it is compared with its source, and once
+    more if its chunk is repaired.
     """
 
     def __init__(self, progress: Callable[[Progress], None] | None, total: int) -> None:
@@ -54,6 +55,10 @@ class CheckCounter:
         self._images = self._bytes = 0
         self._started_at = time.monotonic()
         self._lock = threading.Lock()
+
+    def expect(self, images: int) -> None:
+        """Expect more images."""
+        self._total += images
 
     def count(self, images: int, nbytes: int) -> None:
         """Count images that were checked by reading so many bytes."""
@@ -124,7 +129,7 @@ class FinishedDataset:
 
     def failed_rows(self, start: int, stop: int) -> list[int]:
         """Return the rows in a range that failed when the dataset was made."""
-        records = self.records[start:stop] if self.records else ()
+        records = self.records[start:stop]
         return [row for row, record in enumerate(records, start) if record.failed]
 
     @functools.cached_property
@@ -195,8 +200,7 @@ class FinishedDataset:
         except (FastvggError, OSError) as error:
             if isinstance(error, StoppedError) and self.location.is_remote:
                 raise  # the connection failed, which says nothing about the data
-            problem = error.problem if isinstance(error, FastvggError) else str(error)
-            return problem.removeprefix(f"{self.location.container}: ")
+            return problem_of(error).removeprefix(f"{self.location.container}: ")
         finally:
             count(stop - start - counted, 0)
         expected, actual = self.manifest.checksums[chunk], digest.hexdigest()
@@ -212,13 +216,13 @@ class FinishedDataset:
             return self.stored.read_back(start, stop)
         spans = self.stored.stored_spans(start, stop, SPAN_BYTES)
         header = self.manifest.header
-        batch = np.empty((stop - start) * header.image_bytes, np.uint8)
-        position = 0
-        for span in spans:
-            batch[position : position + len(span)] = np.frombuffer(span, np.uint8)
-            position += len(span)
-        dtype = storage_dtype(header.dtype)
-        return batch.view(dtype).reshape(-1, *header.shape[1:])
+        rows = np.frombuffer(b"".join(map(bytes, spans)), storage_dtype(header.dtype))
+        return rows.reshape(-1, *header.shape[1:])
+
+
+def problem_of(error: FastvggError | OSError) -> str:
+    """Return what went wrong, without a remedy."""
+    return error.problem if isinstance(error, FastvggError) else str(error)
 
 
 def _nonzero_row(
@@ -245,12 +249,8 @@ def _exists(location: Location) -> bool:
 
 
 def _not_finished_error(location: Location) -> SourceError:
-    state = read_journal(journal_path(location.container), header_only=True)
-    if state is not None:
-        return SourceError(
-            f"{location} is unfinished: the run that writes it was interrupted",
-            f"rerun the command that writes it; its progress: {command('info', location)}",
-        )
+    if read_journal(journal_path(location.container), header_only=True) is not None:
+        return unfinished_error(location)
     return SourceError(
         f"{location} has no manifest: it is a source, or another program wrote it, so there are no "
         "checksums to compare with",

@@ -69,7 +69,7 @@ def run(
     path = plan.target.container
     layout, dtype = plan.header.layout, plan.header.dtype
     with contextlib.ExitStack() as opened:
-        with os_errors_refused():
+        with os_errors_refused(TargetError):
             check_in_place_supported(path)
             data = storage.open(path)
             opened.callback(storage.close, data)
@@ -113,7 +113,7 @@ class _InPlaceRun:
             log.remove()
         return tracker.report(manifest.counts, first_failures(enumerate(self.source.records)))
 
-    @os_errors_refused()
+    @os_errors_refused(TargetError)
     def _begin(self) -> RedoLog:
         if self.plan.committed_chunks or is_changed(self.plan, self.source):
             raise changed_error(self.plan.source)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
@@ -13,18 +13,17 @@ from fastvgg import oracle
 from fastvgg.datasets.formats import SOURCES
 from fastvgg.datasets.image_writer import is_lossy
 from fastvgg.datasets.open import open_source
-from fastvgg.errors import DamagedChunk, FastvggError, SourceError
+from fastvgg.errors import DamagedChunk, FastvggError
 from fastvgg.parallel import parallel_for
 from fastvgg.storage.location import Location
+from fastvgg.stream.finished import problem_of
 from fastvgg.stream.manifest import SPAN_BYTES
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-    from numpy.typing import NDArray
-
-    from fastvgg.datasets.base import Source
+    from fastvgg.datasets.base import ImageRecord, Source
     from fastvgg.stream.finished import FinishedDataset
     from fastvgg.stream.job import Job
 
@@ -44,58 +43,60 @@ class Recomputation:
     """
 
     def __init__(self, dataset: FinishedDataset, *, full: bool) -> None:
-        self.note = ""
-        """Why the source is not compared; empty if it is."""
         self.source: Source | None = None
         self._dataset = dataset
         self._differences: dict[int, _Difference] = {}
+        self._unreadable: dict[int, ImageRecord] = {}
         self._recomputed = 0
         self._lock = threading.Lock()
         job = dataset.manifest.job
+        problem = ""
         if job.in_place:
-            self.note = "not compared with the source, which was overwritten in place"
+            problem = ", which was overwritten in place"
         elif is_lossy(job.file_format):
-            self.note = "not compared with the source: JPEG is lossy"
+            problem = ": JPEG is lossy"
         elif dataset.index_differences:
-            self.note = "not compared with the source: the index does not say which images failed"
+            problem = ": the index does not say which images failed"
         else:
-            self._open(job, full=full)
+            problem = self._open(job, full=full)
+        self.note = f"not compared with the source{problem}" if problem else ""
+        """Why the source is not compared; empty if it is."""
         self._spans: list[range] = []
         if self.source is not None:
-            self._spans = self._choose_spans(full=full)
+            self._spans = self._choose_spans(self.source, full=full)
 
-    def _open(self, job: Job, *, full: bool) -> None:
-        try:
-            source = open_job_source(job, self._dataset.memory_bytes // 2, self._dataset.threads)
-        except SourceError as error:
-            self.note = f"not compared with the source: {error.problem}"
-            return
-        # A copy of the source has another modification time and so another fingerprint, but the
-        # same pixels: `full` compares them anyway.
-        if source.header != job.header or not (full or source.fingerprint() == job.fingerprint):
-            source.close()
-            self.note = f"not compared with the source: {source.location} has changed"
-            return
+    def _open(self, job: Job, *, full: bool) -> str:
+        """Open the source; return why it cannot be compared, or "" if it can."""
+        threads = self._dataset.threads
+        with contextlib.ExitStack() as opened:
+            try:
+                source = open_job_source(job, self._dataset.memory_bytes // 2, threads)
+                opened.callback(source.close)
+                # A copy of the source has another modification time and so another fingerprint,
+                # but the same pixels: `full` compares them anyway.
+                is_same = full or source.fingerprint() == job.fingerprint
+            except (FastvggError, OSError) as error:
+                return f": {problem_of(error)}"
+            if source.header != job.header or not is_same:
+                return f": {source.location} has changed"
+            opened.pop_all()
         self.source = source
+        return ""
 
-    def _choose_spans(self, *, full: bool) -> list[range]:
+    def _choose_spans(self, source: Source, *, full: bool) -> list[range]:
         """Return the ranges of rows to recompute, each by one thread."""
-        images = self._dataset.manifest.header.images
+        dataset, job = self._dataset, self._dataset.manifest.job
+        images = job.result.images
         if not full and images > SAMPLED_IMAGES:  # a sample at equal distances
             last = SAMPLED_IMAGES - 1
             rows = [image * (images - 1) // last for image in range(SAMPLED_IMAGES)]
             return [range(row, row + 1) for row in rows]
-        size = self._span_images
-        return [range(row, min(row + size, images)) for row in range(0, images, size)]
-
-    @property
-    def _span_images(self) -> int:
-        """Images of a span: whole units of the source, each of which is read only once."""
-        job, dataset = self._dataset.manifest.job, self._dataset
-        unit = 1 if self.source is None else min(self.source.read_granularity, job.header.images)
+        # Whole units of the source, each of which is read only once.
+        unit = min(source.read_granularity, images)
         image_bytes = max(job.header.image_bytes, job.result.image_bytes)
         wanted_bytes = max(SPAN_BYTES, dataset.stored.min_span_bytes)
-        return max(1, wanted_bytes // (image_bytes * unit)) * unit
+        size = max(1, wanted_bytes // (image_bytes * unit)) * unit
+        return [range(row, min(row + size, images)) for row in range(0, images, size)]
 
     @property
     def images(self) -> int:
@@ -107,67 +108,78 @@ class Recomputation:
 
         `count` is called with the images and bytes that were compared.
         """
+        if self.source is None:
+            return 0
+        source, threads = self.source, self._dataset.threads_within(self._thread_bytes(self.source))
 
         def compare(rows: range) -> None:
-            nbytes = self._compare(rows, damaged)
-            count(len(rows), nbytes)
+            count(len(rows), self._compare(source, rows, damaged))
 
-        if self._spans:
-            threads = self._dataset.threads_within(self._thread_bytes)
-            try:
-                parallel_for(self._spans, compare, threads)
-            except (FastvggError, OSError) as error:
-                problem = error.problem if isinstance(error, FastvggError) else str(error)
-                self.note = f"not all compared with the source: {problem}"
+        try:
+            parallel_for(self._spans, compare, threads)
+            if self._unreadable:
+                row, record = min(self._unreadable.items())
+                self.note = (
+                    f"not compared with the source: {len(self._unreadable)} images that cannot be "
+                    f"read any more; the first is image {row}, {record.path}: {record.reason}"
+                )
+        except (FastvggError, OSError) as error:
+            self.note = f"not all compared with the source: {problem_of(error)}"
         return self._recomputed
 
-    @property
-    def _thread_bytes(self) -> int:
+    def _thread_bytes(self, source: Source) -> int:
         job = self._dataset.manifest.job
         rows = max(map(len, self._spans))
         copies = 1 + SOURCES[job.source_kind].read_copies
-        unit = 1 if self.source is None else min(self.source.read_granularity, job.header.images)
+        unit = min(source.read_granularity, job.header.images)
         stored_bytes = max(rows * job.result.image_bytes, self._dataset.stored.min_span_bytes)
         compute_type = storage_dtype(job.transform.compute_type(job.header.dtype))
         oracle_bytes = ORACLE_COPIES * compute_type.itemsize * math.prod(job.header.shape[1:])
         return max(rows, unit) * job.header.image_bytes * copies + 2 * stored_bytes + oracle_bytes
 
-    def _compare(self, rows: range, damaged: Collection[int]) -> int:
+    def _compare(self, source: Source, rows: range, damaged: Collection[int]) -> int:
         """Compare a span of rows, chunk by chunk; return the bytes that were read."""
         dataset, nbytes = self._dataset, 0
         size = dataset.manifest.chunk_images
         for chunk in range(rows.start // size, (rows.stop - 1) // size + 1):
             first, end = dataset.chunk_rows(chunk)
             if chunk not in damaged:
-                nbytes += self._compare_rows(max(rows.start, first), min(rows.stop, end))
+                start, stop = max(rows.start, first), min(rows.stop, end)
+                nbytes += self._compare_rows(source, start, stop)
         return nbytes
 
-    def _compare_rows(self, start: int, stop: int) -> int:
-        dataset, source = self._dataset, self.source
-        if source is None:
-            return 0
-        inputs, stored = source.read(start, stop).batch, dataset.read(start, stop)
+    def _compare_rows(self, source: Source, start: int, stop: int) -> int:
+        dataset, transform = self._dataset, self._dataset.manifest.job.transform
+        (inputs, records), stored = source.read(start, stop), dataset.read(start, stop)
         failed = {*dataset.failed_rows(start, stop)}
         for row, (image, actual) in enumerate(zip(inputs, stored, strict=True), start):
-            expected = oracle.apply(dataset.manifest.job.transform, image)
-            self._record(row, actual, np.zeros_like(expected) if row in failed else expected)
+            expected = oracle.apply(transform, image)
+            if row in failed:
+                expected = np.zeros_like(expected)
+            elif records and records[row - start].failed:
+                with self._lock:
+                    self._unreadable[row] = records[row - start]
+                continue
+            differing = int((actual.view(np.uint8) != expected.view(np.uint8)).sum())
+            amount = f"{differing} of {expected.nbytes} bytes"
+            result = f"the result recomputed from {source.location}"
+            self._record(row, f"differs in {amount} from {result}" if differing else "")
         return inputs.nbytes + stored.nbytes
 
-    def _record(self, row: int, actual: NDArray[Any], expected: NDArray[Any]) -> None:
-        differing = int((actual.view(np.uint8) != expected.view(np.uint8)).sum())
+    def _record(self, row: int, reason: str) -> None:
+        """Count a row that was recomputed, and record why it differs, if it does."""
+        chunk = row // self._dataset.manifest.chunk_images
         with self._lock:
             self._recomputed += 1
-            if differing:
-                chunk = row // self._dataset.manifest.chunk_images
-                found = _Difference(row, row, 1, differing, expected.nbytes)
+            if reason:
+                found = _Difference(row, row, 1, reason)
                 earlier = self._differences.get(chunk)
                 self._differences[chunk] = found if earlier is None else earlier.with_row(found)
 
     def differing_chunks(self) -> list[DamagedChunk]:
         """Return the chunks with images that differ from the recomputed ones, in order."""
-        where = "" if self.source is None else f" recomputed from {self.source.location}"
         return [
-            DamagedChunk(chunk, found.first, found.last + 1, found.describe() + where)
+            DamagedChunk(chunk, found.first, found.last + 1, str(found))
             for chunk, found in sorted(self._differences.items())
         ]
 
@@ -184,21 +196,18 @@ class _Difference(NamedTuple):
     first: int
     last: int
     images: int
-    bytes: int
-    """Bytes of the first image that differ."""
-    image_bytes: int
+    reason: str
+    """Of the first image."""
 
     def with_row(self, other: _Difference) -> _Difference:
         """Return both as one."""
         earlier = self if self.first < other.first else other
         return earlier._replace(last=max(self.last, other.last), images=self.images + other.images)
 
-    def describe(self) -> str:
-        """Return what differs."""
-        amount = f"{self.bytes} of {self.image_bytes} bytes"
+    def __str__(self) -> str:
         if self.images == 1:
-            return f"differs in {amount} from the result"
-        return f"{self.images} of them differ, image {self.first} in {amount}, from the result"
+            return self.reason
+        return f"{self.images} of them differ; image {self.first} {self.reason}"
 
 
 def open_job_source(job: Job, decoding_bytes: int, threads: int) -> Source:

@@ -9,31 +9,33 @@ name, and readers of its other chunks are not disturbed.
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
 from fastvgg.datasets.open import embedded_transform
-from fastvgg.errors import FastvggError, SourceError, StoppedError, TargetError, command
+from fastvgg.errors import FastvggError, SourceError, StoppedError, TargetError
 from fastvgg.storage.location import Location
 from fastvgg.storage.objects import ObjectStorage
 from fastvgg.stream.compute import ChunkTask, compute
+from fastvgg.stream.finished import problem_of
 from fastvgg.stream.journal import check_is_journal, journal_path
 from fastvgg.stream.journal_writer import FileJournal, StoreJournal
 from fastvgg.stream.manifest import checksum
 from fastvgg.stream.plan import Plan
 from fastvgg.stream.preflight import check_directory
 from fastvgg.stream.recompute import open_job_source
+from fastvgg.stream.source import unfinished_error
 from fastvgg.stream.target import with_committed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from fastvgg.datasets.base import Payload, Source
     from fastvgg.errors import DamagedChunk
     from fastvgg.storage.local import Storage
     from fastvgg.stream.compute import ChunkResult
-    from fastvgg.stream.finished import FinishedDataset
+    from fastvgg.stream.finished import CheckCounter, FinishedDataset
     from fastvgg.stream.journal_writer import Journal
 
 FOREIGN: Final = (
@@ -61,7 +63,7 @@ def locked(location: Location, storage: Storage | ObjectStorage) -> Iterator[Non
 
     Raises
     ------
-    TargetError
+    TargetError, SourceError
         If it cannot be overwritten, or a run or another repair is writing it.
     """
     path = location.container
@@ -78,15 +80,15 @@ def locked(location: Location, storage: Storage | ObjectStorage) -> Iterator[Non
         journal = FileJournal(path, storage, restart=False)
     with contextlib.closing(journal):
         if journal.state is not None:
-            raise TargetError(
-                f"{location} is unfinished: a run that writes it was interrupted",
-                f"rerun the command that writes it; its progress: {command('info', location)}",
-            )
+            raise unfinished_error(location)
         yield
 
 
 def repair(
-    dataset: FinishedDataset, damaged: list[DamagedChunk], differences: list[str]
+    dataset: FinishedDataset,
+    damaged: list[DamagedChunk],
+    differences: list[str],
+    counter: CheckCounter,
 ) -> Repaired:
     """Recompute damaged chunks and overwrite them; then restore the header, if all are intact.
 
@@ -103,8 +105,8 @@ def repair(
     try:
         plan = _plan(dataset, len(damaged))
         source = open_job_source(job, plan.decoding_bytes, dataset.threads)
-    except FastvggError as error:
-        return Repaired(0, damaged, differences, error.problem)
+    except (FastvggError, OSError) as error:
+        return Repaired(0, damaged, differences, problem_of(error))
     with contextlib.closing(source):
         if source.header != job.header:
             refusal = f"{source.location} has changed: it has shape {source.header.shape}"
@@ -112,7 +114,14 @@ def repair(
         repairing = _Repair(dataset, plan, source)
         if not repairing.is_proven(damaged):
             return Repaired(0, damaged, differences, FOREIGN)
-        remaining = [left for chunk in damaged if (left := repairing.repair(chunk)) is not None]
+        counter.expect(sum(chunk.stop - chunk.start for chunk in damaged))
+        remaining = []
+        for chunk in damaged:
+            problem = repairing.repair(chunk)
+            if problem:
+                reason = f"{chunk.reason}; not repaired: {problem}"
+                remaining.append(chunk._replace(reason=reason))
+            counter.count(chunk.stop - chunk.start, 0)
     # Only complete rows make it a dataset: a header would let others read it before.
     if differences and not remaining:
         differences = dataset.stored.repair_header()
@@ -163,14 +172,17 @@ class _Repair:
     def _has_intact_image(self, chunk: DamagedChunk) -> bool:
         try:
             computed = self._recompute(chunk)
-        except FastvggError:
+        except (FastvggError, OSError):
             return False
         rows = range(chunk.start, chunk.stop)
-        return any(map(self._is_intact, rows, _split(computed.stored, len(rows))))
+        images: Iterable[Any] = computed.stored
+        if not self._plan.job.is_encoded:
+            images = np.frombuffer(computed.stored[0], np.uint8).reshape(len(rows), -1)
+        return any(map(self._is_intact, rows, map(bytes, images)))
 
-    def _is_intact(self, row: int, expected: bytes | memoryview) -> bool:
+    def _is_intact(self, row: int, expected: bytes) -> bool:
         """Return whether a row is stored as expected; one of zeros proves nothing."""
-        if not np.frombuffer(expected, np.uint8).any():
+        if not any(expected):
             return False
         try:
             stored = self._dataset.stored.stored_spans(row, row + 1, len(expected))
@@ -178,20 +190,20 @@ class _Repair:
         except (FastvggError, OSError):
             return False
 
-    def repair(self, chunk: DamagedChunk) -> DamagedChunk | None:
-        """Recompute a chunk and overwrite it; return it with the reason if that is impossible."""
+    def repair(self, chunk: DamagedChunk) -> str:
+        """Recompute a chunk and overwrite it; return why that is impossible, or ""."""
         try:
             computed = self._recompute(chunk)
-        except FastvggError as error:
-            return _not_repaired(chunk, error.problem)
+        except (FastvggError, OSError) as error:
+            return problem_of(error)
         try:
             self._dataset.stored.repair(chunk.start, computed.stored)
         except StoppedError:
             raise
         except FastvggError as error:
-            return _not_repaired(chunk, error.problem)
+            return error.problem
         still = self._dataset.damaged_chunks([chunk.chunk], lambda _images, _nbytes: None)
-        return still[0] if still else None
+        return still[0].reason if still else ""
 
     def _recompute(self, chunk: DamagedChunk) -> ChunkResult:
         """Compute a chunk from the source; raise SourceError if it is not what was written."""
@@ -222,9 +234,7 @@ class _Repair:
 
     def _unlike(self, computed: ChunkResult) -> str:
         """Return why recomputed images differ from those that were written."""
-        listed = (
-            self._dataset.records[computed.start : computed.stop] if self._dataset.records else ()
-        )
+        listed = self._dataset.records[computed.start : computed.stop]
         for row, (then, now) in enumerate(
             zip(listed, computed.records, strict=False), computed.start
         ):
@@ -233,16 +243,3 @@ class _Repair:
             if now.path != then.path:
                 return f"image {row} is {now.path!r}, not {then.path!r}"
         return "they have another checksum: the source, or a library, has changed"
-
-
-def _split(stored: Payload, rows: int) -> list[bytes | memoryview]:
-    """Return the payload of each row."""
-    if len(stored) == rows:
-        return [*stored]
-    size = sum(map(len, stored)) // rows
-    data = memoryview(b"".join(stored))
-    return [data[row * size : (row + 1) * size] for row in range(rows)]
-
-
-def _not_repaired(chunk: DamagedChunk, why: str) -> DamagedChunk:
-    return chunk._replace(reason=f"{chunk.reason}; not repaired: {why}")

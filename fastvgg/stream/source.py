@@ -37,12 +37,17 @@ def check_exists(source: Location) -> None:
     except SourceError:
         if read_journal(journal_path(source.container), header_only=True) is None:
             raise
-        raise SourceError(
-            f"{source} is unfinished: the run that writes it was interrupted",
-            f"rerun the command that writes it; its progress: {command('info', source)}",
-        ) from None
+        raise unfinished_error(source) from None
     if kind == "hdf5" and source.inner:  # the file exists, but perhaps not the dataset
         open_source(source, use_index=False, missing_chunks="fill").close()
+
+
+def unfinished_error(location: Location) -> SourceError:
+    """Return the error for a dataset that an interrupted run has not finished."""
+    return SourceError(
+        f"{location} is unfinished: the run that writes it was interrupted",
+        f"rerun the command that writes it; its progress: {command('info', location)}",
+    )
 
 
 def reopen_source(plan: Plan) -> Source:

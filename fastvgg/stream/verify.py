@@ -83,8 +83,8 @@ def verify(
         recomputed bytes have the checksums that the manifest records. Nothing else is written. A
         crash leaves the dataset no worse; the same call repairs the rest.
     progress
-        Called while images are checked: each counts once for its checksum, and once if it is
-        recomputed.
+        Called while images are checked: each counts once for its checksum, once if it is compared
+        with its source, and once if its chunk is repaired.
 
     Raises
     ------
@@ -139,7 +139,7 @@ def _verify(
     damaged = dataset.damaged_chunks(range(dataset.chunks), counter.count)
     repaired = repairs.Repaired(0, damaged, differences)
     if repair and (damaged or differences):
-        repaired = repairs.repair(dataset, damaged, differences)
+        repaired = repairs.repair(dataset, damaged, differences, counter)
     recomputed = recomputation.run({chunk.chunk for chunk in repaired.damaged}, counter.count)
     found = sorted([*repaired.damaged, *recomputation.differing_chunks()])
     differences = [*repaired.differences, *dataset.index_differences]

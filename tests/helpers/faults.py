@@ -287,6 +287,25 @@ class FaultyOs:
         return call
 
 
+class UnreadableFileOs:
+    """A stand-in for the os module of a format, in which no byte of one file can be read."""
+
+    def __init__(self, path):
+        self._file = path.stat()
+
+    def __getattr__(self, name):
+        real = getattr(os, name)
+        if name not in ("pread", "preadv"):
+            return real
+
+        def call(descriptor, *arguments):
+            if os.path.samestat(os.fstat(descriptor), self._file):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(descriptor, *arguments)
+
+        return call
+
+
 class ShortIoOs(FaultyOs):
     """A stand-in for the os module of the storage, in which a read or write is short.
 

@@ -97,7 +97,8 @@ class Job:
 
     def contents(self):
         """Return the contents of the directory by name."""
-        return {path.name: path.read_bytes() for path in self.directory.iterdir()}
+        files = (path for path in self.directory.iterdir() if path.is_file())
+        return {path.name: path.read_bytes() for path in files}
 
     def check_intermediate_state(self, contents):
         """Check the state after a crash: complete, unchanged, or with an unfinished journal."""

@@ -775,3 +775,18 @@ def test_objects_are_read_written_listed_and_removed(store):
     objects.remove(store / "a")
     objects.remove(store / "b")
     assert store.names() == ["ab"]
+
+
+def test_damaged_array_in_a_store_is_repaired(store, array):
+    make_plan(array, store).run()
+    before = objects.read_all(store.root)
+    objects.remove(store / "y.zarr/c.1.0.0.0")
+    shard = before["y.zarr/c.5.0.0.0"]
+    objects.put(store / "y.zarr/c.5.0.0.0", shard[: len(shard) // 2])
+    location = f"{store.url}/y.zarr"
+    with pytest.raises(VerificationError) as caught:
+        fastvgg.verify(location)
+    assert [chunk.chunk for chunk in caught.value.damaged] == [1, 5]
+    assert fastvgg.verify(location, repair=True).repaired_chunks == 2
+    assert objects.read_all(store.root) == before
+    fastvgg.verify(location, full=True)

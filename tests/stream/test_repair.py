@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 import fastvgg
 from fastvgg import cli
+from fastvgg.datasets import contiguous
 from fastvgg.errors import FastvggError, SourceError, TargetError, VerificationError
-from fastvgg.storage import objects
 from fastvgg.storage.location import Location
 from fastvgg.stream.manifest import manifest_path, read_manifest
 from fastvgg.stream.verify import verify_with
@@ -31,7 +31,12 @@ from tests.helpers.datasets_on_disk import (
     save_npy,
     tree,
 )
-from tests.helpers.faults import CrashingStorage, SimulatedCrash, memory_directory
+from tests.helpers.faults import (
+    CrashingStorage,
+    SimulatedCrash,
+    UnreadableFileOs,
+    memory_directory,
+)
 from tests.helpers.runs import interrupt_run
 
 CHUNKS = 6  # of two images each
@@ -461,13 +466,28 @@ def test_command_line_repairs_and_lists(tmp_path):
     assert names_in(tmp_path) == ["x.npy", "y.npy", "y.npy.fastvgg.json"]
 
 
-def test_array_in_a_store_is_repaired(tmp_path):
-    source = save_npy(tmp_path / "x.npy", pixels(11))
-    location = finish(source, f"memory://repair-{os.getpid()}/y.zarr", mode="torch")
-    before = objects.read_all(location.container)
-    objects.remove(location.container / "c.1.0.0.0")
-    shard = before["c.5.0.0.0"]
-    objects.put(location.container / "c.5.0.0.0", shard[: len(shard) // 2])
-    assert damaged_chunks(location) == [1, 5]
-    assert fastvgg.verify(location, repair=True).repaired_chunks == 2
-    assert objects.read_all(location.container) == before
+def test_repair_from_a_source_that_cannot_be_read_lists_what_is_still_damaged(
+    tmp_path, monkeypatch
+):
+    location = make_npy(tmp_path)
+    expected = damage(location)
+    before = tree(tmp_path)
+    monkeypatch.setattr(contiguous, "os", UnreadableFileOs(tmp_path / "x.npy"))
+    with pytest.raises(VerificationError) as caught:
+        fastvgg.verify(location, repair=True)
+    assert [chunk.chunk for chunk in caught.value.damaged] == expected
+    assert all("not repaired" in chunk.reason for chunk in caught.value.damaged)
+    check_error(caught.value, tmp_path / "x.npy", "EIO")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["npy", "failed"])
+def test_progress_counts_the_images_of_repaired_chunks(tmp_path, kind):
+    location = MAKERS[kind](tmp_path)
+    damage(location)
+    reported = []
+    fastvgg.verify(location, repair=True, full=True, threads=1, progress=reported.append)
+    images = [at.images for at in reported]
+    assert images == sorted(images)
+    assert images[-1] == reported[-1].total_images == 11 + 3 + 11
+    assert 11 + 2 in images  # after the first chunk that was repaired

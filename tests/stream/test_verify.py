@@ -14,6 +14,7 @@ import xxhash
 from PIL import Image
 
 import fastvgg
+from fastvgg.datasets import contiguous
 from fastvgg.datasets.index import index_path
 from fastvgg.errors import FastvggError, SourceError, VerificationError
 from fastvgg.storage.location import Location
@@ -30,7 +31,8 @@ from tests.helpers.datasets_on_disk import (
     save_images,
     save_npy,
 )
-from tests.helpers.runs import interrupt_run
+from tests.helpers.faults import UnreadableFileOs
+from tests.helpers.runs import interrupt_run, preprocessed
 
 
 @pytest.fixture
@@ -414,7 +416,9 @@ def test_images_that_differ_from_the_source_are_all_listed(tmp_path, stored):
         fastvgg.verify(stored, full=True)
     rows = [(chunk.chunk, chunk.start, chunk.stop) for chunk in caught.value.damaged]
     assert rows == [(0, 1, 3), (1, 6, 7), (2, 10, 11)]
-    check_error(caught.value, "images 1 to 2 (2 of them differ, image 1 in ", "image 6 (differs in")
+    check_error(
+        caught.value, "images 1 to 2 (2 of them differ; image 1 differs in ", "image 6 (differs in"
+    )
 
 
 def folder_dataset(tmp_path, target="y.npy"):
@@ -504,3 +508,27 @@ def test_memory_that_is_too_small_is_rejected_with_what_is_needed(tmp_path):
     with pytest.raises(SourceError) as caught:
         fastvgg.verify(stored, memory=1000)
     check_error(caught.value, stored, "memory", "MiB")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_image_that_cannot_be_read_any_more_is_named_and_not_called_different(tmp_path, full):
+    photos = save_images(tmp_path / "photos", pixels(11))
+    plan_of(photos, tmp_path / "y.npy", mode="caffe", images_per_chunk=2).run()
+    torn = photos / "b" / "03.png"
+    before = torn.stat()
+    torn.write_bytes(torn.read_bytes()[:60].ljust(before.st_size, b"?"))
+    os.utime(torn, ns=(before.st_atime_ns, before.st_mtime_ns))
+    found = fastvgg.verify(tmp_path / "y.npy", full=full)
+    assert found.recomputed_images == 10
+    assert "1 images that cannot be read any more" in found.note
+    assert "image 7, b/03.png" in found.note
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_dataset_is_verified_without_a_source_that_cannot_be_read(tmp_path, monkeypatch, full):
+    stored = preprocessed(tmp_path)
+    monkeypatch.setattr(contiguous, "os", UnreadableFileOs(tmp_path / "x.npy"))
+    found = fastvgg.verify(stored, full=full)
+    assert found.recomputed_images == 0
+    assert "compared with the source" in found.note
+    assert "EIO" in found.note
