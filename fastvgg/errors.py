@@ -144,6 +144,8 @@ class FastvggError(Exception):
         What is wrong and where: the path, what was expected and what was found.
     remedy
         How to fix it, with the next command where there is one.
+    details
+        What else is known, as JSON types.
 
     Examples
     --------
@@ -155,14 +157,11 @@ class FastvggError(Exception):
 
     exit_code = 3  # rejected before anything was written
 
-    def __init__(self, problem: str, remedy: str) -> None:
+    def __init__(self, problem: str, remedy: str, **details: Any) -> None:
         super().__init__(problem, remedy)
         self.problem = problem
         self.remedy = remedy
-
-    def details(self) -> dict[str, Any]:
-        """Return what else is known of the error, as JSON types."""
-        return {}
+        self.details = details
 
     def __str__(self) -> str:
         return f"{escape_controls(self.problem)}\n{escape_controls(self.remedy)}"
@@ -272,14 +271,10 @@ class VerificationError(FastvggError):
         damaged: Sequence[DamagedChunk] = (),
         differences: Sequence[str] = (),
     ) -> None:
-        super().__init__(problem, remedy)
         self.damaged = list(damaged)
         self.differences = list(differences)
-
-    def details(self) -> dict[str, Any]:
-        """Return the damaged chunks and the differences as JSON types."""
-        damaged = [chunk._asdict() for chunk in self.damaged]
-        return {"damaged": damaged, "differences": self.differences}
+        listed = [chunk._asdict() for chunk in self.damaged]
+        super().__init__(problem, remedy, damaged=listed, differences=self.differences)
 
 
 class StoppedError(FastvggError):

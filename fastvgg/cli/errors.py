@@ -144,7 +144,7 @@ def translate_errors(traceback: bool) -> Iterator[None]:
         if traceback:
             print_exc()
         code, name = described.exit_code, type(error).__name__
-        report_error(name, code, described.problem, described.remedy, **described.details())
+        report_error(name, code, described.problem, described.remedy, **described.details)
         raise typer.Exit(described.exit_code) from None
     except KeyboardInterrupt:
         remedy = "committed chunks are kept: rerun the same command to resume"

@@ -1,8 +1,8 @@
-"""Describe what differs between two jobs, with the options as the caller writes them."""
+"""Find what differs between two jobs, and write it with the options as the caller writes them."""
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from fastvgg.errors import is_command_line, option, option_name
 
@@ -33,12 +33,25 @@ ON_BY_DEFAULT: Final = ("follow_links",)  # a command line only turns these off
 DERIVED: Final = ("result", "shape")  # follows from the source, its size and the layouts
 
 
-def describe_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return a line for every field in which two records of `Job.to_dict` differ.
+class Difference(NamedTuple):
+    """An option, or a property, that differs between two jobs."""
+
+    name: str
+    then: Any
+    """A JSON value, as is `now`."""
+    now: Any
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def find_differences(then: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
+    """Return every field in which two records of `Job.to_dict` differ, by name.
 
     Only those of the source and the direction, if they differ: a command has other options then.
     """
-    found: dict[str, str] = {}
+    found: dict[str, Difference] = {}
     has_same_options = (then["transform"]["direction"], then["source"]["kind"]) == (
         now["transform"]["direction"],
         now["source"]["kind"],
@@ -48,16 +61,23 @@ def describe_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]
             before, after = then[section].get(key), now[section].get(key)
             if before == after or (section, key) == DERIVED:
                 continue
-            if (section, key) == ("transform", "mode"):
-                if has_same_options:
-                    found["mode"] = _describe_modes(before, after)
-            elif (section, key) in PROPERTIES:
+            if (section, key) in PROPERTIES:
                 name = PROPERTIES[section, key]
-                found[name] = f"{name} {before!r} then, {after!r} now"
-            elif has_same_options:  # an option of decoding has its own name in the record
+                text = f"{name} {before!r} then, {after!r} now"
+            elif not has_same_options:
+                continue
+            elif key == "mode":
+                name, text = key, _describe_modes(before, after)
+            else:  # an option of decoding has its own name in the record
                 name = OPTIONS.get((section, key), key)
-                found[name] = f"{_write(name, before)} then, {_write(name, after)} now"
+                text = f"{_write(name, before)} then, {_write(name, after)} now"
+            found[name] = Difference(name, before, after, text)
     return [found[name] for name in sorted(found)]
+
+
+def as_details(differences: list[Difference]) -> dict[str, Any]:
+    """Return differences as the details of an error."""
+    return {"settings": {each.name: {"then": each.then, "now": each.now} for each in differences}}
 
 
 def _describe_modes(before: dict[str, Any], after: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from fastvgg.datasets.formats import SOURCES, TARGETS, Format
 from fastvgg.datasets.image_writer import check_format
 from fastvgg.errors import FastvggError, ResumeError, option
 from fastvgg.imaging.decode import DecodeOptions
-from fastvgg.stream.differences import describe_differences
+from fastvgg.stream.differences import Difference, as_details, find_differences
 from fastvgg.transform import STORAGE_TYPES, Transform
 
 if TYPE_CHECKING:
@@ -188,14 +188,15 @@ class Job:
         differences = self.differences(wanted)
         if differences:
             raise ResumeError(
-                f"{target} was started with other settings: {'; '.join(differences)}",
+                f"{target} was started with other settings: {'; '.join(map(str, differences))}",
                 "rerun with the same settings to resume"
                 + ("" if self.in_place else f", or give {option('restart')} to start over"),
+                **as_details(differences),
             )
 
-    def differences(self, wanted: Job) -> list[str]:
+    def differences(self, wanted: Job) -> list[Difference]:
         """Return what differs between this earlier job and another; empty if they are equal."""
-        return describe_differences(self.to_dict(), wanted.to_dict())
+        return find_differences(self.to_dict(), wanted.to_dict())
 
 
 def check_fields(fields: object, schema: Schema) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from fastvgg.errors import FastvggError, TargetError, option
 from fastvgg.formatting import format_bytes
+from fastvgg.stream.differences import as_details
 from fastvgg.stream.journal import journal_path, read_journal
 from fastvgg.stream.manifest import read_manifest
 
@@ -96,10 +97,14 @@ def check_not_occupied(destination: Destination, job: Job, replaces: str | None)
     if not destination.is_occupied() or destination.identity() == replaces:
         return
     manifest, maker = read_manifest(destination.path), "not written by fastvgg"
+    details = {}
     if manifest is not None:
-        differences = "; ".join(manifest.job.differences(job))
-        maker = f"made with other settings: {differences}" if differences else "made by another run"
-    raise TargetError(f"{destination.path} exists, and was {maker}", _remedy(destination))
+        differences, maker = manifest.job.differences(job), "made by another run"
+        if differences:
+            maker = f"made with other settings: {'; '.join(map(str, differences))}"
+            details = as_details(differences)
+    problem = f"{destination.path} exists, and was {maker}"
+    raise TargetError(problem, _remedy(destination), **details)
 
 
 def _remedy(destination: Destination) -> str:

@@ -16,6 +16,7 @@ from fastvgg.cli import app
 from fastvgg.stream.manifest import manifest_path
 from tests.helpers.checkout import checkout_environment
 from tests.helpers.datasets_on_disk import pixels, plan_of, python, save_images, save_npy
+from tests.helpers.runs import interrupt_run
 from tests.helpers.terminals import run_on_terminal
 
 FIELDS = ["error", "exit_code", "problem", "remedy"]
@@ -71,6 +72,21 @@ def test_failure_is_printed_as_json_and_for_people(place, failure):
     assert " ".join(record["problem"].split()) in shown
     assert record["remedy"].removeprefix("run ").strip("'") in shown
     assert invoke(*arguments).stdout == ""
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_settings_that_differ_from_those_of_the_target_are_printed_as_json(place, finished):
+    settings = {"mode": "caffe", "dtype": "float16"}
+    if finished:
+        plan_of("x.npy", "y.npy", **settings).run()
+    else:
+        interrupt_run("x.npy", "y.npy", **settings)
+    result = invoke("preprocess", "x.npy", "y.npy", "--mode", "tf", "--json")
+    record = json.loads(result.stdout)
+    assert record["error"] == ("TargetError" if finished else "ResumeError")
+    modes = record["settings"].pop("mode")
+    assert (modes["then"]["name"], modes["now"]["name"]) == ("caffe", "tf")
+    assert record["settings"] == {"dtype": {"then": "float16", "now": "float32"}}
 
 
 def test_internal_error_is_printed_as_json():
