@@ -79,6 +79,21 @@ class ImageListing(ABC):
     def fingerprint(self) -> str:
         """Return a hash of the images' current state; lists them again if they have changed."""
 
+    def describe_change(self, later: ImageListing) -> str:
+        """Return the first difference between this listing and a later one."""
+        images = min(len(self), len(later))
+        rows = (row for row in range(images) if self.identity(row) != later.identity(row))
+        row = next(rows, images)
+        if row == len(self) == len(later):
+            return "a link to a folder was changed"
+        then, now = (
+            os.fsdecode(listing.name(row)) if row < len(listing) else "no image"
+            for listing in (self, later)
+        )
+        if then == now:
+            return f"{then} was changed"
+        return f"it had {len(self)} images and has {len(later)}; row {row} was {then} and is {now}"
+
     def name(self, row: int) -> bytes:
         """Return the relative path of an image, with forward slashes."""
         return self._names[row]

@@ -116,7 +116,7 @@ class _InPlaceRun:
     @os_errors_refused(TargetError)
     def _begin(self) -> RedoLog:
         if self.plan.committed_chunks or is_changed(self.plan, self.source):
-            raise changed_error(self.plan.source)
+            raise changed_error(self.plan)
         check_values(self.plan, self.source)
         check_sidecars_in_place(self.data.path)
         return RedoLog.begin(self.storage, self.data, self.plan.job, self.plan.chunk_images)
@@ -124,10 +124,10 @@ class _InPlaceRun:
     def _reopen(self, header: RedoLogHeader) -> RedoLog:
         check_same_file(header, self.data.path)
         if header.job.fingerprint != self.plan.job.fingerprint:
-            raise changed_error(self.plan.source)  # another run started after this one was planned
+            raise changed_error(self.plan)  # another run started after this one was planned
         header.job.check_same(self.plan.job, str(self.plan.target))
         if header.chunk_images != self.plan.chunk_images:
-            raise changed_error(self.plan.source)
+            raise changed_error(self.plan)
         return RedoLog.reopen(self.storage, self.data, header)
 
     def _compute(self, log: RedoLog, committed: int, tracker: ProgressTracker) -> None:

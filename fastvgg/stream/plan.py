@@ -117,6 +117,8 @@ class Plan(RunOptions):
     has_index: bool = True
     """Whether an index next to the source describes it."""
     read_bytes: int
+    source_status: tuple[int, int] | None = None
+    """Size and modification time of a source that is one file, to tell what has changed."""
     decoded_image_bytes: int = 0
     """Memory per image of the units that the source stores, if more than that of an image."""
     notes: tuple[str, ...]

@@ -52,7 +52,12 @@ from fastvgg.stream.redo_log import (
 )
 from fastvgg.stream.redo_log_layout import RedoLogHeader
 from fastvgg.stream.retry import check_nothing_failed, plan_retry
-from fastvgg.stream.source import check_exists, check_not_already_done, check_recorded
+from fastvgg.stream.source import (
+    check_exists,
+    check_not_already_done,
+    check_recorded,
+    file_status,
+)
 from fastvgg.stream.target import inspect_unlocked_target, with_committed
 from fastvgg.transform import Mode, Transform
 
@@ -402,6 +407,7 @@ def _build_plan(source: Source, target: Location, job: Job, options: RunOptions)
         target=target,
         job=job,
         read_bytes=source.stored_bytes,
+        source_status=file_status(source.location),
         decoded_image_bytes=source.decoded_image_bytes,
         notes=tuple(source.notes + _loss_notes(job)),
         listing=source.listing if isinstance(source, ImageSource) else None,

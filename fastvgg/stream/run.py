@@ -36,7 +36,13 @@ from fastvgg.stream.manifest import SPAN_BYTES, Manifest, checksum, manifest_pat
 from fastvgg.stream.progress import ProgressTracker
 from fastvgg.stream.report import first_failures
 from fastvgg.stream.retry import FailureRetry
-from fastvgg.stream.source import check_decodable, check_values, is_changed, reopen_source
+from fastvgg.stream.source import (
+    check_decodable,
+    check_values,
+    describe_change,
+    is_changed,
+    reopen_source,
+)
 from fastvgg.stream.target import (
     check_not_occupied,
     inspect_target,
@@ -237,7 +243,8 @@ class Run:
     def _publish(self) -> None:
         if is_changed(self.plan, self.source):
             raise StoppedError(
-                f"{self.plan.source} changed while it was read: the result may mix both versions",
+                f"{self.plan.source} changed while it was read, so the result may mix both "
+                f"versions{describe_change(self.plan)}",
                 f"keep the source unchanged, and rerun with {option('restart')}",
             )
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime as dt
 import threading
 from typing import TYPE_CHECKING, Final
 
@@ -10,7 +12,7 @@ import numpy as np
 from fastvgg.datasets.images import ImageSource
 from fastvgg.datasets.index import index_path
 from fastvgg.datasets.open import open_source, source_format
-from fastvgg.errors import SourceError, StoppedError, command, option
+from fastvgg.errors import FastvggError, SourceError, StoppedError, command, option
 from fastvgg.imaging.modes import NOT_SCALED
 from fastvgg.imaging.resize import gather_function
 from fastvgg.parallel import ThreadSlot, parallel_for
@@ -67,16 +69,43 @@ def reopen_source(plan: Plan) -> Source:
     )
     if is_changed(plan, source):
         source.close()
-        raise changed_error(plan.source)
+        raise changed_error(plan)
     return source
 
 
-def changed_error(source: Location) -> SourceError:
+def changed_error(plan: Plan) -> SourceError:
     """Return the error for a source that changed after planning."""
     return SourceError(
-        f"{source} has changed since the run was planned",
+        f"{plan.source} has changed since the run was planned{describe_change(plan)}",
         "rerun the same command, or call fastvgg.plan again",
     )
+
+
+def describe_change(plan: Plan) -> str:
+    """Return what has changed in a source since planning, to be appended to a message."""
+    with contextlib.suppress(FastvggError, OSError):  # it may be gone
+        if plan.listing is not None:
+            follow_links = plan.job.follow_links
+            later = type(plan.listing)(plan.source.container, follow_links=follow_links)
+            return f": {plan.listing.describe_change(later)}"
+        now = file_status(plan.source)
+        if now is not None and plan.source_status is not None:
+            (size_then, time_then), (size, time_ns) = plan.source_status, now
+            if size != size_then:
+                return f": it had {size_then} bytes and has {size}"
+            if time_ns != time_then:
+                modified = dt.datetime.fromtimestamp(time_ns // 10**9, dt.UTC)
+                return f": it was modified at {modified:%Y-%m-%d %H:%M:%S} UTC"
+            return ": its content differs"
+    return ""
+
+
+def file_status(source: Location) -> tuple[int, int] | None:
+    """Return the size and the modification time, in ns, of a source that is one file."""
+    if source.is_remote or not source.container.is_file():
+        return None
+    status = source.container.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def is_changed(plan: Plan, source: Source) -> bool:
@@ -216,7 +245,7 @@ def check_decodable(plan: Plan, source: Source) -> None:
             tasks = [range(start, min(start + step, images)) for start in range(1, images, step)]
             parallel_for(tasks, decode, plan.threads)
     except StoppedError:
-        raise changed_error(plan.source) from None
+        raise changed_error(plan) from None
     if not is_found.is_set():
         raise _none_decodable_error(plan, [reasons[row] for row in sorted(reasons)])
 

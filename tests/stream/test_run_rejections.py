@@ -43,10 +43,39 @@ def change_one_byte(source):
         file.write(bytes([file.read(1)[0] ^ 1]))
 
 
+def change_one_byte_at_the_same_time(source):
+    before = source.stat()
+    change_one_byte(source)
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 CHANGES = {
     "other content": change_content,
     "another time": lambda source: os.utime(source, ns=(0, 1)),
     "one byte": change_one_byte,
+}
+DESCRIBED_CHANGES = {
+    "size": (lambda source: save_npy(source, pixels(12)), "it had 2207 bytes and has 2396"),
+    "time": (CHANGES["another time"], "it was modified at 1970-01-01 00:00:00 UTC"),
+    "content": (change_one_byte_at_the_same_time, "its content differs"),
+}
+IMAGE_CHANGES = {
+    "added": (
+        lambda photos: save_images(photos, pixels(1), ["a/03.png"]),
+        "it had 11 images and has 12; row 2 was a/04.png and is a/03.png",
+    ),
+    "removed": (
+        lambda photos: (photos / "b" / "09.png").unlink(),
+        "it had 11 images and has 10; row 10 was b/09.png and is no image",
+    ),
+    "replaced": (
+        lambda photos: (
+            save_images(photos, pixels(1, seed=9), ["a/new.png"])
+            .joinpath("a/new.png")
+            .rename(photos / "a" / "02.png")
+        ),
+        "a/02.png was changed",
+    ),
 }
 
 
@@ -77,7 +106,7 @@ def test_folder_changed_during_a_run_is_not_published(tmp_path, photos):
     plan = plan_of(photos, target, mode="caffe", images_per_chunk=2)
     with pytest.raises(StoppedError) as caught:
         run_with_event(plan, lambda: save_images(photos, pixels(1), ["new.png"]))
-    check_error(caught.value, photos, "changed while it was read")
+    check_error(caught.value, photos, "changed while it was read", "row 11 was no image", "new.png")
     assert not target.exists()
 
 
@@ -89,6 +118,33 @@ def test_source_changed_before_the_run_is_rejected(tmp_path, array, change):
         plan.run()
     check_error(caught.value, array, "has changed since", "rerun the same command")
     assert names_in(tmp_path) == ["x.npy"]
+
+
+@pytest.mark.parametrize("change", DESCRIBED_CHANGES)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_change_of_a_file_is_described(tmp_path, change, in_place):
+    source = save_npy(tmp_path / "x.npy", pixels(11))
+    make, expected = DESCRIBED_CHANGES[change]
+    if in_place:
+        save_npy(source, pixels(11).astype(np.float32))
+        expected = expected.replace("2207", "8444")
+    target = None if in_place else tmp_path / "y.npy"
+    plan = plan_of(source, target, mode="caffe", in_place=in_place)
+    make(source)
+    with pytest.raises(SourceError) as caught:
+        plan.run()
+    check_error(caught.value, source, expected)
+
+
+@pytest.mark.parametrize("change", IMAGE_CHANGES)
+def test_change_of_a_folder_names_the_first_image_that_differs(tmp_path, photos, change):
+    make, expected = IMAGE_CHANGES[change]
+    plan = plan_of(photos, tmp_path / "y.npy", mode="caffe")
+    make(photos)
+    with pytest.raises(SourceError) as caught:
+        plan.run()
+    check_error(caught.value, photos, "has changed since", expected)
+    assert names_in(tmp_path) == ["photos"]
 
 
 def test_source_removed_after_planning_is_rejected(tmp_path, array):
