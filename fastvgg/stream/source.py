@@ -12,7 +12,14 @@ import numpy as np
 from fastvgg.datasets.images import ImageSource
 from fastvgg.datasets.index import index_path
 from fastvgg.datasets.open import open_source, source_format
-from fastvgg.errors import FastvggError, SourceError, StoppedError, command, option
+from fastvgg.errors import (
+    FastvggError,
+    SourceError,
+    StoppedError,
+    command,
+    option,
+    os_errors_refused,
+)
 from fastvgg.imaging.modes import NOT_SCALED
 from fastvgg.imaging.resize import gather_function
 from fastvgg.parallel import ThreadSlot, parallel_for
@@ -52,24 +59,27 @@ def unfinished_error(location: Location) -> SourceError:
     )
 
 
+@os_errors_refused()
 def reopen_source(plan: Plan) -> Source:
     """Reopen the source of a plan; raise SourceError if it has changed since."""
-    source = open_source(
-        plan.source,
-        layout=plan.header.layout,
-        dtype_hint=plan.header.dtype,
-        decoding=plan.job.decoding,
-        decoding_bytes=plan.decoding_bytes,
-        threads=plan.threads,
-        gather=gather_function(plan.choose_backend()),
-        listing=plan.listing,
-        use_index=plan.has_index,
-        follow_links=plan.job.follow_links,
-        missing_chunks=plan.job.missing_chunks,
-    )
-    if is_changed(plan, source):
-        source.close()
-        raise changed_error(plan)
+    with contextlib.ExitStack() as opened:
+        source = open_source(
+            plan.source,
+            layout=plan.header.layout,
+            dtype_hint=plan.header.dtype,
+            decoding=plan.job.decoding,
+            decoding_bytes=plan.decoding_bytes,
+            threads=plan.threads,
+            gather=gather_function(plan.choose_backend()),
+            listing=plan.listing,
+            use_index=plan.has_index,
+            follow_links=plan.job.follow_links,
+            missing_chunks=plan.job.missing_chunks,
+        )
+        opened.callback(source.close)
+        if is_changed(plan, source):
+            raise changed_error(plan)
+        opened.pop_all()
     return source
 
 

@@ -139,11 +139,20 @@ def test_change_of_a_file_is_described(tmp_path, change, in_place):
 @pytest.mark.parametrize("change", IMAGE_CHANGES)
 def test_change_of_a_folder_names_the_first_image_that_differs(tmp_path, photos, change):
     make, expected = IMAGE_CHANGES[change]
-    plan = plan_of(photos, tmp_path / "y.npy", mode="caffe")
+    plan = plan_of(photos, tmp_path / "y.npy", mode="caffe", size=(7, 9))
     make(photos)
     with pytest.raises(SourceError) as caught:
         plan.run()
     check_error(caught.value, photos, "has changed since", expected)
+    assert names_in(tmp_path) == ["photos"]
+
+
+def test_image_changed_before_the_run_is_rejected_while_sizes_are_read(tmp_path, photos):
+    plan = plan_of(photos, tmp_path / "y.npy", mode="caffe")
+    (photos / "a" / "02.png").write_bytes(b"another image")
+    with pytest.raises(SourceError) as caught:
+        plan.run()
+    check_error(caught.value, photos / "a" / "02.png", "changed after", "nothing was written")
     assert names_in(tmp_path) == ["photos"]
 
 
