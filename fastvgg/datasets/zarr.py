@@ -127,8 +127,9 @@ class ZarrArray(ArraySource):
                 "check the connection, or replace the array with an intact copy",
             ) from None
         if isinstance(array, zarr.Group):
+            names = ", ".join(_arrays(path, array)) or "none"
             raise SourceError(
-                f"{path} is a Zarr group; its arrays are: {', '.join(_arrays(path)) or 'none'}",
+                f"{path} is a Zarr group; its arrays are: {names}",
                 f"give one of its arrays: {path}/NAME",
             )
         if not isinstance(array.metadata.attributes, dict):
@@ -416,7 +417,16 @@ def _list_directory(path: Path) -> tuple[dict[str, tuple[int, str]], dict[str, s
     return files, links
 
 
-def _arrays(path: Path) -> list[str]:
+def _arrays(path: Path, group: zarr.Group) -> list[str]:
     """Return the names of the first few arrays in a group."""
-    arrays = sorted(key for key in _list_files(path)[0] if key.endswith(ARRAY_METADATA_SUFFIXES))
-    return [key.rpartition("/")[0] for key in arrays[:MAX_NAMES_SHOWN]]
+    keys = sorted(key for key in _list_files(path)[0] if key.endswith(ARRAY_METADATA_SUFFIXES))
+    names = (key.rpartition("/")[0] for key in keys)
+    arrays = (name for name in names if not _is_group(group, name))
+    return [*itertools.islice(arrays, MAX_NAMES_SHOWN)]
+
+
+def _is_group(group: zarr.Group, name: str) -> bool:
+    try:
+        return isinstance(group.get(name), zarr.Group)
+    except (*METADATA_ERRORS, SourceError):  # opening it says what is wrong
+        return False

@@ -142,16 +142,18 @@ def test_every_dtype_and_byte_order_is_read(tmp_path, dtype, order, version):
 @pytest.mark.parametrize("version", [2, 3])
 def test_array_in_a_group_is_read_and_a_group_is_rejected_with_its_names(tmp_path, version):
     group = zarr.create_group(tmp_path / "x.zarr", zarr_format=version)
-    group.create_group("more")
-    for name in ("labels", "images"):
+    group.create_group("more").create_group("empty")
+    for name in ("labels", "images", "more/images", "damaged"):
         save_zarr(tmp_path / "x.zarr" / name, pixels(3), zarr_format=version)
+    metadata_of(tmp_path / "x.zarr" / "damaged").write_text('{"shape": "')
     assert_same(opened(tmp_path / "x.zarr" / "images").read(0, 3).batch, pixels(3))
     with pytest.raises(SourceError) as caught:
         opened(tmp_path / "x.zarr")
-    check_error(caught.value, tmp_path / "x.zarr", "group", "images, labels", "x.zarr/NAME")
+    names = "its arrays are: damaged, images, labels, more/images\n"
+    check_error(caught.value, tmp_path / "x.zarr", "group", names, "x.zarr/NAME")
     with pytest.raises(SourceError) as caught:
-        opened(tmp_path / "x.zarr" / "more")
-    check_error(caught.value, tmp_path / "x.zarr" / "more", "none")
+        opened(tmp_path / "x.zarr" / "more" / "empty")
+    check_error(caught.value, tmp_path / "x.zarr" / "more" / "empty", "none")
 
 
 def test_array_path_needs_no_suffix(tmp_path):
