@@ -141,7 +141,7 @@ class FolderImageListing(ImageListing):
         one. So only the names within one directory need sorting at a time.
         """
         stack = [_OpenFolder(iter([b""]), None, links=0)]
-        listed: set[FolderIdentity] = set()
+        behind_many_links: set[FolderIdentity] = set()
         repeats = 0
         while stack:
             marked = next(stack[-1].paths, None)
@@ -159,10 +159,11 @@ class FolderImageListing(ImageListing):
             links = stack[-1].links + is_link
             if is_link:
                 self._linked_folders.append(path)
-                repeats += links >= MANY_LINKS and identity in listed
+            if links >= MANY_LINKS:
+                repeats += is_link and identity in behind_many_links
                 if repeats > MAX_REPEATS:
                     raise self._entangled_error(path)
-            listed.add(identity)
+                behind_many_links.add(identity)
             stack.append(_OpenFolder(iter(paths), identity, links))
 
     def _scan(
