@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from fastvgg.datasets.base import open_regular, read_at
 from fastvgg.errors import SourceError
+from fastvgg.imaging.formats import is_image
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,9 +79,6 @@ ZIPS: Final = (
 SIGNATURES: Final = tuple(
     (re.compile(start, re.DOTALL), description)
     for start, description in (
-        (rb"\xff\xd8\xff|\x89PNG|GIF8[79]a|II\*\0|MM\0\*|II\+\0|MM\0\+", SINGLE_IMAGE),
-        (rb"RIFF....WEBP|BM....\0\0\0\0|....ftyp(avif|avis|heic|heix|mif1|msf1)", SINGLE_IMAGE),
-        (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51|P[1-6]\s|\0\0\x01\0.\0|8BPS", SINGLE_IMAGE),
         (rb"....ftyp|RIFF....AVI |\x1aE\xdf\xa3|\0\0\x01[\xb3\xba]", VIDEO),
         (rb"PAR1", Description("a Parquet file", STORE)),
         (rb"ARROW1|FEA1", Description("an Arrow file", STORE)),
@@ -184,6 +182,8 @@ def _describe(path: Path, head: bytes) -> Description | None:
             if path.name.lower().endswith(suffix) or entry.search(first):
                 return description
         return ZIP
+    if is_image(head):
+        return SINGLE_IMAGE
     for start, description in SIGNATURES:
         if start.match(head):
             return description

@@ -37,32 +37,33 @@ IMAGE_SUFFIXES: Final = frozenset(
 DECODER_PIXEL_BYTES: Final = {"WEBP": 18, "AVIF": 22, "JPEG2000": 21, "PPM": 7, "BMP": 4}
 
 HEAD_BYTES: Final = 256
-# What a file begins with, as a regular expression, and what it is.
-NAMED_FORMATS: Final = (
-    ("JPEG", "a JPEG image", rb"\xff\xd8\xff"),
-    ("PNG", "a PNG image", rb"\x89PNG"),
-    ("GIF", "a GIF image", rb"GIF8"),
-    ("TIFF", "a TIFF image", rb"II\*\0|MM\0\*"),
-    ("AVIF", "an AVIF image", rb"....ftypavi[fs]"),
-    ("JPEG2000", "a JPEG 2000 image", rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"),
-    ("WEBP", "a WebP image", rb"RIFF....WEBP"),
-    ("", "a HEIF image", rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1)"),
-    ("", "a JPEG XL image", rb"\xff\x0a|\0\0\0\x0cJXL "),
-    ("", "a Photoshop document", rb"8BPS"),
-    ("", "an icon", rb"\0\0[\x01\x02]\0"),
-    ("", "an EPS document", rb"%!PS|\xc5\xd0\xd3\xc6"),
-    ("", "a PDF document", rb"%PDF"),
-    ("", "an SVG drawing", rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?(<!DOCTYPE svg[^>]*>\s*)?<svg"),
-    ("", "an HTML page", rb"\s*<(!doctype html|html)"),
-    ("", "a pointer of Git LFS", rb"version https://git-lfs"),
-    ("", "a video", rb"....ftyp|RIFF....AVI |\x1aE\xdf\xa3"),
-    ("", "a zip archive", rb"PK\x03\x04"),
-    ("", "a file compressed with gzip", rb"\x1f\x8b"),
-    ("", "an empty file", rb"\Z"),
+# What an image begins with, as a regular expression; the name of its format in Pillow, if it may be
+# read; and what to call it.
+IMAGES: Final = (
+    (rb"\xff\xd8\xff", "JPEG", "a JPEG image"),
+    (rb"\x89PNG", "PNG", "a PNG image"),
+    (rb"GIF8", "GIF", "a GIF image"),
+    (rb"BM....\0\0\0\0", "BMP", "a BMP image"),
+    (rb"P[1-6]\s", "PPM", "a PPM image"),
+    (rb"II[*+]\0|MM\0[*+]", "TIFF", "a TIFF image"),
+    (rb"....ftypavi[fs]", "AVIF", "an AVIF image"),
+    (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "JPEG2000", "a JPEG 2000 image"),
+    (rb"RIFF....WEBP", "WEBP", "a WebP image"),
+    (rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1)", "", "a HEIF image"),
+    (rb"\xff\x0a|\0\0\0\x0cJXL ", "", "a JPEG XL image"),
+    (rb"8BPS", "", "a Photoshop document"),
+    (rb"\0\0[\x01\x02]\0.\0", "", "an icon"),
 )
-PATTERNS: Final = tuple(
-    (name, what, re.compile(start, re.DOTALL | re.IGNORECASE))
-    for name, what, start in NAMED_FORMATS
+OTHER_CONTENT: Final = (
+    (rb"%!PS|\xc5\xd0\xd3\xc6", "", "an EPS document"),
+    (rb"%PDF", "", "a PDF document"),
+    (rb"(?i)\s*(<[?!][^>]*>\s*)*<svg", "", "an SVG drawing"),
+    (rb"(?i)\s*<(!doctype html|html)", "", "an HTML page"),
+    (rb"version https://git-lfs", "", "a pointer of Git LFS"),
+    (rb"....ftyp|RIFF....AVI |\x1aE\xdf\xa3", "", "a video"),
+    (rb"PK\x03\x04", "", "a zip archive"),
+    (rb"\x1f\x8b", "", "a file compressed with gzip"),
+    (rb"\Z", "", "an empty file"),
 )
 
 
@@ -86,11 +87,20 @@ def describe_content(head: bytes) -> str:
     >>> describe_content(b"<!DOCTYPE html>")
     'an HTML page, not an image in a supported format'
     """
-    for name, what, start in PATTERNS:
-        if start.match(head):
+    for start, name, what in IMAGES + OTHER_CONTENT:
+        if re.match(start, head, re.DOTALL):
             if name in supported_formats():
                 return f"{what} that is damaged"
             if name:
                 return f"{what}, which the installed Pillow cannot decode"
             return f"{what}, not an image in a supported format"
     return "not an image in a supported format"
+
+
+def is_image(head: bytes) -> bool:
+    r"""Whether a file that begins with `head` is an image, whether it is decoded or not.
+
+    >>> is_image(b"\xff\xd8\xff\xe0"), is_image(b"%PDF-1.7")
+    (True, False)
+    """
+    return any(re.match(start, head, re.DOTALL) for start, _, _ in IMAGES)

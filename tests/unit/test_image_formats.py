@@ -103,7 +103,7 @@ def test_text_is_not_an_image():
     assert decode(b"a text\nof two lines")[1].reason == "not an image in a supported format"
 
 
-@pytest.mark.parametrize("kind", ["GIF", "AVIF"])
+@pytest.mark.parametrize("kind", ["GIF", "AVIF", "BMP"])
 def test_damaged_header_is_named(kind):
     data = encode(kind, "RGB", {})
     _, result = decode(data[:16])
