@@ -141,7 +141,7 @@ class FolderImageListing(ImageListing):
         one. So only the names within one directory need sorting at a time.
         """
         stack = [_OpenFolder(iter([b""]), None, links=0)]
-        behind_many_links: set[FolderIdentity] = set()
+        deep_folders: set[FolderIdentity] = set()
         repeats = 0
         while stack:
             marked = next(stack[-1].paths, None)
@@ -160,10 +160,10 @@ class FolderImageListing(ImageListing):
             if is_link:
                 self._linked_folders.append(path)
             if links >= MANY_LINKS:
-                repeats += is_link and identity in behind_many_links
+                repeats += is_link and identity in deep_folders
                 if repeats > MAX_REPEATS:
                     raise self._entangled_error(path)
-                behind_many_links.add(identity)
+                deep_folders.add(identity)
             stack.append(_OpenFolder(iter(paths), identity, links))
 
     def _scan(
