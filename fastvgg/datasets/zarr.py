@@ -269,8 +269,9 @@ class ZarrSource(ZarrArray):
     ) -> None:
         super().__init__(path, layout=layout)
         files, links = _list_files(path)
-        # Path.resolve raises where links form a loop.
-        self.linked_paths = [Path(os.path.realpath(path / key)) for key in links]
+        # Path.resolve raises where links form a loop. Of links to files there may be millions.
+        folders = (key for key in links if key.endswith("/"))
+        self.linked_paths = [Path(os.path.realpath(path / key)) for key in folders]
         self._check_lengths(files)
         self._check_missing_chunks(files, missing_chunks)
         self.stored_bytes = sum(size for size, _ in files.values())
@@ -372,7 +373,7 @@ def _check_metadata_regular(path: Path) -> None:
 def _list_files(path: Path) -> tuple[dict[str, tuple[int, str]], dict[str, str]]:
     """Return the size and a version string of every file of an array, and the text of every link.
 
-    Both by key; links are those of files and of directories.
+    Both by key; that of a link to a directory ends in a slash.
 
     Raises
     ------
@@ -405,9 +406,10 @@ def _list_directory(path: Path) -> tuple[dict[str, tuple[int, str]], dict[str, s
         with os.scandir(path / folder) as entries:
             for entry in entries:
                 key = folder + entry.name
+                is_folder = entry.is_dir()
                 if entry.is_symlink():
-                    links[key] = str(Path(entry).readlink())
-                if entry.is_dir():
+                    links[f"{key}/" if is_folder else key] = os.readlink(entry)  # noqa: PTH115
+                if is_folder:
                     folders.append(f"{key}/")
                 elif entry.is_file():
                     status = entry.stat()
