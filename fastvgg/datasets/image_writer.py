@@ -347,8 +347,8 @@ def _suffix_repeats(paths: Callable[[], Iterable[str]], suffix: str) -> int:
 
 def _hash_folders(paths: Iterable[str]) -> NDArray[np.uint64]:
     """Return the distinct hashes of all folders that contain the paths."""
+    nearest = itertools.groupby(path.rpartition("/")[0] for path in paths)
+    folders = (PurePosixPath(folder) for folder, _ in nearest)
     return np.unique(
-        hash_names(
-            os.fsencode(str(folder)) for path in paths for folder in PurePosixPath(path).parents
-        )
+        hash_names(os.fsencode(str(each)) for path in folders for each in (path, *path.parents))
     )
