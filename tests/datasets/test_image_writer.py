@@ -211,6 +211,20 @@ def test_any_paths_get_names_that_can_coexist(paths):
         assert len(set(stems)) < len(paths) or not parents.isdisjoint(stems)
 
 
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (["a.jpg", "b/a.jpg", "B/c.jpg"], []),
+        (["o.jpg", "A.jpg", "a.jpg"], ["A.png", "a.png"]),
+        (["A.jpg", "o.jpg", "a.png/x/y.jpg", "a.png/z.jpg"], ["A.png", "a.png/x/y.png"]),
+        (["b/X.png/a.jpg", "B/x.jpg"], ["b/X.png/a.png", "B/x.png"]),
+    ],
+)
+def test_names_that_a_disk_may_not_distinguish_are_probed(tmp_path, paths, expected):
+    target = make_target(tmp_path / "out", pixels(len(paths)), [record(path) for path in paths])
+    assert target._similar_names() == expected
+
+
 def test_failed_row_has_no_file_and_reads_back_as_zeros(tmp_path):
     expected = pixels(4)
     expected[[1, 3]] = 0
