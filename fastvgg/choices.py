@@ -109,16 +109,17 @@ def suggest(name: str, value: object, choices: Iterable[str]) -> str | None:
     >>> suggest("interpolation", "bilinar", ["bilinear", "box"]), suggest("mode", "", ["tf"])
     ('bilinear', None)
     """
-    by_word = {_normalize(choice): choice for choice in choices}
+    by_word = {normalize(choice): choice for choice in choices}
     text = str(value).removeprefix("torch.").strip()
-    if _normalize(text) in by_word:
-        return by_word[_normalize(text)]
+    if normalize(text) in by_word:
+        return by_word[normalize(text)]
     synonym = SYNONYMS.get(name.removeprefix("out_"), {}).get(text.lower())
-    if synonym is not None and _normalize(synonym) in by_word:
-        return by_word[_normalize(synonym)]
-    matches = difflib.get_close_matches(_normalize(text), by_word, n=1, cutoff=MIN_SIMILARITY)
+    if synonym is not None and normalize(synonym) in by_word:
+        return by_word[normalize(synonym)]
+    matches = difflib.get_close_matches(normalize(text), by_word, n=1, cutoff=MIN_SIMILARITY)
     return by_word[matches[0]] if matches else None
 
 
-def _normalize(text: str) -> str:
+def normalize(text: str) -> str:
+    """Return a word without what people write differently: case, dashes, underscores and spaces."""
     return text.lower().replace("-", "").replace("_", "").replace(" ", "")

@@ -127,12 +127,20 @@ REMEDIES: Final = {
 }
 
 
-RERUN: Final = "fix the cause, and rerun the same command"
-
-
 def remedy_for(error: OSError) -> str:
     """Return how to fix the cause of a failed system call."""
-    return REMEDIES.get(error.errno or 0, RERUN)
+    return REMEDIES.get(error.errno or 0, "fix the cause")
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return which file an error is about, if it says so, and its reason.
+
+    >>> describe_os_error(OSError(errno.ENOSPC, "No space left on device", "x.npy"))
+    'x.npy: No space left on device (ENOSPC)'
+    """
+    where = f"{error.filename}: " if error.filename else ""
+    code = errno.errorcode.get(error.errno or 0)
+    return f"{where}{error.strerror or error}{f' ({code})' if code else ''}"
 
 
 class FastvggError(Exception):
@@ -242,10 +250,8 @@ def os_errors_refused(error_class: type[FastvggError] = SourceError) -> Iterator
     except StoppedError as error:  # no run has begun that a rerun could resume
         raise error.as_refusal(error_class) from error
     except OSError as error:
-        name = errno.errorcode.get(error.errno or 0, "unknown error")
-        where = f"{error.filename}: " if error.filename else ""
-        problem = f"{where}{error.strerror or error} ({name})"
-        raise error_class(problem, remedy_for(error)) from error
+        remedy = f"{remedy_for(error)}; then rerun the same command"
+        raise error_class(describe_os_error(error), remedy) from error
 
 
 class VerificationError(FastvggError):
@@ -294,5 +300,6 @@ class StoppedError(FastvggError):
     def as_refusal(self, error_class: type[FastvggError] = TargetError) -> FastvggError:
         """Return the error of a call that failed before anything was written."""
         cause = self.__cause__
-        remedy = remedy_for(cause) if isinstance(cause, OSError) else RERUN
-        return error_class(f"{self.problem}; nothing was written", remedy)
+        remedy = remedy_for(cause) if isinstance(cause, OSError) else "fix the cause"
+        problem = f"{self.problem}; nothing was written"
+        return error_class(problem, f"{remedy}; then rerun the same command")

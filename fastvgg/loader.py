@@ -143,7 +143,7 @@ class Batches:
         missing_chunks: MissingChunks = "error",
     ) -> None:
         self.location = Location.parse(path)
-        check_exists(self.location)
+        recorded = self._read_provenance()
         _check_integer("batch_size", batch_size, minimum=1)
         _check_integer("seed", seed)
         check_flags(shuffle=shuffle, drop_last=drop_last, include_failed=include_failed)
@@ -163,7 +163,6 @@ class Batches:
         self._epoch = -1
         self._batches_yielded = 0
         self._has_start = False  # whether the next iteration starts at the two numbers above
-        recorded = self._read_provenance()
         self._version = _version(recorded.manifest)
         with contextlib.closing(self._open(recorded, use_index=recorded.has_index)) as source:
             self.header = source.header

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from fastvgg.choices import suggest
+from fastvgg.choices import normalize, suggest
 from fastvgg.errors import ModeError, command, option, option_name
 
 MODELS_BY_MODE: Final = {
@@ -33,16 +33,12 @@ MODES_BY_MODEL: Final = {
 }
 
 
-def _normalize(name: str) -> str:
-    return name.lower().replace("-", "").replace("_", "").replace(" ", "")
-
-
-_MODES_BY_NAME: Final = {_normalize(model): mode for model, mode in MODES_BY_MODEL.items()}
+_MODES_BY_NAME: Final = {normalize(model): mode for model, mode in MODES_BY_MODEL.items()}
 
 
 def is_known(name: str) -> bool:
     """Return whether a name is that of a published model, as `mode_name` accepts it."""
-    return _normalize(name) in _MODES_BY_NAME
+    return normalize(name) in _MODES_BY_NAME
 
 
 def mode_name(model: str) -> str:
@@ -54,7 +50,7 @@ def mode_name(model: str) -> str:
     ('caffe', 'torch')
     """
     if isinstance(model, str) and is_known(model):
-        return _MODES_BY_NAME[_normalize(model)]
+        return _MODES_BY_NAME[normalize(model)]
     name = "mode" if str(model).lower() in MODELS_BY_MODE else "model"
     meant = suggest(name, model, MODELS_BY_MODE if name == "mode" else MODES_BY_MODEL)
     question = f"did you mean {option(name, meant)}? " if meant else ""

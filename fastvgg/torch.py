@@ -142,7 +142,5 @@ class BatchesDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
 
 def _to_tensors(batch: Batch, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the images, channels first, and the labels of a batch, without a copy."""
-    images = as_torch(batch.images)
-    return images.permute(0, 3, 1, 2) if layout == "NHWC" else images, torch.from_numpy(
-        batch.labels
-    )
+    images, labels = as_torch(batch.images), torch.from_numpy(batch.labels)
+    return (images.permute(0, 3, 1, 2) if layout == "NHWC" else images), labels

@@ -15,7 +15,14 @@ from typer.core import TyperCommand, TyperGroup
 
 from fastvgg.cli.options import RUN_PANEL as DEFAULT_PANEL
 from fastvgg.cli.output import echo, print_json, show
-from fastvgg.errors import FastvggError, StoppedError, command_line_vocabulary, option
+from fastvgg.errors import (
+    FastvggError,
+    StoppedError,
+    command_line_vocabulary,
+    describe_os_error,
+    option,
+    remedy_for,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -161,11 +168,11 @@ def stop_run() -> Iterator[None]:
         described = None if isinstance(error, FastvggError) else describe_system_error(error)
         if described is None:
             raise
-        remedy = f"{described.remedy}; rerun the same command to resume"
+        remedy = f"{described.remedy}; then rerun the same command to resume"
         raise StoppedError(described.problem, remedy) from error
 
 
-def describe_system_error(error: Any) -> FastvggError | None:  # noqa: ANN401  # as attributes vary
+def describe_system_error(error: Exception) -> FastvggError | None:
     """Describe what the system, or a package, refused; None for any other error."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return FastvggError(
@@ -177,20 +184,14 @@ def describe_system_error(error: Any) -> FastvggError | None:  # noqa: ANN401  #
             f"{error.name or 'a package'} cannot be imported: {error}",
             "install it again, or raise the limits of memory and open files (ulimit -v, -n)",
         )
-    if isinstance(error, RuntimeError):
-        if NO_THREAD not in str(error):
-            return None
+    if isinstance(error, OSError):
+        return FastvggError(describe_os_error(error), remedy_for(error))
+    if NO_THREAD in str(error):
         return FastvggError(
             "the system starts no more threads",
             "end other processes, or raise the limit of processes (ulimit -u)",
         )
-    where = f"{error.filename}: " if getattr(error, "filename", None) else ""
-    code = errno.errorcode.get(getattr(error, "errno", None) or 0, "")
-    reason = getattr(error, "strerror", None) or str(error)
-    remedy = "fix the cause, and rerun the same command"
-    if code in ("EMFILE", "ENFILE"):
-        remedy = "raise the limit of open files (ulimit -n)"
-    return FastvggError(f"{where}{reason}{f' ({code})' if code else ''}", remedy)
+    return None
 
 
 def report_error(name: str, exit_code: int, problem: str, remedy: str, **details: Any) -> None:
@@ -221,8 +222,7 @@ def exit_code(code: str | int | None, unprinted: OSError | None) -> str | int | 
     """
     if unprinted is None or code not in (None, 0, SOME_INPUTS_FAILED):
         return code
-    reason = errno.errorcode.get(unprinted.errno or 0, "unknown error")
-    echo(f"fastvgg: standard output: write failed: {unprinted.strerror} ({reason})", sys.stderr)
+    echo(f"fastvgg: standard output: {describe_os_error(unprinted)}", sys.stderr)
     echo("  the work is done; rerun the same command to print its output", sys.stderr)
     return StoppedError.exit_code
 
