@@ -115,8 +115,9 @@ class Command(TyperCommand):
             name = "Arguments" if param.param_type_name == "argument" else panel
             record = param.get_help_record(ctx)
             if record is not None:
+                flags = re.sub(r"--(\S+) / --no-\1", r"--[no-]\1", record[0])
                 text = re.sub(r"\[default: \((.+)\)\]", r"[default: \1]", record[1])
-                sections.setdefault(name, []).append((record[0], text))
+                sections.setdefault(name, []).append((flags, text))
         if not sections.keys() - {"Arguments", DEFAULT_PANEL}:  # one group needs no name
             sections["Options"] = sections.pop(DEFAULT_PANEL)
         for name, records in sections.items():

@@ -94,12 +94,17 @@ ScaleToUint8 = Annotated[
 ]
 MaxPixels = Annotated[
     int | None,
-    _option(INPUT_PANEL, "Reject images with more pixels.", metavar="N", show_default="89478485"),
+    _option(INPUT_PANEL, "Reject images of more pixels.", metavar="N", show_default="89478485"),
 ]
 
 FollowLinks = Annotated[
     bool,
-    _option(INPUT_PANEL, "Follow symbolic links below SRC.", "--follow-links/--no-follow-links"),
+    _option(
+        INPUT_PANEL,
+        "Follow symbolic links below SRC.",
+        "--follow-links/--no-follow-links",
+        show_default="on",
+    ),
 ]
 
 MissingChunks = Annotated[
@@ -166,14 +171,16 @@ Threads = Annotated[
     _option(RUN_PANEL, "Worker threads.", metavar="N", show_default="all available CPUs"),
 ]
 Fsync = Annotated[
-    bool, _option(RUN_PANEL, "Make commits survive power loss.", "--fsync/--no-fsync")
+    bool,
+    _option(RUN_PANEL, "Make commits survive power loss.", "--fsync/--no-fsync", show_default="on"),
 ]
 CheckValues = Annotated[
     bool,
     _option(
         INPUT_PANEL,
-        "Reject floats that cannot be images, as 0..1.",
+        "Reject floats within 0..1 or -1..1.",
         "--check-values/--no-check-values",
+        show_default="on",
     ),
 ]
 Dask = Annotated[

@@ -133,6 +133,14 @@ def test_help_of_strict_covers_images_and_stored_arrays(command):
     assert "--strict Stop at the first failed image. --" in text
 
 
+def test_help_of_an_option_that_can_be_negated_is_one_line():
+    stdout = output_of("preprocess", "--help")[1]
+    for option in ("follow-links", "check-values", "fsync"):
+        (line,) = [line for line in stdout.splitlines() if option in line]
+        assert line.startswith(f"  --[no-]{option} ")
+        assert line.endswith("[default: on]")
+
+
 def test_help_of_the_demo_accepts_its_own_directory():
     text = " ".join(output_of("demo", "--help")[1].split())
     assert "DIR A directory, new or of a demo." in text
