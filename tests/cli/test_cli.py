@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pty
 import re
-import select
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 import fastvgg
-from fastvgg import cli, models, oracle
+from fastvgg import models, oracle
 from fastvgg.cli import output
 from fastvgg.datasets.index import index_path
 from fastvgg.stream.manifest import manifest_path
@@ -27,9 +23,9 @@ from fastvgg.stream.plan import RUN_BYTES
 from fastvgg.stream.report import MAX_FAILURES_KEPT, MAX_FAILURES_SHOWN
 from fastvgg.transform import Transform
 from tests.helpers.bad_arrays import INVALID
+from tests.helpers.commands import WITHOUT_NUMBA_SCRIPT, invoke, options_for_chunks
 from tests.helpers.datasets_on_disk import (
     ascii_failures,
-    commits_in,
     images_in,
     names_in,
     network_inputs,
@@ -58,15 +54,6 @@ def photos(tmp_path):
     return save_images(tmp_path / "photos", pixels(11))
 
 
-def invoke(*arguments):
-    """Run a command in this process."""
-    result = CliRunner().invoke(cli.app, [os.fspath(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert "Traceback" not in result.output
-    return result
-
-
 def run_command(*arguments, **settings):
     """Run a command in a process of its own."""
     return subprocess.run(
@@ -79,28 +66,9 @@ def run_command(*arguments, **settings):
     )
 
 
-# The command line without Numba, which takes a second to compile a kernel.
-WITHOUT_NUMBA_SCRIPT = """
-import sys, warnings
-sys.modules["numba"] = None
-warnings.filterwarnings("ignore", "Numba is not usable")
-from fastvgg.cli import main
-main()
-"""
-
-
 def run_without_numba(*arguments, **settings):
     """Run a command in a process of its own that has no Numba."""
     return python(WITHOUT_NUMBA_SCRIPT, *arguments, **settings)
-
-
-def options_for_chunks(images, kind="preprocess"):
-    """The memory limit for chunks of that many images, of pixels() as uint8 and as float32.
-
-    An image is read, while the result of it and that of another are in memory.
-    """
-    image_bytes = {"preprocess": 189 + 2 * 756, "restore": 756 + 2 * 189, "in place": 3 * 756}
-    return ["--memory", str(RUN_BYTES + images * image_bytes[kind]), "--threads", "1"]
 
 
 # Commands
@@ -957,263 +925,6 @@ def test_missing_permission_exits_with_3(tmp_path, photos, closed):
     with permissions(place, 0o555 if closed == "target directory" else 0):
         check_refused(3, contains=[place], result=python(UNPRIVILEGED_SCRIPT, *arguments))
     assert names_in(tmp_path / "out") == []
-
-
-# A progress callback that prints a line and waits; the next chunk may be written meanwhile.
-WAITING_PROGRESS_SCRIPT = """
-import contextlib, sys, warnings
-from fastvgg import cli
-from fastvgg.cli import commands
-sys.modules["numba"] = None
-warnings.simplefilter("ignore")
-@contextlib.contextmanager
-def progress_bar(plan, *, quiet):
-    def on_progress(at):
-        print("committed", flush=True)
-        sys.stdin.readline()
-    yield on_progress
-commands.progress_bar = progress_bar
-cli.main()
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("commits", [1, 2])
-def test_signal_exits_with_130_and_a_rerun_resumes(tmp_path, array, number, commits):
-    target = tmp_path / "y.npy"
-    arguments = ["preprocess", array, target, "--mode", "caffe", *options_for_chunks(4)]
-    with subprocess.Popen(
-        [sys.executable, "-c", WAITING_PROGRESS_SCRIPT, *map(str, arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        for commit in range(commits):
-            assert process.stdout.readline() == "committed\n"
-            if commit + 1 < commits:
-                process.stdin.write("\n")
-                process.stdin.flush()
-        process.send_signal(number)
-        _, stderr = process.communicate()
-    assert process.returncode == 130, stderr
-    assert "interrupted" in stderr
-    assert "same command" in stderr
-    assert "Traceback" not in stderr
-    assert not target.exists()
-    committed = commits_in(target)
-    assert commits <= committed <= 3
-    rerun = invoke(*arguments, "--json")
-    assert rerun.exit_code == 0
-    assert json.loads(rerun.stdout)["counts"]["computed_chunks"] == 3 - committed
-    assert target.read_bytes() == npy_bytes(network_inputs(pixels(11), "caffe"))
-
-
-# A disk that prints a line and waits while the second of three chunks is written.
-WAITING_DISK_SCRIPT = """
-import os, signal, sys, threading, warnings
-sys.modules["numba"] = None
-warnings.simplefilter("ignore")
-from fastvgg import cli
-from fastvgg.cli import signals
-from fastvgg.stream import destination
-from fastvgg.stream import in_place
-from fastvgg.stream.commit_pipeline import CommitPipeline
-from fastvgg.storage.local import Storage
-first_written = ".fastvgg-journal" if "--in-place" in sys.argv else ".partial"
-syncs = 0
-class Waiting(Storage):
-    def sync(self, file):
-        global syncs
-        written = file.path.name.endswith(first_written)
-        syncs += written
-        if written and syncs == 2:
-            os.write(1, b"writing\\n")
-            sys.stdin.readline()
-            while not main_leaves():
-                pass
-        super().sync(file)
-def main_leaves():
-    frame = sys._current_frames()[threading.main_thread().ident]
-    while frame is not None and frame.f_code is not CommitPipeline.__exit__.__code__:
-        frame = frame.f_back
-    return frame is not None and frame.f_locals["self"]._is_closed
-destination.Storage = in_place.Storage = Waiting
-interrupt = signals.interrupt
-def reported(*arguments):
-    try:
-        interrupt(*arguments)
-    finally:
-        os.write(1, b"interrupted\\n")
-signals.interrupt = reported
-signal.signal(signal.SIGWINCH, lambda *_: None)
-cli.main()
-"""
-
-
-def send_until(process, number, happens):
-    """Send a signal to a process, and wait for its effect."""
-    process.send_signal(number)
-    for _ in range(600):
-        if happens(0.1):
-            return
-        # A signal just before the main thread blocks is handled only after the next signal.
-        process.send_signal(signal.SIGWINCH)
-    raise AssertionError(f"nothing happens at signal {number}")
-
-
-@contextlib.contextmanager
-def interrupted(arguments, number):
-    """Run a command and send a signal while it writes its second chunk."""
-    with subprocess.Popen(
-        [sys.executable, "-c", WAITING_DISK_SCRIPT, *map(str, arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout.readline() == "writing\n"
-        send_until(process, number, lambda limit: select.select([process.stdout], [], [], limit)[0])
-        assert process.stdout.readline() == "interrupted\n"
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def three_chunk_command(kind, tmp_path):
-    """Return a command, its target, and the expected content."""
-    if kind == "in place":
-        path = save_npy(tmp_path / "x.npy", floats_of(pixels(11)))
-        options = ["--mode", "caffe", "--in-place", *options_for_chunks(4, kind)]
-        return ["preprocess", path, *options], path, in_place(Transform("caffe"))
-    path = tmp_path / "y.npy"
-    source = save_npy(tmp_path / "x.npy", pixels(11))
-    expected = npy_bytes(network_inputs(pixels(11), "caffe"))
-    return ["preprocess", source, path, "--mode", "caffe", *options_for_chunks(4)], path, expected
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("kind", ["array", "in place"])
-def test_signal_during_a_write_exits_with_130_after_the_commit(tmp_path, kind, number):
-    arguments, target, expected = three_chunk_command(kind, tmp_path)
-    with interrupted(arguments, number) as process:
-        assert process.poll() is None
-        stdout, stderr = process.communicate("\n", timeout=60)
-    assert process.returncode == 130, stderr
-    assert stdout == ""
-    assert "interrupted" in stderr
-    assert "same command" in stderr
-    assert "Traceback" not in stderr
-    assert json.loads(invoke("info", target, "--json").stdout)["committed_chunks"] == 2
-    written = target if kind == "in place" else tmp_path / "y.npy.partial"
-    two_chunk_bytes = 128 + 2 * 4 * 756
-    assert written.read_bytes()[:two_chunk_bytes] == expected[:two_chunk_bytes]
-    rerun = invoke(*arguments, "--json")
-    assert rerun.exit_code == 0
-    assert json.loads(rerun.stdout)["counts"]["computed_chunks"] == 1
-    assert target.read_bytes() == expected
-
-
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        (signal.SIGINT, signal.SIGINT),
-        (signal.SIGTERM, signal.SIGTERM),
-        (signal.SIGINT, signal.SIGTERM),
-        (signal.SIGTERM, signal.SIGINT),
-    ],
-)
-@pytest.mark.parametrize("kind", ["array", "in place"])
-def test_second_signal_exits_with_130_immediately_and_a_rerun_resumes(
-    tmp_path, kind, first, second
-):
-    arguments, target, expected = three_chunk_command(kind, tmp_path)
-
-    def ends(limit):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=limit)
-        return process.returncode is not None
-
-    with interrupted(arguments, first) as process:
-        send_until(process, second, ends)  # while the chunk still waits for the disk
-        assert process.returncode == 130
-        stdout, stderr = process.communicate()
-    assert set(stdout.splitlines()) <= {"interrupted"}  # again, where a finalizer lost the first
-    assert stderr == ""
-    assert (kind == "in place") == target.exists()
-    assert not manifest_path(target).exists()
-    rerun = invoke(*arguments, "--json")
-    assert rerun.exit_code == 0
-    # In place, a chunk is committed before it is written; otherwise after.
-    left = {"array": 2, "in place": 1}[kind]
-    assert json.loads(rerun.stdout)["counts"]["computed_chunks"] == left
-    assert target.read_bytes() == expected
-
-
-# A run whose array of pixels is finalized while a signal arrives, and which then waits.
-FINALIZER_SCRIPT = """
-import os, signal, sys, threading, weakref
-import fastvgg
-from fastvgg import cli
-class Finalized:
-    def __del__(self):
-        os.kill(os.getpid(), signal.{number})
-def signalled(reference):
-    os.kill(os.getpid(), signal.{number})
-def plan(*arguments, **options):
-    {loses}
-    threading.Event().wait({seconds})
-    raise ZeroDivisionError
-fastvgg.plan = plan
-sys.argv = ["fastvgg", "preprocess", "a", "b.npy", "--mode", "caffe"]
-cli.main()
-"""
-
-
-@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
-@pytest.mark.parametrize(
-    "loses",
-    [
-        "Finalized()",
-        "dropped = set(); reference = weakref.ref(dropped, signalled); del dropped",
-    ],
-)
-def test_signal_during_a_finalizer_interrupts(number, loses):
-    done = python(FINALIZER_SCRIPT.format(number=number, loses=loses, seconds=60))
-    assert done.returncode == 130, done.stderr
-    assert done.stderr.startswith("fastvgg: interrupted\n")
-    assert len(done.stderr.splitlines()) == 2
-
-
-# The hook returns only after the thread that sends the signal again has looked for it there.
-SLOW_HOOK_SCRIPT = """
-import threading, time
-from fastvgg.cli import signals
-start, looked, sleep = signals.start_new_thread, threading.Event(), time.sleep
-def start_and_wait(*arguments):
-    start(*arguments)
-    looked.wait(60)
-def look(seconds):
-    looked.set()
-    sleep(seconds)
-signals.start_new_thread, time.sleep = start_and_wait, look
-"""
-
-
-def test_lost_signal_is_resent_only_after_the_hook():
-    script = FINALIZER_SCRIPT.format(number="SIGINT", loses="Finalized()", seconds=60)
-    done = python(SLOW_HOOK_SCRIPT + script)
-    assert done.returncode == 130, done.stderr
-    assert done.stderr.startswith("fastvgg: interrupted\n")
-
-
-def test_exception_of_a_finalizer_is_still_printed():
-    lost = 'class Failing:\n        __del__ = lambda self: {}["lost"]\n    Failing()'
-    done = python(FINALIZER_SCRIPT.format(number="SIGINT", loses=lost, seconds=0))
-    assert done.returncode == 70
-    assert "KeyError: 'lost'" in done.stderr
-    assert "ZeroDivisionError" in done.stderr
 
 
 # Internal errors

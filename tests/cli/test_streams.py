@@ -1,37 +1,17 @@
-"""Standard streams that are closed, full or hung up, and signals, in processes of their own."""
+"""Standard streams that are closed, full or hung up, in processes of their own."""
 
 from __future__ import annotations
 
 import json
 import os
-import shlex
-import signal
-import subprocess
-import sys
 
 import pytest
 
 import fastvgg
 from fastvgg.storage.descriptors import above_standard_streams
-from tests.helpers.checkout import checkout_environment
+from tests.helpers.commands import run_shell
 from tests.helpers.datasets_on_disk import network_inputs, npy_bytes, pixels, save_npy
 from tests.helpers.tiff import COMPLAINT, save_damaged_tiffs
-
-WITHOUT_NUMBA = "import sys; sys.modules['numba'] = None; from fastvgg.cli import main; main()"
-QUIET = {"PYTHONWARNINGS": "ignore"}
-
-
-def run_shell(redirected, *arguments, source=WITHOUT_NUMBA):
-    """Run Python source in bash, with a redirection or a pipe after its arguments."""
-    command = shlex.join([sys.executable, "-c", source, *map(str, arguments)])
-    return subprocess.run(
-        ["/bin/bash", "-c", f"set -o pipefail; {command} {redirected}"],
-        env=checkout_environment(**QUIET),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 def check_is_complete(target, batch):
@@ -132,101 +112,10 @@ def test_descriptor_that_is_high_enough_is_kept():
     os.close(writing)
 
 
-# Signals
-
-
-WAITING = """
-import signal, sys
-sys.modules["numba"] = None
-from fastvgg import cli
-from fastvgg.cli import commands
-import contextlib
-@contextlib.contextmanager
-def progress_bar(plan, *, quiet):
-    def on_progress(at):
-        print("committed", flush=True)
-        sys.stdin.readline()
-    yield on_progress
-commands.progress_bar = progress_bar
-cli.main()
-"""
-
-
-def start_waiting(tmp_path, **settings):
-    """Start a run that prints a line after each chunk, and waits for one."""
-    source, target = save_npy(tmp_path / "x.npy", pixels(11)), tmp_path / "y.npy"
-    plan = fastvgg.plan(source, target, mode="tf", threads=1)
-    memory = str(plan.min_scratch_bytes + 4 * plan.image_memory_bytes)
-    arguments = ["preprocess", source, target, "--mode", "tf", "--memory", memory, "--threads", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", WAITING, *map(str, arguments)],
-        env=checkout_environment(**QUIET),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **settings,
-    )
-    assert process.stdout.readline() == "committed\n"
-    return process, target, arguments
-
-
-def test_closed_terminal_interrupts_a_run_which_can_be_resumed(tmp_path):
-    process, target, arguments = start_waiting(tmp_path)
-    process.send_signal(signal.SIGHUP)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    assert "rerun the same command" in stderr
-    assert not target.exists()
-    rerun = run_shell("", *arguments, "--json")
-    assert json.loads(rerun.stdout)["counts"]["computed_chunks"] < 3
-    check_is_complete(target, pixels(11))
-
-
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
-def test_ignored_signal_stays_ignored(tmp_path, number):
-    ignore = f"trap '' {number.name[3:]}; exec"
-    source, target = save_npy(tmp_path / "x.npy", pixels(11)), tmp_path / "y.npy"
-    script = (
-        "import signal, os; from fastvgg.cli.signals import catch_signals; catch_signals(); "
-        f"os.kill(os.getpid(), {int(number)}); " + WITHOUT_NUMBA
-    )
-    command = shlex.join([sys.executable, "-c", script, "preprocess", str(source), str(target)])
-    done = subprocess.run(
-        ["/bin/bash", "-c", f"{ignore} {command} --mode tf"],
-        env=checkout_environment(**QUIET),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    check_is_complete(target, pixels(11))
-
-
-def test_stopped_and_continued_run_completes(tmp_path):
-    process, target, _ = start_waiting(tmp_path)
-    process.send_signal(signal.SIGSTOP)  # SIGTSTP stops no orphaned process group
-    _, status = os.waitpid(process.pid, os.WUNTRACED)
-    assert os.WIFSTOPPED(status)
-    process.send_signal(signal.SIGCONT)
-    _, stderr = process.communicate("\n" * 3, timeout=60)
-    assert process.returncode == 0, stderr
-    check_is_complete(target, pixels(11))
-
-
 def test_file_size_limit_is_refused_with_its_own_remedy(tmp_path):
     source, target = save_npy(tmp_path / "x.npy", pixels(11)), tmp_path / "y.npy"
-    arguments = ["preprocess", str(source), str(target), "--mode", "tf"]
-    command = shlex.join([sys.executable, "-c", WITHOUT_NUMBA, *arguments])
-    done = subprocess.run(
-        ["/bin/bash", "-c", f"ulimit -f 5; {command}"],
-        env=checkout_environment(**QUIET),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    arguments = ["preprocess", source, target, "--mode", "tf"]
+    done = run_shell("", *arguments, before="ulimit -f 5;")
     assert done.returncode == 3, done.stderr
     assert "ulimit -f" in done.stderr
     assert "free disk space" not in done.stderr
