@@ -127,9 +127,12 @@ REMEDIES: Final = {
 }
 
 
+RERUN: Final = "fix the cause, and rerun the same command"
+
+
 def remedy_for(error: OSError) -> str:
     """Return how to fix the cause of a failed system call."""
-    return REMEDIES.get(error.errno or 0, "fix the cause")
+    return REMEDIES.get(error.errno or 0, RERUN)
 
 
 def describe_os_error(error: OSError) -> str:
@@ -250,8 +253,7 @@ def os_errors_refused(error_class: type[FastvggError] = SourceError) -> Iterator
     except StoppedError as error:  # no run has begun that a rerun could resume
         raise error.as_refusal(error_class) from error
     except OSError as error:
-        remedy = f"{remedy_for(error)}; then rerun the same command"
-        raise error_class(describe_os_error(error), remedy) from error
+        raise error_class(describe_os_error(error), remedy_for(error)) from error
 
 
 class VerificationError(FastvggError):
@@ -300,6 +302,5 @@ class StoppedError(FastvggError):
     def as_refusal(self, error_class: type[FastvggError] = TargetError) -> FastvggError:
         """Return the error of a call that failed before anything was written."""
         cause = self.__cause__
-        remedy = remedy_for(cause) if isinstance(cause, OSError) else "fix the cause"
-        problem = f"{self.problem}; nothing was written"
-        return error_class(problem, f"{remedy}; then rerun the same command")
+        remedy = remedy_for(cause) if isinstance(cause, OSError) else RERUN
+        return error_class(f"{self.problem}; nothing was written", remedy)

@@ -169,7 +169,7 @@ def stop_run() -> Iterator[None]:
         described = None if isinstance(error, FastvggError) else describe_system_error(error)
         if described is None:
             raise
-        remedy = f"{described.remedy}; then rerun the same command to resume"
+        remedy = f"{described.remedy}; rerunning the same command resumes"
         raise StoppedError(described.problem, remedy) from error
 
 
