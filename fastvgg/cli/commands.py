@@ -29,7 +29,6 @@ from fastvgg.cli.output import (
     print_report,
     progress_bar,
     show,
-    verification_bar,
 )
 from fastvgg.errors import UsageError
 
@@ -198,14 +197,15 @@ def verify(
     Example: fastvgg verify train.npy --full
     """
     with translate_errors(traceback):
-        settings: dict[str, Any] = {
-            "full": full,
-            "repair": repair,
-            "memory": memory,
-            "threads": threads,
-        }
-        with verification_bar(quiet=quiet) as on_progress:
-            verification = fastvgg.verify(path, progress=on_progress, **settings)
+        with progress_bar("verify", 0, "checks", quiet=quiet) as on_progress:
+            verification = fastvgg.verify(
+                path,
+                full=full,
+                threads=threads,
+                memory=memory,
+                repair=repair,
+                progress=on_progress,
+            )
         fields = dataclasses.asdict(verification)
         print_json(fields) if as_json else echo(str(verification), sys.stdout)
 
@@ -361,7 +361,7 @@ def _convert(
             stop_run(),
             _connect(dask) as client,
             nullcontext() if traceback or dask is not None else hidden_native_messages(),
-            progress_bar(plan, quiet=quiet) as on_progress,
+            progress_bar(direction, plan.header.images, "images", quiet=quiet) as on_progress,
         ):
             report = plan.run(on_progress, client=client)
         print_json(dataclasses.asdict(report)) if as_json else print_report(report)

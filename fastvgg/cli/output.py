@@ -132,24 +132,13 @@ def print_benchmark() -> Callable[[str, dict[str, Any]], None]:
 
 
 @contextmanager
-def progress_bar(plan: Plan, *, quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
-    """Yield a progress callback: a bar on a terminal, periodic lines elsewhere, None if quiet."""
-    label, images = plan.transform.direction, plan.header.images
-    with _progress(label, images, "images", quiet=quiet) as on_progress:
-        yield on_progress
-
-
-@contextmanager
-def verification_bar(*, quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
-    """Yield the progress callback of a verification, as `progress_bar` does."""
-    with _progress("verify", 0, "checks", quiet=quiet) as on_progress:
-        yield on_progress
-
-
-@contextmanager
-def _progress(
+def progress_bar(
     label: str, total: int, unit: str, *, quiet: bool
 ) -> Iterator[Callable[[Progress], None] | None]:
+    """Yield a progress callback: a bar on a terminal, periodic lines elsewhere, None if quiet.
+
+    `total` is shown until the first call, and `unit` names what is counted on lines.
+    """
     if quiet:
         yield None
     elif sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":

@@ -27,6 +27,8 @@ def place(tmp_path, monkeypatch):
     """A directory with an array in it, to which paths are relative."""
     monkeypatch.chdir(tmp_path)
     save_npy(tmp_path / "x.npy", pixels(5))
+    save_images(tmp_path / "torn", pixels(2), ["a.png", "c.png"])
+    (tmp_path / "torn" / "b.png").write_bytes(b"torn")
     return tmp_path
 
 
@@ -49,6 +51,11 @@ FAILURES = {
     "no directory": (["preprocess", "x.npy", "no/y.npy", "--mode", "tf"], "TargetError", 3),
     "nothing to verify": (["verify", "x.npy"], "SourceError", 3),
     "a changed file": (["verify", "changed.npy"], "VerificationError", 4),
+    "a failed image": (["pack", "torn", "y.npy", "--strict"], "StoppedError", 5),
+    "an array to pack": (["pack", "x.npy", "y.npy"], "UsageError", 2),
+    "nothing to restore": (["restore", "x.npy", "out", "--mode", "tf"], "SourceError", 3),
+    "no memory": (["verify", "x.npy", "--memory", "much"], "UsageError", 2),
+    "an argument too many": (["models", "x"], "UsageError", 2),
     "nothing to describe": (["info", "missing"], "SourceError", 3),
     "a plot of another kind": (["bench", "--plot", "x.txt"], "UsageError", 2),
 }

@@ -35,7 +35,7 @@ from fastvgg.cli import commands
 sys.modules["numba"] = None
 warnings.simplefilter("ignore")
 @contextlib.contextmanager
-def progress_bar(plan, *, quiet):
+def progress_bar(*label, quiet):
     def on_progress(at):
         print("committed", flush=True)
         sys.stdin.readline()
