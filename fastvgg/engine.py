@@ -101,7 +101,7 @@ def preprocess(
         The number of threads, by default all available CPUs; and "numba", "numpy", or "auto", which
         uses NumPy until a kernel pays off and then Numba.
     check_values
-        Reject floats that were scaled to 0..1 or -1..1: all lie there, and one is a fraction.
+        Reject floats that were scaled to 0..1 or -1..1: all lie there, and one is not zero.
 
     Returns
     -------

@@ -22,14 +22,21 @@ from fastvgg.datasets.base import MissingChunks
 from fastvgg.datasets.images import ImageSource
 from fastvgg.datasets.index import index_path, read_columns
 from fastvgg.datasets.open import open_source
-from fastvgg.errors import SourceError, StoppedError, UsageError, command, option
+from fastvgg.errors import (
+    SourceError,
+    StoppedError,
+    UsageError,
+    command,
+    option,
+    os_errors_refused,
+)
 from fastvgg.formatting import format_count
 from fastvgg.parallel import TaskQueue, check_threads
 from fastvgg.storage.location import Location
 from fastvgg.stream.manifest import Provenance
 from fastvgg.stream.preflight import plan_result
 from fastvgg.stream.redo_log import check_not_in_place
-from fastvgg.stream.source import check_exists, check_not_already_done
+from fastvgg.stream.source import check_exists, check_not_already_done, check_sampled_values
 from fastvgg.transform import Transform, storage_dtype
 
 if TYPE_CHECKING:
@@ -94,6 +101,8 @@ class Batches:
     missing_chunks
         "fill" reads the chunks that a Zarr array or an HDF5 dataset does not store as its fill
         value; by default they are an error.
+    check_values
+        Check a sample of stored floats before they are transformed: images of 0..1 would be black.
 
     Attributes
     ----------
@@ -141,12 +150,18 @@ class Batches:
         labels: ArrayLike | None = None,
         include_failed: bool = False,
         missing_chunks: MissingChunks = "error",
+        check_values: bool = True,
     ) -> None:
         self.location = Location.parse(path)
         recorded = self._read_provenance()
         _check_integer("batch_size", batch_size, minimum=1)
         _check_integer("seed", seed)
-        check_flags(shuffle=shuffle, drop_last=drop_last, include_failed=include_failed)
+        check_flags(
+            shuffle=shuffle,
+            drop_last=drop_last,
+            include_failed=include_failed,
+            check_values=check_values,
+        )
         _check_shard(shard)
         check_choice("missing_chunks", missing_chunks, get_args(MissingChunks))
         if transform is not None and not isinstance(transform, Transform):
@@ -169,6 +184,9 @@ class Batches:
             self.result = source.header if transform is None else plan_result(source, transform)
             self.failed_rows, self.labels, self.class_names = read_columns(source.records)
             self._check_index(recorded.manifest, has_records=len(source.records) > 0)
+            if transform is not None:
+                with os_errors_refused():
+                    check_sampled_values(source, transform, is_enabled=check_values)
         if labels is not None:
             self.labels, self.class_names = _check_labels(labels, self.header.images), None
         if not self._row_count():

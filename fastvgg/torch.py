@@ -38,8 +38,10 @@ class BatchesDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
 
     Parameters
     ----------
-    path, batch_size, transform, shuffle, seed, drop_last, labels, include_failed, missing_chunks
+    path, batch_size, transform, shuffle, seed, drop_last, labels, include_failed
         As for `fastvgg.batches`. With `shuffle`, call `set_epoch` before each epoch.
+    missing_chunks, check_values
+        As for `fastvgg.batches`.
     threads
         The number of threads of a worker; by default one, or without workers all available CPUs.
 
@@ -78,6 +80,7 @@ class BatchesDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
         labels: ArrayLike | None = None,
         include_failed: bool = False,
         missing_chunks: MissingChunks = "error",
+        check_values: bool = True,
     ) -> None:
         super().__init__()
         self._batches = Batches(
@@ -91,6 +94,7 @@ class BatchesDataset(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
             labels=labels,
             include_failed=include_failed,
             missing_chunks=missing_chunks,
+            check_values=check_values,
         )
         self.class_names = self._batches.class_names
         if self._batches.labels is None:

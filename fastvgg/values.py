@@ -29,13 +29,13 @@ def scaling_remedy(low: float) -> str:
 def check_image_values(x: NDArray[Any], layout: Layout) -> None:
     """Check that a floating batch was not scaled to 0..1 or -1..1, which would look black.
 
-    A batch without fractions passes, because it may be black. Examines a few hundred values, and
-    the others only if all of those lie within -1..1, image by image until one does not.
+    A batch of zeros passes, because it is black. Examines a few hundred values, and the others
+    only if all of those lie within -1..1, image by image until one does not.
 
     Raises
     ------
     ArrayError
-        If all values lie within -1..1, and not all are whole numbers.
+        If all values lie within -1..1, and not all are zero.
     """
     images = x.reshape(1, *x.shape) if x.ndim == 3 else x
     sides = [len(images), *images.shape[1:]]
@@ -43,13 +43,13 @@ def check_image_values(x: NDArray[Any], layout: Layout) -> None:
     steps[CHANNEL_AXES[layout]] = slice(None)
     if not x.size or not _is_within_unit(images[tuple(steps)]):
         return
-    has_fraction, low = False, 0.0
+    is_black, low = True, 0.0
     for image in images:
         if not _is_within_unit(image):
             return
-        has_fraction = has_fraction or bool((image != np.trunc(image)).any())
+        is_black = is_black and not image.any()
         low = min(low, float(image.min()))
-    if has_fraction:
+    if not is_black:
         raise ArrayError(
             f"all values lie within {'0' if low >= 0 else '-1'}..1, but images have 0..255",
             f"{scaling_remedy(low)}; if the values are meant, give {option('check_values', False)}",

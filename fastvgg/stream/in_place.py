@@ -31,7 +31,7 @@ from fastvgg.stream.redo_log import (
     read_header_to_resume,
 )
 from fastvgg.stream.report import first_failures
-from fastvgg.stream.source import changed_error, check_values, is_changed
+from fastvgg.stream.source import changed_error, check_sampled_values, is_changed
 from fastvgg.tiling import CACHE_LINE_BYTES
 from fastvgg.transform import storage_dtype
 
@@ -117,7 +117,7 @@ class _InPlaceRun:
     def _begin(self) -> RedoLog:
         if self.plan.committed_chunks or is_changed(self.plan, self.source):
             raise changed_error(self.plan)
-        check_values(self.plan, self.source)
+        check_sampled_values(self.source, self.plan.transform, is_enabled=self.plan.check_values)
         check_sidecars_in_place(self.data.path)
         return RedoLog.begin(self.storage, self.data, self.plan.job, self.plan.chunk_images)
 

@@ -166,8 +166,8 @@ def plan(
         Sync every commit, so that a committed chunk survives a power failure. Without it, a
         committed chunk survives only a crash of the process.
     check_values
-        Before preprocessing floats, check in a sample that they can be images: 0..255, and not
-        fractions within 0..1 or -1..1.
+        Before preprocessing floats, check in a sample that they can be images: 0..255, and not all
+        within 0..1, unless all are zero.
 
     Returns
     -------

@@ -38,7 +38,7 @@ from fastvgg.stream.report import first_failures
 from fastvgg.stream.retry import FailureRetry
 from fastvgg.stream.source import (
     check_decodable,
-    check_values,
+    check_sampled_values,
     describe_change,
     is_changed,
     reopen_source,
@@ -205,7 +205,9 @@ class Run:
         if self.found.name == "complete":
             return _report_complete(self.found, self.started_at)
         with os_errors_refused():
-            check_values(self.plan, self.source)
+            check_sampled_values(
+                self.source, self.plan.transform, is_enabled=self.plan.check_values
+            )
         resumes = self.found.name == "resumable" and self._journal_state.complete
         if resumes and self.destination.is_published():  # without its manifest
             self._check_checksums()

@@ -173,48 +173,47 @@ def check_not_already_done(source: Location, recorded: Transform, direction: Dir
     )
 
 
-def check_values(plan: Plan, source: Source) -> None:
-    """Check a sample of a floating-point source before anything is written.
+def check_sampled_values(source: Source, transform: Transform, *, is_enabled: bool) -> None:
+    """Check a sample of a floating-point source before it is transformed.
 
-    Images have values 0..255, and those of 0..1 would be black. Network inputs are negative except
-    in bright images, and contain fractions; in tf mode an all-white image is all ones. With
-    `check_values=False`, any values are preprocessed.
+    Images have values 0..255, and those of 0..1 would be black; only an all-black image has nothing
+    but zeros. Network inputs are negative except in bright images, and contain fractions; in tf
+    mode an all-white image is all ones. Unless `is_enabled`, any values are preprocessed.
 
     Raises
     ------
     SourceError
         If scaled images or network inputs would be preprocessed, or images restored.
     """
-    if plan.header.dtype == "uint8":
+    if source.header.dtype == "uint8":
         return  # the dtype rules out network inputs
-    recorded = Provenance.read(plan.source).transform
+    recorded = Provenance.read(source.location).transform
     if recorded is not None:  # another process may have just written the manifest
-        check_not_already_done(plan.source, recorded, plan.transform.direction)
+        check_not_already_done(source.location, recorded, transform.direction)
         return
-    is_preprocessed = plan.transform.direction == "preprocess"
-    if is_preprocessed and not plan.check_values:
+    is_preprocessed = transform.direction == "preprocess"
+    if is_preprocessed and not is_enabled:
         return
-    images, samples = plan.header.images, min(CHECKED_IMAGES, plan.header.images)
+    images, samples = source.header.images, min(CHECKED_IMAGES, source.header.images)
     rows = sorted({image * images // samples for image in range(samples)})
     values = [source.read(row, row + 1).batch.astype(np.float64) for row in rows]
     low = float(np.min([image.min() for image in values]))  # propagates NaN, unlike min()
     high = float(np.max([image.max() for image in values]))
     is_image = low >= 0 and high <= 255  # false for NaN
-    found = f"{plan.source}: {len(rows)} sampled images have values from {low:.6g} to {high:.6g}"
+    found = (
+        f"{source.location}: {len(rows)} sampled images have values from {low:.6g} to {high:.6g}"
+    )
+    is_unit = low >= -1 and high <= 1 and (low, high) != (0, 0)
+    if is_preprocessed and (is_unit or not is_image):
+        scaling = f"; to scale these, {scaling_remedy(low)}"
+        raise SourceError(
+            f"{found}: these are not images (0 to 255), and may be already preprocessed",
+            "preprocess the original images"
+            + (scaling if is_unit else ", or restore this dataset first")
+            + f"; if these values are meant, give {option('check_values', False)}",
+        )
     is_integral = all(np.array_equal(image, np.trunc(image)) for image in values)
-    is_unit = low >= -1 and high <= 1 and not is_integral
-    opt_out = f"if these values are meant, give {option('check_values', False)}"
-    if is_preprocessed and is_unit:
-        raise SourceError(
-            f"{found}: these are not images (0 to 255), and may be already preprocessed",
-            f"preprocess the original images; to scale these, {scaling_remedy(low)}; {opt_out}",
-        )
-    if is_preprocessed and not is_image:
-        raise SourceError(
-            f"{found}: these are not images (0 to 255), and may be already preprocessed",
-            f"preprocess the original images, or restore this dataset first; {opt_out}",
-        )
-    if plan.transform.direction == "restore" and is_image and is_integral and high > 1:
+    if not is_preprocessed and is_image and is_integral and high > 1:
         raise SourceError(
             f"{found}, all of them whole numbers: these are images that were never preprocessed",
             "there is nothing to restore; to store them as uint8, convert their dtype",

@@ -620,6 +620,46 @@ def test_stored_network_inputs_are_not_preprocessed_twice(path, tmp_path):
     assert np.array_equal(np.concatenate([batch.images for batch in restored]), make_images())
 
 
+NOT_IMAGES = {
+    "0..1": (make_images() / 255, "multiply by 255"),
+    "-1..1": (make_images() / 127.5 - 1, "(x + 1) * 127.5"),
+    "0 and 1": (make_images() % 2, "multiply by 255"),
+    "torch": (oracle.apply(Transform("torch"), make_images()), "the original images"),
+}
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("name", NOT_IMAGES)
+def test_stored_floats_that_are_not_images_are_not_preprocessed(tmp_path, name, shuffle):
+    values, remedy = NOT_IMAGES[name]
+    values = values.astype(np.float32)
+    np.save(tmp_path / "f.npy", values)
+    transform = Transform("torch")
+    with pytest.raises(SourceError, match="are not images") as caught:
+        fastvgg.batches(tmp_path / "f.npy", 8, transform=transform, shuffle=shuffle)
+    assert remedy in caught.value.remedy
+    assert "check_values=False" in caught.value.remedy
+    meant = fastvgg.batches(
+        tmp_path / "f.npy", 8, transform=transform, shuffle=shuffle, check_values=False
+    )
+    for images, _, rows in meant:
+        assert images.tobytes() == oracle.apply(transform, values[rows]).tobytes()
+    assert rows_of(fastvgg.batches(tmp_path / "f.npy", 8)) == list(range(IMAGES))
+
+
+def test_stored_floats_that_are_images_are_preprocessed(tmp_path):
+    for values in (make_images(dtype="float32"), np.zeros((2, 5, 7, 3), np.float32)):
+        np.save(tmp_path / "f.npy", values)
+        (batch,) = fastvgg.batches(tmp_path / "f.npy", IMAGES, transform=Transform("torch"))
+        assert batch.images.tobytes() == oracle.apply(Transform("torch"), values).tobytes()
+
+
+def test_stored_images_are_not_restored(tmp_path):
+    np.save(tmp_path / "f.npy", make_images(dtype="float32"))
+    with pytest.raises(SourceError, match="never preprocessed"):
+        fastvgg.batches(tmp_path / "f.npy", 8, transform=Transform("torch").inverse())
+
+
 def test_unfinished_in_place_file_is_rejected(tmp_path, monkeypatch):
     path = tmp_path / "y.npy"
     np.save(path, make_images(dtype="float32"))

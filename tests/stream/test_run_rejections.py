@@ -223,10 +223,18 @@ def test_any_floats_are_preprocessed_and_verified_when_they_are_meant(tmp_path, 
     assert (stored[1, 2, 3] == 0x7FC00000).all()
 
 
-@pytest.mark.parametrize("values", [[0], [0, 1], [1]], ids=str)
-def test_black_images_stored_as_floats_are_preprocessed(tmp_path, values):
-    source = save_npy(tmp_path / "x.npy", np.resize(np.array(values, np.float32), (5, 4, 6, 3)))
+def test_black_images_stored_as_floats_are_preprocessed(tmp_path):
+    source = save_npy(tmp_path / "x.npy", np.zeros((5, 4, 6, 3), np.float32))
     plan_of(source, tmp_path / "y.npy", mode="caffe").run()
+
+
+@pytest.mark.parametrize("values", [[0, 1], [1], [-1, 1], [-1, 0, 1]], ids=str)
+def test_stored_whole_numbers_within_the_scaled_range_are_not_preprocessed(tmp_path, values):
+    source = save_npy(tmp_path / "x.npy", np.resize(np.array(values, np.float32), (5, 4, 6, 3)))
+    with pytest.raises(SourceError) as caught:
+        plan_of(source, tmp_path / "y.npy", mode="caffe").run()
+    check_error(caught.value, source, "to 1:", "check_values=False")
+    assert names_in(tmp_path) == ["x.npy"]
 
 
 def test_values_are_checked_in_place_too(tmp_path):

@@ -120,7 +120,7 @@ def test_flag_is_true_or_false(tmp_path, monkeypatch, name, flag):
 
 def test_every_public_function_with_a_flag_is_tested():
     assert {name for name, _ in FLAGS} == set(CALLS)
-    assert len(FLAGS) == 18
+    assert len(FLAGS) == 19
 
 
 @pytest.mark.parametrize("value", [np.True_, np.False_])

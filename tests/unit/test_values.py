@@ -64,13 +64,19 @@ def test_one_value_outside_of_the_range_is_enough(at, value):
         call()
 
 
-def test_batches_without_fractions_are_images():
-    for x in (np.zeros_like(PIXELS), PIXELS % 2, (PIXELS % 2).astype(np.int8) - 1):
-        for dtype in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16):
-            for call in calls(x.astype(dtype)):
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+def test_whole_numbers_within_the_range_are_rejected_unless_all_are_zero(dtype):
+    one = np.zeros_like(PIXELS)
+    one[2, 24, 30, 2] = 1
+    for x in (PIXELS % 2, PIXELS % 2 * 2.0 - 1, np.ones_like(PIXELS), one, -one.astype(np.int8)):
+        for call in calls(x.astype(dtype)):
+            with pytest.raises(ArrayError):
                 call()
-    for call in calls(np.empty((0, 5, 7, 3), np.float32)):
-        call()
+        for call in calls(x.astype(dtype), check_values=False):
+            call()
+    for x in (np.zeros_like(PIXELS), np.empty((0, 5, 7, 3))):
+        for call in calls(x.astype(dtype)):
+            call()
 
 
 def test_nothing_is_written_before_scaled_floats_are_rejected():
