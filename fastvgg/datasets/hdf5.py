@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import h5py
 
-from fastvgg.datasets.base import Header, check_dtype, check_shape
+from fastvgg.datasets.base import Header, check_dtype, check_shape, open_regular
 from fastvgg.datasets.contiguous import ContiguousSource, ContiguousTarget
 from fastvgg.datasets.hdf5_chunks import ChunkError, StoredChunks
+from fastvgg.datasets.hdf5_file import open_hdf5
 from fastvgg.datasets.index import read_index
 from fastvgg.errors import SourceError, StoppedError, TargetError, option
 from fastvgg.transform import storage_dtype
@@ -81,7 +82,7 @@ class Hdf5Source(ContiguousSource):
         with contextlib.ExitStack() as stack:
             stack.callback(self._file.close)
             try:
-                self._hdf5 = stack.enter_context(h5py.File(self.path, "r"))  # locks out writers
+                self._hdf5, reader = stack.enter_context(open_hdf5(self._file))
             except OSError as error:
                 raise SourceError(
                     f"{self.path} cannot be opened: {error}",
@@ -91,6 +92,8 @@ class Hdf5Source(ContiguousSource):
             try:
                 self._dataset = self._find(location.inner.encode(errors="surrogateescape"))
                 self._validate(layout, missing_chunks)
+                if self._chunks is not None:
+                    reader.allow(self._chunks.max_stored_bytes)
             except HDF5_ERRORS as error:
                 raise self._damaged_error(f"HDF5 reports {str(error)!r}") from None
             self.records = read_index(self.path, self.header.images) if use_index else ()
@@ -277,7 +280,7 @@ def list_datasets(path: Path) -> tuple[list[dict[str, Any]], int]:
         If HDF5 cannot read the file.
     """
     try:
-        with h5py.File(path, "r") as file:
+        with open_regular(path) as opened, open_hdf5(opened) as (file, _):
             names = _dataset_names(file)
             shown = [_describe_dataset(file[name], name) for name in names[:MAX_NAMES_SHOWN]]
     except HDF5_ERRORS as error:

@@ -248,6 +248,27 @@ def h5_user_block(directory):
     return f"{path}::/x"
 
 
+def h5_claim(directory, change):
+    """A sparse file of 4 GiB, of which `change` edits the structures."""
+    path = directory / "x.h5"
+    with h5py.File(path, "w", libver="earliest") as file:
+        file["x"] = BATCH
+    content = bytearray(path.read_bytes())
+    change(content)
+    struct.pack_into("<Q", content, 40, 4 * GIB)  # the end of the file in the superblock
+    sparse(path, 4 * GIB, content)
+    return f"{path}::/x"
+
+
+def claim_local_heap(content):
+    struct.pack_into("<Q", content, content.index(b"HEAP") + 8, 2 * GIB)
+
+
+def claim_object_header(content):
+    (root,) = struct.unpack_from("<Q", content, 64)
+    struct.pack_into("<I", content, root + 8, 3 * GIB)
+
+
 def tar_with(directory, *members):
     path = directory / "x.tar"
     with path.open("wb") as file:
@@ -373,6 +394,8 @@ HOSTILE = {
     "hdf5, many groups without the dataset": h5_names,
     "hdf5, nested groups": h5_nested,
     "hdf5, a user block": h5_user_block,
+    "hdf5, a heap of 2 GiB": lambda d: h5_claim(d, claim_local_heap),
+    "hdf5, an object header of 3 GiB": lambda d: h5_claim(d, claim_object_header),
     "npy, a header of 4 GiB": npy_header_of_4_gib,
     "npy, 2**48 images": lambda d: npy_with(d, header_text("'|u1'", shape=f"({2**48}, 9, 9, 3)")),
     "npy, nested": lambda d: npy_with(d, "(" * 3000 + ")" * 3000),
