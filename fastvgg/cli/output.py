@@ -88,15 +88,15 @@ def print_info(properties: dict[str, Any]) -> None:
         if value in (None, [], "", {}):
             continue
         first, *more = _info_lines(name, value)
-        show(f"{name:<17}{first}")
+        show(escape_controls(f"{name:<17}{first}"))
         for line in more:
-            show(f"{'':<17}{line}")
+            show(escape_controls(f"{'':<17}{line}"))
 
 
 def _info_lines(name: str, value: object) -> list[str]:
     if isinstance(value, dict):
         return [f"{package} {version}" for package, version in value.items()]
-    if name == "notes" and isinstance(value, list):
+    if name in ("notes", "differences") and isinstance(value, list):
         return value
     if name == "datasets" and isinstance(value, list):
         return [_dataset_line(dataset) for dataset in value]

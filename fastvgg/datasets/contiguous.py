@@ -206,19 +206,23 @@ class ContiguousTarget(DiskTarget, SharedTarget):
     def inspect_published(self) -> list[str]:
         with open_regular(self.path) as file:
             start, nbytes = file.read(len(self.preamble)), os.fstat(file.fileno()).st_size
-        if start == self.preamble:
-            if nbytes == self.stored_bytes:
+        differences = []
+        if start != self.preamble:
+            # Another version, or another program, may have written an equivalent header.
+            try:
+                with contextlib.closing(self.open_published()) as source:
+                    self._check_published(source.header)
+            except FastvggError as error:
+                reason = error.problem.removeprefix(f"{self.path} ")
+                differences.append(f"its header differs: {reason}")
+            else:
+                self._has_other_header = True
                 return []
-            self.is_extended = nbytes > self.stored_bytes
+        self.is_extended = nbytes > self.stored_bytes
+        if nbytes != self.stored_bytes:
             state = "followed by other bytes" if self.is_extended else "truncated"
-            return [f"it is {state}: it has {nbytes} bytes, not {self.stored_bytes}"]
-        try:  # another version, or another program, may have written an equivalent header
-            with contextlib.closing(self.open_published()) as source:
-                self._check_published(source.header)
-        except FastvggError as error:
-            return [f"its header differs: {error.problem.removeprefix(f'{self.path} ')}"]
-        self._has_other_header = True
-        return []
+            differences.append(f"it is {state}: it has {nbytes} bytes, not {self.stored_bytes}")
+        return differences
 
     def stored_spans(self, start: int, stop: int, max_bytes: int) -> Iterator[bytes | memoryview]:
         if self._has_other_header:

@@ -99,7 +99,7 @@ class FinishedDataset:
             If it is not a finished dataset of fastvgg, or its manifest or index is damaged.
         """
         check_not_in_place(location.container)
-        if read_manifest(location.container) is None or not _exists(location):
+        if read_manifest(location.container) is None or not exists(location):
             check_exists(location)  # with a manifest, even one that cannot be opened is a dataset
         manifest = Provenance.read(location).manifest
         if manifest is None:
@@ -243,7 +243,8 @@ def _nonzero_row(
     return -1
 
 
-def _exists(location: Location) -> bool:
+def exists(location: Location) -> bool:
+    """Return whether anything has the name of a dataset."""
     path = location.container
     return objects.exists(path) if location.is_remote else os.path.lexists(path)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastvgg.datasets.index import read_index
-from fastvgg.errors import SourceError, option
+from fastvgg.errors import FastvggError, SourceError, command, option
+from fastvgg.storage.local import Storage
 from fastvgg.storage.location import Location
+from fastvgg.storage.objects import ObjectStorage
 from fastvgg.stream.describe import count_labels, describe_error, describe_source
+from fastvgg.stream.finished import FinishedDataset, exists, problem_of
 from fastvgg.stream.journal import journal_path, read_journal
-from fastvgg.stream.manifest import Provenance
+from fastvgg.stream.manifest import Provenance, manifest_path
 from fastvgg.stream.redo_log import committed_chunks, read_redo_log_header
 
 if TYPE_CHECKING:
@@ -31,7 +34,8 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     -------
     dict
         JSON types, in the order to show them: path, state ("finished", "unfinished",
-        "unfinished in place", "source" for what fastvgg did not write, or "not a dataset" with
+        "unfinished in place", "changed" if its header, length or index contradicts the
+        manifest, "source" for what fastvgg did not write, or "not a dataset" with
         the reason), and, where known, shape, type, layout, mode and counts. Of images: formats,
         labels, sizes in a sample of 200 headers, and what is skipped.
 
@@ -70,18 +74,41 @@ def _describe(location: Location) -> dict[str, Any]:
         return describe_error(location, error)
     manifest = recorded.manifest
     if manifest is not None:
+        if not exists(location):
+            raise _no_data_error(location)
+        differences = _find_differences(location)
         return {
-            "state": "finished",
+            "state": "changed" if differences else "finished",
+            "differences": differences,
             **_job_fields(manifest.job),
             **manifest.counts,
             **count_labels(read_index(location.container, manifest.header.images)),
             "chunks": len(manifest.checksums),
             "created": manifest.created,
             "packages": manifest.packages,
+            "next": f"find all differences: {command('verify', location)}" if differences else None,
         }
     described = describe_source(location, use_index=recorded.has_index)
     transform = {} if recorded.transform is None else _transform_fields(recorded.transform)
     return {**described, **transform}
+
+
+def _no_data_error(location: Location) -> SourceError:
+    path = manifest_path(location.container)
+    return SourceError(
+        f"{location.container} does not exist any more, but its manifest does: {path}",
+        "restore the dataset, or move the manifest to where the dataset is now",
+    )
+
+
+def _find_differences(location: Location) -> list[str]:
+    """Return how a finished dataset differs from its manifest, without reading its data."""
+    storage = ObjectStorage() if location.is_remote else Storage()
+    try:
+        dataset = FinishedDataset.open(location, storage, threads=1, memory_bytes=0)
+        return [*dataset.stored.inspect_published(), *dataset.index_differences]
+    except (FastvggError, OSError) as error:
+        return [problem_of(error)]
 
 
 def _transform_fields(transform: Transform) -> dict[str, Any]:

@@ -51,11 +51,16 @@ def check_target(source: Source, target: Location, job: Job) -> None:
     file, result = target.container, job.result
     check_target_name(target)
     check_directory(file)
+    if job.is_encoded and job.transform.direction != "restore":
+        raise TargetError(
+            f"{target} is the name of a directory of image files, which only restore writes",
+            "give the name of an array: .npy, .zarr, or .h5::/NAME",
+        )
     if job.is_encoded and (result.dtype, result.layout) != IMAGE_TYPE:
         raise TargetError(
             f"{target}: image files store {' '.join(IMAGE_TYPE)}, but the result is {result.dtype} "
             f"{result.layout}",
-            "give a name that ends in .npy; only restore to NHWC writes image files",
+            f"give the name of an array, such as .npy, or {option('out_layout', 'NHWC')}",
         )
     if is_mount_point(file):
         raise TargetError(

@@ -184,7 +184,8 @@ def _error(
 
 def _remedy(dataset: FinishedDataset, repaired: repairs.Repaired, *, has_repaired: bool) -> str:
     job, path, stored = dataset.manifest.job, dataset.location.container, dataset.stored
-    if isinstance(stored, ContiguousTarget) and stored.is_extended and not repaired.damaged:
+    is_intact = not repaired.damaged and len(repaired.differences) == 1
+    if isinstance(stored, ContiguousTarget) and stored.is_extended and is_intact:
         return f"take a copy without what follows: head -c {stored.stored_bytes} {path} > COPY"
     is_damaged = bool(repaired.damaged or repaired.differences)
     is_other = 1 < dataset.chunks == len(repaired.damaged)  # not one chunk is what was written

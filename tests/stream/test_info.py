@@ -13,10 +13,13 @@ from typer.testing import CliRunner
 
 import fastvgg
 from fastvgg import cli
+from fastvgg.datasets.index import index_path
 from fastvgg.errors import SourceError
 from fastvgg.stream import describe
+from fastvgg.stream.manifest import manifest_path
 from tests.helpers.datasets_on_disk import (
     check_error,
+    network_inputs,
     pixels,
     plan_of,
     save_images,
@@ -37,6 +40,14 @@ def photos(tmp_path):
     elsewhere = save_images(tmp_path / "elsewhere", pixels(3), ["0.png", "1.png", "2.png"])
     (folder / "c").symlink_to(elsewhere)
     return folder
+
+
+def finished_dataset(tmp_path, target):
+    """Write a dataset of eight images."""
+    is_restored = target.suffix == ""
+    batch = network_inputs(pixels(8), "caffe") if is_restored else pixels(8)
+    direction = "restore" if is_restored else "preprocess"
+    plan_of(save_npy(tmp_path / "x.npy", batch), target, mode="caffe", direction=direction).run()
 
 
 def test_folder_of_images_of_any_size_is_described_without_options(photos):
@@ -147,6 +158,76 @@ def test_finished_dataset_shows_failed_images_and_labels(photos, tmp_path):
     found = fastvgg.info(tmp_path / "y.npy")
     assert (found["state"], found["images"], found["failed"]) == ("finished", 13, 1)
     assert found["images_by_label"] == {"a": 6, "b": 4, "c": 3}
+
+
+@pytest.mark.parametrize("name", ["y.npy", "out", "y.zarr", "y.h5::/x"])
+def test_manifest_of_a_missing_dataset_is_no_dataset(tmp_path, name):
+    target, container = tmp_path / name, tmp_path / name.partition("::")[0]
+    finished_dataset(tmp_path, target)
+    container.rename(tmp_path / "moved")
+    with pytest.raises(SourceError) as caught:
+        fastvgg.info(target)
+    check_error(caught.value, container, "does not exist", manifest_path(container))
+
+
+def write_text(path):
+    path.write_text("no array")
+
+
+def append(path):
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+def save_another(path):
+    path.unlink()
+    save_npy(path, pixels(3))
+
+
+def make_directory(path):
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (write_text, "not a .npy file"),
+        (append, "followed by other bytes"),
+        (save_another, "(3, 7, 9, 3) of uint8"),
+        (make_directory, "directory"),
+    ],
+)
+def test_dataset_that_is_not_what_its_manifest_says_has_changed(tmp_path, change, words):
+    target = tmp_path / "y.npy"
+    finished_dataset(tmp_path, target)
+    assert fastvgg.info(target)["state"] == "finished"
+    change(target)
+    found = fastvgg.info(target)
+    assert found["state"] == "changed"
+    assert words in " ".join(found["differences"])
+    assert "verify" in found["next"]
+
+
+def test_removed_index_is_a_difference(photos, tmp_path):
+    target = tmp_path / "y.npy"
+    plan_of(photos, target, mode="caffe", size=(7, 9)).run()
+    index_path(target).unlink()
+    found = fastvgg.info(target)
+    assert found["state"] == "changed"
+    assert "index" in found["differences"][0]
+
+
+def test_line_feeds_of_names_forge_no_line(tmp_path):
+    folder = save_images(tmp_path / "a\nstate forged", pixels(1), ["b\nstate forged/0.png"])
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["c\nstate forged"] = pixels(2)
+    for path in (folder, tmp_path / "x.h5"):
+        shown = CliRunner().invoke(cli.app, ["info", str(path)]).stdout
+        assert "\\nstate forged" in shown
+        assert [line for line in shown.splitlines() if line.startswith("state")] == [
+            "state            source"
+        ]
 
 
 def test_unfinished_dataset_shows_its_progress(tmp_path):
