@@ -130,19 +130,25 @@ def _local_cluster(security: Security) -> Iterator[LocalCluster]:
     no_routes: dict[str, list[str]] = {
         f"distributed.{node}.http.routes": [] for node in ("scheduler", "worker")
     }
-    with (
-        dask.config.set(no_routes),
-        LocalCluster(
-            n_workers=available_cpus(),
-            threads_per_worker=1,
-            host=LOOPBACK,
-            protocol="tls://",
-            security=security,
-            scheduler_kwargs={"dashboard": False, "dashboard_address": f"{LOOPBACK}:0"},
-            worker_dashboard_address=None,
-        ) as cluster,
-    ):
-        yield cluster
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(dask.config.set(no_routes))
+        try:
+            cluster = LocalCluster(
+                n_workers=available_cpus(),
+                threads_per_worker=1,
+                host=LOOPBACK,
+                protocol="tls://",
+                security=security,
+                scheduler_kwargs={"dashboard": False, "dashboard_address": f"{LOOPBACK}:0"},
+                worker_dashboard_address=None,
+            )
+        except (RuntimeError, OSError) as error:  # of the first process that fails to start
+            raise ClusterError(
+                f"a local Dask cluster could not be started: {error}",
+                "raise the limits of open files and processes (ulimit -n, ulimit -u), or omit "
+                f"{option_name('dask')}",
+            ) from error
+        yield opened.enter_context(cluster)
 
 
 class DaskExecutor(Executor):

@@ -48,7 +48,8 @@ class Location:
         UsageError
             If it is empty or not a path.
         SourceError
-            If it is a URL that is not of a store, or whose package is not installed.
+            If it is a URL that is not of a store, or whose package is not installed; or if it is
+            relative, and the current directory was removed.
 
         Examples
         --------
@@ -74,7 +75,14 @@ class Location:
         if not file or "\0" in file:
             raise UsageError(f"{path!r} is not a path", "give the path of a dataset")
         inner = str(PurePosixPath("/", name.strip("/")))
-        return cls(Path(os.path.abspath(file)), "" if inner == "/" else inner)
+        try:
+            container = Path(os.path.abspath(file))
+        except FileNotFoundError:
+            raise SourceError(
+                f"{file} is relative to the current directory, which does not exist any more",
+                "change to a directory that exists, or give an absolute path",
+            ) from None
+        return cls(container, "" if inner == "/" else inner)
 
     @property
     def is_remote(self) -> bool:

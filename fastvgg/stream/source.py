@@ -129,8 +129,15 @@ def check_recorded(source: Source, manifest: Manifest | None, *, strict: bool) -
     Raises
     ------
     SourceError
-        If the header does not match; or, if strict, for an array of which an image failed.
+        If the header does not match, or every image failed when the array was made; or, if strict,
+        if any did.
     """
+    if source.records and all(record.failed for record in source.records):
+        raise SourceError(
+            f"every row of {source.location} is empty: no image could be read when it was made; of "
+            f"the first, {source.records[0].path}: {source.records[0].reason}",
+            f"rerun the command that made it with {option('retry_failed')}",
+        )
     for row, record in enumerate(source.records if strict else ()):
         if record.failed:
             raise SourceError(

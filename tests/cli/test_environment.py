@@ -194,6 +194,7 @@ def test_no_home_and_a_read_only_or_removed_directory_change_no_result(place):
     removed.mkdir()
     relative = run_command("info", "x.npy", script=script, cwd=removed)
     check_exit(relative, 3)
+    assert "x.npy is relative to the current directory" in relative.stderr
 
 
 def test_warnings_that_python_makes_errors_are_notes(place):

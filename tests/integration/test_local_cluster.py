@@ -90,6 +90,18 @@ def test_command_line_runs_on_a_local_cluster(tmp_path):
     assert fastvgg.verify(tmp_path / "y.npy").images == 5
 
 
+def test_too_few_open_files_for_a_local_cluster_are_a_refusal(tmp_path):
+    source = save_npy(tmp_path / "x.npy", pixels(5))
+    arguments = ["preprocess", source, tmp_path / "y.npy", "--mode", "tf", "--dask", "local"]
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))"
+    done = python(f"{limit}\nfrom fastvgg.cli import main\nmain()", *arguments)
+    assert done.returncode == 3
+    problem, remedy = done.stderr.splitlines()[-2:]
+    assert "a local Dask cluster could not be started" in problem
+    assert "ulimit -n" in remedy
+    assert names_in(tmp_path) == ["x.npy"]
+
+
 @pytest.mark.parametrize("address", ["nonsense", "nonsense://x", "127.0.0.1:1"])
 def test_address_without_a_scheduler_is_refused_in_two_lines(tmp_path, address):
     source = save_npy(tmp_path / "x.npy", pixels(5))

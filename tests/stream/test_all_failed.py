@@ -11,9 +11,10 @@ from PIL import Image
 
 import fastvgg
 from fastvgg.cli.errors import SOME_INPUTS_FAILED
-from fastvgg.datasets.index import read_index
+from fastvgg.datasets.base import ImageRecord
+from fastvgg.datasets.index import INDEX_HEADER, format_records, index_path, read_index
 from fastvgg.errors import SourceError
-from tests.helpers.datasets_on_disk import check_error, pixels, save_images, tree
+from tests.helpers.datasets_on_disk import check_error, pixels, save_images, save_npy, tree
 from tests.helpers.runs import interrupt_run, run
 from tests.helpers.tar_on_disk import save_tar
 
@@ -129,4 +130,16 @@ def test_image_that_changed_after_planning_is_refused(tmp_path, photos):
     (photos / "00.png").write_bytes(b"another")
     before = tree(tmp_path)
     check_error(refused(plan), photos, "changed")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("direction", ["preprocess", "restore"])
+def test_array_made_of_unreadable_images_is_refused(tmp_path, direction):
+    source = save_npy(tmp_path / "x.npy", np.zeros((2, 5, 7, 3), np.uint8))
+    failed = [ImageRecord(f"{row}.png", "", 0, 0, True, "not an image") for row in range(2)]
+    index_path(source).write_text(INDEX_HEADER + format_records(failed))
+    before = tree(tmp_path)
+    with pytest.raises(SourceError) as caught:
+        fastvgg.plan(source, tmp_path / "y.npy", mode="caffe", direction=direction)
+    check_error(caught.value, source, "0.png: not an image", "retry_failed=True")
     assert tree(tmp_path) == before

@@ -278,6 +278,24 @@ def test_bytes_after_the_end_are_kept(tmp_path):
     assert location.container.read_bytes().endswith(b"someone else's")
 
 
+def test_damaged_header_before_rows_that_were_added_is_kept(tmp_path):
+    location = make_npy(tmp_path)
+    with location.container.open("r+b") as file:
+        file.write(b"\0\0\0\0")
+        file.seek(0, os.SEEK_END)
+        file.write(b"someone else's")
+    before = location.container.read_bytes()
+    with pytest.raises(VerificationError) as caught:
+        fastvgg.verify(location, repair=True)
+    header, length = caught.value.differences
+    assert "header" in header
+    assert "followed by other bytes" in length
+    assert location.container.read_bytes() == before
+    os.truncate(location.container, len(before) - len(b"someone else's"))
+    fastvgg.verify(location, repair=True)
+    fastvgg.verify(location)
+
+
 def test_dataset_added_to_an_hdf5_file_is_kept(tmp_path):
     location = make_hdf5(tmp_path)
     with h5py.File(location.container, "r+") as file:

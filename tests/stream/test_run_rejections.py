@@ -382,6 +382,15 @@ except FastvggError as error:
 """
 
 
+@pytest.mark.parametrize("direction", ["preprocess", "pack"])
+def test_only_restore_writes_image_files(tmp_path, photos, direction):
+    before, settings = tree(tmp_path), {"mode": "caffe"} if direction == "preprocess" else {}
+    with pytest.raises(TargetError) as caught:
+        plan_of(photos, tmp_path / "out", direction=direction, **settings)
+    check_error(caught.value, tmp_path / "out", "only restore writes", ".npy")
+    assert tree(tmp_path) == before
+
+
 def test_read_only_target_directory_is_rejected(tmp_path, array):
     (tmp_path / "closed").mkdir()
     with permissions(tmp_path / "closed", 0o555):
