@@ -299,7 +299,7 @@ def test_only_the_torch_module_imports_pytorch(file):
 @pytest.mark.parametrize("package", ["h5py", "zarr"])
 def test_only_format_modules_import_the_format_package(package):
     of_package = {
-        "h5py": ["hdf5", "hdf5_chunks"],
+        "h5py": ["hdf5", "hdf5_chunks", "hdf5_file"],
         "zarr": ["zarr", "zarr_codecs", "zarr_store", "zarr_writer"],
     }[package]
     importing = [file for file in FILES if within(imports_of(file, functions=False), package)]
