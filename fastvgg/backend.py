@@ -87,8 +87,7 @@ def workload(*_key: Hashable) -> Workload:
 
 def check_backend(backend: Backend) -> None:
     """Check that a backend is known, and that Numba is usable if it is "numba"."""
-    if backend not in BACKENDS:
-        check_choice("backend", backend, BACKENDS)
+    check_choice("backend", backend, BACKENDS)
     if backend == "numba" and (problem := _find_numba_problem()):
         reason, remedy = problem
         raise BackendError(f"Numba is not usable: {reason}", remedy)

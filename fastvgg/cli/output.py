@@ -100,7 +100,7 @@ def _info_lines(name: str, value: object) -> list[str]:
         return value
     if name == "datasets" and isinstance(value, list):
         return [_dataset_line(dataset) for dataset in value]
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [" x ".join(str(item) for item in value)]
     if name == "bytes" and isinstance(value, int):
         return [f"{value} ({format_bytes(value)})"]

@@ -300,6 +300,14 @@ def test_info_describes_source_unfinished_and_finished_datasets(tmp_path, array)
     assert str(tmp_path / "nothing.npy") in result.stderr
 
 
+def test_info_writes_a_size_as_it_writes_a_shape(tmp_path, photos):
+    target = tmp_path / "y.npy"
+    plan_of(photos, target, direction="pack", size=(5, 11)).run()
+    shown = invoke("info", target).stdout
+    assert re.search(r"shape +11 x 5 x 11 x 3\n", shown)
+    assert re.search(r"size +5 x 11\n", shown)
+
+
 def test_one_image_in_one_chunk_is_not_called_images_in_chunks(tmp_path):
     array, stored = save_npy(tmp_path / "x.npy", pixels(1)), tmp_path / "y.npy"
     command = ["preprocess", array, stored, "--mode", "tf"]
