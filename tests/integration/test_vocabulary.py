@@ -165,6 +165,7 @@ def arguments_of(options):
 def options_of(command):
     """Return the options in the help of a command."""
     text = CliRunner().invoke(app, [command, "--help"], prog_name="fastvgg").stdout
+    text = re.sub(r"--\[no-\](\S+)", r"--\1 --no-\1", text)
     return set(re.findall(r"--[a-z][a-z0-9-]*", text))
 
 
