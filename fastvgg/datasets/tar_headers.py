@@ -19,7 +19,7 @@ from fastvgg.datasets.image_names import image_suffix
 from fastvgg.errors import SourceError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
 TarEntry: TypeAlias = tuple[bytes, int, int, int]
 """Path, state, offset of the data, and number of bytes of it that the shard contains."""
@@ -69,25 +69,36 @@ MAX_NEAR_GAP_BYTES: Final = 16 * 2**10
 class TarHeaderReader:
     """Iterate over the entries of a shard in order; data between distant headers is not read.
 
+    A shard may be several archives, one after the other, as `cat a.tar b.tar` makes: as in `tar
+    --ignore-zeros` and WebDataset, the blocks of zeros that end an archive do not end the shard.
+
     Raises
     ------
     SourceError
-        If the headers are damaged, or an entry is a sparse file.
+        If the headers are damaged, an entry is a sparse file, or what follows an archive is none.
     OSError
         From the operating system.
     """
 
     def __init__(self, shard: str, descriptor: int, size: int) -> None:
         self.has_end_marker = False
-        """Whether the end-of-archive marker (a block of zeros) was found."""
+        """Whether the end-of-archive marker (a block of zeros) of the last archive was found."""
         self._shard = shard
         self._descriptor = descriptor
         self._size = size
+        self._archive_offset = 0
         self._buffer_offset = 0
         self._buffer = b""
 
     def __iter__(self) -> Iterator[TarEntry]:
-        at, extended_at = 0, -1
+        offset: int | None = 0
+        while offset is not None:
+            self._archive_offset, self.has_end_marker = offset, False
+            offset = self._skip_zeros((yield from self._archive(offset)))
+
+    def _archive(self, at: int) -> Generator[TarEntry, None, int]:
+        """Yield the entries of the archive at offset `at`; return the offset of its end."""
+        extended_at = -1
         extension: dict[bytes, bytes] = {}
         while (header := self._header(at)) is not None:
             name, typeflag, size = header
@@ -115,6 +126,16 @@ class TarHeaderReader:
             at, extended_at = offset + _padded(size), -1
         if extended_at >= 0:
             raise self._damaged_error(extended_at, "no entry follows this extension header")
+        return at
+
+    def _skip_zeros(self, at: int) -> int | None:
+        """Return the offset of the first block from `at` on that is not zeros; None if all are."""
+        while data := self.bytes_at(at, NEAR_READ_BYTES):
+            zeros = len(data) - len(data.lstrip(b"\0"))
+            if zeros < len(data):
+                return at + zeros // BLOCK_BYTES * BLOCK_BYTES
+            at += zeros
+        return None
 
     def bytes_at(self, at: int, count: int) -> bytes:
         """Return `count` bytes at offset `at`, fewer only at the shard's end; reads ahead."""
@@ -133,7 +154,7 @@ class TarHeaderReader:
         block = self.bytes_at(at, BLOCK_BYTES)
         if len(block) < BLOCK_BYTES:
             if any(block):
-                raise self._damaged_error(at, "the file ends inside a header")
+                raise self._header_error(at, block, "the file ends inside a header")
             return None
         name, size_text, sum_text, typeflag, magic, prefix = HEADER_STRUCT.unpack(block)
         size = _plain_size(block, size_text, sum_text)
@@ -156,9 +177,8 @@ class TarHeaderReader:
         try:
             size = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size
         except tarfile.HeaderError as error:
-            if at == 0:
-                raise self._not_tar_error(block) from None
-            raise self._damaged_error(at, f"expected the header of an entry ({error})") from None
+            problem = f"expected the header of an entry ({error})"
+            raise self._header_error(at, block, problem) from None
         if size < 0:
             raise self._damaged_error(at, f"an entry has {size} bytes")
         return size
@@ -208,6 +228,17 @@ class TarHeaderReader:
         return SourceError(
             f"{self._shard}: the entry at offset {at} is a sparse file, which is not supported",
             "extract the tar, and create it without sparse files (no -S)",
+        )
+
+    def _header_error(self, at: int, block: bytes, problem: str) -> SourceError:
+        """Return the error for a block that should be the header of an entry."""
+        if at > self._archive_offset:
+            return self._damaged_error(at, problem)
+        if at == 0:
+            return self._not_tar_error(block)
+        return SourceError(
+            f"{self._shard}: what follows the end of the archive, at offset {at}, is not a tar",
+            f"give the archive without it: head -c {at} {shlex.quote(self._shard)} > NEW.tar",
         )
 
     def _damaged_error(self, at: int, problem: str) -> SourceError:

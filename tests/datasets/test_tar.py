@@ -836,12 +836,43 @@ def test_garbage_between_entries_is_rejected_with_its_offset(tmp_path):
     check_error(rejection_of(path), path, "damaged", "offset 1024", "tar -tvf")
 
 
-def test_data_after_the_end_marker_is_ignored(tmp_path):
+@pytest.mark.parametrize("zeros", [1, 2, 20, 128, 300])
+def test_archives_that_follow_each_other_are_one_dataset(tmp_path, zeros):
+    parts = [[("cat/a.jpg", b"a" * 700), ("b.jpg", b"")], [("c.jpg", b"c"), ("c.cls", b"7")]]
+    archives = [tar_bytes(parts[0], "gnu"), tar_bytes(parts[1], "pax")]
+    first, second = (archive.rstrip(b"\0") for archive in archives)
+    path = save_blocks(
+        tmp_path / "a.tar", pad_to_block(first), bytes(zeros * BLOCK_BYTES), archives[1]
+    )
+    listing = TarListing(path)
+    assert names_of(listing) == ["cat/a.jpg", "b.jpg", "c.jpg"]
+    assert contents_of(listing) == [b"a" * 700, b"", b"c"]
+    assert labels_of(listing) == ["cat", "", "7"]
+    assert listing.unterminated == []
+    save_blocks(path, archives[0], pad_to_block(second))
+    assert names_of(TarListing(path)) == names_of(listing)
+    assert TarListing(path).unterminated == [str(path)]
+
+
+@pytest.mark.parametrize("tail", [b"garbage" * 999, b"x", b"\x1f\x8b\x08" + b"x" * 2000])
+def test_data_after_the_end_that_is_no_archive_is_rejected(tmp_path, tail):
     whole = tar_bytes(FEW_MEMBERS)
-    for tail in (b"garbage" * 999, header("../a.jpg"), b"x"):
-        listing = TarListing(save_blocks(tmp_path / "a.tar", whole, tail))
-        assert names_of(listing) == [name for name, _ in FEW_MEMBERS]
-        assert listing.unterminated == []
+    path = save_blocks(tmp_path / "a b.tar", whole, tail)
+    error = rejection_of(path)
+    check_error(error, path, f"offset {len(whole)}", "is not a tar", f"'{path}'")
+    command = error.remedy.partition(": ")[2]
+    subprocess.run(["sh", "-c", command], check=True, cwd=tmp_path)
+    assert (tmp_path / "NEW.tar").read_bytes() == whole
+
+
+def test_damage_in_a_second_archive_is_reported_with_its_offset(tmp_path):
+    whole = tar_bytes(FEW_MEMBERS)
+    path = save_blocks(tmp_path / "a.tar", whole, whole[:1024], b"garbage " * 64, whole[1024:])
+    check_error(rejection_of(path), path, "damaged", f"offset {len(whole) + 1024}")
+    save_blocks(path, whole, pax(b"14 path=b.jpg\n"), whole)
+    assert TarListing(path).name(len(FEW_MEMBERS)) == b"b.jpg"
+    save_blocks(path, pax(b"14 path=b.jpg\n"), END_OF_ARCHIVE, whole)
+    check_error(rejection_of(path), path, "no entry follows")
 
 
 @pytest.mark.parametrize("zeros", [0, 1, 511, 512, 513, 1024])

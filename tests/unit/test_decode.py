@@ -355,6 +355,8 @@ OTHER_FORMATS = {
     "lossless WebP": lambda image: encoded(image, "webp", lossless=True),
     "lossy WebP with alpha": lambda image: encoded(with_alpha(image), "webp"),
     "lossless WebP with alpha": lambda image: encoded(with_alpha(image), "webp", lossless=True),
+    "animated PNG": lambda image: animated(image, "png"),
+    "animated AVIF": lambda image: animated(image, "avif"),
     "animated WebP": lambda image: animated(image, "webp"),
     "animated WebP with alpha": lambda image: animated(with_alpha(image), "webp", lossless=True),
     "BMP": lambda image: encoded(image, "bmp"),
