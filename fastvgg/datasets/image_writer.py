@@ -220,7 +220,7 @@ class ImageFolderTarget(DiskTarget):
             raise StoppedError(
                 f"{self.partial} contains {found} files, but {expected} were written: files were "
                 "removed or added, or have the same name on this file system",
-                f"keep other programs out of it, and start over with {option('restart')}",
+                f"move what others added to it away, and start over with {option('restart')}",
             )
         self._storage.check_same(self._directory)
         super().publish()

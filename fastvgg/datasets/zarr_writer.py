@@ -296,7 +296,7 @@ class ZarrTarget(DiskTarget, _ShardTarget):
         if found != expected:
             raise StoppedError(
                 f"{self.partial} contains {found} files, but {expected} were written",
-                f"keep other programs out of it, and start over with {option('restart')}",
+                f"move what others added to it away, and start over with {option('restart')}",
             )
         self._storage.check_same(self._storage.hold(self.partial))
         super().publish()

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from fastvgg.datasets.index import index_path
-from fastvgg.errors import TargetError
+from fastvgg.errors import ResumeError, TargetError
+from fastvgg.stream.journal import journal_path
 from fastvgg.stream.manifest import manifest_path
 from tests.helpers.datasets_on_disk import check_error, names_in, pixels, plan_of, save_npy, tree
+from tests.helpers.faults import InterruptedStorage, SimulatedCrash
 from tests.helpers.private_disks import mount, unmount
-from tests.helpers.runs import preprocessed
+from tests.helpers.runs import preprocessed, run
 
 
 def check_kept(directory, *arguments, **settings):
@@ -37,6 +39,40 @@ def test_copied_manifest_proves_nothing_about_another_array(tmp_path):
     np.save(own, np.load(stored) + 1)
     shutil.copy(manifest_path(stored), manifest_path(own))
     check_kept(tmp_path, tmp_path / "x.npy", own, mode="tf")
+
+
+@pytest.mark.parametrize("commits", [1, 6], ids=["unfinished", "all committed"])
+@pytest.mark.parametrize(
+    ("name", "foreign"),
+    [
+        *(("y.npy", "target"), ("y.zarr", "target"), ("out", "target")),
+        *(("y.npy", "partial"), ("y.zarr", "partial")),
+    ],
+)
+def test_copied_journal_proves_nothing_about_another_name(tmp_path, commits, name, foreign):
+    settings = {"mode": "caffe"}
+    source = save_npy(tmp_path / "x.npy", pixels(11))
+    if name == "out":
+        plan_of(source, tmp_path / "inputs.npy", **settings).run()
+        source, settings = tmp_path / "inputs.npy", {"direction": "restore"}
+    plan = plan_of(source, tmp_path / name, images_per_chunk=2, **settings)
+    with pytest.raises(SimulatedCrash):
+        run(plan, storage=InterruptedStorage(commits))
+    own = tmp_path / f"own-{name}"
+    shutil.copy(journal_path(tmp_path / name), journal_path(own))
+    content = own if foreign == "target" else own.with_name(f"{own.name}.partial")
+    if name == "y.npy":
+        content.write_bytes(b"precious")
+    else:
+        content.mkdir()
+        (content / "notes.txt").write_text("precious")
+    before = tree(tmp_path)
+    with pytest.raises((TargetError, ResumeError)) as caught:
+        plan_of(source, own, images_per_chunk=2, **settings).run()
+    check_error(caught.value, own)
+    assert tree(tmp_path) == before
+    if foreign == "target":
+        check_kept(tmp_path, source, own, images_per_chunk=2, **settings)
 
 
 def test_edited_index_is_never_replaced(tmp_path, photos):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from fastvgg.datasets.base import Header
 from fastvgg.errors import DtypeError, ModeError, SourceError, TargetError, UsageError
 from fastvgg.formatting import format_bytes, parse_bytes
 from fastvgg.storage.location import Location
-from fastvgg.stream.job import Job, result_header
+from fastvgg.stream.job import MAX_CHUNKS, Job, result_header
 from fastvgg.stream.plan import CHUNK_BYTES, RUN_BYTES, Plan, choose_chunk_images
 from fastvgg.transform import Transform
 from tests.helpers.datasets_on_disk import (
@@ -301,6 +303,35 @@ def test_read_only_source_can_be_planned_and_run(tmp_path):
         )
         assert snapshot(source.parent) == before
     assert (tmp_path / "y.npy.fastvgg.json").exists()
+
+
+def sparse_array(path, images):
+    """Make an array of zeros that takes no space on the disk."""
+    np.lib.format.open_memmap(path, "w+", np.uint8, (images, 8, 8, 3))
+    return path
+
+
+def test_a_million_chunks_are_planned_in_little_memory(tmp_path):
+    source = sparse_array(tmp_path / "x.npy", MAX_CHUNKS)
+    tracemalloc.start()
+    try:
+        plan = plan_of(source, tmp_path / "y.npy", mode="caffe", images_per_chunk=1)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert plan.chunks == MAX_CHUNKS
+    assert peak_bytes < 2**21
+    assert names_in(tmp_path) == ["x.npy"]
+
+
+def test_more_than_a_million_chunks_are_refused_with_the_memory_for_fewer(tmp_path):
+    source, target = sparse_array(tmp_path / "x.npy", MAX_CHUNKS + 1), tmp_path / "y.npy"
+    with pytest.raises(TargetError) as caught:
+        plan_of(source, target, mode="caffe", images_per_chunk=1)
+    check_error(caught.value, target, MAX_CHUNKS + 1, MAX_CHUNKS, "memory=")
+    memory = re.search(r"memory='(\d+MiB)'", caught.value.remedy)[1]
+    assert plan_of(source, target, mode="caffe", memory=memory).chunks <= MAX_CHUNKS
+    assert names_in(tmp_path) == ["x.npy"]
 
 
 def test_plan_text_shows_all_figures(tmp_path, array):
