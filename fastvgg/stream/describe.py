@@ -7,6 +7,7 @@ images are listed, and only a sample of their headers is read.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
@@ -17,7 +18,7 @@ from fastvgg.errors import SourceError, StoppedError
 from fastvgg.imaging.decode import DecodeOptions, Decoder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from fastvgg.datasets.base import ImageRecord, MissingChunks
     from fastvgg.datasets.images import ImageListing
@@ -144,18 +145,13 @@ def _sampled_sizes(listing: ImageListing) -> dict[str, Any]:
         fields["sizes"] = {
             "distinct": len(sizes),
             "most common": _text(sizes.most_common(1)[0][0]),
-            "smallest": _text(_extreme(sizes, min)),
-            "largest": _text(_extreme(sizes, max)),
+            "smallest": _text(min(sizes, key=math.prod)),
+            "largest": _text(max(sizes, key=math.prod)),
         }
     if unreadable:
         fields["unreadable"] = len(unreadable)
         fields["unreadable_first"] = unreadable[0]
     return fields
-
-
-def _extreme(sizes: Iterable[tuple[int, int]], select: Any) -> tuple[int, int]:  # noqa: ANN401  # min or max
-    found: tuple[int, int] = select(sizes, key=lambda size: size[0] * size[1])
-    return found
 
 
 def _text(size: tuple[int, int]) -> str:

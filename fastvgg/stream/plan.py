@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from fastvgg.backend import choose_for_size
+from fastvgg.backend import check_backend, choose_for_size
+from fastvgg.choices import check_flags
 from fastvgg.errors import TargetError, option
 from fastvgg.escaping import escape_controls
 from fastvgg.formatting import format_bytes, format_count, html_table
@@ -101,6 +102,16 @@ class RunOptions:
     """Whether commits survive a power failure, not only a crash of the process."""
     check_values: bool = True
     """Whether to reject floats whose values cannot be images before preprocessing them."""
+
+    def __post_init__(self) -> None:
+        check_backend(self.backend)
+        check_flags(
+            strict=self.strict,
+            restart=self.restart,
+            retry_failed=self.retry_failed,
+            fsync=self.fsync,
+            check_values=self.check_values,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

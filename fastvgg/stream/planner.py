@@ -10,7 +10,6 @@ import dataclasses
 from typing import TYPE_CHECKING, get_args
 
 from fastvgg import oracle
-from fastvgg.backend import check_backend
 from fastvgg.choices import check_choice, check_flags
 from fastvgg.datasets.base import MissingChunks
 from fastvgg.datasets.formats import SOURCES, inner_chunk_images
@@ -188,6 +187,11 @@ def plan(
         exif=exif,
         scale_to_uint8=scale_to_uint8,
         follow_links=follow_links,
+    )
+    options = RunOptions(
+        memory_bytes=parse_bytes(memory),
+        threads=check_threads(threads),
+        backend=backend,
         strict=strict,
         restart=restart,
         retry_failed=retry_failed,
@@ -206,33 +210,25 @@ def plan(
     decoding = DecodeOptions(
         size, interpolation, keep_aspect_ratio, fast_jpeg, exif, scale_to_uint8, max_pixels
     )
-    threads = check_threads(threads)
-    check_backend(backend)
     check_choice("missing_chunks", missing_chunks, get_args(MissingChunks))
     recorded = Provenance.read(location)
-    options = RunOptions(
-        memory_bytes=parse_bytes(memory),
-        threads=threads,
-        backend=backend,
-        strict=strict,
-        restart=restart,
-        retry_failed=retry_failed,
-        fsync=fsync,
-        check_values=check_values,
-    )
     redo_log = None
     if in_place:
         redo_log = read_header_to_resume(location.container, restart=restart)
     else:
         check_not_in_place(location.container)
+    placeholder = "identity" if mode is None else mode
+    requested = Transform(placeholder, direction, layout or "NHWC", out_layout, dtype, rounding)
     if redo_log is None:
-        placeholder = "identity" if mode is None else mode
-        requested = Transform(placeholder, direction, layout or "NHWC", out_layout, dtype, rounding)
         transform = _resolve_transform(location, recorded, requested, mode, layout, out_layout)
     else:
         unfinished = redo_log.job.transform
-        layouts = layout or unfinished.layout, out_layout or unfinished.out_layout
-        transform = Transform(mode or unfinished.mode, direction, *layouts, dtype, rounding)
+        transform = dataclasses.replace(
+            requested,
+            mode=unfinished.mode if mode is None else requested.mode,
+            layout=layout or unfinished.layout,
+            out_layout=out_layout or unfinished.out_layout,
+        )
     described = redo_log.job if redo_log is not None else recorded.manifest
     opened = open_source(
         location,
@@ -240,7 +236,7 @@ def plan(
         dtype_hint=None if described is None else described.header.dtype,
         decoding=decoding,
         decoding_bytes=options.memory_bytes,
-        threads=threads,
+        threads=options.threads,
         use_index=recorded.has_index,
         follow_links=follow_links,
         missing_chunks=missing_chunks,

@@ -21,18 +21,16 @@ from fastvgg.datasets.index import INDEX_HEADER, format_records, index_path, rea
 from fastvgg.datasets.open import open_target
 from fastvgg.errors import (
     FastvggError,
-    ResumeError,
-    SourceError,
     StoppedError,
     TargetError,
-    VerificationError,
     option,
     os_errors_refused,
 )
 from fastvgg.stream.compute import ChunkTask, check_no_failures, stored_checksum
-from fastvgg.stream.destination import MOVE_AWAY, make_destination
+from fastvgg.stream.destination import make_destination
 from fastvgg.stream.journal import journal_path
-from fastvgg.stream.manifest import SPAN_BYTES, Manifest, checksum, manifest_path
+from fastvgg.stream.manifest import Manifest, manifest_path
+from fastvgg.stream.ownership import Written, find_change
 from fastvgg.stream.progress import ProgressTracker
 from fastvgg.stream.report import first_failures
 from fastvgg.stream.retry import FailureRetry
@@ -210,7 +208,7 @@ class Run:
             )
         resumes = self.found.name == "resumable" and self._journal_state.complete
         if resumes and self.destination.is_published():  # without its manifest
-            self._check_checksums()
+            self._check_published()
         else:
             check_decodable(self.plan, self.source)
             try:
@@ -221,26 +219,15 @@ class Run:
                 self.target.close()
         return self._finalize()
 
-    def _check_checksums(self) -> None:
+    def _check_published(self) -> None:
         """Check that the published data is what the unfinished run wrote."""
-        what = f"{self.plan.target} is not what the unfinished run wrote"
-        for problem in self.target.inspect_published():
-            raise TargetError(f"{what}: {problem}", MOVE_AWAY)
-        for problem in self._differing_chunks():
-            raise ResumeError(
-                f"{what}: {problem}",
+        written = Written.by_journal(self._journal_state)
+        change = find_change(self.target.path, written, read=True)
+        if change is not None:
+            raise TargetError(
+                f"{self.plan.target} is not what the unfinished run wrote: {change}",
                 f"move it away, and start over with {option('restart')}",
             )
-
-    def _differing_chunks(self) -> Iterator[str]:
-        for chunk, (start, stop) in enumerate(self.plan.chunk_rows()):
-            try:
-                actual = checksum(self.target.stored_spans(start, stop, SPAN_BYTES))
-            except (SourceError, VerificationError) as error:
-                yield error.problem
-            else:
-                if actual != self.journal.commits[chunk].checksum:
-                    yield f"images {start} to {stop - 1} differ"
 
     def _publish(self) -> None:
         if is_changed(self.plan, self.source):
