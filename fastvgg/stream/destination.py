@@ -205,6 +205,21 @@ class DiskDestination(Destination):
         directory = self.path.parent if self.is_file else self.partial
         return SharedStorage(directory, fsync=self.storage.fsync)
 
+    def check_sidecars(self, manifest: Manifest | None) -> None:
+        super().check_sidecars(manifest)
+        if not self.partial.is_dir() or self.partial.is_symlink():
+            return
+        try:
+            state = read_journal(journal_path(self.path))
+        except ResumeError:  # a damaged journal does not tell which names are ours
+            return
+        if state is None:
+            return
+        written = Written.by_unfinished(state)
+        change = find_foreign_name(self.path, written, below=self.partial)
+        if change is not None:
+            raise TargetError(change, MOVE_AWAY)
+
     def open_journal(self, *, restart: bool) -> Journal:
         check_is_journal(journal_path(self.path))
         try:

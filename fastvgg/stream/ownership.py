@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -23,6 +24,7 @@ from fastvgg.errors import FastvggError
 from fastvgg.storage import objects
 from fastvgg.storage.location import Location, is_remote
 from fastvgg.stream.manifest import checksum
+from fastvgg.stream.source import open_job_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -59,6 +61,21 @@ class Written:
         sums = [state.commits[chunk].checksum for chunk in chunks]
         records = [*itertools.chain(*(state.commit(chunk).records for chunk in chunks))]
         return cls(state.job, state.chunk_images, sums, records if state.job.is_encoded else ())
+
+    @classmethod
+    def by_unfinished(cls, state: JournalState) -> list[Written]:
+        """Return what an unfinished run may have written, without checksums.
+
+        Image files have the names that the index of its source gives them, if there is one.
+        """
+        written = [cls(state.job, state.chunk_images, (), ())]
+        if state.job.is_encoded:
+            with (
+                suppress(FastvggError),
+                closing(open_job_source(state.job, use_index=True)) as source,
+            ):
+                written.append(cls(state.job, state.chunk_images, (), source.records))
+        return written
 
     def target(self, path: Path) -> Target:
         """Return the target as which the dataset at a path was written."""
@@ -118,9 +135,14 @@ def _find_changed_names(path: Path, target: Target) -> str | None:
     return None
 
 
-def find_foreign_name(path: Path, written: Iterable[Written]) -> str | None:
-    """Return a file below a directory, or in a store, that no run wrote; None if there is none."""
-    return _find_foreign_name(path, [each.target(path) for each in written])
+def find_foreign_name(
+    path: Path, written: Iterable[Written], *, below: Path | None = None
+) -> str | None:
+    """Return a file that no run wrote to a target; None if there is none.
+
+    It is searched for in `below`, the partial of the target, or in the target.
+    """
+    return _find_foreign_name(below or path, [each.target(path) for each in written])
 
 
 def _find_foreign_name(path: Path, targets: Iterable[Target]) -> str | None:

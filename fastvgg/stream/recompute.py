@@ -12,12 +12,11 @@ import numpy as np
 from fastvgg import oracle
 from fastvgg.datasets.formats import SOURCES
 from fastvgg.datasets.image_writer import is_lossy
-from fastvgg.datasets.open import open_source
 from fastvgg.errors import DamagedChunk, FastvggError
 from fastvgg.parallel import parallel_for
-from fastvgg.storage.location import Location
 from fastvgg.stream.finished import problem_of
 from fastvgg.stream.manifest import SPAN_BYTES
+from fastvgg.stream.source import open_job_source
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
@@ -208,18 +207,3 @@ class _Difference(NamedTuple):
         if self.images == 1:
             return self.reason
         return f"{self.images} of them differ; image {self.first} {self.reason}"
-
-
-def open_job_source(job: Job, decoding_bytes: int, threads: int) -> Source:
-    """Open the source of a job as its run did; raise SourceError if that is impossible."""
-    return open_source(
-        Location.parse(job.source),
-        layout=job.header.layout,
-        dtype_hint=job.header.dtype,
-        decoding=job.decoding,
-        decoding_bytes=decoding_bytes,
-        threads=threads,
-        use_index=False,
-        follow_links=job.follow_links,
-        missing_chunks=job.missing_chunks,
-    )

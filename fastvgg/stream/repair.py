@@ -24,8 +24,7 @@ from fastvgg.stream.journal_writer import FileJournal, StoreJournal
 from fastvgg.stream.manifest import checksum
 from fastvgg.stream.plan import Plan
 from fastvgg.stream.preflight import check_directory
-from fastvgg.stream.recompute import open_job_source
-from fastvgg.stream.source import unfinished_error
+from fastvgg.stream.source import open_job_source, unfinished_error
 from fastvgg.stream.target import with_committed
 
 if TYPE_CHECKING:

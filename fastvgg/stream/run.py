@@ -21,6 +21,7 @@ from fastvgg.datasets.index import INDEX_HEADER, format_records, index_path, rea
 from fastvgg.datasets.open import open_target
 from fastvgg.errors import (
     FastvggError,
+    ResumeError,
     StoppedError,
     TargetError,
     option,
@@ -224,7 +225,7 @@ class Run:
         written = Written.by_journal(self._journal_state)
         change = find_change(self.target.path, written, read=True)
         if change is not None:
-            raise TargetError(
+            raise ResumeError(
                 f"{self.plan.target} is not what the unfinished run wrote: {change}",
                 f"move it away, and start over with {option('restart')}",
             )

@@ -23,13 +23,14 @@ from fastvgg.errors import (
 from fastvgg.imaging.modes import NOT_SCALED
 from fastvgg.imaging.resize import gather_function
 from fastvgg.parallel import ThreadSlot, parallel_for
+from fastvgg.storage.location import Location
 from fastvgg.stream.journal import journal_path, read_journal
 from fastvgg.stream.manifest import Provenance, manifest_path
 from fastvgg.values import scaling_remedy
 
 if TYPE_CHECKING:
     from fastvgg.datasets.base import Source
-    from fastvgg.storage.location import Location
+    from fastvgg.stream.job import Job
     from fastvgg.stream.manifest import Manifest
     from fastvgg.stream.plan import Plan
     from fastvgg.transform import Direction, Transform
@@ -56,6 +57,23 @@ def unfinished_error(location: Location) -> SourceError:
     return SourceError(
         f"{location} is unfinished: the run that writes it was interrupted",
         f"rerun the command that writes it; its progress: {command('info', location)}",
+    )
+
+
+def open_job_source(
+    job: Job, decoding_bytes: int = 0, threads: int = 1, *, use_index: bool = False
+) -> Source:
+    """Open the source of a job as its run did; raise SourceError if that is impossible."""
+    return open_source(
+        Location.parse(job.source),
+        layout=job.header.layout,
+        dtype_hint=job.header.dtype,
+        decoding=job.decoding,
+        decoding_bytes=decoding_bytes,
+        threads=threads,
+        use_index=use_index,
+        follow_links=job.follow_links,
+        missing_chunks=job.missing_chunks,
     )
 
 

@@ -16,7 +16,7 @@ from fastvgg.stream.manifest import manifest_path
 from tests.helpers.datasets_on_disk import check_error, names_in, pixels, plan_of, save_npy, tree
 from tests.helpers.faults import InterruptedStorage, SimulatedCrash
 from tests.helpers.private_disks import mount, unmount
-from tests.helpers.runs import preprocessed, run
+from tests.helpers.runs import interrupt_run, preprocessed, run
 
 
 def check_kept(directory, *arguments, **settings):
@@ -71,8 +71,26 @@ def test_copied_journal_proves_nothing_about_another_name(tmp_path, commits, nam
         plan_of(source, own, images_per_chunk=2, **settings).run()
     check_error(caught.value, own)
     assert tree(tmp_path) == before
-    if foreign == "target":
+    if foreign == "target" or content.is_dir():
         check_kept(tmp_path, source, own, images_per_chunk=2, **settings)
+
+
+@pytest.mark.parametrize("name", ["y.zarr", "out"])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_file_added_to_the_partial_of_an_unfinished_run_is_never_removed(
+    tmp_path, photos, name, indexed
+):
+    settings = {"mode": "caffe"}
+    source = photos if indexed else save_npy(tmp_path / "x.npy", pixels(11))
+    if name == "out":
+        plan_of(source, tmp_path / "inputs.npy", **settings).run()
+        source, settings = tmp_path / "inputs.npy", {"direction": "restore"}
+    target = interrupt_run(source, tmp_path / name, **settings)
+    notes = tmp_path / f"{name}.partial" / "notes.txt"
+    notes.write_text("precious")
+    check_kept(tmp_path, source, target, **settings)
+    notes.unlink()
+    plan_of(source, target, restart=True, **settings).run()
 
 
 def test_edited_index_is_never_replaced(tmp_path, photos):
