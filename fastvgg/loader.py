@@ -35,7 +35,7 @@ from fastvgg.parallel import TaskQueue, check_threads
 from fastvgg.storage.location import Location
 from fastvgg.stream.manifest import Provenance
 from fastvgg.stream.preflight import plan_result
-from fastvgg.stream.redo_log import check_not_in_place
+from fastvgg.stream.redo_log_reader import check_not_in_place
 from fastvgg.stream.source import check_exists, check_not_already_done, check_sampled_values
 from fastvgg.transform import Transform, storage_dtype
 

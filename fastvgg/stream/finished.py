@@ -23,7 +23,7 @@ from fastvgg.parallel import parallel_for
 from fastvgg.storage import objects
 from fastvgg.stream.journal import journal_path, read_journal
 from fastvgg.stream.manifest import SPAN_BYTES, Provenance, read_manifest
-from fastvgg.stream.redo_log import check_not_in_place
+from fastvgg.stream.redo_log_reader import check_not_in_place
 from fastvgg.stream.report import Progress
 from fastvgg.stream.source import check_exists, unfinished_error
 from fastvgg.transform import storage_dtype

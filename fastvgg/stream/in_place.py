@@ -22,11 +22,12 @@ from fastvgg.storage.file_systems import check_in_place_supported
 from fastvgg.storage.local import Storage
 from fastvgg.stream.commit_pipeline import CommitPipeline
 from fastvgg.stream.compute import transform_batch
+from fastvgg.stream.finished import CheckCounter
 from fastvgg.stream.manifest import Manifest, checksum, manifest_path
 from fastvgg.stream.progress import ProgressTracker
-from fastvgg.stream.redo_log import (
-    RedoLog,
-    check_same_file,
+from fastvgg.stream.redo_log import RedoLog
+from fastvgg.stream.redo_log_reader import (
+    check_lengths,
     check_sidecars_in_place,
     read_header_to_resume,
 )
@@ -99,7 +100,7 @@ class _InPlaceRun:
         header = read_header_to_resume(self.data.path, restart=self.plan.restart)
         log = self._begin() if header is None else self._reopen(header)
         with contextlib.closing(log):
-            committed = 0 if header is None else log.recover()
+            committed = 0 if header is None else self._recover(log)
             tracker = ProgressTracker(self.plan, range(committed), self.progress, self.started_at)
             self._compute(log, committed, tracker)
             failed = sum(record.failed for record in self.source.records)
@@ -122,13 +123,28 @@ class _InPlaceRun:
         return RedoLog.begin(self.storage, self.data, self.plan.job, self.plan.chunk_images)
 
     def _reopen(self, header: RedoLogHeader) -> RedoLog:
-        check_same_file(header, self.data.path)
+        check_lengths(header, self.data.path)
         if header.job.fingerprint != self.plan.job.fingerprint:
             raise changed_error(self.plan)  # another run started after this one was planned
-        header.job.check_same(self.plan.job, str(self.plan.target))
+        header.check_job(self.plan.job, self.data.path)
         if header.chunk_images != self.plan.chunk_images:
             raise changed_error(self.plan)
         return RedoLog.reopen(self.storage, self.data, header)
+
+    def _recover(self, log: RedoLog) -> int:
+        """Check what an earlier run converted; return the number of committed chunks."""
+        rows, image_bytes = list(self.plan.chunk_rows()), self.plan.header.image_bytes
+        counter = CheckCounter(self.progress, self.plan.header.images)
+
+        def count(chunk: int) -> None:
+            start, stop = rows[chunk]
+            counter.count(stop - start, (stop - start) * image_bytes)
+
+        committed = log.recover(self.plan.threads, count)
+        if not committed:
+            with os_errors_refused(TargetError):
+                check_values(self.plan, self.source)
+        return committed
 
     def _compute(self, log: RedoLog, committed: int, tracker: ProgressTracker) -> None:
         """Compute the remaining chunks; write each to the redo log, then to the file."""

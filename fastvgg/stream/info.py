@@ -13,7 +13,7 @@ from fastvgg.stream.describe import count_labels, describe_error, describe_sourc
 from fastvgg.stream.finished import FinishedDataset, exists, problem_of
 from fastvgg.stream.journal import journal_path, read_journal
 from fastvgg.stream.manifest import Provenance, manifest_path
-from fastvgg.stream.redo_log import committed_chunks, read_redo_log_header
+from fastvgg.stream.redo_log_reader import committed_chunks, read_redo_log_header
 
 if TYPE_CHECKING:
     import os

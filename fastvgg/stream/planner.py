@@ -42,14 +42,14 @@ from fastvgg.stream.preflight import (
     check_target,
     plan_result,
 )
-from fastvgg.stream.redo_log import (
+from fastvgg.stream.redo_log_layout import RedoLogHeader
+from fastvgg.stream.redo_log_reader import (
+    check_lengths,
     check_not_in_place,
-    check_same_file,
     check_sidecars_in_place,
     committed_chunks,
     read_header_to_resume,
 )
-from fastvgg.stream.redo_log_layout import RedoLogHeader
 from fastvgg.stream.retry import check_nothing_failed, plan_retry
 from fastvgg.stream.source import (
     check_exists,
@@ -369,10 +369,10 @@ def _plan_in_place(
         log_header = RedoLogHeader.new(job, planned.chunk_images, path.stat())
         check_free_space(path, log_header.journal_bytes, f"lower {option_name('memory')}")
         return planned
-    check_same_file(redo_log, path)
+    check_lengths(redo_log, path)
     job = dataclasses.replace(job, fingerprint=redo_log.job.fingerprint)
     planned = _build_plan(source, source.location, job, options)
-    redo_log.job.check_same(job, str(planned.target))
+    redo_log.check_job(job, path)
     return with_committed(planned, redo_log.chunk_images, committed_chunks(redo_log, path))
 
 

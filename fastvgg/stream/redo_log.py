@@ -10,181 +10,45 @@ crash can leave: tests/campaigns/crash_states.py.
 
 from __future__ import annotations
 
+import functools
 import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from xxhash import xxh3_64_hexdigest
 
-from fastvgg.datasets.base import open_regular, open_sidecar, read_sidecar
-from fastvgg.errors import (
-    FastvggError,
-    ResumeError,
-    SourceError,
-    StoppedError,
-    TargetError,
-    command,
-    option,
-)
+from fastvgg.errors import FastvggError, ResumeError, StoppedError, option
+from fastvgg.parallel import parallel_for
 from fastvgg.storage.local import OpenFile
-from fastvgg.storage.location import is_remote, temporary_path
-from fastvgg.stream.job import check_fields, check_sizes, check_version
-from fastvgg.stream.journal import check_is_journal, journal_path
+from fastvgg.storage.location import temporary_path
+from fastvgg.stream.job import check_fields, check_sizes
+from fastvgg.stream.journal import journal_path
 from fastvgg.stream.manifest import manifest_path
 from fastvgg.stream.redo_log_layout import (
     CHUNKS_PER_CHECKPOINT,
-    FORMAT_VERSION,
     PAGE_BYTES,
     RECORD_BYTES,
     SLOTS,
-    VERSION_FIELD,
     RedoLogHeader,
     RedoRecord,
     decode_first_line,
     padded_line,
 )
+from fastvgg.stream.redo_log_reader import (
+    checksum_of_range,
+    damaged_error,
+    find_record,
+    is_unconverted,
+    other_file_error,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Callable
 
     from fastvgg.storage.local import Storage
     from fastvgg.stream.job import Job, Schema
 
 CHECKPOINT_SCHEMA: Final[Schema] = {"run": str, "generation": int, "chunks": int}
-MAX_HEADER_BYTES: Final = 1024 * 1024
-MAX_NAME_BYTES: Final = 40  # of the first field of a line and the preceding checksum
-
-
-def read_redo_log_header(file_path: Path) -> RedoLogHeader | None:
-    """Read the header of a file's redo log; return None if it has none.
-
-    Raises ResumeError if it is damaged, or has an unknown format version.
-    """
-    if is_remote(file_path):  # objects cannot be changed in place
-        return None
-    path = journal_path(file_path)
-    start = read_sidecar(path, max_bytes=MAX_HEADER_BYTES)
-    if start is None or not _is_redo_log(start):
-        return None
-    try:
-        found = (decode_first_line(start) or {}).get(VERSION_FIELD)
-        remedy = "finish the run with the fastvgg version that started it"
-        check_version(path, found, FORMAT_VERSION, remedy)
-        return RedoLogHeader.from_bytes(start)
-    except ValueError as error:
-        raise _damaged_error(file_path, f"its header ({str(error)[:200]})") from None
-
-
-def _is_redo_log(start: bytes) -> bool:
-    """Return whether a journal is a redo log, by its first field or, if damaged, by zero bytes.
-
-    A redo log is zero-padded to whole pages. The journal of a run into a new file has no zeros,
-    unless a crash left them after valid lines, in which case its first field is readable.
-    """
-    line, _, rest = start.partition(b"\n")
-    name = line[:MAX_NAME_BYTES]
-    return VERSION_FIELD.encode() in name or (b"\0" in rest and b"fastvgg-journal" not in name)
-
-
-def check_same_file(header: RedoLogHeader, path: Path) -> None:
-    """Check that a file, and its redo log, have the inode and the lengths that the log records."""
-    status, journal = path.stat(), journal_path(path)
-    if (status.st_ino, status.st_size) != (header.inode, header.file_bytes):
-        raise ResumeError(
-            f"{path} is not the file that the unfinished run in place was changing: "
-            f"{journal} belongs to another file",
-            f"restore that file; or, if this file is intact, give {option('restart')}",
-        )
-    try:
-        found, expected = journal.stat().st_size, header.journal_bytes
-    except FileNotFoundError:
-        raise SourceError(
-            f"{path} has been changed by another process, which finished its run meanwhile",
-            f"see what it is now: {command('info', path)}",
-        ) from None
-    if found != expected:
-        raise ResumeError(
-            f"{journal} has {found} bytes, expected {expected}",
-            "restore the journal that the run left",
-        )
-
-
-def read_header_to_resume(path: Path, *, restart: bool) -> RedoLogHeader | None:
-    """Read the header of the run in place to resume; None if there is none, or it is restarted.
-
-    Raises ResumeError for a restart whose file is that of the unfinished run, or a copy of it: part
-    would be done twice.
-    """
-    header = read_redo_log_header(path)
-    if header is None or not restart:
-        return header
-    if path.stat().st_ino == header.inode or _is_first_chunk_converted(header, path):
-        raise ResumeError(
-            f"{path} is partly converted, so its run cannot start over",
-            f"finish it: {header.command(path)}",
-        )
-    return None
-
-
-def check_not_in_place(path: Path) -> None:
-    """Check that a dataset is not partly converted by an unfinished run in place."""
-    header = read_redo_log_header(path)
-    if header is not None:
-        raise SourceError(
-            f"{path} is partly converted by an unfinished run in place",
-            f"finish it: {header.command(path)}",
-        )
-
-
-def check_sidecars_in_place(path: Path) -> None:
-    """Check that the files that a run in place writes or replaces were written by fastvgg."""
-    temporary = temporary_path(manifest_path(path))
-    if not check_is_journal(journal_path(path)) and os.path.lexists(temporary):
-        raise TargetError(
-            f"{temporary} exists, but no journal shows that fastvgg wrote it", "move it away"
-        )
-
-
-def committed_chunks(header: RedoLogHeader, file_path: Path) -> int:
-    """Count the committed chunks of a run in place; raise ResumeError if a record is damaged."""
-    return sum(1 for _ in _records(header, file_path))
-
-
-def _records(header: RedoLogHeader, file_path: Path) -> Iterator[RedoRecord]:
-    """Yield the records of the committed chunks, without the lock of the file."""
-    with open_sidecar(journal_path(file_path)) as journal:
-        if journal is None:
-            return
-        for chunk in range(header.chunks):
-            journal.seek(header.record_offset(chunk))
-            try:
-                record = RedoRecord.from_bytes(journal.read(RECORD_BYTES), chunk, header.run)
-            except ValueError:
-                raise _damaged_error(file_path, f"the record of chunk {chunk}") from None
-            if record is None:
-                return
-            yield record
-
-
-def _is_first_chunk_converted(header: RedoLogHeader, path: Path) -> bool:
-    """Return whether the first chunk of a file, perhaps a copy, is already converted."""
-    first = next(_records(header, path), None)
-    if first is None or first.new == first.old:
-        return False
-    begin, end = header.image_span(0)
-    with open_regular(path) as file:
-        file.seek(begin)
-        return xxh3_64_hexdigest(file.read(end - begin)) == first.new
-
-
-def _damaged_error(file: Path, what: str) -> ResumeError:
-    return ResumeError(
-        f"{journal_path(file)} is damaged ({what}): it is unknown which bytes of {file} are old "
-        "and which are new",
-        "restore both files from the same backup; or recreate the file from its source and "
-        "remove the journal",
-    )
 
 
 class RedoLog:
@@ -264,19 +128,24 @@ class RedoLog:
             raise
         return cls(storage, data, journal, header)
 
-    def recover(self) -> int:
+    def recover(self, threads: int, count: Callable[[int], None]) -> int:
         """Redo committed chunks that the file may lack; return the number of committed chunks.
+
+        First, `threads` threads compare every chunk that the file must have with its checksum, and
+        call `count` for each.
 
         Raises
         ------
         ResumeError
-            If the log is damaged and the state of the file cannot be determined.
+            If the file is not what the run left, or the log is damaged and the state of the file
+            cannot be determined.
         """
         checkpoints = filter(None, map(self._read_checkpoint, range(2)))
         self._generation, self._durable = max(checkpoints, default=(0, 0))
         if self._generation == 0:
-            raise _damaged_error(self._data.path, "both copies of its checkpoint")
+            raise damaged_error(self._data.path, "both copies of its checkpoint")
         self._checkpointed = self._durable
+        parallel_for(range(self._durable), functools.partial(self._check_durable, count), threads)
         slots_intact = self._slots_intact()
         for chunk, is_intact in enumerate(slots_intact, self._durable):
             if is_intact:
@@ -301,32 +170,71 @@ class RedoLog:
             check_sizes([fields["generation"]])
             check_sizes([fields["chunks"]], minimum=0, maximum=self.header.chunks)
         except ValueError:
-            raise _damaged_error(self._data.path, f"copy {copy} of its checkpoint") from None
+            raise damaged_error(self._data.path, f"copy {copy} of its checkpoint") from None
         return (
             (fields["generation"], fields["chunks"]) if fields["run"] == self.header.run else None
         )
+
+    def _check_durable(self, count: Callable[[int], None], chunk: int) -> None:
+        """Check that the data file has what was written to it, as far as a record tells."""
+        record = self.record(chunk)
+        if record is not None and self.checksum_in_file(chunk) != record.new:
+            raise self._foreign_error(chunk)
+        count(chunk)
+
+    def _foreign_error(self, chunk: int) -> ResumeError:
+        """Return the error for a data file that is not what the run left, as a chunk shows."""
+        path = self._data.path
+        if is_unconverted(self.header, path):
+            return ResumeError(
+                f"{path} is as it was before the unfinished run in place: none of the chunks that "
+                "were converted is so any more",
+                f"start over with {option('restart')}",
+            )
+        return other_file_error(path, f"chunk {chunk} differs")
 
     def _slots_intact(self) -> list[bool]:
         """Return whether the slot of each chunk committed after the checkpoint is intact.
 
         An invalid slot means that its write was interrupted before the chunk was written to the
         file, or that the file has the chunk and the slot was reused. The bytes of the file decide.
+        Raises ResumeError if these show that it is another file, which a redo would overwrite.
         """
         slots_intact: list[bool] = []
+        is_known = self._durable > 0 or self._has_same_inode()
         for chunk in range(self._durable, self.header.chunks):
             record = self.record(chunk)
             if record is None:
                 break
+            found = self.checksum_in_file(chunk)
             is_intact = self.make_record(chunk, self._pages(chunk), old=record.old) == record
             if not is_intact:
-                found = self.checksum_in_file(chunk)
                 if found == record.old:
                     break
                 # Redoing an earlier chunk would put old bytes into the page that both share.
                 if found != record.new or any(slots_intact):
-                    raise _damaged_error(self._data.path, f"chunk {chunk}")
+                    raise damaged_error(self._data.path, f"chunk {chunk}")
+            is_known |= found in (record.old, record.new)
             slots_intact.append(is_intact)
+        if slots_intact and slots_intact[-1]:
+            self._check_tail(self._durable + len(slots_intact) - 1, is_known=is_known)
         return slots_intact
+
+    def _has_same_inode(self) -> bool:
+        return os.fstat(self._data.descriptor).st_ino == self.header.inode
+
+    def _check_tail(self, chunk: int, *, is_known: bool) -> None:
+        """Check that the last committed chunk is followed by the bytes that its slot contains.
+
+        These are the first of the next chunk, which are not converted. A crash may have torn the
+        chunks before them, so that nothing else may tell the file from another one.
+        """
+        _, begin = self.header.image_span(chunk)
+        first, end = self.header.page_span(chunk)
+        tail = self._pages(chunk)[begin - first :]
+        is_same = tail == self._storage.read(self._data, begin, end - begin)
+        if not (is_same and (is_known or tail)):
+            raise self._foreign_error(chunk)
 
     def _pages(self, chunk: int) -> memoryview:
         begin, end = self.header.page_span(chunk)
@@ -335,15 +243,8 @@ class RedoLog:
 
     def record(self, chunk: int) -> RedoRecord | None:
         """Return a chunk's record, from the table or its slot; None if neither is valid."""
-        for offset in (self.header.record_offset(chunk), self.header.slot_offset(chunk)):
-            data = self._storage.read(self._journal, offset, RECORD_BYTES)
-            try:
-                record = RedoRecord.from_bytes(data, chunk, self.header.run)
-            except ValueError:
-                raise _damaged_error(self._data.path, f"a record of chunk {chunk}") from None
-            if record is not None:
-                return record
-        return None
+        read = functools.partial(self._storage.read, self._journal)
+        return find_record(self.header, chunk, read, self._data.path)
 
     def make_record(self, chunk: int, pages: memoryview, *, old: str) -> RedoRecord:
         """Return the record of a chunk with these new pages; `old` is of its images in the file."""
@@ -355,8 +256,8 @@ class RedoLog:
 
     def checksum_in_file(self, chunk: int) -> str:
         """Return the checksum of a chunk's images in the data file."""
-        begin, end = self.header.image_span(chunk)
-        return xxh3_64_hexdigest(self._storage.read(self._data, begin, end - begin))
+        read = functools.partial(self._storage.read, self._data)
+        return checksum_of_range(read, *self.header.image_span(chunk))
 
     def stage(self, chunk: int, pages: memoryview) -> None:
         """Write a chunk's new pages into its slot; may overlap the commit of the previous chunk."""

@@ -12,6 +12,7 @@ Everything but the new bytes is JSON lines with checksums.
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,7 +75,7 @@ class RedoLogHeader:
     run: str
     """Random id, repeated in every record to reject records of another run."""
     inode: int
-    """Identifies the data file. Device numbers are not stored: they change at reboot."""
+    """Of the data file, if it was not moved. Device numbers are omitted: a reboot changes them."""
     file_bytes: int
 
     @classmethod
@@ -149,6 +150,10 @@ class RedoLogHeader:
     def journal_bytes(self) -> int:
         """Length of the log, in bytes."""
         return self.slot_offset(0) + SLOTS * (PAGE_BYTES + self.slot_bytes)
+
+    def check_job(self, job: Job, path: Path) -> None:
+        """Check that the run's job is the one wanted now; its file may have been moved since."""
+        dataclasses.replace(self.job, source=job.source).check_same(job, str(path))
 
     def command(self, path: Path) -> str:
         """Return the command that finishes the run, as the caller writes it."""

@@ -10,8 +10,9 @@ import pytest
 
 from fastvgg.executors import threads
 from fastvgg.stream import in_place, manifest, redo_log, redo_log_layout
-from fastvgg.stream.redo_log import RedoLog, read_redo_log_header
+from fastvgg.stream.redo_log import RedoLog
 from fastvgg.stream.redo_log_layout import PAGE_BYTES, SLOTS
+from fastvgg.stream.redo_log_reader import read_redo_log_header
 from tests.campaigns import crash_states
 from tests.campaigns.crash_states import (
     CrashState,
@@ -129,12 +130,13 @@ def test_partially_lost_slot_is_not_used(directory, part):
 
 @pytest.fixture
 def without_data_checksums(monkeypatch):
-    """Treat any file content as old bytes."""
+    """Treat any file content after the checkpoint as old bytes."""
     real = RedoLog.checksum_in_file
 
     def old_checksum(self, chunk):
         record = self.record(chunk)
-        return real(self, chunk) if record is None else record.old
+        is_checked = record is None or chunk < self._durable
+        return real(self, chunk) if is_checked else record.old
 
     monkeypatch.setattr(RedoLog, "checksum_in_file", old_checksum)
 

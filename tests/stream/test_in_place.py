@@ -17,18 +17,20 @@ from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError, 
 from fastvgg.storage import file_systems
 from fastvgg.storage.file_systems import file_system_type, is_network_file_system
 from fastvgg.storage.local import Storage
+from fastvgg.storage.location import temporary_path
 from fastvgg.stream import planner
 from fastvgg.stream.info import info
 from fastvgg.stream.journal import journal_path
 from fastvgg.stream.manifest import Provenance, manifest_path, read_manifest
 from fastvgg.stream.plan import RUN_BYTES
-from fastvgg.stream.redo_log import read_header_to_resume, read_redo_log_header
+from fastvgg.stream.redo_log_reader import read_header_to_resume, read_redo_log_header
 from fastvgg.transform import Transform
 from tests.helpers.batches import FLOATS, KERAS_MODES
 from tests.helpers.damage import line_with_checksum
 from tests.helpers.datasets_on_disk import (
     check_error,
     names_in,
+    npy_bytes,
     permissions,
     pixels,
     plan_of,
@@ -360,18 +362,188 @@ def test_unfinished_file_cannot_be_restarted_or_converted_otherwise(unfinished):
     assert np.load(unfinished).tobytes() == expected_of(unfinished).tobytes()
 
 
-def test_journal_of_another_file_is_not_applied(unfinished):
-    replaced = unfinished.with_name("new.npy")
-    save_floats(replaced)
-    replaced.rename(unfinished)
-    before = tree(unfinished.parent)
+def interrupted(path, commits):
+    """Save 22 images, and convert them in place until some of 11 chunks are committed."""
+    save_floats(path, images=22)
+    original = path.read_bytes()
+    with pytest.raises(SimulatedCrash):
+        convert_in_place(
+            path, mode="caffe", images_per_chunk=2, storage=InterruptedStorage(commits)
+        )
+    if not commits:  # the log is complete, but has no name yet
+        temporary_path(journal_path(path)).replace(journal_path(path))
+    return original
+
+
+def assert_converted(path):
+    expected = oracle.apply(Transform("caffe"), pixels(22).astype(np.float32))
+    assert np.load(path).tobytes() == expected.tobytes()
+    assert names_in(path.parent) == [path.name, f"{path.name}.fastvgg.json"]
+    fastvgg.verify(path)
+
+
+def overwrite(path, content):
+    """Give a file other contents, and keep its inode, as `cp` does."""
+    with path.open("r+b") as stream:
+        stream.write(content)
+
+
+@pytest.mark.parametrize("commits", [0, 1, 2, 4, 5, 8, 11])
+def test_original_restored_over_an_unfinished_file_is_converted_once(tmp_path, commits):
+    path = tmp_path / "x.npy"
+    original = interrupted(path, commits)
+    overwrite(path, original)
+    before = tree(tmp_path)
+    try:
+        convert_in_place(path, mode="caffe")
+    except ResumeError as error:
+        check_error(error, path, "as it was before", "restart=True")
+        assert tree(tmp_path) == before
+        assert commits > 3  # else every converted chunk is in the redo log, too
+        convert_in_place(path, mode="caffe", restart=True)
+    assert_converted(path)
+
+
+@pytest.mark.parametrize("commits", [1, 4, 8])
+def test_restart_converts_a_restored_original_once(tmp_path, commits):
+    path = tmp_path / "x.npy"
+    original = interrupted(path, commits)
+    for content in (original, original[:-9] + b"edited at"):
+        overwrite(path, content)
+        convert_in_place(path, mode="caffe", restart=True)
+        assert read_redo_log_header(path) is None
+        manifest_path(path).unlink()
+        path.unlink()
+        interrupted(path, commits)
+    overwrite(path, original)
+    convert_in_place(path, mode="caffe", restart=True)
+    assert_converted(path)
+
+
+def test_backup_of_another_time_is_rejected_and_kept(tmp_path):
+    path = tmp_path / "x.npy"
+    interrupted(path, 4)
+    partly = path.read_bytes()
+    path.unlink()
+    journal_path(path).unlink()
+    interrupted(path, 8)
+    overwrite(path, partly)
+    before = tree(tmp_path)
+    for restart, words in ((False, ["chunk", "differs"]), (True, ["cannot start over"])):
+        with pytest.raises(ResumeError) as caught:
+            convert_in_place(path, mode="caffe", restart=restart)
+        check_error(caught.value, path, *words)
+        assert tree(tmp_path) == before
+
+
+def test_edit_of_a_converted_chunk_is_detected(tmp_path):
+    path = tmp_path / "x.npy"
+    interrupted(path, 8)
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes(content)
+    before = tree(tmp_path)
     with pytest.raises(ResumeError) as caught:
-        convert_in_place(unfinished, mode="caffe")
-    check_error(caught.value, unfinished, "not the file", "restart")
-    assert tree(unfinished.parent) == before
-    convert_in_place(unfinished, mode="caffe", restart=True)
-    assert np.load(unfinished).tobytes() == expected_of(unfinished).tobytes()
-    assert names_in(unfinished.parent) == ["x.npy", "x.npy.fastvgg.json"]
+        convert_in_place(path, mode="caffe")
+    check_error(caught.value, path, "chunk 3 differs")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("commits", [0, 1, 2, 3, 4, 7, 10, 11])
+@pytest.mark.parametrize("name", ["x.npy", "renamed.npy"])
+def test_unfinished_file_and_journal_moved_together_resume(tmp_path, name, commits):
+    path = tmp_path / "x.npy"
+    interrupted(path, commits)
+    (tmp_path / "moved").mkdir()
+    moved = tmp_path / "moved" / name
+    shutil.copy(path, moved)
+    shutil.copy(journal_path(path), journal_path(moved))
+    path.unlink()
+    plan = plan_of(moved, None, in_place=True, mode="caffe")
+    assert plan.committed_chunks == commits
+    report = run(plan)
+    assert report.counts["computed_chunks"] == 11 - commits
+    assert_converted(moved)
+    assert read_manifest(moved).job.source == str(moved)
+
+
+def test_moved_file_resumes_whose_chunk_was_torn(tmp_path):
+    path = tmp_path / "x.npy"
+    original = interrupted(path, 1)
+    expected = oracle.apply(Transform("caffe"), pixels(22).astype(np.float32)).tobytes()
+    path.unlink()
+    path.write_bytes(original[:128] + expected[:700] + original[828:])
+    before = tree(tmp_path)
+    with pytest.raises(ResumeError, match="cannot start over"):
+        convert_in_place(path, mode="caffe", restart=True)
+    assert tree(tmp_path) == before
+    convert_in_place(path, mode="caffe")
+    assert_converted(path)
+
+
+@pytest.mark.parametrize("keeps_inode", [False, True])
+@pytest.mark.parametrize("commits", [1, 3, 4, 8])
+def test_redo_log_is_not_applied_to_another_file(tmp_path, commits, keeps_inode):
+    path = tmp_path / "x.npy"
+    original = interrupted(path, commits)
+    other = npy_bytes(pixels(22, seed=9).astype(np.float32))
+    assert len(other) == len(original)
+    if not keeps_inode:
+        path.unlink()
+        (tmp_path / "taken").touch()  # the inode number
+        path.touch()
+    overwrite(path, other)
+    before = tree(tmp_path)
+    for restart, words in ((False, ["differs", "move that journal away"]), (True, ["start over"])):
+        with pytest.raises(ResumeError) as caught:
+            convert_in_place(path, mode="caffe", restart=restart)
+        check_error(caught.value, path, *words)
+        assert tree(tmp_path) == before
+    journal_path(path).rename(tmp_path / "journal")
+    convert_in_place(path, mode="caffe")
+    expected = oracle.apply(Transform("caffe"), pixels(22, seed=9).astype(np.float32))
+    assert np.load(path).tobytes() == expected.tobytes()
+
+
+def test_redo_log_is_not_applied_to_a_file_of_another_length(tmp_path):
+    path = tmp_path / "x.npy"
+    interrupted(path, 4)
+    save_floats(path, images=23)
+    assert_rejected(ResumeError, path, "bytes", "move that journal away")
+
+
+def test_file_converted_elsewhere_before_the_first_commit_is_not_converted_twice(tmp_path):
+    path = tmp_path / "x.npy"
+    interrupted(path, 0)
+    overwrite(path, npy_bytes(oracle.apply(Transform("caffe"), pixels(22).astype(np.float32))))
+    assert_rejected(SourceError, path, "already preprocessed")
+
+
+@pytest.mark.parametrize("damaged", range(4))
+def test_restart_needs_the_record_of_every_converted_chunk(tmp_path, damaged):
+    path = tmp_path / "x.npy"
+    original = interrupted(path, 11)
+    overwrite(path, original)
+    header = read_redo_log_header(path)
+    with journal_path(path).open("r+b") as journal:
+        journal.seek(header.record_offset(damaged))
+        journal.write(b"0" * 16)
+    before = tree(tmp_path)
+    with pytest.raises(ResumeError, match="cannot start over"):
+        convert_in_place(path, mode="caffe", restart=True)
+    assert tree(tmp_path) == before
+
+
+def test_check_of_converted_chunks_is_reported(tmp_path):
+    path = tmp_path / "x.npy"
+    interrupted(path, 8)
+    reports = []
+    run(plan_of(path, None, in_place=True, mode="caffe"), reports.append)
+    assert {at.total_images for at in reports} == {22}
+    images = [at.images for at in reports]
+    assert images == sorted(images)
+    assert images[0] == 2
+    assert images[-1] == 22
 
 
 def test_copy_of_an_unfinished_file_cannot_be_restarted(unfinished):
