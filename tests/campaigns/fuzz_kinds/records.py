@@ -273,6 +273,7 @@ class Manifests(Kind):
             ).to_json()
             for failed, plan in enumerate(plans(directory))
         ]
+        self.dataset.touch()  # `info` refuses a manifest without data
         self._file = self.reused(self.path)
 
     def mutated(self):
