@@ -30,10 +30,14 @@ def main() -> None:
 
 
 def _reset_warnings() -> None:
-    """Show warnings as notes, also with `python -W error`, which would make them failures."""
+    """Show warnings as notes, also with `python -W error`, which would make them failures.
+
+    Pillow's are not shown: there may be one for each image, whose row has a reason if it fails.
+    """
     kept = [entry for entry in warnings.filters if entry[0] != "error"]
     warnings.resetwarnings()
     cast("list[Any]", warnings.filters).extend(kept)
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _show_warning(message: Warning | str, *_where: Any, **_stream: Any) -> None:

@@ -22,13 +22,14 @@ import operator
 import re
 import struct
 import threading
+import warnings
 import zlib
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from fastvgg.choices import check_choice
@@ -83,14 +84,26 @@ DECODING_ERRORS: Final = (
 
 SIMPLEJPEG_COLORS: Final = ("YCbCr", "Gray")
 FAST_JPEG_FACTOR: Final = 2
-# EXIF orientations: unrotated, and those that swap height and width.
-ORIENTATION_NORMAL: Final = 1
+# How to undo an EXIF orientation, and the orientations that swap height and width.
+TRANSPOSES: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 TRANSPOSED_ORIENTATIONS: Final = (5, 6, 7, 8)
 # Pillow's threshold for a warning; it rejects images of more than twice as many.
 MAX_PIXELS: Final = 89_478_485
 # Limit of the file size: an uncompressed image with four channels of 16 bits, and its headers.
 FILE_PIXEL_BYTES: Final = 8
 FILE_HEADER_BYTES: Final = 2**20
+
+# A file can have thousands of damaged tags, of each of which Pillow warns with a text of its own.
+# Appended, the filter gives way to those of the caller.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.", append=True)
 
 
 @dataclass(frozen=True)
@@ -237,9 +250,6 @@ class Decoder:
         self._large_bytes = memory_bytes // 2
         self._share_bytes = (memory_bytes - self._large_bytes) // threads
         self._large_image_lock = threading.RLock()
-        # JPEGs of up to this many pixels always fit: their memory need not be estimated. To search
-        # 70 kB for a progressive frame takes 160 us.
-        self._small_pixels = min(decoding.max_pixels, self._share_bytes // MAX_JPEG_PIXEL_BYTES)
         self._nearest_index = functools.lru_cache(maxsize=256)(resize.nearest_index)
 
     def size(self, data: bytes) -> tuple[int, int] | str:
@@ -292,21 +302,24 @@ class Decoder:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
         if colors not in SIMPLEJPEG_COLORS:
             return None
-        if decoding.exif:
-            with self._opened(data) as (image, _):
-                if _orientation(image) != ORIENTATION_NORMAL:
-                    return None
         scaling = self._dct_scaling(data, height, width) if decoding.fast_jpeg else {}
+        is_gathered = decoding.interpolation == "nearest"
+        resize_bytes = 0 if is_gathered else self._resize_bytes(height, width)
+        max_bytes = MAX_JPEG_PIXEL_BYTES * max(height * width, len(data)) + resize_bytes
         held: AbstractContextManager[Any] = contextlib.nullcontext()
         try:
-            if max(height * width, len(data)) > self._small_pixels:
+            if decoding.exif:
+                with self._opened(data) as (image, _):
+                    if _orientation(image) in TRANSPOSES:
+                        return None
+            self._check_pixels(height * width)
+            if max_bytes > self._share_bytes:  # to search 70 kB for coefficients takes 160 us
                 pixel_bytes = (
                     JPEG_PIXEL_BYTES
-                    + RGB_PIXEL_BYTES * (decoding.interpolation != "nearest")
+                    + RGB_PIXEL_BYTES * (not is_gathered)
                     + COEFFICIENT_PIXEL_BYTES * has_coefficients(data, 1 if colors == "Gray" else 3)
                 )
-                self._check_pixels(height * width)
-                held = self._memory(len(data) + pixel_bytes * height * width)
+                held = self._memory(len(data) + pixel_bytes * height * width + resize_bytes)
             with held:
                 self._store_rgb(simplejpeg.decode_jpeg(data, **scaling), out)
         except RejectedError as error:
@@ -343,8 +356,11 @@ class Decoder:
         image_format = image.format
         if isinstance(image, TiffImageFile):
             modes.check_tiff(image)
-        if self._decoding.exif:
-            image = ImageOps.exif_transpose(image)
+        if self._decoding.exif and image_format != "TIFF":  # which Pillow transposes itself
+            image.load()  # of a PNG, also what follows the pixels
+            orientation = _orientation(image)
+            if orientation in TRANSPOSES:
+                image = image.transpose(TRANSPOSES[orientation])
         rgb = modes.to_rgb(image, image_format, scale_to_uint8=self._decoding.scale_to_uint8)
         self._store_image(rgb, out)
 
@@ -367,7 +383,18 @@ class Decoder:
         pixel_bytes = memory.pixel_bytes(
             image, data, exif=self._decoding.exif, is_resized=is_resized
         )
+        pixel_bytes += self._resize_bytes(image.height, image.width)
         return self._memory(opened_bytes + pixel_bytes)
+
+    def _resize_bytes(self, height: int, width: int) -> int:
+        """Return how much memory resizing takes, also if the EXIF swaps height and width."""
+        decoding = self._decoding
+        if decoding.size in (None, (height, width)):
+            return 0
+        return max(
+            memory.resize_bytes(source, decoding.size, decoding.interpolation)
+            for source in ((height, width), (width, height))
+        )
 
     def _store_image(self, rgb: Image.Image, out: NDArray[np.uint8]) -> None:
         size = self._decoding.size
@@ -419,7 +446,7 @@ def open_image(stream: IO[bytes]) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation of an image, or 1 if it has none."""
-    orientation: int = image.getexif().get(ExifTags.Base.Orientation, ORIENTATION_NORMAL)
+    orientation: int = image.getexif().get(ExifTags.Base.Orientation, 1)
     return orientation
 
 

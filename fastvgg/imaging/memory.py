@@ -1,19 +1,23 @@
 """What decoding an image takes, counted from its headers before anything is decoded.
 
 A small file can claim much memory: by its number of pixels, by a tile that is larger than the
-image, by compressed text, or by metadata that overlap. Pillow reads metadata when it opens a file,
-so `metadata_bytes` comes before that, and `pixel_bytes` after it.
+image, by compressed text, or by metadata that overlap or consist of many parts. Pillow reads
+metadata when it opens a file, so `metadata_bytes` comes before that, and `pixel_bytes` after it.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import struct
 import zlib
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from PIL.PngImagePlugin import MAX_TEXT_CHUNK
+from PIL.JpegImagePlugin import MARKER
+from PIL.PngImagePlugin import MAX_TEXT_CHUNK, MAX_TEXT_MEMORY
 
 from fastvgg.imaging.formats import DECODER_PIXEL_BYTES
+from fastvgg.imaging.modes import RejectedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,6 +42,17 @@ JPEG_SIGNATURE: Final = b"\xff\xd8\xff"
 PROGRESSIVE_MARKERS: Final = (b"\xff\xc2", b"\xff\xca")
 PARTIAL_SCANS: Final = (b"\xff\xda\0\x08\1", b"\xff\xda\0\x0a\2", b"\xff\xda\0\x0c\3")
 JPEG_FORMATS: Final = ("JPEG", "MPO")
+JPEG_MARKER: Final = re.compile(rb"\xff[^\0\xff]")
+JPEG_FRAME: Final = re.compile(rb"\xff[\xc0-\xcf]..\x08(..)(..)", re.DOTALL)
+START_OF_SCAN: Final = 0xFFDA
+EXIF_START: Final = b"Exif\0\0"
+MULTI_PICTURE_START: Final = b"MPF\0"
+PHOTOSHOP_RESOURCE: Final = b"8BIM"
+
+# Pillow reads metadata in Python: so many chunks, segments or fractions take it a second.
+MAX_PARTS: Final = 100_000
+PART_BYTES: Final = 200  # of Python objects for a segment of a JPEG, or a block of a GIF
+MAX_COPIED_BYTES: Final = 2**30  # Pillow copies the EXIF so far when it appends a segment
 
 PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 PNG_CHUNK_BYTES: Final = 400  # of Python objects for a chunk that Pillow keeps
@@ -48,8 +63,12 @@ INFLATE_BYTES: Final = 2**16
 PNG_TEXT_COPIES: Final = {b"tEXt": 3, b"zTXt": 3, b"iTXt": 7, b"iCCP": 3}
 PNG_COMPRESSED: Final = (b"zTXt", b"iTXt", b"iCCP")
 METADATA_COPIES: Final = 2
+RAW_EXIF: Final = b"Raw profile type exif"  # the keyword of a text in hexadecimal
+RAW_FRACTION_DIGITS: Final = 16
 
-TIFF_BYTE_ORDERS: Final = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
+TIFF_BYTE_ORDERS: Final = {b"II": "<", b"MM": ">"}
+BIG_TIFF: Final = 43
+BIG_ENDIAN_BIG_TIFF: Final = b"MM\0+"
 TIFF_SIZES: Final = {
     **dict.fromkeys((1, 2, 6, 7), 1),
     **dict.fromkeys((3, 8), 2),
@@ -82,6 +101,10 @@ ORIENTATION: Final = 274
 JPEG_COMPRESSIONS: Final = (6, 7)
 RGBA_BYTES: Final = 4
 
+# The radius in pixels of the resampling filters.
+FILTER_RADII: Final = {"box": 0.5, "bilinear": 1, "hamming": 1, "bicubic": 2, "lanczos": 3}
+COEFFICIENT_BYTES: Final = 8
+
 
 def has_coefficients(data: bytes, components: int) -> bool:
     """Return whether libjpeg holds the coefficients of a whole image with so many components."""
@@ -89,12 +112,43 @@ def has_coefficients(data: bytes, components: int) -> bool:
 
 
 def metadata_bytes(data: bytes) -> int:
-    """Return how much memory Pillow may take to open an image, in addition to the file."""
+    """Return how much memory Pillow may take to open an image, in addition to the file.
+
+    Raises
+    ------
+    RejectedError
+        If reading the metadata would take seconds.
+    """
     if data.startswith(PNG_SIGNATURE):
         return _png_bytes(data)
-    if data[:4] in TIFF_BYTE_ORDERS:
+    if data[:2] in TIFF_BYTE_ORDERS:
         return _TiffHeader.parse(data).metadata_bytes
-    return METADATA_COPIES * len(data) if not data.startswith(b"BM") else 0
+    if data.startswith(b"BM"):
+        return 0
+    total = METADATA_COPIES * len(data)
+    if data.startswith(JPEG_SIGNATURE):
+        total += _jpeg_bytes(data)
+    elif data.startswith(b"GIF8"):
+        total += _gif_bytes(data)
+    elif data.startswith(b"RIFF"):
+        total += _webp_bytes(data)
+    return total
+
+
+def resize_bytes(source: tuple[int, int], target: tuple[int, int], interpolation: str) -> int:
+    """Return how much memory Pillow takes to resize an RGB image from and to a height and width.
+
+    It computes coefficients for both directions, and resizes the columns before the rows.
+    """
+    (height, width), (target_height, target_width) = source, target
+    rgb_bytes = RGB_PIXEL_BYTES * target_width * target_height
+    if interpolation not in FILTER_RADII:
+        return rgb_bytes
+    rgb_bytes += RGB_PIXEL_BYTES * min(target_width * height, width * target_height)
+    for length, result in ((width, target_width), (height, target_height)):
+        radius = math.ceil(FILTER_RADII[interpolation] * max(1, length / result))
+        rgb_bytes += COEFFICIENT_BYTES * result * (2 * radius + 2)
+    return rgb_bytes
 
 
 def pixel_bytes(image: Image.Image, data: bytes, *, exif: bool, is_resized: bool) -> int:
@@ -115,18 +169,98 @@ def pixel_bytes(image: Image.Image, data: bytes, *, exif: bool, is_resized: bool
     return total if tiff is None else total + tiff.block_bytes(data)
 
 
+def _check_parts(parts: int) -> None:
+    if parts > MAX_PARTS:
+        raise RejectedError(f"the metadata have more than {MAX_PARTS} parts")
+
+
+def _exif_bytes(exif: bytes) -> int:
+    while exif.startswith(EXIF_START):
+        exif = exif[len(EXIF_START) :]
+    return _TiffHeader.parse(exif).metadata_bytes if exif[:2] in TIFF_BYTE_ORDERS else 0
+
+
+def _jpeg_bytes(data: bytes) -> int:
+    """Return what the segments before the pixels take as Python objects."""
+    parts, multi_picture_bytes = 0, 0
+    exif_segments, exif_bytes = [], 0
+    at = len(JPEG_SIGNATURE) - 1
+    while (found := JPEG_MARKER.search(data, at)) is not None:
+        parts += 1 + found.start() - at  # Pillow skips other bytes one by one
+        _check_parts(parts)
+        at = found.end()
+        marker = int.from_bytes(found[0])
+        if marker == START_OF_SCAN or marker not in MARKER:
+            break
+        if MARKER[marker][-1] is None:
+            continue  # of a marker without a segment
+        begin = at + 2
+        at = max(begin, at + int.from_bytes(data[at:begin]))
+        if data.startswith(EXIF_START, begin):
+            exif_segments.append(memoryview(data)[begin + len(EXIF_START) : at])
+            exif_bytes += at - begin
+            if exif_bytes * len(exif_segments) > MAX_COPIED_BYTES:
+                raise RejectedError(f"the EXIF has more than {len(exif_segments)} segments")
+        if data.startswith(MULTI_PICTURE_START, begin):
+            multi_picture_bytes = max(multi_picture_bytes, at - begin)
+        parts += data.count(PHOTOSHOP_RESOURCE, begin, at)
+    fraction_bytes = RATIONAL_BYTES * multi_picture_bytes // TIFF_SIZES[TIFF_RATIONALS[0]]
+    return PART_BYTES * parts + fraction_bytes + _exif_bytes(b"".join(exif_segments))
+
+
+def _gif_bytes(data: bytes) -> int:
+    """Return what the extensions before the first frame take as Python objects."""
+    has_palette = data[10:11] >= b"\x80"
+    at = 13 + has_palette * (6 << (data[10] & 7))
+    parts = 0
+    while at < len(data) and data[at] not in b",;":
+        if data[at] == ord("!"):
+            at += 2
+            while at < len(data) and data[at]:
+                parts += 1
+                _check_parts(parts)
+                at += 1 + data[at]
+        parts += 1
+        _check_parts(parts)
+        at += 1
+    return PART_BYTES * parts
+
+
+def _webp_bytes(data: bytes) -> int:
+    """Return what the first EXIF takes as Python objects."""
+    at, parts = len(b"RIFF....WEBP"), 0
+    while at + 8 <= len(data):
+        parts += 1
+        _check_parts(parts)
+        kind, length = struct.unpack_from("<4sI", data, at)
+        at += 8 + length + length % 2
+        if kind == b"EXIF":
+            return _exif_bytes(data[at - length - length % 2 : at])
+    return 0
+
+
 def _png_bytes(data: bytes) -> int:
     """Return an upper bound of what the chunks other than the pixels take in memory."""
     total, at = 0, len(PNG_SIGNATURE)
+    parts = inflated_bytes = 0
     while at + 8 <= len(data):
+        parts += 1
+        _check_parts(parts)
         length, kind = struct.unpack_from(">I4s", data, at)
         at += length + PNG_CHUNK_FRAME_BYTES
         if kind == b"IDAT":
             continue
-        text_bytes = min(length, len(data))
+        content = data[at - length - PNG_CRC_BYTES : at - PNG_CRC_BYTES]
+        text_bytes = len(content)
         if kind in PNG_COMPRESSED:
-            content = data[at - length - PNG_CRC_BYTES : at - PNG_CRC_BYTES]
-            text_bytes += _inflated_bytes(kind, content)
+            inflated_bytes += (inflated := _inflated_bytes(kind, content))
+            text_bytes += inflated
+            if inflated_bytes > MAX_TEXT_MEMORY:
+                raise RejectedError(f"the compressed text has more than {MAX_TEXT_MEMORY} bytes")
+        if kind == b"eXIf":
+            total += _exif_bytes(content)
+        if content.startswith(RAW_EXIF):
+            total += RATIONAL_BYTES * text_bytes // RAW_FRACTION_DIGITS
         total += PNG_CHUNK_BYTES + PNG_TEXT_COPIES.get(kind, METADATA_COPIES) * text_bytes
     return total
 
@@ -159,15 +293,20 @@ class _TiffHeader(NamedTuple):
 
         What lies outside of the file is omitted: Pillow does so too, or rejects it.
         """
-        order, is_big = TIFF_BYTE_ORDERS[data[:4]], b"+" in data[2:4]
-        offset_format, at = (order + "Q", 8) if is_big else (order + "I", 4)
-        pending = [(*struct.unpack_from(offset_format, data[:16].ljust(16), at), 0)]
-        stored = decoded = 0
+        order, head = TIFF_BYTE_ORDERS[data[:2]], data[:16].ljust(16, b"\0")
+        is_big = BIG_TIFF in head[2:4]
+        offset, big_offset = struct.unpack(f"{order}4xIQ", head)
+        pending = [(big_offset if is_big else offset, 0, is_big)]
+        if head.startswith(BIG_ENDIAN_BIG_TIFF):  # Pillow reads it like other TIFFs, libtiff not
+            pending += [(offset, 0, True), (offset, 0, False)]
+        stored = decoded = entries = 0
         geometry: dict[int, int] = {}
         while pending:
-            offset, depth = pending.pop()
+            offset, depth, is_big = pending.pop()
             subdirectories: dict[int, int] = {}  # the last counts
             for tag, kind, size, values in _tiff_entries(data, order, is_big, offset):
+                entries += 1
+                _check_parts(entries + decoded // RATIONAL_BYTES)
                 count = size // TIFF_SIZES.get(kind, 1)
                 stored += size
                 if kind in TIFF_RATIONALS:
@@ -180,7 +319,7 @@ class _TiffHeader(NamedTuple):
                     geometry[tag] = max(geometry.get(tag, 0), *values)
                 if values and tag in SUBDIRECTORIES and depth < MAX_DEPTH:
                     subdirectories[tag] = values[0]
-            pending += [(offset, depth + 1) for offset in subdirectories.values()]
+            pending += [(offset, depth + 1, is_big) for offset in subdirectories.values()]
         return cls(2 * METADATA_COPIES * stored + decoded, geometry)
 
     def block_bytes(self, data: bytes) -> int:
@@ -194,12 +333,20 @@ class _TiffHeader(NamedTuple):
             block_width, block_length = tags.get(TILE_WIDTH, width), tags.get(TILE_LENGTH, length)
         samples = max(1, tags.get(SAMPLES, 1))
         pixel_bits = samples * max(8, tags.get(BITS, 1))
+        pixels = block_width * block_length
         if tags.get(PHOTOMETRIC) == YCBCR:
             pixel_bits += 3 * 8 * RGBA_BYTES  # of upsampled colors, and a copy
         if tags[COMPRESSION] in JPEG_COMPRESSIONS and has_coefficients(data, samples):
             pixel_bits += 8 * 2 * samples
+            pixels = max(pixels, *_jpeg_frames(data))  # the last strip may be taller
         blocks = -(-width // max(1, block_width)) * -(-length // max(1, block_length)) * samples
-        return block_width * block_length * pixel_bits // 8 + NUMBER_BYTES * blocks
+        return pixels * pixel_bits // 8 + NUMBER_BYTES * blocks
+
+
+def _jpeg_frames(data: bytes) -> list[int]:
+    """Return the numbers of pixels that the headers of JPEG frames claim within other data."""
+    frames = JPEG_FRAME.findall(data)
+    return [int.from_bytes(height) * int.from_bytes(width) for height, width in frames]
 
 
 def _tiff_entries(

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers.hostile_images import hostile_images, run_on_images, tiny_image
+from tests.helpers.hostile_images import (
+    OPTIONS,
+    hostile_images,
+    hostile_images_with_options,
+    run_on_images,
+    tiny_image,
+)
 
 GROUPS = 6
 NAMES = sorted(hostile_images())
@@ -18,11 +24,20 @@ def idle_bytes():
 
 @pytest.mark.parametrize("group", range(GROUPS))
 def test_hostile_images_are_read_within_the_limit_or_fail_with_a_reason(idle_bytes, group):
-    images = {name: hostile_images()[name]() for name in NAMES[group::GROUPS]}
-    run = run_on_images({"a.png": tiny_image(), **images})
+    check({name: hostile_images()[name]() for name in NAMES[group::GROUPS]}, idle_bytes)
+
+
+def test_images_that_are_hostile_with_options_are_read_within_the_limit_or_fail(idle_bytes):
+    images = {name: make() for name, make in hostile_images_with_options().items()}
+    check(images, idle_bytes, *OPTIONS)
+
+
+def check(images, idle_bytes, *options):
+    run = run_on_images({"a.png": tiny_image(), **images}, *options)
     used = run.peak_bytes - idle_bytes
     assert used < 64 * 2**20 * 1.1, f"{used / 2**20:.0f} MiB for {', '.join(images)}"
     assert run.code in (0, 1)
+    assert "note:" not in run.stderr
     assert "Traceback" not in run.stderr
     assert len(run.stderr) < 300 * len(images)
     assert run.rows.keys() == {"a.png", *images}

@@ -115,6 +115,12 @@ def striped(
     return tiff(sorted(tags, key=lambda tag: tag[0]), [block], **options)
 
 
+def raw_exif(exif):
+    """Return a chunk of text with EXIF in hexadecimal."""
+    text = f"\nexif\n{len(exif):8}\n{exif.hex()}\n"
+    return chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(text.encode(), 9))
+
+
 def overlapping(count, region, kind=UNDEFINED):
     """Return tags that all have the same region of a file as their content."""
     return [(40_000 + number, kind, region, 8) for number in range(count)]
@@ -164,6 +170,36 @@ def with_segments(jpeg, count, marker=0xE1, head=b"Exif\0\0", size=65_000):
     return jpeg[:2] + segment * count + jpeg[2:]
 
 
+def with_empty_segments(jpeg, count, marker):
+    return jpeg[:2] + (b"\xff" + bytes([marker]) + b"\0\2") * count + jpeg[2:]
+
+
+def with_exif(jpeg, exif):
+    """Insert EXIF into a JPEG, in as many segments as it takes, in place of its JFIF header."""
+    starts = range(0, len(exif), 65_000)
+    segments = [b"Exif\0\0" + exif[start : start + 65_000] for start in starts]
+    head = b"".join(b"\xff\xe1" + (len(segment) + 2).to_bytes(2) + segment for segment in segments)
+    return jpeg[:2] + head + jpeg[4 + int.from_bytes(jpeg[4:6]) :]
+
+
+def exif_fractions(count, tag=282):
+    """Encode EXIF with a unit and with so many fractions as the resolution, or another tag."""
+    content = struct.pack("<II", 1, 3) * count
+    entries = sorted([(tag, RATIONAL, count, 8), (296, SHORT, 1, 3)])
+    directory = b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(content)) + content + b"\2\0" + directory
+
+
+def exif_overlapping(count=5_000, region=60_000):
+    start = b"II*\0" + struct.pack("<I", 8 + region) + bytes(region)
+    return start + sub_directory(UNDEFINED, count, region)
+
+
+def tall_strip(jpeg, width):
+    """Encode a TIFF of 8 rows whose only strip is a JPEG of more rows."""
+    return striped(width, 8, compression=JPEG, samples=3, bits=(8, 8, 8), photo=2, block=jpeg)
+
+
 def with_claimed_size(jpeg, height, width):
     changed = bytearray(jpeg)
     at = next(at for at in range(len(jpeg)) if jpeg[at : at + 2] in (b"\xff\xc0", b"\xff\xc2"))
@@ -171,9 +207,10 @@ def with_claimed_size(jpeg, height, width):
     return bytes(changed)
 
 
-def sequential_jpeg(side):
+def sequential_jpeg(height, width):
     """Encode a sequential JPEG whose components have a scan each."""
-    jpeg = bytearray(with_claimed_size(flat(16, 16, "jpeg", "RGB", subsampling=0), side, side))
+    small = flat(16, 16, "jpeg", "RGB", subsampling=0)
+    jpeg = bytearray(with_claimed_size(small, height, width))
     at = jpeg.rindex(b"\xff\xda")
     scan = b"".join(
         b"\xff\xda\0\x08\1" + bytes([number, 0x11 if number > 1 else 0, 0, 63, 0]) + bytes(64)
@@ -182,8 +219,7 @@ def sequential_jpeg(side):
     return bytes(jpeg[:at]) + scan + b"\xff\xd9"
 
 
-def gif(width, height, frame_width, frame_height, comment_blocks=0):
-    comment = (b"\x21\xfe" + (b"\xff" + b"c" * 255) * 200 + b"\0") * comment_blocks
+def gif(width, height, frame_width, frame_height, comment=b""):
     pixels = saved("gif", Image.new("L", (frame_width, frame_height)))
     at = pixels.index(b"\x2c\0\0\0\0")
     return (
@@ -278,7 +314,7 @@ def hostile_images():
     zeros = bytes(REGION)
     nested = zeros + sub_directory(RATIONAL, 60, REGION // 8)
     fractions = [(34665, LONG, [8 + len(zeros)])]
-    jpeg = saved("jpeg")
+    jpeg, cmyk = saved("jpeg"), saved("jpeg", noise().convert("CMYK"))
     words = bytes(range(97, 123))
     return {
         # Tiles and strips that are larger than the image.
@@ -338,6 +374,10 @@ def hostile_images():
             photo=2,
             block=flat(3_000, 3_000, "jpeg", "RGB", progressive=True),
         ),
+        "strip-tall.tif": lambda: tall_strip(sequential_jpeg(3_900, 4_000), 4_000),
+        "strip-tall-progressive.tif": lambda: tall_strip(
+            flat(4_000, 3_900, "jpeg", "RGB", progressive=True, subsampling=0), 4_000
+        ),
         # Tags.
         "tags-overlap.tif": lambda: striped(block=zeros, extra=overlapping(3_000, REGION)),
         "tags-of-exif-overlap.tif": lambda: striped(block=nested, extra=fractions),
@@ -360,6 +400,7 @@ def hostile_images():
         "tEXt.png": lambda: png(chunk(b"tEXt", b"k\0" + words * 600_000)),
         "eXIf.png": lambda: png(chunk(b"eXIf", b"MM\0*" + words * 600_000)),
         "private.png": lambda: png(chunk(b"prVt", b"") * 400_000),
+        "small-IDATs.png": lambda: png(chunk(b"IDAT", b"") * 2_000_000),
         "palette.png": lambda: png(chunk(b"PLTE", bytes(18_000_000)), color=3, rows=bytes(64 * 65)),
         "animated.png": lambda: saved(
             "png", save_all=True, append_images=[noise().rotate(90)] * 40
@@ -380,7 +421,13 @@ def hostile_images():
         "screen.gif": lambda: gif(65_535, 65_535, 64, 64),
         "screen-large.gif": lambda: gif(8_000, 8_000, 64, 64),
         "frame-large.gif": lambda: gif(64, 64, 6_000, 6_000),
-        "comments.gif": lambda: gif(64, 64, 64, 64, comment_blocks=300),
+        "comments.gif": lambda: gif(
+            64, 64, 64, 64, (b"\x21\xfe" + (b"\xff" + b"c" * 255) * 200 + b"\0") * 300
+        ),
+        "small-comments.gif": lambda: gif(
+            64, 64, 64, 64, b"\x21\xfe" + b"\2cc" * 2_500_000 + b"\0"
+        ),
+        "empty-extensions.gif": lambda: gif(64, 64, 64, 64, b"\x21\xfe\0" * 4_000_000),
         "frames.gif": lambda: saved("gif", save_all=True, append_images=[noise().rotate(90)] * 40),
         "canvas.webp": lambda: webp(16_383),
         "canvas-small.webp": lambda: webp(1_500),
@@ -391,18 +438,23 @@ def hostile_images():
         "progressive-claimed.jpg": lambda: with_claimed_size(
             saved("jpeg", progressive=True), 9_000, 9_000
         ),
-        "sequential.jpg": lambda: sequential_jpeg(2_500),
+        "sequential.jpg": lambda: sequential_jpeg(2_500, 2_500),
         "cmyk.jpg": lambda: flat(2_500, 2_500, "jpeg", "CMYK"),
         "large.jpg": lambda: flat(3_500, 3_500, "jpeg", "RGB"),
         "claimed.jpg": lambda: with_claimed_size(jpeg, 65_000, 65_000),
         "exif.jpg": lambda: with_segments(jpeg, 200),
-        "exif-cmyk.jpg": lambda: with_segments(saved("jpeg", noise().convert("CMYK")), 250),
-        "profile-cmyk.jpg": lambda: with_segments(
-            saved("jpeg", noise().convert("CMYK")), 250, 0xE2, b"ICC_PROFILE\0\1\1"
+        "exif-cmyk.jpg": lambda: with_segments(cmyk, 250),
+        "profile-cmyk.jpg": lambda: with_segments(cmyk, 250, 0xE2, b"ICC_PROFILE\0\1\1"),
+        "comments-cmyk.jpg": lambda: with_segments(cmyk, 250, 0xFE, b"x"),
+        "segments-cmyk.jpg": lambda: with_empty_segments(cmyk, 1_500_000, 0xE1),
+        "empty-comments-cmyk.jpg": lambda: with_empty_segments(cmyk, 1_500_000, 0xFE),
+        "filled-cmyk.jpg": lambda: cmyk[:2] + bytes(12_000_000) + cmyk[2:],
+        "exif-segments-cmyk.jpg": lambda: with_segments(cmyk, 90_000, size=80),
+        "resources-cmyk.jpg": lambda: with_segments(
+            cmyk, 150, 0xED, b"Photoshop 3.0\0" + (b"8BIM\4\4" + bytes(6)) * 5_000
         ),
-        "comments-cmyk.jpg": lambda: with_segments(
-            saved("jpeg", noise().convert("CMYK")), 250, 0xFE, b"x"
-        ),
+        "fractions-cmyk.jpg": lambda: with_exif(cmyk, exif_fractions(1_000_000)),
+        "exif-overlaps-cmyk.jpg": lambda: with_exif(cmyk, exif_overlapping()),
         "frames.jpg": lambda: saved("mpo", save_all=True, append_images=[noise().rotate(90)] * 40),
         "runs.bmp": lambda: bmp(3_000, 3_000, b"\xff\0" * 36_000 + b"\0\1"),
         "runs-delta.bmp": lambda: bmp(16_000, 250, b"\0\2\xff\xff" * 9 + b"\0\1"),
@@ -432,6 +484,27 @@ def hostile_images():
     }
 
 
+def hostile_images_with_options():
+    """Return functions that build images that are hostile with `OPTIONS`, by name."""
+    jpeg = saved("jpeg")
+    return {
+        "oriented.jpg": lambda: with_exif(jpeg, exif_fractions(1_000_000, 274)),
+        "oriented.png": lambda: png(chunk(b"eXIf", exif_fractions(1_000_000, 274))),
+        "oriented.webp": lambda: saved("webp", exif=exif_fractions(1_000_000, 274)),
+        "exif-overlaps.jpg": lambda: with_exif(jpeg, exif_overlapping()),
+        "exif-overlaps.png": lambda: png(chunk(b"eXIf", exif_overlapping())),
+        "exif-overlaps.webp": lambda: saved("webp", exif=exif_overlapping()),
+        "exif-text.png": lambda: png(raw_exif(exif_fractions(60_000, 274))),
+        "wide.png": lambda: png(width=2_000_000, height=1, rows=bytes(6_000_001)),
+        "tall.png": lambda: png(width=1, height=2_000_000, rows=bytes(8_000_000)),
+        "wide-1.png": lambda: png(width=2_500_000, height=1, depth=1, color=0, rows=bytes(312_501)),
+        "wide.jpg": lambda: flat(65_000, 1, "jpeg"),
+    }
+
+
+OPTIONS = ("--exif", "--interpolation", "lanczos")
+
+
 class ImageRun(NamedTuple):
     """The outcome of a command on a directory of images."""
 
@@ -454,14 +527,17 @@ finally:
 """
 
 
-def run_on_images(images, *, memory="64MiB", threads=2):
+def run_on_images(images, *options, memory="64MiB", threads=2):
     """Pack images with the command line, in a process of its own."""
     with tempfile.TemporaryDirectory() as directory:
         source, target = Path(directory) / "in", Path(directory) / "out.npy"
         source.mkdir()
         for name, data in images.items():
             (source / name).write_bytes(data)
-        options = ["--size", "32", "32", "--memory", memory, "--threads", str(threads), "--quiet"]
+        options = (
+            *("--size", "32", "32", "--memory", memory, "--threads", str(threads), "--quiet"),
+            *options,
+        )
         done = python(COMMAND, "pack", source, target, *options, errors="replace")
         peak = Path(f"{target}.peak")
         assert peak.exists(), f"exit code {done.returncode}\n{done.stderr}"
