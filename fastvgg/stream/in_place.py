@@ -118,7 +118,7 @@ class _InPlaceRun:
     def _begin(self) -> RedoLog:
         if self.plan.committed_chunks or is_changed(self.plan, self.source):
             raise changed_error(self.plan)
-        check_sampled_values(self.source, self.plan.transform, is_enabled=self.plan.check_values)
+        self._check_values()
         check_sidecars_in_place(self.data.path)
         return RedoLog.begin(self.storage, self.data, self.plan.job, self.plan.chunk_images)
 
@@ -142,9 +142,12 @@ class _InPlaceRun:
 
         committed = log.recover(self.plan.threads, count)
         if not committed:
-            with os_errors_refused(TargetError):
-                check_values(self.plan, self.source)
+            self._check_values()  # there is no checksum to compare
         return committed
+
+    @os_errors_refused(TargetError)
+    def _check_values(self) -> None:
+        check_sampled_values(self.source, self.plan.transform, is_enabled=self.plan.check_values)
 
     def _compute(self, log: RedoLog, committed: int, tracker: ProgressTracker) -> None:
         """Compute the remaining chunks; write each to the redo log, then to the file."""
