@@ -22,7 +22,7 @@ from fastvgg.storage.location import is_remote, sidecar_path
 from fastvgg.transform import storage_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
     from typing import BinaryIO
@@ -40,6 +40,7 @@ MAX_ELEMENTS: Final = 2**63 - 1
 MAX_SHAPE_CHARACTERS: Final = 100  # of a shape in a message: a damaged header may claim any shape
 MissingChunks: TypeAlias = Literal["error", "fill"]
 """What a chunk that an array does not store is: an error, or its fill value."""
+CHANGE_FIELDS: Final = ("st_size", "st_mtime_ns", "st_ctime_ns")
 READ_FLAGS: Final = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
 
 
@@ -66,23 +67,47 @@ def read_regular(
     Returns
     -------
     tuple
-        The content, and the file's status before the read.
+        The content, and the file's status, which was the same before and after the read.
 
     Raises
     ------
     OSError
         From the operating system, with ELOOP for a symbolic link that is not followed; or if `path`
-        is not a regular file, or is longer than `max_bytes`.
+        is not a regular file, is longer than `max_bytes`, or keeps changing.
     """
+
+    def read(status: os.stat_result) -> bytes:
+        if status.st_size > max_bytes:
+            raise OSError(f"the file has {status.st_size} bytes; the limit is {max_bytes}")
+        return read_at(descriptor, status.st_size, 0)
+
     flags = READ_FLAGS if follow_links else READ_FLAGS | NO_FOLLOW
     descriptor = _open_descriptor(path, flags)
     try:
-        status = os.fstat(descriptor)
-        if status.st_size > max_bytes:
-            raise OSError(f"the file has {status.st_size} bytes; the limit is {max_bytes}")
-        return read_at(descriptor, status.st_size, 0), status
+        return read_unchanged(descriptor, read)
     finally:
         os.close(descriptor)
+
+
+def read_unchanged(
+    descriptor: int, read: Callable[[os.stat_result], bytes]
+) -> tuple[bytes, os.stat_result]:
+    """Call `read` with the status of a file, and once more if the file changed meanwhile.
+
+    A file that is overwritten while it is read may return old bytes, then new ones.
+
+    Raises
+    ------
+    OSError
+        From `read`, or if the file changed again.
+    """
+    status = os.fstat(descriptor)
+    for _ in range(2):
+        data, before = read(status), status
+        status = os.fstat(descriptor)
+        if all(getattr(status, name) == getattr(before, name) for name in CHANGE_FIELDS):
+            return data, status
+    raise OSError("the file changed while it was read")
 
 
 def read_at(descriptor: int, count: int, offset: int) -> bytes:

@@ -26,7 +26,13 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 import xxhash
 
-from fastvgg.datasets.base import READ_FLAGS, changed_during_run_error, open_regular, read_at
+from fastvgg.datasets.base import (
+    READ_FLAGS,
+    changed_during_run_error,
+    open_regular,
+    read_at,
+    read_unchanged,
+)
 from fastvgg.datasets.image_names import (
     INVALID,
     LINKS,
@@ -169,18 +175,22 @@ class TarListing(ImageListing):
 
     def read(self, row: int, max_bytes: int) -> bytes:
         shard, size = self._shard(row), self._sizes[row]
-        try:
-            descriptor = above_standard_streams(os.open(shard.path, READ_FLAGS))
-        except (FileNotFoundError, NotADirectoryError):
-            raise changed_during_run_error(shard.path) from None
-        try:
-            if not shard.matches(os.fstat(descriptor)):
+
+        def read_image(status: os.stat_result) -> bytes:
+            if not shard.matches(status):
                 raise changed_during_run_error(shard.path)
             if self._states[row] != COMPLETE:
                 raise OSError(self._reason(row))
             if size > max_bytes:
                 raise OSError(f"the image has {size} bytes; the limit is {max_bytes}")
-            data = read_at(descriptor, size, self._offsets[row])
+            return read_at(descriptor, size, self._offsets[row])
+
+        try:
+            descriptor = above_standard_streams(os.open(shard.path, READ_FLAGS))
+        except (FileNotFoundError, NotADirectoryError):
+            raise changed_during_run_error(shard.path) from None
+        try:
+            data, _ = read_unchanged(descriptor, read_image)
         finally:
             os.close(descriptor)
         if len(data) != size:

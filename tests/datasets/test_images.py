@@ -31,6 +31,7 @@ from tests.helpers.datasets_on_disk import (
     stdout_of,
     tree,
 )
+from tests.helpers.faults import overwrite_while_read
 from tests.helpers.formats import CHANGES
 
 SIZE = (37, 53)
@@ -399,6 +400,38 @@ def test_image_changed_after_listing_stops_the_run(folder, change, linked):
                 read()
             check_error(caught.value, folder / "b.png", "changed", "start over")
             assert caught.value.exit_code == 5
+
+
+def bitmaps(tmp_path):
+    return [
+        save_as(tmp_path / f"{row}.bmp", "bmp", Image.fromarray(image)).read_bytes()
+        for row, image in enumerate(pixels(4))
+    ]
+
+
+def test_image_overwritten_while_it_is_read_stops_the_run(tmp_path, folder, monkeypatch):
+    old, new, *_ = bitmaps(tmp_path)
+    (folder / "a.bmp").write_bytes(old)
+    with closing(open_folder(folder, size=SIZE)) as source:
+        overwrite_while_read(monkeypatch, folder / "a.bmp", [new])
+        with pytest.raises(StoppedError) as caught:
+            source.read(0, 1)
+    check_error(caught.value, folder / "a.bmp", "changed")
+
+
+def test_image_overwritten_while_it_is_read_is_read_again(tmp_path, folder, monkeypatch):
+    """The time of the file is set back, so that only the read itself can tell."""
+    old, new, *others = bitmaps(tmp_path)
+    (folder / "a.bmp").write_bytes(old)
+    with closing(open_folder(folder)) as source:
+        with monkeypatch.context() as context:
+            overwrite_while_read(context, folder / "a.bmp", [new], keeps_time=True)
+            assert source.read(0, 1).batch.tobytes() == pixels(4)[1].tobytes()
+        overwrite_while_read(monkeypatch, folder / "a.bmp", others, keeps_time=True)
+        batch, (record,) = source.read(0, 1)
+    assert record.reason == "the file changed while it was read"
+    assert record.failed
+    assert not batch.any()
 
 
 def test_removed_image_is_a_failed_row(folder):

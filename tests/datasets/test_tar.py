@@ -22,6 +22,7 @@ from fastvgg.datasets.tar import TarListing, TarShards, is_tar_name
 from fastvgg.errors import SourceError, StoppedError
 from fastvgg.imaging.decode import DecodeOptions, Decoder
 from tests.helpers.datasets_on_disk import ascii_failures, check_error, pixels, save_images
+from tests.helpers.faults import overwrite_while_read
 from tests.helpers.tar_on_disk import (
     BLOCK_BYTES,
     END_OF_ARCHIVE,
@@ -861,7 +862,7 @@ def test_data_after_the_end_that_is_no_archive_is_rejected(tmp_path, tail):
     error = rejection_of(path)
     check_error(error, path, f"offset {len(whole)}", "is not a tar", f"'{path}'")
     command = error.remedy.partition(": ")[2]
-    subprocess.run(["sh", "-c", command], check=True, cwd=tmp_path)
+    subprocess.run(["/bin/sh", "-c", command], check=True, cwd=tmp_path)
     assert (tmp_path / "NEW.tar").read_bytes() == whole
 
 
@@ -1015,6 +1016,19 @@ def test_changed_shard_stops_the_run_even_at_failed_rows(tmp_path):
     save_blocks(path, header("a.jpg", 999), bytes(999))
     with pytest.raises(StoppedError):
         listing.read(0, UNLIMITED_BYTES)
+
+
+@pytest.mark.parametrize("keeps_time", [False, True])
+def test_shard_overwritten_while_it_is_read_yields_no_mixture(tmp_path, monkeypatch, keeps_time):
+    old, new = (tar_bytes([("a.jpg", letter * 5000)]) for letter in (b"a", b"b"))
+    path = save_blocks(tmp_path / "a.tar", old)
+    listing = TarListing(path)
+    overwrite_while_read(monkeypatch, path, [new], keeps_time=keeps_time)
+    if keeps_time:
+        assert listing.read(0, UNLIMITED_BYTES) == b"b" * 5000
+    else:
+        with pytest.raises(StoppedError):
+            listing.read(0, UNLIMITED_BYTES)
 
 
 def test_short_reads_are_continued_and_an_early_end_stops_the_run(tmp_path, monkeypatch):

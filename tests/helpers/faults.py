@@ -417,3 +417,27 @@ def memory_directory():
     """Return a directory on a memory file system, where syncs are fast; None if there is none."""
     memory = Path("/dev/shm")  # noqa: S108
     return memory if memory.is_dir() and os.access(memory, os.W_OK) else None
+
+
+def overwrite_while_read(monkeypatch, path, contents, *, keeps_time=False):
+    """Overwrite a file in place, with the next of `contents`, in the middle of each read of it.
+
+    A read starts where the first one did. With `keeps_time`, the modification time is set back.
+    """
+    pread, remaining, starts = os.pread, iter(contents), []
+
+    def torn(descriptor, count, offset):
+        if not os.path.samestat(os.fstat(descriptor), path.stat()):
+            return pread(descriptor, count, offset)
+        starts.append(offset)
+        content = next(remaining, None) if offset == starts[0] else None
+        if content is None:
+            return pread(descriptor, count, offset)
+        half = pread(descriptor, count // 2, offset)
+        changed_ns = path.stat().st_mtime_ns + (0 if keeps_time else 10**9)
+        with path.open("r+b") as file:
+            file.write(content)
+        os.utime(path, ns=(changed_ns, changed_ns))
+        return half
+
+    monkeypatch.setattr(os, "pread", torn)
