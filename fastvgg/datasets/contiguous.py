@@ -13,13 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import xxhash
 
-from fastvgg.datasets.base import (
-    ArraySource,
-    DiskTarget,
-    SharedTarget,
-    byte_view,
-    open_regular,
-)
+from fastvgg.datasets.base import ArraySource, DiskTarget, SharedTarget, byte_view
+from fastvgg.datasets.files import open_regular
 from fastvgg.errors import FastvggError, ResumeError, SourceError, StoppedError, TargetError, option
 from fastvgg.storage.local import io_errors
 from fastvgg.transform import storage_dtype

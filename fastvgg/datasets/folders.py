@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import xxhash
 
-from fastvgg.datasets.base import changed_during_run_error, read_regular
+from fastvgg.datasets.base import changed_during_run_error
+from fastvgg.datasets.files import read_regular
 from fastvgg.datasets.image_names import (
     DANGLING,
     LINKS,

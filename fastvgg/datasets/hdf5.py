@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import h5py
 
-from fastvgg.datasets.base import Header, check_dtype, check_shape, open_regular
+from fastvgg.datasets.base import Header, check_dtype, check_shape
 from fastvgg.datasets.contiguous import ContiguousSource, ContiguousTarget
+from fastvgg.datasets.files import open_regular
 from fastvgg.datasets.hdf5_chunks import ChunkError, StoredChunks
 from fastvgg.datasets.hdf5_file import open_hdf5
 from fastvgg.datasets.index import read_index

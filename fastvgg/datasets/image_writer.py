@@ -14,7 +14,8 @@ import simplejpeg
 from PIL import Image
 
 from fastvgg.choices import check_choice
-from fastvgg.datasets.base import DiskTarget, open_regular
+from fastvgg.datasets.base import DiskTarget
+from fastvgg.datasets.files import open_regular
 from fastvgg.datasets.index import find_duplicates, hash_names
 from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError, option
 from fastvgg.imaging.decode import DECODING_ERRORS, describe_error, open_image

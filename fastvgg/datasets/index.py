@@ -20,12 +20,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, overload
 import numpy as np
 import xxhash
 
-from fastvgg.datasets.base import (
-    ImageRecord,
-    changed_during_run_error,
-    open_regular,
-    open_sidecar,
-)
+from fastvgg.datasets.base import ImageRecord, changed_during_run_error
+from fastvgg.datasets.files import open_regular, open_sidecar
 from fastvgg.errors import SourceError
 from fastvgg.storage.location import sidecar_path
 

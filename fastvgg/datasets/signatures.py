@@ -10,7 +10,7 @@ import re
 import shlex
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from fastvgg.datasets.base import open_regular, read_at
+from fastvgg.datasets.files import open_regular, read_at
 from fastvgg.errors import SourceError
 from fastvgg.imaging.formats import is_image
 

@@ -26,13 +26,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 import xxhash
 
-from fastvgg.datasets.base import (
-    READ_FLAGS,
-    changed_during_run_error,
-    open_regular,
-    read_at,
-    read_unchanged,
-)
+from fastvgg.datasets.base import changed_during_run_error
+from fastvgg.datasets.files import READ_FLAGS, open_regular, read_at, read_unchanged
 from fastvgg.datasets.image_names import (
     INVALID,
     LINKS,

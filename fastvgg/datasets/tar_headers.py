@@ -14,7 +14,7 @@ import tarfile
 from typing import TYPE_CHECKING, Final, TypeAlias
 from zlib import adler32
 
-from fastvgg.datasets.base import read_at
+from fastvgg.datasets.files import read_at
 from fastvgg.datasets.image_names import image_suffix
 from fastvgg.errors import SourceError
 

@@ -30,9 +30,8 @@ from fastvgg.datasets.base import (
     check_dtype,
     check_shape,
     max_encoded_bytes,
-    open_regular,
-    read_at,
 )
+from fastvgg.datasets.files import open_regular, read_at
 from fastvgg.datasets.index import read_index
 from fastvgg.datasets.zarr_codecs import widest_item_bytes
 from fastvgg.datasets.zarr_store import (

@@ -19,13 +19,8 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.storage import MemoryStore
 
-from fastvgg.datasets.base import (
-    DiskTarget,
-    Header,
-    SharedTarget,
-    byte_view,
-    open_regular,
-)
+from fastvgg.datasets.base import DiskTarget, Header, SharedTarget, byte_view
+from fastvgg.datasets.files import open_regular
 from fastvgg.datasets.formats import inner_chunk_images
 from fastvgg.datasets.zarr import ATTRIBUTE_KEY, DamagedChunkError, ZarrArray
 from fastvgg.datasets.zarr_store import CHECKSUM_BYTES, INDEX_ENTRY_BYTES

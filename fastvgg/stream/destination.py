@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 import xxhash
 
-from fastvgg.datasets.base import read_sidecar
+from fastvgg.datasets.files import read_sidecar
 from fastvgg.datasets.formats import TARGETS
 from fastvgg.datasets.index import index_path
 from fastvgg.errors import ResumeError, StoppedError, TargetError

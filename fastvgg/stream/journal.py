@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from fastvgg.datasets.base import ImageRecord, open_regular, open_sidecar, read_sidecar
+from fastvgg.datasets.base import ImageRecord
+from fastvgg.datasets.files import open_regular, open_sidecar, read_sidecar
 from fastvgg.datasets.index import is_valid_name
 from fastvgg.errors import ResumeError, SourceError, TargetError, command, option
 from fastvgg.storage import objects

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
 
-from fastvgg.datasets.base import Header, read_sidecar
+from fastvgg.datasets.files import read_sidecar
 from fastvgg.datasets.open import embedded_transform
 from fastvgg.errors import SourceError
 from fastvgg.formatting import package_versions
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+    from fastvgg.datasets.base import Header
     from fastvgg.storage.location import Location
     from fastvgg.stream.job import Schema
     from fastvgg.transform import Transform

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import xxhash
 
-from fastvgg.datasets.base import open_regular, open_sidecar, read_sidecar
 from fastvgg.datasets.contiguous import ContiguousTarget
+from fastvgg.datasets.files import open_regular, open_sidecar, read_sidecar
 from fastvgg.datasets.index import hash_names, index_path, read_index
 from fastvgg.datasets.open import open_target
 from fastvgg.errors import FastvggError

@@ -85,7 +85,7 @@ def test_libraries_print_nothing_into_our_files(tmp_path, source):
 LOW_DESCRIPTORS = """
 import os, sys
 from pathlib import Path
-from fastvgg.datasets.base import open_regular, read_regular
+from fastvgg.datasets.files import open_regular, read_regular
 from fastvgg.storage.local import Storage
 report = os.dup2(1, 9)
 for descriptor in range(3):

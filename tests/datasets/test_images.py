@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvgg.datasets.base import read_regular
+from fastvgg.datasets.files import read_regular
 from fastvgg.datasets.folders import FolderImageListing, ImageFolder
 from fastvgg.datasets.image_names import is_image_name
 from fastvgg.datasets.open import open_source
