@@ -419,7 +419,7 @@ def test_image_overwritten_while_it_is_read_stops_the_run(tmp_path, folder, monk
     check_error(caught.value, folder / "a.bmp", "changed")
 
 
-def test_image_overwritten_while_it_is_read_is_read_again(tmp_path, folder, monkeypatch):
+def test_image_overwritten_while_it_is_read_is_never_a_mixture(tmp_path, folder, monkeypatch):
     """The time of the file is set back, so that only the read itself can tell."""
     old, new, *others = bitmaps(tmp_path)
     (folder / "a.bmp").write_bytes(old)
