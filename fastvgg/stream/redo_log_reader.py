@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from xxhash import xxh3_64
 
-from fastvgg.datasets.base import open_regular, open_sidecar, read_sidecar
+from fastvgg.datasets.files import open_regular, open_sidecar, read_sidecar
 from fastvgg.errors import ResumeError, SourceError, TargetError, command
 from fastvgg.storage.location import is_remote, temporary_path
 from fastvgg.stream.job import check_version
