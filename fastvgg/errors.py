@@ -6,6 +6,7 @@ The class identifies the error to a program and selects the exit code of the com
 from __future__ import annotations
 
 import errno
+import os
 import shlex
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -14,6 +15,7 @@ from fastvgg.escaping import escape_controls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
 _is_command_line = False
 
@@ -133,6 +135,19 @@ RERUN: Final = "fix the cause, and rerun the same command"
 def remedy_for(error: OSError) -> str:
     """Return how to fix the cause of a failed system call."""
     return REMEDIES.get(error.errno or 0, RERUN)
+
+
+def creation_remedy(directory: Path) -> str:
+    """Return how to create a missing directory, which is impossible below a file.
+
+    >>> from pathlib import Path
+    >>> creation_remedy(Path("no such/directory"))
+    "create it: mkdir -p 'no such/directory'"
+    """
+    above = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
+    if not above.is_dir():
+        return f"{above} is a file: choose a directory that is not below it"
+    return f"create it: {shlex.join(['mkdir', '-p', str(directory)])}"
 
 
 def describe_os_error(error: OSError) -> str:

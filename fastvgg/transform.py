@@ -75,9 +75,13 @@ def storage_type(dtype: DTypeLike) -> str:
     return name
 
 
-def _check_dtype(dtype: DTypeLike) -> str:
+def _check_dtype(dtype: DTypeLike, direction: Direction) -> str:
     """Return the storage type that an option requests; see `storage_type`."""
-    return check_choice("dtype", _dtype_name(dtype), STORAGE_TYPES, error=DtypeError)
+    name = _dtype_name(dtype)
+    if name in STORAGE_TYPES:
+        return name
+    is_preprocessed = direction == "preprocess"
+    return check_choice("dtype", name, STORAGE_TYPES[1:] if is_preprocessed else STORAGE_TYPES)
 
 
 def _dtype_name(dtype: DTypeLike) -> str:
@@ -309,7 +313,7 @@ class Transform:
         set_field(self, "direction", direction)
         set_field(self, "layout", layout)
         set_field(self, "out_layout", out_layout)
-        set_field(self, "dtype", None if dtype is None else _check_dtype(dtype))
+        set_field(self, "dtype", None if dtype is None else _check_dtype(dtype, direction))
         set_field(self, "rounding", rounding)
         is_unchanged = self.mode.name == "identity" and self.dtype in (None, "uint8")
         if direction == "pack" and not is_unchanged:
@@ -320,7 +324,7 @@ class Transform:
                 f"{option_name('dtype')}",
             )
         if direction == "preprocess" and self.dtype == "uint8":
-            raise DtypeError(
+            raise UsageError(
                 "network inputs cannot be stored as uint8",
                 f"give a floating {option_name('dtype')} {', '.join(STORAGE_TYPES[1:])}",
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, Final
 
-from fastvgg.errors import TargetError, UsageError, option, option_name
+from fastvgg.errors import TargetError, UsageError, creation_remedy, option, option_name
 from fastvgg.formatting import format_count
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def check_plot_path(path: Path) -> None:
     if not path.parent.is_dir():
         raise UsageError(
             f"{option('plot', str(path))}: {path.parent} is not a directory",
-            f"create it: mkdir {path.parent}",
+            creation_remedy(path.parent),
         )
 
 

@@ -15,7 +15,7 @@ from fastvgg.datasets.base import Chunk, Header, ImageRecord, Source
 from fastvgg.datasets.image_names import SkippedFiles, parent_folder
 from fastvgg.datasets.index import PackedNames
 from fastvgg.errors import SourceError, option
-from fastvgg.imaging.decode import DecodeOptions, Decoder, describe_error
+from fastvgg.imaging.decode import MEMORY_LIMIT, DecodeOptions, Decoder, describe_error
 from fastvgg.imaging.formats import IMAGE_SUFFIXES
 from fastvgg.parallel import parallel_for
 from fastvgg.storage.location import Location
@@ -232,10 +232,16 @@ class ImageSource(Source):
         parallel_for(tasks, inspect, threads)
         counts = Counter(size for size in sizes if not isinstance(size, str))
         if not counts:
+            smallest_bytes = min(map(self.listing.encoded_bytes, range(images)))
+            is_too_long = self._decoder.max_bytes < smallest_bytes <= self.decoding.max_bytes
+            is_limited = is_too_long or MEMORY_LIMIT in str(sizes[0])
+            more = f"{max(512, -(-4 * self._decoder.max_bytes // 2**20))}MiB"
             raise SourceError(
                 f"no image in {self.path} can be read; the first is "
                 f"{self._display_name(0)}: {sizes[0]}",
-                "check that the files are images",
+                f"give more memory: {option('memory', more)}"
+                if is_limited
+                else "check that the files are images",
             )
         if len(counts) == 1:
             return next(iter(counts))

@@ -63,6 +63,8 @@ INTERPOLATIONS: Final = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 
+MEMORY_LIMIT: Final = "bytes of memory, but only"  # in a reason that more memory removes
+
 # What Pillow's decoders raise on damaged files: its plugins parse with struct and indexing, and
 # Image.open itself catches these errors around each plugin. Warnings are raised if the caller's
 # filters turn them into errors.
@@ -429,8 +431,7 @@ class Decoder:
             return contextlib.nullcontext()
         if needed_bytes > self._large_bytes:
             raise RejectedError(
-                f"decoding takes {needed_bytes} bytes of memory, but only {self._large_bytes} are "
-                "available"
+                f"decoding takes {needed_bytes} {MEMORY_LIMIT} {self._large_bytes} are available"
             )
         return self._large_image_lock
 

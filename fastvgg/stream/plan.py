@@ -114,6 +114,45 @@ class RunOptions:
         )
 
 
+def check_threads_fit(options: RunOptions, fixed_bytes: int, thread_bytes: int) -> None:
+    """Check that all threads fit into the memory limit, if a single one does.
+
+    `fixed_bytes` is the memory that does not depend on the number of threads.
+
+    Raises
+    ------
+    TargetError
+        It says how many fit.
+    """
+    needed_bytes = fixed_bytes + options.threads * thread_bytes
+    fitting = (options.memory_bytes - fixed_bytes) // max(1, thread_bytes)
+    if 1 <= fitting < options.threads and needed_bytes > options.memory_bytes:
+        raise TargetError(
+            f"{options.threads} threads need {format_bytes(needed_bytes)} of memory, but the limit "
+            f"is {format_bytes(options.memory_bytes)}",
+            f"give {option('threads', fitting)}{' or fewer' if fitting > 1 else ''}, or "
+            f"{option('memory', f'{-(-needed_bytes // 2**20)}MiB')} or more",
+        )
+
+
+def check_decoding_memory(options: RunOptions) -> None:
+    """Check that images can be decoded at all, before their own size is known.
+
+    Raises
+    ------
+    TargetError
+        If the memory limit is too low.
+    """
+    check_threads_fit(options, RUN_BYTES, MIN_DECODE_BYTES)
+    needed_bytes = RUN_BYTES + MIN_DECODE_BYTES
+    if needed_bytes > options.memory_bytes:
+        raise TargetError(
+            f"decoding an image needs more than {format_bytes(needed_bytes)} of memory, but the "
+            f"limit is {format_bytes(options.memory_bytes)}",
+            f"give {option('memory', '64MiB')} or more",
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan(RunOptions):
     """A planned conversion: its source, target and transform, and the resources it needs.
@@ -206,17 +245,16 @@ class Plan(RunOptions):
         return RUN_BYTES + max(used.retained_bytes for used in self.job.formats)
 
     @property
-    def min_scratch_bytes(self) -> int:
-        """Minimum memory in addition to the chunks.
-
-        Each decoding thread needs a row buffer and decoder scratch space.
-        """
-        thread_bytes = 0
+    def thread_bytes(self) -> int:
+        """Memory of each thread: a decoding one has a row buffer and decoder scratch space."""
         if self.job.is_decoded:
-            thread_bytes = self.header.image_bytes + MIN_DECODE_BYTES
-        elif self.job.is_encoded:
-            thread_bytes = self.result.image_bytes
-        return self._overhead_bytes + self.threads * thread_bytes
+            return self.header.image_bytes + MIN_DECODE_BYTES
+        return self.result.image_bytes if self.job.is_encoded else 0
+
+    @property
+    def min_scratch_bytes(self) -> int:
+        """Minimum memory in addition to the chunks."""
+        return self._overhead_bytes + self.threads * self.thread_bytes
 
     @property
     def decoding_bytes(self) -> int:

@@ -9,11 +9,9 @@ import contextlib
 import dataclasses
 from typing import TYPE_CHECKING, get_args
 
-from fastvgg import oracle
 from fastvgg.choices import check_choice, check_flags
 from fastvgg.datasets.base import MissingChunks
 from fastvgg.datasets.formats import SOURCES, inner_chunk_images
-from fastvgg.datasets.image_writer import is_lossy
 from fastvgg.datasets.images import ImageSource
 from fastvgg.datasets.open import open_source, source_format, target_format
 from fastvgg.errors import (
@@ -34,12 +32,19 @@ from fastvgg.storage.location import Location
 from fastvgg.stream.destination import make_destination
 from fastvgg.stream.job import MAX_CHUNKS, Job
 from fastvgg.stream.manifest import Provenance
-from fastvgg.stream.plan import Plan, RunOptions, choose_chunk_images
+from fastvgg.stream.plan import (
+    Plan,
+    RunOptions,
+    check_decoding_memory,
+    check_threads_fit,
+    choose_chunk_images,
+)
 from fastvgg.stream.preflight import (
     check_directory,
     check_free_space,
     check_options,
     check_target,
+    loss_notes,
     plan_result,
 )
 from fastvgg.stream.redo_log_layout import RedoLogHeader
@@ -175,7 +180,7 @@ def plan(
 
     Raises
     ------
-    UsageError, SourceError, TargetError, ResumeError, ModeError, DtypeError
+    UsageError, SourceError, TargetError, ResumeError, ModeError
         Before anything is written.
     """
     location = Location.parse(source)
@@ -229,6 +234,8 @@ def plan(
             layout=layout or unfinished.layout,
             out_layout=out_layout or unfinished.out_layout,
         )
+    if SOURCES[source_format(location)].has_image_files:
+        check_decoding_memory(options)
     described = redo_log.job if redo_log is not None else recorded.manifest
     opened = open_source(
         location,
@@ -405,13 +412,17 @@ def _build_plan(source: Source, target: Location, job: Job, options: RunOptions)
         read_bytes=source.stored_bytes,
         source_status=file_status(source.location),
         decoded_image_bytes=source.decoded_image_bytes,
-        notes=tuple(source.notes + _loss_notes(job)),
+        notes=tuple(source.notes + loss_notes(job)),
         listing=source.listing if isinstance(source, ImageSource) else None,
         **vars(options),
     )
     scratch_bytes = planned.min_scratch_bytes
-    if job.is_decoded:
-        scratch_bytes = max(scratch_bytes, options.memory_bytes // 2)  # to decode large images
+    read_bytes = min(source.read_granularity, job.header.images) * planned.image_memory_bytes
+    single = dataclasses.replace(planned, threads=1).min_scratch_bytes
+    check_threads_fit(options, single - planned.thread_bytes + read_bytes, planned.thread_bytes)
+    if job.is_decoded:  # half of the memory is to decode large images, if the rest is enough
+        unused_bytes = options.memory_bytes - read_bytes
+        scratch_bytes = max(scratch_bytes, min(options.memory_bytes // 2, unused_bytes))
     largest = choose_chunk_images(
         job.header.images,
         planned.image_memory_bytes,
@@ -429,14 +440,3 @@ def _build_plan(source: Source, target: Location, job: Job, options: RunOptions)
             f"give {option('memory', f'{-(-more // 2**20)}MiB')} or more",
         )
     return chunked
-
-
-def _loss_notes(job: Job) -> list[str]:
-    """Return notes about values that cannot be restored exactly from the result."""
-    if job.is_encoded and is_lossy(job.file_format):
-        exact = "the files are not the exact images; use png or webp for that"
-        return [f"{job.file_format} is lossy: {exact}"]
-    if job.transform.direction != "preprocess":
-        return []
-    lost = oracle.unrestorable(job.transform.mode, job.result.dtype)
-    return [f"{lost} of 768 values cannot be restored from {job.result.dtype}"] if lost else []

@@ -6,7 +6,8 @@ import os
 import shutil
 from typing import TYPE_CHECKING, Final
 
-from fastvgg.datasets.image_writer import check_format
+from fastvgg import oracle
+from fastvgg.datasets.image_writer import check_format, is_lossy
 from fastvgg.datasets.open import check_target_name
 from fastvgg.errors import (
     ArrayError,
@@ -14,6 +15,7 @@ from fastvgg.errors import (
     TargetError,
     UsageError,
     argument,
+    creation_remedy,
     option,
     option_name,
 )
@@ -140,7 +142,7 @@ def check_directory(target: Path) -> None:
     """Check that the directory of a target is writable and can store its sidecar names."""
     directory = target.parent
     if not directory.is_dir():
-        raise TargetError(f"{directory} is not a directory", f"create it: mkdir -p {directory}")
+        raise TargetError(f"{directory} is not a directory", creation_remedy(directory))
     if not os.access(directory, os.W_OK | os.X_OK):
         raise TargetError(
             f"{directory} is not writable", "check its permissions, or choose another directory"
@@ -174,3 +176,14 @@ def plan_result(source: Source, transform: Transform) -> Header:
     except ArrayError as error:
         raise SourceError(f"{source.location}: {error.problem}", error.remedy) from None
     return result_header(header, transform)
+
+
+def loss_notes(job: Job) -> list[str]:
+    """Return notes about values that cannot be restored exactly from the result."""
+    if job.is_encoded and is_lossy(job.file_format):
+        exact = "the files are not the exact images; use png or webp for that"
+        return [f"{job.file_format} is lossy: {exact}"]
+    if job.transform.direction != "preprocess":
+        return []
+    lost = oracle.unrestorable(job.transform.mode, job.result.dtype)
+    return [f"{lost} of 768 values cannot be restored from {job.result.dtype}"] if lost else []

@@ -48,6 +48,21 @@ FAILURES = {
     "no source": (["pack", "missing", "y.npy"], "SourceError", 3),
     "no mode": (["preprocess", "x.npy", "y.npy"], "UsageError", 2),
     "an unknown mode": (["preprocess", "x.npy", "y.npy", "--mode", "x"], "ModeError", 2),
+    "an unknown dtype": (
+        ["preprocess", "x.npy", "y.npy", "--mode", "tf", "--dtype", "int8"],
+        "UsageError",
+        2,
+    ),
+    "a dtype of images": (
+        ["preprocess", "x.npy", "y.npy", "--mode", "tf", "--dtype", "uint8"],
+        "UsageError",
+        2,
+    ),
+    "an unknown layout": (
+        ["preprocess", "x.npy", "y.npy", "--mode", "tf", "--layout", "HWC"],
+        "UsageError",
+        2,
+    ),
     "no directory": (["preprocess", "x.npy", "no/y.npy", "--mode", "tf"], "TargetError", 3),
     "nothing to verify": (["verify", "x.npy"], "SourceError", 3),
     "a changed file": (["verify", "changed.npy"], "VerificationError", 4),

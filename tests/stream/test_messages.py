@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+
 import pytest
 
 import fastvgg
@@ -11,6 +14,7 @@ from fastvgg.errors import (
     ResumeError,
     SourceError,
     StoppedError,
+    TargetError,
     UsageError,
     command_line_vocabulary,
 )
@@ -228,3 +232,89 @@ def test_read_error_while_planning_is_a_refusal_and_nothing_to_resume(tmp_path, 
         fastvgg.plan(source, tmp_path / "y.npy", mode="tf")
     check_error(caught.value, "read at offset 0 failed", "nothing was written")
     assert caught.value.exit_code == 3
+
+
+# Memory
+
+
+@pytest.mark.parametrize("size", [None, (5, 7)])
+@pytest.mark.parametrize("memory", [0, 1, 64, "1MiB"])
+def test_too_little_memory_to_decode_is_named_with_an_amount_that_suffices(tmp_path, memory, size):
+    photos, target = save_images(tmp_path / "photos", pixels(4)), tmp_path / "y.npy"
+    settings = {"mode": "tf", "size": size}
+    with pytest.raises(TargetError) as caught:
+        fastvgg.plan(photos, target, memory=memory, **settings)
+    check_error(caught.value, "more than 6.0 MiB of memory", "the limit is", "memory='64MiB'")
+    fastvgg.plan(photos, target, memory="64MiB", **settings)
+
+
+def test_too_little_memory_to_read_any_file_is_named(tmp_path):
+    large = pixels(1, height=1300, width=1300)  # of 5 MB
+    photos = save_images(tmp_path / "photos", large, ["a.bmp"])
+    settings = {"mode": "tf", "threads": 1}
+    with pytest.raises(SourceError) as caught:
+        fastvgg.plan(photos, tmp_path / "y.npy", memory="8MiB", **settings)
+    check_error(caught.value, "give more memory: memory='512MiB'")
+    fastvgg.plan(photos, tmp_path / "y.npy", memory="512MiB", **settings)
+
+
+@pytest.mark.parametrize("direction", ["pack", "restore"])
+def test_threads_that_do_not_fit_into_memory_are_named_with_a_number_that_fits(tmp_path, direction):
+    if direction == "pack":
+        source, target = save_images(tmp_path / "photos", pixels(4)), tmp_path / "y.npy"
+    else:
+        inputs = network_inputs(pixels(2, height=200, width=300), "tf")
+        source, target = save_npy(tmp_path / "x.npy", inputs), tmp_path / "out"
+    settings = {"direction": direction, **({"mode": "tf"} if direction == "restore" else {})}
+    with pytest.raises(TargetError) as caught:
+        fastvgg.plan(source, target, threads=100_000, **settings)
+    check_error(caught.value, "100000 threads need", "the limit is 512.0 MiB", "or memory='")
+    threads = int(re.search(r"threads=(\d+) or fewer", caught.value.remedy)[1])
+    fastvgg.plan(source, target, threads=threads, **settings)
+    with pytest.raises(TargetError):
+        fastvgg.plan(source, target, threads=threads + 1, **settings)
+
+
+def test_memory_that_is_suggested_for_large_images_suffices(tmp_path):
+    photos = save_images(tmp_path / "photos", pixels(1))
+    settings = {"mode": "tf", "size": (1000, 1000), "threads": 1}
+    with pytest.raises(TargetError) as caught:
+        fastvgg.plan(photos, tmp_path / "y.npy", memory="20MiB", **settings)
+    memory = re.search("memory='(.+)'", caught.value.remedy)[1]
+    fastvgg.plan(photos, tmp_path / "y.npy", memory=memory, **settings)
+
+
+# Names and directories
+
+
+@pytest.mark.parametrize("name", ["out dir", "it's", "-p", "$HOME"])
+def test_command_that_creates_the_directory_of_a_target_works_in_a_shell(tmp_path, name):
+    source = save_npy(tmp_path / "x.npy", pixels(3))
+    target = tmp_path / name / "below" / "y.npy"
+    with pytest.raises(TargetError) as caught:
+        fastvgg.plan(source, target, mode="tf")
+    command = caught.value.remedy.removeprefix("create it: ")
+    subprocess.run(["/bin/sh", "-c", command], check=True, cwd=tmp_path)
+    fastvgg.plan(source, target, mode="tf")
+
+
+@pytest.mark.parametrize("below", ["", "deep"])
+def test_target_below_a_file_is_refused_without_creating_its_directory(tmp_path, below):
+    source = save_npy(tmp_path / "x.npy", pixels(3))
+    with pytest.raises(TargetError) as caught:
+        fastvgg.plan(source, source / below / "y.npy", mode="tf")
+    check_error(caught.value, f"{source} is a file: choose")
+    assert "mkdir" not in str(caught.value)
+
+
+# Values of options
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8", "uint8x"])
+@pytest.mark.parametrize("direction", ["preprocess", "restore"])
+def test_dtype_is_suggested_only_if_the_direction_stores_it(tmp_path, dtype, direction):
+    source = save_npy(tmp_path / "x.npy", network_inputs(pixels(3), "tf"))
+    with pytest.raises(UsageError) as caught:
+        fastvgg.plan(source, tmp_path / "y.npy", mode="tf", direction=direction, dtype=dtype)
+    check_error(caught.value, f"unknown dtype '{dtype}'", "'float16'")
+    assert ("uint8" in caught.value.remedy) == (direction == "restore")

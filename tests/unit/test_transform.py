@@ -392,16 +392,16 @@ def test_invalid_choice_is_rejected_with_the_valid_choices(argument, value, choi
 
 
 def test_preprocess_to_uint8_is_rejected():
-    with pytest.raises(DtypeError) as caught:
+    with pytest.raises(UsageError) as caught:
         Transform("tf", dtype="uint8")
     assert all(name in caught.value.remedy for name in FLOATS)
 
 
 @pytest.mark.parametrize("dtype", ["int32", complex, object])
 def test_unsupported_output_dtype_is_rejected(dtype):
-    with pytest.raises(DtypeError):
+    with pytest.raises(UsageError):
         Transform("tf", dtype=dtype)
-    with pytest.raises(DtypeError):
+    with pytest.raises(UsageError):
         Transform("tf", "restore", dtype=dtype)
 
 
