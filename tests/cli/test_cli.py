@@ -579,7 +579,7 @@ def bad_inputs(place):
         ),
         "an unknown type": (
             ["preprocess", array, new, *caffe, "--dtype", "int8"],
-            3,
+            2,
             ["int8", "float16"],
         ),
         "an unknown layout": (
