@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from PIL.JpegImagePlugin import MARKER
 from PIL.PngImagePlugin import MAX_TEXT_CHUNK, MAX_TEXT_MEMORY
 
+from fastvgg.imaging import jpeg2000
 from fastvgg.imaging.formats import DECODER_PIXEL_BYTES
 from fastvgg.imaging.modes import RejectedError
 
@@ -130,6 +131,11 @@ def metadata_bytes(data: bytes) -> int:
         total += _jpeg_bytes(data)
     elif data.startswith(b"GIF8"):
         total += _gif_bytes(data)
+    elif data.startswith(jpeg2000.SIGNATURES):
+        parts = 0
+        for parts, _ in enumerate(jpeg2000.header_parts(data)):
+            _check_parts(parts)
+        total += PART_BYTES * parts
     elif data.startswith(b"RIFF"):
         total += _webp_bytes(data)
     return total
@@ -166,6 +172,8 @@ def pixel_bytes(image: Image.Image, data: bytes, *, exif: bool, is_resized: bool
         + UNRESIZED_PIXEL_BYTES * (not is_resized)
     )
     total = per_pixel * image.width * image.height
+    if image.format == "JPEG2000":
+        total += jpeg2000.structure_bytes(data)
     return total if tiff is None else total + tiff.block_bytes(data)
 
 

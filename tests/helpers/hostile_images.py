@@ -285,6 +285,33 @@ def with_jpeg2000_size(data, side):
     return data[:at] + struct.pack(">II", side, side) + data[at + 8 :]
 
 
+def jpeg2000(side, precinct=None, *, of_component=None, in_tile=False):
+    """Encode a black image of one resolution, whose precincts have a size of a power of two.
+
+    The precincts are those of all components in the main header, or in that of the tile, or those
+    of one component.
+    """
+    data = flat(side, side, "jpeg2000", "RGB", num_resolutions=1)
+    start = data.index(b"\xff\x4f\xff\x51")
+    codestream = data[start:]
+    if precinct is None:
+        return codestream
+    at = codestream.index(b"\xff\x52")
+    end = at + 2 + int.from_bytes(codestream[at + 2 : at + 4])
+    flags, *others = codestream[at + 4 : end]
+    exponents = precinct | precinct << 4
+    content = bytes([flags | 1, *others, exponents])
+    if of_component is not None:
+        content = bytes([of_component, 1, *others[4:], exponents])
+    marker = b"\xff\x52" if of_component is None else b"\xff\x53"
+    segment = marker + (len(content) + 2).to_bytes(2) + content
+    if in_tile:
+        tile = codestream.index(b"\xff\x90")
+        head = codestream[tile : tile + 6] + bytes(4) + codestream[tile + 10 : tile + 12]
+        return codestream[:tile] + head + segment + codestream[tile + 12 :]
+    return codestream[: at if of_component is None else end] + segment + codestream[end:]
+
+
 def with_avif_size(data, side):
     """Claim another size in the property of an AVIF image than in its frame."""
     at = data.index(b"ispe") + 8
@@ -473,6 +500,18 @@ def hostile_images():
         "medium.jp2": lambda: flat(900, 900, "jpeg2000", "RGB"),
         "tiles.jp2": lambda: with_jpeg2000_tiles(flat(64, 64, "jpeg2000", "RGB"), 30_000),
         "components.jp2": lambda: with_jpeg2000_size(flat(64, 64, "jpeg2000", "RGB"), 60_000),
+        "tiles-of-a-pixel.jp2": lambda: with_jpeg2000_tiles(jpeg2000(250), 1),
+        "precincts-of-a-pixel.jp2": lambda: jpeg2000(400, 0),
+        "small-precincts.jp2": lambda: jpeg2000(1_100, 1),
+        "precincts-of-a-component.jp2": lambda: jpeg2000(800, 0, of_component=1),
+        "precincts-of-a-tile.jp2": lambda: jpeg2000(400, 0, in_tile=True),
+        "small-blocks.jp2": lambda: flat(900, 900, "jpeg2000", "RGB", codeblock_size=(4, 4)),
+        "segments.jp2": lambda: jpeg2000(64)[:-2].replace(
+            b"\xff\x52", b"\xff\x64\0\2" * 1_000_000 + b"\xff\x52"
+        ),
+        "boxes.jp2": lambda: (
+            b"\0\0\0\x0cjP  \r\n\x87\n" + b"\0\0\0\x08free" * 1_000_000 + jpeg2000(64)
+        ),
         "large.avif": lambda: flat(2_500, 2_500, "avif", "RGB", speed=10),
         "medium.avif": lambda: flat(800, 800, "avif", "RGB", speed=10),
         "claimed.avif": lambda: with_avif_size(flat(64, 64, "avif", "RGB", speed=10), 9_000),
