@@ -110,9 +110,11 @@ class Batches:
         The label of every row of the dataset, whatever the shard, as small integers if they come
         from the index.
     class_names : list of str or None
-        The distinct labels in the index, sorted, as torchvision and Keras number them. Numbers in
-        the .cls entries of a WebDataset are their own positions. None if the index has no labels,
-        or `labels` is given.
+        The distinct labels in the index: the folders that directly contain images, sorted, and
+        last "", if there are images in none. Keras and torchvision give the same numbers if every
+        class is one folder with images. Numbers in the .cls entries of a WebDataset are the labels
+        themselves; negative ones have no name. None if the index has no labels, or a label above
+        999,999, or `labels` is given.
     failed_rows : ndarray of int64
         The rows of the images that could not be decoded.
 
@@ -182,7 +184,9 @@ class Batches:
         with contextlib.closing(self._open(recorded, use_index=recorded.has_index)) as source:
             self.header = source.header
             self.result = source.header if transform is None else plan_result(source, transform)
-            self.failed_rows, self.labels, self.class_names = read_columns(source.records)
+            has_numbers = recorded.manifest is not None and recorded.manifest.class_numbers
+            columns = read_columns(source.records, has_class_numbers=has_numbers)
+            self.failed_rows, self.labels, self.class_names = columns
             self._check_index(recorded.manifest, has_records=len(source.records) > 0)
             if transform is not None:
                 with os_errors_refused():

@@ -170,6 +170,8 @@ class Source(ABC):
     """Whether links below `path` are followed."""
     missing_chunks: MissingChunks = "error"
     """What chunks that an array does not store are."""
+    has_class_numbers: bool = False
+    """Whether labels come from .cls entries, and are numbers."""
 
     def __init__(self, location: Location) -> None:
         self.location = location

@@ -66,6 +66,11 @@ class ImageListing(ABC):
         return sum(self._sizes)
 
     @property
+    def has_class_numbers(self) -> bool:
+        """Whether labels come from .cls entries, and are numbers."""
+        return False
+
+    @property
     def notes(self) -> list[str]:
         """Notes to show the user before the run."""
         return self.skipped.notes()
@@ -161,6 +166,7 @@ class ImageSource(Source):
             listing = self.listing_class(path, follow_links=follow_links)
         self.listing = listing
         self.linked_paths = listing.linked_paths
+        self.has_class_numbers = listing.has_class_numbers
         self.follow_links = follow_links
         self.decoding = decoding
         self._decoder = decoder

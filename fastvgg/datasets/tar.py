@@ -38,7 +38,12 @@ from fastvgg.datasets.image_names import (
     path_kind_skipped_by_rule,
 )
 from fastvgg.datasets.images import ImageListing, ImageSource
-from fastvgg.datasets.index import PackedNames, find_duplicates, hash_names
+from fastvgg.datasets.index import (
+    PackedNames,
+    find_duplicates,
+    hash_names,
+    is_class_number,
+)
 from fastvgg.datasets.tar_headers import (
     COMPLETE,
     DEVICE,
@@ -134,6 +139,7 @@ class TarListing(ImageListing):
         self._states = array("B")
         self._labeled_rows = array("q")
         self._labels = PackedNames()
+        self._are_numbers = True
         for shard, prefix in shard_paths(path):
             self._list(shard, prefix)
         hashes = hash_names(self._names)
@@ -154,6 +160,10 @@ class TarListing(ImageListing):
                 f"{len(self.unterminated)}, the first is {self.unterminated[0]}"
             )
         return notes
+
+    @property
+    def has_class_numbers(self) -> bool:
+        return len(self._labels) > 0 and self._are_numbers
 
     def label(self, row: int) -> bytes:
         """Return the content of the sample's .cls, or else the folder of the path."""
@@ -263,6 +273,7 @@ class TarListing(ImageListing):
                 elif label:
                     self._labeled_rows.append(row)
                     self._labels.append(label)
+                    self._are_numbers &= is_class_number(os.fsdecode(label))
 
 
 class TarShards(ImageSource):

@@ -46,6 +46,7 @@ IMAGE_SOURCE_SCHEMA: Final[Schema] = {
     "max_pixels": int,
 }
 CHUNKED_SOURCE_SCHEMA: Final[Schema] = {"missing_chunks": str}
+CLASS_NUMBERS_SCHEMA: Final[Schema] = {"class_numbers": bool}
 RESULT_SCHEMA: Final[Schema] = {"in_place": bool, **HEADER_SCHEMA}
 TRANSFORM_SCHEMA: Final[Schema] = {
     "mode": dict,
@@ -92,6 +93,8 @@ class Job:
     """Whether links below the source are followed: it determines which rows there are."""
     missing_chunks: MissingChunks = "error"
     """What chunks that the source does not store are; "error" for formats without chunks."""
+    class_numbers: bool = False
+    """Whether the labels in the index come from .cls entries, and are numbers."""
 
     @property
     def formats(self) -> tuple[Format, Format]:
@@ -119,6 +122,7 @@ class Job:
                 **vars(self.header),
                 **({} if self.decoding is None else self.decoding.to_dict()),
                 **({"missing_chunks": self.missing_chunks} if self.formats[0].has_chunks else {}),
+                **({"class_numbers": True} if self.class_numbers else {}),
             },
             "transform": self.transform.to_dict(),
             "result": {
@@ -141,6 +145,7 @@ class Job:
         is_decoded = source_format.has_image_files
         schema = {**SOURCE_SCHEMA, **(IMAGE_SOURCE_SCHEMA if is_decoded else {})}
         schema |= CHUNKED_SOURCE_SCHEMA if source_format.has_chunks else {}
+        schema |= CLASS_NUMBERS_SCHEMA if "class_numbers" in source else {}
         check_fields(source, schema)
         target_format = TARGETS.get(str(result.get("kind")), Format())
         check_fields(result, {**RESULT_SCHEMA, **dict.fromkeys(target_format.result_fields, str)})
@@ -168,6 +173,7 @@ class Job:
                 result.get("dataset", ""),
                 source["follow_links"],
                 source.get("missing_chunks", "error"),
+                source.get("class_numbers", False),
             )
         except FastvggError as error:
             raise ValueError(ascii(error.problem)) from None

@@ -102,6 +102,11 @@ class Manifest:
         """Header of the dataset."""
         return self.job.result
 
+    @property
+    def class_numbers(self) -> bool:
+        """Whether the labels in the index come from .cls entries, and are numbers."""
+        return self.job.class_numbers
+
     def to_json(self) -> bytes:
         """Encode the manifest as JSON."""
         fields = {VERSION_FIELD: FORMAT_VERSION, **vars(self), "job": self.job.to_dict()}

@@ -250,6 +250,8 @@ def plan(
     )
     with contextlib.closing(opened):
         check_recorded(opened, recorded.manifest, strict=strict)
+        if described is not None and opened.records:
+            opened.has_class_numbers = described.class_numbers
         if in_place:
             return _plan_in_place(opened, transform, redo_log, format, options)
         planned = _plan(opened, destination, transform, format, options)
@@ -401,6 +403,7 @@ def _make_job(
         dataset=target.inner,
         follow_links=source.follow_links,
         missing_chunks=source.missing_chunks,
+        class_numbers=source.has_class_numbers,
     )
 
 

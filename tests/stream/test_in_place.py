@@ -42,6 +42,7 @@ from tests.helpers.datasets_on_disk import (
 from tests.helpers.faults import InterruptedStorage, SimulatedCrash
 from tests.helpers.runs import run
 from tests.helpers.samples import parts
+from tests.helpers.tar_on_disk import png, save_tar
 
 
 def save_floats(path, dtype="float32", layout="NHWC", images=11):
@@ -102,6 +103,24 @@ def test_in_place_conversion_matches_oracle_and_round_trips(
     assert path.read_bytes() == header + x.tobytes()
     assert path.stat().st_ino == inode
     assert read_manifest(path).job.transform.direction == "restore"
+
+
+def test_interrupted_conversion_in_place_keeps_the_numbers_of_cls_entries(tmp_path):
+    image, path = png(pixels(1)[0]), tmp_path / "x.npy"
+    members = [
+        (f"{number}/x.{suffix}", content)
+        for number in (3, 11, 10)
+        for suffix, content in (("png", image), ("cls", b"%d" % number))
+    ]
+    archive = save_tar(tmp_path / "a.tar", members)
+    plan_of(archive, path, mode="identity", dtype="float32").run()
+    plan_of(path, None, in_place=True, direction="restore", dtype="float32").run()
+    options = {"mode": "caffe", "images_per_chunk": 1}
+    with pytest.raises(SimulatedCrash):
+        convert_in_place(path, storage=InterruptedStorage(2), **options)
+    convert_in_place(path, **options)
+    (batch,) = fastvgg.batches(path, 9)
+    assert batch.labels.tolist() == [3, 11, 10]
 
 
 @pytest.mark.parametrize("threads", [1, 3])

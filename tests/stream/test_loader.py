@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import zarr
+from keras.src.utils.dataset_utils import index_directory
 
 import fastvgg
 from fastvgg import batch_builder, oracle
@@ -24,6 +25,7 @@ from fastvgg.loader import MAX_IN_FLIGHT
 from fastvgg.transform import Transform
 from tests.helpers.batches import dtype_of, frozen
 from tests.helpers.datasets_on_disk import pixels, python, save_images, stdout_of
+from tests.helpers.tar_on_disk import png, save_tar
 
 pytestmark = pytest.mark.pixels
 
@@ -460,6 +462,76 @@ def test_directory_without_folders_has_no_labels(tmp_path):
     fastvgg.plan(tmp_path / "photos", tmp_path / "x.npy", size=(7, 9), **PACK).run()
     batches = fastvgg.batches(tmp_path / "x.npy", 4)
     assert batches.class_names is next(iter(batches)).labels is None
+
+
+FLAT = ["cat", "10", "9", "Zebra", "_", "é", "a b", "dog"]
+
+
+def test_flat_classes_have_the_numbers_of_keras_and_torchvision(tmp_path):
+    photos = tmp_path / "photos"
+    save_images(photos, pixels(8), [f"{name}/1.png" for name in FLAT])
+    fastvgg.plan(photos, tmp_path / "x.npy", size=(7, 9), **PACK).run()
+    (batch,) = batches = fastvgg.batches(tmp_path / "x.npy", 9)
+    files, numbers, names = index_directory(photos, "inferred", (".png",), shuffle=False)
+    assert batches.class_names == names
+    # As torchvision.datasets.folder.find_classes.
+    assert names == sorted(entry.name for entry in os.scandir(photos) if entry.is_dir())
+    expected = dict(zip(files, np.asarray(numbers).tolist(), strict=True))
+    records = read_index(tmp_path / "x.npy", 8)
+    actual = {
+        str(photos / record.path): label
+        for record, label in zip(records, batch.labels, strict=True)
+    }
+    assert actual == expected
+
+
+def test_only_folders_that_directly_contain_images_are_classes(tmp_path):
+    photos = tmp_path / "photos"
+    save_images(photos, pixels(3), ["b/sub/1.png", "b/2.png", "c/3.png"])
+    (photos / "a").mkdir()
+    fastvgg.plan(photos, tmp_path / "x.npy", size=(7, 9), **PACK).run()
+    (batch,) = batches = fastvgg.batches(tmp_path / "x.npy", 9)
+    assert batches.class_names == ["b", "b/sub", "c"]
+    assert batch.labels.tolist() == [0, 1, 2]
+
+
+def test_image_in_no_folder_does_not_change_the_numbers_of_the_others(tmp_path):
+    for name, files in {"train": ["cat/1.png", "cover.png", "dog/1.png"], "val": []}.items():
+        files = files or ["cat/1.png", "dog/1.png"]
+        save_images(tmp_path / name, pixels(len(files)), files)
+        fastvgg.plan(tmp_path / name, tmp_path / f"{name}.npy", size=(7, 9), **PACK).run()
+    train, val = (fastvgg.batches(tmp_path / f"{name}.npy", 9) for name in ("train", "val"))
+    assert (train.class_names, val.class_names) == (["cat", "dog", ""], ["cat", "dog"])
+    assert [batch.labels.tolist() for batch in train] == [[0, 2, 1]]
+
+
+@pytest.mark.parametrize("other", [None, "", "-1", "0015"])
+@pytest.mark.parametrize("key", ["{0}/x{0}", "x{0}", "train/{0}/x"])
+def test_numbers_in_cls_entries_are_labels_in_every_array_made_of_them(tmp_path, key, other):
+    """Also where each equals the folder of its image, as the index alone cannot tell."""
+    image = png(pixels(1)[0])
+    samples = [(key.format(number), str(number)) for number in range(12)]
+    if other is not None:
+        samples.append(("z", other))
+    members = [
+        (f"{name}.{suffix}", content)
+        for name, number in samples
+        for suffix, content in (("png", image), ("cls", number.encode()))
+        if content
+    ]
+    fastvgg.plan(save_tar(tmp_path / "a.tar", members), tmp_path / "x.npy", **PACK).run()
+    fastvgg.plan(tmp_path / "x.npy", tmp_path / "y.zarr", mode="tf").run()
+    fastvgg.plan(tmp_path / "x.npy", tmp_path / "z.npy", mode="tf", dtype="float32").run()
+    label, more = {
+        None: ([], []),
+        "": ([12], [""]),
+        "-1": ([-1], []),
+        "0015": ([15], ["12", "13", "14", "15"]),
+    }[other]
+    for name in ("x.npy", "y.zarr", "z.npy"):
+        (batch,) = batches = fastvgg.batches(tmp_path / name, 99)
+        assert batch.labels.tolist() == [*range(12), *label]
+        assert batches.class_names == [*map(str, range(12)), *more]
 
 
 @pytest.mark.parametrize(

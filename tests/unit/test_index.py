@@ -152,7 +152,7 @@ def test_large_index_uses_a_few_bytes_per_row(dataset):
 
 
 def test_labels_and_failed_rows_take_few_bytes_per_image():
-    names, images = [f"{number:03d}" for number in range(300)], 20_000
+    names, images = [f"c{number:03d}" for number in range(300)], 20_000
     records = [record("a.jpg", name) for name in reversed(names)]
     failed = record("b.jpg", names[0], "damaged", failed=True)
     rows = (failed if row % 1000 == 0 else records[row % 300] for row in range(images))
@@ -176,14 +176,22 @@ def test_labels_and_failed_rows_take_few_bytes_per_image():
         # As WebDataset decodes .cls entries.
         (["a.jpg", "b.jpg", "c.jpg"], ["10", "2", "10"], [10, 2, 10], [*map(str, range(11))]),
         (["a.jpg", "b.jpg", "c.jpg"], ["10", "x", "2"], [0, 2, 1], ["10", "2", "x"]),
-        (["a.jpg", "b.jpg", "c.jpg"], ["10", "02", "2"], [1, 0, 2], ["02", "10", "2"]),
-        (["a.jpg", "b.jpg", "c.jpg"], ["9999999", "2", "2"], [1, 0, 0], ["2", "9999999"]),
+        (["a.jpg", "b.jpg", "c.jpg"], ["4", "03", "3"], [4, 3, 3], [*map(str, range(5))]),
+        (["a.jpg", "b.jpg", "c.jpg"], ["9999999", "2", "2"], [9999999, 2, 2], None),
+        # Images without a class: a negative number, or no .cls.
+        (["a.jpg", "b.jpg", "c.jpg"], ["3", "-1", "1"], [3, -1, 1], [*map(str, range(4))]),
+        (["a.jpg", "b.jpg", "c.jpg"], ["-1", "-1", ""], [-1, -1, 0], [""]),
+        (["a.jpg", "b.jpg", "c.jpg"], ["3", "", "1"], [3, 4, 1], [*map(str, range(4)), ""]),
+        (["a.jpg", "x/b.jpg", "c.jpg"], ["3", "x", ""], [3, 4, 5], [*map(str, range(4)), "x", ""]),
         # As torchvision and Keras number folders.
         (["10/a.jpg", "2/b.jpg", "1/c.jpg"], ["10", "2", "1"], [1, 2, 0], ["1", "10", "2"]),
         (["part-0/10/a.jpg", "2/b.jpg"], ["10", "2"], [0, 1], ["10", "2"]),
+        (["part-0/10/a.jpg", "part-1/b.jpg"], ["10", ""], [0, 1], ["10", ""]),
+        # Images in no folder come last.
+        (["a.jpg", "dog/b.jpg", "cat/c.jpg"], ["", "dog", "cat"], [2, 1, 0], ["cat", "dog", ""]),
     ],
 )
-def test_labels_of_cls_entries_that_are_numbers_keep_them(paths, labels, expected, class_names):
+def test_labels_are_numbered(paths, labels, expected, class_names):
     columns = read_columns(map(record, paths, labels))
     assert columns.labels.tolist() == expected
     assert columns.class_names == class_names
