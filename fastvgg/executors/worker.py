@@ -22,7 +22,7 @@ from fastvgg.datasets.open import open_target
 from fastvgg.errors import StoppedError
 from fastvgg.stream.commit_pipeline import CommitPipeline
 from fastvgg.stream.compute import ChunkBufferRing, compute, make_commit, stored_checksum
-from fastvgg.stream.destination import make_destination
+from fastvgg.stream.destinations import make_destination
 from fastvgg.stream.journal import journal_path, read_journal
 from fastvgg.stream.source import reopen_source
 

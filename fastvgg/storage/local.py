@@ -34,6 +34,8 @@ NOT_REPLACED_ERRORS: Final = (errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR)
 WRITE_BUFFER_BYTES: Final = 2**20
 NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0)
 DIRECTORY_FLAGS: Final = os.O_RDONLY | NO_FOLLOW | getattr(os, "O_DIRECTORY", 0)
+SCRATCH_FILE: Final = "file"
+"""Name of the empty file in the directory that `check_movable` makes."""
 
 
 class OpenFile(NamedTuple):
@@ -336,7 +338,7 @@ class Storage:
         if os.name != "posix":  # other systems report the same error for every failed rename
             return
         self.make_directory(scratch)
-        self.write_file(scratch / "file", [], sync=False)
+        self.write_file(scratch / SCRATCH_FILE, [], sync=False)
         with io_errors("rename", path):
             try:
                 os.replace(path, scratch)

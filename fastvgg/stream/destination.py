@@ -1,51 +1,34 @@
-"""Where a run writes its target, on disk or in a store, and what it may replace there."""
+"""Where a run writes its target, and what it may replace or remove there: the interface."""
 
 from __future__ import annotations
 
-import os
-import re
 from abc import ABC, abstractmethod
-from contextlib import suppress
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
-import xxhash
-
-from fastvgg.datasets.files import read_sidecar
-from fastvgg.datasets.formats import TARGETS
 from fastvgg.datasets.index import index_path
-from fastvgg.errors import ResumeError, StoppedError, TargetError
-from fastvgg.storage import objects
-from fastvgg.storage.local import Storage
-from fastvgg.storage.location import sidecar_path, temporary_path
-from fastvgg.storage.objects import ObjectStorage
-from fastvgg.storage.shared import SharedStorage
+from fastvgg.errors import ResumeError, SourceError, TargetError
+from fastvgg.storage.location import is_remote, sidecar_path
 from fastvgg.stream.journal import check_is_journal, journal_path, read_journal
-from fastvgg.stream.journal_writer import FileJournal, StoreJournal
-from fastvgg.stream.manifest import manifest_path, read_manifest
-from fastvgg.stream.ownership import Written, find_change, find_changed_index, find_foreign_name
+from fastvgg.stream.manifest import checksum, manifest_path, read_manifest
+from fastvgg.stream.ownership import (
+    REPLACED,
+    Written,
+    find_change,
+    find_changed_index,
+    index_content,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fastvgg.storage.location import Location
+    from fastvgg.storage.local import Storage
+    from fastvgg.storage.objects import ObjectStorage
     from fastvgg.stream.journal import JournalState
     from fastvgg.stream.journal_writer import Journal
     from fastvgg.stream.manifest import Manifest
     from fastvgg.stream.plan import Plan
 
-REPLACED: Final = ".fastvgg-replaced"
-ARRAY: Final = "zarr.json"  # the object that makes a prefix of a store an array
-ARRAY_NAME_PATTERN: Final = re.compile(r"zarr\.json|c(\.\d+){4}")
 MOVE_AWAY: Final = "move it away, or choose another name"
-
-
-def make_destination(plan: Plan, storage: Storage | ObjectStorage | None = None) -> Destination:
-    """Return the destination of a plan; `storage` performs its durable I/O."""
-    kind = plan.job.target_format
-    if plan.target.is_remote:
-        return StoreDestination(plan.target, cast("ObjectStorage", storage or ObjectStorage()))
-    disk = cast("Storage", storage or Storage(fsync=plan.fsync))
-    return DiskDestination(plan.target, kind, disk)
 
 
 class Destination(ABC):
@@ -56,10 +39,10 @@ class Destination(ABC):
     partial: Path
     """Path of the data of an unfinished run."""
 
-    def __init__(self, location: Location) -> None:
-        self.path = path = location.container
-        self.dataset = location.inner
-        replaced = sidecar_path(path, REPLACED)
+    def __init__(self, plan: Plan) -> None:
+        self.path = path = plan.target.container
+        self.dataset = plan.target.inner
+        self.replaced = replaced = sidecar_path(path, REPLACED)
         self.set_aside_names = (
             (manifest_path(path), manifest_path(replaced)),
             (index_path(path), index_path(replaced)),
@@ -67,7 +50,7 @@ class Destination(ABC):
         )
         """What a run replaces, and its temporary names until the run is finished."""
         self.temporaries: tuple[Path, ...] = ()
-        """Other temporary names next to the target."""
+        """Temporary names of the manifest and the index, which are written after the data."""
 
     def shared_storage(self) -> Storage | ObjectStorage:
         """Return the storage for a worker, which writes to a target that another process made."""
@@ -112,8 +95,14 @@ class Destination(ABC):
         """Return a string that identifies what has the target's name."""
 
     @abstractmethod
-    def _find_change(self, manifest: Manifest | None, *, read: bool) -> str | None:
+    def _find_change(
+        self, manifest: Manifest | None, state: JournalState | None, *, read: bool
+    ) -> str | None:
         """Return why no manifest or journal proves that fastvgg wrote it; None if one does."""
+
+    def find_change_since(self, identity: str) -> str | None:
+        """Return how the target has changed since it had an identity; None if it has not."""
+        return None if self.identity() == identity else "it was changed since that run began"
 
     def check_replaceable(self, *, read: bool = False) -> str | None:
         """Return the identity of what a restart may replace; None if the name is free.
@@ -123,46 +112,119 @@ class Destination(ABC):
         Raises
         ------
         TargetError
-            If no manifest or journal proves that fastvgg wrote it and its sidecars, or if it was
-            changed since.
+            If no manifest or journal proves that fastvgg wrote it, its sidecars and the partial, or
+            if it was changed since.
         """
-        manifest = read_manifest(self.path)
-        self.check_sidecars(manifest)
+        state = self._read_journal()
+        manifest = self.check_sidecars(state)
+        self.check_partial(state)
         found = self._replaced_type()
         if found is None:
             return None
-        change = self._find_change(manifest, read=read)
+        identity = self.identity()  # before it is read
+        change = self._find_change(manifest, state, read=read)
         if change is not None:
             raise TargetError(
                 f"{self.path} is {found} that fastvgg did not write, or that was changed since: "
                 f"{change}",
                 MOVE_AWAY,
             )
-        return self.identity()
+        return identity
 
     def _find_change_of(self, written: Written, *, read: bool) -> str | None:
         if written.job.dataset != self.dataset:
             return f"it contains another dataset, {written.job.dataset}"
         return find_change(self.path, written, read=read)
 
-    def check_sidecars(self, manifest: Manifest | None) -> None:
+    def check_partial(self, state: JournalState | None) -> None:  # noqa: B027
+        """Check that the partial contains only what the unfinished run wrote.
+
+        Without a readable journal, it must be a partial of this run. Raises TargetError.
+        """
+
+    def discard_unfinished(self) -> None:
+        """Remove what only the journal of an unfinished run, which a restart replaces, proves."""
+        if self._is_published_by(self._read_journal()) and not self.exists(
+            manifest_path(self.path)
+        ):
+            self.storage.remove(index_path(self.path))
+
+    def _read_journal(self) -> JournalState | None:
+        """Read the journal; return None if it is damaged, or of another version."""
+        try:
+            return read_journal(journal_path(self.path))
+        except ResumeError:
+            return None
+
+    def _is_published_by(self, state: JournalState | None) -> bool:
+        """Return whether the run of a journal published its data, and writes only sidecars."""
+        return state is not None and state.complete and self.is_published()
+
+    def read_manifest(self) -> Manifest | None:
+        """Read the manifest with the target's name; raise TargetError if it is something else."""
+        return self._read_manifest(self.path)
+
+    def _read_manifest(self, container: Path) -> Manifest | None:
+        try:
+            return read_manifest(container)
+        except SourceError as error:
+            raise TargetError(error.problem, MOVE_AWAY) from error
+
+    def check_sidecars(self, state: JournalState | None) -> Manifest | None:
         """Check that the sidecars that a run replaces or removes were written by fastvgg.
 
-        A journal proves it; of an index, also the manifest's checksum.
+        A manifest proves itself and its index; a journal, whose state is None if it cannot be
+        read, the names that exist only during a run. Returns the manifest.
+
+        Raises
+        ------
+        TargetError
+            If anything else has the name of a sidecar.
         """
-        index = index_path(self.path)
-        if check_is_journal(journal_path(self.path)):
+        manifest = self.read_manifest()
+        name = manifest_path(self.path)
+        if self.exists(name) and (manifest is None or _is_link(name)):
+            raise _unproven_error(name)
+        is_journal = state is not None or check_is_journal(journal_path(self.path))
+        is_published = self._is_published_by(state)
+        asides = [aside for _, aside in self.set_aside_names]
+        temporary = () if is_journal else (self.partial, *asides)
+        if not is_published:
+            temporary += self.temporaries
+        for path in temporary:
+            if path != self.path and self.exists(path):
+                raise _unproven_error(path)
+        aside = self._read_manifest(self.replaced) if is_journal else None
+        described = manifest or (None if is_published else aside)
+        if described is not None:
+            expected = described.index_checksum
+        elif state is not None and is_published:
+            expected = checksum(index_content(state))
+        else:
+            expected = ""
+        self._check_index(self.path, expected)
+        # Once the new manifest is written, what was set aside is being removed.
+        if is_journal and not (is_published and manifest is not None):
+            described = aside or manifest
+            self._check_index(self.replaced, described.index_checksum if described else "")
+            self._check_set_aside(described, state)
+        return manifest
+
+    def _check_index(self, container: Path, expected: str) -> None:
+        index = index_path(container)
+        if not self.exists(index):
             return
-        for path in (*self.temporaries, *(name for _, name in self.set_aside_names), index):
-            is_proven = path == index and manifest is not None
-            if not is_proven and self.exists(path):
-                raise TargetError(
-                    f"{path} exists, but no journal or manifest shows that fastvgg wrote it",
-                    MOVE_AWAY,
-                )
-        change = None if manifest is None else find_changed_index(self.path, manifest)
-        if change is not None:
-            raise TargetError(f"{change} since fastvgg wrote it", MOVE_AWAY)
+        try:
+            change = find_changed_index(index, expected)
+        except SourceError as error:
+            raise TargetError(error.problem, MOVE_AWAY) from error
+        if change is not None or _is_link(index):
+            raise TargetError(change or f"{index} is a link", MOVE_AWAY)
+
+    def _check_set_aside(  # noqa: B027  # a store has no temporary names
+        self, manifest: Manifest | None, state: JournalState | None
+    ) -> None:
+        """Check that what was set aside is the dataset of a manifest, or that of a journal."""
 
     def sync_existing(self) -> None:  # noqa: B027  # an object is durable once it is put
         """Make durable what a killed run has written."""
@@ -189,197 +251,11 @@ class Destination(ABC):
         """Rename a published target back to the partial name, to resume writing it."""
 
 
-class DiskDestination(Destination):
-    """A file or directory on disk, written under a temporary name until it is complete."""
-
-    def __init__(self, location: Location, kind: str, storage: Storage) -> None:
-        super().__init__(location)
-        self.kind = kind
-        self.is_file = TARGETS[kind].target == "file"
-        self.storage: Storage = storage
-        self.partial = sidecar_path(self.path, ".partial")
-        written = index_path(self.path), manifest_path(self.path)
-        self.temporaries = (self.partial, *map(temporary_path, written))
-
-    def shared_storage(self) -> Storage:
-        directory = self.path.parent if self.is_file else self.partial
-        return SharedStorage(directory, fsync=self.storage.fsync)
-
-    def check_sidecars(self, manifest: Manifest | None) -> None:
-        super().check_sidecars(manifest)
-        if not self.partial.is_dir() or self.partial.is_symlink():
-            return
-        try:
-            state = read_journal(journal_path(self.path))
-        except ResumeError:  # a damaged journal does not tell which names are ours
-            return
-        if state is None:
-            return
-        written = Written.by_unfinished(state)
-        change = find_foreign_name(self.path, written, below=self.partial)
-        if change is not None:
-            raise TargetError(change, MOVE_AWAY)
-
-    def open_journal(self, *, restart: bool) -> Journal:
-        check_is_journal(journal_path(self.path))
-        try:
-            return FileJournal(self.path, self.storage, restart=restart)
-        except StoppedError as error:
-            raise error.as_refusal() from error
-
-    def exists(self, path: Path) -> bool:
-        return os.path.lexists(path)
-
-    def run_names(self) -> tuple[Path, ...]:
-        names = journal_path(self.path), self.partial, manifest_path(self.path)
-        return tuple(filter(os.path.lexists, names))
-
-    def is_occupied(self) -> bool:
-        if not self.is_file and self.path.is_dir() and not self.path.is_symlink():
-            return any(self.path.iterdir())
-        return os.path.lexists(self.path)
-
-    def is_published(self) -> bool:
-        return not os.path.lexists(self.partial) and os.path.lexists(self.path)
-
-    def predates_run(self, journal_state: JournalState) -> bool:
-        return os.path.lexists(self.partial) or super().predates_run(journal_state)
-
-    def identity(self) -> str:
-        status = self.path.lstat()  # inodes of removed directories are reused
-        return f"device {status.st_dev}, inode {status.st_ino}, changed {status.st_mtime_ns}"
-
-    def _find_change(self, manifest: Manifest | None, *, read: bool) -> str | None:
-        if self.path.is_symlink() or self.path.is_dir() == self.is_file:
-            return "fastvgg writes no such thing there"
-        if manifest is not None:
-            written = Written.by_manifest(manifest)
-        else:
-            try:
-                state = read_journal(journal_path(self.path))
-            except ResumeError as error:
-                return error.problem
-            if state is not None and state.replaces == self.identity():
-                return None  # proven when that run began
-            if state is None or not (state.complete and self.is_published()):
-                return "no manifest describes it"
-            written = Written.by_journal(state)
-        if written.job.target_format != self.kind:
-            return f"its manifest describes {written.job.target_format}"
-        return self._find_change_of(written, read=read)
-
-    def _replaced_type(self) -> str | None:
-        if not self.is_occupied():
-            return None
-        return "a directory" if self.path.is_dir() else "a file"
-
-    def sync_existing(self) -> None:
-        self.storage.syncfs(self.path.parent)
-
-    def check_movable(self) -> None:
-        _, scratch = self.set_aside_names[-1]
-        for path, _ in self.set_aside_names:
-            if not os.path.lexists(path):
-                continue
-            try:
-                self.storage.check_movable(path, scratch)
-            except StoppedError as error:
-                with suppress(StoppedError):
-                    self.storage.remove(scratch)
-                raise TargetError(
-                    f"{path} cannot be replaced: {error.problem}; nothing was written",
-                    "choose another name, or have its owner move it away",
-                ) from error
-
-    def set_aside(self) -> None:
-        is_moved = False
-        for path, aside in self.set_aside_names:
-            is_replaced_by_rename = path == self.path and (self.is_file or not self.is_occupied())
-            if os.path.lexists(path) and not is_replaced_by_rename:
-                self.storage.remove(aside)
-                self.storage.rename(path, aside)
-                is_moved = True
-        if is_moved:
-            self.storage.sync_directory(self.path.parent)
-
-    def put_back(self) -> None:
-        if self.is_published():
-            return
-        for path, aside in reversed(self.set_aside_names):
-            if os.path.lexists(aside) and not os.path.lexists(path):
-                self.storage.rename(aside, path)
-        self.storage.sync_directory(self.path.parent)
-
-    def remove_set_aside(self) -> None:
-        names = [aside for _, aside in self.set_aside_names if os.path.lexists(aside)]
-        for name in names:
-            self.storage.remove(name)
-        if names:
-            self.storage.sync_directory(self.path.parent)
-
-    def reopen_published(self) -> None:
-        if self.is_published():
-            self.storage.rename(self.path, self.partial)
-            self.storage.sync_directory(self.path.parent)
+def _is_link(path: Path) -> bool:
+    return not is_remote(path) and path.is_symlink()
 
 
-class StoreDestination(Destination):
-    """Objects of a store, written under their final names.
-
-    Readers can open the array once its metadata exists, which is written last.
-    """
-
-    def __init__(self, location: Location, storage: ObjectStorage) -> None:
-        super().__init__(location)
-        self.storage: ObjectStorage = storage
-        self.partial = self.path
-
-    def open_journal(self, *, restart: bool) -> Journal:
-        return StoreJournal(self.path, self.storage, restart=restart)
-
-    def exists(self, path: Path) -> bool:
-        """Return whether an object exists at or below `path`."""
-        try:
-            return objects.exists(path)
-        except OSError as error:
-            raise TargetError(
-                f"{path} cannot be reached: {error.strerror or error}",
-                "check the URL, the connection, and the permission to read there",
-            ) from None
-
-    def is_occupied(self) -> bool:
-        """Return whether there is an array."""
-        return self.exists(self.path / ARRAY)
-
-    def _replaced_type(self) -> str | None:
-        return "a directory" if self.exists(self.path) else None  # also without an array's metadata
-
-    def identity(self) -> str:
-        """Return a string that identifies the array: the checksum of its metadata."""
-        return f"metadata {xxhash.xxh3_128_hexdigest(read_sidecar(self.path / ARRAY) or b'')}"
-
-    def _find_change(self, manifest: Manifest | None, *, read: bool) -> str | None:
-        """Return a change of an array; of an unfinished one, only a name that is not its own.
-
-        A run that was killed may have removed part of the array that it replaces.
-        """
-        written = [] if manifest is None else [Written.by_manifest(manifest)]
-        try:
-            state = read_journal(journal_path(self.path))
-        except ResumeError:  # only its names tell what is part of an array
-            names = objects.list_objects(self.path)
-            return next((name for name in names if not ARRAY_NAME_PATTERN.fullmatch(name)), None)
-        if state is not None:
-            written.append(Written(state.job, state.chunk_images, ()))
-            return find_foreign_name(self.path, written)
-        if manifest is None:
-            return "no manifest or journal describes it"
-        return self._find_change_of(written[0], read=read)
-
-    def set_aside(self) -> None:
-        """Remove what describes the array that was there; creating the target removed the array."""
-        for path, _ in self.set_aside_names[:-1]:
-            self.storage.remove(path)
-
-    def remove_set_aside(self) -> None:
-        """Do nothing: nothing has a temporary name."""
+def _unproven_error(path: Path) -> TargetError:
+    return TargetError(
+        f"{path} exists, but no journal or manifest shows that fastvgg wrote it", MOVE_AWAY
+    )

@@ -29,7 +29,7 @@ from fastvgg.imaging.decode import MAX_PIXELS, DecodeOptions
 from fastvgg.parallel import check_threads
 from fastvgg.storage.file_systems import check_in_place_supported
 from fastvgg.storage.location import Location
-from fastvgg.stream.destination import make_destination
+from fastvgg.stream.destinations import make_destination
 from fastvgg.stream.job import MAX_CHUNKS, Job
 from fastvgg.stream.manifest import Provenance
 from fastvgg.stream.plan import (
@@ -333,7 +333,7 @@ def _plan(
     check_target(source, target, job)
     check_options(target, job, options)
     planned = _build_plan(source, target, job, options)
-    found = inspect_unlocked_target(planned, make_destination(planned))
+    found = inspect_unlocked_target(planned, make_destination(planned, records=source.records))
     if found.name == "complete" and found.manifest is not None and options.strict:
         check_nothing_failed(target, found.manifest)
     if found.name == "failed" and isinstance(source, ImageSource):

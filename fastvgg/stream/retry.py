@@ -18,6 +18,7 @@ from fastvgg.errors import ResumeError, SourceError, TargetError, option
 from fastvgg.stream.compute import ChunkTask
 from fastvgg.stream.journal import Commit
 from fastvgg.stream.manifest import checksum
+from fastvgg.stream.ownership import Written, find_change
 from fastvgg.stream.target import with_committed
 
 if TYPE_CHECKING:
@@ -102,6 +103,18 @@ class FailureRetry:
         comparable.check_same(job, str(self.plan.target))
         return manifest
 
+    def check_unchanged(self) -> None:
+        """Check that the finished target is as it was written; raise TargetError otherwise.
+
+        The retry renames it, overwrites its failed rows, and keeps the others.
+        """
+        change = find_change(self.target, Written.by_manifest(self.manifest), read=True)
+        if change is not None:
+            raise TargetError(
+                f"{self.target} was changed since fastvgg wrote it: {change}",
+                "move it away, or choose another name: a run makes all rows again",
+            )
+
     def good_commits(self) -> Iterator[Commit]:
         """Yield the commits of the chunks that need no retry."""
         rows = iter(self.records)
@@ -123,7 +136,7 @@ class FailureRetry:
             if checksum([byte_view(out)]) != self.manifest.checksums[chunk]:
                 raise ResumeError(
                     f"{target.partial}: images {start} to {stop - 1} do not match their checksum",
-                    f"the file was changed or damaged: give {option('restart')} to start over",
+                    f"move it away, and start over with {option('restart')}",
                 )
             return records
 

@@ -7,7 +7,6 @@ that. An interrupted run resumes when it is rerun.
 
 from __future__ import annotations
 
-import itertools
 import time
 from abc import ABC, abstractmethod
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -17,7 +16,7 @@ import xxhash
 
 from fastvgg.datasets.contiguous import ContiguousTarget
 from fastvgg.datasets.images import ImageSource
-from fastvgg.datasets.index import INDEX_HEADER, format_records, index_path, read_index
+from fastvgg.datasets.index import index_path, read_index
 from fastvgg.datasets.open import open_target
 from fastvgg.errors import (
     FastvggError,
@@ -28,10 +27,10 @@ from fastvgg.errors import (
     os_errors_refused,
 )
 from fastvgg.stream.compute import ChunkTask, check_no_failures, stored_checksum
-from fastvgg.stream.destination import make_destination
+from fastvgg.stream.destinations import make_destination
 from fastvgg.stream.journal import journal_path
 from fastvgg.stream.manifest import Manifest, manifest_path
-from fastvgg.stream.ownership import Written, find_change
+from fastvgg.stream.ownership import Written, find_change, index_content
 from fastvgg.stream.progress import ProgressTracker
 from fastvgg.stream.report import first_failures
 from fastvgg.stream.retry import FailureRetry
@@ -43,6 +42,7 @@ from fastvgg.stream.source import (
     reopen_source,
 )
 from fastvgg.stream.target import (
+    check_names,
     check_not_occupied,
     inspect_target,
     inspect_unlocked_target,
@@ -130,9 +130,9 @@ def run(
     """
     plan = executor.prepare(plan)
     started_at = time.monotonic()
-    destination = make_destination(plan, storage)
     with ExitStack() as opened:
         source = opened.enter_context(closing(reopen_source(plan)))
+        destination = make_destination(plan, storage, source.records)
         if not (plan.restart or destination.exists(journal_path(destination.path))):
             found = inspect_unlocked_target(plan, destination)
             if found.name == "complete":  # reported without creating a journal
@@ -237,10 +237,9 @@ class Run:
                 f"versions{describe_change(self.plan)}",
                 f"keep the source unchanged, and rerun with {option('restart')}",
             )
-        try:
+        try:  # other programs may have changed or added files since the run began
+            check_names(self.destination, self.plan.job, self._journal_state)
             check_not_occupied(self.destination, self.plan.job, self._journal_state.replaces)
-            if self.destination.is_occupied():
-                self.destination.check_replaceable()  # files may have been added to it
         except TargetError as error:
             remedy = "move it away, and rerun the same command: it publishes the finished data"
             raise StoppedError(error.problem, remedy) from error
@@ -260,6 +259,8 @@ class Run:
     def _open_target(self) -> None:
         """Create the target, or reopen it to resume."""
         if self.retry is not None:
+            if self.destination.is_published():
+                self.retry.check_unchanged()
             if self.found.name == "failed":
                 self._begin(committed=self.retry.good_commits())
                 with self._undoing():
@@ -273,6 +274,7 @@ class Run:
         if self.found.name == "fresh":
             if self.found.replaces is not None:
                 self.destination.check_replaceable(read=True)
+            self.destination.discard_unfinished()  # while its journal proves what wrote it
             self._begin(replaces=self.found.replaces)
         with self._undoing():
             self.destination.check_movable()
@@ -340,21 +342,17 @@ class Run:
 
     def _write_index(self) -> str:
         """Write the index, if the source has image records; return its checksum, or ""."""
-        path, read = index_path(self.target.path), self._journal_state.commit
-        if not read(0).records:
-            self.storage.remove(path)
+        if not self._journal_state.commit(0).records:
             return ""
         digest = xxhash.xxh3_64()
 
-        def encoded(text: str) -> bytes:
-            data = text.encode("utf-8", "surrogateescape")
-            digest.update(data)
-            return data
+        def counted(content: Iterable[bytes]) -> Iterator[bytes]:
+            for data in content:
+                digest.update(data)
+                yield data
 
-        rows = enumerate(self.plan.chunk_rows())
-        lines = (format_records(read(chunk).records, start) for chunk, (start, _) in rows)
-        texts = itertools.chain([INDEX_HEADER], lines)
-        self.storage.write_atomic(path, map(encoded, texts))
+        content = counted(index_content(self._journal_state))
+        self.storage.write_atomic(index_path(self.target.path), content)
         return digest.hexdigest()
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from fastvgg.errors import FastvggError, TargetError, option
 from fastvgg.formatting import format_bytes
+from fastvgg.stream.destination import MOVE_AWAY
 from fastvgg.stream.differences import as_details
 from fastvgg.stream.journal import journal_path, read_journal
-from fastvgg.stream.manifest import read_manifest
 
 if TYPE_CHECKING:
     from fastvgg.stream.destination import Destination
@@ -69,16 +69,15 @@ def inspect_target(
         return TargetState("fresh", plan, replaces=destination.check_replaceable())
     if journal_state is not None:
         journal_state.job.check_same(plan.job, str(plan.target))
-        if destination.predates_run(journal_state):
-            check_not_occupied(destination, plan.job, journal_state.replaces)
-        retried = read_manifest(destination.path) if journal_state.retries else None
+        check_names(destination, plan.job, journal_state)
+        retried = destination.read_manifest() if journal_state.retries else None
         resumed = with_committed(plan, journal_state.chunk_images, len(journal_state.commits))
         return TargetState("resumable", resumed, retried)
-    manifest = read_manifest(destination.path)
+    manifest = destination.read_manifest()
     if manifest is not None and destination.is_occupied():
         is_same = manifest.job == plan.job
         if plan.retry_failed and (not is_same or manifest.counts["failed"] > 0):
-            destination.check_sidecars(manifest)
+            destination.check_sidecars(None)
             return TargetState("failed", plan, manifest)
         if is_same:
             return TargetState("complete", plan, manifest)
@@ -88,15 +87,31 @@ def inspect_target(
             f"{destination.partial} exists, but no journal shows that an unfinished run wrote it",
             _remedy(destination),
         )
-    destination.check_sidecars(manifest)
+    destination.check_sidecars(None)
     return TargetState("fresh", plan)
+
+
+def check_names(destination: Destination, job: Job, journal_state: JournalState) -> None:
+    """Check that an unfinished run finds only what it wrote, or replaces, at the names it uses."""
+    destination.check_sidecars(journal_state)
+    destination.check_partial(journal_state)
+    if destination.predates_run(journal_state):
+        check_not_occupied(destination, job, journal_state.replaces)
 
 
 def check_not_occupied(destination: Destination, job: Job, replaces: str | None) -> None:
     """Check that the target's name is free, or taken only by what the run replaces."""
-    if not destination.is_occupied() or destination.identity() == replaces:
+    if not destination.is_occupied():
         return
-    manifest, maker = read_manifest(destination.path), "not written by fastvgg"
+    if replaces is not None:
+        change = destination.find_change_since(replaces)
+        if change is None:
+            return
+        raise TargetError(
+            f"{destination.path} exists, and is not what the unfinished run replaces: {change}",
+            MOVE_AWAY,
+        )
+    manifest, maker = destination.read_manifest(), "not written by fastvgg"
     details = {}
     if manifest is not None:
         differences, maker = manifest.job.differences(job), "made by another run"

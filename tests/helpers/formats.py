@@ -273,7 +273,6 @@ FILE_DAMAGES = {
     "missing": lambda partial: partial.unlink(),
     "empty": lambda partial: os.truncate(partial, 0),
     "shorter": lambda partial: os.truncate(partial, partial.stat().st_size - 1),
-    "longer": lambda partial: os.truncate(partial, partial.stat().st_size + 1),
 }
 SHARD_DAMAGES = {
     "a missing shard": lambda partial: (partial / "c.0.0.0.0").unlink(),

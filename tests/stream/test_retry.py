@@ -13,16 +13,18 @@ from PIL import Image
 import fastvgg
 from fastvgg.datasets.index import read_index
 from fastvgg.errors import ResumeError, StoppedError, TargetError, UsageError
+from fastvgg.storage.local import Storage
 from fastvgg.stream.manifest import manifest_path, read_manifest
 from tests.helpers.datasets_on_disk import (
     check_error,
     data_tree,
-    names_in,
     pixels,
     plan_of,
     save_images,
     tree,
 )
+from tests.helpers.faults import InterruptedStorage, SimulatedCrash
+from tests.helpers.runs import run
 
 TORN_IMAGES = ("a/02.png", "b/03.png", "b/09.png")  # rows 1, 7 and 10, in chunks 0, 2 and 3 of 3
 
@@ -235,18 +237,57 @@ def test_retry_conflicts_with_restart_and_array_sources(tmp_path, photos):
     check_error(caught.value, "retry")
 
 
-def test_retry_rejects_a_damaged_row_that_is_kept(tmp_path, photos):
+@pytest.mark.parametrize("row", [0, 1, 4], ids=["beside a failed row", "failed", "other chunk"])
+def test_retry_of_an_edited_target_is_refused_and_keeps_it(tmp_path, photos, row):
     folder, repair = photos
     target = first_run(folder, tmp_path / "y.npy", mode="caffe")
     repair()
-    content = bytearray(target.read_bytes())
-    content[128 + 5] ^= 1  # in row 0, which is kept
-    target.write_bytes(content)
+    np.load(target, mmap_mode="r+")[row, 0, 0] = 42
+    before = tree(tmp_path)
+    with pytest.raises(TargetError) as caught:
+        retry(folder, target, mode="caffe").run()
+    check_error(caught.value, target, "differ", "move it away")
+    assert "restart" not in str(caught.value)
+    assert tree(tmp_path) == before
+
+
+class CrashBeforeRenameStorage(Storage):
+    def rename(self, old, new):
+        if new.name.endswith(".partial"):
+            raise SimulatedCrash
+        super().rename(old, new)
+
+
+def test_target_edited_before_a_killed_retry_renamed_it_is_kept(tmp_path, photos):
+    folder, repair = photos
+    target = first_run(folder, tmp_path / "y.npy", mode="caffe")
+    repair()
+    with pytest.raises(SimulatedCrash):
+        run(retry(folder, target, mode="caffe"), storage=CrashBeforeRenameStorage())
+    np.load(target, mmap_mode="r+")[1, 0, 0] = 42
+    before = tree(tmp_path)
+    with pytest.raises(TargetError) as caught:
+        retry(folder, target, mode="caffe").run()
+    check_error(caught.value, target, "differ", "move it away")
+    assert tree(tmp_path) == before
+
+
+def test_row_edited_after_a_killed_retry_is_not_lost(tmp_path, photos):
+    folder, repair = photos
+    target = first_run(folder, tmp_path / "y.npy", mode="caffe")
+    repair()
+    with pytest.raises(SimulatedCrash):
+        run(retry(folder, target, mode="caffe"), storage=InterruptedStorage(1))
+    partial = target.with_name("y.npy.partial")
+    stored = np.memmap(partial, np.float32, "r+", 128, (11, 7, 9, 3))
+    stored[9] = 42  # in the last chunk, whose row 10 failed
+    stored.flush()
     with pytest.raises(ResumeError) as caught:
         retry(folder, target, mode="caffe").run()
-    check_error(caught.value, "images 0 to 2", "restart=True")
-    assert not target.exists()
-    assert "y.npy.fastvgg-journal" in names_in(tmp_path)
+    check_error(caught.value, partial, "images 9 to 10", "move it away", "restart=True")
+    partial.rename(tmp_path / "own")
+    plan_of(folder, target, mode="caffe", restart=True).run()
+    fastvgg.verify(target, full=True)
 
 
 def test_image_changed_during_a_retry_stops_it_and_requires_a_restart(tmp_path, photos):

@@ -179,8 +179,8 @@ def test_unfinished_run_of_a_changed_source_is_rejected(tmp_path, array):
     assert target.read_bytes() == npy_bytes(network_inputs(pixels(11, seed=2), "caffe"))
 
 
-@pytest.mark.parametrize("change", [-1, 1, 4096])
-def test_partial_target_of_wrong_size_is_rejected(tmp_path, array, change):
+@pytest.mark.parametrize("change", [-1, -4096])
+def test_truncated_partial_target_is_rejected(tmp_path, array, change):
     target = interrupt_run(array, tmp_path / "y.npy", mode="caffe")
     partial = tmp_path / "y.npy.partial"
     size = partial.stat().st_size

@@ -12,7 +12,7 @@ import fastvgg
 from fastvgg.datasets.base import ImageRecord
 from fastvgg.errors import FastvggError, ResumeError, SourceError
 from fastvgg.imaging.decode import INTERPOLATIONS
-from fastvgg.stream.destination import make_destination
+from fastvgg.stream.destinations import make_destination
 from fastvgg.stream.journal import Commit, read_journal
 from fastvgg.stream.lines import decode_line, encode_line
 from fastvgg.stream.manifest import Manifest, read_manifest
