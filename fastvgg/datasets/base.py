@@ -292,7 +292,7 @@ class Target(PublishedDataset):
             raise SourceError(
                 f"{self.path} contains {actual.shape} of {actual.dtype}, but was written as "
                 f"{self.header.shape} of {self.header.dtype}",
-                "the dataset was changed since then: recreate it from its source",
+                "the dataset was changed since then: move it away, and recreate it from its source",
             )
 
 

@@ -216,7 +216,8 @@ class _ShardTarget(SharedTarget):
         try:
             return self._published.read(start, stop).batch
         except DamagedChunkError as error:
-            raise VerificationError(error.problem, "recreate it from its source") from None
+            remedy = "move it away, and recreate it from its source"
+            raise VerificationError(error.problem, remedy) from None
 
     def inspect_published(self) -> list[str]:
         try:

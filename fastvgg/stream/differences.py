@@ -19,9 +19,10 @@ OPTIONS: Final[dict[tuple[str, str], str]] = {
     ("result", "in_place"): "in_place",
     ("result", "format"): "format",
 }
+FINGERPRINT: Final = "fingerprint of the source's content"
 PROPERTIES: Final[dict[tuple[str, str], str]] = {
     ("source", "path"): "source",
-    ("source", "fingerprint"): "fingerprint of the source's content",
+    ("source", "fingerprint"): FINGERPRINT,
     ("source", "kind"): "format of the source",
     ("source", "shape"): "shape of the source",
     ("source", "dtype"): "dtype of the source",
@@ -64,6 +65,8 @@ def find_differences(then: dict[str, Any], now: dict[str, Any]) -> list[Differen
             if (section, key) in PROPERTIES:
                 name = PROPERTIES[section, key]
                 text = f"{name} {before!r} then, {after!r} now"
+                if name == FINGERPRINT:  # a hash tells nothing to its reader
+                    text = "another content of the source"
             elif not has_same_options:
                 continue
             elif key == "mode":
@@ -73,6 +76,18 @@ def find_differences(then: dict[str, Any], now: dict[str, Any]) -> list[Differen
                 text = f"{_write(name, before)} then, {_write(name, after)} now"
             found[name] = Difference(name, before, after, text)
     return [found[name] for name in sorted(found)]
+
+
+def describe_differences(differences: list[Difference], verb: str) -> str:
+    """Return that a run was started, or a target made, otherwise; `verb` is which.
+
+    >>> content = Difference(FINGERPRINT, "b3ba", "4271", "another content of the source")
+    >>> describe_differences([content], "made")
+    'made before its source changed'
+    """
+    if [each.name for each in differences] == [FINGERPRINT]:
+        return f"{verb} before its source changed"
+    return f"{verb} with other settings: {'; '.join(map(str, differences))}"
 
 
 def as_details(differences: list[Difference]) -> dict[str, Any]:

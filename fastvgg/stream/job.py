@@ -16,7 +16,12 @@ from fastvgg.datasets.formats import SOURCES, TARGETS, Format
 from fastvgg.datasets.image_writer import check_format
 from fastvgg.errors import FastvggError, ResumeError, option
 from fastvgg.imaging.decode import DecodeOptions
-from fastvgg.stream.differences import Difference, as_details, find_differences
+from fastvgg.stream.differences import (
+    Difference,
+    as_details,
+    describe_differences,
+    find_differences,
+)
 from fastvgg.transform import STORAGE_TYPES, Transform
 
 if TYPE_CHECKING:
@@ -189,16 +194,25 @@ class Job:
             raise ValueError("the result header does not match the transform of the source header")
         return job
 
-    def check_same(self, wanted: Job, target: str) -> None:
-        """Check that this earlier job is the one wanted now; the error names every difference."""
+    def check_same(self, wanted: Job, target: str, *, is_finished: bool = False) -> None:
+        """Check that this earlier job is the one wanted now; the error names every difference.
+
+        `is_finished` says that it made a target, of which failed images are to be retried.
+        """
         differences = self.differences(wanted)
-        if differences:
-            raise ResumeError(
-                f"{target} was started with other settings: {'; '.join(map(str, differences))}",
-                "rerun with the same settings to resume"
-                + ("" if self.in_place else f", or give {option('restart')} to start over"),
-                **as_details(differences),
+        if not differences:
+            return
+        if is_finished:
+            remedy = (
+                f"give the same settings to retry its failed images, or {option('restart')} "
+                f"instead of {option('retry_failed')} to start over"
             )
+        else:
+            remedy = "rerun with the same settings and the same source to resume"
+            if not self.in_place:
+                remedy += f", or give {option('restart')} to start over"
+        change = describe_differences(differences, "made" if is_finished else "started")
+        raise ResumeError(f"{target} was {change}", remedy, **as_details(differences))
 
     def differences(self, wanted: Job) -> list[Difference]:
         """Return what differs between this earlier job and another; empty if they are equal."""

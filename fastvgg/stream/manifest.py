@@ -160,8 +160,8 @@ def read_manifest(container: Path) -> Manifest | None:
     except (ValueError, RecursionError) as error:
         raise SourceError(
             f"{path} is not a manifest: {type(error).__name__}: {str(error)[:200]}",
-            "restore the manifest that was written with the dataset; without one, the mode and "
-            "the layout must be given",
+            "restore it from a copy. Without one: to read the dataset, move the manifest away, and "
+            "give its mode and its layout; to recreate the dataset, move both away",
         ) from None
 
 
@@ -183,7 +183,7 @@ def _read_transform(location: Location) -> Transform | None:
     except (ValueError, RecursionError) as error:
         raise SourceError(
             f"{location}: the attribute 'fastvgg' is not a valid transform: {str(error)[:200]}",
-            "restore the attribute; without one, the mode and the layout must be given",
+            "restore the attribute; or copy the array without it, and give its mode and its layout",
         ) from None
 
 

@@ -100,7 +100,7 @@ class FailureRetry:
         comparable = dataclasses.replace(
             manifest.job, fingerprint=job.fingerprint, decoding=recorded
         )
-        comparable.check_same(job, str(self.plan.target))
+        comparable.check_same(job, str(self.plan.target), is_finished=True)
         return manifest
 
     def check_unchanged(self) -> None:

@@ -169,7 +169,7 @@ def check_recorded(source: Source, manifest: Manifest | None, *, strict: bool) -
         raise SourceError(
             f"{source.location} has shape {source.header.shape} and dtype {source.header.dtype}, "
             f"but its manifest records {manifest.header.shape} and {manifest.header.dtype}",
-            f"restore the matching file, or remove {manifest_path(source.path)}",
+            f"restore the matching file, or move {manifest_path(source.path)} away",
         )
     failed = manifest.counts["failed"]
     if failed and not source.records:

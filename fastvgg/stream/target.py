@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from fastvgg.errors import FastvggError, TargetError, option
 from fastvgg.formatting import format_bytes
 from fastvgg.stream.destination import MOVE_AWAY
-from fastvgg.stream.differences import as_details
+from fastvgg.stream.differences import FINGERPRINT, as_details, describe_differences
 from fastvgg.stream.journal import journal_path, read_journal
 
 if TYPE_CHECKING:
@@ -112,14 +112,18 @@ def check_not_occupied(destination: Destination, job: Job, replaces: str | None)
             MOVE_AWAY,
         )
     manifest, maker = destination.read_manifest(), "not written by fastvgg"
-    details = {}
+    details, remedy = {}, _remedy(destination)
     if manifest is not None:
         differences, maker = manifest.job.differences(job), "made by another run"
         if differences:
-            maker = f"made with other settings: {'; '.join(map(str, differences))}"
+            maker = describe_differences(differences, "made")
             details = as_details(differences)
+        is_changed = [each.name for each in differences] == [FINGERPRINT]
+        if is_changed and job.is_decoded and manifest.counts["failed"]:
+            again = f"give {option('retry_failed')} to retry its failed images"
+            remedy = f"{again} and those that changed; {remedy}"
     problem = f"{destination.path} exists, and was {maker}"
-    raise TargetError(problem, _remedy(destination), **details)
+    raise TargetError(problem, remedy, **details)
 
 
 def _remedy(destination: Destination) -> str:

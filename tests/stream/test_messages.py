@@ -318,3 +318,87 @@ def test_dtype_is_suggested_only_if_the_direction_stores_it(tmp_path, dtype, dir
         fastvgg.plan(source, tmp_path / "y.npy", mode="tf", direction=direction, dtype=dtype)
     check_error(caught.value, f"unknown dtype '{dtype}'", "'float16'")
     assert ("uint8" in caught.value.remedy) == (direction == "restore")
+
+
+# A source that changed
+
+
+def damage(image):
+    good = image.read_bytes()
+    image.write_bytes(b"torn")
+    return good
+
+
+def test_rerun_after_failed_images_were_fixed_names_the_option_that_retries_them(tmp_path):
+    photos, target = save_images(tmp_path / "photos", pixels(4)), tmp_path / "y.npy"
+    image = sorted(photos.rglob("*.png"))[1]
+    good = damage(image)
+    fastvgg.plan(photos, target, mode="tf").run()
+    image.write_bytes(good)
+    with pytest.raises(TargetError) as caught:
+        fastvgg.plan(photos, target, mode="tf")
+    check_error(caught.value, "made before its source changed", "give retry_failed=True")
+    assert "fingerprint" not in str(caught.value)
+    fastvgg.plan(photos, target, mode="tf", retry_failed=True).run()
+    fastvgg.plan(photos, tmp_path / "fresh.npy", mode="tf").run()
+    assert target.read_bytes() == (tmp_path / "fresh.npy").read_bytes()
+
+
+def test_rerun_with_a_changed_source_offers_no_retry_where_nothing_failed(tmp_path):
+    photos, target = save_images(tmp_path / "photos", pixels(4)), tmp_path / "y.npy"
+    fastvgg.plan(photos, target, mode="tf").run()
+    damage(sorted(photos.rglob("*.png"))[1])
+    with pytest.raises(TargetError) as caught:
+        fastvgg.plan(photos, target, mode="tf")
+    check_error(caught.value, "made before its source changed", "restart=True")
+    assert "retry_failed" not in str(caught.value)
+    assert caught.value.details["settings"].keys() == {"fingerprint of the source's content"}
+
+
+def test_retry_with_other_settings_says_that_the_target_is_finished(tmp_path):
+    photos, target = save_images(tmp_path / "photos", pixels(4)), tmp_path / "y.npy"
+    damage(sorted(photos.rglob("*.png"))[1])
+    fastvgg.plan(photos, target, mode="tf").run()
+    with pytest.raises(ResumeError) as caught:
+        fastvgg.plan(photos, target, mode="torch", retry_failed=True)
+    check_error(caught.value, "was made with other settings", "give the same settings to retry")
+    check_error(caught.value, "restart=True instead of retry_failed=True")  # these conflict
+
+
+# Damage
+
+
+@pytest.mark.parametrize("now", ["restored", "recreated"])
+def test_what_a_damaged_manifest_leaves_to_do_works(tmp_path, now):
+    source, target = save_npy(tmp_path / "x.npy", pixels(3)), tmp_path / "y.npy"
+    fastvgg.plan(source, target, mode="tf").run()
+    manifest_path(target).write_text("{")
+    with pytest.raises(SourceError) as caught:
+        fastvgg.plan(target, tmp_path / "z.npy", direction="restore", mode="tf")
+    check_error(caught.value, manifest_path(target), "move the manifest away", "its mode")
+    check_error(caught.value, "to recreate the dataset, move both away")
+    with pytest.raises(TargetError, match="move it away"):
+        fastvgg.plan(source, target, mode="tf", restart=True)
+    manifest_path(target).rename(tmp_path / "damaged.json")
+    if now == "restored":
+        settings = {"mode": "tf", "layout": "NHWC", "direction": "restore"}
+        fastvgg.plan(target, tmp_path / "z.npy", **settings).run()
+        assert (tmp_path / "z.npy").read_bytes() == npy_bytes(pixels(3))
+    else:
+        target.rename(tmp_path / "old.npy")
+        fastvgg.plan(source, target, mode="tf").run()
+        assert target.read_bytes() == npy_bytes(network_inputs(pixels(3), "tf"))
+
+
+def test_dataset_of_another_shape_than_was_written_is_to_be_moved_away(tmp_path):
+    source, target = save_npy(tmp_path / "x.npy", pixels(3)), tmp_path / "y.npy"
+    fastvgg.plan(source, target, mode="tf").run()
+    save_npy(target, network_inputs(pixels(3, height=11), "tf"))
+    for call in (
+        lambda: fastvgg.plan(source, target, mode="tf", restart=True),
+        lambda: fastvgg.plan(target, tmp_path / "z.npy", direction="restore"),
+    ):
+        with pytest.raises((SourceError, TargetError)) as caught:
+            call()
+        check_error(caught.value, "away")
+        assert "remove" not in str(caught.value)

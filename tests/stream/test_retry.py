@@ -304,7 +304,7 @@ def test_image_changed_during_a_retry_stops_it_and_requires_a_restart(tmp_path, 
     repair()
     with pytest.raises(ResumeError) as caught:
         retry(folder, target, **settings)
-    check_error(caught.value, target, "fingerprint", "restart=True")
+    check_error(caught.value, target, "before its source changed", "restart=True")
     plan_of(folder, target, restart=True, **settings).run()
     plan_of(folder, tmp_path / "fresh.npy", **settings).run()
     assert target.read_bytes() == (tmp_path / "fresh.npy").read_bytes()

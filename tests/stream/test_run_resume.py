@@ -165,7 +165,7 @@ def test_unfinished_run_of_another_source_is_rejected_with_both(tmp_path, array)
     other = save_npy(tmp_path / "other.npy", pixels(11, seed=2))
     with pytest.raises(ResumeError) as caught:
         plan_of(other, target, mode="caffe")
-    check_error(caught.value, array, other, "fingerprint of the source")
+    check_error(caught.value, array, other, "another content of the source")
 
 
 def test_unfinished_run_of_a_changed_source_is_rejected(tmp_path, array):
@@ -174,7 +174,7 @@ def test_unfinished_run_of_a_changed_source_is_rejected(tmp_path, array):
     os.utime(array, ns=(0, 1))
     with pytest.raises(ResumeError) as caught:
         plan_of(array, target, mode="caffe")
-    check_error(caught.value, "fingerprint of the source", "restart=True")
+    check_error(caught.value, "was started before its source changed", "restart=True")
     plan_of(array, target, mode="caffe", restart=True).run()
     assert target.read_bytes() == npy_bytes(network_inputs(pixels(11, seed=2), "caffe"))
 
