@@ -78,16 +78,16 @@ def find_differences(then: dict[str, Any], now: dict[str, Any]) -> list[Differen
     return [found[name] for name in sorted(found)]
 
 
-def describe_differences(differences: list[Difference], verb: str) -> str:
-    """Return that a run was started, or a target made, otherwise; `verb` is which.
+def describe_differences(differences: list[Difference], participle: str) -> str:
+    """Return that a run was started, or a target made, otherwise; `participle` is which.
 
     >>> content = Difference(FINGERPRINT, "b3ba", "4271", "another content of the source")
     >>> describe_differences([content], "made")
     'made before its source changed'
     """
     if [each.name for each in differences] == [FINGERPRINT]:
-        return f"{verb} before its source changed"
-    return f"{verb} with other settings: {'; '.join(map(str, differences))}"
+        return f"{participle} before its source changed"
+    return f"{participle} with other settings: {'; '.join(map(str, differences))}"
 
 
 def as_details(differences: list[Difference]) -> dict[str, Any]:

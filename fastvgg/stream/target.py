@@ -120,8 +120,8 @@ def check_not_occupied(destination: Destination, job: Job, replaces: str | None)
             details = as_details(differences)
         is_changed = [each.name for each in differences] == [FINGERPRINT]
         if is_changed and job.is_decoded and manifest.counts["failed"]:
-            again = f"give {option('retry_failed')} to retry its failed images"
-            remedy = f"{again} and those that changed; {remedy}"
+            retry = f"give {option('retry_failed')} to retry its failed images"
+            remedy = f"{retry} and those that changed; {remedy}"
     problem = f"{destination.path} exists, and was {maker}"
     raise TargetError(problem, remedy, **details)
 
