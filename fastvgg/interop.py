@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import ml_dtypes
 import numpy as np
 
-from fastvgg.errors import DtypeError, ShapeError
+from fastvgg.errors import ArrayError, DtypeError, ShapeError
 from fastvgg.transform import storage_type
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ def as_numpy(x: Any) -> NDArray[Any]:  # noqa: ANN401
     ------
     DtypeError
         If `x` is not an array, is masked, is on a GPU, or cannot export its memory.
+    ArrayError
+        If `x` is a Pillow image that cannot be decoded.
     ShapeError
         If the images of a list have different shapes.
 
@@ -78,13 +80,16 @@ def as_numpy(x: Any) -> NDArray[Any]:  # noqa: ANN401
         return _stack(x)
     if is_torch(x):
         return _from_torch(x)
+    if _is_pillow(x):
+        return _from_pillow(x)
     _check_on_host(x)
-    _check_pillow_mode(x)
     try:
         if hasattr(x, "__array_interface__") or hasattr(x, "__array__"):
-            return np.asarray(x)
+            return without_mask(x)
         if hasattr(x, "__dlpack__"):
             return np.from_dlpack(x)
+    except DtypeError:
+        raise
     except EXPORT_ERRORS as error:
         raise _export_error(x, error, "convert it to a NumPy array first") from error
     raise DtypeError(
@@ -111,26 +116,59 @@ def check_array_dtype(dtype: np.dtype[Any]) -> str:
     return storage_type(dtype)
 
 
-def _check_pillow_mode(x: Any) -> None:  # noqa: ANN401
-    """Check that a Pillow image is RGB: others with three bands have no RGB values.
+def without_mask(x: Any) -> NDArray[Any]:  # noqa: ANN401
+    """Convert `x` with NumPy, after checking that no mask is lost: its own, or one of its items.
+
+    Raises
+    ------
+    DtypeError
+        If there is one.
+    """
+    for part in x if isinstance(x, list | tuple) else [x]:
+        check_unmasked(part)
+    array = np.asanyarray(x)
+    check_unmasked(array)
+    return np.asarray(array)
+
+
+def check_unmasked(x: Any) -> None:  # noqa: ANN401
+    """Check that an array is not masked, because a mask would be lost.
+
+    Dask drops that of its arrays when they are converted, and NumPy that of the array interface.
+    """
+    interface = getattr(x, "__array_interface__", None)
+    has_mask = isinstance(interface, dict) and interface.get("mask") is not None
+    is_dask = isinstance(getattr(x, "_meta", None), np.ma.MaskedArray)
+    if has_mask or is_dask or isinstance(x, np.ma.MaskedArray):
+        filled = "dask.array.ma.filled(x, 0)" if is_dask else "x.filled(0)"
+        raise DtypeError("masked arrays are not supported", f"replace masked values: {filled}")
+
+
+def _is_pillow(x: object) -> bool:
+    """Return whether `x` is a Pillow image, without importing Pillow."""
+    image = getattr(sys.modules.get("PIL.Image"), "Image", None)
+    return image is not None and isinstance(x, image)
+
+
+def _from_pillow(x: Any) -> NDArray[Any]:  # noqa: ANN401
+    """Decode a Pillow image, which must be RGB: others with three bands have no RGB values.
 
     Nothing is converted, because Keras' `img_to_array` does not either.
     """
-    image = getattr(sys.modules.get("PIL.Image"), "Image", None)
-    if image is None or not isinstance(x, image) or x.mode == "RGB":
-        return
+    if x.mode == "RGB":
+        try:
+            return np.asarray(x)
+        except Exception as error:  # decoders raise errors of any type
+            raise ArrayError(
+                f"the Pillow image cannot be decoded: {_reason(error)}",
+                "open an intact image, or omit it",
+            ) from error
     remedy = "give image.convert('RGB')"
     if x.mode.startswith(("I", "F")):
         remedy = "scale its numbers to 0..255, then convert it to RGB: convert('RGB') clips them"
     elif x.mode == "La":
         remedy = "give image.convert('LA').convert('RGB')"
     raise DtypeError(f"got a Pillow image of mode {x.mode}, expected RGB", remedy)
-
-
-def check_unmasked(x: NDArray[Any]) -> None:
-    """Check that an array is not masked, because a mask would be lost."""
-    if isinstance(x, np.ma.MaskedArray):
-        raise DtypeError("masked arrays are not supported", "replace masked values: x.filled(0)")
 
 
 def is_torch(x: object) -> bool:
@@ -215,5 +253,9 @@ def _device_error(x: object, device: str, to_host: str) -> DtypeError:
 
 
 def _export_error(x: object, error: BaseException, remedy: str) -> DtypeError:
-    reason = " ".join(str(error).split())[:200]
-    return DtypeError(f"got {type(x).__name__}, which cannot export its memory: {reason}", remedy)
+    problem = f"got {type(x).__name__}, which cannot export its memory: {_reason(error)}"
+    return DtypeError(problem, remedy)
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

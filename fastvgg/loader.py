@@ -20,7 +20,8 @@ from fastvgg.buffer_pool import BufferPool
 from fastvgg.choices import check_choice, check_flags
 from fastvgg.datasets.base import MissingChunks
 from fastvgg.datasets.images import ImageSource
-from fastvgg.datasets.index import index_path, read_columns
+from fastvgg.datasets.index import index_path
+from fastvgg.datasets.labels import MAX_INT64, check_labels, read_columns
 from fastvgg.datasets.open import open_source
 from fastvgg.errors import (
     SourceError,
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
 # The batch requested now, and the next one. One more buffer holds the batch yielded last.
 MAX_IN_FLIGHT: Final = 2
 MAX_FREE_BUFFERS: Final = MAX_IN_FLIGHT + 1
-MAX_INT64: Final = 2**63 - 1
 
 
 class Batch(NamedTuple):
@@ -192,7 +192,7 @@ class Batches:
                 with os_errors_refused():
                     check_sampled_values(source, transform, is_enabled=check_values)
         if labels is not None:
-            self.labels, self.class_names = _check_labels(labels, self.header.images), None
+            self.labels, self.class_names = check_labels(labels, self.header.images), None
         if not self._row_count():
             raise SourceError(
                 f"{self.location}: no image could be decoded when it was made",
@@ -371,7 +371,14 @@ class Batches:
             for number in range(start, count):
                 for ahead in range(number + len(in_flight), min(number + MAX_IN_FLIGHT, count)):
                     in_flight.append(self._submit(builder, order[ahead * size :][:size]))
-                in_flight[0][1].wait()
+                try:
+                    in_flight[0][1].wait()
+                except StoppedError as error:  # whose remedy is that of a run
+                    raise StoppedError(
+                        error.problem,
+                        "fix the cause, and iterate again; load_state_dict resumes after the "
+                        "batches already yielded",
+                    ) from error
                 self._epoch, self._batches_yielded = epoch, number + 1
                 yield in_flight.popleft()[0]  # without a name, which would keep its memory
                 if os.getpid() != process:
@@ -414,28 +421,6 @@ def _check_shard(shard: object) -> None:
         raise UsageError(
             f"shard is {shard!r}", "give (i, n): shard number i, from 0 to n - 1, of n shards"
         )
-
-
-def _check_labels(labels: ArrayLike, images: int) -> NDArray[Any]:
-    try:
-        array = np.asarray(labels)
-    except ValueError as error:
-        raise UsageError(
-            f"labels are not an array: {error}", "give one label for every row"
-        ) from None
-    if array.dtype.kind not in "biuf":
-        raise UsageError(
-            f"labels are of type {array.dtype}, expected integers or floats",
-            "number them: classes, labels = numpy.unique(names, return_inverse=True)",
-        )
-    if array.ndim == 0 or len(array) != images:
-        raise UsageError(
-            f"labels have shape {array.shape}, but the dataset has {format_count(images, 'row')}",
-            "give one label for every row, in the order of the rows, also for failed images",
-        )
-    if array.dtype.kind == "u" and array.max() > MAX_INT64:
-        raise UsageError(f"a label is {array.max()}, more than {MAX_INT64}", "give labels of int64")
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _version(manifest: Manifest | None) -> str:

@@ -38,12 +38,8 @@ from fastvgg.datasets.image_names import (
     path_kind_skipped_by_rule,
 )
 from fastvgg.datasets.images import ImageListing, ImageSource
-from fastvgg.datasets.index import (
-    PackedNames,
-    find_duplicates,
-    hash_names,
-    is_class_number,
-)
+from fastvgg.datasets.index import PackedNames, find_duplicates, hash_names
+from fastvgg.datasets.labels import is_class_number
 from fastvgg.datasets.tar_headers import (
     COMPLETE,
     DEVICE,

@@ -805,8 +805,30 @@ def test_truncated_file_stops_the_iteration(path):
     next(yielded)
     with path.open("r+b") as file:
         file.truncate(300)
-    with pytest.raises(StoppedError, match="file was truncated"):
+    with pytest.raises(StoppedError, match="file was truncated") as caught:
         list(yielded)
+    assert "chunk" not in caught.value.remedy
+
+
+def test_iteration_that_failed_resumes_as_its_message_says(path):
+    batches, whole = fastvgg.batches(path, 4), path.read_bytes()
+    yielded = iter(batches)
+    first = [next(yielded)]
+    path.write_bytes(whole[:300])
+    with pytest.raises(StoppedError, match="load_state_dict resumes after"):
+        first.extend(yielded)
+    path.write_bytes(whole)
+    resumed = fastvgg.batches(path, 4)
+    resumed.load_state_dict(batches.state_dict())
+    assert rows_of(first) + rows_of(resumed) == list(range(IMAGES))
+
+
+def test_labels_do_not_change_with_the_array_that_was_given(path):
+    labels = np.arange(IMAGES)
+    batches = fastvgg.batches(path, 4, labels=labels)
+    labels[:] = -7
+    for batch in batches:
+        assert batch.labels.tolist() == batch.rows.tolist()
 
 
 def test_file_overwritten_during_an_epoch_is_reported_at_its_end(path):

@@ -5,9 +5,11 @@ PyTorch is not a test dependency, as its default build takes gigabytes; its test
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 
+import dask.array
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -16,7 +18,8 @@ from PIL import Image
 
 import fastvgg
 from fastvgg import interop, oracle
-from fastvgg.errors import DtypeError, OutputError, ShapeError
+from fastvgg.errors import ArrayError, DtypeError, OutputError, ShapeError
+from fastvgg.transform import Transform
 from tests.helpers.batches import FLOATS, dtype_of, every_value, run_script
 
 pytestmark = pytest.mark.pixels
@@ -168,6 +171,27 @@ def test_pillow_image_of_another_mode_is_rejected_alone_and_in_a_list(mode):
         fastvgg.preprocess(converted, "caffe")
 
 
+@pytest.mark.parametrize("kind", ["png", "jpeg", "tiff", "bmp"])
+def test_truncated_pillow_image_is_rejected_alone_and_in_a_list(kind):
+    """Pillow opens an image by its header, and decodes it only when it is used."""
+    buffer, noise = io.BytesIO(), np.random.default_rng(1).integers(0, 256, (80, 90, 3), np.uint8)
+    Image.fromarray(noise).save(buffer, kind)
+    whole = buffer.getvalue()
+    for wrap in (lambda image: image, lambda image: [image]):
+        with Image.open(io.BytesIO(whole[: len(whole) // 2])) as image:
+            with pytest.raises(ArrayError, match=r"cannot be decoded: \w") as caught:
+                fastvgg.preprocess(wrap(image), "caffe")
+            assert "intact" in caught.value.remedy
+
+
+def test_closed_pillow_image_is_rejected_with_the_reason(tmp_path):
+    Image.new("RGB", (5, 7)).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        pass
+    with pytest.raises(ArrayError, match="cannot be decoded: AssertionError"):
+        fastvgg.preprocess(image, "caffe")
+
+
 def test_every_pillow_mode_is_known():
     assert {"RGB", *COLOR_MODES, *NUMBER_MODES} >= {*Image.MODES}
 
@@ -283,9 +307,13 @@ def test_a_value_that_is_not_an_array_is_rejected(x):
 
 def test_masked_array_is_rejected_alone_and_in_a_list():
     masked = np.ma.masked_array(every_value(rank=3), mask=False)
-    for x in (masked, [masked]):
-        with pytest.raises(DtypeError, match="masked"):
-            fastvgg.preprocess(x, "caffe")
+    has_mask = OnlyInterface(every_value(rank=3))
+    has_mask.__array_interface__["mask"] = np.zeros(every_value(rank=3).shape, bool)
+    wrapped = [masked, OnlyArray(masked), has_mask, dask.array.from_array(masked)]
+    for x in (*wrapped, [masked], (masked,), *([x] for x in wrapped)):
+        for transform in (Transform("caffe"), Transform("caffe", "restore")):
+            with pytest.raises(DtypeError, match="masked"):
+                transform(x, check_values=False)
 
 
 def test_array_of_objects_is_rejected_with_a_remedy_that_works():
