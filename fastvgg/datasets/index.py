@@ -10,6 +10,7 @@ import csv
 import functools
 import io
 import itertools
+import os
 import re
 from abc import abstractmethod
 from array import array
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 
 NUMBER_PATTERN: Final = re.compile("[0-9]{1,15}")
 COLUMNS: Final = ("row", "path", "label", "width", "height", "status", "reason")
-MAX_RECORD_BYTES: Final = 2**20
+# Of a line: path and label have at most 4095 bytes, twice that if they are quotes, and a reason 500
+# characters.
+MAX_RECORD_BYTES: Final = 2**15
 FIELD_PATTERN: Final = re.compile(r'(?:"([^"]*(?:""[^"]*)*)"|([^",]*))(,|\Z)')
 INDEX_HEADER: Final = ",".join(COLUMNS) + "\n"
 STATUSES: Final = ("ok", "failed")
@@ -82,9 +85,19 @@ class RecordSequence(Sequence[ImageRecord]):
         start, stop, step = index.indices(len(self))
         return self._between(start, max(start, stop))[::step] if step > 0 else [*self][index]
 
+    @property
+    @abstractmethod
+    def max_record_bytes(self) -> int:
+        """The most bytes that a record has as text."""
+
     @abstractmethod
     def _between(self, start: int, stop: int) -> list[ImageRecord]:
         """Return the records of the rows `start` to `stop`, exclusive."""
+
+
+def max_record_bytes(records: Sequence[ImageRecord]) -> int:
+    """Return the most bytes that a record has as text; 0 if there is no index."""
+    return records.max_record_bytes if isinstance(records, RecordSequence) else 0
 
 
 class Index(RecordSequence):
@@ -126,6 +139,10 @@ class Index(RecordSequence):
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
+
+    @property
+    def max_record_bytes(self) -> int:
+        return int(np.diff(self._offsets).max(initial=0))
 
     def __iter__(self) -> Iterator[ImageRecord]:
         with open_regular(self.path) as file:
@@ -178,6 +195,12 @@ class PartRecords(RecordSequence):
 
     def __len__(self) -> int:
         return self._starts[-1]
+
+    @property
+    def max_record_bytes(self) -> int:
+        return max(
+            len(os.fsencode(name)) + 1 + max_record_bytes(each) for name, each in self._parts
+        )
 
     def __iter__(self) -> Iterator[ImageRecord]:
         for name, records in self._parts:
@@ -298,6 +321,16 @@ class PackedNames(Sequence[bytes]):
         self._ends = array("Q", [0])
         for name in names:
             self.append(name)
+
+    @property
+    def total_bytes(self) -> int:
+        """The length of all names."""
+        return len(self._text)
+
+    @property
+    def max_bytes(self) -> int:
+        """The length of the longest name."""
+        return int(np.diff(self._ends).max(initial=0))
 
     def append(self, name: bytes) -> None:
         """Append a name."""

@@ -171,6 +171,10 @@ class Plan(RunOptions):
     """Size and modification time of a source that is one file, to tell what has changed."""
     decoded_image_bytes: int = 0
     """Memory per image of the units that the source stores, if more than that of an image."""
+    record_bytes: int = 0
+    """Memory per image of the records of the chunks in flight."""
+    listed_bytes: int = 0
+    """Memory of the names of all images, or of the positions of their records in an index."""
     notes: tuple[str, ...]
     chunk_images: int = 1
     committed_chunks: int = 0
@@ -224,25 +228,25 @@ class Plan(RunOptions):
 
     @property
     def image_memory_bytes(self) -> int:
-        """Memory per image of the chunks in flight: input, output and encoding buffers.
+        """Memory per image of the chunks in flight: input, output, encoding buffers, records.
 
         Chunks that are computed row by row: two are computed while a third is written.
         """
         image_bytes, result_bytes = self.header.image_bytes, self.result.image_bytes
         decoded_bytes = max(image_bytes, self.decoded_image_bytes)
         source, target = self.job.formats
-        encoded_bytes = target.write_copies * result_bytes
+        encoded_bytes = self.record_bytes + target.write_copies * result_bytes
         if self.job.is_decoded:
             return 3 * result_bytes + encoded_bytes
         if self.job.is_encoded:
-            return 2 * decoded_bytes + 3 * result_bytes
+            return 2 * decoded_bytes + 3 * result_bytes + self.record_bytes
         read_bytes = image_bytes + source.read_copies * decoded_bytes
         return read_bytes + 2 * result_bytes + encoded_bytes
 
     @property
     def _overhead_bytes(self) -> int:
-        """Memory of a run, and of the library of a format, at any chunk size."""
-        return RUN_BYTES + max(used.retained_bytes for used in self.job.formats)
+        """Memory of a run, its listing and the library of a format, at any chunk size."""
+        return RUN_BYTES + self.listed_bytes + max(used.retained_bytes for used in self.job.formats)
 
     @property
     def thread_bytes(self) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, get_args
 from fastvgg.choices import check_choice, check_flags
 from fastvgg.datasets.base import MissingChunks
 from fastvgg.datasets.formats import SOURCES, inner_chunk_images
-from fastvgg.datasets.images import ImageSource
+from fastvgg.datasets.images import ImageSource, listed_memory_bytes, record_memory_bytes
 from fastvgg.datasets.open import open_source, source_format, target_format
 from fastvgg.errors import (
     SourceError,
@@ -415,6 +415,8 @@ def _build_plan(source: Source, target: Location, job: Job, options: RunOptions)
         read_bytes=source.stored_bytes,
         source_status=file_status(source.location),
         decoded_image_bytes=source.decoded_image_bytes,
+        record_bytes=record_memory_bytes(source),
+        listed_bytes=listed_memory_bytes(source),
         notes=tuple(source.notes + loss_notes(job)),
         listing=source.listing if isinstance(source, ImageSource) else None,
         **vars(options),
