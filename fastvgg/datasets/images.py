@@ -33,7 +33,7 @@ MAX_REASON_CHARACTERS: Final = 500
 # measured for 150,000 failed images with names of 90 bytes.
 RECORD_BYTES: Final = 1536
 RECORD_COPIES: Final = 8
-# Of an image that is listed, besides its name, and of an image in an index. Arrays grow by an eighth.
+# Of an image that is listed, besides its name, and of one in an index; arrays grow by an eighth.
 LISTED_BYTES: Final = 36
 INDEXED_BYTES: Final = 9
 

@@ -226,7 +226,7 @@ def test_plan_of_a_folder_includes_decoding_memory(tmp_path):
         tmp_path / "photos", tmp_path / "y.npy", mode="tf", size=(11, 23), memory=memory
     )
     # Two chunks are computed while a third is written; a thread decodes into a row of its own.
-    assert plan.image_memory_bytes == 3 * 4 * row_bytes
+    assert plan.image_memory_bytes == 3 * 4 * row_bytes + plan.record_bytes
     assert plan.projected_bytes == memory
     rest = memory - RUN_BYTES - 5 * plan.image_memory_bytes - plan.threads * row_bytes
     assert plan.decoding_bytes == rest
