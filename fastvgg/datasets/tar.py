@@ -56,6 +56,8 @@ from fastvgg.errors import SourceError
 from fastvgg.storage.descriptors import above_standard_streams
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
 COMPRESSION_SUFFIXES: Final = {
@@ -348,28 +350,32 @@ def shard_paths(path: Path) -> list[tuple[str, bytes]]:
                 "check the path; the syntax of a range of shards is 'shards/{0000..0099}.tar'",
             )
         return [(text, b"")]
-    start, end, numbers = parsed
-    paths = [text[:start] + number + text[end:] for number in numbers]
-    missing = [shard for shard in paths if not os.path.lexists(shard)]
-    if missing:
-        shown = ", ".join(missing[:MAX_MISSING_SHOWN])
-        others = len(missing) - MAX_MISSING_SHOWN
-        more = f" and {others} more" if others > 0 else ""
+    start, end, numbers, digits = parsed
+
+    def paths() -> Iterator[str]:  # a million may be missing
+        return (f"{text[:start]}{number:0{digits}}{text[end:]}" for number in numbers)
+
+    missing = (shard for shard in paths() if not os.path.lexists(shard))
+    first = [*itertools.islice(missing, MAX_MISSING_SHOWN)]
+    if first:
+        others = sum(1 for _ in missing)
+        more = f" and {others} more" if others else ""
         raise SourceError(
-            f"{path}: {len(missing)} of {len(paths)} shards are missing: {shown}{more}",
+            f"{path}: {len(first) + others} of {len(numbers)} shards are missing: "
+            f"{', '.join(first)}{more}",
             "get the missing shards, or give the range that exists",
         )
-    if len(paths) == 1:
-        return [(paths[0], b"")]
+    if len(numbers) == 1:
+        return [(next(paths()), b"")]
     begin = text.rfind("/", 0, start) + 1
-    return [(shard, _prefix(shard[begin:])) for shard in paths]
+    return [(shard, _prefix(shard[begin:])) for shard in paths()]
 
 
-def _parse_range(text: str) -> tuple[int, int, list[str]] | None:
-    """Return the position of a range in a path, and its numbers; None if there is no range.
+def _parse_range(text: str) -> tuple[int, int, range, int] | None:
+    """Return the position of a range in a path, its numbers and their digits; None without range.
 
     >>> _parse_range("shards/{08..11}.tar")
-    (7, 15, ['08', '09', '10', '11'])
+    (7, 15, range(8, 12), 2)
     """
     ranges = [*BRACE_RANGE.finditer(text)]
     if not ranges:
@@ -385,8 +391,7 @@ def _parse_range(text: str) -> tuple[int, int, list[str]] | None:
             f"{text}: {ranges[0][0]} is not a range of at most {MAX_SHARDS} increasing numbers",
             "give the first and the last number: 'shards/{0000..0099}.tar'",
         )
-    numbers = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
-    return *ranges[0].span(), numbers
+    return *ranges[0].span(), range(int(first), int(last) + 1), len(first)
 
 
 def _check_not_compressed(path: Path, *, is_range: bool) -> None:

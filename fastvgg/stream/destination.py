@@ -42,6 +42,7 @@ class Destination(ABC):
     def __init__(self, plan: Plan) -> None:
         self.path = path = plan.target.container
         self.dataset = plan.target.inner
+        self._memory_bytes = plan.memory_bytes
         self.replaced = replaced = sidecar_path(path, REPLACED)
         self.set_aside_names = (
             (manifest_path(path), manifest_path(replaced)),
@@ -166,7 +167,7 @@ class Destination(ABC):
 
     def _read_manifest(self, container: Path) -> Manifest | None:
         try:
-            return read_manifest(container)
+            return read_manifest(container, self._memory_bytes)
         except SourceError as error:
             raise TargetError(error.problem, MOVE_AWAY) from error
 

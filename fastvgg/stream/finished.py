@@ -99,7 +99,8 @@ class FinishedDataset:
             If it is not a finished dataset of fastvgg, or its manifest or index is damaged.
         """
         check_not_in_place(location.container)
-        if read_manifest(location.container) is None or not exists(location):
+        is_recorded = read_manifest(location.container, memory_bytes) is not None
+        if not (is_recorded and exists(location)):
             check_exists(location)  # with a manifest, even one that cannot be opened is a dataset
         manifest = Provenance.read(location).manifest
         if manifest is None:

@@ -15,8 +15,8 @@ import xxhash
 
 from fastvgg.datasets.files import read_sidecar
 from fastvgg.datasets.open import embedded_transform
-from fastvgg.errors import SourceError
-from fastvgg.formatting import package_versions
+from fastvgg.errors import SourceError, option
+from fastvgg.formatting import format_bytes, package_versions
 from fastvgg.storage.location import sidecar_path
 from fastvgg.stream.job import (
     Job,
@@ -53,6 +53,9 @@ MANIFEST_SCHEMA: Final[Schema] = {
 }
 # Two checksums for each of `MAX_CHUNKS` chunks, and the job.
 MAX_BYTES: Final = 64 * 1024 * 1024
+# As JSON is parsed: the bytes, the text, and a string for each of its values.
+TEXT_COPIES: Final = 2
+VALUE_BYTES: Final = 80
 MAX_BRACKETS: Final = 20_000  # a manifest has fewer than 100; the path of a source may have others
 COUNTS_SCHEMA: Final[Schema] = {"images": int, "failed": int}
 
@@ -138,18 +141,26 @@ def manifest_path(container: Path) -> Path:
     return sidecar_path(container, ".fastvgg.json")
 
 
-def read_manifest(container: Path) -> Manifest | None:
+def read_manifest(container: Path, memory_bytes: int | None = None) -> Manifest | None:
     """Read the manifest of the dataset in a container; return None if it has none.
 
     Raises
     ------
     SourceError
-        If the manifest is damaged, or has an unknown format version.
+        If the manifest is damaged, has an unknown format version, or takes more memory than
+        `memory_bytes`.
     """
     path = manifest_path(container)
     data = read_sidecar(path, MAX_BYTES + 1)
     if data is None:
         return None
+    needed_bytes = TEXT_COPIES * len(data) + VALUE_BYTES * data.count(b",")
+    if memory_bytes is not None and needed_bytes > memory_bytes:
+        raise SourceError(
+            f"{path} takes {format_bytes(needed_bytes)} of memory, but the limit is "
+            f"{format_bytes(memory_bytes)}",
+            f"give {option('memory', f'{-(-needed_bytes // 2**20)}MiB')} or more",
+        )
     try:
         _check_is_small(data)
         fields = json.loads(data)
@@ -201,9 +212,9 @@ class Provenance:
     """Whether an index next to the container describes this dataset."""
 
     @classmethod
-    def read(cls, location: Location) -> Provenance:
-        """Read what is recorded about a dataset; raise SourceError if a record is damaged."""
-        manifest, inner = read_manifest(location.container), location.inner
+    def read(cls, location: Location, memory_bytes: int | None = None) -> Provenance:
+        """Read what is recorded about a dataset; raise SourceError as `read_manifest` does."""
+        manifest, inner = read_manifest(location.container, memory_bytes), location.inner
         if manifest is not None and (not inner or manifest.job.dataset in ("", inner)):
             return cls(manifest, manifest.job.transform, has_index=True)
         return cls(None, _read_transform(location), has_index=manifest is None)

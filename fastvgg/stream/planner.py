@@ -216,7 +216,7 @@ def plan(
         size, interpolation, keep_aspect_ratio, fast_jpeg, exif, scale_to_uint8, max_pixels
     )
     check_choice("missing_chunks", missing_chunks, get_args(MissingChunks))
-    recorded = Provenance.read(location)
+    recorded = Provenance.read(location, options.memory_bytes)
     redo_log = None
     if in_place:
         redo_log = read_header_to_resume(location.container, restart=restart)

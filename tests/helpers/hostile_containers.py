@@ -322,6 +322,33 @@ def sidecar_of(directory, name, start, text, nbytes=GIB // 16):
     return directory / "x.npy"
 
 
+def index_with(directory, images, record):
+    """An array of pixels, and an index in which every row ends in `record`."""
+    np.save(directory / "x.npy", np.zeros((images, 1, 1, 3), np.uint8))
+    lines = (b"%d,%d.png,%b\n" % (row, row, record) for row in range(images))
+    (directory / f"x.npy{INDEX}").write_bytes(INDEX_HEADER + b"".join(lines))
+    return directory / "x.npy"
+
+
+def tar_of_long_names(directory, images, name_bytes):
+    """A tar of empty images, each in a folder of its own."""
+    members = []
+    for row in range(images):
+        name = (b"%d/%b/a.png" % (row, b"d" * name_bytes)).ljust(-(-name_bytes // 512) * 512, b"\0")
+        name += bytes(-len(name) % 512)
+        members += [tar_header("@LongLink", len(name), b"L"), name, tar_header("x", 0)]
+    content = png(BATCH[0, :1, :1])
+    image = tar_header("a.png", len(content)) + content + bytes(-len(content) % 512)
+    return tar_with(directory, image, *members)
+
+
+def manifest_of_values(directory):
+    np.save(directory / "x.npy", BATCH)
+    fields = {"fastvgg-manifest": 3, "checksums": ["0123456789abcdef"] * 700_000}
+    (directory / f"x.npy{MANIFEST}").write_text(json.dumps(fields))
+    return directory / "x.npy"
+
+
 def npy_with(directory, text, version=(1, 0), data=b""):
     path = directory / "x.npy"
     path.write_bytes(npy_of(text, version, data))
@@ -409,6 +436,9 @@ HOSTILE = {
     "tar, a negative size": lambda d: tar_with(
         d, tar_image(), tar_header("b.png", 2**88 - 1, base_256=True)
     ),
+    "tar of long names": lambda d: tar_of_long_names(d, 6_000, 1_500),
+    "tar, a range of missing shards": lambda d: f"{d}/{{000000..999999}}.tar",
+    "manifest of many values": manifest_of_values,
     "manifest of 2 GiB": lambda d: with_npy(d, f"x.npy{MANIFEST}", 2 * GIB, b'{"fastvgg-manifest'),
     "manifest of many lists": lambda d: sidecar_of(d, f"x.npy{MANIFEST}", b"[", b"[],", 32 * 2**20),
     "manifest, nested": lambda d: sidecar_of(d, f"x.npy{MANIFEST}", b"", DEEP, 8 * 2**20),
@@ -422,6 +452,9 @@ HOSTILE = {
         d, f"x.npy{JOURNAL}", 2 * GIB, b'0123456789abcdef {"fastvgg-redo-log": 1}\n'
     ),
     "index of a line of 1 GiB": lambda d: with_npy(d, f"x.npy{INDEX}", GIB, INDEX_HEADER + b'0,"'),
+    "index with long reasons": lambda d: index_with(d, 40, b",1,1,failed," + b"r" * 1_000_000),
+    "index with long labels": lambda d: index_with(d, 80, b"l" * 1_000_000 + b",1,1,ok,"),
+    "index of many images": lambda d: index_with(d, 30_000, b"l,1,1,ok," + b"r" * 600),
     "index of many lines": lambda d: sidecar_of(
         d, f"x.npy{INDEX}", INDEX_HEADER, b"0,a.png,,1,1,ok,\n"
     ),
