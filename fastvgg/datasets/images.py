@@ -32,7 +32,7 @@ MAX_REASON_CHARACTERS: Final = 500
 # Of a record in the chunks in flight, one of which is encoded as a line of the journal: 1.2 kB were
 # measured for 150,000 failed images with names of 90 bytes.
 RECORD_BYTES: Final = 1536
-RECORD_COPIES: Final = 8
+RECORD_COPIES: Final = 10
 # Of an image that is listed, besides its name, and of one in an index; arrays grow by an eighth.
 LISTED_BYTES: Final = 36
 INDEXED_BYTES: Final = 9

@@ -229,6 +229,7 @@ def test_plan_of_a_folder_includes_decoding_memory(tmp_path):
     assert plan.image_memory_bytes == 3 * 4 * row_bytes + plan.record_bytes
     assert plan.projected_bytes == memory
     rest = memory - RUN_BYTES - 5 * plan.image_memory_bytes - plan.threads * row_bytes
+    rest -= plan.listed_bytes
     assert plan.decoding_bytes == rest
 
 
