@@ -29,12 +29,12 @@ from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from fastvgg.choices import check_choice
 from fastvgg.errors import UsageError, option
-from fastvgg.imaging import memory, modes, resize
+from fastvgg.imaging import memory, modes, orientation, resize
 from fastvgg.imaging.formats import HEAD_BYTES, describe_content, supported_formats
 from fastvgg.imaging.memory import (
     COEFFICIENT_PIXEL_BYTES,
@@ -86,17 +86,6 @@ DECODING_ERRORS: Final = (
 
 SIMPLEJPEG_COLORS: Final = ("YCbCr", "Gray")
 FAST_JPEG_FACTOR: Final = 2
-# How to undo an EXIF orientation, and the orientations that swap height and width.
-TRANSPOSES: Final = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-TRANSPOSED_ORIENTATIONS: Final = (5, 6, 7, 8)
 # Pillow's threshold for a warning; it rejects images of more than twice as many.
 MAX_PIXELS: Final = 89_478_485
 # Limit of the file size: an uncompressed image with four channels of 16 bits, and its headers.
@@ -264,8 +253,8 @@ class Decoder:
                     return height, width
                 # Pillow may have to decode the image to find its orientation.
                 with self._pillow_memory(image, data, opened_bytes):
-                    is_transposed = _orientation(image) in TRANSPOSED_ORIENTATIONS
-                return (width, height) if is_transposed else (height, width)
+                    swaps_sides = orientation.swaps_sides(image)
+                return (width, height) if swaps_sides else (height, width)
         except (*DECODING_ERRORS, RejectedError) as error:
             return describe_error(error)
 
@@ -312,7 +301,7 @@ class Decoder:
         try:
             if decoding.exif:
                 with self._opened(data) as (image, _):
-                    if _orientation(image) in TRANSPOSES:
+                    if orientation.is_transposed(image):
                         return None
             self._check_pixels(height * width)
             if max_bytes > self._share_bytes:  # to search 70 kB for coefficients takes 160 us
@@ -359,10 +348,7 @@ class Decoder:
         if isinstance(image, TiffImageFile):
             modes.check_tiff(image)
         if self._decoding.exif and image_format != "TIFF":  # which Pillow transposes itself
-            image.load()  # of a PNG, also what follows the pixels
-            orientation = _orientation(image)
-            if orientation in TRANSPOSES:
-                image = image.transpose(TRANSPOSES[orientation])
+            image = orientation.upright(image)
         rgb = modes.to_rgb(image, image_format, scale_to_uint8=self._decoding.scale_to_uint8)
         self._store_image(rgb, out)
 
@@ -443,12 +429,6 @@ def open_image(stream: IO[bytes]) -> Image.Image:
     except UnidentifiedImageError:
         stream.seek(0)
         raise UnidentifiedImageError(describe_content(stream.read(HEAD_BYTES))) from None
-
-
-def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation of an image, or 1 if it has none."""
-    orientation: int = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return orientation
 
 
 def describe_error(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from PIL.JpegImagePlugin import MARKER
 from PIL.PngImagePlugin import MAX_TEXT_CHUNK, MAX_TEXT_MEMORY
 
-from fastvgg.imaging import jpeg2000
+from fastvgg.imaging import avif, jpeg2000
 from fastvgg.imaging.formats import DECODER_PIXEL_BYTES
 from fastvgg.imaging.modes import RejectedError
 
@@ -48,6 +48,7 @@ JPEG_FRAME: Final = re.compile(rb"\xff[\xc0-\xcf]..\x08(..)(..)", re.DOTALL)
 START_OF_SCAN: Final = 0xFFDA
 EXIF_START: Final = b"Exif\0\0"
 MULTI_PICTURE_START: Final = b"MPF\0"
+AVIF_EXIF_START: Final = 4  # after an offset
 PHOTOSHOP_RESOURCE: Final = b"8BIM"
 
 # Pillow reads metadata in Python: so many chunks, segments or fractions take it a second.
@@ -126,18 +127,26 @@ def metadata_bytes(data: bytes) -> int:
         return _TiffHeader.parse(data).metadata_bytes
     if data.startswith(b"BM"):
         return 0
-    total = METADATA_COPIES * len(data)
+    return METADATA_COPIES * len(data) + _object_bytes(data)
+
+
+def _object_bytes(data: bytes) -> int:
+    """Return what metadata take as Python objects."""
     if data.startswith(JPEG_SIGNATURE):
-        total += _jpeg_bytes(data)
-    elif data.startswith(b"GIF8"):
-        total += _gif_bytes(data)
-    elif data.startswith(jpeg2000.SIGNATURES):
-        parts = 0
+        return _jpeg_bytes(data)
+    if data.startswith(b"GIF8"):
+        return _gif_bytes(data)
+    if data.startswith(b"RIFF"):
+        return _webp_bytes(data)
+    total = 0
+    if data.startswith(jpeg2000.SIGNATURES):
         for parts, _ in enumerate(jpeg2000.header_parts(data)):
             _check_parts(parts)
-        total += PART_BYTES * parts
-    elif data.startswith(b"RIFF"):
-        total += _webp_bytes(data)
+            total += PART_BYTES
+    elif data.startswith(avif.SIGNATURE, 4):
+        for parts, item in enumerate(avif.items(data)):
+            _check_parts(parts)
+            total += _exif_bytes(item[AVIF_EXIF_START:])
     return total
 
 
@@ -162,16 +171,22 @@ def pixel_bytes(image: Image.Image, data: bytes, *, exif: bool, is_resized: bool
     is_jpeg = image.format in JPEG_FORMATS
     tiff = _TiffHeader.parse(data) if image.format == "TIFF" else None
     is_transposed = exif or (tiff is not None and tiff.geometry.get(ORIENTATION, 1) != 1)
+    pixels = image.width * image.height
     per_pixel = (
         RGB_PIXEL_BYTES
         + CONVERTED_PIXEL_BYTES * (image.mode != "RGB")
         + TRANSPOSED_PIXEL_BYTES * is_transposed
         + SCALED_PIXEL_BYTES * image.mode.startswith(("I", "F"))
-        + DECODER_PIXEL_BYTES.get(image.format or "", 0)
         + COEFFICIENT_PIXEL_BYTES * (is_jpeg and has_coefficients(data, len(image.getbands())))
         + UNRESIZED_PIXEL_BYTES * (not is_resized)
     )
-    total = per_pixel * image.width * image.height
+    decoded_pixels = pixels
+    if image.format == "AVIF":
+        for parts, frame_pixels in enumerate(avif.frame_pixels(data)):
+            _check_parts(parts)
+            decoded_pixels = max(decoded_pixels, frame_pixels)
+    total = per_pixel * pixels
+    total += DECODER_PIXEL_BYTES.get(image.format or "", 0) * decoded_pixels
     if image.format == "JPEG2000":
         total += jpeg2000.structure_bytes(data)
     return total if tiff is None else total + tiff.block_bytes(data)
@@ -182,10 +197,11 @@ def _check_parts(parts: int) -> None:
         raise RejectedError(f"the metadata have more than {MAX_PARTS} parts")
 
 
-def _exif_bytes(exif: bytes) -> int:
-    while exif.startswith(EXIF_START):
+def _exif_bytes(exif: bytes | memoryview) -> int:
+    while exif[: len(EXIF_START)] == EXIF_START:
         exif = exif[len(EXIF_START) :]
-    return _TiffHeader.parse(exif).metadata_bytes if exif[:2] in TIFF_BYTE_ORDERS else 0
+    is_exif = bytes(exif[:2]) in TIFF_BYTE_ORDERS
+    return _TiffHeader.parse(bytes(exif)).metadata_bytes if is_exif else 0
 
 
 def _jpeg_bytes(data: bytes) -> int:

@@ -318,6 +318,25 @@ def with_avif_size(data, side):
     return data[:at] + struct.pack(">II", side, side) + data[at + 8 :]
 
 
+def with_track_size(data, side):
+    """Claim another size in the header of a track than in its frames."""
+    at = data.index(b"tkhd")
+    end = at - 4 + int.from_bytes(data[at - 4 : at])
+    data = data[: end - 8] + struct.pack(">II", side << 16, side << 16) + data[end:]
+    return with_avif_size(data, side)
+
+
+def with_extents(data):
+    """Divide the item of an AVIF image into two extents, within the header of its sequence."""
+    at = data.index(b"iloc")
+    offset, length = struct.unpack_from(">II", data, at + 18)
+    changed = bytearray(data)
+    changed[at + 16 : at + 26] = struct.pack(">HIIII", 2, offset + 8, 5, offset + 13, length - 5)
+    for box in (at, data.index(b"meta")):
+        changed[box - 4 : box] = (int.from_bytes(data[box - 4 : box]) + 8).to_bytes(4)
+    return bytes(changed)
+
+
 def pnm(magic, width, height, maximum, data):
     return b"%b\n%d %d\n%d\n" % (magic, width, height, maximum) + data
 
@@ -515,6 +534,23 @@ def hostile_images():
         "large.avif": lambda: flat(2_500, 2_500, "avif", "RGB", speed=10),
         "medium.avif": lambda: flat(800, 800, "avif", "RGB", speed=10),
         "claimed.avif": lambda: with_avif_size(flat(64, 64, "avif", "RGB", speed=10), 9_000),
+        "large-frame.avif": lambda: with_avif_size(flat(8_000, 8_000, "avif", "L", speed=10), 64),
+        "large-frame-in-extents.avif": lambda: with_extents(
+            with_avif_size(flat(8_000, 8_000, "avif", "L", speed=10), 64)
+        ),
+        "large-frames.avif": lambda: with_track_size(
+            saved(
+                "avif",
+                Image.new("L", (8_000, 8_000)),
+                speed=10,
+                save_all=True,
+                append_images=[Image.new("L", (8_000, 8_000), 9)],
+            ),
+            64,
+        ),
+        "oriented.avif": lambda: saved("avif", exif=exif_fractions(1_000_000), speed=10).replace(
+            struct.pack("<HH", 282, RATIONAL), struct.pack("<HH", 274, RATIONAL)
+        ),
         # Neither one thing nor the other.
         "empty.jpg": lambda: b"",
         "two-bytes.tif": lambda: b"II",
