@@ -8,7 +8,7 @@ import stat
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Final
 
-from fastvgg.errors import SourceError
+from fastvgg.errors import SourceError, remedy_for
 from fastvgg.storage import objects
 from fastvgg.storage.descriptors import above_standard_streams
 from fastvgg.storage.local import NO_FOLLOW
@@ -131,9 +131,8 @@ def open_sidecar(path: Path) -> Iterator[BinaryIO | None]:
         with file as opened, objects.os_errors():
             yield opened
     except OSError as error:
-        raise SourceError(
-            f"{path} cannot be read: {error.strerror or error}", "check its permissions"
-        ) from None
+        remedy = remedy_for(error) if error.errno else "move it away"
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}", remedy) from None
 
 
 def read_sidecar(path: Path, max_bytes: int = -1) -> bytes | None:

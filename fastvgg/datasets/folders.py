@@ -29,7 +29,7 @@ from fastvgg.datasets.image_names import (
     kind_skipped_by_rule,
 )
 from fastvgg.datasets.images import ImageListing, ImageSource
-from fastvgg.errors import SourceError, option
+from fastvgg.errors import SourceError, option, remedy_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -191,7 +191,7 @@ class FolderImageListing(ImageListing):
             raise SourceError(
                 f"{os.fsdecode(error.filename or self._root + folder)} cannot be listed: "
                 f"{error.strerror}",
-                "check its permissions",
+                remedy_for(error),
             ) from None
         paths.sort()
         return identity, paths

@@ -36,7 +36,7 @@ from fastvgg.datasets.contiguous import ContiguousSource, ContiguousTarget
 from fastvgg.datasets.image_names import is_image_name, kind_skipped_by_rule
 from fastvgg.datasets.index import PartRecords, index_path, read_index
 from fastvgg.datasets.signatures import NPY_SIGNATURE
-from fastvgg.errors import SourceError, option
+from fastvgg.errors import SourceError, option, remedy_for
 from fastvgg.storage.location import Location
 from fastvgg.transform import storage_dtype
 
@@ -280,9 +280,8 @@ def _list_parts(directory: Path) -> tuple[list[str], int]:
     try:
         names = os.listdir(os.fsencode(directory))  # noqa: PTH208  # sorted as bytes, as images are
     except OSError as error:
-        raise SourceError(
-            f"{directory} cannot be listed: {error.strerror}", "check its permissions"
-        ) from None
+        problem = f"{directory} cannot be listed: {error.strerror}"
+        raise SourceError(problem, remedy_for(error)) from None
     parts = sorted(name for name in names if name.startswith(b"part-") and name.endswith(b".npy"))
     if not parts:
         return [], len(names)

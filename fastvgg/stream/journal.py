@@ -258,7 +258,7 @@ def check_is_journal(path: Path) -> bool:
     start = read_sidecar(path, max_bytes=HEADER_START_BYTES)
     if start is None and os.path.lexists(temporary_path(path)):
         raise _foreign_error(temporary_path(path))
-    if start and not HEADER_START_PATTERN.fullmatch(start):
+    if path.is_symlink() or (start and not HEADER_START_PATTERN.fullmatch(start)):
         raise _foreign_error(path)
     return bool(start)
 

@@ -28,7 +28,7 @@ from fastvgg.errors import (
 )
 from fastvgg.stream.compute import ChunkTask, check_no_failures, stored_checksum
 from fastvgg.stream.destinations import make_destination
-from fastvgg.stream.journal import journal_path
+from fastvgg.stream.journal import check_is_journal, journal_path
 from fastvgg.stream.manifest import Manifest, manifest_path
 from fastvgg.stream.ownership import Written, find_change, index_content
 from fastvgg.stream.progress import ProgressTracker
@@ -236,6 +236,12 @@ class Run:
                 f"{self.plan.source} changed while it was read, so the result may mix both "
                 f"versions{describe_change(self.plan)}",
                 f"keep the source unchanged, and rerun with {option('restart')}",
+            )
+        journal = self.journal.path
+        if not (self.plan.target.is_remote or check_is_journal(journal)):
+            raise StoppedError(
+                f"{journal} was removed while the run used it",
+                f"move {self.target.partial} away, and rerun the same command",
             )
         try:  # other programs may have changed or added files since the run began
             check_names(self.destination, self.plan.job, self._journal_state)

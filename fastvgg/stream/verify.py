@@ -192,4 +192,7 @@ def _remedy(dataset: FinishedDataset, repaired: repairs.Repaired, *, has_repaire
     if not is_damaged or is_other or has_repaired or job.in_place:
         return "restore a copy of the dataset, or recreate it under another name"
     how = command("verify", dataset.location, repair=True)
-    return f"recompute what is damaged from {job.source}: {how}"
+    return (
+        f"recompute from {job.source} all that differs from its checksum; this overwrites it, also "
+        f"what was changed on purpose: {how}"
+    )

@@ -568,7 +568,18 @@ def test_directory_without_permission_is_rejected(folder, closed):
     assert actual.startswith("SourceError ")
     assert str(folder / closed) in actual
     assert "Permission denied" in actual
-    assert "check its permissions" in actual
+    assert "check the permissions" in actual
+
+
+def test_folder_with_a_path_that_is_too_long_for_the_system_is_to_be_shortened(tmp_path):
+    deepest = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(20):
+        os.mkdir("d" * 250, dir_fd=deepest)
+        above, deepest = deepest, os.open("d" * 250, os.O_RDONLY, dir_fd=deepest)
+        os.close(above)
+    os.close(deepest)
+    with pytest.raises(SourceError, match="File name too long\nchoose a shorter name"):
+        open_folder(tmp_path, size=SIZE)
 
 
 def folder_fingerprint(path):

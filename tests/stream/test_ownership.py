@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fastvgg.datasets.index import index_path
-from fastvgg.errors import ResumeError, StoppedError, TargetError
+from fastvgg.errors import ResumeError, SourceError, StoppedError, TargetError
 from fastvgg.storage.local import Storage
 from fastvgg.stream.journal import journal_path
 from fastvgg.stream.manifest import manifest_path
@@ -148,7 +148,7 @@ NAMES = ("z.npy", "z.zarr", "out")
 def check_refused(directory, command, *words, **settings):
     """Check that a rerun is refused before anything is written, and loses nothing."""
     before = tree(directory)
-    with pytest.raises(TargetError) as caught:
+    with pytest.raises((TargetError, SourceError)) as caught:
         command.plan(**settings).run()
     check_error(caught.value, "move it away", *words)
     assert caught.value.exit_code == 3
@@ -276,7 +276,7 @@ def test_sidecar_created_during_a_run_is_kept(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("restart", [False, True])
-@pytest.mark.parametrize("suffix", [*SIDECARS, ".partial"])
+@pytest.mark.parametrize("suffix", [*SIDECARS, ".partial", ".fastvgg-journal"])
 def test_dangling_link_with_the_name_of_a_sidecar_is_kept(tmp_path, suffix, restart):
     command = Command(tmp_path, "z.npy")
     (tmp_path / f"z.npy{suffix}").symlink_to("nowhere")
@@ -323,6 +323,25 @@ def test_other_file_with_the_name_of_a_partial_is_kept(tmp_path, content, restar
         moved = partial.rename(tmp_path / "moved")
         partial.symlink_to(moved) if content == "link" else partial.write_bytes(content)
     check_refused(tmp_path, command, partial, restart=restart)
+
+
+def test_journal_removed_during_a_run_stops_it_before_it_publishes(tmp_path):
+    command = Command(tmp_path, "z.npy")
+    with pytest.raises(StoppedError) as caught:
+        run_with_event(command.plan(), journal_path(command.target).unlink)
+    partial = tmp_path / "z.npy.partial"
+    check_error(caught.value, journal_path(command.target), f"move {partial} away", "rerun")
+    assert not command.target.exists()
+    partial.unlink()
+    command.plan().run()
+
+
+@pytest.mark.parametrize("suffix", [".fastvgg.json", ".index.csv", ".fastvgg-journal"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "directory"])
+def test_what_is_no_file_with_the_name_of_a_sidecar_is_to_be_moved_away(tmp_path, make, suffix):
+    command = Command(tmp_path, "z.npy")
+    make(tmp_path / f"z.npy{suffix}")
+    check_refused(tmp_path, command, f"z.npy{suffix}", restart=True)
 
 
 class CrashBeforePartialStorage(Storage):
