@@ -121,7 +121,8 @@ class Batches:
     Raises
     ------
     SourceError, ShapeError, DtypeError
-        If the dataset does not exist, does not fit the transform, or is already preprocessed.
+        If the dataset does not exist, does not fit the transform, or is already preprocessed, or
+        its floats are no images.
     UsageError
         If an argument is out of range, or an iteration continues in a forked process.
     StoppedError

@@ -69,8 +69,9 @@ MAX_NEAR_GAP_BYTES: Final = 16 * 2**10
 class TarHeaderReader:
     """Iterate over the entries of a shard in order; data between distant headers is not read.
 
-    A shard may be several archives, one after the other, as `cat a.tar b.tar` makes: as in `tar
-    --ignore-zeros` and WebDataset, the blocks of zeros that end an archive do not end the shard.
+    A shard may be several archives, one after the other, as `cat a.tar b.tar` makes. As for `tar
+    --ignore-zeros`, the blocks of zeros that end an archive do not end the shard: what follows it
+    would be omitted silently.
 
     Raises
     ------
