@@ -150,6 +150,27 @@ def creation_remedy(directory: Path) -> str:
     return f"create it: {shlex.join(['mkdir', '-p', str(directory)])}"
 
 
+def rank_remedy(shape: Sequence[int], name: str) -> str:
+    """Return how to make a batch of images, of rank 4, of an array `name` of another rank.
+
+    >>> rank_remedy((2, 5, 64, 64, 3), "x"), rank_remedy((64, 64, 3), "x")
+    ('x.reshape(-1, 64, 64, 3)', 'a single image: x[numpy.newaxis]')
+    >>> rank_remedy((8, 28, 28), "x")
+    'grayscale images: numpy.stack([x] * 3, axis=-1)'
+    >>> rank_remedy((8, 3072), "x"), rank_remedy((8,), "x")
+    ('flat images: x.reshape(8, HEIGHT, WIDTH, 3)', 'labels, for example, are not images')
+    """
+    if len(shape) > 4:
+        return f"{name}.reshape{(-1, *shape[-3:])}"
+    if len(shape) == 3 and 3 in (shape[0], shape[-1]):
+        return f"a single image: {name}[numpy.newaxis]"
+    if len(shape) == 3:
+        return f"grayscale images: numpy.stack([{name}] * 3, axis=-1)"
+    if len(shape) == 2:
+        return f"flat images: {name}.reshape({shape[0]}, HEIGHT, WIDTH, 3)"
+    return "labels, for example, are not images"
+
+
 def describe_os_error(error: OSError) -> str:
     """Return which file an error is about, if it says so, and its reason.
 

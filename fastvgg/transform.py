@@ -18,7 +18,15 @@ import xxhash
 
 from fastvgg import models
 from fastvgg.choices import check_choice
-from fastvgg.errors import DtypeError, ModeError, ShapeError, UsageError, option, option_name
+from fastvgg.errors import (
+    DtypeError,
+    ModeError,
+    ShapeError,
+    UsageError,
+    option,
+    option_name,
+    rank_remedy,
+)
 from fastvgg.formatting import html_table
 
 if TYPE_CHECKING:
@@ -386,10 +394,10 @@ class Transform:
             If the network inputs to restore are uint8, or the images to pack are not.
         """
         if len(shape) not in (3, 4):
-            remedy = "give a batch, of rank 4, or one image, of rank 3"
-            if len(shape) > 4:
-                remedy += f": x.reshape{(math.prod(shape[:-3]), *shape[-3:])}"
-            raise ShapeError(f"shape {shape} has rank {len(shape)}", remedy)
+            raise ShapeError(
+                f"shape {shape} has rank {len(shape)}",
+                f"give a batch, of rank 4, or one image, of rank 3; {rank_remedy(shape, 'x')}",
+            )
         channels = shape[CHANNEL_AXES[self.layout]]
         if channels != CHANNELS:
             other: Layout = "NCHW" if self.layout == "NHWC" else "NHWC"

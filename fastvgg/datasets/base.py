@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from fastvgg.datasets.published import PublishedDataset
-from fastvgg.errors import SourceError, StoppedError
+from fastvgg.errors import SourceError, StoppedError, rank_remedy
 from fastvgg.storage.location import sidecar_path
 from fastvgg.transform import storage_dtype
 
@@ -46,8 +46,8 @@ def max_encoded_bytes(decoded_bytes: int) -> int:
     return decoded_bytes + decoded_bytes // 8 + ENCODED_SLACK_BYTES
 
 
-def check_shape(path: Location | Path, shape: tuple[int, ...]) -> None:
-    """Check that an array has the shape of a batch of images.
+def check_shape(path: Location | Path, shape: tuple[int, ...], dtype: str) -> None:
+    """Check that an array has the shape of a batch of images; `dtype` is for who describes it.
 
     Raises
     ------
@@ -58,8 +58,10 @@ def check_shape(path: Location | Path, shape: tuple[int, ...]) -> None:
     if len(shape) != 4:
         raise SourceError(
             f"{path} has shape {shown}, of rank {len(shape)}",
-            "a dataset has rank 4, (images, height, width, 3) or (images, 3, height, width); "
-            "store a single image as array[numpy.newaxis]",
+            "store a batch, (images, height, width, 3) or (images, 3, height, width); "
+            f"{rank_remedy(shape, 'array')}",
+            shape=list(shape),
+            dtype=dtype,
         )
     if math.prod(shape) == 0:
         raise SourceError(f"{path} has shape {shown}: no images", "give a dataset with images")
@@ -70,7 +72,7 @@ def check_shape(path: Location | Path, shape: tuple[int, ...]) -> None:
         )
 
 
-def check_dtype(path: Location | Path, name: str, described: object) -> str:
+def check_dtype(path: Location | Path, name: str, described: object, shape: tuple[int, ...]) -> str:
     """Return the name of a storage dtype, after checking that it is supported.
 
     Raises
@@ -81,7 +83,10 @@ def check_dtype(path: Location | Path, name: str, described: object) -> str:
     if name not in NUMPY_DTYPES:
         raise SourceError(
             f"{path} has unsupported dtype {described}",
-            f"store it as one of {', '.join(NUMPY_DTYPES)}",
+            f"store images as one of {', '.join(NUMPY_DTYPES)}"
+            + ("" if len(shape) == 4 else f"; {rank_remedy(shape, 'array')}"),
+            shape=list(shape),
+            dtype=str(described).strip("'"),
         )
     return name
 

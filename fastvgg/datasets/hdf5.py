@@ -146,7 +146,7 @@ class Hdf5Source(ContiguousSource):
     def _validate(self, layout: Layout, missing_chunks: MissingChunks) -> None:
         dataset = self._dataset
         self._check_stored_here()  # first: HDF5 opens other files to determine a virtual shape
-        check_shape(self.location, dataset.shape or ())
+        check_shape(self.location, dataset.shape or (), self._displayed_dtype())
         self.header = Header(dataset.shape, self._dtype_name(), layout)
         self._check_filters()
         self._check_written(missing_chunks)
@@ -169,8 +169,14 @@ class Hdf5Source(ContiguousSource):
         try:
             dtype, name = self._dataset.dtype, self._dataset.dtype.name
         except (TypeError, ValueError) as error:  # NumPy has no equivalent
-            return check_dtype(self.location, "", error)
-        return check_dtype(self.location, name, dtype)
+            return check_dtype(self.location, "", error, self._dataset.shape)
+        return check_dtype(self.location, name, dtype, self._dataset.shape)
+
+    def _displayed_dtype(self) -> str:
+        try:
+            return str(self._dataset.dtype)
+        except (TypeError, ValueError):  # NumPy has no equivalent
+            return "unknown"
 
     def _has_type(self, name: str) -> bool:
         """Whether stored elements have the same representation as those of a dtype in memory."""

@@ -140,7 +140,7 @@ def _parse(text: bytes, path: Path) -> tuple[str, bool, tuple[int, ...]]:
         raise _damaged_error(
             path, f"shape {_display(shape)}; an axis must be an integer from 0 to {MAX_AXIS_LENGTH}"
         )
-    return _parse_descr(descr, path), fortran, shape
+    return _parse_descr(descr, path, shape), fortran, shape
 
 
 def _damaged_error(path: Path, problem: str) -> SourceError:
@@ -149,13 +149,16 @@ def _damaged_error(path: Path, problem: str) -> SourceError:
     )
 
 
-def _parse_descr(descr: object, path: Path) -> str:
+def _parse_descr(descr: object, path: Path, shape: tuple[int, ...]) -> str:
     """Return the storage dtype that a header describes, in any spelling that NumPy reads."""
     dtype = _dtype_of(descr)
     if dtype is not None and dtype.hasobject:
         raise SourceError(
             f"{path} contains pickled Python objects, which are never loaded",
-            f"store it as one of {', '.join(NUMPY_DTYPES)} instead",
+            f"store it as one of {', '.join(NUMPY_DTYPES)}; if all images have one shape, save "
+            "numpy.stack(list(array))",
+            shape=list(shape),
+            dtype="object",
         )
     if dtype == np.dtype(BFLOAT16_DESCR) and not str(descr).startswith(">"):
         return "bfloat16"
@@ -165,7 +168,7 @@ def _parse_descr(descr: object, path: Path) -> str:
             "rewrite it as little-endian: a = numpy.load(old, mmap_mode='r'); "
             "numpy.save(new, a.astype(a.dtype.newbyteorder('<')))",
         )
-    return check_dtype(path, "" if dtype is None else dtype.name, _display(descr))
+    return check_dtype(path, "" if dtype is None else dtype.name, _display(descr), shape)
 
 
 def _dtype_of(descr: object) -> np.dtype[Any] | None:
@@ -234,7 +237,7 @@ class NpySource(ContiguousSource):
                 "if they are bfloat16, put the manifest (.fastvgg.json) that was written with the "
                 "file next to it",
             )
-        check_shape(path, npy.shape)
+        check_shape(path, npy.shape, npy.dtype)
         self.header = Header(npy.shape, dtype, layout)
         self._offset = npy.offset
         self.stored_bytes = self._file_bytes()

@@ -137,9 +137,10 @@ class ZarrArray(ArraySource):
                 "repair the attributes, or give an intact copy",
             )
         self._array = array
-        check_shape(path, array.shape)
+        check_shape(path, array.shape, str(array.dtype))
         # zarr converts elements of a different byte order.
-        dtype = check_dtype(path, array.dtype.name if array.dtype.kind in "uf" else "", array.dtype)
+        name = array.dtype.name if array.dtype.kind in "uf" else ""
+        dtype = check_dtype(path, name, array.dtype, array.shape)
         self.header = Header(array.shape, dtype, layout)
         self._store = store
         self._chunk_shape: tuple[int, ...] = array.shards or array.chunks

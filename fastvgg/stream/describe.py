@@ -54,6 +54,10 @@ def describe_error(location: Location, error: SourceError) -> dict[str, Any]:
     if not location.is_remote and not os.path.exists(location.container):  # noqa: PTH110
         raise error
     fields = {"state": "not a dataset", **_size(location)}
+    if "shape" in error.details:
+        with contextlib.suppress(SourceError):
+            fields["kind"] = source_format(location)
+        fields.update({name: error.details[name] for name in ("shape", "dtype")})
     return {**fields, "reason": error.problem, "next": error.remedy}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 
+import numpy as np
 import pytest
 
 import fastvgg
@@ -402,3 +403,65 @@ def test_dataset_of_another_shape_than_was_written_is_to_be_moved_away(tmp_path)
             call()
         check_error(caught.value, "away")
         assert "remove" not in str(caught.value)
+
+
+# Arrays that are not batches
+
+
+@pytest.mark.parametrize("kind", ["npy", "h5", "zarr"])
+@pytest.mark.parametrize(
+    ("x", "remedy", "fix"),
+    [
+        (pixels(6).reshape(2, 3, 7, 9, 3), "array.reshape(-1, 7, 9, 3)", None),
+        (pixels(1)[0], "array[numpy.newaxis]", None),
+        (pixels(6)[..., 0], "numpy.stack([array] * 3, axis=-1)", None),
+        (pixels(6).reshape(6, 189), "array.reshape(6, HEIGHT, WIDTH, 3)", (7, 9)),
+        (np.arange(8), "labels", None),
+    ],
+    ids=["video", "one image", "grayscale", "flat", "labels"],
+)
+def test_array_of_another_rank_gets_the_advice_that_fits_it(tmp_path, kind, x, remedy, fix):
+    path = save_array(tmp_path, kind, x)
+    with pytest.raises(SourceError) as caught:
+        fastvgg.plan(path, tmp_path / "y.npy", mode="tf")
+    check_error(caught.value, remedy)
+    described = fastvgg.info(path)
+    expected = ["not a dataset", {"h5": "hdf5"}.get(kind, kind), list(x.shape), x.dtype.name]
+    assert [described[name] for name in ("state", "kind", "shape", "dtype")] == expected
+    if "array" in remedy:
+        expression = re.search(r"(array|numpy)[.\[].*", caught.value.remedy)[0]
+        for name, length in zip(("HEIGHT", "WIDTH"), fix or (), strict=False):
+            expression = expression.replace(name, str(length))
+        batch = eval(expression, {"numpy": np, "array": x})  # noqa: S307  # our own remedy
+        fastvgg.plan(save_npy(tmp_path / "fixed.npy", batch), tmp_path / "y.npy", mode="tf")
+
+
+def save_array(directory, kind, x):
+    if kind == "npy":
+        np.save(directory / "x.npy", x)
+        return directory / "x.npy"
+    if kind == "h5":
+        with pytest.importorskip("h5py").File(directory / "x.h5", "w") as file:
+            file["x"] = x
+        return f"{directory / 'x.h5'}::/x"
+    zarr = pytest.importorskip("zarr")
+    zarr.create_array(directory / "x.zarr", data=x)
+    return directory / "x.zarr"
+
+
+@pytest.mark.parametrize("kind", ["npy", "h5", "zarr"])
+def test_array_of_another_dtype_is_described_with_it(tmp_path, kind):
+    described = fastvgg.info(save_array(tmp_path, kind, pixels(2).astype(np.int64)))
+    assert described["state"] == "not a dataset"
+    assert described["shape"] == [2, 7, 9, 3]
+    assert np.dtype(described["dtype"]) == np.int64
+
+
+def test_array_of_objects_names_the_function_that_joins_them(tmp_path):
+    images = np.empty(2, object)
+    images[:] = list(pixels(2))
+    np.save(tmp_path / "x.npy", images, allow_pickle=True)
+    with pytest.raises(SourceError) as caught:
+        fastvgg.plan(tmp_path / "x.npy", tmp_path / "y.npy", mode="tf")
+    check_error(caught.value, "pickled", "numpy.stack(list(array))")
+    assert fastvgg.info(tmp_path / "x.npy")["shape"] == [2]
