@@ -6,7 +6,7 @@ import errno
 import io
 import re
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from traceback import print_exc
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -23,6 +23,7 @@ from fastvgg.errors import (
     option,
     remedy_for,
 )
+from fastvgg.formatting import parse_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,6 +33,9 @@ SOME_INPUTS_FAILED: Final = 1
 REFUSED: Final = FastvggError.exit_code
 INTERRUPTED: Final = 130
 INTERNAL_ERROR: Final = 70
+MEMORY_COMMANDS: Final = {"preprocess", "pack", "restore", "verify"}  # those with --memory
+DEFAULT_MEMORY: Final = "512MiB"
+LOW_MEMORY: Final = "64MiB"
 NO_THREAD: Final = "can't start new thread"  # the RuntimeError of threading
 
 # click's UsageError and Abort. Typer re-exports only a subclass of the first.
@@ -54,10 +58,9 @@ class Commands(TyperGroup):
 
     def main(self, *positional: Any, **settings: Any) -> NoReturn:
         """Run a command and exit; report errors of the parser as other errors are reported."""
-        global _has_json  # also for what is reported after this call
+        global _arguments  # also for what is reported after this call
         given = positional[0] if positional else settings.pop("args", None)
-        arguments = list(sys.argv[1:] if given is None else given)
-        _has_json = "--json" in arguments
+        arguments = _arguments = list(sys.argv[1:] if given is None else given)
         settings["standalone_mode"] = False
         try:
             code = super().main(arguments, **settings)
@@ -82,7 +85,7 @@ class Commands(TyperGroup):
             raise typer.Exit(report_interrupt()) from None
 
 
-_has_json = "--json" in sys.argv  # whether the command that runs in this process has --json
+_arguments = sys.argv[1:]  # of the command that runs in this process
 
 
 class Command(TyperCommand):
@@ -95,9 +98,12 @@ class Command(TyperCommand):
             return super().parse_args(ctx, args)
         except _CLICK_USAGE_ERROR as error:
             error.ctx, error.cmd = ctx, self
-            if "--size" in error.format_message():
+            if "--size" in error.format_message() and self._has_size(ctx):
                 error.message += _suggest_size(given)
             raise
+
+    def _has_size(self, ctx: Any) -> bool:  # noqa: ANN401  # click's or Typer's
+        return any("--size" in param.opts for param in self.get_params(ctx))
 
     def format_usage(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401  # click's or Typer's
         """Write the usage line, without Typer's braces around required arguments."""
@@ -178,7 +184,7 @@ def describe_system_error(error: Exception) -> FastvggError | None:
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return FastvggError(
             f"no more memory can be allocated: {error}".removesuffix(": "),
-            f"free memory, raise its limit (ulimit -v), or lower {option('memory', '64MiB')}",
+            "free memory, or raise its limit (ulimit -v)" + _lower_memory(),
         )
     if isinstance(error, ImportError):
         return FastvggError(
@@ -195,6 +201,16 @@ def describe_system_error(error: Exception) -> FastvggError | None:
     return None
 
 
+def _lower_memory() -> str:
+    """Return the advice to lower the memory limit, if the command has a high one."""
+    given = re.search(r"--memory[ =](\S+)", " ".join(_arguments))
+    with suppress(FastvggError):  # its value has not been checked yet
+        limit_bytes = parse_bytes(given[1] if given else DEFAULT_MEMORY)
+        if limit_bytes > parse_bytes(LOW_MEMORY) and {*_arguments[:1]} & MEMORY_COMMANDS:
+            return f", or lower that of the run: {option('memory', LOW_MEMORY)}"
+    return ""
+
+
 def report_error(name: str, exit_code: int, problem: str, remedy: str, **details: Any) -> None:
     """Print an error on stderr, and with --json also as JSON on stdout."""
     echo(f"fastvgg: {problem}", sys.stderr)
@@ -205,7 +221,7 @@ def report_error(name: str, exit_code: int, problem: str, remedy: str, **details
 def _print_json_error(
     name: str, exit_code: int, problem: str, remedy: str, **details: object
 ) -> None:
-    if _has_json:
+    if "--json" in _arguments:
         record = {"error": name, "exit_code": exit_code, "problem": problem, "remedy": remedy}
         print_json(record | details)
 

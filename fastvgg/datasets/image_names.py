@@ -107,22 +107,19 @@ class SkippedFiles:
     """
 
     def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._suffixes: Counter[bytes] = Counter()
+        self.counts: Counter[str] = Counter()
+        """Number of files and folders of each kind."""
+        self.suffixes: Counter[bytes] = Counter()
+        """Number of files of each suffix, of those without an image suffix."""
         self._first: dict[str, bytes] = {}
-
-    @property
-    def total(self) -> int:
-        """Number of files and folders that were skipped."""
-        return self._counts.total()
 
     def add(self, kind: str, path: bytes) -> None:
         """Count a file or folder."""
-        self._counts[kind] += 1
+        self.counts[kind] += 1
         if kind == OTHER_FILES:
             suffix = os.path.splitext(path)[1].lower()
-            if SUFFIX_PATTERN.fullmatch(suffix) and len(self._suffixes) < MAX_SUFFIXES:
-                self._suffixes[suffix] += 1
+            if SUFFIX_PATTERN.fullmatch(suffix) and len(self.suffixes) < MAX_SUFFIXES:
+                self.suffixes[suffix] += 1
         elif kind in NAMED_KINDS:
             self._first[kind] = min(path, self._first.get(kind, path))
 
@@ -130,14 +127,14 @@ class SkippedFiles:
         """Return a note for every kind, in alphabetical order."""
         return [
             f"skipped {kind}: {count}{self._details(kind)}"
-            for kind, count in sorted(self._counts.items())
+            for kind, count in sorted(self.counts.items())
         ]
 
     def _details(self, kind: str) -> str:
         if kind in self._first:
             return f", e.g. {os.fsdecode(self._first[kind])}"
-        if kind != OTHER_FILES or not self._suffixes:
+        if kind != OTHER_FILES or not self.suffixes:
             return ""
-        suffixes = sorted(self._suffixes.items(), key=lambda item: (-item[1], item[0]))
+        suffixes = sorted(self.suffixes.items(), key=lambda item: (-item[1], item[0]))
         shown = [f"{count} {suffix.decode()}" for suffix, count in suffixes[:MAX_SUFFIXES_SHOWN]]
         return f" ({', '.join(shown)}{', ...' if len(suffixes) > len(shown) else ''})"

@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 from fastvgg.datasets.base import Chunk, Header, ImageRecord, Source
-from fastvgg.datasets.image_names import SkippedFiles, parent_folder
+from fastvgg.datasets.image_names import LINKS, SkippedFiles, parent_folder
 from fastvgg.datasets.index import PackedNames, max_record_bytes
 from fastvgg.errors import SourceError, option
 from fastvgg.imaging.decode import MEMORY_LIMIT, DecodeOptions, Decoder, describe_error
@@ -191,11 +191,7 @@ class ImageSource(Source):
         self.stored_bytes = listing.stored_bytes
         self.notes = listing.notes
         if not len(listing):
-            other = "; ".join(["", *listing.skipped.notes()])
-            raise SourceError(
-                f"{path} contains no images ({listing.skipped.total} other files){other}",
-                f"give images with one of the suffixes {', '.join(sorted(IMAGE_SUFFIXES))}",
-            )
+            raise _no_images_error(path, listing.skipped)
         height, width = decoding.size or self._common_size(threads)
         self.header = Header((len(listing), height, width, 3), "uint8", "NHWC")
 
@@ -296,6 +292,18 @@ def record_memory_bytes(source: Source) -> int:
     else:
         nbytes = max_record_bytes(source.records)
     return RECORD_BYTES + RECORD_COPIES * nbytes if nbytes else 0
+
+
+def _no_images_error(path: Path, skipped: SkippedFiles) -> SourceError:
+    found = "; ".join(skipped.notes()) or "no files"
+    remedy = f"give images with one of the suffixes {', '.join(sorted(IMAGE_SUFFIXES))}"
+    if skipped.suffixes[b".npy"]:
+        remedy = (
+            "give one .npy, or for an array in parts name them part-*.npy, all in one directory"
+        )
+    elif skipped.counts[LINKS]:
+        remedy = f"omit {option('follow_links', value=False)}, to follow the links"
+    return SourceError(f"{path} contains no images: {found}", remedy)
 
 
 def _storable(reason: str) -> str:

@@ -283,3 +283,41 @@ cli.main()
     assert done.returncode == 70
     assert not control_characters(done.stderr)
     assert done.stderr.count("\\x1b") == 2
+
+
+@pytest.mark.parametrize(
+    "command", [["info", "x.npy"], ["restore", "x.npy", "out"], ["verify", "x.npy"]]
+)
+def test_no_option_is_recommended_that_the_command_lacks(place, command):
+    result = invoke(*command, "--size", "3", "3")
+    assert result.exit_code == 2
+    assert "No such option: --size" in result.stderr
+    assert "Did you mean '--size" not in result.stderr
+
+
+# Memory
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_lower"),
+    [
+        (["verify", "x.npy", "--memory", "64MiB"], False),
+        (["verify", "x.npy", "--memory=32MiB"], False),
+        (["verify", "x.npy", "--memory", "much"], False),
+        (["verify", "x.npy", "--memory", "1GiB"], True),
+        (["verify", "x.npy"], True),
+        (["info", "x.npy"], False),  # has no such option
+    ],
+)
+def test_exhausted_memory_suggests_only_a_limit_lower_than_the_given_one(
+    place, monkeypatch, arguments, is_lower
+):
+    def fail(*_arguments, **_options):
+        raise MemoryError
+
+    monkeypatch.setattr("fastvgg.verify", fail)
+    monkeypatch.setattr("fastvgg.stream.info.info", fail)
+    result = invoke(*arguments)
+    assert result.exit_code == 3
+    assert ("--memory 64MiB" in result.stderr) == is_lower
+    assert "ulimit -v" in result.stderr
