@@ -84,12 +84,10 @@ def storage_type(dtype: DTypeLike) -> str:
 
 
 def _check_dtype(dtype: DTypeLike, direction: Direction) -> str:
-    """Return the storage type that an option requests; see `storage_type`."""
+    """Return the storage type that an option requests, one that the direction stores."""
     name = _dtype_name(dtype)
-    if name in STORAGE_TYPES:
-        return name
-    is_preprocessed = direction == "preprocess"
-    return check_choice("dtype", name, STORAGE_TYPES[1:] if is_preprocessed else STORAGE_TYPES)
+    accepted = STORAGE_TYPES[1:] if direction == "preprocess" else STORAGE_TYPES
+    return name if name in STORAGE_TYPES else check_choice("dtype", name, accepted)
 
 
 def _dtype_name(dtype: DTypeLike) -> str:
@@ -394,10 +392,8 @@ class Transform:
             If the network inputs to restore are uint8, or the images to pack are not.
         """
         if len(shape) not in (3, 4):
-            raise ShapeError(
-                f"shape {shape} has rank {len(shape)}",
-                f"give a batch, of rank 4, or one image, of rank 3; {rank_remedy(shape, 'x')}",
-            )
+            remedy = f"give a batch, of rank 4, or one image, of rank 3; {rank_remedy(shape, 'x')}"
+            raise ShapeError(f"shape {shape} has rank {len(shape)}", remedy)
         channels = shape[CHANNEL_AXES[self.layout]]
         if channels != CHANNELS:
             other: Layout = "NCHW" if self.layout == "NHWC" else "NHWC"

@@ -148,22 +148,22 @@ def translate_errors(traceback: bool) -> Iterator[None]:
     Outside of `stop_run`, errors of the system have the exit code of what was refused before
     anything was written.
     """
-    try:
-        with command_line_vocabulary():
+    with command_line_vocabulary():  # also for an error of the system, described here
+        try:
             yield
-    except (FastvggError, OSError, MemoryError, ImportError, RuntimeError) as error:
-        described = error if isinstance(error, FastvggError) else describe_system_error(error)
-        if described is None:
-            raise
-        if traceback:
-            print_exc()
-        code, name = described.exit_code, type(error).__name__
-        report_error(name, code, described.problem, described.remedy, **described.details)
-        raise typer.Exit(described.exit_code) from None
-    except KeyboardInterrupt:
-        remedy = "committed chunks are kept: rerun the same command to resume"
-        report_error("KeyboardInterrupt", INTERRUPTED, "interrupted", remedy)
-        raise typer.Exit(INTERRUPTED) from None
+        except (FastvggError, OSError, MemoryError, ImportError, RuntimeError) as error:
+            described = error if isinstance(error, FastvggError) else describe_system_error(error)
+            if described is None:
+                raise
+            if traceback:
+                print_exc()
+            code, name = described.exit_code, type(error).__name__
+            report_error(name, code, described.problem, described.remedy, **described.details)
+            raise typer.Exit(described.exit_code) from None
+        except KeyboardInterrupt:
+            remedy = "committed chunks are kept: rerun the same command to resume"
+            report_error("KeyboardInterrupt", INTERRUPTED, "interrupted", remedy)
+            raise typer.Exit(INTERRUPTED) from None
 
 
 @contextmanager
