@@ -208,6 +208,8 @@ def _periodic_lines(unit: str) -> Callable[[Progress], None]:
 
 
 def _time_left(at: Progress) -> str:
+    if not at.computed_images:
+        return "checking what is done"
     seconds = at.seconds / at.computed_images * (at.total_images - at.images)
     return f"{timedelta(seconds=round(seconds))} left"
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self, TypeAlias
 
 import numpy as np
 
@@ -270,12 +271,15 @@ class Target(PublishedDataset):
     def sync(self) -> None:
         """Make everything written so far durable; other threads may keep writing."""
 
-    def read_unfinished(self, start: int, stop: int) -> Payload | None:  # noqa: ARG002
-        """Read the payload of images that an unfinished run committed.
+    def unfinished(self) -> Self:
+        """Return a view of this target that reads its partial as if it were published."""
+        view = copy.copy(self)
+        view.path = self.partial
+        return view
 
-        Returns None if the journal can be trusted without reading it.
-        """
-        return None
+    def has_holes(self) -> bool:
+        """Whether part of the open partial may be lost, as another process truncated it."""
+        return False
 
     def file_names(self) -> Iterable[str | None]:
         """Return the names of the files of a target that has several; None for a row without."""

@@ -153,6 +153,12 @@ class ContiguousTarget(DiskTarget, SharedTarget):
                 f"{self.stored_bytes}",
                 f"the file was changed in the meantime: start over with {option('restart')}",
             )
+        if self._storage.read(self._file, 0, len(self.preamble)) != self.preamble:
+            self._storage.write(self._file, self.preamble, 0)
+            self._storage.sync(self._file)
+
+    def has_holes(self) -> bool:
+        return self._storage.has_holes(self._open(), self.stored_bytes)
 
     def offset(self, start: int) -> int:
         return len(self.preamble) + start * self.header.image_bytes

@@ -11,7 +11,7 @@ import functools
 import mmap
 from abc import abstractmethod
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import google_crc32c
 import numpy as np
@@ -204,12 +204,13 @@ class _ShardTarget(SharedTarget):
             self._store(shard)
             self._memory.append(shard.memory)
 
-    def read_unfinished(self, start: int, stop: int) -> Payload:
-        """Read rows of the partial; empty if their shard is missing or damaged."""
-        try:
-            return [byte_view(self._unfinished.read(start, stop).batch)]
-        except DamagedChunkError:
-            return []
+    def unfinished(self) -> Self:
+        metadata = self._encoder.metadata  # a store gets it at the end
+        view = super().unfinished()
+        view._published = ZarrArray(  # noqa: SLF001  # of the same class
+            self.partial, layout=self.header.layout, metadata=metadata
+        )
+        return view
 
     def read_back(self, start: int, stop: int) -> NDArray[Any]:
         self._check_published(self._published.header)
@@ -253,11 +254,6 @@ class _ShardTarget(SharedTarget):
     @abstractmethod
     def _replace(self, key: str, data: bytes | memoryview) -> None:
         """Replace a shard, or metadata, of the published array atomically and durably."""
-
-    @functools.cached_property
-    def _unfinished(self) -> ZarrArray:
-        metadata = self._encoder.metadata
-        return ZarrArray(self.partial, layout=self.header.layout, metadata=metadata)
 
     @functools.cached_property
     def _published(self) -> ZarrArray:

@@ -23,7 +23,6 @@ from distributed import Client, KilledWorker, LocalCluster, Security, as_complet
 from distributed.comm import CommClosedError, get_address_host_port
 
 from fastvgg.datasets.base import SharedTarget
-from fastvgg.datasets.contiguous import ContiguousTarget
 from fastvgg.errors import (
     ClusterError,
     FastvggError,
@@ -37,6 +36,7 @@ from fastvgg.errors import (
 from fastvgg.executors.worker import Task, close_run, open_run, run_task, stored_checksums
 from fastvgg.formatting import format_bytes, format_count, package_versions
 from fastvgg.parallel import available_cpus
+from fastvgg.stream.compute import ChunkTask
 from fastvgg.stream.run import Executor
 from fastvgg.stream.source import reopen_source
 
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
     from distributed import Future, Worker
 
-    from fastvgg.stream.compute import ChunkTask
     from fastvgg.stream.plan import Plan
     from fastvgg.stream.run import Run
 
@@ -235,17 +234,18 @@ class DaskExecutor(Executor):
                 run.journal.commit(*(result.commit for result in batch))
                 run.tracker.count(result.images for result in batch)
 
-    def stored_checksums(
-        self, run: Run, tasks: Iterable[ChunkTask]
-    ) -> Iterator[tuple[int, str | None]]:
-        """Have workers read the stored bytes of committed chunks, for formats that need it."""
-        if isinstance(run.target, ContiguousTarget):
-            yield from super().stored_checksums(run, tasks)
-            return
+    def damaged_chunks(self, run: Run, count: Callable[[int, int], None]) -> Iterator[int]:
+        """Have workers read the stored bytes of committed chunks."""
         self.open(run)
+        commits, rows = run.journal.commits, enumerate(run.plan.chunk_rows())
+        tasks = [ChunkTask(chunk, *span) for chunk, span in rows if chunk in commits]
         results = self._results(stored_checksums, f"check-{self._name}", run, tasks)
         with contextlib.closing(results), self._disconnect_errors():
-            yield from itertools.chain.from_iterable(results)
+            for task, found in itertools.chain.from_iterable(results):
+                images = task.stop - task.start
+                count(images, images * run.plan.result.image_bytes)
+                if found != commits[task.chunk].checksum:
+                    yield task.chunk
 
     def _group(self, tasks: Iterable[ChunkTask], chunks: int, threads: int) -> Iterator[Task]:
         """Group chunks, of `chunks` in all, into Dask tasks: several tasks per thread."""

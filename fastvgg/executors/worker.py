@@ -69,10 +69,10 @@ def run_task(task: Task) -> list[ChunkCommit]:
         return slot.run_task(task.chunks)
 
 
-def stored_checksums(task: Task) -> list[tuple[int, str | None]]:
-    """Return the checksums of the stored bytes of chunks; see `Executor.stored_checksums`."""
+def stored_checksums(task: Task) -> list[tuple[ChunkTask, str]]:
+    """Return chunks with the checksums of their stored bytes; see `stored_checksum`."""
     with _worker_run(task.plan).slot() as slot:
-        return [(chunk.chunk, stored_checksum(slot.target, chunk)) for chunk in task.chunks]
+        return [(chunk, stored_checksum(slot.target, chunk)) for chunk in task.chunks]
 
 
 class _WorkerSlot:

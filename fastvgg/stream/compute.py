@@ -18,10 +18,11 @@ from fastvgg import engine
 from fastvgg.datasets.base import ArraySource, ImageRecord, byte_view
 from fastvgg.datasets.image_writer import ImageFolderTarget
 from fastvgg.datasets.images import ImageSource
-from fastvgg.errors import StoppedError, option
+from fastvgg.errors import FastvggError, StoppedError, option
 from fastvgg.parallel import TaskQueue, ThreadSlot
+from fastvgg.storage.location import is_remote
 from fastvgg.stream.journal import Commit
-from fastvgg.stream.manifest import checksum
+from fastvgg.stream.manifest import SPAN_BYTES, checksum
 from fastvgg.stream.tiles import TileTransform
 from fastvgg.transform import storage_dtype
 
@@ -131,10 +132,14 @@ def make_commit(plan: Plan, source: Source, computed: ChunkResult) -> Commit:
     return Commit(chunk, checksum(stored), identity, records)
 
 
-def stored_checksum(target: Target, task: ChunkTask) -> str | None:
-    """Return the checksum of what an unfinished run stored; None if it needs no check."""
-    stored = target.read_unfinished(task.start, task.stop)
-    return None if stored is None else checksum(stored)
+def stored_checksum(target: Target, task: ChunkTask) -> str:
+    """Return the checksum of what an unfinished run stored; "" if it cannot be read."""
+    try:
+        return checksum(target.unfinished().stored_spans(task.start, task.stop, SPAN_BYTES))
+    except (FastvggError, OSError) as error:
+        if isinstance(error, StoppedError) and is_remote(target.path):
+            raise  # the connection failed, which says nothing about the data
+        return ""
 
 
 def check_no_failures(plan: Plan, failures: list[tuple[int, ImageRecord]]) -> None:

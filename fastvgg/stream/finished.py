@@ -46,10 +46,17 @@ class CheckCounter:
     """Count checked images, and report them to `progress`; thread-safe.
 
     An image counts once for its checksum, once more if it is compared with its source, and once
-    more if its chunk is repaired.
+    more if its chunk is repaired. `is_resumed` if a run then computes the others.
     """
 
-    def __init__(self, progress: Callable[[Progress], None] | None, total: int) -> None:
+    def __init__(
+        self,
+        progress: Callable[[Progress], None] | None,
+        total: int,
+        *,
+        is_resumed: bool = False,
+    ) -> None:
+        self._is_resumed = is_resumed
         self._progress = progress
         self._total = total
         self._images = self._bytes = 0
@@ -67,8 +74,8 @@ class CheckCounter:
             self._bytes += nbytes
             if self._progress is not None and images:
                 seconds = time.monotonic() - self._started_at
-                done = self._images
-                self._progress(Progress(done, self._total, done, self._bytes, 0, seconds))
+                done, computed = self._images, 0 if self._is_resumed else self._images
+                self._progress(Progress(done, self._total, computed, self._bytes, 0, seconds))
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ class _InPlaceRun:
     def _recover(self, log: RedoLog) -> int:
         """Check what an earlier run converted; return the number of committed chunks."""
         rows, image_bytes = list(self.plan.chunk_rows()), self.plan.header.image_bytes
-        counter = CheckCounter(self.progress, self.plan.header.images)
+        counter = CheckCounter(self.progress, self.plan.header.images, is_resumed=True)
 
         def count(chunk: int) -> None:
             start, stop = rows[chunk]

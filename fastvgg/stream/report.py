@@ -20,10 +20,10 @@ MAX_FAILURES_SHOWN: Final = 10
 
 
 class Progress(NamedTuple):
-    """Progress of a run, after every chunk."""
+    """Progress of a run, after every chunk that it checks or commits."""
 
     images: int
-    """Images committed, including those of earlier runs."""
+    """Images committed, including those of earlier runs; or so far checked of those."""
     total_images: int
     computed_images: int
     """Images committed by this run."""
@@ -62,6 +62,8 @@ class Report:
     peak_bytes: int
     """Peak resident memory of the process."""
     notes: list[str] = field(default_factory=list)
+    damaged_chunks: int = 0
+    """Chunks of an earlier run whose stored bytes were changed since; this run replaced them."""
 
     @property
     def remedy(self) -> str:
@@ -79,6 +81,9 @@ class Report:
         if computed < chunks:
             done = f"{chunks - computed:,} of {format_count(chunks, 'chunk')} already done"
             rows.append(("resumed", done))
+        if self.damaged_chunks:
+            found = f"{format_count(self.damaged_chunks, 'chunk')} changed since, computed again"
+            rows.append(("damaged", found))
         if self.counts["failed"]:
             rows.append(("failed", f"{self.counts['failed']:,} could not be read"))
         return rows

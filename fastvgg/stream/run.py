@@ -7,6 +7,7 @@ that. An interrupted run resumes when it is rerun.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from abc import ABC, abstractmethod
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -26,8 +27,10 @@ from fastvgg.errors import (
     option,
     os_errors_refused,
 )
-from fastvgg.stream.compute import ChunkTask, check_no_failures, stored_checksum
+from fastvgg.formatting import format_count
+from fastvgg.stream.compute import ChunkTask, check_no_failures
 from fastvgg.stream.destinations import make_destination
+from fastvgg.stream.finished import CheckCounter, FinishedDataset
 from fastvgg.stream.journal import check_is_journal, journal_path
 from fastvgg.stream.manifest import Manifest, manifest_path
 from fastvgg.stream.ownership import Written, find_change, index_content
@@ -83,15 +86,13 @@ class Executor(ABC):
     def compute(self, run: Run, tasks: Iterable[ChunkTask]) -> None:
         """Compute, write and commit every chunk of `tasks`, and count it in the run's tracker."""
 
-    def stored_checksums(
-        self, run: Run, tasks: Iterable[ChunkTask]
-    ) -> Iterator[tuple[int, str | None]]:
-        """Yield the checksums of the stored bytes of committed chunks.
+    def damaged_chunks(self, run: Run, count: Callable[[int, int], None]) -> Iterator[int]:
+        """Yield the committed chunks whose stored bytes do not match their checksum.
 
-        None for formats whose committed bytes need no check.
+        `count` is called with the images and bytes that were read.
         """
-        for task in tasks:
-            yield task.chunk, stored_checksum(run.target, task)
+        for damaged in run.stored_dataset().damaged_chunks(sorted(run.journal.commits), count):
+            yield damaged.chunk
 
     def close(self) -> None:  # noqa: B027
         """Release what `open` acquired."""
@@ -112,7 +113,7 @@ def run(
     executor
         Computes the chunks.
     progress
-        Called after every committed chunk.
+        Called after every committed chunk, and before while those of an earlier run are checked.
     storage
         Performs the durable I/O.
 
@@ -173,6 +174,8 @@ class Run:
         self.progress = progress
         self.started_at = started_at
         self.tracker = self._new_tracker()
+        self.damaged: set[int] = set()
+        """Chunks that were committed, and whose stored bytes were changed since."""
         self.target = open_target(
             plan.target,
             plan.result,
@@ -215,6 +218,7 @@ class Run:
             try:
                 self._open_target()
                 self.executor.compute(self, self._tasks())
+                self._check_complete()
                 self._publish()  # while the target is open, and so known to be the one written
             finally:
                 self.target.close()
@@ -274,7 +278,8 @@ class Run:
             self.destination.reopen_published()
         if self.retry is not None or (self.found.name == "resumable" and self.journal.commits):
             self.target.reopen()
-            self._discard_damaged()
+            if self.found.name == "resumable":
+                self._discard_damaged()
             self.executor.open(self)
             return
         if self.found.name == "fresh":
@@ -306,23 +311,48 @@ class Run:
                 raise error.as_refusal() from error
             raise
 
+    def stored_dataset(self) -> FinishedDataset:
+        """Return what is stored in the partial, to be compared with the commits."""
+        plan, commits = self.plan, self.journal.commits
+        sums = [commits[chunk].checksum if chunk in commits else "" for chunk in range(plan.chunks)]
+        manifest = Manifest.new(plan.job, plan.chunk_images, checksums=sums, counts={})
+        stored = self.target.unfinished()
+        return FinishedDataset(plan.target, manifest, (), stored, plan.threads, plan.memory_bytes)
+
     def _discard_damaged(self) -> None:
         """Drop the commits of chunks whose stored bytes do not match their checksum."""
-        commits, rows = self.journal.commits, enumerate(self.plan.chunk_rows())
-        committed = [ChunkTask(chunk, *span) for chunk, span in rows if chunk in commits]
-        for chunk, found in self.executor.stored_checksums(self, committed):
-            if found is not None and found != commits[chunk].checksum:
-                del commits[chunk]
+        counter = CheckCounter(self.progress, self.plan.header.images, is_resumed=True)
+        self.damaged = {*self.executor.damaged_chunks(self, counter.count)}
+        for chunk in self.damaged:
+            del self.journal.commits[chunk]
         self.tracker = self._new_tracker()
+
+    def _check_complete(self) -> None:
+        """Check that no other process truncated the target while it was written.
+
+        On a disk that compresses, every target has fewer blocks than bytes: the bytes decide.
+        """
+        if not self.target.has_holes():
+            return
+        damaged = [*self.executor.damaged_chunks(self, lambda _images, _nbytes: None)]
+        if damaged:
+            raise StoppedError(
+                f"{self.target.partial} was truncated by another process while it was written: "
+                f"{format_count(len(damaged), 'chunk')} of {self.plan.chunks:,} are lost",
+                "keep other programs out of it, and rerun the same command, or start over with "
+                f"{option('restart')}",
+            )
 
     def _tasks(self) -> Iterator[ChunkTask]:
         """Yield every chunk that is not durable yet."""
         for chunk, (start, stop) in enumerate(self.plan.chunk_rows()):
-            ref = self.journal.commits.get(chunk)
-            if ref is None and self.retry is not None and isinstance(self.target, ContiguousTarget):
-                yield self.retry.task(chunk, start, stop, self.target)
-            elif ref is None:
-                yield ChunkTask(chunk, start, stop)
+            ref, retry, target = self.journal.commits.get(chunk), self.retry, self.target
+            if ref is None:
+                is_kept = chunk not in self.damaged  # so that only its failed rows are computed
+                if is_kept and retry is not None and isinstance(target, ContiguousTarget):
+                    yield retry.task(chunk, start, stop, target)
+                else:
+                    yield ChunkTask(chunk, start, stop)
             elif ref.failed and self.plan.strict:
                 check_no_failures(self.plan, self._journal_state.failures(chunk))
 
@@ -344,7 +374,8 @@ class Run:
         self.storage.write_atomic(manifest_path(path), [manifest.to_json()])
         self.destination.remove_set_aside()
         self.journal.remove()
-        return self.tracker.report(manifest.counts, failures)
+        report = self.tracker.report(manifest.counts, failures)
+        return dataclasses.replace(report, damaged_chunks=len(self.damaged))
 
     def _write_index(self) -> str:
         """Write the index, if the source has image records; return its checksum, or ""."""

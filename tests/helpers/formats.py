@@ -131,6 +131,10 @@ def shorten(file, nbytes):
     replace_content(file, file.read_bytes()[:nbytes])
 
 
+def overwrite_with_zeros(file, nbytes):
+    replace_content(file, bytes(nbytes) + file.read_bytes()[nbytes:])
+
+
 def grow(file):
     before_ns = file.stat().st_mtime_ns if isinstance(file, Path) else None
     file.write_bytes(file.read_bytes() + b"\0")
@@ -274,6 +278,22 @@ FILE_DAMAGES = {
     "empty": lambda partial: os.truncate(partial, 0),
     "shorter": lambda partial: os.truncate(partial, partial.stat().st_size - 1),
 }
+ARRAY_BYTES = 11 * 7 * 9 * 3 * 4  # at the end of a file
+ROW_DAMAGES = {
+    "a flipped bit": lambda partial: change_byte(partial, 5 - ARRAY_BYTES),
+    "a flipped bit of the last committed byte": lambda partial: change_byte(
+        partial, 6 * ARRAY_BYTES // 11 - ARRAY_BYTES - 1
+    ),
+    "zeros at the start": lambda partial: overwrite_with_zeros(
+        partial, partial.stat().st_size - ARRAY_BYTES + 9
+    ),
+}
+IMAGE_DAMAGES = {
+    "a missing file": lambda partial: sorted(partial.iterdir())[2].unlink(),
+    "an empty file": lambda partial: os.truncate(sorted(partial.iterdir())[3], 0),
+    "a shorter file": lambda partial: shorten(sorted(partial.iterdir())[5], -1),
+    "a flipped bit": lambda partial: change_byte(min(partial.iterdir()), 40),
+}
 SHARD_DAMAGES = {
     "a missing shard": lambda partial: (partial / "c.0.0.0.0").unlink(),
     "an empty shard": lambda partial: (partial / "c.1.0.0.0").write_bytes(b""),
@@ -303,6 +323,7 @@ def _images(file_format):
         ("uint8",),
         options={"file_format": file_format},
         damages={"missing": lambda partial: partial.rename(partial.with_name("moved"))},
+        repairable_damages=IMAGE_DAMAGES,
     )
 
 
@@ -314,9 +335,16 @@ TARGETS = {
         lambda location, batch: save_npy(container(location), batch),
         WITH_BFLOAT16,
         damages=FILE_DAMAGES,
+        repairable_damages=ROW_DAMAGES,
     ),
     "hdf5": TargetFormat(
-        "hdf5", "y.h5::/deep/images", _load_hdf5, _save_hdf5, WITH_BFLOAT16, damages=FILE_DAMAGES
+        "hdf5",
+        "y.h5::/deep/images",
+        _load_hdf5,
+        _save_hdf5,
+        WITH_BFLOAT16,
+        damages=FILE_DAMAGES,
+        repairable_damages=ROW_DAMAGES,
     ),
     "zarr": TargetFormat(
         "zarr",

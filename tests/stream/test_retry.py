@@ -17,6 +17,7 @@ from fastvgg.storage.local import Storage
 from fastvgg.stream.manifest import manifest_path, read_manifest
 from tests.helpers.datasets_on_disk import (
     check_error,
+    commits_in,
     data_tree,
     pixels,
     plan_of,
@@ -24,7 +25,7 @@ from tests.helpers.datasets_on_disk import (
     tree,
 )
 from tests.helpers.faults import InterruptedStorage, SimulatedCrash
-from tests.helpers.runs import run
+from tests.helpers.runs import folder_with_failures, run
 
 TORN_IMAGES = ("a/02.png", "b/03.png", "b/09.png")  # rows 1, 7 and 10, in chunks 0, 2 and 3 of 3
 
@@ -329,3 +330,28 @@ def test_retry_of_a_changed_shard_reads_all_its_rows(tmp_path):
     plan_of(tmp_path / "s.tar", tmp_path / "fresh.npy", mode="caffe").run()
     assert target.read_bytes() == (tmp_path / "fresh.npy").read_bytes()
     assert manifest_path(target).exists()
+
+
+@pytest.mark.parametrize("damaged", range(4))
+def test_damaged_chunk_of_an_interrupted_retry_is_recomputed(tmp_path, damaged):
+    photos, settings = tmp_path / "photos", {"mode": "caffe", "size": (7, 9)}
+    folder_with_failures(photos)
+    target, whole = tmp_path / "y.npy", tmp_path / "whole.npy"
+    plan_of(photos, target, images_per_chunk=2, **settings).run()
+    for name in ("1-torn.png", "3-text.jpg"):
+        (photos / name).write_bytes((photos / "1.png").read_bytes())
+    plan_of(photos, whole, **settings).run()
+    with pytest.raises(SimulatedCrash):  # two chunks need no retry
+        run(
+            plan_of(photos, target, retry_failed=True, **settings),
+            storage=InterruptedStorage(2),
+        )
+    assert commits_in(target) == 4
+    partial = tmp_path / "y.npy.partial"
+    content = bytearray(partial.read_bytes())
+    content[128 + damaged * 2 * 7 * 9 * 3 * 4] ^= 1
+    partial.write_bytes(content)
+    report = plan_of(photos, target, retry_failed=True, **settings).run()
+    assert report.damaged_chunks == 1
+    assert target.read_bytes() == whole.read_bytes()
+    assert fastvgg.verify(target, full=True).failed == 0
