@@ -418,9 +418,9 @@ def test_target_truncated_during_a_run_is_not_published(tmp_path, name, chunk, n
         plan_of(source, tmp_path / name, **settings).run(truncate)
     check_error(caught.value, f"{target}.partial", "truncated by another process", "restart=True")
     assert not target.exists()
-    again = plan_of(source, tmp_path / name, **settings)
+    resumed = plan_of(source, tmp_path / name, **settings)
     try:
-        report = again.run()
+        report = resumed.run()
     except ResumeError as error:  # nothing was written behind the truncated end
         assert chunk == 6
         check_error(error, target, "restart=True")
