@@ -168,6 +168,8 @@ class Source(ABC):
     """Images per stored unit, which is read only as a whole."""
     decoded_image_bytes = 0
     """Memory per image of the stored units that a library decodes, if more than the image's."""
+    index_bytes = 0
+    """Memory of the indexes of stored units that a library reads, however few images it reads."""
     records: Sequence[ImageRecord] = ()
     """Records known without reading any image; empty if there are none."""
     linked_paths: Sequence[Path] = ()

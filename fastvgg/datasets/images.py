@@ -279,10 +279,10 @@ class ImageSource(Source):
 
 
 def listed_memory_bytes(source: Source) -> int:
-    """Return the memory of the names of all images, or of the positions of their records."""
+    """Return the memory of the names of all images, or of the positions of what is read."""
     if isinstance(source, ImageSource):
         return source.listing.memory_bytes
-    return INDEXED_BYTES * len(source.records)
+    return INDEXED_BYTES * len(source.records) + source.index_bytes
 
 
 def record_memory_bytes(source: Source) -> int:

@@ -7,6 +7,7 @@ directories are followed: the keys of an array determine what is read, wherever 
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import lzma
 import math
@@ -60,6 +61,7 @@ MAX_NAMES_SHOWN: Final = 10
 MAX_COUNTED_CHUNKS: Final = 10**6  # metadata may claim any number
 # Links can form cycles, and a tree of links to the same directories grows exponentially.
 MAX_VISITS: Final = 1000
+INDEX_COPIES: Final = 4  # of the index of a shard, while zarr-python decodes it
 CHUNK_OVERHEAD_BYTES: Final = 2048  # of zarr-python, per copy of a chunk that is read
 # What zarr-python and its codecs raise on damaged metadata and damaged chunks.
 METADATA_ERRORS: Final = (
@@ -175,11 +177,15 @@ class ZarrArray(ArraySource):
                     f"{self.path}: {_display(error)}", "store it with zarr-python's own settings"
                 ) from None
             self._store.shards, self._max_stored_bytes = shards, shards.max_bytes
+            # zarr-python reads the whole index of a shard, however few inner chunks are needed.
+            across = math.prod(self._counts[1:])
+            self.index_bytes = INDEX_COPIES * shards.index_bytes * across
         inner = [-(-a // b) for a, b in zip(array.shape[1:], array.chunks[1:], strict=True)]
         padded = math.prod(a * b for a, b in zip(inner, array.chunks[1:], strict=True))
         unit_bytes = array.chunks[0] * padded * item_bytes
         unit_bytes += math.prod(inner) * CHUNK_OVERHEAD_BYTES
         self.decoded_image_bytes = -(-unit_bytes // self.read_granularity)
+        self.decoded_image_bytes += self.index_bytes // self._chunk_shape[0]
 
     def fingerprint(self) -> str:
         digest = xxhash.xxh3_128()
@@ -336,13 +342,17 @@ class ZarrSource(ZarrArray):
             try:
                 with open_regular(self.path / key) as file:
                     begin = 0 if shards.is_index_at_start else files[key][0] - shards.index_bytes
-                    index = read_at(file.fileno(), shards.index_bytes, max(0, begin))
+                    read = functools.partial(_read_part, file.fileno(), max(0, begin))
+                    missing = shards.count_missing_in(key, read)
             except OSError:  # reading the chunk will report it
                 continue
-            missing = shards.count_missing(key, index)
             if missing:
                 return f"{missing} inner chunks of the shard {key} are missing"
         return ""
+
+
+def _read_part(descriptor: int, begin: int, nbytes: int, offset: int) -> bytes:
+    return read_at(descriptor, nbytes, begin + offset)
 
 
 def _product(ranges: Sequence[range]) -> Iterator[tuple[int, ...]]:

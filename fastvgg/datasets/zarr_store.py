@@ -21,7 +21,7 @@ from fastvgg.datasets.zarr_codecs import bounded_metadata
 from fastvgg.errors import SourceError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from zarr.abc.store import ByteRequest
@@ -32,6 +32,7 @@ METADATA_KEYS: Final = (*ARRAY_METADATA_KEYS, ".zgroup", ".zattrs", ".zmetadata"
 MAX_METADATA_BYTES: Final = 2 * 1024 * 1024  # parsed, it has up to 20 times the size
 NO_CHUNK: Final = 2**64 - 1  # offset and length of a missing inner chunk
 INDEX_ENTRY_BYTES: Final = 16
+INDEX_PART: Final = 2**16  # entries
 CHECKSUM_BYTES: Final = 4
 # Codecs of an index whose encoded size and position are fixed, as the specification demands.
 INDEX_CODECS: Final = ({"bytes"}, {"bytes", "crc32c"})
@@ -102,33 +103,52 @@ class ShardLayout(NamedTuple):
         """Whether a range of a shard is its index; one at the end is requested as a suffix."""
         return self.is_index_at_start and byte_range == RangeByteRequest(0, self.index_bytes)
 
-    def index_of(self, data: Buffer) -> bytes:
-        """Return the index in the bytes of a shard, or of its start or end."""
-        nbytes = self.index_bytes
-        begin = 0 if self.is_index_at_start else max(0, len(data) - nbytes)
-        index: bytes = data[begin : begin + nbytes].to_bytes()
-        return index
+    def index_of(self, data: Buffer) -> Callable[[int, int], bytes]:
+        """Return a function that reads the index in the bytes of a shard, or of its start or end.
 
-    def count_missing(self, key: str, index: bytes) -> int:
-        """Count the inner chunks that a shard lacks according to its index."""
-        if len(index) < self.index_bytes:
-            return 1
-        counts = self.counts
-        count = math.prod(counts)
-        entries = np.frombuffer(index, self.index_dtype, 2 * count).reshape(*counts, 2)
-        # The key ends in the coordinates of the shard, with any separator. What lies beyond the
-        # end of the array is never stored.
-        numbers = re.findall("[0-9]+", key)[-len(counts) :]
-        begins = [
-            int(number) * size for number, size in zip(numbers, self.shard_shape, strict=True)
-        ]
-        within = tuple(
-            slice(-(-min(size, end - begin) // inner))
-            for begin, end, size, inner in zip(
-                begins, self.shape, self.shard_shape, self.inner_shape, strict=True
-            )
-        )
-        return int((entries[within] == NO_CHUNK).all(axis=-1).sum())
+        It takes a number of bytes and an offset in the index.
+        """
+        start = 0 if self.is_index_at_start else max(0, len(data) - self.index_bytes)
+
+        def read(nbytes: int, offset: int) -> bytes:
+            part: bytes = data[start + offset : start + offset + nbytes].to_bytes()
+            return part
+
+        return read
+
+    def count_missing(self, key: str, index: bytes, first: int = 0) -> int:
+        """Count the inner chunks that a shard lacks, in its index or a part of it from `first` on.
+
+        What lies beyond the end of the array is never stored.
+        """
+        entries = np.frombuffer(index, self.index_dtype).reshape(-1, 2)
+        absent = first + np.flatnonzero((entries == NO_CHUNK).all(axis=1))
+        numbers = re.findall("[0-9]+", key)[-len(self.shape) :]  # of the shard along each axis
+        is_within = np.ones(len(absent), bool)
+        for number, end, size, inner, at in zip(
+            numbers,
+            self.shape,
+            self.shard_shape,
+            self.inner_shape,
+            np.unravel_index(absent, self.counts),
+            strict=True,
+        ):
+            is_within &= int(number) * size + at * inner < end
+        return int(is_within.sum())
+
+    def count_missing_in(self, key: str, read: Callable[[int, int], bytes]) -> int:
+        """Count the inner chunks that a shard lacks, from its index, a part at a time.
+
+        `read` returns a number of bytes at an offset in the index.
+        """
+        entries, missing = math.prod(self.counts), 0
+        for first in range(0, entries, INDEX_PART):
+            nbytes = min(INDEX_PART, entries - first) * INDEX_ENTRY_BYTES
+            part = read(nbytes, first * INDEX_ENTRY_BYTES)
+            if len(part) < nbytes:
+                return 1
+            missing += self.count_missing(key, part, first)
+        return missing
 
 
 class StrictStore(WrapperStore[Store]):
@@ -173,7 +193,7 @@ class StrictStore(WrapperStore[Store]):
         if not data:  # zarr treats an empty chunk as one that was never written
             raise MissingChunkError(key, "it is missing or empty")
         if self.shards is not None and not (is_inner_chunk or self.fills_missing):
-            missing = self.shards.count_missing(key, self.shards.index_of(data))
+            missing = self.shards.count_missing_in(key, self.shards.index_of(data))
             if missing:
                 raise MissingChunkError(key, f"{missing} of its inner chunks are missing")
         return data

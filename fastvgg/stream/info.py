@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from fastvgg.datasets.index import read_index
 from fastvgg.errors import FastvggError, SourceError, command, option
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from fastvgg.stream.job import Job
     from fastvgg.transform import Transform
+
+MEMORY_BYTES: Final = 512 * 2**20  # the default of the commands that read data
 
 
 def info(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def _find_differences(location: Location) -> list[str]:
     """Return how a finished dataset differs from its manifest, without reading its data."""
     storage = ObjectStorage() if location.is_remote else Storage()
     try:
-        dataset = FinishedDataset.open(location, storage, threads=1, memory_bytes=0)
+        dataset = FinishedDataset.open(location, storage, threads=1, memory_bytes=MEMORY_BYTES)
         return [*dataset.stored.inspect_published(), *dataset.index_differences]
     except (FastvggError, OSError) as error:
         return [problem_of(error)]

@@ -174,7 +174,7 @@ class Plan(RunOptions):
     record_bytes: int = 0
     """Memory per image of the records of the chunks in flight."""
     listed_bytes: int = 0
-    """Memory of the names of all images, or of the positions of their records in an index."""
+    """Memory of the names of all images, or of the positions of what is read."""
     notes: tuple[str, ...]
     chunk_images: int = 1
     committed_chunks: int = 0

@@ -717,7 +717,7 @@ def test_shard_size_respects_the_memory_limit(tmp_path):
     assert 72 * 2**20 < plan.chunk_images * plan.image_memory_bytes <= 144 * 2**20
     photos = save_images(tmp_path / "photos", pixels(5))
     plan = plan_of(photos, tmp_path / "y.zarr", mode="tf")
-    assert plan.image_memory_bytes == (3 + 3) * 756
+    assert plan.image_memory_bytes == (3 + 3) * 756 + plan.record_bytes
 
 
 # The recorded transform
@@ -825,7 +825,7 @@ def test_invalid_recorded_transform_is_rejected(tmp_path, without_manifest, chan
     ):
         with pytest.raises(SourceError) as caught:
             attempt()
-        check_error(caught.value, without_manifest, "'fastvgg'", "the mode")
+        check_error(caught.value, without_manifest, "'fastvgg'", "its mode")
         assert str(caught.value).replace("\n", "").isprintable()
     assert info(without_manifest)["reason"] == caught.value.problem
 

@@ -140,6 +140,18 @@ def long_metadata(directory, name, text, nbytes=GIB // 16):
     return path
 
 
+def large_index(directory, shape, shard_shape, inner_shape, location="end"):
+    """A sparse shard with an index of many inner chunks, none of which is missing."""
+    path = save_zarr(directory, compressors=None, chunks=SHAPE, shards=SHAPE)
+    without_index_checksum(path)
+    (codec,) = json.loads(metadata_of(path).read_bytes())["codecs"]
+    codec["configuration"] |= {"chunk_shape": inner_shape, "index_location": location}
+    change_metadata(path, shape=shape, chunk_grid=grid(*shard_shape), codecs=[codec])
+    inner_chunks = np.prod(shard_shape, dtype=int) // np.prod(inner_shape, dtype=int)
+    sparse(chunk_files(path)[0], 16 * int(inner_chunks) + 2**20)
+    return path
+
+
 def nested_shards(directory):
     path = save_zarr(directory, chunks=(2, *SHAPE[1:]), shards=SHAPE, compressors=None)
     (codec,) = json.loads(metadata_of(path).read_bytes())["codecs"]
@@ -389,6 +401,15 @@ HOSTILE = {
     "zarr, a bomb in a shard": shard_bomb,
     "zarr, an index of 2**60 bytes": lambda d: absurd_index(d, 0, 2**60),
     "zarr, an index that points nowhere": lambda d: absurd_index(d, 2**62, 6144),
+    "zarr, a long index at the end": lambda d: large_index(
+        d, [8, 600, 600, 3], [8, 600, 600, 3], [1, 1, 1, 1]
+    ),
+    "zarr, a long index at the start": lambda d: large_index(
+        d, [8, 500, 500, 3], [8, 500, 500, 3], [1, 1, 1, 1], "start"
+    ),
+    "zarr, a long index of few images": lambda d: large_index(
+        d, [4000, 4, 4, 3], [4_000_000, 4, 4, 3], [1, 4, 4, 3]
+    ),
     "zarr, nested shards": nested_shards,
     "zarr, a chunk of 4 GiB": long_chunk,
     "zarr, chunks larger than the array": lambda d: changed(
