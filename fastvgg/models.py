@@ -7,6 +7,7 @@ this table against them. Models that scale the pixels in their own first layers 
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from fastvgg.choices import normalize, suggest
@@ -33,7 +34,18 @@ MODES_BY_MODEL: Final = {
 }
 
 
+# Families that keras.applications does not have, without dashes.
+OTHER_FAMILIES: Final = re.compile(
+    r"^(alexnet|deit|dinov2|googlenet|maxvit|mnasnet|regnet|resnet(18|34)|resnext|shufflenet|"
+    r"squeezenet|swin|vgg1[13]|vit|wideresnet)|^vgg\d+bn"
+)
+
+
 _MODES_BY_NAME: Final = {normalize(model): mode for model, mode in MODES_BY_MODEL.items()}
+
+
+def _digits(name: object) -> str:
+    return re.sub(r"\D", "", str(name))
 
 
 def is_known(name: str) -> bool:
@@ -53,9 +65,13 @@ def mode_name(model: str) -> str:
         return _MODES_BY_NAME[normalize(model)]
     name = "mode" if str(model).lower() in MODELS_BY_MODE else "model"
     meant = suggest(name, model, MODELS_BY_MODE if name == "mode" else MODES_BY_MODEL)
+    is_other = OTHER_FAMILIES.search(normalize(str(model))) is not None
+    if is_other or _digits(model) != _digits(meant):  # another number is another model
+        meant = None
     question = f"did you mean {option(name, meant)}? " if meant else ""
+    known = ": only those of Keras are known, not those of torchvision or timm" if is_other else ""
     raise ModeError(
-        f"unknown model {model!r}",
+        f"unknown model {model!r}{known}",
         f"{question}the known models: {command('models')}; for another one give "
         f"{option_name('mode')} instead",
     )

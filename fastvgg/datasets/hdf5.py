@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import h5py
 
+from fastvgg.choices import suggest
 from fastvgg.datasets.base import Header, check_dtype, check_shape
 from fastvgg.datasets.contiguous import ContiguousSource, ContiguousTarget
 from fastvgg.datasets.files import open_regular
@@ -133,7 +134,12 @@ class Hdf5Source(ContiguousSource):
             problem = (
                 f"{file} has no dataset {_display(name)}." if name else f"{file}: which dataset?"
             )
-            raise SourceError(f"{problem} Datasets: {names}", f"give one of them: {file}::/NAME")
+            known = [each.decode(errors="backslashreplace") for each in first]
+            meant = suggest("dataset", name.decode(errors="backslashreplace"), known)
+            remedy = f"give one of them: {file}::/NAME"
+            if meant is not None:
+                remedy = f"did you mean {file}::{meant}? {remedy}"
+            raise SourceError(f"{problem} Datasets: {names}", remedy)
         return node
 
     def _external_error(self, reason: str) -> SourceError:

@@ -67,6 +67,9 @@ LITERAL_ERRORS: Final = (
 DUBIOUS_SYNTAX: Final = re.compile(rb"\\|\b[0-9][0-9A-Za-z_]*?\.?(?:and|else|for|if|in|is|not|or)")
 
 
+PYTHON_2_INTEGER: Final = re.compile(rb"(?<=[(, ])([0-9]+)L(?=[,) ])")  # as in (8L, 16L)
+
+
 class ArrayHeader(NamedTuple):
     """The header of a .npy file."""
 
@@ -122,6 +125,7 @@ def read_header(file: BinaryIO, path: Path) -> ArrayHeader:
 def _parse(text: bytes, path: Path) -> tuple[str, bool, tuple[int, ...]]:
     """Return dtype, fortran_order and shape. Only Python literals are evaluated."""
     try:
+        text = PYTHON_2_INTEGER.sub(rb"\1", text)
         if DUBIOUS_SYNTAX.search(text):
             raise ValueError("Python would warn about it")
         fields = ast.literal_eval(text.decode("utf-8"))

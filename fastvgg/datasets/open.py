@@ -22,6 +22,7 @@ from fastvgg.fork_lock import fork_lock
 from fastvgg.imaging import resize
 from fastvgg.imaging.decode import DecodeOptions, Decoder
 from fastvgg.storage.local import Storage
+from fastvgg.storage.location import Location
 from fastvgg.storage.objects import ObjectStorage
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from fastvgg.datasets.base import ArraySource, Header, ImageRecord, MissingChunks, Target
     from fastvgg.datasets.images import ImageListing, ImageSource
     from fastvgg.imaging.resize import Gather
-    from fastvgg.storage.location import Location
     from fastvgg.transform import Layout, Transform
 
 IMAGE_SOURCES: Final[dict[str, type[ImageSource]]] = {"images": ImageFolder, "tar": TarShards}
@@ -135,8 +135,21 @@ def source_format(location: Location) -> str:
     if is_tar and (exists or "{" in str(location)):  # or a range
         return "tar"
     if not exists:
-        raise SourceError(f"{location} does not exist", "check the path; nothing was written")
+        raise _missing_error(location)
     return _file_format(location, kind)
+
+
+def _missing_error(location: Location) -> SourceError:
+    """Return the error for a missing path, which may be a file and a name after a colon."""
+    remedy = "check the path; nothing was written"
+    file, colon, name = str(location.container).rpartition(":")
+    path = type(location.container)(file.removesuffix(":"))
+    if not location.inner and colon and os.path.isfile(path):  # noqa: PTH113  # as above
+        signatures.check_not_foreign(Location(path))
+        remedy = f"{path} exists, but has no datasets: give it without ::{name}"
+        if signatures.array_format(path) == "hdf5":
+            remedy = f"did you mean {path}::/{name.lstrip('/')}? check the path"
+    return SourceError(f"{location} does not exist", remedy)
 
 
 def _file_format(location: Location, named_format: str | None) -> str:

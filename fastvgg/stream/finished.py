@@ -105,12 +105,15 @@ class FinishedDataset:
         SourceError
             If it is not a finished dataset of fastvgg, or its manifest or index is damaged.
         """
+        if location.is_remote:
+            check_exists(location)
         check_not_in_place(location.container)
         is_recorded = read_manifest(location.container, memory_bytes) is not None
         if not (is_recorded and exists(location)):
             check_exists(location)  # with a manifest, even one that cannot be opened is a dataset
         manifest = Provenance.read(location).manifest
         if manifest is None:
+            check_exists(location)  # the file exists, but perhaps not the dataset
             raise _not_finished_error(location)
         location = location.with_inner(manifest.job.dataset)
         records = read_index(location.container, manifest.header.images)

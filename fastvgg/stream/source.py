@@ -45,7 +45,10 @@ def check_exists(source: Location) -> None:
     try:
         kind = source_format(source)
     except SourceError:
-        if read_journal(journal_path(source.container), header_only=True) is None:
+        if (
+            source.is_remote
+            or read_journal(journal_path(source.container), header_only=True) is None
+        ):
             raise
         raise unfinished_error(source) from None
     if kind == "hdf5" and source.inner:  # the file exists, but perhaps not the dataset

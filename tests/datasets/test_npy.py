@@ -312,3 +312,12 @@ def test_remedy_for_big_endian_files_makes_them_readable(tmp_path, monkeypatch, 
     exec(command, {"numpy": np, "old": "x.npy", "new": "y.npy"})  # noqa: S102
     with closing(NpySource(tmp_path / "y.npy")) as source:
         assert np.array_equal(source.read(0, 5).batch, pixels())
+
+
+def test_header_that_python_2_wrote_is_read(tmp_path):
+    text, data = header_text(shape="(5L, 7L, 9L, 3L)"), pixels(5).astype("<f4").tobytes()
+    (tmp_path / "x.npy").write_bytes(npy_of(text, data=data))
+    with pytest.warns(UserWarning, match="Python 2"):  # what NumPy says
+        expected = np.load(tmp_path / "x.npy")
+    with closing(NpySource(tmp_path / "x.npy")) as source:
+        assert np.array_equal(source.read(0, 5).batch, expected)

@@ -495,3 +495,33 @@ def test_folder_of_arrays_says_how_parts_are_named(tmp_path, name):
     with pytest.raises(SourceError) as caught:
         fastvgg.plan(tmp_path / "arrays", tmp_path / "y.npy", mode="tf")
     check_error(caught.value, "2 .npy", "name them part-*.npy, all in one directory")
+
+
+# Datasets in files
+
+
+@pytest.mark.parametrize(
+    "written", ["x.h5::/Images", "x.h5::/image", "x.h5:images", "x.h5:/images"]
+)
+def test_dataset_that_was_probably_meant_is_named(tmp_path, written):
+    with pytest.importorskip("h5py").File(tmp_path / "x.h5", "w") as file:
+        file["images"] = pixels(2)
+    with pytest.raises(SourceError) as caught:
+        fastvgg.plan(tmp_path / written, tmp_path / "y.npy", mode="tf")
+    check_error(caught.value, f"did you mean {tmp_path / 'x.h5'}::/images?", written[4:].strip(":"))
+
+
+def test_name_in_a_zip_is_refused_as_a_zip(tmp_path):
+    (tmp_path / "d.zip").write_bytes(b"PK\x03\x04" + bytes(100))
+    for call in (fastvgg.verify, fastvgg.info):
+        with pytest.raises(SourceError, match="is a zip archive"):
+            call(f"{tmp_path / 'd.zip'}::data")
+
+
+def test_verify_of_a_missing_dataset_in_a_finished_file_says_so(tmp_path):
+    pytest.importorskip("h5py")
+    source, target = save_npy(tmp_path / "x.npy", pixels(2)), tmp_path / "y.h5"
+    fastvgg.plan(source, f"{target}::/images", mode="tf").run()
+    with pytest.raises(SourceError) as caught:
+        fastvgg.verify(f"{target}::/other")
+    check_error(caught.value, "has no dataset '/other'. Datasets: '/images'", "give one of them")

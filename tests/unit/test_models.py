@@ -106,3 +106,24 @@ def test_every_mode_in_the_table_exists():
         "torch",
         "identity",
     }
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["resnet18", "resnet34", "resnext50_32x4d", "vit_b_16", "vgg16_bn", "wide_resnet50_2"],
+)
+def test_model_of_another_library_is_not_taken_for_one_of_keras(written):
+    with pytest.raises(ModeError) as caught:
+        mode_name(written)
+    assert "only those of Keras are known, not those of torchvision" in caught.value.problem
+    assert "did you mean" not in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("resnt50", "ResNet50"), ("vgg-91", None), ("efficientnetb8", None)]
+)
+def test_only_a_model_of_the_same_number_is_suggested(written, meant):
+    with pytest.raises(ModeError) as caught:
+        mode_name(written)
+    assert (f"did you mean model='{meant}'" in caught.value.remedy) == (meant is not None)
+    assert ("did you mean" in caught.value.remedy) == (meant is not None)
