@@ -11,6 +11,7 @@ import math
 import re
 import struct
 import zlib
+from itertools import islice
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from PIL.JpegImagePlugin import MARKER
@@ -67,6 +68,12 @@ PNG_COMPRESSED: Final = (b"zTXt", b"iTXt", b"iCCP")
 METADATA_COPIES: Final = 2
 RAW_EXIF: Final = b"Raw profile type exif"  # the keyword of a text in hexadecimal
 RAW_FRACTION_DIGITS: Final = 16
+
+# Of a PPM: a number has up to ten digits, which comments may divide.
+PPM_HEADER: Final = re.compile(rb"P(?:(?:\s|#[^\r\n]*)*+[^\s#]{1,10}){0,40}")
+PPM_COMMENT: Final = re.compile(rb"#[^\r\n]*")
+PLAIN_PPMS: Final = (b"1", b"2", b"3")
+MAX_COMMENTS: Final = 1_000  # for each, Pillow copies a megabyte
 
 TIFF_BYTE_ORDERS: Final = {b"II": "<", b"MM": ">"}
 BIG_TIFF: Final = 43
@@ -138,6 +145,8 @@ def _object_bytes(data: bytes) -> int:
         return _gif_bytes(data)
     if data.startswith(b"RIFF"):
         return _webp_bytes(data)
+    if data.startswith(b"P"):
+        _check_comments(data)
     total = 0
     if data.startswith(jpeg2000.SIGNATURES):
         for parts, _ in enumerate(jpeg2000.header_parts(data)):
@@ -250,10 +259,20 @@ def _gif_bytes(data: bytes) -> int:
     return PART_BYTES * parts
 
 
+def _check_comments(data: bytes) -> None:
+    """Refuse a PPM whose header is long, which Pillow reads byte by byte, or with many comments."""
+    header = PPM_HEADER.match(data)
+    _check_parts(header.end() if header else 0)
+    is_plain = data[1:2] in PLAIN_PPMS
+    if is_plain and len([*islice(PPM_COMMENT.finditer(data), MAX_COMMENTS + 1)]) > MAX_COMMENTS:
+        raise RejectedError(f"the image has more than {MAX_COMMENTS} comments")
+
+
 def _webp_bytes(data: bytes) -> int:
     """Return what the first EXIF takes as Python objects."""
     at, parts = len(b"RIFF....WEBP"), 0
-    while at + 8 <= len(data):
+    end = min(len(data), 8 + int.from_bytes(data[4:8], "little"))
+    while at + 8 <= end:
         parts += 1
         _check_parts(parts)
         kind, length = struct.unpack_from("<4sI", data, at)
@@ -272,6 +291,8 @@ def _png_bytes(data: bytes) -> int:
         _check_parts(parts)
         length, kind = struct.unpack_from(">I4s", data, at)
         at += length + PNG_CHUNK_FRAME_BYTES
+        if kind == b"IEND":
+            break
         if kind == b"IDAT":
             continue
         content = data[at - length - PNG_CRC_BYTES : at - PNG_CRC_BYTES]

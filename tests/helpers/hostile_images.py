@@ -515,6 +515,8 @@ def hostile_images():
         "claimed-ppm.jpg": lambda: pnm(b"P6", 30_000, 30_000, 255, b""),
         "scaled-ppm.jpg": lambda: pnm(b"P6", 1_500, 1_500, 100, bytes(6_750_000)),
         "sixteen-pgm.jpg": lambda: pnm(b"P5", 1_500, 1_500, 65_535, bytes(4_500_000)),
+        "comment-ppm.jpg": lambda: pnm(b"P6\n#" + b"c" * 8_000_000, 64, 64, 255, bytes(12_288)),
+        "comments-ppm.jpg": lambda: pnm(b"P3", 64, 64, 255, b"0 " * 99 + b"#\n" * 60_000),
         "large.jp2": lambda: flat(2_500, 2_500, "jpeg2000", "RGB"),
         "medium.jp2": lambda: flat(900, 900, "jpeg2000", "RGB"),
         "tiles.jp2": lambda: with_jpeg2000_tiles(flat(64, 64, "jpeg2000", "RGB"), 30_000),
