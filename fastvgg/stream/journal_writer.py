@@ -130,6 +130,7 @@ class FileJournal(Journal):
         self._storage = storage
         self._temporary = temporary_path(self.path)
         self._replaced: OpenFile | None = None
+        is_new = not os.path.lexists(self.path)
         self._file: OpenFile = storage.open(self.path, create=True)
         try:
             if not storage.lock(self._file):
@@ -138,8 +139,10 @@ class FileJournal(Journal):
                     f"wait for it to finish; its progress: {command('info', target)}",
                 )
             self.state = None if restart else read_journal(self.path)
-        except FastvggError:
+        except FastvggError as error:
             storage.close(self._file)
+            if is_new and isinstance(error, StoppedError):  # no lock can be taken there
+                storage.remove(self.path)
             raise
         self._end = self.state.valid_bytes if self.state else 0
 

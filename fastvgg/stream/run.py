@@ -244,8 +244,8 @@ class Run:
         journal = self.journal.path
         if not (self.plan.target.is_remote or check_is_journal(journal)):
             raise StoppedError(
-                f"{journal} was removed while the run used it",
-                f"move {self.target.partial} away, and rerun the same command",
+                f"{journal} was moved or removed while the run used it",
+                f"move it back, or move {self.target.partial} away; then rerun the same command",
             )
         try:  # other programs may have changed or added files since the run began
             check_names(self.destination, self.plan.job, self._journal_state)

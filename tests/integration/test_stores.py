@@ -524,6 +524,18 @@ def test_objects_that_are_not_an_array_are_never_replaced(store, array):
     assert store.names() == ["y.zarr/notes/a.txt"]
 
 
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("name", ["y.zarr/notes.txt", "y.zarr.index.csv", "y.zarr.fastvgg.json"])
+def test_object_created_after_an_interrupted_run_is_never_removed(in_memory, array, name, restart):
+    interrupt_run(array, in_memory)
+    objects.put(in_memory / name, b"mine")
+    before = in_memory.names()
+    with pytest.raises(TargetError) as caught:
+        make_plan(array, in_memory, restart=restart)
+    check_error(caught.value, name.rpartition("/")[2], "move it away")
+    assert in_memory.names() == before
+
+
 def test_only_restart_replaces_a_finished_array_of_another_job(store, array):
     make_plan(array, store, mode="tf").run()
     with pytest.raises(TargetError) as caught:
