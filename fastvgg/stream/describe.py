@@ -7,6 +7,7 @@ images are listed, and only a sample of their headers is read.
 from __future__ import annotations
 
 import contextlib
+import heapq
 import math
 import os
 from collections import Counter
@@ -116,11 +117,11 @@ def _describe_images(kind: str, listing: ImageListing) -> dict[str, Any]:
 
 def label_fields(labels: Counter[Any]) -> dict[str, Any]:
     """Return the number of labels, and the most frequent ones with their numbers of images."""
-    names = {os.fsdecode(label) or "(none)": count for label, count in labels.items()}
-    if set(names) <= {"(none)"}:
+    if not any(labels):
         return {"labels": 0}
-    shown = sorted(names.items(), key=lambda item: (-item[1], item[0]))[:MAX_SHOWN]
-    return {"labels": len(names) - ("(none)" in names), "images_by_label": dict(shown)}
+    first = heapq.nsmallest(MAX_SHOWN, labels.items(), key=lambda item: (-item[1], item[0]))
+    shown = {os.fsdecode(label) or "(none)": count for label, count in first}
+    return {"labels": sum(map(bool, labels)), "images_by_label": shown}
 
 
 def count_labels(records: Sequence[ImageRecord]) -> dict[str, Any]:
