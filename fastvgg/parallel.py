@@ -11,7 +11,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from fastvgg.errors import UsageError
+from fastvgg.errors import UsageError, option
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +32,7 @@ def check_threads(threads: int | None) -> int:
     if threads is None:
         return available_cpus()
     if isinstance(threads, bool) or not hasattr(threads, "__index__") or threads < 1:
-        raise UsageError(f"threads is {threads!r}", "give an integer of at least 1")
+        raise UsageError(f"invalid {option('threads', threads)}", "give an integer of at least 1")
     return operator.index(threads)
 
 

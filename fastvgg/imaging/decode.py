@@ -190,7 +190,8 @@ def _parse_size(size: Iterable[Any]) -> tuple[int, int]:
     meant = (0, 0) if found is None else (int(found[1]), int(found[2] or found[1]))
     meant = meant if min(meant) >= 1 else (224, 224)
     raise UsageError(
-        f"invalid size {size!r}", f"give height and width in pixels: {option('size', meant)}"
+        f"invalid {option('size', size)}",
+        f"give height and width in pixels: {option('size', meant)}",
     )
 
 

@@ -66,7 +66,9 @@ class Location:
         try:
             path = os.fsdecode(text)
         except TypeError:
-            raise UsageError(f"{text!r} is not a path", "give a string or a path") from None
+            raise UsageError(
+                f"got {type(text).__name__}, which is not a path", "give a string or a path"
+            ) from None
         path = FILE_SCHEMES.sub("", path, count=1) if FILE_SCHEMES.match(path) else path
         if URL_PATTERN.match(path):
             return cls(_parse_url(path))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from fastvgg.backend import check_backend, choose_for_size
 from fastvgg.choices import check_flags
-from fastvgg.errors import TargetError, option
+from fastvgg.errors import TargetError, UsageError, option
 from fastvgg.escaping import escape_controls
 from fastvgg.formatting import format_bytes, format_count, html_table
 from fastvgg.storage.descriptors import open_standard_streams
@@ -293,6 +293,11 @@ class Plan(RunOptions):
         from fastvgg.stream import in_place, run
 
         if client is not None:
+            if not hasattr(client, "scheduler_info"):
+                raise UsageError(
+                    f"client is {client!r}, not a Dask client",
+                    "give a distributed.Client, or omit it",
+                )
             from fastvgg.executors.dask import DaskExecutor
 
             return run.run(self, DaskExecutor(client), progress)  # refuses plans in place

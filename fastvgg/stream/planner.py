@@ -204,10 +204,11 @@ def plan(
         check_values=check_values,
     )
     if in_place != (target is None):
-        written = option("in_place")
+        written, name = option("in_place"), argument("target")
+        is_file = location.container.suffix == ".npy"
         raise UsageError(
-            f"both a target and {written} are given" if in_place else "no target is given",
-            f"give either a target or {written}",
+            f"both a {name} and {written} are given" if in_place else f"no {name} is given",
+            f"give either a {name} or {written}" if is_file else f"give a {name}",
         )
     mode = _resolve_mode(mode, model)
     destination = location if target is None else Location.parse(target)

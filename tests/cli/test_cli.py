@@ -590,7 +590,7 @@ def bad_inputs(place):
         "an impossible size": (
             ["preprocess", photos, new, *caffe, "--size", "0", "5"],
             2,
-            ["(0, 5)", "--size 224 224"],
+            ["invalid --size 0 5", "--size 224 224"],
         ),
         "an unknown interpolation": (
             ["preprocess", photos, new, *caffe, "--interpolation", "cubic"],
@@ -607,7 +607,7 @@ def bad_inputs(place):
             3,
             ["2.0 MiB", "100 B", "--memory"],
         ),
-        "no threads": (["preprocess", array, new, *caffe, "--threads", "0"], 2, ["threads is 0"]),
+        "no threads": (["preprocess", array, new, *caffe, "--threads", "0"], 2, ["invalid --threads 0"]),
         "an unknown rounding": (
             ["restore", stored, new, "--rounding", "up"],
             2,
@@ -670,17 +670,17 @@ def bad_inputs(place):
             2,
             ["--retry-failed", "--restart", "omit one of them"],
         ),
-        "no target": (["preprocess", array, *caffe], 2, ["no target", "--in-place"]),
-        "no target to restore to": (["restore", stored], 2, ["no target", "--in-place"]),
+        "no target": (["preprocess", array, *caffe], 2, ["no DST", "--in-place"]),
+        "no target to restore to": (["restore", stored], 2, ["no DST", "--in-place"]),
         "a target in place": (
             ["preprocess", floats, new, "--in-place", *caffe],
             2,
-            ["both a target", "--in-place"],
+            ["both a DST", "--in-place"],
         ),
         "a target to restore to in place": (
             ["restore", stored, new, "--in-place"],
             2,
-            ["both a target", "--in-place"],
+            ["both a DST", "--in-place"],
         ),
         "a folder in place": (
             ["preprocess", photos, "--in-place", *caffe],

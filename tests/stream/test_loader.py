@@ -763,7 +763,7 @@ def test_unfinished_in_place_file_is_rejected(tmp_path, monkeypatch):
         ({"shard": (-1, 2)}, r"shard is \(-1, 2\)"),
         ({"shard": [0, 1]}, r"shard is \[0, 1\]"),
         ({"shard": (0, 1, 2)}, r"shard is \(0, 1, 2\)"),
-        ({"threads": 0}, "threads is 0"),
+        ({"threads": 0}, "invalid threads=0"),
         ({"transform": "torch"}, "transform is 'torch'"),
     ],
 )

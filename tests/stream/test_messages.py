@@ -525,3 +525,41 @@ def test_verify_of_a_missing_dataset_in_a_finished_file_says_so(tmp_path):
     with pytest.raises(SourceError) as caught:
         fastvgg.verify(f"{target}::/other")
     check_error(caught.value, "has no dataset '/other'. Datasets: '/images'", "give one of them")
+
+
+# Arguments
+
+
+def test_command_line_names_its_own_arguments_and_offers_in_place_only_for_a_file(tmp_path):
+    photos, source = (
+        save_images(tmp_path / "photos", pixels(2)),
+        save_npy(tmp_path / "x.npy", pixels(2)),
+    )
+    with command_line_vocabulary():
+        with pytest.raises(UsageError) as caught:
+            fastvgg.plan(photos, mode="tf")
+        check_error(caught.value, "no DST is given", "give a DST")
+        assert "in-place" not in str(caught.value)
+        with pytest.raises(UsageError) as caught:
+            fastvgg.plan(source, mode="tf")
+        check_error(caught.value, "no DST is given", "give either a DST or --in-place")
+        with pytest.raises(UsageError) as caught:
+            fastvgg.plan(photos, tmp_path / "y.npy", mode="tf", size=(0, 0))
+        check_error(caught.value, "invalid --size 0 0")
+        with pytest.raises(UsageError) as caught:
+            fastvgg.plan(photos, tmp_path / "y.npy", mode="tf", threads=0)
+        check_error(caught.value, "invalid --threads 0")
+
+
+def test_array_given_as_a_path_is_named_by_its_type(tmp_path):
+    with pytest.raises(UsageError) as caught:
+        fastvgg.plan(pixels(2), tmp_path / "y.npy", mode="tf")
+    check_error(caught.value, "got ndarray, which is not a path", "give a string or a path")
+
+
+def test_client_that_is_none_of_dask_is_refused(tmp_path):
+    source = save_npy(tmp_path / "x.npy", pixels(2))
+    with pytest.raises(UsageError) as caught:
+        fastvgg.plan(source, tmp_path / "y.npy", mode="tf").run(client="local")
+    check_error(caught.value, "client is 'local'", "give a distributed.Client")
+    assert names_in(tmp_path) == ["x.npy"]

@@ -426,7 +426,7 @@ INVALID = {
     "an unknown direction": ({"mode": "tf", "direction": "back"}, UsageError, ["'back'"]),
     "an unknown rounding": ({"mode": "tf", "rounding": "up"}, UsageError, ["'up'", "'nearest'"]),
     "an unknown backend": ({"mode": "tf", "backend": "cuda"}, UsageError, ["'cuda'", "'numpy'"]),
-    "no threads": ({"mode": "tf", "threads": 0}, UsageError, ["threads is 0"]),
+    "no threads": ({"mode": "tf", "threads": 0}, UsageError, ["invalid threads=0"]),
     "a size for an array": ({"mode": "tf", "size": (7, 9)}, SourceError, ["x.npy", "size=(7, 9)"]),
     "no amount": ({"mode": "tf", "memory": "lots"}, UsageError, ["'lots'"]),
     "images to restore": ({"mode": "tf", "direction": "restore"}, SourceError, ["x.npy", "uint8"]),

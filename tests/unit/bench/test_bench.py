@@ -270,7 +270,12 @@ def test_plot_shows_the_throughput_of_every_nhwc_path(record_and_figures, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("x.txt", "suffix is not one of"), ("no/x.svg", "no is not a directory")]
+    ("path", "message"),
+    [
+        ("x.txt", "suffix is not one of"),
+        ("x.pdf", "suffix is not one of .png, .svg"),
+        ("no/x.svg", "no is not a directory"),
+    ],
 )
 def test_invalid_plot_path_is_rejected(path, message):
     with pytest.raises(UsageError, match=message):
