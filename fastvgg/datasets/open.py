@@ -133,7 +133,7 @@ def source_format(location: Location) -> str:
     exists = os.path.lexists(location.container)
     is_tar = not location.inner and is_tar_name(location.container)
     if is_tar and (exists or "{" in str(location)):  # or a range
-        return "tar"
+        return signatures.array_format(location.container) or "tar"
     if not exists:
         raise _missing_error(location)
     return _file_format(location, kind)

@@ -563,3 +563,10 @@ def test_client_that_is_none_of_dask_is_refused(tmp_path):
         fastvgg.plan(source, tmp_path / "y.npy", mode="tf").run(client="local")
     check_error(caught.value, "client is 'local'", "give a distributed.Client")
     assert names_in(tmp_path) == ["x.npy"]
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.jpg", "x"])
+def test_array_is_read_whatever_its_name(tmp_path, name):
+    save_npy(tmp_path / "x.npy", pixels(2)).rename(tmp_path / name)
+    fastvgg.plan(tmp_path / name, tmp_path / "y.npy", mode="tf").run()
+    assert (tmp_path / "y.npy").read_bytes() == npy_bytes(network_inputs(pixels(2), "tf"))
