@@ -702,8 +702,8 @@ def test_memory_and_disk_space_are_checked_when_planning(file, monkeypatch):
 def test_run_finished_concurrently_during_planning_is_not_repeated(file, monkeypatch):
     class ReadBeforeConcurrentRun(Provenance):
         @classmethod
-        def read(cls, location):
-            found = Provenance.read(location)
+        def read(cls, location, memory_bytes):
+            found = Provenance.read(location, memory_bytes)
             monkeypatch.setattr(planner, "Provenance", Provenance)
             convert_in_place(file, mode="caffe")
             return found
