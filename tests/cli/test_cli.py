@@ -607,7 +607,11 @@ def bad_inputs(place):
             3,
             ["2.0 MiB", "100 B", "--memory"],
         ),
-        "no threads": (["preprocess", array, new, *caffe, "--threads", "0"], 2, ["invalid --threads 0"]),
+        "no threads": (
+            ["preprocess", array, new, *caffe, "--threads", "0"],
+            2,
+            ["invalid --threads 0"],
+        ),
         "an unknown rounding": (
             ["restore", stored, new, "--rounding", "up"],
             2,

@@ -43,10 +43,10 @@ from tests.helpers.datasets_on_disk import (
     network_inputs,
     pixels,
     plan_of,
-    rows_by_name,
     save_images,
     save_npy,
     stdout_of,
+    tree,
 )
 from tests.helpers.formats import check_spans
 from tests.helpers.runs import run
@@ -847,7 +847,7 @@ def test_target_inside_the_source_is_rejected(tmp_path, stored):
 # Retries
 
 
-def test_retry_recomputes_a_damaged_shard(tmp_path):
+def test_retry_of_a_damaged_shard_is_refused_and_changes_nothing(tmp_path):
     folder = save_images(tmp_path / "photos", pixels(11))
     torn = folder / "a" / "04.png"
     intact = torn.read_bytes()
@@ -856,9 +856,11 @@ def test_retry_recomputes_a_damaged_shard(tmp_path):
     plan_of(folder, path, direction="pack", images_per_chunk=3).run()
     flip(chunk_files(path)[3], 99)
     torn.write_bytes(intact)
-    report = plan_of(folder, path, direction="pack", retry_failed=True).run()
-    assert report.counts["computed_chunks"] == 2
-    assert_same(load_zarr(path), rows_by_name(folder, pixels(11)))
+    before = tree(path)
+    with pytest.raises(TargetError) as caught:
+        plan_of(folder, path, direction="pack", retry_failed=True).run()
+    check_error(caught.value, path, "was changed", "move")
+    assert tree(path) == before
 
 
 # Verification
