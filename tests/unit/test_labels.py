@@ -82,7 +82,7 @@ MASKED = np.ma.masked_array([5, 6, 7], mask=[False, True, False])
 @pytest.mark.parametrize(
     "labels",
     [MASKED, np.ma.masked_array([5, 6, 7]), [MASKED] * 3, [5, np.ma.masked, 7], Holder(MASKED)],
-    ids=str,
+    ids=["masked", "without a mask", "masked rows", "a masked value", "converted"],
 )
 def test_masked_labels_are_rejected(labels):
     with pytest.raises(UsageError) as caught:
