@@ -154,14 +154,14 @@ def rank_remedy(shape: Sequence[int], name: str) -> str:
     """Return how to make a batch of images, of rank 4, of an array `name` of another rank.
 
     >>> rank_remedy((2, 5, 64, 64, 3), "x"), rank_remedy((64, 64, 3), "x")
-    ('x.reshape(-1, 64, 64, 3)', 'a single image: x[numpy.newaxis]')
+    ('sequences of images: x.reshape(-1, 64, 64, 3)', 'a single image: x[numpy.newaxis]')
     >>> rank_remedy((8, 28, 28), "x")
     'grayscale images: numpy.stack([x] * 3, axis=-1)'
     >>> rank_remedy((8, 3072), "x"), rank_remedy((8,), "x")
     ('flat images: x.reshape(8, HEIGHT, WIDTH, 3)', 'labels, for example, are not images')
     """
     if len(shape) > 4:
-        return f"{name}.reshape{(-1, *shape[-3:])}"
+        return f"sequences of images: {name}.reshape{(-1, *shape[-3:])}"
     if len(shape) == 3 and 3 in (shape[0], shape[-1]):
         return f"a single image: {name}[numpy.newaxis]"
     if len(shape) == 3:

@@ -64,6 +64,7 @@ def read_columns(
 
     Examples
     --------
+    >>> from fastvgg.datasets.base import ImageRecord
     >>> names = [("dog/b.jpg", "dog"), ("cat/a.jpg", "cat"), ("x.jpg", "")]
     >>> records = [ImageRecord(path, label, 5, 7, False, "") for path, label in names]
     >>> columns = read_columns(records)

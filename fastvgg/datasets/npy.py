@@ -113,6 +113,8 @@ def read_header(file: BinaryIO, path: Path) -> ArrayHeader:
             f"{path} ends after {offset + len(text)} bytes, inside its header of {length} bytes",
             "the file is truncated: replace it with a complete copy",
         )
+    if version != (3, 0):
+        text = PYTHON_2_INTEGER.sub(rb"\1", text)  # as NumPy does
     dtype, fortran, shape = _parse(text, path)
     if fortran:
         raise SourceError(
@@ -125,7 +127,6 @@ def read_header(file: BinaryIO, path: Path) -> ArrayHeader:
 def _parse(text: bytes, path: Path) -> tuple[str, bool, tuple[int, ...]]:
     """Return dtype, fortran_order and shape. Only Python literals are evaluated."""
     try:
-        text = PYTHON_2_INTEGER.sub(rb"\1", text)
         if DUBIOUS_SYNTAX.search(text):
             raise ValueError("Python would warn about it")
         fields = ast.literal_eval(text.decode("utf-8"))

@@ -182,12 +182,22 @@ def _find_foreign_name(path: Path, target: Target) -> str | None:
     """Return a file below a directory, or in a store, that no run wrote; None if there is none."""
     names = (name for name in target.file_names() if name is not None)
     expected = np.sort(hash_names(map(os.fsencode, names)))
+    spellings: dict[str, str] = {}
     for name in _names_below(path):
         (key,) = hash_names([os.fsencode(name)])
         at = int(np.searchsorted(expected, key))
-        if at == len(expected) or expected[at] != key:
+        if at < len(expected) and expected[at] == key:
+            continue
+        if not spellings:  # a disk that ignores case may list another spelling
+            spellings = {name.casefold(): name for name in target.file_names() if name is not None}
+        spelling = spellings.get(name.casefold())
+        if spelling is None or is_remote(path) or not _is_same_file(path / name, path / spelling):
             return f"{path} contains {name}, which fastvgg did not write"
     return None
+
+
+def _is_same_file(path: Path, other: Path) -> bool:
+    return os.path.lexists(other) and os.path.samestat(path.lstat(), other.lstat())
 
 
 def _names_below(path: Path) -> Iterator[str]:

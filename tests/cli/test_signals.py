@@ -129,7 +129,7 @@ sys.modules["numba"] = None
 warnings.simplefilter("ignore")
 from fastvgg import cli
 from fastvgg.cli import signals
-from fastvgg.stream import destination
+from fastvgg.stream import destinations
 from fastvgg.stream import in_place
 from fastvgg.stream.commit_pipeline import CommitPipeline
 from fastvgg.storage.local import Storage
@@ -151,7 +151,7 @@ def main_leaves():
     while frame is not None and frame.f_code is not CommitPipeline.__exit__.__code__:
         frame = frame.f_back
     return frame is not None and frame.f_locals["self"]._is_closed
-destination.Storage = in_place.Storage = Waiting
+destinations.Storage = in_place.Storage = Waiting
 interrupt = signals.interrupt
 def reported(*arguments):
     try:
@@ -179,10 +179,11 @@ def send_until(process, number, happens):
 def interrupted(arguments, number):
     """Run a command and send a signal while it writes its second chunk."""
     with start(WAITING_DISK_SCRIPT, arguments) as process:
-        assert process.stdout.readline() == "writing\n"
-        send_until(process, number, lambda limit: select.select([process.stdout], [], [], limit)[0])
-        assert process.stdout.readline() == "interrupted\n"
         try:
+            assert process.stdout.readline() == "writing\n"
+            is_readable = lambda limit: select.select([process.stdout], [], [], limit)[0]  # noqa: E731
+            send_until(process, number, is_readable)
+            assert process.stdout.readline() == "interrupted\n"
             yield process
         finally:
             process.kill()

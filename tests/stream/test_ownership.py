@@ -301,6 +301,15 @@ def test_files_added_to_a_partial_directory_are_never_removed(
     command.plan(restart=restart).run()
 
 
+def test_file_named_like_an_image_except_for_case_is_never_removed(tmp_path):
+    command = Command(tmp_path, "out")
+    command.interrupt()
+    partial = tmp_path / "out.partial"
+    own = partial / "00000000.PNG"
+    own.write_text("my own")
+    check_refused(tmp_path, command, partial, own.name, restart=True)
+
+
 @pytest.mark.parametrize("name", ["z.zarr", "out"])
 def test_files_added_to_a_partial_directory_during_a_run_are_kept(tmp_path, name):
     command, own = Command(tmp_path, name), tmp_path / f"{name}.partial" / "notes.txt"

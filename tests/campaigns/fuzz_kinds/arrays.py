@@ -115,13 +115,15 @@ class NpyHeaders(Kind):
 def read_header_with_numpy(stream):
     """Return shape, Fortran order and dtype as NumPy reads them, or raise as NumPy does."""
     version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(stream, max_header_size=MAX_HEADER_BYTES)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(stream, max_header_size=MAX_HEADER_BYTES)
-    # NumPy has no public reader of version 3.0; its two public readers share this one.
-    read = np.lib.format.read_array_header_1_0.__globals__["_read_array_header"]
-    return read(stream, version, max_header_size=MAX_HEADER_BYTES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about integers of Python 2
+        if version == (1, 0):
+            return np.lib.format.read_array_header_1_0(stream, max_header_size=MAX_HEADER_BYTES)
+        if version == (2, 0):
+            return np.lib.format.read_array_header_2_0(stream, max_header_size=MAX_HEADER_BYTES)
+        # NumPy has no public reader of version 3.0; its two public readers share this one.
+        read = np.lib.format.read_array_header_1_0.__globals__["_read_array_header"]
+        return read(stream, version, max_header_size=MAX_HEADER_BYTES)
 
 
 class NpyFiles(Kind):
@@ -173,7 +175,9 @@ class NpyFiles(Kind):
         if result is None:
             return
         header, batch = result
-        expected = np.load(io.BytesIO(content), allow_pickle=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about integers of Python 2
+            expected = np.load(io.BytesIO(content), allow_pickle=False)
         assert header.shape == batch.shape == expected.shape
         if expected.dtype.kind == "V":
             expected = expected.view(dtype_of("bfloat16"))
