@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -186,7 +187,8 @@ def _remedy(dataset: FinishedDataset, repaired: repairs.Repaired, *, has_repaire
     job, path, stored = dataset.manifest.job, dataset.location.container, dataset.stored
     is_intact = not repaired.damaged and len(repaired.differences) == 1
     if isinstance(stored, ContiguousTarget) and stored.is_extended and is_intact:
-        return f"take a copy without what follows: head -c {stored.stored_bytes} {path} > COPY"
+        copy = f"head -c {stored.stored_bytes} {shlex.quote(str(path))} > COPY"
+        return f"take a copy without what follows: {copy}"
     is_damaged = bool(repaired.damaged or repaired.differences)
     is_other = 1 < dataset.chunks == len(repaired.damaged)  # not one chunk is what was written
     if not is_damaged or is_other or has_repaired or job.in_place:

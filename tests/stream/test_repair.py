@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -276,6 +277,20 @@ def test_bytes_after_the_end_are_kept(tmp_path):
     assert caught.value.damaged == []
     check_error(caught.value, "followed by other bytes", "repaired 2 chunks", "head -c")
     assert location.container.read_bytes().endswith(b"someone else's")
+
+
+def test_advised_copy_without_what_follows_is_the_dataset(tmp_path):
+    folder = tmp_path / "with spaces; and 'quotes'"
+    folder.mkdir()
+    location = make_npy(folder)
+    intact = location.container.read_bytes()
+    with location.container.open("ab") as file:
+        file.write(b"someone else's")
+    with pytest.raises(VerificationError) as caught:
+        fastvgg.verify(location)
+    copy = caught.value.remedy.partition(": ")[2]
+    subprocess.run(["/bin/sh", "-c", copy], cwd=tmp_path, check=True)
+    assert (tmp_path / "COPY").read_bytes() == intact
 
 
 def test_damaged_header_before_rows_that_were_added_is_kept(tmp_path):
