@@ -255,9 +255,11 @@ def check_is_journal(path: Path) -> bool:
         if not all(name == HEADER_NAME or LINE_NAME_PATTERN.fullmatch(name) for name in names):
             raise _foreign_error(path)
         return HEADER_NAME in names
+    temporary = temporary_path(path)
+    is_temporary = os.path.lexists(temporary)  # before the journal, which another run may create
     start = read_sidecar(path, max_bytes=HEADER_START_BYTES)
-    if start is None and os.path.lexists(temporary_path(path)):
-        raise _foreign_error(temporary_path(path))
+    if start is None and is_temporary and os.path.lexists(temporary):
+        raise _foreign_error(temporary)
     if path.is_symlink() or (start and not HEADER_START_PATTERN.fullmatch(start)):
         raise _foreign_error(path)
     return bool(start)

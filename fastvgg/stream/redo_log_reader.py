@@ -116,7 +116,9 @@ def check_not_in_place(path: Path) -> None:
 def check_sidecars_in_place(path: Path) -> None:
     """Check that the files that a run in place writes or replaces were written by fastvgg."""
     temporary = temporary_path(manifest_path(path))
-    if not check_is_journal(journal_path(path)) and os.path.lexists(temporary):
+    is_temporary = os.path.lexists(temporary)  # before the log, which another run may create
+    is_log = check_is_journal(journal_path(path))
+    if is_temporary and not is_log and os.path.lexists(temporary):
         raise TargetError(
             f"{temporary} exists, but no journal shows that fastvgg wrote it", "move it away"
         )
