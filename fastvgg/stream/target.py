@@ -47,7 +47,7 @@ def inspect_unlocked_target(plan: Plan, destination: Destination) -> TargetState
         run_names = destination.run_names()
         try:
             return inspect_target(plan, destination, None if plan.restart else read_journal(path))
-        except FastvggError:
+        except (FastvggError, OSError):  # a journal that was just removed
             if destination.run_names() == run_names:
                 raise
 
