@@ -54,7 +54,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_count(count: int, noun: str) -> str:
-    """Format a number of things, of which there may be one.
+    """Format a count and what it counts, in the singular or the plural.
 
     >>> format_count(1, "image"), format_count(1200, "chunk")
     ('1 image', '1,200 chunks')

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import sys
+import zlib
 from typing import TYPE_CHECKING, Any, Final
 
 import ml_dtypes
@@ -29,6 +30,22 @@ HOST_DEVICE_TYPES: Final = frozenset({1, 3, 11, 13})
 TO_HOST: Final = {"cupy": "cupy.asnumpy(x)", "jaxlib": "jax.device_get(x)", "tensorflow": "x.cpu()"}
 # Raised by arrays that cannot export their memory: symbolic, sparse, or requiring a gradient.
 EXPORT_ERRORS: Final = (BufferError, RuntimeError, TypeError, ValueError)
+# What Pillow raises for damaged images: its plugins parse with struct and indexing. Warnings are
+# raised if the caller's filters turn them into errors.
+PILLOW_ERRORS: Final = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    EOFError,
+    OverflowError,
+    RuntimeError,  # of AVIF
+    struct.error,
+    zlib.error,
+    Warning,
+)
 
 
 # `data` follows two, nd, typekind, itemsize, flags, shape and strides in a `PyArrayInterface`.
@@ -158,7 +175,7 @@ def _from_pillow(x: Any) -> NDArray[Any]:  # noqa: ANN401
     if x.mode == "RGB":
         try:
             return np.asarray(x)
-        except Exception as error:  # decoders raise errors of any type
+        except (*PILLOW_ERRORS, AssertionError) as error:  # the latter of a closed image
             raise ArrayError(
                 f"the Pillow image cannot be decoded: {_reason(error)}",
                 "open an intact image, or omit it",

@@ -48,7 +48,7 @@ def max_encoded_bytes(decoded_bytes: int) -> int:
 
 
 def check_shape(path: Location | Path, shape: tuple[int, ...], dtype: str) -> None:
-    """Check that an array has the shape of a batch of images; `dtype` is for who describes it.
+    """Check that an array has the shape of a batch of images; the error records `dtype`, too.
 
     Raises
     ------

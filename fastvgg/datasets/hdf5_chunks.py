@@ -27,6 +27,7 @@ INFLATED_BLOCK_BYTES: Final = 1024 * 1024
 CHECKSUM_BYTES: Final = 4
 SHUFFLE: Final = h5py.h5z.FILTER_SHUFFLE
 DEFLATE: Final = h5py.h5z.FILTER_DEFLATE
+MAX_LEVEL: Final = 9  # of deflate; zlib needs none to inflate, but HDF5 refuses a larger one
 # Filters whose chunks say, or show, how long they are once decoded.
 SELF_SIZED: Final = (DEFLATE, h5py.h5z.FILTER_SZIP)
 COMPRESSORS: Final = (*SELF_SIZED, h5py.h5z.FILTER_LZF)
@@ -120,9 +121,11 @@ class StoredChunks:
 
     @property
     def is_inflatable(self) -> bool:
-        """Whether `inflate` can decode the chunks."""
+        """Whether `inflate` can decode the chunks, and HDF5 does not refuse their description."""
         codes = [code for code, *_ in self._filters]
-        return codes in ([DEFLATE], [SHUFFLE, DEFLATE])
+        levels = [values for code, _, values, _ in self._filters if code == DEFLATE]
+        is_valid = all(len(level) == 1 and level[0] <= MAX_LEVEL for level in levels)
+        return is_valid and codes in ([DEFLATE], [SHUFFLE, DEFLATE])
 
     def inflate(self, start: int, out: NDArray[Any]) -> None:
         """Fill `out` with images, starting at row `start`; its dtype is the stored one.

@@ -8,6 +8,7 @@ and the memory is not used before, so that a limit on reads is one on memory.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import io
 import os
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 # A group of a million datasets has a heap of this size; other structures have kilobytes.
 MAX_STRUCTURE_BYTES: Final = 16 * 1024 * 1024
 MAX_OFFSET: Final = 2**63 - 1
+# The errors of a lock on a file system that has none.
+UNLOCKABLE_ERRORS: Final = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class BoundedReader(io.RawIOBase):
@@ -86,8 +89,9 @@ def open_hdf5(file: BinaryIO) -> Iterator[tuple[h5py.File, BoundedReader]]:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OSError("another process has locked it") from None
-        except OSError:  # a file system without locks
-            pass
+        except OSError as error:
+            if error.errno not in UNLOCKABLE_ERRORS:
+                raise
     reader = BoundedReader(descriptor)
     with h5py.File(reader, "r") as opened:
         yield opened, reader

@@ -20,10 +20,8 @@ import io
 import numbers
 import operator
 import re
-import struct
 import threading
 import warnings
-import zlib
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -45,6 +43,7 @@ from fastvgg.imaging.memory import (
     has_coefficients,
 )
 from fastvgg.imaging.modes import RejectedError
+from fastvgg.interop import PILLOW_ERRORS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -65,24 +64,7 @@ INTERPOLATIONS: Final = {
 
 MEMORY_LIMIT: Final = "bytes of memory, but only"  # in a reason that more memory removes
 
-# What Pillow's decoders raise on damaged files: its plugins parse with struct and indexing, and
-# Image.open itself catches these errors around each plugin. Warnings are raised if the caller's
-# filters turn them into errors.
-DECODING_ERRORS: Final = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    IndexError,
-    KeyError,
-    EOFError,
-    OverflowError,
-    RuntimeError,  # of AVIF
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    Warning,
-)
+DECODING_ERRORS: Final = (*PILLOW_ERRORS, Image.DecompressionBombError)
 
 SIMPLEJPEG_COLORS: Final = ("YCbCr", "Gray")
 FAST_JPEG_FACTOR: Final = 2

@@ -1,6 +1,6 @@
 """The EXIF orientation of an image, and how to undo it.
 
-Pillow's `exif_transpose` also decodes all other tags, of which there may be a million.
+Pillow's `exif_transpose` also decodes all other tags; a hostile file has a million of them.
 """
 
 from __future__ import annotations

@@ -59,11 +59,17 @@ def three_chunk_command(kind, tmp_path):
     return ["preprocess", save_npy(path, pixels(11)), *options], target, expected
 
 
+def reset_signals():
+    """Have a process react to Ctrl-C, which a shell has its background processes ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(script, arguments):
     """Start a command that talks with the test; its streams are pipes."""
     return subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)],
         env=checkout_environment(),
+        preexec_fn=reset_signals,  # it takes no lock
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -604,6 +604,20 @@ def save_with_damaged_chunk(path, batch, row=-1):
     return location, intact
 
 
+def test_deflate_level_that_hdf5_refuses_is_refused(tmp_path):
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("x", data=pixels(5), chunks=(2, 7, 9, 3), compression=7)
+    content = path.read_bytes()
+    described = b"deflate\0\x07"  # the name of the filter, and its level
+    assert content.count(described) == 1
+    path.write_bytes(content.replace(described, b"deflate\0\x0c"))
+    with h5py.File(path) as file, pytest.raises(OSError, match="filter returned failure"):
+        file["x"][...]
+    with pytest.raises(StoppedError), closing(opened(dataset_path(path, "x"))) as source:
+        source.read(0, 5)
+
+
 def test_damaged_chunk_raises_only_when_it_is_read(tmp_path):
     location, _ = save_with_damaged_chunk(tmp_path / "x.h5", pixels())
     with closing(opened(location)) as source:

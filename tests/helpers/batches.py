@@ -153,3 +153,16 @@ def run_script(source, **environment):
     )
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+class OnlyArray:
+    """An array that only offers `__array__`."""
+
+    def __init__(self, array, error=None):
+        self._array = array
+        self._error = error
+
+    def __array__(self, dtype=None, copy=None):
+        if self._error is not None:
+            raise self._error
+        return self._array

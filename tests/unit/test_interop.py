@@ -20,7 +20,7 @@ import fastvgg
 from fastvgg import interop, oracle
 from fastvgg.errors import ArrayError, DtypeError, OutputError, ShapeError
 from fastvgg.transform import Transform
-from tests.helpers.batches import FLOATS, dtype_of, every_value, run_script
+from tests.helpers.batches import FLOATS, OnlyArray, dtype_of, every_value, run_script
 
 pytestmark = pytest.mark.pixels
 
@@ -47,19 +47,6 @@ class OnlyDlpack:
 
     def __dlpack_device__(self):
         return self._device or self._array.__dlpack_device__()
-
-
-class OnlyArray:
-    """An array that only offers `__array__`."""
-
-    def __init__(self, array, error=None):
-        self._array = array
-        self._error = error
-
-    def __array__(self, dtype=None, copy=None):
-        if self._error is not None:
-            raise self._error
-        return self._array
 
 
 def assert_identical(actual, expected):

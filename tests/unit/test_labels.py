@@ -10,6 +10,7 @@ import pytest
 from fastvgg.datasets.base import ImageRecord
 from fastvgg.datasets.labels import check_labels, read_columns
 from fastvgg.errors import UsageError
+from tests.helpers.batches import OnlyArray
 from tests.helpers.datasets_on_disk import check_error
 
 
@@ -63,25 +64,12 @@ def test_labels_are_numbered(paths, labels, expected, class_names):
     assert columns.class_names == class_names
 
 
-class Holder:
-    """An object that NumPy converts by calling it, and that may fail."""
-
-    def __init__(self, array, error=None):
-        self._array = array
-        self._error = error
-
-    def __array__(self, dtype=None, copy=None):
-        if self._error is not None:
-            raise self._error
-        return self._array
-
-
 MASKED = np.ma.masked_array([5, 6, 7], mask=[False, True, False])
 
 
 @pytest.mark.parametrize(
     "labels",
-    [MASKED, np.ma.masked_array([5, 6, 7]), [MASKED] * 3, [5, np.ma.masked, 7], Holder(MASKED)],
+    [MASKED, np.ma.masked_array([5, 6, 7]), [MASKED] * 3, [5, np.ma.masked, 7], OnlyArray(MASKED)],
     ids=["masked", "without a mask", "masked rows", "a masked value", "converted"],
 )
 def test_masked_labels_are_rejected(labels):
@@ -93,11 +81,11 @@ def test_masked_labels_are_rejected(labels):
 
 def test_labels_that_cannot_be_converted_are_rejected():
     with pytest.raises(UsageError, match="not an array: it requires a gradient"):
-        check_labels(Holder(None, RuntimeError("it requires a gradient")), 3)
+        check_labels(OnlyArray(None, RuntimeError("it requires a gradient")), 3)
 
 
 @pytest.mark.parametrize("dtype", ["int64", "uint8", "float32", "bool"])
 def test_labels_are_copied(dtype):
     labels = np.ones(3, dtype)
-    for given in (labels, memoryview(labels), Holder(labels)):
+    for given in (labels, memoryview(labels), OnlyArray(labels)):
         assert not np.shares_memory(check_labels(given, 3), labels)
